@@ -1,0 +1,1 @@
+"""Hydra's YAML groups, shipped as package data."""

@@ -1,0 +1,191 @@
+"""Typed configuration: Hydra composes YAML and overrides, a frozen dataclass per component validates them.
+
+Hydra cannot merge into frozen dataclasses, so each gets a mutable twin of the same fields that serves as its schema
+(unknown keys and wrong types are refused there); `build` then makes the real objects, whose `__post_init__` refuses
+what cannot work. A component raises `ConfigError` with its own key; `build` puts the path before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def config_directory() -> Path:
+    """Where the shipped `configs/` are: package data, found through the package so that a wheel works too."""
+    import configs
+
+    return Path(configs.__file__).parent
+
+
+def load(root: str, schema: type[T], overrides: Sequence[str]) -> T:
+    """Compose `configs/<root>.yaml` with `overrides` and return it as `schema`.
+
+    The root file's defaults list names `<root>_schema` first. Raises `ConfigError` with the key and the fix.
+    """
+    return build(schema, _compose(root, schema, overrides))
+
+
+def build(cls: type[T], values: Any, path: str = "") -> T:
+    """Make `cls` from plain values (as YAML gives them), typed and checked. Unknown keys are errors."""
+    try:
+        if isinstance(values, DictConfig):
+            values = OmegaConf.to_container(values, resolve=True)  # "+key=" overrides have opened the schema: close it
+        typed = OmegaConf.merge(OmegaConf.structured(_twin(cls)), values)
+        container = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        explained = _explain(error, cls)
+        raise (explained.under(path) if path else explained) from None
+    return _make(cls, container, path)
+
+
+def plain(config: Any) -> Any:
+    """A dataclass tree as dicts, lists and scalars, enums by name: what `config.yaml` and a checkpoint store."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
+    if isinstance(config, Enum):
+        return config.name
+    if isinstance(config, dict):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    return config
+
+
+def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Every leaf at which two plain trees differ, as path -> (old, new); an absent leaf reads None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in [*old, *(k for k in new if k not in old)]:
+            found |= differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return {} if old == new else {path: (old, new)}
+
+
+def _compose(root: str, schema: type, overrides: Sequence[str]) -> DictConfig:
+    ConfigStore.instance().store(name=f"{root}_schema", node=_twin(schema))
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_directory()), version_base="1.3"):
+            return compose(root, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, schema) from None
+
+
+@cache
+def _twin(cls: type) -> type:
+    """A mutable dataclass with the fields of `cls` and no `__post_init__`: the schema that Hydra merges into."""
+    hints = typing.get_type_hints(cls)
+    fields = []
+    for f in dataclasses.fields(cls):
+        if not f.init:
+            continue
+        kind = _twin_type(hints[f.name])
+        if dataclasses.is_dataclass(kind):
+            default: Any = dataclasses.field(default_factory=typing.cast(Any, kind))
+        elif f.default_factory is not dataclasses.MISSING:
+            default = dataclasses.field(default_factory=f.default_factory)
+        elif f.default is not dataclasses.MISSING:
+            default = dataclasses.field(default=f.default)
+        else:
+            default = dataclasses.field(default="???")
+        fields.append((f.name, kind, default))
+    return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+
+
+def _twin_type(kind: Any) -> Any:
+    """The schema's type of a field. Components inside lists and dicts stay open here (Hydra cannot add a typed entry
+    by "+sources.mine.path=..."): `build` checks each of them by itself.
+    """
+    if dataclasses.is_dataclass(kind):
+        return _twin(typing.cast(type, kind))
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if not arguments:
+        return kind
+    if origin in (list, dict):
+        arguments = tuple(Any if dataclasses.is_dataclass(a) else a for a in arguments)
+    twins = tuple(_twin_type(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[twins]  # noqa: UP007 - built from a tuple
+    return origin[twins]  # type: ignore[index]
+
+
+def _make(kind: Any, value: Any, path: str) -> Any:
+    if value is None or kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        parts = {name: _make(hints[name], part, f"{path}.{name}" if path else name) for name, part in value.items()}
+        try:
+            return typing.cast(Any, kind)(**parts)
+        except ConfigError as error:
+            raise (error.under(path) if path else error) from None
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        (kind,) = (a for a in arguments if a is not type(None))
+        return _make(kind, value, path)
+    if origin is list:
+        return [_entry(arguments[0], part, f"{path}.{i}") for i, part in enumerate(value)]
+    if origin is dict:
+        return {key: _entry(arguments[1], part, f"{path}.{key}") for key, part in value.items()}
+    return value
+
+
+def _entry(kind: Any, value: Any, path: str) -> Any:
+    return build(kind, value, path) if dataclasses.is_dataclass(kind) else _make(kind, value, path)
+
+
+def _explain(error: Exception, schema: type) -> ConfigError:
+    """One `ConfigError` out of Hydra's or OmegaConf's many-lined messages."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    first = str(error).strip().splitlines()[0]
+    if cause is None:
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        options = [line for line in lines[1:] if line and not line.endswith(":") and "search path" not in line.lower()]
+        missing = re.search(r"Could not find '(?P<group>[^']*)/(?P<name>[^']*)'", first)
+        if missing:
+            return ConfigError(missing["group"], missing["name"], "no such choice", [o for o in options if " " not in o])
+        return ConfigError("configuration", None, first)
+    key = str(getattr(cause, "full_key", None) or getattr(cause, "key", None) or "configuration")
+    reason = str(getattr(cause, "msg", None) or cause).strip().splitlines()[0]
+    if re.search(r"not in (struct|')", reason):
+        parent, _, name = key.rpartition(".")
+        known = _keys(schema, parent)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        legal = [f"{parent}.{n}" if parent else n for n in near or known]
+        return ConfigError(key, None, "no such key", legal)
+    value = getattr(cause, "value", None)
+    return ConfigError(key, value if isinstance(value, str | int | float) else None, reason)
+
+
+def _keys(schema: type, path: str) -> list[str]:
+    """Field names of the dataclass at `path` below `schema`; empty where the path leads through a dict or list."""
+    kind: Any = schema
+    for name in filter(None, path.split(".")):
+        if not dataclasses.is_dataclass(kind):
+            return []
+        kind = typing.get_type_hints(kind).get(name)
+        arguments = [a for a in typing.get_args(kind) if a is not type(None)]
+        kind = arguments[-1] if arguments else kind
+    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

@@ -1,0 +1,54 @@
+"""The errors that a user sees: one line that says what is wrong and what to change, and an exit code.
+
+Exit codes of every verb: 0 done, 1 failed, 2 wrong configuration, 130 interrupted after saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LeviathanError(Exception):
+    """An expected failure: printed as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class DataError(LeviathanError):
+    """Stored data is missing, truncated or not what its manifest says."""
+
+
+class CheckpointError(LeviathanError):
+    """A checkpoint cannot be written, or none that is whole can be read."""
+
+
+class ConfigError(LeviathanError):
+    """A configuration that cannot work, refused before anything is built.
+
+    `key` is relative to the component that raises it; whoever builds the component from a larger configuration
+    puts the path in front (`under`), so that the user reads the key as they would type it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, key: str, value: object, reason: str, legal: Sequence[object] = ()) -> None:
+        self.key, self.value, self.reason, self.legal = key, value, reason, tuple(legal)
+        super().__init__(key, value, reason)
+
+    def under(self, prefix: str) -> ConfigError:
+        """The same error with `prefix.` before its key."""
+        key = f"{prefix}.{self.key}" if self.key else prefix
+        return type(self)(key, self.value, self.reason, self.legal)
+
+    def __str__(self) -> str:
+        advice = ""
+        if self.legal:
+            *most, last = map(str, self.legal)
+            advice = f"; try {', '.join(most)} or {last}" if most else f"; try {last}"
+        shown = "" if self.value is None else f"={getattr(self.value, 'value', self.value)}"
+        return f"{self.key}{shown}: {self.reason}{advice}"
+
+
+def divisors(number: int) -> list[int]:
+    """Every positive divisor of `number`, ascending: the legal values of a degree that must divide it."""
+    return [d for d in range(1, number + 1) if number % d == 0]
