@@ -1,0 +1,64 @@
+"""Grouped-query attention of iRoPE layers: rotary and chunked, or without position and with query temperature.
+
+Shapes: B batch, T sequence, D model width, H query heads, G key/value heads, K head width, N blocks of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import LayerConfig, ModelConfig, QKNorm
+from model.context import AttentionPlan, SequenceContext, blocks
+from model.layers import Linear, rms_normalise
+from model.roles import Role
+from model.rope import rotate
+from precision.backend import GemmBackend
+
+
+class Attention(nn.Module):
+    """Query, key, value and output projections around `attend`; head j reads key/value head j // (H / G)."""
+
+    def __init__(self, model: ModelConfig, layer: LayerConfig, gemm: GemmBackend) -> None:
+        super().__init__()
+        self.model, self.layer = model, layer
+        inner, shared = model.heads * model.head_width, model.kv_heads * model.head_width
+        self.query = Linear(model.width, inner, Role.query, gemm)
+        self.key = Linear(model.width, shared, Role.key, gemm)
+        self.value = Linear(model.width, shared, Role.value, gemm)
+        self.output = Linear(inner, model.width, Role.attention_output, gemm)
+
+    def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+        heads = (-1, self.model.head_width)
+        q_BTHK = self.query(x_BTD).unflatten(-1, heads)
+        k_BTGK = self.key(x_BTD).unflatten(-1, heads)
+        v_BTGK = self.value(x_BTD).unflatten(-1, heads)
+        if self.layer.rope:
+            turn = context.rotation(self.model, self.layer, q_BTHK.dtype)
+            q_BTHK, k_BTGK = rotate(q_BTHK, turn), rotate(k_BTGK, turn)
+        if self.layer.qk_norm is QKNorm.weightless:
+            q_BTHK, k_BTGK = (rms_normalise(x, self.model.norm_eps) for x in (q_BTHK, k_BTGK))
+        if self.layer.temperature:
+            q_BTHK = (q_BTHK * context.temperature(self.model)).to(q_BTHK.dtype)
+        y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context.plan(self.layer.chunk))
+        return self.output(y_BTHK.flatten(-2))
+
+
+def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: AttentionPlan) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v as `plan` says; returns [B, T, H, K]. Memory is linear in T for blocked plans."""
+    if plan.block is None:
+        return _dot_product(q_BTHK, k_BTGK, v_BTGK, plan.mask)
+    batch, length = q_BTHK.shape[:2]
+    q, k, v = (blocks(x, plan.block) for x in (q_BTHK, k_BTGK, v_BTGK))
+    if plan.halo:
+        k, v = (torch.cat([F.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], dim=2) for x in (k, v))
+    y = _dot_product(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), plan.mask)
+    return y.unflatten(0, (batch, -1)).flatten(1, 2)[:, :length]
+
+
+def _dot_product(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return y.transpose(1, 2)

@@ -1,0 +1,209 @@
+"""The shape of a model. Sugar (`moe_every`, `nope_every`, ...) only builds the explicit list of layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from core.errors import ConfigError, divisors
+
+
+class FeedForward(Enum):
+    dense = "dense"
+    moe = "moe"
+
+
+class QKNorm(Enum):
+    none = "none"
+    weightless = "weightless"
+    """Llama 4: root-mean-square over the head, after the rotation, no gain."""
+
+
+class Score(Enum):
+    sigmoid = "sigmoid"
+    softmax = "softmax"
+
+
+class WeightsOn(Enum):
+    """Whether a routing weight scales the expert's input (Llama 4: it acts through the SiLU) or its output."""
+
+    input = "input"
+    output = "output"
+
+
+class AuxScope(Enum):
+    """Over which tokens the load in the balancing loss is counted.
+
+    `sequence`: each row by itself, exact under every layout. `whole`: the whole last step's batch, frozen (a pipeline
+    has no other at its first backward pass). `micro`: each micro-batch, so it depends on how the batch is cut.
+    """
+
+    sequence = "sequence"
+    whole = "whole"
+    micro = "micro"
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One transformer layer, explicitly."""
+
+    feed_forward: FeedForward = FeedForward.dense
+    rope: bool = True
+    chunk: int | None = None
+    """Attention stays within chunks of this many positions, counted from the document's start. None: full causal."""
+    temperature: bool = False
+    qk_norm: QKNorm = QKNorm.none
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling: long wavelengths are stretched by `factor`, short ones kept, a blend between."""
+
+    factor: float = 16.0
+    low: float = 1.0
+    high: float = 1.0
+    original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or self.low <= 0 or self.high < self.low:
+            raise ConfigError("factor", self.factor, "needs factor >= 1 and 0 < low <= high")
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How tokens choose experts. The defaults are Llama 4's."""
+
+    top_k: int = 1
+    score: Score = Score.sigmoid
+    renormalise: bool = False
+    scale: float = 1.0
+    weights_on: WeightsOn = WeightsOn.input
+    force_balanced: bool = False
+    """Tokens go to experts in turn, whatever the router says: for benchmarks only."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ConfigError("top_k", self.top_k, "a token needs at least one expert", [1, 2])
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """What keeps the experts' loads even. Any subset; a coefficient of 0 switches its term off.
+
+    `bias_rate`: selection bias without auxiliary loss (Wang et al. 2024, arXiv 2408.15664): after each step an expert's
+    bias moves by this much against its load's deviation from the mean. `aux`: E * sum_e load_e * probability_e, mean
+    over tokens (Fedus et al. 2021, section 2.2). `z`: squared log-sum-exp of the logits, mean over tokens (Zoph et al.
+    2022, section 3.1).
+    """
+
+    bias_rate: float = 0.0
+    aux: float = 0.0
+    aux_scope: AuxScope = AuxScope.sequence
+    z: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("bias_rate", "aux", "z"):
+            if getattr(self, key) < 0:
+                raise ConfigError(key, getattr(self, key), "must not be negative", [0])
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Initial weights: normal with `std`, or `std / sqrt(fan_in)` where `fan_in` is set.
+
+    `embedding_std` and `head_std` stand by themselves (None: `std`); `depth_scaled` divides what is written to the
+    residual stream by sqrt(2 * layers) (Radford et al. 2019, section 2.3).
+    """
+
+    std: float = 0.02
+    fan_in: bool = False
+    embedding_std: float | None = None
+    head_std: float | None = None
+    depth_scaled: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of Llama 4's kind. Widths are in elements, `chunk` and temperature's `floor` in positions."""
+
+    vocab_size: int = 202048
+    width: int = 5120
+    layers: int = 48
+    heads: int = 40
+    kv_heads: int = 8
+    head_width: int = 128
+    dense_width: int = 16384
+    expert_width: int = 8192
+    shared_width: int | None = None
+    """Width of the shared expert; None: as wide as a routed one; 0: none."""
+    experts: int = 16
+    moe_every: int = 1
+    """Layers whose (index + 1) is a multiple of this are mixtures of experts; 0: none."""
+    nope_every: int = 4
+    """Layers whose (index + 1) is a multiple of this have no rotary position and see the whole document; 0: none."""
+    chunk: int | None = 8192
+    qk_norm: QKNorm = QKNorm.weightless
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    temperature: bool = True
+    """NoPE layers scale their queries by 1 + temperature_scale * ln(1 + floor((p + 1) / temperature_floor))."""
+    temperature_floor: float = 8192.0
+    temperature_scale: float = 0.1
+    norm_eps: float = 1e-5
+    router: RouterConfig = field(default_factory=RouterConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    layer_list: list[LayerConfig] | None = None
+    """The layers one by one. None: built from the sugar above."""
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "dense_width", "expert_width"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must be positive")
+        if self.heads % self.kv_heads:
+            legal = divisors(self.heads)
+            raise ConfigError("kv_heads", self.kv_heads, f"must divide the {self.heads} query heads", legal)
+        if self.head_width % 2:
+            raise ConfigError("head_width", self.head_width, "must be even: the rotation works on pairs")
+        for key in ("moe_every", "nope_every"):
+            if getattr(self, key) < 0:
+                raise ConfigError(key, getattr(self, key), "must not be negative; 0 switches it off")
+        if self.chunk is not None and self.chunk < 1:
+            raise ConfigError("chunk", self.chunk, "must be positive, or null for full attention in every layer")
+        if self.layer_list is not None and len(self.layer_list) != self.layers:
+            reason = f"names {len(self.layer_list)} layers but model.layers is {self.layers}"
+            raise ConfigError("layer_list", None, reason)
+        if any(layer.feed_forward is FeedForward.moe for layer in self.blocks):
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.experts < 2:
+            raise ConfigError("experts", self.experts, "a mixture needs at least 2; moe_every=0 makes every layer dense")
+        if self.router.top_k > self.experts:
+            raise ConfigError("router.top_k", self.router.top_k, f"must not exceed the {self.experts} experts")
+        if self.width % 8 or self.expert_width % 8:
+            # 16-byte rows are what the grouped product's kernels need in bfloat16
+            key = "width" if self.width % 8 else "expert_width"
+            raise ConfigError(key, getattr(self, key), "must be a multiple of 8 for the grouped product")
+
+    @property
+    def blocks(self) -> list[LayerConfig]:
+        """The explicit list of layers."""
+        if self.layer_list is not None:
+            return self.layer_list
+        return [self._layer(i) for i in range(self.layers)]
+
+    @property
+    def shared_expert_width(self) -> int:
+        return self.expert_width if self.shared_width is None else self.shared_width
+
+    def _layer(self, index: int) -> LayerConfig:
+        nope = self.nope_every > 0 and (index + 1) % self.nope_every == 0
+        moe = self.moe_every > 0 and (index + 1) % self.moe_every == 0
+        return LayerConfig(
+            feed_forward=FeedForward.moe if moe else FeedForward.dense,
+            rope=not nope,
+            chunk=None if nope else self.chunk,
+            temperature=nope and self.temperature,
+            qk_norm=QKNorm.none if nope else self.qk_norm,
+        )

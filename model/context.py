@@ -1,0 +1,109 @@
+"""What a forward pass knows of its rows beside the tokens: positions, which keys a query may see, rotations.
+
+Everything here is computed once per batch and shared by all layers. Which of the three forms of attention applies is
+decided from the positions on the host, so that no layer asks the device.
+
+Shapes: B batch, T sequence, K head width, C chunk, N blocks of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import LayerConfig, ModelConfig
+from model.rope import frequencies, rotation
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How one kind of layer attends.
+
+    The row is cut into blocks of `block` positions (None: the whole row is one). Queries see their own block and, with
+    `halo`, the one before it (a chunk of a document that starts inside a block reaches back there). `mask` [B*N, 1,
+    queries, keys] says which pairs count; without one attention is causal within the block.
+    """
+
+    block: int | None = None
+    halo: bool = False
+    mask: Tensor | None = None
+
+
+class SequenceContext:
+    """Positions of a batch and, made when first asked for, the plans and rotations that layers share.
+
+    `positions_BT` (int64) restart at 0 with each document; a row may begin inside a document, at position 0.
+    `routed_tokens` is the global number of tokens of this optimizer step, the divisor of every balancing term; without
+    it balancing terms are refused. Pass positions that are still on the host, and the device the model is on.
+    """
+
+    def __init__(
+        self, positions_BT: Tensor, device: torch.device | None = None, routed_tokens: Tensor | float | None = None
+    ) -> None:
+        self._host_positions = positions_BT.cpu()
+        self.positions_BT = positions_BT.to(device) if device is not None else positions_BT
+        self.routed_tokens = routed_tokens
+        self._plans: dict[int | None, AttentionPlan] = {}
+        self._rotations: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self._temperature: Tensor | None = None
+
+    def plan(self, chunk: int | None) -> AttentionPlan:
+        """The attention of layers with this chunk (None: full causal within the document)."""
+        if chunk not in self._plans:
+            self._plans[chunk] = self._make_plan(chunk)
+        return self._plans[chunk]
+
+    def rotation(self, model: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> Tensor:
+        """[B, T, 1, K/2] complex. A chunked layer never looks past its chunk, so its angles start anew there: equal
+        scores, and no loss of precision at positions in the millions.
+        """
+        key = (layer.chunk, dtype)
+        if key not in self._rotations:
+            positions = self.positions_BT if layer.chunk is None else self.positions_BT % layer.chunk
+            table = frequencies(model.head_width, model.rope_theta, model.rope_scaling)
+            self._rotations[key] = rotation(positions, table, dtype)
+        return self._rotations[key]
+
+    def temperature(self, model: ModelConfig) -> Tensor:
+        """Scale of NoPE queries [B, T, 1, 1], float32: 1 + scale * ln(1 + floor((p + 1) / floor))."""
+        if self._temperature is None:
+            steps = torch.floor((self.positions_BT + 1).double() / model.temperature_floor)
+            scale = 1 + model.temperature_scale * torch.log1p(steps)
+            self._temperature = scale.float()[:, :, None, None]
+        return self._temperature
+
+    def _make_plan(self, chunk: int | None) -> AttentionPlan:
+        length = self._host_positions.shape[1]
+        starts = self._host_positions == 0 if chunk is None else self._host_positions % chunk == 0
+        if chunk is None or chunk >= length:
+            single = not bool(starts[:, 1:].any())
+            return AttentionPlan() if single else AttentionPlan(mask=self._whole_mask(starts))
+        on_grid = torch.arange(length) % chunk == 0
+        if bool((starts == on_grid).all()):
+            return AttentionPlan(block=chunk)
+        return AttentionPlan(block=chunk, halo=True, mask=self._halo_mask(starts, chunk))
+
+    def _whole_mask(self, starts_BT: Tensor) -> Tensor:
+        segments_BT = starts_BT.to(self.positions_BT.device).cumsum(1)
+        same = segments_BT[:, :, None] == segments_BT[:, None, :]
+        return same.tril()[:, None]
+
+    def _halo_mask(self, starts_BT: Tensor, block: int) -> Tensor:
+        """A segment is at most one chunk long, so a query's keys lie in its own block or the one before."""
+        segments_BT = starts_BT.to(self.positions_BT.device).cumsum(1)
+        queries = blocks(segments_BT, block, fill=-1)
+        before = blocks(segments_BT, block, fill=-1).roll(1, dims=1)
+        before[:, 0] = -2
+        keys = torch.cat([before, queries], dim=2)
+        order = torch.arange(2 * block, device=keys.device) <= torch.arange(block, 2 * block, device=keys.device)[:, None]
+        return ((queries[..., :, None] == keys[..., None, :]) & order).flatten(0, 1)[:, None]
+
+
+def blocks(x_BT: Tensor, block: int, fill: float = 0) -> Tensor:
+    """Cut dimension 1 into blocks, padding the last one: [B, T, ...] -> [B, N, block, ...]."""
+    missing = -x_BT.shape[1] % block
+    if missing:
+        x_BT = torch.cat([x_BT, x_BT.new_full((x_BT.shape[0], missing, *x_BT.shape[2:]), fill)], dim=1)
+    return x_BT.unflatten(1, (-1, block))

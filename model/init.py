@@ -1,0 +1,101 @@
+"""Initial weights as a pure function of (seed, parameter name, logical index).
+
+Each element's value is a hash of where it stands in the whole tensor, so any rank can make exactly its own slice and
+every layout starts from the same model. Two hashes give two uniforms, and Box-Muller makes them normal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.balance import Balance
+from model.config import InitConfig, ModelConfig
+from model.roles import ParameterInfo, Role, registry
+
+_BLOCK = 1 << 22
+"""Elements made at a time: bounds the scratch memory of a large slice to some hundred megabytes."""
+
+
+def standard_deviation(info: ParameterInfo, model: ModelConfig) -> float:
+    """Spread of the initial values of this parameter; norms start at 1 and are not asked."""
+    config: InitConfig = model.init
+    if info.role is Role.embedding and config.embedding_std is not None:
+        return config.embedding_std
+    if info.role is Role.head and config.head_std is not None:
+        return config.head_std
+    std = config.std / math.sqrt(info.fan_in) if config.fan_in else config.std
+    if config.depth_scaled and info.role.writes_residual:
+        std /= math.sqrt(2 * model.layers)
+    return std
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, model: ModelConfig, seed: int) -> None:
+    """Fill every parameter of an unwrapped model and reset its balancing state."""
+    for name, info in registry(module).items():
+        parameter = module.get_parameter(name)
+        parameter.copy_(initial_slice(info, model, seed, [0] * parameter.dim(), parameter.shape, parameter.device))
+    reset_buffers(module)
+
+
+def reset_buffers(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, Balance):
+            part.reset()
+
+
+def initial_slice(
+    info: ParameterInfo,
+    model: ModelConfig,
+    seed: int,
+    offset: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """The block of `info` that begins at `offset` and has `shape`, float32 (float64 hashes, rounded once)."""
+    if info.role.is_norm:
+        return torch.ones(tuple(shape), device=device)
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{info.name}".encode()).digest()[:7], "little")
+    index = _logical_index(info.shape, offset, shape, device).flatten()
+    std = standard_deviation(info, model)
+    values = torch.empty(index.shape, device=device)
+    for start in range(0, len(index), _BLOCK):
+        values[start : start + _BLOCK] = _normal(index[start : start + _BLOCK], key).mul_(std)
+    return values.view(tuple(shape))
+
+
+def _logical_index(whole: Sequence[int], offset: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Position of each element of the block in the whole tensor, counted row by row, int64."""
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for size, start, length in zip(whole, offset, shape, strict=True):
+        index = index[..., None] * size + torch.arange(start, start + length, device=device)
+    return index
+
+
+def _normal(index: Tensor, key: int) -> Tensor:
+    """Standard normal values at these counters (Box & Muller 1958), float64."""
+    radius = torch.sqrt(-2 * torch.log(_uniform(2 * index, key)))
+    return radius * torch.cos(2 * math.pi * _uniform(2 * index + 1, key))
+
+
+def _uniform(counter: Tensor, key: int) -> Tensor:
+    """In (0, 1): the top 53 bits of SplitMix64 (Steele et al. 2014) of key and counter."""
+    z = (counter + key) * _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    z = z ^ _shift(z, 31)
+    return (_shift(z, 11).double() + 0.5) * 2.0**-53
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical shift right; int64's own shift keeps the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

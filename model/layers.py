@@ -1,0 +1,85 @@
+"""Linear and GroupedLinear own parameters and their roles; the product belongs to a GEMM backend.
+
+Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.roles import Role
+from precision.backend import GemmBackend
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; weight [F, D]."""
+
+    def __init__(self, in_width: int, out_width: int, role: Role, gemm: GemmBackend) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_width, in_width))
+        self.roles = {"weight": role}
+        self.gemm = gemm
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.gemm.linear(x_TD, self.weight)
+
+
+class GroupedLinear(nn.Module):
+    """One matrix per expert, weight [E, F, D]; rows come sorted by expert."""
+
+    def __init__(self, experts: int, in_width: int, out_width: int, role: Role, gemm: GemmBackend) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, out_width, in_width))
+        self.roles = {"weight": role}
+        self.gemm = gemm
+
+    def forward(self, x_CD: Tensor, counts_E: Tensor) -> Tensor:
+        return self.gemm.grouped_linear(x_CD, self.weight, counts_E)
+
+
+class Embedding(nn.Module):
+    """Rows of a table; weight [V, D]."""
+
+    def __init__(self, vocab_size: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.roles = {"weight": Role.embedding}
+        self.dtype = dtype
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.weight).to(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), normalised in at least float32, cast back, then times the gain (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float, role: Role) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.roles = {"weight": role}
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_normalise(x, self.eps) * self.weight.to(x.dtype)
+
+
+def rms_normalise(x: Tensor, eps: float) -> Tensor:
+    """Weightless RMS norm over the last dimension, in at least float32, returned in the format of `x`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.rms_norm(wide, (x.shape[-1],), None, eps).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): the dense feed-forward layer and the shared expert (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int, roles: tuple[Role, Role, Role], gemm: GemmBackend) -> None:
+        super().__init__()
+        gate, up, down = roles
+        self.gate = Linear(width, hidden, gate, gemm)
+        self.up = Linear(width, hidden, up, gemm)
+        self.down = Linear(hidden, width, down, gemm)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
