@@ -40,7 +40,7 @@ class Attention(nn.Module):
         if self.layer.qk_norm is QKNorm.weightless:
             q_BTHK, k_BTGK = (rms_normalise(x, self.model.norm_eps) for x in (q_BTHK, k_BTGK))
         if self.layer.temperature:
-            q_BTHK = (q_BTHK * context.temperature(self.model)).to(q_BTHK.dtype)
+            q_BTHK = (q_BTHK * context.temperature(self.model, q_BTHK.dtype)).to(q_BTHK.dtype)
         y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context.plan(self.layer.chunk))
         return self.output(y_BTHK.flatten(-2))
 

@@ -105,7 +105,7 @@ def _load(counts_BE: Tensor, balance: Balance) -> Tensor:
     if balance.config.aux_scope is AuxScope.whole:
         return balance.load_E[None]
     counts = counts_BE if balance.config.aux_scope is AuxScope.sequence else counts_BE.sum(0, keepdim=True)
-    return counts * counts.shape[1] / counts.sum(1, keepdim=True)
+    return counts.double() * counts.shape[1] / counts.sum(1, keepdim=True)
 
 
 def _aux(logits_BTE: Tensor, load_BE: Tensor, score: Score) -> tuple[Tensor, Tensor]:

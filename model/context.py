@@ -47,7 +47,7 @@ class SequenceContext:
         self.routed_tokens = routed_tokens
         self._plans: dict[int | None, AttentionPlan] = {}
         self._rotations: dict[tuple[int | None, torch.dtype], Tensor] = {}
-        self._temperature: Tensor | None = None
+        self._temperature: Tensor | None = None  # float64, cast where it is used
 
     def plan(self, chunk: int | None) -> AttentionPlan:
         """The attention of layers with this chunk (None: full causal within the document)."""
@@ -66,13 +66,12 @@ class SequenceContext:
             self._rotations[key] = rotation(positions, table, dtype)
         return self._rotations[key]
 
-    def temperature(self, model: ModelConfig) -> Tensor:
-        """Scale of NoPE queries [B, T, 1, 1], float32: 1 + scale * ln(1 + floor((p + 1) / floor))."""
+    def temperature(self, model: ModelConfig, dtype: torch.dtype) -> Tensor:
+        """Scale of NoPE queries [B, T, 1, 1], in at least float32: 1 + scale * ln(1 + floor((p + 1) / floor))."""
         if self._temperature is None:
             steps = torch.floor((self.positions_BT + 1).double() / model.temperature_floor)
-            scale = 1 + model.temperature_scale * torch.log1p(steps)
-            self._temperature = scale.float()[:, :, None, None]
-        return self._temperature
+            self._temperature = (1 + model.temperature_scale * torch.log1p(steps))[:, :, None, None]
+        return self._temperature.to(torch.promote_types(dtype, torch.float32))
 
     def _make_plan(self, chunk: int | None) -> AttentionPlan:
         length = self._host_positions.shape[1]

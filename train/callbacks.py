@@ -1,0 +1,261 @@
+"""What happens around the steps: logging, evaluation, saving, profiling, the closing summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from core.config import plain
+from core.errors import ConfigError
+from core.files import write_json
+from data.ngrams import NgramBaseline
+from model.flops import count_parameters, training_flops
+from train.evaluate import HeldOut, held_out_batches, held_out_loss
+from train.metrics import MetricsWriter, Throughput, expert_load, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from train.trainer import StepMetrics, Trainer
+
+
+class Callback:
+    """Called on every rank, so that it may use collectives. `after_step` gets the number of steps done."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def before_step(self, step: int) -> None:
+        pass
+
+    def after_step(self, steps: int, metrics: StepMetrics) -> None:
+        pass
+
+    def at_end(self) -> None:
+        pass
+
+
+def make(trainer: Trainer) -> Sequence[Callback]:
+    """The callbacks of a run in their order: the summary comes last and sees what the others left."""
+    logging, evaluation = Logging(trainer), Evaluation(trainer)
+    found: list[Callback] = [logging, evaluation, Saving(trainer)]
+    if trainer.config.profile.steps:
+        found.append(Profiling(trainer))
+    found.append(Summary(trainer, logging, evaluation))
+    return found
+
+
+class Logging(Callback):
+    """Reads the tensors, writes a line, and refuses to go on from a loss that is no number."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        config, world = trainer.config, trainer.world
+        self.throughput = Throughput(config.model, world.device, world.size)
+        self.writer: MetricsWriter | None = None
+        if world.is_main:
+            self.writer = MetricsWriter(trainer.directory.metrics, config.logging, plain(config), trainer.log)
+        self.last_loss: float | None = None
+        self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
+        self._begin = (self._clock, trainer.step)
+
+    def after_step(self, steps: int, metrics: StepMetrics) -> None:
+        trainer = self.trainer
+        if steps % trainer.config.logging.every and steps != trainer.steps:
+            return
+        from train.trainer import finite
+
+        self.last_loss = metrics.loss.item()
+        finite(self.last_loss, steps)
+        now = time.perf_counter()
+        seconds = now - self._clock - (trainer.paused_s - self._paused)
+        self.throughput.add(seconds, metrics.tokens - self._tokens)
+        self._clock, self._paused, self._tokens = now, trainer.paused_s, metrics.tokens
+        line = self._line(steps, metrics)
+        trainer.log(self._text(line, now))
+        if self.writer is not None:
+            self.writer.write(line)
+
+    def at_end(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def _line(self, steps: int, metrics: StepMetrics) -> dict[str, Any]:
+        trainer = self.trainer
+        phase = trainer.phase(steps - 1)
+        rate, mfu = self.throughput.read(phase.context)
+        line: dict[str, Any] = {
+            "step": steps,
+            "tokens": metrics.tokens,
+            "loss": self.last_loss,
+            "learning_rate": metrics.learning_rate,
+            "gradient_norm": metrics.gradient_norm.item(),
+            "tokens_per_second": round(rate, 1),
+            "mfu": mfu,
+            "peak_memory_bytes": peak_memory_bytes(trainer.world.device),
+        }
+        if metrics.balance:
+            line["router_z"] = [round(z, 6) for z in metrics.balance["z"].tolist()]
+            line["aux_loss"] = [round(a, 6) for a in metrics.balance["aux"].tolist()]
+            line["expert_load"] = expert_load(metrics.balance["counts"])
+        return line
+
+    def _text(self, line: dict[str, Any], now: float) -> str:
+        steps, total = line["step"], self.trainer.steps
+        begin, first = self._begin
+        left = (now - begin) / max(1, steps - first) * (total - steps)
+        parts = [
+            f"step {steps:>{len(str(total))}}/{total}",
+            f"loss {line['loss']:.4f}",
+            f"lr {line['learning_rate']:.2e}",
+            f"|g| {line['gradient_norm']:.3f}",
+            f"{line['tokens_per_second']:,.0f} tok/s",
+        ]
+        if line["mfu"] is not None:
+            parts.append(f"MFU {line['mfu']:.1%}")
+        if "expert_load" in line:
+            busiest = max(layer["max_over_mean"] for layer in line["expert_load"])
+            dead = sum(layer["dead"] for layer in line["expert_load"])
+            parts.append(f"busiest expert {busiest:.1f}x" + (f", {dead} dead" if dead else ""))
+        parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        return "  ".join(parts)
+
+
+class Evaluation(Callback):
+    """Held-out loss every so often and at the end."""
+
+    result: HeldOut | None = None
+
+    def after_step(self, steps: int, metrics: StepMetrics) -> None:
+        every = self.trainer.config.evaluation.every
+        if every and steps % every == 0 and steps != self.trainer.steps:
+            self.measure()
+
+    def at_end(self) -> None:
+        self.measure()
+
+    def measure(self) -> None:
+        trainer = self.trainer
+        phase = trainer.phase(max(0, trainer.step - 1))
+        loader, rows = trainer.loaders[phase.name], trainer.config.evaluation.rows
+        with trainer.pause():
+            weights = {name: w for name, w in trainer.weights.items() if loader.held_out_rows(name)}
+            if not weights:
+                trainer.log("no held-out rows at this context: no held-out loss")
+                return
+            self.result = held_out_loss(
+                trainer.engine.model, loader, trainer.corpus, rows, phase.micro_batch, weights, trainer.world
+            )
+        parts = [f"{name} {found.loss:.3f}" for name, found in self.result.sources.items()]
+        trainer.log(
+            f"held-out loss {self.result.loss:.4f} nats/token, {self.result.bits_per_byte:.3f} bits/byte"
+            f" ({', '.join(parts)})"
+        )
+
+
+class Saving(Callback):
+    def after_step(self, steps: int, metrics: StepMetrics) -> None:
+        every = self.trainer.config.checkpoint.every
+        if every and steps % every == 0 and steps != self.trainer.steps:
+            with self.trainer.pause():
+                self.trainer.save()
+
+    def at_end(self) -> None:
+        if self.trainer.step and not self.trainer.checkpointer.has(self.trainer.step):
+            self.trainer.save()
+        self.trainer.checkpointer.wait()
+
+
+class Profiling(Callback):
+    """A trace of chosen steps for chrome://tracing or Perfetto and a table of operators by memory; on a GPU, if asked
+    for, PyTorch's memory snapshot for pytorch.org/memory_viz. One file set per step, from rank 0.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.directory = trainer.directory.path / "profile"
+        self.cuda = trainer.world.device.type == "cuda"
+        if trainer.config.profile.memory and not self.cuda:
+            raise ConfigError("profile.memory", True, "memory snapshots need a GPU; the trace has CPU memory", [False])
+        self._profiler: torch.profiler.profile | None = None
+
+    def before_step(self, step: int) -> None:
+        if not self.trainer.world.is_main or step not in self.trainer.config.profile.steps:
+            return
+        self.directory.mkdir(exist_ok=True)
+        if self.trainer.config.profile.memory:
+            torch.cuda.memory._record_memory_history()
+        self._profiler = torch.profiler.profile(profile_memory=True, record_shapes=True)
+        self._profiler.start()
+
+    def after_step(self, steps: int, metrics: StepMetrics) -> None:
+        if self._profiler is None:
+            return
+        if self.cuda:
+            torch.cuda.synchronize()
+        self._profiler.stop()
+        base = str(self.directory / f"step-{steps - 1:08d}")
+        self._profiler.export_chrome_trace(f"{base}.trace.json")
+        order = "self_cuda_memory_usage" if self.cuda else "self_cpu_memory_usage"
+        Path(f"{base}.memory.txt").write_text(self._profiler.key_averages().table(sort_by=order, row_limit=40))
+        if self.trainer.config.profile.memory:
+            torch.cuda.memory._dump_snapshot(f"{base}.snapshot.pickle")
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self._profiler = None
+
+
+class Summary(Callback):
+    """The closing figures, in summary.json and in the terminal; the last line names the run."""
+
+    def __init__(self, trainer: Trainer, logging: Logging, evaluation: Evaluation) -> None:
+        super().__init__(trainer)
+        self.logging, self.evaluation = logging, evaluation
+
+    def at_end(self) -> None:
+        trainer = self.trainer
+        if trainer.world.is_main:
+            summary = self.summary()
+            write_json(trainer.directory.path / "summary.json", summary)
+        trainer.log(f"run: {trainer.directory.path}")
+
+    def summary(self) -> dict[str, Any]:
+        trainer, config = self.trainer, self.trainer.config
+        parameters, held_out = count_parameters(config.model), self.evaluation.result
+        flops = training_flops(config.model, trainer.phases[-1].context)
+        summary: dict[str, Any] = {
+            "steps": trainer.step,
+            "tokens": trainer.tokens,
+            "train_loss": self.logging.last_loss,
+            "heldout_loss": held_out.loss if held_out else None,
+            "unigram_loss": None,
+            "bigram_loss": None,
+            "tokens_per_second": round(self.logging.throughput.mean, 1),
+            "peak_memory_bytes": peak_memory_bytes(trainer.world.device),
+            "total_parameters": parameters.total,
+            "active_parameters": parameters.active,
+            "flops_per_token": flops.total,
+            "world_size": trainer.world.size,
+            "heldout": held_out.plain() if held_out else None,
+            "corpus": trainer.corpus.fingerprint,
+        }
+        if config.evaluation.baselines and held_out:
+            summary |= self._baselines(list(held_out.sources))
+        return summary
+
+    def _baselines(self, sources: list[str]) -> dict[str, Any]:
+        """Unigram and bigram models of the very tokens consumed, on the very held-out tokens of the model."""
+        trainer = self.trainer
+        baseline = NgramBaseline()
+        for step in range(trainer.step):
+            phase = trainer.phase(step)
+            batch = trainer.loaders[phase.name].batch(step - phase.start)
+            baseline.add(batch.tokens_BT, batch.labels_BT)
+        phase = trainer.phase(trainer.step - 1)
+        loader, rows = trainer.loaders[phase.name], trainer.config.evaluation.rows
+        held_out = {s: list(held_out_batches(loader, s, rows, phase.micro_batch)) for s in sources}
+        found = baseline.evaluate(held_out, {s: trainer.weights[s] for s in sources})
+        trainer.log(f"unigram {found['unigram_loss']:.4f} (add {found['unigram_constant']:g}), "
+                    f"bigram {found['bigram_loss']:.4f} (smoothed by {found['bigram_constant']:g})")
+        return found

@@ -1,0 +1,218 @@
+"""Checkpoints: torch.distributed.checkpoint under global names, committed by a marker that is written last.
+
+A checkpoint is a directory `step-00000100`: one data file or more per rank, DCP's `.metadata`, `progress.json` and, once
+everything is on the disk, `COMMITTED` with the size and SHA-256 of every other file. A directory without the marker is
+half-written and never read. Tensors are keyed `model.NAME` and `optimizer.NAME.MOMENT`, so any layout loads any other's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+
+from core.errors import CheckpointError
+from core.files import read_json, sha256_file, write_json
+from parallel.world import World
+from train.optimizer import prime
+
+MARKER = "COMMITTED"
+PROGRESS = "progress.json"
+_DIGESTS = ".digests"
+
+
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Everything a run must keep, by global name, sharing storage with the model and the optimizer."""
+    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if optimizer is not None:
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                found[f"optimizer.{names[parameter]}.{key}"] = value
+    return found
+
+
+class CommittedWriter(dcp.FileSystemWriter):
+    """DCP's writer with digests: each rank hashes what it wrote, and the coordinator, which DCP tells when all have
+    finished, writes the marker last. Ranks hand their digests over through the directory itself.
+    """
+
+    def __init__(self, path: Path, progress: dict[str, Any]) -> None:
+        super().__init__(path, single_file_per_rank=True, sync_files=True, overwrite=True)
+        self.directory, self.progress = Path(path), progress
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        written = super().write_data(plan, planner)
+        results = written.wait()
+        names = sorted({result.storage_data.relative_path for result in results})
+        digests = {name: _digest(self.directory / name) for name in names}
+        owner = dist.get_rank() if dist.is_initialized() else 0
+        (self.directory / _DIGESTS).mkdir(exist_ok=True)
+        write_json(self.directory / _DIGESTS / f"{owner}.json", digests)
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        files: dict[str, Any] = {}
+        for path in sorted((self.directory / _DIGESTS).glob("*.json")):
+            files |= read_json(path)
+        write_json(self.directory / PROGRESS, self.progress)
+        for name in (".metadata", PROGRESS):
+            files[name] = _digest(self.directory / name)
+        shutil.rmtree(self.directory / _DIGESTS)
+        write_json(self.directory / MARKER, {"format": 1, "files": files})
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A committed checkpoint on disk."""
+
+    path: Path
+    step: int
+
+
+class Checkpointer:
+    """Saves and finds the checkpoints of one run."""
+
+    def __init__(
+        self, directory: Path, world: World, keep: int, asynchronous: bool, report: Callable[[str], None]
+    ) -> None:
+        self.directory, self.world, self.keep = directory, world, keep
+        self.asynchronous, self.report = asynchronous, report
+        self._pending: tuple[Path, Future[Any]] | None = None
+        # saving in the background must not share a communicator with the step
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+
+    def save(self, step: int, state: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        """Write `state` after `step` steps; returns as soon as it has been copied where saving is asynchronous.
+
+        A failure to write (a full disk) is reported and the run goes on with its older checkpoints.
+        """
+        self.wait()
+        path = self.directory / f"step-{step:08d}"
+        if self.world.is_main and path.exists():
+            shutil.rmtree(path)  # what a killed or corrupt save left
+        if self.world.size > 1:
+            dist.barrier(group=self._group)
+        writer = CommittedWriter(path, {"step": step, **progress})
+        options: dict[str, Any] = {"storage_writer": writer, "process_group": self._group}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*torch.distributed.*")
+                path.mkdir(parents=True, exist_ok=True)
+                if self.asynchronous:
+                    self._pending = (path, dcp.async_save(state, **options))
+                    return
+                dcp.save(state, **options)
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            self._failed(path, error)
+        else:
+            self._prune()
+
+    def wait(self) -> None:
+        """Block until the save under way, if any, is committed or has failed."""
+        if self._pending is None:
+            return
+        (path, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            self._failed(path, error)
+        else:
+            self._prune()
+
+    def has(self, step: int) -> bool:
+        """Whether a checkpoint of this step is committed or being written."""
+        path = self.directory / f"step-{step:08d}"
+        return (path / MARKER).exists() or (self._pending is not None and self._pending[0] == path)
+
+    def latest(self) -> Found | None:
+        """The newest committed checkpoint whose files are what their digests say; the same on every rank.
+
+        One that is not is reported and the next older one is tried. Raises `CheckpointError` where there are
+        committed checkpoints but none is whole.
+        """
+        committed = self.world.from_main(lambda: committed_checkpoints(self.directory))
+        for found in reversed(committed):
+            wrong = problems(found.path, self.world.rank, self.world.size)
+            if not self.world.any(bool(wrong)):
+                return found
+            self.report(f"checkpoint {found.path.name} is damaged{': ' + wrong[0] if wrong else ''}; trying the one before")
+        if committed:
+            raise CheckpointError(f"no checkpoint in {self.directory} is whole: remove the directory to start anew")
+        return None
+
+    def _failed(self, path: Path, error: BaseException) -> None:
+        if self.world.is_main:
+            shutil.rmtree(path, ignore_errors=True)
+        self.report(f"could not save {path.name}, going on without it: {_root_cause(error)}")
+
+    def _prune(self) -> None:
+        if self.world.is_main:
+            for found in committed_checkpoints(self.directory)[: -self.keep]:
+                (found.path / MARKER).unlink()  # first, so that a half-removed one is never taken for whole
+                shutil.rmtree(found.path)
+
+
+def committed_checkpoints(directory: Path) -> list[Found]:
+    """Checkpoints that carry the marker, oldest first."""
+    paths = sorted(path.parent for path in directory.glob(f"step-*/{MARKER}"))
+    return [Found(path, int(path.name.removeprefix("step-"))) for path in paths]
+
+
+def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with every `parts`-th file of a committed checkpoint; empty where all is well."""
+    try:
+        files = read_json(checkpoint / MARKER)["files"]
+    except (json.JSONDecodeError, KeyError) as error:
+        return [f"{MARKER} is unreadable ({error})"]
+    wrong = []
+    for name in sorted(files)[part::parts]:
+        path, wanted = checkpoint / name, files[name]
+        if not path.exists():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != wanted["bytes"]:
+            wrong.append(f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}")
+        elif sha256_file(path) != wanted["sha256"]:
+            wrong.append(f"{name} does not match its SHA-256")
+    return wrong
+
+
+def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Read a checkpoint into the model and the optimizer, in place; returns its progress."""
+    if optimizer is not None:
+        prime(optimizer)
+    state = tensors(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed.*")
+        dcp.load(state, storage_reader=dcp.FileSystemReader(found.path))
+    return read_json(found.path / PROGRESS)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The operating system's own words, from below DCP's wrapping."""
+    if isinstance(error, dcp.CheckpointException):
+        inner = next(iter(error.failures.values()))[0]
+        return _root_cause(inner)
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    cause = error.__cause__ or error.__context__
+    return _root_cause(cause) if cause is not None else str(error).strip().splitlines()[0]

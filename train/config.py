@@ -1,0 +1,188 @@
+"""The configuration of a run, and the checks that need more than one component."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+from core.errors import ConfigError
+from data.config import DataConfig
+from model.config import ModelConfig
+from parallel.layout import ParallelConfig
+from precision.backend import PrecisionConfig
+from train.learning_rate import ScheduleConfig
+from train.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run's directory is: `root/name`. A name makes it resumable; null takes the time of the start."""
+
+    root: str = "runs"
+    name: str | None = None
+    seed: int = 0
+    resume: bool = True
+    """Go on where the directory's last committed checkpoint stands; false: refuse a directory that holds a run."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The first stretch of the run. `global_batch` and `micro_batch` count rows of `context` tokens; what a rank has of
+    the global batch beyond `micro_batch` rows is accumulated.
+    """
+
+    steps: int = 100
+    context: int = 256
+    global_batch: int = 8
+    micro_batch: int = 8
+    clip_norm: float | None = 1.0
+    """Global gradient norm above which gradients are scaled down; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "context", "global_batch", "micro_batch"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must be positive")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError("clip_norm", self.clip_norm, "must be positive, or null for no clipping")
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A stretch that follows the first one: null keeps what came before."""
+
+    name: str
+    steps: int
+    context: int | None = None
+    global_batch: int | None = None
+    micro_batch: int | None = None
+    weights: dict[str, float] | None = None
+    """Shares of the sources; null: as in data.sources."""
+    schedule: ScheduleConfig | None = None
+    """Learning rate within this phase; null: the run's schedule begins anew."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "context", "global_batch", "micro_batch"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(key, value, "must be positive")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss. `rows` per source of the run's context; `every` steps (0: only at the end)."""
+
+    every: int = 0
+    rows: int = 32
+    baselines: bool = False
+    """Fit a unigram and a bigram model on the very tokens that the run consumed, for comparison at the end."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint `every` steps (0: only at the end), the last `keep` of them kept."""
+
+    every: int = 0
+    keep: int = 2
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ConfigError("keep", self.keep, "must be at least 1, or no run could be resumed", [1, 2])
+
+
+class Wandb(Enum):
+    """`auto`: online where WANDB_API_KEY is set, offline otherwise."""
+
+    off = "off"
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    every: int = 10
+    wandb: Wandb = Wandb.off
+    project: str = "leviathan"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError("every", self.every, "must be positive")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Steps (counted from 0) of which a profiler trace and, on a GPU, a memory snapshot are kept."""
+
+    steps: list[int] = field(default_factory=list)
+    memory: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One whole run. `launch` is read by the launcher only."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    phases: list[PhaseConfig] = field(default_factory=list)
+    launch: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps [start, stop) with everything filled in."""
+
+    name: str
+    start: int
+    stop: int
+    context: int
+    global_batch: int
+    micro_batch: int
+    weights: dict[str, float] | None
+    schedule: ScheduleConfig
+
+    def learning_rate_factor(self, step: int) -> float:
+        return self.schedule.factor(step - self.start, self.stop - self.start)
+
+
+def phases(config: TrainConfig) -> list[Phase]:
+    """The run's stretches in order; the first comes from `training` and `schedule` and is called "main"."""
+    first = config.training
+    main = Phase(
+        "main", 0, first.steps, first.context, first.global_batch, first.micro_batch, None, config.schedule
+    )
+    found = [main]
+    for later in config.phases:
+        last = found[-1]
+        changed = {
+            key: value
+            for key in ("context", "global_batch", "micro_batch", "weights", "schedule")
+            if (value := getattr(later, key)) is not None
+        }
+        base = replace(last, name=later.name, start=last.stop, stop=last.stop + later.steps, weights=None)
+        found.append(replace(base, **changed))
+    return found
+
+
+def check(config: TrainConfig, world_size: int) -> None:
+    """What one component alone cannot see. Called before anything is built."""
+    names = [phase.name for phase in phases(config)]
+    if len(set(names)) != len(names):
+        raise ConfigError("phases", None, f"names must differ, and 'main' is the first stretch: {', '.join(names)}")
+    for phase in phases(config):
+        for source in phase.weights or {}:
+            if config.data.tokens is None and source not in config.data.sources:
+                reason = "no such source"
+                raise ConfigError(f"phases.{phase.name}.weights.{source}", None, reason, list(config.data.sources))
+        config.parallel.resolve(world_size).check_batch(phase.global_batch, phase.micro_batch, world_size)

@@ -1,0 +1,42 @@
+"""The corpus of a run, made or opened once and known to every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from core.errors import ConfigError
+from data.corpus import Corpus, open_corpus, prepare
+from parallel.world import World
+from train.config import TrainConfig
+
+
+def get_corpus(config: TrainConfig, world: World, report: Callable[[str], None]) -> Corpus:
+    """Rank 0 tokenises or finds the cache, the others open what it made; hashes are checked by all ranks together.
+
+    Raises `ConfigError` where the vocabulary does not fit the model.
+    """
+    directory = world.from_main(lambda: prepare(config.data, report).directory)
+    corpus = open_corpus(directory)
+    if config.data.verify:
+        corpus.verify(world.rank, world.size)
+    size = corpus.tokenizer.vocab_size
+    if size > config.model.vocab_size:
+        reason = f"the tokenizer has {size} ids; the model needs at least as many rows"
+        raise ConfigError("model.vocab_size", config.model.vocab_size, reason, [-(-size // 128) * 128])
+    return corpus
+
+
+def check_same_data(progress: dict[str, Any], corpus: Corpus) -> None:
+    """Refuse to go on with a corpus other than the one that the checkpoint was trained on."""
+    if progress["corpus"] != corpus.fingerprint:
+        reason = (
+            f"the corpus is not the one this run was trained on (now {corpus.fingerprint[:12]}, "
+            f"then {progress['corpus'][:12]}); restore the data, or name a new run (run.name)"
+        )
+        raise ConfigError("data", None, reason)
+
+
+def source_weights(config: TrainConfig, corpus: Corpus) -> dict[str, float]:
+    """Shares of the corpus's sources; those that the configuration does not describe count 1."""
+    return {name: config.data.sources[name].weight if name in config.data.sources else 1.0 for name in corpus.sources}

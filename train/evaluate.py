@@ -1,0 +1,129 @@
+"""Held-out loss per source, in nats per token and bits per byte; the verb `evaluate` does it for a finished run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.errors import CheckpointError, ConfigError
+from data.corpus import Corpus
+from data.loader import Batch, Loader
+from model.context import SequenceContext
+from model.transformer import Transformer
+from parallel.world import World, connect
+from train.loss import IGNORED, token_losses
+
+
+@dataclass(frozen=True)
+class SourceLoss:
+    """`loss` in nats per token over `tokens` labelled tokens; `bits_per_byte` of the text that those tokens spell."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Losses per source and their mean weighted by the sources' shares in training."""
+
+    loss: float
+    bits_per_byte: float
+    sources: dict[str, SourceLoss]
+
+    def plain(self) -> dict[str, object]:
+        return {"loss": self.loss, "bits_per_byte": self.bits_per_byte, "sources": {k: vars(v) for k, v in self.sources.items()}}
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Transformer, loader: Loader, corpus: Corpus, rows: int, micro_batch: int, weights: dict[str, float], world: World
+) -> HeldOut:
+    """The first `rows` rows of each source's held-out split, spread over the ranks in micro-batches of equal number."""
+    bytes_V = torch.from_numpy(corpus.tokenizer.token_bytes()).to(world.device)
+    model.eval()
+    found: dict[str, SourceLoss] = {}
+    for source in weights:
+        sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, tokens, bytes
+        for batch in _share(loader, source, rows, micro_batch, world):
+            sums += _sums(model, batch, bytes_V, world.device)
+        world.sum(sums)
+        nats, tokens, size = sums.tolist()
+        found[source] = SourceLoss(nats / max(tokens, 1), nats / max(size, 1) / math.log(2), int(tokens))
+    model.train()
+    total = sum(weights.values())
+    mean = sum(weights[s] * found[s].loss for s in weights) / total
+    bits = sum(weights[s] * found[s].bits_per_byte for s in weights) / total
+    return HeldOut(mean, bits, found)
+
+
+def held_out_batches(loader: Loader, source: str, rows: int, micro_batch: int) -> Iterator[Batch]:
+    """The first `rows` held-out rows of a source, or as many as there are."""
+    available = min(rows, loader.held_out_rows(source))
+    for start in range(0, available, micro_batch):
+        yield loader.held_out(source, start, min(start + micro_batch, available))
+
+
+def _share(loader: Loader, source: str, rows: int, micro_batch: int, world: World) -> Iterator[Batch]:
+    """This rank's micro-batches. Every rank runs the model equally often (a sharded model gathers together): where its
+    share is used up a rank repeats the first batch with all labels ignored.
+    """
+    batches = list(held_out_batches(loader, source, rows, micro_batch))
+    turns = -(-len(batches) // world.size)
+    for turn in range(turns):
+        index = turn * world.size + world.rank
+        if index < len(batches):
+            yield batches[index]
+        else:
+            spare = batches[0]
+            spare.labels_BT.fill_(IGNORED)
+            yield spare
+
+
+def _sums(model: Transformer, batch: Batch, bytes_V: Tensor, device: torch.device) -> Tensor:
+    context = SequenceContext(batch.positions_BT, device)
+    batch = batch.to(device)
+    losses_BT = token_losses(model(batch.tokens_BT, context), batch.labels_BT)
+    counted = batch.labels_BT != IGNORED
+    size = bytes_V[batch.labels_BT.clamp_min(0)] * counted
+    return torch.stack([losses_BT.sum(dtype=torch.float64), counted.sum().double(), size.sum().double()])
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out loss of a run's last checkpoint. `run`: the run's directory."""
+
+    run: str = "???"
+    rows: int = 64
+    micro_batch: int = 8
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ConfigError("rows", self.rows, "must be positive")
+
+
+def run(config: EvaluateConfig) -> int:
+    """Print the held-out loss of a run's last whole checkpoint as JSON."""
+    from train.restore import restore
+
+    world = connect()
+    try:
+        restored = restore(Path(config.run), world)
+        loader = restored.loader()
+        weights = restored.weights()
+        if not any(loader.held_out_rows(source) for source in weights):
+            raise CheckpointError("the corpus has no held-out rows at this run's context")
+        result = held_out_loss(
+            restored.model, loader, restored.corpus, config.rows, config.micro_batch, weights, world
+        )
+        if world.is_main:
+            print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
+        return 0
+    finally:
+        world.close()

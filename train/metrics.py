@@ -1,0 +1,136 @@
+"""What a run tells while it goes: lines in the terminal and log.txt, metrics.jsonl, wandb.
+
+Figures stay tensors on the device until a step that is logged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.flops import training_flops
+from train.config import LoggingConfig, Wandb
+
+PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "A100": 312e12, "B200": 2250e12, "GB200": 2500e12}
+"""Dense bfloat16 peak per device, from the makers' data sheets; the name is looked for in the device's."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, None where unknown (a CPU): no MFU is better than a made-up one."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in sorted(PEAK_FLOPS.items(), key=lambda i: -len(i[0])) if key in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on the GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def expert_load(counts_LE: Tensor) -> list[dict[str, float]]:
+    """Per mixture layer: busiest expert over the mean, entropy of the load over its maximum, experts without a token."""
+    rows = []
+    for counts_E in counts_LE.double().cpu():
+        share = counts_E / counts_E.sum().clamp_min(1)
+        entropy = -(share * share.clamp_min(1e-30).log()).sum() / math.log(len(share))
+        rows.append(
+            {
+                "max_over_mean": round(float(share.max() * len(share)), 4),
+                "entropy": round(float(entropy), 4),
+                "dead": int((counts_E == 0).sum()),
+            }
+        )
+    return rows
+
+
+class Log:
+    """Lines for people: to the terminal and to log.txt, from rank 0 only."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def __call__(self, line: str) -> None:
+        if self.path is None:
+            return
+        print(line, flush=True)
+        try:
+            with open(self.path, "a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        except OSError as error:  # a full disk must not end the run; the terminal has the line
+            print(f"log.txt: {os.strerror(error.errno or 0)}", file=sys.stderr)
+
+
+class Throughput:
+    """Tokens per second and MFU since the last reading, by the wall clock; pauses (evaluation, saving) are left out."""
+
+    def __init__(self, model: ModelConfig, device: torch.device, world_size: int) -> None:
+        self.model = model
+        peak = peak_flops(device)
+        self.peak = None if peak is None else peak * world_size
+        self.seconds = self.tokens = 0.0
+        self.all_seconds = self.all_tokens = 0.0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self.seconds += seconds
+        self.tokens += tokens
+
+    def read(self, context: int) -> tuple[float, float | None]:
+        self.all_seconds += self.seconds
+        self.all_tokens += self.tokens
+        rate = self.tokens / max(self.seconds, 1e-9)
+        self.seconds = self.tokens = 0.0
+        return rate, None if self.peak is None else rate * training_flops(self.model, context).total / self.peak
+
+    @property
+    def mean(self) -> float:
+        return self.all_tokens / max(self.all_seconds, 1e-9)
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and, where asked for, to wandb. Rank 0 only."""
+
+    def __init__(self, path: Path, config: LoggingConfig, run_config: dict[str, Any], log: Log) -> None:
+        self.path, self.log = path, log
+        self.wandb = _wandb(config, path.parent, run_config)
+
+    def write(self, line: dict[str, Any]) -> None:
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            self.log(f"metrics.jsonl: {os.strerror(error.errno or 0)}; step {line['step']} is not recorded")
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _wandb(config: LoggingConfig, directory: Path, run_config: dict[str, Any]) -> Any:
+    if config.wandb is Wandb.off:
+        return None
+    import wandb
+
+    online = config.wandb is Wandb.online or (config.wandb is Wandb.auto and bool(os.environ.get("WANDB_API_KEY")))
+    return wandb.init(
+        project=config.project,
+        name=directory.name,
+        dir=str(directory),
+        config=run_config,
+        mode="online" if online else "offline",
+        settings=wandb.Settings(silent=True),
+    )

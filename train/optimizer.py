@@ -1,0 +1,141 @@
+"""The optimizer over named groups, one per role, so that learning rate and decay can be set by what a parameter is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import ConfigError
+from model.roles import ParameterInfo, Role
+from parallel.shards import local
+
+
+class OptimizerKind(Enum):
+    adamw = "adamw"
+    sgd = "sgd"
+    """Plain, without momentum: shows the scale of gradients, which AdamW hides."""
+
+
+class Moments(Enum):
+    float32 = "float32"
+    """As wide as the master weights."""
+    bfloat16 = "bfloat16"
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """What a role changes: a factor on the learning rate, its own weight decay (null: the optimizer's)."""
+
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`lr` is the peak. `groups` is keyed by role (`embedding`, `router`, `expert_down`, ...). Norms never decay."""
+
+    kind: OptimizerKind = OptimizerKind.adamw
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    moments: Moments = Moments.float32
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError("lr", self.lr, "must be positive")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must lie in [0, 1)")
+        if self.moments is Moments.bfloat16 and self.beta2 > 0.99:
+            # bf16 has 8 significant bits: a second moment that moves by less than 1/256 a step stands still
+            reason = "bfloat16 moments lose updates this slow; use at most 0.99, or moments=float32"
+            raise ConfigError("beta2", self.beta2, reason, [0.95, 0.99])
+        roles = [role.name for role in Role]
+        for name in self.groups:
+            if name not in roles:
+                raise ConfigError(f"groups.{name}", None, "no such role", roles)
+
+
+def make_optimizer(
+    model: nn.Module, infos: Mapping[str, ParameterInfo], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """One group per role, with `name`, `peak_lr` and its parameters in the model's order."""
+    by_role: dict[Role, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        by_role.setdefault(infos[name].role, []).append(parameter)
+    groups = []
+    for role, parameters in by_role.items():
+        own = config.groups.get(role.name, GroupConfig())
+        decay = config.weight_decay if own.weight_decay is None else own.weight_decay
+        peak = config.lr * own.lr_scale
+        decay = 0.0 if role.is_norm else decay
+        groups.append({"params": parameters, "name": role.name, "lr": peak, "peak_lr": peak, "weight_decay": decay})
+    if config.kind is OptimizerKind.sgd:
+        for group in groups:
+            group["weight_decay"] = 0.0
+        return torch.optim.SGD(groups, lr=config.lr)
+    options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.moments is Moments.bfloat16:
+        return AdamWLowMoments(groups, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group at `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def prime(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that a first step would make, so that a checkpoint can be loaded into it."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return
+    dtype = torch.bfloat16 if isinstance(optimizer, AdamWLowMoments) else None
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = _fresh_state(parameter, dtype)
+
+
+def _fresh_state(parameter: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
+    }
+
+
+class AdamWLowMoments(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) that stores both moments in bfloat16 and computes in fp32."""
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter not in self.state:
+                    self.state[parameter] = _fresh_state(parameter, torch.bfloat16)
+                self._update(local(parameter), local(parameter.grad), self.state[parameter], group)
+
+    def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        first = local(state["exp_avg"]).to(grad.dtype).lerp_(grad, 1 - beta1)
+        second = local(state["exp_avg_sq"]).to(grad.dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        local(state["exp_avg"]).copy_(first)
+        local(state["exp_avg_sq"]).copy_(second)
+        correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+        denominator = (second / correction2).sqrt_().add_(group["eps"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.sub_(first.div_(denominator).mul_(group["lr"] / correction1))

@@ -1,0 +1,50 @@
+"""A finished or running run's model, read back from its directory for the verbs that look at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import CheckpointError
+from data.corpus import Corpus
+from data.loader import Loader
+from model.transformer import Transformer
+from parallel.apply import build
+from parallel.mesh import make_meshes
+from parallel.world import World
+from train.checkpoint import Checkpointer, load
+from train.config import TrainConfig
+from train.corpora import check_same_data, get_corpus, source_weights
+from train.run_directory import RunDirectory, load_config
+
+
+@dataclass(frozen=True)
+class Restored:
+    config: TrainConfig
+    model: Transformer
+    corpus: Corpus
+    step: int
+
+    def loader(self) -> Loader:
+        training = self.config.training
+        return Loader(self.corpus, training.context, training.global_batch, self.config.run.seed)
+
+    def weights(self) -> dict[str, float]:
+        return source_weights(self.config, self.corpus)
+
+
+def restore(directory: Path, world: World) -> Restored:
+    """The model of the run's newest whole checkpoint and the corpus it was trained on."""
+    config = load_config(directory)
+    run = RunDirectory(directory)
+    checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, print)
+    found = checkpointer.latest()
+    if found is None:
+        raise CheckpointError(f"{directory} has no checkpoint yet")
+    corpus = get_corpus(config, world, lambda line: None)
+    layout = config.parallel.resolve(world.size)
+    model, _ = build(
+        config.model, layout, config.precision, make_meshes(layout, world), world.device, config.run.seed
+    )
+    check_same_data(load(found, model, None), corpus)
+    return Restored(config, model, corpus, found.step)

@@ -1,0 +1,95 @@
+"""A run is a directory: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `plots/`, `log.txt`.
+
+Whether a run may go on under a configuration is decided here, from what the directory remembers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.config import build, differences, plain
+from core.errors import ConfigError
+from core.files import write_text
+from train.config import TrainConfig, phases
+
+FREE = ("run", "logging", "checkpoint", "evaluation", "profile", "launch", "parallel", "training.micro_batch", "data.cache")
+"""What may change when a run goes on: nothing here changes what is learnt."""
+
+
+class RunDirectory:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.config_file = path / "config.yaml"
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> RunDirectory:
+        name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
+        return cls(Path(config.run.root).expanduser() / name)
+
+    def open(self, config: TrainConfig) -> None:
+        """Make the directory, or check that the run in it may go on under `config`, and store the configuration."""
+        if self.config_file.exists():
+            if not config.run.resume:
+                raise ConfigError("run.name", config.run.name, f"{self.path} holds a run already; choose another name")
+            self._check_same(config)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        named = replace(config, run=replace(config.run, name=self.path.name))
+        write_text(self.config_file, yaml.safe_dump(plain(named), sort_keys=False))
+
+    def stored_config(self) -> TrainConfig:
+        return load_config(self.path)
+
+    def trim_metrics(self, step: int) -> None:
+        """Drop lines of steps after `step`: the run goes on from a checkpoint older than they are."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in read_lines(self.metrics) if line["step"] <= step]
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _check_same(self, config: TrainConfig) -> None:
+        old, new = plain(self.stored_config()), plain(config)
+        begun = self._begun_phases(config)
+        for key, (before, after) in differences(_indexed(old), _indexed(new)).items():
+            later_phase = key.startswith("phases.") and int(key.split(".")[1]) >= begun
+            free = any(key == part or key.startswith(f"{part}.") for part in FREE)
+            if not free and not later_phase:
+                reason = f"the run in {self.path} was started with {before}; restore it, or name a new run (run.name)"
+                raise ConfigError(key, after, reason)
+
+    def _begun_phases(self, config: TrainConfig) -> int:
+        """How many of the phases after the first have begun: those are part of what the run has been."""
+        from train.checkpoint import committed_checkpoints
+
+        done = max((found.step for found in committed_checkpoints(self.checkpoints)), default=0)
+        return sum(phase.start < done for phase in phases(self.stored_config())[1:])
+
+
+def load_config(directory: Path) -> TrainConfig:
+    """The configuration stored in a run's directory."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        raise ConfigError("run", str(directory), "no run there: its config.yaml is missing")
+    return build(TrainConfig, yaml.safe_load(path.read_text()))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole JSON lines; a last line that a kill cut short is left out."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def _indexed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Phases as a dict by position, so that each is compared by itself."""
+    return {**tree, "phases": {str(i): phase for i, phase in enumerate(tree["phases"])}}

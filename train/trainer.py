@@ -1,0 +1,166 @@
+"""One run, from a checked configuration to a trained model in a directory. The loop reads like the algorithm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import LeviathanError
+from data.corpus import Corpus
+from data.loader import Loader
+from model.balance import Balancer
+from parallel.apply import build
+from parallel.mesh import make_meshes
+from parallel.world import World, connect
+from train import callbacks
+from train.checkpoint import Checkpointer, load, tensors
+from train.config import Phase, TrainConfig, check, phases
+from train.corpora import check_same_data, get_corpus, source_weights
+from train.engine import Engine, TorchEngine
+from train.interrupt import Interruption
+from train.metrics import Log
+from train.run_directory import RunDirectory
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One step's figures, tensors still on the device. `tokens` is what the run has consumed with this step."""
+
+    loss: Tensor
+    gradient_norm: Tensor
+    learning_rate: float
+    tokens: int
+    balance: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Trainer:
+    """A run in progress. `step` counts the optimizer steps done."""
+
+    def __init__(self, config: TrainConfig, world: World, directory: RunDirectory, corpus: Corpus, log: Log) -> None:
+        self.config, self.world, self.directory, self.corpus, self.log = config, world, directory, corpus, log
+        self.phases = phases(config)
+        self.weights = source_weights(config, corpus)
+        self.loaders = {phase.name: self._loader(phase) for phase in self.phases}
+        saving = config.checkpoint
+        self.checkpointer = Checkpointer(directory.checkpoints, world, saving.keep, saving.asynchronous, log)
+        self.step = self.tokens = 0
+        self.paused_s = 0.0
+        found = self.checkpointer.latest()
+        self.engine = self._build_engine()
+        self.balancer = Balancer(self.engine.model, world.sum)
+        if found is not None:
+            progress = load(found, self.engine.model, self.engine.optimizer)
+            check_same_data(progress, corpus)
+            self.step, self.tokens = progress["step"], progress["tokens"]
+            log(f"going on from {found.path.name}")
+        if world.is_main:
+            directory.trim_metrics(self.step)
+
+    @property
+    def steps(self) -> int:
+        return self.phases[-1].stop
+
+    def phase(self, step: int) -> Phase:
+        return next(phase for phase in self.phases if step < phase.stop)
+
+    def train_step(self, step: int) -> StepMetrics:
+        """Consume the global batch of `step` and update the model."""
+        phase = self.phase(step)
+        rows = phase.global_batch // self.world.size
+        batch = self.loaders[phase.name].batch(step - phase.start, self.world.rank * rows, (self.world.rank + 1) * rows)
+        loss = self.engine.forward_backward(batch, phase.micro_batch)
+        norm = self.engine.clip(self.config.training.clip_norm)
+        factor = phase.learning_rate_factor(step)
+        self.engine.step(factor)
+        balance = self.balancer.step()
+        self.step, self.tokens = step + 1, self.tokens + phase.global_batch * phase.context
+        return StepMetrics(loss, norm, factor * self.config.optimizer.lr, self.tokens, balance)
+
+    def fit(self) -> int:
+        """Train to the last step; returns the exit code. Interrupted, it saves and stops."""
+        extras = callbacks.make(self)
+        with Interruption() as interruption:
+            for step in range(self.step, self.steps):
+                for extra in extras:
+                    extra.before_step(step)
+                metrics = self.train_step(step)
+                for extra in extras:
+                    extra.after_step(step + 1, metrics)
+                if self._must_stop(interruption, step + 1):
+                    self.save()
+                    self.checkpointer.wait()
+                    self.log(f"interrupted after step {step + 1}; the same command goes on from here")
+                    self.log(f"run: {self.directory.path}")
+                    return INTERRUPTED
+        for extra in extras:
+            extra.at_end()
+        return 0
+
+    def save(self) -> None:
+        """Start a checkpoint of the present state."""
+        progress = {"tokens": self.tokens, "corpus": self.corpus.fingerprint, "phase": self.phase(self.step - 1).name}
+        self.checkpointer.save(self.step, tensors(self.engine.model, self.engine.optimizer), progress)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent here is not training time."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - begin
+
+    def _must_stop(self, interruption: Interruption, step: int) -> bool:
+        """All ranks must leave at the same step. On GPUs they are asked only where metrics wait for the device anyway."""
+        if self.world.device.type == "cuda" and self.world.size > 1 and step % self.config.logging.every:
+            return False
+        return self.world.any(interruption.requested)
+
+    def _loader(self, phase: Phase) -> Loader:
+        weights = phase.weights or self.weights
+        return Loader(self.corpus, phase.context, phase.global_batch, self.config.run.seed, phase.name, weights)
+
+    def _build_engine(self) -> Engine:
+        config, world = self.config, self.world
+        layout = config.parallel.resolve(world.size)
+        meshes = make_meshes(layout, world)
+        model, infos = build(config.model, layout, config.precision, meshes, world.device, config.run.seed)
+        return TorchEngine(model, infos, config.optimizer, world)
+
+
+def run(config: TrainConfig) -> int:
+    """The verb `train` on this rank: check, prepare, train, and return the exit code."""
+    import os
+
+    check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    world = connect()
+    try:
+        directory = RunDirectory(world.from_main(lambda: _open_directory(config)))
+        log = Log(directory.path / "log.txt" if world.is_main else None)
+        corpus = get_corpus(config, world, log)
+        trainer = Trainer(config, world, directory, corpus, log)
+        code = trainer.fit()
+        return code
+    finally:
+        world.close()
+
+
+def _open_directory(config: TrainConfig) -> Any:
+    directory = RunDirectory.of(config)
+    directory.open(config)
+    return directory.path
+
+
+def finite(loss: float, step: int) -> None:
+    """Raise where a loss is no number: every later step would be wasted."""
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        reason = f"the loss after step {step} is {loss}: lower optimizer.lr, or go on from an older checkpoint"
+        raise LeviathanError(reason)
