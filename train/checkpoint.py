@@ -7,20 +7,23 @@ half-written and never read. Tensors are keyed `model.NAME` and `optimizer.NAME.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -33,6 +36,7 @@ from train.optimizer import prime
 MARKER = "COMMITTED"
 PROGRESS = "progress.json"
 _DIGESTS = ".digests"
+_LARGE_BYTES = 1 << 20
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -46,23 +50,64 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
     return found
 
 
+class _HashingFile:
+    """A file that is only appended to and knows its SHA-256. A large block is hashed while it is being written."""
+
+    def __init__(self, file: IO[bytes], helper: ThreadPoolExecutor) -> None:
+        self.file, self.helper = file, helper
+        self.digest, self.bytes = hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.bytes += len(view)
+        if len(view) < _LARGE_BYTES:
+            self.digest.update(view)
+            return self.file.write(view)
+        hashed = self.helper.submit(self.digest.update, view)
+        written = self.file.write(view)
+        hashed.result()  # the memory belongs to the caller again once we return
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+class _HashingFileSystem(FileSystem):
+    """DCP's access to local files; remembers the digest of everything written through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digests: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as file:
+            if mode != "wb":
+                yield file
+                return
+            with ThreadPoolExecutor(1) as helper:
+                hashing = _HashingFile(file, helper)
+                yield hashing
+            self.digests[Path(path).name] = {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
+
+
 class CommittedWriter(dcp.FileSystemWriter):
-    """DCP's writer with digests: each rank hashes what it wrote, and the coordinator, which DCP tells when all have
+    """DCP's writer with digests: each rank hashes what it writes, and the coordinator, which DCP tells when all have
     finished, writes the marker last. Ranks hand their digests over through the directory itself.
     """
 
     def __init__(self, path: Path, progress: dict[str, Any]) -> None:
         super().__init__(path, single_file_per_rank=True, sync_files=True, overwrite=True)
         self.directory, self.progress = Path(path), progress
+        self.fs: _HashingFileSystem = _HashingFileSystem()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        self.fs.digests.clear()
         written = super().write_data(plan, planner)
-        results = written.wait()
-        names = sorted({result.storage_data.relative_path for result in results})
-        digests = {name: _digest(self.directory / name) for name in names}
+        written.wait()
         owner = dist.get_rank() if dist.is_initialized() else 0
         (self.directory / _DIGESTS).mkdir(exist_ok=True)
-        write_json(self.directory / _DIGESTS / f"{owner}.json", digests)
+        write_json(self.directory / _DIGESTS / f"{owner}.json", self.fs.digests)
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

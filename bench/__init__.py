@@ -1,0 +1,1 @@
+"""Side-by-side measurements, each a ratio of two things done in one process."""

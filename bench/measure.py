@@ -1,0 +1,69 @@
+"""Interleaved timing: A B A B ..., so that a machine whose speed drifts treats both sides alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison. `ratio` is ours over theirs (time), or as `unit` says; `floor` is what must hold."""
+
+    name: str
+    ours: float
+    theirs: float
+    ratio: float
+    floor: str
+    holds: bool
+    note: str
+
+    @property
+    def row(self) -> str:
+        verdict = "yes" if self.holds else "NO"
+        return f"| {self.name} | {self.ours:.4g} | {self.theirs:.4g} | {self.ratio:.3f} | {self.floor} | {verdict} | {self.note} |"
+
+
+HEADER = "| what | ours | theirs | ratio | floor | holds | how |\n|---|---|---|---|---|---|---|"
+
+
+def interleaved(sides: Sequence[Callable[[], object]], rounds: int, warmup: int = 2) -> list[list[float]]:
+    """Seconds of each side in each round, after `warmup` rounds that are not kept; the order alternates."""
+    times: list[list[float]] = [[] for _ in sides]
+    for round_ in range(-warmup, rounds):
+        order = range(len(sides)) if round_ % 2 else reversed(range(len(sides)))
+        for i in order:
+            begin = time.perf_counter()
+            sides[i]()
+            if round_ >= 0:
+                times[i].append(time.perf_counter() - begin)
+    return times
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over rounds of ours / theirs, both of the same round."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the distance between the quartiles over the median: how noisy the rounds were."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2 / statistics.median(values)
+
+
+def machine() -> str:
+    """What the figures were taken on, in one line."""
+    try:
+        lines = open("/proc/cpuinfo").read().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{name}, {os.cpu_count()} cores, {device}, Python {platform.python_version()}, torch {torch.__version__}, load {load:.1f}"
