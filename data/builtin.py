@@ -1,0 +1,115 @@
+"""The built-in corpus: the Python standard library's source on this machine. Real text, four domains, no download.
+
+The held-out split is decided by a hash of the source file's content before anything is extracted from it, so that
+copies of a file, and a file's docstrings, fall on its side. Content differs between Python versions.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import os
+import re
+import sysconfig
+import tokenize
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.config import Section
+
+_SKIPPED = frozenset({"site-packages", "dist-packages", "lib-dynload", "__pycache__", "pydoc_data"})
+_TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+_SHARED_PARAGRAPH = 80
+"""Paragraphs of at least this many characters count as a leak where both sides of the split have them."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the library, unread text and all. `origin` is hashed for the split."""
+
+    name: str
+    content: bytes
+    origin: str
+
+
+def standard_library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def files(section: Section, root: Path | None = None) -> list[File]:
+    """The files that a section is made of, by name. pydoc's topics count as files of their own."""
+    if section is Section.pydoc:
+        return [File(f"pydoc/{name}", text.encode(), f"pydoc/{name}") for name, text in sorted(_topics().items())]
+    root = root or standard_library()
+    found = []
+    for path in _python_files(root):
+        parts = path.relative_to(root).parts
+        is_test = bool(_TEST_FOLDERS & set(parts[:-1])) or parts[-1].startswith("test_")
+        if is_test == (section is Section.tests):
+            content = path.read_bytes()
+            found.append(File("/".join(parts), content, hashlib.sha256(content).hexdigest()))
+    return found
+
+
+def _python_files(root: Path) -> list[Path]:
+    """Sorted; skipped folders are not even listed, since site-packages may hold more files than the library."""
+    found = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _SKIPPED]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
+
+
+def text_of(file: File, section: Section) -> str:
+    """The document that a file gives, empty where it gives none: files that are not what their encoding line says (the
+    library ships some, to test its own parser) and files without docstrings.
+    """
+    if section is Section.pydoc:
+        return file.content.decode()
+    text = _decode(file.content)
+    return _docstrings(text) if section is Section.docstrings else text
+
+
+def without_paragraphs(text: str, unwanted: set[str]) -> str:
+    """The text less every paragraph that is in `unwanted`. pydoc's topics repeat each other's paragraphs: training must
+    not see those of held-out topics.
+    """
+    parts = re.split(r"(\n\s*\n)", text)
+    return "".join(part for part in parts if " ".join(part.split()) not in unwanted)
+
+
+def paragraphs(text: str) -> set[str]:
+    """Paragraphs long enough to give a topic away, white space normalised."""
+    found = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    return {part for part in found if len(part) >= _SHARED_PARAGRAPH}
+
+
+def _decode(content: bytes) -> str:
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+        return content.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError, LookupError):
+        return ""
+
+
+def _docstrings(text: str) -> str:
+    """All docstrings of a file, one after the other: its reference manual."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in the library's own files
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return ""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    return "\n\n".join(text for text in found if text)
+
+
+def _topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return {}
+    return topics

@@ -1,0 +1,149 @@
+"""What a run is trained on: sources, tokenizer, and the rules that documents go through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from core.errors import ConfigError
+
+
+class SourceKind(Enum):
+    builtin = "builtin"
+    """The Python standard library's own source on this machine: real text, no download."""
+    files = "files"
+    """parquet, jsonl (also .gz) or text files, told apart by their suffix."""
+    huggingface = "huggingface"
+    """A data set of the Hugging Face hub or in its form on disk, streamed."""
+
+
+class Section(Enum):
+    """The four domains of the built-in corpus."""
+
+    code = "code"
+    tests = "tests"
+    docstrings = "docstrings"
+    pydoc = "pydoc"
+
+
+class Undecodable(Enum):
+    """What to do with bytes that are no UTF-8: stop, leave the document out, or put U+FFFD in their place."""
+
+    fail = "fail"
+    drop = "drop"
+    replace = "replace"
+
+
+class LongDocuments(Enum):
+    """What to do with a document of more than `limit_tokens`: keep it all (rows cut it where they end), cut it off
+    there, leave it out, or stop.
+    """
+
+    split = "split"
+    truncate = "truncate"
+    drop = "drop"
+    refuse = "refuse"
+
+
+class TokenizerKind(Enum):
+    bpe = "bpe"
+    """Trained on the corpus: byte-level pairs (Sennrich et al. 2016)."""
+    tokenizer_json = "tokenizer_json"
+    tiktoken = "tiktoken"
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source is one domain; its name is its key in `data.sources`.
+
+    `weight`: its share of the training tokens, relative to the others'. `max_bytes` caps the text that is read.
+    `held_out_path`: held-out documents come from there instead of being split off.
+    """
+
+    kind: SourceKind = SourceKind.files
+    section: Section | None = None
+    path: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    text_key: str = "text"
+    weight: float = 1.0
+    max_bytes: int | None = None
+    held_out_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is SourceKind.builtin and self.section is None:
+            raise ConfigError("section", None, "the built-in corpus needs one", [s.name for s in Section])
+        if self.kind is not SourceKind.builtin and not self.path:
+            raise ConfigError("path", self.path, f"a source of kind {self.kind.name} needs a path")
+        if self.kind is not SourceKind.files and self.held_out_path:
+            raise ConfigError("held_out_path", self.held_out_path, "works with kind=files only")
+        if self.weight <= 0:
+            raise ConfigError("weight", self.weight, "must be positive; leave the source out instead")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ConfigError("max_bytes", self.max_bytes, "must be positive, or null for everything")
+
+
+O200K_PATTERN = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+"""How Llama 4's tokenizer cuts text before merging pairs (the o200k form)."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """`vocab_size` and `train_bytes` are for bpe, `path` for the others; `pattern` and `special_tokens` (how many ids
+    are kept for them after the ranks) for tiktoken. `bos` and `eos` name the tokens that open and close a document.
+    """
+
+    kind: TokenizerKind = TokenizerKind.bpe
+    path: str | None = None
+    vocab_size: int = 1024
+    train_bytes: int = 2_000_000
+    pattern: str = O200K_PATTERN
+    special_tokens: int = 2048
+    bos: str = "<|begin_of_text|>"
+    eos: str = "<|end_of_text|>"
+
+    def __post_init__(self) -> None:
+        if self.kind is TokenizerKind.bpe and self.vocab_size < 258:
+            raise ConfigError("vocab_size", self.vocab_size, "byte-level pairs need 256 bytes and 2 specials", [512, 1024])
+        if self.kind is not TokenizerKind.bpe and not self.path:
+            raise ConfigError("path", self.path, f"a tokenizer of kind {self.kind.name} needs its file")
+        if self.train_bytes < 1:
+            raise ConfigError("train_bytes", self.train_bytes, "must be positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`held_out`: share of the documents kept from training. `tokens`: a directory that `leviathan tokenize` made; the
+    sources are then not read. `verify`: hash the token shards before training.
+    """
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokens: str | None = None
+    held_out: float = 0.05
+    undecodable: Undecodable = Undecodable.fail
+    long_documents: LongDocuments = LongDocuments.split
+    limit_tokens: int | None = None
+    verify: bool = True
+    cache: str = "~/.cache/leviathan"
+
+    def __post_init__(self) -> None:
+        if not self.sources and not self.tokens:
+            raise ConfigError("sources", None, "name at least one source, or a directory of tokens (data.tokens)")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError("held_out", self.held_out, "must lie in [0, 1)")
+        if self.long_documents is not LongDocuments.split and self.limit_tokens is None:
+            reason = f"long_documents={self.long_documents.name} needs a limit"
+            raise ConfigError("limit_tokens", None, reason)
+        if self.limit_tokens is not None and self.limit_tokens < 1:
+            raise ConfigError("limit_tokens", self.limit_tokens, "must be positive")

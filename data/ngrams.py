@@ -1,0 +1,90 @@
+"""Unigram and bigram models of the tokens that a run consumed: what any language model must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+_MERGE_EVERY = 1 << 22
+
+
+class _Labelled(Protocol):
+    tokens_BT: Any
+    labels_BT: Any
+
+
+class NgramBaseline:
+    """Counts of labels and of (token, label) pairs; ignored labels (negative) do not count. Vocabularies of any size:
+    pairs are kept as sorted codes, not as a table.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._codes = np.empty(0, np.int64)
+        self._counts = np.empty(0, np.int64)
+        self._pending: list[NDArray[np.int64]] = []
+        self._pending_size = 0
+
+    def add(self, tokens_BT: Any, labels_BT: Any) -> None:
+        codes = self._encode(tokens_BT, labels_BT)
+        self._pending.append(codes)
+        self._pending_size += len(codes)
+        if self._pending_size > _MERGE_EVERY:
+            self._merge()
+
+    def evaluate(self, held_out: Mapping[str, Iterable[_Labelled]], weights: Mapping[str, float]) -> dict[str, Any]:
+        """Loss in nats per token, mean over sources by weight, of both models at their best constant of `GRID`.
+
+        Unigram: (c(b) + k) / (N + kV). Bigram, smoothed towards the unigram: (c(a, b) + k p(b)) / (c(a) + k).
+        """
+        self._merge()
+        singles = np.bincount(self._codes % self.vocab_size, self._counts, self.vocab_size)
+        firsts = np.bincount(self._codes // self.vocab_size, self._counts, self.vocab_size)
+        codes = {name: np.concatenate([self._encode(b.tokens_BT, b.labels_BT) for b in bs]) for name, bs in held_out.items()}
+        total = sum(weights[name] for name in codes)
+
+        def mean(loss: Any) -> float:
+            return float(sum(weights[name] * loss(found).mean() for name, found in codes.items()) / total)
+
+        unigram = {k: mean(lambda c, k=k: -np.log(self._unigram(singles, k)[c % self.vocab_size])) for k in GRID}
+        best = min(unigram, key=unigram.__getitem__)
+        p = self._unigram(singles, best)
+        bigram = {k: mean(lambda c, k=k: self._bigram(c, firsts, p, k)) for k in GRID}
+        best_bigram = min(bigram, key=bigram.__getitem__)
+        return {
+            "unigram_loss": unigram[best],
+            "unigram_constant": best,
+            "unigram_grid": {str(k): v for k, v in unigram.items()},
+            "bigram_loss": bigram[best_bigram],
+            "bigram_constant": best_bigram,
+            "bigram_grid": {str(k): v for k, v in bigram.items()},
+        }
+
+    def _unigram(self, singles: NDArray[Any], k: float) -> NDArray[np.float64]:
+        return (singles + k) / (singles.sum() + k * self.vocab_size)
+
+    def _bigram(self, codes: NDArray[np.int64], firsts: NDArray[Any], p: NDArray[Any], k: float) -> NDArray[np.float64]:
+        place = np.searchsorted(self._codes, codes)
+        place[place == len(self._codes)] = 0
+        pairs = np.where(self._codes[place] == codes, self._counts[place], 0)
+        return -np.log((pairs + k * p[codes % self.vocab_size]) / (firsts[codes // self.vocab_size] + k))
+
+    def _encode(self, tokens_BT: Any, labels_BT: Any) -> NDArray[np.int64]:
+        tokens, labels = np.asarray(tokens_BT), np.asarray(labels_BT)
+        counted = labels >= 0
+        return tokens[counted] * self.vocab_size + labels[counted]
+
+    def _merge(self) -> None:
+        """Fold what is pending into the sorted counts."""
+        if not self._pending:
+            return
+        codes, counts = np.unique(np.concatenate(self._pending), return_counts=True)
+        joined = np.concatenate([self._codes, codes])
+        weights = np.concatenate([self._counts, counts])
+        self._codes, places = np.unique(joined, return_inverse=True)
+        self._counts = np.bincount(places, weights).astype(np.int64)
+        self._pending, self._pending_size = [], 0

@@ -1,0 +1,195 @@
+"""Text to token ids and back: byte-level BPE trained here, `tokenizer.json` files, tiktoken rank files.
+
+Every artefact carries its tokenizer: `save` copies the files into a directory and `load_tokenizer` reads them back.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ConfigError, DataError
+from core.files import new_directory, sha256_file, sha256_text, write_json
+from data.config import TokenizerConfig, TokenizerKind
+
+_DESCRIPTION = "tokenizer_source.json"
+
+
+class Tokenizer(Protocol):
+    """`fingerprint` changes whenever an encoding could."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    fingerprint: str
+
+    def encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Ids of each text, without BOS and EOS; text that looks like a special token is ordinary text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """How many bytes of text each id stands for, 0 for special tokens: [vocab_size]."""
+        ...
+
+    def save(self, directory: Path) -> None: ...
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` of the `tokenizers` library."""
+
+    def __init__(self, path: Path, bos: str, eos: str) -> None:
+        from tokenizers import Tokenizer as Library
+
+        try:
+            self._library = Library.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path} is not a tokenizer.json: {error}") from None
+        self._library.encode_special_tokens = True
+        self._library.post_processor = None  # documents get their BOS and EOS from us
+        self._path, self._bos, self._eos = path, bos, eos
+        self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id, self.eos_id = (self._id(token, key) for token, key in ((bos, "bos"), (eos, "eos")))
+        self.fingerprint = sha256_text("json", sha256_file(path), bos, eos)
+
+    def encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        return [encoding.ids for encoding in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._library.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Byte-level vocabularies write each byte as one character; others are decoded token by token."""
+        sizes = np.zeros(self.vocab_size, np.int64)
+        added = self._library.get_added_tokens_decoder()
+        byte_level = "ByteLevel" in json.dumps(json.loads(self._path.read_text()).get("decoder"))
+        for token, index in self._library.get_vocab(with_added_tokens=True).items():
+            if index not in added:
+                sizes[index] = len(token) if byte_level else len(self._library.decode([index]).encode())
+        return sizes
+
+    def save(self, directory: Path) -> None:
+        shutil.copyfile(self._path, directory / "tokenizer.json")
+        write_json(directory / _DESCRIPTION, {"kind": "tokenizer_json", "bos": self._bos, "eos": self._eos})
+
+    def _id(self, token: str, key: str) -> int:
+        found = self._library.token_to_id(token)
+        if found is None:
+            near = [t.content for t in self._library.get_added_tokens_decoder().values()][:8]
+            raise ConfigError(f"data.tokenizer.{key}", token, f"{self._path} has no such token", near)
+        return found
+
+
+class TiktokenTokenizer:
+    """A tiktoken rank file (base64 token, rank per line), with specials after the ranks as Llama 4 has them."""
+
+    MAX_CHARACTERS = 400_000
+    """Longer texts are encoded in pieces: the library's recursion does not bear more."""
+
+    def __init__(self, path: Path, config: TokenizerConfig) -> None:
+        import tiktoken
+
+        ranks = _read_ranks(path)
+        specials = {config.bos: len(ranks), config.eos: len(ranks) + 1}
+        self._path, self._config, self._ranks = path, config, ranks
+        self._library = tiktoken.Encoding(path.name, pat_str=config.pattern, mergeable_ranks=ranks, special_tokens=specials)
+        self.vocab_size = len(ranks) + config.special_tokens
+        self.bos_id, self.eos_id = specials[config.bos], specials[config.eos]
+        parts = (sha256_file(path), config.pattern, str(config.special_tokens), config.bos, config.eos)
+        self.fingerprint = sha256_text("tiktoken", *parts)
+
+    def encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        pieces = [[t[i : i + self.MAX_CHARACTERS] for i in range(0, len(t), self.MAX_CHARACTERS)] for t in texts]
+        flat = iter(self._library.encode_ordinary_batch([piece for parts in pieces for piece in parts]))
+        return [[token for _ in parts for token in next(flat)] for parts in pieces]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = [i for i in ids if i < len(self._ranks)]
+        return self._library.decode(known)
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, rank in self._ranks.items():
+            sizes[rank] = len(token)
+        return sizes
+
+    def save(self, directory: Path) -> None:
+        shutil.copyfile(self._path, directory / "tokenizer.model")
+        config = self._config
+        description = {"kind": "tiktoken", "pattern": config.pattern, "special_tokens": config.special_tokens}
+        write_json(directory / _DESCRIPTION, {**description, "bos": config.bos, "eos": config.eos})
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that was saved into `directory`."""
+    path = directory / _DESCRIPTION
+    if not path.exists():
+        raise DataError(f"{directory} holds no tokenizer ({_DESCRIPTION} is missing)")
+    description = json.loads(path.read_text())
+    kind = TokenizerKind[description.pop("kind")]
+    if kind is TokenizerKind.tiktoken:
+        file = directory / "tokenizer.model"
+        return TiktokenTokenizer(file, TokenizerConfig(kind=kind, path=str(file), **description))
+    return JsonTokenizer(directory / "tokenizer.json", description["bos"], description["eos"])
+
+
+def from_file(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer at `config.path`."""
+    path = Path(str(config.path)).expanduser()
+    if not path.is_file():
+        raise ConfigError("data.tokenizer.path", config.path, "no such file")
+    if config.kind is TokenizerKind.tiktoken:
+        return TiktokenTokenizer(path, config)
+    return JsonTokenizer(path, config.bos, config.eos)
+
+
+def train_bpe(texts: Iterable[str], config: TokenizerConfig, cache: Path) -> Tokenizer:
+    """Byte-level BPE of these texts, from the cache where the same texts were trained on before."""
+    import tokenizers
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    sample = list(texts)
+    key = sha256_text(tokenizers.__version__, str(config.vocab_size), config.bos, config.eos, *sample)
+    directory = cache / "tokenizers" / key[:32]
+    if not directory.is_dir():
+        library = Library(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=[config.bos, config.eos],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        library.train_from_iterator(sample, trainer)
+        with new_directory(directory) as scratch:
+            library.save(str(scratch / "tokenizer.json"))
+    return JsonTokenizer(directory / "tokenizer.json", config.bos, config.eos)
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if line.strip():
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:
+                raise DataError(f"{path}:{number} is no line of a tiktoken file (base64 token, rank)") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise DataError(f"{path}: ranks must run from 0 without a gap")
+    return ranks
+
+
+def describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a manifest says of it."""
+    return {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
