@@ -12,7 +12,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -103,13 +103,18 @@ def _twin(cls: type) -> type:
         if dataclasses.is_dataclass(kind):
             default: Any = dataclasses.field(default_factory=typing.cast(Any, kind))
         elif f.default_factory is not dataclasses.MISSING:
-            default = dataclasses.field(default_factory=f.default_factory)
+            default = dataclasses.field(default_factory=_plain_factory(f.default_factory))
         elif f.default is not dataclasses.MISSING:
             default = dataclasses.field(default=f.default)
         else:
             default = dataclasses.field(default="???")
         fields.append((f.name, kind, default))
     return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+
+
+def _plain_factory(factory: Callable[[], Any]) -> Callable[[], Any]:
+    """Defaults made of frozen components would make their part of the schema read-only."""
+    return lambda: plain(factory())
 
 
 def _twin_type(kind: Any) -> Any:
@@ -158,7 +163,7 @@ def _explain(error: Exception, schema: type) -> ConfigError:
     """One `ConfigError` out of Hydra's or OmegaConf's many-lined messages."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     first = str(error).strip().splitlines()[0]
     if cause is None:
         lines = [line.strip() for line in str(error).strip().splitlines()]

@@ -247,7 +247,7 @@ class Summary(Callback):
     def _baselines(self, sources: list[str]) -> dict[str, Any]:
         """Unigram and bigram models of the very tokens consumed, on the very held-out tokens of the model."""
         trainer = self.trainer
-        baseline = NgramBaseline()
+        baseline = NgramBaseline(trainer.config.model.vocab_size)
         for step in range(trainer.step):
             phase = trainer.phase(step)
             batch = trainer.loaders[phase.name].batch(step - phase.start)

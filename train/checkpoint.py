@@ -142,6 +142,8 @@ class Checkpointer:
     ) -> None:
         self.directory, self.world, self.keep = directory, world, keep
         self.asynchronous, self.report = asynchronous, report
+        # one process is a choice, not an accident; a background thread would escape a narrower filter
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self._pending: tuple[Path, Future[Any]] | None = None
         # saving in the background must not share a communicator with the step
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -160,13 +162,11 @@ class Checkpointer:
         writer = CommittedWriter(path, {"step": step, **progress})
         options: dict[str, Any] = {"storage_writer": writer, "process_group": self._group}
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*torch.distributed.*")
-                path.mkdir(parents=True, exist_ok=True)
-                if self.asynchronous:
-                    self._pending = (path, dcp.async_save(state, **options))
-                    return
-                dcp.save(state, **options)
+            path.mkdir(parents=True, exist_ok=True)
+            if self.asynchronous:
+                self._pending = (path, dcp.async_save(state, **options))
+                return
+            dcp.save(state, **options)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             self._failed(path, error)
         else:
@@ -246,9 +246,7 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None
     if optimizer is not None:
         prime(optimizer)
     state = tensors(model, optimizer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed.*")
-        dcp.load(state, storage_reader=dcp.FileSystemReader(found.path))
+    dcp.load(state, storage_reader=dcp.FileSystemReader(found.path))
     return read_json(found.path / PROGRESS)
 
 

@@ -94,7 +94,7 @@ class CheckpointConfig:
 class Wandb(Enum):
     """`auto`: online where WANDB_API_KEY is set, offline otherwise."""
 
-    off = "off"
+    disabled = "disabled"
     auto = "auto"
     online = "online"
     offline = "offline"
@@ -103,7 +103,7 @@ class Wandb(Enum):
 @dataclass(frozen=True)
 class LoggingConfig:
     every: int = 10
-    wandb: Wandb = Wandb.off
+    wandb: Wandb = Wandb.disabled
     project: str = "leviathan"
 
     def __post_init__(self) -> None:

@@ -121,7 +121,7 @@ class MetricsWriter:
 
 
 def _wandb(config: LoggingConfig, directory: Path, run_config: dict[str, Any]) -> Any:
-    if config.wandb is Wandb.off:
+    if config.wandb is Wandb.disabled:
         return None
     import wandb
 

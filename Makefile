@@ -1,0 +1,44 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help smoke test test-all test-gpu lint bench clean
+
+help:
+	@echo "make smoke     train the default model on this machine (a few minutes on two cores)"
+	@echo "make test      the tests (under 12 minutes on two cores)"
+	@echo "make test-all  the tests and the slow ones"
+	@echo "make test-gpu  the tests that need a GPU"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     side-by-side measurements"
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Leviathan needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+smoke: $(STAMP)
+	$(VENV)/bin/leviathan train experiment=smoke
+
+test: $(STAMP)
+	$(RUN) -m pytest -m "not slow and not gpu"
+
+test-all: $(STAMP)
+	$(RUN) -m pytest -m "not gpu"
+
+test-gpu: $(STAMP)
+	$(RUN) -m pytest -m gpu
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(STAMP)
+	$(RUN) -m bench
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

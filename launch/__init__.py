@@ -1,0 +1,1 @@
+"""How a run reaches machines: the `leviathan` command, torchrun on this machine, and the doctor."""

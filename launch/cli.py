@@ -1,0 +1,132 @@
+"""The `leviathan` command: a verb and Hydra overrides.
+
+Exit codes: 0 done, 1 failed, 2 wrong configuration (one line, no traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from core.errors import ConfigError, LeviathanError
+from core.origin import check_packages, drop_working_directory
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`root` names the YAML under configs/; `schema` and `function` are "module:name", imported when the verb runs.
+    The function gets the typed configuration and the overrides as the user typed them, and returns the exit code.
+    """
+
+    summary: str
+    root: str
+    schema: str
+    function: str
+
+
+VERBS = {
+    "train": Verb("train a model", "train", "train.config:TrainConfig", "launch.local:train"),
+    "evaluate": Verb("held-out loss of a run", "evaluate", "train.evaluate:EvaluateConfig", "train.evaluate:run"),
+    "generate": Verb("continue a text with a run's model", "generate", "train.generate:GenerateConfig", "train.generate:run"),
+    "tokenize": Verb("make token shards of a corpus", "tokenize", "launch.tokenize:TokenizeConfig", "launch.tokenize:run"),
+    "doctor": Verb("look at this machine and installation", "doctor", "launch.doctor:DoctorConfig", "launch.doctor:run"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    drop_working_directory()
+    try:
+        check_packages()
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(usage())
+            return 0
+        return _run(arguments[0], arguments[1:])
+    except LeviathanError as error:
+        print(f"leviathan: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("leviathan: interrupted", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    lines = ["usage: leviathan VERB [KEY=VALUE ...]", "", "verbs:"]
+    lines += [f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()]
+    lines += ["", "leviathan VERB --help  lists the verb's keys; leviathan VERB --cfg [KEY=VALUE ...]  shows what it would run"]
+    return "\n".join(lines)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4) or list(VERBS)
+        raise ConfigError("verb", name, "no such verb", near)
+    verb = VERBS[name]
+    schema = _import(verb.schema)
+    if "-h" in arguments or "--help" in arguments:
+        print(f"leviathan {name}: {verb.summary}\n\n" + describe(schema))
+        return 0
+    from core.config import load, plain
+
+    show = "--cfg" in arguments
+    overrides = [argument for argument in arguments if argument != "--cfg"]
+    unknown = [argument for argument in overrides if argument.startswith("-")]
+    if unknown:
+        raise ConfigError(unknown[0], None, "no such option; keys are written KEY=VALUE", ["--help", "--cfg"])
+    config = load(verb.root, schema, overrides)
+    if show:
+        import yaml
+
+        print(yaml.safe_dump(plain(config), sort_keys=False), end="")
+        return 0
+    function: Callable[[Any, list[str]], int] = _import(verb.function)
+    return function(config, overrides) if _takes_overrides(verb) else typing.cast(Any, function)(config)
+
+
+def _takes_overrides(verb: Verb) -> bool:
+    return verb.root == "train"  # only a run is handed on to other processes
+
+
+def describe(schema: type, prefix: str = "") -> str:
+    """Every key with its type and default, under the documentation of the component that owns it."""
+    lines = []
+    hints = typing.get_type_hints(schema)
+    text = " ".join((schema.__doc__ or "").split())
+    if text:
+        lines.append(f"# {text}")
+    inner = []
+    for field in dataclasses.fields(schema):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            inner.append(describe(typing.cast(type, kind), f"{prefix}{field.name}."))
+            continue
+        default: Any = field.default
+        if default is dataclasses.MISSING:
+            made = field.default_factory is not dataclasses.MISSING
+            default = typing.cast(Any, field.default_factory)() if made else "???"
+        shown = getattr(default, "name", default)
+        lines.append(f"{prefix}{field.name}={'null' if shown is None else shown}  ({_type_name(kind)})")
+    return "\n".join(lines) + "\n" + "".join(f"\n{part}" for part in inner)
+
+
+def _type_name(kind: Any) -> str:
+    members = getattr(kind, "__members__", None)
+    if members:
+        return " | ".join(members)
+    return str(kind).replace("typing.", "") if typing.get_args(kind) else kind.__name__
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The verb `doctor`: what this machine and this installation can do, and what is missing with the line that installs it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from core import origin
+
+REQUIRED = ("torch", "hydra-core", "omegaconf", "datasets", "wandb", "numpy", "tokenizers", "tiktoken", "pyarrow")
+OPTIONAL = {"transformers": "pip install 'leviathan[dev]'"}
+FEW_FILES = 4096
+SMALL_SHARED_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """`json`: print the findings as JSON. `cache` and `runs`: folders whose disk is looked at."""
+
+    json: bool = False
+    cache: str = "~/.cache/leviathan"
+    runs: str = "runs"
+
+
+def run(config: DoctorConfig) -> int:
+    """Print the findings; exit code 1 where something that every run needs is missing."""
+    found = examine(config)
+    print(json.dumps(found, indent=2) if config.json else _table(found))
+    return 1 if found["problems"] else 0
+
+
+def examine(config: DoctorConfig) -> dict[str, Any]:
+    """Findings by section; `problems` stop every run, `advice` does not."""
+    packages = {name: _version(name) for name in REQUIRED}
+    optional = {name: _version(name) for name in OPTIONAL}
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found: dict[str, Any] = {
+        "machine": {
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "open_files_limit": files,
+        },
+        "devices": _devices(),
+        "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
+        "packages": packages,
+        "optional": optional,
+        "disk": {str(path): _room(path) for path in _folders(config)},
+        "origin": {name: str(origin.ROOT / name) for name in origin.PACKAGES},
+    }
+    found["problems"] = [f"{name} is not installed: pip install leviathan" for name, v in packages.items() if v is None]
+    if sys.version_info < (3, 11):
+        found["problems"].append(f"Python 3.11 or newer is needed, this is {platform.python_version()}")
+    found["advice"] = [f"{n} is not installed: {OPTIONAL[n]}" for n, v in optional.items() if v is None]
+    if files < FEW_FILES:
+        found["advice"].append(f"only {files} files may be open at once: ulimit -n {FEW_FILES} before large runs")
+    shared = Path("/dev/shm")
+    if shared.exists() and (room := shutil.disk_usage(shared).free) < SMALL_SHARED_MEMORY:
+        found["advice"].append(f"/dev/shm has only {_size(room)} left; NCCL and data workers may want more")
+    return found
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        devices.append({"name": properties.name, "memory_bytes": properties.total_memory, "capability": capability})
+    return devices
+
+
+def _folders(config: DoctorConfig) -> list[Path]:
+    return [Path(config.cache).expanduser(), Path(config.runs)]
+
+
+def _room(path: Path) -> dict[str, Any]:
+    """Free bytes where the folder is or would be made, and whether we may write there."""
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    return {"free_bytes": shutil.disk_usage(existing).free, "writable": os.access(existing, os.W_OK)}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _table(found: dict[str, Any]) -> str:
+    machine = {**found["machine"], "memory_bytes": _size(found["machine"]["memory_bytes"])}
+    lines = [f"{key.removesuffix('_bytes'):<20} {value}" for key, value in machine.items()]
+    lines += [f"{'device ' + str(i):<20} {d['name']}, {_size(d['memory_bytes'])}" for i, d in enumerate(found["devices"])]
+    lines += [] if found["devices"] else [f"{'device':<20} no GPU: runs use the CPU"]
+    lines += [f"{name:<20} {'yes' if there else 'no'}" for name, there in found["backends"].items()]
+    lines += [f"{name:<20} {version or 'missing'}" for name, version in {**found["packages"], **found["optional"]}.items()]
+    for path, room in found["disk"].items():
+        lines.append(f"{'disk':<20} {path}: {_size(room['free_bytes'])} free{'' if room['writable'] else ', NOT writable'}")
+    lines.append(f"{'installed from':<20} {origin.ROOT}")
+    lines += [f"advice: {line}" for line in found["advice"]] + [f"PROBLEM: {line}" for line in found["problems"]]
+    return "\n".join(lines)
