@@ -1,0 +1,117 @@
+"""1, 2 and 4 ranks compute the same: losses, every gradient, the norm, the balancing figures, the updated weights.
+
+Each way in which data parallelism has been seen to go wrong silently is planted once, and the comparison must notice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train.tiny import EXACT, figures
+
+
+def relative(a: Any, b: Any) -> float:
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def worst(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
+    """Largest relative difference of each kind of figure."""
+    result = {key: max(relative(a, b) for a, b in zip(found[key], wanted[key], strict=True)) for key in ("loss", "norm", "aux", "z")}
+    for key in ("gradients", "weights"):
+        assert found[key].keys() == wanted[key].keys()
+        result[key] = max(relative(found[key][name], wanted[key][name]) for name in wanted[key])
+    result["counts"] = float(any(not torch.equal(a, b) for a, b in zip(found["counts"], wanted["counts"], strict=True)))
+    return result
+
+
+def sabotaged(root: Path, name: str, overrides: list[str], what: str) -> dict[str, Any]:
+    """The same figures with one reduction broken in this process."""
+    import parallel.fsdp
+    import parallel.norm
+    from parallel.world import World
+    from train import engine
+
+    undo: list[tuple[Any, str, Any]] = []
+
+    def plant(owner: Any, attribute: str, value: Any) -> None:
+        undo.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, value)
+
+    if what == "averaged gradients":
+        plant(parallel.fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
+        plant(parallel.fsdp.FSDPModule, "set_force_sum_reduction_for_comms", lambda self, on: None)
+    elif what == "local norm":
+        plant(parallel.norm.dist, "all_reduce", lambda *args, **options: None)
+    elif what == "local token count":
+        real = World.sum
+        plant(World, "sum", lambda self, t: None if t.dtype is torch.int64 and t.dim() == 0 else real(self, t))
+    elif what == "local expert counts":
+        real = World.sum
+        plant(World, "sum", lambda self, t: None if t.dim() == 2 else real(self, t))
+    elif what == "same rows on every rank":
+        plant(World, "rank", property(lambda self: 0))
+    elif what == "one micro-batch lost":
+        cut = engine._micro_batches
+        plant(engine, "_micro_batches", lambda batch, rows: list(cut(batch, rows))[:-1])
+    try:
+        return figures(root, name, overrides)
+    finally:
+        for owner, attribute, value in undo:
+            setattr(owner, attribute, value)
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, small_corpus, tmp_path_factory):
+    """What one process computes."""
+    return ranks(1, figures, tmp_path_factory.mktemp("one"), "run", [*small_corpus, *EXACT])[0]
+
+
+@pytest.mark.parametrize(
+    "count, layout",
+    [(2, []), (4, []), (4, ["parallel.dp_replicate=2"]), (2, ["parallel.recompute=full"]), (2, ["training.micro_batch=4"])],
+    ids=["fsdp2", "fsdp4", "hsdp2x2", "recompute", "other-micro-batch"],
+)
+def test_ranks_compute_what_one_process_computes(ranks, small_corpus, alone, tmp_path, count, layout):
+    results = ranks(count, figures, tmp_path, "run", [*small_corpus, *EXACT, *layout])
+    for found in results:
+        differences = worst(found, alone)
+        assert max(differences.values()) < 1e-9, differences
+
+
+@pytest.mark.parametrize("scope", ["whole", "sequence"])
+def test_balancing_scopes_do_not_depend_on_the_ranks(ranks, small_corpus, tmp_path, scope):
+    overrides = [*small_corpus, *EXACT, f"model.balance.aux_scope={scope}", "model.balance.aux=0.1"]
+    one = ranks(1, figures, tmp_path, "one", overrides, 3)[0]
+    two = ranks(2, figures, tmp_path, "two", overrides, 3)[0]
+    differences = worst(two, one)
+    assert max(differences.values()) < 1e-9, differences
+
+
+def test_float32_losses_agree(ranks, small_corpus, tmp_path):
+    overrides = [*small_corpus, "optimizer=adamw", "precision=fp32"]
+    one, two, four = (ranks(n, figures, tmp_path, f"run{n}", overrides, 3)[0]["loss"] for n in (1, 2, 4))
+    assert two == pytest.approx(one, abs=5e-6) and four == pytest.approx(one, abs=5e-6)
+
+
+def test_bfloat16_is_close_under_sharding(ranks, small_corpus, tmp_path):
+    overrides = [*small_corpus, "optimizer=sgd", "precision=bf16"]
+    one, two = (ranks(n, figures, tmp_path, f"run{n}", overrides, 3)[0] for n in (1, 2))
+    assert two["loss"] == pytest.approx(one["loss"], rel=2e-3)
+    assert {w.dtype for w in two["weights"].values() if w.is_floating_point()} == {torch.float32}, "masters stay wide"
+
+
+@pytest.mark.parametrize(
+    "what, noticed_in",
+    [
+        ("averaged gradients", "gradients"), ("local norm", "norm"), ("local token count", "gradients"),
+        ("local expert counts", "counts"), ("same rows on every rank", "gradients"), ("one micro-batch lost", "gradients"),
+    ],
+)  # fmt: skip
+def test_planted_bugs_are_noticed(ranks, small_corpus, alone, tmp_path, what, noticed_in):
+    found = ranks(2, sabotaged, tmp_path, "run", [*small_corpus, *EXACT], what)[0]
+    assert worst(found, alone)[noticed_in] > 1e-3

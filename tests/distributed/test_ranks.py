@@ -1,0 +1,59 @@
+"""The pool itself: order, relayed errors, hangs, and cases that do not disturb each other."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.ranks import Hang, Pool, RankError
+
+
+def rank_and_sum(offset: int) -> tuple[int, int]:
+    value = torch.tensor(dist.get_rank() + offset)
+    dist.all_reduce(value)
+    return dist.get_rank(), int(value)
+
+
+def fail_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise ValueError(f"planted on {rank}")
+    dist.all_reduce(torch.zeros(1))
+
+
+def hang_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        time.sleep(3600)
+    dist.all_reduce(torch.zeros(1))
+
+
+def alone() -> bool:
+    return dist.is_initialized()
+
+
+def test_results_come_back_by_rank(ranks):
+    assert ranks(3, rank_and_sum, 10) == [(0, 33), (1, 33), (2, 33)]
+
+
+def test_one_rank_has_no_process_group(ranks):
+    assert ranks(1, alone) == [False]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_cause_is_raised_and_the_next_case_is_clean(ranks, rank):
+    with pytest.raises(RankError, match=f"rank {rank} of 2 raised ValueError(.|\n)*planted on {rank}"):
+        ranks(2, fail_on, rank, timeout_s=10)
+    assert ranks(2, rank_and_sum, 0) == [(0, 1), (1, 1)]
+
+
+@pytest.mark.slow
+def test_a_hang_is_killed_and_the_pool_starts_anew():
+    pool = Pool()
+    try:
+        with pytest.raises((Hang, RankError)):
+            pool(2, hang_on, 1, timeout_s=3)
+        assert pool(2, rank_and_sum, 0) == [(0, 1), (1, 1)]
+    finally:
+        pool.close()

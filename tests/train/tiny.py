@@ -1,0 +1,72 @@
+"""A tiny run for tests: every kind of layer, packed documents, every balancing term, in float64 with plain SGD.
+
+AdamW hides the scale of gradients and clipping their norm, so both are off unless a test asks for them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from core.config import load
+from parallel.world import connect
+from train.config import TrainConfig
+from train.corpora import get_corpus
+from train.metrics import Log
+from train.run_directory import RunDirectory
+from train.trainer import Trainer
+
+TINY = [
+    "model.vocab_size=320", "model.width=32", "model.layers=4", "model.heads=4", "model.head_width=8",
+    "model.dense_width=48", "model.expert_width=32", "model.experts=4", "model.chunk=16", "model.temperature_floor=16",
+    "model.router.top_k=2", "model.balance.aux=0.01", "model.balance.z=0.001", "model.balance.bias_rate=0.01",
+    "training.context=48", "training.global_batch=8", "training.micro_batch=2", "training.steps=6",
+    "schedule.warmup_steps=0", "schedule.kind=constant", "logging.every=1", "evaluation.every=0", "evaluation.rows=4",
+    "evaluation.baselines=false", "checkpoint.every=0",
+]  # fmt: skip
+EXACT = ["precision=fp64", "optimizer=sgd", "training.clip_norm=null"]
+
+
+def config(root: Path, name: str, *overrides: str) -> TrainConfig:
+    return load("train", TrainConfig, [*TINY, f"run.root={root}", f"run.name={name}", *overrides])
+
+
+def trainer(root: Path, name: str, overrides: list[str]) -> Trainer:
+    """A trainer on this rank, before its first step."""
+    run = config(root, name, *overrides)
+    world = connect()
+    directory = RunDirectory.of(run)
+    world.from_main(lambda: directory.open(run))
+    log = Log(directory.path / "log.txt" if world.is_main else None)
+    return Trainer(run, world, directory, get_corpus(run, world, lambda line: None), log)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def figures(root: Path, name: str, overrides: list[str], steps: int = 2) -> dict[str, Any]:
+    """Losses, norms, loads and biases of some steps, the gradients of the first and the weights after the last."""
+    run = trainer(root, name, overrides)
+    found: dict[str, Any] = {"loss": [], "norm": [], "counts": [], "aux": [], "z": []}
+    gradients: dict[str, torch.Tensor] = {}
+    clip = run.engine.clip
+
+    def keep(limit: float | None) -> torch.Tensor:
+        if not gradients:
+            gradients.update({n: whole(p.grad) for n, p in run.engine.model.named_parameters()})
+        return clip(limit)
+
+    run.engine.clip = keep  # type: ignore[method-assign]
+    for step in range(steps):
+        metrics = run.train_step(step)
+        found["loss"].append(metrics.loss.item())
+        found["norm"].append(metrics.gradient_norm.item())
+        for key, value in metrics.balance.items():
+            found[key].append(value)
+    found["gradients"] = gradients
+    found["weights"] = {name: whole(tensor) for name, tensor in run.engine.model.state_dict().items()}
+    return found
