@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -27,7 +28,8 @@ class Result:
     @property
     def row(self) -> str:
         verdict = "yes" if self.holds else "NO"
-        return f"| {self.name} | {self.ours:.4g} | {self.theirs:.4g} | {self.ratio:.3f} | {self.floor} | {verdict} | {self.note} |"
+        figures = f"{self.ours:.4g} | {self.theirs:.4g} | {self.ratio:.3f}"
+        return f"| {self.name} | {figures} | {self.floor} | {verdict} | {self.note} |"
 
 
 HEADER = "| what | ours | theirs | ratio | floor | holds | how |\n|---|---|---|---|---|---|---|"
@@ -60,10 +62,11 @@ def spread(values: Sequence[float]) -> float:
 def machine() -> str:
     """What the figures were taken on, in one line."""
     try:
-        lines = open("/proc/cpuinfo").read().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{name}, {os.cpu_count()} cores, {device}, Python {platform.python_version()}, torch {torch.__version__}, load {load:.1f}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name}, {os.cpu_count()} cores, {device}, {versions}, load {load:.1f}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def our_layer(experts: int, dtype: torch.dtype, router: RouterConfig) -> Mixture
     return layer
 
 
-def llama4_block(layer: MixtureOfExperts, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def llama4_block(layer: MixtureOfExperts, dtype: torch.dtype) -> _Block:
     from transformers import Llama4TextConfig
     from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
@@ -56,7 +57,7 @@ def llama4_block(layer: MixtureOfExperts, dtype: torch.dtype) -> Callable[[Tenso
     return _Block(block, lambda x: block(x)[0].view_as(x))
 
 
-def grouped_block(kind: str, layer: MixtureOfExperts, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def grouped_block(kind: str, layer: MixtureOfExperts, dtype: torch.dtype) -> _Block:
     """Mixtral's or Qwen3's routed block on transformers' grouped products, with a copy of our shared expert added."""
     import copy
 
@@ -65,17 +66,21 @@ def grouped_block(kind: str, layer: MixtureOfExperts, dtype: torch.dtype) -> Cal
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-        config = MixtralConfig(
+        config: Any = MixtralConfig(
             hidden_size=WIDTH, intermediate_size=HIDDEN, num_local_experts=experts, num_experts_per_tok=1
         )
         config._experts_implementation = "grouped_mm"
-        block: nn.Module = MixtralSparseMoeBlock(config)
+        block: Any = MixtralSparseMoeBlock(config)
     else:
         from transformers import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
         config = Qwen3MoeConfig(
-            hidden_size=WIDTH, moe_intermediate_size=HIDDEN, num_experts=experts, num_experts_per_tok=1, norm_topk_prob=True
+            hidden_size=WIDTH,
+            moe_intermediate_size=HIDDEN,
+            num_experts=experts,
+            num_experts_per_tok=1,
+            norm_topk_prob=True,
         )
         config._experts_implementation = "grouped_mm"
         block = Qwen3MoeSparseMoeBlock(config)
@@ -176,7 +181,9 @@ def growth(dtype: torch.dtype, note: str) -> Result:
     many, few = interleaved(cases, rounds=7)
     ratio = median_ratio(many, few)
     name = f"MoE layer, 128 experts vs 8, {_short(dtype)} (s)"
-    return Result(name, statistics.median(many), statistics.median(few), ratio, "<= 2.0", ratio <= 2.0, f"T=16384, {note}")
+    return Result(
+        name, statistics.median(many), statistics.median(few), ratio, "<= 2.0", ratio <= 2.0, f"T=16384, {note}"
+    )
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -200,5 +207,3 @@ def run_growth() -> list[Result]:
     tuned = "GLIBC_TUNABLES" in os.environ
     note = "mmap threshold and trim off" if tuned else "glibc as it is"
     return [growth(dtype, note) for dtype in (torch.float32, torch.bfloat16)]
-
-

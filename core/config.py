@@ -50,7 +50,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     try:
         if isinstance(values, DictConfig):
             values = OmegaConf.to_container(values, resolve=True)  # "+key=" overrides have opened the schema: close it
-        typed = OmegaConf.merge(OmegaConf.structured(_twin(cls)), values)
+        typed = OmegaConf.merge(OmegaConf.structured(_twin(typing.cast(Any, cls))), values)
         container = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         explained = _explain(error, cls)
@@ -156,7 +156,7 @@ def _make(kind: Any, value: Any, path: str) -> Any:
 
 
 def _entry(kind: Any, value: Any, path: str) -> Any:
-    return build(kind, value, path) if dataclasses.is_dataclass(kind) else _make(kind, value, path)
+    return build(typing.cast(Any, kind), value, path) if dataclasses.is_dataclass(kind) else _make(kind, value, path)
 
 
 def _explain(error: Exception, schema: type) -> ConfigError:
@@ -170,7 +170,9 @@ def _explain(error: Exception, schema: type) -> ConfigError:
         options = [line for line in lines[1:] if line and not line.endswith(":") and "search path" not in line.lower()]
         missing = re.search(r"Could not find '(?P<group>[^']*)/(?P<name>[^']*)'", first)
         if missing:
-            return ConfigError(missing["group"], missing["name"], "no such choice", [o for o in options if " " not in o])
+            return ConfigError(
+                missing["group"], missing["name"], "no such choice", [o for o in options if " " not in o]
+            )
         return ConfigError("configuration", None, first)
     key = str(getattr(cause, "full_key", None) or getattr(cause, "key", None) or "configuration")
     reason = str(getattr(cause, "msg", None) or cause).strip().splitlines()[0]

@@ -33,9 +33,15 @@ class Verb:
 VERBS = {
     "train": Verb("train a model", "train", "train.config:TrainConfig", "launch.local:train"),
     "evaluate": Verb("held-out loss of a run", "evaluate", "train.evaluate:EvaluateConfig", "train.evaluate:run"),
-    "generate": Verb("continue a text with a run's model", "generate", "train.generate:GenerateConfig", "train.generate:run"),
-    "tokenize": Verb("make token shards of a corpus", "tokenize", "launch.tokenize:TokenizeConfig", "launch.tokenize:run"),
-    "doctor": Verb("look at this machine and installation", "doctor", "launch.doctor:DoctorConfig", "launch.doctor:run"),
+    "generate": Verb(
+        "continue a text with a run's model", "generate", "train.generate:GenerateConfig", "train.generate:run"
+    ),
+    "tokenize": Verb(
+        "make token shards of a corpus", "tokenize", "launch.tokenize:TokenizeConfig", "launch.tokenize:run"
+    ),
+    "doctor": Verb(
+        "look at this machine and installation", "doctor", "launch.doctor:DoctorConfig", "launch.doctor:run"
+    ),
 }
 
 
@@ -60,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def usage() -> str:
     lines = ["usage: leviathan VERB [KEY=VALUE ...]", "", "verbs:"]
     lines += [f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()]
-    lines += ["", "leviathan VERB --help  lists the verb's keys; leviathan VERB --cfg [KEY=VALUE ...]  shows what it would run"]
+    lines += [
+        "",
+        "leviathan VERB --help  lists the verb's keys; leviathan VERB --cfg [KEY=VALUE ...]  shows what it would run",
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The verb `doctor`: what this machine and this installation can do, and what is missing with the line that installs it."""
+"""The verb `doctor`: what this machine and installation can do; what is missing, with the line that installs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import platform
 import resource
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,6 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
         "origin": {name: str(origin.ROOT / name) for name in origin.PACKAGES},
     }
     found["problems"] = [f"{name} is not installed: pip install leviathan" for name, v in packages.items() if v is None]
-    if sys.version_info < (3, 11):
-        found["problems"].append(f"Python 3.11 or newer is needed, this is {platform.python_version()}")
     found["advice"] = [f"{n} is not installed: {OPTIONAL[n]}" for n, v in optional.items() if v is None]
     if files < FEW_FILES:
         found["advice"].append(f"only {files} files may be open at once: ulimit -n {FEW_FILES} before large runs")
@@ -106,12 +103,18 @@ def _size(count: float) -> str:
 def _table(found: dict[str, Any]) -> str:
     machine = {**found["machine"], "memory_bytes": _size(found["machine"]["memory_bytes"])}
     lines = [f"{key.removesuffix('_bytes'):<20} {value}" for key, value in machine.items()]
-    lines += [f"{'device ' + str(i):<20} {d['name']}, {_size(d['memory_bytes'])}" for i, d in enumerate(found["devices"])]
+    lines += [
+        f"{'device ' + str(i):<20} {d['name']}, {_size(d['memory_bytes'])}" for i, d in enumerate(found["devices"])
+    ]
     lines += [] if found["devices"] else [f"{'device':<20} no GPU: runs use the CPU"]
     lines += [f"{name:<20} {'yes' if there else 'no'}" for name, there in found["backends"].items()]
-    lines += [f"{name:<20} {version or 'missing'}" for name, version in {**found["packages"], **found["optional"]}.items()]
+    lines += [
+        f"{name:<20} {version or 'missing'}" for name, version in {**found["packages"], **found["optional"]}.items()
+    ]
     for path, room in found["disk"].items():
-        lines.append(f"{'disk':<20} {path}: {_size(room['free_bytes'])} free{'' if room['writable'] else ', NOT writable'}")
+        lines.append(
+            f"{'disk':<20} {path}: {_size(room['free_bytes'])} free{'' if room['writable'] else ', NOT writable'}"
+        )
     lines.append(f"{'installed from':<20} {origin.ROOT}")
     lines += [f"advice: {line}" for line in found["advice"]] + [f"PROBLEM: {line}" for line in found["problems"]]
     return "\n".join(lines)

@@ -43,6 +43,10 @@ def table(corpus: Corpus) -> str:
             counts = part["counts"]
             size, tokens = counts.get("bytes", 0), counts["tokens"]
             ratio = size / tokens if tokens else 0.0
-            lines.append(f"{name:<16} {split:<9} {counts.get('documents', 0):>12,} {size:>16,} {tokens:>16,} {ratio:>12.2f}")
-            lines += [f"{'':<26} {key}: {value:,}" for key, value in counts.items() if key.startswith(("dropped_", "long_"))]
+            lines.append(
+                f"{name:<16} {split:<9} {counts.get('documents', 0):>12,} {size:>16,} {tokens:>16,} {ratio:>12.2f}"
+            )
+            lines += [
+                f"{'':<26} {key}: {value:,}" for key, value in counts.items() if key.startswith(("dropped_", "long_"))
+            ]
     return "\n".join(lines)

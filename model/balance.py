@@ -4,8 +4,8 @@ The auxiliary loss and the router z-loss enter by gradient injection: the router
 forward changes nothing and whose backward adds the terms' gradients and counts the loads. A backward pass runs once per
 micro-batch whatever is recomputed, so everything is counted once.
 
-Shapes: B batch, T sequence, E experts, K experts per token. Every term is a sum over tokens divided by the global number
-of tokens of the optimizer step, which is known before the backward pass.
+Shapes: B batch, T sequence, E experts, K experts per token. Every term is a sum over tokens divided by the global
+number of tokens of the optimizer step, which is known before the backward pass.
 """
 
 from __future__ import annotations

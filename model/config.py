@@ -178,7 +178,9 @@ class ModelConfig:
 
     def _check_experts(self) -> None:
         if self.experts < 2:
-            raise ConfigError("experts", self.experts, "a mixture needs at least 2; moe_every=0 makes every layer dense")
+            raise ConfigError(
+                "experts", self.experts, "a mixture needs at least 2; moe_every=0 makes every layer dense"
+            )
         if self.router.top_k > self.experts:
             raise ConfigError("router.top_k", self.router.top_k, f"must not exceed the {self.experts} experts")
         if self.width % 8 or self.expert_width % 8:

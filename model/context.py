@@ -96,7 +96,9 @@ class SequenceContext:
         before = blocks(segments_BT, block, fill=-1).roll(1, dims=1)
         before[:, 0] = -2
         keys = torch.cat([before, queries], dim=2)
-        order = torch.arange(2 * block, device=keys.device) <= torch.arange(block, 2 * block, device=keys.device)[:, None]
+        order = (
+            torch.arange(2 * block, device=keys.device) <= torch.arange(block, 2 * block, device=keys.device)[:, None]
+        )
         return ((queries[..., :, None] == keys[..., None, :]) & order).flatten(0, 1)[:, None]
 
 

@@ -27,7 +27,9 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(model.width, model.norm_eps, Role.block_norm)
         self.is_moe = layer.feed_forward is FeedForward.moe
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
-        self.ffn = MixtureOfExperts(model, gemm) if self.is_moe else GatedMLP(model.width, model.dense_width, roles, gemm)
+        self.ffn = (
+            MixtureOfExperts(model, gemm) if self.is_moe else GatedMLP(model.width, model.dense_width, roles, gemm)
+        )
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)

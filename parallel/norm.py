@@ -22,7 +22,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     groups: dict[object, list[DTensor | Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            key = (parameter.grad.device_mesh, parameter.grad.placements) if isinstance(parameter.grad, DTensor) else None
+            key = (
+                (parameter.grad.device_mesh, parameter.grad.placements) if isinstance(parameter.grad, DTensor) else None
+            )
             groups.setdefault(key, []).append(parameter.grad)
     total: Tensor | None = None
     for gradients in groups.values():

@@ -51,7 +51,9 @@ class _GroupedByLoop(torch.autograd.Function):
         x_CD, w_EFD = ctx.saved_tensors
         (grad_CF,) = grads
         grad_x, grad_w = torch.empty_like(x_CD), torch.empty_like(w_EFD)
-        parts = zip(x_CD.split(ctx.counts), w_EFD, grad_CF.split(ctx.counts), grad_x.split(ctx.counts), grad_w, strict=True)
+        parts = zip(
+            x_CD.split(ctx.counts), w_EFD, grad_CF.split(ctx.counts), grad_x.split(ctx.counts), grad_w, strict=True
+        )
         for x, w, g, out_x, out_w in parts:
             torch.mm(g, w, out=out_x)
             torch.mm(g.t(), x, out=out_w)

@@ -27,7 +27,22 @@ def ranks() -> Iterator[Pool]:
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that train on two small text sources, with a cache that lives as long as the test run."""
     root = tmp_path_factory.mktemp("corpus")
-    words = "the model reads a line and writes another line of code def return if else while for in import".split()
+    words = [
+        "the",
+        "model",
+        "reads",
+        "a",
+        "line",
+        "and",
+        "writes",
+        "another",
+        "def",
+        "return",
+        "if",
+        "else",
+        "while",
+        "for",
+    ]
     for source, step in (("prose", 7), ("code", 11)):
         folder = root / source
         folder.mkdir()
@@ -35,15 +50,22 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             text = " ".join(words[(i * step + number * i) % len(words)] for i in range(400))
             (folder / f"{number}.txt").write_text(f"{number} {text}\n")
     code = f"+data.sources.code={{kind: files, path: '{root / 'code'}', weight: 0.5}}"
-    return ["data=files", f"data.sources.text.path={root / 'prose'}", code, "data.tokenizer.vocab_size=300",
-            f"data.cache={root / 'cache'}"]  # fmt: skip
+    return [
+        "data=files",
+        f"data.sources.text.path={root / 'prose'}",
+        code,
+        "data.tokenizer.vocab_size=300",
+        f"data.cache={root / 'cache'}",
+    ]
 
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `leviathan ARGUMENTS` in a folder (the test's own by default) and return the finished process."""
 
-    def run(*arguments: str, cwd: Path = tmp_path, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, cwd: Path = tmp_path, timeout_s: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         line = [str(Path(sys.executable).with_name("leviathan")), *arguments]
         variables = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
         return subprocess.run(line, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout_s)

@@ -217,7 +217,7 @@ class Summary(Callback):
         trainer = self.trainer
         if trainer.world.is_main:
             summary = self.summary()
-            write_json(trainer.directory.path / "summary.json", summary)
+            write_json(trainer.directory.summary, summary)
         trainer.log(f"run: {trainer.directory.path}")
 
     def summary(self) -> dict[str, Any]:
@@ -256,6 +256,8 @@ class Summary(Callback):
         loader, rows = trainer.loaders[phase.name], trainer.config.evaluation.rows
         held_out = {s: list(held_out_batches(loader, s, rows, phase.micro_batch)) for s in sources}
         found = baseline.evaluate(held_out, {s: trainer.weights[s] for s in sources})
-        trainer.log(f"unigram {found['unigram_loss']:.4f} (add {found['unigram_constant']:g}), "
-                    f"bigram {found['bigram_loss']:.4f} (smoothed by {found['bigram_constant']:g})")
+        trainer.log(
+            f"unigram {found['unigram_loss']:.4f} (add {found['unigram_constant']:g}), "
+            f"bigram {found['bigram_loss']:.4f} (smoothed by {found['bigram_constant']:g})"
+        )
         return found

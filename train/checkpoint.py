@@ -1,8 +1,9 @@
 """Checkpoints: torch.distributed.checkpoint under global names, committed by a marker that is written last.
 
-A checkpoint is a directory `step-00000100`: one data file or more per rank, DCP's `.metadata`, `progress.json` and, once
-everything is on the disk, `COMMITTED` with the size and SHA-256 of every other file. A directory without the marker is
-half-written and never read. Tensors are keyed `model.NAME` and `optimizer.NAME.MOMENT`, so any layout loads any other's.
+A checkpoint is a directory `step-00000100`: one data file or more per rank, DCP's `.metadata`, `progress.json` and,
+once everything is on the disk, `COMMITTED` with the size and SHA-256 of every other file. A directory without the
+marker is half-written and never read. Tensors are keyed `model.NAME` and `optimizer.NAME.MOMENT`, so any layout loads
+any other's.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
     """Everything a run must keep, by global name, sharing storage with the model and the optimizer."""
     found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if optimizer is not None:
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 found[f"optimizer.{names[parameter]}.{key}"] = value
@@ -53,7 +54,7 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
 class _HashingFile:
     """A file that is only appended to and knows its SHA-256. A large block is hashed while it is being written."""
 
-    def __init__(self, file: IO[bytes], helper: ThreadPoolExecutor) -> None:
+    def __init__(self, file: Any, helper: ThreadPoolExecutor) -> None:
         self.file, self.helper = file, helper
         self.digest, self.bytes = hashlib.sha256(), 0
 
@@ -144,7 +145,7 @@ class Checkpointer:
         self.asynchronous, self.report = asynchronous, report
         # one process is a choice, not an accident; a background thread would escape a narrower filter
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        self._pending: tuple[Path, Future[Any]] | None = None
+        self._pending: tuple[Path, Any] | None = None
         # saving in the background must not share a communicator with the step
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
@@ -200,7 +201,9 @@ class Checkpointer:
             wrong = problems(found.path, self.world.rank, self.world.size)
             if not self.world.any(bool(wrong)):
                 return found
-            self.report(f"checkpoint {found.path.name} is damaged{': ' + wrong[0] if wrong else ''}; trying the one before")
+            self.report(
+                f"checkpoint {found.path.name} is damaged{': ' + wrong[0] if wrong else ''}; trying the one before"
+            )
         if committed:
             raise CheckpointError(f"no checkpoint in {self.directory} is whole: remove the directory to start anew")
         return None

@@ -159,9 +159,7 @@ class Phase:
 def phases(config: TrainConfig) -> list[Phase]:
     """The run's stretches in order; the first comes from `training` and `schedule` and is called "main"."""
     first = config.training
-    main = Phase(
-        "main", 0, first.steps, first.context, first.global_batch, first.micro_batch, None, config.schedule
-    )
+    main = Phase("main", 0, first.steps, first.context, first.global_batch, first.micro_batch, None, config.schedule)
     found = [main]
     for later in config.phases:
         last = found[-1]

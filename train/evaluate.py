@@ -38,12 +38,22 @@ class HeldOut:
     sources: dict[str, SourceLoss]
 
     def plain(self) -> dict[str, object]:
-        return {"loss": self.loss, "bits_per_byte": self.bits_per_byte, "sources": {k: vars(v) for k, v in self.sources.items()}}
+        return {
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "sources": {k: vars(v) for k, v in self.sources.items()},
+        }
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: Transformer, loader: Loader, corpus: Corpus, rows: int, micro_batch: int, weights: dict[str, float], world: World
+    model: Transformer,
+    loader: Loader,
+    corpus: Corpus,
+    rows: int,
+    micro_batch: int,
+    weights: dict[str, float],
+    world: World,
 ) -> HeldOut:
     """The first `rows` rows of each source's held-out split, spread over the ranks in micro-batches of equal number."""
     bytes_V = torch.from_numpy(corpus.tokenizer.token_bytes()).to(world.device)
@@ -119,9 +129,7 @@ def run(config: EvaluateConfig) -> int:
         weights = restored.weights()
         if not any(loader.held_out_rows(source) for source in weights):
             raise CheckpointError("the corpus has no held-out rows at this run's context")
-        result = held_out_loss(
-            restored.model, loader, restored.corpus, config.rows, config.micro_batch, weights, world
-        )
+        result = held_out_loss(restored.model, loader, restored.corpus, config.rows, config.micro_batch, weights, world)
         if world.is_main:
             print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
         return 0

@@ -42,7 +42,7 @@ class GenerateConfig:
 def continue_tokens(
     model: Transformer, prompt: list[int], context: int, config: GenerateConfig, stop: int
 ) -> Iterator[int]:
-    """Sampled token ids one by one, until `stop` is drawn or `config.tokens` are out; sees the last `context` tokens."""
+    """Sampled token ids, until `stop` is drawn or `config.tokens` are out; the model sees the last `context` tokens."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
     tokens = list(prompt)

@@ -41,7 +41,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def expert_load(counts_LE: Tensor) -> list[dict[str, float]]:
-    """Per mixture layer: busiest expert over the mean, entropy of the load over its maximum, experts without a token."""
+    """Per mixture layer: busiest expert over the mean, entropy of the load over its maximum, idle experts."""
     rows = []
     for counts_E in counts_LE.double().cpu():
         share = counts_E / counts_E.sum().clamp_min(1)

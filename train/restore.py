@@ -43,8 +43,6 @@ def restore(directory: Path, world: World) -> Restored:
         raise CheckpointError(f"{directory} has no checkpoint yet")
     corpus = get_corpus(config, world, lambda line: None)
     layout = config.parallel.resolve(world.size)
-    model, _ = build(
-        config.model, layout, config.precision, make_meshes(layout, world), world.device, config.run.seed
-    )
+    model, _ = build(config.model, layout, config.precision, make_meshes(layout, world), world.device, config.run.seed)
     check_same_data(load(found, model, None), corpus)
     return Restored(config, model, corpus, found.step)

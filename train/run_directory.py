@@ -19,7 +19,17 @@ from core.errors import ConfigError
 from core.files import write_text
 from train.config import TrainConfig, phases
 
-FREE = ("run", "logging", "checkpoint", "evaluation", "profile", "launch", "parallel", "training.micro_batch", "data.cache")
+FREE = (
+    "run",
+    "logging",
+    "checkpoint",
+    "evaluation",
+    "profile",
+    "launch",
+    "parallel",
+    "training.micro_batch",
+    "data.cache",
+)
 """What may change when a run goes on: nothing here changes what is learnt."""
 
 
@@ -28,6 +38,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
         self.config_file = path / "config.yaml"
 
     @classmethod

@@ -86,6 +86,10 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the last step; returns the exit code. Interrupted, it saves and stops."""
+        if self.step == self.steps and self.directory.summary.exists():
+            self.log(f"nothing left to do: the run has done its {self.steps} steps")
+            self.log(f"run: {self.directory.path}")
+            return 0
         extras = callbacks.make(self)
         with Interruption() as interruption:
             for step in range(self.step, self.steps):
@@ -119,7 +123,7 @@ class Trainer:
         self.paused_s += time.perf_counter() - begin
 
     def _must_stop(self, interruption: Interruption, step: int) -> bool:
-        """All ranks must leave at the same step. On GPUs they are asked only where metrics wait for the device anyway."""
+        """All ranks must leave at the same step. On GPUs they are asked only where metrics wait for the device."""
         if self.world.device.type == "cuda" and self.world.size > 1 and step % self.config.logging.every:
             return False
         return self.world.any(interruption.requested)

@@ -1,7 +1,7 @@
-"""A pool of gloo ranks, started once per test run: importing torch costs seconds a rank, a case then costs milliseconds.
+"""A pool of gloo ranks, started once per test run: importing torch costs seconds a rank, a case then milliseconds.
 
 A case is a top-level function with its arguments; it runs on ranks 0..n-1 inside a process group of its own, under a
-store prefix of its own. What it returns comes back by rank; what it raises is raised in the test, the first cause and not
+store prefix of its own. What it returns comes back by rank; what it raises is raised in the test: the first cause, not
 the broken connections of its neighbours. A case that hangs is killed with all ranks, and the pool starts anew.
 """
 
@@ -37,7 +37,9 @@ class Pool:
         self._store: Any = None
         self._cases = 0
 
-    def __call__(self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
+    def __call__(
+        self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0
+    ) -> list[Any]:
         """Run `function(*arguments)` on `ranks` ranks and return what each returned."""
         if not 1 <= ranks <= MOST_RANKS:
             raise ValueError(f"1 to {MOST_RANKS} ranks, not {ranks}")
@@ -119,7 +121,9 @@ def _serve(connection: Connection) -> None:
 def _run_case(number: int, rank: int, ranks: int, port: int, timeout_s: float, case: bytes) -> Any:
     import torch.distributed as dist
 
-    store = dist.PrefixStore(f"case_{number}", dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
+    store = dist.PrefixStore(
+        f"case_{number}", dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    )
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     if ranks > 1:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))

@@ -21,7 +21,10 @@ def relative(a: Any, b: Any) -> float:
 
 def worst(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
     """Largest relative difference of each kind of figure."""
-    result = {key: max(relative(a, b) for a, b in zip(found[key], wanted[key], strict=True)) for key in ("loss", "norm", "aux", "z")}
+    result = {
+        key: max(relative(a, b) for a, b in zip(found[key], wanted[key], strict=True))
+        for key in ("loss", "norm", "aux", "z")
+    }
     for key in ("gradients", "weights"):
         assert found[key].keys() == wanted[key].keys()
         result[key] = max(relative(found[key][name], wanted[key][name]) for name in wanted[key])
@@ -33,6 +36,7 @@ def sabotaged(root: Path, name: str, overrides: list[str], what: str) -> dict[st
     """The same figures with one reduction broken in this process."""
     import parallel.fsdp
     import parallel.norm
+    from data.loader import Loader
     from parallel.world import World
     from train import engine
 
@@ -54,7 +58,8 @@ def sabotaged(root: Path, name: str, overrides: list[str], what: str) -> dict[st
         real = World.sum
         plant(World, "sum", lambda self, t: None if t.dim() == 2 else real(self, t))
     elif what == "same rows on every rank":
-        plant(World, "rank", property(lambda self: 0))
+        batch = Loader.batch
+        plant(Loader, "batch", lambda self, step, start, stop: batch(self, step, 0, stop - start))
     elif what == "one micro-batch lost":
         cut = engine._micro_batches
         plant(engine, "_micro_batches", lambda batch, rows: list(cut(batch, rows))[:-1])
@@ -73,7 +78,13 @@ def alone(ranks, small_corpus, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "count, layout",
-    [(2, []), (4, []), (4, ["parallel.dp_replicate=2"]), (2, ["parallel.recompute=full"]), (2, ["training.micro_batch=4"])],
+    [
+        (2, []),
+        (4, []),
+        (4, ["parallel.dp_replicate=2"]),
+        (2, ["parallel.recompute=full"]),
+        (2, ["training.micro_batch=4"]),
+    ],
     ids=["fsdp2", "fsdp4", "hsdp2x2", "recompute", "other-micro-batch"],
 )
 def test_ranks_compute_what_one_process_computes(ranks, small_corpus, alone, tmp_path, count, layout):
@@ -108,10 +119,14 @@ def test_bfloat16_is_close_under_sharding(ranks, small_corpus, tmp_path):
 @pytest.mark.parametrize(
     "what, noticed_in",
     [
-        ("averaged gradients", "gradients"), ("local norm", "norm"), ("local token count", "gradients"),
-        ("local expert counts", "counts"), ("same rows on every rank", "gradients"), ("one micro-batch lost", "gradients"),
+        ("averaged gradients", "gradients"),
+        ("local norm", "norm"),
+        ("local token count", "gradients"),
+        ("local expert counts", "counts"),
+        ("same rows on every rank", "gradients"),
+        ("one micro-batch lost", "gradients"),
     ],
-)  # fmt: skip
+)
 def test_planted_bugs_are_noticed(ranks, small_corpus, alone, tmp_path, what, noticed_in):
     found = ranks(2, sabotaged, tmp_path, "run", [*small_corpus, *EXACT], what)[0]
     assert worst(found, alone)[noticed_in] > 1e-3

@@ -39,7 +39,9 @@ def attention(x: Tensor, positions: list[int], model: ModelConfig, index: int, w
         current += p == 0
         document.append(current)
     out = []
-    q, k, v = ((x @ w[f"{name}.{part}.weight"].T).view(length, -1, model.head_width) for part in ("query", "key", "value"))
+    q, k, v = (
+        (x @ w[f"{name}.{part}.weight"].T).view(length, -1, model.head_width) for part in ("query", "key", "value")
+    )
 
     def prepared(vector: Tensor, t: int) -> Tensor:
         if layer.rope:
@@ -82,7 +84,11 @@ def feed_forward(x: Tensor, model: ModelConfig, index: int, w: dict[str, Tensor]
         for e in chosen:
             parts = [w[f"{name}.experts.{p}.weight"][e] for p in ("gate", "up", "down")]
             weight = scores[e] / total * model.router.scale
-            y = y + (mlp(weight * token, *parts) if model.router.weights_on is WeightsOn.input else weight * mlp(token, *parts))
+            y = y + (
+                mlp(weight * token, *parts)
+                if model.router.weights_on is WeightsOn.input
+                else weight * mlp(token, *parts)
+            )
         if model.shared_expert_width:
             y = y + mlp(token, *(w[f"{name}.shared.{p}.weight"] for p in ("gate", "up", "down")))
         rows.append(y)

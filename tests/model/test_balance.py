@@ -19,16 +19,30 @@ from precision.backend import Compute, PrecisionConfig, resolve
 
 B, T, D, E = 3, 10, 16, 4
 MODEL = ModelConfig(
-    vocab_size=32, width=D, layers=2, heads=2, kv_heads=2, head_width=8, dense_width=16, expert_width=16, experts=E,
-    chunk=4, init=InitConfig(std=1.0, fan_in=True), balance=BalanceConfig(bias_rate=0.01, aux=0.1, z=0.01),
-)  # fmt: skip
+    vocab_size=32,
+    width=D,
+    layers=2,
+    heads=2,
+    kv_heads=2,
+    head_width=8,
+    dense_width=16,
+    expert_width=16,
+    experts=E,
+    chunk=4,
+    init=InitConfig(std=1.0, fan_in=True),
+    balance=BalanceConfig(bias_rate=0.01, aux=0.1, z=0.01),
+)
 
 
 def written_out(x: torch.Tensor, weight: torch.Tensor, router: RouterConfig, balance: BalanceConfig, divisor: float):
     """The balancing terms as an ordinary loss."""
     logits = x @ weight.T
     chosen = logits.topk(router.top_k, -1).indices
-    p = logits.softmax(-1) if router.score is Score.softmax else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    p = (
+        logits.softmax(-1)
+        if router.score is Score.softmax
+        else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    )
     load = torch.nn.functional.one_hot(chosen, E).double().sum(2)  # B, T, E
     if balance.aux_scope is AuxScope.sequence:
         share = load.mean(1, keepdim=True) * E / router.top_k

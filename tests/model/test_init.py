@@ -12,7 +12,9 @@ from model.transformer import Transformer
 from precision.backend import PrecisionConfig, resolve
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(vocab_size=64, width=32, layers=2, heads=2, kv_heads=1, head_width=16, dense_width=64, expert_width=32)
+MODEL = ModelConfig(
+    vocab_size=64, width=32, layers=2, heads=2, kv_heads=1, head_width=16, dense_width=64, expert_width=32
+)
 INFO = ParameterInfo("layers.0.ffn.experts.up.weight", Role.expert_up, torch.Size([4, 6, 8]))
 
 

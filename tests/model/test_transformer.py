@@ -19,9 +19,21 @@ from precision.backend import Compute, PrecisionConfig, resolve
 from tests.model import reference
 
 SMALL = ModelConfig(
-    vocab_size=48, width=16, layers=4, heads=4, kv_heads=2, head_width=8, dense_width=24, expert_width=16, experts=4,
-    moe_every=2, nope_every=4, chunk=5, temperature_floor=3.0, init=InitConfig(std=1.0, fan_in=True),
-)  # fmt: skip
+    vocab_size=48,
+    width=16,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_width=8,
+    dense_width=24,
+    expert_width=16,
+    experts=4,
+    moe_every=2,
+    nope_every=4,
+    chunk=5,
+    temperature_floor=3.0,
+    init=InitConfig(std=1.0, fan_in=True),
+)
 WHOLE = torch.arange(13)[None]
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
 
@@ -52,11 +64,13 @@ VARIANTS = {
     "biased": replace(SMALL, balance=BalanceConfig(bias_rate=0.1), router=RouterConfig(top_k=2)),
     "no_qk_norm": replace(SMALL, qk_norm=QKNorm.none),
     "mixtral_routing": replace(
-        SMALL, shared_width=0, moe_every=1,
+        SMALL,
+        shared_width=0,
+        moe_every=1,
         router=RouterConfig(top_k=2, score=Score.softmax, renormalise=True, weights_on=WeightsOn.output),
     ),
     "chunk_longer_than_row": replace(SMALL, chunk=64),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("positions", [WHOLE, PACKED], ids=["whole", "packed"])
@@ -73,7 +87,9 @@ def gradients(config: ModelConfig) -> tuple[dict[str, torch.Tensor], dict[str, t
     """Of the same scalar, by the model's own backward and by autograd through the plain statement."""
     model = make(config)
     tokens = torch.randint(0, SMALL.vocab_size, PACKED.shape, generator=torch.Generator().manual_seed(0))
-    weight = torch.randn(*PACKED.shape, SMALL.vocab_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.randn(
+        *PACKED.shape, SMALL.vocab_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     (model(tokens, SequenceContext(PACKED)) * weight).sum().backward()
     weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.named_parameters()}
     state = {**model.state_dict(), **weights}
@@ -148,11 +164,16 @@ def test_llama3_scaling_is_a_hard_cut_when_the_bounds_are_equal():
 @pytest.mark.parametrize(
     "change, key",
     [
-        ({"kv_heads": 3}, "kv_heads"), ({"head_width": 7}, "head_width"), ({"experts": 1}, "experts"), ({"width": 0}, "width"),
-        ({"router": RouterConfig(top_k=9)}, "router.top_k"), ({"chunk": 0}, "chunk"), ({"expert_width": 12}, "expert_width"),
+        ({"kv_heads": 3}, "kv_heads"),
+        ({"head_width": 7}, "head_width"),
+        ({"experts": 1}, "experts"),
+        ({"width": 0}, "width"),
+        ({"router": RouterConfig(top_k=9)}, "router.top_k"),
+        ({"chunk": 0}, "chunk"),
+        ({"expert_width": 12}, "expert_width"),
         ({"layer_list": []}, "layer_list"),
     ],
-)  # fmt: skip
+)
 def test_impossible_shapes_are_refused(change, key):
     with pytest.raises(ConfigError) as caught:
         replace(SMALL, **change)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from core.errors import ConfigError
@@ -16,7 +18,7 @@ def test_wsd_warms_up_stays_and_falls():
     assert found[4:11] == [1.0] * 7
     assert found[11] == pytest.approx(1.0 - 0.9 * 0.1)
     assert found[19] == pytest.approx(0.1 + 0.9 * 0.1)
-    assert all(a >= b for a, b in zip(found[4:], found[5:], strict=False))
+    assert all(a >= b for a, b in pairwise(found[4:]))
 
 
 def test_cosine_ends_near_its_final_value():

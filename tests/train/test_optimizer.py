@@ -23,7 +23,9 @@ from train.optimizer import (
     set_learning_rate,
 )
 
-MODEL = ModelConfig(vocab_size=32, width=16, layers=2, heads=2, kv_heads=1, head_width=8, dense_width=16, expert_width=16, experts=2)
+MODEL = ModelConfig(
+    vocab_size=32, width=16, layers=2, heads=2, kv_heads=1, head_width=8, dense_width=16, expert_width=16, experts=2
+)
 
 
 @pytest.fixture
@@ -42,7 +44,9 @@ def give_gradients(model: Transformer, seed: int = 0) -> None:
 def test_groups_are_named_by_role_and_cover_everything_once(model):
     optimizer = make_optimizer(model, registry(model), OptimizerConfig())
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in grouped} == {id(p) for p in model.parameters()} and len(grouped) == len(list(model.parameters()))
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters()} and len(grouped) == len(
+        list(model.parameters())
+    )
     decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
     assert decay["block_norm"] == decay["final_norm"] == 0.0
     assert decay["router"] == decay["expert_up"] == decay["embedding"] == 0.1
@@ -81,9 +85,14 @@ def test_narrow_moments_follow_wide_ones(model):
     """One step is the same update up to the rounding of fp32; later ones drift by bf16's 3 digits of each moment."""
     start = [p.detach().clone() for p in model.parameters()]
     other = copy.deepcopy(model)
-    for a, b in zip(trained(copy.deepcopy(model), Moments.float32, 1), trained(other, Moments.bfloat16, 1), strict=True):
+    for a, b in zip(
+        trained(copy.deepcopy(model), Moments.float32, 1), trained(other, Moments.bfloat16, 1), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    wide, narrow = trained(copy.deepcopy(model), Moments.float32, 10), trained(copy.deepcopy(model), Moments.bfloat16, 10)
+    wide, narrow = (
+        trained(copy.deepcopy(model), Moments.float32, 10),
+        trained(copy.deepcopy(model), Moments.bfloat16, 10),
+    )
     moved = torch.cat([(a - b).flatten() for a, b in zip(wide, start, strict=True)]).norm()
     apart = torch.cat([(a - b).flatten() for a, b in zip(wide, narrow, strict=True)]).norm()
     assert 0 < apart < 0.02 * moved

@@ -20,13 +20,32 @@ from train.run_directory import RunDirectory
 from train.trainer import Trainer
 
 TINY = [
-    "model.vocab_size=320", "model.width=32", "model.layers=4", "model.heads=4", "model.head_width=8",
-    "model.dense_width=48", "model.expert_width=32", "model.experts=4", "model.chunk=16", "model.temperature_floor=16",
-    "model.router.top_k=2", "model.balance.aux=0.01", "model.balance.z=0.001", "model.balance.bias_rate=0.01",
-    "training.context=48", "training.global_batch=8", "training.micro_batch=2", "training.steps=6",
-    "schedule.warmup_steps=0", "schedule.kind=constant", "logging.every=1", "evaluation.every=0", "evaluation.rows=4",
-    "evaluation.baselines=false", "checkpoint.every=0",
-]  # fmt: skip
+    "model.vocab_size=320",
+    "model.width=32",
+    "model.layers=4",
+    "model.heads=4",
+    "model.head_width=8",
+    "model.dense_width=48",
+    "model.expert_width=32",
+    "model.experts=4",
+    "model.chunk=16",
+    "model.temperature_floor=16",
+    "model.router.top_k=2",
+    "model.balance.aux=0.01",
+    "model.balance.z=0.001",
+    "model.balance.bias_rate=0.01",
+    "training.context=48",
+    "training.global_batch=8",
+    "training.micro_batch=2",
+    "training.steps=6",
+    "schedule.warmup_steps=0",
+    "schedule.kind=constant",
+    "logging.every=1",
+    "evaluation.every=0",
+    "evaluation.rows=4",
+    "evaluation.baselines=false",
+    "checkpoint.every=0",
+]
 EXACT = ["precision=fp64", "optimizer=sgd", "training.clip_norm=null"]
 
 

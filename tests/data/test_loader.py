@@ -1,0 +1,153 @@
+"""Batches as a pure function of the step: the same for any number of ranks, for a fresh process, for ever."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from core.errors import ConfigError
+from data.corpus import HELD_OUT, TRAIN, Corpus, open_corpus
+from data.loader import IGNORED, Batch, Loader
+from tests.data.conftest import write_texts
+
+CONTEXT = 32
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+
+
+def joined(parts: list[Batch]) -> Batch:
+    return Batch(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_ranks_see_slices_of_the_same_batch(corpus: Corpus, ranks: int) -> None:
+    loader, share = Loader(corpus, CONTEXT, 16, seed=1), 16 // ranks
+    for step in (0, 3, 200):
+        whole = loader.batch(step)
+        assert equal(whole, joined([loader.batch(step, r * share, (r + 1) * share) for r in range(ranks)]))
+        assert equal(whole, joined([whole.slice(r * share, (r + 1) * share) for r in range(ranks)]))
+
+
+def test_slices_in_the_wrong_order_are_another_batch(corpus: Corpus) -> None:
+    loader = Loader(corpus, CONTEXT, 16, seed=1)
+    assert not equal(loader.batch(0), joined([loader.batch(0, 8, 16), loader.batch(0, 0, 8)]))
+
+
+def test_a_fresh_loader_continues_exactly(corpus: Corpus) -> None:
+    weights = {"long": 3.0, "short": 1.0}
+    first = [Loader(corpus, CONTEXT, 8, 1, "", weights).batch(step) for step in range(6)]
+    again = Loader(open_corpus(corpus.directory), CONTEXT, 8, 1, "", weights)
+    assert all(equal(again.batch(step), first[step]) for step in (5, 2, 4))
+
+
+def test_everything_that_names_a_batch_changes_it(corpus: Corpus, make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+    usual = Loader(corpus, CONTEXT, 8, seed=1).batch(0)
+    others = {
+        "seed": Loader(corpus, CONTEXT, 8, seed=2),
+        "phase": Loader(corpus, CONTEXT, 8, seed=1, phase="long"),
+        "generation": Loader(corpus, CONTEXT, 8, seed=1, generation=1),
+    }
+    for name, loader in others.items():
+        assert not equal(usual, loader.batch(0)), name
+    assert not equal(usual, Loader(corpus, CONTEXT, 8, seed=1).batch(1))
+    sources = {"long": {"path": str(write_texts(tmp_path / "other", 60, seed=3))}}
+    assert make_corpus(sources).fingerprint != corpus.fingerprint
+
+
+def rows_of_epoch(loader: Loader, source: int, epoch: int) -> np.ndarray:
+    count = loader._streams[source].rows(CONTEXT)
+    return loader._rows(source, np.arange(epoch * count, (epoch + 1) * count))
+
+
+def test_every_epoch_holds_each_row_once_in_an_order_of_its_own(corpus: Corpus) -> None:
+    loader = Loader(corpus, CONTEXT, 8, seed=1)
+    for source in (0, 1):
+        count = loader._streams[source].rows(CONTEXT)
+        epochs = [rows_of_epoch(loader, source, epoch) for epoch in range(3)]
+        assert all(np.array_equal(np.sort(rows), np.arange(count)) for rows in epochs)
+        assert (epochs[0] == epochs[1]).mean() < 0.1 and (epochs[1] == epochs[2]).mean() < 0.1
+
+
+def test_one_epoch_of_batches_covers_a_source_once(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+    corpus = make_corpus({"a": {"path": str(write_texts(tmp_path / "a", 12))}})
+    loader, stream = Loader(corpus, CONTEXT, 1, seed=1), corpus.stream("a", TRAIN)
+    seen = [tuple(loader.batch(step).tokens_BT[0].tolist()) for step in range(stream.rows(CONTEXT))]
+    wanted = [tuple(stream.window(row * CONTEXT, CONTEXT).tolist()) for row in range(stream.rows(CONTEXT))]
+    assert Counter(seen) == Counter(wanted) and seen != wanted
+
+
+def test_sources_come_by_weight_and_are_named(corpus: Corpus) -> None:
+    loader = Loader(corpus, CONTEXT, 1024, seed=1, weights={"short": 1.0, "long": 3.0})
+    batch = loader.batch(0)
+    assert batch.sources_B.bincount().tolist() == [768, 256]  # in the corpus's order, not that of the weights
+    row = int(torch.nonzero(batch.sources_B == 1)[0])
+    stream = corpus.stream("short", TRAIN)
+    windows = {tuple(stream.window(r * CONTEXT, CONTEXT).tolist()) for r in range(stream.rows(CONTEXT))}
+    assert tuple(batch.tokens_BT[row].tolist()) in windows
+
+
+def test_labels_are_the_next_tokens_and_never_the_next_document(corpus: Corpus) -> None:
+    bos, eos = corpus.tokenizer.bos_id, corpus.tokenizer.eos_id
+    batch = Loader(corpus, 128, 64, seed=1).batch(0)
+    tokens, labels = batch.tokens_BT, batch.labels_BT
+    inner, following = labels[:, :-1], tokens[:, 1:]
+    assert torch.equal(inner[following != bos], following[following != bos])
+    assert bool((inner[following == bos] == IGNORED).all()) and bool((following == bos).any())
+    assert not bool((labels == bos).any()) and bool((labels == eos).any())
+    ends = tokens == eos
+    assert bool((labels[ends] == IGNORED).all()) and int((labels == IGNORED).sum()) == int(ends.sum())
+
+
+def test_last_label_is_the_first_token_of_the_next_row(corpus: Corpus) -> None:
+    loader = Loader(corpus, CONTEXT, 8, seed=1)
+    batch = loader.held_out("long", 0, 5)
+    for row in range(4):
+        following = int(batch.tokens_BT[row + 1, 0])
+        assert int(batch.labels_BT[row, -1]) == (IGNORED if following == corpus.tokenizer.bos_id else following)
+
+
+def test_positions_restart_at_documents_and_rows(corpus: Corpus) -> None:
+    bos = corpus.tokenizer.bos_id
+    batch = Loader(corpus, 128, 64, seed=1).batch(0)
+    for tokens, positions in zip(batch.tokens_BT.tolist(), batch.positions_BT.tolist(), strict=True):
+        expected, place = [], 0
+        for token in tokens:
+            place = 0 if token == bos else place
+            expected.append(place)
+            place += 1
+        assert positions == expected
+
+
+def test_batches_are_int64(corpus: Corpus) -> None:
+    for batch in (Loader(corpus, CONTEXT, 4, seed=1).batch(0), Loader(corpus, CONTEXT, 4, seed=1).held_out("long", 0, 2)):
+        assert all(tensor.dtype == torch.int64 for tensor in vars(batch).values())
+        assert batch.tokens_BT.shape == batch.labels_BT.shape == batch.positions_BT.shape
+        assert batch.to(torch.device("cpu")).tokens_BT.is_contiguous()
+
+
+def test_held_out_rows_are_fixed_and_in_order(corpus: Corpus) -> None:
+    stream, rows = corpus.stream("short", HELD_OUT), Loader(corpus, CONTEXT, 4, seed=1).held_out_rows("short")
+    assert rows == stream.rows(CONTEXT) > 2
+    one, other = (Loader(corpus, CONTEXT, 4, seed=seed).held_out("short", 0, rows) for seed in (1, 2))
+    assert equal(one, other) and one.sources_B.tolist() == [1] * rows
+    assert torch.equal(one.tokens_BT.reshape(-1), torch.from_numpy(stream.window(0, rows * CONTEXT)))
+    assert Loader(corpus, CONTEXT, 4, seed=1).held_out("short", 0, 0).tokens_BT.shape == (0, CONTEXT)
+
+
+def test_a_source_shorter_than_a_row_is_refused(corpus: Corpus) -> None:
+    tokens = len(corpus.stream("short", TRAIN))
+    Loader(corpus, tokens - 1, 4, seed=1)
+    with pytest.raises(ConfigError, match=rf"data.sources.short: has {tokens} training tokens, less than one row of {tokens}"):
+        Loader(corpus, tokens, 4, seed=1)
+
+
+def test_an_unknown_source_is_refused(corpus: Corpus) -> None:
+    with pytest.raises(ConfigError, match="data.sources.shrot: the corpus has no such source; try long or short"):
+        Loader(corpus, CONTEXT, 4, seed=1, weights={"shrot": 1.0})

@@ -1,0 +1,89 @@
+"""The keyed permutation and the blend: exact properties, any of which a resumed run relies on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data.order import Blend, key_of, permute
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 100, 1000, 4097])
+def test_permutation_is_a_bijection(size: int) -> None:
+    for key in (0, 1, key_of("a"), 2**64 - 1):
+        assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_permutation_has_random_access() -> None:
+    whole = permute(np.arange(10_000), 10_000, 7)
+    some = np.array([9_999, 0, 1234, 1234])
+    assert np.array_equal(permute(some, 10_000, 7), whole[some])
+
+
+def test_permutation_of_more_rows_than_a_table_could_hold() -> None:
+    size = 3 * 10**12
+    places = permute(np.arange(10_000) * 250_000_000, size, 1)
+    assert len(np.unique(places)) == 10_000 and places.max() < size and places.min() >= 0
+
+
+def test_keys_give_unrelated_orders() -> None:
+    first, second = permute(np.arange(4096), 4096, 1), permute(np.arange(4096), 4096, 2)
+    assert (first == second).sum() < 10
+    assert abs(np.corrcoef(first, np.arange(4096))[0, 1]) < 0.05 and abs(np.corrcoef(first, second)[0, 1]) < 0.05
+
+
+def test_places_are_evenly_spread() -> None:
+    """Where row 0 lands, over 6,400 keys: chi-square of 64 cells, far below what a bias would give."""
+    cells = np.bincount([int(permute(np.zeros(1, np.int64), 64, key_of(key))[0]) for key in range(6400)], minlength=64)
+    assert ((cells - 100) ** 2 / 100).sum() < 130
+
+
+def test_permutation_refuses_what_lies_outside() -> None:
+    for index in (-1, 10):
+        with pytest.raises(ValueError, match=r"\[0, 10\)"):
+            permute(np.array([index]), 10, 1)
+
+
+def counts_after(blend: Blend, samples: int) -> np.ndarray:
+    return np.bincount(blend.locate(np.arange(samples))[0], minlength=len(blend.names))
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 0.4, "b": 0.25, "c": 0.2, "d": 0.15}, {"a": 1.0, "b": 1e-6}])
+def test_blend_gives_each_source_its_share(weights: dict[str, float]) -> None:
+    blend, total = Blend(weights, 3), sum(weights.values())
+    for blocks in (1, 2, 9):
+        samples = blocks * blend.block
+        wanted = np.array([samples * weight / total for weight in weights.values()])
+        found = counts_after(blend, samples)
+        assert found.sum() == samples and np.abs(found - wanted).max() <= 1
+
+
+def test_share_check_notices_other_weights() -> None:
+    found = counts_after(Blend({"a": 0.41, "b": 0.59}, 3), 1024)
+    assert abs(found[0] - 0.4 * 1024) > 1
+
+
+def test_each_source_gives_its_samples_in_order() -> None:
+    source, within = Blend({"a": 2.0, "b": 1.0}, 5).locate(np.arange(5000))
+    for index in (0, 1):
+        given = within[source == index]
+        assert np.array_equal(given, np.arange(len(given)))
+
+
+def test_blend_mixes_within_a_block() -> None:
+    source, _ = Blend({"a": 1.0, "b": 1.0}, 5).locate(np.arange(1024))
+    assert 300 < np.count_nonzero(np.diff(source)) < 700
+
+
+def test_blend_has_random_access_far_out() -> None:
+    blend = Blend({"a": 0.3, "b": 0.7}, 1)
+    far = np.arange(10**13, 10**13 + 3000)
+    source, within = blend.locate(far)
+    one_by_one = [blend.locate(far[i : i + 1]) for i in (0, 1, 1500, 2999)]
+    for (s, w), i in zip(one_by_one, (0, 1, 1500, 2999), strict=True):
+        assert (s[0], w[0]) == (source[i], within[i])
+    assert abs(within[source == 0].max() - 0.3 * 10**13) < 2000
+
+
+def test_key_depends_on_every_part_and_its_place() -> None:
+    assert len({key_of(1, 2), key_of(2, 1), key_of(12), key_of("1", ""), key_of(1)}) == 5

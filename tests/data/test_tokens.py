@@ -1,0 +1,84 @@
+"""Token shards: what is written is read, across borders, and damage is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.errors import DataError
+from data.tokens import Shard, TokenStream, TokenWriter, token_dtype, verify_shard
+
+
+def write(folder: Path, vocab_size: int = 300, shard_tokens: int = 64) -> tuple[np.ndarray, list[Shard]]:
+    chance = np.random.default_rng(0)
+    documents = [chance.integers(0, vocab_size, length).tolist() for length in (5, 0, 200, 64, 3, 1)]
+    writer = TokenWriter(folder, "a", token_dtype(vocab_size), shard_tokens)
+    for document in documents:
+        writer.add(document)
+    shards = writer.close()
+    assert writer.tokens == sum(map(len, documents))
+    return np.concatenate([np.array(d, np.int64) for d in documents]), shards
+
+
+@pytest.mark.parametrize("vocab_size", [300, 65_536, 202_048])
+@pytest.mark.parametrize("shard_tokens", [7, 64, 1000])
+def test_windows_cross_shards(tmp_path: Path, vocab_size: int, shard_tokens: int) -> None:
+    written, shards = write(tmp_path, vocab_size, shard_tokens)
+    stream = TokenStream(tmp_path, shards, token_dtype(vocab_size))
+    assert len(stream) == len(written) == sum(shard.tokens for shard in shards)
+    assert all(shard.tokens <= shard_tokens for shard in shards)
+    for start, length in [(0, len(written)), (0, 1), (60, 10), (len(written) - 1, 1), (10, 0), (len(written), 0)]:
+        window = stream.window(start, length)
+        assert window.dtype == np.int64 and np.array_equal(window, written[start : start + length])
+
+
+def test_ids_are_stored_in_the_smallest_width_that_holds_them() -> None:
+    assert token_dtype(65_536).itemsize == 2 and token_dtype(65_537).itemsize == 4
+
+
+def test_an_id_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OverflowError):
+        TokenWriter(tmp_path, "a", token_dtype(300)).add([70_000])
+
+
+def test_windows_outside_are_refused(tmp_path: Path) -> None:
+    written, shards = write(tmp_path)
+    stream = TokenStream(tmp_path, shards, token_dtype(300))
+    for start, length in [(-1, 2), (len(written), 1), (0, len(written) + 1)]:
+        with pytest.raises(IndexError, match="outside"):
+            stream.window(start, length)
+
+
+def test_rows_leave_room_for_the_last_label(tmp_path: Path) -> None:
+    written, shards = write(tmp_path)
+    stream = TokenStream(tmp_path, shards, token_dtype(300))
+    context = 34
+    rows = stream.rows(context)
+    assert rows * context + 1 <= len(written) < (rows + 1) * context + 1
+    assert TokenStream(tmp_path, [], token_dtype(300)).rows(context) == 0
+
+
+def test_truncated_and_missing_shards_are_named_at_opening(tmp_path: Path) -> None:
+    _, shards = write(tmp_path)
+    victim = tmp_path / shards[1].file
+    victim.write_bytes(victim.read_bytes()[:-2])
+    with pytest.raises(DataError, match=rf"{victim} has 126 bytes instead of 128: remove {tmp_path} and run again"):
+        TokenStream(tmp_path, shards, token_dtype(300))
+    victim.unlink()
+    with pytest.raises(DataError, match="a-00001.bin is missing"):
+        TokenStream(tmp_path, shards, token_dtype(300))
+
+
+def test_a_flipped_bit_is_found_by_its_hash_alone(tmp_path: Path) -> None:
+    _, shards = write(tmp_path)
+    for shard in shards:
+        verify_shard(tmp_path, shard)
+    victim = tmp_path / shards[2].file
+    content = bytearray(victim.read_bytes())
+    content[9] ^= 1
+    victim.write_bytes(bytes(content))
+    TokenStream(tmp_path, shards, token_dtype(300))  # its size is right, so opening cannot see it
+    with pytest.raises(DataError, match="a-00002.bin does not match its SHA-256: remove"):
+        verify_shard(tmp_path, shards[2])

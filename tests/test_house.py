@@ -1,0 +1,138 @@
+"""The rules of the house: imports go down only, files and functions stay small, nothing is swallowed.
+
+Each rule is a function from a source tree to complaints, so that each can be shown a bad tree.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "core": {"configs"},  # the folder of YAML files, looked up by its package
+    "precision": {"core"},
+    "model": {"core", "precision"},
+    "data": {"core"},
+    "hparam": {"core", "precision", "model"},
+    "parallel": {"core", "precision", "model"},
+    "train": {"core", "precision", "model", "parallel", "hparam", "data"},
+    "launch": {"core", "precision", "model", "parallel", "hparam", "data", "train"},
+    "configs": set(),
+}
+FILE_LINES, FUNCTION_LINES = 600, 80
+PUBLISHED = [*MAY_IMPORT, "tests", "bench"]
+
+
+def sources(root: Path, folders: list[str]) -> Iterator[tuple[Path, ast.Module]]:
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*.py")):
+            yield path.relative_to(root), ast.parse(path.read_text())
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Top-level names imported anywhere in a file, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0], node.lineno
+
+
+def upward_imports(root: Path) -> list[str]:
+    return [
+        f"{path}:{line} {path.parts[0]} must not import {name}"
+        for path, tree in sources(root, list(MAY_IMPORT))
+        for name, line in imported(tree)
+        if name in PUBLISHED and name != path.parts[0] and name not in MAY_IMPORT[path.parts[0]]
+    ]
+
+
+def too_long(root: Path) -> list[str]:
+    found = []
+    for path, tree in sources(root, PUBLISHED):
+        lines = len((root / path).read_text().splitlines())
+        if lines > FILE_LINES:
+            found.append(f"{path} has {lines} lines")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                size = (node.end_lineno or node.lineno) - node.lineno + 1
+                if size > FUNCTION_LINES:
+                    found.append(f"{path}:{node.lineno} {node.name} has {size} lines")
+    return found
+
+
+def swallowed(root: Path) -> list[str]:
+    """`except ...: pass`, bare `except:`, star imports."""
+    found = []
+    for path, tree in sources(root, PUBLISHED):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler):
+                empty = len(node.body) == 1 and isinstance(node.body[0], ast.Pass)
+                if node.type is None or empty:
+                    found.append(f"{path}:{node.lineno} swallows an exception")
+            if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+                found.append(f"{path}:{node.lineno} star import")
+    return found
+
+
+def undocumented(root: Path) -> list[str]:
+    """Modules of the packages that do not say what they are."""
+    return [str(path) for path, tree in sources(root, list(MAY_IMPORT)) if not ast.get_docstring(tree)]
+
+
+def heavy_imports(root: Path) -> list[str]:
+    """Libraries that cost start-up time and are not needed by every verb must be imported where they are used."""
+    heavy = {"datasets", "wandb", "tiktoken", "tokenizers", "pyarrow", "transformers", "matplotlib"}
+    return [
+        f"{path}:{node.lineno} imports {name} at the top"
+        for path, tree in sources(root, list(MAY_IMPORT))
+        for node in tree.body
+        for name, _ in imported(ast.Module([node], []))
+        if isinstance(node, ast.Import | ast.ImportFrom) and name in heavy
+    ]
+
+
+def transformer_engine_outside(root: Path) -> list[str]:
+    return [
+        f"{path}:{line}"
+        for path, tree in sources(root, PUBLISHED)
+        for name, line in imported(tree)
+        if name == "transformer_engine" and path.as_posix() != "precision/transformer_engine.py"
+    ]
+
+
+RULES = [upward_imports, too_long, swallowed, undocumented, heavy_imports, transformer_engine_outside]
+BAD = {
+    "upward_imports": ("data/x.py", '"""X."""\ndef f():\n    from train import trainer\n'),
+    "too_long": ("model/x.py", '"""X."""\ndef f():\n' + "    a = 1\n" * 90),
+    "swallowed": ("core/x.py", '"""X."""\ntry:\n    a = 1\nexcept ValueError:\n    pass\n'),
+    "undocumented": ("train/x.py", "a = 1\n"),
+    "heavy_imports": ("data/x.py", '"""X."""\nimport datasets\n'),
+    "transformer_engine_outside": ("model/x.py", '"""X."""\nimport transformer_engine\n'),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_house_keeps_its_rules(rule):
+    assert rule(ROOT) == []
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_each_rule_notices_a_breach(rule, tmp_path):
+    name, text = BAD[rule.__name__]
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text(text)
+    assert len(rule(tmp_path)) == 1
+
+
+def test_the_wheel_holds_every_package_and_the_yaml_files():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == set(MAY_IMPORT)
+    assert not any(re.search("torchvision|torchaudio", line) for line in project["project"]["dependencies"])

@@ -1,0 +1,145 @@
+"""Checkpoints are whole or absent: the marker, digests, fallback, pruning, a full disk, half-written saves."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.errors import CheckpointError
+from parallel.world import World
+from train.checkpoint import MARKER, Checkpointer, committed_checkpoints, load, problems, tensors
+
+CPU = torch.device("cpu")
+
+
+class Net(torch.nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((300, 300), value))
+        self.register_buffer("bias", torch.full((3,), value))
+
+
+def stepped(value: float) -> tuple[Net, torch.optim.Optimizer]:
+    model = Net(value)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.weight.grad = torch.full_like(model.weight, value)
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def checkpointer(request, tmp_path, said) -> Checkpointer:
+    return Checkpointer(tmp_path, World(0, 1, CPU), keep=2, asynchronous=request.param, report=said.append)
+
+
+def save(checkpointer: Checkpointer, step: int) -> None:
+    model, optimizer = stepped(float(step))
+    checkpointer.save(step, tensors(model, optimizer), {"tokens": step * 10})
+    checkpointer.wait()
+
+
+def loaded(checkpointer: Checkpointer) -> tuple[dict, dict[str, torch.Tensor]]:
+    model = Net(0.0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    found = checkpointer.latest()
+    assert found is not None
+    return load(found, model, optimizer), tensors(model, optimizer)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_saved_is_what_is_loaded(checkpointer):
+    save(checkpointer, 3)
+    progress, state = loaded(checkpointer)
+    assert progress == {"step": 3, "tokens": 30}
+    model, optimizer = stepped(3.0)
+    wanted = tensors(model, optimizer)
+    assert set(state) == set(wanted) and "optimizer.weight.exp_avg" in wanted and "model.bias" in wanted
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def test_saving_does_not_see_later_updates(checkpointer):
+    """An asynchronous save has copied the state by the time it returns."""
+    model, optimizer = stepped(1.0)
+    before = model.weight.detach().clone()
+    checkpointer.save(1, tensors(model, optimizer), {})
+    with torch.no_grad():
+        model.weight.fill_(99.0)
+    checkpointer.wait()
+    assert torch.equal(loaded(checkpointer)[1]["model.weight"], before)
+
+
+def test_the_last_ones_are_kept(checkpointer):
+    for step in (1, 2, 3, 4):
+        save(checkpointer, step)
+    assert [found.step for found in committed_checkpoints(checkpointer.directory)] == [3, 4]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "marker"])
+def test_a_damaged_checkpoint_falls_back_and_says_so(checkpointer, said, damage):
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    newest = committed_checkpoints(checkpointer.directory)[-1].path
+    assert problems(newest) == []
+    data = next(newest.glob("*.distcp"))
+    if damage == "flip":
+        flip_a_byte(data)
+    elif damage == "truncate":
+        data.write_bytes(data.read_bytes()[:-10])
+    elif damage == "remove":
+        data.unlink()
+    else:
+        (newest / MARKER).write_text("{")
+    assert loaded(checkpointer)[0]["step"] == 1
+    assert len(said) == 1 and "step-00000002 is damaged" in said[0]
+
+
+def test_nothing_whole_is_an_error_and_not_a_fresh_start(checkpointer):
+    save(checkpointer, 1)
+    flip_a_byte(next(checkpointer.directory.glob("*/*.distcp")))
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+        checkpointer.latest()
+
+
+def test_a_checkpoint_without_marker_does_not_exist(checkpointer):
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    (checkpointer.directory / "step-00000002" / MARKER).unlink()
+    assert checkpointer.latest().step == 1
+    save(checkpointer, 2)
+    assert checkpointer.latest().step == 2, "what a killed save left is written over"
+
+
+def test_the_marker_names_every_file(checkpointer):
+    save(checkpointer, 1)
+    path = checkpointer.latest().path
+    listed = set(json.loads((path / MARKER).read_text())["files"])
+    assert listed == {p.name for p in path.iterdir()} - {MARKER}
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(checkpointer, said):
+    save(checkpointer, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        save(checkpointer, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(said) == 1 and "could not save step-00000002, going on without it: File too large" in said[0]
+    assert [p.name for p in checkpointer.directory.iterdir()] == ["step-00000001"], "nothing half-written is left"
+    assert loaded(checkpointer)[0]["step"] == 1
+    save(checkpointer, 3)
+    assert loaded(checkpointer)[0]["step"] == 3

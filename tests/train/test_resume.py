@@ -1,0 +1,129 @@
+"""A run that is killed and started again equals one that was never interrupted, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from tests.train.tiny import TINY, figures, trainer
+
+STEPS = 40
+
+
+def arguments(root: Path, name: str, corpus: list[str], *more: str) -> list[str]:
+    return [
+        *TINY,
+        *corpus,
+        f"run.root={root}",
+        f"run.name={name}",
+        f"training.steps={STEPS}",
+        "checkpoint.every=4",
+        *more,
+    ]
+
+
+def lines(root: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(root: Path, name: str) -> list[tuple]:
+    return [(x["step"], x["loss"], x["gradient_norm"], x["expert_load"], x["router_z"]) for x in lines(root, name)]
+
+
+def killed(root: Path, name: str, overrides: list[str], after: str) -> None:
+    """Start a run and SIGKILL it once `after` names a path that exists below its directory."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *overrides],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    deadline = time.monotonic() + 120
+    while not list((root / name).glob(after)):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, small_corpus, precision):
+    """Killed once between checkpoints and once while one is being written; dense, packed, top-2, all terms on."""
+    more = [f"precision={precision}", "optimizer=adamw"]
+    assert main(["train", *arguments(tmp_path, "whole", small_corpus, *more)]) == 0
+    overrides = arguments(tmp_path, "cut", small_corpus, *more)
+    killed(tmp_path, "cut", overrides, "checkpoints/step-00000008/COMMITTED")
+    killed(tmp_path, "cut", overrides, "checkpoints/step-0000002*/__0_0.distcp")
+    assert main(["train", *overrides]) == 0
+    assert exact(tmp_path, "cut") == exact(tmp_path, "whole")
+    assert "going on from" in (tmp_path / "cut" / "log.txt").read_text()
+
+
+def test_the_comparison_notices_lost_optimizer_state(tmp_path, small_corpus, monkeypatch):
+    """Control: without the moments, or with another batch order, the losses differ."""
+    more = ["optimizer=adamw", "training.steps=8"]
+    assert main(["train", *arguments(tmp_path, "whole", small_corpus, *more)]) == 0
+    run = trainer(tmp_path, "cut", arguments(tmp_path, "cut", small_corpus, *more))
+    for step in range(4):
+        run.train_step(step)
+    run.save()
+    run.checkpointer.wait()
+    run = trainer(tmp_path, "cut", arguments(tmp_path, "cut", small_corpus, *more))
+    for state in run.engine.optimizer.state.values():
+        state["exp_avg"].zero_()
+    losses = [run.train_step(step).loss.item() for step in range(4, 8)]
+    wanted = [line["loss"] for line in lines(tmp_path, "whole")[4:8]]
+    assert losses[0] == wanted[0] and losses[1:] != wanted[1:]
+
+
+@pytest.mark.parametrize("first, second", [(2, 1), (1, 4), (4, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(ranks, small_corpus, tmp_path, first, second):
+    overrides = [*small_corpus, "precision=fp64", "optimizer=adamw"]
+    wanted = ranks(1, figures, tmp_path, "whole", overrides, 6)[0]
+    ranks(first, train_and_save, tmp_path, "cut", overrides, 3)
+    found = ranks(second, go_on, tmp_path, "cut", overrides, 3, 6)[0]
+    assert found == pytest.approx(wanted["loss"][3:], rel=1e-9)
+
+
+def train_and_save(root: Path, name: str, overrides: list[str], steps: int) -> None:
+    run = trainer(root, name, overrides)
+    for step in range(steps):
+        run.train_step(step)
+    run.save()
+    run.checkpointer.wait()
+
+
+def go_on(root: Path, name: str, overrides: list[str], start: int, stop: int) -> list[float]:
+    run = trainer(root, name, overrides)
+    assert run.step == start
+    return [run.train_step(step).loss.item() for step in range(start, stop)]
+
+
+def test_a_phase_may_be_added_to_a_finished_run(tmp_path, small_corpus):
+    base = arguments(tmp_path, "run", small_corpus, "training.steps=6")
+    assert main(["train", *base]) == 0
+    phase = "+phases=[{name: longer, steps: 4, context: 96, global_batch: 4, weights: {text: 0.2, code: 0.8}}]"
+    assert main(["train", *base, phase.removeprefix("+")]) == 0
+    found = lines(tmp_path, "run")
+    assert [line["step"] for line in found] == list(range(1, 11))
+    assert found[6]["tokens"] - found[5]["tokens"] == 96 * 4
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 10 and summary["tokens"] == 6 * 8 * 48 + 4 * 4 * 96
+
+
+def test_a_finished_run_started_again_changes_nothing(tmp_path, small_corpus, capsys):
+    overrides = arguments(tmp_path, "run", small_corpus, "training.steps=5")
+    assert main(["train", *overrides]) == 0
+    before = (tmp_path / "run" / "summary.json").read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(["train", *overrides]) == 0
+    after = (tmp_path / "run" / "summary.json").read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert after == before
+    assert capsys.readouterr().out.strip().splitlines()[-1] == f"run: {tmp_path / 'run'}"
