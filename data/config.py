@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -56,8 +57,8 @@ class TokenizerKind(Enum):
 class SourceConfig:
     """One source is one domain; its name is its key in `data.sources`.
 
-    `weight`: its share of the training tokens, relative to the others'. `max_bytes` caps the text that is read.
-    `held_out_path`: held-out documents come from there instead of being split off.
+    `weight`: its share of the training tokens, relative to the others'. `max_bytes` ends the source with the document
+    that reaches so much training text. `held_out_path`: held-out documents come from there instead of being split off.
     """
 
     kind: SourceKind = SourceKind.files
@@ -114,11 +115,15 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.kind is TokenizerKind.bpe and self.vocab_size < 258:
-            raise ConfigError("vocab_size", self.vocab_size, "byte-level pairs need 256 bytes and 2 specials", [512, 1024])
+            raise ConfigError("vocab_size", self.vocab_size, "must hold 256 bytes and 2 special tokens", [512, 1024])
         if self.kind is not TokenizerKind.bpe and not self.path:
             raise ConfigError("path", self.path, f"a tokenizer of kind {self.kind.name} needs its file")
         if self.train_bytes < 1:
             raise ConfigError("train_bytes", self.train_bytes, "must be positive")
+        if self.bos == self.eos:
+            raise ConfigError("eos", self.eos, "must differ from bos, which is how documents are told apart")
+        if self.special_tokens < 2:
+            raise ConfigError("special_tokens", self.special_tokens, "must leave room for bos and eos", [2, 2048])
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources and not self.tokens:
             raise ConfigError("sources", None, "name at least one source, or a directory of tokens (data.tokens)")
+        for name in self.sources:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ConfigError(
+                    f"sources.{name}", None, "names of sources are made of letters, digits, '_', '-', '.'"
+                )
         if not 0 <= self.held_out < 1:
             raise ConfigError("held_out", self.held_out, "must lie in [0, 1)")
         if self.long_documents is not LongDocuments.split and self.limit_tokens is None:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, TokenizerKind
 from data.sources import Document, Source, make_source
 from data.tokenizer import Tokenizer, describe, from_file, load_tokenizer, train_bpe
-from data.tokens import Shard, TokenStream, TokenWriter, token_dtype
+from data.tokens import Shard, TokenStream, TokenWriter, token_dtype, verify_shard
 
 TRAIN, HELD_OUT = "train", "held_out"
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_ENCODED_AT_ONCE = 256
+_ENCODED_AT_ONCE = 1 << 22
+"""Characters: enough to keep the encoder's threads busy, little enough for memory."""
 
 
 class Corpus:
@@ -44,7 +44,11 @@ class Corpus:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.directory)
+        tokenizer = load_tokenizer(self.directory)
+        if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
+            reason = "holds another tokenizer than its tokens were made with"
+            raise DataError(f"{self.directory} {reason}: remove it and run again to make it anew")
+        return tokenizer
 
     def stream(self, source: str, split: str) -> TokenStream:
         if source not in self.sources:
@@ -53,26 +57,37 @@ class Corpus:
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Hash this caller's share of the shards. Raises `DataError` with the file and the fix."""
-        for stream in self._streams.values():
-            stream.verify(part, parts)
+        shards = [shard for stream in self._streams.values() for shard in stream.shards]
+        for shard in shards[part::parts]:
+            verify_shard(self.directory, shard)
 
 
 def open_corpus(directory: Path) -> Corpus:
-    """The corpus in `directory`. Raises `DataError` where a shard is missing or has another size."""
+    """The corpus in `directory`. Raises `DataError` where its manifest is damaged or a shard is missing or has another
+    size.
+    """
     path = directory / MANIFEST
-    if not path.exists():
-        raise ConfigError("data.tokens", str(directory), f"is no directory of tokens: {MANIFEST} is missing")
     try:
         manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is damaged ({error}): remove {directory} and run again to make it anew") from None
-    return Corpus(directory, manifest)
+        if manifest["format"] == _FORMAT:
+            return Corpus(directory, manifest)
+        reason = f"has format {manifest['format']}, not {_FORMAT}"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"cannot be read ({type(error).__name__}: {error})"
+    raise DataError(f"{path} {reason}: remove {directory} and run again to make it anew")
 
 
 def prepare(config: DataConfig, report: Callable[[str], None]) -> Corpus:
-    """Tokenise the sources, or open what was made of the same sources before. One process calls it."""
+    """Tokenise the sources, or open what was made of the same sources before. One process calls it; `report` gets lines
+    on its progress. Raises `ConfigError` with the key of what is wrong with a source, `DataError` where a cached corpus
+    is damaged or none can be written.
+    """
     if config.tokens:
-        return open_corpus(Path(config.tokens).expanduser())
+        given = Path(config.tokens).expanduser()
+        if not (given / MANIFEST).exists():
+            reason = f"is no directory of tokens ({MANIFEST} is missing): make one with `leviathan tokenize`"
+            raise ConfigError("data.tokens", config.tokens, reason)
+        return open_corpus(given)
     cache = Path(config.cache).expanduser()
     sources = [make_source(name, part, config) for name, part in config.sources.items()]
     key = _source_key(config, sources)
@@ -81,12 +96,15 @@ def prepare(config: DataConfig, report: Callable[[str], None]) -> Corpus:
         tokenizer = from_file(config.tokenizer)
         key = sha256_text(key, tokenizer.fingerprint)
     directory = cache / "tokens" / key[:32]
-    if not (directory / MANIFEST).exists():
-        if tokenizer is None:
-            report(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
-            tokenizer = train_bpe(_sample(sources, config.tokenizer.train_bytes), config.tokenizer, cache)
-        with new_directory(directory) as scratch:
-            _write(scratch, config, sources, tokenizer, report)
+    if not directory.exists():
+        try:
+            if tokenizer is None:
+                report(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
+                tokenizer = train_bpe(_sample(sources, config.tokenizer.train_bytes), config.tokenizer, cache)
+            with new_directory(directory) as scratch:
+                _write(scratch, config, sources, tokenizer, report)
+        except OSError as error:
+            raise DataError(f"cannot make {directory} ({error}): free some space or set data.cache") from error
     return open_corpus(directory)
 
 
@@ -97,7 +115,8 @@ def _source_key(config: DataConfig, sources: list[Source]) -> str:
         del settings[name]
     for part in settings["sources"].values():
         del part["weight"]
-    return sha256_text(str(_FORMAT), json.dumps(settings, sort_keys=True), *(source.fingerprint() for source in sources))
+    fingerprints = [source.fingerprint() for source in sources]
+    return sha256_text(str(_FORMAT), json.dumps(settings, sort_keys=True), *fingerprints)
 
 
 def _sample(sources: list[Source], size: int) -> Iterator[str]:
@@ -120,12 +139,23 @@ def _write(
     tokenizer.save(directory)
     for source in sources:
         writers = _SourceWriter(directory, config, source, tokenizer)
-        documents = source.documents()
-        while batch := list(islice(documents, _ENCODED_AT_ONCE)):
+        for batch in _batches(source.documents()):
             writers.add(batch)
             report(f"tokenising {source.name}: {sum(w.tokens for w in writers.streams.values()):,} tokens")
         manifest["sources"][source.name] = writers.close()
     write_json(directory / MANIFEST, manifest)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _ENCODED_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class _SourceWriter:
@@ -152,7 +182,13 @@ class _SourceWriter:
 
     def close(self) -> dict[str, Any]:
         if not self.counts[TRAIN]["documents"]:
-            raise ConfigError(f"data.sources.{self.source.name}", None, "has no text to train on")
+            held_out, lost = self.counts[HELD_OUT]["documents"], self.counts[TRAIN] + self.counts[HELD_OUT]
+            reason = "has no text to train on"
+            if held_out:
+                reason += f": its {held_out} documents are held out; lower data.held_out or give it more documents"
+            elif lost:
+                reason += f" ({', '.join(f'{name}: {count}' for name, count in lost.items())})"
+            raise ConfigError(f"data.sources.{self.source.name}", None, reason)
         found = {}
         for split, stream in self.streams.items():
             shards = [asdict(shard) for shard in stream.close()]
@@ -165,8 +201,8 @@ class _SourceWriter:
             return ids
         if policy is LongDocuments.refuse:
             reason = f"data.sources.{self.source.name} has a document of {len(ids)} tokens"
-            raise ConfigError("data.limit_tokens", limit, f"{reason}; raise the limit or set data.long_documents",
-                              ["split", "truncate", "drop"])
+            advice = [f"data.long_documents={p.name}" for p in LongDocuments if p is not policy]
+            raise ConfigError("data.limit_tokens", limit, f"{reason}; raise the limit", advice)
         counts[f"long_{policy.name}"] += 1
         return ids[:limit] if policy is LongDocuments.truncate else None
 

@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, manifest, filter generation, phase, step).
 
-The world size enters only when a batch is sliced, so any number of ranks sees the same global batches, and a resumed run
-needs nothing but its step.
+The world size enters only when a batch is sliced, so any number of ranks sees the same global batches, and a resumed
+run needs nothing but its step.
 
 Shapes: B rows, T tokens.
 """
@@ -26,7 +26,7 @@ IGNORED = -100
 @dataclass
 class Batch:
     """Rows of a step; all int64. Labels are the next tokens, `IGNORED` where the next token opens another document.
-    Positions restart at 0 with each document and with each row. `sources_B` indexes the loader's sources.
+    Positions restart at 0 with each document and with each row. `sources_B` indexes the corpus's sources.
     """
 
     tokens_BT: Tensor
@@ -62,6 +62,7 @@ class Loader:
         self.identity = (seed, corpus.fingerprint, generation, phase)
         self.blend = Blend(weights, key_of(*self.identity, "blend"))
         self._streams = [corpus.stream(name, TRAIN) for name in self.blend.names]
+        self._in_corpus = np.array([corpus.sources.index(name) for name in self.blend.names])
         for name, stream in zip(self.blend.names, self._streams, strict=True):
             if stream.rows(context) < 1:
                 reason = f"has {len(stream)} training tokens, less than one row of {context} tokens and a label"
@@ -78,7 +79,7 @@ class Loader:
             stream, rows = self._streams[source], self._rows(int(source), within[here])
             for place, row in zip(here, rows, strict=True):
                 windows[place] = stream.window(int(row) * self.context, self.context + 1)
-        return self._assemble(windows, sources)
+        return self._assemble(windows, self._in_corpus[sources])
 
     def held_out_rows(self, source: str) -> int:
         return self.corpus.stream(source, HELD_OUT).rows(self.context)
@@ -86,8 +87,10 @@ class Loader:
     def held_out(self, source: str, start: int, stop: int) -> Batch:
         """Rows [start, stop) of the source's held-out stream, in its order."""
         stream = self.corpus.stream(source, HELD_OUT)
-        rows = [stream.window(row * self.context, self.context + 1) for row in range(start, stop)]
-        return self._assemble(np.stack(rows).astype(np.int64), np.full(len(rows), self.corpus.sources.index(source)))
+        windows = np.empty((stop - start, self.context + 1), np.int64)
+        for place, row in enumerate(range(start, stop)):
+            windows[place] = stream.window(row * self.context, self.context + 1)
+        return self._assemble(windows, np.full(stop - start, self.corpus.sources.index(source)))
 
     def _rows(self, source: int, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which rows of its stream a source gives as its `ordinals`-th samples."""

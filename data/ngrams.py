@@ -44,7 +44,9 @@ class NgramBaseline:
         self._merge()
         singles = np.bincount(self._codes % self.vocab_size, self._counts, self.vocab_size)
         firsts = np.bincount(self._codes // self.vocab_size, self._counts, self.vocab_size)
-        codes = {name: np.concatenate([self._encode(b.tokens_BT, b.labels_BT) for b in bs]) for name, bs in held_out.items()}
+        codes = {
+            name: np.concatenate([self._encode(b.tokens_BT, b.labels_BT) for b in bs]) for name, bs in held_out.items()
+        }
         total = sum(weights[name] for name in codes)
 
         def mean(loss: Any) -> float:

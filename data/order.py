@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +57,8 @@ def _mix(value: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 class Blend:
     """Weighted choice of a source for every sample ordinal.
 
-    After any number of whole blocks each source has got its share of the samples within one; inside a block their order
-    is permuted by the key.
+    After any number of whole blocks each source has got its share of the samples within one. Inside a block the key says
+    which source comes when; each source gives its own samples in order, so that its epochs end cleanly.
     """
 
     block = 1024
@@ -74,17 +75,23 @@ class Blend:
         source, within = np.empty_like(ordinals), np.empty_like(ordinals)
         for block in np.unique(ordinals // self.block):
             here = ordinals // self.block == block
-            source[here], within[here] = self._locate_in_block(int(block), ordinals[here] % self.block)
+            sources, ordinals_within = self._block(int(block))
+            offset = ordinals[here] % self.block
+            source[here], within[here] = sources[offset], ordinals_within[offset]
         return source, within
 
-    def _locate_in_block(self, block: int, offset: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source of every sample in a block, and its place among that source's samples."""
         before, after = self._given(block * self.block), self._given((block + 1) * self.block)
         edges = np.cumsum([0, *(b - a for a, b in zip(before, after, strict=True))])
-        place = permute(offset, self.block, key_of(self.key, block))
+        place = permute(np.arange(self.block), self.block, key_of(self.key, block))
         source = np.searchsorted(edges, place, side="right") - 1
-        return source, np.asarray(before)[source] + place - edges[source]
+        by_source = np.argsort(source, kind="stable")
+        within = np.empty(self.block, np.int64)
+        within[by_source] = np.arange(self.block) - edges[source[by_source]] + np.asarray(before)[source[by_source]]
+        return source, within
 
     def _given(self, samples: int) -> list[int]:
         """Samples of each source among the first `samples`; they add up exactly. Python integers: no overflow."""
         ends = [samples * bound // _SCALE for bound in self._bounds]
-        return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        return [b - a for a, b in pairwise(ends)]

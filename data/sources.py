@@ -9,10 +9,11 @@ import glob
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from core.errors import ConfigError
 from core.files import sha256_file, sha256_text
@@ -20,6 +21,7 @@ from data import builtin
 from data.config import DataConfig, Section, SourceConfig, SourceKind, Undecodable
 from data.order import key_of
 
+UNDECODABLE, EMPTY = "undecodable", "empty"
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".py", ".rst"})
 
 
@@ -58,7 +60,7 @@ def is_held_out(origin: str, share: float) -> bool:
 
 
 class BuiltinSource:
-    """One section of the standard library, in an order that mixes its packages; capped, it keeps the first documents."""
+    """One section of the standard library, in an order that mixes its packages; a cap keeps the first documents."""
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         assert config.section is not None
@@ -79,6 +81,9 @@ class BuiltinSource:
             if budget.left[held_out] == 0:
                 continue
             text = builtin.text_of(file, self.section)
+            if text is None:
+                yield Document("", held_out, UNDECODABLE)
+                continue
             if kept_back and not held_out:
                 text = builtin.without_paragraphs(text, kept_back)
             if text and budget.take(text, held_out):
@@ -117,30 +122,34 @@ class FileSource:
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         self.name, self.config, self.data = name, config, data
-        self.paths = self._find(str(config.path), "path")
         self.held_out_paths = self._find(config.held_out_path, "held_out_path") if config.held_out_path else []
+        kept_back = {path.resolve() for path in self.held_out_paths}  # they may lie in the folder of the others
+        self.paths = [path for path in self._find(str(config.path), "path") if path.resolve() not in kept_back]
 
     def fingerprint(self) -> str:
-        """By content: renaming a folder changes nothing, touching a file neither."""
-        return sha256_text(*(sha256_file(path) for path in [*self.paths, *self.held_out_paths]))
+        """By content, so that touching a file changes nothing. Where hashing terabytes at every start is too slow,
+        tokenise once and name the result (`data.tokens`).
+        """
+        return sha256_text(*(sha256_file(path) for path in self.paths), "|", *map(sha256_file, self.held_out_paths))
 
     def documents(self) -> Iterator[Document]:
-        budget = Budget(self.config.max_bytes, self.data.held_out)
+        share = 0.0 if self.held_out_paths else self.data.held_out
+        budget = Budget(self.config.max_bytes, share)
         for path in self.paths:
             for text in self._texts(path):
-                held_out = not self.held_out_paths and is_held_out(_text_key(text), self.data.held_out)
-                if text is None:
-                    yield Document("", False, "undecodable")
-                elif budget.take(text, held_out):
-                    yield Document(text, held_out)
-            if budget.spent:
-                break
+                document = _document(text, share)
+                if document.dropped or budget.take(document.text, document.held_out):
+                    yield document
+                if budget.spent:
+                    return (yield from self._held_out())
+        yield from self._held_out()
+
+    def _held_out(self) -> Iterator[Document]:
         for path in self.held_out_paths:
             for text in self._texts(path):
-                yield Document(text or "", True, None if text is not None else "undecodable")
+                yield replace(_document(text, 0.0), held_out=True)
 
     def _find(self, pattern: str, key: str) -> list[Path]:
-        where = f"data.sources.{self.name}.{key}"
         path = Path(pattern).expanduser()
         if path.is_file():
             found = [path]
@@ -150,61 +159,76 @@ class FileSource:
             found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not found:
             reason = "holds no parquet, jsonl or text file" if path.is_dir() else "no such file or folder"
-            raise ConfigError(where, pattern, reason)
-        unknown = [p for p in found if not _kind(p)]
-        if unknown:
-            raise ConfigError(where, str(unknown[0]), "unknown suffix", [".parquet", ".jsonl", ".jsonl.gz", *sorted(TEXT_SUFFIXES)])
+            raise ConfigError(f"data.sources.{self.name}.{key}", pattern, reason)
+        for unknown in (p for p in found if not _kind(p)):
+            legal = [".parquet", ".jsonl", ".jsonl.gz", *sorted(TEXT_SUFFIXES)]
+            raise ConfigError(f"data.sources.{self.name}.{key}", str(unknown), "unknown suffix", legal)
         return found
 
     def _texts(self, path: Path) -> Iterator[str | None]:
         """Texts of a file; None for one that is to be dropped."""
-        kind = _kind(path)
-        if kind == "parquet":
-            yield from self._parquet(path)
-        elif kind == "jsonl":
-            opener: Any = gzip.open if path.suffix == ".gz" else open
-            with opener(path, "rb") as file:
-                yield from self._json_lines(path, file)
-        else:
-            text = self._decode(path.read_bytes(), path, 0)
-            if text != "":
-                yield text
+        readers = {"parquet": self._parquet, "jsonl": self._json_lines, "text": self._text_file}
+        try:
+            yield from readers[str(_kind(path))](path)
+        except (OSError, EOFError, zlib.error) as error:
+            raise self._unreadable(str(path), f"cannot be read: {_first_line(error)}") from None
 
-    def _parquet(self, path: Path) -> Iterator[str]:
+    def _text_file(self, path: Path) -> Iterator[str | None]:
+        yield self._decode(path.read_bytes(), str(path), 0)
+
+    def _parquet(self, path: Path) -> Iterator[str | None]:
         import pyarrow
         import pyarrow.parquet
 
+        texts = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary)
         try:
             file = pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ConfigError(f"data.sources.{self.name}.path", str(path), f"is not a readable parquet file: {error}") from None
-        self._check_key(file.schema_arrow.names, path)
-        for batch in file.iter_batches(columns=[self.config.text_key]):
-            yield from (text for text in batch.column(0).to_pylist() if text)
+            column = self._column(file.schema_arrow.names, str(path))
+            kind = file.schema_arrow.field(column).type
+            if not any(is_text(kind) for is_text in texts):
+                raise self._no_text(f"{path} holds {kind} there, not text")
+            row = 0
+            for batch in file.iter_batches(columns=[column]):
+                for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    yield self._decode(content or b"", f"{path}, row {row}", 0)
+                    row += 1
+        except pyarrow.ArrowException as error:
+            raise self._unreadable(str(path), f"is no readable parquet file: {_first_line(error)}") from None
 
-    def _json_lines(self, path: Path, file: IO[bytes]) -> Iterator[str | None]:
+    def _json_lines(self, path: Path) -> Iterator[str | None]:
+        opener: Any = gzip.open if path.suffix == ".gz" else open
         offset = 0
-        for number, line in enumerate(file, start=1):
-            decoded = self._decode(line, path, offset)
-            offset += len(line)
-            if decoded is None:
-                yield None
-            elif decoded.strip():
-                try:
-                    record = json.loads(decoded)
-                except json.JSONDecodeError as error:
-                    where = f"data.sources.{self.name}.path"
-                    raise ConfigError(where, f"{path}:{number}", f"is not JSON ({error.msg})") from None
-                self._check_key(list(record) if isinstance(record, dict) else [], path)
-                if record[self.config.text_key]:
-                    yield str(record[self.config.text_key])
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                decoded = self._decode(line, str(path), offset)
+                offset += len(line)
+                if decoded is None:
+                    yield None
+                elif decoded.strip():
+                    yield self._record(decoded, f"{path}:{number}")
 
-    def _check_key(self, names: list[str], path: Path) -> None:
+    def _record(self, line: str, where: str) -> str | None:
+        """The text of one line of JSON."""
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise self._unreadable(where, f"is not JSON ({error.msg})") from None
+        if not isinstance(record, dict):
+            raise self._unreadable(where, 'is no JSON object, such as {"text": "..."}')
+        text = record[self._column(list(record), where)]
+        if not isinstance(text, str | None):
+            raise self._no_text(f"{where} holds a {type(text).__name__} there, not text")
+        # JSON may escape half of a surrogate pair, which is no text either
+        return self._decode((text or "").encode(errors="surrogatepass"), where, 0)
+
+    def _column(self, names: list[str], where: str) -> str:
         if self.config.text_key not in names:
-            key = f"data.sources.{self.name}.text_key"
-            raise ConfigError(key, self.config.text_key, f"{path} has no such column", names)
+            raise ConfigError(
+                f"data.sources.{self.name}.text_key", self.config.text_key, f"{where} has no such column", names
+            )
+        return self.config.text_key
 
-    def _decode(self, content: bytes, path: Path, offset: int) -> str | None:
+    def _decode(self, content: bytes, where: str, offset: int) -> str | None:
         try:
             return content.decode()
         except UnicodeDecodeError as error:
@@ -213,9 +237,14 @@ class FileSource:
                 return content.decode(errors="replace")
             if policy is Undecodable.drop:
                 return None
-            reason = f"byte {offset + error.start} is not UTF-8; set data.undecodable"
-            where = f"data.sources.{self.name}.path"
-            raise ConfigError(where, str(path), reason, ["data.undecodable=drop", "data.undecodable=replace"]) from None
+            advice = ["data.undecodable=drop", "data.undecodable=replace"]
+            raise self._unreadable(where, f"byte {offset + error.start} is not UTF-8", advice) from None
+
+    def _unreadable(self, where: str, reason: str, advice: Sequence[str] = ()) -> ConfigError:
+        return ConfigError(f"data.sources.{self.name}.path", where, reason, advice)
+
+    def _no_text(self, reason: str) -> ConfigError:
+        return ConfigError(f"data.sources.{self.name}.text_key", self.config.text_key, reason)
 
 
 class HuggingFaceSource:
@@ -236,13 +265,15 @@ class HuggingFaceSource:
     def documents(self) -> Iterator[Document]:
         budget = Budget(self.config.max_bytes, self.data.held_out)
         for record in self._stream():
-            text = record.get(self.config.text_key)
-            if text is None:
-                key = f"data.sources.{self.name}.text_key"
+            key = f"data.sources.{self.name}.text_key"
+            if self.config.text_key not in record:
                 raise ConfigError(key, self.config.text_key, "the data set has no such column", list(record))
-            held_out = is_held_out(_text_key(text), self.data.held_out)
-            if text and budget.take(text, held_out):
-                yield Document(text, held_out)
+            text = record[self.config.text_key] or ""
+            if not isinstance(text, str):
+                raise ConfigError(key, self.config.text_key, f"the data set has {type(text).__name__} there, not text")
+            document = _document(text, self.data.held_out)
+            if document.dropped or budget.take(text, document.held_out):
+                yield document
             if budget.spent:
                 return
 
@@ -253,8 +284,8 @@ class HuggingFaceSource:
             yield from datasets.load_dataset(
                 str(self.config.path), self.config.subset, split=self.config.split, streaming=True
             )
-        except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-            reason = f"datasets cannot stream it: {str(error).splitlines()[0]}"
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = f"datasets cannot stream it: {_first_line(error)}"
             raise ConfigError(f"data.sources.{self.name}.path", self.config.path, reason) from None
 
 
@@ -265,5 +296,12 @@ def _kind(path: Path) -> str | None:
     return {".parquet": "parquet"}.get(path.suffix, "text" if path.suffix in TEXT_SUFFIXES else None)
 
 
-def _text_key(text: str | None) -> str:
-    return hashlib.sha256((text or "").encode()).hexdigest()
+def _document(text: str | None, share: float) -> Document:
+    """Side of the split by a hash of the text itself, so that copies are on one side."""
+    if not text:
+        return Document("", False, UNDECODABLE if text is None else EMPTY)
+    return Document(text, is_held_out(hashlib.sha256(text.encode()).hexdigest(), share))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

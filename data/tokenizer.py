@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from core.files import new_directory, sha256_file, sha256_text, write_json
 from data.config import TokenizerConfig, TokenizerKind
 
 _DESCRIPTION = "tokenizer_source.json"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer(Protocol):
@@ -54,6 +56,8 @@ class JsonTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
         self._library.encode_special_tokens = True
+        self._library.no_truncation()  # some files ask for it, and would lose text without a word
+        self._library.no_padding()
         self._library.post_processor = None  # documents get their BOS and EOS from us
         self._path, self._bos, self._eos = path, bos, eos
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
@@ -67,13 +71,21 @@ class JsonTokenizer:
         return self._library.decode(list(ids), skip_special_tokens=True)
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """Byte-level vocabularies write each byte as one character; others are decoded token by token."""
-        sizes = np.zeros(self.vocab_size, np.int64)
+        """Exact for byte-level vocabularies (one character a byte) and those with byte fallback (`<0x0A>`, "▁" for a
+        space); others are decoded token by token, which may miss the spaces between words.
+        """
+        decoder = json.dumps(json.loads(self._path.read_text()).get("decoder"))
         added = self._library.get_added_tokens_decoder()
-        byte_level = "ByteLevel" in json.dumps(json.loads(self._path.read_text()).get("decoder"))
+        sizes = np.zeros(self.vocab_size, np.int64)
         for token, index in self._library.get_vocab(with_added_tokens=True).items():
-            if index not in added:
-                sizes[index] = len(token) if byte_level else len(self._library.decode([index]).encode())
+            if index in added:
+                sizes[index] = 0 if added[index].special else len(token.encode())
+            elif '"ByteLevel"' in decoder:
+                sizes[index] = len(token)
+            elif '"ByteFallback"' in decoder:
+                sizes[index] = 1 if _BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())
+            else:
+                sizes[index] = len(self._library.decode([index]).encode())
         return sizes
 
     def save(self, directory: Path) -> None:
@@ -100,7 +112,13 @@ class TiktokenTokenizer:
         ranks = _read_ranks(path)
         specials = {config.bos: len(ranks), config.eos: len(ranks) + 1}
         self._path, self._config, self._ranks = path, config, ranks
-        self._library = tiktoken.Encoding(path.name, pat_str=config.pattern, mergeable_ranks=ranks, special_tokens=specials)
+        try:
+            self._library = tiktoken.Encoding(
+                path.name, pat_str=config.pattern, mergeable_ranks=ranks, special_tokens=specials
+            )
+        except ValueError as error:
+            reason = f"is no regular expression: {str(error).strip().splitlines()[-1].strip()}"
+            raise ConfigError("data.tokenizer.pattern", config.pattern, reason) from None
         self.vocab_size = len(ranks) + config.special_tokens
         self.bos_id, self.eos_id = specials[config.bos], specials[config.eos]
         parts = (sha256_file(path), config.pattern, str(config.special_tokens), config.bos, config.eos)
@@ -187,6 +205,8 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
                 raise DataError(f"{path}:{number} is no line of a tiktoken file (base64 token, rank)") from None
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise DataError(f"{path}: ranks must run from 0 without a gap")
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise DataError(f"{path}: each of the 256 bytes needs a rank of its own, or some text could not be written")
     return ranks
 
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,35 +35,43 @@ class Shard:
 
 
 class TokenWriter:
-    """Appends documents to shards named `PREFIX-00000.bin`, hashing as it goes."""
+    """Appends documents to shards named `PREFIX-00000.bin`, hashing as it goes; `close` ends the last one."""
 
     def __init__(self, directory: Path, prefix: str, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS) -> None:
         self.directory, self.prefix, self.dtype, self.shard_tokens = directory, prefix, dtype, shard_tokens
         self.shards: list[Shard] = []
         self.tokens = 0
-        self._pending: list[NDArray[Any]] = []
-        self._pending_tokens = 0
+        self._file: IO[bytes] | None = None
+        self._hash = hashlib.sha256()
+        self._in_file = 0
 
-    def add(self, document: Sequence[int] | NDArray[Any]) -> None:
-        array = np.asarray(document, dtype=self.dtype)
-        self._pending.append(array)
-        self._pending_tokens += len(array)
-        self.tokens += len(array)
-        while self._pending_tokens >= self.shard_tokens:
-            self._flush(self.shard_tokens)
+    def add(self, document: Sequence[int]) -> None:
+        rest = np.asarray(document, dtype=self.dtype)
+        self.tokens += len(rest)
+        while len(rest):
+            if self._file is None:
+                self._file = open(self.directory / self._name(), "wb")  # noqa: SIM115 - outlives this call
+                self._hash = hashlib.sha256()
+            part, rest = np.split(rest, [self.shard_tokens - self._in_file])
+            content = part.tobytes()
+            self._file.write(content)
+            self._hash.update(content)
+            self._in_file += len(part)
+            if self._in_file == self.shard_tokens:
+                self._end_shard()
 
     def close(self) -> list[Shard]:
-        if self._pending_tokens:
-            self._flush(self._pending_tokens)
+        self._end_shard()
         return self.shards
 
-    def _flush(self, count: int) -> None:
-        joined = np.concatenate(self._pending)
-        content, rest = joined[:count].tobytes(), joined[count:]
-        name = f"{self.prefix}-{len(self.shards):05d}.bin"
-        (self.directory / name).write_bytes(content)
-        self.shards.append(Shard(name, count, hashlib.sha256(content).hexdigest()))
-        self._pending, self._pending_tokens = [rest], len(rest)
+    def _name(self) -> str:
+        return f"{self.prefix}-{len(self.shards):05d}.bin"
+
+    def _end_shard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self.shards.append(Shard(self._name(), self._in_file, self._hash.hexdigest()))
+            self._file, self._in_file = None, 0
 
 
 class TokenStream:
@@ -88,27 +96,24 @@ class TokenStream:
         """Rows of `context` tokens, each with the one after it as its last label."""
         return max(0, (len(self) - 1) // context)
 
-    def window(self, start: int, length: int) -> NDArray[Any]:
-        """Tokens [start, start + length), across shards where need be, in the stored width."""
+    def window(self, start: int, length: int) -> NDArray[np.int64]:
+        """Tokens [start, start + length), across shards where need be."""
         if not 0 <= start <= start + length <= len(self):
             raise IndexError(f"[{start}, {start + length}) lies outside the stream's {len(self)} tokens")
+        tokens, filled = np.empty(length, np.int64), 0
         shard = int(np.searchsorted(self._ends, start, side="right"))
-        if length and start + length <= self._ends[shard]:  # the common case, without a copy
-            begin = start - (int(self._ends[shard - 1]) if shard else 0)
-            return self._maps[shard][begin : begin + length]
-        parts = []
-        while length > 0:
-            begin = start - (int(self._ends[shard - 1]) if shard else 0)
-            part = self._maps[shard][begin : begin + length]
-            parts.append(part)
-            start, length, shard = start + len(part), length - len(part), shard + 1
-        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+        while filled < length:
+            begin = start + filled - (int(self._ends[shard - 1]) if shard else 0)
+            part = self._maps[shard][begin : begin + length - filled]
+            tokens[filled : filled + len(part)] = part
+            filled, shard = filled + len(part), shard + 1
+        return tokens
 
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Hash every `parts`-th shard. Raises `DataError` with the file and the fix."""
-        for shard in self.shards[part::parts]:
-            if sha256_file(self.directory / shard.file) != shard.sha256:
-                raise DataError(
-                    f"token shard {self.directory / shard.file} does not match its SHA-256: "
-                    f"remove {self.directory} and run again to make it anew"
-                )
+
+def verify_shard(directory: Path, shard: Shard) -> None:
+    """Raises `DataError` with the file and the fix where its content is not what the manifest says."""
+    path = directory / shard.file
+    if sha256_file(path) != shard.sha256:
+        raise DataError(
+            f"token shard {path} does not match its SHA-256: remove {directory} and run again to make it anew"
+        )

@@ -47,7 +47,9 @@ def test_a_fresh_loader_continues_exactly(corpus: Corpus) -> None:
     assert all(equal(again.batch(step), first[step]) for step in (5, 2, 4))
 
 
-def test_everything_that_names_a_batch_changes_it(corpus: Corpus, make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+def test_everything_that_names_a_batch_changes_it(
+    corpus: Corpus, make_corpus: Callable[..., Corpus], tmp_path: Path
+) -> None:
     usual = Loader(corpus, CONTEXT, 8, seed=1).batch(0)
     others = {
         "seed": Loader(corpus, CONTEXT, 8, seed=2),
@@ -126,7 +128,10 @@ def test_positions_restart_at_documents_and_rows(corpus: Corpus) -> None:
 
 
 def test_batches_are_int64(corpus: Corpus) -> None:
-    for batch in (Loader(corpus, CONTEXT, 4, seed=1).batch(0), Loader(corpus, CONTEXT, 4, seed=1).held_out("long", 0, 2)):
+    for batch in (
+        Loader(corpus, CONTEXT, 4, seed=1).batch(0),
+        Loader(corpus, CONTEXT, 4, seed=1).held_out("long", 0, 2),
+    ):
         assert all(tensor.dtype == torch.int64 for tensor in vars(batch).values())
         assert batch.tokens_BT.shape == batch.labels_BT.shape == batch.positions_BT.shape
         assert batch.to(torch.device("cpu")).tokens_BT.is_contiguous()
@@ -144,7 +149,9 @@ def test_held_out_rows_are_fixed_and_in_order(corpus: Corpus) -> None:
 def test_a_source_shorter_than_a_row_is_refused(corpus: Corpus) -> None:
     tokens = len(corpus.stream("short", TRAIN))
     Loader(corpus, tokens - 1, 4, seed=1)
-    with pytest.raises(ConfigError, match=rf"data.sources.short: has {tokens} training tokens, less than one row of {tokens}"):
+    with pytest.raises(
+        ConfigError, match=rf"data.sources.short: has {tokens} training tokens, less than one row of {tokens}"
+    ):
         Loader(corpus, tokens, 4, seed=1)
 
 
