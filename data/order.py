@@ -57,8 +57,8 @@ def _mix(value: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 class Blend:
     """Weighted choice of a source for every sample ordinal.
 
-    After any number of whole blocks each source has got its share of the samples within one. Inside a block the key says
-    which source comes when; each source gives its own samples in order, so that its epochs end cleanly.
+    After any number of whole blocks each source has got its share of the samples within one. Inside a block the key
+    says which source comes when; each source gives its own samples in order, so that its epochs end cleanly.
     """
 
     block = 1024

@@ -182,7 +182,7 @@ class FileSource:
 
         texts = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary)
         try:
-            file = pyarrow.parquet.ParquetFile(path)
+            file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
             column = self._column(file.schema_arrow.names, str(path))
             kind = file.schema_arrow.field(column).type
             if not any(is_text(kind) for is_text in texts):

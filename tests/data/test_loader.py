@@ -156,5 +156,5 @@ def test_a_source_shorter_than_a_row_is_refused(corpus: Corpus) -> None:
 
 
 def test_an_unknown_source_is_refused(corpus: Corpus) -> None:
-    with pytest.raises(ConfigError, match="data.sources.shrot: the corpus has no such source; try long or short"):
+    with pytest.raises(ConfigError, match=r"data.sources.shrot: the corpus has no such source; try long or short"):
         Loader(corpus, CONTEXT, 4, seed=1, weights={"shrot": 1.0})

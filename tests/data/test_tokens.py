@@ -67,7 +67,7 @@ def test_truncated_and_missing_shards_are_named_at_opening(tmp_path: Path) -> No
     with pytest.raises(DataError, match=rf"{victim} has 126 bytes instead of 128: remove {tmp_path} and run again"):
         TokenStream(tmp_path, shards, token_dtype(300))
     victim.unlink()
-    with pytest.raises(DataError, match="a-00001.bin is missing"):
+    with pytest.raises(DataError, match=r"a-00001.bin is missing"):
         TokenStream(tmp_path, shards, token_dtype(300))
 
 
@@ -80,5 +80,5 @@ def test_a_flipped_bit_is_found_by_its_hash_alone(tmp_path: Path) -> None:
     content[9] ^= 1
     victim.write_bytes(bytes(content))
     TokenStream(tmp_path, shards, token_dtype(300))  # its size is right, so opening cannot see it
-    with pytest.raises(DataError, match="a-00002.bin does not match its SHA-256: remove"):
+    with pytest.raises(DataError, match=r"a-00002.bin does not match its SHA-256: remove"):
         verify_shard(tmp_path, shards[2])

@@ -1,0 +1,136 @@
+"""The built-in corpus: four domains, and a split that nothing crosses. The check for leaks is shown to see them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from core.errors import ConfigError
+from data import builtin
+from data.builtin import paragraphs
+from data.config import DataConfig, Section, SourceConfig, SourceKind
+from data.sources import Document, make_source
+
+
+def documents(section: Section, held_out: float = 0.2, max_bytes: int | None = None) -> list[Document]:
+    source = SourceConfig(kind=SourceKind.builtin, section=section, max_bytes=max_bytes)
+    return list(make_source(section.name, source, DataConfig(sources={"x": source}, held_out=held_out)).documents())
+
+
+def leaks(found: Iterable[Document], parts: Callable[[str], set[str]] = paragraphs) -> set[str]:
+    """Parts of the texts, paragraphs unless told otherwise, that both sides of the split have."""
+    sides: dict[bool, set[str]] = {True: set(), False: set()}
+    for document in found:
+        sides[document.held_out] |= parts(document.text)
+    return sides[True] & sides[False]
+
+
+def long_lines(text: str) -> set[str]:
+    """Lines of 80 characters or more without quotes, as a docstring has them in its file and on its own."""
+    stripped = (line.strip(' "') for line in text.splitlines())
+    return {line for line in stripped if len(line) >= 80}
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small standard library whose every function has a docstring of its own; each module exists twice."""
+    chance = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join("".join(chance.choices("abcdefgh", k=5)) for _ in range(count))
+
+    for number in range(40):
+        code = (
+            f'"""{words(30)}"""\n\n\ndef f{number}(x):\n    """{words(40)}\n\n    {words(40)}\n    """\n    return x\n'
+        )
+        for folder in ("package", "copies/of", "test"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / f"module_{number}.py").write_text(code if folder != "test" else code.replace("f", "g"))
+    monkeypatch.setattr(builtin, "standard_library", lambda: tmp_path)
+    return tmp_path
+
+
+def code_and_docstrings() -> list[Document]:
+    return [document for section in (Section.code, Section.docstrings) for document in documents(section)]
+
+
+def test_copies_and_docstrings_fall_where_their_file_falls(library: Path) -> None:
+    found = code_and_docstrings()
+    assert len(found) == 160 and 10 < sum(d.held_out for d in found) < 70
+    assert not leaks(found, long_lines)
+
+
+@pytest.mark.parametrize("wrong", ["by path", "by extracted text"])
+def test_the_check_sees_the_leaks_of_other_splits(library: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    usual = builtin.files
+
+    def files(section: Section) -> list[builtin.File]:
+        def origin(file: builtin.File) -> str:
+            return file.name if wrong == "by path" else str(builtin.text_of(file, section))
+
+        return [builtin.File(f.name, f.content, origin(f)) for f in usual(section)]
+
+    monkeypatch.setattr(builtin, "files", files)
+    assert leaks(code_and_docstrings(), long_lines)
+
+
+def test_topics_do_not_share_paragraphs_across_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    for share in (0.05, 0.3):
+        found = documents(Section.pydoc, share)
+        assert any(d.held_out for d in found) and not leaks(found)
+    monkeypatch.setattr(builtin, "without_paragraphs", lambda text, unwanted: text)
+    assert leaks(documents(Section.pydoc, 0.3))
+
+
+def test_no_docstrings_of_a_held_out_file_are_trained_on() -> None:
+    """In the library of this machine; files that quote each other are few."""
+    found = [d for d in documents(Section.docstrings, max_bytes=600_000) if d.dropped is None]
+    texts = {side: {d.text for d in found if d.held_out is side} for side in (True, False)}
+    assert not texts[True] & texts[False] and len(texts[True]) > 20
+    held_out = set().union(*(paragraphs(text) for text in texts[True]))
+    assert len(leaks(found)) < 0.05 * len(held_out)
+
+
+def test_sections_are_told_apart(library: Path) -> None:
+    (library / "package" / "test_inner.py").write_text("x = 1")
+    (library / "site-packages" / "other").mkdir(parents=True)
+    (library / "site-packages" / "other" / "foreign.py").write_text("y = 1")
+    (library / "package" / "tests").mkdir()
+    (library / "package" / "tests" / "helper.py").write_text("z = 1")
+    names = {section: {file.name for file in builtin.files(section)} for section in (Section.code, Section.tests)}
+    assert {"package/test_inner.py", "package/tests/helper.py", "test/module_3.py"} <= names[Section.tests]
+    assert not names[Section.code] & names[Section.tests]
+    assert not any("foreign" in name for name in names[Section.code] | names[Section.tests])
+
+
+def test_encodings_are_read_and_broken_files_counted(library: Path) -> None:
+    package = library / "package"
+    (package / "latin.py").write_bytes("# -*- coding: latin-1 -*-\n# Grüße\n".encode("latin-1"))
+    (package / "broken.py").write_bytes(b"# \xff\xfe no UTF-8\n")
+    (package / "unknown.py").write_bytes(b"# -*- coding: klingon -*-\n")
+    found = documents(Section.code)
+    assert sum("Grüße" in d.text for d in found) == 1
+    assert [d.dropped for d in found if d.dropped] == ["undecodable"] * 2
+    (package / "future.py").write_text("def f(:\n")
+    assert [d.dropped for d in documents(Section.docstrings) if d.dropped] == ["undecodable"] * 3
+
+
+def test_a_section_that_this_python_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "abc.py").write_text("x = 1")
+    monkeypatch.setattr(builtin, "standard_library", lambda: tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"data.sources.tests.section=tests: this Python has no tests .*remove the source"
+    ):
+        documents(Section.tests)
+
+
+def test_a_cap_is_kept_and_always_chooses_the_same(library: Path) -> None:
+    whole, some = documents(Section.code), documents(Section.code, max_bytes=5_000)
+    assert some == documents(Section.code, max_bytes=5_000)
+    for held_out, wanted in ((False, 5_000), (True, 1_250)):
+        texts = [d.text for d in some if d.held_out is held_out]
+        assert wanted <= sum(map(len, texts)) < wanted + 1_000
+        assert texts == [d.text for d in whole if d.held_out is held_out][: len(texts)]

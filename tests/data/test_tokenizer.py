@@ -1,0 +1,157 @@
+"""Tokenizers: text survives the round trip, special tokens are never text, and bytes are counted exactly."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from core.errors import ConfigError, DataError
+from data.config import TokenizerConfig, TokenizerKind
+from data.tokenizer import Tokenizer, from_file, load_tokenizer, train_bpe
+
+TEXTS = [
+    "def f(x):\n    return x + 1\n",
+    "Grüße, 世界! 🙂\tελλ\r\n\x00 end",
+    "<|begin_of_text|> is only text here, and <|end_of_text|> too",
+    "",
+    "    \n\n   ",
+]
+
+
+@pytest.fixture
+def bpe(tmp_path: Path) -> Tokenizer:
+    return train_bpe(TEXTS * 20, TokenizerConfig(vocab_size=320), tmp_path / "cache")
+
+
+def write_ranks(path: Path) -> Path:
+    """256 bytes and a few pairs, as tiktoken's files have them."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"re", b"tu", b"retu", b" x", b"  ", b"    "]
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens)))
+    return path
+
+
+@pytest.fixture
+def tiktoken(tmp_path: Path) -> Tokenizer:
+    path = write_ranks(tmp_path / "tokenizer.model")
+    return from_file(TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path), special_tokens=8))
+
+
+@pytest.fixture(params=["bpe", "tiktoken"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return request.getfixturevalue(request.param)
+
+
+def test_text_survives(tokenizer: Tokenizer) -> None:
+    for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_text_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
+    for ids in tokenizer.encode(TEXTS):
+        assert tokenizer.bos_id not in ids and tokenizer.eos_id not in ids
+
+
+def test_bytes_of_tokens_add_up_to_the_text(tokenizer: Tokenizer) -> None:
+    sizes = tokenizer.token_bytes()
+    assert len(sizes) == tokenizer.vocab_size and sizes[tokenizer.bos_id] == sizes[tokenizer.eos_id] == 0
+    for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
+        assert sum(sizes[i] for i in ids) == len(text.encode())
+
+
+def test_special_tokens_decode_to_nothing(tokenizer: Tokenizer) -> None:
+    (ids,) = tokenizer.encode(["abc"])
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "abc"
+
+
+def test_every_artefact_carries_its_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "artefact"
+    folder.mkdir()
+    tokenizer.save(folder)
+    again = load_tokenizer(folder)
+    assert [list(i) for i in again.encode(TEXTS)] == [list(i) for i in tokenizer.encode(TEXTS)]
+    assert (again.fingerprint, again.vocab_size, again.bos_id, again.eos_id) == (
+        tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
+    )  # fmt: skip
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_training_is_repeatable_and_cached_by_content(tmp_path: Path) -> None:
+    config = TokenizerConfig(vocab_size=320)
+    one, other = (train_bpe(TEXTS, config, tmp_path / name) for name in ("a", "b"))
+    assert one.fingerprint == other.fingerprint
+    train_bpe(TEXTS, config, tmp_path / "a")
+    assert len(list((tmp_path / "a" / "tokenizers").iterdir())) == 1
+    assert train_bpe([*TEXTS, "more"], config, tmp_path / "a").vocab_size >= 258
+    assert len(list((tmp_path / "a" / "tokenizers").iterdir())) == 2
+
+
+def test_truncation_and_padding_of_a_file_do_not_lose_text(bpe: Tokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(content))
+    again = from_file(TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path)))
+    assert [list(i) for i in again.encode(TEXTS)] == [list(i) for i in bpe.encode(TEXTS)]
+
+
+def test_bytes_of_byte_fallback_and_of_added_words(tmp_path: Path) -> None:
+    """A vocabulary in SentencePiece's manner, with a word added that is not special."""
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Library
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁ab": 3, "ü": 4, "<0xC3>": 5, "▁": 6}
+    library = Library(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    library.add_special_tokens(["<s>", "</s>"])
+    library.add_tokens([AddedToken("<indent>", special=False)])
+    path = tmp_path / "tokenizer.json"
+    library.save(str(path))
+    config = TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path), bos="<s>", eos="</s>")
+    assert from_file(config).token_bytes()[1:].tolist() == [0, 0, 3, 2, 1, 1, 8]
+
+
+def test_long_texts_are_encoded_in_pieces(tiktoken: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(tiktoken), "MAX_CHARACTERS", 5)
+    texts = ["return x " * 5, "", "ab"]
+    assert [tiktoken.decode(ids) for ids in tiktoken.encode(texts)] == texts
+
+
+def test_llama_4_ids_follow_the_ranks(tiktoken: Tokenizer) -> None:
+    assert (tiktoken.bos_id, tiktoken.eos_id, tiktoken.vocab_size) == (262, 263, 270)
+
+
+def json_file(path: Path, text: str) -> TokenizerConfig:
+    path.write_text(text)
+    return TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path))
+
+
+def rank_file(path: Path, lines: Callable[[list[str]], list[str]]) -> TokenizerConfig:
+    path.write_text("\n".join(lines(write_ranks(path).read_text().splitlines())))
+    return TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path))
+
+
+def test_broken_files_are_named(tmp_path: Path, bpe: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"data.tokenizer.path=/nowhere: no such file"):
+        from_file(TokenizerConfig(kind=TokenizerKind.tiktoken, path="/nowhere"))
+    with pytest.raises(DataError, match=r"t.json is not a tokenizer.json: "):
+        from_file(json_file(tmp_path / "t.json", '{"version": 1}'))
+    with pytest.raises(DataError, match=r"ranks:3 is no line of a tiktoken file"):
+        from_file(rank_file(tmp_path / "ranks", lambda lines: [*lines[:2], "not base64", *lines[3:]]))
+    with pytest.raises(DataError, match="without a gap"):
+        from_file(rank_file(tmp_path / "ranks", lambda lines: lines[:-2] + lines[-1:]))
+    with pytest.raises(DataError, match="256 bytes"):
+        from_file(rank_file(tmp_path / "ranks", lambda lines: lines[:200]))
+    bpe.save(tmp_path)
+    missing = TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(tmp_path / "tokenizer.json"), bos="<s>")
+    with pytest.raises(ConfigError, match=r"data.tokenizer.bos=<s>: .* has no such token; try <\|begin_of_text\|>"):
+        from_file(missing)
+    with pytest.raises(ConfigError, match=r"data.tokenizer.pattern=\(: is no regular expression"):
+        path = write_ranks(tmp_path / "ranks")
+        from_file(TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path), pattern="("))
