@@ -178,21 +178,24 @@ def _explain(error: Exception, schema: type) -> ConfigError:
     reason = str(getattr(cause, "msg", None) or cause).strip().splitlines()[0]
     if re.search(r"not in (struct|')", reason):
         parent, _, name = key.rpartition(".")
-        known = _keys(schema, parent)
+        owner = _kind_at(schema, parent)
+        if typing.get_origin(owner) is dict:
+            return ConfigError(key, None, "no such entry", [f"+{key}=... to add one"])
+        known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        legal = [f"{parent}.{n}" if parent else n for n in near or known]
-        return ConfigError(key, None, "no such key", legal)
+        return ConfigError(key, None, "no such key", [f"{parent}.{n}" if parent else n for n in near or known])
     value = getattr(cause, "value", None)
     return ConfigError(key, value if isinstance(value, str | int | float) else None, reason)
 
 
-def _keys(schema: type, path: str) -> list[str]:
-    """Field names of the dataclass at `path` below `schema`; empty where the path leads through a dict or list."""
+def _kind_at(schema: type, path: str) -> Any:
+    """The declared type of what lies at `path` below `schema`, without its None; None where nothing does."""
     kind: Any = schema
     for name in filter(None, path.split(".")):
-        if not dataclasses.is_dataclass(kind):
-            return []
-        kind = typing.get_type_hints(kind).get(name)
-        arguments = [a for a in typing.get_args(kind) if a is not type(None)]
-        kind = arguments[-1] if arguments else kind
-    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(name)
+        else:
+            kind = typing.get_args(kind)[-1] if typing.get_args(kind) else None
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            (kind,) = (a for a in typing.get_args(kind) if a is not type(None))
+    return kind

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from core.files import new_directory, sha256_file, sha256_text, write_bytes, write_text
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_text(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_bytes(path, b"new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), new_directory(tmp_path / "d") as scratch:
+        (scratch / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with new_directory(tmp_path / "d") as scratch:
+        (scratch / "whole").write_text("x")
+        assert not (tmp_path / "d").exists()
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["whole"]
+
+
+def test_a_race_for_the_same_directory_keeps_the_first(tmp_path):
+    with new_directory(tmp_path / "d") as scratch:
+        (scratch / "x").write_text("second")
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "x").write_text("first")
+    assert (tmp_path / "d" / "x").read_text() == "first"
+
+
+def test_digests(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc" * 500_000)
+    assert sha256_file(tmp_path / "x") == hashlib.sha256(b"abc" * 500_000).hexdigest()
+    assert sha256_text("ab", "c") != sha256_text("a", "bc")

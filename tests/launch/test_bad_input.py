@@ -1,0 +1,146 @@
+"""Every bad input gets one line that says what to change, and the promised exit code, before anything is built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from tests.train.tiny import TINY
+
+
+@pytest.fixture
+def train(tmp_path, small_corpus, capsys):
+    """Run `leviathan train` in this process; returns exit code and the lines of stderr."""
+
+    def run(*overrides: str, name: str = "run") -> tuple[int, list[str]]:
+        capsys.readouterr()
+        code = main(
+            ["train", *TINY, *small_corpus, f"run.root={tmp_path}", f"run.name={name}", "training.steps=2", *overrides]
+        )
+        return code, capsys.readouterr().err.strip().splitlines()
+
+    return run
+
+
+CONFIGURATION = {
+    "model.widht=64": "model.widht: no such key; try model.width",
+    "model.width=wide": "model.width=wide: Value 'wide' of type 'str' could not be converted to Integer",
+    "model=gpt5": "model=gpt5: no such choice; try smoke",
+    "model.kv_heads=3": "model.kv_heads=3: must divide the 4 query heads; try 1, 2 or 4",
+    "model.router.top_k=9": "model.router.top_k=9: must not exceed the 4 experts",
+    "model.router.score=relu": "model.router.score=relu: Invalid value 'relu', expected one of [sigmoid, softmax]",
+    "training.micro_batch=3": "training.micro_batch=3: must divide a rank's 8 rows; try 1, 2, 4 or 8",
+    "parallel.dp_shard=2": "parallel.dp_shard=2: times dp_replicate=1 must equal the world's 1 ranks; try 1 or null",
+    "optimizer.groups.routr.lr_scale=2": "optimizer.groups.routr: no such entry; try +optimizer.groups.routr=... to add one",
+    "+optimizer.groups.routr.lr_scale=2": "optimizer.groups.routr: no such role; try embedding",
+    "data.sources.text.weight=0": "data.sources.text.weight=0.0: must be positive; leave the source out instead",
+    "phases=[{name: main, steps: 1}]": "phases: names must differ",
+    "model.vocab_size=128": "model.vocab_size=128: the tokenizer has 300 ids; the model needs at least as many rows; try 384",
+    "training.context=100000": "less than one row of 100000 tokens",
+}
+
+
+@pytest.mark.parametrize("override, message", CONFIGURATION.items(), ids=CONFIGURATION.keys())
+def test_a_wrong_configuration_is_one_line_and_exit_code_2(train, tmp_path, override, message):
+    code, lines = train(override)
+    assert code == 2
+    assert len(lines) == 1 and lines[0].startswith("leviathan: error: ") and message in lines[0], lines
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+def test_the_right_configuration_is_accepted(train):
+    """Control for all of the above."""
+    assert train() == (0, [])
+
+
+DATA = {
+    "missing": (None, "no such file or folder"),
+    "empty": (b"", "has no text"),
+    "undecodable": (b"abc \xff\xfe def\n", "byte 4 is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("content, message", DATA.values(), ids=DATA.keys())
+def test_bad_corpora_are_refused(train, tmp_path, content, message):
+    folder = tmp_path / "texts"
+    if content is not None:
+        folder.mkdir()
+        (folder / "one.txt").write_bytes(content)
+    code, lines = train(f"data.sources.text.path={folder}")
+    assert code == 2 and len(lines) == 1 and message in lines[0] and "data.sources.text" in lines[0], lines
+
+
+def test_a_document_longer_than_the_limit_is_refused_when_asked(train):
+    code, lines = train("data.long_documents=refuse", "data.limit_tokens=10")
+    assert code == 2 and len(lines) == 1 and "data.limit_tokens" in lines[0], lines
+
+
+def test_a_document_longer_than_the_context_is_cut_into_rows(train):
+    """The default: the test corpus's documents are longer than a row."""
+    assert train("training.context=16") == (0, [])
+
+
+def shards(tmp_path: Path, overrides: list[str]) -> list[Path]:
+    cache = next(Path(o.removeprefix("data.cache=")) for o in overrides if o.startswith("data.cache="))
+    return sorted(cache.glob("tokens/*/*.bin"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_shard_is_refused(train, tmp_path, small_corpus, damage):
+    cache = f"data.cache={tmp_path / 'cache'}"
+    assert train(cache)[0] == 0
+    shard = shards(tmp_path, [cache])[0]
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content if damage == "flip" else content[:-2])
+    code, lines = train(cache, name="second")
+    assert code == 1 and len(lines) == 1 and shard.name in lines[0] and "run again" in lines[0], lines
+    code, lines = train(cache, "data.verify=false", name="third")
+    assert (code == 0) == (damage == "flip"), "control: without verification a flipped bit goes unseen"
+
+
+def test_going_on_with_another_configuration_is_refused(train):
+    assert train()[0] == 0
+    code, lines = train("optimizer.lr=0.5")
+    assert code == 2 and len(lines) == 1 and "optimizer.lr=0.5" in lines[0] and "was started with 0.003" in lines[0]
+    assert train("logging.every=2", "checkpoint.keep=1")[0] == 0, "what does not change the learning may change"
+    code, lines = train("run.resume=false")
+    assert code == 2 and "holds a run already" in lines[0]
+
+
+def test_going_on_with_other_data_is_refused(train, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "one.txt").write_text("one two three four five " * 200)
+    source = f"data.sources.text.path={folder}"
+    assert train(source, "data.held_out=0", "checkpoint.every=1")[0] == 0
+    (folder / "one.txt").write_text("one two three four six " * 200)
+    code, lines = train(source, "data.held_out=0", "checkpoint.every=1")
+    assert code == 2 and len(lines) == 1 and "not the one this run was trained on" in lines[0], lines
+
+
+def test_a_damaged_checkpoint_falls_back(train, tmp_path):
+    assert train("training.steps=4", "checkpoint.every=2")[0] == 0
+    data = next((tmp_path / "run" / "checkpoints" / "step-00000004").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train("training.steps=4", "checkpoint.every=2")[0] == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "step-00000004 is damaged" in log and "going on from step-00000002" in log
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_verbs_name_a_run_that_is_not_there(verb, tmp_path, capsys):
+    assert main([verb, f"run={tmp_path / 'nothing'}"]) == 2
+    assert "no run there" in capsys.readouterr().err
+    assert main([verb]) == 2
+    assert "run" in capsys.readouterr().err
+
+
+def test_an_unknown_verb_and_option(capsys):
+    assert main(["trian"]) == 2 and "verb=trian: no such verb; try train" in capsys.readouterr().err
+    assert main(["train", "--gpu"]) == 2 and "no such option" in capsys.readouterr().err
