@@ -127,10 +127,10 @@ class FileSource:
         self.paths = [path for path in self._find(str(config.path), "path") if path.resolve() not in kept_back]
 
     def fingerprint(self) -> str:
-        """By content, so that touching a file changes nothing. Where hashing terabytes at every start is too slow,
-        tokenise once and name the result (`data.tokens`).
+        """By content and suffix, which says how to read it, so that touching a file changes nothing. Where hashing
+        terabytes at every start is too slow, tokenise once and name the result (`data.tokens`).
         """
-        return sha256_text(*(sha256_file(path) for path in self.paths), "|", *map(sha256_file, self.held_out_paths))
+        return sha256_text(*self._digests(self.paths), "|", *self._digests(self.held_out_paths))
 
     def documents(self) -> Iterator[Document]:
         share = 0.0 if self.held_out_paths else self.data.held_out
@@ -164,6 +164,13 @@ class FileSource:
             legal = [".parquet", ".jsonl", ".jsonl.gz", *sorted(TEXT_SUFFIXES)]
             raise ConfigError(f"data.sources.{self.name}.{key}", str(unknown), "unknown suffix", legal)
         return found
+
+    def _digests(self, paths: list[Path]) -> Iterator[str]:
+        for path in paths:
+            try:
+                yield path.suffix + sha256_file(path)
+            except OSError as error:
+                raise self._unreadable(str(path), f"cannot be read: {_first_line(error)}") from None
 
     def _texts(self, path: Path) -> Iterator[str | None]:
         """Texts of a file; None for one that is to be dropped."""

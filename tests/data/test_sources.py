@@ -194,6 +194,29 @@ def test_fingerprints_follow_content(tmp_path: Path) -> None:
     assert make_source("mine", source, config).fingerprint() != before
 
 
+def test_fingerprints_follow_the_suffix(tmp_path: Path) -> None:
+    """The same bytes are one document as text and many as lines of JSON."""
+    path = write_jsonl(tmp_path / "a.jsonl")
+    source = SourceConfig(path=str(tmp_path))
+    config = DataConfig(sources={"mine": source})
+    before, documents = make_source("mine", source, config).fingerprint(), read(tmp_path)
+    path.rename(tmp_path / "a.txt")
+    assert read(tmp_path) != documents and make_source("mine", source, config).fingerprint() != before
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint is what reads it first."""
+    path = write_jsonl(tmp_path / "a.jsonl")
+
+    def forbidden(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(sources, "sha256_file", forbidden)
+    source = SourceConfig(path=str(path))
+    with pytest.raises(ConfigError, match=r"data.sources.mine.path=.*a.jsonl: cannot be read: .*Permission denied"):
+        make_source("mine", source, DataConfig(sources={"mine": source})).fingerprint()
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test asks the hub; `datasets` keeps its files in the test's folder."""
