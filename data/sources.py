@@ -187,7 +187,8 @@ class FileSource:
         import pyarrow
         import pyarrow.parquet
 
-        texts = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary)
+        types = pyarrow.types
+        texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
         try:
             file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
             column = self._column(file.schema_arrow.names, str(path))
@@ -218,8 +219,8 @@ class FileSource:
         """The text of one line of JSON."""
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise self._unreadable(where, f"is not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:  # endless numbers and nesting have errors of their own
+            raise self._unreadable(where, f"is not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(record, dict):
             raise self._unreadable(where, 'is no JSON object, such as {"text": "..."}')
         text = record[self._column(list(record), where)]

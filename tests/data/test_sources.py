@@ -137,6 +137,8 @@ def test_half_a_surrogate_pair_is_undecodable(tmp_path: Path) -> None:
             r"data.sources.mine.path=.*a.jsonl:2: is not JSON \(Expecting ':'",
         ),
         ("a.jsonl", b'["a"]\n', r"a.jsonl:1: is no JSON object"),
+        ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}\n", r"a.jsonl:1: is not JSON \(Exceeds the limit"),
+        ("a.jsonl", b'{"n": ' + b"[" * 100_000 + b"\n", r"a.jsonl:1: is not JSON \(maximum recursion depth"),
         (
             "a.jsonl",
             b'{"body": "a", "id": 1}\n',
@@ -171,6 +173,16 @@ def test_broken_parquet_is_named(tmp_path: Path) -> None:
     path.write_bytes(bytes(content))
     with pytest.raises(ConfigError, match=r"a.parquet: (is no readable parquet file|cannot be read)"):
         read(path)
+
+
+def test_every_type_of_text_in_parquet_is_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
+        column = pyarrow.array([text.encode() for text in TEXTS]).cast(kind)
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        assert texts(read(tmp_path / "a.parquet")) == TEXTS
 
 
 def test_paths_without_files_are_named(tmp_path: Path) -> None:
