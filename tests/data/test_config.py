@@ -35,6 +35,8 @@ def test_shipped_configurations_fit_the_schema(name: str) -> None:
         ({"kind": "files"}, r"data.sources.x.path: a source of kind files needs a path"),
         ({"kind": "huggingface"}, r"data.sources.x.path: a source of kind huggingface needs a path"),
         ({"path": "a", "weight": 0.0}, r"data.sources.x.weight=0.0: must be positive"),
+        ({"path": "a", "weight": float("nan")}, r"data.sources.x.weight=nan: must be positive and finite"),
+        ({"path": "a", "weight": float("inf")}, r"data.sources.x.weight=inf: must be positive and finite"),
         ({"path": "a", "max_bytes": 0}, r"data.sources.x.max_bytes=0: must be positive"),
         ({"path": "a", "kind": "huggingface", "held_out_path": "b"}, r"data.sources.x.held_out_path=b: works with"),
         ({"path": "a", "wieght": 1.0}, r"data.sources.x.wieght: no such key; try weight"),
