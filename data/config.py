@@ -79,8 +79,10 @@ class SourceConfig:
             raise ConfigError("path", self.path, f"a source of kind {self.kind.name} needs a path")
         if self.kind is not SourceKind.files and self.held_out_path:
             raise ConfigError("held_out_path", self.held_out_path, "works with kind=files only")
-        if not 0 < self.weight < math.inf:  # so put, nan is refused too
-            raise ConfigError("weight", self.weight, "must be positive and finite; to go without the source, remove it")
+        if self.weight <= 0:
+            raise ConfigError("weight", self.weight, "must be positive; leave the source out instead")
+        if not math.isfinite(self.weight):
+            raise ConfigError("weight", self.weight, "must be a finite number")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ConfigError("max_bytes", self.max_bytes, "must be positive, or null for everything")
 
