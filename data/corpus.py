@@ -44,7 +44,10 @@ class Corpus:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        tokenizer = load_tokenizer(self.directory)
+        try:
+            tokenizer = load_tokenizer(self.directory)
+        except DataError as error:
+            raise DataError(f"{error}: remove {self.directory} and run again to make it anew") from None
         if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
             reason = "holds another tokenizer than its tokens were made with"
             raise DataError(f"{self.directory} {reason}: remove it and run again to make it anew")
@@ -72,7 +75,7 @@ def open_corpus(directory: Path) -> Corpus:
         if manifest["format"] == _FORMAT:
             return Corpus(directory, manifest)
         reason = f"has format {manifest['format']}, not {_FORMAT}"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"cannot be read ({type(error).__name__}: {error})"
     raise DataError(f"{path} {reason}: remove {directory} and run again to make it anew")
 

@@ -147,16 +147,19 @@ class TiktokenTokenizer:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer that was saved into `directory`."""
+    """The tokenizer that was saved into `directory`. Raises `DataError` where its files are missing or damaged."""
     path = directory / _DESCRIPTION
     if not path.exists():
         raise DataError(f"{directory} holds no tokenizer ({_DESCRIPTION} is missing)")
-    description = json.loads(path.read_text())
-    kind = TokenizerKind[description.pop("kind")]
-    if kind is TokenizerKind.tiktoken:
-        file = directory / "tokenizer.model"
-        return TiktokenTokenizer(file, TokenizerConfig(kind=kind, path=str(file), **description))
-    return JsonTokenizer(directory / "tokenizer.json", description["bos"], description["eos"])
+    try:
+        description = json.loads(path.read_text())
+        kind = TokenizerKind[description.pop("kind")]
+        if kind is TokenizerKind.tiktoken:
+            file = directory / "tokenizer.model"
+            return TiktokenTokenizer(file, TokenizerConfig(kind=kind, path=str(file), **description))
+        return JsonTokenizer(directory / "tokenizer.json", description["bos"], description["eos"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"the tokenizer in {path} cannot be read ({type(error).__name__}: {error})") from None
 
 
 def from_file(config: TokenizerConfig) -> Tokenizer:

@@ -113,7 +113,10 @@ class TokenStream:
 def verify_shard(directory: Path, shard: Shard) -> None:
     """Raises `DataError` with the file and the fix where its content is not what the manifest says."""
     path = directory / shard.file
-    if sha256_file(path) != shard.sha256:
-        raise DataError(
-            f"token shard {path} does not match its SHA-256: remove {directory} and run again to make it anew"
-        )
+    try:
+        if sha256_file(path) == shard.sha256:
+            return
+        state = "does not match its SHA-256"
+    except OSError as error:
+        state = f"cannot be read ({error.strerror})"
+    raise DataError(f"token shard {path} {state}: remove {directory} and run again to make it anew")

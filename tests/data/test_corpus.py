@@ -184,7 +184,10 @@ def test_ranks_share_the_verification(tmp_path: Path, make_corpus: Callable[...,
     assert len(failed) == 1
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 99}', None])
+NO_SOURCES = '{"format": 1, "sources": [], "tokenizer": {"vocab_size": 300}}'
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 99}', NO_SOURCES, None])
 def test_a_damaged_manifest_is_named(
     make_corpus: Callable[..., Corpus], sources: dict[str, Any], content: str | None
 ) -> None:
@@ -208,6 +211,40 @@ def test_another_tokenizer_in_the_directory_is_noticed(
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match="another tokenizer"):
         _ = open_corpus(corpus.directory).tokenizer
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"kind": "klingon"}', None])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_source.json"])
+def test_a_damaged_tokenizer_is_named(
+    make_corpus: Callable[..., Corpus], sources: dict[str, Any], file: str, content: str | None
+) -> None:
+    path = make_corpus(sources).directory / file
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(DataError, match=rf"{path.parent}.*: remove {path.parent} and run again") as caught:
+        _ = open_corpus(path.parent).tokenizer
+    assert "\n" not in str(caught.value) and file in str(caught.value)
+
+
+def test_a_shard_that_vanishes_after_opening_is_named(
+    make_corpus: Callable[..., Corpus], sources: dict[str, Any]
+) -> None:
+    corpus = make_corpus(sources)
+    damage(corpus.directory / "mine-train-00000.bin", "remove")
+    with pytest.raises(DataError, match=r"mine-train-00000.bin cannot be read .*: remove"):
+        corpus.verify()
+
+
+def test_what_a_killed_process_leaves_is_not_taken_for_a_corpus(tmp_path: Path, sources: dict[str, Any]) -> None:
+    """It dies before the rename: its scratch directory lacks the manifest, and nobody looks for it under that name."""
+    config = make_config(tmp_path / "cache", sources)
+    whole = prepare(config, silent)
+    half = whole.directory.with_name(f".{whole.directory.name}.1.tmp")
+    whole.directory.rename(half)
+    (half / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"manifest.json"):
+        open_corpus(half)
+    lines = list[str]()
+    assert prepare(config, lines.append).fingerprint == whole.fingerprint and lines
 
 
 def test_a_directory_without_tokens_is_refused(tmp_path: Path, sources: dict[str, Any]) -> None:

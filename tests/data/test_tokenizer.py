@@ -127,6 +127,15 @@ def test_llama_4_ids_follow_the_ranks(tiktoken: Tokenizer) -> None:
     assert (tiktoken.bos_id, tiktoken.eos_id, tiktoken.vocab_size) == (262, 263, 270)
 
 
+def test_a_rank_file_that_vanished_from_an_artefact_is_named(tiktoken: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "artefact"
+    folder.mkdir()
+    tiktoken.save(folder)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(DataError, match=rf"{folder}.*tokenizer.model"):
+        load_tokenizer(folder)
+
+
 def json_file(path: Path, text: str) -> TokenizerConfig:
     path.write_text(text)
     return TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path))
