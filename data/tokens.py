@@ -46,7 +46,10 @@ class TokenWriter:
         self._in_file = 0
 
     def add(self, document: Sequence[int]) -> None:
-        rest = np.asarray(document, dtype=self.dtype)
+        ids = np.asarray(document, dtype=np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() > np.iinfo(self.dtype).max):
+            raise OverflowError(f"a token id of {ids.min()} to {ids.max()} does not fit {self.dtype}")
+        rest = ids.astype(self.dtype)
         self.tokens += len(rest)
         while len(rest):
             if self._file is None:

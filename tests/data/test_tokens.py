@@ -39,8 +39,11 @@ def test_ids_are_stored_in_the_smallest_width_that_holds_them() -> None:
 
 
 def test_an_id_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OverflowError):
-        TokenWriter(tmp_path, "a", token_dtype(300)).add([70_000])
+    """However it is given: numpy wraps its own integers round without a word."""
+    for document in ([70_000], [-1], [np.int64(70_000)], np.array([1, 70_000]), np.array([-1])):
+        with pytest.raises(OverflowError, match="token id"):
+            TokenWriter(tmp_path, "a", token_dtype(300)).add(document)
+    TokenWriter(tmp_path, "a", token_dtype(300)).add([0, 65_535])
 
 
 def test_windows_outside_are_refused(tmp_path: Path) -> None:
