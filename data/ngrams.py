@@ -78,7 +78,7 @@ class NgramBaseline:
     def _encode(self, tokens_BT: Any, labels_BT: Any) -> NDArray[np.int64]:
         tokens, labels = np.asarray(tokens_BT), np.asarray(labels_BT)
         counted = labels >= 0
-        return tokens[counted] * self.vocab_size + labels[counted]
+        return tokens[counted].astype(np.int64) * self.vocab_size + labels[counted].astype(np.int64)
 
     def _merge(self) -> None:
         """Fold what is pending into the sorted counts."""

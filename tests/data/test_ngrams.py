@@ -93,6 +93,18 @@ def test_probabilities_add_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(math.exp(-losses[name]) for losses in found) == pytest.approx(1, abs=1e-12)
 
 
+def test_narrow_integers_do_not_overflow() -> None:
+    """Pair codes of Llama 4's vocabulary need more than 32 bits."""
+    vocab, tokens = 202_048, np.random.default_rng(0).integers(0, 202_048, (4, 500))
+    found = []
+    for dtype in (np.int64, np.int32, np.uint32):
+        narrow = tokens.astype(dtype)
+        baseline, b = NgramBaseline(vocab), batch(narrow[:, :-1], narrow[:, 1:])
+        baseline.add(b.tokens_BT, b.labels_BT)
+        found.append(baseline.evaluate({"x": [b]}, {"x": 1.0}))
+    assert found[0] == found[1] == found[2]
+
+
 def test_ignored_labels_do_not_count() -> None:
     b = random_batch(1)
     with_ignored, without = NgramBaseline(VOCAB), NgramBaseline(VOCAB)
