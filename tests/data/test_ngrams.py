@@ -83,6 +83,20 @@ def test_losses_follow_the_formulas(vocab: int, monkeypatch: pytest.MonkeyPatch)
     assert set(found["bigram_grid"]) == set(found["unigram_grid"]) == {str(k) for k in GRID}
 
 
+def test_counting_in_parts_is_counting_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, held_out = [random_batch(seed) for seed in range(6)], {"x": [random_batch(9)]}
+    found = []
+    for merge_every in (1 << 22, 700, 0):
+        monkeypatch.setattr(ngrams, "_MERGE_EVERY", merge_every)
+        baseline = NgramBaseline(VOCAB)
+        for b in train:
+            baseline.add(b.tokens_BT, b.labels_BT)
+        found.append(baseline.evaluate(held_out, {"x": 1.0}))
+    assert found[0] == found[1] == found[2]
+    baseline.add(train[0].tokens_BT, train[0].labels_BT)
+    assert baseline.evaluate(held_out, {"x": 1.0}) != found[0]
+
+
 def test_probabilities_add_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ngrams, "GRID", (0.3,))
     baseline, seen = NgramBaseline(VOCAB), random_batch(1)

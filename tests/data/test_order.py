@@ -5,13 +5,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from data import order
 from data.order import Blend, key_of, permute
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 100, 1000, 4097])
+def is_bijection(places: np.ndarray) -> bool:
+    return np.array_equal(np.sort(places), np.arange(len(places)))
+
+
+@pytest.mark.parametrize("size", [*range(1, 20), 63, 64, 65, 100, 1000, 4097])
 def test_permutation_is_a_bijection(size: int) -> None:
     for key in (0, 1, key_of("a"), 2**64 - 1):
-        assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+        assert is_bijection(permute(np.arange(size), size, key))
+
+
+def test_the_check_sees_what_is_no_bijection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cutting the network's values to the size, instead of walking on, makes rows meet."""
+    usual = order._feistel
+    monkeypatch.setattr(order, "_feistel", lambda value, half, key: usual(value, half, key) % np.uint64(100))
+    assert not is_bijection(permute(np.arange(100), 100, 1))
 
 
 def test_permutation_has_random_access() -> None:

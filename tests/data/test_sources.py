@@ -236,11 +236,12 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
 
 
-def test_a_local_data_set_is_streamed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_a_local_data_set_is_streamed(tmp_path: Path, name: str) -> None:
     (tmp_path / "set").mkdir()
-    write_parquet(tmp_path / "set" / "train.parquet")
+    (write_parquet if name.endswith("parquet") else write_jsonl)(tmp_path / "set" / name)
     found = read(tmp_path / "set", SourceKind.huggingface)
-    assert found == read(tmp_path / "set" / "train.parquet")
+    assert found == read(tmp_path / "set" / name)
     capped = read(tmp_path / "set", SourceKind.huggingface, max_bytes=500)
     assert 0 < len(capped) < len(found) and capped == [d for d in found if d in capped]
 

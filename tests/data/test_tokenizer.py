@@ -51,6 +51,14 @@ def test_text_survives(tokenizer: Tokenizer) -> None:
         assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
+def test_every_character_survives(tokenizer: Tokenizer) -> None:
+    """All of Unicode, less the surrogates, which are no text: so every byte that UTF-8 knows is in it."""
+    characters = [chr(code) for code in [*range(0xD800), *range(0xE000, 0x110000, 37)]]
+    texts = ["".join(characters[i : i + 1000]) for i in range(0, len(characters), 1000)]
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
+    assert len(set("".join(texts).encode())) == 256 - len((0xC0, 0xC1, *range(0xF5, 0x100)))
+
+
 def test_text_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
     for ids in tokenizer.encode(TEXTS):
         assert tokenizer.bos_id not in ids and tokenizer.eos_id not in ids
