@@ -12,6 +12,8 @@ class LeviathanError(Exception):
     """An expected failure: printed as one line, without a traceback."""
 
     exit_code = 1
+    everywhere = False
+    """Whether all ranks raise the same: then rank 0 alone prints it."""
 
 
 class DataError(LeviathanError):
@@ -30,6 +32,7 @@ class ConfigError(LeviathanError):
     """
 
     exit_code = 2
+    everywhere = True
 
     def __init__(self, key: str, value: object, reason: str, legal: Sequence[object] = ()) -> None:
         self.key, self.value, self.reason, self.legal = key, value, reason, tuple(legal)

@@ -35,8 +35,8 @@ def check_packages(names: tuple[str, ...] = PACKAGES) -> None:
         loaded = sys.modules.get(name)
         spec = loaded.__spec__ if loaded is not None else PathFinder.find_spec(name)
         origin = spec.origin if spec is not None else None
-        if origin is None or not Path(origin).resolve().is_relative_to(ROOT):
-            found = origin or "a folder without __init__.py" if spec is not None else "nothing"
+        if origin is None or Path(origin).resolve().parent != ROOT / name:
+            found = "missing" if spec is None else origin or "a folder without __init__.py"
             raise ForeignPackageError(
                 f"the package {name!r} is not Leviathan's but {found}: set PYTHONSAFEPATH=1, start through the "
                 f"leviathan command, or remove what else provides {name!r}"

@@ -1,19 +1,23 @@
-"""Training on this machine: in this process, or in several started by torchrun."""
+"""Training on this machine: in this process, or in several started by torchrun's agent."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import subprocess
 import sys
+import uuid
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
 from core.config import build
-from core.errors import ConfigError
+from core.errors import ConfigError, LeviathanError
 from train.config import TrainConfig, check
+
+INTERRUPTED = 130
+_PATIENCE_S = "600"  # for ranks that save after Ctrl-C; torch would kill them after 30 s
 
 
 class LaunchKind(Enum):
@@ -38,8 +42,8 @@ class LaunchConfig:
 
 
 def train(config: TrainConfig, overrides: list[str]) -> int:
-    """Train as `launch` says. The configuration has been checked as far as one process can, so that an error comes once
-    and with exit code 2, whatever torchrun makes of its workers'.
+    """Train as `launch` says; returns the exit code. The configuration is checked here as far as one process can, so
+    that an error comes once and before any rank is started.
     """
     launch = build(LaunchConfig, config.launch, "launch")
     if launch.kind is LaunchKind.inline:
@@ -51,22 +55,39 @@ def train(config: TrainConfig, overrides: list[str]) -> int:
 
 
 def _torchrun(ranks: int, overrides: list[str]) -> int:
-    """Start torchrun and pass Ctrl-C on: it interrupts its workers, which save. Returns 130 then.
+    """Do what `torchrun --standalone --nproc-per-node RANKS -m train OVERRIDES` does, with the agent in this process:
+    that command ends with 1 whatever its workers say, here the first one's exit code is the run's.
 
-    A worker's exit code 2 or 130 is found in the error that torchrun reports last, since torchrun itself returns 1.
+    Ctrl-C and SIGTERM are passed on to the workers, which save; 130 then.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    environment.setdefault("TORCHELASTIC_ERROR_FILE", "")
-    process = subprocess.Popen([*command, "-m", "train", *overrides], env=environment)
-    interrupted = False
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:
-            if not interrupted:
-                process.send_signal(signal.SIGINT)
-            interrupted = True
-    return 130 if interrupted else code
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig as AgentConfig
+    from torch.distributed.launcher.api import elastic_launch
+
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # told below instead
+    os.environ["PYTHONSAFEPATH"] = "1"  # a train.py in the current folder would win against `-m train`
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _PATIENCE_S)
+    agent = AgentConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",  # the host's own name need not resolve
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(agent, sys.executable)("-u", "-m", "train", *overrides)
+    except SignalException:
+        return INTERRUPTED
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            how = signal.Signals(-failure.exitcode).name
+            advice = "the same command with the run's run.name goes on from its last checkpoint"
+            raise LeviathanError(f"rank {rank} was ended by {how}; {advice}") from None
+        return failure.exitcode
+    return 0

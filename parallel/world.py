@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core.errors import LeviathanError
+
 T = TypeVar("T")
 
 
@@ -41,6 +43,8 @@ class World:
             try:
                 box[0] = function()
             except Exception as error:
+                if isinstance(error, LeviathanError):
+                    error.everywhere = True
                 box[1] = error
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 
 def main(overrides: list[str]) -> int:
-    """Train under Hydra overrides; returns the exit code. Errors are one line, told by rank 0."""
+    """Train under Hydra overrides; returns the exit code. Errors are one line, told once."""
+    from core.errors import LeviathanError
     from core.origin import check_packages, drop_working_directory
 
     drop_working_directory()
-    from core.errors import LeviathanError
-
     try:
         check_packages()
         from core.config import load
@@ -21,12 +21,15 @@ def main(overrides: list[str]) -> int:
 
         return run(load("train", TrainConfig, overrides))
     except LeviathanError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"leviathan: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.everywhere:
+            print(f"leviathan: error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path and Path.cwd().resolve() != Path(__file__).resolve().parent.parent:
+        del sys.path[0]  # `-m` puts the current folder first, and it may hold a `core/` of the user's own
     sys.exit(main(sys.argv[1:]))

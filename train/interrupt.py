@@ -1,7 +1,12 @@
-"""Ctrl-C and SIGTERM become a flag that the training loop reads between steps, so that it can save before it ends."""
+"""Ctrl-C and SIGTERM become a flag that the training loop reads between steps, so that it can save before it ends.
+
+So does the death of the agent that torchrun puts over its workers: nobody would stop them any more, and the same
+command started again would meet them writing into the same run.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -9,11 +14,16 @@ from typing import Any
 
 
 class Interruption:
-    """A context in which SIGINT and SIGTERM set `requested`. Outside the main thread it changes nothing."""
+    """A context in which SIGINT and SIGTERM set `requested`. Outside the main thread they do not."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._signalled = False
         self._previous: dict[int, Any] = {}
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @property
+    def requested(self) -> bool:
+        return self._signalled or (self._agent is not None and os.getppid() != self._agent)
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -26,4 +36,4 @@ class Interruption:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._signalled = True
