@@ -141,12 +141,11 @@ class Evaluation(Callback):
         phase = trainer.phase(max(0, trainer.step - 1))
         loader, rows = trainer.loaders[phase.name], trainer.config.evaluation.rows
         with trainer.pause():
-            weights = {name: w for name, w in trainer.weights.items() if loader.held_out_rows(name)}
-            if not weights:
+            if not any(loader.held_out_rows(name) for name in trainer.weights):
                 trainer.log("no held-out rows at this context: no held-out loss")
                 return
             self.result = held_out_loss(
-                trainer.engine.model, loader, trainer.corpus, rows, phase.micro_batch, weights, trainer.world
+                trainer.engine.model, loader, trainer.corpus, rows, phase.micro_batch, trainer.weights, trainer.world
             )
         parts = [f"{name} {found.loss:.3f}" for name, found in self.result.sources.items()]
         trainer.log(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.errors import CheckpointError, ConfigError
+from core.errors import ConfigError, DataError
 from data.corpus import Corpus
 from data.loader import Batch, Loader
 from model.context import SequenceContext
@@ -55,7 +55,13 @@ def held_out_loss(
     weights: dict[str, float],
     world: World,
 ) -> HeldOut:
-    """The first `rows` rows of each source's held-out split, spread over the ranks in micro-batches of equal number."""
+    """The first `rows` rows of each source's held-out split, spread over the ranks in micro-batches of equal number.
+
+    Sources without a held-out row at this context are left out; raises `DataError` where that leaves none.
+    """
+    weights = {source: weight for source, weight in weights.items() if loader.held_out_rows(source)}
+    if not weights:
+        raise DataError(f"no source has held-out text for one row of {loader.context} tokens: raise data.held_out")
     bytes_V = torch.from_numpy(corpus.tokenizer.token_bytes()).to(world.device)
     model.eval()
     found: dict[str, SourceLoss] = {}
@@ -127,8 +133,6 @@ def run(config: EvaluateConfig) -> int:
         restored = restore(Path(config.run), world)
         loader = restored.loader()
         weights = restored.weights()
-        if not any(loader.held_out_rows(source) for source in weights):
-            raise CheckpointError("the corpus has no held-out rows at this run's context")
         result = held_out_loss(restored.model, loader, restored.corpus, config.rows, config.micro_batch, weights, world)
         if world.is_main:
             print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
