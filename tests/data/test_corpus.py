@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import shutil
@@ -12,14 +13,18 @@ from typing import Any
 import pytest
 
 from core.errors import ConfigError, DataError
-from data.corpus import HELD_OUT, TRAIN, Corpus, open_corpus, prepare
+from data.corpus import HELD_OUT, TRAIN, Corpus, _sample, open_corpus, prepare
+from data.sources import make_source
 from data.tokens import TokenWriter
 from tests.data.conftest import make_config, silent, write_texts
 
 
 @pytest.fixture
 def sources(tmp_path: Path) -> dict[str, Any]:
-    return {"mine": {"path": str(write_texts(tmp_path / "texts", 20))}}
+    folder = write_texts(tmp_path / "texts", 20)
+    for path in folder.iterdir():
+        path.write_text(path.read_text() + "Grüße, 世界")  # characters and bytes are not the same number
+    return {"mine": {"path": str(folder)}}
 
 
 def texts_of(corpus: Corpus, source: str, split: str) -> list[str]:
@@ -51,6 +56,7 @@ def test_the_cache_is_found_again(tmp_path: Path, sources: dict[str, Any]) -> No
     lines.clear()
     weighted = {"mine": {**sources["mine"], "weight": 5.0}}
     assert prepare(make_config(cache, weighted), lines.append).directory == first.directory
+    assert prepare(make_config(cache, sources, verify=False), lines.append).directory == first.directory
     assert not lines
     elsewhere = prepare(make_config(tmp_path / "other", sources), silent)
     assert elsewhere.fingerprint == first.fingerprint and elsewhere.directory != first.directory
@@ -72,6 +78,25 @@ def test_changed_text_is_tokenised_anew(tmp_path: Path, sources: dict[str, Any])
     before = prepare(config, silent)
     (Path(sources["mine"]["path"]) / "000.txt").write_text("another text altogether")
     assert prepare(config, silent).fingerprint != before.fingerprint
+
+
+def test_another_tokenizer_under_the_same_name_makes_tokens_anew(tmp_path: Path, sources: dict[str, Any]) -> None:
+    path = tmp_path / "ranks"
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)]
+    settings = {"tokenizer": {"kind": "tiktoken", "path": str(path)}}
+    found = []
+    for ranks in (lines, [*lines, f"{base64.b64encode(b'et').decode()} 256\n"]):
+        path.write_text("".join(ranks))
+        found.append(prepare(make_config(tmp_path / "cache", sources, **settings), silent))
+    assert found[0].directory != found[1].directory
+    assert len(found[1].stream("mine", TRAIN)) < len(found[0].stream("mine", TRAIN))
+
+
+def test_the_tokenizer_is_trained_on_training_text_alone(tmp_path: Path, sources: dict[str, Any]) -> None:
+    config = make_config(tmp_path / "cache", sources)
+    source = make_source("mine", config.sources["mine"], config)
+    sides = {side: [d.text for d in source.documents() if d.held_out is side] for side in (True, False)}
+    assert list(_sample([source], 1 << 30)) == sides[False] and sides[True]
 
 
 def test_tokens_are_used_without_their_sources(tmp_path: Path, sources: dict[str, Any]) -> None:
@@ -113,6 +138,14 @@ def test_long_documents(make_corpus: Callable[..., Corpus], tmp_path: Path) -> N
     message = r"data.limit_tokens=90: data.sources.mine has a document of \d+ tokens; raise the limit; try data.long_"
     with pytest.raises(ConfigError, match=message):
         long_documents(make_corpus, tmp_path / "refuse", "refuse")
+
+
+def test_a_document_of_just_the_limit_is_kept(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+    sources = {"mine": {"path": str(write_texts(tmp_path / "texts", 1, words=5))}}
+    tokens = make_corpus(sources, held_out=0.0).manifest["sources"]["mine"][TRAIN]["counts"]["tokens"] - 2  # BOS, EOS
+    make_corpus(sources, held_out=0.0, limit_tokens=tokens, long_documents="refuse")
+    with pytest.raises(ConfigError, match=rf"a document of {tokens} tokens"):
+        make_corpus(sources, held_out=0.0, limit_tokens=tokens - 1, long_documents="refuse")
 
 
 def test_sources_without_text_are_refused(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def test_everything_that_names_a_batch_changes_it(
     for name, loader in others.items():
         assert not equal(usual, loader.batch(0)), name
     assert not equal(usual, Loader(corpus, CONTEXT, 8, seed=1).batch(1))
+    renamed = Corpus(corpus.directory, {**corpus.manifest, "note": "the same tokens, another manifest"})
+    assert not equal(usual, Loader(renamed, CONTEXT, 8, seed=1).batch(0))
     sources = {"long": {"path": str(write_texts(tmp_path / "other", 60, seed=3))}}
     assert make_corpus(sources).fingerprint != corpus.fingerprint
 
@@ -75,6 +77,12 @@ def test_every_epoch_holds_each_row_once_in_an_order_of_its_own(corpus: Corpus) 
         epochs = [rows_of_epoch(loader, source, epoch) for epoch in range(3)]
         assert all(np.array_equal(np.sort(rows), np.arange(count)) for rows in epochs)
         assert (epochs[0] == epochs[1]).mean() < 0.1 and (epochs[1] == epochs[2]).mean() < 0.1
+
+
+def test_sources_of_the_same_size_have_orders_of_their_own(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+    folder = str(write_texts(tmp_path / "texts", 12))
+    loader = Loader(make_corpus({"a": {"path": folder}, "b": {"path": folder}}), CONTEXT, 8, seed=1)
+    assert (rows_of_epoch(loader, 0, 0) == rows_of_epoch(loader, 1, 0)).mean() < 0.1
 
 
 def test_one_epoch_of_batches_covers_a_source_once(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:

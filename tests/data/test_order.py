@@ -87,6 +87,11 @@ def test_blend_mixes_within_a_block() -> None:
     assert 300 < np.count_nonzero(np.diff(source)) < 700
 
 
+def test_blocks_have_orders_of_their_own() -> None:
+    source, _ = Blend({"a": 1.0, "b": 1.0}, 5).locate(np.arange(2048))
+    assert 0.4 < (source[:1024] == source[1024:]).mean() < 0.6
+
+
 def test_blend_has_random_access_far_out() -> None:
     blend = Blend({"a": 0.3, "b": 0.7}, 1)
     far = np.arange(10**13, 10**13 + 3000)

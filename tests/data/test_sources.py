@@ -175,6 +175,24 @@ def test_broken_parquet_is_named(tmp_path: Path) -> None:
         read(path)
 
 
+def test_parquet_that_is_wrong_but_readable_is_found_by_its_checksum(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    for checksum in (True, False):
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, write_page_checksum=checksum, **options)
+        content = path.read_bytes()
+        assert content.count(b"number 33") == 1
+        path.write_bytes(content.replace(b"number 33", b"number 34"))
+        if checksum:
+            with pytest.raises(ConfigError, match=r"a.parquet: (is no readable parquet file|cannot be read)"):
+                read(path)
+        else:
+            assert any(text.startswith("Text number 34") and text != TEXTS[34] for text in texts(read(path)))
+
+
 def test_every_type_of_text_in_parquet_is_read(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

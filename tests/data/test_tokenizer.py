@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,19 @@ def test_every_artefact_carries_its_tokenizer(tokenizer: Tokenizer, tmp_path: Pa
     )  # fmt: skip
     with pytest.raises(DataError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_whatever_could_change_an_encoding_changes_the_fingerprint(tiktoken: Tokenizer, tmp_path: Path) -> None:
+    path = write_ranks(tmp_path / "ranks")
+    usual = TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path), special_tokens=8)
+    assert from_file(usual).fingerprint == tiktoken.fingerprint
+    configs = [replace(usual, **{key: value}) for key, value in
+               {"pattern": r"\s+|\S+", "special_tokens": 9, "bos": "<s>", "eos": "</s>"}.items()]  # fmt: skip
+    found = {from_file(config).fingerprint for config in configs} | {tiktoken.fingerprint}
+    path.write_text(path.read_text() + f"{base64.b64encode(b'new').decode()} 262\n")
+    assert len(found | {from_file(usual).fingerprint}) == 6
+    bpes = [train_bpe([*TEXTS, *more], TokenizerConfig(vocab_size=300), tmp_path / "c") for more in ([], ["qqq" * 9])]
+    assert bpes[0].fingerprint != bpes[1].fingerprint
 
 
 def test_training_is_repeatable_and_cached_by_content(tmp_path: Path) -> None:
