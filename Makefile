@@ -13,10 +13,11 @@ help:
 	@echo "make test-gpu  the tests that need a GPU"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     side-by-side measurements"
+	@echo "make clean     remove the environment, the runs and what the tools left"
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Leviathan needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 

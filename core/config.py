@@ -45,6 +45,11 @@ def load(root: str, schema: type[T], overrides: Sequence[str]) -> T:
     return build(schema, _compose(root, schema, overrides))
 
 
+def compose_plain(root: str, schema: type, overrides: Sequence[str]) -> dict[str, Any]:
+    """What `load` would build from, as plain values: enums by name, values that the user must give as "???"."""
+    return typing.cast(dict[str, Any], plain(OmegaConf.to_container(_compose(root, schema, overrides), resolve=True)))
+
+
 def build(cls: type[T], values: Any, path: str = "") -> T:
     """Make `cls` from plain values (as YAML gives them), typed and checked. Unknown keys are errors."""
     try:

@@ -5,9 +5,9 @@ Exit codes: 0 done, 1 failed, 2 wrong configuration (one line, no traceback), 13
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -54,13 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(usage())
             return 0
-        return _run(arguments[0], arguments[1:])
+        code = _run(arguments[0], arguments[1:])
+        sys.stdout.flush()
+        return code
     except LeviathanError as error:
         print(f"leviathan: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("leviathan: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `leviathan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        return 1
 
 
 def usage() -> str:
@@ -78,19 +83,22 @@ def _run(name: str, arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4) or list(VERBS)
         raise ConfigError("verb", name, "no such verb", near)
     verb = VERBS[name]
-    schema = _import(verb.schema)
-    if "-h" in arguments or "--help" in arguments:
-        print(f"leviathan {name}: {verb.summary}\n\n" + describe(schema))
-        return 0
-    from core.config import load, plain
-
-    show = "--cfg" in arguments
-    overrides = [argument for argument in arguments if argument != "--cfg"]
-    unknown = [argument for argument in overrides if argument.startswith("-")]
+    options = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    unknown = [option for option in options if option not in ("-h", "--help", "--cfg")]
     if unknown:
         raise ConfigError(unknown[0], None, "no such option; keys are written KEY=VALUE", ["--help", "--cfg"])
+    schema = _import(verb.schema)
+    from core.config import compose_plain, config_directory, load, plain
+
+    if "-h" in options or "--help" in options:
+        from launch.help import describe
+
+        print(f"leviathan {name}: {verb.summary}\n")
+        print(describe(schema, compose_plain(verb.root, schema, overrides), config_directory()))
+        return 0
     config = load(verb.root, schema, overrides)
-    if show:
+    if "--cfg" in options:
         import yaml
 
         print(yaml.safe_dump(plain(config), sort_keys=False), end="")
@@ -101,35 +109,6 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _takes_overrides(verb: Verb) -> bool:
     return verb.root == "train"  # only a run is handed on to other processes
-
-
-def describe(schema: type, prefix: str = "") -> str:
-    """Every key with its type and default, under the documentation of the component that owns it."""
-    lines = []
-    hints = typing.get_type_hints(schema)
-    text = " ".join((schema.__doc__ or "").split())
-    if text:
-        lines.append(f"# {text}")
-    inner = []
-    for field in dataclasses.fields(schema):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            inner.append(describe(typing.cast(type, kind), f"{prefix}{field.name}."))
-            continue
-        default: Any = field.default
-        if default is dataclasses.MISSING:
-            made = field.default_factory is not dataclasses.MISSING
-            default = typing.cast(Any, field.default_factory)() if made else "???"
-        shown = getattr(default, "name", default)
-        lines.append(f"{prefix}{field.name}={'null' if shown is None else shown}  ({_type_name(kind)})")
-    return "\n".join(lines) + "\n" + "".join(f"\n{part}" for part in inner)
-
-
-def _type_name(kind: Any) -> str:
-    members = getattr(kind, "__members__", None)
-    if members:
-        return " | ".join(members)
-    return str(kind).replace("typing.", "") if typing.get_args(kind) else kind.__name__
 
 
 def _import(path: str) -> Any:

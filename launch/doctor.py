@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 from dataclasses import dataclass
@@ -17,9 +18,21 @@ import torch.distributed as dist
 
 from core import origin
 
-REQUIRED = ("torch", "hydra-core", "omegaconf", "datasets", "wandb", "numpy", "tokenizers", "tiktoken", "pyarrow")
-OPTIONAL = {"transformers": "pip install 'leviathan[dev]'"}
+REQUIRED = (
+    "torch",
+    "hydra-core",
+    "omegaconf",
+    "pyyaml",
+    "datasets",
+    "wandb",
+    "numpy",
+    "tokenizers",
+    "tiktoken",
+    "pyarrow",
+)
+OPTIONAL = {"transformers": "make bench compares with it"}
 FEW_FILES = 4096
+SHARED_MEMORY = Path("/dev/shm")
 SMALL_SHARED_MEMORY = 1 << 30
 
 
@@ -48,11 +61,12 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
         "machine": {
             "python": platform.python_version(),
             "system": platform.platform(),
-            "cores": os.cpu_count(),
+            "cores": _cores(),
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "open_files_limit": files,
         },
+        "cuda": {"toolkit": torch.version.cuda, "driver": _driver()},
         "devices": _devices(),
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "packages": packages,
@@ -60,14 +74,28 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
         "disk": {str(path): _room(path) for path in _folders(config)},
         "origin": {name: str(origin.ROOT / name) for name in origin.PACKAGES},
     }
-    found["problems"] = [f"{name} is not installed: pip install leviathan" for name, v in packages.items() if v is None]
-    found["advice"] = [f"{n} is not installed: {OPTIONAL[n]}" for n, v in optional.items() if v is None]
+    found["problems"] = [f"{name} is not installed: pip install {name}" for name, v in packages.items() if v is None]
+    found["advice"] = [
+        f"{name} is not installed ({OPTIONAL[name]}): pip install {name}" for name, v in optional.items() if v is None
+    ]
     if files < FEW_FILES:
         found["advice"].append(f"only {files} files may be open at once: ulimit -n {FEW_FILES} before large runs")
-    shared = Path("/dev/shm")
-    if shared.exists() and (room := shutil.disk_usage(shared).free) < SMALL_SHARED_MEMORY:
-        found["advice"].append(f"/dev/shm has only {_size(room)} left; NCCL and data workers may want more")
+    shared = found["disk"].get(str(SHARED_MEMORY))
+    if shared and shared["free_bytes"] < SMALL_SHARED_MEMORY:
+        found["advice"].append(f"{SHARED_MEMORY} has only {_size(shared['free_bytes'])} left; NCCL may want more")
     return found
+
+
+def _cores() -> int:
+    """Cores that this process may use, which a container or `taskset` makes fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's kernel module, None where there is none."""
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module.*?(\d+\.\d+(\.\d+)?)", path.read_text()) if path.exists() else None
+    return found[1] if found else None
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -80,7 +108,8 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _folders(config: DoctorConfig) -> list[Path]:
-    return [Path(config.cache).expanduser(), Path(config.runs)]
+    folders = [Path(config.cache).expanduser(), Path(config.runs)]
+    return [*folders, SHARED_MEMORY] if SHARED_MEMORY.exists() else folders
 
 
 def _room(path: Path) -> dict[str, Any]:
@@ -107,6 +136,7 @@ def _table(found: dict[str, Any]) -> str:
         f"{'device ' + str(i):<20} {d['name']}, {_size(d['memory_bytes'])}" for i, d in enumerate(found["devices"])
     ]
     lines += [] if found["devices"] else [f"{'device':<20} no GPU: runs use the CPU"]
+    lines += [f"{'CUDA ' + part:<20} {version or 'none'}" for part, version in found["cuda"].items()]
     lines += [f"{name:<20} {'yes' if there else 'no'}" for name, there in found["backends"].items()]
     lines += [
         f"{name:<20} {version or 'missing'}" for name, version in {**found["packages"], **found["optional"]}.items()

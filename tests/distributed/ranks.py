@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 MOST_RANKS = 8
+GRACE_S = 5.0
 _CONSEQUENCES = ("Connection closed", "Connection reset", "Connection refused", "Timed out", "Broken pipe", "Socket")
 
 
@@ -83,6 +84,8 @@ class Pool:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
+                if any(reply[0] == "raised" and not _is_consequence(reply[2]) for reply in replies.values()):
+                    return replies  # the others wait for one that raised
                 raise Hang(f"ranks {sorted(waiting.values())} of {ranks} did not answer within {timeout_s:.0f} s")
             for connection in ready:
                 rank = waiting[connection]  # type: ignore[index]
@@ -92,7 +95,7 @@ class Pool:
                     self.close()
                     raise RankError(f"rank {rank} of {ranks} died") from None
                 if replies[rank][0] == "raised":
-                    deadline = min(deadline, time.monotonic() + 10.0)  # its neighbours may wait for it for ever
+                    deadline = min(deadline, time.monotonic() + GRACE_S)  # its neighbours may wait for it for ever
         return replies
 
 

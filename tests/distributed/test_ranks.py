@@ -48,12 +48,19 @@ def test_the_first_cause_is_raised_and_the_next_case_is_clean(ranks, rank):
     assert ranks(2, rank_and_sum, 0) == [(0, 1), (1, 1)]
 
 
-@pytest.mark.slow
+def fail_beside_a_sleeper() -> None:
+    if dist.get_rank() == 0:
+        time.sleep(3600)
+    raise ValueError("planted beside a sleeper")
+
+
 def test_a_hang_is_killed_and_the_pool_starts_anew():
     pool = Pool()
     try:
-        with pytest.raises((Hang, RankError)):
-            pool(2, hang_on, 1, timeout_s=3)
+        with pytest.raises(Hang, match=r"ranks \[1\] of 2 did not answer within 2 s"):
+            pool(2, hang_on, 1, timeout_s=2)
+        with pytest.raises(RankError, match="planted beside a sleeper"):
+            pool(2, fail_beside_a_sleeper, timeout_s=60)
         assert pool(2, rank_and_sum, 0) == [(0, 1), (1, 1)]
     finally:
         pool.close()

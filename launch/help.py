@@ -1,0 +1,108 @@
+"""`leviathan VERB --help`: every key with the value it has unless overridden, its type, and what its component says."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+WIDTH = 100
+
+
+def describe(schema: type, values: dict[str, Any], configs: Path) -> str:
+    """`values`: the verb's composed configuration as plain data; `configs`: the folder of Hydra's groups."""
+    return "\n".join([*_groups(schema, configs), *_component(schema, values, "")]).lstrip("\n")
+
+
+def _groups(schema: type, configs: Path) -> Iterator[str]:
+    """Ready-made choices, `GROUP=NAME`, of the parts that this verb has."""
+    parts = {field.name for field in dataclasses.fields(schema)}
+    for folder in sorted(path for path in configs.iterdir() if path.is_dir()):
+        names = sorted(path.stem for path in folder.glob("*.yaml"))
+        if names and (folder.name in parts or ("model" in parts and folder.name == "experiment")):
+            yield f"{folder.name}={' | '.join(names)}"
+
+
+def _component(cls: type, values: Any, prefix: str) -> Iterator[str]:
+    """The component's documentation, its own keys, then the components inside."""
+    yield ""
+    if cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("):  # what dataclasses write themselves
+        yield from _comment(cls.__doc__, "")
+    hints, documentation, inner = typing.get_type_hints(cls), field_documentation(cls), []
+    for field in dataclasses.fields(cls):
+        kind, value = hints[field.name], values.get(field.name) if isinstance(values, dict) else None
+        if dataclasses.is_dataclass(kind):
+            inner.append((kind, value, f"{prefix}{field.name}."))
+            continue
+        yield f"{prefix}{field.name}={_text(value)}  ({_type_name(kind)})"
+        yield from _comment(documentation.get(field.name, ""), "    ")
+        for part, name in _entries(kind):
+            inner.append((part, _defaults(part), f"{prefix}{field.name}.{name}".removesuffix(".") + "."))
+    for kind, value, path in inner:
+        yield from _component(typing.cast(type, kind), value, path)
+
+
+def field_documentation(cls: type) -> dict[str, str]:
+    """The string that follows a field in the source of its class, which Python itself does not keep."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    found, last = {}, None
+    for node in typing.cast(ast.ClassDef, body).body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and last is not None:
+            found[last] = str(node.value.value)
+        last = node.target.id if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else None
+    return found
+
+
+def _entries(kind: Any) -> Iterator[tuple[type, str]]:
+    """Components inside an optional, a list or a dict, with what stands for their key."""
+    names = {list: "INDEX", dict: "NAME"}
+    for argument in typing.get_args(kind):
+        if dataclasses.is_dataclass(argument):
+            yield typing.cast(type, argument), names.get(typing.get_origin(kind), "")
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    from core.config import plain
+
+    found = {}
+    for field in dataclasses.fields(cls):
+        made = field.default_factory is not dataclasses.MISSING
+        value = typing.cast(Any, field.default_factory)() if made else field.default
+        found[field.name] = "???" if value is dataclasses.MISSING else plain(value)
+    return found
+
+
+def _text(value: Any) -> str:
+    """As it would be typed after `=`."""
+    if isinstance(value, str) and value:
+        return value
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+        .removesuffix("...\n")
+        .strip()
+    )
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    wrapped = textwrap.wrap(" ".join(text.split()), WIDTH - len(indent))
+    return [f"{indent}# {line}" for line in wrapped]
+
+
+def _type_name(kind: Any) -> str:
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " | ".join("null" if part is type(None) else _type_name(part) for part in arguments)
+    if arguments:
+        return f"{kind.__name__}[{', '.join(map(_type_name, arguments))}]"
+    if kind is Any:
+        return "anything"
+    return " | ".join(kind.__members__) if issubclass(kind, Enum) else kind.__name__
