@@ -138,7 +138,7 @@ def test_half_a_surrogate_pair_is_undecodable(tmp_path: Path) -> None:
         ),
         ("a.jsonl", b'["a"]\n', r"a.jsonl:1: is no JSON object"),
         ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}\n", r"a.jsonl:1: is not JSON \(Exceeds the limit"),
-        ("a.jsonl", b'{"n": ' + b"[" * 100_000 + b"\n", r"a.jsonl:1: is not JSON \(maximum recursion depth"),
+        ("a.jsonl", b'{"n": ' + b"[" * 100_000 + b"\n", r"a.jsonl:1: is not JSON \("),
         (
             "a.jsonl",
             b'{"body": "a", "id": 1}\n',
