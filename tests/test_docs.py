@@ -1,0 +1,47 @@
+"""The commands of the README and the guide, run as a reader would: in order, in an empty folder per page."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(?P<language>bash|python)(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and code of each block that is to be run."""
+    found = BLOCK.finditer(page.read_text())
+    return [(match["language"], match["code"]) for match in found if "no-run" not in match["info"]]
+
+
+def run(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-eu", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_page_does_what_it_says(page, tmp_path):
+    for language, code in blocks(page):
+        done = run(language, code, tmp_path)
+        assert done.returncode == 0, f"{code}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+
+
+def test_a_broken_block_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```bash\ntrue | false\n```\n```bash no-run\nfalse\n```\n```python\nassert 1 == 2\n```\n")
+    assert [run(*block, tmp_path).returncode for block in blocks(page)] == [1, 1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
