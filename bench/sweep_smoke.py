@@ -1,7 +1,7 @@
-"""The sweep that chose the smoke run's vocabulary, learning rate and batch: `python -m bench.sweep_smoke [KEY=VALUE ...]`.
+"""The sweep that chose the smoke run's vocabulary and learning rate: `python -m bench.sweep_smoke [KEY=VALUE ...]`.
 
-One run after the other through the real command, each for the same number of tokens. What counts is the margin below the
-bigram model of the tokens consumed, and bits per byte, which compares vocabularies.
+One run after the other through the real command, each for the same number of tokens. What counts is the margin below
+the bigram model of the tokens consumed, and bits per byte, which compares vocabularies.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import difflib
 import importlib
 import os
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +20,19 @@ from core.origin import check_packages, drop_working_directory
 @dataclass(frozen=True)
 class Verb:
     """`root` names the YAML under configs/; `schema` and `function` are "module:name", imported when the verb runs.
-    The function gets the typed configuration and the overrides as the user typed them, and returns the exit code.
+    The function gets the typed configuration and returns the exit code; one that hands the run on to other processes
+    (`forwards`) gets the overrides as the user typed them, too.
     """
 
     summary: str
     root: str
     schema: str
     function: str
+    forwards: bool = False
 
 
 VERBS = {
-    "train": Verb("train a model", "train", "train.config:TrainConfig", "launch.local:train"),
+    "train": Verb("train a model", "train", "train.config:TrainConfig", "launch.local:train", forwards=True),
     "evaluate": Verb("held-out loss of a run", "evaluate", "train.evaluate:EvaluateConfig", "train.evaluate:run"),
     "generate": Verb(
         "continue a text with a run's model", "generate", "train.generate:GenerateConfig", "train.generate:run"
@@ -103,12 +104,8 @@ def _run(name: str, arguments: list[str]) -> int:
 
         print(yaml.safe_dump(plain(config), sort_keys=False), end="")
         return 0
-    function: Callable[[Any, list[str]], int] = _import(verb.function)
-    return function(config, overrides) if _takes_overrides(verb) else typing.cast(Any, function)(config)
-
-
-def _takes_overrides(verb: Verb) -> bool:
-    return verb.root == "train"  # only a run is handed on to other processes
+    function: Callable[..., int] = _import(verb.function)
+    return function(config, overrides) if verb.forwards else function(config)
 
 
 def _import(path: str) -> Any:

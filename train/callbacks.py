@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from core.config import plain
-from core.errors import ConfigError
+from core.errors import ConfigError, LeviathanError
 from core.files import write_json
 from data.ngrams import NgramBaseline
 from model.flops import count_parameters, training_flops
@@ -65,10 +66,10 @@ class Logging(Callback):
         trainer = self.trainer
         if steps % trainer.config.logging.every and steps != trainer.steps:
             return
-        from train.trainer import finite
-
         self.last_loss = metrics.loss.item()
-        finite(self.last_loss, steps)
+        if not math.isfinite(self.last_loss):  # every later step would be wasted
+            advice = "lower optimizer.lr, or go on from an older checkpoint"
+            raise LeviathanError(f"the loss after step {steps} is {self.last_loss}: {advice}")
         now = time.perf_counter()
         seconds = now - self._clock - (trainer.paused_s - self._paused)
         self.throughput.add(seconds, metrics.tokens - self._tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import LeviathanError
 from data.corpus import Corpus
 from data.loader import Loader
 from model.balance import Balancer
@@ -142,8 +142,6 @@ class Trainer:
 
 def run(config: TrainConfig) -> int:
     """The verb `train` on this rank: check, prepare, train, and return the exit code."""
-    import os
-
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
     world = connect()
     try:
@@ -161,10 +159,3 @@ def _open_directory(config: TrainConfig) -> Any:
     directory = RunDirectory.of(config)
     directory.open(config)
     return directory.path
-
-
-def finite(loss: float, step: int) -> None:
-    """Raise where a loss is no number: every later step would be wasted."""
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        reason = f"the loss after step {step} is {loss}: lower optimizer.lr, or go on from an older checkpoint"
-        raise LeviathanError(reason)

@@ -34,11 +34,11 @@ CONFIGURATION = {
     "model.router.score=relu": "model.router.score=relu: Invalid value 'relu', expected one of [sigmoid, softmax]",
     "training.micro_batch=3": "training.micro_batch=3: must divide a rank's 8 rows; try 1, 2, 4 or 8",
     "parallel.dp_shard=2": "parallel.dp_shard=2: times dp_replicate=1 must equal the world's 1 ranks; try 1 or null",
-    "optimizer.groups.routr.lr_scale=2": "optimizer.groups.routr: no such entry; try +optimizer.groups.routr=... to add one",
+    "optimizer.groups.routr.lr_scale=2": "groups.routr: no such entry; try +optimizer.groups.routr=... to add one",
     "+optimizer.groups.routr.lr_scale=2": "optimizer.groups.routr: no such role; try embedding",
     "data.sources.text.weight=0": "data.sources.text.weight=0.0: must be positive; leave the source out instead",
     "phases=[{name: main, steps: 1}]": "phases: names must differ",
-    "model.vocab_size=128": "model.vocab_size=128: the tokenizer has 300 ids; the model needs at least as many rows; try 384",
+    "model.vocab_size=128": "=128: the tokenizer has 300 ids; the model needs at least as many rows; try 384",
     "training.context=100000": "less than one row of 100000 tokens",
 }
 

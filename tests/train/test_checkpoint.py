@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(checkpointer, said, damage)
 def test_nothing_whole_is_an_error_and_not_a_fresh_start(checkpointer):
     save(checkpointer, 1)
     flip_a_byte(next(checkpointer.directory.glob("*/*.distcp")))
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
         checkpointer.latest()
 
 

@@ -127,3 +127,14 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path, small_corpus, ca
     after = (tmp_path / "run" / "summary.json").read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert after == before
     assert capsys.readouterr().out.strip().splitlines()[-1] == f"run: {tmp_path / 'run'}"
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice(tmp_path, small_corpus, capsys):
+    code = main(
+        [
+            "train",
+            *arguments(tmp_path, "run", small_corpus, "optimizer=sgd", "optimizer.lr=1e30", "training.clip_norm=null"),
+        ]
+    )
+    assert code == 1
+    assert "is nan: lower optimizer.lr" in capsys.readouterr().err
