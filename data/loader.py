@@ -62,7 +62,9 @@ class Loader:
         self.identity = (seed, corpus.fingerprint, generation, phase)
         self.blend = Blend(weights, key_of(*self.identity, "blend"))
         self._streams = [corpus.stream(name, TRAIN) for name in self.blend.names]
-        self._in_corpus = np.array([corpus.sources.index(name) for name in self.blend.names])
+        self._in_corpus = [corpus.sources.index(name) for name in self.blend.names]
+        self._places, self._bos = np.arange(context), corpus.tokenizer.bos_id
+        self._kept: tuple[int, tuple[list[int], list[int]]] = (-1, ([], []))
         for name, stream in zip(self.blend.names, self._streams, strict=True):
             if stream.rows(context) < 1:
                 reason = f"has {len(stream)} training tokens, less than one row of {context} tokens and a label"
@@ -71,15 +73,14 @@ class Loader:
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
         """Rows [start, stop) of the global batch of `step` (counted from the phase's begin)."""
         stop = self.global_batch if stop is None else stop
-        ordinals = np.arange(step * self.global_batch + start, step * self.global_batch + stop)
-        sources, within = self.blend.locate(ordinals)
-        windows = np.empty((len(ordinals), self.context + 1), np.int64)
-        for source in np.unique(sources):
-            here = np.flatnonzero(sources == source)
-            stream, rows = self._streams[source], self._rows(int(source), within[here])
-            for place, row in zip(here, rows, strict=True):
-                windows[place] = stream.window(int(row) * self.context, self.context + 1)
-        return self._assemble(windows, self._in_corpus[sources])
+        windows, sources = np.empty((stop - start, self.context + 1), np.int64), np.empty(stop - start, np.int64)
+        for place, ordinal in enumerate(range(step * self.global_batch + start, step * self.global_batch + stop)):
+            block, offset = divmod(ordinal, self.blend.block)
+            block_sources, block_rows = self._block(block)
+            source = block_sources[offset]
+            sources[place] = self._in_corpus[source]
+            self._streams[source].read(block_rows[offset] * self.context, windows[place])
+        return self._assemble(windows, sources)
 
     def held_out_rows(self, source: str) -> int:
         return self.corpus.stream(source, HELD_OUT).rows(self.context)
@@ -89,8 +90,19 @@ class Loader:
         stream = self.corpus.stream(source, HELD_OUT)
         windows = np.empty((stop - start, self.context + 1), np.int64)
         for place, row in enumerate(range(start, stop)):
-            windows[place] = stream.window(row * self.context, self.context + 1)
+            stream.read(row * self.context, windows[place])
         return self._assemble(windows, np.full(stop - start, self.corpus.sources.index(source)))
+
+    def _block(self, block: int) -> tuple[list[int], list[int]]:
+        """Source and row of every sample in a block of the blend. The last one is kept: steps follow each other."""
+        if block != self._kept[0]:
+            ordinals = np.arange(block * self.blend.block, (block + 1) * self.blend.block)
+            sources, within = self.blend.locate(ordinals)
+            rows = np.empty_like(within)
+            for source in np.unique(sources):
+                rows[sources == source] = self._rows(int(source), within[sources == source])
+            self._kept = (block, (sources.tolist(), rows.tolist()))
+        return self._kept[1]
 
     def _rows(self, source: int, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which rows of its stream a source gives as its `ordinals`-th samples."""
@@ -103,10 +115,13 @@ class Loader:
         return rows
 
     def _assemble(self, windows: NDArray[np.int64], sources: NDArray[np.int64]) -> Batch:
-        bos = self.corpus.tokenizer.bos_id
         tokens, labels = windows[:, :-1], windows[:, 1:].copy()
-        labels[labels == bos] = IGNORED
-        places = np.broadcast_to(np.arange(self.context), tokens.shape)
-        starts = np.maximum.accumulate(np.where(tokens == bos, places, 0), axis=1)
-        arrays = (np.ascontiguousarray(tokens), labels, places - starts, sources.astype(np.int64))
+        positions = np.empty_like(labels)
+        positions[:] = self._places
+        for row, place in np.argwhere(windows == self._bos).tolist():
+            if place > 0:
+                labels[row, place - 1] = IGNORED
+            if place < self.context:
+                positions[row, place:] = self._places[: self.context - place]
+        arrays = (np.ascontiguousarray(tokens), labels, positions, sources)
         return Batch(*(torch.from_numpy(array) for array in arrays))

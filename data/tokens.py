@@ -7,8 +7,10 @@ vocabulary fits, uint32 otherwise.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,7 +84,7 @@ class TokenStream:
 
     def __init__(self, directory: Path, shards: Sequence[Shard], dtype: np.dtype[Any]) -> None:
         self.directory, self.shards, self.dtype = directory, list(shards), dtype
-        self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        self._ends = list(accumulate(shard.tokens for shard in shards))
         self._maps: list[NDArray[Any]] = []
         for shard in self.shards:
             path, wanted = directory / shard.file, shard.tokens * dtype.itemsize
@@ -90,10 +92,11 @@ class TokenStream:
             if found != wanted:
                 state = "is missing" if found is None else f"has {found} bytes instead of {wanted}"
                 raise DataError(f"token shard {path} {state}: remove {directory} and run again to make it anew")
-            self._maps.append(np.memmap(path, dtype=dtype, mode="r") if wanted else np.empty(0, dtype))
+            # a plain view: slicing a memmap object costs ten times the slice
+            self._maps.append(np.memmap(path, dtype=dtype, mode="r").view(np.ndarray) if wanted else np.empty(0, dtype))
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def rows(self, context: int) -> int:
         """Rows of `context` tokens, each with the one after it as its last label."""
@@ -101,16 +104,21 @@ class TokenStream:
 
     def window(self, start: int, length: int) -> NDArray[np.int64]:
         """Tokens [start, start + length), across shards where need be."""
+        tokens = np.empty(length, np.int64)
+        self.read(start, tokens)
+        return tokens
+
+    def read(self, start: int, into: NDArray[np.int64]) -> None:
+        """Fill `into` with the tokens from `start` on, across shards where need be."""
+        length, filled = len(into), 0
         if not 0 <= start <= start + length <= len(self):
             raise IndexError(f"[{start}, {start + length}) lies outside the stream's {len(self)} tokens")
-        tokens, filled = np.empty(length, np.int64), 0
-        shard = int(np.searchsorted(self._ends, start, side="right"))
+        shard = bisect_right(self._ends, start)
         while filled < length:
-            begin = start + filled - (int(self._ends[shard - 1]) if shard else 0)
+            begin = start + filled - (self._ends[shard - 1] if shard else 0)
             part = self._maps[shard][begin : begin + length - filled]
-            tokens[filled : filled + len(part)] = part
+            into[filled : filled + len(part)] = part
             filled, shard = filled + len(part), shard + 1
-        return tokens
 
 
 def verify_shard(directory: Path, shard: Shard) -> None:

@@ -1,21 +1,18 @@
 """Checkpoints: torch.distributed.checkpoint under global names, committed by a marker that is written last.
 
 A checkpoint is a directory `step-00000100`: one data file or more per rank, DCP's `.metadata`, `progress.json` and,
-once everything is on the disk, `COMMITTED` with the size and SHA-256 of every other file. A directory without the
+once everything is on the disk, `COMMITTED` with the size and digest of every other file. A directory without the
 marker is half-written and never read. Tensors are keyed `model.NAME` and `optimizer.NAME.MOMENT`, so any layout loads
-any other's.
+any other's. Digests are XXH3 of 128 bits: they are there to find damage, not forgery, and must keep up with the disk.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +21,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from core.errors import CheckpointError
-from core.files import read_json, sha256_file, write_json
+from core.files import read_json, write_json
 from parallel.world import World
 from train.optimizer import prime
+from train.storage import PlainReader, PlainWriter, hash_file
 
 MARKER = "COMMITTED"
 PROGRESS = "progress.json"
 _DIGESTS = ".digests"
-_LARGE_BYTES = 1 << 20
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -51,64 +47,20 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
     return found
 
 
-class _HashingFile:
-    """A file that is only appended to and knows its SHA-256. A large block is hashed while it is being written."""
-
-    def __init__(self, file: Any, helper: ThreadPoolExecutor) -> None:
-        self.file, self.helper = file, helper
-        self.digest, self.bytes = hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.bytes += len(view)
-        if len(view) < _LARGE_BYTES:
-            self.digest.update(view)
-            return self.file.write(view)
-        hashed = self.helper.submit(self.digest.update, view)
-        written = self.file.write(view)
-        hashed.result()  # the memory belongs to the caller again once we return
-        return written
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
-class _HashingFileSystem(FileSystem):
-    """DCP's access to local files; remembers the digest of everything written through it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.digests: dict[str, dict[str, Any]] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as file:
-            if mode != "wb":
-                yield file
-                return
-            with ThreadPoolExecutor(1) as helper:
-                hashing = _HashingFile(file, helper)
-                yield hashing
-            self.digests[Path(path).name] = {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
-
-
-class CommittedWriter(dcp.FileSystemWriter):
-    """DCP's writer with digests: each rank hashes what it writes, and the coordinator, which DCP tells when all have
-    finished, writes the marker last. Ranks hand their digests over through the directory itself.
+class CommittedWriter(PlainWriter):
+    """Each rank leaves the digest of its file in the directory, and the coordinator, which DCP tells when all have
+    finished, gathers them and writes the marker last.
     """
 
     def __init__(self, path: Path, progress: dict[str, Any]) -> None:
-        super().__init__(path, single_file_per_rank=True, sync_files=True, overwrite=True)
-        self.directory, self.progress = Path(path), progress
-        self.fs: _HashingFileSystem = _HashingFileSystem()
+        super().__init__(path)
+        self.progress = progress
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        self.fs.digests.clear()
         written = super().write_data(plan, planner)
-        written.wait()
         owner = dist.get_rank() if dist.is_initialized() else 0
         (self.directory / _DIGESTS).mkdir(exist_ok=True)
-        write_json(self.directory / _DIGESTS / f"{owner}.json", self.fs.digests)
+        write_json(self.directory / _DIGESTS / f"{owner}.json", self.digests)
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -118,13 +70,9 @@ class CommittedWriter(dcp.FileSystemWriter):
             files |= read_json(path)
         write_json(self.directory / PROGRESS, self.progress)
         for name in (".metadata", PROGRESS):
-            files[name] = _digest(self.directory / name)
+            files[name] = hash_file(self.directory / name)
         shutil.rmtree(self.directory / _DIGESTS)
         write_json(self.directory / MARKER, {"format": 1, "files": files})
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 @dataclass(frozen=True)
@@ -239,8 +187,8 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != wanted["bytes"]:
             wrong.append(f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}")
-        elif sha256_file(path) != wanted["sha256"]:
-            wrong.append(f"{name} does not match its SHA-256")
+        elif hash_file(path) != wanted:
+            wrong.append(f"{name} does not match its digest")
     return wrong
 
 
@@ -249,7 +197,7 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None
     if optimizer is not None:
         prime(optimizer)
     state = tensors(model, optimizer)
-    dcp.load(state, storage_reader=dcp.FileSystemReader(found.path))
+    dcp.load(state, storage_reader=PlainReader(found.path))
     return read_json(found.path / PROGRESS)
 
 

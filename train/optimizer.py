@@ -101,7 +101,8 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
     dtype = torch.bfloat16 if isinstance(optimizer, AdamWLowMoments) else None
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = _fresh_state(parameter, dtype)
+            if parameter not in optimizer.state:
+                optimizer.state[parameter] = _fresh_state(parameter, dtype)
 
 
 def _fresh_state(parameter: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -1,0 +1,81 @@
+"""`python -m bench [NAME ...] [--record]`: side-by-side measurements, each in a process of its own.
+
+The state of an allocator and the number of threads must not leak from one measurement into the next. `--record` adds
+what was seen to bench/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench.measure import HEADER, Result, machine
+
+NO_REMAPPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""glibc gives large blocks back to the system when they are freed and maps them anew at each step; this stops it."""
+
+BENCHES: dict[str, tuple[str, dict[str, str]]] = {
+    "trainer_step": ("bench.trainer_step:run", {}),
+    "moe_layer": ("bench.moe_layer:run", {}),
+    "moe_growth": ("bench.moe_layer:run_growth", {}),
+    "moe_growth_tuned": ("bench.moe_layer:run_growth", NO_REMAPPING),
+    "loader": ("bench.loader:run", {}),
+    "checkpoint": ("bench.checkpoint:run", {}),
+    "startup": ("bench.startup:run", {}),
+}
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+def child(name: str) -> None:
+    """Run one bench here and print its results as JSON lines."""
+    module, _, function = BENCHES[name][0].partition(":")
+    for result in getattr(importlib.import_module(module), function)():
+        print("RESULT " + json.dumps(dataclasses.asdict(result)), flush=True)
+
+
+def run(name: str) -> list[Result]:
+    """Run one bench in a fresh process, passing on what it says beside its results."""
+    command, found = [sys.executable, "-m", "bench", "--child", name], []
+    environment = {**os.environ, **BENCHES[name][1]}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                found.append(Result(**json.loads(line.removeprefix("RESULT "))))
+                print(found[-1].row, flush=True)
+    if process.returncode:
+        raise SystemExit(f"bench {name} ended with {process.returncode}")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--child"]:
+        child(arguments[1])
+        return 0
+    names = [argument for argument in arguments if not argument.startswith("-")] or list(BENCHES)
+    unknown = [name for name in names if name not in BENCHES]
+    if unknown:
+        print(f"no bench {unknown[0]!r}; there are {', '.join(BENCHES)}", file=sys.stderr)
+        return 2
+    title = f"{time.strftime('%Y-%m-%d')}, `python -m bench {' '.join(names)}`, {machine()}"
+    print(f"{title}\n\n{HEADER}", flush=True)
+    results = [result for name in names for result in run(name)]
+    if "--record" in arguments:
+        table = "\n".join([HEADER, *(result.row for result in results)])
+        previous = (
+            RESULTS.read_text()
+            if RESULTS.exists()
+            else "# Results\n\nNewest last. A ratio is taken round by round, both sides in one process.\n"
+        )
+        RESULTS.write_text(f"{previous}\n## {title}\n\n{table}\n")
+    return 0 if all(result.holds for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
