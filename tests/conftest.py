@@ -67,7 +67,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         *arguments: str, cwd: Path = tmp_path, timeout_s: float = 300, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         line = [str(Path(sys.executable).with_name("leviathan")), *arguments]
-        variables = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         return subprocess.run(line, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout_s)
 
     return run

@@ -5,12 +5,13 @@ Whether a run may go on under a configuration is decided here, from what the dir
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -40,6 +41,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.config_file = path / "config.yaml"
+        self._lock: IO[str] | None = None
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunDirectory:
@@ -55,6 +57,24 @@ class RunDirectory:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         named = replace(config, run=replace(config.run, name=self.path.name))
         write_text(self.config_file, yaml.safe_dump(plain(named), sort_keys=False))
+
+    def lock(self) -> None:
+        """Claim the directory for this process until `release` or its end. One process of a run does it: two runs under
+        one name would write over each other.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held open, that is the claim
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            reason = f"another process is training in {self.path}; wait for it, stop it, or choose another name"
+            raise ConfigError("run.name", self.path.name, reason) from None
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def stored_config(self) -> TrainConfig:
         return load_config(self.path)

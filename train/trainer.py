@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,18 +143,17 @@ def run(config: TrainConfig) -> int:
     """The verb `train` on this rank: check, prepare, train, and return the exit code."""
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
     world = connect()
+    directory = RunDirectory(world.from_main(lambda: RunDirectory.of(config).path))
     try:
-        directory = RunDirectory(world.from_main(lambda: _open_directory(config)))
+        world.from_main(lambda: _claim(directory, config))
         log = Log(directory.path / "log.txt" if world.is_main else None)
         corpus = get_corpus(config, world, log)
-        trainer = Trainer(config, world, directory, corpus, log)
-        code = trainer.fit()
-        return code
+        return Trainer(config, world, directory, corpus, log).fit()
     finally:
+        directory.release()
         world.close()
 
 
-def _open_directory(config: TrainConfig) -> Any:
-    directory = RunDirectory.of(config)
+def _claim(directory: RunDirectory, config: TrainConfig) -> None:
+    directory.lock()
     directory.open(config)
-    return directory.path

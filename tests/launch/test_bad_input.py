@@ -111,6 +111,17 @@ def test_going_on_with_another_configuration_is_refused(train):
     assert code == 2 and "holds a run already" in lines[0]
 
 
+def test_two_runs_under_one_name_are_refused(train, tmp_path):
+    from train.run_directory import RunDirectory
+
+    other = RunDirectory(tmp_path / "run")
+    other.lock()
+    code, lines = train()
+    assert code == 2 and len(lines) == 1 and "run.name=run: another process is training in" in lines[0], lines
+    other.release()
+    assert train()[0] == 0, "control: released, it may be claimed"
+
+
 def test_going_on_with_other_data_is_refused(train, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
