@@ -15,6 +15,7 @@ from typing import Any
 
 from core.errors import ConfigError, LeviathanError
 from core.origin import check_packages, drop_working_directory
+from core.threads import share_cores
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     drop_working_directory()
+    share_cores()
     try:
         check_packages()
         if not arguments or arguments[0] in ("-h", "--help", "help"):

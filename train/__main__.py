@@ -11,8 +11,10 @@ def main(overrides: list[str]) -> int:
     """Train under Hydra overrides; returns the exit code. Errors are one line, told once."""
     from core.errors import LeviathanError
     from core.origin import check_packages, drop_working_directory
+    from core.threads import share_cores
 
     drop_working_directory()
+    share_cores()
     try:
         check_packages()
         from core.config import load
