@@ -6,6 +6,7 @@ what was seen to bench/RESULTS.md.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -58,15 +59,18 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--child"]:
         child(arguments[1])
         return 0
-    names = [argument for argument in arguments if not argument.startswith("-")] or list(BENCHES)
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Side-by-side measurements, as a table.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which, of {', '.join(BENCHES)}; all without one")
+    parser.add_argument("--record", action="store_true", help=f"add the table to bench/{RESULTS.name}")
+    chosen = parser.parse_args(arguments)
+    names = chosen.names or list(BENCHES)
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
-        print(f"no bench {unknown[0]!r}; there are {', '.join(BENCHES)}", file=sys.stderr)
-        return 2
-    title = f"{time.strftime('%Y-%m-%d')}, `python -m bench {' '.join(names)}`, {machine()}"
+        parser.error(f"no bench {unknown[0]!r}; there are {', '.join(BENCHES)}")
+    title = f"{time.strftime('%Y-%m-%d')}, `{' '.join(['python -m bench', *chosen.names])}`, {machine()}"
     print(f"{title}\n\n{HEADER}", flush=True)
     results = [result for name in names for result in run(name)]
-    if "--record" in arguments:
+    if chosen.record:
         table = "\n".join([HEADER, *(result.row for result in results)])
         previous = (
             RESULTS.read_text()

@@ -1,9 +1,9 @@
 """Checkpoints: torch.distributed.checkpoint under global names, committed by a marker that is written last.
 
-A checkpoint is a directory `step-00000100`: one data file or more per rank, DCP's `.metadata`, `progress.json` and,
-once everything is on the disk, `COMMITTED` with the size and digest of every other file. A directory without the
-marker is half-written and never read. Tensors are keyed `model.NAME` and `optimizer.NAME.MOMENT`, so any layout loads
-any other's. Digests are XXH3 of 128 bits: they are there to find damage, not forgery, and must keep up with the disk.
+A checkpoint is a directory `step-00000100`: a data file per rank, DCP's `.metadata` with the digest of every piece in
+them, `progress.json` and, once everything is on the disk, `COMMITTED` with the size of every other file and the digests
+of the small ones. A directory without the marker is half-written and never read. Tensors are keyed `model.NAME` and
+`optimizer.NAME.MOMENT`, so any layout loads any other's.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from core.errors import CheckpointError
 from core.files import read_json, write_json
 from parallel.world import World
 from train.optimizer import prime
-from train.storage import PlainReader, PlainWriter, hash_file
+from train.storage import Damaged, PlainReader, PlainWriter
 
 MARKER = "COMMITTED"
 PROGRESS = "progress.json"
-_DIGESTS = ".digests"
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -48,30 +48,19 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
 
 
 class CommittedWriter(PlainWriter):
-    """Each rank leaves the digest of its file in the directory, and the coordinator, which DCP tells when all have
-    finished, gathers them and writes the marker last.
-    """
+    """The coordinator, which DCP tells when all ranks have finished, writes the marker last."""
 
     def __init__(self, path: Path, progress: dict[str, Any]) -> None:
         super().__init__(path)
         self.progress = progress
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        written = super().write_data(plan, planner)
-        owner = dist.get_rank() if dist.is_initialized() else 0
-        (self.directory / _DIGESTS).mkdir(exist_ok=True)
-        write_json(self.directory / _DIGESTS / f"{owner}.json", self.digests)
-        return written
-
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
-        files: dict[str, Any] = {}
-        for path in sorted((self.directory / _DIGESTS).glob("*.json")):
-            files |= read_json(path)
         write_json(self.directory / PROGRESS, self.progress)
-        for name in (".metadata", PROGRESS):
-            files[name] = hash_file(self.directory / name)
-        shutil.rmtree(self.directory / _DIGESTS)
+        files: dict[str, Any] = {name: _described(self.directory / name) for name in (".metadata", PROGRESS)}
+        for result in (result for written in results for result in written):
+            entry = files.setdefault(result.storage_data.file, {"bytes": 0})
+            entry["bytes"] += result.storage_data.size
         write_json(self.directory / MARKER, {"format": 1, "files": files})
 
 
@@ -138,20 +127,18 @@ class Checkpointer:
         path = self.directory / f"step-{step:08d}"
         return (path / MARKER).exists() or (self._pending is not None and self._pending[0] == path)
 
-    def latest(self) -> Found | None:
-        """The newest committed checkpoint whose files are what their digests say; the same on every rank.
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:
+        """Read the newest whole checkpoint into the model and the optimizer, in place; returns its progress.
 
-        One that is not is reported and the next older one is tried. Raises `CheckpointError` where there are
-        committed checkpoints but none is whole.
+        One that is damaged is reported and the next older one is tried. None where there is no committed one; raises
+        `CheckpointError` where there are some but none is whole.
         """
         committed = self.world.from_main(lambda: committed_checkpoints(self.directory))
         for found in reversed(committed):
-            wrong = problems(found.path, self.world.rank, self.world.size)
-            if not self.world.any(bool(wrong)):
-                return found
-            self.report(
-                f"checkpoint {found.path.name} is damaged{': ' + wrong[0] if wrong else ''}; trying the one before"
-            )
+            wrong = self.world.from_main(partial(problems, found.path)) or load(found, model, optimizer)
+            if not wrong:
+                return read_json(found.path / PROGRESS)
+            self.report(f"checkpoint {found.path.name} is damaged: {wrong[0]}; trying the one before")
         if committed:
             raise CheckpointError(f"no checkpoint in {self.directory} is whole: remove the directory to start anew")
         return None
@@ -174,31 +161,44 @@ def committed_checkpoints(directory: Path) -> list[Found]:
     return [Found(path, int(path.name.removeprefix("step-"))) for path in paths]
 
 
-def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with every `parts`-th file of a committed checkpoint; empty where all is well."""
+def problems(checkpoint: Path) -> list[str]:
+    """What can be seen to be wrong with a committed checkpoint without reading its data; empty where all is well."""
     try:
         files = read_json(checkpoint / MARKER)["files"]
     except (json.JSONDecodeError, KeyError) as error:
         return [f"{MARKER} is unreadable ({error})"]
     wrong = []
-    for name in sorted(files)[part::parts]:
-        path, wanted = checkpoint / name, files[name]
+    for name, wanted in sorted(files.items()):
+        path = checkpoint / name
         if not path.exists():
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != wanted["bytes"]:
             wrong.append(f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}")
-        elif hash_file(path) != wanted:
+        elif "xxh3_128" in wanted and _described(path) != wanted:
             wrong.append(f"{name} does not match its digest")
     return wrong
 
 
-def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Read a checkpoint into the model and the optimizer, in place; returns its progress."""
+def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    """Read a checkpoint into the model and the optimizer, in place, verifying every byte read.
+
+    Returns what was found damaged on any rank, the same on every rank; tensors are undefined unless it is empty.
+    """
     if optimizer is not None:
         prime(optimizer)
-    state = tensors(model, optimizer)
-    dcp.load(state, storage_reader=PlainReader(found.path))
-    return read_json(found.path / PROGRESS)
+    try:
+        dcp.load(tensors(model, optimizer), storage_reader=PlainReader(found.path))
+    except dcp.CheckpointException as error:
+        damage = [str(inner) for inner, _ in error.failures.values() if isinstance(inner, Damaged)]
+        if not damage:
+            raise
+        return damage
+    return []
+
+
+def _described(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
 
 
 def _root_cause(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from model.transformer import Transformer
 from parallel.apply import build
 from parallel.mesh import make_meshes
 from parallel.world import World
-from train.checkpoint import Checkpointer, load
+from train.checkpoint import Checkpointer, committed_checkpoints
 from train.config import TrainConfig
 from train.corpora import check_same_data, get_corpus, source_weights
 from train.run_directory import RunDirectory, load_config
@@ -38,11 +38,11 @@ def restore(directory: Path, world: World) -> Restored:
     config = load_config(directory)
     run = RunDirectory(directory)
     checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, print)
-    found = checkpointer.latest()
-    if found is None:
+    if not committed_checkpoints(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
     corpus = get_corpus(config, world, lambda line: None)
     layout = config.parallel.resolve(world.size)
     model, _ = build(config.model, layout, config.precision, make_meshes(layout, world), world.device, config.run.seed)
-    check_same_data(load(found, model, None), corpus)
-    return Restored(config, model, corpus, found.step)
+    progress = checkpointer.restore(model, None) or {}
+    check_same_data(progress, corpus)
+    return Restored(config, model, corpus, progress["step"])

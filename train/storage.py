@@ -2,13 +2,17 @@
 
 DCP decides who writes and reads what, so that any layout loads any other's; what lies in the files is ours: tensors'
 own bytes one after the other, without a container around each. They are written and read at the speed of the disk,
-straight from and into the tensors' memory, and hashed on the way out.
+straight from and into the tensors' memory. Every piece has a digest, made on its way out and held against what is read
+on its way in: each rank verifies what it reads, in one pass. Digests are XXH3 of 128 bits: they are there to find
+damage, not forgery, and must keep up with the disk.
 """
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -25,34 +28,49 @@ from torch.futures import Future
 BLOCK_BYTES = 1 << 20
 
 
+class Damaged(Exception):
+    """What is on the disk is not what was written."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece lies and what it must hash to. DCP keeps it in `.metadata` under the piece's index."""
+
+    file: str
+    offset: int
+    size: int
+    digest: str
+
+
 class PlainWriter(dcp.FileSystemWriter):
-    """Writes this rank's tensors into one file and remembers its size and digest in `digests`."""
+    """Writes this rank's pieces into one file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, single_file_per_rank=True, overwrite=True)
         self.directory = Path(path)
-        self.digests: dict[str, dict[str, Any]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name, digest, offset = f"{plan.storage_data.prefix}0.distcp", xxhash.xxh3_128(), 0
-        results = []
+        name, offset, results = f"{plan.storage_data.prefix}0.distcp", 0, []
         with open(self.directory / name, "wb", buffering=0) as file:
             for item in plan.items:
-                content = _bytes_of(planner.resolve_data(item))
-                digest.update(content)
-                _write_all(file, content)
-                place = _StorageInfo(name, offset, len(content))
+                content, digest = _bytes_of(planner.resolve_data(item)), xxhash.xxh3_128()
+                for block in _blocks(content):
+                    digest.update(block)
+                    _write_all(file, block)
+                place = Place(name, offset, len(content), digest.hexdigest())
                 results.append(WriteResult(index=item.index, size_in_bytes=len(content), storage_data=place))
                 offset += len(content)
             os.fsync(file.fileno())
-        self.digests[name] = {"bytes": offset, "xxh3_128": digest.hexdigest()}
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
 
 class PlainReader(dcp.FileSystemReader):
-    """Reads what `PlainWriter` wrote: whole pieces straight into their tensors, parts of pieces by way of the piece."""
+    """Reads what `PlainWriter` wrote: whole pieces straight into their tensors, parts of pieces by way of the piece.
+
+    Raises `Damaged` for a piece that does not match its digest; its tensor is then undefined.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -67,42 +85,49 @@ class PlainReader(dcp.FileSystemReader):
                     self.pieces[MetadataIndex(name, chunk.offsets)] = (entry.properties.dtype, chunk.sizes)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in sorted(plan.items, key=lambda item: self._place(item.storage_index)):
-            place: _StorageInfo = self.storage_data[item.storage_index]
-            with open(self.directory / place.relative_path, "rb", buffering=0) as file:
-                file.seek(place.offset)
-                if item.type is LoadItemType.BYTE_IO:
-                    planner.load_bytes(item, io.BytesIO(file.read(place.length)))
-                    continue
-                target = planner.resolve_tensor(item).detach()
-                dtype, shape = self.pieces[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)]
-                whole = tuple(item.lengths) == tuple(shape) and target.dtype is dtype
-                if whole and target.is_contiguous() and target.device.type == "cpu":
-                    _read_all(file, _memory(target))
-                else:
-                    piece = torch.empty(shape, dtype=dtype)
-                    _read_all(file, _memory(piece))
-                    for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                        piece = piece.narrow(dimension, start, length)
-                    target.copy_(piece)
-                planner.commit_tensor(item, target)
+        read: tuple[Place, Tensor] | None = None  # the last piece that was wanted in parts
+        for place, item in sorted(
+            ((self.storage_data[item.storage_index], item) for item in plan.items),
+            key=lambda pair: (pair[0].file, pair[0].offset),
+        ):
+            if item.type is LoadItemType.BYTE_IO:
+                content = bytearray(place.size)
+                self._read(place, memoryview(content))
+                planner.load_bytes(item, io.BytesIO(content))
+                continue
+            target = planner.resolve_tensor(item).detach()
+            dtype, shape = self.pieces[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)]
+            whole = tuple(item.lengths) == tuple(shape) and target.dtype is dtype
+            if whole and target.is_contiguous() and target.device.type == "cpu":
+                self._read(place, _memory(target))
+            else:
+                if read is None or read[0] != place:
+                    read = place, torch.empty(shape, dtype=dtype)
+                    self._read(place, _memory(read[1]))
+                part = read[1]
+                for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                    part = part.narrow(dimension, start, length)
+                target.copy_(part)
+            planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _place(self, index: MetadataIndex) -> tuple[str, int]:
-        place = self.storage_data[index]
-        return place.relative_path, place.offset
+    def _read(self, place: Place, into: memoryview) -> None:
+        digest = xxhash.xxh3_128()
+        with open(self.directory / place.file, "rb", buffering=0) as file:
+            file.seek(place.offset)
+            for block in _blocks(into):
+                _read_all(file, block)
+                digest.update(block)
+        if len(into) != place.size or digest.hexdigest() != place.digest:
+            raise Damaged(f"{place.file} does not match its digest at byte {place.offset:,}")
 
 
-def hash_file(path: Path) -> dict[str, Any]:
-    """Size and digest of a file as `PlainWriter` notes them."""
-    digest, block, size = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES)), 0
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-            size += count
-    return {"bytes": size, "xxh3_128": digest.hexdigest()}
+def _blocks(content: memoryview) -> Iterator[memoryview]:
+    """Parts small enough to be hashed while they are still in the processor's cache."""
+    for start in range(0, len(content), BLOCK_BYTES):
+        yield content[start : start + BLOCK_BYTES]
 
 
 def _bytes_of(data: Tensor | io.BytesIO) -> memoryview:
@@ -126,5 +151,5 @@ def _read_all(file: io.FileIO, into: memoryview) -> None:
     while len(into):
         count = file.readinto(into)
         if not count:
-            raise OSError(f"{file.name} ends early")
+            raise Damaged(f"{Path(str(file.name)).name} ends early")
         into = into[count:]

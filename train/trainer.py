@@ -18,7 +18,7 @@ from parallel.apply import build
 from parallel.mesh import make_meshes
 from parallel.world import World, connect
 from train import callbacks
-from train.checkpoint import Checkpointer, load, tensors
+from train.checkpoint import Checkpointer, tensors
 from train.config import Phase, TrainConfig, check, phases
 from train.corpora import check_same_data, get_corpus, source_weights
 from train.engine import Engine, TorchEngine
@@ -52,14 +52,12 @@ class Trainer:
         self.checkpointer = Checkpointer(directory.checkpoints, world, saving.keep, saving.asynchronous, log)
         self.step = self.tokens = 0
         self.paused_s = 0.0
-        found = self.checkpointer.latest()
         self.engine = self._build_engine()
         self.balancer = Balancer(self.engine.model, world.sum)
-        if found is not None:
-            progress = load(found, self.engine.model, self.engine.optimizer)
+        if progress := self.checkpointer.restore(self.engine.model, self.engine.optimizer):
             check_same_data(progress, corpus)
             self.step, self.tokens = progress["step"], progress["tokens"]
-            log(f"going on from {found.path.name}")
+            log(f"going on from step-{self.step:08d}")
         if world.is_main:
             directory.trim_metrics(self.step)
 

@@ -11,7 +11,7 @@ import torch
 
 from core.errors import CheckpointError
 from parallel.world import World
-from train.checkpoint import MARKER, Checkpointer, committed_checkpoints, load, problems, tensors
+from train.checkpoint import MARKER, Checkpointer, committed_checkpoints, problems, tensors
 
 CPU = torch.device("cpu")
 
@@ -50,9 +50,9 @@ def save(checkpointer: Checkpointer, step: int) -> None:
 def loaded(checkpointer: Checkpointer) -> tuple[dict, dict[str, torch.Tensor]]:
     model = Net(0.0)
     optimizer = torch.optim.AdamW(model.parameters())
-    found = checkpointer.latest()
-    assert found is not None
-    return load(found, model, optimizer), tensors(model, optimizer)
+    progress = checkpointer.restore(model, optimizer)
+    assert progress is not None
+    return progress, tensors(model, optimizer)
 
 
 def flip_a_byte(path: Path) -> None:
@@ -103,7 +103,8 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(checkpointer, said, damage)
         data.unlink()
     else:
         (newest / MARKER).write_text("{")
-    assert loaded(checkpointer)[0]["step"] == 1
+    progress, state = loaded(checkpointer)
+    assert progress["step"] == 1 and bool((state["optimizer.weight.exp_avg"] == 0.1).all()), "nothing stays of step 2"
     assert len(said) == 1 and "step-00000002 is damaged" in said[0]
 
 
@@ -111,21 +112,21 @@ def test_nothing_whole_is_an_error_and_not_a_fresh_start(checkpointer):
     save(checkpointer, 1)
     flip_a_byte(next(checkpointer.directory.glob("*/*.distcp")))
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
-        checkpointer.latest()
+        loaded(checkpointer)
 
 
 def test_a_checkpoint_without_marker_does_not_exist(checkpointer):
     save(checkpointer, 1)
     save(checkpointer, 2)
     (checkpointer.directory / "step-00000002" / MARKER).unlink()
-    assert checkpointer.latest().step == 1
+    assert loaded(checkpointer)[0]["step"] == 1
     save(checkpointer, 2)
-    assert checkpointer.latest().step == 2, "what a killed save left is written over"
+    assert loaded(checkpointer)[0]["step"] == 2, "what a killed save left is written over"
 
 
 def test_the_marker_names_every_file(checkpointer):
     save(checkpointer, 1)
-    path = checkpointer.latest().path
+    path = committed_checkpoints(checkpointer.directory)[-1].path
     listed = set(json.loads((path / MARKER).read_text())["files"])
     assert listed == {p.name for p in path.iterdir()} - {MARKER}
 
