@@ -48,8 +48,7 @@ def llama4_block(layer: MixtureOfExperts, dtype: torch.dtype) -> _Block:
     block = Llama4TextMoe(config).to(dtype)
     with torch.no_grad():
         block.router.weight.copy_(layer.router.weight)
-        fused = torch.cat([layer.experts.gate.weight, layer.experts.up.weight], dim=1).transpose(1, 2)
-        block.experts.gate_up_proj.copy_(fused)
+        block.experts.gate_up_proj.copy_(layer.experts.gate_up.weight.flatten(1, 2).transpose(1, 2))
         block.experts.down_proj.copy_(layer.experts.down.weight.transpose(1, 2))
         assert layer.shared is not None
         for theirs, ours in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down")):
@@ -87,7 +86,7 @@ def grouped_block(kind: str, layer: MixtureOfExperts, dtype: torch.dtype) -> _Bl
     block = block.to(dtype)
     with torch.no_grad():
         block.gate.weight.copy_(layer.router.weight)
-        block.experts.gate_up_proj.copy_(torch.cat([layer.experts.gate.weight, layer.experts.up.weight], dim=1))
+        block.experts.gate_up_proj.copy_(layer.experts.gate_up.weight.flatten(1, 2))
         block.experts.down_proj.copy_(layer.experts.down.weight)
     assert layer.shared is not None
     shared = copy.deepcopy(layer.shared)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.balance import Balance
 from model.config import BalanceConfig, ModelConfig, RouterConfig, Score, WeightsOn
 from model.context import SequenceContext
-from model.layers import GatedMLP, GroupedLinear
+from model.layers import GatedMLP, GroupedGateUp, GroupedLinear
 from model.roles import Role
 from precision.backend import GemmBackend
 
@@ -130,16 +130,16 @@ def _sum_slots(y_CD: Tensor, inverse_C: Tensor, top_k: int) -> Tensor:
 
 
 class Experts(nn.Module):
-    """E gated MLPs side by side; expert weights are [E, F, D] and [E, D, F], gate and up apart."""
+    """E gated MLPs side by side; expert weights are [E, 2, F, D] (gate, then up) and [E, D, F]."""
 
     def __init__(self, experts: int, width: int, hidden: int, gemm: GemmBackend) -> None:
         super().__init__()
-        self.gate = GroupedLinear(experts, width, hidden, Role.expert_gate, gemm)
-        self.up = GroupedLinear(experts, width, hidden, Role.expert_up, gemm)
+        self.gate_up = GroupedGateUp(experts, width, hidden, Role.expert_gate_up, gemm)
         self.down = GroupedLinear(experts, hidden, width, Role.expert_down, gemm)
 
     def forward(self, x_CD: Tensor, counts_E: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_CD, counts_E)) * self.up(x_CD, counts_E), counts_E)
+        gate_CF, up_CF = self.gate_up(x_CD, counts_E)
+        return self.down(F.silu(gate_CF) * up_CF, counts_E)
 
 
 class MixtureOfExperts(nn.Module):

@@ -29,8 +29,7 @@ class Role(Enum):
     shared_gate = "shared_gate"
     shared_up = "shared_up"
     shared_down = "shared_down"
-    expert_gate = "expert_gate"
-    expert_up = "expert_up"
+    expert_gate_up = "expert_gate_up"
     expert_down = "expert_down"
     router = "router"
 
@@ -40,7 +39,7 @@ class Role(Enum):
 
     @property
     def is_expert(self) -> bool:
-        return self in (Role.expert_gate, Role.expert_up, Role.expert_down)
+        return self in (Role.expert_gate_up, Role.expert_down)
 
     @property
     def writes_residual(self) -> bool:

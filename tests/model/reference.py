@@ -82,7 +82,7 @@ def feed_forward(x: Tensor, model: ModelConfig, index: int, w: dict[str, Tensor]
         total = sum(scores[e] for e in chosen) if model.router.renormalise else 1.0
         y = torch.zeros_like(token)
         for e in chosen:
-            parts = [w[f"{name}.experts.{p}.weight"][e] for p in ("gate", "up", "down")]
+            parts = [*w[f"{name}.experts.gate_up.weight"][e], w[f"{name}.experts.down.weight"][e]]
             weight = scores[e] / total * model.router.scale
             y = y + (
                 mlp(weight * token, *parts)

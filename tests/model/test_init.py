@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 MODEL = ModelConfig(
     vocab_size=64, width=32, layers=2, heads=2, kv_heads=1, head_width=16, dense_width=64, expert_width=32
 )
-INFO = ParameterInfo("layers.0.ffn.experts.up.weight", Role.expert_up, torch.Size([4, 6, 8]))
+INFO = ParameterInfo("layers.0.ffn.experts.down.weight", Role.expert_down, torch.Size([4, 6, 8]))
 
 
 def whole(seed: int = 0, info: ParameterInfo = INFO) -> torch.Tensor:
@@ -29,7 +29,7 @@ def test_a_slice_is_the_slice_of_the_whole(offset, shape):
 
 
 def test_seed_and_name_matter():
-    other = ParameterInfo("layers.1.ffn.experts.up.weight", Role.expert_up, INFO.shape)
+    other = ParameterInfo("layers.1.ffn.experts.down.weight", Role.expert_down, INFO.shape)
     assert not torch.equal(whole(0), whole(1))
     assert not torch.equal(whole(), whole(info=other))
 

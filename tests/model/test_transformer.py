@@ -123,14 +123,16 @@ def test_the_comparison_notices_each_feature(broken):
 
 
 def test_documents_never_see_each_other():
-    """Changing one document leaves the logits of its neighbours in the row bit for bit."""
+    """Changing one document leaves the logits of its neighbours in the row, up to the rounding of products whose number
+    of rows changed.
+    """
     model = make(SMALL)
     torch.manual_seed(0)
     tokens = torch.randint(0, SMALL.vocab_size, (1, 13))
     changed = tokens.clone()
     changed[0, 4:11] = (changed[0, 4:11] + 1) % SMALL.vocab_size
     first, second = (model(t, SequenceContext(PACKED[:1])) for t in (tokens, changed))
-    same = (first - second).abs().amax(-1)[0] == 0
+    same = (first - second).abs().amax(-1)[0] < 1e-12
     assert same.tolist() == [True] * 4 + [False] * 7 + [True] * 2
     leaking = [model(t, SequenceContext(WHOLE)) for t in (tokens, changed)]
     assert not torch.equal(leaking[0][0, 11:], leaking[1][0, 11:]), "control: without boundaries the change is seen"

@@ -49,7 +49,7 @@ def test_groups_are_named_by_role_and_cover_everything_once(model):
     )
     decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
     assert decay["block_norm"] == decay["final_norm"] == 0.0
-    assert decay["router"] == decay["expert_up"] == decay["embedding"] == 0.1
+    assert decay["router"] == decay["expert_gate_up"] == decay["embedding"] == 0.1
 
 
 def test_a_role_may_have_its_own_rate_and_decay(model):
