@@ -203,6 +203,6 @@ def run_growth() -> list[Result]:
     import os
 
     torch.set_num_threads(1)
-    tuned = "GLIBC_TUNABLES" in os.environ
+    tuned = "MALLOC_MMAP_THRESHOLD_" in os.environ
     note = "mmap threshold and trim off" if tuned else "glibc as it is"
     return [growth(dtype, note) for dtype in (torch.float32, torch.bfloat16)]
