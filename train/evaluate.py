@@ -117,11 +117,14 @@ class EvaluateConfig:
 
     run: str = "???"
     rows: int = 64
-    micro_batch: int = 8
+    micro_batch: int | None = None
+    """Rows at a time; null: as in the run, which then gives the run's own figure to the last bit."""
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ConfigError("rows", self.rows, "must be positive")
+        for key in ("rows", "micro_batch"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(key, value, "must be positive")
 
 
 def run(config: EvaluateConfig) -> int:
@@ -132,8 +135,8 @@ def run(config: EvaluateConfig) -> int:
     try:
         restored = restore(Path(config.run), world)
         loader = restored.loader()
-        weights = restored.weights()
-        result = held_out_loss(restored.model, loader, restored.corpus, config.rows, config.micro_batch, weights, world)
+        weights, micro_batch = restored.weights(), config.micro_batch or restored.config.training.micro_batch
+        result = held_out_loss(restored.model, loader, restored.corpus, config.rows, micro_batch, weights, world)
         if world.is_main:
             print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
         return 0
