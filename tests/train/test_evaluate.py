@@ -54,3 +54,16 @@ def test_ranks_agree_even_where_rows_do_not_divide(ranks, small_corpus, tmp_path
 def test_no_held_out_text_is_an_error(small_corpus, tmp_path):
     with pytest.raises(DataError, match=r"no source has held-out text .* raise data\.held_out"):
         measured(tmp_path, [*small_corpus, *EXACT, "data.held_out=0"])
+
+
+@torch.no_grad()
+def test_ignored_labels_count_no_bytes(small_corpus, tmp_path):
+    """Even where the id that stands in for them spells something."""
+    from train.evaluate import _sums
+
+    run = trainer(tmp_path, "run", [*small_corpus, *EXACT])
+    batch = run.loaders["main"].held_out("text", 0, 1)
+    batch.labels_BT[:, ::2] = -100
+    bytes_V = torch.ones(320, dtype=torch.int64)
+    _, tokens, size = _sums(run.engine.model, batch, bytes_V, torch.device("cpu")).tolist()
+    assert size == tokens == int((batch.labels_BT >= 0).sum())

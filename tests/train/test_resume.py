@@ -138,3 +138,22 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(tmp_path, small_corpu
     )
     assert code == 1
     assert "is nan: lower optimizer.lr" in capsys.readouterr().err
+
+
+def test_a_phase_begins_with_the_first_rows_of_its_own_order(tmp_path, small_corpus, monkeypatch):
+    """The loader counts the phase's steps, whatever came before it."""
+    from data.loader import Loader
+
+    asked: list[tuple[int, int]] = []
+    batch = Loader.batch
+
+    def watched(self, step, start, stop):
+        asked.append((self.context, step))
+        return batch(self, step, start, stop)
+
+    monkeypatch.setattr(Loader, "batch", watched)
+    phase = "+phases=[{name: longer, steps: 2, context: 96}]"
+    run = trainer(tmp_path, "run", [*small_corpus, "training.steps=3", phase])
+    for step in range(5):
+        run.train_step(step)
+    assert asked == [(48, 0), (48, 1), (48, 2), (96, 0), (96, 1)]
