@@ -25,7 +25,7 @@ def test_shipped_configurations_fit_the_schema(name: str) -> None:
     if name != "builtin":  # the user must say where the data is
         refused(values, "data")
         values = yaml.safe_load((config_directory() / "data" / f"{name}.yaml").read_text().replace("???", "here"))
-    build(DataConfig, values, "data")
+    assert isinstance(build(DataConfig, values, "data"), DataConfig)
 
 
 @pytest.mark.parametrize(
@@ -67,5 +67,6 @@ def test_settings(values: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_right_is_not_refused() -> None:
-    build(DataConfig, GOOD | {"long_documents": "truncate", "limit_tokens": 5, "held_out": 0.0}, "data")
-    build(DataConfig, {"tokens": "somewhere"}, "data")
+    cut = build(DataConfig, GOOD | {"long_documents": "truncate", "limit_tokens": 5, "held_out": 0.0}, "data")
+    assert cut.limit_tokens == 5 and cut.held_out == 0
+    assert build(DataConfig, {"tokens": "somewhere"}, "data").tokens == "somewhere"
