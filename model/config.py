@@ -16,7 +16,18 @@ class FeedForward(Enum):
 class QKNorm(Enum):
     none = "none"
     weightless = "weightless"
-    """Llama 4: root-mean-square over the head, after the rotation, no gain."""
+    """Llama 4: root-mean-square over the head, after the rotation, no gain; rotated layers only."""
+    per_head = "per_head"
+    """Qwen 3: over the head, before the rotation, one gain for all heads."""
+    full = "full"
+    """OLMoE: over all heads together, before the rotation, with a gain."""
+
+
+class RopePairing(Enum):
+    """Which two elements of a head turn together: (2j, 2j + 1) in Llama 4, (j, j + K/2) in most others."""
+
+    adjacent = "adjacent"
+    halves = "halves"
 
 
 class Score(Enum):
@@ -144,6 +155,7 @@ class ModelConfig:
     chunk: int | None = 8192
     qk_norm: QKNorm = QKNorm.weightless
     rope_theta: float = 500000.0
+    rope_pairing: RopePairing = RopePairing.adjacent
     rope_scaling: RopeScaling | None = None
     temperature: bool = True
     """NoPE layers scale their queries by 1 + temperature_scale * ln(1 + floor((p + 1) / temperature_floor))."""
@@ -207,5 +219,5 @@ class ModelConfig:
             rope=not nope,
             chunk=None if nope else self.chunk,
             temperature=nope and self.temperature,
-            qk_norm=QKNorm.none if nope else self.qk_norm,
+            qk_norm=QKNorm.none if nope and self.qk_norm is QKNorm.weightless else self.qk_norm,
         )
