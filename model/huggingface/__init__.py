@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 from model.huggingface.check import compare_logits, materialise, obstacle
 from model.huggingface.checkpoint import HuggingFaceCheckpoint
 from model.huggingface.families import FAMILIES, compact, model_differences, read_config, write_config

@@ -63,9 +63,7 @@ class HuggingFaceCheckpoint:
         for place, expert in enumerate(range(offset[0], offset[0] + shape[0])):
             stacked = "{expert}" not in location.name
             entry = self._entry(name, expert)
-            result[place] = self._matrix(
-                entry, location, expert if stacked else 0, whole[1:], offset[1:], shape[1:]
-            )
+            result[place] = self._matrix(entry, location, expert if stacked else 0, whole[1:], offset[1:], shape[1:])
         return result
 
     def _matrix(

@@ -108,8 +108,8 @@ def canonical(model: ModelConfig) -> ModelConfig:
     if not any(layer.temperature for layer in layers):
         idle |= {key: getattr(default, key) for key in ("temperature_floor", "temperature_scale")}
     sugar = {key: getattr(default, key) for key in ("moe_every", "nope_every", "chunk", "qk_norm", "temperature")}
-    training = {"balance": BalanceConfig(), "init": InitConfig()}
-    return replace(model, **sugar, **idle, **training, layer_list=list(layers))
+    start: dict[str, Any] = {"balance": BalanceConfig(), "init": InitConfig(), "init_from": None, "upcycle": None}
+    return replace(model, **sugar, **idle, **start, layer_list=list(layers))
 
 
 def compact(model: ModelConfig) -> ModelConfig:

@@ -227,5 +227,3 @@ def test_rounding_is_only_on_request(saved, tmp_path):
     export(HuggingFaceCheckpoint(tmp_path / "wide"), tmp_path / "narrow", dtype=torch.bfloat16)
     again = HuggingFaceCheckpoint(tmp_path / "narrow")
     assert all(torch.equal(whole(checkpoint, key), whole(again, key)) for key in again.shapes)
-
-
