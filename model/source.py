@@ -44,7 +44,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 def blocks(shape: Shape) -> Iterator[tuple[Shape, Shape]]:
     """Offsets and shapes that together cover a tensor: an expert at a time, or a number of rows."""
-    if len(shape) == 3:
+    if len(shape) > 2:
         step = 1
     else:
         step = max(1, BLOCK_ELEMENTS // (shape[1] if len(shape) > 1 else 1))

@@ -38,31 +38,46 @@ class Upcycled:
         owner, _, which = part.partition(".")  # router.weight, shared.gate.weight, experts.gate.weight
         if owner == "router":
             return self._router(name, offset, shape)
-        dense_name = f"{layer}.ffn.{which}"
         if owner == "shared":
-            return self.dense.read(dense_name, offset, shape)
-        experts = [self._expert(name, dense_name, offset[0] + e, offset[1:], shape[1:]) for e in range(shape[0])]
-        return torch.stack(experts)
+            return self.dense.read(f"{layer}.ffn.{which}", offset, shape)
+        if which == "down.weight":
+            experts = [self._down(name, f"{layer}.ffn.{which}", offset[0] + e, offset, shape) for e in range(shape[0])]
+            return torch.stack(experts)
+        result = torch.empty(tuple(shape), dtype=self.dtypes[name])
+        for e in range(shape[0]):
+            for h in range(shape[1]):
+                half = f"{layer}.ffn.{('gate', 'up')[offset[1] + h]}.weight"
+                result[e, h] = self._gate_up(name, half, (offset[0] + e, offset[1] + h, *offset[2:]), shape[2:])
+        return result
 
-    def _expert(self, name: str, dense: str, expert: int, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """A block of one expert's matrix."""
-        down = ".down." in name
-        if self.config.shared_expert_width:
-            if down:
-                return torch.zeros(tuple(shape), dtype=self.dtypes[name])
-            if self.config.expert_width != self.dense.config.dense_width:
-                return self._drawn(name, Role.expert_gate, [expert, *offset], [1, *shape], self.config)[0]
+    def _gate_up(self, name: str, dense: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A block of one expert's gate or up matrix."""
+        expert, _, row, column = offset
+        if self.config.shared_expert_width and self.config.expert_width != self.dense.config.dense_width:
+            return self._drawn(name, Role.expert_gate_up, offset, (1, 1, *shape), self.config)[0, 0]
         if self.how.method is UpcycleMethod.split:
-            first = (expert % self.slices) * self.config.expert_width
-            place = [offset[0], offset[1] + first] if down else [offset[0] + first, offset[1]]
-            factor = self.slices / self.config.router.scale if down else 1.0
-            return self.dense.read(dense, place, shape) * factor
-        matrix = self.dense.read(dense, offset, shape)
-        if self.how.method is UpcycleMethod.noise:
-            spread = replace(self.config, init=InitConfig(std=self.how.noise_std))
-            noise = self._drawn(f"{name} noise", Role.expert_gate, [expert, *offset], [1, *shape], spread, name)
-            matrix = (matrix + noise[0]).to(matrix.dtype)
-        return matrix
+            row += (expert % self.slices) * self.config.expert_width
+        matrix = self.dense.read(dense, (row, column), shape)
+        return self._noisy(name, matrix, offset, (1, 1, *shape))
+
+    def _down(self, name: str, dense: str, expert: int, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A block of one expert's down matrix."""
+        _, row, column = offset
+        if self.config.shared_expert_width:
+            return torch.zeros(tuple(shape[1:]), dtype=self.dtypes[name])
+        if self.how.method is UpcycleMethod.split:
+            column += (expert % self.slices) * self.config.expert_width
+            return self.dense.read(dense, (row, column), shape[1:]) * (self.slices / self.config.router.scale)
+        matrix = self.dense.read(dense, (row, column), shape[1:])
+        return self._noisy(name, matrix, (expert, *offset[1:]), (1, *shape[1:]))
+
+    def _noisy(self, name: str, matrix: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """`matrix`, which is this block of `name`, as the method leaves it."""
+        if self.how.method is not UpcycleMethod.noise:
+            return matrix
+        spread = replace(self.config, init=InitConfig(std=self.how.noise_std))
+        noise = self._drawn(name, Role.expert_gate_up, offset, shape, spread, "noise of ")
+        return (matrix + noise.view_as(matrix)).to(matrix.dtype)
 
     def _router(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """One row per expert; where experts are slices, all slices of a set have the same row and tie."""
@@ -73,17 +88,11 @@ class Upcycled:
         return sets[[row - rows[0] for row in rows]]
 
     def _drawn(
-        self,
-        key: str,
-        role: Role,
-        offset: Sequence[int],
-        shape: Sequence[int],
-        config: ModelConfig,
-        name: str | None = None,
+        self, name: str, role: Role, offset: Sequence[int], shape: Sequence[int], config: ModelConfig, key: str = ""
     ) -> Tensor:
-        whole = torch.Size(self.shapes[name or key])
-        values = initial_slice(ParameterInfo(key, role, whole), config, self.seed, offset, shape, torch.device("cpu"))
-        return values.to(self.dtypes[name or key])
+        """This block of random values, as a fresh model would begin with them."""
+        info = ParameterInfo(key + name, role, torch.Size(self.shapes[name]))
+        return initial_slice(info, config, self.seed, offset, shape, torch.device("cpu")).to(self.dtypes[name])
 
 
 def keeps_the_function(config: ModelConfig) -> bool:

@@ -138,8 +138,6 @@ class _StreamingPlanner(DefaultSavePlanner):
                     size=torch.Size(whole),
                 )
                 items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
-        # gate and up of an expert are often stored side by side: one after the other they are read once
-        items.sort(key=lambda item: _beside(self.blocks[item.index]))
         self.plan = SavePlan(items, planner_data={})
         return self.plan
 
@@ -151,11 +149,6 @@ class _StreamingPlanner(DefaultSavePlanner):
         block = self.source.read(name, offset, shape).contiguous()
         self.progress(block.numel() * block.element_size())
         return block
-
-
-def _beside(block: tuple[str, tuple[int, ...], tuple[int, ...]]) -> tuple[str, tuple[int, ...], str]:
-    name, offset, _ = block
-    return name.replace(".experts.up.", ".experts.gate."), offset, name
 
 
 def save_model(source: TensorSource, directory: Path, origin: dict[str, Any], progress: Callable[[int], None]) -> None:

@@ -46,7 +46,7 @@ class HuggingFaceCheckpoint:
         self.entries: dict[str, Entry] = open_directory(directory)
         self.shapes: dict[str, Shape] = parameter_shapes(self.config)
         self.locations = self._locate(text_only)
-        self.dtypes = {name: self._entry(name, 0).dtype for name in self.shapes}
+        self.dtypes = {name: self.entries[place.tensor()].dtype for name, place in self.locations.items()}
         self._last: tuple[tuple[str, int, int, int], Tensor] | None = None
 
     @property
@@ -58,35 +58,33 @@ class HuggingFaceCheckpoint:
         if len(whole) == 1:
             return read_rows(self.entries[location.name], offset[0], offset[0] + shape[0])[:, 0]
         if len(whole) == 2:
-            return self._matrix(self.entries[location.name], location, 0, whole, offset, shape)
+            return self._matrix(location, 0, 0, whole, offset, shape)
         result = torch.empty(tuple(shape), dtype=self.dtypes[name])
-        for place, expert in enumerate(range(offset[0], offset[0] + shape[0])):
-            stacked = "{expert}" not in location.name
-            entry = self._entry(name, expert)
-            result[place] = self._matrix(entry, location, expert if stacked else 0, whole[1:], offset[1:], shape[1:])
+        matrices = result if len(whole) == 4 else result[:, None]
+        first_half, halves = (offset[1], shape[1]) if len(whole) == 4 else (0, 1)
+        for expert in range(shape[0]):
+            for half in range(halves):
+                place = (offset[0] + expert, first_half + half)
+                matrices[expert, half] = self._matrix(location, *place, whole[-2:], offset[-2:], shape[-2:])
         return result
 
     def _matrix(
-        self, entry: Entry, location: Location, index: int, whole: Shape, offset: Sequence[int], shape: Sequence[int]
+        self, location: Location, expert: int, half: int, whole: Shape, offset: Sequence[int], shape: Sequence[int]
     ) -> Tensor:
-        """A block of a [out, in] matrix, the `index`-th of those stacked in the stored tensor."""
+        """A block of one [out, in] matrix."""
+        entry = self.entries[location.tensor(expert, half)]
         if not location.transposed:
-            begin = index * whole[0] + offset[0]
-            return self._rows(entry, begin, begin + shape[0])[:, offset[1] : offset[1] + shape[1]]
-        begin = index * whole[1] + offset[1]
-        first = location.part * whole[0] + offset[0]
+            return self._rows(entry, offset[0], offset[0] + shape[0])[:, offset[1] : offset[1] + shape[1]]
+        begin, first = expert * whole[1] + offset[1], half * whole[0] + offset[0]
         return self._rows(entry, begin, begin + shape[1])[:, first : first + shape[0]].t()
 
     def _rows(self, entry: Entry, begin: int, end: int) -> Tensor:
-        """The last rows read are kept: gate and up lie side by side and are asked for one after the other."""
+        """The last rows read are kept: gate and up may lie side by side and are asked for one after the other."""
         key = (str(entry.path), entry.start, begin, end)
         if self._last is None or self._last[0] != key:
             self._last = None  # frees the memory before more is taken
             self._last = key, read_rows(entry, begin, end)
         return self._last[1]
-
-    def _entry(self, name: str, expert: int) -> Entry:
-        return self.entries[self.locations[name].name.format(expert=expert)]
 
     def _locate(self, text_only: bool) -> dict[str, Location]:
         found = locations(self.config, self.family.names, self.entries.keys())
@@ -105,8 +103,7 @@ class HuggingFaceCheckpoint:
             found["head.weight"] = Location(table)
         for name, location in found.items():
             wanted = location.file_shape(self.shapes[name])
-            experts = self.shapes[name][0] if "{expert}" in location.name else 1
-            for stored in {location.name.format(expert=expert) for expert in range(experts)}:
+            for stored in location.tensors(self.shapes[name]):
                 if stored not in self.entries:
                     raise CheckpointError(f"{self.directory} lacks the tensor {stored}")
                 if self.entries[stored].shape != wanted:

@@ -1,8 +1,8 @@
 """Where each of our parameters lies among the tensors of a family's files.
 
-Attention, norms, embeddings and dense layers are named alike in all families; they differ in their mixtures. Ours are
-[E, out, in] with gate and up apart. Llama 4 stores [E, in, out] with gate and up side by side; the others one [out, in]
-matrix per expert.
+Attention, norms, embeddings and dense layers are named alike in all families; they differ in their mixtures. Our
+experts are [E, 2, F, D] (gate, then up) and [E, D, F]. Llama 4 stores them [E, in, out], gate and up side by side in one
+tensor; the others have an [out, in] matrix per expert and projection.
 """
 
 from __future__ import annotations
@@ -15,24 +15,31 @@ from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
 
 @dataclass(frozen=True)
 class Location:
-    """`name` with "{expert}" in it stands for one tensor per expert; a 3-D parameter without it is stacked.
+    """`name` may stand for many tensors: one per "{expert}", and per "{half}" (of `halves`: gate, up).
 
-    `transposed`: the matrix is stored [in, out]. It is then the `part`-th of `parts` side by side along the last
-    dimension.
+    Without "{expert}" experts are stacked and, being `transposed`, [E, in, out] with the halves side by side.
     """
 
     name: str
     transposed: bool = False
-    part: int = 0
-    parts: int = 1
+    halves: tuple[str, ...] = ()
+
+    def tensor(self, expert: int = 0, half: int = 0) -> str:
+        """Name of the stored tensor that holds this expert's matrix."""
+        return self.name.format(expert=expert, half=self.halves[half] if self.halves else "")
 
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the stored tensor(s) for a parameter of `shape`."""
-        if len(shape) == 1:
+        """Shape of the stored tensor, or of each, for a parameter of `shape`."""
+        if len(shape) < 3:
             return shape
-        *experts, rows, columns = shape
-        matrix = (columns, rows * self.parts) if self.transposed else (rows, columns)
-        return matrix if "{expert}" in self.name else (*experts, *matrix)
+        if not self.transposed:
+            return shape[-2:]
+        return shape[0], shape[-1], shape[-2] * (shape[1] if len(shape) == 4 else 1)
+
+    def tensors(self, shape: tuple[int, ...]) -> list[str]:
+        """All stored tensors of a parameter of `shape`, in its order."""
+        experts = range(shape[0]) if "{expert}" in self.name else range(1)
+        return [self.tensor(expert, half) for expert in experts for half in range(max(1, len(self.halves)))]
 
 
 @dataclass(frozen=True)
@@ -89,17 +96,14 @@ def _mixture(
 ) -> dict[str, Location]:
     found = {f"{ours}.router.weight": Location(f"{theirs}.{names.router}")}
     stacked = f"{theirs}.experts.gate_up_proj"
+    gate, up, down = names.expert
     if names.fused and (not available or stacked in available):
-        found |= {
-            f"{ours}.experts.gate.weight": Location(stacked, transposed=True, part=0, parts=2),
-            f"{ours}.experts.up.weight": Location(stacked, transposed=True, part=1, parts=2),
-            f"{ours}.experts.down.weight": Location(f"{theirs}.experts.down_proj", transposed=True),
-        }
+        found[f"{ours}.experts.gate_up.weight"] = Location(stacked, transposed=True)
+        found[f"{ours}.experts.down.weight"] = Location(f"{theirs}.experts.down_proj", transposed=True)
     else:
-        found |= {
-            f"{ours}.experts.{part}.weight": Location(f"{theirs}.experts.{{expert}}.{name}.weight")
-            for part, name in zip(("gate", "up", "down"), names.expert, strict=True)
-        }
+        one = f"{theirs}.experts.{{expert}}"
+        found[f"{ours}.experts.gate_up.weight"] = Location(f"{one}.{{half}}.weight", halves=(gate, up))
+        found[f"{ours}.experts.down.weight"] = Location(f"{one}.{down}.weight")
     if model.shared_expert_width:
         found |= {
             f"{ours}.shared.{part}.weight": Location(f"{theirs}.shared_expert.{part}_proj.weight")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,13 +40,10 @@ def export(
         raise ConfigError("out", str(directory), "exists already; name a new directory")
     chosen, config = write_config(source.config, family)
     places = locations(source.config, chosen.names, ())
-    by_name: dict[str, list[str]] = defaultdict(list)
-    for ours, location in places.items():
-        by_name[location.name].append(ours)
     if set(places) != set(source.shapes):
         odd = sorted(set(places) ^ set(source.shapes))
         raise CheckpointError(f"{odd[0]} has no place in {chosen.model_type} or is missing in the source")
-    planned = [tensor for names in by_name.values() for tensor in _plan(source, places, names, dtype)]
+    planned = [tensor for name, place in places.items() for tensor in _plan(source, name, place, dtype)]
     precision = {tensor.dtype for tensor in planned}
     config["dtype"] = str(max(precision, key=lambda kind: kind.itemsize)).removeprefix("torch.")
     with new_directory(directory) as scratch:
@@ -59,22 +55,17 @@ def export(
         verify(scratch)
 
 
-def _plan(
-    source: TensorSource, places: dict[str, Location], names: list[str], dtype: torch.dtype | None
-) -> Iterator[Planned]:
-    """The stored tensor, or one per expert, that holds these parameters (several lie side by side)."""
-    location, shape = places[names[0]], source.shapes[names[0]]
-    ordered = sorted(names, key=lambda name: places[name].part)
-    kind = dtype or source.dtypes[names[0]]
+def _plan(source: TensorSource, name: str, location: Location, dtype: torch.dtype | None) -> Iterator[Planned]:
+    """The stored tensors that hold this parameter."""
+    shape, kind = source.shapes[name], dtype or source.dtypes[name]
     stored = location.file_shape(shape)
-    if "{expert}" in location.name:
-        for expert in range(shape[0]):
-            read = partial(_expert, source, ordered[0], expert)
-            yield Planned(location.name.format(expert=expert), kind, stored, read)
+    if len(shape) < 3:
+        yield Planned(location.name, kind, stored, partial(_in_order, source, name))
     elif location.transposed:
-        yield Planned(location.name, kind, stored, partial(_side_by_side, source, ordered))
+        yield Planned(location.name, kind, stored, partial(_stacked, source, name))
     else:
-        yield Planned(location.name, kind, stored, partial(_in_order, source, ordered[0]))
+        for number, tensor in enumerate(location.tensors(shape)):
+            yield Planned(tensor, kind, stored, partial(_one, source, name, number))
 
 
 def _in_order(source: TensorSource, name: str) -> Iterator[Tensor]:
@@ -82,12 +73,14 @@ def _in_order(source: TensorSource, name: str) -> Iterator[Tensor]:
         yield source.read(name, offset, shape)
 
 
-def _expert(source: TensorSource, name: str, expert: int) -> Iterator[Tensor]:
-    yield source.read(name, (expert, 0, 0), (1, *source.shapes[name][1:]))
+def _stacked(source: TensorSource, name: str) -> Iterator[Tensor]:
+    """[in, out] of each expert; gate and up side by side."""
+    for offset, shape in blocks(source.shapes[name]):
+        yield source.read(name, offset, shape).flatten(0, -2).t()
 
 
-def _side_by_side(source: TensorSource, names: list[str]) -> Iterator[Tensor]:
-    experts, rows, columns = source.shapes[names[0]]
-    for expert in range(experts):
-        parts = [source.read(name, (expert, 0, 0), (1, rows, columns))[0].t() for name in names]
-        yield torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+def _one(source: TensorSource, name: str, number: int) -> Iterator[Tensor]:
+    """The `number`-th matrix of a parameter, counted over experts and their halves."""
+    *outer, rows, columns = source.shapes[name]
+    place = divmod(number, outer[1]) if len(outer) == 2 else (number,)
+    yield source.read(name, (*place, 0, 0), (*(1 for _ in outer), rows, columns)).flatten(0, -2)

@@ -103,19 +103,15 @@ def test_the_comparison_notices_each_feature(name, change, tmp_path):
 
 
 def test_the_comparison_notices_swapped_gate_and_up(tmp_path, monkeypatch):
-    from model.huggingface import checkpoint as module
-
-    plain = module.locations
-
-    def swapped(*arguments):
-        found = plain(*arguments)
-        return {
-            name: replace(place, part=1 - place.part) if place.parts == 2 else place for name, place in found.items()
-        }
-
     expected, found = as_if("scout", tmp_path / "a", lambda c: c)
     assert (expected - found).abs().max() <= 5e-5
-    monkeypatch.setattr(module, "locations", swapped)
+    read = huggingface.HuggingFaceCheckpoint.read
+
+    def swapped(self, name, offset, shape):
+        tensor = read(self, name, offset, shape)
+        return tensor.flip(1) if tensor.dim() == 4 else tensor
+
+    monkeypatch.setattr(huggingface.HuggingFaceCheckpoint, "read", swapped)
     expected, found = as_if("scout", tmp_path / "b", lambda c: c)
     assert (expected - found).abs().max() > 0.05
 

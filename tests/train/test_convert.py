@@ -89,6 +89,7 @@ def runnable(tmp_path_factory) -> Path:
 
 def start(path: Path, root: Path, *overrides: str):
     like = config_like(open_model(path))
+    like += ["data.tokenizer.vocab_size=320"]
     return tiny.trainer(root, "run", [*tiny.EXACT, *like, f"model.init_from={path}", *overrides])
 
 
