@@ -98,7 +98,7 @@ class JsonTokenizer:
 
     def decode_special(self, index: int) -> str:
         """How a token is written in the vocabulary."""
-        return self._library.id_to_token(index)
+        return str(self._library.id_to_token(index))
 
     def _id(self, token: str, key: str) -> int:
         found = self._library.token_to_id(token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,9 +51,10 @@ def compare_logits(source: TensorSource, directory: Path, dtype: torch.dtype | N
     """
     from transformers import AutoModelForCausalLM
 
-    theirs, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
     )
+    theirs, report = loaded
     odd = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
     odd = [name for name in odd if "vision" not in str(name) and "multi_modal" not in str(name)]
     if odd:

@@ -92,7 +92,7 @@ def model_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tupl
     for model in (first, second):
         tree = plain(canonical(model))
         trees.append({**tree, "layer_list": dict(enumerate(tree["layer_list"]))})
-    return differences(*trees)
+    return differences(trees[0], trees[1])
 
 
 def canonical(model: ModelConfig) -> ModelConfig:
@@ -146,7 +146,7 @@ def _rope(config: Json, default_theta: float) -> dict[str, Any]:
     """`rope_parameters`, or `rope_theta` and `rope_scaling` in older files."""
     new = config.get("rope_parameters")
     rope = dict(new if new is not None else config.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta", config.get("rope_theta", default_theta)))
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or default_theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("config.json partial_rotary_factor", rope["partial_rotary_factor"], "is not supported")

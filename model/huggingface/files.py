@@ -140,7 +140,8 @@ def write_directory(
         if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    count, weight_map = len(shards), {}
+    count = len(shards)
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         _write_file(directory / name, shard, progress)

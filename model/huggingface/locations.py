@@ -1,8 +1,8 @@
 """Where each of our parameters lies among the tensors of a family's files.
 
 Attention, norms, embeddings and dense layers are named alike in all families; they differ in their mixtures. Our
-experts are [E, 2, F, D] (gate, then up) and [E, D, F]. Llama 4 stores them [E, in, out], gate and up side by side in one
-tensor; the others have an [out, in] matrix per expert and projection.
+experts are [E, 2, F, D] (gate, then up) and [E, D, F]. Llama 4 stores them [E, in, out], gate and up side by side in
+one tensor; the others have an [out, in] matrix per expert and projection.
 """
 
 from __future__ import annotations
