@@ -43,7 +43,7 @@ def test_transformers_counts_the_same(name):
     """From the configuration that we would write: so it says the same network, too."""
     import transformers
 
-    family, config = write_config(preset(name))
+    _, config = write_config(preset(name))
     text = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(text)
