@@ -92,6 +92,14 @@ class JsonTokenizer:
         shutil.copyfile(self._path, directory / "tokenizer.json")
         write_json(directory / _DESCRIPTION, {"kind": "tokenizer_json", "bos": self._bos, "eos": self._eos})
 
+    def content(self) -> dict[str, Any]:
+        """The parsed `tokenizer.json`."""
+        return json.loads(self._path.read_text())
+
+    def decode_special(self, index: int) -> str:
+        """How a token is written in the vocabulary."""
+        return str(self._library.id_to_token(index))
+
     def _id(self, token: str, key: str) -> int:
         found = self._library.token_to_id(token)
         if found is None:
@@ -144,6 +152,30 @@ class TiktokenTokenizer:
         config = self._config
         description = {"kind": "tiktoken", "pattern": config.pattern, "special_tokens": config.special_tokens}
         write_json(directory / _DESCRIPTION, {**description, "bos": config.bos, "eos": config.eos})
+
+
+def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
+    """Write `tokenizer.json` and `tokenizer_config.json` for transformers, which will put BOS before a text as our
+    packing does; returns the ids that a model's configuration names. Raises `ConfigError` for rank files.
+    """
+    if not isinstance(tokenizer, JsonTokenizer):
+        raise ConfigError("data.tokenizer.kind", "tiktoken", "transformers needs a tokenizer.json; export without it")
+    content = tokenizer.content()
+    bos, eos = tokenizer.decode_special(tokenizer.bos_id), tokenizer.decode_special(tokenizer.eos_id)
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            {"SpecialToken": {"id": bos, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+    }
+    write_json(directory / "tokenizer.json", content)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    write_json(directory / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

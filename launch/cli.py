@@ -30,6 +30,8 @@ class Verb:
     schema: str
     function: str
     forwards: bool = False
+    positional: tuple[str, ...] = ()
+    """Keys that arguments without "=" stand for, in order; "..." after the last makes it a list of the rest."""
 
 
 VERBS = {
@@ -40,6 +42,20 @@ VERBS = {
     ),
     "tokenize": Verb(
         "make token shards of a corpus", "tokenize", "launch.tokenize:TokenizeConfig", "launch.tokenize:run"
+    ),
+    "import": Verb(
+        "a checkpoint in the Hugging Face format, as a start for training",
+        "import",
+        "train.convert:ImportConfig",
+        "train.convert:run_import",
+        positional=("source", "out"),
+    ),
+    "export": Verb(
+        "a run's model in the Hugging Face format",
+        "export",
+        "train.convert:ExportConfig",
+        "train.convert:run_export",
+        positional=("source", "out"),
     ),
     "doctor": Verb(
         "look at this machine and installation", "doctor", "launch.doctor:DoctorConfig", "launch.doctor:run"
@@ -87,7 +103,7 @@ def _run(name: str, arguments: list[str]) -> int:
         raise ConfigError("verb", name, "no such verb", near)
     verb = VERBS[name]
     options = [argument for argument in arguments if argument.startswith("-")]
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    overrides = _named(verb, [argument for argument in arguments if not argument.startswith("-")])
     unknown = [option for option in options if option not in ("-h", "--help", "--cfg")]
     if unknown:
         raise ConfigError(unknown[0], None, "no such option; keys are written KEY=VALUE", ["--help", "--cfg"])
@@ -108,6 +124,24 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     function: Callable[..., int] = _import(verb.function)
     return function(config, overrides) if verb.forwards else function(config)
+
+
+def _named(verb: Verb, arguments: list[str]) -> list[str]:
+    """Arguments without "=" as overrides of the keys that they stand for."""
+    bare = [argument for argument in arguments if "=" not in argument and not argument.startswith("~")]
+    if not verb.positional:
+        return arguments  # Hydra says what is wrong with them
+    named, keys = [argument for argument in arguments if argument not in bare], list(verb.positional)
+    quoted = ["'" + argument.replace("'", "\\'") + "'" for argument in bare]
+    while quoted:
+        if not keys:
+            raise ConfigError(bare[-1], None, f"one argument too many; they are {' '.join(verb.positional)}")
+        key = keys.pop(0)
+        if key.endswith("..."):
+            named.append(f"{key.removesuffix('...')}=[{','.join(quoted)}]")
+            break
+        named.append(f"{key}={quoted.pop(0)}")
+    return named
 
 
 def _import(path: str) -> Any:

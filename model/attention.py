@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.config import LayerConfig, ModelConfig, QKNorm
 from model.context import AttentionPlan, SequenceContext, blocks
-from model.layers import Linear, rms_normalise
+from model.layers import Linear, RMSNorm, rms_normalise
 from model.roles import Role
 from model.rope import rotate
 from precision.backend import GemmBackend
@@ -28,15 +28,24 @@ class Attention(nn.Module):
         self.key = Linear(model.width, shared, Role.key, gemm)
         self.value = Linear(model.width, shared, Role.value, gemm)
         self.output = Linear(inner, model.width, Role.attention_output, gemm)
+        widths = {QKNorm.per_head: (model.head_width, model.head_width), QKNorm.full: (inner, shared)}
+        if layer.qk_norm in widths:
+            self.query_norm, self.key_norm = (
+                RMSNorm(width, model.norm_eps, Role.qk_norm) for width in widths[layer.qk_norm]
+            )
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         heads = (-1, self.model.head_width)
-        q_BTHK = self.query(x_BTD).unflatten(-1, heads)
-        k_BTGK = self.key(x_BTD).unflatten(-1, heads)
+        q, k = self.query(x_BTD), self.key(x_BTD)
+        if self.layer.qk_norm is QKNorm.full:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q_BTHK, k_BTGK = q.unflatten(-1, heads), k.unflatten(-1, heads)
+        if self.layer.qk_norm is QKNorm.per_head:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         v_BTGK = self.value(x_BTD).unflatten(-1, heads)
         if self.layer.rope:
             turn = context.rotation(self.model, self.layer, q_BTHK.dtype)
-            q_BTHK, k_BTGK = rotate(q_BTHK, turn), rotate(k_BTGK, turn)
+            q_BTHK, k_BTGK = (rotate(x, turn, self.model.rope_pairing) for x in (q_BTHK, k_BTGK))
         if self.layer.qk_norm is QKNorm.weightless:
             q_BTHK, k_BTGK = (rms_normalise(x, self.model.norm_eps) for x in (q_BTHK, k_BTGK))
         if self.layer.temperature:

@@ -16,7 +16,18 @@ class FeedForward(Enum):
 class QKNorm(Enum):
     none = "none"
     weightless = "weightless"
-    """Llama 4: root-mean-square over the head, after the rotation, no gain."""
+    """Llama 4: root-mean-square over the head, after the rotation, no gain; rotated layers only."""
+    per_head = "per_head"
+    """Qwen 3: over the head, before the rotation, one gain for all heads."""
+    full = "full"
+    """OLMoE: over all heads together, before the rotation, with a gain."""
+
+
+class RopePairing(Enum):
+    """Which two elements of a head turn together: (2j, 2j + 1) in Llama 4, (j, j + K/2) in most others."""
+
+    adjacent = "adjacent"
+    halves = "halves"
 
 
 class Score(Enum):
@@ -122,6 +133,33 @@ class InitConfig:
     depth_scaled: bool = False
 
 
+class UpcycleMethod(Enum):
+    """How a dense layer becomes experts.
+
+    `copy`: each expert is the dense layer (Komatsuzaki et al. 2022, arXiv 2212.05055); where there is a shared expert
+    that one takes the dense layer over and the routed ones begin with a zero down projection. `split`: an expert is a
+    slice of the dense layer's width, and routers start so that a token gets whole sets of slices (He et al. 2024,
+    arXiv 2410.07524). `noise`: as `copy`, plus normal noise on every expert's weights, so that they differ.
+    """
+
+    copy = "copy"
+    split = "split"
+    noise = "noise"
+
+
+@dataclass(frozen=True)
+class UpcycleConfig:
+    """`model.init_from` is a dense checkpoint and the model a mixture of experts."""
+
+    method: UpcycleMethod = UpcycleMethod.copy
+    noise_std: float = 0.01
+    """Absolute, of the method `noise`."""
+
+    def __post_init__(self) -> None:
+        if self.noise_std < 0:
+            raise ConfigError("noise_std", self.noise_std, "must not be negative", [0.01])
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of Llama 4's kind. Widths are in elements, `chunk` and temperature's `floor` in positions."""
@@ -144,6 +182,7 @@ class ModelConfig:
     chunk: int | None = 8192
     qk_norm: QKNorm = QKNorm.weightless
     rope_theta: float = 500000.0
+    rope_pairing: RopePairing = RopePairing.adjacent
     rope_scaling: RopeScaling | None = None
     temperature: bool = True
     """NoPE layers scale their queries by 1 + temperature_scale * ln(1 + floor((p + 1) / temperature_floor))."""
@@ -155,6 +194,10 @@ class ModelConfig:
     init: InitConfig = field(default_factory=InitConfig)
     layer_list: list[LayerConfig] | None = None
     """The layers one by one. None: built from the sugar above."""
+    init_from: str | None = None
+    """Start from this checkpoint: a directory in the Hugging Face format, an imported one, or a run."""
+    upcycle: UpcycleConfig | None = None
+    """Make experts out of the dense layers of `init_from`."""
 
     def __post_init__(self) -> None:
         for key in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "dense_width", "expert_width"):
@@ -175,6 +218,8 @@ class ModelConfig:
             raise ConfigError("layer_list", None, reason)
         if any(layer.feed_forward is FeedForward.moe for layer in self.blocks):
             self._check_experts()
+        if self.upcycle is not None and self.init_from is None:
+            raise ConfigError("upcycle", None, "needs a dense checkpoint to start from: set init_from")
 
     def _check_experts(self) -> None:
         if self.experts < 2:
@@ -207,5 +252,5 @@ class ModelConfig:
             rope=not nope,
             chunk=None if nope else self.chunk,
             temperature=nope and self.temperature,
-            qk_norm=QKNorm.none if nope else self.qk_norm,
+            qk_norm=QKNorm.none if nope and self.qk_norm is QKNorm.weightless else self.qk_norm,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import FeedForward, LayerConfig, ModelConfig
+from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ def count_parameters(model: ModelConfig) -> Parameters:
     """Parameters of the whole model in closed form, and how many of them a token uses."""
     outside = 2 * model.vocab_size * model.width + model.width
     layers = model.blocks
-    active = outside + sum(active_parameters(model, layer) + 2 * model.width for layer in layers)
+    gains = {QKNorm.per_head: 2 * model.head_width, QKNorm.full: model.head_width * (model.heads + model.kv_heads)}
+    active = outside + sum(
+        active_parameters(model, layer) + 2 * model.width + gains.get(layer.qk_norm, 0) for layer in layers
+    )
     moe = sum(layer.feed_forward is FeedForward.moe for layer in layers)
     idle = moe * 3 * model.width * model.expert_width * (model.experts - model.router.top_k)
     return Parameters(active + idle, active)

@@ -1,4 +1,4 @@
-"""Rotary positions in Llama 4's form: adjacent pairs (2j, 2j+1) of a head turn by position * theta^(-2j/K).
+"""Rotary positions: the pairs of a head turn by position * theta^(-2j/K); Llama 4 pairs neighbours, others halves.
 
 Shapes: B batch, T sequence, H heads, K head width.
 """
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import RopeScaling
+from model.config import RopePairing, RopeScaling
 
 
 def frequencies(head_width: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
@@ -40,8 +40,11 @@ def rotation(positions_BT: Tensor, frequencies_K2: Tensor, dtype: torch.dtype) -
     return torch.complex(angles.cos().to(real), angles.sin().to(real))
 
 
-def rotate(x_BTHK: Tensor, rotation_BT1K2: Tensor) -> Tensor:
+def rotate(x_BTHK: Tensor, rotation_BT1K2: Tensor, pairing: RopePairing = RopePairing.adjacent) -> Tensor:
     """Turn each pair of `x`; computed in at least float32, returned in the format of `x`."""
-    real = torch.promote_types(x_BTHK.dtype, torch.float32)
-    pairs = torch.view_as_complex(x_BTHK.to(real).unflatten(-1, (-1, 2)))
+    wide = x_BTHK.to(torch.promote_types(x_BTHK.dtype, torch.float32))
+    if pairing is RopePairing.halves:
+        turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation_BT1K2
+        return torch.cat([turned.real, turned.imag], dim=-1).to(x_BTHK.dtype)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation_BT1K2).flatten(-2).to(x_BTHK.dtype)

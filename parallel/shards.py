@@ -12,6 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model.config import ModelConfig
 from model.init import initial_slice, reset_buffers
 from model.roles import ParameterInfo
+from model.source import TensorSource
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -36,3 +37,13 @@ def initialise(model: nn.Module, infos: Mapping[str, ParameterInfo], config: Mod
         if part.numel():
             part.copy_(initial_slice(infos[name], config, seed, offset, shape, part.device))
     reset_buffers(model)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, source: TensorSource) -> None:
+    """Overwrite this rank's part of every parameter by what `source` has there; nothing else is read."""
+    for name, parameter in model.named_parameters():
+        offset, shape = local_block(parameter)
+        part = local(parameter)
+        if part.numel():
+            part.copy_(source.read(name, offset, shape))

@@ -124,6 +124,13 @@ class PlainReader(dcp.FileSystemReader):
             raise Damaged(f"{place.file} does not match its digest at byte {place.offset:,}")
 
 
+def read_exactly(path: Path, offset: int, into: Tensor) -> None:
+    """Fill a contiguous CPU tensor with the bytes at `offset`; raises `Damaged` where the file ends before."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        _read_all(file, _memory(into))
+
+
 def _blocks(content: memoryview) -> Iterator[memoryview]:
     """Parts small enough to be hashed while they are still in the processor's cache."""
     for start in range(0, len(content), BLOCK_BYTES):

@@ -16,12 +16,14 @@ from data.loader import Loader
 from model.balance import Balancer
 from parallel.apply import build
 from parallel.mesh import make_meshes
+from parallel.shards import fill
 from parallel.world import World, connect
 from train import callbacks
-from train.checkpoint import Checkpointer, tensors
+from train.checkpoint import Checkpointer, committed_checkpoints, tensors
 from train.config import Phase, TrainConfig, check, phases
 from train.corpora import check_same_data, get_corpus, source_weights
 from train.engine import Engine, TorchEngine
+from train.initial import initial_source
 from train.interrupt import Interruption
 from train.metrics import Log
 from train.run_directory import RunDirectory
@@ -52,12 +54,16 @@ class Trainer:
         self.checkpointer = Checkpointer(directory.checkpoints, world, saving.keep, saving.asynchronous, log)
         self.step = self.tokens = 0
         self.paused_s = 0.0
+        begun = bool(committed_checkpoints(directory.checkpoints))
+        source = None if begun else initial_source(config.model, config.run.seed, log)
         self.engine = self._build_engine()
         self.balancer = Balancer(self.engine.model, world.sum)
         if progress := self.checkpointer.restore(self.engine.model, self.engine.optimizer):
             check_same_data(progress, corpus)
             self.step, self.tokens = progress["step"], progress["tokens"]
             log(f"going on from step-{self.step:08d}")
+        elif source is not None:
+            fill(self.engine.model, source)
         if world.is_main:
             directory.trim_metrics(self.step)
 

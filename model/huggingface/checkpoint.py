@@ -1,0 +1,145 @@
+"""A checkpoint in the Hugging Face format as a source of our tensors: checked as a whole, then read block by block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import CheckpointError, ConfigError
+from model.huggingface.families import Family, read_config
+from model.huggingface.files import Entry, open_directory, read_rows
+from model.huggingface.locations import Location, locations
+from model.source import Shape, blocks, parameter_shapes
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_VISION = ("vision_model.", "multi_modal_projector.")
+_BUFFERS = ("rotary_emb.inv_freq",)
+
+
+class HuggingFaceCheckpoint:
+    """A directory with `config.json` and safetensors files.
+
+    Raises `CheckpointError` on opening unless every tensor that the configuration asks for is there with its shape, in
+    whole files, and nothing else is. `text_only` leaves a vision tower out.
+    """
+
+    def __init__(self, directory: Path, text_only: bool = False) -> None:
+        self.directory = directory
+        self.raw_config = _parse(directory / "config.json")
+        self.family: Family
+        self.family, self.config = read_config(self.raw_config)
+        self.entries: dict[str, Entry] = open_directory(directory)
+        self.shapes: dict[str, Shape] = parameter_shapes(self.config)
+        self.locations = self._locate(text_only)
+        self.dtypes = {name: self.entries[place.tensor()].dtype for name, place in self.locations.items()}
+        self._last: tuple[tuple[str, int, int, int], Tensor] | None = None
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        return [path for name in TOKENIZER_FILES if (path := self.directory / name).exists()]
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        location, whole = self.locations[name], self.shapes[name]
+        if len(whole) == 1:
+            return read_rows(self.entries[location.name], offset[0], offset[0] + shape[0])[:, 0]
+        if len(whole) == 2:
+            return self._matrix(location, 0, 0, whole, offset, shape)
+        result = torch.empty(tuple(shape), dtype=self.dtypes[name])
+        matrices = result if len(whole) == 4 else result[:, None]
+        first_half, halves = (offset[1], shape[1]) if len(whole) == 4 else (0, 1)
+        for expert in range(shape[0]):
+            for half in range(halves):
+                place = (offset[0] + expert, first_half + half)
+                matrices[expert, half] = self._matrix(location, *place, whole[-2:], offset[-2:], shape[-2:])
+        return result
+
+    def _matrix(
+        self, location: Location, expert: int, half: int, whole: Shape, offset: Sequence[int], shape: Sequence[int]
+    ) -> Tensor:
+        """A block of one [out, in] matrix."""
+        entry = self.entries[location.tensor(expert, half)]
+        if not location.transposed:
+            return self._rows(entry, offset[0], offset[0] + shape[0])[:, offset[1] : offset[1] + shape[1]]
+        begin, first = expert * whole[1] + offset[1], half * whole[0] + offset[0]
+        return self._rows(entry, begin, begin + shape[1])[:, first : first + shape[0]].t()
+
+    def _rows(self, entry: Entry, begin: int, end: int) -> Tensor:
+        """The last rows read are kept: gate and up may lie side by side and are asked for one after the other."""
+        key = (str(entry.path), entry.start, begin, end)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # frees the memory before more is taken
+            self._last = key, read_rows(entry, begin, end)
+        return self._last[1]
+
+    def _locate(self, text_only: bool) -> dict[str, Location]:
+        found = locations(self.config, self.family.names, self.entries.keys())
+        extra = {name for name in self.entries if not name.endswith(_BUFFERS)}
+        vision = {name for name in extra if name.startswith(_VISION)}
+        if vision and not text_only:
+            raise CheckpointError(
+                f"{self.directory} holds a vision tower ({len(vision)} tensors); text_only=true leaves it out"
+            )
+        extra -= vision
+        head, table = found["head.weight"].name, found["embedding.weight"].name
+        if self._ties_embeddings():
+            if head in self.entries and table in self.entries:
+                self._check_equal(head, table)
+            extra.discard(head)
+            found["head.weight"] = Location(table)
+        for name, location in found.items():
+            wanted = location.file_shape(self.shapes[name])
+            for stored in location.tensors(self.shapes[name]):
+                if stored not in self.entries:
+                    raise CheckpointError(f"{self.directory} lacks the tensor {stored}")
+                if self.entries[stored].shape != wanted:
+                    has = list(self.entries[stored].shape)
+                    raise CheckpointError(
+                        f"{self.directory}: {stored} has shape {has}, but config.json asks for {list(wanted)}"
+                    )
+                extra.discard(stored)
+        if extra:
+            raise CheckpointError(
+                f"{self.directory} holds {len(extra)} tensors that {self.family.model_type} does not have, "
+                f"such as {min(extra)}"
+            )
+        return found
+
+    def _ties_embeddings(self) -> bool:
+        text = self.raw_config.get("text_config") or {}
+        return bool(self.raw_config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+
+    def _check_equal(self, first: str, second: str) -> None:
+        a, b = self.entries[first], self.entries[second]
+        for offset, shape in blocks(a.shape):
+            rows = offset[0], offset[0] + shape[0]
+            if a.shape != b.shape or not torch.equal(read_rows(a, *rows), read_rows(b, *rows)):
+                raise CheckpointError(f"{self.directory}: config.json ties {first} to {second}, but they differ")
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise ConfigError("source", str(path.parent), "no such directory")
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} has no config.json")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return config

@@ -1,0 +1,380 @@
+"""Model families: what their `config.json` says in our words, and back.
+
+A translation out is checked by translating it in again: whatever the family cannot express shows up as a difference, so
+no family lists what it does not support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from core.config import differences, plain
+from core.errors import ConfigError
+from model.config import (
+    BalanceConfig,
+    FeedForward,
+    InitConfig,
+    LayerConfig,
+    ModelConfig,
+    QKNorm,
+    RopePairing,
+    RopeScaling,
+    RouterConfig,
+    Score,
+    WeightsOn,
+)
+from model.huggingface.locations import MixtureNames
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """`read` and `write` translate the text model's part of a configuration."""
+
+    model_type: str
+    architecture: str
+    names: MixtureNames
+    read: Callable[[Json], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+
+
+def read_config(config: Json) -> tuple[Family, ModelConfig]:
+    """The family and the model of a parsed `config.json`. Raises `ConfigError` for what we cannot compute exactly."""
+    text = config.get("text_config") if config.get("model_type") == "llama4" else config
+    if not isinstance(text, Mapping):
+        raise ConfigError("config.json", None, "has no text_config")
+    kind = text.get("model_type", "llama4_text" if config.get("model_type") == "llama4" else None)
+    if kind not in FAMILIES:
+        raise ConfigError("config.json model_type", kind, "is no architecture we know", list(FAMILIES))
+    try:
+        _refuse(text)
+        return FAMILIES[kind], compact(FAMILIES[kind].read(text))
+    except KeyError as error:
+        raise ConfigError("config.json", None, f"lacks {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError("config.json", None, f"has a value that makes no sense ({error})") from error
+
+
+def write_config(model: ModelConfig, family: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """`config.json` for the first family (or this one) that expresses the model exactly."""
+    if family is not None and family not in FAMILIES:
+        raise ConfigError("family", family, "is no architecture we know", list(FAMILIES))
+    reasons = []
+    for candidate in [FAMILIES[family]] if family else FAMILIES.values():
+        lost = _lost(model, candidate)
+        if lost is None:
+            config = {
+                "architectures": [candidate.architecture],
+                "model_type": candidate.model_type,
+                **_write_common(model),
+                **candidate.write(model),
+            }
+            return candidate, config
+        reasons.append(f"{candidate.model_type} cannot say {lost}")
+    raise ConfigError("family", family, f"no family expresses this model exactly: {'; '.join(reasons)}")
+
+
+def _lost(model: ModelConfig, family: Family) -> str | None:
+    """The first thing that a translation out and in again changes."""
+    try:
+        back = family.read({**_write_common(model), **family.write(model)})
+    except ConfigError as error:
+        return str(error)
+    return next((f"model.{key}={before}" for key, (before, _) in model_differences(model, back).items()), None)
+
+
+def model_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Where two models differ as functions of their weights: key -> both values."""
+    trees = []
+    for model in (first, second):
+        tree = plain(canonical(model))
+        trees.append({**tree, "layer_list": dict(enumerate(tree["layer_list"]))})
+    return differences(trees[0], trees[1])
+
+
+def canonical(model: ModelConfig) -> ModelConfig:
+    """The same function of the weights in one spelling: explicit layers, and defaults for what has no effect."""
+    layers, default = model.blocks, ModelConfig()
+    mixture = any(layer.feed_forward is FeedForward.moe for layer in layers)
+    dense = any(layer.feed_forward is FeedForward.dense for layer in layers)
+    idle: dict[str, Any] = {"shared_width": model.shared_expert_width, "router": model.router}
+    if not mixture:
+        idle = {key: getattr(default, key) for key in ("experts", "expert_width", "shared_width", "router")}
+    if not dense:
+        idle["dense_width"] = default.dense_width
+    if not any(layer.temperature for layer in layers):
+        idle |= {key: getattr(default, key) for key in ("temperature_floor", "temperature_scale")}
+    sugar = {key: getattr(default, key) for key in ("moe_every", "nope_every", "chunk", "qk_norm", "temperature")}
+    start: dict[str, Any] = {"balance": BalanceConfig(), "init": InitConfig(), "init_from": None, "upcycle": None}
+    return replace(model, **sugar, **idle, **start, layer_list=list(layers))
+
+
+def compact(model: ModelConfig) -> ModelConfig:
+    """The same model with the shortest spelling of its layers."""
+    layers = model.blocks
+    rotated = next((layer for layer in layers if layer.rope), layers[0])
+    bare = next((layer for layer in layers if not layer.rope), None)
+    sugar = {
+        "chunk": rotated.chunk,
+        "qk_norm": rotated.qk_norm,
+        "temperature": bare.temperature if bare else False,
+        "layer_list": None,
+    }
+    steps = range(model.layers + 1)
+    for moe_every, nope_every in ((moe, nope) for moe in steps for nope in steps):
+        shorter = replace(model, moe_every=moe_every, nope_every=nope_every, **sugar)  # type: ignore[arg-type]
+        if shorter.blocks == layers:
+            return shorter
+    return replace(model, layer_list=list(layers))
+
+
+def _refuse(config: Json) -> None:
+    """Switches of published configurations that we do not compute."""
+    for key in ("attention_bias", "mlp_bias", "clip_qkv", "quantization_config", "use_sliding_window"):
+        if config.get(key):
+            raise ConfigError(f"config.json {key}", config[key], "is not supported")
+    if config.get("sliding_window") and config.get("model_type") in ("mixtral", "llama"):
+        raise ConfigError("config.json sliding_window", config["sliding_window"], "is not supported")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ConfigError("config.json hidden_act", config["hidden_act"], "is not supported", ["silu"])
+
+
+def _rope(config: Json, default_theta: float) -> dict[str, Any]:
+    """`rope_parameters`, or `rope_theta` and `rope_scaling` in older files."""
+    new = config.get("rope_parameters")
+    rope = dict(new if new is not None else config.get("rope_scaling") or {})
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or default_theta)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError("config.json partial_rotary_factor", rope["partial_rotary_factor"], "is not supported")
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind != "llama3":
+        raise ConfigError("config.json rope_type", kind, "is not supported", ["default", "llama3"])
+    scaling = RopeScaling(
+        factor=float(rope["factor"]),
+        low=float(rope["low_freq_factor"]),
+        high=float(rope["high_freq_factor"]),
+        original_context=int(rope["original_max_position_embeddings"]),
+    )
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _read_common(config: Json, theta: float, eps: float) -> dict[str, Any]:
+    heads = int(config["num_attention_heads"])
+    return {
+        "vocab_size": int(config["vocab_size"]),
+        "width": int(config["hidden_size"]),
+        "layers": int(config["num_hidden_layers"]),
+        "heads": heads,
+        "kv_heads": int(config.get("num_key_value_heads") or heads),
+        "head_width": int(config.get("head_dim") or config["hidden_size"] // heads),
+        "norm_eps": float(config.get("rms_norm_eps", eps)),
+        **_rope(config, theta),
+    }
+
+
+def _write_common(model: ModelConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.rope_scaling is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": model.rope_scaling.factor,
+            "low_freq_factor": model.rope_scaling.low,
+            "high_freq_factor": model.rope_scaling.high,
+            "original_max_position_embeddings": model.rope_scaling.original_context,
+        }
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_width,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": rope,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    }
+
+
+def _is_moe(layers: Sequence[LayerConfig]) -> list[int]:
+    return [index for index, layer in enumerate(layers) if layer.feed_forward is FeedForward.moe]
+
+
+def _read_llama4(config: Json) -> ModelConfig:
+    common = _read_common(config, theta=500000.0, eps=1e-5)
+    count = common["layers"]
+    every = int(config.get("interleave_moe_layer_step", 1))
+    mixtures = config.get("moe_layers")
+    if mixtures is None:
+        mixtures = range(every - 1, count, every)
+    interval = int(config.get("no_rope_layer_interval", 4))
+    rotated = config.get("no_rope_layers") or [int((index + 1) % interval != 0) for index in range(count)]
+    chunk, norm = config.get("attention_chunk_size", 8192), bool(config.get("use_qk_norm", True))
+    tuned = bool(config.get("attn_temperature_tuning", True))  # 4 in the first published files
+    layers = [
+        LayerConfig(
+            feed_forward=FeedForward.moe if index in mixtures else FeedForward.dense,
+            rope=bool(rotated[index]),
+            chunk=chunk if rotated[index] else None,
+            temperature=tuned and not rotated[index],
+            qk_norm=QKNorm.weightless if norm and rotated[index] else QKNorm.none,
+        )
+        for index in range(count)
+    ]
+    return ModelConfig(
+        **common,
+        dense_width=int(config.get("intermediate_size_mlp", 16384)),
+        expert_width=int(config["intermediate_size"]),
+        experts=int(config.get("num_local_experts", 16)),
+        router=RouterConfig(top_k=int(config.get("num_experts_per_tok", 1))),
+        temperature_floor=float(config.get("floor_scale", 8192)),
+        temperature_scale=float(config.get("attn_scale", 0.1)),
+        layer_list=layers,
+    )
+
+
+def _write_llama4(model: ModelConfig) -> dict[str, Any]:
+    layers = model.blocks
+    rotated = [layer for layer in layers if layer.rope]
+    return {
+        "intermediate_size": model.expert_width,
+        "intermediate_size_mlp": model.dense_width,
+        "num_local_experts": model.experts,
+        "num_experts_per_tok": model.router.top_k,
+        "interleave_moe_layer_step": 1,
+        "moe_layers": _is_moe(layers),
+        "no_rope_layers": [int(layer.rope) for layer in layers],
+        "attention_chunk_size": rotated[0].chunk if rotated else None,
+        "use_qk_norm": any(layer.qk_norm is QKNorm.weightless for layer in rotated),
+        "attn_temperature_tuning": any(layer.temperature for layer in layers),
+        "floor_scale": int(model.temperature_floor),
+        "attn_scale": model.temperature_scale,
+    }
+
+
+def _plain_layers(model: dict[str, Any], mixtures: Sequence[int], norm: QKNorm) -> dict[str, Any]:
+    """Layers that all see everything before them, with positions in pairs of halves."""
+    layers = [
+        LayerConfig(feed_forward=FeedForward.moe if index in mixtures else FeedForward.dense, qk_norm=norm)
+        for index in range(model["layers"])
+    ]
+    return {**model, "layer_list": layers, "rope_pairing": RopePairing.halves, "shared_width": 0}
+
+
+def _softmax(top_k: int, renormalise: bool) -> RouterConfig:
+    return RouterConfig(top_k=top_k, score=Score.softmax, renormalise=renormalise, weights_on=WeightsOn.output)
+
+
+def _read_mixtral(config: Json) -> ModelConfig:
+    common = _read_common(config, theta=1e6, eps=1e-5)
+    return ModelConfig(
+        **_plain_layers(common, range(common["layers"]), QKNorm.none),
+        expert_width=int(config["intermediate_size"]),
+        experts=int(config.get("num_local_experts", 8)),
+        router=_softmax(int(config.get("num_experts_per_tok", 2)), renormalise=True),
+    )
+
+
+def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "intermediate_size": model.expert_width,
+        "num_local_experts": model.experts,
+        "num_experts_per_tok": model.router.top_k,
+        "sliding_window": None,
+    }
+
+
+def _read_qwen3_moe(config: Json) -> ModelConfig:
+    common = _read_common(config, theta=1e6, eps=1e-6)
+    every, dense = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or []
+    mixtures = [i for i in range(common["layers"]) if every > 0 and (i + 1) % every == 0 and i not in dense]
+    return ModelConfig(
+        **_plain_layers(common, mixtures, QKNorm.per_head),
+        dense_width=int(config.get("intermediate_size", 6144)),
+        expert_width=int(config["moe_intermediate_size"]),
+        experts=int(config["num_experts"] if "num_experts" in config else config["num_local_experts"]),
+        router=_softmax(int(config["num_experts_per_tok"]), bool(config.get("norm_topk_prob", False))),
+    )
+
+
+def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
+    mixtures = _is_moe(model.blocks)
+    return {
+        "intermediate_size": model.dense_width,
+        "moe_intermediate_size": model.expert_width,
+        "num_experts": model.experts,
+        "num_experts_per_tok": model.router.top_k,
+        "norm_topk_prob": model.router.renormalise,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [index for index in range(model.layers) if index not in mixtures],
+        "use_sliding_window": False,
+    }
+
+
+def _read_olmoe(config: Json) -> ModelConfig:
+    common = _read_common(config, theta=10000.0, eps=1e-5)
+    return ModelConfig(
+        **_plain_layers(common, range(common["layers"]), QKNorm.full),
+        expert_width=int(config["intermediate_size"]),
+        experts=int(config.get("num_experts", 64)),
+        router=_softmax(int(config.get("num_experts_per_tok", 8)), bool(config.get("norm_topk_prob", False))),
+    )
+
+
+def _write_olmoe(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "intermediate_size": model.expert_width,
+        "num_experts": model.experts,
+        "num_experts_per_tok": model.router.top_k,
+        "norm_topk_prob": model.router.renormalise,
+        "clip_qkv": None,
+    }
+
+
+def _read_llama(config: Json) -> ModelConfig:
+    common = _read_common(config, theta=10000.0, eps=1e-6)
+    return ModelConfig(**_plain_layers(common, (), QKNorm.none), dense_width=int(config["intermediate_size"]))
+
+
+def _read_qwen3(config: Json) -> ModelConfig:
+    common = _read_common(config, theta=1e6, eps=1e-6)
+    return ModelConfig(**_plain_layers(common, (), QKNorm.per_head), dense_width=int(config["intermediate_size"]))
+
+
+def _write_dense(model: ModelConfig) -> dict[str, Any]:
+    return {"intermediate_size": model.dense_width}
+
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_QWEN = MixtureNames("mlp", "gate.weight", _PROJECTIONS)
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaForCausalLM", _QWEN, _read_llama, _write_dense),
+        Family("qwen3", "Qwen3ForCausalLM", _QWEN, _read_qwen3, _write_dense),
+        Family(
+            "llama4_text",
+            "Llama4ForCausalLM",
+            MixtureNames("feed_forward", "router.weight", _PROJECTIONS, dense="feed_forward", fused=True),
+            _read_llama4,
+            _write_llama4,
+        ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            MixtureNames("block_sparse_moe", "gate.weight", ("w1", "w3", "w2")),
+            _read_mixtral,
+            _write_mixtral,
+        ),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN, _read_qwen3_moe, _write_qwen3_moe),
+        Family("olmoe", "OlmoeForCausalLM", _QWEN, _read_olmoe, _write_olmoe),
+    )
+}

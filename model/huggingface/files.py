@@ -1,0 +1,186 @@
+"""The safetensors format: reading rows of a tensor and writing tensors whose bytes come in blocks.
+
+A file is the length of its header (8 bytes, little-endian), the header as JSON (name -> dtype, shape, offsets) and the
+tensors' bytes. The `safetensors` package maps whole files and writes tensors it is handed whole, so its memory grows
+with the largest tensor (21 GB in Llama 4 Maverick); here it is bounded by a block. Its own loader reads what we write.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import CheckpointError
+from core.files import write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HEADER_LIMIT = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor's bytes are."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def open_directory(directory: Path) -> dict[str, Entry]:
+    """Every tensor of a checkpoint directory. Raises `CheckpointError` unless the files are whole and agree."""
+    if (directory / SINGLE).exists():
+        return read_header(directory / SINGLE)
+    if not (directory / INDEX).exists():
+        pickles = [path.name for ending in ("bin", "pt", "pth") for path in sorted(directory.glob(f"*.{ending}"))]
+        if pickles:
+            raise CheckpointError(
+                f"{directory} holds pickle files ({pickles[0]}), which can run code when they are read; "
+                "convert them to safetensors first"
+            )
+        raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
+    try:
+        weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{directory / INDEX} is no index of shards ({error})") from error
+    found: dict[str, Entry] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not (directory / shard).exists():
+            raise CheckpointError(f"{directory / INDEX} names {shard}, which is not there")
+        for name, entry in read_header(directory / shard).items():
+            if weight_map.get(name) != shard:
+                raise CheckpointError(f"{directory / shard} holds {name}, which {INDEX} does not place there")
+            found[name] = entry
+    missing = sorted(set(weight_map) - set(found))
+    if missing:
+        raise CheckpointError(f"{directory / weight_map[missing[0]]} lacks {missing[0]}, which {INDEX} places there")
+    return found
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of one file; raises `CheckpointError` where its size or header are not what they must be."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_HEADER_LIMIT, size - 8):
+            raise CheckpointError(f"{path} is truncated or no safetensors file")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} has an unreadable header ({error})") from error
+    header.pop("__metadata__", None)
+    found, reached = {}, 0
+    try:
+        for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}; readable are {known}")
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if begin != reached or end - begin != math.prod(shape) * dtype.itemsize:
+                raise CheckpointError(f"{path}: the bytes of {name} do not fit its shape {list(shape)}")
+            found[name], reached = Entry(path, dtype, shape, 8 + length + begin), end
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a malformed header ({error!r})") from error
+    if 8 + length + reached != size:
+        raise CheckpointError(f"{path} is truncated: {size:,} bytes instead of {8 + length + reached:,}")
+    return found
+
+
+def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
+    """Rows of the tensor seen as a matrix of its last dimension (a vector: as a column): [stop - start, last]."""
+    width = entry.shape[-1] if len(entry.shape) > 1 else 1
+    result = torch.empty(stop - start, width, dtype=entry.dtype)
+    memory = bytes_of(result)
+    with open(entry.path, "rb", buffering=0) as file:
+        file.seek(entry.start + start * width * entry.dtype.itemsize)
+        while len(memory):
+            count = file.readinto(memory)
+            if not count:
+                raise CheckpointError(f"{entry.path} ends early")
+            memory = memory[count:]
+    return result
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared with it."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: `blocks` yields its elements in order."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[Tensor]]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_directory(
+    directory: Path, tensors: Sequence[Planned], shard_bytes: int, progress: Callable[[int], None] = lambda size: None
+) -> None:
+    """Write the shards and their index; `progress` is told how many bytes were written."""
+    shards: list[list[Planned]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    count = len(shards)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        _write_file(directory / name, shard, progress)
+        weight_map |= {tensor.name: name for tensor in shard}
+    if count > 1:
+        metadata = {
+            "total_size": sum(t.size for t in tensors),
+            "total_parameters": sum(math.prod(t.shape) for t in tensors),
+        }
+        write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _write_file(path: Path, tensors: Sequence[Planned], progress: Callable[[int], None]) -> None:
+    spelled = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": spelled[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
+        }
+        offset += tensor.size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write(file, memoryview(len(text).to_bytes(8, "little") + text))
+        for tensor in tensors:
+            written = 0
+            for block in tensor.blocks():
+                content = bytes_of(block.to(tensor.dtype).contiguous())
+                _write(file, content)
+                written += len(content)
+                progress(len(content))
+            if written != tensor.size:
+                raise CheckpointError(f"{tensor.name}: {written:,} bytes came instead of {tensor.size:,}")
+        os.fsync(file.fileno())
+
+
+def _write(file: Any, content: memoryview) -> None:
+    while len(content):
+        content = content[file.write(content) :]

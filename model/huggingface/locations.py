@@ -1,0 +1,112 @@
+"""Where each of our parameters lies among the tensors of a family's files.
+
+Attention, norms, embeddings and dense layers are named alike in all families; they differ in their mixtures. Our
+experts are [E, 2, F, D] (gate, then up) and [E, D, F]. Llama 4 stores them [E, in, out], gate and up side by side in
+one tensor; the others have an [out, in] matrix per expert and projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
+
+
+@dataclass(frozen=True)
+class Location:
+    """`name` may stand for many tensors: one per "{expert}", and per "{half}" (of `halves`: gate, up).
+
+    Without "{expert}" experts are stacked and, being `transposed`, [E, in, out] with the halves side by side.
+    """
+
+    name: str
+    transposed: bool = False
+    halves: tuple[str, ...] = ()
+
+    def tensor(self, expert: int = 0, half: int = 0) -> str:
+        """Name of the stored tensor that holds this expert's matrix."""
+        return self.name.format(expert=expert, half=self.halves[half] if self.halves else "")
+
+    def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the stored tensor, or of each, for a parameter of `shape`."""
+        if len(shape) < 3:
+            return shape
+        if not self.transposed:
+            return shape[-2:]
+        return shape[0], shape[-1], shape[-2] * (shape[1] if len(shape) == 4 else 1)
+
+    def tensors(self, shape: tuple[int, ...]) -> list[str]:
+        """All stored tensors of a parameter of `shape`, in its order."""
+        experts = range(shape[0]) if "{expert}" in self.name else range(1)
+        return [self.tensor(expert, half) for expert in experts for half in range(max(1, len(self.halves)))]
+
+
+@dataclass(frozen=True)
+class MixtureNames:
+    """How a family spells its feed-forward layers."""
+
+    block: str
+    """Of a mixture layer, below the layer."""
+    router: str
+    expert: tuple[str, str, str]
+    """Gate, up and down of one expert, below `experts.{expert}`."""
+    dense: str = "mlp"
+    fused: bool = False
+    """Whether experts may be stacked as Llama 4 does."""
+
+
+def locations(model: ModelConfig, names: MixtureNames, available: Collection[str]) -> dict[str, Location]:
+    """Parameter -> location. `available`: the names in the files, which tell a prefix and fused from unfused experts;
+    empty for a checkpoint yet to be written.
+    """
+    prefix = "language_model." if any(name.startswith("language_model.") for name in available) else ""
+    found = {
+        "embedding.weight": Location(f"{prefix}model.embed_tokens.weight"),
+        "final_norm.weight": Location(f"{prefix}model.norm.weight"),
+        "head.weight": Location(f"{prefix}lm_head.weight"),
+    }
+    for index, layer in enumerate(model.blocks):
+        theirs, ours = f"{prefix}model.layers.{index}", f"layers.{index}"
+        found |= _attention(theirs, ours, layer)
+        if layer.feed_forward is FeedForward.dense:
+            found |= {
+                f"{ours}.ffn.{part}.weight": Location(f"{theirs}.{names.dense}.{part}_proj.weight")
+                for part in ("gate", "up", "down")
+            }
+        else:
+            found |= _mixture(f"{theirs}.{names.block}", f"{ours}.ffn", model, names, available)
+    return found
+
+
+def _attention(theirs: str, ours: str, layer: LayerConfig) -> dict[str, Location]:
+    found = {
+        f"{ours}.attention_norm.weight": Location(f"{theirs}.input_layernorm.weight"),
+        f"{ours}.ffn_norm.weight": Location(f"{theirs}.post_attention_layernorm.weight"),
+    }
+    for part, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
+        found[f"{ours}.attention.{part}.weight"] = Location(f"{theirs}.self_attn.{letter}_proj.weight")
+        if part in ("query", "key") and layer.qk_norm in (QKNorm.per_head, QKNorm.full):
+            found[f"{ours}.attention.{part}_norm.weight"] = Location(f"{theirs}.self_attn.{letter}_norm.weight")
+    return found
+
+
+def _mixture(
+    theirs: str, ours: str, model: ModelConfig, names: MixtureNames, available: Collection[str]
+) -> dict[str, Location]:
+    found = {f"{ours}.router.weight": Location(f"{theirs}.{names.router}")}
+    stacked = f"{theirs}.experts.gate_up_proj"
+    gate, up, down = names.expert
+    if names.fused and (not available or stacked in available):
+        found[f"{ours}.experts.gate_up.weight"] = Location(stacked, transposed=True)
+        found[f"{ours}.experts.down.weight"] = Location(f"{theirs}.experts.down_proj", transposed=True)
+    else:
+        one = f"{theirs}.experts.{{expert}}"
+        found[f"{ours}.experts.gate_up.weight"] = Location(f"{one}.{{half}}.weight", halves=(gate, up))
+        found[f"{ours}.experts.down.weight"] = Location(f"{one}.{down}.weight")
+    if model.shared_expert_width:
+        found |= {
+            f"{ours}.shared.{part}.weight": Location(f"{theirs}.shared_expert.{part}_proj.weight")
+            for part in ("gate", "up", "down")
+        }
+    return found

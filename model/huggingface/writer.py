@@ -1,0 +1,86 @@
+"""Writes a model as a checkpoint in the Hugging Face format, a block at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import CheckpointError, ConfigError
+from core.files import new_directory, write_json
+from model.huggingface.checkpoint import HuggingFaceCheckpoint
+from model.huggingface.families import write_config
+from model.huggingface.files import Planned, write_directory
+from model.huggingface.locations import Location, locations
+from model.source import TensorSource, blocks
+
+
+def export(
+    source: TensorSource,
+    directory: Path,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5 << 30,
+    extra_config: dict[str, Any] | None = None,
+    tokenizer_files: Sequence[Path] = (),
+    verify: Callable[[Path], None] = lambda directory: None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Write `source` to `directory`, which appears only once everything is written, reopened and `verify`-ed.
+
+    `dtype` None keeps each tensor's own; `extra_config` adds keys to `config.json` that do not change the network.
+    Raises `ConfigError` where no family expresses the model or the directory exists.
+    """
+    if directory.exists():
+        raise ConfigError("out", str(directory), "exists already; name a new directory")
+    chosen, config = write_config(source.config, family)
+    places = locations(source.config, chosen.names, ())
+    if set(places) != set(source.shapes):
+        odd = sorted(set(places) ^ set(source.shapes))
+        raise CheckpointError(f"{odd[0]} has no place in {chosen.model_type} or is missing in the source")
+    planned = [tensor for name, place in places.items() for tensor in _plan(source, name, place, dtype)]
+    precision = {tensor.dtype for tensor in planned}
+    config["dtype"] = str(max(precision, key=lambda kind: kind.itemsize)).removeprefix("torch.")
+    with new_directory(directory) as scratch:
+        write_directory(scratch, planned, shard_bytes, progress)
+        write_json(scratch / "config.json", {**(extra_config or {}), **config})
+        for path in tokenizer_files:
+            shutil.copyfile(path, scratch / path.name)
+        HuggingFaceCheckpoint(scratch)  # every tensor written once, whole and in shape, or this raises
+        verify(scratch)
+
+
+def _plan(source: TensorSource, name: str, location: Location, dtype: torch.dtype | None) -> Iterator[Planned]:
+    """The stored tensors that hold this parameter."""
+    shape, kind = source.shapes[name], dtype or source.dtypes[name]
+    stored = location.file_shape(shape)
+    if len(shape) < 3:
+        yield Planned(location.name, kind, stored, partial(_in_order, source, name))
+    elif location.transposed:
+        yield Planned(location.name, kind, stored, partial(_stacked, source, name))
+    else:
+        for number, tensor in enumerate(location.tensors(shape)):
+            yield Planned(tensor, kind, stored, partial(_one, source, name, number))
+
+
+def _in_order(source: TensorSource, name: str) -> Iterator[Tensor]:
+    for offset, shape in blocks(source.shapes[name]):
+        yield source.read(name, offset, shape)
+
+
+def _stacked(source: TensorSource, name: str) -> Iterator[Tensor]:
+    """[in, out] of each expert; gate and up side by side."""
+    for offset, shape in blocks(source.shapes[name]):
+        yield source.read(name, offset, shape).flatten(0, -2).t()
+
+
+def _one(source: TensorSource, name: str, number: int) -> Iterator[Tensor]:
+    """The `number`-th matrix of a parameter, counted over experts and their halves."""
+    *outer, rows, columns = source.shapes[name]
+    place = divmod(number, outer[1]) if len(outer) == 2 else (number,)
+    yield source.read(name, (*place, 0, 0), (*(1 for _ in outer), rows, columns)).flatten(0, -2)

@@ -1,0 +1,59 @@
+"""Tensors of a model that lie somewhere else: any block of any parameter, read when it is asked for.
+
+A checkpoint of our own, one in the Hugging Face format and an upcycled dense model are all read this way, so each rank
+takes only its part and no one ever holds a whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.roles import registry
+from model.transformer import Transformer
+from precision.backend import Compute, PrecisionConfig, resolve
+
+Shape = tuple[int, ...]
+
+BLOCK_ELEMENTS = 1 << 24
+"""About how many elements of a matrix are handled at a time."""
+
+
+class TensorSource(Protocol):
+    """Parameters by our names."""
+
+    config: ModelConfig
+    shapes: dict[str, Shape]
+    dtypes: dict[str, torch.dtype]
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The block of `name` that begins at `offset` and has `shape`, in the stored format, on the CPU."""
+        ...
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Name and shape of every parameter of this model; nothing is allocated."""
+    with torch.device("meta"):
+        model = Transformer(config, resolve(PrecisionConfig(Compute.float32)))
+    return {name: tuple(info.shape) for name, info in registry(model).items()}
+
+
+def blocks(shape: Shape) -> Iterator[tuple[Shape, Shape]]:
+    """Offsets and shapes that together cover a tensor: an expert at a time, or a number of rows."""
+    if len(shape) > 2:
+        step = 1
+    else:
+        step = max(1, BLOCK_ELEMENTS // (shape[1] if len(shape) > 1 else 1))
+    for start in range(0, shape[0], step):
+        rest = shape[1:]
+        yield (start, *(0 for _ in rest)), (min(step, shape[0] - start), *rest)
+
+
+def whole(source: TensorSource, name: str) -> Tensor:
+    """A parameter in one piece."""
+    shape = source.shapes[name]
+    return source.read(name, [0] * len(shape), shape)

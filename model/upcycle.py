@@ -1,0 +1,132 @@
+"""A dense checkpoint seen as a mixture of experts: the same network at first where `keeps_the_function` says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError
+from model.config import FeedForward, InitConfig, ModelConfig, UpcycleConfig, UpcycleMethod, WeightsOn
+from model.init import initial_slice
+from model.roles import ParameterInfo, Role
+from model.source import TensorSource, parameter_shapes
+
+
+class Upcycled:
+    """`dense`'s tensors under the names and shapes of `config`, a mixture of experts.
+
+    New routers are drawn as in a fresh model. Raises `ConfigError` where the widths do not fit the method.
+    """
+
+    def __init__(self, dense: TensorSource, config: ModelConfig, seed: int) -> None:
+        assert config.upcycle is not None
+        self.dense, self.config, self.seed = dense, config, seed
+        self.how: UpcycleConfig = config.upcycle
+        _check(dense.config, config, self.how.method)
+        self.shapes = parameter_shapes(config)
+        kind = dense.dtypes["embedding.weight"]
+        self.dtypes = dict.fromkeys(self.shapes, kind)
+        self.slices = dense.config.dense_width // config.expert_width
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        if name in self.dense.shapes:
+            return self.dense.read(name, offset, shape)
+        layer, _, part = name.partition(".ffn.")
+        owner, _, which = part.partition(".")  # router.weight, shared.gate.weight, experts.gate.weight
+        if owner == "router":
+            return self._router(name, offset, shape)
+        if owner == "shared":
+            return self.dense.read(f"{layer}.ffn.{which}", offset, shape)
+        if which == "down.weight":
+            experts = [self._down(name, f"{layer}.ffn.{which}", offset[0] + e, offset, shape) for e in range(shape[0])]
+            return torch.stack(experts)
+        result = torch.empty(tuple(shape), dtype=self.dtypes[name])
+        for e in range(shape[0]):
+            for h in range(shape[1]):
+                half = f"{layer}.ffn.{('gate', 'up')[offset[1] + h]}.weight"
+                result[e, h] = self._gate_up(name, half, (offset[0] + e, offset[1] + h, *offset[2:]), shape[2:])
+        return result
+
+    def _gate_up(self, name: str, dense: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A block of one expert's gate or up matrix."""
+        expert, _, row, column = offset
+        if self.config.shared_expert_width and self.config.expert_width != self.dense.config.dense_width:
+            return self._drawn(name, Role.expert_gate_up, offset, (1, 1, *shape), self.config)[0, 0]
+        if self.how.method is UpcycleMethod.split:
+            row += (expert % self.slices) * self.config.expert_width
+        matrix = self.dense.read(dense, (row, column), shape)
+        return self._noisy(name, matrix, offset, (1, 1, *shape))
+
+    def _down(self, name: str, dense: str, expert: int, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A block of one expert's down matrix."""
+        _, row, column = offset
+        if self.config.shared_expert_width:
+            return torch.zeros(tuple(shape[1:]), dtype=self.dtypes[name])
+        if self.how.method is UpcycleMethod.split:
+            column += (expert % self.slices) * self.config.expert_width
+            return self.dense.read(dense, (row, column), shape[1:]) * (self.slices / self.config.router.scale)
+        matrix = self.dense.read(dense, (row, column), shape[1:])
+        return self._noisy(name, matrix, (expert, *offset[1:]), (1, *shape[1:]))
+
+    def _noisy(self, name: str, matrix: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """`matrix`, which is this block of `name`, as the method leaves it."""
+        if self.how.method is not UpcycleMethod.noise:
+            return matrix
+        spread = replace(self.config, init=InitConfig(std=self.how.noise_std))
+        noise = self._drawn(name, Role.expert_gate_up, offset, shape, spread, "noise of ")
+        return (matrix + noise.view_as(matrix)).to(matrix.dtype)
+
+    def _router(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """One row per expert; where experts are slices, all slices of a set have the same row and tie."""
+        if self.how.method is not UpcycleMethod.split or self.config.shared_expert_width:
+            return self._drawn(name, Role.router, offset, shape, self.config)
+        rows = [(offset[0] + row) // self.slices for row in range(shape[0])]
+        sets = self._drawn(name, Role.router, [rows[0], offset[1]], [rows[-1] - rows[0] + 1, shape[1]], self.config)
+        return sets[[row - rows[0] for row in rows]]
+
+    def _drawn(
+        self, name: str, role: Role, offset: Sequence[int], shape: Sequence[int], config: ModelConfig, key: str = ""
+    ) -> Tensor:
+        """This block of random values, as a fresh model would begin with them."""
+        info = ParameterInfo(key + name, role, torch.Size(self.shapes[name]))
+        return initial_slice(info, config, self.seed, offset, shape, torch.device("cpu")).to(self.dtypes[name])
+
+
+def keeps_the_function(config: ModelConfig) -> bool:
+    """Whether the upcycled model computes exactly what the dense one does, up to rounding.
+
+    With a shared expert the routed ones add nothing yet. Without one the weights of a token's experts must sum to one
+    and scale outputs.
+    """
+    assert config.upcycle is not None
+    if config.shared_expert_width:
+        return True
+    router = config.router
+    summing = router.renormalise and router.weights_on is WeightsOn.output
+    if config.upcycle.method is UpcycleMethod.split:
+        return summing
+    return summing and router.scale == 1 and config.upcycle.method is UpcycleMethod.copy
+
+
+def _check(dense: ModelConfig, config: ModelConfig, method: UpcycleMethod) -> None:
+    if any(layer.feed_forward is FeedForward.moe for layer in dense.blocks):
+        raise ConfigError("upcycle", None, "init_from is a mixture of experts already; remove upcycle")
+    experts, width = config.expert_width, dense.dense_width
+    if config.shared_expert_width:
+        if config.shared_expert_width != width:
+            reason = f"the shared expert takes the dense layer over, whose width is {width}"
+            raise ConfigError("shared_width", config.shared_expert_width, reason, [width])
+        if method is UpcycleMethod.split:
+            raise ConfigError("upcycle.method", method, "has no shared expert; set shared_width=0", ["copy"])
+    elif method is UpcycleMethod.split:
+        slices = width // experts
+        if width % experts or slices < 2:
+            raise ConfigError("expert_width", experts, f"must divide the dense width {width} into 2 slices or more")
+        for key, count in (("experts", config.experts), ("router.top_k", config.router.top_k)):
+            if count % slices:
+                raise ConfigError(key, count, f"must be a multiple of the {slices} slices", [slices])
+    elif experts != width:
+        raise ConfigError("expert_width", experts, f"must be the dense width for {method.value}", [width])

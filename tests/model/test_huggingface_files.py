@@ -1,0 +1,229 @@
+"""Out to the Hugging Face format and in again: nothing changes, transformers agrees, and damage is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.errors import CheckpointError, ConfigError, LeviathanError
+from model import huggingface
+from model.config import FeedForward, LayerConfig, ModelConfig, RouterConfig, Score
+from model.huggingface import HuggingFaceCheckpoint, compare_logits, export
+from model.huggingface.files import INDEX, SINGLE
+from model.source import whole
+from tests.model import peers
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A Maverick-like checkpoint in several shards, in bfloat16."""
+    root = tmp_path_factory.mktemp("saved") / "maverick"
+    return peers.save(peers.make("maverick").bfloat16(), root, max_shard_size="40KB")
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_out_and_in_again_is_bit_identical_and_transformers_agrees(name, tmp_path):
+    first = HuggingFaceCheckpoint(peers.save(peers.make(name), tmp_path / "first"))
+    export(first, tmp_path / "second", shard_bytes=50_000)
+    second = HuggingFaceCheckpoint(tmp_path / "second")
+    assert second.family.model_type == first.family.model_type
+    assert huggingface.model_differences(first.config, second.config) == {}
+    for key in first.shapes:
+        assert torch.equal(whole(first, key), whole(second, key)), key
+    assert len(list((tmp_path / "second").glob("*.safetensors"))) > 1
+    assert compare_logits(first, tmp_path / "second") <= 5e-5
+
+
+def test_names_and_bytes_are_those_of_transformers(saved, tmp_path):
+    """Not only readable: the same tensors as transformers itself writes."""
+    export(HuggingFaceCheckpoint(saved), tmp_path / "out")
+    theirs, ours = tensors(saved), tensors(tmp_path / "out")
+    assert set(theirs) == set(ours)
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+
+
+def test_each_block_equals_the_slice_of_the_whole(saved):
+    checkpoint = HuggingFaceCheckpoint(saved)
+    for key, shape in checkpoint.shapes.items():
+        full = whole(checkpoint, key)
+        offset = [size // 3 for size in shape]
+        part = [size - start - 1 if size - start > 1 else 1 for size, start in zip(shape, offset, strict=True)]
+        expected = full[tuple(slice(o, o + p) for o, p in zip(offset, part, strict=True))]
+        assert torch.equal(checkpoint.read(key, offset, part), expected), key
+
+
+def test_the_check_of_logits_notices_a_wrong_export(saved, tmp_path):
+    """Control: a file whose gate and up are swapped is read consistently by us, and betrayed by transformers."""
+    checkpoint = HuggingFaceCheckpoint(saved)
+    export(checkpoint, tmp_path / "out")
+    content = load_file(tmp_path / "out" / SINGLE)
+    for key in content:
+        if key.endswith("gate_up_proj"):
+            content[key] = torch.cat(content[key].chunk(2, dim=-1)[::-1], dim=-1).contiguous()
+    save_file(content, tmp_path / "out" / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="logits differ"):
+        compare_logits(checkpoint, tmp_path / "out")
+
+
+def test_unfused_experts_and_the_prefix_of_the_whole_model_are_accepted(saved, tmp_path):
+    content = {}
+    for key, tensor in tensors(saved).items():
+        if key.endswith("gate_up_proj"):
+            for expert, matrix in enumerate(tensor):
+                gate, up = matrix.t().chunk(2)
+                stem = key.replace("gate_up_proj", str(expert))
+                content |= {f"{stem}.gate_proj.weight": gate.contiguous(), f"{stem}.up_proj.weight": up.contiguous()}
+        elif key.endswith("experts.down_proj"):
+            for expert, matrix in enumerate(tensor):
+                content[key.replace("down_proj", f"{expert}.down_proj.weight")] = matrix.t().contiguous()
+        else:
+            content[key] = tensor
+    content = {f"language_model.{key}": tensor for key, tensor in content.items()}
+    content["vision_model.class_embedding"] = torch.zeros(8)
+    text = json.loads((saved / "config.json").read_text())
+    tmp_path.joinpath("config.json").write_text(json.dumps({"model_type": "llama4", "text_config": text}))
+    save_file(content, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match="text_only=true"):
+        HuggingFaceCheckpoint(tmp_path)
+    first, second = HuggingFaceCheckpoint(saved), HuggingFaceCheckpoint(tmp_path, text_only=True)
+    assert all(torch.equal(whole(first, key), whole(second, key)) for key in first.shapes)
+
+
+def test_older_spellings_of_the_configuration():
+    new = {
+        "model_type": "llama4_text",
+        **{"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "head_dim": 16},
+        **{"num_key_value_heads": 2, "intermediate_size": 32, "no_rope_layers": [1, 1, 1, 0] * 2},
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 16.0, "low_freq_factor": 1.0}
+        | {"high_freq_factor": 1.0, "original_max_position_embeddings": 8192},
+    }
+    scaling = dict(new["rope_parameters"])  # type: ignore[call-overload]
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    old |= {"rope_theta": scaling.pop("rope_theta"), "no_rope_layers": [], "attn_temperature_tuning": 4}
+    scaling["type"] = scaling.pop("rope_type")
+    old |= {"rope_scaling": scaling, "for_llm_compressor": False}
+    assert huggingface.read_config(new)[1] == huggingface.read_config(old)[1]
+    assert huggingface.read_config(new)[1].nope_every == 4
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (ModelConfig(vocab_size=64, router=RouterConfig(score=Score.softmax)), "llama4_text cannot say model.router"),
+        (ModelConfig(layers=1, layer_list=[LayerConfig(FeedForward.moe, rope=False, chunk=8)]), "no family expresses"),
+    ],
+)
+def test_a_model_that_no_family_expresses_is_refused(config, reason):
+    with pytest.raises(ConfigError, match=reason):
+        huggingface.write_config(config)
+
+
+def edit_index(directory: Path, change) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    change(index["weight_map"])
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def edit_config(directory: Path, **values) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def edit_tensor(directory: Path, ending: str, change) -> None:
+    for path in directory.glob("*.safetensors"):
+        content = load_file(path)
+        for key in list(content):
+            if key.endswith(ending):
+                changed = change(content.pop(key))
+                if changed is not None:
+                    content[key] = changed
+                save_file(content, path)
+                return
+
+
+def truncate(directory: Path) -> None:
+    path = max(directory.glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def garble(directory: Path) -> None:
+    path = next(directory.glob("*.safetensors"))
+    path.write_bytes(b"\x10" + b"\0" * 7 + b"not json at all!" + path.read_bytes()[24:])
+
+
+def extra(directory: Path) -> None:
+    path = next(directory.glob("*.safetensors"))
+    save_file({**load_file(path), "model.layers.0.odd": torch.zeros(2)}, path)
+    edit_index(directory, lambda names: names.update({"model.layers.0.odd": path.name}))
+
+
+def pickled(directory: Path) -> None:
+    for path in directory.glob("*.safetensors*"):
+        path.unlink()
+    torch.save({}, directory / "pytorch_model.bin")
+
+
+DAMAGE = {
+    "missing": (lambda d: edit_tensor(d, "norm.weight", lambda t: None), "lacks"),
+    "extra": (extra, "does not have, such as model.layers.0.odd"),
+    "shape": (lambda d: edit_tensor(d, "norm.weight", lambda t: t[:-1].clone()), "has shape"),
+    "dtype": (lambda d: edit_tensor(d, "norm.weight", lambda t: t.to(torch.int32)), "stored as I32"),
+    "truncated": (truncate, "truncated"),
+    "garbled": (garble, "unreadable header"),
+    "architecture": (lambda d: edit_config(d, model_type="gpt2"), "model_type=gpt2: is no architecture we know"),
+    "contradiction": (lambda d: edit_config(d, intermediate_size=40), "but config.json asks for"),
+    "unsupported": (lambda d: edit_config(d, attention_bias=True), "attention_bias=True: is not supported"),
+    "no_key": (lambda d: edit_config(d, hidden_size=None), "config.json"),
+    "shard": (lambda d: edit_index(d, lambda names: names.update({"x": "model-9.safetensors"})), "which is not there"),
+    "outside": (lambda d: edit_index(d, lambda names: names.update({"x": "../a.safetensors"})), "which is not there"),
+    "misplaced": (lambda d: edit_index(d, lambda names: names.pop("model.norm.weight")), "does not place there"),
+    "index": (lambda d: (d / INDEX).write_text("{"), "no index of shards"),
+    "pickle": (pickled, "pickle files"),
+    "config": (lambda d: (d / "config.json").write_text("["), "no JSON"),
+    "no_config": (lambda d: (d / "config.json").unlink(), "has no config.json"),
+}
+
+
+@pytest.mark.parametrize("damage, reason", DAMAGE.values(), ids=DAMAGE.keys())
+def test_what_is_wrong_is_refused_in_one_message(copy, damage, reason):
+    damage(copy)
+    with pytest.raises(LeviathanError, match=reason):
+        HuggingFaceCheckpoint(copy)
+
+
+def test_a_failed_export_leaves_nothing_behind(saved, tmp_path):
+    def refuse(directory: Path) -> None:
+        raise CheckpointError("no")
+
+    with pytest.raises(CheckpointError):
+        export(HuggingFaceCheckpoint(saved), tmp_path / "out", verify=refuse)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        export(HuggingFaceCheckpoint(saved), tmp_path / "there")
+
+
+def test_rounding_is_only_on_request(saved, tmp_path):
+    checkpoint = HuggingFaceCheckpoint(saved)
+    export(checkpoint, tmp_path / "wide", dtype=torch.float32)
+    assert {tensor.dtype for tensor in tensors(tmp_path / "wide").values()} == {torch.float32}
+    export(HuggingFaceCheckpoint(tmp_path / "wide"), tmp_path / "narrow", dtype=torch.bfloat16)
+    again = HuggingFaceCheckpoint(tmp_path / "narrow")
+    assert all(torch.equal(whole(checkpoint, key), whole(again, key)) for key in again.shapes)

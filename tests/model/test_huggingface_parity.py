@@ -1,0 +1,130 @@
+"""Every family against transformers: logits, loss and each gradient in float32, and with each feature broken once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import huggingface
+from model.config import QKNorm, RopePairing, RouterConfig, WeightsOn
+from model.context import SequenceContext
+from model.source import whole
+from model.transformer import Transformer
+from precision.backend import Compute, PrecisionConfig, resolve
+from tests.model import peers
+
+TOKENS = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(5))
+"""13 is no multiple of the chunk of 5."""
+
+
+def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def routing_margin(model: torch.nn.Module) -> list[float]:
+    """Fills with the smallest distance between the last chosen and the first unchosen expert's logit."""
+    margins: list[float] = []
+
+    def watch(router, inputs, output):
+        logits = F.linear(inputs[0].float(), router.weight.float())
+        ranked = logits.sort(-1, descending=True).values
+        k = router.config.top_k
+        margins.append(float((ranked[..., k - 1] - ranked[..., k]).detach().min()))
+
+    for name, module in model.named_modules():
+        if name.endswith("router"):
+            module.register_forward_hook(watch)
+    return margins
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_logits_loss_and_every_gradient(name, tmp_path):
+    theirs = peers.make(name)
+    ours = huggingface.load(peers.save(theirs, tmp_path / "weights"))
+    margins = routing_margin(ours)
+    expected = theirs(TOKENS, labels=TOKENS)
+    logits = ours(TOKENS)
+    assert not margins or min(margins) > 1e-3, "a tie in routing would compare nothing"
+    assert expected.logits.abs().max() > 1
+    torch.testing.assert_close(logits, expected.logits, rtol=0, atol=5e-5)
+    loss = loss_of(logits, TOKENS)
+    torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
+    loss.backward()
+    expected.loss.backward()
+    with torch.no_grad():  # their gradients under our names: saved as if they were weights
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.grad if parameter.grad is not None else torch.zeros_like(parameter))
+    gradients = huggingface.HuggingFaceCheckpoint(peers.save(theirs, tmp_path / "gradients"))
+    tied = gradients.raw_config["tie_word_embeddings"]
+    for key, parameter in ours.named_parameters():
+        wanted, found = whole(gradients, key), parameter.grad
+        if tied and key in ("embedding.weight", "head.weight"):
+            found = ours.embedding.weight.grad + ours.head.weight.grad
+        assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), key
+        assert wanted.abs().max() > 0, key
+
+
+def as_if(name, tmp_path, change) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of transformers and of our model with one feature changed, from the same weights."""
+    theirs = peers.make(name)
+    checkpoint = huggingface.HuggingFaceCheckpoint(peers.save(theirs, tmp_path))
+    with torch.no_grad():
+        model = Transformer(change(checkpoint.config), resolve(PrecisionConfig(Compute.float32)))
+        for key, parameter in model.named_parameters():
+            parameter.copy_(whole(checkpoint, key))
+        for key, buffer in model.named_buffers():
+            buffer.fill_(key.endswith("load_E"))
+        return theirs(TOKENS).logits, model(TOKENS)
+
+
+BROKEN = {
+    "rope_pairing": ("scout", lambda c: replace(c, rope_pairing=RopePairing.halves)),
+    "rope_scaling": ("scout", lambda c: replace(c, rope_scaling=None)),
+    "chunk": ("scout", lambda c: replace(c, chunk=6)),
+    "temperature": ("scout", lambda c: replace(c, temperature=False)),
+    "qk_norm": ("scout", lambda c: replace(c, qk_norm=QKNorm.none)),
+    "qk_norm_added": ("maverick", lambda c: replace(c, qk_norm=QKNorm.weightless)),
+    "score_placement": ("scout", lambda c: replace(c, router=RouterConfig(weights_on=WeightsOn.output))),
+    "nope": ("maverick", lambda c: replace(c, nope_every=0)),
+    "halves": ("mixtral", lambda c: replace(c, rope_pairing=RopePairing.adjacent)),
+    "renormalise": ("qwen3_moe", lambda c: replace(c, router=replace(c.router, renormalise=False))),
+    "not_renormalised": ("olmoe", lambda c: replace(c, router=replace(c.router, renormalise=True))),
+    "score_on_input": ("mixtral", lambda c: replace(c, router=replace(c.router, weights_on=WeightsOn.input))),
+}
+
+
+@pytest.mark.parametrize("name, change", BROKEN.values(), ids=BROKEN.keys())
+def test_the_comparison_notices_each_feature(name, change, tmp_path):
+    expected, found = as_if(name, tmp_path, change)
+    assert (expected - found).abs().max() > 0.05
+
+
+def test_the_comparison_notices_swapped_gate_and_up(tmp_path, monkeypatch):
+    expected, found = as_if("scout", tmp_path / "a", lambda c: c)
+    assert (expected - found).abs().max() <= 5e-5
+    read = huggingface.HuggingFaceCheckpoint.read
+
+    def swapped(self, name, offset, shape):
+        tensor = read(self, name, offset, shape)
+        return tensor.flip(1) if tensor.dim() == 4 else tensor
+
+    monkeypatch.setattr(huggingface.HuggingFaceCheckpoint, "read", swapped)
+    expected, found = as_if("scout", tmp_path / "b", lambda c: c)
+    assert (expected - found).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["scout", "qwen3_moe", "olmoe"])
+def test_packed_documents_equal_separate_runs_of_transformers(name, tmp_path):
+    """transformers ignores positions in the query temperature, so each document is run by itself there."""
+    theirs = peers.make(name)
+    ours = huggingface.load(peers.save(theirs, tmp_path))
+    lengths = (4, 7, 2)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed = ours(TOKENS[:1], SequenceContext(positions))[0]
+    for document, found in zip(TOKENS[0].split(lengths), packed.split(lengths), strict=True):
+        torch.testing.assert_close(found, theirs(document[None]).logits[0], rtol=0, atol=5e-5)
+    leaking = ours(TOKENS[:1])[0]
+    assert (leaking[4:] - packed[4:]).abs().max() > 0.05, "control: without boundaries the logits differ"

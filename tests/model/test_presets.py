@@ -1,0 +1,51 @@
+"""The published models, to the digit: closed form, our own network and transformers' on the meta device."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from core.config import load
+from model.config import ModelConfig
+from model.flops import count_parameters
+from model.huggingface import model_differences, read_config, write_config
+from model.source import parameter_shapes
+from train.config import TrainConfig
+
+COUNTS = {
+    # Llama 4 from its published configuration; the others from the totals that their checkpoints state
+    "llama4_scout": (107_769_861_120, 17_172_894_720),
+    "llama4_maverick": (400_711_848_960, 17_184_691_200),
+    "behemoth": (1_986_331_791_360, 287_638_671_360),
+    "mixtral_8x7b": (46_702_792_704, None),
+    "qwen3_30b_a3b": (30_532_122_624, None),
+    "olmoe_1b_7b": (6_919_161_856, None),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    return load("train", TrainConfig, [f"model={name}"]).model
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_to_the_digit(name):
+    total, active = COUNTS[name]
+    counted = count_parameters(preset(name))
+    assert counted.total == total
+    assert active is None or counted.active == active
+    assert sum(math.prod(shape) for shape in parameter_shapes(preset(name)).values()) == total
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_transformers_counts_the_same(name):
+    """From the configuration that we would write: so it says the same network, too."""
+    import transformers
+
+    _, config = write_config(preset(name))
+    text = transformers.AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(text)
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == COUNTS[name][0]
+    assert model_differences(read_config(text.to_dict())[1], preset(name)) == {}

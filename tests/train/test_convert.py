@@ -1,0 +1,314 @@
+"""`import`, `export`, `model.init_from` and upcycling, from small checkpoints that transformers wrote."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.errors import CheckpointError, ConfigError, LeviathanError
+from launch.cli import main
+from model import huggingface
+from model.config import (
+    FeedForward,
+    ModelConfig,
+    RouterConfig,
+    Score,
+    UpcycleConfig,
+    UpcycleMethod,
+    WeightsOn,
+)
+from model.source import whole
+from model.upcycle import Upcycled, keeps_the_function
+from tests.model import peers
+from tests.train import tiny
+from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
+from train.initial import initial_source, open_model
+from train.stored import StoredModel
+
+QUIET = lambda line: None  # noqa: E731
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("saved")
+    names = ("maverick", "qwen3_moe", "llama", "qwen3")
+    return {name: peers.save(peers.make(name), root / name) for name in names}
+
+
+@pytest.mark.parametrize("name", ["maverick", "qwen3_moe"])
+def test_import_export_import_is_bit_identical(saved, tmp_path, name, capsys):
+    first, out, second = tmp_path / "first", tmp_path / "out", tmp_path / "second"
+    saved[name].joinpath("tokenizer.json").write_text('{"kept": true}')
+    assert main(["import", str(saved[name]), str(first)]) == 0
+    assert main(["export", str(first), str(out)]) == 0
+    assert main(["import", f"source={out}", f"out={second}"]) == 0
+    assert capsys.readouterr().out.count("logits equal transformers' to") == 3
+    originals, copies = open_model(saved[name]), open_model(second)
+    assert originals.shapes == copies.shapes
+    for key in originals.shapes:
+        assert torch.equal(whole(originals, key), whole(copies, key)), key
+    assert (out / "tokenizer.json").read_text() == '{"kept": true}'
+    before, after = (json.loads((path / "config.json").read_text()) for path in (saved[name], out))
+    assert after["eos_token_id"] == before["eos_token_id"] == 2
+
+
+def config_like(source, **training) -> list[str]:
+    """Overrides that make the tiny run's model the one of `source`."""
+    c = source.config
+    return [
+        f"model.vocab_size={c.vocab_size}",
+        f"model.width={c.width}",
+        f"model.layers={c.layers}",
+        f"model.heads={c.heads}",
+        f"model.kv_heads={c.kv_heads}",
+        f"model.head_width={c.head_width}",
+        f"model.dense_width={c.dense_width}",
+        f"model.expert_width={c.expert_width}",
+        f"model.experts={c.experts}",
+        f"model.moe_every={c.moe_every}",
+        f"model.chunk={c.chunk}",
+        f"model.qk_norm={c.qk_norm.value}",
+        f"model.temperature_floor={c.temperature_floor}",
+        f"model.temperature_scale={c.temperature_scale}",
+        f"model.router.top_k={c.router.top_k}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def runnable(tmp_path_factory) -> Path:
+    """A Llama 4 with a vocabulary that the tiny run's tokenizer fits."""
+    root = tmp_path_factory.mktemp("runnable") / "hf"
+    return peers.save(peers.make("maverick", vocab_size=320), root)
+
+
+def start(path: Path, root: Path, *overrides: str):
+    like = config_like(open_model(path))
+    like += ["data.tokenizer.vocab_size=320"]
+    return tiny.trainer(root, "run", [*tiny.EXACT, *like, f"model.init_from={path}", *overrides])
+
+
+def test_training_goes_on_from_a_checkpoint_and_comes_back_out(runnable, tmp_path):
+    run_import(ImportConfig(str(runnable), str(tmp_path / "imported")))
+    losses = []
+    for path in (runnable, tmp_path / "imported"):
+        trainer = start(path, tmp_path / path.name, "model.balance.bias_rate=0", "training.steps=2")
+        source = open_model(runnable)
+        for name, parameter in trainer.engine.model.named_parameters():
+            assert torch.equal(parameter.detach().float(), whole(source, name)), name
+        assert trainer.fit() == 0
+        losses.append(json.loads((trainer.directory.path / "summary.json").read_text())["train_loss"])
+    assert losses[0] == losses[1]
+    run_export(ExportConfig(str(trainer.directory.path), str(tmp_path / "trained"), check=Check.always))
+    exported, trained = huggingface.HuggingFaceCheckpoint(tmp_path / "trained"), open_model(trainer.directory.path)
+    assert all(torch.equal(whole(exported, key), whole(trained, key)) for key in trained.shapes)
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(tmp_path / "trained")("def main():")["input_ids"]
+    tokenizer = trainer.corpus.tokenizer
+    assert ids == [tokenizer.bos_id, *tokenizer.encode(["def main():"])[0]]
+
+
+def test_a_resumed_run_does_not_start_over_from_the_checkpoint(runnable, tmp_path):
+    first = start(runnable, tmp_path, "training.steps=4", "checkpoint.every=2")
+    first.train_step(0), first.train_step(1)
+    first.save()
+    first.checkpointer.wait()
+    again = start(runnable, tmp_path, "training.steps=4", "checkpoint.every=2")
+    assert again.step == 2
+    pairs = zip(first.engine.model.parameters(), again.engine.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_selection_biases_are_not_dropped_silently(runnable, tmp_path):
+    trainer = start(runnable, tmp_path, "training.steps=1", "model.balance.bias_rate=0.01")
+    assert trainer.fit() == 0
+    wanted = ExportConfig(str(trainer.directory.path), str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="drop_selection_bias"):
+        run_export(wanted)
+    assert run_export(replace(wanted, drop_selection_bias=True)) == 0
+
+
+def test_another_network_is_refused_with_the_differences(runnable, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.expert_width=32 there, 64 here"):
+        start(runnable, tmp_path, "model.expert_width=64")
+    with pytest.raises(ConfigError, match=r"model.init_from.*no such directory"):
+        initial_source(ModelConfig(init_from=str(tmp_path / "nothing")), 0, QUIET)
+
+
+def flip(checkpoint: Path) -> None:
+    data = next(checkpoint.glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+
+def test_damage_of_an_imported_model_is_noticed(saved, tmp_path):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    flip(tmp_path / "in" / "checkpoints" / "step-00000000")
+    with pytest.raises(CheckpointError, match="does not match its digest"):
+        run_export(ExportConfig(str(tmp_path / "in"), str(tmp_path / "out"), check=Check.never))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_blocks_of_a_stored_model_equal_slices(saved, tmp_path):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    source = open_model(tmp_path / "in")
+    assert isinstance(source, StoredModel)
+    for key, shape in source.shapes.items():
+        offset = [size // 3 for size in shape]
+        part = [max(1, size // 2) for size in shape]
+        window = tuple(slice(o, o + p) for o, p in zip(offset, part, strict=True))
+        assert torch.equal(source.read(key, offset, part), whole(source, key)[window])
+
+
+def mixture(dense: ModelConfig, **changes) -> ModelConfig:
+    layers = [
+        replace(layer, feed_forward=FeedForward.moe if i % 2 else FeedForward.dense)
+        for i, layer in enumerate(dense.blocks)
+    ]
+    base = replace(
+        dense,
+        layer_list=layers,
+        experts=4,
+        expert_width=dense.dense_width,
+        shared_width=0,
+        router=RouterConfig(top_k=2, score=Score.softmax, renormalise=True, weights_on=WeightsOn.output),
+        init_from="dense",
+    )
+    return replace(base, **changes)
+
+
+UPCYCLED = {
+    "copy": ({"upcycle": UpcycleConfig()}, True),
+    "split": ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 24, "experts": 8}, True),
+    "split_scaled": (
+        {
+            "upcycle": UpcycleConfig(UpcycleMethod.split),
+            "expert_width": 16,
+            "experts": 6,
+            "router": RouterConfig(3, Score.sigmoid, renormalise=True, scale=2.5, weights_on=WeightsOn.output),
+        },
+        True,
+    ),
+    "shared": ({"upcycle": UpcycleConfig(), "shared_width": 48, "expert_width": 32, "router": RouterConfig()}, True),
+    "noise": ({"upcycle": UpcycleConfig(UpcycleMethod.noise, noise_std=0.05)}, False),
+    "llama4_router": ({"upcycle": UpcycleConfig(), "router": RouterConfig()}, False),
+}
+
+
+@pytest.mark.parametrize("changes, equal", UPCYCLED.values(), ids=UPCYCLED.keys())
+def test_upcycling_keeps_the_loss_where_it_promises(saved, changes, equal):
+    dense = open_model(saved["qwen3"])
+    config = mixture(dense.config, **changes)
+    tokens = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(1))
+    expected = huggingface.load(saved["qwen3"])(tokens)
+    model = huggingface.materialise(Upcycled(dense, config, seed=3))
+    assert keeps_the_function(config) is equal
+    difference = float((model(tokens) - expected).abs().max())
+    assert (difference < 5e-5) if equal else (difference > 1e-2)
+
+
+def test_upcycled_blocks_equal_slices(saved):
+    """What each rank reads does not depend on how the tensors are cut."""
+    dense = open_model(saved["qwen3"])
+    for changes, _ in UPCYCLED.values():
+        source = Upcycled(dense, mixture(dense.config, **changes), seed=3)
+        for key, shape in source.shapes.items():
+            offset, part = [size // 3 for size in shape], [max(1, size // 2) for size in shape]
+            window = tuple(slice(o, o + p) for o, p in zip(offset, part, strict=True))
+            assert torch.equal(source.read(key, offset, part), whole(source, key)[window]), key
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"expert_width": 24}, "model.expert_width"),
+        ({"shared_width": 32}, "model.shared_width"),
+        ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 24, "experts": 5}, "model.experts"),
+        ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 40}, "model.expert_width"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(saved, changes, key):
+    config = mixture(open_model(saved["qwen3"]).config, **{"upcycle": UpcycleConfig(), **changes})
+    with pytest.raises(ConfigError) as caught:
+        initial_source(replace(config, init_from=str(saved["qwen3"])), 0, QUIET)
+    assert caught.value.key == key
+
+
+def test_a_mixture_cannot_be_upcycled(saved):
+    source = open_model(saved["qwen3_moe"])
+    config = replace(source.config, init_from=str(saved["qwen3_moe"]), upcycle=UpcycleConfig())
+    with pytest.raises(LeviathanError):
+        initial_source(config, 0, QUIET)
+
+
+BIG = """
+import json, resource, sys, torch
+from pathlib import Path
+from model.huggingface.files import Planned, write_directory
+root, experts = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+D, F = 1024, 2048
+config = {"model_type": "llama4_text", "vocab_size": 128, "hidden_size": D, "num_hidden_layers": 1,
+          "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": F,
+          "num_local_experts": experts, "no_rope_layers": [1]}
+shapes = {"model.embed_tokens.weight": (128, D), "lm_head.weight": (128, D), "model.norm.weight": (D,)}
+layer = "model.layers.0."
+shapes |= {layer + f"self_attn.{k}_proj.weight": (n, D) for k, n in (("q", D), ("k", 256), ("v", 256))}
+shapes |= {layer + "self_attn.o_proj.weight": (D, D), layer + "input_layernorm.weight": (D,)}
+shapes |= {layer + "post_attention_layernorm.weight": (D,), layer + "feed_forward.router.weight": (experts, D)}
+shapes |= {layer + "feed_forward.experts.gate_up_proj": (experts, D, 2 * F)}
+shapes |= {layer + "feed_forward.experts.down_proj": (experts, F, D)}
+shared = layer + "feed_forward.shared_expert."
+shapes |= {shared + "gate_proj.weight": (F, D), shared + "up_proj.weight": (F, D)}
+shapes |= {shared + "down_proj.weight": (D, F)}
+def content(shape):
+    for _ in range(shape[0] if len(shape) == 3 else 1):
+        yield torch.randn(shape[1:] if len(shape) == 3 else shape).bfloat16()
+planned = [Planned(n, torch.bfloat16, s, lambda s=s: content(s)) for n, s in shapes.items()]
+root.mkdir()
+write_directory(root, planned, 8 << 30)
+(root / "config.json").write_text(json.dumps(config))
+"""
+
+CONVERT = """
+import resource, sys
+from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
+root = sys.argv[1]
+run_import(ImportConfig(root + "/hf", root + "/in", check=Check.never))
+run_export(ExportConfig(root + "/in", root + "/out", check=Check.never))
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak_memory(root: Path, experts: int) -> int:
+    def run(code: str, *arguments: str) -> str:
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    run(BIG, str(root / "hf"), str(experts))
+    peak = int(run(CONVERT, str(root)).split("peak")[1])
+    for name in ("hf", "out"):
+        files = list((root / name).glob("*.safetensors"))
+        assert sum(path.stat().st_size for path in files) > experts * 3 * 1024 * 2048 * 2
+    return peak
+
+
+def test_memory_of_a_conversion_does_not_grow_with_the_tensor(tmp_path):
+    """An expert is 12 MB; four times as many make the files four times as large."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.mkdir(), large.mkdir()
+    assert abs(peak_memory(large, 32) - peak_memory(small, 8)) < 40e6
+
+
+@pytest.mark.slow
+def test_a_fused_tensor_of_two_gigabytes_needs_less_than_600_megabytes(tmp_path):
+    peak = peak_memory(tmp_path, 256)
+    gate_up = 256 * 1024 * 2 * 2048 * 2
+    assert gate_up > 2e9 and peak < 600e6, f"{peak / 1e6:.0f} MB"

@@ -1,0 +1,63 @@
+"""Where a run's first weights come from, other than a seed: a checkpoint of ours or in the Hugging Face format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from core.errors import CheckpointError, ConfigError
+from model.config import FeedForward, ModelConfig
+from model.huggingface import HuggingFaceCheckpoint, model_differences
+from model.source import TensorSource
+from model.upcycle import Upcycled, keeps_the_function
+from train.checkpoint import committed_checkpoints
+from train.run_directory import load_config
+from train.stored import IMPORTED, StoredModel, load_imported
+
+
+def open_model(path: Path, text_only: bool = False) -> TensorSource:
+    """The model in this directory: imported, a run's newest checkpoint, or one in the Hugging Face format."""
+    if not path.is_dir():
+        raise ConfigError("", str(path), "no such directory")
+    if (path / IMPORTED).exists():
+        return _newest(path, load_imported(path))
+    if (path / "config.yaml").exists():
+        return _newest(path, load_config(path).model)
+    return HuggingFaceCheckpoint(path, text_only)
+
+
+def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -> TensorSource | None:
+    """What `model.init_from` names, as this model. Raises `ConfigError` where the two are not the same network."""
+    if config.init_from is None:
+        return None
+    try:
+        source = open_model(Path(config.init_from).expanduser())
+    except ConfigError as error:
+        raise error.under("model.init_from") from None
+    target = config
+    if config.upcycle is not None:
+        target = replace(config, layer_list=[replace(b, feed_forward=FeedForward.dense) for b in config.blocks])
+        if any(layer.feed_forward is FeedForward.moe for layer in config.blocks):
+            target = replace(target, dense_width=source.config.dense_width)
+    different = model_differences(source.config, target)
+    if different:
+        listed = "; ".join(f"model.{key}={has} there, {wanted} here" for key, (has, wanted) in different.items())
+        raise ConfigError("model.init_from", config.init_from, f"is another network: {listed}")
+    if config.upcycle is not None:
+        try:
+            source = Upcycled(source, config, seed)
+        except ConfigError as error:
+            raise error.under("model") from None
+        kept = "computes what the dense model does" if keeps_the_function(config) else "starts near the dense model"
+        log(f"upcycled {config.init_from} by {config.upcycle.method.value}: {kept}")
+    else:
+        log(f"initial weights from {config.init_from}")
+    return source
+
+
+def _newest(path: Path, config: ModelConfig) -> TensorSource:
+    committed = committed_checkpoints(path / "checkpoints")
+    if not committed:
+        raise CheckpointError(f"{path} has no checkpoint yet")
+    return StoredModel(committed[-1].path, config)
