@@ -1,0 +1,47 @@
+"""A Hugging Face checkpoint straight into a sharded run: every rank reads its part, and together they have it all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.huggingface import HuggingFaceCheckpoint
+from model.source import whole as whole_tensor
+from tests.model import peers
+from tests.train.like import like
+from tests.train.tiny import EXACT, trainer, whole
+
+
+def started(root: Path, path: Path, overrides: list[str]) -> tuple[dict[str, torch.Tensor], int]:
+    """The weights that a run on these ranks begins with, and how many bytes of tensors this rank read."""
+    from model.huggingface import checkpoint
+
+    read, count = checkpoint.read_rows, 0
+
+    def counted(*arguments):
+        nonlocal count
+        rows = read(*arguments)
+        count += rows.numel() * rows.element_size()
+        return rows
+
+    checkpoint.read_rows = counted
+    try:
+        run = trainer(root, "run", [*overrides, *EXACT, *like(path), f"model.init_from={path}"])
+    finally:
+        checkpoint.read_rows = read
+    return {name: whole(parameter) for name, parameter in run.engine.model.named_parameters()}, count
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.dp_replicate=2"]], ids=["fsdp", "hsdp"])
+def test_each_rank_reads_only_its_slices(ranks, small_corpus, tmp_path, layout):
+    path = peers.save(peers.make("maverick", vocab_size=320, num_local_experts=8), tmp_path / "hf")
+    source = HuggingFaceCheckpoint(path)
+    total = sum(torch.Size(shape).numel() * 4 for shape in source.shapes.values())
+    shards = 2 if layout else 4
+    for weights, count in ranks(4, started, tmp_path, path, [*small_corpus, *layout]):
+        assert set(weights) == set(source.shapes)
+        for name, tensor in weights.items():
+            assert torch.equal(tensor.float(), whole_tensor(source, name)), name
+        assert total / shards <= count <= 1.05 * total / shards
