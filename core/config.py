@@ -55,6 +55,8 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     try:
         if isinstance(values, DictConfig):
             values = OmegaConf.to_container(values, resolve=True)  # "+key=" overrides have opened the schema: close it
+        if not isinstance(values, dict):
+            raise ConfigError(path, values, "needs keys and values, not one value")
         typed = OmegaConf.merge(OmegaConf.structured(_twin(typing.cast(Any, cls))), values)
         container = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -124,7 +126,8 @@ def _plain_factory(factory: Callable[[], Any]) -> Callable[[], Any]:
 
 def _twin_type(kind: Any) -> Any:
     """The schema's type of a field. Components inside lists and dicts stay open here (Hydra cannot add a typed entry
-    by "+sources.mine.path=..."): `build` checks each of them by itself.
+    by "+sources.mine.path=...") and so do optional ones (nor can it fill a typed null): `build` checks each of them by
+    itself.
     """
     if dataclasses.is_dataclass(kind):
         return _twin(typing.cast(type, kind))
@@ -133,10 +136,12 @@ def _twin_type(kind: Any) -> Any:
         return kind
     if origin in (list, dict):
         arguments = tuple(Any if dataclasses.is_dataclass(a) else a for a in arguments)
-    twins = tuple(_twin_type(a) for a in arguments)
     if origin in (typing.Union, types.UnionType):
-        return typing.Union[twins]  # noqa: UP007 - built from a tuple
-    return origin[twins]  # type: ignore[index]
+        if any(dataclasses.is_dataclass(a) for a in arguments):
+            return Any
+        arguments = tuple(_twin_type(a) for a in arguments)
+        return typing.Union[arguments]  # noqa: UP007 - built from a tuple
+    return origin[tuple(_twin_type(a) for a in arguments)]  # type: ignore[index]
 
 
 def _make(kind: Any, value: Any, path: str) -> Any:
@@ -152,7 +157,7 @@ def _make(kind: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         (kind,) = (a for a in arguments if a is not type(None))
-        return _make(kind, value, path)
+        return _entry(kind, value, path)
     if origin is list:
         return [_entry(arguments[0], part, f"{path}.{i}") for i, part in enumerate(value)]
     if origin is dict:
@@ -187,6 +192,8 @@ def _explain(error: Exception, schema: type) -> ConfigError:
         if typing.get_origin(owner) is dict:
             return ConfigError(key, None, "no such entry", [f"+{key}=... to add one"])
         known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+        if name in known:
+            return ConfigError(key, None, f"{parent} is null unless something is set in it", [f"+{key}=... to set it"])
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         return ConfigError(key, None, "no such key", [f"{parent}.{n}" if parent else n for n in near or known])
     value = getattr(cause, "value", None)

@@ -57,6 +57,13 @@ VERBS = {
         "train.convert:run_export",
         positional=("source", "out"),
     ),
+    "report": Verb(
+        "draw one run, or several side by side",
+        "report",
+        "train.report:ReportConfig",
+        "train.report:run",
+        positional=("runs...",),
+    ),
     "doctor": Verb(
         "look at this machine and installation", "doctor", "launch.doctor:DoctorConfig", "launch.doctor:run"
     ),

@@ -40,12 +40,15 @@ class Callback:
 
 def make(trainer: Trainer) -> Sequence[Callback]:
     """The callbacks of a run in their order: the summary comes last and sees what the others left."""
-    logging, evaluation = Logging(trainer), Evaluation(trainer)
+    logging = Logging(trainer)
+    evaluation = Evaluation(trainer, logging)
     found: list[Callback] = [logging, evaluation, Saving(trainer)]
     if trainer.config.profile.steps:
         found.append(Profiling(trainer))
     found.append(Summary(trainer, logging, evaluation))
-    return found
+    if trainer.config.logging.report:
+        found.append(Report(trainer))
+    return [*found, Farewell(trainer)]
 
 
 class Logging(Callback):
@@ -79,7 +82,8 @@ class Logging(Callback):
         if self.writer is not None:
             self.writer.write(line)
 
-    def at_end(self) -> None:
+    def close(self) -> None:
+        """After the last line: evaluation at the end still writes one."""
         if self.writer is not None:
             self.writer.close()
 
@@ -129,6 +133,10 @@ class Evaluation(Callback):
 
     result: HeldOut | None = None
 
+    def __init__(self, trainer: Trainer, logging: Logging) -> None:
+        super().__init__(trainer)
+        self.logging = logging
+
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
         every = self.trainer.config.evaluation.every
         if every and steps % every == 0 and steps != self.trainer.steps:
@@ -148,6 +156,10 @@ class Evaluation(Callback):
             self.result = held_out_loss(
                 trainer.engine.model, loader, trainer.corpus, rows, phase.micro_batch, trainer.weights, trainer.world
             )
+        if self.logging.writer is not None:
+            sources = {name: vars(found) for name, found in self.result.sources.items()}
+            line = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": self.result.loss}
+            self.logging.writer.write({**line, "heldout": sources})
         parts = [f"{name} {found.loss:.3f}" for name, found in self.result.sources.items()]
         trainer.log(
             f"held-out loss {self.result.loss:.4f} nats/token, {self.result.bits_per_byte:.3f} bits/byte"
@@ -207,7 +219,7 @@ class Profiling(Callback):
 
 
 class Summary(Callback):
-    """The closing figures, in summary.json and in the terminal; the last line names the run."""
+    """The closing figures, in summary.json and in the terminal."""
 
     def __init__(self, trainer: Trainer, logging: Logging, evaluation: Evaluation) -> None:
         super().__init__(trainer)
@@ -218,7 +230,7 @@ class Summary(Callback):
         if trainer.world.is_main:
             summary = self.summary()
             write_json(trainer.directory.summary, summary)
-        trainer.log(f"run: {trainer.directory.path}")
+        self.logging.close()
 
     def summary(self) -> dict[str, Any]:
         trainer, config = self.trainer, self.trainer.config
@@ -261,3 +273,25 @@ class Summary(Callback):
             f"bigram {found['bigram_loss']:.4f} (smoothed by {found['bigram_constant']:g})"
         )
         return found
+
+
+class Report(Callback):
+    """The run's page. What cannot be drawn is said in a line: the run is done all the same."""
+
+    def at_end(self) -> None:
+        trainer = self.trainer
+        if not trainer.world.is_main:
+            return
+        from train.report import PAGE, write_report  # matplotlib takes a second to import
+
+        try:
+            write_report([trainer.directory.path], trainer.directory.path / PAGE)
+        except (LeviathanError, OSError, ValueError) as error:
+            trainer.log(f"no report: {error}")
+
+
+class Farewell(Callback):
+    """The last line names the run."""
+
+    def at_end(self) -> None:
+        self.trainer.log(f"run: {self.trainer.directory.path}")

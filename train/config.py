@@ -105,6 +105,8 @@ class LoggingConfig:
     every: int = 10
     wandb: Wandb = Wandb.disabled
     project: str = "leviathan"
+    report: bool = True
+    """Draw the run's page, report.html, at its end."""
 
     def __post_init__(self) -> None:
         if self.every < 1:

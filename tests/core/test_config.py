@@ -92,3 +92,28 @@ def test_differences_name_leaves():
     old, new = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": [1, 2], "e": 5}
     assert differences(old, new) == {"a.c": (2, 3), "d": ([1], [1, 2]), "e": (None, 5)}
     assert differences(old, old) == {}
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.rope_scaling={factr: 2.0}", "model.rope_scaling.factr: no such key; try factor"),
+        ("model.rope_scaling={factor: 0.5}", "model.rope_scaling.factor=0.5: needs factor >= 1"),
+        ("model.rope_scaling=3", "model.rope_scaling=3: needs keys and values"),
+        ("model.rope_scaling.factor=2", "model.rope_scaling is null unless something is set in it; try +model.rope"),
+    ],
+)
+def test_optional_components_are_checked_like_others(override, message):
+    from train.config import TrainConfig
+
+    with pytest.raises(ConfigError) as caught:
+        load("train", TrainConfig, [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["model.rope_scaling={factor: 2.0}", "+model.rope_scaling.factor=2.0"])
+def test_optional_components_can_be_set_from_the_command(override):
+    from train.config import TrainConfig
+
+    scaling = load("train", TrainConfig, [override]).model.rope_scaling
+    assert scaling is not None and scaling.factor == 2 and scaling.high == 1

@@ -48,7 +48,9 @@ def test_a_run_leaves_what_it_promises(finished):
         assert isinstance(summary[key], int) and summary[key] > 0, key
     assert summary["active_parameters"] < summary["total_parameters"]
     assert set(summary["heldout"]["sources"]) == {"text", "code"}
-    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["heldout_loss"] == summary["heldout_loss"] and set(lines[-1]["heldout"]) == {"text", "code"}
+    last = [line for line in lines if "loss" in line][-1]
     wanted = {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu", "peak_memory_bytes"}
     assert wanted <= set(last) and last["mfu"] is None, "a CPU has no MFU"
     assert len(last["expert_load"]) == len(last["router_z"]) == 2

@@ -31,7 +31,9 @@ def arguments(root: Path, name: str, corpus: list[str], *more: str) -> list[str]
 
 
 def lines(root: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+    """The logged steps; evaluations have lines of their own."""
+    found = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if "loss" in line]
 
 
 def exact(root: Path, name: str) -> list[tuple]:

@@ -41,6 +41,7 @@ TINY = [
     "schedule.warmup_steps=0",
     "schedule.kind=constant",
     "logging.every=1",
+    "logging.report=false",
     "evaluation.every=0",
     "evaluation.rows=4",
     "evaluation.baselines=false",
