@@ -5,6 +5,7 @@ Exit codes of every verb: 0 done, 1 failed, 2 wrong configuration, 130 interrupt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -50,6 +51,16 @@ class ConfigError(LeviathanError):
             advice = f"; try {', '.join(most)} or {last}" if most else f"; try {last}"
         shown = "" if self.value is None else f"={getattr(self.value, 'value', self.value)}"
         return f"{self.key}{shown}: {self.reason}{advice}"
+
+
+def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` for the first of these fields that is no finite number of its sign; None passes."""
+    for key in (*positive, *not_negative):
+        value = getattr(config, key)
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0 or (key in positive and value == 0):
+            raise ConfigError(key, value, "must be positive" if key in positive else "must not be negative")
 
 
 def divisors(number: int) -> list[int]:

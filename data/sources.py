@@ -67,7 +67,7 @@ class BuiltinSource:
         self.name, self.config, self.section, self.share = name, config, config.section, data.held_out
         self._files = sorted(builtin.files(self.section), key=lambda file: key_of(file.origin, file.name))
         if not self._files:
-            reason = f"this Python has no {self.section.name} (slim images leave some out): remove the source"
+            reason = f"this Python has no {self.section.name} (slim images leave some out): add ~data.sources.{name}"
             raise ConfigError(f"data.sources.{name}.section", self.section, reason)
 
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,9 +37,19 @@ class Verb:
 
 VERBS = {
     "train": Verb("train a model", "train", "train.config:TrainConfig", "launch.local:train", forwards=True),
-    "evaluate": Verb("held-out loss of a run", "evaluate", "train.evaluate:EvaluateConfig", "train.evaluate:run"),
+    "evaluate": Verb(
+        "held-out loss of a run",
+        "evaluate",
+        "train.evaluate:EvaluateConfig",
+        "train.evaluate:run",
+        positional=("run",),
+    ),
     "generate": Verb(
-        "continue a text with a run's model", "generate", "train.generate:GenerateConfig", "train.generate:run"
+        "continue a text with a run's model",
+        "generate",
+        "train.generate:GenerateConfig",
+        "train.generate:run",
+        positional=("run", "prompt"),
     ),
     "tokenize": Verb(
         "make token shards of a corpus", "tokenize", "launch.tokenize:TokenizeConfig", "launch.tokenize:run"
@@ -68,6 +79,10 @@ VERBS = {
         "look at this machine and installation", "doctor", "launch.doctor:DoctorConfig", "launch.doctor:run"
     ),
 }
+
+
+_OVERRIDE = re.compile(r"~\S|\+{0,2}[A-Za-z_][\w./@:-]*=")
+"""How Hydra's overrides begin; other arguments stand for the keys in `Verb.positional`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,11 +150,11 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _named(verb: Verb, arguments: list[str]) -> list[str]:
     """Arguments without "=" as overrides of the keys that they stand for."""
-    bare = [argument for argument in arguments if "=" not in argument and not argument.startswith("~")]
+    bare = [argument for argument in arguments if not _OVERRIDE.match(argument)]
     if not verb.positional:
         return arguments  # Hydra says what is wrong with them
     named, keys = [argument for argument in arguments if argument not in bare], list(verb.positional)
-    quoted = ["'" + argument.replace("'", "\\'") + "'" for argument in bare]
+    quoted = ["'" + argument.replace("'", "\\'").replace("${", "\\${") + "'" for argument in bare]
     while quoted:
         if not keys:
             raise ConfigError(bare[-1], None, f"one argument too many; they are {' '.join(verb.positional)}")

@@ -46,6 +46,8 @@ def train(config: TrainConfig, overrides: list[str]) -> int:
     that an error comes once and before any rank is started.
     """
     launch = build(LaunchConfig, config.launch, "launch")
+    if launch.kind is LaunchKind.inline and launch.processes is not None:
+        raise ConfigError("launch.processes", launch.processes, "one process has no others; add launch=torchrun")
     if launch.kind is LaunchKind.inline:
         from train.trainer import run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from core.errors import ConfigError, divisors
+from core.errors import ConfigError, check_numbers, divisors
 
 
 class FeedForward(Enum):
@@ -93,6 +93,7 @@ class RouterConfig:
     """Tokens go to experts in turn, whatever the router says: for benchmarks only."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, positive=("scale",))
         if self.top_k < 1:
             raise ConfigError("top_k", self.top_k, "a token needs at least one expert", [1, 2])
 
@@ -113,9 +114,7 @@ class BalanceConfig:
     z: float = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("bias_rate", "aux", "z"):
-            if getattr(self, key) < 0:
-                raise ConfigError(key, getattr(self, key), "must not be negative", [0])
+        check_numbers(self, not_negative=("bias_rate", "aux", "z"))
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,9 @@ class InitConfig:
     embedding_std: float | None = None
     head_std: float | None = None
     depth_scaled: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, not_negative=("std", "embedding_std", "head_std"))
 
 
 class UpcycleMethod(Enum):
@@ -203,6 +205,7 @@ class ModelConfig:
         for key in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "dense_width", "expert_width"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be positive")
+        check_numbers(self, ("rope_theta", "temperature_floor", "norm_eps"), ("shared_width", "temperature_scale"))
         if self.heads % self.kv_heads:
             legal = divisors(self.heads)
             raise ConfigError("kv_heads", self.kv_heads, f"must divide the {self.heads} query heads", legal)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.errors import LeviathanError
+from core.errors import ConfigError, LeviathanError
 
 T = TypeVar("T")
 
@@ -89,6 +89,8 @@ def _device(local_rank: int) -> torch.device:
 
 def _store(size: int) -> dist.Store:
     """torchrun's store under a prefix of this attempt: a restart must not meet the addresses of ranks that died."""
+    if not {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys():
+        raise ConfigError("WORLD_SIZE", size, "is set, but not by torchrun: unset it, or start the ranks with torchrun")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
     store = dist.TCPStore(host, port, size, is_master=own, wait_for_workers=False)

@@ -17,6 +17,7 @@ from data.ngrams import NgramBaseline
 from model.flops import count_parameters, training_flops
 from train.evaluate import HeldOut, held_out_batches, held_out_loss
 from train.metrics import MetricsWriter, Throughput, expert_load, peak_memory_bytes
+from train.run_directory import read_lines
 
 if TYPE_CHECKING:
     from train.trainer import StepMetrics, Trainer
@@ -42,13 +43,21 @@ def make(trainer: Trainer) -> Sequence[Callback]:
     """The callbacks of a run in their order: the summary comes last and sees what the others left."""
     logging = Logging(trainer)
     evaluation = Evaluation(trainer, logging)
-    found: list[Callback] = [logging, evaluation, Saving(trainer)]
+    found: list[Callback] = [logging, Saving(trainer), evaluation]
     if trainer.config.profile.steps:
         found.append(Profiling(trainer))
     found.append(Summary(trainer, logging, evaluation))
     if trainer.config.logging.report:
         found.append(Report(trainer))
     return [*found, Farewell(trainer)]
+
+
+def refuse_nonsense(loss: float, steps: int) -> None:
+    """A loss that is no number makes every later step a waste."""
+    if not math.isfinite(loss):
+        raise LeviathanError(
+            f"the loss after step {steps} is {loss}: start a new run (run.name) with a lower optimizer.lr"
+        )
 
 
 class Logging(Callback):
@@ -61,7 +70,10 @@ class Logging(Callback):
         self.writer: MetricsWriter | None = None
         if world.is_main:
             self.writer = MetricsWriter(trainer.directory.metrics, config.logging, plain(config), trainer.log)
-        self.last_loss: float | None = None
+        earlier = list(read_lines(trainer.directory.metrics)) if trainer.directory.metrics.exists() else []
+        steps = [line for line in earlier if "loss" in line]
+        self.last_loss: float | None = steps[-1]["loss"] if steps else None
+        self.last_rate: float = steps[-1]["tokens_per_second"] if steps else 0.0
         self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
         self._begin = (self._clock, trainer.step)
 
@@ -70,9 +82,7 @@ class Logging(Callback):
         if steps % trainer.config.logging.every and steps != trainer.steps:
             return
         self.last_loss = metrics.loss.item()
-        if not math.isfinite(self.last_loss):  # every later step would be wasted
-            advice = "lower optimizer.lr, or go on from an older checkpoint"
-            raise LeviathanError(f"the loss after step {steps} is {self.last_loss}: {advice}")
+        refuse_nonsense(self.last_loss, steps)
         now = time.perf_counter()
         seconds = now - self._clock - (trainer.paused_s - self._paused)
         self.throughput.add(seconds, metrics.tokens - self._tokens)
@@ -170,9 +180,12 @@ class Evaluation(Callback):
 class Saving(Callback):
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
         every = self.trainer.config.checkpoint.every
-        if every and steps % every == 0 and steps != self.trainer.steps:
-            with self.trainer.pause():
-                self.trainer.save()
+        last = steps == self.trainer.steps
+        if last or (every and steps % every == 0):
+            refuse_nonsense(metrics.loss.item(), steps)  # before it takes the place of a good one
+            if not last:
+                with self.trainer.pause():
+                    self.trainer.save()
 
     def at_end(self) -> None:
         if self.trainer.step and not self.trainer.checkpointer.has(self.trainer.step):
@@ -243,7 +256,7 @@ class Summary(Callback):
             "heldout_loss": held_out.loss if held_out else None,
             "unigram_loss": None,
             "bigram_loss": None,
-            "tokens_per_second": round(self.logging.throughput.mean, 1),
+            "tokens_per_second": round(self.logging.throughput.mean or self.logging.last_rate, 1),
             "peak_memory_bytes": peak_memory_bytes(trainer.world.device),
             "total_parameters": parameters.total,
             "active_parameters": parameters.active,

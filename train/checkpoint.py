@@ -8,7 +8,6 @@ of the small ones. A directory without the marker is half-written and never read
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -30,9 +29,9 @@ from core.errors import CheckpointError
 from core.files import read_json, write_json
 from parallel.world import World
 from train.optimizer import prime
+from train.run_directory import MARKER, committed
 from train.storage import Damaged, PlainReader, PlainWriter
 
-MARKER = "COMMITTED"
 PROGRESS = "progress.json"
 
 
@@ -83,6 +82,7 @@ class Checkpointer:
         # one process is a choice, not an accident; a background thread would escape a narrower filter
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self._pending: tuple[Path, Any] | None = None
+        self._damaged: list[Path] = []
         # saving in the background must not share a communicator with the step
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
@@ -93,8 +93,11 @@ class Checkpointer:
         """
         self.wait()
         path = self.directory / f"step-{step:08d}"
-        if self.world.is_main and path.exists():
-            shutil.rmtree(path)  # what a killed or corrupt save left
+        if self.world.is_main:
+            for stale in (path, *self._damaged):  # what a killed save left, and what could not be read
+                (stale / MARKER).unlink(missing_ok=True)
+                shutil.rmtree(stale, ignore_errors=True)
+        self._damaged.clear()
         if self.world.size > 1:
             dist.barrier(group=self._group)
         writer = CommittedWriter(path, {"step": step, **progress})
@@ -125,7 +128,8 @@ class Checkpointer:
     def has(self, step: int) -> bool:
         """Whether a checkpoint of this step is committed or being written."""
         path = self.directory / f"step-{step:08d}"
-        return (path / MARKER).exists() or (self._pending is not None and self._pending[0] == path)
+        whole = (path / MARKER).exists() and path not in self._damaged
+        return whole or (self._pending is not None and self._pending[0] == path)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:
         """Read the newest whole checkpoint into the model and the optimizer, in place; returns its progress.
@@ -139,6 +143,7 @@ class Checkpointer:
             if not wrong:
                 return read_json(found.path / PROGRESS)
             self.report(f"checkpoint {found.path.name} is damaged: {wrong[0]}; trying the one before")
+            self._damaged.append(found.path)
         if committed:
             raise CheckpointError(f"no checkpoint in {self.directory} is whole: remove the directory to start anew")
         return None
@@ -157,25 +162,23 @@ class Checkpointer:
 
 def committed_checkpoints(directory: Path) -> list[Found]:
     """Checkpoints that carry the marker, oldest first."""
-    paths = sorted(path.parent for path in directory.glob(f"step-*/{MARKER}"))
-    return [Found(path, int(path.name.removeprefix("step-"))) for path in paths]
+    return [Found(path, step) for step, path in committed(directory)]
 
 
 def problems(checkpoint: Path) -> list[str]:
     """What can be seen to be wrong with a committed checkpoint without reading its data; empty where all is well."""
-    try:
-        files = read_json(checkpoint / MARKER)["files"]
-    except (json.JSONDecodeError, KeyError) as error:
-        return [f"{MARKER} is unreadable ({error})"]
     wrong = []
-    for name, wanted in sorted(files.items()):
-        path = checkpoint / name
-        if not path.exists():
-            wrong.append(f"{name} is missing")
-        elif path.stat().st_size != wanted["bytes"]:
-            wrong.append(f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}")
-        elif "xxh3_128" in wanted and _described(path) != wanted:
-            wrong.append(f"{name} does not match its digest")
+    try:
+        for name, wanted in sorted(read_json(checkpoint / MARKER)["files"].items()):
+            path = checkpoint / name
+            if not path.exists():
+                wrong.append(f"{name} is missing")
+            elif path.stat().st_size != wanted["bytes"]:
+                wrong.append(f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}")
+            elif "xxh3_128" in wanted and _described(path) != wanted:
+                wrong.append(f"{name} does not match its digest")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return [f"{MARKER} is unreadable ({error!r})"]
     return wrong
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from core.errors import ConfigError
+from core.errors import ConfigError, check_numbers
 from data.config import DataConfig
 from model.config import ModelConfig
 from parallel.layout import ParallelConfig
@@ -43,8 +44,7 @@ class TrainingConfig:
         for key in ("steps", "context", "global_batch", "micro_batch"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be positive")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ConfigError("clip_norm", self.clip_norm, "must be positive, or null for no clipping")
+        check_numbers(self, positive=("clip_norm",))
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class PhaseConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(key, value, "must be positive")
+        if self.weights is not None and not sum(self.weights.values()) > 0:
+            raise ConfigError("weights", None, "name at least one source with a positive share")
+        for source, weight in (self.weights or {}).items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ConfigError(f"weights.{source}", weight, "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,9 @@ class EvaluationConfig:
     baselines: bool = False
     """Fit a unigram and a bigram model on the very tokens that the run consumed, for comparison at the end."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("rows",), not_negative=("every",))
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -87,6 +95,7 @@ class CheckpointConfig:
     asynchronous: bool = True
 
     def __post_init__(self) -> None:
+        check_numbers(self, not_negative=("every",))
         if self.keep < 1:
             raise ConfigError("keep", self.keep, "must be at least 1, or no run could be resumed", [1, 2])
 
@@ -119,6 +128,10 @@ class ProfileConfig:
 
     steps: list[int] = field(default_factory=list)
     memory: bool = False
+
+    def __post_init__(self) -> None:
+        if any(step < 0 for step in self.steps):
+            raise ConfigError("steps", min(self.steps), "must not be negative", [0])
 
 
 @dataclass(frozen=True)
@@ -186,3 +199,8 @@ def check(config: TrainConfig, world_size: int) -> None:
                 reason = "no such source"
                 raise ConfigError(f"phases.{phase.name}.weights.{source}", None, reason, list(config.data.sources))
         config.parallel.resolve(world_size).check_batch(phase.global_batch, phase.micro_batch, world_size)
+    late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
+    if late:
+        raise ConfigError(
+            "profile.steps", late[0], f"the run ends after {phases(config)[-1].stop} steps, counted from 0"
+        )

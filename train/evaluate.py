@@ -116,7 +116,8 @@ class EvaluateConfig:
     """Held-out loss of a run's last checkpoint. `run`: the run's directory."""
 
     run: str = "???"
-    rows: int = 64
+    rows: int | None = None
+    """Held-out rows per source; null: as many as in the run."""
     micro_batch: int | None = None
     """Rows at a time; null: as in the run, which then gives the run's own figure to the last bit."""
 
@@ -135,8 +136,10 @@ def run(config: EvaluateConfig) -> int:
     try:
         restored = restore(Path(config.run), world)
         loader = restored.loader()
-        weights, micro_batch = restored.weights(), config.micro_batch or restored.config.training.micro_batch
-        result = held_out_loss(restored.model, loader, restored.corpus, config.rows, micro_batch, weights, world)
+        rows = config.rows or restored.config.evaluation.rows
+        micro_batch = config.micro_batch or restored.phase.micro_batch
+        weights = restored.weights()
+        result = held_out_loss(restored.model, loader, restored.corpus, rows, micro_batch, weights, world)
         if world.is_main:
             print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
         return 0

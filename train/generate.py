@@ -74,7 +74,7 @@ def run(config: GenerateConfig) -> int:
         tokenizer = restored.corpus.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
         restored.model.eval()
-        context = restored.config.training.context
+        context = restored.phase.context
         tokens = list(continue_tokens(restored.model, prompt, context, config, tokenizer.eos_id))
         if world.is_main:
             sys.stdout.write(config.prompt + tokenizer.decode(tokens) + "\n")

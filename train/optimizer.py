@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.errors import ConfigError
+from core.errors import ConfigError, check_numbers
 from model.roles import ParameterInfo, Role
 from parallel.shards import local
 
@@ -34,6 +34,9 @@ class GroupConfig:
     lr_scale: float = 1.0
     weight_decay: float | None = None
 
+    def __post_init__(self) -> None:
+        check_numbers(self, not_negative=("lr_scale", "weight_decay"))
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -49,8 +52,7 @@ class OptimizerConfig:
     groups: dict[str, GroupConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError("lr", self.lr, "must be positive")
+        check_numbers(self, positive=("lr", "eps"), not_negative=("weight_decay",))
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must lie in [0, 1)")

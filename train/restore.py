@@ -10,10 +10,11 @@ from data.corpus import Corpus
 from data.loader import Loader
 from model.transformer import Transformer
 from parallel.apply import build
+from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.world import World
 from train.checkpoint import Checkpointer, committed_checkpoints
-from train.config import TrainConfig
+from train.config import Phase, TrainConfig, phases
 from train.corpora import check_same_data, get_corpus, source_weights
 from train.run_directory import RunDirectory, load_config
 
@@ -25,9 +26,13 @@ class Restored:
     corpus: Corpus
     step: int
 
+    @property
+    def phase(self) -> Phase:
+        """The stretch in which the checkpoint was made."""
+        return next(phase for phase in phases(self.config) if self.step <= phase.stop)
+
     def loader(self) -> Loader:
-        training = self.config.training
-        return Loader(self.corpus, training.context, training.global_batch, self.config.run.seed)
+        return Loader(self.corpus, self.phase.context, self.phase.global_batch, self.config.run.seed)
 
     def weights(self) -> dict[str, float]:
         return source_weights(self.config, self.corpus)
@@ -41,7 +46,7 @@ def restore(directory: Path, world: World) -> Restored:
     if not committed_checkpoints(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
     corpus = get_corpus(config, world, lambda line: None)
-    layout = config.parallel.resolve(world.size)
+    layout = ParallelConfig().resolve(world.size)  # whatever the run was trained on
     model, _ = build(config.model, layout, config.precision, make_meshes(layout, world), world.device, config.run.seed)
     progress = checkpointer.restore(model, None) or {}
     check_same_data(progress, corpus)

@@ -20,8 +20,12 @@ from core.errors import ConfigError
 from core.files import write_text
 from train.config import TrainConfig, phases
 
+MARKER = "COMMITTED"
+"""Written last into a checkpoint's directory: without it there is no checkpoint."""
 FREE = (
-    "run",
+    "run.root",
+    "run.name",
+    "run.resume",
     "logging",
     "checkpoint",
     "evaluation",
@@ -30,6 +34,7 @@ FREE = (
     "parallel",
     "training.micro_batch",
     "data.cache",
+    "data.verify",
 )
 """What may change when a run goes on: nothing here changes what is learnt."""
 
@@ -53,7 +58,8 @@ class RunDirectory:
         if self.config_file.exists():
             if not config.run.resume:
                 raise ConfigError("run.name", config.run.name, f"{self.path} holds a run already; choose another name")
-            self._check_same(config)
+            if committed(self.checkpoints):  # until then nothing was learnt, and a first mistake may be mended
+                self._check_same(config)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         named = replace(config, run=replace(config.run, name=self.path.name))
         write_text(self.config_file, yaml.safe_dump(plain(named), sort_keys=False))
@@ -98,9 +104,7 @@ class RunDirectory:
 
     def _begun_phases(self, config: TrainConfig) -> int:
         """How many of the phases after the first have begun: those are part of what the run has been."""
-        from train.checkpoint import committed_checkpoints
-
-        done = max((found.step for found in committed_checkpoints(self.checkpoints)), default=0)
+        done = max((step for step, _ in committed(self.checkpoints)), default=0)
         return sum(phase.start < done for phase in phases(self.stored_config())[1:])
 
 
@@ -109,16 +113,29 @@ def load_config(directory: Path) -> TrainConfig:
     path = directory / "config.yaml"
     if not path.exists():
         raise ConfigError("run", str(directory), "no run there: its config.yaml is missing")
-    return build(TrainConfig, yaml.safe_load(path.read_text()))
+    try:
+        return build(TrainConfig, yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "run", str(directory), f"its config.yaml is unreadable: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole JSON lines; a last line that a kill cut short is left out."""
-    for line in path.read_text().splitlines():
+    """Whole JSON lines; one that a kill or a full disk cut short is left out."""
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            line = json.loads(text)
         except json.JSONDecodeError:
-            return
+            continue
+        if isinstance(line, dict):
+            yield line
+
+
+def committed(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Step and directory of every checkpoint that carries the marker, oldest first."""
+    paths = [path.parent for path in checkpoints.glob(f"step-*/{MARKER}") if path.parent.name[5:].isdigit()]
+    return sorted((int(path.name[5:]), path) for path in paths)
 
 
 def _indexed(tree: dict[str, Any]) -> dict[str, Any]:

@@ -107,9 +107,9 @@ class Trainer:
                     self.log(f"interrupted after step {step + 1}; the same command goes on from here")
                     self.log(f"run: {self.directory.path}")
                     return INTERRUPTED
-        for extra in extras:
-            extra.at_end()
-        return 0
+            for extra in extras:
+                extra.at_end()
+        return 0 if self.checkpointer.has(self.step) else 1  # a full disk: the run is done and its model lost
 
     def save(self) -> None:
         """Start a checkpoint of the present state."""

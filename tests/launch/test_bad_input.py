@@ -28,7 +28,7 @@ def train(tmp_path, small_corpus, capsys):
 CONFIGURATION = {
     "model.widht=64": "model.widht: no such key; try model.width",
     "model.width=wide": "model.width=wide: Value 'wide' of type 'str' could not be converted to Integer",
-    "model=gpt5": "model=gpt5: no such choice; try smoke",
+    "model=gpt5": "model=gpt5: no such choice; try behemoth, llama4_maverick, llama4_scout,",
     "model.kv_heads=3": "model.kv_heads=3: must divide the 4 query heads; try 1, 2 or 4",
     "model.router.top_k=9": "model.router.top_k=9: must not exceed the 4 experts",
     "model.router.score=relu": "model.router.score=relu: Invalid value 'relu', expected one of [sigmoid, softmax]",
@@ -40,6 +40,22 @@ CONFIGURATION = {
     "phases=[{name: main, steps: 1}]": "phases: names must differ",
     "model.vocab_size=128": "=128: the tokenizer has 300 ids; the model needs at least as many rows; try 384",
     "training.context=100000": "less than one row of 100000 tokens",
+    "model.shared_width=-8": "model.shared_width=-8: must not be negative",
+    "model.rope_theta=0": "model.rope_theta=0.0: must be positive",
+    "model.init.std=-1": "model.init.std=-1.0: must not be negative",
+    "model.router.scale=nan": "model.router.scale=nan: must be positive",
+    "optimizer.lr=nan": "optimizer.lr=nan: must be positive",
+    "optimizer.eps=-1": "optimizer.eps=-1.0: must be positive",
+    "optimizer.weight_decay=-1": "optimizer.weight_decay=-1.0: must not be negative",
+    "training.clip_norm=inf": "training.clip_norm=inf: must be positive",
+    "evaluation.rows=0": "evaluation.rows=0: must be positive",
+    "evaluation.every=-1": "evaluation.every=-1: must not be negative",
+    "checkpoint.every=-1": "checkpoint.every=-1: must not be negative",
+    "profile.steps=[99]": "profile.steps=99: the run ends after 2 steps, counted from 0",
+    "phases=[{name: x, steps: 1, weights: {text: 0.0}}]": "phases.0.weights: name at least one source",
+    "phases=[{name: x, steps: 1, weights: {text: -1.0, code: 2.0}}]": "phases.0.weights.text=-1.0: must not be",
+    "phases=[{name: x, steps: 1, global_batch: 6, micro_batch: 4}]": "micro_batch=4: must divide",
+    "+launch.processes=2": "launch.processes=2: one process has no others; add launch=torchrun",
 }
 
 
@@ -155,3 +171,18 @@ def test_verbs_name_a_run_that_is_not_there(verb, tmp_path, capsys):
 def test_an_unknown_verb_and_option(capsys):
     assert main(["trian"]) == 2 and "verb=trian: no such verb; try train" in capsys.readouterr().err
     assert main(["train", "--gpu"]) == 2 and "no such option" in capsys.readouterr().err
+
+
+def test_ranks_that_nobody_started_are_refused(train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, lines = train()
+    assert code == 2 and lines == [
+        "leviathan: error: WORLD_SIZE=2: is set, but not by torchrun: unset it, or start the ranks with torchrun"
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "{", "- a list", "model: {width: [}"])
+def test_an_unreadable_stored_configuration_is_one_line(tmp_path, capsys, content):
+    (tmp_path / "config.yaml").write_text(content)
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

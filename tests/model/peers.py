@@ -63,7 +63,20 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
         },
     ),
-    "llama": ("Llama", {**COMMON, "intermediate_size": 48, "tie_word_embeddings": True}),
+    "llama": (
+        "Llama",
+        {
+            **COMMON,
+            "intermediate_size": 48,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                **SCALED,
+                "factor": 8.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 48,
+            },
+        },
+    ),
     "qwen3": ("Qwen3", {**COMMON, "intermediate_size": 48}),
 }
 

@@ -12,6 +12,7 @@ from model.config import BalanceConfig, InitConfig, ModelConfig, QKNorm, RopeSca
 from model.context import SequenceContext
 from model.flops import count_parameters
 from model.init import initialise
+from model.layers import rms_normalise
 from model.roles import registry
 from model.rope import frequencies
 from model.transformer import Transformer
@@ -69,6 +70,7 @@ VARIANTS = {
         moe_every=1,
         router=RouterConfig(top_k=2, score=Score.softmax, renormalise=True, weights_on=WeightsOn.output),
     ),
+    "scaled_weights": replace(SMALL, router=RouterConfig(top_k=2, scale=2.5)),
     "chunk_longer_than_row": replace(SMALL, chunk=64),
 }
 
@@ -180,3 +182,22 @@ def test_impossible_shapes_are_refused(change, key):
     with pytest.raises(ConfigError) as caught:
         replace(SMALL, **change)
     assert caught.value.key == key
+
+
+def test_the_layers_of_the_published_models():
+    """Scout: every layer a mixture. Maverick: every second. Both: layers 3, 7, ... see everything, unrotated."""
+    scout, maverick = ModelConfig(layers=8).blocks, ModelConfig(layers=8, moe_every=2, qk_norm=QKNorm.none).blocks
+    assert [layer.feed_forward.value for layer in scout] == ["moe"] * 8
+    assert [layer.feed_forward.value for layer in maverick] == ["dense", "moe"] * 4
+    for layers, norm in ((scout, QKNorm.weightless), (maverick, QKNorm.none)):
+        bare = [index for index, layer in enumerate(layers) if not layer.rope]
+        assert bare == [3, 7]
+        for index, layer in enumerate(layers):
+            assert layer.temperature is (index in bare)
+            assert layer.chunk == (None if index in bare else 8192)
+            assert layer.qk_norm is (QKNorm.none if index in bare else norm)
+
+
+def test_norms_of_narrow_activations_are_computed_wide():
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16() * 3
+    assert torch.equal(rms_normalise(x, 1e-5), rms_normalise(x.float(), 1e-5).bfloat16())

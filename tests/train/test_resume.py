@@ -139,7 +139,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(tmp_path, small_corpu
         ]
     )
     assert code == 1
-    assert "is nan: lower optimizer.lr" in capsys.readouterr().err
+    assert "is nan: start a new run" in capsys.readouterr().err
 
 
 def test_a_phase_begins_with_the_first_rows_of_its_own_order(tmp_path, small_corpus, monkeypatch):
