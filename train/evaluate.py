@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -113,7 +113,9 @@ def _sums(model: Transformer, batch: Batch, bytes_V: Tensor, device: torch.devic
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out loss of a run's last checkpoint. `run`: the run's directory."""
+    """Held-out loss of a run's last checkpoint, or tasks of the evaluation harness (lm-eval). `run`: the run's
+    directory; for tasks it may also be an imported model or one in the Hugging Face format.
+    """
 
     run: str = "???"
     rows: int | None = None
@@ -121,8 +123,19 @@ class EvaluateConfig:
     micro_batch: int | None = None
     """Rows at a time; null: as in the run, which then gives the run's own figure to the last bit."""
 
+    tasks: list[str] = field(default_factory=list)
+    """Names of tasks; empty: the held-out loss."""
+    task_path: str | None = None
+    """Directory with task files (YAML) of your own."""
+    limit: int | None = None
+    """Examples per task; null: all."""
+    few_shot: int | None = None
+    """Solved examples before each question; null: as the task says."""
+    out: str | None = None
+    """JSON file for the tasks' figures and samples."""
+
     def __post_init__(self) -> None:
-        for key in ("rows", "micro_batch"):
+        for key in ("rows", "micro_batch", "limit"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(key, value, "must be positive")
@@ -134,6 +147,8 @@ def run(config: EvaluateConfig) -> int:
 
     world = connect()
     try:
+        if config.tasks:
+            return _run_tasks(config, world)
         restored = restore(Path(config.run), world)
         loader = restored.loader()
         rows = config.rows or restored.config.evaluation.rows
@@ -145,3 +160,14 @@ def run(config: EvaluateConfig) -> int:
         return 0
     finally:
         world.close()
+
+
+def _run_tasks(config: EvaluateConfig, world: World) -> int:
+    try:
+        from train.harness import run_tasks
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ConfigError("tasks", None, "need the evaluation harness: pip install 'leviathan[eval]'") from None
+    batch, path = config.micro_batch or 8, Path(config.run).expanduser()
+    return run_tasks(path, config.tasks, config.task_path, config.limit, config.few_shot, batch, config.out, world)
