@@ -124,7 +124,7 @@ def test_a_section_that_this_python_lacks_is_named(tmp_path: Path, monkeypatch: 
     (tmp_path / "abc.py").write_text("x = 1")
     monkeypatch.setattr(builtin, "standard_library", lambda: tmp_path)
     with pytest.raises(
-        ConfigError, match=r"data.sources.tests.section=tests: this Python has no tests .*remove the source"
+        ConfigError, match=r"data.sources.tests.section=tests: this Python has no tests .*add ~data.sources.tests"
     ):
         documents(Section.tests)
 
