@@ -148,8 +148,9 @@ def _rope(config: Json, default_theta: float) -> dict[str, Any]:
     rope = dict(new if new is not None else config.get("rope_scaling") or {})
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or default_theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError("config.json partial_rotary_factor", rope["partial_rotary_factor"], "is not supported")
+    turned = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if turned != 1.0:
+        raise ConfigError("config.json partial_rotary_factor", turned, "is not supported", [1.0])
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     if kind != "llama3":
