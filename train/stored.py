@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,9 @@ def save_model(source: TensorSource, directory: Path, origin: dict[str, Any], pr
     path = directory / "checkpoints" / "step-00000000"
     path.mkdir(parents=True)
     writer = CommittedWriter(path, {"step": 0})
-    dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(source, progress))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # one process is a choice, not an accident
+        dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(source, progress))
     content = {"model": plain(source.config), "origin": origin}
     write_text(directory / IMPORTED, yaml.safe_dump(content, sort_keys=False))
 
