@@ -293,7 +293,7 @@ def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen3_moe(config: Json) -> ModelConfig:
-    common = _read_common(config, theta=1e6, eps=1e-6)
+    common = _read_common(config, theta=10000.0, eps=1e-6)
     every, dense = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or []
     mixtures = [i for i in range(common["layers"]) if every > 0 and (i + 1) % every == 0 and i not in dense]
     return ModelConfig(
@@ -345,7 +345,7 @@ def _read_llama(config: Json) -> ModelConfig:
 
 
 def _read_qwen3(config: Json) -> ModelConfig:
-    common = _read_common(config, theta=1e6, eps=1e-6)
+    common = _read_common(config, theta=10000.0, eps=1e-6)
     return ModelConfig(**_plain_layers(common, (), QKNorm.per_head), dense_width=int(config["intermediate_size"]))
 
 

@@ -227,3 +227,15 @@ def test_rounding_is_only_on_request(saved, tmp_path):
     export(HuggingFaceCheckpoint(tmp_path / "wide"), tmp_path / "narrow", dtype=torch.bfloat16)
     again = HuggingFaceCheckpoint(tmp_path / "narrow")
     assert all(torch.equal(whole(checkpoint, key), whole(again, key)) for key in again.shapes)
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "mixtral", "qwen3_moe", "olmoe", "llama", "qwen3"])
+def test_what_a_configuration_leaves_out_has_transformers_defaults(kind):
+    import transformers
+
+    given = {"model_type": kind, "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4}
+    given |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48}
+    if kind == "qwen3_moe":
+        given |= {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    filled = transformers.AutoConfig.for_model(**given).to_dict()
+    assert huggingface.model_differences(*(huggingface.read_config(c)[1] for c in (given, filled))) == {}
