@@ -27,6 +27,10 @@ class Upcycled:
         self.how: UpcycleConfig = config.upcycle
         _check(dense.config, config, self.how.method)
         self.shapes = parameter_shapes(config)
+        for name in self.shapes.keys() & dense.shapes.keys():
+            if self.shapes[name] != dense.shapes[name]:
+                reason = f"{name} is {list(dense.shapes[name])} there and {list(self.shapes[name])} here"
+                raise ConfigError("init_from", config.init_from, reason)
         kind = dense.dtypes["embedding.weight"]
         self.dtypes = dict.fromkeys(self.shapes, kind)
         self.slices = dense.config.dense_width // config.expert_width

@@ -38,7 +38,7 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
     target = config
     if config.upcycle is not None:
         target = replace(config, layer_list=[replace(b, feed_forward=FeedForward.dense) for b in config.blocks])
-        if any(layer.feed_forward is FeedForward.moe for layer in config.blocks):
+        if all(layer.feed_forward is FeedForward.moe for layer in config.blocks):
             target = replace(target, dense_width=source.config.dense_width)
     different = model_differences(source.config, target)
     if different:

@@ -47,14 +47,16 @@ def read_config(config: Json) -> tuple[Family, ModelConfig]:
     if not isinstance(text, Mapping):
         raise ConfigError("config.json", None, "has no text_config")
     kind = text.get("model_type", "llama4_text" if config.get("model_type") == "llama4" else None)
-    if kind not in FAMILIES:
-        raise ConfigError("config.json model_type", kind, "is no architecture we know", list(FAMILIES))
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ConfigError("config.json model_type", str(kind), "is no architecture we know", list(FAMILIES))
+    if config.get("quantization_config"):
+        raise ConfigError("config.json quantization_config", None, "is not supported")
     try:
         _refuse(text)
         return FAMILIES[kind], compact(FAMILIES[kind].read(text))
     except KeyError as error:
         raise ConfigError("config.json", None, f"lacks {error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError, ArithmeticError) as error:
         raise ConfigError("config.json", None, f"has a value that makes no sense ({error})") from error
 
 

@@ -51,7 +51,9 @@ def open_directory(directory: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
     try:
         weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError("a shard's name is no text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory / INDEX} is no index of shards ({error})") from error
     found: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
@@ -76,7 +78,9 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise CheckpointError(f"{path} is truncated or no safetensors file")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            if not isinstance(header, dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
             raise CheckpointError(f"{path} has an unreadable header ({error})") from error
     header.pop("__metadata__", None)
     found, reached = {}, 0

@@ -197,6 +197,10 @@ DAMAGE = {
     "index": (lambda d: (d / INDEX).write_text("{"), "no index of shards"),
     "pickle": (pickled, "pickle files"),
     "config": (lambda d: (d / "config.json").write_text("["), "no JSON"),
+    "interval": (lambda d: edit_config(d, no_rope_layers=None, no_rope_layer_interval=0), "makes no sense"),
+    "short_list": (lambda d: edit_config(d, no_rope_layers=[1, 1]), "makes no sense"),
+    "list_index": (lambda d: (d / INDEX).write_text('{"weight_map": []}'), "no index of shards"),
+    "null_shard": (lambda d: edit_index(d, lambda names: names.update({"x": None})), "no index of shards"),
     "no_config": (lambda d: (d / "config.json").unlink(), "has no config.json"),
 }
 

@@ -207,6 +207,8 @@ def test_upcycled_blocks_equal_slices(saved):
     "changes, key",
     [
         ({"expert_width": 24}, "model.expert_width"),
+        ({"dense_width": 40}, "model.init_from"),
+        ({"dense_width": 96}, "model.init_from"),
         ({"shared_width": 32}, "model.shared_width"),
         ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 24, "experts": 5}, "model.experts"),
         ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 40}, "model.expert_width"),
