@@ -140,6 +140,9 @@ def _refuse(config: Json) -> None:
             raise ConfigError(f"config.json {key}", config[key], "is not supported")
     if config.get("sliding_window") and config.get("model_type") in ("mixtral", "llama"):
         raise ConfigError("config.json sliding_window", config["sliding_window"], "is not supported")
+    plain_types = config.get("model_type") not in ("llama4_text", None)
+    if plain_types and set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise ConfigError("config.json layer_types", None, "must all be full_attention")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError("config.json hidden_act", config["hidden_act"], "is not supported", ["silu"])
 
@@ -219,6 +222,9 @@ def _read_llama4(config: Json) -> ModelConfig:
         mixtures = range(every - 1, count, every)
     interval = int(config.get("no_rope_layer_interval", 4))
     rotated = config.get("no_rope_layers") or [int((index + 1) % interval != 0) for index in range(count)]
+    derived = ["chunked_attention" if turned else "full_attention" for turned in rotated[:count]]
+    if (config.get("layer_types") or derived) != derived:
+        raise ConfigError("config.json layer_types", None, "contradict no_rope_layers")
     chunk, norm = config.get("attention_chunk_size", 8192), bool(config.get("use_qk_norm", True))
     tuned = bool(config.get("attn_temperature_tuning", True))  # 4 in the first published files
     layers = [
