@@ -20,8 +20,9 @@ import torch
 
 from bench.measure import Result, median_ratio
 from parallel.world import World
-from train.checkpoint import Checkpointer, tensors
+from train.checkpoint import Checkpointer
 from train.optimizer import prime
+from train.parts import run_state
 
 PARAMETERS, ROUNDS = 40_000_000, 7
 
@@ -67,8 +68,8 @@ def run() -> list[Result]:
     model = State()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     prime(optimizer)
-    state = tensors(model, optimizer)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    state = run_state(model, optimizer)
+    size = sum(part.tensor.nbytes for part in state.values())
     content, target = memoryview(bytearray(os.urandom(1 << 20) * (size >> 20))), memoryview(bytearray(size >> 20 << 20))
     times: dict[str, list[float]] = {"save": [], "write": [], "load": [], "read": [], "stall": []}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as root:

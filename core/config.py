@@ -156,8 +156,8 @@ def _make(kind: Any, value: Any, path: str) -> Any:
             raise (error.under(path) if path else error) from None
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        (kind,) = (a for a in arguments if a is not type(None))
-        return _entry(kind, value, path)
+        kinds = [a for a in arguments if a is not type(None)]
+        return _entry(kinds[0], value, path) if len(kinds) == 1 else value  # of several scalars: the schema has checked
     if origin is list:
         return [_entry(arguments[0], part, f"{path}.{i}") for i, part in enumerate(value)]
     if origin is dict:
@@ -209,5 +209,5 @@ def _kind_at(schema: type, path: str) -> Any:
         else:
             kind = typing.get_args(kind)[-1] if typing.get_args(kind) else None
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            (kind,) = (a for a in typing.get_args(kind) if a is not type(None))
+            kind = next(a for a in typing.get_args(kind) if a is not type(None))
     return kind

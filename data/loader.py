@@ -21,6 +21,7 @@ from data.corpus import HELD_OUT, TRAIN, Corpus
 from data.order import Blend, key_of, permute
 
 IGNORED = -100
+"""Label of a position that has no next token of its own document."""
 
 
 @dataclass

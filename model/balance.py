@@ -34,6 +34,8 @@ class Balance(nn.Module):
     def __init__(self, experts: int, score: Score, config: BalanceConfig) -> None:
         super().__init__()
         self.config, self.score = config, score
+        self.whole_rows: Callable[[Tensor], None] = lambda counts_BE: None
+        """Sums a row's counts in place over the ranks that hold parts of the same row."""
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.ones(experts))
         self.register_buffer("counts_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
@@ -87,6 +89,7 @@ class _Inject(torch.autograd.Function):
         if balance.config.z:
             grad_BTE = grad_BTE + logits_BTE.softmax(-1) * (2 * balance.config.z / divisor * lse_BT)[..., None]
         if balance.config.aux:
+            balance.whole_rows(counts_BE)
             load_BE = _load(counts_BE, balance)
             value, gradient_BTE = _aux(logits_BTE, load_BE.to(logits_BTE.dtype), balance.score)
             balance.sums[0] += value / divisor

@@ -3,13 +3,15 @@
 Parallelism replaces `dispatch`; nothing else in this file knows of ranks. No token is dropped, and the cost is flat in
 the number of experts at constant active parameters.
 
-Shapes: B batch, T tokens, D model width, E experts, K experts per token, C = T*K routed tokens, F expert width.
+Shapes: B batch, T tokens, D model width, E experts, K experts per token, S = T*K routed slots, C rows that the experts
+see (the slots, with padding where the products need it), F expert width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -70,63 +72,118 @@ class Router(nn.Module):
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Tokens gathered by expert, and what is needed to bring results back."""
+    """Rows for the experts, sorted by expert, and the way back."""
 
     x_CD: Tensor
     counts_E: Tensor
-    order_C: Tensor
-    """order_C[i] is the routed slot (token * K + k) that row i came from."""
-    inverse_C: Tensor
-
-    def restore(self, y_CD: Tensor, top_k: int) -> Tensor:
-        """Sum each token's K results: [T, D]."""
-        return _Combine.apply(y_CD, self.order_C, self.inverse_C, top_k)
+    restore: Callable[[Tensor], Tensor]
+    """The experts' rows [C, D] to the sum of each token's results [T, D]."""
 
 
-def dispatch(x_TD: Tensor, choice: Choice, experts: int) -> Dispatched:
-    """Sort tokens by expert; ties keep the order of tokens."""
-    chosen_C = choice.experts_TK.flatten()
-    sorted_C, order_C = chosen_C.sort(stable=True)
-    inverse_C = torch.empty_like(order_C).scatter_(0, order_C, torch.arange(len(order_C), device=order_C.device))
-    bounds_E = torch.searchsorted(sorted_C, torch.arange(experts, device=sorted_C.device), right=True)
+class Dispatch(Protocol):
+    """Tokens to experts and back, the routing weights applied on the way that the configuration says."""
+
+    def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched: ...
+
+
+@dataclass(frozen=True)
+class LocalDispatch:
+    """All experts are here. No token is sent anywhere; rows are sorted by expert, ties keep the order of tokens."""
+
+    experts: int
+    weights_on: WeightsOn
+    token_multiple: int = 1
+
+    def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
+        rows = arrange(choice.experts_TK, self.experts, self.token_multiple)
+        return Dispatched(*weighted(rows, x_TD, choice.weights_TK, self.weights_on))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The places of T*K routed slots among rows that are sorted by group, each group padded to a multiple."""
+
+    source_C: Tensor
+    """Which slot (token * K + k) each row holds; padding repeats some slot, and nobody reads what comes of it."""
+    place_S: Tensor
+    """Which row holds each slot."""
+    counts_E: Tensor
+    """Rows of each group with their padding. Their sum may be less than the number of rows."""
+    is_slot_C1: Tensor | None
+    """Which rows are not padding; None: all of them."""
+    top_k: int
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        """Copies of tokens, a row each: [C, D]."""
+        return _Gather.apply(x_TD, self)
+
+    def combine(self, y_CD: Tensor) -> Tensor:
+        """The sum of each token's K rows: [T, D]."""
+        return _Combine.apply(y_CD, self)
+
+    def copy_slots(self, x_SD: Tensor) -> Tensor:
+        source = self.source_C // self.top_k if self.top_k > 1 else self.source_C
+        return x_SD.index_select(0, source)
+
+    def sum_slots(self, y_CD: Tensor) -> Tensor:
+        slots = y_CD.index_select(0, self.place_S)
+        return slots if self.top_k == 1 else slots.unflatten(0, (-1, self.top_k)).sum(1)
+
+
+def arrange(groups_TK: Tensor, groups: int, multiple: int = 1) -> Rows:
+    """Sort slots by group (ids below `groups`), stably, and pad each group's rows to a multiple."""
+    sorted_S, order_S = groups_TK.flatten().sort(stable=True)
+    bounds_E = torch.searchsorted(sorted_S, torch.arange(groups, device=sorted_S.device), right=True)
     counts_E = bounds_E.diff(prepend=bounds_E.new_zeros(1))
-    x_CD = _Gather.apply(x_TD, order_C, inverse_C, choice.experts_TK.shape[1])
-    return Dispatched(x_CD, counts_E, order_C, inverse_C)
+    row_S, rows, is_slot_C1 = torch.arange(len(order_S), device=order_S.device), len(order_S), None
+    if multiple > 1:
+        padded_E = (counts_E + multiple - 1) // multiple * multiple
+        extra_E = padded_E - counts_E
+        row_S = row_S + (extra_E.cumsum(0) - extra_E).index_select(0, sorted_S)
+        counts_E, rows = padded_E, rows + groups * (multiple - 1)
+        is_slot_C1 = torch.zeros(rows, 1, dtype=torch.bool, device=order_S.device).index_fill_(0, row_S, True)
+    source_C = order_S.new_zeros(rows).scatter_(0, row_S, order_S)
+    place_S = torch.empty_like(order_S).scatter_(0, order_S, row_S)
+    return Rows(source_C, place_S, counts_E, is_slot_C1, groups_TK.shape[1])
+
+
+def weighted(
+    rows: Rows, x_TD: Tensor, weights_TK: Tensor, weights_on: WeightsOn
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """What `Dispatched` holds, where slots stay on this device: rows, counts, and the way back."""
+    # not by plain indexing: its backward would take what the products leave in padding, which may be anything
+    weights_C1 = replace(rows, top_k=1).gather(weights_TK.reshape(-1, 1)).to(x_TD.dtype)
+    x_CD = rows.gather(x_TD)
+    if weights_on is WeightsOn.input:
+        return x_CD * weights_C1, rows.counts_E, rows.combine
+    return x_CD, rows.counts_E, lambda y_CD: rows.combine(y_CD * weights_C1)
 
 
 class _Gather(torch.autograd.Function):
-    """Copies of tokens in the order of their experts. Its backward is `_Combine`'s forward: two gathers along a
-    permutation, so no addition whose order could differ from run to run.
+    """Its backward is `_Combine`'s forward: two gathers along a permutation, so no addition whose order could differ
+    from run to run.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_C: Tensor, inverse_C: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse_C)
-        ctx.top_k = top_k
-        return x_TD.index_select(0, order_C // top_k if top_k > 1 else order_C)
+    def forward(ctx: Any, x_TD: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return rows.copy_slots(x_TD)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_C,) = ctx.saved_tensors
-        return _sum_slots(grads[0], inverse_C, ctx.top_k), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.rows.sum_slots(grads[0]), None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_CD: Tensor, order_C: Tensor, inverse_C: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order_C)
-        ctx.top_k = top_k
-        return _sum_slots(y_CD, inverse_C, top_k)
+    def forward(ctx: Any, y_CD: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return rows.sum_slots(y_CD)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (order_C,) = ctx.saved_tensors
-        return grads[0].index_select(0, order_C // ctx.top_k if ctx.top_k > 1 else order_C), None, None, None
-
-
-def _sum_slots(y_CD: Tensor, inverse_C: Tensor, top_k: int) -> Tensor:
-    slots = y_CD.index_select(0, inverse_C)
-    return slots if top_k == 1 else slots.unflatten(0, (-1, top_k)).sum(1)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_CD = ctx.rows.copy_slots(grads[0])
+        return grad_CD if ctx.rows.is_slot_C1 is None else grad_CD * ctx.rows.is_slot_C1, None
 
 
 class Experts(nn.Module):
@@ -147,8 +204,8 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, model: ModelConfig, gemm: GemmBackend) -> None:
         super().__init__()
-        self.config = model.router
         self.router = Router(model.width, model.experts, model.router, model.balance)
+        self.dispatch: Dispatch = LocalDispatch(model.experts, model.router.weights_on, gemm.token_multiple)
         self.experts = Experts(model.experts, model.width, model.expert_width, gemm)
         roles = (Role.shared_gate, Role.shared_up, Role.shared_down)
         hidden = model.shared_expert_width
@@ -157,16 +214,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         choice = self.router(x_BTD, context.routed_tokens)
         x_TD = x_BTD.flatten(0, 1)
-        y_TD = self._routed(x_TD, choice)
+        sent = self.dispatch(x_TD, choice)
+        y_TD = sent.restore(self.experts(sent.x_CD, sent.counts_E))
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x_BTD)
-
-    def _routed(self, x_TD: Tensor, choice: Choice) -> Tensor:
-        sent = dispatch(x_TD, choice, self.router.weight.shape[0])
-        weights_C1 = choice.weights_TK.flatten().index_select(0, sent.order_C)[:, None].to(x_TD.dtype)
-        if self.config.weights_on is WeightsOn.input:
-            y_CD = self.experts(sent.x_CD * weights_C1, sent.counts_E)
-        else:
-            y_CD = self.experts(sent.x_CD, sent.counts_E) * weights_C1
-        return sent.restore(y_CD, self.config.top_k)

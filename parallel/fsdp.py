@@ -1,36 +1,87 @@
 """Sharded data parallelism with FSDP2: parameters, gradients and optimizer state live as shards.
 
-Losses are sums over tokens divided by global counts, so gradients are summed over ranks, never averaged.
+Losses are sums over tokens divided by global counts, so gradients are summed over ranks, never averaged. Routed experts
+are sharded over a mesh of their own: expert parallelism has cut them over some of the ranks already.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+from torch.distributed.tensor import Shard
 
 from model.moe import MixtureOfExperts
 from model.transformer import Transformer
+from parallel.collectives import all_gather_single
+from parallel.layout import Reduce
+from parallel.mesh import Axis, Meshes
+from parallel.shards import ShardSpec
 from precision.backend import PrecisionConfig
 
 
-def apply(model: Transformer, mesh: DeviceMesh | None, precision: PrecisionConfig) -> None:
-    """Shard each layer, then what is left. Without a mesh the model stays as it is.
+def apply(model: Transformer, specs: Mapping[str, ShardSpec], meshes: Meshes, precision: PrecisionConfig) -> None:
+    """Shard each layer and its experts, then what is left. Without a mesh the model stays as it is.
 
-    In bfloat16 the gathered copies are bf16 and gradients are reduced in fp32. Routers are gathered in the master
-    format: they score in fp32 on one device and must not be rounded first on many.
+    In bfloat16 the gathered copies are bf16. Routers are gathered in the master format: they score in fp32 on one
+    device and must not be rounded first on many.
     """
-    if mesh is None:
+    if meshes.dense is None or meshes.sparse is None:
         return
-    master = MixedPrecisionPolicy()
+    reduce = torch.bfloat16 if meshes.layout.reduce is Reduce.bfloat16 else precision.master_dtype
     narrow = precision.compute_dtype is torch.bfloat16
-    policy = MixedPrecisionPolicy(precision.compute_dtype, precision.master_dtype) if narrow else master
+    policy = MixedPrecisionPolicy(precision.compute_dtype if narrow else None, reduce)
+    unrounded = MixedPrecisionPolicy(None, reduce, cast_forward_inputs=False)
+    dims = {id(parameter): specs[name].storage.dim for name, parameter in model.named_parameters()}
+
+    def shard(module: nn.Module, mesh: DeviceMesh, axis: Axis, policy: MixedPrecisionPolicy) -> None:
+        place = lambda parameter: Shard(dims[id(parameter)])  # noqa: E731
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
+        _sum_and_count(sharded, axis, meshes.replicate)
+
     for layer in model.layers:
-        if narrow and isinstance(layer.ffn, MixtureOfExperts):
-            fully_shard(layer.ffn.router, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which a factor alone would use
+        if isinstance(layer.ffn, MixtureOfExperts):
+            if narrow:
+                shard(layer.ffn.router, meshes.dense, meshes.fsdp, unrounded)
+            shard(layer.ffn.experts, meshes.sparse, meshes.efsdp, policy)
+        shard(layer, meshes.dense, meshes.fsdp, policy)
+    shard(model, meshes.dense, meshes.fsdp, policy)
+
+
+def _sum_and_count(module: FSDPModule, axis: Axis, replicate: Axis) -> None:
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which a factor alone would use
+    module.set_custom_all_gather(_CountedAllGather(axis))
+    module.set_all_reduce_hook(partial(_count_reduced, axis, replicate))
+
+
+class _CountedAllGather(AllGather):
+    """FSDP2's own all-gather, with its bytes counted."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        if self.axis.size > 1:
+            self.axis.count("parameters", input_tensor)
+        return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+def _count_reduced(axis: Axis, replicate: Axis, shard: Tensor) -> None:
+    """FSDP2 calls this with each group's reduced shard: the reduce-scatter was handed one such per rank."""
+    if axis.size > 1:
+        axis.traffic.bytes[axis.name, "gradients"] += shard.numel() * shard.element_size() * axis.size
+    if replicate.size > 1:
+        replicate.count("gradients", shard)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 
 from core.errors import ConfigError, divisors
+from model.config import FeedForward, ModelConfig
+
+AUTO = "auto"
 
 
 class Recompute(Enum):
@@ -16,42 +21,170 @@ class Recompute(Enum):
     full = "full"
 
 
+class Dispatch(Enum):
+    """How tokens reach the ranks of their experts.
+
+    `all_to_all` sends each token where it must go. `all_gather` sends every token to the whole group and sums what
+    comes back: less to wait for in small groups with many experts per token. `deepep`: the kernels of DeepEP.
+    """
+
+    all_to_all = "all_to_all"
+    all_gather = "all_gather"
+    deepep = "deepep"
+
+
+class Reduce(Enum):
+    """The number format in which gradients are summed over ranks."""
+
+    master = "master"
+    """As wide as the parameters."""
+    bfloat16 = "bfloat16"
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Degrees of the layout and how memory is traded for time.
 
-    Every rank sees its own rows; parameters, gradients and optimizer state are sharded over `dp_shard` ranks (FSDP2)
-    and repeated over `dp_replicate` groups of them (HSDP).
+    The same ranks are folded in two ways: dense layers over (pp, dp_replicate, dp_shard, cp, tp), routed experts over
+    (pp, dp_replicate, efsdp, ep, etp), where efsdp is what remains; the last axis varies fastest from rank to rank.
+    Parameters, gradients and optimizer state are sharded over dp_shard * cp, those of experts over efsdp (FSDP2), and
+    repeated over dp_replicate (HSDP). tp splits heads, widths and the vocabulary, and the sequence between them; ep
+    splits the experts, etp the width of each.
     """
 
+    pp: int = 1
     dp_replicate: int = 1
-    dp_shard: int | None = None
-    """None: whatever fills the world."""
+    dp_shard: int | str = AUTO
+    """"auto": whatever fills the world."""
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dispatch: Dispatch = Dispatch.all_to_all
+    reduce: Reduce = Reduce.master
     recompute: Recompute = Recompute.none
+    compile: bool = False
+    """torch.compile of each layer."""
 
     def __post_init__(self) -> None:
-        for key in ("dp_replicate", "dp_shard"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(key, value, "must be positive")
+        for key in ("pp", "dp_replicate", "cp", "tp", "ep", "etp"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must be positive")
+        if isinstance(self.dp_shard, str):
+            if self.dp_shard != AUTO:
+                raise ConfigError("dp_shard", self.dp_shard, "must be a number of ranks", [AUTO])
+        elif self.dp_shard < 1:
+            raise ConfigError("dp_shard", self.dp_shard, "must be positive")
+        for key in ("pp", "cp"):
+            if getattr(self, key) > 1:
+                raise ConfigError(key, getattr(self, key), "is not available yet", [1])
 
-    def resolve(self, world_size: int) -> ParallelConfig:
-        """The same layout with `dp_shard` filled in. Raises where the degrees do not make up the world."""
-        if world_size % self.dp_replicate:
-            reason = f"must divide the world's {world_size} ranks"
-            raise ConfigError("parallel.dp_replicate", self.dp_replicate, reason, divisors(world_size))
-        shard = world_size // self.dp_replicate
-        if self.dp_shard not in (None, shard):
-            reason = f"times dp_replicate={self.dp_replicate} must equal the world's {world_size} ranks"
-            raise ConfigError("parallel.dp_shard", self.dp_shard, reason, [shard, "null"])
-        return replace(self, dp_shard=shard)
+    def resolve(self, world_size: int) -> Layout:
+        """The layout with `dp_shard` filled in. Raises where the degrees do not make up the world."""
+        others = self.pp * self.dp_replicate * self.cp * self.tp
+        if world_size % others:
+            named = {key: getattr(self, key) for key in ("pp", "dp_replicate", "cp", "tp") if getattr(self, key) > 1}
+            key, value = max(named.items(), key=lambda item: item[1])
+            fitting = [d for d in divisors(world_size) if world_size % (others // value * d) == 0]
+            product = " * ".join(named)
+            reason = f"{product} = {others} must divide the world's {world_size} ranks"
+            raise ConfigError(f"parallel.{key}", value, reason, nearest(fitting, value))
+        shard = world_size // others
+        if self.dp_shard not in (AUTO, shard):
+            reason = f"times pp * dp_replicate * cp * tp = {others} must equal the world's {world_size} ranks"
+            raise ConfigError("parallel.dp_shard", self.dp_shard, reason, [shard, AUTO])
+        inside = shard * self.cp * self.tp
+        if inside % (self.ep * self.etp):
+            key, value = ("ep", self.ep) if self.ep > 1 else ("etp", self.etp)
+            other = self.ep * self.etp // value
+            reason = f"ep * etp = {self.ep * self.etp} must divide dp_shard * cp * tp = {inside} ranks"
+            legal = [d for d in divisors(inside) if inside % (d * other) == 0]
+            raise ConfigError(f"parallel.{key}", value, reason, nearest(legal, value))
+        return Layout(**{**vars(self), "dp_shard": shard})
 
-    def check_batch(self, global_batch: int, micro_batch: int, world_size: int) -> None:
-        """Rows per step must split evenly over the ranks, and a rank's rows into micro-batches."""
-        if global_batch % world_size:
-            legal = [n for n in divisors(global_batch) if n <= world_size]
-            reason = f"must divide the global batch of {global_batch} rows (training.global_batch)"
-            raise ConfigError("world size", world_size, reason, legal)
-        rows = global_batch // world_size
+
+@dataclass(frozen=True)
+class Layout(ParallelConfig):
+    """A `ParallelConfig` whose degrees make up a world: `dp_shard` is a number."""
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.dp_shard, int)
+
+    @property
+    def shard(self) -> int:
+        assert isinstance(self.dp_shard, int)
+        return self.dp_shard
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp_replicate * self.shard * self.cp * self.tp
+
+    @property
+    def rows(self) -> int:
+        """Ranks, or groups of ranks, that see different rows of a batch."""
+        return self.dp_replicate * self.shard
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks over which a dense parameter's storage is spread."""
+        return self.shard * self.cp
+
+    @property
+    def efsdp(self) -> int:
+        """Ranks over which a routed expert's storage is spread."""
+        return self.shard * self.cp * self.tp // (self.ep * self.etp)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The degrees above 1, by name."""
+        degrees = {key: getattr(self, key) for key in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")}
+        return {key: value for key, value in degrees.items() if value > 1}
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Refuse degrees that cannot split this model evenly."""
+        kinds = {layer.feed_forward for layer in model.blocks}
+        widths = [("query heads", model.heads), ("key/value heads", model.kv_heads), ("vocabulary", model.vocab_size)]
+        if FeedForward.dense in kinds:
+            widths.append(("dense width", model.dense_width))
+        if FeedForward.moe in kinds and model.shared_expert_width:
+            widths.append(("shared expert's width", model.shared_expert_width))
+        common = divisors(math.gcd(*(size for _, size in widths)))
+        for what, size in widths:
+            if size % self.tp:
+                reason = f"must divide the model's {what} of {size}"
+                raise ConfigError("parallel.tp", self.tp, reason, nearest(common, self.tp))
+        if FeedForward.moe not in kinds:
+            for key in ("ep", "etp"):
+                if getattr(self, key) > 1:
+                    raise ConfigError(f"parallel.{key}", getattr(self, key), "the model has no routed experts", [1])
+            return
+        if model.experts % self.ep:
+            reason = f"must divide the model's {model.experts} experts"
+            raise ConfigError("parallel.ep", self.ep, reason, nearest(divisors(model.experts), self.ep))
+        legal = [d for d in divisors(model.expert_width) if model.expert_width // d % 8 == 0]
+        if self.etp not in legal:
+            reason = f"must cut the expert width of {model.expert_width} into multiples of 8"
+            raise ConfigError("parallel.etp", self.etp, reason, nearest(legal, self.etp))
+        if self.dispatch is Dispatch.deepep and self.etp > 1:
+            reason = "DeepEP sends whole tokens to whole experts; use dispatch=all_to_all with etp"
+            raise ConfigError("parallel.etp", self.etp, reason, [1])
+
+    def check_batch(self, global_batch: int, micro_batch: int, context: int) -> None:
+        """Rows per step must split evenly over the ranks, a rank's rows into micro-batches, a row over tp."""
+        if global_batch % self.rows:
+            reason = f"must divide into dp_replicate * dp_shard = {self.rows} equal parts"
+            legal = nearest([self.rows * n for n in range(1, global_batch // self.rows + 2)], global_batch)
+            raise ConfigError("training.global_batch", global_batch, reason, legal)
+        rows = global_batch // self.rows
         if rows % micro_batch:
-            raise ConfigError("training.micro_batch", micro_batch, f"must divide a rank's {rows} rows", divisors(rows))
+            reason = f"must divide a rank's {rows} rows"
+            raise ConfigError("training.micro_batch", micro_batch, reason, nearest(divisors(rows), micro_batch))
+        if context % self.tp:
+            legal = [context // self.tp * self.tp, (context // self.tp + 1) * self.tp]
+            reason = f"must divide into tp={self.tp} equal parts of the sequence"
+            raise ConfigError("training.context", context, reason, [value for value in legal if value])
+
+
+def nearest(legal: Iterable[int], value: int, count: int = 4) -> list[int]:
+    """The `count` legal values closest to `value`, ascending."""
+    return sorted(sorted(legal, key=lambda candidate: (abs(candidate - value), candidate))[:count])

@@ -1,28 +1,135 @@
-"""Device meshes, by name. The only file that would touch private mesh calls."""
+"""The process groups of a layout, by name.
+
+Invariant: dense ranks pp * dp_replicate * dp_shard * cp * tp are the same as sparse ranks pp * dp_replicate * efsdp *
+ep * etp; an axis further right varies faster from rank to rank. Every view is a mesh over the whole world, so that one
+process makes the groups that all others make.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.layout import ParallelConfig
+from parallel.layout import Layout
 from parallel.world import World
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank has handed to collectives, by (axis, purpose)."""
+
+    bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def take(self) -> dict[tuple[str, str], int]:
+        """What was counted since the last call."""
+        taken, self.bytes = dict(self.bytes), Counter()
+        return taken
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that differ along one axis of a layout only, and this rank's place among them."""
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
+
+    def sum(self, tensor: Tensor, purpose: str) -> None:
+        """Sum `tensor` in place over these ranks."""
+        self.reduce(tensor, purpose, dist.ReduceOp.SUM)
+
+    def max(self, tensor: Tensor, purpose: str) -> None:
+        """The elementwise maximum over these ranks, in place."""
+        self.reduce(tensor, purpose, dist.ReduceOp.MAX)
+
+    def reduce(self, tensor: Tensor, purpose: str, operation: dist.ReduceOp.RedOpType) -> None:
+        if self.size > 1:
+            self.count(purpose, tensor)
+            dist.all_reduce(tensor, op=operation, group=self.group)
+
+    def count(self, purpose: str, tensor: Tensor) -> None:
+        self.traffic.bytes[self.name, purpose] += tensor.numel() * tensor.element_size()
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """`data`: what FSDP2 shards over, 1-D (dp_shard) or 2-D (dp_replicate, dp_shard). None in a world of one."""
+    """Where this rank stands in its layout.
 
-    data: DeviceMesh | None
+    `rows`: the groups that see different rows of a batch. `experts`: the ep * etp ranks that share the routed experts
+    among them, etp varying faster; `ep` and `etp` are places in it without groups of their own. `dense` and `sparse`:
+    what FSDP2 spreads parameters over, (fsdp) or (dp_replicate, fsdp); None in a world of one.
+    """
+
+    layout: Layout
+    world: Axis
+    rows: Axis
+    replicate: Axis
+    fsdp: Axis
+    efsdp: Axis
+    tp: Axis
+    experts: Axis
+    ep: Axis
+    etp: Axis
+    dense: DeviceMesh | None
+    sparse: DeviceMesh | None
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.world.traffic
 
 
-def make_meshes(layout: ParallelConfig, world: World) -> Meshes:
-    """Meshes of a resolved layout. Needs the process group where there is more than one rank."""
-    if world.size == 1:
-        return Meshes(None)
-    assert layout.dp_shard is not None, "resolve the layout first"
-    if layout.dp_replicate == 1:
-        return Meshes(init_device_mesh(world.device.type, (layout.dp_shard,), mesh_dim_names=("dp_shard",)))
-    shape, names = (layout.dp_replicate, layout.dp_shard), ("dp_replicate", "dp_shard")
-    return Meshes(init_device_mesh(world.device.type, shape, mesh_dim_names=names))
+def make_meshes(layout: Layout, world: World) -> Meshes:
+    """Meshes of a layout of this world's size. Needs the process group where there is more than one rank."""
+    assert layout.world_size == world.size, f"{layout.axes} do not make up {world.size} ranks"
+    views = _Views(world, Traffic())
+    outer = {"pp": layout.pp, "dp_replicate": layout.dp_replicate}
+    dense = views.make({**outer, "fsdp": layout.fsdp, "tp": layout.tp})
+    sparse = views.make({**outer, "efsdp": layout.efsdp, "experts": layout.ep * layout.etp})
+    rows = views.make({"pp": layout.pp, "rows": layout.rows, "cp": layout.cp, "tp": layout.tp})
+    experts = views.axis(sparse, "experts")
+    return Meshes(
+        layout,
+        world=Axis("world", world.size, world.rank, None, views.traffic),
+        rows=views.axis(rows, "rows"),
+        replicate=views.axis(dense, "dp_replicate"),
+        fsdp=views.axis(dense, "fsdp"),
+        efsdp=views.axis(sparse, "efsdp"),
+        tp=views.axis(dense, "tp"),
+        experts=experts,
+        ep=Axis("ep", layout.ep, experts.rank // layout.etp),
+        etp=Axis("etp", layout.etp, experts.rank % layout.etp),
+        dense=_data(dense, "fsdp"),
+        sparse=_data(sparse, "efsdp"),
+    )
+
+
+@dataclass(frozen=True)
+class _Views:
+    world: World
+    traffic: Traffic
+
+    def make(self, sizes: dict[str, int]) -> DeviceMesh | None:
+        """The world folded this way. Axes of one rank get no group, but those that FSDP2 needs a mesh for."""
+        if self.world.size == 1:
+            return None
+        kept = {name: size for name, size in sizes.items() if size > 1 or name in ("fsdp", "efsdp")}
+        return init_device_mesh(self.world.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+
+    def axis(self, mesh: DeviceMesh | None, name: str) -> Axis:
+        if mesh is None or name not in (mesh.mesh_dim_names or ()):
+            return Axis(name, traffic=self.traffic)
+        group = mesh.get_group(name)
+        return Axis(name, dist.get_world_size(group), mesh.get_local_rank(name), group, self.traffic)
+
+
+def _data(mesh: DeviceMesh | None, name: str) -> DeviceMesh | None:
+    if mesh is None:
+        return None
+    replicated = "dp_replicate" in (mesh.mesh_dim_names or ())
+    return mesh["dp_replicate", name] if replicated else mesh[name]

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from core.errors import ConfigError, LeviathanError
 
@@ -28,11 +27,6 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def sum(self, tensor: Tensor) -> None:
-        """Sum `tensor` in place over all ranks."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, on every rank; an exception there is raised on every rank."""

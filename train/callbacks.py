@@ -164,7 +164,7 @@ class Evaluation(Callback):
                 trainer.log("no held-out rows at this context: no held-out loss")
                 return
             self.result = held_out_loss(
-                trainer.engine.model, loader, trainer.corpus, rows, phase.micro_batch, trainer.weights, trainer.world
+                trainer.engine.model, loader, trainer.corpus, rows, phase.micro_batch, trainer.weights, trainer.meshes
             )
         if self.logging.writer is not None:
             sources = {name: vars(found) for name, found in self.result.sources.items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,29 +21,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from core.errors import CheckpointError
 from core.files import read_json, write_json
+from parallel.shards import ShardSpec
 from parallel.world import World
 from train.optimizer import prime
+from train.parts import Part, PartsLoadPlanner, PartsSavePlanner, run_state, written
 from train.run_directory import MARKER, committed
 from train.storage import Damaged, PlainReader, PlainWriter
 
 PROGRESS = "progress.json"
-
-
-def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Everything a run must keep, by global name, sharing storage with the model and the optimizer."""
-    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if optimizer is not None:
-        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                found[f"optimizer.{names[parameter]}.{key}"] = value
-    return found
 
 
 class CommittedWriter(PlainWriter):
@@ -57,7 +48,7 @@ class CommittedWriter(PlainWriter):
         super().finish(metadata, results)
         write_json(self.directory / PROGRESS, self.progress)
         files: dict[str, Any] = {name: _described(self.directory / name) for name in (".metadata", PROGRESS)}
-        for result in (result for written in results for result in written):
+        for result in (result for rank in results for result in rank):
             entry = files.setdefault(result.storage_data.file, {"bytes": 0})
             entry["bytes"] += result.storage_data.size
         write_json(self.directory / MARKER, {"format": 1, "files": files})
@@ -86,7 +77,7 @@ class Checkpointer:
         # saving in the background must not share a communicator with the step
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
-    def save(self, step: int, state: dict[str, Tensor], progress: dict[str, Any]) -> None:
+    def save(self, step: int, state: Mapping[str, Part], progress: dict[str, Any]) -> None:
         """Write `state` after `step` steps; returns as soon as it has been copied where saving is asynchronous.
 
         A failure to write (a full disk) is reported and the run goes on with its older checkpoints.
@@ -101,13 +92,17 @@ class Checkpointer:
         if self.world.size > 1:
             dist.barrier(group=self._group)
         writer = CommittedWriter(path, {"step": step, **progress})
-        options: dict[str, Any] = {"storage_writer": writer, "process_group": self._group}
+        options: dict[str, Any] = {
+            "storage_writer": writer,
+            "planner": PartsSavePlanner(state),
+            "process_group": self._group,
+        }
         try:
             path.mkdir(parents=True, exist_ok=True)
             if self.asynchronous:
-                self._pending = (path, dcp.async_save(state, **options))
+                self._pending = (path, dcp.async_save(written(state), **options))
                 return
-            dcp.save(state, **options)
+            dcp.save(written(state), **options)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             self._failed(path, error)
         else:
@@ -131,7 +126,12 @@ class Checkpointer:
         whole = (path / MARKER).exists() and path not in self._damaged
         return whole or (self._pending is not None and self._pending[0] == path)
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        specs: Mapping[str, ShardSpec] | None = None,
+    ) -> dict[str, Any] | None:
         """Read the newest whole checkpoint into the model and the optimizer, in place; returns its progress.
 
         One that is damaged is reported and the next older one is tried. None where there is no committed one; raises
@@ -139,7 +139,7 @@ class Checkpointer:
         """
         committed = self.world.from_main(lambda: committed_checkpoints(self.directory))
         for found in reversed(committed):
-            wrong = self.world.from_main(partial(problems, found.path)) or load(found, model, optimizer)
+            wrong = self.world.from_main(partial(problems, found.path)) or load(found, model, optimizer, specs)
             if not wrong:
                 return read_json(found.path / PROGRESS)
             self.report(f"checkpoint {found.path.name} is damaged: {wrong[0]}; trying the one before")
@@ -182,16 +182,29 @@ def problems(checkpoint: Path) -> list[str]:
     return wrong
 
 
-def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[str]:
+def load(
+    found: Found,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    specs: Mapping[str, ShardSpec] | None = None,
+) -> list[str]:
     """Read a checkpoint into the model and the optimizer, in place, verifying every byte read.
 
     Returns what was found damaged on any rank, the same on every rank; tensors are undefined unless it is empty.
     """
     if optimizer is not None:
         prime(optimizer)
+    parts = run_state(model, optimizer, specs)
     try:
-        dcp.load(tensors(model, optimizer), storage_reader=PlainReader(found.path))
+        dcp.load(
+            {name: part.tensor for name, part in parts.items()},
+            storage_reader=PlainReader(found.path),
+            planner=PartsLoadPlanner(parts),
+        )
     except dcp.CheckpointException as error:
+        for inner, _ in error.failures.values():
+            if isinstance(inner, CheckpointError):
+                raise CheckpointError(f"{found.path}: {inner}") from None
         damage = [str(inner) for inner, _ in error.failures.values() if isinstance(inner, Damaged)]
         if not damage:
             raise

@@ -10,6 +10,7 @@ from typing import Any
 from core.errors import ConfigError, check_numbers
 from data.config import DataConfig
 from model.config import ModelConfig
+from parallel import expert
 from parallel.layout import ParallelConfig
 from precision.backend import PrecisionConfig
 from train.learning_rate import ScheduleConfig
@@ -190,6 +191,9 @@ def phases(config: TrainConfig) -> list[Phase]:
 
 def check(config: TrainConfig, world_size: int) -> None:
     """What one component alone cannot see. Called before anything is built."""
+    layout = config.parallel.resolve(world_size)
+    layout.check_model(config.model)
+    expert.check(layout.dispatch)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):
         raise ConfigError("phases", None, f"names must differ, and 'main' is the first stretch: {', '.join(names)}")
@@ -198,7 +202,7 @@ def check(config: TrainConfig, world_size: int) -> None:
             if config.data.tokens is None and source not in config.data.sources:
                 reason = "no such source"
                 raise ConfigError(f"phases.{phase.name}.weights.{source}", None, reason, list(config.data.sources))
-        config.parallel.resolve(world_size).check_batch(phase.global_batch, phase.micro_batch, world_size)
+        layout.check_batch(phase.global_batch, phase.micro_batch, phase.context)
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
         raise ConfigError(

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from data.loader import Batch
 from model.context import SequenceContext
-from model.roles import ParameterInfo
 from model.transformer import Transformer
+from parallel.mesh import Meshes
 from parallel.norm import gradient_norm, scale_gradients
-from parallel.world import World
+from parallel.shards import ShardSpec, sum_copies
 from train.loss import label_count, summed_loss
 from train.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 
@@ -22,6 +22,7 @@ class Engine(Protocol):
     """One optimizer step is forward_backward, clip, step, in this order."""
 
     model: Transformer
+    specs: Mapping[str, ShardSpec]
     optimizer: torch.optim.Optimizer
 
     def forward_backward(self, batch: Batch, micro_batch: int) -> Tensor:
@@ -43,30 +44,32 @@ class TorchEngine:
     """Engine for a plain model or one sharded by FSDP2."""
 
     def __init__(
-        self, model: Transformer, infos: Mapping[str, ParameterInfo], config: OptimizerConfig, world: World
+        self, model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig, meshes: Meshes
     ) -> None:
-        self.model, self.world = model, world
-        self.parameters = list(model.parameters())
-        self.optimizer = make_optimizer(model, infos, config)
+        self.model, self.specs, self.meshes = model, specs, meshes
+        self.device = next(model.parameters()).device
+        self.optimizer = make_optimizer(model, {name: spec.info for name, spec in specs.items()}, config)
 
     def forward_backward(self, batch: Batch, micro_batch: int) -> Tensor:
-        tokens = label_count(batch.labels_BT).to(self.world.device)
-        self.world.sum(tokens)
-        routed = float(batch.tokens_BT.numel() * self.world.size)
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        rows = self.meshes.rows
+        tokens = label_count(batch.labels_BT).to(self.device)
+        rows.sum(tokens, "loss")
+        routed = float(batch.tokens_BT.numel() * rows.size)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in _micro_batches(batch, micro_batch):
-            context = SequenceContext(part.positions_BT, self.world.device, routed)
-            part = part.to(self.world.device)
-            loss = summed_loss(self.model(part.tokens_BT, context), part.labels_BT) / tokens
+            context = SequenceContext(part.positions_BT, self.device, routed)
+            part = part.to(self.device)
+            loss = summed_loss(self.model(part.tokens_BT, context), part.labels_BT, self.meshes.tp) / tokens
             loss.backward()
             total += loss.detach()
-        self.world.sum(total)
+        sum_copies(self.model, self.specs)
+        rows.sum(total, "loss")
         return total
 
     def clip(self, limit: float | None) -> Tensor:
-        norm = gradient_norm(self.parameters)
+        norm = gradient_norm(self.model, self.specs, self.meshes)
         if limit is not None:
-            scale_gradients(self.parameters, (limit / (norm + 1e-6)).clamp(max=1.0))
+            scale_gradients(self.model, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def step(self, learning_rate_factor: float) -> None:

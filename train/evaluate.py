@@ -16,6 +16,7 @@ from data.corpus import Corpus
 from data.loader import Batch, Loader
 from model.context import SequenceContext
 from model.transformer import Transformer
+from parallel.mesh import Axis, Meshes
 from parallel.world import World, connect
 from train.loss import IGNORED, token_losses
 
@@ -53,7 +54,7 @@ def held_out_loss(
     rows: int,
     micro_batch: int,
     weights: dict[str, float],
-    world: World,
+    meshes: Meshes,
 ) -> HeldOut:
     """The first `rows` rows of each source's held-out split, spread over the ranks in micro-batches of equal number.
 
@@ -62,14 +63,15 @@ def held_out_loss(
     weights = {source: weight for source, weight in weights.items() if loader.held_out_rows(source)}
     if not weights:
         raise DataError(f"no source has held-out text for one row of {loader.context} tokens: raise data.held_out")
-    bytes_V = torch.from_numpy(corpus.tokenizer.token_bytes()).to(world.device)
+    device = next(model.parameters()).device
+    bytes_V = torch.from_numpy(corpus.tokenizer.token_bytes()).to(device)
     model.eval()
     found: dict[str, SourceLoss] = {}
     for source in weights:
-        sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, tokens, bytes
-        for batch in _share(loader, source, rows, micro_batch, world):
-            sums += _sums(model, batch, bytes_V, world.device)
-        world.sum(sums)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+        for batch in _share(loader, source, rows, micro_batch, meshes.rows):
+            sums += _sums(model, batch, bytes_V, meshes.tp)
+        meshes.rows.sum(sums, "evaluation")
         nats, tokens, size = sums.tolist()
         found[source] = SourceLoss(nats / max(tokens, 1), nats / max(size, 1) / math.log(2), int(tokens))
     model.train()
@@ -86,14 +88,14 @@ def held_out_batches(loader: Loader, source: str, rows: int, micro_batch: int) -
         yield loader.held_out(source, start, min(start + micro_batch, available))
 
 
-def _share(loader: Loader, source: str, rows: int, micro_batch: int, world: World) -> Iterator[Batch]:
+def _share(loader: Loader, source: str, rows: int, micro_batch: int, axis: Axis) -> Iterator[Batch]:
     """This rank's micro-batches. Every rank runs the model equally often (a sharded model gathers together): where its
     share is used up a rank repeats the first batch with all labels ignored.
     """
     batches = list(held_out_batches(loader, source, rows, micro_batch))
-    turns = -(-len(batches) // world.size)
+    turns = -(-len(batches) // axis.size)
     for turn in range(turns):
-        index = turn * world.size + world.rank
+        index = turn * axis.size + axis.rank
         if index < len(batches):
             yield batches[index]
         else:
@@ -102,10 +104,10 @@ def _share(loader: Loader, source: str, rows: int, micro_batch: int, world: Worl
             yield spare
 
 
-def _sums(model: Transformer, batch: Batch, bytes_V: Tensor, device: torch.device) -> Tensor:
-    context = SequenceContext(batch.positions_BT, device)
-    batch = batch.to(device)
-    losses_BT = token_losses(model(batch.tokens_BT, context), batch.labels_BT)
+def _sums(model: Transformer, batch: Batch, bytes_V: Tensor, tp: Axis) -> Tensor:
+    context = SequenceContext(batch.positions_BT, bytes_V.device)
+    batch = batch.to(bytes_V.device)
+    losses_BT = token_losses(model(batch.tokens_BT, context), batch.labels_BT, tp)
     counted = batch.labels_BT != IGNORED
     size = bytes_V[batch.labels_BT.clamp_min(0)] * counted
     return torch.stack([losses_BT.sum(dtype=torch.float64), counted.sum().double(), size.sum().double()])
@@ -154,7 +156,7 @@ def run(config: EvaluateConfig) -> int:
         rows = config.rows or restored.config.evaluation.rows
         micro_batch = config.micro_batch or restored.phase.micro_batch
         weights = restored.weights()
-        result = held_out_loss(restored.model, loader, restored.corpus, rows, micro_batch, weights, world)
+        result = held_out_loss(restored.model, loader, restored.corpus, rows, micro_batch, weights, restored.meshes)
         if world.is_main:
             print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
         return 0

@@ -15,6 +15,8 @@ import torch
 from core.errors import ConfigError
 from model.context import SequenceContext
 from model.transformer import Transformer
+from parallel.mesh import Axis
+from parallel.vocabulary import whole_logits
 from parallel.world import connect
 
 
@@ -40,16 +42,19 @@ class GenerateConfig:
 
 @torch.no_grad()
 def continue_tokens(
-    model: Transformer, prompt: list[int], context: int, config: GenerateConfig, stop: int
+    model: Transformer, prompt: list[int], context: int, config: GenerateConfig, stop: int, tp: Axis | None = None
 ) -> Iterator[int]:
     """Sampled token ids, until `stop` is drawn or `config.tokens` are out; the model sees the last `context` tokens."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
     tokens = list(prompt)
     for _ in range(config.tokens):
-        window = torch.tensor([tokens[-context:]])
-        positions = SequenceContext(torch.arange(window.shape[1])[None], device)
-        logits_V = model(window.to(device), positions)[0, -1].double().cpu()
+        window = tokens[-context:]
+        last = len(window) - 1
+        window += [0] * (-len(window) % (tp.size if tp else 1))  # each rank has an equal part; nothing looks ahead
+        positions = SequenceContext(torch.arange(len(window))[None], device)
+        logits_V = model(torch.tensor([window], device=device), positions)[0, last]
+        logits_V = (whole_logits(logits_V, tp) if tp else logits_V).double().cpu()
         tokens.append(_sample(logits_V, config, generator))
         if tokens[-1] == stop:
             return
@@ -75,7 +80,7 @@ def run(config: GenerateConfig) -> int:
         prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
         restored.model.eval()
         context = restored.phase.context
-        tokens = list(continue_tokens(restored.model, prompt, context, config, tokenizer.eos_id))
+        tokens = list(continue_tokens(restored.model, prompt, context, config, tokenizer.eos_id, restored.meshes.tp))
         if world.is_main:
             sys.stdout.write(config.prompt + tokenizer.decode(tokens) + "\n")
         return 0

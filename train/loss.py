@@ -9,18 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""Label of a position that has no next token of its own document."""
+from data.loader import IGNORED
+from parallel import vocabulary
+from parallel.mesh import Axis
 
 
-def summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, tp: Axis) -> Tensor:
     """Sum of the cross-entropy over labelled tokens, in nats, computed in at least float32."""
-    return token_losses(logits_BTV, labels_BT).sum()
+    return token_losses(logits_BTV, labels_BT, tp).sum()
 
 
-def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross-entropy of each position [B, T] in nats, 0 where the label is ignored."""
+def token_losses(logits_BTV: Tensor, labels_BT: Tensor, tp: Axis | None = None) -> Tensor:
+    """Cross-entropy of each position [B, T] in nats, 0 where the label is ignored. Under tensor parallelism the logits
+    are this rank's part of the vocabulary, and all ranks of the axis get the same losses.
+    """
     wide = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    if tp is not None and tp.size > 1:
+        return vocabulary.token_losses(wide, labels_BT.clamp_min(0), tp) * (labels_BT != IGNORED)
     losses = F.cross_entropy(wide.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(labels_BT)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, ConfigError
 from data.corpus import Corpus
 from data.loader import Loader
 from model.transformer import Transformer
 from parallel.apply import build
-from parallel.layout import ParallelConfig
-from parallel.mesh import make_meshes
+from parallel.layout import Layout, ParallelConfig
+from parallel.mesh import Meshes, make_meshes
 from parallel.world import World
 from train.checkpoint import Checkpointer, committed_checkpoints
 from train.config import Phase, TrainConfig, phases
@@ -23,6 +23,7 @@ from train.run_directory import RunDirectory, load_config
 class Restored:
     config: TrainConfig
     model: Transformer
+    meshes: Meshes
     corpus: Corpus
     step: int
 
@@ -46,8 +47,16 @@ def restore(directory: Path, world: World) -> Restored:
     if not committed_checkpoints(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
     corpus = get_corpus(config, world, lambda line: None)
-    layout = ParallelConfig().resolve(world.size)  # whatever the run was trained on
-    model, _ = build(config.model, layout, config.precision, make_meshes(layout, world), world.device, config.run.seed)
-    progress = checkpointer.restore(model, None) or {}
+    meshes = make_meshes(_layout(config, world), world)
+    model, specs = build(config.model, config.precision, meshes, world.device, config.run.seed)
+    progress = checkpointer.restore(model, None, specs) or {}
     check_same_data(progress, corpus)
-    return Restored(config, model, corpus, progress["step"])
+    return Restored(config, model, meshes, corpus, progress["step"])
+
+
+def _layout(config: TrainConfig, world: World) -> Layout:
+    """The run's own where as many ranks are here, or else one that fits any number of them."""
+    try:
+        return config.parallel.resolve(world.size)
+    except ConfigError:
+        return ParallelConfig().resolve(world.size)

@@ -14,13 +14,8 @@ import xxhash
 import yaml
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from core.config import build, plain
 from core.errors import CheckpointError
@@ -28,6 +23,7 @@ from core.files import write_text
 from model.config import ModelConfig
 from model.source import TensorSource, blocks, parameter_shapes
 from train.checkpoint import CommittedWriter, problems
+from train.parts import block_item
 from train.storage import Damaged, Place, PlainReader, read_exactly
 
 IMPORTED = "model.yaml"
@@ -131,14 +127,10 @@ class _StreamingPlanner(DefaultSavePlanner):
         for name in self.source.shapes:
             whole = self.source.shapes[name]
             for offset, shape in blocks(whole):
-                index = MetadataIndex(f"model.{name}", torch.Size(offset))
-                self.blocks[index] = (name, offset, shape)
-                data = TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)),
-                    properties=TensorProperties(dtype=self.source.dtypes[name]),
-                    size=torch.Size(whole),
-                )
-                items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+                chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
+                item = block_item(f"model.{name}", chunk, whole, self.source.dtypes[name])
+                self.blocks[item.index] = (name, offset, shape)
+                items.append(item)
         self.plan = SavePlan(items, planner_data={})
         return self.plan
 

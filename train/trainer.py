@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,13 +20,14 @@ from parallel.mesh import make_meshes
 from parallel.shards import fill
 from parallel.world import World, connect
 from train import callbacks
-from train.checkpoint import Checkpointer, committed_checkpoints, tensors
+from train.checkpoint import Checkpointer, committed_checkpoints
 from train.config import Phase, TrainConfig, check, phases
 from train.corpora import check_same_data, get_corpus, source_weights
 from train.engine import Engine, TorchEngine
 from train.initial import initial_source
 from train.interrupt import Interruption
 from train.metrics import Log
+from train.parts import run_state
 from train.run_directory import RunDirectory
 
 INTERRUPTED = 130
@@ -56,14 +58,15 @@ class Trainer:
         self.paused_s = 0.0
         begun = bool(committed_checkpoints(directory.checkpoints))
         source = None if begun else initial_source(config.model, config.run.seed, log)
+        self.meshes = make_meshes(config.parallel.resolve(world.size), world)
         self.engine = self._build_engine()
-        self.balancer = Balancer(self.engine.model, world.sum)
-        if progress := self.checkpointer.restore(self.engine.model, self.engine.optimizer):
+        self.balancer = Balancer(self.engine.model, partial(self.meshes.world.sum, purpose="balance"))
+        if progress := self.checkpointer.restore(self.engine.model, self.engine.optimizer, self.engine.specs):
             check_same_data(progress, corpus)
             self.step, self.tokens = progress["step"], progress["tokens"]
             log(f"going on from step-{self.step:08d}")
         elif source is not None:
-            fill(self.engine.model, source)
+            fill(self.engine.model, self.engine.specs, source)
         if world.is_main:
             directory.trim_metrics(self.step)
 
@@ -77,8 +80,9 @@ class Trainer:
     def train_step(self, step: int) -> StepMetrics:
         """Consume the global batch of `step` and update the model."""
         phase = self.phase(step)
-        rows = phase.global_batch // self.world.size
-        batch = self.loaders[phase.name].batch(step - phase.start, self.world.rank * rows, (self.world.rank + 1) * rows)
+        axis = self.meshes.rows
+        rows = phase.global_batch // axis.size
+        batch = self.loaders[phase.name].batch(step - phase.start, axis.rank * rows, (axis.rank + 1) * rows)
         loss = self.engine.forward_backward(batch, phase.micro_batch)
         norm = self.engine.clip(self.config.training.clip_norm)
         factor = phase.learning_rate_factor(step)
@@ -114,7 +118,9 @@ class Trainer:
     def save(self) -> None:
         """Start a checkpoint of the present state."""
         progress = {"tokens": self.tokens, "corpus": self.corpus.fingerprint, "phase": self.phase(self.step - 1).name}
-        self.checkpointer.save(self.step, tensors(self.engine.model, self.engine.optimizer), progress)
+        engine = self.engine
+        state = run_state(engine.model, engine.optimizer, engine.specs, self.world.is_main)
+        self.checkpointer.save(self.step, state, progress)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -136,11 +142,9 @@ class Trainer:
         return Loader(self.corpus, phase.context, phase.global_batch, self.config.run.seed, phase.name, weights)
 
     def _build_engine(self) -> Engine:
-        config, world = self.config, self.world
-        layout = config.parallel.resolve(world.size)
-        meshes = make_meshes(layout, world)
-        model, infos = build(config.model, layout, config.precision, meshes, world.device, config.run.seed)
-        return TorchEngine(model, infos, config.optimizer, world)
+        config = self.config
+        model, specs = build(config.model, config.precision, self.meshes, self.world.device, config.run.seed)
+        return TorchEngine(model, specs, config.optimizer, self.meshes)
 
 
 def run(config: TrainConfig) -> int:

@@ -35,9 +35,8 @@ def worst(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
 def sabotaged(root: Path, name: str, overrides: list[str], what: str) -> dict[str, Any]:
     """The same figures with one reduction broken in this process."""
     import parallel.fsdp
-    import parallel.norm
     from data.loader import Loader
-    from parallel.world import World
+    from parallel.mesh import Axis
     from train import engine
 
     undo: list[tuple[Any, str, Any]] = []
@@ -50,13 +49,19 @@ def sabotaged(root: Path, name: str, overrides: list[str], what: str) -> dict[st
         plant(parallel.fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
         plant(parallel.fsdp.FSDPModule, "set_force_sum_reduction_for_comms", lambda self, on: None)
     elif what == "local norm":
-        plant(parallel.norm.dist, "all_reduce", lambda *args, **options: None)
+        real = Axis.sum
+        plant(Axis, "sum", lambda self, t, purpose: None if purpose == "norm" else real(self, t, purpose))
     elif what == "local token count":
-        real = World.sum
-        plant(World, "sum", lambda self, t: None if t.dtype is torch.int64 and t.dim() == 0 else real(self, t))
+        real = Axis.sum
+
+        def keep_counts(self: Axis, tensor: torch.Tensor, purpose: str) -> None:
+            if tensor.dtype is not torch.int64:
+                real(self, tensor, purpose)
+
+        plant(Axis, "sum", keep_counts)
     elif what == "local expert counts":
-        real = World.sum
-        plant(World, "sum", lambda self, t: None if t.dim() == 2 else real(self, t))
+        real = Axis.sum
+        plant(Axis, "sum", lambda self, t, purpose: None if purpose == "balance" else real(self, t, purpose))
     elif what == "same rows on every rank":
         batch = Loader.batch
         plant(Loader, "batch", lambda self, step, start, stop: batch(self, step, 0, stop - start))

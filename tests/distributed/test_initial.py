@@ -31,7 +31,9 @@ def started(root: Path, path: Path, overrides: list[str]) -> tuple[dict[str, tor
         run = trainer(root, "run", [*overrides, *EXACT, *like(path), f"model.init_from={path}"])
     finally:
         checkpoint.read_rows = read
-    return {name: whole(parameter) for name, parameter in run.engine.model.named_parameters()}, count
+    return {
+        name: whole(parameter, run.engine.specs[name]) for name, parameter in run.engine.model.named_parameters()
+    }, count
 
 
 @pytest.mark.parametrize("layout", [[], ["parallel.dp_replicate=2"]], ids=["fsdp", "hsdp"])

@@ -11,7 +11,8 @@ import torch
 
 from core.errors import CheckpointError
 from parallel.world import World
-from train.checkpoint import MARKER, Checkpointer, committed_checkpoints, problems, tensors
+from train.checkpoint import MARKER, Checkpointer, committed_checkpoints, problems
+from train.parts import run_state
 
 CPU = torch.device("cpu")
 
@@ -41,9 +42,13 @@ def checkpointer(request, tmp_path, said) -> Checkpointer:
     return Checkpointer(tmp_path, World(0, 1, CPU), keep=2, asynchronous=request.param, report=said.append)
 
 
+def tensors(model: Net, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {name: part.tensor for name, part in run_state(model, optimizer).items()}
+
+
 def save(checkpointer: Checkpointer, step: int) -> None:
     model, optimizer = stepped(float(step))
-    checkpointer.save(step, tensors(model, optimizer), {"tokens": step * 10})
+    checkpointer.save(step, run_state(model, optimizer), {"tokens": step * 10})
     checkpointer.wait()
 
 
@@ -75,7 +80,7 @@ def test_saving_does_not_see_later_updates(checkpointer):
     """An asynchronous save has copied the state by the time it returns."""
     model, optimizer = stepped(1.0)
     before = model.weight.detach().clone()
-    checkpointer.save(1, tensors(model, optimizer), {})
+    checkpointer.save(1, run_state(model, optimizer), {})
     with torch.no_grad():
         model.weight.fill_(99.0)
     checkpointer.wait()

@@ -16,7 +16,7 @@ from train.evaluate import HeldOut, held_out_loss
 def measured(root: Path, overrides: list[str], rows: int = 5) -> HeldOut:
     run = trainer(root, "run", overrides)
     loader = run.loaders["main"]
-    return held_out_loss(run.engine.model, loader, run.corpus, rows, 2, run.weights, run.world)
+    return held_out_loss(run.engine.model, loader, run.corpus, rows, 2, run.weights, run.meshes)
 
 
 @torch.no_grad()
@@ -65,5 +65,5 @@ def test_ignored_labels_count_no_bytes(small_corpus, tmp_path):
     batch = run.loaders["main"].held_out("text", 0, 1)
     batch.labels_BT[:, ::2] = -100
     bytes_V = torch.ones(320, dtype=torch.int64)
-    _, tokens, size = _sums(run.engine.model, batch, bytes_V, torch.device("cpu")).tolist()
+    _, tokens, size = _sums(run.engine.model, batch, bytes_V, run.meshes.tp).tolist()
     assert size == tokens == int((batch.labels_BT >= 0).sum())

@@ -140,7 +140,7 @@ def test_a_run_that_could_not_be_saved_fails(tmp_path, small_corpus, monkeypatch
 def test_a_run_of_many_ranks_can_be_looked_at_by_one(tmp_path, small_corpus):
     assert train(tmp_path, small_corpus) == 0
     config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("dp_shard: null", "dp_shard: 2"))
+    config.write_text(config.read_text().replace("dp_shard: auto", "dp_shard: 2"))
     assert "dp_shard: 2" in config.read_text()
     assert restore(tmp_path / "run", ALONE).step == 4
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
 
 from core.config import load
+from parallel.shards import ShardSpec, local
 from parallel.world import connect
 from train.config import TrainConfig
 from train.corpora import get_corpus
@@ -64,8 +65,21 @@ def trainer(root: Path, name: str, overrides: list[str]) -> Trainer:
     return Trainer(run, world, directory, get_corpus(run, world, lambda line: None), log)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+def whole(tensor: torch.Tensor, spec: ShardSpec | None = None) -> torch.Tensor:
+    """The whole tensor on every rank, out of the blocks that each says it has; a check of the registry as well."""
+    part = local(tensor).detach()
+    if spec is None or not dist.is_initialized():
+        return part.clone()
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (spec.stored, spec.is_owner, part))
+    result, filled = part.new_full(spec.info.shape, torch.nan), 0
+    for block, is_owner, values in parts:
+        place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))
+        assert is_owner or torch.equal(result[place], values) or torch.isnan(result[place]).all(), "copies differ"
+        result[place] = values
+        filled += values.numel() if is_owner else 0
+    assert filled == result.numel(), f"{spec.info.name}: the owners' blocks do not make up the tensor"
+    return result
 
 
 def figures(root: Path, name: str, overrides: list[str], steps: int = 2) -> dict[str, Any]:
@@ -77,7 +91,7 @@ def figures(root: Path, name: str, overrides: list[str], steps: int = 2) -> dict
 
     def keep(limit: float | None) -> torch.Tensor:
         if not gradients:
-            gradients.update({n: whole(p.grad) for n, p in run.engine.model.named_parameters()})
+            gradients.update({n: whole(p.grad, run.engine.specs[n]) for n, p in run.engine.model.named_parameters()})
         return clip(limit)
 
     run.engine.clip = keep  # type: ignore[method-assign]
@@ -88,5 +102,6 @@ def figures(root: Path, name: str, overrides: list[str], steps: int = 2) -> dict
         for key, value in metrics.balance.items():
             found[key].append(value)
     found["gradients"] = gradients
-    found["weights"] = {name: whole(tensor) for name, tensor in run.engine.model.state_dict().items()}
+    state, specs = run.engine.model.state_dict(), run.engine.specs
+    found["weights"] = {name: whole(tensor, specs.get(name)) for name, tensor in state.items()}
     return found

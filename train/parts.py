@@ -1,0 +1,122 @@
+"""What a rank keeps of each stored tensor, and torch.distributed.checkpoint's plans made of it.
+
+Every part is a block of a whole tensor under the tensor's global name, so any layout reads what any other wrote. Of
+the ranks that keep the same block one writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from core.errors import CheckpointError
+from parallel.shards import ShardSpec, local
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's block of a tensor of `shape`, beginning at `offset`; `writes`: whether this rank stores it."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    writes: bool = True
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size(self.offset), self.tensor.shape)
+
+
+def run_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    specs: Mapping[str, ShardSpec] | None = None,
+    is_main: bool = True,
+) -> dict[str, Part]:
+    """Everything a run must keep, by global name, sharing storage with the model and the optimizer.
+
+    Without `specs` the model is one process's own. Keys: `model.NAME` and `optimizer.NAME.MOMENT`.
+    """
+    found = {}
+    for name, tensor in model.state_dict().items():
+        found[f"model.{name}"] = _part(tensor, specs.get(name) if specs else None, is_main)
+    if optimizer is not None:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter, state in optimizer.state.items():
+            spec = specs[names[parameter]] if specs else None
+            for key, value in state.items():
+                found[f"optimizer.{names[parameter]}.{key}"] = _part(value, spec, is_main)
+    return found
+
+
+def _part(tensor: Tensor, spec: ShardSpec | None, is_main: bool) -> Part:
+    part = local(tensor)
+    if spec is None:
+        return Part(part, tuple(part.shape), (0,) * part.dim(), is_main)
+    if part.dim() == 0:  # a step count: the same for the whole parameter
+        return Part(part, (), (), spec.is_first)
+    return Part(part, tuple(spec.info.shape), spec.stored.offset, spec.is_owner)
+
+
+class PartsSavePlanner(DefaultSavePlanner):
+    """Plans the blocks that this rank writes. The state dict to save is `written(parts)`."""
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.parts = {name: part for name, part in parts.items() if name in written(parts)}
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([block_item(n, p.chunk, p.shape, p.tensor.dtype) for n, p in self.parts.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn]
+
+
+def written(parts: Mapping[str, Part]) -> dict[str, Tensor]:
+    """The tensors that this rank stores."""
+    return {name: part.tensor for name, part in parts.items() if part.writes and part.tensor.numel()}
+
+
+def block_item(name: str, chunk: ChunkStorageMetadata, shape: tuple[int, ...], dtype: torch.dtype) -> WriteItem:
+    """A block of a tensor to be stored."""
+    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(shape))
+    return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+class PartsLoadPlanner(DefaultLoadPlanner):
+    """Reads this rank's blocks, whoever wrote them. Raises `CheckpointError` where a tensor is not there or has
+    another shape.
+    """
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.parts = parts
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items: list[ReadItem] = []
+        for name, part in self.parts.items():
+            entry = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(entry, TensorStorageMetadata) or tuple(entry.size) != part.shape:
+                has = "is missing" if entry is None else f"has shape {list(getattr(entry, 'size', ()))}"
+                raise CheckpointError(f"{name} {has} in the checkpoint; this model's has {list(part.shape)}")
+            if part.tensor.numel():
+                items += create_read_items_for_chunk_list(name, entry, [part.chunk])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.parts[index.fqn].tensor
