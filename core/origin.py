@@ -6,6 +6,7 @@ A user's folder may hold a `data/` or a `model.py` of its own. Python puts the c
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -41,3 +42,12 @@ def check_packages(names: tuple[str, ...] = PACKAGES) -> None:
                 f"the package {name!r} is not Leviathan's but {found}: set PYTHONSAFEPATH=1, start through the "
                 f"leviathan command, or remove what else provides {name!r}"
             )
+
+
+def sources_digest() -> str:
+    """Hash of every source file of our packages, 16 hexadecimal digits: which version of the code this is."""
+    digest = hashlib.sha256()
+    for name in PACKAGES:
+        for path in sorted((ROOT / name).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

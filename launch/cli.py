@@ -68,6 +68,12 @@ VERBS = {
         "train.convert:run_export",
         positional=("source", "out"),
     ),
+    "certify": Verb(
+        "prove that a layout computes what one process computes",
+        "certify",
+        "train.certify:CertifyConfig",
+        "launch.certify:run",
+    ),
     "report": Verb(
         "draw one run, or several side by side",
         "report",

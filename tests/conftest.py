@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import Pool
+from launch.ranks import Pool
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
-    """`ranks(n, function, *arguments)`: see tests/distributed/ranks.py."""
+    """`ranks(n, function, *arguments)`: see launch/ranks.py."""
     pool = Pool()
     yield pool
     pool.close()

@@ -163,8 +163,9 @@ class Evaluation(Callback):
             if not any(loader.held_out_rows(name) for name in trainer.weights):
                 trainer.log("no held-out rows at this context: no held-out loss")
                 return
+            bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())
             self.result = held_out_loss(
-                trainer.engine.model, loader, trainer.corpus, rows, phase.micro_batch, trainer.weights, trainer.meshes
+                trainer.engine.model, loader, bytes_V, rows, phase.micro_batch, trainer.weights, trainer.meshes
             )
         if self.logging.writer is not None:
             sources = {name: vars(found) for name, found in self.result.sources.items()}

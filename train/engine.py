@@ -59,7 +59,8 @@ class TorchEngine:
         for part in _micro_batches(batch, micro_batch):
             context = SequenceContext(part.positions_BT, self.device, routed)
             part = part.to(self.device)
-            loss = summed_loss(self.model(part.tokens_BT, context), part.labels_BT, self.meshes.tp) / tokens
+            loss = summed_loss(self.model(part.tokens_BT, context), part.labels_BT, self.meshes.tp)
+            loss = loss / tokens.clamp_min(1)  # a batch of one-token documents has nothing to predict
             loss.backward()
             total += loss.detach()
         sum_copies(self.model, self.specs)

@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from core.errors import ConfigError, DataError
-from data.corpus import Corpus
-from data.loader import Batch, Loader
+from data.loader import Batch
 from model.context import SequenceContext
 from model.transformer import Transformer
 from parallel.mesh import Axis, Meshes
@@ -46,11 +46,21 @@ class HeldOut:
         }
 
 
+class HeldOutRows(Protocol):
+    """What evaluation asks of a loader."""
+
+    context: int
+
+    def held_out_rows(self, source: str) -> int: ...
+
+    def held_out(self, source: str, start: int, stop: int) -> Batch: ...
+
+
 @torch.no_grad()
 def held_out_loss(
     model: Transformer,
-    loader: Loader,
-    corpus: Corpus,
+    loader: HeldOutRows,
+    bytes_V: Tensor,
     rows: int,
     micro_batch: int,
     weights: dict[str, float],
@@ -58,13 +68,14 @@ def held_out_loss(
 ) -> HeldOut:
     """The first `rows` rows of each source's held-out split, spread over the ranks in micro-batches of equal number.
 
+    `bytes_V`: how many bytes of text each token id spells.
     Sources without a held-out row at this context are left out; raises `DataError` where that leaves none.
     """
     weights = {source: weight for source, weight in weights.items() if loader.held_out_rows(source)}
     if not weights:
         raise DataError(f"no source has held-out text for one row of {loader.context} tokens: raise data.held_out")
     device = next(model.parameters()).device
-    bytes_V = torch.from_numpy(corpus.tokenizer.token_bytes()).to(device)
+    bytes_V = bytes_V.to(device)
     model.eval()
     found: dict[str, SourceLoss] = {}
     for source in weights:
@@ -81,14 +92,14 @@ def held_out_loss(
     return HeldOut(mean, bits, found)
 
 
-def held_out_batches(loader: Loader, source: str, rows: int, micro_batch: int) -> Iterator[Batch]:
+def held_out_batches(loader: HeldOutRows, source: str, rows: int, micro_batch: int) -> Iterator[Batch]:
     """The first `rows` held-out rows of a source, or as many as there are."""
     available = min(rows, loader.held_out_rows(source))
     for start in range(0, available, micro_batch):
         yield loader.held_out(source, start, min(start + micro_batch, available))
 
 
-def _share(loader: Loader, source: str, rows: int, micro_batch: int, axis: Axis) -> Iterator[Batch]:
+def _share(loader: HeldOutRows, source: str, rows: int, micro_batch: int, axis: Axis) -> Iterator[Batch]:
     """This rank's micro-batches. Every rank runs the model equally often (a sharded model gathers together): where its
     share is used up a rank repeats the first batch with all labels ignored.
     """
@@ -156,7 +167,8 @@ def run(config: EvaluateConfig) -> int:
         rows = config.rows or restored.config.evaluation.rows
         micro_batch = config.micro_batch or restored.phase.micro_batch
         weights = restored.weights()
-        result = held_out_loss(restored.model, loader, restored.corpus, rows, micro_batch, weights, restored.meshes)
+        bytes_V = torch.from_numpy(restored.corpus.tokenizer.token_bytes())
+        result = held_out_loss(restored.model, loader, bytes_V, rows, micro_batch, weights, restored.meshes)
         if world.is_main:
             print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
         return 0

@@ -6,11 +6,11 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from data.corpus import Corpus
 from data.loader import Loader
@@ -19,7 +19,7 @@ from parallel.apply import build
 from parallel.mesh import make_meshes
 from parallel.shards import fill
 from parallel.world import World, connect
-from train import callbacks
+from train import callbacks, certificates
 from train.checkpoint import Checkpointer, committed_checkpoints
 from train.config import Phase, TrainConfig, check, phases
 from train.corpora import check_same_data, get_corpus, source_weights
@@ -29,19 +29,17 @@ from train.interrupt import Interruption
 from train.metrics import Log
 from train.parts import run_state
 from train.run_directory import RunDirectory
+from train.step import StepResult, optimizer_step
 
 INTERRUPTED = 130
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """One step's figures, tensors still on the device. `tokens` is what the run has consumed with this step."""
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics(StepResult):
+    """A step's result and where the run stands; `tokens` is what it has consumed with this step."""
 
-    loss: Tensor
-    gradient_norm: Tensor
     learning_rate: float
     tokens: int
-    balance: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Trainer:
@@ -54,11 +52,12 @@ class Trainer:
         self.loaders = {phase.name: self._loader(phase) for phase in self.phases}
         saving = config.checkpoint
         self.checkpointer = Checkpointer(directory.checkpoints, world, saving.keep, saving.asynchronous, log)
+        self.meshes = make_meshes(config.parallel.resolve(world.size), world)
+        self.certificate = world.from_main(self._certificate)
         self.step = self.tokens = 0
         self.paused_s = 0.0
         begun = bool(committed_checkpoints(directory.checkpoints))
         source = None if begun else initial_source(config.model, config.run.seed, log)
-        self.meshes = make_meshes(config.parallel.resolve(world.size), world)
         self.engine = self._build_engine()
         self.balancer = Balancer(self.engine.model, partial(self.meshes.world.sum, purpose="balance"))
         if progress := self.checkpointer.restore(self.engine.model, self.engine.optimizer, self.engine.specs):
@@ -83,13 +82,10 @@ class Trainer:
         axis = self.meshes.rows
         rows = phase.global_batch // axis.size
         batch = self.loaders[phase.name].batch(step - phase.start, axis.rank * rows, (axis.rank + 1) * rows)
-        loss = self.engine.forward_backward(batch, phase.micro_batch)
-        norm = self.engine.clip(self.config.training.clip_norm)
-        factor = phase.learning_rate_factor(step)
-        self.engine.step(factor)
-        balance = self.balancer.step()
+        factor, clip_norm = phase.learning_rate_factor(step), self.config.training.clip_norm
+        result = optimizer_step(self.engine, self.balancer, batch, phase.micro_batch, clip_norm, factor)
         self.step, self.tokens = step + 1, self.tokens + phase.global_batch * phase.context
-        return StepMetrics(loss, norm, factor * self.config.optimizer.lr, self.tokens, balance)
+        return StepMetrics(**vars(result), learning_rate=factor * self.config.optimizer.lr, tokens=self.tokens)
 
     def fit(self) -> int:
         """Train to the last step; returns the exit code. Interrupted, it saves and stops."""
@@ -117,7 +113,13 @@ class Trainer:
 
     def save(self) -> None:
         """Start a checkpoint of the present state."""
-        progress = {"tokens": self.tokens, "corpus": self.corpus.fingerprint, "phase": self.phase(self.step - 1).name}
+        progress = {
+            "tokens": self.tokens,
+            "corpus": self.corpus.fingerprint,
+            "phase": self.phase(self.step - 1).name,
+            "layout": self.meshes.layout.axes,
+            "certificate": self.certificate,
+        }
         engine = self.engine
         state = run_state(engine.model, engine.optimizer, engine.specs, self.world.is_main)
         self.checkpointer.save(self.step, state, progress)
@@ -136,6 +138,15 @@ class Trainer:
         if self.world.device.type == "cuda" and self.world.size > 1 and step % self.config.logging.every:
             return False
         return self.world.any(interruption.requested)
+
+    def _certificate(self) -> str | None:
+        """The hash of a certificate of this code for the run's axes; says so where there is none and how to get one."""
+        axes = self.meshes.layout.axes
+        found = certificates.find(axes, Path(self.config.data.cache).expanduser()) if axes else None
+        if axes and found is None:
+            degrees = " ".join(f"parallel.{axis}={degree}" for axis, degree in axes.items())
+            self.log(f"no certificate for these axes and this code; to have one: leviathan certify {degrees}")
+        return found
 
     def _loader(self, phase: Phase) -> Loader:
         weights = phase.weights or self.weights

@@ -33,7 +33,7 @@ CONFIGURATION = {
     "model.router.top_k=9": "model.router.top_k=9: must not exceed the 4 experts",
     "model.router.score=relu": "model.router.score=relu: Invalid value 'relu', expected one of [sigmoid, softmax]",
     "training.micro_batch=3": "training.micro_batch=3: must divide a rank's 8 rows; try 1, 2, 4 or 8",
-    "parallel.dp_shard=2": "parallel.dp_shard=2: times pp * dp_replicate * cp * tp = 1 must equal the world's 1 ranks; try 1",
+    "parallel.dp_shard=2": "parallel.dp_shard=2: times pp * dp_replicate * cp * tp = 1 must equal the world's",
     "optimizer.groups.routr.lr_scale=2": "groups.routr: no such entry; try +optimizer.groups.routr=... to add one",
     "+optimizer.groups.routr.lr_scale=2": "optimizer.groups.routr: no such role; try embedding",
     "data.sources.text.weight=0": "data.sources.text.weight=0.0: must be positive; leave the source out instead",

@@ -16,7 +16,8 @@ from train.evaluate import HeldOut, held_out_loss
 def measured(root: Path, overrides: list[str], rows: int = 5) -> HeldOut:
     run = trainer(root, "run", overrides)
     loader = run.loaders["main"]
-    return held_out_loss(run.engine.model, loader, run.corpus, rows, 2, run.weights, run.meshes)
+    bytes_V = torch.from_numpy(run.corpus.tokenizer.token_bytes())
+    return held_out_loss(run.engine.model, loader, bytes_V, rows, 2, run.weights, run.meshes)
 
 
 @torch.no_grad()

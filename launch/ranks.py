@@ -1,7 +1,7 @@
-"""A pool of gloo ranks, started once per test run: importing torch costs seconds a rank, a case then milliseconds.
+"""A pool of gloo ranks on this machine, started once: importing torch costs seconds a rank, a case then milliseconds.
 
 A case is a top-level function with its arguments; it runs on ranks 0..n-1 inside a process group of its own, under a
-store prefix of its own. What it returns comes back by rank; what it raises is raised in the test: the first cause, not
+store prefix of its own. What it returns comes back by rank; what it raises is raised here: the first cause, not
 the broken connections of its neighbours. A case that hangs is killed with all ranks, and the pool starts anew.
 """
 
@@ -12,6 +12,7 @@ import os
 import pickle
 import time
 import traceback
+import typing
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -87,10 +88,10 @@ class Pool:
                 if any(reply[0] == "raised" and not _is_consequence(reply[2]) for reply in replies.values()):
                     return replies  # the others wait for one that raised
                 raise Hang(f"ranks {sorted(waiting.values())} of {ranks} did not answer within {timeout_s:.0f} s")
-            for connection in ready:
-                rank = waiting[connection]  # type: ignore[index]
+            for connection in typing.cast(list[Connection], ready):
+                rank = waiting[connection]
                 try:
-                    replies[rank] = connection.recv()  # type: ignore[union-attr]
+                    replies[rank] = connection.recv()
                 except EOFError:
                     self.close()
                     raise RankError(f"rank {rank} of {ranks} died") from None

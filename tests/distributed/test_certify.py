@@ -1,0 +1,224 @@
+"""The certificate: honest layouts pass, and each way in which layouts are known to go wrong is caught and blamed.
+
+A bug is planted in the rank processes only, where the layout uses the axis that it belongs to; what one process
+computes stays right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from core.config import load
+from train import figures
+from train.certify import Case, CertifyConfig, Outcome, certificate, certify
+from train.figures import Figures
+
+Plant = Callable[[Any, str, Any], None]
+
+
+def config(*overrides: str) -> CertifyConfig:
+    return load("certify", CertifyConfig, ["model.layers=4", *overrides])
+
+
+class Broken:
+    """A pool whose ranks, where there are several, run with a bug."""
+
+    def __init__(self, ranks: Any, bug: str | None) -> None:
+        self.ranks, self.bug = ranks, bug
+
+    def __call__(self, count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        bug = self.bug if count > 1 else None
+        return self.ranks(count, broken, bug, *arguments)
+
+
+def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str, Figures]:
+    with planted(bug):
+        return figures.measure_all(parallel, cases)
+
+
+@contextmanager
+def planted(bug: str | None) -> Iterator[None]:
+    undo: list[tuple[Any, str, Any]] = []
+
+    def plant(owner: Any, attribute: str, value: Any) -> None:
+        undo.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, value)
+
+    if bug is not None:
+        BUGS[bug](plant)
+    try:
+        yield
+    finally:
+        for owner, attribute, value in reversed(undo):
+            setattr(owner, attribute, value)
+
+
+def missing_reduction(plant: Plant) -> None:
+    """The backward of the sequence gather keeps the local part instead of summing the ranks'."""
+    from parallel import collectives
+
+    def keep(partial: torch.Tensor, axis: Any, dim: int, purpose: str) -> torch.Tensor:
+        return partial.chunk(axis.size, dim)[axis.rank].contiguous()
+
+    class Local(collectives._Gather):
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            return keep(grads[0], *ctx.arguments), None, None, None
+
+    plant(collectives, "_Gather", Local)
+
+
+def doubled_divide(plant: Plant) -> None:
+    from parallel import fsdp
+
+    plant(fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
+    plant(fsdp.FSDPModule, "set_force_sum_reduction_for_comms", lambda self, on: None)
+
+
+def experts_left_out_of_the_norm(plant: Plant) -> None:
+    """Only the first group of experts is counted, as in a norm summed over data parallel ranks alone."""
+    from train import engine
+
+    honest = engine.gradient_norm
+
+    @dataclass
+    class Counted:
+        is_owner: bool
+
+    def norm(model: Any, specs: Any, meshes: Any) -> Any:
+        later = {name for name, spec in specs.items() if any(s.axis.name == "ep" and s.axis.rank for s in spec.splits)}
+        return honest(model, {n: Counted(spec.is_owner and n not in later) for n, spec in specs.items()}, meshes)
+
+    plant(engine, "gradient_norm", norm)
+
+
+def balancing_term_dropped(plant: Plant) -> None:
+    """With the sequence cut, each rank balances its own part of a row."""
+    from parallel import tensor
+    from parallel.mesh import Axis
+
+    class Forgetful(tensor.partial):  # type: ignore[misc]
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            forget = self.func.__name__ == "sum" and isinstance(self.func.__self__, Axis)
+            return None if forget else super().__call__(*arguments, **options)
+
+    plant(tensor, "partial", Forgetful)
+
+
+def bias_from_local_counts(plant: Plant) -> None:
+    from parallel.mesh import Axis
+
+    honest = Axis.sum
+
+    def local_only(self: Axis, tensor: torch.Tensor, purpose: str) -> None:
+        if not (self.name == "world" and purpose == "balance" and tensor.dtype is torch.int64):
+            honest(self, tensor, purpose)
+
+    plant(Axis, "sum", local_only)
+
+
+def expert_gradients_over_the_wrong_group(plant: Plant) -> None:
+    """Averaged over the ranks that hold different experts."""
+    from parallel.shards import local
+    from train import engine
+
+    honest = engine.sum_copies
+
+    def mix(model: Any, specs: Any) -> None:
+        honest(model, specs)
+        for name, parameter in model.named_parameters():
+            if specs[name].info.role.is_expert:
+                for split in specs[name].splits:
+                    if split.axis.name == "ep":
+                        group = MESHES[-1].experts
+                        gradient = local(parameter.grad)
+                        dist.all_reduce(gradient, group=group.group)
+                        gradient /= group.size
+
+    honest_meshes = figures.make_meshes
+
+    def remember(*arguments: Any) -> Any:
+        MESHES.append(honest_meshes(*arguments))
+        return MESHES[-1]
+
+    plant(figures, "make_meshes", remember)
+    plant(engine, "sum_copies", mix)
+
+
+def gains_not_reduced(plant: Plant) -> None:
+    from train import engine
+
+    plant(engine, "sum_copies", lambda model, specs: None)
+
+
+def no_gradient_without_tokens(plant: Plant) -> None:
+    """A rank none of whose experts got a token has no gradient for them."""
+    from parallel.shards import local
+    from train import engine
+
+    honest = engine.sum_copies
+
+    def drop(model: Any, specs: Any) -> None:
+        honest(model, specs)
+        for name, parameter in model.named_parameters():
+            spec = specs[name]
+            cut = any(split.axis.name == "ep" for split in spec.splits)
+            if cut and spec.info.role.is_expert and not local(parameter.grad).any():
+                parameter.grad = None
+
+    plant(engine, "sum_copies", drop)
+
+
+MESHES: list[Any] = []
+BUGS: dict[str, Callable[[Plant], None]] = {
+    function.__name__: function
+    for function in (
+        missing_reduction,
+        doubled_divide,
+        experts_left_out_of_the_norm,
+        balancing_term_dropped,
+        bias_from_local_counts,
+        expert_gradients_over_the_wrong_group,
+        gains_not_reduced,
+        no_gradient_without_tokens,
+    )
+}
+BLAMED = {
+    "missing_reduction": (["tp"], "gradients"),
+    "doubled_divide": (["dp_shard"], "gradients"),
+    "experts_left_out_of_the_norm": (["ep"], "gradient norm"),
+    "balancing_term_dropped": (["tp"], "aux loss"),
+    "bias_from_local_counts": (["dp_shard"], "tokens per expert"),
+    "expert_gradients_over_the_wrong_group": (["ep"], "gradients"),
+    "gains_not_reduced": (["tp"], "gradients"),
+    "no_gradient_without_tokens": (["ep"], "has no gradient"),
+}
+
+
+def outcomes(ranks: Any, bug: str | None, *overrides: str) -> list[Outcome]:
+    return certify(config("ranks=2", "steps=2", *overrides), Broken(ranks, bug), lambda line: None)
+
+
+def test_an_honest_layout_passes(ranks, tmp_path):
+    found = outcomes(ranks, None, "parallel.tp=2", "parallel.ep=2")
+    assert [outcome.trial.name for outcome in found] == ["dp_shard=2", "tp=2", "dp_shard=2 ep=2", "tp=2 ep=2"]
+    for outcome in found:
+        assert outcome.passed, outcome.failures()
+        assert len(outcome.comparisons) > 40 and 0 < outcome.largest(1e-9) < 1e-12
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
+    found = outcomes(ranks, bug, "parallel.tp=2", "parallel.ep=2")
+    axes, what = BLAMED[bug]
+    content = certificate(config("parallel.tp=2", "parallel.ep=2"), found, {})
+    assert content["pass"] is False
+    assert content["smallest_failing_axes"] == axes, content["first_failure"]
+    assert any(what in line for line in next(o for o in found if not o.passed).failures())

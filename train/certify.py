@@ -1,0 +1,324 @@
+"""The certificate: a layout computes what one process computes, parameter by parameter, to rounding.
+
+A shrunk copy of the configured model is run by one process and under layouts in which every axis has degree 2: each
+axis alone, each pair of them, all together, and the configured degrees themselves where they are few enough. Float64
+makes a difference of 1e-9 a bug and not rounding; plain SGD without clipping shows the scale of gradients, which AdamW
+hides.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from core.config import plain
+from core.errors import ConfigError
+from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
+from parallel.layout import AUTO, ParallelConfig
+from precision.backend import Compute, PrecisionConfig
+from train.figures import ROWS, Blocks, Case, Figures, measure_all
+from train.optimizer import OptimizerConfig, OptimizerKind
+
+EXACT, LOSS_FP32, GRADIENT_FP32 = 1e-9, 5e-6, 1e-5
+"""Gates: the largest difference, relative for all but the float32 loss (nats)."""
+AXES = ("dp_shard", "dp_replicate", "tp", "ep", "etp")
+_TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
+
+
+@dataclass(frozen=True)
+class CertifyConfig:
+    """Proves a layout on this machine, without a GPU, in some minutes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    ranks: int = 8
+    """At most this many processes; layouts that need more are left out and named."""
+    steps: int = 3
+    out: str = "certificate.json"
+    cache: str = "~/.cache/leviathan"
+    """Certificates are kept here, too, where `train` looks for them."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("ranks", 2), ("steps", 2)):
+            if getattr(self, key) < least:
+                raise ConfigError(key, getattr(self, key), f"must be at least {least}", [least])
+
+
+class Ranks(Protocol):
+    """Runs a function on so many ranks and returns what each returned; what one raises is raised."""
+
+    def __call__(self, ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One layout to be tried: the axes it is about, by degree, and how many ranks it takes."""
+
+    axes: tuple[str, ...]
+    parallel: ParallelConfig
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        degrees = self.parallel.resolve(self.ranks).axes
+        return " ".join(f"{axis}={degree}" for axis, degree in degrees.items())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure of a layout against one process: the largest difference and where it is. `first`: the first
+    parameter, in the model's order, beyond the gate.
+    """
+
+    name: str
+    largest: float
+    gate: float
+    parameter: str | None = None
+    first: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.largest <= self.gate  # a NaN does not pass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    trial: Trial
+    comparisons: list[Comparison]
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None and bool(self.comparisons) and all(c.passed for c in self.comparisons)
+
+    def largest(self, gate: float) -> float:
+        """The largest difference among comparisons with this gate."""
+        return max((c.largest for c in self.comparisons if c.gate == gate), default=float("nan"))
+
+    def failures(self) -> list[str]:
+        if self.error is not None:
+            return [self.error]
+        return [
+            f"{c.name} differs by {c.largest:.1e}"
+            + (f", most in {c.parameter}, first in {c.first}" if c.parameter else "")
+            for c in self.comparisons
+            if not c.passed
+        ]
+
+
+def certify(config: CertifyConfig, ranks: Ranks, say: Callable[[str], None]) -> list[Outcome]:
+    """Run every trial and compare. The smallest sets of axes come first, so the first failure is the one to look at."""
+    model, outcomes = shrink(config.model), []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        cases = _cases(model, config.steps, root / "one", None)
+        (wanted,) = ranks(1, measure_all, ParallelConfig(), cases)
+        for trial in trials(config.parallel, config.ranks):
+            outcome = _try(trial, model, config.steps, root, wanted, ranks)
+            verdict = "passed" if outcome.passed else "FAILED"
+            exact, narrow = outcome.largest(EXACT), outcome.largest(GRADIENT_FP32)
+            say(f"{verdict}  {trial.name:<32} {trial.ranks} ranks  float64 {exact:.1e}  float32 {narrow:.1e}")
+            for line in outcome.failures()[:4]:
+                say(f"        {line}")
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _try(trial: Trial, model: ModelConfig, steps: int, root: Path, wanted: dict[str, Figures], ranks: Ranks) -> Outcome:
+    """One layout's run, and its checkpoint resumed by one process."""
+    own = root / trial.name.replace(" ", "_")
+    cases = _cases(model, steps, own, root / "one")
+    try:
+        found: list[dict[str, Figures]] = ranks(trial.ranks, measure_all, trial.parallel, cases)
+        alone = replace(cases["resumed"], resume=own)
+        (resharded,) = ranks(1, measure_all, ParallelConfig(), {"resharded": alone})
+    except AssertionError as error:  # a rank raised: that is a finding, too
+        return Outcome(trial, [], f"a rank raised: {str(error).strip().splitlines()[-1]}")
+    comparisons: list[Comparison] = []
+    for name, reference in wanted.items():
+        comparisons += compare(name, reference, [rank[name] for rank in found], cases[name])
+    final = wanted["adamw"]
+    resumed = [rank["resumed"] for rank in found]
+    comparisons += _tail("one process's checkpoint under the layout", final, resumed)
+    comparisons += _tail("the layout's checkpoint in one process", final, [resharded["resharded"]])
+    return Outcome(trial, comparisons)
+
+
+def _cases(model: ModelConfig, steps: int, save: Path, resume: Path | None) -> dict[str, Case]:
+    """The runs that are compared, by name; `resumed` only where there is a checkpoint to resume."""
+    sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)
+    adamw = OptimizerConfig(lr=1e-2)
+    whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
+    base = Case(replace(model, balance=_TERMS), PrecisionConfig(Compute.float64), sgd)
+    learning = replace(base, model=whole, optimizer=adamw, clip_norm=0.05, steps=steps)
+    cases = {
+        "sgd": replace(base, steps=steps),
+        "adamw": replace(learning, save=save),
+        "float32": replace(base, precision=PrecisionConfig(Compute.float32)),
+    }
+    if any(layer.feed_forward is FeedForward.moe for layer in model.blocks):
+        for term, balance in (("aux", BalanceConfig(aux=1.0)), ("z", BalanceConfig(z=1.0))):
+            cases[f"{term} loss alone"] = replace(base, model=replace(model, balance=balance), labels=False)
+        cases["experts without tokens"] = replace(base, starve=True)
+    if resume is not None:
+        cases["resumed"] = replace(learning, resume=resume)
+    return cases
+
+
+def compare(name: str, wanted: Figures, found: Sequence[Figures], case: Case) -> Iterator[Comparison]:
+    """Every figure of a run against one process's; each rank's is compared, the largest difference counts."""
+    narrow = case.precision.compute is Compute.float32
+    loss, gradient = (LOSS_FP32, GRADIENT_FP32) if narrow else (EXACT, EXACT)
+    yield Comparison(f"{name}: loss", _series("loss", wanted, found, relative=not narrow), loss)
+    yield Comparison(f"{name}: gradient norm", _series("norm", wanted, found), gradient)
+    yield _blocks(f"{name}: gradients", wanted.gradients, [f.gradients for f in found], gradient)
+    if narrow:
+        return
+    yield _blocks(f"{name}: updated weights", wanted.weights, [f.weights for f in found], EXACT)
+    yield Comparison(f"{name}: held-out loss", max(_relative(f.held_out, wanted.held_out) for f in found), EXACT)
+    for key in ("counts", "aux", "z"):
+        pairs = [zip(getattr(f, key), getattr(wanted, key), strict=True) for f in found]
+        largest = max((_relative(a, b) for pair in pairs for a, b in pair), default=0.0)
+        yield Comparison(f"{name}: {'tokens per expert' if key == 'counts' else f'{key} loss'}", largest, EXACT)
+    largest = max((_relative(f.routers[k], wanted.routers[k]) for f in found for k in wanted.routers), default=0.0)
+    yield Comparison(f"{name}: routers' state", largest, EXACT)
+
+
+def _tail(name: str, wanted: Figures, found: Sequence[Figures]) -> Iterator[Comparison]:
+    """What a resumed run ends with against the run that was not interrupted."""
+    yield Comparison(f"{name}: loss", max(_relative(f.loss[-1], wanted.loss[-1]) for f in found), EXACT)
+    yield _blocks(f"{name}: weights", wanted.weights, [f.weights for f in found], EXACT)
+
+
+def _series(key: str, wanted: Figures, found: Sequence[Figures], relative: bool = True) -> float:
+    pairs = [pair for f in found for pair in zip(getattr(f, key), getattr(wanted, key), strict=True)]
+    return max(_relative(a, b) if relative else abs(a - b) for a, b in pairs)
+
+
+def _relative(found: Tensor | float, wanted: Tensor | float) -> float:
+    """Euclidean distance over the length of what is wanted; 0 where both are 0."""
+    a, b = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64)
+    distance = float((a - b).norm())
+    return distance / float(b.norm()) if distance else 0.0  # nothing was wanted: infinite
+
+
+def _blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: float) -> Comparison:
+    """All ranks' blocks of each parameter against the whole one."""
+    differences: dict[str, float] = {}
+    for parameter, (_, whole) in wanted.items():
+        squares, covered = 0.0, torch.zeros(whole.shape, dtype=torch.bool)
+        for rank in found:
+            if parameter not in rank:
+                squares = float("inf")  # a rank left it without a value
+                continue
+            block, part = rank[parameter]
+            place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))
+            squares += float((part.double() - whole[place].double()).square().sum())
+            covered[place] = True
+        size = float(whole.double().norm())
+        missing = not bool(covered.all())
+        differences[parameter] = (
+            float("inf") if missing else (squares**0.5 / size if size else squares and float("inf"))
+        )
+    beyond = [parameter for parameter, difference in differences.items() if not difference <= gate]
+    worst = max(differences, key=lambda parameter: differences[parameter])
+    return Comparison(name, differences[worst], gate, worst, beyond[0] if beyond else None)
+
+
+def trials(parallel: ParallelConfig, most: int) -> list[Trial]:
+    """Each axis in use at degree 2, each pair, all of them, and the configured degrees; what `most` ranks can hold."""
+    used = axes_in_use(parallel)
+    sets = [axes for count in (1, 2) for axes in combinations(used, count)]
+    if len(used) > 2:
+        sets.append(used)
+    found = [_trial(axes, dict.fromkeys(axes, 2), parallel) for axes in sets]
+    degrees = {axis: getattr(parallel, axis) for axis in used}
+    degrees = {axis: 2 if degree == AUTO else degree for axis, degree in degrees.items()}
+    found.append(_trial(used, degrees, parallel))
+    unique = {trial.name: trial for trial in reversed(found)}
+    return [
+        trial for trial in found if unique.get(trial.name) is trial and trial.ranks <= most and ROWS % trial.ranks == 0
+    ]
+
+
+def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
+    """Axes above 1, or that fill the world; plain data parallelism where there is no other."""
+    used = [axis for axis in AXES if getattr(parallel, axis) not in (1, AUTO)]
+    if parallel.dp_shard == AUTO:
+        used.insert(0, "dp_shard")
+    return tuple(used) or ("dp_shard",)
+
+
+def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: ParallelConfig) -> Trial:
+    """The smallest world with these degrees; with dp_shard in use experts are sharded as well, so it may grow."""
+    wanted = {axis: degrees.get(axis, 1) for axis in AXES}
+    experts = wanted["ep"] * wanted["etp"]
+    rest = max(1, wanted["tp"])
+    while wanted["dp_shard"] * rest % experts or (
+        "dp_shard" in axes and wanted["dp_shard"] * rest // experts < min(2, degrees["dp_shard"])
+    ):
+        wanted["dp_shard"] += 1
+    world = wanted["dp_replicate"] * wanted["dp_shard"] * rest
+    changed: dict[str, Any] = {**wanted, "pp": 1, "cp": 1}
+    return Trial(axes, replace(parallel, **changed), world)
+
+
+def shrink(model: ModelConfig) -> ModelConfig:
+    """A tiny model with every kind of layer and every choice that the configured one has."""
+    kinds: list[LayerConfig] = []
+    for layer in model.blocks:
+        small = replace(layer, chunk=None if layer.chunk is None else 16)
+        if small not in kinds:
+            kinds.append(small)
+    grouped = 1 if model.kv_heads == model.heads else 2
+    small_width = 32
+    return replace(
+        model,
+        vocab_size=64,
+        width=small_width,
+        layers=len(kinds),
+        layer_list=kinds,
+        heads=4 * grouped,
+        kv_heads=4,
+        head_width=8,
+        dense_width=48,
+        expert_width=32,
+        shared_width=16 if model.shared_expert_width else 0,
+        experts=8,
+        chunk=None if model.chunk is None else 16,
+        temperature_floor=16,
+        router=replace(model.router, top_k=min(model.router.top_k, 4), force_balanced=False),
+        init_from=None,
+        upcycle=None,
+    )
+
+
+def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Mapping[str, str]) -> dict[str, Any]:
+    """What certificate.json holds. `identity`: which code and which torch."""
+    failed = [outcome for outcome in outcomes if not outcome.passed]
+    return {
+        "pass": bool(outcomes) and not failed,
+        **identity,
+        "axes": list(axes_in_use(config.parallel)),
+        "smallest_failing_axes": list(failed[0].trial.axes) if failed else None,
+        "first_failure": failed[0].failures()[0] if failed else None,
+        "model": plain(shrink(config.model)),
+        "layouts": [
+            {
+                "layout": outcome.trial.name,
+                "axes": list(outcome.trial.axes),
+                "ranks": outcome.trial.ranks,
+                "pass": outcome.passed,
+                "error": outcome.error,
+                "comparisons": [{**vars(c), "pass": c.passed} for c in outcome.comparisons],
+            }
+            for outcome in outcomes
+        ],
+    }

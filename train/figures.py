@@ -1,0 +1,166 @@
+"""What a model computes under one layout, to be held against what one process computes: a rank's part of `certify`.
+
+Rows are made up: random tokens in packed documents, a pure function of the step, so that no corpus is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.loader import IGNORED, Batch
+from model.balance import Balance, Balancer
+from model.config import ModelConfig
+from parallel.apply import build
+from parallel.layout import ParallelConfig
+from parallel.mesh import Meshes, make_meshes
+from parallel.shards import Block, local
+from parallel.world import World, connect
+from precision.backend import PrecisionConfig
+from train.checkpoint import Checkpointer
+from train.engine import TorchEngine
+from train.evaluate import held_out_loss
+from train.optimizer import OptimizerConfig
+from train.parts import run_state
+from train.step import optimizer_step
+
+CONTEXT, ROWS, MICRO_BATCH, SEED = 48, 8, 2, 11
+_SOURCE = "made up"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A short run. `labels=False`: the language-model loss is left out, so that what remains are the balancing terms.
+    `starve`: half of the experts get no tokens. `resume`: a directory to go on from, `save`: where to save before the
+    last step.
+    """
+
+    model: ModelConfig
+    precision: PrecisionConfig
+    optimizer: OptimizerConfig
+    clip_norm: float | None = None
+    steps: int = 1
+    labels: bool = True
+    starve: bool = False
+    resume: Path | None = None
+    save: Path | None = None
+
+
+Blocks = dict[str, tuple[Block, Tensor]]
+
+
+@dataclass
+class Figures:
+    """By step: loss, gradient norm, tokens per expert, balancing terms. Then this rank's blocks of the first step's
+    gradients and of the last weights, the routers' state, and the held-out loss.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    norm: list[float] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+    aux: list[Tensor] = field(default_factory=list)
+    z: list[Tensor] = field(default_factory=list)
+    gradients: Blocks = field(default_factory=dict)
+    weights: Blocks = field(default_factory=dict)
+    routers: dict[str, Tensor] = field(default_factory=dict)
+    held_out: float = 0.0
+
+
+class MadeUpRows:
+    """Rows of random tokens, as the loader would give them."""
+
+    context = CONTEXT
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def batch(self, step: int, start: int, stop: int) -> Batch:
+        generator = np.random.default_rng([SEED, step])
+        shape = (ROWS, CONTEXT + 1)
+        tokens = np.minimum(generator.zipf(1.3, shape), self.vocab_size) - 1
+        begins = generator.random(shape) < 1 / 12  # a document every dozen tokens, some longer than a chunk
+        places = np.arange(CONTEXT + 1)
+        last = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+        labels = np.where(begins[:, 1:], IGNORED, tokens[:, 1:])
+        columns = (tokens[:, :-1], labels, (places - last)[:, :-1])
+        rows = [torch.from_numpy(np.ascontiguousarray(column[start:stop])) for column in columns]
+        return Batch(rows[0], rows[1], rows[2], torch.zeros(stop - start, dtype=torch.int64))
+
+    def held_out_rows(self, source: str) -> int:
+        return 5
+
+    def held_out(self, source: str, start: int, stop: int) -> Batch:
+        return self.batch(1 << 20, start, stop)
+
+
+class Watched(TorchEngine):
+    """Keeps the gradients of its first step as they are before clipping."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self.first: Blocks = {}
+
+    def clip(self, limit: float | None) -> Tensor:
+        norm = super().clip(None)
+        if not self.first:
+            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+            self.first = self.blocks(gradients)
+        return super().clip(limit) if limit is not None else norm
+
+    def blocks(self, tensors: Mapping[str, Tensor]) -> Blocks:
+        return {name: (self.specs[name].stored, local(tensor).detach().clone()) for name, tensor in tensors.items()}
+
+
+def measure(case: Case, world: World, meshes: Meshes) -> Figures:
+    """Run `case` on this rank."""
+    model, specs = build(case.model, case.precision, meshes, world.device, SEED)
+    engine, found = Watched(model, specs, case.optimizer, meshes), Figures()
+    balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
+    rows, begin = MadeUpRows(case.model.vocab_size), 0
+    if case.starve:
+        _starve(model)
+    if case.resume is not None:
+        progress = Checkpointer(case.resume, world, 1, False, _refuse).restore(model, engine.optimizer, specs)
+        assert progress is not None, f"no checkpoint in {case.resume}"
+        begin = progress["step"]
+    share = ROWS // meshes.rows.size
+    for step in range(begin, case.steps):
+        if case.save is not None and step == case.steps - 1:
+            state = run_state(model, engine.optimizer, specs, world.is_main)
+            Checkpointer(case.save, world, 1, False, _refuse).save(step, state, {})
+        batch = rows.batch(step, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
+        if not case.labels:
+            batch.labels_BT.fill_(IGNORED)
+        result = optimizer_step(engine, balancer, batch, MICRO_BATCH, case.clip_norm, 1.0)
+        found.loss.append(result.loss.item())
+        found.norm.append(result.gradient_norm.item())
+        for key, value in result.balance.items():
+            getattr(found, key).append(value.cpu())
+    found.gradients = engine.first
+    found.weights = engine.blocks(dict(model.named_parameters()))
+    found.routers = {name: buffer.clone().cpu() for name, buffer in model.named_buffers() if "balance" in name}
+    bytes_V = torch.ones(case.model.vocab_size, dtype=torch.int64)
+    found.held_out = held_out_loss(model, rows, bytes_V, 5, MICRO_BATCH, {_SOURCE: 1.0}, meshes).loss
+    return found
+
+
+def measure_all(parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str, Figures]:
+    """Run all `cases` on this rank of the present world, folded as `parallel` says."""
+    world = connect()
+    meshes = make_meshes(parallel.resolve(world.size), world)
+    return {name: measure(case, world, meshes) for name, case in cases.items()}
+
+
+def _starve(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, Balance):
+            module.bias_E[: len(module.bias_E) // 2] = -1e9
+
+
+def _refuse(line: str) -> None:
+    raise RuntimeError(line)
