@@ -10,14 +10,16 @@ from core.files import write_json
 from core.origin import sources_digest
 from launch.ranks import Pool
 from train.certificates import keep
-from train.certify import CertifyConfig, certificate, certify
+from train.certify import EXACT, GRADIENT_FP32, CertifyConfig, Outcome, certificate, certify
 
 
 def run(config: CertifyConfig) -> int:
     """0 where every comparison holds, 1 where one does not."""
-    pool = Pool()
+    pool, outcomes = Pool(), []
     try:
-        outcomes = certify(config, pool, print)
+        for outcome in certify(config, pool):
+            outcomes.append(outcome)
+            _say(outcome)
     finally:
         pool.close()
     content = certificate(config, outcomes, {"sources": sources_digest(), "torch": torch.__version__})
@@ -29,3 +31,11 @@ def run(config: CertifyConfig) -> int:
         return 0
     print(f"NOT certified: {' with '.join(content['smallest_failing_axes'])}: {content['first_failure']}; see {path}")
     return 1
+
+
+def _say(outcome: Outcome) -> None:
+    trial, exact, narrow = outcome.trial, outcome.largest(EXACT), outcome.largest(GRADIENT_FP32)
+    verdict = "passed" if outcome.passed else "FAILED"
+    print(f"{verdict}  {trial.name:<32} {trial.ranks} ranks  float64 {exact:.1e}  float32 {narrow:.1e}", flush=True)
+    for line in outcome.failures()[:4]:
+        print(f"        {line}", flush=True)

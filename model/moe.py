@@ -136,7 +136,7 @@ def arrange(groups_TK: Tensor, groups: int, multiple: int = 1) -> Rows:
     bounds_E = torch.searchsorted(sorted_S, torch.arange(groups, device=sorted_S.device), right=True)
     counts_E = bounds_E.diff(prepend=bounds_E.new_zeros(1))
     row_S, rows, is_slot_C1 = torch.arange(len(order_S), device=order_S.device), len(order_S), None
-    if multiple > 1:
+    if multiple > 1 and rows:  # without a slot there is nothing to repeat
         padded_E = (counts_E + multiple - 1) // multiple * multiple
         extra_E = padded_E - counts_E
         row_S = row_S + (extra_E.cumsum(0) - extra_E).index_select(0, sorted_S)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -44,6 +44,20 @@ class World:
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def agree(self, claims: Mapping[str, str]) -> None:
+        """Raise `ConfigError` on every rank where ranks do not say the same; the fewest are named."""
+        if self.size == 1:
+            return
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, dict(claims))
+        for what in claims:
+            values = [one.get(what) for one in said]
+            usual = max(values, key=values.count)
+            others = [str(rank) for rank, value in enumerate(values) if value != usual]
+            if others:
+                have = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(others)} have"
+                raise ConfigError(what, None, f"{have} another than the other ranks: start all with the same")
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; waits for all of them."""

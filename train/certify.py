@@ -113,22 +113,17 @@ class Outcome:
         ]
 
 
-def certify(config: CertifyConfig, ranks: Ranks, say: Callable[[str], None]) -> list[Outcome]:
-    """Run every trial and compare. The smallest sets of axes come first, so the first failure is the one to look at."""
-    model, outcomes = shrink(config.model), []
+def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
+    """Run trial after trial and compare. The smallest sets of axes come first, so the first failure is the one to
+    look at.
+    """
+    model = shrink(config.model)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         cases = _cases(model, config.steps, root / "one", None)
         (wanted,) = ranks(1, measure_all, ParallelConfig(), cases)
         for trial in trials(config.parallel, config.ranks):
-            outcome = _try(trial, model, config.steps, root, wanted, ranks)
-            verdict = "passed" if outcome.passed else "FAILED"
-            exact, narrow = outcome.largest(EXACT), outcome.largest(GRADIENT_FP32)
-            say(f"{verdict}  {trial.name:<32} {trial.ranks} ranks  float64 {exact:.1e}  float32 {narrow:.1e}")
-            for line in outcome.failures()[:4]:
-                say(f"        {line}")
-            outcomes.append(outcome)
-    return outcomes
+            yield _try(trial, model, config.steps, root, wanted, ranks)
 
 
 def _try(trial: Trial, model: ModelConfig, steps: int, root: Path, wanted: dict[str, Figures], ranks: Ranks) -> Outcome:

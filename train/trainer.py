@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from core.config import plain
+from core.origin import sources_digest
 from data.corpus import Corpus
 from data.loader import Loader
 from model.balance import Balancer
@@ -162,6 +166,7 @@ def run(config: TrainConfig) -> int:
     """The verb `train` on this rank: check, prepare, train, and return the exit code."""
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
     world = connect()
+    world.agree(_identity(config))
     directory = RunDirectory(world.from_main(lambda: RunDirectory.of(config).path))
     try:
         world.from_main(lambda: _claim(directory, config))
@@ -171,6 +176,16 @@ def run(config: TrainConfig) -> int:
     finally:
         directory.release()
         world.close()
+
+
+def _identity(config: TrainConfig) -> dict[str, str]:
+    """What all ranks of a run must have in common."""
+    text = json.dumps(plain(config), sort_keys=True)
+    return {
+        "configuration": hashlib.sha256(text.encode()).hexdigest(),
+        "code version": sources_digest(),
+        "torch version": torch.__version__,
+    }
 
 
 def _claim(directory: RunDirectory, config: TrainConfig) -> None:

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from core.config import load
-from train import figures
-from train.certify import Case, CertifyConfig, Outcome, certificate, certify
+from parallel.layout import ParallelConfig
+from train import certificates, figures
+from train.certify import Case, CertifyConfig, Outcome, axes_in_use, certificate, certify, shrink, trials
 from train.figures import Figures
 
 Plant = Callable[[Any, str, Any], None]
@@ -202,12 +203,21 @@ BLAMED = {
 }
 
 
-def outcomes(ranks: Any, bug: str | None, *overrides: str) -> list[Outcome]:
-    return certify(config("ranks=2", "steps=2", *overrides), Broken(ranks, bug), lambda line: None)
+OVERRIDES = ["ranks=2", "steps=2", "parallel.tp=2", "parallel.ep=2"]
 
 
-def test_an_honest_layout_passes(ranks, tmp_path):
-    found = outcomes(ranks, None, "parallel.tp=2", "parallel.ep=2")
+def outcomes(ranks: Any, bug: str | None) -> list[Outcome]:
+    """Up to the first failure."""
+    found = []
+    for outcome in certify(config(*OVERRIDES), Broken(ranks, bug)):
+        found.append(outcome)
+        if not outcome.passed:
+            break
+    return found
+
+
+def test_an_honest_layout_passes(ranks):
+    found = outcomes(ranks, None)
     assert [outcome.trial.name for outcome in found] == ["dp_shard=2", "tp=2", "dp_shard=2 ep=2", "tp=2 ep=2"]
     for outcome in found:
         assert outcome.passed, outcome.failures()
@@ -216,9 +226,45 @@ def test_an_honest_layout_passes(ranks, tmp_path):
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
-    found = outcomes(ranks, bug, "parallel.tp=2", "parallel.ep=2")
+    found = outcomes(ranks, bug)
     axes, what = BLAMED[bug]
-    content = certificate(config("parallel.tp=2", "parallel.ep=2"), found, {})
+    content = certificate(config(*OVERRIDES), found, {})
     assert content["pass"] is False
     assert content["smallest_failing_axes"] == axes, content["first_failure"]
-    assert any(what in line for line in next(o for o in found if not o.passed).failures())
+    assert any(what in line for line in found[-1].failures())
+    MESHES.clear()
+
+
+def test_the_trials_are_each_axis_each_pair_all_and_what_was_asked_for():
+    wanted = trials(config("parallel.ep=4", "parallel.tp=2", "parallel.dp_replicate=1").parallel, 8)
+    assert [trial.name for trial in wanted] == [
+        "dp_shard=2",
+        "tp=2",
+        "dp_shard=2 ep=2",
+        "dp_shard=2 tp=2",
+        "dp_shard=4 ep=2",
+        "tp=2 ep=2",
+        "dp_shard=2 tp=2 ep=2",
+        "dp_shard=4 tp=2 ep=4",
+    ]
+    assert [trial.ranks for trial in wanted] == [2, 2, 2, 4, 4, 2, 4, 8]
+    assert axes_in_use(config("parallel.dp_shard=1").parallel) == ("dp_shard",), "something must be tried"
+
+
+def test_the_shrunk_model_keeps_every_kind_of_layer_and_choice():
+    whole = config("model=llama4_maverick").model
+    small = shrink(whole)
+    kinds = {(layer.feed_forward, layer.rope, layer.qk_norm, layer.temperature) for layer in whole.blocks}
+    assert {(layer.feed_forward, layer.rope, layer.qk_norm, layer.temperature) for layer in small.blocks} == kinds
+    assert small.router == whole.router and small.layers == len(kinds)
+    assert shrink(config("model=qwen3_30b_a3b").model).router.top_k == 4
+
+
+def test_a_certificate_is_found_for_its_axes_and_this_code_only(tmp_path, monkeypatch):
+    content = {"pass": True, "axes": ["dp_shard", "tp"]}
+    certificates.keep(content, tmp_path)
+    certificates.keep({"pass": False, "axes": ["dp_shard", "ep"]}, tmp_path)
+    assert certificates.find({"tp": 4}, tmp_path) == certificates.find({"tp": 2, "dp_shard": 8}, tmp_path) is not None
+    assert certificates.find({"ep": 2}, tmp_path) is None, "one that failed proves nothing"
+    monkeypatch.setattr(certificates, "sources_digest", lambda: "other")
+    assert certificates.find({"tp": 4}, tmp_path) is None

@@ -1,0 +1,121 @@
+"""Dispatchers: padding for the products, ranks that get nothing, and all of them against one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import BalanceConfig, ModelConfig, RouterConfig, Score, WeightsOn
+from model.context import SequenceContext
+from model.init import initialise
+from model.moe import LocalDispatch, MixtureOfExperts, arrange
+from parallel.expert import AllGather, AllToAll
+from parallel.layout import ParallelConfig
+from parallel.mesh import make_meshes
+from parallel.world import connect
+from precision.bf16 import PlainProducts
+
+T, D, E, F = 24, 16, 4, 8
+
+
+class Padded(PlainProducts):
+    """Wants each expert's rows in multiples, and leaves anything at all in the rows after the last expert's."""
+
+    token_multiple = 8
+
+    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
+        assert not (counts_E % self.token_multiple).any(), counts_E
+        used = int(counts_E.sum())
+        y = super().grouped_linear(x_CD[:used], w_EFD, counts_E)
+        return torch.cat([y, y.new_full((x_CD.shape[0] - used, y.shape[1]), torch.nan)])
+
+
+def model_config(top_k: int, weights_on: WeightsOn) -> ModelConfig:
+    router = RouterConfig(top_k=top_k, weights_on=weights_on, score=Score.softmax, renormalise=top_k > 1)
+    return ModelConfig(
+        width=D, layers=1, experts=E, expert_width=F, shared_width=0, router=router, balance=BalanceConfig()
+    )
+
+
+def figures(moe: MixtureOfExperts, x_TD: Tensor, seed: int = 3) -> dict[str, Tensor]:
+    """Output and gradients of one pass."""
+    x = x_TD[None].clone().requires_grad_()
+    y = moe(x, SequenceContext(torch.arange(x.shape[1])[None]))
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=y.dtype)
+    (y * weights).sum().backward()
+    assert x.grad is not None
+    found = {"y": y.detach()[0], "x": x.grad[0]}
+    return found | {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
+
+
+def make(gemm: PlainProducts, top_k: int, weights_on: WeightsOn) -> MixtureOfExperts:
+    config = model_config(top_k, weights_on)
+    moe = MixtureOfExperts(config, gemm).double()
+    initialise(moe, config, seed=1)
+    return moe
+
+
+def tokens(rank: int = 0) -> Tensor:
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("weights_on", WeightsOn)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_padding_changes_nothing(top_k: int, weights_on: WeightsOn) -> None:
+    plain = figures(make(PlainProducts(torch.float64), top_k, weights_on), tokens())
+    padded = figures(make(Padded(torch.float64), top_k, weights_on), tokens())
+    assert plain.keys() == padded.keys() and len(plain) == 5
+    for name, wanted in plain.items():
+        torch.testing.assert_close(padded[name], wanted, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_rows_are_sorted_stably_and_padded() -> None:
+    rows = arrange(torch.tensor([[2], [0], [2], [0], [2]]), groups=4, multiple=2)
+    assert rows.counts_E.tolist() == [2, 0, 4, 0]
+    assert rows.source_C[:2].tolist() == [1, 3] and rows.source_C[2:5].tolist() == [0, 2, 4]
+    assert rows.is_slot_C1 is not None and rows.is_slot_C1[:, 0].tolist()[:6] == [True] * 5 + [False]
+
+
+def dispatched(kind: Any, etp: int, gemm: PlainProducts, top_k: int, weights_on: WeightsOn, skew: bool) -> Any:
+    """This rank's tokens through experts that lie on all ranks; output, and gradients of what this rank has."""
+    world = connect()
+    ep = world.size // etp
+    meshes = make_meshes(ParallelConfig(ep=ep, etp=etp).resolve(world.size), world)
+    moe = make(gemm, top_k, weights_on)
+    if skew:
+        moe.router.weight.data[1:] = -moe.router.weight.data[:1]  # expert 0 or one of the rest: some get nothing
+    held, width = E // ep, F // etp
+    experts = slice(meshes.ep.rank * held, (meshes.ep.rank + 1) * held)
+    columns = slice(meshes.etp.rank * width, (meshes.etp.rank + 1) * width)
+    with torch.no_grad():
+        gate_up, down = moe.experts.gate_up, moe.experts.down
+        gate_up.weight = torch.nn.Parameter(gate_up.weight[experts, :, columns].clone())
+        down.weight = torch.nn.Parameter(down.weight[experts, :, columns].clone())
+    moe.dispatch = kind(meshes.experts, etp, held, weights_on, gemm.token_multiple)
+    found = figures(moe, tokens(world.rank))
+    return found, experts, columns
+
+
+@pytest.mark.parametrize("skew", [False, True], ids=["even", "skewed"])
+@pytest.mark.parametrize("top_k, weights_on", [(1, WeightsOn.input), (2, WeightsOn.output)], ids=["top1", "top2"])
+@pytest.mark.parametrize("count, etp", [(2, 1), (4, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("kind", [AllToAll, AllGather])
+def test_a_dispatcher_computes_what_one_device_does(ranks, kind, count, etp, top_k, weights_on, skew):
+    gemm = Padded(torch.float64)
+    alone = make(PlainProducts(torch.float64), top_k, weights_on)
+    if skew:
+        alone.router.weight.data[1:] = -alone.router.weight.data[:1]
+    assert isinstance(alone.dispatch, LocalDispatch)
+    wanted = [figures(alone, tokens(rank)) for rank in range(count)]  # gradients add up in `alone`
+    summed = wanted[-1]
+    for rank, (found, experts, columns) in enumerate(
+        ranks(count, dispatched, kind, etp, gemm, top_k, weights_on, skew)
+    ):
+        for name in ("y", "x"):
+            torch.testing.assert_close(found[name], wanted[rank][name], rtol=1e-10, atol=1e-12, msg=name)
+        for name in ("experts.gate_up.weight", "experts.down.weight"):
+            part = summed[name][experts, :, columns]
+            torch.testing.assert_close(found[name], part, rtol=1e-10, atol=1e-12, msg=name)

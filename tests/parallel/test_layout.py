@@ -1,0 +1,81 @@
+"""Layouts that cannot work are refused before anything is built, with the nearest that can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from core.config import load
+from core.errors import ConfigError
+from parallel.layout import ParallelConfig, nearest
+from train.config import TrainConfig, check
+
+SMALL = ["model.vocab_size=320", "training.global_batch=8", "training.micro_batch=1", "training.context=64"]
+
+
+def refusal(world_size: int, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(load("train", TrainConfig, [*SMALL, *overrides]), world_size)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "world_size, overrides, message",
+    [
+        (4, ["parallel.tp=3"], "parallel.tp=3: tp = 3 must divide the world's 4 ranks; try 1, 2 or 4"),
+        (8, ["parallel.dp_replicate=3"], "parallel.dp_replicate=3: dp_replicate = 3 must divide the world's 8 ranks"),
+        (
+            8,
+            ["parallel.dp_replicate=4", "parallel.tp=4"],
+            "parallel.dp_replicate=4: dp_replicate * tp = 16 must divide the world's 8 ranks; try 1 or 2",
+        ),
+        (8, ["parallel.dp_shard=3", "parallel.tp=2"], "parallel.dp_shard=3: times pp * dp_replicate * cp * tp = 2"),
+        (4, ["parallel.ep=3"], "parallel.ep=3: ep * etp = 3 must divide dp_shard * cp * tp = 4 ranks; try 1, 2 or 4"),
+        (4, ["parallel.etp=8"], "parallel.etp=8: ep * etp = 8 must divide dp_shard * cp * tp = 4 ranks; try 1, 2 or 4"),
+        (8, ["parallel.ep=4", "parallel.dp_replicate=4"], "must divide dp_shard * cp * tp = 2 ranks; try 1 or 2"),
+        (4, ["parallel.tp=4"], "parallel.tp=4: must divide the model's key/value heads of 2; try 1 or 2"),
+        (2, ["parallel.tp=2", "model.vocab_size=321"], "parallel.tp=2: must divide the model's vocabulary of 321"),
+        (2, ["parallel.tp=2", "model.dense_width=513"], "must divide the model's dense width of 513; try 1"),
+        (2, ["parallel.tp=2", "model.shared_width=15"], "must divide the model's shared expert's width of 15; try 1"),
+        (3, ["parallel.ep=3", "training.global_batch=6"], "parallel.ep=3: must divide the model's 8 experts; try 1, 2"),
+        (2, ["parallel.ep=2", "model.moe_every=0"], "parallel.ep=2: the model has no routed experts; try 1"),
+        (4, ["parallel.etp=4", "model.expert_width=48"], "must cut the expert width of 48 into multiples of 8; try 1"),
+        (3, [], "training.global_batch=8: must divide into dp_replicate * dp_shard = 3 equal parts; try 3, 6 or 9"),
+        (4, ["training.micro_batch=3"], "training.micro_batch=3: must divide a rank's 2 rows; try 1 or 2"),
+        (2, ["parallel.tp=2", "training.context=63"], "training.context=63: must divide into tp=2 equal parts of the"),
+        (2, ["parallel.pp=2"], "parallel.pp=2: is not available yet; try 1"),
+        (2, ["parallel.cp=2"], "parallel.cp=2: is not available yet; try 1"),
+        (2, ["parallel.tp=0"], "parallel.tp=0: must be positive"),
+        (2, ["parallel.dp_shard=all"], "parallel.dp_shard=all: must be a number of ranks; try auto"),
+        (2, ["parallel.ep=2", "parallel.dispatch=deepep"], "parallel.dispatch=deepep: DeepEP is not installed: pip"),
+    ],
+    ids=lambda value: " ".join(value) or "batch" if isinstance(value, list) else None,
+)  # fmt: skip
+def test_what_cannot_work_is_refused(world_size: int, overrides: list[str], message: str) -> None:
+    assert message in refusal(world_size, *overrides)
+
+
+def test_what_can_work_is_not() -> None:
+    overrides = ["parallel.tp=2", "parallel.ep=4", "parallel.dp_replicate=2", "parallel.dp_shard=auto"]
+    check(load("train", TrainConfig, [*SMALL, *overrides]), 8)
+
+
+@pytest.mark.parametrize(
+    "world_size, degrees, wanted",
+    [
+        (8, {}, {"dp_shard": 8}),
+        (8, {"tp": 2}, {"dp_shard": 4, "tp": 2}),
+        (8, {"tp": 2, "ep": 8}, {"dp_shard": 4, "tp": 2, "ep": 8}),
+        (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
+    ],
+)
+def test_auto_fills_the_world(world_size: int, degrees: dict[str, Any], wanted: dict[str, int]) -> None:
+    layout = ParallelConfig(**degrees).resolve(world_size)
+    assert layout.axes == wanted and layout.world_size == world_size
+    assert layout.dp_replicate * layout.efsdp * layout.ep * layout.etp * layout.pp == world_size
+
+
+def test_the_nearest_values_come_in_order() -> None:
+    assert nearest([1, 2, 4, 8, 16, 32], 12) == [2, 4, 8, 16]
+    assert nearest([1, 2], 7) == [1, 2]
