@@ -38,6 +38,10 @@ class Batch:
     def slice(self, start: int, stop: int) -> Batch:
         return Batch(*(tensor[start:stop] for tensor in self._tensors()))
 
+    def joined(self, other: Batch) -> Batch:
+        """These rows, then those of `other`."""
+        return Batch(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors(), strict=True)))
+
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device) for tensor in self._tensors()))
 

@@ -117,13 +117,16 @@ def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
     """Run trial after trial and compare. The smallest sets of axes come first, so the first failure is the one to
     look at.
     """
-    model = shrink(config.model)
+    return compare_layouts(shrink(config.model), trials(config.parallel, config.ranks), config.steps, ranks)
+
+
+def compare_layouts(model: ModelConfig, layouts: Sequence[Trial], steps: int, ranks: Ranks) -> Iterator[Outcome]:
+    """Each layout against one process."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        cases = _cases(model, config.steps, root / "one", None)
-        (wanted,) = ranks(1, measure_all, ParallelConfig(), cases)
-        for trial in trials(config.parallel, config.ranks):
-            yield _try(trial, model, config.steps, root, wanted, ranks)
+        (wanted,) = ranks(1, measure_all, ParallelConfig(), _cases(model, steps, root / "one", None))
+        for trial in layouts:
+            yield _try(trial, model, steps, root, wanted, ranks)
 
 
 def _try(trial: Trial, model: ModelConfig, steps: int, root: Path, wanted: dict[str, Figures], ranks: Ranks) -> Outcome:

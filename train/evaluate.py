@@ -100,19 +100,21 @@ def held_out_batches(loader: HeldOutRows, source: str, rows: int, micro_batch: i
 
 
 def _share(loader: HeldOutRows, source: str, rows: int, micro_batch: int, axis: Axis) -> Iterator[Batch]:
-    """This rank's micro-batches. Every rank runs the model equally often (a sharded model gathers together): where its
-    share is used up a rank repeats the first batch with all labels ignored.
+    """This rank's micro-batches. Every rank runs the model equally often and on equally many rows (a sharded model
+    gathers together): what its share lacks a rank fills up with a row whose labels are all ignored.
     """
     batches = list(held_out_batches(loader, source, rows, micro_batch))
-    turns = -(-len(batches) // axis.size)
-    for turn in range(turns):
-        index = turn * axis.size + axis.rank
-        if index < len(batches):
-            yield batches[index]
-        else:
-            spare = batches[0]
-            spare.labels_BT.fill_(IGNORED)
-            yield spare
+    for turn in range(0, len(batches), axis.size):
+        mine = batches[turn + axis.rank] if turn + axis.rank < len(batches) else None
+        yield mine if axis.size == 1 and mine is not None else _filled(mine, batches[0])
+
+
+def _filled(batch: Batch | None, full: Batch) -> Batch:
+    """`batch` with as many rows as `full`, the added ones without labels."""
+    count = 0 if batch is None else len(batch.tokens_BT)
+    spare = full.slice(count, len(full.tokens_BT))
+    spare.labels_BT = torch.full_like(spare.labels_BT, IGNORED)
+    return spare if batch is None else batch.joined(spare)
 
 
 def _sums(model: Transformer, batch: Batch, bytes_V: Tensor, tp: Axis) -> Tensor:
