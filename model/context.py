@@ -73,6 +73,15 @@ class SequenceContext:
             self._temperature = (1 + model.temperature_scale * torch.log1p(steps))[:, :, None, None]
         return self._temperature.to(torch.promote_types(dtype, torch.float32))
 
+    def prepare(self, model: ModelConfig, dtype: torch.dtype) -> None:
+        """Make at once what the layers would ask for, so that code which is traced only looks it up."""
+        for layer in model.blocks:
+            self.plan(layer.chunk)
+            if layer.rope:
+                self.rotation(model, layer, dtype)
+            if layer.temperature:
+                self.temperature(model, dtype)
+
     def _make_plan(self, chunk: int | None) -> AttentionPlan:
         length = self._host_positions.shape[1]
         starts = self._host_positions == 0 if chunk is None else self._host_positions % chunk == 0

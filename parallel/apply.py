@@ -8,7 +8,7 @@ from torch import nn
 from model.config import ModelConfig
 from model.roles import registry
 from model.transformer import Transformer
-from parallel import expert, fsdp, recompute, shards, tensor
+from parallel import compile, expert, fsdp, recompute, shards, tensor
 from parallel.mesh import Meshes
 from parallel.shards import ShardSpec
 from precision.backend import PrecisionConfig, resolve
@@ -36,7 +36,7 @@ def parallelize(model: Transformer, specs: dict[str, ShardSpec], meshes: Meshes,
     expert.apply(model, meshes)
     recompute.apply(model, meshes.layout.recompute)
     if meshes.layout.compile:
-        _compile(model)
+        compile.apply(model)
     fsdp.apply(model, specs, meshes, precision)
 
 
@@ -58,8 +58,3 @@ def _cut(model: Transformer, specs: dict[str, ShardSpec]) -> None:
             owner, _, attribute = name.rpartition(".")
             part = torch.empty(specs[name].computed.shape, dtype=parameter.dtype, device=parameter.device)
             setattr(model.get_submodule(owner), attribute, nn.Parameter(part))
-
-
-def _compile(model: Transformer) -> None:
-    for layer in model.layers:
-        layer.compile()

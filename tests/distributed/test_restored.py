@@ -1,0 +1,80 @@
+"""A run of many ranks is looked at under its own layout or by one process, with the same result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.errors import ConfigError
+from parallel.layout import ParallelConfig
+from parallel.mesh import make_meshes
+from parallel.world import connect
+from tests.train.tiny import EXACT, trainer
+from train.evaluate import held_out_loss
+from train.generate import GenerateConfig, continue_tokens
+from train.restore import restore
+
+
+def trained(root: Path, overrides: list[str]) -> None:
+    run = trainer(root, "run", overrides)
+    for step in range(2):
+        run.train_step(step)
+    run.save()
+    run.checkpointer.wait()
+
+
+@torch.no_grad()
+def looked_at(directory: Path) -> tuple[dict[str, int], list[int], float]:
+    """Axes, a continuation of a prompt of odd length, and the held-out loss."""
+    found = restore(directory, connect())
+    config = GenerateConfig(run="", tokens=7, temperature=0)
+    tokens = continue_tokens(found.model, [5, 6, 7], 16, config, stop=-1, tp=found.meshes.tp)
+    bytes_V = torch.ones(320, dtype=torch.int64)
+    losses = held_out_loss(found.model, found.loader(), bytes_V, 3, 2, found.weights(), found.meshes)
+    return found.meshes.layout.axes, list(tokens), losses.loss
+
+
+@pytest.mark.parametrize("layout", [["parallel.tp=2", "parallel.ep=2"], ["parallel.etp=2"]], ids=["tp-ep", "etp"])
+def test_generation_and_evaluation_do_not_depend_on_the_layout(ranks, small_corpus, tmp_path, layout):
+    ranks(2, trained, tmp_path, [*small_corpus, *EXACT, *layout])
+    alone = ranks(1, looked_at, tmp_path / "run")[0]
+    both = ranks(2, looked_at, tmp_path / "run")
+    assert alone[0] == {} and both[0][0] == ParallelConfig(**dict(_degrees(layout))).resolve(2).axes
+    for _, tokens, loss in both:
+        assert tokens == alone[1] and len(tokens) == 7
+        assert loss == pytest.approx(alone[2], rel=1e-9)
+
+
+def _degrees(layout: list[str]) -> list[tuple[str, int]]:
+    return [(key.removeprefix("parallel."), int(value)) for key, value in (item.split("=") for item in layout)]
+
+
+def claims_differ(odd: int) -> str:
+    world = connect()
+    try:
+        world.agree({"configuration": "a", "code version": "b" if world.rank == odd else "c"})
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+def test_ranks_that_run_other_code_are_named(ranks, odd):
+    said = ranks(3, claims_differ, odd)
+    assert said == [f"code version: rank {odd} has another than the other ranks: start all with the same"] * 3
+    assert ranks(3, claims_differ, 9) == [""] * 3
+
+
+def place(_: None) -> tuple[int, ...]:
+    world = connect()
+    meshes = make_meshes(ParallelConfig(dp_replicate=2, tp=2, ep=2).resolve(world.size), world)
+    axes = (meshes.rows, meshes.replicate, meshes.fsdp, meshes.tp, meshes.efsdp, meshes.experts)
+    return tuple(axis.rank for axis in axes)
+
+
+def test_ranks_fold_with_the_last_axis_fastest(ranks):
+    """Dense (replicate, shard, tp) and sparse (replicate, efsdp, ep) over the same eight ranks."""
+    wanted = [(r // 2, r // 4, r // 2 % 2, r % 2, r // 2 % 2, r % 2) for r in range(8)]
+    assert ranks(8, place, None) == wanted
