@@ -148,10 +148,21 @@ def _refuse(config: Json) -> None:
 
 
 def _rope(config: Json, default_theta: float) -> dict[str, Any]:
-    """`rope_parameters`, or `rope_theta` and `rope_scaling` in older files."""
-    new = config.get("rope_parameters")
-    rope = dict(new if new is not None else config.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or default_theta)
+    """`rope_parameters`, or `rope_theta` and `rope_scaling` in older files. Where a file has both they must agree:
+    transformers 4 reads the older keys and transformers 5 lets a `rope_scaling` replace `rope_parameters`.
+    """
+    given = [rope for key in ("rope_parameters", "rope_scaling") if (rope := config.get(key))]
+    first, *others = [_rope_of(rope, config, default_theta) for rope in given or [{}]]
+    if others not in ([], [first]):
+        raise ConfigError("config.json rope_scaling", None, "contradicts rope_parameters")
+    return first
+
+
+def _rope_of(rope: Json, config: Json, default_theta: float) -> dict[str, Any]:
+    outside = config.get("rope_theta")
+    theta = float(rope.get("rope_theta") or outside or default_theta)
+    if outside and outside != theta:
+        raise ConfigError("config.json rope_theta", outside, f"contradicts rope_parameters, which says {theta:g}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     turned = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if turned != 1.0:
@@ -184,9 +195,9 @@ def _read_common(config: Json, theta: float, eps: float) -> dict[str, Any]:
 
 
 def _write_common(model: ModelConfig) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    scaling: dict[str, Any] | None = None
     if model.rope_scaling is not None:
-        rope |= {
+        scaling = {
             "rope_type": "llama3",
             "factor": model.rope_scaling.factor,
             "low_freq_factor": model.rope_scaling.low,
@@ -201,8 +212,9 @@ def _write_common(model: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_width,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": rope,
+        "rope_theta": model.rope_theta,  # this and rope_scaling: transformers 4; rope_parameters: transformers 5
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": model.rope_theta},
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "attention_bias": False,

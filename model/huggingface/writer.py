@@ -45,7 +45,8 @@ def export(
         raise CheckpointError(f"{odd[0]} has no place in {chosen.model_type} or is missing in the source")
     planned = [tensor for name, place in places.items() for tensor in _plan(source, name, place, dtype)]
     precision = {tensor.dtype for tensor in planned}
-    config["dtype"] = str(max(precision, key=lambda kind: kind.itemsize)).removeprefix("torch.")
+    name = str(max(precision, key=lambda kind: kind.itemsize)).removeprefix("torch.")
+    config |= {"dtype": name, "torch_dtype": name}  # transformers 5's word for it, and transformers 4's
     with new_directory(directory) as scratch:
         write_directory(scratch, planned, shard_bytes, progress)
         write_json(scratch / "config.json", {**(extra_config or {}), **config})

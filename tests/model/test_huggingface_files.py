@@ -51,6 +51,45 @@ def test_out_and_in_again_is_bit_identical_and_transformers_agrees(name, tmp_pat
     assert compare_logits(first, tmp_path / "second") <= 5e-5
 
 
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_rotation_reads_the_same_in_either_generation_of_transformers(name, tmp_path):
+    """Version 5 lets `rope_scaling` replace `rope_parameters`; version 4 knows only the older keys."""
+    import transformers
+
+    theirs = peers.make(name)
+    theirs.config.rope_parameters["rope_theta"] = 123456.0  # no default, so that losing it shows
+    first = HuggingFaceCheckpoint(peers.save(theirs, tmp_path / "first"))
+    export(first, tmp_path / "second")
+    expected = transformers.AutoConfig.from_pretrained(tmp_path / "first")
+    found = transformers.AutoConfig.from_pretrained(tmp_path / "second")
+    assert found.rope_parameters == expected.rope_parameters and found.dtype == expected.dtype == torch.float32
+    assert found.rope_parameters["rope_theta"] == 123456.0
+    assert compare_logits(first, tmp_path / "second") <= 5e-5
+
+    written = json.loads((tmp_path / "second" / "config.json").read_text())
+    new = {"rope_parameters": written.pop("rope_parameters"), "dtype": written.pop("dtype")}
+    assert written["torch_dtype"] == "float32"
+    assert huggingface.read_config(written)[1] == first.config, "what transformers 4 reads"
+    del written["rope_theta"], written["rope_scaling"], written["torch_dtype"]
+    assert huggingface.read_config({**written, **new})[1] == first.config, "what transformers 5 reads"
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "values, key",
+    [
+        ({"rope_theta": 1e6}, "rope_theta"),
+        ({"rope_scaling": {**SCALED, "original_max_position_embeddings": 64, "rope_theta": 5e5}}, "rope_scaling"),
+    ],
+)
+def test_two_spellings_of_the_rotation_must_agree(saved, values, key):
+    config = json.loads((saved / "config.json").read_text())
+    with pytest.raises(ConfigError, match=f"{key}.*contradicts rope_parameters"):
+        huggingface.read_config({**config, **values})
+
+
 def test_names_and_bytes_are_those_of_transformers(saved, tmp_path):
     """Not only readable: the same tensors as transformers itself writes."""
     export(HuggingFaceCheckpoint(saved), tmp_path / "out")
