@@ -18,7 +18,7 @@ import yaml
 from core.errors import CheckpointError, ConfigError
 from core.files import new_directory
 from data.tokenizer import save_for_transformers
-from model.huggingface import HuggingFaceCheckpoint, compare_logits, export, obstacle
+from model.huggingface import HuggingFaceCheckpoint, compare_logits, compare_settings, export, obstacle, shortage
 from model.huggingface.checkpoint import TOKENIZER_FILES
 from model.source import TensorSource
 from parallel.world import World
@@ -42,7 +42,9 @@ CARRIED = (
 
 
 class Check(Enum):
-    """Compare logits with transformers'. `auto`: where it is installed and both models fit into memory."""
+    """Compare settings and logits with transformers'. `auto`: where it is installed; logits, where both models fit into
+    memory. What was not compared is said, and written beside an imported model.
+    """
 
     auto = "auto"
     always = "always"
@@ -94,10 +96,10 @@ class ExportConfig:
 def run_import(config: ImportConfig) -> int:
     out = _new(config.out)
     source = HuggingFaceCheckpoint(Path(config.source).expanduser(), config.text_only)
-    if config.check is not Check.never:
-        _compare(source, source.directory, None, config.check)
+    checked = _compare(source, source.directory, None, config.check)
     text = source.raw_config.get("text_config") or source.raw_config
-    origin = {"family": source.family.model_type, "config": {k: text[k] for k in CARRIED if k in text}}
+    carried = {key: text[key] for key in CARRIED if key in text}
+    origin = {"family": source.family.model_type, "checked": checked, "config": carried}
     with new_directory(out) as scratch:
         save_model(source, scratch, origin, _Progress("imported", source))
         (scratch / TOKENIZER).mkdir()
@@ -120,10 +122,6 @@ def run_export(config: ExportConfig) -> int:
         origin = yaml.safe_load((path / IMPORTED).read_text())["origin"]
         family, extra = family or origin["family"], origin["config"]
 
-    def verify(directory: Path) -> None:
-        if config.check is not Check.never:
-            _compare(source, directory, dtype, config.check)
-
     with tempfile.TemporaryDirectory() as scratch:
         files, of_run = _tokenizer(path, Path(scratch))
         export(
@@ -134,7 +132,7 @@ def run_export(config: ExportConfig) -> int:
             shard_bytes=int(config.shard_gb * 1e9),
             extra_config={**extra, **of_run},
             tokenizer_files=files,
-            verify=verify,
+            verify=lambda directory: _compare(source, directory, dtype, config.check),
             progress=_Progress("exported", source, dtype),
         )
     print(f"exported {json.loads((out / 'config.json').read_text())['model_type']} to {out}")
@@ -172,15 +170,24 @@ def _tokenizer(path: Path, scratch: Path) -> tuple[list[Path], dict[str, Any]]:
     return sorted(scratch.iterdir()), {**ids, "max_position_embeddings": longest}
 
 
-def _compare(source: TensorSource, directory: Path, dtype: torch.dtype | None, check: Check) -> None:
-    why = obstacle(source)
-    if why is not None and check is Check.always:
-        raise CheckpointError(f"cannot compare logits: {why}; check=never converts without")
-    if why is not None:
-        print(f"logits not compared: {why}")
-        return
-    difference = compare_logits(source, directory, dtype)
-    print(f"logits equal transformers' to {difference:.1e} of the largest")
+def _compare(source: TensorSource, directory: Path, dtype: torch.dtype | None, check: Check) -> str:
+    """Compare what can be compared here, print which that is, and return it."""
+    unasked = "check=never" if check is Check.never else obstacle(directory)
+    if unasked is None:
+        compare_settings(source.config, directory)
+    why = unasked or shortage(source)
+    if why is None:
+        checked = (
+            f"settings and logits equal transformers' to {compare_logits(source, directory, dtype):.1e} of the largest"
+        )
+    elif check is Check.always:
+        raise CheckpointError(f"cannot compare with transformers: {why}; check=never converts without")
+    elif unasked is None:
+        checked = f"settings equal transformers'; logits not compared: {why}"
+    else:
+        checked = f"neither settings nor logits compared with transformers: {why}"
+    print(checked)
+    return checked
 
 
 class _Progress:

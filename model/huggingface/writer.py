@@ -28,7 +28,7 @@ def export(
     shard_bytes: int = 5 << 30,
     extra_config: dict[str, Any] | None = None,
     tokenizer_files: Sequence[Path] = (),
-    verify: Callable[[Path], None] = lambda directory: None,
+    verify: Callable[[Path], object] = lambda directory: None,
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write `source` to `directory`, which appears only once everything is written, reopened and `verify`-ed.

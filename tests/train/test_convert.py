@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from core.errors import CheckpointError, ConfigError, LeviathanError
 from launch.cli import main
@@ -30,7 +31,7 @@ from tests.train import tiny
 from tests.train.like import like
 from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
 from train.initial import initial_source, open_model
-from train.stored import StoredModel
+from train.stored import IMPORTED, StoredModel
 
 QUIET = lambda line: None  # noqa: E731
 
@@ -57,6 +58,33 @@ def test_import_export_import_is_bit_identical(saved, tmp_path, name, capsys):
     assert (out / "tokenizer.json").read_text() == '{"kept": true}'
     before, after = (json.loads((path / "config.json").read_text()) for path in (saved[name], out))
     assert after["eos_token_id"] == before["eos_token_id"] == 2
+
+
+def test_what_was_not_compared_is_said_and_written_down(saved, tmp_path, capsys, monkeypatch):
+    def checked(out: str, check: Check = Check.auto) -> str:
+        run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / out), check=check))
+        recorded = yaml.safe_load((tmp_path / out / IMPORTED).read_text())["origin"]["checked"]
+        assert recorded in capsys.readouterr().out
+        return recorded
+
+    assert "logits equal" in checked("all")
+    assert checked("nothing", Check.never) == "neither settings nor logits compared with transformers: check=never"
+    monkeypatch.setattr("model.huggingface.check.available_memory", lambda: 1000)
+    assert "settings equal transformers'; logits not compared: both models need" in checked("settings")
+    with pytest.raises(CheckpointError, match="cannot compare with transformers: both models need"):
+        checked("refused", Check.always)
+    run_export(ExportConfig(str(tmp_path / "all"), str(tmp_path / "out")))
+    assert "logits not compared" in capsys.readouterr().out
+
+
+def test_settings_are_compared_where_logits_are_not(saved, tmp_path, monkeypatch):
+    family = huggingface.FAMILIES["llama4_text"]
+    wrong = replace(family, read=lambda config: replace(family.read(config), temperature_floor=9.0))
+    monkeypatch.setitem(huggingface.FAMILIES, "llama4_text", wrong)
+    monkeypatch.setattr("model.huggingface.check.available_memory", lambda: 1000)
+    with pytest.raises(CheckpointError, match=r"reads its config.json as model.temperature_floor=4, not 9.0"):
+        run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "out")))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
