@@ -100,7 +100,7 @@ def run_import(config: ImportConfig) -> int:
     text = source.raw_config.get("text_config") or source.raw_config
     carried = {key: text[key] for key in CARRIED if key in text}
     origin = {"family": source.family.model_type, "checked": checked, "config": carried}
-    with new_directory(out) as scratch:
+    with new_directory(out, exclusive=True) as scratch:
         save_model(source, scratch, origin, _Progress("imported", source))
         (scratch / TOKENIZER).mkdir()
         for path in source.tokenizer_files:

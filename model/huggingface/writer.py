@@ -47,7 +47,7 @@ def export(
     precision = {tensor.dtype for tensor in planned}
     name = str(max(precision, key=lambda kind: kind.itemsize)).removeprefix("torch.")
     config |= {"dtype": name, "torch_dtype": name}  # transformers 5's word for it, and transformers 4's
-    with new_directory(directory) as scratch:
+    with new_directory(directory, exclusive=True) as scratch:
         write_directory(scratch, planned, shard_bytes, progress)
         write_json(scratch / "config.json", {**(extra_config or {}), **config})
         for path in tokenizer_files:

@@ -87,6 +87,27 @@ def test_settings_are_compared_where_logits_are_not(saved, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_directory_that_appears_meanwhile_is_not_taken_for_the_result(saved, tmp_path, monkeypatch, verb):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    out = tmp_path / "out"
+
+    def compared(*arguments) -> str:
+        out.mkdir()
+        (out / "theirs").touch()
+        return ""
+
+    monkeypatch.setattr("train.convert._compare", compared)
+    with pytest.raises(ConfigError, match="appeared while it was being made"):
+        if verb == "import":
+            run_import(ImportConfig(str(saved["maverick"]), str(out)))
+        else:
+            run_export(ExportConfig(str(tmp_path / "in"), str(out)))
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+    (kept,) = (path for path in tmp_path.iterdir() if path.name.startswith("out."))
+    assert open_model(kept).shapes == open_model(tmp_path / "in").shapes
+
+
 @pytest.fixture(scope="module")
 def runnable(tmp_path_factory) -> Path:
     """A Llama 4 with a vocabulary that the tiny run's tokenizer fits."""
