@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from core.errors import CheckpointError, ConfigError
 from core.files import new_directory
@@ -26,7 +25,7 @@ from train.config import phases
 from train.corpora import get_corpus
 from train.initial import open_model
 from train.run_directory import load_config
-from train.stored import IMPORTED, StoredModel, save_model
+from train.stored import IMPORTED, StoredModel, load_origin, save_model
 
 TOKENIZER = "tokenizer"
 CARRIED = (
@@ -117,10 +116,10 @@ def run_export(config: ExportConfig) -> int:
         reason = f"the routers choose experts with biases (up to {bias:.2g}) that other formats cannot store"
         raise ConfigError("drop_selection_bias", False, reason, ["true, which exports the model without them"])
     dtype = None if config.dtype is None else getattr(torch, config.dtype.value)
-    family, extra = config.family, {}
+    family, extra = config.family, dict[str, Any]()
     if (path / IMPORTED).exists():
-        origin = yaml.safe_load((path / IMPORTED).read_text())["origin"]
-        family, extra = family or origin["family"], origin["config"]
+        origin, extra = load_origin(path)
+        family = family or origin
 
     with tempfile.TemporaryDirectory() as scratch:
         files, of_run = _tokenizer(path, Path(scratch))

@@ -56,8 +56,8 @@ def test_transformers_counts_the_same(name):
 
 
 def published(name: str) -> dict[str, Any]:
-    """The release's `config.json`. Llama 4's are behind a gate: taken from printed copies, Scout's with the correction
-    of its rotation, Maverick's as it first came out, leaving to the defaults what Scout's spells out.
+    """A copy of the release's `config.json`. Llama 4's are behind a gate and put together from printed copies: Scout's
+    with the correction of its rotation, Maverick's as it first came out, with much left to the defaults.
     """
     return json.loads((Path(__file__).with_name("published") / f"{name}.json").read_text())
 

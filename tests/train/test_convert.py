@@ -194,6 +194,35 @@ def test_blocks_of_a_stored_model_equal_slices(saved, tmp_path):
         assert torch.equal(source.read(key, offset, part), whole(source, key)[window])
 
 
+MANIFEST_DAMAGE = {
+    "no_origin": (lambda content: content.pop("origin"), "it has no origin"),
+    "no_config": (lambda content: content["origin"].pop("config"), "origin lacks its family or its config"),
+    "no_family": (lambda content: content["origin"].pop("family"), "origin lacks its family or its config"),
+    "odd_origin": (lambda content: content.update(origin=[]), "it has no origin"),
+    "no_model": (lambda content: content.pop("model"), "it has no model"),
+    "empty": (lambda content: content.clear(), "it has no model"),
+}
+
+
+@pytest.mark.parametrize("change, message", MANIFEST_DAMAGE.values(), ids=MANIFEST_DAMAGE.keys())
+def test_a_damaged_model_yaml_is_one_message(saved, tmp_path, change, message):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    content = yaml.safe_load((tmp_path / "in" / IMPORTED).read_text())
+    change(content)
+    (tmp_path / "in" / IMPORTED).write_text(yaml.safe_dump(content))
+    with pytest.raises(CheckpointError, match=message):
+        run_export(ExportConfig(str(tmp_path / "in"), str(tmp_path / "out"), check=Check.never))
+
+
+def test_a_garbled_model_yaml_is_one_line(saved, tmp_path, capsys):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    (tmp_path / "in" / IMPORTED).write_text("model: [")
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "model.yaml is unreadable" in line
+
+
 def mixture(dense: ModelConfig, **changes) -> ModelConfig:
     layers = [
         replace(layer, feed_forward=FeedForward.moe if i % 2 else FeedForward.dense)
