@@ -33,12 +33,11 @@ def _allowances(root: Path) -> Iterator[int]:
         top, names = (mount / "memory", _VERSION_1) if controllers else (mount, _VERSION_2)
         group = top / path.lstrip("/")
         for place in (group, *group.parents):  # in a container the path may be the host's: then only the top exists
-            try:
-                limit, used = ((place / name).read_text().strip() for name in names)
+            files = [place / name for name in names]
+            if all(file.is_file() for file in files):
+                limit, used = (file.read_text().strip() for file in files)
                 if limit != "max":
                     yield int(limit) - int(used) + _reclaimable(place / "memory.stat")
-            except (OSError, ValueError):
-                pass
             if place == top:
                 break
 
