@@ -12,7 +12,7 @@ from core.errors import CheckpointError
 from model import huggingface
 from model.config import ModelConfig, QKNorm, RopeScaling, RouterConfig
 from tests.model import peers
-from tests.model.test_presets import COUNTS, preset
+from tests.model.test_presets import COUNTS, PUBLISHED, preset, published
 
 
 def written(model: ModelConfig, directory: Path, **changes) -> Path:
@@ -23,6 +23,12 @@ def written(model: ModelConfig, directory: Path, **changes) -> Path:
 @pytest.mark.parametrize("name", COUNTS)
 def test_settings_of_published_sizes_are_equal(name, tmp_path):
     huggingface.compare_settings(preset(name), written(preset(name), tmp_path))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_transformers_reads_the_published_configurations_as_the_presets(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(published(name)))
+    huggingface.compare_settings(preset(name), tmp_path)
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
