@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from core.errors import ConfigError
+
 _BLOCK_BYTES = 1 << 20
 
 
@@ -61,11 +63,12 @@ def sha256_text(*parts: str) -> str:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, exclusive: bool = False) -> Iterator[Path]:
     """Yields a scratch directory that becomes `path` when the block ends well and vanishes when it does not.
 
     Two processes may race to make the same directory: the first rename wins and the second's work is dropped, so
-    the content must depend on nothing but the name (a content hash).
+    the content must depend on nothing but the name (a content hash). `exclusive` is for any other content: where `path`
+    has appeared meanwhile it stays, and a `ConfigError` says where the work is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -76,6 +79,11 @@ def new_directory(path: Path) -> Iterator[Path]:
         try:
             os.replace(scratch, path)
         except OSError:
+            if exclusive and os.path.lexists(path):
+                kept = path.with_name(f"{path.name}.{os.getpid()}")
+                os.replace(scratch, kept)
+                reason = f"appeared while it was being made, and was left as it is; the finished work is in {kept}"
+                raise ConfigError("out", str(path), reason) from None
             if not path.is_dir():
                 raise
     finally:

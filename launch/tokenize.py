@@ -28,7 +28,7 @@ def run(config: TokenizeConfig) -> int:
     corpus = prepare(config.data, print)
     corpus.verify()
     if out is not None:
-        with new_directory(out) as scratch:
+        with new_directory(out, exclusive=True) as scratch:
             shutil.copytree(corpus.directory, scratch, dirs_exist_ok=True)
     print(table(corpus))
     print(f"tokens: {out or corpus.directory}")

@@ -65,6 +65,10 @@ class LayerConfig:
     temperature: bool = False
     qk_norm: QKNorm = QKNorm.none
 
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ConfigError("chunk", self.chunk, "must be positive, or null for full attention")
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -76,7 +80,7 @@ class RopeScaling:
     original_context: int = 8192
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or self.low <= 0 or self.high < self.low:
+        if not (self.factor >= 1 and 0 < self.low <= self.high):
             raise ConfigError("factor", self.factor, "needs factor >= 1 and 0 < low <= high")
 
 

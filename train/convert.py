@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from core.errors import CheckpointError, ConfigError
 from core.files import new_directory
 from data.tokenizer import save_for_transformers
-from model.huggingface import HuggingFaceCheckpoint, compare_logits, export, obstacle
+from model.huggingface import HuggingFaceCheckpoint, compare_logits, compare_settings, export, obstacle, shortage
 from model.huggingface.checkpoint import TOKENIZER_FILES
 from model.source import TensorSource
 from parallel.world import World
@@ -26,7 +25,7 @@ from train.config import phases
 from train.corpora import get_corpus
 from train.initial import open_model
 from train.run_directory import load_config
-from train.stored import IMPORTED, StoredModel, save_model
+from train.stored import IMPORTED, StoredModel, load_origin, save_model
 
 TOKENIZER = "tokenizer"
 CARRIED = (
@@ -42,7 +41,9 @@ CARRIED = (
 
 
 class Check(Enum):
-    """Compare logits with transformers'. `auto`: where it is installed and both models fit into memory."""
+    """Compare settings and logits with transformers'. `auto`: where it is installed; logits, where both models fit into
+    memory. What was not compared is said, and written beside an imported model.
+    """
 
     auto = "auto"
     always = "always"
@@ -94,11 +95,11 @@ class ExportConfig:
 def run_import(config: ImportConfig) -> int:
     out = _new(config.out)
     source = HuggingFaceCheckpoint(Path(config.source).expanduser(), config.text_only)
-    if config.check is not Check.never:
-        _compare(source, source.directory, None, config.check)
+    checked = _compare(source, source.directory, None, config.check)
     text = source.raw_config.get("text_config") or source.raw_config
-    origin = {"family": source.family.model_type, "config": {k: text[k] for k in CARRIED if k in text}}
-    with new_directory(out) as scratch:
+    carried = {key: text[key] for key in CARRIED if key in text}
+    origin = {"family": source.family.model_type, "checked": checked, "config": carried}
+    with new_directory(out, exclusive=True) as scratch:
         save_model(source, scratch, origin, _Progress("imported", source))
         (scratch / TOKENIZER).mkdir()
         for path in source.tokenizer_files:
@@ -115,14 +116,10 @@ def run_export(config: ExportConfig) -> int:
         reason = f"the routers choose experts with biases (up to {bias:.2g}) that other formats cannot store"
         raise ConfigError("drop_selection_bias", False, reason, ["true, which exports the model without them"])
     dtype = None if config.dtype is None else getattr(torch, config.dtype.value)
-    family, extra = config.family, {}
+    family, extra = config.family, dict[str, Any]()
     if (path / IMPORTED).exists():
-        origin = yaml.safe_load((path / IMPORTED).read_text())["origin"]
-        family, extra = family or origin["family"], origin["config"]
-
-    def verify(directory: Path) -> None:
-        if config.check is not Check.never:
-            _compare(source, directory, dtype, config.check)
+        origin, extra = load_origin(path)
+        family = family or origin
 
     with tempfile.TemporaryDirectory() as scratch:
         files, of_run = _tokenizer(path, Path(scratch))
@@ -134,7 +131,7 @@ def run_export(config: ExportConfig) -> int:
             shard_bytes=int(config.shard_gb * 1e9),
             extra_config={**extra, **of_run},
             tokenizer_files=files,
-            verify=verify,
+            verify=lambda directory: _compare(source, directory, dtype, config.check),
             progress=_Progress("exported", source, dtype),
         )
     print(f"exported {json.loads((out / 'config.json').read_text())['model_type']} to {out}")
@@ -172,15 +169,24 @@ def _tokenizer(path: Path, scratch: Path) -> tuple[list[Path], dict[str, Any]]:
     return sorted(scratch.iterdir()), {**ids, "max_position_embeddings": longest}
 
 
-def _compare(source: TensorSource, directory: Path, dtype: torch.dtype | None, check: Check) -> None:
-    why = obstacle(source)
-    if why is not None and check is Check.always:
-        raise CheckpointError(f"cannot compare logits: {why}; check=never converts without")
-    if why is not None:
-        print(f"logits not compared: {why}")
-        return
-    difference = compare_logits(source, directory, dtype)
-    print(f"logits equal transformers' to {difference:.1e} of the largest")
+def _compare(source: TensorSource, directory: Path, dtype: torch.dtype | None, check: Check) -> str:
+    """Compare what can be compared here, print which that is, and return it."""
+    unasked = "check=never" if check is Check.never else obstacle(directory)
+    if unasked is None:
+        compare_settings(source.config, directory)
+    why = unasked or shortage(source)
+    if why is None:
+        checked = (
+            f"settings and logits equal transformers' to {compare_logits(source, directory, dtype):.1e} of the largest"
+        )
+    elif check is Check.always:
+        raise CheckpointError(f"cannot compare with transformers: {why}; check=never converts without")
+    elif unasked is None:
+        checked = f"settings equal transformers'; logits not compared: {why}"
+    else:
+        checked = f"neither settings nor logits compared with transformers: {why}"
+    print(checked)
+    return checked
 
 
 class _Progress:

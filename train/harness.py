@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 
@@ -29,7 +28,7 @@ from parallel.world import World
 from train.generate import GenerateConfig, continue_tokens
 from train.initial import open_model
 from train.restore import restore
-from train.stored import IMPORTED
+from train.stored import load_origin
 
 DEFAULT_CONTEXT = 2048
 
@@ -180,19 +179,25 @@ def subject(path: Path, world: World) -> Subject:
     if isinstance(source, HuggingFaceCheckpoint):
         folder, settings = path, source.raw_config.get("text_config") or source.raw_config
     else:
-        folder, settings = path / "tokenizer", yaml.safe_load((path / IMPORTED).read_text())["origin"]["config"]
+        folder, settings = path / "tokenizer", load_origin(path)[1]
     tokenizer = _tokenizer(folder)
     if tokenizer.vocab_size > source.config.vocab_size:
         has = source.config.vocab_size
         raise CheckpointError(f"{folder} has a tokenizer of {tokenizer.vocab_size} ids, the model only {has}")
-    return Subject(materialise(source), tokenizer, int(settings.get("max_position_embeddings", DEFAULT_CONTEXT)))
+    return Subject(materialise(source), tokenizer, int(settings.get("max_position_embeddings") or DEFAULT_CONTEXT))
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
     """What `tokenizer.json` and the names in `tokenizer_config.json` describe."""
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder} has no tokenizer.json: texts cannot be turned into tokens")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    names = [settings.get(key) for key in ("bos_token", "eos_token")]
-    bos, eos = (name["content"] if isinstance(name, dict) else name for name in names)
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(path.read_text())
+        names = [settings.get(key) for key in ("bos_token", "eos_token")]
+        bos, eos = (name["content"] if isinstance(name, dict) else name for name in names)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not say which tokens begin and end a text ({error})") from error
+    if not isinstance(eos, str):
+        raise CheckpointError(f"{path} names no eos_token: the end of a text cannot be told")
     return JsonTokenizer(folder / "tokenizer.json", bos or eos, eos)

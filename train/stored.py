@@ -158,7 +158,25 @@ def save_model(source: TensorSource, directory: Path, origin: dict[str, Any], pr
 
 def load_imported(directory: Path) -> ModelConfig:
     """The model that an imported directory says it is."""
+    return build(ModelConfig, _section(directory, "model"))
+
+
+def load_origin(directory: Path) -> tuple[str, dict[str, Any]]:
+    """The family that an imported model came from, and the keys of its `config.json` that were carried along."""
+    origin = _section(directory, "origin")
+    family, carried = origin.get("family"), origin.get("config")
+    if not isinstance(family, str) or not isinstance(carried, dict):
+        raise CheckpointError(f"{directory / IMPORTED} is damaged: origin lacks its family or its config")
+    return family, carried
+
+
+def _section(directory: Path, key: str) -> dict[str, Any]:
+    path = directory / IMPORTED
     try:
-        return build(ModelConfig, yaml.safe_load((directory / IMPORTED).read_text())["model"])
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / IMPORTED} is unreadable ({error})") from error
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:
+        raise CheckpointError(f"{path} is unreadable ({' '.join(str(error).split())})") from error
+    section = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{path} is damaged: it has no {key}")
+    return section

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model.huggingface.check import compare_logits, materialise, obstacle
+from model.huggingface.check import compare_logits, compare_settings, materialise, obstacle, shortage
 from model.huggingface.checkpoint import HuggingFaceCheckpoint
 from model.huggingface.families import FAMILIES, compact, model_differences, read_config, write_config
 from model.huggingface.writer import export
@@ -24,11 +24,13 @@ __all__ = [
     "HuggingFaceCheckpoint",
     "compact",
     "compare_logits",
+    "compare_settings",
     "export",
     "load",
     "materialise",
     "model_differences",
     "obstacle",
     "read_config",
+    "shortage",
     "write_config",
 ]

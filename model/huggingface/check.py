@@ -1,15 +1,31 @@
-"""The last word on a conversion: the same logits from our model and from transformers'."""
+"""The last word on a conversion: transformers reads the same settings, and the same logits come out.
+
+Few tokens cannot reach a chunk's end or the query temperature at published sizes (8,192 positions), and the largest
+models do not fit into memory at all. The settings are compared at any size, from what transformers makes of the file.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from core.errors import CheckpointError
+from core.memory import available_memory
+from model.config import (
+    FeedForward,
+    LayerConfig,
+    ModelConfig,
+    QKNorm,
+    RopePairing,
+    RopeScaling,
+    RouterConfig,
+    Score,
+    WeightsOn,
+)
+from model.huggingface.families import model_differences
 from model.source import TensorSource, whole
 from model.transformer import Transformer
 from precision.backend import Compute, PrecisionConfig, resolve
@@ -32,15 +48,101 @@ def materialise(source: TensorSource, dtype: torch.dtype | None = None) -> Trans
     return model.eval()
 
 
-def obstacle(source: TensorSource) -> str | None:
-    """Why logits cannot be compared here, or None."""
+def obstacle(directory: Path) -> str | None:
+    """Why transformers cannot be asked about this checkpoint, or None."""
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
+    try:
+        _settings(directory)
+    except Exception as error:  # it is strict about types, and raises its own kinds of error
+        return f"transformers refuses its config.json ({str(error).strip().splitlines()[-1].strip()})"
+    return None
+
+
+def shortage(source: TensorSource) -> str | None:
+    """Why logits cannot be compared on this machine, or None."""
     elements = sum(torch.Size(shape).numel() for shape in source.shapes.values())
-    need, have = 2 * 4 * elements, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need, have = 2 * 4 * elements, available_memory()
     if need > 0.8 * have:
         return f"both models need {need / 1e9:.0f} GB of memory and {have / 1e9:.0f} GB are free"
     return None
+
+
+def compare_settings(model: ModelConfig, directory: Path) -> None:
+    """Raises `CheckpointError` where transformers reads another network from `directory` than `model`."""
+    different = model_differences(model, _as_transformers_reads(_settings(directory)))
+    if different:
+        key, (ours, theirs) = next(iter(different.items()))
+        raise CheckpointError(f"{directory}: transformers reads its config.json as model.{key}={theirs}, not {ours}")
+
+
+def _settings(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+
+
+def _as_transformers_reads(theirs: Any) -> ModelConfig:
+    """The model in transformers' own object: it has filled in every default, so none of ours takes part.
+
+    Not `read_config`, which is what this is to check.
+    """
+    kind, rope = theirs.model_type, theirs.rope_parameters
+    scaling = None
+    if rope["rope_type"] != "default":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = RopeScaling(*(rope[name] for name in names))
+    llama4, mixture = kind == "llama4_text", {}
+    if kind not in ("llama", "qwen3"):
+        wide = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
+        renormalise = kind == "mixtral" or (not llama4 and theirs.norm_topk_prob)
+        softmax = RouterConfig(theirs.num_experts_per_tok, Score.softmax, renormalise, weights_on=WeightsOn.output)
+        mixture = {
+            "experts": theirs.num_local_experts if kind in ("llama4_text", "mixtral") else theirs.num_experts,
+            "expert_width": getattr(theirs, wide),
+            "shared_width": None if llama4 else 0,
+            "router": RouterConfig(theirs.num_experts_per_tok) if llama4 else softmax,
+        }
+    return ModelConfig(
+        vocab_size=theirs.vocab_size,
+        width=theirs.hidden_size,
+        layers=theirs.num_hidden_layers,
+        heads=theirs.num_attention_heads,
+        kv_heads=theirs.num_key_value_heads,
+        head_width=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+        dense_width=theirs.intermediate_size_mlp if llama4 else theirs.intermediate_size,
+        rope_theta=rope["rope_theta"],
+        rope_pairing=RopePairing.adjacent if llama4 else RopePairing.halves,
+        rope_scaling=scaling,
+        temperature_floor=theirs.floor_scale if llama4 else 1.0,
+        temperature_scale=theirs.attn_scale if llama4 else 0.0,
+        norm_eps=theirs.rms_norm_eps,
+        layer_list=[_layer(theirs, index) for index in range(theirs.num_hidden_layers)],
+        **mixture,
+    )
+
+
+def _layer(theirs: Any, index: int) -> LayerConfig:
+    kind = theirs.model_type
+    if kind == "llama4_text":
+        turned, chunked = bool(theirs.no_rope_layers[index]), theirs.layer_types[index] == "chunked_attention"
+        return LayerConfig(
+            FeedForward.moe if index in theirs.moe_layers else FeedForward.dense,
+            rope=turned,
+            chunk=theirs.attention_chunk_size if chunked else None,
+            temperature=bool(theirs.attn_temperature_tuning) and not turned,
+            qk_norm=QKNorm.weightless if theirs.use_qk_norm and turned else QKNorm.none,
+        )
+    mixture = kind in ("mixtral", "olmoe")
+    if kind == "qwen3_moe":
+        every = theirs.decoder_sparse_step
+        mixture = index not in theirs.mlp_only_layers and theirs.num_experts > 0 and (index + 1) % every == 0
+    norms = {"qwen3": QKNorm.per_head, "qwen3_moe": QKNorm.per_head, "olmoe": QKNorm.full}
+    return LayerConfig(
+        FeedForward.moe if mixture else FeedForward.dense,
+        chunk=getattr(theirs, "sliding_window", None),  # not the same, but no family of ours has either
+        qk_norm=norms.get(kind, QKNorm.none),
+    )
 
 
 @torch.no_grad()

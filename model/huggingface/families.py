@@ -28,6 +28,8 @@ from model.config import (
 from model.huggingface.locations import MixtureNames
 
 Json = Mapping[str, Any]
+MOST_LAYERS = 10_000
+"""A larger number is a damaged file, and would take the memory for as many layers before anything is noticed."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def canonical(model: ModelConfig) -> ModelConfig:
 
 
 def compact(model: ModelConfig) -> ModelConfig:
-    """The same model with the shortest spelling of its layers."""
+    """The same model with the shortest spelling of its layers: a period begins where its first layer is."""
     layers = model.blocks
     rotated = next((layer for layer in layers if layer.rope), layers[0])
     bare = next((layer for layer in layers if not layer.rope), None)
@@ -125,12 +127,12 @@ def compact(model: ModelConfig) -> ModelConfig:
         "temperature": bare.temperature if bare else False,
         "layer_list": None,
     }
-    steps = range(model.layers + 1)
-    for moe_every, nope_every in ((moe, nope) for moe in steps for nope in steps):
-        shorter = replace(model, moe_every=moe_every, nope_every=nope_every, **sugar)  # type: ignore[arg-type]
-        if shorter.blocks == layers:
-            return shorter
-    return replace(model, layer_list=list(layers))
+    moe_every, nope_every = (
+        next((index + 1 for index, layer in enumerate(layers) if counts(layer)), 0)
+        for counts in (lambda layer: layer.feed_forward is FeedForward.moe, lambda layer: not layer.rope)
+    )
+    shorter = replace(model, moe_every=moe_every, nope_every=nope_every, **sugar)  # type: ignore[arg-type]
+    return shorter if shorter.blocks == layers else replace(model, layer_list=list(layers))
 
 
 def _refuse(config: Json) -> None:
@@ -148,10 +150,21 @@ def _refuse(config: Json) -> None:
 
 
 def _rope(config: Json, default_theta: float) -> dict[str, Any]:
-    """`rope_parameters`, or `rope_theta` and `rope_scaling` in older files."""
-    new = config.get("rope_parameters")
-    rope = dict(new if new is not None else config.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or default_theta)
+    """`rope_parameters`, or `rope_theta` and `rope_scaling` in older files. Where a file has both they must agree:
+    transformers 4 reads the older keys and transformers 5 lets a `rope_scaling` replace `rope_parameters`.
+    """
+    given = [rope for key in ("rope_parameters", "rope_scaling") if (rope := config.get(key))]
+    first, *others = [_rope_of(rope, config, default_theta) for rope in given or [{}]]
+    if others not in ([], [first]):
+        raise ConfigError("config.json rope_scaling", None, "contradicts rope_parameters")
+    return first
+
+
+def _rope_of(rope: Json, config: Json, default_theta: float) -> dict[str, Any]:
+    outside = config.get("rope_theta")
+    theta = float(rope.get("rope_theta") or outside or default_theta)
+    if outside and outside != theta:
+        raise ConfigError("config.json rope_theta", outside, f"contradicts rope_parameters, which says {theta:g}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     turned = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if turned != 1.0:
@@ -164,29 +177,50 @@ def _rope(config: Json, default_theta: float) -> dict[str, Any]:
         factor=float(rope["factor"]),
         low=float(rope["low_freq_factor"]),
         high=float(rope["high_freq_factor"]),
-        original_context=int(rope["original_max_position_embeddings"]),
+        original_context=_integer(rope, "original_max_position_embeddings"),
     )
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
+def _integer(config: Json, key: str, default: int | None = None) -> int:
+    """The whole number at `key`. `default` stands for what is left out; without one it must be there."""
+    value = config[key] if default is None else config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        raise ConfigError(f"config.json {key}", str(value), "must be a whole number")
+    return int(value)
+
+
+def _indices(config: Json, key: str, layers: int) -> set[int] | None:
+    """The layers that a list names, or None without a list."""
+    given = config.get(key)
+    if given is None:
+        return None
+    if not isinstance(given, list) or not all(type(index) is int and 0 <= index < layers for index in given):
+        raise ConfigError(f"config.json {key}", None, f"must list layers between 0 and {layers - 1}")
+    return set(given)
+
+
 def _read_common(config: Json, theta: float, eps: float) -> dict[str, Any]:
-    heads = int(config["num_attention_heads"])
+    heads, width = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")
+    layers = _integer(config, "num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise ConfigError("config.json num_hidden_layers", layers, f"is more than the {MOST_LAYERS:,} that are read")
     return {
-        "vocab_size": int(config["vocab_size"]),
-        "width": int(config["hidden_size"]),
-        "layers": int(config["num_hidden_layers"]),
+        "vocab_size": _integer(config, "vocab_size"),
+        "width": width,
+        "layers": layers,
         "heads": heads,
-        "kv_heads": int(config.get("num_key_value_heads") or heads),
-        "head_width": int(config.get("head_dim") or config["hidden_size"] // heads),
+        "kv_heads": _integer(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
+        "head_width": _integer(config, "head_dim") if config.get("head_dim") else width // heads,
         "norm_eps": float(config.get("rms_norm_eps", eps)),
         **_rope(config, theta),
     }
 
 
 def _write_common(model: ModelConfig) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    scaling: dict[str, Any] | None = None
     if model.rope_scaling is not None:
-        rope |= {
+        scaling = {
             "rope_type": "llama3",
             "factor": model.rope_scaling.factor,
             "low_freq_factor": model.rope_scaling.low,
@@ -201,8 +235,9 @@ def _write_common(model: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_width,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": rope,
+        "rope_theta": model.rope_theta,  # this and rope_scaling: transformers 4; rope_parameters: transformers 5
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": model.rope_theta},
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "attention_bias": False,
@@ -216,16 +251,18 @@ def _is_moe(layers: Sequence[LayerConfig]) -> list[int]:
 def _read_llama4(config: Json) -> ModelConfig:
     common = _read_common(config, theta=500000.0, eps=1e-5)
     count = common["layers"]
-    every = int(config.get("interleave_moe_layer_step", 1))
-    mixtures = config.get("moe_layers")
+    every, interval = _integer(config, "interleave_moe_layer_step", 1), _integer(config, "no_rope_layer_interval", 4)
+    mixtures = _indices(config, "moe_layers", count)
     if mixtures is None:
-        mixtures = range(every - 1, count, every)
-    interval = int(config.get("no_rope_layer_interval", 4))
+        mixtures = set(range(every - 1, count, every))
     rotated = config.get("no_rope_layers") or [int((index + 1) % interval != 0) for index in range(count)]
-    derived = ["chunked_attention" if turned else "full_attention" for turned in rotated[:count]]
+    if not isinstance(rotated, list) or len(rotated) != count or any(turned not in (0, 1) for turned in rotated):
+        raise ConfigError("config.json no_rope_layers", None, f"must say 0 or 1 for each of {count} layers")
+    derived = ["chunked_attention" if turned else "full_attention" for turned in rotated]
     if (config.get("layer_types") or derived) != derived:
         raise ConfigError("config.json layer_types", None, "contradict no_rope_layers")
-    chunk, norm = config.get("attention_chunk_size", 8192), bool(config.get("use_qk_norm", True))
+    norm = bool(config.get("use_qk_norm", True))
+    chunk = None if config.get("attention_chunk_size", 0) is None else _integer(config, "attention_chunk_size", 8192)
     tuned = bool(config.get("attn_temperature_tuning", True))  # 4 in the first published files
     layers = [
         LayerConfig(
@@ -239,10 +276,10 @@ def _read_llama4(config: Json) -> ModelConfig:
     ]
     return ModelConfig(
         **common,
-        dense_width=int(config.get("intermediate_size_mlp", 16384)),
-        expert_width=int(config["intermediate_size"]),
-        experts=int(config.get("num_local_experts", 16)),
-        router=RouterConfig(top_k=int(config.get("num_experts_per_tok", 1))),
+        dense_width=_integer(config, "intermediate_size_mlp", 16384),
+        expert_width=_integer(config, "intermediate_size"),
+        experts=_integer(config, "num_local_experts", 16),
+        router=RouterConfig(top_k=_integer(config, "num_experts_per_tok", 1)),
         temperature_floor=float(config.get("floor_scale", 8192)),
         temperature_scale=float(config.get("attn_scale", 0.1)),
         layer_list=layers,
@@ -270,8 +307,9 @@ def _write_llama4(model: ModelConfig) -> dict[str, Any]:
 
 def _plain_layers(model: dict[str, Any], mixtures: Sequence[int], norm: QKNorm) -> dict[str, Any]:
     """Layers that all see everything before them, with positions in pairs of halves."""
+    chosen = set(mixtures)
     layers = [
-        LayerConfig(feed_forward=FeedForward.moe if index in mixtures else FeedForward.dense, qk_norm=norm)
+        LayerConfig(feed_forward=FeedForward.moe if index in chosen else FeedForward.dense, qk_norm=norm)
         for index in range(model["layers"])
     ]
     return {**model, "layer_list": layers, "rope_pairing": RopePairing.halves, "shared_width": 0}
@@ -285,9 +323,9 @@ def _read_mixtral(config: Json) -> ModelConfig:
     common = _read_common(config, theta=1e6, eps=1e-5)
     return ModelConfig(
         **_plain_layers(common, range(common["layers"]), QKNorm.none),
-        expert_width=int(config["intermediate_size"]),
-        experts=int(config.get("num_local_experts", 8)),
-        router=_softmax(int(config.get("num_experts_per_tok", 2)), renormalise=True),
+        expert_width=_integer(config, "intermediate_size"),
+        experts=_integer(config, "num_local_experts", 8),
+        router=_softmax(_integer(config, "num_experts_per_tok", 2), renormalise=True),
     )
 
 
@@ -302,19 +340,20 @@ def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
 
 def _read_qwen3_moe(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
-    every, dense = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or []
-    mixtures = [i for i in range(common["layers"]) if every > 0 and (i + 1) % every == 0 and i not in dense]
+    every, count = _integer(config, "decoder_sparse_step", 1), common["layers"]
+    dense = _indices(config, "mlp_only_layers", count) or set()
+    mixtures = [index for index in range(every - 1, count, every) if index not in dense] if every > 0 else []
     return ModelConfig(
         **_plain_layers(common, mixtures, QKNorm.per_head),
-        dense_width=int(config.get("intermediate_size", 6144)),
-        expert_width=int(config["moe_intermediate_size"]),
-        experts=int(config["num_experts"] if "num_experts" in config else config["num_local_experts"]),
-        router=_softmax(int(config["num_experts_per_tok"]), bool(config.get("norm_topk_prob", False))),
+        dense_width=_integer(config, "intermediate_size", 6144),
+        expert_width=_integer(config, "moe_intermediate_size"),
+        experts=_integer(config, "num_experts" if "num_experts" in config else "num_local_experts"),
+        router=_softmax(_integer(config, "num_experts_per_tok"), bool(config.get("norm_topk_prob", False))),
     )
 
 
 def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
-    mixtures = _is_moe(model.blocks)
+    mixtures = set(_is_moe(model.blocks))
     return {
         "intermediate_size": model.dense_width,
         "moe_intermediate_size": model.expert_width,
@@ -331,9 +370,9 @@ def _read_olmoe(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-5)
     return ModelConfig(
         **_plain_layers(common, range(common["layers"]), QKNorm.full),
-        expert_width=int(config["intermediate_size"]),
-        experts=int(config.get("num_experts", 64)),
-        router=_softmax(int(config.get("num_experts_per_tok", 8)), bool(config.get("norm_topk_prob", False))),
+        expert_width=_integer(config, "intermediate_size"),
+        experts=_integer(config, "num_experts", 64),
+        router=_softmax(_integer(config, "num_experts_per_tok", 8), bool(config.get("norm_topk_prob", False))),
     )
 
 
@@ -349,12 +388,12 @@ def _write_olmoe(model: ModelConfig) -> dict[str, Any]:
 
 def _read_llama(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
-    return ModelConfig(**_plain_layers(common, (), QKNorm.none), dense_width=int(config["intermediate_size"]))
+    return ModelConfig(**_plain_layers(common, (), QKNorm.none), dense_width=_integer(config, "intermediate_size"))
 
 
 def _read_qwen3(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
-    return ModelConfig(**_plain_layers(common, (), QKNorm.per_head), dense_width=int(config["intermediate_size"]))
+    return ModelConfig(**_plain_layers(common, (), QKNorm.per_head), dense_width=_integer(config, "intermediate_size"))
 
 
 def _write_dense(model: ModelConfig) -> dict[str, Any]:

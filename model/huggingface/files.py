@@ -104,6 +104,9 @@ def read_header(path: Path) -> dict[str, Entry]:
 def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
     """Rows of the tensor seen as a matrix of its last dimension (a vector: as a column): [stop - start, last]."""
     width = entry.shape[-1] if len(entry.shape) > 1 else 1
+    rows = math.prod(entry.shape) // width if width else 0
+    if not 0 <= start <= stop <= rows:  # what lies there belongs to another tensor
+        raise CheckpointError(f"{entry.path}: rows {start} to {stop} of a tensor that has {rows}")
     result = torch.empty(stop - start, width, dtype=entry.dtype)
     memory = bytes_of(result)
     with open(entry.path, "rb", buffering=0) as file:

@@ -28,7 +28,7 @@ def export(
     shard_bytes: int = 5 << 30,
     extra_config: dict[str, Any] | None = None,
     tokenizer_files: Sequence[Path] = (),
-    verify: Callable[[Path], None] = lambda directory: None,
+    verify: Callable[[Path], object] = lambda directory: None,
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write `source` to `directory`, which appears only once everything is written, reopened and `verify`-ed.
@@ -45,8 +45,9 @@ def export(
         raise CheckpointError(f"{odd[0]} has no place in {chosen.model_type} or is missing in the source")
     planned = [tensor for name, place in places.items() for tensor in _plan(source, name, place, dtype)]
     precision = {tensor.dtype for tensor in planned}
-    config["dtype"] = str(max(precision, key=lambda kind: kind.itemsize)).removeprefix("torch.")
-    with new_directory(directory) as scratch:
+    name = str(max(precision, key=lambda kind: kind.itemsize)).removeprefix("torch.")
+    config |= {"dtype": name, "torch_dtype": name}  # transformers 5's word for it, and transformers 4's
+    with new_directory(directory, exclusive=True) as scratch:
         write_directory(scratch, planned, shard_bytes, progress)
         write_json(scratch / "config.json", {**(extra_config or {}), **config})
         for path in tokenizer_files:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 
+from core.errors import ConfigError
 from core.files import new_directory, sha256_file, sha256_text, write_bytes, write_text
 
 
@@ -37,6 +39,20 @@ def test_a_race_for_the_same_directory_keeps_the_first(tmp_path):
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "x").write_text("first")
     assert (tmp_path / "d" / "x").read_text() == "first"
+
+
+@pytest.mark.parametrize("appears", ["directory", "file"])
+def test_exclusive_work_is_kept_where_the_name_was_taken_meanwhile(tmp_path, appears):
+    path, refused = tmp_path / "d", pytest.raises(ConfigError, match=r"appeared while it was being made.*work is in")
+    with refused as caught, new_directory(path, exclusive=True) as scratch:
+        (scratch / "x").write_text("second")
+        if appears == "directory":
+            path.mkdir()
+        (path / "x" if appears == "directory" else path).write_text("first")
+    kept = Path(str(caught.value).rpartition(" ")[2])
+    assert (path / "x" if appears == "directory" else path).read_text() == "first"
+    assert (kept / "x").read_text() == "second"
+    assert sorted(tmp_path.iterdir()) == sorted([path, kept])
 
 
 def test_digests(tmp_path):

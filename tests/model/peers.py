@@ -14,6 +14,7 @@ COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
+    "rms_norm_eps": 0.05,  # far from every default, and large enough to be seen in the logits
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -14,7 +14,7 @@ from core.errors import CheckpointError, ConfigError, LeviathanError
 from model import huggingface
 from model.config import FeedForward, LayerConfig, ModelConfig, RouterConfig, Score
 from model.huggingface import HuggingFaceCheckpoint, compare_logits, export
-from model.huggingface.files import INDEX, SINGLE
+from model.huggingface.files import INDEX, SINGLE, read_rows
 from model.source import whole
 from tests.model import peers
 
@@ -49,6 +49,45 @@ def test_out_and_in_again_is_bit_identical_and_transformers_agrees(name, tmp_pat
         assert torch.equal(whole(first, key), whole(second, key)), key
     assert len(list((tmp_path / "second").glob("*.safetensors"))) > 1
     assert compare_logits(first, tmp_path / "second") <= 5e-5
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_rotation_reads_the_same_in_either_generation_of_transformers(name, tmp_path):
+    """Version 5 lets `rope_scaling` replace `rope_parameters`; version 4 knows only the older keys."""
+    import transformers
+
+    theirs = peers.make(name)
+    theirs.config.rope_parameters["rope_theta"] = 123456.0  # no default, so that losing it shows
+    first = HuggingFaceCheckpoint(peers.save(theirs, tmp_path / "first"))
+    export(first, tmp_path / "second")
+    expected = transformers.AutoConfig.from_pretrained(tmp_path / "first")
+    found = transformers.AutoConfig.from_pretrained(tmp_path / "second")
+    assert found.rope_parameters == expected.rope_parameters and found.dtype == expected.dtype == torch.float32
+    assert found.rope_parameters["rope_theta"] == 123456.0
+    assert compare_logits(first, tmp_path / "second") <= 5e-5
+
+    written = json.loads((tmp_path / "second" / "config.json").read_text())
+    new = {"rope_parameters": written.pop("rope_parameters"), "dtype": written.pop("dtype")}
+    assert written["torch_dtype"] == "float32"
+    assert huggingface.read_config(written)[1] == first.config, "what transformers 4 reads"
+    del written["rope_theta"], written["rope_scaling"], written["torch_dtype"]
+    assert huggingface.read_config({**written, **new})[1] == first.config, "what transformers 5 reads"
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "values, key",
+    [
+        ({"rope_theta": 1e6}, "rope_theta"),
+        ({"rope_scaling": {**SCALED, "original_max_position_embeddings": 64, "rope_theta": 5e5}}, "rope_scaling"),
+    ],
+)
+def test_two_spellings_of_the_rotation_must_agree(saved, values, key):
+    config = json.loads((saved / "config.json").read_text())
+    with pytest.raises(ConfigError, match=f"{key}.*contradicts rope_parameters"):
+        huggingface.read_config({**config, **values})
 
 
 def test_names_and_bytes_are_those_of_transformers(saved, tmp_path):
@@ -199,7 +238,18 @@ DAMAGE = {
     "config": (lambda d: (d / "config.json").write_text("["), "no JSON"),
     "layer_types": (lambda d: edit_config(d, layer_types=["full_attention"] * 4), "contradict no_rope_layers"),
     "interval": (lambda d: edit_config(d, no_rope_layers=None, no_rope_layer_interval=0), "makes no sense"),
-    "short_list": (lambda d: edit_config(d, no_rope_layers=[1, 1], layer_types=None), "makes no sense"),
+    "short_list": (lambda d: edit_config(d, no_rope_layers=[1, 1], layer_types=None), "0 or 1 for each of 4 layers"),
+    "long_list": (lambda d: edit_config(d, no_rope_layers=[1] * 5, layer_types=None), "0 or 1 for each of 4 layers"),
+    "list_of_layers": (lambda d: edit_config(d, no_rope_layers=[0, 1, 2, 3]), "0 or 1 for each of 4 layers"),
+    "moe_outside": (lambda d: edit_config(d, moe_layers=[1, 3, 4]), "moe_layers: must list layers between 0 and 3"),
+    "moe_before": (lambda d: edit_config(d, moe_layers=[-1, 3]), "moe_layers: must list layers between 0 and 3"),
+    "moe_fraction": (lambda d: edit_config(d, moe_layers=[1.0, 3]), "moe_layers: must list layers between 0 and 3"),
+    "top_k": (lambda d: edit_config(d, num_experts_per_tok=1.7), "num_experts_per_tok=1.7: must be a whole number"),
+    "text_number": (lambda d: edit_config(d, hidden_size="64"), "hidden_size=64: must be a whole number"),
+    "flag": (lambda d: edit_config(d, num_local_experts=True), "num_local_experts=True: must be a whole number"),
+    "chunk": (lambda d: edit_config(d, attention_chunk_size=5.5), "attention_chunk_size=5.5: must be a whole number"),
+    "no_chunk": (lambda d: edit_config(d, attention_chunk_size=0), "chunk=0: must be positive"),
+    "layers": (lambda d: edit_config(d, num_hidden_layers=10_001), "num_hidden_layers=10001: is more than"),
     "list_index": (lambda d: (d / INDEX).write_text('{"weight_map": []}'), "no index of shards"),
     "null_shard": (lambda d: edit_index(d, lambda names: names.update({"x": None})), "no index of shards"),
     "no_config": (lambda d: (d / "config.json").unlink(), "has no config.json"),
@@ -211,6 +261,42 @@ def test_what_is_wrong_is_refused_in_one_message(copy, damage, reason):
     damage(copy)
     with pytest.raises(LeviathanError, match=reason):
         HuggingFaceCheckpoint(copy)
+
+
+def test_rows_outside_a_tensor_are_refused(saved):
+    """They would be its neighbour's in the file."""
+    entry = HuggingFaceCheckpoint(saved).entries["model.layers.0.self_attn.q_proj.weight"]
+    assert read_rows(entry, 60, 64).shape == (4, 64)
+    for start, stop in ((60, 65), (-1, 2), (3, 2)):
+        with pytest.raises(CheckpointError, match=f"rows {start} to {stop} of a tensor that has 64"):
+            read_rows(entry, start, stop)
+
+
+@pytest.mark.parametrize(
+    "mixtures, rotated, periods",
+    [
+        (range(1, 12, 2), [1, 1, 0] * 4, (2, 3)),
+        (range(12), [1] * 12, (1, 0)),
+        ((), [1] * 11 + [0], (0, 12)),
+        ((1, 2, 5), [1] * 12, None),
+        (range(1, 12, 2), [0, 1, 1] * 4, None),
+    ],
+)
+def test_layers_are_spelled_by_periods_where_they_have_them(mixtures, rotated, periods):
+    given = {"model_type": "llama4_text", "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 12}
+    given |= {"num_attention_heads": 4, "intermediate_size": 32, "moe_layers": [*mixtures], "no_rope_layers": rotated}
+    _, model = huggingface.read_config(given)
+    assert (None if model.layer_list else (model.moe_every, model.nope_every)) == periods
+    assert [index for index, layer in enumerate(model.blocks) if layer.feed_forward is FeedForward.moe] == [*mixtures]
+    assert [int(layer.rope) for layer in model.blocks] == rotated
+
+
+def test_irregular_layers_take_no_search():
+    """Trying every pair of periods would take hours here."""
+    given = {"model_type": "llama4_text", "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 10_000}
+    given |= {"num_attention_heads": 4, "intermediate_size": 32, "moe_layers": [1, 2, 5]}
+    _, model = huggingface.read_config(given)
+    assert model.layer_list is not None and len(model.layer_list) == 10_000
 
 
 def test_a_failed_export_leaves_nothing_behind(saved, tmp_path):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model import huggingface
-from model.config import QKNorm, RopePairing, RouterConfig, WeightsOn
+from model.config import ModelConfig, QKNorm, RopePairing, RouterConfig, WeightsOn
 from model.context import SequenceContext
 from model.source import whole
 from model.transformer import Transformer
@@ -80,6 +80,10 @@ def as_if(name, tmp_path, change) -> tuple[torch.Tensor, torch.Tensor]:
         return theirs(TOKENS).logits, model(TOKENS)
 
 
+def without_norms(config: ModelConfig) -> ModelConfig:
+    return replace(config, layer_list=[replace(layer, qk_norm=QKNorm.none) for layer in config.blocks])
+
+
 BROKEN = {
     "rope_pairing": ("scout", lambda c: replace(c, rope_pairing=RopePairing.halves)),
     "rope_scaling": ("scout", lambda c: replace(c, rope_scaling=None)),
@@ -87,6 +91,11 @@ BROKEN = {
     "temperature": ("scout", lambda c: replace(c, temperature=False)),
     "qk_norm": ("scout", lambda c: replace(c, qk_norm=QKNorm.none)),
     "qk_norm_added": ("maverick", lambda c: replace(c, qk_norm=QKNorm.weightless)),
+    "qk_norm_per_head": ("qwen3_moe", without_norms),
+    "qk_norm_full": ("olmoe", without_norms),
+    "temperature_floor": ("scout", lambda c: replace(c, temperature_floor=5.0)),
+    "temperature_scale": ("scout", lambda c: replace(c, temperature_scale=0.3)),
+    **{f"norm_eps_{name}": (name, lambda c: replace(c, norm_eps=1e-5)) for name in peers.PEERS},
     "score_placement": ("scout", lambda c: replace(c, router=RouterConfig(weights_on=WeightsOn.output))),
     "nope": ("maverick", lambda c: replace(c, nope_every=0)),
     "halves": ("mixtral", lambda c: replace(c, rope_pairing=RopePairing.adjacent)),

@@ -10,6 +10,6 @@ from train.initial import open_model
 def like(path: Path) -> list[str]:
     c = open_model(path).config
     keys = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "dense_width", "expert_width")
-    keys += ("experts", "moe_every", "chunk", "temperature_floor", "temperature_scale")  # type: ignore[assignment]
+    keys += ("experts", "moe_every", "chunk", "temperature_floor", "temperature_scale", "norm_eps")  # type: ignore[assignment]
     found = [f"model.{key}={getattr(c, key)}" for key in keys]
     return [*found, f"model.qk_norm={c.qk_norm.value}", f"model.router.top_k={c.router.top_k}"]

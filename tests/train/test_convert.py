@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from core.errors import CheckpointError, ConfigError, LeviathanError
 from launch.cli import main
@@ -30,7 +31,7 @@ from tests.train import tiny
 from tests.train.like import like
 from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
 from train.initial import initial_source, open_model
-from train.stored import StoredModel
+from train.stored import IMPORTED, StoredModel
 
 QUIET = lambda line: None  # noqa: E731
 
@@ -57,6 +58,54 @@ def test_import_export_import_is_bit_identical(saved, tmp_path, name, capsys):
     assert (out / "tokenizer.json").read_text() == '{"kept": true}'
     before, after = (json.loads((path / "config.json").read_text()) for path in (saved[name], out))
     assert after["eos_token_id"] == before["eos_token_id"] == 2
+
+
+def test_what_was_not_compared_is_said_and_written_down(saved, tmp_path, capsys, monkeypatch):
+    def checked(out: str, check: Check = Check.auto) -> str:
+        run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / out), check=check))
+        recorded = yaml.safe_load((tmp_path / out / IMPORTED).read_text())["origin"]["checked"]
+        assert recorded in capsys.readouterr().out
+        return recorded
+
+    assert "logits equal" in checked("all")
+    assert checked("nothing", Check.never) == "neither settings nor logits compared with transformers: check=never"
+    monkeypatch.setattr("model.huggingface.check.available_memory", lambda: 1000)
+    assert "settings equal transformers'; logits not compared: both models need" in checked("settings")
+    with pytest.raises(CheckpointError, match="cannot compare with transformers: both models need"):
+        checked("refused", Check.always)
+    run_export(ExportConfig(str(tmp_path / "all"), str(tmp_path / "out")))
+    assert "logits not compared" in capsys.readouterr().out
+
+
+def test_settings_are_compared_where_logits_are_not(saved, tmp_path, monkeypatch):
+    family = huggingface.FAMILIES["llama4_text"]
+    wrong = replace(family, read=lambda config: replace(family.read(config), temperature_floor=9.0))
+    monkeypatch.setitem(huggingface.FAMILIES, "llama4_text", wrong)
+    monkeypatch.setattr("model.huggingface.check.available_memory", lambda: 1000)
+    with pytest.raises(CheckpointError, match=r"reads its config.json as model.temperature_floor=4, not 9.0"):
+        run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "out")))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_directory_that_appears_meanwhile_is_not_taken_for_the_result(saved, tmp_path, monkeypatch, verb):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    out = tmp_path / "out"
+
+    def compared(*arguments) -> str:
+        out.mkdir()
+        (out / "theirs").touch()
+        return ""
+
+    monkeypatch.setattr("train.convert._compare", compared)
+    with pytest.raises(ConfigError, match="appeared while it was being made"):
+        if verb == "import":
+            run_import(ImportConfig(str(saved["maverick"]), str(out)))
+        else:
+            run_export(ExportConfig(str(tmp_path / "in"), str(out)))
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+    (kept,) = (path for path in tmp_path.iterdir() if path.name.startswith("out."))
+    assert open_model(kept).shapes == open_model(tmp_path / "in").shapes
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +192,35 @@ def test_blocks_of_a_stored_model_equal_slices(saved, tmp_path):
         part = [max(1, size // 2) for size in shape]
         window = tuple(slice(o, o + p) for o, p in zip(offset, part, strict=True))
         assert torch.equal(source.read(key, offset, part), whole(source, key)[window])
+
+
+MANIFEST_DAMAGE = {
+    "no_origin": (lambda content: content.pop("origin"), "it has no origin"),
+    "no_config": (lambda content: content["origin"].pop("config"), "origin lacks its family or its config"),
+    "no_family": (lambda content: content["origin"].pop("family"), "origin lacks its family or its config"),
+    "odd_origin": (lambda content: content.update(origin=[]), "it has no origin"),
+    "no_model": (lambda content: content.pop("model"), "it has no model"),
+    "empty": (lambda content: content.clear(), "it has no model"),
+}
+
+
+@pytest.mark.parametrize("change, message", MANIFEST_DAMAGE.values(), ids=MANIFEST_DAMAGE.keys())
+def test_a_damaged_model_yaml_is_one_message(saved, tmp_path, change, message):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    content = yaml.safe_load((tmp_path / "in" / IMPORTED).read_text())
+    change(content)
+    (tmp_path / "in" / IMPORTED).write_text(yaml.safe_dump(content))
+    with pytest.raises(CheckpointError, match=message):
+        run_export(ExportConfig(str(tmp_path / "in"), str(tmp_path / "out"), check=Check.never))
+
+
+def test_a_garbled_model_yaml_is_one_line(saved, tmp_path, capsys):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    (tmp_path / "in" / IMPORTED).write_text("model: [")
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "model.yaml is unreadable" in line
 
 
 def mixture(dense: ModelConfig, **changes) -> ModelConfig:

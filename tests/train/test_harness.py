@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from launch.cli import main
 from model.context import SequenceContext
@@ -146,6 +148,37 @@ def test_a_run_without_a_checkpoint_is_one_line(trained, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text((trained / "run" / "config.yaml").read_text())
     assert main(["evaluate", str(tmp_path), "tasks=[next_word]", f"task_path={TASKS}"]) == 1
     assert "has no checkpoint yet" in capsys.readouterr().err
+
+
+TOKENIZER_DAMAGE = {
+    "missing": (None, "does not say which tokens begin and end"),
+    "garbled": ("{", "does not say which tokens begin and end"),
+    "list": ("[]", "does not say which tokens begin and end"),
+    "odd": ('{"eos_token": {"id": 3}}', "does not say which tokens begin and end"),
+    "no_eos": ('{"bos_token": "<|bos|>"}', "names no eos_token"),
+}
+
+
+@pytest.mark.parametrize("text, message", TOKENIZER_DAMAGE.values(), ids=TOKENIZER_DAMAGE.keys())
+def test_a_damaged_tokenizer_is_one_line(trained, tmp_path, capsys, text, message):
+    model = Path(shutil.copytree(trained / "imported", tmp_path / "model"))
+    (model / "tokenizer" / "tokenizer_config.json").unlink()
+    if text is not None:
+        (model / "tokenizer" / "tokenizer_config.json").write_text(text)
+    capsys.readouterr()
+    assert main(["evaluate", str(model), "tasks=[next_word]", f"task_path={TASKS}"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_a_damaged_model_yaml_is_one_line(trained, tmp_path, capsys):
+    model = Path(shutil.copytree(trained / "imported", tmp_path / "model"))
+    content = yaml.safe_load((model / "model.yaml").read_text())
+    (model / "model.yaml").write_text(yaml.safe_dump({"model": content["model"]}))
+    capsys.readouterr()
+    assert main(["evaluate", str(model), "tasks=[next_word]", f"task_path={TASKS}"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "model.yaml is damaged: it has no origin" in line
 
 
 def test_without_the_harness_the_install_line_is_given(trained, capsys, monkeypatch):

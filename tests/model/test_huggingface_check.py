@@ -1,0 +1,87 @@
+"""The comparison of settings with transformers': it passes at published sizes and notices each of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from core.errors import CheckpointError
+from model import huggingface
+from model.config import ModelConfig, QKNorm, RopeScaling, RouterConfig
+from tests.model import peers
+from tests.model.test_presets import COUNTS, PUBLISHED, preset, published
+
+
+def written(model: ModelConfig, directory: Path, **changes) -> Path:
+    (directory / "config.json").write_text(json.dumps({**huggingface.write_config(model)[1], **changes}))
+    return directory
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_settings_of_published_sizes_are_equal(name, tmp_path):
+    huggingface.compare_settings(preset(name), written(preset(name), tmp_path))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_transformers_reads_the_published_configurations_as_the_presets(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(published(name)))
+    huggingface.compare_settings(preset(name), tmp_path)
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_settings_of_every_family_are_equal(name, tmp_path):
+    peers.make(name).config.save_pretrained(tmp_path)
+    _, model = huggingface.read_config(json.loads((tmp_path / "config.json").read_text()))
+    huggingface.compare_settings(model, tmp_path)
+
+
+MISREAD = {
+    "rope_theta": ("llama4_scout", {"rope_theta": 1e4}),
+    "rope_scaling": ("llama4_scout", {"rope_scaling": RopeScaling(factor=8.0)}),
+    "no_scaling": ("llama4_scout", {"rope_scaling": None}),
+    "chunk": ("llama4_scout", {"chunk": 4096}),
+    "nope": ("llama4_scout", {"nope_every": 8}),
+    "temperature": ("llama4_scout", {"temperature": False}),
+    "temperature_floor": ("llama4_scout", {"temperature_floor": 4096.0}),
+    "temperature_scale": ("llama4_scout", {"temperature_scale": 0.2}),
+    "qk_norm": ("llama4_scout", {"qk_norm": QKNorm.none}),
+    "kv_heads": ("llama4_scout", {"kv_heads": 4}),
+    "top_k": ("llama4_scout", {"router": RouterConfig(top_k=2)}),
+    "moe_every": ("llama4_maverick", {"moe_every": 1}),
+    "dense_width": ("llama4_maverick", {"dense_width": 8192}),
+    "head_width": ("qwen3_30b_a3b", {"head_width": 64}),
+    "experts": ("qwen3_30b_a3b", {"experts": 64}),
+    "expert_width": ("qwen3_30b_a3b", {"expert_width": 6144}),
+    "norm_eps": ("qwen3_30b_a3b", {"norm_eps": 1e-5}),
+    "per_head_norm": ("qwen3_30b_a3b", {"qk_norm": QKNorm.full}),
+    "full_norm": ("olmoe_1b_7b", {"qk_norm": QKNorm.none}),
+    "renormalise": ("mixtral_8x7b", {"router": RouterConfig(top_k=2)}),
+}
+
+
+@pytest.mark.parametrize("name, change", MISREAD.values(), ids=MISREAD.keys())
+def test_each_setting_read_otherwise_is_noticed(name, change, tmp_path):
+    written(preset(name), tmp_path)
+    key = f"({next(iter(change))}|layer_list)"  # what the list of layers is built from shows there
+    with pytest.raises(CheckpointError, match=rf"transformers reads its config.json as model\.{key}"):
+        huggingface.compare_settings(replace(preset(name), **change), tmp_path)
+
+
+def test_few_tokens_do_not_notice_what_the_settings_say(tmp_path):
+    """Why both comparisons are made: the query temperature begins 8,192 positions away."""
+    theirs = peers.make("scout", attention_chunk_size=8192, floor_scale=8192)
+    checkpoint = huggingface.HuggingFaceCheckpoint(peers.save(theirs, tmp_path))
+    checkpoint.config = replace(checkpoint.config, temperature_scale=0.2)
+    assert huggingface.compare_logits(checkpoint, tmp_path) <= 5e-5
+    with pytest.raises(CheckpointError, match=r"temperature_scale=0\.5, not 0\.2"):
+        huggingface.compare_settings(checkpoint.config, tmp_path)
+
+
+def test_what_transformers_does_not_accept_is_an_obstacle(tmp_path):
+    scout = preset("llama4_scout")
+    assert huggingface.obstacle(written(scout, tmp_path)) is None
+    why = huggingface.obstacle(written(scout, tmp_path, attn_temperature_tuning=4))  # as the first published files
+    assert why is not None and "expected bool, got int" in why
