@@ -10,10 +10,12 @@ number of tokens of the optimizer step, which is known before the backward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import AuxScope, BalanceConfig, Score
@@ -39,7 +41,7 @@ class Balance(nn.Module):
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.ones(experts))
         self.register_buffer("counts_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
-        self.register_buffer("sums", torch.zeros(2, dtype=torch.float64), persistent=False)  # aux loss, z-loss
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64), persistent=False)  # aux, z, entropy
 
     def reset(self) -> None:
         """Give the buffers their first values; `to_empty` leaves them undefined."""
@@ -86,6 +88,7 @@ class _Inject(torch.autograd.Function):
         lse_BT = logits_BTE.logsumexp(-1)
         squared = lse_BT.square().sum()
         balance.sums[1] += squared / divisor
+        balance.sums[2] += _entropy(logits_BTE, balance.score) / divisor
         if balance.config.z:
             grad_BTE = grad_BTE + logits_BTE.softmax(-1) * (2 * balance.config.z / divisor * lse_BT)[..., None]
         if balance.config.aux:
@@ -109,6 +112,16 @@ def _load(counts_BE: Tensor, balance: Balance) -> Tensor:
         return balance.load_E[None]
     counts = counts_BE if balance.config.aux_scope is AuxScope.sequence else counts_BE.sum(0, keepdim=True)
     return counts.double() * counts.shape[1] / counts.sum(1, keepdim=True)
+
+
+def _entropy(logits_BTE: Tensor, score: Score) -> Tensor:
+    """Sum over tokens of the entropy of the normalised scores, over its maximum ln E: how undecided the router is."""
+    if score is Score.softmax:
+        log_p = logits_BTE.log_softmax(-1)
+    else:
+        log_s = F.logsigmoid(logits_BTE)
+        log_p = log_s - log_s.logsumexp(-1, keepdim=True)
+    return -(log_p.exp() * log_p).sum() / math.log(logits_BTE.shape[-1])
 
 
 def _aux(logits_BTE: Tensor, load_BE: Tensor, score: Score) -> tuple[Tensor, Tensor]:
@@ -141,7 +154,8 @@ class Balancer:
     def step(self) -> dict[str, Tensor]:
         """Reduce the counts, move the biases and return this step's figures, still on the device.
 
-        `counts` int64 [layers, E]; `aux` and `z`: the unscaled terms, mean over tokens, [layers].
+        `counts` int64 [layers, E]; `aux` and `z`: the unscaled terms, and `entropy` of the routers' scores over its
+        maximum, mean over tokens, [layers].
         """
         if not self.routers:
             return {}
@@ -152,4 +166,4 @@ class Balancer:
         self.reduce(sums)
         for module, counts_E in zip(modules, counts, strict=True):
             module.step(counts_E)
-        return {"counts": counts, "aux": sums[:, 0], "z": sums[:, 1]}
+        return {"counts": counts, "aux": sums[:, 0], "z": sums[:, 1], "entropy": sums[:, 2]}

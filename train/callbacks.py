@@ -113,6 +113,7 @@ class Logging(Callback):
         }
         if metrics.balance:
             line["router_z"] = [round(z, 6) for z in metrics.balance["z"].tolist()]
+            line["router_entropy"] = [round(e, 6) for e in metrics.balance["entropy"].tolist()]
             line["aux_loss"] = [round(a, 6) for a in metrics.balance["aux"].tolist()]
             line["expert_load"] = expert_load(metrics.balance["counts"])
         return line

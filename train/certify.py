@@ -29,6 +29,7 @@ from train.optimizer import OptimizerConfig, OptimizerKind
 EXACT, LOSS_FP32, GRADIENT_FP32 = 1e-9, 5e-6, 1e-5
 """Gates: the largest difference, relative for all but the float32 loss (nats)."""
 AXES = ("dp_shard", "dp_replicate", "tp", "ep", "etp")
+_BALANCE = {"counts": "tokens per expert", "aux": "aux loss", "z": "z loss", "entropy": "router entropy"}
 _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
 
 
@@ -181,10 +182,10 @@ def compare(name: str, wanted: Figures, found: Sequence[Figures], case: Case) ->
         return
     yield _blocks(f"{name}: updated weights", wanted.weights, [f.weights for f in found], EXACT)
     yield Comparison(f"{name}: held-out loss", max(_relative(f.held_out, wanted.held_out) for f in found), EXACT)
-    for key in ("counts", "aux", "z"):
+    for key in _BALANCE:
         pairs = [zip(getattr(f, key), getattr(wanted, key), strict=True) for f in found]
         largest = max((_relative(a, b) for pair in pairs for a, b in pair), default=0.0)
-        yield Comparison(f"{name}: {'tokens per expert' if key == 'counts' else f'{key} loss'}", largest, EXACT)
+        yield Comparison(f"{name}: {_BALANCE[key]}", largest, EXACT)
     largest = max((_relative(f.routers[k], wanted.routers[k]) for f in found for k in wanted.routers), default=0.0)
     yield Comparison(f"{name}: routers' state", largest, EXACT)
 

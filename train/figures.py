@@ -65,6 +65,7 @@ class Figures:
     counts: list[Tensor] = field(default_factory=list)
     aux: list[Tensor] = field(default_factory=list)
     z: list[Tensor] = field(default_factory=list)
+    entropy: list[Tensor] = field(default_factory=list)
     gradients: Blocks = field(default_factory=dict)
     weights: Blocks = field(default_factory=dict)
     routers: dict[str, Tensor] = field(default_factory=dict)

@@ -32,9 +32,11 @@ def draw(runs: Sequence[Run]) -> dict[str, bytes]:
         if run.layers:
             ending = f"_{number + 1}" if len(runs) > 1 else ""
             found[f"expert_load{ending}"] = _picture([run], _expert_load, wide=True)
-            found[f"router_entropy{ending}"] = _picture([run], _per_layer("entropy", "load entropy over its maximum"))
+            entropy = _of_routers("router_entropy", "entropy of a token's scores over its maximum")
+            found[f"router_entropy{ending}"] = _picture([run], entropy)
+            found[f"load_entropy{ending}"] = _picture([run], _per_layer("entropy", "load entropy over its maximum"))
             found[f"dead_experts{ending}"] = _picture([run], _per_layer("dead", "experts without a token"))
-            found[f"router_z{ending}"] = _picture([run], _router_z)
+            found[f"router_z{ending}"] = _picture([run], _of_routers("router_z", "squared log-sum-exp of the logits"))
     return found
 
 
@@ -121,10 +123,13 @@ def _per_layer(key: str, label: str) -> Callable[[Axes, Sequence[Run]], None]:
     return drawing
 
 
-def _router_z(axes: Axes, runs: Sequence[Run]) -> None:
-    (run,) = runs
-    _layers(axes, run, [line["router_z"] for line in run.lines if "router_z" in line])
-    axes.set_ylabel("squared log-sum-exp of the logits")
+def _of_routers(key: str, label: str) -> Callable[[Axes, Sequence[Run]], None]:
+    def drawing(axes: Axes, runs: Sequence[Run]) -> None:
+        (run,) = runs
+        _layers(axes, run, [line[key] for line in run.lines if key in line])
+        axes.set_ylabel(label)
+
+    return drawing
 
 
 def _layers(axes: Axes, run: Run, table: list[list[float]]) -> None:

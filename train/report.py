@@ -38,7 +38,8 @@ _TITLES = {
     "throughput": "Throughput",
     "memory": "Memory",
     "expert_load": "Expert load",
-    "router_entropy": "Evenness of the load",
+    "router_entropy": "Router entropy",
+    "load_entropy": "Evenness of the load",
     "dead_experts": "Idle experts",
     "router_z": "Router logits",
 }

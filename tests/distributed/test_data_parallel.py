@@ -23,7 +23,7 @@ def worst(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
     """Largest relative difference of each kind of figure."""
     result = {
         key: max(relative(a, b) for a, b in zip(found[key], wanted[key], strict=True))
-        for key in ("loss", "norm", "aux", "z")
+        for key in ("loss", "norm", "aux", "z", "entropy")
     }
     for key in ("gradients", "weights"):
         assert found[key].keys() == wanted[key].keys()

@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(finished):
     last = [line for line in lines if "loss" in line][-1]
     wanted = {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu", "peak_memory_bytes"}
     assert wanted <= set(last) and last["mfu"] is None, "a CPU has no MFU"
-    assert len(last["expert_load"]) == len(last["router_z"]) == 2
+    assert len(last["expert_load"]) == len(last["router_z"]) == len(last["router_entropy"]) == 2
     assert set(last["expert_load"][0]) == {"max_over_mean", "entropy", "dead"}
     assert (finished / "config.yaml").exists() and (finished / "log.txt").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -50,7 +51,8 @@ def written_out(x: torch.Tensor, weight: torch.Tensor, router: RouterConfig, bal
         share = load.mean((0, 1), keepdim=True) * E / router.top_k
     aux = (share * p).sum() / divisor
     z = logits.logsumexp(-1).square().sum() / divisor
-    return balance.aux * aux + balance.z * z, aux, z
+    entropy = -(p * p.log()).sum() / divisor / math.log(E)
+    return balance.aux * aux + balance.z * z, torch.stack([aux, z, entropy])
 
 
 @pytest.mark.parametrize("score", Score)
@@ -69,10 +71,10 @@ def test_injected_gradients_equal_the_loss_written_out(score, scope, top_k):
     weight = router.weight.detach().clone().requires_grad_()
     scores = (x @ weight.T).sigmoid() if score is Score.sigmoid else (x @ weight.T).softmax(-1)
     plain = (scores.flatten(0, 1).gather(1, choice.experts_TK) * factor).sum()
-    loss, aux, z = written_out(x, weight, config, balance, 77.0)
+    loss, sums = written_out(x, weight, config, balance, 77.0)
     (plain + loss).backward()
     torch.testing.assert_close(router.weight.grad, weight.grad, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(router.balance.sums, torch.stack([aux, z]).detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(router.balance.sums, sums.detach(), rtol=1e-10, atol=1e-10)
 
     weight.grad = None
     scores = (x @ weight.T).sigmoid() if score is Score.sigmoid else (x @ weight.T).softmax(-1)

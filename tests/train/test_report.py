@@ -32,7 +32,8 @@ def make_run(directory: Path, *overrides: str, steps: int = 60, loss=lambda step
             line = {"step": step, "tokens": step * 2048, "loss": loss(step), "learning_rate": 1e-3}
             line |= {"gradient_norm": 0.5, "tokens_per_second": 7000.0, "mfu": None, "peak_memory_bytes": 700_000_000}
             if layers:
-                line |= {"router_z": [0.5] * layers, "aux_loss": [0.0] * layers, "expert_load": [expert] * layers}
+                line |= {"router_z": [0.5] * layers, "router_entropy": [0.9] * layers, "aux_loss": [0.0] * layers}
+                line |= {"expert_load": [expert] * layers}
             file.write(json.dumps(line) + "\n")
             if step in (steps // 2, steps):
                 held_out = {"code": {"loss": 4.25, "bits_per_byte": 2.0, "tokens": 10}}
@@ -70,7 +71,7 @@ def test_the_page_holds_everything_and_needs_nothing(tmp_path):
         assert wanted in text, wanted
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "<script" not in text
     pictures = [base64.b64decode(p) for p in re.findall(r"data:image/png;base64,([^\"]+)", text)]
-    assert len(pictures) == 9
+    assert len(pictures) == 10
     for content in pictures:
         width, height, different = pixels(content)
         assert width > 500 and height > 300 and different > 10, "a blank picture"
@@ -80,7 +81,7 @@ def test_the_page_holds_everything_and_needs_nothing(tmp_path):
 def test_two_runs_share_the_axes_and_list_what_differs(tmp_path):
     first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second", "optimizer.lr=0.5")
     text = page(first, second)
-    assert text.count("data:image/png") == 5 + 2 * 4
+    assert text.count("data:image/png") == 5 + 2 * 5
     assert re.search(r"<td>optimizer.lr</td><td>0.004</td><td>0.5</td>", text)
     assert "Expert load: second" in text and not (first / "plots").exists()
 

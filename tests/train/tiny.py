@@ -85,7 +85,7 @@ def whole(tensor: torch.Tensor, spec: ShardSpec | None = None) -> torch.Tensor:
 def figures(root: Path, name: str, overrides: list[str], steps: int = 2) -> dict[str, Any]:
     """Losses, norms, loads and biases of some steps, the gradients of the first and the weights after the last."""
     run = trainer(root, name, overrides)
-    found: dict[str, Any] = {"loss": [], "norm": [], "counts": [], "aux": [], "z": []}
+    found: dict[str, Any] = {"loss": [], "norm": [], "counts": [], "aux": [], "z": [], "entropy": []}
     gradients: dict[str, torch.Tensor] = {}
     clip = run.engine.clip
 
