@@ -21,8 +21,11 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+# two ranks with expert parallelism where there are two cores and no GPU
+SMOKE_RANKS = $(shell $(PYTHON) -c 'import glob, os; print("launch=torchrun launch.processes=2 parallel.ep=2" * ((os.cpu_count() or 1) > 1 and not glob.glob("/dev/nvidia[0-9]*")))')
+
 smoke: $(STAMP)
-	$(VENV)/bin/leviathan train experiment=smoke
+	$(VENV)/bin/leviathan train experiment=smoke $(SMOKE_RANKS)
 
 test: $(STAMP)
 	$(RUN) -m pytest -m "not slow and not gpu"

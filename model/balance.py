@@ -92,7 +92,8 @@ class _Inject(torch.autograd.Function):
         if balance.config.z:
             grad_BTE = grad_BTE + logits_BTE.softmax(-1) * (2 * balance.config.z / divisor * lse_BT)[..., None]
         if balance.config.aux:
-            balance.whole_rows(counts_BE)
+            if balance.config.aux_scope is not AuxScope.whole:
+                balance.whole_rows(counts_BE)
             load_BE = _load(counts_BE, balance)
             value, gradient_BTE = _aux(logits_BTE, load_BE.to(logits_BTE.dtype), balance.score)
             balance.sums[0] += value / divisor

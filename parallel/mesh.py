@@ -109,6 +109,24 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
     )
 
 
+def place(layout: Layout, rank: int) -> Meshes:
+    """Where a rank of a layout stands, without a process group: for what is only to be counted."""
+    outer, inner = divmod(rank, layout.fsdp * layout.tp)
+    experts = layout.ep * layout.etp
+    along = {
+        "rows": (layout.rows, rank // (layout.cp * layout.tp) % layout.rows),
+        "dp_replicate": (layout.dp_replicate, outer % layout.dp_replicate),
+        "fsdp": (layout.fsdp, inner // layout.tp),
+        "efsdp": (layout.efsdp, inner // experts),
+        "tp": (layout.tp, inner % layout.tp),
+        "experts": (experts, inner % experts),
+        "ep": (layout.ep, inner % experts // layout.etp),
+        "etp": (layout.etp, inner % layout.etp),
+    }
+    axes = {name.removeprefix("dp_"): Axis(name, size, at) for name, (size, at) in along.items()}
+    return Meshes(layout, world=Axis("world", layout.world_size, rank), **axes, dense=None, sparse=None)
+
+
 @dataclass(frozen=True)
 class _Views:
     world: World

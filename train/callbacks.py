@@ -15,6 +15,7 @@ from core.errors import ConfigError, LeviathanError
 from core.files import write_json
 from data.ngrams import NgramBaseline
 from model.flops import count_parameters, training_flops
+from parallel.cost import StaticBytes, static_bytes
 from train.evaluate import HeldOut, held_out_batches, held_out_loss
 from train.metrics import MetricsWriter, Throughput, expert_load, peak_memory_bytes
 from train.run_directory import read_lines
@@ -75,7 +76,7 @@ class Logging(Callback):
         self.last_loss: float | None = steps[-1]["loss"] if steps else None
         self.last_rate: float = steps[-1]["tokens_per_second"] if steps else 0.0
         self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
-        self._begin = (self._clock, trainer.step)
+        self._begin, self._logged = (self._clock, trainer.step), trainer.step
 
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
         trainer = self.trainer
@@ -87,7 +88,7 @@ class Logging(Callback):
         seconds = now - self._clock - (trainer.paused_s - self._paused)
         self.throughput.add(seconds, metrics.tokens - self._tokens)
         self._clock, self._paused, self._tokens = now, trainer.paused_s, metrics.tokens
-        line = self._line(steps, metrics)
+        line, self._logged = self._line(steps, metrics), steps
         trainer.log(self._text(line, now))
         if self.writer is not None:
             self.writer.write(line)
@@ -111,6 +112,9 @@ class Logging(Callback):
             "mfu": mfu,
             "peak_memory_bytes": peak_memory_bytes(trainer.world.device),
         }
+        if traffic := trainer.meshes.traffic.take():
+            done = steps - self._logged
+            line["collective_bytes"] = {f"{axis}/{why}": size // done for (axis, why), size in traffic.items()}
         if metrics.balance:
             line["router_z"] = [round(z, 6) for z in metrics.balance["z"].tolist()]
             line["router_entropy"] = [round(e, 6) for e in metrics.balance["entropy"].tolist()]
@@ -264,12 +268,19 @@ class Summary(Callback):
             "active_parameters": parameters.active,
             "flops_per_token": flops.total,
             "world_size": trainer.world.size,
+            "layout": trainer.meshes.layout.axes,
+            "static_bytes": vars(self._static_bytes()),
             "heldout": held_out.plain() if held_out else None,
             "corpus": trainer.corpus.fingerprint,
         }
         if config.evaluation.baselines and held_out:
             summary |= self._baselines(list(held_out.sources))
         return summary
+
+    def _static_bytes(self) -> StaticBytes:
+        """What rank 0 keeps from step to step."""
+        config, layout = self.trainer.config, self.trainer.meshes.layout
+        return static_bytes(config.model, config.precision, layout, config.optimizer.moments_dtype(config.precision))
 
     def _baselines(self, sources: list[str]) -> dict[str, Any]:
         """Unigram and bigram models of the very tokens consumed, on the very held-out tokens of the model."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from core.errors import ConfigError, check_numbers
 from model.roles import ParameterInfo, Role
 from parallel.shards import local
+from precision.backend import PrecisionConfig
 
 
 class OptimizerKind(Enum):
@@ -64,6 +65,12 @@ class OptimizerConfig:
         for name in self.groups:
             if name not in roles:
                 raise ConfigError(f"groups.{name}", None, "no such role", roles)
+
+    def moments_dtype(self, precision: PrecisionConfig) -> torch.dtype | None:
+        """The format of the state that is kept per element; None where there is none."""
+        if self.kind is OptimizerKind.sgd:
+            return None
+        return torch.bfloat16 if self.moments is Moments.bfloat16 else precision.master_dtype
 
 
 def make_optimizer(

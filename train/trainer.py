@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,12 +131,13 @@ class Trainer:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent here is not training time."""
+        """What happens here is not training: neither its time nor its bytes count."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
-        begin = time.perf_counter()
+        begin, bytes_before = time.perf_counter(), self.meshes.traffic.take()
         yield
         self.paused_s += time.perf_counter() - begin
+        self.meshes.traffic.bytes = Counter(bytes_before)
 
     def _must_stop(self, interruption: Interruption, step: int) -> bool:
         """All ranks must leave at the same step. On GPUs they are asked only where metrics wait for the device."""

@@ -1,0 +1,164 @@
+"""What a layout costs, in closed form: bytes handed to collectives per step, and bytes that a rank keeps.
+
+Nothing is built and no process group is needed. `parallel.mesh.Traffic` counts the same on real ranks, and tests hold
+the two against each other to the byte.
+
+Shapes: B rows of a micro-batch, T context, D model width, K experts per token, S slots (tokens of a rank * K * etp).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from model.config import AuxScope, FeedForward, ModelConfig, QKNorm, WeightsOn
+from model.roles import Role, registry
+from parallel.apply import on_meta
+from parallel.layout import Dispatch, Layout, Recompute, Reduce
+from parallel.mesh import place
+from parallel.shards import ShardSpec, shard_specs
+from precision.backend import PrecisionConfig
+
+Bytes = int
+Traffic = dict[tuple[str, str], Bytes]
+Entries = Iterator[tuple[tuple[str, str], Bytes]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of one rank: `rows` of `context` tokens, `micro_batch` at a time."""
+
+    rows: int
+    micro_batch: int
+    context: int
+
+
+@dataclass(frozen=True)
+class StaticBytes:
+    """What a rank keeps from step to step. Gradients exist from the backward pass to the update."""
+
+    parameters: Bytes
+    gradients: Bytes
+    optimizer: Bytes
+
+    @property
+    def total(self) -> Bytes:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def static_bytes(
+    model: ModelConfig, precision: PrecisionConfig, layout: Layout, moments: torch.dtype | None, rank: int = 0
+) -> StaticBytes:
+    """Of this rank; rank 0 has the largest part of everything. `moments`: the format of AdamW's two, None for SGD."""
+    specs = _specs(model, precision, layout, rank)
+    elements, size = sum(spec.stored.numel for spec in specs.values()), precision.master_dtype.itemsize
+    steps = 4 * len(specs)  # a step count per parameter, float32
+    optimizer = 0 if moments is None else 2 * moments.itemsize * elements + steps
+    return StaticBytes(size * elements, size * elements, optimizer)
+
+
+def step_traffic(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Traffic:
+    """Bytes handed to collectives in one optimizer step, over all ranks of the world, by axis and purpose.
+
+    All ranks together, because routing decides which of them sends how much to the experts; everything else is the same
+    on every rank. All micro-batches must be full.
+    """
+    found: Counter[tuple[str, str]] = Counter()
+    world = layout.world_size
+    if world == 1:
+        return {}
+    micro_batches = batch.rows // batch.micro_batch
+    for technique in (_data, _tensor, _experts):
+        for key, size in technique(model, precision, layout, batch):
+            found[key] += world * micro_batches * size
+    for key, size in _once(model, precision, layout):
+        found[key] += size
+    return {key: size for key, size in found.items() if size}
+
+
+def _specs(model: ModelConfig, precision: PrecisionConfig, layout: Layout, rank: int) -> dict[str, ShardSpec]:
+    return shard_specs(registry(on_meta(model, precision)), model, place(layout, rank))
+
+
+def _data(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
+    """FSDP2 of one micro-batch on one rank. Layers gather their parameters for the forward and again for the backward
+    pass, with what it recomputes; what is outside them (the root) stays gathered in between. Gradients are reduced
+    after each micro-batch.
+    """
+    narrow = precision.compute_dtype is torch.bfloat16
+    reduced = 2 if layout.reduce is Reduce.bfloat16 else precision.master_dtype.itemsize
+    for name, spec in _specs(model, precision, layout, 0).items():
+        axis, master = spec.storage.axis, narrow and spec.info.role is Role.router
+        size = precision.master_dtype.itemsize if master else precision.compute_dtype.itemsize
+        gathers = 2 if name.startswith("layers.") else 1
+        elements = spec.stored.numel  # of rank 0, whose part is full: shorter ones are padded to it
+        if axis.size > 1:
+            yield (axis.name, "parameters"), gathers * size * elements
+            yield (axis.name, "gradients"), reduced * elements * axis.size
+        if layout.dp_replicate > 1:
+            yield ("dp_replicate", "gradients"), reduced * elements
+
+
+def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
+    """Tensor parallelism of one micro-batch on one rank."""
+    if layout.tp == 1:
+        return
+    tokens = batch.micro_batch * batch.context
+    wide = max(4, precision.compute_dtype.itemsize)
+    part = tokens // layout.tp * model.width * precision.compute_dtype.itemsize
+    whole, key = part * layout.tp, ("tp", "activations")
+    yield key, whole + part  # embedding: scattered, its gradient gathered
+    yield key, part + whole  # head: gathered, its gradient scattered
+    yield ("tp", "loss"), 3 * tokens * wide  # maximum; sum of exponentials and the label's logit
+    again = layout.recompute is not Recompute.none
+    for layer in model.blocks:
+        yield key, 2 * (part + whole) + again * (part + whole)  # attention
+        if layer.qk_norm is QKNorm.full:
+            yield key, (2 + again) * 2 * tokens * wide  # sums of squares of queries and keys
+        mixture = layer.feed_forward is FeedForward.moe
+        if not mixture or model.shared_expert_width:
+            yield key, 2 * (part + whole) + again * part  # the last thing of a layer: nobody needs its result again
+        if mixture and model.balance.aux and model.balance.aux_scope is not AuxScope.whole:
+            yield ("tp", "balance"), batch.micro_batch * model.experts * 8
+
+
+def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
+    """Expert parallelism of one micro-batch, the mean over ranks."""
+    ranks = layout.ep * layout.etp
+    if ranks == 1:
+        return
+    tokens = batch.micro_batch * batch.context // layout.tp
+    slots = tokens * model.router.top_k * layout.etp
+    size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
+    again = layout.recompute is not Recompute.none
+    # without anything after it that keeps its input, the way back is the last thing of a layer
+    weighted_here = model.router.weights_on is WeightsOn.output and layout.dispatch is not Dispatch.all_gather
+    back_again = again and bool(model.shared_expert_width or weighted_here)
+    for layer in model.blocks:
+        if layer.feed_forward is not FeedForward.moe:
+            continue
+        if layout.dispatch is Dispatch.all_gather:
+            row = tokens * model.width * size
+            there, back = row, ranks * row
+            yield ("experts", "tokens"), 2 * (there + back) + again * there + back_again * back
+            yield ("experts", "counts"), (1 + again) * slots * 8
+            yield ("experts", "weights"), (1 + again) * slots * wide + ranks * slots * wide
+        else:
+            row = slots * model.width * size
+            yield ("experts", "tokens"), (4 + again + back_again) * row
+            yield ("experts", "counts"), (1 + again) * model.experts * layout.etp * 8
+
+
+def _once(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Entries:
+    """Once per step, all ranks together."""
+    world, layers = layout.world_size, sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)
+    if layout.rows > 1:
+        yield ("rows", "loss"), world * (8 + 8)  # how many labels, the loss
+    yield ("world", "norm"), world * 8
+    yield ("world", "balance"), world * layers * 8 * (model.experts + 3)
+    for spec in _specs(model, precision, layout, 0).values():
+        for axis in spec.partial:
+            yield (axis.name, "gradients"), spec.computed.numel * precision.master_dtype.itemsize * world // layout.fsdp

@@ -1,0 +1,183 @@
+"""Bytes: what collectives were really handed, what is counted, and what the formulas say are the same number."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.layouts import tiny
+from model.balance import Balancer
+from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
+from parallel import cost
+from parallel.apply import build
+from parallel.layout import Dispatch, ParallelConfig, Recompute
+from parallel.mesh import make_meshes, place
+from parallel.shards import local
+from parallel.world import connect
+from precision.backend import Compute, PrecisionConfig
+from tests.train.tiny import EXACT, config, trainer
+from train.engine import TorchEngine
+from train.figures import CONTEXT, ROWS, MadeUpRows
+from train.optimizer import OptimizerConfig
+from train.step import optimizer_step
+
+ADAMW = OptimizerConfig(lr=1e-2)
+
+
+class Seen(TorchDispatchMode):
+    """Bytes of the inputs of every collective that torch dispatches, whoever calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = str(function)
+        if name.startswith("c10d."):
+            inputs = arguments[0] if "allreduce" in name else arguments[1]
+            inputs = inputs if isinstance(inputs, list) else [inputs]
+            self.bytes[name.split(".")[1]] += sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+        return function(*arguments, **(options or {}))
+
+
+def counted(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, micro_batch: int) -> Any:
+    """One step's traffic as counted and as seen, and what this rank keeps."""
+    world = connect()
+    meshes = make_meshes(parallel.resolve(world.size), world)
+    network, specs = build(model, precision, meshes, world.device, seed=1)
+    engine = TorchEngine(network, specs, ADAMW, meshes)
+    balancer = Balancer(network, lambda counts: meshes.world.sum(counts, "balance"))
+    rows, share = MadeUpRows(model.vocab_size), ROWS // meshes.rows.size
+    batch = rows.batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
+    meshes.traffic.take()
+    with Seen() as seen:
+        optimizer_step(engine, balancer, batch, micro_batch, None, 1.0)
+    state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
+    kept = [sum(local(t).nbytes for t in tensors) for tensors in (network.parameters(), state)]
+    return meshes.traffic.take(), dict(seen.bytes), kept
+
+
+LAYOUTS = {
+    "fsdp2": (2, ParallelConfig()),
+    "hsdp": (4, ParallelConfig(dp_replicate=2)),
+    "tp2": (2, ParallelConfig(tp=2)),
+    "ep2": (2, ParallelConfig(ep=2)),
+    "ep2-etp2": (4, ParallelConfig(ep=2, etp=2)),
+    "tp2-ep2-fsdp2": (4, ParallelConfig(tp=2, ep=2)),
+    "gathered": (2, ParallelConfig(ep=2, dispatch=Dispatch.all_gather)),
+    "recomputed": (4, ParallelConfig(tp=2, ep=2, recompute=Recompute.full)),
+    "recomputed-gathered": (2, ParallelConfig(ep=2, dispatch=Dispatch.all_gather, recompute=Recompute.full)),
+    "selective": (4, ParallelConfig(ep=2, recompute=Recompute.selective)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_counted_bytes_equal_the_formulas(ranks, name):
+    count, config = LAYOUTS[name]
+    model = replace(tiny(2), balance=BalanceConfig(aux=0.01, z=0.01), vocab_size=66)  # 66 rows: shards of unequal size
+    precision, micro_batch = PrecisionConfig(Compute.float32), 2
+    found = ranks(count, counted, model, config, precision, micro_batch)
+    total: Counter[tuple[str, str]] = Counter()
+    for traffic, seen, _ in found:
+        assert sum(traffic.values()) == sum(seen.values()), (traffic, seen)
+        total.update(traffic)
+    layout = config.resolve(count)
+    batch = cost.Batch(ROWS // layout.rows, min(micro_batch, ROWS // layout.rows), CONTEXT)
+    assert dict(total) == cost.step_traffic(model, precision, layout, batch)
+
+
+@pytest.mark.parametrize("shared_width", [0, 16])
+@pytest.mark.parametrize("weights_on", WeightsOn)
+@pytest.mark.parametrize("dispatch", [Dispatch.all_to_all, Dispatch.all_gather])
+def test_what_ends_a_recomputed_layer_is_not_repeated(ranks, dispatch, weights_on, shared_width):
+    """Heads normalised together, with and without a shared expert, weights before and after the experts."""
+    base = tiny(2)
+    layers = [replace(layer, qk_norm=QKNorm.full) for layer in base.blocks]
+    router = replace(base.router, weights_on=weights_on)
+    model = replace(base, layer_list=layers, shared_width=shared_width, router=router)
+    precision = PrecisionConfig(Compute.float32)
+    config = ParallelConfig(tp=2, ep=2, dispatch=dispatch, recompute=Recompute.full)
+    total: Counter[tuple[str, str]] = Counter()
+    for traffic, seen, _ in ranks(2, counted, model, config, precision, 4):
+        assert sum(traffic.values()) == sum(seen.values())
+        total.update(traffic)
+    assert dict(total) == cost.step_traffic(model, precision, config.resolve(2), cost.Batch(ROWS, 4, CONTEXT))
+
+
+@pytest.mark.parametrize("compute", [Compute.bfloat16, Compute.float64])
+@pytest.mark.parametrize("recompute", [Recompute.none, Recompute.full])
+def test_the_formulas_know_the_number_formats(ranks, compute, recompute):
+    model = replace(tiny(1), balance=BalanceConfig(aux=0.01))
+    config = ParallelConfig(tp=2, ep=2, recompute=recompute)
+    found = ranks(4, counted, model, config, PrecisionConfig(compute), 1)
+    total: Counter[tuple[str, str]] = Counter()
+    for traffic, _, _ in found:
+        total.update(traffic)
+    batch = cost.Batch(ROWS // 2, 1, CONTEXT)
+    assert dict(total) == cost.step_traffic(model, PrecisionConfig(compute), config.resolve(4), batch)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp", "tp2", "ep2-etp2", "tp2-ep2-fsdp2"])
+def test_static_bytes_are_what_ranks_keep(ranks, name):
+    count, config = LAYOUTS[name]
+    model, precision = replace(tiny(2), vocab_size=66), PrecisionConfig(Compute.float32)
+    for rank, (_, _, (parameters, state)) in enumerate(ranks(count, counted, model, config, precision, 2)):
+        wanted = cost.static_bytes(model, precision, config.resolve(count), torch.float32, rank)
+        assert (wanted.parameters, wanted.gradients, wanted.optimizer) == (parameters, parameters, state)
+
+
+def test_static_bytes_equal_arithmetic():
+    """A dense layer's weights over 4 ranks, by hand."""
+    model = ModelConfig(
+        vocab_size=64, width=32, layers=1, heads=4, kv_heads=2, head_width=8, dense_width=48, moe_every=0
+    )
+    outside, norms = 2 * 64 * 32, 3 * 32
+    attention, dense = 2 * 32 * 8 * (4 + 2), 3 * 32 * 48
+    elements = outside + norms + attention + dense
+    fp32 = PrecisionConfig(Compute.float32)
+    alone = cost.static_bytes(model, fp32, ParallelConfig().resolve(1), torch.float32)
+    assert (alone.parameters, alone.optimizer) == (4 * elements, 8 * elements + 4 * 12)
+    shared = cost.static_bytes(model, fp32, ParallelConfig(tp=2).resolve(4), torch.bfloat16)
+    assert shared.parameters == 4 * ((elements - norms) // 4 + norms // 2), "gains are whole on both ranks of tp"
+    assert shared.optimizer == shared.parameters + 4 * 12
+    assert cost.static_bytes(model, fp32, ParallelConfig().resolve(4), None).optimizer == 0
+
+
+def places(parallel: ParallelConfig) -> Any:
+    world = connect()
+    layout = parallel.resolve(world.size)
+    return [_coordinates(make_meshes(layout, world)), _coordinates(place(layout, world.rank))]
+
+
+def _coordinates(meshes: Any) -> dict[str, tuple[int, int]]:
+    names = ("rows", "replicate", "fsdp", "efsdp", "tp", "experts", "ep", "etp")
+    return {name: (getattr(meshes, name).size, getattr(meshes, name).rank) for name in names}
+
+
+def test_a_place_is_known_without_process_groups(ranks):
+    for real, computed in ranks(8, places, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2)):
+        assert real == computed
+
+
+def fitted(root: Path, overrides: list[str]) -> int:
+    return trainer(root, "run", overrides).fit()
+
+
+def test_a_run_logs_its_bytes_and_evaluation_does_not_count(ranks, small_corpus, tmp_path):
+    overrides = [*small_corpus, *EXACT, "training.steps=4", "logging.every=2", "evaluation.every=1", "model.experts=8"]
+    assert ranks(2, fitted, tmp_path, overrides) == [0, 0]
+    run = config(tmp_path, "run", *overrides)
+    batch = cost.Batch(4, 2, 48)
+    wanted = cost.step_traffic(run.model, run.precision, run.parallel.resolve(2), batch)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["collective_bytes"] for line in lines if "loss" in line]
+    assert logged == [{f"{axis}/{why}": size // 2 for (axis, why), size in wanted.items()}] * 2
+    kept = json.loads((tmp_path / "run" / "summary.json").read_text())["static_bytes"]
+    assert kept == vars(cost.static_bytes(run.model, run.precision, run.parallel.resolve(2), None))
