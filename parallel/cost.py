@@ -113,14 +113,14 @@ def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batc
     yield key, whole + part  # embedding: scattered, its gradient gathered
     yield key, part + whole  # head: gathered, its gradient scattered
     yield ("tp", "loss"), 3 * tokens * wide  # maximum; sum of exponentials and the label's logit
-    again = layout.recompute is not Recompute.none
+    again, layer_again = layout.recompute is not Recompute.none, layout.recompute is Recompute.full
     for layer in model.blocks:
-        yield key, 2 * (part + whole) + again * (part + whole)  # attention
+        yield key, 2 * (part + whole) + again * part + layer_again * whole  # attention
         if layer.qk_norm is QKNorm.full:
             yield key, (2 + again) * 2 * tokens * wide  # sums of squares of queries and keys
         mixture = layer.feed_forward is FeedForward.moe
         if not mixture or model.shared_expert_width:
-            yield key, 2 * (part + whole) + again * part  # the last thing of a layer: nobody needs its result again
+            yield key, 2 * (part + whole) + again * part  # what comes last is not repeated: nobody needs it again
         if mixture and model.balance.aux and model.balance.aux_scope is not AuxScope.whole:
             yield ("tp", "balance"), batch.micro_batch * model.experts * 8
 
@@ -133,7 +133,7 @@ def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, bat
     tokens = batch.micro_batch * batch.context // layout.tp
     slots = tokens * model.router.top_k * layout.etp
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
-    again = layout.recompute is not Recompute.none
+    again = layout.recompute is Recompute.full
     # without anything after it that keeps its input, the way back is the last thing of a layer
     weighted_here = model.router.weights_on is WeightsOn.output and layout.dispatch is not Dispatch.all_gather
     back_again = again and bool(model.shared_expert_width or weighted_here)

@@ -55,6 +55,12 @@ def apply(model: Transformer, specs: Mapping[str, ShardSpec], meshes: Meshes, pr
     shard(model, meshes.dense, meshes.fsdp, policy)
 
 
+def release(model: nn.Module) -> None:
+    """Drop the copies that a forward pass without a backward pass leaves gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def _sum_and_count(module: FSDPModule, axis: Axis, replicate: Axis) -> None:
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which a factor alone would use

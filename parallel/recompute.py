@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from model.transformer import Transformer
+from model.moe import MixtureOfExperts
+from model.transformer import Layer, Transformer
 from parallel.layout import Recompute
 
 _KEPT = frozenset(
@@ -24,14 +26,30 @@ _KEPT = frozenset(
 
 
 def apply(model: Transformer, mode: Recompute) -> None:
-    """Wrap each layer's forward in place; names of modules and parameters stay as they are."""
+    """Wrap forwards in place; names of modules and parameters stay as they are.
+
+    `full` repeats whole layers. `selective` repeats attention and feed-forward parts one by one, so that what lies
+    between them is kept: the residual stream, and the rows that were sent to experts, whose journey is not repeated.
+    (A part must hold no FSDP2 unit: torch 2.13 counts the operations of a region, and those of an inner unit's hooks
+    differ between the forward and the repeated forward.)
+    """
     if mode is Recompute.none:
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode is Recompute.selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for layer in model.layers:
-        layer.forward = partial(checkpoint, layer.forward, **options)
+        assert isinstance(layer, Layer)
+        modules: list[Any] = [layer] if mode is Recompute.full else _parts(layer)
+        for module in modules:
+            module.forward = partial(checkpoint, module.forward, **options)
+
+
+def _parts(layer: Layer) -> list[nn.Module]:
+    if not isinstance(layer.ffn, MixtureOfExperts):
+        return [layer.attention, layer.ffn]
+    shared = [] if layer.ffn.shared is None else [layer.ffn.shared]
+    return [layer.attention, layer.ffn.experts, *shared]
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

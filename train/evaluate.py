@@ -16,6 +16,7 @@ from core.errors import ConfigError, DataError
 from data.loader import Batch
 from model.context import SequenceContext
 from model.transformer import Transformer
+from parallel.fsdp import release
 from parallel.mesh import Axis, Meshes
 from parallel.world import World, connect
 from train.loss import IGNORED, token_losses
@@ -86,6 +87,7 @@ def held_out_loss(
         nats, tokens, size = sums.tolist()
         found[source] = SourceLoss(nats / max(tokens, 1), nats / max(size, 1) / math.log(2), int(tokens))
     model.train()
+    release(model)
     total = sum(weights.values())
     mean = sum(weights[s] * found[s].loss for s in weights) / total
     bits = sum(weights[s] * found[s].bits_per_byte for s in weights) / total
