@@ -15,13 +15,56 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fsspec.registry import known_implementations
+
 from core.errors import ConfigError
 
 _BLOCK_BYTES = 1 << 20
 
 
+def locate(text: str) -> Path:
+    """The place that a path or a URL (`s3://bucket/folder`, any filesystem of fsspec) names, used like a `Path`.
+
+    Raises `ConfigError` where what that filesystem needs is not installed.
+    """
+    if "://" not in text:
+        return Path(text).expanduser()
+    from upath import UPath
+
+    try:
+        place: Any = UPath(text)
+        _ = place.fs
+    except (ImportError, ValueError) as error:
+        protocol = text.partition("://")[0]
+        advice = known_implementations.get(protocol, {}).get("err", f"no filesystem is called {protocol!r}")
+        raise ConfigError("", text, advice) from error
+    return place
+
+
+def is_local(path: Path) -> bool:
+    """Whether `path` is this machine's own: elsewhere files are written whole or not at all by the store itself."""
+    return isinstance(path, Path)
+
+
+def open_raw(path: Path, mode: str) -> Any:
+    """A binary file ("rb" or "wb") without a buffer of ours where it is local."""
+    return open(path, mode, buffering=0) if is_local(path) else path.open(mode)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with what is in it, if it is there."""
+    if is_local(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        store: Any = path
+        store.fs.rm(store.path, recursive=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` atomically and durably. Raises `OSError` and leaves the old file when it cannot."""
+    if not is_local(path):
+        path.write_bytes(content)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -14,8 +14,8 @@ AUTO = "auto"
 
 
 class Recompute(Enum):
-    """What a layer's backward computes again instead of keeping: nothing; all but matrix products, attention and what was
-    sent to experts; everything.
+    """What a layer's backward computes again instead of keeping: nothing; all but matrix products, attention and what
+    was sent to experts; everything.
     """
 
     none = "none"

@@ -9,7 +9,6 @@ of the small ones. A directory without the marker is half-written and never read
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,13 +25,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from core.errors import CheckpointError
-from core.files import read_json, write_json
+from core.files import read_json, remove_tree, write_json
 from parallel.shards import ShardSpec
 from parallel.world import World
 from train.optimizer import prime
 from train.parts import Part, PartsLoadPlanner, PartsSavePlanner, run_state, written
 from train.run_directory import MARKER, committed
-from train.storage import Damaged, PlainReader, PlainWriter
+from train.storage import METADATA, Damaged, PlainReader, PlainWriter
 
 PROGRESS = "progress.json"
 
@@ -47,7 +46,7 @@ class CommittedWriter(PlainWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         write_json(self.directory / PROGRESS, self.progress)
-        files: dict[str, Any] = {name: _described(self.directory / name) for name in (".metadata", PROGRESS)}
+        files: dict[str, Any] = {name: _described(self.directory / name) for name in (METADATA, PROGRESS)}
         for result in (result for rank in results for result in rank):
             entry = files.setdefault(result.storage_data.file, {"bytes": 0})
             entry["bytes"] += result.storage_data.size
@@ -87,7 +86,7 @@ class Checkpointer:
         if self.world.is_main:
             for stale in (path, *self._damaged):  # what a killed save left, and what could not be read
                 (stale / MARKER).unlink(missing_ok=True)
-                shutil.rmtree(stale, ignore_errors=True)
+                remove_tree(stale)
         self._damaged.clear()
         if self.world.size > 1:
             dist.barrier(group=self._group)
@@ -150,14 +149,14 @@ class Checkpointer:
 
     def _failed(self, path: Path, error: BaseException) -> None:
         if self.world.is_main:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
         self.report(f"could not save {path.name}, going on without it: {_root_cause(error)}")
 
     def _prune(self) -> None:
         if self.world.is_main:
             for found in committed_checkpoints(self.directory)[: -self.keep]:
                 (found.path / MARKER).unlink()  # first, so that a half-removed one is never taken for whole
-                shutil.rmtree(found.path)
+                remove_tree(found.path)
 
 
 def committed_checkpoints(directory: Path) -> list[Found]:

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from core.errors import ConfigError, check_numbers
+from core.files import locate
 from data.config import DataConfig
 from model.config import ModelConfig
 from parallel import expert
@@ -94,11 +95,20 @@ class CheckpointConfig:
     every: int = 0
     keep: int = 2
     asynchronous: bool = True
+    directory: str | None = None
+    """Where checkpoints go, under the run's name: a path, or the URL of any filesystem that fsspec has a driver for
+    (s3://bucket/folder). Null: into the run's directory.
+    """
 
     def __post_init__(self) -> None:
         check_numbers(self, not_negative=("every",))
         if self.keep < 1:
             raise ConfigError("keep", self.keep, "must be at least 1, or no run could be resumed", [1, 2])
+        if self.directory is not None:
+            try:
+                locate(self.directory)
+            except ConfigError as error:
+                raise error.under("directory") from None
 
 
 class Wandb(Enum):

@@ -12,7 +12,7 @@ from model.huggingface import HuggingFaceCheckpoint, model_differences
 from model.source import TensorSource
 from model.upcycle import Upcycled, keeps_the_function
 from train.checkpoint import committed_checkpoints
-from train.run_directory import load_config
+from train.run_directory import RunDirectory, load_config
 from train.stored import IMPORTED, StoredModel, load_imported
 
 
@@ -21,9 +21,10 @@ def open_model(path: Path, text_only: bool = False) -> TensorSource:
     if not path.is_dir():
         raise ConfigError("", str(path), "no such directory")
     if (path / IMPORTED).exists():
-        return _newest(path, load_imported(path))
+        return _newest(path / "checkpoints", load_imported(path))
     if (path / "config.yaml").exists():
-        return _newest(path, load_config(path).model)
+        config = load_config(path)
+        return _newest(RunDirectory(path, config.checkpoint.directory).checkpoints, config.model)
     return HuggingFaceCheckpoint(path, text_only)
 
 
@@ -56,8 +57,8 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
     return source
 
 
-def _newest(path: Path, config: ModelConfig) -> TensorSource:
-    committed = committed_checkpoints(path / "checkpoints")
+def _newest(checkpoints: Path, config: ModelConfig) -> TensorSource:
+    committed = committed_checkpoints(checkpoints)
     if not committed:
-        raise CheckpointError(f"{path} has no checkpoint yet")
+        raise CheckpointError(f"{checkpoints} has no checkpoint yet")
     return StoredModel(committed[-1].path, config)

@@ -42,7 +42,7 @@ class Restored:
 def restore(directory: Path, world: World) -> Restored:
     """The model of the run's newest whole checkpoint and the corpus it was trained on."""
     config = load_config(directory)
-    run = RunDirectory(directory)
+    run = RunDirectory(directory, config.checkpoint.directory)
     checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, print)
     if not committed_checkpoints(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")

@@ -17,7 +17,7 @@ import yaml
 
 from core.config import build, differences, plain
 from core.errors import ConfigError
-from core.files import write_text
+from core.files import locate, write_text
 from train.config import TrainConfig, phases
 
 MARKER = "COMMITTED"
@@ -27,7 +27,9 @@ FREE = (
     "run.name",
     "run.resume",
     "logging",
-    "checkpoint",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.asynchronous",
     "evaluation",
     "profile",
     "launch",
@@ -40,9 +42,11 @@ FREE = (
 
 
 class RunDirectory:
-    def __init__(self, path: Path) -> None:
+    """`checkpoints` may be elsewhere (`checkpoint.directory`), under the run's name."""
+
+    def __init__(self, path: Path, elsewhere: str | None = None) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / "checkpoints" if elsewhere is None else locate(elsewhere) / path.name
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.config_file = path / "config.yaml"
@@ -51,16 +55,18 @@ class RunDirectory:
     @classmethod
     def of(cls, config: TrainConfig) -> RunDirectory:
         name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
-        return cls(Path(config.run.root).expanduser() / name)
+        return cls(Path(config.run.root).expanduser() / name, config.checkpoint.directory)
 
     def open(self, config: TrainConfig) -> None:
         """Make the directory, or check that the run in it may go on under `config`, and store the configuration."""
         if self.config_file.exists():
             if not config.run.resume:
                 raise ConfigError("run.name", config.run.name, f"{self.path} holds a run already; choose another name")
-            if committed(self.checkpoints):  # until then nothing was learnt, and a first mistake may be mended
-                self._check_same(config)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+            before = RunDirectory(self.path, self.stored_config().checkpoint.directory)
+            if committed(before.checkpoints):  # until then nothing was learnt, and a first mistake may be mended
+                before._check_same(config)
+        self._try_writing(config.checkpoint.directory)
+        self.path.mkdir(parents=True, exist_ok=True)
         named = replace(config, run=replace(config.run, name=self.path.name))
         write_text(self.config_file, yaml.safe_dump(plain(named), sort_keys=False))
 
@@ -91,6 +97,18 @@ class RunDirectory:
             return
         kept = [line for line in read_lines(self.metrics) if line["step"] <= step]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _try_writing(self, elsewhere: str | None) -> None:
+        """Learn now, not at the first checkpoint, that a store cannot be reached or written."""
+        probe = self.checkpoints / ".probe"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except Exception as error:  # every store has errors of its own
+            if elsewhere is None:
+                raise
+            raise ConfigError("checkpoint.directory", elsewhere, f"cannot be written: {error}") from error
 
     def _check_same(self, config: TrainConfig) -> None:
         old, new = plain(self.stored_config()), plain(config)
@@ -134,8 +152,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def committed(checkpoints: Path) -> list[tuple[int, Path]]:
     """Step and directory of every checkpoint that carries the marker, oldest first."""
-    paths = [path.parent for path in checkpoints.glob(f"step-*/{MARKER}") if path.parent.name[5:].isdigit()]
-    return sorted((int(path.name[5:]), path) for path in paths)
+    found = list(checkpoints.iterdir()) if checkpoints.exists() else []
+    steps = [path for path in found if path.name.startswith("step-") and path.name[5:].isdigit()]
+    return sorted(((int(path.name[5:]), path) for path in steps if (path / MARKER).exists()), key=lambda pair: pair[0])
 
 
 def _indexed(tree: dict[str, Any]) -> dict[str, Any]:

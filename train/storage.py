@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,10 +23,15 @@ import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from core.files import is_local, open_raw, write_bytes
+
 BLOCK_BYTES = 1 << 20
+METADATA = ".metadata"
+T = TypeVar("T")
 
 
 class Damaged(Exception):
@@ -42,16 +48,39 @@ class Place:
     digest: str
 
 
-class PlainWriter(dcp.FileSystemWriter):
-    """Writes this rank's pieces into one file."""
+class PlainWriter(BlockingAsyncStager, dcp.StorageWriter):
+    """Writes this rank's pieces into one file. Beside the files lies `.metadata`, which says what is where."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, single_file_per_rank=True, overwrite=True)
-        self.directory = Path(path)
+        super().__init__()
+        self.directory = path
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [replace(plan, storage_data=f"rank_{rank}.bin") for rank, plan in enumerate(plans)]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
+        write_bytes(self.directory / METADATA, pickle.dumps(metadata))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name, offset, results = f"{plan.storage_data.prefix}0.distcp", 0, []
-        with open(self.directory / name, "wb", buffering=0) as file:
+        name, offset = plan.storage_data, 0
+        results: list[WriteResult] = []
+        if not plan.items:  # a copy of what others keep
+            return _done(results)
+        with open_raw(self.directory / name, "wb") as file:
             for item in plan.items:
                 content, digest = _bytes_of(planner.resolve_data(item)), xxhash.xxh3_128()
                 for block in _blocks(content):
@@ -60,29 +89,44 @@ class PlainWriter(dcp.FileSystemWriter):
                 place = Place(name, offset, len(content), digest.hexdigest())
                 results.append(WriteResult(index=item.index, size_in_bytes=len(content), storage_data=place))
                 offset += len(content)
-            os.fsync(file.fileno())
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
+            if is_local(self.directory):
+                os.fsync(file.fileno())
+        return _done(results)
 
 
-class PlainReader(dcp.FileSystemReader):
+class PlainReader(dcp.StorageReader):
     """Reads what `PlainWriter` wrote: whole pieces straight into their tensors, parts of pieces by way of the piece.
 
     Raises `Damaged` for a piece that does not match its digest; its tensor is then undefined.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.directory = Path(path)
+        self.directory = path
+        self.storage_data: dict[MetadataIndex, Place] = {}
         self.pieces: dict[MetadataIndex, tuple[torch.dtype, torch.Size]] = {}
 
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return pickle.loads((self.directory / METADATA).read_bytes())
+
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self.storage_data = metadata.storage_data
         for name, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 for chunk in entry.chunks:
                     self.pieces[MetadataIndex(name, chunk.offsets)] = (entry.properties.dtype, chunk.sizes)
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         read: tuple[Place, Tensor] | None = None  # the last piece that was wanted in parts
@@ -109,16 +153,14 @@ class PlainReader(dcp.FileSystemReader):
                     part = part.narrow(dimension, start, length)
                 target.copy_(part)
             planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        return _done(None)
 
     def _read(self, place: Place, into: memoryview) -> None:
         digest = xxhash.xxh3_128()
-        with open(self.directory / place.file, "rb", buffering=0) as file:
+        with open_raw(self.directory / place.file, "rb") as file:
             file.seek(place.offset)
             for block in _blocks(into):
-                _read_all(file, block)
+                _read_all(file, block, place.file)
                 digest.update(block)
         if len(into) != place.size or digest.hexdigest() != place.digest:
             raise Damaged(f"{place.file} does not match its digest at byte {place.offset:,}")
@@ -126,9 +168,15 @@ class PlainReader(dcp.FileSystemReader):
 
 def read_exactly(path: Path, offset: int, into: Tensor) -> None:
     """Fill a contiguous CPU tensor with the bytes at `offset`; raises `Damaged` where the file ends before."""
-    with open(path, "rb", buffering=0) as file:
+    with open_raw(path, "rb") as file:
         file.seek(offset)
-        _read_all(file, _memory(into))
+        _read_all(file, _memory(into), path.name)
+
+
+def _done(value: T) -> Future[T]:
+    done: Future[T] = Future()
+    done.set_result(value)
+    return done
 
 
 def _blocks(content: memoryview) -> Iterator[memoryview]:
@@ -149,14 +197,14 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _write_all(file: io.FileIO, content: memoryview) -> None:
+def _write_all(file: Any, content: memoryview) -> None:
     while len(content):
         content = content[file.write(content) :]
 
 
-def _read_all(file: io.FileIO, into: memoryview) -> None:
+def _read_all(file: Any, into: memoryview, name: str) -> None:
     while len(into):
         count = file.readinto(into)
         if not count:
-            raise Damaged(f"{Path(str(file.name)).name} ends early")
+            raise Damaged(f"{name} ends early")
         into = into[count:]

@@ -169,7 +169,8 @@ def run(config: TrainConfig) -> int:
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
     world = connect()
     world.agree(_identity(config))
-    directory = RunDirectory(world.from_main(lambda: RunDirectory.of(config).path))
+    path = world.from_main(lambda: RunDirectory.of(config).path)
+    directory = RunDirectory(path, config.checkpoint.directory)
     try:
         world.from_main(lambda: _claim(directory, config))
         log = Log(directory.path / "log.txt" if world.is_main else None)

@@ -151,7 +151,7 @@ def test_going_on_with_other_data_is_refused(train, tmp_path):
 
 def test_a_damaged_checkpoint_falls_back(train, tmp_path):
     assert train("training.steps=4", "checkpoint.every=2")[0] == 0
-    data = next((tmp_path / "run" / "checkpoints" / "step-00000004").glob("*.distcp"))
+    data = next((tmp_path / "run" / "checkpoints" / "step-00000004").glob("*.bin"))
     data.write_bytes(data.read_bytes()[:-1])
     (tmp_path / "run" / "summary.json").unlink()
     assert train("training.steps=4", "checkpoint.every=2")[0] == 0

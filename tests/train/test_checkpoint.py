@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, ConfigError
+from core.files import locate, remove_tree
 from parallel.world import World
+from train import storage
 from train.checkpoint import MARKER, Checkpointer, committed_checkpoints, problems
 from train.parts import run_state
 
@@ -37,8 +41,17 @@ def said() -> list[str]:
     return []
 
 
+@pytest.fixture(params=["local-sync", "local-async", "memory-sync", "memory-async"])
+def checkpointer(request, tmp_path, said) -> Iterator[Checkpointer]:
+    where, _, how = request.param.partition("-")
+    place = tmp_path if where == "local" else locate(f"memory://checkpoints/{tmp_path.name}")
+    place.mkdir(parents=True, exist_ok=True)
+    yield Checkpointer(place, World(0, 1, CPU), keep=2, asynchronous=how == "async", report=said.append)
+    remove_tree(place)
+
+
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
-def checkpointer(request, tmp_path, said) -> Checkpointer:
+def local_checkpointer(request, tmp_path, said) -> Checkpointer:
     return Checkpointer(tmp_path, World(0, 1, CPU), keep=2, asynchronous=request.param, report=said.append)
 
 
@@ -99,7 +112,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(checkpointer, said, damage)
     save(checkpointer, 2)
     newest = committed_checkpoints(checkpointer.directory)[-1].path
     assert problems(newest) == []
-    data = next(newest.glob("*.distcp"))
+    data = next(newest.glob("*.bin"))
     if damage == "flip":
         flip_a_byte(data)
     elif damage == "truncate":
@@ -115,7 +128,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(checkpointer, said, damage)
 
 def test_nothing_whole_is_an_error_and_not_a_fresh_start(checkpointer):
     save(checkpointer, 1)
-    flip_a_byte(next(checkpointer.directory.glob("*/*.distcp")))
+    flip_a_byte(next(checkpointer.directory.glob("*/*.bin")))
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
         loaded(checkpointer)
 
@@ -136,7 +149,22 @@ def test_the_marker_names_every_file(checkpointer):
     assert listed == {p.name for p in path.iterdir()} - {MARKER}
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(checkpointer, said):
+def test_a_store_that_fails_leaves_the_old_checkpoint_and_the_run_goes_on(checkpointer, said, monkeypatch):
+    save(checkpointer, 1)
+
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "open_raw", refuse)
+        save(checkpointer, 2)
+    assert len(said) == 1 and "could not save step-00000002, going on without it: Permission denied" in said[0]
+    assert [found.step for found in committed_checkpoints(checkpointer.directory)] == [1]
+    assert loaded(checkpointer)[0]["step"] == 1
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(local_checkpointer, said):
+    checkpointer = local_checkpointer
     save(checkpointer, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -149,3 +177,10 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(checkpointer,
     assert loaded(checkpointer)[0]["step"] == 1
     save(checkpointer, 3)
     assert loaded(checkpointer)[0]["step"] == 3
+
+
+def test_a_missing_driver_says_what_to_install():
+    with pytest.raises(ConfigError, match="Install s3fs to access S3"):
+        locate("s3://bucket/folder")
+    with pytest.raises(ConfigError, match="no filesystem is called 'nowhere'"):
+        locate("nowhere://bucket/folder")

@@ -169,7 +169,7 @@ def test_another_network_is_refused_with_the_differences(runnable, tmp_path):
 
 
 def flip(checkpoint: Path) -> None:
-    data = next(checkpoint.glob("*.distcp"))
+    data = next(checkpoint.glob("*.bin"))
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)

@@ -85,7 +85,7 @@ def test_a_first_mistake_may_be_mended_under_the_same_name(tmp_path, small_corpu
 def test_a_damaged_last_checkpoint_is_replaced(tmp_path, small_corpus):
     assert train(tmp_path, small_corpus, "checkpoint.every=2") == 0
     checkpoints = tmp_path / "run" / "checkpoints"
-    data = next((checkpoints / "step-00000004").glob("*.distcp"))
+    data = next((checkpoints / "step-00000004").glob("*.bin"))
     data.write_bytes(data.read_bytes()[:-10])
     (tmp_path / "run" / "summary.json").unlink()
     assert train(tmp_path, small_corpus, "checkpoint.every=2") == 0
@@ -95,7 +95,7 @@ def test_a_damaged_last_checkpoint_is_replaced(tmp_path, small_corpus):
 
 def test_damage_found_by_a_look_at_the_run_changes_nothing(tmp_path, small_corpus):
     assert train(tmp_path, small_corpus, "checkpoint.every=2") == 0
-    data = next((tmp_path / "run" / "checkpoints" / "step-00000004").glob("*.distcp"))
+    data = next((tmp_path / "run" / "checkpoints" / "step-00000004").glob("*.bin"))
     data.write_bytes(data.read_bytes()[:-10])
     assert restore(tmp_path / "run", ALONE).step == 2
     assert data.exists() and (data.parent / MARKER).exists()
