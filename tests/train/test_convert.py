@@ -307,7 +307,7 @@ def test_a_mixture_cannot_be_upcycled(saved):
 
 
 BIG = """
-import json, resource, sys, torch
+import json, sys, torch
 from pathlib import Path
 from model.huggingface.files import Planned, write_directory
 root, experts = Path(sys.argv[1]), int(sys.argv[2])
@@ -336,12 +336,14 @@ write_directory(root, planned, 8 << 30)
 """
 
 CONVERT = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
 root = sys.argv[1]
 run_import(ImportConfig(root + "/hf", root + "/in", check=Check.never))
 run_export(ExportConfig(root + "/in", root + "/out", check=Check.never))
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+status = Path("/proc/self/status").read_text()  # ru_maxrss would begin with the parent's memory
+print("peak", int(re.search("VmHWM: *[ \\t]*(\\d+)", status)[1]) * 1024)
 """
 
 
