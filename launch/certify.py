@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,11 +11,18 @@ from core.files import write_json
 from core.origin import sources_digest
 from launch.ranks import Pool
 from train.certificates import keep
-from train.certify import EXACT, GRADIENT_FP32, CertifyConfig, Outcome, certificate, certify
+from train.certify import EXACT, GRADIENT_FP32, CertifyConfig, Outcome, certificate, certify, trials
+from train.run_directory import load_config
 
 
 def run(config: CertifyConfig) -> int:
     """0 where every comparison holds, 1 where one does not."""
+    if config.run is not None:
+        stored = load_config(Path(config.run))
+        config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)
+    _, left_out = trials(config)
+    for line in left_out:
+        print(f"left out  {line}")
     pool, outcomes = Pool(), []
     try:
         for outcome in certify(config, pool):
@@ -25,8 +33,8 @@ def run(config: CertifyConfig) -> int:
     content = certificate(config, outcomes, {"sources": sources_digest(), "torch": torch.__version__})
     path = Path(config.out).expanduser()
     write_json(path, content)
+    keep(content, Path(config.cache).expanduser())
     if content["pass"]:
-        keep(content, Path(config.cache).expanduser())
         print(f"certified: {', '.join(content['axes'])} compute what one process computes; see {path}")
         return 0
     print(f"NOT certified: {' with '.join(content['smallest_failing_axes'])}: {content['first_failure']}; see {path}")

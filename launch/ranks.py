@@ -18,16 +18,17 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from core.ranks import RankFailure, is_consequence
+
 MOST_RANKS = 8
 GRACE_S = 5.0
-_CONSEQUENCES = ("Connection closed", "Connection reset", "Connection refused", "Timed out", "Broken pipe", "Socket")
 
 
-class RankError(AssertionError):
+class RankError(RankFailure):
     """A rank raised; the message carries its number and traceback."""
 
 
-class Hang(AssertionError):
+class Hang(RankFailure):
     """A case did not end in time."""
 
 
@@ -53,7 +54,7 @@ class Pool:
         replies = self._collect(ranks, timeout_s)
         failures = {rank: reply[1:] for rank, reply in replies.items() if reply[0] == "raised"}
         if failures:
-            rank, (name, text) = min(failures.items(), key=lambda item: (_is_consequence(item[1][1]), item[0]))
+            rank, (name, text) = min(failures.items(), key=lambda item: (is_consequence(item[1][1]), item[0]))
             raise RankError(f"rank {rank} of {ranks} raised {name}:\n{text}")
         return [pickle.loads(replies[rank][1]) for rank in range(ranks)]
 
@@ -85,7 +86,7 @@ class Pool:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
-                if any(reply[0] == "raised" and not _is_consequence(reply[2]) for reply in replies.values()):
+                if any(reply[0] == "raised" and not is_consequence(reply[2]) for reply in replies.values()):
                     return replies  # the others wait for one that raised
                 raise Hang(f"ranks {sorted(waiting.values())} of {ranks} did not answer within {timeout_s:.0f} s")
             for connection in typing.cast(list[Connection], ready):
@@ -98,11 +99,6 @@ class Pool:
                 if replies[rank][0] == "raised":
                     deadline = min(deadline, time.monotonic() + GRACE_S)  # its neighbours may wait for it for ever
         return replies
-
-
-def _is_consequence(text: str) -> bool:
-    last = text.strip().splitlines()[-1]
-    return any(sign in last for sign in _CONSEQUENCES)
 
 
 def _serve(connection: Connection) -> None:

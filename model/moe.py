@@ -43,7 +43,8 @@ class Router(nn.Module):
         self.roles = {"weight": Role.router}
         self.balance = Balance(experts, config.score, balance)
 
-    def forward(self, x_BTD: Tensor, routed_tokens: Tensor | float | None) -> Choice:
+    def forward(self, x_BTD: Tensor, routed_tokens: Tensor | float | None) -> tuple[Tensor, Tensor]:
+        """Expert ids, int64, and their weights, both [B, T, K]."""
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         logits_BTE = F.linear(x_BTD.to(wide), self.weight.to(wide))
         experts_BTK = self._choose(logits_BTE.detach())
@@ -53,7 +54,7 @@ class Router(nn.Module):
             weights_BTK = weights_BTK / weights_BTK.sum(-1, keepdim=True)
         if self.config.scale != 1:
             weights_BTK = weights_BTK * self.config.scale
-        return Choice(experts_BTK.flatten(0, 1), weights_BTK.flatten(0, 1))
+        return experts_BTK, weights_BTK
 
     def _scores(self, logits: Tensor) -> Tensor:
         return logits.sigmoid() if self.config.score is Score.sigmoid else logits.softmax(-1)
@@ -212,9 +213,9 @@ class MixtureOfExperts(nn.Module):
         self.shared = GatedMLP(model.width, hidden, roles, gemm) if hidden else None
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
-        choice = self.router(x_BTD, context.routed_tokens)
+        experts_BTK, weights_BTK = self.router(x_BTD, context.routed_tokens)
         x_TD = x_BTD.flatten(0, 1)
-        sent = self.dispatch(x_TD, choice)
+        sent = self.dispatch(x_TD, Choice(experts_BTK.flatten(0, 1), weights_BTK.flatten(0, 1)))
         y_TD = sent.restore(self.experts(sent.x_CD, sent.counts_E))
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)

@@ -29,8 +29,12 @@ from parallel.mesh import Axis, Meshes
 _DEEPEP = "git+https://github.com/deepseek-ai/DeepEP"
 
 
-def check(kind: Dispatch) -> None:
-    """Refuse a dispatcher that cannot be had here."""
+def check(kind: Dispatch, compute_dtype: torch.dtype = torch.bfloat16) -> None:
+    """Refuse a dispatcher that cannot be had here, or not in this number format."""
+    if kind is Dispatch.deepep and compute_dtype is not torch.bfloat16:
+        raise ConfigError(
+            "parallel.dispatch", kind, "sends bfloat16 only; add precision=bf16", [Dispatch.all_to_all.value]
+        )
     if kind is Dispatch.deepep and importlib.util.find_spec("deep_ep") is None:
         reason = f"DeepEP is not installed: pip install '{_DEEPEP}'"
         raise ConfigError("parallel.dispatch", kind, reason, [Dispatch.all_to_all.value])

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from core.errors import ConfigError
+
 
 class Compute(Enum):
     """The number format of activations and matrix products."""
@@ -21,13 +23,28 @@ class Compute(Enum):
     float64 = "float64"
 
 
+class Storage(Enum):
+    """The number format in which parameters, gradients and optimizer state are kept."""
+
+    master = "master"
+    """float32, float64 under float64."""
+    bfloat16 = "bfloat16"
+    """Half the memory; updates smaller than 1/256 of a weight are lost."""
+
+
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """`compute` is the format of the products; parameters and optimizer state are kept in float32 (float64 under
-    float64), so bfloat16 means bf16 products with fp32 master weights.
+    """`compute` is the format of the products, `storage` that of what is kept: bfloat16 and master are bf16 products
+    with fp32 master weights.
     """
 
     compute: Compute = Compute.float32
+    storage: Storage = Storage.master
+
+    def __post_init__(self) -> None:
+        if self.storage is Storage.bfloat16 and self.compute is not Compute.bfloat16:
+            reason = "would lose what wider products gain; add precision.compute=bfloat16"
+            raise ConfigError("storage", self.storage, reason, [Storage.master.value])
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -39,6 +56,9 @@ class PrecisionConfig:
 
     @property
     def master_dtype(self) -> torch.dtype:
+        """What parameters are kept in."""
+        if self.storage is Storage.bfloat16:
+            return torch.bfloat16
         return torch.float64 if self.compute is Compute.float64 else torch.float32
 
 

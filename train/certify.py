@@ -8,6 +8,7 @@ hides.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,15 +20,18 @@ import torch
 from torch import Tensor
 
 from core.config import plain
-from core.errors import ConfigError
+from core.errors import ConfigError, LeviathanError
+from core.ranks import RankFailure
 from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
-from parallel.layout import AUTO, ParallelConfig
+from parallel import expert
+from parallel.layout import AUTO, ParallelConfig, Reduce
 from precision.backend import Compute, PrecisionConfig
-from train.figures import ROWS, Blocks, Case, Figures, measure_all
+from train.figures import CONTEXT, MICRO_BATCH, ROWS, Blocks, Case, Figures, measure_all
 from train.optimizer import OptimizerConfig, OptimizerKind
 
 EXACT, LOSS_FP32, GRADIENT_FP32 = 1e-9, 5e-6, 1e-5
 """Gates: the largest difference, relative for all but the float32 loss (nats)."""
+MOST_RANKS, MOST_STEPS = 8, 20
 AXES = ("dp_shard", "dp_replicate", "tp", "ep", "etp")
 _BALANCE = {"counts": "tokens per expert", "aux": "aux loss", "z": "z loss", "entropy": "router entropy"}
 _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
@@ -37,23 +41,25 @@ _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
 class CertifyConfig:
     """Proves a layout on this machine, without a GPU, in some minutes."""
 
+    run: str | None = None
+    """Take model, parallel and cache from this run's configuration."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    ranks: int = 8
-    """At most this many processes; layouts that need more are left out and named."""
+    ranks: int = MOST_RANKS
+    """At most this many processes. Each axis and each pair must fit; larger layouts are left out and named."""
     steps: int = 3
     out: str = "certificate.json"
     cache: str = "~/.cache/leviathan"
     """Certificates are kept here, too, where `train` looks for them."""
 
     def __post_init__(self) -> None:
-        for key, least in (("ranks", 2), ("steps", 2)):
-            if getattr(self, key) < least:
-                raise ConfigError(key, getattr(self, key), f"must be at least {least}", [least])
+        for key, least, most in (("ranks", 2, MOST_RANKS), ("steps", 2, MOST_STEPS)):
+            if not least <= getattr(self, key) <= most:
+                raise ConfigError(key, getattr(self, key), f"must be from {least} to {most}", [least, most])
 
 
 class Ranks(Protocol):
-    """Runs a function on so many ranks and returns what each returned; what one raises is raised."""
+    """Runs a function on so many ranks and returns what each returned; raises `RankFailure` where one raises."""
 
     def __call__(self, ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]: ...
 
@@ -71,6 +77,12 @@ class Trial:
         degrees = self.parallel.resolve(self.ranks).axes
         return " ".join(f"{axis}={degree}" for axis, degree in degrees.items())
 
+    def check(self, model: ModelConfig) -> None:
+        """Raise `ConfigError` where the shrunk model or the made-up rows cannot be cut this way."""
+        layout = self.parallel.resolve(self.ranks)
+        layout.check_model(model)
+        layout.check_batch(ROWS, MICRO_BATCH, CONTEXT)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -86,7 +98,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return self.largest <= self.gate  # a NaN does not pass
+        return self.largest <= self.gate and self.first is None
 
 
 @dataclass(frozen=True)
@@ -116,16 +128,20 @@ class Outcome:
 
 def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
     """Run trial after trial and compare. The smallest sets of axes come first, so the first failure is the one to
-    look at.
+    look at. Raises `ConfigError`, before anything runs, for what cannot be certified here.
     """
-    return compare_layouts(shrink(config.model), trials(config.parallel, config.ranks), config.steps, ranks)
+    chosen, _ = trials(config)
+    return compare_layouts(shrink(config.model, config.parallel), chosen, config.steps, ranks)
 
 
 def compare_layouts(model: ModelConfig, layouts: Sequence[Trial], steps: int, ranks: Ranks) -> Iterator[Outcome]:
     """Each layout against one process."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (wanted,) = ranks(1, measure_all, ParallelConfig(), _cases(model, steps, root / "one", None))
+        try:
+            (wanted,) = ranks(1, measure_all, ParallelConfig(), _cases(model, steps, root / "one", None))
+        except RankFailure as error:
+            raise LeviathanError(f"one process fails, there is nothing to compare with:\n{error}") from None
         for trial in layouts:
             yield _try(trial, model, steps, root, wanted, ranks)
 
@@ -138,7 +154,7 @@ def _try(trial: Trial, model: ModelConfig, steps: int, root: Path, wanted: dict[
         found: list[dict[str, Figures]] = ranks(trial.ranks, measure_all, trial.parallel, cases)
         alone = replace(cases["resumed"], resume=own)
         (resharded,) = ranks(1, measure_all, ParallelConfig(), {"resharded": alone})
-    except AssertionError as error:  # a rank raised: that is a finding, too
+    except RankFailure as error:  # that is a finding, too
         return Outcome(trial, [], f"a rank raised: {str(error).strip().splitlines()[-1]}")
     comparisons: list[Comparison] = []
     for name, reference in wanted.items():
@@ -198,14 +214,24 @@ def _tail(name: str, wanted: Figures, found: Sequence[Figures]) -> Iterator[Comp
 
 def _series(key: str, wanted: Figures, found: Sequence[Figures], relative: bool = True) -> float:
     pairs = [pair for f in found for pair in zip(getattr(f, key), getattr(wanted, key), strict=True)]
-    return max(_relative(a, b) if relative else abs(a - b) for a, b in pairs)
+    return max(_relative(a, b) if relative else _number(abs(a - b)) for a, b in pairs)
 
 
 def _relative(found: Tensor | float, wanted: Tensor | float) -> float:
     """Euclidean distance over the length of what is wanted; 0 where both are 0."""
     a, b = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64)
-    distance = float((a - b).norm())
-    return distance / float(b.norm()) if distance else 0.0  # nothing was wanted: infinite
+    return _ratio(float((a - b).norm()), float(b.norm()))
+
+
+def _ratio(distance: float, length: float) -> float:
+    if distance == 0:
+        return 0.0
+    return _number(distance / length) if length else math.inf
+
+
+def _number(value: float) -> float:
+    """No gate is passed by what is no number, and `max` must see it."""
+    return math.inf if math.isnan(value) else value
 
 
 def _blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: float) -> Comparison:
@@ -215,36 +241,52 @@ def _blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: float) -> 
         squares, covered = 0.0, torch.zeros(whole.shape, dtype=torch.bool)
         for rank in found:
             if parameter not in rank:
-                squares = float("inf")  # a rank left it without a value
+                squares = math.inf  # a rank left it without a value
                 continue
             block, part = rank[parameter]
             place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))
             squares += float((part.double() - whole[place].double()).square().sum())
             covered[place] = True
-        size = float(whole.double().norm())
-        missing = not bool(covered.all())
-        differences[parameter] = (
-            float("inf") if missing else (squares**0.5 / size if size else squares and float("inf"))
-        )
-    beyond = [parameter for parameter, difference in differences.items() if not difference <= gate]
+        differences[parameter] = _ratio(squares**0.5, float(whole.double().norm())) if covered.all() else math.inf
+    beyond = [parameter for parameter, difference in differences.items() if difference > gate]
     worst = max(differences, key=lambda parameter: differences[parameter])
     return Comparison(name, differences[worst], gate, worst, beyond[0] if beyond else None)
 
 
-def trials(parallel: ParallelConfig, most: int) -> list[Trial]:
-    """Each axis in use at degree 2, each pair, all of them, and the configured degrees; what `most` ranks can hold."""
+def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
+    """Each axis in use at degree 2, each pair, all of them, and the configured degrees; and which of the larger ones
+    are left out, with the reason. Raises `ConfigError` where an axis or a pair cannot be tried.
+    """
+    parallel = replace(config.parallel, reduce=Reduce.master)  # rounding to bfloat16 would hide everything else
+    expert.check(parallel.dispatch)
     used = axes_in_use(parallel)
     sets = [axes for count in (1, 2) for axes in combinations(used, count)]
-    if len(used) > 2:
-        sets.append(used)
-    found = [_trial(axes, dict.fromkeys(axes, 2), parallel) for axes in sets]
+    needed = [_trial(axes, dict.fromkeys(axes, 2), parallel) for axes in sets]
+    most = max(trial.ranks for trial in needed)
+    if most > config.ranks:
+        pair = next(trial for trial in needed if trial.ranks == most)
+        raise ConfigError("ranks", config.ranks, f"{' with '.join(pair.axes)} takes {most} processes", [most])
+    model = shrink(config.model, parallel)
+    for trial in needed:
+        trial.check(model)
     degrees = {axis: getattr(parallel, axis) for axis in used}
     degrees = {axis: 2 if degree == AUTO else degree for axis, degree in degrees.items()}
-    found.append(_trial(used, degrees, parallel))
-    unique = {trial.name: trial for trial in reversed(found)}
-    return [
-        trial for trial in found if unique.get(trial.name) is trial and trial.ranks <= most and ROWS % trial.ranks == 0
-    ]
+    larger = [_trial(used, dict.fromkeys(used, 2), parallel), _trial(used, degrees, parallel)]
+    found, left_out = {trial.name: trial for trial in needed}, []
+    for trial in larger:
+        if trial.name in found:
+            continue
+        reason = f"takes {trial.ranks} processes" if trial.ranks > config.ranks else None
+        try:
+            if reason is None:
+                trial.check(model)
+        except ConfigError as error:
+            reason = str(error)
+        if reason is None:
+            found[trial.name] = trial
+        elif (line := f"{trial.name}: {reason}") not in left_out:
+            left_out.append(line)
+    return list(found.values()), left_out
 
 
 def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
@@ -256,47 +298,53 @@ def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
 
 
 def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: ParallelConfig) -> Trial:
-    """The smallest world with these degrees; with dp_shard in use experts are sharded as well, so it may grow."""
+    """The smallest world with these degrees. Experts are spread over dp_shard * tp ranks, so dp_shard grows until their
+    ep * etp ranks fit in; and where it is one of the axes tried, until their storage is sharded as well.
+    """
     wanted = {axis: degrees.get(axis, 1) for axis in AXES}
     experts = wanted["ep"] * wanted["etp"]
-    rest = max(1, wanted["tp"])
-    while wanted["dp_shard"] * rest % experts or (
-        "dp_shard" in axes and wanted["dp_shard"] * rest // experts < min(2, degrees["dp_shard"])
-    ):
+    least = min(2, degrees["dp_shard"]) if "dp_shard" in axes else 1
+    while (spread := wanted["dp_shard"] * wanted["tp"]) % experts or spread // experts < least:
         wanted["dp_shard"] += 1
-    world = wanted["dp_replicate"] * wanted["dp_shard"] * rest
     changed: dict[str, Any] = {**wanted, "pp": 1, "cp": 1}
-    return Trial(axes, replace(parallel, **changed), world)
+    return Trial(axes, replace(parallel, **changed), wanted["dp_replicate"] * spread)
 
 
-def shrink(model: ModelConfig) -> ModelConfig:
-    """A tiny model with every kind of layer and every choice that the configured one has."""
+def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelConfig:
+    """A tiny model with every kind of layer and every choice that the configured one has; its sizes can be cut by the
+    degrees of `parallel` where those of the configured one can.
+    """
     kinds: list[LayerConfig] = []
     for layer in model.blocks:
         small = replace(layer, chunk=None if layer.chunk is None else 16)
         if small not in kinds:
             kinds.append(small)
-    grouped = 1 if model.kv_heads == model.heads else 2
-    small_width = 32
+    degrees = parallel or ParallelConfig()
+    kv_heads = math.lcm(4, degrees.tp) if model.kv_heads % degrees.tp == 0 else 4
     return replace(
         model,
-        vocab_size=64,
-        width=small_width,
+        vocab_size=math.lcm(64, degrees.tp),
+        width=32,
         layers=len(kinds),
         layer_list=kinds,
-        heads=4 * grouped,
-        kv_heads=4,
+        heads=kv_heads * (1 if model.kv_heads == model.heads else 2),
+        kv_heads=kv_heads,
         head_width=8,
-        dense_width=48,
-        expert_width=32,
-        shared_width=16 if model.shared_expert_width else 0,
-        experts=8,
+        dense_width=math.lcm(48, degrees.tp),
+        expert_width=math.lcm(32, 8 * degrees.etp),
+        shared_width=math.lcm(16, degrees.tp) if model.shared_expert_width else 0,
+        experts=math.lcm(8, degrees.ep) if model.experts % degrees.ep == 0 else 8,
         chunk=None if model.chunk is None else 16,
         temperature_floor=16,
         router=replace(model.router, top_k=min(model.router.top_k, 4), force_balanced=False),
         init_from=None,
         upcycle=None,
     )
+
+
+def techniques(parallel: ParallelConfig) -> dict[str, Any]:
+    """What a certificate is about beside the axes and the model."""
+    return {key: plain(getattr(parallel, key)) for key in ("dispatch", "recompute", "compile")}
 
 
 def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Mapping[str, str]) -> dict[str, Any]:
@@ -306,9 +354,11 @@ def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Ma
         "pass": bool(outcomes) and not failed,
         **identity,
         "axes": list(axes_in_use(config.parallel)),
+        "left_out": trials(config)[1],
+        "techniques": techniques(config.parallel),
         "smallest_failing_axes": list(failed[0].trial.axes) if failed else None,
         "first_failure": failed[0].failures()[0] if failed else None,
-        "model": plain(shrink(config.model)),
+        "model": plain(shrink(config.model, config.parallel)),
         "layouts": [
             {
                 "layout": outcome.trial.name,

@@ -34,6 +34,7 @@ from train.run_directory import MARKER, committed
 from train.storage import METADATA, Damaged, PlainReader, PlainWriter
 
 PROGRESS = "progress.json"
+FAILURES = (Exception, dcp.CheckpointException)  # every store has errors of its own; DCP's is no `Exception`
 
 
 class CommittedWriter(PlainWriter):
@@ -83,13 +84,6 @@ class Checkpointer:
         """
         self.wait()
         path = self.directory / f"step-{step:08d}"
-        if self.world.is_main:
-            for stale in (path, *self._damaged):  # what a killed save left, and what could not be read
-                (stale / MARKER).unlink(missing_ok=True)
-                remove_tree(stale)
-        self._damaged.clear()
-        if self.world.size > 1:
-            dist.barrier(group=self._group)
         writer = CommittedWriter(path, {"step": step, **progress})
         options: dict[str, Any] = {
             "storage_writer": writer,
@@ -97,12 +91,12 @@ class Checkpointer:
             "process_group": self._group,
         }
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            self.world.from_main(lambda: self._make_room(path))
             if self.asynchronous:
                 self._pending = (path, dcp.async_save(written(state), **options))
                 return
             dcp.save(written(state), **options)
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        except FAILURES as error:
             self._failed(path, error)
         else:
             self._prune()
@@ -114,7 +108,7 @@ class Checkpointer:
         (path, future), self._pending = self._pending, None
         try:
             future.result()
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        except FAILURES as error:
             self._failed(path, error)
         else:
             self._prune()
@@ -122,8 +116,9 @@ class Checkpointer:
     def has(self, step: int) -> bool:
         """Whether a checkpoint of this step is committed or being written."""
         path = self.directory / f"step-{step:08d}"
-        whole = (path / MARKER).exists() and path not in self._damaged
-        return whole or (self._pending is not None and self._pending[0] == path)
+        if self._pending is not None and self._pending[0] == path:
+            return True
+        return self.world.from_main((path / MARKER).exists) and path not in self._damaged
 
     def restore(
         self,
@@ -147,16 +142,31 @@ class Checkpointer:
             raise CheckpointError(f"no checkpoint in {self.directory} is whole: remove the directory to start anew")
         return None
 
+    def _make_room(self, path: Path) -> None:
+        """Remove what a killed save left, and what could not be read."""
+        for stale in (path, *self._damaged):
+            (stale / MARKER).unlink(missing_ok=True)
+            remove_tree(stale)
+        self._damaged.clear()
+        path.mkdir(parents=True, exist_ok=True)
+
     def _failed(self, path: Path, error: BaseException) -> None:
         if self.world.is_main:
-            remove_tree(path)
+            try:
+                remove_tree(path)
+            except FAILURES as second:
+                self.report(f"could not remove what is left of {path.name}: {_root_cause(second)}")
         self.report(f"could not save {path.name}, going on without it: {_root_cause(error)}")
 
     def _prune(self) -> None:
-        if self.world.is_main:
+        if not self.world.is_main:
+            return
+        try:
             for found in committed_checkpoints(self.directory)[: -self.keep]:
                 (found.path / MARKER).unlink()  # first, so that a half-removed one is never taken for whole
                 remove_tree(found.path)
+        except FAILURES as error:
+            self.report(f"could not remove an old checkpoint: {_root_cause(error)}")
 
 
 def committed_checkpoints(directory: Path) -> list[Found]:

@@ -203,7 +203,7 @@ def check(config: TrainConfig, world_size: int) -> None:
     """What one component alone cannot see. Called before anything is built."""
     layout = config.parallel.resolve(world_size)
     layout.check_model(config.model)
-    expert.check(layout.dispatch)
+    expert.check(layout.dispatch, config.precision.compute_dtype)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):
         raise ConfigError("phases", None, f"names must differ, and 'main' is the first stretch: {', '.join(names)}")

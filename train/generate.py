@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from model.context import SequenceContext
 from model.transformer import Transformer
 from parallel.mesh import Axis
 from parallel.vocabulary import whole_logits
-from parallel.world import connect
+from parallel.world import World, connect
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,13 @@ class GenerateConfig:
 
 @torch.no_grad()
 def continue_tokens(
-    model: Transformer, prompt: list[int], context: int, config: GenerateConfig, stop: int, tp: Axis | None = None
+    model: Transformer,
+    prompt: list[int],
+    context: int,
+    config: GenerateConfig,
+    stop: int,
+    tp: Axis | None = None,
+    world: World | None = None,
 ) -> Iterator[int]:
     """Sampled token ids, until `stop` is drawn or `config.tokens` are out; the model sees the last `context` tokens."""
     device = next(model.parameters()).device
@@ -55,7 +62,8 @@ def continue_tokens(
         positions = SequenceContext(torch.arange(len(window))[None], device)
         logits_V = model(torch.tensor([window], device=device), positions)[0, last]
         logits_V = (whole_logits(logits_V, tp) if tp else logits_V).double().cpu()
-        tokens.append(_sample(logits_V, config, generator))
+        draw = partial(_sample, logits_V, config, generator)
+        tokens.append(world.from_main(draw) if world else draw())  # the ranks' logits may differ in the last bit
         if tokens[-1] == stop:
             return
         yield tokens[-1]
@@ -80,7 +88,8 @@ def run(config: GenerateConfig) -> int:
         prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
         restored.model.eval()
         context = restored.phase.context
-        tokens = list(continue_tokens(restored.model, prompt, context, config, tokenizer.eos_id, restored.meshes.tp))
+        drawn = continue_tokens(restored.model, prompt, context, config, tokenizer.eos_id, restored.meshes.tp, world)
+        tokens = list(drawn)
         if world.is_main:
             sys.stdout.write(config.prompt + tokenizer.decode(tokens) + "\n")
         return 0

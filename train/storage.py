@@ -80,6 +80,7 @@ class PlainWriter(BlockingAsyncStager, dcp.StorageWriter):
         results: list[WriteResult] = []
         if not plan.items:  # a copy of what others keep
             return _done(results)
+        self.directory.mkdir(parents=True, exist_ok=True)  # rank 0 has made it, where all see the same disk
         with open_raw(self.directory / name, "wb") as file:
             for item in plan.items:
                 content, digest = _bytes_of(planner.resolve_data(item)), xxhash.xxh3_128()
