@@ -329,7 +329,7 @@ def test_what_does_not_fit_is_named_or_refused():
     chosen, left_out = names("parallel.tp=2", "parallel.ep=2", "parallel.etp=2", "parallel.dp_replicate=2")
     assert left_out == ["dp_replicate=2 dp_shard=4 tp=2 ep=2 etp=2: takes 16 processes"]
     assert "dp_replicate=2 dp_shard=2 tp=2 ep=2 etp=2" not in chosen
-    assert names("parallel.dp_shard=1", "model.kv_heads=4", "model.heads=8", "parallel.tp=8")[1] == []
+    assert names("parallel.dp_shard=1", "model.kv_heads=8", "model.heads=8", "parallel.tp=8")[1] == []
     with pytest.raises(ConfigError, match=r"ranks=2: dp_shard with tp takes 4 processes; try 4"):
         names("ranks=2", "parallel.tp=2")
     with pytest.raises(ConfigError, match=r"parallel.dispatch=deepep: DeepEP is not installed: pip install"):
