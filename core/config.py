@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import types
 import typing
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -43,6 +45,21 @@ def load(root: str, schema: type[T], overrides: Sequence[str]) -> T:
     The root file's defaults list names `<root>_schema` first. Raises `ConfigError` with the key and the fix.
     """
     return build(schema, _compose(root, schema, overrides))
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of overrides that give several values (`optimizer.lr=1e-3,2e-3`), the last varying fastest."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:
+        return [list(overrides)]  # composing says what is wrong with them
+    choices = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [typing.cast(str, one.input_line)]
+        for one in parsed
+    ]
+    return [list(point) for point in itertools.product(*choices)]
 
 
 def compose_plain(root: str, schema: type, overrides: Sequence[str]) -> dict[str, Any]:

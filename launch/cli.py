@@ -22,21 +22,21 @@ from core.threads import share_cores
 @dataclass(frozen=True)
 class Verb:
     """`root` names the YAML under configs/; `schema` and `function` are "module:name", imported when the verb runs.
-    The function gets the typed configuration and returns the exit code; one that hands the run on to other processes
-    (`forwards`) gets the overrides as the user typed them, too.
+    The function gets the typed configuration and returns the exit code; one that `sweeps` gets a list of them, one for
+    each combination of values where the user gives several (optimizer.lr=1e-3,2e-3).
     """
 
     summary: str
     root: str
     schema: str
     function: str
-    forwards: bool = False
+    sweeps: bool = False
     positional: tuple[str, ...] = ()
     """Keys that arguments without "=" stand for, in order; "..." after the last makes it a list of the rest."""
 
 
 VERBS = {
-    "train": Verb("train a model", "train", "train.config:TrainConfig", "launch.local:train", forwards=True),
+    "train": Verb("train a model", "train", "train.config:TrainConfig", "launch.local:train", sweeps=True),
     "evaluate": Verb(
         "held-out loss of a run",
         "evaluate",
@@ -73,6 +73,7 @@ VERBS = {
         "certify",
         "train.certify:CertifyConfig",
         "launch.certify:run",
+        positional=("run",),
     ),
     "report": Verb(
         "draw one run, or several side by side",
@@ -80,6 +81,13 @@ VERBS = {
         "train.report:ReportConfig",
         "train.report:run",
         positional=("runs...",),
+    ),
+    "jobs": Verb(
+        "list, show or cancel this project's SLURM jobs",
+        "jobs",
+        "launch.jobs:JobsConfig",
+        "launch.jobs:run",
+        positional=("action", "job"),
     ),
     "doctor": Verb(
         "look at this machine and installation", "doctor", "launch.doctor:DoctorConfig", "launch.doctor:run"
@@ -136,7 +144,7 @@ def _run(name: str, arguments: list[str]) -> int:
     if unknown:
         raise ConfigError(unknown[0], None, "no such option; keys are written KEY=VALUE", ["--help", "--cfg"])
     schema = _import(verb.schema)
-    from core.config import compose_plain, config_directory, load, plain
+    from core.config import compose_plain, config_directory, expand, load, plain
 
     if "-h" in options or "--help" in options:
         from launch.help import describe
@@ -144,14 +152,15 @@ def _run(name: str, arguments: list[str]) -> int:
         print(f"leviathan {name}: {verb.summary}\n")
         print(describe(schema, compose_plain(verb.root, schema, overrides), config_directory()))
         return 0
-    config = load(verb.root, schema, overrides)
+    grid = expand(overrides) if verb.sweeps else [overrides]
+    configs = [load(verb.root, schema, point) for point in grid]
     if "--cfg" in options:
         import yaml
 
-        print(yaml.safe_dump(plain(config), sort_keys=False), end="")
+        print(yaml.safe_dump_all([plain(config) for config in configs], sort_keys=False), end="")
         return 0
     function: Callable[..., int] = _import(verb.function)
-    return function(config, overrides) if verb.forwards else function(config)
+    return function(configs) if verb.sweeps else function(configs[0])
 
 
 def _named(verb: Verb, arguments: list[str]) -> list[str]:

@@ -1,95 +1,75 @@
-"""Training on this machine: in this process, or in several started by torchrun's agent."""
+"""The verb `train`: in this process, in ranks of this node, or in a SLURM job; a sweep is several runs."""
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import sys
-import uuid
-from dataclasses import dataclass
-from enum import Enum
-
-import torch
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 from core.config import build
 from core.errors import ConfigError, LeviathanError
+from core.ranks import CRASHED
+from launch.settings import LaunchConfig, LaunchKind
 from train.config import TrainConfig, check
-
-INTERRUPTED = 130
-_PATIENCE_S = "600"  # for ranks that save after Ctrl-C; torch would kill them after 30 s
+from train.run_directory import RunDirectory, write_config
 
 
-class LaunchKind(Enum):
-    inline = "inline"
-    torchrun = "torchrun"
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """`processes`: ranks on this machine; null: one per GPU, or per two cores where there is none."""
-
-    kind: LaunchKind = LaunchKind.inline
-    processes: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.processes is not None and self.processes < 1:
-            raise ConfigError("processes", self.processes, "must be positive")
-
-    @property
-    def ranks(self) -> int:
-        return self.processes or torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // 2)
-
-
-def train(config: TrainConfig, overrides: list[str]) -> int:
-    """Train as `launch` says; returns the exit code. The configuration is checked here as far as one process can, so
-    that an error comes once and before any rank is started.
+def train(configs: list[TrainConfig]) -> int:
+    """Train as `launch` says; returns the exit code, of a sweep the first that is not 0. What one process can check is
+    checked here, so that an error comes once and before any rank is started.
     """
-    launch = build(LaunchConfig, config.launch, "launch")
-    if launch.kind is LaunchKind.inline and launch.processes is not None:
-        raise ConfigError("launch.processes", launch.processes, "one process has no others; add launch=torchrun")
-    if launch.kind is LaunchKind.inline:
-        from train.trainer import run
+    launch = build(LaunchConfig, configs[0].launch, "launch")
+    for config in configs:
+        check(config, launch.ranks if launch.kind is not LaunchKind.inline else 1)
+    if launch.kind is LaunchKind.torchrun and launch.nodes > 1 and configs[0].run.name is None:
+        raise ConfigError("run.name", None, "several nodes need one name for their run")
+    configs = named(configs)
+    if launch.kind is LaunchKind.slurm:
+        from launch.slurm import submit_and_follow
 
-        return run(config)
-    check(config, launch.ranks)
-    return _torchrun(launch.ranks, overrides)
+        return submit_and_follow(configs, launch)
+    codes = [_torchrun(config, launch) if launch.kind is LaunchKind.torchrun else _inline(config) for config in configs]
+    return next((code for code in codes if code), 0)
 
 
-def _torchrun(ranks: int, overrides: list[str]) -> int:
-    """Do what `torchrun --standalone --nproc-per-node RANKS -m train OVERRIDES` does, with the agent in this process:
-    that command ends with 1 whatever its workers say, here the first one's exit code is the run's.
+def named(configs: list[TrainConfig]) -> list[TrainConfig]:
+    """Each run with a name of its own: NAME, or NAME-0, NAME-1, ... in a sweep."""
+    first = RunDirectory.of(configs[0]).path.name
+    names = [first] if len(configs) == 1 else [f"{first}-{index}" for index in range(len(configs))]
+    return [replace(c, run=replace(c.run, name=name)) for c, name in zip(configs, names, strict=True)]
 
-    Ctrl-C and SIGTERM are passed on to the workers, which save; 130 then.
+
+def _inline(config: TrainConfig) -> int:
+    from train.trainer import run
+
+    return run(config)
+
+
+def _torchrun(config: TrainConfig, launch: LaunchConfig) -> int:
+    """What `torchrun --nproc-per-node RANKS -m train` does, with the agent in this process. Ctrl-C and SIGTERM are
+    passed on to the ranks, which save; 130 then.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig as AgentConfig
-    from torch.distributed.launcher.api import elastic_launch
+    from launch.agent import Interrupted, Node, run
 
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # told below instead
-    os.environ["PYTHONSAFEPATH"] = "1"  # a train.py in the current folder would win against `-m train`
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _PATIENCE_S)
-    agent = AgentConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="127.0.0.1",  # the host's own name need not resolve
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(agent, sys.executable)("-u", "-m", "train", *overrides)
-    except SignalException:
-        return INTERRUPTED
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            how = signal.Signals(-failure.exitcode).name
-            advice = "the same command with the run's run.name goes on from its last checkpoint"
-            raise LeviathanError(f"rank {rank} was ended by {how}; {advice}") from None
-        return failure.exitcode
-    return 0
+    directory = RunDirectory.of(config)
+    with tempfile.TemporaryDirectory(prefix="leviathan-") as scratch:
+        path = Path(scratch) / "config.yaml"
+        write_config(path, config)
+        node = Node(
+            command=("-m", "train", "--config", str(path)),
+            ranks=launch.ranks_per_node,
+            logs=directory.logs,
+            nodes=launch.nodes,
+            is_first=not launch.node_rank,
+            rendezvous=None if launch.rendezvous is None else launch.endpoint,
+            restarts=launch.restarts,
+            job=directory.path.name,
+        )
+        try:
+            code = run(node)
+        except Interrupted as error:
+            return error.exit_code
+    if code == CRASHED:
+        advice = "the same command with the run's run.name goes on from its last checkpoint"
+        raise LeviathanError(f"{directory.path.name} failed; {advice}")
+    return code

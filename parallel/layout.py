@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from core.errors import ConfigError, divisors
+from core.errors import ConfigError, check_numbers, divisors
 from model.config import FeedForward, ModelConfig
 
 AUTO = "auto"
@@ -67,8 +67,11 @@ class ParallelConfig:
     recompute: Recompute = Recompute.none
     compile: bool = False
     """torch.compile of each layer."""
+    timeout_s: float = 600.0
+    """Seconds after which a collective that waits is reported with the ranks that are missing, and the run ended."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, positive=("timeout_s",))
         for key in ("pp", "dp_replicate", "cp", "tp", "ep", "etp"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be positive")

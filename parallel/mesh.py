@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.layout import Layout
+from parallel.watch import Pulse
 from parallel.world import World
 
 
@@ -23,6 +24,7 @@ class Traffic:
     """Bytes that this rank has handed to collectives, by (axis, purpose)."""
 
     bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    pulse: Pulse = field(default_factory=Pulse)
 
     def take(self) -> dict[tuple[str, str], int]:
         """What was counted since the last call."""
@@ -54,6 +56,8 @@ class Axis:
             dist.all_reduce(tensor, op=operation, group=self.group)
 
     def count(self, purpose: str, tensor: Tensor) -> None:
+        """Note that a collective begins here, and the bytes that it is handed."""
+        self.traffic.pulse.begin(self.name, purpose, self.group)
         self.traffic.bytes[self.name, purpose] += tensor.numel() * tensor.element_size()
 
 
@@ -87,7 +91,7 @@ class Meshes:
 def make_meshes(layout: Layout, world: World) -> Meshes:
     """Meshes of a layout of this world's size. Needs the process group where there is more than one rank."""
     assert layout.world_size == world.size, f"{layout.axes} do not make up {world.size} ranks"
-    views = _Views(world, Traffic())
+    views = _Views(world, Traffic(pulse=world.pulse))
     outer = {"pp": layout.pp, "dp_replicate": layout.dp_replicate}
     dense = views.make({**outer, "fsdp": layout.fsdp, "tp": layout.tp})
     sparse = views.make({**outer, "efsdp": layout.efsdp, "experts": layout.ep * layout.etp})

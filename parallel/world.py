@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from core.errors import ConfigError, LeviathanError
+from core.ranks import ATTEMPT
+from parallel.watch import Pulse, Watch
 
 T = TypeVar("T")
 
@@ -23,6 +27,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -32,10 +37,12 @@ class World:
         """What `function` returns on rank 0, on every rank; an exception there is raised on every rank."""
         if self.size == 1:
             return function()
+        self.pulse.begin("world", "wait for rank 0")
         box: list[Any] = [None, None]
         if self.is_main:
             try:
-                box[0] = function()
+                with self.pulse.excuse():
+                    box[0] = function()
             except Exception as error:
                 if isinstance(error, LeviathanError):
                     error.everywhere = True
@@ -49,6 +56,7 @@ class World:
         """Raise `ConfigError` on every rank where ranks do not say the same; the fewest are named."""
         if self.size == 1:
             return
+        self.pulse.begin("world", "agreement")
         said: list[Any] = [None] * self.size
         dist.all_gather_object(said, dict(claims))
         for what in claims:
@@ -63,19 +71,35 @@ class World:
         """Whether the flag is set on any rank; waits for all of them."""
         if self.size == 1:
             return flag
+        self.pulse.begin("world", "agreement")
         votes = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
+
+    @contextmanager
+    def watch(self, limit_s: float, logs: Path) -> Iterator[None]:
+        """Meanwhile a collective that waits longer than `limit_s` is reported in `logs` and this rank ended. Not where
+        the ranks have no store of their own: one process, or a process group that somebody else made.
+        """
+        if self.size == 1 or "MASTER_ADDR" not in os.environ:
+            yield
+            return
+        watch = Watch(self.pulse, _store(self.size, client=True), self.rank, self.size, limit_s, logs)
+        try:
+            yield
+        finally:
+            watch.stop()
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def connect(timeout_s: float = 600.0) -> World:
+def connect(timeout: timedelta = timedelta(days=1)) -> World:
     """Join the run that torchrun's environment describes; without one, a world of one process.
 
-    A process group that exists already is used as it is.
+    A process group that exists already is used as it is. The timeout is long: rank 0 may tokenise for hours, and it is
+    `World.watch` that finds hangs.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = _device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -83,7 +107,6 @@ def connect(timeout_s: float = 600.0) -> World:
         return World(dist.get_rank(), dist.get_world_size(), device)
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=_store(size), rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device)
 
@@ -95,11 +118,19 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _store(size: int) -> dist.Store:
+def _store(size: int, client: bool = False) -> dist.Store:
     """torchrun's store under a prefix of this attempt: a restart must not meet the addresses of ranks that died."""
-    if not {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys():
+    environment = os.environ
+    if not {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= environment.keys():
         raise ConfigError("WORLD_SIZE", size, "is set, but not by torchrun: unset it, or start the ranks with torchrun")
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
+    agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts, most = (environment.get(f"TORCHELASTIC_{what}", "0") for what in ("RESTART_COUNT", "MAX_RESTARTS"))
+    nodes = int(environment.get("GROUP_WORLD_SIZE", 1))
+    if ATTEMPT not in environment and agents and nodes > 1 and most != "0":
+        # each node's agent counts its own restarts: their ranks would wait for each other under different prefixes
+        reason = "ranks of several nodes cannot meet again after it: use leviathan train launch=torchrun"
+        raise ConfigError("--max-restarts", most, reason, [0])
+    own = not agents and environment["RANK"] == "0" and not client
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     store = dist.TCPStore(host, port, size, is_master=own, wait_for_workers=False)
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(f"attempt_{environment.get(ATTEMPT, restarts)}", store)

@@ -1,16 +1,21 @@
-"""One rank of a training run: `python -m train OVERRIDES`, or under torchrun `-m train OVERRIDES`."""
+"""One rank of a training run: `python -m train OVERRIDES`, or under torchrun `-m train OVERRIDES`.
+
+`--config FILE` instead of overrides: a whole configuration as it was resolved when the run was submitted.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 
-def main(overrides: list[str]) -> int:
-    """Train under Hydra overrides; returns the exit code. Errors are one line, told once."""
+def main(arguments: list[str]) -> int:
+    """Train; returns the exit code. Errors that were foreseen are one line, told once."""
     from core.errors import LeviathanError
     from core.origin import check_packages, drop_working_directory
+    from core.ranks import CRASHED, INTERRUPTED, is_consequence
     from core.threads import share_cores
 
     drop_working_directory()
@@ -19,16 +24,24 @@ def main(overrides: list[str]) -> int:
         check_packages()
         from core.config import load
         from train.config import TrainConfig
+        from train.run_directory import read_config
         from train.trainer import run
 
-        return run(load("train", TrainConfig, overrides))
+        submitted = arguments[:1] == ["--config"]
+        return run(read_config(Path(arguments[1])) if submitted else load("train", TrainConfig, arguments))
     except LeviathanError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.everywhere:
             print(f"leviathan: error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except Exception as error:
+        if is_consequence(str(error)):
+            print(f"rank {os.environ.get('RANK')} lost another rank: {str(error).splitlines()[-1]}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        return CRASHED if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 if __name__ == "__main__":

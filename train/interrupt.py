@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM become a flag that the training loop reads between steps, so that it can save before it ends.
+"""Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before the time limit) become a flag that the training loop reads
+between steps, so that it can save before it ends.
 
 So does the death of the agent that torchrun puts over its workers: nobody would stop them any more, and the same
 command started again would meet them writing into the same run.
@@ -14,7 +15,7 @@ from typing import Any
 
 
 class Interruption:
-    """A context in which SIGINT and SIGTERM set `requested`. Outside the main thread they do not."""
+    """A context in which SIGINT, SIGTERM and SIGUSR1 set `requested`. Outside the main thread they do not."""
 
     def __init__(self) -> None:
         self._signalled = False
@@ -27,7 +28,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._request)
         return self
 

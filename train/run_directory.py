@@ -50,6 +50,8 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.config_file = path / "config.yaml"
+        self.logs = path / "logs"
+        self.environment = path / "environment.json"
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -68,20 +70,25 @@ class RunDirectory:
         self._try_writing(config.checkpoint.directory)
         self.path.mkdir(parents=True, exist_ok=True)
         named = replace(config, run=replace(config.run, name=self.path.name))
-        write_text(self.config_file, yaml.safe_dump(plain(named), sort_keys=False))
+        write_config(self.config_file, named)
 
-    def lock(self) -> None:
+    def lock(self, patience_s: float = 0.0) -> None:
         """Claim the directory for this process until `release` or its end. One process of a run does it: two runs under
-        one name would write over each other.
+        one name would write over each other. A claim of somebody else's may end within `patience_s`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held open, that is the claim
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            reason = f"another process is training in {self.path}; wait for it, stop it, or choose another name"
-            raise ConfigError("run.name", self.path.name, reason) from None
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.2)
+        self.release()
+        reason = f"another process is training in {self.path}; wait for it, stop it, or choose another name"
+        raise ConfigError("run.name", self.path.name, reason)
 
     def release(self) -> None:
         if self._lock is not None:
@@ -131,12 +138,22 @@ def load_config(directory: Path) -> TrainConfig:
     path = directory / "config.yaml"
     if not path.exists():
         raise ConfigError("run", str(directory), "no run there: its config.yaml is missing")
+    return read_config(path)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A whole resolved configuration, as `config.yaml` holds it."""
     try:
         return build(TrainConfig, yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "run", str(directory), f"its config.yaml is unreadable: {str(error).splitlines()[0]}"
-        ) from None
+        reason = f"{path.name} is unreadable: {str(error).splitlines()[0]}"
+        raise ConfigError("run", str(path.parent), reason) from None
+
+
+def write_config(path: Path, config: TrainConfig) -> None:
+    write_text(path, yaml.safe_dump(plain(config), sort_keys=False))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -9,14 +9,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from core.config import plain
+from core.files import write_json
 from core.origin import sources_digest
+from core.ranks import INTERRUPTED
 from data.corpus import Corpus
 from data.loader import Loader
 from model.balance import Balancer
@@ -29,6 +31,7 @@ from train.checkpoint import Checkpointer, committed_checkpoints
 from train.config import Phase, TrainConfig, check, phases
 from train.corpora import check_same_data, get_corpus, source_weights
 from train.engine import Engine, TorchEngine
+from train.environment import environment
 from train.initial import initial_source
 from train.interrupt import Interruption
 from train.metrics import Log
@@ -36,7 +39,7 @@ from train.parts import run_state
 from train.run_directory import RunDirectory
 from train.step import StepResult, optimizer_step
 
-INTERRUPTED = 130
+LOCK_PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ class Trainer:
         self.certificate = world.from_main(self._certificate)
         self.step = self.tokens = 0
         self.paused_s = 0.0
-        begun = bool(committed_checkpoints(directory.checkpoints))
+        begun = world.from_main(lambda: bool(committed_checkpoints(directory.checkpoints)))
         source = None if begun else initial_source(config.model, config.run.seed, log)
         self.engine = self._build_engine()
         self.balancer = Balancer(self.engine.model, partial(self.meshes.world.sum, purpose="balance"))
@@ -83,6 +86,7 @@ class Trainer:
 
     def train_step(self, step: int) -> StepMetrics:
         """Consume the global batch of `step` and update the model."""
+        self.world.pulse.step = step
         phase = self.phase(step)
         axis = self.meshes.rows
         rows = phase.global_batch // axis.size
@@ -94,7 +98,7 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the last step; returns the exit code. Interrupted, it saves and stops."""
-        if self.step == self.steps and self.directory.summary.exists():
+        if self.step == self.steps and self.world.from_main(self.directory.summary.exists):
             self.log(f"nothing left to do: the run has done its {self.steps} steps")
             self.log(f"run: {self.directory.path}")
             return 0
@@ -135,7 +139,8 @@ class Trainer:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         begin, bytes_before = time.perf_counter(), self.meshes.traffic.take()
-        yield
+        with self.world.pulse.excuse():
+            yield
         self.paused_s += time.perf_counter() - begin
         self.meshes.traffic.bytes = Counter(bytes_before)
 
@@ -147,11 +152,12 @@ class Trainer:
 
     def _certificate(self) -> str | None:
         """The hash of a certificate of this code for the run's axes; says so where there is none and how to get one."""
-        axes = self.meshes.layout.axes
-        found = certificates.find(axes, Path(self.config.data.cache).expanduser()) if axes else None
-        if axes and found is None:
-            degrees = " ".join(f"parallel.{axis}={degree}" for axis, degree in axes.items())
-            self.log(f"no certificate for these axes and this code; to have one: leviathan certify {degrees}")
+        layout, cache = self.meshes.layout, Path(self.config.data.cache).expanduser()
+        found = certificates.find(layout.axes, self.config.model, layout, cache) if layout.axes else None
+        if layout.axes and found is None:
+            self.log(
+                f"no certificate for this layout and this code; to have one: leviathan certify {self.directory.path}"
+            )
         return found
 
     def _loader(self, phase: Phase) -> Loader:
@@ -174,8 +180,9 @@ def run(config: TrainConfig) -> int:
     try:
         world.from_main(lambda: _claim(directory, config))
         log = Log(directory.path / "log.txt" if world.is_main else None)
-        corpus = get_corpus(config, world, log)
-        return Trainer(config, world, directory, corpus, log).fit()
+        with world.watch(config.parallel.timeout_s, directory.logs):
+            corpus = get_corpus(config, world, log)
+            return Trainer(config, world, directory, corpus, log).fit()
     finally:
         directory.release()
         world.close()
@@ -183,7 +190,7 @@ def run(config: TrainConfig) -> int:
 
 def _identity(config: TrainConfig) -> dict[str, str]:
     """What all ranks of a run must have in common."""
-    text = json.dumps(plain(config), sort_keys=True)
+    text = json.dumps(plain(replace(config, launch={})), sort_keys=True)  # each node has a number of its own there
     return {
         "configuration": hashlib.sha256(text.encode()).hexdigest(),
         "code version": sources_digest(),
@@ -192,5 +199,9 @@ def _identity(config: TrainConfig) -> dict[str, str]:
 
 
 def _claim(directory: RunDirectory, config: TrainConfig) -> None:
-    directory.lock()
+    """Started again, we may meet the last of those that went before."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    directory.lock(0.0 if again == ("0", "0") else LOCK_PATIENCE_S)
     directory.open(config)
+    directory.logs.mkdir(exist_ok=True)
+    write_json(directory.environment, environment())

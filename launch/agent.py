@@ -1,0 +1,243 @@
+"""The ranks of one node: torchrun's own agent, started from here so that a rank's exit code means something.
+
+What plain torchrun does not do: a wrong configuration and an interrupted run are not started again; each rank's output
+goes into the run's directory; the rank that failed first is told first; ranks of a new attempt never meet what a dead
+one left in the store, on any number of nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException, Std
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from core.errors import ConfigError, LeviathanError
+from core.ranks import ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
+
+PATIENCE_S = 600  # for ranks that save after a signal
+KILL_AFTER_S = 20  # for ranks whose neighbour has crashed: there is nothing to save
+JOIN_S = 600
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node starts. `rendezvous`: host and port of the first node, None where there is one node only."""
+
+    command: tuple[str, ...]
+    """What each rank runs: `python COMMAND...`."""
+    ranks: int
+    logs: Path
+    nodes: int = 1
+    is_first: bool = True
+    rendezvous: tuple[str, int] | None = None
+    restarts: int = 0
+    job: str = ""
+    """The same on all nodes of a job; empty where there is one node only."""
+
+
+class Interrupted(LeviathanError):
+    """The agent got a signal; its ranks have saved. `signal_number` says which."""
+
+    exit_code = INTERRUPTED
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
+
+
+def run(node: Node) -> int:
+    """Start the ranks and wait for them; returns the exit code of the one that failed first, 0 where none did.
+
+    Raises `Interrupted` after a signal, `LeviathanError` where a rank was ended by a signal of its own, `ConfigError`
+    for a rendezvous that cannot be.
+    """
+    for name in ("api", "local_elastic_agent"):  # told below instead
+        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
+    os.environ["PYTHONSAFEPATH"] = "1"  # a train.py in the current folder would win against `-m train`
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // node.ranks)))
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _SIGNALS
+    handler = get_rendezvous_handler(_rendezvous(node))
+    spec = WorkerSpec(
+        role="",  # goes before each line that rank 0 prints
+        local_world_size=node.ranks,
+        entrypoint=sys.executable,
+        args=("-u", *node.command),
+        rdzv_handler=handler,
+        max_restarts=node.restarts,
+        monitor_interval=0.1,
+        local_addr=_own_address(node),
+    )
+    agent = _Agent(spec, node.logs)
+    closes = True
+    try:
+        return _exit_code(agent.run())
+    except SignalException as error:
+        closes = False  # the others get their own signal
+        raise Interrupted(int(error.sigval)) from None
+    except (RendezvousClosedError, RendezvousConnectionError) as error:
+        raise LeviathanError(f"the other nodes are gone: {str(error).splitlines()[0]}") from None
+    finally:
+        if closes:
+            handler.shutdown()
+
+
+class _Agent(LocalElasticAgent):
+    def __init__(self, spec: WorkerSpec, logs: Path) -> None:
+        self.logs = logs
+        super().__init__(spec, RankLogs(logs), start_method="spawn", log_line_prefix_template="$role_name")
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        """All nodes take the same word for this attempt: each one's own count of restarts differs from the others'."""
+        store: Any = worker_group.store  # this round's alone
+        if worker_group.group_rank == 0:
+            store.set("attempt", uuid.uuid4().hex)
+        os.environ[ATTEMPT] = store.get("attempt").decode()
+        return super()._start_workers(worker_group)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            if any(_is_final(failure.exitcode) for failure in result.failures.values()):
+                self._remaining_restarts = 0
+            lines = list(told(result, self.logs))
+            if self._remaining_restarts:
+                lines.append(f"leviathan: starting again; restarts left: {self._remaining_restarts}")
+            for line in lines:
+                print(line, file=sys.stderr, flush=True)
+        return result
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        super()._shutdown(signal.SIGTERM, KILL_AFTER_S)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = PATIENCE_S) -> None:
+        super()._shutdown(death_sig, max(timeout, PATIENCE_S))
+
+
+class RankLogs(LogsSpecs):
+    """Output of each rank in logs/rank-00000/, a file per start; rank 0's goes to the terminal as well."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(str(directory), redirects=Std.ALL)
+        self.directory = directory
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self.directory)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        found = LogsDest()
+        for local, env in envs.items():
+            folder = self.directory / f"rank-{int(env['RANK']):05d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            number = len(list(folder.glob("*.out")))
+            stem = folder / f"{number:03d}-{stamp}"
+            found.stdouts[local], found.stderrs[local] = f"{stem}.out", f"{stem}.err"
+            found.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{stem}.json"
+            if env["RANK"] == "0":
+                found.tee_stdouts[local], found.tee_stderrs[local] = f"{stem}.out", f"{stem}.err"
+        return found
+
+
+def told(result: RunResult, logs: Path) -> Iterator[str]:
+    """What to say of failed ranks. An error that was foreseen: its own line, unless rank 0 has said it already.
+    Otherwise a line per rank, the one that failed first before those that only lost it.
+    """
+    foreseen = {rank: failure for rank, failure in result.failures.items() if _is_final(failure.exitcode)}
+    if foreseen:
+        rank = min(foreseen)
+        if rank != 0 and foreseen[rank].exitcode != INTERRUPTED:
+            yield f"leviathan: error: {_last_line(logs, rank)}"
+        return
+    causes = []
+    for rank, failure in result.failures.items():
+        last = _last_line(logs, rank)
+        if failure.exitcode == HUNG:
+            causes.append((-1, failure.timestamp, f"rank {rank}: {last}"))
+        elif failure.exitcode < 0:
+            ours = failure.exitcode == -signal.SIGTERM  # what the agent sends to the others once one has failed
+            how = signal.Signals(-failure.exitcode).name
+            causes.append((2 * ours, failure.timestamp, f"rank {rank} was ended by {how}"))
+        else:
+            causes.append(
+                (1 + is_consequence(last), failure.timestamp, f"rank {rank} failed: {last or 'no word of it'}")
+            )
+    first, *rest = [line for _, _, line in sorted(causes)]
+    yield f"leviathan: {first}  (its output: {logs})"
+    yield from (f"leviathan: then {line}" for line in rest[:3])
+    if len(rest) > 3:
+        yield f"leviathan: then {len(rest) - 3} ranks more"
+
+
+def _last_line(logs: Path, rank: int) -> str:
+    newest = max((logs / f"rank-{rank:05d}").glob("*.err"), default=None)
+    lines = newest.read_text(errors="replace").strip().splitlines() if newest else []
+    return lines[-1].removeprefix("leviathan: error: ") if lines else ""
+
+
+def _is_final(code: int) -> bool:
+    """Whether starting again would end the same: an error that was foreseen, or an interruption."""
+    return code > 0 and code not in (CRASHED, HUNG)
+
+
+def _exit_code(result: RunResult) -> int:
+    if not result.is_failed():
+        return 0
+    codes = [failure.exitcode for failure in sorted(result.failures.values(), key=lambda failure: failure.timestamp)]
+    final = [code for code in codes if _is_final(code)]
+    return final[0] if final else CRASHED
+
+
+def _rendezvous(node: Node) -> RendezvousParameters:
+    settings: dict[str, Any] = {"join_timeout": JOIN_S, "last_call_timeout": 1, "close_timeout": 10}
+    if node.rendezvous is None:
+        endpoint, job = "127.0.0.1:0", uuid.uuid4().hex
+    else:
+        (host, port), job = node.rendezvous, node.job
+        endpoint, settings["is_host"] = f"{host}:{port}", node.is_first
+        if node.is_first:
+            _check_port(host, port)
+    return RendezvousParameters(
+        "c10d", endpoint, job, node.nodes, node.nodes, local_addr=_own_address(node), **settings
+    )
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError("launch.rendezvous", f"{host}:{port}", f"{error.strerror}: choose another port") from None
+
+
+def _own_address(node: Node) -> str:
+    """The address under which other nodes reach this one; the host's own name need not resolve."""
+    if node.rendezvous is None:
+        return "127.0.0.1"
+    host, port = node.rendezvous
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))
+        except OSError as error:
+            reason = f"no way to that host: {error.strerror or error}"
+            raise ConfigError("launch.rendezvous", f"{host}:{port}", reason) from None
+        return str(probe.getsockname()[0])

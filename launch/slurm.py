@@ -1,0 +1,286 @@
+"""`launch=slurm`: write what was decided into a folder, render the batch script, submit it, show its log.
+
+A job is a folder (`jobs/NAME`): `config-0.yaml`, ... (one per run of a sweep, as they were resolved when they were
+submitted: nodes read nothing else), `job.sh`, `job.json` (SLURM's number), a log per array task, and what the job
+notes about itself when it asks to be queued again (launch/requeue.py).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError, LeviathanError
+from core.files import read_json, write_json, write_text
+from launch.settings import LaunchConfig, SlurmConfig, check_interval
+from train.config import TrainConfig
+from train.run_directory import RunDirectory, read_config, read_lines, write_config
+
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+    "BOOT_FAIL",
+    "PREEMPTED",
+)
+UNKNOWN = "UNKNOWN"
+INSTALL = "is not on this machine: submit from a login node of a SLURM cluster, or use launch=torchrun"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job; `runs` are the directories of its runs, one per array task."""
+
+    folder: Path
+    number: str
+    runs: list[Path]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def log(self, task: int) -> Path:
+        return self.folder / f"log-{task}.txt"
+
+    def config(self, task: int) -> Path:
+        return self.folder / f"config-{task}.yaml"
+
+    def id_of(self, task: int) -> str:
+        """What SLURM calls one run of it."""
+        return f"{self.number}_{task}" if len(self.runs) > 1 else self.number
+
+
+def command(*arguments: str) -> str:
+    """Run one of SLURM's commands; returns its output, raises `LeviathanError` with its own words where it fails."""
+    if shutil.which(arguments[0]) is None:
+        raise ConfigError("launch", "slurm", f"{arguments[0]} {INSTALL}")
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.strip().splitlines() if line]
+        raise LeviathanError(f"{arguments[0]}: {said[-1] if said else f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def submit_and_follow(configs: list[TrainConfig], launch: LaunchConfig) -> int:
+    """Submit one job, an array job for a sweep; returns 0 where it was submitted, or what it ended with."""
+    job = submit(configs, launch)
+    print(f"job {job.number}: {job.folder}", flush=True)
+    if not launch.slurm.follow:
+        return 0
+    try:
+        return follow(job, print)
+    except KeyboardInterrupt:
+        print(f"\nnot shown any more; the job goes on: leviathan jobs show {job.name}", file=sys.stderr)
+        return 0
+
+
+def submit(configs: list[TrainConfig], launch: LaunchConfig) -> Job:
+    """Raises `ConfigError` for what cannot work, with SLURM's own reason where it rejects the job."""
+    slurm = launch.slurm
+    command("sbatch", "--version")
+    _check_partition(slurm)
+    runs = [RunDirectory.of(config) for config in configs]
+    for config, run in zip(configs, runs, strict=True):
+        check_interval(config, slurm, _seconds_per_step(run))
+    folder = Path(slurm.directory).expanduser().absolute() / runs[0].path.name.removesuffix(
+        "-0" if len(runs) > 1 else ""
+    )
+    for before in _known(folder):
+        if any(state(before, task) not in (*ENDED, UNKNOWN) for task in range(len(before.runs))):
+            raise ConfigError(
+                "run.name", before.name, f"job {before.number} of that name is not over", ["another name"]
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    job = Job(folder, "", [run.path.absolute() for run in runs])
+    for stale in folder.glob("*"):
+        if stale.name.startswith(("config-", "requeue-", "log-")):
+            stale.unlink()
+    for index, config in enumerate(configs):
+        write_config(job.config(index), config)
+    script = folder / "job.sh"
+    write_text(script, render(job, launch))
+    try:
+        number = command("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    except LeviathanError as error:
+        raise ConfigError("launch", "slurm", f"the job was rejected: {error}") from None
+    write_json(
+        folder / "job.json", {"number": number, "runs": [str(path) for path in job.runs], "submitted": time.time()}
+    )
+    return Job(folder, number, job.runs)
+
+
+def render(job: Job, launch: LaunchConfig) -> str:
+    """The batch script. SLURM copies it; everything that may change lies in the job's folder."""
+    slurm = launch.slurm
+    array = len(job.runs) > 1
+    requests = {
+        "job-name": job.name,
+        "nodes": launch.nodes,
+        "ntasks-per-node": 1,
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "constraint": slurm.constraint,
+        "gres": slurm.gres,
+        "cpus-per-task": slurm.cpus,
+        "mem": slurm.memory,
+        "exclude": ",".join(slurm.exclude) or None,
+        "dependency": _dependency(slurm, job.folder.parent),
+        "array": (f"0-{len(job.runs) - 1}" + (f"%{slurm.together}" if slurm.together else "")) if array else None,
+        "output": job.folder / ("log-%a.txt" if array else "log-0.txt"),
+        "open-mode": "append",
+        "signal": f"USR1@{slurm.save_s}",
+    }
+    lines = [f"--{key}={value}" for key, value in requests.items() if value is not None]
+    lines += ["--requeue", *(["--exclusive"] if slurm.exclusive else []), *slurm.options]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
+    python = shlex.join([*shlex.split(slurm.container or ""), slurm.python or sys.executable])
+    folder = shlex.quote(str(job.folder))
+    doctor = f"""
+srun --kill-on-bad-exit=0 --wait=300 {python} -u -m launch.node doctor {folder}
+code=$?
+[ $code = 0 ] || exec {python} -m launch.requeue {folder} $code
+"""
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# Rendered by `leviathan train launch=slurm`; the configuration is in {job.folder}.",
+            *(f"#SBATCH {line}" for line in lines),
+            "",
+            *(f"module load {shlex.quote(module)}" for module in slurm.modules),
+            "export PYTHONSAFEPATH=1",
+            *exports,
+            *slurm.setup,
+            "",
+            "# srun's tasks get the signals, too: this shell waits until they have saved",
+            "trap : TERM USR1",
+            *([doctor] if slurm.doctor else []),
+            f"srun --kill-on-bad-exit=0 --wait=300 {python} -u -m launch.node train {folder} &",
+            "step=$!",
+            "wait $step; code=$?",
+            "while kill -0 $step 2>/dev/null; do wait $step; code=$?; done  # a signal ends only `wait`",
+            f"exec {python} -m launch.requeue {folder} $code",
+            "",
+        ]
+    )
+
+
+def follow(job: Job, show: Callable[[str], Any], poll_s: float = 1.0) -> int:
+    """Show the logs of a job as they grow until all its runs are over; 0 where all of them completed."""
+    shown, told = [0] * len(job.runs), [""] * len(job.runs)
+    silent_since = time.monotonic()
+    while True:
+        over = True
+        for task in range(len(job.runs)):
+            now = state(job, task)
+            over = over and now in (*ENDED, UNKNOWN)
+            shown[task] = _show_new(job, task, shown[task], show)
+            if now != told[task]:
+                told[task] = now
+                show(f"[{job.id_of(task)}] {now}{_reason(job, task) if now == 'PENDING' else ''}")
+        if over:
+            break
+        if any(shown) or "RUNNING" not in told:
+            silent_since = time.monotonic()
+        elif time.monotonic() - silent_since > 120:
+            show(f"the job runs, but {job.folder} shows nothing of it: is it on a file system that the nodes share?")
+            silent_since = time.monotonic()
+        time.sleep(poll_s)
+    time.sleep(poll_s)
+    for task in range(len(job.runs)):
+        shown[task] = _show_new(job, task, shown[task], show)
+        if not shown[task]:
+            show(f"[{job.id_of(task)}] left no log in {job.folder}: is it on a file system that the nodes share?")
+    return 0 if all(now == "COMPLETED" for now in told) else 1
+
+
+def state(job: Job, task: int) -> str:
+    """SLURM's word for a run of the job; UNKNOWN where SLURM has forgotten it."""
+    return _shown_job(job, task).get("JobState", UNKNOWN)
+
+
+def jobs(directory: Path) -> list[Job]:
+    """Every job that was submitted from here, oldest first."""
+    found = [job for folder in directory.glob("*") for job in _known(folder)]
+    return sorted(found, key=lambda job: (len(job.number), job.number))
+
+
+def load_job(folder: Path) -> Job:
+    stored = read_json(folder / "job.json")
+    return Job(folder.absolute(), stored["number"], [Path(path) for path in stored["runs"]])
+
+
+def _known(folder: Path) -> list[Job]:
+    return [load_job(folder)] if (folder / "job.json").exists() else []
+
+
+def _shown_job(job: Job, task: int) -> dict[str, str]:
+    if shutil.which("scontrol") is None:
+        raise ConfigError("launch", "slurm", f"scontrol {INSTALL}")
+    done = subprocess.run(["scontrol", "show", "job", "-o", job.id_of(task)], capture_output=True, text=True)
+    line = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
+    return dict(re.findall(r"(\w+)=(\S*)", line[0])) if line else {}
+
+
+def _reason(job: Job, task: int) -> str:
+    reason = _shown_job(job, task).get("Reason", "None")
+    return "" if reason == "None" else f" ({reason})"
+
+
+def _show_new(job: Job, task: int, offset: int, show: Callable[[str], Any]) -> int:
+    """Show the whole lines of a log after `offset`; returns how far they go."""
+    try:
+        with open(job.log(task), "rb") as file:
+            file.seek(offset)
+            content = file.read()
+    except FileNotFoundError:
+        return offset
+    whole = content[: content.rfind(b"\n") + 1]
+    for line in whole.decode(errors="replace").splitlines():
+        show(f"[{job.id_of(task)}] {line}" if len(job.runs) > 1 else line)
+    return offset + len(whole)
+
+
+def _check_partition(slurm: SlurmConfig) -> None:
+    if slurm.partition is None:
+        return
+    there = command("sinfo", "--noheader", "--format=%R").split()
+    unknown = [name for name in slurm.partition.split(",") if name not in there]
+    if unknown:
+        raise ConfigError("launch.slurm.partition", unknown[0], "no such partition", sorted(set(there)))
+
+
+def _dependency(slurm: SlurmConfig, directory: Path) -> str | None:
+    """Names of this project's jobs in a dependency become SLURM's numbers."""
+    if slurm.dependency is None:
+        return None
+    parts = slurm.dependency.split(":")
+    for index, part in enumerate(parts[1:], start=1):
+        if not re.fullmatch(r"\d+([_+]\S+)?", part):
+            if not (directory / part / "job.json").exists():
+                known = [job.name for job in jobs(directory)]
+                reason = f"{part} is no job's number and no job in {directory}"
+                raise ConfigError("launch.slurm.dependency", slurm.dependency, reason, known[-3:])
+            parts[index] = load_job(directory / part).number
+    return ":".join(parts)
+
+
+def _seconds_per_step(run: RunDirectory) -> float | None:
+    """From what the run has logged before, if it has."""
+    if not run.metrics.exists() or not run.config_file.exists():
+        return None
+    rates = [line["tokens_per_second"] for line in read_lines(run.metrics) if line.get("tokens_per_second")]
+    training = read_config(run.config_file).training
+    return training.global_batch * training.context / rates[-1] if rates else None

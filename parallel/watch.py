@@ -1,0 +1,173 @@
+"""Who is missing: a thread on every rank that finds out why a collective waits too long, says so, and ends the rank.
+
+Each rank tells the others through the store that it lives and how far it is. Where this rank waits for longer than the
+limit, a rank whose word does not change any more is dead or stopped; one that has begun fewer collectives is late.
+Clocks of different machines are never compared. A rank that waits with nobody missing does not end: it may be the late
+one itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from core.ranks import HUNG
+
+
+@dataclass
+class Pulse:
+    """What this rank does: written where it begins a collective, read by its watch."""
+
+    step: int = 0
+    axis: str = "world"
+    purpose: str = "start"
+    group: dist.ProcessGroup | None = None
+    since: float = field(default_factory=time.monotonic)
+    begun: Counter[str] = field(default_factory=Counter)
+    """Collectives begun, by axis."""
+    excused: int = 0
+    """Positive while this rank does something long by itself that others wait for."""
+
+    def begin(self, axis: str, purpose: str, group: dist.ProcessGroup | None = None) -> None:
+        self.axis, self.purpose, self.group, self.since = axis, purpose, group, time.monotonic()
+        self.begun[axis] += 1
+
+    @contextmanager
+    def excuse(self) -> Iterator[None]:
+        self.excused += 1
+        try:
+            yield
+        finally:
+            self.excused -= 1
+            self.since = time.monotonic()
+
+    def word(self, beat: int) -> dict[str, Any]:
+        what = f"{self.purpose} over {self.axis}"
+        return {
+            "beat": beat,
+            "step": self.step,
+            "what": what,
+            "begun": dict(self.begun),
+            "excused": self.excused,
+            "host": os.uname().nodename,
+        }
+
+
+class Watch:
+    """Runs until `stop`. `logs`: where a report is left for whoever starts the ranks again."""
+
+    def __init__(self, pulse: Pulse, store: dist.Store, rank: int, size: int, limit_s: float, logs: Path) -> None:
+        self.pulse, self.store, self.rank, self.size = pulse, store, rank, size
+        self.limit_s, self.logs = limit_s, logs
+        self.interval_s = min(10.0, limit_s / 5)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._stopped.wait(self.interval_s):
+            beat += 1
+            try:
+                self.store.set(_key(self.rank), json.dumps(self.pulse.word(beat)))
+                if not self.pulse.excused and time.monotonic() - self.pulse.since > self.limit_s:
+                    self._examine(beat)
+            except (dist.DistError, RuntimeError):  # the store went with those who started us
+                if self._stopped.wait(self.interval_s):
+                    return
+
+    def _examine(self, beat: int) -> None:
+        pulse, since = self.pulse, self.pulse.since
+        before = self._words()
+        if self._stopped.wait(2.5 * self.interval_s):
+            return
+        self.store.set(_key(self.rank), json.dumps(pulse.word(beat + 1)))
+        after = self._words()
+        if pulse.since != since:
+            return
+        group = list(range(self.size)) if pulse.group is None else dist.get_process_group_ranks(pulse.group)
+        report = missing(pulse, self.rank, group, before, after)
+        if report is None:
+            return
+        line = f"step {pulse.step}: {pulse.purpose} over axis {pulse.axis} waits for {time.monotonic() - since:.0f} s"
+        self._end(f"{line}; {report[0]}", report[1])
+
+    def _words(self) -> dict[int, dict[str, Any]]:
+        present = [rank for rank in range(self.size) if self.store.check([_key(rank)])]
+        return {rank: json.loads(self.store.get(_key(rank))) for rank in present}
+
+    def _end(self, line: str, hosts: list[str]) -> None:
+        _dump_flight_recorder(self.logs / f"flight-rank-{self.rank:05d}.pickle")
+        try:
+            with open(self.logs / "hangs.jsonl", "a") as file:
+                file.write(json.dumps({"time": time.time(), "rank": self.rank, "line": line, "hosts": hosts}) + "\n")
+        finally:
+            print(f"leviathan: error: {line}", file=sys.stderr, flush=True)
+            os._exit(HUNG)  # the main thread is inside the collective and hears nothing
+
+
+def missing(
+    pulse: Pulse, rank: int, group: list[int], before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]
+) -> tuple[str, list[str]] | None:
+    """Whom a waiting rank waits for, in words, and their hosts; None where nobody is missing.
+
+    Ranks without a sign of life come first, wherever they are: whoever waits for them makes others wait. Else those of
+    the group that have begun fewer collectives of this axis, and of them those that are furthest behind.
+    """
+    dead = [
+        other for other, word in after.items() if other != rank and word["beat"] == before.get(other, {}).get("beat")
+    ]
+    if dead:
+        told = [
+            f"rank {other} gives no sign of life since step {after[other]['step']} ({_where(after[other])})"
+            for other in dead
+        ]
+        return _listed(told), sorted({after[other]["host"] for other in dead})
+    late = [
+        other
+        for other in group
+        if other in after
+        and after[other]["begun"].get(pulse.axis, 0) < pulse.begun[pulse.axis]
+        and not after[other]["excused"]
+    ]
+    if not late:
+        return None
+    least = min(sum(after[other]["begun"].values()) for other in late)
+    late = [other for other in late if sum(after[other]["begun"].values()) == least]
+    told = [f"rank {other} lives but is at step {after[other]['step']} ({_where(after[other])})" for other in late]
+    return _listed(told), sorted({after[other]["host"] for other in late})
+
+
+def _where(word: dict[str, Any]) -> str:
+    return f"last: {word['what']}, on {word['host']}"
+
+
+def _listed(told: list[str], most: int = 4) -> str:
+    return ", ".join(told[:most]) + (f" and {len(told) - most} more" if len(told) > most else "")
+
+
+def _key(rank: int) -> str:
+    return f"pulse/{rank}"
+
+
+def _dump_flight_recorder(path: Path) -> None:
+    """NCCL's own record of the last collectives, where it keeps one (TORCH_FR_BUFFER_SIZE)."""
+    if dist.is_nccl_available() and dist.is_initialized() and "nccl" in dist.get_backend():
+        import torch._C._distributed_c10d as native
+
+        path.write_bytes(native._dump_nccl_trace())  # type: ignore[attr-defined]

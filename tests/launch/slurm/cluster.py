@@ -1,0 +1,155 @@
+"""A real SLURM on one machine: munged, slurmctld and a few slurmd, each its own node, for as long as a test runs.
+
+Debian's packages `slurm-wlm` and `munge` (`make slurm` installs them) are enough: nothing of the machine's own
+configuration is used or changed. Started by root, since slurmd starts jobs as their users.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+NODES = ("n1", "n2", "n3")
+_CONF = """
+ClusterName=leviathan
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={root}/munge/socket,cred_expire=5
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=1
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool-%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd-%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd-%n.log
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SlurmdTimeout=6
+SlurmctldTimeout=10
+KillWait=20
+MinJobAge=600
+ReturnToService=2
+JobRequeue=1
+RebootProgram=/bin/true
+{nodes}
+PartitionName=main Nodes={names} Default=YES MaxTime=60 State=UP
+PartitionName=spare Nodes={last} MaxTime=60 State=UP
+"""
+
+
+class Cluster:
+    """Three nodes of two CPUs. `environment` is what a client needs to reach it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.ports = _free_ports(1 + len(NODES))
+        self.environment = {"SLURM_CONF": str(root / "slurm.conf")}
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        host = socket.gethostname()
+        for name in ("munge", "state"):
+            (self.root / name).mkdir(parents=True)
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=8000 State=UNKNOWN"
+            for name, port in zip(NODES, self.ports[1:], strict=True)
+        )
+        conf = _CONF.format(
+            host=host, ports=self.ports, root=self.root, nodes=nodes, names=",".join(NODES), last=NODES[-1]
+        )
+        (self.root / "slurm.conf").write_text(conf)
+        self._start_munge()
+        self._start("slurmctld", "slurmctld", "-D", "-i")
+        for name in NODES:
+            self.start_node(name)
+        self.wait(lambda: self.client("sinfo", "-h", "-p", "main", "-o", "%T").split() == ["idle"], "idle nodes", 60)
+
+    def start_node(self, name: str) -> None:
+        self._start(name, "slurmd", "-D", "-N", name)
+
+    def kill_node(self, name: str) -> None:
+        """SIGKILL the daemon: the controller sees the node go down. What ran on it stays until SLURM's own clean-up."""
+        self._daemons.pop(name).kill()
+
+    def client(self, *command: str) -> str:
+        environment = os.environ | self.environment
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise TimeoutError(f"no {what} within {seconds:.0f} s; logs in {self.root}")
+            time.sleep(0.3)
+
+    def stop(self) -> None:
+        """End every job and daemon."""
+        try:
+            self.client("scancel", "--signal=KILL", "--full", "--user=root")
+            self.client("scancel", "--user=root")
+            self.wait(lambda: not self.client("squeue", "-h").strip(), "empty queue", 30)
+        except (subprocess.CalledProcessError, TimeoutError):
+            pass
+        for daemon in reversed(self._daemons.values()):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in self._daemons.values():
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+    def _start_munge(self) -> None:
+        """munged refuses to run as root and wants a socket folder that everybody may search."""
+        folder = self.root / "munge"
+        (folder / "key").write_bytes(secrets.token_bytes(1024))
+        for path in (folder, folder / "key"):
+            shutil.chown(path, "munge", "munge")
+        (folder / "key").chmod(0o400)
+        folder.chmod(0o755)
+        for parent in folder.parents:  # pytest's folders are for their owner alone
+            if parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o001:
+                parent.chmod(parent.stat().st_mode | 0o011)
+        options = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        arguments = [f"--{option}={folder / name}" for option, name in options.items()]
+        self._start("munged", "runuser", "-u", "munge", "--", "munged", "--foreground", "--num-threads=2", *arguments)
+        self.wait((folder / "socket").exists, "munge socket", 20)
+
+    def _start(self, name: str, program: str, *arguments: str) -> None:
+        environment = os.environ | self.environment
+        log = open(self.root / f"{name}.out", "wb")  # noqa: SIM115 - the daemon's
+        self._daemons[name] = subprocess.Popen(
+            [shutil.which(program) or f"/usr/sbin/{program}", *arguments],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

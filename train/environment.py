@@ -1,0 +1,55 @@
+"""What a run was started with, for whoever wants to know later why it behaved as it did."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+import time
+from typing import Any
+
+import torch
+
+_TELLING = tuple(
+    [
+        "CUDA",
+        "FI_",
+        "GLOO",
+        "GOMP",
+        "KMP",
+        "LEVIATHAN",
+        "MASTER",
+        "MKL",
+        "NCCL",
+        "NVIDIA",
+        "OMP",
+        "PYTHON",
+        "PYTORCH",
+        "RANK",
+        "SLURM",
+        "TORCH",
+        "UCX",
+        "WORLD",
+    ]
+)
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+def environment() -> dict[str, Any]:
+    """Host, versions, command and the variables that steer torch and its libraries; nothing that may be a secret."""
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_TELLING) and not any(word in name for word in _SECRET)
+    }
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "variables": variables,
+    }
