@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.layouts import tiny
 from model.balance import Balancer
 from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
+from model.roles import registry
 from parallel import cost
-from parallel.apply import build
+from parallel.apply import build, on_meta
 from parallel.layout import Dispatch, ParallelConfig, Recompute
 from parallel.mesh import make_meshes, place
-from parallel.shards import local
+from parallel.shards import local, shard_specs
 from parallel.world import connect
 from precision.backend import Compute, PrecisionConfig
 from tests.train.tiny import EXACT, config, trainer
@@ -148,6 +149,22 @@ def test_static_bytes_equal_arithmetic():
     assert shared.parameters == 4 * ((elements - norms) // 4 + norms // 2), "gains are whole on both ranks of tp"
     assert shared.optimizer == shared.parameters + 4 * 12
     assert cost.static_bytes(model, fp32, ParallelConfig().resolve(4), None).optimizer == 0
+
+
+def test_experts_fewer_than_ranks_are_stored_evenly():
+    """Two experts over four ranks: cut along their width, not between them, which would leave two ranks nothing."""
+    model = replace(tiny(1), experts=2)
+    infos = registry(on_meta(model, PrecisionConfig(Compute.float32)))
+    layout = ParallelConfig().resolve(4)
+    for rank in range(4):
+        specs = shard_specs(infos, model, place(layout, rank))
+        experts = {name: spec.stored for name, spec in specs.items() if spec.info.role.is_expert}
+        assert experts
+        for name, block in experts.items():
+            whole = specs[name].info.shape
+            dim = {4: 2, 3: 1}[len(whole)]  # gate and up [E, 2, F, D], down [E, D, F]
+            assert block.shape == (*whole[:dim], whole[dim] // 4, *whole[dim + 1 :]), name
+            assert block.offset == tuple(rank * whole[dim] // 4 if d == dim else 0 for d in range(len(whole))), name
 
 
 def places(parallel: ParallelConfig) -> Any:

@@ -99,6 +99,14 @@ def test_ranks_compute_what_one_process_computes(ranks, small_corpus, alone, tmp
         assert max(differences.values()) < 1e-9, differences
 
 
+def test_gradients_may_be_summed_in_bfloat16(ranks, small_corpus, alone, tmp_path):
+    """Each parameter's gradient is rounded to 8 bits on its way, and nothing else is."""
+    found = ranks(2, figures, tmp_path, "run", [*small_corpus, *EXACT, "parallel.reduce=bfloat16"], 1)[0]
+    rounding = {name: relative(found["gradients"][name], whole) for name, whole in alone["gradients"].items()}
+    assert min(rounding.values()) > 1e-4 and max(rounding.values()) < 1e-2, rounding
+    assert relative(found["loss"][0], alone["loss"][0]) < 1e-9 and relative(found["norm"][0], alone["norm"][0]) < 1e-2
+
+
 @pytest.mark.parametrize("scope", ["whole", "sequence"])
 def test_balancing_scopes_do_not_depend_on_the_ranks(ranks, small_corpus, tmp_path, scope):
     overrides = [*small_corpus, *EXACT, f"model.balance.aux_scope={scope}", "model.balance.aux=0.1"]

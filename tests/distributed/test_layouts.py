@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 
 from bench.layouts import LAYOUTS, resumes, tiny
+from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNorm
 from parallel.layout import Dispatch, ParallelConfig, Recompute
 from precision.backend import Compute, PrecisionConfig
 from train.certify import EXACT, Outcome, Trial, compare, compare_layouts
-from train.figures import Case, measure_all
-from train.optimizer import OptimizerConfig
+from train.figures import Case, Figures, measure_all
+from train.optimizer import OptimizerConfig, OptimizerKind
+
+SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)
 
 
 def tried(ranks, count: int, config: ParallelConfig, top_k: int) -> Outcome:
@@ -31,6 +34,51 @@ def tried(ranks, count: int, config: ParallelConfig, top_k: int) -> Outcome:
 )
 def test_a_layout_computes_what_one_process_does(ranks, count, config, top_k):
     tried(ranks, count, config, top_k)
+
+
+def with_norm(norm: QKNorm) -> ModelConfig:
+    """Every layer normalises its queries and keys so."""
+    model = tiny(1)
+    return replace(model, layer_list=[replace(layer, qk_norm=norm) for layer in model.blocks])
+
+
+def compared(ranks, case: Case, count: int, config: ParallelConfig) -> list[Figures]:
+    """A run under the layout against one process: every figure. Returns what the ranks found."""
+    (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
+    found = [rank["run"] for rank in ranks(count, measure_all, config, {"run": case})]
+    for comparison in compare("run", wanted["run"], found, case):
+        assert comparison.passed, comparison
+    return found
+
+
+@pytest.mark.parametrize(
+    "model, count, config",
+    [
+        (replace(tiny(1), balance=BalanceConfig(aux=0.1, aux_scope=AuxScope.micro)), 2, ParallelConfig(tp=2)),
+        (with_norm(QKNorm.full), 2, ParallelConfig(tp=2)),
+        (with_norm(QKNorm.per_head), 2, ParallelConfig(tp=2)),
+        (replace(tiny(1), experts=2), 4, ParallelConfig()),
+        (tiny(2), 2, ParallelConfig(ep=2, recompute=Recompute.selective)),
+    ],
+    ids=["micro-scope-tp", "norm-over-all-heads-tp", "norm-per-head-tp", "experts-fewer-than-ranks", "selective-ep"],
+)
+def test_what_a_layout_must_know_of_the_model(ranks, model, count, config):
+    """One step. Under tp alone every rank cuts the same rows into the same micro-batches as one process."""
+    compared(ranks, Case(model, PrecisionConfig(Compute.float64), SGD), count, config)
+
+
+@pytest.mark.parametrize("dispatch", [Dispatch.all_to_all, Dispatch.all_gather])
+def test_experts_without_tokens_in_float32(ranks, dispatch):
+    """The grouped product, which float64 does not use, with no rows at all on the first rank."""
+    model = replace(tiny(1), balance=BalanceConfig(bias_rate=0.01))
+    case = Case(model, PrecisionConfig(Compute.float32), SGD, starve=True)
+    found = compared(ranks, case, 2, ParallelConfig(ep=2, dispatch=dispatch))
+    assert not any(counts.view(-1, 2, 4)[:, 0].any() for counts in found[0].counts)
+    experts = [name for name in found[0].gradients if ".experts." in name]
+    assert len(experts) == 2 * sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)
+    for name in experts:
+        idle, busy = (rank.gradients[name][1] for rank in found)
+        assert not idle.any() and busy.any(), name
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from core.errors import CheckpointError, ConfigError
 from core.files import locate, remove_tree
 from parallel.world import World
 from train import storage
-from train.checkpoint import MARKER, Checkpointer, committed_checkpoints, problems
+from train.checkpoint import MARKER, Checkpointer, CommittedWriter, committed_checkpoints, problems
 from train.parts import run_state
 
 CPU = torch.device("cpu")
@@ -104,6 +104,21 @@ def test_the_last_ones_are_kept(checkpointer):
     for step in (1, 2, 3, 4):
         save(checkpointer, step)
     assert [found.step for found in committed_checkpoints(checkpointer.directory)] == [3, 4]
+
+
+def test_the_one_before_stays_until_the_next_is_whole(checkpointer, monkeypatch):
+    """Even where only one is kept."""
+    checkpointer.keep, finish, there = 1, CommittedWriter.finish, []
+
+    def watched(writer, metadata, results):
+        there.append([found.step for found in committed_checkpoints(checkpointer.directory)])
+        finish(writer, metadata, results)
+
+    monkeypatch.setattr(CommittedWriter, "finish", watched)
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    assert there == [[], [1]]
+    assert [found.step for found in committed_checkpoints(checkpointer.directory)] == [2]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "marker"])

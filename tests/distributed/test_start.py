@@ -1,0 +1,64 @@
+"""What ranks settle before they train: that they are told the same, and whether their layout has a certificate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from core.errors import ConfigError
+from tests.train.tiny import EXACT, config, trainer
+from train import certificates
+from train.trainer import run
+
+
+def refused(root: Path, overrides: list[str]) -> str:
+    """What a run says whose ranks have seeds of their own."""
+    try:
+        run(config(root, "run", *overrides, f"run.seed={dist.get_rank()}"))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_other_seeds_are_refused(ranks, small_corpus, tmp_path):
+    said = ranks(2, refused, tmp_path, [*small_corpus, *EXACT])
+    assert said == ["configuration: rank 1 has another than the other ranks: start all with the same"] * 2
+    assert not (tmp_path / "run").exists()
+
+
+def saved(root: Path, overrides: list[str]) -> str | None:
+    begun = trainer(root, "run", overrides)
+    begun.train_step(0)
+    begun.save()
+    begun.checkpointer.wait()
+    begun.log("saved")
+    return begun.certificate
+
+
+@pytest.fixture
+def cache(small_corpus) -> Path:
+    """Where the corpus and certificates are kept."""
+    return Path(small_corpus[-1].removeprefix("data.cache="))
+
+
+def test_a_run_says_that_it_has_no_certificate(ranks, small_corpus, tmp_path):
+    assert ranks(2, saved, tmp_path, [*small_corpus, *EXACT]) == [None, None]
+    advice = "no certificate for these axes and this code; to have one: leviathan certify parallel.dp_shard=2"
+    assert (tmp_path / "run" / "log.txt").read_text().count(advice) == 1
+
+
+def test_checkpoints_name_the_certificate(ranks, small_corpus, tmp_path, cache):
+    path = certificates.keep({"pass": True, "axes": ["dp_shard"]}, cache)
+    try:
+        wanted = certificates.find({"dp_shard": 2}, cache)
+        assert wanted is not None
+        assert ranks(2, saved, tmp_path, [*small_corpus, *EXACT]) == [wanted, wanted]
+    finally:
+        path.unlink()
+    (progress,) = (tmp_path / "run").glob("checkpoints/*/progress.json")
+    assert json.loads(progress.read_text())["certificate"] == wanted
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "saved" in log and "no certificate" not in log

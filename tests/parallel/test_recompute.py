@@ -1,0 +1,63 @@
+"""What a step computes again: counted operation by operation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.layouts import tiny
+from model.balance import Balancer
+from parallel.apply import build
+from parallel.layout import ParallelConfig, Recompute
+from parallel.mesh import make_meshes
+from parallel.world import World
+from precision.backend import Compute, PrecisionConfig
+from train.engine import TorchEngine
+from train.figures import ROWS, MadeUpRows
+from train.optimizer import OptimizerConfig
+from train.step import optimizer_step
+
+COSTLY = ("mm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu")
+
+
+class Done(TorchDispatchMode):
+    """How often each operation of torch was carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.times[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(options or {}))
+
+
+def operations(mode: Recompute) -> Counter[str]:
+    """Those of one step in one process."""
+    world, model = World(0, 1, torch.device("cpu")), tiny(2)
+    meshes = make_meshes(ParallelConfig(recompute=mode).resolve(1), world)
+    network, specs = build(model, PrecisionConfig(Compute.float32), meshes, world.device, seed=1)
+    engine = TorchEngine(network, specs, OptimizerConfig(), meshes)
+    with Done() as done:
+        optimizer_step(engine, Balancer(network), MadeUpRows(model.vocab_size).batch(0, 0, ROWS), ROWS, None, 1.0)
+    return done.times
+
+
+@pytest.fixture(scope="module")
+def times() -> dict[Recompute, Counter[str]]:
+    return {mode: operations(mode) for mode in Recompute}
+
+
+@pytest.mark.parametrize("operation", COSTLY)
+def test_selective_recomputation_repeats_nothing_costly(times, operation):
+    none, selective, full = (times[mode][operation] for mode in Recompute)
+    assert 0 < none == selective < full
+
+
+def test_selective_recomputation_repeats_what_is_cheap(times):
+    none, selective, full = (times[mode]["silu"] for mode in Recompute)
+    assert 0 < none < selective == full
