@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from core.config import load
+from core.errors import ConfigError
 from tests.train.tiny import EXACT, figures
+from train.config import TrainConfig
 
 
 def relative(a: Any, b: Any) -> float:
@@ -127,6 +130,16 @@ def test_bfloat16_is_close_under_sharding(ranks, small_corpus, tmp_path):
     one, two = (ranks(n, figures, tmp_path, f"run{n}", overrides, 3)[0] for n in (1, 2))
     assert two["loss"] == pytest.approx(one["loss"], rel=2e-3)
     assert {w.dtype for w in two["weights"].values() if w.is_floating_point()} == {torch.float32}, "masters stay wide"
+
+
+def test_parameters_may_be_kept_in_bfloat16(ranks, small_corpus, tmp_path):
+    overrides = [*small_corpus, "optimizer=adamw", "optimizer.lr=1e-2", "precision=bf16", "precision.storage=bfloat16"]
+    one, two = (ranks(n, figures, tmp_path, f"run{n}", overrides, 6)[0] for n in (1, 2))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-2) and two["loss"][-1] < two["loss"][0] - 0.1
+    kept = {name: w.dtype for name, w in two["weights"].items() if w.is_floating_point() and "balance" not in name}
+    assert set(kept.values()) == {torch.bfloat16}, kept
+    with pytest.raises(ConfigError, match=r"precision\.storage=bfloat16: would lose what wider products gain"):
+        load("train", TrainConfig, ["precision=fp32", "precision.storage=bfloat16"])
 
 
 @pytest.mark.parametrize(

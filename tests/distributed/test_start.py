@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from core.config import plain
 from core.errors import ConfigError
 from tests.train.tiny import EXACT, config, trainer
 from train import certificates
+from train.certify import shrink, techniques
 from train.trainer import run
 
 
@@ -46,14 +48,16 @@ def cache(small_corpus) -> Path:
 
 def test_a_run_says_that_it_has_no_certificate(ranks, small_corpus, tmp_path):
     assert ranks(2, saved, tmp_path, [*small_corpus, *EXACT]) == [None, None]
-    advice = "no certificate for these axes and this code; to have one: leviathan certify parallel.dp_shard=2"
+    advice = f"no certificate for this layout and this code; to have one: leviathan certify {tmp_path / 'run'}"
     assert (tmp_path / "run" / "log.txt").read_text().count(advice) == 1
 
 
 def test_checkpoints_name_the_certificate(ranks, small_corpus, tmp_path, cache):
-    path = certificates.keep({"pass": True, "axes": ["dp_shard"]}, cache)
+    asked = config(tmp_path, "run", *small_corpus, *EXACT)
+    about = {"model": plain(shrink(asked.model, asked.parallel)), "techniques": techniques(asked.parallel)}
+    path = certificates.keep({"pass": True, "axes": ["dp_shard"], **about}, cache)
     try:
-        wanted = certificates.find({"dp_shard": 2}, cache)
+        wanted = certificates.find({"dp_shard": 2}, asked.model, asked.parallel, cache)
         assert wanted is not None
         assert ranks(2, saved, tmp_path, [*small_corpus, *EXACT]) == [wanted, wanted]
     finally:

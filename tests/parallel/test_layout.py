@@ -48,7 +48,8 @@ def refusal(world_size: int, *overrides: str) -> str:
         (2, ["parallel.cp=2"], "parallel.cp=2: is not available yet; try 1"),
         (2, ["parallel.tp=0"], "parallel.tp=0: must be positive"),
         (2, ["parallel.dp_shard=all"], "parallel.dp_shard=all: must be a number of ranks; try auto"),
-        (2, ["parallel.ep=2", "parallel.dispatch=deepep"], "parallel.dispatch=deepep: DeepEP is not installed: pip"),
+        (2, ["parallel.ep=2", "parallel.dispatch=deepep", "precision=bf16"], "DeepEP is not installed: pip install"),
+        (2, ["parallel.ep=2", "parallel.dispatch=deepep"], "parallel.dispatch=deepep: sends bfloat16 only; add prec"),
     ],
     ids=lambda value: " ".join(value) or "batch" if isinstance(value, list) else None,
 )  # fmt: skip

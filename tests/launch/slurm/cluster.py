@@ -102,12 +102,10 @@ class Cluster:
 
     def stop(self) -> None:
         """End every job and daemon."""
-        try:
-            self.client("scancel", "--signal=KILL", "--full", "--user=root")
-            self.client("scancel", "--user=root")
-            self.wait(lambda: not self.client("squeue", "-h").strip(), "empty queue", 30)
-        except (subprocess.CalledProcessError, TimeoutError):
-            pass
+        environment = os.environ | self.environment
+        for command in (["scancel", "--signal=KILL", "--full", "--user=root"], ["scancel", "--user=root"]):
+            subprocess.run(command, env=environment, capture_output=True)
+        time.sleep(2)
         for daemon in reversed(self._daemons.values()):
             daemon.send_signal(signal.SIGTERM)
         for daemon in self._daemons.values():
