@@ -50,6 +50,8 @@ class Node:
     restarts: int = 0
     job: str = ""
     """The same on all nodes of a job; empty where there is one node only."""
+    shows_output: bool = True
+    """Rank 0's output goes to the terminal, too."""
 
 
 class Interrupted(LeviathanError):
@@ -85,7 +87,7 @@ def run(node: Node) -> int:
         monitor_interval=0.1,
         local_addr=_own_address(node),
     )
-    agent = _Agent(spec, node.logs)
+    agent = _Agent(spec, node.logs, node.shows_output)
     closes = True
     try:
         return _exit_code(agent.run())
@@ -100,9 +102,10 @@ def run(node: Node) -> int:
 
 
 class _Agent(LocalElasticAgent):
-    def __init__(self, spec: WorkerSpec, logs: Path) -> None:
+    def __init__(self, spec: WorkerSpec, logs: Path, shows_output: bool) -> None:
         self.logs = logs
-        super().__init__(spec, RankLogs(logs), start_method="spawn", log_line_prefix_template="$role_name")
+        output = RankLogs(logs, shows_output)
+        super().__init__(spec, output, start_method="spawn", log_line_prefix_template="$role_name")
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         """All nodes take the same word for this attempt: each one's own count of restarts differs from the others'."""
@@ -134,9 +137,9 @@ class _Agent(LocalElasticAgent):
 class RankLogs(LogsSpecs):
     """Output of each rank in logs/rank-00000/, a file per start; rank 0's goes to the terminal as well."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, shows_output: bool) -> None:
         super().__init__(str(directory), redirects=Std.ALL)
-        self.directory = directory
+        self.directory, self.shows_output = directory, shows_output
 
     @property
     def root_log_dir(self) -> str:
@@ -152,7 +155,7 @@ class RankLogs(LogsSpecs):
             stem = folder / f"{number:03d}-{stamp}"
             found.stdouts[local], found.stderrs[local] = f"{stem}.out", f"{stem}.err"
             found.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{stem}.json"
-            if env["RANK"] == "0":
+            if env["RANK"] == "0" and self.shows_output:
                 found.tee_stdouts[local], found.tee_stderrs[local] = f"{stem}.out", f"{stem}.err"
         return found
 

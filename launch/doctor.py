@@ -9,7 +9,8 @@ import platform
 import re
 import resource
 import shutil
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ import torch
 import torch.distributed as dist
 
 from core import origin
+from core.config import load
+from core.errors import check_numbers
+from core.files import read_json
+from parallel.layout import ParallelConfig
+from train.config import RunConfig, TrainConfig
+from train.run_directory import write_config
 
 REQUIRED = (
     "torch",
@@ -38,18 +45,51 @@ SMALL_SHARED_MEMORY = 1 << 30
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """`json`: print the findings as JSON. `cache` and `runs`: folders whose disk is looked at."""
+    """`json`: print the findings as JSON. `cache` and `runs`: folders whose disk is looked at. `ranks`: start so many
+    on this machine and time the disk and each axis of `parallel` as well; as a first step on every node of a SLURM
+    job, that is launch.slurm.doctor=true.
+    """
 
     json: bool = False
     cache: str = "~/.cache/leviathan"
     runs: str = "runs"
+    ranks: int = 0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        check_numbers(self, not_negative=("ranks",))
+        if self.ranks:
+            self.parallel.resolve(self.ranks)
 
 
 def run(config: DoctorConfig) -> int:
-    """Print the findings; exit code 1 where something that every run needs is missing."""
+    """Print the findings; exit code 1 where something that every run needs is missing or a node is wrong."""
     found = examine(config)
-    print(json.dumps(found, indent=2) if config.json else _table(found))
-    return 1 if found["problems"] else 0
+    if not config.json:
+        print(_table(found), flush=True)
+    code = _measure(config, found) if config.ranks else 0
+    if config.json:
+        print(json.dumps(found, indent=2))
+    return 1 if found["problems"] or code else 0
+
+
+def _measure(config: DoctorConfig, found: dict[str, Any]) -> int:
+    """Run `launch.fabric` on ranks of this machine and take its findings."""
+    from launch.agent import Node
+    from launch.agent import run as start
+
+    with tempfile.TemporaryDirectory(prefix="leviathan-") as scratch:
+        folder = Path(scratch)
+        usual = load("train", TrainConfig, [])
+        asked = replace(usual, parallel=config.parallel, run=RunConfig(root=config.runs, name=".doctor"))
+        write_config(folder / "config.yaml", asked)
+        command = ("-m", "launch.fabric", str(folder / "config.yaml"), str(folder))
+        quiet = Node(command, config.ranks, folder / "logs", shows_output=not config.json)
+        code = start(quiet)
+        if (folder / "findings.json").exists():
+            found["ranks"] = read_json(folder / "findings.json")
+        shutil.rmtree(Path(config.runs) / ".doctor", ignore_errors=True)
+    return code
 
 
 def examine(config: DoctorConfig) -> dict[str, Any]:
@@ -68,6 +108,7 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
         },
         "cuda": {"toolkit": torch.version.cuda, "driver": _driver()},
         "devices": _devices(),
+        "precision": _precision(),
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "packages": packages,
         "optional": optional,
@@ -89,6 +130,14 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
 def _cores() -> int:
     """Cores that this process may use, which a container or `taskset` makes fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _precision() -> dict[str, str]:
+    """Who could do the matrix products here: "yes", or why not."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    float8 = "yes" if capability and capability >= (8, 9) else "no: needs a GPU of compute capability 8.9 or newer"
+    engine = "yes" if _version("transformer-engine") else "no: pip install transformer-engine[pytorch]"
+    return {"bf16": "yes", "float8": float8, "Transformer Engine": engine if float8 == "yes" else float8}
 
 
 def _driver() -> str | None:
@@ -138,6 +187,7 @@ def _table(found: dict[str, Any]) -> str:
     lines += [] if found["devices"] else [f"{'device':<20} no GPU: runs use the CPU"]
     lines += [f"{'CUDA ' + part:<20} {version or 'none'}" for part, version in found["cuda"].items()]
     lines += [f"{name:<20} {'yes' if there else 'no'}" for name, there in found["backends"].items()]
+    lines += [f"{name:<20} {answer}" for name, answer in found["precision"].items()]
     lines += [
         f"{name:<20} {version or 'missing'}" for name, version in {**found["packages"], **found["optional"]}.items()
     ]

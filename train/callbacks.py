@@ -84,12 +84,17 @@ class Logging(Callback):
             return
         self.last_loss = metrics.loss.item()
         refuse_nonsense(self.last_loss, steps)
+        slow = trainer.stragglers.read()
         now = time.perf_counter()
         seconds = now - self._clock - (trainer.paused_s - self._paused)
         self.throughput.add(seconds, metrics.tokens - self._tokens)
         self._clock, self._paused, self._tokens = now, trainer.paused_s, metrics.tokens
         line, self._logged = self._line(steps, metrics), steps
+        if slow:
+            line["slow_ranks"] = [vars(one) for one in slow]
         trainer.log(self._text(line, now))
+        for one in slow:
+            trainer.log(f"rank {one.rank} is slow: {one.kind} take {one.times_the_median:.1f} times the ranks' median")
         if self.writer is not None:
             self.writer.write(line)
 

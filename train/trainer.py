@@ -38,6 +38,7 @@ from train.metrics import Log
 from train.parts import run_state
 from train.run_directory import RunDirectory
 from train.step import StepResult, optimizer_step
+from train.stragglers import Stragglers
 
 LOCK_PATIENCE_S = 120.0
 
@@ -62,6 +63,7 @@ class Trainer:
         self.checkpointer = Checkpointer(directory.checkpoints, world, saving.keep, saving.asynchronous, log)
         self.meshes = make_meshes(config.parallel.resolve(world.size), world)
         self.certificate = world.from_main(self._certificate)
+        self.stragglers = Stragglers(world)
         self.step = self.tokens = 0
         self.paused_s = 0.0
         begun = world.from_main(lambda: bool(committed_checkpoints(directory.checkpoints)))
@@ -90,7 +92,9 @@ class Trainer:
         phase = self.phase(step)
         axis = self.meshes.rows
         rows = phase.global_batch // axis.size
+        begin = time.perf_counter()
         batch = self.loaders[phase.name].batch(step - phase.start, axis.rank * rows, (axis.rank + 1) * rows)
+        self.stragglers.loading_s += time.perf_counter() - begin
         factor, clip_norm = phase.learning_rate_factor(step), self.config.training.clip_norm
         result = optimizer_step(self.engine, self.balancer, batch, phase.micro_batch, clip_norm, factor)
         self.step, self.tokens = step + 1, self.tokens + phase.global_batch * phase.context

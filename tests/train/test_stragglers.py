@@ -1,0 +1,53 @@
+"""A slow rank is named once it has been slow for a while, and nobody is named without reason."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.train.tiny import EXACT, trainer
+from train import callbacks
+from train.stragglers import KINDS, STEADY, SlowRank, Stragglers
+
+
+def train(root: Path, overrides: list[str], slow: int | None) -> None:
+    run = trainer(root, "run", [*overrides, "logging.every=1"])
+    if dist.get_rank() == slow:
+        honest = run.stragglers.probe
+        run.stragglers.probe = lambda: honest() + 0.05
+        load = next(iter(run.loaders.values()))
+        batch = load.batch
+        load.batch = lambda *arguments: (time.sleep(0.1), batch(*arguments))[1]
+    logging = callbacks.Logging(run)
+    for step in range(STEADY + 1):
+        logging.after_step(step + 1, run.train_step(step))
+
+
+@pytest.mark.parametrize("slow", [1, None])
+def test_a_slow_rank_is_named_in_the_metrics(ranks, small_corpus, tmp_path, slow):
+    ranks(2, train, tmp_path, [*small_corpus, *EXACT], slow)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    named = [[(one["rank"], one["kind"]) for one in line.get("slow_ranks", [])] for line in lines]
+    if slow is None:
+        assert not any(named)
+        return
+    assert named == [[]] * (STEADY - 1) + [[(1, kind) for kind in KINDS]] * 2
+    assert "rank 1 is slow: matrix products take" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_one_bad_reading_between_good_ones_names_nobody():
+    stragglers = Stragglers(trainer_world())
+    slow, well = [[0.01, 0.0], [0.01, 0.0], [0.02, 0.0]], [[0.01, 0.0]] * 3
+    assert [stragglers.judge(seconds) for seconds in (slow, slow, well, slow, slow)] == [[]] * 5
+    assert stragglers.judge(slow) == [SlowRank(2, KINDS[0], 2.0)]
+    assert not Stragglers(trainer_world()).judge([[1e-4, 0.0], [1e-3, 0.0]]), "too short to say anything"
+
+
+def trainer_world():
+    from parallel.world import connect
+
+    return connect()

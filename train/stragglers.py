@@ -1,0 +1,78 @@
+"""A rank that is steadily slower than its peers: found by a small piece of work that every rank does by itself.
+
+All ranks wait for the slowest one, so step times are the same everywhere and say nothing. What is compared is what a
+rank does alone: some matrix products on its device, and making its part of the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from parallel.world import World
+
+SLOW = 1.5
+"""Times the median of all ranks."""
+STEADY = 3
+"""Readings in a row."""
+LEAST_S = 2e-3
+"""What takes less than this is noise."""
+KINDS = ("matrix products", "batches")
+
+
+@dataclass(frozen=True)
+class SlowRank:
+    rank: int
+    kind: str
+    times_the_median: float
+
+
+class Stragglers:
+    """Reads every rank's times and remembers how often in a row each has been slow."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.loading_s = 0.0
+        """Add the seconds that this rank has spent on making batches; a reading begins anew."""
+        self._slow: dict[tuple[int, int], int] = {}
+        size = 2048 if world.device.type == "cuda" else 192
+        self._a, self._b = (torch.ones(size, size, device=world.device) for _ in range(2))
+
+    def read(self) -> list[SlowRank]:
+        """Who has been slow in this reading and the `STEADY - 1` before; the same on every rank."""
+        if self.world.size == 1:
+            return []
+        own = torch.tensor([self.probe(), self.loading_s], dtype=torch.float64, device=self.world.device)
+        self.loading_s = 0.0
+        all_ranks = [torch.empty_like(own) for _ in range(self.world.size)]
+        self.world.pulse.begin("world", "slow ranks")
+        dist.all_gather(all_ranks, own)
+        return self.judge([rank.tolist() for rank in all_ranks])
+
+    def probe(self) -> float:
+        """Seconds of a few products, the best of some tries: an interruption by the system is no slow device."""
+        best = float("inf")
+        for _ in range(4):
+            begin = time.perf_counter()
+            for _ in range(4):
+                torch.mm(self._a, self._b)
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+    def judge(self, seconds: list[list[float]]) -> list[SlowRank]:
+        """`seconds`: per rank, one for each of `KINDS`."""
+        found = []
+        for kind, name in enumerate(KINDS):
+            values = [rank[kind] for rank in seconds]
+            median = sorted(values)[(len(values) - 1) // 2]
+            for rank, value in enumerate(values):
+                slow = value > max(SLOW * median, LEAST_S)
+                self._slow[rank, kind] = self._slow.get((rank, kind), 0) + 1 if slow else 0
+                if self._slow[rank, kind] >= STEADY:
+                    found.append(SlowRank(rank, name, round(value / max(median, 1e-9), 2)))
+        return found
