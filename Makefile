@@ -4,12 +4,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help smoke test test-all test-gpu lint bench clean
+.PHONY: help smoke test test-all test-gpu slurm lint bench clean
 
 help:
 	@echo "make smoke     train the default model on this machine (a few minutes on two cores)"
 	@echo "make test      the tests (under 12 minutes on two cores)"
 	@echo "make test-all  the tests and the slow ones"
+	@echo "make slurm     install SLURM for the tests that need it (Debian, as root; part of test-all)"
 	@echo "make test-gpu  the tests that need a GPU"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     side-by-side measurements"
@@ -30,8 +31,12 @@ smoke: $(STAMP)
 test: $(STAMP)
 	$(RUN) -m pytest -m "not slow and not gpu"
 
-test-all: $(STAMP)
+test-all: $(STAMP) slurm
 	$(RUN) -m pytest -m "not gpu"
+
+slurm:
+	@command -v sbatch munge >/dev/null && test -x /usr/sbin/slurmctld || \
+	  { apt-get update -qq; apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
 
 test-gpu: $(STAMP)
 	$(RUN) -m pytest -m gpu

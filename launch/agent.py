@@ -33,6 +33,7 @@ from core.ranks import ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
 PATIENCE_S = 600  # for ranks that save after a signal
 KILL_AFTER_S = 20  # for ranks whose neighbour has crashed: there is nothing to save
 JOIN_S = 600
+END_TOGETHER_S = 60  # for the other nodes, when this one's ranks are done
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
@@ -105,7 +106,13 @@ class _Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: Path, shows_output: bool) -> None:
         self.logs = logs
         output = RankLogs(logs, shows_output)
-        super().__init__(spec, output, start_method="spawn", log_line_prefix_template="$role_name")
+        super().__init__(
+            spec,
+            output,
+            start_method="spawn",
+            exit_barrier_timeout=END_TOGETHER_S,
+            log_line_prefix_template="$role_name",
+        )
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         """All nodes take the same word for this attempt: each one's own count of restarts differs from the others'."""

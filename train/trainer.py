@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from core.config import plain
+from core.errors import LeviathanError
 from core.files import write_json
 from core.origin import sources_digest
 from core.ranks import INTERRUPTED
@@ -107,7 +108,7 @@ class Trainer:
             self.log(f"run: {self.directory.path}")
             return 0
         extras = callbacks.make(self)
-        with Interruption() as interruption:
+        with Interruption() as interruption, self._finished_saves():
             for step in range(self.step, self.steps):
                 for extra in extras:
                     extra.before_step(step)
@@ -147,6 +148,15 @@ class Trainer:
             yield
         self.paused_s += time.perf_counter() - begin
         self.meshes.traffic.bytes = Counter(bytes_before)
+
+    @contextmanager
+    def _finished_saves(self) -> Iterator[None]:
+        """An error that all ranks raise must not cost the checkpoint that is being written."""
+        try:
+            yield
+        except LeviathanError:
+            self.checkpointer.wait()
+            raise
 
     def _must_stop(self, interruption: Interruption, step: int) -> bool:
         """All ranks must leave at the same step. On GPUs they are asked only where metrics wait for the device."""

@@ -64,13 +64,13 @@ def test_injected_gradients_equal_the_loss_written_out(score, scope, top_k):
     router = Router(D, E, config, balance).double()
     torch.nn.init.normal_(router.weight)
     x = torch.randn(B, T, D, dtype=torch.float64)
-    choice = router(x, routed_tokens=77.0)
-    factor = torch.randn_like(choice.weights_TK)
-    (choice.weights_TK * factor).sum().backward()
+    experts_BTK, weights_BTK = router(x, routed_tokens=77.0)
+    factor = torch.randn_like(weights_BTK)
+    (weights_BTK * factor).sum().backward()
 
     weight = router.weight.detach().clone().requires_grad_()
     scores = (x @ weight.T).sigmoid() if score is Score.sigmoid else (x @ weight.T).softmax(-1)
-    plain = (scores.flatten(0, 1).gather(1, choice.experts_TK) * factor).sum()
+    plain = (scores.gather(-1, experts_BTK) * factor).sum()
     loss, sums = written_out(x, weight, config, balance, 77.0)
     (plain + loss).backward()
     torch.testing.assert_close(router.weight.grad, weight.grad, rtol=1e-10, atol=1e-10)
@@ -78,7 +78,7 @@ def test_injected_gradients_equal_the_loss_written_out(score, scope, top_k):
 
     weight.grad = None
     scores = (x @ weight.T).sigmoid() if score is Score.sigmoid else (x @ weight.T).softmax(-1)
-    (scores.flatten(0, 1).gather(1, choice.experts_TK) * factor).sum().backward()
+    (scores.gather(-1, experts_BTK) * factor).sum().backward()
     assert not torch.allclose(router.weight.grad, weight.grad), "control: without the terms the gradient differs"
 
 
@@ -137,11 +137,11 @@ def test_whole_scope_uses_last_steps_frozen_load():
     router = Router(D, E, RouterConfig(), config).double()
     torch.nn.init.normal_(router.weight)
     x = torch.randn(B, T, D, dtype=torch.float64)
-    router(x, 1.0).weights_TK.sum().mul(0).backward()
+    router(x, 1.0)[1].sum().mul(0).backward()
     assert router.weight.grad.abs().max() < 1e-12, "an even load, as before the first step, pulls nowhere"
     router.balance.step(torch.tensor([9, 1, 1, 1]))
     router.weight.grad = None
-    router(x, 1.0).weights_TK.sum().mul(0).backward()
+    router(x, 1.0)[1].sum().mul(0).backward()
     moved = (x.flatten(0, 1) @ (router.weight - 0.01 * router.weight.grad).T).sigmoid()
     p = (moved / moved.sum(-1, keepdim=True)).mean(0)
     before = (x.flatten(0, 1) @ router.weight.T).sigmoid()
@@ -160,7 +160,7 @@ def test_balancing_evens_a_skewed_router(balance):
             router.weight[0] += 0.2  # every token likes expert 0
         for _ in range(60):
             x = torch.randn(B, 64, D) + offset
-            router(x, float(B * 64)).weights_TK.sum().mul(0).backward()
+            router(x, float(B * 64))[1].sum().mul(0).backward()
             optimizer.step()
             optimizer.zero_grad()
             counts = router.balance.counts_E.clone()
@@ -174,9 +174,9 @@ def test_balancing_evens_a_skewed_router(balance):
 def test_forced_balance_spreads_tokens_evenly():
     router = Router(D, E, RouterConfig(top_k=2, force_balanced=True), BalanceConfig())
     torch.nn.init.ones_(router.weight)
-    choice = router(torch.randn(2, 10, D), None)
-    assert torch.bincount(choice.experts_TK.flatten(), minlength=E).tolist() == [10] * E
-    assert all(len(set(row)) == 2 for row in choice.experts_TK.tolist())
+    experts_BTK, _ = router(torch.randn(2, 10, D), None)
+    assert torch.bincount(experts_BTK.flatten(), minlength=E).tolist() == [10] * E
+    assert all(len(set(row)) == 2 for row in experts_BTK.flatten(0, 1).tolist())
 
 
 def test_balancing_terms_without_a_token_count_are_refused():

@@ -1,0 +1,192 @@
+"""Jobs on a real SLURM: whatever hits them, they go on by themselves to the same losses, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch.slurm.cluster import Cluster
+from tests.launch.test_command import BIN
+
+pytestmark = pytest.mark.slow
+
+STEPS = 80
+SMOKE = [
+    "experiment=smoke",
+    f"training.steps={STEPS}",
+    "logging.every=1",
+    "logging.report=false",
+    "checkpoint.every=20",
+    "evaluation.rows=4",
+    "evaluation.baselines=false",
+]
+TWO_NODES = ["launch.nodes=2", "launch.processes=1", "parallel.ep=2", "launch.slurm.save_s=60"]
+
+
+class User:
+    """Somebody at the login node, in a folder that all nodes share."""
+
+    def __init__(self, cluster: Cluster, home: Path) -> None:
+        self.cluster, self.home = cluster, home
+        self.environment = {**os.environ, **cluster.environment, "OMP_NUM_THREADS": "1"}
+
+    def leviathan(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [str(BIN / "leviathan"), *arguments]
+        return subprocess.run(line, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=60)
+
+    def submit(self, name: str, *overrides: str) -> str:
+        """Returns the job's number."""
+        slurm = ["launch=slurm", "launch.slurm.follow=false", *TWO_NODES, "launch.slurm.time=20"]
+        done = self.leviathan("train", *SMOKE, f"run.name={name}", *slurm, *overrides)
+        assert done.returncode == 0, done.stderr
+        return json.loads((self.home / "jobs" / name / "job.json").read_text())["number"]
+
+    def log(self, name: str, task: int = 0) -> str:
+        path = self.home / "jobs" / name / f"log-{task}.txt"
+        return path.read_text() if path.exists() else ""
+
+    def figures(self, name: str) -> dict[int, tuple[float, float]]:
+        path = self.home / "runs" / name / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines if "loss" in line}
+
+    def heldout(self, name: str) -> float:
+        return json.loads((self.home / "runs" / name / "summary.json").read_text())["heldout_loss"]
+
+    def has_step(self, name: str, step: int) -> Callable[[], bool]:
+        return lambda: step in self.figures(name)
+
+    def state(self, number: str) -> str:
+        return self.cluster.client("scontrol", "show", "job", "-o", number).partition("JobState=")[2].split()[0]
+
+    def wait_for_end(self, name: str, number: str, seconds: float = 240) -> str:
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        try:
+            self.cluster.wait(lambda: self.state(number) in ended, "end of the job", seconds)
+        except TimeoutError:
+            raise AssertionError(f"{self.state(number)}:\n{self.log(name)}") from None
+        return self.state(number)
+
+
+@pytest.fixture(scope="module")
+def user(cluster, tmp_path_factory) -> Iterator[User]:
+    yield User(cluster, tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(user) -> tuple[dict[int, tuple[float, float]], float]:
+    """Every loss and norm of a two-node job that nothing happened to, and its held-out loss."""
+    number = user.submit("calm")
+    assert user.wait_for_end("calm", number) == "COMPLETED", user.log("calm")
+    found = user.figures("calm")
+    assert sorted(found) == list(range(1, STEPS + 1)) and found[STEPS][0] < found[1][0] - 1
+    assert "going on from" not in user.log("calm")
+    return found, user.heldout("calm")
+
+
+def test_warned_by_a_signal_it_saves_and_goes_on(cluster, user, undisturbed):
+    number = user.submit("warned")
+    cluster.wait(user.has_step("warned", 25), "step 25", 90)
+    cluster.client("scancel", "--signal=USR1", number)
+    assert user.wait_for_end("warned", number) == "COMPLETED", user.log("warned")
+    assert (user.figures("warned"), user.heldout("warned")) == undisturbed
+    log = user.log("warned")
+    assert "interrupted after step" in log and "leviathan: queued again, to go on from step" in log
+    assert log.count("going on from step-") == 1
+
+
+def test_a_node_that_dies_is_replaced(cluster, user, undisturbed):
+    number = user.submit("bereft")
+    cluster.wait(user.has_step("bereft", 25), "step 25", 90)
+    nodes = cluster.client("squeue", "-h", "-j", number, "-o", "%N").strip()
+    victim = cluster.client("scontrol", "show", "hostnames", nodes).split()[1]
+    cluster.kill_node(victim)
+    try:
+        assert user.wait_for_end("bereft", number) == "COMPLETED", user.log("bereft")
+    finally:
+        cluster.start_node(victim)
+    assert (user.figures("bereft"), user.heldout("bereft")) == undisturbed
+    assert "going on from step-00000020" in user.log("bereft")
+
+
+def test_the_time_limit_is_no_end(user, undisturbed):
+    """Two minutes, of which one is kept for saving: evaluating at every step, the run takes longer than that."""
+    number = user.submit("short", "launch.slurm.time=2", "evaluation.every=1", "evaluation.rows=24")
+    assert user.wait_for_end("short", number, 400) == "COMPLETED", user.log("short")
+    assert user.figures("short") == undisturbed[0]
+    log = user.log("short")
+    assert 1 <= log.count("leviathan: queued again, to go on from step") == log.count("going on from step-")
+
+
+def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(user):
+    rates = (0.001, 0.002, 0.004, 0.008)
+    one_node = ["launch.nodes=1", "launch.slurm.cpus=1", "launch.slurm.memory=2000", "parallel.ep=1"]
+    number = user.submit("sweep", *one_node, "training.steps=10", f"optimizer.lr={','.join(map(str, rates))}")
+    for task in range(4):
+        assert user.wait_for_end("sweep", f"{number}_{task}") == "COMPLETED", user.log("sweep", task)
+    firsts = [user.figures(f"sweep-{task}")[10][0] for task in range(4)]
+    assert len(set(firsts)) == 4
+    listed = user.leviathan("jobs").stdout
+    assert all(f"{number}_{task}" in listed and f"sweep-{task}" in listed for task in range(4)), listed
+    done = user.leviathan("report", *(f"runs/sweep-{task}" for task in range(4)))
+    assert done.returncode == 0, done.stderr
+    page = Path(done.stdout.strip().split()[-1])
+    text = (page if page.is_absolute() else user.home / page).read_text()
+    assert all(f"sweep-{task}" in text for task in range(4))
+
+
+def test_cancelled_it_saves_and_stays_cancelled(cluster, user):
+    number = user.submit("unwanted")
+    cluster.wait(user.has_step("unwanted", 5), "step 5", 90)
+    done = user.leviathan("jobs", "cancel", "unwanted")
+    assert done.returncode == 0 and "it saves first" in done.stdout
+    assert user.wait_for_end("unwanted", number) == "CANCELLED"
+    cluster.wait(lambda: "interrupted after step" in user.log("unwanted"), "saved checkpoint", 30)
+    time.sleep(8)  # a job that is queued again is eligible after five
+    assert user.state(number) == "CANCELLED", user.log("unwanted")
+
+
+def test_a_wrong_node_is_found_by_the_doctor_and_left_out(cluster, user, tmp_path):
+    """On the second node only a few files may be open."""
+    wrapper = tmp_path / "python"
+    python = BIN / "python"
+    wrapper.write_text(f'#!/bin/bash\n[ "$SLURMD_NODENAME" = n2 ] && ulimit -n 512\nexec {python} "$@"\n')
+    wrapper.chmod(0o755)
+    number = user.submit("picky", "training.steps=3", "launch.slurm.doctor=true", f"launch.slurm.python={wrapper}")
+    assert user.wait_for_end("picky", number) == "COMPLETED", user.log("picky")
+    log = user.log("picky")
+    assert "WRONG n2: rank" in log and "only 512 files may be open" in log
+    assert "leviathan: queued again without n2" in log and "all nodes are well" in log
+    assert "ExcNodeList=n2" in cluster.client("scontrol", "show", "job", "-o", number)
+
+
+def test_a_wrong_configuration_is_not_queued_again(user):
+    number = user.submit("wrong", "model.vocab_size=128")
+    assert user.wait_for_end("wrong", number) == "FAILED"
+    log = user.log("wrong")
+    assert log.count("the tokenizer has 1024 ids") == 1 and "not queued again: the same error would come again" in log
+
+
+def test_a_folder_that_a_node_does_not_see_is_told(cluster, user):
+    """The first node's shell hides it."""
+    number = user.submit("hidden", f"launch.slurm.setup=['mv {user.home}/jobs/hidden/config-0.yaml {user.home}/away']")
+    assert user.wait_for_end("hidden", number) == "FAILED"
+    assert "must be on a file system that all nodes share" in user.log("hidden")
+
+
+def test_followed_to_its_end_and_chained(user):
+    slurm = ["launch=slurm", *TWO_NODES, "launch.slurm.time=10"]
+    first = user.leviathan("train", *SMOKE, "training.steps=3", "run.name=first", *slurm)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "step 3/3" in first.stdout and "COMPLETED" in first.stdout
+    rejected = user.leviathan("train", *SMOKE, "run.name=huge", *slurm, "launch.nodes=4", "training.global_batch=8")
+    assert rejected.returncode == 2
+    assert "the job was rejected: sbatch: " in rejected.stderr and "More processors requested" in rejected.stderr
+    number = user.submit("second", "training.steps=3", "launch.slurm.dependency=afterok:first")
+    assert user.wait_for_end("second", number) == "COMPLETED", user.log("second")

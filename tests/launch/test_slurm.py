@@ -1,0 +1,247 @@
+"""What SLURM is asked for, when a job is queued again, and what is refused: with stand-ins for SLURM's commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.config import build, expand, load
+from core.errors import ConfigError
+from launch.cli import main
+from launch.node import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
+from launch.requeue import decide
+from launch.settings import LaunchConfig, SlurmConfig, check_interval, seconds
+from launch.slurm import Job, render
+from train.config import TrainConfig
+
+SCRIPT = """#!/bin/bash
+# Rendered by `leviathan train launch=slurm`; the configuration is in /shared/jobs/big.
+#SBATCH --job-name=big
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=1-00:00:00
+#SBATCH --partition=gpu
+#SBATCH --account=lab
+#SBATCH --constraint=h100
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=96
+#SBATCH --mem=0
+#SBATCH --exclude=bad1,bad2
+#SBATCH --dependency=afterok:17
+#SBATCH --array=0-3%2
+#SBATCH --output=/shared/jobs/big/log-%a.txt
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --exclusive
+#SBATCH --qos=high
+
+module load cuda/13
+export PYTHONSAFEPATH=1
+export NCCL_DEBUG='WARN, please'
+ulimit -l unlimited
+
+# srun's tasks get the signals, too: this shell waits until they have saved
+trap : TERM USR1
+
+srun --kill-on-bad-exit=0 --wait=300 apptainer exec --nv a.sif /venv/python -u -m launch.node doctor /shared/jobs/big
+code=$?
+[ $code = 0 ] || exec apptainer exec --nv a.sif /venv/python -m launch.requeue /shared/jobs/big $code
+
+srun --kill-on-bad-exit=0 --wait=300 apptainer exec --nv a.sif /venv/python -u -m launch.node train /shared/jobs/big &
+step=$!
+wait $step; code=$?
+while kill -0 $step 2>/dev/null; do wait $step; code=$?; done  # a signal ends only `wait`
+exec apptainer exec --nv a.sif /venv/python -m launch.requeue /shared/jobs/big $code
+"""
+
+
+def test_the_script_asks_for_what_was_configured():
+    slurm = {
+        "time": "1-00:00:00",
+        "partition": "gpu",
+        "account": "lab",
+        "constraint": "h100",
+        "gres": "gpu:8",
+        "cpus": 96,
+        "memory": "0",
+        "exclusive": True,
+        "exclude": ["bad1", "bad2"],
+        "dependency": "afterok:17",
+        "options": ["--qos=high"],
+        "modules": ["cuda/13"],
+        "environment": {"NCCL_DEBUG": "WARN, please"},
+        "setup": ["ulimit -l unlimited"],
+        "container": "apptainer exec --nv a.sif",
+        "python": "/venv/python",
+        "together": 2,
+        "save_s": 600,
+        "doctor": True,
+    }
+    launch = build(LaunchConfig, {"kind": "slurm", "nodes": 4, "processes": 8, "slurm": slurm})
+    assert render(Job(Path("/shared/jobs/big"), "", [Path(f"/runs/big-{i}") for i in range(4)]), launch) == SCRIPT
+
+
+def test_what_is_not_configured_is_not_asked_for():
+    launch = build(LaunchConfig, {"kind": "slurm", "processes": 8})
+    lines = render(Job(Path("/shared/jobs/a b"), "", [Path("/runs/x")]), launch).splitlines()
+    asked = [line.split("--")[1].split("=")[0] for line in lines if line.startswith("#SBATCH")]
+    assert asked == ["job-name", "nodes", "ntasks-per-node", "output", "open-mode", "signal", "requeue"]
+    assert (
+        f"srun --kill-on-bad-exit=0 --wait=300 {sys.executable} -u -m launch.node train '/shared/jobs/a b' &" in lines
+    )
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [("90", 5400), ("1:30", 90), ("1:30:00", 5400), ("2-0", 172800), ("1-2:30", 95400), ("0-0:0:5", 5), ("soon", None)],
+)
+def test_times_are_read_as_sbatch_does(text, wanted):
+    assert seconds(text) == wanted
+
+
+LAUNCH = {
+    "launch=slurm": "launch.processes: say how many ranks each node gets, usually its number of GPUs; try 8",
+    "launch=slurm launch.processes=1 launch.slurm.time=soon": "launch.slurm.time=soon: must read as sbatch's --time",
+    "launch=slurm launch.processes=1 launch.slurm.time=4": "launch.slurm.time=4: is not longer than the 300 s kept",
+    "launch=slurm launch.processes=1 launch.nodes=3": "training.global_batch=8: must divide into dp_replicate",
+    "launch=slurm launch.processes=1": "launch=slurm: sbatch is not on this machine: submit from a login node",
+    "launch=torchrun launch.nodes=2": "launch.node_rank: each node's command needs a number of its own; try 0 or 1",
+    "launch=torchrun launch.nodes=2 launch.node_rank=2": "launch.node_rank=2: each node's command needs a number",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1": "launch.rendezvous: several nodes meet at a port of node 0",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous=node0": "launch.rendezvous=node0: must be",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.processes=1 launch.rendezvous=a:1": "run.name: several",
+    "launch=torchrun launch.node_rank=0": "launch.node_rank=0: one node needs none; add launch.nodes=2",
+    "launch=torchrun launch.restarts=-1": "launch.restarts=-1: must not be negative",
+}
+
+
+@pytest.mark.parametrize("overrides, message", LAUNCH.items(), ids=LAUNCH.keys())
+def test_launches_that_cannot_work_are_one_line(capsys, monkeypatch, tmp_path, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["train", *overrides.split()]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"leviathan: error: {message}"), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Stand-ins for SLURM's commands, each a shell script of one line."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+
+    def put(**lines: str) -> None:
+        for name, line in lines.items():
+            (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+            (folder / name).chmod(0o755)
+
+    put(sbatch="echo 17", sinfo="printf 'main\\ngpu\\n'", scontrol="echo JobId=17 JobState=RUNNING Reason=None")
+    return put
+
+
+SUBMIT = ["train", "run.name=x", "launch=slurm", "launch.processes=1", "launch.slurm.follow=false"]
+
+
+def test_a_job_keeps_what_was_submitted(commands, tmp_path, capsys):
+    assert main([*SUBMIT, "optimizer.lr=1e-3,2e-3"]) == 0
+    assert "job 17: " in capsys.readouterr().out
+    stored = json.loads((tmp_path / "jobs" / "x" / "job.json").read_text())
+    assert stored["number"] == "17" and [Path(run).name for run in stored["runs"]] == ["x-0", "x-1"]
+    assert "#SBATCH --array=0-1\n" in (tmp_path / "jobs" / "x" / "job.sh").read_text()
+    assert "lr: 0.002" in (tmp_path / "jobs" / "x" / "config-1.yaml").read_text()
+    assert main(["jobs"]) == 0
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["17_0", "x-0", "RUNNING"],
+        ["17_1", "x-1", "RUNNING"],
+    ]
+
+
+REJECTS = "[ $1 = --version ] || { echo 'sbatch: error: submission failed: Invalid account' >&2; exit 1; }"
+
+
+@pytest.mark.parametrize(
+    "overrides, scripts, message",
+    [
+        ([], {"sbatch": REJECTS}, "the job was rejected: sbatch: sbatch: error: submission failed: Invalid account"),
+        (["launch.slurm.partition=gpus"], {}, "launch.slurm.partition=gpus: no such partition; try gpu or main"),
+        (["launch.slurm.dependency=afterok:y"], {}, "y is no job's number and no job in"),
+        (["run.name=again"], {}, "run.name=again: job 17 of that name is not over; try another name"),
+    ],
+    ids=["rejected", "partition", "dependency", "twice"],
+)
+def test_what_slurm_would_not_take_is_one_line(commands, capsys, overrides, scripts, message):
+    if overrides == ["run.name=again"]:
+        assert main([*SUBMIT, *overrides]) == 0
+    commands(**scripts)
+    capsys.readouterr()
+    assert main([*SUBMIT, *overrides]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_a_job_that_leaves_no_log_says_where_to_look(commands, capsys):
+    assert main([*SUBMIT, "run.name=silent"]) == 0
+    commands(scontrol="echo JobId=17 JobState=FAILED Reason=None")
+    assert main(["jobs", "show", "silent"]) == 1
+    assert "left no log in" in capsys.readouterr().out
+    assert main(["jobs", "show", "nobody"]) == 2
+    assert "job=nobody: no such job was submitted from here; try silent" in capsys.readouterr().err
+
+
+def test_a_checkpoint_interval_longer_than_the_time_limit_is_refused():
+    config = load("train", TrainConfig, ["checkpoint.every=100"])
+    slurm = SlurmConfig(time="10", save_s=60)
+    check_interval(config, slurm, 5.0)
+    check_interval(config, slurm, None)
+    with pytest.raises(ConfigError, match=r"checkpoint\.every=100: 600 s at the 6\.00 s per step .*; try 90"):
+        check_interval(config, slurm, 6.0)
+
+
+HISTORY = {"step": 40, "fruitless": 2, "excluded": ["n7"]}
+
+
+@pytest.mark.parametrize(
+    "code, step, bad, wanted, excluded",
+    [
+        (0, 40, (), 0, ()),
+        (CANCELLED, 40, (), 130, ()),
+        (WARNED, 60, (), None, ("n7",)),
+        (WARNED, 40, (), 1, ()),
+        (128 + signal.SIGUSR1, 60, (), None, ("n7",)),
+        (FINAL + 2, 60, (), 2, ()),
+        (FINAL + 1, 60, (), 1, ()),
+        (3, 40, ("n2",), None, ("n2", "n7")),
+        (3, 60, (), None, ("n7",)),
+        (137, 60, (), None, ("n7",)),
+        (FAILED_NODE, 40, ("n2",), None, ("n2", "n7")),
+    ],
+)
+def test_when_a_job_is_queued_again(code, step, bad, wanted, excluded):
+    decision = decide(code, HISTORY, step, 3, bad)
+    assert decision.exit_code == wanted and decision.exclude == excluded, decision.why
+
+
+def test_a_job_that_gets_nowhere_ends():
+    assert decide(3, {"step": 40, "fruitless": 3}, 40, 3, ()).exit_code == 1
+    assert decide(3, {"step": 40, "fruitless": 3}, 41, 3, ()).exit_code is None, "control: it got on"
+    assert decide(3, {}, -1, 3, ()).exit_code is None and decide(3, {}, -1, 0, ()).exit_code == 1
+
+
+def test_codes_of_ranks_say_whether_to_try_again():
+    assert [code_for(code) for code in (1, 2, 3, 130)] == [FINAL + 1, FINAL + 2, 3, WARNED]
+
+
+def test_a_sweep_is_every_combination():
+    assert expand(["a=1,2", "b=x", "c=range(0,2)", "d=[1,2]"]) == [
+        [f"a={a}", "b=x", f"c={c}", "d=[1,2]"] for a in (1, 2) for c in (0, 1)
+    ]
+    assert expand(["a="]) == [["a="]] and expand(["]["]) == [["]["]], "what is wrong is told by composing"
