@@ -71,9 +71,8 @@ def run(node: Node) -> int:
     Raises `Interrupted` after a signal, `LeviathanError` where a rank was ended by a signal of its own, `ConfigError`
     for a rendezvous that cannot be.
     """
-    for name in ("api", "local_elastic_agent"):  # told below instead
-        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
+    for name in ("multiprocessing.api", "agent.server.api", "rendezvous.dynamic_rendezvous"):  # told below instead
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ["PYTHONSAFEPATH"] = "1"  # a train.py in the current folder would win against `-m train`
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // node.ranks)))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _SIGNALS
@@ -174,8 +173,8 @@ def told(result: RunResult, logs: Path) -> Iterator[str]:
     foreseen = {rank: failure for rank, failure in result.failures.items() if _is_final(failure.exitcode)}
     if foreseen:
         rank = min(foreseen)
-        if rank != 0 and foreseen[rank].exitcode != INTERRUPTED:
-            yield f"leviathan: error: {_last_line(logs, rank)}"
+        if rank != 0 and foreseen[rank].exitcode != INTERRUPTED and (line := _last_line(logs, rank)):
+            yield f"leviathan: error: {line}"
         return
     causes = []
     for rank, failure in result.failures.items():

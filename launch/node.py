@@ -28,6 +28,7 @@ PORTS = range(20000, 60000)
 
 def main(arguments: list[str]) -> int:
     """Run this node's ranks; returns a code for launch/requeue.py."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that went with its node is told in a line
     signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(WARNED))  # until the agent listens
     what, folder = arguments[0], Path(arguments[1])
     task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
@@ -75,12 +76,12 @@ def node(what: str, folder: Path, task: int) -> Node:
     port = PORTS[(int(job) * 101 + int(attempt) * 13 + (what == "doctor")) % len(PORTS)]
     module = {
         "train": ("-m", "train", "--config", str(path)),
-        "doctor": ("-m", "launch.fabric", str(path), str(folder)),
+        "doctor": ("-m", "launch.fabric", str(path), str(folder / "doctor")),
     }
     return Node(
         command=module[what],
         ranks=launch.ranks_per_node,
-        logs=RunDirectory.of(config).logs if what == "train" else folder / "doctor",
+        logs=RunDirectory.of(config).logs if what == "train" else folder / "doctor" / "logs",
         nodes=launch.nodes,
         is_first=environment["SLURM_NODEID"] == "0",
         rendezvous=(environment["SLURM_LAUNCH_NODE_IPADDR"], port) if launch.nodes > 1 else None,

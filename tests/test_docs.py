@@ -15,16 +15,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?P<language>bash|python)(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and code of each block that is to be run."""
-    found = BLOCK.finditer(page.read_text())
-    return [(match["language"], match["code"]) for match in found if "no-run" not in match["info"]]
+def blocks(page: Path, slurm: bool = False) -> list[tuple[str, str]]:
+    """Language and code of each block that is to be run; those that need SLURM only where there is one."""
+    skipped = {"no-run"} if slurm else {"no-run", "slurm"}
+    return [(m["language"], m["code"]) for m in BLOCK.finditer(page.read_text()) if m["info"].strip() not in skipped]
 
 
-def run(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(language: str, code: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-eu", "-c", code] if language == "bash" else [sys.executable, "-c", code]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", **variables}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -44,3 +44,31 @@ def test_a_run_on_a_gpu_goes_on(tmp_path, small_corpus):
         path.unlink()
     again = run(tmp_path, "cut", *first)
     assert again["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+
+
+def test_compiled_layers_on_a_gpu(tmp_path, small_corpus):
+    plain = run(tmp_path, "plain", *small_corpus, "precision=fp32")
+    compiled = run(tmp_path, "compiled", *small_corpus, "precision=fp32", "parallel.compile=true")
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
+def test_nccl_with_one_rank():
+    """As far as one GPU goes: the library is there and finishes a sum and an exchange."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    try:
+        sent = torch.arange(4.0, device="cuda")
+        dist.all_reduce(sent)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        assert received.tolist() == [0.0, 1.0, 2.0, 3.0]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_smoke_model_learns_on_a_gpu(tmp_path):
+    assert main(["train", "experiment=smoke", f"run.root={tmp_path}", "run.name=smoke", "precision=bf16"]) == 0
+    summary = json.loads((tmp_path / "smoke" / "summary.json").read_text())
+    assert summary["heldout_loss"] < summary["bigram_loss"] < summary["unigram_loss"]

@@ -86,8 +86,10 @@ class Cluster:
         self._start(name, "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """SIGKILL the daemon: the controller sees the node go down. What ran on it stays until SLURM's own clean-up."""
+        """As if its power had gone: the daemon and every process of every job on it."""
         self._daemons.pop(name).kill()
+        for pid in _processes_of(name):
+            os.kill(pid, signal.SIGKILL)
 
     def client(self, *command: str) -> str:
         environment = os.environ | self.environment
@@ -141,6 +143,21 @@ class Cluster:
             stderr=log,
             start_new_session=True,
         )
+
+
+def _processes_of(node: str) -> list[int]:
+    """The step daemons of a node, then what they have started."""
+    tasks, daemons = [], []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"SLURMD_NODENAME={node}".encode() in (entry / "environ").read_bytes():
+                tasks.append(int(entry.name))
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    daemons.append(parent)
+        except OSError:
+            continue  # over, or not ours to look at
+    return [*dict.fromkeys(daemons), *tasks]
 
 
 def _free_ports(count: int) -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.launch.slurm.cluster import Cluster
 from tests.launch.test_command import BIN
+from tests.test_docs import ROOT, blocks, run
 
 pytestmark = pytest.mark.slow
 
@@ -185,8 +186,16 @@ def test_followed_to_its_end_and_chained(user):
     first = user.leviathan("train", *SMOKE, "training.steps=3", "run.name=first", *slurm)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "step 3/3" in first.stdout and "COMPLETED" in first.stdout
-    rejected = user.leviathan("train", *SMOKE, "run.name=huge", *slurm, "launch.nodes=4", "training.global_batch=8")
+    rejected = user.leviathan("train", *SMOKE, "run.name=huge", *slurm, "launch.nodes=4", "training.micro_batch=1")
     assert rejected.returncode == 2
-    assert "the job was rejected: sbatch: " in rejected.stderr and "More processors requested" in rejected.stderr
+    assert "launch=slurm: the job was rejected: sbatch: " in rejected.stderr, rejected.stderr
+    assert "Batch job submission failed: " in rejected.stderr, "SLURM's own reason"
     number = user.submit("second", "training.steps=3", "launch.slurm.dependency=afterok:first")
     assert user.wait_for_end("second", number) == "COMPLETED", user.log("second")
+
+
+def test_the_guide_does_what_it_says(cluster, tmp_path):
+    page = ROOT / "docs" / "slurm.md"
+    done = [run(*block, tmp_path, **cluster.environment) for block in blocks(page, slurm=True)]
+    assert len(done) == 4 and all(one.returncode == 0 for one in done), [one.stderr for one in done]
+    assert "COMPLETED" in done[0].stdout and "big" in done[1].stdout
