@@ -21,7 +21,7 @@ from model.config import ModelConfig
 from parallel.layout import ParallelConfig, Recompute
 from precision.backend import Compute, PrecisionConfig
 from train.certify import EXACT, GRADIENT_FP32, CertifyConfig, Ranks, Trial, compare_layouts, shrink
-from train.figures import Case, measure_all
+from train.certify_rank import Case, measure_all
 from train.optimizer import OptimizerConfig
 
 LAYOUTS = {

@@ -26,7 +26,7 @@ from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, Mode
 from parallel import expert
 from parallel.layout import AUTO, ParallelConfig, Reduce
 from precision.backend import Compute, PrecisionConfig
-from train.figures import CONTEXT, MICRO_BATCH, ROWS, Blocks, Case, Figures, measure_all
+from train.certify_rank import CONTEXT, MICRO_BATCH, ROWS, Blocks, Case, Figures, measure_all
 from train.optimizer import OptimizerConfig, OptimizerKind
 
 EXACT, LOSS_FP32, GRADIENT_FP32 = 1e-9, 5e-6, 1e-5

@@ -21,7 +21,7 @@ from core.config import load
 from core.errors import ConfigError
 from parallel.layout import ParallelConfig
 from parallel.shards import Block
-from train import certificates, figures
+from train import certificates, certify_rank
 from train.certify import (
     Case,
     CertifyConfig,
@@ -35,7 +35,7 @@ from train.certify import (
     shrink,
     trials,
 )
-from train.figures import Figures
+from train.certify_rank import Figures
 
 Plant = Callable[[Any, str, Any], None]
 
@@ -57,7 +57,7 @@ class Broken:
 
 def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str, Figures]:
     with planted(bug):
-        return figures.measure_all(parallel, cases)
+        return certify_rank.measure_all(parallel, cases)
 
 
 @contextmanager
@@ -159,13 +159,13 @@ def expert_gradients_over_the_wrong_group(plant: Plant) -> None:
                         dist.all_reduce(gradient, group=group.group)
                         gradient /= group.size
 
-    honest_meshes = figures.make_meshes
+    honest_meshes = certify_rank.make_meshes
 
     def remember(*arguments: Any) -> Any:
         MESHES.append(honest_meshes(*arguments))
         return MESHES[-1]
 
-    plant(figures, "make_meshes", remember)
+    plant(certify_rank, "make_meshes", remember)
     plant(engine, "sum_copies", mix)
 
 
@@ -208,7 +208,7 @@ def gains_not_reduced_beside_experts(plant: Plant) -> None:
 
 def moments_lost_on_the_way(plant: Plant) -> None:
     """A resumed run begins with new second moments of the experts."""
-    honest = figures.Checkpointer.restore
+    honest = certify_rank.Checkpointer.restore
 
     def forget(self: Any, model: Any, optimizer: Any, specs: Any) -> Any:
         progress = honest(self, model, optimizer, specs)
@@ -217,7 +217,7 @@ def moments_lost_on_the_way(plant: Plant) -> None:
                 optimizer.state[parameter]["exp_avg_sq"].zero_()
         return progress
 
-    plant(figures.Checkpointer, "restore", forget)
+    plant(certify_rank.Checkpointer, "restore", forget)
 
 
 def evaluation_of_one_rank(plant: Plant) -> None:
@@ -229,7 +229,7 @@ def evaluation_of_one_rank(plant: Plant) -> None:
         found = honest(*arguments)
         return dataclasses.replace(found, loss=found.loss * (1 + 1e-6))
 
-    plant(figures, "held_out_loss", doubled)
+    plant(certify_rank, "held_out_loss", doubled)
 
 
 MESHES: list[Any] = []

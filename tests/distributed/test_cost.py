@@ -24,8 +24,8 @@ from parallel.shards import local, shard_specs
 from parallel.world import connect
 from precision.backend import Compute, PrecisionConfig
 from tests.train.tiny import EXACT, config, trainer
+from train.certify_rank import CONTEXT, ROWS, MadeUpRows
 from train.engine import TorchEngine
-from train.figures import CONTEXT, ROWS, MadeUpRows
 from train.optimizer import OptimizerConfig
 from train.step import optimizer_step
 

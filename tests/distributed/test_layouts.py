@@ -11,7 +11,7 @@ from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNo
 from parallel.layout import Dispatch, ParallelConfig, Recompute
 from precision.backend import Compute, PrecisionConfig
 from train.certify import EXACT, Outcome, Trial, compare, compare_layouts
-from train.figures import Case, Figures, measure_all
+from train.certify_rank import Case, Figures, measure_all
 from train.optimizer import OptimizerConfig, OptimizerKind
 
 SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)

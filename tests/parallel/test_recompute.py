@@ -16,8 +16,8 @@ from parallel.layout import ParallelConfig, Recompute
 from parallel.mesh import make_meshes
 from parallel.world import World
 from precision.backend import Compute, PrecisionConfig
+from train.certify_rank import ROWS, MadeUpRows
 from train.engine import TorchEngine
-from train.figures import ROWS, MadeUpRows
 from train.optimizer import OptimizerConfig
 from train.step import optimizer_step
 

@@ -118,7 +118,7 @@ def test_a_node_that_dies_is_replaced(cluster, user, undisturbed):
 
 def test_the_time_limit_is_no_end(user, undisturbed):
     """Two minutes, of which one is kept for saving: evaluating at every step, the run takes longer than that."""
-    number = user.submit("short", "launch.slurm.time=2", "evaluation.every=1", "evaluation.rows=24")
+    number = user.submit("short", "launch.slurm.time=2", "evaluation.every=1", "evaluation.rows=12")
     assert user.wait_for_end("short", number, 400) == "COMPLETED", user.log("short")
     assert user.figures("short") == undisturbed[0]
     log = user.log("short")
