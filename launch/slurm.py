@@ -171,6 +171,7 @@ code=$?
             "step=$!",
             "wait $step; code=$?",
             "while kill -0 $step 2>/dev/null; do wait $step; code=$?; done  # a signal ends only `wait`",
+            "wait $step 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended at that very moment",
             f"exec {python} -m launch.requeue {folder} $code",
             "",
         ]

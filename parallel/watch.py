@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Pulse:
     begun: Counter[str] = field(default_factory=Counter)
     """Collectives begun, by axis."""
     excused: int = 0
-    """Positive while this rank does something long by itself that others wait for."""
+    """Positive while this rank does something long by itself that others wait for: it is not late then."""
 
     def begin(self, axis: str, purpose: str, group: dist.ProcessGroup | None = None) -> None:
         self.axis, self.purpose, self.group, self.since = axis, purpose, group, time.monotonic()
@@ -60,6 +60,7 @@ class Pulse:
             "what": what,
             "begun": dict(self.begun),
             "excused": self.excused,
+            "done": False,
             "host": os.uname().nodename,
         }
 
@@ -76,17 +77,21 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> None:
+        """This rank is done and will be silent."""
         self._stopped.set()
         self._thread.join()
+        with suppress(dist.DistError, RuntimeError):  # the store may have gone with those who started us
+            self.store.set(_key(self.rank), json.dumps({**self.pulse.word(0), "done": True}))
 
     def _run(self) -> None:
         beat = 0
-        while not self._stopped.wait(self.interval_s):
+        while not self._stopped.is_set():
             beat += 1
             try:
                 self.store.set(_key(self.rank), json.dumps(self.pulse.word(beat)))
-                if not self.pulse.excused and time.monotonic() - self.pulse.since > self.limit_s:
+                if time.monotonic() - self.pulse.since > self.limit_s:
                     self._examine(beat)
+                self._stopped.wait(self.interval_s)
             except (dist.DistError, RuntimeError):  # the store went with those who started us
                 if self._stopped.wait(self.interval_s):
                     return
@@ -101,7 +106,7 @@ class Watch:
         if pulse.since != since:
             return
         group = list(range(self.size)) if pulse.group is None else dist.get_process_group_ranks(pulse.group)
-        report = missing(pulse, self.rank, group, before, after)
+        report = missing(pulse, self.rank, self.size, group, before, after)
         if report is None:
             return
         line = f"step {pulse.step}: {pulse.purpose} over axis {pulse.axis} waits for {time.monotonic() - since:.0f} s"
@@ -112,6 +117,7 @@ class Watch:
         return {rank: json.loads(self.store.get(_key(rank))) for rank in present}
 
     def _end(self, line: str, hosts: list[str]) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
         _dump_flight_recorder(self.logs / f"flight-rank-{self.rank:05d}.pickle")
         try:
             with open(self.logs / "hangs.jsonl", "a") as file:
@@ -122,33 +128,34 @@ class Watch:
 
 
 def missing(
-    pulse: Pulse, rank: int, group: list[int], before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]
+    pulse: Pulse,
+    rank: int,
+    size: int,
+    group: list[int],
+    before: dict[int, dict[str, Any]],
+    after: dict[int, dict[str, Any]],
 ) -> tuple[str, list[str]] | None:
     """Whom a waiting rank waits for, in words, and their hosts; None where nobody is missing.
 
     Ranks without a sign of life come first, wherever they are: whoever waits for them makes others wait. Else those of
     the group that have begun fewer collectives of this axis, and of them those that are furthest behind.
     """
-    dead = [
-        other for other, word in after.items() if other != rank and word["beat"] == before.get(other, {}).get("beat")
-    ]
-    if dead:
-        told = [
-            f"rank {other} gives no sign of life since step {after[other]['step']} ({_where(after[other])})"
-            for other in dead
-        ]
-        return _listed(told), sorted({after[other]["host"] for other in dead})
-    late = [
+    never = [other for other in range(size) if other not in after]
+    silent = [
         other
-        for other in group
-        if other in after
-        and after[other]["begun"].get(pulse.axis, 0) < pulse.begun[pulse.axis]
-        and not after[other]["excused"]
+        for other, word in after.items()
+        if other != rank and not word["done"] and word["beat"] == before.get(other, {}).get("beat")
     ]
+    if never or silent:
+        told = [f"rank {other} has never given a sign of life" for other in never]
+        told += [f"rank {o} gives no sign of life since step {after[o]['step']} ({_where(after[o])})" for o in silent]
+        return _listed(told), sorted({after[other]["host"] for other in silent})
+    begun = {other: after[other]["begun"] for other in group if not after[other]["excused"]}
+    late = [other for other in begun if begun[other].get(pulse.axis, 0) < pulse.begun[pulse.axis]]
     if not late:
         return None
-    least = min(sum(after[other]["begun"].values()) for other in late)
-    late = [other for other in late if sum(after[other]["begun"].values()) == least]
+    least = min(sum(begun[other].values()) for other in late)
+    late = [other for other in late if sum(begun[other].values()) == least]
     told = [f"rank {other} lives but is at step {after[other]['step']} ({_where(after[other])})" for other in late]
     return _listed(told), sorted({after[other]["host"] for other in late})
 

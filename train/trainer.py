@@ -188,13 +188,12 @@ def run(config: TrainConfig) -> int:
     """The verb `train` on this rank: check, prepare, train, and return the exit code."""
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
     world = connect()
-    world.agree(_identity(config))
-    path = world.from_main(lambda: RunDirectory.of(config).path)
-    directory = RunDirectory(path, config.checkpoint.directory)
+    directory = RunDirectory(world.from_main(lambda: RunDirectory.of(config).path), config.checkpoint.directory)
     try:
-        world.from_main(lambda: _claim(directory, config))
-        log = Log(directory.path / "log.txt" if world.is_main else None)
         with world.watch(config.parallel.timeout_s, directory.logs):
+            world.agree(_identity(config))
+            world.from_main(lambda: _claim(directory, config))
+            log = Log(directory.path / "log.txt" if world.is_main else None)
             corpus = get_corpus(config, world, log)
             return Trainer(config, world, directory, corpus, log).fit()
     finally:

@@ -57,6 +57,7 @@ srun --kill-on-bad-exit=0 --wait=300 apptainer exec --nv a.sif /venv/python -u -
 step=$!
 wait $step; code=$?
 while kill -0 $step 2>/dev/null; do wait $step; code=$?; done  # a signal ends only `wait`
+wait $step 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended at that very moment
 exec apptainer exec --nv a.sif /venv/python -m launch.requeue /shared/jobs/big $code
 """
 

@@ -186,7 +186,7 @@ def test_followed_to_its_end_and_chained(user):
     first = user.leviathan("train", *SMOKE, "training.steps=3", "run.name=first", *slurm)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "step 3/3" in first.stdout and "COMPLETED" in first.stdout
-    rejected = user.leviathan("train", *SMOKE, "run.name=huge", *slurm, "launch.nodes=4", "training.micro_batch=1")
+    rejected = user.leviathan("train", *SMOKE, "run.name=huge", *slurm, "launch.slurm.constraint=h100")
     assert rejected.returncode == 2
     assert "launch=slurm: the job was rejected: sbatch: " in rejected.stderr, rejected.stderr
     assert "Batch job submission failed: " in rejected.stderr, "SLURM's own reason"
