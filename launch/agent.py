@@ -7,10 +7,12 @@ one left in the store, on any number of nodes.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 import uuid
@@ -24,7 +26,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException, Std
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from core.errors import ConfigError, LeviathanError
@@ -34,6 +36,7 @@ PATIENCE_S = 600  # for ranks that save after a signal
 KILL_AFTER_S = 20  # for ranks whose neighbour has crashed: there is nothing to save
 JOIN_S = 600
 END_TOGETHER_S = 60  # for the other nodes, when this one's ranks are done
+_SIOCGIFADDR = 0x8915
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
@@ -53,6 +56,14 @@ class Node:
     """The same on all nodes of a job; empty where there is one node only."""
     shows_output: bool = True
     """Rank 0's output goes to the terminal, too."""
+
+
+class Unmet(LeviathanError):
+    """The nodes of a job have not met, or not again: another try may do better."""
+
+
+class Unreachable(ConfigError):
+    """The rendezvous cannot be where it was said to be."""
 
 
 class Interrupted(LeviathanError):
@@ -76,6 +87,8 @@ def run(node: Node) -> int:
     os.environ["PYTHONSAFEPATH"] = "1"  # a train.py in the current folder would win against `-m train`
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // node.ranks)))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _SIGNALS
+    if (interface := _interface(_own_address(node))) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # by itself gloo takes what the host's name leads to
     handler = get_rendezvous_handler(_rendezvous(node))
     spec = WorkerSpec(
         role="",  # goes before each line that rank 0 prints
@@ -94,8 +107,9 @@ def run(node: Node) -> int:
     except SignalException as error:
         closes = False  # the others get their own signal
         raise Interrupted(int(error.sigval)) from None
-    except (RendezvousClosedError, RendezvousConnectionError) as error:
-        raise LeviathanError(f"the other nodes are gone: {str(error).splitlines()[0]}") from None
+    except RendezvousError as error:
+        said = str(error).splitlines()
+        raise Unmet(f"the nodes do not meet: {said[0] if said else type(error).__name__}") from None
     finally:
         if closes:
             handler.shutdown()
@@ -235,7 +249,23 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise ConfigError("launch.rendezvous", f"{host}:{port}", f"{error.strerror}: choose another port") from None
+            raise Unreachable("launch.rendezvous", f"{host}:{port}", f"{error.strerror}: choose another port") from None
+
+
+def _interface(address: str) -> str | None:
+    """The network interface that has this address; None for this machine's own."""
+    if address.startswith("127."):
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]
+            except OSError:
+                continue  # it has none
+            if socket.inet_ntoa(found) == address:
+                return name
+    return None
 
 
 def _own_address(node: Node) -> str:
@@ -248,5 +278,5 @@ def _own_address(node: Node) -> str:
             probe.connect((host, port))
         except OSError as error:
             reason = f"no way to that host: {error.strerror or error}"
-            raise ConfigError("launch.rendezvous", f"{host}:{port}", reason) from None
+            raise Unreachable("launch.rendezvous", f"{host}:{port}", reason) from None
         return str(probe.getsockname()[0])

@@ -32,6 +32,7 @@ DISK_BYTES = 32 << 20
 SLOW = 0.5
 """A rate below this share of the median is slow."""
 MOST_SKEW_S = 1.0
+PATIENCE_S = 60.0
 FEW_FILES = 1024
 AXES = ("world", "rows", "replicate", "fsdp", "efsdp", "tp", "experts")
 
@@ -88,10 +89,10 @@ def judge(readings: list[Reading]) -> dict[str, list[str]]:
     def blame(reading: Reading, what: str) -> None:
         found.setdefault(reading.node, []).append(f"rank {reading.rank}: {what}")
 
-    flops = statistics.median(reading.products_flops for reading in readings)
+    flops = _usual([reading.products_flops for reading in readings])
     clock = statistics.median(reading.clock_s for reading in readings)
     disks = [reading.disk_bytes_per_second for reading in readings if reading.disk_bytes_per_second]
-    disk = statistics.median(disks) if disks else 0.0
+    disk = _usual(disks) if disks else 0.0
     usual = {key: _commonest([getattr(reading, key) for reading in readings]) for key in ("python", "torch", "device")}
     for reading in readings:
         if reading.products_flops < SLOW * flops:
@@ -110,8 +111,8 @@ def judge(readings: list[Reading]) -> dict[str, list[str]]:
     for axis in sorted({axis for reading in readings for axis in reading.bandwidth}):
         rates = [reading.bandwidth[axis] for reading in readings if axis in reading.bandwidth]
         for reading in readings:
-            if reading.bandwidth.get(axis, float("inf")) < SLOW * statistics.median(rates):
-                share = reading.bandwidth[axis] / statistics.median(rates)
+            if reading.bandwidth.get(axis, float("inf")) < SLOW * _usual(rates):
+                share = reading.bandwidth[axis] / _usual(rates)
                 blame(reading, f"its group of the axis {axis} at {share:.0%} of the others' bandwidth")
     return found
 
@@ -137,11 +138,12 @@ def main(arguments: list[str]) -> int:
     config, folder = read_config(Path(arguments[0])), Path(arguments[1])
     world = connect()
     try:
-        own = read(config, world)
-        readings: list[Any] = [own]
-        if world.size > 1:
-            readings = [None] * world.size
-            dist.all_gather_object(readings, own)
+        with world.watch(PATIENCE_S, folder):
+            own = read(config, world)
+            readings: list[Any] = [own]
+            if world.size > 1:
+                readings = [None] * world.size
+                dist.all_gather_object(readings, own)
         wrong = judge(readings)
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -203,6 +205,11 @@ def _disk(folder: Path, rank: int) -> float | None:
 
 def _existing(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _usual(rates: list[float]) -> float:
+    """The median, of two the larger: one slow node of two is slow beside the other."""
+    return sorted(rates)[len(rates) // 2]
 
 
 def _commonest(values: list[str]) -> str:

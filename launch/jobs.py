@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from core.errors import ConfigError
+from launch.requeue import CANCEL
 from launch.slurm import UNKNOWN, Job, command, follow, jobs, state
 from train.run_directory import read_lines
 
@@ -40,8 +41,23 @@ def run(config: JobsConfig) -> int:
             return follow(job, print)
         except KeyboardInterrupt:
             return 0
-    command("scancel", job.number)
-    print(f"job {job.number} ({job.name}) is asked to end; it saves first")
+    return cancel(job)
+
+
+def cancel(job: Job) -> int:
+    """Ask the runs that run to save and end; asked once more, or where nothing runs, SLURM ends the job."""
+    again = (job.folder / CANCEL).exists()
+    running = [job.id_of(task) for task in range(len(job.runs)) if state(job, task) == "RUNNING"]
+    (job.folder / CANCEL).touch()
+    if again or not running:
+        command("scancel", job.number)
+        print(f"job {job.number} ({job.name}) is ended")
+        return 0
+    for number in running:
+        command("scancel", "--signal=USR1", number)
+    if len(running) < len(job.runs):
+        command("scancel", "--state=PENDING", job.number)
+    print(f"job {job.number} ({job.name}) is asked to end; it saves first (to end it at once, ask again)")
     return 0
 
 

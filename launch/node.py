@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
         return FINAL + 2
     from core.errors import LeviathanError
     from core.origin import drop_working_directory
-    from launch.agent import Interrupted, run
+    from core.ranks import CRASHED
+    from launch.agent import Interrupted, Unmet, Unreachable, run
 
     drop_working_directory()
     try:
@@ -48,8 +49,8 @@ def main(arguments: list[str]) -> int:
         return WARNED if error.signal_number == signal.SIGUSR1 else CANCELLED
     except LeviathanError as error:
         print(f"leviathan: error: {name}: {error}", file=sys.stderr)
-        code = error.exit_code
-    return code if code in (0, FAILED_NODE) else code_for(code)
+        code = CRASHED if isinstance(error, Unmet | Unreachable) else error.exit_code  # another try has another port
+    return code_for(code)
 
 
 def code_for(code: int) -> int:
@@ -58,7 +59,9 @@ def code_for(code: int) -> int:
 
     if code == INTERRUPTED:  # the ranks were warned, and this program was not, or later
         return WARNED
-    return code if code == CRASHED else FINAL + code
+    if code in (1, 2):
+        return FINAL + code
+    return code if code in (0, FAILED_NODE) else CRASHED
 
 
 def node(what: str, folder: Path, task: int) -> Node:
@@ -76,12 +79,12 @@ def node(what: str, folder: Path, task: int) -> Node:
     port = PORTS[(int(job) * 101 + int(attempt) * 13 + (what == "doctor")) % len(PORTS)]
     module = {
         "train": ("-m", "train", "--config", str(path)),
-        "doctor": ("-m", "launch.fabric", str(path), str(folder / "doctor")),
+        "doctor": ("-m", "launch.fabric", str(path), str(folder / f"doctor-{task}")),
     }
     return Node(
         command=module[what],
         ranks=launch.ranks_per_node,
-        logs=RunDirectory.of(config).logs if what == "train" else folder / "doctor" / "logs",
+        logs=RunDirectory.of(config).logs if what == "train" else folder / f"doctor-{task}" / "logs",
         nodes=launch.nodes,
         is_first=environment["SLURM_NODEID"] == "0",
         rendezvous=(environment["SLURM_LAUNCH_NODE_IPADDR"], port) if launch.nodes > 1 else None,

@@ -1,16 +1,17 @@
-"""What a SLURM job does when its step is over: `python -m launch.requeue FOLDER CODE`, the batch script's last line.
+"""What a SLURM job does when its step is over: `python -m launch.requeue FOLDER CODE`, near the batch script's end.
 
 A run that was warned (time limit, preemption) is queued again, and so is one that failed, a few times; nodes that the
 doctor or a hang named are left out. A run that reaches no new checkpoint between tries ends instead: queued for ever,
-it would only burn hours.
+it would only burn hours. SLURM is asked by the batch script itself, which runs what this program writes down: in a
+container there is no SLURM to ask.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -19,95 +20,131 @@ from typing import Any
 
 from launch.node import CANCELLED, FAILED_NODE, FINAL, WARNED
 
+AGAIN = 75
+"""Exit code: the batch script shall run again-TASK.sh."""
 MOST_WARNED = 3  # a run that is warned before it has saved anything new, as often as this, never will
+CANCEL = "cancelled"
+"""A file of this name in a job's folder: `leviathan jobs cancel` was here."""
+
+
+@dataclass(frozen=True)
+class Tries:
+    """What is kept from try to try: the newest checkpoint's step, how many tries in a row have not got beyond it, and
+    the nodes that were left out.
+    """
+
+    step: int = -1
+    fruitless: int = 0
+    excluded: tuple[str, ...] = ()
+
+    def after(self, step: int, bad_nodes: tuple[str, ...]) -> Tries:
+        fruitless = 0 if step > self.step else self.fruitless + 1
+        return Tries(step, fruitless, tuple(sorted({*self.excluded, *bad_nodes})))
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`exit_code` None: queue again, without the nodes in `exclude`."""
-
-    exit_code: int | None
-    why: str
-    exclude: tuple[str, ...] = ()
-
-
-def decide(code: int, history: dict[str, Any], step: int, most: int, bad_nodes: tuple[str, ...]) -> Decision:
-    """`history`: what the tries before left (`step`, `fruitless`). `step`: the newest checkpoint's. `most`: tries in a
-    row that may fail without progress.
+    """`exit_code` AGAIN: queue again, `if_running` only where SLURM is not ending the job itself; with `cancel`, have
+    SLURM call it cancelled instead.
     """
-    fruitless = 0 if step > history.get("step", -1) else history.get("fruitless", 0) + 1
-    excluded = tuple(sorted({*history.get("excluded", ()), *bad_nodes}))
+
+    exit_code: int
+    why: str
+    if_running: bool = False
+    cancel: bool = False
+
+
+def decide(code: int, now: Tries, most: int, bad_nodes: tuple[str, ...], nodes: int, cancelled: bool) -> Decision:
+    """`code`: srun's. `now`: with this try in it. `most`: tries in a row that may fail without progress. `nodes`: how
+    many the job has.
+    """
+    on = "to go on from its newest checkpoint" if now.step < 0 else f"to go on from step {now.step}"
     if code == 0:
         return Decision(0, "done")
-    if code == CANCELLED:
-        return Decision(CANCELLED, "cancelled after saving")
-    if code == FAILED_NODE and bad_nodes:
-        return Decision(None, f"queued again without {', '.join(bad_nodes)}", excluded)
+    if cancelled:
+        return Decision(AGAIN, "cancelled after saving", cancel=True)
     if code in (WARNED, 128 + signal.SIGUSR1):
-        if fruitless >= MOST_WARNED:
-            return Decision(1, f"{fruitless} tries reached no new checkpoint: ask for more time (launch.slurm.time)")
-        return Decision(None, f"queued again, to go on from step {step}", excluded)
+        if now.fruitless >= MOST_WARNED:
+            return Decision(1, f"{now.fruitless} tries reached no new checkpoint: ask for more (launch.slurm.time)")
+        return Decision(AGAIN, f"queued again, {on}")
     if FINAL < code < CANCELLED:
         return Decision(code - FINAL, "not queued again: the same error would come again")
-    if fruitless > most:
-        return Decision(1, f"not queued again: {fruitless} tries in a row reached no new checkpoint")
-    return Decision(None, f"failed ({code}); queued again, to go on from step {step}", excluded)
+    if code in (CANCELLED, 128 + signal.SIGTERM):
+        return Decision(AGAIN, f"stopped from outside; queued again, {on}, unless SLURM ends the job", if_running=True)
+    if code == FAILED_NODE and len(bad_nodes) >= nodes:
+        return Decision(1, "not queued again: the doctor finds all nodes wrong, so it is not the nodes")
+    if now.fruitless > most:
+        return Decision(1, f"not queued again: {now.fruitless} tries in a row reached no new checkpoint")
+    if code == FAILED_NODE:
+        return Decision(AGAIN, f"queued again without {', '.join(bad_nodes)}")
+    return Decision(AGAIN, f"failed ({code}); queued again, {on}")
+
+
+def commands(job: str, decision: Decision, exclude: list[str]) -> str:
+    """Shell lines that queue the job again, at once: SLURM would wait for two minutes, and takes other nodes only once
+    the job pends. Asking for another try ends this one, so SIGTERM is ignored from here on.
+    """
+    lines = ["trap '' TERM"]
+    if decision.cancel:
+        return "\n".join([*lines, f"scancel {job}", f"exit {CANCELLED}", ""])
+    if decision.if_running:
+        lines.append(f"scontrol show job -o {job} | grep -q JobState=RUNNING || exit {CANCELLED}")
+    lines += [f"scontrol requeue {job} || exit 1", f"scontrol update JobId={job} StartTime=now"]
+    if exclude:
+        lines.append(f"scontrol update JobId={job} ExcNodeList={shlex.quote(','.join(exclude))}")
+    return "\n".join([*lines, ""])
 
 
 def main(arguments: list[str]) -> int:
-    """Queue this job again or end it; returns the job's exit code."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # asking for another try ends this one; scontrol inherits this
+    """Decide, say so, and leave the commands; returns the job's exit code or AGAIN."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     folder, code = Path(arguments[0]), int(arguments[1])
-    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
+    environment = os.environ
+    task = int(environment.get("SLURM_ARRAY_TASK_ID", 0))
     from core.config import build
-    from core.files import write_json
+    from core.files import write_json, write_text
     from launch.settings import LaunchConfig
     from train.run_directory import RunDirectory, committed, read_config
 
     config = read_config(folder / f"config-{task}.yaml")
+    launch = build(LaunchConfig, config.launch, "launch")
     run = RunDirectory.of(config)
     step = max((step for step, _ in committed(run.checkpoints)), default=-1)
     path = folder / f"requeue-{task}.json"
-    history = json.loads(path.read_text()) if path.exists() else {}
-    most = build(LaunchConfig, config.launch, "launch").slurm.requeues
-    decision = decide(code, history, step, most, _bad_nodes(folder, run.logs, history.get("time", 0.0)))
+    history = json.loads(path.read_text()) if path.exists() else {"time": _submitted(folder)}
+    since = history.pop("time")
+    bad = () if code in (0, WARNED) else bad_nodes(folder / f"doctor-{task}", run.logs, since)
+    now = Tries(**history).after(step, bad)
+    decision = decide(code, now, launch.slurm.requeues, bad, launch.nodes, (folder / CANCEL).exists())
     print(f"leviathan: {decision.why}", flush=True)
-    if decision.exit_code is not None:
-        return decision.exit_code
-    fruitless = 0 if step > history.get("step", -1) else history.get("fruitless", 0) + 1
-    write_json(path, {"step": step, "fruitless": fruitless, "excluded": list(decision.exclude), "time": time.time()})
-    return _queue_again(decision.exclude)
+    if decision.exit_code == AGAIN:
+        array = environment.get("SLURM_ARRAY_JOB_ID")
+        job = f"{array}_{task}" if array else environment["SLURM_JOB_ID"]
+        write_json(path, {**vars(now), "time": time.time()})
+        exclude = sorted({*launch.slurm.exclude, *now.excluded})
+        write_text(folder / f"again-{task}.sh", commands(job, decision, exclude))
+    return decision.exit_code
 
 
-def _bad_nodes(folder: Path, logs: Path, since: float) -> tuple[str, ...]:
+def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
     """Nodes named by the doctor of this try, and by hangs since the last one."""
     found: set[str] = set()
-    doctor = folder / "doctor" / "findings.json"
-    if doctor.exists():
-        findings = json.loads(doctor.read_text())
-        found.update(findings["bad_nodes"] if findings["time"] > since else ())
+    findings = doctor / "findings.json"
+    if findings.exists():
+        content = json.loads(findings.read_text())
+        found.update(content["bad_nodes"] if content["time"] > since else ())
     hangs = logs / "hangs.jsonl"
     for line in hangs.read_text().splitlines() if hangs.exists() else ():
-        hang = json.loads(line)
+        hang: dict[str, Any] = json.loads(line)
         if hang["time"] > since:
             found.update(hang["hosts"])
     return tuple(sorted(found))
 
 
-def _queue_again(exclude: tuple[str, ...]) -> int:
-    """The same job, at once: SLURM would wait for two minutes, and takes other nodes only once the job pends."""
-    job = os.environ["SLURM_JOB_ID"]
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    if done.returncode:
-        print(f"leviathan: error: SLURM does not queue it again: {done.stderr.strip()}", file=sys.stderr)
-        return 1
-    update = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
-    if exclude:
-        update.append(f"ExcNodeList={','.join(exclude)}")
-    done = subprocess.run(update, capture_output=True, text=True)
-    if done.returncode:
-        print(f"leviathan: {done.stderr.strip()}", file=sys.stderr)
-    return 0
+def _submitted(folder: Path) -> float:
+    """Hangs and findings of earlier jobs of the same name do not count."""
+    path = folder / "job.json"
+    return float(json.loads(path.read_text())["submitted"]) if path.exists() else 0.0
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class SlurmConfig:
     """Further lines after #SBATCH, each as it is: "--qos=high"."""
     modules: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    """Kept in plain sight in the job's folder: leave secrets in your own environment, which sbatch hands on."""
     setup: list[str] = field(default_factory=list)
     """Shell lines that run on the first node before anything else."""
     container: str | None = None

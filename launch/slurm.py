@@ -20,6 +20,7 @@ from typing import Any
 
 from core.errors import ConfigError, LeviathanError
 from core.files import read_json, write_json, write_text
+from launch.requeue import AGAIN, CANCEL
 from launch.settings import LaunchConfig, SlurmConfig, check_interval
 from train.config import TrainConfig
 from train.run_directory import RunDirectory, read_config, read_lines, write_config
@@ -35,7 +36,7 @@ ENDED = (
     "BOOT_FAIL",
     "PREEMPTED",
 )
-UNKNOWN = "UNKNOWN"
+UNKNOWN, SILENT = "UNKNOWN", "SILENT"
 INSTALL = "is not on this machine: submit from a login node of a SLURM cluster, or use launch=torchrun"
 
 
@@ -102,10 +103,12 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> Job:
             raise ConfigError(
                 "run.name", before.name, f"job {before.number} of that name is not over", ["another name"]
             )
+    if any(sign in str(folder) for sign in " %"):
+        raise ConfigError("launch.slurm.directory", str(folder), "sbatch takes no blanks and no % in it or in run.name")
     folder.mkdir(parents=True, exist_ok=True)
     job = Job(folder, "", [run.path.absolute() for run in runs])
     for stale in folder.glob("*"):
-        if stale.name.startswith(("config-", "requeue-", "log-")):
+        if stale.name.startswith(("config-", "requeue-", "again-", "log-", CANCEL)):
             stale.unlink()
     for index, config in enumerate(configs):
         write_config(job.config(index), config)
@@ -146,33 +149,35 @@ def render(job: Job, launch: LaunchConfig) -> str:
     lines = [f"--{key}={value}" for key, value in requests.items() if value is not None]
     lines += ["--requeue", *(["--exclusive"] if slurm.exclusive else []), *slurm.options]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
+    exports += [f"export SRUN_CPUS_PER_TASK={slurm.cpus}"] if slurm.cpus else []  # srun does not take it from sbatch
     python = shlex.join([*shlex.split(slurm.container or ""), slurm.python or sys.executable])
-    folder = shlex.quote(str(job.folder))
-    doctor = f"""
-srun --kill-on-bad-exit=0 --wait=300 {python} -u -m launch.node doctor {folder}
-code=$?
-[ $code = 0 ] || exec {python} -m launch.requeue {folder} $code
-"""
+    srun, folder = "srun --kill-on-bad-exit=0 --wait=300 --cpu-bind=none", shlex.quote(str(job.folder))
     return "\n".join(
         [
             "#!/bin/bash",
             f"# Rendered by `leviathan train launch=slurm`; the configuration is in {job.folder}.",
             *(f"#SBATCH {line}" for line in lines),
             "",
+            "set -e",
             *(f"module load {shlex.quote(module)}" for module in slurm.modules),
             "export PYTHONSAFEPATH=1",
             *exports,
             *slurm.setup,
+            "set +e",
             "",
             "# srun's tasks get the signals, too: this shell waits until they have saved",
             "trap : TERM USR1",
-            *([doctor] if slurm.doctor else []),
-            f"srun --kill-on-bad-exit=0 --wait=300 {python} -u -m launch.node train {folder} &",
-            "step=$!",
-            "wait $step; code=$?",
-            "while kill -0 $step 2>/dev/null; do wait $step; code=$?; done  # a signal ends only `wait`",
-            "wait $step 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended at that very moment",
-            f"exec {python} -m launch.requeue {folder} $code",
+            "step() {",
+            f'    {srun} {python} -u -m launch.node "$1" {folder} &',
+            "    pid=$!",
+            "    wait $pid; code=$?",
+            "    while kill -0 $pid 2>/dev/null; do wait $pid; code=$?; done  # a signal ends only `wait`",
+            "    wait $pid 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended just then",
+            "}",
+            *(["step doctor", "[ $code != 0 ] || step train"] if slurm.doctor else ["step train"]),
+            f"{python} -m launch.requeue {folder} $code; code=$?",
+            f"[ $code != {AGAIN} ] || {{ code=0; . {folder}/again-${{SLURM_ARRAY_TASK_ID:-0}}.sh; }}",
+            "exit $code",
             "",
         ]
     )
@@ -208,7 +213,7 @@ def follow(job: Job, show: Callable[[str], Any], poll_s: float = 1.0) -> int:
 
 
 def state(job: Job, task: int) -> str:
-    """SLURM's word for a run of the job; UNKNOWN where SLURM has forgotten it."""
+    """SLURM's word for a run of the job; UNKNOWN where SLURM has forgotten it, SILENT where it does not answer."""
     return _shown_job(job, task).get("JobState", UNKNOWN)
 
 
@@ -231,6 +236,8 @@ def _shown_job(job: Job, task: int) -> dict[str, str]:
     if shutil.which("scontrol") is None:
         raise ConfigError("launch", "slurm", f"scontrol {INSTALL}")
     done = subprocess.run(["scontrol", "show", "job", "-o", job.id_of(task)], capture_output=True, text=True)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return {"JobState": SILENT}
     line = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
     return dict(re.findall(r"(\w+)=(\S*)", line[0])) if line else {}
 

@@ -67,8 +67,10 @@ class ParallelConfig:
     recompute: Recompute = Recompute.none
     compile: bool = False
     """torch.compile of each layer."""
-    timeout_s: float = 600.0
-    """Seconds after which a collective that waits is reported with the ranks that are missing, and the run ended."""
+    timeout_s: float = 300.0
+    """Seconds after which a collective that waits is reported with the ranks that are missing, and the run ended.
+    Below the ten minutes after which NCCL ends a process by itself, without a word of who is missing.
+    """
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("timeout_s",))

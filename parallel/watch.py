@@ -24,6 +24,9 @@ import torch.distributed as dist
 
 from core.ranks import HUNG
 
+BEATS_OF_SILENCE = 3
+"""A rank whose word stays the same for so many of ours is silent."""
+
 
 @dataclass
 class Pulse:
@@ -61,7 +64,7 @@ class Pulse:
             "begun": dict(self.begun),
             "excused": self.excused,
             "done": False,
-            "host": os.uname().nodename,
+            "host": os.environ.get("SLURMD_NODENAME", os.uname().nodename),
         }
 
 
@@ -84,47 +87,56 @@ class Watch:
             self.store.set(_key(self.rank), json.dumps({**self.pulse.word(0), "done": True}))
 
     def _run(self) -> None:
-        beat = 0
+        """Beats without a pause: a rank that looks at the others must not seem dead to them meanwhile."""
+        beat, suspicion, answered = 0, None, time.monotonic()
         while not self._stopped.is_set():
             beat += 1
             try:
                 self.store.set(_key(self.rank), json.dumps(self.pulse.word(beat)))
-                if time.monotonic() - self.pulse.since > self.limit_s:
-                    self._examine(beat)
-                self._stopped.wait(self.interval_s)
-            except (dist.DistError, RuntimeError):  # the store went with those who started us
-                if self._stopped.wait(self.interval_s):
-                    return
+                suspicion = self._look(beat, suspicion)
+                answered = time.monotonic()
+            except (dist.DistError, RuntimeError):  # at the end of a run the store goes before we do
+                if time.monotonic() - answered > self.limit_s:
+                    self._end(f"step {self.pulse.step}: the store of the job does not answer any more", [])
+            self._stopped.wait(self.interval_s)
 
-    def _examine(self, beat: int) -> None:
-        pulse, since = self.pulse, self.pulse.since
-        before = self._words()
-        if self._stopped.wait(2.5 * self.interval_s):
-            return
-        self.store.set(_key(self.rank), json.dumps(pulse.word(beat + 1)))
-        after = self._words()
-        if pulse.since != since:
-            return
+    def _look(self, beat: int, suspicion: _Suspicion | None) -> _Suspicion | None:
+        """Compare the others' words over some beats while this rank waits too long; ends it where one is missing."""
+        pulse = self.pulse
+        if time.monotonic() - pulse.since <= self.limit_s:
+            return None
+        if suspicion is None or suspicion.since != pulse.since:
+            return _Suspicion(pulse.since, beat, self._words())
+        if beat - suspicion.beat < BEATS_OF_SILENCE:
+            return suspicion
         group = list(range(self.size)) if pulse.group is None else dist.get_process_group_ranks(pulse.group)
-        report = missing(pulse, self.rank, self.size, group, before, after)
-        if report is None:
-            return
-        line = f"step {pulse.step}: {pulse.purpose} over axis {pulse.axis} waits for {time.monotonic() - since:.0f} s"
-        self._end(f"{line}; {report[0]}", report[1])
+        report = missing(pulse, self.rank, self.size, group, suspicion.words, self._words())
+        if report is not None and pulse.since == suspicion.since:
+            waited = time.monotonic() - pulse.since
+            line = f"step {pulse.step}: {pulse.purpose} over axis {pulse.axis} waits for {waited:.0f} s"
+            self._end(f"{line}; {report[0]}", report[1])
+        return None
 
     def _words(self) -> dict[int, dict[str, Any]]:
         present = [rank for rank in range(self.size) if self.store.check([_key(rank)])]
         return {rank: json.loads(self.store.get(_key(rank))) for rank in present}
 
     def _end(self, line: str, hosts: list[str]) -> None:
-        self.logs.mkdir(parents=True, exist_ok=True)
-        _dump_flight_recorder(self.logs / f"flight-rank-{self.rank:05d}.pickle")
+        print(f"leviathan: error: {line}", file=sys.stderr, flush=True)
         try:
+            self.logs.mkdir(parents=True, exist_ok=True)
             with open(self.logs / "hangs.jsonl", "a") as file:
                 file.write(json.dumps({"time": time.time(), "rank": self.rank, "line": line, "hosts": hosts}) + "\n")
+            _dump_flight_recorder(self.logs / f"flight-rank-{self.rank:05d}.pickle")
         finally:
-            print(f"leviathan: error: {line}", file=sys.stderr, flush=True)
             os._exit(HUNG)  # the main thread is inside the collective and hears nothing
+
+
+@dataclass(frozen=True)
+class _Suspicion:
+    since: float
+    beat: int
+    words: dict[int, dict[str, Any]]
 
 
 def missing(

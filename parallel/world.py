@@ -132,5 +132,6 @@ def _store(size: int, client: bool = False) -> dist.Store:
         raise ConfigError("--max-restarts", most, reason, [0])
     own = not agents and environment["RANK"] == "0" and not client
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = dist.TCPStore(host, port, size, is_master=own, wait_for_workers=False)
+    patience = timedelta(minutes=1) if client else timedelta(minutes=5)
+    store = dist.TCPStore(host, port, size, is_master=own, wait_for_workers=False, timeout=patience)
     return dist.PrefixStore(f"attempt_{environment.get(ATTEMPT, restarts)}", store)

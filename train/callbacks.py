@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +57,10 @@ def make(trainer: Trainer) -> Sequence[Callback]:
 def refuse_nonsense(loss: float, steps: int) -> None:
     """A loss that is no number makes every later step a waste."""
     if not math.isfinite(loss):
-        raise LeviathanError(
-            f"the loss after step {steps} is {loss}: start a new run (run.name) with a lower optimizer.lr"
-        )
+        advice = "start a new run (run.name) with a lower optimizer.lr"
+        error = LeviathanError(f"the loss after step {steps} is {loss}: {advice}")
+        error.everywhere = True
+        raise error
 
 
 class Logging(Callback):
@@ -70,7 +72,8 @@ class Logging(Callback):
         self.throughput = Throughput(config.model, world.device, world.size)
         self.writer: MetricsWriter | None = None
         if world.is_main:
-            self.writer = MetricsWriter(trainer.directory.metrics, config.logging, plain(config), trainer.log)
+            shown = plain(replace(config, launch={}))  # its environment may hold secrets
+            self.writer = MetricsWriter(trainer.directory.metrics, config.logging, shown, trainer.log)
         earlier = list(read_lines(trainer.directory.metrics)) if trainer.directory.metrics.exists() else []
         steps = [line for line in earlier if "loss" in line]
         self.last_loss: float | None = steps[-1]["loss"] if steps else None

@@ -33,7 +33,7 @@ _TELLING = tuple(
         "WORLD",
     ]
 )
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+_SECRET = ("AUTH", "CREDENTIAL", "JWT", "KEY", "PASS", "SECRET", "TOKEN")
 
 
 def environment() -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import IO, Any
 import yaml
 
 from core.config import build, differences, plain
-from core.errors import ConfigError
+from core.errors import ConfigError, LeviathanError
 from core.files import locate, write_text
+from core.ranks import CRASHED
 from train.config import TrainConfig, phases
 
 MARKER = "COMMITTED"
@@ -39,6 +40,12 @@ FREE = (
     "data.verify",
 )
 """What may change when a run goes on: nothing here changes what is learnt."""
+
+
+class Occupied(LeviathanError):
+    """What went before us has not ended yet; another try may find it gone."""
+
+    exit_code = CRASHED
 
 
 class RunDirectory:
@@ -86,8 +93,12 @@ class RunDirectory:
                 if time.monotonic() >= deadline:
                     break
                 time.sleep(0.2)
+            except OSError:
+                return None  # a file system without locks
         self.release()
         reason = f"another process is training in {self.path}; wait for it, stop it, or choose another name"
+        if patience_s:
+            raise Occupied(f"{reason} ({patience_s:.0f} s were not enough)")
         raise ConfigError("run.name", self.path.name, reason)
 
     def release(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from core.config import plain
-from core.errors import LeviathanError
+from core.errors import ConfigError, LeviathanError
 from core.files import write_json
 from core.origin import sources_digest
 from core.ranks import INTERRUPTED
@@ -42,6 +42,7 @@ from train.step import StepResult, optimizer_step
 from train.stragglers import Stragglers
 
 LOCK_PATIENCE_S = 120.0
+ASK_EVERY = 10  # steps, on GPUs: asking waits for the device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +160,12 @@ class Trainer:
             raise
 
     def _must_stop(self, interruption: Interruption, step: int) -> bool:
-        """All ranks must leave at the same step. On GPUs they are asked only where metrics wait for the device."""
-        if self.world.device.type == "cuda" and self.world.size > 1 and step % self.config.logging.every:
+        """All ranks must leave at the same step. On GPUs they are asked every few steps only."""
+        if (
+            self.world.device.type == "cuda"
+            and self.world.size > 1
+            and step % min(ASK_EVERY, self.config.logging.every)
+        ):
             return False
         return self.world.any(interruption.requested)
 
@@ -187,6 +192,8 @@ class Trainer:
 def run(config: TrainConfig) -> int:
     """The verb `train` on this rank: check, prepare, train, and return the exit code."""
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    if config.run.name is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ConfigError("run.name", None, "a run that may be started again needs a name, or each start begins anew")
     world = connect()
     directory = RunDirectory(world.from_main(lambda: RunDirectory.of(config).path), config.checkpoint.directory)
     try:

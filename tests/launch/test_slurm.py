@@ -14,13 +14,13 @@ from core.config import build, expand, load
 from core.errors import ConfigError
 from launch.cli import main
 from launch.node import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
-from launch.requeue import decide
+from launch.requeue import AGAIN, Decision, Tries, bad_nodes, commands, decide
 from launch.settings import LaunchConfig, SlurmConfig, check_interval, seconds
 from launch.slurm import Job, render
 from train.config import TrainConfig
 
 SCRIPT = """#!/bin/bash
-# Rendered by `leviathan train launch=slurm`; the configuration is in /shared/jobs/big.
+# Rendered by `leviathan train launch=slurm`; the configuration is in /jobs/big.
 #SBATCH --job-name=big
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -34,31 +34,35 @@ SCRIPT = """#!/bin/bash
 #SBATCH --exclude=bad1,bad2
 #SBATCH --dependency=afterok:17
 #SBATCH --array=0-3%2
-#SBATCH --output=/shared/jobs/big/log-%a.txt
+#SBATCH --output=/jobs/big/log-%a.txt
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@600
 #SBATCH --requeue
 #SBATCH --exclusive
 #SBATCH --qos=high
 
+set -e
 module load cuda/13
 export PYTHONSAFEPATH=1
 export NCCL_DEBUG='WARN, please'
+export SRUN_CPUS_PER_TASK=96
 ulimit -l unlimited
+set +e
 
 # srun's tasks get the signals, too: this shell waits until they have saved
 trap : TERM USR1
-
-srun --kill-on-bad-exit=0 --wait=300 apptainer exec --nv a.sif /venv/python -u -m launch.node doctor /shared/jobs/big
-code=$?
-[ $code = 0 ] || exec apptainer exec --nv a.sif /venv/python -m launch.requeue /shared/jobs/big $code
-
-srun --kill-on-bad-exit=0 --wait=300 apptainer exec --nv a.sif /venv/python -u -m launch.node train /shared/jobs/big &
-step=$!
-wait $step; code=$?
-while kill -0 $step 2>/dev/null; do wait $step; code=$?; done  # a signal ends only `wait`
-wait $step 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended at that very moment
-exec apptainer exec --nv a.sif /venv/python -m launch.requeue /shared/jobs/big $code
+step() {
+    srun --kill-on-bad-exit=0 --wait=300 --cpu-bind=none apptainer exec a.sif /python -u -m launch.node "$1" /jobs/big &
+    pid=$!
+    wait $pid; code=$?
+    while kill -0 $pid 2>/dev/null; do wait $pid; code=$?; done  # a signal ends only `wait`
+    wait $pid 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended just then
+}
+step doctor
+[ $code != 0 ] || step train
+apptainer exec a.sif /python -m launch.requeue /jobs/big $code; code=$?
+[ $code != 75 ] || { code=0; . /jobs/big/again-${SLURM_ARRAY_TASK_ID:-0}.sh; }
+exit $code
 """
 
 
@@ -78,24 +82,23 @@ def test_the_script_asks_for_what_was_configured():
         "modules": ["cuda/13"],
         "environment": {"NCCL_DEBUG": "WARN, please"},
         "setup": ["ulimit -l unlimited"],
-        "container": "apptainer exec --nv a.sif",
-        "python": "/venv/python",
+        "container": "apptainer exec a.sif",
+        "python": "/python",
         "together": 2,
         "save_s": 600,
         "doctor": True,
     }
     launch = build(LaunchConfig, {"kind": "slurm", "nodes": 4, "processes": 8, "slurm": slurm})
-    assert render(Job(Path("/shared/jobs/big"), "", [Path(f"/runs/big-{i}") for i in range(4)]), launch) == SCRIPT
+    assert render(Job(Path("/jobs/big"), "", [Path(f"/runs/big-{i}") for i in range(4)]), launch) == SCRIPT
 
 
 def test_what_is_not_configured_is_not_asked_for():
     launch = build(LaunchConfig, {"kind": "slurm", "processes": 8})
-    lines = render(Job(Path("/shared/jobs/a b"), "", [Path("/runs/x")]), launch).splitlines()
+    lines = render(Job(Path("/jobs/x"), "", [Path("/runs/x")]), launch).splitlines()
     asked = [line.split("--")[1].split("=")[0] for line in lines if line.startswith("#SBATCH")]
     assert asked == ["job-name", "nodes", "ntasks-per-node", "output", "open-mode", "signal", "requeue"]
-    assert (
-        f"srun --kill-on-bad-exit=0 --wait=300 {sys.executable} -u -m launch.node train '/shared/jobs/a b' &" in lines
-    )
+    assert any(line.endswith(f'{sys.executable} -u -m launch.node "$1" /jobs/x &') for line in lines)
+    assert "step train" in lines and "step doctor" not in lines
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_launches_that_cannot_work_are_one_line(capsys, monkeypatch, tmp_path, o
 
 
 @pytest.fixture
-def commands(tmp_path, monkeypatch):
+def stand_ins(tmp_path, monkeypatch):
     """Stand-ins for SLURM's commands, each a shell script of one line."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -152,7 +155,7 @@ def commands(tmp_path, monkeypatch):
 SUBMIT = ["train", "run.name=x", "launch=slurm", "launch.processes=1", "launch.slurm.follow=false"]
 
 
-def test_a_job_keeps_what_was_submitted(commands, tmp_path, capsys):
+def test_a_job_keeps_what_was_submitted(stand_ins, tmp_path, capsys):
     assert main([*SUBMIT, "optimizer.lr=1e-3,2e-3"]) == 0
     assert "job 17: " in capsys.readouterr().out
     stored = json.loads((tmp_path / "jobs" / "x" / "job.json").read_text())
@@ -179,19 +182,19 @@ REJECTS = "[ $1 = --version ] || { echo 'sbatch: error: submission failed: Inval
     ],
     ids=["rejected", "partition", "dependency", "twice"],
 )
-def test_what_slurm_would_not_take_is_one_line(commands, capsys, overrides, scripts, message):
+def test_what_slurm_would_not_take_is_one_line(stand_ins, capsys, overrides, scripts, message):
     if overrides == ["run.name=again"]:
         assert main([*SUBMIT, *overrides]) == 0
-    commands(**scripts)
+    stand_ins(**scripts)
     capsys.readouterr()
     assert main([*SUBMIT, *overrides]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
 
 
-def test_a_job_that_leaves_no_log_says_where_to_look(commands, capsys):
+def test_a_job_that_leaves_no_log_says_where_to_look(stand_ins, capsys):
     assert main([*SUBMIT, "run.name=silent"]) == 0
-    commands(scontrol="echo JobId=17 JobState=FAILED Reason=None")
+    stand_ins(scontrol="echo JobId=17 JobState=FAILED Reason=None")
     assert main(["jobs", "show", "silent"]) == 1
     assert "left no log in" in capsys.readouterr().out
     assert main(["jobs", "show", "nobody"]) == 2
@@ -207,38 +210,68 @@ def test_a_checkpoint_interval_longer_than_the_time_limit_is_refused():
         check_interval(config, slurm, 6.0)
 
 
-HISTORY = {"step": 40, "fruitless": 2, "excluded": ["n7"]}
+BEFORE = Tries(40, 2, ("n7",))
 
 
 @pytest.mark.parametrize(
-    "code, step, bad, wanted, excluded",
+    "code, step, bad, wanted",
     [
-        (0, 40, (), 0, ()),
-        (CANCELLED, 40, (), 130, ()),
-        (WARNED, 60, (), None, ("n7",)),
-        (WARNED, 40, (), 1, ()),
-        (128 + signal.SIGUSR1, 60, (), None, ("n7",)),
-        (FINAL + 2, 60, (), 2, ()),
-        (FINAL + 1, 60, (), 1, ()),
-        (3, 40, ("n2",), None, ("n2", "n7")),
-        (3, 60, (), None, ("n7",)),
-        (137, 60, (), None, ("n7",)),
-        (FAILED_NODE, 40, ("n2",), None, ("n2", "n7")),
+        (0, 40, (), 0),
+        (WARNED, 60, (), AGAIN),
+        (WARNED, 40, (), 1),
+        (128 + signal.SIGUSR1, 60, (), AGAIN),
+        (CANCELLED, 60, (), AGAIN),
+        (128 + signal.SIGTERM, 60, (), AGAIN),
+        (FINAL + 2, 60, (), 2),
+        (FINAL + 1, 60, (), 1),
+        (3, 40, ("n2",), AGAIN),
+        (137, 60, (), AGAIN),
+        (FAILED_NODE, 40, ("n2",), AGAIN),
+        (FAILED_NODE, 40, ("n1", "n2"), 1),
     ],
 )
-def test_when_a_job_is_queued_again(code, step, bad, wanted, excluded):
-    decision = decide(code, HISTORY, step, 3, bad)
-    assert decision.exit_code == wanted and decision.exclude == excluded, decision.why
+def test_when_a_job_is_queued_again(code, step, bad, wanted):
+    now = BEFORE.after(step, bad)
+    assert now.fruitless == (0 if step > 40 else 3) and now.excluded == tuple(sorted(("n7", *bad)))
+    decision = decide(code, now, 3, bad, 2, cancelled=False)
+    assert decision.exit_code == wanted, decision.why
+    stopped = code in (CANCELLED, 128 + signal.SIGTERM)
+    assert decision.if_running == stopped, "whoever uses scancel does not want it back"
+    assert decide(code, now, 3, bad, 2, cancelled=True).cancel == bool(code)
 
 
 def test_a_job_that_gets_nowhere_ends():
-    assert decide(3, {"step": 40, "fruitless": 3}, 40, 3, ()).exit_code == 1
-    assert decide(3, {"step": 40, "fruitless": 3}, 41, 3, ()).exit_code is None, "control: it got on"
-    assert decide(3, {}, -1, 3, ()).exit_code is None and decide(3, {}, -1, 0, ()).exit_code == 1
+    assert decide(3, Tries(40, 3).after(40, ()), 3, (), 2, False).exit_code == 1
+    assert decide(3, Tries(40, 3).after(41, ()), 3, (), 2, False).exit_code == AGAIN, "control: it got on"
+    assert decide(FAILED_NODE, Tries(40, 3).after(40, ()), 3, ("n1",), 2, False).exit_code == 1
+    assert decide(3, Tries().after(-1, ()), 3, (), 2, False).exit_code == AGAIN
+    assert decide(3, Tries().after(-1, ()), 0, (), 2, False).exit_code == 1
+
+
+def test_what_slurm_is_asked_to_queue_a_job_again():
+    plain, stopped = Decision(AGAIN, ""), Decision(AGAIN, "", if_running=True)
+    assert commands("17_2", plain, ["n1", "n2"]).splitlines() == [
+        "trap '' TERM",
+        "scontrol requeue 17_2 || exit 1",
+        "scontrol update JobId=17_2 StartTime=now",
+        "scontrol update JobId=17_2 ExcNodeList=n1,n2",
+    ]
+    assert commands("17", Decision(AGAIN, "", cancel=True), []).splitlines()[1:] == ["scancel 17", "exit 130"]
+    asked = commands("17", stopped, []).splitlines()
+    assert asked[1] == "scontrol show job -o 17 | grep -q JobState=RUNNING || exit 130" and len(asked) == 4
+
+
+def test_bad_nodes_are_those_of_this_try(tmp_path):
+    hangs = [{"time": 10.0, "hosts": ["old"]}, {"time": 30.0, "hosts": ["n2"]}]
+    (tmp_path / "hangs.jsonl").write_text("".join(json.dumps(hang) + "\n" for hang in hangs))
+    (tmp_path / "findings.json").write_text(json.dumps({"time": 30.0, "bad_nodes": ["n3"]}))
+    assert bad_nodes(tmp_path, tmp_path, 20.0) == ("n2", "n3")
+    assert bad_nodes(tmp_path, tmp_path, 40.0) == () == bad_nodes(tmp_path / "no", tmp_path / "no", 0.0)
 
 
 def test_codes_of_ranks_say_whether_to_try_again():
-    assert [code_for(code) for code in (1, 2, 3, 130)] == [FINAL + 1, FINAL + 2, 3, WARNED]
+    wanted = {0: 0, 1: FINAL + 1, 2: FINAL + 2, 3: 3, 4: 3, 130: WARNED, 255: 3, FAILED_NODE: FAILED_NODE}
+    assert {code: code_for(code) for code in wanted} == wanted
 
 
 def test_a_sweep_is_every_combination():

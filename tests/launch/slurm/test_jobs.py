@@ -125,12 +125,16 @@ def test_the_time_limit_is_no_end(user, undisturbed):
     assert 1 <= log.count("leviathan: queued again, to go on from step") == log.count("going on from step-")
 
 
-def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(user):
+def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(cluster, user):
     rates = (0.001, 0.002, 0.004, 0.008)
     one_node = ["launch.nodes=1", "launch.slurm.cpus=1", "launch.slurm.memory=2000", "parallel.ep=1"]
     number = user.submit("sweep", *one_node, "training.steps=10", f"optimizer.lr={','.join(map(str, rates))}")
+    cluster.wait(user.has_step("sweep-1", 2), "step 2 of the second run", 90)
+    cluster.client("scancel", "--signal=USR1", f"{number}_1")
     for task in range(4):
         assert user.wait_for_end("sweep", f"{number}_{task}") == "COMPLETED", user.log("sweep", task)
+    again = ["queued again" in user.log("sweep", task) for task in range(4)]
+    assert again == [False, True, False, False], "one of them was warned, and it alone went through the queue again"
     firsts = [user.figures(f"sweep-{task}")[10][0] for task in range(4)]
     assert len(set(firsts)) == 4
     listed = user.leviathan("jobs").stdout
@@ -148,9 +152,13 @@ def test_cancelled_it_saves_and_stays_cancelled(cluster, user):
     done = user.leviathan("jobs", "cancel", "unwanted")
     assert done.returncode == 0 and "it saves first" in done.stdout
     assert user.wait_for_end("unwanted", number) == "CANCELLED"
-    cluster.wait(lambda: "interrupted after step" in user.log("unwanted"), "saved checkpoint", 30)
+    assert "interrupted after step" in user.log("unwanted") and "cancelled after saving" in user.log("unwanted")
+    number = user.submit("dropped")
+    cluster.wait(user.has_step("dropped", 5), "step 5", 90)
+    cluster.client("scancel", number)
+    assert user.wait_for_end("dropped", number) == "CANCELLED"
     time.sleep(8)  # a job that is queued again is eligible after five
-    assert user.state(number) == "CANCELLED", user.log("unwanted")
+    assert user.state(number) == "CANCELLED", user.log("dropped")
 
 
 def test_a_wrong_node_is_found_by_the_doctor_and_left_out(cluster, user, tmp_path):
