@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from parallel.watch import Pulse, missing
+import pytest
+import torch.distributed as dist
+
+from parallel.watch import Pulse, Watch, missing
 
 
 def word(
@@ -48,3 +52,50 @@ def test_who_is_done_may_be_silent_and_who_never_spoke_may_not():
     assert named(LIVES, {**NOW, 3: word(5, done=True)}) is None
     told, hosts = named(LIVES, {rank: NOW[rank] for rank in (1, 2)})
     assert told == "rank 3 has never given a sign of life" and hosts == []
+
+
+@pytest.fixture
+def ended(monkeypatch) -> list[str]:
+    """What watches would have ended their ranks with."""
+    lines: list[str] = []
+    monkeypatch.setattr(Watch, "_end", lambda self, line, hosts: lines.append(line))
+    return lines
+
+
+def watches(tmp_path, ranks: list[int], size: int, limit_s: float) -> list[Watch]:
+    store, found = dist.HashStore(), []
+    for rank in ranks:
+        pulse = Pulse(step=7)
+        pulse.begin("world", "wait for rank 0")
+        found.append(Watch(pulse, store, rank, size, limit_s, tmp_path))
+        time.sleep(0.03)  # never in step with each other
+    return found
+
+
+def test_nobody_ends_while_rank_0_works_alone(tmp_path, ended):
+    running = watches(tmp_path, [0, 1, 2, 3], 4, 0.2)
+    with running[0].pulse.excuse():
+        time.sleep(2.0)
+    for watch in running:
+        watch.stop()
+    assert ended == []
+
+
+def test_a_rank_that_never_spoke_ends_the_others(tmp_path, ended):
+    running = watches(tmp_path, [0, 1, 2], 4, 0.2)
+    time.sleep(1.0)
+    for watch in running:
+        watch.stop()
+    assert len(ended) >= 3 and all("rank 3 has never given a sign of life" in line for line in ended)
+    assert ended[0].startswith("step 7: wait for rank 0 over axis world waits for ")
+
+
+def test_a_store_that_is_gone_ends_the_rank(tmp_path, ended):
+    class Gone(dist.HashStore):
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("Connection reset by peer")
+
+    watch = Watch(Pulse(), Gone(), 0, 2, 0.2, tmp_path)
+    time.sleep(0.8)
+    watch.stop()
+    assert ended and ended[0] == "step 0: the store of the job does not answer any more"

@@ -360,6 +360,7 @@ def peak_memory(root: Path, experts: int) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_memory_of_a_conversion_does_not_grow_with_the_tensor(tmp_path):
     """An expert is 12 MB; four times as many make the files four times as large."""
     small, large = tmp_path / "small", tmp_path / "large"

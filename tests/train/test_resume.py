@@ -55,7 +55,7 @@ def killed(root: Path, name: str, overrides: list[str], after: str) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, small_corpus, precision):
     """Killed once between checkpoints and once while one is being written; dense, packed, top-2, all terms on."""
     more = [f"precision={precision}", "optimizer=adamw"]
