@@ -85,6 +85,7 @@ def killed(small_corpus: list[str], root: Path, after: int, victim: int) -> tupl
     return process.returncode, errors
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_nothing_changes(small_corpus, tmp_path, undisturbed):
     code, errors = killed(small_corpus, tmp_path, 30, 1)
     assert code == 0, errors

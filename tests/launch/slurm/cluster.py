@@ -87,9 +87,15 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """As if its power had gone: the daemon and every process of every job on it."""
-        self._daemons.pop(name).kill()
+        self.kill_daemon(name)
         for pid in _processes_of(name):
             os.kill(pid, signal.SIGKILL)
+
+    def kill_daemon(self, name: str) -> None:
+        """What runs on the node stays, until SLURM gives the node up."""
+        daemon = self._daemons.pop(name)
+        daemon.kill()
+        daemon.wait()
 
     def client(self, *command: str) -> str:
         environment = os.environ | self.environment

@@ -91,15 +91,31 @@ def undisturbed(user) -> tuple[dict[int, tuple[float, float]], float]:
     return found, user.heldout("calm")
 
 
-def test_warned_by_a_signal_it_saves_and_goes_on(cluster, user, undisturbed):
-    number = user.submit("warned")
-    cluster.wait(user.has_step("warned", 25), "step 25", 90)
-    cluster.client("scancel", "--signal=USR1", number)
-    assert user.wait_for_end("warned", number) == "COMPLETED", user.log("warned")
-    assert (user.figures("warned"), user.heldout("warned")) == undisturbed
-    log = user.log("warned")
-    assert "interrupted after step" in log and "leviathan: queued again, to go on from step" in log
+@pytest.mark.parametrize("warning", ["USR1", "TERM"])
+def test_warned_by_a_signal_it_saves_and_goes_on(cluster, user, undisturbed, warning):
+    """SLURM sends USR1 before the time limit, and TERM to a job that is to make room."""
+    name = f"warned-{warning}"
+    number = user.submit(name)
+    cluster.wait(user.has_step(name, 25), "step 25", 90)
+    cluster.client("scancel", f"--signal={warning}", number)
+    assert user.wait_for_end(name, number) == "COMPLETED", user.log(name)
+    assert (user.figures(name), user.heldout(name)) == undisturbed
+    log = user.log(name)
+    assert "interrupted after step" in log and "queued again, to go on from step" in log
     assert log.count("going on from step-") == 1
+
+
+def test_a_dead_daemon_alone_changes_nothing(cluster, user, undisturbed):
+    number = user.submit("headless")
+    cluster.wait(user.has_step("headless", 25), "step 25", 90)
+    nodes = cluster.client("squeue", "-h", "-j", number, "-o", "%N").strip()
+    victim = cluster.client("scontrol", "show", "hostnames", nodes).split()[1]
+    cluster.kill_daemon(victim)
+    try:
+        assert user.wait_for_end("headless", number) == "COMPLETED", user.log("headless")
+    finally:
+        cluster.start_node(victim)
+    assert (user.figures("headless"), user.heldout("headless")) == undisturbed
 
 
 def test_a_node_that_dies_is_replaced(cluster, user, undisturbed):
