@@ -14,6 +14,7 @@ from train.certify import EXACT, Outcome, Trial, compare, compare_layouts
 from train.certify_rank import Case, Figures, measure_all
 from train.optimizer import OptimizerConfig, OptimizerKind
 
+EVERY_AXIS = ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full)
 SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)
 
 
@@ -28,7 +29,7 @@ def tried(ranks, count: int, config: ParallelConfig, top_k: int) -> Outcome:
     [
         (4, ParallelConfig(dp_replicate=2, recompute=Recompute.selective), 1),
         (4, ParallelConfig(ep=2, etp=2, dispatch=Dispatch.all_gather), 2),
-        (8, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full), 2),
+        pytest.param(8, EVERY_AXIS, 2, marks=pytest.mark.slow),
     ],
     ids=["hsdp-selective", "ep-etp-gathered", "all-axes-recomputed"],
 )

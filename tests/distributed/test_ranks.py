@@ -54,6 +54,7 @@ def fail_beside_a_sleeper() -> None:
     raise ValueError("planted beside a sleeper")
 
 
+@pytest.mark.slow
 def test_a_hang_is_killed_and_the_pool_starts_anew():
     pool = Pool()
     try:

@@ -173,7 +173,11 @@ def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("launch", [[], ["launch=torchrun", "launch.processes=2"]], ids=["inline", "torchrun"])
+@pytest.mark.parametrize(
+    "launch",
+    [[], pytest.param(["launch=torchrun", "launch.processes=2"], marks=pytest.mark.slow)],
+    ids=["inline", "torchrun"],
+)
 def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_corpus, command):
     arguments = [*TINY, *small_corpus, "run.name=x", "training.steps=4000", *launch]
     process = start(arguments, tmp_path)
