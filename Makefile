@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make smoke     train the default model on this machine (a few minutes on two cores)"
-	@echo "make test      the tests (under 12 minutes on two cores)"
+	@echo "make test      the tests (about 12 minutes on two cores)"
 	@echo "make test-all  the tests and the slow ones"
 	@echo "make slurm     install SLURM for the tests that need it (Debian, as root; part of test-all)"
 	@echo "make test-gpu  the tests that need a GPU"
