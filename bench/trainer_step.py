@@ -38,7 +38,7 @@ class BareLoop:
     """What one would write by hand."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.model, self.loader = trainer.engine.model, trainer.loaders["main"]
+        self.model, self.loader = trainer.engine.placed.model, trainer.loaders["main"]
         config = trainer.config.optimizer
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         gains = [p for p in self.model.parameters() if p.dim() == 1]

@@ -5,6 +5,8 @@ Shapes: B batch, T sequence, D model width, H query heads, G key/value heads, K 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,12 +19,24 @@ from model.rope import rotate
 from precision.backend import GemmBackend
 
 
+class Attend(Protocol):
+    """softmax(q k^T / sqrt(K)) v over what each query may see; returns [B, T, H, K]."""
+
+    def __call__(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: SequenceContext, chunk: int | None
+    ) -> Tensor: ...
+
+
 class Attention(nn.Module):
-    """Query, key, value and output projections around `attend`; head j reads key/value head j // (H / G)."""
+    """Query, key, value and output projections around `attend`; head j reads key/value head j // (H / G).
+
+    Context parallelism replaces `attend`; nothing else in this file knows of ranks.
+    """
 
     def __init__(self, model: ModelConfig, layer: LayerConfig, gemm: GemmBackend) -> None:
         super().__init__()
         self.model, self.layer = model, layer
+        self.attend: Attend = attend_here
         inner, shared = model.heads * model.head_width, model.kv_heads * model.head_width
         self.query = Linear(model.width, inner, Role.query, gemm)
         self.key = Linear(model.width, shared, Role.key, gemm)
@@ -50,8 +64,13 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK = (rms_normalise(x, self.model.norm_eps) for x in (q_BTHK, k_BTGK))
         if self.layer.temperature:
             q_BTHK = (q_BTHK * context.temperature(self.model, q_BTHK.dtype)).to(q_BTHK.dtype)
-        y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context.plan(self.layer.chunk))
+        y_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, context, self.layer.chunk)
         return self.output(y_BTHK.flatten(-2))
+
+
+def attend_here(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: SequenceContext, chunk: int | None) -> Tensor:
+    """The whole row is on this device."""
+    return attend(q_BTHK, k_BTGK, v_BTGK, context.plan(chunk))
 
 
 def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: AttentionPlan) -> Tensor:

@@ -139,32 +139,3 @@ def _aux(logits_BTE: Tensor, load_BE: Tensor, score: Score) -> tuple[Tensor, Ten
     total = s.sum(-1, keepdim=True)
     mean = (s * load_B1E).sum(-1, keepdim=True) / total
     return mean.sum(), (load_B1E - mean) / total * s * (1 - s)
-
-
-class Balancer:
-    """All routers of a model, once per optimizer step.
-
-    `reduce` sums a tensor in place over the ranks whose tokens differ (identity for one process).
-    """
-
-    def __init__(self, model: nn.Module, reduce: Callable[[Tensor], None] = lambda counts: None) -> None:
-        self.routers = {name: m for name, m in model.named_modules() if isinstance(m, Balance)}
-        self.reduce = reduce
-
-    @torch.no_grad()
-    def step(self) -> dict[str, Tensor]:
-        """Reduce the counts, move the biases and return this step's figures, still on the device.
-
-        `counts` int64 [layers, E]; `aux` and `z`: the unscaled terms, and `entropy` of the routers' scores over its
-        maximum, mean over tokens, [layers].
-        """
-        if not self.routers:
-            return {}
-        modules = list(self.routers.values())
-        counts = torch.stack([m.counts_E for m in modules])
-        sums = torch.stack([m.sums for m in modules])
-        self.reduce(counts)
-        self.reduce(sums)
-        for module, counts_E in zip(modules, counts, strict=True):
-            module.step(counts_E)
-        return {"counts": counts, "aux": sums[:, 0], "z": sums[:, 1], "entropy": sums[:, 2]}

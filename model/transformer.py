@@ -37,23 +37,46 @@ class Layer(nn.Module):
         return h_BTD + (self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD))
 
 
-class Transformer(nn.Module):
+class Stack(nn.Module):
+    """Consecutive layers of a decoder, with what belongs to its ends where this run of layers reaches them.
+
+    Without an embedding it takes hidden states [B, T, D] instead of token ids; without a head it returns them. Layers
+    keep the numbers, and so the names, that they have in the whole model.
+    """
+
+    def __init__(
+        self, embedding: Embedding | None, layers: dict[str, Layer], final_norm: RMSNorm | None, head: Linear | None
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.layers = nn.ModuleDict(layers)
+        self.final_norm = final_norm
+        self.head = head
+
+    def forward(self, x: Tensor, context: SequenceContext | None = None) -> Tensor:
+        """Token ids [B, T] to logits [B, T, V]; either may be hidden states. Without a context each row is one
+        document from position 0.
+        """
+        if context is None:
+            positions_BT = torch.arange(x.shape[1]).expand(x.shape[:2])
+            context = SequenceContext(positions_BT, x.device)
+        x_BTD = x if self.embedding is None else self.embedding(x)
+        for layer in self.layers.values():
+            x_BTD = layer(x_BTD, context)
+        if self.head is None or self.final_norm is None:
+            return x_BTD
+        return self.head(self.final_norm(x_BTD))
+
+
+class Transformer(Stack):
     """Token ids [B, T] to logits [B, T, V]. Built without initial weights: see `model.init`."""
 
     def __init__(self, config: ModelConfig, gemm: GemmBackend) -> None:
-        super().__init__()
+        super().__init__(
+            Embedding(config.vocab_size, config.width, gemm.compute_dtype),
+            {str(index): Layer(config, layer, gemm) for index, layer in enumerate(config.blocks)},
+            RMSNorm(config.width, config.norm_eps, Role.final_norm),
+            Linear(config.width, config.vocab_size, Role.head, gemm),
+        )
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.width, gemm.compute_dtype)
-        self.layers = nn.ModuleList(Layer(config, layer, gemm) for layer in config.blocks)
-        self.final_norm = RMSNorm(config.width, config.norm_eps, Role.final_norm)
-        self.head = Linear(config.width, config.vocab_size, Role.head, gemm)
-
-    def forward(self, tokens_BT: Tensor, context: SequenceContext | None = None) -> Tensor:
-        """Without a context each row is one document from position 0."""
-        if context is None:
-            positions_BT = torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)
-            context = SequenceContext(positions_BT, tokens_BT.device)
-        x_BTD = self.embedding(tokens_BT)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, context)
-        return self.head(self.final_norm(x_BTD))
+        self.compute_dtype = gemm.compute_dtype

@@ -2,42 +2,95 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.context import SequenceContext
+from model.moe import MixtureOfExperts
 from model.roles import registry
-from model.transformer import Transformer
-from parallel import compile, expert, fsdp, recompute, shards, tensor
+from model.transformer import Stack, Transformer
+from parallel import compile, context, expert, fsdp, pipeline, recompute, shards, tensor
 from parallel.mesh import Meshes
 from parallel.shards import ShardSpec
 from precision.backend import PrecisionConfig, resolve
 
 
-def build(
-    config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, device: torch.device, seed: int
-) -> tuple[Transformer, dict[str, ShardSpec]]:
+@dataclass(frozen=True)
+class Placed:
+    """A model's part on this rank.
+
+    `model` owns the parameters that are here, under the names of the whole model. `stacks` are what runs: the model
+    itself or, in a pipeline, a stack for each of this rank's stages, which share the model's modules.
+    """
+
+    model: Transformer
+    specs: dict[str, ShardSpec]
+    meshes: Meshes
+    stacks: dict[int, Stack]
+
+    def share(self, length: int) -> context.Share:
+        """This rank's part of rows of `length` tokens."""
+        return context.share(self.model.config, length, self.meshes.cp)
+
+    def context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> SequenceContext:
+        """What this rank's layers know of whole rows at these positions."""
+        found = self.share(positions_BT.shape[1]).context(positions_BT, self.device, routed_tokens)
+        if self.meshes.layout.compile:
+            found.prepare(self.model.config, self.model.compute_dtype)
+        return found
+
+    def fitting(self, length: int) -> int:
+        """The shortest row of at least `length` tokens that this layout can divide."""
+        layout = self.meshes.layout
+        return -(-length // (layout.cp * layout.tp)) * layout.cp * layout.tp
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: Tensor, context: SequenceContext) -> Tensor | None:
+        """A forward pass over this rank's part of the rows; None where another rank has the head."""
+        if self.meshes.pp.size > 1:
+            return pipeline.forward(self.stacks, self.model, self.meshes, tokens_BT, context)
+        return self.model(tokens_BT, context)
+
+
+def build(config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, device: torch.device, seed: int) -> Placed:
     """The model, laid out and initialised, and the place of each of its parameters.
 
     Nothing is allocated before the layout is applied: each rank only ever holds its own part.
     """
     model = on_meta(config, precision)
+    stacks = pipeline.cut(model, meshes)
     specs = shards.shard_specs(registry(model), config, meshes)
-    parallelize(model, specs, meshes, precision)
-    model.to_empty(device=device)
+    parallelize(model, stacks, specs, meshes, precision)
+    for stack in stacks.values():
+        stack.to_empty(device=device)
     shards.initialise(model, specs, config, seed)
-    return model, specs
+    return Placed(model, specs, meshes, stacks)
 
 
-def parallelize(model: Transformer, specs: dict[str, ShardSpec], meshes: Meshes, precision: PrecisionConfig) -> None:
+def parallelize(
+    model: Transformer,
+    stacks: dict[int, Stack],
+    specs: dict[str, ShardSpec],
+    meshes: Meshes,
+    precision: PrecisionConfig,
+) -> None:
     """Each technique wraps what the former left; data parallelism comes last."""
     _cut(model, specs)
     tensor.apply(model, meshes.tp)
+    context.apply(model, meshes.cp)
     expert.apply(model, meshes)
+    _count_whole_rows(model, meshes)
     recompute.apply(model, meshes.layout.recompute)
     if meshes.layout.compile:
         compile.apply(model)
-    fsdp.apply(model, specs, meshes, precision)
+    fsdp.apply(model, stacks, specs, meshes, precision)
 
 
 def on_meta(config: ModelConfig, precision: PrecisionConfig) -> Transformer:
@@ -58,3 +111,16 @@ def _cut(model: Transformer, specs: dict[str, ShardSpec]) -> None:
             owner, _, attribute = name.rpartition(".")
             part = torch.empty(specs[name].computed.shape, dtype=parameter.dtype, device=parameter.device)
             setattr(model.get_submodule(owner), attribute, nn.Parameter(part))
+
+
+def _count_whole_rows(model: Transformer, meshes: Meshes) -> None:
+    """Balancing terms of a whole row need the counts of all ranks that have a part of it."""
+    axes = [axis for axis in (meshes.cp, meshes.tp) if axis.size > 1]
+
+    def over_all(counts_BE: Tensor) -> None:
+        for axis in axes:
+            axis.sum(counts_BE, "balance")
+
+    for layer in model.layers.values():
+        if isinstance(layer.ffn, MixtureOfExperts):
+            layer.ffn.router.balance.whole_rows = over_all

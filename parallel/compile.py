@@ -15,16 +15,12 @@ from model.transformer import Layer, Transformer
 
 
 def apply(model: Transformer) -> None:
-    """Compile in place; names of modules and parameters stay as they are."""
-    for layer in model.layers:
+    """Compile in place; names of modules and parameters stay as they are. Contexts must be prepared before they are
+    used: see `SequenceContext.prepare`.
+    """
+    for layer in model.layers.values():
         assert isinstance(layer, Layer)
         if isinstance(layer.ffn, MixtureOfExperts):
             mixture: Any = layer.ffn
             mixture.forward = torch.compiler.disable(mixture.forward)
         layer.compile()
-    model.register_forward_pre_hook(_prepare)
-
-
-def _prepare(model: Any, arguments: tuple[Any, ...]) -> None:
-    if len(arguments) > 1 and arguments[1] is not None:
-        arguments[1].prepare(model.config, model.embedding.dtype)

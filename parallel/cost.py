@@ -16,6 +16,7 @@ import torch
 
 from model.config import AuxScope, FeedForward, ModelConfig, QKNorm, WeightsOn
 from model.roles import Role, registry
+from parallel import pipeline
 from parallel.apply import on_meta
 from parallel.layout import Dispatch, Layout, Recompute, Reduce
 from parallel.mesh import place
@@ -80,7 +81,9 @@ def step_traffic(model: ModelConfig, precision: PrecisionConfig, layout: Layout,
 
 
 def _specs(model: ModelConfig, precision: PrecisionConfig, layout: Layout, rank: int) -> dict[str, ShardSpec]:
-    return shard_specs(registry(on_meta(model, precision)), model, place(layout, rank))
+    meshes, here = place(layout, rank), on_meta(model, precision)
+    pipeline.cut(here, meshes)
+    return shard_specs(registry(here), model, meshes)
 
 
 def _data(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
@@ -155,8 +158,7 @@ def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, bat
 def _once(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Entries:
     """Once per step, all ranks together."""
     world, layers = layout.world_size, sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)
-    if layout.rows > 1:
-        yield ("rows", "loss"), world * (8 + 8)  # how many labels, the loss
+    yield ("world", "loss"), world * (8 + 8)  # how many labels, the loss
     yield ("world", "norm"), world * 8
     yield ("world", "balance"), world * layers * 8 * (model.experts + 3)
     for spec in _specs(model, precision, layout, 0).values():

@@ -47,7 +47,7 @@ def apply(model: Transformer, meshes: Meshes) -> None:
         return
     kind = meshes.layout.dispatch
     check(kind)
-    for layer in model.layers:
+    for layer in model.layers.values():
         if isinstance(layer.ffn, MixtureOfExperts):
             held = model.config.experts // meshes.ep.size
             multiple = layer.ffn.experts.down.gemm.token_multiple

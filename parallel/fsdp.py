@@ -19,7 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.distributed.tensor import Shard
 
 from model.moe import MixtureOfExperts
-from model.transformer import Transformer
+from model.transformer import Stack, Transformer
 from parallel.collectives import all_gather_single
 from parallel.layout import Reduce
 from parallel.mesh import Axis, Meshes
@@ -27,8 +27,17 @@ from parallel.shards import ShardSpec
 from precision.backend import PrecisionConfig
 
 
-def apply(model: Transformer, specs: Mapping[str, ShardSpec], meshes: Meshes, precision: PrecisionConfig) -> None:
-    """Shard each layer and its experts, then what is left. Without a mesh the model stays as it is.
+def apply(
+    model: Transformer,
+    stacks: Mapping[int, Stack],
+    specs: Mapping[str, ShardSpec],
+    meshes: Meshes,
+    precision: PrecisionConfig,
+) -> None:
+    """Shard each layer and its experts, then what is left of each stack. Without a mesh the model stays as it is.
+
+    In a pipeline parameters stay gathered between the micro-batches of a step, and gradients are reduced once: each
+    micro-batch would gather and reduce them again otherwise.
 
     In bfloat16 the gathered copies are bf16. Routers are gathered in the master format: they score in fp32 on one
     device and must not be rounded first on many.
@@ -43,22 +52,26 @@ def apply(model: Transformer, specs: Mapping[str, ShardSpec], meshes: Meshes, pr
 
     def shard(module: nn.Module, mesh: DeviceMesh, axis: Axis, policy: MixedPrecisionPolicy) -> None:
         place = lambda parameter: Shard(dims[id(parameter)])  # noqa: E731
-        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
+        keep: dict[str, Any] = {"reshard_after_forward": False} if meshes.layout.pp > 1 else {}
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=place, **keep)
         _sum_and_count(sharded, axis, meshes.replicate)
 
-    for layer in model.layers:
-        if isinstance(layer.ffn, MixtureOfExperts):
-            if narrow:
-                shard(layer.ffn.router, meshes.dense, meshes.fsdp, unrounded)
-            shard(layer.ffn.experts, meshes.sparse, meshes.efsdp, policy)
-        shard(layer, meshes.dense, meshes.fsdp, policy)
-    shard(model, meshes.dense, meshes.fsdp, policy)
+    for stack in stacks.values():
+        for layer in stack.layers.values():
+            if isinstance(layer.ffn, MixtureOfExperts):
+                if narrow:
+                    shard(layer.ffn.router, meshes.dense, meshes.fsdp, unrounded)
+                shard(layer.ffn.experts, meshes.sparse, meshes.efsdp, policy)
+            shard(layer, meshes.dense, meshes.fsdp, policy)
+        shard(stack, meshes.dense, meshes.fsdp, policy)
 
 
-def release(model: nn.Module) -> None:
+def release(stacks: Mapping[int, Stack]) -> None:
     """Drop the copies that a forward pass without a backward pass leaves gathered."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for stack in stacks.values():
+        for module in stack.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _sum_and_count(module: FSDPModule, axis: Axis, replicate: Axis) -> None:

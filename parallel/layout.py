@@ -7,8 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+
 from core.errors import ConfigError, check_numbers, divisors
 from model.config import FeedForward, ModelConfig
+from parallel.stages import V_SCHEDULES_SINCE, Schedule, Stages, stages
 
 AUTO = "auto"
 
@@ -50,8 +53,8 @@ class ParallelConfig:
     The same ranks are folded in two ways: dense layers over (pp, dp_replicate, dp_shard, cp, tp), routed experts over
     (pp, dp_replicate, efsdp, ep, etp), where efsdp is what remains; the last axis varies fastest from rank to rank.
     Parameters, gradients and optimizer state are sharded over dp_shard * cp, those of experts over efsdp (FSDP2), and
-    repeated over dp_replicate (HSDP). tp splits heads, widths and the vocabulary, and the sequence between them; ep
-    splits the experts, etp the width of each.
+    repeated over dp_replicate (HSDP). pp gives each rank some of the layers, cp some of each row. tp splits heads,
+    widths and the vocabulary, and the sequence between them; ep splits the experts, etp the width of each.
     """
 
     pp: int = 1
@@ -67,6 +70,12 @@ class ParallelConfig:
     recompute: Recompute = Recompute.none
     compile: bool = False
     """torch.compile of each layer."""
+    schedule: Schedule = Schedule.one_f_one_b
+    """The order of a pipeline's work; see parallel/stages.py."""
+    stages_per_rank: int | None = None
+    """Stages of the pipeline on each of its ranks; null: 1, or 2 where the schedule needs several."""
+    layers_per_stage: list[int] | None = None
+    """How many layers each stage has, first to last; null: so that the costliest stage costs the least."""
     timeout_s: float = 300.0
     """Seconds after which a collective that waits is reported with the ranks that are missing, and the run ended.
     Below the ten minutes after which NCCL ends a process by itself, without a word of who is missing.
@@ -82,9 +91,48 @@ class ParallelConfig:
                 raise ConfigError("dp_shard", self.dp_shard, "must be a number of ranks", [AUTO])
         elif self.dp_shard < 1:
             raise ConfigError("dp_shard", self.dp_shard, "must be positive")
-        for key in ("pp", "cp"):
-            if getattr(self, key) > 1:
-                raise ConfigError(key, getattr(self, key), "is not available yet", [1])
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        schedule = self.schedule
+        if self.pp == 1:
+            for key, usual in (
+                ("schedule", Schedule.one_f_one_b),
+                ("stages_per_rank", None),
+                ("layers_per_stage", None),
+            ):
+                if getattr(self, key) != usual:
+                    raise ConfigError(key, getattr(self, key), "there is no pipeline: add parallel.pp=2", [usual])
+            return
+        per_rank = self.stages_per_rank
+        if per_rank is not None:
+            if schedule.is_single and per_rank != 1:
+                others = [Schedule.interleaved.name, Schedule.interleaved_zero_bubble.name]
+                reason = (
+                    f"{schedule.name} has one stage per rank; take another parallel.schedule: {' or '.join(others)}"
+                )
+                raise ConfigError("stages_per_rank", per_rank, reason, [1])
+            if schedule.is_v and per_rank != 2:
+                raise ConfigError("stages_per_rank", per_rank, f"{schedule.name} has two stages per rank", [2])
+            if not schedule.is_single and per_rank < 2:
+                raise ConfigError("stages_per_rank", per_rank, f"{schedule.name} needs several stages per rank", [2, 4])
+        if schedule.is_v and torch_version() < V_SCHEDULES_SINCE:
+            need = ".".join(map(str, V_SCHEDULES_SINCE))
+            others = [one.name for one in Schedule if not one.is_v]
+            raise ConfigError("schedule", schedule, f"needs torch {need} or newer, this is {torch.__version__}", others)
+        if schedule.splits_backward:
+            whole = [one.name for one in Schedule if not one.splits_backward]
+            if self.recompute is Recompute.full:
+                reason = f"schedule={schedule.name} would repeat every layer's forward several times; recompute less"
+                raise ConfigError("recompute", self.recompute, reason, [Recompute.none.name])
+            if self.compile:
+                reason = f"torch.compile cannot split the backward pass, as schedule={schedule.name} does"
+                raise ConfigError("compile", True, f"{reason}; take another parallel.schedule: {', '.join(whole)}")
+
+    @property
+    def per_rank(self) -> int:
+        """Stages on each rank of the pipeline."""
+        return self.stages_per_rank or (1 if self.pp == 1 or self.schedule.is_single else 2)
 
     def resolve(self, world_size: int) -> Layout:
         """The layout with `dp_shard` filled in. Raises where the degrees do not make up the world."""
@@ -147,8 +195,13 @@ class Layout(ParallelConfig):
         degrees = {key: getattr(self, key) for key in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")}
         return {key: value for key, value in degrees.items() if value > 1}
 
+    def stages(self, model: ModelConfig) -> Stages:
+        """The pipeline's stages; one with all layers where there is no pipeline."""
+        return stages(model, self.pp, self.schedule, self.per_rank, self.layers_per_stage)
+
     def check_model(self, model: ModelConfig) -> None:
         """Refuse degrees that cannot split this model evenly."""
+        self.stages(model)
         kinds = {layer.feed_forward for layer in model.blocks}
         widths = [("query heads", model.heads), ("key/value heads", model.kv_heads), ("vocabulary", model.vocab_size)]
         if FeedForward.dense in kinds:
@@ -186,10 +239,38 @@ class Layout(ParallelConfig):
         if rows % micro_batch:
             reason = f"must divide a rank's {rows} rows"
             raise ConfigError("training.micro_batch", micro_batch, reason, nearest(divisors(rows), micro_batch))
+        self._check_micro_batches(global_batch, rows, micro_batch)
         if context % self.tp:
             legal = [context // self.tp * self.tp, (context // self.tp + 1) * self.tp]
             reason = f"must divide into tp={self.tp} equal parts of the sequence"
             raise ConfigError("training.context", context, reason, [value for value in legal if value])
+
+    def _check_micro_batches(self, global_batch: int, rows: int, micro_batch: int) -> None:
+        """Refuse a number of micro-batches with which a pipeline would stand still, or that its schedule cannot do."""
+        if self.pp == 1 or self._pipelines(rows // micro_batch):
+            return
+        legal = [size for size in divisors(rows) if self._pipelines(rows // size)]
+        count, need = rows // micro_batch, self.pp * self.per_rank if self.schedule.is_v else self.pp
+        reason = f"{self.schedule.name} with pp={self.pp} needs at least {need} micro-batches"
+        if self.schedule in (Schedule.interleaved, Schedule.interleaved_zero_bubble):
+            reason += ", in rounds of equal number"
+        reason += f", a rank's {rows} rows make {count}"
+        if not legal:
+            more = self.rows * need * micro_batch
+            raise ConfigError("training.global_batch", global_batch, reason, [more, 2 * more])
+        raise ConfigError("training.micro_batch", micro_batch, reason, nearest(legal, micro_batch))
+
+    def _pipelines(self, micro_batches: int) -> bool:
+        if self.schedule.is_v:
+            return micro_batches >= self.pp * self.per_rank
+        if micro_batches < self.pp:
+            return False
+        return self.schedule.is_single or micro_batches % (micro_batches // self.pp) == 0
+
+
+def torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def nearest(legal: Iterable[int], value: int, count: int = 4) -> list[int]:

@@ -60,19 +60,31 @@ class Axis:
         self.traffic.pulse.begin(self.name, purpose, self.group)
         self.traffic.bytes[self.name, purpose] += tensor.numel() * tensor.element_size()
 
+    def send(self, purpose: str, tensor: Tensor) -> None:
+        """Note that this rank sends a tensor to one other; ranks need not do so equally often."""
+        self.wait(purpose)
+        self.traffic.bytes[self.name, purpose] += tensor.numel() * tensor.element_size()
+
+    def wait(self, purpose: str) -> None:
+        """Note that this rank now waits for one other."""
+        self.traffic.pulse.wait(self.name, purpose, self.group)
+
 
 @dataclass(frozen=True)
 class Meshes:
     """Where this rank stands in its layout.
 
-    `rows`: the groups that see different rows of a batch. `experts`: the ep * etp ranks that share the routed experts
+    `pp`: the ranks that hold other layers of the same model. `rows`: the groups that see different rows of a batch;
+    `cp`: those that hold other parts of the same rows. `experts`: the ep * etp ranks that share the routed experts
     among them, etp varying faster; `ep` and `etp` are places in it without groups of their own. `dense` and `sparse`:
     what FSDP2 spreads parameters over, (fsdp) or (dp_replicate, fsdp); None in a world of one.
     """
 
     layout: Layout
     world: Axis
+    pp: Axis
     rows: Axis
+    cp: Axis
     replicate: Axis
     fsdp: Axis
     efsdp: Axis
@@ -87,6 +99,18 @@ class Meshes:
     def traffic(self) -> Traffic:
         return self.world.traffic
 
+    @property
+    def is_first_of_stage(self) -> bool:
+        """Whether this rank is the one, among those that hold the same layers, to write what they all have."""
+        return self.world.rank % (self.layout.world_size // self.layout.pp) == 0
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether this rank is the one, among those that know the same tokens, to count them in a sum over the world:
+        tensor-parallel ranks see the same, and so do the stages of a pipeline.
+        """
+        return self.tp.rank == 0 and self.pp.rank == 0
+
 
 def make_meshes(layout: Layout, world: World) -> Meshes:
     """Meshes of a layout of this world's size. Needs the process group where there is more than one rank."""
@@ -100,7 +124,9 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
     return Meshes(
         layout,
         world=Axis("world", world.size, world.rank, None, views.traffic),
+        pp=views.axis(rows, "pp"),
         rows=views.axis(rows, "rows"),
+        cp=views.axis(rows, "cp"),
         replicate=views.axis(dense, "dp_replicate"),
         fsdp=views.axis(dense, "fsdp"),
         efsdp=views.axis(sparse, "efsdp"),
@@ -118,6 +144,8 @@ def place(layout: Layout, rank: int) -> Meshes:
     outer, inner = divmod(rank, layout.fsdp * layout.tp)
     experts = layout.ep * layout.etp
     along = {
+        "pp": (layout.pp, rank // (layout.world_size // layout.pp)),
+        "cp": (layout.cp, rank // layout.tp % layout.cp),
         "rows": (layout.rows, rank // (layout.cp * layout.tp) % layout.rows),
         "dp_replicate": (layout.dp_replicate, outer % layout.dp_replicate),
         "fsdp": (layout.fsdp, inner // layout.tp),

@@ -38,7 +38,7 @@ def apply(model: Transformer, mode: Recompute) -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode is Recompute.selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for layer in model.layers:
+    for layer in model.layers.values():
         assert isinstance(layer, Layer)
         modules: list[Any] = [layer] if mode is Recompute.full else _parts(layer)
         for module in modules:

@@ -33,8 +33,9 @@ def apply(model: Transformer, axis: Axis) -> None:
     """
     if axis.size == 1:
         return
-    _wrap(model.embedding, partial(_embed, model.embedding, axis))
-    for layer in model.layers:
+    if model.embedding is not None:
+        _wrap(model.embedding, partial(_embed, model.embedding, axis))
+    for layer in model.layers.values():
         assert isinstance(layer, Layer)
         attention, feed_forward = layer.attention, layer.ffn
         _wrap(attention, partial(_between, attention.forward, axis, 1))
@@ -44,10 +45,10 @@ def apply(model: Transformer, axis: Axis) -> None:
         if not isinstance(feed_forward, MixtureOfExperts):
             _wrap(feed_forward, partial(_between, feed_forward.forward, axis, 1))
             continue
-        feed_forward.router.balance.whole_rows = partial(axis.sum, purpose="balance")
         if feed_forward.shared is not None:
             _wrap(feed_forward.shared, partial(_between, feed_forward.shared.forward, axis, 0))
-    _wrap(model.head, partial(_gathered, model.head.forward, axis))
+    if model.head is not None:
+        _wrap(model.head, partial(_gathered, model.head.forward, axis))
 
 
 def _wrap(module: Any, forward: Callable[..., Tensor]) -> None:

@@ -46,6 +46,10 @@ class Pulse:
         self.axis, self.purpose, self.group, self.since = axis, purpose, group, time.monotonic()
         self.begun[axis] += 1
 
+    def wait(self, axis: str, purpose: str, group: dist.ProcessGroup | None = None) -> None:
+        """As `begin`, where ranks speak to each other in pairs: how often each does says nothing of who is late."""
+        self.axis, self.purpose, self.group, self.since = axis, purpose, group, time.monotonic()
+
     @contextmanager
     def excuse(self) -> Iterator[None]:
         self.excused += 1

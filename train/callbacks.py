@@ -177,9 +177,8 @@ class Evaluation(Callback):
                 trainer.log("no held-out rows at this context: no held-out loss")
                 return
             bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())
-            self.result = held_out_loss(
-                trainer.engine.model, loader, bytes_V, rows, phase.micro_batch, trainer.weights, trainer.meshes
-            )
+            placed = trainer.engine.placed
+            self.result = held_out_loss(placed, loader, bytes_V, rows, phase.micro_batch, trainer.weights)
         if self.logging.writer is not None:
             sources = {name: vars(found) for name, found in self.result.sources.items()}
             line = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": self.result.loss}

@@ -25,14 +25,15 @@ from core.ranks import RankFailure
 from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
 from parallel import expert
 from parallel.layout import AUTO, ParallelConfig, Reduce
+from parallel.stages import Schedule
 from precision.backend import Compute, PrecisionConfig
-from train.certify_rank import CONTEXT, MICRO_BATCH, ROWS, Blocks, Case, Figures, measure_all
+from train.certify_rank import CONTEXT, ROWS, Blocks, Case, Figures, measure_all, micro_batch
 from train.optimizer import OptimizerConfig, OptimizerKind
 
 EXACT, LOSS_FP32, GRADIENT_FP32 = 1e-9, 5e-6, 1e-5
 """Gates: the largest difference, relative for all but the float32 loss (nats)."""
 MOST_RANKS, MOST_STEPS = 8, 20
-AXES = ("dp_shard", "dp_replicate", "tp", "ep", "etp")
+AXES = ("pp", "dp_shard", "dp_replicate", "cp", "tp", "ep", "etp")
 _BALANCE = {"counts": "tokens per expert", "aux": "aux loss", "z": "z loss", "entropy": "router entropy"}
 _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
 
@@ -81,7 +82,7 @@ class Trial:
         """Raise `ConfigError` where the shrunk model or the made-up rows cannot be cut this way."""
         layout = self.parallel.resolve(self.ranks)
         layout.check_model(model)
-        layout.check_batch(ROWS, MICRO_BATCH, CONTEXT)
+        layout.check_batch(ROWS, micro_batch(layout), CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,9 @@ def compare(name: str, wanted: Figures, found: Sequence[Figures], case: Case) ->
         pairs = [zip(getattr(f, key), getattr(wanted, key), strict=True) for f in found]
         largest = max((_relative(a, b) for pair in pairs for a, b in pair), default=0.0)
         yield Comparison(f"{name}: {_BALANCE[key]}", largest, EXACT)
-    largest = max((_relative(f.routers[k], wanted.routers[k]) for f in found for k in wanted.routers), default=0.0)
+    largest = max((_relative(f.routers[k], wanted.routers[k]) for f in found for k in f.routers), default=0.0)
+    if {key for f in found for key in f.routers} != set(wanted.routers):
+        largest = math.inf
     yield Comparison(f"{name}: routers' state", largest, EXACT)
 
 
@@ -241,8 +244,7 @@ def _blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: float) -> 
         squares, covered = 0.0, torch.zeros(whole.shape, dtype=torch.bool)
         for rank in found:
             if parameter not in rank:
-                squares = math.inf  # a rank left it without a value
-                continue
+                continue  # another stage of the pipeline has it
             block, part = rank[parameter]
             place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))
             squares += float((part.double() - whole[place].double()).square().sum())
@@ -298,16 +300,18 @@ def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
 
 
 def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: ParallelConfig) -> Trial:
-    """The smallest world with these degrees. Experts are spread over dp_shard * tp ranks, so dp_shard grows until their
-    ep * etp ranks fit in; and where it is one of the axes tried, until their storage is sharded as well.
+    """The smallest world with these degrees. Experts are spread over dp_shard * cp * tp ranks, so dp_shard grows until
+    their ep * etp ranks fit in; and where it is one of the axes tried, until their storage is sharded as well.
     """
     wanted = {axis: degrees.get(axis, 1) for axis in AXES}
     experts = wanted["ep"] * wanted["etp"]
     least = min(2, degrees["dp_shard"]) if "dp_shard" in axes else 1
-    while (spread := wanted["dp_shard"] * wanted["tp"]) % experts or spread // experts < least:
+    while (spread := wanted["dp_shard"] * wanted["cp"] * wanted["tp"]) % experts or spread // experts < least:
         wanted["dp_shard"] += 1
-    changed: dict[str, Any] = {**wanted, "pp": 1, "cp": 1}
-    return Trial(axes, replace(parallel, **changed), wanted["dp_replicate"] * spread)
+    changed: dict[str, Any] = {**wanted, "layers_per_stage": None}
+    if wanted["pp"] == 1:
+        changed |= {"schedule": Schedule.one_f_one_b, "stages_per_rank": None}
+    return Trial(axes, replace(parallel, **changed), wanted["pp"] * wanted["dp_replicate"] * spread)
 
 
 def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelConfig:
@@ -320,6 +324,8 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelC
         if small not in kinds:
             kinds.append(small)
     degrees = parallel or ParallelConfig()
+    least = max(2, degrees.pp) * degrees.per_rank if degrees.pp > 1 else 1
+    kinds += [kinds[index % len(kinds)] for index in range(len(kinds), least)]
     kv_heads = math.lcm(4, degrees.tp) if model.kv_heads % degrees.tp == 0 else 4
     return replace(
         model,
@@ -344,7 +350,10 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelC
 
 def techniques(parallel: ParallelConfig) -> dict[str, Any]:
     """What a certificate is about beside the axes and the model."""
-    return {key: plain(getattr(parallel, key)) for key in ("dispatch", "recompute", "compile")}
+    return {
+        key: plain(getattr(parallel, key))
+        for key in ("dispatch", "recompute", "compile", "schedule", "stages_per_rank")
+    }
 
 
 def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Mapping[str, str]) -> dict[str, Any]:

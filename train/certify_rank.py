@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from data.loader import IGNORED, Batch
-from model.balance import Balance, Balancer
+from model.balance import Balance
+from model.balancer import Balancer
 from model.config import ModelConfig
 from parallel.apply import build
-from parallel.layout import ParallelConfig
+from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import Meshes, make_meshes
 from parallel.shards import Block, local
 from parallel.world import World, connect
@@ -29,7 +30,7 @@ from train.optimizer import OptimizerConfig
 from train.parts import run_state
 from train.step import optimizer_step
 
-CONTEXT, ROWS, MICRO_BATCH, SEED = 48, 8, 2, 11
+CONTEXT, ROWS, SEED = 64, 8, 11
 _SOURCE = "made up"
 
 
@@ -49,6 +50,11 @@ class Case:
     starve: bool = False
     resume: Path | None = None
     save: Path | None = None
+
+
+def micro_batch(layout: Layout) -> int:
+    """Rows per micro-batch; a pipeline wants many."""
+    return 1 if layout.pp > 1 else 2
 
 
 Blocks = dict[str, tuple[Block, Tensor]]
@@ -109,18 +115,21 @@ class Watched(TorchEngine):
     def clip(self, limit: float | None) -> Tensor:
         norm = super().clip(None)
         if not self.first:
-            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+            parameters = dict(self.placed.model.named_parameters())
+            gradients = {n: torch.full_like(p, torch.nan) if p.grad is None else p.grad for n, p in parameters.items()}
             self.first = self.blocks(gradients)
         return super().clip(limit) if limit is not None else norm
 
     def blocks(self, tensors: Mapping[str, Tensor]) -> Blocks:
-        return {name: (self.specs[name].stored, local(tensor).detach().clone()) for name, tensor in tensors.items()}
+        specs = self.placed.specs
+        return {name: (specs[name].stored, local(tensor).detach().clone()) for name, tensor in tensors.items()}
 
 
 def measure(case: Case, world: World, meshes: Meshes) -> Figures:
     """Run `case` on this rank."""
-    model, specs = build(case.model, case.precision, meshes, world.device, SEED)
-    engine, found = Watched(model, specs, case.optimizer, meshes), Figures()
+    placed = build(case.model, case.precision, meshes, world.device, SEED)
+    model, specs = placed.model, placed.specs
+    engine, found = Watched(placed, case.optimizer), Figures()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
     rows, begin = MadeUpRows(case.model.vocab_size), 0
     if case.starve:
@@ -132,12 +141,12 @@ def measure(case: Case, world: World, meshes: Meshes) -> Figures:
     share = ROWS // meshes.rows.size
     for step in range(begin, case.steps):
         if case.save is not None and step == case.steps - 1:
-            state = run_state(model, engine.optimizer, specs, world.is_main)
+            state = run_state(model, engine.optimizer, specs, meshes.is_first_of_stage)
             Checkpointer(case.save, world, 1, False, _refuse).save(step, state, {})
         batch = rows.batch(step, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)
-        result = optimizer_step(engine, balancer, batch, MICRO_BATCH, case.clip_norm, 1.0)
+        result = optimizer_step(engine, balancer, batch, micro_batch(meshes.layout), case.clip_norm, 1.0)
         found.loss.append(result.loss.item())
         found.norm.append(result.gradient_norm.item())
         for key, value in result.balance.items():
@@ -146,7 +155,7 @@ def measure(case: Case, world: World, meshes: Meshes) -> Figures:
     found.weights = engine.blocks(dict(model.named_parameters()))
     found.routers = {name: buffer.clone().cpu() for name, buffer in model.named_buffers() if "balance" in name}
     bytes_V = torch.ones(case.model.vocab_size, dtype=torch.int64)
-    found.held_out = held_out_loss(model, rows, bytes_V, 5, MICRO_BATCH, {_SOURCE: 1.0}, meshes).loss
+    found.held_out = held_out_loss(placed, rows, bytes_V, 5, 2, {_SOURCE: 1.0}).loss
     return found
 
 

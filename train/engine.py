@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from data.loader import Batch
-from model.context import SequenceContext
-from model.transformer import Transformer
-from parallel.mesh import Meshes
+from parallel.apply import Placed
 from parallel.norm import gradient_norm, scale_gradients
-from parallel.shards import ShardSpec, sum_copies
+from parallel.pipeline import Pipeline
+from parallel.shards import sum_copies
 from train.loss import label_count, summed_loss
 from train.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 
@@ -21,8 +19,7 @@ from train.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 class Engine(Protocol):
     """One optimizer step is forward_backward, clip, step, in this order."""
 
-    model: Transformer
-    specs: Mapping[str, ShardSpec]
+    placed: Placed
     optimizer: torch.optim.Optimizer
 
     def forward_backward(self, batch: Batch, micro_batch: int) -> Tensor:
@@ -41,44 +38,52 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """Engine for a plain model or one sharded by FSDP2."""
+    """Engine for a model on one device or laid out by FSDP2 and pipelines."""
 
-    def __init__(
-        self, model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig, meshes: Meshes
-    ) -> None:
-        self.model, self.specs, self.meshes = model, specs, meshes
-        self.device = next(model.parameters()).device
-        self.optimizer = make_optimizer(model, {name: spec.info for name, spec in specs.items()}, config)
+    def __init__(self, placed: Placed, config: OptimizerConfig) -> None:
+        self.placed, self.meshes, self.device = placed, placed.meshes, placed.device
+        infos = {name: spec.info for name, spec in placed.specs.items()}
+        self.optimizer = make_optimizer(placed.model, infos, config)
+        self.pipeline = None
+        if self.meshes.pp.size > 1:
+            self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)
 
     def forward_backward(self, batch: Batch, micro_batch: int) -> Tensor:
-        rows = self.meshes.rows
-        tokens = label_count(batch.labels_BT).to(self.device)
-        rows.sum(tokens, "loss")
-        routed = float(batch.tokens_BT.numel() * rows.size)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for part in _micro_batches(batch, micro_batch):
-            context = SequenceContext(part.positions_BT, self.device, routed)
-            part = part.to(self.device)
-            loss = summed_loss(self.model(part.tokens_BT, context), part.labels_BT, self.meshes.tp)
-            loss = loss / tokens.clamp_min(1)  # a batch of one-token documents has nothing to predict
-            loss.backward()
-            total += loss.detach()
-        sum_copies(self.model, self.specs)
-        rows.sum(total, "loss")
+        meshes, share = self.meshes, self.placed.share(batch.tokens_BT.shape[1])
+        labels_BT = share.take(batch.labels_BT).to(self.device)
+        tokens = label_count(labels_BT) * meshes.counts_tokens
+        meshes.world.sum(tokens, "loss")
+        routed = float(batch.tokens_BT.numel() * meshes.rows.size)
+        starts = range(0, len(batch.tokens_BT), micro_batch)
+        positions = [batch.positions_BT[start : start + micro_batch] for start in starts]
+        contexts = [self.placed.context(part_BT, routed) for part_BT in positions]
+        tokens_BT = share.take(batch.tokens_BT).to(self.device)
+
+        def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+            summed = summed_loss(logits_BTV, labels_BT, meshes.tp)
+            return summed / tokens.clamp_min(1)  # a batch of one-token documents has nothing to predict
+
+        if self.pipeline is not None:
+            total = self.pipeline.forward_backward(tokens_BT, labels_BT, contexts, loss)
+        else:
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            parts = zip(tokens_BT.split(micro_batch), labels_BT.split(micro_batch), contexts, strict=True)
+            for part_BT, wanted_BT, context in parts:
+                one = loss(self.placed.model(part_BT, context), wanted_BT)
+                one.backward()
+                total += one.detach()
+        sum_copies(self.placed.model, self.placed.specs)
+        total = total * (meshes.tp.rank == 0)
+        meshes.world.sum(total, "loss")
         return total
 
     def clip(self, limit: float | None) -> Tensor:
-        norm = gradient_norm(self.model, self.specs, self.meshes)
+        norm = gradient_norm(self.placed.model, self.placed.specs, self.meshes)
         if limit is not None:
-            scale_gradients(self.model, (limit / (norm + 1e-6)).clamp(max=1.0))
+            scale_gradients(self.placed.model, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def step(self, learning_rate_factor: float) -> None:
         set_learning_rate(self.optimizer, learning_rate_factor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def _micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
-    for start in range(0, batch.tokens_BT.shape[0], rows):
-        yield batch.slice(start, start + rows)

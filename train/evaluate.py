@@ -14,10 +14,9 @@ from torch import Tensor
 
 from core.errors import ConfigError, DataError
 from data.loader import Batch
-from model.context import SequenceContext
-from model.transformer import Transformer
+from parallel.apply import Placed
 from parallel.fsdp import release
-from parallel.mesh import Axis, Meshes
+from parallel.mesh import Axis
 from parallel.world import World, connect
 from train.loss import IGNORED, token_losses
 
@@ -59,13 +58,12 @@ class HeldOutRows(Protocol):
 
 @torch.no_grad()
 def held_out_loss(
-    model: Transformer,
+    placed: Placed,
     loader: HeldOutRows,
     bytes_V: Tensor,
     rows: int,
     micro_batch: int,
     weights: dict[str, float],
-    meshes: Meshes,
 ) -> HeldOut:
     """The first `rows` rows of each source's held-out split, spread over the ranks in micro-batches of equal number.
 
@@ -75,19 +73,19 @@ def held_out_loss(
     weights = {source: weight for source, weight in weights.items() if loader.held_out_rows(source)}
     if not weights:
         raise DataError(f"no source has held-out text for one row of {loader.context} tokens: raise data.held_out")
-    device = next(model.parameters()).device
+    model, meshes, device = placed.model, placed.meshes, placed.device
     bytes_V = bytes_V.to(device)
     model.eval()
     found: dict[str, SourceLoss] = {}
     for source in weights:
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
         for batch in _share(loader, source, rows, micro_batch, meshes.rows):
-            sums += _sums(model, batch, bytes_V, meshes.tp)
-        meshes.rows.sum(sums, "evaluation")
+            sums += _sums(placed, batch, bytes_V)
+        meshes.world.sum(sums, "evaluation")
         nats, tokens, size = sums.tolist()
         found[source] = SourceLoss(nats / max(tokens, 1), nats / max(size, 1) / math.log(2), int(tokens))
     model.train()
-    release(model)
+    release(placed.stacks)
     total = sum(weights.values())
     mean = sum(weights[s] * found[s].loss for s in weights) / total
     bits = sum(weights[s] * found[s].bits_per_byte for s in weights) / total
@@ -119,13 +117,19 @@ def _filled(batch: Batch | None, full: Batch) -> Batch:
     return spare if batch is None else batch.joined(spare)
 
 
-def _sums(model: Transformer, batch: Batch, bytes_V: Tensor, tp: Axis) -> Tensor:
-    context = SequenceContext(batch.positions_BT, bytes_V.device)
-    batch = batch.to(bytes_V.device)
-    losses_BT = token_losses(model(batch.tokens_BT, context), batch.labels_BT, tp)
-    counted = batch.labels_BT != IGNORED
-    size = bytes_V[batch.labels_BT.clamp_min(0)] * counted
-    return torch.stack([losses_BT.sum(dtype=torch.float64), counted.sum().double(), size.sum().double()])
+def _sums(placed: Placed, batch: Batch, bytes_V: Tensor) -> Tensor:
+    """Nats, tokens and bytes of what this rank has of a batch; zeros where another rank counts it."""
+    meshes, share = placed.meshes, placed.share(batch.tokens_BT.shape[1])
+    context = placed.context(batch.positions_BT)
+    logits_BTV = placed.logits(share.take(batch.tokens_BT).to(placed.device), context)
+    if logits_BTV is None:
+        return torch.zeros(3, dtype=torch.float64, device=placed.device)
+    labels_BT = share.take(batch.labels_BT).to(placed.device)
+    losses_BT = token_losses(logits_BTV, labels_BT, meshes.tp)
+    counted = labels_BT != IGNORED
+    size = bytes_V[labels_BT.clamp_min(0)] * counted
+    sums = torch.stack([losses_BT.sum(dtype=torch.float64), counted.sum().double(), size.sum().double()])
+    return sums * (meshes.tp.rank == 0)
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def run(config: EvaluateConfig) -> int:
         micro_batch = config.micro_batch or restored.phase.micro_batch
         weights = restored.weights()
         bytes_V = torch.from_numpy(restored.corpus.tokenizer.token_bytes())
-        result = held_out_loss(restored.model, loader, bytes_V, rows, micro_batch, weights, restored.meshes)
+        result = held_out_loss(restored.placed, loader, bytes_V, rows, micro_batch, weights)
         if world.is_main:
             print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
         return 0

@@ -6,7 +6,7 @@ The whole window is run again for every token: simple, and enough to look at wha
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 
 from core.errors import ConfigError
-from model.context import SequenceContext
 from model.transformer import Transformer
-from parallel.mesh import Axis
+from parallel.apply import Placed
 from parallel.vocabulary import whole_logits
 from parallel.world import World, connect
+
+NextLogits = Callable[[list[int]], torch.Tensor]
+"""Logits [V] of what follows these tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +45,49 @@ class GenerateConfig:
 
 @torch.no_grad()
 def continue_tokens(
-    model: Transformer,
+    next_logits: NextLogits,
     prompt: list[int],
     context: int,
     config: GenerateConfig,
     stop: int,
-    tp: Axis | None = None,
     world: World | None = None,
 ) -> Iterator[int]:
     """Sampled token ids, until `stop` is drawn or `config.tokens` are out; the model sees the last `context` tokens."""
-    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
     tokens = list(prompt)
     for _ in range(config.tokens):
-        window = tokens[-context:]
-        last = len(window) - 1
-        window += [0] * (-len(window) % (tp.size if tp else 1))  # each rank has an equal part; nothing looks ahead
-        positions = SequenceContext(torch.arange(len(window))[None], device)
-        logits_V = model(torch.tensor([window], device=device), positions)[0, last]
-        logits_V = (whole_logits(logits_V, tp) if tp else logits_V).double().cpu()
+        logits_V = next_logits(tokens[-context:]).double().cpu()
         draw = partial(_sample, logits_V, config, generator)
         tokens.append(world.from_main(draw) if world else draw())  # the ranks' logits may differ in the last bit
         if tokens[-1] == stop:
             return
         yield tokens[-1]
+
+
+@torch.no_grad()
+def model_logits(model: Transformer, tokens: list[int]) -> torch.Tensor:
+    """A model in one piece: logits [V] of what follows `tokens`."""
+    device = next(model.parameters()).device
+    return model(torch.tensor([tokens], device=device))[0, -1]
+
+
+def placed_logits(placed: Placed, tokens: list[int]) -> torch.Tensor:
+    """The same, of a model on many ranks, on every rank. The row is made as long as the layout needs; nothing looks
+    ahead.
+    """
+    meshes, last = placed.meshes, len(tokens) - 1
+    length = placed.fitting(len(tokens))
+    share = placed.share(length)
+    row_BT = torch.tensor([tokens + [0] * (length - len(tokens))])
+    context = placed.context(torch.arange(length)[None])
+    logits_BTV = placed.logits(share.take(row_BT).to(placed.device), context)
+    at = (share.take(torch.arange(length)[None])[0] == last).nonzero()
+    found_V = torch.zeros(placed.model.config.vocab_size, dtype=torch.float64, device=placed.device)
+    if logits_BTV is not None and len(at):
+        found_V += whole_logits(logits_BTV[0, int(at)], meshes.tp)
+    for axis in (meshes.cp, meshes.pp):  # whoever has it tells the others
+        axis.sum(found_V, "logits")
+    return found_V
 
 
 def _sample(logits_V: torch.Tensor, config: GenerateConfig, generator: torch.Generator) -> int:
@@ -86,9 +107,10 @@ def run(config: GenerateConfig) -> int:
         restored = restore(Path(config.run), world)
         tokenizer = restored.corpus.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
-        restored.model.eval()
+        restored.placed.model.eval()
         context = restored.phase.context
-        drawn = continue_tokens(restored.model, prompt, context, config, tokenizer.eos_id, restored.meshes.tp, world)
+        ask = partial(placed_logits, restored.placed)
+        drawn = continue_tokens(ask, prompt, context, config, tokenizer.eos_id, world)
         tokens = list(drawn)
         if world.is_main:
             sys.stdout.write(config.prompt + tokenizer.decode(tokens) + "\n")

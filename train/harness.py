@@ -12,6 +12,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from model.context import SequenceContext
 from model.huggingface import HuggingFaceCheckpoint, materialise
 from model.transformer import Transformer
 from parallel.world import World
-from train.generate import GenerateConfig, continue_tokens
+from train.generate import GenerateConfig, continue_tokens, model_logits
 from train.initial import open_model
 from train.restore import restore
 from train.stored import load_origin
@@ -111,7 +112,8 @@ class HarnessModel(TemplateLM):
         room = max(1, self.subject.context - limit)
         ids, text = self.tok_encode(prompt)[-room:], ""
         found: list[int] = []
-        for token in continue_tokens(self.subject.model, ids, self.subject.context, config, self.eot_token_id):
+        ask = partial(model_logits, self.subject.model)
+        for token in continue_tokens(ask, ids, self.subject.context, config, self.eot_token_id):
             found.append(token)
             text = self.subject.tokenizer.decode(found)
             cut = min((text.find(stop) for stop in stops if stop and stop in text), default=-1)
@@ -174,7 +176,7 @@ def subject(path: Path, world: World) -> Subject:
     """The model in a run's directory, an imported one, or one in the Hugging Face format."""
     if (path / "config.yaml").exists():
         restored = restore(path, world)
-        return Subject(restored.model, restored.corpus.tokenizer, restored.phase.context)
+        return Subject(restored.placed.model, restored.corpus.tokenizer, restored.phase.context)
     source = open_model(path)
     if isinstance(source, HuggingFaceCheckpoint):
         folder, settings = path, source.raw_config.get("text_config") or source.raw_config

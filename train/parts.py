@@ -44,28 +44,29 @@ def run_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     specs: Mapping[str, ShardSpec] | None = None,
-    is_main: bool = True,
+    writes_buffers: bool = True,
 ) -> dict[str, Part]:
     """Everything a run must keep, by global name, sharing storage with the model and the optimizer.
 
-    Without `specs` the model is one process's own. Keys: `model.NAME` and `optimizer.NAME.MOMENT`.
+    Without `specs` the model is one process's own. `writes_buffers`: whether this rank stores what is no parameter.
+    Keys: `model.NAME` and `optimizer.NAME.MOMENT`.
     """
     found = {}
     for name, tensor in model.state_dict().items():
-        found[f"model.{name}"] = _part(tensor, specs.get(name) if specs else None, is_main)
+        found[f"model.{name}"] = _part(tensor, specs.get(name) if specs else None, writes_buffers)
     if optimizer is not None:
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         for parameter, state in optimizer.state.items():
             spec = specs[names[parameter]] if specs else None
             for key, value in state.items():
-                found[f"optimizer.{names[parameter]}.{key}"] = _part(value, spec, is_main)
+                found[f"optimizer.{names[parameter]}.{key}"] = _part(value, spec, writes_buffers)
     return found
 
 
-def _part(tensor: Tensor, spec: ShardSpec | None, is_main: bool) -> Part:
+def _part(tensor: Tensor, spec: ShardSpec | None, writes: bool) -> Part:
     part = local(tensor)
     if spec is None:
-        return Part(part, tuple(part.shape), (0,) * part.dim(), is_main)
+        return Part(part, tuple(part.shape), (0,) * part.dim(), writes)
     if part.dim() == 0:  # a step count: the same for the whole parameter
         return Part(part, (), (), spec.is_first)
     return Part(part, tuple(spec.info.shape), spec.stored.offset, spec.is_owner)

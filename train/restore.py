@@ -8,10 +8,9 @@ from pathlib import Path
 from core.errors import CheckpointError, ConfigError
 from data.corpus import Corpus
 from data.loader import Loader
-from model.transformer import Transformer
-from parallel.apply import build
+from parallel.apply import Placed, build
 from parallel.layout import Layout, ParallelConfig
-from parallel.mesh import Meshes, make_meshes
+from parallel.mesh import make_meshes
 from parallel.world import World
 from train.checkpoint import Checkpointer, committed_checkpoints
 from train.config import Phase, TrainConfig, phases
@@ -22,8 +21,7 @@ from train.run_directory import RunDirectory, load_config
 @dataclass(frozen=True)
 class Restored:
     config: TrainConfig
-    model: Transformer
-    meshes: Meshes
+    placed: Placed
     corpus: Corpus
     step: int
 
@@ -48,10 +46,10 @@ def restore(directory: Path, world: World) -> Restored:
         raise CheckpointError(f"{directory} has no checkpoint yet")
     corpus = get_corpus(config, world, lambda line: None)
     meshes = make_meshes(_layout(config, world), world)
-    model, specs = build(config.model, config.precision, meshes, world.device, config.run.seed)
-    progress = checkpointer.restore(model, None, specs) or {}
+    placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
+    progress = checkpointer.restore(placed.model, None, placed.specs) or {}
     check_same_data(progress, corpus)
-    return Restored(config, model, meshes, corpus, progress["step"])
+    return Restored(config, placed, corpus, progress["step"])
 
 
 def _layout(config: TrainConfig, world: World) -> Layout:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from data.loader import Batch
-from model.balance import Balancer
+from model.balancer import Balancer
 from train.engine import Engine
 
 

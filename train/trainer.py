@@ -22,7 +22,7 @@ from core.origin import sources_digest
 from core.ranks import INTERRUPTED
 from data.corpus import Corpus
 from data.loader import Loader
-from model.balance import Balancer
+from model.balancer import Balancer
 from parallel.apply import build
 from parallel.mesh import make_meshes
 from parallel.shards import fill
@@ -71,13 +71,14 @@ class Trainer:
         begun = world.from_main(lambda: bool(committed_checkpoints(directory.checkpoints)))
         source = None if begun else initial_source(config.model, config.run.seed, log)
         self.engine = self._build_engine()
-        self.balancer = Balancer(self.engine.model, partial(self.meshes.world.sum, purpose="balance"))
-        if progress := self.checkpointer.restore(self.engine.model, self.engine.optimizer, self.engine.specs):
+        placed = self.engine.placed
+        self.balancer = Balancer(placed.model, partial(self.meshes.world.sum, purpose="balance"))
+        if progress := self.checkpointer.restore(placed.model, self.engine.optimizer, placed.specs):
             check_same_data(progress, corpus)
             self.step, self.tokens = progress["step"], progress["tokens"]
             log(f"going on from step-{self.step:08d}")
         elif source is not None:
-            fill(self.engine.model, self.engine.specs, source)
+            fill(placed.model, placed.specs, source)
         if world.is_main:
             directory.trim_metrics(self.step)
 
@@ -135,8 +136,8 @@ class Trainer:
             "layout": self.meshes.layout.axes,
             "certificate": self.certificate,
         }
-        engine = self.engine
-        state = run_state(engine.model, engine.optimizer, engine.specs, self.world.is_main)
+        placed = self.engine.placed
+        state = run_state(placed.model, self.engine.optimizer, placed.specs, self.meshes.is_first_of_stage)
         self.checkpointer.save(self.step, state, progress)
 
     @contextmanager
@@ -185,8 +186,8 @@ class Trainer:
 
     def _build_engine(self) -> Engine:
         config = self.config
-        model, specs = build(config.model, config.precision, self.meshes, self.world.device, config.run.seed)
-        return TorchEngine(model, specs, config.optimizer, self.meshes)
+        placed = build(config.model, config.precision, self.meshes, self.world.device, config.run.seed)
+        return TorchEngine(placed, config.optimizer)
 
 
 def run(config: TrainConfig) -> int:

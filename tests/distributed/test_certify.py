@@ -118,15 +118,9 @@ def experts_left_out_of_the_norm(plant: Plant) -> None:
 
 def balancing_term_dropped(plant: Plant) -> None:
     """With the sequence cut, each rank balances its own part of a row."""
-    from parallel import tensor
-    from parallel.mesh import Axis
+    from parallel import apply
 
-    class Forgetful(tensor.partial):  # type: ignore[misc]
-        def __call__(self, *arguments: Any, **options: Any) -> Any:
-            forget = self.func.__name__ == "sum" and isinstance(self.func.__self__, Axis)
-            return None if forget else super().__call__(*arguments, **options)
-
-    plant(tensor, "partial", Forgetful)
+    plant(apply, "_count_whole_rows", lambda model, meshes: None)
 
 
 def bias_from_local_counts(plant: Plant) -> None:

@@ -21,7 +21,7 @@ def saved(root: Path, overrides: list[str]) -> tuple[int, int]:
     run.save()
     run.checkpointer.wait()
     again = trainer(root, "run", overrides)
-    state = run_state(run.engine.model, run.engine.optimizer, run.engine.specs, run.world.is_main)
+    state = run_state(run.engine.placed.model, run.engine.optimizer, run.engine.placed.specs, run.world.is_main)
     return sum(part.tensor.nbytes for part in state.values() if part.shape), again.step
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.layouts import tiny
-from model.balance import Balancer
+from model.balancer import Balancer
 from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
 from model.roles import registry
 from parallel import cost
@@ -52,8 +52,8 @@ def counted(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionCo
     """One step's traffic as counted and as seen, and what this rank keeps."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
-    network, specs = build(model, precision, meshes, world.device, seed=1)
-    engine = TorchEngine(network, specs, ADAMW, meshes)
+    placed = build(model, precision, meshes, world.device, seed=1)
+    network, engine = placed.model, TorchEngine(placed, ADAMW)
     balancer = Balancer(network, lambda counts: meshes.world.sum(counts, "balance"))
     rows, share = MadeUpRows(model.vocab_size), ROWS // meshes.rows.size
     batch = rows.batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)

@@ -32,7 +32,8 @@ def started(root: Path, path: Path, overrides: list[str]) -> tuple[dict[str, tor
     finally:
         checkpoint.read_rows = read
     return {
-        name: whole(parameter, run.engine.specs[name]) for name, parameter in run.engine.model.named_parameters()
+        name: whole(parameter, run.engine.placed.specs[name])
+        for name, parameter in run.engine.placed.model.named_parameters()
     }, count
 
 

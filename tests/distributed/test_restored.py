@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from parallel.mesh import make_meshes
 from parallel.world import connect
 from tests.train.tiny import EXACT, trainer
 from train.evaluate import held_out_loss
-from train.generate import GenerateConfig, continue_tokens
+from train.generate import GenerateConfig, continue_tokens, placed_logits
 from train.restore import restore
 
 
@@ -30,10 +31,10 @@ def looked_at(directory: Path) -> tuple[dict[str, int], list[int], float]:
     """Axes, a continuation of a prompt of odd length, and the held-out loss."""
     found = restore(directory, connect())
     config = GenerateConfig(run="", tokens=7, temperature=0)
-    tokens = continue_tokens(found.model, [5, 6, 7], 16, config, stop=-1, tp=found.meshes.tp)
+    tokens = continue_tokens(partial(placed_logits, found.placed), [5, 6, 7], 16, config, stop=-1)
     bytes_V = torch.ones(320, dtype=torch.int64)
-    losses = held_out_loss(found.model, found.loader(), bytes_V, 3, 2, found.weights(), found.meshes)
-    return found.meshes.layout.axes, list(tokens), losses.loss
+    losses = held_out_loss(found.placed, found.loader(), bytes_V, 3, 2, found.weights())
+    return found.placed.meshes.layout.axes, list(tokens), losses.loss
 
 
 @pytest.mark.parametrize("layout", [["parallel.tp=2", "parallel.ep=2"], ["parallel.etp=2"]], ids=["tp-ep", "etp"])

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.balance import Balance, Balancer
+from model.balance import Balance
+from model.balancer import Balancer
 from model.config import AuxScope, BalanceConfig, InitConfig, ModelConfig, RouterConfig, Score
 from model.context import SequenceContext
 from model.init import initialise
@@ -112,7 +113,7 @@ def test_full_recomputation_does_run_the_layers_again():
     """Control for the test above: the forward really runs twice."""
     calls = []
     model = make(Recompute.none)
-    model.layers[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    model.layers["0"].attention.register_forward_hook(lambda *_: calls.append(1))
     recompute.apply(model, Recompute.full)
     step(model)
     assert len(calls) == 2

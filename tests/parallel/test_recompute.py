@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.layouts import tiny
-from model.balance import Balancer
+from model.balancer import Balancer
 from parallel.apply import build
 from parallel.layout import ParallelConfig, Recompute
 from parallel.mesh import make_meshes
@@ -40,8 +40,8 @@ def operations(mode: Recompute) -> Counter[str]:
     """Those of one step in one process."""
     world, model = World(0, 1, torch.device("cpu")), tiny(2)
     meshes = make_meshes(ParallelConfig(recompute=mode).resolve(1), world)
-    network, specs = build(model, PrecisionConfig(Compute.float32), meshes, world.device, seed=1)
-    engine = TorchEngine(network, specs, OptimizerConfig(), meshes)
+    placed = build(model, PrecisionConfig(Compute.float32), meshes, world.device, seed=1)
+    network, engine = placed.model, TorchEngine(placed, OptimizerConfig())
     with Done() as done:
         optimizer_step(engine, Balancer(network), MadeUpRows(model.vocab_size).batch(0, 0, ROWS), ROWS, None, 1.0)
     return done.times

@@ -126,7 +126,7 @@ def test_training_goes_on_from_a_checkpoint_and_comes_back_out(runnable, tmp_pat
     for path in (runnable, tmp_path / "imported"):
         trainer = start(path, tmp_path / path.name, "model.balance.bias_rate=0", "training.steps=2")
         source = open_model(runnable)
-        for name, parameter in trainer.engine.model.named_parameters():
+        for name, parameter in trainer.engine.placed.model.named_parameters():
             assert torch.equal(parameter.detach().float(), whole(source, name)), name
         assert trainer.fit() == 0
         losses.append(json.loads((trainer.directory.path / "summary.json").read_text())["train_loss"])
@@ -148,7 +148,7 @@ def test_a_resumed_run_does_not_start_over_from_the_checkpoint(runnable, tmp_pat
     first.checkpointer.wait()
     again = start(runnable, tmp_path, "training.steps=4", "checkpoint.every=2")
     assert again.step == 2
-    pairs = zip(first.engine.model.parameters(), again.engine.model.parameters(), strict=True)
+    pairs = zip(first.engine.placed.model.parameters(), again.engine.placed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 

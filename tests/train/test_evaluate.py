@@ -17,7 +17,7 @@ def measured(root: Path, overrides: list[str], rows: int = 5) -> HeldOut:
     run = trainer(root, "run", overrides)
     loader = run.loaders["main"]
     bytes_V = torch.from_numpy(run.corpus.tokenizer.token_bytes())
-    return held_out_loss(run.engine.model, loader, bytes_V, rows, 2, run.weights, run.meshes)
+    return held_out_loss(run.engine.placed, loader, bytes_V, rows, 2, run.weights)
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def test_losses_and_bits_equal_plain_arithmetic(small_corpus, tmp_path):
             batch = run.loaders["main"].held_out(source, row, row + 1)
             from model.context import SequenceContext
 
-            logp = run.engine.model(batch.tokens_BT, SequenceContext(batch.positions_BT)).log_softmax(-1)[0]
+            logp = run.engine.placed.model(batch.tokens_BT, SequenceContext(batch.positions_BT)).log_softmax(-1)[0]
             for place, label in enumerate(batch.labels_BT[0].tolist()):
                 if label >= 0:
                     nats, tokens = nats - float(logp[place, label]), tokens + 1
@@ -68,5 +68,5 @@ def test_ignored_labels_count_no_bytes(small_corpus, tmp_path):
     batch = run.loaders["main"].held_out("text", 0, 1)
     batch.labels_BT[:, ::2] = -100
     bytes_V = torch.ones(320, dtype=torch.int64)
-    _, tokens, size = _sums(run.engine.model, batch, bytes_V, run.meshes.tp).tolist()
+    _, tokens, size = _sums(run.engine.placed, batch, bytes_V).tolist()
     assert size == tokens == int((batch.labels_BT >= 0).sum())

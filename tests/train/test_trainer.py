@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.train.tiny import EXACT, TINY, trainer
 from train import callbacks
 from train.checkpoint import MARKER, committed_checkpoints
 from train.config import phases
-from train.generate import GenerateConfig, continue_tokens
+from train.generate import GenerateConfig, continue_tokens, model_logits
 from train.interrupt import Interruption
 from train.loss import token_losses
 from train.metrics import expert_load, peak_memory_bytes
@@ -33,7 +34,7 @@ def train(root: Path, corpus: list[str], *overrides: str) -> int:
 
 
 def norm_of(run) -> float:
-    return float(sum(p.grad.double().square().sum() for p in run.engine.model.parameters()).sqrt())
+    return float(sum(p.grad.double().square().sum() for p in run.engine.placed.model.parameters()).sqrt())
 
 
 @pytest.mark.parametrize("limit, after", [(1e-3, 1e-3), (1e3, None), (None, None)])
@@ -169,10 +170,10 @@ def test_baselines_see_every_token_of_the_run(tmp_path, small_corpus, monkeypatc
 
 @torch.no_grad()
 def test_generation_sees_the_end_of_a_long_prompt(tmp_path, small_corpus):
-    model = trainer(tmp_path, "run", [*small_corpus, *EXACT]).engine.model
+    model = trainer(tmp_path, "run", [*small_corpus, *EXACT]).engine.placed.model
     config = GenerateConfig(run="", tokens=5, temperature=0)
     prompt = [step % 300 for step in range(0, 900, 13)]
-    found = list(continue_tokens(model, prompt, 16, config, stop=-1))
+    found = list(continue_tokens(partial(model_logits, model), prompt, 16, config, stop=-1))
     expected = list(prompt)
     for _ in range(5):
         window = torch.tensor([expected[-16:]])
@@ -222,7 +223,7 @@ def narrow_router(root: Path, overrides: list[str]) -> list[torch.dtype]:
 
     found: list[torch.dtype] = []
     run = trainer(root, "run", overrides)
-    for module in run.engine.model.modules():
+    for module in run.engine.placed.model.modules():
         if isinstance(module, Router):
             module.balance.register_forward_hook(lambda m, inputs, output: found.append(output.dtype))
             module.register_forward_hook(lambda m, inputs, output: found.append(m.weight.dtype))
@@ -238,6 +239,6 @@ def test_routers_stay_wide_in_bfloat16(ranks, small_corpus, tmp_path, count):
 
 def test_balancing_state_is_part_of_a_checkpoint(tmp_path, small_corpus):
     run = trainer(tmp_path, "run", [*small_corpus, *EXACT])
-    kept = run.engine.model.state_dict().keys()
+    kept = run.engine.placed.model.state_dict().keys()
     for name in ("bias_E", "load_E"):
         assert f"layers.1.ffn.router.balance.{name}" in kept

@@ -91,7 +91,8 @@ def figures(root: Path, name: str, overrides: list[str], steps: int = 2) -> dict
 
     def keep(limit: float | None) -> torch.Tensor:
         if not gradients:
-            gradients.update({n: whole(p.grad, run.engine.specs[n]) for n, p in run.engine.model.named_parameters()})
+            placed = run.engine.placed
+            gradients.update({n: whole(p.grad, placed.specs[n]) for n, p in placed.model.named_parameters()})
         return clip(limit)
 
     run.engine.clip = keep  # type: ignore[method-assign]
@@ -102,6 +103,6 @@ def figures(root: Path, name: str, overrides: list[str], steps: int = 2) -> dict
         for key, value in metrics.balance.items():
             found[key].append(value)
     found["gradients"] = gradients
-    state, specs = run.engine.model.state_dict(), run.engine.specs
+    state, specs = run.engine.placed.model.state_dict(), run.engine.placed.specs
     found["weights"] = {name: whole(tensor, specs.get(name)) for name, tensor in state.items()}
     return found

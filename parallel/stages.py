@@ -1,0 +1,120 @@
+"""Which layers each stage of a pipeline has, which rank each stage is on, and in what order stages do their work.
+
+A pipeline of pp ranks has pp * stages_per_rank stages. Loops give rank r the stages r, r + pp, ...; V-schedules give it
+the stages r and 2 * pp - 1 - r, so that the first and the last stage share a rank. Nothing here needs a process group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from core.errors import ConfigError
+from model.config import LayerConfig, ModelConfig
+from model.flops import active_parameters
+
+V_SCHEDULES_SINCE = (2, 13)
+"""Before that torch's V-schedules fail on gloo: a rank cannot send to itself."""
+
+
+class Schedule(Enum):
+    """The order of forward and backward passes, torch.distributed.pipelining's.
+
+    `gpipe`: all forwards, then all backwards (Huang et al. 2019). `one_f_one_b`: a backward as soon as there is one
+    (Narayanan et al. 2021). `interleaved`: the same with several stages per rank. `interleaved_zero_bubble` and `zbv`:
+    the gradients of weights fill the gaps (Qi et al. 2024). `dualpipev`: forwards and backwards of two directions
+    overlap (DeepSeek-V3's DualPipe, cut in half).
+    """
+
+    gpipe = "gpipe"
+    one_f_one_b = "one_f_one_b"
+    interleaved = "interleaved"
+    interleaved_zero_bubble = "interleaved_zero_bubble"
+    zbv = "zbv"
+    dualpipev = "dualpipev"
+
+    @property
+    def is_v(self) -> bool:
+        return self in (Schedule.zbv, Schedule.dualpipev)
+
+    @property
+    def is_single(self) -> bool:
+        """One stage per rank."""
+        return self in (Schedule.gpipe, Schedule.one_f_one_b)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Gradients of weights are computed apart from those of activations."""
+        return self in (Schedule.interleaved_zero_bubble, Schedule.zbv, Schedule.dualpipev)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """`layers`: of each stage, as ranges of layer numbers. `owners`: the rank along pp that each stage is on."""
+
+    layers: tuple[range, ...]
+    owners: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def of(self, rank: int) -> list[int]:
+        """The stages on this rank of the pp axis, first to last."""
+        return [stage for stage, owner in enumerate(self.owners) if owner == rank]
+
+
+def stages(model: ModelConfig, pp: int, schedule: Schedule, per_rank: int, given: list[int] | None) -> Stages:
+    """The layers spread over pp * per_rank stages so that the costliest stage costs the least; or as many per stage as
+    `given` says. Raises `ConfigError` where a stage would have none.
+    """
+    count = pp * per_rank
+    if count > model.layers:
+        legal = [n for n in range(1, model.layers // per_rank + 1)]
+        reason = f"times {per_rank} stages per rank = {count} stages, more than the model's {model.layers} layers"
+        raise ConfigError("parallel.pp", pp, reason, legal[-4:])
+    sizes = given if given is not None else balanced(layer_costs(model), count)
+    if len(sizes) != count or sum(sizes) != model.layers or min(sizes) < 1:
+        reason = f"must name {count} stages of at least one layer, {model.layers} layers together"
+        raise ConfigError("parallel.layers_per_stage", sizes, reason, [balanced(layer_costs(model), count)])
+    begins = [sum(sizes[:stage]) for stage in range(count)]
+    ranges = tuple(range(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
+    last = 2 * pp - 1
+    owners = [min(stage, last - stage) if schedule.is_v else stage % pp for stage in range(count)]
+    return Stages(ranges, tuple(owners))
+
+
+def layer_costs(model: ModelConfig, context: int = 4096) -> list[float]:
+    """What each layer costs per token: parameters multiplied with, plus attention's products at this context (in the
+    same unit, multiply-adds). The head's product counts with the last layer; the embedding, with the first, is a lookup
+    of one row.
+    """
+    costs = [layer_cost(model, layer, context) for layer in model.blocks]
+    costs[0] += model.width
+    costs[-1] += model.width * model.vocab_size
+    return costs
+
+
+def layer_cost(model: ModelConfig, layer: LayerConfig, context: int) -> float:
+    """Multiply-adds per token of a layer's forward pass; a query sees half of its reach on average."""
+    reach = min(context, layer.chunk or context)
+    return active_parameters(model, layer) + reach * model.heads * model.head_width
+
+
+def balanced(costs: list[float], parts: int) -> list[int]:
+    """Sizes of consecutive non-empty parts whose costliest is cheapest; of equal ones, that with the even sizes."""
+    count = len(costs)
+    totals = [0.0]
+    for cost in costs:
+        totals.append(totals[-1] + cost)
+    # best[n]: (highest cost, unevenness, sizes) of the first n layers in so many parts
+    best: dict[int, tuple[float, int, list[int]]] = {n: (totals[n], n * n, [n]) for n in range(1, count + 1)}
+    for part in range(2, parts + 1):
+        best = {
+            n: min(
+                (max(high, totals[n] - totals[m]), uneven + (n - m) ** 2, [*sizes, n - m])
+                for m, (high, uneven, sizes) in best.items()
+                if m < n
+            )
+            for n in range(part, count + 1)
+        }
+    return best[count][2]
