@@ -120,14 +120,10 @@ class ParallelConfig:
             need = ".".join(map(str, V_SCHEDULES_SINCE))
             others = [one.name for one in Schedule if not one.is_v]
             raise ConfigError("schedule", schedule, f"needs torch {need} or newer, this is {torch.__version__}", others)
-        if schedule.splits_backward:
-            whole = [one.name for one in Schedule if not one.splits_backward]
-            if self.recompute is Recompute.full:
-                reason = f"schedule={schedule.name} would repeat every layer's forward several times; recompute less"
-                raise ConfigError("recompute", self.recompute, reason, [Recompute.none.name])
-            if self.compile:
-                reason = f"torch.compile cannot split the backward pass, as schedule={schedule.name} does"
-                raise ConfigError("compile", True, f"{reason}; take another parallel.schedule: {', '.join(whole)}")
+        if schedule.splits_backward and self.compile:
+            whole = ", ".join(one.name for one in Schedule if not one.splits_backward)
+            reason = f"compiled layers cannot put off the gradients of their weights, as schedule={schedule.name} does"
+            raise ConfigError("compile", True, f"{reason}; take another parallel.schedule: {whole}")
 
     @property
     def per_rank(self) -> int:

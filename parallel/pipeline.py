@@ -22,6 +22,8 @@ from torch.distributed.pipelining import PipelineStage
 
 from model.context import SequenceContext
 from model.transformer import Stack, Transformer
+from parallel import deferred
+from parallel.deferred import Deferred
 from parallel.layout import Layout
 from parallel.mesh import Axis, Meshes
 from parallel.stages import Schedule, Stages
@@ -80,6 +82,9 @@ class Pipeline:
         self.model, self.stacks, self.meshes, self.device = model, stacks, meshes, device
         self.plan = meshes.layout.stages(model.config)
         self.has_head = len(self.plan) - 1 in stacks
+        self._deferred: dict[int, Deferred] = {}
+        if meshes.layout.schedule.splits_backward:
+            self._deferred = {number: deferred.apply(stack) for number, stack in stacks.items()}
         self._schedules: dict[tuple[int, int, int], Any] = {}
         self._loss: Loss = _no_loss
 
@@ -121,6 +126,7 @@ class Pipeline:
                 input_args=tokens if number == 0 else hidden,
                 output_args=logits if number == len(self.plan) - 1 else hidden,
                 group=self.meshes.pp.group,
+                dw_builder=self._deferred[number].take if number in self._deferred else None,
             )
             for number, stack in self.stacks.items()
         ]

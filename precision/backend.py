@@ -77,6 +77,24 @@ class GemmBackend(Protocol):
         """Rows sorted by expert times that expert's matrix: `counts_E` (int64, sums to C) says how many each has."""
         ...
 
+    # The same products' gradients one by one, for pipelines that compute those of weights later.
+
+    def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
+        """Of `linear` by its input."""
+        ...
+
+    def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
+        """Of `linear` by its weight, summed over all leading dimensions: [F, D]."""
+        ...
+
+    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
+        """Of `grouped_linear` by its rows."""
+        ...
+
+    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, counts_E: Tensor) -> Tensor:
+        """Of `grouped_linear` by its weights: [E, F, D]."""
+        ...
+
 
 def resolve(config: PrecisionConfig) -> GemmBackend:
     """The backend that `config` asks for, or an error that says why it cannot be had."""

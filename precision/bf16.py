@@ -29,7 +29,31 @@ class PlainProducts:
         x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
         if self.compute_dtype is torch.float64:  # F.grouped_mm has no float64 kernel
             return _grouped_by_loop(x_CD, w_EFD, counts_E)
-        return F.grouped_mm(x_CD, w_EFD.transpose(-2, -1), offs=counts_E.cumsum(0).to(torch.int32))
+        return F.grouped_mm(x_CD, w_EFD.transpose(-2, -1), offs=_ends(counts_E))
+
+    def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
+        return grad_TF.to(self.compute_dtype) @ w_FD.to(self.compute_dtype)
+
+    def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
+        grad, x = (t.to(self.compute_dtype).flatten(0, -2) for t in (grad_TF, x_TD))
+        return grad.t() @ x
+
+    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
+        grad_CF, w_EFD = grad_CF.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
+        if self.compute_dtype is torch.float64:
+            return _input_gradient_by_loop(grad_CF, w_EFD, counts_E.tolist())
+        return F.grouped_mm(grad_CF, w_EFD, offs=_ends(counts_E))
+
+    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, counts_E: Tensor) -> Tensor:
+        grad_CF, x_CD = grad_CF.to(self.compute_dtype), x_CD.to(self.compute_dtype)
+        if self.compute_dtype is torch.float64:
+            return _weight_gradient_by_loop(grad_CF, x_CD, counts_E.tolist())
+        return F.grouped_mm(grad_CF.t(), x_CD, offs=_ends(counts_E))
+
+
+def _ends(counts_E: Tensor) -> Tensor:
+    """Where each expert's rows end, as the grouped kernels want it."""
+    return counts_E.cumsum(0).to(torch.int32)
 
 
 class _GroupedByLoop(torch.autograd.Function):
@@ -50,14 +74,22 @@ class _GroupedByLoop(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x_CD, w_EFD = ctx.saved_tensors
         (grad_CF,) = grads
-        grad_x, grad_w = torch.empty_like(x_CD), torch.empty_like(w_EFD)
-        parts = zip(
-            x_CD.split(ctx.counts), w_EFD, grad_CF.split(ctx.counts), grad_x.split(ctx.counts), grad_w, strict=True
-        )
-        for x, w, g, out_x, out_w in parts:
-            torch.mm(g, w, out=out_x)
-            torch.mm(g.t(), x, out=out_w)
-        return grad_x, grad_w, None
+        grad_x = _input_gradient_by_loop(grad_CF, w_EFD, ctx.counts)
+        return grad_x, _weight_gradient_by_loop(grad_CF, x_CD, ctx.counts), None
+
+
+def _input_gradient_by_loop(grad_CF: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
+    grad_x = grad_CF.new_empty(grad_CF.shape[0], w_EFD.shape[2])
+    for g, w, out in zip(grad_CF.split(counts), w_EFD, grad_x.split(counts), strict=True):
+        torch.mm(g, w, out=out)
+    return grad_x
+
+
+def _weight_gradient_by_loop(grad_CF: Tensor, x_CD: Tensor, counts: list[int]) -> Tensor:
+    grad_w = grad_CF.new_empty(len(counts), grad_CF.shape[1], x_CD.shape[1])
+    for g, x, out in zip(grad_CF.split(counts), x_CD.split(counts), grad_w, strict=True):
+        torch.mm(g.t(), x, out=out)
+    return grad_w
 
 
 def _grouped_by_loop(x_CD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
