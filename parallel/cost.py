@@ -8,6 +8,7 @@ Shapes: B rows of a micro-batch, T context, D model width, K experts per token, 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,32 +72,40 @@ def step_traffic(model: ModelConfig, precision: PrecisionConfig, layout: Layout,
     world = layout.world_size
     if world == 1:
         return {}
-    micro_batches = batch.rows // batch.micro_batch
-    for technique in (_data, _tensor, _experts):
+    micro_batches, stage = batch.rows // batch.micro_batch, world // layout.pp
+    for technique in (_tensor, _experts, _pipeline):
         for key, size in technique(model, precision, layout, batch):
-            found[key] += world * micro_batches * size
+            found[key] += stage * micro_batches * size
+    for key, size in _data(model, precision, layout):
+        found[key] += stage * (1 if layout.pp > 1 else micro_batches) * size
     for key, size in _once(model, precision, layout):
         found[key] += size
     return {key: size for key, size in found.items() if size}
 
 
 def _specs(model: ModelConfig, precision: PrecisionConfig, layout: Layout, rank: int) -> dict[str, ShardSpec]:
+    """Of the parameters on this rank."""
     meshes, here = place(layout, rank), on_meta(model, precision)
     pipeline.cut(here, meshes)
     return shard_specs(registry(here), model, meshes)
 
 
-def _data(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
-    """FSDP2 of one micro-batch on one rank. Layers gather their parameters for the forward and again for the backward
-    pass, with what it recomputes; what is outside them (the root) stays gathered in between. Gradients are reduced
-    after each micro-batch.
+def _all_specs(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> dict[str, ShardSpec]:
+    """Of all parameters, each on the first rank of its stage."""
+    return shard_specs(registry(on_meta(model, precision)), model, place(layout, 0))
+
+
+def _data(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Entries:
+    """FSDP2 of one micro-batch on a rank of each stage. Layers gather their parameters for the forward and again for
+    the backward pass, with what it recomputes; what is outside them (the root) stays gathered in between. Gradients are
+    reduced after each micro-batch. In a pipeline everything is gathered and reduced once per step.
     """
     narrow = precision.compute_dtype is torch.bfloat16
     reduced = 2 if layout.reduce is Reduce.bfloat16 else precision.master_dtype.itemsize
-    for name, spec in _specs(model, precision, layout, 0).items():
+    for name, spec in _all_specs(model, precision, layout).items():
         axis, master = spec.storage.axis, narrow and spec.info.role is Role.router
         size = precision.master_dtype.itemsize if master else precision.compute_dtype.itemsize
-        gathers = 2 if name.startswith("layers.") else 1
+        gathers = 2 if name.startswith("layers.") and layout.pp == 1 else 1
         elements = spec.stored.numel  # of rank 0, whose part is full: shorter ones are padded to it
         if axis.size > 1:
             yield (axis.name, "parameters"), gathers * size * elements
@@ -105,8 +114,17 @@ def _data(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch:
             yield ("dp_replicate", "gradients"), reduced * elements
 
 
+def _pipeline(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
+    """What one micro-batch sends from stage to stage, and its gradient back; neighbours on one rank send nothing."""
+    owners = layout.stages(model).owners
+    hops = sum(one != other for one, other in itertools.pairwise(owners))
+    tokens = batch.micro_batch * batch.context // (layout.cp * layout.tp)
+    for purpose in ("activations", "gradients"):
+        yield ("pp", purpose), hops * tokens * model.width * precision.compute_dtype.itemsize
+
+
 def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
-    """Tensor parallelism of one micro-batch on one rank."""
+    """Tensor parallelism of one micro-batch on one rank of each stage."""
     if layout.tp == 1:
         return
     tokens = batch.micro_batch * batch.context
@@ -129,7 +147,7 @@ def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batc
 
 
 def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
-    """Expert parallelism of one micro-batch, the mean over ranks."""
+    """Expert parallelism of one micro-batch on one rank of each stage, the mean over ranks."""
     ranks = layout.ep * layout.etp
     if ranks == 1:
         return
@@ -161,6 +179,7 @@ def _once(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Ent
     yield ("world", "loss"), world * (8 + 8)  # how many labels, the loss
     yield ("world", "norm"), world * 8
     yield ("world", "balance"), world * layers * 8 * (model.experts + 3)
-    for spec in _specs(model, precision, layout, 0).values():
+    for spec in _all_specs(model, precision, layout).values():
         for axis in spec.partial:
-            yield (axis.name, "gradients"), spec.computed.numel * precision.master_dtype.itemsize * world // layout.fsdp
+            copies = world // layout.pp // layout.fsdp
+            yield (axis.name, "gradients"), spec.computed.numel * precision.master_dtype.itemsize * copies

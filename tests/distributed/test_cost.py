@@ -21,6 +21,7 @@ from parallel.apply import build, on_meta
 from parallel.layout import Dispatch, ParallelConfig, Recompute
 from parallel.mesh import make_meshes, place
 from parallel.shards import local, shard_specs
+from parallel.stages import Schedule
 from parallel.world import connect
 from precision.backend import Compute, PrecisionConfig
 from tests.train.tiny import EXACT, config, trainer
@@ -41,7 +42,9 @@ class Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         name = str(function)
-        if name.startswith("c10d."):
+        if name.startswith("c10d.send"):
+            self.bytes["send"] += sum(tensor.numel() * tensor.element_size() for tensor in arguments[0])
+        elif name.startswith("c10d.") and not name.startswith("c10d.recv"):
             inputs = arguments[0] if "allreduce" in name else arguments[1]
             inputs = inputs if isinstance(inputs, list) else [inputs]
             self.bytes[name.split(".")[1]] += sum(tensor.numel() * tensor.element_size() for tensor in inputs)
@@ -57,6 +60,7 @@ def counted(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionCo
     balancer = Balancer(network, lambda counts: meshes.world.sum(counts, "balance"))
     rows, share = MadeUpRows(model.vocab_size), ROWS // meshes.rows.size
     batch = rows.batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
+    optimizer_step(engine, balancer, batch, micro_batch, None, 1.0)  # a pipeline's first step asks who is there
     meshes.traffic.take()
     with Seen() as seen:
         optimizer_step(engine, balancer, batch, micro_batch, None, 1.0)
@@ -76,14 +80,27 @@ LAYOUTS = {
     "recomputed": (4, ParallelConfig(tp=2, ep=2, recompute=Recompute.full)),
     "recomputed-gathered": (2, ParallelConfig(ep=2, dispatch=Dispatch.all_gather, recompute=Recompute.full)),
     "selective": (4, ParallelConfig(ep=2, recompute=Recompute.selective)),
+    "pp2": (2, ParallelConfig(pp=2)),
+    "pp2-interleaved-ep2": (4, ParallelConfig(pp=2, ep=2, schedule=Schedule.interleaved)),
+    "pp2-zbv-tp2-recomputed": (4, ParallelConfig(pp=2, tp=2, schedule=Schedule.zbv, recompute=Recompute.full)),
+    "pp2-fsdp2": (4, ParallelConfig(pp=2, schedule=Schedule.gpipe)),
 }
+
+
+def deep_enough(model: ModelConfig, config: ParallelConfig) -> ModelConfig:
+    """Four layers for the stages of a pipeline."""
+    return replace(model, layers=4, layer_list=(model.blocks * 4)[:4]) if config.pp > 1 else model
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_counted_bytes_equal_the_formulas(ranks, name):
     count, config = LAYOUTS[name]
     model = replace(tiny(2), balance=BalanceConfig(aux=0.01, z=0.01), vocab_size=66)  # 66 rows: shards of unequal size
-    precision, micro_batch = PrecisionConfig(Compute.float32), 2
+    model, precision, micro_batch = (
+        deep_enough(model, config),
+        PrecisionConfig(Compute.float32),
+        1 if config.pp > 1 else 2,
+    )
     found = ranks(count, counted, model, config, precision, micro_batch)
     total: Counter[tuple[str, str]] = Counter()
     for traffic, seen, _ in found:
@@ -125,11 +142,11 @@ def test_the_formulas_know_the_number_formats(ranks, compute, recompute):
     assert dict(total) == cost.step_traffic(model, PrecisionConfig(compute), config.resolve(4), batch)
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "hsdp", "tp2", "ep2-etp2", "tp2-ep2-fsdp2"])
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp", "tp2", "ep2-etp2", "tp2-ep2-fsdp2", "pp2-zbv-tp2-recomputed"])
 def test_static_bytes_are_what_ranks_keep(ranks, name):
     count, config = LAYOUTS[name]
-    model, precision = replace(tiny(2), vocab_size=66), PrecisionConfig(Compute.float32)
-    for rank, (_, _, (parameters, state)) in enumerate(ranks(count, counted, model, config, precision, 2)):
+    model, precision = deep_enough(replace(tiny(2), vocab_size=66), config), PrecisionConfig(Compute.float32)
+    for rank, (_, _, (parameters, state)) in enumerate(ranks(count, counted, model, config, precision, 1)):
         wanted = cost.static_bytes(model, precision, config.resolve(count), torch.float32, rank)
         assert (wanted.parameters, wanted.gradients, wanted.optimizer) == (parameters, parameters, state)
 
@@ -174,13 +191,14 @@ def places(parallel: ParallelConfig) -> Any:
 
 
 def _coordinates(meshes: Any) -> dict[str, tuple[int, int]]:
-    names = ("rows", "replicate", "fsdp", "efsdp", "tp", "experts", "ep", "etp")
+    names = ("pp", "cp", "rows", "replicate", "fsdp", "efsdp", "tp", "experts", "ep", "etp")
     return {name: (getattr(meshes, name).size, getattr(meshes, name).rank) for name in names}
 
 
 def test_a_place_is_known_without_process_groups(ranks):
-    for real, computed in ranks(8, places, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2)):
-        assert real == computed
+    for parallel in (ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2), ParallelConfig(pp=2, cp=2, tp=2, ep=2)):
+        for real, computed in ranks(8, places, parallel):
+            assert real == computed
 
 
 def fitted(root: Path, overrides: list[str]) -> int:
