@@ -195,6 +195,8 @@ class ModelConfig:
     temperature_floor: float = 8192.0
     temperature_scale: float = 0.1
     norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    """The head multiplies with the embedding's table; it has no weight of its own."""
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     init: InitConfig = field(default_factory=InitConfig)

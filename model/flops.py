@@ -51,7 +51,8 @@ class Parameters:
 
 def count_parameters(model: ModelConfig) -> Parameters:
     """Parameters of the whole model in closed form, and how many of them a token uses."""
-    outside = 2 * model.vocab_size * model.width + model.width
+    tables = 1 if model.tie_embeddings else 2
+    outside = tables * model.vocab_size * model.width + model.width
     layers = model.blocks
     gains = {QKNorm.per_head: 2 * model.head_width, QKNorm.full: model.head_width * (model.heads + model.kv_heads)}
     active = outside + sum(

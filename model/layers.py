@@ -71,6 +71,17 @@ class Embedding(nn.Module):
         return F.embedding(tokens_BT, self.weight).to(self.dtype)
 
 
+class TiedHead(nn.Module):
+    """y = x W^T with the embedding's table W [V, D]. The parameter stays the embedding's and has its name alone."""
+
+    def __init__(self, table: Embedding, gemm: GemmBackend) -> None:
+        super().__init__()
+        self.gemm, self._table = gemm, (table,)  # in a tuple: no child of this module
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.gemm.linear(x_TD, self._table[0].weight)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x), normalised in at least float32, cast back, then times the gain (Zhang & Sennrich 2019)."""
 

@@ -1,4 +1,4 @@
-"""The decoder: embedding, layers of attention and feed-forward with pre-normalisation, final norm, untied head.
+"""The decoder: embedding, layers of attention and feed-forward with pre-normalisation, final norm, head.
 
 Shapes: B batch, T sequence, D model width, V vocabulary.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.attention import Attention
 from model.config import FeedForward, LayerConfig, ModelConfig
 from model.context import SequenceContext
-from model.layers import Embedding, GatedMLP, Linear, RMSNorm
+from model.layers import Embedding, GatedMLP, Linear, RMSNorm, TiedHead
 from model.moe import MixtureOfExperts
 from model.roles import Role
 from precision.backend import GemmBackend
@@ -45,7 +45,11 @@ class Stack(nn.Module):
     """
 
     def __init__(
-        self, embedding: Embedding | None, layers: dict[str, Layer], final_norm: RMSNorm | None, head: Linear | None
+        self,
+        embedding: Embedding | None,
+        layers: dict[str, Layer],
+        final_norm: RMSNorm | None,
+        head: Linear | TiedHead | None,
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -72,11 +76,14 @@ class Transformer(Stack):
     """Token ids [B, T] to logits [B, T, V]. Built without initial weights: see `model.init`."""
 
     def __init__(self, config: ModelConfig, gemm: GemmBackend) -> None:
+        embedding = Embedding(config.vocab_size, config.width, gemm.compute_dtype)
         super().__init__(
-            Embedding(config.vocab_size, config.width, gemm.compute_dtype),
+            embedding,
             {str(index): Layer(config, layer, gemm) for index, layer in enumerate(config.blocks)},
             RMSNorm(config.width, config.norm_eps, Role.final_norm),
-            Linear(config.width, config.vocab_size, Role.head, gemm),
+            TiedHead(embedding, gemm)
+            if config.tie_embeddings
+            else Linear(config.width, config.vocab_size, Role.head, gemm),
         )
         self.config = config
         self.compute_dtype = gemm.compute_dtype

@@ -103,15 +103,16 @@ def _data(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Ent
     narrow = precision.compute_dtype is torch.bfloat16
     reduced = 2 if layout.reduce is Reduce.bfloat16 else precision.master_dtype.itemsize
     for name, spec in _all_specs(model, precision, layout).items():
+        stages = 1 + any(axis.name == "ends" for axis in spec.copies)  # a tied table is at both ends
         axis, master = spec.storage.axis, narrow and spec.info.role is Role.router
         size = precision.master_dtype.itemsize if master else precision.compute_dtype.itemsize
         gathers = 2 if name.startswith("layers.") and layout.pp == 1 else 1
         elements = spec.stored.numel  # of rank 0, whose part is full: shorter ones are padded to it
         if axis.size > 1:
-            yield (axis.name, "parameters"), gathers * size * elements
-            yield (axis.name, "gradients"), reduced * elements * axis.size
+            yield (axis.name, "parameters"), stages * gathers * size * elements
+            yield (axis.name, "gradients"), stages * reduced * elements * axis.size
         if layout.dp_replicate > 1:
-            yield ("dp_replicate", "gradients"), reduced * elements
+            yield ("dp_replicate", "gradients"), stages * reduced * elements
 
 
 def _pipeline(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
@@ -181,5 +182,5 @@ def _once(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Ent
     yield ("world", "balance"), world * layers * 8 * (model.experts + 3)
     for spec in _all_specs(model, precision, layout).values():
         for axis in spec.partial:
-            copies = world // layout.pp // layout.fsdp
+            copies = world // layout.pp // layout.fsdp * (2 if axis.name == "ends" else 1)
             yield (axis.name, "gradients"), spec.computed.numel * precision.master_dtype.itemsize * copies

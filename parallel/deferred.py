@@ -1,10 +1,10 @@
 """Gradients of weights that wait: what a zero-bubble schedule does in the gaps of its pipeline (Qi et al. 2024).
 
-The backward of a matrix product computes the gradient of its input at once and notes down the other product, which gives
-the gradient of its weight. What was noted during one micro-batch's backward pass is computed when the schedule says so.
-Nothing else of the backward pass is put off, so a layer that recomputes its activations does so once, as in any other
-schedule. (Cutting the autograd graph in two instead, as torch.distributed.pipelining does by itself, repeats it for
-every part: eight forward passes of a layer were counted where two are needed.)
+The backward of a matrix product computes the gradient of its input at once and notes down the other product, which
+gives the gradient of its weight. What was noted during one micro-batch's backward pass is computed when the schedule
+says so. Nothing else of the backward pass is put off, so a layer that recomputes its activations does so once, as in
+any other schedule. (Cutting the autograd graph in two instead, as torch.distributed.pipelining does by itself, repeats
+the recomputation for every part: eight forward passes of a layer were counted where two are needed.)
 
 Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
 """

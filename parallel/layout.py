@@ -198,6 +198,10 @@ class Layout(ParallelConfig):
     def check_model(self, model: ModelConfig) -> None:
         """Refuse degrees that cannot split this model evenly."""
         self.stages(model)
+        if model.tie_embeddings and self.pp > 1 and self.schedule.is_v:
+            reason = "both ends of a V-schedule are on one rank and would gather a tied table twice; untie it, or take"
+            others = [one.name for one in Schedule if not one.is_v]
+            raise ConfigError("parallel.schedule", self.schedule, f"{reason} another schedule", others)
         kinds = {layer.feed_forward for layer in model.blocks}
         widths = [("query heads", model.heads), ("key/value heads", model.kv_heads), ("vocabulary", model.vocab_size)]
         if FeedForward.dense in kinds:

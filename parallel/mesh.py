@@ -74,15 +74,17 @@ class Axis:
 class Meshes:
     """Where this rank stands in its layout.
 
-    `pp`: the ranks that hold other layers of the same model. `rows`: the groups that see different rows of a batch;
-    `cp`: those that hold other parts of the same rows. `experts`: the ep * etp ranks that share the routed experts
-    among them, etp varying faster; `ep` and `etp` are places in it without groups of their own. `dense` and `sparse`:
-    what FSDP2 spreads parameters over, (fsdp) or (dp_replicate, fsdp); None in a world of one.
+    `pp`: the ranks that hold other layers of the same model; `ends`: the first and the last of them, which share a tied
+    table (of size 1 on those between). `rows`: the groups that see different rows of a batch; `cp`: those that hold
+    other parts of the same rows. `experts`: the ep * etp ranks that share the routed experts among them, etp varying
+    faster; `ep` and `etp` are places in it without groups of their own. `dense` and `sparse`: what FSDP2 spreads
+    parameters over, (fsdp) or (dp_replicate, fsdp); None in a world of one.
     """
 
     layout: Layout
     world: Axis
     pp: Axis
+    ends: Axis
     rows: Axis
     cp: Axis
     replicate: Axis
@@ -124,7 +126,8 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
     return Meshes(
         layout,
         world=Axis("world", world.size, world.rank, None, views.traffic),
-        pp=views.axis(rows, "pp"),
+        pp=(pp := views.axis(rows, "pp")),
+        ends=views.ends(pp),
         rows=views.axis(rows, "rows"),
         cp=views.axis(rows, "cp"),
         replicate=views.axis(dense, "dp_replicate"),
@@ -155,6 +158,8 @@ def place(layout: Layout, rank: int) -> Meshes:
         "ep": (layout.ep, inner % experts // layout.etp),
         "etp": (layout.etp, inner % layout.etp),
     }
+    at_end = along["pp"][1] in (0, layout.pp - 1)
+    along["ends"] = (2, int(along["pp"][1] > 0)) if layout.pp > 1 and at_end else (1, 0)
     axes = {name.removeprefix("dp_"): Axis(name, size, at) for name, (size, at) in along.items()}
     return Meshes(layout, world=Axis("world", layout.world_size, rank), **axes, dense=None, sparse=None)
 
@@ -176,6 +181,17 @@ class _Views:
             return Axis(name, traffic=self.traffic)
         group = mesh.get_group(name)
         return Axis(name, dist.get_world_size(group), mesh.get_local_rank(name), group, self.traffic)
+
+    def ends(self, pp: Axis) -> Axis:
+        """The first and the last rank of a pipeline."""
+        if pp.size == 1 or pp.rank not in (0, pp.size - 1):
+            return Axis("ends", traffic=self.traffic)
+        assert pp.group is not None
+        members = dist.get_process_group_ranks(pp.group)
+        group = pp.group
+        if pp.size > 2:
+            group = dist.new_group([members[0], members[-1]], use_local_synchronization=True)
+        return Axis("ends", 2, int(pp.rank > 0), group, self.traffic)
 
 
 def _data(mesh: DeviceMesh | None, name: str) -> DeviceMesh | None:

@@ -21,6 +21,7 @@ from torch.distributed import pipelining
 from torch.distributed.pipelining import PipelineStage
 
 from model.context import SequenceContext
+from model.layers import Embedding
 from model.transformer import Stack, Transformer
 from parallel import deferred
 from parallel.deferred import Deferred
@@ -44,6 +45,8 @@ class StageStack(Stack):
     """One stage. Micro-batches come in order, each with the context that waits for it."""
 
     contexts: deque[SequenceContext]
+    table: Embedding | None = None
+    """What a tied head multiplies with: this stage's own copy of the embedding, which it does not run."""
 
     def forward(self, x: Tensor, context: SequenceContext | None = None) -> Tensor:
         return super().forward(x, context or self.contexts.popleft())
@@ -59,12 +62,13 @@ def cut(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
     for name in list(model.layers):
         if name not in kept:
             del model.layers[name]
-    if 0 not in here:
+    shares_table = model.config.tie_embeddings and last in here
+    if 0 not in here and not shares_table:
         model.embedding = None
     if last not in here:
         model.final_norm = model.head = None
     layers: Any = model.layers
-    return {
+    stacks: dict[int, Stack] = {
         stage: StageStack(
             model.embedding if stage == 0 else None,
             {str(layer): layers[str(layer)] for layer in plan.layers[stage]},
@@ -73,6 +77,10 @@ def cut(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
         )
         for stage in here
     }
+    for stack in stacks.values():
+        if shares_table and isinstance(stack, StageStack) and stack.head is not None:
+            stack.table = model.embedding
+    return stacks
 
 
 class Pipeline:

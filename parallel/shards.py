@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,13 @@ def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
         splits = tuple(s for s in (Split(meshes.ep, 0), Split(meshes.etp, _EXPERT_WIDTH_DIM)) if s.axis.size > 1)
         spec = ShardSpec(info, splits, Split(meshes.efsdp, 0), (meshes.replicate,))
         return ShardSpec(info, splits, Split(meshes.efsdp, _storage_dim(spec.computed, meshes.efsdp)), spec.copies)
+    if info.role is Role.embedding and model.tie_embeddings and meshes.ends.size > 1:
+        alone = _dense_spec(info, model, meshes)
+        return replace(alone, copies=(*alone.copies, meshes.ends), partial=(*alone.partial, meshes.ends))
+    return _dense_spec(info, model, meshes)
+
+
+def _dense_spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
     dim = _TENSOR_DIM.get(info.role)
     if info.role is Role.qk_norm and info.shape[0] != model.head_width:
         dim = 0  # the gain spans all heads

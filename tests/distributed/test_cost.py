@@ -83,13 +83,16 @@ LAYOUTS = {
     "pp2": (2, ParallelConfig(pp=2)),
     "pp2-interleaved-ep2": (4, ParallelConfig(pp=2, ep=2, schedule=Schedule.interleaved)),
     "pp2-zbv-tp2-recomputed": (4, ParallelConfig(pp=2, tp=2, schedule=Schedule.zbv, recompute=Recompute.full)),
+    "pp3-tied": (3, ParallelConfig(pp=3)),
     "pp2-fsdp2": (4, ParallelConfig(pp=2, schedule=Schedule.gpipe)),
 }
 
 
 def deep_enough(model: ModelConfig, config: ParallelConfig) -> ModelConfig:
     """Four layers for the stages of a pipeline."""
-    return replace(model, layers=4, layer_list=(model.blocks * 4)[:4]) if config.pp > 1 else model
+    if config.pp == 1:
+        return model
+    return replace(model, layers=4, layer_list=(model.blocks * 4)[:4], tie_embeddings=config.pp == 3)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -191,7 +194,7 @@ def places(parallel: ParallelConfig) -> Any:
 
 
 def _coordinates(meshes: Any) -> dict[str, tuple[int, int]]:
-    names = ("pp", "cp", "rows", "replicate", "fsdp", "efsdp", "tp", "experts", "ep", "etp")
+    names = ("pp", "ends", "cp", "rows", "replicate", "fsdp", "efsdp", "tp", "experts", "ep", "etp")
     return {name: (getattr(meshes, name).size, getattr(meshes, name).rank) for name in names}
 
 
