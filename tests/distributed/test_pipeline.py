@@ -1,0 +1,159 @@
+"""Pipelines: what is computed, how often, and what a run under them leaves behind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bench.layouts import tiny
+from model.attention import Attention
+from model.balancer import Balancer
+from model.config import BalanceConfig, FeedForward, ModelConfig
+from model.moe import Experts
+from parallel.apply import build
+from parallel.layout import ParallelConfig, Recompute
+from parallel.mesh import make_meshes
+from parallel.stages import Schedule
+from parallel.world import connect
+from precision.backend import Compute, PrecisionConfig
+from train.certify import Trial, compare_layouts
+from train.certify_rank import CONTEXT, ROWS, SEED, MadeUpRows
+from train.engine import TorchEngine
+from train.optimizer import OptimizerConfig, OptimizerKind
+from train.step import optimizer_step
+
+SGD = OptimizerConfig(kind=OptimizerKind.sgd)
+TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
+LAYERS = 4
+
+
+def mixtures(top_k: int = 1) -> ModelConfig:
+    """Four mixtures of experts, one for each stage, with every balancing term."""
+    model = replace(tiny(top_k), balance=TERMS)
+    mixture = next(layer for layer in model.blocks if layer.feed_forward is FeedForward.moe)
+    return replace(model, layers=LAYERS, layer_list=[mixture] * LAYERS)
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """How often attention and experts ran forward here, the rows that experts saw, and all-to-alls."""
+    times: Counter[str] = Counter()
+    honest = {Attention: Attention.forward, Experts: Experts.forward}
+    exchange = dist.all_to_all_single
+
+    def attention(self: Any, *arguments: Any) -> Any:
+        times["attention"] += 1
+        return honest[Attention](self, *arguments)
+
+    def experts(self: Any, x_CD: torch.Tensor, counts_E: torch.Tensor) -> Any:
+        times["experts"] += 1
+        times["rows"] += x_CD.shape[0]
+        return honest[Experts](self, x_CD, counts_E)
+
+    def all_to_all(*arguments: Any, **options: Any) -> Any:
+        times["all_to_all"] += 1
+        return exchange(*arguments, **options)
+
+    Attention.forward, Experts.forward = attention, experts  # type: ignore[method-assign]
+    dist.all_to_all_single = all_to_all
+    try:
+        yield times
+    finally:
+        Attention.forward, Experts.forward = honest[Attention], honest[Experts]  # type: ignore[method-assign]
+        dist.all_to_all_single = exchange
+
+
+def one_step(parallel: ParallelConfig, model: ModelConfig) -> tuple[Counter[str], float, float, int]:
+    """What one step did on this rank, its loss and norm, and how many routed tokens all routers counted."""
+    world = connect()
+    meshes = make_meshes(parallel.resolve(world.size), world)
+    share = ROWS // meshes.rows.size
+    batch = MadeUpRows(model.vocab_size).batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
+    with counting() as times:  # before the model is built: recomputation keeps hold of the forwards that it finds
+        placed = build(model, PrecisionConfig(Compute.float64), meshes, world.device, SEED)
+        engine = TorchEngine(placed, SGD)
+        balancer = Balancer(placed.model, lambda counts: meshes.world.sum(counts, "balance"))
+        result = optimizer_step(engine, balancer, batch, 1, None, 1.0)
+    return times, result.loss.item(), result.gradient_norm.item(), int(result.balance["counts"].sum())
+
+
+@pytest.mark.parametrize("recompute", Recompute)
+@pytest.mark.parametrize("schedule", [Schedule.one_f_one_b, Schedule.interleaved_zero_bubble, Schedule.zbv])
+def test_no_schedule_runs_more_forwards_than_recomputation_needs(ranks, schedule, recompute):
+    """pp2 x ep2 with all balancing terms: micro-batches times layers, twice where they are repeated."""
+    model = mixtures()
+    alone = ranks(1, one_step, ParallelConfig(), model)[0]
+    parallel = ParallelConfig(pp=2, ep=2, schedule=schedule, recompute=recompute)
+    found = ranks(4, one_step, parallel, model)
+    micro_batches, layers = ROWS // 2, LAYERS // 2
+    repeated = 1 if recompute is Recompute.none else 2
+    again = recompute is Recompute.full
+    exchanges = 5 + 3 * again  # counts once; rows there and back, and their gradients; there, back and counts repeated
+    for times, loss, norm, counted in found:
+        assert times["attention"] == times["experts"] == repeated * micro_batches * layers
+        assert times["all_to_all"] == exchanges * micro_batches * layers
+        assert loss == pytest.approx(alone[1], rel=1e-12) and norm == pytest.approx(alone[2], rel=1e-12)
+        assert counted == alone[3] == ROWS * CONTEXT * LAYERS, "every token of every layer once, whatever is repeated"
+    assert sum(times["rows"] for times, *_ in found) == repeated * ROWS * CONTEXT * LAYERS
+
+
+def split_by_torch(parallel: ParallelConfig, model: ModelConfig) -> Any:
+    honest = Schedule.splits_backward
+    Schedule.splits_backward = property(lambda schedule: False)  # type: ignore[method-assign, assignment]
+    try:
+        return one_step(parallel, model)
+    finally:
+        Schedule.splits_backward = honest  # type: ignore[method-assign]
+
+
+def test_the_count_notices_repeated_forwards(ranks):
+    """torch's own way to split the backward pass repeats a recomputed layer for each part."""
+    parallel = ParallelConfig(pp=2, ep=2, schedule=Schedule.zbv, recompute=Recompute.full)
+    times, *_ = ranks(4, split_by_torch, parallel, mixtures())[0]
+    assert times["attention"] > 2 * (ROWS // 2) * (LAYERS // 2)
+
+
+def layout(name: str) -> tuple[int, ParallelConfig]:
+    """Ranks and degrees by a short name: "pp2-ep2", with the schedule after a colon."""
+    degrees, _, schedule = name.partition(":")
+    given: dict[str, Any] = {"dp_shard": 1, "schedule": Schedule[schedule or "one_f_one_b"]}
+    for part in degrees.split("-"):
+        key = part.rstrip("0123456789")
+        given[{"fsdp": "dp_shard", "hsdp": "dp_replicate"}.get(key, key)] = int(part.removeprefix(key))
+    spread = given["dp_shard"] * given.get("tp", 1) * given.get("cp", 1)
+    given["dp_shard"] *= -(-given.get("ep", 1) // spread)
+    config = ParallelConfig(**given)
+    return config.pp * config.dp_replicate * int(config.dp_shard) * config.cp * config.tp, config
+
+
+FAST = ["pp2:zbv", "pp2-tp2:interleaved_zero_bubble", "pp2-ep2"]
+SLOW = [
+    *(f"pp2:{schedule.name}" for schedule in Schedule if schedule is not Schedule.zbv),
+    "pp4",
+    "pp2-fsdp2",
+    "pp2-hsdp2:dualpipev",
+    "pp2-tp2-ep2-fsdp2",
+    "pp2-tp2-ep2-fsdp2:zbv",
+]
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_pipeline_computes_what_one_process_computes(ranks, name):
+    """Gradients, norm, balancing terms, updates, evaluation and resumed checkpoints, in both formats."""
+    count, parallel = layout(name)
+    (outcome,) = compare_layouts(mixtures(2), [Trial(("pp",), parallel, count)], 2, ranks)
+    assert outcome.passed, outcome.failures()
+
+
+def test_tied_tables_at_both_ends_learn_as_one(ranks):
+    count, parallel = layout("pp3")
+    model = replace(mixtures(), tie_embeddings=True)
+    (outcome,) = compare_layouts(model, [Trial(("pp",), parallel, count)], 2, ranks)
+    assert outcome.passed, outcome.failures()
