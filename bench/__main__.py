@@ -28,6 +28,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "moe_growth_tuned": ("bench.moe_layer:run_growth", NO_REMAPPING),
     "loader": ("bench.loader:run", {}),
     "checkpoint": ("bench.checkpoint:run", {}),
+    "bubble": ("bench.bubble:run", {}),
     "startup": ("bench.startup:run", {}),
 }
 RESULTS = Path(__file__).with_name("RESULTS.md")

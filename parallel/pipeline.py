@@ -29,7 +29,7 @@ from parallel.layout import Layout
 from parallel.mesh import Axis, Meshes
 from parallel.stages import Schedule, Stages
 
-_SCHEDULES: dict[Schedule, Any] = {
+SCHEDULES: dict[Schedule, Any] = {
     Schedule.gpipe: pipelining.ScheduleGPipe,
     Schedule.one_f_one_b: pipelining.Schedule1F1B,
     Schedule.interleaved: pipelining.ScheduleInterleaved1F1B,
@@ -90,9 +90,9 @@ class Pipeline:
         self.model, self.stacks, self.meshes, self.device = model, stacks, meshes, device
         self.plan = meshes.layout.stages(model.config)
         self.has_head = len(self.plan) - 1 in stacks
-        self._deferred: dict[int, Deferred] = {}
+        self.deferred: dict[int, Deferred] = {}
         if meshes.layout.schedule.splits_backward:
-            self._deferred = {number: deferred.apply(stack) for number, stack in stacks.items()}
+            self.deferred = {number: deferred.apply(stack) for number, stack in stacks.items()}
         self._schedules: dict[tuple[int, int, int], Any] = {}
         self._loss: Loss = _no_loss
 
@@ -134,14 +134,14 @@ class Pipeline:
                 input_args=tokens if number == 0 else hidden,
                 output_args=logits if number == len(self.plan) - 1 else hidden,
                 group=self.meshes.pp.group,
-                dw_builder=self._deferred[number].take if number in self._deferred else None,
+                dw_builder=self.deferred[number].take if number in self.deferred else None,
             )
             for number, stack in self.stacks.items()
         ]
         for stage in stages:
             stage.axis = self.meshes.pp
         single = layout.schedule.is_single
-        return _SCHEDULES[layout.schedule](
+        return SCHEDULES[layout.schedule](
             stages[0] if single else stages,
             n_microbatches=micro_batches,
             loss_fn=lambda output, target: self._loss(output, target),
