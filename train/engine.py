@@ -48,7 +48,7 @@ class TorchEngine:
     ) -> None:
         self.model, self.specs, self.meshes = model, specs, meshes
         self.device = next(model.parameters()).device
-        self.optimizer = make_optimizer(model, {name: spec.info for name, spec in specs.items()}, config)
+        self.optimizer = make_optimizer(model, specs, config, meshes)
 
     def forward_backward(self, batch: Batch, micro_batch: int) -> Tensor:
         rows = self.meshes.rows
