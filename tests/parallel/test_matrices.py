@@ -33,9 +33,7 @@ SIZES = [1, 1000, 1 << 26]
 
 
 def awkward() -> ModelConfig:
-    """Sizes that ranks do not divide, as far as a layout lets them: three ranks find nothing of an expert to cut evenly,
-    so that one of them has none.
-    """
+    """Sizes that ranks do not divide. Of three, which find nothing of an expert to cut evenly, one has no expert."""
     return replace(tiny(2), width=40, dense_width=50, experts=4, expert_width=80, shared_width=18, head_width=6)
 
 
