@@ -203,7 +203,7 @@ def test_scales_are_of_the_whole_matrix(ranks, one, scale):
 
 def each_shard_alone() -> list[Plant]:
     """Orthogonal pieces are no piece of an orthogonal matrix."""
-    return [(matrices, "cuts", lambda spec, meshes: ())]
+    return [(optimizer, "rounds", lambda *arguments: [replace(r, stages=()) for r in matrices.rounds(*arguments)])]
 
 
 def experts_mixed() -> list[Plant]:
