@@ -125,13 +125,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Raises `ValueError` where a matrix has no gradient: its other pieces' ranks would wait for this one."""
-        self.rest.step()
-        self.prime()
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 raise ValueError(f"{name} has no gradient")
-            momentum, gradient = local(self.state[parameter]["momentum"]), local(parameter.grad)
-            momentum.copy_(_wide(momentum).lerp_(_wide(gradient), 1 - self.config.momentum))
+        self.rest.step()
+        self.prime()
+        for parameter in self.parameters.values():
+            momentum, gradient = local(self.state[parameter]["momentum"]), _gradient(parameter)
+            momentum.copy_(momentum.to(gradient.dtype).lerp_(gradient, 1 - self.config.momentum))
         for together in self.rounds:
             pieces_Noi = torch.cat([self._direction(piece) for piece in together.pieces])
             whole_NOI = orthogonalise(together.gather(pieces_Noi), self.config.steps, self.config.eps)
@@ -142,16 +143,22 @@ class Muon(torch.optim.Optimizer):
     def _direction(self, piece: Piece) -> Tensor:
         """What is to be made orthogonal: the momentum, a step ahead of itself with Nesterov's."""
         parameter = self.parameters[piece.name]
-        momentum_Noi = _wide(piece.of(local(self.state[parameter]["momentum"])))
+        gradient_Noi = piece.of(_gradient(parameter))
+        direction_Noi = piece.of(local(self.state[parameter]["momentum"])).to(gradient_Noi.dtype)
         if self.config.nesterov:
-            gradient_Noi = _wide(piece.of(local(parameter.grad)))  # type: ignore[arg-type]
-            momentum_Noi = gradient_Noi.lerp(momentum_Noi, self.config.momentum)
-        return momentum_Noi.to(self.products)
+            direction_Noi = gradient_Noi.lerp(direction_Noi, self.config.momentum)
+        return direction_Noi.to(self.products)
 
     def _update(self, piece: Piece, update_Noi: Tensor, factor: float) -> None:
         group, weight_Noi = self.groups[piece.name], piece.of(local(self.parameters[piece.name]))
         kept = _wide(weight_Noi) * (1 - group["lr"] * group["weight_decay"])
         weight_Noi.copy_(kept.sub_(update_Noi, alpha=group["lr"] * factor))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of it, in float32 at least."""
+    assert parameter.grad is not None
+    return _wide(local(parameter.grad))
 
 
 def _wide(tensor: Tensor) -> Tensor:

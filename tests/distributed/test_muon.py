@@ -25,7 +25,7 @@ from train import certify_rank, muon, optimizer
 from train.certify import EXACT, _blocks, compare
 from train.certify_rank import Blocks, Case, Figures, measure_all
 from train.muon import MuonConfig, MuonScale
-from train.optimizer import OptimizerConfig, OptimizerKind
+from train.optimizer import Moments, OptimizerConfig, OptimizerKind
 
 MUON = OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2)
 FP64 = PrecisionConfig(Compute.float64)
@@ -110,6 +110,19 @@ def test_a_checkpoint_goes_on_under_other_layouts(ranks, alone, tmp_path):
     assert apart(wanted.weights, [alone_again[0]["run"].weights]) < EXACT
     lost = ranks(2, forgetting, ParallelConfig(tp=2), {"run": run(resume=one)})
     assert apart(wanted.weights, [rank["run"].weights for rank in lost]) > 1e-4, "the control: momentum matters"
+
+
+def test_a_narrow_momentum_goes_from_layout_to_layout(ranks, tmp_path):
+    """Its rounding hides nothing else: runs under several layouts stay as near as bfloat16's last digit lets them."""
+    narrow = replace(run(), optimizer=replace(MUON, moments=Moments.bfloat16))
+    (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": narrow})
+    count, config = LAYOUTS["tp2-fsdp2"]
+    ranks(count, measure_all, config, {"run": replace(narrow, save=tmp_path / "x")})
+    count, config = LAYOUTS["etp2-efsdp2"]
+    found = ranks(count, measure_all, config, {"run": replace(narrow, resume=tmp_path / "x")})
+    assert apart(wanted["run"].weights, [rank["run"].weights for rank in found]) < 1e-4
+    wide = ranks(1, measure_all, ParallelConfig(), {"run": run()})[0]["run"].weights
+    assert apart(wide, [wanted["run"].weights]) > 1e-4, "the control: narrow moments are others"
 
 
 # ----- updates alone, of made-up gradients, for shapes and numbers of ranks that rows do not allow

@@ -175,9 +175,10 @@ def test_every_parameter_is_in_one_group_with_its_own_rate():
     assert {group["peak_lr"] for group in shared.param_groups} == {0.004}, "one rate for all unless there are two"
 
 
+@pytest.mark.parametrize("compute", Compute)
 @pytest.mark.parametrize("moments", Moments)
-def test_primed_state_is_what_a_first_step_makes(moments):
-    model, other = network(PrecisionConfig()), network(PrecisionConfig())
+def test_primed_state_is_what_a_first_step_makes(moments, compute):
+    model, other = network(PrecisionConfig(compute)), network(PrecisionConfig(compute))
     primed, stepped = (muon(m, moments=moments) for m in (model, other))
     prime(primed)
     give_gradients(other)
@@ -187,7 +188,7 @@ def test_primed_state_is_what_a_first_step_makes(moments):
         mine, theirs = primed.state[parameter], stepped.state[other.get_parameter(name)]
         assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
     widths = {state["momentum"].dtype for state in stepped.state.values() if "momentum" in state}
-    assert widths == {torch.bfloat16 if moments is Moments.bfloat16 else torch.float32}
+    assert widths == {torch.bfloat16 if moments is Moments.bfloat16 else PrecisionConfig(compute).master_dtype}
 
 
 def moved(options: dict[str, Any], precision: PrecisionConfig, steps: int = 8) -> Tensor:
