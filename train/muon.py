@@ -130,35 +130,28 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"{name} has no gradient")
         self.rest.step()
         self.prime()
-        for parameter in self.parameters.values():
-            momentum, gradient = local(self.state[parameter]["momentum"]), _gradient(parameter)
-            momentum.copy_(momentum.to(gradient.dtype).lerp_(gradient, 1 - self.config.momentum))
         for together in self.rounds:
-            pieces_Noi = torch.cat([self._direction(piece) for piece in together.pieces])
+            pieces_Noi = torch.cat([self._directions(piece) for piece in together.pieces])
             whole_NOI = orthogonalise(together.gather(pieces_Noi), self.config.steps, self.config.eps)
             factor = self.config.scale.factor(*together.shape)
             for piece, update_Noi in zip(together.pieces, together.scatter(whole_NOI), strict=True):
                 self._update(piece, update_Noi, factor)
 
-    def _direction(self, piece: Piece) -> Tensor:
-        """What is to be made orthogonal: the momentum, a step ahead of itself with Nesterov's."""
-        parameter = self.parameters[piece.name]
-        gradient_Noi = piece.of(_gradient(parameter))
-        direction_Noi = piece.of(local(self.state[parameter]["momentum"])).to(gradient_Noi.dtype)
-        if self.config.nesterov:
-            direction_Noi = gradient_Noi.lerp(direction_Noi, self.config.momentum)
-        return direction_Noi.to(self.products)
+    def _directions(self, piece: Piece) -> Tensor:
+        """Take the gradient into the momentum; what is to be made orthogonal is that, with Nesterov a step ahead."""
+        parameter, kept = self.parameters[piece.name], self.config.momentum
+        assert parameter.grad is not None
+        gradient_Noi = _wide(piece.of(local(parameter.grad)))
+        stored_Noi = piece.of(local(self.state[parameter]["momentum"]))
+        momentum_Noi = stored_Noi.to(gradient_Noi.dtype).lerp_(gradient_Noi, 1 - kept)
+        stored_Noi.copy_(momentum_Noi)
+        ahead_Noi = gradient_Noi.lerp(momentum_Noi, kept) if self.config.nesterov else momentum_Noi
+        return ahead_Noi.to(self.products)
 
     def _update(self, piece: Piece, update_Noi: Tensor, factor: float) -> None:
         group, weight_Noi = self.groups[piece.name], piece.of(local(self.parameters[piece.name]))
         kept = _wide(weight_Noi) * (1 - group["lr"] * group["weight_decay"])
         weight_Noi.copy_(kept.sub_(update_Noi, alpha=group["lr"] * factor))
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of it, in float32 at least."""
-    assert parameter.grad is not None
-    return _wide(local(parameter.grad))
 
 
 def _wide(tensor: Tensor) -> Tensor:

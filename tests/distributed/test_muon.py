@@ -78,6 +78,15 @@ def test_a_layout_trains_as_one_process_does(ranks, alone, name):
     assert apart(alone[0].weights, [figures.weights for figures in found]) < 1e-12
 
 
+def test_experts_fewer_than_ranks_are_cut_along_their_widths(ranks):
+    """FSDP2 then shards another dimension than the first, and its gradients are laid out accordingly."""
+    case = replace(run(), model=replace(tiny(2), experts=2))
+    (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
+    found = [rank["run"] for rank in ranks(4, measure_all, ParallelConfig(), {"run": case})]
+    assert found[0].weights["layers.1.ffn.experts.gate_up.weight"][0].shape == (2, 2, 8, 32)
+    assert apart(wanted["run"].weights, [figures.weights for figures in found]) < 1e-12
+
+
 def forgetting(parallel: ParallelConfig, cases: dict[str, Case]) -> dict[str, Figures]:
     """`measure_all` with a checkpoint whose momentum is not read."""
     honest = certify_rank.Checkpointer.restore
