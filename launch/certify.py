@@ -20,6 +20,7 @@ def run(config: CertifyConfig) -> int:
     if config.run is not None:
         stored = load_config(Path(config.run))
         config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)
+        config = replace(config, optimizer=stored.optimizer)
     _, left_out = trials(config)
     for line in left_out:
         print(f"left out  {line}")

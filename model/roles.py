@@ -42,6 +42,13 @@ class Role(Enum):
         return self in (Role.expert_gate_up, Role.expert_down)
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether it maps hidden states to hidden states: its last two dimensions are a matrix [out, in], those before
+        count matrices. The embedding is a table, the head and the router give scores, gains are vectors.
+        """
+        return not self.is_norm and self not in (Role.embedding, Role.head, Role.router)
+
+    @property
     def writes_residual(self) -> bool:
         """Whether its product is added to the residual stream."""
         return self in (Role.attention_output, Role.dense_down, Role.shared_down, Role.expert_down)

@@ -9,6 +9,7 @@ Shapes: B rows of a micro-batch, T context, D model width, K experts per token, 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 
 from model.config import AuxScope, FeedForward, ModelConfig, QKNorm, WeightsOn
 from model.roles import Role, registry
+from parallel import matrices as whole
 from parallel import pipeline
 from parallel.apply import on_meta
 from parallel.layout import Dispatch, Layout, Recompute, Reduce
@@ -52,21 +54,34 @@ class StaticBytes:
 
 
 def static_bytes(
-    model: ModelConfig, precision: PrecisionConfig, layout: Layout, moments: torch.dtype | None, rank: int = 0
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    layout: Layout,
+    moments: torch.dtype | None,
+    rank: int = 0,
+    muon: bool = False,
 ) -> StaticBytes:
-    """Of this rank; rank 0 has the largest part of everything. `moments`: the format of AdamW's two, None for SGD."""
+    """Of this rank; rank 0 has the largest part of everything. `moments`: the format of AdamW's two, or of the one that
+    Muon has for matrices; None for SGD.
+    """
     specs = _specs(model, precision, layout, rank)
     elements, size = sum(spec.stored.numel for spec in specs.values()), precision.master_dtype.itemsize
-    steps = 4 * len(specs)  # a step count per parameter, float32
-    optimizer = 0 if moments is None else 2 * moments.itemsize * elements + steps
+    optimizer, width = 0, 0 if moments is None else moments.itemsize
+    for spec in specs.values() if width else ():
+        if muon and spec.info.role.is_matrix:
+            optimizer += width * spec.stored.numel
+        else:
+            optimizer += 2 * width * spec.stored.numel + 4  # and a step count, float32
     return StaticBytes(size * elements, size * elements, optimizer)
 
 
-def step_traffic(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Traffic:
+def step_traffic(
+    model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch, matrices: torch.dtype | None = None
+) -> Traffic:
     """Bytes handed to collectives in one optimizer step, over all ranks of the world, by axis and purpose.
 
     All ranks together, because routing decides which of them sends how much to the experts; everything else is the same
-    on every rank. All micro-batches must be full.
+    on every rank. All micro-batches must be full. `matrices`: the format in which Muon's travel, None without Muon.
     """
     found: Counter[tuple[str, str]] = Counter()
     world = layout.world_size
@@ -79,6 +94,8 @@ def step_traffic(model: ModelConfig, precision: PrecisionConfig, layout: Layout,
     for key, size in _data(model, precision, layout):
         found[key] += stage * (1 if layout.pp > 1 else micro_batches) * size
     for key, size in _once(model, precision, layout):
+        found[key] += size
+    for key, size in _matrices(model, precision, layout, matrices):
         found[key] += size
     return {key: size for key, size in found.items() if size}
 
@@ -184,3 +201,17 @@ def _once(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Ent
         for axis in spec.partial:
             copies = world // layout.pp // layout.fsdp * (2 if axis.name == "ends" else 1)
             yield (axis.name, "gradients"), spec.computed.numel * precision.master_dtype.itemsize * copies
+
+
+def _matrices(model: ModelConfig, precision: PrecisionConfig, layout: Layout, sent: torch.dtype | None) -> Entries:
+    """Muon's, once per step, all ranks together: along each cut every rank hands over what it has of them, there and
+    back, and all ranks of the cut together have them once.
+    """
+    if sent is None:
+        return
+    meshes = place(layout, 0)
+    for spec in _all_specs(model, precision, layout).values():
+        if spec.info.role.is_matrix:
+            everywhere = math.prod(spec.info.shape) * math.prod(axis.size for axis in spec.copies)
+            for cut in whole.cuts(spec, meshes):
+                yield (cut.axis.name, whole.PURPOSE), 2 * everywhere * sent.itemsize

@@ -19,6 +19,7 @@ from model.flops import count_parameters, training_flops
 from parallel.cost import StaticBytes, static_bytes
 from train.evaluate import HeldOut, held_out_batches, held_out_loss
 from train.metrics import MetricsWriter, Throughput, expert_load, peak_memory_bytes
+from train.optimizer import OptimizerKind
 from train.run_directory import read_lines
 
 if TYPE_CHECKING:
@@ -287,7 +288,9 @@ class Summary(Callback):
     def _static_bytes(self) -> StaticBytes:
         """What rank 0 keeps from step to step."""
         config, layout = self.trainer.config, self.trainer.meshes.layout
-        return static_bytes(config.model, config.precision, layout, config.optimizer.moments_dtype(config.precision))
+        moments = config.optimizer.moments_dtype(config.precision)
+        muon = config.optimizer.kind is OptimizerKind.muon
+        return static_bytes(config.model, config.precision, layout, moments, muon=muon)
 
     def _baselines(self, sources: list[str]) -> dict[str, Any]:
         """Unigram and bigram models of the very tokens consumed, on the very held-out tokens of the model."""

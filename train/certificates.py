@@ -16,6 +16,7 @@ from core.origin import sources_digest
 from model.config import ModelConfig
 from parallel.layout import ParallelConfig
 from train.certify import shrink, techniques
+from train.optimizer import OptimizerKind
 
 
 def keep(certificate: Mapping[str, Any], cache: Path) -> Path:
@@ -27,11 +28,17 @@ def keep(certificate: Mapping[str, Any], cache: Path) -> Path:
     return path
 
 
-def find(axes: Mapping[str, int], model: ModelConfig, parallel: ParallelConfig, cache: Path) -> str | None:
+def find(
+    axes: Mapping[str, int],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    cache: Path,
+    kind: OptimizerKind = OptimizerKind.adamw,
+) -> str | None:
     """The hash of a certificate that covers these axes for this kind of model and these techniques, of this code and
     this torch; None where there is none.
     """
-    wanted = [plain(shrink(model, parallel)), techniques(parallel)]
+    wanted = [plain(shrink(model, parallel)), techniques(parallel, kind)]
     for path in sorted(_folder(cache).glob("*.json")):
         certificate = read_json(path)
         about = [certificate["model"], certificate["techniques"]]

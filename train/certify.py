@@ -3,7 +3,7 @@
 A shrunk copy of the configured model is run by one process and under layouts in which every axis has degree 2: each
 axis alone, each pair of them, all together, and the configured degrees themselves where they are few enough. Float64
 makes a difference of 1e-9 a bug and not rounding; plain SGD without clipping shows the scale of gradients, which AdamW
-hides.
+hides. Beside it, AdamW (or Muon, where that is configured) with clipping.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ class CertifyConfig:
     """Proves a layout on this machine, without a GPU, in some minutes."""
 
     run: str | None = None
-    """Take model, parallel and cache from this run's configuration."""
+    """Take model, parallel, optimizer and cache from this run's configuration."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Of kind muon: Muon is certified in the place of AdamW, which it has a share for."""
     ranks: int = MOST_RANKS
     """At most this many processes. Each axis and each pair must fit; larger layouts are left out and named."""
     steps: int = 3
@@ -132,25 +134,27 @@ def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
     look at. Raises `ConfigError`, before anything runs, for what cannot be certified here.
     """
     chosen, _ = trials(config)
-    return compare_layouts(shrink(config.model, config.parallel), chosen, config.steps, ranks)
+    return compare_layouts(shrink(config.model, config.parallel), chosen, config.steps, ranks, config.optimizer)
 
 
-def compare_layouts(model: ModelConfig, layouts: Sequence[Trial], steps: int, ranks: Ranks) -> Iterator[Outcome]:
-    """Each layout against one process."""
+def compare_layouts(
+    model: ModelConfig, layouts: Sequence[Trial], steps: int, ranks: Ranks, optimizer: OptimizerConfig | None = None
+) -> Iterator[Outcome]:
+    """Each layout against one process; `optimizer`: None for AdamW."""
+    learning = _learning(optimizer or OptimizerConfig())
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         try:
-            (wanted,) = ranks(1, measure_all, ParallelConfig(), _cases(model, steps, root / "one", None))
+            (wanted,) = ranks(1, measure_all, ParallelConfig(), _cases(model, learning, steps, root / "one", None))
         except RankFailure as error:
             raise LeviathanError(f"one process fails, there is nothing to compare with:\n{error}") from None
         for trial in layouts:
-            yield _try(trial, model, steps, root, wanted, ranks)
+            own = root / trial.name.replace(" ", "_")
+            yield _try(trial, _cases(model, learning, steps, own, root / "one"), own, wanted, ranks)
 
 
-def _try(trial: Trial, model: ModelConfig, steps: int, root: Path, wanted: dict[str, Figures], ranks: Ranks) -> Outcome:
-    """One layout's run, and its checkpoint resumed by one process."""
-    own = root / trial.name.replace(" ", "_")
-    cases = _cases(model, steps, own, root / "one")
+def _try(trial: Trial, cases: dict[str, Case], own: Path, wanted: dict[str, Figures], ranks: Ranks) -> Outcome:
+    """One layout's run, saved in `own`, and its checkpoint resumed by one process."""
     try:
         found: list[dict[str, Figures]] = ranks(trial.ranks, measure_all, trial.parallel, cases)
         alone = replace(cases["resumed"], resume=own)
@@ -160,23 +164,32 @@ def _try(trial: Trial, model: ModelConfig, steps: int, root: Path, wanted: dict[
     comparisons: list[Comparison] = []
     for name, reference in wanted.items():
         comparisons += compare(name, reference, [rank[name] for rank in found], cases[name])
-    final = wanted["adamw"]
+    final = wanted[cases["resumed"].optimizer.kind.name]
     resumed = [rank["resumed"] for rank in found]
     comparisons += _tail("one process's checkpoint under the layout", final, resumed)
     comparisons += _tail("the layout's checkpoint in one process", final, [resharded["resharded"]])
     return Outcome(trial, comparisons)
 
 
-def _cases(model: ModelConfig, steps: int, save: Path, resume: Path | None) -> dict[str, Case]:
+def _learning(optimizer: OptimizerConfig) -> OptimizerConfig:
+    """What is run for several steps, with clipping: at a rate that moves a tiny model, in nothing but float64."""
+    if optimizer.kind is not OptimizerKind.muon:
+        return OptimizerConfig(lr=1e-2)
+    muon = replace(optimizer.muon, lr=None, products=None)
+    return OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2, muon=muon)
+
+
+def _cases(
+    model: ModelConfig, optimizer: OptimizerConfig, steps: int, save: Path, resume: Path | None
+) -> dict[str, Case]:
     """The runs that are compared, by name; `resumed` only where there is a checkpoint to resume."""
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)
-    adamw = OptimizerConfig(lr=1e-2)
     whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
     base = Case(replace(model, balance=_TERMS), PrecisionConfig(Compute.float64), sgd)
-    learning = replace(base, model=whole, optimizer=adamw, clip_norm=0.05, steps=steps)
+    learning = replace(base, model=whole, optimizer=optimizer, clip_norm=0.05, steps=steps)
     cases = {
         "sgd": replace(base, steps=steps),
-        "adamw": replace(learning, save=save),
+        optimizer.kind.name: replace(learning, save=save),
         "float32": replace(base, precision=PrecisionConfig(Compute.float32)),
     }
     if any(layer.feed_forward is FeedForward.moe for layer in model.blocks):
@@ -348,12 +361,10 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelC
     )
 
 
-def techniques(parallel: ParallelConfig) -> dict[str, Any]:
+def techniques(parallel: ParallelConfig, kind: OptimizerKind = OptimizerKind.adamw) -> dict[str, Any]:
     """What a certificate is about beside the axes and the model."""
-    return {
-        key: plain(getattr(parallel, key))
-        for key in ("dispatch", "recompute", "compile", "schedule", "stages_per_rank")
-    }
+    keys = ("dispatch", "recompute", "compile", "schedule", "stages_per_rank")
+    return {**{key: plain(getattr(parallel, key)) for key in keys}, "muon": kind is OptimizerKind.muon}
 
 
 def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Mapping[str, str]) -> dict[str, Any]:
@@ -364,7 +375,7 @@ def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Ma
         **identity,
         "axes": list(axes_in_use(config.parallel)),
         "left_out": trials(config)[1],
-        "techniques": techniques(config.parallel),
+        "techniques": techniques(config.parallel, config.optimizer.kind),
         "smallest_failing_axes": list(failed[0].trial.axes) if failed else None,
         "first_failure": failed[0].failures()[0] if failed else None,
         "model": plain(shrink(config.model, config.parallel)),

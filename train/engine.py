@@ -42,8 +42,7 @@ class TorchEngine:
 
     def __init__(self, placed: Placed, config: OptimizerConfig) -> None:
         self.placed, self.meshes, self.device = placed, placed.meshes, placed.device
-        infos = {name: spec.info for name, spec in placed.specs.items()}
-        self.optimizer = make_optimizer(placed.model, infos, config)
+        self.optimizer = make_optimizer(placed.model, placed.specs, config, placed.meshes)
         self.pipeline = None
         if self.meshes.pp.size > 1:
             self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)

@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError, check_numbers
-from model.roles import ParameterInfo, Role
-from parallel.shards import local
+from model.roles import Role
+from model.transformer import Transformer
+from parallel.matrices import rounds
+from parallel.mesh import Meshes
+from parallel.shards import ShardSpec, local
 from precision.backend import PrecisionConfig
+from train.muon import Muon, MuonConfig
 
 
 class OptimizerKind(Enum):
     adamw = "adamw"
+    muon = "muon"
+    """Matrices between hidden states by Muon, all else by AdamW: see `train.muon`."""
     sgd = "sgd"
     """Plain, without momentum: shows the scale of gradients, which AdamW hides."""
 
@@ -50,6 +56,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     moments: Moments = Moments.float32
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Read by kind=muon only."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,10 +65,14 @@ class OptimizerConfig:
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must lie in [0, 1)")
-        if self.moments is Moments.bfloat16 and self.beta2 > 0.99:
-            # bf16 has 8 significant bits: a second moment that moves by less than 1/256 a step stands still
-            reason = "bfloat16 moments lose updates this slow; use at most 0.99, or moments=float32"
-            raise ConfigError("beta2", self.beta2, reason, [0.95, 0.99])
+        slow = {"beta2": self.beta2}
+        if self.kind is OptimizerKind.muon:
+            slow["muon.momentum"] = self.muon.momentum
+        for key, decay in slow.items():
+            if self.moments is Moments.bfloat16 and decay > 0.99:
+                # bf16 has 8 significant bits: a moment that moves by less than 1/256 a step stands still
+                reason = "bfloat16 moments lose updates this slow; use at most 0.99, or moments=float32"
+                raise ConfigError(key, decay, reason, [0.95, 0.99])
         roles = [role.name for role in Role]
         for name in self.groups:
             if name not in roles:
@@ -72,25 +84,46 @@ class OptimizerConfig:
             return None
         return torch.bfloat16 if self.moments is Moments.bfloat16 else precision.master_dtype
 
+    def by_muon(self, role: Role) -> bool:
+        """Whether parameters of this role are Muon's."""
+        return self.kind is OptimizerKind.muon and role.is_matrix
+
+    def peak_lr(self, role: Role) -> float:
+        base = self.muon.lr if self.by_muon(role) and self.muon.lr is not None else self.lr
+        return base * self.groups.get(role.name, GroupConfig()).lr_scale
+
+    def decay(self, role: Role) -> float:
+        if role.is_norm or self.kind is OptimizerKind.sgd:
+            return 0.0
+        own = self.groups.get(role.name, GroupConfig()).weight_decay
+        return self.weight_decay if own is None else own
+
 
 def make_optimizer(
-    model: nn.Module, infos: Mapping[str, ParameterInfo], config: OptimizerConfig
+    model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig, meshes: Meshes
 ) -> torch.optim.Optimizer:
     """One group per role, with `name`, `peak_lr` and its parameters in the model's order."""
     by_role: dict[Role, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        by_role.setdefault(infos[name].role, []).append(parameter)
-    groups = []
+        by_role.setdefault(specs[name].info.role, []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    matrices: list[dict[str, Any]] = []
     for role, parameters in by_role.items():
-        own = config.groups.get(role.name, GroupConfig())
-        decay = config.weight_decay if own.weight_decay is None else own.weight_decay
-        peak = config.lr * own.lr_scale
-        decay = 0.0 if role.is_norm else decay
-        groups.append({"params": parameters, "name": role.name, "lr": peak, "peak_lr": peak, "weight_decay": decay})
+        peak, decay = config.peak_lr(role), config.decay(role)
+        group = {"params": parameters, "name": role.name, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+        (matrices if config.by_muon(role) else groups).append(group)
     if config.kind is OptimizerKind.sgd:
-        for group in groups:
-            group["weight_decay"] = 0.0
         return torch.optim.SGD(groups, lr=config.lr)
+    rest = _adamw(groups, config)
+    if config.kind is OptimizerKind.adamw:
+        return rest
+    own = {name: p for name, p in model.named_parameters() if config.by_muon(specs[name].info.role)}
+    plan = rounds({name: specs[name] for name in own}, meshes)
+    moments = torch.bfloat16 if config.moments is Moments.bfloat16 else None
+    return Muon(matrices, rest, own, plan, config.muon, config.muon.format(model.compute_dtype), moments)
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.moments is Moments.bfloat16:
         return AdamWLowMoments(groups, **options)
@@ -107,6 +140,9 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
     """Make the state that a first step would make, so that a checkpoint can be loaded into it."""
     if isinstance(optimizer, torch.optim.SGD):
         return
+    if isinstance(optimizer, Muon):
+        optimizer.prime()
+        optimizer = optimizer.rest
     dtype = torch.bfloat16 if isinstance(optimizer, AdamWLowMoments) else None
     for group in optimizer.param_groups:
         for parameter in group["params"]:

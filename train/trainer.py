@@ -173,7 +173,8 @@ class Trainer:
     def _certificate(self) -> str | None:
         """The hash of a certificate of this code for the run's axes; says so where there is none and how to get one."""
         layout, cache = self.meshes.layout, Path(self.config.data.cache).expanduser()
-        found = certificates.find(layout.axes, self.config.model, layout, cache) if layout.axes else None
+        kind = self.config.optimizer.kind
+        found = certificates.find(layout.axes, self.config.model, layout, cache, kind) if layout.axes else None
         if layout.axes and found is None:
             self.log(
                 f"no certificate for this layout and this code; to have one: leviathan certify {self.directory.path}"

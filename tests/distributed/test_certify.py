@@ -226,6 +226,14 @@ def evaluation_of_one_rank(plant: Plant) -> None:
     plant(certify_rank, "held_out_loss", doubled)
 
 
+def shards_made_orthogonal(plant: Plant) -> None:
+    """Each part of a matrix by itself, on the rank that keeps it."""
+    from train import optimizer
+
+    honest = optimizer.rounds
+    plant(optimizer, "rounds", lambda *arguments: [dataclasses.replace(r, stages=()) for r in honest(*arguments)])
+
+
 MESHES: list[Any] = []
 BUGS: dict[str, Callable[[Plant], None]] = {
     function.__name__: function
@@ -241,6 +249,7 @@ BUGS: dict[str, Callable[[Plant], None]] = {
         gains_not_reduced_beside_experts,
         moments_lost_on_the_way,
         evaluation_of_one_rank,
+        shards_made_orthogonal,
     )
 }
 BLAMED = {
@@ -289,7 +298,7 @@ def test_an_honest_layout_passes(ranks):
 SLOW = ("gains_not_reduced_beside_experts", "moments_lost_on_the_way", "evaluation_of_one_rank")
 
 
-@pytest.mark.parametrize("bug", [pytest.param(b, marks=pytest.mark.slow) if b in SLOW else b for b in BUGS])
+@pytest.mark.parametrize("bug", [pytest.param(b, marks=pytest.mark.slow) if b in SLOW else b for b in BLAMED])
 def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
     axes, what = BLAMED[bug]
     found = outcomes(ranks, bug, FEW_RANKS if axes == ["tp", "ep"] else OVERRIDES)
@@ -298,6 +307,18 @@ def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
     assert content["smallest_failing_axes"] == axes, content["first_failure"]
     assert any(what in line for line in found[-1].failures())
     MESHES.clear()
+
+
+def test_muon_is_certified_in_the_place_of_adamw(ranks):
+    """And each shard made orthogonal by itself is caught, in its updates alone."""
+    muon = [*FEW_RANKS, "optimizer=muon", "optimizer.lr=3"]
+    (honest, *_) = found = outcomes(ranks, None, [*muon, "parallel.ep=1"])
+    assert [outcome.passed for outcome in found] == [True], honest.failures()
+    wanted = {{"adamw": "muon"}.get(name, name): count for name, count in COMPARED.items()}
+    assert Counter(c.name.partition(": ")[0] for c in honest.comparisons) == wanted
+    (failed,) = outcomes(ranks, "shards_made_orthogonal", muon)
+    assert failed.trial.axes == ("tp",) and failed.failures()[0].startswith("muon: loss differs")
+    assert not any(line.startswith(("sgd", "float32")) for line in failed.failures())
 
 
 def names(*overrides: str) -> tuple[list[str], list[str]]:
@@ -362,12 +383,13 @@ def test_a_certificate_is_found_for_its_axes_model_techniques_and_this_code_only
 
     def found(axes: dict[str, int], *overrides: str) -> str | None:
         other = config("parallel.tp=2", *overrides)
-        return certificates.find(axes, other.model, other.parallel, tmp_path)
+        return certificates.find(axes, other.model, other.parallel, tmp_path, other.optimizer.kind)
 
     assert found({"tp": 4}) == found({"tp": 2, "dp_shard": 8}) == found({"tp": 2}, "model.width=256") is not None
     assert found({"ep": 2}) is None
     assert found({"tp": 4}, "model.router.score=softmax") is None
     assert found({"tp": 4}, "parallel.recompute=full") is None
+    assert found({"tp": 4}, "optimizer=muon") is None and found({"tp": 4}, "optimizer=sgd") is not None
     with monkeypatch.context() as patch:
         patch.setattr(certificates, "sources_digest", lambda: "other")
         assert found({"tp": 4}) is None

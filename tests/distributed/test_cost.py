@@ -27,10 +27,12 @@ from precision.backend import Compute, PrecisionConfig
 from tests.train.tiny import EXACT, config, trainer
 from train.certify_rank import CONTEXT, ROWS, MadeUpRows
 from train.engine import TorchEngine
-from train.optimizer import OptimizerConfig
+from train.muon import MuonConfig
+from train.optimizer import OptimizerConfig, OptimizerKind
 from train.step import optimizer_step
 
 ADAMW = OptimizerConfig(lr=1e-2)
+MUON = OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2)
 
 
 class Seen(TorchDispatchMode):
@@ -51,12 +53,18 @@ class Seen(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def counted(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, micro_batch: int) -> Any:
+def counted(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    micro_batch: int,
+    optimizer: OptimizerConfig = ADAMW,
+) -> Any:
     """One step's traffic as counted and as seen, and what this rank keeps."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
     placed = build(model, precision, meshes, world.device, seed=1)
-    network, engine = placed.model, TorchEngine(placed, ADAMW)
+    network, engine = placed.model, TorchEngine(placed, optimizer)
     balancer = Balancer(network, lambda counts: meshes.world.sum(counts, "balance"))
     rows, share = MadeUpRows(model.vocab_size), ROWS // meshes.rows.size
     batch = rows.batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
@@ -154,6 +162,46 @@ def test_static_bytes_are_what_ranks_keep(ranks, name):
         assert (wanted.parameters, wanted.gradients, wanted.optimizer) == (parameters, parameters, state)
 
 
+MUON_LAYOUTS = {
+    **{name: LAYOUTS[name] for name in ("fsdp2", "hsdp", "tp2", "ep2", "ep2-etp2", "tp2-ep2-fsdp2")},
+    "tp2-fsdp2": (4, ParallelConfig(tp=2)),
+    "etp2-efsdp2": (4, ParallelConfig(etp=2)),
+}
+
+
+@pytest.mark.parametrize("name", MUON_LAYOUTS)
+def test_bytes_of_muon_equal_the_formulas(ranks, name):
+    """What matrices take on their way, uneven shards included, and one moment for each of them."""
+    count, config = MUON_LAYOUTS[name]
+    model, precision = replace(tiny(2), balance=BalanceConfig(aux=0.01), dense_width=50), PrecisionConfig()
+    found = ranks(count, counted, model, config, precision, 2, MUON)
+    total: Counter[tuple[str, str]] = Counter()
+    layout = config.resolve(count)
+    for rank, (traffic, seen, (parameters, state)) in enumerate(found):
+        assert sum(traffic.values()) == sum(seen.values()), (traffic, seen)
+        total.update(traffic)
+        kept = cost.static_bytes(model, precision, layout, torch.float32, rank, muon=True)
+        assert (kept.parameters, kept.optimizer) == (parameters, state)
+    batch = cost.Batch(ROWS // layout.rows, min(2, ROWS // layout.rows), CONTEXT)
+    wanted = cost.step_traffic(model, precision, layout, batch, torch.float32)
+    assert dict(total) == wanted
+    assert any(purpose == "matrices" for _, purpose in wanted)
+    assert dict(total) != cost.step_traffic(model, precision, layout, batch), "the control: AdamW's"
+
+
+@pytest.mark.parametrize("compute", Compute)
+def test_matrices_travel_in_the_format_of_the_products(ranks, compute):
+    model, precision, config = replace(tiny(1), balance=BalanceConfig()), PrecisionConfig(compute), ParallelConfig(tp=2)
+    for chosen, dtype in ((None, precision.compute_dtype), (Compute.bfloat16, torch.bfloat16)):
+        muon = replace(MUON, muon=MuonConfig(products=chosen))
+        total: Counter[tuple[str, str]] = Counter()
+        for traffic, _, _ in ranks(2, counted, model, config, precision, 2, muon):
+            total.update(traffic)
+        batch = cost.Batch(ROWS, 2, CONTEXT)
+        wanted = cost.step_traffic(model, precision, config.resolve(2), batch, dtype)
+        assert total["tp", "matrices"] == wanted["tp", "matrices"] > 0
+
+
 def test_static_bytes_equal_arithmetic():
     """A dense layer's weights over 4 ranks, by hand."""
     model = ModelConfig(
@@ -169,6 +217,8 @@ def test_static_bytes_equal_arithmetic():
     assert shared.parameters == 4 * ((elements - norms) // 4 + norms // 2), "gains are whole on both ranks of tp"
     assert shared.optimizer == shared.parameters + 4 * 12
     assert cost.static_bytes(model, fp32, ParallelConfig().resolve(4), None).optimizer == 0
+    muon = cost.static_bytes(model, fp32, ParallelConfig().resolve(1), torch.float32, muon=True)
+    assert muon.optimizer == 4 * (attention + dense) + 8 * (outside + norms) + 4 * 5
 
 
 def test_experts_fewer_than_ranks_are_stored_evenly():

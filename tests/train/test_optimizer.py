@@ -12,6 +12,9 @@ from model.config import ModelConfig
 from model.init import initialise
 from model.roles import Role, registry
 from model.transformer import Transformer
+from parallel.layout import ParallelConfig
+from parallel.mesh import place
+from parallel.shards import shard_specs
 from precision.backend import PrecisionConfig, resolve
 from train.optimizer import (
     GroupConfig,
@@ -35,6 +38,12 @@ def model() -> Transformer:
     return made
 
 
+def made(model: Transformer, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of one process."""
+    meshes = place(ParallelConfig().resolve(1), 0)
+    return make_optimizer(model, shard_specs(registry(model), MODEL, meshes), config, meshes)
+
+
 def give_gradients(model: Transformer, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -42,7 +51,7 @@ def give_gradients(model: Transformer, seed: int = 0) -> None:
 
 
 def test_groups_are_named_by_role_and_cover_everything_once(model):
-    optimizer = make_optimizer(model, registry(model), OptimizerConfig())
+    optimizer = made(model, OptimizerConfig())
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in model.parameters()} and len(grouped) == len(
         list(model.parameters())
@@ -54,7 +63,7 @@ def test_groups_are_named_by_role_and_cover_everything_once(model):
 
 def test_a_role_may_have_its_own_rate_and_decay(model):
     config = OptimizerConfig(groups={"router": GroupConfig(lr_scale=0.5, weight_decay=0.0)})
-    optimizer = make_optimizer(model, registry(model), config)
+    optimizer = made(model, config)
     set_learning_rate(optimizer, 0.1)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert groups["router"]["lr"] == pytest.approx(config.lr * 0.5 * 0.1) and groups["router"]["weight_decay"] == 0.0
@@ -65,14 +74,14 @@ def test_sgd_is_plain(model):
     config = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.5)
     before = copy.deepcopy(model)
     give_gradients(model)
-    make_optimizer(model, registry(model), config).step()
+    made(model, config).step()
     for old, new in zip(before.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(new, old - 0.5 * new.grad)
 
 
 def trained(model: Transformer, moments: Moments, steps: int) -> list[torch.Tensor]:
     config = OptimizerConfig(moments=moments, lr=0.01, eps=1e-8)
-    optimizer = make_optimizer(model, registry(model), config)
+    optimizer = made(model, config)
     for step in range(steps):
         give_gradients(model, step)
         optimizer.step()
@@ -112,7 +121,7 @@ def test_an_unknown_role_is_refused():
 def test_primed_state_is_what_a_first_step_makes(model, moments):
     config = OptimizerConfig(moments=moments)
     other = copy.deepcopy(model)
-    primed, stepped = (make_optimizer(m, registry(m), config) for m in (model, other))
+    primed, stepped = (made(m, config) for m in (model, other))
     prime(primed)
     give_gradients(other)
     stepped.step()

@@ -1,0 +1,285 @@
+"""Muon under every layout equals its one-process self, and each way to get a cut matrix wrong is seen to differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.layouts import tiny
+from model.config import ModelConfig
+from model.init import initial_slice
+from parallel import matrices
+from parallel.apply import build
+from parallel.layout import ParallelConfig
+from parallel.mesh import make_meshes
+from parallel.shards import local
+from parallel.world import connect
+from precision.backend import Compute, PrecisionConfig
+from train import certify_rank, muon, optimizer
+from train.certify import EXACT, _blocks, compare
+from train.certify_rank import Blocks, Case, Figures, measure_all
+from train.muon import MuonConfig, MuonScale
+from train.optimizer import Moments, OptimizerConfig, OptimizerKind
+
+MUON = OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2)
+FP64 = PrecisionConfig(Compute.float64)
+AWKWARD = replace(tiny(2), width=40, dense_width=50, experts=4, expert_width=80, shared_width=18, head_width=6)
+"""Shards of unequal size; on three ranks nothing of an expert divides, and one of them has none."""
+
+
+def apart(wanted: Blocks, found: list[Blocks]) -> float:
+    """The largest relative difference of a parameter."""
+    return _blocks("weights", wanted, found, EXACT).largest
+
+
+# ----- a whole training run
+
+
+LAYOUTS = {
+    "fsdp2": (2, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tp=2)),
+    "ep2": (2, ParallelConfig(ep=2)),
+    "etp2": (2, ParallelConfig(etp=2)),
+    "hsdp": (4, ParallelConfig(dp_replicate=2)),
+    "pp2": (2, ParallelConfig(pp=2)),
+    "pp2-tp2": (4, ParallelConfig(pp=2, tp=2)),
+    "tp2-fsdp2": (4, ParallelConfig(tp=2)),
+    "tp2-ep2": (2, ParallelConfig(tp=2, ep=2)),
+    "tp2-etp2": (2, ParallelConfig(tp=2, etp=2)),
+    "ep2-etp2": (4, ParallelConfig(ep=2, etp=2)),
+    "ep2-efsdp2": (4, ParallelConfig(ep=2)),
+    "etp2-efsdp2": (4, ParallelConfig(etp=2)),
+    "all": (8, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2)),
+}
+
+
+def run(**options: Any) -> Case:
+    return Case(tiny(2), FP64, MUON, clip_norm=0.05, steps=3, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, tmp_path_factory) -> tuple[Figures, Path]:
+    """What one process computes, and its checkpoint of the second step."""
+    path = tmp_path_factory.mktemp("one")
+    return ranks(1, measure_all, ParallelConfig(), {"run": run(save=path)})[0]["run"], path
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "all" else n for n in LAYOUTS])
+def test_a_layout_trains_as_one_process_does(ranks, alone, name):
+    """Losses, gradients, norms and the weights after three steps."""
+    count, config = LAYOUTS[name]
+    found = [rank["run"] for rank in ranks(count, measure_all, config, {"run": run()})]
+    differing = [comparison for comparison in compare("run", alone[0], found, run()) if not comparison.passed]
+    assert differing == []
+    assert apart(alone[0].weights, [figures.weights for figures in found]) < 1e-12
+
+
+def test_experts_fewer_than_ranks_are_cut_along_their_widths(ranks):
+    """FSDP2 then shards another dimension than the first, and its gradients are laid out accordingly."""
+    case = replace(run(), model=replace(tiny(2), experts=2))
+    (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
+    found = [rank["run"] for rank in ranks(4, measure_all, ParallelConfig(), {"run": case})]
+    assert found[0].weights["layers.1.ffn.experts.gate_up.weight"][0].shape == (2, 2, 8, 32)
+    assert apart(wanted["run"].weights, [figures.weights for figures in found]) < 1e-12
+
+
+def forgetting(parallel: ParallelConfig, cases: dict[str, Case]) -> dict[str, Figures]:
+    """`measure_all` with a checkpoint whose momentum is not read."""
+    honest = certify_rank.Checkpointer.restore
+
+    def forget(self: Any, model: Any, optimizer: Any, specs: Any) -> Any:
+        progress = honest(self, model, optimizer, specs)
+        for state in optimizer.state.values():
+            if "momentum" in state:
+                state["momentum"].zero_()
+        return progress
+
+    with planted((certify_rank.Checkpointer, "restore", forget)):
+        return measure_all(parallel, cases)
+
+
+def test_a_checkpoint_goes_on_under_other_layouts(ranks, alone, tmp_path):
+    """Written by one, read by another: the weights of the third step are those of the run that was not interrupted."""
+    wanted, one = alone
+    names = ["tp2-fsdp2", "etp2-efsdp2"]
+    for name in names:
+        count, config = LAYOUTS[name]
+        ranks(count, measure_all, config, {"run": run(save=tmp_path / name)})
+    for name in names:
+        count, config = LAYOUTS[name]
+        cases = {other: run(resume=tmp_path / other if other != "one" else one) for other in (*names, "one")}
+        found = ranks(count, measure_all, config, cases)
+        for other in cases:
+            assert apart(wanted.weights, [rank[other].weights for rank in found]) < EXACT, (other, name)
+    alone_again = ranks(1, measure_all, ParallelConfig(), {"run": run(resume=tmp_path / names[0])})
+    assert apart(wanted.weights, [alone_again[0]["run"].weights]) < EXACT
+    lost = ranks(2, forgetting, ParallelConfig(tp=2), {"run": run(resume=one)})
+    assert apart(wanted.weights, [rank["run"].weights for rank in lost]) > 1e-4, "the control: momentum matters"
+
+
+def test_a_narrow_momentum_goes_from_layout_to_layout(ranks, tmp_path):
+    """Its rounding hides nothing else: runs under several layouts stay as near as bfloat16's last digit lets them."""
+    narrow = replace(run(), optimizer=replace(MUON, moments=Moments.bfloat16))
+    (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": narrow})
+    count, config = LAYOUTS["tp2-fsdp2"]
+    ranks(count, measure_all, config, {"run": replace(narrow, save=tmp_path / "x")})
+    count, config = LAYOUTS["etp2-efsdp2"]
+    found = ranks(count, measure_all, config, {"run": replace(narrow, resume=tmp_path / "x")})
+    assert apart(wanted["run"].weights, [rank["run"].weights for rank in found]) < 1e-4
+    wide = ranks(1, measure_all, ParallelConfig(), {"run": run()})[0]["run"].weights
+    assert apart(wide, [wanted["run"].weights]) > 1e-4, "the control: narrow moments are others"
+
+
+# ----- updates alone, of made-up gradients, for shapes and numbers of ranks that rows do not allow
+
+
+Plant = tuple[Any, str, Any]
+
+
+@contextmanager
+def planted(*bugs: Plant) -> Iterator[None]:
+    undo = [(owner, name, getattr(owner, name)) for owner, name, _ in bugs]
+    for owner, name, value in bugs:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in undo:
+            setattr(owner, name, value)
+
+
+def updated(
+    parallel: ParallelConfig, model: ModelConfig, config: OptimizerConfig, at_once: int, bug: str | None = None
+) -> Blocks:
+    """This rank's weights after three updates."""
+    world = connect()
+    meshes = make_meshes(parallel.resolve(world.size), world)
+    placed = build(model, FP64, meshes, world.device, seed=1)
+    network, specs = placed.model, placed.specs
+    few: Plant = (optimizer, "rounds", lambda *arguments: matrices.rounds(*arguments, at_once))
+    with planted(few), planted(*(BUGS[bug]() if bug else ())):
+        made = optimizer.make_optimizer(network, specs, config, meshes)
+        for step in range(3):
+            for name, parameter in network.named_parameters():
+                spec, gradient = specs[name], torch.zeros_like(parameter)
+                block = spec.stored
+                values = initial_slice(spec.info, model, 100 + step, block.offset, block.shape, world.device)
+                local(gradient).copy_(values)
+                parameter.grad = gradient
+            made.step()
+    return {name: (specs[name].stored, local(p).detach().clone()) for name, p in network.named_parameters()}
+
+
+ALL_AT_ONCE = matrices.AT_ONCE
+UNEVEN = {
+    "fsdp2": (2, ParallelConfig()),
+    "fsdp3": (3, ParallelConfig()),
+    "fsdp4": (4, ParallelConfig()),
+    "tp2-fsdp2": (4, ParallelConfig(tp=2)),
+    "tp2-fsdp3": (6, ParallelConfig(tp=2)),
+    "etp2-efsdp2": (4, ParallelConfig(etp=2)),
+    "ep2-efsdp3": (6, ParallelConfig(ep=2)),
+    "etp2-efsdp3": (6, ParallelConfig(etp=2)),
+    "hsdp": (4, ParallelConfig(dp_replicate=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def one(ranks) -> Callable[..., Blocks]:
+    """What one process makes of the same, by scale mode."""
+    made: dict[MuonScale, Blocks] = {}
+
+    def get(scale: MuonScale) -> Blocks:
+        if scale not in made:
+            config = replace(MUON, muon=MuonConfig(scale=scale))
+            (made[scale],) = ranks(1, updated, ParallelConfig(), AWKWARD, config, ALL_AT_ONCE)
+        return made[scale]
+
+    return get
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_uneven_shards_are_updated_as_in_one_process(ranks, one, name):
+    """All together, and a matrix at a time: rounds in which some ranks have nothing to do."""
+    count, config = UNEVEN[name]
+    for at_once in (ALL_AT_ONCE, 1):
+        found = ranks(count, updated, config, AWKWARD, MUON, at_once)
+        assert apart(one(MuonScale.match_adamw), found) < 1e-12, at_once
+    if name == "fsdp3":
+        experts = [block.shape for block, _ in (rank["layers.1.ffn.experts.down.weight"] for rank in found)]
+        assert [shape[0] for shape in experts] == [2, 2, 0]
+    if name == "hsdp":
+        for name, (_, values) in found[0].items():
+            assert torch.equal(values, found[2][name][1]), "replicas stay equal bit for bit"
+
+
+@pytest.mark.parametrize("scale", [MuonScale.unit_rms_norm, MuonScale.shape_scaling])
+def test_scales_are_of_the_whole_matrix(ranks, one, scale):
+    config = replace(MUON, muon=MuonConfig(scale=scale))
+    found = ranks(4, updated, ParallelConfig(tp=2), AWKWARD, config, ALL_AT_ONCE)
+    assert apart(one(scale), found) < 1e-12
+
+
+def each_shard_alone() -> list[Plant]:
+    """Orthogonal pieces are no piece of an orthogonal matrix."""
+    return [(optimizer, "rounds", lambda *arguments: [replace(r, stages=()) for r in matrices.rounds(*arguments)])]
+
+
+def experts_mixed() -> list[Plant]:
+    """A stack of matrices taken for one tall matrix."""
+    honest = muon.orthogonalise
+    return [(muon, "orthogonalise", lambda x, *rest: honest(x.flatten(0, 1)[None], *rest).view_as(x))]
+
+
+def factor_of_the_part() -> list[Plant]:
+    """The shape of what the rank has: its columns and rows under tensor parallelism."""
+
+    def shrunk(specs: Any, meshes: Any) -> Any:
+        plan = matrices.rounds(specs, meshes)
+        return [replace(each, shape=specs[each.pieces[0].name].computed.shape[-2:]) for each in plan]
+
+    return [(optimizer, "rounds", shrunk)]
+
+
+def swapped_on_the_way_back() -> list[Plant]:
+    """Pieces come back in another order than they went."""
+    honest = matrices.Round.scatter
+    return [(matrices.Round, "scatter", lambda self, whole: honest(self, whole.flip(0)))]
+
+
+def momentum_of_a_step() -> list[Plant]:
+    """State that is not kept."""
+    honest = muon.Muon.step
+
+    def forget(self: Any, closure: Any = None) -> None:
+        for name in self.parameters:
+            self.state.pop(self.parameters[name], None)
+        honest(self)
+
+    return [(muon.Muon, "step", forget)]
+
+
+BUGS: dict[str, Callable[[], list[Plant]]] = {
+    bug.__name__: bug
+    for bug in (each_shard_alone, experts_mixed, factor_of_the_part, swapped_on_the_way_back, momentum_of_a_step)
+}
+SHOWN_BY = {
+    "each_shard_alone": ["fsdp2", "tp2-fsdp2", "etp2-efsdp2"],
+    "experts_mixed": ["fsdp2"],
+    "factor_of_the_part": ["tp2-fsdp2"],
+    "swapped_on_the_way_back": ["fsdp2"],
+    "momentum_of_a_step": ["fsdp2"],
+}
+
+
+@pytest.mark.parametrize("bug, name", [(bug, name) for bug, names in SHOWN_BY.items() for name in names])
+def test_a_planted_bug_is_seen(ranks, one, bug, name):
+    count, config = UNEVEN[name]
+    found = ranks(count, updated, config, AWKWARD, MUON, ALL_AT_ONCE, bug)
+    assert apart(one(MuonScale.match_adamw), found) > 1e-3
