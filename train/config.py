@@ -212,7 +212,8 @@ def check(config: TrainConfig, world_size: int) -> None:
             if config.data.tokens is None and source not in config.data.sources:
                 reason = "no such source"
                 raise ConfigError(f"phases.{phase.name}.weights.{source}", None, reason, list(config.data.sources))
-        layout.check_batch(phase.global_batch, phase.micro_batch, phase.context)
+        layout.check_batch(phase.global_batch, phase.micro_batch)
+        layout.check_rows(config.model, phase.context)
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
         raise ConfigError(
