@@ -18,7 +18,7 @@ from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
 from model.roles import registry
 from parallel import cost
 from parallel.apply import build, on_meta
-from parallel.layout import Dispatch, ParallelConfig, Recompute
+from parallel.layout import ContextMethod, Dispatch, ParallelConfig, Recompute
 from parallel.mesh import make_meshes, place
 from parallel.shards import local, shard_specs
 from parallel.world import connect
@@ -48,7 +48,9 @@ class Seen(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def counted(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, micro_batch: int) -> Any:
+def counted(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, micro_batch: int, aligned: bool = False
+) -> Any:
     """One step's traffic as counted and as seen, and what this rank keeps."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
@@ -57,6 +59,8 @@ def counted(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionCo
     balancer = Balancer(network, lambda counts: meshes.world.sum(counts, "balance"))
     rows, share = MadeUpRows(model.vocab_size), ROWS // meshes.rows.size
     batch = rows.batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
+    if aligned:
+        batch.positions_BT = (torch.arange(CONTEXT) % 32).expand(len(batch.tokens_BT), -1)
     meshes.traffic.take()
     with Seen() as seen:
         optimizer_step(engine, balancer, batch, micro_batch, None, 1.0)
@@ -76,6 +80,13 @@ LAYOUTS = {
     "recomputed": (4, ParallelConfig(tp=2, ep=2, recompute=Recompute.full)),
     "recomputed-gathered": (2, ParallelConfig(ep=2, dispatch=Dispatch.all_gather, recompute=Recompute.full)),
     "selective": (4, ParallelConfig(ep=2, recompute=Recompute.selective)),
+    "cp2-gather": (2, ParallelConfig(cp=2)),
+    "cp2-ulysses": (2, ParallelConfig(cp=2, context=ContextMethod.ulysses)),
+    "cp2-ring": (2, ParallelConfig(cp=2, context=ContextMethod.ring)),
+    "cp4-ring-recomputed": (4, ParallelConfig(cp=4, context=ContextMethod.ring, recompute=Recompute.full)),
+    "cp2-tp2": (4, ParallelConfig(cp=2, tp=2, recompute=Recompute.selective)),
+    "cp2-tp2-ulysses": (4, ParallelConfig(cp=2, tp=2, context=ContextMethod.ulysses, recompute=Recompute.full)),
+    "cp2-ep2": (2, ParallelConfig(cp=2, ep=2)),
 }
 
 
@@ -92,6 +103,18 @@ def test_counted_bytes_equal_the_formulas(ranks, name):
     layout = config.resolve(count)
     batch = cost.Batch(ROWS // layout.rows, min(micro_batch, ROWS // layout.rows), CONTEXT)
     assert dict(total) == cost.step_traffic(model, precision, layout, batch)
+
+
+def test_aligned_rows_save_the_halo(ranks):
+    model, config, precision = tiny(1), ParallelConfig(cp=2), PrecisionConfig(Compute.bfloat16)
+    total: Counter[tuple[str, str]] = Counter()
+    for traffic, seen, _ in ranks(2, counted, model, config, precision, 2, True):
+        assert sum(traffic.values()) == sum(seen.values())
+        total.update(traffic)
+    aligned, other = (cost.Batch(ROWS, 2, CONTEXT, aligned) for aligned in (True, False))
+    assert dict(total) == cost.step_traffic(model, precision, config.resolve(2), aligned)
+    assert ("cp", "halo") not in total
+    assert cost.step_traffic(model, precision, config.resolve(2), other)["cp", "halo"] > 0
 
 
 @pytest.mark.parametrize("shared_width", [0, 16])
