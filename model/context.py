@@ -29,7 +29,7 @@ class AttentionPlan:
     """How one kind of layer attends.
 
     The row is cut into blocks of `block` positions (None: the whole row is one). Queries see their own block and, with
-    `halo`, the one before it (a chunk of a document that starts inside a block reaches back there). `mask` [B*N, 1,
+    `halo`, the one before it (chunks of a document that starts inside a block may reach back there). `mask` [B*N, 1,
     queries, keys] says which pairs count; without one attention is causal within the block. With `parts` it goes in
     pieces over the whole row instead.
     """
@@ -101,9 +101,7 @@ class SequenceContext:
                 whole = [Run(0, length, 0)]
                 return AttentionPlan(parts=pieces(documents(starts), whole, whole))
             return AttentionPlan(mask=self._whole_mask(starts))
-        if on_grid(starts, chunk):
-            return AttentionPlan(block=chunk)
-        return AttentionPlan(block=chunk, halo=True, mask=halo_mask(starts.to(self.positions_BT.device), chunk))
+        return blocked(starts, chunk, self.positions_BT.device)
 
     def _whole_mask(self, starts_BT: Tensor) -> Tensor:
         segments_BT = starts_BT.to(self.positions_BT.device).cumsum(1)
@@ -111,25 +109,28 @@ class SequenceContext:
         return same.tril()[:, None]
 
 
-def on_grid(starts_BT: Tensor, chunk: int) -> bool:
-    """Whether the chunks of all documents are those of the rows: no document starts inside one."""
-    return bool((starts_BT == (torch.arange(starts_BT.shape[1]) % chunk == 0)).all())
+def blocked(starts_BT: Tensor, chunk: int, device: torch.device, kept_N: Tensor | None = None) -> AttentionPlan:
+    """How chunked layers attend where chunks start at `starts_BT` (on the host); of the blocks `kept_N` of rows only.
 
-
-def halo_mask(starts_BT: Tensor, block: int, kept_N: Tensor | None = None) -> Tensor:
-    """Which keys of its own block and of the one before each query sees: [B*N, 1, block, 2 * block]. A segment is at
-    most one chunk long, so it reaches no further. `kept_N`: of these blocks of the rows only.
+    No mask where the documents' chunks are the blocks themselves, no halo where none reaches from one into the next.
     """
-    segments_BT = starts_BT.cumsum(1)
-    queries = blocks(segments_BT, block, fill=-1)
-    before = queries.roll(1, dims=1)
-    before[:, 0] = -2
+    length = starts_BT.shape[1]
+    if bool((starts_BT == (torch.arange(length) % chunk == 0)).all()):
+        return AttentionPlan(block=chunk)
+    halo = not bool(starts_BT[:, ::chunk].all())
+    segments_BT = starts_BT.to(device).cumsum(1)
+    queries = blocks(segments_BT, chunk, fill=-1)
+    keys = queries
+    if halo:  # a chunk of a document is no longer than a block, so it reaches no further
+        before = queries.roll(1, dims=1)
+        before[:, 0] = -2
+        keys = torch.cat([before, queries], dim=2)
     if kept_N is not None:
-        queries, before = (x.index_select(1, kept_N.to(x.device)) for x in (queries, before))
-    keys = torch.cat([before, queries], dim=2)
-    places = torch.arange(2 * block, device=keys.device)
-    order = places <= places[block:, None]
-    return ((queries[..., :, None] == keys[..., None, :]) & order).flatten(0, 1)[:, None]
+        queries, keys = (x.index_select(1, kept_N.to(device)) for x in (queries, keys))
+    places = torch.arange(keys.shape[2], device=device)
+    order = places <= places[-chunk:, None]
+    mask = (queries[..., :, None] == keys[..., None, :]) & order
+    return AttentionPlan(block=chunk, halo=halo, mask=mask.flatten(0, 1)[:, None])
 
 
 def blocks(x_BT: Tensor, block: int, fill: float = 0) -> Tensor:

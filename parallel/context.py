@@ -1,8 +1,9 @@
 """Context parallelism: each rank of the axis has a part of every row.
 
 Rows are cut in whole chunks, so that chunked layers need nothing from other ranks, or the chunk before where documents
-start inside chunks. A rank has some chunks from the row's head and as many from its tail: later queries see more keys,
-so the sum is even. Layers that see the whole row get its keys in one of three ways (`ContextMethod`).
+start inside a chunk and reach into the next. A rank has some chunks from the row's head and as many from its tail:
+later queries see more keys, so the sum is even. Layers that see the whole row get its keys in one of three ways
+(`ContextMethod`).
 
 Shapes: B batch, T sequence of the whole row, L this rank's part of it, C chunk, N blocks of this part, H query heads,
 G key/value heads, K head width, R ranks.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from model.attention import attend, attend_blocks
 from model.config import ModelConfig
-from model.context import AttentionPlan, SequenceContext, blocks, halo_mask, on_grid
+from model.context import AttentionPlan, SequenceContext, blocked, blocks
 from model.pieces import Documents, Gradients, Partial, Piece, Run, attend_pieces, documents, pieces
 from model.transformer import Layer, Transformer
 from parallel.collectives import exchange, gather, pass_on
@@ -120,12 +121,8 @@ class PartContext(SequenceContext):
         share = self.share
         if chunk is None or chunk >= share.length:
             return self._global(documents(self._whole_BT == 0))
-        starts = self._whole_BT % chunk == 0
-        if on_grid(starts, chunk):
-            return AttentionPlan(block=chunk)
         kept_N = torch.cat([torch.arange(run.start // chunk, run.stop // chunk) for run in share.runs(share.axis.rank)])
-        mask = halo_mask(starts.to(self.positions_BT.device), chunk, kept_N)
-        return AttentionPlan(block=chunk, halo=True, mask=mask)
+        return blocked(self._whole_BT % chunk == 0, chunk, self.positions_BT.device, kept_N)
 
     def _global(self, rows: Documents) -> AttentionPlan:
         share, rank, size = self.share, self.share.axis.rank, self.share.axis.size

@@ -32,7 +32,7 @@ Entries = Iterator[tuple[tuple[str, str], Bytes | Fraction]]
 @dataclass(frozen=True)
 class Batch:
     """One step of one rank: `rows` of `context` tokens, `micro_batch` at a time. `aligned`: no document starts inside
-    a chunk; otherwise one does in every micro-batch.
+    a chunk and reaches into the next; otherwise one does in every micro-batch.
     """
 
     rows: int

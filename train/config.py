@@ -12,7 +12,7 @@ from core.files import locate
 from data.config import DataConfig
 from model.config import ModelConfig
 from parallel import expert
-from parallel.layout import ParallelConfig
+from parallel.layout import ParallelConfig, row_unit
 from precision.backend import PrecisionConfig
 from train.learning_rate import ScheduleConfig
 from train.optimizer import OptimizerConfig
@@ -214,8 +214,19 @@ def check(config: TrainConfig, world_size: int) -> None:
                 raise ConfigError(f"phases.{phase.name}.weights.{source}", None, reason, list(config.data.sources))
         layout.check_batch(phase.global_batch, phase.micro_batch)
         layout.check_rows(config.model, phase.context)
+        _check_alignment(config.data.align, row_unit(config.model, phase.context), phase.context)
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
         raise ConfigError(
             "profile.steps", late[0], f"the run ends after {phases(config)[-1].stop} steps, counted from 0"
         )
+
+
+def _check_alignment(align: int | None, unit: int, context: int) -> None:
+    """Documents are aligned in vain where chunks or rows end elsewhere."""
+    if align is not None and align % unit:
+        reason = f"must be a multiple of the model's chunk of {unit}, where attention is cut"
+        raise ConfigError("data.align", align, reason, [unit, 2 * unit])
+    if align is not None and context % align:
+        reason = f"must be a multiple of data.align={align}, or rows begin elsewhere"
+        raise ConfigError("training.context", context, reason, [-(-context // align) * align])
