@@ -136,24 +136,69 @@ def _context(model: ModelConfig, precision: PrecisionConfig, layout: Layout, bat
     """Context parallelism of one micro-batch on one rank, the mean over ranks."""
     if layout.cp == 1:
         return
+    for layer in model.blocks:
+        yield from attention_traffic(model, layer, precision, layout, batch)
+        if _balances_rows(model, layer):
+            yield ("cp", "balance"), batch.micro_batch * model.experts * 8
+
+
+def attention_traffic(
+    model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, batch: Batch
+) -> Entries:
+    """What one layer's attention hands to collectives of cp in one micro-batch on one rank, the mean over ranks."""
     cp, again = layout.cp, layout.recompute is not Recompute.none
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     heads, shared = (n // layout.tp * model.head_width * batch.micro_batch for n in (model.heads, model.kv_heads))
     part = batch.context // cp
     tails = part // row_unit(model, batch.context) > 1
-    for layer in model.blocks:
-        if layer.chunk is not None and layer.chunk < batch.context:
-            if not batch.aligned:  # a chunk of keys and values across each border between two ranks, and back
-                borders = (cp - 1) * (1 + tails)
-                yield ("cp", "halo"), Fraction((2 + again) * borders * 2 * layer.chunk * shared * size, cp)
-        elif layout.context is ContextMethod.gather:
-            yield ("cp", "keys and values"), (1 + again + cp) * 2 * part * shared * size
-        elif layout.context is ContextMethod.ulysses:
-            yield ("cp", "heads"), (2 + again) * part * (2 * heads + 2 * shared) * size
-        else:
-            yield ("cp", "ring"), (cp - 1) * 2 * part * shared * ((2 + again) * size + wide)
-        if _balances_rows(model, layer):
-            yield ("cp", "balance"), batch.micro_batch * model.experts * 8
+    if cp == 1:
+        return
+    if layer.chunk is not None and layer.chunk < batch.context:
+        if not batch.aligned:  # a chunk of keys and values across each border between two ranks, and back
+            borders = (cp - 1) * (1 + tails)
+            yield ("cp", "halo"), Fraction((2 + again) * borders * 2 * layer.chunk * shared * size, cp)
+    elif layout.context is ContextMethod.gather:
+        yield ("cp", "keys and values"), (1 + again + cp) * 2 * part * shared * size
+    elif layout.context is ContextMethod.ulysses:
+        yield ("cp", "heads"), (2 + again) * part * (2 * heads + 2 * shared) * size
+    else:
+        yield ("cp", "ring"), (cp - 1) * 2 * part * shared * ((2 + again) * size + wide)
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """One layer's attention between its projections, over one row of one document, on one rank: a forward and a
+    backward pass.
+
+    `flops` by the convention of model/flops.py. `keys`: bytes of the keys and values of this rank's part. `kept`: bytes
+    from the forward to the backward pass. `sent`: bytes handed to collectives. The mean over ranks where they differ.
+    """
+
+    flops: float
+    keys: Bytes
+    kept: Bytes
+    sent: Bytes
+
+
+def attention_cost(
+    model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, context: int
+) -> AttentionCost:
+    """Chunks that reach over none of the row's, as one document has them: no halo."""
+    size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
+    part, heads, shared = context // layout.cp, model.heads // layout.tp, model.kv_heads // layout.tp
+    reach = context if layer.chunk is None else min(context, layer.chunk)
+    pairs = part * (reach + 1) / 2
+    keys = 2 * part * shared * model.head_width * size
+    whole_keys = layout.context is ContextMethod.gather and reach == context
+    kept = 2 * part * heads * model.head_width * size + keys * (layout.cp if whole_keys else 1)
+    batch = Batch(1, 1, context, aligned=True)
+    sent = sum(size for _, size in attention_traffic(model, layer, precision, layout, batch))
+    return AttentionCost(
+        flops=3 * 4 * pairs * heads * model.head_width,
+        keys=keys,
+        kept=kept + part * heads * wide,
+        sent=int(sent),
+    )
 
 
 def _balances_rows(model: ModelConfig, layer: LayerConfig) -> bool:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from core.memory import peak_memory_bytes
 from parallel import cost
 from parallel.layout import ContextMethod, ParallelConfig
 from tests.train.tiny import config, trainer
+from train.metrics import peak_memory_bytes
 
 LONG = 1 << 18
 SMALL = [
@@ -52,7 +52,7 @@ def fitted(root: Path, overrides: list[str]) -> tuple[int, float, int]:
 def test_a_run_over_a_quarter_of_a_million_tokens(ranks, tmp_path):
     """One document fills the row. A mask over it would take 64 GiB a layer; what is kept grows with the row alone."""
     text, held_out = (write_long_text(tmp_path / name / "text.txt", seed) for seed, name in enumerate(("text", "held")))
-    sources = [f"data.sources.text.path={text}", f"data.sources.text.held_out_path={held_out}"]
+    sources = [f"data.sources.text.path={text}", f"+data.sources.text.held_out_path={held_out}"]
     overrides = [*SMALL, *sources, f"data.cache={tmp_path / 'cache'}", "parallel.context=ring"]
     found = ranks(2, fitted, tmp_path, overrides, timeout_s=3600)
     assert [code for code, _, _ in found] == [0, 0]
