@@ -132,7 +132,9 @@ class TokenizerConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """`held_out`: share of the documents kept from training. `tokens`: a directory that `leviathan tokenize` made; the
-    sources are then not read. `verify`: hash the token shards before training.
+    sources are then not read. `verify`: hash the token shards before training. `align`: pad between documents, so that
+    none crosses a multiple of so many tokens but those that lie whole chunks after its start (the model's chunk: its
+    chunked layers then need nothing from other ranks of cp); null: no padding.
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -142,6 +144,7 @@ class DataConfig:
     undecodable: Undecodable = Undecodable.fail
     long_documents: LongDocuments = LongDocuments.split
     limit_tokens: int | None = None
+    align: int | None = None
     verify: bool = True
     cache: str = "~/.cache/leviathan"
 
@@ -158,5 +161,7 @@ class DataConfig:
         if self.long_documents is not LongDocuments.split and self.limit_tokens is None:
             reason = f"long_documents={self.long_documents.name} needs a limit"
             raise ConfigError("limit_tokens", None, reason)
-        if self.limit_tokens is not None and self.limit_tokens < 1:
-            raise ConfigError("limit_tokens", self.limit_tokens, "must be positive")
+        for key in ("limit_tokens", "align"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(key, value, "must be positive")

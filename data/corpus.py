@@ -58,6 +58,16 @@ class Corpus:
             raise ConfigError(f"data.sources.{source}", None, "the corpus has no such source", self.sources)
         return self._streams[source, split]
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether EOS may be repeated between documents, as padding."""
+        return "align" in self.manifest
+
+    def padding(self, source: str) -> float:
+        """Share of a source's training tokens that are padding."""
+        counts = self.manifest["sources"][source][TRAIN]["counts"]
+        return counts.get("padding", 0) / max(counts["tokens"], 1)
+
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Hash this caller's share of the shards. Raises `DataError` with the file and the fix."""
         shards = [shard for stream in self._streams.values() for shard in stream.shards]
@@ -108,7 +118,11 @@ def prepare(config: DataConfig, report: Callable[[str], None]) -> Corpus:
                 _write(scratch, config, sources, tokenizer, report)
         except OSError as error:
             raise DataError(f"cannot make {directory} ({error}): free some space or set data.cache") from error
-    return open_corpus(directory)
+    corpus = open_corpus(directory)
+    if config.align is not None:
+        shares = ", ".join(f"{corpus.padding(name):.1%} of {name}" for name in corpus.sources)
+        report(f"documents are aligned to {config.align} tokens, for which padding is {shares}")
+    return corpus
 
 
 def _source_key(config: DataConfig, sources: list[Source]) -> str:
@@ -118,6 +132,8 @@ def _source_key(config: DataConfig, sources: list[Source]) -> str:
         del settings[name]
     for part in settings["sources"].values():
         del part["weight"]
+    if config.align is None:  # what was made before there was a choice stays good
+        del settings["align"]
     fingerprints = [source.fingerprint() for source in sources]
     return sha256_text(str(_FORMAT), json.dumps(settings, sort_keys=True), *fingerprints)
 
@@ -139,6 +155,8 @@ def _write(
     directory: Path, config: DataConfig, sources: list[Source], tokenizer: Tokenizer, report: Callable[[str], None]
 ) -> None:
     manifest: dict[str, Any] = {"format": _FORMAT, "tokenizer": describe(tokenizer), "sources": {}}
+    if config.align is not None:
+        manifest["align"] = config.align
     tokenizer.save(directory)
     for source in sources:
         writers = _SourceWriter(directory, config, source, tokenizer)
@@ -181,7 +199,11 @@ class _SourceWriter:
             if kept is not None:
                 counts["documents"] += 1
                 counts["bytes"] += len(document.text.encode())
-                self.streams[_split(document)].add([self.tokenizer.bos_id, *kept, self.tokenizer.eos_id])
+                whole_document = [self.tokenizer.bos_id, *kept, self.tokenizer.eos_id]
+                stream = self.streams[_split(document)]
+                padding = self._padding(stream.tokens, len(whole_document))
+                counts["padding"] += padding
+                stream.add([self.tokenizer.eos_id] * padding + whole_document)
 
     def close(self) -> dict[str, Any]:
         if not self.counts[TRAIN]["documents"]:
@@ -195,8 +217,14 @@ class _SourceWriter:
         found = {}
         for split, stream in self.streams.items():
             shards = [asdict(shard) for shard in stream.close()]
-            found[split] = {"tokens": stream.tokens, **self.counts[split], "shards": shards}
+            counts = {key: count for key, count in self.counts[split].items() if count}
+            found[split] = {"tokens": stream.tokens, **counts, "shards": shards}
         return {split: {"shards": part.pop("shards"), "counts": part} for split, part in found.items()}
+
+    def _padding(self, begin: int, length: int) -> int:
+        """How far a document that would begin here is put off: to the next multiple, unless it ends before that."""
+        left = -begin % self.config.align if self.config.align is not None else 0
+        return left if length > left else 0
 
     def _limit(self, ids: Any, counts: Counter[str]) -> Any:
         limit, policy = self.config.limit_tokens, self.config.long_documents

@@ -26,8 +26,9 @@ IGNORED = -100
 
 @dataclass
 class Batch:
-    """Rows of a step; all int64. Labels are the next tokens, `IGNORED` where the next token opens another document.
-    Positions restart at 0 with each document and with each row. `sources_B` indexes the corpus's sources.
+    """Rows of a step; all int64. Labels are the next tokens, `IGNORED` where the next token opens another document or
+    is padding, which counts to the document before it. Positions restart at 0 with each document and with each row.
+    `sources_B` indexes the corpus's sources.
     """
 
     tokens_BT: Tensor
@@ -68,7 +69,7 @@ class Loader:
         self.blend = Blend(weights, key_of(*self.identity, "blend"))
         self._streams = [corpus.stream(name, TRAIN) for name in self.blend.names]
         self._in_corpus = [corpus.sources.index(name) for name in self.blend.names]
-        self._places, self._bos = np.arange(context), corpus.tokenizer.bos_id
+        self._places, self._bos, self._eos = np.arange(context), corpus.tokenizer.bos_id, corpus.tokenizer.eos_id
         self._kept: tuple[int, tuple[list[int], list[int]]] = (-1, ([], []))
         for name, stream in zip(self.blend.names, self._streams, strict=True):
             if stream.rows(context) < 1:
@@ -128,5 +129,7 @@ class Loader:
                 labels[row, place - 1] = IGNORED
             if place < self.context:
                 positions[row, place:] = self._places[: self.context - place]
+        if self.corpus.is_padded:
+            labels[tokens == self._eos] = IGNORED
         arrays = (np.ascontiguousarray(tokens), labels, positions, sources)
         return Batch(*(torch.from_numpy(array) for array in arrays))

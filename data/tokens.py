@@ -1,7 +1,7 @@
 """Token shards: flat files of token ids, memory-mapped, with their sizes and hashes in a manifest.
 
-A document is BOS, its tokens, EOS; documents follow each other, and rows are windows of that stream. uint16 where the
-vocabulary fits, uint32 otherwise.
+A document is BOS, its tokens, EOS; documents follow each other, with more EOS between them where they are aligned, and
+rows are windows of that stream. uint16 where the vocabulary fits, uint32 otherwise.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ def table(corpus: Corpus) -> str:
             lines.append(
                 f"{name:<16} {split:<9} {counts.get('documents', 0):>12,} {size:>16,} {tokens:>16,} {ratio:>12.2f}"
             )
+            if padding := counts.get("padding", 0):
+                lines.append(f"{'':<26} padding: {padding:,} ({padding / tokens:.1%})")
             lines += [
                 f"{'':<26} {key}: {value:,}" for key, value in counts.items() if key.startswith(("dropped_", "long_"))
             ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.config import LayerConfig, ModelConfig, QKNorm
 from model.context import AttentionPlan, SequenceContext, blocks
 from model.layers import Linear, RMSNorm, rms_normalise
+from model.pieces import attend_pieces
 from model.roles import Role
 from model.rope import rotate
 from precision.backend import GemmBackend
@@ -23,7 +24,7 @@ class Attend(Protocol):
     """softmax(q k^T / sqrt(K)) v over what each query may see; returns [B, T, H, K]."""
 
     def __call__(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: SequenceContext, chunk: int | None
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: SequenceContext, chunk: int | None, /
     ) -> Tensor: ...
 
 
@@ -74,15 +75,23 @@ def attend_here(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: Sequenc
 
 
 def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v as `plan` says; returns [B, T, H, K]. Memory is linear in T for blocked plans."""
+    """softmax(q k^T / sqrt(K)) v as `plan` says; returns [B, T, H, K]. Only a mask over whole rows needs memory that
+    grows faster than T.
+    """
+    if plan.parts is not None:
+        return attend_pieces(q_BTHK, k_BTGK, v_BTGK, plan.parts)
     if plan.block is None:
         return _dot_product(q_BTHK, k_BTGK, v_BTGK, plan.mask)
-    batch, length = q_BTHK.shape[:2]
     q, k, v = (blocks(x, plan.block) for x in (q_BTHK, k_BTGK, v_BTGK))
     if plan.halo:
         k, v = (torch.cat([F.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], dim=2) for x in (k, v))
-    y = _dot_product(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), plan.mask)
-    return y.unflatten(0, (batch, -1)).flatten(1, 2)[:, :length]
+    return attend_blocks(q, k, v, plan.mask)[:, : q_BTHK.shape[1]]
+
+
+def attend_blocks(q_BNTHK: Tensor, k_BNSGK: Tensor, v_BNSGK: Tensor, mask: Tensor | None) -> Tensor:
+    """Each block's queries over the keys that are given with it; returns [B, N * T, H, K]."""
+    y = _dot_product(q_BNTHK.flatten(0, 1), k_BNSGK.flatten(0, 1), v_BNSGK.flatten(0, 1), mask)
+    return y.unflatten(0, q_BNTHK.shape[:2]).flatten(1, 2)
 
 
 def _dot_product(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Tensor | None) -> Tensor:

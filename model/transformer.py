@@ -87,3 +87,10 @@ class Transformer(Stack):
         )
         self.config = config
         self.compute_dtype = gemm.compute_dtype
+
+    def see_positions(self, config: ModelConfig) -> None:
+        """From now on turn and scale queries and keys as `config` says, a model of the same parameters."""
+        self.config = config
+        for layer in self.layers.values():
+            assert isinstance(layer, Layer)
+            layer.attention.model = config

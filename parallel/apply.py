@@ -33,7 +33,7 @@ class Placed:
 
     def share(self, length: int) -> context.Share:
         """This rank's part of rows of `length` tokens."""
-        return context.share(self.model.config, length, self.meshes.cp)
+        return context.share(self.model.config, length, self.meshes.cp, self.meshes.layout.context)
 
     def context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> SequenceContext:
         """What this rank's layers know of whole rows at these positions."""
@@ -44,8 +44,7 @@ class Placed:
 
     def fitting(self, length: int) -> int:
         """The shortest row of at least `length` tokens that this layout can divide."""
-        layout = self.meshes.layout
-        return -(-length // (layout.cp * layout.tp)) * layout.cp * layout.tp
+        return self.meshes.layout.fitting(self.model.config, length)
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +83,7 @@ def parallelize(
     """Each technique wraps what the former left; data parallelism comes last."""
     _cut(model, specs)
     tensor.apply(model, meshes.tp)
-    context.apply(model, meshes.cp)
+    context.apply(model, meshes.cp, meshes.layout.context)
     expert.apply(model, meshes)
     _count_whole_rows(model, meshes)
     recompute.apply(model, meshes.layout.recompute)

@@ -6,6 +6,7 @@ whole tensor are partial here, since each rank uses it for its own part of the l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,23 @@ def exchange(rows: Tensor, send: list[int], receive: list[int], axis: Axis, purp
 def total(partial: Tensor, axis: Axis, purpose: str) -> Tensor:
     """The ranks' sum on every rank, each of which uses it for a part of its own; the gradient is summed as well."""
     return partial if axis.size == 1 else _Total.apply(partial, axis, purpose)
+
+
+def pass_on(tensor: Tensor, axis: Axis, purpose: str) -> Callable[[], Tensor]:
+    """Send a tensor to the next rank of the axis, in a circle, and start to receive one of the same shape from the rank
+    before; what is returned waits for it. No gradient.
+    """
+    axis.count(purpose, tensor)
+    flat, received = tensor.contiguous().view(-1), torch.empty_like(tensor.contiguous())
+    after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    send, receive = ([flat.numel() * (rank == other) for rank in range(axis.size)] for other in (after, before))
+    work = dist.all_to_all_single(received.view(-1), flat, receive, send, group=axis.group, async_op=True)
+
+    def arrived() -> Tensor:
+        work.wait()
+        return received
+
+    return arrived
 
 
 def gather_plain(shard: Tensor, axis: Axis, dim: int, purpose: str) -> Tensor:

@@ -1,7 +1,7 @@
 """torch.compile of each layer by itself, an option: repeated blocks are compiled once per kind.
 
 Mixtures stay eager: how many rows each expert gets is data, and the grouped product cannot be traced in float32
-(torch 2.13: its shape function wants bfloat16).
+(torch 2.13: its shape function wants bfloat16). So does attention over rows that several ranks have.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from model.attention import attend_here
 from model.moe import MixtureOfExperts
 from model.transformer import Layer, Transformer
 
@@ -23,4 +24,6 @@ def apply(model: Transformer) -> None:
         if isinstance(layer.ffn, MixtureOfExperts):
             mixture: Any = layer.ffn
             mixture.forward = torch.compiler.disable(mixture.forward)
+        if layer.attention.attend is not attend_here:
+            layer.attention.attend = torch.compiler.disable(layer.attention.attend)
         layer.compile()

@@ -13,31 +13,35 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
-from model.config import AuxScope, FeedForward, ModelConfig, QKNorm, WeightsOn
+from model.config import AuxScope, FeedForward, LayerConfig, ModelConfig, QKNorm, WeightsOn
 from model.roles import Role, registry
 from parallel import matrices as whole
 from parallel import pipeline
 from parallel.apply import on_meta
-from parallel.layout import Dispatch, Layout, Recompute, Reduce
+from parallel.layout import ContextMethod, Dispatch, Layout, Recompute, Reduce, row_unit
 from parallel.mesh import place
 from parallel.shards import ShardSpec, shard_specs
 from precision.backend import PrecisionConfig
 
 Bytes = int
 Traffic = dict[tuple[str, str], Bytes]
-Entries = Iterator[tuple[tuple[str, str], Bytes]]
+Entries = Iterator[tuple[tuple[str, str], Bytes | Fraction]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step of one rank: `rows` of `context` tokens, `micro_batch` at a time."""
+    """One step of one rank: `rows` of `context` tokens, `micro_batch` at a time. `aligned`: no document starts inside
+    a chunk and reaches into the next; otherwise one does in every micro-batch.
+    """
 
     rows: int
     micro_batch: int
     context: int
+    aligned: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,15 @@ def step_traffic(
     if world == 1:
         return {}
     micro_batches, stage = batch.rows // batch.micro_batch, world // layout.pp
-    for technique in (_tensor, _experts, _pipeline):
+    for technique in (_tensor, _context, _experts, _pipeline):
         for key, size in technique(model, precision, layout, batch):
-            found[key] += stage * micro_batches * size
+            found[key] += int(stage * micro_batches * size)
     for key, size in _data(model, precision, layout):
-        found[key] += stage * (1 if layout.pp > 1 else micro_batches) * size
+        found[key] += int(stage * (1 if layout.pp > 1 else micro_batches) * size)
     for key, size in _once(model, precision, layout):
-        found[key] += size
+        found[key] += int(size)
     for key, size in _matrices(model, precision, layout, matrices):
-        found[key] += size
+        found[key] += int(size)
     return {key: size for key, size in found.items() if size}
 
 
@@ -145,7 +149,7 @@ def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batc
     """Tensor parallelism of one micro-batch on one rank of each stage."""
     if layout.tp == 1:
         return
-    tokens = batch.micro_batch * batch.context
+    tokens = batch.micro_batch * batch.context // layout.cp
     wide = max(4, precision.compute_dtype.itemsize)
     part = tokens // layout.tp * model.width * precision.compute_dtype.itemsize
     whole, key = part * layout.tp, ("tp", "activations")
@@ -160,8 +164,83 @@ def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batc
         mixture = layer.feed_forward is FeedForward.moe
         if not mixture or model.shared_expert_width:
             yield key, 2 * (part + whole) + again * part  # what comes last is not repeated: nobody needs it again
-        if mixture and model.balance.aux and model.balance.aux_scope is not AuxScope.whole:
+        if _balances_rows(model, layer):
             yield ("tp", "balance"), batch.micro_batch * model.experts * 8
+
+
+def _context(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
+    """Context parallelism of one micro-batch on one rank, the mean over ranks."""
+    if layout.cp == 1:
+        return
+    for layer in model.blocks:
+        yield from attention_traffic(model, layer, precision, layout, batch)
+        if _balances_rows(model, layer):
+            yield ("cp", "balance"), batch.micro_batch * model.experts * 8
+
+
+def attention_traffic(
+    model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, batch: Batch
+) -> Entries:
+    """What one layer's attention hands to collectives of cp in one micro-batch on one rank, the mean over ranks."""
+    cp, again = layout.cp, layout.recompute is not Recompute.none
+    size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
+    heads, shared = (n // layout.tp * model.head_width * batch.micro_batch for n in (model.heads, model.kv_heads))
+    part = batch.context // cp
+    tails = part // row_unit(model, batch.context) > 1
+    if cp == 1:
+        return
+    if layer.chunk is not None and layer.chunk < batch.context:
+        if not batch.aligned:  # a chunk of keys and values across each border between two ranks, and back
+            borders = (cp - 1) * (1 + tails)
+            yield ("cp", "halo"), Fraction((2 + again) * borders * 2 * layer.chunk * shared * size, cp)
+    elif layout.context is ContextMethod.gather:
+        yield ("cp", "keys and values"), (1 + again + cp) * 2 * part * shared * size
+    elif layout.context is ContextMethod.ulysses:
+        yield ("cp", "heads"), (2 + again) * part * (2 * heads + 2 * shared) * size
+    else:
+        yield ("cp", "ring"), (cp - 1) * 2 * part * shared * ((2 + again) * size + wide)
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """One layer's attention between its projections, over one row of one document, on one rank: a forward and a
+    backward pass.
+
+    `flops` by the convention of model/flops.py. `keys`: bytes of the keys and values of this rank's part. `kept`: bytes
+    from the forward to the backward pass. `sent`: bytes handed to collectives. The mean over ranks where they differ.
+    """
+
+    flops: float
+    keys: Bytes
+    kept: Bytes
+    sent: Bytes
+
+
+def attention_cost(
+    model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, context: int
+) -> AttentionCost:
+    """Chunks that reach over none of the row's, as one document has them: no halo."""
+    size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
+    part, heads, shared = context // layout.cp, model.heads // layout.tp, model.kv_heads // layout.tp
+    reach = context if layer.chunk is None else min(context, layer.chunk)
+    pairs = part * (reach + 1) / 2
+    keys = 2 * part * shared * model.head_width * size
+    whole_keys = layout.context is ContextMethod.gather and reach == context
+    kept = 2 * part * heads * model.head_width * size + keys * (layout.cp if whole_keys else 1)
+    batch = Batch(1, 1, context, aligned=True)
+    sent = sum(size for _, size in attention_traffic(model, layer, precision, layout, batch))
+    return AttentionCost(
+        flops=3 * 4 * pairs * heads * model.head_width,
+        keys=keys,
+        kept=kept + part * heads * wide,
+        sent=int(sent),
+    )
+
+
+def _balances_rows(model: ModelConfig, layer: LayerConfig) -> bool:
+    """Whether a layer's backward pass needs the counts of whole rows."""
+    mixture = layer.feed_forward is FeedForward.moe
+    return mixture and bool(model.balance.aux) and model.balance.aux_scope is not AuxScope.whole
 
 
 def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
@@ -169,7 +248,7 @@ def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, bat
     ranks = layout.ep * layout.etp
     if ranks == 1:
         return
-    tokens = batch.micro_batch * batch.context // layout.tp
+    tokens = batch.micro_batch * batch.context // (layout.cp * layout.tp)
     slots = tokens * model.router.top_k * layout.etp
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     again = layout.recompute is Recompute.full

@@ -38,6 +38,18 @@ class Dispatch(Enum):
     deepep = "deepep"
 
 
+class ContextMethod(Enum):
+    """How layers that see the whole row find the keys that other ranks of cp have.
+
+    `gather`: every rank gets all keys and values. `ulysses`: while attending, each rank has some heads of the whole row
+    (Jacobs et al. 2023). `ring`: keys and values travel round the ranks, none ever has them all (Liu et al. 2023).
+    """
+
+    gather = "gather"
+    ulysses = "ulysses"
+    ring = "ring"
+
+
 class Reduce(Enum):
     """The number format in which gradients are summed over ranks."""
 
@@ -66,6 +78,8 @@ class ParallelConfig:
     ep: int = 1
     etp: int = 1
     dispatch: Dispatch = Dispatch.all_to_all
+    context: ContextMethod = ContextMethod.gather
+    """How whole-row attention works under cp."""
     reduce: Reduce = Reduce.master
     recompute: Recompute = Recompute.none
     compile: bool = False
@@ -202,6 +216,7 @@ class Layout(ParallelConfig):
             reason = "both ends of a V-schedule are on one rank and would gather a tied table twice; untie it, or take"
             others = [one.name for one in Schedule if not one.is_v]
             raise ConfigError("parallel.schedule", self.schedule, f"{reason} another schedule", others)
+        self._check_heads(model)
         kinds = {layer.feed_forward for layer in model.blocks}
         widths = [("query heads", model.heads), ("key/value heads", model.kv_heads), ("vocabulary", model.vocab_size)]
         if FeedForward.dense in kinds:
@@ -229,8 +244,8 @@ class Layout(ParallelConfig):
             reason = "DeepEP sends whole tokens to whole experts; use dispatch=all_to_all with etp"
             raise ConfigError("parallel.etp", self.etp, reason, [1])
 
-    def check_batch(self, global_batch: int, micro_batch: int, context: int) -> None:
-        """Rows per step must split evenly over the ranks, a rank's rows into micro-batches, a row over tp."""
+    def check_batch(self, global_batch: int, micro_batch: int) -> None:
+        """Rows per step must split evenly over the ranks, a rank's rows into micro-batches."""
         if global_batch % self.rows:
             reason = f"must divide into dp_replicate * dp_shard = {self.rows} equal parts"
             legal = nearest([self.rows * n for n in range(1, global_batch // self.rows + 2)], global_batch)
@@ -240,10 +255,42 @@ class Layout(ParallelConfig):
             reason = f"must divide a rank's {rows} rows"
             raise ConfigError("training.micro_batch", micro_batch, reason, nearest(divisors(rows), micro_batch))
         self._check_micro_batches(global_batch, rows, micro_batch)
-        if context % self.tp:
-            legal = [context // self.tp * self.tp, (context // self.tp + 1) * self.tp]
+
+    def check_rows(self, model: ModelConfig, length: int) -> None:
+        """Rows must split over cp in whole chunks of the model's attention, and what a rank has of them over tp."""
+        unit = row_unit(model, length)
+        if unit > 1 and length < unit * self.cp:
+            reason = f"rows of training.context={length} tokens have {length // unit} whole chunks of {unit}, too few"
+            raise ConfigError("parallel.cp", self.cp, reason, nearest(range(1, length // unit + 1), self.cp))
+        multiple = self.row_multiple(unit)
+        if length % multiple == 0:
+            return
+        legal = sorted({self.fitting(model, length // multiple * multiple), self.fitting(model, length)})
+        if self.cp == 1:
             reason = f"must divide into tp={self.tp} equal parts of the sequence"
-            raise ConfigError("training.context", context, reason, [value for value in legal if value])
+        else:
+            reason = f"must divide into cp={self.cp} parts" + (f" of whole chunks of {unit}" if unit > 1 else "")
+            reason += f", and each into tp={self.tp}" if self.tp > 1 else ""
+        raise ConfigError("training.context", length, reason, [value for value in legal if value])
+
+    def row_multiple(self, unit: int) -> int:
+        """Rows cut in units of so many tokens must be a multiple of this long."""
+        return self.cp * math.lcm(unit, self.tp)
+
+    def fitting(self, model: ModelConfig, length: int) -> int:
+        """The shortest row of at least `length` tokens that this layout can divide."""
+        multiple = 0
+        while multiple != self.row_multiple(row_unit(model, length)):  # a longer row may reach beyond more chunks
+            multiple = self.row_multiple(row_unit(model, length))
+            length = -(-length // multiple) * multiple
+        return length
+
+    def _check_heads(self, model: ModelConfig) -> None:
+        heads = model.kv_heads // self.tp
+        if self.cp > 1 and self.context is ContextMethod.ulysses and heads % self.cp:
+            reason = f"must divide the {heads} key/value heads of a rank for context=ulysses; or take another "
+            reason += "parallel.context: gather or ring"
+            raise ConfigError("parallel.cp", self.cp, reason, nearest(divisors(max(heads, 1)), self.cp))
 
     def _check_micro_batches(self, global_batch: int, rows: int, micro_batch: int) -> None:
         """Refuse a number of micro-batches with which a pipeline would stand still, or that its schedule cannot do."""
@@ -266,6 +313,13 @@ class Layout(ParallelConfig):
         if micro_batches < self.pp:
             return False
         return self.schedule.is_single or micro_batches % (micro_batches // self.pp) == 0
+
+
+def row_unit(model: ModelConfig, length: int) -> int:
+    """Rows of this length may be divided at multiples of so many tokens: where the chunks of all layers end. A layer
+    whose chunk holds the whole row does not care.
+    """
+    return math.lcm(*(layer.chunk for layer in model.blocks if layer.chunk is not None and layer.chunk < length))
 
 
 def torch_version() -> tuple[int, int]:

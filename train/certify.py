@@ -24,7 +24,7 @@ from core.errors import ConfigError, LeviathanError
 from core.ranks import RankFailure
 from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
 from parallel import expert
-from parallel.layout import AUTO, ParallelConfig, Reduce
+from parallel.layout import AUTO, ContextMethod, ParallelConfig, Reduce
 from parallel.stages import Schedule
 from precision.backend import Compute, PrecisionConfig
 from train.certify_rank import CONTEXT, ROWS, Blocks, Case, Figures, measure_all, micro_batch
@@ -84,7 +84,8 @@ class Trial:
         """Raise `ConfigError` where the shrunk model or the made-up rows cannot be cut this way."""
         layout = self.parallel.resolve(self.ranks)
         layout.check_model(model)
-        layout.check_batch(ROWS, micro_batch(layout), CONTEXT)
+        layout.check_batch(ROWS, micro_batch(layout))
+        layout.check_rows(model, CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,8 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelC
     degrees = parallel or ParallelConfig()
     least = max(2, degrees.pp) * degrees.per_rank if degrees.pp > 1 else 1
     kinds += [kinds[index % len(kinds)] for index in range(len(kinds), least)]
-    kv_heads = math.lcm(4, degrees.tp) if model.kv_heads % degrees.tp == 0 else 4
+    over = degrees.tp * (degrees.cp if degrees.context is ContextMethod.ulysses else 1)
+    kv_heads = math.lcm(4, over) if model.kv_heads % over == 0 else 4
     return replace(
         model,
         vocab_size=math.lcm(64, degrees.tp),
@@ -363,7 +365,7 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelC
 
 def techniques(parallel: ParallelConfig, kind: OptimizerKind = OptimizerKind.adamw) -> dict[str, Any]:
     """What a certificate is about beside the axes and the model."""
-    keys = ("dispatch", "recompute", "compile", "schedule", "stages_per_rank")
+    keys = ("dispatch", "context", "recompute", "compile", "schedule", "stages_per_rank")
     return {**{key: plain(getattr(parallel, key)) for key in keys}, "muon": kind is OptimizerKind.muon}
 
 

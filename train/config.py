@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 from core.errors import ConfigError, check_numbers
 from core.files import locate
 from data.config import DataConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeScaling
 from parallel import expert
-from parallel.layout import ParallelConfig
+from parallel.layout import ParallelConfig, row_unit
 from precision.backend import PrecisionConfig
 from train.learning_rate import ScheduleConfig
 from train.optimizer import OptimizerConfig
@@ -62,12 +63,19 @@ class PhaseConfig:
     """Shares of the sources; null: as in data.sources."""
     schedule: ScheduleConfig | None = None
     """Learning rate within this phase; null: the run's schedule begins anew."""
+    rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
+    temperature_floor: float | None = None
+    """How positions are seen from here on, for longer rows: the model's settings of these names. Weights do not depend
+    on them.
+    """
 
     def __post_init__(self) -> None:
         for key in ("steps", "context", "global_batch", "micro_batch"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(key, value, "must be positive")
+        check_numbers(self, positive=("rope_theta", "temperature_floor"))
         if self.weights is not None and not sum(self.weights.values()) > 0:
             raise ConfigError("weights", None, "name at least one source with a positive share")
         for source, weight in (self.weights or {}).items():
@@ -177,6 +185,8 @@ class Phase:
     micro_batch: int
     weights: dict[str, float] | None
     schedule: ScheduleConfig
+    model: ModelConfig
+    """The run's, with positions as this phase sees them."""
 
     def learning_rate_factor(self, step: int) -> float:
         return self.schedule.factor(step - self.start, self.stop - self.start)
@@ -185,18 +195,25 @@ class Phase:
 def phases(config: TrainConfig) -> list[Phase]:
     """The run's stretches in order; the first comes from `training` and `schedule` and is called "main"."""
     first = config.training
-    main = Phase("main", 0, first.steps, first.context, first.global_batch, first.micro_batch, None, config.schedule)
+    sizes = first.context, first.global_batch, first.micro_batch
+    main = Phase("main", 0, first.steps, *sizes, None, config.schedule, config.model)
     found = [main]
     for later in config.phases:
         last = found[-1]
-        changed = {
-            key: value
-            for key in ("context", "global_batch", "micro_batch", "weights", "schedule")
-            if (value := getattr(later, key)) is not None
-        }
-        base = replace(last, name=later.name, start=last.stop, stop=last.stop + later.steps, weights=None)
+        model = replace(last.model, **_given(later, ("rope_theta", "rope_scaling", "temperature_floor")))
+        base = replace(last, name=later.name, start=last.stop, stop=last.stop + later.steps, weights=None, model=model)
+        changed = _given(later, ("context", "global_batch", "micro_batch", "weights", "schedule"))
         found.append(replace(base, **changed))
     return found
+
+
+def _given(later: PhaseConfig, keys: Iterable[str]) -> dict[str, Any]:
+    return {key: value for key in keys if (value := getattr(later, key)) is not None}
+
+
+def phase_of(config: TrainConfig, steps: int) -> Phase:
+    """The stretch that ends a checkpoint after so many steps."""
+    return next(phase for phase in phases(config) if steps <= phase.stop)
 
 
 def check(config: TrainConfig, world_size: int) -> None:
@@ -212,9 +229,21 @@ def check(config: TrainConfig, world_size: int) -> None:
             if config.data.tokens is None and source not in config.data.sources:
                 reason = "no such source"
                 raise ConfigError(f"phases.{phase.name}.weights.{source}", None, reason, list(config.data.sources))
-        layout.check_batch(phase.global_batch, phase.micro_batch, phase.context)
+        layout.check_batch(phase.global_batch, phase.micro_batch)
+        layout.check_rows(config.model, phase.context)
+        _check_alignment(config.data.align, row_unit(config.model, phase.context), phase.context)
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
         raise ConfigError(
             "profile.steps", late[0], f"the run ends after {phases(config)[-1].stop} steps, counted from 0"
         )
+
+
+def _check_alignment(align: int | None, unit: int, context: int) -> None:
+    """Documents are aligned in vain where chunks or rows end elsewhere."""
+    if align is not None and align % unit:
+        reason = f"must be a multiple of the model's chunk of {unit}, where attention is cut"
+        raise ConfigError("data.align", align, reason, [unit, 2 * unit])
+    if align is not None and context % align:
+        reason = f"must be a multiple of data.align={align}, or rows begin elsewhere"
+        raise ConfigError("training.context", context, reason, [-(-context // align) * align])

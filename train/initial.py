@@ -12,6 +12,7 @@ from model.huggingface import HuggingFaceCheckpoint, model_differences
 from model.source import TensorSource
 from model.upcycle import Upcycled, keeps_the_function
 from train.checkpoint import committed_checkpoints
+from train.config import phase_of
 from train.run_directory import RunDirectory, load_config
 from train.stored import IMPORTED, StoredModel, load_imported
 
@@ -21,10 +22,12 @@ def open_model(path: Path, text_only: bool = False) -> TensorSource:
     if not path.is_dir():
         raise ConfigError("", str(path), "no such directory")
     if (path / IMPORTED).exists():
-        return _newest(path / "checkpoints", load_imported(path))
+        imported = load_imported(path)
+        return _newest(path / "checkpoints", lambda step: imported)
     if (path / "config.yaml").exists():
         config = load_config(path)
-        return _newest(RunDirectory(path, config.checkpoint.directory).checkpoints, config.model)
+        checkpoints = RunDirectory(path, config.checkpoint.directory).checkpoints
+        return _newest(checkpoints, lambda step: phase_of(config, step).model)
     return HuggingFaceCheckpoint(path, text_only)
 
 
@@ -57,8 +60,9 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
     return source
 
 
-def _newest(checkpoints: Path, config: ModelConfig) -> TensorSource:
+def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
+    """`model`: what it is after so many steps."""
     committed = committed_checkpoints(checkpoints)
     if not committed:
         raise CheckpointError(f"{checkpoints} has no checkpoint yet")
-    return StoredModel(committed[-1].path, config)
+    return StoredModel(committed[-1].path, model(committed[-1].step))

@@ -13,7 +13,7 @@ from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.world import World
 from train.checkpoint import Checkpointer, committed_checkpoints
-from train.config import Phase, TrainConfig, phases
+from train.config import Phase, TrainConfig, phase_of
 from train.corpora import check_same_data, get_corpus, source_weights
 from train.run_directory import RunDirectory, load_config
 
@@ -28,7 +28,7 @@ class Restored:
     @property
     def phase(self) -> Phase:
         """The stretch in which the checkpoint was made."""
-        return next(phase for phase in phases(self.config) if self.step <= phase.stop)
+        return phase_of(self.config, self.step)
 
     def loader(self) -> Loader:
         return Loader(self.corpus, self.phase.context, self.phase.global_batch, self.config.run.seed)
@@ -49,6 +49,7 @@ def restore(directory: Path, world: World) -> Restored:
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
     progress = checkpointer.restore(placed.model, None, placed.specs) or {}
     check_same_data(progress, corpus)
+    placed.model.see_positions(phase_of(config, progress["step"]).model)
     return Restored(config, placed, corpus, progress["step"])
 
 

@@ -29,7 +29,7 @@ from parallel.shards import fill
 from parallel.world import World, connect
 from train import callbacks, certificates
 from train.checkpoint import Checkpointer, committed_checkpoints
-from train.config import Phase, TrainConfig, check, phases
+from train.config import Phase, TrainConfig, check, phase_of, phases
 from train.corpora import check_same_data, get_corpus, source_weights
 from train.engine import Engine, TorchEngine
 from train.environment import environment
@@ -79,6 +79,7 @@ class Trainer:
             log(f"going on from step-{self.step:08d}")
         elif source is not None:
             fill(placed.model, placed.specs, source)
+        placed.model.see_positions(phase_of(config, self.step).model)
         if world.is_main:
             directory.trim_metrics(self.step)
 
@@ -96,6 +97,7 @@ class Trainer:
         axis = self.meshes.rows
         rows = phase.global_batch // axis.size
         begin = time.perf_counter()
+        self.engine.placed.model.see_positions(phase.model)
         batch = self.loaders[phase.name].batch(step - phase.start, axis.rank * rows, (axis.rank + 1) * rows)
         self.stragglers.loading_s += time.perf_counter() - begin
         factor, clip_norm = phase.learning_rate_factor(step), self.config.training.clip_norm

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from data.corpus import HELD_OUT, TRAIN, Corpus, open_corpus
+from data.corpus import HELD_OUT, TRAIN, Corpus, open_corpus, prepare
 from data.loader import IGNORED, Batch, Loader
-from tests.data.conftest import write_texts
+from tests.data.conftest import make_config, write_texts
 
 CONTEXT = 32
 
@@ -166,3 +166,65 @@ def test_a_source_shorter_than_a_row_is_refused(corpus: Corpus) -> None:
 def test_an_unknown_source_is_refused(corpus: Corpus) -> None:
     with pytest.raises(ConfigError, match=r"data.sources.shrot: the corpus has no such source; try long or short"):
         Loader(corpus, CONTEXT, 4, seed=1, weights={"shrot": 1.0})
+
+
+ALIGN = 64
+
+
+def aligned(make_corpus: Callable[..., Corpus], tmp_path: Path, align: int | None = ALIGN) -> Corpus:
+    """Documents of 12 to 100 words, some shorter than a chunk."""
+    path = tmp_path / "documents"
+    if not path.exists():
+        for words in (2, 5, 40):
+            write_texts(path / str(words), 20, words, seed=words)
+    return make_corpus({"a": {"path": str(path)}}, align=align)
+
+
+def crossing(batch: Batch) -> int:
+    """How many chunks of documents reach over a border of the row's."""
+    starts = batch.positions_BT % ALIGN == 0
+    return int((~starts[:, ::ALIGN]).sum())
+
+
+def test_aligned_documents_do_not_reach_over_chunks(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+    corpus = aligned(make_corpus, tmp_path)
+    batches = [Loader(corpus, 2 * ALIGN, 8, seed=1).batch(step) for step in range(6)]
+    assert sum(map(crossing, batches)) == 0
+    inside = sum(
+        int((batch.positions_BT == 0).sum() - (batch.positions_BT[:, ::ALIGN] == 0).sum()) for batch in batches
+    )
+    assert inside > 20, "short documents share a chunk"
+    plain = Loader(aligned(make_corpus, tmp_path, None), 2 * ALIGN, 8, seed=1)
+    assert sum(crossing(plain.batch(step)) for step in range(6)) > 20, "control"
+
+
+def test_padding_is_counted_and_teaches_nothing(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+    corpus, plain = (aligned(make_corpus, tmp_path, align) for align in (ALIGN, None))
+    eos = corpus.tokenizer.eos_id
+    stream, other = (c.stream("a", TRAIN) for c in (corpus, plain))
+    tokens, wanted = (s.window(0, len(s)) for s in (stream, other))
+    padding = np.concatenate([[False], (tokens[1:] == eos) & (tokens[:-1] == eos)])
+    assert np.array_equal(tokens[~padding], wanted), "nothing else changes"
+    counts = corpus.manifest["sources"]["a"][TRAIN]["counts"]
+    assert counts["padding"] == padding.sum() > 0
+    assert corpus.padding("a") == padding.mean() and plain.padding("a") == 0
+    batch = Loader(corpus, 2 * ALIGN, 8, seed=1).batch(0)
+    after = batch.tokens_BT == eos
+    assert (batch.labels_BT[after] == IGNORED).all() and after.any()
+    kept = batch.labels_BT != IGNORED
+    assert torch.equal(batch.labels_BT[:, :-1][kept[:, :-1]], batch.tokens_BT[:, 1:][kept[:, :-1]])
+    ends = (batch.labels_BT == eos).sum(1)
+    assert (ends <= (batch.positions_BT == 0).sum(1)).all(), "each document's end is a label once"
+
+
+def test_alignment_is_part_of_the_fingerprint_and_is_told(tmp_path: Path) -> None:
+    path = write_texts(tmp_path / "texts", 30, 50)
+    said: list[str] = []
+    found = [
+        prepare(make_config(tmp_path / "cache", {"a": {"path": str(path)}}, align=align), said.append)
+        for align in (None, 8, 16, 16)
+    ]
+    assert len({corpus.fingerprint for corpus in found}) == len({corpus.directory for corpus in found}) == 3
+    told = [line for line in said if "padding" in line]
+    assert len(told) == 3 and told[1] == told[2], "also of a corpus that was there"
+    assert told[1] == f"documents are aligned to 16 tokens, for which padding is {found[2].padding('a'):.1%} of a"

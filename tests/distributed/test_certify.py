@@ -234,6 +234,54 @@ def shards_made_orthogonal(plant: Plant) -> None:
     plant(optimizer, "rounds", lambda *arguments: [dataclasses.replace(r, stages=()) for r in honest(*arguments)])
 
 
+def positions_not_restarted(plant: Plant) -> None:
+    """Parts of rows take their places in the row for places in documents."""
+    from parallel.context import Share
+
+    honest = Share.context
+
+    def whole_rows(self: Any, positions_BT: torch.Tensor, *arguments: Any) -> Any:
+        if self.axis.size > 1:
+            positions_BT = torch.arange(positions_BT.shape[1]).expand(positions_BT.shape)
+        return honest(self, positions_BT, *arguments)
+
+    plant(Share, "context", whole_rows)
+
+
+def halo_off_by_one(plant: Plant) -> None:
+    from parallel.context import _Attend
+
+    honest = _Attend._before
+    plant(_Attend, "_before", lambda self, kv, heads: honest(self, kv, heads).roll(1, dims=3))
+
+
+def loss_divided_by_cp(plant: Plant) -> None:
+    from train import engine
+
+    honest, honest_meshes = engine.summed_loss, certify_rank.make_meshes
+
+    def remember(*arguments: Any) -> Any:
+        MESHES.append(honest_meshes(*arguments))
+        return MESHES[-1]
+
+    plant(certify_rank, "make_meshes", remember)
+    plant(engine, "summed_loss", lambda *arguments: honest(*arguments) / MESHES[-1].cp.size)
+
+
+def last_keys_of_the_ring_dropped(plant: Plant) -> None:
+    """One hop too few."""
+    from parallel.context import PartContext, PartPlan
+
+    honest = PartContext._global
+
+    def short(self: Any, rows: Any) -> Any:
+        plan = honest(self, rows)
+        assert isinstance(plan, PartPlan)
+        return dataclasses.replace(plan, rounds=(*plan.rounds[:-1], []))
+
+    plant(PartContext, "_global", short)
+
+
 MESHES: list[Any] = []
 BUGS: dict[str, Callable[[Plant], None]] = {
     function.__name__: function
@@ -250,6 +298,10 @@ BUGS: dict[str, Callable[[Plant], None]] = {
         moments_lost_on_the_way,
         evaluation_of_one_rank,
         shards_made_orthogonal,
+        positions_not_restarted,
+        halo_off_by_one,
+        loss_divided_by_cp,
+        last_keys_of_the_ring_dropped,
     )
 }
 BLAMED = {
@@ -264,9 +316,14 @@ BLAMED = {
     "gains_not_reduced_beside_experts": (["tp", "ep"], "gradients"),
     "moments_lost_on_the_way": (["dp_shard"], "one process's checkpoint under the layout: weights"),
     "evaluation_of_one_rank": (["dp_shard"], "held-out loss"),
+    "positions_not_restarted": (["cp"], "gradients"),
+    "halo_off_by_one": (["cp"], "gradients"),
+    "loss_divided_by_cp": (["cp"], "loss"),
+    "last_keys_of_the_ring_dropped": (["cp"], "gradients"),
 }
 FEW_RANKS = ["ranks=2", "steps=2", "parallel.dp_shard=1", "parallel.tp=2", "parallel.ep=2"]
 OVERRIDES = ["ranks=4", "steps=2", "parallel.tp=2", "parallel.ep=2"]
+IN_PARTS = ["ranks=4", "steps=2", "parallel.cp=2", "parallel.context=ring"]
 COMPARED = {
     **dict.fromkeys(["sgd", "adamw", "aux loss alone", "z loss alone", "experts without tokens"], 10),
     "float32": 3,
@@ -295,14 +352,39 @@ def test_an_honest_layout_passes(ranks):
         assert Counter(c.name.partition(": ")[0] for c in outcome.comparisons) == COMPARED
 
 
+IN_PARTS_OF = {
+    "gather": (["parallel.cp=2"], "cp=2"),
+    "ulysses": (["parallel.cp=2", "parallel.context=ulysses"], "cp=2"),
+    "ring, top-2": (["parallel.cp=2", "parallel.context=ring", "model.router.top_k=2"], "cp=2"),
+    "cp4, top-2": (["parallel.cp=4", "model.router.top_k=2"], "cp=4"),
+    "cp4, ring": (["parallel.cp=4", "parallel.context=ring"], "cp=4"),
+    "tp2": (["parallel.cp=2", "parallel.tp=2", "parallel.context=ulysses"], "cp=2 tp=2"),
+    "ep2, top-2": (["parallel.cp=2", "parallel.ep=2", "parallel.context=ring", "model.router.top_k=2"], "cp=2 ep=2"),
+    "no chunks": (["parallel.cp=2", "parallel.context=ring", "model.chunk=null"], "cp=2"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("gather", "ring, top-2") else pytest.param(n, marks=pytest.mark.slow) for n in IN_PARTS_OF]
+)
+def test_rows_in_parts_pass(ranks, name):
+    """Packed documents that start inside chunks, every balancing term on."""
+    overrides, last = IN_PARTS_OF[name]
+    found = outcomes(ranks, None, ["ranks=4", "steps=2", "parallel.dp_shard=1", *overrides])
+    assert found[-1].trial.name == last
+    for outcome in found:
+        assert outcome.passed and outcome.largest(1e-9) < 1e-12, outcome.failures()
+
+
 SLOW = ("gains_not_reduced_beside_experts", "moments_lost_on_the_way", "evaluation_of_one_rank")
 
 
 @pytest.mark.parametrize("bug", [pytest.param(b, marks=pytest.mark.slow) if b in SLOW else b for b in BLAMED])
 def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
     axes, what = BLAMED[bug]
-    found = outcomes(ranks, bug, FEW_RANKS if axes == ["tp", "ep"] else OVERRIDES)
-    content = certificate(config(*OVERRIDES), found, {})
+    overrides = {"tp ep": FEW_RANKS, "cp": IN_PARTS}.get(" ".join(axes), OVERRIDES)
+    found = outcomes(ranks, bug, overrides)
+    content = certificate(config(*overrides), found, {})
     assert content["pass"] is False
     assert content["smallest_failing_axes"] == axes, content["first_failure"]
     assert any(what in line for line in found[-1].failures())

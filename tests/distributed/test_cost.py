@@ -18,7 +18,7 @@ from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
 from model.roles import registry
 from parallel import cost
 from parallel.apply import build, on_meta
-from parallel.layout import Dispatch, ParallelConfig, Recompute
+from parallel.layout import ContextMethod, Dispatch, ParallelConfig, Recompute
 from parallel.mesh import make_meshes, place
 from parallel.shards import local, shard_specs
 from parallel.stages import Schedule
@@ -59,6 +59,7 @@ def counted(
     precision: PrecisionConfig,
     micro_batch: int,
     optimizer: OptimizerConfig = ADAMW,
+    aligned: bool = False,
 ) -> Any:
     """One step's traffic as counted and as seen, and what this rank keeps."""
     world = connect()
@@ -68,6 +69,8 @@ def counted(
     balancer = Balancer(network, lambda counts: meshes.world.sum(counts, "balance"))
     rows, share = MadeUpRows(model.vocab_size), ROWS // meshes.rows.size
     batch = rows.batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
+    if aligned:
+        batch.positions_BT = (torch.arange(CONTEXT) % 32).expand(len(batch.tokens_BT), -1)
     optimizer_step(engine, balancer, batch, micro_batch, None, 1.0)  # a pipeline's first step asks who is there
     meshes.traffic.take()
     with Seen() as seen:
@@ -93,6 +96,13 @@ LAYOUTS = {
     "pp2-zbv-tp2-recomputed": (4, ParallelConfig(pp=2, tp=2, schedule=Schedule.zbv, recompute=Recompute.full)),
     "pp3-tied": (3, ParallelConfig(pp=3)),
     "pp2-fsdp2": (4, ParallelConfig(pp=2, schedule=Schedule.gpipe)),
+    "cp2-gather": (2, ParallelConfig(cp=2)),
+    "cp2-ulysses": (2, ParallelConfig(cp=2, context=ContextMethod.ulysses)),
+    "cp2-ring": (2, ParallelConfig(cp=2, context=ContextMethod.ring)),
+    "cp4-ring-recomputed": (4, ParallelConfig(cp=4, context=ContextMethod.ring, recompute=Recompute.full)),
+    "cp2-tp2": (4, ParallelConfig(cp=2, tp=2, recompute=Recompute.selective)),
+    "cp2-tp2-ulysses": (4, ParallelConfig(cp=2, tp=2, context=ContextMethod.ulysses, recompute=Recompute.full)),
+    "cp2-ep2": (2, ParallelConfig(cp=2, ep=2)),
 }
 
 
@@ -120,6 +130,18 @@ def test_counted_bytes_equal_the_formulas(ranks, name):
     layout = config.resolve(count)
     batch = cost.Batch(ROWS // layout.rows, min(micro_batch, ROWS // layout.rows), CONTEXT)
     assert dict(total) == cost.step_traffic(model, precision, layout, batch)
+
+
+def test_aligned_rows_save_the_halo(ranks):
+    model, config, precision = tiny(1), ParallelConfig(cp=2), PrecisionConfig(Compute.bfloat16)
+    total: Counter[tuple[str, str]] = Counter()
+    for traffic, seen, _ in ranks(2, counted, model, config, precision, 2, ADAMW, True):
+        assert sum(traffic.values()) == sum(seen.values())
+        total.update(traffic)
+    aligned, other = (cost.Batch(ROWS, 2, CONTEXT, aligned) for aligned in (True, False))
+    assert dict(total) == cost.step_traffic(model, precision, config.resolve(2), aligned)
+    assert ("cp", "halo") not in total
+    assert cost.step_traffic(model, precision, config.resolve(2), other)["cp", "halo"] > 0
 
 
 @pytest.mark.parametrize("shared_width", [0, 16])
@@ -269,3 +291,57 @@ def test_a_run_logs_its_bytes_and_evaluation_does_not_count(ranks, small_corpus,
     assert logged == [{f"{axis}/{why}": size // 2 for (axis, why), size in wanted.items()}] * 2
     kept = json.loads((tmp_path / "run" / "summary.json").read_text())["static_bytes"]
     assert kept == vars(cost.static_bytes(run.model, run.precision, run.parallel.resolve(2), None))
+
+
+class Core(TorchDispatchMode):
+    """Pairs of query and key, times heads, that attention's kernel is asked for in a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if "flash_attention_for_cpu." in str(function):
+            (rows, heads, queries, _), keys = arguments[0].shape, arguments[1].shape[2]
+            causal = arguments[4] if len(arguments) > 4 else (options or {}).get("is_causal", False)
+            self.pairs += rows * heads * (queries * (queries + 1) // 2 if causal else queries * keys)
+        return function(*arguments, **(options or {}))
+
+
+def attention_counted(model: ModelConfig, config: ParallelConfig, layer: int, context: int) -> cost.AttentionCost:
+    """Of one row that is one document, on this rank."""
+    world = connect()
+    meshes = make_meshes(config.resolve(world.size), world)
+    placed = build(model, PrecisionConfig(Compute.bfloat16), meshes, world.device, seed=1)
+    here = placed.context(torch.arange(context)[None])
+    attention, kept = placed.model.layers[str(layer)].attention, {}
+    shapes = [
+        (1, context // meshes.cp.size, n, model.head_width) for n in (model.heads, model.kv_heads, model.kv_heads)
+    ]
+    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr(), tensor.shape] = tensor.nbytes
+        return tensor
+
+    meshes.traffic.take()
+    with Core() as core, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = attention.attend(q, k, v, here, attention.layer.chunk)
+    y.sum().backward()
+    flops = 3 * 4 * core.pairs * model.head_width
+    return cost.AttentionCost(flops, k.nbytes + v.nbytes, sum(kept.values()), sum(meshes.traffic.take().values()))
+
+
+@pytest.mark.parametrize("kind", ["chunked", "whole row"])
+@pytest.mark.parametrize("size, method", [(1, "gather"), (2, "gather"), (2, "ulysses"), (2, "ring"), (4, "ring")])
+def test_what_a_layers_attention_costs(ranks, kind, size, method):
+    model, config = tiny(1), ParallelConfig(cp=size, context=ContextMethod[method])
+    chunks = [layer.chunk is not None for layer in model.blocks]
+    layer = chunks.index(kind == "chunked")
+    found = ranks(size, attention_counted, model, config, layer, 2 * CONTEXT)
+    precision = PrecisionConfig(Compute.bfloat16)
+    wanted = cost.attention_cost(model, model.blocks[layer], precision, config.resolve(size), 2 * CONTEXT)
+    for figure in ("flops", "keys", "kept", "sent"):
+        assert sum(getattr(one, figure) for one in found) == size * getattr(wanted, figure), figure
+    longer = cost.attention_cost(model, model.blocks[layer], precision, config.resolve(size), 4 * CONTEXT)
+    assert longer.kept == 2 * wanted.kept and longer.flops / wanted.flops > (3.9 if kind == "whole row" else 1.9)

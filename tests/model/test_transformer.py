@@ -36,6 +36,8 @@ SMALL = ModelConfig(
     init=InitConfig(std=1.0, fan_in=True),
 )
 WHOLE = torch.arange(13)[None]
+CLOSED = torch.tensor([[0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 0, 1, 2]])
+"""No chunk of 5 positions reaches over a multiple of 5."""
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
 
 
@@ -75,7 +77,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("positions", [WHOLE, PACKED], ids=["whole", "packed"])
+@pytest.mark.parametrize("positions", [WHOLE, PACKED, CLOSED], ids=["whole", "packed", "closed"])
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_equal_the_plain_statement(config, positions):
     model = make(config)
@@ -83,6 +85,12 @@ def test_logits_equal_the_plain_statement(config, positions):
         if hasattr(module, "bias_E"):
             module.bias_E.copy_(torch.tensor([0.3, -0.2, 0.1, -0.2]))
     torch.testing.assert_close(logits(model, positions), expected(model, config, positions), rtol=0, atol=1e-6)
+
+
+def test_a_chunk_looks_back_only_where_one_reaches_over_the_border():
+    found = [SequenceContext(positions).plan(5) for positions in (WHOLE, CLOSED, PACKED)]
+    assert [plan.halo for plan in found] == [False, False, True]
+    assert [None if plan.mask is None else plan.mask.shape[-1] for plan in found] == [None, 5, 10]
 
 
 def gradients(config: ModelConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

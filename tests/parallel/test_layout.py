@@ -44,8 +44,41 @@ def refusal(world_size: int, *overrides: str) -> str:
         (3, [], "training.global_batch=8: must divide into dp_replicate * dp_shard = 3 equal parts; try 3, 6 or 9"),
         (4, ["training.micro_batch=3"], "training.micro_batch=3: must divide a rank's 2 rows; try 1 or 2"),
         (2, ["parallel.tp=2", "training.context=63"], "training.context=63: must divide into tp=2 equal parts of the"),
-        (2, ["parallel.pp=2"], "parallel.pp=2: is not available yet; try 1"),
-        (2, ["parallel.cp=2"], "parallel.cp=2: is not available yet; try 1"),
+        (
+            2,
+            ["parallel.cp=2", "model.chunk=32", "training.context=80"],
+            "training.context=80: must divide into cp=2 parts of whole chunks of 32; try 64 or 128",
+        ),
+        (
+            4,
+            ["parallel.cp=4", "model.chunk=32"],
+            "parallel.cp=4: rows of training.context=64 tokens have 2 whole chunks of 32, too few; try 1 or 2",
+        ),
+        (
+            2,
+            ["parallel.cp=2", "model.chunk=null", "training.context=81"],
+            "training.context=81: must divide into cp=2 parts; try 80 or 82",
+        ),
+        (
+            4,
+            ["parallel.cp=2", "parallel.tp=2", "model.chunk=9", "training.context=54"],
+            "must divide into cp=2 parts of whole chunks of 9, and each into tp=2; try 36 or 72",
+        ),
+        (
+            4,
+            ["parallel.cp=4", "parallel.context=ulysses"],
+            "parallel.cp=4: must divide the 2 key/value heads of a rank for context=ulysses; or take another "
+            "parallel.context: gather or ring; try 1 or 2",
+        ),
+        (
+            4,
+            ["parallel.cp=2", "parallel.tp=2", "parallel.context=ulysses"],
+            "parallel.cp=2: must divide the 1 key/value heads of a rank",
+        ),
+        (2, ["model.chunk=16", "data.align=24"], "data.align=24: must be a multiple of the model's chunk of 16, where"),
+        (2, ["data.align=48"], "training.context=64: must be a multiple of data.align=48, or rows begin elsewhere"),
+        (2, ["data.align=0"], "data.align=0: must be positive"),
+        (2, ["parallel.cp=2", "parallel.context=all"], "parallel.context=all: "),
         (2, ["parallel.tp=0"], "parallel.tp=0: must be positive"),
         (2, ["parallel.dp_shard=all"], "parallel.dp_shard=all: must be a number of ranks; try auto"),
         (2, ["parallel.ep=2", "parallel.dispatch=deepep", "precision=bf16"], "DeepEP is not installed: pip install"),
@@ -80,3 +113,22 @@ def test_auto_fills_the_world(world_size: int, degrees: dict[str, Any], wanted: 
 def test_the_nearest_values_come_in_order() -> None:
     assert nearest([1, 2, 4, 8, 16, 32], 12) == [2, 4, 8, 16]
     assert nearest([1, 2], 7) == [1, 2]
+
+
+@pytest.mark.parametrize("cp, tp, chunk", [(2, 1, 16), (4, 1, 16), (2, 2, 16), (3, 2, 5), (2, 1, None), (1, 4, 16)])
+def test_the_shortest_row_that_fits(cp: int, tp: int, chunk: int | None) -> None:
+    """Against trying every length."""
+    model = load("train", TrainConfig, [f"model.chunk={chunk or 'null'}"]).model
+    layout = ParallelConfig(cp=cp, tp=tp).resolve(cp * tp)
+
+    def legal(length: int) -> bool:
+        try:
+            layout.check_rows(model, length)
+        except ConfigError:
+            return False
+        return True
+
+    for length in range(1, 140):
+        found = layout.fitting(model, length)
+        assert legal(found) and found >= length
+        assert found <= next(n for n in range(length, 1000) if legal(n)) or found == length, (length, found)

@@ -159,3 +159,34 @@ def test_a_phase_begins_with_the_first_rows_of_its_own_order(tmp_path, small_cor
     for step in range(5):
         run.train_step(step)
     assert asked == [(48, 0), (48, 1), (48, 2), (96, 0), (96, 1)]
+
+
+LONGER = (
+    "phases=[{name: long, steps: 6, context: 256, global_batch: 2, micro_batch: 1, weights: {text: 0.2, code: 0.8}, "
+    "rope_theta: 1e6, rope_scaling: {factor: 4, low: 1, high: 2, original_context: 64}, temperature_floor: 64}]"
+)
+
+
+def test_a_run_goes_on_to_longer_rows_and_resumes_there_bit_for_bit(tmp_path, small_corpus, capsys):
+    """From 64 to 256 tokens, with another blend and positions seen otherwise; stopped two steps into the phase."""
+    usual = [*small_corpus, "training.context=64", "training.steps=4", "checkpoint.every=0", "checkpoint.keep=9"]
+    assert main(["train", *TINY, f"run.root={tmp_path}", "run.name=whole", *usual, LONGER]) == 0
+    cut = trainer(tmp_path, "cut", [*usual, f"+{LONGER}"])
+    for step in range(6):
+        cut.train_step(step)
+    cut.save()
+    cut.checkpointer.wait()
+    cut.directory.release()
+    assert main(["train", *TINY, f"run.root={tmp_path}", "run.name=cut", *usual, LONGER]) == 0
+    wanted = exact(tmp_path, "whole")
+    assert [line[0] for line in wanted] == list(range(1, 11))
+    assert exact(tmp_path, "cut") == wanted[6:]
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut")]
+    assert summaries[0]["heldout"] == summaries[1]["heldout"]
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "cut")]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == summaries[0]["heldout_loss"], "positions as at the end"
+    plain = LONGER.partition(", rope_theta")[0] + "}]"
+    assert main(["train", *TINY, f"run.root={tmp_path}", "run.name=plain", *usual, plain]) == 0
+    other = exact(tmp_path, "plain")
+    assert other[:4] == wanted[:4] and other[4] != wanted[4], "control: without the settings the phase begins otherwise"

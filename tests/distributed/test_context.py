@@ -1,0 +1,178 @@
+"""Rows in parts: the division, each way of attending against the whole row, and what travels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.layouts import tiny
+from data.loader import Batch
+from model.attention import attend
+from model.context import SequenceContext
+from parallel import context as module
+from parallel.apply import build
+from parallel.context import PartContext, Share
+from parallel.layout import ContextMethod, ParallelConfig
+from parallel.mesh import Axis, make_meshes
+from parallel.world import connect
+from precision.backend import Compute, PrecisionConfig
+from tests.model.test_pieces import figures, inputs, largest, positions
+from train.certify_rank import ROWS, MadeUpRows
+from train.engine import TorchEngine
+from train.optimizer import OptimizerConfig
+
+CHUNK = 8
+
+
+def division(size: int, chunks: int) -> list[Share]:
+    return [Share(Axis("cp", size, rank), chunks * CHUNK, CHUNK, ContextMethod.gather) for rank in range(size)]
+
+
+def test_heads_in_the_order_of_ranks_and_tails_in_the_reverse():
+    found = [
+        [(run.start // 8, run.stop // 8, run.at) for run in share.runs(share.axis.rank)] for share in division(2, 6)
+    ]
+    assert found == [[(0, 2, 0), (5, 6, 16)], [(2, 4, 0), (4, 5, 16)]]
+    assert [share.columns.tolist() for share in division(2, 2)] == [list(range(8)), list(range(8, 16))]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("each", [1, 2, 3, 4])
+def test_every_position_is_on_one_rank_and_parts_make_up_the_row(size, each):
+    shares = division(size, size * each)
+    assert torch.cat([share.columns for share in shares]).sort().values.tolist() == list(range(size * each * CHUNK))
+    x_BT = torch.arange(2 * size * each * CHUNK).view(2, -1)
+    parts = [share.take(x_BT) for share in shares]
+    assert all(part.shape[1] == each * CHUNK for part in parts)
+    assert torch.equal(shares[0].whole(parts, 1), x_BT)
+    assert all(torch.equal(a, b) for a, b in zip(shares[0].parts(x_BT, 1), parts, strict=True))
+
+
+def test_causal_work_is_even():
+    """Pairs of query and key, in units of a chunk; parts in one piece would be 7 to 1 apart."""
+    work = [int((share.columns + 1).sum()) for share in division(4, 32)]
+    assert max(work) == min(work)
+    alone = [int((share.columns + 1).sum()) for share in division(4, 4)]
+    assert max(alone) > 6 * min(alone), "control"
+
+
+def attended(method: ContextMethod, chunk: int | None, length: int, unit: int, bug: str | None) -> list[Tensor]:
+    """This rank's part of the result and of the gradients."""
+    world = connect()
+    meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
+    share = Share(meshes.cp, length, unit, method)
+    rows = positions(length)
+    context = share.context(rows, world.device)
+    if bug == "another document":
+        rows = rows.clone()
+        rows[:, length // 2 :] += 1003
+        context = share.context(rows, world.device)
+    way = module._KINDS[method](meshes.cp)
+    return figures(lambda q, k, v: way(q, k, v, context, chunk), *(share.take(x) for x in inputs(length)))
+
+
+def wanted(chunk: int | None, length: int) -> list[Tensor]:
+    plan = SequenceContext(positions(length)).plan(chunk)
+    return figures(lambda q, k, v: attend(q, k, v, plan), *inputs(length))
+
+
+CASES = [
+    (2, ContextMethod.gather, None, 48),
+    (2, ContextMethod.ulysses, None, 48),
+    (2, ContextMethod.ring, None, 48),
+    (3, ContextMethod.ring, None, 72),
+    (3, ContextMethod.gather, None, 72),
+    (4, ContextMethod.ring, None, 32),
+    (2, ContextMethod.ring, 64, 48),
+    (2, ContextMethod.gather, 8, 16),
+    (2, ContextMethod.gather, 8, 48),
+    (3, ContextMethod.gather, 8, 72),
+    (3, ContextMethod.gather, 4, 48),
+    (4, ContextMethod.gather, 8, 64),
+]
+
+
+@pytest.mark.parametrize("size, method, chunk, length", CASES)
+def test_parts_of_rows_attend_as_whole_rows(ranks, size, method, chunk, length):
+    """Documents start inside chunks; parts with and without tails, of even and of odd numbers of chunks."""
+    found = ranks(size, attended, method, chunk, length, CHUNK, None)
+    share = Share(Axis("cp", size), length, CHUNK, method)
+    whole = [share.whole([rank[figure] for rank in found], 1) for figure in range(4)]
+    assert largest(whole, wanted(chunk, length)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "method, chunk", [(ContextMethod.gather, None), (ContextMethod.ring, None), (ContextMethod.gather, 8)]
+)
+def test_the_comparison_notices_another_document(ranks, method, chunk):
+    found = ranks(2, attended, method, chunk, 48, CHUNK, "another document")
+    share = Share(Axis("cp", 2), 48, CHUNK, method)
+    whole = [share.whole([rank[figure] for rank in found], 1) for figure in range(4)]
+    assert largest(whole, wanted(chunk, 48)) > 1e-3
+
+
+def travelled(aligned: bool, nope_every: int) -> dict[tuple[str, str], int]:
+    """What a step of a model with chunks of 16 hands to collectives of cp."""
+    world = connect()
+    meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
+    model = tiny(1)
+    layers = [layer for layer in model.blocks if layer.chunk is not None or nope_every]
+    model = type(model)(**{**vars(model), "layer_list": layers, "layers": len(layers)})
+    engine = TorchEngine(build(model, PrecisionConfig(Compute.float32), meshes, world.device, 1), OptimizerConfig())
+    batch = MadeUpRows(model.vocab_size).batch(0, 0, ROWS)
+    if aligned:
+        places = torch.arange(batch.positions_BT.shape[1])
+        documents = torch.where(places < 48, places % 32, places % 3)  # short ones within a chunk at the end
+        batch = Batch(batch.tokens_BT, batch.labels_BT, documents.expand(ROWS, -1), batch.sources_B)
+    meshes.traffic.take()
+    engine.forward_backward(batch, 2)
+    return {key: size for key, size in meshes.traffic.take().items() if key[0] == "cp"}
+
+
+def test_chunked_layers_over_aligned_rows_send_nothing(ranks):
+    assert ranks(2, travelled, True, 0) == [{}, {}]
+    halo = ranks(2, travelled, False, 0)
+    assert all(found[("cp", "halo")] > 0 for found in halo), "control: documents that start inside chunks"
+    only = ranks(2, travelled, True, 4)
+    assert all(set(found) == {("cp", "keys and values")} for found in only), "control: layers that see the whole row"
+
+
+def test_positions_and_temperature_are_those_of_the_whole_row():
+    model = tiny(1)
+    rows = positions(64)
+    whole = SequenceContext(rows)
+    rope, bare = model.blocks[0], model.blocks[-1]
+    assert rope.rope and bare.temperature
+    for rank in range(2):
+        share = module.share(model, 64, Axis("cp", 2, rank), ContextMethod.ring)
+        part = share.context(rows, torch.device("cpu"))
+        assert isinstance(part, PartContext) and share.unit == 16
+        assert torch.equal(part.positions_BT, share.take(rows))
+        for a, b in (
+            (part.rotation(model, rope, torch.float64), whole.rotation(model, rope, torch.float64)),
+            (part.temperature(model, torch.float64), whole.temperature(model, torch.float64)),
+        ):
+            assert torch.equal(a, share.take(b))
+
+
+def compiled(method: ContextMethod) -> list[Any]:
+    """Losses of two batches under torch.compile and without."""
+    world, found = connect(), []
+    for compile in (False, True):
+        config = ParallelConfig(cp=world.size, context=method, compile=compile)
+        meshes = make_meshes(config.resolve(world.size), world)
+        engine = TorchEngine(
+            build(tiny(1), PrecisionConfig(Compute.float32), meshes, world.device, 1), OptimizerConfig()
+        )
+        rows = MadeUpRows(engine.placed.model.config.vocab_size)
+        found.append([engine.forward_backward(rows.batch(step, 0, ROWS), 4).item() for step in range(2)])
+    return found
+
+
+@pytest.mark.slow
+def test_layers_are_compiled_around_it(ranks):
+    for eager, traced in ranks(2, compiled, ContextMethod.ring, timeout_s=600):
+        assert eager == pytest.approx(traced, rel=1e-5)

@@ -1,0 +1,69 @@
+"""Rows of 262,144 tokens on two ranks: the whole path, from a file of text to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from parallel import cost
+from parallel.layout import ContextMethod, ParallelConfig
+from tests.train.tiny import config, trainer
+from train.metrics import peak_memory_bytes
+
+LONG = 1 << 18
+SMALL = [
+    "model.heads=1",
+    "model.kv_heads=1",
+    "model.head_width=16",
+    "model.chunk=8192",
+    "model.temperature_floor=8192",
+    "model.router.top_k=1",
+    f"training.context={LONG}",
+    "training.global_batch=1",
+    "training.micro_batch=1",
+    "training.steps=2",
+    "evaluation.rows=1",
+    "data=files",
+    "data.tokenizer.vocab_size=300",
+    "parallel.cp=2",
+]
+
+
+def write_long_text(path: Path, seed: int) -> Path:
+    """One document of more than `LONG` tokens of two characters each, as byte pairs make them."""
+    chance, words = random.Random(seed), ["the", "model", "reads", "a", "line", "and", "writes", "another", "def"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(" ".join(chance.choice(words) + str(chance.randrange(100)) for _ in range(160_000)))
+    return path
+
+
+def fitted(root: Path, overrides: list[str]) -> tuple[int, float, int]:
+    """Exit code, seconds a step and evaluation take, and this rank's peak memory in bytes."""
+    run, begin = trainer(root, "long", overrides), time.perf_counter()
+    code = run.fit()
+    return code, time.perf_counter() - begin, peak_memory_bytes(run.world.device)
+
+
+@pytest.mark.slow
+def test_a_run_over_a_quarter_of_a_million_tokens(ranks, tmp_path):
+    """One document fills the row. A mask over it would take 64 GiB a layer; what is kept grows with the row alone."""
+    text, held_out = (write_long_text(tmp_path / name / "text.txt", seed) for seed, name in enumerate(("text", "held")))
+    sources = [f"data.sources.text.path={text}", f"+data.sources.text.held_out_path={held_out}"]
+    overrides = [*SMALL, *sources, f"data.cache={tmp_path / 'cache'}", "parallel.context=ring"]
+    found = ranks(2, fitted, tmp_path, overrides, timeout_s=3600)
+    assert [code for code, _, _ in found] == [0, 0]
+    print(
+        f"{found[0][1]:.0f} s for two steps and an evaluation; peak memory {[peak >> 20 for _, _, peak in found]} MiB"
+    )
+    assert all(peak < 8 << 30 for _, _, peak in found)
+    lines = [json.loads(line) for line in (tmp_path / "long" / "metrics.jsonl").read_text().splitlines()]
+    first, second = (line for line in lines if "loss" in line)
+    assert second["tokens"] == 2 * LONG and second["loss"] < first["loss"] < 7
+    run = config(tmp_path, "long", *overrides)
+    layout = ParallelConfig(cp=2, context=ContextMethod.ring).resolve(2)
+    wanted = cost.step_traffic(run.model, run.precision, layout, cost.Batch(1, 1, LONG, aligned=True))
+    assert second["collective_bytes"] == {f"{axis}/{why}": size // 2 for (axis, why), size in wanted.items()}
