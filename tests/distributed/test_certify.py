@@ -6,21 +6,18 @@ computes stays right.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from core.config import load
 from core.errors import ConfigError
 from parallel.layout import ParallelConfig
 from parallel.shards import Block
+from tests.distributed.bugs import MESHES, planted
 from train import certificates, certify_rank
 from train.certify import (
     Case,
@@ -36,8 +33,6 @@ from train.certify import (
     trials,
 )
 from train.certify_rank import Figures
-
-Plant = Callable[[Any, str, Any], None]
 
 
 def config(*overrides: str) -> CertifyConfig:
@@ -60,250 +55,6 @@ def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, Case])
         return certify_rank.measure_all(parallel, cases)
 
 
-@contextmanager
-def planted(bug: str | None) -> Iterator[None]:
-    undo: list[tuple[Any, str, Any]] = []
-
-    def plant(owner: Any, attribute: str, value: Any) -> None:
-        undo.append((owner, attribute, getattr(owner, attribute)))
-        setattr(owner, attribute, value)
-
-    if bug is not None:
-        BUGS[bug](plant)
-    try:
-        yield
-    finally:
-        for owner, attribute, value in reversed(undo):
-            setattr(owner, attribute, value)
-
-
-def missing_reduction(plant: Plant) -> None:
-    """The backward of the sequence gather keeps the local part instead of summing the ranks'."""
-    from parallel import collectives
-
-    def keep(partial: torch.Tensor, axis: Any, dim: int, purpose: str) -> torch.Tensor:
-        return partial.chunk(axis.size, dim)[axis.rank].contiguous()
-
-    class Local(collectives._Gather):
-        @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-            return keep(grads[0], *ctx.arguments), None, None, None
-
-    plant(collectives, "_Gather", Local)
-
-
-def doubled_divide(plant: Plant) -> None:
-    from parallel import fsdp
-
-    plant(fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
-    plant(fsdp.FSDPModule, "set_force_sum_reduction_for_comms", lambda self, on: None)
-
-
-def experts_left_out_of_the_norm(plant: Plant) -> None:
-    """Only the first group of experts is counted, as in a norm summed over data parallel ranks alone."""
-    from train import engine
-
-    honest = engine.gradient_norm
-
-    @dataclass
-    class Counted:
-        is_owner: bool
-
-    def norm(model: Any, specs: Any, meshes: Any) -> Any:
-        later = {name for name, spec in specs.items() if any(s.axis.name == "ep" and s.axis.rank for s in spec.splits)}
-        return honest(model, {n: Counted(spec.is_owner and n not in later) for n, spec in specs.items()}, meshes)
-
-    plant(engine, "gradient_norm", norm)
-
-
-def balancing_term_dropped(plant: Plant) -> None:
-    """With the sequence cut, each rank balances its own part of a row."""
-    from parallel import apply
-
-    plant(apply, "_count_whole_rows", lambda model, meshes: None)
-
-
-def bias_from_local_counts(plant: Plant) -> None:
-    from parallel.mesh import Axis
-
-    honest = Axis.sum
-
-    def local_only(self: Axis, tensor: torch.Tensor, purpose: str) -> None:
-        if not (self.name == "world" and purpose == "balance" and tensor.dtype is torch.int64):
-            honest(self, tensor, purpose)
-
-    plant(Axis, "sum", local_only)
-
-
-def expert_gradients_over_the_wrong_group(plant: Plant) -> None:
-    """Averaged over the ranks that hold different experts."""
-    from parallel.shards import local
-    from train import engine
-
-    honest = engine.sum_copies
-
-    def mix(model: Any, specs: Any) -> None:
-        honest(model, specs)
-        for name, parameter in model.named_parameters():
-            if specs[name].info.role.is_expert:
-                for split in specs[name].splits:
-                    if split.axis.name == "ep":
-                        group = MESHES[-1].experts
-                        gradient = local(parameter.grad)
-                        dist.all_reduce(gradient, group=group.group)
-                        gradient /= group.size
-
-    honest_meshes = certify_rank.make_meshes
-
-    def remember(*arguments: Any) -> Any:
-        MESHES.append(honest_meshes(*arguments))
-        return MESHES[-1]
-
-    plant(certify_rank, "make_meshes", remember)
-    plant(engine, "sum_copies", mix)
-
-
-def gains_not_reduced(plant: Plant) -> None:
-    from train import engine
-
-    plant(engine, "sum_copies", lambda model, specs: None)
-
-
-def no_gradient_without_tokens(plant: Plant) -> None:
-    """A rank none of whose experts got a token has no gradient for them."""
-    from parallel.shards import local
-    from train import engine
-
-    honest = engine.sum_copies
-
-    def drop(model: Any, specs: Any) -> None:
-        honest(model, specs)
-        for name, parameter in model.named_parameters():
-            spec = specs[name]
-            cut = any(split.axis.name == "ep" for split in spec.splits)
-            if cut and spec.info.role.is_expert and not local(parameter.grad).any():
-                parameter.grad = None
-
-    plant(engine, "sum_copies", drop)
-
-
-def gains_not_reduced_beside_experts(plant: Plant) -> None:
-    """Right under each axis alone: only a model that is cut both ways skips the sum."""
-    from train import engine
-
-    honest = engine.sum_copies
-
-    def skip(model: Any, specs: Any) -> None:
-        if not any(split.axis.name == "ep" for spec in specs.values() for split in spec.splits):
-            honest(model, specs)
-
-    plant(engine, "sum_copies", skip)
-
-
-def moments_lost_on_the_way(plant: Plant) -> None:
-    """A resumed run begins with new second moments of the experts."""
-    honest = certify_rank.Checkpointer.restore
-
-    def forget(self: Any, model: Any, optimizer: Any, specs: Any) -> Any:
-        progress = honest(self, model, optimizer, specs)
-        for name, parameter in model.named_parameters():
-            if specs[name].info.role.is_expert:
-                optimizer.state[parameter]["exp_avg_sq"].zero_()
-        return progress
-
-    plant(certify_rank.Checkpointer, "restore", forget)
-
-
-def evaluation_of_one_rank(plant: Plant) -> None:
-    from train import evaluate
-
-    honest = evaluate.held_out_loss
-
-    def doubled(*arguments: Any) -> Any:
-        found = honest(*arguments)
-        return dataclasses.replace(found, loss=found.loss * (1 + 1e-6))
-
-    plant(certify_rank, "held_out_loss", doubled)
-
-
-def shards_made_orthogonal(plant: Plant) -> None:
-    """Each part of a matrix by itself, on the rank that keeps it."""
-    from train import optimizer
-
-    honest = optimizer.rounds
-    plant(optimizer, "rounds", lambda *arguments: [dataclasses.replace(r, stages=()) for r in honest(*arguments)])
-
-
-def positions_not_restarted(plant: Plant) -> None:
-    """Parts of rows take their places in the row for places in documents."""
-    from parallel.context import Share
-
-    honest = Share.context
-
-    def whole_rows(self: Any, positions_BT: torch.Tensor, *arguments: Any) -> Any:
-        if self.axis.size > 1:
-            positions_BT = torch.arange(positions_BT.shape[1]).expand(positions_BT.shape)
-        return honest(self, positions_BT, *arguments)
-
-    plant(Share, "context", whole_rows)
-
-
-def halo_off_by_one(plant: Plant) -> None:
-    from parallel.context import _Attend
-
-    honest = _Attend._before
-    plant(_Attend, "_before", lambda self, kv, heads: honest(self, kv, heads).roll(1, dims=3))
-
-
-def loss_divided_by_cp(plant: Plant) -> None:
-    from train import engine
-
-    honest, honest_meshes = engine.summed_loss, certify_rank.make_meshes
-
-    def remember(*arguments: Any) -> Any:
-        MESHES.append(honest_meshes(*arguments))
-        return MESHES[-1]
-
-    plant(certify_rank, "make_meshes", remember)
-    plant(engine, "summed_loss", lambda *arguments: honest(*arguments) / MESHES[-1].cp.size)
-
-
-def last_keys_of_the_ring_dropped(plant: Plant) -> None:
-    """One hop too few."""
-    from parallel.context import PartContext, PartPlan
-
-    honest = PartContext._global
-
-    def short(self: Any, rows: Any) -> Any:
-        plan = honest(self, rows)
-        assert isinstance(plan, PartPlan)
-        return dataclasses.replace(plan, rounds=(*plan.rounds[:-1], []))
-
-    plant(PartContext, "_global", short)
-
-
-MESHES: list[Any] = []
-BUGS: dict[str, Callable[[Plant], None]] = {
-    function.__name__: function
-    for function in (
-        missing_reduction,
-        doubled_divide,
-        experts_left_out_of_the_norm,
-        balancing_term_dropped,
-        bias_from_local_counts,
-        expert_gradients_over_the_wrong_group,
-        gains_not_reduced,
-        no_gradient_without_tokens,
-        gains_not_reduced_beside_experts,
-        moments_lost_on_the_way,
-        evaluation_of_one_rank,
-        shards_made_orthogonal,
-        positions_not_restarted,
-        halo_off_by_one,
-        loss_divided_by_cp,
-        last_keys_of_the_ring_dropped,
-    )
-}
 BLAMED = {
     "missing_reduction": (["tp"], "gradients"),
     "doubled_divide": (["dp_shard"], "gradients"),
@@ -320,9 +71,17 @@ BLAMED = {
     "halo_off_by_one": (["cp"], "gradients"),
     "loss_divided_by_cp": (["cp"], "loss"),
     "last_keys_of_the_ring_dropped": (["cp"], "gradients"),
+    "balancing_term_dropped_in_a_stage": (["pp"], "aux loss alone: gradients"),
+    "norm_of_each_stage": (["pp"], "gradient norm"),
+    "tied_gradient_lost_between_stages": (["pp"], "embedding.weight"),
+    "micro_batches_mixed_up": (["pp"], "gradients"),
+    "weights_put_off_for_ever": (["pp"], "has no gradient"),
+    "routers_saved_by_one_stage": (["pp"], "is missing in the checkpoint"),
 }
 FEW_RANKS = ["ranks=2", "steps=2", "parallel.dp_shard=1", "parallel.tp=2", "parallel.ep=2"]
 OVERRIDES = ["ranks=4", "steps=2", "parallel.tp=2", "parallel.ep=2"]
+IN_STAGES = ["ranks=4", "steps=2", "parallel.pp=2", "parallel.schedule=zbv"]
+TIED = ["ranks=4", "steps=2", "parallel.pp=2", "model.tie_embeddings=true"]
 IN_PARTS = ["ranks=4", "steps=2", "parallel.cp=2", "parallel.context=ring"]
 COMPARED = {
     **dict.fromkeys(["sgd", "adamw", "aux loss alone", "z loss alone", "experts without tokens"], 10),
@@ -382,7 +141,8 @@ SLOW = ("gains_not_reduced_beside_experts", "moments_lost_on_the_way", "evaluati
 @pytest.mark.parametrize("bug", [pytest.param(b, marks=pytest.mark.slow) if b in SLOW else b for b in BLAMED])
 def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
     axes, what = BLAMED[bug]
-    overrides = {"tp ep": FEW_RANKS, "cp": IN_PARTS}.get(" ".join(axes), OVERRIDES)
+    overrides = {"tp ep": FEW_RANKS, "cp": IN_PARTS, "pp": IN_STAGES}.get(" ".join(axes), OVERRIDES)
+    overrides = TIED if bug.startswith("tied") else overrides
     found = outcomes(ranks, bug, overrides)
     content = certificate(config(*overrides), found, {})
     assert content["pass"] is False

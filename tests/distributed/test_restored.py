@@ -37,19 +37,29 @@ def looked_at(directory: Path) -> tuple[dict[str, int], list[int], float]:
     return found.placed.meshes.layout.axes, list(tokens), losses.loss
 
 
-@pytest.mark.parametrize("layout", [["parallel.tp=2", "parallel.ep=2"], ["parallel.etp=2"]], ids=["tp-ep", "etp"])
-def test_generation_and_evaluation_do_not_depend_on_the_layout(ranks, small_corpus, tmp_path, layout):
-    ranks(2, trained, tmp_path, [*small_corpus, *EXACT, *layout])
+LAYOUTS = {
+    "tp-ep": (2, {"tp": 2, "ep": 2}),
+    "etp": (2, {"etp": 2}),
+    "pp": (2, {"pp": 2}),
+    "pp-v": (2, {"pp": 2, "schedule": "zbv"}),
+    "cp": (2, {"cp": 2}),
+    "pp-cp": (4, {"pp": 2, "cp": 2}),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "pp-cp" else n for n in LAYOUTS])
+def test_generation_and_evaluation_do_not_depend_on_the_layout(ranks, small_corpus, tmp_path, name):
+    count, degrees = LAYOUTS[name]
+    small = ["training.micro_batch=1", "training.global_batch=8", "training.context=32"]
+    overrides = [f"parallel.{key}={value}" for key, value in degrees.items()]
+    ranks(count, trained, tmp_path, [*small_corpus, *EXACT, *small, *overrides])
     alone = ranks(1, looked_at, tmp_path / "run")[0]
-    both = ranks(2, looked_at, tmp_path / "run")
-    assert alone[0] == {} and both[0][0] == ParallelConfig(**dict(_degrees(layout))).resolve(2).axes
-    for _, tokens, loss in both:
+    together = ranks(count, looked_at, tmp_path / "run")
+    wanted = {axis: degree for axis, degree in degrees.items() if axis != "schedule"}
+    for axes, tokens, loss in together:
+        assert wanted.items() <= axes.items() and alone[0] == {}
         assert tokens == alone[1] and len(tokens) == 7
         assert loss == pytest.approx(alone[2], rel=1e-9)
-
-
-def _degrees(layout: list[str]) -> list[tuple[str, int]]:
-    return [(key.removeprefix("parallel."), int(value)) for key, value in (item.split("=") for item in layout)]
 
 
 def claims_differ(odd: int) -> str:
