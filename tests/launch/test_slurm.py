@@ -16,7 +16,7 @@ from launch.cli import main
 from launch.node import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
 from launch.requeue import AGAIN, Decision, Tries, bad_nodes, commands, decide
 from launch.settings import LaunchConfig, SlurmConfig, check_interval, seconds
-from launch.slurm import Job, render
+from launch.slurm import SILENT, UNKNOWN, Job, Told, ask, follow, load_job, render, understand
 from train.config import TrainConfig
 
 SCRIPT = """#!/bin/bash
@@ -135,6 +135,10 @@ def test_launches_that_cannot_work_are_one_line(capsys, monkeypatch, tmp_path, o
     assert not list(tmp_path.iterdir())
 
 
+ARRAY = """JobId=17 ArrayJobId=17 ArrayTaskId=1-3%2 JobName=x JobState=PENDING Reason=JobArrayTaskLimit
+JobId=18 ArrayJobId=17 ArrayTaskId=0 JobName=x JobState=RUNNING Reason=None"""
+
+
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
     """Stand-ins for SLURM's commands, each a shell script of one line."""
@@ -148,7 +152,9 @@ def stand_ins(tmp_path, monkeypatch):
             (folder / name).write_text(f"#!/bin/sh\n{line}\n")
             (folder / name).chmod(0o755)
 
-    put(sbatch="echo 17", sinfo="printf 'main\\ngpu\\n'", scontrol="echo JobId=17 JobState=RUNNING Reason=None")
+    put(
+        sbatch="echo 17", sinfo="printf 'main\\ngpu\\n'", scontrol=f"cat <<'X'\n{ARRAY}\nX\necho $4 >> {tmp_path}/asked"
+    )
     return put
 
 
@@ -157,6 +163,7 @@ SUBMIT = ["train", "run.name=x", "launch=slurm", "launch.processes=1", "launch.s
 
 def test_a_job_keeps_what_was_submitted(stand_ins, tmp_path, capsys):
     assert main([*SUBMIT, "optimizer.lr=1e-3,2e-3"]) == 0
+    assert not (tmp_path / "asked").exists()
     assert "job 17: " in capsys.readouterr().out
     stored = json.loads((tmp_path / "jobs" / "x" / "job.json").read_text())
     assert stored["number"] == "17" and [Path(run).name for run in stored["runs"]] == ["x-0", "x-1"]
@@ -165,8 +172,57 @@ def test_a_job_keeps_what_was_submitted(stand_ins, tmp_path, capsys):
     assert main(["jobs"]) == 0
     assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:]] == [
         ["17_0", "x-0", "RUNNING"],
-        ["17_1", "x-1", "RUNNING"],
+        ["17_1", "x-1", "PENDING"],
     ]
+    assert (tmp_path / "asked").read_text().split() == ["17"], "one question for all runs of a job"
+
+
+def test_a_followed_job_is_one_question_a_look(stand_ins, tmp_path, capsys):
+    """Four looks at two runs: both wait, one runs, one is done, SLURM has forgotten both."""
+    assert main([*SUBMIT, "optimizer.lr=1e-3,2e-3"]) == 0
+    job, shown = load_job(tmp_path / "jobs" / "x"), []
+    job.log(1).write_text("step 1\n")
+    answers = [
+        "JobId=17 ArrayTaskId=0-1 JobState=PENDING Reason=Resources",
+        "JobId=17 ArrayTaskId=1 JobState=PENDING Reason=None\nJobId=18 ArrayTaskId=0 JobState=RUNNING Reason=None",
+        "JobId=17 ArrayTaskId=1 JobState=RUNNING Reason=None\nJobId=18 ArrayTaskId=0 JobState=COMPLETED Reason=None",
+        "JobId=17 ArrayTaskId=1 JobState=FAILED Reason=NonZeroExitCode",
+    ]
+    for number, answer in enumerate(answers):
+        (tmp_path / f"answer-{number}").write_text(answer + "\n")
+    asked = tmp_path / "asked"
+    stand_ins(scontrol=f"echo $4 >> {asked}\ncat {tmp_path}/answer-$(($(wc -l < {asked}) - 1))")
+    assert follow(job, shown.append, poll_s=0.0) == 1
+    assert asked.read_text().split() == ["17"] * 4
+    assert shown == [
+        "[17_0] PENDING (Resources)",
+        "[17_1] step 1",
+        "[17_1] PENDING (Resources)",
+        "[17_0] RUNNING",
+        "[17_0] COMPLETED",
+        "[17_1] RUNNING",
+        "[17_0] UNKNOWN",
+        "[17_1] FAILED",
+        f"[17_0] left no log in {job.folder}: is it on a file system that the nodes share?",
+    ]
+
+
+@pytest.mark.parametrize(
+    "tasks, wanted",
+    [("0-4", "AAAAA"), ("1,3-4%2", "-A-AA"), ("0-4:2", "A-A-A"), ("3", "---A-"), ("7", "-----"), ("...", "-----")],
+)
+def test_lines_of_an_array_are_understood(tasks, wanted):
+    told = understand(f"JobId=1 ArrayTaskId={tasks} JobState=A", 5)
+    assert "".join("-" if one.state == UNKNOWN else one.state for one in told) == wanted
+    assert [one.state for one in understand("JobId=1 JobState=A", 1)] == ["A"] and understand("", 1) == [Told(UNKNOWN)]
+
+
+def test_a_slurm_that_does_not_answer_is_silent_and_one_that_forgot_is_not(stand_ins):
+    job = Job(Path("/jobs/x"), "17", [Path("/runs/x")])
+    stand_ins(scontrol="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert ask(job) == [Told(SILENT)]
+    stand_ins(scontrol="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert ask(job) == [Told(UNKNOWN)]
 
 
 REJECTS = "[ $1 = --version ] || { echo 'sbatch: error: submission failed: Invalid account' >&2; exit 1; }"
