@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from core.config import build, expand, load
 from core.errors import ConfigError
+from launch import requeue
 from launch.cli import main
 from launch.node import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
-from launch.requeue import AGAIN, Decision, Tries, bad_nodes, commands, decide
+from launch.requeue import AGAIN, Decision, Tries, bad_nodes, commands, decide, slow_nodes
 from launch.settings import LaunchConfig, SlurmConfig, check_interval, seconds
 from launch.slurm import SILENT, UNKNOWN, Job, Told, ask, follow, load_job, render, understand
 from train.config import TrainConfig
@@ -305,16 +308,89 @@ def test_a_job_that_gets_nowhere_ends():
 
 
 def test_what_slurm_is_asked_to_queue_a_job_again():
-    plain, stopped = Decision(AGAIN, ""), Decision(AGAIN, "", if_running=True)
-    assert commands("17_2", plain, ["n1", "n2"]).splitlines() == [
+    plain, stopped, script = Decision(AGAIN, ""), Decision(AGAIN, "", if_running=True), Path("/jobs/x/job.sh")
+    assert commands("17_2", plain, [], script).splitlines() == [
         "trap '' TERM",
         "scontrol requeue 17_2 || exit 1",
         "scontrol update JobId=17_2 StartTime=now",
-        "scontrol update JobId=17_2 ExcNodeList=n1,n2",
     ]
-    assert commands("17", Decision(AGAIN, "", cancel=True), []).splitlines()[1:] == ["scancel 17", "exit 130"]
-    asked = commands("17", stopped, []).splitlines()
+    assert commands("17", Decision(AGAIN, "", cancel=True), [["n1"]], script).splitlines()[1:] == [
+        "scancel 17",
+        "exit 130",
+    ]
+    asked = commands("17", stopped, [], script).splitlines()
     assert asked[1] == "scontrol show job -o 17 | grep -q JobState=RUNNING || exit 130" and len(asked) == 4
+
+
+WISHES = [["n1", "n2", "n3"], ["n1", "n2"]]
+
+
+@pytest.mark.parametrize(
+    "possible, left_out, told",
+    [
+        ("n1,n2,n3 n1,n2", "n1,n2,n3", ["leviathan: left out from now on: n1,n2,n3"]),
+        (
+            "n1,n2",
+            "n1,n2",
+            [
+                "leviathan: not all left out of n1,n2,n3: SLURM says, too few",
+                "leviathan: left out from now on: n1,n2",
+            ],
+        ),
+        ("", None, ["leviathan: not all left out of n1,n2,n3: SLURM says, too few"]),
+    ],
+    ids=["all", "without the slow", "none"],
+)
+def test_nodes_are_left_out_only_where_enough_stay(stand_ins, tmp_path, possible, left_out, told):
+    """The slow n3 is given up before n1 and n2, which are wrong."""
+    stand_ins(
+        sbatch=f'for list in {possible}; do [ "$2" != --exclude=$list ] || exit 0; done; echo too few >&2; exit 1',
+        scontrol=f'echo "$@" >> {tmp_path}/asked',
+    )
+    lines = commands("17", Decision(AGAIN, ""), WISHES, tmp_path / "job.sh")
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True)
+    assert done.stdout.splitlines() == told and not done.stderr
+    wanted = ["requeue 17", "update JobId=17 StartTime=now"]
+    wanted += [f"update JobId=17 ExcNodeList={left_out}"] if left_out else []
+    assert (tmp_path / "asked").read_text().splitlines() == wanted
+
+
+def test_what_is_wished_to_be_left_out():
+    now = Tries(40, 0, ("n1",), ("n2",)).after(60, ("n2", "n4"), ("n3", "n1"))
+    assert (now.excluded, now.slow) == (("n1", "n2", "n4"), ("n3",)), "a wrong node is not only slow"
+    assert now.wishes(["n0"]) == [["n0", "n1", "n2", "n3", "n4"], ["n0", "n1", "n2", "n4"]]
+    assert Tries().wishes(["n0"]) == [] and Tries(excluded=("n0",)).wishes(["n0"]) == []
+    assert Tries(excluded=("n1",)).wishes([]) == [["n1"]] == Tries(slow=("n1",)).wishes([])
+
+
+def test_slow_nodes_are_those_that_are_slow_at_the_end_of_this_try(tmp_path):
+    path = tmp_path / "slow.jsonl"
+    assert slow_nodes(path, 0.0) == ()
+    for when, hosts in ((10.0, ["n1"]), (20.0, ["n2", "n3"]), (30.0, [])):
+        with open(path, "a") as file:
+            file.write(json.dumps({"time": when, "step": 1, "hosts": hosts}) + "\n")
+        assert slow_nodes(path, 5.0) == tuple(hosts), "who has recovered is not slow"
+        assert slow_nodes(path, 15.0) == (tuple(hosts) if when > 15 else ()), "an earlier try's do not count"
+
+
+@pytest.mark.parametrize("code, wished", [(WARNED, ["n2"]), (3, ["n2", "n3"]), (0, None)])
+def test_a_job_that_is_queued_again_leaves_out_who_was_slow(stand_ins, tmp_path, monkeypatch, capsys, code, wished):
+    """Slow nodes at every end, those that hung only where the try failed: warned, it has outlived them."""
+    assert main(SUBMIT) == 0
+    logs = tmp_path / "runs" / "x" / "logs"
+    logs.mkdir(parents=True)
+    later = time.time() + 1
+    (logs / "slow.jsonl").write_text(json.dumps({"time": later, "step": 9, "hosts": ["n2"]}) + "\n")
+    (logs / "hangs.jsonl").write_text(json.dumps({"time": later, "hosts": ["n3"]}) + "\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    again = tmp_path / "jobs" / "x" / "again-0.sh"
+    assert requeue.main([str(tmp_path / "jobs" / "x"), str(code)]) == (0 if code == 0 else AGAIN)
+    assert again.exists() == bool(code)
+    if code:
+        assert f"for nodes in {','.join(wished)} " in again.read_text()
+        assert "leviathan: steadily slow in this try: n2" in capsys.readouterr().out
+        stored = json.loads((tmp_path / "jobs" / "x" / "requeue-0.json").read_text())
+        assert stored["slow"] == ["n2"] and stored["excluded"] == ([] if code == WARNED else ["n3"])
 
 
 def test_bad_nodes_are_those_of_this_try(tmp_path):
