@@ -103,8 +103,9 @@ def commands(job: str, decision: Decision, wishes: list[list[str]], script: Path
         lines.append(f"scontrol show job -o {job} | grep -q JobState=RUNNING || exit {CANCELLED}")
     if wishes:
         best, *others = (shlex.quote(",".join(nodes)) for nodes in wishes)
+        test = f'sbatch --test-only --exclude="$1" {shlex.quote(str(script))}'
         lines += [
-            f'fits() {{ answer=$(sbatch --test-only --exclude="$1" {shlex.quote(str(script))} 2>&1) || ! said=$answer; }}',
+            f"fits() {{ answer=$({test} 2>&1) || ! said=$answer; }}",
             f'for nodes in {" ".join([best, *others])} \'\'; do [ -z "$nodes" ] || fits "$nodes" && break; done',
             f'[ "$nodes" = {best} ] || echo "leviathan: not all left out of "{best}": SLURM says, $said"',
             '[ -z "$nodes" ] || echo "leviathan: left out from now on: $nodes"',

@@ -8,19 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from core.config import build, expand, load
 from core.errors import ConfigError
-from launch import requeue
+from launch import agent, node, requeue
 from launch.cli import main
 from launch.node import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
 from launch.requeue import AGAIN, Decision, Tries, bad_nodes, commands, decide, slow_nodes
 from launch.settings import LaunchConfig, SlurmConfig, check_interval, seconds
 from launch.slurm import SILENT, UNKNOWN, Job, Told, ask, follow, load_job, render, understand
 from train.config import TrainConfig
+from train.run_directory import write_config
 
 SCRIPT = """#!/bin/bash
 # Rendered by `leviathan train launch=slurm`; the configuration is in /jobs/big.
@@ -122,6 +124,11 @@ LAUNCH = {
     "launch=torchrun launch.nodes=2 launch.node_rank=2": "launch.node_rank=2: each node's command needs a number",
     "launch=torchrun launch.nodes=2 launch.node_rank=1": "launch.rendezvous: several nodes meet at a port of node 0",
     "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous=node0": "launch.rendezvous=node0: must be",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous='::1:29500'": (
+        "launch.rendezvous=::1:29500: the address of IPv6 goes in brackets: [ADDRESS]:PORT; try [::1]:29500"
+    ),
+    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous='[]:1'": "launch.rendezvous=[]:1: must be",
+    "launch=slurm launch.processes=1 launch.nodes=3 parallel.tp=2": "parallel.tp=2: tp = 2 must divide the world's 3",
     "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.processes=1 launch.rendezvous=a:1": "run.name: several",
     "launch=torchrun launch.node_rank=0": "launch.node_rank=0: one node needs none; add launch.nodes=2",
     "launch=torchrun launch.restarts=-1": "launch.restarts=-1: must not be negative",
@@ -267,6 +274,44 @@ def test_a_checkpoint_interval_longer_than_the_time_limit_is_refused():
     check_interval(config, slurm, None)
     with pytest.raises(ConfigError, match=r"checkpoint\.every=100: 600 s at the 6\.00 s per step .*; try 90"):
         check_interval(config, slurm, 6.0)
+
+
+@pytest.mark.parametrize("every, refused", [(100, True), (2, False)])
+def test_a_run_that_has_been_seen_to_be_slow_is_refused_a_short_time(stand_ins, tmp_path, capsys, every, refused):
+    """At 4,096 tokens a step and 512 a second, 100 steps take 800 s."""
+    overrides = ["run.name=x", f"checkpoint.every={every}", "training.global_batch=16", "training.context=256"]
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    write_config(run / "config.yaml", load("train", TrainConfig, overrides))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 5.0, "tokens_per_second": 512.0}) + "\n")
+    code = main([*SUBMIT, *overrides, "launch.slurm.time=10"])
+    told = capsys.readouterr().err.strip().splitlines()
+    assert code == (2 if refused else 0) and len(told) == refused, told
+    if refused:
+        assert (
+            "checkpoint.every=100: 800 s at the 8.00 s per step seen so far, longer than launch.slurm.time=10"
+            in told[0]
+        )
+
+
+@pytest.mark.parametrize("given, where, code, lines", [(3, 0, FINAL + 2, 1), (3, 1, FINAL + 2, 0), (2, 0, 0, 0)])
+def test_a_job_that_got_other_nodes_than_its_layout_has_ends(tmp_path, monkeypatch, capsys, given, where, code, lines):
+    """One message, from the first node; with the right number the node's ranks are started."""
+    launch = {"kind": "slurm", "nodes": 2, "processes": 1}
+    write_config(tmp_path / "config-0.yaml", replace(load("train", TrainConfig, ["run.name=x"]), launch=launch))
+    job = {"SLURM_JOB_ID": 17, "SLURM_JOB_NUM_NODES": given, "SLURM_NODEID": where, "SLURM_LAUNCH_NODE_IPADDR": "::1"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, str(value))
+    started = []
+    monkeypatch.setattr(agent, "run", lambda node: started.append(node) or 0)
+    handler = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert node.main(["train", str(tmp_path)]) == code
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == lines and all("launch.nodes=2: SLURM has given the job 3: " in line for line in told), told
+    assert [one.nodes for one in started] == ([] if code else [2])
 
 
 BEFORE = Tries(40, 2, ("n7",))
