@@ -125,6 +125,7 @@ class _Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: Path, shows_output: bool) -> None:
         self.logs = logs
         self._alone_since: float | None = None
+        self._asked = 0.0
         output = RankLogs(logs, shows_output)
         super().__init__(
             spec,
@@ -166,12 +167,13 @@ class _Agent(LocalElasticAgent):
             store.set(GIVEN_UP, "")
 
     def _is_alone(self, worker_group: WorkerGroup) -> bool:
-        """Whether a node of this round has given up, some time ago."""
-        store: Any = worker_group.store
-        with suppress(dist.DistError, RuntimeError):  # told by the rendezvous, which asks the same store
-            if self._alone_since is None and store.check([GIVEN_UP]):
-                self._alone_since = time.monotonic()
-        return self._alone_since is not None and time.monotonic() - self._alone_since > ALONE_S
+        """Whether a node of this round has given up, some time ago. All nodes ask one store: each once a second."""
+        store, now = worker_group.store, time.monotonic()
+        if self._alone_since is None and now - self._asked > 1.0:
+            self._asked = now
+            with suppress(dist.DistError, RuntimeError):  # told by the rendezvous, which asks the same store
+                self._alone_since = now if store is not None and store.check([GIVEN_UP]) else None
+        return self._alone_since is not None and now - self._alone_since > ALONE_S
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         super()._shutdown(signal.SIGTERM, KILL_AFTER_S)

@@ -46,7 +46,7 @@ class Stragglers:
         """Add the seconds that this rank has spent on making batches; a reading begins anew."""
         self._slow: dict[tuple[int, int], int] = {}
         self._hosts: list[Any] = []
-        self._noted: list[str] = []
+        self._noted: list[str] | None = None
         size = 2048 if world.device.type == "cuda" else 192
         self._a, self._b = (torch.ones(size, size, device=world.device) for _ in range(2))
 
@@ -67,10 +67,10 @@ class Stragglers:
 
     def note(self, slow: list[SlowRank], step: int, path: Path) -> None:
         """Append to `path` where the slow hosts are others than at the last call: its last line says which they are.
-        For whoever starts the ranks again, maybe elsewhere.
+        For whoever starts the ranks again, maybe elsewhere. What those before us have noted does not stay for ever.
         """
         hosts = sorted({one.host for one in slow})
-        if hosts != self._noted:
+        if hosts != self._noted and (hosts or path.exists()):
             self._noted = hosts
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a") as file:

@@ -60,6 +60,11 @@ def test_only_a_change_of_the_slow_hosts_is_noted(tmp_path):
         stragglers.note(slow, step, path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["hosts"]) for line in lines] == [(1, ["n2"]), (3, [])]
+    for step, slow in ((5, [one]), (6, [one])):
+        stragglers.note(slow, step, path)
+    Stragglers(trainer_world()).note([], 4, path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["hosts"]) for line in lines[2:]] == [(5, ["n2"]), (4, [])], "started again, all is well"
 
 
 def trainer_world():
