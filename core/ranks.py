@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 INTERRUPTED = 130
 """After a signal, with everything saved."""
 
@@ -13,6 +15,11 @@ HUNG = 4
 
 ATTEMPT = "LEVIATHAN_ATTEMPT"
 """Environment: the word of this attempt, the same on every rank; keys in the store begin with it."""
+
+
+def host_name() -> str:
+    """This machine, as SLURM calls it where SLURM has started us."""
+    return os.environ.get("SLURMD_NODENAME", os.uname().nodename)
 
 
 class RankFailure(AssertionError):

@@ -8,6 +8,7 @@ one left in the store, on any number of nodes.
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import logging
 import os
 import signal
@@ -17,11 +18,13 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException, Std
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
@@ -36,7 +39,10 @@ PATIENCE_S = 600  # for ranks that save after a signal
 KILL_AFTER_S = 20  # for ranks whose neighbour has crashed: there is nothing to save
 JOIN_S = 600
 END_TOGETHER_S = 60  # for the other nodes, when this one's ranks are done
+ALONE_S = 10  # for ranks to notice by themselves that another node has given up: stopped ones never do
+GIVEN_UP = "given up"
 _SIOCGIFADDR = 0x8915
+_IPV6 = Path("/proc/net/if_inet6")
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
@@ -118,6 +124,8 @@ def run(node: Node) -> int:
 class _Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: Path, shows_output: bool) -> None:
         self.logs = logs
+        self._alone_since: float | None = None
+        self._asked = 0.0
         output = RankLogs(logs, shows_output)
         super().__init__(
             spec,
@@ -138,20 +146,43 @@ class _Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
-            if any(_is_final(failure.exitcode) for failure in result.failures.values()):
+            if final := any(_is_final(failure.exitcode) for failure in result.failures.values()):
                 self._remaining_restarts = 0
             lines = list(told(result, self.logs))
             if self._remaining_restarts:
                 lines.append(f"leviathan: starting again; restarts left: {self._remaining_restarts}")
+            elif not final:  # or the others' ranks, too, say the same, and may still be saving
+                self._tell_the_others(worker_group)
             for line in lines:
                 print(line, file=sys.stderr, flush=True)
+        elif result.state is WorkerState.HEALTHY and self._is_alone(worker_group):
+            print("leviathan: another node has given up; this one's ranks are ended", file=sys.stderr, flush=True)
+            self._remaining_restarts = 0
+            return RunResult(WorkerState.FAILED)
         return result
+
+    def _tell_the_others(self, worker_group: WorkerGroup) -> None:
+        store: Any = worker_group.store
+        with suppress(dist.DistError, RuntimeError):  # it went with its node, and the others notice that
+            store.set(GIVEN_UP, "")
+
+    def _is_alone(self, worker_group: WorkerGroup) -> bool:
+        """Whether a node of this round has given up, some time ago. All nodes ask one store: each once a second."""
+        store, now = worker_group.store, time.monotonic()
+        if self._alone_since is None and now - self._asked > 1.0:
+            self._asked = now
+            with suppress(dist.DistError, RuntimeError):  # told by the rendezvous, which asks the same store
+                self._alone_since = now if store is not None and store.check([GIVEN_UP]) else None
+        return self._alone_since is not None and now - self._alone_since > ALONE_S
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         super()._shutdown(signal.SIGTERM, KILL_AFTER_S)
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = PATIENCE_S) -> None:
-        super()._shutdown(death_sig, max(timeout, PATIENCE_S))
+    def _shutdown(self, death_sig: signal.Signals | None = None, timeout: int = 0) -> None:
+        """After a signal ranks save; where the agent itself gives up (its first node is gone) there is nobody to save
+        with.
+        """
+        super()._shutdown(death_sig or signal.SIGTERM, PATIENCE_S if death_sig else KILL_AFTER_S)
 
 
 class RankLogs(LogsSpecs):
@@ -234,28 +265,40 @@ def _rendezvous(node: Node) -> RendezvousParameters:
     if node.rendezvous is None:
         endpoint, job = "127.0.0.1:0", uuid.uuid4().hex
     else:
-        (host, port), job = node.rendezvous, node.job
-        endpoint, settings["is_host"] = f"{host}:{port}", node.is_first
+        endpoint, job = _written(*node.rendezvous), node.job
+        settings["is_host"] = node.is_first
         if node.is_first:
-            _check_port(host, port)
+            _check_port(*node.rendezvous)
     return RendezvousParameters(
         "c10d", endpoint, job, node.nodes, node.nodes, local_addr=_own_address(node), **settings
     )
 
 
+def _written(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise Unreachable("launch.rendezvous", f"{host}:{port}", f"{error.strerror}: choose another port") from None
+    """The store listens on every address of this machine, of IPv6 as well where there is any."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if both else socket.AF_INET
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        reason = f"{os.strerror(error.errno or 0)}: choose another port"
+        raise Unreachable("launch.rendezvous", _written(host, port), reason) from None
 
 
 def _interface(address: str) -> str | None:
     """The network interface that has this address; None for this machine's own."""
-    if address.startswith("127."):
+    wanted = ipaddress.ip_address(address)
+    if wanted.is_loopback:
         return None
+    return next((name for name, found in _addresses() if found == wanted), None)
+
+
+def _addresses() -> Iterator[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]]:
+    """Every network interface with its first address of IPv4 and all of IPv6."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
@@ -263,20 +306,32 @@ def _interface(address: str) -> str | None:
                 found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]
             except OSError:
                 continue  # it has none
-            if socket.inet_ntoa(found) == address:
-                return name
-    return None
+            yield name, ipaddress.IPv4Address(found)
+    if _IPV6.exists():
+        for line in _IPV6.read_text().splitlines():
+            digits, *_, name = line.split()
+            yield name, ipaddress.IPv6Address(bytes.fromhex(digits))
 
 
 def _own_address(node: Node) -> str:
     """The address under which other nodes reach this one; the host's own name need not resolve."""
     if node.rendezvous is None:
         return "127.0.0.1"
-    host, port = node.rendezvous
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, port))
-        except OSError as error:
-            reason = f"no way to that host: {error.strerror or error}"
-            raise Unreachable("launch.rendezvous", f"{host}:{port}", reason) from None
-        return str(probe.getsockname()[0])
+    try:
+        ways = socket.getaddrinfo(*node.rendezvous, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        raise _no_way(node.rendezvous, error) from None
+    for place, (family, kind, protocol, _, address) in enumerate(ways, start=1):
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.connect(address)  # sends nothing
+            except OSError as error:
+                if place == len(ways):
+                    raise _no_way(node.rendezvous, error) from None
+                continue
+            return str(probe.getsockname()[0])
+    raise _no_way(node.rendezvous, OSError("it has no address"))
+
+
+def _no_way(rendezvous: tuple[str, int], error: OSError) -> Unreachable:
+    return Unreachable("launch.rendezvous", _written(*rendezvous), f"no way to that host: {error.strerror or error}")

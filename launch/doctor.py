@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import resource
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from core import origin
 from core.config import load
 from core.errors import check_numbers
 from core.files import read_json
+from launch.machine import FEW_FILES, driver, room
 from parallel.layout import ParallelConfig
 from train.config import RunConfig, TrainConfig
 from train.run_directory import write_config
@@ -38,7 +38,6 @@ REQUIRED = (
     "pyarrow",
 )
 OPTIONAL = {"transformers": "make bench compares with it"}
-FEW_FILES = 4096
 SHARED_MEMORY = Path("/dev/shm")
 SMALL_SHARED_MEMORY = 1 << 30
 
@@ -106,7 +105,7 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "open_files_limit": files,
         },
-        "cuda": {"toolkit": torch.version.cuda, "driver": _driver()},
+        "cuda": {"toolkit": torch.version.cuda, "driver": driver()},
         "devices": _devices(),
         "precision": _precision(),
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
@@ -120,7 +119,7 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
         f"{name} is not installed ({OPTIONAL[name]}): pip install {name}" for name, v in optional.items() if v is None
     ]
     if files < FEW_FILES:
-        found["advice"].append(f"only {files} files may be open at once: ulimit -n {FEW_FILES} before large runs")
+        found["advice"].append(f"only {files} files may be open at once: ulimit -n {FEW_FILES} or more before a run")
     shared = found["disk"].get(str(SHARED_MEMORY))
     if shared and shared["free_bytes"] < SMALL_SHARED_MEMORY:
         found["advice"].append(f"{SHARED_MEMORY} has only {_size(shared['free_bytes'])} left; NCCL may want more")
@@ -140,13 +139,6 @@ def _precision() -> dict[str, str]:
     return {"bf16": "yes", "float8": float8, "Transformer Engine": engine if float8 == "yes" else float8}
 
 
-def _driver() -> str | None:
-    """Version of NVIDIA's kernel module, None where there is none."""
-    path = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Kernel Module.*?(\d+\.\d+(\.\d+)?)", path.read_text()) if path.exists() else None
-    return found[1] if found else None
-
-
 def _devices() -> list[dict[str, Any]]:
     devices = []
     for index in range(torch.cuda.device_count()):
@@ -162,9 +154,8 @@ def _folders(config: DoctorConfig) -> list[Path]:
 
 
 def _room(path: Path) -> dict[str, Any]:
-    """Free bytes where the folder is or would be made, and whether we may write there."""
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    return {"free_bytes": shutil.disk_usage(existing).free, "writable": os.access(existing, os.W_OK)}
+    free, writable = room(path)
+    return {"free_bytes": free, "writable": writable}
 
 
 def _version(name: str) -> str | None:
@@ -191,9 +182,9 @@ def _table(found: dict[str, Any]) -> str:
     lines += [
         f"{name:<20} {version or 'missing'}" for name, version in {**found["packages"], **found["optional"]}.items()
     ]
-    for path, room in found["disk"].items():
+    for path, free in found["disk"].items():
         lines.append(
-            f"{'disk':<20} {path}: {_size(room['free_bytes'])} free{'' if room['writable'] else ', NOT writable'}"
+            f"{'disk':<20} {path}: {_size(free['free_bytes'])} free{'' if free['writable'] else ', NOT writable'}"
         )
     lines.append(f"{'installed from':<20} {origin.ROOT}")
     lines += [f"advice: {line}" for line in found["advice"]] + [f"PROBLEM: {line}" for line in found["problems"]]

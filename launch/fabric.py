@@ -1,7 +1,7 @@
 """What the machines of a job can do together: `python -m launch.fabric CONFIG FOLDER` on every rank.
 
-Each rank looks at its own machine; all of them time a small sum over each axis of the layout. A node that is slow or
-wrong is named in FOLDER/findings.json, and the exit code says so (launch/node.py).
+Each rank looks at its own machine; all of them time a small sum over each axis of the layout, and neighbours their
+link. A node that is slow or wrong is named in FOLDER/findings.json, and the exit code says so (launch/node.py).
 """
 
 from __future__ import annotations
@@ -21,33 +21,39 @@ import torch
 import torch.distributed as dist
 
 from core.files import is_local, open_raw, write_json
+from core.ranks import host_name
+from launch.links import MESSAGE_BYTES, SLOW, Link, distinct, measure, slow_links
+from launch.machine import FEW_FILES, driver, room
 from launch.node import FAILED_NODE
 from parallel.mesh import Axis, make_meshes
 from parallel.world import World, connect
 from train.config import TrainConfig
 from train.run_directory import RunDirectory, read_config
 
-MESSAGE_BYTES = 8 << 20
 DISK_BYTES = 32 << 20
-SLOW = 0.5
-"""A rate below this share of the median is slow."""
 MOST_SKEW_S = 1.0
 PATIENCE_S = 60.0
-FEW_FILES = 1024
+VERSIONS = ("python", "torch", "device", "driver")
+"""What all nodes must have alike."""
 AXES = ("world", "rows", "replicate", "fsdp", "efsdp", "tp", "experts")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one rank found. Rates in units per second; `bandwidth` by axis, in bytes of a rank's own tensor."""
+    """What one rank found. Rates in units per second; `bandwidth` by axis, in bytes of a rank's own tensor; `links` by
+    axis: the next rank around it and the bytes to and from it.
+    """
 
     rank: int
     node: str
     python: str
     torch: str
     device: str
+    driver: str
+    """"none" where there is none."""
     products_flops: float
     bandwidth: dict[str, float]
+    links: dict[str, tuple[int, float]]
     disk_bytes_per_second: float | None
     """None where the place of checkpoints cannot be written."""
     disk_free_bytes: int | None
@@ -60,7 +66,9 @@ class Reading:
 def read(config: TrainConfig, world: World) -> Reading:
     """Look at this machine and time each axis of the configured layout."""
     meshes = make_meshes(config.parallel.resolve(world.size), world)
-    bandwidth = {axis.name: _bandwidth(axis, world) for name in AXES if (axis := getattr(meshes, name)).size > 1}
+    axes = [axis for name in AXES if (axis := getattr(meshes, name)).size > 1]
+    bandwidth = {axis.name: _bandwidth(axis, world) for axis in axes}
+    links = {axis.name: link for axis in distinct(axes) if (link := measure(axis, world)) is not None}
     folder = RunDirectory.of(config).checkpoints
     shared = Path("/dev/shm")
     if world.size > 1:
@@ -68,14 +76,16 @@ def read(config: TrainConfig, world: World) -> Reading:
     clock = time.time()
     return Reading(
         rank=world.rank,
-        node=os.environ.get("SLURMD_NODENAME", platform.node()),
+        node=host_name(),
         python=platform.python_version(),
         torch=torch.__version__,
         device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        driver=driver() or "none",
         products_flops=_products(world.device),
         bandwidth=bandwidth,
+        links=links,
         disk_bytes_per_second=_disk(folder, world.rank),
-        disk_free_bytes=shutil.disk_usage(_existing(folder)).free if is_local(folder) else None,
+        disk_free_bytes=room(folder)[0] if is_local(folder) else None,
         shared_memory_free_bytes=shutil.disk_usage(shared).free if shared.exists() else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         clock_s=clock,
@@ -93,7 +103,7 @@ def judge(readings: list[Reading]) -> dict[str, list[str]]:
     clock = statistics.median(reading.clock_s for reading in readings)
     disks = [reading.disk_bytes_per_second for reading in readings if reading.disk_bytes_per_second]
     disk = _usual(disks) if disks else 0.0
-    usual = {key: _commonest([getattr(reading, key) for reading in readings]) for key in ("python", "torch", "device")}
+    usual = {key: _commonest([getattr(reading, key) for reading in readings]) for key in VERSIONS}
     for reading in readings:
         if reading.products_flops < SLOW * flops:
             blame(reading, f"matrix products at {reading.products_flops / flops:.0%} of the others' rate")
@@ -114,21 +124,39 @@ def judge(readings: list[Reading]) -> dict[str, list[str]]:
             if reading.bandwidth.get(axis, float("inf")) < SLOW * _usual(rates):
                 share = reading.bandwidth[axis] / _usual(rates)
                 blame(reading, f"its group of the axis {axis} at {share:.0%} of the others' bandwidth")
+    for node, rank, what in slow_links(links(readings)):
+        found.setdefault(node, []).append(f"rank {rank}: {what}")
     return found
+
+
+def links(readings: list[Reading]) -> list[Link]:
+    """Every link that was timed, with the nodes at its ends."""
+    nodes = {reading.rank: reading.node for reading in readings}
+    return [
+        Link(axis, reading.rank, reading.node, peer, nodes[peer], rate)
+        for reading in readings
+        for axis, (peer, rate) in reading.links.items()
+    ]
 
 
 def table(readings: list[Reading], wrong: dict[str, list[str]]) -> str:
     """A line per node, the bandwidth of each axis, and what is wrong."""
-    lines = [f"{'node':<16} {'ranks':>5} {'TFLOP/s':>9} {'disk MB/s':>10} {'free GiB':>9}  torch, device"]
+    lines = [f"{'node':<16} {'ranks':>5} {'TFLOP/s':>9} {'disk MB/s':>10} {'free GiB':>9}  torch, device, driver"]
     for node in sorted({reading.node for reading in readings}):
         own = [reading for reading in readings if reading.node == node]
         flops, disk = min(r.products_flops for r in own) / 1e12, min((r.disk_bytes_per_second or 0) for r in own) / 1e6
         free = own[0].disk_free_bytes
-        room = "" if free is None else f"{free / 2**30:.1f}"
-        lines.append(f"{node:<16} {len(own):>5} {flops:>9.3f} {disk:>10.0f} {room:>9}  {own[0].torch}, {own[0].device}")
+        size = "" if free is None else f"{free / 2**30:.1f}"
+        versions = f"{own[0].torch}, {own[0].device}, {own[0].driver}"
+        lines.append(f"{node:<16} {len(own):>5} {flops:>9.3f} {disk:>10.0f} {size:>9}  {versions}")
     for axis in dict.fromkeys(axis for reading in readings for axis in reading.bandwidth):
         rates = [reading.bandwidth[axis] / 1e9 for reading in readings if axis in reading.bandwidth]
         lines.append(f"axis {axis:<11} {min(rates):.2f} to {max(rates):.2f} GB/s summed")
+    timed = links(readings)
+    for axis, within in dict.fromkeys(link.kind for link in timed):
+        rates = [link.bytes_per_second / 1e9 for link in timed if link.kind == (axis, within)]
+        where = "within nodes" if within else "between nodes"
+        lines.append(f"links {axis:<10} {min(rates):.2f} to {max(rates):.2f} GB/s {where}")
     lines += [f"WRONG {node}: {what}" for node, all_of_it in sorted(wrong.items()) for what in all_of_it[:4]]
     return "\n".join(lines if wrong else [*lines, "all nodes are well"])
 
@@ -201,10 +229,6 @@ def _disk(folder: Path, rank: int) -> float | None:
     except Exception:  # every store has errors of its own; the judgment names the node
         return None
     return DISK_BYTES / seconds
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def _usual(rates: list[float]) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from core.errors import ConfigError
 from launch.requeue import CANCEL
-from launch.slurm import UNKNOWN, Job, command, follow, jobs, state
+from launch.slurm import UNKNOWN, Job, ask, command, follow, jobs
 from train.run_directory import read_lines
 
 
@@ -47,7 +47,7 @@ def run(config: JobsConfig) -> int:
 def cancel(job: Job) -> int:
     """Ask the runs that run to save and end; asked once more, or where nothing runs, SLURM ends the job."""
     again = (job.folder / CANCEL).exists()
-    running = [job.id_of(task) for task in range(len(job.runs)) if state(job, task) == "RUNNING"]
+    running = [job.id_of(task) for task, told in enumerate(ask(job)) if told.state == "RUNNING"]
     (job.folder / CANCEL).touch()
     if again or not running:
         command("scancel", job.number)
@@ -65,9 +65,8 @@ def table(known: list[Job]) -> str:
     """A line per run: its number, what SLURM says, how far it is."""
     rows = [("job", "run", "state", "step", "of last line: loss")]
     for job in known:
-        for task, path in enumerate(job.runs):
-            step, loss = _progress(path)
-            rows.append((job.id_of(task), path.name, _word(state(job, task)), step, loss))
+        for task, (path, told) in enumerate(zip(job.runs, ask(job), strict=True)):
+            rows.append((job.id_of(task), path.name, _word(told.state), *_progress(path)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

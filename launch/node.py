@@ -44,7 +44,13 @@ def main(arguments: list[str]) -> int:
 
     drop_working_directory()
     try:
-        code = run(node(what, folder, task))
+        described = node(what, folder, task)
+    except LeviathanError as error:  # the same on every node
+        if os.environ.get("SLURM_NODEID") == "0":
+            print(f"leviathan: error: {error}", file=sys.stderr)
+        return FINAL + error.exit_code
+    try:
+        code = run(described)
     except Interrupted as error:
         return WARNED if error.signal_number == signal.SIGUSR1 else CANCELLED
     except LeviathanError as error:
@@ -65,8 +71,11 @@ def code_for(code: int) -> int:
 
 
 def node(what: str, folder: Path, task: int) -> Node:
-    """The part of this node, from what SLURM's environment and the submitted configuration say."""
+    """The part of this node, from what SLURM's environment and the submitted configuration say. Raises `ConfigError`
+    where they do not go together.
+    """
     from core.config import build
+    from core.errors import ConfigError
     from launch.agent import Node
     from launch.settings import LaunchConfig
     from train.run_directory import RunDirectory, read_config
@@ -75,6 +84,10 @@ def node(what: str, folder: Path, task: int) -> Node:
     path = folder / f"config-{task}.yaml"
     config = read_config(path)
     launch = build(LaunchConfig, config.launch, "launch")
+    given = int(environment["SLURM_JOB_NUM_NODES"])
+    if given != launch.nodes:
+        reason = f"SLURM has given the job {given}: launch.slurm.options must not ask for another number"
+        raise ConfigError("launch.nodes", launch.nodes, reason, [given])
     job, attempt = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
     port = PORTS[(int(job) * 101 + int(attempt) * 13 + (what == "doctor")) % len(PORTS)]
     module = {

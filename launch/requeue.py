@@ -1,9 +1,10 @@
 """What a SLURM job does when its step is over: `python -m launch.requeue FOLDER CODE`, near the batch script's end.
 
 A run that was warned (time limit, preemption) is queued again, and so is one that failed, a few times; nodes that the
-doctor or a hang named are left out. A run that reaches no new checkpoint between tries ends instead: queued for ever,
-it would only burn hours. SLURM is asked by the batch script itself, which runs what this program writes down: in a
-container there is no SLURM to ask.
+doctor or a hang named, or that were steadily slow to the end of the try, are left out where SLURM says that the job can
+run on the others. A run that reaches no new checkpoint between tries ends instead: queued for ever, it would only burn
+hours. SLURM is asked by the batch script itself, which runs what this program writes down: in a container there is no
+SLURM to ask.
 """
 
 from __future__ import annotations
@@ -30,16 +31,26 @@ CANCEL = "cancelled"
 @dataclass(frozen=True)
 class Tries:
     """What is kept from try to try: the newest checkpoint's step, how many tries in a row have not got beyond it, and
-    the nodes that were left out.
+    the nodes that are to be left out: wrong ones, and slow ones, which are better than none.
     """
 
     step: int = -1
     fruitless: int = 0
     excluded: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
-    def after(self, step: int, bad_nodes: tuple[str, ...]) -> Tries:
+    def after(self, step: int, bad_nodes: tuple[str, ...], slow_nodes: tuple[str, ...] = ()) -> Tries:
         fruitless = 0 if step > self.step else self.fruitless + 1
-        return Tries(step, fruitless, tuple(sorted({*self.excluded, *bad_nodes})))
+        excluded, slow = {*self.excluded, *bad_nodes}, {*self.slow, *slow_nodes}
+        return Tries(step, fruitless, tuple(sorted(excluded)), tuple(sorted(slow - excluded)))
+
+    def wishes(self, configured: list[str]) -> list[list[str]]:
+        """Lists of nodes to leave out, the best first; `configured` are left out anyway."""
+        wrong = sorted({*configured, *self.excluded})
+        lists = [sorted({*wrong, *self.slow}), wrong]
+        return [
+            nodes for place, nodes in enumerate(lists) if set(nodes) > set(configured) and nodes not in lists[:place]
+        ]
 
 
 @dataclass(frozen=True)
@@ -76,22 +87,32 @@ def decide(code: int, now: Tries, most: int, bad_nodes: tuple[str, ...], nodes: 
     if now.fruitless > most:
         return Decision(1, f"not queued again: {now.fruitless} tries in a row reached no new checkpoint")
     if code == FAILED_NODE:
-        return Decision(AGAIN, f"queued again without {', '.join(bad_nodes)}")
+        return Decision(AGAIN, f"queued again: the doctor finds {', '.join(bad_nodes)} wrong")
     return Decision(AGAIN, f"failed ({code}); queued again, {on}")
 
 
-def commands(job: str, decision: Decision, exclude: list[str]) -> str:
+def commands(job: str, decision: Decision, wishes: list[list[str]], script: Path) -> str:
     """Shell lines that queue the job again, at once: SLURM would wait for two minutes, and takes other nodes only once
-    the job pends. Asking for another try ends this one, so SIGTERM is ignored from here on.
+    the job pends. The first list of `wishes` without which SLURM could run `script` is left out. Asking for another try
+    ends this one, so SIGTERM is ignored from here on.
     """
     lines = ["trap '' TERM"]
     if decision.cancel:
         return "\n".join([*lines, f"scancel {job}", f"exit {CANCELLED}", ""])
     if decision.if_running:
         lines.append(f"scontrol show job -o {job} | grep -q JobState=RUNNING || exit {CANCELLED}")
+    if wishes:
+        best, *others = (shlex.quote(",".join(nodes)) for nodes in wishes)
+        test = f'sbatch --test-only --exclude="$1" {shlex.quote(str(script))}'
+        lines += [
+            f"fits() {{ answer=$({test} 2>&1) || ! said=$answer; }}",
+            f'for nodes in {" ".join([best, *others])} \'\'; do [ -z "$nodes" ] || fits "$nodes" && break; done',
+            f'[ "$nodes" = {best} ] || echo "leviathan: not all left out of "{best}": SLURM says, $said"',
+            '[ -z "$nodes" ] || echo "leviathan: left out from now on: $nodes"',
+        ]
     lines += [f"scontrol requeue {job} || exit 1", f"scontrol update JobId={job} StartTime=now"]
-    if exclude:
-        lines.append(f"scontrol update JobId={job} ExcNodeList={shlex.quote(','.join(exclude))}")
+    if wishes:
+        lines.append(f'[ -z "$nodes" ] || scontrol update JobId={job} ExcNodeList="$nodes"')
     return "\n".join([*lines, ""])
 
 
@@ -105,6 +126,7 @@ def main(arguments: list[str]) -> int:
     from core.files import write_json, write_text
     from launch.settings import LaunchConfig
     from train.run_directory import RunDirectory, committed, read_config
+    from train.stragglers import SLOW_HOSTS
 
     config = read_config(folder / f"config-{task}.yaml")
     launch = build(LaunchConfig, config.launch, "launch")
@@ -114,15 +136,18 @@ def main(arguments: list[str]) -> int:
     history = json.loads(path.read_text()) if path.exists() else {"time": _submitted(folder)}
     since = history.pop("time")
     bad = () if code in (0, WARNED) else bad_nodes(folder / f"doctor-{task}", run.logs, since)
-    now = Tries(**history).after(step, bad)
+    slow = slow_nodes(run.logs / SLOW_HOSTS, since) if code else ()
+    now = Tries(**history).after(step, bad, slow)
     decision = decide(code, now, launch.slurm.requeues, bad, launch.nodes, (folder / CANCEL).exists())
+    if slow:
+        print(f"leviathan: steadily slow in this try: {', '.join(slow)}")
     print(f"leviathan: {decision.why}", flush=True)
     if decision.exit_code == AGAIN:
         array = environment.get("SLURM_ARRAY_JOB_ID")
         job = f"{array}_{task}" if array else environment["SLURM_JOB_ID"]
         write_json(path, {**vars(now), "time": time.time()})
-        exclude = sorted({*launch.slurm.exclude, *now.excluded})
-        write_text(folder / f"again-{task}.sh", commands(job, decision, exclude))
+        asked = commands(job, decision, now.wishes(launch.slurm.exclude), folder / "job.sh")
+        write_text(folder / f"again-{task}.sh", asked)
     return decision.exit_code
 
 
@@ -139,6 +164,12 @@ def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
         if hang["time"] > since:
             found.update(hang["hosts"])
     return tuple(sorted(found))
+
+
+def slow_nodes(path: Path, since: float) -> tuple[str, ...]:
+    """Nodes that were steadily slow when the try ended: what train/stragglers.py noted last, if in this try."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return tuple(lines[-1]["hosts"]) if lines and lines[-1]["time"] > since else ()
 
 
 def _submitted(folder: Path) -> float:

@@ -75,7 +75,7 @@ class LaunchConfig:
     """`processes`: ranks on each node; null: one per GPU of this machine, or per two cores where there is none.
 
     With several nodes under `torchrun`, the same command is started on each, with a `node_rank` of its own and one
-    `rendezvous` (host:port of node 0).
+    `rendezvous` (host:port of node 0; [address]:port for IPv6).
     """
 
     kind: LaunchKind = LaunchKind.inline
@@ -124,11 +124,15 @@ class LaunchConfig:
 
     @property
     def endpoint(self) -> tuple[str, int]:
-        """Host and port of the rendezvous."""
+        """Host and port of the rendezvous. An address of IPv6 is written in brackets, and comes without them."""
         host, _, port = (self.rendezvous or "").rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        if not bare or not port.isdigit() or not 0 < int(port) < 65536:
             raise ConfigError("rendezvous", self.rendezvous, "must be HOST:PORT", ["node0:29500"])
-        return host, int(port)
+        if ":" in host and host == bare:
+            reason = "the address of IPv6 goes in brackets: [ADDRESS]:PORT"
+            raise ConfigError("rendezvous", self.rendezvous, reason, [f"[{host}]:{port}"])
+        return bare, int(port)
 
 
 def seconds(time: str) -> int | None:

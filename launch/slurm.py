@@ -7,6 +7,7 @@ notes about itself when it asks to be queued again (launch/requeue.py).
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -63,6 +64,18 @@ class Job:
         return f"{self.number}_{task}" if len(self.runs) > 1 else self.number
 
 
+@dataclass(frozen=True)
+class Told:
+    """SLURM's word for a run and its reason for it."""
+
+    state: str
+    reason: str = "None"
+
+    @property
+    def why(self) -> str:
+        return "" if self.reason == "None" else f" ({self.reason})"
+
+
 def command(*arguments: str) -> str:
     """Run one of SLURM's commands; returns its output, raises `LeviathanError` with its own words where it fails."""
     if shutil.which(arguments[0]) is None:
@@ -99,7 +112,7 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> Job:
         "-0" if len(runs) > 1 else ""
     )
     for before in _known(folder):
-        if any(state(before, task) not in (*ENDED, UNKNOWN) for task in range(len(before.runs))):
+        if any(told.state not in (*ENDED, UNKNOWN) for told in ask(before)):
             raise ConfigError(
                 "run.name", before.name, f"job {before.number} of that name is not over", ["another name"]
             )
@@ -185,20 +198,18 @@ def render(job: Job, launch: LaunchConfig) -> str:
 
 def follow(job: Job, show: Callable[[str], Any], poll_s: float = 1.0) -> int:
     """Show the logs of a job as they grow until all its runs are over; 0 where all of them completed."""
-    shown, told = [0] * len(job.runs), [""] * len(job.runs)
+    shown, before = [0] * len(job.runs), [Told("")] * len(job.runs)
     silent_since = time.monotonic()
     while True:
-        over = True
-        for task in range(len(job.runs)):
-            now = state(job, task)
-            over = over and now in (*ENDED, UNKNOWN)
+        now = ask(job)
+        for task, told in enumerate(now):
             shown[task] = _show_new(job, task, shown[task], show)
-            if now != told[task]:
-                told[task] = now
-                show(f"[{job.id_of(task)}] {now}{_reason(job, task) if now == 'PENDING' else ''}")
-        if over:
+            if told.state != before[task].state:
+                show(f"[{job.id_of(task)}] {told.state}{told.why if told.state == 'PENDING' else ''}")
+        before = now
+        if all(told.state in (*ENDED, UNKNOWN) for told in now):
             break
-        if any(shown) or "RUNNING" not in told:
+        if any(shown) or all(told.state != "RUNNING" for told in now):
             silent_since = time.monotonic()
         elif time.monotonic() - silent_since > 120:
             show(f"the job runs, but {job.folder} shows nothing of it: is it on a file system that the nodes share?")
@@ -209,12 +220,33 @@ def follow(job: Job, show: Callable[[str], Any], poll_s: float = 1.0) -> int:
         shown[task] = _show_new(job, task, shown[task], show)
         if not shown[task]:
             show(f"[{job.id_of(task)}] left no log in {job.folder}: is it on a file system that the nodes share?")
-    return 0 if all(now == "COMPLETED" for now in told) else 1
+    return 0 if all(told.state == "COMPLETED" for told in before) else 1
 
 
-def state(job: Job, task: int) -> str:
-    """SLURM's word for a run of the job; UNKNOWN where SLURM has forgotten it, SILENT where it does not answer."""
-    return _shown_job(job, task).get("JobState", UNKNOWN)
+def ask(job: Job) -> list[Told]:
+    """SLURM's words for each run of the job, with one question: UNKNOWN where it has forgotten a run, SILENT where it
+    does not answer.
+    """
+    if shutil.which("scontrol") is None:
+        raise ConfigError("launch", "slurm", f"scontrol {INSTALL}")
+    whole = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # or a long list of tasks ends in "..."
+    line = ["scontrol", "show", "job", "-o", job.number]
+    done = subprocess.run(line, capture_output=True, text=True, env=whole)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return [Told(SILENT)] * len(job.runs)
+    return understand(done.stdout if done.returncode == 0 else "", len(job.runs))
+
+
+def understand(answer: str, runs: int) -> list[Told]:
+    """What `scontrol show job -o NUMBER` says of each run. Tasks of an array that have not begun share a line."""
+    found = [Told(UNKNOWN)] * runs
+    for line in answer.splitlines():
+        fields = dict(re.findall(r"(\w+)=(\S*)", line))
+        told = Told(fields.get("JobState", UNKNOWN), fields.get("Reason", "None"))
+        for task in _tasks(fields.get("ArrayTaskId", "0")):
+            if task < runs:
+                found[task] = told
+    return found
 
 
 def jobs(directory: Path) -> list[Job]:
@@ -232,19 +264,14 @@ def _known(folder: Path) -> list[Job]:
     return [load_job(folder)] if (folder / "job.json").exists() else []
 
 
-def _shown_job(job: Job, task: int) -> dict[str, str]:
-    if shutil.which("scontrol") is None:
-        raise ConfigError("launch", "slurm", f"scontrol {INSTALL}")
-    done = subprocess.run(["scontrol", "show", "job", "-o", job.id_of(task)], capture_output=True, text=True)
-    if done.returncode and "Invalid job id" not in done.stderr:
-        return {"JobState": SILENT}
-    line = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
-    return dict(re.findall(r"(\w+)=(\S*)", line[0])) if line else {}
-
-
-def _reason(job: Job, task: int) -> str:
-    reason = _shown_job(job, task).get("Reason", "None")
-    return "" if reason == "None" else f" ({reason})"
+def _tasks(text: str) -> list[int]:
+    """The numbers in SLURM's list of an array's tasks: 3, 0-2, 1,4-6, 0-6:2, 0-3%2 (two of them at once)."""
+    found: list[int] = []
+    for part in text.partition("%")[0].split(","):
+        if span := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+            first, last, step = (int(number or 0) for number in span.groups())
+            found += range(first, max(first, last) + 1, step or 1)
+    return found
 
 
 def _show_new(job: Job, task: int, offset: int, show: Callable[[str], Any]) -> int:

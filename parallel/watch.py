@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from core.ranks import HUNG
+from core.ranks import HUNG, host_name
 
 BEATS_OF_SILENCE = 3
 """A rank whose word stays the same for so many of ours is silent."""
@@ -68,7 +68,7 @@ class Pulse:
             "begun": dict(self.begun),
             "excused": self.excused,
             "done": False,
-            "host": os.environ.get("SLURMD_NODENAME", os.uname().nodename),
+            "host": host_name(),
         }
 
 

@@ -21,6 +21,7 @@ from train.evaluate import HeldOut, held_out_batches, held_out_loss
 from train.metrics import MetricsWriter, Throughput, expert_load, peak_memory_bytes
 from train.optimizer import OptimizerKind
 from train.run_directory import read_lines
+from train.stragglers import SLOW_HOSTS
 
 if TYPE_CHECKING:
     from train.trainer import StepMetrics, Trainer
@@ -98,9 +99,11 @@ class Logging(Callback):
             line["slow_ranks"] = [vars(one) for one in slow]
         trainer.log(self._text(line, now))
         for one in slow:
-            trainer.log(f"rank {one.rank} is slow: {one.kind} take {one.times_the_median:.1f} times the ranks' median")
+            times = f"{one.times_the_median:.1f} times the ranks' median"
+            trainer.log(f"rank {one.rank} on {one.host} is slow: {one.kind} take {times}")
         if self.writer is not None:
             self.writer.write(line)
+            trainer.stragglers.note(slow, steps, trainer.directory.logs / SLOW_HOSTS)
 
     def close(self) -> None:
         """After the last line: evaluation at the end still writes one."""

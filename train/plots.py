@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, which people with any colour vision tell apart.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 WIDE = ("loss", "expert_load")
 """Pictures that take the page's whole width; two of the others share a row."""
+_LABEL_LETTERS = 36  # of a label up the side: more are cut off
 _WIDE_INCHES, _NARROW_INCHES, _DPI = (9.6, 3.8), (5.6, 3.4), 120
 
 
@@ -41,6 +43,13 @@ def draw(runs: Sequence[Run]) -> dict[str, bytes]:
 
 
 def _picture(runs: Sequence[Run], drawing: Callable[[Axes, Sequence[Run]], None], wide: bool = False) -> bytes:
+    content = io.BytesIO()
+    drawn(runs, drawing, wide).savefig(content, format="png")
+    return content.getvalue()
+
+
+def drawn(runs: Sequence[Run], drawing: Callable[[Axes, Sequence[Run]], None], wide: bool) -> Figure:
+    """A figure with one pair of axes, on which `drawing` has drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -52,9 +61,8 @@ def _picture(runs: Sequence[Run], drawing: Callable[[Axes, Sequence[Run]], None]
     axes.grid(alpha=0.25)
     axes.set_xlabel("step")
     drawing(axes, runs)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    axes.set_ylabel(textwrap.fill(axes.get_ylabel(), _LABEL_LETTERS))
+    return figure
 
 
 def _loss(axes: Axes, runs: Sequence[Run]) -> None:

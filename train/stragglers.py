@@ -6,12 +6,16 @@ rank does alone: some matrix products on its device, and making its part of the 
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from core.ranks import host_name
 from parallel.world import World
 
 SLOW = 1.5
@@ -20,6 +24,8 @@ STEADY = 3
 """Readings in a row."""
 LEAST_S = 2e-3
 """What takes less than this is noise."""
+SLOW_HOSTS = "slow.jsonl"
+"""Name of the file in a run's logs that `Stragglers.note` writes."""
 KINDS = ("matrix products", "batches")
 
 
@@ -28,6 +34,7 @@ class SlowRank:
     rank: int
     kind: str
     times_the_median: float
+    host: str = ""
 
 
 class Stragglers:
@@ -38,6 +45,8 @@ class Stragglers:
         self.loading_s = 0.0
         """Add the seconds that this rank has spent on making batches; a reading begins anew."""
         self._slow: dict[tuple[int, int], int] = {}
+        self._hosts: list[Any] = []
+        self._noted: list[str] | None = None
         size = 2048 if world.device.type == "cuda" else 192
         self._a, self._b = (torch.ones(size, size, device=world.device) for _ in range(2))
 
@@ -50,7 +59,22 @@ class Stragglers:
         all_ranks = [torch.empty_like(own) for _ in range(self.world.size)]
         self.world.pulse.begin("world", "slow ranks")
         dist.all_gather(all_ranks, own)
-        return self.judge([rank.tolist() for rank in all_ranks])
+        found = self.judge([rank.tolist() for rank in all_ranks])
+        if found and not self._hosts:  # all ranks have found the same
+            self._hosts = [None] * self.world.size
+            dist.all_gather_object(self._hosts, host_name())
+        return [replace(one, host=self._hosts[one.rank]) for one in found]
+
+    def note(self, slow: list[SlowRank], step: int, path: Path) -> None:
+        """Append to `path` where the slow hosts are others than at the last call: its last line says which they are.
+        For whoever starts the ranks again, maybe elsewhere. What those before us have noted does not stay for ever.
+        """
+        hosts = sorted({one.host for one in slow})
+        if hosts != self._noted and (hosts or path.exists()):
+            self._noted = hosts
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a") as file:
+                file.write(json.dumps({"time": time.time(), "step": step, "hosts": hosts}) + "\n")
 
     def probe(self) -> float:
         """Seconds of a few products, the best of some tries: an interruption by the system is no slow device."""

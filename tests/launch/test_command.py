@@ -186,7 +186,7 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: every process of the foreground group gets it
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 130, (output[-500:], errors[-2000:])
     log = (tmp_path / "runs" / "x" / "log.txt").read_text()
     assert "interrupted after step" in log
@@ -199,7 +199,7 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_
         assert second.poll() is None and time.monotonic() < deadline + 120, second.communicate()
         time.sleep(0.05)
     second.kill()
-    second.communicate(timeout=60)  # returns when nobody holds the pipes any more
+    second.communicate(timeout=240)  # returns when nobody holds the pipes any more
     log, deadline = tmp_path / "runs" / "x" / "log.txt", time.monotonic() + (30 if launch else 1)
     while log.read_text().count("interrupted after step") < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -237,7 +237,7 @@ def test_a_rank_that_dies_ends_a_run_without_restarts(small_corpus, tmp_path):
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 1
     told = [line for line in errors.splitlines() if line.startswith("leviathan: ")]
     assert "was ended by SIGKILL  (its output: " in told[0], errors

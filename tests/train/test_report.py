@@ -8,6 +8,7 @@ import re
 import shlex
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from core.config import load, plain
 from core.errors import ConfigError
 from launch.cli import main
+from train import plots
 from train.config import TrainConfig
 from train.report import Run, repeat_command, write_report
 
@@ -63,6 +65,29 @@ def pixels(content: bytes) -> tuple[int, int, int]:
             data += content[place + 8 : place + 8 + size]
         place += 12 + size
     return width, height, len(set(zlib.decompress(data)))
+
+
+@pytest.fixture
+def cut_off(tmp_path, monkeypatch) -> Callable[[], list[str]]:
+    """Draws a run's pictures; returns the labels that do not fit beside their axes."""
+    run, made = Run(make_run(tmp_path / "one")), []
+    honest = plots.drawn
+    monkeypatch.setattr(plots, "drawn", lambda *arguments: made.append(honest(*arguments)) or made[-1])
+
+    def labels() -> list[str]:
+        made.clear()
+        assert len(plots.draw([run])) == len(made) == 10
+        named = [(figure.bbox, figure.axes[0].yaxis.label) for figure in made if figure.axes[0].get_ylabel()]
+        boxes = {label.get_text(): (page, label.get_window_extent()) for page, label in named}
+        return [text for text, (page, box) in boxes.items() if box.y0 < page.y0 or box.y1 > page.y1 or box.x0 < 0]
+
+    return labels
+
+
+def test_labels_are_not_cut_off(cut_off, monkeypatch):
+    assert cut_off() == []
+    monkeypatch.setattr(plots, "_LABEL_LETTERS", 1000)
+    assert cut_off() == ["entropy of a token's scores over its maximum"], "control: in one line it does not fit"
 
 
 def test_the_page_holds_everything_and_needs_nothing(tmp_path):

@@ -47,11 +47,14 @@ SlurmctldTimeout=10
 KillWait=20
 MinJobAge=600
 ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 JobRequeue=1
 RebootProgram=/bin/true
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=60 State=UP
+PartitionName=main Nodes={names} Default=YES MaxTime=60 GraceTime=60 State=UP
 PartitionName=spare Nodes={last} MaxTime=60 State=UP
+PartitionName=urgent Nodes={names} PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
 """
 
 
@@ -88,8 +91,17 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """As if its power had gone: the daemon and every process of every job on it."""
         self.kill_daemon(name)
-        for pid in _processes_of(name):
+        for pid in self._processes_of(name):
             os.kill(pid, signal.SIGKILL)
+
+    def stop_ranks(self, name: str) -> None:
+        """As if they hung: the ranks on a node are there and do nothing."""
+        ranks = [
+            p for p in self._processes_of(name) if b"\0train\0--config\0" in Path(f"/proc/{p}/cmdline").read_bytes()
+        ]
+        assert ranks
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
 
     def kill_daemon(self, name: str) -> None:
         """What runs on the node stays, until SLURM gives the node up."""
@@ -123,6 +135,21 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
 
+    def _processes_of(self, node: str) -> list[int]:
+        """The step daemons of a node, then what they have started. Another SLURM's node of that name is not ours."""
+        ours = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.root}/slurm.conf".encode()}
+        tasks, daemons = [], []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and ours <= set((entry / "environ").read_bytes().split(b"\0")):
+                    tasks.append(int(entry.name))
+                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                        daemons.append(parent)
+            except OSError:
+                continue  # over, or not ours to look at
+        return [*dict.fromkeys(daemons), *tasks]
+
     def _start_munge(self) -> None:
         """munged refuses to run as root and wants a socket folder that everybody may search."""
         folder = self.root / "munge"
@@ -149,21 +176,6 @@ class Cluster:
             stderr=log,
             start_new_session=True,
         )
-
-
-def _processes_of(node: str) -> list[int]:
-    """The step daemons of a node, then what they have started."""
-    tasks, daemons = [], []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"SLURMD_NODENAME={node}".encode() in (entry / "environ").read_bytes():
-                tasks.append(int(entry.name))
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
-                    daemons.append(parent)
-        except OSError:
-            continue  # over, or not ours to look at
-    return [*dict.fromkeys(daemons), *tasks]
 
 
 def _free_ports(count: int) -> list[int]:

@@ -39,7 +39,7 @@ class User:
 
     def leviathan(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         line = [str(BIN / "leviathan"), *arguments]
-        return subprocess.run(line, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(line, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=300)
 
     def submit(self, name: str, *overrides: str) -> str:
         """Returns the job's number."""
@@ -66,7 +66,12 @@ class User:
     def state(self, number: str) -> str:
         return self.cluster.client("scontrol", "show", "job", "-o", number).partition("JobState=")[2].split()[0]
 
-    def wait_for_end(self, name: str, number: str, seconds: float = 240) -> str:
+    def nodes_of(self, number: str) -> list[str]:
+        """Where the job runs, or ran last."""
+        shown = self.cluster.client("scontrol", "show", "job", "-o", number).partition(" NodeList=")[2].split()[0]
+        return self.cluster.client("scontrol", "show", "hostnames", shown).split()
+
+    def wait_for_end(self, name: str, number: str, seconds: float = 480) -> str:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         try:
             self.cluster.wait(lambda: self.state(number) in ended, "end of the job", seconds)
@@ -96,7 +101,7 @@ def test_warned_by_a_signal_it_saves_and_goes_on(cluster, user, undisturbed, war
     """SLURM sends USR1 before the time limit, and TERM to a job that is to make room."""
     name = f"warned-{warning}"
     number = user.submit(name)
-    cluster.wait(user.has_step(name, 25), "step 25", 90)
+    cluster.wait(user.has_step(name, 25), "step 25", 240)
     cluster.client("scancel", f"--signal={warning}", number)
     assert user.wait_for_end(name, number) == "COMPLETED", user.log(name)
     assert (user.figures(name), user.heldout(name)) == undisturbed
@@ -105,37 +110,110 @@ def test_warned_by_a_signal_it_saves_and_goes_on(cluster, user, undisturbed, war
     assert log.count("going on from step-") == 1
 
 
-def test_a_dead_daemon_alone_changes_nothing(cluster, user, undisturbed):
-    number = user.submit("headless")
-    cluster.wait(user.has_step("headless", 25), "step 25", 90)
-    nodes = cluster.client("squeue", "-h", "-j", number, "-o", "%N").strip()
-    victim = cluster.client("scontrol", "show", "hostnames", nodes).split()[1]
-    cluster.kill_daemon(victim)
-    try:
-        assert user.wait_for_end("headless", number) == "COMPLETED", user.log("headless")
-    finally:
-        cluster.start_node(victim)
-    assert (user.figures("headless"), user.heldout("headless")) == undisturbed
+def test_preempted_by_a_partition_it_saves_and_comes_back(cluster, user, undisturbed):
+    """SLURM sends TERM and would kill the job and queue it again a minute later; the job is faster."""
+    number = user.submit("humble")
+    cluster.wait(user.has_step("humble", 25), "step 25", 240)
+    urgent = ["--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"]
+    other = cluster.client("sbatch", *urgent).strip()
+    cluster.wait(lambda: user.state(other) == "RUNNING", "preemption", 240)
+    assert user.state(number) == "PENDING"
+    assert user.wait_for_end("humble", number) == "COMPLETED", user.log("humble")
+    assert user.state(other) == "COMPLETED"
+    assert (user.figures("humble"), user.heldout("humble")) == undisturbed
+    log = user.log("humble")
+    assert "interrupted after step" in log and "stopped from outside; queued again, to go on from step" in log
+    assert log.count("going on from step-") == 1
 
 
-def test_a_node_that_dies_is_replaced(cluster, user, undisturbed):
-    number = user.submit("bereft")
-    cluster.wait(user.has_step("bereft", 25), "step 25", 90)
-    nodes = cluster.client("squeue", "-h", "-j", number, "-o", "%N").strip()
-    victim = cluster.client("scontrol", "show", "hostnames", nodes).split()[1]
-    cluster.kill_node(victim)
+@pytest.mark.parametrize("what", ["daemon", "node"])
+def test_a_dead_daemon_changes_nothing_and_a_dead_node_is_replaced(cluster, user, undisturbed, what):
+    name = f"without-{what}"
+    number = user.submit(name)
+    cluster.wait(user.has_step(name, 25), "step 25", 240)
+    victim = user.nodes_of(number)[1]
+    (cluster.kill_daemon if what == "daemon" else cluster.kill_node)(victim)
     try:
-        assert user.wait_for_end("bereft", number) == "COMPLETED", user.log("bereft")
+        assert user.wait_for_end(name, number) == "COMPLETED", user.log(name)
     finally:
         cluster.start_node(victim)
-    assert (user.figures("bereft"), user.heldout("bereft")) == undisturbed
-    assert "going on from step-00000020" in user.log("bereft")
+    assert (user.figures(name), user.heldout(name)) == undisturbed
+    assert user.log(name).count("going on from step-00000020") == (what == "node")
+
+
+def test_a_node_that_hangs_is_named_and_left_out(cluster, user, undisturbed):
+    """The first node's rank is stopped, and no restarts are left: the job goes on elsewhere."""
+    number = user.submit("stuck", "parallel.timeout_s=5", "launch.restarts=0")
+    cluster.wait(user.has_step("stuck", 25), "step 25", 240)
+    victim = user.nodes_of(number)[0]
+    cluster.stop_ranks(victim)
+    assert user.wait_for_end("stuck", number) == "COMPLETED", user.log("stuck")
+    assert (user.figures("stuck"), user.heldout("stuck")) == undisturbed
+    log = user.log("stuck")
+    assert "rank 0 gives no sign of life since step" in log and f"on {victim})" in log
+    assert f"leviathan: left out from now on: {victim}" in log and "going on from step-00000020" in log
+    assert f"ExcNodeList={victim} " in cluster.client("scontrol", "show", "job", "-o", number)
+    assert victim not in user.nodes_of(number)
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_a_slow_node_is_left_out_where_enough_stay(cluster, user, enough):
+    """As train/stragglers.py notes it. Where one of the three nodes is not to be used anyway, all others stay."""
+    name = f"limping-{enough}"
+    number = user.submit(name, "training.steps=40", *([] if enough else ["launch.slurm.exclude=[n3]"]))
+    cluster.wait(user.has_step(name, 5), "step 5", 240)
+    slow, other = user.nodes_of(number)
+    path = user.home / "runs" / name / "logs" / "slow.jsonl"
+    path.write_text(json.dumps({"time": time.time(), "step": 5, "hosts": [slow]}) + "\n")
+    cluster.client("scancel", "--signal=USR1", number)
+    assert user.wait_for_end(name, number) == "COMPLETED", user.log(name)
+    log = user.log(name)
+    assert f"leviathan: steadily slow in this try: {slow}" in log and log.count("going on from step-") == 1
+    assert (f"leviathan: left out from now on: {slow}" in log) == enough
+    kept = f"leviathan: not all left out of {slow},n3: SLURM says, allocation failure: Requested node configuration"
+    assert (kept in log) == (not enough)
+    assert (slow in user.nodes_of(number)) == (not enough) and other in user.nodes_of(number)
+
+
+@pytest.mark.parametrize("dies", ["always", "once"])
+def test_a_job_whose_ranks_keep_dying_is_given_up(user, tmp_path, dies):
+    """The ranks kill themselves before their first step: in each try, or as a control in the first one only."""
+    when = "True" if dies == "always" else "'SLURM_RESTART_COUNT' not in os.environ"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, signal\nif 'RANK' in os.environ and {when}:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    dying = ["launch.restarts=1", "launch.slurm.requeues=1", f"+launch.slurm.environment.PYTHONPATH={tmp_path}"]
+    number = user.submit(f"dies-{dies}", "training.steps=3", *dying)
+    ended = user.wait_for_end(f"dies-{dies}", number)
+    log = user.log(f"dies-{dies}")
+    assert "was ended by SIGKILL" in log and "starting again; restarts left: 1" in log
+    assert log.count("leviathan: failed (3); queued again, to go on from its newest checkpoint") == 1
+    given_up = "leviathan: not queued again: 2 tries in a row reached no new checkpoint"
+    assert (ended, log.count(given_up)) == (("FAILED", 1) if dies == "always" else ("COMPLETED", 0)), log
+
+
+def test_a_container_command_goes_before_python_on_each_node(cluster, user, tmp_path):
+    """A script stands for the container runtime; the ranks are within what it has started."""
+    runtime, marks = tmp_path / "runtime", tmp_path / "marks"
+    runtime.write_text(
+        f'#!/bin/bash\n[ "$1 $2" = "exec image.sif" ] || exit 64\nshift 2\necho "$SLURMD_NODENAME $4 $5" >> {marks}\n'
+        'export OMP_STACKSIZE=7M\nexec "$@"\n'
+    )
+    runtime.chmod(0o755)
+    number = user.submit("boxed", "training.steps=3", f"launch.slurm.container='{runtime} exec image.sif'")
+    assert user.wait_for_end("boxed", number) == "COMPLETED", user.log("boxed")
+    nodes = user.nodes_of(number)
+    lines = marks.read_text().splitlines()
+    assert sorted(line for line in lines if "train" in line) == [f"{node} launch.node train" for node in nodes], lines
+    assert len(lines) == 3 and lines[2].startswith(f"{nodes[0]} "), "and once for what the job does at its end"
+    environment = json.loads((user.home / "runs" / "boxed" / "environment.json").read_text())
+    assert environment["variables"]["OMP_STACKSIZE"] == "7M"
 
 
 def test_the_time_limit_is_no_end(user, undisturbed):
     """Two minutes, of which one is kept for saving: evaluating at every step, the run takes longer than that."""
     number = user.submit("short", "launch.slurm.time=2", "evaluation.every=1", "evaluation.rows=12")
-    assert user.wait_for_end("short", number, 400) == "COMPLETED", user.log("short")
+    assert user.wait_for_end("short", number, 600) == "COMPLETED", user.log("short")
     assert user.figures("short") == undisturbed[0]
     log = user.log("short")
     assert 1 <= log.count("leviathan: queued again, to go on from step") == log.count("going on from step-")
@@ -145,7 +223,7 @@ def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(cluster, user):
     rates = (0.001, 0.002, 0.004, 0.008)
     one_node = ["launch.nodes=1", "launch.slurm.cpus=1", "launch.slurm.memory=2000", "parallel.ep=1"]
     number = user.submit("sweep", *one_node, "training.steps=10", f"optimizer.lr={','.join(map(str, rates))}")
-    cluster.wait(user.has_step("sweep-1", 2), "step 2 of the second run", 90)
+    cluster.wait(user.has_step("sweep-1", 2), "step 2 of the second run", 240)
     cluster.client("scancel", "--signal=USR1", f"{number}_1")
     for task in range(4):
         assert user.wait_for_end("sweep", f"{number}_{task}") == "COMPLETED", user.log("sweep", task)
@@ -164,13 +242,13 @@ def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(cluster, user):
 
 def test_cancelled_it_saves_and_stays_cancelled(cluster, user):
     number = user.submit("unwanted")
-    cluster.wait(user.has_step("unwanted", 5), "step 5", 90)
+    cluster.wait(user.has_step("unwanted", 5), "step 5", 240)
     done = user.leviathan("jobs", "cancel", "unwanted")
     assert done.returncode == 0 and "it saves first" in done.stdout
     assert user.wait_for_end("unwanted", number) == "CANCELLED"
     assert "interrupted after step" in user.log("unwanted") and "cancelled after saving" in user.log("unwanted")
     number = user.submit("dropped")
-    cluster.wait(user.has_step("dropped", 5), "step 5", 90)
+    cluster.wait(user.has_step("dropped", 5), "step 5", 240)
     cluster.client("scancel", number)
     assert user.wait_for_end("dropped", number) == "CANCELLED"
     time.sleep(8)  # a job that is queued again is eligible after five
@@ -187,15 +265,24 @@ def test_a_wrong_node_is_found_by_the_doctor_and_left_out(cluster, user, tmp_pat
     assert user.wait_for_end("picky", number) == "COMPLETED", user.log("picky")
     log = user.log("picky")
     assert "WRONG n2: rank" in log and "only 512 files may be open" in log
-    assert "leviathan: queued again without n2" in log and "all nodes are well" in log
+    assert "leviathan: queued again: the doctor finds n2 wrong" in log and "all nodes are well" in log
+    assert "leviathan: left out from now on: n2" in log
     assert "ExcNodeList=n2" in cluster.client("scontrol", "show", "job", "-o", number)
 
 
-def test_a_wrong_configuration_is_not_queued_again(user):
-    number = user.submit("wrong", "model.vocab_size=128")
-    assert user.wait_for_end("wrong", number) == "FAILED"
-    log = user.log("wrong")
-    assert log.count("the tokenizer has 1024 ids") == 1 and "not queued again: the same error would come again" in log
+WRONG = {
+    "model.vocab_size=128": "the tokenizer has 1024 ids",
+    "launch.slurm.options=['--nodes=3']": "launch.nodes=2: SLURM has given the job 3: launch.slurm.options must not",
+}
+
+
+@pytest.mark.parametrize("override, message", WRONG.items(), ids=["ids", "nodes"])
+def test_a_wrong_configuration_is_not_queued_again(user, request, override, message):
+    name = f"wrong-{request.node.callspec.id}"
+    number = user.submit(name, override)
+    assert user.wait_for_end(name, number) == "FAILED"
+    log = user.log(name)
+    assert log.count(message) == 1 and "not queued again: the same error would come again" in log, log
 
 
 def test_a_folder_that_a_node_does_not_see_is_told(cluster, user):

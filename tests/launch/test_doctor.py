@@ -1,0 +1,156 @@
+"""Whom the doctor names: with made-up readings, and on ranks of which one is slow."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.config import load
+from launch import fabric, links
+from launch.fabric import Reading, judge, table
+from launch.links import rounds
+from launch.machine import FEW_FILES, driver, room
+from parallel.world import connect
+from train.config import TrainConfig
+
+
+def reading(rank: int, size: int, **other: Any) -> Reading:
+    """A rank of a cluster on which all is well: two ranks a node, sharded over all of them."""
+    usual = Reading(
+        rank=rank,
+        node=f"n{rank // 2}",
+        python="3.11.2",
+        torch="2.13.0",
+        device="H100",
+        driver="550.54",
+        products_flops=(600 + rank) * 1e12,
+        bandwidth={"fsdp": 40e9},
+        links={"fsdp": ((rank + 1) % size, (300 + rank if rank % 2 == 0 else 40 + rank) * 1e9)},
+        disk_bytes_per_second=(900 + rank) * 1e6,
+        disk_free_bytes=1 << 40,
+        shared_memory_free_bytes=1 << 36,
+        open_files=1 << 20,
+        clock_s=1e9 + rank / 100,
+    )
+    return replace(usual, **other)
+
+
+def cluster(ranks: int = 8, **other: Callable[[Reading], dict[str, Any]]) -> list[Reading]:
+    """`n1=f`: what is different on node n1."""
+    well = [reading(rank, ranks) for rank in range(ranks)]
+    return [replace(one, **other[one.node](one)) if one.node in other else one for one in well]
+
+
+def test_nobody_is_named_where_all_is_well():
+    """Links between nodes are seven times slower than those within, and that is as it should be."""
+    assert judge(cluster()) == {} and table(cluster(), {}).endswith("all nodes are well")
+
+
+WRONG = {
+    "matrix products at 33% of the others' rate": {"products_flops": 201e12},
+    "cannot write where checkpoints go": {"disk_bytes_per_second": None},
+    "disk at 5% of the others' rate": {"disk_bytes_per_second": 45e6},
+    "clock is off by +5.0 s": {"clock_s": 1e9 + 5.0},
+    f"only {FEW_FILES - 1} files may be open": {"open_files": FEW_FILES - 1},
+    "has torch 2.12.0, the others 2.13.0": {"torch": "2.12.0"},
+    "has device A100, the others H100": {"device": "A100"},
+    "has driver 535.10, the others 550.54": {"driver": "535.10"},
+    "has driver none, the others 550.54": {"driver": "none"},
+}
+
+
+@pytest.mark.parametrize("what, reads", WRONG.items(), ids=WRONG.keys())
+def test_a_wrong_node_is_named_with_what_is_wrong(what, reads):
+    readings = cluster(n2=lambda one: reads)
+    found = judge(readings)
+    assert list(found) == ["n2"] and len(found["n2"]) == 2 and found["n2"][0].startswith("rank 4: "), found
+    assert what in found["n2"][0]
+    assert f"WRONG n2: {found['n2'][0]}" in table(readings, found)
+
+
+def slowed(readings: list[Reading], *ranks: int, share: float = 0.2) -> list[Reading]:
+    """The links from these ranks to the next have this share of their rate."""
+
+    def links(one: Reading) -> dict[str, tuple[int, float]]:
+        return {axis: (peer, share * rate) for axis, (peer, rate) in one.links.items()}
+
+    return [replace(one, links=links(one)) if one.rank in ranks else one for one in readings]
+
+
+def test_a_slow_node_is_named_by_both_of_its_links():
+    """All ranks read the same bandwidth of the one axis; only n2's links (3 to 4 and 5 to 6) are slow."""
+    readings = slowed(cluster(), 3, 5)
+    found = judge(readings)
+    assert list(found) == ["n2"], found
+    assert [line.split(" (axis fsdp) at ")[0] for line in found["n2"]] == [
+        "rank 4: its link to rank 3 on n1",
+        "rank 5: its link to rank 6 on n3",
+    ]
+    assert found["n2"][0].endswith("at 18% of the others'")
+    shown = table(readings, found)
+    assert "links fsdp" in shown and "GB/s between nodes" in shown and "GB/s within nodes" in shown
+    assert judge(slowed(cluster(), 3, 5, share=0.7)) == {}, "control: a little slower is nothing"
+
+
+def test_one_slow_link_names_both_ends_and_one_within_a_node_names_it():
+    assert sorted(judge(slowed(cluster(), 3))) == ["n1", "n2"], "nothing tells which end it is"
+    assert list(judge(slowed(cluster(), 2))) == ["n1"]
+
+
+def test_of_three_nodes_the_slow_one_is_named():
+    """Two of the three links between nodes are slow then."""
+    assert list(judge(slowed(cluster(6), 1, 3))) == ["n1"]
+    assert judge(slowed(cluster(4), 1)) != {}, "of two nodes both"
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+def test_rounds_have_every_link_once_and_each_place_in_one_pair_at_a_time(size):
+    every = [pair for pairs in rounds(size) for pair in pairs]
+    ring = [(place, (place + 1) % size) for place in range(size)] if size > 2 else [(0, 1)][: size - 1]
+    assert sorted(every) == sorted(ring)
+    for pairs in rounds(size):
+        assert len({place for pair in pairs for place in pair}) == 2 * len(pairs)
+
+
+def look(root: Path, slow: int) -> Reading:
+    """What this rank reads; the exchanges of one rank are held up."""
+    world = connect()
+    honest = links._exchange
+    if world.rank == slow:
+        links._exchange = lambda *arguments: (time.sleep(0.4), honest(*arguments))[1] + 0.4
+    os.environ["SLURMD_NODENAME"] = f"n{world.rank}"
+    try:
+        parallel = [f"run.root={root}", "run.name=x", "parallel.dp_shard=4"]
+        read = fabric.read(load("train", TrainConfig, parallel), world)
+    finally:
+        links._exchange = honest
+        del os.environ["SLURMD_NODENAME"]
+    assert read.node == f"n{world.rank}" and set(read.bandwidth) == {"world", "rows", "fsdp", "efsdp"}
+    assert list(read.links) == ["world"], "the other axes join the same ranks"
+    return read
+
+
+def test_on_ranks_a_slow_one_is_found_by_its_links(ranks, tmp_path):
+    read = ranks(4, look, tmp_path, 2)
+    assert [one.links["world"][0] for one in read] == [1, 2, 3, 0]
+    rates = [one.links["world"][1] for one in read]
+    assert sorted(sorted(range(4), key=rates.__getitem__)[:2]) == [1, 2], "from 1 to 2 and from 2 to 3"
+    alike = [replace(one, products_flops=1.0, disk_bytes_per_second=1.0, bandwidth={}) for one in read]
+    assert list(judge(alike)) == ["n2"], (rates, judge(alike))
+    even = [replace(one, links={"world": (one.links["world"][0], max(rates))}) for one in alike]
+    assert judge(even) == {}, "control: it was the links"
+
+
+def test_this_machine(tmp_path):
+    module = tmp_path / "version"
+    assert driver(module) is None
+    module.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC version: 12\n")
+    assert driver(module) == "550.54.15"
+    free, writable = room(tmp_path / "not" / "yet")
+    assert free > 0 and writable
