@@ -150,7 +150,7 @@ def compare_layouts(model: ModelConfig, layouts: Sequence[Trial], steps: int, ra
 
 def _try(trial: Trial, model: ModelConfig, steps: int, root: Path, wanted: dict[str, Figures], ranks: Ranks) -> Outcome:
     """One layout's run, and its checkpoint resumed by one process."""
-    own = root / trial.name.replace(" ", "_")
+    own = Path(tempfile.mkdtemp(dir=root))  # two trials may differ in a technique only
     cases = _cases(model, steps, own, root / "one")
     try:
         found: list[dict[str, Figures]] = ranks(trial.ranks, measure_all, trial.parallel, cases)
