@@ -1,6 +1,6 @@
 """The layouts that this version is certified under, as a table: `python -m bench.layouts` writes docs/certified.md.
 
-Nine layouts, top-1 and top-2 routing, each recompute mode, and a checkpoint of each layout resumed under each other.
+Sixteen layouts, top-1 and top-2 routing, each recompute mode, and a checkpoint of each layout resumed under each other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from core.files import write_text
 from core.origin import sources_digest
 from launch.ranks import Pool
 from model.config import ModelConfig
-from parallel.layout import ParallelConfig, Recompute
+from parallel.layout import ContextMethod, ParallelConfig, Recompute
 from precision.backend import Compute, PrecisionConfig
 from train.certify import EXACT, GRADIENT_FP32, CertifyConfig, Ranks, Trial, compare_layouts, shrink
 from train.certify_rank import Case, measure_all
@@ -34,6 +34,13 @@ LAYOUTS = {
     "tp2 + ep2": (2, ParallelConfig(tp=2, ep=2)),
     "ep2 + efsdp2": (4, ParallelConfig(ep=2)),
     "tp2 + ep2 + fsdp2": (8, ParallelConfig(tp=2, ep=2)),
+    "cp2 gather": (2, ParallelConfig(cp=2)),
+    "cp2 ulysses": (2, ParallelConfig(cp=2, context=ContextMethod.ulysses)),
+    "cp2 ring": (2, ParallelConfig(cp=2, context=ContextMethod.ring)),
+    "cp4": (4, ParallelConfig(cp=4)),
+    "tp2 + cp2": (4, ParallelConfig(cp=2, tp=2)),
+    "cp2 + ep2": (2, ParallelConfig(cp=2, ep=2)),
+    "cp2 + fsdp2": (4, ParallelConfig(cp=2)),
 }
 """Name -> ranks and degrees."""
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "certified.md"

@@ -168,6 +168,7 @@ def _has_kernel(q: Tensor) -> bool:
     """Whether torch has a flash kernel on GPUs for this format and width that returns the log-sum-exp."""
     return (
         q.device.type == "cuda"
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 256

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from launch.cli import main
+from model.pieces import Run, attend_pieces, documents, pieces
+from tests.model.test_pieces import figures, inputs, largest, positions
 from tests.train.tiny import TINY
 
 pytestmark = pytest.mark.gpu
@@ -33,6 +35,20 @@ def test_a_gpu_computes_what_a_cpu_computes(tmp_path, small_corpus, monkeypatch)
     on_cpu = json.loads((tmp_path / "cpu" / "metrics.jsonl").read_text().splitlines()[-2])
     for key in ("loss", "gradient_norm"):
         assert on_gpu[key] == pytest.approx(on_cpu[key], rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype, gate", [("bfloat16", 0.1), ("float32", 1e-4), ("float64", 1e-12)])
+def test_attention_in_pieces_on_a_gpu(dtype, gate):
+    """Flash kernels in bfloat16, products in blocks otherwise, against the CPU in float64."""
+    rows, runs = positions(64), [Run(0, 40, 0), Run(40, 64, 40)]
+    parts = pieces(documents(rows == 0), runs, runs)
+
+    def computed(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        return figures(lambda q, k, v: attend_pieces(q, k, v, parts), *tensors)
+
+    exact = inputs(64)
+    found = computed(*(x.to("cuda", getattr(torch, dtype)) for x in exact))
+    assert largest([x.cpu().double() for x in found], computed(*exact)) < gate
 
 
 def test_a_run_on_a_gpu_goes_on(tmp_path, small_corpus):

@@ -150,7 +150,7 @@ def compare_layouts(
         except RankFailure as error:
             raise LeviathanError(f"one process fails, there is nothing to compare with:\n{error}") from None
         for trial in layouts:
-            own = root / trial.name.replace(" ", "_")
+            own = Path(tempfile.mkdtemp(dir=root))  # two trials may differ in a technique only
             yield _try(trial, _cases(model, learning, steps, own, root / "one"), own, wanted, ranks)
 
 

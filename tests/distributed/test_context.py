@@ -22,6 +22,7 @@ from precision.backend import Compute, PrecisionConfig
 from tests.model.test_pieces import figures, inputs, largest, positions
 from train.certify_rank import ROWS, MadeUpRows
 from train.engine import TorchEngine
+from train.generate import placed_logits
 from train.optimizer import OptimizerConfig
 
 CHUNK = 8
@@ -156,6 +157,24 @@ def test_positions_and_temperature_are_those_of_the_whole_row():
             (part.temperature(model, torch.float64), whole.temperature(model, torch.float64)),
         ):
             assert torch.equal(a, share.take(b))
+
+
+def asked(lengths: list[int]) -> list[Tensor]:
+    """Logits of what follows prompts of these lengths, on every rank."""
+    world = connect()
+    meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
+    placed = build(tiny(1), PrecisionConfig(Compute.float64), meshes, world.device, 1)
+    return [placed_logits(placed, [(7 * i) % 64 for i in range(length)]) for length in lengths]
+
+
+def test_generation_asks_rows_in_parts(ranks):
+    """Prompts shorter than a chunk of 16, of whole chunks, and between."""
+    lengths = [1, 15, 32, 41]
+    (wanted,), found = ranks(1, asked, lengths), ranks(2, asked, lengths)
+    for place, logits_V in enumerate(wanted):
+        for rank in found:
+            torch.testing.assert_close(rank[place], logits_V, rtol=0, atol=1e-12)
+    assert not torch.allclose(wanted[2], wanted[3])
 
 
 def compiled(method: ContextMethod) -> list[Any]:
