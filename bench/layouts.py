@@ -1,6 +1,6 @@
 """The layouts that this version is certified under, as a table: `python -m bench.layouts` writes docs/certified.md.
 
-Each layout with top-1 and top-2 routing, with top-2 under each recompute mode, and checkpoints of one resumed under others.
+Each layout with top-1 and top-2 routing, top-2 under each recompute mode, and checkpoints of one resumed under others.
 """
 
 from __future__ import annotations
