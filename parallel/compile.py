@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model.attention import attend_here
+from model.attention import Attend, attend_here
 from model.moe import MixtureOfExperts
 from model.transformer import Layer, Transformer
 
@@ -19,11 +19,13 @@ def apply(model: Transformer) -> None:
     """Compile in place; names of modules and parameters stay as they are. Contexts must be prepared before they are
     used: see `SequenceContext.prepare`.
     """
+    attends: dict[int, Attend] = {}  # one object for all layers, or each would be a reason to compile again
     for layer in model.layers.values():
         assert isinstance(layer, Layer)
         if isinstance(layer.ffn, MixtureOfExperts):
             mixture: Any = layer.ffn
             mixture.forward = torch.compiler.disable(mixture.forward)
-        if layer.attention.attend is not attend_here:
-            layer.attention.attend = torch.compiler.disable(layer.attention.attend)
+        attend = layer.attention.attend
+        if attend is not attend_here:
+            layer.attention.attend = attends.setdefault(id(attend), torch.compiler.disable(attend))
         layer.compile()

@@ -33,9 +33,10 @@ def apply(model: Transformer, axis: Axis, method: ContextMethod) -> None:
     """Give every attention the way in which it sees keys on other ranks."""
     if axis.size == 1:
         return
+    attend = _KINDS[method](axis)
     for layer in model.layers.values():
         assert isinstance(layer, Layer)
-        layer.attention.attend = _KINDS[method](axis)
+        layer.attention.attend = attend
 
 
 @dataclass(frozen=True)
