@@ -70,14 +70,16 @@ def counting() -> Iterator[Counter[str]]:
         dist.all_to_all_single = exchange
 
 
-def one_step(parallel: ParallelConfig, model: ModelConfig) -> tuple[Counter[str], float, float, int]:
+def one_step(
+    parallel: ParallelConfig, model: ModelConfig, compute: Compute = Compute.float64
+) -> tuple[Counter[str], float, float, int]:
     """What one step did on this rank, its loss and norm, and how many routed tokens all routers counted."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
     share = ROWS // meshes.rows.size
     batch = MadeUpRows(model.vocab_size).batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
     with counting() as times:  # before the model is built: recomputation keeps hold of the forwards that it finds
-        placed = build(model, PrecisionConfig(Compute.float64), meshes, world.device, SEED)
+        placed = build(model, PrecisionConfig(compute), meshes, world.device, SEED)
         engine = TorchEngine(placed, SGD)
         balancer = Balancer(placed.model, lambda counts: meshes.world.sum(counts, "balance"))
         result = optimizer_step(engine, balancer, batch, 1, None, 1.0)
@@ -157,3 +159,17 @@ def test_tied_tables_at_both_ends_learn_as_one(ranks):
     model = replace(mixtures(), tie_embeddings=True)
     (outcome,) = compare_layouts(model, [Trial(("pp",), parallel, count)], 2, ranks)
     assert outcome.passed, outcome.failures()
+
+
+def test_products_put_off_in_bfloat16_add_up_as_well_as_others(ranks):
+    """Gathered copies are bf16, and so is each product; their sum over micro-batches must not be rounded any worse."""
+    model = mixtures()
+    exact = ranks(1, one_step, ParallelConfig(), model)[0]
+    norms = {}
+    for schedule in (Schedule.one_f_one_b, Schedule.zbv):
+        _, loss, norms[schedule], _ = ranks(
+            2, one_step, ParallelConfig(pp=2, schedule=schedule), model, Compute.bfloat16
+        )[0]
+        assert loss == pytest.approx(exact[1], abs=1e-3)
+        assert norms[schedule] == pytest.approx(exact[2], rel=3e-3)
+    assert norms[Schedule.zbv] == pytest.approx(norms[Schedule.one_f_one_b], rel=1e-3)
