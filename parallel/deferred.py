@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers import GroupedGateUp, GroupedLinear, Linear
+from parallel.fsdp import GradientSum, gradient_sums
 from precision.backend import GemmBackend
 
 
@@ -44,18 +45,18 @@ class Deferred:
 
 def apply(stack: nn.Module) -> Deferred:
     """Let the products of a stage note their weights' gradients down."""
-    deferred = Deferred()
+    deferred, sums = Deferred(), gradient_sums(stack)
     for module in stack.modules():
         if isinstance(module, Linear | GroupedLinear | GroupedGateUp):
-            module.gemm = DeferringProducts(module.gemm, module, deferred)
+            module.gemm = DeferringProducts(module.gemm, sums[module], deferred)
     return deferred
 
 
 class DeferringProducts:
-    """A GEMM backend around another one, for one module and its one weight."""
+    """A GEMM backend around another one, for one module and its one weight, whose gradients go to `total`."""
 
-    def __init__(self, inner: GemmBackend, owner: Linear | GroupedLinear | GroupedGateUp, deferred: Deferred) -> None:
-        self.inner, self.owner, self.deferred = inner, owner, deferred
+    def __init__(self, inner: GemmBackend, total: GradientSum, deferred: Deferred) -> None:
+        self.inner, self.total, self.deferred = inner, total, deferred
         self.compute_dtype, self.token_multiple = inner.compute_dtype, inner.token_multiple
 
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
@@ -80,12 +81,6 @@ class DeferringProducts:
     def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, counts_E: Tensor) -> Tensor:
         return self.inner.grouped_weight_gradient(grad_CF, x_CD, counts_E)
 
-    def accumulate(self, gradient: Tensor) -> None:
-        """Add to the gradient of the owner's weight, which is gathered until the schedule reduces it."""
-        weight = self.owner.weight
-        gradient = gradient.view_as(weight).to(weight.dtype)
-        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-
 
 class _Product(torch.autograd.Function):
     @staticmethod
@@ -109,4 +104,4 @@ class _Product(torch.autograd.Function):
 def _later(
     products: DeferringProducts, product: Callable[..., Tensor], grad: Tensor, x: Tensor, counts: list[Tensor]
 ) -> None:
-    products.accumulate(product(grad, x, *counts))
+    products.total.add(product(grad, x, *counts))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import Shard
 
 from model.moe import MixtureOfExperts
@@ -72,6 +73,35 @@ def release(stacks: Mapping[int, Stack]) -> None:
         for module in stack.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+class GradientSum:
+    """Where the gradient of one module's `weight` is summed over micro-batches until FSDP2 reduces it: in the format of
+    that reduction, as FSDP2 itself does with gradients that autograd brings.
+    """
+
+    def __init__(self, owner: nn.Module, stored: FSDPParam | None) -> None:
+        self.owner, self.stored = owner, stored
+
+    def add(self, gradient: Tensor) -> None:
+        weight: Any = self.owner.weight
+        gradient = gradient.view_as(weight)
+        if self.stored is None or self.stored.reduce_dtype in (None, weight.dtype):
+            weight.grad = gradient.to(weight.dtype) if weight.grad is None else weight.grad.add_(gradient)
+        elif self.stored.unsharded_accumulated_grad is None:
+            self.stored.unsharded_accumulated_grad = gradient.to(self.stored.reduce_dtype)
+        else:
+            self.stored.unsharded_accumulated_grad.add_(gradient)
+
+
+def gradient_sums(stack: nn.Module) -> dict[nn.Module, GradientSum]:
+    """Of every module under `stack` that owns a weight."""
+    stored: dict[nn.Module, FSDPParam] = {}
+    for module in stack.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for parameter in group.fsdp_params if group is not None else ():
+            stored[parameter._module_info.module] = parameter
+    return {module: GradientSum(module, stored.get(module)) for module in stack.modules() if hasattr(module, "weight")}
 
 
 def _sum_and_count(module: FSDPModule, axis: Axis, replicate: Axis) -> None:

@@ -141,12 +141,28 @@ class Pipeline:
         for stage in stages:
             stage.axis = self.meshes.pp
         single = layout.schedule.is_single
-        return SCHEDULES[layout.schedule](
+        made = SCHEDULES[layout.schedule](
             stages[0] if single else stages,
             n_microbatches=micro_batches,
             loss_fn=lambda output, target: self._loss(output, target),
             scale_grads=False,
         )
+        if not single:
+            made.pipeline_order_with_comms = {
+                rank: _gathered_once(actions) for rank, actions in made.pipeline_order_with_comms.items()
+            }
+        return made
+
+
+def _gathered_once(actions: list[Any]) -> list[Any]:
+    """torch keeps three stages gathered and drops and gathers the others again and again; here each stage is gathered
+    before its first work and dropped after its last.
+    """
+    kinds = [action.computation_type.value for action in actions]
+    first = {a.stage_index: i for i, a in reversed(list(enumerate(actions))) if kinds[i] == "UNSHARD"}
+    last = {a.stage_index: i for i, a in enumerate(actions) if kinds[i] == "RESHARD"}
+    edges = {*first.values(), *last.values()}
+    return [a for i, a in enumerate(actions) if kinds[i] not in ("UNSHARD", "RESHARD") or i in edges]
 
 
 class _CountedStage(PipelineStage):

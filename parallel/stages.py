@@ -69,7 +69,8 @@ def stages(model: ModelConfig, pp: int, schedule: Schedule, per_rank: int, given
     """
     count = pp * per_rank
     if count > model.layers:
-        legal = [n for n in range(1, model.layers // per_rank + 1)]
+        least = 1 if schedule is Schedule.one_f_one_b else 2  # without a pipeline there is no schedule to choose
+        legal = list(range(least, model.layers // per_rank + 1))
         reason = f"times {per_rank} stages per rank = {count} stages, more than the model's {model.layers} layers"
         raise ConfigError("parallel.pp", pp, reason, legal[-4:])
     sizes = given if given is not None else balanced(layer_costs(model), count)

@@ -25,7 +25,7 @@ from core.ranks import RankFailure
 from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
 from parallel import expert
 from parallel.layout import AUTO, ContextMethod, ParallelConfig, Reduce
-from parallel.stages import Schedule
+from parallel.stages import Schedule, stages
 from precision.backend import Compute, PrecisionConfig
 from train.certify_rank import CONTEXT, ROWS, Blocks, Case, Figures, measure_all, micro_batch
 from train.optimizer import OptimizerConfig, OptimizerKind
@@ -282,12 +282,18 @@ def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
     if most > config.ranks:
         pair = next(trial for trial in needed if trial.ranks == most)
         raise ConfigError("ranks", config.ranks, f"{' with '.join(pair.axes)} takes {most} processes", [most])
+    if parallel.pp > 1:  # the configured cut itself, of the configured model
+        stages(config.model, parallel.pp, parallel.schedule, parallel.per_rank, parallel.layers_per_stage)
     model = shrink(config.model, parallel)
+    if parallel.layers_per_stage is not None:
+        needed = [_unevenly(trial, model) for trial in needed]
     for trial in needed:
         trial.check(model)
     degrees = {axis: getattr(parallel, axis) for axis in used}
     degrees = {axis: 2 if degree == AUTO else degree for axis, degree in degrees.items()}
     larger = [_trial(used, dict.fromkeys(used, 2), parallel), _trial(used, degrees, parallel)]
+    if parallel.layers_per_stage is not None:
+        larger = [_unevenly(trial, model) for trial in larger]
     found, left_out = {trial.name: trial for trial in needed}, []
     for trial in larger:
         if trial.name in found:
@@ -328,6 +334,15 @@ def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: Parallel
     return Trial(axes, replace(parallel, **changed), wanted["pp"] * wanted["dp_replicate"] * spread)
 
 
+def _unevenly(trial: Trial, model: ModelConfig) -> Trial:
+    """The same with one layer in each stage but the last, as where the configured stages are cut by hand."""
+    count = trial.parallel.pp * trial.parallel.per_rank
+    if trial.parallel.pp == 1 or count > model.layers:
+        return trial
+    sizes = [1] * (count - 1) + [model.layers - count + 1]
+    return replace(trial, parallel=replace(trial.parallel, layers_per_stage=sizes))
+
+
 def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelConfig:
     """A tiny model with every kind of layer and every choice that the configured one has; its sizes can be cut by the
     degrees of `parallel` where those of the configured one can.
@@ -339,6 +354,7 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelC
             kinds.append(small)
     degrees = parallel or ParallelConfig()
     least = max(2, degrees.pp) * degrees.per_rank if degrees.pp > 1 else 1
+    least += degrees.layers_per_stage is not None  # one more, for an uneven cut
     kinds += [kinds[index % len(kinds)] for index in range(len(kinds), least)]
     over = degrees.tp * (degrees.cp if degrees.context is ContextMethod.ulysses else 1)
     kv_heads = math.lcm(4, over) if model.kv_heads % over == 0 else 4

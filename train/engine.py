@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from data.loader import Batch
+from model.context import SequenceContext
 from parallel.apply import Placed
 from parallel.norm import gradient_norm, scale_gradients
 from parallel.pipeline import Pipeline
@@ -66,8 +68,7 @@ class TorchEngine:
             total = self.pipeline.forward_backward(tokens_BT, labels_BT, contexts, loss)
         else:
             total = torch.zeros((), dtype=torch.float64, device=self.device)
-            parts = zip(tokens_BT.split(micro_batch), labels_BT.split(micro_batch), contexts, strict=True)
-            for part_BT, wanted_BT, context in parts:
+            for part_BT, wanted_BT, context in _micro_batches(tokens_BT, labels_BT, contexts, micro_batch):
                 one = loss(self.placed.model(part_BT, context), wanted_BT)
                 one.backward()
                 total += one.detach()
@@ -86,3 +87,9 @@ class TorchEngine:
         set_learning_rate(self.optimizer, learning_rate_factor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _micro_batches(
+    tokens_BT: Tensor, labels_BT: Tensor, contexts: list[SequenceContext], rows: int
+) -> Iterator[tuple[Tensor, Tensor, SequenceContext]]:
+    return zip(tokens_BT.split(rows), labels_BT.split(rows), contexts, strict=True)

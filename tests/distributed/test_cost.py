@@ -94,6 +94,7 @@ LAYOUTS = {
     "pp2": (2, ParallelConfig(pp=2)),
     "pp2-interleaved-ep2": (4, ParallelConfig(pp=2, ep=2, schedule=Schedule.interleaved)),
     "pp2-zbv-tp2-recomputed": (4, ParallelConfig(pp=2, tp=2, schedule=Schedule.zbv, recompute=Recompute.full)),
+    "pp2-fsdp2-four-stages-each": (4, ParallelConfig(pp=2, schedule=Schedule.interleaved, stages_per_rank=4)),
     "pp3-tied": (3, ParallelConfig(pp=3)),
     "pp2-fsdp2": (4, ParallelConfig(pp=2, schedule=Schedule.gpipe)),
     "cp2-gather": (2, ParallelConfig(cp=2)),
@@ -107,10 +108,11 @@ LAYOUTS = {
 
 
 def deep_enough(model: ModelConfig, config: ParallelConfig) -> ModelConfig:
-    """Four layers for the stages of a pipeline."""
+    """A layer for each stage of a pipeline."""
     if config.pp == 1:
         return model
-    return replace(model, layers=4, layer_list=(model.blocks * 4)[:4], tie_embeddings=config.pp == 3)
+    layers = max(4, config.pp * config.per_rank)
+    return replace(model, layers=layers, layer_list=(model.blocks * 4)[:layers], tie_embeddings=config.pp == 3)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -70,7 +70,7 @@ def sabotaged(root: Path, name: str, overrides: list[str], what: str) -> dict[st
         plant(Loader, "batch", lambda self, step, start, stop: batch(self, step, 0, stop - start))
     elif what == "one micro-batch lost":
         cut = engine._micro_batches
-        plant(engine, "_micro_batches", lambda batch, rows: list(cut(batch, rows))[:-1])
+        plant(engine, "_micro_batches", lambda *arguments: list(cut(*arguments))[:-1])
     try:
         return figures(root, name, overrides)
     finally:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.layouts import LAYOUTS, resumes, tiny
+from bench.layouts import LAYOUTS, deep, resumes, tiny
 from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNorm
 from parallel.layout import Dispatch, ParallelConfig, Recompute
 from precision.backend import Compute, PrecisionConfig
@@ -19,7 +19,7 @@ SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)
 
 
 def tried(ranks, count: int, config: ParallelConfig, top_k: int) -> Outcome:
-    (outcome,) = compare_layouts(tiny(top_k), [Trial((), config, count)], 2, ranks)
+    (outcome,) = compare_layouts(deep(top_k), [Trial((), config, count)], 2, ranks)
     return outcome
 
 

@@ -48,6 +48,18 @@ def test_a_large_head_makes_the_last_stage_shorter():
     assert balanced(layer_costs(large), 2)[1] < 4
 
 
+def test_long_reach_costs_more_than_a_chunk():
+    """At 4,096 positions a layer that sees all of them costs more than one that sees 64."""
+    chunked = ModelConfig(**{**vars(MODEL), "chunk": 64, "nope_every": 4})
+    costs = layer_costs(chunked)
+    assert costs[3] > 5 * costs[2]
+
+
+def test_of_equal_cuts_the_even_one_is_taken():
+    """The dear layer makes a stage of its own; the six cheap ones may then lie in many ways."""
+    assert balanced([9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3) == [1, 3, 3]
+
+
 def test_loops_and_vs_give_ranks_their_stages():
     loop = stages(MODEL, 2, Schedule.interleaved, 2, None)
     v = stages(MODEL, 2, Schedule.zbv, 2, None)
@@ -69,6 +81,7 @@ def test_the_cut_can_be_given():
         (8, ["parallel.pp=8"], "parallel.pp=8: times 1 stages per rank = 8 stages, more than the model's 4 layers"),
         (4, ["parallel.pp=4", "parallel.schedule=zbv"], "times 2 stages per rank = 8 stages, more than the model's 4"),
         (2, ["parallel.pp=2", "parallel.layers_per_stage=[4,1]"], "must name 2 stages of at least one layer, 4"),
+        (2, ["parallel.pp=2", "parallel.layers_per_stage=[4,0]"], "must name 2 stages of at least one layer, 4"),
         (2, ["parallel.pp=2", "parallel.stages_per_rank=2"], "one_f_one_b has one stage per rank; take another"),
         (2, ["parallel.pp=2", "parallel.schedule=zbv", "parallel.stages_per_rank=3"], "zbv has two stages per rank"),
         (
