@@ -75,9 +75,7 @@ def attend_here(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: Sequenc
 
 
 def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v as `plan` says; returns [B, T, H, K]. Only a mask over whole rows needs memory that
-    grows faster than T.
-    """
+    """softmax(q k^T / sqrt(K)) v as `plan` says; returns [B, T, H, K]."""
     if plan.parts is not None:
         return attend_pieces(q_BTHK, k_BTGK, v_BTGK, plan.parts)
     if plan.block is None:
@@ -85,13 +83,8 @@ def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: AttentionPlan) 
     q, k, v = (blocks(x, plan.block) for x in (q_BTHK, k_BTGK, v_BTGK))
     if plan.halo:
         k, v = (torch.cat([F.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], dim=2) for x in (k, v))
-    return attend_blocks(q, k, v, plan.mask)[:, : q_BTHK.shape[1]]
-
-
-def attend_blocks(q_BNTHK: Tensor, k_BNSGK: Tensor, v_BNSGK: Tensor, mask: Tensor | None) -> Tensor:
-    """Each block's queries over the keys that are given with it; returns [B, N * T, H, K]."""
-    y = _dot_product(q_BNTHK.flatten(0, 1), k_BNSGK.flatten(0, 1), v_BNSGK.flatten(0, 1), mask)
-    return y.unflatten(0, q_BNTHK.shape[:2]).flatten(1, 2)
+    y = _dot_product(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), plan.mask)
+    return y.unflatten(0, q.shape[:2]).flatten(1, 2)[:, : q_BTHK.shape[1]]
 
 
 def _dot_product(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Tensor | None) -> Tensor:

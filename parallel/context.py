@@ -2,11 +2,11 @@
 
 Rows are cut in whole chunks, so that chunked layers need nothing from other ranks, or the chunk before where documents
 start inside a chunk and reach into the next. A rank has some chunks from the row's head and as many from its tail:
-later queries see more keys, so the sum is even. Layers that see the whole row get its keys in one of three ways
-(`ContextMethod`).
+later queries see more keys, so the sum is even where a rank's chunks are even in number, and as even as whole chunks
+allow elsewhere. Layers that see the whole row get its keys in one of three ways (`ContextMethod`).
 
-Shapes: B batch, T sequence of the whole row, L this rank's part of it, C chunk, N blocks of this part, H query heads,
-G key/value heads, K head width, R ranks.
+Shapes: B batch, T sequence of the whole row, L this rank's part of it, H query heads, G key/value
+heads, K head width, R ranks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.attention import attend, attend_blocks
+from model.attention import attend
 from model.config import ModelConfig
-from model.context import AttentionPlan, SequenceContext, blocked, blocks
+from model.context import AttentionPlan, SequenceContext, on_grid
 from model.pieces import Documents, Gradients, Partial, Piece, Run, attend_pieces, documents, pieces
 from model.transformer import Layer, Transformer
 from parallel.collectives import exchange, gather, pass_on
@@ -58,6 +58,11 @@ class Share:
         if tail:
             found.append(Run(self.length - (rank + 1) * tail, self.length - rank * tail, head))
         return found
+
+    def lacking(self, rank: int) -> list[Run]:
+        """Those of a rank's runs whose predecessor another rank has."""
+        runs, last = self.runs(rank), self.axis.size - 1
+        return [*(runs[:1] if rank > 0 else []), *(runs[1:] if rank < last else [])]
 
     @cached_property
     def columns(self) -> Tensor:
@@ -122,8 +127,16 @@ class PartContext(SequenceContext):
         share = self.share
         if chunk is None or chunk >= share.length:
             return self._global(documents(self._whole_BT == 0))
-        kept_N = torch.cat([torch.arange(run.start // chunk, run.stop // chunk) for run in share.runs(share.axis.rank)])
-        return blocked(self._whole_BT % chunk == 0, chunk, self.positions_BT.device, kept_N)
+        starts_BT, own = self._whole_BT % chunk == 0, share.runs(share.axis.rank)
+        if bool((starts_BT == on_grid(share.length, chunk)).all()):
+            return AttentionPlan(block=chunk)
+        keys, halo = list(own), not bool(starts_BT[:, ::chunk].all())
+        if halo:  # a chunk of a document is no longer than a block, so it reaches no further than the block before
+            at = own[-1].at + own[-1].stop - own[-1].start
+            for run in share.lacking(share.axis.rank):
+                keys.append(Run(run.start - chunk, run.start, at))
+                at += chunk
+        return AttentionPlan(block=chunk, halo=halo, parts=pieces(documents(starts_BT), own, keys))
 
     def _global(self, rows: Documents) -> AttentionPlan:
         share, rank, size = self.share, self.share.axis.rank, self.share.axis.size
@@ -148,40 +161,33 @@ class _Attend:
         plan = context.plan(chunk)
         if plan.block is None:
             return self.globally(q_BLHK, k_BLGK, v_BLGK, context.share, plan)
-        if not plan.halo:
+        if plan.parts is None:
             return attend(q_BLHK, k_BLGK, v_BLGK, plan)
-        kv = torch.stack([blocks(x, plan.block) for x in (k_BLGK, v_BLGK)])
-        k, v = torch.cat([self._before(kv, context.share.head // plan.block), kv], dim=3)
-        return attend_blocks(blocks(q_BLHK, plan.block), k, v, plan.mask)
+        kv = torch.stack([k_BLGK, v_BLGK])
+        if plan.halo:
+            kv = torch.cat([kv, self._before(kv, plan.block, context.share.head)], dim=2)
+        return attend_pieces(q_BLHK, kv[0], kv[1], plan.parts)
 
     def globally(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: Share, plan: AttentionPlan) -> Tensor:
         raise NotImplementedError
 
-    def _before(self, kv_2BNCGK: Tensor, heads: int) -> Tensor:
-        """The block before each of this rank's, of which the first `heads` are from the row's head.
+    def _before(self, kv_2BLGK: Tensor, chunk: int, head: int) -> Tensor:
+        """The blocks before this rank's head and tail that lie elsewhere (`Share.lacking`), one after the other.
 
-        Only two can lie elsewhere: what is before the head's first is the last of the head of the rank before, what is
-        before the tail's first the last of the tail of the rank after. Ranks that receive nothing take part all the
-        same: the way back needs them.
+        What is before the head is the last of the head of the rank before, what is before the tail the last of the tail
+        of the rank after. Ranks that receive nothing take part all the same: the way back needs them.
         """
-        axis, tails = self.axis, kv_2BNCGK.shape[2] > heads
+        axis, has_tail = self.axis, kv_2BLGK.shape[2] > head
         is_first, is_last = axis.rank == 0, axis.rank == axis.size - 1
-        to_before = kv_2BNCGK[:, :, -1:] if tails and not is_first else kv_2BNCGK[:, :, :0]
-        to_after = kv_2BNCGK[:, :, :0] if is_last else kv_2BNCGK[:, :, heads - 1 : heads]
-        rows = torch.cat([to_before, to_after], dim=2).movedim(2, 0)
+        to_before = kv_2BLGK[:, :, -chunk:] if has_tail and not is_first else kv_2BLGK[:, :, :0]
+        to_after = kv_2BLGK[:, :, :0] if is_last else kv_2BLGK[:, :, head - chunk : head]
         send, receive = [0] * axis.size, [0] * axis.size
         if not is_first:
-            send[axis.rank - 1], receive[axis.rank - 1] = int(tails), 1
+            send[axis.rank - 1], receive[axis.rank - 1] = int(has_tail) * chunk, chunk
         if not is_last:
-            send[axis.rank + 1], receive[axis.rank + 1] = 1, int(tails)
-        got = exchange(rows, send, receive, axis, "halo").movedim(0, 2)
-        from_before, from_after = got[:, :, : int(not is_first)], got[:, :, int(not is_first) :]
-        nothing = torch.zeros_like(kv_2BNCGK[:, :, : int(is_first)])
-        inside = kv_2BNCGK[:, :, : heads - 1]
-        if not tails:
-            return torch.cat([nothing, from_before, inside, from_after], dim=2)
-        own = kv_2BNCGK[:, :, heads - 1 : heads] if is_last else kv_2BNCGK[:, :, :0]
-        return torch.cat([nothing, from_before, inside, from_after, own, kv_2BNCGK[:, :, heads:-1]], dim=2)
+            send[axis.rank + 1], receive[axis.rank + 1] = chunk, int(has_tail) * chunk
+        rows = torch.cat([to_before, to_after], dim=2).movedim(2, 0)
+        return exchange(rows, send, receive, axis, "halo").movedim(0, 2)
 
 
 class Gather(_Attend):

@@ -208,7 +208,7 @@ def halo_off_by_one(plant: Plant) -> None:
     from parallel.context import _Attend
 
     honest = _Attend._before
-    plant(_Attend, "_before", lambda self, kv, heads: honest(self, kv, heads).roll(1, dims=3))
+    plant(_Attend, "_before", lambda self, *arguments: honest(self, *arguments).roll(1, dims=2))
 
 
 def loss_divided_by_cp(plant: Plant) -> None:

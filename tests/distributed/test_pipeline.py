@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from parallel.mesh import make_meshes
 from parallel.stages import Schedule
 from parallel.world import connect
 from precision.backend import Compute, PrecisionConfig
+from tests.train.tiny import EXACT, trainer
 from train.certify import Trial, compare_layouts
 from train.certify_rank import CONTEXT, ROWS, SEED, MadeUpRows
 from train.engine import TorchEngine
@@ -206,3 +208,19 @@ def test_every_product_is_put_off_and_done_later(ranks):
     for happened, head in ((with_head, ROWS), (without, 0)):
         assert happened.count("n") == happened.count("w") == 2 * ROWS * 9 + head
     assert without.endswith(3 * 9 * "n" + 3 * ("|" + 9 * "w"))
+
+
+def losses(root: Path, name: str, overrides: list[str]) -> list[float]:
+    run = trainer(root, name, overrides)
+    return [run.train_step(step).loss.item() for step in range(run.steps)]
+
+
+@pytest.mark.parametrize("longer", ["context: 96", "context: 96, micro_batch: 2, global_batch: 4", "micro_batch: 2"])
+def test_a_phase_may_change_what_travels(ranks, small_corpus, tmp_path, longer):
+    """Other rows, other micro-batches, the same stages."""
+    small = ["training.steps=2", "training.global_batch=8", "training.micro_batch=1"]
+    overrides = [*small_corpus, *EXACT, *small, f"phases=[{{name: longer, steps: 2, {longer}}}]"]
+    alone = ranks(1, losses, tmp_path, "one", overrides)[0]
+    stages = ["parallel.pp=2", "parallel.schedule=interleaved"]
+    for found in ranks(2, losses, tmp_path, "two", [*overrides, *stages]):
+        assert found == pytest.approx(alone, rel=1e-9)

@@ -25,7 +25,15 @@ from precision.backend import Compute, PrecisionConfig, Storage, resolve
 from tests.train.tiny import trainer
 from train.config import TrainConfig
 from train.muon import Muon, MuonConfig, MuonScale, orthogonalise
-from train.optimizer import GroupConfig, Moments, OptimizerConfig, OptimizerKind, make_optimizer, prime
+from train.optimizer import (
+    GroupConfig,
+    Moments,
+    OptimizerConfig,
+    OptimizerKind,
+    make_optimizer,
+    prime,
+    set_learning_rate,
+)
 
 MODEL = ModelConfig(
     vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_width=8, dense_width=24, expert_width=8, experts=2
@@ -117,6 +125,20 @@ def reference_step(weight: Tensor, gradients: list[Tensor], config: MuonConfig, 
             }[config.scale]
             weight[index] = weight[index] - lr * decay * weight[index] - lr * factor * update
     return weight
+
+
+def test_decay_follows_the_schedule():
+    """At half the rate everything moves half as far, the pull towards zero included."""
+    model, other = network(), network()
+    half, whole = muon(model, lr=0.02, weight_decay=0.3), muon(other, lr=0.01, weight_decay=0.3)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(a.numel()), dtype=a.dtype)
+        b.grad = a.grad.clone()
+    set_learning_rate(half, 0.5)
+    half.step()
+    whole.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("scale", MuonScale)
