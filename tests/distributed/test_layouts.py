@@ -88,14 +88,14 @@ def test_experts_without_tokens_in_float32(ranks, dispatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dispatch", [Dispatch.all_to_all, Dispatch.all_gather])
-@pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_listed_layout(ranks, name, top_k, dispatch):
+def test_every_listed_layout(ranks, name):
+    """Top-2, the harder one, under each recompute mode; tokens to experts either way."""
     count, config = LAYOUTS[name]
-    for mode in Recompute:
-        outcome = tried(ranks, count, replace(config, recompute=mode, dispatch=dispatch), top_k)
-        assert outcome.passed, outcome.failures()
+    for dispatch in (Dispatch.all_to_all, Dispatch.all_gather) if config.ep > 1 else (config.dispatch,):
+        for mode in Recompute:
+            outcome = tried(ranks, count, replace(config, recompute=mode, dispatch=dispatch), 2)
+            assert outcome.passed, outcome.failures()
 
 
 def test_a_checkpoint_resumes_under_other_layouts(ranks):
