@@ -137,8 +137,9 @@ def layout(name: str) -> tuple[int, ParallelConfig]:
     return config.pp * config.dp_replicate * int(config.dp_shard) * config.cp * config.tp, config
 
 
-FAST = ["pp2:zbv", "pp2-tp2:interleaved_zero_bubble", "pp2-ep2"]
+FAST = ["pp2:zbv", "pp2-ep2"]
 SLOW = [
+    "pp2-tp2:interleaved_zero_bubble",
     *(f"pp2:{schedule.name}" for schedule in Schedule if schedule is not Schedule.zbv),
     "pp4",
     "pp2-fsdp2",
