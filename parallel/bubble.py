@@ -9,8 +9,8 @@ stages on each, n micro-batches, and a stage's forward as long as each half of i
 - gpipe, one_f_one_b: (p - 1) / (n + p - 1) (Narayanan et al. 2021, section 2.2)
 - interleaved: (p - 1) / (v n + p - 1) (the same, section 2.2.2)
 - interleaved_zero_bubble: (p - 1) / (3 v n + p - 1): the gaps of a backward are filled (Qi et al. 2024, table 2)
-- zbv, dualpipev: (p - 1) / (6 n + p - 1) from 2 p micro-batches on: what is left is the first micro-batch's way to the
-  last rank
+- zbv: (p - 1) / (6 n + p - 1) from 2 p micro-batches on: what is left is the first micro-batch's way to the last rank
+- dualpipev: 2 (p - 1) / (6 n + 2 (p - 1)): torch sends a forward's result only after the backward paired with it
 """
 
 from __future__ import annotations
@@ -43,19 +43,20 @@ class Played:
 
 def play(schedule: Schedule, pp: int, per_rank: int, micro_batches: int, duration: Duration) -> Played:
     """Play a schedule through. Raises `RuntimeError` where its ranks would wait for each other for ever."""
-    waiting = {rank: list(work) for rank, work in order(schedule, pp, per_rank, micro_batches).items()}
+    waiting = order(schedule, pp, per_rank, micro_batches)
     last = pp * per_rank - 1
     done: dict[Piece, float] = {}
     clock, busy = [0.0] * pp, [0.0] * pp
     while any(waiting.values()):
         before = len(done)
         for rank, work in waiting.items():
-            while work and (ready := _ready(work[0], last, done)) is not None:
-                kind, stage, micro_batch = work.pop(0)
-                took = duration(kind, stage)
-                clock[rank] = max(clock[rank], ready) + took
-                busy[rank] += took
-                done[kind, stage, micro_batch] = clock[rank]
+            while work and None not in (ready := [_ready(piece, last, done) for piece in work[0]]):
+                pieces = work.pop(0)
+                for (kind, stage, _), since in zip(pieces, ready, strict=True):
+                    took = duration(kind, stage)
+                    clock[rank] = max(clock[rank], since or 0.0) + took
+                    busy[rank] += took
+                done |= dict.fromkeys(pieces, clock[rank])  # what belongs together is sent when all of it is done
         if len(done) == before:
             raise RuntimeError(f"{schedule.name} stands still: {[work[0] for work in waiting.values() if work]}")
     return Played(max(clock), busy)
@@ -68,19 +69,22 @@ def closed_form(schedule: Schedule, pp: int, per_rank: int, micro_batches: int) 
         return gaps / (micro_batches + gaps)
     if schedule is Schedule.interleaved:
         return gaps / (per_rank * micro_batches + gaps)
+    if schedule is Schedule.dualpipev:
+        gaps *= 2
     return gaps / (3 * per_rank * micro_batches + gaps)
 
 
-def order(schedule: Schedule, pp: int, per_rank: int, micro_batches: int) -> dict[int, list[Piece]]:
-    """What each rank does, in order. Where a rank has one stage it is written out here (torch's own listing of 1F1B
-    names the wrong micro-batches), else torch tells.
+def order(schedule: Schedule, pp: int, per_rank: int, micro_batches: int) -> dict[int, list[list[Piece]]]:
+    """What each rank does, in order, and which pieces of it belong together. Where a rank has one stage it is written
+    out here (torch's own listing of 1F1B names the wrong micro-batches), else torch tells.
     """
     if schedule.is_single:
         warm_up = {rank: micro_batches if schedule is Schedule.gpipe else pp - rank for rank in range(pp)}
-        return {rank: _one_stage(rank, micro_batches, min(micro_batches, first)) for rank, first in warm_up.items()}
+        rows = {rank: _one_stage(rank, micro_batches, min(micro_batches, first)) for rank, first in warm_up.items()}
+        return {rank: [[piece] for piece in row] for rank, row in rows.items()}
     stages = [_Outline(stage, pp * per_rank, pp) for stage in range(per_rank)]
     made = SCHEDULES[schedule](stages, n_microbatches=micro_batches, scale_grads=False)
-    return {rank: [piece for action in row for piece in _pieces(action)] for rank, row in made.pipeline_order.items()}
+    return {rank: [_pieces(action) for action in row if action] for rank, row in made.pipeline_order.items()}
 
 
 def _one_stage(stage: int, micro_batches: int, warm_up: int) -> list[Piece]:
@@ -105,8 +109,6 @@ class _Outline:
 
 
 def _pieces(action: Any) -> list[Piece]:
-    if action is None:
-        return []
     if action.sub_actions is not None:
         return [piece for part in action.sub_actions for piece in _pieces(part)]
     return [(action.computation_type.value, action.stage_index, action.microbatch_index)]

@@ -31,7 +31,8 @@ def test_played_through_a_schedule_is_idle_as_its_formula_says(schedule, pp, rou
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_every_micro_batch_passes_every_stage_once_each_way(schedule):
     pp, stages, micro_batches = 3, per_rank(schedule), 6
-    pieces = [piece for row in order(schedule, pp, stages, micro_batches).values() for piece in row]
+    rows = order(schedule, pp, stages, micro_batches).values()
+    pieces = [piece for row in rows for together in row for piece in together]
     everything = {(stage, micro_batch) for stage in range(pp * stages) for micro_batch in range(micro_batches)}
     for kinds in (("F",), ("B", "I"), ("B", "W")):
         found = [(stage, micro_batch) for kind, stage, micro_batch in pieces if kind in kinds]
