@@ -91,7 +91,7 @@ class Figures:
 class MadeUpRows:
     """Rows of random tokens, as the loader would give them."""
 
-    def __init__(self, vocab_size: int, context: int, order: Sequence[int]) -> None:
+    def __init__(self, vocab_size: int, context: int = CONTEXT, order: Sequence[int] = range(ROWS)) -> None:
         self.vocab_size, self.context, self.order = vocab_size, context, np.array(order)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
