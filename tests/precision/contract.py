@@ -34,8 +34,9 @@ HOLDS = {
 # fmt: off
 OURS = {
     "self", "torch", "object", "a", "b", "x", "w", "y", "grad", "grads", "groups", "operand", "recipe", "device",
-    "Recipe", "importlib", "error", "reason", "reasons", "wrong", "installed", "engine", "reference", "result", "exact",
-    "ours", "found", "wanted", "rows", "inverse", "scale", "data", "tensor", "dtype", "products", "generator", "Operand",
+    "Recipe", "Operand", "importlib", "error", "reason", "reasons", "wrong", "installed", "engine", "reference",
+    "result", "exact", "ours", "found", "wanted", "rows", "inverse", "scale", "data", "tensor", "dtype",
+    "products", "generator",
 }
 # fmt: on
 
