@@ -10,6 +10,7 @@ import ast
 import copy
 import importlib.metadata
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -132,6 +133,20 @@ def test_quantizers_come_in_this_order():
 
 def test_a_storage_can_be_copied_by_its_attributes():
     assert all(REAL.member(path, "__slots__") is None for path in STORAGES)
+
+
+def test_the_version_is_the_same_everywhere():
+    version, root = backend.VERSION, wheel.ROOT
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["te"] == [f"transformer-engine[pytorch]=={version}"]
+    assert f'"transformer-engine[pytorch]=={version}"' in backend.INSTALL
+    pins = dict(
+        line.split("==") for line in (root / "docs/containers/constraints.txt").read_text().split() if "==" in line
+    )
+    assert {pins[f"transformer-engine{part}"] for part in ("", "-cu13", "-torch")} == {version}
+    assert (
+        f"Engine](https://github.com/NVIDIA/TransformerEngine) {version}" in (root / "docs/fp8_install.md").read_text()
+    )
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
