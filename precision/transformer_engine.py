@@ -167,9 +167,7 @@ def _installation() -> list[str]:
         wrong.append(f"Transformer Engine {installed} is installed, and only {VERSION} is known to fit: {INSTALL}")
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except (
-        Exception
-    ) as error:  # a package without its libraries raises RuntimeError, OSError, AssertionError and others
+    except Exception as error:  # without its libraries: RuntimeError, OSError, AssertionError, FileNotFoundError
         wrong.append(f"Transformer Engine {installed} is installed and does not import ({_line(error)}): {INSTALL}")
     return wrong
 
