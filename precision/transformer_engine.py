@@ -90,7 +90,7 @@ class Engine:
         self.quantizers = dict(zip((Operand.activation, Operand.weight, Operand.gradient), quantizers, strict=True))
         for quantizer in quantizers:
             quantizer.internal = True  # bare storages: no subclasses of Tensor
-            quantizer.optimize_for_gemm = True  # MXFP8's scales come in the order in which the products read them
+            quantizer.optimize_for_gemm = recipe is Recipe.mxfp8  # its scales come in the order that products read
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Parts:
         import transformer_engine_torch as tex

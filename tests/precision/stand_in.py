@@ -143,8 +143,8 @@ class Extension:
         self.calls.append(Product(_layout(transa, transb), grad, split, (_format(a), _format(b))))
         return self._multiply(a, transa, b, transb, PLAIN[int(dtype)]), None, None, None
 
-    def te_general_grouped_gemm(self, *args: Any) -> None:
-        a, transa, b, transb, out, dtype, m_splits, *_, accumulate, split, _ = args
+    def te_general_grouped_gemm(self, *args: Any) -> Any:
+        a, transa, b, transb, out, dtype, m_splits, bias, *_, accumulate, split, _ = args
         single, grad = args[9], args[11]
         assert type(m_splits) is list and all(type(count) is int for count in m_splits) and not accumulate
         assert len(a) == len(b) == len(m_splits) and len(out) == (1 if single else len(a))
@@ -155,10 +155,11 @@ class Extension:
             whole = torch.cat(results)
             assert [len(part) for part in results] == m_splits and whole.shape[1:] == out[0].shape[1:]
             out[0].fill_(torch.nan)[: len(whole)].copy_(whole)
-            return
+            return bias
         for place, result in zip(out, results, strict=True):
             assert place.shape == result.shape and place.is_contiguous()
             place.copy_(result)
+        return bias
 
     def _multiply(self, a: Any, transa: bool, b: Any, transb: bool, dtype: torch.dtype) -> Tensor:
         left, right = _rows(b, transb), _rows(a, not transa)
@@ -328,6 +329,6 @@ def installed(**options: Any) -> Iterator[Extension]:
         yield extension
     finally:
         backend.unavailable = asked
-        for name in _loaded:
+        for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
             del sys.modules[name]
         sys.modules.update(kept)
