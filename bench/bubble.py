@@ -27,7 +27,8 @@ from parallel.mesh import make_meshes
 from parallel.pipeline import Pipeline, StageStack
 from parallel.stages import Schedule
 from parallel.world import connect
-from precision.backend import PrecisionConfig, resolve
+from precision.config import PrecisionConfig
+from precision.resolve import resolve
 
 RANKS, MICRO_BATCHES, NAP_S, STEPS = 4, 8, 0.06, 3
 WIDTH, LENGTH = 8, 4

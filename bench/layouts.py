@@ -20,7 +20,7 @@ from launch.ranks import Pool
 from model.config import ModelConfig
 from parallel.layout import ContextMethod, ParallelConfig, Recompute
 from parallel.stages import Schedule
-from precision.backend import Compute, PrecisionConfig
+from precision.config import Compute, PrecisionConfig
 from train.certify import EXACT, GRADIENT_FP32, CertifyConfig, Ranks, Trial, compare_layouts, shrink
 from train.certify_rank import Case, measure_all
 from train.optimizer import OptimizerConfig

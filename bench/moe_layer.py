@@ -18,7 +18,8 @@ from model.config import ModelConfig, RouterConfig, Score, WeightsOn
 from model.context import SequenceContext
 from model.init import initialise
 from model.moe import MixtureOfExperts
-from precision.backend import Compute, PrecisionConfig, resolve
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
 
 WIDTH, HIDDEN = 256, 512
 LLAMA4 = RouterConfig()
@@ -28,7 +29,7 @@ MIXTRAL = RouterConfig(score=Score.softmax, renormalise=True, weights_on=Weights
 def our_layer(experts: int, dtype: torch.dtype, router: RouterConfig) -> MixtureOfExperts:
     config = ModelConfig(width=WIDTH, expert_width=HIDDEN, experts=experts, router=router)
     name = {torch.float32: Compute.float32, torch.bfloat16: Compute.bfloat16}[dtype]
-    layer = MixtureOfExperts(config, resolve(PrecisionConfig(name)))
+    layer = MixtureOfExperts(config, resolve(PrecisionConfig(name)).plain)
     initialise(layer, config, seed=0)
     with torch.no_grad():
         layer.router.weight.mul_(10)  # clear choices: both sides must send a token to the same expert

@@ -17,7 +17,7 @@ from model.layers import Linear, RMSNorm, rms_normalise
 from model.pieces import attend_pieces
 from model.roles import Role
 from model.rope import rotate
-from precision.backend import GemmBackend
+from precision.resolve import LayerProducts
 
 
 class Attend(Protocol):
@@ -34,15 +34,15 @@ class Attention(nn.Module):
     Context parallelism replaces `attend`; nothing else in this file knows of ranks.
     """
 
-    def __init__(self, model: ModelConfig, layer: LayerConfig, gemm: GemmBackend) -> None:
+    def __init__(self, model: ModelConfig, layer: LayerConfig, products: LayerProducts) -> None:
         super().__init__()
         self.model, self.layer = model, layer
         self.attend: Attend = attend_here
         inner, shared = model.heads * model.head_width, model.kv_heads * model.head_width
-        self.query = Linear(model.width, inner, Role.query, gemm)
-        self.key = Linear(model.width, shared, Role.key, gemm)
-        self.value = Linear(model.width, shared, Role.value, gemm)
-        self.output = Linear(inner, model.width, Role.attention_output, gemm)
+        self.query = Linear(model.width, inner, Role.query, products)
+        self.key = Linear(model.width, shared, Role.key, products)
+        self.value = Linear(model.width, shared, Role.value, products)
+        self.output = Linear(inner, model.width, Role.attention_output, products)
         widths = {QKNorm.per_head: (model.head_width, model.head_width), QKNorm.full: (inner, shared)}
         if layer.qk_norm in widths:
             self.query_norm, self.key_norm = (

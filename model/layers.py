@@ -10,17 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.roles import Role
-from precision.backend import GemmBackend
+from precision.backend import GemmBackend, Groups
+from precision.resolve import LayerProducts
+
+
+def _backend(products: LayerProducts, role: Role) -> GemmBackend:
+    assert role.products is not None
+    return products.of(role.products, role.value)
 
 
 class Linear(nn.Module):
     """y = x W^T without bias; weight [F, D]."""
 
-    def __init__(self, in_width: int, out_width: int, role: Role, gemm: GemmBackend) -> None:
+    def __init__(self, in_width: int, out_width: int, role: Role, products: LayerProducts) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_width, in_width))
         self.roles = {"weight": role}
-        self.gemm = gemm
+        self.gemm = _backend(products, role)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.gemm.linear(x_TD, self.weight)
@@ -29,14 +35,14 @@ class Linear(nn.Module):
 class GroupedLinear(nn.Module):
     """One matrix per expert, weight [E, F, D]; rows come sorted by expert."""
 
-    def __init__(self, experts: int, in_width: int, out_width: int, role: Role, gemm: GemmBackend) -> None:
+    def __init__(self, experts: int, in_width: int, out_width: int, role: Role, products: LayerProducts) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_width, in_width))
         self.roles = {"weight": role}
-        self.gemm = gemm
+        self.gemm = _backend(products, role)
 
-    def forward(self, x_CD: Tensor, counts_E: Tensor) -> Tensor:
-        return self.gemm.grouped_linear(x_CD, self.weight, counts_E)
+    def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
+        return self.gemm.grouped_linear(x_CD, self.weight, groups)
 
 
 class GroupedGateUp(nn.Module):
@@ -46,15 +52,15 @@ class GroupedGateUp(nn.Module):
     could not be sharded by column.
     """
 
-    def __init__(self, experts: int, in_width: int, out_width: int, role: Role, gemm: GemmBackend) -> None:
+    def __init__(self, experts: int, in_width: int, out_width: int, role: Role, products: LayerProducts) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, 2, out_width, in_width))
         self.roles = {"weight": role}
-        self.gemm = gemm
+        self.gemm = _backend(products, role)
 
-    def forward(self, x_CD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_CD: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
         """Gate and up, [C, F] each."""
-        gate_CF, up_CF = self.gemm.grouped_linear(x_CD, self.weight.flatten(1, 2), counts_E).chunk(2, dim=-1)
+        gate_CF, up_CF = self.gemm.grouped_linear(x_CD, self.weight.flatten(1, 2), groups).chunk(2, dim=-1)
         return gate_CF, up_CF
 
 
@@ -74,9 +80,9 @@ class Embedding(nn.Module):
 class TiedHead(nn.Module):
     """y = x W^T with the embedding's table W [V, D]. The parameter stays the embedding's and has its name alone."""
 
-    def __init__(self, table: Embedding, gemm: GemmBackend) -> None:
+    def __init__(self, table: Embedding, products: LayerProducts) -> None:
         super().__init__()
-        self.gemm, self._table = gemm, (table,)  # in a tuple: no child of this module
+        self.gemm, self._table = _backend(products, Role.head), (table,)  # in a tuple: no child of this module
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.gemm.linear(x_TD, self._table[0].weight)
@@ -104,12 +110,12 @@ def rms_normalise(x: Tensor, eps: float) -> Tensor:
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)): the dense feed-forward layer and the shared expert (Shazeer 2020)."""
 
-    def __init__(self, width: int, hidden: int, roles: tuple[Role, Role, Role], gemm: GemmBackend) -> None:
+    def __init__(self, width: int, hidden: int, roles: tuple[Role, Role, Role], products: LayerProducts) -> None:
         super().__init__()
         gate, up, down = roles
-        self.gate = Linear(width, hidden, gate, gemm)
-        self.up = Linear(width, hidden, up, gemm)
-        self.down = Linear(hidden, width, down, gemm)
+        self.gate = Linear(width, hidden, gate, products)
+        self.up = Linear(width, hidden, up, products)
+        self.down = Linear(hidden, width, down, products)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))

@@ -22,7 +22,8 @@ from model.config import BalanceConfig, ModelConfig, RouterConfig, Score, Weight
 from model.context import SequenceContext
 from model.layers import GatedMLP, GroupedGateUp, GroupedLinear
 from model.roles import Role
-from precision.backend import GemmBackend
+from precision.backend import Groups
+from precision.resolve import LayerProducts
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Dispatched:
     """Rows for the experts, sorted by expert, and the way back."""
 
     x_CD: Tensor
-    counts_E: Tensor
+    groups: Groups
     restore: Callable[[Tensor], Tensor]
     """The experts' rows [C, D] to the sum of each token's results [T, D]."""
 
@@ -105,13 +106,13 @@ class Rows:
     """The places of T*K routed slots among rows that are sorted by group, each group padded to a multiple."""
 
     source_C: Tensor
-    """Which slot (token * K + k) each row holds; padding repeats some slot, and nobody reads what comes of it."""
+    """Which slot (token * K + k) each row holds; padding, which is zero, names some slot."""
     place_S: Tensor
     """Which row holds each slot."""
-    counts_E: Tensor
-    """Rows of each group with their padding. Their sum may be less than the number of rows."""
-    is_slot_C1: Tensor | None
-    """Which rows are not padding; None: all of them."""
+    groups: Groups
+    """Rows of each group with their padding."""
+    is_padding_C1: Tensor | None
+    """Which rows are padding; None: none is."""
     top_k: int
 
     def gather(self, x_TD: Tensor) -> Tensor:
@@ -122,9 +123,10 @@ class Rows:
         """The sum of each token's K rows: [T, D]."""
         return _Combine.apply(y_CD, self)
 
-    def copy_slots(self, x_SD: Tensor) -> Tensor:
+    def copy_slots(self, x_TD: Tensor) -> Tensor:
         source = self.source_C // self.top_k if self.top_k > 1 else self.source_C
-        return x_SD.index_select(0, source)
+        x_CD = x_TD.index_select(0, source)
+        return x_CD if self.is_padding_C1 is None else x_CD.masked_fill_(self.is_padding_C1, 0)
 
     def sum_slots(self, y_CD: Tensor) -> Tensor:
         slots = y_CD.index_select(0, self.place_S)
@@ -136,28 +138,28 @@ def arrange(groups_TK: Tensor, groups: int, multiple: int = 1) -> Rows:
     sorted_S, order_S = groups_TK.flatten().sort(stable=True)
     bounds_E = torch.searchsorted(sorted_S, torch.arange(groups, device=sorted_S.device), right=True)
     counts_E = bounds_E.diff(prepend=bounds_E.new_zeros(1))
-    row_S, rows, is_slot_C1 = torch.arange(len(order_S), device=order_S.device), len(order_S), None
+    row_S, rows, is_padding_C1 = torch.arange(len(order_S), device=order_S.device), len(order_S), None
     if multiple > 1 and rows:  # without a slot there is nothing to repeat
         padded_E = (counts_E + multiple - 1) // multiple * multiple
         extra_E = padded_E - counts_E
         row_S = row_S + (extra_E.cumsum(0) - extra_E).index_select(0, sorted_S)
         counts_E, rows = padded_E, rows + groups * (multiple - 1)
-        is_slot_C1 = torch.zeros(rows, 1, dtype=torch.bool, device=order_S.device).index_fill_(0, row_S, True)
+        is_padding_C1 = torch.ones(rows, 1, dtype=torch.bool, device=order_S.device).index_fill_(0, row_S, False)
     source_C = order_S.new_zeros(rows).scatter_(0, row_S, order_S)
     place_S = torch.empty_like(order_S).scatter_(0, order_S, row_S)
-    return Rows(source_C, place_S, counts_E, is_slot_C1, groups_TK.shape[1])
+    return Rows(source_C, place_S, Groups(counts_E), is_padding_C1, groups_TK.shape[1])
 
 
 def weighted(
     rows: Rows, x_TD: Tensor, weights_TK: Tensor, weights_on: WeightsOn
-) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+) -> tuple[Tensor, Groups, Callable[[Tensor], Tensor]]:
     """What `Dispatched` holds, where slots stay on this device: rows, counts, and the way back."""
     # not by plain indexing: its backward would take what the products leave in padding, which may be anything
     weights_C1 = replace(rows, top_k=1).gather(weights_TK.reshape(-1, 1)).to(x_TD.dtype)
     x_CD = rows.gather(x_TD)
     if weights_on is WeightsOn.input:
-        return x_CD * weights_C1, rows.counts_E, rows.combine
-    return x_CD, rows.counts_E, lambda y_CD: rows.combine(y_CD * weights_C1)
+        return x_CD * weights_C1, rows.groups, rows.combine
+    return x_CD, rows.groups, lambda y_CD: rows.combine(y_CD * weights_C1)
 
 
 class _Gather(torch.autograd.Function):
@@ -183,40 +185,44 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad_CD = ctx.rows.copy_slots(grads[0])
-        return grad_CD if ctx.rows.is_slot_C1 is None else grad_CD * ctx.rows.is_slot_C1, None
+        return ctx.rows.copy_slots(grads[0]), None
 
 
 class Experts(nn.Module):
     """E gated MLPs side by side; expert weights are [E, 2, F, D] (gate, then up) and [E, D, F]."""
 
-    def __init__(self, experts: int, width: int, hidden: int, gemm: GemmBackend) -> None:
+    def __init__(self, experts: int, width: int, hidden: int, products: LayerProducts) -> None:
         super().__init__()
-        self.gate_up = GroupedGateUp(experts, width, hidden, Role.expert_gate_up, gemm)
-        self.down = GroupedLinear(experts, hidden, width, Role.expert_down, gemm)
+        self.gate_up = GroupedGateUp(experts, width, hidden, Role.expert_gate_up, products)
+        self.down = GroupedLinear(experts, hidden, width, Role.expert_down, products)
 
-    def forward(self, x_CD: Tensor, counts_E: Tensor) -> Tensor:
-        gate_CF, up_CF = self.gate_up(x_CD, counts_E)
-        return self.down(F.silu(gate_CF) * up_CF, counts_E)
+    @property
+    def token_multiple(self) -> int:
+        """To what each expert's rows are padded."""
+        return self.down.gemm.token_multiple
+
+    def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
+        gate_CF, up_CF = self.gate_up(x_CD, groups)
+        return self.down(F.silu(gate_CF) * up_CF, groups)
 
 
 class MixtureOfExperts(nn.Module):
     """Routed experts plus, where it has a width, a shared expert that every token passes through."""
 
-    def __init__(self, model: ModelConfig, gemm: GemmBackend) -> None:
+    def __init__(self, model: ModelConfig, products: LayerProducts) -> None:
         super().__init__()
         self.router = Router(model.width, model.experts, model.router, model.balance)
-        self.dispatch: Dispatch = LocalDispatch(model.experts, model.router.weights_on, gemm.token_multiple)
-        self.experts = Experts(model.experts, model.width, model.expert_width, gemm)
+        self.experts = Experts(model.experts, model.width, model.expert_width, products)
+        self.dispatch: Dispatch = LocalDispatch(model.experts, model.router.weights_on, self.experts.token_multiple)
         roles = (Role.shared_gate, Role.shared_up, Role.shared_down)
         hidden = model.shared_expert_width
-        self.shared = GatedMLP(model.width, hidden, roles, gemm) if hidden else None
+        self.shared = GatedMLP(model.width, hidden, roles, products) if hidden else None
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         experts_BTK, weights_BTK = self.router(x_BTD, context.routed_tokens)
         x_TD = x_BTD.flatten(0, 1)
         sent = self.dispatch(x_TD, Choice(experts_BTK.flatten(0, 1), weights_BTK.flatten(0, 1)))
-        y_TD = sent.restore(self.experts(sent.x_CD, sent.counts_E))
+        y_TD = sent.restore(self.experts(sent.x_CD, sent.groups))
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x_BTD)

@@ -12,6 +12,8 @@ from enum import Enum
 import torch
 from torch import nn
 
+from precision.config import Products
+
 
 class Role(Enum):
     embedding = "embedding"
@@ -49,9 +51,25 @@ class Role(Enum):
         return not self.is_norm and self not in (Role.embedding, Role.head, Role.router)
 
     @property
+    def products(self) -> Products | None:
+        """Which group of matrix products it takes part in; None: norms take part in none."""
+        return _PRODUCTS.get(self)
+
+    @property
     def writes_residual(self) -> bool:
         """Whether its product is added to the residual stream."""
         return self in (Role.attention_output, Role.dense_down, Role.shared_down, Role.expert_down)
+
+
+_PRODUCTS = {
+    Role.embedding: Products.embedding,
+    Role.head: Products.head,
+    Role.router: Products.router,
+    **dict.fromkeys((Role.query, Role.key, Role.value, Role.attention_output), Products.attention),
+    **dict.fromkeys((Role.dense_gate, Role.dense_up, Role.dense_down), Products.dense),
+    **dict.fromkeys((Role.shared_gate, Role.shared_up, Role.shared_down), Products.shared),
+    **dict.fromkeys((Role.expert_gate_up, Role.expert_down), Products.expert),
+}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.roles import registry
 from model.transformer import Transformer
-from precision.backend import Compute, PrecisionConfig, resolve
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
 
 Shape = tuple[int, ...]
 

@@ -14,21 +14,23 @@ from model.context import SequenceContext
 from model.layers import Embedding, GatedMLP, Linear, RMSNorm, TiedHead
 from model.moe import MixtureOfExperts
 from model.roles import Role
-from precision.backend import GemmBackend
+from precision.resolve import LayerProducts, Precision
 
 
 class Layer(nn.Module):
     """h = x + attention(norm(x)); h + ffn(norm(h))."""
 
-    def __init__(self, model: ModelConfig, layer: LayerConfig, gemm: GemmBackend) -> None:
+    def __init__(self, model: ModelConfig, layer: LayerConfig, products: LayerProducts) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(model.width, model.norm_eps, Role.block_norm)
-        self.attention = Attention(model, layer, gemm)
+        self.attention = Attention(model, layer, products)
         self.ffn_norm = RMSNorm(model.width, model.norm_eps, Role.block_norm)
         self.is_moe = layer.feed_forward is FeedForward.moe
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
         self.ffn = (
-            MixtureOfExperts(model, gemm) if self.is_moe else GatedMLP(model.width, model.dense_width, roles, gemm)
+            MixtureOfExperts(model, products)
+            if self.is_moe
+            else GatedMLP(model.width, model.dense_width, roles, products)
         )
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
@@ -75,18 +77,19 @@ class Stack(nn.Module):
 class Transformer(Stack):
     """Token ids [B, T] to logits [B, T, V]. Built without initial weights: see `model.init`."""
 
-    def __init__(self, config: ModelConfig, gemm: GemmBackend) -> None:
-        embedding = Embedding(config.vocab_size, config.width, gemm.compute_dtype)
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+        embedding = Embedding(config.vocab_size, config.width, precision.compute_dtype)
+        blocks, ends = config.blocks, precision.plain
         super().__init__(
             embedding,
-            {str(index): Layer(config, layer, gemm) for index, layer in enumerate(config.blocks)},
+            {str(i): Layer(config, layer, precision.at(i, len(blocks))) for i, layer in enumerate(blocks)},
             RMSNorm(config.width, config.norm_eps, Role.final_norm),
-            TiedHead(embedding, gemm)
+            TiedHead(embedding, ends)
             if config.tie_embeddings
-            else Linear(config.width, config.vocab_size, Role.head, gemm),
+            else Linear(config.width, config.vocab_size, Role.head, ends),
         )
         self.config = config
-        self.compute_dtype = gemm.compute_dtype
+        self.compute_dtype = precision.compute_dtype
 
     def see_positions(self, config: ModelConfig) -> None:
         """From now on turn and scale queries and keys as `config` says, a model of the same parameters."""

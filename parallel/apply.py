@@ -15,7 +15,8 @@ from model.transformer import Stack, Transformer
 from parallel import compile, context, expert, fsdp, pipeline, recompute, shards, tensor
 from parallel.mesh import Meshes
 from parallel.shards import ShardSpec
-from precision.backend import PrecisionConfig, resolve
+from precision.config import PrecisionConfig
+from precision.resolve import Precision, resolve
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def build(config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, devic
 
     Nothing is allocated before the layout is applied: each rank only ever holds its own part.
     """
-    model = on_meta(config, precision)
+    model = on_meta(config, precision, resolve(precision, device))
     stacks = pipeline.cut(model, meshes)
     specs = shards.shard_specs(registry(model), config, meshes)
     parallelize(model, stacks, specs, meshes, precision)
@@ -92,13 +93,13 @@ def parallelize(
     fsdp.apply(model, stacks, specs, meshes, precision)
 
 
-def on_meta(config: ModelConfig, precision: PrecisionConfig) -> Transformer:
-    """The whole model without storage, in the master format."""
+def on_meta(config: ModelConfig, precision: PrecisionConfig, products: Precision | None = None) -> Transformer:
+    """The whole model without storage, in the master format. Without `products` it is for looking at, not to run."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(precision.master_dtype)
     try:
         with torch.device("meta"):
-            return Transformer(config, resolve(precision))
+            return Transformer(config, products or Precision(precision))
     finally:
         torch.set_default_dtype(previous)
 

@@ -25,7 +25,7 @@ from parallel.apply import on_meta
 from parallel.layout import ContextMethod, Dispatch, Layout, Recompute, Reduce, row_unit
 from parallel.mesh import place
 from parallel.shards import ShardSpec, shard_specs
-from precision.backend import PrecisionConfig
+from precision.config import PrecisionConfig
 
 Bytes = int
 Traffic = dict[tuple[str, str], Bytes]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from model.layers import GroupedGateUp, GroupedLinear, Linear
 from parallel.fsdp import GradientSum, gradient_sums
-from precision.backend import GemmBackend
+from precision.backend import GemmBackend, Groups
 
 
 class Deferred:
@@ -64,10 +64,10 @@ class DeferringProducts:
             return self.inner.linear(x_TD, w_FD)
         return _Product.apply(x_TD, w_FD, None, self)
 
-    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         if not torch.is_grad_enabled():
-            return self.inner.grouped_linear(x_CD, w_EFD, counts_E)
-        return _Product.apply(x_CD, w_EFD, counts_E, self)
+            return self.inner.grouped_linear(x_CD, w_EFD, groups)
+        return _Product.apply(x_CD, w_EFD, groups, self)
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
         return self.inner.input_gradient(grad_TF, w_FD)
@@ -75,33 +75,33 @@ class DeferringProducts:
     def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
         return self.inner.weight_gradient(grad_TF, x_TD)
 
-    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
-        return self.inner.grouped_input_gradient(grad_CF, w_EFD, counts_E)
+    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
+        return self.inner.grouped_input_gradient(grad_CF, w_EFD, groups)
 
-    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, counts_E: Tensor) -> Tensor:
-        return self.inner.grouped_weight_gradient(grad_CF, x_CD, counts_E)
+    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
+        return self.inner.grouped_weight_gradient(grad_CF, x_CD, groups)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, counts_E: Tensor | None, products: DeferringProducts) -> Tensor:
-        ctx.products, ctx.grouped = products, counts_E is not None
-        ctx.save_for_backward(x, w, *(() if counts_E is None else (counts_E,)))
+    def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: DeferringProducts) -> Tensor:
+        ctx.products, ctx.groups = products, () if groups is None else (groups,)
+        ctx.save_for_backward(x, w)
         inner = products.inner
-        return inner.linear(x, w) if counts_E is None else inner.grouped_linear(x, w, counts_E)
+        return inner.linear(x, w) if groups is None else inner.grouped_linear(x, w, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         products, inner, grad = ctx.products, ctx.products.inner, grads[0].contiguous()
-        x, w, *counts = ctx.saved_tensors
-        give = inner.grouped_input_gradient if ctx.grouped else inner.input_gradient
-        later = inner.grouped_weight_gradient if ctx.grouped else inner.weight_gradient
-        products.deferred.note(partial(_later, products, later, grad, x, counts))
-        return give(grad, w, *counts).to(x.dtype), None, None, None
+        x, w = ctx.saved_tensors
+        give = inner.grouped_input_gradient if ctx.groups else inner.input_gradient
+        later = inner.grouped_weight_gradient if ctx.groups else inner.weight_gradient
+        products.deferred.note(partial(_later, products, later, grad, x, ctx.groups))
+        return give(grad, w, *ctx.groups).to(x.dtype), None, None, None
 
 
 @torch.no_grad()
 def _later(
-    products: DeferringProducts, product: Callable[..., Tensor], grad: Tensor, x: Tensor, counts: list[Tensor]
+    products: DeferringProducts, product: Callable[..., Tensor], grad: Tensor, x: Tensor, groups: tuple[Groups, ...]
 ) -> None:
-    products.total.add(product(grad, x, *counts))
+    products.total.add(product(grad, x, *groups))

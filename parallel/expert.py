@@ -25,6 +25,7 @@ from model.transformer import Transformer
 from parallel.collectives import exchange, gather, gather_plain, scatter
 from parallel.layout import Dispatch
 from parallel.mesh import Axis, Meshes
+from precision.backend import Groups
 
 _DEEPEP = "git+https://github.com/deepseek-ai/DeepEP"
 
@@ -50,7 +51,7 @@ def apply(model: Transformer, meshes: Meshes) -> None:
     for layer in model.layers.values():
         if isinstance(layer.ffn, MixtureOfExperts):
             held = model.config.experts // meshes.ep.size
-            multiple = layer.ffn.experts.down.gemm.token_multiple
+            multiple = layer.ffn.experts.token_multiple
             layer.ffn.dispatch = _KINDS[kind](axis, etp, held, model.config.router.weights_on, multiple)
 
 
@@ -80,8 +81,8 @@ class AllToAll(_Dispatcher):
     def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
         choice = self.virtual(choice)
         rows = arrange(choice.experts_TK, self.axis.size * self.held)
-        x_SD, counts, back = weighted(rows, x_TD, choice.weights_TK, self.weights_on)
-        sent_NE = counts.view(self.axis.size, self.held)
+        x_SD, groups, back = weighted(rows, x_TD, choice.weights_TK, self.weights_on)
+        sent_NE = groups.counts_E.view(self.axis.size, self.held)
         arriving_NE = self._swap(sent_NE)
         send, receive = torch.stack([sent_NE.sum(1), arriving_NE.sum(1)]).tolist()
         x_RD = exchange(x_SD, send, receive, self.axis, "tokens")
@@ -92,7 +93,7 @@ class AllToAll(_Dispatcher):
         def restore(y_CD: Tensor) -> Tensor:
             return back(exchange(by_expert.combine(y_CD), receive, send, self.axis, "tokens"))
 
-        return Dispatched(by_expert.gather(x_RD), by_expert.counts_E, restore)
+        return Dispatched(by_expert.gather(x_RD), by_expert.groups, restore)
 
     def _swap(self, sent_NE: Tensor) -> Tensor:
         """How many slots each rank sends here for each of this rank's experts."""
@@ -107,8 +108,8 @@ class AllGather(_Dispatcher):
         x_ND = gather(x_TD, self.axis, 0, "tokens")
         experts_NK = gather_plain(choice.experts_TK, self.axis, 0, "counts")
         weights_NK = gather(choice.weights_TK, self.axis, 0, "weights")
-        x_CD, counts_E, back = _mine(self, x_ND, experts_NK - self.axis.rank * self.held, weights_NK)
-        return Dispatched(x_CD, counts_E, lambda y_CD: scatter(back(y_CD), self.axis, 0, "tokens"))
+        x_CD, groups, back = _mine(self, x_ND, experts_NK - self.axis.rank * self.held, weights_NK)
+        return Dispatched(x_CD, groups, lambda y_CD: scatter(back(y_CD), self.axis, 0, "tokens"))
 
 
 class DeepEP(_Dispatcher):
@@ -122,14 +123,14 @@ class DeepEP(_Dispatcher):
         x_RD, weights_RK, experts_RK, handle = _DeepEPDispatch.apply(
             x_TD, choice.weights_TK, choice.experts_TK, buffer, self.axis.size * self.held
         )
-        x_CD, counts_E, back = _mine(self, x_RD, experts_RK, weights_RK)
-        return Dispatched(x_CD, counts_E, lambda y_CD: _DeepEPCombine.apply(back(y_CD), buffer, handle))
+        x_CD, groups, back = _mine(self, x_RD, experts_RK, weights_RK)
+        return Dispatched(x_CD, groups, lambda y_CD: _DeepEPCombine.apply(back(y_CD), buffer, handle))
 
 
 _KINDS: dict[Dispatch, Any] = {Dispatch.all_to_all: AllToAll, Dispatch.all_gather: AllGather, Dispatch.deepep: DeepEP}
 
 
-def _mine(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor, Any]:
+def _mine(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Groups, Any]:
     """Rows of the slots whose expert (numbered from this rank's first) is here, and the way back to sums per token.
 
     Slots that belong elsewhere are sorted to the end and cut off; the number of those that stay is copied to the host.
@@ -137,13 +138,14 @@ def _mine(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK:
     held = dispatcher.held
     here_NK = (experts_NK >= 0) & (experts_NK < held)
     rows = arrange(experts_NK.where(here_NK, held), held + 1, dispatcher.token_multiple)
-    x_CD, counts_E, back = weighted(rows, x_ND, weights_NK, dispatcher.weights_on)
-    kept = int(counts_E[:held].sum())
+    x_CD, groups, back = weighted(rows, x_ND, weights_NK, dispatcher.weights_on)
+    mine = Groups(groups.counts_E[:held])
+    kept = sum(mine.host)
 
     def restore(y_CD: Tensor) -> Tensor:
         return back(F.pad(y_CD, (0, 0, 0, x_CD.shape[0] - kept)))
 
-    return x_CD[:kept], counts_E[:held], restore
+    return x_CD[:kept], mine, restore
 
 
 def _deepep_buffer(deep_ep: Any, axis: Axis, row_bytes: int) -> Any:

@@ -25,7 +25,7 @@ from parallel.collectives import all_gather_single
 from parallel.layout import Reduce
 from parallel.mesh import Axis, Meshes
 from parallel.shards import ShardSpec
-from precision.backend import PrecisionConfig
+from precision.config import PrecisionConfig
 
 
 def apply(

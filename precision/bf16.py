@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from precision.backend import Groups
+
 
 class PlainProducts:
     """Casts both sides to the compute format and multiplies. With fp32 weights and bf16 products the cast is part of
@@ -25,11 +27,11 @@ class PlainProducts:
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
         return F.linear(x_TD.to(self.compute_dtype), w_FD.to(self.compute_dtype))
 
-    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
         if self.compute_dtype is torch.float64:  # F.grouped_mm has no float64 kernel
-            return _grouped_by_loop(x_CD, w_EFD, counts_E)
-        return F.grouped_mm(x_CD, w_EFD.transpose(-2, -1), offs=_ends(counts_E))
+            return _grouped_by_loop(x_CD, w_EFD, groups)
+        return F.grouped_mm(x_CD, w_EFD.transpose(-2, -1), offs=groups.ends_E)
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
         return grad_TF.to(self.compute_dtype) @ w_FD.to(self.compute_dtype)
@@ -38,22 +40,17 @@ class PlainProducts:
         grad, x = (t.to(self.compute_dtype).flatten(0, -2) for t in (grad_TF, x_TD))
         return grad.t() @ x
 
-    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         grad_CF, w_EFD = grad_CF.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
         if self.compute_dtype is torch.float64:
-            return _input_gradient_by_loop(grad_CF, w_EFD, counts_E.tolist())
-        return F.grouped_mm(grad_CF, w_EFD, offs=_ends(counts_E))
+            return _input_gradient_by_loop(grad_CF, w_EFD, groups.host)
+        return F.grouped_mm(grad_CF, w_EFD, offs=groups.ends_E)
 
-    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, counts_E: Tensor) -> Tensor:
+    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
         grad_CF, x_CD = grad_CF.to(self.compute_dtype), x_CD.to(self.compute_dtype)
         if self.compute_dtype is torch.float64:
-            return _weight_gradient_by_loop(grad_CF, x_CD, counts_E.tolist())
-        return F.grouped_mm(grad_CF.t(), x_CD, offs=_ends(counts_E))
-
-
-def _ends(counts_E: Tensor) -> Tensor:
-    """Where each expert's rows end, as the grouped kernels want it."""
-    return counts_E.cumsum(0).to(torch.int32)
+            return _weight_gradient_by_loop(grad_CF, x_CD, groups.host)
+        return F.grouped_mm(grad_CF.t(), x_CD, offs=groups.ends_E)
 
 
 class _GroupedByLoop(torch.autograd.Function):
@@ -62,9 +59,9 @@ class _GroupedByLoop(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_CD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(ctx: Any, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(x_CD, w_EFD)
-        ctx.counts = counts_E.tolist()
+        ctx.counts = groups.host
         y_CF = x_CD.new_empty(x_CD.shape[0], w_EFD.shape[1])
         for x, w, y in zip(x_CD.split(ctx.counts), w_EFD, y_CF.split(ctx.counts), strict=True):
             torch.mm(x, w.t(), out=y)
@@ -92,5 +89,5 @@ def _weight_gradient_by_loop(grad_CF: Tensor, x_CD: Tensor, counts: list[int]) -
     return grad_w
 
 
-def _grouped_by_loop(x_CD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    return _GroupedByLoop.apply(x_CD, w_EFD, counts_E)
+def _grouped_by_loop(x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
+    return _GroupedByLoop.apply(x_CD, w_EFD, groups)

@@ -26,7 +26,7 @@ from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, Mode
 from parallel import expert
 from parallel.layout import AUTO, ContextMethod, ParallelConfig, Reduce
 from parallel.stages import Schedule, stages
-from precision.backend import Compute, PrecisionConfig
+from precision.config import Compute, PrecisionConfig
 from train.certify_rank import CONTEXT, ROWS, Blocks, Case, Figures, measure_all, micro_batch
 from train.optimizer import OptimizerConfig, OptimizerKind
 

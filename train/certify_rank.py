@@ -22,7 +22,7 @@ from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import Meshes, make_meshes
 from parallel.shards import Block, local
 from parallel.world import World, connect
-from precision.backend import PrecisionConfig
+from precision.config import PrecisionConfig
 from train.checkpoint import Checkpointer
 from train.engine import TorchEngine
 from train.evaluate import held_out_loss

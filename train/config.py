@@ -14,7 +14,7 @@ from data.config import DataConfig
 from model.config import ModelConfig, RopeScaling
 from parallel import expert
 from parallel.layout import ParallelConfig, row_unit
-from precision.backend import PrecisionConfig
+from precision.config import PrecisionConfig
 from train.learning_rate import ScheduleConfig
 from train.optimizer import OptimizerConfig
 

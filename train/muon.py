@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from core.errors import ConfigError, check_numbers
 from parallel.matrices import Piece, Round
 from parallel.shards import local
-from precision.backend import Compute, PrecisionConfig
+from precision.config import Compute, PrecisionConfig
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Jordan's: steepest at 0, so that five steps bring what is above 0.01 of the norm between 0.7 and 1.2."""

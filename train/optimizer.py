@@ -16,7 +16,7 @@ from model.transformer import Transformer
 from parallel.matrices import rounds
 from parallel.mesh import Meshes
 from parallel.shards import ShardSpec, local
-from precision.backend import PrecisionConfig
+from precision.config import PrecisionConfig
 from train.muon import Muon, MuonConfig
 
 

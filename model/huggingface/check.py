@@ -28,7 +28,8 @@ from model.config import (
 from model.huggingface.families import model_differences
 from model.source import TensorSource, whole
 from model.transformer import Transformer
-from precision.backend import Compute, PrecisionConfig, resolve
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
 
 TOLERANCE = 5e-5
 """Largest difference of a logit, relative to the largest logit (at least 1), float32."""

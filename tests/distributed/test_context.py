@@ -18,7 +18,7 @@ from parallel.context import PartContext, Share
 from parallel.layout import ContextMethod, ParallelConfig
 from parallel.mesh import Axis, make_meshes
 from parallel.world import connect
-from precision.backend import Compute, PrecisionConfig
+from precision.config import Compute, PrecisionConfig
 from tests.model.test_pieces import figures, inputs, largest, positions
 from train.certify_rank import ROWS, MadeUpRows
 from train.engine import TorchEngine

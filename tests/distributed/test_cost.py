@@ -23,7 +23,7 @@ from parallel.mesh import make_meshes, place
 from parallel.shards import local, shard_specs
 from parallel.stages import Schedule
 from parallel.world import connect
-from precision.backend import Compute, PrecisionConfig
+from precision.config import Compute, PrecisionConfig
 from tests.train.tiny import EXACT, config, trainer
 from train.certify_rank import CONTEXT, ROWS, MadeUpRows
 from train.engine import TorchEngine

@@ -16,7 +16,9 @@ from parallel.expert import AllGather, AllToAll
 from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.world import connect
+from precision.backend import Groups
 from precision.bf16 import PlainProducts
+from precision.resolve import LayerProducts
 
 T, D, E, F = 24, 16, 4, 8
 
@@ -26,10 +28,10 @@ class Padded(PlainProducts):
 
     token_multiple = 8
 
-    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
-        assert not (counts_E % self.token_multiple).any(), counts_E
-        used = int(counts_E.sum())
-        y = super().grouped_linear(x_CD[:used], w_EFD, counts_E)
+    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
+        assert not (groups.counts_E % self.token_multiple).any(), groups.counts_E
+        used = sum(groups.host)
+        y = super().grouped_linear(x_CD[:used], w_EFD, groups)
         return torch.cat([y, y.new_full((x_CD.shape[0] - used, y.shape[1]), torch.nan)])
 
 
@@ -53,7 +55,7 @@ def figures(moe: MixtureOfExperts, x_TD: Tensor, seed: int = 3) -> dict[str, Ten
 
 def make(gemm: PlainProducts, top_k: int, weights_on: WeightsOn) -> MixtureOfExperts:
     config = model_config(top_k, weights_on)
-    moe = MixtureOfExperts(config, gemm).double()
+    moe = MixtureOfExperts(config, LayerProducts(gemm)).double()
     initialise(moe, config, seed=1)
     return moe
 
@@ -74,9 +76,9 @@ def test_padding_changes_nothing(top_k: int, weights_on: WeightsOn) -> None:
 
 def test_rows_are_sorted_stably_and_padded() -> None:
     rows = arrange(torch.tensor([[2], [0], [2], [0], [2]]), groups=4, multiple=2)
-    assert rows.counts_E.tolist() == [2, 0, 4, 0]
+    assert rows.groups.host == [2, 0, 4, 0]
     assert rows.source_C[:2].tolist() == [1, 3] and rows.source_C[2:5].tolist() == [0, 2, 4]
-    assert rows.is_slot_C1 is not None and rows.is_slot_C1[:, 0].tolist()[:6] == [True] * 5 + [False]
+    assert rows.is_padding_C1 is not None and rows.is_padding_C1[:, 0].tolist()[:6] == [False] * 5 + [True]
 
 
 def dispatched(kind: Any, etp: int, gemm: PlainProducts, top_k: int, weights_on: WeightsOn, skew: bool) -> Any:

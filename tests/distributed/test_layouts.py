@@ -9,7 +9,7 @@ import pytest
 from bench.layouts import LAYOUTS, PAGE, RESUMED, deep, resumes, tiny
 from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNorm
 from parallel.layout import Dispatch, ParallelConfig, Recompute
-from precision.backend import Compute, PrecisionConfig
+from precision.config import Compute, PrecisionConfig
 from train.certify import EXACT, Comparison, Outcome, Trial, compare, compare_layouts
 from train.certify_rank import Case, Figures, measure_all
 from train.optimizer import OptimizerConfig, OptimizerKind

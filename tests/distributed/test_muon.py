@@ -20,7 +20,7 @@ from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.shards import local
 from parallel.world import connect
-from precision.backend import Compute, PrecisionConfig
+from precision.config import Compute, PrecisionConfig
 from train import certify_rank, muon, optimizer
 from train.certify import EXACT, _blocks, compare
 from train.certify_rank import Blocks, Case, Figures, measure_all

@@ -23,7 +23,7 @@ from parallel.layout import ParallelConfig, Recompute
 from parallel.mesh import make_meshes
 from parallel.stages import Schedule
 from parallel.world import connect
-from precision.backend import Compute, PrecisionConfig
+from precision.config import Compute, PrecisionConfig
 from tests.train.tiny import EXACT, trainer
 from train.certify import Trial, compare_layouts
 from train.certify_rank import CONTEXT, ROWS, SEED, MadeUpRows

@@ -17,7 +17,8 @@ from model.moe import Router
 from model.transformer import Transformer
 from parallel import recompute
 from parallel.layout import Recompute
-from precision.backend import Compute, PrecisionConfig, resolve
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
 
 B, T, D, E = 3, 10, 16, 4
 MODEL = ModelConfig(

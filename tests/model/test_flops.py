@@ -12,7 +12,8 @@ from model.config import ModelConfig, RouterConfig
 from model.flops import count_parameters, training_flops
 from model.init import initialise
 from model.transformer import Transformer
-from precision.backend import Compute, PrecisionConfig, resolve
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
 
 SMALL = ModelConfig(
     vocab_size=64,

@@ -13,7 +13,8 @@ from model.config import ModelConfig, QKNorm, RopePairing, RouterConfig, Weights
 from model.context import SequenceContext
 from model.source import whole
 from model.transformer import Transformer
-from precision.backend import Compute, PrecisionConfig, resolve
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
 from tests.model import peers
 
 TOKENS = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(5))

@@ -9,7 +9,8 @@ from model.config import InitConfig, ModelConfig
 from model.init import initial_slice
 from model.roles import ParameterInfo, Role, registry
 from model.transformer import Transformer
-from precision.backend import PrecisionConfig, resolve
+from precision.config import PrecisionConfig
+from precision.resolve import resolve
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(

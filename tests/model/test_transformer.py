@@ -16,7 +16,8 @@ from model.layers import rms_normalise
 from model.roles import registry
 from model.rope import frequencies
 from model.transformer import Transformer
-from precision.backend import Compute, PrecisionConfig, resolve
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
 from tests.model import reference
 
 SMALL = ModelConfig(

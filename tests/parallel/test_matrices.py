@@ -16,7 +16,7 @@ from parallel.layout import Layout, ParallelConfig
 from parallel.matrices import Round, rounds
 from parallel.mesh import Meshes, place
 from parallel.shards import ShardSpec, shard_specs
-from precision.backend import PrecisionConfig
+from precision.config import PrecisionConfig
 
 LAYOUTS = {
     "one": (1, ParallelConfig()),

@@ -15,7 +15,7 @@ from parallel.apply import build
 from parallel.layout import ParallelConfig, Recompute
 from parallel.mesh import make_meshes
 from parallel.world import World
-from precision.backend import Compute, PrecisionConfig
+from precision.config import Compute, PrecisionConfig
 from train.certify_rank import ROWS, MadeUpRows
 from train.engine import TorchEngine
 from train.optimizer import OptimizerConfig

@@ -21,7 +21,8 @@ from model.transformer import Transformer
 from parallel.layout import ParallelConfig
 from parallel.mesh import place
 from parallel.shards import shard_specs
-from precision.backend import Compute, PrecisionConfig, Storage, resolve
+from precision.config import Compute, PrecisionConfig, Storage
+from precision.resolve import resolve
 from tests.train.tiny import trainer
 from train.config import TrainConfig
 from train.muon import Muon, MuonConfig, MuonScale, orthogonalise

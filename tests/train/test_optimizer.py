@@ -15,7 +15,8 @@ from model.transformer import Transformer
 from parallel.layout import ParallelConfig
 from parallel.mesh import place
 from parallel.shards import shard_specs
-from precision.backend import PrecisionConfig, resolve
+from precision.config import PrecisionConfig
+from precision.resolve import resolve
 from train.optimizer import (
     GroupConfig,
     Moments,

@@ -1,0 +1,37 @@
+"""An emulation of every FP8 recipe on any device: the bytes of Transformer Engine, products of what they stand for.
+
+What a GPU's kernels do differently is only the order and width of their sums. It is for tests and certificates; it is
+slow.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from precision.backend import GemmBackend
+from precision.config import Recipe
+from precision.float8 import Float8Products
+from precision.tiles import Rows, TiledArithmetic
+
+RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8)
+
+
+class Reference(TiledArithmetic):
+    """Products in float32, float64 where that is the compute format."""
+
+    def multiply(self, a: Rows, b: Rows) -> Tensor:
+        wide = torch.promote_types(self.compute_dtype, torch.float32)
+        return (a.wide(wide) @ b.wide(wide).t()).to(self.compute_dtype)
+
+
+def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
+    return []
+
+
+def version() -> str:
+    return "the reference"
+
+
+def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
+    return Float8Products(Reference(recipe, compute_dtype), compute_dtype, where)

@@ -1,0 +1,118 @@
+"""From a configuration to who multiplies what, or every reason why it cannot be had here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from core.errors import ConfigError
+from precision import reference, torch_float8, transformer_engine
+from precision.backend import GemmBackend
+from precision.bf16 import PlainProducts
+from precision.config import Backend, PrecisionConfig, Products, Recipe
+
+
+class Maker(Protocol):
+    """One FP8 library."""
+
+    RECIPES: tuple[Recipe, ...]
+
+    def unavailable(self, recipe: Recipe, device: torch.device) -> list[str]:
+        """Every reason why this recipe cannot be had on this device, each with what would help; empty: it can."""
+        ...
+
+    def make(self, recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
+        """Products for one layer's module; `where` names it in errors."""
+        ...
+
+    def version(self) -> str: ...
+
+
+MAKERS: dict[Backend, Maker] = {
+    Backend.te: transformer_engine,
+    Backend.torch: torch_float8,
+    Backend.reference: reference,
+}
+
+
+@dataclass(frozen=True)
+class LayerProducts:
+    """Who does the products of one layer."""
+
+    plain: GemmBackend
+    float8: Callable[[Products, str], GemmBackend | None] = field(default=lambda products, name: None)
+
+    def of(self, products: Products, name: str) -> GemmBackend:
+        """`name` says in errors which of the layer's modules it is for."""
+        return self.float8(products, name) or self.plain
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Who does which products of a run. `recipe` is what `auto` came to; None without FP8."""
+
+    config: PrecisionConfig
+    recipe: Recipe | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.config.compute_dtype
+
+    @property
+    def plain(self) -> LayerProducts:
+        """For what belongs to no layer."""
+        return LayerProducts(PlainProducts(self.compute_dtype))
+
+    def at(self, layer: int, layers: int) -> LayerProducts:
+        """For one of so many layers, counted from 0."""
+        recipe, config = self.recipe, self.config
+        if recipe is None:
+            return self.plain
+
+        def float8(products: Products, name: str) -> GemmBackend | None:
+            if not config.in_float8(products, layer, layers):
+                return None
+            return MAKERS[config.backend].make(recipe, config.compute_dtype, f"layer {layer}, {name}")
+
+        return LayerProducts(PlainProducts(self.compute_dtype), float8)
+
+    def __str__(self) -> str:
+        if self.recipe is None:
+            return self.config.compute.value
+        kinds = ", ".join(products.value for products in self.config.float8)
+        maker = MAKERS[self.config.backend]
+        return f"FP8 {self.recipe.value} by {maker.version()} for {kinds}; the rest {self.config.compute.value}"
+
+
+CPU = torch.device("cpu")
+
+
+def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
+    """Who does the products of `config` on `device`. Raises `ConfigError` with every reason why that cannot be."""
+    if not config.uses_float8:
+        return Precision(config)
+    recipe = config.recipe.on(device)
+    if reasons := unavailable(config.backend, recipe, device):
+        key, value = "precision.backend", config.backend
+        others = [other.value for other in MAKERS if not unavailable(other, recipe, device)]
+        raise ConfigError(key, value, f"cannot do {recipe.value} here: {'; '.join(reasons)}", [*others, "bf16"])
+    return Precision(config, recipe)
+
+
+def unavailable(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:
+    """Every reason why a backend cannot multiply by a recipe on a device."""
+    if backend is Backend.bf16:
+        return []
+    maker = MAKERS[backend]
+    if recipe not in maker.RECIPES:
+        return [f"{backend.value} knows {', '.join(known.value for known in maker.RECIPES)}"]
+    return maker.unavailable(recipe, device)
+
+
+def table(device: torch.device) -> dict[str, dict[str, list[str]]]:
+    """By backend and recipe, the reasons why not; empty where it can be had."""
+    recipes = [recipe for recipe in Recipe if recipe is not Recipe.auto]
+    return {b.value: {recipe.value: unavailable(b, recipe, device) for recipe in recipes} for b in MAKERS}
