@@ -36,8 +36,8 @@ class Places(NamedTuple):
     """Which slot (token * K + k) each row holds, int64. What padding names is not used."""
     place_TK: Tensor
     """Which row holds each slot, int64."""
-    is_slot_C1: Tensor | None = None
-    """Which rows are not padding, bool; None: all of them."""
+    is_padding_C1: Tensor | None = None
+    """Which rows are padding, bool; None: none is."""
 
 
 class Kernels:
@@ -158,8 +158,8 @@ class TorchKernels(Kernels):
         if weights_TK is not None:
             weights_C1 = weights_TK.flatten().index_select(0, places.source_C)[:, None]
             rows_CD = (rows_CD.to(_wide(x_TD.dtype)) * weights_C1).to(x_TD.dtype)
-        if places.is_slot_C1 is not None:
-            rows_CD = rows_CD.masked_fill(~places.is_slot_C1, 0)
+        if places.is_padding_C1 is not None:
+            rows_CD = rows_CD.masked_fill_(places.is_padding_C1, 0)
         return rows_CD, None if y_CD is None else _products(x_TD, _rows_of_tokens(y_CD, places), weights_TK)
 
     def collect(
@@ -207,8 +207,8 @@ class TritonKernels(Kernels):
     ) -> tuple[Tensor, Tensor | None]:
         rows_CD = x_TD.new_empty(len(places.source_C), x_TD.shape[1])
         found_TK = None if y_CD is None or weights_TK is None else torch.empty_like(weights_TK)
-        is_slot_C1 = None if places.is_slot_C1 is None else places.is_slot_C1.view(torch.uint8)
-        given = [_dense(t) for t in (x_TD, y_CD, weights_TK, places.source_C, is_slot_C1)]
+        is_padding_C1 = None if places.is_padding_C1 is None else places.is_padding_C1.view(torch.uint8)
+        given = [_dense(t) for t in (x_TD, y_CD, weights_TK, places.source_C, is_padding_C1)]
         sizes = {"K": places.place_TK.shape[1], **_sizes(x_TD)}
         if rows_CD.numel():
             _spread_kernel()[(len(rows_CD),)](*given, rows_CD, found_TK, x_TD.shape[1], **sizes)
@@ -274,11 +274,11 @@ def _spread_kernel() -> Any:
 
     @triton.jit
     def spread(  # type: ignore[no-untyped-def]
-        x, y, weights, source, is_slot, rows, found, width, K: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+        x, y, weights, source, is_padding, rows, found, width, K: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
         slot = tl.load(source + row)
-        real = tl.load(is_slot + row) != 0 if is_slot is not None else True
+        real = tl.load(is_padding + row) == 0 if is_padding is not None else True
         token = slot // K
         weight = tl.load(weights + slot, mask=real, other=0).to(WIDE) if weights is not None else 1.0
         product = tl.zeros([BLOCK], WIDE)

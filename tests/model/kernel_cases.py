@@ -73,20 +73,19 @@ def results(case: Case, kernels: Any, dtype: torch.dtype, device: str, broken: s
     # the last expert and one between get nothing
     ranked = torch.rand(case.tokens, case.experts - 1, generator=generator).index_fill_(1, torch.tensor(1), -1)
     rows = arrange(ranked.topk(case.top_k).indices, case.experts, case.multiple)
-    places = Places(rows.source_C, rows.place_S.view(-1, case.top_k), rows.is_slot_C1)
+    places = Places(rows.source_C, rows.place_S.view(-1, case.top_k), rows.is_padding_C1)
     x_TD, y_CD = values(case.tokens, case.width), values(len(rows.source_C), case.width)
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
     weights_TK = weights.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
     gate_up_BT2F, grad_BTF = values(2, 5, 2 * case.width), values(2, 5, case.width).detach()
-    if rows.is_slot_C1 is not None and not isinstance(kernels, _Plain):  # nobody may read what padding holds
-        padding_C1 = ~rows.is_slot_C1.to(device)
-        y_CD = y_CD.detach().masked_fill(padding_C1, torch.nan).requires_grad_()
+    if rows.is_padding_C1 is not None and not isinstance(kernels, _Plain):  # nobody may read what padding holds
+        y_CD = y_CD.detach().masked_fill(rows.is_padding_C1.to(device), torch.nan).requires_grad_()
     if broken == "places":
         places = places._replace(source_C=places.source_C.flip(0), place_TK=places.place_TK.flip(0))
     if broken == "weights":
         weights_TK = weights_TK.detach().flip(0).requires_grad_()
     if broken == "padding":
-        places = places._replace(is_slot_C1=None)
+        places = places._replace(is_padding_C1=None)
     places = Places(*(None if x is None else x.to(device) for x in places))
 
     found = {}
@@ -114,7 +113,7 @@ class _Plain:
         top_k, found = places.place_TK.shape[1], []
         for row, slot in enumerate(places.source_C.tolist()):
             token, k = divmod(slot, top_k)
-            real = places.is_slot_C1 is None or bool(places.is_slot_C1[row])
+            real = places.is_padding_C1 is None or not places.is_padding_C1[row]
             found.append(x_TD[token] * (1 if weights_TK is None else weights_TK[token, k]) * real)
         return torch.stack(found) if found else x_TD.sum() + x_TD.new_empty(0, x_TD.shape[1]) + _zero(weights_TK)
 

@@ -46,7 +46,7 @@ def test_the_comparison_notices(interpreted, what, side):
 
 
 POINTERS = {"x", "y", "rows", "tokens", "grad", "gate", "up", "out", "to_gate", "to_up"}
-FIXED = {"weights": "*fp32", "found": "*fp32", "source": "*i64", "place": "*i64", "is_slot": "*u8"}
+FIXED = {"weights": "*fp32", "found": "*fp32", "source": "*i64", "place": "*i64", "is_padding": "*u8"}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
@@ -55,7 +55,7 @@ FIXED = {"weights": "*fp32", "found": "*fp32", "source": "*i64", "place": "*i64"
     [
         ("spread", ()),
         ("spread", ("y", "found")),
-        ("spread", ("y", "found", "weights", "is_slot")),
+        ("spread", ("y", "found", "weights", "is_padding")),
         ("collect", ()),
         ("collect", ("x", "found", "weights")),
         ("swiglu", ()),
