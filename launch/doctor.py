@@ -9,6 +9,7 @@ import platform
 import resource
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from core.errors import check_numbers
 from core.files import read_json
 from launch.machine import FEW_FILES, driver, room
 from parallel.layout import ParallelConfig
+from precision.resolve import table
 from train.config import RunConfig, TrainConfig
 from train.run_directory import write_config
 
@@ -131,12 +133,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _precision() -> dict[str, str]:
-    """Who could do the matrix products here: "yes", or why not."""
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    float8 = "yes" if capability and capability >= (8, 9) else "no: needs a GPU of compute capability 8.9 or newer"
-    engine = "yes" if _version("transformer-engine") else "no: pip install transformer-engine[pytorch]"
-    return {"bf16": "yes", "float8": float8, "Transformer Engine": engine if float8 == "yes" else float8}
+def _precision() -> dict[str, dict[str, list[str]]]:
+    """Who could do FP8 products here: by backend and recipe the reasons why not."""
+    return table(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _precision_lines(found: dict[str, dict[str, list[str]]]) -> Iterator[str]:
+    for backend, recipes in found.items():
+        can = [recipe for recipe, reasons in recipes.items() if not reasons]
+        yield f"{'FP8 by ' + backend:<20} {', '.join(can) or 'none'}"
+        refusals: dict[str, list[str]] = {}
+        for recipe, reasons in recipes.items():
+            for reason in reasons:
+                refusals.setdefault(reason, []).append(recipe)
+        yield from (f"{'':<20} not {', '.join(without)}: {reason}" for reason, without in refusals.items())
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -178,7 +188,7 @@ def _table(found: dict[str, Any]) -> str:
     lines += [] if found["devices"] else [f"{'device':<20} no GPU: runs use the CPU"]
     lines += [f"{'CUDA ' + part:<20} {version or 'none'}" for part, version in found["cuda"].items()]
     lines += [f"{name:<20} {'yes' if there else 'no'}" for name, there in found["backends"].items()]
-    lines += [f"{name:<20} {answer}" for name, answer in found["precision"].items()]
+    lines += list(_precision_lines(found["precision"]))
     lines += [
         f"{name:<20} {version or 'missing'}" for name, version in {**found["packages"], **found["optional"]}.items()
     ]

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from core.errors import ConfigError
 from model.config import ModelConfig
 from model.context import SequenceContext
 from model.moe import MixtureOfExperts
 from model.roles import registry
 from model.transformer import Stack, Transformer
 from parallel import compile, context, expert, fsdp, pipeline, recompute, shards, tensor
-from parallel.mesh import Meshes
+from parallel.layout import Layout
+from parallel.mesh import Meshes, place
 from parallel.shards import ShardSpec
-from precision.config import PrecisionConfig
+from precision.config import PrecisionConfig, Products
 from precision.resolve import Precision, resolve
 
 
@@ -102,6 +104,35 @@ def on_meta(config: ModelConfig, precision: PrecisionConfig, products: Precision
             return Transformer(config, products or Precision(precision))
     finally:
         torch.set_default_dtype(previous)
+
+
+def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout) -> None:
+    """Refuse matrices that an FP8 recipe cannot take, in the shapes that each rank has."""
+    if not precision.uses_float8:
+        return
+    kept, layers = precision.bf16_first_layers + precision.bf16_last_layers, len(config.blocks)
+    if kept >= layers:
+        raise ConfigError(
+            "precision.bf16_first_layers", precision.bf16_first_layers, f"leaves none of the {layers} layers in FP8"
+        )
+    recipe = precision.recipe.on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = on_meta(config, precision)
+    specs = shards.shard_specs(registry(model), config, place(layout, 0))
+    for index, layer in model.layers.items():
+        for name, info in registry(layer).items():
+            products = info.role.products
+            if not precision.in_float8(products, int(index), layers):
+                continue
+            rows, width = specs[f"layers.{index}.{name}"].computed.shape[-2:]
+            if rows % recipe.multiple or width % recipe.multiple:
+                what = f"the {info.role.value} of layer {index} is {rows} x {width} on a rank"
+                advice = "change the model's widths or the degrees of parallel, or leave it out"
+                reason = f"{what}, but {recipe.value} takes multiples of {recipe.multiple}: {advice}"
+                raise ConfigError("precision.float8", products, reason, [_without(precision.float8, products)])
+
+
+def _without(chosen: list[Products], one: Products | None) -> str:
+    return f"[{','.join(products.value for products in chosen if products is not one)}]"
 
 
 def _cut(model: Transformer, specs: dict[str, ShardSpec]) -> None:

@@ -65,7 +65,8 @@ class World:
             others = [str(rank) for rank, value in enumerate(values) if value != usual]
             if others:
                 have = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(others)} have"
-                raise ConfigError(what, None, f"{have} another than the other ranks: start all with the same")
+                odd = said[int(others[0])].get(what)
+                raise ConfigError(what, None, f"{have} {odd}, the other ranks {usual}: start all alike")
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; waits for all of them."""

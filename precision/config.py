@@ -122,7 +122,7 @@ class PrecisionConfig:
     def uses_float8(self) -> bool:
         return self.backend is not Backend.bf16
 
-    def in_float8(self, products: Products, layer: int, layers: int) -> bool:
+    def in_float8(self, products: Products | None, layer: int, layers: int) -> bool:
         """Whether these products of a layer, counted from 0, are done in FP8."""
         inner = self.bf16_first_layers <= layer < layers - self.bf16_last_layers
         return self.uses_float8 and products in self.float8 and inner

@@ -98,7 +98,9 @@ def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
     if reasons := unavailable(config.backend, recipe, device):
         key, value = "precision.backend", config.backend
         others = [other.value for other in MAKERS if not unavailable(other, recipe, device)]
-        raise ConfigError(key, value, f"cannot do {recipe.value} here: {'; '.join(reasons)}", [*others, "bf16"])
+        known = [one.value for one in MAKERS[config.backend].RECIPES if not unavailable(config.backend, one, device)]
+        also = f"; it can do {', '.join(known)}" if known else ""
+        raise ConfigError(key, value, f"cannot do {recipe.value} here: {'; '.join(reasons)}{also}", [*others, "bf16"])
     return Precision(config, recipe)
 
 

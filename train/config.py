@@ -13,6 +13,7 @@ from core.files import locate
 from data.config import DataConfig
 from model.config import ModelConfig, RopeScaling
 from parallel import expert
+from parallel.apply import check_float8
 from parallel.layout import ParallelConfig, row_unit
 from precision.config import PrecisionConfig
 from train.learning_rate import ScheduleConfig
@@ -221,6 +222,7 @@ def check(config: TrainConfig, world_size: int) -> None:
     layout = config.parallel.resolve(world_size)
     layout.check_model(config.model)
     expert.check(layout.dispatch, config.precision.compute_dtype)
+    check_float8(config.model, config.precision, layout)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):
         raise ConfigError("phases", None, f"names must differ, and 'main' is the first stretch: {', '.join(names)}")

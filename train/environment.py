@@ -23,6 +23,7 @@ _TELLING = tuple(
         "MKL",
         "NCCL",
         "NVIDIA",
+        "NVTE",
         "OMP",
         "PYTHON",
         "PYTORCH",

@@ -18,6 +18,7 @@ from parallel.apply import Placed
 from parallel.fsdp import release
 from parallel.mesh import Axis
 from parallel.world import World, connect
+from precision.config import Backend
 from train.loss import IGNORED, token_losses
 
 
@@ -143,6 +144,8 @@ class EvaluateConfig:
     """Held-out rows per source; null: as many as in the run."""
     micro_batch: int | None = None
     """Rows at a time; null: as in the run, which then gives the run's own figure to the last bit."""
+    backend: Backend | None = None
+    """Who does the matrix products; null: as in training."""
 
     tasks: list[str] = field(default_factory=list)
     """Names of tasks; empty: the held-out loss."""
@@ -170,7 +173,7 @@ def run(config: EvaluateConfig) -> int:
     try:
         if config.tasks:
             return _run_tasks(config, world)
-        restored = restore(Path(config.run), world)
+        restored = restore(Path(config.run), world, config.backend)
         loader = restored.loader()
         rows = config.rows or restored.config.evaluation.rows
         micro_batch = config.micro_batch or restored.phase.micro_batch
@@ -191,5 +194,4 @@ def _run_tasks(config: EvaluateConfig, world: World) -> int:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
         raise ConfigError("tasks", None, "need the evaluation harness: pip install 'leviathan[eval]'") from None
-    batch, path = config.micro_batch or 8, Path(config.run).expanduser()
-    return run_tasks(path, config.tasks, config.task_path, config.limit, config.few_shot, batch, config.out, world)
+    return run_tasks(config, world)

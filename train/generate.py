@@ -18,6 +18,7 @@ from model.transformer import Transformer
 from parallel.apply import Placed
 from parallel.vocabulary import whole_logits
 from parallel.world import World, connect
+from precision.config import Backend
 
 NextLogits = Callable[[list[int]], torch.Tensor]
 """Logits [V] of what follows these tokens."""
@@ -33,6 +34,8 @@ class GenerateConfig:
     temperature: float = 0.7
     top_k: int | None = 50
     seed: int = 0
+    backend: Backend | None = None
+    """Who does the matrix products; null: as in training."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -104,7 +107,7 @@ def run(config: GenerateConfig) -> int:
 
     world = connect()
     try:
-        restored = restore(Path(config.run), world)
+        restored = restore(Path(config.run), world, config.backend)
         tokenizer = restored.corpus.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
         restored.placed.model.eval()

@@ -26,6 +26,8 @@ from model.context import SequenceContext
 from model.huggingface import HuggingFaceCheckpoint, materialise
 from model.transformer import Transformer
 from parallel.world import World
+from precision.config import Backend
+from train.evaluate import EvaluateConfig
 from train.generate import GenerateConfig, continue_tokens, model_logits
 from train.initial import open_model
 from train.restore import restore
@@ -131,51 +133,47 @@ class HarnessModel(TemplateLM):
         return self.subject.model(tokens_BT.to(device), context).float().log_softmax(-1).cpu()
 
 
-def run_tasks(
-    run: Path,
-    tasks: Sequence[str],
-    task_path: str | None,
-    limit: int | None,
-    few_shot: int | None,
-    batch: int,
-    out: str | None,
-    world: World,
-) -> int:
+def run_tasks(config: EvaluateConfig, world: World) -> int:
     """Evaluate and print a table; the figures go to `out` as JSON. One process does it."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     if world.size > 1:
         raise ConfigError("tasks", None, "are evaluated by one process: start it without torchrun")
-    if task_path is not None and not Path(task_path).expanduser().is_dir():
-        raise ConfigError("task_path", task_path, "no such directory")
-    own = str(Path(task_path).expanduser()) if task_path else None
+    own = None if config.task_path is None else str(Path(config.task_path).expanduser())
+    if own is not None and not Path(own).is_dir():
+        raise ConfigError("task_path", config.task_path, "no such directory")
     manager = TaskManager(include_path=own, include_defaults=False)
-    if not set(tasks) <= set(manager.all_tasks):  # the harness's own thousands take seconds to look through
+    if not set(config.tasks) <= set(manager.all_tasks):  # the harness's own thousands take seconds to look through
         manager = TaskManager(include_path=own)
-    for task in tasks:
+    for task in config.tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.5)
             raise ConfigError("tasks", task, "no such task; task_path names a directory of your own", near)
-    model = HarnessModel(subject(run, world), batch)
+    model = HarnessModel(subject(Path(config.run).expanduser(), world, config.backend), config.micro_batch or 8)
     try:
         found: Any = simple_evaluate(
-            model, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, bootstrap_iters=0
+            model,
+            tasks=list(config.tasks),
+            num_fewshot=config.few_shot,
+            limit=config.limit,
+            task_manager=manager,
+            bootstrap_iters=0,
         )
     except (OSError, ConnectionError) as error:
         raise CheckpointError(f"a task's data cannot be read: {str(error).strip().splitlines()[0]}") from error
     print(utils.make_table(found))
-    if out is not None:
+    if config.out is not None:
         samples = {key: value for key, value in found.get("samples", {}).items()}
         text = json.dumps({"results": found["results"], "samples": samples}, indent=2, default=str)
-        Path(out).expanduser().write_text(text + "\n")
+        Path(config.out).expanduser().write_text(text + "\n")
     return 0
 
 
-def subject(path: Path, world: World) -> Subject:
+def subject(path: Path, world: World, backend: Backend | None = None) -> Subject:
     """The model in a run's directory, an imported one, or one in the Hugging Face format."""
     if (path / "config.yaml").exists():
-        restored = restore(path, world)
+        restored = restore(path, world, backend)
         return Subject(restored.placed.model, restored.corpus.tokenizer, restored.phase.context)
     source = open_model(path)
     if isinstance(source, HuggingFaceCheckpoint):

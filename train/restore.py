@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.errors import CheckpointError, ConfigError
@@ -12,6 +12,7 @@ from parallel.apply import Placed, build
 from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.world import World
+from precision.config import Backend
 from train.checkpoint import Checkpointer, committed_checkpoints
 from train.config import Phase, TrainConfig, phase_of
 from train.corpora import check_same_data, get_corpus, source_weights
@@ -37,9 +38,13 @@ class Restored:
         return source_weights(self.config, self.corpus)
 
 
-def restore(directory: Path, world: World) -> Restored:
-    """The model of the run's newest whole checkpoint and the corpus it was trained on."""
+def restore(directory: Path, world: World, backend: Backend | None = None) -> Restored:
+    """The model of the run's newest whole checkpoint and the corpus it was trained on. `backend`: who multiplies; None:
+    as in training.
+    """
     config = load_config(directory)
+    if backend is not None:
+        config = replace(config, precision=replace(config.precision, backend=backend))
     run = RunDirectory(directory, config.checkpoint.directory)
     checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, print)
     if not committed_checkpoints(run.checkpoints):

@@ -27,6 +27,7 @@ from parallel.apply import build
 from parallel.mesh import make_meshes
 from parallel.shards import fill
 from parallel.world import World, connect
+from precision.resolve import resolve
 from train import callbacks, certificates
 from train.checkpoint import Checkpointer, committed_checkpoints
 from train.config import Phase, TrainConfig, check, phase_of, phases
@@ -202,7 +203,8 @@ def run(config: TrainConfig) -> int:
     directory = RunDirectory(world.from_main(lambda: RunDirectory.of(config).path), config.checkpoint.directory)
     try:
         with world.watch(config.parallel.timeout_s, directory.logs):
-            world.agree(_identity(config))
+            world.agree(_identity(config, world.device))
+            resolve(config.precision, world.device)
             world.from_main(lambda: _claim(directory, config))
             log = Log(directory.path / "log.txt" if world.is_main else None)
             corpus = get_corpus(config, world, log)
@@ -212,13 +214,18 @@ def run(config: TrainConfig) -> int:
         world.close()
 
 
-def _identity(config: TrainConfig) -> dict[str, str]:
+def _identity(config: TrainConfig, device: torch.device) -> dict[str, str]:
     """What all ranks of a run must have in common."""
+    try:
+        precision = str(resolve(config.precision, device))
+    except ConfigError as error:  # one rank that lacks what others have must not end alone
+        precision = str(error)
     text = json.dumps(plain(replace(config, launch={})), sort_keys=True)  # each node has a number of its own there
     return {
-        "configuration": hashlib.sha256(text.encode()).hexdigest(),
+        "configuration": hashlib.sha256(text.encode()).hexdigest()[:16],
         "code version": sources_digest(),
         "torch version": torch.__version__,
+        "precision": precision,
     }
 
 

@@ -74,7 +74,7 @@ def claims_differ(odd: int) -> str:
 @pytest.mark.parametrize("odd", [0, 2])
 def test_ranks_that_run_other_code_are_named(ranks, odd):
     said = ranks(3, claims_differ, odd)
-    assert said == [f"code version: rank {odd} has another than the other ranks: start all with the same"] * 3
+    assert said == [f"code version: rank {odd} has b, the other ranks c: start all alike"] * 3
     assert ranks(3, claims_differ, 9) == [""] * 3
 
 
