@@ -211,7 +211,7 @@ class TritonKernels(Kernels):
         given = [_dense(t) for t in (x_TD, y_CD, weights_TK, places.source_C, is_padding_C1)]
         sizes = {"K": places.place_TK.shape[1], **_sizes(x_TD)}
         if rows_CD.numel():
-            _spread_kernel()[(len(rows_CD),)](*given, rows_CD, found_TK, x_TD.shape[1], **sizes)
+            _spread_kernel()[(len(rows_CD),)](*given, rows_CD, found_TK, WIDTH=x_TD.shape[1], **sizes)
         return rows_CD, found_TK
 
     def collect(
@@ -223,7 +223,7 @@ class TritonKernels(Kernels):
         given = [_dense(t) for t in (y_CD, x_TD, weights_TK, places.place_TK)]
         if tokens_TD.numel():
             sizes = {"K": top_k, "SLOTS": _power_of_two(top_k), **_sizes(y_CD)}
-            _collect_kernel()[(tokens,)](*given, tokens_TD, found_TK, width, **sizes)
+            _collect_kernel()[(tokens,)](*given, tokens_TD, found_TK, WIDTH=width, **sizes)
         return tokens_TD, found_TK
 
     def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> Tensor:
@@ -264,7 +264,8 @@ def _by_element(kernel: Any, *tensors: Tensor) -> None:
 
 
 # Triton is imported where a kernel is first asked for: a machine without a GPU needs none. A kernel's name for a
-# pointer is that of the tensor; an argument that is None, and what depends on it, is not in the compiled kernel.
+# pointer is that of the tensor; an argument that is None, and what depends on it, is not in the compiled kernel. Widths
+# are compiled in: a model has few, and the interpreter of Triton 3.6 cannot count up to a number that is not.
 
 
 @cache
@@ -274,24 +275,25 @@ def _spread_kernel() -> Any:
 
     @triton.jit
     def spread(  # type: ignore[no-untyped-def]
-        x, y, weights, source, is_padding, rows, found, width, K: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-    ):
+        x, y, weights, source, is_padding, rows, found,
+        WIDTH: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         slot = tl.load(source + row)
         real = tl.load(is_padding + row) == 0 if is_padding is not None else True
         token = slot // K
         weight = tl.load(weights + slot, mask=real, other=0).to(WIDE) if weights is not None else 1.0
         product = tl.zeros([BLOCK], WIDE)
-        for start in range(0, width, BLOCK):
+        for start in range(0, WIDTH, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            here = (columns < width) & real
-            part = tl.load(x + token * width + columns, mask=here, other=0)
+            here = (columns < WIDTH) & real
+            part = tl.load(x + token * WIDTH + columns, mask=here, other=0)
             if weights is not None:
                 wide = part.to(WIDE)
                 if y is not None:
-                    product += wide * tl.load(y + row * width + columns, mask=here, other=0).to(WIDE)
+                    product += wide * tl.load(y + row * WIDTH + columns, mask=here, other=0).to(WIDE)
                 part = wide * weight
-            tl.store(rows + row * width + columns, part, mask=columns < width)
+            tl.store(rows + row * WIDTH + columns, part, mask=columns < WIDTH)
         if y is not None:
             tl.store(found + slot, tl.sum(product, 0), mask=real)
 
@@ -305,27 +307,27 @@ def _collect_kernel() -> Any:
 
     @triton.jit
     def collect(  # type: ignore[no-untyped-def]
-        y, x, weights, place, tokens, found, width,
-        K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+        y, x, weights, place, tokens, found,
+        WIDTH: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         slots = tl.arange(0, SLOTS)
         products = tl.zeros([SLOTS], WIDE)
-        for start in range(0, width, BLOCK):
+        for start in range(0, WIDTH, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            here = columns < width
+            here = columns < WIDTH
             total = tl.zeros([BLOCK], WIDE)
             if x is not None:
-                mine = tl.load(x + token * width + columns, mask=here, other=0).to(WIDE)
+                mine = tl.load(x + token * WIDTH + columns, mask=here, other=0).to(WIDE)
             for k in tl.static_range(K):
                 row = tl.load(place + token * K + k)
-                part = tl.load(y + row * width + columns, mask=here, other=0).to(WIDE)
+                part = tl.load(y + row * WIDTH + columns, mask=here, other=0).to(WIDE)
                 if x is not None:
                     products += tl.where(slots == k, tl.sum(part * mine, 0), 0)
                 if weights is not None:
                     part = part * tl.load(weights + token * K + k).to(WIDE)
                 total += part
-            tl.store(tokens + token * width + columns, total, mask=here)
+            tl.store(tokens + token * WIDTH + columns, total, mask=here)
         if x is not None:
             tl.store(found + token * K + slots, products, mask=slots < K)
 

@@ -70,7 +70,7 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, name, missing, dtype):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(kernels, f"_{name}_kernel")()
-    sizes = {"K": 3, "SLOTS": 4, "BLOCK": 1024, "WIDE": tl.float64 if dtype == "fp64" else tl.float32}
+    sizes = {"WIDTH": 5120, "K": 3, "SLOTS": 4, "BLOCK": 1024, "WIDE": tl.float64 if dtype == "fp64" else tl.float32}
     constants = {n: sizes.get(n) for n in kernel.arg_names if n in sizes or n in missing}
     types = {n: FIXED.get(n, f"*{dtype}" if n in POINTERS else "i32") for n in kernel.arg_names}
     types |= dict.fromkeys(constants, "constexpr")
