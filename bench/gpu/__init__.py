@@ -5,7 +5,7 @@ Each section runs in a process of its own, so that one that dies takes no other 
 come. `--dry` runs the same code on a CPU with tiny shapes: its figures mean nothing and are marked.
 
 It imports torch and our own packages only, none of them with Hydra: a GPU host without a network can run it.
-Transformers and Transformer Engine take part where they are installed; otherwise a row says what is missing.
+Transformers, Transformer Engine and torchtitan take part if they are installed; otherwise a row says what is missing.
 
 The file holds one object, the calibration that planning reads:
 

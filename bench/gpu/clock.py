@@ -38,7 +38,7 @@ class Timing:
 class Clock:
     """`budget_s`: about how long one side may take; five repetitions are made all the same, two in a dry run."""
 
-    def __init__(self, device: torch.device, dry: bool, budget_s: float = 0.25) -> None:
+    def __init__(self, device: torch.device, dry: bool, budget_s: float = 0.2) -> None:
         self.device, self.dry, self.budget_s = device, dry, budget_s
         # five times the L2 cache of an H200; also work for the device while the host launches what is to be timed
         self.flushed = torch.empty(0 if dry else 256 << 20, dtype=torch.int8, device=device)

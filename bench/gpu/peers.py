@@ -1,4 +1,4 @@
-"""Other people's mixtures with our weights. They take part where they are installed."""
+"""Other people's mixtures with our weights, our shared expert added to each. They take part if they are installed."""
 
 from __future__ import annotations
 
@@ -57,13 +57,44 @@ def _sizes(layer: MixtureOfExperts) -> tuple[int, int, int]:
 
 
 def _grouped(block_class: Any, config: Any, layer: MixtureOfExperts) -> Made:
-    """A routed block of transformers on its grouped products; our shared expert is added, if there is one."""
+    """A routed block of transformers on its grouped products."""
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         block = block_class(config)
     block.gate.weight = layer.router.weight
     block.experts.gate_up_proj = nn.Parameter(layer.experts.gate_up.weight.detach().flatten(1, 2))
     block.experts.down_proj = layer.experts.down.weight
+    return _with_shared(block, layer)
+
+
+def torchtitan(layer: MixtureOfExperts, router: RouterConfig) -> Made:
+    """torchtitan 0.3's mixture, without torch.compile."""
+    from torchtitan.models.common.linear import Linear
+    from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
+    from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+
+    experts, width, hidden = _sizes(layer)
+    routed = RoutedExperts.Config(
+        inner_experts=GroupedExperts.Config(dim=width, hidden_dim=hidden, num_experts=experts),
+        token_dispatcher=LocalTokenDispatcher.Config(num_experts=experts, top_k=router.top_k),
+    )
+    scores = TokenChoiceTopKRouter.Config(
+        num_experts=experts, gate=Linear.Config(in_features=width, out_features=experts), top_k=router.top_k,
+        score_func=router.score.value, route_norm=router.renormalise,
+    )  # fmt: skip
+    config = MoE.Config(num_experts=experts, routed_experts=routed, router=scores, load_balance_coeff=None)
+    with torch.device("meta"):
+        block: Any = config.build()
+    block.tokens_per_expert_E = torch.zeros(experts, device=layer.router.weight.device)
+    block.router.gate.weight = layer.router.weight
+    inner = block.routed_experts.inner_experts
+    gate, up = layer.experts.gate_up.weight.detach().unbind(1)
+    inner.w1_EFD, inner.w3_EFD = nn.Parameter(gate.contiguous()), nn.Parameter(up.contiguous())
+    inner.w2_EDF = layer.experts.down.weight
+    return _with_shared(block, layer)
+
+
+def _with_shared(block: Any, layer: MixtureOfExperts) -> Made:
     shared = layer.shared
 
     def forward(x: Tensor) -> Tensor:
@@ -78,4 +109,5 @@ _TRANSFORMERS = "pip install 'transformers>=5.20,<6'"
 PEERS = {
     "transformers Mixtral, grouped": Peer("transformers", _TRANSFORMERS, mixtral),
     "transformers Qwen3, grouped": Peer("transformers", _TRANSFORMERS, qwen3),
+    "torchtitan": Peer("torchtitan", "pip install torchtitan==0.3.0", torchtitan),
 }

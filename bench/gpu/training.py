@@ -33,6 +33,10 @@ from train.optimizer import Moments, OptimizerConfig, make_optimizer
 
 PEAK_TFLOPS = 989.0
 """Dense bfloat16 of an H100 or H200 SXM, by its data sheet: what MFU is relative to."""
+MICRO_BATCHES = 4
+"""Of a step: the optimizer's part of the time is then no larger than a real run's."""
+MOST_MS = 15e3
+"""A side that takes longer than that is measured by fewer steps."""
 MOST_GAP = 5e-3
 """Of an FP8 run's loss over bfloat16's, smoothed over the last steps."""
 
@@ -62,24 +66,28 @@ class Training:
         self.optimizer = make_optimizer(self.placed.model, self.placed.specs, optimizer, meshes)
         self.balancer = Balancer(self.placed.model)
 
-    def step(self, tokens_BT: Tensor) -> Tensor:
+    def step(self, tokens_BT: Tensor, micro_batches: int = 1) -> Tensor:
         """The mean loss per predicted token."""
-        inputs_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
-        positions_BT = torch.arange(inputs_BT.shape[1]).expand(inputs_BT.shape)
-        context = self.placed.context(positions_BT, float(inputs_BT.numel()))
-        logits_BTV = self.placed.model(inputs_BT, context)
-        loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten())
-        loss.backward()
+        rows, length = tokens_BT.shape[0] // micro_batches, tokens_BT.shape[1] - 1
+        positions_BT, tokens = torch.arange(length).expand(rows, -1), tokens_BT.shape[0] * length
+        total = torch.zeros((), device=tokens_BT.device)
+        for part_BT in tokens_BT.split(rows):
+            context = self.placed.context(positions_BT, float(tokens))
+            logits_BTV = self.placed.model(part_BT[:, :-1], context)
+            wide, labels = logits_BTV.float().flatten(0, 1), part_BT[:, 1:].flatten()
+            loss = F.cross_entropy(wide, labels, reduction="sum") / tokens
+            loss.backward()
+            total += loss.detach()
         norm = gradient_norm(self.placed.model, self.placed.specs, self.placed.meshes)
         scale_gradients(self.placed.model, (1.0 / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.balancer.step()
-        return loss.detach()
+        return total
 
 
 def step(bench: Bench) -> Iterator[Job]:
-    """In float32 master weights with bfloat16 moments: 12 bytes a parameter. Balanced, as training makes it."""
+    """With float32 master weights; the moments in bfloat16 where memory is short. Balanced, as training makes it."""
     fine = replace(TINY, router=FINE.router, experts=16) if bench.dry else FINE
     masters = {name: replace(config, storage=Storage.master) for name, config in bench.precisions.items()}
     for side, precision in masters.items():
@@ -103,7 +111,7 @@ def _beside(bench: Bench, fine: ModelConfig, side: str, precision: PrecisionConf
 
 
 def _step(bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig) -> Row:
-    """With as many rows as fit."""
+    """With as many rows in a micro-batch as fit."""
     length, rows = 64 if bench.dry else 4096, 4
     while True:
         try:
@@ -118,29 +126,31 @@ def _step(bench: Bench, name: str, config: ModelConfig, side: str, precision: Pr
 def _measured(
     bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig, rows: int, length: int
 ) -> Row:
-    training = Training(config, precision, bench, Moments.bfloat16, lr=1e-4)
+    moments = Moments.float32 if bench.memory_bytes > 100e9 else Moments.bfloat16
+    training = Training(config, precision, bench, moments, lr=1e-4)
     generator = torch.Generator().manual_seed(0)
-    batches = torch.randint(config.vocab_size, (8, rows, length + 1), generator=generator).to(bench.device)
-    for batch in batches[:3]:
-        loss = training.step(batch)
-    times = []
-    for batch in batches[3 : 5 if bench.dry else 8].repeat(1 if bench.dry else 2, 1, 1):
+    times: list[float] = []
+    while len(times) < (3 if bench.dry else 5 if sum(times) > MOST_MS else 12):
+        batch = torch.randint(config.vocab_size, (MICRO_BATCHES * rows, length + 1), generator=generator)
+        batch = batch.to(bench.device)
         _wait(bench)
         begin = time.perf_counter()
-        loss = training.step(batch)
+        found = training.step(batch, MICRO_BATCHES)
         _wait(bench)
         times.append((time.perf_counter() - begin) * 1e3)
-    parameters, timing, tokens, found = count_parameters(config), Timing(times), rows * length, float(loss)
+    timing, last_loss = Timing(times[1 if bench.dry else 3 :]), float(found)
+    parameters, tokens = count_parameters(config), MICRO_BATCHES * rows * length
     flops = training_flops(config, length).total * tokens
-    shape: dict[str, int | str] = {"B": rows, "T": length, "total": parameters.total, "active": parameters.active}
+    shape: dict[str, int | str] = {"B": rows, "T": length, "micro_batches": MICRO_BATCHES}
+    shape |= {"total": parameters.total, "active": parameters.active}
     goal: dict[str, Any] = {"floor": 300.0, "moonshot": 400.0} if side == PLAIN and config.moe_every else {}
     speed, mfu = tokens / timing.ms * 1e3, flops / timing.ms / 1e9 / PEAK_TFLOPS
     return Row(
         "step", name, side, "step", shape, tokens, "balanced" if config.moe_every else None, ms=timing.ms,
         spread=timing.spread, flops=flops, memory_bytes=bench.peak_bytes,
-        failed=None if math.isfinite(found) else "the loss is not finite",
+        failed=None if math.isfinite(last_loss) else "the loss is not finite",
         note=f"{parameters.active / 1e9:.2f} B active of {parameters.total / 1e9:.2f} B, {speed:,.0f} tokens/s, "
-        f"MFU {mfu:.1%} of {PEAK_TFLOPS:.0f}",
+        f"MFU {mfu:.1%} of {PEAK_TFLOPS:.0f}, moments in {moments.value}",
         **goal,
     )  # fmt: skip
 
