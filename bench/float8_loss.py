@@ -1,8 +1,8 @@
 """Does FP8 cost loss? `python -m bench.float8_loss [--steps N] [--seeds N] [KEY=VALUE ...]`.
 
 The smoke model in bfloat16 and with FP8 products of the reference backend, paired by seed: the same initial weights and
-the same batches. What counts is the gap of the held-out losses relative to bfloat16's, its mean over seeds and the upper
-end of its one-sided 95% confidence interval (Student's t), which must be at most 1%. The curves are drawn into docs/.
+batches. What counts is the gap of the held-out losses relative to bfloat16's: its mean over seeds and the upper end of
+its one-sided 95% confidence interval (Student's t), which must be at most 1%. The curves are drawn into docs/.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def draw(found: dict[str, list[tuple[Curve, Curve]]], steps: int) -> None:
         for index, (_, held_out) in enumerate(curves):
             style: dict[str, Any] = {"color": colour, "linestyle": "-" if name == "bf16" else "--"}
             losses.plot(held_out.keys(), held_out.values(), label=None if index else name, **style)
-    losses.set(xlabel="step", ylabel="held-out loss, nats per token", title="three seeds each")
+    losses.set(xlabel="step", ylabel="held-out loss, nats per token", title=f"{len(found['FP8'])} seeds each")
     losses.legend(frameon=False)
     for seed, gap in enumerate(gaps(found)):
         difference.plot(
