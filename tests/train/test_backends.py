@@ -100,12 +100,13 @@ def test_a_run_is_evaluated_by_whoever_is_asked(tmp_path, small_corpus, capsys) 
 
 def refused(root: Any, overrides: list[str]) -> str:
     """What a run says of which one rank has no reference."""
-    if dist.get_rank() == 1:
-        reference.unavailable = lambda recipe, device: ["it was taken away"]
-    try:
-        run(config(root, "run", *overrides))
-    except ConfigError as error:
-        return str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(reference, "unavailable", lambda recipe, device: ["it was taken away"])
+        try:
+            run(config(root, "run", *overrides))
+        except ConfigError as error:
+            return str(error)
     return ""
 
 
