@@ -71,6 +71,15 @@ class Recipe(Enum):
         return 32 if self is Recipe.mxfp8 else 16
 
 
+class Kernels(Enum):
+    """Who moves tokens to experts and back and gates between their products: PyTorch, or kernels in Triton that pass
+    over the data once (GPUs).
+    """
+
+    torch = "torch"
+    triton = "triton"
+
+
 class Products(Enum):
     """Groups of matrix products. FP8 is for the first four; the others stay in the compute format or wider."""
 
@@ -102,6 +111,7 @@ class PrecisionConfig:
     bf16_first_layers: int = 0
     """So many layers at the beginning stay in the compute format under an FP8 backend."""
     bf16_last_layers: int = 0
+    kernels: Kernels = Kernels.torch
 
     def __post_init__(self) -> None:
         check_numbers(self, not_negative=("bf16_first_layers", "bf16_last_layers"))
