@@ -23,6 +23,7 @@ from model.context import SequenceContext
 from model.layers import GatedMLP, GroupedGateUp, GroupedLinear
 from model.roles import Role
 from precision.backend import Groups
+from precision.bf16 import PlainProducts
 from precision.resolve import LayerProducts
 
 
@@ -47,7 +48,7 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor, routed_tokens: Tensor | float | None) -> tuple[Tensor, Tensor]:
         """Expert ids, int64, and their weights, both [B, T, K]."""
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        logits_BTE = F.linear(x_BTD.to(wide), self.weight.to(wide))
+        logits_BTE = PlainProducts(wide).linear(x_BTD, self.weight)
         experts_BTK = self._choose(logits_BTE.detach())
         logits_BTE = self.balance(logits_BTE, experts_BTK, routed_tokens)
         weights_BTK = self._scores(logits_BTE).gather(-1, experts_BTK)
