@@ -21,8 +21,9 @@ from model.config import ModelConfig
 from parallel.layout import ContextMethod, ParallelConfig, Recompute
 from parallel.stages import Schedule
 from precision.config import Compute, PrecisionConfig
-from train.certify import EXACT, GRADIENT_FP32, CertifyConfig, Ranks, Trial, compare_layouts, shrink
-from train.certify_rank import Case, measure_all
+from train.certify import CertifyConfig, Trial, compare_layouts, shrink
+from train.certify_rank import Case, Ranks, measure_all
+from train.comparison import EXACT, GRADIENT_FP32
 from train.optimizer import OptimizerConfig
 
 LAYOUTS = {

@@ -11,7 +11,8 @@ from core.files import write_json
 from core.origin import sources_digest
 from launch.ranks import Pool
 from train.certificates import keep
-from train.certify import EXACT, GRADIENT_FP32, CertifyConfig, Outcome, certificate, certify, trials
+from train.certify import CertifyConfig, Outcome, certificate, certify, trials
+from train.comparison import EXACT, GRADIENT_FP32
 from train.run_directory import load_config
 
 
@@ -20,7 +21,7 @@ def run(config: CertifyConfig) -> int:
     if config.run is not None:
         stored = load_config(Path(config.run))
         config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)
-        config = replace(config, optimizer=stored.optimizer)
+        config = replace(config, optimizer=stored.optimizer, precision=stored.precision)
     _, left_out = trials(config)
     for line in left_out:
         print(f"left out  {line}")

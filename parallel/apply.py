@@ -110,11 +110,9 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
     """Refuse matrices that an FP8 recipe cannot take, in the shapes that each rank has."""
     if not precision.uses_float8:
         return
-    kept, layers = precision.bf16_first_layers + precision.bf16_last_layers, len(config.blocks)
-    if kept >= layers:
-        raise ConfigError(
-            "precision.bf16_first_layers", precision.bf16_first_layers, f"leaves none of the {layers} layers in FP8"
-        )
+    last, layers = precision.bf16_last_layers, len(config.blocks)
+    if precision.bf16_first_layers + last >= layers:
+        raise ConfigError("precision.bf16_last_layers", last, f"leaves none of the {layers} layers in FP8")
     recipe = precision.recipe.on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model = on_meta(config, precision)
     specs = shards.shard_specs(registry(model), config, place(layout, 0))

@@ -18,6 +18,8 @@ _KEPT = frozenset(
     {
         torch.ops.aten.mm.default,
         torch.ops.aten._grouped_mm.default,
+        torch.ops.aten._scaled_mm.default,
+        torch.ops.aten._scaled_mm_v2.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,

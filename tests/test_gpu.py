@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from launch.cli import main
+from model.kernels import TorchKernels, TritonKernels
 from model.pieces import Run, attend_pieces, documents, pieces
+from tests.model.kernel_cases import BREAKS, CASES, GATES, Case, results
+from tests.model.kernel_cases import figures as kernel_figures
 from tests.model.test_pieces import figures, inputs, largest, positions
 from tests.train.tiny import TINY
 
@@ -49,6 +52,26 @@ def test_attention_in_pieces_on_a_gpu(dtype, gate):
     exact = inputs(64)
     found = computed(*(x.to("cuda", getattr(torch, dtype)) for x in exact))
     assert largest([x.cpu().double() for x in found], computed(*exact)) < gate
+
+
+@pytest.mark.parametrize("kernels", [TorchKernels, TritonKernels])
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_on_a_gpu(name, kernels):
+    """The twins and the compiled kernels against the plain statement on the CPU in float64."""
+    found = kernel_figures(CASES[name], kernels(), "cuda")
+    assert {key: error for key, error in found.items() if error > GATES[CASES[name].dtype]} == {}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_the_comparison_of_kernels_notices_on_a_gpu(what):
+    assert max(kernel_figures(CASES["top-2, padded"], TritonKernels(), "cuda", what).values()) > 0.1
+
+
+def test_kernels_do_the_same_twice():
+    """Large enough that programs run in an order that changes: nothing may be added in it."""
+    case = Case("bfloat16", 512, 1536, 4, 16, experts=64)
+    first, again = (results(case, TritonKernels(), torch.bfloat16, "cuda") for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_a_run_on_a_gpu_goes_on(tmp_path, small_corpus):

@@ -15,6 +15,7 @@ from core.files import read_json, write_json
 from core.origin import sources_digest
 from model.config import ModelConfig
 from parallel.layout import ParallelConfig
+from precision.config import PrecisionConfig
 from train.certify import shrink, techniques
 from train.optimizer import OptimizerKind
 
@@ -34,11 +35,12 @@ def find(
     parallel: ParallelConfig,
     cache: Path,
     kind: OptimizerKind = OptimizerKind.adamw,
+    precision: PrecisionConfig | None = None,
 ) -> str | None:
     """The hash of a certificate that covers these axes for this kind of model and these techniques, of this code and
     this torch; None where there is none.
     """
-    wanted = [plain(shrink(model, parallel)), techniques(parallel, kind)]
+    wanted = [plain(shrink(model, parallel)), techniques(parallel, kind, precision)]
     for path in sorted(_folder(cache).glob("*.json")):
         certificate = read_json(path)
         about = [certificate["model"], certificate["techniques"]]

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
@@ -27,14 +24,13 @@ from parallel import expert
 from parallel.layout import AUTO, ContextMethod, ParallelConfig, Reduce
 from parallel.stages import Schedule, stages
 from precision.config import Compute, PrecisionConfig
-from train.certify_rank import CONTEXT, ROWS, Blocks, Case, Figures, measure_all, micro_batch
+from train import certify_float8
+from train.certify_rank import CONTEXT, ROWS, Case, Figures, Ranks, measure_all, micro_batch
+from train.comparison import Comparison, compare, tail
 from train.optimizer import OptimizerConfig, OptimizerKind
 
-EXACT, LOSS_FP32, GRADIENT_FP32 = 1e-9, 5e-6, 1e-5
-"""Gates: the largest difference, relative for all but the float32 loss (nats)."""
 MOST_RANKS, MOST_STEPS = 8, 20
 AXES = ("pp", "dp_shard", "dp_replicate", "cp", "tp", "ep", "etp")
-_BALANCE = {"counts": "tokens per expert", "aux": "aux loss", "z": "z loss", "entropy": "router entropy"}
 _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
 
 
@@ -48,6 +44,8 @@ class CertifyConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Of kind muon: Muon is certified in the place of AdamW, which it has a share for."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Of an FP8 backend its recipe is certified, by the reference's emulation; formats are the certificate's own."""
     ranks: int = MOST_RANKS
     """At most this many processes. Each axis and each pair must fit; larger layouts are left out and named."""
     steps: int = 3
@@ -59,12 +57,6 @@ class CertifyConfig:
         for key, least, most in (("ranks", 2, MOST_RANKS), ("steps", 2, MOST_STEPS)):
             if not least <= getattr(self, key) <= most:
                 raise ConfigError(key, getattr(self, key), f"must be from {least} to {most}", [least, most])
-
-
-class Ranks(Protocol):
-    """Runs a function on so many ranks and returns what each returned; raises `RankFailure` where one raises."""
-
-    def __call__(self, ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -86,23 +78,6 @@ class Trial:
         layout.check_model(model)
         layout.check_batch(ROWS, micro_batch(layout))
         layout.check_rows(model, CONTEXT)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One figure of a layout against one process: the largest difference and where it is. `first`: the first
-    parameter, in the model's order, beyond the gate.
-    """
-
-    name: str
-    largest: float
-    gate: float
-    parameter: str | None = None
-    first: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        return self.largest <= self.gate and self.first is None
 
 
 @dataclass(frozen=True)
@@ -135,7 +110,12 @@ def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
     look at. Raises `ConfigError`, before anything runs, for what cannot be certified here.
     """
     chosen, _ = trials(config)
-    return compare_layouts(shrink(config.model, config.parallel), chosen, config.steps, ranks, config.optimizer)
+    model, optimizer = shrink(config.model, config.parallel), config.optimizer
+    outcomes = compare_layouts(model, chosen, config.steps, ranks, optimizer)
+    if not config.precision.uses_float8:
+        return outcomes
+    wide = shrink(config.model, config.parallel, certify_float8.SIDE)
+    return (_with_float8(outcome, wide, config.precision, ranks) for outcome in outcomes)
 
 
 def compare_layouts(
@@ -154,6 +134,19 @@ def compare_layouts(
             yield _try(trial, _cases(model, learning, steps, own, root / "one"), own, wanted, ranks)
 
 
+def _with_float8(outcome: Outcome, model: ModelConfig, precision: PrecisionConfig, ranks: Ranks) -> Outcome:
+    trial = outcome.trial
+    try:
+        more = list(certify_float8.proofs(model, precision, trial.parallel, trial.ranks, ranks))
+    except RankFailure as error:
+        return replace(outcome, error=outcome.error or _raised(error))
+    return replace(outcome, comparisons=[*outcome.comparisons, *more])
+
+
+def _raised(error: RankFailure) -> str:
+    return f"a rank raised: {str(error).strip().splitlines()[-1]}"
+
+
 def _try(trial: Trial, cases: dict[str, Case], own: Path, wanted: dict[str, Figures], ranks: Ranks) -> Outcome:
     """One layout's run, saved in `own`, and its checkpoint resumed by one process."""
     try:
@@ -161,14 +154,14 @@ def _try(trial: Trial, cases: dict[str, Case], own: Path, wanted: dict[str, Figu
         alone = replace(cases["resumed"], resume=own)
         (resharded,) = ranks(1, measure_all, ParallelConfig(), {"resharded": alone})
     except RankFailure as error:  # that is a finding, too
-        return Outcome(trial, [], f"a rank raised: {str(error).strip().splitlines()[-1]}")
+        return Outcome(trial, [], _raised(error))
     comparisons: list[Comparison] = []
     for name, reference in wanted.items():
         comparisons += compare(name, reference, [rank[name] for rank in found], cases[name])
     final = wanted[cases["resumed"].optimizer.kind.name]
     resumed = [rank["resumed"] for rank in found]
-    comparisons += _tail("one process's checkpoint under the layout", final, resumed)
-    comparisons += _tail("the layout's checkpoint in one process", final, [resharded["resharded"]])
+    comparisons += tail("one process's checkpoint under the layout", final, resumed)
+    comparisons += tail("the layout's checkpoint in one process", final, [resharded["resharded"]])
     return Outcome(trial, comparisons)
 
 
@@ -200,73 +193,6 @@ def _cases(
     if resume is not None:
         cases["resumed"] = replace(learning, resume=resume)
     return cases
-
-
-def compare(name: str, wanted: Figures, found: Sequence[Figures], case: Case) -> Iterator[Comparison]:
-    """Every figure of a run against one process's; each rank's is compared, the largest difference counts."""
-    narrow = case.precision.compute is Compute.float32
-    loss, gradient = (LOSS_FP32, GRADIENT_FP32) if narrow else (EXACT, EXACT)
-    yield Comparison(f"{name}: loss", _series("loss", wanted, found, relative=not narrow), loss)
-    yield Comparison(f"{name}: gradient norm", _series("norm", wanted, found), gradient)
-    yield _blocks(f"{name}: gradients", wanted.gradients, [f.gradients for f in found], gradient)
-    if narrow:
-        return
-    yield _blocks(f"{name}: updated weights", wanted.weights, [f.weights for f in found], EXACT)
-    yield Comparison(f"{name}: held-out loss", max(_relative(f.held_out, wanted.held_out) for f in found), EXACT)
-    for key in _BALANCE:
-        pairs = [zip(getattr(f, key), getattr(wanted, key), strict=True) for f in found]
-        largest = max((_relative(a, b) for pair in pairs for a, b in pair), default=0.0)
-        yield Comparison(f"{name}: {_BALANCE[key]}", largest, EXACT)
-    largest = max((_relative(f.routers[k], wanted.routers[k]) for f in found for k in f.routers), default=0.0)
-    if {key for f in found for key in f.routers} != set(wanted.routers):
-        largest = math.inf
-    yield Comparison(f"{name}: routers' state", largest, EXACT)
-
-
-def _tail(name: str, wanted: Figures, found: Sequence[Figures]) -> Iterator[Comparison]:
-    """What a resumed run ends with against the run that was not interrupted."""
-    yield Comparison(f"{name}: loss", max(_relative(f.loss[-1], wanted.loss[-1]) for f in found), EXACT)
-    yield _blocks(f"{name}: weights", wanted.weights, [f.weights for f in found], EXACT)
-
-
-def _series(key: str, wanted: Figures, found: Sequence[Figures], relative: bool = True) -> float:
-    pairs = [pair for f in found for pair in zip(getattr(f, key), getattr(wanted, key), strict=True)]
-    return max(_relative(a, b) if relative else _number(abs(a - b)) for a, b in pairs)
-
-
-def _relative(found: Tensor | float, wanted: Tensor | float) -> float:
-    """Euclidean distance over the length of what is wanted; 0 where both are 0."""
-    a, b = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64)
-    return _ratio(float((a - b).norm()), float(b.norm()))
-
-
-def _ratio(distance: float, length: float) -> float:
-    if distance == 0:
-        return 0.0
-    return _number(distance / length) if length else math.inf
-
-
-def _number(value: float) -> float:
-    """No gate is passed by what is no number, and `max` must see it."""
-    return math.inf if math.isnan(value) else value
-
-
-def _blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: float) -> Comparison:
-    """All ranks' blocks of each parameter against the whole one."""
-    differences: dict[str, float] = {}
-    for parameter, (_, whole) in wanted.items():
-        squares, covered = 0.0, torch.zeros(whole.shape, dtype=torch.bool)
-        for rank in found:
-            if parameter not in rank:
-                continue  # another stage of the pipeline has it
-            block, part = rank[parameter]
-            place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))
-            squares += float((part.double() - whole[place].double()).square().sum())
-            covered[place] = True
-        differences[parameter] = _ratio(squares**0.5, float(whole.double().norm())) if covered.all() else math.inf
-    beyond = [parameter for parameter, difference in differences.items() if difference > gate]
-    worst = max(differences, key=lambda parameter: differences[parameter])
-    return Comparison(name, differences[worst], gate, worst, beyond[0] if beyond else None)
 
 
 def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
@@ -343,9 +269,9 @@ def _unevenly(trial: Trial, model: ModelConfig) -> Trial:
     return replace(trial, parallel=replace(trial.parallel, layers_per_stage=sizes))
 
 
-def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelConfig:
+def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int = 8) -> ModelConfig:
     """A tiny model with every kind of layer and every choice that the configured one has; its sizes can be cut by the
-    degrees of `parallel` where those of the configured one can.
+    degrees of `parallel` where those of the configured one can, into multiples of `side`.
     """
     kinds: list[LayerConfig] = []
     for layer in model.blocks:
@@ -361,15 +287,15 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelC
     return replace(
         model,
         vocab_size=math.lcm(64, degrees.tp),
-        width=32,
+        width=4 * side,
         layers=len(kinds),
         layer_list=kinds,
         heads=kv_heads * (1 if model.kv_heads == model.heads else 2),
         kv_heads=kv_heads,
-        head_width=8,
-        dense_width=math.lcm(48, degrees.tp),
-        expert_width=math.lcm(32, 8 * degrees.etp),
-        shared_width=math.lcm(16, degrees.tp) if model.shared_expert_width else 0,
+        head_width=side,
+        dense_width=math.lcm(6 * side, side * degrees.tp),
+        expert_width=math.lcm(4 * side, side * degrees.etp),
+        shared_width=math.lcm(2 * side, side * degrees.tp) if model.shared_expert_width else 0,
         experts=math.lcm(8, degrees.ep) if model.experts % degrees.ep == 0 else 8,
         chunk=None if model.chunk is None else 16,
         temperature_floor=16,
@@ -379,10 +305,14 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None) -> ModelC
     )
 
 
-def techniques(parallel: ParallelConfig, kind: OptimizerKind = OptimizerKind.adamw) -> dict[str, Any]:
+def techniques(
+    parallel: ParallelConfig, kind: OptimizerKind = OptimizerKind.adamw, precision: PrecisionConfig | None = None
+) -> dict[str, Any]:
     """What a certificate is about beside the axes and the model."""
     keys = ("dispatch", "context", "recompute", "compile", "schedule", "stages_per_rank")
-    return {**{key: plain(getattr(parallel, key)) for key in keys}, "muon": kind is OptimizerKind.muon}
+    float8 = certify_float8.recipe_of(precision).value if precision and precision.uses_float8 else None
+    found = {key: plain(getattr(parallel, key)) for key in keys}
+    return {**found, "muon": kind is OptimizerKind.muon, "float8": float8}
 
 
 def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Mapping[str, str]) -> dict[str, Any]:
@@ -393,7 +323,7 @@ def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Ma
         **identity,
         "axes": list(axes_in_use(config.parallel)),
         "left_out": trials(config)[1],
-        "techniques": techniques(config.parallel, config.optimizer.kind),
+        "techniques": techniques(config.parallel, config.optimizer.kind, config.precision),
         "smallest_failing_axes": list(failed[0].trial.axes) if failed else None,
         "first_failure": failed[0].failures()[0] if failed else None,
         "model": plain(shrink(config.model, config.parallel)),

@@ -5,9 +5,10 @@ Rows are made up: random tokens in packed documents, a pure function of the step
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,14 +32,14 @@ from train.parts import run_state
 from train.step import optimizer_step
 
 CONTEXT, ROWS, SEED = 64, 8, 11
-_SOURCE = "made up"
+_SOURCE, _HELD_OUT = "made up", 5
 
 
 @dataclass(frozen=True)
 class Case:
     """A short run. `labels=False`: the language-model loss is left out, so that what remains are the balancing terms.
     `starve`: half of the experts get no tokens. `resume`: a directory to go on from, `save`: where to save before the
-    last step.
+    last step. `imitates`: micro-batches are made of one row of each of so many data-parallel ranks, by one process too.
     """
 
     model: ModelConfig
@@ -50,6 +51,15 @@ class Case:
     starve: bool = False
     resume: Path | None = None
     save: Path | None = None
+    context: int = CONTEXT
+    rows: int = ROWS
+    imitates: int | None = None
+
+
+class Ranks(Protocol):
+    """Runs a function on so many ranks and returns what each returned; raises `RankFailure` where one raises."""
+
+    def __call__(self, ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]: ...
 
 
 def micro_batch(layout: Layout) -> int:
@@ -81,28 +91,27 @@ class Figures:
 class MadeUpRows:
     """Rows of random tokens, as the loader would give them."""
 
-    context = CONTEXT
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size: int, context: int = CONTEXT, order: Sequence[int] = range(ROWS)) -> None:
+        self.vocab_size, self.context, self.order = vocab_size, context, np.array(order)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         generator = np.random.default_rng([SEED, step])
-        shape = (ROWS, CONTEXT + 1)
+        shape = (len(self.order), self.context + 1)
         tokens = np.minimum(generator.zipf(1.3, shape), self.vocab_size) - 1
         begins = generator.random(shape) < 1 / 12  # a document every dozen tokens, some longer than a chunk
-        places = np.arange(CONTEXT + 1)
+        places = np.arange(self.context + 1)
         last = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
         labels = np.where(begins[:, 1:], IGNORED, tokens[:, 1:])
         columns = (tokens[:, :-1], labels, (places - last)[:, :-1])
-        rows = [torch.from_numpy(np.ascontiguousarray(column[start:stop])) for column in columns]
+        rows = [torch.from_numpy(np.ascontiguousarray(column[self.order[start:stop]])) for column in columns]
         return Batch(rows[0], rows[1], rows[2], torch.zeros(stop - start, dtype=torch.int64))
 
     def held_out_rows(self, source: str) -> int:
-        return 5
+        return min(_HELD_OUT, len(self.order))
 
     def held_out(self, source: str, start: int, stop: int) -> Batch:
-        return self.batch(1 << 20, start, stop)
+        unordered = MadeUpRows(self.vocab_size, self.context, range(len(self.order)))
+        return unordered.batch(1 << 20, start, stop)
 
 
 class Watched(TorchEngine):
@@ -131,14 +140,14 @@ def measure(case: Case, world: World, meshes: Meshes) -> Figures:
     model, specs = placed.model, placed.specs
     engine, found = Watched(placed, case.optimizer), Figures()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
-    rows, begin = MadeUpRows(case.model.vocab_size), 0
+    rows, begin, share = _rows(case, meshes), 0, case.rows // meshes.rows.size
+    size = case.imitates // meshes.rows.size if case.imitates else micro_batch(meshes.layout)
     if case.starve:
         _starve(model)
     if case.resume is not None:
         progress = Checkpointer(case.resume, world, 1, False, _refuse).restore(model, engine.optimizer, specs)
         assert progress is not None, f"no checkpoint in {case.resume}"
         begin = progress["step"]
-    share = ROWS // meshes.rows.size
     for step in range(begin, case.steps):
         if case.save is not None and step == case.steps - 1:
             state = run_state(model, engine.optimizer, specs, meshes.is_first_of_stage)
@@ -146,7 +155,7 @@ def measure(case: Case, world: World, meshes: Meshes) -> Figures:
         batch = rows.batch(step, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)
-        result = optimizer_step(engine, balancer, batch, micro_batch(meshes.layout), case.clip_norm, 1.0)
+        result = optimizer_step(engine, balancer, batch, size, case.clip_norm, 1.0)
         found.loss.append(result.loss.item())
         found.norm.append(result.gradient_norm.item())
         for key, value in result.balance.items():
@@ -155,8 +164,15 @@ def measure(case: Case, world: World, meshes: Meshes) -> Figures:
     found.weights = engine.blocks(dict(model.named_parameters()))
     found.routers = {name: buffer.clone().cpu() for name, buffer in model.named_buffers() if "balance" in name}
     bytes_V = torch.ones(case.model.vocab_size, dtype=torch.int64)
-    found.held_out = held_out_loss(placed, rows, bytes_V, 5, 2, {_SOURCE: 1.0}).loss
+    found.held_out = held_out_loss(placed, rows, bytes_V, rows.held_out_rows(_SOURCE), 2, {_SOURCE: 1.0}).loss
     return found
+
+
+def _rows(case: Case, meshes: Meshes) -> MadeUpRows:
+    order = np.arange(case.rows)
+    if case.imitates and meshes.rows.size == 1:
+        order = order.reshape(case.imitates, -1).T.flatten()  # the first rows of all ranks, the second ones, ...
+    return MadeUpRows(case.model.vocab_size, case.context, order.tolist())
 
 
 def measure_all(parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str, Figures]:

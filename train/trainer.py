@@ -176,9 +176,11 @@ class Trainer:
     def _certificate(self) -> str | None:
         """The hash of a certificate of this code for the run's axes; says so where there is none and how to get one."""
         layout, cache = self.meshes.layout, Path(self.config.data.cache).expanduser()
-        kind = self.config.optimizer.kind
-        found = certificates.find(layout.axes, self.config.model, layout, cache, kind) if layout.axes else None
-        if layout.axes and found is None:
+        if not layout.axes:
+            return None
+        kind, precision = self.config.optimizer.kind, self.config.precision
+        found = certificates.find(layout.axes, self.config.model, layout, cache, kind, precision)
+        if found is None:
             self.log(
                 f"no certificate for this layout and this code; to have one: leviathan certify {self.directory.path}"
             )

@@ -33,6 +33,44 @@ def planted(bug: str | None) -> Iterator[None]:
             setattr(owner, attribute, value)
 
 
+def tiles_across_experts(plant: Plant) -> None:
+    """Tokens of several experts share the tiles of FP8 scales."""
+    from precision import tiles
+
+    quantise = tiles.TiledArithmetic.quantise
+
+    def shared(self: Any, x: Any, operand: Any, groups: Any, rows: bool, columns: bool) -> Any:
+        found = quantise(self, x, operand, groups, rows, columns)
+        if groups is None or not columns:
+            return found
+        how, counts = tiles.tiling(self.recipe, operand), groups.host
+        whole = tiles.quantise(x[: sum(counts)].mT, how).wide(torch.float32).split(counts, dim=1)
+        return dataclasses.replace(found, columns=tuple(tiles.quantise(part, how) for part in whole))
+
+    plant(tiles.TiledArithmetic, "quantise", shared)
+
+
+def padding_that_is_not_zero(plant: Plant) -> None:
+    """Rows beyond an expert's own repeat some token, so that they have a say in the scales."""
+    from model import moe
+
+    gather = moe.Rows.copy_slots
+    plant(moe.Rows, "copy_slots", lambda self, x: gather(dataclasses.replace(self, is_padding_C1=None), x))
+
+
+def weights_quantised_before_they_are_whole(plant: Plant) -> None:
+    """Each rank takes the scale of its own part of a weight, cut across the tiles."""
+    from precision import tiles
+
+    usual = tiles.tiling
+
+    def narrow(recipe: Any, operand: Any) -> Any:
+        how = usual(recipe, operand)
+        return dataclasses.replace(how, columns=48) if operand is tiles.Operand.weight else how
+
+    plant(tiles, "tiling", narrow)
+
+
 def missing_reduction(plant: Plant) -> None:
     """The backward of the sequence gather keeps the local part instead of summing the ranks'."""
     from parallel import collectives
@@ -318,6 +356,9 @@ MESHES: list[Any] = []
 BUGS: dict[str, Callable[[Plant], None]] = {
     function.__name__: function
     for function in (
+        tiles_across_experts,
+        padding_that_is_not_zero,
+        weights_quantised_before_they_are_whole,
         missing_reduction,
         doubled_divide,
         experts_left_out_of_the_norm,

@@ -22,10 +22,7 @@ from train import certificates, certify_rank
 from train.certify import (
     Case,
     CertifyConfig,
-    Comparison,
     Outcome,
-    _blocks,
-    _series,
     axes_in_use,
     certificate,
     certify,
@@ -33,6 +30,7 @@ from train.certify import (
     trials,
 )
 from train.certify_rank import Figures
+from train.comparison import Comparison, blocks, series
 
 
 def config(*overrides: str) -> CertifyConfig:
@@ -213,11 +211,11 @@ def test_what_is_no_number_does_not_pass():
     block = Block((0,), (2,))
     right, wrong = (block, torch.ones(2)), (block, torch.tensor([1.0, float("nan")]))
     for found in ({"a": right, "b": wrong}, {"a": wrong, "b": right}):
-        comparison = _blocks("gradients", {"a": right, "b": right}, [found], 1e-9)
+        comparison = blocks("gradients", {"a": right, "b": right}, [found], 1e-9)
         assert not comparison.passed and comparison.first == ("b" if found["a"] is right else "a")
     honest = Figures(loss=[1.0, 1.0], norm=[1.0, 1.0])
     broken = Figures(loss=[1.0, float("nan")], norm=[1.0, 1.0])
-    assert _series("loss", honest, [honest, broken]) == _series("loss", honest, [broken], False) == float("inf")
+    assert series("loss", honest, [honest, broken]) == series("loss", honest, [broken], False) == float("inf")
 
 
 def test_the_shrunk_model_keeps_every_kind_of_layer_and_choice():

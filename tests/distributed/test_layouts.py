@@ -10,8 +10,9 @@ from bench.layouts import LAYOUTS, PAGE, RESUMED, deep, resumes, tiny
 from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNorm
 from parallel.layout import Dispatch, ParallelConfig, Recompute
 from precision.config import Compute, PrecisionConfig
-from train.certify import EXACT, Comparison, Outcome, Trial, compare, compare_layouts
+from train.certify import Outcome, Trial, compare_layouts
 from train.certify_rank import Case, Figures, measure_all
+from train.comparison import EXACT, Comparison, compare
 from train.optimizer import OptimizerConfig, OptimizerKind
 
 EVERY_AXIS = ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full)

@@ -22,8 +22,8 @@ from parallel.shards import local
 from parallel.world import connect
 from precision.config import Compute, PrecisionConfig
 from train import certify_rank, muon, optimizer
-from train.certify import EXACT, _blocks, compare
 from train.certify_rank import Blocks, Case, Figures, measure_all
+from train.comparison import EXACT, blocks, compare
 from train.muon import MuonConfig, MuonScale
 from train.optimizer import Moments, OptimizerConfig, OptimizerKind
 
@@ -35,7 +35,7 @@ AWKWARD = replace(tiny(2), width=40, dense_width=50, experts=4, expert_width=80,
 
 def apart(wanted: Blocks, found: list[Blocks]) -> float:
     """The largest relative difference of a parameter."""
-    return _blocks("weights", wanted, found, EXACT).largest
+    return blocks("weights", wanted, found, EXACT).largest
 
 
 # ----- a whole training run

@@ -55,8 +55,30 @@ CONFIGURATION = {
     "phases=[{name: x, steps: 1, weights: {text: 0.0}}]": "phases.0.weights: name at least one source",
     "phases=[{name: x, steps: 1, weights: {text: -1.0, code: 2.0}}]": "phases.0.weights.text=-1.0: must not be",
     "phases=[{name: x, steps: 1, global_batch: 6, micro_batch: 4}]": "micro_batch=4: must divide",
+    "precision=fp8": "precision.backend=te: cannot do blockwise here: ",
+    "precision=fp16": "precision=fp16: no such choice; try bf16, fp32, fp64 or fp8",
+    "precision.backend=cutlass": "precision.backend=cutlass: Invalid value 'cutlass', expected one of [bf16, te,",
+    "precision.backend=torch": "precision.compute=float32: torch takes and gives bfloat16: add precision=fp8",
     "+launch.processes=2": "launch.processes=2: one process has no others; add launch=torchrun",
 }
+
+
+EIGHT = {
+    "model.dense_width=40": "precision.float8=dense: the dense_gate of layer 0 is 40 x 32 on a rank, but blockwise",
+    "model.expert_width=24": "precision.float8=expert: the expert_gate_up of layer 1 is 24 x 32 on a rank",
+    "precision.recipe=mxfp8": "precision.float8=attention: the key of layer 0 is 16 x 32 on a rank, but mxfp8 takes",
+    "precision.float8=[router]": "precision.float8=router: the router must not be rounded to FP8: leave it out",
+    "precision.float8=[]": "precision.float8: names no product: use precision.backend=bf16",
+    "precision.bf16_last_layers=4": "precision.bf16_last_layers=4: leaves none of the 4 layers in FP8",
+}
+
+
+@pytest.mark.parametrize("override, message", EIGHT.items(), ids=EIGHT.keys())
+def test_what_float8_cannot_do_is_one_line_and_exit_code_2(train, tmp_path, override, message):
+    code, lines = train("precision=fp8", "precision.backend=reference", override)
+    assert code == 2
+    assert len(lines) == 1 and lines[0].startswith("leviathan: error: ") and message in lines[0], lines
+    assert not list(tmp_path.glob("*/checkpoints/*"))
 
 
 @pytest.mark.parametrize("override, message", CONFIGURATION.items(), ids=CONFIGURATION.keys())

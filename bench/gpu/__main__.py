@@ -1,0 +1,121 @@
+"""See `bench.gpu`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Timer
+
+import torch
+
+import bench.gpu
+from bench.gpu import attention, kernels, layers, products, training
+from bench.gpu.context import Bench, Job
+from bench.gpu.record import Record, Row, judged, machine, tables
+
+SECTIONS: dict[str, Callable[[Bench], Iterator[Job]]] = {
+    "ceilings": products.ceilings,
+    "kernels": kernels.kernels,
+    "layers": layers.layers,
+    "step": training.step,
+    "loss": training.loss,
+    "attention": attention.attention,
+    "dense": products.dense,
+    "grouped": products.grouped,
+}
+"""By what would be missed most if time ran out."""
+GRACE_S = 60
+"""How long after the deadline a section that is in the middle of a row may go on."""
+
+
+def measure(name: str, bench: Bench) -> Iterator[Row]:
+    """The rows of a section. What raises is a failed row; what there is no time for, a missing one."""
+    for job in SECTIONS[name](bench):
+        if bench.is_over:
+            yield Row(name, job.name, missing="time: raise --minutes")
+            continue
+        print(f"  {name}: {job.name}", file=sys.stderr, flush=True)
+        try:
+            for row in job.measure():
+                yield judged(row, bench.dry)
+        except Exception as error:
+            traceback.print_exc()
+            said = str(error).strip().splitlines()
+            yield Row(name, job.name, failed=f"{type(error).__name__}: {said[0] if said else ''}"[:300])
+        bench.clear()
+
+
+def child(name: str, bench: Bench) -> None:
+    """One section in this process, facts and rows as lines on standard output."""
+    print("MACHINE " + json.dumps(machine(bench.device)), flush=True)
+    for row in measure(name, bench):
+        print("ROW " + json.dumps(dataclasses.asdict(row)), flush=True)
+
+
+def in_process_of_its_own(name: str, seconds: float, record: Record) -> Iterator[Row]:
+    """The same from outside; what such a process leaves unsaid when it dies is a failed row."""
+    command = [sys.executable, "-m", "bench.gpu", "--child", name, "--minutes", str(max(seconds, 0) / 60)]
+    command += ["--dry"] if record.dry else []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        limit = Timer(max(seconds, 0) + GRACE_S, process.kill)
+        limit.start()
+        assert process.stdout is not None
+        for text in process.stdout:
+            kind, _, value = text.partition(" ")
+            if kind == "MACHINE":
+                record.machine = json.loads(value)
+            elif kind == "ROW":
+                yield Row(**json.loads(value))
+        code = process.wait()
+        limit.cancel()
+    if code:
+        late = " at the time limit" if code == -9 else ""
+        yield Row(name, "the section", failed=f"its process ended with {code}{late}")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(bench.gpu.__doc__ or "").split("\n\n")[1])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which, of {', '.join(SECTIONS)}; all without one")
+    parser.add_argument("--out", type=Path, default=Path("bench-gpu.json"), help="the calibration (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start nothing more after that (%(default)s)")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU: only to see that it runs")
+    parser.add_argument("--child", choices=SECTIONS, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    unknown = [name for name in chosen.names if name not in SECTIONS]
+    if unknown:
+        parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    if not chosen.dry and not torch.cuda.is_available():
+        print(
+            "bench.gpu needs a GPU that PyTorch can use, and finds none (--dry tries the code on a CPU)",
+            file=sys.stderr,
+        )
+        return 1
+    deadline = time.monotonic() + 60 * chosen.minutes
+    device = torch.device("cpu") if chosen.dry else torch.device("cuda", 0)
+    if chosen.child:
+        child(chosen.child, Bench(device, chosen.dry, deadline))
+        return 0
+    record = Record(chosen.out, chosen.dry)
+    if chosen.dry:
+        record.machine = machine(device)
+    for name in chosen.names or SECTIONS:
+        print(f"{name}, {deadline - time.monotonic():.0f} s left", file=sys.stderr, flush=True)
+        if chosen.dry:
+            rows = measure(name, Bench(device, True, deadline))
+        else:
+            rows = in_process_of_its_own(name, deadline - time.monotonic(), record)
+        for row in rows:
+            record.add(row)
+    print(tables(record.rows, record.machine, chosen.dry))
+    return 1 if any(row.is_bad for row in record.rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

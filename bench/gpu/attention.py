@@ -1,0 +1,127 @@
+"""Attention through our own code, by length and kind: whole rows, chunks, and rows of several documents in pieces.
+
+Shapes: B rows, T positions, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gpu.clock import distance
+from bench.gpu.context import PLAIN, Bench, Job
+from bench.gpu.record import Row
+from model.attention import attend
+from model.context import AttentionPlan, SequenceContext
+
+GATE = 1e-2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Rows of `length` positions, `documents` equal ones in each; attention within chunks where there are any."""
+
+    name: str
+    length: int
+    chunk: int | None = None
+    documents: int = 1
+
+    @property
+    def reach(self) -> int:
+        """Positions over which a query's keys are spread: half of them on average are seen."""
+        return min(self.length // self.documents, self.chunk or self.length)
+
+    def positions(self, rows: int) -> Tensor:
+        document = self.length // self.documents
+        return torch.arange(document).repeat(self.documents).expand(rows, -1)
+
+
+def kinds(dry: bool) -> list[Kind]:
+    if dry:
+        return [Kind("causal", 64), Kind("chunks of 16", 64, 16), Kind("pieces of 4 documents", 512, None, 4)]
+    whole = [Kind("causal", length) for length in (1024, 2048, 4096, 8192, 16384, 32768)]
+    chunked = [Kind(f"chunks of {chunk}", 32768, chunk) for chunk in (1024, 2048, 8192)]
+    return [*whole, *chunked, Kind("pieces of 8 documents", 8192, None, 8), Kind("pieces of 16", 32768, None, 16)]
+
+
+def attention(bench: Bench) -> Iterator[Job]:
+    heads = {"tiny": (4, 2, 16)} if bench.dry else {"Llama 4": (40, 8, 128), "Qwen3 30B": (32, 4, 128)}
+    for kind in kinds(bench.dry):
+        for name, (h, g, k) in heads.items():
+            yield Job(f"{name}, {kind.name}, {kind.length}", partial(_measure, bench, name, kind, h, g, k))
+
+
+class _Case:
+    def __init__(self, bench: Bench, kind: Kind, rows: int, heads: tuple[int, int, int]) -> None:
+        h, g, k = heads
+        shapes = ((rows, kind.length, h, k), *[(rows, kind.length, g, k)] * 2)
+        self.qkv = [bench.random(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+        self.grad = bench.random(rows, kind.length, h, k, seed=3)
+        self.plan: AttentionPlan = SequenceContext(kind.positions(rows), bench.device).plan(kind.chunk)
+
+    def forward(self) -> None:
+        with torch.no_grad():
+            attend(self.qkv[0], self.qkv[1], self.qkv[2], self.plan)
+
+    def both(self) -> None:
+        attend(self.qkv[0], self.qkv[1], self.qkv[2], self.plan).backward(self.grad)
+        for x in self.qkv:
+            x.grad = None
+
+    def error(self, kind: Kind) -> float:
+        """Result and gradients against float32 with every pair of positions asked; few heads and rows, please."""
+        y = attend(self.qkv[0], self.qkv[1], self.qkv[2], self.plan)
+        found = [y.detach(), *torch.autograd.grad(y, self.qkv, self.grad)]
+        wide = [x.detach().float().requires_grad_() for x in self.qkv]
+        q, k, v = (x.transpose(1, 2) for x in wide)
+        exact = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(kind).to(q.device), enable_gqa=True).transpose(
+            1, 2
+        )
+        wanted = [exact.detach(), *torch.autograd.grad(exact, wide, self.grad.float())]
+        return max(map(distance, found, wanted))
+
+
+def _seen(kind: Kind) -> Tensor:
+    """Which keys each query sees: those of its document and chunk up to itself, bool [T, T]."""
+    place, length = torch.arange(kind.length), kind.length // kind.documents
+    part = place // length * kind.length + place % length // (kind.chunk or kind.length)
+    return (part[:, None] == part) & (place <= place[:, None])
+
+
+def _measure(bench: Bench, name: str, kind: Kind, h: int, g: int, k: int) -> Iterator[Row]:
+    rows = 1 if bench.dry else max(32768 // kind.length, 1)
+    shape: dict[str, int | str] = {"B": rows, "T": kind.length, "H": h, "G": g, "K": k, "documents": kind.documents}
+    if kind.chunk:
+        shape["chunk"] = kind.chunk
+    tokens = rows * kind.length
+    error = None
+    if kind.length <= 8192:  # beyond, the pairs in float32 would not fit
+        error = _Case(bench, kind, 1, (h // g, 1, k)).error(kind)
+        if not error < GATE:
+            failed = f"wrong: {error:.1e} from float32, allowed {GATE:.0e}"
+            yield Row(
+                "attention",
+                f"{name}, {kind.name}",
+                PLAIN,
+                "check",
+                shape,
+                tokens,
+                error=error,
+                gate=GATE,
+                failed=failed,
+            )
+            return
+    case = _Case(bench, kind, rows, (h, g, k))
+    flops = 2.0 * tokens * kind.reach * h * k
+    moved = 2 * tokens * k * (2 * h + 2 * g)
+    for phase, side, times in (("forward", case.forward, 1), ("forward+backward", case.both, 3)):
+        timing = bench.clock.time(side)
+        yield Row(
+            "attention", f"{name}, {kind.name}", PLAIN, phase, shape, tokens, ms=timing.ms, spread=timing.spread,
+            flops=flops * times, bytes=moved * times, error=error, gate=GATE,
+        )  # fmt: skip

@@ -1,0 +1,88 @@
+"""What every section gets: the device, the clock, the precisions that can be had, and how long there is."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from bench.gpu.clock import Clock
+from bench.gpu.record import Row
+from precision.config import Backend, Compute, PrecisionConfig, Storage
+from precision.resolve import MAKERS, unavailable
+
+PLAIN = "bf16"
+DENSE = "dense, equal active parameters"
+
+
+@dataclass(frozen=True)
+class Bench:
+    device: torch.device
+    dry: bool
+    deadline: float
+    """When to start nothing more, on `time.monotonic`'s clock."""
+
+    @cached_property
+    def clock(self) -> Clock:
+        return Clock(self.device, self.dry)
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    @property
+    def memory_bytes(self) -> int:
+        if self.device.type != "cuda":
+            return 4 << 30
+        return torch.cuda.get_device_properties(self.device).total_memory
+
+    @cached_property
+    def _recipes(self) -> list[tuple[str, PrecisionConfig, list[str]]]:
+        """Every recipe of every FP8 backend, and why it cannot be had. The emulation is for dry runs only."""
+        found = []
+        for backend, maker in MAKERS.items():
+            if (backend is Backend.reference) != self.dry:
+                continue
+            for recipe in maker.RECIPES[: 1 if self.dry else None]:
+                config = PrecisionConfig(Compute.bfloat16, Storage.bfloat16, backend=backend, recipe=recipe)
+                found.append((f"{backend.value} {recipe.value}", config, unavailable(backend, recipe, self.device)))
+        return found
+
+    @cached_property
+    def precisions(self) -> dict[str, PrecisionConfig]:
+        """bfloat16 and every FP8 recipe that can be had here, by name; weights are in bfloat16."""
+        plain = PrecisionConfig(Compute.bfloat16, Storage.bfloat16)
+        return {PLAIN: plain} | {name: config for name, config, reasons in self._recipes if not reasons}
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Why each other FP8 recipe cannot be had."""
+        return {name: "; ".join(reasons) for name, _, reasons in self._recipes if reasons}
+
+    def random(self, *shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+        """Normal bfloat16 values on the device. Zeros would run faster than what training multiplies."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(*shape, generator=generator, device=self.device, dtype=torch.bfloat16).mul_(scale)
+
+    def clear(self) -> None:
+        """Give back what the last measurement allocated."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def peak_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some rows that are measured together. What raises becomes one failed row of this name."""
+
+    name: str
+    measure: Callable[[], Iterable[Row]]

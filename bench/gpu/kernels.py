@@ -1,0 +1,84 @@
+"""The mixture's memory-bound steps: Triton kernels against their PyTorch twins, checked, then timed in turn.
+
+Shapes: T tokens, D model width, K experts per token, C rows that the experts see, F expert width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.gpu.clock import distance
+from bench.gpu.context import Bench, Job
+from bench.gpu.record import Row
+from bench.gpu.shapes import Mixture, mixtures
+from model.kernels import Kernels, Places, TorchKernels, TritonKernels
+from model.moe import arrange
+
+GATE = 1e-2
+Step = Callable[[Kernels], Tensor]
+
+
+def kernels(bench: Bench) -> Iterator[Job]:
+    if importlib.util.find_spec("triton") is None:
+        yield Job("triton", lambda: [Row("kernels", "all", "triton", missing="pip install triton")])
+        return
+    for mixture in mixtures(bench.dry, bench.memory_bytes)[:2]:
+        yield Job(mixture.name, partial(_measure, bench, mixture))
+
+
+def _measure(bench: Bench, mixture: Mixture) -> Iterator[Row]:
+    tokens, top_k = 64 if bench.dry else 16384, mixture.router.top_k
+    # without a GPU the interpreter would be needed: the twin stands in, so that this code at least runs
+    sides: dict[str, Kernels] = {"torch": TorchKernels(), "triton": TorchKernels() if bench.dry else TritonKernels()}
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(tokens, mixture.experts, generator=generator).topk(top_k).indices
+    rows = arrange(chosen.to(bench.device), mixture.experts, 16)
+    places = Places(rows.source_C, rows.place_S.view(-1, top_k), rows.is_padding_C1)
+    count, width, hidden = len(rows.source_C), mixture.width, mixture.hidden
+    x_TD, y_CD = bench.random(tokens, width).requires_grad_(), bench.random(count, width, seed=1).requires_grad_()
+    weights_TK = torch.rand(tokens, top_k, generator=generator).to(bench.device).requires_grad_()
+    both_C2F = bench.random(count, 2 * hidden, seed=2).requires_grad_()
+    one, many, moved = (2 * width * n for n in (tokens, count, tokens + count))  # bytes, in bfloat16
+    steps: dict[str, tuple[Step, list[Tensor], int, int]] = {
+        "permute": (lambda k: k.permute(x_TD, places), [x_TD], moved, moved),
+        "permute, weighted": (lambda k: k.permute(x_TD, places, weights_TK), [x_TD, weights_TK], moved, moved + one),
+        "unpermute": (lambda k: k.unpermute(y_CD, places), [y_CD], moved, moved),
+        "unpermute, weighted": (
+            lambda k: k.unpermute(y_CD, places, weights_TK), [y_CD, weights_TK], moved, moved + many,
+        ),
+        "SwiGLU": (lambda k: k.swiglu_halves(both_C2F), [both_C2F], 6 * count * hidden, 10 * count * hidden),
+    }  # fmt: skip
+    shape: dict[str, int | str] = {"D": width, "F": hidden, "K": top_k, "C": count}
+    for name, (step, leaves, forward_bytes, backward_bytes) in steps.items():
+        found = {side: _results(step, kernel, leaves) for side, kernel in sides.items()}
+        error = max(map(distance, found["triton"], found["torch"]))
+        what = f"{mixture.name}, {name}"
+        if not error < GATE:
+            failed = f"wrong: {error:.1e} from its twin, allowed {GATE:.0e}"
+            yield Row("kernels", what, "triton", "check", shape, tokens, error=error, gate=GATE, failed=failed)
+            continue
+        grad = torch.ones_like(found["torch"][0])
+        runs = [partial(_run, step, kernel, leaves, grad) for kernel in sides.values()]
+        torchs, tritons = bench.clock.turns(runs)
+        for side, timing in (("torch", torchs), ("triton", tritons)):
+            ratio, against = (timing.over(torchs), "torch") if side == "triton" else (None, None)
+            yield Row(
+                "kernels", what, side, "forward+backward", shape, tokens, "routed", ms=timing.ms, spread=timing.spread,
+                bytes=forward_bytes + backward_bytes, error=error, gate=GATE, ratio=ratio, against=against,
+                note="its twin in its place" if bench.dry and side == "triton" else "",
+            )  # fmt: skip
+
+
+def _results(step: Step, kernel: Kernels, leaves: list[Tensor]) -> list[Tensor]:
+    y = step(kernel)
+    grad = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(4), device=y.device, dtype=y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def _run(step: Step, kernel: Kernels, leaves: list[Tensor], grad: Tensor) -> None:
+    torch.autograd.grad(step(kernel), leaves, grad)

@@ -1,0 +1,214 @@
+"""Our mixture, forward and backward: in bfloat16 and FP8, beside a dense layer, beside transformers' grouped blocks.
+
+Shapes: T tokens, D model width, E experts, K experts per token, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.gpu.clock import Timing, distance
+from bench.gpu.context import DENSE, PLAIN, Bench, Job
+from bench.gpu.peers import PEERS, Peer
+from bench.gpu.record import Row
+from bench.gpu.shapes import QWEN3, Mixture, mixtures
+from model.config import ModelConfig, WeightsOn
+from model.context import SequenceContext
+from model.layers import GatedMLP
+from model.moe import MixtureOfExperts
+from model.roles import Role
+from precision.config import PrecisionConfig
+from precision.resolve import resolve
+
+GATES = {PLAIN: 2e-2}
+FLOAT8_GATE = 0.15
+"""Three products in a row, each of operands rounded to 3 bits of mantissa."""
+DIFFERENT_TOKENS = 0.05
+"""Peers score experts in bfloat16 and we in float32: so many tokens may go elsewhere where two experts nearly tie."""
+
+
+class Case:
+    """A layer, its input and an upstream gradient; calling it runs forward and backward."""
+
+    def __init__(
+        self, layer: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], x: Tensor, grad: Tensor
+    ) -> None:
+        self.layer, self.parameters, self.x, self.grad = layer, parameters, x.detach().requires_grad_(), grad
+
+    def __call__(self) -> None:
+        self.layer(self.x).backward(self.grad)
+        self.x.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One mixture's weights and inputs. All sides share them."""
+
+    bench: Bench
+    mixture: Mixture
+    base: MixtureOfExperts
+    x: Tensor
+    grad: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[1]
+
+    def row(self, what: str, side: str, **more: Any) -> Row:
+        name = f"{self.mixture.name}, {what}"
+        return Row("layers", name, side, "forward+backward", self.mixture.shape, self.tokens, **more)
+
+    def ours(self, config: ModelConfig, precision: PrecisionConfig) -> Case:
+        layer = sharing(self.base, config, self.bench, precision)
+        context = SequenceContext(torch.arange(self.tokens).expand(1, -1), self.bench.device)
+        return Case(lambda x: layer(x, context), list(layer.parameters()), self.x, self.grad)
+
+    def dense(self) -> Case:
+        roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
+        products = resolve(self.bench.precisions[PLAIN], self.bench.device).plain
+        with torch.device(self.bench.device):
+            layer = GatedMLP(self.mixture.width, self.mixture.active_width, roles, products).to(torch.bfloat16)
+        _fill(layer, self.bench)
+        return Case(layer, list(layer.parameters()), self.x, self.grad)
+
+
+def layers(bench: Bench) -> Iterator[Job]:
+    for mixture in mixtures(bench.dry, bench.memory_bytes):
+        setting = cache(partial(_setting, bench, mixture))  # made by the first of its jobs, dropped with the last
+        yield Job(mixture.name, partial(_ourselves, setting))
+        for name, peer in PEERS.items():
+            yield Job(f"{mixture.name}, {name}", partial(_against, setting, name, peer))
+
+
+def _setting(bench: Bench, mixture: Mixture) -> Setting:
+    tokens = 64 if bench.dry else 16384
+    x, grad = (bench.random(1, tokens, mixture.width, seed=seed) for seed in (1, 2))
+    return Setting(bench, mixture, made(mixture.config(), bench), x, grad)
+
+
+def _ourselves(make: Callable[[], Setting]) -> Iterator[Row]:
+    """Every precision and a dense layer in turn; tokens divide evenly, as training makes them."""
+    setting = make()
+    bench, config = setting.bench, setting.mixture.config(force_balanced=True)
+    sides = {DENSE: setting.dense()}
+    for side, precision in bench.precisions.items():
+        error = against_float32(sharing(setting.base, config, bench, precision), bench)
+        gate = GATES.get(side, FLOAT8_GATE)
+        bench.clear()
+        if error < gate:
+            yield setting.row("layer", side, error=error, gate=gate, note="checked")
+            sides[side] = setting.ours(config, precision)
+        else:
+            failed = f"wrong: {error:.1e} from float32, allowed {gate:.0e}"
+            yield setting.row("layer", side, error=error, gate=gate, failed=failed)
+    timings = dict(zip(sides, bench.clock.turns(list(sides.values())), strict=True))
+    yield from _judged(setting, timings)
+
+
+def _judged(setting: Setting, timings: dict[str, Timing]) -> Iterator[Row]:
+    mixture, tokens, plain = setting.mixture, setting.tokens, timings.get(PLAIN)
+    is_llama4 = mixture.name.startswith("Llama 4")
+    for side, timing in timings.items():
+        flops = 6.0 * tokens * 3 * mixture.width * mixture.active_width if side == DENSE else mixture.flops(tokens)
+        goal = {"floor": 450.0, "moonshot": 600.0} if is_llama4 and side == PLAIN else {}
+        load = None if side == DENSE else "balanced"
+        yield setting.row("layer", side, ms=timing.ms, spread=timing.spread, flops=flops, load=load, **goal)
+    for side, timing in timings.items():
+        if plain is not None and side == DENSE:
+            goal = {"floor": 1.30, "moonshot": 1.12, "at_most": True}
+            yield setting.row("time ratio", PLAIN, load="balanced", ratio=plain.over(timing), against=side, **goal)
+        elif plain is not None and side != PLAIN:
+            goal = {"floor": 1.3, "moonshot": 1.6} if is_llama4 else {}
+            yield setting.row("speed ratio", side, load="balanced", ratio=plain.over(timing), against=PLAIN, **goal)
+
+
+def _against(make: Callable[[], Setting], name: str, peer: Peer) -> Iterator[Row]:
+    """Scores by softmax and weights on the output, which peers have for any top_k; tokens go where the router says."""
+    setting = make()
+    bench, mixture = setting.bench, setting.mixture
+    if reason := peer.missing():
+        yield setting.row("layer", name, missing=reason)
+        return
+    router = replace(QWEN3, top_k=mixture.router.top_k)
+    ours = setting.ours(replace(mixture.config(), router=router), bench.precisions[PLAIN])
+    forward, parameters = peer.make(setting.base, router)
+    theirs = Case(forward, parameters, setting.x, setting.grad)
+    with torch.no_grad():
+        a, b = ours.layer(ours.x).float(), theirs.layer(theirs.x).float()
+    worst_T = (a - b).abs().amax(-1) / b.abs().max()
+    differing = float((worst_T > 3e-2).double().mean())
+    if not differing <= DIFFERENT_TOKENS:
+        yield setting.row("layer", name, failed=f"outputs of {differing:.1%} of the tokens differ from ours")
+        return
+    timings = bench.clock.turns([ours, theirs])
+    for side, timing in zip((PLAIN, name), timings, strict=True):
+        figures = {"ms": timing.ms, "spread": timing.spread, "flops": mixture.flops(setting.tokens)}
+        yield setting.row("layer", side, load="routed", **figures, note=f"{differing:.2%} of the tokens differ")
+    ratio = timings[0].over(timings[1])
+    yield setting.row("time ratio", PLAIN, load="routed", ratio=ratio, against=name)
+
+
+def made(config: ModelConfig, bench: Bench) -> MixtureOfExperts:
+    """A mixture in bfloat16 with normal weights, the router's large enough for clear choices."""
+    with torch.device("meta"):
+        layer = MixtureOfExperts(config, resolve(bench.precisions[PLAIN], bench.device).plain)
+    layer = layer.to(torch.bfloat16).to_empty(device=bench.device)
+    _fill(layer, bench)
+    with torch.no_grad():
+        layer.router.weight.mul_(3)
+    layer.router.balance.reset()
+    return layer
+
+
+def _fill(module: nn.Module, bench: Bench) -> None:
+    generator = torch.Generator(bench.device).manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+
+
+def sharing(base: MixtureOfExperts, config: ModelConfig, bench: Bench, precision: PrecisionConfig) -> MixtureOfExperts:
+    """A mixture with the parameters of `base` and products of its own."""
+    with torch.device("meta"):
+        layer = MixtureOfExperts(config, resolve(precision, bench.device).at(0, 1))
+    layer.load_state_dict(base.state_dict(), assign=True)
+    layer.router.balance = base.router.balance
+    return layer.requires_grad_()
+
+
+def against_float32(layer: MixtureOfExperts, bench: Bench) -> float:
+    """The worst of the result and the input's gradient, against each expert by itself in float32."""
+    tokens, width = 64 if bench.dry else 512, layer.router.weight.shape[1]
+    x = bench.random(1, tokens, width, seed=3).requires_grad_()
+    grad = bench.random(1, tokens, width, seed=4)
+    y = layer(x, SequenceContext(torch.arange(tokens).expand(1, -1), bench.device))
+    found = [y.detach(), *torch.autograd.grad(y, x, grad)]
+    wide = x.detach().float().requires_grad_()
+    exact = _plainly(layer, wide)
+    wanted = [exact.detach(), *torch.autograd.grad(exact, wide, grad.float())]
+    return max(map(distance, found, wanted))
+
+
+def _plainly(layer: MixtureOfExperts, x_1TD: Tensor) -> Tensor:
+    experts_1TK, weights_1TK = layer.router(x_1TD, None)
+    x_TD, y_TD = x_1TD[0], torch.zeros_like(x_1TD[0])
+    on_input = layer.router.config.weights_on is WeightsOn.input
+    for expert, (gate_up, down) in enumerate(zip(layer.experts.gate_up.weight, layer.experts.down.weight, strict=True)):
+        token, k = (experts_1TK[0] == expert).nonzero(as_tuple=True)
+        weights = weights_1TK[0, token, k][:, None]
+        rows = x_TD[token] * weights if on_input else x_TD[token]
+        out = F.silu(rows @ gate_up[0].float().t()) * (rows @ gate_up[1].float().t()) @ down.float().t()
+        y_TD = y_TD.index_add(0, token, out if on_input else out * weights)
+    if layer.shared is not None:
+        gate, up, down = (part.weight.float() for part in (layer.shared.gate, layer.shared.up, layer.shared.down))
+        y_TD = y_TD + F.silu(x_TD @ gate.t()) * (x_TD @ up.t()) @ down.t()
+    return y_TD[None]

@@ -1,0 +1,88 @@
+"""The Triton kernels and their PyTorch twins, on a CPU: run by Triton's interpreter, and compiled for a GPU that is not
+there. tests/test_gpu.py has the same cases on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from core.errors import ConfigError
+from model import kernels
+from model.kernels import TritonKernels
+from tests.conftest import ROOT
+from tests.model.kernel_cases import BREAKS, CASES, GATES
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict:
+    """In a process of its own: Triton reads the variable when it is imported, and torch.compile imports it too."""
+    assert importlib.util.find_spec("triton"), "the kernels' tests need Triton: pip install -e '.[dev]'"
+    command = [sys.executable, "-m", "tests.model.kernel_cases"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("side", ["torch", "triton"])
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_compute_the_plain_statement(interpreted, name, side):
+    found = interpreted["cases"][name][side]
+    assert len(found) == 15
+    assert {key: error for key, error in found.items() if error > GATES[CASES[name].dtype]} == {}
+
+
+@pytest.mark.parametrize("side", ["torch", "triton"])
+@pytest.mark.parametrize("what", BREAKS)
+def test_the_comparison_notices(interpreted, what, side):
+    assert max(interpreted["broken"][what][side].values()) > 0.1
+
+
+POINTERS = {"x", "y", "rows", "tokens", "grad", "gate", "up", "out", "to_gate", "to_up"}
+FIXED = {"weights": "*fp32", "found": "*fp32", "source": "*i64", "place": "*i64", "is_padding": "*u8"}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize(
+    "name, missing",
+    [
+        ("spread", ()),
+        ("spread", ("y", "found")),
+        ("spread", ("y", "found", "weights", "is_padding")),
+        ("collect", ()),
+        ("collect", ("x", "found", "weights")),
+        ("swiglu", ()),
+        ("swiglu_backward", ()),
+    ],
+)
+def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, name, missing, dtype):
+    """What the interpreter lets through, a compiler may not: to machine code of Hopper, loads of 16 bytes in it."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(kernels, f"_{name}_kernel")()
+    sizes = {"WIDTH": 5120, "K": 3, "SLOTS": 4, "BLOCK": 1024, "WIDE": tl.float64 if dtype == "fp64" else tl.float32}
+    constants = {n: sizes.get(n) for n in kernel.arg_names if n in sizes or n in missing}
+    types = {n: FIXED.get(n, f"*{dtype}" if n in POINTERS else "i32") for n in kernel.arg_names}
+    types |= dict.fromkeys(constants, "constexpr")
+    even = [i for i, n in enumerate(kernel.arg_names) if types[n] not in ("constexpr", "*u8")]
+    source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in even})
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert made.asm["cubin"]
+    wide = r"ld\.global\.v2\.b64" if dtype == "fp64" else r"ld\.global\.v4\.b32"
+    assert re.search(wide, made.asm["ptx"])
+
+
+def test_missing_triton_is_an_error_with_the_fix(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install triton"):
+        TritonKernels()

@@ -1,0 +1,254 @@
+"""One contract for every backend: those that this machine has keep it, the others say fully why it has them not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from core.errors import ConfigError
+from model.config import ModelConfig
+from model.init import initialise
+from model.transformer import Transformer
+from precision.backend import GemmBackend, Groups
+from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
+from precision.float8 import Float8Products, NotFinite
+from precision.reference import Reference
+from precision.resolve import MAKERS, LayerProducts, Precision, resolve, unavailable
+from precision.torch_float8 import TorchFloat8
+
+CPU = torch.device("cpu")
+RECIPES = [recipe for recipe in Recipe if recipe is not Recipe.auto]
+PAIRS = [(backend, recipe) for backend in MAKERS for recipe in RECIPES]
+HERE = [pair for pair in PAIRS if not unavailable(*pair, CPU)]
+MISSING = [pair for pair in PAIRS if unavailable(*pair, CPU)]
+ERROR = {Backend.bf16: 1e-2, Backend.te: 0.08, Backend.torch: 0.08, Backend.reference: 0.08}
+"""Of a product against float64, relative: FP8 has three mantissa bits, E5M2 two."""
+T, D, N, E = 48, 64, 96, 4
+COUNTS = [32, 0, 64, 32]
+
+
+def config(backend: Backend, recipe: Recipe = Recipe.auto) -> PrecisionConfig:
+    return PrecisionConfig(Compute.bfloat16, backend=backend, recipe=recipe)
+
+
+def products(backend: Backend, recipe: Recipe = Recipe.auto) -> GemmBackend:
+    return resolve(config(backend, recipe)).at(0, 1).of(Products.expert, "expert")
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture(params=[(Backend.bf16, Recipe.auto), *HERE], ids=lambda pair: f"{pair[0].value}-{pair[1].value}")
+def pair(request) -> Iterator[tuple[Backend, Recipe]]:
+    yield request.param
+
+
+def test_linear_and_its_gradients(pair) -> None:
+    backend, gemm = pair[0], products(*pair)
+    x, w = draw(2, T // 2, D).bfloat16().requires_grad_(), draw(N, D, seed=1).requires_grad_()
+    grad = draw(2, T // 2, N, seed=2).bfloat16()
+    y = gemm.linear(x, w)
+    assert y.shape == (2, T // 2, N) and y.dtype is torch.bfloat16
+    y.backward(grad)
+    assert x.grad is not None and w.grad is not None
+    assert x.grad.dtype is torch.bfloat16 and w.grad.dtype is torch.float32
+    found = [y, x.grad, w.grad]
+    assert torch.equal(gemm.input_gradient(grad, w).to(x.dtype), x.grad)
+    assert torch.equal(gemm.weight_gradient(grad, x).to(w.dtype), w.grad)
+    exact_x, exact_w = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    wanted = F.linear(exact_x, exact_w)
+    wanted.backward(grad.double())
+    for one, other in zip(found, [wanted, exact_x.grad, exact_w.grad], strict=True):
+        assert 0 < relative(one, other) < ERROR[backend]
+
+
+def grouped(gemm: GemmBackend, counts: list[int], beyond: int = 0) -> dict[str, Tensor]:
+    """Result and gradients of ragged groups, some without rows, with `beyond` rows of zeros after the last."""
+    rows = sum(counts)
+    x = torch.cat([draw(rows, D), torch.zeros(beyond, D)]).bfloat16().requires_grad_()
+    w = draw(len(counts), N, D, seed=1).requires_grad_()
+    grad = torch.cat([draw(rows, N, seed=2), torch.zeros(beyond, N)]).bfloat16()
+    groups = Groups(torch.tensor(counts))
+    y = gemm.grouped_linear(x, w, groups)
+    assert y.shape == (rows + beyond, N)
+    y.backward(grad)
+    assert x.grad is not None and w.grad is not None
+    assert torch.equal(gemm.grouped_input_gradient(grad, w, groups)[:rows].to(x.dtype), x.grad[:rows])
+    assert torch.equal(gemm.grouped_weight_gradient(grad, x, groups).to(w.dtype), w.grad)
+    return {"y": y[:rows].detach(), "x": x.grad[:rows], "w": w.grad}
+
+
+def test_each_group_is_a_linear_of_its_own(pair) -> None:
+    gemm = products(*pair)
+    found = grouped(gemm, COUNTS)
+    assert not found["w"][1].any()
+    x, grad, w = draw(sum(COUNTS), D).bfloat16(), draw(sum(COUNTS), N, seed=2).bfloat16(), draw(E, N, D, seed=1)
+    begin = 0
+    for expert, count in enumerate(COUNTS):
+        rows = slice(begin, begin := begin + count)
+        if count:
+            one, weight = x[rows].clone().requires_grad_(), w[expert].clone().requires_grad_()
+            y = gemm.linear(one, weight)
+            y.backward(grad[rows])
+            assert one.grad is not None and weight.grad is not None
+            for name, alone in (("y", y), ("x", one.grad)):
+                assert relative(found[name][rows], alone) < 1e-2  # a grouped kernel may round otherwise
+            assert relative(found["w"][expert], weight.grad) < 1e-2
+
+
+@pytest.mark.parametrize("counts", [COUNTS, [0, 0, 96, 0], [128, 32, 32, 96]])
+def test_rows_beyond_the_last_group_change_nothing(pair, counts) -> None:
+    gemm = products(*pair)
+    plain, padded = grouped(gemm, counts), grouped(gemm, counts, beyond=3 * gemm.token_multiple)
+    for name, wanted in plain.items():
+        assert torch.equal(padded[name], wanted), name
+
+
+def test_recomputation_changes_nothing(pair) -> None:
+    gemm = products(*pair)
+
+    def passed(repeat: bool) -> list[Tensor]:
+        x, w = draw(T, D).bfloat16().requires_grad_(), draw(N, D, seed=1).requires_grad_()
+        y = checkpoint(gemm.linear, x, w, use_reentrant=False) if repeat else gemm.linear(x, w)
+        y.backward(draw(T, N, seed=2).bfloat16())
+        assert x.grad is not None and w.grad is not None
+        return [y, x.grad, w.grad]
+
+    for once, twice in zip(passed(False), passed(True), strict=True):
+        assert torch.equal(once, twice)
+
+
+@pytest.mark.parametrize("backend, recipe", HERE)
+def test_of_activations_only_bytes_are_kept(backend: Backend, recipe: Recipe) -> None:
+    """In saved tensors, which recomputation and offloading see, and nowhere else."""
+    kept: list[int] = []
+
+    def seen(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    gemm, x, w = products(backend, recipe), draw(64, D).bfloat16().requires_grad_(), draw(N, D, seed=1).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+        y = gemm.grouped_linear(x, w[None], Groups(torch.tensor([64])))
+    assert 64 * D <= sum(kept) - 4 * N * D <= 64 * D * 1.25  # one byte each and scales; the weight itself in float32
+    context: Any = y.grad_fn
+    assert context.activation.tensors() and not any(tensor is not None for tensor in context.activation.tensors())
+
+
+def test_parameters_do_not_depend_on_the_backend(pair) -> None:
+    model = ModelConfig(vocab_size=64, width=64, layers=2, heads=4, kv_heads=2, head_width=16, dense_width=96,
+                        expert_width=64, experts=4, moe_every=2, chunk=16)  # fmt: skip
+    made = []
+    for precision in (Precision(PrecisionConfig(Compute.bfloat16)), resolve(config(*pair))):
+        one = Transformer(model, precision)
+        initialise(one, model, seed=1)
+        made.append(one)
+    plain, other = (one.state_dict() for one in made)
+    assert plain.keys() == other.keys() and all(torch.equal(plain[name], other[name]) for name in plain)
+    tokens = torch.arange(48).view(1, 48)
+    assert relative(made[1](tokens), made[0](tokens)) < 0.15
+
+
+@pytest.mark.parametrize("backend, recipe", MISSING)
+def test_what_is_missing_says_why_and_what_would_help(backend: Backend, recipe: Recipe) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(config(backend, recipe))
+    said = str(caught.value)
+    reasons = unavailable(backend, recipe, CPU)
+    assert said.startswith(f"precision.backend={backend.value}: cannot do {recipe.value} here: ") and reasons
+    assert all(reason in said for reason in reasons)
+    others = [other.value for other in MAKERS if not unavailable(other, recipe, CPU)]
+    assert said.endswith(f"; try {', '.join(others)} or bf16") and "reference" in others
+
+
+def test_every_recipe_is_missing_or_here() -> None:
+    assert {(Backend.reference, recipe) for recipe in RECIPES} <= set(HERE)
+    assert {backend for backend, _ in MISSING} == {Backend.te, Backend.torch}  # te: there is no GPU
+
+
+@pytest.mark.parametrize("recipe", [recipe for backend, recipe in HERE if backend is Backend.torch])
+@pytest.mark.parametrize("operands", ["ordinary", "of very different sizes"])
+def test_the_reference_equals_scaled_mm(recipe: Recipe, operands: str) -> None:
+    """Every product of a layer, forward and backward, against torch's kernels on the same bytes."""
+    figures = []
+    for kind in (TorchFloat8, Reference):
+        gemm = Float8Products(kind(recipe, torch.bfloat16), torch.bfloat16, "here")
+        spread = torch.exp(3 * draw(T, 1, seed=5)) if operands != "ordinary" else 1.0
+        x, w = (draw(T, D) * spread).bfloat16().requires_grad_(), draw(N, D, seed=1).requires_grad_()
+        y = gemm.linear(x, w)
+        y.backward((draw(T, N, seed=2) * spread).bfloat16())
+        figures.append([y, x.grad, w.grad])
+    for one, other in zip(*figures, strict=True):
+        assert one is not None and other is not None
+        assert relative(one, other) < 1e-3 and float((one == other).float().mean()) > 0.99
+
+
+def test_the_comparison_with_scaled_mm_can_fail() -> None:
+    class Broken(Reference):
+        def multiply(self, a, b):
+            return super().multiply(a, b) * 1.01
+
+    gemm, wanted = (
+        Float8Products(Broken(Recipe.rowwise, torch.bfloat16), torch.bfloat16, "here"),
+        products(Backend.torch, Recipe.rowwise),
+    )
+    x, w = draw(T, D).bfloat16(), draw(N, D, seed=1)
+    assert relative(gemm.linear(x, w), wanted.linear(x, w)) > 1e-3
+
+
+@pytest.mark.parametrize("where", ["activation", "gradient"])
+def test_an_infinite_operand_names_layer_and_role(where: str) -> None:
+    gemm = resolve(config(Backend.reference)).at(3, 8).of(Products.attention, "query")
+    x, w = draw(T, D).bfloat16(), draw(N, D, seed=1).requires_grad_()
+    grad = torch.ones(T, N, dtype=torch.bfloat16)
+    (x if where == "activation" else grad)[5, 7] = torch.inf
+    with pytest.raises(NotFinite, match=f"layer 3, query: the {where} has inf or NaN.*precision.backend=bf16"):
+        gemm.linear(x, w).backward(grad)
+
+
+def test_roles_and_layers_that_stay() -> None:
+    chosen = PrecisionConfig(
+        Compute.bfloat16, backend=Backend.reference, float8=[Products.expert], bf16_first_layers=1, bf16_last_layers=2
+    )
+    precision = resolve(chosen)
+    in_float8 = [isinstance(precision.at(layer, 6).of(Products.expert, "expert"), Float8Products) for layer in range(6)]
+    assert in_float8 == [False, True, True, True, False, False]
+    assert not isinstance(precision.at(2, 6).of(Products.attention, "query"), Float8Products)
+    assert not isinstance(precision.plain.of(Products.head, "head"), Float8Products)
+    assert isinstance(precision.plain, LayerProducts)
+
+
+def test_routers_and_ends_stay_in_every_model() -> None:
+    model = ModelConfig(vocab_size=64, width=64, layers=2, heads=4, kv_heads=2, head_width=16, dense_width=96,
+                        expert_width=64, experts=4, moe_every=2, chunk=16)  # fmt: skip
+    made = Transformer(model, resolve(config(Backend.reference)))
+    kinds = {name: type(module.gemm).__name__ for name, module in made.named_modules() if hasattr(module, "gemm")}
+    assert {name for name, kind in kinds.items() if kind == "PlainProducts"} == {"head"}
+    assert len(kinds) == 1 + 2 * 4 + 3 + 3 + 2  # head, attention, dense, shared, experts
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"float8": [Products.router]}, "float8=router: the router must not be rounded to FP8"),
+        ({"float8": []}, "float8: names no product"),
+        ({"backend": Backend.te, "compute": Compute.float32}, "compute=float32: te takes and gives bfloat16"),
+        ({"bf16_first_layers": -1}, "bf16_first_layers=-1: must not be negative"),
+    ],
+)
+def test_bad_input(options, said) -> None:
+    with pytest.raises(ConfigError) as caught:
+        PrecisionConfig(**{"compute": Compute.bfloat16, "backend": Backend.reference, **options})
+    assert str(caught.value).startswith(said)

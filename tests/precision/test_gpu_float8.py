@@ -1,0 +1,144 @@
+"""FP8 on a GPU: the kernels of Transformer Engine and PyTorch against the reference. `make test-gpu`.
+
+Nothing here has run yet.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from precision import reference
+from precision import transformer_engine as engine
+from precision.backend import Groups
+from precision.config import Backend, Recipe
+from precision.float8 import Operand
+from precision.reference import Reference
+from precision.resolve import MAKERS, unavailable
+from tests.test_gpu import run
+
+pytestmark = pytest.mark.gpu
+
+BY = [(backend, recipe) for backend in (Backend.te, Backend.torch) for recipe in MAKERS[backend].RECIPES]
+LARGEST_ERROR = 2e-3
+"""Relative, of a result in bfloat16 from the reference's: sums in another order and width."""
+
+
+@pytest.fixture
+def device() -> torch.device:
+    assert torch.cuda.is_available(), "make test-gpu needs a GPU"
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def can(backend: Backend, recipe: Recipe, device: torch.device) -> bool:
+    """Whether this GPU has the recipe's kernels, by the documentation of who gives them. Where it has not, a test below
+    has nothing to compare; that it is refused is asserted first.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    if recipe is Recipe.mxfp8:
+        return (10, 0) <= capability < (12, 0)
+    if recipe is Recipe.tensorwise:
+        return capability >= (8, 9)
+    return capability >= (9, 0) if backend is Backend.te else (9, 0) <= capability < (10, 0) or recipe is Recipe.rowwise
+
+
+def draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Rows of very different size, and some that are zero."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    sizes = torch.randn(*shape[:-1], 1, generator=generator).mul(3).exp()
+    sizes[..., :3, :] = 0
+    return (torch.randn(*shape, generator=generator) * sizes).to(device, dtype)
+
+
+def results(products: Any, device: torch.device, experts: bool, run: Any = None) -> dict[str, Tensor]:
+    """A product and its gradients: a matrix on rows that need padding, or experts, some without rows."""
+    counts = [512, 0, 96, 1024, 32, 0, 192, 64]
+    groups = Groups(torch.tensor(counts, device=device)) if experts else None
+    rows, used = (sum(counts) + 64, sum(counts)) if experts else (1000, 1000)
+    x = draw(device, rows, 1024).requires_grad_()
+    w = draw(device, *([len(counts)] if experts else []), 768, 1024, dtype=torch.float32).requires_grad_()
+
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return products.linear(x, w) if groups is None else products.grouped_linear(x, w, groups)
+
+    y = forward(x, w) if run is None else run(forward, x, w)
+    grads = torch.autograd.grad(y, (x, w), draw(device, rows, 768))
+    return {"y": y[:used].detach(), "x": grads[0][:used], "w": grads[1]}
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name, tensor in found.items():
+        error = float((tensor - wanted[name]).float().norm() / wanted[name].float().norm())
+        assert error < LARGEST_ERROR, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("backend, recipe", BY)
+def test_it_can_be_had_where_there_are_kernels(backend, recipe, device):
+    reasons = unavailable(backend, recipe, device)
+    assert reasons == [] if can(backend, recipe, device) else reasons
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["matrix", "experts"])
+@pytest.mark.parametrize("backend, recipe", BY)
+def test_products_and_gradients_are_those_of_the_reference(backend, recipe, experts, device):
+    if not can(backend, recipe, device):
+        return
+    products = MAKERS[backend].make(recipe, torch.bfloat16, "a test")
+    wanted = results(reference.make(recipe, torch.bfloat16, "a test"), device, experts)
+    close(results(products, device, experts), wanted)
+    close(results(products, device, experts, partial(checkpoint, use_reentrant=False)), wanted)
+
+
+@pytest.mark.parametrize("recipe", engine.RECIPES)
+def test_bytes_and_scales_of_transformer_engine_are_those_of_the_reference(recipe, device):
+    if not can(Backend.te, recipe, device):
+        return
+    arithmetic, exact = engine.Engine(recipe, torch.bfloat16), Reference(recipe, torch.bfloat16)
+    for quantizer in arithmetic.quantizers.values():
+        quantizer.optimize_for_gemm = False
+    groups = Groups(torch.tensor([128, 0, 96, 32], device=device))
+    for operand, x, split in (
+        (Operand.activation, draw(device, 992, 1024), None),
+        (Operand.activation, draw(device, 320, 1024), groups),
+        (Operand.gradient, draw(device, 320, 768), groups),
+        (Operand.weight, draw(device, 768, 1024), None),
+        (Operand.weight, draw(device, 4, 768, 1024), None),
+    ):
+        found, wanted = (one.quantise(x, operand, split, True, True) for one in (arithmetic, exact))
+        assert list(engine._other_bytes(recipe, operand, found, wanted)) == []
+
+
+@pytest.mark.parametrize("recipe", engine.RECIPES)
+def test_nothing_waits_for_the_device_but_the_counts(recipe, device):
+    if not can(Backend.te, recipe, device):
+        return
+    products = engine.make(recipe, torch.bfloat16, "a test")
+    groups = Groups(torch.tensor([64, 0, 32, 96], device=device))
+    x, w = draw(device, 192, 256).requires_grad_(), draw(device, 4, 128, 256).requires_grad_()
+    grad = draw(device, 192, 128)
+    products.grouped_linear(x, w, groups).backward(grad)  # workspaces and the counts
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        products.grouped_linear(x, w, groups).backward(grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", [Backend.te, Backend.torch])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_tiny_run_in_fp8(backend, recompute, tmp_path, small_corpus):
+    options = [*small_corpus, f"parallel.recompute={recompute}"]
+    plain = run(tmp_path, "bf16", *options, "precision=bf16")
+    found = run(tmp_path, "fp8", *options, "precision=fp8", f"precision.backend={backend.value}")
+    assert found["loss"] == pytest.approx(plain["loss"], rel=0.02)
+
+
+def test_a_run_in_fp8_is_that_of_the_reference(tmp_path, small_corpus):
+    found = run(tmp_path, "te", *small_corpus, "precision=fp8")
+    wanted = run(tmp_path, "reference", *small_corpus, "precision=fp8", "precision.backend=reference")
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=2e-3)

@@ -1,0 +1,358 @@
+"""The Transformer Engine backend on the CPU: TE's own Python over a stand-in for its extension (stand_in.py).
+
+Its results are the reference's to the last bit, whole training steps included. And the file broken on purpose, in each
+way in which it could be wrong: then they are not.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from launch.ranks import Pool
+from parallel import recompute
+from parallel.deferred import Deferred, DeferringProducts
+from precision import transformer_engine as backend
+from precision.backend import Groups
+from precision.config import Recipe
+from precision.float8 import Float8Products, Operand
+from precision.reference import Reference
+from precision.tiles import E4M3, E5M2
+from tests.precision.stand_in import Extension, installed
+from tests.train import tiny
+
+T, D, F, E = 40, 64, 96, 4
+COUNTS = [64, 0, 32, 96]
+"""Multiples of what every recipe pads to, an expert without rows, and fewer than there are rows."""
+C = sum(COUNTS) + 32
+RECIPES = list(backend.RECIPES)
+
+
+@pytest.fixture
+def extension() -> Iterator[Extension]:
+    with installed() as found:
+        yield found
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    sizes = torch.randn(*shape[:-1], 1, generator=generator).exp()
+    return (torch.randn(*shape, generator=generator) * sizes).to(dtype)
+
+
+def passes(products: Any, recompute: Any = None) -> dict[str, Tensor]:
+    """Results and gradients with float32 weights, one matrix and experts, without rows of no expert."""
+    groups, found = Groups(torch.tensor(COUNTS)), {}
+    for name, x, w, split in (
+        ("matrix", draw(2, T, D), draw(F, D, dtype=torch.float32), None),
+        ("experts", draw(C, D), draw(E, F, D, dtype=torch.float32), groups),
+    ):
+        x, w = x.requires_grad_(), w.requires_grad_()
+
+        def forward(x: Tensor, w: Tensor, split: Groups | None = split) -> Tensor:
+            return products.linear(x, w) if split is None else products.grouped_linear(x, w, split)
+
+        y = forward(x, w) if recompute is None else recompute(forward, x, w)
+        grads = torch.autograd.grad(y, (x, w), draw(*y.shape))
+        used = slice(None) if split is None else slice(sum(COUNTS))
+        found |= {f"{name} y": y[used].detach(), f"{name} x": grads[0][used], f"{name} w": grads[1]}
+    return found
+
+
+def one_by_one(products: Float8Products) -> dict[str, Tensor]:
+    groups = Groups(torch.tensor(COUNTS))
+    x, w, grad = draw(T, D), draw(F, D, dtype=torch.float32), draw(T, F)
+    rows, experts, grads = draw(C, D), draw(E, F, D, dtype=torch.float32), draw(C, F)
+    return {
+        "x": products.input_gradient(grad, w),
+        "w": products.weight_gradient(grad, x),
+        "rows": products.grouped_input_gradient(grads, experts, groups)[: sum(COUNTS)],
+        "experts": products.grouped_weight_gradient(grads, rows, groups),
+    }
+
+
+def by_reference(recipe: Recipe) -> Float8Products:
+    return Float8Products(Reference(recipe, torch.bfloat16), torch.bfloat16, "a test")
+
+
+def agree(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name, tensor in found.items():
+        assert tensor.dtype is wanted[name].dtype and torch.equal(tensor, wanted[name]), name
+
+
+def check(module: Any, recipe: Recipe, extension: Extension) -> None:
+    """All of what a backend does, against the reference, and in the way in which TE does it itself."""
+    products = module.make(recipe, torch.bfloat16, "a test")
+    agree(passes(products), passes(by_reference(recipe)))
+    agree(one_by_one(products), one_by_one(by_reference(recipe)))
+    flags = {"TN": recipe is Recipe.blockwise, "NN": True, "NT": True}
+    for call in extension.products():
+        assert call.use_split_accumulator is flags[call.layout] and call.grad is (call.layout != "TN")
+        assert call.m_splits in (None, COUNTS) and call.single_output in (None, call.layout != "NT")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("transposes", [True, False], ids=["hopper", "blackwell"])
+def test_results_are_those_of_the_reference(recipe, transposes):
+    with installed(transposes=transposes) as extension:
+        check(backend, recipe, extension)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_trial_finds_nothing(recipe, extension):
+    assert list(backend._differences(recipe, torch.device("cpu"))) == []
+    assert backend._tried.__wrapped__(recipe, "cpu") is None
+
+
+@pytest.mark.parametrize("factor, told", [(1.25, "0.25"), (float("nan"), "nan")])
+def test_a_trial_notices_other_products(factor, told, extension):
+    extension.sabotage = lambda y: y * factor
+    reason = backend._tried.__wrapped__(Recipe.blockwise, "cpu")
+    error = told if told == "nan" else f"{float(told):.1e}"
+    assert f"gives other products of a matrix (off by {error}) on cpu than the reference does" in reason
+
+
+@pytest.mark.parametrize("recipe, name", [(r, n) for r in RECIPES for n in ("_data", "_scale_inv")])
+def test_a_trial_notices_other_bytes_and_scales(recipe, name, extension, monkeypatch):
+    """Products alone would not: one step of a byte or one expert's scale is below what rounding allows."""
+    real = extension._storage
+
+    def other(*arguments: Any) -> Any:
+        storage = real(*arguments)
+        for attribute, _ in type(storage)._INNER_TENSORS:
+            if attribute.endswith(name) and getattr(storage, attribute) is not None and storage.size()[0]:
+                place = getattr(storage, attribute).view(-1)
+                place[0] = place[0] + 1
+        return storage
+
+    monkeypatch.setattr(extension, "_storage", other)
+    reason = backend._tried.__wrapped__(recipe, "cpu")
+    assert "gives other bytes or scales for the rows of the activation on cpu" in reason
+
+
+def test_a_trial_that_raises_is_a_reason(extension):
+    def fail(y: Tensor) -> Tensor:
+        raise RuntimeError("cuBLAS:\n not supported")
+
+    extension.sabotage = fail
+    reason = backend._tried.__wrapped__(Recipe.blockwise, "cpu")
+    assert "fails on cpu (RuntimeError: cuBLAS: not supported)" in reason
+
+
+BEHIND = {
+    Recipe.blockwise: ("Float8BlockQuantizer", {"a": (E4M3, 1), "w": (E4M3, 2), "g": (E4M3, 1)}),
+    Recipe.tensorwise: ("Float8CurrentScalingQuantizer", {"a": (E4M3, None), "w": (E4M3, None), "g": (E5M2, None)}),
+    Recipe.mxfp8: ("MXFP8Quantizer", {"a": (E4M3, None), "w": (E4M3, None), "g": (E4M3, None)}),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_operand_is_quantised_as_the_recipe_says(recipe, extension):
+    name, formats = BEHIND[recipe]
+    groups = Groups(torch.tensor(COUNTS))
+    x, w = draw(C, D).requires_grad_(), draw(E, F, D, dtype=torch.float32).requires_grad_()
+    y = backend.make(recipe, torch.bfloat16, "a test").grouped_linear(x, w, groups)
+    activation, *weights = extension.quantised()
+    extension.calls.clear()
+    y.backward(draw(C, F))
+    gradient, *again = extension.quantised()
+    assert {call.quantizer for call in (activation, gradient, *weights, *again)} == {name}
+    for call, kind in ((activation, "a"), (gradient, "g"), *((w, "w") for w in (*weights, *again))):
+        assert (call.format, call.block_scaling_dim) == formats[kind] and call.internal
+        assert call.optimize_for_gemm is (recipe is Recipe.mxfp8)
+    assert activation.rowwise and activation.columnwise and gradient.rowwise and gradient.columnwise
+    assert activation.splits == gradient.splits == COUNTS
+    assert len(weights) == len(again) == E and all(call.shape == (F, D) for call in (*weights, *again))
+    assert all(call.rowwise and not call.columnwise for call in weights)
+    assert all(call.rowwise and call.columnwise for call in again)
+    assert [call.layout for call in extension.products()] == ["NN", "NT"]
+
+
+def test_without_gradients_no_columns_are_made(extension):
+    with torch.no_grad():
+        backend.make(Recipe.blockwise, torch.bfloat16, "a test").linear(draw(T, D), draw(F, D))
+    assert not any(call.columnwise for call in extension.quantised())
+
+
+def test_an_expert_gets_the_scale_of_its_rows_alone(extension):
+    """With one scale for the whole operand an expert with small rows would see zeros."""
+    groups, x = Groups(torch.tensor([16, 16])), torch.cat([draw(16, D), draw(16, D) * 1e-6])
+    parts = backend.Engine(Recipe.tensorwise, torch.bfloat16).quantise(x, Operand.activation, groups, True, False)
+    first, second = (part.get_metadata()["fp8_scale_inv"].item() for part in parts.parts)
+    assert first > 1e4 * second
+
+
+def kept_by(forward: Any) -> list[Tensor]:
+    """What a forward pass keeps for the backward pass."""
+    found: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+        forward()
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_only_columns_in_fp8_are_kept_of_an_activation(recipe, extension):
+    products, w = backend.make(recipe, torch.bfloat16, "a test"), draw(F, D).requires_grad_()
+    x = draw(128, D).requires_grad_()
+    weight, *columns = kept_by(lambda: products.linear(x, w))
+    assert weight.data_ptr() == w.data_ptr()
+    assert sum(t.numel() for t in columns if t.dtype is torch.uint8 and t.numel() >= x.numel()) == x.numel()
+    assert all(t.dtype in (torch.uint8, torch.float32) for t in columns)
+    assert sum(t.numel() * t.element_size() for t in columns) < 1.1 * x.numel()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recomputation_drops_what_was_kept_and_quantises_again(recipe, extension):
+    products, w = backend.make(recipe, torch.bfloat16, "a test"), draw(F, D, dtype=torch.float32).requires_grad_()
+    x = draw(128, D).requires_grad_()
+    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    kept = kept_by(lambda: run(products.linear, x, w))
+    assert not any(t.dtype is torch.uint8 for t in kept)
+    extension.calls.clear()
+    contexts = partial(create_selective_checkpoint_contexts, recompute._policy)
+    agree(passes(products, run), passes(by_reference(recipe)))
+    assert sum(call.splits is not None and call.shape[1] == D for call in extension.quantised()) == 2
+    agree(passes(products, partial(run, context_fn=contexts)), passes(by_reference(recipe)))
+
+
+def test_a_second_backward_pass_finds_the_same(extension):
+    products, w = backend.make(Recipe.blockwise, torch.bfloat16, "a test"), draw(F, D).requires_grad_()
+    y = products.linear(draw(T, D), w)
+    grads = [torch.autograd.grad(y, w, draw(T, F), retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*grads)
+
+
+class Total:
+    """Instead of `parallel.fsdp.GradientSum`."""
+
+    def add(self, gradient: Tensor) -> None:
+        self.gradient = gradient.to(torch.float32)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradients_that_wait(recipe, extension):
+    deferred, total, groups = Deferred(), Total(), Groups(torch.tensor(COUNTS))
+    products: Any = DeferringProducts(backend.make(recipe, torch.bfloat16, "a test"), total, deferred)  # type: ignore[arg-type]
+    wanted = passes(by_reference(recipe))
+    x, w = draw(C, D).requires_grad_(), draw(E, F, D, dtype=torch.float32).requires_grad_()
+    products.grouped_linear(x, w, groups).backward(draw(C, F))
+    assert w.grad is None and not hasattr(total, "gradient")
+    deferred.take()()
+    agree({"x": x.grad[: sum(COUNTS)], "w": total.gradient}, {"x": wanted["experts x"], "w": wanted["experts w"]})
+
+
+def test_no_rows_at_all(extension):
+    products, groups = (
+        backend.make(Recipe.blockwise, torch.bfloat16, "a test"),
+        Groups(torch.zeros(E, dtype=torch.int64)),
+    )
+    x, w = draw(32, D)[:0].requires_grad_(), draw(E, F, D).requires_grad_()
+    y = products.grouped_linear(x, w, groups)
+    y.sum().backward()
+    assert y.shape == (0, F) and not w.grad.any()
+
+
+def test_the_engine_never_waits_for_the_device():
+    """But for `Groups.host`, once for a layer."""
+    waits = {"item", "tolist", "cpu", "numpy", "synchronize", "float", "bool", "int"}
+    for node in ast.parse(Path(backend.__file__).read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            calls = [ast.unparse(call.func).split(".")[-1] for call in ast.walk(node) if isinstance(call, ast.Call)]
+            assert not waits & set(calls)
+
+
+BROKEN = {
+    "NT for the input's gradient": ('"NN", groups', '"NT", groups'),
+    "NN for the weight's gradient": ('"NT", groups', '"NN", groups'),
+    "operands exchanged": ("self._product(w, x,", "self._product(x, w,"),
+    "no columns": ("columnwise=columns", "columnwise=False"),
+    "columns without rows": ("rowwise=rows or beside", "rowwise=rows"),
+    "one scale per row for weights": ("quantizer.internal = True", "quantizer.block_scaling_dim = 1"),
+    "weights as activations": ("Operand.activation, Operand.weight, Op", "Operand.weight, Operand.activation, Op"),
+    "gradients in the forward pass's format": ('mode="backward"', 'mode="forward"'),
+    "rows kept instead of columns": (
+        "rowwise_usage=False, columnwise_usage=True",
+        "rowwise_usage=True, columnwise_usage=False",
+    ),
+    "emptied while it is kept": ("_twin(part).prepare_for_saving()", "part.prepare_for_saving()"),
+    "a shell that is shared": ("twin = object.__new__(type(part))", "return part"),
+    "experts' matrices in one buffer": ("single_output=is_rows", "single_output=True"),
+    "counts of other experts": ("groups.host, [quantizer]", "groups.host[::-1], [quantizer]"),
+    "one expert too few": ("[None] * len(a.parts),", "[None] * len(a.parts), layout='TN') if 0 else dict("),
+    "no split accumulator": ("use_split_accumulator=split", "use_split_accumulator=False"),
+    "flags in another order": ('zip(("TN", "NN", "NT"), splits', 'zip(("NT", "NN", "TN"), splits'),
+    "float32 results": ("out_dtype=self.compute_dtype", "out_dtype=torch.float32"),
+}
+ONLY = {
+    "one scale per row for weights": Recipe.blockwise,
+    "gradients in the forward pass's format": Recipe.tensorwise,
+    "weights as activations": Recipe.blockwise,
+    "flags in another order": Recipe.tensorwise,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_does_not_agree(name, extension):
+    recipe = ONLY.get(name, Recipe.blockwise)
+    check(mutant("", ""), recipe, extension)
+    extension.calls.clear()
+    with pytest.raises(Exception) as caught:  # whatever TE's Python or the stand-in raises
+        check(mutant(*BROKEN[name]), recipe, extension)
+    assert not isinstance(caught.value, SyntaxError | NameError)
+
+
+def mutant(old: str, new: str) -> ModuleType:
+    """The backend with a piece of its text replaced."""
+    text = Path(backend.__file__).read_text()
+    assert old in text
+    module = ModuleType("mutant")
+    sys.modules["mutant"] = module  # where dataclasses look
+    try:
+        exec(compile(text.replace(old, new), "mutant", "exec"), vars(module))
+    finally:
+        del sys.modules["mutant"]
+    return module
+
+
+FP8 = ["precision.compute=bfloat16", "precision.recipe=blockwise", "optimizer=sgd", "training.clip_norm=null"]
+
+
+def figures(root: Path, name: str, corpus: list[str], *overrides: str) -> dict[str, Any]:
+    """A tiny run by Transformer Engine, or by whoever `overrides` names."""
+    with installed():
+        return tiny.figures(root, name, [*corpus, *FP8, "precision.backend=te", *overrides], steps=1)
+
+
+def same_runs(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found["loss"] == wanted["loss"] and found["norm"] == wanted["norm"]
+    agree(found["gradients"], wanted["gradients"])
+    agree(found["weights"], wanted["weights"])
+
+
+@pytest.fixture(scope="module")
+def by_emulation(tmp_path_factory, small_corpus):
+    root = tmp_path_factory.mktemp("emulated")
+    return tiny.figures(root, "reference", [*small_corpus, *FP8, "precision.backend=reference"], steps=1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_training_is_that_of_the_reference(recompute, tmp_path, small_corpus, by_emulation):
+    same_runs(figures(tmp_path, "te", small_corpus, f"parallel.recompute={recompute}"), by_emulation)
+
+
+@pytest.mark.parametrize("layout", ["parallel.ep=2", "parallel.dp_shard=2"])
+def test_two_ranks(layout, tmp_path, small_corpus, ranks: Pool):
+    found = ranks(2, figures, tmp_path, "te", small_corpus, layout)
+    wanted = ranks(2, figures, tmp_path, "reference", small_corpus, layout, "precision.backend=reference")
+    for one, other in zip(found, wanted, strict=True):
+        same_runs(one, other)

@@ -1,0 +1,119 @@
+"""Another backend takes over: weights, optimizer state and checkpoints do not know who multiplied."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from core.errors import ConfigError
+from launch.cli import main
+from parallel.layout import Recompute
+from parallel.world import World
+from precision import reference
+from precision.config import Backend
+from tests.train.tiny import TINY, config, figures, trainer
+from train.parts import run_state
+from train.restore import restore
+from train.trainer import run
+
+WIDE = ["model.width=64", "model.head_width=16", "model.expert_width=64", "training.clip_norm=null"]
+EIGHT, PLAIN = ["precision=fp8", "precision.backend=reference"], ["precision=bf16"]
+
+
+def state(made: Any) -> dict[str, torch.Tensor]:
+    placed, optimizer = made.engine.placed, made.engine.optimizer
+    return {name: part.tensor.clone() for name, part in run_state(placed.model, optimizer, placed.specs).items()}
+
+
+@pytest.mark.parametrize("before, after", [(PLAIN, EIGHT), (EIGHT, PLAIN)], ids=["into FP8", "out of FP8"])
+def test_another_backend_goes_on_from_the_same_state(tmp_path, small_corpus, before, after) -> None:
+    """Bit for bit, moments included; and it does multiply otherwise."""
+    first = trainer(tmp_path, "run", [*small_corpus, *WIDE, *before])
+    for step in range(3):
+        first.train_step(step)
+    first.save()
+    first.checkpointer.wait()
+    kept = state(first)
+    usual = first.train_step(3).loss.item()
+    again = trainer(tmp_path, "run", [*small_corpus, *WIDE, *before])
+    other = trainer(tmp_path, "run", [*small_corpus, *WIDE, *after])
+    assert again.step == other.step == 3
+    for found in (state(again), state(other)):
+        assert found.keys() == kept.keys() and any(name.startswith("optimizer.") for name in found)
+        assert all(torch.equal(found[name], kept[name]) for name in kept)
+    assert again.train_step(3).loss.item() == usual
+    changed = other.train_step(3).loss.item()
+    assert changed != usual and changed == pytest.approx(usual, rel=2e-2)
+
+
+def test_what_else_changes_is_refused(tmp_path, small_corpus) -> None:
+    first = trainer(tmp_path, "run", [*small_corpus, *WIDE, *EIGHT])
+    first.train_step(0)
+    first.save()
+    first.checkpointer.wait()
+    trainer(tmp_path, "run", [*small_corpus, *WIDE, *EIGHT, "precision.recipe=mxfp8", "precision.float8=[expert]"])
+    with pytest.raises(ConfigError, match=r"precision.compute=float32: the run in .* was started with bfloat16"):
+        trainer(tmp_path, "run", [*small_corpus, *WIDE, "precision=fp32"])
+
+
+@pytest.mark.parametrize("mode", [Recompute.selective, Recompute.full])
+def test_recomputed_layers_are_the_same(tmp_path, small_corpus, mode) -> None:
+    overrides = [*small_corpus, *WIDE, *EIGHT]
+    plain = figures(tmp_path, "plain", overrides)
+    repeated = figures(tmp_path, "repeated", [*overrides, f"parallel.recompute={mode.value}"])
+    assert plain["loss"] == repeated["loss"] and plain["norm"] == repeated["norm"]
+    assert all(torch.equal(plain["gradients"][name], repeated["gradients"][name]) for name in plain["gradients"])
+
+
+def test_more_padding_changes_nothing(tmp_path, small_corpus, monkeypatch) -> None:
+    """Experts get few rows each, so that most of what they see is padding."""
+    overrides = [*small_corpus, *WIDE, *EIGHT, "model.experts=8"]
+    once = figures(tmp_path, "once", overrides)
+    made = reference.Reference.__init__
+
+    def generous(self: Any, *arguments: Any) -> None:
+        made(self, *arguments)
+        self.token_multiple = 64
+
+    monkeypatch.setattr(reference.Reference, "__init__", generous)
+    more = figures(tmp_path, "more", overrides)
+    assert once["loss"] == more["loss"]
+    assert all(torch.equal(once["gradients"][name], more["gradients"][name]) for name in once["gradients"])
+
+
+def test_a_run_is_evaluated_by_whoever_is_asked(tmp_path, small_corpus, capsys) -> None:
+    assert main(["train", *TINY, *small_corpus, *WIDE, *EIGHT, f"run.root={tmp_path}", "run.name=run"]) == 0
+    losses = {}
+    for backend in ("null", "reference", "bf16"):
+        capsys.readouterr()
+        assert main(["evaluate", str(tmp_path / "run"), f"backend={backend}"]) == 0
+        losses[backend] = json.loads(capsys.readouterr().out)["loss"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert losses["null"] == losses["reference"] == summary["heldout_loss"] != losses["bf16"]
+    assert losses["bf16"] == pytest.approx(losses["null"], rel=1e-2)
+    assert restore(tmp_path / "run", World(0, 1, torch.device("cpu")), Backend.bf16).step == 6
+
+
+def refused(root: Any, overrides: list[str]) -> str:
+    """What a run says of which one rank has no reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(reference, "unavailable", lambda recipe, device: ["it was taken away"])
+        try:
+            run(config(root, "run", *overrides))
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_that_have_other_backends_are_refused(ranks, small_corpus, tmp_path) -> None:
+    said = ranks(2, refused, tmp_path, [*small_corpus, *WIDE, *EIGHT])
+    assert said[0] == said[1] and not (tmp_path / "run").exists()
+    assert said[0].startswith(
+        "precision: rank 1 has precision.backend=reference: cannot do blockwise here: it was taken"
+    )
+    assert "the other ranks FP8 blockwise by the reference for attention, dense, shared, expert" in said[0]

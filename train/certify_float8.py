@@ -1,0 +1,77 @@
+"""What a certificate says of FP8: a layout quantises the same bytes as one process, or makes no larger error.
+
+Tiles along a row or within a weight are the same in every layout whose shards end at the edges of tiles. Tiles along
+tokens are so where a product sees the same tokens in the same order. The products for which both hold are certified in
+float64 like everything else: one byte that differs would show at 1e-4, and the gate is 1e-9. All products together must
+be no farther from what they are without FP8 than they are in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from model.config import ModelConfig
+from parallel.layout import Layout, ParallelConfig
+from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
+from train.certify_rank import Case, Figures, Ranks, measure_all
+from train.comparison import Comparison, compare, distances, series, worst
+from train.optimizer import OptimizerConfig, OptimizerKind
+
+SIDE, CONTEXT, ROWS = 128, 256, 4
+"""Widths are multiples of SIDE on every rank and a row has two tiles: no tile is cut. ROWS: of each rank."""
+LOSS, NORM, ERROR = 5e-3, 5e-2, 1.5
+"""Gates where a layout's tiles are others: relative, and of each gradient's error over the error in one process."""
+_SMALL = 1e-3
+"""Errors below this are not compared."""
+_SAME, _ANY, _UNROUNDED = "FP8 in the same tiles", "FP8", "unrounded"
+
+
+def proofs(
+    model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, count: int, ranks: Ranks
+) -> Iterator[Comparison]:
+    """A layout of `count` ranks against one process that makes the same micro-batches. `model`: shrunk to multiples of
+    `SIDE`. Raises `RankFailure`.
+    """
+    cases = _cases(model, precision, parallel.resolve(count))
+    plain = replace(cases[_ANY], precision=PrecisionConfig(Compute.float64))
+    (wanted,) = ranks(1, measure_all, ParallelConfig(), {**cases, _UNROUNDED: plain})
+    found = ranks(count, measure_all, parallel, cases)
+    if _SAME in cases:
+        yield from compare(_SAME, wanted[_SAME], [rank[_SAME] for rank in found], cases[_SAME])
+    yield from _no_larger_error(wanted[_UNROUNDED], wanted[_ANY], [rank[_ANY] for rank in found])
+
+
+def same_tiles(recipe: Recipe, layout: Layout) -> list[Products]:
+    """The products whose tiles do not depend on the layout.
+
+    Experts see the same tokens only where all ranks with other tokens send theirs to the same copy of an expert. Scales
+    of whole tensors and rows change with whatever is cut, so only a pipeline keeps them.
+    """
+    if recipe in (Recipe.tensorwise, Recipe.rowwise):
+        return list(Products) if layout.world_size == layout.pp else []
+    copies = layout.efsdp * layout.dp_replicate
+    return [products for products in Products if products is not Products.expert or copies == 1]
+
+
+def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> dict[str, Case]:
+    emulated = replace(precision, backend=Backend.reference, compute=Compute.float64)
+    sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)
+    every = Case(model, emulated, sgd, context=CONTEXT, rows=ROWS * layout.rows, imitates=layout.rows)
+    same = same_tiles(recipe_of(precision), layout)
+    kept = [products for products in precision.float8 if products in same]
+    alike = {_SAME: replace(every, precision=replace(emulated, float8=kept))} if kept else {}
+    return {**alike, _ANY: every}
+
+
+def recipe_of(precision: PrecisionConfig) -> Recipe:
+    return Recipe.blockwise if precision.recipe is Recipe.auto else precision.recipe
+
+
+def _no_larger_error(exact: Figures, alone: Figures, found: Sequence[Figures]) -> Iterator[Comparison]:
+    yield Comparison(f"{_ANY}: loss", series("loss", alone, found), LOSS)
+    yield Comparison(f"{_ANY}: gradient norm", series("norm", alone, found), NORM)
+    usual = distances(exact.gradients, [alone.gradients])
+    here = distances(exact.gradients, [figures.gradients for figures in found])
+    ratios = {name: here[name] / max(usual[name], _SMALL) for name in usual}
+    yield worst(f"{_ANY}: error of gradients over one process's", ratios, ERROR)
