@@ -86,18 +86,17 @@ class _Inject(torch.autograd.Function):
         balance.counts_E += counts_BE.sum(0)
         divisor = ctx.routed_tokens
         lse_BT = logits_BTE.logsumexp(-1)
-        squared = lse_BT.square().sum()
-        balance.sums[1] += squared / divisor
-        balance.sums[2] += _entropy(logits_BTE, balance.score) / divisor
+        aux = lse_BT.new_zeros(())
         if balance.config.z:
             grad_BTE = grad_BTE + logits_BTE.softmax(-1) * (2 * balance.config.z / divisor * lse_BT)[..., None]
         if balance.config.aux:
             if balance.config.aux_scope is not AuxScope.whole:
                 balance.whole_rows(counts_BE)
             load_BE = _load(counts_BE, balance)
-            value, gradient_BTE = _aux(logits_BTE, load_BE.to(logits_BTE.dtype), balance.score)
-            balance.sums[0] += value / divisor
+            aux, gradient_BTE = _aux(logits_BTE, load_BE.to(logits_BTE.dtype), balance.score)
             grad_BTE = grad_BTE + gradient_BTE * (balance.config.aux / divisor)
+        terms = (aux, lse_BT.square().sum(), _entropy(logits_BTE, lse_BT, balance.score))
+        balance.sums += torch.stack(terms).to(balance.sums.dtype) / divisor
         return grad_BTE, None, None, None
 
 
@@ -115,13 +114,12 @@ def _load(counts_BE: Tensor, balance: Balance) -> Tensor:
     return counts.double() * counts.shape[1] / counts.sum(1, keepdim=True)
 
 
-def _entropy(logits_BTE: Tensor, score: Score) -> Tensor:
+def _entropy(logits_BTE: Tensor, lse_BT: Tensor, score: Score) -> Tensor:
     """Sum over tokens of the entropy of the normalised scores, over its maximum ln E: how undecided the router is."""
     if score is Score.softmax:
-        log_p = logits_BTE.log_softmax(-1)
+        log_p = logits_BTE - lse_BT[..., None]
     else:
-        log_s = F.logsigmoid(logits_BTE)
-        log_p = log_s - log_s.logsumexp(-1, keepdim=True)
+        log_p = F.logsigmoid(logits_BTE).log_softmax(-1)
     return -(log_p.exp() * log_p).sum() / math.log(logits_BTE.shape[-1])
 
 

@@ -10,7 +10,7 @@ see (the slots, with padding where the products need it), F expert width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from model.context import SequenceContext
 from model.layers import GatedMLP, GroupedGateUp, GroupedLinear
 from model.roles import Role
 from precision.backend import Groups
+from precision.bf16 import PlainProducts
 from precision.resolve import LayerProducts
 
 
@@ -47,7 +48,7 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor, routed_tokens: Tensor | float | None) -> tuple[Tensor, Tensor]:
         """Expert ids, int64, and their weights, both [B, T, K]."""
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        logits_BTE = F.linear(x_BTD.to(wide), self.weight.to(wide))
+        logits_BTE = PlainProducts(wide).linear(x_BTD, self.weight)
         experts_BTK = self._choose(logits_BTE.detach())
         logits_BTE = self.balance(logits_BTE, experts_BTK, routed_tokens)
         weights_BTK = self._scores(logits_BTE).gather(-1, experts_BTK)
@@ -113,53 +114,60 @@ class Rows:
     """Rows of each group with their padding."""
     is_padding_C1: Tensor | None
     """Which rows are padding; None: none is."""
-    top_k: int
 
-    def gather(self, x_TD: Tensor) -> Tensor:
-        """Copies of tokens, a row each: [C, D]."""
-        return _Gather.apply(x_TD, self)
+    def gather(self, x_TD: Tensor, top_k: int = 1) -> Tensor:
+        """Copies of tokens with `top_k` slots each, a row for each slot: [C, D]."""
+        return _Gather.apply(x_TD, self, top_k)
 
-    def combine(self, y_CD: Tensor) -> Tensor:
-        """The sum of each token's K rows: [T, D]."""
-        return _Combine.apply(y_CD, self)
+    def combine(self, y_CD: Tensor, top_k: int = 1) -> Tensor:
+        """The sum of each token's `top_k` rows: [T, D]."""
+        return _Combine.apply(y_CD, self, top_k)
 
-    def copy_slots(self, x_TD: Tensor) -> Tensor:
-        source = self.source_C // self.top_k if self.top_k > 1 else self.source_C
+    def copy_slots(self, x_TD: Tensor, top_k: int) -> Tensor:
+        source = self.source_C // top_k if top_k > 1 else self.source_C
         x_CD = x_TD.index_select(0, source)
         return x_CD if self.is_padding_C1 is None else x_CD.masked_fill_(self.is_padding_C1, 0)
 
-    def sum_slots(self, y_CD: Tensor) -> Tensor:
+    def sum_slots(self, y_CD: Tensor, top_k: int) -> Tensor:
         slots = y_CD.index_select(0, self.place_S)
-        return slots if self.top_k == 1 else slots.unflatten(0, (-1, self.top_k)).sum(1)
+        return slots if top_k == 1 else slots.unflatten(0, (-1, top_k)).sum(1)
 
 
 def arrange(groups_TK: Tensor, groups: int, multiple: int = 1) -> Rows:
     """Sort slots by group (ids below `groups`), stably, and pad each group's rows to a multiple."""
     sorted_S, order_S = groups_TK.flatten().sort(stable=True)
-    bounds_E = torch.searchsorted(sorted_S, torch.arange(groups, device=sorted_S.device), right=True)
-    counts_E = bounds_E.diff(prepend=bounds_E.new_zeros(1))
-    row_S, rows, is_padding_C1 = torch.arange(len(order_S), device=order_S.device), len(order_S), None
-    if multiple > 1 and rows:  # without a slot there is nothing to repeat
+    counts_E = torch.searchsorted(sorted_S, torch.arange(groups + 1, device=sorted_S.device)).diff()
+    row_S = torch.arange(len(order_S), device=order_S.device)
+    source_C, is_padding_C1 = order_S, None
+    if multiple > 1 and len(order_S):  # without a slot there is nothing that padding could name
         padded_E = (counts_E + multiple - 1) // multiple * multiple
         extra_E = padded_E - counts_E
         row_S = row_S + (extra_E.cumsum(0) - extra_E).index_select(0, sorted_S)
-        counts_E, rows = padded_E, rows + groups * (multiple - 1)
+        counts_E, rows = padded_E, len(order_S) + groups * (multiple - 1)
+        source_C = order_S.new_zeros(rows).scatter_(0, row_S, order_S)
         is_padding_C1 = torch.ones(rows, 1, dtype=torch.bool, device=order_S.device).index_fill_(0, row_S, False)
-    source_C = order_S.new_zeros(rows).scatter_(0, row_S, order_S)
     place_S = torch.empty_like(order_S).scatter_(0, order_S, row_S)
-    return Rows(source_C, place_S, Groups(counts_E), is_padding_C1, groups_TK.shape[1])
+    return Rows(source_C, place_S, Groups(counts_E), is_padding_C1)
 
 
 def weighted(
     rows: Rows, x_TD: Tensor, weights_TK: Tensor, weights_on: WeightsOn
 ) -> tuple[Tensor, Groups, Callable[[Tensor], Tensor]]:
-    """What `Dispatched` holds, where slots stay on this device: rows, counts, and the way back."""
-    # not by plain indexing: its backward would take what the products leave in padding, which may be anything
-    weights_C1 = replace(rows, top_k=1).gather(weights_TK.reshape(-1, 1)).to(x_TD.dtype)
-    x_CD = rows.gather(x_TD)
+    """What `Dispatched` holds, where slots stay on this device: rows, counts, and the way back.
+
+    Weights are applied in the order of tokens: what the products leave in padding, which may be anything, never meets
+    a weight or its gradient.
+    """
+    top_k, weights_TK1 = weights_TK.shape[1], weights_TK.to(x_TD.dtype)[..., None]
     if weights_on is WeightsOn.input:
-        return x_CD * weights_C1, rows.groups, rows.combine
-    return x_CD, rows.groups, lambda y_CD: rows.combine(y_CD * weights_C1)
+        x_SD = (x_TD[:, None] * weights_TK1).flatten(0, 1)
+        return rows.gather(x_SD), rows.groups, lambda y_CD: rows.combine(y_CD, top_k)
+
+    def restore(y_CD: Tensor) -> Tensor:
+        y_TKD = rows.combine(y_CD).unflatten(0, (-1, top_k)) * weights_TK1
+        return y_TKD.squeeze(1) if top_k == 1 else y_TKD.sum(1)
+
+    return rows.gather(x_TD, top_k), rows.groups, restore
 
 
 class _Gather(torch.autograd.Function):
@@ -168,24 +176,24 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, rows: Rows) -> Tensor:
-        ctx.rows = rows
-        return rows.copy_slots(x_TD)
+    def forward(ctx: Any, x_TD: Tensor, rows: Rows, top_k: int) -> Tensor:
+        ctx.rows, ctx.top_k = rows, top_k
+        return rows.copy_slots(x_TD, top_k)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.rows.sum_slots(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.rows.sum_slots(grads[0], ctx.top_k), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_CD: Tensor, rows: Rows) -> Tensor:
-        ctx.rows = rows
-        return rows.sum_slots(y_CD)
+    def forward(ctx: Any, y_CD: Tensor, rows: Rows, top_k: int) -> Tensor:
+        ctx.rows, ctx.top_k = rows, top_k
+        return rows.sum_slots(y_CD, top_k)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.rows.copy_slots(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.rows.copy_slots(grads[0], ctx.top_k), None, None
 
 
 class Experts(nn.Module):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from model.moe import MixtureOfExperts
 from model.transformer import Layer, Transformer
 from parallel.layout import Recompute
+from precision import cpu
 
 _KEPT = frozenset(
     {
@@ -22,6 +23,7 @@ _KEPT = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        *cpu.PRODUCTS,
     }
 )
 """Results that cost the most to make again: matrix products and attention."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from precision import cpu
 from precision.backend import Groups
 
 
@@ -25,69 +26,87 @@ class PlainProducts:
         self.compute_dtype = compute_dtype
 
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
-        return F.linear(x_TD.to(self.compute_dtype), w_FD.to(self.compute_dtype))
+        x_TD, w_FD = x_TD.to(self.compute_dtype), w_FD.to(self.compute_dtype)
+        return _Linear.apply(x_TD, w_FD) if cpu.is_faster(x_TD) else F.linear(x_TD, w_FD)
 
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
-        if self.compute_dtype is torch.float64:  # F.grouped_mm has no float64 kernel
-            return _grouped_by_loop(x_CD, w_EFD, groups)
-        return F.grouped_mm(x_CD, w_EFD.transpose(-2, -1), offs=groups.ends_E)
+        if _by_loop(x_CD) or cpu.is_large(w_EFD, w_EFD.shape):
+            return _Grouped.apply(x_CD, w_EFD, groups)
+        return F.grouped_mm(x_CD, w_EFD.transpose(1, 2), offs=groups.ends_E)
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
-        return grad_TF.to(self.compute_dtype) @ w_FD.to(self.compute_dtype)
+        return cpu.multiply(grad_TF.to(self.compute_dtype), w_FD.to(self.compute_dtype))
 
     def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
         grad, x = (t.to(self.compute_dtype).flatten(0, -2) for t in (grad_TF, x_TD))
-        return grad.t() @ x
+        return cpu.multiply(grad.t(), x)
 
     def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        grad_CF, w_EFD = grad_CF.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
-        if self.compute_dtype is torch.float64:
-            return _input_gradient_by_loop(grad_CF, w_EFD, groups.host)
-        return F.grouped_mm(grad_CF, w_EFD, offs=groups.ends_E)
+        return _by_rows(grad_CF.to(self.compute_dtype), w_EFD.to(self.compute_dtype), groups)
 
     def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
-        grad_CF, x_CD = grad_CF.to(self.compute_dtype), x_CD.to(self.compute_dtype)
-        if self.compute_dtype is torch.float64:
-            return _weight_gradient_by_loop(grad_CF, x_CD, groups.host)
-        return F.grouped_mm(grad_CF.t(), x_CD, offs=groups.ends_E)
+        return _by_columns(grad_CF.to(self.compute_dtype), x_CD.to(self.compute_dtype), groups)
 
 
-class _GroupedByLoop(torch.autograd.Function):
-    """One product per expert into preallocated results. Indexing the stacked weight under autograd instead would write
-    a full-size gradient per expert.
-    """
+class _Linear(torch.autograd.Function):
+    """F.linear where `cpu.multiply` is faster."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, w_FD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, w_FD)
+        return cpu.multiply(x_TD, w_FD.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x_TD, w_FD), (grad_TF,) = ctx.saved_tensors, grads
+        needs_x, needs_w = ctx.needs_input_grad
+        grad_x = cpu.multiply(grad_TF, w_FD) if needs_x else None
+        return grad_x, cpu.multiply(grad_TF.flatten(0, -2).t(), x_TD.flatten(0, -2)) if needs_w else None
+
+
+class _Grouped(torch.autograd.Function):
+    """What F.grouped_mm does for transposed matrices, where it cannot or something is faster."""
 
     @staticmethod
     def forward(ctx: Any, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(x_CD, w_EFD)
-        ctx.counts = groups.host
-        y_CF = x_CD.new_empty(x_CD.shape[0], w_EFD.shape[1])
-        for x, w, y in zip(x_CD.split(ctx.counts), w_EFD, y_CF.split(ctx.counts), strict=True):
-            torch.mm(x, w.t(), out=y)
-        return y_CF
+        ctx.groups = groups
+        return _by_rows(x_CD, w_EFD.transpose(1, 2), groups)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_CD, w_EFD = ctx.saved_tensors
-        (grad_CF,) = grads
-        grad_x = _input_gradient_by_loop(grad_CF, w_EFD, ctx.counts)
-        return grad_x, _weight_gradient_by_loop(grad_CF, x_CD, ctx.counts), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x_CD, w_EFD), (grad_CF,) = ctx.saved_tensors, grads
+        needs_x, needs_w, _ = ctx.needs_input_grad
+        grad_x = _by_rows(grad_CF, w_EFD, ctx.groups) if needs_x else None
+        return grad_x, _by_columns(grad_CF, x_CD, ctx.groups) if needs_w else None, None
 
 
-def _input_gradient_by_loop(grad_CF: Tensor, w_EFD: Tensor, counts: list[int]) -> Tensor:
-    grad_x = grad_CF.new_empty(grad_CF.shape[0], w_EFD.shape[2])
-    for g, w, out in zip(grad_CF.split(counts), w_EFD, grad_x.split(counts), strict=True):
-        torch.mm(g, w, out=out)
-    return grad_x
+def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
+    """Each group's rows times its matrix: [C, N]."""
+    if not _by_loop(a_CK):
+        return F.grouped_mm(a_CK, b_EKN, offs=groups.ends_E)
+    y_CN = a_CK.new_empty(a_CK.shape[0], b_EKN.shape[2])
+    cpu.multiply_each(_parts(y_CN, groups), _parts(a_CK, groups), b_EKN, cpu.is_faster(a_CK))
+    return y_CN
 
 
-def _weight_gradient_by_loop(grad_CF: Tensor, x_CD: Tensor, counts: list[int]) -> Tensor:
-    grad_w = grad_CF.new_empty(len(counts), grad_CF.shape[1], x_CD.shape[1])
-    for g, x, out in zip(grad_CF.split(counts), x_CD.split(counts), grad_w, strict=True):
-        torch.mm(g.t(), x, out=out)
-    return grad_w
+def _by_columns(a_CM: Tensor, b_CN: Tensor, groups: Groups) -> Tensor:
+    """The transpose of each group's rows of `a` times those of `b`: [E, M, N]."""
+    shape = (len(groups.counts_E), a_CM.shape[1], b_CN.shape[1])
+    if not (_by_loop(a_CM) or cpu.is_large(a_CM, shape)):
+        return F.grouped_mm(a_CM.t(), b_CN, offs=groups.ends_E)
+    y_EMN = cpu.empty(a_CM, shape)
+    columns = (part.t() for part in _parts(a_CM, groups))
+    cpu.multiply_each(y_EMN, columns, _parts(b_CN, groups), cpu.is_faster(a_CM))
+    return y_EMN
 
 
-def _grouped_by_loop(x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-    return _GroupedByLoop.apply(x_CD, w_EFD, groups)
+def _by_loop(x: Tensor) -> bool:
+    """F.grouped_mm has no float64 kernel. On a CPU it is such a loop itself."""
+    return x.dtype is torch.float64 or cpu.is_faster(x)
+
+
+def _parts(x_CD: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    """Each group's rows."""
+    return x_CD[: sum(groups.host)].split(groups.host)

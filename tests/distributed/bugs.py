@@ -55,7 +55,7 @@ def padding_that_is_not_zero(plant: Plant) -> None:
     from model import moe
 
     gather = moe.Rows.copy_slots
-    plant(moe.Rows, "copy_slots", lambda self, x: gather(dataclasses.replace(self, is_padding_C1=None), x))
+    plant(moe.Rows, "copy_slots", lambda self, x, k: gather(dataclasses.replace(self, is_padding_C1=None), x, k))
 
 
 def weights_quantised_before_they_are_whole(plant: Plant) -> None:
