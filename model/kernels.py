@@ -18,7 +18,6 @@ padding), F expert width.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.errors import ConfigError
+from precision.config import Kernels as Kind
 
 
 class Places(NamedTuple):
@@ -194,13 +193,8 @@ def _products(x_TD: Tensor, rows_TKD: Tensor, weights_TK: Tensor | None) -> Tens
 
 class TritonKernels(Kernels):
     """The same by Triton, on a GPU or, where TRITON_INTERPRET=1 was set before Triton was first imported, step by step
-    on a CPU. Raises `ConfigError` where Triton is not installed.
+    on a CPU.
     """
-
-    def __init__(self) -> None:
-        if importlib.util.find_spec("triton") is None:
-            reason = "Triton is not installed: pip install triton"
-            raise ConfigError("precision.kernels", "triton", reason, ["torch"])
 
     def spread(
         self, x_TD: Tensor, places: Places, weights_TK: Tensor | None, y_CD: Tensor | None
@@ -233,6 +227,11 @@ class TritonKernels(Kernels):
 
     def swiglu_backward(self, grad_CF: Tensor, gate_CF: Tensor, up_CF: Tensor, into: tuple[Tensor, Tensor]) -> None:
         _by_element(_swiglu_backward_kernel, grad_CF, gate_CF, up_CF, *into)
+
+
+def made(kind: Kind) -> Kernels | None:
+    """What does these steps; None: plain code where they are needed, which autograd goes through (`model.moe`)."""
+    return TritonKernels() if kind is Kind.triton else None
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

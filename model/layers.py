@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import kernels
 from model.roles import Role
 from precision.backend import GemmBackend, Groups
 from precision.resolve import LayerProducts
@@ -58,10 +59,9 @@ class GroupedGateUp(nn.Module):
         self.roles = {"weight": role}
         self.gemm = _backend(products, role)
 
-    def forward(self, x_CD: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-        """Gate and up, [C, F] each."""
-        gate_CF, up_CF = self.gemm.grouped_linear(x_CD, self.weight.flatten(1, 2), groups).chunk(2, dim=-1)
-        return gate_CF, up_CF
+    def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
+        """Gate, then up, side by side: [C, 2 * F]."""
+        return self.gemm.grouped_linear(x_CD, self.weight.flatten(1, 2), groups)
 
 
 class Embedding(nn.Module):
@@ -116,6 +116,10 @@ class GatedMLP(nn.Module):
         self.gate = Linear(width, hidden, gate, products)
         self.up = Linear(width, hidden, up, products)
         self.down = Linear(hidden, width, down, products)
+        self.kernels = kernels.made(products.kernels)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
+        gate_TF, up_TF = self.gate(x_TD), self.up(x_TD)
+        if self.kernels is not None:
+            return self.down(self.kernels.swiglu(gate_TF, up_TF))
+        return self.down(F.silu(gate_TF) * up_TF)

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import kernels
 from model.balance import Balance
 from model.config import BalanceConfig, ModelConfig, RouterConfig, Score, WeightsOn
 from model.context import SequenceContext
+from model.kernels import Kernels, Places
 from model.layers import GatedMLP, GroupedGateUp, GroupedLinear
 from model.roles import Role
 from precision.backend import Groups
@@ -96,9 +99,10 @@ class LocalDispatch:
     experts: int
     weights_on: WeightsOn
     token_multiple: int = 1
+    kernels: Kernels | None = None
 
     def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
-        rows = arrange(choice.experts_TK, self.experts, self.token_multiple)
+        rows = arrange(choice.experts_TK, self.experts, self.token_multiple, self.kernels)
         return Dispatched(*weighted(rows, x_TD, choice.weights_TK, self.weights_on))
 
 
@@ -114,14 +118,23 @@ class Rows:
     """Rows of each group with their padding."""
     is_padding_C1: Tensor | None
     """Which rows are padding; None: none is."""
+    kernels: Kernels | None = None
+    """Who moves the rows; None: plain code."""
 
     def gather(self, x_TD: Tensor, top_k: int = 1) -> Tensor:
         """Copies of tokens with `top_k` slots each, a row for each slot: [C, D]."""
+        if self.kernels is not None:
+            return self.kernels.permute(x_TD, self.places(top_k))
         return _Gather.apply(x_TD, self, top_k)
 
     def combine(self, y_CD: Tensor, top_k: int = 1) -> Tensor:
         """The sum of each token's `top_k` rows: [T, D]."""
+        if self.kernels is not None:
+            return self.kernels.unpermute(y_CD, self.places(top_k))
         return _Combine.apply(y_CD, self, top_k)
+
+    def places(self, top_k: int) -> Places:
+        return Places(self.source_C, self.place_S.view(-1, top_k), self.is_padding_C1)
 
     def copy_slots(self, x_TD: Tensor, top_k: int) -> Tensor:
         source = self.source_C // top_k if top_k > 1 else self.source_C
@@ -133,7 +146,7 @@ class Rows:
         return slots if top_k == 1 else slots.unflatten(0, (-1, top_k)).sum(1)
 
 
-def arrange(groups_TK: Tensor, groups: int, multiple: int = 1) -> Rows:
+def arrange(groups_TK: Tensor, groups: int, multiple: int = 1, kernels: Kernels | None = None) -> Rows:
     """Sort slots by group (ids below `groups`), stably, and pad each group's rows to a multiple."""
     sorted_S, order_S = groups_TK.flatten().sort(stable=True)
     counts_E = torch.searchsorted(sorted_S, torch.arange(groups + 1, device=sorted_S.device)).diff()
@@ -147,7 +160,7 @@ def arrange(groups_TK: Tensor, groups: int, multiple: int = 1) -> Rows:
         source_C = order_S.new_zeros(rows).scatter_(0, row_S, order_S)
         is_padding_C1 = torch.ones(rows, 1, dtype=torch.bool, device=order_S.device).index_fill_(0, row_S, False)
     place_S = torch.empty_like(order_S).scatter_(0, order_S, row_S)
-    return Rows(source_C, place_S, Groups(counts_E), is_padding_C1)
+    return Rows(source_C, place_S, Groups(counts_E), is_padding_C1, kernels)
 
 
 def weighted(
@@ -159,6 +172,11 @@ def weighted(
     a weight or its gradient.
     """
     top_k, weights_TK1 = weights_TK.shape[1], weights_TK.to(x_TD.dtype)[..., None]
+    if rows.kernels is not None:
+        places = rows.places(top_k)
+        before, after = (weights_TK, None) if weights_on is WeightsOn.input else (None, weights_TK)
+        x_CD = rows.kernels.permute(x_TD, places, before)
+        return x_CD, rows.groups, partial(rows.kernels.unpermute, places=places, weights_TK=after)
     if weights_on is WeightsOn.input:
         x_SD = (x_TD[:, None] * weights_TK1).flatten(0, 1)
         return rows.gather(x_SD), rows.groups, lambda y_CD: rows.combine(y_CD, top_k)
@@ -203,6 +221,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = GroupedGateUp(experts, width, hidden, Role.expert_gate_up, products)
         self.down = GroupedLinear(experts, hidden, width, Role.expert_down, products)
+        self.kernels = kernels.made(products.kernels)
 
     @property
     def token_multiple(self) -> int:
@@ -210,7 +229,10 @@ class Experts(nn.Module):
         return self.down.gemm.token_multiple
 
     def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
-        gate_CF, up_CF = self.gate_up(x_CD, groups)
+        both_C2F = self.gate_up(x_CD, groups)
+        if self.kernels is not None:
+            return self.down(self.kernels.swiglu_halves(both_C2F), groups)
+        gate_CF, up_CF = both_C2F.chunk(2, dim=-1)
         return self.down(F.silu(gate_CF) * up_CF, groups)
 
 
@@ -221,7 +243,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(model.width, model.experts, model.router, model.balance)
         self.experts = Experts(model.experts, model.width, model.expert_width, products)
-        self.dispatch: Dispatch = LocalDispatch(model.experts, model.router.weights_on, self.experts.token_multiple)
+        weights_on, multiple = model.router.weights_on, self.experts.token_multiple
+        self.dispatch: Dispatch = LocalDispatch(model.experts, weights_on, multiple, self.experts.kernels)
         roles = (Role.shared_gate, Role.shared_up, Role.shared_down)
         hidden = model.shared_expert_width
         self.shared = GatedMLP(model.width, hidden, roles, products) if hidden else None

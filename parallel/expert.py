@@ -20,6 +20,7 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from model.config import WeightsOn
+from model.kernels import Kernels
 from model.moe import Choice, Dispatched, MixtureOfExperts, arrange, weighted
 from model.transformer import Transformer
 from parallel.collectives import exchange, gather, gather_plain, scatter
@@ -51,8 +52,8 @@ def apply(model: Transformer, meshes: Meshes) -> None:
     for layer in model.layers.values():
         if isinstance(layer.ffn, MixtureOfExperts):
             held = model.config.experts // meshes.ep.size
-            multiple = layer.ffn.experts.token_multiple
-            layer.ffn.dispatch = _KINDS[kind](axis, etp, held, model.config.router.weights_on, multiple)
+            experts, weights_on = layer.ffn.experts, model.config.router.weights_on
+            layer.ffn.dispatch = _KINDS[kind](axis, etp, held, weights_on, experts.token_multiple, experts.kernels)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class _Dispatcher:
     """Virtual experts on one rank."""
     weights_on: WeightsOn
     token_multiple: int
+    kernels: Kernels | None = None
 
     def virtual(self, choice: Choice) -> Choice:
         """The choice among virtual experts, numbered by rank of the axis, then by place on that rank."""
@@ -80,7 +82,7 @@ class AllToAll(_Dispatcher):
 
     def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
         choice = self.virtual(choice)
-        rows = arrange(choice.experts_TK, self.axis.size * self.held)
+        rows = arrange(choice.experts_TK, self.axis.size * self.held, kernels=self.kernels)
         x_SD, groups, back = weighted(rows, x_TD, choice.weights_TK, self.weights_on)
         sent_NE = groups.counts_E.view(self.axis.size, self.held)
         arriving_NE = self._swap(sent_NE)
@@ -88,7 +90,7 @@ class AllToAll(_Dispatcher):
         x_RD = exchange(x_SD, send, receive, self.axis, "tokens")
         places = torch.arange(self.held, device=x_RD.device).repeat(self.axis.size)
         experts_R1 = places.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
-        by_expert = arrange(experts_R1, self.held, self.token_multiple)
+        by_expert = arrange(experts_R1, self.held, self.token_multiple, self.kernels)
 
         def restore(y_CD: Tensor) -> Tensor:
             return back(exchange(by_expert.combine(y_CD), receive, send, self.axis, "tokens"))
@@ -137,7 +139,7 @@ def _mine(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK:
     """
     held = dispatcher.held
     here_NK = (experts_NK >= 0) & (experts_NK < held)
-    rows = arrange(experts_NK.where(here_NK, held), held + 1, dispatcher.token_multiple)
+    rows = arrange(experts_NK.where(here_NK, held), held + 1, dispatcher.token_multiple, dispatcher.kernels)
     x_CD, groups, back = weighted(rows, x_ND, weights_NK, dispatcher.weights_on)
     mine = Groups(groups.counts_E[:held])
     kept = sum(mine.host)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -12,7 +14,7 @@ from core.errors import ConfigError
 from precision import reference, torch_float8, transformer_engine
 from precision.backend import GemmBackend
 from precision.bf16 import PlainProducts
-from precision.config import Backend, PrecisionConfig, Products, Recipe
+from precision.config import Backend, Kernels, PrecisionConfig, Products, Recipe
 
 
 class Maker(Protocol):
@@ -44,6 +46,7 @@ class LayerProducts:
 
     plain: GemmBackend
     float8: Callable[[Products, str], GemmBackend | None] = field(default=lambda products, name: None)
+    kernels: Kernels = Kernels.torch
 
     def of(self, products: Products, name: str) -> GemmBackend:
         """`name` says in errors which of the layer's modules it is for."""
@@ -64,7 +67,7 @@ class Precision:
     @property
     def plain(self) -> LayerProducts:
         """For what belongs to no layer."""
-        return LayerProducts(PlainProducts(self.compute_dtype))
+        return LayerProducts(PlainProducts(self.compute_dtype), kernels=self.config.kernels)
 
     def at(self, layer: int, layers: int) -> LayerProducts:
         """For one of so many layers, counted from 0."""
@@ -77,7 +80,7 @@ class Precision:
                 return None
             return MAKERS[config.backend].make(recipe, config.compute_dtype, f"layer {layer}, {name}")
 
-        return LayerProducts(PlainProducts(self.compute_dtype), float8)
+        return replace(self.plain, float8=float8)
 
     def __str__(self) -> str:
         if self.recipe is None:
@@ -92,6 +95,8 @@ CPU = torch.device("cpu")
 
 def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
     """Who does the products of `config` on `device`. Raises `ConfigError` with every reason why that cannot be."""
+    if config.kernels is Kernels.triton and (reason := _no_triton(device)):
+        raise ConfigError("precision.kernels", config.kernels, reason, [Kernels.torch.value])
     if not config.uses_float8:
         return Precision(config)
     recipe = config.recipe.on(device)
@@ -102,6 +107,15 @@ def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
         also = f"; it can do {', '.join(known)}" if known else ""
         raise ConfigError(key, value, f"cannot do {recipe.value} here: {'; '.join(reasons)}{also}", [*others, "bf16"])
     return Precision(config, recipe)
+
+
+def _no_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot be had on a device; its interpreter, for tests, runs them anywhere."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton's kernels run on GPUs"
+    return None
 
 
 def unavailable(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:

@@ -10,12 +10,21 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from core.errors import ConfigError
 from model import kernels
-from model.kernels import TritonKernels
+from model.config import ModelConfig, RouterConfig, Score, WeightsOn
+from model.context import SequenceContext
+from model.init import initialise
+from model.kernels import TorchKernels
+from model.moe import MixtureOfExperts
+from precision.config import Compute, PrecisionConfig
+from precision.config import Kernels as Kind
+from precision.resolve import Precision, resolve
 from tests.conftest import ROOT
 from tests.model.kernel_cases import BREAKS, CASES, GATES
 
@@ -82,7 +91,39 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, name, missing, dtype):
     assert re.search(wide, made.asm["ptx"])
 
 
-def test_missing_triton_is_an_error_with_the_fix(monkeypatch):
+def test_kernels_that_cannot_run_here_are_an_error_with_the_fix(monkeypatch):
+    chosen = PrecisionConfig(kernels=Kind.triton)
+    with pytest.raises(ConfigError, match=r"precision.kernels=triton: Triton's kernels run on GPUs; try torch"):
+        resolve(chosen)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install triton"):
-        TritonKernels()
+    with pytest.raises(ConfigError, match=r"precision.kernels=triton: Triton is not installed: pip install triton"):
+        resolve(chosen, torch.device("cuda"))
+
+
+def mixture_figures(top_k: int, weights_on: WeightsOn, multiple: int) -> dict[str, torch.Tensor]:
+    """Result and gradients of a mixture with a shared expert, in float64."""
+    router = RouterConfig(top_k=top_k, score=Score.softmax, weights_on=weights_on)
+    config = ModelConfig(width=16, layers=1, experts=4, expert_width=8, router=router)
+    made = MixtureOfExperts(config, Precision(PrecisionConfig(Compute.float64, kernels=Kind.triton)).plain).double()
+    initialise(made, config, seed=1)
+    made.dispatch = replace(made.dispatch, token_multiple=multiple)
+    x = torch.randn(2, 12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    y = made(x, SequenceContext(torch.arange(12).expand(2, 12)))
+    y.square().sum().backward()
+    found = {name: parameter.grad for name, parameter in made.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, **found}
+
+
+@pytest.mark.parametrize("weights_on", WeightsOn)
+@pytest.mark.parametrize("top_k, multiple", [(1, 1), (2, 1), (2, 8)])
+def test_a_mixture_by_kernels_is_the_plain_one(monkeypatch, top_k, multiple, weights_on):
+    """By the twins: where `model.moe` calls kernels, and with what, does not depend on who they are."""
+    monkeypatch.setattr(kernels, "made", lambda kind: None)
+    plain = mixture_figures(top_k, weights_on, 1)
+    monkeypatch.setattr(kernels, "made", lambda kind: TorchKernels())
+    found = mixture_figures(top_k, weights_on, multiple)
+    assert plain.keys() == found.keys() and len(plain) == 8
+    for name, wanted in plain.items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-12, atol=1e-14, msg=name)
+    monkeypatch.setattr(TorchKernels, "swiglu_forward", lambda self, gate, up: gate * up)
+    assert not torch.allclose(mixture_figures(top_k, weights_on, multiple)["y"], plain["y"], rtol=1e-3)
