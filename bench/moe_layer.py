@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.measure import Result, interleaved, median_ratio, spread
-from bench.moe_peers import GROUPED, LLAMA4, Peer
+from bench.peers import GROUPED, LLAMA4, Peer
 from model.config import ModelConfig, RouterConfig, Score, WeightsOn
 from model.context import SequenceContext
 from model.init import initialise
@@ -60,9 +60,10 @@ def our_case(layer: MixtureOfExperts, x: Tensor) -> Case:
     return Case(lambda value: layer(value, context), layer.parameters(), x)
 
 
-def their_case(peer: Peer, layer: MixtureOfExperts, x: Tensor) -> Case:
-    block = peer.make(layer)
-    return Case(block.forward, block.module.parameters(), x)
+def their_case(peer: Peer, layer: MixtureOfExperts, router: RouterConfig, x: Tensor) -> Case:
+    """The shared expert is theirs too."""
+    block = peer.make(layer, router, True)
+    return Case(block.forward, block.parameters, x)
 
 
 def assert_equal_outputs(ours: Case, theirs: Case, casts: torch.dtype | None = None) -> None:
@@ -89,7 +90,7 @@ def against_llama4(experts: int, dtype: torch.dtype) -> Result:
     if LLAMA4.missing:
         return _not_measured(name, LLAMA4)
     layer, x = our_layer(experts, dtype, INPUT_WEIGHTED), tokens(4096, dtype)
-    ours, theirs = our_case(layer, x), their_case(LLAMA4, layer, x)
+    ours, theirs = our_case(layer, x), their_case(LLAMA4, layer, INPUT_WEIGHTED, x)
     assert_equal_outputs(ours, theirs)
     a, b = interleaved([ours, theirs], rounds=3 if experts > 16 else 5, warmup=1)
     speedup = 1 / median_ratio(a, b)
@@ -103,7 +104,7 @@ def against_grouped(experts: int, dtype: torch.dtype) -> list[Result]:
     ours, found = our_case(layer, x), {}
     for name, peer in GROUPED.items():
         if not peer.missing:
-            found[name] = their_case(peer, layer, x)
+            found[name] = their_case(peer, layer, OUTPUT_WEIGHTED, x)
             assert_equal_outputs(ours, found[name], peer.casts)
     a, *others = interleaved([ours, *found.values()], rounds=21)
     times, results = dict(zip(found, others, strict=True)), []
@@ -121,7 +122,7 @@ def against_grouped(experts: int, dtype: torch.dtype) -> list[Result]:
 
 
 def _not_measured(name: str, peer: Peer) -> Result:
-    return Result(name, math.nan, math.nan, math.nan, "-", True, peer.missing or "")
+    return Result(name, math.nan, math.nan, math.nan, "-", True, f"not measured, {peer.missing}")
 
 
 def permutation(experts: int, dtype: torch.dtype) -> Result:

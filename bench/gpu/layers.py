@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from bench.gpu.clock import Timing, distance
 from bench.gpu.context import DENSE, PLAIN, Bench, Job
-from bench.gpu.peers import PEERS, Peer
 from bench.gpu.record import Row
 from bench.gpu.shapes import QWEN3, Mixture, mixtures
+from bench.peers import GROUPED, Peer
 from model.config import ModelConfig, WeightsOn
 from model.context import SequenceContext
 from model.layers import GatedMLP
@@ -85,7 +85,7 @@ def layers(bench: Bench) -> Iterator[Job]:
     for mixture in mixtures(bench.dry, bench.memory_bytes):
         setting = cache(partial(_setting, bench, mixture))  # made by the first of its jobs, dropped with the last
         yield Job(mixture.name, partial(_ourselves, setting))
-        for name, peer in PEERS.items():
+        for name, peer in GROUPED.items():
             yield Job(f"{mixture.name}, {name}", partial(_against, setting, name, peer))
 
 
@@ -135,13 +135,13 @@ def _against(make: Callable[[], Setting], name: str, peer: Peer) -> Iterator[Row
     """Scores by softmax and weights on the output, which peers have for any top_k; tokens go where the router says."""
     setting = make()
     bench, mixture = setting.bench, setting.mixture
-    if reason := peer.missing():
+    if reason := peer.missing:
         yield setting.row("layer", name, missing=reason)
         return
     router = replace(QWEN3, top_k=mixture.router.top_k)
     ours = setting.ours(replace(mixture.config(), router=router), bench.precisions[PLAIN])
-    forward, parameters = peer.make(setting.base, router)
-    theirs = Case(forward, parameters, setting.x, setting.grad)
+    block = peer.make(setting.base, router, False)
+    theirs = Case(block.forward, block.parameters, setting.x, setting.grad)
     with torch.no_grad():
         a, b = ours.layer(ours.x).float(), theirs.layer(theirs.x).float()
     worst_T = (a - b).abs().amax(-1) / b.abs().max()
