@@ -95,7 +95,7 @@ CPU = torch.device("cpu")
 
 def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
     """Who does the products of `config` on `device`. Raises `ConfigError` with every reason why that cannot be."""
-    if config.kernels is Kernels.triton and (reason := _no_triton(device)):
+    if config.kernels is Kernels.triton and (reason := no_triton(device)):
         raise ConfigError("precision.kernels", config.kernels, reason, [Kernels.torch.value])
     if not config.uses_float8:
         return Precision(config)
@@ -109,7 +109,7 @@ def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
     return Precision(config, recipe)
 
 
-def _no_triton(device: torch.device) -> str | None:
+def no_triton(device: torch.device) -> str | None:
     """Why Triton's kernels cannot be had on a device; its interpreter, for tests, runs them anywhere."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"

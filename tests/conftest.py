@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.ranks import Pool
 
+torch.set_num_threads(1)  # tensors are small, and threads that wait for each other busily take the cores from others
 ROOT = Path(__file__).resolve().parent.parent
 
 

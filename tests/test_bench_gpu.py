@@ -13,13 +13,16 @@ import torch
 
 from bench.gpu.__main__ import SECTIONS, in_process_of_its_own, main, measure
 from bench.gpu.clock import Timing
-from bench.gpu.context import PLAIN, Bench
+from bench.gpu.context import DENSE, PLAIN, TRITON, Bench
 from bench.gpu.record import Record, Row, judged, tables
 from bench.gpu.shapes import MAVERICK, counts, mixtures
+from model.kernels import TorchKernels
 from precision.bf16 import PlainProducts
+from precision.config import Kernels
 from tests.conftest import ROOT
 
 HIDDEN = ("hydra", "omegaconf", "datasets", "wandb", "pyarrow", "tokenizers", "tiktoken", "matplotlib", "xxhash")
+HIDDEN += ("transformers", "torchtitan")
 WITHOUT = f"""
 import sys
 class Hide:
@@ -37,7 +40,7 @@ def bench(seconds: float = 600) -> Bench:
 
 
 def test_every_section_runs_where_only_torch_is_installed(tmp_path):
-    """Transformers is here, but must not be asked before it takes part; it needs tokenizers, so it is left out too."""
+    """Peers must not be asked before they take part, so their section is left out."""
     out = tmp_path / "gpu.json"
     names = [name for name in SECTIONS if name != "layers"]
     command = [sys.executable, "-c", WITHOUT, "--dry", "--out", str(out), *names]
@@ -61,7 +64,31 @@ def test_layers_beside_their_peers():
     assert not [row for row in rows if row.failed]
     ratios = {(row.side, row.against) for row in rows if row.ratio is not None}
     assert {against for _, against in ratios} >= {"transformers Qwen3 grouped", "transformers Mixtral grouped", PLAIN}
-    assert ("bf16", "dense, equal active parameters") in ratios
+    assert (PLAIN, DENSE) in ratios
+    told = [row.missing for row in rows if row.side == PLAIN + TRITON]
+    assert told == ["Triton's kernels run on GPUs"]
+
+
+def test_triton_is_a_side_where_it_can_be_had(monkeypatch):
+    """Its twins stand in, which shows who is asked and compared with whom."""
+    asked = []
+
+    def made(kind: Kernels) -> TorchKernels | None:
+        asked.append(kind)
+        return TorchKernels() if kind is Kernels.triton else None
+
+    monkeypatch.setattr("model.kernels.made", made)
+    for module in ("bench.gpu.context", "precision.resolve"):
+        monkeypatch.setattr(f"{module}.no_triton", lambda device: None)
+    monkeypatch.setattr("bench.gpu.layers.GROUPED", {})
+    monkeypatch.setattr("bench.gpu.layers.mixtures", lambda *given: mixtures(*given)[-1:])
+    rows = [row for section in ("layers", "step") for row in measure(section, bench())]
+    assert set(asked) == set(Kernels) and not [row for row in rows if row.failed or row.missing]
+    ratios = {(row.side, row.against) for row in rows if row.ratio is not None}
+    float8, by_triton = "reference blockwise", PLAIN + TRITON
+    assert ratios >= {(by_triton, PLAIN), (by_triton, DENSE + TRITON), (float8 + TRITON, by_triton), (float8, PLAIN)}
+    sides = [row.side for row in rows if row.section == "step" and row.ms and row.load]
+    assert sides[:2] == [PLAIN, by_triton] and sides[2:] in ([float8], [float8 + TRITON])
 
 
 @pytest.mark.parametrize("section", ["grouped", "layers"])
@@ -91,6 +118,7 @@ def test_what_there_is_no_time_for_is_said():
 
 
 def test_a_section_in_a_process_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     record = Record(tmp_path / "gpu.json", dry=True)
     rows = list(in_process_of_its_own("ceilings", 100, record))
     assert record.machine["torch"] == torch.__version__ and sum(row.ms is not None for row in rows) == 3

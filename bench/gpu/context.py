@@ -5,18 +5,20 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from bench.gpu.clock import Clock
 from bench.gpu.record import Row
-from precision.config import Backend, Compute, PrecisionConfig, Storage
-from precision.resolve import MAKERS, unavailable
+from precision.config import Backend, Compute, Kernels, PrecisionConfig, Storage
+from precision.resolve import MAKERS, no_triton, unavailable
 
 PLAIN = "bf16"
 DENSE = "dense, equal active parameters"
+TRITON = ", Triton"
+"""What the name of a side ends with if Triton's kernels move its tokens and gate."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,20 @@ class Bench:
     def missing(self) -> dict[str, str]:
         """Why each other FP8 recipe cannot be had."""
         return {name: "; ".join(reasons) for name, _, reasons in self._recipes if reasons}
+
+    @property
+    def no_triton(self) -> str | None:
+        """Why Triton's kernels cannot be had."""
+        return no_triton(self.device)
+
+    def with_kernels(self, sides: dict[str, PrecisionConfig]) -> dict[str, PrecisionConfig]:
+        """Each by PyTorch's kernels, then, if they can be had here, by Triton's."""
+        kinds = {"": Kernels.torch} | ({} if self.no_triton else {TRITON: Kernels.triton})
+        return {
+            name + ending: replace(config, kernels=kind)
+            for name, config in sides.items()
+            for ending, kind in kinds.items()
+        }
 
     def random(self, *shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
         """Normal bfloat16 values on the device. Zeros would run faster than what training multiplies."""

@@ -5,7 +5,6 @@ Shapes: T tokens, D model width, K experts per token, C rows that the experts se
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -24,8 +23,8 @@ Step = Callable[[Kernels], Tensor]
 
 
 def kernels(bench: Bench) -> Iterator[Job]:
-    if importlib.util.find_spec("triton") is None:
-        yield Job("triton", lambda: [Row("kernels", "all", "triton", missing="pip install triton")])
+    if bench.no_triton and not bench.dry:
+        yield Job("triton", lambda: [Row("kernels", "all", "triton", missing=bench.no_triton)])
         return
     for mixture in mixtures(bench.dry, bench.memory_bytes)[:2]:
         yield Job(mixture.name, partial(_measure, bench, mixture))
@@ -33,8 +32,9 @@ def kernels(bench: Bench) -> Iterator[Job]:
 
 def _measure(bench: Bench, mixture: Mixture) -> Iterator[Row]:
     tokens, top_k = 64 if bench.dry else 16384, mixture.router.top_k
-    # without a GPU the interpreter would be needed: the twin stands in, so that this code at least runs
-    sides: dict[str, Kernels] = {"torch": TorchKernels(), "triton": TorchKernels() if bench.dry else TritonKernels()}
+    # in a dry run without the interpreter the twin stands in, so that this code at least runs
+    stands_in = bench.no_triton is not None
+    sides: dict[str, Kernels] = {"torch": TorchKernels(), "triton": TorchKernels() if stands_in else TritonKernels()}
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, mixture.experts, generator=generator).topk(top_k).indices
     rows = arrange(chosen.to(bench.device), mixture.experts, 16)
@@ -70,7 +70,7 @@ def _measure(bench: Bench, mixture: Mixture) -> Iterator[Row]:
             yield Row(
                 "kernels", what, side, "forward+backward", shape, tokens, "routed", ms=timing.ms, spread=timing.spread,
                 bytes=forward_bytes + backward_bytes, error=error, gate=GATE, ratio=ratio, against=against,
-                note="its twin in its place" if bench.dry and side == "triton" else "",
+                note="its twin in its place" if stands_in and side == "triton" else "",
             )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Our mixture, forward and backward: in bfloat16 and FP8, beside a dense layer, beside transformers' grouped blocks.
+"""Our mixture, forward and backward: in bfloat16 and FP8, by PyTorch's kernels and Triton's, beside a dense layer and
+other people's grouped blocks.
 
 Shapes: T tokens, D model width, E experts, K experts per token, F expert width.
 """
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.gpu.clock import Timing, distance
-from bench.gpu.context import DENSE, PLAIN, Bench, Job
+from bench.gpu.context import DENSE, PLAIN, TRITON, Bench, Job
 from bench.gpu.record import Row
 from bench.gpu.shapes import QWEN3, Mixture, mixtures
 from bench.peers import GROUPED, Peer
@@ -27,7 +28,7 @@ from model.roles import Role
 from precision.config import PrecisionConfig
 from precision.resolve import resolve
 
-GATES = {PLAIN: 2e-2}
+PLAIN_GATE = 2e-2
 FLOAT8_GATE = 0.15
 """Three products in a row, each of operands rounded to 3 bits of mantissa."""
 DIFFERENT_TOKENS = 0.05
@@ -72,9 +73,9 @@ class Setting:
         context = SequenceContext(torch.arange(self.tokens).expand(1, -1), self.bench.device)
         return Case(lambda x: layer(x, context), list(layer.parameters()), self.x, self.grad)
 
-    def dense(self) -> Case:
+    def dense(self, precision: PrecisionConfig) -> Case:
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
-        products = resolve(self.bench.precisions[PLAIN], self.bench.device).plain
+        products = resolve(precision, self.bench.device).plain
         with torch.device(self.bench.device):
             layer = GatedMLP(self.mixture.width, self.mixture.active_width, roles, products).to(torch.bfloat16)
         _fill(layer, self.bench)
@@ -82,6 +83,8 @@ class Setting:
 
 
 def layers(bench: Bench) -> Iterator[Job]:
+    if bench.no_triton:
+        yield Job("Triton", lambda: [Row("layers", "layer", PLAIN + TRITON, missing=bench.no_triton)])
     for mixture in mixtures(bench.dry, bench.memory_bytes):
         setting = cache(partial(_setting, bench, mixture))  # made by the first of its jobs, dropped with the last
         yield Job(mixture.name, partial(_ourselves, setting))
@@ -96,13 +99,14 @@ def _setting(bench: Bench, mixture: Mixture) -> Setting:
 
 
 def _ourselves(make: Callable[[], Setting]) -> Iterator[Row]:
-    """Every precision and a dense layer in turn; tokens divide evenly, as training makes them."""
+    """Every precision and a dense layer in turn, by all kernels; tokens divide evenly, as training makes them."""
     setting = make()
     bench, config = setting.bench, setting.mixture.config(force_balanced=True)
-    sides = {DENSE: setting.dense()}
-    for side, precision in bench.precisions.items():
+    dense = bench.with_kernels({DENSE: bench.precisions[PLAIN]})
+    sides = {side: setting.dense(precision) for side, precision in dense.items()}
+    for side, precision in bench.with_kernels(bench.precisions).items():
         error = against_float32(sharing(setting.base, config, bench, precision), bench)
-        gate = GATES.get(side, FLOAT8_GATE)
+        gate = FLOAT8_GATE if precision.uses_float8 else PLAIN_GATE
         bench.clear()
         if error < gate:
             yield setting.row("layer", side, error=error, gate=gate, note="checked")
@@ -115,20 +119,29 @@ def _ourselves(make: Callable[[], Setting]) -> Iterator[Row]:
 
 
 def _judged(setting: Setting, timings: dict[str, Timing]) -> Iterator[Row]:
-    mixture, tokens, plain = setting.mixture, setting.tokens, timings.get(PLAIN)
+    """Every side; by the same kernels, bfloat16 beside the dense layer and FP8 beside it; Triton beside PyTorch."""
+    mixture, tokens = setting.mixture, setting.tokens
     is_llama4 = mixture.name.startswith("Llama 4")
     for side, timing in timings.items():
-        flops = 6.0 * tokens * 3 * mixture.width * mixture.active_width if side == DENSE else mixture.flops(tokens)
-        goal = {"floor": 450.0, "moonshot": 600.0} if is_llama4 and side == PLAIN else {}
-        load = None if side == DENSE else "balanced"
+        products = side.removesuffix(TRITON)
+        flops = 6.0 * tokens * 3 * mixture.width * mixture.active_width if products == DENSE else mixture.flops(tokens)
+        goal = {"floor": 450.0, "moonshot": 600.0} if is_llama4 and products == PLAIN else {}
+        load = None if products == DENSE else "balanced"
         yield setting.row("layer", side, ms=timing.ms, spread=timing.spread, flops=flops, load=load, **goal)
     for side, timing in timings.items():
-        if plain is not None and side == DENSE:
-            goal = {"floor": 1.30, "moonshot": 1.12, "at_most": True}
-            yield setting.row("time ratio", PLAIN, load="balanced", ratio=plain.over(timing), against=side, **goal)
-        elif plain is not None and side != PLAIN:
-            goal = {"floor": 1.3, "moonshot": 1.6} if is_llama4 else {}
-            yield setting.row("speed ratio", side, load="balanced", ratio=plain.over(timing), against=PLAIN, **goal)
+        products = side.removesuffix(TRITON)
+        kernels = side.removeprefix(products)
+        plain = timings.get(PLAIN + kernels)
+        if products == PLAIN:
+            goal, dense = {"floor": 1.30, "moonshot": 1.12, "at_most": True}, DENSE + kernels
+            ratio = timing.over(timings[dense])
+            yield setting.row("time ratio", side, load="balanced", ratio=ratio, against=dense, **goal)
+        elif plain is not None and products != DENSE:
+            goal, ratio = {"floor": 1.3, "moonshot": 1.6} if is_llama4 else {}, plain.over(timing)
+            yield setting.row("speed ratio", side, load="balanced", ratio=ratio, against=PLAIN + kernels, **goal)
+        if kernels and products in timings and products != DENSE:
+            ratio = timings[products].over(timing)
+            yield setting.row("speed ratio", side, load="balanced", ratio=ratio, against=products)
 
 
 def _against(make: Callable[[], Setting], name: str, peer: Peer) -> Iterator[Row]:
@@ -139,22 +152,26 @@ def _against(make: Callable[[], Setting], name: str, peer: Peer) -> Iterator[Row
         yield setting.row("layer", name, missing=reason)
         return
     router = replace(QWEN3, top_k=mixture.router.top_k)
-    ours = setting.ours(replace(mixture.config(), router=router), bench.precisions[PLAIN])
+    config = replace(mixture.config(), router=router)
+    plain = bench.with_kernels({PLAIN: bench.precisions[PLAIN]})
+    sides = {side: setting.ours(config, precision) for side, precision in plain.items()}
     block = peer.make(setting.base, router, False)
     theirs = Case(block.forward, block.parameters, setting.x, setting.grad)
     with torch.no_grad():
-        a, b = ours.layer(ours.x).float(), theirs.layer(theirs.x).float()
+        a, b = (case.layer(case.x).float() for case in (sides[PLAIN], theirs))
     worst_T = (a - b).abs().amax(-1) / b.abs().max()
     differing = float((worst_T > 3e-2).double().mean())
     if not differing <= DIFFERENT_TOKENS:
         yield setting.row("layer", name, failed=f"outputs of {differing:.1%} of the tokens differ from ours")
         return
-    timings = bench.clock.turns([ours, theirs])
-    for side, timing in zip((PLAIN, name), timings, strict=True):
+    sides[name] = theirs
+    timings = dict(zip(sides, bench.clock.turns(list(sides.values())), strict=True))
+    for side, timing in timings.items():
         figures = {"ms": timing.ms, "spread": timing.spread, "flops": mixture.flops(setting.tokens)}
         yield setting.row("layer", side, load="routed", **figures, note=f"{differing:.2%} of the tokens differ")
-    ratio = timings[0].over(timings[1])
-    yield setting.row("time ratio", PLAIN, load="routed", ratio=ratio, against=name)
+    for side in plain:
+        ratio = timings[side].over(timings[name])
+        yield setting.row("time ratio", side, load="routed", ratio=ratio, against=name)
 
 
 def made(config: ModelConfig, bench: Bench) -> MixtureOfExperts:

@@ -28,7 +28,7 @@ from parallel.apply import build
 from parallel.layout import Layout
 from parallel.mesh import place
 from parallel.norm import gradient_norm, scale_gradients
-from precision.config import Compute, PrecisionConfig, Storage
+from precision.config import Compute, Kernels, PrecisionConfig, Storage
 from train.optimizer import Moments, OptimizerConfig, make_optimizer
 
 PEAK_TFLOPS = 989.0
@@ -87,21 +87,32 @@ class Training:
 
 
 def step(bench: Bench) -> Iterator[Job]:
-    """With float32 master weights; the moments in bfloat16 where memory is short. Balanced, as training makes it."""
+    """With float32 master weights; the moments in bfloat16 where memory is short. Balanced, as training makes it.
+
+    bfloat16 by all kernels, then FP8 by the ones that were faster.
+    """
     fine = replace(TINY, router=FINE.router, experts=16) if bench.dry else FINE
     masters = {name: replace(config, storage=Storage.master) for name, config in bench.precisions.items()}
-    for side, precision in masters.items():
-        yield Job(f"fine-grained, {side}", partial(_beside, bench, fine, side, precision))
+    took: dict[Kernels, float] = {}
+    for side, precision in bench.with_kernels(masters).items():
+        if precision.uses_float8 and precision.kernels is not min(took, key=took.__getitem__, default=Kernels.torch):
+            continue
+        yield Job(f"fine-grained, {side}", partial(_beside, bench, fine, side, precision, took))
 
 
-def _beside(bench: Bench, fine: ModelConfig, side: str, precision: PrecisionConfig) -> Iterator[Row]:
-    """A mixture, and in bfloat16 a dense model after it: two such models do not fit at once."""
+def _beside(
+    bench: Bench, fine: ModelConfig, side: str, precision: PrecisionConfig, took: dict[Kernels, float]
+) -> Iterator[Row]:
+    """A mixture, and in bfloat16 a dense model after it: two such models do not fit at once. `took`: by kernels, the
+    time per token of bfloat16; this one is added.
+    """
     row = _step(bench, "fine-grained mixture", fine, side, precision)
     yield row
-    if side == PLAIN and row.ms and row.tokens:
+    if not precision.uses_float8 and row.ms and row.tokens:
+        took[precision.kernels] = row.ms / row.tokens
         bench.clear()
         width = fine.router.top_k * fine.expert_width + fine.shared_expert_width
-        dense = _step(bench, DENSE, replace(fine, moe_every=0, dense_width=width), PLAIN, precision)
+        dense = _step(bench, DENSE, replace(fine, moe_every=0, dense_width=width), side, precision)
         yield dense
         ratio = row.ms / row.tokens / (dense.ms / dense.tokens) if dense.ms and dense.tokens else None
         goal: dict[str, Any] = {"floor": 1.30, "moonshot": 1.12, "at_most": True}
@@ -112,7 +123,7 @@ def _beside(bench: Bench, fine: ModelConfig, side: str, precision: PrecisionConf
 
 def _step(bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig) -> Row:
     """With as many rows in a micro-batch as fit."""
-    length, rows = 64 if bench.dry else 4096, 4
+    length, rows = (64, 1) if bench.dry else (4096, 4)
     while True:
         try:
             return _measured(bench, name, config, side, precision, rows, length)
@@ -130,7 +141,7 @@ def _measured(
     training = Training(config, precision, bench, moments, lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     times: list[float] = []
-    while len(times) < (3 if bench.dry else 5 if sum(times) > MOST_MS else 12):
+    while len(times) < (2 if bench.dry else 5 if sum(times) > MOST_MS else 12):
         batch = torch.randint(config.vocab_size, (MICRO_BATCHES * rows, length + 1), generator=generator)
         batch = batch.to(bench.device)
         _wait(bench)
@@ -143,7 +154,7 @@ def _measured(
     flops = training_flops(config, length).total * tokens
     shape: dict[str, int | str] = {"B": rows, "T": length, "micro_batches": MICRO_BATCHES}
     shape |= {"total": parameters.total, "active": parameters.active}
-    goal: dict[str, Any] = {"floor": 300.0, "moonshot": 400.0} if side == PLAIN and config.moe_every else {}
+    goal: dict[str, Any] = {"floor": 300.0, "moonshot": 400.0} if not precision.uses_float8 and config.moe_every else {}
     speed, mfu = tokens / timing.ms * 1e3, flops / timing.ms / 1e9 / PEAK_TFLOPS
     return Row(
         "step", name, side, "step", shape, tokens, "balanced" if config.moe_every else None, ms=timing.ms,
