@@ -39,8 +39,9 @@ def multiply(a: Tensor, b_KN: Tensor) -> Tensor:
     """
     if _ONEDNN is None or not is_faster(a, b_KN):
         return a @ b_KN
-    y: Tensor = _ONEDNN(a, b_KN.t(), None, "none", [], "")
-    return y
+    y: Tensor = _ONEDNN(a.flatten(0, -2), b_KN.t(), None, "none", [], "")
+    # as torch.matmul does it: FSDP2 warns of results that are views
+    return torch.ops.aten._unsafe_view(y, [*a.shape[:-1], b_KN.shape[1]])
 
 
 def is_large(like: Tensor, shape: tuple[int, ...]) -> bool:

@@ -145,6 +145,13 @@ def test_shapes_that_may_be_many_do_not(rows, width, out):
 
 
 @needs_onednn
+def test_results_are_no_views():
+    for leading in ((64,), (2, 32)):
+        x, w = (t.requires_grad_() for t in operands(torch.float32, (*leading, 64), (128, 64)))
+        assert not PlainProducts(torch.float32).linear(x, w)._is_view()
+
+
+@needs_onednn
 def test_a_compiler_finds_its_own_way():
     traced: list[bool] = []
 
