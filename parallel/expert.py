@@ -78,7 +78,7 @@ class _Dispatcher:
 
 
 class AllToAll(_Dispatcher):
-    """Each slot goes to its rank alone. The split sizes are the step's one copy to the host per layer."""
+    """Each slot goes to its rank alone. How many go where, and to which expert, is the step's one copy to the host."""
 
     def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
         choice = self.virtual(choice)
@@ -86,16 +86,19 @@ class AllToAll(_Dispatcher):
         x_SD, groups, back = weighted(rows, x_TD, choice.weights_TK, self.weights_on)
         sent_NE = groups.counts_E.view(self.axis.size, self.held)
         arriving_NE = self._swap(sent_NE)
-        send, receive = torch.stack([sent_NE.sum(1), arriving_NE.sum(1)]).tolist()
+        send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # by place on this rank
+        receive = [sum(counts) for counts in zip(*arriving, strict=True)]
         x_RD = exchange(x_SD, send, receive, self.axis, "tokens")
         places = torch.arange(self.held, device=x_RD.device).repeat(self.axis.size)
         experts_R1 = places.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
         by_expert = arrange(experts_R1, self.held, self.token_multiple, self.kernels)
+        known = [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
+        groups_E = Groups(by_expert.groups.counts_E, known)
 
         def restore(y_CD: Tensor) -> Tensor:
             return back(exchange(by_expert.combine(y_CD), receive, send, self.axis, "tokens"))
 
-        return Dispatched(by_expert.gather(x_RD), by_expert.groups, restore)
+        return Dispatched(by_expert.gather(x_RD), groups_E, restore)
 
     def _swap(self, sent_NE: Tensor) -> Tensor:
         """How many slots each rank sends here for each of this rank's experts."""

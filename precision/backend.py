@@ -16,10 +16,12 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False)
 class Groups:
     """How rows that are sorted by expert divide among the experts. `counts_E`: int64; their sum may be less than the
-    number of rows, and what a product gives for the rows beyond it may be anything.
+    number of rows, and what a product gives for the rows beyond it may be anything. `known`: the counts, where somebody
+    has them on the host already.
     """
 
     counts_E: Tensor
+    known: list[int] | None = None
 
     @cached_property
     def ends_E(self) -> Tensor:
@@ -28,8 +30,8 @@ class Groups:
 
     @cached_property
     def host(self) -> list[int]:
-        """The counts on the host. Asking waits for the device, once."""
-        return self.counts_E.tolist()
+        """The counts on the host. Asking waits for the device, once, if they are not known."""
+        return self.counts_E.tolist() if self.known is None else self.known
 
 
 class GemmBackend(Protocol):

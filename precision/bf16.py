@@ -27,11 +27,11 @@ class PlainProducts:
 
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
         x_TD, w_FD = x_TD.to(self.compute_dtype), w_FD.to(self.compute_dtype)
-        return _Linear.apply(x_TD, w_FD) if cpu.is_faster(x_TD) else F.linear(x_TD, w_FD)
+        return _Linear.apply(x_TD, w_FD) if cpu.is_faster(x_TD, w_FD.t()) else F.linear(x_TD, w_FD)
 
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
-        if _by_loop(x_CD) or cpu.is_large(w_EFD, w_EFD.shape):
+        if x_CD.dtype is torch.float64 or cpu.is_large(w_EFD, w_EFD.shape):
             return _Grouped.apply(x_CD, w_EFD, groups)
         return F.grouped_mm(x_CD, w_EFD.transpose(1, 2), offs=groups.ends_E)
 
@@ -84,27 +84,23 @@ class _Grouped(torch.autograd.Function):
 
 def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
     """Each group's rows times its matrix: [C, N]."""
-    if not _by_loop(a_CK):
+    if a_CK.dtype is not torch.float64:  # F.grouped_mm has no kernel for it
         return F.grouped_mm(a_CK, b_EKN, offs=groups.ends_E)
     y_CN = a_CK.new_empty(a_CK.shape[0], b_EKN.shape[2])
-    cpu.multiply_each(_parts(y_CN, groups), _parts(a_CK, groups), b_EKN, cpu.is_faster(a_CK))
+    for a, b, y in zip(_parts(a_CK, groups), b_EKN, _parts(y_CN, groups), strict=True):
+        torch.mm(a, b, out=y)
     return y_CN
 
 
 def _by_columns(a_CM: Tensor, b_CN: Tensor, groups: Groups) -> Tensor:
     """The transpose of each group's rows of `a` times those of `b`: [E, M, N]."""
     shape = (len(groups.counts_E), a_CM.shape[1], b_CN.shape[1])
-    if not (_by_loop(a_CM) or cpu.is_large(a_CM, shape)):
+    if a_CM.dtype is not torch.float64 and not cpu.is_large(a_CM, shape):
         return F.grouped_mm(a_CM.t(), b_CN, offs=groups.ends_E)
     y_EMN = cpu.empty(a_CM, shape)
-    columns = (part.t() for part in _parts(a_CM, groups))
-    cpu.multiply_each(y_EMN, columns, _parts(b_CN, groups), cpu.is_faster(a_CM))
+    for a, b, y in zip(_parts(a_CM, groups), _parts(b_CN, groups), y_EMN, strict=True):
+        torch.mm(a.t(), b, out=y)
     return y_EMN
-
-
-def _by_loop(x: Tensor) -> bool:
-    """F.grouped_mm has no float64 kernel. On a CPU it is such a loop itself."""
-    return x.dtype is torch.float64 or cpu.is_faster(x)
 
 
 def _parts(x_CD: Tensor, groups: Groups) -> tuple[Tensor, ...]:

@@ -30,6 +30,7 @@ class Padded(PlainProducts):
 
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         assert not (groups.counts_E % self.token_multiple).any(), groups.counts_E
+        assert groups.host == groups.counts_E.tolist()  # some dispatchers know them beforehand
         used = sum(groups.host)
         y = super().grouped_linear(x_CD[:used], w_EFD, groups)
         return torch.cat([y, y.new_full((x_CD.shape[0] - used, y.shape[1]), torch.nan)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from core.config import load
 from launch import fabric, links
+from launch.cli import main
 from launch.fabric import Reading, judge, table
 from launch.links import rounds
 from launch.machine import FEW_FILES, driver, room
@@ -154,3 +156,15 @@ def test_this_machine(tmp_path):
     assert driver(module) == "550.54.15"
     free, writable = room(tmp_path / "not" / "yet")
     assert free > 0 and writable
+
+
+def test_the_doctor_says_who_multiplies_in_fp8_and_why_others_do_not(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "FP8 by reference     blockwise, tensorwise, rowwise, mxfp8" in said
+    lines = said[said.index("FP8 by te") :].splitlines()
+    assert lines[0].split() == ["FP8", "by", "te", "none"] and "not rowwise: te knows" in "\n".join(lines[:8])
+    assert main(["doctor", "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out)["precision"]
+    assert found["reference"] == {"blockwise": [], "tensorwise": [], "rowwise": [], "mxfp8": []}
+    assert found["te"]["blockwise"] and all(isinstance(reason, str) for reason in found["te"]["blockwise"])

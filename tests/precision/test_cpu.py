@@ -20,7 +20,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 GATES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-13}
 
 needs_onednn = pytest.mark.skipif(
-    not cpu.is_faster(torch.zeros(1)), reason="needs a PyTorch with MKL and oneDNN, as its packages for x86 are"
+    not cpu.is_faster(*torch.zeros(2, 64, 64)),
+    reason="needs a PyTorch with MKL and oneDNN, as its packages for x86 are",
 )
 
 
@@ -85,10 +86,10 @@ def test_the_check_by_differences_notices_a_wrong_gradient(monkeypatch):
         test_grouped_gradients_equal_differences()
 
 
-@pytest.mark.parametrize("leading", [(12,), (3, 4), (0,), (3, 0)], ids=str)
+@pytest.mark.parametrize("leading", [(12,), (3, 4), (64,), (2, 32), (0,), (3, 0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_equals_the_plain_statement(dtype, leading):
-    x, w, grad = operands(dtype, (*leading, D), (F, D), (*leading, F))
+    x, w, grad = operands(dtype, (*leading, 64), (128, 64), (*leading, 128))
     wanted = figures(torch.nn.functional.linear, x.double(), w.double(), grad.double())
     products = PlainProducts(dtype)
     found = figures(products.linear, x, w, grad)
@@ -101,8 +102,8 @@ def test_linear_equals_the_plain_statement(dtype, leading):
 
 def test_linear_takes_what_autograd_hands_out():
     """A gradient of one number for all, a frozen side, and a weight or an input that is a view."""
-    x, w = operands(torch.float32, (12, 2 * D), (F, 2 * D))
-    halves = [x[:, ::2], w[:, D:]]
+    x, w = operands(torch.float32, (64, 128), (64, 128))
+    halves = [x[:, ::2], w[:, 64:]]
     leaves = [half.detach().requires_grad_() for half in halves]
     wanted = torch.autograd.grad((leaves[0] @ leaves[1].t()).sum(), leaves)
     product = PlainProducts(torch.float32).linear
@@ -127,11 +128,27 @@ class Seen(TorchDispatchMode):
 @needs_onednn
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_float32_alone_goes_by_onednn(dtype):
-    x, w, grad = operands(dtype, (12, D), (F, D), (12, F))
+    x, w, grad = operands(dtype, (64, 64), (128, 64), (64, 128))
     with Seen() as seen:
         figures(PlainProducts(dtype).linear, x, w, grad)
     assert (torch.ops.aten.mm.default in seen.operations) == (dtype is not torch.float32)
     assert bool(cpu.PRODUCTS & seen.operations) == (dtype is torch.float32)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows, width, out", [(63, 64, 128), (64, 72, 128), (64, 64, 129), (0, 64, 64)])
+def test_shapes_that_may_be_many_do_not(rows, width, out):
+    x, w, grad = operands(torch.float32, (rows, width), (out, width), (rows, out))
+    with Seen() as seen:
+        figures(PlainProducts(torch.float32).linear, x, w, grad)
+    assert not cpu.PRODUCTS & seen.operations
+
+
+@needs_onednn
+def test_results_are_no_views():
+    for leading in ((64,), (2, 32)):
+        x, w = (t.requires_grad_() for t in operands(torch.float32, (*leading, 64), (128, 64)))
+        assert not PlainProducts(torch.float32).linear(x, w)._is_view()
 
 
 @needs_onednn
@@ -142,7 +159,7 @@ def test_a_compiler_finds_its_own_way():
         traced.append(any(node.target in cpu.PRODUCTS for node in graph.graph.nodes))
         return graph.forward
 
-    x, w = operands(torch.float32, (12, D), (F, D))
+    x, w = operands(torch.float32, (64, 64), (128, 64))
     compiled = torch.compile(PlainProducts(torch.float32).linear, backend=look, fullgraph=True)
     assert largest([compiled(x, w)], [x @ w.t()]) < 1e-5 and traced == [False]
 
