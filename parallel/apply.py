@@ -110,12 +110,16 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
     """Refuse matrices that an FP8 recipe cannot take, in the shapes that each rank has."""
     if not precision.uses_float8:
         return
-    last, layers = precision.bf16_last_layers, len(config.blocks)
-    if precision.bf16_first_layers + last >= layers:
-        raise ConfigError("precision.bf16_last_layers", last, f"leaves none of the {layers} layers in FP8")
+    first, last, layers = precision.bf16_first_layers, precision.bf16_last_layers, len(config.blocks)
+    if first + last >= layers:
+        key, value = ("bf16_first_layers", first) if first >= layers else ("bf16_last_layers", last)
+        raise ConfigError(f"precision.{key}", value, f"leaves none of the {layers} layers in FP8")
     recipe = precision.recipe.on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model = on_meta(config, precision)
     specs = shards.shard_specs(registry(model), config, place(layout, 0))
+    if not {info.role.products for info in registry(model).values()} & set(precision.float8):
+        named = ", ".join(products.value for products in precision.float8)
+        raise ConfigError("precision.float8", None, f"names {named}, of which this model has none")
     for index, layer in model.layers.items():
         for name, info in registry(layer).items():
             products = info.role.products

@@ -45,7 +45,8 @@ class Recipe(Enum):
     `blockwise`: 1x128 tiles of activations and gradients, 128x128 of weights, E4M3, powers of two (DeepSeek-V3, arXiv
     2412.19437, section 3.3.2). `tensorwise`: the whole operand, E4M3 forward and E5M2 for gradients (Micikevicius et
     al. 2022, arXiv 2209.05433). `rowwise`: each row of the product's contraction, E4M3. `mxfp8`: 32 elements, E4M3,
-    E8M0 scales (OCP Microscaling Formats 1.0). `auto`: mxfp8 on Blackwell, tensorwise on Ada, blockwise elsewhere.
+    E8M0 scales (OCP Microscaling Formats 1.0). `auto`: blockwise on Hopper and
+    CPUs, mxfp8 on Blackwell (10.x), tensorwise on other GPUs.
     """
 
     auto = "auto"
@@ -61,9 +62,9 @@ class Recipe(Enum):
         if device.type != "cuda":
             return Recipe.blockwise
         capability = torch.cuda.get_device_capability(device)
-        if capability >= (10, 0):
+        if (10, 0) <= capability < (12, 0):
             return Recipe.mxfp8
-        return Recipe.blockwise if capability >= (9, 0) else Recipe.tensorwise
+        return Recipe.blockwise if (9, 0) <= capability < (10, 0) else Recipe.tensorwise
 
     @property
     def multiple(self) -> int:
@@ -125,6 +126,8 @@ class PrecisionConfig:
         if self.backend in (Backend.te, Backend.torch) and self.compute is not Compute.bfloat16:
             reason = f"{self.backend.value} takes and gives bfloat16: add precision=fp8 or precision.compute=bfloat16"
             raise ConfigError("compute", self.compute, reason, [Compute.bfloat16.value])
+        if len(set(self.float8)) < len(self.float8):
+            raise ConfigError("float8", None, "names the same products twice")
         if self.uses_float8 and not self.float8:
             raise ConfigError("float8", None, "names no product: use precision.backend=bf16", [["expert"]])
 

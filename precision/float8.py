@@ -78,12 +78,12 @@ class Float8Products:
 
     @torch.compiler.disable
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
-        y: Tensor = _Product.apply(self._padded(x_TD), w_FD, None, self)
+        y: Tensor = _Product.apply(self._padded(x_TD), w_FD, None, self, torch.is_grad_enabled())
         return _like_rows(y, x_TD)
 
     @torch.compiler.disable
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        y: Tensor = _Product.apply(x_CD, w_EFD, groups, self)
+        y: Tensor = _Product.apply(x_CD, w_EFD, groups, self, torch.is_grad_enabled())
         return y
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
@@ -132,8 +132,10 @@ def _like_rows(y: Tensor, x: Tensor) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: Float8Products) -> Tensor:
-        needs_x, needs_w = ctx.needs_input_grad[:2]
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: Float8Products, learns: bool
+    ) -> Tensor:
+        needs_x, needs_w = (learns and needed for needed in ctx.needs_input_grad[:2])  # no_grad changes not those
         activation = products.quantise(x, Operand.activation, groups, True, needs_w)
         weight = products.quantise(w, Operand.weight, None, True, False)
         y = products.arithmetic.forward(activation, weight, groups)
@@ -148,7 +150,7 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         products, groups, arithmetic = ctx.products, ctx.groups, ctx.products.arithmetic
         w, *kept = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad[:2]
@@ -160,4 +162,4 @@ class _Product(torch.autograd.Function):
         if needs_w:
             activation = ctx.activation.restored(kept)
             grad_w = arithmetic.weight_gradient(grad, activation, groups).to(ctx.formats[1])
-        return grad_x, grad_w, None, None
+        return grad_x, grad_w, None, None, None

@@ -18,7 +18,9 @@ RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwi
 
 
 class Reference(TiledArithmetic):
-    """Products in float32, float64 where that is the compute format."""
+    """Products in float32, float64 where that is the compute format. What is not finite is an error on every device."""
+
+    waits = True
 
     def multiply(self, a: Rows, b: Rows) -> Tensor:
         wide = torch.promote_types(self.compute_dtype, torch.float32)

@@ -98,13 +98,13 @@ class Rows:
         return _untiled(tiles * _over(self.inverse_scale.to(dtype)), self.data.shape)
 
 
-def quantise(x: Tensor, how: Tiling) -> Rows:
-    """The last two dimensions of `x` in tiles; those at the edges may be smaller. Raises `NotFinite` on the CPU; on a
-    GPU, where that would wait for the device, a tile that is not finite becomes NaN.
+def quantise(x: Tensor, how: Tiling, waits: bool = False) -> Rows:
+    """The last two dimensions of `x` in tiles; those at the edges may be smaller. A tile that is not finite raises
+    `NotFinite` on the CPU and, where `waits` allows to wait for the device, on a GPU; there it becomes NaN otherwise.
     """
     tiles = _tiles(x.float(), how)
     amax = tiles.abs().amax(dim=(-3, -1)) if x.numel() else tiles.new_zeros(*tiles.shape[:-3], tiles.shape[-2])
-    if amax.is_cpu and not torch.isfinite(amax).all():
+    if (waits or amax.is_cpu) and not torch.isfinite(amax).all():
         raise NotFinite
     scale, inverse = how.scale(amax)
     data = (tiles * _over(scale)).clamp_(-how.largest, how.largest).to(how.format)
@@ -152,7 +152,11 @@ class Tiled:
 
 
 class TiledArithmetic:
-    """`precision.float8.Arithmetic` on tiles. Whoever inherits says how two matrices are multiplied."""
+    """`precision.float8.Arithmetic` on tiles. Whoever inherits says how two matrices are multiplied, and whether to
+    wait for the device to find what is not finite.
+    """
+
+    waits = False
 
     def __init__(self, recipe: Recipe, compute_dtype: torch.dtype) -> None:
         self.recipe, self.compute_dtype = recipe, compute_dtype
@@ -165,15 +169,16 @@ class TiledArithmetic:
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Tiled:
         how = tiling(self.recipe, operand)
         if groups is None:
-            return Tiled(len(x), _matrices(x, how) if rows else (), _matrices(x.mT, how) if columns else ())
+            along = _matrices(x, how, self.waits) if rows else ()
+            return Tiled(len(x), along, _matrices(x.mT, how, self.waits) if columns else ())
         parts = x[: sum(groups.host)].split(groups.host)
         found = Tiled(len(x))
         if rows and how.rows == 1:
-            found = replace(found, rows=_row_by_row(x, how, groups))
+            found = replace(found, rows=_row_by_row(x[: sum(groups.host)], how, groups, self.waits))
         elif rows:
-            found = replace(found, rows=tuple(quantise(part, how) for part in parts))
+            found = replace(found, rows=tuple(quantise(part, how, self.waits) for part in parts))
         if columns:
-            found = replace(found, columns=tuple(quantise(part.mT, how) for part in parts))
+            found = replace(found, columns=tuple(quantise(part.mT, how, self.waits) for part in parts))
         return found
 
     def forward(self, x: Tiled, w: Tiled, groups: Groups | None) -> Tensor:
@@ -200,16 +205,16 @@ class TiledArithmetic:
         return self.multiply(a, b)
 
 
-def _matrices(x: Tensor, how: Tiling) -> tuple[Rows, ...]:
+def _matrices(x: Tensor, how: Tiling, waits: bool) -> tuple[Rows, ...]:
     """Of one matrix, or of each in a stack."""
-    whole = quantise(x, how)
+    whole = quantise(x, how, waits)
     if x.dim() == 2:
         return (whole,)
     return tuple(Rows(data, scale, how) for data, scale in zip(whole.data, whole.inverse_scale, strict=True))
 
 
-def _row_by_row(x: Tensor, how: Tiling, groups: Groups) -> tuple[Rows, ...]:
+def _row_by_row(x: Tensor, how: Tiling, groups: Groups, waits: bool) -> tuple[Rows, ...]:
     """No row shares its scales: all at once, then divided."""
-    whole, count = quantise(x, how), sum(groups.host)
-    data, scale = (tensor[:count].split(groups.host) for tensor in (whole.data, whole.inverse_scale))
+    whole = quantise(x, how, waits)
+    data, scale = (tensor.split(groups.host) for tensor in (whole.data, whole.inverse_scale))
     return tuple(Rows(d, s, how) for d, s in zip(data, scale, strict=True))

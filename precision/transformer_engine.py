@@ -214,8 +214,9 @@ def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
         sizes = torch.randn(*shape[:-1], 1, generator=generator).mul(2).exp()
         return (torch.randn(*shape, generator=generator) * sizes).to(device, dtype)
 
-    groups = Groups(torch.tensor([96, 0, 32, 64], device=device))
-    x, grad = operand(224, 256), operand(224, 384)
+    least = recipe.multiple  # as few rows as an expert may have
+    groups = Groups(torch.tensor([3 * least, 0, least, 5 * least], device=device))
+    x, grad = operand(11 * least, 256), operand(11 * least, 384)
     weights: list[tuple[Tensor, Groups | None]] = [(operand(384, 256), None), (operand(4, 384, 256), groups)]
     engine, reference = Engine(recipe, dtype), Reference(recipe, dtype)
     for quantizer in engine.quantizers.values():

@@ -310,7 +310,7 @@ def techniques(
 ) -> dict[str, Any]:
     """What a certificate is about beside the axes and the model."""
     keys = ("dispatch", "context", "recompute", "compile", "schedule", "stages_per_rank")
-    float8 = certify_float8.recipe_of(precision).value if precision and precision.uses_float8 else None
+    float8 = certify_float8.about(precision) if precision and precision.uses_float8 else None
     found = {key: plain(getattr(parallel, key)) for key in keys}
     return {**found, "muon": kind is OptimizerKind.muon, "float8": float8}
 

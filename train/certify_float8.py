@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from model.config import ModelConfig
 from parallel.layout import Layout, ParallelConfig
@@ -18,8 +21,8 @@ from train.certify_rank import Case, Figures, Ranks, measure_all
 from train.comparison import Comparison, compare, distances, series, worst
 from train.optimizer import OptimizerConfig, OptimizerKind
 
-SIDE, CONTEXT, ROWS = 128, 256, 4
-"""Widths are multiples of SIDE on every rank and a row has two tiles: no tile is cut. ROWS: of each rank."""
+SIDE, ROWS = 128, 4
+"""Widths are multiples of SIDE on every rank, and so are the runs of tokens: no tile is cut. ROWS: of each rank."""
 LOSS, NORM, ERROR = 5e-3, 5e-2, 1.5
 """Gates where a layout's tiles are others: relative, and of each gradient's error over the error in one process."""
 _SMALL = 1e-3
@@ -45,27 +48,37 @@ def proofs(
 def same_tiles(recipe: Recipe, layout: Layout) -> list[Products]:
     """The products whose tiles do not depend on the layout.
 
-    Experts see the same tokens only where all ranks with other tokens send theirs to the same copy of an expert. Scales
-    of whole tensors and rows change with whatever is cut, so only a pipeline keeps them.
+    Experts see the same tokens only where all ranks with other tokens send theirs to the same copy of an expert, and in
+    the same order only where ranks have runs of whole rows. Scales of whole tensors and rows change with whatever is
+    cut, so only a pipeline keeps them.
     """
     if recipe in (Recipe.tensorwise, Recipe.rowwise):
         return list(Products) if layout.world_size == layout.pp else []
-    copies = layout.efsdp * layout.dp_replicate
-    return [products for products in Products if products is not Products.expert or copies == 1]
+    same_tokens = layout.efsdp * layout.dp_replicate * layout.cp == 1
+    return [products for products in Products if products is not Products.expert or same_tokens]
 
 
 def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> dict[str, Case]:
     emulated = replace(precision, backend=Backend.reference, compute=Compute.float64)
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)
-    every = Case(model, emulated, sgd, context=CONTEXT, rows=ROWS * layout.rows, imitates=layout.rows)
+    context = 2 * SIDE * layout.cp  # under cp a rank has a run from the head of a row and one from its tail
+    every = Case(model, emulated, sgd, context=context, rows=ROWS * layout.rows, imitates=layout.rows)
     same = same_tiles(recipe_of(precision), layout)
     kept = [products for products in precision.float8 if products in same]
     alike = {_SAME: replace(every, precision=replace(emulated, float8=kept))} if kept else {}
     return {**alike, _ANY: every}
 
 
+def about(precision: PrecisionConfig) -> dict[str, Any]:
+    """What a certificate is about: another recipe, or more in FP8, needs another one."""
+    products = sorted(products.value for products in precision.float8)
+    layers = [precision.bf16_first_layers, precision.bf16_last_layers]
+    return {"recipe": recipe_of(precision).value, "products": products, "bf16_layers": layers}
+
+
 def recipe_of(precision: PrecisionConfig) -> Recipe:
-    return Recipe.blockwise if precision.recipe is Recipe.auto else precision.recipe
+    """`auto` is what it is on the CPU, where certificates are made."""
+    return precision.recipe.on(torch.device("cpu"))
 
 
 def _no_larger_error(exact: Figures, alone: Figures, found: Sequence[Figures]) -> Iterator[Comparison]:

@@ -40,11 +40,12 @@ FREE = (
     "precision.float8",
     "precision.bf16_first_layers",
     "precision.bf16_last_layers",
+    "precision.kernels",
     "training.micro_batch",
     "data.cache",
     "data.verify",
 )
-"""What may change when a run goes on: nothing here changes what is learnt."""
+"""What may change when a run goes on: nothing here changes what is learnt, but for the rounding of products."""
 
 
 class Occupied(LeviathanError):

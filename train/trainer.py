@@ -80,6 +80,8 @@ class Trainer:
             log(f"going on from step-{self.step:08d}")
         elif source is not None:
             fill(placed.model, placed.specs, source)
+        if config.precision.uses_float8:
+            log(str(resolve(config.precision, world.device)))
         placed.model.see_positions(phase_of(config, self.step).model)
         if world.is_main:
             directory.trim_metrics(self.step)
@@ -179,6 +181,7 @@ class Trainer:
         if not layout.axes:
             return None
         kind, precision = self.config.optimizer.kind, self.config.precision
+        precision = replace(precision, recipe=precision.recipe.on(self.world.device))
         found = certificates.find(layout.axes, self.config.model, layout, cache, kind, precision)
         if found is None:
             self.log(
@@ -224,10 +227,10 @@ def _identity(config: TrainConfig, device: torch.device) -> dict[str, str]:
         precision = str(error)
     text = json.dumps(plain(replace(config, launch={})), sort_keys=True)  # each node has a number of its own there
     return {
+        "precision": precision,
         "configuration": hashlib.sha256(text.encode()).hexdigest()[:16],
         "code version": sources_digest(),
         "torch version": torch.__version__,
-        "precision": precision,
     }
 
 

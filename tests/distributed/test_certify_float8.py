@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,7 +90,12 @@ def test_which_products_have_the_same_tiles() -> None:
 
 def test_a_certificate_is_about_its_recipe() -> None:
     eight = config("precision=fp8", "precision.recipe=mxfp8")
-    said = [techniques(eight.parallel, eight.optimizer.kind, one)["float8"] for one in (eight.precision, None)]
-    assert said == ["mxfp8", None]
-    same = PrecisionConfig(Compute.bfloat16, backend=Backend.reference)
-    assert techniques(eight.parallel, precision=same)["float8"] == "blockwise"
+
+    def said(precision: PrecisionConfig | None) -> Any:
+        return techniques(eight.parallel, eight.optimizer.kind, precision)["float8"]
+
+    usual = PrecisionConfig(Compute.bfloat16, backend=Backend.reference)
+    assert said(eight.precision)["recipe"] == "mxfp8" and said(usual)["recipe"] == "blockwise" and said(None) is None
+    for other in ({"float8": [Products.attention]}, {"bf16_first_layers": 1}, {"bf16_last_layers": 1}):
+        assert said(replace(usual, **other)) != said(usual)
+    assert said(replace(usual, backend=Backend.te)) == said(usual)

@@ -69,6 +69,8 @@ EIGHT = {
     "precision.recipe=mxfp8": "precision.float8=attention: the key of layer 0 is 16 x 32 on a rank, but mxfp8 takes",
     "precision.float8=[router]": "precision.float8=router: the router must not be rounded to FP8: leave it out",
     "precision.float8=[]": "precision.float8: names no product: use precision.backend=bf16",
+    "precision.float8=[expert,expert]": "precision.float8: names the same products twice",
+    "precision.bf16_first_layers=9": "precision.bf16_first_layers=9: leaves none of the 4 layers in FP8",
     "precision.bf16_last_layers=4": "precision.bf16_last_layers=4: leaves none of the 4 layers in FP8",
 }
 
