@@ -82,9 +82,11 @@ def test_which_products_have_the_same_tiles() -> None:
 
     for layout in LAYOUTS.values():
         assert Products.expert in kept(Recipe.blockwise, *layout)
-    for layout in ((2, ParallelConfig()), (4, ParallelConfig(ep=2)), (2, ParallelConfig(tp=2))):
+    others = [(2, ParallelConfig(dp_replicate=2)), (2, ParallelConfig(cp=2, ep=2))]
+    for layout in ((2, ParallelConfig()), (4, ParallelConfig(ep=2)), (2, ParallelConfig(tp=2)), *others):
         found = kept(Recipe.blockwise, *layout)
         assert Products.attention in found and Products.expert not in found
+    assert (LOSS, NORM, ERROR) == (5e-3, 5e-2, 1.5)  # wider ones would let bugs through
     assert kept(Recipe.tensorwise, 2, ParallelConfig(ep=2)) == [] != kept(Recipe.tensorwise, 2, ParallelConfig(pp=2))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from model.config import BalanceConfig, ModelConfig, RouterConfig, Score, WeightsOn
 from model.context import SequenceContext
 from model.init import initialise
+from model.kernels import TorchKernels
 from model.moe import LocalDispatch, MixtureOfExperts, arrange
 from parallel.expert import AllGather, AllToAll
 from parallel.layout import ParallelConfig
@@ -82,7 +83,9 @@ def test_rows_are_sorted_stably_and_padded() -> None:
     assert rows.is_padding_C1 is not None and rows.is_padding_C1[:, 0].tolist()[:6] == [False] * 5 + [True]
 
 
-def dispatched(kind: Any, etp: int, gemm: PlainProducts, top_k: int, weights_on: WeightsOn, skew: bool) -> Any:
+def dispatched(
+    kind: Any, etp: int, gemm: PlainProducts, top_k: int, weights_on: WeightsOn, skew: bool, kernels: bool = False
+) -> Any:
     """This rank's tokens through experts that lie on all ranks; output, and gradients of what this rank has."""
     world = connect()
     ep = world.size // etp
@@ -97,7 +100,8 @@ def dispatched(kind: Any, etp: int, gemm: PlainProducts, top_k: int, weights_on:
         gate_up, down = moe.experts.gate_up, moe.experts.down
         gate_up.weight = torch.nn.Parameter(gate_up.weight[experts, :, columns].clone())
         down.weight = torch.nn.Parameter(down.weight[experts, :, columns].clone())
-    moe.dispatch = kind(meshes.experts, etp, held, weights_on, gemm.token_multiple)
+    twins = TorchKernels() if kernels else None
+    moe.dispatch = kind(meshes.experts, etp, held, weights_on, gemm.token_multiple, twins)
     found = figures(moe, tokens(world.rank))
     return found, experts, columns
 
@@ -107,6 +111,19 @@ def dispatched(kind: Any, etp: int, gemm: PlainProducts, top_k: int, weights_on:
 @pytest.mark.parametrize("count, etp", [(2, 1), (4, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("kind", [AllToAll, AllGather])
 def test_a_dispatcher_computes_what_one_device_does(ranks, kind, count, etp, top_k, weights_on, skew):
+    compared(ranks, kind, count, etp, top_k, weights_on, skew)
+
+
+@pytest.mark.parametrize("top_k, weights_on", [(1, WeightsOn.input), (2, WeightsOn.output), (2, WeightsOn.input)])
+@pytest.mark.parametrize("kind, etp", [(AllToAll, 1), (AllToAll, 2), (AllGather, 1)])
+def test_kernels_move_rows_as_plain_code_does(ranks, kind, etp, top_k, weights_on):
+    """By their twins; tests/model/test_kernels.py holds those against Triton."""
+    compared(ranks, kind, 2, etp, top_k, weights_on, skew=True, kernels=True)
+
+
+def compared(
+    ranks: Any, kind: Any, count: int, etp: int, top_k: int, weights_on: WeightsOn, skew: bool, kernels: bool = False
+) -> None:
     gemm = Padded(torch.float64)
     alone = make(PlainProducts(torch.float64), top_k, weights_on)
     if skew:
@@ -115,7 +132,7 @@ def test_a_dispatcher_computes_what_one_device_does(ranks, kind, count, etp, top
     wanted = [figures(alone, tokens(rank)) for rank in range(count)]  # gradients add up in `alone`
     summed = wanted[-1]
     for rank, (found, experts, columns) in enumerate(
-        ranks(count, dispatched, kind, etp, gemm, top_k, weights_on, skew)
+        ranks(count, dispatched, kind, etp, gemm, top_k, weights_on, skew, kernels)
     ):
         for name in ("y", "x"):
             torch.testing.assert_close(found[name], wanted[rank][name], rtol=1e-10, atol=1e-12, msg=name)

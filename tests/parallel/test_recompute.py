@@ -11,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.layouts import tiny
 from model.balancer import Balancer
+from model.config import ModelConfig
 from parallel.apply import build
 from parallel.layout import ParallelConfig, Recompute
 from parallel.mesh import make_meshes
 from parallel.world import World
-from precision.config import Compute, PrecisionConfig
+from precision.config import Backend, Compute, PrecisionConfig, Recipe
+from train.certify import shrink
 from train.certify_rank import ROWS, MadeUpRows
 from train.engine import TorchEngine
 from train.optimizer import OptimizerConfig
@@ -39,20 +41,27 @@ class Done(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def operations(mode: Recompute, compute: Compute) -> Counter[str]:
+def operations(mode: Recompute, precision: PrecisionConfig, model: ModelConfig) -> Counter[str]:
     """Those of one step in one process."""
-    world, model = World(0, 1, torch.device("cpu")), tiny(2)
+    world = World(0, 1, torch.device("cpu"))
     meshes = make_meshes(ParallelConfig(recompute=mode).resolve(1), world)
-    placed = build(model, PrecisionConfig(compute), meshes, world.device, seed=1)
+    placed = build(model, precision, meshes, world.device, seed=1)
     network, engine = placed.model, TorchEngine(placed, OptimizerConfig())
     with Done() as done:
         optimizer_step(engine, Balancer(network), MadeUpRows(model.vocab_size).batch(0, 0, ROWS), ROWS, None, 1.0)
     return done.times
 
 
+def test_selective_recomputation_repeats_no_product_in_float8():
+    eight = PrecisionConfig(Compute.bfloat16, backend=Backend.torch, recipe=Recipe.rowwise)
+    times = [operations(mode, eight, shrink(tiny(1), side=16))["_scaled_mm_v2"] for mode in Recompute]
+    none, selective, full = times
+    assert 0 < none == selective < full
+
+
 @pytest.fixture(scope="module", params=[Compute.float32, Compute.bfloat16], ids=lambda compute: compute.value)
 def times(request) -> dict[Recompute, Counter[str]]:
-    return {mode: operations(mode, request.param) for mode in Recompute}
+    return {mode: operations(mode, PrecisionConfig(request.param), tiny(2)) for mode in Recompute}
 
 
 @pytest.mark.parametrize("kind", COSTLY)

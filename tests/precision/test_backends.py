@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -228,6 +229,55 @@ def test_roles_and_layers_that_stay() -> None:
     assert not isinstance(precision.at(2, 6).of(Products.attention, "query"), Float8Products)
     assert not isinstance(precision.plain.of(Products.head, "head"), Float8Products)
     assert isinstance(precision.plain, LayerProducts)
+
+
+@pytest.mark.parametrize(
+    "capability, recipe",
+    [((8, 9), "tensorwise"), ((9, 0), "blockwise"), ((10, 0), "mxfp8"), ((10, 3), "mxfp8"), ((12, 0), "tensorwise")],
+)
+def test_what_auto_is_on_a_gpu(monkeypatch, capability, recipe) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert Recipe.auto.on(torch.device("cuda")).value == recipe
+    assert Recipe.auto.on(CPU) is Recipe.blockwise and Recipe.rowwise.on(torch.device("cuda")) is Recipe.rowwise
+
+
+def test_without_gradients_no_columns_are_quantised(monkeypatch) -> None:
+    asked: list[bool] = []
+    quantise = Reference.quantise
+
+    def seen(self, x, operand, groups, rows, columns):
+        asked.append(columns)
+        return quantise(self, x, operand, groups, rows, columns)
+
+    monkeypatch.setattr(Reference, "quantise", seen)
+    gemm, x, w = products(Backend.reference), draw(T, D).bfloat16(), torch.nn.Parameter(draw(N, D, seed=1))
+    with torch.no_grad():
+        gemm.linear(x, w)
+    assert asked == [False, False]
+    gemm.linear(x, w)
+    assert asked[2:] == [True, False]
+
+
+GROUPS = {"attention": Products.attention, "shared": Products.shared, "experts": Products.expert, "ffn": Products.dense}
+
+
+@pytest.mark.parametrize("chosen", GROUPS.values())
+def test_each_layer_and_role_has_its_own_products(chosen: Products) -> None:
+    """By the names of modules, which only tests may go by."""
+    model = ModelConfig(vocab_size=64, width=64, layers=4, heads=4, kv_heads=2, head_width=16, dense_width=96,
+                        expert_width=64, experts=4, moe_every=2, chunk=16)  # fmt: skip
+    made = Transformer(model, resolve(replace(config(Backend.reference), float8=[chosen], bf16_first_layers=1)))
+    found = {}
+    for name, module in made.named_modules():
+        if name.startswith("layers.") and hasattr(module, "gemm"):
+            group = next(group for part, group in GROUPS.items() if part in name.split("."))
+            layer, eight = int(name.split(".")[1]), isinstance(module.gemm, Float8Products)
+            assert eight == (group is chosen and layer >= 1), name
+            if eight:
+                found[name] = module.gemm.where
+    said = {where for name, where in found.items() if name.startswith("layers.3.")}
+    wanted = {"attention": "query", "shared": "shared_gate", "expert": "expert_down", "dense": None}[chosen.value]
+    assert found and (wanted is None or f"layer 3, {wanted}" in said)
 
 
 def test_routers_and_ends_stay_in_every_model() -> None:

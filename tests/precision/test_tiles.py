@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision.config import Recipe
 from precision.float8 import NotFinite, Operand
-from precision.tiles import E4M3, E5M2, Rows, Tiling, quantise, tiling
+from precision.tiles import E4M3, E5M2, Rows, Tiling, _microscaling, quantise, tiling
 
 RECIPES = [recipe for recipe in Recipe if recipe is not Recipe.auto]
 
@@ -75,11 +77,52 @@ def test_powers_of_two_are_exact() -> None:
         assert torch.equal(quantise(x, tiling(recipe, Operand.activation)).wide(torch.float32), x)
 
 
+class Cast(TorchDispatchMode):
+    """Remembers what is cast to an FP8 format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if (options or {}).get("dtype") in (E4M3, E5M2):
+            self.largest = max(self.largest, float(arguments[0].abs().max()))
+        return function(*arguments, **(options or {}))
+
+
 def test_saturation_does_not_rely_on_the_cast() -> None:
-    """A scale cut to a power of two never overflows; one that was rounded up may, by a rounding."""
-    for amax in torch.linspace(0.1, 10, 997):
-        data = quantise(amax.expand(1, 1).clone(), tiling(Recipe.tensorwise, Operand.activation)).data
-        assert float(data.float()) <= 448
+    """A scale that was rounded up takes the largest element beyond the largest number, by a rounding. What a cast does
+    with that differs between versions of torch.
+    """
+    amax = torch.linspace(0.1, 10, 9973)
+    assert float((amax * (448 / amax)).max()) > 448
+    with Cast() as cast:
+        quantise(amax[:, None], tiling(Recipe.rowwise, Operand.activation))
+    assert cast.largest == 448
+
+
+def test_scales_at_the_edges_of_float32() -> None:
+    largest = torch.finfo(torch.float32).max
+    tiny = torch.tensor([1e-40, 0.0])
+    assert Tiling(1, 128).scale(tiny)[0].tolist() == [largest, 1.0]
+    assert Tiling(1, 128, powers_of_two=True).scale(tiny)[0].tolist() == [2.0**127, 1.0]
+
+
+@pytest.mark.parametrize(
+    "ratio, inverse",
+    [
+        (1.0, 1.0),
+        (1.25, 2.0),
+        (1.5 * 2.0**127, 2.0**127),
+        (2.0**-127, 2.0**-127),
+        (2.0**-130, 2.0**-127),
+        (1.5 * 2.0**-127, 2.0**-126),
+        (0.0, 2.0**-127),
+    ],
+)
+def test_exponents_are_rounded_up_within_their_range(ratio: float, inverse: float) -> None:
+    scale, found = _microscaling(torch.tensor([ratio]))
+    assert found.tolist() == [inverse] and scale.tolist() == [1 / inverse]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -11,6 +11,7 @@ import copy
 import importlib.metadata
 import sys
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -233,6 +234,19 @@ def test_the_user_sees_one_line(package):
     config = PrecisionConfig(compute=Compute.bfloat16, backend=Backend.te)
     with pytest.raises(ConfigError, match=r"precision\.backend=te: cannot do blockwise here: .*; .*pip install"):
         resolve(config, CPU)
+
+
+def test_nothing_unproven_trains(monkeypatch):
+    """Where all is installed, TE is asked, and then tried."""
+    monkeypatch.setattr(backend, "_installation", lambda: [])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(backend, "_refusal", lambda recipe: None)
+    monkeypatch.setattr(backend, "_tried", lambda recipe, device: None)
+    assert backend.unavailable(Recipe.blockwise, GPU) == []
+    monkeypatch.setattr(backend, "_tried", lambda recipe, device: f"gives other bytes for {recipe.value} on {device}")
+    assert backend.unavailable(Recipe.blockwise, GPU) == [f"gives other bytes for blockwise on {GPU}"]
+    monkeypatch.setattr(backend, "_refusal", lambda recipe: "its own reason")
+    assert backend.unavailable(Recipe.blockwise, GPU) == ["its own reason"]
 
 
 def test_its_own_reason_against_a_device_is_told():
