@@ -1,8 +1,9 @@
-"""Does FP8 cost loss? `python -m bench.float8_loss [--steps N] [--seeds N] [KEY=VALUE ...]`.
+"""Does FP8 cost loss? `python -m bench.float8_loss [--steps N] [--seeds N] [--picture PATH] [KEY=VALUE ...]`.
 
 The smoke model in bfloat16 and with FP8 products of the reference backend, paired by seed: the same initial weights and
 batches. What counts is the gap of the held-out losses relative to bfloat16's: its mean over seeds and the upper end of
-its one-sided 95% confidence interval (Student's t), which must be at most 1%. The curves are drawn into docs/.
+its one-sided 95% confidence interval (Student's t), which must be at most 1%. The curves are drawn into docs/,
+or where `--picture` says.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def bound(values: list[float]) -> tuple[float, float]:
     return mean, mean + QUANTILE[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def draw(found: dict[str, list[tuple[Curve, Curve]]], steps: int) -> None:
+def draw(found: dict[str, list[tuple[Curve, Curve]]], steps: int, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -78,13 +79,14 @@ def draw(found: dict[str, list[tuple[Curve, Curve]]], steps: int) -> None:
     for axes in (losses, difference):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    figure.savefig(PICTURE)
+    figure.savefig(path)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.float8_loss", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(QUANTILE))
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="where the curves are drawn")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     chosen = parser.parse_args(arguments)
     found: dict[str, list[tuple[Curve, Curve]]] = {name: [] for name in SIDES}
@@ -98,7 +100,7 @@ def main(arguments: list[str]) -> int:
             plain, eight = (found[name][-1][1][chosen.steps] for name in SIDES)
             print(f"| {seed} | {plain:.4f} | {eight:.4f} | {eight / plain - 1:+.3%} |", flush=True)
     mean, upper = bound([gap[chosen.steps] for gap in gaps(found)])
-    draw(found, chosen.steps)
+    draw(found, chosen.steps, chosen.picture)
     figures = {
         "pairs": chosen.seeds,
         "steps": chosen.steps,
