@@ -68,7 +68,7 @@ def draw(found: dict[str, list[tuple[Curve, Curve]]], steps: int, path: Path) ->
     losses.legend(frameon=False)
     for seed, gap in enumerate(gaps(found)):
         difference.plot(
-            gap.keys(), [100 * value for value in gap.values()], label=f"seed {seed}", color=COLOURS[seed + 2]
+            gap.keys(), [100 * value for value in gap.values()], label=f"seed {seed}", color=COLOURS[2:][seed % 6]
         )
     difference.axhline(0, color="black", linewidth=0.8)
     difference.axhline(100 * MOST_GAP, color=COLOURS[1], linestyle=":", label="allowed at the end")
