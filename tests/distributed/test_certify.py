@@ -144,6 +144,10 @@ SLOW = (
     "positions_not_restarted",
     "routers_saved_by_one_stage",
     "micro_batches_mixed_up",
+    "loss_divided_by_cp",
+    "norm_of_each_stage",
+    "balancing_term_dropped",
+    "balancing_term_dropped_in_a_stage",
 )
 
 

@@ -68,9 +68,8 @@ BLAMED = {
 }
 
 
-@pytest.mark.parametrize(
-    "bug", ["tiles_across_experts", *(pytest.param(bug, marks=pytest.mark.slow) for bug in [*BLAMED][1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BLAMED)
 def test_bytes_that_differ_are_noticed(ranks, bug) -> None:
     failed = {one.name for one in certified(ranks, LAYOUTS["ep2"], Recipe.blockwise, bug) if not one.passed}
     assert BLAMED[bug] in failed, failed

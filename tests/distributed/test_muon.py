@@ -104,6 +104,7 @@ def forgetting(parallel: ParallelConfig, cases: dict[str, Case]) -> dict[str, Fi
         return measure_all(parallel, cases)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_under_other_layouts(ranks, alone, tmp_path):
     """Written by one, read by another: the weights of the third step are those of the run that was not interrupted."""
     wanted, one = alone

@@ -131,6 +131,7 @@ def test_a_stopped_rank_is_reported_with_axis_and_step_and_started_again(small_c
     assert told[0].startswith(f"leviathan: rank 0: {hang['line']}"), errors
 
 
+@pytest.mark.slow
 def test_an_error_that_would_come_again_is_not_tried_again(small_corpus, tmp_path):
     process = start([*small_corpus, *TWO_RANKS, "run.name=x", "optimizer.lr=1e30", "optimizer=sgd"], tmp_path)
     _, errors = process.communicate(timeout=240)

@@ -216,6 +216,7 @@ def test_what_only_the_ranks_can_find_keeps_its_exit_code_and_is_told_once(comma
     assert done.returncode == 2 and len(told) == 1 and "the tokenizer has 300 ids" in told[0], done.stderr
 
 
+@pytest.mark.slow
 def test_what_only_rank_1_can_find_is_told_by_it(command, small_corpus, tmp_path):
     data = [*small_corpus, f"data.cache={tmp_path / 'cache'}"]
     assert command("tokenize", *data).returncode == 0
@@ -228,6 +229,7 @@ def test_what_only_rank_1_can_find_is_told_by_it(command, small_corpus, tmp_path
     assert done.returncode == 1 and len(told) == 1 and "rank 1: " in told[0] and shard.name in told[0], done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_a_run_without_restarts(small_corpus, tmp_path):
     alone = ["run.name=x", "training.steps=4000", "launch.restarts=0"]
     process = start([*TINY, *small_corpus, *TWO_RANKS, *alone], tmp_path)
