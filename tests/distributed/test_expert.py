@@ -111,17 +111,17 @@ def dispatched(
 @pytest.mark.parametrize("count, etp", [(2, 1), (4, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("kind", [AllToAll, AllGather])
 def test_a_dispatcher_computes_what_one_device_does(ranks, kind, count, etp, top_k, weights_on, skew):
-    compared(ranks, kind, count, etp, top_k, weights_on, skew)
+    assert_like_one_device(ranks, kind, count, etp, top_k, weights_on, skew)
 
 
 @pytest.mark.parametrize("top_k, weights_on", [(1, WeightsOn.input), (2, WeightsOn.output), (2, WeightsOn.input)])
 @pytest.mark.parametrize("kind, etp", [(AllToAll, 1), (AllToAll, 2), (AllGather, 1)])
 def test_kernels_move_rows_as_plain_code_does(ranks, kind, etp, top_k, weights_on):
     """By their twins; tests/model/test_kernels.py holds those against Triton."""
-    compared(ranks, kind, 2, etp, top_k, weights_on, skew=True, kernels=True)
+    assert_like_one_device(ranks, kind, 2, etp, top_k, weights_on, skew=True, kernels=True)
 
 
-def compared(
+def assert_like_one_device(
     ranks: Any, kind: Any, count: int, etp: int, top_k: int, weights_on: WeightsOn, skew: bool, kernels: bool = False
 ) -> None:
     gemm = Padded(torch.float64)

@@ -333,7 +333,7 @@ def figures(root: Path, name: str, corpus: list[str], *overrides: str) -> dict[s
         return tiny.figures(root, name, [*corpus, *FP8, "precision.backend=te", *overrides], steps=1)
 
 
-def same_runs(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def assert_same_runs(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["loss"] == wanted["loss"] and found["norm"] == wanted["norm"]
     agree(found["gradients"], wanted["gradients"])
     agree(found["weights"], wanted["weights"])
@@ -347,7 +347,7 @@ def by_emulation(tmp_path_factory, small_corpus):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_training_is_that_of_the_reference(recompute, tmp_path, small_corpus, by_emulation):
-    same_runs(figures(tmp_path, "te", small_corpus, f"parallel.recompute={recompute}"), by_emulation)
+    assert_same_runs(figures(tmp_path, "te", small_corpus, f"parallel.recompute={recompute}"), by_emulation)
 
 
 @pytest.mark.parametrize("layout", ["parallel.ep=2", "parallel.dp_shard=2"])
@@ -355,4 +355,4 @@ def test_two_ranks(layout, tmp_path, small_corpus, ranks: Pool):
     found = ranks(2, figures, tmp_path, "te", small_corpus, layout)
     wanted = ranks(2, figures, tmp_path, "reference", small_corpus, layout, "precision.backend=reference")
     for one, other in zip(found, wanted, strict=True):
-        same_runs(one, other)
+        assert_same_runs(one, other)
