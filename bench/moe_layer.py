@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.measure import Result, interleaved, median_ratio, spread
@@ -33,8 +34,6 @@ def our_layer(experts: int, dtype: torch.dtype, router: RouterConfig) -> Mixture
     name = {torch.float32: Compute.float32, torch.bfloat16: Compute.bfloat16}[dtype]
     layer = MixtureOfExperts(config, resolve(PrecisionConfig(name)).plain)
     initialise(layer, config, seed=0)
-    with torch.no_grad():
-        layer.router.weight.mul_(10)  # clear choices: both sides must send a token to the same expert
     for parameter in layer.parameters():
         parameter.data = parameter.data.to(dtype)
     return layer
@@ -67,21 +66,25 @@ def their_case(peer: Peer, layer: MixtureOfExperts, router: RouterConfig, x: Ten
 
 
 def assert_equal_outputs(ours: Case, theirs: Case, casts: torch.dtype | None = None) -> None:
-    """Token by token. In bfloat16 the peers score experts in bfloat16 and we in float32, so that a few tokens whose two
-    best experts nearly tie may go elsewhere: at most 2% of them. `casts`: in what the peer's experts multiply.
-    """
-    scores_are_narrow = ours.x.dtype is not torch.float32
-    narrow = scores_are_narrow or casts is torch.bfloat16
+    """Of every token; so both sides also send it to the same expert. `casts`: in what the peer's experts multiply."""
+    narrow = torch.bfloat16 in (ours.x.dtype, casts)
     with torch.no_grad():
         a, b = ours.layer(ours.x).float(), theirs.layer(theirs.x).float()
-    worst_T = (a - b).abs().amax(-1).flatten() / b.abs().max()
-    differing = (worst_T > (3e-2 if narrow else 1e-4)).double().mean().item()
-    if differing > (0.02 if scores_are_narrow else 0.0):
-        raise AssertionError(f"outputs of {differing:.1%} of the tokens differ: the comparison would be meaningless")
+    worst = ((a - b).abs().max() / b.abs().max()).item()
+    if not worst <= (3e-2 if narrow else 1e-4):
+        raise AssertionError(f"outputs differ by {worst:.1e} of their largest: the comparison would be meaningless")
 
 
-def tokens(count: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(1, count, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
+def tokens(count: int, layer: MixtureOfExperts) -> Tensor:
+    """[1, count, D] around the router's rows, one drawn for each token. Scores without such a preference nearly tie for
+    some tokens, which then go elsewhere when scores are bfloat16, as the peers' are: other work to do (measured: one
+    row more can cost a product 18%).
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows_ED = layer.router.weight.detach().float()
+    drawn = torch.randint(len(rows_ED), (count,), generator=generator)
+    x = torch.randn(count, WIDTH, generator=generator) + 8 * F.normalize(rows_ED, dim=-1)[drawn]
+    return x[None].to(layer.router.weight.dtype)
 
 
 def against_llama4(experts: int, dtype: torch.dtype) -> Result:
@@ -89,7 +92,8 @@ def against_llama4(experts: int, dtype: torch.dtype) -> Result:
     name = f"MoE layer vs transformers Llama 4, E={experts}, {_short(dtype)} (s; ratio theirs/ours)"
     if LLAMA4.missing:
         return _not_measured(name, LLAMA4)
-    layer, x = our_layer(experts, dtype, INPUT_WEIGHTED), tokens(4096, dtype)
+    layer = our_layer(experts, dtype, INPUT_WEIGHTED)
+    x = tokens(4096, layer)
     ours, theirs = our_case(layer, x), their_case(LLAMA4, layer, INPUT_WEIGHTED, x)
     assert_equal_outputs(ours, theirs)
     a, b = interleaved([ours, theirs], rounds=3 if experts > 16 else 5, warmup=1)
@@ -100,7 +104,8 @@ def against_llama4(experts: int, dtype: torch.dtype) -> Result:
 
 def against_grouped(experts: int, dtype: torch.dtype) -> list[Result]:
     """All peers in the same rounds."""
-    layer, x = our_layer(experts, dtype, OUTPUT_WEIGHTED), tokens(1024, dtype)
+    layer = our_layer(experts, dtype, OUTPUT_WEIGHTED)
+    x = tokens(1024, layer)
     ours, found = our_case(layer, x), {}
     for name, peer in GROUPED.items():
         if not peer.missing:
@@ -129,7 +134,8 @@ def permutation(experts: int, dtype: torch.dtype) -> Result:
     """What sorting tokens by expert, copying them there, weighting and summing them back takes of the layer, forward
     and backward: the same dispatch with experts that change nothing.
     """
-    layer, x = our_layer(experts, dtype, OUTPUT_WEIGHTED), tokens(1024, dtype)
+    layer = our_layer(experts, dtype, OUTPUT_WEIGHTED)
+    x = tokens(1024, layer)
     with torch.no_grad():
         experts_BTK, weights_BTK = layer.router(x, None)
     weights = nn.Parameter(weights_BTK.flatten(0, 1))
@@ -146,8 +152,8 @@ def permutation(experts: int, dtype: torch.dtype) -> Result:
 
 def growth(dtype: torch.dtype, note: str) -> Result:
     """Time at 128 experts over time at 8, same active parameters."""
-    x = tokens(16384, dtype)
-    cases = [our_case(our_layer(experts, dtype, INPUT_WEIGHTED), x) for experts in (128, 8)]
+    layers = [our_layer(experts, dtype, INPUT_WEIGHTED) for experts in (128, 8)]
+    cases = [our_case(layer, tokens(16384, layer)) for layer in layers]
     many, few = interleaved(cases, rounds=7)
     ratio, name = median_ratio(many, few), f"MoE layer, 128 experts vs 8, {_short(dtype)} (s)"
     medians = (statistics.median(many), statistics.median(few))

@@ -5,6 +5,8 @@ Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,6 +107,36 @@ def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """Weightless RMS norm over the last dimension, in at least float32, returned in the format of `x`."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(wide, (x.shape[-1],), None, eps).to(x.dtype)
+
+
+def swiglu_halves(gate_up_C2F: Tensor) -> Tensor:
+    """silu(left half) * right half of each row (Shazeer 2020). Autograd would put the gradients of the two views
+    together by copying both; a compiler does better without help.
+    """
+    if torch.compiler.is_compiling():
+        gate_CF, up_CF = gate_up_C2F.chunk(2, dim=-1)
+        return F.silu(gate_CF) * up_CF
+    return _SwiGLUHalves.apply(gate_up_C2F)
+
+
+class _SwiGLUHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_C2F: Tensor) -> Tensor:
+        gate_CF, up_CF = gate_up_C2F.chunk(2, dim=-1)
+        active_CF = F.silu(gate_CF)
+        ctx.save_for_backward(gate_up_C2F, active_CF)
+        return active_CF * up_CF
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_up_C2F, active_CF), (grad_CF,) = ctx.saved_tensors, grads
+        gate_CF, up_CF = gate_up_C2F.chunk(2, dim=-1)
+        found_C2F = torch.empty_like(gate_up_C2F)
+        to_gate_CF, to_up_CF = found_C2F.chunk(2, dim=-1)
+        torch.mul(grad_CF, active_CF, out=to_up_CF)
+        torch.mul(grad_CF, up_CF, out=to_gate_CF)
+        torch.ops.aten.silu_backward.grad_input(to_gate_CF, gate_CF, grad_input=to_gate_CF)
+        return found_C2F
 
 
 class GatedMLP(nn.Module):

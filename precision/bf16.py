@@ -31,7 +31,7 @@ class PlainProducts:
 
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
-        if x_CD.dtype is torch.float64 or cpu.is_large(w_EFD, w_EFD.shape):
+        if _one_by_one(x_CD, *w_EFD.shape) or cpu.is_large(w_EFD, w_EFD.shape):
             return _Grouped.apply(x_CD, w_EFD, groups)
         return F.grouped_mm(x_CD, w_EFD.transpose(1, 2), offs=groups.ends_E)
 
@@ -82,24 +82,29 @@ class _Grouped(torch.autograd.Function):
         return grad_x, _by_columns(grad_CF, x_CD, ctx.groups) if needs_w else None, None
 
 
+def _one_by_one(like: Tensor, groups: int, *widths: int) -> bool:
+    """Whether F.grouped_mm has no kernel for such a product, or the loop here is faster."""
+    return like.dtype is torch.float64 or cpu.is_faster_by_group(like, like.shape[0] // max(groups, 1), *widths)
+
+
 def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
     """Each group's rows times its matrix: [C, N]."""
-    if a_CK.dtype is not torch.float64:  # F.grouped_mm has no kernel for it
+    if not _one_by_one(a_CK, *b_EKN.shape):
         return F.grouped_mm(a_CK, b_EKN, offs=groups.ends_E)
     y_CN = a_CK.new_empty(a_CK.shape[0], b_EKN.shape[2])
     for a, b, y in zip(_parts(a_CK, groups), b_EKN, _parts(y_CN, groups), strict=True):
-        torch.mm(a, b, out=y)
+        cpu.multiply_rows(a, b, y)
     return y_CN
 
 
 def _by_columns(a_CM: Tensor, b_CN: Tensor, groups: Groups) -> Tensor:
     """The transpose of each group's rows of `a` times those of `b`: [E, M, N]."""
     shape = (len(groups.counts_E), a_CM.shape[1], b_CN.shape[1])
-    if a_CM.dtype is not torch.float64 and not cpu.is_large(a_CM, shape):
+    if not _one_by_one(a_CM, *shape) and not cpu.is_large(a_CM, shape):
         return F.grouped_mm(a_CM.t(), b_CN, offs=groups.ends_E)
     y_EMN = cpu.empty(a_CM, shape)
     for a, b, y in zip(_parts(a_CM, groups), _parts(b_CN, groups), y_EMN, strict=True):
-        torch.mm(a.t(), b, out=y)
+        cpu.multiply_columns(a, b, y)
     return y_EMN
 
 

@@ -14,6 +14,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from core.errors import ConfigError
 from model import kernels
@@ -21,6 +23,7 @@ from model.config import ModelConfig, RouterConfig, Score, WeightsOn
 from model.context import SequenceContext
 from model.init import initialise
 from model.kernels import TorchKernels
+from model.layers import swiglu_halves
 from model.moe import MixtureOfExperts
 from precision.config import Compute, PrecisionConfig
 from precision.config import Kernels as Kind
@@ -127,3 +130,17 @@ def test_a_mixture_by_kernels_is_the_plain_one(monkeypatch, top_k, multiple, wei
         torch.testing.assert_close(found[name], wanted, rtol=1e-12, atol=1e-14, msg=name)
     monkeypatch.setattr(TorchKernels, "swiglu_forward", lambda self, gate, up: gate * up)
     assert not torch.allclose(mixture_figures(top_k, weights_on, multiple)["y"], plain["y"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_plain_swiglu_of_halves_is_autograds_to_the_bit(dtype):
+    def plain(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    both = torch.randn(7, 24, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    grad = torch.randn(7, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for way in (swiglu_halves, torch.compile(swiglu_halves, backend="aot_eager", fullgraph=True)):
+        assert torch.equal(way(both), plain(both))
+        found, wanted = (torch.autograd.grad(f(both), both, grad)[0] for f in (way, plain))
+        assert torch.equal(found, wanted) and found.abs().min() > 0

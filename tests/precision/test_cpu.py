@@ -145,6 +145,30 @@ def test_shapes_that_may_be_many_do_not(rows, width, out):
 
 
 @needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_experts_with_many_rows_go_by_onednn(dtype):
+    groups = Groups(torch.tensor([300, 0, 15, 131]))
+    x, w, grad = operands(dtype, (446 + BEYOND, 64), (4, 128, 64), (446 + BEYOND, 128))
+    wanted = figures(plain_grouped, x.double(), w.double(), grad.double(), groups)
+    products = PlainProducts(dtype)
+    with Seen() as seen:
+        found = figures(products.grouped_linear, x, w, grad, groups)
+    assert bool(cpu.PRODUCTS & seen.operations) == (dtype is torch.float32)
+    assert largest(found, wanted) < GATES[dtype]
+    found[1] = products.grouped_input_gradient(grad, w, groups)[:446]
+    found[2] = products.grouped_weight_gradient(grad, x, groups)
+    assert largest(found, wanted) < GATES[dtype], "one by one"
+
+
+@needs_onednn
+def test_experts_rows_make_few_shapes():
+    like = torch.zeros(1, 64).expand(1 << 16, 64)
+    parts = {rows: cpu._main_part(like[:rows], torch.Size((64, 64))) for rows in range(1 << 16)}
+    assert len(set(parts.values())) < 128
+    assert all(rows - max(16, rows / 8) < part <= rows for rows, part in parts.items())
+
+
+@needs_onednn
 def test_results_are_no_views():
     for leading in ((64,), (2, 32)):
         x, w = (t.requires_grad_() for t in operands(torch.float32, (*leading, 64), (128, 64)))
