@@ -109,8 +109,8 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class DuplicateConfig:
-    """`near`: Jaccard similarity of word 5-grams from which two records are one (MinHash; Broder 1997); null: only exact
-    copies after normalisation.
+    """`near`: Jaccard similarity of word 5-grams from which two records are one (MinHash, Broder 1997); null: only
+    exact copies after normalisation.
     """
 
     exact: bool = True
