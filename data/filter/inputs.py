@@ -1,0 +1,252 @@
+"""Records from files or data sets: plain text, prompts with responses, or chats.
+
+An input is cut into parts, each read by one process from its begin to its end: a file, or a data set as a whole.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from core.errors import ConfigError
+from core.files import locate, sha256_file, sha256_text
+from data.filter.records import Record
+from data.sources import TEXT_SUFFIXES
+
+ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """`input`: a file, a folder or a pattern of jsonl (also .gz), parquet or text files; or `dataset`, a name or folder
+    for the `datasets` library, with `subset` and `split`.
+
+    What a record is made of: `messages_key` (a list of {"role", "content"}; the last answer is the response), or
+    `prompt_key` with `response_key`, put together by `template`, or else `text_key`. `id_key`: null: file and line.
+    `domain_key`: null: all is one domain.
+    """
+
+    input: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    text_key: str = "text"
+    prompt_key: str | None = None
+    response_key: str | None = None
+    messages_key: str | None = None
+    id_key: str | None = None
+    domain_key: str | None = None
+    template: str = "{prompt}\n\n{response}"
+
+    def __post_init__(self) -> None:
+        if (self.input is None) == (self.dataset is None):
+            raise ConfigError("input", self.input, "name a file or folder (input=...), or a data set (dataset=...)")
+        if (self.prompt_key is None) != (self.response_key is None):
+            raise ConfigError("response_key", self.response_key, "prompt_key and response_key go together")
+        if self.prompt_key and self.messages_key:
+            raise ConfigError("messages_key", self.messages_key, "give it, or prompt_key and response_key")
+        before, found, after = self.template.partition("{response}")
+        if not found or "{prompt}" not in before or "{" in after:
+            raise ConfigError("template", self.template, "needs {prompt} and, after it, {response}")
+
+
+class Unreadable(Exception):
+    """A record that is none; the message says why."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What stands where no record could be read."""
+
+    id: str
+    source: str
+    reason: str
+
+
+class Part(Protocol):
+    """What one process reads. `fingerprint` changes whenever its records could."""
+
+    name: str
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def records(self) -> Iterator[Record | Broken]: ...
+
+
+def parts(config: InputConfig) -> list[Part]:
+    """The parts of an input, in a fixed order. Raises `ConfigError` where there is nothing to read."""
+    make = RecordMaker(config)
+    if config.dataset is not None:
+        return [DataSetPart(config, make)]
+    assert config.input is not None
+    try:
+        place = locate(config.input)
+    except ConfigError as error:
+        raise error.under("input") from None
+    if place.is_file():
+        return [FilePart(place.name, place, make)]
+    if place.is_dir():
+        found = sorted(path for path in place.rglob("*") if path.is_file() and _reader(path) is not None)
+        names = [path.relative_to(place).as_posix() for path in found]
+    else:
+        found = sorted(Path(path) for path in glob.glob(str(place), recursive=True) if Path(path).is_file())
+        names = [path.as_posix() for path in found]
+    if not found:
+        raise ConfigError("input", config.input, "no such file, and no folder with parquet, jsonl or text files")
+    return [FilePart(name, path, make) for name, path in zip(names, found, strict=True)]
+
+
+@dataclass(frozen=True)
+class RecordMaker:
+    """One row of an input to a `Record`."""
+
+    config: InputConfig
+
+    def __call__(self, row: Any, place: str, raw: str | None = None) -> Record:
+        """Raises `Unreadable` where the row has not what the configuration names."""
+        if not isinstance(row, dict):
+            raise Unreadable("no object with keys and values")
+        text, answer_start = self._text(row)
+        config = self.config
+        name = place if config.id_key is None else str(_get(row, config.id_key, (str, int)))
+        domain = "all" if config.domain_key is None else str(_get(row, config.domain_key, (str, int)))
+        raw = json.dumps(row, ensure_ascii=False, default=str) if raw is None else raw
+        return Record(name, domain, place, text, answer_start, raw)
+
+    def _text(self, row: dict[str, Any]) -> tuple[str, int | None]:
+        config = self.config
+        if config.messages_key is not None:
+            return _chat(_get(row, config.messages_key, (list,)))
+        if config.prompt_key is None or config.response_key is None:
+            return _get(row, config.text_key, (str,)), None
+        prompt, response = (_get(row, key, (str,)) for key in (config.prompt_key, config.response_key))
+        before, _, after = config.template.partition("{response}")
+        before = before.replace("{prompt}", prompt)
+        return before + response + after, len(before)
+
+
+def _chat(messages: list[Any]) -> tuple[str, int]:
+    """All messages, each under its role; the response is the last message of the assistant."""
+    text, answer_start, end = "", None, 0
+    for message in messages:
+        if not isinstance(message, dict):
+            raise Unreadable("a message is no object with role and content")
+        role, content = (_get(message, key, (str,)) for key in ("role", "content"))
+        text += f"{role}:\n"
+        if role == ASSISTANT:
+            answer_start, end = len(text), len(text) + len(content)
+        text += f"{content}\n\n"
+    if answer_start is None:
+        raise Unreadable("no message of the assistant")
+    return text[:end], answer_start
+
+
+def _get(row: dict[str, Any], key: str, kinds: tuple[type, ...]) -> Any:
+    if key not in row:
+        raise Unreadable(f"no {key!r}; it has {', '.join(map(repr, row))}")
+    value = row[key]
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise Unreadable(f"{key!r} is {type(value).__name__}, not {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
+
+
+@dataclass(frozen=True)
+class FilePart:
+    name: str
+    path: Path
+    make: RecordMaker
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256_text(self.name, sha256_file(self.path))
+
+    def records(self) -> Iterator[Record | Broken]:
+        reader = _reader(self.path)
+        if reader is None:
+            legal = [".jsonl", ".jsonl.gz", ".parquet", *sorted(TEXT_SUFFIXES)]
+            raise ConfigError("input", str(self.path), "unknown suffix", legal)
+        try:
+            for number, content in reader(self.path):
+                place = f"{self.name}:{number}"
+                try:
+                    if isinstance(content, bytes):
+                        line = content.decode()
+                        yield self.make(json.loads(line), place, line.strip())
+                    else:
+                        yield self.make(content, place)
+                except (Unreadable, ValueError, RecursionError) as error:
+                    yield Broken(place, place, str(error))
+        except (OSError, EOFError) as error:
+            raise ConfigError("input", str(self.path), f"cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
+class DataSetPart:
+    """A data set streamed by the `datasets` library, in its own order."""
+
+    config: InputConfig
+    make: RecordMaker
+
+    @property
+    def name(self) -> str:
+        return str(self.config.dataset)
+
+    @property
+    def fingerprint(self) -> str:
+        """By name, or by the files of a data set on disk; a hub's may change under its name."""
+        folder = Path(self.name)
+        local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        return sha256_text(self.name, str(self.config.subset), self.config.split, *map(sha256_file, local))
+
+    def records(self) -> Iterator[Record | Broken]:
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(self.name, self.config.subset, split=self.config.split, streaming=True)
+            for number, row in enumerate(rows):
+                place = f"{self.name}:{number}"
+                try:
+                    yield self.make(row, place)
+                except Unreadable as error:
+                    yield Broken(place, place, str(error))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = f"datasets cannot stream it: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            raise ConfigError("dataset", self.config.dataset, reason) from None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    opener: Any = gzip.open if path.suffix == ".gz" else Path.open
+    with opener(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+    except pyarrow.ArrowException as error:
+        raise OSError(f"no readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _text_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    yield 0, {"text": path.read_bytes().decode(errors="replace")}
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[tuple[int, Any]]] | None:
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _json_lines
+    return {".parquet": _parquet}.get(path.suffix, _text_file if path.suffix in TEXT_SUFFIXES else None)
