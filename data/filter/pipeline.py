@@ -1,0 +1,301 @@
+"""The stages of the filter, one after the other, on any number of processes that share a file system.
+
+Ingest cuts an input into shards of records; each later stage adds columns to the same rows. A shard is made by one
+process with fixed batching, so what comes out does not depend on how many there are, nor on when one of them was killed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.config import plain
+from core.errors import ConfigError, DataError
+from core.files import read_json, sha256_file, sha256_text, write_json
+from data.filter.config import FilterRules, OnError
+from data.filter.contamination import Contamination
+from data.filter.duplicates import find_duplicates, signatures
+from data.filter.gates import Gates
+from data.filter.inputs import Broken, Part
+from data.filter.records import Reason, Record
+from data.filter.scorer import Scorer
+from data.filter.select import ShardScores, select
+from data.filter.store import Stage, Workers
+from data.order import key_of
+
+FORMAT = 1
+SHARD_RECORDS = 4096
+DECISIONS = "decisions"
+
+
+@dataclass(frozen=True)
+class Job:
+    """`count_tokens`: of each text; null: bytes stand for tokens. `report` gets lines on the progress."""
+
+    parts: Sequence[Part]
+    rules: FilterRules
+    scorer: Scorer
+    directory: Path
+    workers: Workers
+    report: Callable[[str], None]
+    count_tokens: Callable[[Sequence[str]], Sequence[int]] | None = None
+    tokenizer: str = "bytes"
+    """A fingerprint of what counts tokens."""
+    clean: Sequence[str] = ()
+    """Reference text, of which the scorer's highest scores are not noise."""
+
+
+class Filter:
+    """A job in progress. Stages that are whole already are opened, not made again."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.rules, self.workers = job, job.rules, job.workers
+        rules = plain(job.rules)
+        screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error")}
+        sets = [sha256_file(Path(path).expanduser()) for path in job.rules.contamination.sets.values()]
+        keys = [sha256_text(str(FORMAT), *(part.fingerprint for part in job.parts))]
+        for more in (
+            (json.dumps(screen), job.tokenizer, *sets),
+            (job.scorer.fingerprint,),
+            (json.dumps(rules), *map(sha256_text, job.clean)),
+        ):
+            keys.append(sha256_text(keys[-1], *more))
+        whats = ("this input", "these gates", f"the scorer {job.scorer.name} {job.scorer.fingerprint[:12]}", "these rules")
+        names = ("records", "screened", "scored", DECISIONS)
+        self.records, self.screened, self.scored, self.decided = (
+            Stage(job.directory / name, key, what) for name, key, what in zip(names, keys, whats, strict=True)
+        )
+
+    def run(self) -> None:
+        """Make what is missing of all stages."""
+        self._ingest()
+        self._screen()
+        self._score()
+        self._decide()
+
+    # -- ingest
+
+    def _ingest(self) -> None:
+        stage = self.records
+        stage.open(self.workers)
+        if stage.is_whole:
+            return
+        for place, part in enumerate(self.job.parts):
+            if place % self.workers.size == self.workers.rank:
+                self._ingest_part(place, part)
+        self.workers.wait()
+        shards: dict[str, int] = {}
+        for place in range(len(self.job.parts)):
+            shards |= read_json(stage.directory / f"part-{place:05d}.json")
+        if not sum(shards.values()):
+            raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
+        self._refuse_double_names(shards)
+        stage.close(shards, self.workers)
+        self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
+
+    def _ingest_part(self, place: int, part: Part) -> None:
+        done = self.records.directory / f"part-{place:05d}.json"
+        if done.exists():
+            return
+        shards: dict[str, int] = {}
+        rows: list[Record | Broken] = []
+
+        def write() -> None:
+            name = f"{place:05d}-{len(shards):06d}"
+            self.records.write(name, _records_table(rows))
+            shards[name] = len(rows)
+            rows.clear()
+
+        for row in part.records():
+            if isinstance(row, Broken) and self.rules.on_error is OnError.fail:
+                reason = f"cannot be read: {row.reason}"
+                raise ConfigError("input", row.source, reason, ["on_error=drop, which counts such records"])
+            rows.append(row)
+            if len(rows) == SHARD_RECORDS:
+                write()
+        if rows:
+            write()
+        write_json(done, shards)
+
+    def _refuse_double_names(self, shards: dict[str, int]) -> None:
+        """Names must tell records apart, or a journey could not be told. 64-bit hashes first: 100 million fit memory."""
+        if self.workers.rank:
+            return
+        names = [(shard, self.records.read(shard, ["id"])["id"].to_pylist()) for shard in shards]
+        seen: set[int] = set()
+        for shard, ids in names:
+            for name in ids:
+                key = key_of(name)
+                if key in seen:
+                    raise ConfigError("id_key", name, f"two records have this name (shard {shard}); names must differ")
+                seen.add(key)
+
+    def rows(self, shard: str) -> list[Record]:
+        """The records of a shard; broken ones have no text."""
+        table = self.records.read(shard)
+        names = ("id", "domain", "source", "text", "answer_start", "raw")
+        return [Record(*values) for values in zip(*(table[name].to_pylist() for name in names), strict=True)]
+
+    # -- screen
+
+    def _screen(self) -> None:
+        gates, contamination = Gates(self.rules.gates), Contamination(self.rules.contamination)
+
+        def screen(shard: str) -> Any:
+            table, rows = self.records.read(shard), self.rows(shard)
+            problems = table["problem"].to_pylist()
+            reasons = [
+                Reason.malformed.name if problem is not None else _name(_screened(record, gates, contamination))
+                for record, problem in zip(rows, problems, strict=True)
+            ]
+            texts = [record.text for record in rows]
+            counts = self.job.count_tokens(texts) if self.job.count_tokens else [len(text.encode()) for text in texts]
+            self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(rows):,} left out")
+            return _table(
+                reason=reasons,
+                tokens=np.asarray(counts, np.int64),
+                bytes=np.asarray([len(record.answer.encode()) for record in rows], np.int64),
+                tie=np.asarray([key_of(self.rules.seed, record.id) for record in rows], np.uint64),
+                signature=signatures(texts, self.rules.duplicates),
+            )
+
+        self.screened.make(self.records.shards, self.workers, screen)
+
+    @cached_property
+    def duplicates(self) -> dict[str, dict[int, str]]:
+        """Shard -> row -> reason, of records that repeat an earlier one. The same on every process."""
+        found: dict[str, dict[int, str]] = {}
+        passed = ((shard, table) for shard, table in self.screened.tables(["reason", "signature"]))
+        for shard, row, reason in find_duplicates(passed, self.rules.duplicates):
+            found.setdefault(shard, {})[row] = reason.name
+        return found
+
+    def reasons(self, shard: str) -> list[str | None]:
+        """Why records are out before they are scored; None: they are not."""
+        reasons: list[str | None] = self.screened.read(shard, ["reason"])["reason"].to_pylist()
+        for row, reason in self.duplicates.get(shard, {}).items():
+            reasons[row] = reason
+        return reasons
+
+    def passed(self) -> Iterator[Record]:
+        """Every record that is to be scored, in order."""
+        for shard in self.records.shards:
+            for record, reason in zip(self.rows(shard), self.reasons(shard), strict=True):
+                if reason is None:
+                    yield record
+
+    # -- score
+
+    def _score(self) -> None:
+        scorer = self.job.scorer
+        self.scored.open(self.workers)
+        if not self.scored.is_whole:
+            scorer.fit(self.passed)
+
+        def score(shard: str) -> Any:
+            reasons = self.reasons(shard)
+            places = [place for place, reason in enumerate(reasons) if reason is None]
+            rows = self.rows(shard)
+            scores = np.full(len(rows), np.nan)
+            if places:
+                scores[places] = scorer.score([rows[place] for place in places])
+            self.job.report(f"scored {shard}: {len(places):,} records")
+            return _table(score=scores, reason=reasons)
+
+        self.scored.make(self.records.shards, self.workers, score)
+
+    # -- decide
+
+    @cached_property
+    def domains(self) -> list[str]:
+        found: set[str] = set()
+        for _, table in self.records.tables(["domain"]):
+            found |= set(table["domain"].to_pylist())
+        return sorted(found)
+
+    def _shard_scores(self, shard: str) -> ShardScores:
+        """Of the records that were to be scored, and their places among all of the shard."""
+        scored, screened = self.scored.read(shard), self.screened.read(shard, ["tokens", "bytes", "tie"])
+        domains = {name: place for place, name in enumerate(self.domains)}
+        places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
+        columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "bytes", "tie")}
+        domain = [domains[name] for name in self.records.read(shard, ["domain"])["domain"].to_pylist()]
+        return ShardScores(
+            name=shard,
+            place=places,
+            score=scored["score"].to_numpy()[places],
+            domain=np.asarray(domain, np.int32)[places],
+            length=columns["bytes"],
+            tokens=columns["tokens"],
+            tie=columns["tie"],
+        )
+
+    def _decide(self) -> None:
+        self.decided.open(self.workers)
+        if self.decided.is_whole:
+            return
+        mine = [s for i, s in enumerate(self.records.shards) if i % self.workers.size == self.workers.rank]
+        clean = self._clean_scores()
+        decision = select(
+            lambda: (self._shard_scores(shard) for shard in mine), self.domains, self.rules, clean, self.workers.sum
+        )
+
+        def decide(shard: str) -> Any:
+            scores = self._shard_scores(shard)
+            reasons = np.asarray(self.scored.read(shard, ["reason"])["reason"].to_pylist(), object)
+            reasons[scores.place] = [reason.name for reason in decision.reasons(scores)]
+            kept = [Reason[name].kept for name in reasons]
+            bucket = np.full(len(reasons), -1, np.int32)
+            bucket[scores.place] = decision.buckets(scores)
+            return _table(reason=reasons.tolist(), kept=kept, bucket=bucket)
+
+        if self.workers.rank == 0:
+            write_json(self.decided.directory / "thresholds.json", decision.thresholds)
+        self.decided.make(self.records.shards, self.workers, decide)
+
+    def _clean_scores(self) -> NDArray[np.float64] | None:
+        if not self.job.clean:
+            return None
+        records = [Record(f"clean:{n}", "clean", "clean", text) for n, text in enumerate(self.job.clean)]
+        scores = self.job.scorer.score(records)
+        if not np.isfinite(scores).any():
+            raise DataError("the scorer gave no clean reference text a score (select.clean)")
+        return scores[np.isfinite(scores)]
+
+
+def _screened(record: Record, gates: Gates, contamination: Contamination) -> Reason | None:
+    reason = gates(record)
+    return reason if reason is not None else contamination(record)
+
+
+def _name(reason: Reason | None) -> str | None:
+    return None if reason is None else reason.name
+
+
+def _records_table(rows: Sequence[Record | Broken]) -> Any:
+    whole = [Record(r.id, "", r.source, "") if isinstance(r, Broken) else r for r in rows]
+    return _table(
+        id=[record.id for record in whole],
+        domain=[record.domain for record in whole],
+        source=[record.source for record in whole],
+        text=[record.text for record in whole],
+        answer_start=[record.answer_start for record in whole],
+        raw=[record.raw for record in whole],
+        problem=[row.reason if isinstance(row, Broken) else None for row in rows],
+    )
+
+
+def _table(**columns: Any) -> Any:
+    """A table; columns that are all null keep their kind, so that shards fit together."""
+    import pyarrow
+
+    kinds = {name: pyarrow.string() for name in ("id", "domain", "source", "text", "raw", "problem", "reason")}
+    kinds["answer_start"] = pyarrow.int32()
+    return pyarrow.table({name: pyarrow.array(values, kinds.get(name)) for name, values in columns.items()})
