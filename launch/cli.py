@@ -54,6 +54,12 @@ VERBS = {
     "tokenize": Verb(
         "make token shards of a corpus", "tokenize", "launch.tokenize:TokenizeConfig", "launch.tokenize:run"
     ),
+    "filter": Verb(
+        "leave out what is easy, broken or repeated, with an audit",
+        "filter",
+        "launch.filter:FilterConfig",
+        "launch.filter:run",
+    ),
     "import": Verb(
         "a checkpoint in the Hugging Face format, as a start for training",
         "import",

@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from core.config import build, load, plain
 from core.errors import ConfigError, LeviathanError
 from core.files import read_json, write_json
-from data.config import TokenizerConfig
+from data.config import TokenizerConfig, TokenizerKind
 from data.filter.config import FilterRules
 from data.filter.inputs import InputConfig, parts
+from data.filter.journey import explain
 from data.filter.make import make_scorer
 from data.filter.outputs import KEPT, SCORES, write_kept, write_scores
 from data.filter.pipeline import Filter, Job
 from data.filter.store import OneWorker, Workers
-from data.tokenizer import Tokenizer, from_file
+from data.tokenizer import Tokenizer, from_file, load_tokenizer
+from parallel.world import World, connect
 
 STAGES = "stages"
 
@@ -86,3 +89,74 @@ def _job(config: FilterConfig, out: Path, workers: Workers) -> Job:
         count_tokens=None if tokenizer is None else lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
         tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
     )
+
+
+def _tokenizer(config: FilterConfig) -> Tokenizer | None:
+    if config.tokenizer is None:
+        return None
+    path = Path(config.tokenizer).expanduser()
+    if path.is_dir():
+        return load_tokenizer(path)
+    try:
+        return from_file(TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path)))
+    except ConfigError as error:
+        raise ConfigError("tokenizer", config.tokenizer, error.reason) from None
+
+
+class WorldWorkers:
+    """The ranks that torchrun has started."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.rank, self.size = world, world.rank, world.size
+
+    def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        total = torch.from_numpy(np.ascontiguousarray(values))
+        if self.size > 1:
+            torch.distributed.all_reduce(total)
+        return total.numpy()
+
+    def wait(self) -> None:
+        self.world.from_main(lambda: None)
+
+
+def _workers() -> Workers:
+    return WorldWorkers(connect()) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else OneWorker()
+
+
+def _processes(config: FilterConfig, out: Path) -> int:
+    """What `torchrun --nproc-per-node N -m launch.filter` does."""
+    from launch.agent import Interrupted, Node
+    from launch.agent import run as run_node
+
+    with tempfile.TemporaryDirectory(prefix="leviathan-") as scratch:
+        path = Path(scratch) / "config.json"
+        write_json(path, plain(config))
+        command = ("-m", "launch.filter", "--config", str(path))
+        try:
+            return run_node(Node(command=command, ranks=config.processes, logs=out / "logs", job="filter"))
+        except Interrupted as error:
+            return error.exit_code
+
+
+def main(arguments: list[str]) -> int:
+    """One process of several. Errors that were foreseen are one line, told once."""
+    from core.origin import check_packages, drop_working_directory
+    from core.threads import share_cores
+
+    drop_working_directory()
+    share_cores()
+    try:
+        check_packages()
+        if arguments[:1] == ["--config"]:
+            return run(build(FilterConfig, read_json(Path(arguments[1]))))
+        return run(load("filter", FilterConfig, arguments))
+    except LeviathanError as error:
+        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
+            print(f"leviathan: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    if not sys.flags.safe_path and Path.cwd().resolve() != Path(__file__).resolve().parent.parent:
+        del sys.path[0]
+    sys.exit(main(sys.argv[1:]))

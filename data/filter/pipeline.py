@@ -33,6 +33,8 @@ from data.order import key_of
 FORMAT = 1
 SHARD_RECORDS = 4096
 DECISIONS = "decisions"
+UNREADABLE = "unreadable"
+"""The domain of what could not be read."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,7 @@ def _name(reason: Reason | None) -> str | None:
 
 
 def _records_table(rows: Sequence[Record | Broken]) -> Any:
-    whole = [Record(r.id, "", r.source, "") if isinstance(r, Broken) else r for r in rows]
+    whole = [Record(r.id, UNREADABLE, r.source, "") if isinstance(r, Broken) else r for r in rows]
     return _table(
         id=[record.id for record in whole],
         domain=[record.domain for record in whole],

@@ -1,0 +1,59 @@
+"""One record's way through the filter: what each stage found, and why it stayed or went."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.errors import ConfigError
+from data.filter.outputs import SCORES
+
+_SHOWN = 600
+"""Characters of text."""
+
+
+def explain(out: Path, name: str) -> str:
+    """A few lines about the record called `name` in the filtering of `out`. Raises `ConfigError` where there is none."""
+    row = find(out, name)
+    reason, score = row["reason"], row["score"]
+    lines = [
+        f"{name} ({row['source']}, domain {row['domain']}): {'kept' if row['kept'] else 'left out'}, {reason}",
+        f"length {row['length']:,} bytes of answer, {row['tokens']:,} tokens",
+    ]
+    if score is not None and np.isfinite(score):
+        lines.append(f"score {score:.4f}, {_place(out, row)}")
+    thresholds = json.loads((out / "stages" / "decisions" / "thresholds.json").read_text())
+    lines.append(f"thresholds of its domain: {json.dumps(thresholds.get(row['domain'], thresholds))[:_SHOWN]}")
+    return "\n".join(lines)
+
+
+def find(out: Path, name: str) -> dict[str, Any]:
+    """The record's row of scores.parquet."""
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    path = out / SCORES
+    if not path.exists():
+        raise ConfigError("out", str(out), f"holds no filtering that has ended ({SCORES} is missing)")
+    names: list[str] = []
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        here = batch.filter(pyarrow.compute.equal(batch["id"], name))
+        if len(here):
+            return here.to_pylist()[0]
+        names += batch["id"].to_pylist()[: max(0, 10_000 - len(names))]
+    raise ConfigError("explain", name, "no record has this name", difflib.get_close_matches(name, names) or names[:3])
+
+
+def _place(out: Path, row: dict[str, Any]) -> str:
+    """Where its score is among those it competed with."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(out / SCORES, columns=["domain", "bucket", "score"])
+    same = (table["domain"].to_numpy() == row["domain"]) & (table["bucket"].to_numpy() == row["bucket"])
+    scores = table["score"].to_numpy()[same]
+    scores = scores[np.isfinite(scores)]
+    return f"higher than {(scores < row['score']).mean():.1%} of the {len(scores):,} records it competed with"
