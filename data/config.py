@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from core.errors import ConfigError
+from data.filter.config import FilterRules
 
 
 class SourceKind(Enum):
@@ -134,7 +135,8 @@ class DataConfig:
     """`held_out`: share of the documents kept from training. `tokens`: a directory that `leviathan tokenize` made; the
     sources are then not read. `verify`: hash the token shards before training. `align`: pad between documents, so that
     none crosses a multiple of so many tokens but those that lie whole chunks after its start (the model's chunk: its
-    chunked layers then need nothing from other ranks of cp); null: no padding.
+    chunked layers then need nothing from other ranks of cp); null: no padding. `filter`: what training documents must
+    pass (each source is a domain); held-out ones are left as they are.
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -145,12 +147,15 @@ class DataConfig:
     long_documents: LongDocuments = LongDocuments.split
     limit_tokens: int | None = None
     align: int | None = None
+    filter: FilterRules | None = None
     verify: bool = True
     cache: str = "~/.cache/leviathan"
 
     def __post_init__(self) -> None:
         if not self.sources and not self.tokens:
             raise ConfigError("sources", None, "name at least one source, or a directory of tokens (data.tokens)")
+        if self.filter is not None and self.tokens is not None:
+            raise ConfigError("filter", None, "tokens are made already: filter the documents that they are made of")
         for name in self.sources:
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ConfigError(

@@ -17,12 +17,14 @@ from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, TokenizerKind
+from data.filter.corpus import Losses, filtered, keep_audit
 from data.sources import Document, Source, make_source
 from data.tokenizer import Tokenizer, describe, from_file, load_tokenizer, train_bpe
 from data.tokens import Shard, TokenStream, TokenWriter, token_dtype, verify_shard
 
 TRAIN, HELD_OUT = "train", "held_out"
 MANIFEST = "manifest.json"
+DOCUMENTS = "-documents.parquet"
 _FORMAT = 1
 _ENCODED_AT_ONCE = 1 << 22
 """Characters: enough to keep the encoder's threads busy, little enough for memory."""
@@ -90,9 +92,9 @@ def open_corpus(directory: Path) -> Corpus:
     raise DataError(f"{path} {reason}: remove {directory} and run again to make it anew")
 
 
-def prepare(config: DataConfig, report: Callable[[str], None]) -> Corpus:
+def prepare(config: DataConfig, report: Callable[[str], None], losses: Losses | None = None) -> Corpus:
     """Tokenise the sources, or open what was made of the same sources before. One process calls it; `report` gets lines
-    on its progress. Raises `ConfigError` with the key of what is wrong with a source, `DataError` where a cached corpus
+    on its progress, `losses` makes what a filter by a model's loss needs. Raises `ConfigError` with the key of what is wrong with a source, `DataError` where a cached corpus
     is damaged or none can be written.
     """
     if config.tokens:
@@ -114,6 +116,8 @@ def prepare(config: DataConfig, report: Callable[[str], None]) -> Corpus:
             if tokenizer is None:
                 report(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
                 tokenizer = train_bpe(_sample(sources, config.tokenizer.train_bytes), config.tokenizer, cache)
+            if config.filter is not None:
+                sources = filtered(sources, config.filter, tokenizer, cache, report, losses)
             with new_directory(directory) as scratch:
                 _write(scratch, config, sources, tokenizer, report)
         except OSError as error:
@@ -132,8 +136,9 @@ def _source_key(config: DataConfig, sources: list[Source]) -> str:
         del settings[name]
     for part in settings["sources"].values():
         del part["weight"]
-    if config.align is None:  # what was made before there was a choice stays good
-        del settings["align"]
+    for name in ("align", "filter"):
+        if settings[name] is None:  # what was made before there was a choice stays good
+            del settings[name]
     fingerprints = [source.fingerprint() for source in sources]
     return sha256_text(str(_FORMAT), json.dumps(settings, sort_keys=True), *fingerprints)
 
@@ -157,6 +162,8 @@ def _write(
     manifest: dict[str, Any] = {"format": _FORMAT, "tokenizer": describe(tokenizer), "sources": {}}
     if config.align is not None:
         manifest["align"] = config.align
+    if config.filter is not None:
+        manifest["filter"] = keep_audit(sources, directory)
     tokenizer.save(directory)
     for source in sources:
         writers = _SourceWriter(directory, config, source, tokenizer)
@@ -187,6 +194,7 @@ class _SourceWriter:
         dtype = token_dtype(tokenizer.vocab_size)
         self.streams = {s: TokenWriter(directory, f"{source.name}-{s}", dtype) for s in (TRAIN, HELD_OUT)}
         self.counts: dict[str, Counter[str]] = {split: Counter() for split in self.streams}
+        self.index = DocumentIndex(directory / f"{source.name}{DOCUMENTS}")
 
     def add(self, documents: list[Document]) -> None:
         whole = [document for document in documents if document.dropped is None]
@@ -203,9 +211,13 @@ class _SourceWriter:
                 stream = self.streams[_split(document)]
                 padding = self._padding(stream.tokens, len(whole_document))
                 counts["padding"] += padding
+                if document.name is not None and not document.held_out:
+                    self.index.add(document.name, stream.tokens + padding, len(whole_document))
                 stream.add([self.tokenizer.eos_id] * padding + whole_document)
+        self.index.flush()
 
     def close(self) -> dict[str, Any]:
+        self.index.close()
         if not self.counts[TRAIN]["documents"]:
             held_out, lost = self.counts[HELD_OUT]["documents"], self.counts[TRAIN] + self.counts[HELD_OUT]
             reason = "has no text to train on"
@@ -236,6 +248,34 @@ class _SourceWriter:
             raise ConfigError("data.limit_tokens", limit, f"{reason}; raise the limit", advice)
         counts[f"long_{policy.name}"] += 1
         return ids[:limit] if policy is LongDocuments.truncate else None
+
+
+class DocumentIndex:
+    """Where a source's training documents lie in its stream, of those that have a name: a parquet file of name, start
+    (of BOS) and tokens. Without one there is no file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[tuple[str, int, int]] = []
+        self._writer: Any = None
+
+    def add(self, name: str, start: int, tokens: int) -> None:
+        self._rows.append((name, start, tokens))
+
+    def flush(self) -> None:
+        if self._rows:
+            import pyarrow.parquet
+
+            names, starts, tokens = zip(*self._rows, strict=True)
+            table = pyarrow.table({"name": names, "start": starts, "tokens": tokens})
+            self._writer = self._writer or pyarrow.parquet.ParquetWriter(self.path, table.schema)
+            self._writer.write_table(table)
+            self._rows = []
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _split(document: Document) -> str:

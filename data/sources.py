@@ -27,11 +27,14 @@ TEXT_SUFFIXES = frozenset({".txt", ".md", ".py", ".rst"})
 
 @dataclass(frozen=True)
 class Document:
-    """`dropped` says why a document without text is passed on all the same: it is counted."""
+    """`dropped` says why a document without text is passed on all the same: it is counted. `name`: what its source calls
+    it, where it has a name.
+    """
 
     text: str
     held_out: bool
     dropped: str | None = None
+    name: str | None = None
 
 
 class Source(Protocol):
@@ -87,7 +90,7 @@ class BuiltinSource:
             if kept_back and not held_out:
                 text = builtin.without_paragraphs(text, kept_back)
             if text and budget.take(text, held_out):
-                yield Document(text, held_out)
+                yield Document(text, held_out, name=file.name)
 
     def _held_out_paragraphs(self) -> set[str]:
         """Of pydoc's topics, which repeat each other; files are told apart by their content already."""

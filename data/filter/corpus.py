@@ -1,0 +1,121 @@
+"""The filter inside a corpus: training documents of every source go through it before they become tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from core.config import plain
+from core.errors import ConfigError
+from core.files import sha256_text
+from data.filter.config import FilterRules
+from data.filter.inputs import Broken
+from data.filter.make import make_scorer
+from data.filter.outputs import AUDIT_JSON, AUDIT_PAGE, SCORES, write_audit_of, write_scores
+from data.filter.pipeline import Filter, Job
+from data.filter.records import Record
+from data.filter.scorer import TokenLosses
+from data.filter.store import OneWorker
+from data.sources import Document, Source
+from data.tokenizer import Tokenizer
+
+Losses = Callable[[str], tuple[TokenLosses, str]]
+"""A model by the name of its run or folder, and its fingerprint."""
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """A source's training documents as records; the source is the domain."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256_text(self.source.name, self.source.fingerprint())
+
+    def records(self) -> Iterator[Record | Broken]:
+        for name, document in _named(self.source):
+            if not document.held_out and document.dropped is None:
+                yield Record(name, self.source.name, name, document.text)
+
+
+class FilteredSource:
+    """A source without the training documents that the filter left out."""
+
+    def __init__(self, source: Source, done: Filter) -> None:
+        self.source, self.done, self.name = source, done, source.name
+
+    def fingerprint(self) -> str:
+        return sha256_text(self.source.fingerprint(), self.done.decided.key)
+
+    def documents(self) -> Iterator[Document]:
+        """As the source gives them; those left out say so, and are counted."""
+        reasons = self._reasons()
+        for name, document in _named(self.source):
+            if document.held_out or document.dropped is not None:
+                yield document
+            elif (reason := next(reasons)) is None:
+                yield replace(document, name=name)
+            else:
+                yield Document("", False, f"by_filter_{reason}")
+
+    def _reasons(self) -> Iterator[str | None]:
+        """Of this source's training documents in order: why each is left out; None: it stays."""
+        for shard in self.done.records.shards:
+            if self.done.records.read(shard, ["domain"])["domain"][0].as_py() == self.name:
+                table = self.done.decided.read(shard, ["kept", "reason"])
+                for kept, reason in zip(table["kept"].to_pylist(), table["reason"].to_pylist(), strict=True):
+                    yield None if kept else reason
+
+
+def _named(source: Source) -> Iterator[tuple[str, Document]]:
+    for ordinal, document in enumerate(source.documents()):
+        yield f"{source.name}:{ordinal if document.name is None else document.name}", document
+
+
+def filtered(
+    sources: Sequence[Source],
+    rules: FilterRules,
+    tokenizer: Tokenizer,
+    cache: Path,
+    report: Callable[[str], None],
+    losses: Losses | None,
+) -> list[Source]:
+    """The sources less what the filter leaves out. Its stages are kept in the cache, so a killed run goes on."""
+    key = sha256_text(json.dumps(plain(rules)), tokenizer.fingerprint, *(source.fingerprint() for source in sources))
+    directory = cache / "filter" / key[:32]
+    job = Job(
+        parts=[SourcePart(source) for source in sources],
+        rules=rules,
+        scorer=make_scorer(rules.scorer, losses, cache / "judge"),
+        directory=directory / "stages",
+        workers=OneWorker(),
+        report=report,
+        count_tokens=lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
+        tokenizer=tokenizer.fingerprint,
+    )
+    unknown = set(rules.select.domains) | set(rules.select.protect)
+    for name in sorted(unknown - {source.name for source in sources}):
+        raise ConfigError("data.filter.select", name, "no such source", [source.name for source in sources])
+    done = Filter(job)
+    done.run()
+    write_scores(done, directory / SCORES)
+    write_audit_of(done, directory, "data.filter")
+    return [FilteredSource(source, done) for source in sources]
+
+
+def keep_audit(sources: Sequence[Source], directory: Path) -> dict[str, Any]:
+    """Copy the audit beside the tokens; returns what the manifest says of the filter."""
+    done = next(source.done for source in sources if isinstance(source, FilteredSource))
+    made = done.job.directory.parent
+    for name in (AUDIT_JSON, AUDIT_PAGE, SCORES):
+        shutil.copyfile(made / name, directory / name)
+    return {"scorer": done.job.scorer.name, "fingerprint": done.decided.key, "keep": done.rules.keep}
