@@ -8,7 +8,7 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,8 +79,12 @@ class Loader:
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
         """Rows [start, stop) of the global batch of `step` (counted from the phase's begin)."""
         stop = self.global_batch if stop is None else stop
-        windows, sources = np.empty((stop - start, self.context + 1), np.int64), np.empty(stop - start, np.int64)
-        for place, ordinal in enumerate(range(step * self.global_batch + start, step * self.global_batch + stop)):
+        return self.samples(range(step * self.global_batch + start, step * self.global_batch + stop))
+
+    def samples(self, ordinals: Sequence[int]) -> Batch:
+        """The samples of these ordinals, counted from the phase's begin; ascending ones are read fastest."""
+        windows, sources = np.empty((len(ordinals), self.context + 1), np.int64), np.empty(len(ordinals), np.int64)
+        for place, ordinal in enumerate(ordinals):
             block, offset = divmod(ordinal, self.blend.block)
             block_sources, block_rows = self._block(block)
             source = block_sources[offset]

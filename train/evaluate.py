@@ -107,10 +107,10 @@ def _share(loader: HeldOutRows, source: str, rows: int, micro_batch: int, axis: 
     batches = list(held_out_batches(loader, source, rows, micro_batch))
     for turn in range(0, len(batches), axis.size):
         mine = batches[turn + axis.rank] if turn + axis.rank < len(batches) else None
-        yield mine if axis.size == 1 and mine is not None else _filled(mine, batches[0])
+        yield mine if axis.size == 1 and mine is not None else filled(mine, batches[0])
 
 
-def _filled(batch: Batch | None, full: Batch) -> Batch:
+def filled(batch: Batch | None, full: Batch) -> Batch:
     """`batch` with as many rows as `full`, the added ones without labels."""
     count = 0 if batch is None else len(batch.tokens_BT)
     spare = full.slice(count, len(full.tokens_BT))
