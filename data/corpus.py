@@ -94,8 +94,8 @@ def open_corpus(directory: Path) -> Corpus:
 
 def prepare(config: DataConfig, report: Callable[[str], None], losses: Losses | None = None) -> Corpus:
     """Tokenise the sources, or open what was made of the same sources before. One process calls it; `report` gets lines
-    on its progress, `losses` makes what a filter by a model's loss needs. Raises `ConfigError` with the key of what is wrong with a source, `DataError` where a cached corpus
-    is damaged or none can be written.
+    on its progress, `losses` makes what a filter by a model's loss needs. Raises `ConfigError` with the key of what is
+    wrong with a source, `DataError` where a cached corpus is damaged or none can be written.
     """
     if config.tokens:
         given = Path(config.tokens).expanduser()

@@ -27,8 +27,8 @@ TEXT_SUFFIXES = frozenset({".txt", ".md", ".py", ".rst"})
 
 @dataclass(frozen=True)
 class Document:
-    """`dropped` says why a document without text is passed on all the same: it is counted. `name`: what its source calls
-    it, where it has a name.
+    """`dropped` says why a document without text is passed on all the same: it is counted. `name`: what its source
+    calls it, where it has a name.
     """
 
     text: str

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,17 @@ import torch
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.files import write_json
+from data.loader import Batch
 from data.ngrams import NgramBaseline
+from data.order import key_of
 from model.flops import count_parameters, training_flops
 from parallel.cost import StaticBytes, static_bytes
+from train.config import Phase
 from train.evaluate import HeldOut, held_out_batches, held_out_loss
 from train.metrics import MetricsWriter, Throughput, expert_load, peak_memory_bytes
+from train.online import OnlineFilter, Window
 from train.optimizer import OptimizerKind
+from train.row_losses import row_losses
 from train.run_directory import read_lines
 from train.stragglers import SLOW_HOSTS
 
@@ -48,6 +54,8 @@ def make(trainer: Trainer) -> Sequence[Callback]:
     logging = Logging(trainer)
     evaluation = Evaluation(trainer, logging)
     found: list[Callback] = [logging, Saving(trainer), evaluation]
+    if trainer.config.online.every:
+        found.insert(0, OnlineFiltering(trainer))
     if trainer.config.profile.steps:
         found.append(Profiling(trainer))
     found.append(Summary(trainer, logging, evaluation))
@@ -63,6 +71,35 @@ def refuse_nonsense(loss: float, steps: int) -> None:
         error = LeviathanError(f"the loss after step {steps} is {loss}: {advice}")
         error.everywhere = True
         raise error
+
+
+class OnlineFiltering(Callback):
+    """Before every `online.every`-th step of a phase the present model scores what comes next (`train.online`)."""
+
+    def before_step(self, step: int) -> None:
+        trainer, config = self.trainer, self.trainer.config.online
+        phase, window = trainer.phase(step), trainer.window
+        if (step - phase.start) % config.every:
+            return
+        if step == phase.start:
+            window = Window(generation=window.generation)
+        key = key_of(trainer.config.run.seed, "online", phase.name)
+        filter_ = OnlineFilter(config, phase.global_batch, key, partial(self._losses, phase))
+        with trainer.pause():
+            trainer.window = filter_.next(window, step, min(config.every, phase.stop - step))
+        taken, seen = len(trainer.window.rows), trainer.window.cursor - window.cursor
+        above = f"losses above {trainer.window.threshold:.3f}"
+        trainer.log(f"online filter {trainer.window.generation}: {taken:,} rows of {seen:,} new ones, {above}")
+
+    def _losses(self, phase: Phase, ordinals: Sequence[int]) -> Any:
+        trainer = self.trainer
+        loader = trainer.loaders[phase.name]
+
+        def take(start: int, stop: int) -> Batch:
+            return loader.samples(ordinals[start:stop])
+
+        found = row_losses(trainer.engine.placed, take, len(ordinals), phase.micro_batch)
+        return found.cpu().numpy()
 
 
 class Logging(Callback):

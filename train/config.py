@@ -17,6 +17,7 @@ from parallel.apply import check_float8
 from parallel.layout import ParallelConfig, row_unit
 from precision.config import PrecisionConfig
 from train.learning_rate import ScheduleConfig
+from train.online import OnlineConfig
 from train.optimizer import OptimizerConfig
 
 
@@ -170,6 +171,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
     launch: dict[str, Any] = field(default_factory=dict)
 

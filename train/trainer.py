@@ -21,7 +21,7 @@ from core.files import write_json
 from core.origin import sources_digest
 from core.ranks import INTERRUPTED
 from data.corpus import Corpus
-from data.loader import Loader
+from data.loader import Batch, Loader
 from model.balancer import Balancer
 from parallel.apply import build
 from parallel.mesh import make_meshes
@@ -37,6 +37,7 @@ from train.environment import environment
 from train.initial import initial_source
 from train.interrupt import Interruption
 from train.metrics import Log
+from train.online import Window
 from train.parts import run_state
 from train.run_directory import RunDirectory
 from train.step import StepResult, optimizer_step
@@ -68,6 +69,7 @@ class Trainer:
         self.certificate = world.from_main(self._certificate)
         self.stragglers = Stragglers(world)
         self.step = self.tokens = 0
+        self.window = Window()
         self.paused_s = 0.0
         begun = world.from_main(lambda: bool(committed_checkpoints(directory.checkpoints)))
         source = None if begun else initial_source(config.model, config.run.seed, log)
@@ -77,6 +79,7 @@ class Trainer:
         if progress := self.checkpointer.restore(placed.model, self.engine.optimizer, placed.specs):
             check_same_data(progress, corpus)
             self.step, self.tokens = progress["step"], progress["tokens"]
+            self.window = Window(**progress.get("window", {}))
             log(f"going on from step-{self.step:08d}")
         elif source is not None:
             fill(placed.model, placed.specs, source)
@@ -101,12 +104,20 @@ class Trainer:
         rows = phase.global_batch // axis.size
         begin = time.perf_counter()
         self.engine.placed.model.see_positions(phase.model)
-        batch = self.loaders[phase.name].batch(step - phase.start, axis.rank * rows, (axis.rank + 1) * rows)
+        batch = self._batch(phase, step, axis.rank * rows, (axis.rank + 1) * rows)
         self.stragglers.loading_s += time.perf_counter() - begin
         factor, clip_norm = phase.learning_rate_factor(step), self.config.training.clip_norm
         result = optimizer_step(self.engine, self.balancer, batch, phase.micro_batch, clip_norm, factor)
         self.step, self.tokens = step + 1, self.tokens + phase.global_batch * phase.context
         return StepMetrics(**vars(result), learning_rate=factor * self.config.optimizer.lr, tokens=self.tokens)
+
+    def _batch(self, phase: Phase, step: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of the global batch of `step`: of the plain order, or of what online filtering took."""
+        loader = self.loaders[phase.name]
+        if not self.config.online.every:
+            return loader.batch(step - phase.start, start, stop)
+        begin = (step - self.window.first_step) * phase.global_batch
+        return loader.samples(self.window.rows[begin + start : begin + stop])
 
     def fit(self) -> int:
         """Train to the last step; returns the exit code. Interrupted, it saves and stops."""
@@ -141,6 +152,8 @@ class Trainer:
             "layout": self.meshes.layout.axes,
             "certificate": self.certificate,
         }
+        if self.config.online.every:
+            progress["window"] = self.window.plain()
         placed = self.engine.placed
         state = run_state(placed.model, self.engine.optimizer, placed.specs, self.meshes.is_first_of_stage)
         self.checkpointer.save(self.step, state, progress)

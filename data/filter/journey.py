@@ -17,7 +17,7 @@ _SHOWN = 600
 
 
 def explain(out: Path, name: str) -> str:
-    """A few lines about the record called `name` in the filtering of `out`. Raises `ConfigError` where there is none."""
+    """A few lines about the record called `name` in the filtering of `out`; `ConfigError` where there is none."""
     row = find(out, name)
     reason, score = row["reason"], row["score"]
     lines = [

@@ -1,7 +1,7 @@
 """The stages of the filter, one after the other, on any number of processes that share a file system.
 
 Ingest cuts an input into shards of records; each later stage adds columns to the same rows. A shard is made by one
-process with fixed batching, so what comes out does not depend on how many there are, nor on when one of them was killed.
+process with fixed batching, so what comes out does not depend on how many there are, nor on when one was killed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,13 @@ class Filter:
             (json.dumps(rules), *map(sha256_text, job.clean)),
         ):
             keys.append(sha256_text(keys[-1], *more))
-        whats = ("this input", "these gates", f"the scorer {job.scorer.name} {job.scorer.fingerprint[:12]}", "these rules")
+        scorer = f"the scorer {job.scorer.name} {job.scorer.fingerprint[:12]}"
+        whats = (
+            "this input",
+            "these gates",
+            f"the scorer {job.scorer.name} {job.scorer.fingerprint[:12]}",
+            "these rules",
+        )
         names = ("records", "screened", "scored", DECISIONS)
         self.records, self.screened, self.scored, self.decided = (
             Stage(job.directory / name, key, what) for name, key, what in zip(names, keys, whats, strict=True)
@@ -127,7 +133,7 @@ class Filter:
         write_json(done, shards)
 
     def _refuse_double_names(self, shards: dict[str, int]) -> None:
-        """Names must tell records apart, or a journey could not be told. 64-bit hashes first: 100 million fit memory."""
+        """Names must tell records apart, or a journey could not be told. Kept as 64-bit hashes."""
         if self.workers.rank:
             return
         names = [(shard, self.records.read(shard, ["id"])["id"].to_pylist()) for shard in shards]
