@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from data.filter.make import make_scorer
 from numpy.typing import NDArray
 
 from core.config import build, load, plain
@@ -23,7 +24,6 @@ from data.config import TokenizerConfig, TokenizerKind
 from data.filter.config import FilterRules
 from data.filter.inputs import InputConfig, parts
 from data.filter.journey import explain
-from data.filter.make import make_scorer
 from data.filter.outputs import KEPT, SCORES, write_kept, write_scores
 from data.filter.pipeline import Filter, Job
 from data.filter.store import OneWorker, Workers
@@ -35,8 +35,8 @@ STAGES = "stages"
 
 @dataclass(frozen=True)
 class FilterConfig(FilterRules, InputConfig):
-    """`out`: the directory to make, or to go on with. `tokenizer`: what counts tokens (a tokenizer.json or a folder with
-    one); null: bytes stand for them. `processes`: how many filter together on this machine. `explain`: tell the journey
+    """`out`: the directory to make, or to go on with. `tokenizer`: what counts tokens (a tokenizer.json or a folder
+    with one); null: bytes stand for them. `processes`: how many filter together on this machine. `explain`: tell the journey
     of the record of this name through a filtering in `out`, and do nothing else.
     """
 

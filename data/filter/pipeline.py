@@ -70,12 +70,7 @@ class Filter:
         ):
             keys.append(sha256_text(keys[-1], *more))
         scorer = f"the scorer {job.scorer.name} {job.scorer.fingerprint[:12]}"
-        whats = (
-            "this input",
-            "these gates",
-            f"the scorer {job.scorer.name} {job.scorer.fingerprint[:12]}",
-            "these rules",
-        )
+        whats = ("this input", "these gates", scorer, "these rules")
         names = ("records", "screened", "scored", DECISIONS)
         self.records, self.screened, self.scored, self.decided = (
             Stage(job.directory / name, key, what) for name, key, what in zip(names, keys, whats, strict=True)
@@ -169,7 +164,7 @@ class Filter:
             return _table(
                 reason=reasons,
                 tokens=np.asarray(counts, np.int64),
-                bytes=np.asarray([len(record.answer.encode()) for record in rows], np.int64),
+                bytes=np.asarray([len(record.text.encode()) for record in rows], np.int64),
                 tie=np.asarray([key_of(self.rules.seed, record.id) for record in rows], np.uint64),
                 signature=signatures(texts, self.rules.duplicates),
             )
