@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
-_RESAMPLED_AT_ONCE = 100
+_WEIGHTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Separation:
-    """`area`: over all pairs inside buckets whose labels differ; `low`, `high`: its 95% interval over resampled records.
-    `resampled`: the area of each resampling; those of two scorers on the same records belong together, pair by pair.
+    """`area`: over all pairs inside buckets whose labels differ; `low`, `high`: its 95% interval over resampled
+    records. `resampled`: the area of each resampling; those of two scorers on the same records belong together, one
+    by one.
     """
 
     area: float
@@ -44,22 +45,25 @@ def separation(
     everything, so that a scorer gains nothing by not answering.
 
     The interval is the bootstrap's percentiles (Efron 1979): records are drawn anew with replacement, and a pair counts
-    as often as both of its records were drawn. Raises `ValueError` where no bucket has two labels.
+    as often as both of its records were drawn. Memory grows with the square of a bucket. Raises `ValueError` where no
+    bucket has two labels.
     """
     count = len(scores)
     chance = np.random.default_rng(seed)
+    at_once = max(1, _WEIGHTS_AT_ONCE // max(count, 1))
+    inside = [np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets)]
+    tables = [_pairs(scores[mine], labels[mine]) for mine in inside]
     right, pairs = np.zeros(resamples + 1), np.zeros(resamples + 1)
-    for begin in range(0, resamples + 1, _RESAMPLED_AT_ONCE):
-        rows = min(_RESAMPLED_AT_ONCE, resamples + 1 - begin)
+    for begin in range(0, resamples + 1, at_once):
+        rows = min(at_once, resamples + 1 - begin)
         weights = chance.multinomial(count, np.full(count, 1 / count), rows).astype(np.float32)
         if begin == 0:
             weights[0] = 1  # the records as they are
-        for bucket in np.unique(buckets):
-            mine = buckets == bucket
-            won, counted = _pairs(scores[mine], labels[mine])
+        for mine, table in zip(inside, tables, strict=True):
             part = weights[:, mine]
-            right[begin : begin + rows] += np.einsum("rn,rn->r", part @ won, part, dtype=np.float64)
-            pairs[begin : begin + rows] += np.einsum("rn,rn->r", part @ counted, part, dtype=np.float64)
+            won, counted = np.split(part @ table, 2, axis=1)
+            right[begin : begin + rows] += np.einsum("rn,rn->r", won, part, dtype=np.float64)
+            pairs[begin : begin + rows] += np.einsum("rn,rn->r", counted, part, dtype=np.float64)
     if not pairs.all():
         raise ValueError("no length bucket has records of two labels")
     areas = right / pairs
@@ -67,11 +71,14 @@ def separation(
     return Separation(float(areas[0]), float(low), float(high), areas[1:])
 
 
-def _pairs(scores: Numbers, labels: Numbers) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """For each two records, whether the first has the higher label, and how much of that its score has right."""
-    counted = (labels[:, None] > labels[None, :]).astype(np.float32)
+def _pairs(scores: Numbers, labels: Numbers) -> NDArray[np.float32]:
+    """For each two of n records, how much of their order the scores have right, and whether the first has the higher
+    label, which makes it a pair that counts: [n, 2n].
+    """
+    counted = labels[:, None] > labels[None, :]
     known = np.isfinite(scores)
-    ahead = np.sign(np.subtract.outer(np.where(known, scores, 0.0), np.where(known, scores, 0.0)))
+    usable = np.where(known, scores, 0.0)
+    ahead = np.sign(usable[:, None] - usable[None, :])
     ahead[~known] = 0
     ahead[:, ~known] = 0
-    return counted * (ahead + 1).astype(np.float32) / 2, counted
+    return np.concatenate([counted * (ahead + 1) / 2, counted], axis=1).astype(np.float32)

@@ -99,8 +99,8 @@ def hardest_mean(losses: NDArray[np.int64], window: int | None) -> float:
 
 
 class NgramModel:
-    """Interpolated Kneser-Ney of bytes (Ney, Essen and Kneser 1994; Chen and Goodman 1999, section 2.7), one discount an
-    order.
+    """Interpolated Kneser-Ney of bytes (Ney, Essen and Kneser 1994; Chen and Goodman 1999, section 2.7), with one
+    discount for each order.
 
     p_k(b | c) = (n(c b) - d) / n(c) + d t(c) / n(c) p_k-1(b | c'), where c' is c without its oldest byte, t(c) the
     number of different bytes after c, and p_0 = 1/256. n counts occurrences at the highest order and, below it,
@@ -164,7 +164,7 @@ class NgramModel:
 
 @dataclass(frozen=True)
 class _Level:
-    """One order. Sorted codes with their losses; sorted contexts with minus the logarithm of the lower order's weight."""
+    """One order: sorted codes with their losses, sorted contexts with minus the log of the lower order's weight."""
 
     codes: Codes
     losses: NDArray[np.int32]
@@ -178,14 +178,20 @@ class _Sample:
     def __init__(self, size: int) -> None:
         self._left = size
         self._heap: list[tuple[int, bytes]] = []
+        self._bar = 1 << 64
+        """The lowest hash that found no room: none above it is let in, however short."""
 
     def add(self, record: Record) -> None:
-        # the digits after those that `fold` reads, and negative: the heap gives its smallest back
+        key = int(record.content[8:24], 16)  # the digits after those that `fold` reads
+        if key >= self._bar:
+            return
         text = _bytes(record.text[:_RECORD_BYTES])[:_RECORD_BYTES]
-        heapq.heappush(self._heap, (-int(record.content[8:24], 16), text))
+        heapq.heappush(self._heap, (-key, text))  # negative: the heap gives its smallest back
         self._left -= len(text)
         while self._left < 0:
-            self._left += len(heapq.heappop(self._heap)[1])
+            negative, text = heapq.heappop(self._heap)
+            self._bar = -negative
+            self._left += len(text)
 
     def texts(self) -> list[bytes]:
         return [text for _, text in self._heap]
