@@ -31,6 +31,8 @@ from train.plots import COLOURS
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "filter_difficulty.png"
 COUNT, SEEDS, BUCKETS = 2000, (1, 2, 3), 8
 DEFAULT, CONTROLS = "ngram", ("random", "length")
+WITH_PROMPT = "length with prompt"
+"""A third control, for the eye: where buckets are of the answer alone, the prompt's length is a strong hint."""
 SECTION_BYTES = 2_000_000
 
 Found = dict[str, dict[str, Separation]]
@@ -46,7 +48,7 @@ def scorers() -> dict[str, Scorer]:
         "ngram, order 3": NgramScorer(order=3),
         "ngram, hardest 16 bytes": NgramScorer(window=16),
         "ngram, hardest 64 bytes": NgramScorer(window=64),
-        "ensemble of mean and hardest 64": EnsembleScorer([NgramScorer(), NgramScorer(window=64)]),
+        "ensemble: all and hardest 64": EnsembleScorer([NgramScorer(), NgramScorer(window=64)]),
     }
 
 
@@ -55,15 +57,18 @@ def measure(problems: Sequence[Problem]) -> Found:
     labels = np.array([problem.label for problem in problems])
     by_answer = LengthScorer().score(data)
     by_record = np.array([len(record.text.encode()) for record in data], np.float64)
-    scores = {"length of prompt and answer": by_record}
+    scores = {}
     for name, scorer in scorers().items():
         scorer.fit(lambda: data)
         scores[name] = scorer.score(data)
-    found: Found = {}
-    for basis, lengths in (("answer", by_answer), ("prompt and answer", by_record)):
-        buckets = length_buckets(lengths.astype(np.int64), BUCKETS)
-        found[basis] = {name: separation(values, labels, buckets) for name, values in scores.items()}
-    return found
+        if name == "length":
+            scores[WITH_PROMPT] = by_record
+    answer, record = (length_buckets(lengths.astype(np.int64), BUCKETS) for lengths in (by_answer, by_record))
+    bases = {"the answer": answer, "prompt and answer": record, "both at once": answer * BUCKETS + record}
+    return {
+        basis: {name: separation(values, labels, buckets) for name, values in scores.items()}
+        for basis, buckets in bases.items()
+    }
 
 
 def holds(found: Found) -> bool:
@@ -72,6 +77,17 @@ def holds(found: Found) -> bool:
         part[DEFAULT].low > 0.5 and all(part[DEFAULT].margin_over(part[control]) > 0 for control in CONTROLS)
         for part in found.values()
     )
+
+
+def margins(found: dict[str, Found]) -> str:
+    """By how much the default is ahead of each control, at least."""
+    first = next(iter(found.values()))
+    lines = [f"| ahead of, in buckets by the length of | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    for basis in first:
+        for control in (*CONTROLS, WITH_PROMPT):
+            bounds = [part[basis][DEFAULT].margin_over(part[basis][control]) for part in found.values()]
+            lines.append(f"| {control}, {basis} | {' | '.join(f'{bound:+.3f}' for bound in bounds)} |")
+    return "\n".join(lines)
 
 
 def table(found: dict[str, Found]) -> str:
@@ -89,26 +105,28 @@ def table(found: dict[str, Found]) -> str:
 def draw(found: dict[str, Found], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator
 
-    figure = Figure(figsize=(10.5, 4.2), dpi=120, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, basis in zip(panels, next(iter(found.values())), strict=True):
-        names = list(next(iter(found.values()))[basis])
+    first = next(iter(found.values()))
+    panels = figure.subplots(1, len(first), sharex=True, sharey=True)
+    for axes, basis in zip(panels, first, strict=True):
+        names = list(first[basis])
         for index, (name, part) in enumerate(found.items()):
             cells = [part[basis][scorer] for scorer in names]
             areas = np.array([cell.area for cell in cells])
             ends = np.array([[cell.area - cell.low, cell.high - cell.area] for cell in cells]).T
-            places = np.arange(len(names)) + 0.2 * (index - (len(found) - 1) / 2)
-            axes.errorbar(
-                areas, places, xerr=ends, fmt="o", markersize=4, color=COLOURS[index % len(COLOURS)], label=name
-            )
+            places = np.arange(len(names)) + 0.22 * (index - (len(found) - 1) / 2)
+            axes.errorbar(areas, places, xerr=ends, fmt="o", markersize=4, color=COLOURS[index], label=name)
         axes.axvline(0.5, color="black", linewidth=0.8)
-        axes.set(xlabel="AUC inside length buckets, 95% interval", title=f"buckets by length of {basis}")
+        axes.set(title=f"by the length of {basis}")
         axes.set_yticks(np.arange(len(names)), names)
+        axes.xaxis.set_major_locator(MultipleLocator(0.05))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    panels[1].legend(frameon=False)
+    panels[-1].legend(frameon=False, loc="upper right")
+    figure.supxlabel("chance that the harder of two problems in one length bucket scores higher (AUC), 95% interval")
     figure.savefig(path)
 
 
@@ -150,15 +168,20 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.difficulty", description=__doc__)
     parser.add_argument("--set", type=Path, help="a labelled set: JSON lines with prompt, response and label")
     parser.add_argument("--count", type=int, default=COUNT, help="problems of each seed")
-    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--picture", type=Path, help=f"where to draw; docs/{PICTURE.name} unless there is a set")
     chosen = parser.parse_args(arguments)
     if chosen.set is not None:
         found = {chosen.set.name: measure(read_problems(chosen.set))}
     else:
         found = {f"seed {seed}": measure(make_problems(chosen.count, seed)) for seed in SEEDS}
     print(table(found))
-    draw(found, chosen.picture)
-    print(f"\nBuilt-in corpus, {DEFAULT}:\n\n{corpus_table()}\n\ndrawn: {chosen.picture}")
+    print(f"\nLower end of the 95% interval of {DEFAULT}'s lead:\n\n{margins(found)}")
+    picture = chosen.picture or (PICTURE if chosen.set is None else None)
+    if picture is not None:
+        draw(found, picture)
+        print(f"\ndrawn: {picture}")
+    if chosen.set is None:
+        print(f"\nBuilt-in corpus, {DEFAULT}:\n\n{corpus_table()}\n")
     verdicts = {name: holds(part) for name, part in found.items()}
     print(f"the default is above one half, {' and '.join(CONTROLS)}: {verdicts}")
     return 0 if all(verdicts.values()) else 1

@@ -42,7 +42,11 @@ class NgramScorer:
     the mean over the hardest so many bytes in a row, or over all where there are fewer.
 
     `sample_bytes`: how much of each fold is learnt from: the records of the lowest hashes. A model takes about 12 bytes
-    for each different run of bytes in it: typically 20 MB for 8 MB of text, 600 MB at worst (noise).
+    for each different run of bytes: some 20 MB for 8 MB of text, 200 MB for 8 MB of noise.
+
+    Mean loss goes with difficulty among answers of one length that show their work, since one of more steps has more
+    figures and less wording between them. Where an answer is its last number alone, nothing of the steps is in it and
+    this scorer cannot tell them (docs/filter_difficulty.png).
     """
 
     direction = Direction.hard
