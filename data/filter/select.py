@@ -264,7 +264,7 @@ def select(
     Raises `ConfigError` where the rules name an unknown domain, `DataError` where a shard cannot be right, and where a
     record is unscored and `on_error=fail`.
     """
-    _check_names(domains, rules)
+    check_names(domains, rules)
     search = _Search(shards, sum_over_ranks)
     count = len(domains)
     none = Keys((_NOTHING,) * count)
@@ -298,7 +298,7 @@ def select(
     return search.floor(decision, missing) if (missing > 0).any() else decision
 
 
-def _check_names(domains: Sequence[str], rules: FilterRules) -> None:
+def check_names(domains: Sequence[str], rules: FilterRules) -> None:
     for key, names in (("select.domains", rules.select.domains), ("select.protect", rules.select.protect)):
         for name in names:
             if name not in domains:
@@ -360,7 +360,7 @@ class _Search:
         lengths = np.zeros((2, count * _LENGTHS), np.int64)
         example = "of another rank"
         for shard in self.shards():
-            _check_shard(shard, count)
+            check_shard(shard, count)
             codes = screen(shard, decision.protected, decision.noise, decision.on_error)
             unscored = ~np.isfinite(shard.score)
             if unscored.any():
@@ -515,7 +515,7 @@ def _settle(crossing: _Crossing, wanted: Floats, domain: Integers, domains: int)
     return Keys(tuple(reversed(keys))), kept
 
 
-def _check_shard(shard: ShardScores, domains: int) -> None:
+def check_shard(shard: ShardScores, domains: int) -> None:
     """Raise `DataError` for a shard whose arrays cannot be right."""
     arrays = (shard.score, shard.domain, shard.length, shard.weight, shard.hash)
     if len({len(array) for array in arrays}) != 1:

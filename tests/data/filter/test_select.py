@@ -363,7 +363,7 @@ def test_length_bins_are_monotone_and_narrow() -> None:
 
 def test_unknown_domains_are_refused() -> None:
     for config in (SelectConfig(domains={"cod": 0.5}), SelectConfig(protect=["cod"])):
-        with pytest.raises(ConfigError, match="cod.*no record is of this domain; try code"):
+        with pytest.raises(ConfigError, match=r"cod.*no record is of this domain; try code"):
             decide(records(10, 0), FilterRules(select=config))
 
 
