@@ -137,9 +137,9 @@ class Keys:
         return (score > scores) | ((score == scores) & (hash_ >= hashes))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decision:
-    """Thresholds for every group, and what they make of a record. The same object on every rank.
+    """Thresholds for every group, and what they make of a record. The same on every rank; compare `thresholds`.
 
     `starts`: for each domain, the first length bin of each bucket; a domain's groups are its buckets in that order.
     `hard` has a key per group, `revived` and `floor` one per domain. `target`: weight to be kept of each domain,

@@ -382,3 +382,50 @@ def test_shards_that_cannot_be_right_are_refused() -> None:
 def test_no_record_at_all() -> None:
     decision = select(lambda: [], NAMES, FilterRules())
     assert len(decision.reasons(take(records(10, 0), np.zeros(0, np.int64)))) == 0
+
+
+def test_the_kept_set_is_that_of_a_sort() -> None:
+    """One domain, no buckets: by (quantised score, hash) from the top, until the nearest to the target is reached."""
+    for seed, scores in enumerate(ALL_SCORES):
+        shard = records(700, seed, scores, "tokens")
+        shard = replace(shard, domain=np.zeros(700, np.int64))
+        _, codes = decide(shard, FilterRules(keep=0.37, select=SelectConfig(length_buckets=1)))
+        order = np.lexsort((shard.hash, quantise(shard.score)))[::-1]
+        total = np.concatenate([[0], np.cumsum(shard.weight[order])])
+        count = np.abs(total - 0.37 * total[-1]).argmin()
+        assert set(np.flatnonzero(KEPT[codes])) == set(order[:count])
+
+
+def test_rounding_not_carried_on_misses_by_more_than_half_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_carry(crossing: module._Crossing, wanted: np.ndarray, domain: np.ndarray, domains: int) -> object:
+        alone = [
+            module_settle(
+                module._Crossing(
+                    crossing.include[g : g + 1],
+                    crossing.exclude[g : g + 1],
+                    crossing.before[:, g : g + 1],
+                    crossing.at[:, g : g + 1],
+                ),
+                wanted[g : g + 1],
+                domain[g : g + 1],
+                domains,
+            )
+            for g in range(len(wanted))
+        ]
+        return module.Keys(tuple(keys.values[0] for keys, _ in alone)), sum(kept for _, kept in alone)
+
+    module_settle = module._settle
+    monkeypatch.setattr(module, "_settle", without_carry)
+    with pytest.raises(AssertionError):
+        test_documents_are_exact_to_half_a_document()
+
+
+def test_a_thousand_domains() -> None:
+    random = np.random.default_rng(0)
+    count, names = 20_000, [f"d{place}" for place in range(1000)]
+    domain = np.minimum(random.exponential(100, count).astype(np.int64), 999)
+    ones, hashes = np.ones(count, np.int64), random.integers(0, 2**64, count, dtype=np.uint64)
+    shard = ShardScores("all", random.normal(0, 1, count), domain, random.integers(1, 999, count), ones, hashes)
+    codes = select(lambda: [shard], names, FilterRules()).reasons(shard)
+    kept, total = np.bincount(domain, KEPT[codes], 1000), np.bincount(domain, minlength=1000)
+    assert (np.abs(kept - total / 2) <= 0.5).all()
