@@ -358,13 +358,13 @@ class _Search:
         count = len(decision.domains)
         totals = np.zeros((3, 2, count), np.int64)
         lengths = np.zeros((2, count * _LENGTHS), np.int64)
-        example = "of another rank"
+        example = "a shard of another rank"
         for shard in self.shards():
             check_shard(shard, count)
             codes = screen(shard, decision.protected, decision.noise, decision.on_error)
             unscored = ~np.isfinite(shard.score)
             if unscored.any():
-                example = shard.name
+                example = f"shard {shard.name}"
             easy = codes == CODE[Reason.easy]
             _add(totals[0], shard.domain, shard.weight)
             _add(totals[1], *_where(codes == CODE[Reason.protected], shard.domain, shard.weight))
@@ -374,7 +374,7 @@ class _Search:
         if decision.on_error is OnError.fail and missing[0].sum():
             names = [name for name, some in zip(decision.domains, missing[0], strict=True) if some]
             raise DataError(
-                f"{missing[0].sum()} records have no finite score (domains {', '.join(names[:8])}; one is in shard "
+                f"{missing[0].sum()} records have no finite score (domains {', '.join(names[:8])}; one is in "
                 f"{example}): score them again, or set on_error=keep or on_error=drop"
             )
         by_length = self.sum_over_ranks(lengths).reshape(2, count, _LENGTHS)
@@ -384,10 +384,10 @@ class _Search:
         """The decision with thresholds for `target` [D] by score, and what they keep, [2, D]."""
         domain = decision.domain_of_group
         decision = replace(decision, hard=Keys((_NOTHING,) * len(domain)))
-        available = np.zeros((2, len(domain)), np.int64)
-        np.add.at(available[1], decision._groups, census.lengths[1].ravel())
+        available = np.zeros(len(domain), np.int64)
+        np.add.at(available, decision._groups, census.lengths[1].ravel())
         share = target / np.maximum(census.easy[1], 1)
-        wanted = np.minimum(share[domain] * available[1], available[1])
+        wanted = np.minimum(share[domain] * available, available)
         crossing = self._by_score(decision, decision.group, lambda shard: shard.weight, wanted)
         keys, kept = _settle(crossing, wanted, domain, len(target))
         return replace(decision, hard=keys), kept
