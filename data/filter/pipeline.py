@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.config import plain
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError
 from core.files import read_json, sha256_file, sha256_text, write_json
-from data.filter.config import FilterRules, OnError
+from data.filter.config import FilterRules, OnError, Unit
 from data.filter.contamination import Contamination
 from data.filter.duplicates import find_duplicates, signatures
 from data.filter.gates import Gates
 from data.filter.inputs import Broken, Part
 from data.filter.records import Reason, Record
 from data.filter.scorer import Scorer
-from data.filter.select import ShardScores, select
+from data.filter.select import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import Stage, Workers
 from data.order import key_of
 
@@ -223,54 +223,60 @@ class Filter:
             found |= set(table["domain"].to_pylist())
         return sorted(found)
 
-    def _shard_scores(self, shard: str) -> ShardScores:
+    @property
+    def scored_domains(self) -> list[str]:
+        return [name for name in self.domains if name != UNREADABLE]
+
+    def _shard_scores(self, shard: str) -> tuple[ShardScores, NDArray[np.int64]]:
         """Of the records that were to be scored, and their places among all of the shard."""
         scored, screened = self.scored.read(shard), self.screened.read(shard, ["tokens", "bytes", "tie"])
-        domains = {name: place for place, name in enumerate(self.domains)}
+        domains = {name: place for place, name in enumerate(self.scored_domains)}
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
         columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "bytes", "tie")}
-        domain = [domains[name] for name in self.records.read(shard, ["domain"])["domain"].to_pylist()]
-        return ShardScores(
+        domain = [domains.get(name, 0) for name in self.records.read(shard, ["domain"])["domain"].to_pylist()]
+        by_tokens = self.rules.unit is Unit.tokens
+        scores = ShardScores(
             name=shard,
-            place=places,
             score=scored["score"].to_numpy()[places],
-            domain=np.asarray(domain, np.int32)[places],
+            domain=np.asarray(domain, np.int64)[places],
             length=columns["bytes"],
-            tokens=columns["tokens"],
-            tie=columns["tie"],
+            weight=columns["tokens"] if by_tokens else np.ones(len(places), np.int64),
+            hash=columns["tie"],
         )
+        return scores, places
 
     def _decide(self) -> None:
         self.decided.open(self.workers)
         if self.decided.is_whole:
             return
         mine = [s for i, s in enumerate(self.records.shards) if i % self.workers.size == self.workers.rank]
-        clean = self._clean_scores()
         decision = select(
-            lambda: (self._shard_scores(shard) for shard in mine), self.domains, self.rules, clean, self.workers.sum
+            lambda: (self._shard_scores(shard)[0] for shard in mine),
+            self.scored_domains,
+            self.rules,
+            self._noise(),
+            self.workers.sum,
         )
 
         def decide(shard: str) -> Any:
-            scores = self._shard_scores(shard)
+            scores, places = self._shard_scores(shard)
             reasons = np.asarray(self.scored.read(shard, ["reason"])["reason"].to_pylist(), object)
-            reasons[scores.place] = [reason.name for reason in decision.reasons(scores)]
+            reasons[places] = [REASONS[code].name for code in decision.reasons(scores)]
             kept = [Reason[name].kept for name in reasons]
             bucket = np.full(len(reasons), -1, np.int32)
-            bucket[scores.place] = decision.buckets(scores)
+            bucket[places] = decision.group(scores)
             return _table(reason=reasons.tolist(), kept=kept, bucket=bucket)
 
         if self.workers.rank == 0:
             write_json(self.decided.directory / "thresholds.json", decision.thresholds)
         self.decided.make(self.records.shards, self.workers, decide)
 
-    def _clean_scores(self) -> NDArray[np.float64] | None:
+    def _noise(self) -> float | None:
+        """The score above which a record is noise."""
         if not self.job.clean:
             return None
         records = [Record(f"clean:{n}", "clean", "clean", text) for n, text in enumerate(self.job.clean)]
-        scores = self.job.scorer.score(records)
-        if not np.isfinite(scores).any():
-            raise DataError("the scorer gave no clean reference text a score (select.clean)")
-        return scores[np.isfinite(scores)]
+        return noise_threshold(self.job.scorer.score(records), self.rules.select.noise_quantile)
 
 
 def _screened(record: Record, gates: Gates, contamination: Contamination) -> Reason | None:
