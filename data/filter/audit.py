@@ -449,8 +449,9 @@ def _score_by_length(score: Floats, length: Floats, kept: Any) -> dict[str, Any]
     def grid(mask: Any) -> list[list[int]]:
         row = np.clip(np.searchsorted(score_edges, score[mask], "right") - 1, 0, _SCORE_BINS - 1)
         column = np.clip(np.searchsorted(size_edges, size[mask], "right") - 1, 0, _LENGTH_BINS - 1)
-        found: list[list[int]] = np.bincount(row * _LENGTH_BINS + column, minlength=_SCORE_BINS * _LENGTH_BINS)
-        return np.reshape(found, (_SCORE_BINS, _LENGTH_BINS)).tolist()
+        cells = np.bincount(row * _LENGTH_BINS + column, minlength=_SCORE_BINS * _LENGTH_BINS)
+        found: list[list[int]] = cells.reshape(_SCORE_BINS, _LENGTH_BINS).tolist()
+        return found
 
     return {
         "score_edges": [rounded(float(edge)) for edge in score_edges],

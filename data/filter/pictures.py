@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 KEPT, DROPPED = "#0072B2", "#E69F00"
 _LIGHT, _DARK = "#222222", "#dddddd"
 _WIDE_INCHES, _NARROW_INCHES, _DPI = (9.6, 3.4), (5.6, 2.7), 120
-_FEW_THRESHOLDS = 16
 
 
 def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
@@ -62,8 +61,9 @@ def drawn(size: tuple[float, float], ink: str, drawing: Callable[[Any], None], p
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    with rc_context(dict.fromkeys(keys, ink) | {"axes.spines.top": False, "axes.spines.right": False}):
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    settings: dict[Any, Any] = dict.fromkeys(inked, ink) | {"axes.spines.top": False, "axes.spines.right": False}
+    with rc_context(settings):
         figure: Figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
         FigureCanvasAgg(figure)
         drawing(figure.subplots(1, panels))
@@ -74,22 +74,25 @@ def _histogram(
     histogram: dict[str, Any], edges: list[float], thresholds: list[float], label: str
 ) -> Callable[[Axes], None]:
     def drawing(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         documents, kept = np.array(histogram["documents"]), np.array(histogram["kept"])
         axes.stairs(kept, edges, fill=True, color=KEPT, label="kept")
         axes.stairs(documents, edges, baseline=kept, fill=True, color=DROPPED, label="left out")
-        ink = axes.xaxis.label.get_color()
-        shown = thresholds if len(thresholds) <= _FEW_THRESHOLDS else [thresholds[0], thresholds[-1]]
-        what = "threshold" if len(shown) == 1 else "thresholds, one per length bucket"
-        for place, threshold in enumerate(shown):
-            if edges[0] <= threshold <= edges[-1]:
-                axes.axvline(threshold, color=ink, linewidth=0.9, linestyle=(0, (4, 2)), label=None if place else what)
+        shown = [threshold for threshold in thresholds if edges[0] <= threshold <= edges[-1]]
+        if shown:
+            ink, what = axes.xaxis.label.get_color(), "threshold" if len(shown) == 1 else "thresholds by length"
+            where = axes.get_xaxis_transform()  # lines over the bars would hide them: there may be 64
+            axes.plot(
+                shown, [1.0] * len(shown), "v", color=ink, markersize=5, transform=where, clip_on=False, label=what
+            )
         axes.set_xlim(edges[0], edges[-1])
-        axes.set_ylim(0, documents.max() * 1.18 or 1)  # room for the legend
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(0, documents.max() * 1.08 or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(label, parse_math=False)
         axes.set_ylabel("documents")
-        axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper right")
+        axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1.01), borderaxespad=0.2)
 
     return drawing
 
@@ -121,7 +124,9 @@ def _score_by_length(picture: dict[str, Any]) -> Callable[[list[Axes]], None]:
             axes.set_xlabel("length")
             axes.set_ylabel("score")
             figure: Any = axes.figure
-            figure.colorbar(image, ax=axes, label=label).outline.set_edgecolor(ink)
+            bar = figure.colorbar(image, ax=axes, label=label)
+            bar.outline.set_edgecolor(ink)
+            bar.ax.yaxis.set_major_formatter("{x:,g}")
 
     return drawing
 
