@@ -14,7 +14,7 @@ OFF_TARGET = 0.01
 TOKENS_PER_PARAMETER = 20
 """Data for one pass of a compute-optimal run (Hoffmann et al. 2022); with less, data is scarce."""
 _NAMED = 5  # domains that one warning names
-_ENOUGH = 50  # records of a domain in the sample under which its correlation with length is left alone
+_ENOUGH = 50  # records in the sample under which a correlation with length is left alone
 
 
 def warnings(audit: dict[str, Any]) -> list[dict[str, str]]:
@@ -74,11 +74,10 @@ def _off_target(audit: dict[str, Any]) -> Iterator[str]:
 def _length(audit: dict[str, Any]) -> Iterator[str]:
     length = audit["length"]
     inside = length["inside_buckets"]
-    found = {"all records": length} | {
-        named(name): domain
-        for name, domain in length["domains"].items()
-        if domain["records"] >= _ENOUGH and len(length["domains"]) > 1
-    }
+    found = {"all records": length}
+    if len(length["domains"]) > 1:
+        found |= {named(name): domain for name, domain in length["domains"].items()}
+    found = {name: value for name, value in found.items() if value["records"] >= _ENOUGH}
     alike = [f"{name} {value['overall']:+.2f}" for name, value in found.items() if _alike(value["overall"])]
     if alike:
         text = f"Score and length go together (rank correlation: {_list(alike)})"
@@ -115,7 +114,7 @@ def _scarce(audit: dict[str, Any]) -> Iterator[str]:
     parameters, tokens = audit["parameters"], audit["totals"]["competed"]["tokens"]
     if parameters and tokens < TOKENS_PER_PARAMETER * parameters:
         yield (
-            f"There were {tokens / parameters:.1f} tokens per parameter to choose from. With fewer than about "
+            f"There were {tokens / parameters:.2g} tokens per parameter to choose from. With fewer than about "
             f"{TOKENS_PER_PARAMETER}, leaving out the easy ones can hurt: keep more, or revive some."
         )
 

@@ -60,8 +60,8 @@ def audit_page(
 ) -> str:
     """The page; `light` and `dark` are the pictures in either ink."""
     parts = [
-        f"<h1>Filter: {escape(audit['input'])}</h1>",
-        f"<p class=when>by {escape(audit['scorer']['name'])}: {escape(audit['scorer']['measures'])}. "
+        f"<h1>Filter: {_text(audit['input'])}</h1>",
+        f"<p class=when>by {_text(audit['scorer']['name'])}: {_text(audit['scorer']['measures'])}. "
         f"{_MEANS[audit['scorer']['direction']]}</p>",
         _summary(audit),
         _warnings(audit),
@@ -74,7 +74,7 @@ def audit_page(
         _examples(audit),
         _commands(audit, directory, command),
     ]
-    return page(f"Filter: {audit['input']}", "\n".join(filter(None, parts)), _STYLE)
+    return page(f"Filter: {_visible(audit['input'])}", "\n".join(filter(None, parts)), _STYLE)
 
 
 def _summary(audit: dict[str, Any]) -> str:
@@ -97,7 +97,7 @@ def _summary(audit: dict[str, Any]) -> str:
 def _warnings(audit: dict[str, Any]) -> str:
     if not audit["warnings"]:
         return ""
-    items = "".join(f"<li>{escape(warning['text'])}</li>" for warning in audit["warnings"])
+    items = "".join(f"<li>{_text(warning['text'])}</li>" for warning in audit["warnings"])
     return f"<div class=warning><ul>{items}</ul></div>"
 
 
@@ -117,7 +117,7 @@ def _reasons(audit: dict[str, Any]) -> str:
         )
     sum_ = f"<td class=n>{total['documents']:,}</td><td class=n>{total['tokens']:,}</td>"
     rows.append(f"<tr class=sum><td>all that was read</td>{sum_}<td></td><td></td></tr>")
-    return f"<h2>What became of every record</h2>{_table(['', '#documents', '#tokens', '#share', ''], rows)}"
+    return f"<h2>What became of every record</h2>{_table(['', '#documents', '#tokens', '#share', ''], rows, 'full')}"
 
 
 def _domains(audit: dict[str, Any]) -> str:
@@ -149,7 +149,7 @@ def _domains(audit: dict[str, Any]) -> str:
         f"<p class=when>Rate: of the {unit} that passed the gates, for the target. Mix: share of all tokens, before "
         "(grey) and after (blue). A threshold is the lowest score kept, from one length bucket to another.</p>"
     )
-    return f"<h2>Domains</h2>{_table(head, rows)}{more}{note}"
+    return f"<h2>Domains</h2>{_table(head, rows, 'full')}{more}{note}"
 
 
 def _pictures(audit: dict[str, Any], light: dict[str, bytes], dark: dict[str, bytes]) -> str:
@@ -160,7 +160,7 @@ def _pictures(audit: dict[str, Any], light: dict[str, bytes], dark: dict[str, by
     order = sorted(light, key=lambda name: name == "length")
     figures = ""
     for name in order:
-        heading = escape(captions[name])
+        heading = escape(_visible(captions[name]))
         figures += (
             f"<figure{' class=wide' if name in ('scores', 'length') else ''}><figcaption>{heading}</figcaption>"
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data_url(dark[name])}">'
@@ -193,14 +193,14 @@ def _lot(audit: dict[str, Any]) -> str:
     mean = lot["mean_score"]
     text = f"Mean score: {_number(mean['kept'])} of what was kept, {_number(mean['lot'])} by lot."
     head = ["", f"#{lot['unit']} kept", "#by lot", ""]
-    return f"<h2>Against dropping by lot at the same rate</h2>{_table(head, rows)}<p class=when>{text}</p>"
+    return f"<h2>Against dropping by lot at the same rate</h2>{_table(head, rows, 'full')}<p class=when>{text}</p>"
 
 
 def _agreement(audit: dict[str, Any]) -> str:
     if not audit["agreement"]:
         return ""
     rows = [
-        f"<tr><td>{escape(pair['scorers'][0])}</td><td>{escape(pair['scorers'][1])}</td>"
+        f"<tr><td>{_text(pair['scorers'][0])}</td><td>{_text(pair['scorers'][1])}</td>"
         f"<td class=n>{_correlation(pair['correlation'])}</td><td class=n>{pair['records']:,}</td></tr>"
         for pair in audit["agreement"]
     ]
@@ -238,13 +238,13 @@ def _records(rows: list[dict[str, Any]], with_score: bool) -> str:
         score = ""
         if with_score:
             limit = row.get("threshold")
-            beside = "" if limit is None else f"<br><small>for {_number(limit)}</small>"
+            beside = "" if limit is None else f"<br><small>threshold {_number(limit)}</small>"
             score = f"<td class=n>{_number(row['score'])}{beside}</td>"
         source = "" if row["source"] == row["id"] else f"<br><small>{_name(row['source'])}</small>"
         body.append(
             f"<tr><td class=id>{_name(row['id'])}{source}</td>{score}<td class=text>{_text(row['text'])}</td></tr>"
         )
-    return _table(["record", *(["#score"] if with_score else []), "text"], body, "records")
+    return _table(["record", *(["#score"] if with_score else []), "text"], body, "full records")
 
 
 def _commands(audit: dict[str, Any], directory: str, command: str) -> str:
@@ -252,9 +252,9 @@ def _commands(audit: dict[str, Any], directory: str, command: str) -> str:
     settings = {"rules": audit["rules"], "scorer": audit["scorer"]}
     rules = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     return (
-        f"<h2>To look up a record</h2><pre>{escape(look_up)}</pre>"
-        f"<h2>To repeat</h2><pre>{escape(command)}</pre>"
-        f"<details><summary>Rules and scorer</summary><pre>{escape(rules)}</pre></details>"
+        f"<h2>To look up a record</h2><pre>{_text(look_up)}</pre>"
+        f"<h2>To repeat</h2><pre>{_text(command)}</pre>"
+        f"<details><summary>Rules and scorer</summary><pre>{_text(rules)}</pre></details>"
     )
 
 
@@ -269,10 +269,13 @@ def _bar(share: float | None, kind: str, longest: float) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped, with control characters made visible and right-to-left text kept inside its cell."""
-    if not text:
-        return "<small>no text</small>"
-    return f"<bdi>{escape(''.join(c if c in _BREAKS or c.isprintable() else _REPLACED for c in text))}</bdi>"
+    """Escaped, and right-to-left text kept to itself."""
+    return f"<bdi>{escape(_visible(text))}</bdi>" if text else "<small>no text</small>"
+
+
+def _visible(text: str) -> str:
+    """Without what no one sees and what turns the text around it, a mark in its place."""
+    return "".join(c if c in _BREAKS or c.isprintable() else _REPLACED for c in text)
 
 
 def _name(name: str) -> str:
@@ -304,7 +307,7 @@ h3.dropped {{ border-color: var(--dropped); }} small {{ color: var(--faint); }} 
 .tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem; margin: 1.4rem 0; }}
 .tiles div {{ border: 1px solid var(--line); border-radius: 6px; padding: .6rem .9rem; display: grid; }}
 .tiles b {{ font-size: 1.7rem; line-height: 1.3; }}
-.scroll {{ overflow-x: auto; }} tr.sum {{ font-weight: 600; }}
+.scroll {{ overflow-x: auto; }} .full {{ width: 100%; }} tr.sum {{ font-weight: 600; }}
 td.wide-bar {{ width: 40%; }} td.mix {{ min-width: 9rem; }}
 .bar {{ height: .7rem; border-radius: 2px; background: var(--kept); min-width: 1px; }}
 .bar.dropped {{ background: var(--dropped); }} .bar.before {{ background: var(--before); margin-bottom: .35rem; }}

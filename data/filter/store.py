@@ -59,9 +59,7 @@ class Stage:
         workers.wait()
         found = read_json(self.directory / KEY)
         if found["key"] != self.key:
-            reason = (
-                f"was made with {found['what']}, and now it would be {self.what}; choose another out=, or remove it"
-            )
+            reason = f"was made with {found['what']}, and now it would be {self.what}; choose another out=, or remove it"
             raise ConfigError("out", str(self.directory), reason)
 
     @property
@@ -84,9 +82,7 @@ class Stage:
         try:
             write_bytes(self.path(name), sink.getvalue().to_pybytes())
         except OSError as error:
-            reason = (
-                f"cannot write {self.path(name)} ({error.strerror}); what is done stays: free some space, run again"
-            )
+            reason = f"cannot write {self.path(name)} ({error.strerror}); what is done stays: free some space, run again"
             raise DataError(reason) from None
 
     def read(self, name: str, columns: list[str] | None = None) -> Any:
