@@ -149,6 +149,9 @@ def _domains(audit: dict[str, Any]) -> str:
         f"<p class=when>Rate: of the {unit} that passed the gates, for the target. Mix: share of all tokens, before "
         "(grey) and after (blue). A threshold is the lowest score kept, from one length bucket to another.</p>"
     )
+    noise = audit["thresholds"].get("noise")
+    if noise is not None:
+        note += f"<p class=when>A score above {_number(noise)} counts as noise.</p>"
     return f"<h2>Domains</h2>{_table(head, rows, 'full')}{more}{note}"
 
 

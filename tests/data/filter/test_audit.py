@@ -275,11 +275,14 @@ def test_a_script_would_be_noticed():
 
 
 def test_the_page_says_how_to_look_up_and_repeat_and_needs_nothing_else(tmp_path):
-    write_audit(audited(halved(60)), tmp_path, "leviathan filter input=notes.jsonl keep=0.5")
+    thresholds = {"noise": 5.82, "domains": {"web": {"buckets": [{"score": 3.9}, {"score": None}, {"score": 4.1}]}}}
+    audit = audited(halved(60), thresholds=thresholds)
+    write_audit(audit, tmp_path, "leviathan filter input=notes.jsonl keep=0.5")
     content = (tmp_path / "audit.html").read_text()
     assert f"leviathan filter explain=ID out={tmp_path}" in content
     assert "leviathan filter input=notes.jsonl keep=0.5" in content
     assert "http" not in content and "50.0%" in content
+    assert "3.9 to 4.1" in content and "above 5.82" in content
 
 
 def test_pictures_are_pictures_in_both_inks():
