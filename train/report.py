@@ -6,7 +6,6 @@ it came.
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import yaml
 from core.config import differences, load, plain
 from core.errors import ConfigError, LeviathanError
 from core.files import read_json, write_bytes, write_text
+from core.page import data_url, page
 from model.config import FeedForward
 from train.config import TrainConfig, phases
 from train.plots import WIDE, draw
@@ -186,14 +186,14 @@ def _page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
     parts.append(_summary(runs))
     figures = "".join(_figure(runs, name, content) for name, content in pictures.items())
     parts += [f"<div class=pictures>{figures}</div>", _configurations(runs)]
-    return _FRAME.replace("@TITLE@", escape(title)).replace("@BODY@", "\n".join(parts))
+    return page(title, "\n".join(parts))
 
 
 def _figure(runs: Sequence[Run], name: str, content: bytes) -> str:
     stem, _, number = name.rpartition("_")
     kind = stem if number.isdigit() else name
     heading = escape(_TITLES[kind] + (f": {runs[int(number) - 1].name}" if number.isdigit() else ""))
-    image = f'<img alt="{heading}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+    image = f'<img alt="{heading}" src="{data_url(content)}">'
     return f"<figure{' class=wide' if kind in WIDE else ''}><figcaption>{heading}</figcaption>{image}</figure>"
 
 
@@ -260,25 +260,3 @@ def _at(tree: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
-
-
-_FRAME = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>@TITLE@</title><style>
-:root { color-scheme: light dark; --line: #8884; --faint: #888; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin: 2.2rem 0 .5rem; font-size: 1.15rem; }
-.when { color: var(--faint); margin-top: 0; }
-table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .2rem .9rem .2rem 0; text-align: left; }
-tr { border-bottom: 1px solid var(--line); } td.n { text-align: right; font-variant-numeric: tabular-nums; }
-.pictures { display: grid; grid-template-columns: 1fr 1fr; gap: 1.4rem; } figure { margin: 0; }
-.wide { grid-column: 1 / -1; } figcaption { font-weight: 600; margin-bottom: .3rem; }
-@media (max-width: 50rem) { figure { grid-column: 1 / -1; } }
-img { width: 100%; border-radius: 6px; border: 1px solid var(--line); }
-pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line); border-radius: 6px; font-size: 13px; }
-.warning { border-left: 4px solid #D55E00; padding: .3rem 1rem; margin: 1rem 0; }
-.warning ul { margin: .2rem 0; padding-left: 1.2rem; }
-</style></head><body>
-@BODY@
-</body></html>
-"""
