@@ -9,13 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import DataError
-from data.filter.pipeline import Filter
+from core.files import read_json
+from data.filter.audit import Audit, ScorerInfo
+from data.filter.page import write_audit
+from data.filter.pipeline import THRESHOLDS, Filter
 
-SCORES, KEPT = "scores.parquet", "kept.jsonl"
+SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.json", "audit.html"
 
 
 def scores_tables(done: Filter) -> Iterator[Any]:
-    """Shard by shard: id, source, domain, score, length (bytes of the answer), tokens, kept, reason, bucket, tie."""
+    """Shard by shard: id, source, domain, score, length (bytes of text), tokens, kept, reason, bucket, tie."""
+    for _, table in _tables(done):
+        yield table
+
+
+def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> None:
+    """audit.json and audit.html. `what`: what was filtered, for people; `command`: how to do it again."""
+    thresholds = read_json(done.decided.directory / THRESHOLDS)
+    scorer = done.job.scorer
+    info = ScorerInfo(scorer.name, scorer.measures, scorer.direction, scorer.fingerprint)
+    audit = Audit(done.rules, info, done.records.shards, thresholds, what, tokens=done.tokens)
+    for shard, table in _tables(done):
+        audit.add(shard, table.rename_columns({"length": "bytes"}))
+    write_audit(audit.finish(done.text), directory, command)
+
+
+def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
     import pyarrow
 
     for shard in done.records.shards:
@@ -26,7 +45,7 @@ def scores_tables(done: Filter) -> Iterator[Any]:
         columns |= {"score": done.scored.read(shard, ["score"])["score"], "length": screened["bytes"]}
         columns |= {name: screened[name] for name in ("tokens", "tie")}
         columns |= {name: decided[name] for name in ("kept", "reason", "bucket")}
-        yield pyarrow.table(columns)
+        yield shard, pyarrow.table(columns)
 
 
 def write_scores(done: Filter, path: Path) -> None:

@@ -20,8 +20,8 @@ from core.config import plain
 from core.errors import ConfigError
 from core.files import read_json, sha256_file, sha256_text, write_json
 from data.filter.config import FilterRules, OnError, Unit
-from data.filter.contamination import Contamination
-from data.filter.duplicates import find_duplicates, signatures
+from data.filter.contamination import EvaluationSets
+from data.filter.duplicates import Signatures, find_duplicates, signatures
 from data.filter.gates import Gates
 from data.filter.inputs import Broken, Part
 from data.filter.records import Reason, Record
@@ -32,7 +32,7 @@ from data.order import key_of
 
 FORMAT = 1
 SHARD_RECORDS = 4096
-DECISIONS = "decisions"
+DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
 UNREADABLE = "unreadable"
 """The domain of what could not be read."""
 
@@ -146,16 +146,25 @@ class Filter:
         names = ("id", "domain", "source", "text", "answer_start", "raw")
         return [Record(*values) for values in zip(*(table[name].to_pylist() for name in names), strict=True)]
 
+    def text(self, shard: str, row: int) -> str:
+        found: str = self.records.read(shard, ["text"])["text"][row].as_py()
+        return found
+
+    @property
+    def tokens(self) -> int:
+        """Of all records, as they were counted when they were screened."""
+        return sum(int(np.sum(table["tokens"].to_numpy())) for _, table in self.screened.tables(["tokens"]))
+
     # -- screen
 
     def _screen(self) -> None:
-        gates, contamination = Gates(self.rules.gates), Contamination(self.rules.contamination)
+        gates, sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)
 
         def screen(shard: str) -> Any:
             table, rows = self.records.read(shard), self.rows(shard)
             problems = table["problem"].to_pylist()
             reasons = [
-                Reason.malformed.name if problem is not None else _name(_screened(record, gates, contamination))
+                Reason.malformed.name if problem is not None else _name(_screened(record, gates, sets))
                 for record, problem in zip(rows, problems, strict=True)
             ]
             texts = [record.text for record in rows]
@@ -264,11 +273,13 @@ class Filter:
             reasons[places] = [REASONS[code].name for code in decision.reasons(scores)]
             kept = [Reason[name].kept for name in reasons]
             bucket = np.full(len(reasons), -1, np.int32)
-            bucket[places] = decision.group(scores)
+            # of its own domain: groups are numbered through all of them
+            first = np.searchsorted(decision.domain_of_group, np.arange(len(decision.domains)))
+            bucket[places] = decision.group(scores) - first[scores.domain]
             return _table(reason=reasons.tolist(), kept=kept, bucket=bucket)
 
         if self.workers.rank == 0:
-            write_json(self.decided.directory / "thresholds.json", decision.thresholds)
+            write_json(self.decided.directory / THRESHOLDS, decision.thresholds)
         self.decided.make(self.records.shards, self.workers, decide)
 
     def _noise(self) -> float | None:
@@ -279,9 +290,11 @@ class Filter:
         return noise_threshold(self.job.scorer.score(records), self.rules.select.noise_quantile)
 
 
-def _screened(record: Record, gates: Gates, contamination: Contamination) -> Reason | None:
+def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> Reason | None:
     reason = gates(record)
-    return reason if reason is not None else contamination(record)
+    if reason is None and sets(record.text) is not None:
+        return Reason.contaminated
+    return reason
 
 
 def _name(reason: Reason | None) -> str | None:
