@@ -84,9 +84,8 @@ def _texts(key: str, place: Path) -> Iterator[str]:
 
 
 def _json_lines(place: Path) -> Iterator[str]:
-    with place.open("rb") as raw:
-        opened: Any = gzip.open(raw) if place.suffix == ".gz" else raw
-        for number, line in enumerate(opened, start=1):
+    with place.open("rb") as raw, gzip.open(raw) if place.suffix == ".gz" else raw as lines:
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     value = json.loads(line)

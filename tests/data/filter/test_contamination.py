@@ -18,7 +18,8 @@ from tests.data.filter.test_duplicates import document
 QUESTION = (
     "A train leaves the station at nine and travels for three hours at eighty miles per hour; how far does it get?"
 )
-PLANTED = f"{document(1)} a TRAIN leaves   the station, at nine: and travels for\nthree hours at eighty miles... {document(2)}"
+PASSAGE = "a TRAIN leaves   the station, at nine: and travels for\nthree hours at eighty miles..."
+PLANTED = f"{document(1)} {PASSAGE} {document(2)}"
 TWELVE_WORDS = "a train leaves the station at nine and travels for three hours"
 
 

@@ -1,7 +1,9 @@
 """Gates: rates on the half of the standard library's files that no threshold was chosen on, and on planted garbage."""
 
+# ruff: noqa: RUF001  letters of other scripts are meant
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -38,18 +40,24 @@ PROMPTS = [
     "Summarise the following article in two sentences.",
 ]
 OTHER_SCRIPTS = {
-    "Greek": "Ο ποταμός περνάει μέσα από την πόλη και χωρίζει την παλιά αγορά από το λιμάνι. Κάθε πρωί οι ψαράδες φέρνουν "
-    "τα δίχτυα τους στην προκυμαία και οι γυναίκες κατεβαίνουν για να διαλέξουν τα καλύτερα ψάρια της ημέρας.",
-    "Russian": "Утром над рекой стоял густой туман, и лодки у причала едва угадывались в сером воздухе. Старик сидел на "
-    "перевёрнутом ящике и чинил сеть, изредка поглядывая на дорогу, по которой должен был приехать его внук.",
-    "Hindi": "सुबह होते ही गाँव के लोग नदी के किनारे इकट्ठे हो गए। बच्चे पानी में खेल रहे थे और औरतें कपड़े धो रही थीं। "
-    "दूर पहाड़ों पर बादल छाए हुए थे और सबको लग रहा था कि आज बारिश ज़रूर होगी।",
-    "Chinese": "清晨的河面上笼罩着一层薄雾,渔船静静地停在码头边。老人坐在木箱上修补渔网,时不时抬头望向通往村子的小路。"
-    "他的孙子今天要从城里回来,家里已经准备好了饭菜。邻居们也都知道这个消息,纷纷送来了自己种的蔬菜和水果。",
-    "Arabic": "في الصباح الباكر كان الضباب يغطي النهر، وكانت القوارب راسية عند الرصيف. جلس الرجل العجوز يصلح شباكه وهو "
-    "ينظر إلى الطريق الذي سيأتي منه حفيده من المدينة، وكان الجميع في القرية ينتظرون وصوله.",
-    "German": "Am Morgen lag dichter Nebel über dem Fluss, und die Boote am Steg waren kaum zu erkennen. Der alte Mann saß "
-    "auf einer umgedrehten Kiste, flickte sein Netz und schaute ab und zu auf die Straße, auf der sein Enkel kommen sollte.",
+    "Greek": """
+Ο ποταμός περνάει μέσα από την πόλη και χωρίζει την παλιά αγορά από το λιμάνι. Κάθε πρωί οι ψαράδες φέρνουν
+τα δίχτυα τους στην προκυμαία και οι γυναίκες κατεβαίνουν για να διαλέξουν τα καλύτερα ψάρια της ημέρας.""",
+    "Russian": """
+Утром над рекой стоял густой туман, и лодки у причала едва угадывались в сером воздухе. Старик сидел на
+перевёрнутом ящике и чинил сеть, изредка поглядывая на дорогу, по которой должен был приехать его внук.""",
+    "Hindi": """
+सुबह होते ही गाँव के लोग नदी के किनारे इकट्ठे हो गए। बच्चे पानी में खेल रहे थे और औरतें कपड़े धो रही थीं।
+दूर पहाड़ों पर बादल छाए हुए थे और सबको लग रहा था कि आज बारिश ज़रूर होगी।""",
+    "Chinese": """
+清晨的河面上笼罩着一层薄雾,渔船静静地停在码头边。老人坐在木箱上修补渔网,时不时抬头望向通往村子的小路。
+他的孙子今天要从城里回来,家里已经准备好了饭菜。邻居们也都知道这个消息,纷纷送来了自己种的蔬菜和水果。""",
+    "Arabic": """
+في الصباح الباكر كان الضباب يغطي النهر، وكانت القوارب راسية عند الرصيف. جلس الرجل العجوز يصلح شباكه وهو
+ينظر إلى الطريق الذي سيأتي منه حفيده من المدينة، وكان الجميع في القرية ينتظرون وصوله.""",
+    "German": """
+Am Morgen lag dichter Nebel über dem Fluss, und die Boote am Steg waren kaum zu erkennen. Der alte Mann saß auf
+einer umgedrehten Kiste, flickte sein Netz und schaute ab und zu auf die Straße, auf der sein Enkel kommen sollte.""",
 }
 
 
@@ -92,8 +100,6 @@ def clean(documents: list[str]) -> Callable[[int], list[str]]:
 
 
 def _hash(text: str) -> str:
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -156,8 +162,8 @@ def test_garbage_is_rejected(
     [
         (shuffle_characters, {"scrambled": False}),
         (loop, {"repetition": False}),
-        (latin_1, {"non_text": False}),
-        (random_ascii, {"non_text": False}),
+        (latin_1, {"non_text": False, "scrambled": False}),
+        (random_ascii, {"non_text": False, "scrambled": False}),
     ],
 )
 def test_check_notices_a_gate_that_is_off(
@@ -166,6 +172,7 @@ def test_check_notices_a_gate_that_is_off(
     texts = [text[:500] for text in clean(500)[:100]]
     with pytest.raises(AssertionError):
         check_planted(Gates(replace(GateConfig(), **off)), plant, texts)
+    check_planted(Gates(GateConfig()), plant, texts)
 
 
 def test_without_gates_everything_but_nothing_passes(clean: Callable[[int], list[str]]) -> None:
@@ -204,7 +211,7 @@ def tables() -> dict[str, str]:
         "hexadecimal": "\n".join(" ".join(f"{chance.randint(0, 255):02x}" for _ in range(16)) for _ in rows),
         "json": json.dumps([{"id": row, "name": chance.choice(["anna", "bob"]), "p": chance.random()} for row in rows]),
         "formulas": r"\frac{d}{dx}\left(\sqrt{x^2+1}\right)=\frac{x}{\sqrt{x^2+1}},\quad\int_0^\infty e^{-x^2}\,dx="
-        r"\frac{\sqrt{\pi}}{2},\quad\sum_{n=1}^{\infty}\frac{1}{n^2}=\frac{\pi^2}{6},\quad\lim_{x\to 0}\frac{\sin x}{x}=1",
+        r"\frac{\sqrt{\pi}}{2},\quad\sum_{n=1}^{\infty}\frac{1}{n^2}=\frac{\pi^2}{6},\quad\lim_{x\to 0}\frac{x}{2x}",
     }
 
 
