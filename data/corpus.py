@@ -17,7 +17,8 @@ from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, TokenizerKind
-from data.filter.corpus import Losses, filtered, keep_audit
+from data.filter.corpus import filtered, keep_audit
+from data.filter.make import OpenLosses
 from data.sources import Document, Source, make_source
 from data.tokenizer import Tokenizer, describe, from_file, load_tokenizer, train_bpe
 from data.tokens import Shard, TokenStream, TokenWriter, token_dtype, verify_shard
@@ -92,7 +93,7 @@ def open_corpus(directory: Path) -> Corpus:
     raise DataError(f"{path} {reason}: remove {directory} and run again to make it anew")
 
 
-def prepare(config: DataConfig, report: Callable[[str], None], losses: Losses | None = None) -> Corpus:
+def prepare(config: DataConfig, report: Callable[[str], None], losses: OpenLosses | None = None) -> Corpus:
     """Tokenise the sources, or open what was made of the same sources before. One process calls it; `report` gets lines
     on its progress, `losses` makes what a filter by a model's loss needs. Raises `ConfigError` with the key of what is
     wrong with a source, `DataError` where a cached corpus is damaged or none can be written.

@@ -6,29 +6,30 @@ On several processes: `leviathan filter processes=N ...`, or `torchrun ... -m la
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from data.filter.make import make_scorer
 from numpy.typing import NDArray
 
-from core.config import build, load, plain
+from core.config import build, differences, load, plain
 from core.errors import ConfigError, LeviathanError
 from core.files import read_json, write_json
 from data.config import TokenizerConfig, TokenizerKind
 from data.filter.config import FilterRules
 from data.filter.inputs import InputConfig, parts
 from data.filter.journey import explain
-from data.filter.outputs import KEPT, SCORES, write_kept, write_scores
+from data.filter.make import make_scorer
+from data.filter.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
 from data.filter.pipeline import Filter, Job
 from data.filter.store import OneWorker, Workers
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
 from parallel.world import World, connect
+from train.token_losses import open_losses
 
 STAGES = "stages"
 
@@ -36,8 +37,8 @@ STAGES = "stages"
 @dataclass(frozen=True)
 class FilterConfig(FilterRules, InputConfig):
     """`out`: the directory to make, or to go on with. `tokenizer`: what counts tokens (a tokenizer.json or a folder
-    with one); null: bytes stand for them. `processes`: how many filter together on this machine. `explain`: tell the journey
-    of the record of this name through a filtering in `out`, and do nothing else.
+    with one); null: bytes stand for them. `processes`: how many filter together on this machine. `explain`: tell the
+    journey of the record of this name through a filtering in `out`, and do nothing else.
     """
 
     out: str = "filtered"
@@ -67,22 +68,25 @@ def run(config: FilterConfig) -> int:
     if workers.rank == 0:
         write_scores(done, out / SCORES)
         write_kept(done, out / KEPT)
+        write_audit_of(done, out, str(config.input or config.dataset), _command(config))
+        print(f"audit: {out / AUDIT_PAGE}")
     workers.wait()
     return 0
 
 
+def _command(config: FilterConfig) -> str:
+    """What makes the same again."""
+    changed = differences(plain(FilterConfig(input="?")), plain(config))
+    return " ".join(["leviathan filter", *(f"{key}={shlex.quote(str(new))}" for key, (_, new) in changed.items())])
+
+
 def _job(config: FilterConfig, out: Path, workers: Workers) -> Job:
-    from train.token_losses import token_losses
-
-    def losses(name: str) -> Any:
-        return token_losses(name, config.scorer.context, config.scorer.batch)
-
     tokenizer = _tokenizer(config)
     rules = build(FilterRules, {key: value for key, value in plain(config).items() if key in plain(FilterRules())})
     return Job(
         parts=parts(config),
         rules=rules,
-        scorer=make_scorer(config.scorer, losses, out / STAGES),
+        scorer=make_scorer(config.scorer, open_losses, out / STAGES / "answers", config.seed),
         directory=out / STAGES,
         workers=workers,
         report=print if workers.rank == 0 else lambda line: None,

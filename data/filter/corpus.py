@@ -14,17 +14,13 @@ from core.errors import ConfigError
 from core.files import sha256_text
 from data.filter.config import FilterRules
 from data.filter.inputs import Broken
-from data.filter.make import make_scorer
+from data.filter.make import OpenLosses, make_scorer
 from data.filter.outputs import AUDIT_JSON, AUDIT_PAGE, SCORES, write_audit_of, write_scores
 from data.filter.pipeline import Filter, Job
 from data.filter.records import Record
-from data.filter.scorer import TokenLosses
 from data.filter.store import OneWorker
 from data.sources import Document, Source
 from data.tokenizer import Tokenizer
-
-Losses = Callable[[str], tuple[TokenLosses, str]]
-"""A model by the name of its run or folder, and its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def filtered(
     tokenizer: Tokenizer,
     cache: Path,
     report: Callable[[str], None],
-    losses: Losses | None,
+    losses: OpenLosses | None,
 ) -> list[Source]:
     """The sources less what the filter leaves out. Its stages are kept in the cache, so a killed run goes on."""
     key = sha256_text(json.dumps(plain(rules)), tokenizer.fingerprint, *(source.fingerprint() for source in sources))
@@ -95,7 +91,7 @@ def filtered(
     job = Job(
         parts=[SourcePart(source) for source in sources],
         rules=rules,
-        scorer=make_scorer(rules.scorer, losses, cache / "judge"),
+        scorer=make_scorer(rules.scorer, losses, cache / "answers", rules.seed),
         directory=directory / "stages",
         workers=OneWorker(),
         report=report,

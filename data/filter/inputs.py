@@ -71,7 +71,8 @@ class Broken:
 class Part(Protocol):
     """What one process reads. `fingerprint` changes whenever its records could."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def fingerprint(self) -> str: ...

@@ -41,10 +41,10 @@ def make_scorer(config: ScorerConfig, losses: OpenLosses | None, cache: Path, se
     if config.kind is ScorerKind.ngram:
         from data.filter.ngram import NgramScorer
 
-        return NgramScorer(config)
+        return NgramScorer(config.order, config.window)
     from data.filter.controls import LengthScorer, RandomScorer
 
-    return RandomScorer(config, seed) if config.kind is ScorerKind.random else LengthScorer()
+    return RandomScorer(seed) if config.kind is ScorerKind.random else LengthScorer()
 
 
 def _from_models(config: ScorerConfig, losses: OpenLosses | None) -> Scorer:

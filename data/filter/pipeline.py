@@ -175,26 +175,21 @@ class Filter:
                 tokens=np.asarray(counts, np.int64),
                 bytes=np.asarray([len(record.text.encode()) for record in rows], np.int64),
                 tie=np.asarray([key_of(self.rules.seed, record.id) for record in rows], np.uint64),
-                signature=signatures(texts, self.rules.duplicates),
+                **_columns(signatures(texts)),
             )
 
         self.screened.make(self.records.shards, self.workers, screen)
 
     @cached_property
-    def duplicates(self) -> dict[str, dict[int, str]]:
-        """Shard -> row -> reason, of records that repeat an earlier one. The same on every process."""
-        found: dict[str, dict[int, str]] = {}
-        passed = ((shard, table) for shard, table in self.screened.tables(["reason", "signature"]))
-        for shard, row, reason in find_duplicates(passed, self.rules.duplicates):
-            found.setdefault(shard, {})[row] = reason.name
-        return found
+    def duplicates(self) -> dict[str, list[Reason | None]]:
+        """Of each shard's records, why they repeat an earlier one. The same on every process."""
+        found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], self.rules.duplicates)
+        return dict(zip(self.screened.shards, found, strict=True))
 
     def reasons(self, shard: str) -> list[str | None]:
         """Why records are out before they are scored; None: they are not."""
         reasons: list[str | None] = self.screened.read(shard, ["reason"])["reason"].to_pylist()
-        for row, reason in self.duplicates.get(shard, {}).items():
-            reasons[row] = reason
-        return reasons
+        return [reason or _name(again) for reason, again in zip(reasons, self.duplicates[shard], strict=True)]
 
     def passed(self) -> Iterator[Record]:
         """Every record that is to be scored, in order."""
@@ -295,6 +290,28 @@ def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> Reason | No
     if reason is None and sets(record.text) is not None:
         return Reason.contaminated
     return reason
+
+
+def _columns(found: Signatures) -> dict[str, Any]:
+    """Signatures as columns; those of records that are out already are left empty when they are read."""
+    import pyarrow
+
+    def binary(values: NDArray[Any]) -> Any:
+        width = values.shape[1] * values.itemsize
+        return pyarrow.FixedSizeBinaryArray.from_buffers(
+            pyarrow.binary(width), len(values), [None, pyarrow.py_buffer(np.ascontiguousarray(values))]
+        )
+
+    return {"exact": binary(found.exact_N2), "near": binary(found.near_NP), "near_possible": found.near_possible_N}
+
+
+def _signatures(table: Any) -> Signatures:
+    out = table["reason"].is_valid().to_numpy()
+    exact = np.frombuffer(b"".join(table["exact"].to_pylist()), np.uint64).reshape(len(table), -1).copy()
+    near = np.frombuffer(b"".join(table["near"].to_pylist()), np.uint32).reshape(len(table), -1)
+    # what is out already is nobody's original: give each an exact mark of its own
+    exact[out, 0], exact[out, 1] = np.flatnonzero(out), np.iinfo(np.uint64).max
+    return Signatures(exact, near, table["near_possible"].to_numpy() & ~out)
 
 
 def _name(reason: Reason | None) -> str | None:
