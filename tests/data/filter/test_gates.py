@@ -171,7 +171,7 @@ def test_check_notices_a_gate_that_is_off(
 ) -> None:
     texts = [text[:500] for text in clean(500)[:100]]
     with pytest.raises(AssertionError):
-        check_planted(Gates(replace(GateConfig(), **off)), plant, texts)
+        check_planted(Gates(replace(GateConfig(), **off)), plant, texts)  # type: ignore[arg-type]
     check_planted(Gates(GateConfig()), plant, texts)
 
 
@@ -218,6 +218,19 @@ def tables() -> dict[str, str]:
 @pytest.mark.parametrize("kind", tables())
 def test_what_looks_random_but_is_data_passes(kind: str, gates: Gates) -> None:
     assert gates(record(tables()[kind])) is None
+
+
+def test_an_answer_is_judged_by_itself(gates: Gates, clean: Callable[[int], list[str]]) -> None:
+    """Beside a prompt ten times as long its characters would not show."""
+    chance = random.Random(0)
+    prompt = "\n".join(clean(500)[:8])
+    for plant in PLANTS:
+        whole = replace(record(prompt + plant(ENGLISH, chance)), answer_start=len(prompt))
+        assert gates(whole) in GARBAGE
+        assert gates(replace(whole, answer_start=None)) is None or plant in (latin_1, replaced)
+    assert gates(replace(record(prompt + ENGLISH), answer_start=len(prompt))) is None
+    assert gates(replace(record(prompt + " 42"), answer_start=len(prompt))) is None
+    assert gates(replace(record(prompt + " \n"), answer_start=len(prompt))) is Reason.empty
 
 
 def test_length_is_bounded_both_ways() -> None:
