@@ -446,6 +446,13 @@ def test_bad_nodes_are_those_of_this_try(tmp_path):
     assert bad_nodes(tmp_path, tmp_path, 40.0) == () == bad_nodes(tmp_path / "no", tmp_path / "no", 0.0)
 
 
+def test_a_line_that_a_rank_had_no_time_to_end_is_left_out(tmp_path):
+    whole = json.dumps({"time": 30.0, "hosts": ["n2"]})
+    for name in ("hangs.jsonl", "slow.jsonl"):
+        (tmp_path / name).write_text(f'{whole}\n{{"time": 31.0, "ho')
+    assert bad_nodes(tmp_path / "no", tmp_path, 20.0) == ("n2",) == slow_nodes(tmp_path / "slow.jsonl", 20.0)
+
+
 def test_codes_of_ranks_say_whether_to_try_again():
     wanted = {0: 0, 1: FINAL + 1, 2: FINAL + 2, 3: 3, 4: 3, 130: WARNED, 255: 3, FAILED_NODE: FAILED_NODE}
     assert {code: code_for(code) for code in wanted} == wanted
