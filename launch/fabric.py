@@ -35,7 +35,6 @@ MOST_SKEW_S = 1.0
 PATIENCE_S = 60.0
 VERSIONS = ("python", "torch", "device", "driver")
 """What all nodes must have alike."""
-AXES = ("world", "rows", "replicate", "fsdp", "efsdp", "tp", "experts")
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ class Reading:
 
 def read(config: TrainConfig, world: World) -> Reading:
     """Look at this machine and time each axis of the configured layout."""
-    meshes = make_meshes(config.parallel.resolve(world.size), world)
-    axes = [axis for name in AXES if (axis := getattr(meshes, name)).size > 1]
+    axes = make_meshes(config.parallel.resolve(world.size), world).joined
     bandwidth = {axis.name: _bandwidth(axis, world) for axis in axes}
     links = {axis.name: link for axis in distinct(axes) if (link := measure(axis, world)) is not None}
     folder = RunDirectory.of(config).checkpoints

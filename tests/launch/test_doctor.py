@@ -18,6 +18,7 @@ from launch.cli import main
 from launch.fabric import Reading, judge, table
 from launch.links import rounds
 from launch.machine import FEW_FILES, driver, room
+from parallel.mesh import Axis, make_meshes
 from parallel.world import connect
 from train.config import TrainConfig
 
@@ -147,6 +148,34 @@ def test_on_ranks_a_slow_one_is_found_by_its_links(ranks, tmp_path):
     assert list(judge(alike)) == ["n2"], (rates, judge(alike))
     even = [replace(one, links={"world": (one.links["world"][0], max(rates))}) for one in alike]
     assert judge(even) == {}, "control: it was the links"
+
+
+def axes_read(root: Path, degrees: list[str]) -> tuple[set[str], set[str], set[str]]:
+    """The axes whose bandwidth this rank reads, those of its links, and those that have a group of several ranks."""
+    world = connect()
+    config = load("train", TrainConfig, [f"run.root={root}", "run.name=x", *degrees])
+    axes = [a for a in vars(make_meshes(config.parallel.resolve(world.size), world)).values() if isinstance(a, Axis)]
+    read = fabric.read(config, world)
+    return (
+        set(read.bandwidth),
+        set(read.links),
+        {axis.name for axis in axes if axis.group is not None and axis.size > 1},
+    )
+
+
+TIMED = {
+    "pp=2 cp=2": ({"pp", "ends", "cp", "fsdp", "efsdp"}, {"world", "pp", "cp"}),
+    "dp_replicate=2 tp=2 ep=2": ({"rows", "dp_replicate", "tp", "experts"}, {"world", "rows", "tp"}),
+}
+"""The axes of a layout, and those with links that no other has."""
+
+
+@pytest.mark.parametrize("degrees, wanted", TIMED.items(), ids=TIMED.keys())
+def test_every_axis_that_has_a_group_is_timed(ranks, tmp_path, degrees, wanted):
+    found = ranks(4, axes_read, tmp_path, [f"parallel.{degree}" for degree in degrees.split()])
+    for bandwidth, _, grouped in found:
+        assert bandwidth == {"world", *wanted[0]} and grouped == wanted[0]
+    assert set().union(*(links for _, links, _ in found)) == wanted[1]
 
 
 def test_this_machine(tmp_path):

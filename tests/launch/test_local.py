@@ -46,7 +46,10 @@ def test_an_interrupted_sweep_stops(sweep):
 
 def test_a_run_of_a_sweep_that_fails_is_one_line_and_the_others_run(sweep, capsys):
     diverged = LeviathanError("the loss after step 3 is nan")
-    assert sweep({"s-0": diverged, "s-2": ConfigError("model.vocab_size", 1, "too small")}) == (1, ["s-0", "s-1", "s-2"])
+    assert sweep({"s-0": diverged, "s-2": ConfigError("model.vocab_size", 1, "too small")}) == (
+        1,
+        ["s-0", "s-1", "s-2"],
+    )
     assert capsys.readouterr().err.splitlines() == [
         "leviathan: error: s-0: the loss after step 3 is nan",
         "leviathan: error: s-2: model.vocab_size=1: too small",
