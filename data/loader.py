@@ -43,9 +43,6 @@ class Batch:
         """These rows, then those of `other`."""
         return Batch(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors(), strict=True)))
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in self._tensors()))
-
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.tokens_BT, self.labels_BT, self.positions_BT, self.sources_B
 

@@ -34,6 +34,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from core.errors import ConfigError, LeviathanError
 from core.ranks import ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
+from launch.machine import cores
 
 PATIENCE_S = 600  # for ranks that save after a signal
 KILL_AFTER_S = 20  # for ranks whose neighbour has crashed: there is nothing to save
@@ -91,7 +92,7 @@ def run(node: Node) -> int:
     for name in ("multiprocessing.api", "agent.server.api", "rendezvous.dynamic_rendezvous"):  # told below instead
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ["PYTHONSAFEPATH"] = "1"  # a train.py in the current folder would win against `-m train`
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // node.ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // node.ranks)))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _SIGNALS
     if (interface := _interface(_own_address(node))) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # by itself gloo takes what the host's name leads to

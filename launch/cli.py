@@ -38,7 +38,7 @@ class Verb:
 VERBS = {
     "train": Verb("train a model", "train", "train.config:TrainConfig", "launch.local:train", sweeps=True),
     "evaluate": Verb(
-        "held-out loss of a run",
+        "held-out loss of a run, or its figures in tasks (lm-eval)",
         "evaluate",
         "train.evaluate:EvaluateConfig",
         "train.evaluate:run",
@@ -154,9 +154,11 @@ def _run(name: str, arguments: list[str]) -> int:
 
     if "-h" in options or "--help" in options:
         from launch.help import describe
+        from launch.settings import LaunchConfig
 
         print(f"leviathan {name}: {verb.summary}\n")
-        print(describe(schema, compose_plain(verb.root, schema, overrides), config_directory()))
+        values = compose_plain(verb.root, schema, overrides)
+        print(describe(schema, values, config_directory(), {"launch": LaunchConfig}))
         return 0
     grid = expand(overrides) if verb.sweeps else [overrides]
     configs = [load(verb.root, schema, point) for point in grid]

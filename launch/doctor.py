@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import tempfile
@@ -21,25 +22,17 @@ from core import origin
 from core.config import load
 from core.errors import check_numbers
 from core.files import read_json
-from launch.machine import FEW_FILES, driver, room
+from launch.machine import FEW_FILES, cores, driver, room
 from parallel.layout import ParallelConfig
 from precision.resolve import table
 from train.config import RunConfig, TrainConfig
-from train.run_directory import write_config
+from train.run_directory import RunDirectory, write_config
 
-REQUIRED = (
-    "torch",
-    "hydra-core",
-    "omegaconf",
-    "pyyaml",
-    "datasets",
-    "wandb",
-    "numpy",
-    "tokenizers",
-    "tiktoken",
-    "pyarrow",
-)
-OPTIONAL = {"transformers": "make bench compares with it"}
+OPTIONAL = {
+    "transformers": "make bench compares with it",
+    "lm-eval": "evaluate asks its tasks",
+    "triton": "precision.kernels=triton",
+}
 SHARED_MEMORY = Path("/dev/shm")
 SMALL_SHARED_MEMORY = 1 << 30
 
@@ -89,20 +82,20 @@ def _measure(config: DoctorConfig, found: dict[str, Any]) -> int:
         code = start(quiet)
         if (folder / "findings.json").exists():
             found["ranks"] = read_json(folder / "findings.json")
-        shutil.rmtree(Path(config.runs) / ".doctor", ignore_errors=True)
+        shutil.rmtree(RunDirectory.of(asked).path, ignore_errors=True)
     return code
 
 
 def examine(config: DoctorConfig) -> dict[str, Any]:
     """Findings by section; `problems` stop every run, `advice` does not."""
-    packages = {name: _version(name) for name in REQUIRED}
+    packages = {name: _version(name) for name in _required()}
     optional = {name: _version(name) for name in OPTIONAL}
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     found: dict[str, Any] = {
         "machine": {
             "python": platform.python_version(),
             "system": platform.platform(),
-            "cores": _cores(),
+            "cores": cores(),
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "open_files_limit": files,
@@ -117,6 +110,8 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
         "origin": {name: str(origin.ROOT / name) for name in origin.PACKAGES},
     }
     found["problems"] = [f"{name} is not installed: pip install {name}" for name, v in packages.items() if v is None]
+    if not packages:
+        found["problems"].append(f"leviathan itself is not installed: pip install -e {origin.ROOT}")
     found["advice"] = [
         f"{name} is not installed ({OPTIONAL[name]}): pip install {name}" for name, v in optional.items() if v is None
     ]
@@ -128,9 +123,13 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
     return found
 
 
-def _cores() -> int:
-    """Cores that this process may use, which a container or `taskset` makes fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _required() -> list[str]:
+    """The packages that every run needs, as the installed distribution says; none where none is installed."""
+    try:
+        lines = importlib.metadata.requires("leviathan") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [re.split(r"[^\w.-]", line)[0] for line in lines if "extra ==" not in line]
 
 
 def _precision() -> dict[str, dict[str, list[str]]]:
@@ -159,7 +158,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _folders(config: DoctorConfig) -> list[Path]:
-    folders = [Path(config.cache).expanduser(), Path(config.runs)]
+    folders = [Path(config.cache).expanduser(), Path(config.runs).expanduser()]
     return [*folders, SHARED_MEMORY] if SHARED_MEMORY.exists() else folders
 
 

@@ -26,7 +26,7 @@ from launch.links import MESSAGE_BYTES, SLOW, Link, distinct, measure, slow_link
 from launch.machine import FEW_FILES, driver, room
 from launch.node import FAILED_NODE
 from parallel.mesh import Axis, make_meshes
-from parallel.world import World, connect
+from parallel.world import World, connect, wait_for
 from train.config import TrainConfig
 from train.run_directory import RunDirectory, read_config
 
@@ -35,7 +35,6 @@ MOST_SKEW_S = 1.0
 PATIENCE_S = 60.0
 VERSIONS = ("python", "torch", "device", "driver")
 """What all nodes must have alike."""
-AXES = ("world", "rows", "replicate", "fsdp", "efsdp", "tp", "experts")
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ class Reading:
 
 def read(config: TrainConfig, world: World) -> Reading:
     """Look at this machine and time each axis of the configured layout."""
-    meshes = make_meshes(config.parallel.resolve(world.size), world)
-    axes = [axis for name in AXES if (axis := getattr(meshes, name)).size > 1]
+    axes = make_meshes(config.parallel.resolve(world.size), world).joined
     bandwidth = {axis.name: _bandwidth(axis, world) for axis in axes}
     links = {axis.name: link for axis in distinct(axes) if (link := measure(axis, world)) is not None}
     folder = RunDirectory.of(config).checkpoints
@@ -189,13 +187,13 @@ def _bandwidth(axis: Axis, world: World, tries: int = 3) -> float:
     best = float("inf")
     for _ in range(tries + 1):  # the first connects
         axis.sum(tensor[:1], "meet")
-        _wait(world.device)
+        wait_for(world.device)
         begin = time.perf_counter()
         if axis.group is None:
             dist.all_reduce(tensor)
         else:
             axis.sum(tensor, "bandwidth")
-        _wait(world.device)
+        wait_for(world.device)
         best = min(best, time.perf_counter() - begin)
     return MESSAGE_BYTES / best
 
@@ -206,10 +204,10 @@ def _products(device: torch.device) -> float:
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(8):
-        _wait(device)
+        wait_for(device)
         begin = time.perf_counter()
         torch.mm(a, a)
-        _wait(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
 
@@ -238,11 +236,6 @@ def _usual(rates: list[float]) -> float:
 
 def _commonest(values: list[str]) -> str:
     return max(values, key=values.count)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

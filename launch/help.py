@@ -18,9 +18,11 @@ import yaml
 WIDTH = 100
 
 
-def describe(schema: type, values: dict[str, Any], configs: Path) -> str:
-    """`values`: the verb's composed configuration as plain data; `configs`: the folder of Hydra's groups."""
-    return "\n".join([*_groups(schema, configs), *_component(schema, values, "")]).lstrip("\n")
+def describe(schema: type, values: dict[str, Any], configs: Path, read_later: dict[str, type]) -> str:
+    """`values`: the verb's composed configuration as plain data; `configs`: the folder of Hydra's groups; `read_later`:
+    the components that keys hold of which the schema says no more than that they are dicts.
+    """
+    return "\n".join([*_groups(schema, configs), *_component(schema, values, "", read_later)]).lstrip("\n")
 
 
 def _groups(schema: type, configs: Path) -> Iterator[str]:
@@ -32,23 +34,24 @@ def _groups(schema: type, configs: Path) -> Iterator[str]:
             yield f"{folder.name}={' | '.join(names)}"
 
 
-def _component(cls: type, values: Any, prefix: str) -> Iterator[str]:
+def _component(cls: type, values: dict[str, Any], prefix: str, read_later: dict[str, type]) -> Iterator[str]:
     """The component's documentation, its own keys, then the components inside."""
     yield ""
     if cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("):  # what dataclasses write themselves
         yield from _comment(cls.__doc__, "")
     hints, documentation, inner = typing.get_type_hints(cls), field_documentation(cls), []
     for field in dataclasses.fields(cls):
-        kind, value = hints[field.name], values.get(field.name) if isinstance(values, dict) else None
+        kind = read_later.get(f"{prefix}{field.name}", hints[field.name])
+        value = values[field.name] if field.name in values else _default(field)
         if dataclasses.is_dataclass(kind):
             inner.append((kind, value, f"{prefix}{field.name}."))
             continue
         yield f"{prefix}{field.name}={_text(value)}  ({_type_name(kind)})"
         yield from _comment(documentation.get(field.name, ""), "    ")
         for part, name in _entries(kind):
-            inner.append((part, _defaults(part), f"{prefix}{field.name}.{name}".removesuffix(".") + "."))
+            inner.append((part, {}, f"{prefix}{field.name}.{name}".removesuffix(".") + "."))
     for kind, value, path in inner:
-        yield from _component(typing.cast(type, kind), value, path)
+        yield from _component(typing.cast(type, kind), value, path, read_later)
 
 
 def field_documentation(cls: type) -> dict[str, str]:
@@ -70,15 +73,12 @@ def _entries(kind: Any) -> Iterator[tuple[type, str]]:
             yield typing.cast(type, argument), names.get(typing.get_origin(kind), "")
 
 
-def _defaults(cls: type) -> dict[str, Any]:
+def _default(field: dataclasses.Field[Any]) -> Any:
     from core.config import plain
 
-    found = {}
-    for field in dataclasses.fields(cls):
-        made = field.default_factory is not dataclasses.MISSING
-        value = typing.cast(Any, field.default_factory)() if made else field.default
-        found[field.name] = "???" if value is dataclasses.MISSING else plain(value)
-    return found
+    made = field.default_factory is not dataclasses.MISSING
+    value = typing.cast(Any, field.default_factory)() if made else field.default
+    return "???" if value is dataclasses.MISSING else plain(value)
 
 
 def _text(value: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.mesh import Axis
-from parallel.world import World
+from parallel.world import World, wait_for
 
 MESSAGE_BYTES = 8 << 20
 SLOW = 0.5
@@ -107,7 +107,7 @@ def _count(links: Sequence[Link], node: str) -> int:
 
 def _exchange(axis: Axis, peer: int, sent: torch.Tensor, received: torch.Tensor) -> float:
     """Seconds of sending and receiving at once."""
-    _wait(sent.device)
+    wait_for(sent.device)
     begin = time.perf_counter()
     both = [
         dist.P2POp(dist.isend, sent, peer, group=axis.group),
@@ -115,14 +115,9 @@ def _exchange(axis: Axis, peer: int, sent: torch.Tensor, received: torch.Tensor)
     ]
     for work in dist.batch_isend_irecv(both):
         work.wait()
-    _wait(sent.device)
+    wait_for(sent.device)
     return time.perf_counter() - begin
 
 
 def _rank_of(axis: Axis, place: int) -> int:
     return place if axis.group is None else dist.get_global_rank(axis.group, place)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

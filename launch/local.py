@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from core.config import build
+from core.config import build, differences
 from core.errors import ConfigError, LeviathanError
-from core.ranks import CRASHED
+from core.ranks import CRASHED, INTERRUPTED
 from launch.settings import LaunchConfig, LaunchKind
 from train.config import TrainConfig, check
 from train.run_directory import RunDirectory, write_config
 
 
 def train(configs: list[TrainConfig]) -> int:
-    """Train as `launch` says; returns the exit code, of a sweep the first that is not 0. What one process can check is
-    checked here, so that an error comes once and before any rank is started.
+    """Train as `launch` says; returns the exit code. What one process can check is checked here, so that an error comes
+    once and before any rank is started.
     """
+    _check_alike(configs)
     launch = build(LaunchConfig, configs[0].launch, "launch")
     for config in configs:
         check(config, launch.ranks if launch.kind is not LaunchKind.inline else 1)
@@ -28,7 +32,32 @@ def train(configs: list[TrainConfig]) -> int:
         from launch.slurm import submit_and_follow
 
         return submit_and_follow(configs, launch)
-    codes = [_torchrun(config, launch) if launch.kind is LaunchKind.torchrun else _inline(config) for config in configs]
+    start = partial(_torchrun, launch) if launch.kind is LaunchKind.torchrun else _inline
+    return start(configs[0]) if len(configs) == 1 else _one_by_one(configs, start)
+
+
+def _check_alike(configs: list[TrainConfig]) -> None:
+    """The runs of a sweep are started in one way."""
+    for config in configs[1:]:
+        for key, (first, other) in differences(configs[0].launch, config.launch, "launch").items():
+            reason = f"the first run of the sweep has {first}, and all are launched alike; give one value"
+            raise ConfigError(key, other, reason)
+
+
+def _one_by_one(configs: list[TrainConfig], start: Callable[[TrainConfig], int]) -> int:
+    """A run that fails does not keep the others from running, one that is interrupted does; returns 130 then, or the
+    first code that is not 0.
+    """
+    codes = []
+    for config in configs:
+        try:
+            code = start(config)
+        except LeviathanError as error:
+            print(f"leviathan: error: {config.run.name}: {error}", file=sys.stderr, flush=True)
+            code = error.exit_code
+        if code == INTERRUPTED:
+            return code
+        codes.append(code)
     return next((code for code in codes if code), 0)
 
 
@@ -45,7 +74,7 @@ def _inline(config: TrainConfig) -> int:
     return run(config)
 
 
-def _torchrun(config: TrainConfig, launch: LaunchConfig) -> int:
+def _torchrun(launch: LaunchConfig, config: TrainConfig) -> int:
     """What `torchrun --nproc-per-node RANKS -m train` does, with the agent in this process. Ctrl-C and SIGTERM are
     passed on to the ranks, which save; 130 then.
     """

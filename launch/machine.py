@@ -1,4 +1,4 @@
-"""What `leviathan doctor` asks of one machine, alone or as a node of a job."""
+"""What one machine has: asked by `leviathan doctor`, alone or as a node of a job, and where ranks are started."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from pathlib import Path
 FEW_FILES = 1024
 """Linux's usual limit of open files. Where it is lower, loaders and many connections run into it."""
 DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def cores() -> int:
+    """Those that this process may use, which a container or `taskset` makes fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def driver(path: Path = DRIVER) -> str | None:

@@ -32,14 +32,14 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(WARNED))  # until the agent listens
     what, folder = arguments[0], Path(arguments[1])
     task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
-    name = os.environ.get("SLURMD_NODENAME", "this node")
+    from core.ranks import CRASHED, host_name
+
     if not (folder / f"config-{task}.yaml").exists():
         reason = "the job's folder must be on a file system that all nodes share (launch.slurm.directory)"
-        print(f"leviathan: error: {name} does not see {folder}: {reason}", file=sys.stderr)
+        print(f"leviathan: error: {host_name()} does not see {folder}: {reason}", file=sys.stderr)
         return FINAL + 2
     from core.errors import LeviathanError
     from core.origin import drop_working_directory
-    from core.ranks import CRASHED
     from launch.agent import Interrupted, Unmet, Unreachable, run
 
     drop_working_directory()
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     except Interrupted as error:
         return WARNED if error.signal_number == signal.SIGUSR1 else CANCELLED
     except LeviathanError as error:
-        print(f"leviathan: error: {name}: {error}", file=sys.stderr)
+        print(f"leviathan: error: {host_name()}: {error}", file=sys.stderr)
         code = CRASHED if isinstance(error, Unmet | Unreachable) else error.exit_code  # another try has another port
     return code_for(code)
 

@@ -158,9 +158,7 @@ def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
     if findings.exists():
         content = json.loads(findings.read_text())
         found.update(content["bad_nodes"] if content["time"] > since else ())
-    hangs = logs / "hangs.jsonl"
-    for line in hangs.read_text().splitlines() if hangs.exists() else ():
-        hang: dict[str, Any] = json.loads(line)
+    for hang in _lines(logs / "hangs.jsonl"):
         if hang["time"] > since:
             found.update(hang["hosts"])
     return tuple(sorted(found))
@@ -168,8 +166,15 @@ def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
 
 def slow_nodes(path: Path, since: float) -> tuple[str, ...]:
     """Nodes that were steadily slow when the try ended: what train/stragglers.py noted last, if in this try."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = _lines(path)
     return tuple(lines[-1]["hosts"]) if lines and lines[-1]["time"] > since else ()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """What ranks have noted, some of them just before they were ended."""
+    from train.run_directory import read_lines
+
+    return list(read_lines(path)) if path.exists() else []
 
 
 def _submitted(folder: Path) -> float:

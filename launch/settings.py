@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,6 +9,7 @@ from enum import Enum
 import torch
 
 from core.errors import ConfigError, check_numbers
+from launch.machine import cores
 from train.config import TrainConfig
 
 
@@ -72,7 +72,8 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """`processes`: ranks on each node; null: one per GPU of this machine, or per two cores where there is none.
+    """Taken by launch=inline, torchrun or slurm; the keys but `kind` belong to the last two, `slurm` to the last.
+    `processes`: ranks on each node; null: one per GPU of this machine, or per two cores where there is none.
 
     With several nodes under `torchrun`, the same command is started on each, with a `node_rank` of its own and one
     `rendezvous` (host:port of node 0; [address]:port for IPv6).
@@ -116,7 +117,7 @@ class LaunchConfig:
 
     @property
     def ranks_per_node(self) -> int:
-        return self.processes or torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // 2)
+        return self.processes or torch.cuda.device_count() or max(1, cores() // 2)
 
     @property
     def ranks(self) -> int:

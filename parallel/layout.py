@@ -14,6 +14,8 @@ from model.config import FeedForward, ModelConfig
 from parallel.stages import V_SCHEDULES_SINCE, Schedule, Stages, stages
 
 AUTO = "auto"
+DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
+"""Every axis whose size is configured; of dense ranks, then of sparse ones, in the order in which they are folded."""
 
 
 class Recompute(Enum):
@@ -97,14 +99,11 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("timeout_s",))
-        for key in ("pp", "dp_replicate", "cp", "tp", "ep", "etp"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be positive")
-        if isinstance(self.dp_shard, str):
-            if self.dp_shard != AUTO:
-                raise ConfigError("dp_shard", self.dp_shard, "must be a number of ranks", [AUTO])
-        elif self.dp_shard < 1:
-            raise ConfigError("dp_shard", self.dp_shard, "must be positive")
+        if isinstance(self.dp_shard, str) and self.dp_shard != AUTO:
+            raise ConfigError("dp_shard", self.dp_shard, "must be a number of ranks", [AUTO])
+        for key in DEGREES:
+            if (degree := getattr(self, key)) != AUTO and degree < 1:
+                raise ConfigError(key, degree, "must be positive")
         self._check_schedule()
 
     def _check_schedule(self) -> None:
@@ -202,8 +201,7 @@ class Layout(ParallelConfig):
     @property
     def axes(self) -> dict[str, int]:
         """The degrees above 1, by name."""
-        degrees = {key: getattr(self, key) for key in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")}
-        return {key: value for key, value in degrees.items() if value > 1}
+        return {key: degree for key in DEGREES if (degree := getattr(self, key)) > 1}
 
     def stages(self, model: ModelConfig) -> Stages:
         """The pipeline's stages; one with all layers where there is no pipeline."""

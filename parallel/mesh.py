@@ -98,6 +98,12 @@ class Meshes:
     sparse: DeviceMesh | None
 
     @property
+    def joined(self) -> list[Axis]:
+        """The axes along which this rank speaks to others, the world first."""
+        axes = [axis for axis in vars(self).values() if isinstance(axis, Axis) and axis.size > 1]
+        return [axis for axis in axes if axis is self.world or axis.group is not None]
+
+    @property
     def traffic(self) -> Traffic:
         return self.world.traffic
 

@@ -86,10 +86,7 @@ class ShardSpec:
 
     @property
     def computed(self) -> Block:
-        block = Block((0,) * len(self.info.shape), tuple(self.info.shape))
-        for split in self.splits:
-            block = block.cut(split)
-        return block
+        return _cut(self.info, self.splits)
 
     @property
     def stored(self) -> Block:
@@ -114,8 +111,8 @@ def shard_specs(infos: Mapping[str, ParameterInfo], model: ModelConfig, meshes: 
 def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
     if info.role.is_expert:
         splits = tuple(s for s in (Split(meshes.ep, 0), Split(meshes.etp, _EXPERT_WIDTH_DIM)) if s.axis.size > 1)
-        spec = ShardSpec(info, splits, Split(meshes.efsdp, 0), (meshes.replicate,))
-        return ShardSpec(info, splits, Split(meshes.efsdp, _storage_dim(spec.computed, meshes.efsdp)), spec.copies)
+        storage = Split(meshes.efsdp, _storage_dim(_cut(info, splits), meshes.efsdp))
+        return ShardSpec(info, splits, storage, (meshes.replicate,))
     if info.role is Role.embedding and model.tie_embeddings and meshes.ends.size > 1:
         alone = _dense_spec(info, model, meshes)
         return replace(alone, copies=(*alone.copies, meshes.ends), partial=(*alone.partial, meshes.ends))
@@ -130,6 +127,13 @@ def _dense_spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> Shar
         copies = (meshes.replicate, meshes.tp)
         return ShardSpec(info, (), Split(meshes.fsdp, 0), copies, partial=(meshes.tp,) if meshes.tp.size > 1 else ())
     return ShardSpec(info, (Split(meshes.tp, dim),), Split(meshes.fsdp, 0), (meshes.replicate,))
+
+
+def _cut(info: ParameterInfo, splits: tuple[Split, ...]) -> Block:
+    block = Block((0,) * len(info.shape), tuple(info.shape))
+    for split in splits:
+        block = block.cut(split)
+    return block
 
 
 def _storage_dim(block: Block, axis: Axis) -> int:

@@ -112,6 +112,12 @@ def connect(timeout: timedelta = timedelta(days=1)) -> World:
     return World(rank, size, device)
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was given; a CPU has by then."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -20,6 +20,7 @@ from data.ngrams import NgramBaseline
 from data.order import key_of
 from model.flops import count_parameters, training_flops
 from parallel.cost import StaticBytes, static_bytes
+from parallel.world import wait_for
 from train.config import Phase
 from train.evaluate import HeldOut, held_out_batches, held_out_loss
 from train.metrics import MetricsWriter, Throughput, expert_load, peak_memory_bytes
@@ -272,8 +273,7 @@ class Profiling(Callback):
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
         if self._profiler is None:
             return
-        if self.cuda:
-            torch.cuda.synchronize()
+        wait_for(self.trainer.world.device)
         self._profiler.stop()
         base = str(self.directory / f"step-{steps - 1:08d}")
         self._profiler.export_chrome_trace(f"{base}.trace.json")

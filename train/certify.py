@@ -21,7 +21,7 @@ from core.errors import ConfigError, LeviathanError
 from core.ranks import RankFailure
 from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
 from parallel import expert
-from parallel.layout import AUTO, ContextMethod, ParallelConfig, Reduce
+from parallel.layout import AUTO, DEGREES, ContextMethod, ParallelConfig, Reduce
 from parallel.stages import Schedule, stages
 from precision.config import Compute, PrecisionConfig
 from train import certify_float8
@@ -30,7 +30,6 @@ from train.comparison import Comparison, compare, tail
 from train.optimizer import OptimizerConfig, OptimizerKind
 
 MOST_RANKS, MOST_STEPS = 8, 20
-AXES = ("pp", "dp_shard", "dp_replicate", "cp", "tp", "ep", "etp")
 _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
 
 
@@ -239,7 +238,7 @@ def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
 
 def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
     """Axes above 1, or that fill the world; plain data parallelism where there is no other."""
-    used = [axis for axis in AXES if getattr(parallel, axis) not in (1, AUTO)]
+    used = [axis for axis in DEGREES if getattr(parallel, axis) not in (1, AUTO)]
     if parallel.dp_shard == AUTO:
         used.insert(0, "dp_shard")
     return tuple(used) or ("dp_shard",)
@@ -249,7 +248,7 @@ def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: Parallel
     """The smallest world with these degrees. Experts are spread over dp_shard * cp * tp ranks, so dp_shard grows until
     their ep * etp ranks fit in; and where it is one of the axes tried, until their storage is sharded as well.
     """
-    wanted = {axis: degrees.get(axis, 1) for axis in AXES}
+    wanted = {axis: degrees.get(axis, 1) for axis in DEGREES}
     experts = wanted["ep"] * wanted["etp"]
     least = min(2, degrees["dp_shard"]) if "dp_shard" in axes else 1
     while (spread := wanted["dp_shard"] * wanted["cp"] * wanted["tp"]) % experts or spread // experts < least:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import sys
 import time
 from typing import Any
 
 import torch
+
+from core.ranks import host_name
 
 _TELLING = tuple(
     [
@@ -46,7 +47,7 @@ def environment() -> dict[str, Any]:
     }
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "host": socket.gethostname(),
+        "host": host_name(),
         "command": sys.argv,
         "python": platform.python_version(),
         "torch": torch.__version__,

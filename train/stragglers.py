@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from core.ranks import host_name
-from parallel.world import World
+from parallel.world import World, wait_for
 
 SLOW = 1.5
 """Times the median of all ranks."""
@@ -83,8 +83,7 @@ class Stragglers:
             begin = time.perf_counter()
             for _ in range(4):
                 torch.mm(self._a, self._b)
-            if self.world.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(self.world.device)
             best = min(best, time.perf_counter() - begin)
         return best
 

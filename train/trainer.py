@@ -26,7 +26,7 @@ from model.balancer import Balancer
 from parallel.apply import build
 from parallel.mesh import make_meshes
 from parallel.shards import fill
-from parallel.world import World, connect
+from parallel.world import World, connect, wait_for
 from precision.resolve import resolve
 from train import callbacks, certificates
 from train.checkpoint import Checkpointer, committed_checkpoints
@@ -161,8 +161,7 @@ class Trainer:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """What happens here is not training: neither its time nor its bytes count."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self.world.device)
         begin, bytes_before = time.perf_counter(), self.meshes.traffic.take()
         with self.world.pulse.excuse():
             yield

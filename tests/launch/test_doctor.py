@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +14,18 @@ from typing import Any
 
 import pytest
 
+from core import origin
 from core.config import load
-from launch import fabric, links
+from launch import agent, doctor, fabric, links
 from launch.cli import main
 from launch.fabric import Reading, judge, table
 from launch.links import rounds
 from launch.machine import FEW_FILES, driver, room
+from launch.settings import LaunchConfig, LaunchKind
+from parallel.mesh import Axis, make_meshes
 from parallel.world import connect
 from train.config import TrainConfig
+from train.run_directory import RunDirectory, read_config
 
 
 def reading(rank: int, size: int, **other: Any) -> Reading:
@@ -147,6 +153,82 @@ def test_on_ranks_a_slow_one_is_found_by_its_links(ranks, tmp_path):
     assert list(judge(alike)) == ["n2"], (rates, judge(alike))
     even = [replace(one, links={"world": (one.links["world"][0], max(rates))}) for one in alike]
     assert judge(even) == {}, "control: it was the links"
+
+
+def axes_read(root: Path, degrees: list[str]) -> tuple[set[str], set[str], set[str]]:
+    """The axes whose bandwidth this rank reads, those of its links, and those that have a group of several ranks."""
+    world = connect()
+    config = load("train", TrainConfig, [f"run.root={root}", "run.name=x", *degrees])
+    axes = [a for a in vars(make_meshes(config.parallel.resolve(world.size), world)).values() if isinstance(a, Axis)]
+    read = fabric.read(config, world)
+    return (
+        set(read.bandwidth),
+        set(read.links),
+        {axis.name for axis in axes if axis.group is not None and axis.size > 1},
+    )
+
+
+TIMED = {
+    "pp=2 cp=2": ({"pp", "ends", "cp", "fsdp", "efsdp"}, {"world", "pp", "cp"}),
+    "dp_replicate=2 tp=2 ep=2": ({"rows", "dp_replicate", "tp", "experts"}, {"world", "rows", "tp"}),
+}
+"""The axes of a layout, and those with links that no other has."""
+
+
+@pytest.mark.parametrize("degrees, wanted", TIMED.items(), ids=TIMED.keys())
+def test_every_axis_that_has_a_group_is_timed(ranks, tmp_path, degrees, wanted):
+    found = ranks(4, axes_read, tmp_path, [f"parallel.{degree}" for degree in degrees.split()])
+    for bandwidth, _, grouped in found:
+        assert bandwidth == {"world", *wanted[0]} and grouped == wanted[0]
+    assert set().union(*(links for _, links, _ in found)) == wanted[1]
+
+
+def test_the_doctor_looks_where_runs_go(monkeypatch, tmp_path):
+    """`~` is the home directory, as it is for a run."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "home" / "runs" / ".doctor"
+
+    def leave_something(node: agent.Node) -> int:
+        RunDirectory.of(read_config(Path(node.command[2]))).checkpoints.mkdir(parents=True)
+        assert own.exists()
+        return 0
+
+    monkeypatch.setattr(agent, "run", leave_something)
+    config = doctor.DoctorConfig(runs="~/runs", ranks=1)
+    assert doctor._measure(config, {}) == 0
+    assert own.parent.exists() and not own.exists()
+    assert str(own.parent) in doctor.examine(config)["disk"]
+
+
+def test_what_is_needed_is_what_the_distribution_says(monkeypatch):
+    found = doctor.examine(doctor.DoctorConfig())
+    project = tomllib.loads((origin.ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(found["packages"]) == sorted(line.split(">")[0] for line in project["dependencies"])
+    extras = " ".join(line for lines in project["optional-dependencies"].values() for line in lines)
+    assert all(name in extras for name in found["optional"]) and found["problems"] == []
+
+    def absent(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    (problem,) = doctor.examine(doctor.DoctorConfig())["problems"]
+    assert problem.startswith("leviathan itself is not installed: pip install -e /")
+
+
+def test_ranks_and_threads_are_for_the_cores_that_we_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5, 7, 8, 9}, raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert LaunchConfig(LaunchKind.torchrun).ranks == 2
+    assert doctor.examine(doctor.DoctorConfig())["machine"]["cores"] == 4
+    for name in ("OMP_NUM_THREADS", "PYTHONSAFEPATH", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+        monkeypatch.setenv(name, "")  # so that they are as before in the end
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(agent, "get_rendezvous_handler", lambda parameters: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        agent.run(agent.Node(("-m", "train"), 2, Path("logs")))
+    assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
 def test_this_machine(tmp_path):

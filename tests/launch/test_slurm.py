@@ -15,6 +15,7 @@ import pytest
 
 from core.config import build, expand, load
 from core.errors import ConfigError
+from core.ranks import host_name
 from launch import agent, node, requeue
 from launch.cli import main
 from launch.node import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
@@ -22,6 +23,7 @@ from launch.requeue import AGAIN, Decision, Tries, bad_nodes, commands, decide, 
 from launch.settings import LaunchConfig, SlurmConfig, check_interval, seconds
 from launch.slurm import SILENT, UNKNOWN, Job, Told, ask, follow, load_job, render, understand
 from train.config import TrainConfig
+from train.environment import environment
 from train.run_directory import write_config
 
 SCRIPT = """#!/bin/bash
@@ -314,6 +316,21 @@ def test_a_job_that_got_other_nodes_than_its_layout_has_ends(tmp_path, monkeypat
     assert [one.nodes for one in started] == ([] if code else [2])
 
 
+@pytest.mark.parametrize("given", ["n7", None])
+def test_a_machine_has_one_name_everywhere(monkeypatch, capsys, tmp_path, given):
+    monkeypatch.delenv("SLURMD_NODENAME", raising=False)
+    if given:
+        monkeypatch.setenv("SLURMD_NODENAME", given)
+    handler = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert node.main(["train", str(tmp_path / "no")]) == FINAL + 2
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    name = given or os.uname().nodename
+    assert capsys.readouterr().err.startswith(f"leviathan: error: {name} does not see {tmp_path / 'no'}: ")
+    assert environment()["host"] == host_name() == name
+
+
 BEFORE = Tries(40, 2, ("n7",))
 
 
@@ -444,6 +461,13 @@ def test_bad_nodes_are_those_of_this_try(tmp_path):
     (tmp_path / "findings.json").write_text(json.dumps({"time": 30.0, "bad_nodes": ["n3"]}))
     assert bad_nodes(tmp_path, tmp_path, 20.0) == ("n2", "n3")
     assert bad_nodes(tmp_path, tmp_path, 40.0) == () == bad_nodes(tmp_path / "no", tmp_path / "no", 0.0)
+
+
+def test_a_line_that_a_rank_had_no_time_to_end_is_left_out(tmp_path):
+    whole = json.dumps({"time": 30.0, "hosts": ["n2"]})
+    for name in ("hangs.jsonl", "slow.jsonl"):
+        (tmp_path / name).write_text(f'{whole}\n{{"time": 31.0, "ho')
+    assert bad_nodes(tmp_path / "no", tmp_path, 20.0) == ("n2",) == slow_nodes(tmp_path / "slow.jsonl", 20.0)
 
 
 def test_codes_of_ranks_say_whether_to_try_again():

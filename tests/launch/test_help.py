@@ -1,0 +1,42 @@
+"""What `leviathan train --help` says of the ways to launch, which its schema leaves open."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from core.config import build, load, plain
+from launch.cli import main
+from launch.settings import LaunchConfig, SlurmConfig
+from train.config import TrainConfig
+
+
+@pytest.mark.parametrize("overrides", [[], ["launch=slurm"]])
+def test_help_has_every_key_of_launch_with_its_type_and_words(capsys, overrides):
+    assert main(["train", "--help", *overrides]) == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(SlurmConfig):
+        assert f"\nlaunch.slurm.{field.name}=" in text
+    assert "launch.slurm.time=null  (str | null)\n" in text and "launch={" not in text
+    assert "launch.slurm.save_s=300  (int)\n    # Seconds before the time limit at which" in text
+    assert f"launch.kind={'slurm' if overrides else 'inline'}  (inline | torchrun | slurm)\n" in text
+    assert "# What sbatch is asked for; null leaves it to the cluster." in text
+
+
+def test_help_shows_what_would_be_launched(capsys):
+    asked = ["launch=slurm", "launch.nodes=3", "launch.slurm.partition=gpu"]
+    assert main(["train", "--help", *asked]) == 0
+    text = capsys.readouterr().out
+    assert "launch.nodes=3  (int)" in text and "launch.slurm.partition=gpu  (str | null)" in text
+
+
+@pytest.mark.parametrize("kind", ["inline", "torchrun", "slurm"])
+def test_the_choices_of_launch_repeat_the_defaults(kind):
+    """Hydra takes overrides of those keys only that a file has: the files have them all, and no other values."""
+    launch = load("train", TrainConfig, [f"launch={kind}"]).launch
+    needed = {"kind": kind, **({"processes": 8} if kind == "slurm" else {})}
+    full = plain(build(LaunchConfig, needed))
+    assert {**launch, **needed} == {key: full[key] for key in launch}
+    left_out = {"inline": set(full) - {"kind"}, "torchrun": {"slurm"}, "slurm": {"node_rank", "rendezvous"}}
+    assert set(full) - set(launch) == left_out[kind]

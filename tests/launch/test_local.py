@@ -1,0 +1,78 @@
+"""A sweep on this machine: one run after the other, whatever becomes of them, until somebody interrupts it."""
+
+from __future__ import annotations
+
+import pytest
+
+from core.errors import ConfigError, LeviathanError
+from core.ranks import CRASHED
+from launch import agent, local
+from launch.cli import main
+
+SWEEP = ["train", "run.name=s", "optimizer.lr=1e-3,2e-3,3e-3"]
+TWO_RANKS = ["launch=torchrun", "launch.processes=2"]
+
+
+@pytest.fixture(params=["inline", "torchrun"])
+def sweep(request, monkeypatch, tmp_path):
+    """`sweep(outcomes)`: a sweep whose runs end as given, by an exit code or an error; its code and the runs begun."""
+
+    def run(outcomes: dict[str, int | Exception]) -> tuple[int, list[str]]:
+        begun: list[str] = []
+
+        def end(name: str) -> int:
+            begun.append(name)
+            outcome = outcomes.get(name, 0)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr("train.trainer.run", lambda config: end(config.run.name))
+        monkeypatch.setattr(agent, "run", lambda node: end(node.job))
+        return main([*SWEEP, f"run.root={tmp_path}", *(TWO_RANKS if request.param == "torchrun" else [])]), begun
+
+    return run
+
+
+def test_a_sweep_runs_all_and_returns_0(sweep):
+    assert sweep({}) == (0, ["s-0", "s-1", "s-2"])
+
+
+def test_an_interrupted_sweep_stops(sweep):
+    assert sweep({"s-1": 130}) == (130, ["s-0", "s-1"])
+    assert sweep({"s-0": 1, "s-1": 130}) == (130, ["s-0", "s-1"]), "it is not over because of the first run"
+    assert sweep({"s-1": agent.Interrupted(15)}) == (130, ["s-0", "s-1"])
+
+
+def test_a_run_of_a_sweep_that_fails_is_one_line_and_the_others_run(sweep, capsys):
+    diverged = LeviathanError("the loss after step 3 is nan")
+    assert sweep({"s-0": diverged, "s-2": ConfigError("model.vocab_size", 1, "too small")}) == (
+        1,
+        ["s-0", "s-1", "s-2"],
+    )
+    assert capsys.readouterr().err.splitlines() == [
+        "leviathan: error: s-0: the loss after step 3 is nan",
+        "leviathan: error: s-2: model.vocab_size=1: too small",
+    ]
+    assert sweep({"s-1": 2}) == (2, ["s-0", "s-1", "s-2"])
+
+
+def test_a_crash_under_torchrun_ends_one_run_of_a_sweep(monkeypatch, capsys, tmp_path):
+    codes = {"s-0": CRASHED, "s-1": 0, "s-2": 0}
+    monkeypatch.setattr(agent, "run", lambda node: codes.pop(node.job))
+    assert main([*SWEEP, *TWO_RANKS, f"run.root={tmp_path}"]) == 1 and codes == {}
+    assert capsys.readouterr().err.startswith("leviathan: error: s-0: s-0 failed; the same command")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["launch=torchrun", "launch.processes=1,2"], "launch.processes=2: the first run of the sweep has 1, and all"),
+        (["launch=inline,torchrun"], "launch.kind=torchrun: the first run of the sweep has inline, and all"),
+    ],
+)
+def test_a_sweep_over_ways_to_launch_is_refused(monkeypatch, capsys, tmp_path, overrides, message):
+    monkeypatch.setattr(local, "_inline", lambda config: pytest.fail("a run was started"))
+    monkeypatch.setattr(agent, "run", lambda node: pytest.fail("ranks were started"))
+    assert main(["train", f"run.root={tmp_path}", *overrides]) == 2
+    assert capsys.readouterr().err.startswith(f"leviathan: error: {message}")
