@@ -185,6 +185,16 @@ def test_the_fingerprint_is_of_weights_tokenizer_and_context(llama, trained, tmp
     assert open_losses(str(trained), config(trained))[1] == run
 
 
+def opened(name: str) -> tuple[list[list[float]], str]:
+    losses, fingerprint = open_losses(name, config(name))
+    return [one.tolist() for one in losses(TEXTS)], fingerprint
+
+
+def test_ranks_open_the_whole_model_each(ranks, trained):
+    alone = opened(str(trained))
+    assert ranks(2, opened, str(trained)) == [alone, alone]
+
+
 def test_a_scorer_is_made_of_it(trained):
     scorer = make_scorer(config(trained), open_losses, Path("unused"))
     assert isinstance(scorer, LossScorer)
