@@ -87,7 +87,7 @@ class Asker:
         """What each question's key is answered by, or `Unusable` with the reason; what the cache knows is not asked.
 
         Raises `LeviathanError` with the fix where the endpoint cannot be reached, will not have us, or talks nonsense
-        from the start; every answer given until then is in the cache.
+        from the start; every answer given until then is in the cache, and this object asks no more.
         """
         found = {key: self.cache[key] for key in questions if key in self.cache}
         pool = ThreadPoolExecutor(self.parallel)

@@ -60,7 +60,7 @@ class Endpoint:
         self.model, self.key_variable = model, key_variable
         self.timeout_s, self.retries, self.first_wait_s = timeout_s, retries, first_wait_s
         self._stopped = threading.Event()
-        self._pause = pause or self._stopped.wait
+        self._pause = self._stopped.wait if pause is None else pause
         self._address, self.shown = _address(url)
         self._key = os.environ.get(key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):

@@ -1,0 +1,83 @@
+"""A chat endpoint on this machine that answers as a test wants it, and notes what it was asked."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KEY = "sk-very-secret"
+Reply = tuple[int, dict[str, str], bytes]
+
+
+def completion(content: Any) -> Reply:
+    return 200, {}, json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+
+
+def graded(difficulty: int) -> Reply:
+    return completion(json.dumps({"difficulty": difficulty}))
+
+
+class Server:
+    """An endpoint whose `reply` is a function of the request and of how often its content was asked before."""
+
+    def __init__(self) -> None:
+        self.reply: Callable[[dict[str, Any], int], Reply] = lambda body, turn: graded(3)
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.at_once = self.most_at_once = 0
+        self.latency_s = 0.0
+        self._asked: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http.daemon_threads = True
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def answer(self, body: dict[str, Any], path: str, headers: dict[str, str]) -> Reply:
+        text = body["messages"][0]["content"]
+        with self._lock:
+            self.requests.append(body | {"path": path})
+            self.headers.append(headers)
+            turn = self._asked[text] = self._asked.get(text, -1) + 1
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        time.sleep(self.latency_s)
+        with self._lock:
+            self.at_once -= 1
+        return self.reply(body, turn)
+
+    def _handler(server) -> type[BaseHTTPRequestHandler]:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status, headers, content = server.answer(body, self.path, dict(self.headers))
+                try:
+                    self.send_response(status)
+                    for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(content)
+                except OSError:
+                    self.close_connection = True  # the client has gone
+
+            def log_message(self, *arguments: Any) -> None:
+                return
+
+        return Handler
+
+
+class Pauses(list[float]):
+    """Waits that are noted instead of made."""
+
+    def __call__(self, seconds: float) -> None:
+        self.append(seconds)
