@@ -18,7 +18,7 @@ from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, TokenizerKind
 from data.filter.corpus import filtered, keep_audit
-from data.filter.make import OpenLosses
+from data.filter.make import Models
 from data.sources import Document, Source, make_source
 from data.tokenizer import Tokenizer, describe, from_file, load_tokenizer, train_bpe
 from data.tokens import Shard, TokenStream, TokenWriter, token_dtype, verify_shard
@@ -93,9 +93,9 @@ def open_corpus(directory: Path) -> Corpus:
     raise DataError(f"{path} {reason}: remove {directory} and run again to make it anew")
 
 
-def prepare(config: DataConfig, report: Callable[[str], None], losses: OpenLosses | None = None) -> Corpus:
+def prepare(config: DataConfig, report: Callable[[str], None], models: Models | None = None) -> Corpus:
     """Tokenise the sources, or open what was made of the same sources before. One process calls it; `report` gets lines
-    on its progress, `losses` makes what a filter by a model's loss needs. Raises `ConfigError` with the key of what is
+    on its progress, `models` is what a filter by a model's loss needs. Raises `ConfigError` with the key of what is
     wrong with a source, `DataError` where a cached corpus is damaged or none can be written.
     """
     if config.tokens:
@@ -118,7 +118,7 @@ def prepare(config: DataConfig, report: Callable[[str], None], losses: OpenLosse
                 report(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
                 tokenizer = train_bpe(_sample(sources, config.tokenizer.train_bytes), config.tokenizer, cache)
             if config.filter is not None:
-                sources = filtered(sources, config.filter, tokenizer, cache, report, losses)
+                sources = filtered(sources, config.filter, tokenizer, cache, report, models)
             with new_directory(directory) as scratch:
                 _write(scratch, config, sources, tokenizer, report)
         except OSError as error:

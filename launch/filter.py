@@ -29,7 +29,7 @@ from data.filter.pipeline import Filter, Job
 from data.filter.store import OneWorker, Workers
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
 from parallel.world import World, connect
-from train.token_losses import open_losses
+from train.seen import MODELS
 
 STAGES = "stages"
 
@@ -86,11 +86,12 @@ def _job(config: FilterConfig, out: Path, workers: Workers) -> Job:
     return Job(
         parts=parts(config),
         rules=rules,
-        scorer=make_scorer(config.scorer, open_losses, out / STAGES / "answers", config.seed),
+        scorer=make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed),
         directory=out / STAGES,
         workers=workers,
         report=print if workers.rank == 0 else lambda line: None,
         count_tokens=None if tokenizer is None else lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
+        models=MODELS,
         tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
     )
 

@@ -10,6 +10,7 @@ from core.errors import ConfigError
 from core.files import new_directory
 from data.config import DataConfig
 from data.corpus import Corpus, prepare
+from train.seen import MODELS
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def run(config: TokenizeConfig) -> int:
     out = Path(config.out).expanduser() if config.out else None
     if out is not None and out.exists():
         raise ConfigError("out", config.out, "exists already; choose another directory or remove it")
-    corpus = prepare(config.data, print)
+    corpus = prepare(config.data, print, MODELS)
     corpus.verify()
     if out is not None:
         with new_directory(out, exclusive=True) as scratch:

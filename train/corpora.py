@@ -16,7 +16,9 @@ def get_corpus(config: TrainConfig, world: World, report: Callable[[str], None])
 
     Raises `ConfigError` where the vocabulary does not fit the model.
     """
-    directory = world.from_main(lambda: prepare(config.data, report).directory)
+    from train.seen import MODELS  # which opens runs, and so their corpora
+
+    directory = world.from_main(lambda: prepare(config.data, report, MODELS).directory)
     corpus = open_corpus(directory)
     if config.data.verify:
         corpus.verify(world.rank, world.size)

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from core.errors import ConfigError
 from core.files import sha256_text
 from data.corpus import TRAIN
+from data.filter.make import Models
 from data.filter.records import Record
 from data.tokens import TokenStream
 from parallel.world import World
 from train.corpora import get_corpus
 from train.run_directory import load_config
+from train.token_losses import open_losses
 
 SAMPLE = 4096
 """Training documents that are looked for."""
@@ -126,3 +128,6 @@ def _next_document(stream: TokenStream, specials: NDArray[np.int64], at: int) ->
 def text_hash(text: str) -> str:
     """Of a text's words: tokenizers may lose spaces at its ends."""
     return sha256_text(" ".join(text.split()))
+
+
+MODELS = Models(open_losses, check_unseen)

@@ -14,7 +14,7 @@ from core.errors import ConfigError
 from core.files import sha256_text
 from data.filter.config import FilterRules
 from data.filter.inputs import Broken
-from data.filter.make import OpenLosses, make_scorer
+from data.filter.make import Models, make_scorer
 from data.filter.outputs import AUDIT_JSON, AUDIT_PAGE, SCORES, write_audit_of, write_scores
 from data.filter.pipeline import Filter, Job
 from data.filter.records import Record
@@ -83,7 +83,7 @@ def filtered(
     tokenizer: Tokenizer,
     cache: Path,
     report: Callable[[str], None],
-    losses: OpenLosses | None,
+    models: Models | None,
 ) -> list[Source]:
     """The sources less what the filter leaves out. Its stages are kept in the cache, so a killed run goes on."""
     key = sha256_text(json.dumps(plain(rules)), tokenizer.fingerprint, *(source.fingerprint() for source in sources))
@@ -91,12 +91,13 @@ def filtered(
     job = Job(
         parts=[SourcePart(source) for source in sources],
         rules=rules,
-        scorer=make_scorer(rules.scorer, losses, cache / "answers", rules.seed),
+        scorer=make_scorer(rules.scorer, models, cache / "answers", rules.seed),
         directory=directory / "stages",
         workers=OneWorker(),
         report=report,
         count_tokens=lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
         tokenizer=tokenizer.fingerprint,
+        models=models,
     )
     unknown = set(rules.select.domains) | set(rules.select.protect)
     for name in sorted(unknown - {source.name for source in sources}):

@@ -24,6 +24,7 @@ from data.filter.contamination import EvaluationSets
 from data.filter.duplicates import Signatures, find_duplicates, signatures
 from data.filter.gates import Gates
 from data.filter.inputs import Broken, Part
+from data.filter.make import Models, models_of
 from data.filter.records import Reason, Record
 from data.filter.scorer import Scorer
 from data.filter.select import REASONS, ShardScores, noise_threshold, select
@@ -50,6 +51,7 @@ class Job:
     count_tokens: Callable[[Sequence[str]], Sequence[int]] | None = None
     tokenizer: str = "bytes"
     """A fingerprint of what counts tokens."""
+    models: Models | None = None
     clean: Sequence[str] = ()
     """Reference text, of which the scorer's highest scores are not noise."""
 
@@ -204,6 +206,7 @@ class Filter:
         scorer = self.job.scorer
         self.scored.open(self.workers)
         if not self.scored.is_whole:
+            self._refuse_memory()
             scorer.fit(self.passed)
 
         def score(shard: str) -> Any:
@@ -217,6 +220,18 @@ class Filter:
             return _table(score=scores, reason=reasons)
 
         self.scored.make(self.records.shards, self.workers, score)
+
+    def _refuse_memory(self) -> None:
+        """A model must not score what it has learnt: what is known by heart looks easy."""
+        if self.job.models is None:
+            return
+        for key, name in models_of(self.rules.scorer):
+            try:
+                warning = self.job.models.check_unseen(name, self.passed())
+            except ConfigError as error:
+                raise error.under(key) from None
+            if warning is not None:
+                self.job.report(f"warning: {key}: {warning}")
 
     # -- decide
 

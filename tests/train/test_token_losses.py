@@ -20,6 +20,7 @@ from model.context import SequenceContext
 from parallel.world import World
 from tests.train.tiny import TINY
 from train.restore import restore
+from train.seen import MODELS
 from train.token_losses import from_transformers, open_losses, windows
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -196,7 +197,7 @@ def test_ranks_open_the_whole_model_each(ranks, trained):
 
 
 def test_a_scorer_is_made_of_it(trained):
-    scorer = make_scorer(config(trained), open_losses, Path("unused"))
+    scorer = make_scorer(config(trained), MODELS, Path("unused"))
     assert isinstance(scorer, LossScorer)
     plain, noise = scorer.score(
         [Record("a", "d", "s", "the model reads a line and writes"), Record("b", "d", "s", "xq}{zj~#^kv|`")]

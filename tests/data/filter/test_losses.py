@@ -10,8 +10,11 @@ import pytest
 
 from core.errors import ConfigError
 from data.filter.config import ScorerConfig, ScorerKind
+from data.filter.controls import LengthScorer, RandomScorer
+from data.filter.ensemble import EnsembleScorer
 from data.filter.losses import DifficultyOfFollowing, ExcessScorer, LossScorer, hardest
-from data.filter.make import make_scorer
+from data.filter.make import Models, make_scorer
+from data.filter.ngram import NgramScorer
 from data.filter.records import Record
 from data.filter.scorer import Direction, TokenLosses
 
@@ -19,6 +22,10 @@ from data.filter.scorer import Direction, TokenLosses
 def record(text: str, prompt: str | None = None) -> Record:
     start = None if prompt is None else len(prompt)
     return Record(text, "d", "s", (prompt or "") + text, start)
+
+
+def nothing(name: str, records: object) -> None:
+    """No model here has learnt anything."""
 
 
 def table(losses: dict[tuple[str, str], list[float]]) -> TokenLosses:
@@ -103,7 +110,7 @@ def test_make_builds_each_and_passes_the_member_s_own_settings(tmp_path: Path):
         (ScorerKind.excess, ExcessScorer),
         (ScorerKind.ifd, DifficultyOfFollowing),
     ):
-        scorer = make_scorer(ScorerConfig(kind, model="m", reference="r", context=7), opened, tmp_path)
+        scorer = make_scorer(ScorerConfig(kind, model="m", reference="r", context=7), Models(opened, nothing), tmp_path)
         assert isinstance(scorer, of)
     assert asked == [("m", 7), ("m", 7), ("r", 7), ("m", 7)]
 
@@ -113,8 +120,22 @@ def test_make_refuses_what_cannot_be(tmp_path: Path):
         raise ConfigError("", name, "no such run")
 
     with pytest.raises(ConfigError, match="model=m: no such run"):
-        make_scorer(ScorerConfig(ScorerKind.loss, model="m"), missing, tmp_path)
+        make_scorer(ScorerConfig(ScorerKind.loss, model="m"), Models(missing, nothing), tmp_path)
     with pytest.raises(ConfigError, match="needs a model"):
         make_scorer(ScorerConfig(ScorerKind.loss, model="m"), None, tmp_path)
     with pytest.raises(ConfigError, match="window=3: means nothing to ifd"):
-        make_scorer(ScorerConfig(ScorerKind.ifd, model="m", window=3), missing, tmp_path)
+        make_scorer(ScorerConfig(ScorerKind.ifd, model="m", window=3), Models(missing, nothing), tmp_path)
+
+
+def test_every_other_kind_is_made(tmp_path: Path):
+    member = ScorerConfig(ScorerKind.random)
+    for config, of in (
+        (ScorerConfig(window=4, order=3), NgramScorer),
+        (ScorerConfig(ScorerKind.random), RandomScorer),
+        (ScorerConfig(ScorerKind.length), LengthScorer),
+        (ScorerConfig(ScorerKind.ensemble, members=[member, ScorerConfig()]), EnsembleScorer),
+    ):
+        scorer = make_scorer(config, None, tmp_path, seed=1)
+        assert isinstance(scorer, of) and scorer.fingerprint
+    lots = [make_scorer(member, None, tmp_path, seed).score([record("a")]) for seed in (1, 2)]
+    assert lots[0] != lots[1], "the seed is of lots"
