@@ -59,6 +59,7 @@ VERBS = {
         "filter",
         "launch.filter:FilterConfig",
         "launch.filter:run",
+        positional=("action",),
     ),
     "import": Verb(
         "a checkpoint in the Hugging Face format, as a start for training",

@@ -9,7 +9,8 @@ import os
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,17 @@ from data.filter.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_
 from data.filter.pipeline import Filter, Job
 from data.filter.store import OneWorker, Workers
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
+from launch.ablate import AblateConfig, ablate
 from parallel.world import World, connect
 from train.seen import MODELS
 
 STAGES = "stages"
+
+
+class Action(Enum):
+    filter = "filter"
+    ablate = "ablate"
+    """Train on what the rules keep, and on controls, at equal tokens."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,12 @@ class FilterConfig(FilterRules, InputConfig):
     tokenizer: str | None = None
     processes: int = 1
     explain: str | None = None
+    action: Action = Action.filter
+    ablate: AblateConfig = field(default_factory=AblateConfig)
 
     def __post_init__(self) -> None:
         FilterRules.__post_init__(self)
-        if self.explain is None:
+        if self.explain is None and self.action is Action.filter:
             InputConfig.__post_init__(self)
         if self.processes < 1:
             raise ConfigError("processes", self.processes, "must be positive")
@@ -60,6 +70,8 @@ def run(config: FilterConfig) -> int:
     if config.explain is not None:
         print(explain(out, config.explain))
         return 0
+    if config.action is Action.ablate:
+        return ablate(config.ablate, _rules(config), out)
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
         return _processes(config, out)
     workers = _workers()
@@ -82,10 +94,9 @@ def _command(config: FilterConfig) -> str:
 
 def _job(config: FilterConfig, out: Path, workers: Workers) -> Job:
     tokenizer = _tokenizer(config)
-    rules = build(FilterRules, {key: value for key, value in plain(config).items() if key in plain(FilterRules())})
     return Job(
         parts=parts(config),
-        rules=rules,
+        rules=_rules(config),
         scorer=make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed),
         directory=out / STAGES,
         workers=workers,
@@ -94,6 +105,10 @@ def _job(config: FilterConfig, out: Path, workers: Workers) -> Job:
         models=MODELS,
         tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
     )
+
+
+def _rules(config: FilterConfig) -> FilterRules:
+    return FilterRules(**{one.name: getattr(config, one.name) for one in fields(FilterRules)})
 
 
 def _tokenizer(config: FilterConfig) -> Tokenizer | None:

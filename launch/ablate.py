@@ -1,0 +1,190 @@
+"""`leviathan filter ablate`: does filtering help? Equal tokens of filtered, random and length-chosen halves, and all.
+
+Every arm trains the same model for the same steps from the same initial weights, seed by seed. What is compared is the
+held-out loss, which no filter touches, in thirds of its rows by difficulty: the loss of a row under the n-gram model of
+all training text. Differences are taken seed by seed against the random half.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.config import load, plain
+from core.errors import ConfigError
+from core.files import write_bytes, write_json, write_text
+from core.page import data_url, page
+from data.filter.config import FilterRules, ScorerConfig, ScorerKind
+from data.filter.corpus import SourcePart
+from data.filter.ngram import NgramScorer
+from data.filter.records import Record
+from data.loader import Batch
+from data.sources import make_source
+from launch.local import train
+from parallel.world import World
+from train.config import TrainConfig
+from train.restore import Restored, restore
+from train.row_losses import row_losses
+
+THIRDS = ("easy third", "middle third", "hard third")
+QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+"""Student's t, two-sided 95%, by the number of seeds."""
+AGAINST = "random half"
+COLOURS = {"filtered": "#0072B2", "random half": "#999999", "longest half": "#E69F00", "everything": "#009E73"}
+
+Losses = dict[str, list[list[float]]]
+"""By arm: for each seed the mean held-out loss of each third, then of all rows."""
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """`train`: overrides of `leviathan train`, such as experiment=smoke. `rows`: held-out rows of each source."""
+
+    seeds: int = 3
+    steps: int = 200
+    rows: int = 64
+    train: list[str] = field(default_factory=lambda: ["experiment=smoke"])
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.seeds <= max(QUANTILE):
+            raise ConfigError("seeds", self.seeds, "error bars need from 2 to 8 of them", [3, 5])
+        for key in ("steps", "rows"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must be positive")
+
+
+def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
+    """Train, compare, and write `ablation.json`, `.png` and `.html` into `out`. Runs that are done stay as they are."""
+    found: Losses = {arm: [] for arm in COLOURS}
+    for seed in range(config.seeds):
+        for arm, filter_ in arms(rules).items():
+            name = f"{arm.replace(' ', '-')}-{seed}"
+            code = train([_run(config, filter_, out / "runs", name, seed)])
+            if code:
+                return code
+            found[arm].append(losses_by_difficulty(restore(out / "runs" / name, _alone()), config.rows))
+            shown = ", ".join(f"{value:.4f}" for value in found[arm][-1])
+            print(f"ablate: {arm}, seed {seed}: held-out loss by thirds and of all rows {shown}", flush=True)
+    write(found, config, rules, out)
+    return 0
+
+
+def arms(rules: FilterRules) -> Mapping[str, FilterRules | None]:
+    """What each arm is trained on. The controls have the filter's gates, so that only the choice differs."""
+    by = {"filtered": rules, "random half": _scored_by(rules, ScorerKind.random)}
+    return {**by, "longest half": _scored_by(rules, ScorerKind.length), "everything": None}
+
+
+def _scored_by(rules: FilterRules, kind: ScorerKind) -> FilterRules:
+    """In one length bucket: length chosen inside buckets of length would be no choice by length."""
+    return replace(rules, scorer=ScorerConfig(kind=kind), select=replace(rules.select, length_buckets=1))
+
+
+def _run(config: AblateConfig, filter_: FilterRules | None, root: Path, name: str, seed: int) -> TrainConfig:
+    usual = [f"training.steps={config.steps}", f"run.seed={seed}", "evaluation.every=0", "checkpoint.every=0"]
+    loaded = load("train", TrainConfig, [*config.train, *usual, "logging.report=false", "evaluation.baselines=false"])
+    run = replace(loaded.run, root=str(root), name=name)
+    return replace(loaded, run=run, data=replace(loaded.data, filter=filter_))
+
+
+def _alone() -> World:
+    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def losses_by_difficulty(restored: Restored, rows: int) -> list[float]:
+    """Mean held-out loss of the rows of each third by difficulty, and of all; sources count by their rows."""
+    loader, corpus, data = restored.loader(), restored.corpus, restored.config.data
+    scorer = NgramScorer()
+    parts = [SourcePart(make_source(name, part, data)) for name, part in data.sources.items()]
+    scorer.fit(lambda: (one for part in parts for one in part.records() if isinstance(one, Record)))
+    losses, records = [], []
+    for source in corpus.sources:
+        count = min(rows, loader.held_out_rows(source))
+        if not count:
+            continue
+
+        def take(start: int, stop: int, source: str = source) -> Batch:
+            return loader.held_out(source, start, stop)
+
+        losses.append(row_losses(restored.placed, take, count, restored.phase.micro_batch).cpu().numpy())
+        texts = [corpus.tokenizer.decode(ids) for ids in take(0, count).tokens_BT.tolist()]
+        records += [Record(f"{source}:{row}", source, source, text) for row, text in enumerate(texts)]
+    return thirds(np.concatenate(losses), scorer.score(records))
+
+
+def thirds(losses: NDArray[np.float64], difficulty: NDArray[np.float64]) -> list[float]:
+    """Mean loss of the easiest, the middle and the hardest third of the rows, and of all."""
+    order = np.argsort(difficulty, kind="stable")
+    return [float(losses[part].mean()) for part in (*np.array_split(order, 3), order)]
+
+
+def difference(found: Losses, arm: str, place: int) -> tuple[float, float]:
+    """Mean over seeds of the loss of `arm` less that of the random half, and the half width of its 95% interval."""
+    pairs = zip(found[arm], found[AGAINST], strict=True)
+    values = [one[place] - other[place] for one, other in pairs]
+    return statistics.mean(values), QUANTILE[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def write(found: Losses, config: AblateConfig, rules: FilterRules, out: Path) -> None:
+    table = {
+        arm: {
+            third: dict(zip(("difference", "half_width"), difference(found, arm, place), strict=True))
+            for place, third in enumerate((*THIRDS, "all rows"))
+        }
+        for arm in found
+        if arm != AGAINST
+    }
+    write_json(
+        out / "ablation.json",
+        {"losses": found, f"against {AGAINST}": table, "ablate": plain(config), "rules": plain(rules)},
+    )
+    picture = draw(found)
+    write_bytes(out / "ablation.png", picture)
+    lines = "".join(
+        f"<tr><td>{arm}</td>"
+        + "".join(f"<td class=n>{one['difference']:+.4f} ± {one['half_width']:.4f}</td>" for one in row.values())
+        + "</tr>"
+        for arm, row in table.items()
+    )
+    head = "".join(f"<th>{third}</th>" for third in (*THIRDS, "all rows"))
+    body = (
+        f"<h1>Does filtering help?</h1><p>Held-out loss less that of the {AGAINST}, nats per token, at equal tokens: "
+        f"{config.seeds} paired seeds, {config.steps} steps; ± is half of the 95% interval. Below zero is better.</p>"
+        f"<table><tr><th></th>{head}</tr>{lines}</table><img alt='differences' src='{data_url(picture)}'>"
+    )
+    write_text(out / "ablation.html", page("Does filtering help?", body))
+    for arm, row in table.items():
+        shown = ", ".join(f"{third} {one['difference']:+.4f} ± {one['half_width']:.4f}" for third, one in row.items())
+        print(f"{arm} less {AGAINST}: {shown}")
+    print(f"ablation: {out / 'ablation.html'}")
+
+
+def draw(found: Losses) -> bytes:
+    """Differences against the random half with their intervals, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    places: Sequence[str] = (*THIRDS, "all rows")
+    for number, arm in enumerate(arm for arm in found if arm != AGAINST):
+        values = [difference(found, arm, place) for place in range(len(places))]
+        x = np.arange(len(places)) + (number - 1) * 0.18
+        means, widths = zip(*values, strict=True)
+        axes.errorbar(x, means, widths, fmt="o", capsize=4, color=COLOURS[arm], label=arm)
+    axes.axhline(0, color=COLOURS[AGAINST], linewidth=1)
+    axes.set_xticks(range(len(places)), places)
+    axes.set_ylabel(f"held-out loss less that of the {AGAINST}\nnats per token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    sink = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(sink)
+    return sink.getvalue()
