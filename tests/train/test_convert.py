@@ -24,7 +24,7 @@ from model.config import (
     UpcycleMethod,
     WeightsOn,
 )
-from model.source import whole
+from model.source import materialise, whole
 from model.upcycle import Upcycled, keeps_the_function
 from tests.model import peers
 from tests.train import tiny
@@ -264,7 +264,7 @@ def test_upcycling_keeps_the_loss_where_it_promises(saved, changes, equal):
     config = mixture(dense.config, **changes)
     tokens = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(1))
     expected = huggingface.load(saved["qwen3"])(tokens)
-    model = huggingface.materialise(Upcycled(dense, config, seed=3))
+    model = materialise(Upcycled(dense, config, seed=3))
     assert keeps_the_function(config) is equal
     difference = float((model(tokens) - expected).detach().abs().max())
     assert (difference < 5e-5) if equal else (difference > 1e-2)
