@@ -104,8 +104,9 @@ O200K_PATTERN = "|".join(
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`vocab_size` and `train_bytes` are for bpe, `path` for the others; `pattern` and `special_tokens` (how many ids
-    are kept for them after the ranks) for tiktoken. `bos` and `eos` name the tokens that open and close a document.
+    """`vocab_size` and `train_bytes` (how much text to train on, in characters: more bytes where it is not
+    ASCII) are for bpe, `path` for the others; `pattern` and `special_tokens` (how many ids are kept for them after the
+    ranks) for tiktoken. `bos` and `eos` name the tokens that open and close a document.
     """
 
     kind: TokenizerKind = TokenizerKind.bpe

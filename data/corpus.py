@@ -145,7 +145,7 @@ def _source_key(config: DataConfig, sources: list[Source]) -> str:
 
 
 def _sample(sources: list[Source], size: int) -> Iterator[str]:
-    """The first training documents of each source, an equal share of bytes each."""
+    """The first training documents of each source, an equal share of `size` characters each."""
     for source in sources:
         left = size // len(sources)
         for document in source.documents():

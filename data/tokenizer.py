@@ -178,6 +178,25 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, in
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
+def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
+    """Of how text becomes ids: unlike a tokenizer's own, it stays the same where a tokenizer was exported."""
+    return _vocabulary(tokenizer.content()) if isinstance(tokenizer, JsonTokenizer) else tokenizer.fingerprint
+
+
+def vocabulary_of_file(path: Path) -> str | None:
+    """`vocabulary_fingerprint` of the tokenizer in a `tokenizer.json`; None where there is none that can be read."""
+    try:
+        return _vocabulary(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _vocabulary(content: dict[str, Any]) -> str:
+    """What is put around a text, or cut off it, does not change what an id means."""
+    kept = {k: v for k, v in content.items() if k not in ("post_processor", "truncation", "padding")}
+    return sha256_text(json.dumps(kept, sort_keys=True))
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that was saved into `directory`. Raises `DataError` where its files are missing or damaged."""
     path = directory / _DESCRIPTION

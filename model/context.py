@@ -16,6 +16,7 @@ from torch import Tensor
 from model.config import LayerConfig, ModelConfig
 from model.pieces import Piece, Run, documents, pieces
 from model.rope import frequencies, rotation
+from precision.backend import at_least_float32
 
 PIECES_FROM = 512
 """Length of rows of several documents from which attention goes in pieces instead of under a mask, which is [T, T] in
@@ -81,7 +82,7 @@ class SequenceContext:
         if self._temperature is None:
             steps = torch.floor((self.positions_BT + 1).double() / model.temperature_floor)
             self._temperature = (1 + model.temperature_scale * torch.log1p(steps))[:, :, None, None]
-        return self._temperature.to(torch.promote_types(dtype, torch.float32))
+        return self._temperature.to(at_least_float32(dtype))
 
     def prepare(self, model: ModelConfig, dtype: torch.dtype) -> None:
         """Make at once what the layers would ask for, so that code which is traced only looks it up."""

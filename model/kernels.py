@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from precision.backend import at_least_float32, widened
 from precision.config import Kernels as Kind
 
 
@@ -143,10 +144,6 @@ def _halves(both_C2F: Tensor) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 class TorchKernels(Kernels):
     """What the kernels compute, in PyTorch."""
 
@@ -156,7 +153,7 @@ class TorchKernels(Kernels):
         rows_CD = x_TD.index_select(0, places.source_C // places.place_TK.shape[1])
         if weights_TK is not None:
             weights_C1 = weights_TK.flatten().index_select(0, places.source_C)[:, None]
-            rows_CD = (rows_CD.to(_wide(x_TD.dtype)) * weights_C1).to(x_TD.dtype)
+            rows_CD = (rows_CD.to(at_least_float32(x_TD.dtype)) * weights_C1).to(x_TD.dtype)
         if places.is_padding_C1 is not None:
             rows_CD = rows_CD.masked_fill_(places.is_padding_C1, 0)
         return rows_CD, None if y_CD is None else _products(x_TD, _rows_of_tokens(y_CD, places), weights_TK)
@@ -169,11 +166,11 @@ class TorchKernels(Kernels):
         return weighted_TKD.sum(1).to(y_CD.dtype), None if x_TD is None else _products(x_TD, rows_TKD, weights_TK)
 
     def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> Tensor:
-        wide = _wide(gate_CF.dtype)
+        wide = at_least_float32(gate_CF.dtype)
         return (F.silu(gate_CF.to(wide)) * up_CF.to(wide)).to(gate_CF.dtype)
 
     def swiglu_backward(self, grad_CF: Tensor, gate_CF: Tensor, up_CF: Tensor, into: tuple[Tensor, Tensor]) -> None:
-        grad_CF, gate_CF, up_CF = (x.to(_wide(x.dtype)) for x in (grad_CF, gate_CF, up_CF))
+        grad_CF, gate_CF, up_CF = (widened(x) for x in (grad_CF, gate_CF, up_CF))
         sigmoid_CF = gate_CF.sigmoid()
         into[0].copy_(grad_CF * up_CF * sigmoid_CF * (1 + gate_CF * (1 - sigmoid_CF)))
         into[1].copy_(grad_CF * gate_CF * sigmoid_CF)
@@ -182,7 +179,7 @@ class TorchKernels(Kernels):
 def _rows_of_tokens(y_CD: Tensor, places: Places) -> Tensor:
     """[T, K, D], in at least float32."""
     rows_SD = y_CD.index_select(0, places.place_TK.flatten())
-    return rows_SD.view(*places.place_TK.shape, y_CD.shape[1]).to(_wide(y_CD.dtype))
+    return rows_SD.view(*places.place_TK.shape, y_CD.shape[1]).to(at_least_float32(y_CD.dtype))
 
 
 def _products(x_TD: Tensor, rows_TKD: Tensor, weights_TK: Tensor | None) -> Tensor:
@@ -248,7 +245,7 @@ def _sizes(x: Tensor) -> dict[str, Any]:
     import triton.language as tl
 
     block = min(_power_of_two(x.shape[-1]), 1024)
-    wide = tl.float64 if _wide(x.dtype) is torch.float64 else tl.float32
+    wide = tl.float64 if at_least_float32(x.dtype) is torch.float64 else tl.float32
     return {"BLOCK": block, "WIDE": wide, "num_warps": max(block // 256, 1)}
 
 

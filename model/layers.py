@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model import kernels
 from model.roles import Role
-from precision.backend import GemmBackend, Groups
+from precision.backend import GemmBackend, Groups, widened
 from precision.resolve import LayerProducts
 
 
@@ -105,7 +105,7 @@ class RMSNorm(nn.Module):
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """Weightless RMS norm over the last dimension, in at least float32, returned in the format of `x`."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = widened(x)
     return F.rms_norm(wide, (x.shape[-1],), None, eps).to(x.dtype)
 
 

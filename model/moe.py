@@ -24,7 +24,7 @@ from model.context import SequenceContext
 from model.kernels import Kernels, Places
 from model.layers import GatedMLP, GroupedGateUp, GroupedLinear, swiglu_halves
 from model.roles import Role
-from precision.backend import Groups
+from precision.backend import Groups, at_least_float32
 from precision.bf16 import PlainProducts
 from precision.resolve import LayerProducts
 
@@ -49,7 +49,7 @@ class Router(nn.Module):
 
     def forward(self, x_BTD: Tensor, routed_tokens: Tensor | float | None) -> tuple[Tensor, Tensor]:
         """Expert ids, int64, and their weights, both [B, T, K]."""
-        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+        wide = at_least_float32(x_BTD.dtype)
         logits_BTE = PlainProducts(wide).linear(x_BTD, self.weight)
         experts_BTK = self._choose(logits_BTE.detach())
         logits_BTE = self.balance(logits_BTE, experts_BTK, routed_tokens)

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from precision.backend import at_least_float32, widened
+
 _AT_ONCE = 1024
 """Queries at a time where there is no kernel and scores are made explicitly."""
 
@@ -98,7 +100,7 @@ class Partial:
     def __init__(self, q_BTHK: Tensor) -> None:
         self.q_BTHK = q_BTHK
         batch, length, heads, _ = q_BTHK.shape
-        wide = torch.promote_types(q_BTHK.dtype, torch.float32)
+        wide = at_least_float32(q_BTHK.dtype)
         self.out_BTHK = q_BTHK.new_zeros(q_BTHK.shape, dtype=wide)
         self.lse_BHT = q_BTHK.new_full((batch, heads, length), -torch.inf, dtype=wide)
 
@@ -215,7 +217,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
     for start in range(0, q.shape[2], _AT_ONCE):
         p, lse, keys = _probabilities(q, k, start, causal, None)
         lses.append(lse)
-        outs.append((p @ _wide(_each_head(v[:, :, :keys], q))).to(q.dtype))
+        outs.append((p @ widened(_each_head(v[:, :, :keys], q))).to(q.dtype))
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
@@ -229,11 +231,11 @@ def plain_backward(
     for start in range(0, q.shape[2], _AT_ONCE):
         here = slice(start, start + _AT_ONCE)
         p, _, keys = _probabilities(q, k, start, causal, lse)
-        wanted = _wide(grad[:, :, here])
-        delta = (wanted * _wide(out[:, :, here])).sum(-1, keepdim=True)
-        ds = p * (wanted @ _wide(_each_head(v[:, :, :keys], q)).transpose(-1, -2) - delta) * scale
-        dq[:, :, here] = ds @ _wide(_each_head(k[:, :, :keys], q))
-        dk[:, :, :keys] += ds.transpose(-1, -2) @ _wide(q[:, :, here])
+        wanted = widened(grad[:, :, here])
+        delta = (wanted * widened(out[:, :, here])).sum(-1, keepdim=True)
+        ds = p * (wanted @ widened(_each_head(v[:, :, :keys], q)).transpose(-1, -2) - delta) * scale
+        dq[:, :, here] = ds @ widened(_each_head(k[:, :, :keys], q))
+        dk[:, :, :keys] += ds.transpose(-1, -2) @ widened(q[:, :, here])
         dv[:, :, :keys] += p.transpose(-1, -2) @ wanted
     return dq, dk.unflatten(1, (groups, -1)).sum(2), dv.unflatten(1, (groups, -1)).sum(2)
 
@@ -242,13 +244,9 @@ def _probabilities(q: Tensor, k: Tensor, start: int, causal: bool, lse: Tensor |
     """Of the queries from `start` on and the keys that the last of them sees, relative to `lse` or to their own."""
     here = slice(start, start + _AT_ONCE)
     keys = min(start + _AT_ONCE, k.shape[2]) if causal else k.shape[2]
-    scores = _wide(q[:, :, here]) @ _wide(_each_head(k[:, :, :keys], q)).transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = widened(q[:, :, here]) @ widened(_each_head(k[:, :, :keys], q)).transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         places = torch.arange(keys, device=q.device)
         scores = scores.masked_fill(places > places[here, None], -torch.inf)
     lse = scores.logsumexp(-1) if lse is None else lse[:, :, here]
     return (scores - lse[..., None]).exp(), lse, keys
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import RopePairing, RopeScaling
+from precision.backend import at_least_float32, widened
 
 
 def frequencies(head_width: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
@@ -36,13 +37,13 @@ def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
 def rotation(positions_BT: Tensor, frequencies_K2: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit complex numbers [B, T, 1, K/2] that turn a pair at each position; angles are taken in float64."""
     angles = positions_BT.to(torch.float64)[:, :, None, None] * frequencies_K2.to(positions_BT.device)
-    real = torch.float64 if dtype is torch.float64 else torch.float32
+    real = at_least_float32(dtype)
     return torch.complex(angles.cos().to(real), angles.sin().to(real))
 
 
 def rotate(x_BTHK: Tensor, rotation_BT1K2: Tensor, pairing: RopePairing = RopePairing.adjacent) -> Tensor:
     """Turn each pair of `x`; computed in at least float32, returned in the format of `x`."""
-    wide = x_BTHK.to(torch.promote_types(x_BTHK.dtype, torch.float32))
+    wide = widened(x_BTHK)
     if pairing is RopePairing.halves:
         turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation_BT1K2
         return torch.cat([turned.real, turned.imag], dim=-1).to(x_BTHK.dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.init import reset_buffers
 from model.roles import registry
 from model.transformer import Transformer
 from precision.config import Compute, PrecisionConfig
@@ -58,3 +59,16 @@ def whole(source: TensorSource, name: str) -> Tensor:
     """A parameter in one piece."""
     shape = source.shapes[name]
     return source.read(name, [0] * len(shape), shape)
+
+
+def materialise(source: TensorSource, dtype: torch.dtype | None = None) -> Transformer:
+    """The whole model in float32 on the CPU; `dtype` rounds each weight to that format on the way."""
+    with torch.device("meta"):
+        model = Transformer(source.config, resolve(PrecisionConfig(Compute.float32)))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensor = whole(source, name)
+            parameter.copy_(tensor.to(dtype) if dtype else tensor)
+    reset_buffers(model)
+    return model.eval()

@@ -23,6 +23,7 @@ from model.moe import MixtureOfExperts
 from model.transformer import Layer, Transformer
 from parallel import collectives
 from parallel.mesh import Axis
+from precision.backend import widened
 
 _ACTIVATIONS = "activations"
 
@@ -76,7 +77,7 @@ def _embed(embedding: Embedding, axis: Axis, tokens_BT: Tensor) -> Tensor:
 
 def _normalise_heads(norm: RMSNorm, axis: Axis, x: Tensor) -> Tensor:
     """RMS over the heads of all ranks, of which this one has some."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = widened(x)
     squares = collectives.total(wide.square().sum(-1, keepdim=True), axis, _ACTIVATIONS)
     mean = squares / (x.shape[-1] * axis.size)
     return (wide * torch.rsqrt(mean + norm.eps)).to(x.dtype) * norm.weight.to(x.dtype)

@@ -34,6 +34,16 @@ class Groups:
         return self.counts_E.tolist() if self.known is None else self.known
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The format of sums and of what is no matrix product: float64 stays what it is, anything narrower is widened."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in at least float32."""
+    return x.to(at_least_float32(x.dtype))
+
+
 class GemmBackend(Protocol):
     """What a layer may ask for. All tensors are local and plain; weights may be kept in a wider format."""
 

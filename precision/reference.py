@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from precision.backend import GemmBackend
+from precision.backend import GemmBackend, at_least_float32
 from precision.config import Recipe
 from precision.float8 import Float8Products
 from precision.tiles import Rows, TiledArithmetic
@@ -23,7 +23,7 @@ class Reference(TiledArithmetic):
     waits = True
 
     def multiply(self, a: Rows, b: Rows) -> Tensor:
-        wide = torch.promote_types(self.compute_dtype, torch.float32)
+        wide = at_least_float32(self.compute_dtype)
         return (a.wide(wide) @ b.wide(wide).t()).to(self.compute_dtype)
 
 

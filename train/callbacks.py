@@ -65,13 +65,19 @@ def make(trainer: Trainer) -> Sequence[Callback]:
     return [*found, Farewell(trainer)]
 
 
-def refuse_nonsense(loss: float, steps: int) -> None:
-    """A loss that is no number makes every later step a waste."""
-    if not math.isfinite(loss):
-        advice = "start a new run (run.name) with a lower optimizer.lr"
-        error = LeviathanError(f"the loss after step {steps} is {loss}: {advice}")
-        error.everywhere = True
-        raise error
+def refuse_nonsense(metrics: StepMetrics, steps: int) -> None:
+    """A loss or a gradient that is no number makes every later step a waste, and every later checkpoint worthless."""
+    for name, figure in (("loss", metrics.loss), ("gradient norm", metrics.gradient_norm)):
+        if not math.isfinite(figure.item()):
+            raise _nonsense(f"the {name} after step {steps} is {figure.item()}")
+    if not metrics.finite.item():
+        raise _nonsense(f"a loss or a gradient norm before step {steps} was no number")
+
+
+def _nonsense(what: str) -> LeviathanError:
+    error = LeviathanError(f"{what}: start a new run (run.name) with a lower optimizer.lr")
+    error.everywhere = True
+    return error
 
 
 class OnlineFiltering(Callback):
@@ -104,7 +110,7 @@ class OnlineFiltering(Callback):
 
 
 class Logging(Callback):
-    """Reads the tensors, writes a line, and refuses to go on from a loss that is no number."""
+    """Reads the tensors, writes a line, and refuses to go on from what is no number."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
@@ -125,8 +131,8 @@ class Logging(Callback):
         trainer = self.trainer
         if steps % trainer.config.logging.every and steps != trainer.steps:
             return
+        refuse_nonsense(metrics, steps)
         self.last_loss = metrics.loss.item()
-        refuse_nonsense(self.last_loss, steps)
         slow = trainer.stragglers.read()
         now = time.perf_counter()
         seconds = now - self._clock - (trainer.paused_s - self._paused)
@@ -235,12 +241,9 @@ class Evaluation(Callback):
 class Saving(Callback):
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
         every = self.trainer.config.checkpoint.every
-        last = steps == self.trainer.steps
-        if last or (every and steps % every == 0):
-            refuse_nonsense(metrics.loss.item(), steps)  # before it takes the place of a good one
-            if not last:
-                with self.trainer.pause():
-                    self.trainer.save()
+        if every and steps % every == 0 and steps != self.trainer.steps:
+            with self.trainer.pause():
+                self.trainer.save()
 
     def at_end(self) -> None:
         if self.trainer.step and not self.trainer.checkpointer.has(self.trainer.step):

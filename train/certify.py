@@ -176,7 +176,7 @@ def _cases(
     model: ModelConfig, optimizer: OptimizerConfig, steps: int, save: Path, resume: Path | None
 ) -> dict[str, Case]:
     """The runs that are compared, by name; `resumed` only where there is a checkpoint to resume."""
-    sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)
+    sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
     base = Case(replace(model, balance=_TERMS), PrecisionConfig(Compute.float64), sgd)
     learning = replace(base, model=whole, optimizer=optimizer, clip_norm=0.05, steps=steps)

@@ -60,7 +60,7 @@ def same_tiles(recipe: Recipe, layout: Layout) -> list[Products]:
 
 def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> dict[str, Case]:
     emulated = replace(precision, backend=Backend.reference, compute=Compute.float64)
-    sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)
+    sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     context = 2 * SIDE * layout.cp  # under cp a rank has a run from the head of a row and one from its tail
     every = Case(model, emulated, sgd, context=context, rows=ROWS * layout.rows, imitates=layout.rows)
     same = same_tiles(recipe_of(precision), layout)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from parallel.shards import ShardSpec
 from parallel.world import World
 from train.optimizer import prime
 from train.parts import Part, PartsLoadPlanner, PartsSavePlanner, run_state, written
-from train.run_directory import MARKER, committed
+from train.run_directory import MARKER, Found, committed
 from train.storage import METADATA, Damaged, PlainReader, PlainWriter
 
 PROGRESS = "progress.json"
@@ -52,14 +51,6 @@ class CommittedWriter(PlainWriter):
             entry = files.setdefault(result.storage_data.file, {"bytes": 0})
             entry["bytes"] += result.storage_data.size
         write_json(self.directory / MARKER, {"format": 1, "files": files})
-
-
-@dataclass(frozen=True)
-class Found:
-    """A committed checkpoint on disk."""
-
-    path: Path
-    step: int
 
 
 class Checkpointer:
@@ -131,14 +122,14 @@ class Checkpointer:
         One that is damaged is reported and the next older one is tried. None where there is no committed one; raises
         `CheckpointError` where there are some but none is whole.
         """
-        committed = self.world.from_main(lambda: committed_checkpoints(self.directory))
-        for found in reversed(committed):
+        present = self.world.from_main(lambda: committed(self.directory))
+        for found in reversed(present):
             wrong = self.world.from_main(partial(problems, found.path)) or load(found, model, optimizer, specs)
             if not wrong:
-                return read_json(found.path / PROGRESS)
+                return progress_of(found.path)
             self.report(f"checkpoint {found.path.name} is damaged: {wrong[0]}; trying the one before")
             self._damaged.append(found.path)
-        if committed:
+        if present:
             raise CheckpointError(f"no checkpoint in {self.directory} is whole: remove the directory to start anew")
         return None
 
@@ -162,16 +153,11 @@ class Checkpointer:
         if not self.world.is_main:
             return
         try:
-            for found in committed_checkpoints(self.directory)[: -self.keep]:
+            for found in committed(self.directory)[: -self.keep]:
                 (found.path / MARKER).unlink()  # first, so that a half-removed one is never taken for whole
                 remove_tree(found.path)
         except FAILURES as error:
             self.report(f"could not remove an old checkpoint: {_root_cause(error)}")
-
-
-def committed_checkpoints(directory: Path) -> list[Found]:
-    """Checkpoints that carry the marker, oldest first."""
-    return [Found(path, step) for step, path in committed(directory)]
 
 
 def problems(checkpoint: Path) -> list[str]:
@@ -189,6 +175,11 @@ def problems(checkpoint: Path) -> list[str]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{MARKER} is unreadable ({error!r})"]
     return wrong
+
+
+def progress_of(checkpoint: Path) -> dict[str, Any]:
+    """Where the run stood, as `Checkpointer.save` was told."""
+    return read_json(checkpoint / PROGRESS)
 
 
 def load(

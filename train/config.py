@@ -233,14 +233,25 @@ def check(config: TrainConfig, world_size: int) -> None:
             if config.data.tokens is None and source not in config.data.sources:
                 reason = "no such source"
                 raise ConfigError(f"phases.{phase.name}.weights.{source}", None, reason, list(config.data.sources))
-        layout.check_batch(phase.global_batch, phase.micro_batch)
-        layout.check_rows(config.model, phase.context)
-        _check_alignment(config.data.align, row_unit(config.model, phase.context), phase.context)
+        try:
+            layout.check_batch(phase.global_batch, phase.micro_batch)
+            layout.check_rows(config.model, phase.context)
+            _check_alignment(config.data.align, row_unit(config.model, phase.context), phase.context)
+        except ConfigError as error:
+            raise _of_phase(error, phase.name) from None
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
         raise ConfigError(
             "profile.steps", late[0], f"the run ends after {phases(config)[-1].stop} steps, counted from 0"
         )
+
+
+def _of_phase(error: ConfigError, name: str) -> ConfigError:
+    """What is said of `training`, said of the phase that it is about."""
+    if name == "main":
+        return error
+    key, reason = (text.replace("training.", f"phases.{name}.") for text in (error.key, error.reason))
+    return ConfigError(key, error.value, reason, error.legal)
 
 
 def _check_alignment(align: int | None, unit: int, context: int) -> None:

@@ -21,13 +21,13 @@ from model.huggingface import HuggingFaceCheckpoint, compare_logits, compare_set
 from model.huggingface.checkpoint import TOKENIZER_FILES
 from model.source import TensorSource
 from parallel.world import World
+from train.checkpoint import progress_of
 from train.config import phases
-from train.corpora import get_corpus
+from train.corpora import check_same_data, get_corpus
 from train.initial import open_model
 from train.run_directory import load_config
-from train.stored import IMPORTED, StoredModel, load_origin, save_model
+from train.stored import IMPORTED, TOKENIZER, StoredModel, load_origin, save_model
 
-TOKENIZER = "tokenizer"
 CARRIED = (
     "max_position_embeddings",
     "bos_token_id",
@@ -122,7 +122,7 @@ def run_export(config: ExportConfig) -> int:
         family = family or origin
 
     with tempfile.TemporaryDirectory() as scratch:
-        files, of_run = _tokenizer(path, Path(scratch))
+        files, of_run = _tokenizer(path, source, Path(scratch))
         export(
             source,
             out,
@@ -152,14 +152,18 @@ def _new(path: str) -> Path:
     return out
 
 
-def _tokenizer(path: Path, scratch: Path) -> tuple[list[Path], dict[str, Any]]:
-    """Files of the model's tokenizer, and what a run knows that `config.json` should name."""
+def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Path], dict[str, Any]]:
+    """Files of the model's tokenizer, and what a run knows that `config.json` should name. Raises `ConfigError` where
+    the run's data have changed: another tokenizer may have been trained on them.
+    """
     if (path / IMPORTED).exists():
         return [path / TOKENIZER / name for name in TOKENIZER_FILES if (path / TOKENIZER / name).exists()], {}
     if not (path / "config.yaml").exists():
         return [file for name in TOKENIZER_FILES if (file := path / name).exists()], {}
     run = load_config(path)
     corpus = get_corpus(run, World(0, 1, torch.device("cpu")), print)
+    assert isinstance(source, StoredModel)
+    check_same_data(progress_of(source.checkpoint), corpus)
     try:
         ids = save_for_transformers(corpus.tokenizer, scratch)
     except ConfigError as error:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, check_numbers
 from data.loader import Batch
 from parallel.apply import Placed
 from parallel.fsdp import release
@@ -33,7 +33,9 @@ class SourceLoss:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Losses per source and their mean weighted by the sources' shares in training."""
+    """Losses per source and their mean weighted by the sources' shares in `data.sources`: a phase's own shares do not
+    count, so that the figures of a run can be compared.
+    """
 
     loss: float
     bits_per_byte: float
@@ -145,7 +147,7 @@ class EvaluateConfig:
     micro_batch: int | None = None
     """Rows at a time; null: as in the run, which then gives the run's own figure to the last bit."""
     backend: Backend | None = None
-    """Who does the matrix products; null: as in training."""
+    """Who does the matrix products; null: as in training. For runs; any other model is evaluated in float32."""
 
     tasks: list[str] = field(default_factory=list)
     """Names of tasks; empty: the held-out loss."""
@@ -163,6 +165,13 @@ class EvaluateConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(key, value, "must be positive")
+        check_numbers(self, not_negative=("few_shot",))
+        if self.tasks and self.rows is not None:
+            raise ConfigError("rows", self.rows, "counts held-out rows, which tasks do not read; leave it out")
+        for key in ("task_path", "limit", "few_shot", "out"):
+            value = getattr(self, key)
+            if value is not None and not self.tasks:
+                raise ConfigError(key, value, "is for tasks, and none is named; name some in tasks")
 
 
 def run(config: EvaluateConfig) -> int:

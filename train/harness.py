@@ -23,7 +23,8 @@ from lm_eval.api.model import TemplateLM
 from core.errors import CheckpointError, ConfigError
 from data.tokenizer import JsonTokenizer, Tokenizer
 from model.context import SequenceContext
-from model.huggingface import HuggingFaceCheckpoint, materialise
+from model.huggingface import HuggingFaceCheckpoint
+from model.source import materialise
 from model.transformer import Transformer
 from parallel.world import World
 from precision.config import Backend
@@ -164,17 +165,22 @@ def run_tasks(config: EvaluateConfig, world: World) -> int:
         raise CheckpointError(f"a task's data cannot be read: {str(error).strip().splitlines()[0]}") from error
     print(utils.make_table(found))
     if config.out is not None:
-        samples = {key: value for key, value in found.get("samples", {}).items()}
-        text = json.dumps({"results": found["results"], "samples": samples}, indent=2, default=str)
+        figures = {"results": found["results"], "samples": found.get("samples", {})}
+        text = json.dumps(figures, indent=2, default=str)
         Path(config.out).expanduser().write_text(text + "\n")
     return 0
 
 
 def subject(path: Path, world: World, backend: Backend | None = None) -> Subject:
-    """The model in a run's directory, an imported one, or one in the Hugging Face format."""
+    """The model in a run's directory, an imported one, or one in the Hugging Face format; these two in float32. Raises
+    `ConfigError` where a `backend` is asked for that would not be used.
+    """
     if (path / "config.yaml").exists():
         restored = restore(path, world, backend)
         return Subject(restored.placed.model, restored.corpus.tokenizer, restored.phase.context)
+    if backend is not None:
+        reason = "is for runs: any other model is evaluated in float32, by PyTorch; leave it out"
+        raise ConfigError("backend", backend, reason)
     source = open_model(path)
     if isinstance(source, HuggingFaceCheckpoint):
         folder, settings = path, source.raw_config.get("text_config") or source.raw_config
@@ -184,7 +190,8 @@ def subject(path: Path, world: World, backend: Backend | None = None) -> Subject
     if tokenizer.vocab_size > source.config.vocab_size:
         has = source.config.vocab_size
         raise CheckpointError(f"{folder} has a tokenizer of {tokenizer.vocab_size} ids, the model only {has}")
-    return Subject(materialise(source), tokenizer, int(settings.get("max_position_embeddings") or DEFAULT_CONTEXT))
+    longest = int(settings.get("max_position_embeddings") or DEFAULT_CONTEXT)
+    return Subject(materialise(source).to(world.device), tokenizer, longest)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

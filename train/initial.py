@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from core.errors import CheckpointError, ConfigError
+from data.tokenizer import vocabulary_of_file
 from model.config import FeedForward, ModelConfig
 from model.huggingface import HuggingFaceCheckpoint, model_differences
 from model.source import TensorSource
+from model.transformer import Transformer
 from model.upcycle import Upcycled, keeps_the_function
-from train.checkpoint import committed_checkpoints
+from train.checkpoint import progress_of
 from train.config import phase_of
-from train.run_directory import RunDirectory, load_config
-from train.stored import IMPORTED, StoredModel, load_imported
+from train.run_directory import RunDirectory, committed, load_config
+from train.stored import IMPORTED, TOKENIZER, StoredModel, load_imported
 
 
 def open_model(path: Path, text_only: bool = False) -> TensorSource:
@@ -60,9 +64,48 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
     return source
 
 
+@torch.no_grad()
+def copy_selection_biases(model: Transformer, source: TensorSource, log: Callable[[str], None]) -> None:
+    """A run's routers choose by their weights and by biases, which are no parameters; others have none."""
+    biases = source.selection_biases() if isinstance(source, StoredModel) else {}
+    for name, buffer in model.named_buffers():
+        if name in biases:
+            buffer.copy_(biases[name])
+    if any(bias_E.any() for bias_E in biases.values()):
+        log("the routers' selection biases are taken over")
+
+
+def compare_vocabularies(source: TensorSource, ours: str, log: Callable[[str], None]) -> None:
+    """Say whether the first weights know the ids that this run will give them, where that can be known. `ours`: the
+    fingerprint of the run's vocabulary.
+    """
+    theirs = _vocabulary(source)
+    if theirs is None:
+        log("initial weights: their tokenizer is not known here; ids must mean the same tokens (data.tokenizer)")
+    elif theirs != ours:
+        log(
+            f"initial weights: they were trained with another tokenizer ({theirs[:12]}) than this run's ({ours[:12]}); "
+            "ids must mean the same tokens (data.tokenizer)"
+        )
+    else:
+        log(f"initial weights: trained with this run's tokenizer ({ours[:12]})")
+
+
+def _vocabulary(source: TensorSource) -> str | None:
+    if isinstance(source, Upcycled):
+        return _vocabulary(source.dense)
+    if isinstance(source, HuggingFaceCheckpoint):
+        return vocabulary_of_file(source.directory / "tokenizer.json")
+    assert isinstance(source, StoredModel)
+    imported = source.checkpoint.parent.parent
+    if (imported / IMPORTED).exists():
+        return vocabulary_of_file(imported / TOKENIZER / "tokenizer.json")
+    return progress_of(source.checkpoint).get("vocabulary")
+
+
 def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
     """`model`: what it is after so many steps."""
-    committed = committed_checkpoints(checkpoints)
-    if not committed:
+    present = committed(checkpoints)
+    if not present:
         raise CheckpointError(f"{checkpoints} has no checkpoint yet")
-    return StoredModel(committed[-1].path, model(committed[-1].step))
+    return StoredModel(present[-1].path, model(present[-1].step))

@@ -5,13 +5,13 @@ Shapes: B batch, T sequence, V vocabulary.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.loader import IGNORED
 from parallel import vocabulary
 from parallel.mesh import Axis
+from precision.backend import widened
 
 
 def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, tp: Axis) -> Tensor:
@@ -23,7 +23,7 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, tp: Axis | None = None) 
     """Cross-entropy of each position [B, T] in nats, 0 where the label is ignored. Under tensor parallelism the logits
     are this rank's part of the vocabulary, and all ranks of the axis get the same losses.
     """
-    wide = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    wide = widened(logits_BTV)
     if tp is not None and tp.size > 1:
         return vocabulary.token_losses(wide, labels_BT.clamp_min(0), tp) * (labels_BT != IGNORED)
     losses = F.cross_entropy(wide.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="none")

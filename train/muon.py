@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from core.errors import ConfigError, check_numbers
 from parallel.matrices import Piece, Round
 from parallel.shards import local
+from precision.backend import widened
 from precision.config import Compute, PrecisionConfig
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -142,7 +143,7 @@ class Muon(torch.optim.Optimizer):
         """Take the gradient into the momentum; what is to be made orthogonal is that, with Nesterov a step ahead."""
         parameter, kept = self.parameters[piece.name], self.config.momentum
         assert parameter.grad is not None
-        gradient_Noi = _wide(piece.of(local(parameter.grad)))
+        gradient_Noi = widened(piece.of(local(parameter.grad)))
         stored_Noi = piece.of(local(self.state[parameter]["momentum"]))
         momentum_Noi = stored_Noi.to(gradient_Noi.dtype).lerp_(gradient_Noi, 1 - kept)
         stored_Noi.copy_(momentum_Noi)
@@ -151,10 +152,5 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, piece: Piece, update_Noi: Tensor, factor: float) -> None:
         group, weight_Noi = self.groups[piece.name], piece.of(local(self.parameters[piece.name]))
-        kept = _wide(weight_Noi) * (1 - group["lr"] * group["weight_decay"])
+        kept = widened(weight_Noi) * (1 - group["lr"] * group["weight_decay"])
         weight_Noi.copy_(kept.sub_(update_Noi, alpha=group["lr"] * factor))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

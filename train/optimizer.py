@@ -25,7 +25,9 @@ class OptimizerKind(Enum):
     muon = "muon"
     """Matrices between hidden states by Muon, all else by AdamW: see `train.muon`."""
     sgd = "sgd"
-    """Plain, without momentum: shows the scale of gradients, which AdamW hides."""
+    """Plain, without momentum: shows the scale of gradients, which AdamW hides. Its weight decay is coupled (L2), added
+    after clipping: w - lr * (g + decay * w), which without momentum is what decoupled decay does.
+    """
 
 
 class Moments(Enum):
@@ -93,7 +95,7 @@ class OptimizerConfig:
         return base * self.groups.get(role.name, GroupConfig()).lr_scale
 
     def decay(self, role: Role) -> float:
-        if role.is_norm or self.kind is OptimizerKind.sgd:
+        if role.is_norm:
             return 0.0
         own = self.groups.get(role.name, GroupConfig()).weight_decay
         return self.weight_decay if own is None else own

@@ -6,7 +6,6 @@ it came.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from core.page import data_url, page
 from model.config import FeedForward
 from train.config import TrainConfig, phases
 from train.plots import WIDE, draw
-from train.run_directory import load_config
+from train.run_directory import load_config, read_lines
 
 PAGE = "report.html"
 SPIKE = 1.5
@@ -64,7 +63,8 @@ class Run:
         except ConfigError as error:
             raise ConfigError("runs", str(directory), error.reason) from None
         self.directory, self.name = directory, directory.resolve().name
-        logged = list(_lines(directory / "metrics.jsonl"))
+        metrics = directory / "metrics.jsonl"
+        logged = list(read_lines(metrics)) if metrics.exists() else []
         self.lines = [line for line in logged if "loss" in line]
         self.held_out = [line for line in logged if "heldout_loss" in line]
         if not self.lines:
@@ -162,17 +162,6 @@ def repeat_command(config: TrainConfig) -> str | None:
     if differences(plain(again), same):
         return None
     return " ".join(["leviathan train", *(f'"{o}"' if set(o) & set(" '{[*") else o for o in overrides)])
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a file that may still be written to."""
-    if not path.exists():
-        return
-    for text in path.read_text().splitlines():
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError:
-            return
 
 
 def _page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:

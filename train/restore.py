@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from core.errors import CheckpointError, ConfigError
@@ -13,10 +15,10 @@ from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.world import World
 from precision.config import Backend
-from train.checkpoint import Checkpointer, committed_checkpoints
+from train.checkpoint import Checkpointer
 from train.config import Phase, TrainConfig, phase_of
 from train.corpora import check_same_data, get_corpus, source_weights
-from train.run_directory import RunDirectory, load_config
+from train.run_directory import RunDirectory, committed, load_config
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ def restore(directory: Path, world: World, backend: Backend | None = None) -> Re
     if backend is not None:
         config = replace(config, precision=replace(config.precision, backend=backend))
     run = RunDirectory(directory, config.checkpoint.directory)
-    checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, print)
-    if not committed_checkpoints(run.checkpoints):
+    checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, partial(_report, world))
+    if not committed(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
     corpus = get_corpus(config, world, lambda line: None)
     meshes = make_meshes(_layout(config, world), world)
@@ -56,6 +58,12 @@ def restore(directory: Path, world: World, backend: Backend | None = None) -> Re
     check_same_data(progress, corpus)
     placed.model.see_positions(phase_of(config, progress["step"]).model)
     return Restored(config, placed, corpus, progress["step"])
+
+
+def _report(world: World, line: str) -> None:
+    """Standard output is the verbs' own, and may be parsed."""
+    if world.is_main:
+        print(line, file=sys.stderr)
 
 
 def _layout(config: TrainConfig, world: World) -> Layout:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import yaml
 
 from core.config import build, differences, plain
 from core.errors import ConfigError, LeviathanError
-from core.files import locate, write_text
+from core.files import locate, read_json, write_text
 from core.ranks import CRASHED
 from train.config import TrainConfig, phases
 
@@ -42,6 +43,7 @@ FREE = (
     "precision.bf16_last_layers",
     "precision.kernels",
     "training.micro_batch",
+    "phases.*.micro_batch",
     "data.cache",
     "data.verify",
 )
@@ -115,6 +117,13 @@ class RunDirectory:
     def stored_config(self) -> TrainConfig:
         return load_config(self.path)
 
+    def is_summed_up(self, steps: int) -> bool:
+        """Whether the summary is that of a run of so many steps: an older one says nothing of what was added since."""
+        try:
+            return self.summary.exists() and read_json(self.summary)["steps"] == steps
+        except (ValueError, TypeError, KeyError):
+            return False
+
     def trim_metrics(self, step: int) -> None:
         """Drop lines of steps after `step`: the run goes on from a checkpoint older than they are."""
         if not self.metrics.exists():
@@ -139,7 +148,8 @@ class RunDirectory:
         begun = self._begun_phases(config)
         for key, (before, after) in differences(_indexed(old), _indexed(new)).items():
             later_phase = key.startswith("phases.") and int(key.split(".")[1]) >= begun
-            free = any(key == part or key.startswith(f"{part}.") for part in FREE)
+            anywhere = re.sub(r"^phases\.\d+\.", "phases.*.", key)
+            free = any(anywhere == part or anywhere.startswith(f"{part}.") for part in FREE)
             if not free and not later_phase:
                 reason = f"the run in {self.path} was started with {before}; restore it, or name a new run (run.name)"
                 raise ConfigError(key, after, reason)
@@ -184,11 +194,19 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def committed(checkpoints: Path) -> list[tuple[int, Path]]:
-    """Step and directory of every checkpoint that carries the marker, oldest first."""
+class Found(NamedTuple):
+    """A committed checkpoint on disk."""
+
+    step: int
+    path: Path
+
+
+def committed(checkpoints: Path) -> list[Found]:
+    """Every checkpoint that carries the marker, oldest first."""
     found = list(checkpoints.iterdir()) if checkpoints.exists() else []
     steps = [path for path in found if path.name.startswith("step-") and path.name[5:].isdigit()]
-    return sorted(((int(path.name[5:]), path) for path in steps if (path / MARKER).exists()), key=lambda pair: pair[0])
+    marked = [Found(int(path.name[5:]), path) for path in steps if (path / MARKER).exists()]
+    return sorted(marked, key=lambda one: one.step)
 
 
 def _indexed(tree: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from train.parts import block_item
 from train.storage import Damaged, Place, PlainReader, read_exactly
 
 IMPORTED = "model.yaml"
+TOKENIZER = "tokenizer"
+"""Directory of an imported model's tokenizer."""
 _BLOCK_BYTES = 1 << 22
 
 
@@ -52,13 +54,14 @@ class StoredModel:
         self.dtypes = {name: self._entry(name).properties.dtype for name in self.shapes}
         self._verified: set[Place] = set()
 
+    def selection_biases(self) -> dict[str, Tensor]:
+        """The biases by which each router's choice is moved, [E], by their buffers' names."""
+        kept = {name: entry for name, entry in self._entries.items() if name.endswith("balance.bias_E")}
+        return {name: self._read(name, entry, [0], entry.size) for name, entry in kept.items()}
+
     def selection_bias(self) -> float:
         """The largest absolute bias by which a router's choice is moved; it has no place in other formats."""
-        largest = 0.0
-        for name, entry in self._entries.items():
-            if name.endswith("balance.bias_E"):
-                largest = max(largest, float(self._read(name, entry, [0], entry.size).abs().max()))
-        return largest
+        return max((float(bias_E.abs().max()) for bias_E in self.selection_biases().values()), default=0.0)
 
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         return self._read(name, self._entry(name), offset, shape)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
@@ -22,6 +23,7 @@ from core.origin import sources_digest
 from core.ranks import INTERRUPTED
 from data.corpus import Corpus
 from data.loader import Batch, Loader
+from data.tokenizer import vocabulary_fingerprint
 from model.balancer import Balancer
 from parallel.apply import build
 from parallel.mesh import make_meshes
@@ -29,17 +31,17 @@ from parallel.shards import fill
 from parallel.world import World, connect, wait_for
 from precision.resolve import resolve
 from train import callbacks, certificates
-from train.checkpoint import Checkpointer, committed_checkpoints
+from train.checkpoint import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
 from train.corpora import check_same_data, get_corpus, source_weights
 from train.engine import Engine, TorchEngine
 from train.environment import environment
-from train.initial import initial_source
+from train.initial import compare_vocabularies, copy_selection_biases, initial_source
 from train.interrupt import Interruption
 from train.metrics import Log
 from train.online import Window
 from train.parts import run_state
-from train.run_directory import RunDirectory
+from train.run_directory import RunDirectory, committed
 from train.step import StepResult, optimizer_step
 from train.stragglers import Stragglers
 
@@ -49,10 +51,13 @@ ASK_EVERY = 10  # steps, on GPUs: asking waits for the device
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics(StepResult):
-    """A step's result and where the run stands; `tokens` is what it has consumed with this step."""
+    """A step's result and where the run stands; `tokens` is what it has consumed with this step. `finite`: whether the
+    loss and the gradient norm of every step so far were, a bool still on the device.
+    """
 
     learning_rate: float
     tokens: int
+    finite: Tensor
 
 
 class Trainer:
@@ -62,6 +67,7 @@ class Trainer:
         self.config, self.world, self.directory, self.corpus, self.log = config, world, directory, corpus, log
         self.phases = phases(config)
         self.weights = source_weights(config, corpus)
+        self.vocabulary = vocabulary_fingerprint(corpus.tokenizer)
         self.loaders = {phase.name: self._loader(phase) for phase in self.phases}
         saving = config.checkpoint
         self.checkpointer = Checkpointer(directory.checkpoints, world, saving.keep, saving.asynchronous, log)
@@ -71,7 +77,8 @@ class Trainer:
         self.step = self.tokens = 0
         self.window = Window()
         self.paused_s = 0.0
-        begun = world.from_main(lambda: bool(committed_checkpoints(directory.checkpoints)))
+        self.last: StepMetrics | None = None
+        begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
         source = None if begun else initial_source(config.model, config.run.seed, log)
         self.engine = self._build_engine()
         placed = self.engine.placed
@@ -83,6 +90,8 @@ class Trainer:
             log(f"going on from step-{self.step:08d}")
         elif source is not None:
             fill(placed.model, placed.specs, source)
+            copy_selection_biases(placed.model, source, log)
+            compare_vocabularies(source, self.vocabulary, log)
         if config.precision.uses_float8:
             log(str(resolve(config.precision, world.device)))
         placed.model.see_positions(phase_of(config, self.step).model)
@@ -109,7 +118,12 @@ class Trainer:
         factor, clip_norm = phase.learning_rate_factor(step), self.config.training.clip_norm
         result = optimizer_step(self.engine, self.balancer, batch, phase.micro_batch, clip_norm, factor)
         self.step, self.tokens = step + 1, self.tokens + phase.global_batch * phase.context
-        return StepMetrics(**vars(result), learning_rate=factor * self.config.optimizer.lr, tokens=self.tokens)
+        finite = result.loss.isfinite() & result.gradient_norm.isfinite()
+        if self.last is not None:
+            finite = finite & self.last.finite
+        rate = factor * self.config.optimizer.lr
+        self.last = StepMetrics(**vars(result), learning_rate=rate, tokens=self.tokens, finite=finite)
+        return self.last
 
     def _batch(self, phase: Phase, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of the global batch of `step`: of the plain order, or of what online filtering took."""
@@ -121,7 +135,7 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the last step; returns the exit code. Interrupted, it saves and stops."""
-        if self.step == self.steps and self.world.from_main(self.directory.summary.exists):
+        if self.step == self.steps and self.world.from_main(lambda: self.directory.is_summed_up(self.steps)):
             self.log(f"nothing left to do: the run has done its {self.steps} steps")
             self.log(f"run: {self.directory.path}")
             return 0
@@ -144,10 +158,15 @@ class Trainer:
         return 0 if self.checkpointer.has(self.step) else 1  # a full disk: the run is done and its model lost
 
     def save(self) -> None:
-        """Start a checkpoint of the present state."""
+        """Start a checkpoint of the present state. Raises `LeviathanError` where a step gave what is no number: its
+        checkpoint would take the place of a good one.
+        """
+        if self.last is not None:
+            callbacks.refuse_nonsense(self.last, self.step)
         progress = {
             "tokens": self.tokens,
             "corpus": self.corpus.fingerprint,
+            "vocabulary": self.vocabulary,
             "phase": self.phase(self.step - 1).name,
             "layout": self.meshes.layout.axes,
             "certificate": self.certificate,

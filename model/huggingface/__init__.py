@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model.huggingface.check import compare_logits, compare_settings, materialise, obstacle, shortage
+from model.huggingface.check import compare_logits, compare_settings, obstacle, shortage
 from model.huggingface.checkpoint import HuggingFaceCheckpoint
 from model.huggingface.families import FAMILIES, compact, model_differences, read_config, write_config
 from model.huggingface.writer import export
+from model.source import materialise
 from model.transformer import Transformer
 
 
@@ -27,7 +28,6 @@ __all__ = [
     "compare_settings",
     "export",
     "load",
-    "materialise",
     "model_differences",
     "obstacle",
     "read_config",

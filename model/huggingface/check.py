@@ -26,27 +26,10 @@ from model.config import (
     WeightsOn,
 )
 from model.huggingface.families import model_differences
-from model.source import TensorSource, whole
-from model.transformer import Transformer
-from precision.config import Compute, PrecisionConfig
-from precision.resolve import resolve
+from model.source import TensorSource, materialise
 
 TOLERANCE = 5e-5
 """Largest difference of a logit, relative to the largest logit (at least 1), float32."""
-
-
-def materialise(source: TensorSource, dtype: torch.dtype | None = None) -> Transformer:
-    """The whole model in float32 on the CPU; `dtype` rounds each weight to that format on the way."""
-    with torch.device("meta"):
-        model = Transformer(source.config, resolve(PrecisionConfig(Compute.float32)))
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            tensor = whole(source, name)
-            parameter.copy_(tensor.to(dtype) if dtype else tensor)
-    for buffer_name, buffer in model.named_buffers():
-        buffer.fill_(1 if buffer_name.endswith("load_E") else 0)
-    return model.eval()
 
 
 def obstacle(directory: Path) -> str | None:

@@ -16,7 +16,7 @@ from train.comparison import EXACT, Comparison, compare
 from train.optimizer import OptimizerConfig, OptimizerKind
 
 EVERY_AXIS = ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full)
-SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1)
+SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
 
 
 def test_the_page_lists_every_layout():

@@ -31,7 +31,7 @@ from train.engine import TorchEngine
 from train.optimizer import OptimizerConfig, OptimizerKind
 from train.step import optimizer_step
 
-SGD = OptimizerConfig(kind=OptimizerKind.sgd)
+SGD = OptimizerConfig(kind=OptimizerKind.sgd, weight_decay=0.0)
 TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
 LAYERS = 4
 

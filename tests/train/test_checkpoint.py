@@ -15,8 +15,9 @@ from core.errors import CheckpointError, ConfigError
 from core.files import locate, remove_tree
 from parallel.world import World
 from train import storage
-from train.checkpoint import MARKER, Checkpointer, CommittedWriter, committed_checkpoints, problems
+from train.checkpoint import Checkpointer, CommittedWriter, problems
 from train.parts import run_state
+from train.run_directory import MARKER, committed
 
 CPU = torch.device("cpu")
 
@@ -103,7 +104,7 @@ def test_saving_does_not_see_later_updates(checkpointer):
 def test_the_last_ones_are_kept(checkpointer):
     for step in (1, 2, 3, 4):
         save(checkpointer, step)
-    assert [found.step for found in committed_checkpoints(checkpointer.directory)] == [3, 4]
+    assert [found.step for found in committed(checkpointer.directory)] == [3, 4]
 
 
 def test_the_one_before_stays_until_the_next_is_whole(checkpointer, monkeypatch):
@@ -111,21 +112,21 @@ def test_the_one_before_stays_until_the_next_is_whole(checkpointer, monkeypatch)
     checkpointer.keep, finish, there = 1, CommittedWriter.finish, []
 
     def watched(writer, metadata, results):
-        there.append([found.step for found in committed_checkpoints(checkpointer.directory)])
+        there.append([found.step for found in committed(checkpointer.directory)])
         finish(writer, metadata, results)
 
     monkeypatch.setattr(CommittedWriter, "finish", watched)
     save(checkpointer, 1)
     save(checkpointer, 2)
     assert there == [[], [1]]
-    assert [found.step for found in committed_checkpoints(checkpointer.directory)] == [2]
+    assert [found.step for found in committed(checkpointer.directory)] == [2]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "marker"])
 def test_a_damaged_checkpoint_falls_back_and_says_so(checkpointer, said, damage):
     save(checkpointer, 1)
     save(checkpointer, 2)
-    newest = committed_checkpoints(checkpointer.directory)[-1].path
+    newest = committed(checkpointer.directory)[-1].path
     assert problems(newest) == []
     data = next(newest.glob("*.bin"))
     if damage == "flip":
@@ -159,7 +160,7 @@ def test_a_checkpoint_without_marker_does_not_exist(checkpointer):
 
 def test_the_marker_names_every_file(checkpointer):
     save(checkpointer, 1)
-    path = committed_checkpoints(checkpointer.directory)[-1].path
+    path = committed(checkpointer.directory)[-1].path
     listed = set(json.loads((path / MARKER).read_text())["files"])
     assert listed == {p.name for p in path.iterdir()} - {MARKER}
 
@@ -174,7 +175,7 @@ def test_a_store_that_fails_leaves_the_old_checkpoint_and_the_run_goes_on(checkp
         patched.setattr(storage, "open_raw", refuse)
         save(checkpointer, 2)
     assert len(said) == 1 and "could not save step-00000002, going on without it: Permission denied" in said[0]
-    assert [found.step for found in committed_checkpoints(checkpointer.directory)] == [1]
+    assert [found.step for found in committed(checkpointer.directory)] == [1]
     assert loaded(checkpointer)[0]["step"] == 1
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from core.errors import CheckpointError, ConfigError, LeviathanError
+from data.tokenizer import save_for_transformers
 from launch.cli import main
 from model import huggingface
 from model.config import (
@@ -24,14 +25,14 @@ from model.config import (
     UpcycleMethod,
     WeightsOn,
 )
-from model.source import whole
+from model.source import materialise, whole
 from model.upcycle import Upcycled, keeps_the_function
 from tests.model import peers
 from tests.train import tiny
 from tests.train.like import like
 from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
 from train.initial import initial_source, open_model
-from train.stored import IMPORTED, StoredModel
+from train.stored import IMPORTED, TOKENIZER, StoredModel
 
 QUIET = lambda line: None  # noqa: E731
 
@@ -161,6 +162,70 @@ def test_selection_biases_are_not_dropped_silently(runnable, tmp_path):
     assert run_export(replace(wanted, drop_selection_bias=True)) == 0
 
 
+def test_a_run_that_starts_from_a_run_chooses_the_same_experts(small_corpus, tmp_path):
+    """Biases are no parameters; without them the same weights choose other experts."""
+    first = tiny.trainer(tmp_path, "first", [*tiny.EXACT, *small_corpus, "model.balance.bias_rate=0.05"])
+    first.train_step(0)
+    first.save()
+    first.checkpointer.wait()
+    line = [*tiny.EXACT, *small_corpus, f"model.init_from={first.directory.path}"]
+    second = tiny.trainer(tmp_path, "second", line)
+    theirs, ours = (dict(run.engine.placed.model.named_buffers()) for run in (first, second))
+    biases = [name for name in theirs if name.endswith("bias_E")]
+    assert biases and all(theirs[name].any() and torch.equal(theirs[name], ours[name]) for name in biases)
+    with torch.no_grad():
+        a, b = (run.engine.placed.model(torch.arange(48)[None]) for run in (first, second))
+    assert torch.equal(a, b)
+
+
+def test_another_tokenizer_than_the_first_weights_is_told(small_corpus, runnable, tmp_path):
+    def said(name: str, source: Path, *overrides: str) -> str:
+        tiny.trainer(tmp_path, name, [*tiny.EXACT, *overrides, f"model.init_from={source}"])
+        log = (tmp_path / name / "log.txt").read_text()
+        (line,) = (line for line in log.splitlines() if "initial weights: " in line)
+        return line
+
+    first = tiny.trainer(tmp_path, "first", [*tiny.EXACT, *small_corpus])
+    first.train_step(0)
+    first.save()
+    first.checkpointer.wait()
+    run, ours = first.directory.path, first.vocabulary[:12]
+    assert f"trained with this run's tokenizer ({ours})" in said("same", run, *small_corpus)
+    told = said("other", run, *small_corpus, "data.tokenizer.vocab_size=290")
+    assert f"with another tokenizer ({ours}) than this run's (" in told
+
+    run_import(ImportConfig(str(runnable), str(tmp_path / "imported")))
+    same = [*like(runnable), *small_corpus]
+    assert "their tokenizer is not known" in said("unknown", tmp_path / "imported", *same)
+    folder = tmp_path / "imported" / TOKENIZER
+    save_for_transformers(first.corpus.tokenizer, folder)
+    assert f"trained with this run's tokenizer ({ours})" in said("known", tmp_path / "imported", *same)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text().replace("the", "eth"))
+    assert "with another tokenizer" in said("changed", tmp_path / "imported", *same)
+
+
+def test_export_refuses_a_tokenizer_of_other_data(tmp_path, capsys):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+
+    def write(text: str) -> None:
+        for number in range(60):
+            (notes / f"{number}.txt").write_text(f"{number} {text} " * 40)
+
+    write("the quick brown fox")
+    corpus = ["data=files", f"data.sources.text.path={notes}", f"data.cache={tmp_path / 'cache'}"]
+    line = [*tiny.TINY, *corpus, "data.tokenizer.vocab_size=300", f"run.root={tmp_path}", "run.name=run"]
+    assert main(["train", *line, "training.steps=1", "evaluation.rows=1", "data.held_out=0.2"]) == 0
+    export = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "drop_selection_bias=true", "check=never"]
+    write("jumps over a lazy dog")
+    capsys.readouterr()
+    assert main(export) == 2
+    assert "the corpus is not the one this run was trained on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    write("the quick brown fox")
+    assert main(export) == 0
+
+
 def test_another_network_is_refused_with_the_differences(runnable, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.expert_width=32 there, 64 here"):
         start(runnable, tmp_path, "model.expert_width=64")
@@ -264,7 +329,7 @@ def test_upcycling_keeps_the_loss_where_it_promises(saved, changes, equal):
     config = mixture(dense.config, **changes)
     tokens = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(1))
     expected = huggingface.load(saved["qwen3"])(tokens)
-    model = huggingface.materialise(Upcycled(dense, config, seed=3))
+    model = materialise(Upcycled(dense, config, seed=3))
     assert keeps_the_function(config) is equal
     difference = float((model(tokens) - expected).detach().abs().max())
     assert (difference < 5e-5) if equal else (difference > 1e-2)

@@ -144,6 +144,14 @@ def test_mistakes_are_one_line(trained, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["exported", "imported"])
+def test_a_backend_that_would_not_be_used_is_refused(trained, capsys, name):
+    capsys.readouterr()
+    line = ["evaluate", str(trained / name), "tasks=[next_word]", f"task_path={TASKS}", "backend=torch"]
+    assert main(line) == 2
+    assert "backend=torch: is for runs" in capsys.readouterr().err
+
+
 def test_a_run_without_a_checkpoint_is_one_line(trained, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text((trained / "run" / "config.yaml").read_text())
     assert main(["evaluate", str(tmp_path), "tasks=[next_word]", f"task_path={TASKS}"]) == 1

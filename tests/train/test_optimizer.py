@@ -72,12 +72,24 @@ def test_a_role_may_have_its_own_rate_and_decay(model):
 
 
 def test_sgd_is_plain(model):
-    config = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.5)
+    config = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.5, weight_decay=0.0)
     before = copy.deepcopy(model)
     give_gradients(model)
     made(model, config).step()
     for old, new in zip(before.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(new, old - 0.5 * new.grad)
+
+
+def test_sgd_decays_by_role(model):
+    own = {"router": GroupConfig(weight_decay=0.0)}
+    config = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.5, weight_decay=0.1, groups=own)
+    before, info = copy.deepcopy(model), registry(model)
+    give_gradients(model)
+    made(model, config).step()
+    for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        role = info[name].role
+        decay = 0.0 if role.is_norm or role is Role.router else 0.1
+        torch.testing.assert_close(new, old * (1 - 0.5 * decay) - 0.5 * new.grad)
 
 
 def trained(model: Transformer, moments: Moments, steps: int) -> list[torch.Tensor]:

@@ -143,6 +143,18 @@ def test_a_loss_above_the_bigram_and_an_unfinished_run_are_told(tmp_path):
     assert "4.2500" not in page(run)
 
 
+def test_a_line_that_was_cut_short_hides_none_after_it(tmp_path):
+    """A full disk leaves such lines in the middle: the run goes on behind them."""
+    run = make_run(tmp_path / "run", steps=20)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    steps = Run(run).steps
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:3], lines[3][:9], *lines[4:]]))
+    assert Run(run).steps == steps[:3] + steps[4:]
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="has logged no step yet"):
+        Run(run)
+
+
 def test_a_dense_run_and_one_line_are_enough(tmp_path):
     run = make_run(tmp_path / "run", "model.moe_every=0", steps=2)
     assert page(run).count("data:image/png") == 5

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +20,15 @@ from model.context import SequenceContext
 from parallel.world import World
 from tests.train.tiny import EXACT, TINY, trainer
 from train import callbacks
-from train.checkpoint import MARKER, committed_checkpoints
 from train.config import phases
+from train.engine import TorchEngine
 from train.generate import GenerateConfig, continue_tokens, model_logits
 from train.interrupt import Interruption
 from train.loss import token_losses
 from train.metrics import expert_load, peak_memory_bytes
 from train.restore import restore
+from train.run_directory import MARKER, committed
+from train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -75,6 +79,7 @@ def test_begun_phases_and_the_seed_may_not_change(tmp_path, small_corpus, capsys
         assert "was started with" in capsys.readouterr().err
     assert train(tmp_path, small_corpus, PHASE.replace("context: 96", "context: 48")) == 2
     assert train(tmp_path, small_corpus, PHASE, "data.verify=false") == 0, "checks nothing that was learnt"
+    assert train(tmp_path, small_corpus, PHASE.replace("context: 96", "context: 96, micro_batch: 1")) == 0
 
 
 def test_a_first_mistake_may_be_mended_under_the_same_name(tmp_path, small_corpus, capsys):
@@ -90,16 +95,21 @@ def test_a_damaged_last_checkpoint_is_replaced(tmp_path, small_corpus):
     data.write_bytes(data.read_bytes()[:-10])
     (tmp_path / "run" / "summary.json").unlink()
     assert train(tmp_path, small_corpus, "checkpoint.every=2") == 0
-    assert [found.step for found in committed_checkpoints(checkpoints)] == [2, 4]
+    assert [found.step for found in committed(checkpoints)] == [2, 4]
     assert restore(tmp_path / "run", ALONE).step == 4
 
 
-def test_damage_found_by_a_look_at_the_run_changes_nothing(tmp_path, small_corpus):
+def test_damage_found_by_a_look_at_the_run_changes_nothing(tmp_path, small_corpus, capsys):
     assert train(tmp_path, small_corpus, "checkpoint.every=2") == 0
     data = next((tmp_path / "run" / "checkpoints" / "step-00000004").glob("*.bin"))
     data.write_bytes(data.read_bytes()[:-10])
+    capsys.readouterr()
     assert restore(tmp_path / "run", ALONE).step == 2
     assert data.exists() and (data.parent / MARKER).exists()
+    said = capsys.readouterr()
+    assert "step-00000004 is damaged" in said.err and said.out == "", "evaluate's output is JSON"
+    restore(tmp_path / "run", replace(ALONE, rank=1))
+    assert capsys.readouterr().err == "", "the main rank speaks for all"
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"files": null}', b'{"files": {"a": {}}}', b"\xff\xfe"])
@@ -123,7 +133,66 @@ def test_nonsense_takes_no_good_checkpoints_place(tmp_path, small_corpus, capsys
     diverging = ["optimizer=sgd", "optimizer.lr=1e30", "training.clip_norm=null", "logging.every=10"]
     assert train(tmp_path, small_corpus, *diverging, "checkpoint.every=1") == 1
     assert "start a new run" in capsys.readouterr().err
-    assert [found.step for found in committed_checkpoints(tmp_path / "run" / "checkpoints")] == [1]
+    assert [found.step for found in committed(tmp_path / "run" / "checkpoints")] == [1]
+
+
+def with_an_infinite_gradient(monkeypatch, at: int) -> None:
+    """One element of one gradient at step `at`, counted from 1; the loss of that step is as it should be."""
+    original, calls = TorchEngine.forward_backward, []
+
+    def broken(self, batch, micro_batch):
+        loss = original(self, batch, micro_batch)
+        calls.append(loss)
+        if len(calls) == at:
+            next(self.placed.model.parameters()).grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(TorchEngine, "forward_backward", broken)
+
+
+def kept(root: Path) -> list[int]:
+    return [found.step for found in committed(root / "run" / "checkpoints")]
+
+
+def test_a_gradient_that_is_no_number_takes_no_good_checkpoints_place(tmp_path, small_corpus, capsys, monkeypatch):
+    with_an_infinite_gradient(monkeypatch, at=2)
+    assert train(tmp_path, small_corpus, "checkpoint.every=1", "checkpoint.keep=1", "logging.every=10") == 1
+    assert "the gradient norm after step 2 is inf: start a new run" in capsys.readouterr().err
+    assert kept(tmp_path) == [1]
+
+
+def test_nor_does_one_that_the_loss_has_not_met_yet(tmp_path, small_corpus, capsys, monkeypatch):
+    """A weight that is no number may be of a token or an expert that the next steps do not need."""
+    with_an_infinite_gradient(monkeypatch, at=2)
+    monkeypatch.setattr(TorchEngine, "step", lambda self, factor: self.optimizer.zero_grad())
+    assert train(tmp_path, small_corpus, "checkpoint.every=3", "logging.every=10") == 1
+    assert "a loss or a gradient norm before step 3 was no number" in capsys.readouterr().err
+    assert kept(tmp_path) == []
+
+
+def test_an_interrupted_run_saves_no_nonsense(tmp_path, small_corpus, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "_must_stop", lambda self, interruption, step: step == 2)
+    with_an_infinite_gradient(monkeypatch, at=2)
+    quiet = ["logging.every=10", "checkpoint.every=0"]
+    assert train(tmp_path, small_corpus, *quiet) == 1
+    assert "gradient norm after step 2 is inf" in capsys.readouterr().err and kept(tmp_path) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "_must_stop", lambda self, interruption, step: step == 2)
+    assert train(tmp_path, small_corpus, *quiet) == 130 and kept(tmp_path) == [2]
+
+
+def test_an_older_summary_does_not_make_a_run_finished(tmp_path, small_corpus, monkeypatch):
+    """A phase is added, and the run is killed in its last evaluation: started again, it is not done yet."""
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    assert train(tmp_path, small_corpus) == 0
+    monkeypatch.setattr(callbacks.Evaluation, "measure", killed)
+    assert train(tmp_path, small_corpus, PHASE) == 130
+    monkeypatch.undo()
+    assert train(tmp_path, small_corpus, PHASE) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 8
 
 
 def test_a_run_that_could_not_be_saved_fails(tmp_path, small_corpus, monkeypatch):
