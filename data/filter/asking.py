@@ -116,8 +116,11 @@ class Asker:
             except Unusable as error:
                 failure = error
             except GaveUp as error:
+                if not self._reached:
+                    self.endpoint.stop()  # at once: the other questions would be asked in vain before anybody looks
                 return error
             else:
+                self._reached = True
                 self.cache.add(key, answer)
                 return answer
         return failure
