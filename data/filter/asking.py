@@ -82,6 +82,7 @@ class Asker:
         self.endpoint, self.cache, self.parallel = endpoint, cache, parallel
         self._answered = self._unusable = self._given_up = 0
         self._reached = False
+        self._first_failure: GaveUp | None = None
 
     def answers(self, questions: Mapping[str, Question]) -> dict[str, Any]:
         """What each question's key is answered by, or `Unusable` with the reason; what the cache knows is not asked.
@@ -116,6 +117,7 @@ class Asker:
             except Unusable as error:
                 failure = error
             except GaveUp as error:
+                self._first_failure = self._first_failure or error
                 if not self._reached:
                     self.endpoint.stop()  # at once: the other questions would be asked in vain before anybody looks
                 return error
@@ -132,7 +134,7 @@ class Asker:
             self._given_up += 1
             if not self._reached or self._given_up >= GIVEN_UP_IN_A_ROW:
                 fix = "start the server or mend scorer.url; if it is only slow, raise scorer.timeout_s or lower"
-                raise LeviathanError(f"{where} does not answer ({answer}): {fix} scorer.parallel")
+                raise LeviathanError(f"{where} does not answer ({self._first_failure}): {fix} scorer.parallel")
             return
         self._reached, self._given_up = True, 0
         if self._answered < FIRST_ANSWERS:
