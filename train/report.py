@@ -6,6 +6,7 @@ it came.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from core.config import differences, load, plain
 from core.errors import ConfigError, LeviathanError
 from core.files import read_json, write_bytes, write_text
 from core.page import data_url, page
+from data.filter.outputs import AUDIT_PAGE
 from model.config import FeedForward
 from train.config import TrainConfig, phases
 from train.plots import WIDE, draw
@@ -138,7 +140,7 @@ def write_report(directories: Sequence[Path], out: Path) -> None:
         for name, content in pictures.items():
             write_bytes(runs[0].directory / "plots" / f"{name}.png", content)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, _page(runs, pictures))
+    write_text(out, _page(runs, pictures, out.parent))
 
 
 def repeat_command(config: TrainConfig) -> str | None:
@@ -164,7 +166,8 @@ def repeat_command(config: TrainConfig) -> str | None:
     return " ".join(["leviathan train", *(f'"{o}"' if set(o) & set(" '{[*") else o for o in overrides)])
 
 
-def _page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
+def _page(runs: Sequence[Run], pictures: dict[str, bytes], folder: Path) -> str:
+    """`folder`: where the page will lie."""
     title = ", ".join(run.name for run in runs)
     parts = [f"<h1>{escape(title)}</h1>", f"<p class=when>{time.strftime('%Y-%m-%d %H:%M')}</p>"]
     for run in runs:
@@ -173,6 +176,12 @@ def _page(runs: Sequence[Run], pictures: dict[str, bytes]) -> str:
             items = "".join(f"<li>{escape(text)}</li>" for text in found)
             parts.append(f"<div class=warning><b>{escape(run.name)}</b><ul>{items}</ul></div>")
     parts.append(_summary(runs))
+    for run in runs:
+        if (run.directory / AUDIT_PAGE).exists():
+            audit = escape(os.path.relpath(run.directory / AUDIT_PAGE, folder))
+            parts.append(
+                f'<p><a href="{audit}">What the filter left out of the data of {escape(run.name)}, and why</a></p>'
+            )
     figures = "".join(_figure(runs, name, content) for name, content in pictures.items())
     parts += [f"<div class=pictures>{figures}</div>", _configurations(runs)]
     return page(title, "\n".join(parts))

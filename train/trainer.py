@@ -33,7 +33,7 @@ from precision.resolve import resolve
 from train import callbacks, certificates
 from train.checkpoint import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
-from train.corpora import check_same_data, get_corpus, source_weights
+from train.corpora import check_same_data, get_corpus, keep_audit, source_weights
 from train.engine import Engine, TorchEngine
 from train.environment import environment
 from train.initial import compare_vocabularies, copy_selection_biases, initial_source
@@ -244,6 +244,7 @@ def run(config: TrainConfig) -> int:
             world.from_main(lambda: _claim(directory, config))
             log = Log(directory.path / "log.txt" if world.is_main else None)
             corpus = get_corpus(config, world, log)
+            world.from_main(lambda: keep_audit(corpus, directory.path))
             return Trainer(config, world, directory, corpus, log).fit()
     finally:
         directory.release()
