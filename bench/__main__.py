@@ -30,6 +30,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "checkpoint": ("bench.checkpoint:run", {}),
     "bubble": ("bench.bubble:run", {}),
     "startup": ("bench.startup:run", {}),
+    "filtering": ("bench.filtering:run", {}),
     "selection": ("bench.selection:run", {}),
 }
 RESULTS = Path(__file__).with_name("RESULTS.md")
