@@ -43,11 +43,10 @@ def run() -> list[Result]:
         training = _training(trainer)
         few = records[:: max(len(records) // SCORED, 1)]
         share = sum(map(len, trainer.corpus.tokenizer.encode([record.text for record in few]))) / tokens
-        scorer = NgramScorer()
         stages: dict[str, tuple[Callable[[], object], float]] = {
             "gates": (lambda: _gates(records), 1.0),
             "duplicates": (lambda: _duplicates(records), 1.0),
-            "ngram, fit and score": (lambda: (scorer.fit(lambda: records), scorer.score(records)), 1.0),
+            "ngram, fit and score": (lambda: _ngram(records), 1.0),
             "loss of the smoke model": (lambda: _by_model(trainer).score(few), share),
         }
         return [_result(name, stage, tokens * part, training) for name, (stage, part) in stages.items()]
@@ -76,6 +75,12 @@ def _gates(records: list[Record]) -> None:
     gates = Gates(GateConfig())
     for record in records:
         gates(record)
+
+
+def _ngram(records: list[Record]) -> None:
+    scorer = NgramScorer()
+    scorer.fit(lambda: records)
+    scorer.score(records)
 
 
 def _duplicates(records: list[Record]) -> None:
