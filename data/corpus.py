@@ -16,7 +16,7 @@ from typing import Any
 from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
-from data.config import DataConfig, LongDocuments, TokenizerKind
+from data.config import DataConfig, LongDocuments, Packing, TokenizerKind
 from data.filter.corpus import filtered, keep_audit
 from data.filter.make import OpenLosses
 from data.sources import Document, Source, make_source
@@ -64,7 +64,12 @@ class Corpus:
     @property
     def is_padded(self) -> bool:
         """Whether EOS may be repeated between documents, as padding."""
-        return "align" in self.manifest
+        return "align" in self.manifest or self.row_tokens is not None
+
+    @property
+    def row_tokens(self) -> int | None:
+        """The only context that a corpus packed in rows can be read with; None: any."""
+        return self.manifest.get("packing", {}).get("row_tokens")
 
     def padding(self, source: str) -> float:
         """Share of a source's training tokens that are padding."""
@@ -133,11 +138,13 @@ def prepare(config: DataConfig, report: Callable[[str], None], losses: OpenLosse
 def _source_key(config: DataConfig, sources: list[Source]) -> str:
     """Everything the tokens depend on; shares of the blend do not change them."""
     settings = plain(config)
-    for name in ("tokens", "verify", "cache"):
+    for name in ("tokens", "verify", "cache", "prefetch"):
         del settings[name]
     for part in settings["sources"].values():
-        del part["weight"]
-    for name in ("align", "filter"):
+        del part["weight"], part["max_epochs"]
+    if config.packing is Packing.greedy:
+        del settings["packing"]
+    for name in ("align", "pack_context", "filter"):
         if settings[name] is None:  # what was made before there was a choice stays good
             del settings[name]
     fingerprints = [source.fingerprint() for source in sources]

@@ -64,7 +64,7 @@ def counts_after(blend: Blend, samples: int) -> np.ndarray:
 def test_blend_gives_each_source_its_share(weights: dict[str, float]) -> None:
     blend, total = Blend(weights, 3), sum(weights.values())
     for blocks in (1, 2, 9):
-        samples = blocks * blend.block
+        samples = blocks * blend.pieces[0].shares.block
         wanted = np.array([samples * weight / total for weight in weights.values()])
         found = counts_after(blend, samples)
         assert found.sum() == samples and np.abs(found - wanted).max() <= 1
