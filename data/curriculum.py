@@ -53,7 +53,7 @@ def make_loaders(
     loaders: dict[str, Loader] = {}
     origins: dict[int, str] = {}
     taken: dict[int, Counter[str]] = {}  # rows by context and source
-    epochs: Counter[str] = Counter()
+    epochs = dict.fromkeys(corpus.sources, 0.0)
     for phase in phases:
         origin = origins.setdefault(phase.context, phase.name)
         rows = taken.setdefault(phase.context, Counter())
@@ -73,10 +73,10 @@ def make_loaders(
         for name, count in given.items():
             epochs[name] += count / corpus.stream(name, TRAIN).rows(phase.context)
         loaders[phase.name] = loader
-    for name, count in epochs.items():
-        if count > MANY_EPOCHS:
+    for name, times in epochs.items():
+        if times > MANY_EPOCHS:
             advice = f"beyond {MANY_EPOCHS} times it teaches less and less; lower its weight or set max_epochs"
-            report(f"source {name} is gone through {count:.1f} times: {advice}")
+            report(f"source {name} is gone through {times:.1f} times: {advice}")
     return loaders
 
 
@@ -99,6 +99,8 @@ def _used_up(corpus: Corpus, phase: PhaseRows, samples: int, max_epochs: Mapping
         f"{name} (max_epochs={max_epochs[name]:g} of {len(corpus.stream(name, TRAIN)):,} tokens)" for name in names
     ]
     there, wanted = (count * phase.context for count in (samples, phase.samples))
-    reason = f"phase {phase.name} uses up all of {', '.join(parts)}: {there:,} tokens are left for it, {wanted:,} wanted"
+    reason = (
+        f"phase {phase.name} uses up all of {', '.join(parts)}: {there:,} tokens are left for it, {wanted:,} wanted"
+    )
     advice = "raise max_epochs or add sources"
     return ConfigError(phase.steps_key, phase.steps, f"{reason}; {advice}", [fitting] if fitting else [])

@@ -91,7 +91,9 @@ class Loader:
         past = past or Past()
         self.corpus, self.context, self.global_batch = corpus, context, global_batch
         self.identity = (seed, corpus.fingerprint, generation, phase if past.origin is None else past.origin)
-        self.blend = Blend(_blended(weights, corpus), key_of(seed, corpus.fingerprint, generation, phase, "blend"), left)
+        self.blend = Blend(
+            _blended(weights, corpus), key_of(seed, corpus.fingerprint, generation, phase, "blend"), left
+        )
         self._streams = [corpus.stream(name, TRAIN) for name in self.blend.names]
         self._in_corpus = [corpus.sources.index(name) for name in self.blend.names]
         self._places, self._bos, self._eos = np.arange(context), corpus.tokenizer.bos_id, corpus.tokenizer.eos_id

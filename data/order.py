@@ -70,7 +70,7 @@ class Shares:
         bounds = np.cumsum([0.0, *weights]) / sum(weights)
         self._bounds = [round(bound * _SCALE) for bound in bounds]
         self.block = _BLOCK
-        # between two rounded ends a small share may seem to lose a sample from block to block: there must be one in each
+        # between two rounded ends a small share can lose a sample from block to block, unless each block has one
         inner = [end - begin for begin, end in pairwise(self._bounds)][1:-1]
         while any(share and share * self.block < _SCALE for share in inner) and self.block < _LARGEST_BLOCK:
             self.block *= 2
@@ -94,7 +94,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Piece:
-    """Samples [begin, end) of a blend: those of the sources that are left, which have given `before` so far."""
+    """Samples [begin, end) of a blend, all of the sources that are left; `before`: what each of all has given so far."""
 
     begin: int
     end: int | None
@@ -126,7 +126,8 @@ class Blend:
         self.names = tuple(weights)
         limits = [(left or {}).get(name) for name in self.names]
         self.pieces: list[Piece] = []
-        begin, before = 0, [0] * len(self.names)
+        before = [0] * len(self.names)
+        begin: int | None = 0
         while begin is not None:
             alive = [i for i, limit in enumerate(limits) if limit is None or before[i] < limit]
             if not alive:
@@ -136,7 +137,7 @@ class Blend:
             shares = Shares([weights[self.names[i]] for i in alive], own)
             given = _until_used_up(shares, [None if (n := limits[i]) is None else n - before[i] for i in alive])
             end = None if given is None else begin + sum(given)
-            self.pieces.append(Piece(begin, end, np.array(alive), np.array(before)[alive], shares))
+            self.pieces.append(Piece(begin, end, np.array(alive), np.array(before), shares))
             for i, count in zip(alive, given or (), strict=given is not None):
                 before[i] += count
             begin = end
@@ -151,12 +152,13 @@ class Blend:
         """The samples around one. Raises `IndexError` where the sources are used up before it."""
         if ordinal < 0 or (self.samples is not None and ordinal >= self.samples):
             raise IndexError(f"sample {ordinal} lies outside the blend's {self.samples}")
-        piece = self.pieces[bisect_right(self._begins, ordinal) - 1]
+        piece = self._piece(ordinal)
         block = (ordinal - piece.begin) // piece.shares.block
         begin = piece.begin + block * piece.shares.block
         length = None if piece.end is None else piece.end - begin
         source, within = (array[:length] for array in piece.shares.at(block))
-        return Stretch(begin, piece.sources[source], within + piece.before[source])
+        sources = piece.sources[source]
+        return Stretch(begin, sources, within + piece.before[sources])
 
     def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For each sample ordinal: index of its source, and how many samples that source has given before it."""
@@ -172,18 +174,16 @@ class Blend:
 
     def given(self, samples: int) -> dict[str, int]:
         """Samples of each source among the first `samples`. Raises `IndexError` where there are fewer."""
-        found = dict.fromkeys(self.names, 0)
-        if samples:
-            here = self.stretch(samples - 1)
-            piece = self.pieces[bisect_right(self._begins, samples - 1) - 1]
-            for earlier in self.pieces:
-                if earlier.begin <= piece.begin:
-                    found |= zip((self.names[i] for i in earlier.sources), earlier.before.tolist(), strict=True)
-            blocks = piece.shares.given((here.begin - piece.begin) // piece.shares.block)
-            counts = np.bincount(here.sources[: samples - here.begin], minlength=len(self.names))
-            for place, index in enumerate(piece.sources.tolist()):
-                found[self.names[index]] = int(piece.before[place]) + blocks[place] + int(counts[index])
-        return found
+        if not samples:
+            return dict.fromkeys(self.names, 0)
+        here = self.stretch(samples - 1)
+        piece = self._piece(samples - 1)
+        counts = piece.before + np.bincount(here.sources[: samples - here.begin], minlength=len(self.names))
+        counts[piece.sources] += piece.shares.given((here.begin - piece.begin) // piece.shares.block)
+        return dict(zip(self.names, counts.tolist(), strict=True))
+
+    def _piece(self, ordinal: int) -> Piece:
+        return self.pieces[bisect_right(self._begins, ordinal) - 1]
 
 
 def _until_used_up(shares: Shares, left: Sequence[int | None]) -> list[int] | None:

@@ -52,7 +52,8 @@ def candidates(config: OnlineConfig, steps: int, global_batch: int) -> int:
     if not config.every:
         return steps * global_batch
     whole, rest = divmod(steps, config.every)
-    return sum(round(n * global_batch / config.keep) for n in [*[config.every] * whole, rest])
+    per_window, last = (round(n * global_batch / config.keep) for n in (config.every, rest))
+    return whole * per_window + last
 
 
 @dataclass

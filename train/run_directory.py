@@ -43,6 +43,7 @@ FREE = (
     "precision.kernels",
     "training.micro_batch",
     "data.cache",
+    "data.prefetch",
     "data.verify",
 )
 """What may change when a run goes on: nothing here changes what is learnt, but for the rounding of products."""
