@@ -94,7 +94,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Piece:
-    """Samples [begin, end) of a blend, all of the sources that are left; `before`: what each of all has given so far."""
+    """Samples [begin, end) of a blend, of the `sources` that are left; `before`: what each of all has given so far."""
 
     begin: int
     end: int | None

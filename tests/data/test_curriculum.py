@@ -100,7 +100,7 @@ def test_rows_of_another_length_have_an_order_of_their_own_and_going_back_goes_o
 
 def test_a_limit_is_kept_through_phases(corpus: Corpus) -> None:
     weights = {"long": 1.0, "short": 1.0}
-    phases = [phase("main", 30, weights), phase("end", 60, weights)]
+    phases = [phase("main", 60, weights), phase("end", 300, weights)]
     first, last = run(corpus, phases, {"short": 1.5})
     rows = corpus.stream("short", TRAIN).rows(CONTEXT)
     assert len(first["short"] + last["short"]) == int(1.5 * rows)
