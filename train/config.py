@@ -42,8 +42,8 @@ class TrainingConfig:
     context: int = 256
     global_batch: int = 8
     micro_batch: int = 8
-    weights: dict[str, float] | None = None
-    """Shares of the sources in this stretch, others are left out; null: as in data.sources."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Shares of the sources in this stretch, others are left out; none: as in data.sources."""
     clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
 
@@ -52,7 +52,7 @@ class TrainingConfig:
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be positive")
         check_numbers(self, positive=("clip_norm",))
-        _check_weights(self.weights)
+        _check_weights(self.weights or None)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def phases(config: TrainConfig) -> list[Phase]:
     """The run's stretches in order; the first comes from `training` and `schedule` and is called "main"."""
     first = config.training
     sizes = first.context, first.global_batch, first.micro_batch
-    main = Phase("main", 0, first.steps, *sizes, first.weights, config.schedule, config.model)
+    main = Phase("main", 0, first.steps, *sizes, first.weights or None, config.schedule, config.model)
     found = [main]
     for later in config.phases:
         last = found[-1]
