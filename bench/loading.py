@@ -3,8 +3,8 @@
 All sides give int64 tensors [16, 1024] of tokens. Ours gives labels, positions and masked boundaries besides; it and
 grain shuffle globally and resume exactly. `datasets` streams the rows in file order from Arrow batches, the fastest of
 its ways; its shuffle buffer loses samples at a resume and is measured by `bench/loader.py`. grain is no dependency: it
-is measured where it is installed. Batches made ahead have nothing to overlap with here: what they cost is seen, not what
-they hide.
+is measured where it is installed. Batches made ahead have nothing to overlap with here: what they cost is seen, not
+what they hide.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def test_metrics_tell_of_waiting_labels_padding_and_sources(tmp_path, small_corp
         assert line["labelled_tokens"] == sum(int((batch.labels_BT != IGNORED).sum()) for batch in pair)
         assert 0 < line["padding_share"] < 0.1 and 0 <= line["data_wait_s"] < 5
         rows = [sum(int((batch.sources_B == source).sum()) for batch in pair) for source in (0, 1)]
-        assert line["source_shares"] == dict(zip(run.corpus.sources, [r / 64 for r in rows], strict=True))
+        assert line["source_shares"] == dict(zip(run.corpus.sources, [round(r / 64, 4) for r in rows], strict=True))
 
 
 def test_packed_rows_are_trained_on_and_need_their_context(tmp_path, small_corpus):
