@@ -27,6 +27,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "moe_growth": ("bench.moe_layer:run_growth", {}),
     "moe_growth_tuned": ("bench.moe_layer:run_growth", NO_REMAPPING),
     "loader": ("bench.loader:run", {}),
+    "loading": ("bench.loading:run", {}),
     "checkpoint": ("bench.checkpoint:run", {}),
     "bubble": ("bench.bubble:run", {}),
     "startup": ("bench.startup:run", {}),

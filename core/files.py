@@ -6,6 +6,7 @@ and a full disk leaves the old content in place.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -51,6 +52,36 @@ def open_raw(path: Path, mode: str) -> Any:
     return open(path, mode, buffering=0) if is_local(path) else path.open(mode)
 
 
+def files_in(place: Path) -> list[Path]:
+    """Every file in a folder and those below it, sorted; of a store elsewhere in one listing."""
+    if is_local(place):
+        return sorted(path for path in place.rglob("*") if path.is_file())
+    return _of_store(place, "find")
+
+
+def files_like(pattern: Path) -> list[Path]:
+    """Files whose names a pattern with `*`, `?`, `[]` or `**` fits, sorted."""
+    if is_local(pattern):
+        return sorted(Path(found) for found in glob.glob(str(pattern), recursive=True) if Path(found).is_file())
+    return _of_store(pattern, "glob")
+
+
+def _of_store(place: Path, how: str) -> list[Path]:
+    store: Any = place
+    found = getattr(store.fs, how)(store.path, detail=True)
+    return [locate(store.fs.unstrip_protocol(name)) for name, info in sorted(found.items()) if info["type"] == "file"]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """What readers of columns take: a local file's name, which they map themselves, or an open file of a store."""
+    if is_local(path):
+        yield path
+    else:
+        with path.open("rb") as file:
+            yield file
+
+
 def remove_tree(path: Path) -> None:
     """Remove a directory with what is in it, if it is there."""
     if is_local(path):
@@ -91,7 +122,7 @@ def read_json(path: Path) -> Any:
 def sha256_file(path: Path) -> str:
     """Hex digest of the file's content, read in blocks."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from core.errors import ConfigError
+from core.errors import ConfigError, check_numbers
 from data.filter.config import FilterRules
 
 
@@ -48,6 +48,15 @@ class LongDocuments(Enum):
     refuse = "refuse"
 
 
+class Packing(Enum):
+    """How documents become rows. `greedy`: one after the other; rows cut them where they end. `best_fit`: each is put
+    whole into the row that it fills best, what is longer than a row is cut into whole rows first (Ding et al. 2024).
+    """
+
+    greedy = "greedy"
+    best_fit = "best_fit"
+
+
 class TokenizerKind(Enum):
     bpe = "bpe"
     """Trained on the corpus: byte-level pairs (Sennrich et al. 2016)."""
@@ -59,8 +68,10 @@ class TokenizerKind(Enum):
 class SourceConfig:
     """One source is one domain; its name is its key in `data.sources`.
 
-    `weight`: its share of the training tokens, relative to the others'. `max_bytes` ends the source with the document
-    that reaches so much training text. `held_out_path`: held-out documents come from there instead of being split off.
+    `weight`: its share of the training tokens (less padding), relative to the others'. `max_epochs`: after so many
+    times it is left out of the run and the others take its share; null: no limit. `max_bytes` ends the source with the
+    document that reaches so much training text. `held_out_path`: held-out documents come from there instead of being
+    split off. Both paths may be URLs of any filesystem that fsspec has a driver for.
     """
 
     kind: SourceKind = SourceKind.files
@@ -70,6 +81,7 @@ class SourceConfig:
     split: str = "train"
     text_key: str = "text"
     weight: float = 1.0
+    max_epochs: float | None = None
     max_bytes: int | None = None
     held_out_path: str | None = None
 
@@ -84,6 +96,7 @@ class SourceConfig:
             raise ConfigError("weight", self.weight, "must be positive; leave the source out instead")
         if not math.isfinite(self.weight):
             raise ConfigError("weight", self.weight, "must be a finite number")
+        check_numbers(self, positive=("max_epochs",))
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ConfigError("max_bytes", self.max_bytes, "must be positive, or null for everything")
 
@@ -136,7 +149,9 @@ class DataConfig:
     """`held_out`: share of the documents kept from training. `tokens`: a directory that `leviathan tokenize` made; the
     sources are then not read. `verify`: hash the token shards before training. `align`: pad between documents, so that
     none crosses a multiple of so many tokens but those that lie whole chunks after its start (the model's chunk: its
-    chunked layers then need nothing from other ranks of cp); null: no padding. `filter`: what training documents must
+    chunked layers then need nothing from other ranks of cp); null: no padding. `packing`: of training documents;
+    `pack_context`: the tokens of the rows that `best_fit` makes, for which `greedy` counts how many documents are cut.
+    `prefetch`: batches made ahead of the step that takes them; 0: none. `filter`: what training documents must
     pass (each source is a domain); held-out ones are left as they are.
     """
 
@@ -148,6 +163,9 @@ class DataConfig:
     long_documents: LongDocuments = LongDocuments.split
     limit_tokens: int | None = None
     align: int | None = None
+    packing: Packing = Packing.greedy
+    pack_context: int | None = None
+    prefetch: int = 2
     filter: FilterRules | None = None
     verify: bool = True
     cache: str = "~/.cache/leviathan"
@@ -167,7 +185,10 @@ class DataConfig:
         if self.long_documents is not LongDocuments.split and self.limit_tokens is None:
             reason = f"long_documents={self.long_documents.name} needs a limit"
             raise ConfigError("limit_tokens", None, reason)
-        for key in ("limit_tokens", "align"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(key, value, "must be positive")
+        check_numbers(self, positive=("limit_tokens", "align"), not_negative=("prefetch",))
+        if self.pack_context is not None and self.pack_context < 2:
+            raise ConfigError("pack_context", self.pack_context, "must hold the begin of a document and a token", [2])
+        if self.packing is Packing.best_fit and self.pack_context is None:
+            raise ConfigError("pack_context", None, "packing=best_fit makes rows of so many tokens: name them")
+        if self.packing is Packing.best_fit and self.align is not None:
+            raise ConfigError("align", self.align, "works with packing=greedy: best_fit begins each row anew", ["null"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Any
 from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
-from data.config import DataConfig, LongDocuments, TokenizerKind
+from data.config import DataConfig, LongDocuments, Packing, TokenizerKind
 from data.filter.corpus import filtered, keep_audit
 from data.filter.make import Models
+from data.packing import Packer, Row
 from data.sources import Document, Source, make_source
 from data.tokenizer import Tokenizer, describe, from_file, load_tokenizer, train_bpe
 from data.tokens import Shard, TokenStream, TokenWriter, token_dtype, verify_shard
@@ -64,12 +65,22 @@ class Corpus:
     @property
     def is_padded(self) -> bool:
         """Whether EOS may be repeated between documents, as padding."""
-        return "align" in self.manifest
+        return "align" in self.manifest or self.row_tokens is not None
+
+    @property
+    def row_tokens(self) -> int | None:
+        """The only context that a corpus packed in rows can be read with; None: any."""
+        return self.manifest.get("packing", {}).get("row_tokens")
 
     def padding(self, source: str) -> float:
         """Share of a source's training tokens that are padding."""
         counts = self.manifest["sources"][source][TRAIN]["counts"]
         return counts.get("padding", 0) / max(counts["tokens"], 1)
+
+    def cut_documents(self, source: str) -> float:
+        """Share of a source's training documents that do not lie in one row of `data.pack_context` tokens."""
+        counts = self.manifest["sources"][source][TRAIN]["counts"]
+        return counts.get("cut", 0) / counts["documents"]
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Hash this caller's share of the shards. Raises `DataError` with the file and the fix."""
@@ -127,17 +138,24 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
     if config.align is not None:
         shares = ", ".join(f"{corpus.padding(name):.1%} of {name}" for name in corpus.sources)
         report(f"documents are aligned to {config.align} tokens, for which padding is {shares}")
+    if config.pack_context is not None:
+        shares = ", ".join(
+            f"{name} {corpus.cut_documents(name):.1%} and {corpus.padding(name):.1%}" for name in corpus.sources
+        )
+        report(f"rows of {config.pack_context} tokens, {config.packing.name}: documents cut and padding: {shares}")
     return corpus
 
 
 def _source_key(config: DataConfig, sources: list[Source]) -> str:
     """Everything the tokens depend on; shares of the blend do not change them."""
     settings = plain(config)
-    for name in ("tokens", "verify", "cache"):
+    for name in ("tokens", "verify", "cache", "prefetch"):
         del settings[name]
     for part in settings["sources"].values():
-        del part["weight"]
-    for name in ("align", "filter"):
+        del part["weight"], part["max_epochs"]
+    if config.packing is Packing.greedy:
+        del settings["packing"]
+    for name in ("align", "pack_context", "filter"):
         if settings[name] is None:  # what was made before there was a choice stays good
             del settings[name]
     fingerprints = [source.fingerprint() for source in sources]
@@ -163,6 +181,8 @@ def _write(
     manifest: dict[str, Any] = {"format": _FORMAT, "tokenizer": describe(tokenizer), "sources": {}}
     if config.align is not None:
         manifest["align"] = config.align
+    if config.packing is Packing.best_fit:
+        manifest["packing"] = {"kind": config.packing.name, "row_tokens": config.pack_context}
     if config.filter is not None:
         manifest["filter"] = keep_audit(sources, directory)
     tokenizer.save(directory)
@@ -196,6 +216,9 @@ class _SourceWriter:
         self.streams = {s: TokenWriter(directory, f"{source.name}-{s}", dtype) for s in (TRAIN, HELD_OUT)}
         self.counts: dict[str, Counter[str]] = {split: Counter() for split in self.streams}
         self.index = DocumentIndex(directory / f"{source.name}{DOCUMENTS}")
+        self.packer = None
+        if config.packing is Packing.best_fit and config.pack_context is not None:
+            self.packer = Packer(config.pack_context, tokenizer.bos_id, tokenizer.eos_id)
 
     def add(self, documents: list[Document]) -> None:
         whole = [document for document in documents if document.dropped is None]
@@ -208,16 +231,15 @@ class _SourceWriter:
             if kept is not None:
                 counts["documents"] += 1
                 counts["bytes"] += len(document.text.encode())
-                whole_document = [self.tokenizer.bos_id, *kept, self.tokenizer.eos_id]
-                stream = self.streams[_split(document)]
-                padding = self._padding(stream.tokens, len(whole_document))
-                counts["padding"] += padding
-                if document.name is not None and not document.held_out:
-                    self.index.add(document.name, stream.tokens + padding, len(whole_document))
-                stream.add([self.tokenizer.eos_id] * padding + whole_document)
+                self._append(document, kept)
         self.index.flush()
 
     def close(self) -> dict[str, Any]:
+        if self.packer is not None:
+            self._write_rows(self.packer.close())
+            # the last row's last label: it opens a document, so nothing is learnt from it
+            self.streams[TRAIN].add([self.tokenizer.bos_id])
+            self.index.flush()
         self.index.close()
         if not self.counts[TRAIN]["documents"]:
             held_out, lost = self.counts[HELD_OUT]["documents"], self.counts[TRAIN] + self.counts[HELD_OUT]
@@ -233,6 +255,35 @@ class _SourceWriter:
             counts = {key: count for key, count in self.counts[split].items() if count}
             found[split] = {"tokens": stream.tokens, **counts, "shards": shards}
         return {split: {"shards": part.pop("shards"), "counts": part} for split, part in found.items()}
+
+    def _append(self, document: Document, ids: Sequence[int]) -> None:
+        """A document without BOS and EOS to the end of its stream, or to those that wait to be packed."""
+        counts = self.counts[_split(document)]
+        if self.packer is not None and not document.held_out:
+            is_cut, rows = self.packer.add(ids, document.name)
+            counts["cut"] += is_cut
+            return self._write_rows(rows)
+        whole_document = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
+        stream = self.streams[_split(document)]
+        padding = self._padding(stream.tokens, len(whole_document))
+        begin = stream.tokens + padding
+        if (row := self.config.pack_context) is not None:
+            counts["cut"] += begin // row != (begin + len(whole_document) - 1) // row
+        counts["padding"] += padding
+        if document.name is not None and not document.held_out:
+            self.index.add(document.name, begin, len(whole_document))
+        stream.add([self.tokenizer.eos_id] * padding + whole_document)
+
+    def _write_rows(self, rows: Sequence[Row]) -> None:
+        """Packed rows, filled up with EOS."""
+        stream = self.streams[TRAIN]
+        for row in rows:
+            for piece in row.pieces:
+                if piece.name is not None:
+                    self.index.add(piece.name, stream.tokens, len(piece.ids))
+                stream.add(piece.ids)
+            stream.add([self.tokenizer.eos_id] * row.space)
+            self.counts[TRAIN]["padding"] += row.space
 
     def _padding(self, begin: int, length: int) -> int:
         """How far a document that would begin here is put off: to the next multiple, unless it ends before that."""
@@ -253,7 +304,7 @@ class _SourceWriter:
 
 class DocumentIndex:
     """Where a source's training documents lie in its stream, of those that have a name: a parquet file of name, start
-    (of BOS) and tokens. Without one there is no file.
+    (of BOS) and tokens, one line for each piece of a document that packing cut. Without a name there is no file.
     """
 
     def __init__(self, path: Path) -> None:

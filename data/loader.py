@@ -9,7 +9,7 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from data.corpus import HELD_OUT, TRAIN, Corpus
-from data.order import Blend, key_of, permute
+from data.order import Blend, Stretch, key_of, permute
 
 IGNORED = -100
 """Label of a position that has no next token of its own document."""
+LEAST_SHARE = 2.0**-20
+"""Of a source in a blend."""
 
 
 @dataclass
@@ -47,8 +49,31 @@ class Batch:
         return self.tokens_BT, self.labels_BT, self.positions_BT, self.sources_B
 
 
+@dataclass(frozen=True)
+class Past:
+    """Where the sources stand when a phase begins: `rows` of each have been given in the order that is named after the
+    phase `origin` (None: this one).
+    """
+
+    origin: str | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Neighbouring samples from `begin` on: source and row of each."""
+
+    begin: int
+    sources: list[int]
+    rows: list[int]
+
+
 class Loader:
-    """Rows of `context` tokens. Each source's rows are permuted anew in every epoch of that source."""
+    """Rows of `context` tokens. Each source's rows are permuted anew in every epoch of that source.
+
+    `weights`: shares of the rows, or of what is not padding where a corpus is padded; rows of equal length make them
+    shares of the tokens. `left`: after so many more rows a source is left out. `past`: what went before this phase.
+    """
 
     def __init__(
         self,
@@ -59,15 +84,24 @@ class Loader:
         phase: str = "",
         weights: Mapping[str, float] | None = None,
         generation: int = 0,
+        past: Past | None = None,
+        left: Mapping[str, int] | None = None,
     ) -> None:
         weights = dict(weights) if weights is not None else dict.fromkeys(corpus.sources, 1.0)
+        past = past or Past()
         self.corpus, self.context, self.global_batch = corpus, context, global_batch
-        self.identity = (seed, corpus.fingerprint, generation, phase)
-        self.blend = Blend(weights, key_of(*self.identity, "blend"))
+        self.identity = (seed, corpus.fingerprint, generation, phase if past.origin is None else past.origin)
+        self.blend = Blend(
+            _blended(weights, corpus), key_of(seed, corpus.fingerprint, generation, phase, "blend"), left
+        )
         self._streams = [corpus.stream(name, TRAIN) for name in self.blend.names]
         self._in_corpus = [corpus.sources.index(name) for name in self.blend.names]
         self._places, self._bos, self._eos = np.arange(context), corpus.tokenizer.bos_id, corpus.tokenizer.eos_id
-        self._kept: tuple[int, tuple[list[int], list[int]]] = (-1, ([], []))
+        self._past = np.array([past.rows.get(name, 0) for name in self.blend.names], np.int64)
+        self._kept = _Rows(0, [], [])
+        if corpus.row_tokens not in (None, context):
+            reason = f"the corpus is packed for rows of {corpus.row_tokens} tokens"
+            raise ConfigError("training.context", context, reason, [corpus.row_tokens])
         for name, stream in zip(self.blend.names, self._streams, strict=True):
             if stream.rows(context) < 1:
                 reason = f"has {len(stream)} training tokens, less than one row of {context} tokens and a label"
@@ -82,11 +116,10 @@ class Loader:
         """The samples of these ordinals, counted from the phase's begin; ascending ones are read fastest."""
         windows, sources = np.empty((len(ordinals), self.context + 1), np.int64), np.empty(len(ordinals), np.int64)
         for place, ordinal in enumerate(ordinals):
-            block, offset = divmod(ordinal, self.blend.block)
-            block_sources, block_rows = self._block(block)
-            source = block_sources[offset]
+            here = self._rows_around(ordinal)
+            source, row = here.sources[ordinal - here.begin], here.rows[ordinal - here.begin]
             sources[place] = self._in_corpus[source]
-            self._streams[source].read(block_rows[offset] * self.context, windows[place])
+            self._streams[source].read(row * self.context, windows[place])
         return self._assemble(windows, sources)
 
     def held_out_rows(self, source: str) -> int:
@@ -100,19 +133,22 @@ class Loader:
             stream.read(row * self.context, windows[place])
         return self._assemble(windows, np.full(stop - start, self.corpus.sources.index(source)))
 
-    def _block(self, block: int) -> tuple[list[int], list[int]]:
-        """Source and row of every sample in a block of the blend. The last one is kept: steps follow each other."""
-        if block != self._kept[0]:
-            ordinals = np.arange(block * self.blend.block, (block + 1) * self.blend.block)
-            sources, within = self.blend.locate(ordinals)
-            rows = np.empty_like(within)
-            for source in np.unique(sources):
-                rows[sources == source] = self._rows(int(source), within[sources == source])
-            self._kept = (block, (sources.tolist(), rows.tolist()))
-        return self._kept[1]
+    def _rows_around(self, ordinal: int) -> _Rows:
+        """Source and row of a sample and its neighbours. The last ones are kept: steps follow each other. Threads may
+        ask at once, so what is returned is not looked up again.
+        """
+        kept = self._kept
+        if not kept.begin <= ordinal < kept.begin + len(kept.rows):
+            here: Stretch = self.blend.stretch(ordinal)
+            rows = here.within + self._past[here.sources]
+            for source in np.unique(here.sources):
+                own = here.sources == source
+                rows[own] = self._rows(int(source), rows[own])
+            kept = self._kept = _Rows(here.begin, here.sources.tolist(), rows.tolist())
+        return kept
 
     def _rows(self, source: int, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which rows of its stream a source gives as its `ordinals`-th samples."""
+        """Which rows of its stream a source gives as the `ordinals`-th of its order."""
         count = self._streams[source].rows(self.context)
         epochs, rows = np.divmod(ordinals, count)
         for epoch in np.unique(epochs):
@@ -134,3 +170,14 @@ class Loader:
             labels[tokens == self._eos] = IGNORED
         arrays = (np.ascontiguousarray(tokens), labels, positions, sources)
         return Batch(*(torch.from_numpy(array) for array in arrays))
+
+
+def _blended(weights: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
+    """Shares of rows that make `weights` the shares of tokens that are not padding."""
+    total = sum(weights.values())
+    for name, weight in weights.items():
+        corpus.stream(name, TRAIN)
+        if 0 < weight < LEAST_SHARE * total:
+            reason = f"is less than one row in {1 / LEAST_SHARE:,.0f}; raise it or leave the source out"
+            raise ConfigError(f"data.sources.{name}.weight", weight, reason)
+    return {name: weight / (1 - corpus.padding(name)) for name, weight in weights.items() if weight}

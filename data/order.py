@@ -1,12 +1,14 @@
 """Which sample comes when, as pure functions with random access: no shuffle buffer, no table, no state.
 
-`permute` is a keyed bijection; `Blend` says which source the n-th sample of a run comes from.
+`permute` is a keyed bijection; `Blend` says which source the n-th sample of a phase comes from.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 _ROUNDS = 6
 _SCALE = 1 << 40
 """Weights are fixed-point integers, so that shares are exact over any number of samples."""
+_BLOCK = 1024
+_LARGEST_BLOCK = 1 << 20
 
 
 def key_of(*parts: object) -> int:
@@ -54,35 +58,26 @@ def _mix(value: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-class Blend:
-    """Weighted choice of a source for every sample ordinal.
+class Shares:
+    """The source of every sample in an endless blend of fixed shares.
 
     After any number of whole blocks each source has got its share of the samples within one. Inside a block the key
     says which source comes when; each source gives its own samples in order, so that its epochs end cleanly.
     """
 
-    block = 1024
-
-    def __init__(self, weights: Mapping[str, float], key: int) -> None:
-        self.names = tuple(weights)
+    def __init__(self, weights: Sequence[float], key: int) -> None:
         self.key = key
-        total = sum(weights.values())
-        bounds = np.cumsum([0.0, *weights.values()]) / total
+        bounds = np.cumsum([0.0, *weights]) / sum(weights)
         self._bounds = [round(bound * _SCALE) for bound in bounds]
+        self.block = _BLOCK
+        # between two rounded ends a small share can lose a sample from block to block, unless each block has one
+        inner = [end - begin for begin, end in pairwise(self._bounds)][1:-1]
+        while any(share and share * self.block < _SCALE for share in inner) and self.block < _LARGEST_BLOCK:
+            self.block *= 2
 
-    def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each sample ordinal: index of its source, and how many samples that source has given before it."""
-        source, within = np.empty_like(ordinals), np.empty_like(ordinals)
-        for block in np.unique(ordinals // self.block):
-            here = ordinals // self.block == block
-            sources, ordinals_within = self._block(int(block))
-            offset = ordinals[here] % self.block
-            source[here], within[here] = sources[offset], ordinals_within[offset]
-        return source, within
-
-    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def at(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source of every sample in a block, and its place among that source's samples."""
-        before, after = self._given(block * self.block), self._given((block + 1) * self.block)
+        before, after = self.given(block), self.given(block + 1)
         edges = np.cumsum([0, *(b - a for a, b in zip(before, after, strict=True))])
         place = permute(np.arange(self.block), self.block, key_of(self.key, block))
         source = np.searchsorted(edges, place, side="right") - 1
@@ -91,7 +86,126 @@ class Blend:
         within[by_source] = np.arange(self.block) - edges[source[by_source]] + np.asarray(before)[source[by_source]]
         return source, within
 
-    def _given(self, samples: int) -> list[int]:
-        """Samples of each source among the first `samples`; they add up exactly. Python integers: no overflow."""
-        ends = [samples * bound // _SCALE for bound in self._bounds]
+    def given(self, blocks: int) -> list[int]:
+        """Samples of each source in the first `blocks`; they add up exactly. Python integers: no overflow."""
+        ends = [blocks * self.block * bound // _SCALE for bound in self._bounds]
         return [b - a for a, b in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples [begin, end) of a blend, of the `sources` that are left; `before`: what each of all has given so far."""
+
+    begin: int
+    end: int | None
+    """None: without end."""
+    sources: NDArray[np.int64]
+    before: NDArray[np.int64]
+    shares: Shares
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring samples [begin, begin + len(sources)): source of each and its place among that source's samples."""
+
+    begin: int
+    sources: NDArray[np.int64]
+    within: NDArray[np.int64]
+
+
+class Blend:
+    """Weighted choice of a source for every sample ordinal, until sources with a limit are used up.
+
+    A source that has given all of `left` is left out from there on, and the others go on in proportion. Where that
+    happens is worked out here, once and in whole numbers: a blend of n sources has n pieces at most. Sources of weight
+    0 are left out from the begin.
+    """
+
+    def __init__(self, weights: Mapping[str, float], key: int, left: Mapping[str, int] | None = None) -> None:
+        weights = {name: weight for name, weight in weights.items() if weight}
+        self.names = tuple(weights)
+        limits = [(left or {}).get(name) for name in self.names]
+        self.pieces: list[Piece] = []
+        before = [0] * len(self.names)
+        begin: int | None = 0
+        while begin is not None:
+            alive = [i for i, limit in enumerate(limits) if limit is None or before[i] < limit]
+            if not alive:
+                break
+            # a single piece has the key of a blend without limits: they change nothing before they are reached
+            own = key if not self.pieces else key_of(key, "piece", len(self.pieces))
+            shares = Shares([weights[self.names[i]] for i in alive], own)
+            given = _until_used_up(shares, [None if (n := limits[i]) is None else n - before[i] for i in alive])
+            end = None if given is None else begin + sum(given)
+            self.pieces.append(Piece(begin, end, np.array(alive), np.array(before), shares))
+            for i, count in zip(alive, given or (), strict=given is not None):
+                before[i] += count
+            begin = end
+        self._begins = [piece.begin for piece in self.pieces]
+
+    @property
+    def samples(self) -> int | None:
+        """How many there are before every source is used up; None: no end."""
+        return self.pieces[-1].end if self.pieces else 0
+
+    def stretch(self, ordinal: int) -> Stretch:
+        """The samples around one. Raises `IndexError` where the sources are used up before it."""
+        if ordinal < 0 or (self.samples is not None and ordinal >= self.samples):
+            raise IndexError(f"sample {ordinal} lies outside the blend's {self.samples}")
+        piece = self._piece(ordinal)
+        block = (ordinal - piece.begin) // piece.shares.block
+        begin = piece.begin + block * piece.shares.block
+        length = None if piece.end is None else piece.end - begin
+        source, within = (array[:length] for array in piece.shares.at(block))
+        sources = piece.sources[source]
+        return Stretch(begin, sources, within + piece.before[sources])
+
+    def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each sample ordinal: index of its source, and how many samples that source has given before it."""
+        source, within = np.empty_like(ordinals), np.empty_like(ordinals)
+        todo = np.argsort(ordinals, kind="stable")
+        while len(todo):
+            here = self.stretch(int(ordinals[todo[0]]))
+            count = np.searchsorted(ordinals[todo], here.begin + len(here.sources))
+            offset = ordinals[todo[:count]] - here.begin
+            source[todo[:count]], within[todo[:count]] = here.sources[offset], here.within[offset]
+            todo = todo[count:]
+        return source, within
+
+    def given(self, samples: int) -> dict[str, int]:
+        """Samples of each source among the first `samples`. Raises `IndexError` where there are fewer."""
+        if not samples:
+            return dict.fromkeys(self.names, 0)
+        here = self.stretch(samples - 1)
+        piece = self._piece(samples - 1)
+        counts = piece.before + np.bincount(here.sources[: samples - here.begin], minlength=len(self.names))
+        counts[piece.sources] += piece.shares.given((here.begin - piece.begin) // piece.shares.block)
+        return dict(zip(self.names, counts.tolist(), strict=True))
+
+    def _piece(self, ordinal: int) -> Piece:
+        return self.pieces[bisect_right(self._begins, ordinal) - 1]
+
+
+def _until_used_up(shares: Shares, left: Sequence[int | None]) -> list[int] | None:
+    """Samples of each source when the first one is asked for more than it has left; None: no source has a limit.
+
+    The block is found by bisection, since no source's count falls from block to block, and the place by looking at it.
+    """
+    limits = [(i, limit) for i, limit in enumerate(left) if limit is not None]
+    if not limits:
+        return None
+
+    def fits(blocks: int) -> bool:
+        given = shares.given(blocks)
+        return all(given[i] <= limit for i, limit in limits)
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    source, within = shares.at(low)
+    stop = min(int(np.argmax(over)) for i, n in limits if (over := (source == i) & (within >= n)).any())
+    counts = np.bincount(source[:stop], minlength=len(left))
+    return [before + int(count) for before, count in zip(shares.given(low), counts, strict=True)]

@@ -5,7 +5,6 @@ Each document is on one side of the held-out split for ever: a hash of its origi
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import json
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.errors import ConfigError
-from core.files import sha256_file, sha256_text
+from core.files import files_in, files_like, locate, opened, sha256_file, sha256_text
 from data import builtin
 from data.config import DataConfig, Section, SourceConfig, SourceKind, Undecodable
 from data.order import key_of
@@ -153,13 +152,16 @@ class FileSource:
                 yield replace(_document(text, 0.0), held_out=True)
 
     def _find(self, pattern: str, key: str) -> list[Path]:
-        path = Path(pattern).expanduser()
+        try:
+            path = locate(pattern)
+        except ConfigError as error:
+            raise error.under(f"data.sources.{self.name}.{key}") from None
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+            found = [file for file in files_in(path) if _kind(file)]
         else:
-            found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+            found = files_like(path)
         if not found:
             reason = "holds no parquet, jsonl or text file" if path.is_dir() else "no such file or folder"
             raise ConfigError(f"data.sources.{self.name}.{key}", pattern, reason)
@@ -193,23 +195,23 @@ class FileSource:
         types = pyarrow.types
         texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
         try:
-            file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-            column = self._column(file.schema_arrow.names, str(path))
-            kind = file.schema_arrow.field(column).type
-            if not any(is_text(kind) for is_text in texts):
-                raise self._no_text(f"{path} holds {kind} there, not text")
-            row = 0
-            for batch in file.iter_batches(columns=[column]):
-                for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    yield self._decode(content or b"", f"{path}, row {row}", 0)
-                    row += 1
+            with opened(path) as source:
+                file = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
+                column = self._column(file.schema_arrow.names, str(path))
+                kind = file.schema_arrow.field(column).type
+                if not any(is_text(kind) for is_text in texts):
+                    raise self._no_text(f"{path} holds {kind} there, not text")
+                row = 0
+                for batch in file.iter_batches(columns=[column]):
+                    for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                        yield self._decode(content or b"", f"{path}, row {row}", 0)
+                        row += 1
         except pyarrow.ArrowException as error:
             raise self._unreadable(str(path), f"is no readable parquet file: {_first_line(error)}") from None
 
     def _json_lines(self, path: Path) -> Iterator[str | None]:
-        opener: Any = gzip.open if path.suffix == ".gz" else open
         offset = 0
-        with opener(path, "rb") as file:
+        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
             for number, line in enumerate(file, start=1):
                 decoded = self._decode(line, str(path), offset)
                 offset += len(line)

@@ -47,7 +47,7 @@ class TokenWriter:
         self._hash = hashlib.sha256()
         self._in_file = 0
 
-    def add(self, document: Sequence[int]) -> None:
+    def add(self, document: Sequence[int] | NDArray[np.integer[Any]]) -> None:
         ids = np.asarray(document, dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() > np.iinfo(self.dtype).max):
             raise OverflowError(f"a token id of {ids.min()} to {ids.max()} does not fit {self.dtype}")

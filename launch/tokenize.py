@@ -49,6 +49,8 @@ def table(corpus: Corpus) -> str:
             )
             if padding := counts.get("padding", 0):
                 lines.append(f"{'':<26} padding: {padding:,} ({padding / tokens:.1%})")
+            if cut := counts.get("cut", 0):
+                lines.append(f"{'':<26} cut: {cut:,} documents ({cut / counts['documents']:.1%})")
             lines += [
                 f"{'':<26} {key}: {value:,}" for key, value in counts.items() if key.startswith(("dropped_", "long_"))
             ]

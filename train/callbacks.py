@@ -167,6 +167,7 @@ class Logging(Callback):
             "tokens_per_second": round(rate, 1),
             "mfu": mfu,
             "peak_memory_bytes": peak_memory_bytes(trainer.world.device),
+            **trainer.consumption.read(),
         }
         if traffic := trainer.meshes.traffic.take():
             done = steps - self._logged

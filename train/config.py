@@ -10,7 +10,7 @@ from typing import Any
 
 from core.errors import ConfigError, check_numbers
 from core.files import locate
-from data.config import DataConfig
+from data.config import DataConfig, Packing
 from model.config import ModelConfig, RopeScaling
 from parallel import expert
 from parallel.apply import check_float8
@@ -42,6 +42,8 @@ class TrainingConfig:
     context: int = 256
     global_batch: int = 8
     micro_batch: int = 8
+    weights: dict[str, float] = field(default_factory=dict)
+    """Shares of the sources in this stretch, others are left out; none: as in data.sources."""
     clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
 
@@ -50,6 +52,7 @@ class TrainingConfig:
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be positive")
         check_numbers(self, positive=("clip_norm",))
+        _check_weights(self.weights or None)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class PhaseConfig:
     global_batch: int | None = None
     micro_batch: int | None = None
     weights: dict[str, float] | None = None
-    """Shares of the sources; null: as in data.sources."""
+    """Shares of the sources, others are left out; null: as in data.sources."""
     schedule: ScheduleConfig | None = None
     """Learning rate within this phase; null: the run's schedule begins anew."""
     rope_theta: float | None = None
@@ -78,11 +81,15 @@ class PhaseConfig:
             if value is not None and value < 1:
                 raise ConfigError(key, value, "must be positive")
         check_numbers(self, positive=("rope_theta", "temperature_floor"))
-        if self.weights is not None and not sum(self.weights.values()) > 0:
-            raise ConfigError("weights", None, "name at least one source with a positive share")
-        for source, weight in (self.weights or {}).items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"weights.{source}", weight, "must not be negative")
+        _check_weights(self.weights)
+
+
+def _check_weights(weights: dict[str, float] | None) -> None:
+    if weights is not None and not sum(weights.values()) > 0:
+        raise ConfigError("weights", None, "name at least one source with a positive share")
+    for source, weight in (weights or {}).items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"weights.{source}", weight, "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,11 @@ class Phase:
     model: ModelConfig
     """The run's, with positions as this phase sees them."""
 
+    @property
+    def key(self) -> str:
+        """Where a user sets what it is made of."""
+        return "training" if self.name == "main" else f"phases.{self.name}"
+
     def learning_rate_factor(self, step: int) -> float:
         return self.schedule.factor(step - self.start, self.stop - self.start)
 
@@ -199,7 +211,7 @@ def phases(config: TrainConfig) -> list[Phase]:
     """The run's stretches in order; the first comes from `training` and `schedule` and is called "main"."""
     first = config.training
     sizes = first.context, first.global_batch, first.micro_batch
-    main = Phase("main", 0, first.steps, *sizes, None, config.schedule, config.model)
+    main = Phase("main", 0, first.steps, *sizes, first.weights or None, config.schedule, config.model)
     found = [main]
     for later in config.phases:
         last = found[-1]
@@ -232,7 +244,10 @@ def check(config: TrainConfig, world_size: int) -> None:
         for source in phase.weights or {}:
             if config.data.tokens is None and source not in config.data.sources:
                 reason = "no such source"
-                raise ConfigError(f"phases.{phase.name}.weights.{source}", None, reason, list(config.data.sources))
+                raise ConfigError(f"{phase.key}.weights.{source}", None, reason, list(config.data.sources))
+        if config.data.packing is Packing.best_fit and phase.context != config.data.pack_context:
+            reason = f"the rows are packed for data.pack_context={config.data.pack_context}"
+            raise ConfigError(f"{phase.key}.context", phase.context, reason, [config.data.pack_context])
         try:
             layout.check_batch(phase.global_batch, phase.micro_batch)
             layout.check_rows(config.model, phase.context)

@@ -9,9 +9,12 @@ from typing import Any
 from core.errors import ConfigError
 from core.files import write_bytes
 from data.corpus import Corpus, open_corpus, prepare
+from data.curriculum import PhaseRows, make_loaders
 from data.filter.outputs import AUDIT_JSON, AUDIT_PAGE
+from data.loader import Loader
 from parallel.world import World
-from train.config import TrainConfig
+from train.config import TrainConfig, phases
+from train.online import candidates
 
 
 def get_corpus(config: TrainConfig, world: World, report: Callable[[str], None]) -> Corpus:
@@ -52,3 +55,22 @@ def check_same_data(progress: dict[str, Any], corpus: Corpus) -> None:
 def source_weights(config: TrainConfig, corpus: Corpus) -> dict[str, float]:
     """Shares of the corpus's sources; those that the configuration does not describe count 1."""
     return {name: config.data.sources[name].weight if name in config.data.sources else 1.0 for name in corpus.sources}
+
+
+def run_loaders(config: TrainConfig, corpus: Corpus, report: Callable[[str], None]) -> dict[str, Loader]:
+    """A loader for each phase of a run. Raises `ConfigError` where the sources do not last to the end."""
+    usual = source_weights(config, corpus)
+    rows = [
+        PhaseRows(
+            phase.name,
+            phase.context,
+            phase.global_batch,
+            phase.stop - phase.start,
+            candidates(config.online, phase.stop - phase.start, phase.global_batch),
+            phase.weights or usual,
+            f"{phase.key}.steps",
+        )
+        for phase in phases(config)
+    ]
+    limits = {name: source.max_epochs for name, source in config.data.sources.items() if source.max_epochs is not None}
+    return make_loaders(corpus, rows, config.run.seed, limits, report)

@@ -45,6 +45,17 @@ class OnlineConfig:
             raise ConfigError("hysteresis", self.hysteresis, "must not be negative", [0.0, 0.05])
 
 
+def candidates(config: OnlineConfig, steps: int, global_batch: int) -> int:
+    """Samples of the plain order that a phase takes at most: all of it, or what its windows ask for without any that
+    were put off.
+    """
+    if not config.every:
+        return steps * global_batch
+    whole, rest = divmod(steps, config.every)
+    per_window, last = (round(n * global_batch / config.keep) for n in (config.every, rest))
+    return whole * per_window + last
+
+
 @dataclass
 class Window:
     """Which samples the steps from `first_step` on take, and how they were chosen."""

@@ -45,6 +45,7 @@ FREE = (
     "training.micro_batch",
     "phases.*.micro_batch",
     "data.cache",
+    "data.prefetch",
     "data.verify",
 )
 """What may change when a run goes on: nothing here changes what is learnt, but for the rounding of products."""

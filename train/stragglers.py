@@ -1,7 +1,7 @@
 """A rank that is steadily slower than its peers: found by a small piece of work that every rank does by itself.
 
 All ranks wait for the slowest one, so step times are the same everywhere and say nothing. What is compared is what a
-rank does alone: some matrix products on its device, and making its part of the batch.
+rank does alone: some matrix products on its device, and waiting for its part of the batch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Stragglers:
     def __init__(self, world: World) -> None:
         self.world = world
         self.loading_s = 0.0
-        """Add the seconds that this rank has spent on making batches; a reading begins anew."""
+        """Add the seconds that this rank has waited for its batches; a reading begins anew."""
         self._slow: dict[tuple[int, int], int] = {}
         self._hosts: list[Any] = []
         self._noted: list[str] | None = None

@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from core.files import write_json
 from core.origin import sources_digest
 from core.ranks import INTERRUPTED
 from data.corpus import Corpus
-from data.loader import Batch, Loader
+from data.loader import Batch
+from data.prefetch import Prefetcher
 from data.tokenizer import vocabulary_fingerprint
 from model.balancer import Balancer
 from parallel.apply import build
@@ -33,7 +34,8 @@ from precision.resolve import resolve
 from train import callbacks, certificates
 from train.checkpoint import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
-from train.corpora import check_same_data, get_corpus, keep_audit, source_weights
+from train.consumption import Consumption
+from train.corpora import check_same_data, get_corpus, keep_audit, run_loaders, source_weights
 from train.engine import Engine, TorchEngine
 from train.environment import environment
 from train.initial import compare_vocabularies, copy_selection_biases, initial_source
@@ -68,7 +70,9 @@ class Trainer:
         self.phases = phases(config)
         self.weights = source_weights(config, corpus)
         self.vocabulary = vocabulary_fingerprint(corpus.tokenizer)
-        self.loaders = {phase.name: self._loader(phase) for phase in self.phases}
+        self.loaders = run_loaders(config, corpus, log)
+        self.batches = Prefetcher(self._batch, config.data.prefetch)
+        self.consumption = Consumption(corpus.sources, corpus.tokenizer.eos_id)
         saving = config.checkpoint
         self.checkpointer = Checkpointer(directory.checkpoints, world, saving.keep, saving.asynchronous, log)
         self.meshes = make_meshes(config.parallel.resolve(world.size), world)
@@ -109,12 +113,12 @@ class Trainer:
         """Consume the global batch of `step` and update the model."""
         self.world.pulse.step = step
         phase = self.phase(step)
-        axis = self.meshes.rows
-        rows = phase.global_batch // axis.size
-        begin = time.perf_counter()
         self.engine.placed.model.see_positions(phase.model)
-        batch = self._batch(phase, step, axis.rank * rows, (axis.rank + 1) * rows)
-        self.stragglers.loading_s += time.perf_counter() - begin
+        begin = time.perf_counter()
+        batch = self.batches.get(step, self._known_until(phase))
+        waited_s = time.perf_counter() - begin
+        self.stragglers.loading_s += waited_s
+        self.consumption.add(batch, waited_s)
         factor, clip_norm = phase.learning_rate_factor(step), self.config.training.clip_norm
         result = optimizer_step(self.engine, self.balancer, batch, phase.micro_batch, clip_norm, factor)
         self.step, self.tokens = step + 1, self.tokens + phase.global_batch * phase.context
@@ -125,8 +129,17 @@ class Trainer:
         self.last = StepMetrics(**vars(result), learning_rate=rate, tokens=self.tokens, finite=finite)
         return self.last
 
-    def _batch(self, phase: Phase, step: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of the global batch of `step`: of the plain order, or of what online filtering took."""
+    def _known_until(self, phase: Phase) -> int:
+        """The step from which on it is not yet known what is trained on: online filtering decides window by window."""
+        if not self.config.online.every:
+            return self.steps
+        return self.window.first_step + len(self.window.rows) // phase.global_batch
+
+    def _batch(self, step: int) -> Batch:
+        """This rank's rows of the global batch of `step`: of the plain order, or of what online filtering took."""
+        phase, axis = self.phase(step), self.meshes.rows
+        rows = phase.global_batch // axis.size
+        start, stop = axis.rank * rows, (axis.rank + 1) * rows
         loader = self.loaders[phase.name]
         if not self.config.online.every:
             return loader.batch(step - phase.start, start, stop)
@@ -140,7 +153,7 @@ class Trainer:
             self.log(f"run: {self.directory.path}")
             return 0
         extras = callbacks.make(self)
-        with Interruption() as interruption, self._finished_saves():
+        with Interruption() as interruption, self._finished_saves(), closing(self.batches):
             for step in range(self.step, self.steps):
                 for extra in extras:
                     extra.before_step(step)
@@ -219,10 +232,6 @@ class Trainer:
                 f"no certificate for this layout and this code; to have one: leviathan certify {self.directory.path}"
             )
         return found
-
-    def _loader(self, phase: Phase) -> Loader:
-        weights = phase.weights or self.weights
-        return Loader(self.corpus, phase.context, phase.global_batch, self.config.run.seed, phase.name, weights)
 
     def _build_engine(self) -> Engine:
         config = self.config

@@ -5,7 +5,6 @@ An input is cut into parts, each read by one process from its begin to its end: 
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.errors import ConfigError
-from core.files import locate, sha256_file, sha256_text
+from core.files import files_in, files_like, is_local, locate, opened, sha256_file, sha256_text
 from data.filter.records import Record
 from data.sources import TEXT_SUFFIXES
 
@@ -93,11 +92,11 @@ def parts(config: InputConfig) -> list[Part]:
     if place.is_file():
         return [FilePart(place.name, place, make)]
     if place.is_dir():
-        found = sorted(path for path in place.rglob("*") if path.is_file() and _reader(path) is not None)
+        found = [path for path in files_in(place) if _reader(path) is not None]
         names = [path.relative_to(place).as_posix() for path in found]
     else:
-        found = sorted(Path(path) for path in glob.glob(str(place), recursive=True) if Path(path).is_file())
-        names = [path.as_posix() for path in found]
+        found = files_like(place)
+        names = [path.as_posix() if is_local(path) else str(path) for path in found]
     if not found:
         raise ConfigError("input", config.input, "no such file, and no folder with parquet, jsonl or text files")
     return [FilePart(name, path, make) for name, path in zip(names, found, strict=True)]
@@ -222,8 +221,7 @@ class DataSetPart:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    opener: Any = gzip.open if path.suffix == ".gz" else Path.open
-    with opener(path, "rb") as file:
+    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, line
@@ -235,10 +233,11 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            for row in batch.to_pylist():
-                yield number, row
-                number += 1
+        with opened(path) as source:
+            for batch in pyarrow.parquet.ParquetFile(source).iter_batches(1024):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
     except pyarrow.ArrowException as error:
         raise OSError(f"no readable parquet file ({str(error).splitlines()[0]})") from None
 

@@ -37,6 +37,7 @@ def test_shipped_configurations_fit_the_schema(name: str) -> None:
         ({"path": "a", "weight": 0.0}, r"data.sources.x.weight=0.0: must be positive; leave the source out"),
         ({"path": "a", "weight": float("nan")}, r"data.sources.x.weight=nan: must be a finite number"),
         ({"path": "a", "weight": float("inf")}, r"data.sources.x.weight=inf: must be a finite number"),
+        ({"path": "a", "max_epochs": 0.0}, r"data.sources.x.max_epochs=0.0: must be positive"),
         ({"path": "a", "max_bytes": 0}, r"data.sources.x.max_bytes=0: must be positive"),
         ({"path": "a", "kind": "huggingface", "held_out_path": "b"}, r"data.sources.x.held_out_path=b: works with"),
         ({"path": "a", "wieght": 1.0}, r"data.sources.x.wieght: no such key; try weight"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -64,7 +66,7 @@ def counts_after(blend: Blend, samples: int) -> np.ndarray:
 def test_blend_gives_each_source_its_share(weights: dict[str, float]) -> None:
     blend, total = Blend(weights, 3), sum(weights.values())
     for blocks in (1, 2, 9):
-        samples = blocks * blend.block
+        samples = blocks * blend.pieces[0].shares.block
         wanted = np.array([samples * weight / total for weight in weights.values()])
         found = counts_after(blend, samples)
         assert found.sum() == samples and np.abs(found - wanted).max() <= 1
@@ -104,3 +106,80 @@ def test_blend_has_random_access_far_out() -> None:
 
 def test_key_depends_on_every_part_and_its_place() -> None:
     assert len({key_of(1, 2), key_of(2, 1), key_of(12), key_of("1", ""), key_of(1)}) == 5
+
+
+def digest(blend: Blend) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in blend.locate(np.arange(5000)))).hexdigest()
+
+
+def test_blends_without_limits_are_what_they_always_were() -> None:
+    """Taken before there were limits: a run that began then goes on with the same rows."""
+    four = Blend({"a": 0.4, "b": 0.25, "c": 0.2, "d": 0.15}, 3)
+    assert digest(four) == "a797573a5d53fd79a58e67d0fedd2d8f3354636de72b86e50a53f070b3f692b8"
+    assert digest(Blend({"a": 1.0, "b": 1e-6}, 3)) == "0937cd00e2e32172b6356b11549c85e3f7fe58ba0740560ebc765f8597c6c216"
+    assert digest(Blend({"a": 0.4, "b": 0.25, "x": 0.0, "c": 0.2, "d": 0.15}, 3)) != digest(Blend({"a": 1.0}, 3))
+    late = Blend({"a": 0.4, "b": 0.25, "c": 0.2, "d": 0.15}, 3, {"a": 10**6})
+    assert digest(late) == digest(four), "a limit that is not reached changes nothing"
+
+
+@pytest.mark.parametrize("share", [3e-4, 1e-5, 1e-3])
+def test_a_small_share_in_the_middle_loses_no_sample(share: float) -> None:
+    blend = Blend({"a": 0.3, "b": share, "c": 0.7 - share}, 1)
+    source, within = blend.locate(np.arange(400 * 1024))
+    for index in range(3):
+        assert np.array_equal(within[source == index], np.arange((source == index).sum()))
+
+
+def test_blocks_too_short_for_a_share_lose_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "_LARGEST_BLOCK", order._BLOCK)
+    with pytest.raises(AssertionError):
+        test_a_small_share_in_the_middle_loses_no_sample(3e-4)
+
+
+LIMITED = {"a": 700, "b": 5000, "c": 0, "d": 1}
+
+
+def limited(left: dict[str, int] = LIMITED, **more: float) -> Blend:
+    return Blend({"a": 0.5, "b": 0.2, "c": 0.2, "d": 0.1, **more}, 3, left)
+
+
+def test_a_source_that_is_used_up_gives_its_share_to_the_others() -> None:
+    blend = limited(e=0.2)
+    source, within = blend.locate(np.arange(40_000))
+    for index, name in enumerate(blend.names):
+        given = within[source == index]
+        assert np.array_equal(given, np.arange(len(given))) and len(given) == LIMITED.get(name, len(given))
+    ends = {name: int(np.flatnonzero(source == i).max(initial=-1)) for i, name in enumerate(blend.names)}
+    assert ends["c"] == -1 and ends["d"] < 30 and ends["a"] < 2000 < ends["b"] < 12_000
+    between = np.bincount(source[2048:8192], minlength=5) / 6144
+    assert between[[1, 4]] == pytest.approx([0.5, 0.5], abs=0.02), "b and e keep their proportion"
+    assert blend.samples is None and set(source[12_000:]) == {4}
+
+
+def test_a_blend_ends_with_its_last_source_and_wastes_no_sample() -> None:
+    blend = limited()
+    assert blend.samples == sum(LIMITED.values())
+    counts = np.bincount(blend.locate(np.arange(blend.samples))[0], minlength=4)
+    assert dict(zip(blend.names, counts.tolist(), strict=True)) == LIMITED
+    with pytest.raises(IndexError, match="outside the blend's 5701"):
+        blend.stretch(5701)
+    assert limited(dict.fromkeys("abcd", 0)).samples == 0
+
+
+@pytest.mark.parametrize("samples", [0, 1, 25, 700, 1024, 1500, 3000, 5701])
+def test_what_was_given_is_what_is_counted(samples: int) -> None:
+    blend = limited()
+    counts = np.bincount(blend.locate(np.arange(samples))[0], minlength=4)
+    assert list(blend.given(samples).values()) == counts.tolist()
+
+
+def test_limited_blends_have_random_access_far_out() -> None:
+    blend = Blend({"a": 0.5, "b": 0.5}, 3, {"a": 10**12})
+    piece = blend.pieces[1]
+    assert abs(piece.begin - 2 * 10**12) < 2000 and len(blend.pieces) == 2
+    here = blend.stretch(piece.begin - 1)
+    assert here.begin + len(here.sources) == piece.begin, "cut where the source ends"
+    assert here.within[here.sources == 0].max() == 10**12 - 1
+    assert blend.given(piece.begin)["a"] == 10**12
+    source, within = blend.locate(np.array([piece.begin + 5, piece.begin - 1, piece.begin]))
+    assert source[0] == source[2] == 1 and within[0] == within[2] + 5

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.errors import ConfigError
+from core.files import locate, remove_tree
 from data import sources
 from data.config import DataConfig, SourceConfig, SourceKind, Undecodable
+from data.filter.inputs import InputConfig, parts
+from data.filter.records import Record
 from data.sources import Document, make_source
 
 TEXTS = [f"Text number {number}, long enough to be told from others: {number * 7919}." for number in range(60)]
@@ -282,3 +286,68 @@ def test_the_split_has_about_the_share_asked_for() -> None:
     held_out = sum(sources.is_held_out(str(number), 0.05) for number in range(10_000))
     assert 420 < held_out < 580
     assert not any(sources.is_held_out(str(number), 0.0) for number in range(1000))
+
+
+def put(name: str, content: bytes) -> str:
+    """A file in the store of this process; returns its URL."""
+    place = locate(f"memory://{name}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(content)
+    return str(place)
+
+
+@pytest.fixture
+def store() -> Iterator[str]:
+    yield "memory://bucket"
+    remove_tree(locate("memory://bucket"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
+def test_files_of_a_store_give_the_same_documents(tmp_path: Path, store: str, name: str) -> None:
+    path = (write_parquet if name.endswith("parquet") else write_jsonl)(tmp_path / name)
+    url = put(f"bucket/deep/{name}", path.read_bytes())
+    assert read(url) == read(store) == read(f"{store}/**/a.*") == read(path)
+    config = {name: SourceConfig(path=name) for name in (url, str(path))}
+    data = DataConfig(sources={"mine": config[url]})
+    prints = {make_source("mine", one, data).fingerprint() for one in config.values()}
+    assert len(prints) == 1, "the content decides, not where it lies"
+
+
+def test_a_folder_of_a_store_and_its_held_out_files(store: str) -> None:
+    for number, text in enumerate(TEXTS[:9]):
+        put(f"bucket/texts/{number}.md", text.encode())
+    put("bucket/texts/kept/x.txt", b"kept back")
+    put("bucket/texts/notes.pdf", b"%PDF")
+    found = read(f"{store}/texts", held_out_path=f"{store}/texts/kept")
+    assert texts(found) == [*TEXTS[:9], "kept back"] and [d.held_out for d in found] == [False] * 9 + [True]
+    assert len(read(f"{store}/texts/[0-4].md")) == 5
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("memory://nowhere/a.txt", r"data.sources.mine.path=memory://nowhere/a.txt: no such file or folder"),
+        ("klingon://a", r"data.sources.mine.path=klingon://a: no filesystem is called 'klingon'"),
+        ("memory://bucket/bad.parquet", r"data.sources.mine.path=memory://bucket/bad.parquet: is no readable parquet"),
+        ("memory://bucket/bad.jsonl.gz", r"data.sources.mine.path=memory://bucket/bad.jsonl.gz: cannot be read"),
+        ("memory://bucket/a.pdf", r"data.sources.mine.path=memory://bucket/a.pdf: unknown suffix"),
+    ],
+)
+def test_wrong_places_in_a_store_are_named(store: str, path: str, message: str) -> None:
+    for name in ("bad.parquet", "bad.jsonl.gz", "a.pdf"):
+        put(f"bucket/{name}", b"nonsense")
+    with pytest.raises(ConfigError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
+def test_the_filter_reads_from_a_store(tmp_path: Path, store: str, name: str) -> None:
+    path = (write_parquet if name.endswith("parquet") else write_jsonl)(tmp_path / name)
+    put(f"bucket/deep/{name}", path.read_bytes())
+    for place in (f"{store}/deep/{name}", store, f"{store}/*/a.*"):
+        (part,) = parts(InputConfig(input=place))
+        records = list(part.records())
+        assert [record.text for record in records if isinstance(record, Record)] == TEXTS
+        assert part.name.endswith(name) and len(part.fingerprint) == 64
+    with pytest.raises(ConfigError, match=r"input=memory://none: no such file"):
+        parts(InputConfig(input="memory://none"))

@@ -16,7 +16,8 @@ from train.stragglers import KINDS, SLOW_HOSTS, STEADY, SlowRank, Stragglers
 
 
 def train(root: Path, overrides: list[str], slow: int | None) -> None:
-    run = trainer(root, "run", [*overrides, "logging.every=1"])
+    # made ahead, batches that take as long as this may cost nothing: what counts is how long a step waits for them
+    run = trainer(root, "run", [*overrides, "logging.every=1", "data.prefetch=0"])
     os.environ["SLURMD_NODENAME"] = f"n{dist.get_rank()}"
     if dist.get_rank() == slow:
         honest = run.stragglers.probe
