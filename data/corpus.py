@@ -17,7 +17,7 @@ from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, TokenizerKind
-from data.filter.corpus import filtered, keep_audit
+from data.filter.corpus import filtered, fingerprint, keep_audit
 from data.filter.make import OpenLosses
 from data.sources import Document, Source, make_source
 from data.tokenizer import Tokenizer, describe, from_file, load_tokenizer, train_bpe
@@ -141,6 +141,8 @@ def _source_key(config: DataConfig, sources: list[Source]) -> str:
         if settings[name] is None:  # what was made before there was a choice stays good
             del settings[name]
     fingerprints = [source.fingerprint() for source in sources]
+    if config.filter is not None:
+        fingerprints.append(fingerprint(config.filter))
     return sha256_text(str(_FORMAT), json.dumps(settings, sort_keys=True), *fingerprints)
 
 

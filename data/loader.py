@@ -89,6 +89,14 @@ class Loader:
             self._streams[source].read(block_rows[offset] * self.context, windows[place])
         return self._assemble(windows, sources)
 
+    def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of the samples of these ordinals: place of the source among `blend.names`, and row of its stream."""
+        sources, within = self.blend.locate(ordinals)
+        rows = np.empty_like(within)
+        for source in np.unique(sources):
+            rows[sources == source] = self._rows(int(source), within[sources == source])
+        return sources, rows
+
     def held_out_rows(self, source: str) -> int:
         return self.corpus.stream(source, HELD_OUT).rows(self.context)
 
@@ -103,11 +111,7 @@ class Loader:
     def _block(self, block: int) -> tuple[list[int], list[int]]:
         """Source and row of every sample in a block of the blend. The last one is kept: steps follow each other."""
         if block != self._kept[0]:
-            ordinals = np.arange(block * self.blend.block, (block + 1) * self.blend.block)
-            sources, within = self.blend.locate(ordinals)
-            rows = np.empty_like(within)
-            for source in np.unique(sources):
-                rows[sources == source] = self._rows(int(source), within[sources == source])
+            sources, rows = self.locate(np.arange(block * self.blend.block, (block + 1) * self.blend.block))
             self._kept = (block, (sources.tolist(), rows.tolist()))
         return self._kept[1]
 

@@ -5,12 +5,15 @@ On several processes: `leviathan filter processes=N ...`, or `torchrun ... -m la
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from core.errors import ConfigError, LeviathanError
 from core.files import read_json, write_json
 from data.config import TokenizerConfig, TokenizerKind
 from data.filter.config import FilterRules
-from data.filter.inputs import InputConfig, parts
+from data.filter.inputs import InputConfig, clean_records, parts
 from data.filter.journey import explain
 from data.filter.make import make_scorer
 from data.filter.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
@@ -29,6 +32,7 @@ from data.filter.pipeline import Filter, Job
 from data.filter.store import OneWorker, Workers
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
 from parallel.world import World, connect
+from train.journey import explain_run
 from train.token_losses import open_losses
 
 STAGES = "stages"
@@ -38,18 +42,22 @@ STAGES = "stages"
 class FilterConfig(FilterRules, InputConfig):
     """`out`: the directory to make, or to go on with. `tokenizer`: what counts tokens (a tokenizer.json or a folder
     with one); null: bytes stand for them. `processes`: how many filter together on this machine. `explain`: tell the
-    journey of the record of this name through a filtering in `out`, and do nothing else.
+    journey of the record of this name through a filtering in `out`, and do nothing else; with `run`, the directory of a
+    run whose data were filtered, through that filtering and to the steps that trained on it.
     """
 
     out: str = "filtered"
     tokenizer: str | None = None
     processes: int = 1
     explain: str | None = None
+    run: str | None = None
 
     def __post_init__(self) -> None:
         FilterRules.__post_init__(self)
         if self.explain is None:
             InputConfig.__post_init__(self)
+        if self.run is not None and self.explain is None:
+            raise ConfigError("run", self.run, "is where to look a record up: name it", ["explain=ID"])
         if self.processes < 1:
             raise ConfigError("processes", self.processes, "must be positive")
 
@@ -58,40 +66,79 @@ def run(config: FilterConfig) -> int:
     """Filter, or explain; returns the exit code."""
     out = Path(config.out).expanduser()
     if config.explain is not None:
-        print(explain(out, config.explain))
+        print(explain(out, config.explain) if config.run is None else explain_run(Path(config.run), config.explain))
         return 0
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
         return _processes(config, out)
-    workers = _workers()
+    world = connect()
+    try:
+        _filter(config, out, WorldWorkers(world) if world.size > 1 else OneWorker())
+        return 0
+    finally:
+        world.close()
+
+
+def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
     done = Filter(_job(config, out, workers))
     done.run()
     if workers.rank == 0:
         write_scores(done, out / SCORES)
         write_kept(done, out / KEPT)
-        write_audit_of(done, out, str(config.input or config.dataset), _command(config))
+        write_audit_of(done, out, str(config.input or config.dataset), command_of(config))
         print(f"audit: {out / AUDIT_PAGE}")
     workers.wait()
-    return 0
 
 
-def _command(config: FilterConfig) -> str:
+def command_of(config: FilterConfig) -> str:
     """What makes the same again."""
-    changed = differences(plain(FilterConfig(input="?")), plain(config))
-    return " ".join(["leviathan filter", *(f"{key}={shlex.quote(str(new))}" for key, (_, new) in changed.items())])
+    plain_config, given = plain(config), ("input", "dataset")
+    changed = {key: new for key, (_, new) in differences(plain(FilterConfig(input="")), plain_config).items()}
+    changed = {key: plain_config[key] for key in given if plain_config[key]} | {
+        key: new for key, new in changed.items() if key not in given
+    }
+    # a key of a dict that has none by default is to be added
+    added = ("select.domains.", "contamination.sets.")
+    words = [f"{'+' if key.startswith(added) else ''}{key}={_override(new)}" for key, new in changed.items()]
+    return " ".join(["leviathan filter", *map(shlex.quote, words)])
+
+
+def _override(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_override, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {_override(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, str):
+        if re.fullmatch(r"[A-Za-z_/.~][\w./~-]*", value) and value.lower() not in (
+            "null",
+            "true",
+            "false",
+            "nan",
+            "inf",
+        ):
+            return value
+        quoted = re.sub(r"(\\*)'", r"\1\1\\'", value)
+        return "'" + re.sub(r"(\\+)$", r"\1\1", quoted).replace("${", "\\${") + "'"
+    return json.dumps(value)
 
 
 def _job(config: FilterConfig, out: Path, workers: Workers) -> Job:
     tokenizer = _tokenizer(config)
     rules = build(FilterRules, {key: value for key, value in plain(config).items() if key in plain(FilterRules())})
+    try:
+        scorer = make_scorer(config.scorer, open_losses, out / STAGES / "answers", config.seed)
+    except ConfigError as error:
+        raise error.under("scorer") from None
     return Job(
         parts=parts(config),
         rules=rules,
-        scorer=make_scorer(config.scorer, open_losses, out / STAGES / "answers", config.seed),
+        scorer=scorer,
         directory=out / STAGES,
         workers=workers,
         report=print if workers.rank == 0 else lambda line: None,
         count_tokens=None if tokenizer is None else lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
         tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
+        clean=clean_records(config.select.clean, config) if config.select.clean else (),
     )
 
 
@@ -114,17 +161,12 @@ class WorldWorkers:
         self.world, self.rank, self.size = world, world.rank, world.size
 
     def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        total = torch.from_numpy(np.ascontiguousarray(values))
-        if self.size > 1:
-            torch.distributed.all_reduce(total)
+        total = torch.from_numpy(values.copy())
+        torch.distributed.all_reduce(total)
         return total.numpy()
 
     def wait(self) -> None:
-        self.world.from_main(lambda: None)
-
-
-def _workers() -> Workers:
-    return WorldWorkers(connect()) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else OneWorker()
+        self.sum(np.zeros(1, np.int64))  # a broadcast would let its sender go on at once
 
 
 def _processes(config: FilterConfig, out: Path) -> int:

@@ -236,6 +236,9 @@ def check(config: TrainConfig, world_size: int) -> None:
         layout.check_batch(phase.global_batch, phase.micro_batch)
         layout.check_rows(config.model, phase.context)
         _check_alignment(config.data.align, row_unit(config.model, phase.context), phase.context)
+    if config.online.every and config.evaluation.baselines:
+        reason = "would be fitted to other tokens than the run's, of which online filtering leaves some out"
+        raise ConfigError("evaluation.baselines", True, reason, [False])
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
         raise ConfigError(

@@ -64,7 +64,7 @@ class Filter:
         screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error", "seed")}
         screen |= {
             "tokenizer": job.tokenizer,
-            "sets": [_of_file(path) for path in rules["contamination"]["sets"].values()],
+            "sets": [of_file(path) for path in rules["contamination"]["sets"].values()],
         }
         self._clean = sha256_text(*(record.content for record in job.clean))
         inputs = {"format": FORMAT, "parts": len(parts), "input": sha256_text(*parts)}
@@ -314,10 +314,12 @@ def _part(place: int) -> str:
     return f"part-{place:05d}.json"
 
 
-def _of_file(path: str) -> str:
-    """A hash of its content; of what cannot be read its name, for the next stage says what is wrong."""
+def of_file(path: str) -> str:
+    """A hash of its content; of what is no file all that is in it, or its name: who reads it says what is wrong."""
     try:
-        return sha256_file(locate(path))
+        place = locate(path)
+        files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+        return sha256_text(*map(sha256_file, files))
     except (OSError, ConfigError):
         return path
 
