@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from core.errors import DataError
 from data.filter.audit import Audit, ScorerInfo
 from data.filter.page import write_audit
 from data.filter.pipeline import THRESHOLDS, Filter
@@ -25,19 +26,24 @@ def scores_tables(done: Filter) -> Iterator[Any]:
 
 def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> None:
     """audit.json and audit.html. `what`: what was filtered, for people; `command`: how to do it again."""
+    write_audit(audit_of(done, what), directory, command)
+
+
+def audit_of(done: Filter, what: str) -> dict[str, Any]:
+    """The figures. Raises `DataError` where records in and records decided upon do not add up."""
     thresholds = done.decided.read_json(THRESHOLDS)
     scorer = done.job.scorer
     info = ScorerInfo(scorer.name, scorer.measures, scorer.direction, scorer.fingerprint)
     audit = Audit(done.rules, info, done.records.shards, thresholds, what, tokens=done.tokens)
     for shard, table in _tables(done):
         audit.add(shard, table.rename_columns({"length": "bytes"}))
-    write_audit(audit.finish(done.text), directory, command)
+    return audit.finish(done.text)
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
     import pyarrow
 
-    for shard in done.records.shards:
+    for shard, rows in done.records.shards.items():
         records = done.records.read(shard, ["id", "source", "domain"])
         screened = done.screened.read(shard, ["tokens", "bytes", "tie"])
         decided = done.decided.read(shard, ["kept", "reason", "bucket"])
@@ -45,6 +51,10 @@ def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
         columns |= {"score": done.scored.read(shard, ["score"])["score"], "length": screened["bytes"]}
         columns |= {name: screened[name] for name in ("tokens", "tie")}
         columns |= {name: decided[name] for name in ("kept", "reason", "bucket")}
+        if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
+            raise DataError(
+                f"{shard}: {rows:,} records were read, and there are {wrong}: filter anew, into another out="
+            )
         yield shard, pyarrow.table(columns)
 
 
