@@ -25,14 +25,13 @@ import pytest
 from core.errors import ConfigError, DataError
 from data.filter import pipeline, store
 from data.filter.config import DuplicateConfig, OnError, SelectConfig, Unit
-from data.filter.outputs import audit_of, write_audit_of
+from data.filter.outputs import KEPT, SCORES, audit_of, write_audit_of
 from data.filter.pipeline import Filter
 from data.filter.records import Reason
 from data.filter.store import OneWorker
 from launch.filter import WorldWorkers
 from parallel.world import connect
 from tests.data.filter.filtering import (
-    OUTPUTS,
     FixedScorer,
     filtered,
     job,
@@ -148,7 +147,7 @@ def test_counts_that_do_not_add_up_are_refused(tmp_path, small_shards, column):
         values = [not value if column == "kept" else "none" for value in table[column].to_pylist()]
         table = table.set_column(table.column_names.index(column), column, [values])
     done.decided.write(shard, table)
-    message = "32 records were read, and there are {'kept': 31" if column == "rows" else "has a record with reason="
+    message = "18 records were read, and there are {'kept': 17" if column == "rows" else "has a record with reason="
     with pytest.raises(DataError, match=message):
         audit_of(done, "in.jsonl")
 
@@ -163,36 +162,50 @@ def test_a_stage_that_loses_rows_is_refused(tmp_path, monkeypatch):
 # -- any number of processes
 
 
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, bytes]]:
+    """An input, what one process makes of it, and the outputs."""
+    root = tmp_path_factory.mktemp("given")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "SHARD_RECORDS", 32)
+        filtered(several(root / "in"), root / "alone", **KEYS)
+    return root / "in", root / "alone", outputs(root / "alone")
+
+
 @pytest.fixture
-def alone(tmp_path, small_shards) -> dict[str, bytes]:
-    filtered(several(tmp_path / "in"), tmp_path / "alone", **KEYS)
-    return outputs(tmp_path / "alone")
+def source(given) -> Path:
+    return given[0]
+
+
+@pytest.fixture
+def alone(given, small_shards) -> dict[str, bytes]:
+    return given[2]
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_any_number_of_workers_makes_the_same_bytes(tmp_path, alone, count):
-    in_threads(count, tmp_path / "in", tmp_path / "out", **KEYS)
+def test_any_number_of_workers_makes_the_same_bytes(tmp_path, given, source, alone, count):
+    in_threads(count, source, tmp_path / "out", **KEYS)
     assert outputs(tmp_path / "out") == alone
-    stages = [sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")) for name in ("alone", "out")]
-    assert stages[0] == [path for path in stages[1]]
+    files = [sorted(path.relative_to(root) for path in root.rglob("*")) for root in (given[1], tmp_path / "out")]
+    assert files[0] == files[1]
 
 
-def test_workers_that_do_not_add_up_choose_otherwise(tmp_path, alone, monkeypatch):
+def test_workers_that_do_not_add_up_choose_otherwise(tmp_path, source, alone, monkeypatch):
     """Control: histograms of one worker alone give other thresholds."""
     monkeypatch.setattr(OneWorker, "sum", lambda self, values: values // 2)
-    filtered(tmp_path / "in", tmp_path / "out", **KEYS)
+    filtered(source, tmp_path / "out", **KEYS)
     assert outputs(tmp_path / "out") != alone
 
 
-def test_altered_scores_change_what_is_kept(tmp_path, alone):
+def test_altered_scores_change_what_is_kept(tmp_path, source, alone):
     """Control: the kept set does depend on each shard of scores."""
-    done = filtered(tmp_path / "in", tmp_path / "out", **KEYS)
+    done = filtered(source, tmp_path / "out", **KEYS)
     shard = list(done.records.shards)[2]
     table = done.scored.read(shard)
     done.scored.write(shard, table.set_column(0, "score", [-table["score"].to_numpy()]))
     for path in done.decided.directory.iterdir():
         path.unlink()
-    filtered(tmp_path / "in", tmp_path / "out", **KEYS)
+    filtered(source, tmp_path / "out", **KEYS)
     assert outputs(tmp_path / "out")["kept.jsonl"] != alone["kept.jsonl"]
 
 
@@ -208,8 +221,8 @@ def by_ranks(source: Path, out: Path) -> list[int]:
     return total.tolist()
 
 
-def test_gloo_ranks_make_the_same_bytes(tmp_path, alone, ranks):
-    assert ranks(2, by_ranks, tmp_path / "in", tmp_path / "out") == [[1, 3, 5]] * 2
+def test_gloo_ranks_make_the_same_bytes(tmp_path, source, alone, ranks):
+    assert ranks(2, by_ranks, source, tmp_path / "out") == [[1, 3, 5]] * 2
     assert outputs(tmp_path / "out") == alone
 
 
@@ -328,19 +341,19 @@ def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
     assert len(pyarrow.parquet.read_table(tmp_path / "cut" / "scores.parquet")) == 5200
 
 
-def test_a_shard_that_is_lost_later_is_made_again(tmp_path, alone):
+def test_a_shard_that_is_lost_later_is_made_again(tmp_path, source, alone):
     """Of any stage, though its manifest is there: the advice for a damaged one is to remove it."""
     for stage in ("records", "screened", "scored", "decisions"):
         out = tmp_path / stage
-        done = filtered(tmp_path / "in", out, **KEYS)
+        done = filtered(source, out, **KEYS)
         path = out / "stages" / stage / f"{list(done.records.shards)[3]}.parquet"
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
         (out / "scores.parquet").unlink()
         with pytest.raises(DataError, match=rf"{path.name} cannot be read .*: remove it and run again"):
-            filtered(tmp_path / "in", out, **KEYS)
+            filtered(source, out, **KEYS)
         path.unlink()
-        filtered(tmp_path / "in", out, **KEYS)
+        filtered(source, out, **KEYS)
         assert path.read_bytes() == content and outputs(out) == alone
 
 
@@ -377,7 +390,7 @@ def test_what_has_changed_under_a_cache_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("place", [1, 3, 9, 14, 18])
-def test_a_full_disk_leaves_nothing_half_written(tmp_path, alone, monkeypatch, place):
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, source, alone, monkeypatch, place):
     """The n-th file that is flushed, and every one after it, finds no space."""
     done, real = [], os.fsync
 
@@ -389,18 +402,18 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, alone, monkeypatch, p
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(DataError, match=r"cannot write .* \(No space left on device\): free some space and run again"):
-        filtered(tmp_path / "in", tmp_path / "out", **KEYS)
+        filtered(source, tmp_path / "out", **KEYS)
     monkeypatch.setattr(os, "fsync", real)
     assert not list((tmp_path / "out").rglob(".*")), "no temporary file is left"
     for path in (tmp_path / "out").rglob("*.parquet"):
         pyarrow.parquet.read_table(path)
-    filtered(tmp_path / "in", tmp_path / "out", **KEYS)
+    filtered(source, tmp_path / "out", **KEYS)
     assert outputs(tmp_path / "out") == alone
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_a_full_disk_at_the_end_leaves_the_old_outputs(tmp_path, alone, monkeypatch, name):
-    filtered(tmp_path / "in", tmp_path / "out", **KEYS)
+@pytest.mark.parametrize("name", [SCORES, KEPT])
+def test_a_full_disk_at_the_end_leaves_the_old_outputs(tmp_path, source, alone, monkeypatch, name):
+    filtered(source, tmp_path / "out", **KEYS)
     real = os.replace
 
     def replace(source: Any, target: Any) -> None:
@@ -410,7 +423,7 @@ def test_a_full_disk_at_the_end_leaves_the_old_outputs(tmp_path, alone, monkeypa
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(DataError, match=r"cannot write .*No space left on device"):
-        filtered(tmp_path / "in", tmp_path / "out", **KEYS)
+        filtered(source, tmp_path / "out", **KEYS)
     assert outputs(tmp_path / "out") == alone and not list((tmp_path / "out").glob(".*"))
 
 
