@@ -224,7 +224,12 @@ class _SourceWriter:
         if not self.counts[TRAIN]["documents"]:
             held_out, lost = self.counts[HELD_OUT]["documents"], self.counts[TRAIN] + self.counts[HELD_OUT]
             reason = "has no text to train on"
-            if held_out:
+            by_filter = {
+                name: count for name, count in self.counts[TRAIN].items() if name.startswith("dropped_by_filter")
+            }
+            if by_filter:
+                reason += f": data.filter leaves nothing of it ({', '.join(f'{k}: {n}' for k, n in by_filter.items())})"
+            elif held_out:
                 reason += f": its {held_out} documents are held out; lower data.held_out or give it more documents"
             elif lost:
                 reason += f" ({', '.join(f'{name}: {count}' for name, count in lost.items())})"

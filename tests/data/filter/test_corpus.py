@@ -160,7 +160,10 @@ def test_a_killed_filter_goes_on(folders, tmp_path, monkeypatch):
             r"data\.filter\.contamination\.sets\.mine=/none: no such file",
         ),
         ({"select": {"clean": "/none"}}, r"data\.filter\.select\.clean=/none: no such file"),
-        ({"gates": {"min_characters": 10**6}}, r"data\.sources\.prose: has no text to train on.*by_filter_too_short"),
+        (
+            {"gates": {"min_characters": 10**6}},
+            r"data\.sources\.prose: has no .*data\.filter leaves nothing of it \(.*too_short",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_key(folders, tmp_path, rules, message):
