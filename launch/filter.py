@@ -29,7 +29,7 @@ from data.filter.journey import explain
 from data.filter.make import make_scorer
 from data.filter.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
 from data.filter.pipeline import Filter, Job
-from data.filter.store import OneWorker, Workers
+from data.filter.store import OneWorker, Workers, together
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
 from parallel.world import World, connect
 from train.journey import explain_run
@@ -81,12 +81,12 @@ def run(config: FilterConfig) -> int:
 def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
     done = Filter(_job(config, out, workers))
     done.run()
-    if workers.rank == 0:
-        write_scores(done, out / SCORES)
-        write_kept(done, out / KEPT)
-        write_audit_of(done, out, str(config.input or config.dataset), command_of(config))
-        print(f"audit: {out / AUDIT_PAGE}")
-    workers.wait()
+    with together(workers):
+        if workers.rank == 0:
+            write_scores(done, out / SCORES)
+            write_kept(done, out / KEPT)
+            write_audit_of(done, out, str(config.input or config.dataset), command_of(config))
+            print(f"audit: {out / AUDIT_PAGE}")
 
 
 def command_of(config: FilterConfig) -> str:
@@ -165,8 +165,12 @@ class WorldWorkers:
         torch.distributed.all_reduce(total)
         return total.numpy()
 
-    def wait(self) -> None:
-        self.sum(np.zeros(1, np.int64))  # a broadcast would let its sender go on at once
+    def agree(self, error: LeviathanError | None) -> None:
+        said: list[LeviathanError | None] = [None] * self.size
+        torch.distributed.all_gather_object(said, error)
+        for found in filter(None, said):
+            found.everywhere = True
+            raise found
 
 
 def _processes(config: FilterConfig, out: Path) -> int:

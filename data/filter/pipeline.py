@@ -27,7 +27,7 @@ from data.filter.inputs import Broken, Part
 from data.filter.records import Reason, Record
 from data.filter.scorer import Scorer
 from data.filter.select import REASONS, ShardScores, noise_threshold, select
-from data.filter.store import Stage, Workers, by_itself
+from data.filter.store import Stage, Workers, together
 from data.order import key_of
 
 FORMAT = 1
@@ -96,17 +96,17 @@ class Filter:
         stage.open(self.workers)
         if stage.is_whole:
             return
-        for place, part in enumerate(self.job.parts):
-            if place % self.workers.size == self.workers.rank:
-                with by_itself(self.workers):
+        with together(self.workers):
+            for place, part in enumerate(self.job.parts):
+                if place % self.workers.size == self.workers.rank:
                     self._ingest_part(place, part)
-        self.workers.wait()
         shards: dict[str, int] = {}
-        for place in range(len(self.job.parts)):
-            shards |= stage.read_json(_part(place))
-        if not sum(shards.values()):
-            raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
-        self._refuse_double_names(shards)
+        with together(self.workers):
+            for place in range(len(self.job.parts)):
+                shards |= stage.read_json(_part(place))
+            if not sum(shards.values()):
+                raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
+            self._refuse_double_names(shards)
         stage.close(shards, self.workers)
         self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
 
@@ -221,7 +221,8 @@ class Filter:
     def _score(self) -> None:
         self.scored.open(self.workers)
         if not self.scored.is_whole:
-            self._fit()
+            with together(self.workers):
+                self._fit()
 
         def score(shard: str) -> Any:
             reasons = self.reasons(shard)
@@ -292,8 +293,8 @@ class Filter:
             bucket[places] = decision.group(scores) - first[scores.domain]
             return _table(reason=reasons.tolist(), kept=kept, bucket=bucket)
 
-        if self.workers.rank == 0:
-            with by_itself(self.workers):
+        with together(self.workers):
+            if self.workers.rank == 0:
                 self.decided.write_json(THRESHOLDS, decision.thresholds)
         self.decided.make(self.records.shards, self.workers, decide)
 
@@ -302,11 +303,10 @@ class Filter:
         if not self.job.clean:
             return None
         name = f"clean-{self._clean[:16]}"
-        if self.workers.rank == 0 and not self.scored.has(name):
-            with by_itself(self.workers):
+        with together(self.workers):
+            if self.workers.rank == 0 and not self.scored.has(name):
                 self._fit()
                 self.scored.write(name, _table(score=self.job.scorer.score(self.job.clean)))
-        self.workers.wait()
         return noise_threshold(self.scored.read(name)["score"].to_numpy(), self.rules.select.noise_quantile)
 
 

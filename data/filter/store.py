@@ -23,15 +23,17 @@ _SHOWN_DIFFERENCES = 3
 
 
 class Workers(Protocol):
-    """The processes that filter together; they share a file system. `sum` adds an int64 array over all of them."""
+    """The processes that filter together; they share a file system. All call these in the same order."""
 
     rank: int
     size: int
 
-    def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]: ...
+    def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Over all of them, element by element."""
+        ...
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def agree(self, error: LeviathanError | None) -> None:
+        """Wait until all are here; where one brings an error, raise it on all."""
         ...
 
 
@@ -41,18 +43,20 @@ class OneWorker:
     def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         return values
 
-    def wait(self) -> None:
-        pass
+    def agree(self, error: LeviathanError | None) -> None:
+        if error is not None:
+            raise error
 
 
 @contextmanager
-def by_itself(workers: Workers) -> Iterator[None]:
-    """What one process does while the others do other things: no other raises its errors, so it has to tell them."""
+def together(workers: Workers) -> Iterator[None]:
+    """Each process does its share, and then all go on, or none does. Every one of them has to come here."""
+    error = None
     try:
         yield
-    except LeviathanError as error:
-        error.everywhere = workers.size == 1
-        raise
+    except LeviathanError as found:
+        error = found
+    workers.agree(error)
 
 
 @contextmanager
@@ -76,17 +80,17 @@ class Stage:
     def open(self, workers: Workers) -> None:
         """Make the directory, or go on with it. Raises `ConfigError` where it holds a stage of another key."""
         path = self.directory / KEY
-        if workers.rank == 0:
-            with by_itself(workers), writing(path):
-                self.directory.mkdir(parents=True, exist_ok=True)
-                if not path.exists():
-                    write_json(path, {"key": self.key, "made_of": self.made_of})
-        workers.wait()
-        found = self.read_json(KEY)
-        if found["key"] != self.key:
-            raise ConfigError("out", str(self.directory), self._difference(found.get("made_of", {})))
-        self.is_whole = self.has_manifest and all(map(self.has, self.shards))
-        workers.wait()  # or one would already see what another makes next, and they would go different ways
+        with together(workers):
+            if workers.rank == 0:
+                with writing(path):
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    if not path.exists():
+                        write_json(path, {"key": self.key, "made_of": self.made_of})
+        with together(workers):  # or one would already see what another makes next, and they would go different ways
+            found = self.read_json(KEY)
+            if found["key"] != self.key:
+                raise ConfigError("out", str(self.directory), self._difference(found.get("made_of", {})))
+            self.is_whole = self.has_manifest and all(map(self.has, self.shards))
 
     def _difference(self, made_of: Mapping[str, Any]) -> str:
         found = list(differences(made_of, self.made_of).items())
@@ -141,11 +145,9 @@ class Stage:
 
     def close(self, shards: dict[str, int], workers: Workers) -> None:
         """All shards are there: say so. `shards`: rows of each."""
-        workers.wait()
-        if workers.rank == 0 and not self.has_manifest:
-            with by_itself(workers):
+        with together(workers):
+            if workers.rank == 0 and not self.has_manifest:
                 self.write_json(MANIFEST, {"key": self.key, "shards": shards})
-        workers.wait()
         self.is_whole = True
 
     @property
@@ -156,9 +158,9 @@ class Stage:
 
     def make(self, shards: dict[str, int], workers: Workers, shard: Callable[[str], Any]) -> None:
         """Make each missing shard of this open stage, every process its own share of them."""
-        for place, name in enumerate(shards):
-            if place % workers.size == workers.rank and not self.has(name):
-                with by_itself(workers):
+        with together(workers):
+            for place, name in enumerate(shards):
+                if place % workers.size == workers.rank and not self.has(name):
                     table = shard(name)
                     if len(table) != shards[name]:
                         raise DataError(f"{self.path(name)}: {len(table)} rows were made of {shards[name]} records")

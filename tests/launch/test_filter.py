@@ -74,7 +74,7 @@ def test_the_journey_of_a_record(pairs, out, capsys):
         value = float(threshold.split()[1])
         assert (row["score"] >= value - 1e-3) if kept else (row["score"] <= value + 1e-3), "beside its own threshold"
     assert refused(capsys, "explain=pairs.jsonl:121", f"out={out}").startswith(
-        "explain=pairs.jsonl:121: no record has this name; try pairs.jsonl:1"
+        "explain=pairs.jsonl:121: no record has this name; try pairs.jsonl:"
     )
     line = refused(capsys, "explain=x", f"out={out}/none")
     assert line.endswith("holds no filtering that has ended (scores.parquet is missing)")
@@ -97,7 +97,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
         ("input=/none",): "input=/none: no such file, and no folder with parquet, jsonl or text files",
         ("input=a", "prompt_key=q"): "response_key: prompt_key and response_key go together",
         (*usual, "keep=0"): "keep=0.0: must lie in (0, 1]; try 0.5",
-        (*usual, "kep=0.3"): "Could not override 'kep'",
+        (*usual, "kep=0.3"): "kep: no such key; try keep",
         (*usual, "processes=0"): "processes=0: must be positive",
         (*usual, "run=here"): "run=here: is where to look a record up: name it; try explain=ID",
         (*usual, "scorer.kind=loss"): "scorer.model: the scorer loss needs it",

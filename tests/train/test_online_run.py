@@ -13,6 +13,8 @@ import torch
 
 from core.errors import ConfigError
 from data.corpus import TRAIN, prepare
+from data.loader import Loader
+from data.tokens import TokenStream
 from launch.cli import main
 from model.context import SequenceContext
 from tests.data.conftest import silent
@@ -184,32 +186,39 @@ def test_the_run_writes_its_windows_and_trims_them(small_corpus, tmp_path):
     compare_with_batches(tmp_path / "run", windows)
 
 
+def reads(loader: Loader, ordinals: list[int]) -> list[tuple[str, int]]:
+    """Source and place in its stream from which the loader takes each of these samples."""
+    found: list[tuple[str, int]] = []
+    names = dict(zip(map(id, loader._streams), loader.blend.names, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenStream, "read", lambda self, start, out: found.append((names[id(self)], start)))
+        loader.samples(ordinals)
+    return found
+
+
 def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None:
-    """Which steps had a place of the stream, from the index of rows and by a look at the tokens of every batch."""
+    """Which steps had a document, from the index of rows and from where the loader reads for each row of a window."""
     stored = load_config(directory)
     corpus = prepare(stored.data, silent)
-    run = Trainer.__new__(Trainer)
-    run.config, run.corpus = stored, corpus
-    run.weights = source_weights(stored, corpus)
-    stream = corpus.stream("code", TRAIN)
-    tokens = np.empty(len(stream), np.int64)
-    stream.read(0, tokens)
-    begins = np.flatnonzero(tokens == corpus.tokenizer.bos_id)
-    for start, stop in list(pairwise(begins))[:12]:
-        place, found = Place("code", int(start), int(stop - start)), []
-        for phase in phases(stored):
-            loader = run._loader(phase)
-            first, last = place.rows(phase.context)
-            mine = {tokens[r * phase.context : (r + 1) * phase.context].tobytes() for r in range(first, last + 1)}
-            for window in windows:
-                if window["phase"] == phase.name:
-                    batch = loader.samples(window["rows"])
-                    for number, content in enumerate(batch.tokens_BT.numpy()):
-                        if content.tobytes() in mine and int(batch.sources_B[number]) == corpus.sources.index("code"):
-                            step, row = divmod(number, phase.global_batch)
-                            found.append(Visit(phase.name, window["first_step"] + step, row))
-        assert visits(directory, stored, corpus, place, 11) == found
-    assert found
+    read: list[tuple[Visit, int, int]] = []
+    for phase in phases(stored):
+        weights = phase.weights or source_weights(stored, corpus)
+        loader = Loader(corpus, phase.context, phase.global_batch, stored.run.seed, phase.name, weights)
+        for window in (one for one in windows if one["phase"] == phase.name):
+            for number, (source, start) in enumerate(reads(loader, window["rows"])):
+                step, row = divmod(number, phase.global_batch)
+                if source == "code":
+                    read.append((Visit(phase.name, window["first_step"] + step, row), start, start + phase.context))
+    tokens = np.empty(len(corpus.stream("code", TRAIN)), np.int64)
+    corpus.stream("code", TRAIN).read(0, tokens)
+    begins, met = np.flatnonzero(tokens == corpus.tokenizer.bos_id).tolist(), 0
+    for start, stop in pairwise(begins):
+        # a row of inputs [begin, end) has labels (begin, end]; the first token of a document is BOS, which is none
+        wanted = [visit for visit, begin, end in read if begin < stop - 1 and end >= start + 1]
+        found = visits(directory, stored, corpus, Place("code", start, stop - start), 11)
+        assert found == wanted
+        met += len(found)
+    assert met
 
 
 def test_baselines_of_other_tokens_are_refused(small_corpus, tmp_path):

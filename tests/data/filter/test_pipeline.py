@@ -28,7 +28,7 @@ from data.filter.config import DuplicateConfig, OnError, SelectConfig, Unit
 from data.filter.outputs import KEPT, SCORES, audit_of, write_audit_of
 from data.filter.pipeline import Filter
 from data.filter.records import Reason
-from data.filter.store import OneWorker
+from data.filter.store import OneWorker, together
 from launch.filter import WorldWorkers
 from parallel.world import connect
 from tests.data.filter.filtering import (
@@ -70,7 +70,7 @@ class Threads:
     """Workers that are threads, which add up at a barrier."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.barrier, self.values = size, threading.Barrier(size, timeout=60), [np.zeros(0, np.int64)] * size
+        self.size, self.barrier, self.values = size, threading.Barrier(size, timeout=60), [None] * size
 
     def worker(self, rank: int) -> Any:
         together = self
@@ -79,15 +79,19 @@ class Threads:
             def __init__(self) -> None:
                 self.rank, self.size = rank, together.size
 
-            def sum(self, values: Any) -> Any:
-                together.values[rank] = values
-                self.wait()
-                total = np.sum(together.values, axis=0)
-                self.wait()
-                return total
-
-            def wait(self) -> None:
+            def all(self, value: Any) -> list[Any]:
+                together.values[rank] = value
                 together.barrier.wait()
+                found = list(together.values)
+                together.barrier.wait()
+                return found
+
+            def sum(self, values: Any) -> Any:
+                return np.sum(self.all(values), axis=0)
+
+            def agree(self, error: Any) -> None:
+                for found in filter(None, self.all(error)):
+                    raise found
 
         return Worker()
 
@@ -229,10 +233,10 @@ def test_gloo_ranks_make_the_same_bytes(tmp_path, source, alone, ranks):
 def waits(folder: Path) -> list[str]:
     """What each rank sees of the others after a wait that the other one reaches late."""
     workers = WorldWorkers(connect())
-    if workers.rank == 1:
-        time.sleep(0.3)
-        (folder / "late").write_text("")
-    workers.wait()
+    with together(workers):
+        if workers.rank == 1:
+            time.sleep(0.3)
+            (folder / "late").write_text("")
     return [path.name for path in folder.iterdir()]
 
 
@@ -240,15 +244,27 @@ def test_ranks_wait_for_all_and_not_for_the_first_alone(tmp_path, ranks):
     assert ranks(2, waits, tmp_path) == [["late"]] * 2
 
 
-def test_an_error_of_one_worker_is_told_by_that_worker(tmp_path, small_shards):
-    """Rank 1 reads the second file: no other process will say what is wrong there."""
+def fails() -> tuple[str, bool]:
+    workers = WorldWorkers(connect())
+    try:
+        with together(workers):
+            if workers.rank == 1:
+                raise ConfigError("input", "x", "is wrong", ["y"])
+    except ConfigError as error:
+        return str(error), error.everywhere
+    return "nothing", False
+
+
+def test_an_error_of_one_rank_is_raised_on_all(ranks):
+    assert ranks(2, fails) == [("input=x: is wrong; try y", True)] * 2, "and rank 0 tells it, alone"
+
+
+def test_an_error_of_one_worker_ends_all(tmp_path, small_shards):
+    """Worker 1 reads the second file."""
     source = several(tmp_path / "in")
-    with pytest.raises(ConfigError, match=r"input=1\.jsonl:51: cannot be read") as caught:
-        in_threads(2, source, tmp_path / "out", on_error=OnError.fail, **KEYS)
-    assert not caught.value.everywhere
-    with pytest.raises(ConfigError) as caught:
-        filtered(source, tmp_path / "alone", on_error=OnError.fail, **KEYS)
-    assert caught.value.everywhere, "alone it is rank 0"
+    for count in (1, 2, 4):
+        with pytest.raises(ConfigError, match=r"input=1\.jsonl:51: cannot be read"):
+            in_threads(count, source, tmp_path / f"{count}", on_error=OnError.fail, **KEYS)
 
 
 # -- kills
