@@ -17,7 +17,7 @@ from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, Packing, TokenizerKind
-from data.filter.corpus import filtered, keep_audit
+from data.filter.corpus import filtered, fingerprint, keep_audit
 from data.filter.make import Models
 from data.packing import Packer, Row
 from data.sources import Document, Source, make_source
@@ -159,6 +159,8 @@ def _source_key(config: DataConfig, sources: list[Source]) -> str:
         if settings[name] is None:  # what was made before there was a choice stays good
             del settings[name]
     fingerprints = [source.fingerprint() for source in sources]
+    if config.filter is not None:
+        fingerprints.append(fingerprint(config.filter))
     return sha256_text(str(_FORMAT), json.dumps(settings, sort_keys=True), *fingerprints)
 
 
@@ -244,7 +246,12 @@ class _SourceWriter:
         if not self.counts[TRAIN]["documents"]:
             held_out, lost = self.counts[HELD_OUT]["documents"], self.counts[TRAIN] + self.counts[HELD_OUT]
             reason = "has no text to train on"
-            if held_out:
+            by_filter = {
+                name: count for name, count in self.counts[TRAIN].items() if name.startswith("dropped_by_filter")
+            }
+            if by_filter:
+                reason += f": data.filter leaves nothing of it ({', '.join(f'{k}: {n}' for k, n in by_filter.items())})"
+            elif held_out:
                 reason += f": its {held_out} documents are held out; lower data.held_out or give it more documents"
             elif lost:
                 reason += f" ({', '.join(f'{name}: {count}' for name, count in lost.items())})"

@@ -122,6 +122,17 @@ class Loader:
             self._streams[source].read(row * self.context, windows[place])
         return self._assemble(windows, sources)
 
+    def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of samples by ascending ordinals: place of the source among `blend.names`, and row of its stream."""
+        sources, rows, place = np.empty_like(ordinals), np.empty_like(ordinals), 0
+        while place < len(ordinals):
+            here = self._rows_around(int(ordinals[place]))
+            stop = int(np.searchsorted(ordinals, here.begin + len(here.rows)))
+            inside = ordinals[place:stop] - here.begin
+            sources[place:stop], rows[place:stop] = np.asarray(here.sources)[inside], np.asarray(here.rows)[inside]
+            place = stop
+        return sources, rows
+
     def held_out_rows(self, source: str) -> int:
         return self.corpus.stream(source, HELD_OUT).rows(self.context)
 

@@ -5,13 +5,16 @@ On several processes: `leviathan filter processes=N ...`, or `torchrun ... -m la
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +25,16 @@ from core.errors import ConfigError, LeviathanError
 from core.files import read_json, write_json
 from data.config import TokenizerConfig, TokenizerKind
 from data.filter.config import FilterRules
-from data.filter.inputs import InputConfig, parts
+from data.filter.inputs import InputConfig, clean_records, parts
 from data.filter.journey import explain
 from data.filter.make import make_scorer
 from data.filter.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
 from data.filter.pipeline import Filter, Job
-from data.filter.store import OneWorker, Workers
+from data.filter.store import OneWorker, Workers, together
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
 from launch.ablate import AblateConfig, ablate
 from parallel.world import World, connect
+from train.journey import explain_run
 from train.seen import MODELS
 
 STAGES = "stages"
@@ -46,13 +50,15 @@ class Action(Enum):
 class FilterConfig(FilterRules, InputConfig):
     """`out`: the directory to make, or to go on with. `tokenizer`: what counts tokens (a tokenizer.json or a folder
     with one); null: bytes stand for them. `processes`: how many filter together on this machine. `explain`: tell the
-    journey of the record of this name through a filtering in `out`, and do nothing else.
+    journey of the record of this name through a filtering in `out`, and do nothing else; with `run`, the directory of a
+    run whose data were filtered, through that filtering and to the steps that trained on it.
     """
 
     out: str = "filtered"
     tokenizer: str | None = None
     processes: int = 1
     explain: str | None = None
+    run: str | None = None
     action: Action = Action.filter
     ablate: AblateConfig = field(default_factory=AblateConfig)
 
@@ -60,6 +66,8 @@ class FilterConfig(FilterRules, InputConfig):
         FilterRules.__post_init__(self)
         if self.explain is None and self.action is Action.filter:
             InputConfig.__post_init__(self)
+        if self.run is not None and self.explain is None:
+            raise ConfigError("run", self.run, "is where to look a record up: name it", ["explain=ID"])
         if self.processes < 1:
             raise ConfigError("processes", self.processes, "must be positive")
 
@@ -68,42 +76,81 @@ def run(config: FilterConfig) -> int:
     """Filter, or explain; returns the exit code."""
     out = Path(config.out).expanduser()
     if config.explain is not None:
-        print(explain(out, config.explain))
+        print(explain(out, config.explain) if config.run is None else explain_run(Path(config.run), config.explain))
         return 0
     if config.action is Action.ablate:
         return ablate(config.ablate, _rules(config), out)
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
         return _processes(config, out)
-    workers = _workers()
+    world = connect()
+    try:
+        _filter(config, out, WorldWorkers(world) if world.size > 1 else OneWorker())
+        return 0
+    finally:
+        world.close()
+
+
+def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
     done = Filter(_job(config, out, workers))
     done.run()
-    if workers.rank == 0:
-        write_scores(done, out / SCORES)
-        write_kept(done, out / KEPT)
-        write_audit_of(done, out, str(config.input or config.dataset), _command(config))
-        print(f"audit: {out / AUDIT_PAGE}")
-    workers.wait()
-    return 0
+    with together(workers):
+        if workers.rank == 0:
+            write_scores(done, out / SCORES)
+            write_kept(done, out / KEPT)
+            write_audit_of(done, out, str(config.input or config.dataset), command_of(config))
+            print(f"audit: {out / AUDIT_PAGE}")
 
 
-def _command(config: FilterConfig) -> str:
+def command_of(config: FilterConfig) -> str:
     """What makes the same again."""
-    changed = differences(plain(FilterConfig(input="?")), plain(config))
-    return " ".join(["leviathan filter", *(f"{key}={shlex.quote(str(new))}" for key, (_, new) in changed.items())])
+    plain_config, given = plain(config), ("input", "dataset")
+    changed = {key: new for key, (_, new) in differences(plain(FilterConfig(input="")), plain_config).items()}
+    changed = {key: plain_config[key] for key in given if plain_config[key]} | {
+        key: new for key, new in changed.items() if key not in given
+    }
+    # a key of a dict that has none by default is to be added
+    added = ("select.domains.", "contamination.sets.")
+    words = [f"{'+' if key.startswith(added) else ''}{key}={_override(new)}" for key, new in changed.items()]
+    return " ".join(["leviathan filter", *map(shlex.quote, words)])
+
+
+def _override(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_override, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {_override(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, str):
+        if re.fullmatch(r"[A-Za-z_/.~][\w./~-]*", value) and value.lower() not in (
+            "null",
+            "true",
+            "false",
+            "nan",
+            "inf",
+        ):
+            return value
+        quoted = re.sub(r"(\\*)'", r"\1\1\\'", value)
+        return "'" + re.sub(r"(\\+)$", r"\1\1", quoted).replace("${", "\\${") + "'"
+    return json.dumps(value)
 
 
 def _job(config: FilterConfig, out: Path, workers: Workers) -> Job:
     tokenizer = _tokenizer(config)
+    try:
+        scorer = make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed)
+    except ConfigError as error:
+        raise error.under("scorer") from None
     return Job(
         parts=parts(config),
         rules=_rules(config),
-        scorer=make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed),
+        scorer=scorer,
         directory=out / STAGES,
         workers=workers,
         report=print if workers.rank == 0 else lambda line: None,
         count_tokens=None if tokenizer is None else lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
         models=MODELS,
         tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
+        clean=clean_records(config.select.clean, config) if config.select.clean else (),
     )
 
 
@@ -130,17 +177,16 @@ class WorldWorkers:
         self.world, self.rank, self.size = world, world.rank, world.size
 
     def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        total = torch.from_numpy(np.ascontiguousarray(values))
-        if self.size > 1:
-            torch.distributed.all_reduce(total)
+        total = torch.from_numpy(values.copy())
+        torch.distributed.all_reduce(total)
         return total.numpy()
 
-    def wait(self) -> None:
-        self.world.from_main(lambda: None)
-
-
-def _workers() -> Workers:
-    return WorldWorkers(connect()) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else OneWorker()
+    def agree(self, error: LeviathanError | None) -> None:
+        said: list[LeviathanError | None] = [None] * self.size
+        torch.distributed.all_gather_object(said, error)
+        for found in filter(None, said):
+            found.everywhere = True
+            raise found
 
 
 def _processes(config: FilterConfig, out: Path) -> int:

@@ -34,8 +34,12 @@ def _groups(schema: type, configs: Path) -> Iterator[str]:
             yield f"{folder.name}={' | '.join(names)}"
 
 
-def _component(cls: type, values: dict[str, Any], prefix: str, read_later: dict[str, type]) -> Iterator[str]:
-    """The component's documentation, its own keys, then the components inside."""
+def _component(
+    cls: type, values: dict[str, Any], prefix: str, read_later: dict[str, type], around: tuple[type, ...] = ()
+) -> Iterator[str]:
+    """The component's documentation, its own keys, then the components inside, but those that it is inside of itself:
+    `around`.
+    """
     yield ""
     if cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("):  # what dataclasses write themselves
         yield from _comment(cls.__doc__, "")
@@ -49,9 +53,11 @@ def _component(cls: type, values: dict[str, Any], prefix: str, read_later: dict[
         yield f"{prefix}{field.name}={_text(value)}  ({_type_name(kind)})"
         yield from _comment(documentation.get(field.name, ""), "    ")
         for part, name in _entries(kind):
+            if part in (cls, *around):
+                continue
             inner.append((part, {}, f"{prefix}{field.name}.{name}".removesuffix(".") + "."))
     for kind, value, path in inner:
-        yield from _component(typing.cast(type, kind), value, path, read_later)
+        yield from _component(typing.cast(type, kind), value, path, read_later, (cls, *around))
 
 
 def field_documentation(cls: type) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -81,7 +82,9 @@ def _nonsense(what: str) -> LeviathanError:
 
 
 class OnlineFiltering(Callback):
-    """Before every `online.every`-th step of a phase the present model scores what comes next (`train.online`)."""
+    """Before every `online.every`-th step of a phase the present model scores what comes next (`train.online`). Each
+    window is a line of `online.jsonl`, so that it can be told later which steps trained on a document.
+    """
 
     def before_step(self, step: int) -> None:
         trainer, config = self.trainer, self.trainer.config.online
@@ -92,11 +95,23 @@ class OnlineFiltering(Callback):
             window = Window(generation=window.generation)
         key = key_of(trainer.config.run.seed, "online", phase.name)
         filter_ = OnlineFilter(config, phase.global_batch, key, partial(self._losses, phase))
+        before = trainer.paused_s
         with trainer.pause():
             trainer.window = filter_.next(window, step, min(config.every, phase.stop - step))
+        seconds = trainer.paused_s - before
+        trainer.scoring_s += seconds
+        if trainer.world.is_main:
+            self._write({"phase": phase.name, "seconds": round(seconds, 3), **trainer.window.plain()})
         taken, seen = len(trainer.window.rows), trainer.window.cursor - window.cursor
         above = f"losses above {trainer.window.threshold:.3f}"
         trainer.log(f"online filter {trainer.window.generation}: {taken:,} rows of {seen:,} new ones, {above}")
+
+    def _write(self, window: dict[str, Any]) -> None:
+        try:
+            with open(self.trainer.directory.online, "a") as file:
+                file.write(json.dumps(window) + "\n")
+        except OSError as error:  # like the metrics: a full disk must not end the run
+            self.trainer.log(f"online.jsonl: {error.strerror}")
 
     def _losses(self, phase: Phase, ordinals: Sequence[int]) -> Any:
         trainer = self.trainer
@@ -125,7 +140,7 @@ class Logging(Callback):
         self.last_loss: float | None = steps[-1]["loss"] if steps else None
         self.last_rate: float = steps[-1]["tokens_per_second"] if steps else 0.0
         self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
-        self._begin, self._logged = (self._clock, trainer.step), trainer.step
+        self._begin, self._logged, self._scoring = (self._clock, trainer.step), trainer.step, trainer.scoring_s
 
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
         trainer = self.trainer
@@ -137,8 +152,11 @@ class Logging(Callback):
         now = time.perf_counter()
         seconds = now - self._clock - (trainer.paused_s - self._paused)
         self.throughput.add(seconds, metrics.tokens - self._tokens)
-        self._clock, self._paused, self._tokens = now, trainer.paused_s, metrics.tokens
         line, self._logged = self._line(steps, metrics), steps
+        if trainer.config.online.every:
+            line["scoring_share"] = round((trainer.scoring_s - self._scoring) / max(now - self._clock, 1e-9), 4)
+        self._clock, self._paused, self._tokens = now, trainer.paused_s, metrics.tokens
+        self._scoring = trainer.scoring_s
         if slow:
             line["slow_ranks"] = [vars(one) for one in slow]
         trainer.log(self._text(line, now))

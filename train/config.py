@@ -254,6 +254,9 @@ def check(config: TrainConfig, world_size: int) -> None:
             _check_alignment(config.data.align, row_unit(config.model, phase.context), phase.context)
         except ConfigError as error:
             raise _of_phase(error, phase.name) from None
+    if config.online.every and config.evaluation.baselines:
+        reason = "would be fitted to other tokens than the run's, of which online filtering leaves some out"
+        raise ConfigError("evaluation.baselines", True, reason, [False])
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
         raise ConfigError(

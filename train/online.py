@@ -108,7 +108,7 @@ class OnlineFilter:
         lots = np.asarray([key_of(self.key, generation, int(one)) for one in candidates], np.uint64)
         usable = self._usable(losses)
         by_height = np.lexsort((lots, -np.where(usable, losses, -np.inf)))
-        revived = round(needed * self.config.revive)
+        revived = min(round(needed * self.config.revive), needed - 1)  # one is taken for its height, at least
         taken = np.zeros(len(candidates), bool)
         taken[by_height[: needed - revived]] = True
         rest = np.flatnonzero(~taken)

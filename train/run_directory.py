@@ -64,6 +64,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints" if elsewhere is None else locate(elsewhere) / path.name
         self.metrics = path / "metrics.jsonl"
+        self.online = path / "online.jsonl"
         self.summary = path / "summary.json"
         self.config_file = path / "config.yaml"
         self.logs = path / "logs"
@@ -127,10 +128,10 @@ class RunDirectory:
 
     def trim_metrics(self, step: int) -> None:
         """Drop lines of steps after `step`: the run goes on from a checkpoint older than they are."""
-        if not self.metrics.exists():
-            return
-        kept = [line for line in read_lines(self.metrics) if line["step"] <= step]
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        for path, key, last in ((self.metrics, "step", step), (self.online, "first_step", step - 1)):
+            if path.exists():
+                kept = [line for line in read_lines(path) if line[key] <= last]
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _try_writing(self, elsewhere: str | None) -> None:
         """Learn now, not at the first checkpoint, that a store cannot be reached or written."""

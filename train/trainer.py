@@ -80,7 +80,7 @@ class Trainer:
         self.stragglers = Stragglers(world)
         self.step = self.tokens = 0
         self.window = Window()
-        self.paused_s = 0.0
+        self.paused_s = self.scoring_s = 0.0
         self.last: StepMetrics | None = None
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
         source = None if begun else initial_source(config.model, config.run.seed, log)

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from core.config import plain
-from core.errors import ConfigError
+from core.errors import ConfigError, DataError
 from core.files import sha256_text
 from data.filter.config import FilterRules
-from data.filter.inputs import Broken
+from data.filter.inputs import Broken, InputConfig, clean_records
 from data.filter.make import Models, make_scorer
 from data.filter.outputs import AUDIT_JSON, AUDIT_PAGE, SCORES, write_audit_of, write_scores
-from data.filter.pipeline import Filter, Job
+from data.filter.pipeline import Filter, Job, of_file
 from data.filter.records import Record
 from data.filter.store import OneWorker
 from data.sources import Document, Source
 from data.tokenizer import Tokenizer
+
+_NOTHING = "nothing"
+"""Not a reason."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,16 @@ class FilteredSource:
         for name, document in _named(self.source):
             if document.held_out or document.dropped is not None:
                 yield document
-            elif (reason := next(reasons)) is None:
-                yield replace(document, name=name)
-            else:
-                yield Document("", False, f"by_filter_{reason}")
+                continue
+            reason = next(reasons, _NOTHING)
+            if reason is _NOTHING:
+                raise self._changed()
+            yield replace(document, name=name) if reason is None else Document("", False, f"by_filter_{reason}")
+        if next(reasons, _NOTHING) is not _NOTHING:
+            raise self._changed()
+
+    def _changed(self) -> DataError:
+        return DataError(f"the documents of {self.name} changed while they were filtered: run again")
 
     def _reasons(self) -> Iterator[str | None]:
         """Of this source's training documents in order: why each is left out; None: it stays."""
@@ -86,27 +95,54 @@ def filtered(
     models: Models | None,
 ) -> list[Source]:
     """The sources less what the filter leaves out. Its stages are kept in the cache, so a killed run goes on."""
-    key = sha256_text(json.dumps(plain(rules)), tokenizer.fingerprint, *(source.fingerprint() for source in sources))
+    unknown = set(rules.select.domains) | set(rules.select.protect)
+    for name in sorted(unknown - {source.name for source in sources}):
+        raise ConfigError("data.filter.select", name, "no such source", [source.name for source in sources])
+    key = sha256_text(fingerprint(rules), tokenizer.fingerprint, *(source.fingerprint() for source in sources))
     directory = cache / "filter" / key[:32]
-    job = Job(
+    try:
+        done = Filter(_job(sources, rules, tokenizer, cache, directory, report, models))
+        done.run()
+    except ConfigError as error:
+        raise error.under("data.filter") from None
+    write_scores(done, directory / SCORES)
+    write_audit_of(done, directory, "data.filter")
+    return [FilteredSource(source, done) for source in sources]
+
+
+def fingerprint(rules: FilterRules) -> str:
+    """Of the rules and of the files that they name. A model is known by its name alone: it is not opened only to see
+    whether the tokens in the cache are still of it.
+    """
+    files = [*rules.contamination.sets.values(), *([rules.select.clean] if rules.select.clean else [])]
+    return sha256_text(json.dumps(plain(rules)), *map(of_file, files))
+
+
+def _job(
+    sources: Sequence[Source],
+    rules: FilterRules,
+    tokenizer: Tokenizer,
+    cache: Path,
+    directory: Path,
+    report: Callable[[str], None],
+    models: Models | None,
+) -> Job:
+    try:
+        scorer = make_scorer(rules.scorer, models, cache / "answers", rules.seed)
+    except ConfigError as error:
+        raise error.under("scorer") from None
+    return Job(
         parts=[SourcePart(source) for source in sources],
         rules=rules,
-        scorer=make_scorer(rules.scorer, models, cache / "answers", rules.seed),
+        scorer=scorer,
         directory=directory / "stages",
         workers=OneWorker(),
         report=report,
         count_tokens=lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
         tokenizer=tokenizer.fingerprint,
         models=models,
+        clean=clean_records(rules.select.clean, InputConfig(input="")) if rules.select.clean else (),
     )
-    unknown = set(rules.select.domains) | set(rules.select.protect)
-    for name in sorted(unknown - {source.name for source in sources}):
-        raise ConfigError("data.filter.select", name, "no such source", [source.name for source in sources])
-    done = Filter(job)
-    done.run()
-    write_scores(done, directory / SCORES)
-    write_audit_of(done, directory, "data.filter")
-    return [FilteredSource(source, done) for source in sources]
 
 
 def keep_audit(sources: Sequence[Source], directory: Path) -> dict[str, Any]:

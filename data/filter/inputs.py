@@ -5,10 +5,12 @@ An input is cut into parts, each read by one process from its begin to its end: 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ from data.filter.records import Record
 from data.sources import TEXT_SUFFIXES
 
 ASSISTANT = "assistant"
+_SHOWN = 200
+"""Characters of what is said about a broken record, which may hold anything."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,12 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Broken:
-    """What stands where no record could be read."""
+    """What stands where no record could be read. `raw`: what is there, for those who keep it."""
 
     id: str
     source: str
     reason: str
+    raw: bytes | None = None
 
 
 class Part(Protocol):
@@ -90,7 +95,7 @@ def parts(config: InputConfig) -> list[Part]:
     except ConfigError as error:
         raise error.under("input") from None
     if place.is_file():
-        return [FilePart(place.name, place, make)]
+        return [FilePart(place.name, _known(place), make)]
     if place.is_dir():
         found = [path for path in files_in(place) if _reader(path) is not None]
         names = [path.relative_to(place).as_posix() for path in found]
@@ -99,7 +104,36 @@ def parts(config: InputConfig) -> list[Part]:
         names = [path.as_posix() if is_local(path) else str(path) for path in found]
     if not found:
         raise ConfigError("input", config.input, "no such file, and no folder with parquet, jsonl or text files")
-    return [FilePart(name, path, make) for name, path in zip(names, found, strict=True)]
+    return [FilePart(name, _known(path), make) for name, path in zip(names, found, strict=True)]
+
+
+def _known(path: Path) -> Path:
+    if _reader(path) is None:
+        raise ConfigError(
+            "input", str(path), "unknown suffix", [".jsonl", ".jsonl.gz", ".parquet", *sorted(TEXT_SUFFIXES)]
+        )
+    return path
+
+
+def clean_records(path: str, config: InputConfig) -> list[Record]:
+    """Reference text in the form of the input, or plain text files. Raises `ConfigError` for what is not."""
+    keys = replace(config, input=path, dataset=None, id_key=None, domain_key=None)
+    plain_text = InputConfig(input=path)
+    found: list[Record] = []
+    try:
+        for part in parts(keys):
+            assert isinstance(part, FilePart)
+            if part.path.suffix in TEXT_SUFFIXES:
+                part = replace(part, make=RecordMaker(plain_text))
+            for record in part.records():
+                if isinstance(record, Broken):
+                    raise ConfigError("input", record.source, f"cannot be read: {record.reason}")
+                found.append(record)
+        if not found:
+            raise ConfigError("input", path, "holds no record")
+    except ConfigError as error:
+        raise ConfigError("select.clean", error.value, error.reason, error.legal) from None
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,8 +150,9 @@ class RecordMaker:
         config = self.config
         name = place if config.id_key is None else str(_get(row, config.id_key, (str, int)))
         domain = "all" if config.domain_key is None else str(_get(row, config.domain_key, (str, int)))
-        raw = json.dumps(row, ensure_ascii=False, default=str) if raw is None else raw
-        return Record(name, domain, place, text, answer_start, raw)
+        if any(map(_is_half, (name, domain, text))):
+            raise Unreadable("holds half of a surrogate pair, which is no text")
+        return Record(name, domain, place, text, answer_start, _line(row) if raw is None else raw)
 
     def _text(self, row: dict[str, Any]) -> tuple[str, int | None]:
         config = self.config
@@ -129,6 +164,19 @@ class RecordMaker:
         before, _, after = config.template.partition("{response}")
         before = before.replace("{prompt}", prompt)
         return before + response + after, len(before)
+
+
+def _line(row: Any) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def _is_half(text: str) -> bool:
+    """JSON may escape one half of a surrogate pair: no encoding has bytes for it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _chat(messages: list[Any]) -> tuple[str, int]:
@@ -152,7 +200,8 @@ def _get(row: dict[str, Any], key: str, kinds: tuple[type, ...]) -> Any:
         raise Unreadable(f"no {key!r}; it has {', '.join(map(repr, row))}")
     value = row[key]
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise Unreadable(f"{key!r} is {type(value).__name__}, not {' or '.join(kind.__name__ for kind in kinds)}")
+        kind = "null" if value is None else type(value).__name__
+        raise Unreadable(f"{key!r} is {kind}, not {' or '.join(kind.__name__ for kind in kinds)}")
     return value
 
 
@@ -167,22 +216,21 @@ class FilePart:
         return sha256_text(self.name, sha256_file(self.path))
 
     def records(self) -> Iterator[Record | Broken]:
-        reader = _reader(self.path)
-        if reader is None:
-            legal = [".jsonl", ".jsonl.gz", ".parquet", *sorted(TEXT_SUFFIXES)]
-            raise ConfigError("input", str(self.path), "unknown suffix", legal)
+        reader = _reader(_known(self.path))
+        assert reader is not None
         try:
             for number, content in reader(self.path):
                 place = f"{self.name}:{number}"
                 try:
                     if isinstance(content, bytes):
                         line = content.decode()
-                        yield self.make(json.loads(line), place, line.strip())
+                        yield self.make(json.loads(line), place, line)
                     else:
                         yield self.make(content, place)
                 except (Unreadable, ValueError, RecursionError) as error:
-                    yield Broken(place, place, str(error))
-        except (OSError, EOFError) as error:
+                    raw = content if isinstance(content, bytes) else _line(content).encode()
+                    yield Broken(place, place, str(error)[:_SHOWN], raw)
+        except (OSError, EOFError, zlib.error) as error:
             raise ConfigError("input", str(self.path), f"cannot be read: {error}") from None
 
 
@@ -200,7 +248,7 @@ class DataSetPart:
     @property
     def fingerprint(self) -> str:
         """By name, or by the files of a data set on disk; a hub's may change under its name."""
-        folder = Path(self.name)
+        folder = Path(self.name).expanduser()
         local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
         return sha256_text(self.name, str(self.config.subset), self.config.split, *map(sha256_file, local))
 
@@ -208,23 +256,27 @@ class DataSetPart:
         import datasets
 
         try:
-            rows = datasets.load_dataset(self.name, self.config.subset, split=self.config.split, streaming=True)
+            folder = Path(self.name).expanduser()
+            name = str(folder) if folder.is_dir() else self.name
+            rows = datasets.load_dataset(name, self.config.subset, split=self.config.split, streaming=True)
             for number, row in enumerate(rows):
                 place = f"{self.name}:{number}"
                 try:
                     yield self.make(row, place)
                 except Unreadable as error:
-                    yield Broken(place, place, str(error))
+                    yield Broken(place, place, str(error)[:_SHOWN], _line(row).encode())
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = f"datasets cannot stream it: {(str(error).splitlines() or [type(error).__name__])[0]}"
             raise ConfigError("dataset", self.config.dataset, reason) from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines without their ends, and the file without its byte order mark."""
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
-                yield number, line
+                yield number, line.rstrip(b"\r\n")
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

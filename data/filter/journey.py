@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core.errors import ConfigError
-from data.filter.outputs import SCORES
-
-_SHOWN = 600
-"""Characters of text."""
+from core.files import read_json
+from data.filter.outputs import AUDIT_JSON, SCORES
 
 
 def explain(out: Path, name: str) -> str:
@@ -22,13 +19,25 @@ def explain(out: Path, name: str) -> str:
     reason, score = row["reason"], row["score"]
     lines = [
         f"{name} ({row['source']}, domain {row['domain']}): {'kept' if row['kept'] else 'left out'}, {reason}",
-        f"length {row['length']:,} bytes of answer, {row['tokens']:,} tokens",
+        f"length {row['length']:,} bytes, {row['tokens']:,} tokens",
     ]
     if score is not None and np.isfinite(score):
         lines.append(f"score {score:.4f}, {_place(out, row)}")
-    thresholds = json.loads((out / "stages" / "decisions" / "thresholds.json").read_text())
-    lines.append(f"thresholds of its domain: {json.dumps(thresholds.get(row['domain'], thresholds))[:_SHOWN]}")
+        lines += _threshold(out, row)
     return "\n".join(lines)
+
+
+def _threshold(out: Path, row: dict[str, Any]) -> list[str]:
+    """From which score on records of its domain and length were kept, as far as the selection says."""
+    domains = read_json(out / AUDIT_JSON)["thresholds"]["domains"]
+    buckets = domains.get(row["domain"], {}).get("buckets", [])
+    if not 0 <= row["bucket"] < len(buckets):
+        return []
+    bucket = buckets[row["bucket"]]
+    among = f"of its domain, of {bucket['length']:,} bytes and more" if len(buckets) > 1 else "of its domain"
+    return [
+        f"threshold {bucket['score']:.4f} among records {among}" if bucket["score"] is not None else "none was kept"
+    ]
 
 
 def find(out: Path, name: str) -> dict[str, Any]:

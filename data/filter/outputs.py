@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from core.errors import DataError
-from core.files import read_json
 from data.filter.audit import Audit, ScorerInfo
 from data.filter.page import write_audit
 from data.filter.pipeline import THRESHOLDS, Filter
+from data.filter.store import writing
 
 SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.json", "audit.html"
 
@@ -25,19 +26,24 @@ def scores_tables(done: Filter) -> Iterator[Any]:
 
 def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> None:
     """audit.json and audit.html. `what`: what was filtered, for people; `command`: how to do it again."""
-    thresholds = read_json(done.decided.directory / THRESHOLDS)
+    write_audit(audit_of(done, what), directory, command)
+
+
+def audit_of(done: Filter, what: str) -> dict[str, Any]:
+    """The figures. Raises `DataError` where records in and records decided upon do not add up."""
+    thresholds = done.decided.read_json(THRESHOLDS)
     scorer = done.job.scorer
     info = ScorerInfo(scorer.name, scorer.measures, scorer.direction, scorer.fingerprint)
     audit = Audit(done.rules, info, done.records.shards, thresholds, what, tokens=done.tokens)
     for shard, table in _tables(done):
         audit.add(shard, table.rename_columns({"length": "bytes"}))
-    write_audit(audit.finish(done.text), directory, command)
+    return audit.finish(done.text)
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
     import pyarrow
 
-    for shard in done.records.shards:
+    for shard, rows in done.records.shards.items():
         records = done.records.read(shard, ["id", "source", "domain"])
         screened = done.screened.read(shard, ["tokens", "bytes", "tie"])
         decided = done.decided.read(shard, ["kept", "reason", "bucket"])
@@ -45,6 +51,10 @@ def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
         columns |= {"score": done.scored.read(shard, ["score"])["score"], "length": screened["bytes"]}
         columns |= {name: screened[name] for name in ("tokens", "tie")}
         columns |= {name: decided[name] for name in ("kept", "reason", "bucket")}
+        if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
+            raise DataError(
+                f"{shard}: {rows:,} records were read, and there are {wrong}: filter anew, into another out="
+            )
         yield shard, pyarrow.table(columns)
 
 
@@ -52,34 +62,34 @@ def write_scores(done: Filter, path: Path) -> None:
     """One parquet file of all records, a row group per shard."""
     import pyarrow.parquet
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _whole(path) as temporary:
         writer = None
         for table in scores_tables(done):
             writer = writer or pyarrow.parquet.ParquetWriter(temporary, table.schema, compression="zstd")
             writer.write_table(table)
         if writer is not None:
             writer.close()
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path} ({error.strerror}): free some space and run again") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_kept(done: Filter, path: Path) -> None:
     """The input's own records that stay, in the input's order, a line each."""
+    with _whole(path) as temporary, open(temporary, "wb") as file:
+        for shard in done.records.shards:
+            kept = done.decided.read(shard, ["kept"])["kept"].to_pylist()
+            table = done.records.read(shard, ["raw", "text"])
+            for raw, text, stays in zip(table["raw"].to_pylist(), table["text"].to_pylist(), kept, strict=True):
+                if stays:
+                    line = json.dumps({"text": text}, ensure_ascii=False).encode() if raw is None else raw
+                    file.write(line + b"\n")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A neighbour to write to, which takes the name of `path` at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for shard in done.records.shards:
-                kept = done.decided.read(shard, ["kept"])["kept"].to_pylist()
-                for record, stays in zip(done.rows(shard), kept, strict=True):
-                    if stays:
-                        text = json.dumps({"text": record.text}, ensure_ascii=False)
-                        file.write(f"{record.raw if record.raw is not None else text}\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path} ({error.strerror}): free some space and run again") from None
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

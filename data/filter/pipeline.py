@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from core.config import plain
 from core.errors import ConfigError
-from core.files import read_json, sha256_file, sha256_text, write_json
+from core.files import locate, sha256_file, sha256_text
 from data.filter.config import FilterRules, OnError, Unit
 from data.filter.contamination import EvaluationSets
 from data.filter.duplicates import Signatures, find_duplicates, signatures
@@ -28,14 +28,14 @@ from data.filter.make import Models, models_of
 from data.filter.records import Reason, Record
 from data.filter.scorer import Scorer
 from data.filter.select import REASONS, ShardScores, noise_threshold, select
-from data.filter.store import Stage, Workers
+from data.filter.store import Stage, Workers, together
 from data.order import key_of
 
 FORMAT = 1
 SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
 UNREADABLE = "unreadable"
-"""The domain of what could not be read."""
+"""The domain of what could not be read; a domain of the input may have the same name."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Job:
     tokenizer: str = "bytes"
     """A fingerprint of what counts tokens."""
     models: Models | None = None
-    clean: Sequence[str] = ()
-    """Reference text, of which the scorer's highest scores are not noise."""
+    clean: Sequence[Record] = ()
+    """Reference text (`rules.select.clean`), of which the scorer's highest scores are not noise."""
 
 
 class Filter:
@@ -61,22 +61,28 @@ class Filter:
 
     def __init__(self, job: Job) -> None:
         self.job, self.rules, self.workers = job, job.rules, job.workers
-        rules = plain(job.rules)
-        screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error")}
-        sets = [sha256_file(Path(path).expanduser()) for path in job.rules.contamination.sets.values()]
-        keys = [sha256_text(str(FORMAT), *(part.fingerprint for part in job.parts))]
-        for more in (
-            (json.dumps(screen), job.tokenizer, *sets),
-            (job.scorer.fingerprint,),
-            (json.dumps(rules), *map(sha256_text, job.clean)),
-        ):
-            keys.append(sha256_text(keys[-1], *more))
-        scorer = f"the scorer {job.scorer.name} {job.scorer.fingerprint[:12]}"
-        whats = ("this input", "these gates", scorer, "these rules")
-        names = ("records", "screened", "scored", DECISIONS)
-        self.records, self.screened, self.scored, self.decided = (
-            Stage(job.directory / name, key, what) for name, key, what in zip(names, keys, whats, strict=True)
-        )
+        self._is_fitted = False
+        rules, parts = plain(job.rules), [part.fingerprint for part in job.parts]
+        screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error", "seed")}
+        screen |= {
+            "tokenizer": job.tokenizer,
+            "sets": [of_file(path) for path in rules["contamination"]["sets"].values()],
+        }
+        self._clean = sha256_text(*(record.content for record in job.clean))
+        inputs = {"format": FORMAT, "parts": len(parts), "input": sha256_text(*parts)}
+        scorer = {"scorer": f"{job.scorer.name} {job.scorer.fingerprint[:16]}"}
+        stages, before = [], ""
+        for name, made_of in {
+            "records": inputs,
+            "screened": screen,
+            "scored": scorer,
+            DECISIONS: {**rules, "clean_texts": self._clean},
+        }.items():
+            made_of = {**made_of, "before": before[:16]} if before else made_of
+            fingerprint = job.scorer.fingerprint if name == "scored" else ""
+            before = sha256_text(before, json.dumps(made_of), fingerprint)
+            stages.append(Stage(job.directory / name, before, made_of))
+        self.records, self.screened, self.scored, self.decided = stages
 
     def run(self) -> None:
         """Make what is missing of all stages."""
@@ -92,22 +98,24 @@ class Filter:
         stage.open(self.workers)
         if stage.is_whole:
             return
-        for place, part in enumerate(self.job.parts):
-            if place % self.workers.size == self.workers.rank:
-                self._ingest_part(place, part)
-        self.workers.wait()
+        with together(self.workers):
+            for place, part in enumerate(self.job.parts):
+                if place % self.workers.size == self.workers.rank:
+                    self._ingest_part(place, part)
         shards: dict[str, int] = {}
-        for place in range(len(self.job.parts)):
-            shards |= read_json(stage.directory / f"part-{place:05d}.json")
-        if not sum(shards.values()):
-            raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
-        self._refuse_double_names(shards)
+        with together(self.workers):
+            for place in range(len(self.job.parts)):
+                shards |= stage.read_json(_part(place))
+            if not sum(shards.values()):
+                raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
+            self._refuse_double_names(shards)
         stage.close(shards, self.workers)
         self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
 
     def _ingest_part(self, place: int, part: Part) -> None:
-        done = self.records.directory / f"part-{place:05d}.json"
-        if done.exists():
+        if (self.records.directory / _part(place)).exists() and all(
+            map(self.records.has, self.records.read_json(_part(place)))
+        ):
             return
         shards: dict[str, int] = {}
         rows: list[Record | Broken] = []
@@ -127,25 +135,34 @@ class Filter:
                 write()
         if rows:
             write()
-        write_json(done, shards)
+        self.records.write_json(_part(place), shards)
 
     def _refuse_double_names(self, shards: dict[str, int]) -> None:
         """Names must tell records apart, or a journey could not be told. Kept as 64-bit hashes."""
         if self.workers.rank:
             return
-        names = [(shard, self.records.read(shard, ["id"])["id"].to_pylist()) for shard in shards]
         seen: set[int] = set()
-        for shard, ids in names:
-            for name in ids:
-                key = key_of(name)
-                if key in seen:
-                    raise ConfigError("id_key", name, f"two records have this name (shard {shard}); names must differ")
+        for shard in shards:
+            table = self.records.read(shard, ["id", "source"])
+            for name, source in zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True):
+                if (key := key_of(name)) in seen:
+                    reason = f"two records are called {name!r}: {self._first(shards, name)} and {source}"
+                    advice = "make the names differ, or leave id_key out: then file and line are the name"
+                    raise ConfigError("id_key", None, f"{reason}; {advice}")
                 seen.add(key)
+
+    def _first(self, shards: dict[str, int], name: str) -> str:
+        """Where the first record of this name is."""
+        for shard in shards:
+            table = self.records.read(shard, ["id", "source"])
+            if name in (ids := table["id"].to_pylist()):
+                return str(table["source"][ids.index(name)].as_py())
+        return "?"
 
     def rows(self, shard: str) -> list[Record]:
         """The records of a shard; broken ones have no text."""
-        table = self.records.read(shard)
-        names = ("id", "domain", "source", "text", "answer_start", "raw")
+        names = ["id", "domain", "source", "text", "answer_start"]
+        table = self.records.read(shard, names)
         return [Record(*values) for values in zip(*(table[name].to_pylist() for name in names), strict=True)]
 
     def text(self, shard: str, row: int) -> str:
@@ -163,10 +180,10 @@ class Filter:
         gates, sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)
 
         def screen(shard: str) -> Any:
-            table, rows = self.records.read(shard), self.rows(shard)
-            problems = table["problem"].to_pylist()
+            problems, rows = self.records.read(shard, ["problem"])["problem"].to_pylist(), self.rows(shard)
+            malformed = Reason.protected if self.rules.on_error is OnError.keep else Reason.malformed
             reasons = [
-                Reason.malformed.name if problem is not None else _name(_screened(record, gates, sets))
+                malformed.name if problem is not None else _name(_screened(record, gates, sets))
                 for record, problem in zip(rows, problems, strict=True)
             ]
             texts = [record.text for record in rows]
@@ -180,6 +197,7 @@ class Filter:
                 **_columns(signatures(texts)),
             )
 
+        self.screened.open(self.workers)
         self.screened.make(self.records.shards, self.workers, screen)
 
     @cached_property
@@ -203,11 +221,10 @@ class Filter:
     # -- score
 
     def _score(self) -> None:
-        scorer = self.job.scorer
         self.scored.open(self.workers)
         if not self.scored.is_whole:
-            self._refuse_memory()
-            scorer.fit(self.passed)
+            with together(self.workers):
+                self._fit()
 
         def score(shard: str) -> Any:
             reasons = self.reasons(shard)
@@ -215,7 +232,7 @@ class Filter:
             rows = self.rows(shard)
             scores = np.full(len(rows), np.nan)
             if places:
-                scores[places] = scorer.score([rows[place] for place in places])
+                scores[places] = self.job.scorer.score([rows[place] for place in places])
             self.job.report(f"scored {shard}: {len(places):,} records")
             return _table(score=scores, reason=reasons)
 
@@ -233,23 +250,26 @@ class Filter:
             if warning is not None:
                 self.job.report(f"warning: {key}: {warning}")
 
+    def _fit(self) -> None:
+        if not self._is_fitted:
+            self._refuse_memory()
+            self.job.scorer.fit(self.passed)
+            self._is_fitted = True
+
     # -- decide
 
     @cached_property
     def domains(self) -> list[str]:
+        """Of the records that could be read; what could not, if it is all there is."""
         found: set[str] = set()
-        for _, table in self.records.tables(["domain"]):
-            found |= set(table["domain"].to_pylist())
-        return sorted(found)
-
-    @property
-    def scored_domains(self) -> list[str]:
-        return [name for name in self.domains if name != UNREADABLE]
+        for _, table in self.records.tables(["domain", "problem"]):
+            found |= set(table.filter(table["problem"].is_null())["domain"].to_pylist())
+        return sorted(found) or [UNREADABLE]
 
     def _shard_scores(self, shard: str) -> tuple[ShardScores, NDArray[np.int64]]:
         """Of the records that were to be scored, and their places among all of the shard."""
         scored, screened = self.scored.read(shard), self.screened.read(shard, ["tokens", "bytes", "tie"])
-        domains = {name: place for place, name in enumerate(self.scored_domains)}
+        domains = {name: place for place, name in enumerate(self.domains)}
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
         columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "bytes", "tie")}
         domain = [domains.get(name, 0) for name in self.records.read(shard, ["domain"])["domain"].to_pylist()]
@@ -271,7 +291,7 @@ class Filter:
         mine = [s for i, s in enumerate(self.records.shards) if i % self.workers.size == self.workers.rank]
         decision = select(
             lambda: (self._shard_scores(shard)[0] for shard in mine),
-            self.scored_domains,
+            self.domains,
             self.rules,
             self._noise(),
             self.workers.sum,
@@ -288,16 +308,35 @@ class Filter:
             bucket[places] = decision.group(scores) - first[scores.domain]
             return _table(reason=reasons.tolist(), kept=kept, bucket=bucket)
 
-        if self.workers.rank == 0:
-            write_json(self.decided.directory / THRESHOLDS, decision.thresholds)
+        with together(self.workers):
+            if self.workers.rank == 0:
+                self.decided.write_json(THRESHOLDS, decision.thresholds)
         self.decided.make(self.records.shards, self.workers, decide)
 
     def _noise(self) -> float | None:
-        """The score above which a record is noise."""
+        """The score above which a record is noise. The clean texts' scores are kept with the others."""
         if not self.job.clean:
             return None
-        records = [Record(f"clean:{n}", "clean", "clean", text) for n, text in enumerate(self.job.clean)]
-        return noise_threshold(self.job.scorer.score(records), self.rules.select.noise_quantile)
+        name = f"clean-{self._clean[:16]}"
+        with together(self.workers):
+            if self.workers.rank == 0 and not self.scored.has(name):
+                self._fit()
+                self.scored.write(name, _table(score=self.job.scorer.score(self.job.clean)))
+        return noise_threshold(self.scored.read(name)["score"].to_numpy(), self.rules.select.noise_quantile)
+
+
+def _part(place: int) -> str:
+    return f"part-{place:05d}.json"
+
+
+def of_file(path: str) -> str:
+    """A hash of its content; of what is no file all that is in it, or its name: who reads it says what is wrong."""
+    try:
+        place = locate(path)
+        files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+        return sha256_text(*map(sha256_file, files))
+    except (OSError, ConfigError):
+        return path
 
 
 def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> Reason | None:
@@ -341,7 +380,7 @@ def _records_table(rows: Sequence[Record | Broken]) -> Any:
         source=[record.source for record in whole],
         text=[record.text for record in whole],
         answer_start=[record.answer_start for record in whole],
-        raw=[record.raw for record in whole],
+        raw=[row.raw if isinstance(row, Broken) or row.raw is None else row.raw.encode() for row in rows],
         problem=[row.reason if isinstance(row, Broken) else None for row in rows],
     )
 
@@ -350,6 +389,6 @@ def _table(**columns: Any) -> Any:
     """A table; columns that are all null keep their kind, so that shards fit together."""
     import pyarrow
 
-    kinds = {name: pyarrow.string() for name in ("id", "domain", "source", "text", "raw", "problem", "reason")}
-    kinds["answer_start"] = pyarrow.int32()
+    kinds = {name: pyarrow.string() for name in ("id", "domain", "source", "text", "problem", "reason")}
+    kinds |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
     return pyarrow.table({name: pyarrow.array(values, kinds.get(name)) for name, values in columns.items()})

@@ -6,30 +6,34 @@ never gone on with. Columns are those of `pyarrow` tables.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError, DataError
+from core.config import differences
+from core.errors import ConfigError, DataError, LeviathanError
 from core.files import read_json, write_bytes, write_json
 
 MANIFEST, KEY = "manifest.json", "key.json"
+_SHOWN_DIFFERENCES = 3
 
 
 class Workers(Protocol):
-    """The processes that filter together; they share a file system. `sum` adds an int64 array over all of them."""
+    """The processes that filter together; they share a file system. All call these in the same order."""
 
     rank: int
     size: int
 
-    def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]: ...
+    def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Over all of them, element by element."""
+        ...
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def agree(self, error: LeviathanError | None) -> None:
+        """Wait until all are here; where one brings an error, raise it on all."""
         ...
 
 
@@ -39,31 +43,64 @@ class OneWorker:
     def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         return values
 
-    def wait(self) -> None:
-        pass
+    def agree(self, error: LeviathanError | None) -> None:
+        if error is not None:
+            raise error
+
+
+@contextmanager
+def together(workers: Workers) -> Iterator[None]:
+    """Each process does its share, and then all go on, or none does. Every one of them has to come here."""
+    error = None
+    try:
+        yield
+    except LeviathanError as found:
+        error = found
+    workers.agree(error)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises `DataError` where the disk is full or the place cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot write {path} ({error.strerror or error}): free some space and run again to go on"
+        raise DataError(reason) from None
 
 
 class Stage:
-    """One stage's directory."""
+    """One stage's directory. `made_of` says for people what `key` is a hash of."""
 
-    def __init__(self, directory: Path, key: str, what: str) -> None:
-        self.directory, self.key, self.what = directory, key, what
+    def __init__(self, directory: Path, key: str, made_of: Mapping[str, Any]) -> None:
+        self.directory, self.key, self.made_of = directory, key, dict(made_of)
+        self.is_whole = False
+        """Whether nothing was missing when it was opened, or all has been made since."""
 
     def open(self, workers: Workers) -> None:
         """Make the directory, or go on with it. Raises `ConfigError` where it holds a stage of another key."""
-        if workers.rank == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            path = self.directory / KEY
-            if not path.exists():
-                write_json(path, {"key": self.key, "what": self.what})
-        workers.wait()
-        found = read_json(self.directory / KEY)
-        if found["key"] != self.key:
-            reason = f"was made with {found['what']}, now it would be {self.what}; choose another out=, or remove it"
-            raise ConfigError("out", str(self.directory), reason)
+        path = self.directory / KEY
+        with together(workers):
+            if workers.rank == 0:
+                with writing(path):
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    if not path.exists():
+                        write_json(path, {"key": self.key, "made_of": self.made_of})
+        with together(workers):  # or one would already see what another makes next, and they would go different ways
+            found = self.read_json(KEY)
+            if found["key"] != self.key:
+                raise ConfigError("out", str(self.directory), self._difference(found.get("made_of", {})))
+            self.is_whole = self.has_manifest and all(map(self.has, self.shards))
+
+    def _difference(self, made_of: Mapping[str, Any]) -> str:
+        found = list(differences(made_of, self.made_of).items())
+        shown = ", ".join(f"{key}={old} (now {new})" for key, (old, new) in found[:_SHOWN_DIFFERENCES])
+        more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
+        shown = shown or "other settings"
+        return f"was made with {shown}{more}; choose another out=, or remove it to have it made anew"
 
     @property
-    def is_whole(self) -> bool:
+    def has_manifest(self) -> bool:
         return (self.directory / MANIFEST).exists()
 
     def path(self, name: str) -> Path:
@@ -79,11 +116,13 @@ class Stage:
 
         sink = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink, compression="zstd")
-        try:
+        with writing(self.path(name)):
             write_bytes(self.path(name), sink.getvalue().to_pybytes())
-        except OSError as error:
-            reason = f"cannot write {self.path(name)} ({error.strerror}): free some space and run again to go on"
-            raise DataError(reason) from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Raises `DataError` where the disk is full."""
+        with writing(self.directory / name):
+            write_json(self.directory / name, value)
 
     def read(self, name: str, columns: list[str] | None = None) -> Any:
         """A shard's table. Raises `DataError` where it is damaged."""
@@ -93,29 +132,39 @@ class Stage:
         try:
             return pyarrow.parquet.read_table(self.path(name), columns=columns)
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{self.path(name)} cannot be read ({error}): remove it and run again") from None
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise DataError(f"{self.path(name)} cannot be read ({reason}): remove it and run again") from None
+
+    def read_json(self, name: str) -> Any:
+        """Raises `DataError` where the file is damaged."""
+        path = self.directory / name
+        try:
+            return read_json(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error}): remove {self.directory} and run again") from None
 
     def close(self, shards: dict[str, int], workers: Workers) -> None:
         """All shards are there: say so. `shards`: rows of each."""
-        workers.wait()
-        if workers.rank == 0 and not self.is_whole:
-            write_json(self.directory / MANIFEST, {"key": self.key, "shards": shards})
-        workers.wait()
+        with together(workers):
+            if workers.rank == 0 and not self.has_manifest:
+                self.write_json(MANIFEST, {"key": self.key, "shards": shards})
+        self.is_whole = True
 
     @property
     def shards(self) -> dict[str, int]:
         """Rows of each shard of a whole stage, in order."""
-        shards: dict[str, int] = json.loads((self.directory / MANIFEST).read_text())["shards"]
+        shards: dict[str, int] = self.read_json(MANIFEST)["shards"]
         return shards
 
     def make(self, shards: dict[str, int], workers: Workers, shard: Callable[[str], Any]) -> None:
-        """Make each missing shard, every process its own share of them."""
-        self.open(workers)
-        for place, name in enumerate(shards):
-            if place % workers.size == workers.rank and not self.has(name):
-                table = shard(name)
-                assert len(table) == shards[name], "a stage keeps the rows of the one before"
-                self.write(name, table)
+        """Make each missing shard of this open stage, every process its own share of them."""
+        with together(workers):
+            for place, name in enumerate(shards):
+                if place % workers.size == workers.rank and not self.has(name):
+                    table = shard(name)
+                    if len(table) != shards[name]:
+                        raise DataError(f"{self.path(name)}: {len(table)} rows were made of {shards[name]} records")
+                    self.write(name, table)
         self.close(shards, workers)
 
     def tables(self, columns: list[str] | None = None) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,536 @@
+"""The whole filter: it adds up, it is the same on any number of processes and after any kill, and it survives what
+users, disks and scorers do.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from core.errors import ConfigError, DataError
+from data.filter import pipeline, store
+from data.filter.config import DuplicateConfig, OnError, SelectConfig, Unit
+from data.filter.outputs import KEPT, SCORES, audit_of, write_audit_of
+from data.filter.pipeline import Filter
+from data.filter.records import Reason
+from data.filter.store import OneWorker, together
+from launch.filter import WorldWorkers
+from parallel.world import connect
+from tests.data.filter.filtering import (
+    FixedScorer,
+    filtered,
+    job,
+    kept,
+    outputs,
+    prose,
+    rows_of,
+    write_lines,
+    write_outputs,
+)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(pipeline, "SHARD_RECORDS", 32)
+
+
+def several(folder: Path, seed: int = 0) -> Path:
+    """Three files, three domains, copies, broken lines."""
+    folder.mkdir()
+    rows = prose(160, seed)
+    for number, row in enumerate(rows):
+        row |= {"domain": ("web", "code", "web", "maths")[number % 4], "name": f"r{number}"}
+    rows[70]["text"], rows[150]["text"] = rows[3]["text"], ""
+    for place in range(3):
+        write_lines(folder / f"{place}.jsonl", rows[place * 50 : place * 50 + 50 + 10 * (place == 2)])
+    with open(folder / "1.jsonl", "a") as file:
+        file.write("{\n")
+    return folder
+
+
+KEYS = {"domain_key": "domain", "id_key": "name"}
+
+
+class Threads:
+    """Workers that are threads, which add up at a barrier."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier, self.values = size, threading.Barrier(size, timeout=60), [None] * size
+
+    def worker(self, rank: int) -> Any:
+        together = self
+
+        class Worker:
+            def __init__(self) -> None:
+                self.rank, self.size = rank, together.size
+
+            def all(self, value: Any) -> list[Any]:
+                together.values[rank] = value
+                together.barrier.wait()
+                found = list(together.values)
+                together.barrier.wait()
+                return found
+
+            def sum(self, values: Any) -> Any:
+                return np.sum(self.all(values), axis=0)
+
+            def agree(self, error: Any) -> None:
+                for found in filter(None, self.all(error)):
+                    raise found
+
+        return Worker()
+
+
+def in_threads(count: int, source: Path, out: Path, **settings: Any) -> None:
+    """Filter by `count` threads. Raises what one of them raised."""
+    threads, errors, done = Threads(count), [], {}
+
+    def work(rank: int) -> None:
+        try:
+            done[rank] = Filter(job(source, out, threads.worker(rank), **settings))
+            done[rank].run()
+        except threading.BrokenBarrierError:
+            pass
+        except BaseException as error:
+            errors.append(error)
+            threads.barrier.abort()
+
+    running = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    if errors:
+        raise errors[0]
+    write_outputs(done[0], out)
+
+
+# -- counts
+
+
+def test_counts_add_up_and_every_record_has_one_reason(tmp_path, small_shards):
+    done = filtered(several(tmp_path / "in"), tmp_path / "out", **KEYS)
+    rows = rows_of(done)
+    lines = [line for path in sorted((tmp_path / "in").iterdir()) for line in path.read_bytes().splitlines()]
+    assert len(rows) == len(lines) == 161 and len(done.records.shards) == 6
+    reasons = Counter(row["reason"] for row in rows)
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert {name: size["documents"] for name, size in audit["reasons"].items() if size["documents"]} == reasons
+    assert reasons["duplicate"] == reasons["empty"] == reasons["malformed"] == 1
+    assert [line for line, row in zip(lines, rows, strict=True) if row["kept"]] == kept(tmp_path / "out")
+    assert set(rows[0]) >= {"id", "score", "domain", "length", "kept", "reason"}
+    for name in ("web", "code", "maths"):
+        competed = [row for row in rows if row["domain"] == name and row["reason"] in ("hard", "easy")]
+        assert abs(sum(row["kept"] for row in competed) - len(competed) / 2) <= 1
+
+
+@pytest.mark.parametrize("column", ["rows", "kept", "reason"])
+def test_counts_that_do_not_add_up_are_refused(tmp_path, small_shards, column):
+    """Control of the check that users run: a row less, another decision, an unknown reason."""
+    done = filtered(several(tmp_path / "in"), tmp_path / "out", **KEYS)
+    shard = list(done.records.shards)[1]
+    table = done.decided.read(shard)
+    if column == "rows":
+        table = table.slice(1)
+    else:
+        values = [not value if column == "kept" else "none" for value in table[column].to_pylist()]
+        table = table.set_column(table.column_names.index(column), column, [values])
+    done.decided.write(shard, table)
+    message = "18 records were read, and there are {'kept': 17" if column == "rows" else "has a record with reason="
+    with pytest.raises(DataError, match=message):
+        audit_of(done, "in.jsonl")
+
+
+def test_a_stage_that_loses_rows_is_refused(tmp_path, monkeypatch):
+    real = pipeline._table
+    monkeypatch.setattr(pipeline, "_table", lambda **columns: real(**columns).slice("exact" in columns))
+    with pytest.raises(DataError, match="39 rows were made of 40 records"):
+        filtered(write_lines(tmp_path / "in.jsonl", prose(40)), tmp_path / "out")
+
+
+# -- any number of processes
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, bytes]]:
+    """An input, what one process makes of it, and the outputs."""
+    root = tmp_path_factory.mktemp("given")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "SHARD_RECORDS", 32)
+        filtered(several(root / "in"), root / "alone", **KEYS)
+    return root / "in", root / "alone", outputs(root / "alone")
+
+
+@pytest.fixture
+def source(given) -> Path:
+    return given[0]
+
+
+@pytest.fixture
+def alone(given, small_shards) -> dict[str, bytes]:
+    return given[2]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_number_of_workers_makes_the_same_bytes(tmp_path, given, source, alone, count):
+    in_threads(count, source, tmp_path / "out", **KEYS)
+    assert outputs(tmp_path / "out") == alone
+    files = [sorted(path.relative_to(root) for path in root.rglob("*")) for root in (given[1], tmp_path / "out")]
+    assert files[0] == files[1]
+
+
+def test_workers_that_do_not_add_up_choose_otherwise(tmp_path, source, alone, monkeypatch):
+    """Control: histograms of one worker alone give other thresholds."""
+    monkeypatch.setattr(OneWorker, "sum", lambda self, values: values // 2)
+    filtered(source, tmp_path / "out", **KEYS)
+    assert outputs(tmp_path / "out") != alone
+
+
+def test_altered_scores_change_what_is_kept(tmp_path, source, alone):
+    """Control: the kept set does depend on each shard of scores."""
+    done = filtered(source, tmp_path / "out", **KEYS)
+    shard = list(done.records.shards)[2]
+    table = done.scored.read(shard)
+    done.scored.write(shard, table.set_column(0, "score", [-table["score"].to_numpy()]))
+    for path in done.decided.directory.iterdir():
+        path.unlink()
+    filtered(source, tmp_path / "out", **KEYS)
+    assert outputs(tmp_path / "out")["kept.jsonl"] != alone["kept.jsonl"]
+
+
+def by_ranks(source: Path, out: Path) -> list[int]:
+    pipeline.SHARD_RECORDS = 32
+    workers = WorldWorkers(connect())
+    done = Filter(job(source, out, workers, **KEYS))
+    done.run()
+    if workers.rank == 0:
+        write_outputs(done, out)
+    total = workers.sum(given := np.arange(3) + workers.rank)
+    assert given.tolist() == [workers.rank + n for n in range(3)], "what is added up stays as it is"
+    return total.tolist()
+
+
+def test_gloo_ranks_make_the_same_bytes(tmp_path, source, alone, ranks):
+    assert ranks(2, by_ranks, source, tmp_path / "out") == [[1, 3, 5]] * 2
+    assert outputs(tmp_path / "out") == alone
+
+
+def waits(folder: Path) -> list[str]:
+    """What each rank sees of the others after a wait that the other one reaches late."""
+    workers = WorldWorkers(connect())
+    with together(workers):
+        if workers.rank == 1:
+            time.sleep(0.3)
+            (folder / "late").write_text("")
+    return [path.name for path in folder.iterdir()]
+
+
+def test_ranks_wait_for_all_and_not_for_the_first_alone(tmp_path, ranks):
+    assert ranks(2, waits, tmp_path) == [["late"]] * 2
+
+
+def fails() -> tuple[str, bool]:
+    workers = WorldWorkers(connect())
+    try:
+        with together(workers):
+            if workers.rank == 1:
+                raise ConfigError("input", "x", "is wrong", ["y"])
+    except ConfigError as error:
+        return str(error), error.everywhere
+    return "nothing", False
+
+
+def test_an_error_of_one_rank_is_raised_on_all(ranks):
+    assert ranks(2, fails) == [("input=x: is wrong; try y", True)] * 2, "and rank 0 tells it, alone"
+
+
+def test_an_error_of_one_worker_ends_all(tmp_path, small_shards):
+    """Worker 1 reads the second file."""
+    source = several(tmp_path / "in")
+    for count in (1, 2, 4):
+        with pytest.raises(ConfigError, match=r"input=1\.jsonl:51: cannot be read"):
+            in_threads(count, source, tmp_path / f"{count}", on_error=OnError.fail, **KEYS)
+
+
+# -- kills
+
+
+class Killed(BaseException):
+    pass
+
+
+class Writes:
+    """Counts what the stages write, and dies at one of them: before it is there, or after."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.deadly, self.after, self.names = 0, -1, False, []
+        self.bytes, self.json = store.write_bytes, store.write_json
+        monkeypatch.setattr(store, "write_bytes", lambda path, content: self._write(self.bytes, path, content))
+        monkeypatch.setattr(store, "write_json", lambda path, content: self._write(self.json, path, content))
+
+    def arm(self, deadly: int, after: bool) -> None:
+        self.count, self.deadly, self.after = 0, deadly, after
+
+    def _write(self, write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
+        self.count += 1
+        self.names.append(f"{path.parent.name}/{path.name}")
+        if self.count == self.deadly and not self.after:
+            raise Killed
+        write(path, content)
+        if self.count == self.deadly:
+            raise Killed
+
+
+def test_a_kill_at_any_write_changes_nothing(tmp_path, monkeypatch):
+    """Before and after every file of every stage: inside a stage, at its begin and at its end."""
+    monkeypatch.setattr(pipeline, "SHARD_RECORDS", 20)
+    source = write_lines(tmp_path / "in.jsonl", prose(50, words=8))
+    settings: dict[str, Any] = {"duplicates": DuplicateConfig(near=None)}
+    writes = Writes(monkeypatch)
+    filtered(source, tmp_path / "whole", **settings)
+    wanted, count = outputs(tmp_path / "whole"), writes.count
+    assert len(set(writes.names)) == count == 4 * 5 + 2, "key, 3 shards, manifest; one part; the thresholds"
+    for deadly in range(1, count + 1):
+        for after in (False, True):
+            out = tmp_path / f"{deadly}-{after}"
+            writes.arm(deadly, after)
+            with pytest.raises(Killed):
+                Filter(job(source, out, **settings)).run()
+            writes.arm(-1, False)
+            done = Filter(job(source, out, **settings))
+            done.run()
+            same = [stage.path(s).read_bytes() for stage in (done.scored, done.decided) for s in done.records.shards]
+            whole = [(tmp_path / "whole" / p.relative_to(out)) for p in sorted(out.rglob("0*.parquet"))]
+            assert len(whole) == 12 and all(p.exists() for p in whole)
+            assert same == [
+                (tmp_path / "whole" / "stages" / stage / f"{s}.parquet").read_bytes()
+                for stage in ("scored", "decisions")
+                for s in done.records.shards
+            ]
+    write_outputs(done, out)
+    assert outputs(out) == wanted
+
+
+COMMAND = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
+    """SIGKILL in the middle of two stages, of the command that users run; 5,200 records, two shards."""
+    rows = [{**row, "name": f"r{n}", "domain": f"d{n % 5}"} for n, row in enumerate(prose(5200, words=6))]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", rows[:4500])
+    write_lines(folder / "b.jsonl", rows[4500:])
+    arguments = [f"input={folder}", "id_key=name", "domain_key=domain", "duplicates.near=null", "scorer.order=3"]
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        line = [sys.executable, "-c", COMMAND, "filter", *arguments, f"out={out}"]
+        return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    for after in ("screened/00000-000000.parquet", "scored/key.json"):
+        process, path = start(tmp_path / "cut"), tmp_path / "cut" / "stages" / after
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    for name in ("cut", "whole"):
+        process = start(tmp_path / name)
+        assert process.communicate()[1] == b"" and process.returncode == 0
+    assert outputs(tmp_path / "cut") == outputs(tmp_path / "whole")
+    assert len(pyarrow.parquet.read_table(tmp_path / "cut" / "scores.parquet")) == 5200
+
+
+def test_a_shard_that_is_lost_later_is_made_again(tmp_path, source, alone):
+    """Of any stage, though its manifest is there: the advice for a damaged one is to remove it."""
+    for stage in ("records", "screened", "scored", "decisions"):
+        out = tmp_path / stage
+        done = filtered(source, out, **KEYS)
+        path = out / "stages" / stage / f"{list(done.records.shards)[3]}.parquet"
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        (out / "scores.parquet").unlink()
+        with pytest.raises(DataError, match=rf"{path.name} cannot be read .*: remove it and run again"):
+            filtered(source, out, **KEYS)
+        path.unlink()
+        filtered(source, out, **KEYS)
+        assert path.read_bytes() == content and outputs(out) == alone
+
+
+def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", prose(40))
+    filtered(source, tmp_path / "out")
+    (tmp_path / "out" / "stages" / "screened" / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"screened/manifest\.json cannot be read"):
+        filtered(source, tmp_path / "out")
+
+
+# -- other settings, full disks
+
+
+def test_what_has_changed_under_a_cache_is_refused_by_name(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", prose(40))
+    scorer = FixedScorer(lambda record: len(record.text))
+    filtered(source, tmp_path / "out", scorer)
+    filtered(source, tmp_path / "out", scorer)
+    other = FixedScorer(scorer.score_of, "another")
+    for message, settings in {
+        r"scored: was made with scorer=fixed fixed \(now fixed another\); choose another out=": {"scorer": other},
+        r"decisions: was made with keep=0\.5 \(now 0\.25\)": {"keep": 0.25},
+        r"screened: was made with seed=0 \(now 1\)": {"seed": 1},
+        r"screened: was made with on_error=drop \(now keep\)": {"on_error": OnError.keep},
+        r"decisions: was made with unit=documents \(now tokens\)": {"unit": Unit.tokens},
+    }.items():
+        with pytest.raises(ConfigError, match=message) as caught:
+            filtered(source, tmp_path / "out", **{"scorer": scorer, **settings})
+        assert "\n" not in str(caught.value)
+    write_lines(source, prose(41))
+    with pytest.raises(ConfigError, match=r"records: was made with input=\w+ \(now \w+\)"):
+        filtered(source, tmp_path / "out", scorer)
+
+
+@pytest.mark.parametrize("place", [1, 3, 9, 14, 18])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, source, alone, monkeypatch, place):
+    """The n-th file that is flushed, and every one after it, finds no space."""
+    done, real = [], os.fsync
+
+    def fsync(number: int) -> None:
+        done.append(number)
+        if len(done) >= place:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(DataError, match=r"cannot write .* \(No space left on device\): free some space and run again"):
+        filtered(source, tmp_path / "out", **KEYS)
+    monkeypatch.setattr(os, "fsync", real)
+    assert not list((tmp_path / "out").rglob(".*")), "no temporary file is left"
+    for path in (tmp_path / "out").rglob("*.parquet"):
+        pyarrow.parquet.read_table(path)
+    filtered(source, tmp_path / "out", **KEYS)
+    assert outputs(tmp_path / "out") == alone
+
+
+@pytest.mark.parametrize("name", [SCORES, KEPT])
+def test_a_full_disk_at_the_end_leaves_the_old_outputs(tmp_path, source, alone, monkeypatch, name):
+    filtered(source, tmp_path / "out", **KEYS)
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(DataError, match=r"cannot write .*No space left on device"):
+        filtered(source, tmp_path / "out", **KEYS)
+    assert outputs(tmp_path / "out") == alone and not list((tmp_path / "out").glob(".*"))
+
+
+# -- strange scores, names and domains
+
+
+def test_scores_that_are_no_numbers(tmp_path, small_shards):
+    source = write_lines(tmp_path / "in.jsonl", prose(100))
+    scorer = FixedScorer(lambda record: (np.nan, np.inf, 1.0, 2.0)[int(record.source.split(":")[1]) % 4])
+    for on_error, reason in ((OnError.drop, "unscored"), (OnError.keep, "protected")):
+        rows = rows_of(filtered(source, tmp_path / on_error.name, scorer, on_error=on_error))
+        assert Counter(row["reason"] for row in rows if not np.isfinite(row["score"])) == {reason: 50}
+        assert sum(row["kept"] for row in rows) == 50
+    with pytest.raises(DataError, match="50 records have no finite score"):
+        filtered(source, tmp_path / "fail", scorer, on_error=OnError.fail)
+    filtered(source, tmp_path / "none", FixedScorer(lambda record: np.nan))
+    assert kept(tmp_path / "none") == []
+
+
+def test_constant_scores_keep_the_rate_by_lot(tmp_path, small_shards):
+    source, found = write_lines(tmp_path / "in.jsonl", prose(100)), {}
+    for seed in (0, 1):
+        filtered(source, tmp_path / f"{seed}", FixedScorer(lambda record: 3.0), seed=seed)
+        found[seed] = kept(tmp_path / f"{seed}")
+        assert len(found[seed]) == 50
+    assert found[0] != found[1], "the lot has a seed"
+
+
+def test_domains_of_one_document_and_hostile_names(tmp_path, small_shards):
+    """Quotes, newlines, HTML, the name that broken records have, and a right-to-left mark."""
+    names = ['"', "a\nb", "<script>alert(1)</script>", "unreadable", "\u202ex", "", "'; drop", "${run.name}", "🐘"]
+    rows = [
+        {**row, "name": f"<b>{n}\n\"'", "domain": names[n] if n < len(names) else "rest"}
+        for n, row in enumerate(prose(99))
+    ]
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    with open(source, "a") as file:
+        file.write("broken\n")
+    done = filtered(source, tmp_path / "out", **KEYS)
+    found = rows_of(done)
+    assert [row["domain"] for row in found] == [row["domain"] for row in rows] + ["unreadable"]
+    assert [row["id"] for row in found[:-1]] == [row["name"] for row in rows]
+    assert done.domains == sorted([*names, "rest"])
+    for name in names:
+        (row,) = [row for row in found if row["domain"] == name and row["reason"] != "malformed"]
+        assert row["kept"], "a domain does not vanish"
+    assert abs(sum(row["kept"] for row in found if row["domain"] == "rest") - 45) <= 1
+    write_audit_of(done, tmp_path / "out", "in.jsonl")
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    thresholds = json.loads((tmp_path / "out" / "audit.json").read_text())["thresholds"]["domains"]
+    assert thresholds["unreadable"]["passed"] == 1, "the user's domain, without what could not be read"
+
+
+@pytest.mark.parametrize("line", [b"broken", b'{"text": ""}', b'{"text": "too short"}'])
+def test_an_input_of_which_nothing_is_left(tmp_path, line):
+    (tmp_path / "in.jsonl").write_bytes(line + b"\n")
+    done = filtered(tmp_path / "in.jsonl", tmp_path / "out")
+    assert kept(tmp_path / "out") == [] and not Reason[rows_of(done)[0]["reason"]].kept
+
+
+def test_an_empty_input_is_refused(tmp_path):
+    (tmp_path / "in.jsonl").write_text("\n\n")
+    with pytest.raises(ConfigError, match=r"input: in\.jsonl holds no record"):
+        filtered(tmp_path / "in.jsonl", tmp_path / "out")
+
+
+# -- the upper cut
+
+
+def test_what_is_harder_than_clean_text_is_noise(tmp_path, small_shards):
+    """The band comes from the file that the rules name, and its scores outlive a kill after the scoring."""
+    source = write_lines(tmp_path / "in.jsonl", prose(100))
+    clean = write_lines(tmp_path / "clean.jsonl", [row for row in prose(100) if len(row["text"]) < 150])
+    scorer = FixedScorer(lambda record: len(record.text))
+    settings: dict[str, Any] = {"select": SelectConfig(clean=str(clean), noise_quantile=1.0, length_buckets=1)}
+    from data.filter.inputs import InputConfig, clean_records
+
+    def run(out: str, **changes: Any) -> list[dict[str, Any]]:
+        records = clean_records(str(clean), InputConfig(input=str(source)))
+        made = job(source, tmp_path / out, scorer=scorer, **settings)
+        done = Filter(type(made)(**{**vars(made), "clean": records, **changes}))
+        done.run()
+        write_outputs(done, tmp_path / out)
+        return rows_of(done)
+
+    rows = run("out")
+    noise = {row["id"] for row in rows if row["reason"] == "noise"}
+    assert noise == {row["id"] for row in rows if row["score"] >= 150} and noise
+    assert not {row["id"] for row in run("without", clean=())} & {"noise"}, "control: nobody is noise without it"
+    for path in (tmp_path / "out" / "stages" / "decisions").iterdir():
+        path.unlink()
+    scorer.score = lambda records: pytest.fail("scores are taken once")  # type: ignore[method-assign]
+    assert run("out") == rows
