@@ -41,8 +41,9 @@ def _component(
     `around`.
     """
     yield ""
-    if cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("):  # what dataclasses write themselves
-        yield from _comment(cls.__doc__, "")
+    for part in _parts(cls):
+        if part.__doc__ and not part.__doc__.startswith(f"{part.__name__}("):  # what dataclasses write themselves
+            yield from _comment(part.__doc__, "")
     hints, documentation, inner = typing.get_type_hints(cls), field_documentation(cls), []
     for field in dataclasses.fields(cls):
         kind = read_later.get(f"{prefix}{field.name}", hints[field.name])
@@ -62,13 +63,19 @@ def _component(
 
 def field_documentation(cls: type) -> dict[str, str]:
     """The string that follows a field in the source of its class, which Python itself does not keep."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    found, last = {}, None
-    for node in typing.cast(ast.ClassDef, body).body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and last is not None:
-            found[last] = str(node.value.value)
-        last = node.target.id if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else None
+    found: dict[str, str] = {}
+    for part in _parts(cls):
+        (body,), last = ast.parse(textwrap.dedent(inspect.getsource(part))).body, None
+        for node in typing.cast(ast.ClassDef, body).body:
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and last is not None:
+                found[last] = str(node.value.value)
+            last = node.target.id if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else None
     return found
+
+
+def _parts(cls: type) -> list[type]:
+    """The components that a component is put together of by inheritance, itself last: each has words of its own."""
+    return [part for part in reversed(cls.__mro__) if dataclasses.is_dataclass(part)]
 
 
 def _entries(kind: Any) -> Iterator[tuple[type, str]]:
