@@ -19,10 +19,9 @@ from core.errors import ConfigError
 from data.corpus import DOCUMENTS, Corpus
 from data.filter.journey import explain, find
 from data.filter.outputs import SCORES
-from data.loader import Loader
 from parallel.world import World
 from train.config import Phase, TrainConfig, phases
-from train.corpora import get_corpus, source_weights
+from train.corpora import get_corpus, run_loaders
 from train.run_directory import RunDirectory, load_config, read_lines
 
 _ORDINALS_AT_ONCE = 1 << 20
@@ -88,10 +87,9 @@ def find_place(corpus: Corpus, name: str) -> Place | None:
 
 def visits(directory: Path, config: TrainConfig, corpus: Corpus, place: Place, steps: int) -> list[Visit]:
     """In order, of the first `steps` steps of the run in `directory`."""
-    found = []
+    found, loaders = [], run_loaders(config, corpus, lambda line: None)
     for phase in phases(config):
-        weights = phase.weights or source_weights(config, corpus)
-        loader = Loader(corpus, phase.context, phase.global_batch, config.run.seed, phase.name, weights)
+        loader = loaders[phase.name]
         if place.source not in loader.blend.names:
             continue
         first, last = place.rows(phase.context)
