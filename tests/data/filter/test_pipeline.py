@@ -104,8 +104,6 @@ def in_threads(count: int, source: Path, out: Path, **settings: Any) -> None:
         try:
             done[rank] = Filter(job(source, out, threads.worker(rank), **settings))
             done[rank].run()
-        except threading.BrokenBarrierError:
-            pass
         except BaseException as error:
             errors.append(error)
             threads.barrier.abort()
@@ -116,7 +114,7 @@ def in_threads(count: int, source: Path, out: Path, **settings: Any) -> None:
     for thread in running:
         thread.join()
     if errors:
-        raise errors[0]
+        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))  # the cause comes first
     write_outputs(done[0], out)
 
 
