@@ -96,7 +96,7 @@ def test_windows_are_what_the_model_scores(small_corpus, tmp_path):
             left = [c for c, loss in zip(candidates, losses, strict=True) if loss > window.threshold - 0.02]
             assert window.deferred == [c for c in left if c not in window.rows and c not in deferred]
             deferred = window.deferred
-        batch = run._batch(run.phase(step), step, 0, 4)
+        batch = run._batch(step)
         wanted = run.loaders["main"].samples(run.window.rows[(step % 3) * 4 : (step % 3) * 4 + 4])
         assert torch.equal(batch.tokens_BT, wanted.tokens_BT) and torch.equal(batch.labels_BT, wanted.labels_BT)
         run.train_step(step)
@@ -120,8 +120,10 @@ def test_samples_of_ordinals_are_the_rows_of_batches(small_corpus, tmp_path):
             for name in ("tokens_BT", "labels_BT", "positions_BT", "sources_B"):
                 assert torch.equal(getattr(one, name)[0], getattr(batch, name)[row])
     sources, rows = loader.locate(np.arange(1000, 1100))
-    assert [loader._block(n // 1024)[1][n % 1024] for n in range(1000, 1100)] == rows.tolist()
-    assert [loader._block(n // 1024)[0][n % 1024] for n in range(1000, 1100)] == sources.tolist()
+    for place, ordinal in enumerate(range(1000, 1100)):
+        row = np.empty(loader.context + 1, np.int64)
+        loader.corpus.stream(loader.blend.names[sources[place]], TRAIN).read(rows[place] * loader.context, row)
+        assert loader.samples([ordinal]).tokens_BT[0].tolist() == row[:-1].tolist()
 
 
 @pytest.mark.parametrize("at", [3, 4], ids=["at a window's boundary", "in the middle of a window"])
