@@ -145,6 +145,7 @@ def test_the_command_in_the_audit_repeats_the_filter(words):
     assert load("filter", FilterConfig, again) == config
 
 
+@pytest.mark.slow  # 14 s; two gloo ranks make the same bytes in tests/data/filter/test_pipeline.py
 def test_two_processes_make_the_same_files(pairs, out, tmp_path):
     """Of two input files, so that either process reads one."""
     lines, folder = pairs.read_bytes().splitlines(keepends=True), tmp_path / "in"
