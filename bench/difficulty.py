@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.config import build
 from data.config import DataConfig, Section
@@ -25,6 +24,7 @@ from data.filter.ngram import NgramScorer
 from data.filter.problems import Problem, make_problems, read_problems, records
 from data.filter.records import Record
 from data.filter.scorer import Scorer
+from data.filter.tally import spearman
 from data.sources import make_source
 from train.plots import COLOURS
 
@@ -142,11 +142,6 @@ def builtin() -> dict[str, list[Record]]:
     return found
 
 
-def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Spearman's; equal values, of which there are few here, are ranked as they come."""
-    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
-
-
 def corpus_table() -> str:
     sections = builtin()
     everything = [record for part in sections.values() for record in part]
@@ -159,7 +154,7 @@ def corpus_table() -> str:
     for name, part in {**sections, "all": everything}.items():
         scores, lengths = scorer.score(part), LengthScorer().score(part)
         low, middle, high = np.quantile(scores, [0.1, 0.5, 0.9])
-        figures = f"{low:.2f}, {middle:.2f}, {high:.2f} | {rank_correlation(scores, lengths):+.2f}"
+        figures = f"{low:.2f}, {middle:.2f}, {high:.2f} | {spearman(scores, lengths) or 0.0:+.2f}"
         lines.append(f"| {name} | {len(part):,} | {figures} |")
     return "\n".join(lines)
 

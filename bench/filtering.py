@@ -37,7 +37,7 @@ def run() -> list[Result]:
     with tempfile.TemporaryDirectory() as root:
         trainer = make_trainer(Path(root), "filtering")
         data = trainer.config.data
-        parts = [SourcePart(make_source(name, part, data)) for name, part in data.sources.items()]
+        parts = [SourcePart(make_source(name, part, data), name) for name, part in data.sources.items()]
         records = [one for part in parts for one in part.records() if isinstance(one, Record)]
         tokens = sum(map(len, trainer.corpus.tokenizer.encode([record.text for record in records])))
         training = _training(trainer)

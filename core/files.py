@@ -7,6 +7,7 @@ and a full disk leaves the old content in place.
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from fsspec.registry import known_implementations
 
@@ -89,6 +90,23 @@ def remove_tree(path: Path) -> None:
     elif path.exists():
         store: Any = path
         store.fs.rm(store.path, recursive=True)
+
+
+@contextmanager
+def unzipped(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read bytes from; one whose name ends in .gz is unzipped on the way."""
+    with path.open("rb") as raw:
+        if path.suffix == ".gz":
+            with gzip.open(raw) as file:
+                yield cast(IO[bytes], file)
+        else:
+            yield raw
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """One more line at the end. A kill or a full disk may cut it short: who reads such a file bears with that."""
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

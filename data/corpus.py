@@ -17,7 +17,7 @@ from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, Packing, TokenizerKind
-from data.filter.corpus import filtered, fingerprint, keep_audit
+from data.filter.corpus import SourcePart, filtered, fingerprint, keep_audit
 from data.filter.make import Models
 from data.packing import Packer, Row
 from data.sources import Document, Source, make_source
@@ -117,7 +117,8 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
         return open_corpus(given)
     cache = Path(config.cache).expanduser()
     sources = [make_source(name, part, config) for name, part in config.sources.items()]
-    key = _source_key(config, sources)
+    fingerprints = [source.fingerprint() for source in sources]  # which may hash all of the files
+    key = _source_key(config, fingerprints)
     tokenizer = None
     if config.tokenizer.kind is not TokenizerKind.bpe:
         tokenizer = from_file(config.tokenizer)
@@ -129,7 +130,8 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
                 report(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
                 tokenizer = train_bpe(_sample(sources, config.tokenizer.train_bytes), config.tokenizer, cache)
             if config.filter is not None:
-                sources = filtered(sources, config.filter, tokenizer, cache, report, models)
+                parts = [SourcePart(*pair) for pair in zip(sources, fingerprints, strict=True)]
+                sources = filtered(parts, config.filter, tokenizer, cache, report, models)
             with new_directory(directory) as scratch:
                 _write(scratch, config, sources, tokenizer, report)
         except OSError as error:
@@ -146,7 +148,7 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
     return corpus
 
 
-def _source_key(config: DataConfig, sources: list[Source]) -> str:
+def _source_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
     """Everything the tokens depend on; shares of the blend do not change them."""
     settings = plain(config)
     for name in ("tokens", "verify", "cache", "prefetch"):
@@ -158,9 +160,8 @@ def _source_key(config: DataConfig, sources: list[Source]) -> str:
     for name in ("align", "pack_context", "filter"):
         if settings[name] is None:  # what was made before there was a choice stays good
             del settings[name]
-    fingerprints = [source.fingerprint() for source in sources]
     if config.filter is not None:
-        fingerprints.append(fingerprint(config.filter))
+        fingerprints = [*fingerprints, fingerprint(config.filter)]
     return sha256_text(str(_FORMAT), json.dumps(settings, sort_keys=True), *fingerprints)
 
 

@@ -5,7 +5,6 @@ Each document is on one side of the held-out split for ever: a hash of its origi
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import zlib
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.errors import ConfigError
-from core.files import files_in, files_like, locate, opened, sha256_file, sha256_text
+from core.files import files_in, files_like, locate, opened, sha256_file, sha256_text, unzipped
 from data import builtin
 from data.config import DataConfig, Section, SourceConfig, SourceKind, Undecodable
 from data.order import key_of
@@ -211,7 +210,7 @@ class FileSource:
 
     def _json_lines(self, path: Path) -> Iterator[str | None]:
         offset = 0
-        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+        with unzipped(path) as file:
             for number, line in enumerate(file, start=1):
                 decoded = self._decode(line, str(path), offset)
                 offset += len(line)
@@ -270,10 +269,8 @@ class HuggingFaceSource:
         """By name, or by the files of a data set on disk. A hub's data set may change under its name; the manifest of
         the tokens made from it does not.
         """
-        path = Path(str(self.config.path))
-        local = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-        names = (str(self.config.path), str(self.config.subset), self.config.split)
-        return sha256_text(*names, *(sha256_file(p) for p in local))
+        folder = Path(str(self.config.path))
+        return data_set_fingerprint(folder, str(self.config.path), str(self.config.subset), self.config.split)
 
     def documents(self) -> Iterator[Document]:
         budget = Budget(self.config.max_bytes, self.data.held_out)
@@ -300,6 +297,11 @@ class HuggingFaceSource:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = f"datasets cannot stream it: {_first_line(error)}"
             raise ConfigError(f"data.sources.{self.name}.path", self.config.path, reason) from None
+
+
+def data_set_fingerprint(folder: Path, *names: str) -> str:
+    """Of a data set for the `datasets` library: what it is called and, where it is a folder, the files in it."""
+    return sha256_text(*names, *map(sha256_file, files_in(folder) if folder.is_dir() else []))
 
 
 def _kind(path: Path) -> str | None:

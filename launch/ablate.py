@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,9 @@ from data.filter.config import FilterRules, ScorerConfig, ScorerKind
 from data.filter.corpus import SourcePart
 from data.filter.ngram import NgramScorer
 from data.filter.records import Record
-from data.loader import Batch
 from data.sources import make_source
 from launch.local import train
-from parallel.world import World
+from parallel.world import connect
 from train.config import TrainConfig
 from train.restore import Restored, restore
 from train.row_losses import row_losses
@@ -64,13 +64,17 @@ class AblateConfig:
 def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
     """Train, compare, and write `ablation.json`, `.png` and `.html` into `out`. Runs that are done stay as they are."""
     found: Losses = {arm: [] for arm in COLOURS}
+    difficulty: NDArray[np.float64] | None = None
     for seed in range(config.seeds):
         for arm, filter_ in arms(rules).items():
             name = f"{arm.replace(' ', '-')}-{seed}"
             code = train([_run(config, filter_, out / "runs", name, seed)])
             if code:
                 return code
-            found[arm].append(losses_by_difficulty(restore(out / "runs" / name, _alone()), config.rows))
+            restored = restore(out / "runs" / name, connect())
+            if difficulty is None:  # of the same rows for every arm: no filter touches them
+                difficulty = held_out_difficulty(restored, config.rows)
+            found[arm].append(thirds(held_out_losses(restored, config.rows), difficulty))
             shown = ", ".join(f"{value:.4f}" for value in found[arm][-1])
             print(f"ablate: {arm}, seed {seed}: held-out loss by thirds and of all rows {shown}", flush=True)
     write(found, config, rules, out)
@@ -95,29 +99,33 @@ def _run(config: AblateConfig, filter_: FilterRules | None, root: Path, name: st
     return replace(loaded, run=run, data=replace(loaded.data, filter=filter_))
 
 
-def _alone() -> World:
-    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+def _rows(restored: Restored, rows: int) -> Iterator[tuple[str, int]]:
+    """Each source that has held-out rows, and how many of them are looked at."""
+    loader = restored.loader()
+    counts = ((source, min(rows, loader.held_out_rows(source))) for source in restored.corpus.sources)
+    return ((source, count) for source, count in counts if count)
 
 
-def losses_by_difficulty(restored: Restored, rows: int) -> list[float]:
-    """Mean held-out loss of the rows of each third by difficulty, and of all; sources count by their rows."""
-    loader, corpus, data = restored.loader(), restored.corpus, restored.config.data
-    scorer = NgramScorer()
-    parts = [SourcePart(make_source(name, part, data)) for name, part in data.sources.items()]
+def held_out_difficulty(restored: Restored, rows: int) -> NDArray[np.float64]:
+    """Of each held-out row its loss under the n-gram model of all training text."""
+    loader, tokenizer, data = restored.loader(), restored.corpus.tokenizer, restored.config.data
+    scorer, records = NgramScorer(), []
+    parts = [SourcePart(make_source(name, part, data), name) for name, part in data.sources.items()]
     scorer.fit(lambda: (one for part in parts for one in part.records() if isinstance(one, Record)))
-    losses, records = [], []
-    for source in corpus.sources:
-        count = min(rows, loader.held_out_rows(source))
-        if not count:
-            continue
-
-        def take(start: int, stop: int, source: str = source) -> Batch:
-            return loader.held_out(source, start, stop)
-
-        losses.append(row_losses(restored.placed, take, count, restored.phase.micro_batch).cpu().numpy())
-        texts = [corpus.tokenizer.decode(ids) for ids in take(0, count).tokens_BT.tolist()]
+    for source, count in _rows(restored, rows):
+        texts = [tokenizer.decode(ids) for ids in loader.held_out(source, 0, count).tokens_BT.tolist()]
         records += [Record(f"{source}:{row}", source, source, text) for row, text in enumerate(texts)]
-    return thirds(np.concatenate(losses), scorer.score(records))
+    return scorer.score(records)
+
+
+def held_out_losses(restored: Restored, rows: int) -> NDArray[np.float64]:
+    """The model's loss of each held-out row; sources count by their rows."""
+    loader = restored.loader()
+    losses = [
+        row_losses(restored.placed, partial(loader.held_out, source), count, restored.phase.micro_batch)
+        for source, count in _rows(restored, rows)
+    ]
+    return torch.cat(losses).cpu().numpy()
 
 
 def thirds(losses: NDArray[np.float64], difficulty: NDArray[np.float64]) -> list[float]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from core.files import append_json_line
 from core.ranks import HUNG, host_name
 
 BEATS_OF_SILENCE = 3
@@ -129,8 +130,8 @@ class Watch:
         print(f"leviathan: error: {line}", file=sys.stderr, flush=True)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            with open(self.logs / "hangs.jsonl", "a") as file:
-                file.write(json.dumps({"time": time.time(), "rank": self.rank, "line": line, "hosts": hosts}) + "\n")
+            word = {"time": time.time(), "rank": self.rank, "line": line, "hosts": hosts}
+            append_json_line(self.logs / "hangs.jsonl", word)
             _dump_flight_recorder(self.logs / f"flight-rank-{self.rank:05d}.pickle")
         finally:
             os._exit(HUNG)  # the main thread is inside the collective and hears nothing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
-from core.files import write_json
+from core.files import append_json_line, write_json
 from data.loader import Batch
 from data.ngrams import NgramBaseline
 from data.order import key_of
@@ -108,8 +107,7 @@ class OnlineFiltering(Callback):
 
     def _write(self, window: dict[str, Any]) -> None:
         try:
-            with open(self.trainer.directory.online, "a") as file:
-                file.write(json.dumps(window) + "\n")
+            append_json_line(self.trainer.directory.online, window)
         except OSError as error:  # like the metrics: a full disk must not end the run
             self.trainer.log(f"online.jsonl: {error.strerror}")
 

@@ -5,7 +5,6 @@ Figures stay tensors on the device until a step that is logged.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import resource
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.files import append_json_line
 from model.config import ModelConfig
 from model.flops import training_flops
 from train.config import LoggingConfig, Wandb
@@ -108,8 +108,7 @@ class MetricsWriter:
 
     def write(self, line: dict[str, Any]) -> None:
         try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_json_line(self.path, line)
         except OSError as error:
             self.log(f"metrics.jsonl: {os.strerror(error.errno or 0)}; step {line['step']} is not recorded")
         if self.wandb is not None:

@@ -6,7 +6,6 @@ rank does alone: some matrix products on its device, and waiting for its part of
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from core.files import append_json_line
 from core.ranks import host_name
 from parallel.world import World, wait_for
 
@@ -73,8 +73,7 @@ class Stragglers:
         if hosts != self._noted and (hosts or path.exists()):
             self._noted = hosts
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a") as file:
-                file.write(json.dumps({"time": time.time(), "step": step, "hosts": hosts}) + "\n")
+            append_json_line(path, {"time": time.time(), "step": step, "hosts": hosts})
 
     def probe(self) -> float:
         """Seconds of a few products, the best of some tries: an interruption by the system is no slow device."""

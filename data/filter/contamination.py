@@ -7,7 +7,6 @@ in 10^9 lookups even for 10^10 runs.
 
 from __future__ import annotations
 
-import gzip
 import json
 import zlib
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from core.files import locate
+from core.files import locate, unzipped
 from data.filter.config import ContaminationConfig
 from data.filter.duplicates import run_hashes
 from data.filter.normalise import words
@@ -84,7 +83,7 @@ def _texts(key: str, place: Path) -> Iterator[str]:
 
 
 def _json_lines(place: Path) -> Iterator[str]:
-    with place.open("rb") as raw, gzip.open(raw) if place.suffix == ".gz" else raw as lines:
+    with unzipped(place) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:

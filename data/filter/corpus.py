@@ -28,9 +28,10 @@ _NOTHING = "nothing"
 
 @dataclass(frozen=True)
 class SourcePart:
-    """A source's training documents as records; the source is the domain."""
+    """A source's training documents as records; the source is the domain. `content`: the source's own fingerprint."""
 
     source: Source
+    content: str
 
     @property
     def name(self) -> str:
@@ -38,7 +39,7 @@ class SourcePart:
 
     @property
     def fingerprint(self) -> str:
-        return sha256_text(self.source.name, self.source.fingerprint())
+        return sha256_text(self.source.name, self.content)
 
     def records(self) -> Iterator[Record | Broken]:
         for name, document in _named(self.source):
@@ -49,11 +50,11 @@ class SourcePart:
 class FilteredSource:
     """A source without the training documents that the filter left out."""
 
-    def __init__(self, source: Source, done: Filter) -> None:
-        self.source, self.done, self.name = source, done, source.name
+    def __init__(self, part: SourcePart, done: Filter) -> None:
+        self.part, self.source, self.done, self.name = part, part.source, done, part.name
 
     def fingerprint(self) -> str:
-        return sha256_text(self.source.fingerprint(), self.done.decided.key)
+        return sha256_text(self.part.content, self.done.decided.key)
 
     def documents(self) -> Iterator[Document]:
         """As the source gives them; those left out say so, and are counted."""
@@ -87,7 +88,7 @@ def _named(source: Source) -> Iterator[tuple[str, Document]]:
 
 
 def filtered(
-    sources: Sequence[Source],
+    parts: Sequence[SourcePart],
     rules: FilterRules,
     tokenizer: Tokenizer,
     cache: Path,
@@ -96,18 +97,18 @@ def filtered(
 ) -> list[Source]:
     """The sources less what the filter leaves out. Its stages are kept in the cache, so a killed run goes on."""
     unknown = set(rules.select.domains) | set(rules.select.protect)
-    for name in sorted(unknown - {source.name for source in sources}):
-        raise ConfigError("data.filter.select", name, "no such source", [source.name for source in sources])
-    key = sha256_text(fingerprint(rules), tokenizer.fingerprint, *(source.fingerprint() for source in sources))
+    for name in sorted(unknown - {part.name for part in parts}):
+        raise ConfigError("data.filter.select", name, "no such source", [part.name for part in parts])
+    key = sha256_text(fingerprint(rules), tokenizer.fingerprint, *(part.content for part in parts))
     directory = cache / "filter" / key[:32]
     try:
-        done = Filter(_job(sources, rules, tokenizer, cache, directory, report, models))
+        done = Filter(_job(parts, rules, tokenizer, cache, directory, report, models))
         done.run()
     except ConfigError as error:
         raise error.under("data.filter") from None
     write_scores(done, directory / SCORES)
     write_audit_of(done, directory, "data.filter")
-    return [FilteredSource(source, done) for source in sources]
+    return [FilteredSource(part, done) for part in parts]
 
 
 def fingerprint(rules: FilterRules) -> str:
@@ -119,7 +120,7 @@ def fingerprint(rules: FilterRules) -> str:
 
 
 def _job(
-    sources: Sequence[Source],
+    parts: Sequence[SourcePart],
     rules: FilterRules,
     tokenizer: Tokenizer,
     cache: Path,
@@ -132,7 +133,7 @@ def _job(
     except ConfigError as error:
         raise error.under("scorer") from None
     return Job(
-        parts=[SourcePart(source) for source in sources],
+        parts=parts,
         rules=rules,
         scorer=scorer,
         directory=directory / "stages",

@@ -6,7 +6,6 @@ An input is cut into parts, each read by one process from its begin to its end: 
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.errors import ConfigError
-from core.files import files_in, files_like, is_local, locate, opened, sha256_file, sha256_text
+from core.files import files_in, files_like, is_local, locate, opened, sha256_file, sha256_text, unzipped
 from data.filter.records import Record
-from data.sources import TEXT_SUFFIXES
+from data.sources import TEXT_SUFFIXES, data_set_fingerprint
 
 ASSISTANT = "assistant"
 _SHOWN = 200
@@ -249,8 +248,7 @@ class DataSetPart:
     def fingerprint(self) -> str:
         """By name, or by the files of a data set on disk; a hub's may change under its name."""
         folder = Path(self.name).expanduser()
-        local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        return sha256_text(self.name, str(self.config.subset), self.config.split, *map(sha256_file, local))
+        return data_set_fingerprint(folder, self.name, str(self.config.subset), self.config.split)
 
     def records(self) -> Iterator[Record | Broken]:
         import datasets
@@ -272,7 +270,7 @@ class DataSetPart:
 
 def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines without their ends, and the file without its byte order mark."""
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+    with unzipped(path) as file:
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():

@@ -18,12 +18,6 @@ from data.filter.store import writing
 SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.json", "audit.html"
 
 
-def scores_tables(done: Filter) -> Iterator[Any]:
-    """Shard by shard: id, source, domain, score, length (bytes of text), tokens, kept, reason, bucket, tie."""
-    for _, table in _tables(done):
-        yield table
-
-
 def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> None:
     """audit.json and audit.html. `what`: what was filtered, for people; `command`: how to do it again."""
     write_audit(audit_of(done, what), directory, command)
@@ -41,6 +35,7 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
+    """Shard by shard: id, source, domain, score, length (bytes of text), tokens, kept, reason, bucket, tie."""
     import pyarrow
 
     for shard, rows in done.records.shards.items():
@@ -64,7 +59,7 @@ def write_scores(done: Filter, path: Path) -> None:
 
     with _whole(path) as temporary:
         writer = None
-        for table in scores_tables(done):
+        for _, table in _tables(done):
             writer = writer or pyarrow.parquet.ParquetWriter(temporary, table.schema, compression="zstd")
             writer.write_table(table)
         if writer is not None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from core.config import plain
 from core.errors import ConfigError
-from core.files import locate, sha256_file, sha256_text
+from core.files import files_in, locate, sha256_file, sha256_text
 from data.filter.config import FilterRules, OnError, Unit
 from data.filter.contamination import EvaluationSets
 from data.filter.duplicates import Signatures, find_duplicates, signatures
@@ -28,7 +28,7 @@ from data.filter.make import Models, models_of
 from data.filter.records import Reason, Record
 from data.filter.scorer import Scorer
 from data.filter.select import REASONS, ShardScores, noise_threshold, select
-from data.filter.store import Stage, Workers, together
+from data.filter.store import Stage, Workers, share, together
 from data.order import key_of
 
 FORMAT = 1
@@ -99,9 +99,8 @@ class Filter:
         if stage.is_whole:
             return
         with together(self.workers):
-            for place, part in enumerate(self.job.parts):
-                if place % self.workers.size == self.workers.rank:
-                    self._ingest_part(place, part)
+            for place, part in share(list(enumerate(self.job.parts)), self.workers):
+                self._ingest_part(place, part)
         shards: dict[str, int] = {}
         with together(self.workers):
             for place in range(len(self.job.parts)):
@@ -187,12 +186,13 @@ class Filter:
                 for record, problem in zip(rows, problems, strict=True)
             ]
             texts = [record.text for record in rows]
-            counts = self.job.count_tokens(texts) if self.job.count_tokens else [len(text.encode()) for text in texts]
+            sizes = [len(text.encode()) for text in texts]
+            counts = self.job.count_tokens(texts) if self.job.count_tokens else sizes
             self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(rows):,} left out")
             return _table(
                 reason=reasons,
                 tokens=np.asarray(counts, np.int64),
-                bytes=np.asarray([len(record.text.encode()) for record in rows], np.int64),
+                bytes=np.asarray(sizes, np.int64),
                 tie=np.asarray([key_of(self.rules.seed, record.id) for record in rows], np.uint64),
                 **_columns(signatures(texts)),
             )
@@ -268,16 +268,19 @@ class Filter:
 
     def _shard_scores(self, shard: str) -> tuple[ShardScores, NDArray[np.int64]]:
         """Of the records that were to be scored, and their places among all of the shard."""
+        import pyarrow.compute
+
         scored, screened = self.scored.read(shard), self.screened.read(shard, ["tokens", "bytes", "tie"])
-        domains = {name: place for place, name in enumerate(self.domains)}
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
         columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "bytes", "tie")}
-        domain = [domains.get(name, 0) for name in self.records.read(shard, ["domain"])["domain"].to_pylist()]
+        known = pyarrow.array(self.domains, pyarrow.string())
+        # what could not be read has no place among them, and no score either
+        domain = pyarrow.compute.index_in(self.records.read(shard, ["domain"])["domain"], known).fill_null(0)
         by_tokens = self.rules.unit is Unit.tokens
         scores = ShardScores(
             name=shard,
             score=scored["score"].to_numpy()[places],
-            domain=np.asarray(domain, np.int64)[places],
+            domain=domain.to_numpy().astype(np.int64)[places],
             length=columns["bytes"],
             weight=columns["tokens"] if by_tokens else np.ones(len(places), np.int64),
             hash=columns["tie"],
@@ -288,7 +291,7 @@ class Filter:
         self.decided.open(self.workers)
         if self.decided.is_whole:
             return
-        mine = [s for i, s in enumerate(self.records.shards) if i % self.workers.size == self.workers.rank]
+        mine = share(list(self.records.shards), self.workers)
         decision = select(
             lambda: (self._shard_scores(shard)[0] for shard in mine),
             self.domains,
@@ -333,8 +336,7 @@ def of_file(path: str) -> str:
     """A hash of its content; of what is no file all that is in it, or its name: who reads it says what is wrong."""
     try:
         place = locate(path)
-        files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
-        return sha256_text(*map(sha256_file, files))
+        return sha256_text(*map(sha256_file, files_in(place) if place.is_dir() else [place]))
     except (OSError, ConfigError):
         return path
 

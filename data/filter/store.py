@@ -6,10 +6,10 @@ never gone on with. Columns are those of `pyarrow` tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from core.config import differences
 from core.errors import ConfigError, DataError, LeviathanError
 from core.files import read_json, write_bytes, write_json
+
+T = TypeVar("T")
 
 MANIFEST, KEY = "manifest.json", "key.json"
 _SHOWN_DIFFERENCES = 3
@@ -46,6 +48,11 @@ class OneWorker:
     def agree(self, error: LeviathanError | None) -> None:
         if error is not None:
             raise error
+
+
+def share(items: Sequence[T], workers: Workers) -> list[T]:
+    """Those of the items that this process does; every item is some process's."""
+    return list(items[workers.rank :: workers.size])
 
 
 @contextmanager
@@ -159,8 +166,8 @@ class Stage:
     def make(self, shards: dict[str, int], workers: Workers, shard: Callable[[str], Any]) -> None:
         """Make each missing shard of this open stage, every process its own share of them."""
         with together(workers):
-            for place, name in enumerate(shards):
-                if place % workers.size == workers.rank and not self.has(name):
+            for name in share(list(shards), workers):
+                if not self.has(name):
                     table = shard(name)
                     if len(table) != shards[name]:
                         raise DataError(f"{self.path(name)}: {len(table)} rows were made of {shards[name]} records")

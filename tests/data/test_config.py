@@ -14,7 +14,7 @@ from data.config import DataConfig
 GOOD: dict[str, Any] = {"sources": {"code": {"kind": "builtin", "section": "code"}}}
 
 
-def refused(values: dict[str, Any], message: str) -> None:
+def assert_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(DataConfig, values, "data")
 
@@ -23,7 +23,7 @@ def refused(values: dict[str, Any], message: str) -> None:
 def test_shipped_configurations_fit_the_schema(name: str) -> None:
     values = yaml.safe_load((config_directory() / "data" / f"{name}.yaml").read_text())
     if name != "builtin":  # the user must say where the data is
-        refused(values, "data")
+        assert_refused(values, "data")
         values = yaml.safe_load((config_directory() / "data" / f"{name}.yaml").read_text().replace("???", "here"))
     assert isinstance(build(DataConfig, values, "data"), DataConfig)
 
@@ -45,7 +45,7 @@ def test_shipped_configurations_fit_the_schema(name: str) -> None:
     ],
 )
 def test_sources(source: dict[str, Any], message: str) -> None:
-    refused({"sources": {"x": source}}, message)
+    assert_refused({"sources": {"x": source}}, message)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_sources(source: dict[str, Any], message: str) -> None:
     ],
 )
 def test_settings(values: dict[str, Any], message: str) -> None:
-    refused(GOOD | values, message)
+    assert_refused(GOOD | values, message)
 
 
-def test_what_is_right_is_not_refused() -> None:
+def test_what_is_right_is_not_assert_refused() -> None:
     cut = build(DataConfig, GOOD | {"long_documents": "truncate", "limit_tokens": 5, "held_out": 0.0}, "data")
     assert cut.limit_tokens == 5 and cut.held_out == 0
     assert build(DataConfig, {"tokens": "somewhere"}, "data").tokens == "somewhere"

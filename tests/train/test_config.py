@@ -49,5 +49,6 @@ def test_evaluate_refuses_what_it_would_not_do(asked, message):
 
 
 def test_evaluate_takes_what_it_does():
-    EvaluateConfig(run="run", tasks=["a"], few_shot=0, limit=1, out="a.json", micro_batch=2)
-    EvaluateConfig(run="run", rows=3, micro_batch=2)
+    of_tasks = EvaluateConfig(run="run", tasks=["a"], few_shot=0, limit=1, out="a.json", micro_batch=2)
+    assert (of_tasks.few_shot, of_tasks.limit, of_tasks.out) == (0, 1, "a.json")
+    assert EvaluateConfig(run="run", rows=3, micro_batch=2).rows == 3

@@ -14,7 +14,7 @@ from data.corpus import DOCUMENTS, TRAIN, Corpus, prepare
 from data.loader import Loader
 from launch.cli import main
 from tests.data.conftest import silent
-from tests.data.filter.filtering import prose
+from tests.data.filter.filtering import two_sources
 from tests.train.tiny import TINY
 from train.config import phases
 from train.corpora import source_weights
@@ -24,14 +24,7 @@ from train.run_directory import load_config
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two sources of short files."""
-    root = tmp_path_factory.mktemp("sources")
-    for seed, name in enumerate(("prose", "code")):
-        (root / name).mkdir()
-        for number, row in enumerate(prose(60, seed, words=30)):
-            (root / name / f"{number:03d}.txt").write_text(row["text"])
-    weights = {"prose": 1.0, "code": 2.0}
-    return {name: {"path": str(root / name), "weight": weight} for name, weight in weights.items()}
+    return two_sources(tmp_path_factory.mktemp("sources"))
 
 
 PHASE = "+phases=[{name: later, steps: 5, context: 32, global_batch: 4, micro_batch: 2, weights: {code: 1.0}}]"

@@ -35,6 +35,16 @@ def prose(count: int, seed: int = 0, words: int = 18) -> list[dict[str, Any]]:
     ]
 
 
+def two_sources(root: Path) -> dict[str, Any]:
+    """Settings of two sources, prose and code, of sixty short files each."""
+    for seed, name in enumerate(("prose", "code")):
+        (root / name).mkdir()
+        for number, row in enumerate(prose(60, seed, words=30)):
+            (root / name / f"{number:03d}.txt").write_text(row["text"])
+    weights = {"prose": 1.0, "code": 2.0}
+    return {name: {"path": str(root / name), "weight": weight} for name, weight in weights.items()}
+
+
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

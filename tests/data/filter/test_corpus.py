@@ -18,21 +18,17 @@ from data.corpus import DOCUMENTS, HELD_OUT, TRAIN, Corpus, prepare
 from data.filter.corpus import SourcePart, filtered
 from data.sources import Document, FileSource
 from tests.data.conftest import make_config, silent
-from tests.data.filter.filtering import prose
+from tests.data.filter.filtering import prose, two_sources
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two sources; one has a copy and an empty file."""
     root = tmp_path_factory.mktemp("sources")
-    for seed, name in enumerate(("prose", "code")):
-        (root / name).mkdir()
-        for number, row in enumerate(prose(60, seed, words=30)):
-            (root / name / f"{number:03d}.txt").write_text(row["text"])
+    sources = two_sources(root)
     (root / "prose" / "900.txt").write_text(prose(1, 0, words=30)[0]["text"])
     (root / "code" / "901.txt").write_text(" \n")
-    weights = {"prose": 1.0, "code": 2.0}
-    return {name: {"path": str(root / name), "weight": weight} for name, weight in weights.items()}
+    return sources
 
 
 def config_of(folders: dict[str, Any], cache: Path, **rules: Any) -> DataConfig:
@@ -187,13 +183,18 @@ class Changing:
             yield Document(row["text"], False)
 
 
+def part(*counts: int) -> SourcePart:
+    source = Changing(*counts)
+    return SourcePart(source, source.fingerprint())
+
+
 @pytest.mark.parametrize("later", [19, 21])
 def test_documents_that_change_meanwhile_are_an_error(corpora, folders, tmp_path, later):
     rules = config_of(folders, tmp_path).filter
-    (source,) = filtered([Changing(20, later)], rules, corpora[0].tokenizer, tmp_path, silent, None)
+    (source,) = filtered([part(20, later)], rules, corpora[0].tokenizer, tmp_path, silent, None)
     with pytest.raises(DataError, match="the documents of changing changed while they were filtered"):
         list(source.documents())
-    (source,) = filtered([Changing(20, 20)], rules, corpora[0].tokenizer, tmp_path / "b", silent, None)
+    (source,) = filtered([part(20, 20)], rules, corpora[0].tokenizer, tmp_path / "b", silent, None)
     assert len(list(source.documents())) == 20, "control"
 
 
@@ -201,6 +202,6 @@ def test_a_source_gives_its_training_documents_alone(folders, tmp_path):
     config = config_of(folders, tmp_path)
     source = FileSource("prose", config.sources["prose"], config)
     given = list(source.documents())
-    found = list(SourcePart(source).records())
+    found = list(SourcePart(source, source.fingerprint()).records())
     assert [one.text for one in found] == [one.text for one in given if not one.held_out and not one.dropped]
     assert len({one.id for one in found}) == len(found) and {one.domain for one in found} == {"prose"}

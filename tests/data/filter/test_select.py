@@ -302,7 +302,9 @@ def test_unscored_records(bad: float) -> None:
 
 
 def test_fail_is_for_unscored_records_only() -> None:
-    decide(records(100, 12), FilterRules(on_error=OnError.fail))
+    shard = records(100, 12)
+    _, codes = decide(shard, FilterRules(on_error=OnError.fail))
+    assert np.array_equal(codes, decide(shard, FilterRules())[1])
 
 
 def test_no_finite_score_at_all() -> None:
