@@ -25,6 +25,10 @@ class CheckpointError(LeviathanError):
     """A checkpoint cannot be written, or none that is whole can be read."""
 
 
+class Diverged(LeviathanError):
+    """A loss or a gradient is no number."""
+
+
 class ConfigError(LeviathanError):
     """A configuration that cannot work, refused before anything is built.
 

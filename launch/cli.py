@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong configuration (one line, no traceback), 13
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import os
@@ -33,6 +34,8 @@ class Verb:
     sweeps: bool = False
     positional: tuple[str, ...] = ()
     """Keys that arguments without "=" stand for, in order; "..." after the last makes it a list of the rest."""
+    others: str | None = None
+    """The key of a list that takes overrides of keys which the verb itself does not have: those of another verb."""
 
 
 VERBS = {
@@ -60,6 +63,14 @@ VERBS = {
         "launch.filter:FilterConfig",
         "launch.filter:run",
         positional=("action",),
+    ),
+    "metap": Verb(
+        "hyperparameters from a small model to a large one: transfer, check, sweep, fit",
+        "metap",
+        "launch.metap:MetapConfig",
+        "launch.metap:run",
+        positional=("action",),
+        others="train",
     ),
     "import": Verb(
         "a checkpoint in the Hugging Face format, as a start for training",
@@ -151,6 +162,7 @@ def _run(name: str, arguments: list[str]) -> int:
     if unknown:
         raise ConfigError(unknown[0], None, "no such option; keys are written KEY=VALUE", ["--help", "--cfg"])
     schema = _import(verb.schema)
+    overrides = _collected(verb, schema, overrides)
     from core.config import compose_plain, config_directory, expand, load, plain
 
     if "-h" in options or "--help" in options:
@@ -178,7 +190,7 @@ def _named(verb: Verb, arguments: list[str]) -> list[str]:
     if not verb.positional:
         return arguments  # Hydra says what is wrong with them
     named, keys = [argument for argument in arguments if argument not in bare], list(verb.positional)
-    quoted = ["'" + argument.replace("'", "\\'").replace("${", "\\${") + "'" for argument in bare]
+    quoted = [_quoted(argument) for argument in bare]
     while quoted:
         if not keys:
             raise ConfigError(bare[-1], None, f"one argument too many; they are {' '.join(verb.positional)}")
@@ -188,6 +200,22 @@ def _named(verb: Verb, arguments: list[str]) -> list[str]:
             break
         named.append(f"{key}={quoted.pop(0)}")
     return named
+
+
+def _collected(verb: Verb, schema: type, overrides: list[str]) -> list[str]:
+    """Overrides of keys that `schema` does not have, as a list at `verb.others`."""
+    if verb.others is None:
+        return overrides
+    own = {one.name for one in dataclasses.fields(schema)} | {"hydra"}
+    theirs = [word for word in overrides if re.split(r"[.=@]", word.lstrip("+~"))[0] not in own]
+    mine = [word for word in overrides if word not in theirs]
+    return [*mine, f"{verb.others}=[{','.join(map(_quoted, theirs))}]"] if theirs else mine
+
+
+def _quoted(text: str) -> str:
+    """A string in Hydra's grammar."""
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", text).replace("${", "\\${") + "'"
 
 
 def _import(path: str) -> Any:

@@ -14,6 +14,7 @@ from core.errors import ConfigError, LeviathanError
 from core.ranks import CRASHED, INTERRUPTED
 from launch.settings import LaunchConfig, LaunchKind
 from train.config import TrainConfig, check
+from train.hyperparameters import resolve
 from train.run_directory import RunDirectory, write_config
 
 
@@ -22,6 +23,7 @@ def train(configs: list[TrainConfig]) -> int:
     once and before any rank is started.
     """
     _check_alike(configs)
+    configs = [resolve(config) for config in configs]
     launch = build(LaunchConfig, configs[0].launch, "launch")
     for config in configs:
         check(config, launch.ranks if launch.kind is not LaunchKind.inline else 1)

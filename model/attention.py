@@ -63,6 +63,8 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK = (rotate(x, turn, self.model.rope_pairing) for x in (q_BTHK, k_BTGK))
         if self.layer.qk_norm is QKNorm.weightless:
             q_BTHK, k_BTGK = (rms_normalise(x, self.model.norm_eps) for x in (q_BTHK, k_BTGK))
+        if self.model.multipliers.attention != 1:
+            q_BTHK = q_BTHK * self.model.multipliers.attention
         if self.layer.temperature:
             q_BTHK = (q_BTHK * context.temperature(self.model, q_BTHK.dtype)).to(q_BTHK.dtype)
         y_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, context, self.layer.chunk)

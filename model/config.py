@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -125,18 +126,42 @@ class BalanceConfig:
 class InitConfig:
     """Initial weights: normal with `std`, or `std / sqrt(fan_in)` where `fan_in` is set.
 
-    `embedding_std` and `head_std` stand by themselves (None: `std`); `depth_scaled` divides what is written to the
-    residual stream by sqrt(2 * layers) (Radford et al. 2019, section 2.3).
+    `embedding_std`, `head_std` and `router_std` stand by themselves (None: `std`); `depth_scaled` divides what is
+    written to the residual stream by sqrt(2 * layers) (Radford et al. 2019, section 2.3).
     """
 
     std: float = 0.02
     fan_in: bool = False
     embedding_std: float | None = None
     head_std: float | None = None
+    router_std: float | None = None
     depth_scaled: bool = False
+    roles: dict[str, float] = field(default_factory=dict)
+    """Absolute standard deviations by role (`query`, `router`, ...), before all of the above. Written by MetaP."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, not_negative=("std", "embedding_std", "head_std"))
+        check_numbers(self, not_negative=("std", "embedding_std", "head_std", "router_std"))
+        for role, std in self.roles.items():
+            if not (math.isfinite(std) and std >= 0):
+                raise ConfigError(f"roles.{role}", std, "must not be negative")
+
+
+@dataclass(frozen=True)
+class MultipliersConfig:
+    """Constant factors of the forward pass; at 1 the model is the published one. MetaP sets them, they travel with the
+    model, and `model.multipliers` folds them into weights.
+    """
+
+    residual: float = 1.0
+    """On what attention and feed-forward add to the residual stream."""
+    logits: float = 1.0
+    attention: float = 1.0
+    """On the queries, beside 1 / sqrt(head_width)."""
+    gates: float = 1.0
+    """On the sum of the routed experts."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("residual", "logits", "attention", "gates"))
 
 
 class UpcycleMethod(Enum):
@@ -200,6 +225,7 @@ class ModelConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
     layer_list: list[LayerConfig] | None = None
     """The layers one by one. None: built from the sugar above."""
     init_from: str | None = None

@@ -23,15 +23,18 @@ _BLOCK = 1 << 22
 
 def standard_deviation(info: ParameterInfo, model: ModelConfig) -> float:
     """Spread of the initial values of this parameter; norms start at 1 and are not asked."""
-    config: InitConfig = model.init
-    if info.role is Role.embedding and config.embedding_std is not None:
-        return config.embedding_std
-    if info.role is Role.head and config.head_std is not None:
-        return config.head_std
-    std = config.std / math.sqrt(info.fan_in) if config.fan_in else config.std
-    if config.depth_scaled and info.role.writes_residual:
-        std /= math.sqrt(2 * model.layers)
-    return std
+    if info.role.name in model.init.roles:
+        return model.init.roles[info.role.name]
+    return spread(info.role, info.fan_in, model.layers, model.init)
+
+
+def spread(role: Role, fan_in: int, layers: int, config: InitConfig) -> float:
+    """The standard deviation that `config` gives this role, `config.roles` aside."""
+    own = {Role.embedding: config.embedding_std, Role.head: config.head_std, Role.router: config.router_std}.get(role)
+    if own is not None:
+        return own
+    std = config.std / math.sqrt(fan_in) if config.fan_in else config.std
+    return std / math.sqrt(2 * layers) if config.depth_scaled and role.writes_residual else std
 
 
 @torch.no_grad()

@@ -91,16 +91,19 @@ class TiedHead(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), normalised in at least float32, cast back, then times the gain (Zhang & Sennrich 2019)."""
+    """x / rms(x), normalised in at least float32, cast back, then times the gain (Zhang & Sennrich 2019) and a constant
+    `scale`.
+    """
 
-    def __init__(self, width: int, eps: float, role: Role) -> None:
+    def __init__(self, width: int, eps: float, role: Role, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.roles = {"weight": role}
-        self.eps = eps
+        self.eps, self.scale = eps, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalise(x, self.eps) * self.weight.to(x.dtype)
+        y = rms_normalise(x, self.eps) * self.weight.to(x.dtype)
+        return y if self.scale == 1 else y * self.scale
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:

@@ -242,6 +242,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, model: ModelConfig, products: LayerProducts) -> None:
         super().__init__()
         self.router = Router(model.width, model.experts, model.router, model.balance)
+        self.multiplier = model.multipliers.gates
         self.experts = Experts(model.experts, model.width, model.expert_width, products)
         weights_on, multiple = model.router.weights_on, self.experts.token_multiple
         self.dispatch: Dispatch = LocalDispatch(model.experts, weights_on, multiple, self.experts.kernels)
@@ -254,6 +255,8 @@ class MixtureOfExperts(nn.Module):
         x_TD = x_BTD.flatten(0, 1)
         sent = self.dispatch(x_TD, Choice(experts_BTK.flatten(0, 1), weights_BTK.flatten(0, 1)))
         y_TD = sent.restore(self.experts(sent.x_CD, sent.groups))
+        if self.multiplier != 1:
+            y_TD = y_TD * self.multiplier
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x_BTD)

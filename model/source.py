@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.init import reset_buffers
-from model.roles import registry
+from model.roles import ParameterInfo, registry
 from model.transformer import Transformer
 from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve
@@ -37,11 +37,14 @@ class TensorSource(Protocol):
         ...
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Name and shape of every parameter of this model; nothing is allocated."""
+def parameter_infos(config: ModelConfig) -> dict[str, ParameterInfo]:
+    """Every parameter of this model by name; nothing is allocated."""
     with torch.device("meta"):
-        model = Transformer(config, resolve(PrecisionConfig(Compute.float32)))
-    return {name: tuple(info.shape) for name, info in registry(model).items()}
+        return registry(Transformer(config, resolve(PrecisionConfig(Compute.float32))))
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    return {name: tuple(info.shape) for name, info in parameter_infos(config).items()}
 
 
 def blocks(shape: Shape) -> Iterator[tuple[Shape, Shape]]:

@@ -18,7 +18,7 @@ from precision.resolve import LayerProducts, Precision
 
 
 class Layer(nn.Module):
-    """h = x + attention(norm(x)); h + ffn(norm(h))."""
+    """h = x + attention(norm(x)); h + ffn(norm(h)); what is added may have a constant factor."""
 
     def __init__(self, model: ModelConfig, layer: LayerConfig, products: LayerProducts) -> None:
         super().__init__()
@@ -26,6 +26,7 @@ class Layer(nn.Module):
         self.attention = Attention(model, layer, products)
         self.ffn_norm = RMSNorm(model.width, model.norm_eps, Role.block_norm)
         self.is_moe = layer.feed_forward is FeedForward.moe
+        self.multiplier = model.multipliers.residual
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
         self.ffn = (
             MixtureOfExperts(model, products)
@@ -34,9 +35,9 @@ class Layer(nn.Module):
         )
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
-        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
+        h_BTD = x_BTD.add(self.attention(self.attention_norm(x_BTD), context), alpha=self.multiplier)
         z_BTD = self.ffn_norm(h_BTD)
-        return h_BTD + (self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD))
+        return h_BTD.add(self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD), alpha=self.multiplier)
 
 
 class Stack(nn.Module):
@@ -83,7 +84,7 @@ class Transformer(Stack):
         super().__init__(
             embedding,
             {str(i): Layer(config, layer, precision.at(i, len(blocks))) for i, layer in enumerate(blocks)},
-            RMSNorm(config.width, config.norm_eps, Role.final_norm),
+            RMSNorm(config.width, config.norm_eps, Role.final_norm, config.multipliers.logits),
             TiedHead(embedding, ends)
             if config.tie_embeddings
             else Linear(config.width, config.vocab_size, Role.head, ends),

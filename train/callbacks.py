@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from core.config import plain
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError, Diverged, LeviathanError
 from core.files import append_json_line, write_json
 from data.loader import Batch
 from data.ngrams import NgramBaseline
@@ -74,8 +74,8 @@ def refuse_nonsense(metrics: StepMetrics, steps: int) -> None:
         raise _nonsense(f"a loss or a gradient norm before step {steps} was no number")
 
 
-def _nonsense(what: str) -> LeviathanError:
-    error = LeviathanError(f"{what}: start a new run (run.name) with a lower optimizer.lr")
+def _nonsense(what: str) -> Diverged:
+    error = Diverged(f"{what}: start a new run (run.name) with a lower optimizer.lr")
     error.everywhere = True
     return error
 

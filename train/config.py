@@ -11,6 +11,7 @@ from typing import Any
 from core.errors import ConfigError, check_numbers
 from core.files import locate
 from data.config import DataConfig, Packing
+from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from parallel import expert
 from parallel.apply import check_float8
@@ -171,6 +172,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    hparam: HparamConfig = field(default_factory=HparamConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

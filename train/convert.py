@@ -19,6 +19,7 @@ from core.files import new_directory
 from data.tokenizer import save_for_transformers
 from model.huggingface import HuggingFaceCheckpoint, compare_logits, compare_settings, export, obstacle, shortage
 from model.huggingface.checkpoint import TOKENIZER_FILES
+from model.multipliers import folded
 from model.source import TensorSource
 from parallel.world import World
 from train.checkpoint import progress_of
@@ -177,7 +178,7 @@ def _compare(source: TensorSource, directory: Path, dtype: torch.dtype | None, c
     """Compare what can be compared here, print which that is, and return it."""
     unasked = "check=never" if check is Check.never else obstacle(directory)
     if unasked is None:
-        compare_settings(source.config, directory)
+        compare_settings(folded(source).config, directory)
     why = unasked or shortage(source)
     if why is None:
         checked = (

@@ -48,6 +48,23 @@ class GroupConfig:
 
 
 @dataclass(frozen=True)
+class RoleConfig:
+    """What parameters of a role use."""
+
+    lr: float
+    eps: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """What was carried over from a base (see `train.hyperparameters`), by role, in place of the optimizer's own."""
+
+    beta2: float
+    roles: dict[str, RoleConfig]
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """`lr` is the peak. `groups` is keyed by role (`embedding`, `router`, `expert_down`, ...). Norms never decay."""
 
@@ -61,6 +78,8 @@ class OptimizerConfig:
     muon: MuonConfig = field(default_factory=MuonConfig)
     """Read by kind=muon only."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
+    transferred: Transferred | None = None
+    """Written by MetaP; null: all of the above is meant for this run as it is."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("lr", "eps"), not_negative=("weight_decay",))
@@ -90,7 +109,14 @@ class OptimizerConfig:
         """Whether parameters of this role are Muon's."""
         return self.kind is OptimizerKind.muon and role.is_matrix
 
+    def of(self, role: Role) -> RoleConfig:
+        """What this run's parameters of this role use."""
+        if self.transferred is not None:
+            return self.transferred.roles[role.name]
+        return RoleConfig(self.peak_lr(role), self.eps, self.decay(role))
+
     def peak_lr(self, role: Role) -> float:
+        """As found at the base, where there is one."""
         base = self.muon.lr if self.by_muon(role) and self.muon.lr is not None else self.lr
         return base * self.groups.get(role.name, GroupConfig()).lr_scale
 
@@ -111,22 +137,24 @@ def make_optimizer(
     groups: list[dict[str, Any]] = []
     matrices: list[dict[str, Any]] = []
     for role, parameters in by_role.items():
-        peak, decay = config.peak_lr(role), config.decay(role)
-        group = {"params": parameters, "name": role.name, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+        own = config.of(role)
+        group = {"params": parameters, "name": role.name, "lr": own.lr, "peak_lr": own.lr, "eps": own.eps}
+        group["weight_decay"] = own.weight_decay
         (matrices if config.by_muon(role) else groups).append(group)
     if config.kind is OptimizerKind.sgd:
         return torch.optim.SGD(groups, lr=config.lr)
     rest = _adamw(groups, config)
     if config.kind is OptimizerKind.adamw:
         return rest
-    own = {name: p for name, p in model.named_parameters() if config.by_muon(specs[name].info.role)}
-    plan = rounds({name: specs[name] for name in own}, meshes)
+    hidden = {name: p for name, p in model.named_parameters() if config.by_muon(specs[name].info.role)}
+    plan = rounds({name: specs[name] for name in hidden}, meshes)
     moments = torch.bfloat16 if config.moments is Moments.bfloat16 else None
-    return Muon(matrices, rest, own, plan, config.muon, config.muon.format(model.compute_dtype), moments)
+    return Muon(matrices, rest, hidden, plan, config.muon, config.muon.format(model.compute_dtype), moments)
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    beta2 = config.beta2 if config.transferred is None else config.transferred.beta2
+    options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, beta2), "eps": config.eps}
     if config.moments is Moments.bfloat16:
         return AdamWLowMoments(groups, **options)
     return torch.optim.AdamW(groups, fused=True, **options)

@@ -24,6 +24,7 @@ from core.page import data_url, page
 from data.filter.outputs import AUDIT_PAGE
 from model.config import FeedForward
 from train.config import TrainConfig, phases
+from train.hyperparameters import without_derived
 from train.plots import WIDE, draw
 from train.run_directory import load_config, read_lines
 
@@ -145,7 +146,7 @@ def write_report(directories: Sequence[Path], out: Path) -> None:
 
 def repeat_command(config: TrainConfig) -> str | None:
     """A command whose composed configuration is this one but for its place; None where overrides cannot say it."""
-    base = plain(load("train", TrainConfig, []))
+    config, base = without_derived(config), plain(load("train", TrainConfig, []))
     overrides = []
     for key, (_, after) in differences(base, plain(config)).items():
         if key.startswith(("launch", "run.root", "run.name")):

@@ -21,9 +21,12 @@ from core.errors import ConfigError, LeviathanError
 from core.files import locate, read_json, write_text
 from core.ranks import CRASHED
 from train.config import TrainConfig, phases
+from train.hyperparameters import without_derived
 
 MARKER = "COMMITTED"
 """Written last into a checkpoint's directory: without it there is no checkpoint."""
+DIVERGED = "diverged.json"
+"""Written where a loss or a gradient was no number."""
 FREE = (
     "run.root",
     "run.name",
@@ -146,9 +149,10 @@ class RunDirectory:
             raise ConfigError("checkpoint.directory", elsewhere, f"cannot be written: {error}") from error
 
     def _check_same(self, config: TrainConfig) -> None:
-        old, new = plain(self.stored_config()), plain(config)
-        begun = self._begun_phases(config)
-        for key, (before, after) in differences(_indexed(old), _indexed(new)).items():
+        stored, begun = self.stored_config(), self._begun_phases(config)
+        was, is_now = (_indexed(plain(without_derived(one))) for one in (stored, config))
+        said = differences(was, is_now)  # before what follows from it
+        for key, (before, after) in {**said, **differences(_indexed(plain(stored)), _indexed(plain(config)))}.items():
             later_phase = key.startswith("phases.") and int(key.split(".")[1]) >= begun
             anywhere = re.sub(r"^phases\.\d+\.", "phases.*.", key)
             free = any(anywhere == part or anywhere.startswith(f"{part}.") for part in FREE)

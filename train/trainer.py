@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.config import plain
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError, Diverged, LeviathanError
 from core.files import write_json
 from core.origin import sources_digest
 from core.ranks import INTERRUPTED
@@ -31,7 +31,7 @@ from parallel.mesh import make_meshes
 from parallel.shards import fill
 from parallel.world import World, connect, wait_for
 from precision.resolve import resolve
-from train import callbacks, certificates
+from train import callbacks, certificates, hyperparameters
 from train.checkpoint import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
 from train.consumption import Consumption
@@ -43,7 +43,7 @@ from train.interrupt import Interruption
 from train.metrics import Log
 from train.online import Window
 from train.parts import run_state
-from train.run_directory import RunDirectory, committed
+from train.run_directory import DIVERGED, RunDirectory, committed
 from train.step import StepResult, optimizer_step
 from train.stragglers import Stragglers
 
@@ -241,6 +241,7 @@ class Trainer:
 
 def run(config: TrainConfig) -> int:
     """The verb `train` on this rank: check, prepare, train, and return the exit code."""
+    config = hyperparameters.resolve(config)
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
     if config.run.name is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ConfigError("run.name", None, "a run that may be started again needs a name, or each start begins anew")
@@ -254,10 +255,20 @@ def run(config: TrainConfig) -> int:
             log = Log(directory.path / "log.txt" if world.is_main else None)
             corpus = get_corpus(config, world, log)
             world.from_main(lambda: keep_audit(corpus, directory.path))
-            return Trainer(config, world, directory, corpus, log).fit()
+            return _fitted(Trainer(config, world, directory, corpus, log))
     finally:
         directory.release()
         world.close()
+
+
+def _fitted(trainer: Trainer) -> int:
+    """A run that diverged says so in its directory: a sweep takes it as a result."""
+    try:
+        return trainer.fit()
+    except Diverged as error:
+        if trainer.world.is_main:
+            write_json(trainer.directory.path / DIVERGED, {"step": trainer.step, "reason": str(error)})
+        raise
 
 
 def _identity(config: TrainConfig, device: torch.device) -> dict[str, str]:

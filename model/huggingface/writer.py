@@ -17,6 +17,7 @@ from model.huggingface.checkpoint import HuggingFaceCheckpoint
 from model.huggingface.families import write_config
 from model.huggingface.files import Planned, write_directory
 from model.huggingface.locations import Location, locations
+from model.multipliers import folded
 from model.source import TensorSource, blocks
 
 
@@ -34,10 +35,12 @@ def export(
     """Write `source` to `directory`, which appears only once everything is written, reopened and `verify`-ed.
 
     `dtype` None keeps each tensor's own; `extra_config` adds keys to `config.json` that do not change the network.
-    Raises `ConfigError` where no family expresses the model or the directory exists.
+    Constant factors of its forward pass are folded into weights. Raises `ConfigError` where no family expresses the
+    model or the directory exists.
     """
     if directory.exists():
         raise ConfigError("out", str(directory), "exists already; name a new directory")
+    source = folded(source)
     chosen, config = write_config(source.config, family)
     places = locations(source.config, chosen.names, ())
     if set(places) != set(source.shapes):

@@ -1,0 +1,35 @@
+"""A model and its run grown along one axis, all else in proportion: the families that rules are checked on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import Enum
+
+from core.errors import ConfigError
+from model.config import ModelConfig
+
+
+class Axis(Enum):
+    width = "width"
+    """Every width; more heads of the same width."""
+    depth = "depth"
+    experts = "experts"
+    """At the same sparsity: as many times more per token."""
+    batch = "batch"
+    tokens = "tokens"
+
+
+def grown(model: ModelConfig, axis: Axis, factor: int) -> ModelConfig:
+    """The model `factor` times as large along `axis`; itself along an axis of the run."""
+    if axis is Axis.width:
+        keys = ["width", "heads", "kv_heads", "dense_width", "expert_width"]
+        keys += [] if model.shared_width is None else ["shared_width"]
+        return replace(model, **{key: getattr(model, key) * factor for key in keys})
+    if axis is Axis.depth:
+        if model.layer_list is not None:
+            raise ConfigError("model.layer_list", None, "a list of layers cannot be made deeper: leave it out")
+        return replace(model, layers=model.layers * factor)
+    if axis is Axis.experts:
+        router = replace(model.router, top_k=model.router.top_k * factor)
+        return replace(model, experts=model.experts * factor, router=router)
+    return model

@@ -1,0 +1,109 @@
+"""The coordinate check: along an axis of size, what a few steps change inside a model must stay as large as it was.
+
+Measured is the change, not the state: initial states hardly depend on a parametrization, changes do (Yang et al. 2022,
+arXiv 2203.03466, appendix D.1). The slope is that of log2 of its root mean square against log2 of the size, over the
+means of the seeds' logarithms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hparam.axes import Axis
+from hparam.rules import Parametrization
+
+LIMITS: Mapping[Axis, Mapping[str, float]] = {
+    Axis.width: {"residual": 0.15, "embedding": 0.15, "attention": 0.2, "moe": 0.2, "logits": 0.2},
+    Axis.depth: {"residual": 0.2},
+    Axis.experts: {"residual": 0.2, "logits": 0.2},
+}
+"""The largest slope, up or down, of the change of each quantity."""
+CONTROLS: Mapping[Axis, float] = {Axis.width: 0.4, Axis.depth: 0.3}
+"""Of the standard parametrization some limited quantity must change with at least this slope, or the check is blind."""
+
+Measured = Mapping[str, Mapping[str, float]]
+"""quantity -> `initial` and `change`, root mean squares."""
+Measure = Callable[[Axis, int, int, Parametrization], Measured]
+"""(axis, factor, seed, parametrization) -> what training changed."""
+
+
+@dataclass(frozen=True)
+class AxisResult:
+    """`values` and `initial`: parametrization -> quantity -> geometric mean over seeds at each factor."""
+
+    axis: Axis
+    factors: list[int]
+    values: dict[str, dict[str, list[float]]]
+    initial: dict[str, dict[str, list[float]]]
+    slopes: dict[str, dict[str, float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = {
+            name: {quantity: slope(self.factors, series) for quantity, series in by.items()}
+            for name, by in self.values.items()
+        }
+        object.__setattr__(self, "slopes", found)
+
+    def failures(self) -> list[str]:
+        """What exceeds a limit, and a control that shows nothing."""
+        found = []
+        ours, control = self.slopes[Parametrization.metap.value], self.slopes[Parametrization.standard.value]
+        limits = {name: limit for name, limit in LIMITS[self.axis].items() if name in ours}
+        for name, limit in limits.items():
+            if not abs(ours[name]) <= limit:
+                found.append(f"{self.axis.value}: the change of {name} has slope {ours[name]:+.3f}, limit {limit}")
+        least = CONTROLS.get(self.axis)
+        if least is not None and not max(abs(control[name]) for name in limits) >= least:
+            steepest = max(limits, key=lambda name: abs(control[name]))
+            found.append(
+                f"{self.axis.value}: blind, the standard parametrization changes {steepest} with slope "
+                f"{control[steepest]:+.3f} only; a larger learning rate or a wider range would show it"
+            )
+        return found
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "factors": self.factors,
+            "slopes": self.slopes,
+            "changes": self.values,
+            "initial": self.initial,
+            "limits": dict(LIMITS[self.axis]),
+            "control_at_least": CONTROLS.get(self.axis),
+            "failures": self.failures(),
+        }
+
+
+def slope(factors: Sequence[int], values: Sequence[float]) -> float:
+    """Of log2(values) against log2(factors), least squares. NaN where a value is no positive number."""
+    x, y = np.log2(np.asarray(factors, float)), np.asarray(values, float)
+    if not (np.isfinite(y).all() and (y > 0).all()):
+        return float("nan")
+    return float(np.polyfit(x, np.log2(y), 1)[0])
+
+
+def check_axis(
+    measure: Measure, axis: Axis, factors: Sequence[int], seeds: int, progress: Callable[[str], None]
+) -> AxisResult:
+    values: dict[str, dict[str, list[float]]] = {}
+    initial: dict[str, dict[str, list[float]]] = {}
+    for rules in Parametrization:
+        for factor in factors:
+            found = [measure(axis, factor, seed, rules) for seed in range(seeds)]
+            for into, key in ((values, "change"), (initial, "initial")):
+                for quantity in found[0]:
+                    series = into.setdefault(rules.value, {}).setdefault(quantity, [])
+                    series.append(_geometric_mean([one[quantity][key] for one in found]))
+            progress(
+                f"{axis.value} x{factor} {rules.value}: residual changes by {values[rules.value]['residual'][-1]:.4g}"
+            )
+    return AxisResult(axis, list(factors), values, initial)
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    """0 where one is 0: a head that begins at zero."""
+    array = np.asarray(values, float)
+    return float(np.exp(np.log(array).mean())) if (array > 0).all() else float(array.min())

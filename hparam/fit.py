@@ -1,0 +1,196 @@
+"""From losses of a sweep to the best learning rate, how sure that is, and how it follows a run's sizes.
+
+Optima are vertices of parabolas in log2 of the learning rate through the best point of the mean over seeds and its
+neighbours; a best point at the edge of the grid is no optimum. Intervals are bootstraps over seeds, the same for every
+setting, so that differences are paired.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ConfigError
+from hparam.scale import Scale
+
+MOST_RESAMPLES = 1000
+SIZES = ("width", "layers", "batch", "tokens")
+"""What an exponent is fitted for, where it takes three values or more."""
+
+Losses = Mapping[float, Mapping[int, float]]
+"""learning rate -> seed -> held-out loss; not finite where the run diverged."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """log2 of the best learning rate and the loss there, each with its 95% interval over seeds."""
+
+    log2_lr: Interval
+    loss: Interval
+
+    @property
+    def lr(self) -> float:
+        return float(2**self.log2_lr.value)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of one setting, [learning rates, seeds], rates ascending."""
+
+    name: str
+    log2_lrs: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    scale: Scale | None = None
+
+    def vertex(self, chosen: Sequence[int]) -> tuple[float, float]:
+        """Best log2 learning rate and loss of the mean over these seeds (by place). Raises `ConfigError` where the best
+        point is at the edge.
+        """
+        mean = np.nan_to_num(self.losses[:, list(chosen)].mean(1), nan=np.inf)
+        best = int(mean.argmin())
+        if not np.isfinite(mean[best]):
+            raise ConfigError("sweep.lr", None, f"every run of {self.name} diverged: extend the grid downwards")
+        if best in (0, len(mean) - 1):
+            side = "downwards" if best == 0 else "upwards"
+            reason = f"the best of {self.name} is at the edge of the grid, 2^{self.log2_lrs[best]:g}: extend it {side}"
+            raise ConfigError("sweep.lr", None, reason)
+        near = slice(best - 1, best + 2)
+        if not np.isfinite(mean[near]).all():
+            return float(self.log2_lrs[best]), float(mean[best])
+        a, b, c = np.polyfit(self.log2_lrs[near] - self.log2_lrs[best], mean[near], 2)
+        place = -b / (2 * a) if a > 0 else 0.0
+        return float(self.log2_lrs[best] + place), float(c + b * place + a * place * place)
+
+    def vertices(self, resamples: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """[resamples, (log2 lr, loss)]; one that is at the edge counts with the edge."""
+        found = []
+        for chosen in resamples:
+            try:
+                found.append(self.vertex(chosen))
+            except ConfigError:
+                mean = np.nan_to_num(self.losses[:, list(chosen)].mean(1), nan=np.inf)
+                found.append((float(self.log2_lrs[mean.argmin()]), float(mean.min())))
+        return np.array(found)
+
+    def at(self, log2_lr: float) -> float:
+        """Mean loss at a rate between grid points, by straight lines."""
+        return float(np.interp(log2_lr, self.log2_lrs, self.losses.mean(1)))
+
+
+def curve(name: str, losses: Losses, scale: Scale | None = None) -> Curve:
+    """Raises `ConfigError` where a seed is missing somewhere: its pair would be."""
+    rates = sorted(losses)
+    seeds = sorted({seed for by in losses.values() for seed in by})
+    for rate in rates:
+        missing = [seed for seed in seeds if seed not in losses[rate]]
+        if missing:
+            reason = f"{name} lacks seed {missing[0]} at {rate:g}: let the sweep run to its end"
+            raise ConfigError("sweep.seeds", None, reason)
+    if len(rates) < 3:
+        raise ConfigError("sweep.lr", None, f"{name} has {len(rates)} learning rates; a minimum needs three")
+    table = np.array([[losses[rate][seed] for seed in seeds] for rate in rates])
+    return Curve(name, np.log2(np.array(rates)), table, scale)
+
+
+def resamples(seeds: int) -> list[tuple[int, ...]]:
+    """Every choice of as many seeds with repetition, or a thousand of them."""
+    if seeds**seeds <= MOST_RESAMPLES:
+        return list(itertools.product(range(seeds), repeat=seeds))
+    generator = np.random.default_rng(0)
+    return [tuple(generator.integers(seeds, size=seeds)) for _ in range(MOST_RESAMPLES)]
+
+
+def _interval(value: float, samples: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
+
+
+def optimum(one: Curve) -> Optimum:
+    """Raises `ConfigError` where the minimum is not bracketed."""
+    seeds = one.losses.shape[1]
+    lr, loss = one.vertex(range(seeds))
+    found = one.vertices(resamples(seeds))
+    return Optimum(_interval(lr, found[:, 0]), _interval(loss, found[:, 1]))
+
+
+def drift(first: Curve, last: Curve) -> Interval:
+    """Octaves from the optimum of `first` to that of `last`, paired by seed."""
+    everyone = resamples(first.losses.shape[1])
+    value = last.vertex(range(last.losses.shape[1]))[0] - first.vertex(range(first.losses.shape[1]))[0]
+    return _interval(value, last.vertices(everyone)[:, 0] - first.vertices(everyone)[:, 0])
+
+
+def penalty(first: Curve, last: Curve) -> Interval:
+    """Loss of `last` at the optimum of `first`, less that at its own: what carrying over costs, in nats."""
+    everyone = resamples(first.losses.shape[1])
+
+    def cost(chosen: Sequence[int], rate: float, own: float) -> float:
+        return float(np.interp(rate, last.log2_lrs, last.losses[:, list(chosen)].mean(1))) - own
+
+    seeds = range(first.losses.shape[1])
+    value = cost(list(seeds), first.vertex(seeds)[0], last.vertex(seeds)[1])
+    pairs = zip(everyone, first.vertices(everyone)[:, 0], last.vertices(everyone)[:, 1], strict=True)
+    return _interval(value, np.array([cost(chosen, rate, own) for chosen, rate, own in pairs]))
+
+
+def exponents(curves: Sequence[Curve]) -> dict[str, Interval]:
+    """Powers with which the best rate follows the sizes that take three values or more, each beside the others."""
+    varying = [size for size in SIZES if len({getattr(one.scale, size) for one in curves}) >= 3]
+    if not varying or len(curves) < len(varying) + 2:
+        return {}
+    x = np.array([[1.0, *(math.log2(getattr(one.scale, size)) for size in varying)] for one in curves])
+    if np.linalg.matrix_rank(x) < x.shape[1]:
+        return {}  # sizes that only move together
+    seeds = curves[0].losses.shape[1]
+    whole = _solve(x, np.array([one.vertex(range(seeds))[0] for one in curves]))
+    everyone = resamples(seeds)
+    columns = np.stack([one.vertices(everyone)[:, 0] for one in curves])
+    samples = np.stack([_solve(x, columns[:, place]) for place in range(len(everyone))])
+    return {size: _interval(whole[place + 1], samples[:, place + 1]) for place, size in enumerate(varying)}
+
+
+def _solve(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.linalg.lstsq(x, y, rcond=None)[0], np.float64)
+
+
+def foretold(curves: Sequence[Curve]) -> dict[str, Any] | None:
+    """The largest setting's optimum as the others foretell it, beside what was swept; None for fewer than three.
+
+    The others' fit over the sizes that vary; where they vary too little for one, their mean.
+    """
+    if len(curves) < 3:
+        return None
+    *others, held_out = sorted(curves, key=_cost)
+    seeds = range(held_out.losses.shape[1])
+    rates = np.array([one.vertex(seeds)[0] for one in others])
+    varying = [size for size in SIZES if len({getattr(one.scale, size) for one in others}) >= 2]
+    x = np.array([[1.0, *(math.log2(getattr(one.scale, size)) for size in varying)] for one in others])
+    if len(others) > len(varying) and np.linalg.matrix_rank(x) == x.shape[1] and len(others) > 2:
+        target = np.array([1.0, *(math.log2(getattr(held_out.scale, size)) for size in varying)])
+        predicted = float(target @ _solve(x, rates))
+    else:
+        predicted = float(rates.mean())
+    swept = held_out.vertex(seeds)[0]
+    return {"held_out": held_out.name, "predicted": predicted, "swept": swept, "octaves": swept - predicted}
+
+
+def _cost(one: Curve) -> float:
+    assert one.scale is not None
+    return float(one.scale.tokens) * one.scale.layers * one.scale.width**2
+
+
+def plain_optimum(one: Optimum) -> dict[str, Any]:
+    return {"lr": one.lr, "log2_lr": asdict(one.log2_lr), "loss": asdict(one.loss)}

@@ -1,0 +1,138 @@
+"""Scaling rules as data: by role, how initial spread, learning rate and epsilon follow the sizes of a model.
+
+`metap` is our set for what Meta calls MetaP and has not published: CompleteP (Dey et al. 2025, arXiv 2505.01618, table
+1) with Adam's epsilons of Complete(d)P (arXiv 2512.22382, table 1), experts after the Maximally Scale-Stable
+Parameterization (arXiv 2605.14200) at fixed sparsity, and a router that starts small instead of at zero: exact ties
+send every token to the same experts. `standard` is what most code does: spread by fan-in, deeper models write less, one
+learning rate.
+
+A rule is a product of ratios target / base, each to a power; `a` is the depth exponent, 1 for CompleteP. `fan_in`,
+`fan_out` and `larger` (of the two) are the matrix's own. All rules are 1 where target and base are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+from functools import cache
+
+from model.roles import Role
+
+VERSION = 1
+
+METAP = """
+role                                         std           lr                        eps
+embedding                                    1             1                         width^-1
+query key value attention_output             fan_in^-1/2   fan_in^-1 layers^a-1      width^-1 layers^-a
+dense_gate dense_up dense_down               fan_in^-1/2   fan_in^-1 layers^a-1      width^-1 layers^-a
+shared_gate shared_up shared_down            fan_in^-1/2   fan_in^-1 layers^a-1      width^-1 layers^-a
+expert_gate_up expert_down                   fan_in^-1/2   fan_in^-1 layers^a-1      width^-1 layers^-a experts^-1
+router                                       width^-1      width^-1 layers^a-1       layers^-a experts^-1
+block_norm                                   1             layers^a-1                width^-1 layers^-a
+qk_norm                                      1             layers^a-1                layers^-a
+final_norm                                   1             1                         1
+head                                         width^-1      width^-1                  1
+"""
+HEAD_WITH_MULTIPLIER = """
+role                                         std           lr                        eps
+head                                         1             1                         width^-1
+"""
+STANDARD = """
+role                                         std                         lr          eps
+embedding block_norm qk_norm final_norm      1                           1           1
+query key value dense_gate dense_up          fan_in^-1/2                 1           1
+shared_gate shared_up expert_gate_up router  fan_in^-1/2                 1           1
+attention_output dense_down                  fan_in^-1/2 layers^-1/2     1           1
+shared_down expert_down                      fan_in^-1/2 layers^-1/2     1           1
+head                                         fan_in^-1/2                 1           1
+"""
+MUON = {
+    "unit_rms_norm": "layers^a-1",
+    "shape_scaling": "fan_out^1/2 larger^-1/2 layers^a-1",
+    "match_adamw": "fan_out^1/2 fan_in^-1/2 larger^-1/2 layers^a-1",
+}
+"""Learning rate of matrices under Muon, whose update has spectral norm 1 before its own scale (`train.muon.MuonScale`):
+what is missing until a step's spectral norm goes as sqrt(fan_out / fan_in) (Yang et al. 2023, arXiv 2310.17813).
+"""
+MULTIPLIERS = {
+    "metap": {"residual": "layers^-a", "attention": "head_width^-1/2", "logits": "1", "gates": "1"},
+    "standard": {"residual": "1", "attention": "1", "logits": "1", "gates": "1"},
+}
+LOGITS_WITH_MULTIPLIER = "width^-1"
+GATES_NOT_NORMALISED = "top_k^-1"
+"""Sigmoid gates of which a token's do not sum to one: experts' sum grows with how many there are."""
+
+
+class Parametrization(Enum):
+    metap = "metap"
+    standard = "standard"
+    """For comparison: one learning rate, spread by fan-in."""
+
+
+class HeadForm(Enum):
+    """Where the output's 1 / width is: `absorbed` in the head's spread and rate, `multiplier` on the logits, which tied
+    embeddings need. Both train the same model (as functions of the data).
+    """
+
+    absorbed = "absorbed"
+    multiplier = "multiplier"
+
+
+@dataclass(frozen=True)
+class Power:
+    """ratio ** (constant + depth * a)."""
+
+    size: str
+    constant: float
+    depth: int = 0
+
+
+Monomial = tuple[Power, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    std: Monomial
+    lr: Monomial
+    eps: Monomial
+
+
+def monomial(text: str) -> Monomial:
+    """`fan_in^-1 layers^a-1` -> its powers. `1` is none."""
+    return () if text == "1" else tuple(_power(word) for word in text.split())
+
+
+def _power(word: str) -> Power:
+    size, _, exponent = word.partition("^")
+    depth = 0
+    for sign, factor in (("-a", -1), ("a", 1)):
+        if exponent.startswith(sign):
+            depth, exponent = factor, exponent.removeprefix(sign) or "0"
+            break
+    return Power(size, float(Fraction(exponent)), depth)
+
+
+def value(powers: Monomial, ratios: Mapping[str, float], alpha: float) -> float:
+    return math.prod(ratios[one.size] ** (one.constant + one.depth * alpha) for one in powers)
+
+
+@cache
+def table(parametrization: Parametrization, head: HeadForm) -> Mapping[Role, Rule]:
+    """Every role's rule under AdamW."""
+    if parametrization is Parametrization.standard:
+        return _parse(STANDARD)
+    return {**_parse(METAP), **(_parse(HEAD_WITH_MULTIPLIER) if head is HeadForm.multiplier else {})}
+
+
+def _parse(text: str) -> dict[Role, Rule]:
+    head, *lines = text.strip().splitlines()
+    starts = [head.index(name) for name in ("std", "lr", "eps")]
+    rules = {}
+    for line in lines:
+        ends = [*starts[1:], len(line)]
+        cells = [monomial(line[start:end].strip()) for start, end in zip(starts, ends, strict=True)]
+        rules.update({Role[name]: Rule(*cells) for name in line[: starts[0]].split()})
+    return rules

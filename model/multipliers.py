@@ -1,0 +1,62 @@
+"""A model with constant factors in its forward pass, as the same network without them: folded into its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError
+from model.config import ModelConfig, MultipliersConfig, QKNorm
+from model.roles import ParameterInfo, Role
+from model.source import TensorSource, parameter_infos
+
+
+def folded(source: TensorSource) -> TensorSource:
+    """`source` itself where all factors are 1. Raises `ConfigError` where a factor has no weight to go into."""
+    return source if source.config.multipliers == MultipliersConfig() else Folded(source)
+
+
+class Folded:
+    """`source`'s tensors times what the forward pass would have multiplied them by.
+
+    The residual factor goes into the matrices that write to the residual stream, that of the logits into the final
+    norm's gain (so that a tied table stays what it is), that of attention into query norms or query matrices.
+    """
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source, model = source, source.config
+        self.factors = {name: _factor(info, model) for name, info in parameter_infos(model).items()}
+        self.config = replace(model, multipliers=MultipliersConfig())
+        self.shapes, self.dtypes = source.shapes, source.dtypes
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        block, factor = self.source.read(name, offset, shape), self.factors[name]
+        if factor == 1:
+            return block
+        wide = block.to(torch.promote_types(block.dtype, torch.float32))
+        return (wide * factor).to(block.dtype)
+
+
+def _factor(info: ParameterInfo, model: ModelConfig) -> float:
+    factors = model.multipliers
+    if info.role.writes_residual:
+        return factors.residual * (factors.gates if info.role is Role.expert_down else 1.0)
+    if info.role is Role.final_norm:
+        return factors.logits
+    if factors.attention == 1:
+        return 1.0
+    norm = _qk_norm(info.name, model)
+    if info.role is Role.query and norm is QKNorm.weightless:
+        reason = "has no weight to go into where queries are normalised without a gain (qk_norm: weightless)"
+        raise ConfigError("model.multipliers.attention", factors.attention, reason, [1.0])
+    if info.role is Role.qk_norm and ".query_norm." in info.name:
+        return factors.attention
+    return factors.attention if info.role is Role.query and norm is QKNorm.none else 1.0
+
+
+def _qk_norm(name: str, model: ModelConfig) -> QKNorm | None:
+    parts = name.split(".")
+    return model.blocks[int(parts[1])].qk_norm if parts[0] == "layers" else None

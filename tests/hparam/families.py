@@ -1,0 +1,59 @@
+"""A family of small mixtures and their runs for tests of scaling rules, and batches that need no corpus."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from core.config import load
+from data.loader import Batch
+from train.config import TrainConfig
+
+SMALL = [
+    "model.vocab_size=256",
+    "model.width=64",
+    "model.layers=2",
+    "model.heads=4",
+    "model.kv_heads=4",
+    "model.head_width=16",
+    "model.dense_width=128",
+    "model.expert_width=64",
+    "model.shared_width=0",
+    "model.experts=8",
+    "model.moe_every=1",
+    "model.nope_every=0",
+    "model.chunk=null",
+    "model.qk_norm=none",
+    "model.router.top_k=2",
+    "model.router.score=softmax",
+    "model.router.renormalise=true",
+    "model.router.weights_on=output",
+    "model.init.std=1",
+    "model.init.fan_in=true",
+    "model.init.depth_scaled=false",
+    "model.init.embedding_std=1",
+    "model.init.head_std=0",
+    "model.init.router_std=0.00125",
+    "training.context=64",
+    "training.global_batch=8",
+    "training.micro_batch=8",
+    "training.clip_norm=null",
+    "optimizer.weight_decay=0",
+]
+"""Head from zero and a small router: what is left is learnt."""
+
+
+def family(*overrides: str) -> TrainConfig:
+    """The base of a family."""
+    return load("train", TrainConfig, ["hparam=none", *SMALL, *overrides])
+
+
+def text(rows: int = 8, context: int = 64) -> Batch:
+    """Rows of bytes of this project's own source: real text, without a tokenizer."""
+    import model.moe
+
+    with open(model.moe.__file__, "rb") as file:
+        ids = np.frombuffer(file.read(rows * (context + 1)), np.uint8).astype(np.int64).reshape(rows, context + 1)
+    tokens = torch.from_numpy(ids.copy())
+    positions = torch.arange(context).expand(rows, context)
+    return Batch(tokens[:, :-1], tokens[:, 1:], positions, torch.zeros(rows, dtype=torch.int64))

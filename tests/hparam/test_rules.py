@@ -1,0 +1,44 @@
+"""The rules are data: they parse to what they say, cover every role, and are 1 where nothing was scaled."""
+
+from __future__ import annotations
+
+import pytest
+
+from hparam.rules import MULTIPLIERS, MUON, HeadForm, Parametrization, Power, monomial, table, value
+from model.roles import Role
+
+
+def test_powers_are_read_as_written():
+    assert monomial("1") == ()
+    assert monomial("fan_in^-1/2 layers^a-1 experts^-1") == (
+        Power("fan_in", -0.5),
+        Power("layers", -1.0, 1),
+        Power("experts", -1.0),
+    )
+    assert monomial("layers^-a") == (Power("layers", 0.0, -1),)
+    ratios = {"fan_in": 4.0, "layers": 8.0, "experts": 2.0}
+    assert value(monomial("fan_in^-1/2 layers^a-1 experts^-1"), ratios, 1.0) == 0.25
+    assert value(monomial("layers^a-1 layers^-a"), ratios, 0.5) == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize("rules", Parametrization)
+@pytest.mark.parametrize("head", HeadForm)
+def test_every_role_has_a_rule(rules, head):
+    assert table(rules, head).keys() == set(Role)
+
+
+def test_only_known_sizes_are_scaled_by():
+    sizes = {"width", "layers", "experts", "top_k", "head_width", "fan_in", "fan_out", "larger"}
+    monomials = [
+        part
+        for rules in Parametrization
+        for head in HeadForm
+        for rule in table(rules, head).values()
+        for part in (rule.std, rule.lr, rule.eps)
+    ]
+    monomials += [monomial(text) for text in [*MUON.values(), *(t for by in MULTIPLIERS.values() for t in by.values())]]
+    assert {power.size for one in monomials for power in one} <= sizes
+
+
+def test_the_standard_way_has_one_learning_rate():
+    assert all(rule.lr == () and rule.eps == () for rule in table(Parametrization.standard, HeadForm.absorbed).values())

@@ -1,0 +1,98 @@
+"""Constant factors of the forward pass, and the same network with them folded into its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError
+from model.config import ModelConfig, MultipliersConfig, QKNorm
+from model.huggingface import write_config
+from model.init import initialise
+from model.multipliers import folded
+from model.source import materialise
+from model.transformer import Transformer
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
+
+FACTORS = MultipliersConfig(residual=0.3, logits=0.6, attention=1.7, gates=0.45)
+MODEL = ModelConfig(
+    vocab_size=96,
+    width=32,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_width=8,
+    dense_width=48,
+    expert_width=40,
+    experts=4,
+    moe_every=2,
+    nope_every=0,
+    chunk=None,
+    qk_norm=QKNorm.none,
+)
+IDS = torch.arange(40).view(2, 20) * 7 % 96
+
+
+class Weights:
+    """A fresh model's tensors as a source."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        model = Transformer(config, resolve(PrecisionConfig(Compute.float32)))
+        initialise(model, replace(config, init=replace(config.init, std=1.0, fan_in=True)), 0)
+        self.config, self.tensors = config, {name: p.detach() for name, p in model.named_parameters()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        return self.tensors[name][tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+
+
+def logits(source) -> Tensor:
+    with torch.no_grad():
+        return materialise(source)(IDS)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("norm", [QKNorm.none, QKNorm.per_head, QKNorm.full])
+@pytest.mark.parametrize("tied", [False, True])
+def test_folding_leaves_the_function(norm, tied):
+    source = Weights(replace(MODEL, multipliers=FACTORS, qk_norm=norm, tie_embeddings=tied))
+    assert difference(logits(folded(source)), logits(source)) < 1e-5
+    assert folded(source).config.multipliers == MultipliersConfig()
+
+
+@pytest.mark.parametrize("factor", [one.name for one in fields(MultipliersConfig)])
+def test_each_factor_changes_the_function(factor):
+    """Control: a factor that nothing reads would fold perfectly."""
+    plain = Weights(MODEL)
+    changed = Weights(replace(MODEL, multipliers=MultipliersConfig(**{factor: getattr(FACTORS, factor)})))
+    assert difference(logits(changed), logits(plain)) > 1e-3
+    assert folded(plain) is plain
+
+
+def test_a_factor_on_the_logits_is_exactly_that():
+    scaled = Weights(replace(MODEL, multipliers=MultipliersConfig(logits=0.5)))
+    assert torch.equal(logits(scaled), 0.5 * logits(Weights(MODEL)))
+
+
+def test_queries_normalised_without_a_gain_have_no_place_for_a_factor():
+    llama4 = replace(MODEL, qk_norm=QKNorm.weightless, multipliers=MultipliersConfig(attention=0.5))
+    with pytest.raises(ConfigError, match="model.multipliers.attention=0.5: has no weight to go into .* try 1.0"):
+        folded(Weights(llama4))
+    other = Weights(replace(llama4, multipliers=MultipliersConfig(residual=0.5)))
+    assert difference(logits(folded(other)), logits(other)) < 1e-5
+
+
+def test_no_family_can_say_a_factor_so_it_must_be_folded():
+    llama4 = replace(MODEL, qk_norm=QKNorm.weightless, shared_width=40)
+    assert write_config(llama4)
+    with pytest.raises(ConfigError, match="model.multipliers.residual"):
+        write_config(replace(llama4, multipliers=FACTORS))
