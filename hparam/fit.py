@@ -55,11 +55,16 @@ class Curve:
     losses: NDArray[np.float64]
     scale: Scale | None = None
 
+    def mean(self, chosen: Sequence[int]) -> NDArray[np.float64]:
+        """Of these seeds (by place) at each rate; inf where one of them diverged."""
+        mean = self.losses[:, list(chosen)].mean(1)
+        return np.where(np.isnan(mean), np.inf, mean)
+
     def vertex(self, chosen: Sequence[int]) -> tuple[float, float]:
         """Best log2 learning rate and loss of the mean over these seeds (by place). Raises `ConfigError` where the best
         point is at the edge.
         """
-        mean = np.nan_to_num(self.losses[:, list(chosen)].mean(1), nan=np.inf)
+        mean = self.mean(chosen)
         best = int(mean.argmin())
         if not np.isfinite(mean[best]):
             raise ConfigError("sweep.lr", None, f"every run of {self.name} diverged: extend the grid downwards")
@@ -81,7 +86,7 @@ class Curve:
             try:
                 found.append(self.vertex(chosen))
             except ConfigError:
-                mean = np.nan_to_num(self.losses[:, list(chosen)].mean(1), nan=np.inf)
+                mean = self.mean(chosen)
                 found.append((float(self.log2_lrs[mean.argmin()]), float(mean.min())))
         return np.array(found)
 

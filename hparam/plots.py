@@ -69,9 +69,7 @@ def draw_sweep(by_rules: Mapping[str, Sequence[Curve]]) -> bytes:
     figure, panels = _figure(1, len(by_rules), 5.2 * len(by_rules), 4)
     finite = [one.losses[np.isfinite(one.losses)] for curves in by_rules.values() for one in curves]
     lowest = min(float(losses.min()) for losses in finite)
-    best = [
-        float(np.nan_to_num(one.losses.mean(1), nan=np.inf).min()) for curves in by_rules.values() for one in curves
-    ]
+    best = [float(one.mean(range(one.losses.shape[1])).min()) for curves in by_rules.values() for one in curves]
     top = max(best) + 4 * max(max(best) - lowest, 0.05)
     for panel, (rules, curves) in zip(panels[0], by_rules.items(), strict=True):
         for one, colour in zip(curves, SERIES * len(curves), strict=False):

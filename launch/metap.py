@@ -75,8 +75,8 @@ class CheckConfig:
 @dataclass(frozen=True)
 class MetapConfig:
     """Other keys are those of `leviathan train` and make the run (`train` keeps them): the base of a check or a sweep,
-    the target of a transfer. `base`: what a transfer starts from, a file that `fit` wrote or the directory of a run. `name`: of the
-    transferred run's file.
+    the target of a transfer. `base`: what a transfer starts from, a file that `fit` wrote or the directory of a run.
+    `name`: of the transferred run's file.
     """
 
     action: Action = Action.check

@@ -20,7 +20,7 @@ from model.init import spread
 from model.roles import Role
 from model.source import parameter_infos
 from train.config import TrainConfig, phases
-from train.optimizer import OptimizerConfig, RoleConfig, Transferred
+from train.optimizer import OptimizerConfig, OptimizerKind, RoleConfig, Transferred
 
 TOLERANCE = 1e-9
 
@@ -45,6 +45,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
             key = "optimizer.transferred" if config.optimizer.transferred is not None else "hparam.table"
             raise ConfigError(key, None, "is derived from hparam.base, which is missing; remove it or name the base")
         return config
+    if config.optimizer.kind is OptimizerKind.sgd:
+        reason = "there are rules for adamw and muon; plain SGD takes its rate as it is: hparam=none"
+        raise ConfigError("hparam.base", None, reason)
     found = derive(config)
     roles = {role.name: RoleConfig(own.lr, own.eps, own.weight_decay) for role, own in found.roles.items()}
     spreads = {role.name: own.std for role, own in found.roles.items() if own.std is not None}
@@ -55,6 +58,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     filled = replace(config, model=model, optimizer=optimizer, hparam=hparam)
     _compare(config, filled)
     return filled
+
+
+def warnings(config: TrainConfig) -> tuple[str, ...]:
+    """Where carrying over is not established for this run, and what to sweep again."""
+    return () if config.hparam.base is None else derive(config).warnings
 
 
 def without_derived(config: TrainConfig) -> TrainConfig:

@@ -51,6 +51,8 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
     different = model_differences(source.config, target)
     if different:
         listed = "; ".join(f"model.{key}={has} there, {wanted} here" for key, (has, wanted) in different.items())
+        if any(key.startswith("multipliers.") for key in different):
+            listed += "; a model keeps its own factors with hparam=none"
         raise ConfigError("model.init_from", config.init_from, f"is another network: {listed}")
     if config.upcycle is not None:
         try:

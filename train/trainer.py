@@ -253,6 +253,8 @@ def run(config: TrainConfig) -> int:
             resolve(config.precision, world.device)
             world.from_main(lambda: _claim(directory, config))
             log = Log(directory.path / "log.txt" if world.is_main else None)
+            for line in hyperparameters.warnings(config):
+                log(f"hyperparameters: {line}")
             corpus = get_corpus(config, world, log)
             world.from_main(lambda: keep_audit(corpus, directory.path))
             return _fitted(Trainer(config, world, directory, corpus, log))

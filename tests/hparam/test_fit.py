@@ -56,14 +56,14 @@ def test_diverged_runs_take_no_part():
     assert optimum(replace(one, losses=losses)).log2_lr.value == pytest.approx(-6.2)
     losses[-2:] = math.inf
     assert optimum(replace(one, losses=losses)).log2_lr.value in RATES, "no parabola through a diverged run"
-    with pytest.raises(ConfigError, match="every run of .* diverged"):
+    with pytest.raises(ConfigError, match=r"every run of .* diverged"):
         optimum(replace(one, losses=np.full_like(losses, math.inf)))
 
 
 def test_missing_runs_are_named():
-    with pytest.raises(ConfigError, match="x lacks seed 1 at 0.02"):
+    with pytest.raises(ConfigError, match=r"x lacks seed 1 at 0.02"):
         curve("x", {0.01: {0: 2.0, 1: 2.0}, 0.02: {0: 2.0}, 0.04: {0: 2.0, 1: 2.0}})
-    with pytest.raises(ConfigError, match="has 2 learning rates; a minimum needs three"):
+    with pytest.raises(ConfigError, match=r"has 2 learning rates; a minimum needs three"):
         curve("x", {0.01: {0: 2.0}, 0.02: {0: 2.0}})
 
 

@@ -198,7 +198,7 @@ def test_steps_above_the_critical_batch_are_refused_unless_told():
     """2^20 tokens at the base, and 16^0.46 = 3.6 times as many for 16 times the tokens."""
     assert carried(critical_batch=2.0**20)
     with pytest.raises(
-        ConfigError, match="global_batch: a step of 4,194,304 tokens is above the critical batch of 3,7"
+        ConfigError, match=r"global_batch: a step of 4,194,304 tokens is above the critical batch of 3,7"
     ):
         carried(replace(LARGER, batch=2**22), critical_batch=2.0**20)
     assert carried(replace(LARGER, batch=2**22), critical_batch=2.0**20, allow_supercritical=True)
@@ -213,7 +213,7 @@ def test_a_base_lacks_what_the_target_has(size):
 
 
 def test_a_tied_head_has_no_absorbed_form():
-    with pytest.raises(ConfigError, match="hparam.head=absorbed: tied embeddings have one table .*; try multiplier"):
+    with pytest.raises(ConfigError, match=r"hparam.head=absorbed: tied embeddings have one table .*; try multiplier"):
         carried(found=replace(FOUND, tied=True))
     assert carried(found=replace(FOUND, tied=True), head=HeadForm.multiplier).multipliers.logits == 0.25
 
@@ -230,5 +230,5 @@ def test_matrices_are_what_their_roles_say(model):
     scale = scale_of(model, 1024, 10240)
     check_registry(parameter_infos(model), scale)
     assert scale.query_width == 64 and scale.value_width == 32 and scale.steps == 10
-    with pytest.raises(TypeError, match="attention.query.weight is .* as its role query says"):
+    with pytest.raises(TypeError, match=r"attention.query.weight is .* as its role query says"):
         check_registry(parameter_infos(model), replace(scale, query_width=32))

@@ -85,7 +85,7 @@ def test_a_factor_on_the_logits_is_exactly_that():
 
 def test_queries_normalised_without_a_gain_have_no_place_for_a_factor():
     llama4 = replace(MODEL, qk_norm=QKNorm.weightless, multipliers=MultipliersConfig(attention=0.5))
-    with pytest.raises(ConfigError, match="model.multipliers.attention=0.5: has no weight to go into .* try 1.0"):
+    with pytest.raises(ConfigError, match=r"model.multipliers.attention=0.5: has no weight to go into .* try 1.0"):
         folded(Weights(llama4))
     other = Weights(replace(llama4, multipliers=MultipliersConfig(residual=0.5)))
     assert difference(logits(folded(other)), logits(other)) < 1e-5
@@ -94,5 +94,5 @@ def test_queries_normalised_without_a_gain_have_no_place_for_a_factor():
 def test_no_family_can_say_a_factor_so_it_must_be_folded():
     llama4 = replace(MODEL, qk_norm=QKNorm.weightless, shared_width=40)
     assert write_config(llama4)
-    with pytest.raises(ConfigError, match="model.multipliers.residual"):
+    with pytest.raises(ConfigError, match=r"model.multipliers.residual"):
         write_config(replace(llama4, multipliers=FACTORS))

@@ -44,10 +44,10 @@ def test_a_resolved_run_says_everything_and_resolves_to_itself():
 def test_without_a_base_nothing_is_touched():
     run = family()
     assert resolve(run) is run
-    with pytest.raises(ConfigError, match="hparam.table: is derived from hparam.base, which is missing"):
+    with pytest.raises(ConfigError, match=r"hparam.table: is derived from hparam.base, which is missing"):
         resolve(replace(run, hparam=replace(run.hparam, table="0123")))
     transferred = resolve(larger()).optimizer
-    with pytest.raises(ConfigError, match="optimizer.transferred: is derived from hparam.base"):
+    with pytest.raises(ConfigError, match=r"optimizer.transferred: is derived from hparam.base"):
         resolve(replace(run, optimizer=transferred))
 
 
@@ -79,15 +79,20 @@ def test_a_hand_edited_figure_is_refused_by_name(key, value):
 
 def test_what_figures_follow_from_was_changed_since():
     run = resolve(larger())
-    with pytest.raises(ConfigError, match="was changed since"):
+    with pytest.raises(ConfigError, match=r"was changed since"):
         resolve(replace(run, training=replace(run.training, steps=2 * run.training.steps)))
 
 
 def test_tied_embeddings_need_the_multiplier():
-    with pytest.raises(ConfigError, match="hparam.head=absorbed.*try multiplier"):
+    with pytest.raises(ConfigError, match=r"hparam.head=absorbed.*try multiplier"):
         resolve(larger("model.tie_embeddings=true"))
     tied = resolve(larger("model.tie_embeddings=true", head=HeadForm.multiplier))
     assert tied.model.multipliers.logits == 0.5
+
+
+def test_there_are_no_rules_for_plain_sgd():
+    with pytest.raises(ConfigError, match=r"hparam.base: there are rules for adamw and muon; .*hparam=none"):
+        resolve(larger("optimizer.kind=sgd"))
 
 
 def engine(config: TrainConfig) -> TorchEngine:
@@ -161,7 +166,7 @@ def test_families_grow_along_one_axis(axis):
 
 
 def test_a_batch_that_does_not_divide_the_steps_is_refused():
-    with pytest.raises(ConfigError, match="training.steps=101: must be a multiple of 4"):
+    with pytest.raises(ConfigError, match=r"training.steps=101: must be a multiple of 4"):
         grown_run(family("training.steps=101"), Axis.batch, 4)
 
 
@@ -182,5 +187,5 @@ def test_a_parameter_without_a_role_is_an_error(monkeypatch):
         self.roles = {}
 
     monkeypatch.setattr(RMSNorm, "__init__", forgetful)
-    with pytest.raises(TypeError, match="has no role"):
+    with pytest.raises(TypeError, match=r"has no role"):
         derive(larger())

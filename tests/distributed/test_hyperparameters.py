@@ -1,0 +1,62 @@
+"""Hyperparameters belong to the whole model: every layout has the groups, spreads and factors of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hparam.scale import scale_of
+from tests.train.tiny import config
+from train.config import TrainConfig
+from train.hyperparameters import resolve
+
+LAYOUTS = {
+    "tp2": ["parallel.tp=2"],
+    "ep2": ["parallel.ep=2"],
+    "fsdp2": [],
+    "pp2": ["parallel.pp=2", "training.micro_batch=2"],
+}
+
+
+def with_base(root: Path, name: str, overrides: list[str]) -> TrainConfig:
+    """A run twice as wide as its base."""
+    run = config(root, name, "optimizer=adamw", *overrides)
+    base = scale_of(replace(run.model, width=16, heads=2, kv_heads=2, dense_width=24, expert_width=16), 384, 2304)
+    return resolve(replace(run, hparam=replace(run.hparam, base=base)))
+
+
+def groups(root: Path, name: str, overrides: list[str]) -> dict[str, Any]:
+    """By parameter name what the optimizer does with it, and the losses of two steps."""
+    from parallel.world import connect
+    from train.corpora import get_corpus
+    from train.metrics import Log
+    from train.run_directory import RunDirectory
+    from train.trainer import Trainer
+
+    run = with_base(root, name, overrides)
+    world = connect()
+    directory = RunDirectory.of(run)
+    world.from_main(lambda: directory.open(run))
+    trainer = Trainer(run, world, directory, get_corpus(run, world, lambda line: None), Log(None))
+    names = {parameter: name for name, parameter in trainer.engine.placed.model.named_parameters()}
+    found = {
+        names[parameter]: (group["name"], group["lr"], group["eps"], group["weight_decay"], group["betas"])
+        for group in trainer.engine.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return {"groups": found, "table": run.hparam.table, "losses": [trainer.train_step(s).loss.item() for s in range(2)]}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_has_the_groups_of_one_process(ranks, tmp_path, small_corpus, name):
+    exact = [*small_corpus, "precision=fp64", "training.clip_norm=null"]
+    (alone,) = ranks(1, groups, tmp_path, "alone", exact)
+    found = ranks(2, groups, tmp_path, name, [*exact, *LAYOUTS[name]])
+    together = {key: value for rank in found for key, value in rank["groups"].items()}
+    assert together == alone["groups"] and len({own[1] for own in together.values()}) > 1
+    for rank in found:
+        assert rank["table"] == alone["table"]
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-10)
