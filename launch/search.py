@@ -27,12 +27,10 @@ def search(config: SweepConfig, base: TrainConfig, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(out / "journal.log")))
     for one in settings(config):
-        study = optuna.create_study(
-            storage=storage,
-            study_name=one.name(config.axis),
-            sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=min(4, config.trials)),
-            load_if_exists=True,
-        )
+        name = one.name(config.axis)
+        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        begun = len(study.get_trials(deepcopy=False))  # or a search that goes on would propose its first rates again
+        study.sampler = optuna.samplers.TPESampler(seed=begun, n_startup_trials=min(4, config.trials))
         finished = optuna.trial.TrialState.COMPLETE
         while len(study.get_trials(states=(finished,))) < config.trials:
             trial = study.ask()
