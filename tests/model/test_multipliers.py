@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.errors import ConfigError
+from core.errors import CheckpointError, ConfigError
 from model.config import ModelConfig, MultipliersConfig, QKNorm
-from model.huggingface import write_config
+from model.huggingface import compare_logits, export, write_config
 from model.init import initialise
 from model.multipliers import folded
 from model.source import materialise
@@ -96,3 +96,13 @@ def test_no_family_can_say_a_factor_so_it_must_be_folded():
     assert write_config(llama4)
     with pytest.raises(ConfigError, match=r"model.multipliers.residual"):
         write_config(replace(llama4, multipliers=FACTORS))
+
+
+def test_an_export_computes_what_the_factors_did(tmp_path):
+    """transformers, which knows no factor, on the exported weights; a folding that was left out is noticed."""
+    llama4 = replace(MODEL, qk_norm=QKNorm.weightless, shared_width=40, multipliers=replace(FACTORS, attention=1.0))
+    source, seen = Weights(llama4), []
+    export(source, tmp_path / "out", verify=lambda directory: seen.append(compare_logits(source, directory)))
+    assert len(seen) == 1 and seen[0] < 1e-4
+    with pytest.raises(CheckpointError, match="logits differ"):
+        compare_logits(Weights(replace(llama4, multipliers=MultipliersConfig())), tmp_path / "out")
