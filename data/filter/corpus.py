@@ -41,6 +41,10 @@ class SourcePart:
     def fingerprint(self) -> str:
         return sha256_text(self.source.name, self.content)
 
+    @property
+    def keys(self) -> dict[str, str | None]:
+        return {}
+
     def records(self) -> Iterator[Record | Broken]:
         for name, document in _named(self.source):
             if not document.held_out and document.dropped is None:

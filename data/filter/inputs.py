@@ -19,6 +19,8 @@ from data.filter.records import Record
 from data.sources import TEXT_SUFFIXES, data_set_fingerprint
 
 ASSISTANT = "assistant"
+KEYS = ("text_key", "prompt_key", "response_key", "messages_key", "id_key", "domain_key", "template")
+"""Of an input's settings those that decide what a record is."""
 _SHOWN = 200
 """Characters of what is said about a broken record, which may hold anything."""
 
@@ -72,13 +74,20 @@ class Broken:
 
 
 class Part(Protocol):
-    """What one process reads. `fingerprint` changes whenever its records could."""
+    """What one process reads. `fingerprint` or `keys` change whenever its records could."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Of what is read."""
+        ...
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        """What decides, of what is read, what a record is: by name, so that a change can be told."""
+        ...
 
     def records(self) -> Iterator[Record | Broken]: ...
 
@@ -140,6 +149,10 @@ class RecordMaker:
     """One row of an input to a `Record`."""
 
     config: InputConfig
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        return {key: getattr(self.config, key) for key in KEYS}
 
     def __call__(self, row: Any, place: str, raw: str | None = None) -> Record:
         """Raises `Unreadable` where the row has not what the configuration names."""
@@ -214,6 +227,10 @@ class FilePart:
     def fingerprint(self) -> str:
         return sha256_text(self.name, sha256_file(self.path))
 
+    @property
+    def keys(self) -> dict[str, str | None]:
+        return self.make.keys
+
     def records(self) -> Iterator[Record | Broken]:
         reader = _reader(_known(self.path))
         assert reader is not None
@@ -249,6 +266,10 @@ class DataSetPart:
         """By name, or by the files of a data set on disk; a hub's may change under its name."""
         folder = Path(self.name).expanduser()
         return data_set_fingerprint(folder, self.name, str(self.config.subset), self.config.split)
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        return self.make.keys
 
     def records(self) -> Iterator[Record | Broken]:
         import datasets

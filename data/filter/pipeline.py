@@ -31,7 +31,7 @@ from data.filter.select import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import Stage, Workers, share, together
 from data.order import key_of
 
-FORMAT = 1
+FORMAT = 2
 SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
 UNREADABLE = "unreadable"
@@ -69,7 +69,9 @@ class Filter:
             "sets": [of_file(path) for path in rules["contamination"]["sets"].values()],
         }
         self._clean = sha256_text(*(record.content for record in job.clean))
-        inputs = {"format": FORMAT, "parts": len(parts), "input": sha256_text(*parts)}
+        inputs: dict[str, Any] = {"format": FORMAT, "parts": len(parts), "input": sha256_text(*parts)}
+        for part in job.parts:
+            inputs |= part.keys
         scorer = {"scorer": f"{job.scorer.name} {job.scorer.fingerprint[:16]}"}
         stages, before = [], ""
         for name, made_of in {

@@ -76,6 +76,11 @@ def writing(path: Path) -> Iterator[None]:
         raise DataError(reason) from None
 
 
+def _line(value: Any) -> str:
+    """On one line, whatever it holds."""
+    return str(value).replace("\n", "\\n")
+
+
 class Stage:
     """One stage's directory. `made_of` says for people what `key` is a hash of."""
 
@@ -101,7 +106,7 @@ class Stage:
 
     def _difference(self, made_of: Mapping[str, Any]) -> str:
         found = list(differences(made_of, self.made_of).items())
-        shown = ", ".join(f"{key}={old} (now {new})" for key, (old, new) in found[:_SHOWN_DIFFERENCES])
+        shown = ", ".join(f"{key}={_line(old)} (now {_line(new)})" for key, (old, new) in found[:_SHOWN_DIFFERENCES])
         more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
         shown = shown or "other settings"
         return f"was made with {shown}{more}; choose another out=, or remove it to have it made anew"

@@ -13,7 +13,7 @@ import pytest
 
 from core.errors import ConfigError
 from data.filter.config import OnError
-from data.filter.inputs import Broken, InputConfig, clean_records, parts
+from data.filter.inputs import KEYS, Broken, InputConfig, clean_records, parts
 from data.filter.records import Record
 from tests.data.filter.filtering import filtered, kept, prose, rows_of, write_lines
 
@@ -57,6 +57,14 @@ def test_a_folder_for_the_datasets_library(tmp_path):
     assert parts(InputConfig(dataset=str(folder)))[0].fingerprint != before
     with pytest.raises(ConfigError, match=r"^dataset=.*: datasets cannot stream it: "):
         read(dataset=str(tmp_path / "none"))
+
+
+def test_a_data_set_knows_its_keys_too():
+    given = {key: f"{{prompt}} {key} {{response}}" for key in KEYS if key != "messages_key"}
+    (part,) = parts(InputConfig(dataset="a set", **given))
+    assert part.keys == {**given, "messages_key": None}
+    (part,) = parts(InputConfig(dataset="a set", messages_key="chat"))
+    assert part.keys["messages_key"] == "chat"
 
 
 def test_pairs_are_put_together_by_the_template(tmp_path):

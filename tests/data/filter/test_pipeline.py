@@ -400,6 +400,35 @@ def test_what_has_changed_under_a_cache_is_refused_by_name(tmp_path):
         filtered(source, tmp_path / "out", scorer)
 
 
+CHANGED_KEYS = {
+    "text_key": ({}, "other"),
+    "prompt_key": ({"prompt_key": "text", "response_key": "other"}, "again"),
+    "response_key": ({"prompt_key": "text", "response_key": "other"}, "again"),
+    "template": ({"prompt_key": "text", "response_key": "other"}, "{prompt}\n{response}"),
+    "messages_key": ({"messages_key": "chat"}, "talk"),
+    "id_key": ({}, "name"),
+    "domain_key": ({}, "name"),
+}
+
+
+@pytest.mark.parametrize("key", CHANGED_KEYS)
+def test_another_key_of_the_input_is_refused_by_name(tmp_path, key):
+    """It makes other records of the same file, so what an earlier run found is not theirs."""
+    rows = [
+        {"text": one["text"], "other": two["text"], "again": three["text"], "name": f"r{n}"}
+        | {key: [{"role": "assistant", "content": one["text"]}] for key in ("chat", "talk")}
+        for n, (one, two, three) in enumerate(zip(prose(20), prose(20, 1), prose(20, 2), strict=True))
+    ]
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    before, new = CHANGED_KEYS[key]
+    filtered(source, tmp_path / "out", **before)
+    filtered(source, tmp_path / "out", **before)
+    with pytest.raises(ConfigError, match=rf"records: was made with {key}=.* \(now .*\)") as caught:
+        filtered(source, tmp_path / "out", **{**before, key: new})
+    assert "\n" not in str(caught.value)
+    filtered(source, tmp_path / "other", **{**before, key: new})
+
+
 @pytest.mark.parametrize("place", [1, 3, 9, 14, 18])
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, source, alone, monkeypatch, place):
     """The n-th file that is flushed, and every one after it, finds no space."""
