@@ -141,8 +141,9 @@ class SelectConfig:
 
     `domains`: keep rate of single domains, in place of `keep`. `floor`: no domain is left with fewer records than this
     (or than it has). `protect`: domains that are kept whole. `revive`: share of what is kept that is drawn by lot from
-    the easy part. `length_buckets`: quantiles of length inside which records compete; 1: one competition. `clean`: path
-    of clean reference text; what scores above its `noise_quantile` is noise. null: no upper cut.
+    the easy part. `length_buckets`: quantiles of the length of what is scored (the answer, where there is one) inside
+    which records compete; 1: one competition. `clean`: path of clean reference text; what scores above its
+    `noise_quantile` is noise. null: no upper cut.
     """
 
     domains: dict[str, float] = field(default_factory=dict)

@@ -72,7 +72,14 @@ def _off_target(audit: dict[str, Any]) -> Iterator[str]:
 
 
 def _length(audit: dict[str, Any]) -> Iterator[str]:
-    length = audit["length"]
+    """Of what is scored, and of the whole record where that is another."""
+    scored, whole = audit["length"], audit["whole_length"]
+    yield from _length_of("length", scored)
+    if any(whole[key] != scored[key] for key in whole):
+        yield from _length_of("the length of prompt and answer", whole)
+
+
+def _length_of(what: str, length: dict[str, Any]) -> Iterator[str]:
     inside = length["inside_buckets"]
     found = {"all records": length}
     if len(length["domains"]) > 1:
@@ -80,7 +87,7 @@ def _length(audit: dict[str, Any]) -> Iterator[str]:
     found = {name: value for name, value in found.items() if value["records"] >= _ENOUGH}
     alike = [f"{name} {value['overall']:+.2f}" for name, value in found.items() if _alike(value["overall"])]
     if alike:
-        text = f"Score and length go together (rank correlation: {_list(alike)})"
+        text = f"Score and {what} go together (rank correlation: {_list(alike)})"
         if inside is None:
             yield f"{text}, and length may be what was chosen: raise select.length_buckets."
         elif _alike(inside):
@@ -88,7 +95,7 @@ def _length(audit: dict[str, Any]) -> Iterator[str]:
         else:
             yield f"{text}; records compete inside length buckets, where it is {inside:+.2f}."
     elif _alike(inside):
-        yield f"Inside the length buckets score and length go together (rank correlation {inside:+.2f})."
+        yield f"Inside the length buckets score and {what} go together (rank correlation {inside:+.2f})."
 
 
 def _mix(audit: dict[str, Any]) -> Iterator[str]:

@@ -19,12 +19,17 @@ def explain(out: Path, name: str) -> str:
     reason, score = row["reason"], row["score"]
     lines = [
         f"{name} ({row['source']}, domain {row['domain']}): {'kept' if row['kept'] else 'left out'}, {reason}",
-        f"length {row['length']:,} bytes, {row['tokens']:,} tokens",
+        f"length {_length(row)}, {row['tokens']:,} tokens",
     ]
     if score is not None and np.isfinite(score):
         lines.append(f"score {score:.4f}, {_place(out, row)}")
         lines += _threshold(out, row)
     return "\n".join(lines)
+
+
+def _length(row: dict[str, Any]) -> str:
+    whole, scored = row["length"], row["scored_bytes"]
+    return f"{whole:,} bytes" if scored == whole else f"{whole:,} bytes, {scored:,} of them scored"
 
 
 def _threshold(out: Path, row: dict[str, Any]) -> list[str]:
@@ -34,7 +39,7 @@ def _threshold(out: Path, row: dict[str, Any]) -> list[str]:
     if not 0 <= row["bucket"] < len(buckets):
         return []
     bucket = buckets[row["bucket"]]
-    among = f"of its domain, of {bucket['length']:,} bytes and more" if len(buckets) > 1 else "of its domain"
+    among = f"of its domain, of {bucket['length']:,} scored bytes and more" if len(buckets) > 1 else "of its domain"
     return [
         f"threshold {bucket['score']:.4f} among records {among}" if bucket["score"] is not None else "none was kept"
     ]

@@ -35,16 +35,18 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
-    """Shard by shard: id, source, domain, score, length (bytes of text), tokens, kept, reason, bucket, tie."""
+    """Shard by shard: id, source, domain, score, length (bytes of text), scored_bytes (of the answer, where there is
+    one), tokens, kept, reason, bucket, tie.
+    """
     import pyarrow
 
     for shard, rows in done.records.shards.items():
         records = done.records.read(shard, ["id", "source", "domain"])
-        screened = done.screened.read(shard, ["tokens", "bytes", "tie"])
+        screened = done.screened.read(shard, ["tokens", "bytes", "scored_bytes", "tie"])
         decided = done.decided.read(shard, ["kept", "reason", "bucket"])
         columns = {name: records[name] for name in ("id", "source", "domain")}
         columns |= {"score": done.scored.read(shard, ["score"])["score"], "length": screened["bytes"]}
-        columns |= {name: screened[name] for name in ("tokens", "tie")}
+        columns |= {name: screened[name] for name in ("scored_bytes", "tokens", "tie")}
         columns |= {name: decided[name] for name in ("kept", "reason", "bucket")}
         if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
             raise DataError(

@@ -169,10 +169,12 @@ def _pictures(audit: dict[str, Any], light: dict[str, bytes], dark: dict[str, by
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data_url(dark[name])}">'
             f'<img alt="{heading}" src="{data_url(light[name])}"></picture></figure>'
         )
-    length = audit["length"]
+    length, whole = audit["length"], audit["whole_length"]
     note = (
         f"Rank correlation of score and length: {_correlation(length['overall'])} over all, "
-        f"{_correlation(length['inside_buckets'])} inside the length buckets ({length['records']:,} records)."
+        f"{_correlation(length['inside_buckets'])} inside the length buckets ({length['records']:,} records). "
+        "Length is that of what is scored, the answer where there is one; with that of prompt and answer it is "
+        f"{_correlation(whole['overall'])} and {_correlation(whole['inside_buckets'])}."
     )
     ends = "What lies beyond a picture's ends is counted in its outermost bins."
     return f"<h2>Scores</h2><div class=pictures>{figures}</div><p class=when>{note} {ends}</p>"
@@ -185,7 +187,7 @@ def _lot(audit: dict[str, Any]) -> str:
         return ""
     largest = sorted(lot["domains"], key=lambda name: (-audit["domains"][name]["in"]["tokens"], name))[:_ROWS]
     groups = [(_name(name), lot["domains"][name]) for name in largest] if len(largest) > 1 else []
-    groups += [(f"{q['from_bytes']:,} to {q['to_bytes']:,} bytes", q["kept"]) for q in lot["lengths"]]
+    groups += [(f"{q['from_bytes']:,} to {q['to_bytes']:,} scored bytes", q["kept"]) for q in lot["lengths"]]
     mark = f'<i style="left:{100 * lot["rate"]:.2f}%"></i>'
     rows = [
         f"<tr><td>{name}</td><td class=n>{_percent(share)}</td>"

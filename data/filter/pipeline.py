@@ -195,6 +195,7 @@ class Filter:
                 reason=reasons,
                 tokens=np.asarray(counts, np.int64),
                 bytes=np.asarray(sizes, np.int64),
+                scored_bytes=np.asarray([len(record.answer.encode()) for record in rows], np.int64),
                 tie=np.asarray([key_of(self.rules.seed, record.id) for record in rows], np.uint64),
                 **_columns(signatures(texts)),
             )
@@ -272,9 +273,9 @@ class Filter:
         """Of the records that were to be scored, and their places among all of the shard."""
         import pyarrow.compute
 
-        scored, screened = self.scored.read(shard), self.screened.read(shard, ["tokens", "bytes", "tie"])
+        scored, screened = self.scored.read(shard), self.screened.read(shard, ["tokens", "scored_bytes", "tie"])
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
-        columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "bytes", "tie")}
+        columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "scored_bytes", "tie")}
         known = pyarrow.array(self.domains, pyarrow.string())
         # what could not be read has no place among them, and no score either
         domain = pyarrow.compute.index_in(self.records.read(shard, ["domain"])["domain"], known).fill_null(0)
@@ -283,7 +284,7 @@ class Filter:
             name=shard,
             score=scored["score"].to_numpy()[places],
             domain=domain.to_numpy().astype(np.int64)[places],
-            length=columns["bytes"],
+            length=columns["scored_bytes"],
             weight=columns["tokens"] if by_tokens else np.ones(len(places), np.int64),
             hash=columns["tie"],
         )

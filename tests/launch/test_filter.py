@@ -69,7 +69,8 @@ def test_the_journey_of_a_record(pairs, out, capsys):
         assert main(["filter", f"explain={row['id']}", f"out={out}"]) == 0
         first, size, score, threshold = capsys.readouterr().out.splitlines()
         assert first == f"{row['id']} ({row['id']}, domain all): {'kept, hard' if kept else 'left out, easy'}"
-        assert size == f"length {row['length']:,} bytes, {row['tokens']:,} tokens"
+        sizes = f"{row['length']:,} bytes, {row['scored_bytes']:,} of them scored"
+        assert size == f"length {sizes}, {row['tokens']:,} tokens"
         assert score.startswith(f"score {row['score']:.4f}, higher than ")
         value = float(threshold.split()[1])
         assert (row["score"] >= value - 1e-3) if kept else (row["score"] <= value + 1e-3), "beside its own threshold"

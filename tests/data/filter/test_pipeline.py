@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -529,6 +530,30 @@ def test_an_empty_input_is_refused(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n\n")
     with pytest.raises(ConfigError, match=r"input: in\.jsonl holds no record"):
         filtered(tmp_path / "in.jsonl", tmp_path / "out")
+
+
+# -- buckets of length
+
+
+def test_records_compete_with_those_whose_scored_part_is_as_long(tmp_path):
+    """Prompts of another length, and tokens in the opposite order: each would make other buckets."""
+    rows = [
+        {
+            "q": prose(1, n, words=10 + 60 * (n % 2))[0]["text"],
+            "a": prose(1, n + 500, words=10 + 60 * (n // 2 % 2))[0]["text"],
+        }
+        for n in range(160)
+    ]
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    made = job(source, tmp_path / "out", prompt_key="q", response_key="a", select=SelectConfig(length_buckets=2))
+    done = Filter(replace(made, count_tokens=lambda texts: [10_000 - len(text) for text in texts]))
+    done.run()
+    write_outputs(done, tmp_path / "out")
+    found = rows_of(done)
+    assert [row["scored_bytes"] for row in found] == [len(row["a"]) for row in rows]
+    assert [row["length"] for row in found] == [len(row["q"]) + 2 + len(row["a"]) for row in rows]
+    assert {row["bucket"] for row in found} == {0, 1}
+    assert all(row["bucket"] == (len(one["a"]) > 200) for row, one in zip(found, rows, strict=True))
 
 
 # -- the upper cut
