@@ -25,6 +25,7 @@ from core.errors import ConfigError, LeviathanError
 from core.files import read_json, write_json
 from data.config import TokenizerConfig, TokenizerKind
 from data.filter.config import FilterRules
+from data.filter.findings import summary
 from data.filter.inputs import InputConfig, clean_records, parts
 from data.filter.journey import explain
 from data.filter.make import make_scorer
@@ -97,7 +98,10 @@ def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
         if workers.rank == 0:
             write_scores(done, out / SCORES)
             write_kept(done, out / KEPT)
-            write_audit_of(done, out, str(config.input or config.dataset), command_of(config))
+            audit = write_audit_of(done, out, str(config.input or config.dataset), command_of(config))
+            print(summary(audit))
+            for warning in audit["warnings"]:
+                print(f"warning: {warning['text']}")
             print(f"audit: {out / AUDIT_PAGE}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from data.filter.records import Reason
+
 SHIFT = 1.5
 """Factor by which a domain's share of the tokens may change."""
 ALIKE = 0.7
@@ -32,6 +34,14 @@ def warnings(audit: dict[str, Any]) -> list[dict[str, str]]:
     return [{"kind": kind, "text": text} for kind, check in checks.items() for text in check(audit)]
 
 
+def summary(audit: dict[str, Any]) -> str:
+    """One line: how much stays, and why the rest went."""
+    whole, kept = (audit["totals"][name]["documents"] for name in ("in", "kept"))
+    gone = {name: size["documents"] for name, size in audit["reasons"].items() if not Reason[name].kept}
+    why = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in gone.items() if count)
+    return f"kept {kept:,} of {_records(whole)}" + (f"; left out {why}" if why else "")
+
+
 def named(domain: str) -> str:
     """A domain as people read it: records that could not be read have none."""
     return domain or "(no domain)"
@@ -40,7 +50,7 @@ def named(domain: str) -> str:
 def _malformed(audit: dict[str, Any]) -> Iterator[str]:
     found = audit["reasons"]["malformed"]["documents"]
     if found:
-        yield f"{_records(found)} of {audit['totals']['in']['documents']:,} could not be read; see the examples below."
+        yield f"{_records(found)} of {audit['totals']['in']['documents']:,} could not be read; see the examples."
 
 
 def _unscored(audit: dict[str, Any]) -> Iterator[str]:

@@ -25,6 +25,9 @@ _SHOWN = 200
 """Characters of what is said about a broken record, which may hold anything."""
 
 
+_SHOWN_KEYS = 10
+
+
 @dataclass(frozen=True)
 class InputConfig:
     """`input`: a file, a folder or a pattern of jsonl (also .gz), parquet or text files; or `dataset`, a name or folder
@@ -205,6 +208,15 @@ def _chat(messages: list[Any]) -> tuple[str, int]:
     if answer_start is None:
         raise Unreadable("no message of the assistant")
     return text[:end], answer_start
+
+
+def keys_of(raw: bytes | None) -> list[str]:
+    """Of a record that may be none; as many as are worth showing."""
+    try:
+        row = json.loads(raw or b"")
+    except (ValueError, RecursionError):
+        return []
+    return list(row)[:_SHOWN_KEYS] if isinstance(row, dict) else []
 
 
 def _get(row: dict[str, Any], key: str, kinds: tuple[type, ...]) -> Any:

@@ -18,9 +18,13 @@ from data.filter.store import writing
 SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.json", "audit.html"
 
 
-def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> None:
-    """audit.json and audit.html. `what`: what was filtered, for people; `command`: how to do it again."""
-    write_audit(audit_of(done, what), directory, command)
+def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> dict[str, Any]:
+    """audit.json and audit.html; returns the figures. `what`: what was filtered, for people; `command`: how to do it
+    again.
+    """
+    audit = audit_of(done, what)
+    write_audit(audit, directory, command)
+    return audit
 
 
 def audit_of(done: Filter, what: str) -> dict[str, Any]:

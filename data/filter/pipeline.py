@@ -23,7 +23,7 @@ from data.filter.config import FilterRules, OnError, Unit
 from data.filter.contamination import EvaluationSets
 from data.filter.duplicates import Signatures, find_duplicates, signatures
 from data.filter.gates import Gates
-from data.filter.inputs import Broken, Part
+from data.filter.inputs import Broken, Part, keys_of
 from data.filter.make import Models, models_of
 from data.filter.records import Reason, Record
 from data.filter.scorer import Scorer
@@ -104,12 +104,16 @@ class Filter:
             for place, part in share(list(enumerate(self.job.parts)), self.workers):
                 self._ingest_part(place, part)
         shards: dict[str, int] = {}
-        with together(self.workers):
-            for place in range(len(self.job.parts)):
-                shards |= stage.read_json(_part(place))
-            if not sum(shards.values()):
-                raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
-            self._refuse_double_names(shards)
+        try:
+            with together(self.workers):
+                for place in range(len(self.job.parts)):
+                    shards |= stage.read_json(_part(place))
+                self._refuse_unreadable(shards)
+                self._refuse_double_names(shards)
+        except ConfigError:
+            if self.workers.rank == 0:
+                stage.remove()  # who then gives another key would be refused for this one
+            raise
         stage.close(shards, self.workers)
         self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
 
@@ -137,6 +141,19 @@ class Filter:
         if rows:
             write()
         self.records.write_json(_part(place), shards)
+
+    def _refuse_unreadable(self, shards: dict[str, int]) -> None:
+        """Where no record at all is one, the keys are wrong, or the input is not what was meant."""
+        if not shards:
+            raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
+        if any(self.records.read(shard, ["problem"])["problem"].null_count for shard in shards):
+            return
+        table = self.records.read(next(iter(shards)), ["source", "problem", "raw"])
+        source, problem, raw = (table[name][0].as_py() for name in ("source", "problem", "raw"))
+        keys = ", ".join(map(repr, keys_of(raw)))
+        has = "" if problem.endswith(keys) else f"; its keys are {keys}"
+        reason = f"none of {sum(shards.values()):,} records can be read; {source}: {problem}{has}"
+        raise ConfigError("input", None, reason, ["text_key=", "prompt_key= with response_key=", "messages_key="])
 
     def _refuse_double_names(self, shards: dict[str, int]) -> None:
         """Names must tell records apart, or a journey could not be told. Kept as 64-bit hashes."""
@@ -263,11 +280,11 @@ class Filter:
 
     @cached_property
     def domains(self) -> list[str]:
-        """Of the records that could be read; what could not, if it is all there is."""
+        """Of the records that could be read: there is one at least."""
         found: set[str] = set()
         for _, table in self.records.tables(["domain", "problem"]):
             found |= set(table.filter(table["problem"].is_null())["domain"].to_pylist())
-        return sorted(found) or [UNREADABLE]
+        return sorted(found)
 
     def _shard_scores(self, shard: str) -> tuple[ShardScores, NDArray[np.int64]]:
         """Of the records that were to be scored, and their places among all of the shard."""

@@ -6,6 +6,7 @@ never gone on with. Columns are those of `pyarrow` tables.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,6 +155,10 @@ class Stage:
             return read_json(path)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}): remove {self.directory} and run again") from None
+
+    def remove(self) -> None:
+        """With all that is in it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self, shards: dict[str, int], workers: Workers) -> None:
         """All shards are there: say so. `shards`: rows of each."""

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -79,6 +80,23 @@ def test_the_journey_of_a_record(pairs, out, capsys):
     )
     line = refused(capsys, "explain=x", f"out={out}/none")
     assert line.endswith("holds no filtering that has ended (scores.parquet is missing)")
+
+
+def test_it_says_at_its_end_what_stays_and_what_to_look_at(tmp_path, capsys):
+    rows: list[Any] = prose(40)
+    rows[1]["text"] = rows[0]["text"]
+    source = write_lines(tmp_path / "in.jsonl", [*rows, {"no": 1}])
+    assert main(["filter", f"input={source}", "unit=documents", f"out={tmp_path / 'out'}"]) == 0
+    *_, said, warning, page = capsys.readouterr().out.splitlines()
+    assert said.startswith("kept 20 of 41 records; left out 19 easy, 1 malformed, 1 duplicate")
+    assert warning == "warning: 1 record of 41 could not be read; see the examples."
+    assert page == f"audit: {tmp_path / 'out' / 'audit.html'}"
+
+
+def test_nothing_that_can_be_read_is_exit_code_2(pairs, tmp_path, capsys):
+    line = refused(capsys, f"input={pairs}", f"out={tmp_path / 'out'}")
+    assert line.startswith("input: none of 120 records can be read; pairs.jsonl:1: no 'text'; it has 'question', 'ans")
+    assert not (tmp_path / "out" / "kept.jsonl").exists()
 
 
 def test_again_takes_nothing_anew(pairs, out, capsys):

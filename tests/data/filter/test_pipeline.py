@@ -519,7 +519,7 @@ def test_domains_of_one_document_and_hostile_names(tmp_path, small_shards):
     assert thresholds["unreadable"]["passed"] == 1, "the user's domain, without what could not be read"
 
 
-@pytest.mark.parametrize("line", [b"broken", b'{"text": ""}', b'{"text": "too short"}'])
+@pytest.mark.parametrize("line", [b'{"text": ""}', b'{"text": "too short"}'])
 def test_an_input_of_which_nothing_is_left(tmp_path, line):
     (tmp_path / "in.jsonl").write_bytes(line + b"\n")
     done = filtered(tmp_path / "in.jsonl", tmp_path / "out")
@@ -530,6 +530,34 @@ def test_an_empty_input_is_refused(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n\n")
     with pytest.raises(ConfigError, match=r"input: in\.jsonl holds no record"):
         filtered(tmp_path / "in.jsonl", tmp_path / "out")
+
+
+FIRST = "none of 2 records can be read; in.jsonl:1: "
+UNREADABLE = {
+    "forgotten": ({}, f"{FIRST}no 'text'; it has 'q', 'a', 'n'; try text_key=, "),
+    "wrong": ({"prompt_key": "Q", "response_key": "a"}, f"{FIRST}no 'Q'; it has 'q', 'a', 'n'; try text_key=, "),
+    "not text": ({"text_key": "n"}, f"{FIRST}'n' is int, not str; its keys are 'q', 'a', 'n'; try text_key=, "),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_an_input_of_which_nothing_can_be_read_is_refused_and_may_be_read_by_other_keys(tmp_path, case):
+    rows = [{"q": row["text"], "a": "x" + row["text"], "n": 3} for row in prose(2)]
+    source, (keys, message) = write_lines(tmp_path / "in.jsonl", rows), UNREADABLE[case]
+    for on_error in (OnError.drop, OnError.keep):
+        with pytest.raises(ConfigError) as caught:
+            filtered(source, tmp_path / "out", on_error=on_error, **keys)
+        assert message in str(caught.value)
+    assert len(rows_of(filtered(source, tmp_path / "out", prompt_key="q", response_key="a"))) == 2
+
+
+def test_one_readable_record_in_any_shard_is_enough(tmp_path, small_shards):
+    source = write_lines(tmp_path / "in.jsonl", [{"no": 1}] * 40 + prose(1))
+    filtered(source, tmp_path / "out")
+    assert len(kept(tmp_path / "out")) == 1
+    (tmp_path / "in.jsonl").write_bytes(b"broken\n" * 40)
+    with pytest.raises(ConfigError, match=r"none of 40 records can be read; in\.jsonl:1: Expecting value"):
+        filtered(source, tmp_path / "broken")
 
 
 # -- buckets of length
