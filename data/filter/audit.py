@@ -60,6 +60,7 @@ _COLUMNS = {
     "bucket": "int32",
     "kept": "bool",
     "reason": "string",
+    "detail": "string",
 }
 
 TextOf = Callable[[str, int], str]
@@ -486,6 +487,6 @@ def _beginning(text: str) -> str:
 
 
 def _shown(row: dict[str, Any], text: str) -> dict[str, Any]:
-    names = ("id", "domain", "source", "reason", "tokens")
+    names = ("id", "domain", "source", "reason", "detail", "tokens")
     numbers = {name: rounded(row[name]) for name in ("score", "threshold") if name in row}
     return {name: row[name] for name in names} | numbers | {"text": text}

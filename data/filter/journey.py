@@ -11,12 +11,13 @@ import numpy as np
 from core.errors import ConfigError
 from core.files import read_json
 from data.filter.outputs import AUDIT_JSON, SCORES
+from data.filter.records import Reason
 
 
 def explain(out: Path, name: str) -> str:
     """A few lines about the record called `name` in the filtering of `out`; `ConfigError` where there is none."""
     row = find(out, name)
-    reason, score = row["reason"], row["score"]
+    reason, score = Reason[row["reason"]].told(row["detail"]), row["score"]
     lines = [
         f"{name} ({row['source']}, domain {row['domain']}): {'kept' if row['kept'] else 'left out'}, {reason}",
         f"length {_length(row)}, {row['tokens']:,} tokens",

@@ -40,7 +40,7 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
     """Shard by shard: id, source, domain, score, length (bytes of text), scored_bytes (of the answer, where there is
-    one), tokens, kept, reason, bucket, tie.
+    one), tokens, kept, reason, detail, bucket, tie.
     """
     import pyarrow
 
@@ -49,9 +49,10 @@ def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
         screened = done.screened.read(shard, ["tokens", "bytes", "scored_bytes", "tie"])
         decided = done.decided.read(shard, ["kept", "reason", "bucket"])
         columns = {name: records[name] for name in ("id", "source", "domain")}
-        columns |= {"score": done.scored.read(shard, ["score"])["score"], "length": screened["bytes"]}
+        scored = done.scored.read(shard, ["score", "detail"])
+        columns |= {"score": scored["score"], "length": screened["bytes"]}
         columns |= {name: screened[name] for name in ("scored_bytes", "tokens", "tie")}
-        columns |= {name: decided[name] for name in ("kept", "reason", "bucket")}
+        columns |= {name: decided[name] for name in ("kept", "reason", "bucket")} | {"detail": scored["detail"]}
         if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
             raise DataError(
                 f"{shard}: {rows:,} records were read, and there are {wrong}: filter anew, into another out="

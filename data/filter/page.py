@@ -15,6 +15,7 @@ from core.files import write_json, write_text
 from core.page import data_url, page
 from data.filter.findings import named
 from data.filter.pictures import DROPPED, KEPT, draw, thresholds
+from data.filter.records import Reason
 
 FIGURES, PAGE = "audit.json", "audit.html"
 _ROWS = 40
@@ -246,9 +247,9 @@ def _records(rows: list[dict[str, Any]], with_score: bool) -> str:
             beside = "" if limit is None else f"<br><small>threshold {_number(limit)}</small>"
             score = f"<td class=n>{_number(row['score'])}{beside}</td>"
         source = "" if row["source"] == row["id"] else f"<br><small>{_name(row['source'])}</small>"
-        body.append(
-            f"<tr><td class=id>{_name(row['id'])}{source}</td>{score}<td class=text>{_text(row['text'])}</td></tr>"
-        )
+        told = f"<b>{_text(Reason[row['reason']].told(row['detail']))}</b><br>" if row["detail"] is not None else ""
+        text = f"<td class=text>{told}{_text(row['text'])}</td>"
+        body.append(f"<tr><td class=id>{_name(row['id'])}{source}</td>{score}{text}</tr>")
     return _table(["record", *(["#score"] if with_score else []), "text"], body, "full records")
 
 

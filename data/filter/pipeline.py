@@ -21,7 +21,7 @@ from core.errors import ConfigError
 from core.files import files_in, locate, sha256_file, sha256_text
 from data.filter.config import FilterRules, OnError, Unit
 from data.filter.contamination import EvaluationSets
-from data.filter.duplicates import Signatures, find_duplicates, signatures
+from data.filter.duplicates import Copy, Signatures, find_duplicates, signatures
 from data.filter.gates import Gates
 from data.filter.inputs import Broken, Part, keys_of
 from data.filter.make import Models, models_of
@@ -34,6 +34,8 @@ from data.order import key_of
 FORMAT = 2
 SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
+_SHOWN = 200
+"""Characters of what could not be read."""
 UNREADABLE = "unreadable"
 """The domain of what could not be read; a domain of the input may have the same name."""
 
@@ -198,18 +200,20 @@ class Filter:
         gates, sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)
 
         def screen(shard: str) -> Any:
-            problems, rows = self.records.read(shard, ["problem"])["problem"].to_pylist(), self.rows(shard)
+            problems, rows = self._problems(shard), self.rows(shard)
             malformed = Reason.protected if self.rules.on_error is OnError.keep else Reason.malformed
-            reasons = [
-                malformed.name if problem is not None else _name(_screened(record, gates, sets))
+            found = [
+                (malformed, problem) if problem is not None else _screened(record, gates, sets)
                 for record, problem in zip(rows, problems, strict=True)
             ]
+            reasons = [_name(reason) for reason, _ in found]
             texts = [record.text for record in rows]
             sizes = [len(text.encode()) for text in texts]
             counts = self.job.count_tokens(texts) if self.job.count_tokens else sizes
             self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(rows):,} left out")
             return _table(
                 reason=reasons,
+                detail=[detail for _, detail in found],
                 tokens=np.asarray(counts, np.int64),
                 bytes=np.asarray(sizes, np.int64),
                 scored_bytes=np.asarray([len(record.answer.encode()) for record in rows], np.int64),
@@ -220,16 +224,40 @@ class Filter:
         self.screened.open(self.workers)
         self.screened.make(self.records.shards, self.workers, screen)
 
+    def _problems(self, shard: str) -> list[str | None]:
+        """Why records could not be read, and how what is there begins; None: they could."""
+        problems = self.records.read(shard, ["problem"])["problem"]
+        if problems.null_count == len(problems):
+            return [None] * len(problems)
+        raw = self.records.read(shard, ["raw"])["raw"].to_pylist()
+        return [p and f"{p}: {_beginning(begin)}" for p, begin in zip(problems.to_pylist(), raw, strict=True)]
+
     @cached_property
-    def duplicates(self) -> dict[str, list[Reason | None]]:
-        """Of each shard's records, why they repeat an earlier one. The same on every process."""
+    def duplicates(self) -> dict[str, list[Copy | None]]:
+        """Of each shard's records, which earlier one they repeat. The same on every process."""
         found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], self.rules.duplicates)
         return dict(zip(self.screened.shards, found, strict=True))
 
     def reasons(self, shard: str) -> list[str | None]:
         """Why records are out before they are scored; None: they are not."""
         reasons: list[str | None] = self.screened.read(shard, ["reason"])["reason"].to_pylist()
-        return [reason or _name(again) for reason, again in zip(reasons, self.duplicates[shard], strict=True)]
+        copies = [copy.reason.name if copy else None for copy in self.duplicates[shard]]
+        return [reason or copy for reason, copy in zip(reasons, copies, strict=True)]
+
+    def details(self, shard: str) -> list[str | None]:
+        """What is known of each reason besides: see `Reason.told`."""
+        details: list[str | None] = self.screened.read(shard, ["detail"])["detail"].to_pylist()
+        copies = self.duplicates[shard]
+        kept = np.array([copy.of for copy in copies if copy is not None], np.int64)
+        names = iter(self._ids.take(kept).to_pylist())
+        return [detail if copy is None else next(names) for detail, copy in zip(details, copies, strict=True)]
+
+    @cached_property
+    def _ids(self) -> Any:
+        """Of all records, in order."""
+        import pyarrow
+
+        return pyarrow.concat_tables([table for _, table in self.records.tables(["id"])])["id"]
 
     def passed(self) -> Iterator[Record]:
         """Every record that is to be scored, in order."""
@@ -254,7 +282,7 @@ class Filter:
             if places:
                 scores[places] = self.job.scorer.score([rows[place] for place in places])
             self.job.report(f"scored {shard}: {len(places):,} records")
-            return _table(score=scores, reason=reasons)
+            return _table(score=scores, reason=reasons, detail=self.details(shard))
 
         self.scored.make(self.records.shards, self.workers, score)
 
@@ -361,11 +389,17 @@ def of_file(path: str) -> str:
         return path
 
 
-def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> Reason | None:
+def _beginning(raw: bytes | None) -> str:
+    text = (raw or b"").decode(errors="replace")[:_SHOWN]
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reason | None, str | None]:
+    """Why it is left out, and from which set it is."""
     reason = gates(record)
-    if reason is None and sets(record.text) is not None:
-        return Reason.contaminated
-    return reason
+    if reason is None and (name := sets(record.text)) is not None:
+        return Reason.contaminated, name
+    return reason, None
 
 
 def _columns(found: Signatures) -> dict[str, Any]:
@@ -411,6 +445,6 @@ def _table(**columns: Any) -> Any:
     """A table; columns that are all null keep their kind, so that shards fit together."""
     import pyarrow
 
-    kinds = {name: pyarrow.string() for name in ("id", "domain", "source", "text", "problem", "reason")}
+    kinds = {name: pyarrow.string() for name in ("id", "domain", "source", "text", "problem", "reason", "detail")}
     kinds |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
     return pyarrow.table({name: pyarrow.array(values, kinds.get(name)) for name, values in columns.items()})

@@ -44,6 +44,7 @@ def decisions(score: Any, reason: Any, domain: Any = "web", seed: int = 0, **col
         "kept": [Reason[name].kept for name in reasons],
         "reason": reasons,
         "scored_bytes": size,
+        "detail": [None] * count,
     }
     return pyarrow.table(found | columns)
 

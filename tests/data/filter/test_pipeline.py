@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import pytest
 
 from core.errors import ConfigError, DataError
 from data.filter import pipeline, store
-from data.filter.config import DuplicateConfig, OnError, SelectConfig, Unit
+from data.filter.config import ContaminationConfig, DuplicateConfig, OnError, SelectConfig, Unit
+from data.filter.journey import explain
 from data.filter.outputs import KEPT, SCORES, audit_of, write_audit_of
 from data.filter.pipeline import Filter
 from data.filter.records import Reason
@@ -558,6 +560,71 @@ def test_one_readable_record_in_any_shard_is_enough(tmp_path, small_shards):
     (tmp_path / "in.jsonl").write_bytes(b"broken\n" * 40)
     with pytest.raises(ConfigError, match=r"none of 40 records can be read; in\.jsonl:1: Expecting value"):
         filtered(source, tmp_path / "broken")
+
+
+# -- details of the reasons
+
+
+def planted(tmp_path: Path) -> Filter:
+    """Copies of a record of another shard, a passage of an evaluation set, and what is no record."""
+    rows: list[Any] = prose(60, words=60)
+    exam = write_lines(tmp_path / "exam.jsonl", [{"q": rows[7]["text"]}])
+    rows[40] = {"text": rows[3]["text"].upper()}
+    rows[41] = {"text": rows[3]["text"] + " and more"}
+    rows[42] = {"text": rows[41]["text"]}
+    rows[50] = {"words": "no <b>text\x1b[2J"}
+    sets = ContaminationConfig({"none": str(write_lines(tmp_path / "none.jsonl", prose(1, 99))), "exam": str(exam)})
+    return filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", contamination=sets)
+
+
+def test_every_reason_says_by_which_set_of_which_record_or_why_it_is_no_record(tmp_path, small_shards):
+    done = planted(tmp_path)
+    told = {row["id"]: (row["reason"], row["detail"]) for row in rows_of(done) if row["detail"] is not None}
+    problem = """no 'text'; it has 'words': {"words": "no <b>text\\u001b[2J"}"""
+    assert told == {
+        "in.jsonl:8": ("contaminated", "exam"),
+        "in.jsonl:41": ("duplicate", "in.jsonl:4"),
+        "in.jsonl:42": ("near_duplicate", "in.jsonl:4"),
+        "in.jsonl:43": ("duplicate", "in.jsonl:4"),
+        "in.jsonl:51": ("malformed", problem),
+    }
+    write_audit_of(done, tmp_path / "out", "in.jsonl")
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
+    page = (tmp_path / "out" / "audit.html").read_text()
+    wanted = {
+        "in.jsonl:8": "contaminated by exam",
+        "in.jsonl:41": "duplicate of in.jsonl:4",
+        "in.jsonl:42": "near_duplicate of in.jsonl:4",
+        "in.jsonl:51": f"malformed: {problem}",
+    }
+    for name, text in wanted.items():
+        assert explain(tmp_path / "out", name).splitlines()[0].endswith(f"left out, {text}")
+        (example,) = [row for row in audit["examples"][told[name][0]] if row["id"] == name]
+        assert example["detail"] == told[name][1] and escape(text) in page
+
+
+def test_what_could_not_be_read_says_why_though_it_is_kept(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [*prose(10), {"words": 1}])
+    with open(source, "ab") as file:
+        file.write(b"\xff\x1b" + b"x" * 5000)
+    *_, last, binary = rows_of(filtered(source, tmp_path / "out", on_error=OnError.keep))
+    assert (last["reason"], last["detail"]) == ("protected", """no 'text'; it has 'words': {"words": 1}""")
+    assert "\x1b" not in binary["detail"] and len(binary["detail"]) < 500 and binary["detail"].endswith("xxx")
+
+
+def test_what_a_gate_left_out_is_nobodys_original(tmp_path):
+    """Of two pairs the whole text is the same, or nearly so, and the first has no answer of its own."""
+    rows = [{"q": row["text"], "a": f"So {other['text']}"} for row, other in zip(prose(20), prose(20, 1), strict=True)]
+    rows[2] = {"q": f"{rows[9]['q']}\n\n{rows[9]['a']}", "a": ""}
+    rows[3] = {"q": f"{rows[10]['q']}\n\n{rows[10]['a']} indeed", "a": ""}
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    found = rows_of(filtered(source, tmp_path / "out", prompt_key="q", response_key="a"))
+    assert [found[place]["reason"] for place in (2, 3)] == ["empty"] * 2
+    assert {row["reason"] for place, row in enumerate(found) if place not in (2, 3)} == {"hard", "easy"}
+    rows[2], rows[3] = dict(rows[9]), {"q": rows[10]["q"], "a": f"{rows[10]['a']} indeed"}
+    source = write_lines(tmp_path / "whole.jsonl", rows)
+    found = rows_of(filtered(source, tmp_path / "whole", prompt_key="q", response_key="a"))
+    assert [found[place]["reason"] for place in (9, 10)] == ["duplicate", "near_duplicate"], "control"
 
 
 # -- buckets of length
