@@ -176,6 +176,8 @@ class RecordMaker:
         if config.prompt_key is None or config.response_key is None:
             return _get(row, config.text_key, (str,)), None
         prompt, response = (_get(row, key, (str,)) for key in (config.prompt_key, config.response_key))
+        if not prompt.strip():  # what the template puts around it is no prompt
+            return response, 0
         before, _, after = config.template.partition("{response}")
         before = before.replace("{prompt}", prompt)
         return before + response + after, len(before)
@@ -195,19 +197,20 @@ def _is_half(text: str) -> bool:
 
 
 def _chat(messages: list[Any]) -> tuple[str, int]:
-    """All messages, each under its role; the response is the last message of the assistant."""
-    text, answer_start, end = "", None, 0
+    """All messages, each under its role; the response is the last of the assistant. Roles alone are no prompt."""
+    text, answer_start, end, said, has_prompt = "", None, 0, False, False
     for message in messages:
         if not isinstance(message, dict):
             raise Unreadable("a message is no object with role and content")
         role, content = (_get(message, key, (str,)) for key in ("role", "content"))
         text += f"{role}:\n"
         if role == ASSISTANT:
-            answer_start, end = len(text), len(text) + len(content)
+            answer_start, end, has_prompt = len(text), len(text) + len(content), said
         text += f"{content}\n\n"
+        said = said or bool(content.strip())
     if answer_start is None:
         raise Unreadable("no message of the assistant")
-    return text[:end], answer_start
+    return (text[:end], answer_start) if has_prompt else (text[answer_start:end], 0)
 
 
 def keys_of(raw: bytes | None) -> list[str]:

@@ -209,10 +209,29 @@ def test_a_broken_record_ends_it_where_that_is_asked(tmp_path):
 
 def test_empty_prompts_and_responses(tmp_path):
     rows = [{"q": row["text"], "a": row["text"][::2]} for row in prose(20)]
-    rows[3]["a"], rows[4]["a"], rows[5]["q"] = "", " \n", ""
-    done = filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", prompt_key="q", response_key="a")
-    reasons = [row["reason"] for row in rows_of(done)]
-    assert reasons[3:5] == ["empty", "empty"] and reasons[5] != "empty"
+    rows[3]["a"], rows[4]["a"], rows[5]["q"], rows[6]["q"] = "", " \n", "", " \n"
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    for template in ("{prompt}\n\n{response}", "Question: {prompt}\nAnswer: {response}\n"):
+        keys = {"prompt_key": "q", "response_key": "a", "template": template}
+        done = filtered(source, tmp_path / f"{len(template)}", **keys)
+        reasons = [row["reason"] for row in rows_of(done)]
+        assert reasons[3:7] == ["empty"] * 4 and "empty" not in reasons[:3] + reasons[7:]
+
+
+def test_roles_alone_are_no_prompt(tmp_path):
+    def chat(*said: str) -> dict[str, Any]:
+        roles = ("system", "user", "assistant")[-len(said) :]
+        return {"m": [{"role": role, "content": content} for role, content in zip(roles, said, strict=True)]}
+
+    answers = [row["text"] for row in prose(4)]
+    rows = [
+        chat(answers[0]),
+        chat(" ", answers[1]),
+        chat("You add.", "", answers[2]),
+        chat("You add.", "2 + 2?", answers[3]),
+    ]
+    done = filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", messages_key="m")
+    assert [row["reason"] == "empty" for row in rows_of(done)] == [True, True, False, False]
 
 
 def test_two_records_of_one_name_are_refused(tmp_path):
