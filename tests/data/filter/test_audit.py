@@ -176,6 +176,14 @@ def test_does_not_warn_just_inside_the_limits():
     assert "off_target" in kinds(audited(halved(100), kept_whole))
 
 
+def test_warns_of_a_target_missed_by_more_than_one_document():
+    """Of 20 documents, each 5% of its domain, one more than the half or fewer, and two."""
+    score = np.arange(20.0)
+    for kept, warned in ((8, True), (9, False), (10, False), (11, False), (12, True)):
+        audit = audited(decisions(score, ["easy"] * (20 - kept) + ["hard"] * kept))
+        assert ("off_target" in kinds(audit)) == warned
+
+
 def test_length_inside_buckets_is_told_apart_from_length_overall():
     """Two buckets of length, the longer with higher scores, and by lot inside each."""
     chance = np.random.default_rng(0)

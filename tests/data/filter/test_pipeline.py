@@ -651,6 +651,24 @@ def test_records_compete_with_those_whose_scored_part_is_as_long(tmp_path):
     assert all(row["bucket"] == (len(one["a"]) > 200) for row, one in zip(found, rows, strict=True))
 
 
+def test_buckets_are_numbered_inside_each_domain_and_each_has_its_threshold(tmp_path):
+    rows = [
+        {**row, "domain": domain}
+        for seed, domain in enumerate(("code", "web"))
+        for part, words in enumerate((8, 60))
+        for row in prose(40, 2 * seed + part, words)
+    ]
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    done = filtered(source, tmp_path / "out", select=SelectConfig(length_buckets=2), domain_key="domain")
+    found = rows_of(done)
+    assert [row["bucket"] for row in found] == ([0] * 40 + [1] * 40) * 2
+    thresholds = json.loads((tmp_path / "out" / "audit.json").read_text())["thresholds"]["domains"]
+    for row in found[::20]:
+        bucket = thresholds[row["domain"]]["buckets"][row["bucket"]]
+        among = f"among records of its domain, of {bucket['length']:,} scored bytes and more"
+        assert explain(tmp_path / "out", row["id"]).endswith(f"\nthreshold {bucket['score']:.4f} {among}")
+
+
 # -- the upper cut
 
 
