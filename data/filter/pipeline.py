@@ -102,11 +102,11 @@ class Filter:
         stage.open(self.workers)
         if stage.is_whole:
             return
-        with together(self.workers):
-            for place, part in share(list(enumerate(self.job.parts)), self.workers):
-                self._ingest_part(place, part)
         shards: dict[str, int] = {}
         try:
+            with together(self.workers):
+                for place, part in share(list(enumerate(self.job.parts)), self.workers):
+                    self._ingest_part(place, part)
             with together(self.workers):
                 for place in range(len(self.job.parts)):
                     shards |= stage.read_json(_part(place))

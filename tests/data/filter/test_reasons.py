@@ -62,6 +62,8 @@ def test_an_input_of_which_nothing_can_be_read_is_refused_and_may_be_read_by_oth
         with pytest.raises(ConfigError) as caught:
             filtered(source, tmp_path / "out", on_error=on_error, **keys)
         assert message in str(caught.value)
+    with pytest.raises(ConfigError, match=r"input=in\.jsonl:1: cannot be read: "):
+        filtered(source, tmp_path / "out", on_error=OnError.fail, **keys)
     assert len(rows_of(filtered(source, tmp_path / "out", prompt_key="q", response_key="a"))) == 2
 
 
