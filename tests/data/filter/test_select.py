@@ -229,6 +229,15 @@ def test_revived_are_a_share_of_what_is_kept_by_lot() -> None:
     assert shard.score[mine & hard].mean() > shard.score[mine & revived].mean() + 0.5
 
 
+def test_the_lot_is_not_the_hash_that_decides_ties() -> None:
+    """All scores are equal, so the hash decides who is hard: the next ones by hash must not be the revived."""
+    shard = records(3000, 5, "constant")
+    _, codes = decide(shard, FilterRules(keep=0.5, select=SelectConfig(revive=0.5, length_buckets=1)))
+    mine = shard.domain == 0
+    revived, easy = (shard.hash[mine & (codes == CODE[one])].astype(float) for one in (Reason.revived, Reason.easy))
+    assert len(revived) > 500 and abs(revived.mean() / easy.mean() - 1) < 0.05 and revived.min() < easy.max()
+
+
 def test_nothing_is_revived_unless_asked() -> None:
     _, codes = decide(records(2000, 7), FilterRules(keep=0.4))
     assert not (codes == CODE[Reason.revived]).any()
@@ -252,6 +261,11 @@ def test_what_is_left_without_noise_caps_the_target() -> None:
     shard = records(1000, 9)
     _, codes = decide(shard, FilterRules(keep=0.9), float(np.median(shard.score)))
     assert ((codes == CODE[Reason.hard]) == (codes != CODE[Reason.noise])).all()
+
+
+def test_noise_threshold_is_a_clean_score_at_or_above_the_quantile() -> None:
+    clean = np.array([3.0, np.nan, 0.0, 1.0, 2.0])
+    assert noise_threshold(clean, 0.9) == 3.0 and noise_threshold(clean, 2 / 3) == 2.0
 
 
 def test_noise_threshold_needs_a_finite_score() -> None:
