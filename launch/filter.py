@@ -38,12 +38,13 @@ from train.journey import explain_run
 from train.seen import MODELS
 
 STAGES = "stages"
+_OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
 
 
 class Action(Enum):
     filter = "filter"
     ablate = "ablate"
-    """Train on what the rules keep, and on controls, at equal tokens."""
+    """Train on what the rules keep of a run's corpus (`ablate.train`), and on controls, at equal tokens."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,20 @@ class FilterConfig(FilterRules, InputConfig):
         FilterRules.__post_init__(self)
         if self.explain is None and self.action is Action.filter:
             InputConfig.__post_init__(self)
+        if self.action is Action.ablate:
+            self._refuse_inputs()
         if self.run is not None and self.explain is None:
             raise ConfigError("run", self.run, "is where to look a record up: name it", ["explain=ID"])
         if self.processes < 1:
             raise ConfigError("processes", self.processes, "must be positive")
+
+    def _refuse_inputs(self) -> None:
+        """Raise `ConfigError` for what says which data to filter: an ablation's are those of its runs."""
+        own = [one for one in fields(FilterConfig) if one.name in ("tokenizer", "processes", "explain", "run")]
+        for one in (*fields(InputConfig), *own):
+            if (value := getattr(self, one.name)) != one.default:
+                reason = "means nothing to filter ablate, whose data are those of leviathan train (docs/filter.md)"
+                raise ConfigError(one.name, value, reason, [_OWN_DATA])
 
 
 def run(config: FilterConfig) -> int:
