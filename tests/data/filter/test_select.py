@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -212,6 +213,32 @@ def test_memory_for_histograms_changes_the_passes_and_not_the_outcome(monkeypatc
         passes.append(0)
         seen.append(select(shards, NAMES, FilterRules()).reasons(shard))
     assert np.array_equal(*seen) and passes[0] < passes[1]
+
+
+def test_lengths_are_added_up_in_parts_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so few cells shards are added up as they come, and one domain at a time over the ranks."""
+    shard, rules = records(2000, 4, "normal", "tokens"), FilterRules(keep=0.4)
+    decision, codes = decide(shard, rules)
+    monkeypatch.setattr(module, "_BINS", 1 << 10)
+    parts = [[take(shard, np.arange(first, 2000, 36)) for first in range(rank, 36, 3)] for rank in range(3)]
+    for other in on_ranks(parts, rules, None):
+        assert all(map(np.array_equal, other.starts, decision.starts))
+        assert np.array_equal(other.reasons(shard), codes)
+    assert all(len(starts) == 8 for starts in decision.starts[:2]), "the case must contain what it is about"
+
+
+def test_memory_does_not_grow_with_domains() -> None:
+    random, count, domains = np.random.default_rng(0), 30_000, 10_000
+    length, ones = np.ceil(np.exp(random.normal(6, 1.5, count))).astype(np.int64), np.ones(count, np.int64)
+    hashes = random.integers(0, 2**64, count, dtype=np.uint64)
+    shard = ShardScores("all", random.normal(0, 1, count), np.arange(count) % domains, length, ones, hashes)
+    names = [str(place) for place in range(domains)]
+    tracemalloc.start()
+    try:
+        select(lambda: [shard], names, FilterRules()).reasons(shard)
+        assert tracemalloc.get_traced_memory()[1] < 300e6, "a table of lengths would be 1.6 GB"
+    finally:
+        tracemalloc.stop()
 
 
 # what becomes of the rest
