@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from core.config import plain
 from core.errors import ConfigError
 from core.files import files_in, locate, sha256_file, sha256_text
+from data.filter.audit import OTHER
 from data.filter.config import FilterRules, OnError, Unit
 from data.filter.contamination import EvaluationSets
 from data.filter.duplicates import Signatures, find_duplicates, signatures
@@ -26,12 +27,12 @@ from data.filter.gates import Gates
 from data.filter.inputs import Broken, Part
 from data.filter.make import Models, models_of
 from data.filter.records import Reason, Record
-from data.filter.scorer import Scorer
+from data.filter.scorer import Scorer, Several
 from data.filter.select import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import Stage, Workers, share, together
 from data.order import key_of
 
-FORMAT = 1
+FORMAT = 2
 SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
 UNREADABLE = "unreadable"
@@ -230,13 +231,27 @@ class Filter:
             reasons = self.reasons(shard)
             places = [place for place, reason in enumerate(reasons) if reason is None]
             rows = self.rows(shard)
-            scores = np.full(len(rows), np.nan)
+            columns = {name: np.full(len(rows), np.nan) for name in self._score_columns}
             if places:
-                scores[places] = self.job.scorer.score([rows[place] for place in places])
+                for name, scores in self._scores([rows[place] for place in places]).items():
+                    columns[name][places] = scores
             self.job.report(f"scored {shard}: {len(places):,} records")
-            return _table(score=scores, reason=reasons)
+            return _table(**columns, reason=reasons)
 
         self.scored.make(self.records.shards, self.workers, score)
+
+    @property
+    def _score_columns(self) -> list[str]:
+        scorer = self.job.scorer
+        return ["score", *(OTHER + name for name in (scorer.others if isinstance(scorer, Several) else ()))]
+
+    def _scores(self, records: Sequence[Record]) -> dict[str, NDArray[np.float64]]:
+        """What goes into each of these columns."""
+        scorer = self.job.scorer
+        if not isinstance(scorer, Several):
+            return {"score": scorer.score(records)}
+        score, others = scorer.score_all(records)
+        return {"score": score} | {OTHER + name: found for name, found in others.items()}
 
     def _refuse_memory(self) -> None:
         """A model must not score what it has learnt: what is known by heart looks easy."""
@@ -270,7 +285,10 @@ class Filter:
         """Of the records that were to be scored, and their places among all of the shard."""
         import pyarrow.compute
 
-        scored, screened = self.scored.read(shard), self.screened.read(shard, ["tokens", "bytes", "tie"])
+        scored, screened = (
+            self.scored.read(shard, ["score", "reason"]),
+            self.screened.read(shard, ["tokens", "bytes", "tie"]),
+        )
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
         columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "bytes", "tie")}
         known = pyarrow.array(self.domains, pyarrow.string())

@@ -7,12 +7,14 @@ import os
 import shlex
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
 from core.config import load
+from data.filter.tally import spearman
 from launch.cli import main
 from launch.filter import FilterConfig, command_of
 from tests.data.filter.filtering import prose, write_lines
@@ -87,6 +89,28 @@ def test_again_takes_nothing_anew(pairs, out, capsys):
     assert "scored" not in capsys.readouterr().out
     line = refused(capsys, *arguments(pairs, out), "scorer.kind=length")
     assert "scored: was made with scorer=ngram " in line and "(now length " in line and "choose another out=" in line
+
+
+def test_the_audit_says_how_far_the_members_of_an_ensemble_agree(pairs, tmp_path):
+    members = "[{kind: ngram, order: 2}, {kind: ngram, order: 4}, {kind: length}]"
+    settings = ["scorer.kind=ensemble", f"scorer.members={members}"]
+    assert main(["filter", *arguments(pairs, tmp_path / "out"), *settings]) == 0
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "scores.parquet")
+    names = ["ngram[0]", "ngram[1]", "length", "random"]
+    assert [name for name in table.column_names if name.startswith("score:")] == [f"score:{name}" for name in names]
+    assert table["score:length"].to_pylist() == [len(row["answer"].encode()) for row in read_lines(pairs)]
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
+    found = {tuple(sorted(one["scorers"])): one for one in audit["agreement"]}
+    assert set(found) == {tuple(sorted(pair)) for pair in combinations(["ensemble", *names], 2)}
+    assert {one["records"] for one in audit["agreement"]} == {audit["totals"]["competed"]["documents"]}
+    columns = {name: table[f"score:{name}"].to_numpy() for name in names} | {"ensemble": table["score"].to_numpy()}
+    for (one, other), pair in found.items():
+        assert pair["correlation"] == pytest.approx(spearman(columns[one], columns[other]), abs=1e-4)
+    assert "ngram[1]" in (tmp_path / "out" / "audit.html").read_text()
+
+
+def read_lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
