@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from core.errors import ConfigError
 from core.files import sha256_text
 from data.filter.controls import LengthScorer, RandomScorer
 from data.filter.records import Record
-from data.filter.scorer import Direction, Scorer
+from data.filter.scorer import Asking, Direction, Scorer
 
 _SAMPLE = 4096
 """Records that ranks are taken among: a rank is right within 2.2 points in 100 with 95% confidence over all ranks at
@@ -31,6 +31,7 @@ class EnsembleScorer:
 
     High means hard if it does for all members; else, at best, learnable. Costs `sample` scores more than its members.
     The members' scores are kept with its own, and those of the controls, so that the audit can say how far they agree.
+    What a member was not told at first and then was is ranked among the sample as it is then.
     """
 
     name = "ensemble"
@@ -57,6 +58,12 @@ class EnsembleScorer:
     @property
     def others(self) -> tuple[str, ...]:
         return (*self._members, *self._controls)
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Of the members that ask somebody."""
+        asking = {name: member.reasons for name, member in self._members.items() if isinstance(member, Asking)}
+        return {record: f"{name}: {why}" for name, reasons in asking.items() for record, why in reasons.items()}
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
         for member in self.members:

@@ -24,6 +24,8 @@ def explain(out: Path, name: str) -> str:
     if score is not None and np.isfinite(score):
         lines.append(f"score {score:.4f}, {_place(out, row)}")
         lines += _threshold(out, row)
+    elif row["why"] is not None:
+        lines.append(f"no score: {row['why']}; the same command asks again")
     return "\n".join(lines)
 
 

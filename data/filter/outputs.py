@@ -35,8 +35,8 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
-    """Shard by shard: id, source, domain, score, length (bytes of text), tokens, kept, reason, bucket, tie, and the
-    scores of an ensemble's members ("score:NAME").
+    """Shard by shard: id, source, domain, score, length (bytes of text), tokens, kept, reason, bucket, tie, why
+    (there is no score), and the scores of an ensemble's members ("score:NAME").
     """
     import pyarrow
 
@@ -49,7 +49,7 @@ def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
         columns |= {"score": scored["score"], "length": screened["bytes"]}
         columns |= {name: screened[name] for name in ("tokens", "tie")}
         columns |= {name: decided[name] for name in ("kept", "reason", "bucket")}
-        columns |= {name: scored[name] for name in scored.column_names if name.startswith(OTHER)}
+        columns |= {name: scored[name] for name in scored.column_names if name == "why" or name.startswith(OTHER)}
         if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
             raise DataError(
                 f"{shard}: {rows:,} records were read, and there are {wrong}: filter anew, into another out="

@@ -6,6 +6,7 @@ process with fixed batching, so what comes out does not depend on how many there
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from data.filter.gates import Gates
 from data.filter.inputs import Broken, Part
 from data.filter.make import Models, models_of
 from data.filter.records import Reason, Record
-from data.filter.scorer import Scorer, Several
+from data.filter.scorer import Asking, Scorer, Several
 from data.filter.select import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import Stage, Workers, share, together
 from data.order import key_of
@@ -35,6 +36,8 @@ from data.order import key_of
 FORMAT = 2
 SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
+_SHOWN = 200
+"""Characters of why a record has no score."""
 UNREADABLE = "unreadable"
 """The domain of what could not be read; a domain of the input may have the same name."""
 
@@ -223,22 +226,45 @@ class Filter:
 
     def _score(self) -> None:
         self.scored.open(self.workers)
-        if not self.scored.is_whole:
+        with together(self.workers):
+            unanswered = [shard for shard in self.records.shards if self._is_unanswered(shard)]
+        if unanswered or not self.scored.is_whole:
             with together(self.workers):
                 self._fit()
 
         def score(shard: str) -> Any:
             reasons = self.reasons(shard)
+            columns: dict[str, Any] = {name: np.full(len(reasons), np.nan) for name in self._score_columns}
+            columns |= {"why": [None] * len(reasons), "reason": reasons}
             places = [place for place, reason in enumerate(reasons) if reason is None]
-            rows = self.rows(shard)
-            columns = {name: np.full(len(rows), np.nan) for name in self._score_columns}
-            if places:
-                for name, scores in self._scores([rows[place] for place in places]).items():
-                    columns[name][places] = scores
-            self.job.report(f"scored {shard}: {len(places):,} records")
-            return _table(**columns, reason=reasons)
+            return self._with_scores(shard, columns, places)
 
+        with together(self.workers):
+            for shard in share(unanswered, self.workers):
+                table = self.scored.read(shard)
+                columns = {name: table[name].to_numpy().copy() for name in self._score_columns}
+                columns |= {name: table[name].to_pylist() for name in ("why", "reason")}
+                places = [place for place, why in enumerate(columns["why"]) if why is not None]
+                self.scored.write(shard, self._with_scores(shard, columns, places))
         self.scored.make(self.records.shards, self.workers, score)
+
+    def _is_unanswered(self, shard: str) -> bool:
+        """Whether the scorer got no answer for some of the shard's records, and could ask again."""
+        return self.scored.has(shard) and bool(self.scored.read(shard, ["why"])["why"].is_valid().to_numpy().any())
+
+    def _with_scores(self, shard: str, columns: dict[str, Any], places: list[int]) -> Any:
+        """The shard's table, the records at `places` scored: their scores, or why there are none."""
+        rows = self.rows(shard)
+        if places:
+            for name, scores in self._scores([rows[place] for place in places]).items():
+                columns[name][places] = scores
+        scorer = self.job.scorer
+        reasons = scorer.reasons if isinstance(scorer, Asking) else {}
+        for place in places:
+            why = None if np.isfinite(columns["score"][place]) else reasons.get(rows[place].id)
+            columns["why"][place] = None if why is None else _one_line(why)
+        self.job.report(f"scored {shard}: {len(places):,} records")
+        return _table(**columns)
 
     @property
     def _score_columns(self) -> list[str]:
@@ -306,7 +332,12 @@ class Filter:
         return scores, places
 
     def _decide(self) -> None:
-        self.decided.open(self.workers)
+        with together(self.workers):
+            self.decided.refuse_other()
+        noise = self._noise()
+        with together(self.workers):
+            content = self._hash_of_scores(noise)
+        self.decided.open(self.workers, content)
         if self.decided.is_whole:
             return
         mine = share(list(self.records.shards), self.workers)
@@ -314,7 +345,7 @@ class Filter:
             lambda: (self._shard_scores(shard)[0] for shard in mine),
             self.domains,
             self.rules,
-            self._noise(),
+            noise,
             self.workers.sum,
         )
 
@@ -333,6 +364,13 @@ class Filter:
             if self.workers.rank == 0:
                 self.decided.write_json(THRESHOLDS, decision.thresholds)
         self.decided.make(self.records.shards, self.workers, decide)
+
+    def _hash_of_scores(self, noise: float | None) -> str:
+        """Scores may be taken again, and then it is decided again."""
+        digest = hashlib.sha256(repr(noise).encode())
+        for _, table in self.scored.tables(["score"]):
+            digest.update(table["score"].to_numpy().tobytes())
+        return digest.hexdigest()
 
     def _noise(self) -> float | None:
         """The score above which a record is noise. The clean texts' scores are kept with the others."""
@@ -388,6 +426,11 @@ def _signatures(table: Any) -> Signatures:
     return Signatures(exact, near, table["near_possible"].to_numpy() & ~out)
 
 
+def _one_line(text: str) -> str:
+    """The beginning of what a server or somebody's verifier said, in what can be written to a file."""
+    return " ".join(text.split())[:_SHOWN].encode("utf-8", "replace").decode()
+
+
 def _name(reason: Reason | None) -> str | None:
     return None if reason is None else reason.name
 
@@ -409,6 +452,6 @@ def _table(**columns: Any) -> Any:
     """A table; columns that are all null keep their kind, so that shards fit together."""
     import pyarrow
 
-    kinds = {name: pyarrow.string() for name in ("id", "domain", "source", "text", "problem", "reason")}
+    kinds = {name: pyarrow.string() for name in ("id", "domain", "source", "text", "problem", "reason", "why")}
     kinds |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
     return pyarrow.table({name: pyarrow.array(values, kinds.get(name)) for name, values in columns.items()})

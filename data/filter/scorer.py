@@ -4,7 +4,7 @@ twice, because a model's depends on what else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
@@ -40,6 +40,16 @@ class Scorer(Protocol):
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
         """One number per record, not finite where there is none to be had."""
+        ...
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """A scorer that asks somebody, who may give no answer to some records: the next run asks again for those."""
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Why a record has no score, by its id."""
         ...
 
 
