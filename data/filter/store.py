@@ -6,6 +6,7 @@ never gone on with. Columns are those of `pyarrow` tables.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +73,19 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"cannot write {path} ({error.strerror or error}): free some space and run again to go on"
-        raise DataError(reason) from None
+        raise DataError(f"cannot write {path} ({error.strerror or error}): {_advice(error)}") from None
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and run again to go on"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return (
+            "a file stands where a folder has to be, or a folder where a file has to: move it, or choose another out="
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "let it be written to, or choose another out="
+    return "mend that and run again to go on"
 
 
 def _given(content: str | None) -> dict[str, str]:

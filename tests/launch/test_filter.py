@@ -82,6 +82,18 @@ def test_the_journey_of_a_record(pairs, out, capsys):
     assert line.endswith("holds no filtering that has ended (scores.parquet is missing)")
 
 
+@pytest.mark.parametrize("name", ["scores.parquet", "audit.json"])
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"{}", b"[]"])
+def test_the_journey_in_a_damaged_filtering_is_one_line(out, tmp_path, capsys, name, content):
+    for whole in ("scores.parquet", "audit.json"):
+        (tmp_path / whole).write_bytes((out / whole).read_bytes())
+    (tmp_path / name).write_bytes(content)
+    assert main(["filter", "explain=pairs.jsonl:3", f"out={tmp_path}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"leviathan: error: {tmp_path / name} cannot be read (")
+    assert line.endswith("): filter again with the same out, which writes it anew")
+
+
 def test_again_takes_nothing_anew(pairs, out, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in (out / "stages").rglob("*.parquet")}
     assert main(["filter", *arguments(pairs, out)]) == 0

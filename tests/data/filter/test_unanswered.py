@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from core.errors import ConfigError
-from data.filter import pipeline
+from data.filter import asking, pipeline
 from launch.cli import main
 from tests.data.filter.filtering import FixedScorer, filtered, kept, prose, rows_of, write_lines
 from tests.data.filter.server import Reply, completion, graded
@@ -117,6 +119,34 @@ def test_a_verifier_may_say_anything(server, source, tmp_path, monkeypatch):
     assert command(server, pairs, tmp_path / "out", *more) == 0
     whys = {row["why"] for row in rows_in(tmp_path / "out")}
     assert len(whys) == 1 and (why := whys.pop()).startswith("the verifier raised ValueError: ?") and len(why) == 200
+
+
+@pytest.mark.parametrize("what", ["no folder", "full"])
+def test_answers_that_cannot_be_kept_are_one_line(server, source, tmp_path, capsys, monkeypatch, what):
+    """Such an error ends the other processes too, which would wait for ever."""
+    out = tmp_path / "out"
+    (out / "stages").mkdir(parents=True)
+    if what == "no folder":
+        (out / "stages" / "answers").write_text("")
+        said = "cannot write .*answers .File exists.: a file stands where a folder has to be"
+    else:
+        real = asking.json.dumps
+
+        def dumps(value: Any, **more: Any) -> str:
+            if "answer" in value:
+                monkeypatch.setattr(asking, "open", lambda *_: Full(), raising=False)
+            return real(value, **more)
+
+        monkeypatch.setattr(asking.json, "dumps", dumps)
+        said = r"cannot write .*answers \(No space left on device\): free some space and run again to go on"
+    assert command(server, source, out) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(f"leviathan: error: {said}.*", line)
+
+
+class Full:
+    def write(self, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_other_scores_make_other_decisions(source, tmp_path):
