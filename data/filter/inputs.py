@@ -5,13 +5,18 @@ An input is cut into parts, each read by one process from its begin to its end: 
 
 from __future__ import annotations
 
+import base64
 import codecs
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import UUID
 
 from core.errors import ConfigError
 from core.files import files_in, files_like, is_local, locate, opened, sha256_file, sha256_text, unzipped
@@ -151,7 +156,7 @@ class RecordMaker:
         domain = "all" if config.domain_key is None else str(_get(row, config.domain_key, (str, int)))
         if any(map(_is_half, (name, domain, text))):
             raise Unreadable("holds half of a surrogate pair, which is no text")
-        return Record(name, domain, place, text, answer_start, _line(row) if raw is None else raw)
+        return Record(name, domain, place, text, answer_start, _line(row, place) if raw is None else raw)
 
     def _text(self, row: dict[str, Any]) -> tuple[str, int | None]:
         config = self.config
@@ -165,8 +170,35 @@ class RecordMaker:
         return before + response + after, len(before)
 
 
-def _line(row: Any) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str)
+def _line(row: dict[str, Any], place: str) -> str:
+    """A row of columns as a line of JSON. Raises `ConfigError` with the column that JSON has no form for."""
+    try:
+        found = {}
+        for column, value in row.items():
+            found[column] = _for_json(value)
+        return json.dumps(found, ensure_ascii=False)
+    except TypeError as error:
+        reason = f"the column {column!r} holds {error}, which no line of JSON can: leave that column out"
+        raise ConfigError("input", place, reason) from None
+
+
+def _for_json(value: Any) -> Any:
+    """Bytes as {"base64": text}, what is no number as null, dates in ISO form. Raises `TypeError` for the unknown."""
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal | UUID):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _for_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_for_json(inner) for inner in value]
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def _is_half(text: str) -> bool:
@@ -227,7 +259,7 @@ class FilePart:
                     else:
                         yield self.make(content, place)
                 except (Unreadable, ValueError, RecursionError) as error:
-                    raw = content if isinstance(content, bytes) else _line(content).encode()
+                    raw = content if isinstance(content, bytes) else _line(content, place).encode()
                     yield Broken(place, place, str(error)[:_SHOWN], raw)
         except (OSError, EOFError, zlib.error) as error:
             raise ConfigError("input", str(self.path), f"cannot be read: {error}") from None
@@ -262,7 +294,7 @@ class DataSetPart:
                 try:
                     yield self.make(row, place)
                 except Unreadable as error:
-                    yield Broken(place, place, str(error)[:_SHOWN], _line(row).encode())
+                    yield Broken(place, place, str(error)[:_SHOWN], _line(row, place).encode())
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = f"datasets cannot stream it: {(str(error).splitlines() or [type(error).__name__])[0]}"
             raise ConfigError("dataset", self.config.dataset, reason) from None
@@ -288,7 +320,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 for row in batch.to_pylist():
                     yield number, row
                     number += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: a time that Python has no form for
         raise OSError(f"no readable parquet file ({str(error).splitlines()[0]})") from None
 
 
