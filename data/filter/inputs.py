@@ -24,6 +24,8 @@ from data.filter.records import Record
 from data.sources import TEXT_SUFFIXES, data_set_fingerprint
 
 ASSISTANT = "assistant"
+_SAVED = ("state.json", "dataset_dict.json")
+"""What the `save_to_disk` of the `datasets` library leaves in a folder."""
 _SHOWN = 200
 """Characters of what is said about a broken record, which may hold anything."""
 
@@ -286,18 +288,29 @@ class DataSetPart:
         import datasets
 
         try:
-            folder = Path(self.name).expanduser()
-            name = str(folder) if folder.is_dir() else self.name
-            rows = datasets.load_dataset(name, self.config.subset, split=self.config.split, streaming=True)
-            for number, row in enumerate(rows):
+            for number, row in enumerate(self._rows()):
                 place = f"{self.name}:{number}"
                 try:
                     yield self.make(row, place)
                 except Unreadable as error:
                     yield Broken(place, place, str(error)[:_SHOWN], _line(row, place).encode())
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = f"datasets cannot stream it: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            reason = f"datasets cannot read it: {(str(error).splitlines() or [type(error).__name__])[0]}"
             raise ConfigError("dataset", self.config.dataset, reason) from None
+
+    def _rows(self) -> Any:
+        import datasets
+
+        folder, split = Path(self.name).expanduser(), self.config.split
+        if not folder.is_dir():
+            return datasets.load_dataset(self.name, self.config.subset, split=split, streaming=True)
+        if not any((folder / name).is_file() for name in _SAVED):
+            return datasets.load_dataset(str(folder), self.config.subset, split=split, streaming=True)
+        saved = datasets.load_from_disk(str(folder))
+        splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
+        if split not in splits:
+            raise ConfigError("split", split, f"{self.name} was saved without it", sorted(splits))
+        return splits[split]
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:

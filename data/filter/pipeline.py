@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.config import plain
 from core.errors import ConfigError
 from core.files import files_in, locate, sha256_file, sha256_text
 from data.filter.audit import OTHER
-from data.filter.config import FilterRules, OnError, Unit
+from data.filter.config import FilterRules, OnError, Unit, deciding
 from data.filter.contamination import EvaluationSets
 from data.filter.duplicates import Signatures, find_duplicates, signatures
 from data.filter.gates import Gates
@@ -29,7 +28,7 @@ from data.filter.inputs import Broken, Part
 from data.filter.make import Models, models_of
 from data.filter.records import Reason, Record
 from data.filter.scorer import Asking, Scorer, Several
-from data.filter.select import REASONS, ShardScores, noise_threshold, select
+from data.filter.select import REASONS, ShardScores, check_names, noise_threshold, select
 from data.filter.store import Stage, Workers, share, together
 from data.order import key_of
 
@@ -66,7 +65,7 @@ class Filter:
     def __init__(self, job: Job) -> None:
         self.job, self.rules, self.workers = job, job.rules, job.workers
         self._is_fitted = False
-        rules, parts = plain(job.rules), [part.fingerprint for part in job.parts]
+        rules, parts = deciding(job.rules), [part.fingerprint for part in job.parts]
         screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error", "seed")}
         screen |= {
             "tokenizer": job.tokenizer,
@@ -90,8 +89,13 @@ class Filter:
 
     def run(self) -> None:
         """Make what is missing of all stages."""
+        with together(self.workers):  # before the input is read, which may take hours
+            gates, sets = self._gates(), EvaluationSets(self.rules.contamination)
         self._ingest()
-        self._screen()
+        with together(self.workers):
+            if self.rules.select.domains or self.rules.select.protect:
+                check_names(self.domains, self.rules)
+        self._screen(gates, sets)
         self._score()
         self._decide()
 
@@ -179,9 +183,13 @@ class Filter:
 
     # -- screen
 
-    def _screen(self) -> None:
-        gates, sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)
+    def _gates(self) -> Gates:
+        try:
+            return Gates(self.rules.gates)
+        except ConfigError as error:
+            raise error.under("gates") from None
 
+    def _screen(self, gates: Gates, sets: EvaluationSets) -> None:
         def screen(shard: str) -> Any:
             problems, rows = self.records.read(shard, ["problem"])["problem"].to_pylist(), self.rows(shard)
             malformed = Reason.protected if self.rules.on_error is OnError.keep else Reason.malformed

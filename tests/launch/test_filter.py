@@ -149,6 +149,22 @@ def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
         assert message in refused(capsys, *words), words
 
 
+@pytest.mark.parametrize(
+    ("word", "message", "made"),
+    [
+        ("+contamination.sets.mine=/none.txt", "contamination.sets.mine=/none.txt: no such file", []),
+        ("gates.languages=[en,english]", "gates.languages=english: py3langid does not know it", []),
+        ("+select.domains.web=0.5", "select.domains=web: no record is of this domain", ["records"]),
+        ("select.protect=[web]", "select.protect=web: no record is of this domain", ["records"]),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_work(pairs, tmp_path, capsys, word, message, made):
+    if "languages" in word:
+        pytest.importorskip("py3langid")
+    assert refused(capsys, *arguments(pairs, tmp_path / "out"), word).startswith(message)
+    assert [path.name for path in (tmp_path / "out" / "stages").glob("*")] == made
+
+
 def test_help_has_every_key_with_words(capsys):
     assert main(["filter", "--help"]) == 0
     text = capsys.readouterr().out

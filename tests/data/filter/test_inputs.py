@@ -92,8 +92,21 @@ def test_a_folder_for_the_datasets_library(tmp_path):
     before = parts(InputConfig(dataset=str(folder)))[0].fingerprint
     (folder / "data.jsonl").write_text('{"text": "other", "n": 5}\n')
     assert parts(InputConfig(dataset=str(folder)))[0].fingerprint != before
-    with pytest.raises(ConfigError, match=r"^dataset=.*: datasets cannot stream it: "):
+    with pytest.raises(ConfigError, match=r"^dataset=.*: datasets cannot read it: "):
         read(dataset=str(tmp_path / "none"))
+
+
+def test_a_data_set_that_was_saved_to_disk(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "several")
+    wanted = [row["text"] for row in ROWS]
+    assert texts(read(dataset=str(tmp_path / "one"))) == texts(read(dataset=str(tmp_path / "several"))) == wanted
+    assert texts(read(dataset=str(tmp_path / "several"), split="test")) == wanted[1:2]
+    with pytest.raises(ConfigError, match=r"^split=dev: .*several was saved without it; try test or train"):
+        read(dataset=str(tmp_path / "several"), split="dev")
 
 
 def test_pairs_are_put_together_by_the_template(tmp_path):

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from core.errors import ConfigError
 from data.filter import asking, pipeline
+from data.filter.config import FilterRules, ScorerConfig, ScorerKind, deciding
 from launch.cli import main
 from tests.data.filter.filtering import FixedScorer, filtered, kept, prose, rows_of, write_lines
 from tests.data.filter.server import Reply, completion, graded
@@ -83,6 +85,24 @@ def test_what_got_no_answer_says_why_and_is_asked_again_alone(server, source, tm
     assert not server.requests and "scored" not in capsys.readouterr().out.splitlines()[-1]
     assert command(server, source, tmp_path / "whole") == 0
     assert contents(out) == contents(tmp_path / "whole"), "as if the server had been healthy from the start"
+
+
+def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path):
+    """The address and how it is asked make no score."""
+    server.reply = healthy
+    assert command(server, source, tmp_path / "out") == 0
+    server.requests.clear()
+    url = server.url.replace("127.0.0.1", "localhost")
+    ways = [f"scorer.url={url}", "scorer.parallel=2", "scorer.timeout_s=9", "scorer.retries=3", "scorer.key_variable=K"]
+    assert command(server, source, tmp_path / "out", *ways) == 0
+    assert not server.requests
+    assert command(server, source, tmp_path / "out", "scorer.judge=another") == 2
+    member = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader")
+    rules = [
+        FilterRules(scorer=ScorerConfig(ScorerKind.ensemble, members=[one, ScorerConfig()]))
+        for one in (member, replace(member, url=url), replace(member, judge="another"))
+    ]
+    assert deciding(rules[0]) == deciding(rules[1]) != deciding(rules[2])
 
 
 def test_who_goes_on_lying_changes_nothing(server, source, tmp_path):
