@@ -17,9 +17,13 @@ import pytest
 from core.errors import ConfigError
 from data.filter import asking, pipeline
 from data.filter.config import FilterRules, ScorerConfig, ScorerKind, deciding
+from data.filter.inputs import InputConfig, clean_records
+from data.filter.judge import JudgeScorer
+from data.filter.pipeline import Filter
 from launch.cli import main
-from tests.data.filter.filtering import FixedScorer, filtered, kept, prose, rows_of, write_lines
+from tests.data.filter.filtering import FixedScorer, filtered, job, kept, prose, rows_of, write_lines
 from tests.data.filter.server import Reply, completion, graded
+from tests.data.filter.test_pipeline import in_threads
 
 LOST = {3, 11, 17, 40, 49}
 
@@ -77,6 +81,8 @@ def test_what_got_no_answer_says_why_and_is_asked_again_alone(server, source, tm
     server.reply = healthy
     assert command(server, source, out) == 0
     assert {number_of(body) for body in server.requests} == LOST and len(server.requests) == len(LOST)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scored")]
+    assert said == [f"scored 00000-00000{shard}: {count} records" for shard, count in ((0, 1), (1, 2), (4, 2))]
     again = rows_in(out)
     assert [row["score"] for row in again] == [1 + place % 5 for place in range(50)]
     assert not any(row["why"] for row in again) and "unscored" not in {row["reason"] for row in again}
@@ -111,6 +117,21 @@ def test_who_goes_on_lying_changes_nothing(server, source, tmp_path):
     before = contents(tmp_path / "out")
     assert command(server, source, tmp_path / "out") == 0
     assert contents(tmp_path / "out") == before
+
+
+def test_several_workers_ask_again_together(server, source, tmp_path):
+    def judge() -> JudgeScorer:
+        config = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader", retries=0)
+        return JudgeScorer(config, tmp_path / "answers")
+
+    server.reply = lying
+    filtered(source, tmp_path / "out", judge())
+    server.requests.clear()
+    server.reply = healthy
+    in_threads(2, source, tmp_path / "out", scorer=judge())
+    assert {number_of(body) for body in server.requests} == LOST and len(server.requests) == len(LOST)
+    filtered(source, tmp_path / "whole", judge())
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_members_of_an_ensemble_are_asked_again_too(server, source, tmp_path):
@@ -185,6 +206,15 @@ def test_other_scores_make_other_decisions(source, tmp_path):
     assert rows_of(done) == rows_in(tmp_path / "anew") and kept(out) == kept(tmp_path / "anew")
     with pytest.raises(ConfigError, match=r"decisions: was made with keep=0\.5 \(now 0\.25\)"):
         filtered(source, out, easy, keep=0.25)
+
+
+def test_other_rules_are_refused_before_the_clean_text_is_scored(source, tmp_path):
+    scorer = FixedScorer(lambda record: float(record.source.split(":")[1]))
+    filtered(source, tmp_path / "out", scorer)
+    scorer.score = lambda records: pytest.fail("this may take hours")  # type: ignore[method-assign]
+    (clean,) = clean_records(str(write_lines(tmp_path / "clean.jsonl", prose(1))), InputConfig(input=""))
+    with pytest.raises(ConfigError, match=r"decisions: was made with clean_texts="):
+        Filter(replace(job(source, tmp_path / "out", scorer=scorer), clean=[clean])).run()
 
 
 def test_a_kill_while_old_decisions_are_removed_leaves_none_of_them(source, tmp_path, monkeypatch):
