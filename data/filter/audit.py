@@ -249,6 +249,8 @@ def _prepared(shard: str, table: Any) -> Any:
     others = [name for name in table.column_names if name.startswith(OTHER)]
     types = {name: pyarrow.type_for_alias(kind) for name, kind in _COLUMNS.items()}
     fields = types | {name: pyarrow.float64() for name in others}
+    if "why" in table.column_names:  # there is no score
+        fields["why"] = pyarrow.string()
     table = table.select(list(fields)).cast(pyarrow.schema(list(fields.items())))
     columns = {name: table[name] for name in fields}
     for name in ("id", "domain", "source"):  # a record that could not be read may have none
@@ -489,4 +491,5 @@ def _beginning(text: str) -> str:
 def _shown(row: dict[str, Any], text: str) -> dict[str, Any]:
     names = ("id", "domain", "source", "reason", "detail", "tokens")
     numbers = {name: rounded(row[name]) for name in ("score", "threshold") if name in row}
-    return {name: row[name] for name in names} | numbers | {"text": text}
+    why = {} if row.get("why") is None else {"why": row["why"]}
+    return {name: row[name] for name in names} | numbers | why | {"text": text}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
+from core.config import plain
 from core.errors import ConfigError
 
 
@@ -92,6 +94,10 @@ class ScorerConfig:
                 raise ConfigError(key, None, f"the scorer {self.kind.name} needs it")
         if self.kind is ScorerKind.ensemble and len(self.members) < 2:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
+
+
+_WAYS = ("url", "key_variable", "parallel", "timeout_s", "retries")
+"""Where a server is and how it is asked: no score depends on it."""
 
 
 @dataclass(frozen=True)
@@ -185,3 +191,15 @@ class FilterRules:
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ConfigError("keep", self.keep, "must lie in (0, 1]", [0.5])
+
+
+def deciding(rules: FilterRules) -> dict[str, Any]:
+    """All that decides what is kept, as plain values: the rules without where a server is and how it is asked."""
+    found: dict[str, Any] = plain(rules)
+    scorers = [found["scorer"]]
+    while scorers:
+        scorer = scorers.pop()
+        for key in _WAYS:
+            del scorer[key]
+        scorers += scorer["members"]
+    return found

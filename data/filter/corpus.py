@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import sha256_text
-from data.filter.config import FilterRules
+from data.filter.config import FilterRules, deciding
 from data.filter.inputs import Broken, InputConfig, clean_records
 from data.filter.make import Models, make_scorer
 from data.filter.outputs import AUDIT_JSON, AUDIT_PAGE, SCORES, write_audit_of, write_scores
@@ -120,7 +119,7 @@ def fingerprint(rules: FilterRules) -> str:
     is not opened only to see whether the tokens in the cache are still of it.
     """
     files = [*rules.contamination.sets.values(), *([rules.select.clean] if rules.select.clean else [])]
-    return sha256_text(str(FORMAT), json.dumps(plain(rules)), *map(of_file, files))
+    return sha256_text(str(FORMAT), json.dumps(deciding(rules)), *map(of_file, files))
 
 
 def _job(

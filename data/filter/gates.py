@@ -20,6 +20,7 @@ lists of names, DNA, base64 and whatever else has letters without order for most
 
 from __future__ import annotations
 
+import difflib
 import math
 import unicodedata
 from collections.abc import Callable
@@ -244,5 +245,6 @@ def _language_of(wanted: list[str]) -> Callable[[str], str]:
     known = sorted(identifier.labels)
     for language in wanted:
         if language not in known:
-            raise ConfigError("languages", language, "py3langid does not know it", known)
+            near = difflib.get_close_matches(language.lower(), known, cutoff=0.5) or ["en"]
+            raise ConfigError("languages", language, "py3langid does not know it, but two letters (ISO 639-1)", near)
     return lambda text: str(identifier.classify(text[:4000])[0])

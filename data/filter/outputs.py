@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import DataError
-from data.filter.audit import Audit, ScorerInfo
+from data.filter.audit import OTHER, Audit, ScorerInfo
 from data.filter.page import write_audit
 from data.filter.pipeline import THRESHOLDS, Filter
 from data.filter.store import writing
@@ -40,7 +40,8 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
     """Shard by shard: id, source, domain, score, length (bytes of text), scored_bytes (of the answer, where there is
-    one), tokens, kept, reason, detail, bucket, tie.
+    one), tokens, kept, reason, detail, bucket, tie, why (there is no score), and the scores of an ensemble's members
+    ("score:NAME").
     """
     import pyarrow
 
@@ -49,10 +50,11 @@ def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
         screened = done.screened.read(shard, ["tokens", "bytes", "scored_bytes", "tie"])
         decided = done.decided.read(shard, ["kept", "reason", "bucket"])
         columns = {name: records[name] for name in ("id", "source", "domain")}
-        scored = done.scored.read(shard, ["score", "detail"])
+        scored = done.scored.read(shard)
         columns |= {"score": scored["score"], "length": screened["bytes"]}
         columns |= {name: screened[name] for name in ("scored_bytes", "tokens", "tie")}
         columns |= {name: decided[name] for name in ("kept", "reason", "bucket")} | {"detail": scored["detail"]}
+        columns |= {name: scored[name] for name in scored.column_names if name == "why" or name.startswith(OTHER)}
         if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
             raise DataError(
                 f"{shard}: {rows:,} records were read, and there are {wrong}: filter anew, into another out="

@@ -6,6 +6,7 @@ process with fixed batching, so what comes out does not depend on how many there
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,18 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.config import plain
 from core.errors import ConfigError
 from core.files import files_in, locate, sha256_file, sha256_text
-from data.filter.config import FilterRules, OnError, Unit
+from data.filter.audit import OTHER
+from data.filter.config import FilterRules, OnError, Unit, deciding
 from data.filter.contamination import EvaluationSets
 from data.filter.duplicates import Copy, Signatures, find_duplicates, signatures
 from data.filter.gates import Gates
 from data.filter.inputs import Broken, Part, keys_of
 from data.filter.make import Models, models_of
 from data.filter.records import Reason, Record
-from data.filter.scorer import Scorer
-from data.filter.select import REASONS, ShardScores, noise_threshold, select
+from data.filter.scorer import Asking, Scorer, Several
+from data.filter.select import REASONS, ShardScores, check_names, noise_threshold, select
 from data.filter.store import Stage, Workers, share, together
 from data.order import key_of
 
@@ -35,7 +36,7 @@ FORMAT = 2
 SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
 _SHOWN = 200
-"""Characters of what could not be read."""
+"""Characters of what could not be read, or of why a record has no score."""
 UNREADABLE = "unreadable"
 """The domain of what could not be read; a domain of the input may have the same name."""
 
@@ -64,7 +65,7 @@ class Filter:
     def __init__(self, job: Job) -> None:
         self.job, self.rules, self.workers = job, job.rules, job.workers
         self._is_fitted = False
-        rules, parts = plain(job.rules), [part.fingerprint for part in job.parts]
+        rules, parts = deciding(job.rules), [part.fingerprint for part in job.parts]
         screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error", "seed")}
         screen |= {
             "tokenizer": job.tokenizer,
@@ -90,8 +91,13 @@ class Filter:
 
     def run(self) -> None:
         """Make what is missing of all stages."""
+        with together(self.workers):  # before the input is read, which may take hours
+            gates, sets = self._gates(), EvaluationSets(self.rules.contamination)
         self._ingest()
-        self._screen()
+        with together(self.workers):
+            if self.rules.select.domains or self.rules.select.protect:
+                check_names(self.domains, self.rules)
+        self._screen(gates, sets)
         self._score()
         self._decide()
 
@@ -196,9 +202,13 @@ class Filter:
 
     # -- screen
 
-    def _screen(self) -> None:
-        gates, sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)
+    def _gates(self) -> Gates:
+        try:
+            return Gates(self.rules.gates)
+        except ConfigError as error:
+            raise error.under("gates") from None
 
+    def _screen(self, gates: Gates, sets: EvaluationSets) -> None:
         def screen(shard: str) -> Any:
             problems, rows = self._problems(shard), self.rows(shard)
             malformed = Reason.protected if self.rules.on_error is OnError.keep else Reason.malformed
@@ -270,21 +280,58 @@ class Filter:
 
     def _score(self) -> None:
         self.scored.open(self.workers)
-        if not self.scored.is_whole:
+        with together(self.workers):
+            unanswered = [shard for shard in self.records.shards if self._is_unanswered(shard)]
+        if unanswered or not self.scored.is_whole:
             with together(self.workers):
                 self._fit()
 
         def score(shard: str) -> Any:
             reasons = self.reasons(shard)
+            columns: dict[str, Any] = {name: np.full(len(reasons), np.nan) for name in self._score_columns}
+            columns |= {"why": [None] * len(reasons), "reason": reasons, "detail": self.details(shard)}
             places = [place for place, reason in enumerate(reasons) if reason is None]
-            rows = self.rows(shard)
-            scores = np.full(len(rows), np.nan)
-            if places:
-                scores[places] = self.job.scorer.score([rows[place] for place in places])
-            self.job.report(f"scored {shard}: {len(places):,} records")
-            return _table(score=scores, reason=reasons, detail=self.details(shard))
+            return self._with_scores(shard, columns, places)
 
+        with together(self.workers):
+            for shard in share(unanswered, self.workers):
+                table = self.scored.read(shard)
+                columns = {name: table[name].to_numpy().copy() for name in self._score_columns}
+                columns |= {name: table[name].to_pylist() for name in ("why", "reason", "detail")}
+                places = [place for place, why in enumerate(columns["why"]) if why is not None]
+                self.scored.write(shard, self._with_scores(shard, columns, places))
         self.scored.make(self.records.shards, self.workers, score)
+
+    def _is_unanswered(self, shard: str) -> bool:
+        """Whether the scorer got no answer for some of the shard's records, and could ask again."""
+        return self.scored.has(shard) and bool(self.scored.read(shard, ["why"])["why"].is_valid().to_numpy().any())
+
+    def _with_scores(self, shard: str, columns: dict[str, Any], places: list[int]) -> Any:
+        """The shard's table, the records at `places` scored: their scores, or why there are none."""
+        rows = self.rows(shard)
+        if places:
+            for name, scores in self._scores([rows[place] for place in places]).items():
+                columns[name][places] = scores
+        scorer = self.job.scorer
+        reasons = scorer.reasons if isinstance(scorer, Asking) else {}
+        for place in places:
+            why = None if np.isfinite(columns["score"][place]) else reasons.get(rows[place].id)
+            columns["why"][place] = None if why is None else _one_line(why)
+        self.job.report(f"scored {shard}: {len(places):,} records")
+        return _table(**columns)
+
+    @property
+    def _score_columns(self) -> list[str]:
+        scorer = self.job.scorer
+        return ["score", *(OTHER + name for name in (scorer.others if isinstance(scorer, Several) else ()))]
+
+    def _scores(self, records: Sequence[Record]) -> dict[str, NDArray[np.float64]]:
+        """What goes into each of these columns."""
+        scorer = self.job.scorer
+        if not isinstance(scorer, Several):
+            return {"score": scorer.score(records)}
+        score, others = scorer.score_all(records)
+        return {"score": score} | {OTHER + name: found for name, found in others.items()}
 
     def _refuse_memory(self) -> None:
         """A model must not score what it has learnt: what is known by heart looks easy."""
@@ -318,7 +365,8 @@ class Filter:
         """Of the records that were to be scored, and their places among all of the shard."""
         import pyarrow.compute
 
-        scored, screened = self.scored.read(shard), self.screened.read(shard, ["tokens", "scored_bytes", "tie"])
+        scored = self.scored.read(shard, ["score", "reason"])
+        screened = self.screened.read(shard, ["tokens", "scored_bytes", "tie"])
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
         columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "scored_bytes", "tie")}
         known = pyarrow.array(self.domains, pyarrow.string())
@@ -336,7 +384,12 @@ class Filter:
         return scores, places
 
     def _decide(self) -> None:
-        self.decided.open(self.workers)
+        with together(self.workers):
+            self.decided.refuse_other()
+        noise = self._noise()
+        with together(self.workers):
+            content = self._hash_of_scores(noise)
+        self.decided.open(self.workers, content)
         if self.decided.is_whole:
             return
         mine = share(list(self.records.shards), self.workers)
@@ -344,7 +397,7 @@ class Filter:
             lambda: (self._shard_scores(shard)[0] for shard in mine),
             self.domains,
             self.rules,
-            self._noise(),
+            noise,
             self.workers.sum,
         )
 
@@ -363,6 +416,13 @@ class Filter:
             if self.workers.rank == 0:
                 self.decided.write_json(THRESHOLDS, decision.thresholds)
         self.decided.make(self.records.shards, self.workers, decide)
+
+    def _hash_of_scores(self, noise: float | None) -> str:
+        """Scores may be taken again, and then it is decided again."""
+        digest = hashlib.sha256(repr(noise).encode())
+        for _, table in self.scored.tables(["score"]):
+            digest.update(table["score"].to_numpy().tobytes())
+        return digest.hexdigest()
 
     def _noise(self) -> float | None:
         """The score above which a record is noise. The clean texts' scores are kept with the others."""
@@ -424,6 +484,11 @@ def _signatures(table: Any) -> Signatures:
     return Signatures(exact, near, table["near_possible"].to_numpy() & ~out)
 
 
+def _one_line(text: str) -> str:
+    """The beginning of what a server or somebody's verifier said, in what can be written to a file."""
+    return " ".join(text.split())[:_SHOWN].encode("utf-8", "replace").decode()
+
+
 def _name(reason: Reason | None) -> str | None:
     return None if reason is None else reason.name
 
@@ -445,6 +510,7 @@ def _table(**columns: Any) -> Any:
     """A table; columns that are all null keep their kind, so that shards fit together."""
     import pyarrow
 
-    kinds = {name: pyarrow.string() for name in ("id", "domain", "source", "text", "problem", "reason", "detail")}
+    strings = ("id", "domain", "source", "text", "problem", "reason", "detail", "why")
+    kinds = dict.fromkeys(strings, pyarrow.string())
     kinds |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
     return pyarrow.table({name: pyarrow.array(values, kinds.get(name)) for name, values in columns.items()})

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from core.config import load
+from data.filter.tally import spearman
 from launch.cli import main
 from launch.filter import FilterConfig, command_of
 from tests.data.filter.filtering import prose, write_lines
@@ -99,6 +101,18 @@ def test_nothing_that_can_be_read_is_exit_code_2(pairs, tmp_path, capsys):
     assert not (tmp_path / "out" / "kept.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["scores.parquet", "audit.json"])
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"{}", b"[]"])
+def test_the_journey_in_a_damaged_filtering_is_one_line(out, tmp_path, capsys, name, content):
+    for whole in ("scores.parquet", "audit.json"):
+        (tmp_path / whole).write_bytes((out / whole).read_bytes())
+    (tmp_path / name).write_bytes(content)
+    assert main(["filter", "explain=pairs.jsonl:3", f"out={tmp_path}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"leviathan: error: {tmp_path / name} cannot be read (")
+    assert line.endswith("): filter again with the same out, which writes it anew")
+
+
 def test_again_takes_nothing_anew(pairs, out, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in (out / "stages").rglob("*.parquet")}
     assert main(["filter", *arguments(pairs, out)]) == 0
@@ -106,6 +120,28 @@ def test_again_takes_nothing_anew(pairs, out, capsys):
     assert "scored" not in capsys.readouterr().out
     line = refused(capsys, *arguments(pairs, out), "scorer.kind=length")
     assert "scored: was made with scorer=ngram " in line and "(now length " in line and "choose another out=" in line
+
+
+def test_the_audit_says_how_far_the_members_of_an_ensemble_agree(pairs, tmp_path):
+    members = "[{kind: ngram, order: 2}, {kind: ngram, order: 4}, {kind: length}]"
+    settings = ["scorer.kind=ensemble", f"scorer.members={members}"]
+    assert main(["filter", *arguments(pairs, tmp_path / "out"), *settings]) == 0
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "scores.parquet")
+    names = ["ngram[0]", "ngram[1]", "length", "random"]
+    assert [name for name in table.column_names if name.startswith("score:")] == [f"score:{name}" for name in names]
+    assert table["score:length"].to_pylist() == [len(row["answer"].encode()) for row in read_lines(pairs)]
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
+    found = {tuple(sorted(one["scorers"])): one for one in audit["agreement"]}
+    assert set(found) == {tuple(sorted(pair)) for pair in combinations(["ensemble", *names], 2)}
+    assert {one["records"] for one in audit["agreement"]} == {audit["totals"]["competed"]["documents"]}
+    columns = {name: table[f"score:{name}"].to_numpy() for name in names} | {"ensemble": table["score"].to_numpy()}
+    for (one, other), pair in found.items():
+        assert pair["correlation"] == pytest.approx(spearman(columns[one], columns[other]), abs=1e-4)
+    assert "ngram[1]" in (tmp_path / "out" / "audit.html").read_text()
+
+
+def read_lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
@@ -130,6 +166,22 @@ def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
     }
     for words, message in cases.items():
         assert message in refused(capsys, *words), words
+
+
+@pytest.mark.parametrize(
+    ("word", "message", "made"),
+    [
+        ("+contamination.sets.mine=/none.txt", "contamination.sets.mine=/none.txt: no such file", []),
+        ("gates.languages=[en,english]", "gates.languages=english: py3langid does not know it", []),
+        ("+select.domains.web=0.5", "select.domains=web: no record is of this domain", ["records"]),
+        ("select.protect=[web]", "select.protect=web: no record is of this domain", ["records"]),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_work(pairs, tmp_path, capsys, word, message, made):
+    if "languages" in word:
+        pytest.importorskip("py3langid")
+    assert refused(capsys, *arguments(pairs, tmp_path / "out"), word).startswith(message)
+    assert [path.name for path in (tmp_path / "out" / "stages").glob("*")] == made
 
 
 def test_help_has_every_key_with_words(capsys):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,41 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path):
     assert texts(read(tmp_path / "*.jsonl")) == wanted, "a pattern"
 
 
+def test_columns_of_parquet_stay_what_they_are_or_are_refused_by_name(tmp_path):
+    row: dict[str, Any] = {
+        "text": "a text",
+        "bytes": b"\x00\xff",
+        "nan": float("nan"),
+        "nested": [{"inf": float("-inf"), "bytes": [b"a"]}],
+        "date": date(2024, 2, 29),
+        "when": datetime(2024, 2, 29, 12, 30, 1, 5, UTC),
+        "price": Decimal("1.10"),
+        "sure": True,
+        "none": None,
+    }
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "table.parquet")
+    (one,) = read(tmp_path / "table.parquet")
+    (broken,) = read(tmp_path / "table.parquet", text_key="bytes")
+    assert isinstance(one, Record) and isinstance(broken, Broken) and broken.raw == (one.raw or "").encode()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(one.raw or "", parse_constant=refuse) == row | {
+        "bytes": {"base64": "AP8="},
+        "nan": None,
+        "nested": [{"inf": None, "bytes": [{"base64": "YQ=="}]}],
+        "date": "2024-02-29",
+        "when": "2024-02-29T12:30:01.000005+00:00",
+        "price": "1.10",
+    }
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"took": timedelta(1)}]), tmp_path / "table.parquet")
+    with pytest.raises(
+        ConfigError, match=r"^input=table\.parquet:0: the column 'took' holds a timedelta, .*leave that"
+    ):
+        read(tmp_path / "table.parquet")
+
+
 def test_a_folder_for_the_datasets_library(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
@@ -55,7 +92,7 @@ def test_a_folder_for_the_datasets_library(tmp_path):
     before = parts(InputConfig(dataset=str(folder)))[0].fingerprint
     (folder / "data.jsonl").write_text('{"text": "other", "n": 5}\n')
     assert parts(InputConfig(dataset=str(folder)))[0].fingerprint != before
-    with pytest.raises(ConfigError, match=r"^dataset=.*: datasets cannot stream it: "):
+    with pytest.raises(ConfigError, match=r"^dataset=.*: datasets cannot read it: "):
         read(dataset=str(tmp_path / "none"))
 
 
@@ -65,6 +102,19 @@ def test_a_data_set_knows_its_keys_too():
     assert part.keys == {**given, "messages_key": None}
     (part,) = parts(InputConfig(dataset="a set", messages_key="chat"))
     assert part.keys["messages_key"] == "chat"
+
+
+def test_a_data_set_that_was_saved_to_disk(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "several")
+    wanted = [row["text"] for row in ROWS]
+    assert texts(read(dataset=str(tmp_path / "one"))) == texts(read(dataset=str(tmp_path / "several"))) == wanted
+    assert texts(read(dataset=str(tmp_path / "several"), split="test")) == wanted[1:2]
+    with pytest.raises(ConfigError, match=r"^split=dev: .*several was saved without it; try test or train"):
+        read(dataset=str(tmp_path / "several"), split="dev")
 
 
 def test_pairs_are_put_together_by_the_template(tmp_path):

@@ -417,6 +417,20 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, source, alone, monkey
     assert outputs(tmp_path / "out") == alone
 
 
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOTDIR, "a file stands where a folder has to be"),
+        (errno.EROFS, "let it be written to, or choose another out="),
+        (errno.EIO, "mend that and run again"),
+    ],
+)
+def test_what_cannot_be_written_is_told_with_what_helps(tmp_path, number, advice):
+    with pytest.raises(DataError, match=f"cannot write {tmp_path} .*: {advice}") as caught, store.writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert "space" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", [SCORES, KEPT])
 def test_a_full_disk_at_the_end_leaves_the_old_outputs(tmp_path, source, alone, monkeypatch, name):
     filtered(source, tmp_path / "out", **KEYS)
