@@ -36,7 +36,7 @@ WITH_PROMPT = "length with prompt"
 SECTION_BYTES = 2_000_000
 
 Found = dict[str, dict[str, Separation]]
-"""By what the buckets are made of, and by scorer."""
+"""By what the buckets are made of (in the filter: the answer), and by scorer."""
 
 
 def scorers() -> dict[str, Scorer]:

@@ -2,7 +2,8 @@
 
 Every arm trains the same model for the same steps from the same initial weights, seed by seed. What is compared is the
 held-out loss, which no filter touches, in thirds of its rows by difficulty: the loss of a row under the n-gram model of
-all training text. Differences are taken seed by seed against the random half.
+all training text. Differences are taken seed by seed against a random half, another one for each seed: the intervals
+cover the lot as well as the run.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
     found: Losses = {arm: [] for arm in COLOURS}
     difficulty: NDArray[np.float64] | None = None
     for seed in range(config.seeds):
-        for arm, filter_ in arms(rules).items():
+        for arm, filter_ in arms(rules, seed).items():
             name = f"{arm.replace(' ', '-')}-{seed}"
             code = train([_run(config, filter_, out / "runs", name, seed)])
             if code:
@@ -81,9 +82,10 @@ def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
     return 0
 
 
-def arms(rules: FilterRules) -> Mapping[str, FilterRules | None]:
-    """What each arm is trained on. The controls have the filter's gates, so that only the choice differs."""
-    by = {"filtered": rules, "random half": _scored_by(rules, ScorerKind.random)}
+def arms(rules: FilterRules, seed: int) -> Mapping[str, FilterRules | None]:
+    """What each arm of a seed is trained on. The controls have the filter's gates, so that only the choice differs."""
+    drawn = replace(_scored_by(rules, ScorerKind.random), seed=rules.seed + seed)
+    by = {"filtered": rules, "random half": drawn}
     return {**by, "longest half": _scored_by(rules, ScorerKind.length), "everything": None}
 
 

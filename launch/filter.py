@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -25,11 +26,15 @@ from core.errors import ConfigError, LeviathanError
 from core.files import read_json, write_json
 from data.config import TokenizerConfig, TokenizerKind
 from data.filter.config import FilterRules
-from data.filter.inputs import InputConfig, clean_records, parts
+from data.filter.findings import summary
+from data.filter.inputs import InputConfig, RecordMaker, clean_records, parts
 from data.filter.journey import explain
-from data.filter.make import make_scorer
+from data.filter.lines import COUNTS, LineFilter, check_rules
+from data.filter.make import make_scorer, models_of
 from data.filter.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
 from data.filter.pipeline import Filter, Job
+from data.filter.records import Record
+from data.filter.scorer import Scorer
 from data.filter.store import OneWorker, Workers, together
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
 from launch.ablate import AblateConfig, ablate
@@ -38,12 +43,15 @@ from train.journey import explain_run
 from train.seen import MODELS
 
 STAGES = "stages"
+_OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
 
 
 class Action(Enum):
     filter = "filter"
     ablate = "ablate"
-    """Train on what the rules keep, and on controls, at equal tokens."""
+    """Train on what the rules keep of a run's corpus (`ablate.train`), and on controls, at equal tokens."""
+    stream = "stream"
+    """Decide lines of JSON from standard input as they come."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,29 @@ class FilterConfig(FilterRules, InputConfig):
         FilterRules.__post_init__(self)
         if self.explain is None and self.action is Action.filter:
             InputConfig.__post_init__(self)
+        if self.action is Action.ablate:
+            names = (*(one.name for one in fields(InputConfig)), "tokenizer", "processes", "explain", "run")
+            self._refuse(names, "whose data are those of leviathan train (docs/filter.md)", [_OWN_DATA])
+        if self.action is Action.stream:
+            names = ("input", "dataset", "subset", "split", "processes", "explain", "run")
+            self._refuse(names, "which reads lines of JSON from standard input", ["< FILE"])
+            check_rules(self)
+            self.lines()
         if self.run is not None and self.explain is None:
             raise ConfigError("run", self.run, "is where to look a record up: name it", ["explain=ID"])
         if self.processes < 1:
             raise ConfigError("processes", self.processes, "must be positive")
+
+    def _refuse(self, names: Sequence[str], why: str, instead: Sequence[str]) -> None:
+        """Raise `ConfigError` for the first of these keys that is given: the action would not look at it."""
+        for one in fields(FilterConfig):
+            if one.name in names and (value := getattr(self, one.name)) != one.default:
+                raise ConfigError(one.name, value, f"means nothing to filter {self.action.name}, {why}", instead)
+
+    def lines(self) -> InputConfig:
+        """What a line of standard input is made of."""
+        keys = {one.name: getattr(self, one.name) for one in fields(InputConfig)}
+        return InputConfig(**{**keys, "input": "-"})
 
 
 def run(config: FilterConfig) -> int:
@@ -80,6 +107,8 @@ def run(config: FilterConfig) -> int:
         return 0
     if config.action is Action.ablate:
         return ablate(config.ablate, _rules(config), out)
+    if config.action is Action.stream:
+        return _stream(config, out)
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
         return _processes(config, out)
     world = connect()
@@ -97,8 +126,35 @@ def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
         if workers.rank == 0:
             write_scores(done, out / SCORES)
             write_kept(done, out / KEPT)
-            write_audit_of(done, out, str(config.input or config.dataset), command_of(config))
+            audit = write_audit_of(done, out, str(config.input or config.dataset), command_of(config))
+            print(summary(audit))
+            for warning in audit["warnings"]:
+                print(f"warning: {warning['text']}")
             print(f"audit: {out / AUDIT_PAGE}")
+
+
+def _stream(config: FilterConfig, out: Path) -> int:
+    """Filter standard input until it ends; the counts are told then."""
+
+    def check(records: Sequence[Record]) -> None:
+        for key, name in models_of(config.scorer):
+            try:
+                warning = MODELS.check_unseen(name, records)
+            except ConfigError as error:
+                raise error.under(key) from None
+            if warning is not None:
+                print(f"warning: {key}: {warning}")
+
+    clean = clean_records(config.select.clean, config.lines()) if config.select.clean else ()
+    make, count_tokens = RecordMaker(config.lines()), _count_tokens(_tokenizer(config))
+    done = LineFilter(make, _rules(config), _scorer(config, out), count_tokens, clean, check)
+    done.run(sys.stdin.buffer, out)
+    counts = done.counts()
+    rate = "nothing was scored" if counts["rate"] is None else f"{counts['rate']:.2%} of the {counts['unit']} scored"
+    reasons = ", ".join(f"{name} {count:,}" for name, count in counts["reasons"].items())
+    print(f"kept {counts['kept']:,} of {counts['lines']:,} lines ({rate}; keep={config.keep}): {reasons}")
+    print(f"no duplicates were looked for; counts: {out / COUNTS}")
+    return 0
 
 
 def command_of(config: FilterConfig) -> str:
@@ -136,22 +192,30 @@ def _override(value: Any) -> str:
 
 def _job(config: FilterConfig, out: Path, workers: Workers) -> Job:
     tokenizer = _tokenizer(config)
-    try:
-        scorer = make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed)
-    except ConfigError as error:
-        raise error.under("scorer") from None
     return Job(
         parts=parts(config),
         rules=_rules(config),
-        scorer=scorer,
+        scorer=_scorer(config, out),
         directory=out / STAGES,
         workers=workers,
         report=print if workers.rank == 0 else lambda line: None,
-        count_tokens=None if tokenizer is None else lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
+        count_tokens=_count_tokens(tokenizer),
         models=MODELS,
         tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
         clean=clean_records(config.select.clean, config) if config.select.clean else (),
     )
+
+
+def _scorer(config: FilterConfig, out: Path) -> Scorer:
+    try:
+        return make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed)
+    except ConfigError as error:
+        raise error.under("scorer") from None
+
+
+def _count_tokens(tokenizer: Tokenizer | None) -> Callable[[Sequence[str]], Sequence[int]] | None:
+    """None, where there is no tokenizer: bytes stand for tokens."""
+    return None if tokenizer is None else lambda texts: [len(ids) for ids in tokenizer.encode(texts)]
 
 
 def _rules(config: FilterConfig) -> FilterRules:

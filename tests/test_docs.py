@@ -16,9 +16,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?P<language>bash|python)(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def blocks(page: Path, slurm: bool = False) -> list[tuple[str, str]]:
-    """Language and code of each block that is to be run; those that need SLURM only where there is one."""
-    skipped = {"no-run"} if slurm else {"no-run", "slurm"}
+def blocks(page: Path, slurm: bool = False, slow: bool = False) -> list[tuple[str, str]]:
+    """Language and code of each block that is to be run; those that need SLURM only where there is one, slow ones (of
+    which no other block has need) where asked for.
+    """
+    skipped = {"no-run"} | ({"slurm"} if not slurm else set()) | ({"slow"} if not slow else set())
     return [(m["language"], m["code"]) for m in BLOCK.finditer(page.read_text()) if m["info"].strip() not in skipped]
 
 
@@ -29,9 +31,9 @@ def run(language: str, code: str, folder: Path, **variables: str) -> subprocess.
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def first_failure(page: Path, folder: Path) -> str:
+def first_failure(page: Path, folder: Path, slow: bool = False) -> str:
     """The first block of a page that does not end with 0, and what it said."""
-    for language, code in blocks(page):
+    for language, code in blocks(page, slow=slow):
         done = run(language, code, folder, OMP_NUM_THREADS="1")
         if done.returncode:
             return f"{code}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
@@ -49,6 +51,14 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_page_does_what_it_says(page, outcomes):
     assert outcomes[page].result() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, slow=True) != blocks(page)], ids=lambda p: p.name
+)
+def test_the_slow_blocks_of_the_page_do_what_they_say(page, tmp_path):
+    assert first_failure(page, tmp_path, slow=True) == ""
 
 
 def test_a_broken_block_is_noticed(tmp_path):

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from core.errors import LeviathanError
+from core.errors import DataError, LeviathanError
 from data.filter.endpoint import Endpoint, GaveUp, Unusable
+from data.filter.store import writing
 
 FIRST_ANSWERS = 20
 """Among so many the endpoint shows whether it is what the user thinks it is."""
@@ -46,7 +47,11 @@ class AnswerCache:
         self._file: IO[str] | None = None
         self._lock = threading.Lock()
         for path in sorted(directory.glob("*.jsonl")):
-            for line in path.read_bytes().splitlines():
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise DataError(f"{path} cannot be read ({error.strerror or error}): mend or remove it") from None
+            for line in content.splitlines():
                 self._remember(line)
 
     def __contains__(self, key: str) -> bool:
@@ -56,9 +61,9 @@ class AnswerCache:
         return self._known[key]
 
     def add(self, key: str, answer: Any) -> None:
-        """Keep an answer, on disk before anybody sees it."""
+        """Keep an answer, on disk before anybody sees it. Raises `DataError` where it cannot be written."""
         line = json.dumps({"key": key, "answer": answer})
-        with self._lock:
+        with self._lock, writing(self.directory):
             if self._file is None:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 name = f"{os.getpid()}-{uuid.uuid4().hex}.jsonl"

@@ -55,10 +55,12 @@ _COLUMNS = {
     "score": "float64",
     "tokens": "int64",
     "bytes": "int64",
+    "scored_bytes": "int64",
     "tie": "uint64",
     "bucket": "int32",
     "kept": "bool",
     "reason": "string",
+    "detail": "string",
 }
 
 TextOf = Callable[[str, int], str]
@@ -150,7 +152,8 @@ class Audit:
             "reasons": reasons,
             "domains": domains,
             "scores": _histograms(self._scores, shown),
-            "length": _length_figures(self._sample),
+            "length": _length_figures(self._sample, "scored_bytes") | {"picture": _score_by_length(self._sample)},
+            "whole_length": _length_figures(self._sample, "bytes"),
             "agreement": _agreement(self._sample, self.scorer.name),
             "lot": self._lot(domains, competed, kept),
             "thresholds": self.thresholds,
@@ -246,6 +249,8 @@ def _prepared(shard: str, table: Any) -> Any:
     others = [name for name in table.column_names if name.startswith(OTHER)]
     types = {name: pyarrow.type_for_alias(kind) for name, kind in _COLUMNS.items()}
     fields = types | {name: pyarrow.float64() for name in others}
+    if "why" in table.column_names:  # there is no score
+        fields["why"] = pyarrow.string()
     table = table.select(list(fields)).cast(pyarrow.schema(list(fields.items())))
     columns = {name: table[name] for name in fields}
     for name in ("id", "domain", "source"):  # a record that could not be read may have none
@@ -264,7 +269,7 @@ def _prepared(shard: str, table: Any) -> Any:
             "most": columns["score"],
             "longest": columns["tokens"],
             "score_key": pyarrow.array(key_of(np.where(scored, score, 0.0)), mask=~scored),
-            "length_key": key_of(table["bytes"].to_numpy().astype(np.float64)),
+            "length_key": key_of(table["scored_bytes"].to_numpy().astype(np.float64)),
             "shard": pyarrow.array([shard] * len(table), pyarrow.string()),
             "row": rows,
         }
@@ -382,7 +387,9 @@ def _mean_scores(tally: Tally) -> dict[str, float | None]:
 
 
 def _length_quarters(tally: Tally, unit: str) -> list[dict[str, Any]]:
-    """Quarters of the documents that competed, by length: from and to how many bytes, and the share that was kept."""
+    """Quarters of the documents that competed, by length: from and to how many scored bytes, and the share that was
+    kept.
+    """
     if tally.table is None or not tally.table.num_rows:
         return []
     table = tally.sorted()
@@ -402,13 +409,11 @@ def _length_quarters(tally: Tally, unit: str) -> list[dict[str, Any]]:
     ]
 
 
-def _length_figures(sample: Any) -> dict[str, Any]:
-    """Correlation of score and length in the sample, over all and inside the buckets in which records compete, and
-    how many records there are by both.
-    """
+def _length_figures(sample: Any, column: str) -> dict[str, Any]:
+    """Correlation of score and this length in the sample, over all and inside the buckets in which records compete."""
     if sample is None or not sample.num_rows:
-        return {"records": 0, "overall": None, "inside_buckets": None, "domains": {}, "picture": None}
-    score, length = sample["score"].to_numpy(), sample["bytes"].to_numpy().astype(np.float64)
+        return {"records": 0, "overall": None, "inside_buckets": None, "domains": {}}
+    score, length = sample["score"].to_numpy(), sample[column].to_numpy().astype(np.float64)
     domain, bucket = np.asarray(sample["domain"]).astype(str), sample["bucket"].to_numpy()
     domains, weighted = {}, []
     for name in np.unique(domain):
@@ -430,7 +435,6 @@ def _length_figures(sample: Any) -> dict[str, Any]:
         "overall": rounded(spearman(score, length)),
         "inside_buckets": _weighted_mean(weighted),
         "domains": domains,
-        "picture": _score_by_length(score, length, np.asarray(sample["kept"])),
     }
 
 
@@ -439,8 +443,11 @@ def _weighted_mean(found: list[tuple[float, int]]) -> float | None:
     return rounded(sum(value * weight for value, weight in found) / weights) if weights else None
 
 
-def _score_by_length(score: Floats, length: Floats, kept: Any) -> dict[str, Any]:
+def _score_by_length(sample: Any) -> dict[str, Any] | None:
     """Records and kept records [score, length] of the sample; length in equal steps of its logarithm."""
+    if sample is None or not sample.num_rows:
+        return None
+    score, length = sample["score"].to_numpy(), sample["scored_bytes"].to_numpy().astype(np.float64)
     score_edges = _score_edges(np.sort(score), np.ones(len(score), np.int64), _SCORE_BINS)
     size = np.log2(np.maximum(length, 1))
     low, high = np.floor(size.min()), np.ceil(size.max())
@@ -457,7 +464,7 @@ def _score_by_length(score: Floats, length: Floats, kept: Any) -> dict[str, Any]
         "score_edges": [rounded(float(edge)) for edge in score_edges],
         "bytes_edges": [rounded(float(2**edge)) for edge in size_edges],
         "documents": grid(np.ones(len(score), bool)),
-        "kept": grid(kept),
+        "kept": grid(np.asarray(sample["kept"])),
     }
 
 
@@ -482,6 +489,7 @@ def _beginning(text: str) -> str:
 
 
 def _shown(row: dict[str, Any], text: str) -> dict[str, Any]:
-    names = ("id", "domain", "source", "reason", "tokens")
+    names = ("id", "domain", "source", "reason", "detail", "tokens")
     numbers = {name: rounded(row[name]) for name in ("score", "threshold") if name in row}
-    return {name: row[name] for name in names} | numbers | {"text": text}
+    why = {} if row.get("why") is None else {"why": row["why"]}
+    return {name: row[name] for name in names} | numbers | why | {"text": text}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
+from core.config import plain
 from core.errors import ConfigError
 
 
@@ -94,6 +96,10 @@ class ScorerConfig:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
 
 
+_WAYS = ("url", "key_variable", "parallel", "timeout_s", "retries")
+"""Where a server is and how it is asked: no score depends on it."""
+
+
 @dataclass(frozen=True)
 class GateConfig:
     """What is no text worth scoring, before any quantile is taken; null or false: no such gate."""
@@ -141,8 +147,9 @@ class SelectConfig:
 
     `domains`: keep rate of single domains, in place of `keep`. `floor`: no domain is left with fewer records than this
     (or than it has). `protect`: domains that are kept whole. `revive`: share of what is kept that is drawn by lot from
-    the easy part. `length_buckets`: quantiles of length inside which records compete; 1: one competition. `clean`: path
-    of clean reference text; what scores above its `noise_quantile` is noise. null: no upper cut.
+    the easy part. `length_buckets`: quantiles of the length of what is scored (the answer, where there is one) inside
+    which records compete; 1: one competition. `clean`: path of clean reference text; what scores above its
+    `noise_quantile` is noise. null: no upper cut.
     """
 
     domains: dict[str, float] = field(default_factory=dict)
@@ -184,3 +191,15 @@ class FilterRules:
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ConfigError("keep", self.keep, "must lie in (0, 1]", [0.5])
+
+
+def deciding(rules: FilterRules) -> dict[str, Any]:
+    """All that decides what is kept, as plain values: the rules without where a server is and how it is asked."""
+    found: dict[str, Any] = plain(rules)
+    scorers = [found["scorer"]]
+    while scorers:
+        scorer = scorers.pop()
+        for key in _WAYS:
+            del scorer[key]
+        scorers += scorer["members"]
+    return found

@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import sha256_text
-from data.filter.config import FilterRules
+from data.filter.config import FilterRules, deciding
 from data.filter.inputs import Broken, InputConfig, clean_records
 from data.filter.make import Models, make_scorer
 from data.filter.outputs import AUDIT_JSON, AUDIT_PAGE, SCORES, write_audit_of, write_scores
-from data.filter.pipeline import Filter, Job, of_file
+from data.filter.pipeline import FORMAT, Filter, Job, of_file
 from data.filter.records import Record
 from data.filter.store import OneWorker
 from data.sources import Document, Source
@@ -40,6 +39,10 @@ class SourcePart:
     @property
     def fingerprint(self) -> str:
         return sha256_text(self.source.name, self.content)
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        return {}
 
     def records(self) -> Iterator[Record | Broken]:
         for name, document in _named(self.source):
@@ -112,11 +115,11 @@ def filtered(
 
 
 def fingerprint(rules: FilterRules) -> str:
-    """Of the rules and of the files that they name. A model is known by its name alone: it is not opened only to see
-    whether the tokens in the cache are still of it.
+    """Of the rules, of the files that they name and of how the stages are made. A model is known by its name alone: it
+    is not opened only to see whether the tokens in the cache are still of it.
     """
     files = [*rules.contamination.sets.values(), *([rules.select.clean] if rules.select.clean else [])]
-    return sha256_text(json.dumps(plain(rules)), *map(of_file, files))
+    return sha256_text(str(FORMAT), json.dumps(deciding(rules)), *map(of_file, files))
 
 
 def _job(

@@ -9,6 +9,11 @@ threshold are joined. Groups are what is connected, so that a chain of near copi
 
 The hashing is our own and in numpy: libraries hash run by run in Python, and a signature that is kept on disk must not
 change with a library's version.
+
+The second step is not divided: every rank holds all signatures, 545 bytes a record, and searches them all. Measured, in
+GB per million records and rank: 1.7 with near copies, 0.65 with exact ones alone, 0.6 where neither is looked for (the
+signatures are read all the same). An input for which that is too much has to be filtered in parts, whose copies of each
+other are not found.
 """
 
 from __future__ import annotations
@@ -74,8 +79,16 @@ def run_hashes(found: Sequence[str], length: int) -> NDArray[np.uint64]:
     return total ^ (total >> np.uint64(27))
 
 
-def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> list[list[Reason | None]]:
-    """For each record of each shard why it is left out, or None. Of a group the first in (shard, row) order stays.
+@dataclass(frozen=True)
+class Copy:
+    """Why a record is left out, and the place of the one that stays among all records in (shard, row) order."""
+
+    reason: Reason
+    of: int
+
+
+def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> list[list[Copy | None]]:
+    """For each record of each shard whether it is a copy, or None. Of a group the first in (shard, row) order stays.
 
     Exact copies are named so only where the copy that comes first is one; what is joined by similarity alone is a near
     copy.
@@ -96,7 +109,8 @@ def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> li
     for row in range(count):
         if reasons[row] is None and groups.first(row) != row:
             reasons[row] = Reason.near_duplicate
-    return _by_shard(reasons, [len(shard.exact_N2) for shard in shards])
+    copies = [None if reason is None else Copy(reason, groups.first(row)) for row, reason in enumerate(reasons)]
+    return _by_shard(copies, [len(shard.exact_N2) for shard in shards])
 
 
 def bands(threshold: float) -> tuple[int, int]:
@@ -194,9 +208,9 @@ def _minima(
     return lowest
 
 
-def _by_shard(reasons: list[Reason | None], sizes: list[int]) -> list[list[Reason | None]]:
+def _by_shard(copies: list[Copy | None], sizes: list[int]) -> list[list[Copy | None]]:
     found, start = [], 0
     for size in sizes:
-        found.append(reasons[start : start + size])
+        found.append(copies[start : start + size])
         start += size
     return found

@@ -5,15 +5,17 @@ points would be no more than the one with the larger numbers.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
 from core.files import sha256_text
+from data.filter.controls import LengthScorer, RandomScorer
 from data.filter.records import Record
-from data.filter.scorer import Direction, Scorer
+from data.filter.scorer import Asking, Direction, Scorer
 
 _SAMPLE = 4096
 """Records that ranks are taken among: a rank is right within 2.2 points in 100 with 95% confidence over all ranks at
@@ -28,6 +30,8 @@ class EnsembleScorer:
     Where a member has no number, nor has the ensemble.
 
     High means hard if it does for all members; else, at best, learnable. Costs `sample` scores more than its members.
+    The members' scores are kept with its own, and those of the controls, so that the audit can say how far they agree.
+    What a member was not told at first and then was is ranked among the sample as it is then.
     """
 
     name = "ensemble"
@@ -42,7 +46,24 @@ class EnsembleScorer:
         hard = all(member.direction is Direction.hard for member in members)
         self.direction = Direction.hard if hard else Direction.learnable
         self.fingerprint = sha256_text("ensemble", "1", str(sample), *(member.fingerprint for member in members))
+        twice = Counter(member.name for member in members)
+        self._members = {
+            f"{member.name}[{place}]" if twice[member.name] > 1 else member.name: member
+            for place, member in enumerate(members)
+        }
+        controls: tuple[Scorer, ...] = (LengthScorer(), RandomScorer())
+        self._controls = {control.name: control for control in controls if control.name not in twice}
         self._sorted: list[NDArray[np.float64]] = []
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        return (*self._members, *self._controls)
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Of the members that ask somebody."""
+        asking = {name: member.reasons for name, member in self._members.items() if isinstance(member, Asking)}
+        return {record: f"{name}: {why}" for name, reasons in asking.items() for record, why in reasons.items()}
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
         for member in self.members:
@@ -56,10 +77,14 @@ class EnsembleScorer:
         self._sorted = [np.sort(values[np.isfinite(values)]) for values in joined]
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
+        return self.score_all(records)[0]
+
+    def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
         if not self._sorted:
             raise ValueError("fit comes before score")
-        ranks = [_ranks(member.score(records), known) for member, known in zip(self.members, self._sorted, strict=True)]
-        return np.mean(ranks, axis=0)
+        scores = {name: member.score(records) for name, member in self._members.items()}
+        ranks = [_ranks(found, known) for found, known in zip(scores.values(), self._sorted, strict=True)]
+        return np.mean(ranks, axis=0), scores | {name: one.score(records) for name, one in self._controls.items()}
 
 
 def _ranks(scores: NDArray[np.float64], known: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from data.filter.records import Reason
+
 SHIFT = 1.5
 """Factor by which a domain's share of the tokens may change."""
 ALIKE = 0.7
@@ -32,6 +34,14 @@ def warnings(audit: dict[str, Any]) -> list[dict[str, str]]:
     return [{"kind": kind, "text": text} for kind, check in checks.items() for text in check(audit)]
 
 
+def summary(audit: dict[str, Any]) -> str:
+    """One line: how much stays, and why the rest went."""
+    whole, kept = (audit["totals"][name]["documents"] for name in ("in", "kept"))
+    gone = {name: size["documents"] for name, size in audit["reasons"].items() if not Reason[name].kept}
+    why = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in gone.items() if count)
+    return f"kept {kept:,} of {_records(whole)}" + (f"; left out {why}" if why else "")
+
+
 def named(domain: str) -> str:
     """A domain as people read it: records that could not be read have none."""
     return domain or "(no domain)"
@@ -40,7 +50,7 @@ def named(domain: str) -> str:
 def _malformed(audit: dict[str, Any]) -> Iterator[str]:
     found = audit["reasons"]["malformed"]["documents"]
     if found:
-        yield f"{_records(found)} of {audit['totals']['in']['documents']:,} could not be read; see the examples below."
+        yield f"{_records(found)} of {audit['totals']['in']['documents']:,} could not be read; see the examples."
 
 
 def _unscored(audit: dict[str, Any]) -> Iterator[str]:
@@ -72,7 +82,14 @@ def _off_target(audit: dict[str, Any]) -> Iterator[str]:
 
 
 def _length(audit: dict[str, Any]) -> Iterator[str]:
-    length = audit["length"]
+    """Of what is scored, and of the whole record where that is another."""
+    scored, whole = audit["length"], audit["whole_length"]
+    yield from _length_of("length", scored)
+    if any(whole[key] != scored[key] for key in whole):
+        yield from _length_of("the length of prompt and answer", whole)
+
+
+def _length_of(what: str, length: dict[str, Any]) -> Iterator[str]:
     inside = length["inside_buckets"]
     found = {"all records": length}
     if len(length["domains"]) > 1:
@@ -80,7 +97,7 @@ def _length(audit: dict[str, Any]) -> Iterator[str]:
     found = {name: value for name, value in found.items() if value["records"] >= _ENOUGH}
     alike = [f"{name} {value['overall']:+.2f}" for name, value in found.items() if _alike(value["overall"])]
     if alike:
-        text = f"Score and length go together (rank correlation: {_list(alike)})"
+        text = f"Score and {what} go together (rank correlation: {_list(alike)})"
         if inside is None:
             yield f"{text}, and length may be what was chosen: raise select.length_buckets."
         elif _alike(inside):
@@ -88,7 +105,7 @@ def _length(audit: dict[str, Any]) -> Iterator[str]:
         else:
             yield f"{text}; records compete inside length buckets, where it is {inside:+.2f}."
     elif _alike(inside):
-        yield f"Inside the length buckets score and length go together (rank correlation {inside:+.2f})."
+        yield f"Inside the length buckets score and {what} go together (rank correlation {inside:+.2f})."
 
 
 def _mix(audit: dict[str, Any]) -> Iterator[str]:

@@ -20,6 +20,7 @@ lists of names, DNA, base64 and whatever else has letters without order for most
 
 from __future__ import annotations
 
+import difflib
 import math
 import unicodedata
 from collections.abc import Callable
@@ -66,7 +67,8 @@ _LETTERS, _CAPITAL, _DIGIT, _SPACE, _SIGN, _NO_CHARACTER = range(6)
 class Gates:
     """The gates of a configuration; calling it with a record gives why it is left out, or None.
 
-    Where there is a response it is judged by itself as well: beside a long prompt its characters would not show.
+    Where there is a response it is judged by itself as well, and so is its prompt: beside the other, if that is long,
+    its characters would not show.
     Raises `ConfigError` where a language is asked for and `py3langid` is missing or does not know it.
     """
 
@@ -83,10 +85,11 @@ class Gates:
             return Reason.too_short
         if config.max_characters is not None and len(text) > config.max_characters:
             return Reason.too_long
-        answer = record.answer.strip()
-        if not answer:
+        parts = [text]
+        if record.answer_start is not None:
+            parts += [record.prompt.strip(), record.answer.strip()]
+        if not all(parts):
             return Reason.empty
-        parts = [text] if record.answer_start is None else [text, answer]
         found = (self._by_characters(part[:_JUDGED]) for part in parts)
         return next((reason for reason in found if reason), None) or self._by_language(text)
 
@@ -242,5 +245,6 @@ def _language_of(wanted: list[str]) -> Callable[[str], str]:
     known = sorted(identifier.labels)
     for language in wanted:
         if language not in known:
-            raise ConfigError("languages", language, "py3langid does not know it", known)
+            near = difflib.get_close_matches(language.lower(), known, cutoff=0.5) or ["en"]
+            raise ConfigError("languages", language, "py3langid does not know it, but two letters (ISO 639-1)", near)
     return lambda text: str(identifier.classify(text[:4000])[0])

@@ -5,13 +5,18 @@ An input is cut into parts, each read by one process from its begin to its end: 
 
 from __future__ import annotations
 
+import base64
 import codecs
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import UUID
 
 from core.errors import ConfigError
 from core.files import files_in, files_like, is_local, locate, opened, sha256_file, sha256_text, unzipped
@@ -19,8 +24,15 @@ from data.filter.records import Record
 from data.sources import TEXT_SUFFIXES, data_set_fingerprint
 
 ASSISTANT = "assistant"
+KEYS = ("text_key", "prompt_key", "response_key", "messages_key", "id_key", "domain_key", "template")
+"""Of an input's settings those that decide what a record is."""
+_SAVED = ("state.json", "dataset_dict.json")
+"""What the `save_to_disk` of the `datasets` library leaves in a folder."""
 _SHOWN = 200
 """Characters of what is said about a broken record, which may hold anything."""
+
+
+_SHOWN_KEYS = 10
 
 
 @dataclass(frozen=True)
@@ -72,13 +84,20 @@ class Broken:
 
 
 class Part(Protocol):
-    """What one process reads. `fingerprint` changes whenever its records could."""
+    """What one process reads. `fingerprint` or `keys` change whenever its records could."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Of what is read."""
+        ...
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        """What decides, of what is read, what a record is: by name, so that a change can be told."""
+        ...
 
     def records(self) -> Iterator[Record | Broken]: ...
 
@@ -141,6 +160,10 @@ class RecordMaker:
 
     config: InputConfig
 
+    @property
+    def keys(self) -> dict[str, str | None]:
+        return {key: getattr(self.config, key) for key in KEYS}
+
     def __call__(self, row: Any, place: str, raw: str | None = None) -> Record:
         """Raises `Unreadable` where the row has not what the configuration names."""
         if not isinstance(row, dict):
@@ -151,7 +174,7 @@ class RecordMaker:
         domain = "all" if config.domain_key is None else str(_get(row, config.domain_key, (str, int)))
         if any(map(_is_half, (name, domain, text))):
             raise Unreadable("holds half of a surrogate pair, which is no text")
-        return Record(name, domain, place, text, answer_start, _line(row) if raw is None else raw)
+        return Record(name, domain, place, text, answer_start, _line(row, place) if raw is None else raw)
 
     def _text(self, row: dict[str, Any]) -> tuple[str, int | None]:
         config = self.config
@@ -160,13 +183,42 @@ class RecordMaker:
         if config.prompt_key is None or config.response_key is None:
             return _get(row, config.text_key, (str,)), None
         prompt, response = (_get(row, key, (str,)) for key in (config.prompt_key, config.response_key))
+        if not prompt.strip():  # what the template puts around it is no prompt
+            return response, 0
         before, _, after = config.template.partition("{response}")
         before = before.replace("{prompt}", prompt)
         return before + response + after, len(before)
 
 
-def _line(row: Any) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str)
+def _line(row: dict[str, Any], place: str) -> str:
+    """A row of columns as a line of JSON. Raises `ConfigError` with the column that JSON has no form for."""
+    try:
+        found = {}
+        for column, value in row.items():
+            found[column] = _for_json(value)
+        return json.dumps(found, ensure_ascii=False)
+    except TypeError as error:
+        reason = f"the column {column!r} holds {error}, which no line of JSON can: leave that column out"
+        raise ConfigError("input", place, reason) from None
+
+
+def _for_json(value: Any) -> Any:
+    """Bytes as {"base64": text}, what is no number as null, dates in ISO form. Raises `TypeError` for the unknown."""
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal | UUID):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _for_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_for_json(inner) for inner in value]
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def _is_half(text: str) -> bool:
@@ -179,19 +231,29 @@ def _is_half(text: str) -> bool:
 
 
 def _chat(messages: list[Any]) -> tuple[str, int]:
-    """All messages, each under its role; the response is the last message of the assistant."""
-    text, answer_start, end = "", None, 0
+    """All messages, each under its role; the response is the last of the assistant. Roles alone are no prompt."""
+    text, answer_start, end, said, has_prompt = "", None, 0, False, False
     for message in messages:
         if not isinstance(message, dict):
             raise Unreadable("a message is no object with role and content")
         role, content = (_get(message, key, (str,)) for key in ("role", "content"))
         text += f"{role}:\n"
         if role == ASSISTANT:
-            answer_start, end = len(text), len(text) + len(content)
+            answer_start, end, has_prompt = len(text), len(text) + len(content), said
         text += f"{content}\n\n"
+        said = said or bool(content.strip())
     if answer_start is None:
         raise Unreadable("no message of the assistant")
-    return text[:end], answer_start
+    return (text[:end], answer_start) if has_prompt else (text[answer_start:end], 0)
+
+
+def keys_of(raw: bytes | None) -> list[str]:
+    """Of a record that may be none; as many as are worth showing."""
+    try:
+        row = json.loads(raw or b"")
+    except (ValueError, RecursionError):
+        return []
+    return list(row)[:_SHOWN_KEYS] if isinstance(row, dict) else []
 
 
 def _get(row: dict[str, Any], key: str, kinds: tuple[type, ...]) -> Any:
@@ -214,6 +276,10 @@ class FilePart:
     def fingerprint(self) -> str:
         return sha256_text(self.name, sha256_file(self.path))
 
+    @property
+    def keys(self) -> dict[str, str | None]:
+        return self.make.keys
+
     def records(self) -> Iterator[Record | Broken]:
         reader = _reader(_known(self.path))
         assert reader is not None
@@ -227,7 +293,7 @@ class FilePart:
                     else:
                         yield self.make(content, place)
                 except (Unreadable, ValueError, RecursionError) as error:
-                    raw = content if isinstance(content, bytes) else _line(content).encode()
+                    raw = content if isinstance(content, bytes) else _line(content, place).encode()
                     yield Broken(place, place, str(error)[:_SHOWN], raw)
         except (OSError, EOFError, zlib.error) as error:
             raise ConfigError("input", str(self.path), f"cannot be read: {error}") from None
@@ -250,22 +316,37 @@ class DataSetPart:
         folder = Path(self.name).expanduser()
         return data_set_fingerprint(folder, self.name, str(self.config.subset), self.config.split)
 
+    @property
+    def keys(self) -> dict[str, str | None]:
+        return self.make.keys
+
     def records(self) -> Iterator[Record | Broken]:
         import datasets
 
         try:
-            folder = Path(self.name).expanduser()
-            name = str(folder) if folder.is_dir() else self.name
-            rows = datasets.load_dataset(name, self.config.subset, split=self.config.split, streaming=True)
-            for number, row in enumerate(rows):
+            for number, row in enumerate(self._rows()):
                 place = f"{self.name}:{number}"
                 try:
                     yield self.make(row, place)
                 except Unreadable as error:
-                    yield Broken(place, place, str(error)[:_SHOWN], _line(row).encode())
+                    yield Broken(place, place, str(error)[:_SHOWN], _line(row, place).encode())
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = f"datasets cannot stream it: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            reason = f"datasets cannot read it: {(str(error).splitlines() or [type(error).__name__])[0]}"
             raise ConfigError("dataset", self.config.dataset, reason) from None
+
+    def _rows(self) -> Any:
+        import datasets
+
+        folder, split = Path(self.name).expanduser(), self.config.split
+        if not folder.is_dir():
+            return datasets.load_dataset(self.name, self.config.subset, split=split, streaming=True)
+        if not any((folder / name).is_file() for name in _SAVED):
+            return datasets.load_dataset(str(folder), self.config.subset, split=split, streaming=True)
+        saved = datasets.load_from_disk(str(folder))
+        splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
+        if split not in splits:
+            raise ConfigError("split", split, f"{self.name} was saved without it", sorted(splits))
+        return splits[split]
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -288,7 +369,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 for row in batch.to_pylist():
                     yield number, row
                     number += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: a time that Python has no form for
         raise OSError(f"no readable parquet file ({str(error).splitlines()[0]})") from None
 
 

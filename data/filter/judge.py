@@ -46,7 +46,7 @@ class JudgeScorer:
 
     NaN where no answer can be read, with the reason in `reasons` by the record's id. Answers are kept in `cache` for
     good, by judge, rubric and text: neither a killed run nor another endpoint with the same model asks anybody twice.
-    What could not be read is asked again by the next run. Scores have five values: ties are the rule.
+    What could not be read is asked again by the next run of the filter. Scores have five values: ties are the rule.
     """
 
     name = "judge"

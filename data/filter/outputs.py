@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import DataError
-from data.filter.audit import Audit, ScorerInfo
+from data.filter.audit import OTHER, Audit, ScorerInfo
 from data.filter.page import write_audit
 from data.filter.pipeline import THRESHOLDS, Filter
 from data.filter.store import writing
@@ -18,9 +18,13 @@ from data.filter.store import writing
 SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.json", "audit.html"
 
 
-def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> None:
-    """audit.json and audit.html. `what`: what was filtered, for people; `command`: how to do it again."""
-    write_audit(audit_of(done, what), directory, command)
+def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> dict[str, Any]:
+    """audit.json and audit.html; returns the figures. `what`: what was filtered, for people; `command`: how to do it
+    again.
+    """
+    audit = audit_of(done, what)
+    write_audit(audit, directory, command)
+    return audit
 
 
 def audit_of(done: Filter, what: str) -> dict[str, Any]:
@@ -35,17 +39,22 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
-    """Shard by shard: id, source, domain, score, length (bytes of text), tokens, kept, reason, bucket, tie."""
+    """Shard by shard: id, source, domain, score, length (bytes of text), scored_bytes (of the answer, where there is
+    one), tokens, kept, reason, detail, bucket, tie, why (there is no score), and the scores of an ensemble's members
+    ("score:NAME").
+    """
     import pyarrow
 
     for shard, rows in done.records.shards.items():
         records = done.records.read(shard, ["id", "source", "domain"])
-        screened = done.screened.read(shard, ["tokens", "bytes", "tie"])
+        screened = done.screened.read(shard, ["tokens", "bytes", "scored_bytes", "tie"])
         decided = done.decided.read(shard, ["kept", "reason", "bucket"])
         columns = {name: records[name] for name in ("id", "source", "domain")}
-        columns |= {"score": done.scored.read(shard, ["score"])["score"], "length": screened["bytes"]}
-        columns |= {name: screened[name] for name in ("tokens", "tie")}
-        columns |= {name: decided[name] for name in ("kept", "reason", "bucket")}
+        scored = done.scored.read(shard)
+        columns |= {"score": scored["score"], "length": screened["bytes"]}
+        columns |= {name: screened[name] for name in ("scored_bytes", "tokens", "tie")}
+        columns |= {name: decided[name] for name in ("kept", "reason", "bucket")} | {"detail": scored["detail"]}
+        columns |= {name: scored[name] for name in scored.column_names if name == "why" or name.startswith(OTHER)}
         if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
             raise DataError(
                 f"{shard}: {rows:,} records were read, and there are {wrong}: filter anew, into another out="

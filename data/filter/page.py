@@ -15,6 +15,7 @@ from core.files import write_json, write_text
 from core.page import data_url, page
 from data.filter.findings import named
 from data.filter.pictures import DROPPED, KEPT, draw, thresholds
+from data.filter.records import Reason
 
 FIGURES, PAGE = "audit.json", "audit.html"
 _ROWS = 40
@@ -169,10 +170,12 @@ def _pictures(audit: dict[str, Any], light: dict[str, bytes], dark: dict[str, by
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data_url(dark[name])}">'
             f'<img alt="{heading}" src="{data_url(light[name])}"></picture></figure>'
         )
-    length = audit["length"]
+    length, whole = audit["length"], audit["whole_length"]
     note = (
         f"Rank correlation of score and length: {_correlation(length['overall'])} over all, "
-        f"{_correlation(length['inside_buckets'])} inside the length buckets ({length['records']:,} records)."
+        f"{_correlation(length['inside_buckets'])} inside the length buckets ({length['records']:,} records). "
+        "Length is that of what is scored, the answer where there is one; with that of prompt and answer it is "
+        f"{_correlation(whole['overall'])} and {_correlation(whole['inside_buckets'])}."
     )
     ends = "What lies beyond a picture's ends is counted in its outermost bins."
     return f"<h2>Scores</h2><div class=pictures>{figures}</div><p class=when>{note} {ends}</p>"
@@ -185,7 +188,7 @@ def _lot(audit: dict[str, Any]) -> str:
         return ""
     largest = sorted(lot["domains"], key=lambda name: (-audit["domains"][name]["in"]["tokens"], name))[:_ROWS]
     groups = [(_name(name), lot["domains"][name]) for name in largest] if len(largest) > 1 else []
-    groups += [(f"{q['from_bytes']:,} to {q['to_bytes']:,} bytes", q["kept"]) for q in lot["lengths"]]
+    groups += [(f"{q['from_bytes']:,} to {q['to_bytes']:,} scored bytes", q["kept"]) for q in lot["lengths"]]
     mark = f'<i style="left:{100 * lot["rate"]:.2f}%"></i>'
     rows = [
         f"<tr><td>{name}</td><td class=n>{_percent(share)}</td>"
@@ -244,9 +247,10 @@ def _records(rows: list[dict[str, Any]], with_score: bool) -> str:
             beside = "" if limit is None else f"<br><small>threshold {_number(limit)}</small>"
             score = f"<td class=n>{_number(row['score'])}{beside}</td>"
         source = "" if row["source"] == row["id"] else f"<br><small>{_name(row['source'])}</small>"
-        body.append(
-            f"<tr><td class=id>{_name(row['id'])}{source}</td>{score}<td class=text>{_text(row['text'])}</td></tr>"
-        )
+        told = f"<b>{_text(Reason[row['reason']].told(row['detail']))}</b><br>" if row["detail"] is not None else ""
+        text = f"<td class=text>{told}{_text(row['text'])}</td>"
+        source += f"<br><small>no score: {_text(row['why'])}</small>" if row.get("why") else ""
+        body.append(f"<tr><td class=id>{_name(row['id'])}{source}</td>{score}{text}</tr>")
     return _table(["record", *(["#score"] if with_score else []), "text"], body, "full records")
 
 

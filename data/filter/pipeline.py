@@ -6,6 +6,7 @@ process with fixed batching, so what comes out does not depend on how many there
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,24 +17,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.config import plain
 from core.errors import ConfigError
 from core.files import files_in, locate, sha256_file, sha256_text
-from data.filter.config import FilterRules, OnError, Unit
+from data.filter.audit import OTHER
+from data.filter.config import FilterRules, OnError, Unit, deciding
 from data.filter.contamination import EvaluationSets
-from data.filter.duplicates import Signatures, find_duplicates, signatures
+from data.filter.duplicates import Copy, Signatures, find_duplicates, signatures
 from data.filter.gates import Gates
-from data.filter.inputs import Broken, Part
+from data.filter.inputs import Broken, Part, keys_of
 from data.filter.make import Models, models_of
 from data.filter.records import Reason, Record
-from data.filter.scorer import Scorer
-from data.filter.select import REASONS, ShardScores, noise_threshold, select
+from data.filter.scorer import Asking, Scorer, Several
+from data.filter.select import REASONS, ShardScores, check_names, noise_threshold, select
 from data.filter.store import Stage, Workers, share, together
 from data.order import key_of
 
-FORMAT = 1
+FORMAT = 2
 SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
+_SHOWN = 200
+"""Characters of what could not be read, or of why a record has no score."""
 UNREADABLE = "unreadable"
 """The domain of what could not be read; a domain of the input may have the same name."""
 
@@ -62,14 +65,16 @@ class Filter:
     def __init__(self, job: Job) -> None:
         self.job, self.rules, self.workers = job, job.rules, job.workers
         self._is_fitted = False
-        rules, parts = plain(job.rules), [part.fingerprint for part in job.parts]
+        rules, parts = deciding(job.rules), [part.fingerprint for part in job.parts]
         screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error", "seed")}
         screen |= {
             "tokenizer": job.tokenizer,
             "sets": [of_file(path) for path in rules["contamination"]["sets"].values()],
         }
         self._clean = sha256_text(*(record.content for record in job.clean))
-        inputs = {"format": FORMAT, "parts": len(parts), "input": sha256_text(*parts)}
+        inputs: dict[str, Any] = {"format": FORMAT, "parts": len(parts), "input": sha256_text(*parts)}
+        for part in job.parts:
+            inputs |= part.keys
         scorer = {"scorer": f"{job.scorer.name} {job.scorer.fingerprint[:16]}"}
         stages, before = [], ""
         for name, made_of in {
@@ -86,8 +91,13 @@ class Filter:
 
     def run(self) -> None:
         """Make what is missing of all stages."""
+        with together(self.workers):  # before the input is read, which may take hours
+            gates, sets = self._gates(), EvaluationSets(self.rules.contamination)
         self._ingest()
-        self._screen()
+        with together(self.workers):
+            if self.rules.select.domains or self.rules.select.protect:
+                check_names(self.domains, self.rules)
+        self._screen(gates, sets)
         self._score()
         self._decide()
 
@@ -98,16 +108,20 @@ class Filter:
         stage.open(self.workers)
         if stage.is_whole:
             return
-        with together(self.workers):
-            for place, part in share(list(enumerate(self.job.parts)), self.workers):
-                self._ingest_part(place, part)
         shards: dict[str, int] = {}
-        with together(self.workers):
-            for place in range(len(self.job.parts)):
-                shards |= stage.read_json(_part(place))
-            if not sum(shards.values()):
-                raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
-            self._refuse_double_names(shards)
+        try:
+            with together(self.workers):
+                for place, part in share(list(enumerate(self.job.parts)), self.workers):
+                    self._ingest_part(place, part)
+            with together(self.workers):
+                for place in range(len(self.job.parts)):
+                    shards |= stage.read_json(_part(place))
+                self._refuse_unreadable(shards)
+                self._refuse_double_names(shards)
+        except ConfigError:
+            if self.workers.rank == 0:
+                stage.remove()  # who then gives another key would be refused for this one
+            raise
         stage.close(shards, self.workers)
         self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
 
@@ -135,6 +149,19 @@ class Filter:
         if rows:
             write()
         self.records.write_json(_part(place), shards)
+
+    def _refuse_unreadable(self, shards: dict[str, int]) -> None:
+        """Where no record at all is one, the keys are wrong, or the input is not what was meant."""
+        if not shards:
+            raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
+        if any(self.records.read(shard, ["problem"])["problem"].null_count for shard in shards):
+            return
+        table = self.records.read(next(iter(shards)), ["source", "problem", "raw"])
+        source, problem, raw = (table[name][0].as_py() for name in ("source", "problem", "raw"))
+        keys = ", ".join(map(repr, keys_of(raw)))
+        has = "" if problem.endswith(keys) else f"; its keys are {keys}"
+        reason = f"none of {sum(shards.values()):,} records can be read; {source}: {problem}{has}"
+        raise ConfigError("input", None, reason, ["text_key=", "prompt_key= with response_key=", "messages_key="])
 
     def _refuse_double_names(self, shards: dict[str, int]) -> None:
         """Names must tell records apart, or a journey could not be told. Kept as 64-bit hashes."""
@@ -175,24 +202,31 @@ class Filter:
 
     # -- screen
 
-    def _screen(self) -> None:
-        gates, sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)
+    def _gates(self) -> Gates:
+        try:
+            return Gates(self.rules.gates)
+        except ConfigError as error:
+            raise error.under("gates") from None
 
+    def _screen(self, gates: Gates, sets: EvaluationSets) -> None:
         def screen(shard: str) -> Any:
-            problems, rows = self.records.read(shard, ["problem"])["problem"].to_pylist(), self.rows(shard)
+            problems, rows = self._problems(shard), self.rows(shard)
             malformed = Reason.protected if self.rules.on_error is OnError.keep else Reason.malformed
-            reasons = [
-                malformed.name if problem is not None else _name(_screened(record, gates, sets))
+            found = [
+                (malformed, problem) if problem is not None else _screened(record, gates, sets)
                 for record, problem in zip(rows, problems, strict=True)
             ]
+            reasons = [_name(reason) for reason, _ in found]
             texts = [record.text for record in rows]
             sizes = [len(text.encode()) for text in texts]
             counts = self.job.count_tokens(texts) if self.job.count_tokens else sizes
             self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(rows):,} left out")
             return _table(
                 reason=reasons,
+                detail=[detail for _, detail in found],
                 tokens=np.asarray(counts, np.int64),
                 bytes=np.asarray(sizes, np.int64),
+                scored_bytes=np.asarray([len(record.answer.encode()) for record in rows], np.int64),
                 tie=np.asarray([key_of(self.rules.seed, record.id) for record in rows], np.uint64),
                 **_columns(signatures(texts)),
             )
@@ -200,16 +234,40 @@ class Filter:
         self.screened.open(self.workers)
         self.screened.make(self.records.shards, self.workers, screen)
 
+    def _problems(self, shard: str) -> list[str | None]:
+        """Why records could not be read, and how what is there begins; None: they could."""
+        problems = self.records.read(shard, ["problem"])["problem"]
+        if problems.null_count == len(problems):
+            return [None] * len(problems)
+        raw = self.records.read(shard, ["raw"])["raw"].to_pylist()
+        return [p and f"{p}: {_beginning(begin)}" for p, begin in zip(problems.to_pylist(), raw, strict=True)]
+
     @cached_property
-    def duplicates(self) -> dict[str, list[Reason | None]]:
-        """Of each shard's records, why they repeat an earlier one. The same on every process."""
+    def duplicates(self) -> dict[str, list[Copy | None]]:
+        """Of each shard's records, which earlier one they repeat. The same on every process."""
         found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], self.rules.duplicates)
         return dict(zip(self.screened.shards, found, strict=True))
 
     def reasons(self, shard: str) -> list[str | None]:
         """Why records are out before they are scored; None: they are not."""
         reasons: list[str | None] = self.screened.read(shard, ["reason"])["reason"].to_pylist()
-        return [reason or _name(again) for reason, again in zip(reasons, self.duplicates[shard], strict=True)]
+        copies = [copy.reason.name if copy else None for copy in self.duplicates[shard]]
+        return [reason or copy for reason, copy in zip(reasons, copies, strict=True)]
+
+    def details(self, shard: str) -> list[str | None]:
+        """What is known of each reason besides: see `Reason.told`."""
+        details: list[str | None] = self.screened.read(shard, ["detail"])["detail"].to_pylist()
+        copies = self.duplicates[shard]
+        kept = np.array([copy.of for copy in copies if copy is not None], np.int64)
+        names = iter(self._ids.take(kept).to_pylist())
+        return [detail if copy is None else next(names) for detail, copy in zip(details, copies, strict=True)]
+
+    @cached_property
+    def _ids(self) -> Any:
+        """Of all records, in order."""
+        import pyarrow
+
+        return pyarrow.concat_tables([table for _, table in self.records.tables(["id"])])["id"]
 
     def passed(self) -> Iterator[Record]:
         """Every record that is to be scored, in order."""
@@ -222,21 +280,58 @@ class Filter:
 
     def _score(self) -> None:
         self.scored.open(self.workers)
-        if not self.scored.is_whole:
+        with together(self.workers):
+            unanswered = [shard for shard in self.records.shards if self._is_unanswered(shard)]
+        if unanswered or not self.scored.is_whole:
             with together(self.workers):
                 self._fit()
 
         def score(shard: str) -> Any:
             reasons = self.reasons(shard)
+            columns: dict[str, Any] = {name: np.full(len(reasons), np.nan) for name in self._score_columns}
+            columns |= {"why": [None] * len(reasons), "reason": reasons, "detail": self.details(shard)}
             places = [place for place, reason in enumerate(reasons) if reason is None]
-            rows = self.rows(shard)
-            scores = np.full(len(rows), np.nan)
-            if places:
-                scores[places] = self.job.scorer.score([rows[place] for place in places])
-            self.job.report(f"scored {shard}: {len(places):,} records")
-            return _table(score=scores, reason=reasons)
+            return self._with_scores(shard, columns, places)
 
+        with together(self.workers):
+            for shard in share(unanswered, self.workers):
+                table = self.scored.read(shard)
+                columns = {name: table[name].to_numpy().copy() for name in self._score_columns}
+                columns |= {name: table[name].to_pylist() for name in ("why", "reason", "detail")}
+                places = [place for place, why in enumerate(columns["why"]) if why is not None]
+                self.scored.write(shard, self._with_scores(shard, columns, places))
         self.scored.make(self.records.shards, self.workers, score)
+
+    def _is_unanswered(self, shard: str) -> bool:
+        """Whether the scorer got no answer for some of the shard's records, and could ask again."""
+        return self.scored.has(shard) and bool(self.scored.read(shard, ["why"])["why"].is_valid().to_numpy().any())
+
+    def _with_scores(self, shard: str, columns: dict[str, Any], places: list[int]) -> Any:
+        """The shard's table, the records at `places` scored: their scores, or why there are none."""
+        rows = self.rows(shard)
+        if places:
+            for name, scores in self._scores([rows[place] for place in places]).items():
+                columns[name][places] = scores
+        scorer = self.job.scorer
+        reasons = scorer.reasons if isinstance(scorer, Asking) else {}
+        for place in places:
+            why = None if np.isfinite(columns["score"][place]) else reasons.get(rows[place].id)
+            columns["why"][place] = None if why is None else _one_line(why)
+        self.job.report(f"scored {shard}: {len(places):,} records")
+        return _table(**columns)
+
+    @property
+    def _score_columns(self) -> list[str]:
+        scorer = self.job.scorer
+        return ["score", *(OTHER + name for name in (scorer.others if isinstance(scorer, Several) else ()))]
+
+    def _scores(self, records: Sequence[Record]) -> dict[str, NDArray[np.float64]]:
+        """What goes into each of these columns."""
+        scorer = self.job.scorer
+        if not isinstance(scorer, Several):
+            return {"score": scorer.score(records)}
+        score, others = scorer.score_all(records)
+        return {"score": score} | {OTHER + name: found for name, found in others.items()}
 
     def _refuse_memory(self) -> None:
         """A model must not score what it has learnt: what is known by heart looks easy."""
@@ -260,19 +355,20 @@ class Filter:
 
     @cached_property
     def domains(self) -> list[str]:
-        """Of the records that could be read; what could not, if it is all there is."""
+        """Of the records that could be read: there is one at least."""
         found: set[str] = set()
         for _, table in self.records.tables(["domain", "problem"]):
             found |= set(table.filter(table["problem"].is_null())["domain"].to_pylist())
-        return sorted(found) or [UNREADABLE]
+        return sorted(found)
 
     def _shard_scores(self, shard: str) -> tuple[ShardScores, NDArray[np.int64]]:
         """Of the records that were to be scored, and their places among all of the shard."""
         import pyarrow.compute
 
-        scored, screened = self.scored.read(shard), self.screened.read(shard, ["tokens", "bytes", "tie"])
+        scored = self.scored.read(shard, ["score", "reason"])
+        screened = self.screened.read(shard, ["tokens", "scored_bytes", "tie"])
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
-        columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "bytes", "tie")}
+        columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "scored_bytes", "tie")}
         known = pyarrow.array(self.domains, pyarrow.string())
         # what could not be read has no place among them, and no score either
         domain = pyarrow.compute.index_in(self.records.read(shard, ["domain"])["domain"], known).fill_null(0)
@@ -281,14 +377,19 @@ class Filter:
             name=shard,
             score=scored["score"].to_numpy()[places],
             domain=domain.to_numpy().astype(np.int64)[places],
-            length=columns["bytes"],
+            length=columns["scored_bytes"],
             weight=columns["tokens"] if by_tokens else np.ones(len(places), np.int64),
             hash=columns["tie"],
         )
         return scores, places
 
     def _decide(self) -> None:
-        self.decided.open(self.workers)
+        with together(self.workers):
+            self.decided.refuse_other()
+        noise = self._noise()
+        with together(self.workers):
+            content = self._hash_of_scores(noise)
+        self.decided.open(self.workers, content)
         if self.decided.is_whole:
             return
         mine = share(list(self.records.shards), self.workers)
@@ -296,7 +397,7 @@ class Filter:
             lambda: (self._shard_scores(shard)[0] for shard in mine),
             self.domains,
             self.rules,
-            self._noise(),
+            noise,
             self.workers.sum,
         )
 
@@ -315,6 +416,13 @@ class Filter:
             if self.workers.rank == 0:
                 self.decided.write_json(THRESHOLDS, decision.thresholds)
         self.decided.make(self.records.shards, self.workers, decide)
+
+    def _hash_of_scores(self, noise: float | None) -> str:
+        """Scores may be taken again, and then it is decided again."""
+        digest = hashlib.sha256(repr(noise).encode())
+        for _, table in self.scored.tables(["score"]):
+            digest.update(table["score"].to_numpy().tobytes())
+        return digest.hexdigest()
 
     def _noise(self) -> float | None:
         """The score above which a record is noise. The clean texts' scores are kept with the others."""
@@ -341,11 +449,17 @@ def of_file(path: str) -> str:
         return path
 
 
-def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> Reason | None:
+def _beginning(raw: bytes | None) -> str:
+    text = (raw or b"").decode(errors="replace")[:_SHOWN]
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reason | None, str | None]:
+    """Why it is left out, and from which set it is."""
     reason = gates(record)
-    if reason is None and sets(record.text) is not None:
-        return Reason.contaminated
-    return reason
+    if reason is None and (name := sets(record.text)) is not None:
+        return Reason.contaminated, name
+    return reason, None
 
 
 def _columns(found: Signatures) -> dict[str, Any]:
@@ -370,6 +484,11 @@ def _signatures(table: Any) -> Signatures:
     return Signatures(exact, near, table["near_possible"].to_numpy() & ~out)
 
 
+def _one_line(text: str) -> str:
+    """The beginning of what a server or somebody's verifier said, in what can be written to a file."""
+    return " ".join(text.split())[:_SHOWN].encode("utf-8", "replace").decode()
+
+
 def _name(reason: Reason | None) -> str | None:
     return None if reason is None else reason.name
 
@@ -391,6 +510,7 @@ def _table(**columns: Any) -> Any:
     """A table; columns that are all null keep their kind, so that shards fit together."""
     import pyarrow
 
-    kinds = {name: pyarrow.string() for name in ("id", "domain", "source", "text", "problem", "reason")}
+    strings = ("id", "domain", "source", "text", "problem", "reason", "detail", "why")
+    kinds = dict.fromkeys(strings, pyarrow.string())
     kinds |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
     return pyarrow.table({name: pyarrow.array(values, kinds.get(name)) for name, values in columns.items()})

@@ -65,6 +65,11 @@ class Reason(Enum):
     too_short = "too_short"
     too_long = "too_long"
 
+    def told(self, detail: str | None) -> str:
+        """With what is known besides: of which record it is a copy, from which set it is, why it cannot be read."""
+        joint = {Reason.duplicate: " of ", Reason.near_duplicate: " of ", Reason.contaminated: " by "}.get(self, ": ")
+        return self.name if detail is None else f"{self.name}{joint}{detail}"
+
     @property
     def kept(self) -> bool:
         return self in (Reason.hard, Reason.revived, Reason.protected)

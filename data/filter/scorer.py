@@ -4,9 +4,9 @@ twice, because a model's depends on what else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,30 @@ class Scorer(Protocol):
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
         """One number per record, not finite where there is none to be had."""
+        ...
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """A scorer that asks somebody, who may give no answer to some records: the next run asks again for those."""
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Why a record has no score, by its id."""
+        ...
+
+
+@runtime_checkable
+class Several(Protocol):
+    """A scorer that asks others, whose scores are kept beside its own."""
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Their names, each once."""
+        ...
+
+    def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+        """What `score` gives, and what each of the others does."""
         ...
 
 

@@ -4,13 +4,15 @@ Every record has a key: its quantised score, then its hash. In each group (a dom
 a threshold key upwards are kept. The threshold is found digit by digit: each pass over the shards adds up one histogram
 per group of the next bits of the keys that share the digits found so far. Histograms are integers and are added over
 ranks, so the outcome depends neither on the number of ranks nor on the order or partition of the shards; no more than
-`_BINS` of their cells are in memory, whatever the number of groups (more groups: fewer bits a pass, more passes).
+`_BINS` of their cells are in memory, whatever the number of groups (more groups: fewer bits a pass, more passes). Of
+lengths, only those that occur in a domain are counted.
 
 Shapes: N records of a shard, D domains, G groups, L bins of length. Weights are documents (1 each) or tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -158,13 +160,15 @@ class Decision:
     passed: Integers
 
     @cached_property
-    def _groups(self) -> Integers:
-        """Group of each domain and length bin, [D * L]."""
-        first = np.cumsum([0, *map(len, self.starts)])
-        every = np.arange(_LENGTHS)
-        return np.concatenate(
-            [first[place] + np.searchsorted(starts, every, "right") - 1 for place, starts in enumerate(self.starts)]
+    def _first_pairs(self) -> Integers:
+        """The first pair (domain * L + length bin) of each group, [G]; not descending."""
+        return np.repeat(np.arange(len(self.starts)), [len(starts) for starts in self.starts]) * _LENGTHS + (
+            np.concatenate(self.starts)
         )
+
+    def group_of_pair(self, pair: Integers) -> Integers:
+        """Group of each domain * L + length bin."""
+        return np.searchsorted(self._first_pairs, pair, "right") - 1
 
     @property
     def domain_of_group(self) -> Integers:
@@ -172,7 +176,7 @@ class Decision:
 
     def group(self, shard: ShardScores) -> Integers:
         """Group of each record, [N]."""
-        return self._groups[shard.domain * _LENGTHS + length_bin(shard.length)]
+        return self.group_of_pair(_pairs(shard))
 
     def reasons(self, shard: ShardScores) -> Codes:
         """What becomes of each record of a shard: codes [N], places in `REASONS`."""
@@ -285,7 +289,7 @@ def select(
     target = np.clip(rate * census.passed[1] - census.kept[1], 0, census.easy[1])
     decision = replace(
         decision,
-        starts=_buckets(census.lengths[0], rules.select.length_buckets),
+        starts=_buckets(census.pair, census.count[0], count, rules.select.length_buckets),
         target=np.where(decision.protected, census.passed[1], target + census.kept[1]),
         passed=census.passed[1],
     )
@@ -305,28 +309,48 @@ def check_names(domains: Sequence[str], rules: FilterRules) -> None:
                 raise ConfigError(key, name, "no record is of this domain", sorted(domains)[:8])
 
 
-def _buckets(documents: Integers, most: int) -> tuple[Integers, ...]:
-    """First length bin of each bucket, for every domain, from `documents` [D, L] per domain and length bin.
+def _buckets(pair: Integers, documents: Integers, domains: int, most: int) -> tuple[Integers, ...]:
+    """First length bin of each bucket, for every domain, from the `documents` of the pairs that occur.
 
     A bin goes where its first document falls, so that one length is never in two buckets; a bucket may be empty.
     """
-    total = documents.sum(1)
-    buckets = np.clip(total // _SMALLEST_BUCKET, 1, most)
-    shorter = np.cumsum(documents, 1) - documents
-    place = np.minimum(shorter * buckets[:, None] // np.maximum(total, 1)[:, None], buckets[:, None] - 1)
-    return tuple(np.searchsorted(row, np.arange(n), "left") for row, n in zip(place, buckets, strict=True))
+    ends, found = np.searchsorted(pair, np.arange(domains + 1) * _LENGTHS), []
+    for begin, end in itertools.pairwise(ends):
+        up_to = np.cumsum(documents[begin:end])
+        total = int(up_to[-1]) if len(up_to) else 0
+        buckets = int(np.clip(total // _SMALLEST_BUCKET, 1, most))
+        # where the documents after each bin that occurs belong: the next bucket begins with the bin after it
+        place = np.minimum(up_to * buckets // max(total, 1), buckets - 1)
+        after = pair[begin:end] % _LENGTHS + 1
+        found.append(np.concatenate([[0], after[np.searchsorted(place, np.arange(1, buckets), "left")]]))
+    return tuple(found)
+
+
+def _pairs(shard: ShardScores) -> Integers:
+    """Domain * L + length bin of each record."""
+    return shard.domain * _LENGTHS + length_bin(shard.length)
+
+
+def _added(parts: Sequence[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
+    """Pairs [P], ascending, and their documents and weight [2, P]: those that occur in these, added up."""
+    pair, place = np.unique(np.concatenate([pair for pair, _ in parts]), return_inverse=True)
+    total, counts = np.zeros((2, len(pair)), np.int64), np.concatenate([count for _, count in parts], 1)
+    for row, count in zip(total, counts, strict=True):
+        np.add.at(row, place, count)
+    return pair, total
 
 
 @dataclass(frozen=True)
 class _Census:
     """Documents and weight [2, D] of all records, of those kept without competing, of those that compete; the last
-    also by length bin [2, D, L].
+    also (`count` [2, P]) of each `pair` of domain and length bin that occurs.
     """
 
     passed: Integers
     kept: Integers
     easy: Integers
-    lengths: Integers
+    pair: Integers
+    count: Integers
 
 
 @dataclass(frozen=True)
@@ -357,7 +381,7 @@ class _Search:
         """The first pass: totals, and the checks of every shard."""
         count = len(decision.domains)
         totals = np.zeros((3, 2, count), np.int64)
-        lengths = np.zeros((2, count * _LENGTHS), np.int64)
+        parts = [(np.zeros(0, np.int64), np.zeros((2, 0), np.int64))]
         example = "a shard of another rank"
         for shard in self.shards():
             check_shard(shard, count)
@@ -369,7 +393,10 @@ class _Search:
             _add(totals[0], shard.domain, shard.weight)
             _add(totals[1], *_where(codes == CODE[Reason.protected], shard.domain, shard.weight))
             _add(totals[2], *_where(unscored, shard.domain, shard.weight))
-            _add(lengths, *_where(easy, shard.domain * _LENGTHS + length_bin(shard.length), shard.weight))
+            pair, weight = _where(easy, _pairs(shard), shard.weight)
+            parts.append((pair, np.stack([np.ones_like(weight), weight])))
+            if sum(len(pair) for pair, _ in parts[1:]) > len(parts[0][0]) + _BINS // 8:
+                parts = [_added(parts)]
         passed, kept, missing = self.sum_over_ranks(totals)
         if decision.on_error is OnError.fail and missing[0].sum():
             names = [name for name, some in zip(decision.domains, missing[0], strict=True) if some]
@@ -377,15 +404,30 @@ class _Search:
                 f"{missing[0].sum()} records have no finite score (domains {', '.join(names[:8])}; one is in "
                 f"{example}): score them again, or set on_error=keep or on_error=drop"
             )
-        by_length = self.sum_over_ranks(lengths).reshape(2, count, _LENGTHS)
-        return _Census(passed, kept, by_length.sum(2), by_length)
+        pair, counts = self._over_ranks(*_added(parts), count)
+        easy = np.zeros((2, count), np.int64)
+        for row, values in zip(easy, counts, strict=True):
+            np.add.at(row, pair // _LENGTHS, values)
+        return _Census(passed, kept, easy, pair, counts)
+
+    def _over_ranks(self, pair: Integers, count: Integers, domains: int) -> tuple[Integers, Integers]:
+        """The same of all ranks, for as many domains at a time as `_BINS` cells hold."""
+        found, step = [(pair[:0], count[:, :0])], max(1, _BINS // _LENGTHS) * _LENGTHS
+        for first in range(0, domains * _LENGTHS, step):
+            begin, end = np.searchsorted(pair, [first, first + step])
+            table = np.zeros((2, min(step, domains * _LENGTHS - first)), np.int64)
+            table[:, pair[begin:end] - first] = count[:, begin:end]
+            table = self.sum_over_ranks(table)
+            there = np.flatnonzero(table[0])
+            found.append((there + first, table[:, there]))
+        return np.concatenate([pair for pair, _ in found]), np.concatenate([count for _, count in found], 1)
 
     def hard(self, decision: Decision, census: _Census, target: Floats) -> tuple[Decision, Integers]:
         """The decision with thresholds for `target` [D] by score, and what they keep, [2, D]."""
         domain = decision.domain_of_group
         decision = replace(decision, hard=Keys((_NOTHING,) * len(domain)))
         available = np.zeros(len(domain), np.int64)
-        np.add.at(available, decision._groups, census.lengths[1].ravel())
+        np.add.at(available, decision.group_of_pair(census.pair), census.count[1])
         share = target / np.maximum(census.easy[1], 1)
         wanted = np.minimum(share[domain] * available, available)
         crossing = self._by_score(decision, decision.group, lambda shard: shard.weight, wanted)

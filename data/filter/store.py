@@ -6,6 +6,8 @@ never gone on with. Columns are those of `pyarrow` tables.
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +74,28 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"cannot write {path} ({error.strerror or error}): free some space and run again to go on"
-        raise DataError(reason) from None
+        raise DataError(f"cannot write {path} ({error.strerror or error}): {_advice(error)}") from None
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and run again to go on"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return (
+            "a file stands where a folder has to be, or a folder where a file has to: move it, or choose another out="
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "let it be written to, or choose another out="
+    return "mend that and run again to go on"
+
+
+def _given(content: str | None) -> dict[str, str]:
+    return {} if content is None else {"content": content}
+
+
+def _line(value: Any) -> str:
+    """On one line, whatever it holds."""
+    return str(value).replace("\n", "\\n")
 
 
 class Stage:
@@ -84,24 +106,42 @@ class Stage:
         self.is_whole = False
         """Whether nothing was missing when it was opened, or all has been made since."""
 
-    def open(self, workers: Workers) -> None:
-        """Make the directory, or go on with it. Raises `ConfigError` where it holds a stage of another key."""
+    def open(self, workers: Workers, content: str | None = None) -> None:
+        """Make the directory, or go on with it. Raises `ConfigError` where it holds a stage of another key. `content`:
+        a hash of what it is made of that may change under the same key; a stage of other content is made anew.
+        """
         path = self.directory / KEY
         with together(workers):
             if workers.rank == 0:
                 with writing(path):
                     self.directory.mkdir(parents=True, exist_ok=True)
-                    if not path.exists():
-                        write_json(path, {"key": self.key, "made_of": self.made_of})
+                    if not path.exists() or self._is_stale(content):
+                        write_json(path, {"key": self.key, "made_of": self.made_of, **_given(content)})
         with together(workers):  # or one would already see what another makes next, and they would go different ways
-            found = self.read_json(KEY)
-            if found["key"] != self.key:
-                raise ConfigError("out", str(self.directory), self._difference(found.get("made_of", {})))
+            self.refuse_other()
             self.is_whole = self.has_manifest and all(map(self.has, self.shards))
+
+    def refuse_other(self) -> None:
+        """Raises `ConfigError` where the directory holds a stage of another key."""
+        if not (self.directory / KEY).exists():
+            return
+        found = self.read_json(KEY)
+        if found["key"] != self.key:
+            raise ConfigError("out", str(self.directory), self._difference(found.get("made_of", {})))
+
+    def _is_stale(self, content: str | None) -> bool:
+        """Whether the stage was of this key and of other content; then only its key is left, until that is replaced."""
+        found = self.read_json(KEY)
+        if found["key"] != self.key or found.get("content") == content:
+            return False
+        for path in self.directory.iterdir():
+            if path.name != KEY:
+                path.unlink()
+        return True
 
     def _difference(self, made_of: Mapping[str, Any]) -> str:
         found = list(differences(made_of, self.made_of).items())
-        shown = ", ".join(f"{key}={old} (now {new})" for key, (old, new) in found[:_SHOWN_DIFFERENCES])
+        shown = ", ".join(f"{key}={_line(old)} (now {_line(new)})" for key, (old, new) in found[:_SHOWN_DIFFERENCES])
         more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
         shown = shown or "other settings"
         return f"was made with {shown}{more}; choose another out=, or remove it to have it made anew"
@@ -149,6 +189,10 @@ class Stage:
             return read_json(path)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}): remove {self.directory} and run again") from None
+
+    def remove(self) -> None:
+        """With all that is in it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self, shards: dict[str, int], workers: Workers) -> None:
         """All shards are there: say so. `shards`: rows of each."""

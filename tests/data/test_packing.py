@@ -80,6 +80,21 @@ def test_packing_is_deterministic_and_a_part_depends_on_what_came_before_alone()
     assert [p.ids.tolist() for row in early for p in row.pieces] == flat[0][: sum(len(r.pieces) for r in early)] != []
 
 
+def test_a_full_buffer_gives_up_its_fullest_rows() -> None:
+    packer = Packer(ROW, BOS, EOS, buffer_tokens=40 + 60 + 35 + 50)
+    added = [packer.add([7] * (size - 2))[1] for size in (40, 60, 35, 50)]
+    assert [[row.space for row in rows] for rows in (*added, packer.close())] == [[], [], [], [4, 14], [24, 29]]
+
+
+def test_no_more_waits_than_the_buffer_holds() -> None:
+    packer, waiting, most = Packer(ROW, BOS, EOS, 1000), 0, 0
+    for text in documents(800, longest=60):
+        waiting += len(text) + 2
+        waiting -= sum(ROW - row.space for row in packer.add(text)[1])
+        most = max(most, waiting)
+    assert 900 < most < 1000
+
+
 @pytest.mark.parametrize("length", [61, 62, 63, 125, 126, 127])
 def test_no_rest_is_an_end_without_text(length: int) -> None:
     rows, _ = pack([[7] * length])

@@ -41,7 +41,8 @@ def certified(
     return list(proofs(shrink(tiny(1), parallel, SIDE), precision, parallel, count, Broken(ranks, bug)))
 
 
-@pytest.mark.parametrize("name", ["ep2", *(pytest.param(name, marks=pytest.mark.slow) for name in [*MORE][1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
 def test_blockwise_bytes_are_those_of_one_process(ranks, name) -> None:
     found = certified(ranks, MORE[name], Recipe.blockwise)
     assert all(one.passed for one in found), [(one.name, one.largest) for one in found if not one.passed]

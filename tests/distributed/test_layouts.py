@@ -100,8 +100,8 @@ def test_every_listed_layout(ranks, name):
 
 
 def test_a_checkpoint_resumes_under_other_layouts(ranks):
-    found = list(resumes(ranks, ["fsdp2", "tp2 + ep2", "etp2", "ep2 + efsdp2"]))
-    assert len(found) == 16
+    found = list(resumes(ranks, ["fsdp2", "tp2 + ep2", "etp2"]))
+    assert len(found) == 9
     assert max(difference for _, _, difference in found) < EXACT, found
 
 

@@ -119,6 +119,7 @@ def strangers_folder(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_verb_works_in_a_folder_with_our_names(strangers_folder, finished, small_corpus, command):
     here = {"cwd": strangers_folder}
     for arguments in (

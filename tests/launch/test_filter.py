@@ -7,12 +7,15 @@ import os
 import shlex
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
 
 from core.config import load
+from data.filter.tally import spearman
 from launch.cli import main
 from launch.filter import FilterConfig, command_of
 from tests.data.filter.filtering import prose, write_lines
@@ -69,7 +72,8 @@ def test_the_journey_of_a_record(pairs, out, capsys):
         assert main(["filter", f"explain={row['id']}", f"out={out}"]) == 0
         first, size, score, threshold = capsys.readouterr().out.splitlines()
         assert first == f"{row['id']} ({row['id']}, domain all): {'kept, hard' if kept else 'left out, easy'}"
-        assert size == f"length {row['length']:,} bytes, {row['tokens']:,} tokens"
+        sizes = f"{row['length']:,} bytes, {row['scored_bytes']:,} of them scored"
+        assert size == f"length {sizes}, {row['tokens']:,} tokens"
         assert score.startswith(f"score {row['score']:.4f}, higher than ")
         value = float(threshold.split()[1])
         assert (row["score"] >= value - 1e-3) if kept else (row["score"] <= value + 1e-3), "beside its own threshold"
@@ -80,6 +84,35 @@ def test_the_journey_of_a_record(pairs, out, capsys):
     assert line.endswith("holds no filtering that has ended (scores.parquet is missing)")
 
 
+def test_it_says_at_its_end_what_stays_and_what_to_look_at(tmp_path, capsys):
+    rows: list[Any] = prose(40)
+    rows[1]["text"] = rows[0]["text"]
+    source = write_lines(tmp_path / "in.jsonl", [*rows, {"no": 1}])
+    assert main(["filter", f"input={source}", "unit=documents", f"out={tmp_path / 'out'}"]) == 0
+    *_, said, warning, page = capsys.readouterr().out.splitlines()
+    assert said.startswith("kept 20 of 41 records; left out 19 easy, 1 malformed, 1 duplicate")
+    assert warning == "warning: 1 record of 41 could not be read; see the examples."
+    assert page == f"audit: {tmp_path / 'out' / 'audit.html'}"
+
+
+def test_nothing_that_can_be_read_is_exit_code_2(pairs, tmp_path, capsys):
+    line = refused(capsys, f"input={pairs}", f"out={tmp_path / 'out'}")
+    assert line.startswith("input: none of 120 records can be read; pairs.jsonl:1: no 'text'; it has 'question', 'ans")
+    assert not (tmp_path / "out" / "kept.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "audit.json"])
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"{}", b"[]"])
+def test_the_journey_in_a_damaged_filtering_is_one_line(out, tmp_path, capsys, name, content):
+    for whole in ("scores.parquet", "audit.json"):
+        (tmp_path / whole).write_bytes((out / whole).read_bytes())
+    (tmp_path / name).write_bytes(content)
+    assert main(["filter", "explain=pairs.jsonl:3", f"out={tmp_path}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"leviathan: error: {tmp_path / name} cannot be read (")
+    assert line.endswith("): filter again with the same out, which writes it anew")
+
+
 def test_again_takes_nothing_anew(pairs, out, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in (out / "stages").rglob("*.parquet")}
     assert main(["filter", *arguments(pairs, out)]) == 0
@@ -87,6 +120,28 @@ def test_again_takes_nothing_anew(pairs, out, capsys):
     assert "scored" not in capsys.readouterr().out
     line = refused(capsys, *arguments(pairs, out), "scorer.kind=length")
     assert "scored: was made with scorer=ngram " in line and "(now length " in line and "choose another out=" in line
+
+
+def test_the_audit_says_how_far_the_members_of_an_ensemble_agree(pairs, tmp_path):
+    members = "[{kind: ngram, order: 2}, {kind: ngram, order: 4}, {kind: length}]"
+    settings = ["scorer.kind=ensemble", f"scorer.members={members}"]
+    assert main(["filter", *arguments(pairs, tmp_path / "out"), *settings]) == 0
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "scores.parquet")
+    names = ["ngram[0]", "ngram[1]", "length", "random"]
+    assert [name for name in table.column_names if name.startswith("score:")] == [f"score:{name}" for name in names]
+    assert table["score:length"].to_pylist() == [len(row["answer"].encode()) for row in read_lines(pairs)]
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
+    found = {tuple(sorted(one["scorers"])): one for one in audit["agreement"]}
+    assert set(found) == {tuple(sorted(pair)) for pair in combinations(["ensemble", *names], 2)}
+    assert {one["records"] for one in audit["agreement"]} == {audit["totals"]["competed"]["documents"]}
+    columns = {name: table[f"score:{name}"].to_numpy() for name in names} | {"ensemble": table["score"].to_numpy()}
+    for (one, other), pair in found.items():
+        assert pair["correlation"] == pytest.approx(spearman(columns[one], columns[other]), abs=1e-4)
+    assert "ngram[1]" in (tmp_path / "out" / "audit.html").read_text()
+
+
+def read_lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
@@ -111,6 +166,22 @@ def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
     }
     for words, message in cases.items():
         assert message in refused(capsys, *words), words
+
+
+@pytest.mark.parametrize(
+    ("word", "message", "made"),
+    [
+        ("+contamination.sets.mine=/none.txt", "contamination.sets.mine=/none.txt: no such file", []),
+        ("gates.languages=[en,english]", "gates.languages=english: py3langid does not know it", []),
+        ("+select.domains.web=0.5", "select.domains=web: no record is of this domain", ["records"]),
+        ("select.protect=[web]", "select.protect=web: no record is of this domain", ["records"]),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_work(pairs, tmp_path, capsys, word, message, made):
+    if "languages" in word:
+        pytest.importorskip("py3langid")
+    assert refused(capsys, *arguments(pairs, tmp_path / "out"), word).startswith(message)
+    assert [path.name for path in (tmp_path / "out" / "stages").glob("*")] == made
 
 
 def test_help_has_every_key_with_words(capsys):

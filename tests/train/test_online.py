@@ -67,6 +67,34 @@ def test_noise_is_left_out_where_there_is_anything_else():
     assert any(one % 4 == 0 for one in without.rows), "control: without a bound noise is the hardest of all"
 
 
+def noisy(ordinals):
+    """A quarter of the rows has no loss, another one above every bound."""
+    found = losses_of(ordinals)
+    found[::4], found[1::4] = np.nan, 9.0
+    return found
+
+
+def test_noise_is_neither_drawn_by_lot_nor_put_off():
+    window = make(noisy, max_loss=8.0, keep=0.25, revive=0.5, hysteresis=10.0).next(Window(), 0, 4)
+    assert len(window.rows) == 32 and min(one % 4 for one in window.rows) == 2, "drawn only where nothing else is left"
+    assert len(window.deferred) == 32 and min(one % 4 for one in window.deferred) == 2
+    unbound = make(noisy, keep=0.25, revive=0.5, hysteresis=10.0).next(Window(), 0, 4)
+    assert 1 in {one % 4 for one in unbound.rows} & {one % 4 for one in unbound.deferred}, "control"
+
+
+def test_each_window_draws_another_lot_for_the_same_rows():
+    first, later = (make(revive=0.25).next(Window(generation=number), 0, 4) for number in (0, 1))
+    assert first.cursor == later.cursor and first.threshold == later.threshold and first.rows != later.rows
+
+
+def test_the_first_new_row_may_be_put_off_too():
+    def score(ordinals):
+        return np.asarray([3.0 + (0 < one - 100 <= 32) - (one > 132) for one in ordinals])
+
+    window = make(score, revive=0.0, hysteresis=1.5).next(Window(cursor=100), 0, 4)
+    assert window.rows == list(range(101, 133)) and window.deferred == [100]
+
+
 def test_a_stored_window_goes_on_the_same():
     filter_ = make()
     first = filter_.next(Window(), 0, 4)

@@ -1,4 +1,4 @@
-"""The endpoint that judges are tested against."""
+"""The endpoint that judges are tested against, and shards that tests can fill."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from data.filter import pipeline
 from tests.data.filter.server import KEY, Server
 
 
@@ -16,3 +17,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     found = Server()
     yield found
     found.close()
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "SHARD_RECORDS", 32)

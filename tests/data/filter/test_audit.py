@@ -43,6 +43,8 @@ def decisions(score: Any, reason: Any, domain: Any = "web", seed: int = 0, **col
         "bucket": np.zeros(count, np.int32),
         "kept": [Reason[name].kept for name in reasons],
         "reason": reasons,
+        "scored_bytes": size,
+        "detail": [None] * count,
     }
     return pyarrow.table(found | columns)
 
@@ -174,6 +176,14 @@ def test_does_not_warn_just_inside_the_limits():
     assert "off_target" in kinds(audited(halved(100), kept_whole))
 
 
+def test_warns_of_a_target_missed_by_more_than_one_document():
+    """Of 20 documents, each 5% of its domain, one more than the half or fewer, and two."""
+    score = np.arange(20.0)
+    for kept, warned in ((8, True), (9, False), (10, False), (11, False), (12, True)):
+        audit = audited(decisions(score, ["easy"] * (20 - kept) + ["hard"] * kept))
+        assert ("off_target" in kinds(audit)) == warned
+
+
 def test_length_inside_buckets_is_told_apart_from_length_overall():
     """Two buckets of length, the longer with higher scores, and by lot inside each."""
     chance = np.random.default_rng(0)
@@ -186,6 +196,23 @@ def test_length_inside_buckets_is_told_apart_from_length_overall():
     assert audit["length"]["overall"] > 0.7 and abs(audit["length"]["inside_buckets"]) < 0.2
     (warning,) = audit["warnings"]
     assert "inside length buckets" in warning["text"]
+
+
+@pytest.mark.parametrize("column", ["scored_bytes", "bytes"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_both_lengths_of_pairs_are_looked_at_in_either_direction(column, sign):
+    """A score that is one length, up or down, while the other length is by lot."""
+    size, other = np.arange(100, 500), np.random.default_rng(0).integers(100, 900, 400)
+    lengths = {"bytes": other, "scored_bytes": other} | {column: size}
+    score = sign * size.astype(float)
+    audit = audited(decisions(score, np.where(score >= np.median(score), "hard", "easy"), **lengths))
+    figures = {"scored_bytes": audit["length"], "bytes": audit["whole_length"]}
+    assert figures.pop(column)["inside_buckets"] == sign
+    (rest,) = figures.values()
+    assert abs(rest["inside_buckets"]) < 0.2
+    (warning,) = audit["warnings"]
+    assert warning["kind"] == "length" and f"{sign:+.2f}" in warning["text"]
+    assert ("prompt and answer" in warning["text"]) == (column == "bytes")
 
 
 def test_samples_are_the_closest_to_the_threshold_and_texts_are_cut():

@@ -10,7 +10,7 @@ import pytest
 
 from data.filter import duplicates
 from data.filter.config import DuplicateConfig
-from data.filter.duplicates import PLACES, SHINGLE, bands, find_duplicates, run_hashes, signatures
+from data.filter.duplicates import PLACES, SHINGLE, Copy, Signatures, bands, find_duplicates, run_hashes, signatures
 from data.filter.normalise import canonical, words
 from data.filter.records import Reason
 
@@ -36,7 +36,7 @@ def similarity(one: str, other: str) -> float:
 
 
 def reasons(texts: Sequence[str], config: DuplicateConfig | None = None) -> list[Reason | None]:
-    return find_duplicates([signatures(texts)], config or DuplicateConfig())[0]
+    return [copy and copy.reason for copy in find_duplicates([signatures(texts)], config or DuplicateConfig())[0]]
 
 
 def test_exact_copies_leave_the_first() -> None:
@@ -101,7 +101,8 @@ def test_result_does_not_depend_on_shards() -> None:
     assert {Reason.duplicate, Reason.near_duplicate, None} == set(whole)
     for size in (1, 7, 50):
         shards = [signatures(texts[start : start + size]) for start in range(0, len(texts), size)]
-        assert [reason for shard in find_duplicates(shards, DuplicateConfig()) for reason in shard] == whole
+        found = [copy for shard in find_duplicates(shards, DuplicateConfig()) for copy in shard]
+        assert [copy and copy.reason for copy in found] == whole
 
 
 def test_groups_do_not_depend_on_order() -> None:
@@ -113,6 +114,21 @@ def test_groups_do_not_depend_on_order() -> None:
     for seed in range(10):
         shuffled = random.Random(seed).sample(chain, len(chain))
         assert reasons(shuffled) == [None] + [Reason.near_duplicate] * 5
+
+
+def test_a_bucket_leads_on_from_what_it_has_reached() -> None:
+    """The first and the last record are unlike, and no band has the last two without the first."""
+    count, width = bands(0.8)
+    half = width // 2
+    near = np.tile(np.arange(PLACES, dtype=np.uint32), (3, 1))
+    for start in range(0, 24 // half * width, width):
+        near[0, start : start + half] += 1000
+        near[2, start + half : start + 2 * half] += 2000
+    alike = [int((near[a] == near[b]).sum()) / PLACES for a, b in ((0, 1), (1, 2), (0, 2))]
+    assert min(alike[:2]) >= 0.8 > alike[2] and 24 // half < count
+    exact = np.arange(6, dtype=np.uint64).reshape(3, 2)
+    (found,) = find_duplicates([Signatures(exact, near, np.ones(3, bool))], DuplicateConfig())
+    assert found == [None, Copy(Reason.near_duplicate, 0), Copy(Reason.near_duplicate, 0)]
 
 
 def test_bands_miss_one_percent_at_most_at_the_threshold() -> None:

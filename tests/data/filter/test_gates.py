@@ -233,6 +233,35 @@ def test_an_answer_is_judged_by_itself(gates: Gates, clean: Callable[[int], list
     assert gates(replace(record(prompt + " \n"), answer_start=len(prompt))) is Reason.empty
 
 
+def test_a_prompt_is_judged_by_itself(gates: Gates, clean: Callable[[int], list[str]]) -> None:
+    """As an answer is; from the same number of characters on."""
+    chance = random.Random(0)
+    answer = "\n".join(clean(500)[:8])
+
+    def asked(prompt: str) -> Record:
+        return replace(record(f"{prompt}\n\n{answer}"), answer_start=len(prompt) + 2)
+
+    for plant in PLANTS:
+        whole = asked(plant(ENGLISH, chance))
+        assert gates(whole) in GARBAGE
+        assert gates(replace(whole, answer_start=None)) is None or plant in (latin_1, replaced)
+    for prompt in (ENGLISH, *PROMPTS, "2+2?", "aaaaaaaaaaaaaaaaaaaa"):
+        assert gates(asked(prompt)) is None
+    for prompt in ("", " \n"):
+        assert gates(asked(prompt)) is Reason.empty
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_clean_pairs_pass(length: int, gates: Gates, clean: Callable[[int], list[str]]) -> None:
+    """Though prompt, answer and both together are judged."""
+    texts = clean(length)
+    pairs = [
+        replace(record(f"{prompt}\n\n{answer}"), answer_start=len(prompt) + 2)
+        for prompt, answer in zip(texts, reversed(texts), strict=True)
+    ]
+    assert sum(gates(pair) in GARBAGE for pair in pairs) / len(pairs) <= 1 - PROMISED
+
+
 def test_length_is_bounded_both_ways() -> None:
     gates = Gates(GateConfig(min_characters=10, max_characters=400))
     assert gates(record("too short")) is Reason.too_short
@@ -254,8 +283,12 @@ def test_languages_are_told_apart() -> None:
     assert gates(record(ENGLISH)) is None
     assert gates(record(OTHER_SCRIPTS["Greek"])) is None
     assert gates(record(OTHER_SCRIPTS["German"])) is Reason.language
-    with pytest.raises(ConfigError, match=r"languages=klingon: py3langid does not know it"):
+    with pytest.raises(
+        ConfigError, match=r"languages=klingon: py3langid does not know it.*; try \w+(, \w+)?( or \w+)?$"
+    ):
         Gates(GateConfig(languages=["klingon"]))
+    with pytest.raises(ConfigError, match=r"languages=ENG: .*; try .*\ben\b"):
+        Gates(GateConfig(languages=["ENG"]))
 
 
 def test_a_missing_language_package_is_said_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:

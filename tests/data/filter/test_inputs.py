@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from core.errors import ConfigError
 from data.filter.config import OnError
-from data.filter.inputs import Broken, InputConfig, clean_records, parts
+from data.filter.inputs import KEYS, Broken, InputConfig, clean_records, parts
 from data.filter.records import Record
 from tests.data.filter.filtering import filtered, kept, prose, rows_of, write_lines
 
@@ -46,6 +48,41 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path):
     assert texts(read(tmp_path / "*.jsonl")) == wanted, "a pattern"
 
 
+def test_columns_of_parquet_stay_what_they_are_or_are_refused_by_name(tmp_path):
+    row: dict[str, Any] = {
+        "text": "a text",
+        "bytes": b"\x00\xff",
+        "nan": float("nan"),
+        "nested": [{"inf": float("-inf"), "bytes": [b"a"]}],
+        "date": date(2024, 2, 29),
+        "when": datetime(2024, 2, 29, 12, 30, 1, 5, UTC),
+        "price": Decimal("1.10"),
+        "sure": True,
+        "none": None,
+    }
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "table.parquet")
+    (one,) = read(tmp_path / "table.parquet")
+    (broken,) = read(tmp_path / "table.parquet", text_key="bytes")
+    assert isinstance(one, Record) and isinstance(broken, Broken) and broken.raw == (one.raw or "").encode()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(one.raw or "", parse_constant=refuse) == row | {
+        "bytes": {"base64": "AP8="},
+        "nan": None,
+        "nested": [{"inf": None, "bytes": [{"base64": "YQ=="}]}],
+        "date": "2024-02-29",
+        "when": "2024-02-29T12:30:01.000005+00:00",
+        "price": "1.10",
+    }
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"took": timedelta(1)}]), tmp_path / "table.parquet")
+    with pytest.raises(
+        ConfigError, match=r"^input=table\.parquet:0: the column 'took' holds a timedelta, .*leave that"
+    ):
+        read(tmp_path / "table.parquet")
+
+
 def test_a_folder_for_the_datasets_library(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
@@ -55,8 +92,29 @@ def test_a_folder_for_the_datasets_library(tmp_path):
     before = parts(InputConfig(dataset=str(folder)))[0].fingerprint
     (folder / "data.jsonl").write_text('{"text": "other", "n": 5}\n')
     assert parts(InputConfig(dataset=str(folder)))[0].fingerprint != before
-    with pytest.raises(ConfigError, match=r"^dataset=.*: datasets cannot stream it: "):
+    with pytest.raises(ConfigError, match=r"^dataset=.*: datasets cannot read it: "):
         read(dataset=str(tmp_path / "none"))
+
+
+def test_a_data_set_knows_its_keys_too():
+    given = {key: f"{{prompt}} {key} {{response}}" for key in KEYS if key != "messages_key"}
+    (part,) = parts(InputConfig(dataset="a set", **given))
+    assert part.keys == {**given, "messages_key": None}
+    (part,) = parts(InputConfig(dataset="a set", messages_key="chat"))
+    assert part.keys["messages_key"] == "chat"
+
+
+def test_a_data_set_that_was_saved_to_disk(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "several")
+    wanted = [row["text"] for row in ROWS]
+    assert texts(read(dataset=str(tmp_path / "one"))) == texts(read(dataset=str(tmp_path / "several"))) == wanted
+    assert texts(read(dataset=str(tmp_path / "several"), split="test")) == wanted[1:2]
+    with pytest.raises(ConfigError, match=r"^split=dev: .*several was saved without it; try test or train"):
+        read(dataset=str(tmp_path / "several"), split="dev")
 
 
 def test_pairs_are_put_together_by_the_template(tmp_path):
@@ -201,10 +259,29 @@ def test_a_broken_record_ends_it_where_that_is_asked(tmp_path):
 
 def test_empty_prompts_and_responses(tmp_path):
     rows = [{"q": row["text"], "a": row["text"][::2]} for row in prose(20)]
-    rows[3]["a"], rows[4]["a"], rows[5]["q"] = "", " \n", ""
-    done = filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", prompt_key="q", response_key="a")
-    reasons = [row["reason"] for row in rows_of(done)]
-    assert reasons[3:5] == ["empty", "empty"] and reasons[5] != "empty"
+    rows[3]["a"], rows[4]["a"], rows[5]["q"], rows[6]["q"] = "", " \n", "", " \n"
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    for template in ("{prompt}\n\n{response}", "Question: {prompt}\nAnswer: {response}\n"):
+        keys = {"prompt_key": "q", "response_key": "a", "template": template}
+        done = filtered(source, tmp_path / f"{len(template)}", **keys)
+        reasons = [row["reason"] for row in rows_of(done)]
+        assert reasons[3:7] == ["empty"] * 4 and "empty" not in reasons[:3] + reasons[7:]
+
+
+def test_roles_alone_are_no_prompt(tmp_path):
+    def chat(*said: str) -> dict[str, Any]:
+        roles = ("system", "user", "assistant")[-len(said) :]
+        return {"m": [{"role": role, "content": content} for role, content in zip(roles, said, strict=True)]}
+
+    answers = [row["text"] for row in prose(4)]
+    rows = [
+        chat(answers[0]),
+        chat(" ", answers[1]),
+        chat("You add.", "", answers[2]),
+        chat("You add.", "2 + 2?", answers[3]),
+    ]
+    done = filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", messages_key="m")
+    assert [row["reason"] == "empty" for row in rows_of(done)] == [True, True, False, False]
 
 
 def test_two_records_of_one_name_are_refused(tmp_path):

@@ -159,6 +159,13 @@ def test_server_errors_are_retried_with_growing_waits_that_are_the_same_each_tim
         assert 0.5 * 2**attempt <= seconds <= 2**attempt
 
 
+def test_waits_do_not_grow_for_ever(server, tmp_path):
+    server.reply = lambda body, turn: graded(5) if turn == 10 else (500, {}, b"oops")
+    pauses = Pauses()
+    assert scorer(server, tmp_path, pauses, retries=10).score(numbered(1)).tolist() == [5]
+    assert len(pauses) == 10 and all(30 <= seconds <= 60 for seconds in pauses[6:])
+
+
 def test_a_slow_answer_is_asked_for_again(server, tmp_path):
     def reply(body: dict[str, Any], turn: int) -> Reply:
         time.sleep(0 if turn else 0.6)
@@ -214,6 +221,17 @@ def test_one_record_that_breaks_the_server_costs_that_record_only(server, tmp_pa
     found = judge.score(numbered(8))
     assert np.isnan(found).tolist() == [i == 3 for i in range(8)]
     assert judge.reasons == {"id-question number 3;": "HTTP 500, 2 times"}
+
+
+def test_only_failures_in_a_row_count_as_gone(server, tmp_path):
+    """Every other record breaks the server, nine in all; five in a row would stop the run."""
+    server.reply = lambda body, turn: (500, {}, b"") if number_of(body) % 2 else graded(2)
+    server.latency_s = 0.02  # so that each answer is looked at before the next
+    found = scorer(server, tmp_path / "a", retries=0, parallel=1).score(numbered(18))
+    assert np.isnan(found).tolist() == [False, True] * 9
+    server.reply = lambda body, turn: (500, {}, b"") if 4 <= number_of(body) < 9 else graded(2)
+    with pytest.raises(LeviathanError, match="does not answer"):
+        scorer(server, tmp_path / "b", retries=0, parallel=1).score(numbered(18))
 
 
 def test_a_stop_does_not_wait_for_those_that_wait(server, tmp_path):

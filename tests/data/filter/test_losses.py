@@ -98,6 +98,12 @@ def test_following_is_a_ratio_and_plain_documents_have_none():
     assert np.isnan(found[[1, 3, 4]]).all()
 
 
+def test_an_answer_without_loss_has_no_ratio():
+    losses = table({("Q", "A"): [0, 0], ("", "A"): [0, 0], ("Q", "B"): [1], ("", "B"): [2]})
+    found = DifficultyOfFollowing(losses, "f").score([record("A", "Q"), record("B", "Q")])
+    assert np.isnan(found[0]) and found[1] == 0.5
+
+
 def test_make_builds_each_and_passes_the_member_s_own_settings(tmp_path: Path):
     asked = []
 

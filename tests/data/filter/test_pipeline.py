@@ -44,11 +44,6 @@ from tests.data.filter.filtering import (
 )
 
 
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(pipeline, "SHARD_RECORDS", 32)
-
-
 def several(folder: Path, seed: int = 0) -> Path:
     """Three files, three domains, copies, broken lines."""
     folder.mkdir()
@@ -422,6 +417,20 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, source, alone, monkey
     assert outputs(tmp_path / "out") == alone
 
 
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOTDIR, "a file stands where a folder has to be"),
+        (errno.EROFS, "let it be written to, or choose another out="),
+        (errno.EIO, "mend that and run again"),
+    ],
+)
+def test_what_cannot_be_written_is_told_with_what_helps(tmp_path, number, advice):
+    with pytest.raises(DataError, match=f"cannot write {tmp_path} .*: {advice}") as caught, store.writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert "space" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", [SCORES, KEPT])
 def test_a_full_disk_at_the_end_leaves_the_old_outputs(tmp_path, source, alone, monkeypatch, name):
     filtered(source, tmp_path / "out", **KEYS)
@@ -489,7 +498,7 @@ def test_domains_of_one_document_and_hostile_names(tmp_path, small_shards):
     assert thresholds["unreadable"]["passed"] == 1, "the user's domain, without what could not be read"
 
 
-@pytest.mark.parametrize("line", [b"broken", b'{"text": ""}', b'{"text": "too short"}'])
+@pytest.mark.parametrize("line", [b'{"text": ""}', b'{"text": "too short"}'])
 def test_an_input_of_which_nothing_is_left(tmp_path, line):
     (tmp_path / "in.jsonl").write_bytes(line + b"\n")
     done = filtered(tmp_path / "in.jsonl", tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -214,6 +215,32 @@ def test_memory_for_histograms_changes_the_passes_and_not_the_outcome(monkeypatc
     assert np.array_equal(*seen) and passes[0] < passes[1]
 
 
+def test_lengths_are_added_up_in_parts_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so few cells shards are added up as they come, and one domain at a time over the ranks."""
+    shard, rules = records(2000, 4, "normal", "tokens"), FilterRules(keep=0.4)
+    decision, codes = decide(shard, rules)
+    monkeypatch.setattr(module, "_BINS", 1 << 10)
+    parts = [[take(shard, np.arange(first, 2000, 36)) for first in range(rank, 36, 3)] for rank in range(3)]
+    for other in on_ranks(parts, rules, None):
+        assert all(map(np.array_equal, other.starts, decision.starts))
+        assert np.array_equal(other.reasons(shard), codes)
+    assert all(len(starts) == 8 for starts in decision.starts[:2]), "the case must contain what it is about"
+
+
+def test_memory_does_not_grow_with_domains() -> None:
+    random, count, domains = np.random.default_rng(0), 30_000, 10_000
+    length, ones = np.ceil(np.exp(random.normal(6, 1.5, count))).astype(np.int64), np.ones(count, np.int64)
+    hashes = random.integers(0, 2**64, count, dtype=np.uint64)
+    shard = ShardScores("all", random.normal(0, 1, count), np.arange(count) % domains, length, ones, hashes)
+    names = [str(place) for place in range(domains)]
+    tracemalloc.start()
+    try:
+        select(lambda: [shard], names, FilterRules()).reasons(shard)
+        assert tracemalloc.get_traced_memory()[1] < 300e6, "a table of lengths would be 1.6 GB"
+    finally:
+        tracemalloc.stop()
+
+
 # what becomes of the rest
 
 
@@ -227,6 +254,15 @@ def test_revived_are_a_share_of_what_is_kept_by_lot() -> None:
     mine = shard.domain == 0
     assert abs(shard.score[mine & revived].mean() - shard.score[mine & easy].mean()) < 0.1, "drawn whatever the score"
     assert shard.score[mine & hard].mean() > shard.score[mine & revived].mean() + 0.5
+
+
+def test_the_lot_is_not_the_hash_that_decides_ties() -> None:
+    """All scores are equal, so the hash decides who is hard: the next ones by hash must not be the revived."""
+    shard = records(3000, 5, "constant")
+    _, codes = decide(shard, FilterRules(keep=0.5, select=SelectConfig(revive=0.5, length_buckets=1)))
+    mine = shard.domain == 0
+    revived, easy = (shard.hash[mine & (codes == CODE[one])].astype(float) for one in (Reason.revived, Reason.easy))
+    assert len(revived) > 500 and abs(revived.mean() / easy.mean() - 1) < 0.05 and revived.min() < easy.max()
 
 
 def test_nothing_is_revived_unless_asked() -> None:
@@ -252,6 +288,11 @@ def test_what_is_left_without_noise_caps_the_target() -> None:
     shard = records(1000, 9)
     _, codes = decide(shard, FilterRules(keep=0.9), float(np.median(shard.score)))
     assert ((codes == CODE[Reason.hard]) == (codes != CODE[Reason.noise])).all()
+
+
+def test_noise_threshold_is_a_clean_score_at_or_above_the_quantile() -> None:
+    clean = np.array([3.0, np.nan, 0.0, 1.0, 2.0])
+    assert noise_threshold(clean, 0.9) == 3.0 and noise_threshold(clean, 2 / 3) == 2.0
 
 
 def test_noise_threshold_needs_a_finite_score() -> None:

@@ -112,6 +112,18 @@ def test_the_threshold_remembers() -> None:
     assert KEPT[codes[sign > 0]].mean() > 0.55 > 0.45 > KEPT[codes[sign < 0]].mean()
 
 
+def test_what_is_owed_is_paid_back_and_not_only_kept_within_bounds() -> None:
+    """A first batch of noise leaves a debt; then every batch is the same, so that nothing but repayment ends it."""
+    shard = replace(records("normal"), domain=np.zeros(COUNT, np.int64))
+    selector, owed = StreamSelector(NAMES, FilterRules(), noise=50.0), []
+    for batch in (replace(shard, score=np.full(COUNT, 99.0)), *[shard] * 12):
+        selector.decide(batch)
+        state = selector.state()["code"]
+        owed.append(0.5 * state["seen"] - state["kept"])
+    assert owed[0] == COUNT // 2 and owed[1] > 50, "as much as the tolerance leaves"
+    assert abs(owed[-1]) < owed[1] / 4
+
+
 def test_a_stream_goes_on_from_its_state() -> None:
     parts = batches(records("drift", tokens=True), 500)
     whole = StreamSelector(NAMES, FilterRules())

@@ -1,0 +1,239 @@
+"""Records that a server gave no answer to: why is told, and the next run asks again for them alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from core.errors import ConfigError
+from data.filter import asking, pipeline
+from data.filter.config import FilterRules, ScorerConfig, ScorerKind, deciding
+from data.filter.inputs import InputConfig, clean_records
+from data.filter.judge import JudgeScorer
+from data.filter.pipeline import Filter
+from launch.cli import main
+from tests.data.filter.filtering import FixedScorer, filtered, job, kept, prose, rows_of, write_lines
+from tests.data.filter.server import Reply, completion, graded
+from tests.data.filter.test_pipeline import in_threads
+
+LOST = {3, 11, 17, 40, 49}
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(pipeline, "SHARD_RECORDS", 10)
+    return write_lines(tmp_path / "in.jsonl", prose(50, words=30))
+
+
+def number_of(body: dict[str, Any]) -> int:
+    return int(body["messages"][0]["content"].split("Note 0-")[1].split(":")[0])
+
+
+def healthy(body: dict[str, Any], turn: int) -> Reply:
+    return graded(1 + number_of(body) % 5)
+
+
+def lying(body: dict[str, Any], turn: int) -> Reply:
+    return completion("I would say 4") if number_of(body) in LOST else healthy(body, turn)
+
+
+def command(server: Any, source: Path, out: Path, *more: str) -> int:
+    judge = ["scorer.kind=judge", f"scorer.url={server.url}", "scorer.judge=grader", "scorer.retries=0"]
+    return main(["filter", f"input={source}", f"out={out}", "unit=documents", *judge, *more])
+
+
+def rows_in(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pyarrow.parquet.read_table(out / "scores.parquet").to_pylist()
+    return found
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    names = ("scores.parquet", "kept.jsonl", "audit.json")
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def test_what_got_no_answer_says_why_and_is_asked_again_alone(server, source, tmp_path, capsys):
+    out = tmp_path / "out"
+    server.reply = lying
+    assert command(server, source, out) == 0
+    rows = rows_in(out)
+    lost = {place for place, row in enumerate(rows) if row["reason"] == "unscored"}
+    assert lost == LOST == {place for place, row in enumerate(rows) if row["why"] is not None}
+    assert {rows[place]["why"] for place in LOST} == {"not JSON: 'I would say 4'"}
+    capsys.readouterr()
+    assert main(["filter", "explain=in.jsonl:4", f"out={out}"]) == 0
+    assert "no score: not JSON: 'I would say 4'" in capsys.readouterr().out
+    examples = json.loads((out / "audit.json").read_text())["examples"]
+    assert {row["why"] for row in examples["unscored"]} == {"not JSON: 'I would say 4'"}
+    assert not any("why" in row for reason, rows in examples.items() if reason != "unscored" for row in rows)
+    assert "no score: <bdi>not JSON: &#x27;I would say 4&#x27;" in (out / "audit.html").read_text()
+
+    server.requests.clear()
+    server.reply = healthy
+    assert command(server, source, out) == 0
+    assert {number_of(body) for body in server.requests} == LOST and len(server.requests) == len(LOST)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scored")]
+    assert said == [f"scored 00000-00000{shard}: {count} records" for shard, count in ((0, 1), (1, 2), (4, 2))]
+    again = rows_in(out)
+    assert [row["score"] for row in again] == [1 + place % 5 for place in range(50)]
+    assert not any(row["why"] for row in again) and "unscored" not in {row["reason"] for row in again}
+    server.requests.clear()
+    assert command(server, source, out) == 0
+    assert not server.requests and "scored" not in capsys.readouterr().out.splitlines()[-1]
+    assert command(server, source, tmp_path / "whole") == 0
+    assert contents(out) == contents(tmp_path / "whole"), "as if the server had been healthy from the start"
+
+
+def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path):
+    """The address and how it is asked make no score."""
+    server.reply = healthy
+    assert command(server, source, tmp_path / "out") == 0
+    server.requests.clear()
+    url = server.url.replace("127.0.0.1", "localhost")
+    ways = [f"scorer.url={url}", "scorer.parallel=2", "scorer.timeout_s=9", "scorer.retries=3", "scorer.key_variable=K"]
+    assert command(server, source, tmp_path / "out", *ways) == 0
+    assert not server.requests
+    assert command(server, source, tmp_path / "out", "scorer.judge=another") == 2
+    member = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader")
+    rules = [
+        FilterRules(scorer=ScorerConfig(ScorerKind.ensemble, members=[one, ScorerConfig()]))
+        for one in (member, replace(member, url=url), replace(member, judge="another"))
+    ]
+    assert deciding(rules[0]) == deciding(rules[1]) != deciding(rules[2])
+
+
+def test_who_goes_on_lying_changes_nothing(server, source, tmp_path):
+    server.reply = lying
+    assert command(server, source, tmp_path / "out") == 0
+    before = contents(tmp_path / "out")
+    assert command(server, source, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == before
+
+
+def test_several_workers_ask_again_together(server, source, tmp_path):
+    def judge() -> JudgeScorer:
+        config = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader", retries=0)
+        return JudgeScorer(config, tmp_path / "answers")
+
+    server.reply = lying
+    filtered(source, tmp_path / "out", judge())
+    server.requests.clear()
+    server.reply = healthy
+    in_threads(2, source, tmp_path / "out", scorer=judge())
+    assert {number_of(body) for body in server.requests} == LOST and len(server.requests) == len(LOST)
+    filtered(source, tmp_path / "whole", judge())
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_members_of_an_ensemble_are_asked_again_too(server, source, tmp_path):
+    server.reply = lying
+    judge = f"{{kind: judge, url: '{server.url}', judge: grader, retries: 0}}"
+    words = [f"input={source}", f"out={tmp_path / 'out'}", "scorer.kind=ensemble"]
+    words.append(f"scorer.members=[{judge}, {{kind: length}}]")
+    assert main(["filter", *words]) == 0
+    rows = rows_in(tmp_path / "out")
+    assert {place for place, row in enumerate(rows) if row["why"]} == LOST
+    assert rows[3]["why"] == "judge: not JSON: 'I would say 4'" and np.isnan(rows[3]["score:judge"])
+    server.reply = healthy
+    assert main(["filter", *words]) == 0
+    rows = rows_in(tmp_path / "out")
+    assert [row["score:judge"] for row in rows] == [1 + place % 5 for place in range(50)]
+    assert np.isfinite([row["score"] for row in rows]).all() and not any(row["why"] for row in rows)
+
+
+def test_a_verifier_may_say_anything(server, source, tmp_path, monkeypatch):
+    (tmp_path / "raising.py").write_text("def check(record, answer): raise ValueError('\\n' + '\\ud800' * 500)")
+    monkeypatch.syspath_prepend(tmp_path)
+    server.reply = lambda body, turn: completion("4")
+    rows = [{"q": row["text"], "a": row["text"]} for row in prose(12)]
+    pairs = write_lines(tmp_path / "pairs.jsonl", rows)
+    more = ["scorer.kind=pass_rate", "scorer.verifier=raising:check", "prompt_key=q", "response_key=a"]
+    assert command(server, pairs, tmp_path / "out", *more) == 0
+    whys = {row["why"] for row in rows_in(tmp_path / "out")}
+    assert len(whys) == 1 and (why := whys.pop()).startswith("the verifier raised ValueError: ?") and len(why) == 200
+
+
+@pytest.mark.parametrize("what", ["no folder", "full"])
+def test_answers_that_cannot_be_kept_are_one_line(server, source, tmp_path, capsys, monkeypatch, what):
+    """Such an error ends the other processes too, which would wait for ever."""
+    out = tmp_path / "out"
+    (out / "stages").mkdir(parents=True)
+    if what == "no folder":
+        (out / "stages" / "answers").write_text("")
+        said = "cannot write .*answers .File exists.: a file stands where a folder has to be"
+    else:
+        real = asking.json.dumps
+
+        def dumps(value: Any, **more: Any) -> str:
+            if "answer" in value:
+                monkeypatch.setattr(asking, "open", lambda *_: Full(), raising=False)
+            return real(value, **more)
+
+        monkeypatch.setattr(asking.json, "dumps", dumps)
+        said = r"cannot write .*answers \(No space left on device\): free some space and run again to go on"
+    assert command(server, source, out) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(f"leviathan: error: {said}.*", line)
+
+
+class Full:
+    def write(self, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_other_scores_make_other_decisions(source, tmp_path):
+    """The advice for damaged scores is to remove them. What they are then decides, not what they were."""
+    out, hard = tmp_path / "out", FixedScorer(lambda record: float(record.source.split(":")[1]))
+    filtered(source, out, hard)
+    assert len(kept(out)) == 25
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "stages" / "decisions").iterdir()}
+    shutil.rmtree(out / "stages" / "scored")
+    filtered(source, out, hard)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (out / "stages" / "decisions").iterdir()}
+    shutil.rmtree(out / "stages" / "scored")
+    easy = FixedScorer(lambda record: -hard.score_of(record))  # of the same fingerprint, as a model of another batch is
+    done = filtered(source, out, easy)
+    filtered(source, tmp_path / "anew", easy)
+    assert rows_of(done) == rows_in(tmp_path / "anew") and kept(out) == kept(tmp_path / "anew")
+    with pytest.raises(ConfigError, match=r"decisions: was made with keep=0\.5 \(now 0\.25\)"):
+        filtered(source, out, easy, keep=0.25)
+
+
+def test_other_rules_are_refused_before_the_clean_text_is_scored(source, tmp_path):
+    scorer = FixedScorer(lambda record: float(record.source.split(":")[1]))
+    filtered(source, tmp_path / "out", scorer)
+    scorer.score = lambda records: pytest.fail("this may take hours")  # type: ignore[method-assign]
+    (clean,) = clean_records(str(write_lines(tmp_path / "clean.jsonl", prose(1))), InputConfig(input=""))
+    with pytest.raises(ConfigError, match=r"decisions: was made with clean_texts="):
+        Filter(replace(job(source, tmp_path / "out", scorer=scorer), clean=[clean])).run()
+
+
+def test_a_kill_while_old_decisions_are_removed_leaves_none_of_them(source, tmp_path, monkeypatch):
+    out, hard = tmp_path / "out", FixedScorer(lambda record: float(record.source.split(":")[1]))
+    filtered(source, out, hard)
+    shutil.rmtree(out / "stages" / "scored")
+    easy, real, removed = FixedScorer(lambda record: -hard.score_of(record)), Path.unlink, []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name == "decisions" and not path.name.startswith("."):
+            removed.append(path)
+            if len(removed) == 3:
+                raise KeyboardInterrupt
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(KeyboardInterrupt):
+        filtered(source, out, easy)
+    monkeypatch.setattr(Path, "unlink", real)
+    filtered(source, out, easy)
+    filtered(source, tmp_path / "anew", easy)
+    assert kept(out) == kept(tmp_path / "anew")
