@@ -90,9 +90,16 @@ class Curve:
                 found.append((float(self.log2_lrs[mean.argmin()]), float(mean.min())))
         return np.array(found)
 
-    def at(self, log2_lr: float) -> float:
-        """Mean loss at a rate between grid points, by straight lines."""
-        return float(np.interp(log2_lr, self.log2_lrs, self.losses.mean(1)))
+    def at(self, log2_lr: float, chosen: Sequence[int]) -> float:
+        """Loss at a rate between grid points: on the parabola through the three nearest, or inf beyond the grid."""
+        mean, rates = self.mean(chosen), self.log2_lrs
+        if not rates[0] <= log2_lr <= rates[-1]:
+            return math.inf
+        middle = min(max(int(np.abs(rates - log2_lr).argmin()), 1), len(rates) - 2)
+        near = slice(middle - 1, middle + 2)
+        if not np.isfinite(mean[near]).all():
+            return float(np.interp(log2_lr, rates, mean))
+        return float(np.polyval(np.polyfit(rates[near] - rates[middle], mean[near], 2), log2_lr - rates[middle]))
 
 
 def curve(name: str, losses: Losses, scale: Scale | None = None) -> Curve:
@@ -120,7 +127,7 @@ def resamples(seeds: int) -> list[tuple[int, ...]]:
 
 def _interval(value: float, samples: NDArray[np.float64]) -> Interval:
     low, high = np.quantile(samples, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
+    return Interval(float(value), float(low), float(high))
 
 
 def optimum(one: Curve) -> Optimum:
@@ -140,15 +147,10 @@ def drift(first: Curve, last: Curve) -> Interval:
 
 def penalty(first: Curve, last: Curve) -> Interval:
     """Loss of `last` at the optimum of `first`, less that at its own: what carrying over costs, in nats."""
-    everyone = resamples(first.losses.shape[1])
-
-    def cost(chosen: Sequence[int], rate: float, own: float) -> float:
-        return float(np.interp(rate, last.log2_lrs, last.losses[:, list(chosen)].mean(1))) - own
-
-    seeds = range(first.losses.shape[1])
-    value = cost(list(seeds), first.vertex(seeds)[0], last.vertex(seeds)[1])
+    everyone, seeds = resamples(first.losses.shape[1]), range(first.losses.shape[1])
+    value = last.at(first.vertex(seeds)[0], seeds) - last.vertex(seeds)[1]
     pairs = zip(everyone, first.vertices(everyone)[:, 0], last.vertices(everyone)[:, 1], strict=True)
-    return _interval(value, np.array([cost(chosen, rate, own) for chosen, rate, own in pairs]))
+    return _interval(value, np.array([last.at(rate, chosen) - own for chosen, rate, own in pairs]))
 
 
 def exponents(curves: Sequence[Curve]) -> dict[str, Interval]:
@@ -189,7 +191,12 @@ def foretold(curves: Sequence[Curve]) -> dict[str, Any] | None:
     else:
         predicted = float(rates.mean())
     swept = held_out.vertex(seeds)[0]
-    return {"held_out": held_out.name, "predicted": predicted, "swept": swept, "octaves": swept - predicted}
+    return {
+        "held_out": held_out.name,
+        "predicted": float(predicted),
+        "swept": float(swept),
+        "octaves": float(swept - predicted),
+    }
 
 
 def _cost(one: Curve) -> float:
