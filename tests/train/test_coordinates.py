@@ -25,6 +25,7 @@ def checked(axis: Axis, factors: list[int], *overrides: str, seeds: int = 3) -> 
     return check_axis(partial(measure, family(*overrides)), axis, factors, seeds, lambda line: None)
 
 
+@pytest.mark.slow
 def test_width():
     """Widths 64 to 512."""
     found = checked(Axis.width, [1, 2, 4, 8], "optimizer.lr=0.0078")
@@ -36,6 +37,7 @@ def test_width():
     assert standard["residual"] > 0.4, standard
 
 
+@pytest.mark.slow
 def test_depth():
     """2 to 16 layers."""
     found = checked(Axis.depth, [1, 2, 4, 8], "optimizer.lr=0.002")
