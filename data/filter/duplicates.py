@@ -11,9 +11,8 @@ The hashing is our own and in numpy: libraries hash run by run in Python, and a 
 change with a library's version.
 
 The second step is not divided: every rank holds all signatures, 545 bytes a record, and searches them all. Measured, in
-GB per million records and rank: 1.7 with near copies, 0.65 with exact ones alone, 0.6 where neither is looked for (the
-signatures are read all the same). An input for which that is too much has to be filtered in parts, whose copies of each
-other are not found.
+GB per million records and rank: 1.7 with near copies, 0.65 with exact ones alone, none where neither is looked for. An
+input for which that is too much has to be filtered in parts, whose copies of each other are not found.
 """
 
 from __future__ import annotations

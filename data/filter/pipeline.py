@@ -245,6 +245,8 @@ class Filter:
     @cached_property
     def duplicates(self) -> dict[str, list[Copy | None]]:
         """Of each shard's records, which earlier one they repeat. The same on every process."""
+        if not self.rules.duplicates.exact and self.rules.duplicates.near is None:  # no signature need be in memory
+            return {shard: [None] * rows for shard, rows in self.screened.shards.items()}
         found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], self.rules.duplicates)
         return dict(zip(self.screened.shards, found, strict=True))
 

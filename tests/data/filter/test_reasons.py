@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from core.errors import ConfigError
-from data.filter.config import ContaminationConfig, OnError, SelectConfig
+from data.filter.config import ContaminationConfig, DuplicateConfig, OnError, SelectConfig
 from data.filter.journey import explain
 from data.filter.outputs import write_audit_of
 from data.filter.pipeline import Filter
@@ -181,3 +181,15 @@ def test_buckets_are_numbered_inside_each_domain_and_each_has_its_threshold(tmp_
         bucket = thresholds[row["domain"]]["buckets"][row["bucket"]]
         among = f"among records of its domain, of {bucket['length']:,} scored bytes and more"
         assert explain(tmp_path / "out", row["id"]).endswith(f"\nthreshold {bucket['score']:.4f} {among}")
+
+
+def test_where_no_copies_are_looked_for_no_signatures_are_read(tmp_path, monkeypatch):
+    def look(*arguments: Any) -> None:
+        raise AssertionError("looked")
+
+    monkeypatch.setattr("data.filter.pipeline.find_duplicates", look)
+    source = write_lines(tmp_path / "in.jsonl", prose(10) * 2)
+    done = filtered(source, tmp_path / "out", duplicates=DuplicateConfig(exact=False, near=None))
+    assert {row["reason"] for row in rows_of(done)} == {"easy", "hard"}
+    with pytest.raises(AssertionError, match="looked"):
+        filtered(source, tmp_path / "control", duplicates=DuplicateConfig(near=None))
