@@ -8,11 +8,13 @@ import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONG = ("data", "evaluation", "fp8", "huggingface", "long_context", "ranks")
 BLOCK = re.compile(r"^```(?P<language>bash|python)(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -48,7 +50,12 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         return {page: pool.submit(first_failure, page, tmp_path_factory.mktemp(page.stem)) for page in sorted(wanted)}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def quick(pages: list[Path]) -> list[Any]:
+    """Pages as parameters, those of a subject that the rest of `make test` covers well among the slow tests."""
+    return [pytest.param(page, marks=[pytest.mark.slow] if page.stem in LONG else []) for page in pages]
+
+
+@pytest.mark.parametrize("page", quick([page for page in PAGES if blocks(page)]), ids=lambda page: page.name)
 def test_the_page_does_what_it_says(page, outcomes):
     assert outcomes[page].result() == ""
 

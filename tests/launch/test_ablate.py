@@ -101,6 +101,7 @@ def test_what_an_ablation_would_not_look_at_is_refused(words, tmp_path, capsys, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_small_ablation(tmp_path: Path):
     """On files of one's own, from the words to the page."""
     texts = tmp_path / "texts"

@@ -91,6 +91,7 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     assert edited.returncode == 2 and "optimizer.transferred.roles.router.lr=0.5: the rules find" in edited.stderr
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_from_its_journal(tmp_path, command, small_corpus):
     how = ["sweep.low=-10", "sweep.high=-4", "sweep.seeds=1"]
     for trials in (3, 4):

@@ -121,6 +121,7 @@ def start(path: Path, root: Path, *overrides: str):
     return tiny.trainer(root, "run", [*tiny.EXACT, *same, f"model.init_from={path}", *overrides])
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint_and_comes_back_out(runnable, tmp_path):
     run_import(ImportConfig(str(runnable), str(tmp_path / "imported")))
     losses = []
