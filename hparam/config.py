@@ -18,6 +18,10 @@ class HparamConfig:
     """
 
     base: Scale | None = None
+    kind: dict[str, str] = field(default_factory=dict)
+    """What kind of model the base is (its router, norms, tied ends), written with it: a run of another kind is refused.
+    Not given: not compared.
+    """
     rules: Parametrization = Parametrization.metap
     head: HeadForm = HeadForm.absorbed
     alpha: float = 1.0
@@ -44,8 +48,10 @@ class HparamConfig:
     """Where the base's hyperparameters come from: for the reader."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("tau", "critical_batch"), not_negative=("alpha", "batch_exponent"))
+        check_numbers(self, positive=("tau", "critical_batch"), not_negative=("batch_exponent",))
         if not -1 <= self.tokens_exponent <= 1:
             raise ConfigError("tokens_exponent", self.tokens_exponent, "must lie between -1 and 1", [0.3])
-        if self.alpha > 1:
+        if not 0.5 <= self.alpha <= 1:
             raise ConfigError("alpha", self.alpha, "must lie between 0.5 and 1", [0.5, 1])
+        if self.tau is not None and self.rules is Parametrization.standard:
+            raise ConfigError("tau", self.tau, "is no part of the standard way, which keeps weight decay as it is")

@@ -62,6 +62,19 @@ def scale_of(model: ModelConfig, batch: int, tokens: int) -> Scale:
     )
 
 
+def kind_of(model: ModelConfig) -> dict[str, str]:
+    """What of a model is no size: no rule leads from one kind to another."""
+    found = {
+        "norms": "+".join(sorted({layer.qk_norm.value for layer in model.blocks})),
+        "tied": str(model.tie_embeddings).lower(),
+    }
+    if any(layer.feed_forward is FeedForward.moe for layer in model.blocks):
+        router = model.router
+        found |= {"score": router.score.value, "renormalise": str(router.renormalise).lower()}
+        found["weights_on"] = router.weights_on.value
+    return found
+
+
 SPANS: Mapping[Role, tuple[str | None, str]] = {
     Role.embedding: (None, "width"),
     Role.head: (None, "width"),

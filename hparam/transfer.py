@@ -100,7 +100,10 @@ def transfer(config: HparamConfig, target: Scale, found: Found) -> Resolved:
         beta2 = _kept(min(MOST_BETA2, max(min(LEAST_BETA2, beta2), beta2 ** general["batch"])))
     matrix = next((role for role in found.lr if role.is_matrix and found.weight_decay[role] * found.lr[role]), None)
     tau = None if matrix is None else 1 / (roles[matrix].lr * roles[matrix].weight_decay * target.steps)
-    return Resolved(roles, beta2, _multipliers(config, general, found), tau, warnings(config, base, target))
+    said = list(warnings(config, base, target))
+    if carries and (exact := found.beta2 ** general["batch"]) and abs(exact - beta2) > 1e-9 * exact:
+        said.append(f"beta2 would be {exact:.6g} to forget as many tokens as at the base; it is kept at {beta2:.6g}")
+    return Resolved(roles, beta2, _multipliers(config, general, found), tau, tuple(said))
 
 
 def _decay(config: HparamConfig, found: Found, role: Role, lr: float, base: Scale, target: Scale) -> float:
@@ -127,6 +130,8 @@ def _kept(number: float) -> float:
 
 
 def _check(config: HparamConfig, base: Scale, target: Scale, found: Found) -> None:
+    if config.tau is not None and not any(found.weight_decay.values()):
+        raise ConfigError("hparam.tau", config.tau, "nothing decays at the base: set optimizer.weight_decay, or no tau")
     if found.tied and config.head is HeadForm.absorbed and config.rules is Parametrization.metap:
         reason = "tied embeddings have one table for both ends, whose spread cannot be the head's"
         raise ConfigError("hparam.head", config.head, reason, [HeadForm.multiplier.value])

@@ -206,7 +206,7 @@ def _collected(verb: Verb, schema: type, overrides: list[str]) -> list[str]:
     """Overrides of keys that `schema` does not have, as a list at `verb.others`."""
     if verb.others is None:
         return overrides
-    own = {one.name for one in dataclasses.fields(schema)} | {"hydra"}
+    own = {one.name for one in dataclasses.fields(schema)}
     theirs = [word for word in overrides if re.split(r"[.=@]", word.lstrip("+~"))[0] not in own]
     mine = [word for word in overrides if word not in theirs]
     return [*mine, f"{verb.others}=[{','.join(map(_quoted, theirs))}]"] if theirs else mine

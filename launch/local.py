@@ -64,7 +64,9 @@ def _one_by_one(configs: list[TrainConfig], start: Callable[[TrainConfig], int])
 
 
 def named(configs: list[TrainConfig]) -> list[TrainConfig]:
-    """Each run with a name of its own: NAME, or NAME-0, NAME-1, ... in a sweep."""
+    """Each run with a name of its own: NAME, or NAME-0, NAME-1, ... in a sweep whose runs have none yet."""
+    if None not in (given := [config.run.name for config in configs]) and len(set(given)) == len(given):
+        return configs
     first = RunDirectory.of(configs[0]).path.name
     names = [first] if len(configs) == 1 else [f"{first}-{index}" for index in range(len(configs))]
     return [replace(c, run=replace(c.run, name=name)) for c, name in zip(configs, names, strict=True)]

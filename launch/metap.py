@@ -20,22 +20,25 @@ import yaml
 from core.config import build, load, plain
 from core.errors import ConfigError
 from core.files import write_bytes, write_json, write_text
+from core.origin import sources_digest
 from hparam.axes import Axis
 from hparam.coordinate_check import AxisResult, Measured, check_axis
 from hparam.plots import draw_check
 from hparam.rules import Parametrization
 from hparam.transfer import Resolved, spans
-from launch.metap_sweep import FitConfig, SweepConfig, fit, sweep
+from launch.metap_fit import FitConfig, fit
+from launch.metap_sweep import SweepConfig, sweep
+from model.config import FeedForward
 from parallel.world import connect
 from train.config import TrainConfig
 from train.coordinates import changes
 from train.corpora import get_corpus, run_loaders
 from train.families import carried
-from train.hyperparameters import derive, found_at, resolve, scale_of_run, without_derived
+from train.hyperparameters import as_base, derive, found_at, resolve, scale_of_run, without_derived
 from train.run_directory import load_config
 
-WRITTEN = ("model", "training", "schedule", "optimizer", "hparam")
-"""Sections of a run that a transfer writes down."""
+WRITTEN = ("model", "training", "schedule", "phases", "optimizer", "hparam", "precision", "evaluation", "checkpoint")
+"""Sections of a run that a transfer writes down. Data are not among them: a file's sources would join the default's."""
 FROM_BASE = ("optimizer", "hparam")
 """Sections that a base gives to a target, beside `model.init`."""
 
@@ -112,6 +115,9 @@ def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
     if config.small_start:
         init = replace(run_.model.init, head_std=0.0, router_std=0.01 * run_.model.width**-0.5)
         run_ = replace(run_, model=replace(run_.model, init=init))
+    mixture = any(layer.feed_forward is FeedForward.moe for layer in run_.model.blocks)
+    if config.experts and not mixture:
+        raise ConfigError("check.experts", None, "the model has no experts: check.experts=[]")
     run_ = without_derived(run_)
     if run_.hparam.base is not None:
         run_ = replace(run_, hparam=replace(run_.hparam, base=None))  # the smallest model is the base
@@ -161,46 +167,77 @@ def _check_table(results: Iterable[AxisResult]) -> Iterable[str]:
 def transfer(config: MetapConfig, out: Path) -> int:
     """Writes `experiment/NAME.yaml`, which `leviathan train` takes, and `NAME.md`, the table for people."""
     assert config.base is not None
-    base = read_base(Path(config.base).expanduser())
     target = load("train", TrainConfig, config.train)
-    own = plain(without_derived(target))
-    merged = {**own, **{key: base[key] for key in FROM_BASE}, "model": {**own["model"], "init": base["init"]}}
+    given = plain(without_derived(target))
+    merged = {**given, "model": dict(given["model"])}
+    read_base(Path(config.base).expanduser(), merged)
+    for word in filter(_is_of_base, config.train):  # what is said of the target goes before what the base says
+        _put(merged, _key(word), _at(given, _key(word)))
+    merged["hparam"]["provenance"] |= {"base": config.base, "target": list(config.train), "code": sources_digest()}
     found = resolve(build(TrainConfig, merged))
-    resolved = derive(found)
-    assert found.hparam.base is not None
-    sections = {key: plain(found)[key] for key in WRITTEN}
-    command = " ".join(["leviathan metap transfer", *map(shlex.quote, (f"base={config.base}",))])
-    head = f"# @package _global_\n# Written by {command}; `train` derives every figure again and refuses another.\n"
+    if found.hparam.base is None:
+        raise ConfigError("base", config.base, "names no hparam.base; name the directory of the run that is to be one")
+    lines = table(found, derive(found))
+    head = "# @package _global_\n# Written by leviathan metap transfer; `train` derives every figure again.\n"
     path = out / "experiment" / f"{config.name}.yaml"
+    sections = {key: plain(found)[key] for key in WRITTEN}
     write_text(path, head + yaml.safe_dump(sections, sort_keys=False))
-    lines = table(found, resolved)
     write_text(out / f"{config.name}.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
-    others = [word for word in config.train if not word.startswith("experiment=")]
-    words = [f"hydra.searchpath=[file://{out.absolute()}]", f"experiment={config.name}", *_not_written(others)]
+    words = [f"hydra.searchpath=[file://{out.absolute()}]", f"experiment={config.name}", *_not_written(config.train)]
     print(f"\nwritten: {path}\nleviathan train {' '.join(map(shlex.quote, words))}")
     return 0
 
 
+def _key(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
+
+
+def _is_of_base(word: str) -> bool:
+    key = _key(word)
+    return key.partition(".")[0] in FROM_BASE or key.startswith("model.init")
+
+
 def _not_written(overrides: Iterable[str]) -> list[str]:
     """Overrides of other sections than those that the file holds."""
-    return [word for word in overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in WRITTEN]
+    left = [word for word in overrides if _key(word).partition(".")[0] not in (*WRITTEN, "experiment", "hydra")]
+    return left
 
 
-def read_base(path: Path) -> dict[str, Any]:
-    """`optimizer`, `hparam` and `init` of a file that `fit` wrote, or of a run that becomes the base."""
+def _at(tree: dict[str, Any], key: str) -> Any:
+    place: Any = tree
+    for part in key.split("."):
+        place = place[part]
+    return place
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    place = tree
+    for part in path:
+        place = place[part]
+    place[last] = value
+
+
+def read_base(path: Path, into: dict[str, Any]) -> None:
+    """Put `optimizer`, `hparam` and `model.init` of a file that `fit` wrote, or of a run that becomes the base, in the
+    place of those of a plain configuration.
+    """
     if path.is_dir():
-        stored = without_derived(load_config(path))
-        hparam = replace(stored.hparam, base=stored.hparam.base or scale_of_run(stored))
-        return {"optimizer": plain(stored.optimizer), "hparam": plain(hparam), "init": plain(stored.model.init)}
-    try:
-        content = yaml.safe_load(path.read_text())
-        return {**{key: content[key] for key in FROM_BASE}, "init": content["model"]["init"]}
-    except OSError as error:
-        raise ConfigError("base", str(path), f"cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        reason = f"is no base: it needs optimizer, hparam and model.init, as `metap fit` writes them ({error})"
-        raise ConfigError("base", str(path), reason) from None
+        stored = plain(as_base(load_config(path)))
+        content = {**{key: stored[key] for key in FROM_BASE}, "model": {"init": stored["model"]["init"]}}
+    else:
+        try:
+            content = yaml.safe_load(path.read_text())
+            content = {**{key: content[key] for key in FROM_BASE}, "model": {"init": content["model"]["init"]}}
+        except OSError as error:
+            raise ConfigError("base", str(path), f"cannot be read: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+            reason = f"is no base: it needs optimizer, hparam and model.init, as `metap fit` writes them ({error})"
+            raise ConfigError("base", str(path), reason) from None
+    into |= {key: content[key] for key in FROM_BASE}
+    into["model"]["init"] = content["model"]["init"]
+    into["hparam"] = {"provenance": {}, **into["hparam"]}
 
 
 def table(config: TrainConfig, found: Resolved) -> list[str]:
@@ -219,7 +256,8 @@ def table(config: TrainConfig, found: Resolved) -> list[str]:
     ]
     for role, own in found.roles.items():
         stds = ("1", "1") if own.std is None else (f"{before.std[role]:.4g}", f"{own.std:.4g}")
-        cells = [role.name, spans(role), *stds, f"{before.lr[role]:.3e}", f"{own.lr:.3e}", f"{own.eps:.2e}"]
+        eps = "Muon" if role in before.muon else f"{own.eps:.2e}"
+        cells = [role.name, spans(role), *stds, f"{before.lr[role]:.3e}", f"{own.lr:.3e}", eps]
         lines.append(f"| {' | '.join([*cells, f'{own.weight_decay:.4g}'])} |")
     factors = ", ".join(f"{key} {value:.6g}" for key, value in plain(found.multipliers).items())
     tau = "none" if found.tau is None else f"{found.tau:.3g} of the run"

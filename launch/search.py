@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+from core.config import plain
 from core.errors import ConfigError, LeviathanError
-from launch.metap_sweep import RUNS, Setting, SweepConfig, loss_of, member, one_run, settings
+from core.ranks import INTERRUPTED
+from launch.metap_sweep import (
+    Setting,
+    SweepConfig,
+    but_rate_and_seed,
+    directory,
+    is_done,
+    loss_of,
+    member,
+    one_run,
+    settings,
+)
 from train.config import TrainConfig
 
 WORST = 1e9
@@ -24,32 +38,40 @@ def search(config: SweepConfig, base: TrainConfig, out: Path) -> int:
         raise ConfigError("sweep.trials", config.trials, "needs Optuna: pip install 'leviathan[search]'") from None
     assert config.trials is not None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    out.mkdir(parents=True, exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(out / "journal.log")))
+    finished = optuna.trial.TrialState.COMPLETE
     for one in settings(config):
         name = one.name(config.axis)
-        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-        begun = len(study.get_trials(deepcopy=False))  # or a search that goes on would propose its first rates again
-        study.sampler = optuna.samplers.TPESampler(seed=begun, n_startup_trials=min(4, config.trials))
-        finished = optuna.trial.TrialState.COMPLETE
+        kind = json.dumps(plain(but_rate_and_seed(base)), sort_keys=True) + f"{config.seeds} {config.low} {config.high}"
+        study = optuna.create_study(
+            storage=storage,
+            study_name=f"{name}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}",
+            sampler=optuna.samplers.TPESampler(n_startup_trials=min(4, config.trials)),  # machines must differ: no seed
+            load_if_exists=True,
+        )
         while len(study.get_trials(states=(finished,))) < config.trials:
             trial = study.ask()
             log2_lr = round(trial.suggest_float("log2_lr", config.low, config.high), 2)
-            study.tell(trial, _mean_loss(config, base, one, log2_lr, out))
+            loss = _mean_loss(config, base, one, log2_lr, out)
+            if loss is None:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                return INTERRUPTED
+            study.tell(trial, loss)
         best: Any = study.best_trial
-        print(
-            f"search: {one.name(config.axis)}: best 2^{best.params['log2_lr']:.2f}, loss {best.value:.4f}", flush=True
-        )
+        print(f"search: {name}: best 2^{best.params['log2_lr']:.2f}, loss {best.value:.4f}", flush=True)
     return 0
 
 
-def _mean_loss(config: SweepConfig, base: TrainConfig, one: Setting, log2_lr: float, out: Path) -> float:
+def _mean_loss(config: SweepConfig, base: TrainConfig, one: Setting, log2_lr: float, out: Path) -> float | None:
+    """None where the run was interrupted."""
     losses = []
     for seed in range(config.seeds):
         run = member(config, base, one, log2_lr, seed, out)
-        directory = out / RUNS / str(run.run.name)
-        if loss_of(directory) is None and one_run(run):
-            raise LeviathanError(f"{directory} failed; the same command goes on")
-        loss = loss_of(directory)
-        losses.append(WORST if loss is None or math.isinf(loss) else loss)
+        code = 0 if is_done(run) else one_run(run)
+        if code == INTERRUPTED:
+            return None
+        loss = loss_of(directory(run))
+        if code or loss is None:
+            raise LeviathanError(f"{directory(run)} failed; the same command goes on")
+        losses.append(WORST if math.isinf(loss) else loss)
     return sum(losses) / len(losses)

@@ -13,6 +13,7 @@ from core.files import locate
 from data.config import DataConfig, Packing
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
+from model.roles import Role
 from parallel import expert
 from parallel.apply import check_float8
 from parallel.layout import ParallelConfig, row_unit
@@ -235,6 +236,9 @@ def phase_of(config: TrainConfig, steps: int) -> Phase:
 
 def check(config: TrainConfig, world_size: int) -> None:
     """What one component alone cannot see. Called before anything is built."""
+    for role in config.model.init.roles:
+        if role not in Role.__members__:
+            raise ConfigError(f"model.init.roles.{role}", None, "no such role", [one.name for one in Role])
     layout = config.parallel.resolve(world_size)
     layout.check_model(config.model)
     expert.check(layout.dispatch, config.precision.compute_dtype)

@@ -8,7 +8,7 @@ from core.errors import ConfigError
 from hparam.axes import Axis, grown
 from hparam.rules import Parametrization
 from train.config import TrainConfig
-from train.hyperparameters import resolve, scale_of_run
+from train.hyperparameters import as_base, resolve
 
 
 def grown_run(config: TrainConfig, axis: Axis, factor: int) -> TrainConfig:
@@ -30,6 +30,5 @@ def grown_run(config: TrainConfig, axis: Axis, factor: int) -> TrainConfig:
 
 def carried(config: TrainConfig, axis: Axis, factor: int, rules: Parametrization) -> TrainConfig:
     """The run grown from itself as base, its hyperparameters carried over by `rules`. A base that it names is kept."""
-    base = config.hparam.base or scale_of_run(config)
-    larger = grown_run(config, axis, factor)
-    return resolve(replace(larger, hparam=replace(config.hparam, base=base, rules=rules)))
+    larger = grown_run(as_base(config), axis, factor)
+    return resolve(replace(larger, hparam=replace(larger.hparam, rules=rules)))

@@ -13,14 +13,14 @@ from dataclasses import replace
 
 from core.config import differences, plain
 from core.errors import ConfigError
-from hparam.scale import SPANS, Scale, check_registry, scale_of
+from hparam.scale import SPANS, Scale, check_registry, kind_of, scale_of
 from hparam.transfer import Found, Resolved, transfer
 from model.config import FeedForward, ModelConfig, MultipliersConfig, Score
 from model.init import spread
 from model.roles import Role
 from model.source import parameter_infos
 from train.config import TrainConfig, phases
-from train.optimizer import OptimizerConfig, OptimizerKind, RoleConfig, Transferred
+from train.optimizer import SLOWEST_IN_BFLOAT16, Moments, OptimizerConfig, OptimizerKind, RoleConfig, Transferred
 
 TOLERANCE = 1e-9
 
@@ -48,7 +48,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.optimizer.kind is OptimizerKind.sgd:
         reason = "there are rules for adamw and muon; plain SGD takes its rate as it is: hparam=none"
         raise ConfigError("hparam.base", None, reason)
+    here = kind_of(config.model)
+    for key, there in config.hparam.kind.items():
+        if here.get(key, there) != there:
+            reason = f"no rule leads there from this model's, {here[key]}: sweep a base of its kind"
+            raise ConfigError(f"hparam.kind.{key}", there, reason)
     found = derive(config)
+    if config.optimizer.moments is Moments.bfloat16 and found.beta2 > SLOWEST_IN_BFLOAT16:
+        reason = f"bfloat16 moments lose updates as slow as beta2={found.beta2:.4g}, which follows from this batch"
+        raise ConfigError("optimizer.moments", config.optimizer.moments, reason, [Moments.float32.value])
     roles = {role.name: RoleConfig(own.lr, own.eps, own.weight_decay) for role, own in found.roles.items()}
     spreads = {role.name: own.std for role, own in found.roles.items() if own.std is not None}
     optimizer = replace(config.optimizer, transferred=Transferred(found.beta2, roles))
@@ -102,6 +110,15 @@ def scale_of_run(config: TrainConfig) -> Scale:
     first = phases(config)[0]
     batch = first.global_batch * first.context
     return scale_of(config.model, batch, batch * first.stop)
+
+
+def as_base(config: TrainConfig) -> TrainConfig:
+    """The run as the base of others; itself where it has a base. Its factors are then those at the base."""
+    if config.hparam.base is not None:
+        return without_derived(config)
+    base, multipliers = scale_of_run(config), config.model.multipliers
+    hparam = replace(config.hparam, base=base, kind=kind_of(config.model), multipliers=multipliers)
+    return without_derived(replace(config, hparam=hparam))
 
 
 def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: OptimizerConfig) -> Found:

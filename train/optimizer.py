@@ -19,6 +19,9 @@ from parallel.shards import ShardSpec, local
 from precision.config import PrecisionConfig
 from train.muon import Muon, MuonConfig
 
+SLOWEST_IN_BFLOAT16 = 0.99
+"""bf16 has 8 significant bits: a moment that moves by less than 1/256 a step stands still."""
+
 
 class OptimizerKind(Enum):
     adamw = "adamw"
@@ -90,8 +93,7 @@ class OptimizerConfig:
         if self.kind is OptimizerKind.muon:
             slow["muon.momentum"] = self.muon.momentum
         for key, decay in slow.items():
-            if self.moments is Moments.bfloat16 and decay > 0.99:
-                # bf16 has 8 significant bits: a moment that moves by less than 1/256 a step stands still
+            if self.moments is Moments.bfloat16 and decay > SLOWEST_IN_BFLOAT16:
                 reason = "bfloat16 moments lose updates this slow; use at most 0.99, or moments=float32"
                 raise ConfigError(key, decay, reason, [0.95, 0.99])
         roles = [role.name for role in Role]

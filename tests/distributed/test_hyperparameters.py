@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,14 @@ LAYOUTS = {
 
 
 def with_base(root: Path, name: str, overrides: list[str]) -> TrainConfig:
-    """A run twice as wide as its base."""
-    run = config(root, name, "optimizer=adamw", *overrides)
-    base = scale_of(replace(run.model, width=16, heads=2, kv_heads=2, dense_width=24, expert_width=16), 384, 2304)
-    return resolve(replace(run, hparam=replace(run.hparam, base=base)))
+    """A run twice as wide and deep as its base, with twice the head width and experts: no factor is 1."""
+    run = config(root, name, "optimizer=adamw", "hparam.head=multiplier", *overrides)
+    sizes = {"width": 16, "layers": 2, "head_width": 4, "dense_width": 24, "expert_width": 16, "experts": 2}
+    small = replace(run.model, **sizes, router=replace(run.model.router, top_k=1))
+    resolved = resolve(replace(run, hparam=replace(run.hparam, base=scale_of(small, 384, 2304))))
+    factors = asdict(resolved.model.multipliers)
+    assert factors == pytest.approx({"residual": 0.5, "logits": 0.5, "attention": 0.5**0.5, "gates": 0.5})
+    return resolved
 
 
 def groups(root: Path, name: str, overrides: list[str]) -> dict[str, Any]:

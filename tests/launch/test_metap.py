@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from core.errors import ConfigError
-from launch.cli import VERBS, _collected
+from hparam.axes import Axis
+from hparam.rules import Parametrization
+from launch.cli import VERBS, _collected, main
+from launch.local import named
 from launch.metap import CheckConfig, MetapConfig
-from launch.metap_sweep import SweepConfig, collect, loss_of
-from tests.hparam.families import SMALL
+from launch.metap_fit import FitConfig, collect, fit
+from launch.metap_sweep import Setting, SweepConfig, is_done, loss_of, member, one_run, settings, sweep
+from tests.hparam.families import SMALL, family
+from train.hyperparameters import as_base
+from train.run_directory import write_config
 
 QUICK = [
     *(one for one in SMALL if "vocab_size" not in one and "std" not in one),
@@ -54,7 +63,8 @@ def test_a_sweep_leaves_a_run_for_each_rate_size_and_seed(swept):
     assert len(found) == 12 and "width-x2-metap-lr-6-seed1" in found
     curves = collect([swept / "runs"])["metap"]
     assert list(curves) == ["width 32", "width 64"]
-    assert curves["width 32"].losses.shape == (3, 2) and curves["width 32"].log2_lrs.tolist() == [-10, -6, -2]
+    small = curves["width 32"].curve
+    assert small.losses.shape == (3, 2) and small.log2_lrs.tolist() == [-10, -6, -2]
 
 
 def test_fit_then_transfer_then_train(swept, command, small_corpus):
@@ -68,7 +78,16 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
     base = yaml.safe_load((swept / "base.yaml").read_text())
     assert base["hparam"]["base"]["width"] == 32 and base["hparam"]["provenance"]["runs"] == 12
-    larger = [*QUICK, "model.width=64", "model.heads=4", "model.kv_heads=4", "model.expert_width=128"]
+    assert base["hparam"]["kind"]["score"] == "softmax"
+    larger = [
+        *QUICK,
+        "hparam.alpha=0.5",
+        "optimizer.weight_decay=0.3",
+        "model.width=64",
+        "model.heads=4",
+        "model.kv_heads=4",
+        "model.expert_width=128",
+    ]
     where = [f"base={swept / 'base.yaml'}", f"out={swept / 'carried'}", "name=wide"]
     done = command("metap", "transfer", *where, *larger, *small_corpus)
     assert done.returncode == 0, done.stderr
@@ -82,6 +101,8 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     assert config["hparam"]["table"] == written["hparam"]["table"]
     assert config["optimizer"]["transferred"] == written["optimizer"]["transferred"]
     assert config["model"]["multipliers"]["residual"] == 1.0
+    assert config["hparam"]["alpha"] == 0.5 and config["optimizer"]["weight_decay"] == 0.3, "what the user said"
+    assert written["hparam"]["provenance"]["base"].endswith("base.yaml") and written["hparam"]["provenance"]["code"]
     log = (swept / "runs" / "wide" / "log.txt").read_text()
     assert "hyperparameters: the base is small" in log
 
@@ -123,8 +144,6 @@ def test_a_check_says_what_failed(tmp_path, command, small_corpus):
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
-    from launch.cli import main
-
     monkeypatch.chdir(tmp_path)
     assert main(["metap", *arguments]) == 2
     assert message in capsys.readouterr().err
@@ -155,3 +174,117 @@ def test_rates_are_octaves():
         SweepConfig(step=0)
     with pytest.raises(ConfigError, match="no axis is left"):
         CheckConfig([], [], [])
+
+
+def made_up(out: Path, optimum: Callable[[int], float], *overrides: str, tokens: Sequence[int] = (8, 16, 32)) -> None:
+    """Runs that were never trained, with the losses of parabolas."""
+    for steps in tokens:
+        base = family(*overrides, f"training.steps={steps}")
+        for log2_lr in range(-10, -3):
+            for seed in range(2):
+                run = member(SweepConfig(), base, Setting(1, Parametrization.metap), log2_lr, seed, out / str(steps))
+                path = out / str(steps) / "runs" / str(run.run.name)
+                path.mkdir(parents=True)
+                write_config(path / "config.yaml", run)
+                loss = 2 + 0.01 * (log2_lr - optimum(steps)) ** 2 + 0.001 * seed
+                (path / "summary.json").write_text(json.dumps({"heldout_loss": loss}))
+
+
+def test_exponents_of_runs_without_a_base_are_those_of_the_rates_themselves(tmp_path, capsys):
+    made_up(tmp_path, lambda steps: -6 - 0.4 * math.log2(steps / 8))
+    assert fit(FitConfig([str(tmp_path)]), tmp_path) == 0
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    assert base["hparam"]["tokens_exponent"] == pytest.approx(0.4, abs=1e-3)
+    assert base["hparam"]["base"]["tokens"] == 8 * 512 and base["optimizer"]["lr"] == pytest.approx(2**-6, rel=1e-3)
+    assert (tmp_path / "optima_tokens.png").exists()
+    said = capsys.readouterr().out
+    assert "best rate ~ tokens^-0.400" in said and "octaves beside: do not trust" in said
+
+
+def test_exponents_of_runs_with_a_base_come_on_top_and_the_base_stays(tmp_path):
+    """Rates at the base that still rise by tokens^0.1 where a fall of 0.3 was assumed: they fall by 0.2."""
+    small = as_base(family("training.steps=4"))
+    sizes = [f"hparam.base.{key}={value}" for key, value in asdict(small.hparam.base).items()]
+    made_up(tmp_path, lambda steps: -6 + 0.1 * math.log2(steps / 8), *(f"+{one}" for one in sizes))
+    assert fit(FitConfig([str(tmp_path)]), tmp_path) == 0
+    hparam = yaml.safe_load((tmp_path / "base.yaml").read_text())["hparam"]
+    assert hparam["tokens_exponent"] == pytest.approx(0.2, abs=1e-3)
+    assert hparam["base"]["tokens"] == 4 * 512, "not the smallest run: the rates are at the base"
+
+
+def test_settings_that_differ_in_anything_are_told_apart(tmp_path):
+    for std in (0.5, 1.0):
+        made_up(tmp_path / str(std), lambda steps: -6.0, f"model.init.std={std}", tokens=(8,))
+    found = collect([tmp_path])["metap"]
+    assert len(found) == 2 and any("model.init.std=1.0" in name for name in found)
+
+
+def test_an_unbracketed_minimum_is_refused_and_drawn(tmp_path):
+    made_up(tmp_path, lambda steps: -3.0)
+    with pytest.raises(ConfigError, match=r"is at the edge of the grid, 2\^-4: extend it upwards"):
+        fit(FitConfig([str(tmp_path)]), tmp_path)
+    assert (tmp_path / "sweep.png").exists() and not (tmp_path / "base.yaml").exists()
+
+
+def test_a_sweep_of_another_configuration_is_refused(tmp_path):
+    made_up(tmp_path, lambda steps: -6.0, tokens=(8,))
+    out, one = tmp_path / "8", Setting(1, Parametrization.metap)
+    assert is_done(member(SweepConfig(), family("training.steps=8"), one, -6, 0, out))
+    with pytest.raises(
+        ConfigError, match=r"base-lr-6-seed0 was swept with training.steps=8, now 9: choose another out="
+    ):
+        is_done(member(SweepConfig(), family("training.steps=9"), one, -6, 0, out))
+
+
+def test_runs_with_names_of_their_own_keep_them(tmp_path):
+    runs = [member(SweepConfig(), family(), Setting(1, Parametrization.metap), -6, seed, tmp_path) for seed in (0, 1)]
+    assert [run.run.name for run in named(runs)] == ["base-lr-6-seed0", "base-lr-6-seed1"]
+    alike = [replace(run, run=replace(run.run, name="x")) for run in runs]
+    assert [run.run.name for run in named(alike)] == ["x-0", "x-1"]
+
+
+def test_other_keys_and_muons_own_rate_are_swept(tmp_path):
+    config = SweepConfig(grid={"optimizer.weight_decay": [0.0, 0.1]})
+    base = family("optimizer.kind=muon", "optimizer.lr=0.01", "optimizer.muon.lr=0.02")
+    runs = [member(config, base, one, -6, 0, tmp_path) for one in settings(config)]
+    assert [run.optimizer.weight_decay for run in runs] == [0.0, 0.1]
+    assert runs[1].run.name == "base-weight_decay=0.1-lr-6-seed0"
+    assert runs[0].optimizer.muon.lr == pytest.approx(0.02 * 2**-6 / 0.01)
+    with pytest.raises(ConfigError, match=r"sweep.grid.optimizer.wd: no such key of a run"):
+        member(config, base, Setting(1, Parametrization.metap, (("optimizer.wd", 1),)), -6, 0, tmp_path)
+
+
+@pytest.mark.parametrize("code, started", [(130, 1), (1, 6)])
+def test_an_interrupted_sweep_stops_a_failed_run_does_not(tmp_path, monkeypatch, code, started):
+    begun: list[str] = []
+    monkeypatch.setattr("launch.metap_sweep.one_run", lambda run: begun.append(str(run.run.name)) or code)
+    assert sweep(SweepConfig(low=-8, high=-6, seeds=2), family(), tmp_path) == code
+    assert len(begun) == started
+
+
+def test_a_run_that_diverged_in_ranks_is_a_result(tmp_path, monkeypatch):
+    run = member(SweepConfig(), family(), Setting(1, Parametrization.metap), -6, 0, tmp_path)
+    monkeypatch.setattr("launch.metap_sweep.train", lambda runs: 1)
+    assert one_run(run) == 1
+    path = tmp_path / "runs" / str(run.run.name)
+    path.mkdir(parents=True)
+    (path / "diverged.json").write_text("{}")
+    assert one_run(run) == 0
+
+
+def test_a_dense_model_has_no_experts_to_check(tmp_path, capsys):
+    assert main(["metap", f"out={tmp_path}", "model.moe_every=0"]) == 2
+    assert "check.experts: the model has no experts" in capsys.readouterr().err
+
+
+def test_a_check_that_fails_ends_with_1(tmp_path, monkeypatch, small_corpus):
+    monkeypatch.setattr("hparam.coordinate_check.LIMITS", {Axis.width: {"residual": 1e-9}})
+    how = ["check.width=[1,2]", "check.depth=[]", "check.experts=[]", "check.seeds=1", "check.steps=1"]
+    assert main(["metap", f"out={tmp_path}", *how, *QUICK, *small_corpus]) == 1
+    assert json.loads((tmp_path / "coordinates.json").read_text())["pass"] is False
+
+
+def test_a_file_without_a_base_is_no_base(tmp_path, capsys):
+    write_config(tmp_path / "config.yaml", family())
+    assert main(["metap", "transfer", f"base={tmp_path / 'config.yaml'}", f"out={tmp_path}"]) == 2
+    assert "names no hparam.base; name the directory of the run" in capsys.readouterr().err

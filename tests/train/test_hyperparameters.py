@@ -17,10 +17,13 @@ from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.world import World
 from tests.hparam.families import family, text
-from train.config import TrainConfig
+from train.config import PhaseConfig, TrainConfig
 from train.engine import TorchEngine
 from train.families import carried, grown_run
-from train.hyperparameters import derive, resolve, scale_of_run, without_derived
+from train.hyperparameters import as_base, derive, resolve, scale_of_run, without_derived
+from train.optimizer import Moments
+from train.report import repeat_command
+from train.run_directory import RunDirectory
 
 
 def larger(*overrides: str, **hparam: object) -> TrainConfig:
@@ -88,6 +91,63 @@ def test_tied_embeddings_need_the_multiplier():
         resolve(larger("model.tie_embeddings=true"))
     tied = resolve(larger("model.tie_embeddings=true", head=HeadForm.multiplier))
     assert tied.model.multipliers.logits == 0.5
+
+
+def test_what_the_base_gives_is_that_of_its_size():
+    """Depth divides by the layers of the base, gates that nothing normalises by their number, later phases by nothing."""
+    base = family("model.init.depth_scaled=true", "model.router.score=sigmoid", "model.router.renormalise=false")
+    deep = carried(base, Axis.depth, 4, Parametrization.metap)
+    assert deep.model.init.roles["attention_output"] == pytest.approx(64**-0.5 / 2)
+    assert carried(base, Axis.experts, 2, Parametrization.metap).model.multipliers.gates == 0.5
+    assert carried(family(), Axis.experts, 2, Parametrization.metap).model.multipliers.gates == 1.0
+    phase = PhaseConfig("later", 7, context=32, global_batch=2)
+    assert scale_of_run(replace(base, phases=[phase])) == scale_of_run(base)
+
+
+def test_a_smaller_batch_forgets_as_many_tokens():
+    base = family("training.global_batch=16", "training.steps=10")
+    small = replace(base, training=replace(base.training, global_batch=2, steps=80), hparam=as_base(base).hparam)
+    assert resolve(small).optimizer.transferred.beta2 == pytest.approx(0.95 ** (1 / 8))  # type: ignore[union-attr]
+    low = replace(small, optimizer=replace(base.optimizer, moments=Moments.bfloat16))
+    with pytest.raises(ConfigError, match=r"optimizer.moments=bfloat16: .* as slow as beta2=0.9936, .*; try float32"):
+        resolve(low)
+    eight = replace(base, training=replace(base.training, global_batch=128), hparam=as_base(base).hparam)
+    assert any("beta2 would be 0.66" in line for line in derive(eight).warnings)
+
+
+@pytest.mark.parametrize("override", ["model.router.score=sigmoid", "model.qk_norm=per_head"])
+def test_another_kind_of_model_is_refused(override):
+    base = as_base(family())
+    other = replace(family(override), hparam=base.hparam)
+    with pytest.raises(ConfigError, match=r"hparam.kind.(score|norms)=.*no rule leads there from this model's"):
+        resolve(other)
+
+
+def test_factors_of_a_base_are_kept():
+    base = family("model.multipliers.logits=0.7")
+    assert carried(base, Axis.width, 2, Parametrization.metap).model.multipliers.logits == 0.7
+
+
+@pytest.mark.parametrize("hparam", [{"tau": 0.1}, {"tau": 0.1, "rules": Parametrization.standard}, {"alpha": 0.1}])
+def test_what_would_do_nothing_is_refused(hparam):
+    with pytest.raises(ConfigError, match=r"tau=0.1|alpha=0.1"):
+        resolve(larger("optimizer.weight_decay=0", **hparam))
+
+
+def test_a_repeat_command_says_what_the_user_said(tmp_path):
+    command = repeat_command(resolve(larger()))
+    assert command is not None and "hparam.base" in command and "transferred" not in command
+
+
+def test_a_run_goes_on_with_its_own_figures_only(tmp_path, monkeypatch):
+    """What follows from a changed setting is told after the setting."""
+    run = resolve(larger(f"run.root={tmp_path}", "run.name=x", "training.steps=100"))
+    directory = RunDirectory.of(run)
+    directory.open(run)
+    monkeypatch.setattr("train.run_directory.committed", lambda path: [(2, path)])
+    directory.open(run)
+    with pytest.raises(ConfigError, match=r"^training.steps=200: the run in .* was started with 100"):
+        directory.open(resolve(larger(f"run.root={tmp_path}", "run.name=x", "training.steps=200")))
 
 
 def test_there_are_no_rules_for_plain_sgd():
