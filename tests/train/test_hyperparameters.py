@@ -94,7 +94,7 @@ def test_tied_embeddings_need_the_multiplier():
 
 
 def test_what_the_base_gives_is_that_of_its_size():
-    """Depth divides by the layers of the base, gates that nothing normalises by their number, later phases by nothing."""
+    """Depth divides by the layers of the base, gates that nothing normalises by their number, phases by nothing."""
     base = family("model.init.depth_scaled=true", "model.router.score=sigmoid", "model.router.renormalise=false")
     deep = carried(base, Axis.depth, 4, Parametrization.metap)
     assert deep.model.init.roles["attention_output"] == pytest.approx(64**-0.5 / 2)
