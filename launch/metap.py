@@ -27,7 +27,7 @@ from hparam.plots import draw_check
 from hparam.rules import Parametrization
 from hparam.transfer import Resolved, spans
 from launch.metap_fit import FitConfig, fit
-from launch.metap_sweep import SweepConfig, sweep
+from launch.metap_sweep import SweepConfig, bases, sweep
 from model.config import FeedForward
 from parallel.world import connect
 from train.config import TrainConfig
@@ -104,10 +104,9 @@ def run(config: MetapConfig) -> int:
         return transfer(config, out)
     if config.action is Action.fit:
         return fit(config.fit, out)
-    run_ = load("train", TrainConfig, config.train)
     if config.action is Action.sweep:
-        return sweep(config.sweep, run_, out)
-    return check(config.check, run_, out)
+        return sweep(config.sweep, bases(config.train), out)
+    return check(config.check, load("train", TrainConfig, config.train), out)
 
 
 def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:

@@ -11,16 +11,16 @@ import io
 import itertools
 import math
 import multiprocessing
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from core.config import build, differences, plain
+from core.config import build, differences, expand, load, plain
 from core.errors import ConfigError, Diverged, LeviathanError
 from core.files import read_json
 from core.ranks import INTERRUPTED
@@ -40,14 +40,13 @@ RUNS = "runs"
 class SweepConfig:
     """Rates are 2^`low` to 2^`high` in steps of `step` octaves, of the base; each with `seeds` seeds. With an `axis`
     the run is the base of a family, one member for each of `factors`, its hyperparameters carried over by each of
-    `rules`. `grid`: further keys of a run, each with several values: {optimizer.weight_decay: [0.05, 0.1]}.
+    `rules`. Other keys of the run may have several values, too (optimizer.weight_decay=0.05,0.1).
     """
 
     low: float = -10.0
     high: float = -5.0
     step: float = 1.0
     seeds: int = 2
-    grid: dict[str, list[Any]] = field(default_factory=dict)
     axis: Axis | None = None
     factors: list[int] = field(default_factory=lambda: [1, 2, 4])
     rules: list[Parametrization] = field(default_factory=lambda: [Parametrization.metap])
@@ -70,10 +69,6 @@ class SweepConfig:
             raise ConfigError("trials", self.trials, "a minimum needs three", [12])
         if not self.factors or not self.rules:
             raise ConfigError("factors" if not self.factors else "rules", None, "needs at least one")
-        for key, values in self.grid.items():
-            if not values or key in ("optimizer.lr", "run.seed"):
-                reason = "needs values" if not values else "is swept by sweep.low, .high and .seeds"
-                raise ConfigError(f"grid.{key}", None, reason)
 
     @property
     def log2_rates(self) -> list[float]:
@@ -83,29 +78,49 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """A member of the family under one parametrization, with one combination of the grid's values."""
+    """A member of the family of `base` under one parametrization. `label` tells bases apart."""
 
-    factor: int
-    rules: Parametrization
-    values: tuple[tuple[str, Any], ...] = ()
+    base: TrainConfig
+    factor: int = 1
+    rules: Parametrization = Parametrization.metap
+    label: str = ""
 
     def name(self, axis: Axis | None) -> str:
         first = "base" if axis is None else f"{axis.value}-x{self.factor}-{self.rules.value}"
-        return "-".join([first, *(f"{key.rpartition('.')[2]}={value}" for key, value in self.values)])
+        return f"{first}-{self.label}" if self.label else first
 
 
-def settings(config: SweepConfig) -> list[Setting]:
+def bases(overrides: Sequence[str]) -> dict[str, TrainConfig]:
+    """The runs that overrides of `leviathan train` describe, one for each combination of values where keys have
+    several, by what tells them apart.
+    """
+    points = expand(overrides)
+    varying = [place for place in range(len(overrides)) if len({point[place] for point in points}) > 1]
+    for place in varying:
+        if (key := overrides[place].partition("=")[0]) in ("optimizer.lr", "run.seed"):
+            raise ConfigError(key, None, "is swept by sweep.low, sweep.high and sweep.seeds: give one value, or none")
+    labels = ["-".join(_short(point[place]) for place in varying) for point in points]
+    return {label: load("train", TrainConfig, point) for label, point in zip(labels, points, strict=True)}
+
+
+def _short(override: str) -> str:
+    """optimizer.weight_decay=0.1 -> weight_decay=0.1, without what a file's name cannot hold."""
+    key, _, value = override.partition("=")
+    return re.sub(r"[^\w.=+-]", "_", f"{key.rpartition('.')[2]}={value}")
+
+
+def settings(config: SweepConfig, runs: Mapping[str, TrainConfig]) -> list[Setting]:
     factors = config.factors if config.axis is not None else [1]
-    combinations = [tuple(zip(config.grid, values, strict=True)) for values in itertools.product(*config.grid.values())]
-    return [Setting(*one) for one in itertools.product(factors, config.rules, combinations)]
+    every = itertools.product(runs.items(), factors, config.rules)
+    return [Setting(without_derived(run), factor, rules, label) for (label, run), factor, rules in every]
 
 
-def member(config: SweepConfig, base: TrainConfig, one: Setting, log2_lr: float, seed: int, out: Path) -> TrainConfig:
+def member(config: SweepConfig, one: Setting, log2_lr: float, seed: int, out: Path) -> TrainConfig:
     """A run of the sweep, under its name in the sweep's folder. A rate that Muon's matrices have of their own moves in
     proportion.
     """
-    base = _with_values(base, one.values)
-    rate, muon = 2.0**log2_lr, base.optimizer.muon
+    base, rate = one.base, 2.0**log2_lr
+    muon = base.optimizer.muon
     if muon.lr is not None:
         muon = replace(muon, lr=float(f"{muon.lr * rate / base.optimizer.lr:.10g}"))
     name = f"{one.name(config.axis)}-lr{log2_lr:g}-seed{seed}"
@@ -115,25 +130,9 @@ def member(config: SweepConfig, base: TrainConfig, one: Setting, log2_lr: float,
     return resolve(named) if config.axis is None else carried(named, config.axis, one.factor, one.rules)
 
 
-def _with_values(base: TrainConfig, values: Sequence[tuple[str, Any]]) -> TrainConfig:
-    if not values:
-        return base
-    tree = plain(base)
-    for key, value in values:
-        *path, last = key.split(".")
-        place = tree
-        for part in path:
-            place = place.get(part) if isinstance(place, dict) else None
-        if not isinstance(place, dict) or last not in place:
-            raise ConfigError(f"sweep.grid.{key}", None, "no such key of a run")
-        place[last] = value
-    return build(TrainConfig, tree)
-
-
-def sweep(config: SweepConfig, base: TrainConfig, out: Path) -> int:
+def sweep(config: SweepConfig, runs: Mapping[str, TrainConfig], out: Path) -> int:
     """Train what is not done yet; returns the exit code. A run that diverges is a result."""
-    base = without_derived(base)
-    launch = build(LaunchConfig, base.launch, "launch")
+    launch = build(LaunchConfig, next(iter(runs.values())).launch, "launch")
     if config.processes > 1 and launch.kind is not LaunchKind.inline:
         raise ConfigError("sweep.processes", config.processes, "is for launch=inline", [1])
     if config.trials is not None:
@@ -142,10 +141,10 @@ def sweep(config: SweepConfig, base: TrainConfig, out: Path) -> int:
         if launch.kind is LaunchKind.slurm:
             reason = "waits for each run: start it in a job, with launch=inline or launch=torchrun"
             raise ConfigError("sweep.trials", config.trials, reason)
-        return search(config, base, out)
+        return search(config, settings(config, runs), out)
     wanted = [
-        member(config, base, one, log2_lr, seed, out)
-        for one in settings(config)
+        member(config, one, log2_lr, seed, out)
+        for one in settings(config, runs)
         for log2_lr in config.log2_rates
         for seed in range(config.seeds)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,13 @@ from launch.metap_sweep import (
     loss_of,
     member,
     one_run,
-    settings,
 )
-from train.config import TrainConfig
 
 WORST = 1e9
 """What a diverged run counts in the search."""
 
 
-def search(config: SweepConfig, base: TrainConfig, out: Path) -> int:
+def search(config: SweepConfig, chosen: Sequence[Setting], out: Path) -> int:
     """`trials` rates for each setting; the mean of the seeds' losses decides. What is done is in the journal."""
     try:
         import optuna
@@ -40,9 +39,12 @@ def search(config: SweepConfig, base: TrainConfig, out: Path) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(out / "journal.log")))
     finished = optuna.trial.TrialState.COMPLETE
-    for one in settings(config):
+    for one in chosen:
         name = one.name(config.axis)
-        kind = json.dumps(plain(but_rate_and_seed(base)), sort_keys=True) + f"{config.seeds} {config.low} {config.high}"
+        kind = (
+            json.dumps(plain(but_rate_and_seed(one.base)), sort_keys=True)
+            + f"{config.seeds} {config.low} {config.high}"
+        )
         study = optuna.create_study(
             storage=storage,
             study_name=f"{name}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}",
@@ -52,7 +54,7 @@ def search(config: SweepConfig, base: TrainConfig, out: Path) -> int:
         while len(study.get_trials(states=(finished,))) < config.trials:
             trial = study.ask()
             log2_lr = round(trial.suggest_float("log2_lr", config.low, config.high), 2)
-            loss = _mean_loss(config, base, one, log2_lr, out)
+            loss = _mean_loss(config, one, log2_lr, out)
             if loss is None:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 return INTERRUPTED
@@ -62,11 +64,11 @@ def search(config: SweepConfig, base: TrainConfig, out: Path) -> int:
     return 0
 
 
-def _mean_loss(config: SweepConfig, base: TrainConfig, one: Setting, log2_lr: float, out: Path) -> float | None:
+def _mean_loss(config: SweepConfig, one: Setting, log2_lr: float, out: Path) -> float | None:
     """None where the run was interrupted."""
     losses = []
     for seed in range(config.seeds):
-        run = member(config, base, one, log2_lr, seed, out)
+        run = member(config, one, log2_lr, seed, out)
         code = 0 if is_done(run) else one_run(run)
         if code == INTERRUPTED:
             return None

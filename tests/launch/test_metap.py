@@ -18,12 +18,11 @@ import yaml
 
 from core.errors import ConfigError
 from hparam.axes import Axis
-from hparam.rules import Parametrization
 from launch.cli import VERBS, _collected, main
 from launch.local import named
 from launch.metap import CheckConfig, MetapConfig
 from launch.metap_fit import FitConfig, collect, fit
-from launch.metap_sweep import Setting, SweepConfig, is_done, loss_of, member, one_run, settings, sweep
+from launch.metap_sweep import Setting, SweepConfig, bases, is_done, loss_of, member, one_run, settings, sweep
 from tests.hparam.families import SMALL, family
 from train.hyperparameters import as_base
 from train.run_directory import write_config
@@ -182,7 +181,7 @@ def made_up(out: Path, optimum: Callable[[int], float], *overrides: str, tokens:
         base = family(*overrides, f"training.steps={steps}")
         for log2_lr in range(-10, -3):
             for seed in range(2):
-                run = member(SweepConfig(), base, Setting(1, Parametrization.metap), log2_lr, seed, out / str(steps))
+                run = member(SweepConfig(), Setting(base), log2_lr, seed, out / str(steps))
                 path = out / str(steps) / "runs" / str(run.run.name)
                 path.mkdir(parents=True)
                 write_config(path / "config.yaml", run)
@@ -228,42 +227,48 @@ def test_an_unbracketed_minimum_is_refused_and_drawn(tmp_path):
 
 def test_a_sweep_of_another_configuration_is_refused(tmp_path):
     made_up(tmp_path, lambda steps: -6.0, tokens=(8,))
-    out, one = tmp_path / "8", Setting(1, Parametrization.metap)
-    assert is_done(member(SweepConfig(), family("training.steps=8"), one, -6, 0, out))
+    out = tmp_path / "8"
+    assert is_done(member(SweepConfig(), Setting(family("training.steps=8")), -6, 0, out))
     with pytest.raises(
         ConfigError, match=r"base-lr-6-seed0 was swept with training.steps=8, now 9: choose another out="
     ):
-        is_done(member(SweepConfig(), family("training.steps=9"), one, -6, 0, out))
+        is_done(member(SweepConfig(), Setting(family("training.steps=9")), -6, 0, out))
 
 
 def test_runs_with_names_of_their_own_keep_them(tmp_path):
-    runs = [member(SweepConfig(), family(), Setting(1, Parametrization.metap), -6, seed, tmp_path) for seed in (0, 1)]
+    runs = [member(SweepConfig(), Setting(family()), -6, seed, tmp_path) for seed in (0, 1)]
     assert [run.run.name for run in named(runs)] == ["base-lr-6-seed0", "base-lr-6-seed1"]
     alike = [replace(run, run=replace(run.run, name="x")) for run in runs]
     assert [run.run.name for run in named(alike)] == ["x-0", "x-1"]
 
 
 def test_other_keys_and_muons_own_rate_are_swept(tmp_path):
-    config = SweepConfig(grid={"optimizer.weight_decay": [0.0, 0.1]})
-    base = family("optimizer.kind=muon", "optimizer.lr=0.01", "optimizer.muon.lr=0.02")
-    runs = [member(config, base, one, -6, 0, tmp_path) for one in settings(config)]
+    words = [
+        "hparam=none",
+        "optimizer=muon",
+        "optimizer.lr=0.01",
+        "optimizer.muon.lr=0.02",
+        "optimizer.weight_decay=0,0.1",
+    ]
+    found = settings(SweepConfig(), bases([*words, "model.layers=2"]))
+    runs = [member(SweepConfig(), one, -6, 0, tmp_path) for one in found]
     assert [run.optimizer.weight_decay for run in runs] == [0.0, 0.1]
     assert runs[1].run.name == "base-weight_decay=0.1-lr-6-seed0"
     assert runs[0].optimizer.muon.lr == pytest.approx(0.02 * 2**-6 / 0.01)
-    with pytest.raises(ConfigError, match=r"sweep.grid.optimizer.wd: no such key of a run"):
-        member(config, base, Setting(1, Parametrization.metap, (("optimizer.wd", 1),)), -6, 0, tmp_path)
+    with pytest.raises(ConfigError, match=r"optimizer.lr: is swept by sweep.low"):
+        bases(["optimizer.lr=0.1,0.2"])
 
 
 @pytest.mark.parametrize("code, started", [(130, 1), (1, 6)])
 def test_an_interrupted_sweep_stops_a_failed_run_does_not(tmp_path, monkeypatch, code, started):
     begun: list[str] = []
     monkeypatch.setattr("launch.metap_sweep.one_run", lambda run: begun.append(str(run.run.name)) or code)
-    assert sweep(SweepConfig(low=-8, high=-6, seeds=2), family(), tmp_path) == code
+    assert sweep(SweepConfig(low=-8, high=-6, seeds=2), {"": family()}, tmp_path) == code
     assert len(begun) == started
 
 
 def test_a_run_that_diverged_in_ranks_is_a_result(tmp_path, monkeypatch):
-    run = member(SweepConfig(), family(), Setting(1, Parametrization.metap), -6, 0, tmp_path)
+    run = member(SweepConfig(), Setting(family()), -6, 0, tmp_path)
     monkeypatch.setattr("launch.metap_sweep.train", lambda runs: 1)
     assert one_run(run) == 1
     path = tmp_path / "runs" / str(run.run.name)
