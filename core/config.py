@@ -62,6 +62,12 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*choices)]
 
 
+def quoted(text: str) -> str:
+    """A string in Hydra's grammar of overrides."""
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", text).replace("${", "\\${") + "'"
+
+
 def compose_plain(root: str, schema: type, overrides: Sequence[str]) -> dict[str, Any]:
     """What `load` would build from, as plain values: enums by name, values that the user must give as "???"."""
     return typing.cast(dict[str, Any], plain(OmegaConf.to_container(_compose(root, schema, overrides), resolve=True)))

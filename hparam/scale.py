@@ -44,15 +44,15 @@ class Scale:
 
 def scale_of(model: ModelConfig, batch: int, tokens: int) -> Scale:
     """`batch` and `tokens` in tokens."""
-    kinds = {layer.feed_forward for layer in model.blocks}
-    mixture = FeedForward.moe in kinds
+    dense = any(layer.feed_forward is FeedForward.dense for layer in model.blocks)
+    mixture = model.has_experts
     return Scale(
         width=model.width,
         layers=model.layers,
         head_width=model.head_width,
         query_width=model.heads * model.head_width,
         value_width=model.kv_heads * model.head_width,
-        dense_width=model.dense_width if FeedForward.dense in kinds else 0,
+        dense_width=model.dense_width if dense else 0,
         shared_width=model.shared_expert_width if mixture else 0,
         expert_width=model.expert_width if mixture else 0,
         experts=model.experts if mixture else 0,
@@ -68,7 +68,7 @@ def kind_of(model: ModelConfig) -> dict[str, str]:
         "norms": "+".join(sorted({layer.qk_norm.value for layer in model.blocks})),
         "tied": str(model.tie_embeddings).lower(),
     }
-    if any(layer.feed_forward is FeedForward.moe for layer in model.blocks):
+    if model.has_experts:
         router = model.router
         found |= {"score": router.score.value, "renormalise": str(router.renormalise).lower()}
         found["weights_on"] = router.weights_on.value

@@ -190,15 +190,17 @@ def _named(verb: Verb, arguments: list[str]) -> list[str]:
     if not verb.positional:
         return arguments  # Hydra says what is wrong with them
     named, keys = [argument for argument in arguments if argument not in bare], list(verb.positional)
-    quoted = [_quoted(argument) for argument in bare]
-    while quoted:
+    from core.config import quoted
+
+    values = [quoted(argument) for argument in bare]
+    while values:
         if not keys:
             raise ConfigError(bare[-1], None, f"one argument too many; they are {' '.join(verb.positional)}")
         key = keys.pop(0)
         if key.endswith("..."):
-            named.append(f"{key.removesuffix('...')}=[{','.join(quoted)}]")
+            named.append(f"{key.removesuffix('...')}=[{','.join(values)}]")
             break
-        named.append(f"{key}={quoted.pop(0)}")
+        named.append(f"{key}={values.pop(0)}")
     return named
 
 
@@ -206,16 +208,12 @@ def _collected(verb: Verb, schema: type, overrides: list[str]) -> list[str]:
     """Overrides of keys that `schema` does not have, as a list at `verb.others`."""
     if verb.others is None:
         return overrides
+    from core.config import quoted
+
     own = {one.name for one in dataclasses.fields(schema)}
     theirs = [word for word in overrides if re.split(r"[.=@]", word.lstrip("+~"))[0] not in own]
     mine = [word for word in overrides if word not in theirs]
-    return [*mine, f"{verb.others}=[{','.join(map(_quoted, theirs))}]"] if theirs else mine
-
-
-def _quoted(text: str) -> str:
-    """A string in Hydra's grammar."""
-    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    return "'" + re.sub(r"(\\+)$", r"\1\1", text).replace("${", "\\${") + "'"
+    return [*mine, f"{verb.others}=[{','.join(map(quoted, theirs))}]"] if theirs else mine
 
 
 def _import(path: str) -> Any:

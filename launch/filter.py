@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.config import build, differences, load, plain
+from core.config import build, differences, load, plain, quoted
 from core.errors import ConfigError, LeviathanError
 from core.files import read_json, write_json
 from data.config import TokenizerConfig, TokenizerKind
@@ -185,8 +185,7 @@ def _override(value: Any) -> str:
             "inf",
         ):
             return value
-        quoted = re.sub(r"(\\*)'", r"\1\1\\'", value)
-        return "'" + re.sub(r"(\\+)$", r"\1\1", quoted).replace("${", "\\${") + "'"
+        return quoted(value)
     return json.dumps(value)
 
 

@@ -28,7 +28,6 @@ from hparam.rules import Parametrization
 from hparam.transfer import Resolved, spans
 from launch.metap_fit import FitConfig, fit
 from launch.metap_sweep import SweepConfig, bases, sweep
-from model.config import FeedForward
 from parallel.world import connect
 from train.config import TrainConfig
 from train.coordinates import changes
@@ -114,8 +113,7 @@ def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
     if config.small_start:
         init = replace(run_.model.init, head_std=0.0, router_std=0.01 * run_.model.width**-0.5)
         run_ = replace(run_, model=replace(run_.model, init=init))
-    mixture = any(layer.feed_forward is FeedForward.moe for layer in run_.model.blocks)
-    if config.experts and not mixture:
+    if config.experts and not run_.model.has_experts:
         raise ConfigError("check.experts", None, "the model has no experts: check.experts=[]")
     run_ = without_derived(run_)
     if run_.hparam.base is not None:
@@ -199,8 +197,7 @@ def _is_of_base(word: str) -> bool:
 
 def _not_written(overrides: Iterable[str]) -> list[str]:
     """Overrides of other sections than those that the file holds."""
-    left = [word for word in overrides if _key(word).partition(".")[0] not in (*WRITTEN, "experiment", "hydra")]
-    return left
+    return [word for word in overrides if _key(word).partition(".")[0] not in (*WRITTEN, "experiment", "hydra")]
 
 
 def _at(tree: dict[str, Any], key: str) -> Any:

@@ -251,7 +251,7 @@ class ModelConfig:
         if self.layer_list is not None and len(self.layer_list) != self.layers:
             reason = f"names {len(self.layer_list)} layers but model.layers is {self.layers}"
             raise ConfigError("layer_list", None, reason)
-        if any(layer.feed_forward is FeedForward.moe for layer in self.blocks):
+        if self.has_experts:
             self._check_experts()
         if self.upcycle is not None and self.init_from is None:
             raise ConfigError("upcycle", None, "needs a dense checkpoint to start from: set init_from")
@@ -274,6 +274,11 @@ class ModelConfig:
         if self.layer_list is not None:
             return self.layer_list
         return [self._layer(i) for i in range(self.layers)]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture."""
+        return any(layer.feed_forward is FeedForward.moe for layer in self.blocks)
 
     @property
     def shared_expert_width(self) -> int:

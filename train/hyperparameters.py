@@ -15,7 +15,7 @@ from core.config import differences, plain
 from core.errors import ConfigError
 from hparam.scale import SPANS, Scale, check_registry, kind_of, scale_of
 from hparam.transfer import Found, Resolved, transfer
-from model.config import FeedForward, ModelConfig, MultipliersConfig, Score
+from model.config import ModelConfig, MultipliersConfig, Score
 from model.init import spread
 from model.roles import Role
 from model.source import parameter_infos
@@ -125,7 +125,7 @@ def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: Opti
     """What `model.init` and `optimizer` give these roles in a model of the base's size."""
     sizes, init = dataclasses.asdict(base), replace(model.init, roles={})
     matrices = [role for role in roles if not role.is_norm]
-    router, mixture = model.router, any(layer.feed_forward is FeedForward.moe for layer in model.blocks)
+    router = model.router
     return Found(
         std={role: spread(role, sizes[SPANS[role][1]] or 1, base.layers, init) for role in matrices},
         lr={role: optimizer.peak_lr(role) for role in roles},
@@ -134,6 +134,6 @@ def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: Opti
         beta2=optimizer.beta2,
         muon=frozenset(role for role in roles if optimizer.by_muon(role)),
         muon_scale=optimizer.muon.scale.value,
-        sums_gates=mixture and router.score is Score.sigmoid and not router.renormalise,
+        sums_gates=model.has_experts and router.score is Score.sigmoid and not router.renormalise,
         tied=model.tie_embeddings,
     )
