@@ -70,7 +70,8 @@ def draw_sweep(by_rules: Mapping[str, Sequence[Curve]]) -> bytes:
     finite = [one.losses[np.isfinite(one.losses)] for curves in by_rules.values() for one in curves]
     lowest = min(float(losses.min()) for losses in finite)
     best = [float(one.mean(range(one.losses.shape[1])).min()) for curves in by_rules.values() for one in curves]
-    top = max(best) + 4 * max(max(best) - lowest, 0.05)
+    highest = max(float(losses.max()) for losses in finite)
+    top = min(max(best) + 4 * max(max(best) - lowest, 0.05), highest + 0.05)
     for panel, (rules, curves) in zip(panels[0], by_rules.items(), strict=True):
         for one, colour in zip(curves, SERIES * len(curves), strict=False):
             mean = one.losses.mean(1)
@@ -82,7 +83,7 @@ def draw_sweep(by_rules: Mapping[str, Sequence[Curve]]) -> bytes:
                 panel.plot(*one.vertex(range(one.losses.shape[1])), "*", color=colour, markersize=13)
             except ConfigError:
                 continue  # no minimum to mark: the fit says so
-        panel.set_ylim(lowest - 0.02, top)
+        panel.set_ylim(lowest - 0.05 * (top - lowest), top)  # room for the stars
         panel.set_xlabel("log2 of the learning rate")
         panel.set_title(rules, fontsize=10)
         panel.legend(frameon=False, fontsize=8)
