@@ -11,10 +11,11 @@ from core.errors import ConfigError
 from model.config import ModelConfig
 from model.context import SequenceContext
 from model.moe import MixtureOfExperts
-from model.roles import registry
+from model.init import reset_buffers
+from model.roles import Role, registry
 from model.transformer import Stack, Transformer
 from parallel import compile, context, expert, fsdp, pipeline, recompute, shards, tensor
-from parallel.layout import Layout
+from parallel.layout import EngineKind, Layout
 from parallel.mesh import Meshes, place
 from parallel.shards import ShardSpec
 from precision.config import PrecisionConfig, Products
@@ -70,9 +71,12 @@ def build(config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, devic
     stacks = pipeline.cut(model, meshes)
     specs = shards.shard_specs(registry(model), config, meshes)
     parallelize(model, stacks, specs, meshes, precision)
+    if meshes.layout.engine is EngineKind.deepspeed:
+        _narrow(model, specs, precision)
     for stack in stacks.values():
         stack.to_empty(device=device)
-    shards.initialise(model, specs, config, seed)
+    shards.initialise(shards.stored(model, specs), config, seed)
+    reset_buffers(model)
     return Placed(model, specs, meshes, stacks)
 
 
@@ -92,7 +96,8 @@ def parallelize(
     recompute.apply(model, meshes.layout.recompute)
     if meshes.layout.compile:
         compile.apply(model)
-    fsdp.apply(model, stacks, specs, meshes, precision)
+    if meshes.layout.engine is EngineKind.fsdp2:
+        fsdp.apply(model, stacks, specs, meshes, precision)
 
 
 def on_meta(config: ModelConfig, precision: PrecisionConfig, products: Precision | None = None) -> Transformer:
@@ -135,6 +140,16 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
 
 def _without(chosen: list[Products], one: Products | None) -> str:
     return f"[{','.join(products.value for products in chosen if products is not one)}]"
+
+
+def _narrow(model: Transformer, specs: dict[str, ShardSpec], precision: PrecisionConfig) -> None:
+    """What the model computes with where the engine keeps master weights of its own, in the formats in which FSDP2
+    gathers: bf16 for bf16 products, but routers as wide as the masters.
+    """
+    if precision.compute_dtype is torch.bfloat16:
+        for name, parameter in model.named_parameters():
+            if specs[name].info.role is not Role.router:
+                parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _cut(model: Transformer, specs: dict[str, ShardSpec]) -> None:

@@ -87,7 +87,8 @@ class GradientSum:
         weight: Any = self.owner.weight
         gradient = gradient.view_as(weight)
         if self.stored is None or self.stored.reduce_dtype in (None, weight.dtype):
-            weight.grad = gradient.to(weight.dtype) if weight.grad is None else weight.grad.add_(gradient)
+            format = weight.grad_dtype or weight.dtype  # DeepSpeed's copies in bf16 have gradients in fp32
+            weight.grad = gradient.to(format) if weight.grad is None else weight.grad.add_(gradient)
         elif self.stored.unsharded_accumulated_grad is None:
             self.stored.unsharded_accumulated_grad = gradient.to(self.stored.reduce_dtype)
         else:

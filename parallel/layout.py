@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from core.errors import ConfigError, check_numbers, divisors
 from model.config import FeedForward, ModelConfig
 from parallel.stages import V_SCHEDULES_SINCE, Schedule, Stages, stages
+from parallel.zero_config import ZeroConfig
 
 AUTO = "auto"
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
@@ -52,6 +53,15 @@ class ContextMethod(Enum):
     ring = "ring"
 
 
+class EngineKind(Enum):
+    """What shards the state of training over the data-parallel ranks. Everything else is the same under both."""
+
+    fsdp2 = "fsdp2"
+    """PyTorch's fully sharded data parallelism: parameters, gradients and optimizer state."""
+    deepspeed = "deepspeed"
+    """DeepSpeed's ZeRO: see `parallel.zero`; the extra `deepspeed`."""
+
+
 class Reduce(Enum):
     """The number format in which gradients are summed over ranks."""
 
@@ -79,6 +89,9 @@ class ParallelConfig:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    engine: EngineKind = EngineKind.fsdp2
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """Read by engine=deepspeed only."""
     dispatch: Dispatch = Dispatch.all_to_all
     context: ContextMethod = ContextMethod.gather
     """How whole-row attention works under cp."""

@@ -57,8 +57,12 @@ class Axis:
 
     def count(self, purpose: str, tensor: Tensor) -> None:
         """Note that a collective begins here, and the bytes that it is handed."""
+        self.note(purpose, tensor.numel() * tensor.element_size())
+
+    def note(self, purpose: str, size: int) -> None:
+        """The same for one that others make, which is handed so many bytes."""
         self.traffic.pulse.begin(self.name, purpose, self.group)
-        self.traffic.bytes[self.name, purpose] += tensor.numel() * tensor.element_size()
+        self.traffic.bytes[self.name, purpose] += size
 
     def send(self, purpose: str, tensor: Tensor) -> None:
         """Note that this rank sends a tensor to one other; ranks need not do so equally often."""

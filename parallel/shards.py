@@ -10,7 +10,7 @@ mesh; `sum_copies` sums over the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig
-from model.init import initial_slice, reset_buffers
+from model.init import initial_slice
 from model.roles import ParameterInfo, Role
 from model.source import TensorSource
+from parallel.layout import EngineKind
 from parallel.mesh import Axis, Meshes
 
 _TENSOR_DIM = {
@@ -103,9 +104,22 @@ class ShardSpec:
         return self.is_owner and not any(self.stored.offset)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A block of a parameter, or of its gradient, that this rank keeps, and its values."""
+
+    spec: ShardSpec
+    block: Block
+    values: Tensor
+
+
 def shard_specs(infos: Mapping[str, ParameterInfo], model: ModelConfig, meshes: Meshes) -> dict[str, ShardSpec]:
     """The place of every parameter of the whole model, by name."""
-    return {name: _spec(info, model, meshes) for name, info in infos.items()}
+    specs = {name: _spec(info, model, meshes) for name, info in infos.items()}
+    if meshes.layout.engine is EngineKind.deepspeed:  # whole on every data-parallel rank
+        whole = Split(Axis("whole"), 0)
+        return {name: replace(spec, storage=whole) for name, spec in specs.items()}
+    return specs
 
 
 def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
@@ -147,27 +161,27 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, specs: Mapping[str, ShardSpec], config: ModelConfig, seed: int) -> None:
-    """Fill this rank's part of every parameter and reset the buffers; the same model under every layout."""
-    for spec, part in _parts(model, specs):
-        block = spec.stored
-        part.copy_(initial_slice(spec.info, config, seed, block.offset, block.shape, part.device))
-    reset_buffers(model)
+def initialise(weights: Iterable[Stored], config: ModelConfig, seed: int) -> None:
+    """Fill this rank's blocks of every parameter; the same model under every layout."""
+    for one in weights:
+        offset, shape = one.block.offset, one.block.shape
+        one.values.copy_(initial_slice(one.spec.info, config, seed, offset, shape, one.values.device))
 
 
 @torch.no_grad()
-def fill(model: nn.Module, specs: Mapping[str, ShardSpec], source: TensorSource) -> None:
-    """Overwrite this rank's part of every parameter by what `source` has there; nothing else is read."""
-    for spec, part in _parts(model, specs):
-        part.copy_(source.read(spec.info.name, spec.stored.offset, spec.stored.shape))
+def fill(weights: Iterable[Stored], source: TensorSource) -> None:
+    """Overwrite this rank's blocks of every parameter by what `source` has there; nothing else is read."""
+    for one in weights:
+        one.values.copy_(source.read(one.spec.info.name, one.block.offset, one.block.shape))
 
 
-def _parts(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[tuple[ShardSpec, Tensor]]:
+def stored(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[Stored]:
+    """What this rank keeps of a model's parameters, sharing storage with them."""
     for name, parameter in model.named_parameters():
         part = local(parameter)
         assert part.shape == specs[name].stored.shape, f"{name}: {tuple(part.shape)} is not {specs[name].stored.shape}"
         if part.numel():
-            yield specs[name], part
+            yield Stored(specs[name], specs[name].stored, part)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Rows are made up: random tokens in packed documents, a pure function of the step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,15 +21,15 @@ from model.config import ModelConfig
 from parallel.apply import build
 from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import Meshes, make_meshes
-from parallel.shards import Block, local
+from parallel.shards import Block, Stored
 from parallel.world import World, connect
 from precision.config import PrecisionConfig
 from train.checkpoint import Checkpointer
-from train.engine import TorchEngine
+from train.engine import Engine
 from train.evaluate import held_out_loss
 from train.optimizer import OptimizerConfig
-from train.parts import run_state
 from train.step import optimizer_step
+from train.zero_engine import make_engine
 
 CONTEXT, ROWS, SEED = 64, 8, 11
 _SOURCE, _HELD_OUT = "made up", 5
@@ -67,7 +67,8 @@ def micro_batch(layout: Layout) -> int:
     return 1 if layout.pp > 1 else 2
 
 
-Blocks = dict[str, tuple[Block, Tensor]]
+Blocks = dict[str, list[tuple[Block, Tensor]]]
+"""A rank's blocks of tensors, by parameter."""
 
 
 @dataclass
@@ -114,44 +115,48 @@ class MadeUpRows:
         return unordered.batch(1 << 20, start, stop)
 
 
-class Watched(TorchEngine):
-    """Keeps the gradients of its first step as they are before clipping."""
+class Watched:
+    """An engine of which the gradients of its first step are kept as they are before clipping."""
 
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.placed = engine, engine.placed
         self.first: Blocks = {}
+        self.forward_backward, self.step = engine.forward_backward, engine.step
 
     def clip(self, limit: float | None) -> Tensor:
-        norm = super().clip(None)
+        norm = self.engine.clip(None)
         if not self.first:
-            parameters = dict(self.placed.model.named_parameters())
-            gradients = {n: torch.full_like(p, torch.nan) if p.grad is None else p.grad for n, p in parameters.items()}
-            self.first = self.blocks(gradients)
-        return super().clip(limit) if limit is not None else norm
+            self.first = kept(self.engine.gradients())
+        return self.engine.clip(limit) if limit is not None else norm
 
-    def blocks(self, tensors: Mapping[str, Tensor]) -> Blocks:
-        specs = self.placed.specs
-        return {name: (specs[name].stored, local(tensor).detach().clone()) for name, tensor in tensors.items()}
+
+def kept(blocks: Iterable[Stored]) -> Blocks:
+    """Copies of a rank's blocks, by parameter."""
+    found: Blocks = {}
+    for one in blocks:
+        if one.values.numel():
+            found.setdefault(one.spec.info.name, []).append((one.block, one.values.detach().clone()))
+    return found
 
 
 def measure(case: Case, world: World, meshes: Meshes) -> Figures:
     """Run `case` on this rank."""
     placed = build(case.model, case.precision, meshes, world.device, SEED)
-    model, specs = placed.model, placed.specs
-    engine, found = Watched(placed, case.optimizer), Figures()
+    model, inner = placed.model, make_engine(placed, case.optimizer, SEED)
+    engine, found = Watched(inner), Figures()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
     rows, begin, share = _rows(case, meshes), 0, case.rows // meshes.rows.size
     size = case.imitates // meshes.rows.size if case.imitates else micro_batch(meshes.layout)
     if case.starve:
         _starve(model)
     if case.resume is not None:
-        progress = Checkpointer(case.resume, world, 1, False, _refuse).restore(model, engine.optimizer, specs)
+        progress = Checkpointer(case.resume, world, 1, False, _refuse).restore(inner.state())
         assert progress is not None, f"no checkpoint in {case.resume}"
+        inner.written()
         begin = progress["step"]
     for step in range(begin, case.steps):
         if case.save is not None and step == case.steps - 1:
-            state = run_state(model, engine.optimizer, specs, meshes.is_first_of_stage)
-            Checkpointer(case.save, world, 1, False, _refuse).save(step, state, {})
+            Checkpointer(case.save, world, 1, False, _refuse).save(step, inner.state(), {})
         batch = rows.batch(step, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)
@@ -161,7 +166,7 @@ def measure(case: Case, world: World, meshes: Meshes) -> Figures:
         for key, value in result.balance.items():
             getattr(found, key).append(value.cpu())
     found.gradients = engine.first
-    found.weights = engine.blocks(dict(model.named_parameters()))
+    found.weights = kept(inner.weights())
     found.routers = {name: buffer.clone().cpu() for name, buffer in model.named_buffers() if "balance" in name}
     bytes_V = torch.ones(case.model.vocab_size, dtype=torch.int64)
     found.held_out = held_out_loss(placed, rows, bytes_V, rows.held_out_rows(_SOURCE), 2, {_SOURCE: 1.0}).loss

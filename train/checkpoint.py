@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
-from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from core.errors import CheckpointError
 from core.files import read_json, remove_tree, write_json
-from parallel.shards import ShardSpec
 from parallel.world import World
-from train.optimizer import prime
-from train.parts import Part, PartsLoadPlanner, PartsSavePlanner, run_state, written
+from train.parts import Part, PartsLoadPlanner, PartsSavePlanner, written
 from train.run_directory import MARKER, Found, committed
 from train.storage import METADATA, Damaged, PlainReader, PlainWriter
 
@@ -68,7 +64,7 @@ class Checkpointer:
         # saving in the background must not share a communicator with the step
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
-    def save(self, step: int, state: Mapping[str, Part], progress: dict[str, Any]) -> None:
+    def save(self, step: int, state: Sequence[Part], progress: dict[str, Any]) -> None:
         """Write `state` after `step` steps; returns as soon as it has been copied where saving is asynchronous.
 
         A failure to write (a full disk) is reported and the run goes on with its older checkpoints.
@@ -111,20 +107,15 @@ class Checkpointer:
             return True
         return self.world.from_main((path / MARKER).exists) and path not in self._damaged
 
-    def restore(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        specs: Mapping[str, ShardSpec] | None = None,
-    ) -> dict[str, Any] | None:
-        """Read the newest whole checkpoint into the model and the optimizer, in place; returns its progress.
+    def restore(self, state: Sequence[Part]) -> dict[str, Any] | None:
+        """Read the newest whole checkpoint into `state`, in place; returns its progress.
 
         One that is damaged is reported and the next older one is tried. None where there is no committed one; raises
         `CheckpointError` where there are some but none is whole.
         """
         present = self.world.from_main(lambda: committed(self.directory))
         for found in reversed(present):
-            wrong = self.world.from_main(partial(problems, found.path)) or load(found, model, optimizer, specs)
+            wrong = self.world.from_main(partial(problems, found.path)) or load(found, state)
             if not wrong:
                 return progress_of(found.path)
             self.report(f"checkpoint {found.path.name} is damaged: {wrong[0]}; trying the one before")
@@ -182,24 +173,16 @@ def progress_of(checkpoint: Path) -> dict[str, Any]:
     return read_json(checkpoint / PROGRESS)
 
 
-def load(
-    found: Found,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    specs: Mapping[str, ShardSpec] | None = None,
-) -> list[str]:
-    """Read a checkpoint into the model and the optimizer, in place, verifying every byte read.
+def load(found: Found, state: Sequence[Part]) -> list[str]:
+    """Read a checkpoint into `state`, in place, verifying every byte read.
 
     Returns what was found damaged on any rank, the same on every rank; tensors are undefined unless it is empty.
     """
-    if optimizer is not None:
-        prime(optimizer)
-    parts = run_state(model, optimizer, specs)
     try:
         dcp.load(
-            {name: part.tensor for name, part in parts.items()},
+            {part.key: part.tensor for part in state},
             storage_reader=PlainReader(found.path),
-            planner=PartsLoadPlanner(parts),
+            planner=PartsLoadPlanner(state),
         )
     except dcp.CheckpointException as error:
         for inner, _ in error.failures.values():

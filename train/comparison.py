@@ -36,15 +36,15 @@ class Comparison:
 
 def compare(name: str, wanted: Figures, found: Sequence[Figures], case: Case) -> Iterator[Comparison]:
     """Every figure of a run against one process's; each rank's is compared, the largest difference counts."""
-    narrow = case.precision.compute is Compute.float32
-    loss, gradient = (LOSS_FP32, GRADIENT_FP32) if narrow else (EXACT, EXACT)
+    narrow = case.precision.compute is not Compute.float64
+    loss, gate = gates(case)
     yield Comparison(f"{name}: loss", series("loss", wanted, found, relative=not narrow), loss)
-    yield Comparison(f"{name}: gradient norm", series("norm", wanted, found), gradient)
-    yield blocks(f"{name}: gradients", wanted.gradients, [f.gradients for f in found], gradient)
-    if narrow:
+    yield Comparison(f"{name}: gradient norm", series("norm", wanted, found), gate)
+    yield blocks(f"{name}: gradients", wanted.gradients, [f.gradients for f in found], gate)
+    yield blocks(f"{name}: updated weights", wanted.weights, [f.weights for f in found], gate)
+    yield Comparison(f"{name}: held-out loss", max(_relative(f.held_out, wanted.held_out) for f in found), loss)
+    if narrow:  # a tie between two experts may fall the other way
         return
-    yield blocks(f"{name}: updated weights", wanted.weights, [f.weights for f in found], EXACT)
-    yield Comparison(f"{name}: held-out loss", max(_relative(f.held_out, wanted.held_out) for f in found), EXACT)
     for key in _BALANCE:
         pairs = [zip(getattr(f, key), getattr(wanted, key), strict=True) for f in found]
         largest = max((_relative(a, b) for pair in pairs for a, b in pair), default=0.0)
@@ -55,10 +55,16 @@ def compare(name: str, wanted: Figures, found: Sequence[Figures], case: Case) ->
     yield Comparison(f"{name}: routers' state", largest, EXACT)
 
 
-def tail(name: str, wanted: Figures, found: Sequence[Figures]) -> Iterator[Comparison]:
+def gates(case: Case) -> tuple[float, float]:
+    """For losses, and for all else."""
+    return (EXACT, EXACT) if case.precision.compute is Compute.float64 else (LOSS_FP32, GRADIENT_FP32)
+
+
+def tail(name: str, wanted: Figures, found: Sequence[Figures], case: Case) -> Iterator[Comparison]:
     """What a resumed run ends with against the run that was not interrupted."""
-    yield Comparison(f"{name}: loss", max(_relative(f.loss[-1], wanted.loss[-1]) for f in found), EXACT)
-    yield blocks(f"{name}: weights", wanted.weights, [f.weights for f in found], EXACT)
+    loss, gate = gates(case)
+    yield Comparison(f"{name}: loss", max(_relative(f.loss[-1], wanted.loss[-1]) for f in found), loss)
+    yield blocks(f"{name}: weights", wanted.weights, [f.weights for f in found], gate)
 
 
 def series(key: str, wanted: Figures, found: Sequence[Figures], relative: bool = True) -> float:
@@ -98,15 +104,13 @@ def worst(name: str, differences: Mapping[str, float], gate: float) -> Compariso
 def distances(wanted: Blocks, found: Sequence[Blocks]) -> dict[str, float]:
     """By parameter, how far the blocks of all ranks are from the whole one, relative; infinite where one is missing."""
     differences: dict[str, float] = {}
-    for parameter, (_, whole) in wanted.items():
+    for parameter, ((_, whole),) in wanted.items():
         squares, copies = torch.zeros(whole.shape, dtype=torch.float64), torch.zeros(whole.shape, dtype=torch.int64)
         for rank in found:
-            if parameter not in rank:
-                continue  # another stage of the pipeline has it
-            block, part = rank[parameter]
-            place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))
-            squares[place] += (part.double() - whole[place].double()).square()
-            copies[place] += 1
+            for block, part in rank.get(parameter, []):  # none: another stage of the pipeline has it
+                place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))
+                squares[place] += (part.double() - whole[place].double()).square()
+                copies[place] += 1
         distance = float((squares / copies).sum()) ** 0.5
         differences[parameter] = _ratio(distance, float(whole.double().norm())) if copies.all() else math.inf
     return differences

@@ -13,16 +13,16 @@ from model.context import SequenceContext
 from parallel.apply import Placed
 from parallel.norm import gradient_norm, scale_gradients
 from parallel.pipeline import Pipeline
-from parallel.shards import sum_copies
+from parallel.shards import Stored, local, stored, sum_copies
 from train.loss import label_count, summed_loss
-from train.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
+from train.optimizer import OptimizerConfig, make_optimizer, prime, set_learning_rate
+from train.parts import Part, run_state
 
 
 class Engine(Protocol):
     """One optimizer step is forward_backward, clip, step, in this order."""
 
     placed: Placed
-    optimizer: torch.optim.Optimizer
 
     def forward_backward(self, batch: Batch, micro_batch: int) -> Tensor:
         """Gradients of this rank's rows of a step, cut into micro-batches of rows. Returns the loss: the sum over the
@@ -38,13 +38,30 @@ class Engine(Protocol):
         """Update the parameters and drop the gradients."""
         ...
 
+    def gradients(self) -> Iterator[Stored]:
+        """This rank's blocks of the step's gradients; between `forward_backward` and `step`. All ranks' blocks
+        together are every parameter's gradient, some blocks several times.
+        """
+        ...
 
-class TorchEngine:
-    """Engine for a model on one device or laid out by FSDP2 and pipelines."""
+    def weights(self) -> Iterator[Stored]:
+        """This rank's blocks of the weights that are updated, to be read or written; call `written` after writing."""
+        ...
 
-    def __init__(self, placed: Placed, config: OptimizerConfig) -> None:
+    def state(self) -> list[Part]:
+        """Everything that a checkpoint must keep, sharing storage; call `written` after writing."""
+        ...
+
+    def written(self) -> None:
+        """Weights or state were written from outside."""
+        ...
+
+
+class Steps:
+    """What all engines do alike: the passes over a step's micro-batches, whatever keeps the gradients."""
+
+    def __init__(self, placed: Placed) -> None:
         self.placed, self.meshes, self.device = placed, placed.meshes, placed.device
-        self.optimizer = make_optimizer(placed.model, placed.specs, config, placed.meshes)
         self.pipeline = None
         if self.meshes.pp.size > 1:
             self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)
@@ -72,10 +89,29 @@ class TorchEngine:
                 one = loss(self.placed.model(part_BT, context), wanted_BT)
                 one.backward()
                 total += one.detach()
-        sum_copies(self.placed.model, self.placed.specs)
+                self.after_backward(context is contexts[-1])
+        self.complete_gradients()
         total = total * (meshes.tp.rank == 0)
         meshes.world.sum(total, "loss")
         return total
+
+    def after_backward(self, last: bool) -> None:
+        """After each micro-batch, where there is no pipeline."""
+
+    def complete_gradients(self) -> None:
+        """After the last micro-batch: what is still to be summed over ranks."""
+        raise NotImplementedError
+
+
+class TorchEngine(Steps):
+    """Engine for a model on one device or laid out by FSDP2 and pipelines."""
+
+    def __init__(self, placed: Placed, config: OptimizerConfig) -> None:
+        super().__init__(placed)
+        self.optimizer = make_optimizer(placed.model, placed.specs, config, placed.meshes)
+
+    def complete_gradients(self) -> None:
+        sum_copies(self.placed.model, self.placed.specs)
 
     def clip(self, limit: float | None) -> Tensor:
         norm = gradient_norm(self.placed.model, self.placed.specs, self.meshes)
@@ -87,6 +123,22 @@ class TorchEngine:
         set_learning_rate(self.optimizer, learning_rate_factor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self) -> Iterator[Stored]:
+        for name, parameter in self.placed.model.named_parameters():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            yield Stored(self.placed.specs[name], self.placed.specs[name].stored, local(parameter.grad))
+
+    def weights(self) -> Iterator[Stored]:
+        return stored(self.placed.model, self.placed.specs)
+
+    def state(self) -> list[Part]:
+        prime(self.optimizer)
+        placed = self.placed
+        return run_state(placed.model, self.optimizer, placed.specs, self.meshes.is_first_of_stage)
+
+    def written(self) -> None:
+        pass
 
 
 def _micro_batches(

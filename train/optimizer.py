@@ -133,28 +133,36 @@ def make_optimizer(
     model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig, meshes: Meshes
 ) -> torch.optim.Optimizer:
     """One group per role, with `name`, `peak_lr` and its parameters in the model's order."""
-    by_role: dict[Role, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        by_role.setdefault(specs[name].info.role, []).append(parameter)
-    groups: list[dict[str, Any]] = []
-    matrices: list[dict[str, Any]] = []
-    for role, parameters in by_role.items():
-        own = config.of(role)
-        group = {"params": parameters, "name": role.name, "lr": own.lr, "peak_lr": own.lr, "eps": own.eps}
-        group["weight_decay"] = own.weight_decay
-        (matrices if config.by_muon(role) else groups).append(group)
-    if config.kind is OptimizerKind.sgd:
-        return torch.optim.SGD(groups, lr=config.lr)
-    rest = _adamw(groups, config)
-    if config.kind is OptimizerKind.adamw:
-        return rest
+    everything = role_groups(model, specs, config)
+    if config.kind is not OptimizerKind.muon:
+        return elementwise(everything, config)
+    matrices = [group for group in everything if config.by_muon(Role[group["name"]])]
+    rest = elementwise([group for group in everything if not config.by_muon(Role[group["name"]])], config)
     hidden = {name: p for name, p in model.named_parameters() if config.by_muon(specs[name].info.role)}
     plan = rounds({name: specs[name] for name in hidden}, meshes)
     moments = torch.bfloat16 if config.moments is Moments.bfloat16 else None
     return Muon(matrices, rest, hidden, plan, config.muon, config.muon.format(model.compute_dtype), moments)
 
 
-def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def role_groups(
+    model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """One of torch's parameter groups per role: `name`, `peak_lr`, and its parameters in the model's order."""
+    by_role: dict[Role, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        by_role.setdefault(specs[name].info.role, []).append(parameter)
+    groups = []
+    for role, parameters in by_role.items():
+        own = config.of(role)
+        group = {"params": parameters, "name": role.name, "lr": own.lr, "peak_lr": own.lr, "eps": own.eps}
+        groups.append({**group, "weight_decay": own.weight_decay})
+    return groups
+
+
+def elementwise(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW or, where that is configured, plain SGD: what does not care how parameters are cut."""
+    if config.kind is OptimizerKind.sgd:
+        return torch.optim.SGD(groups, lr=config.lr)
     beta2 = config.beta2 if config.transferred is None else config.transferred.beta2
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, beta2), "eps": config.eps}
     if config.moments is Moments.bfloat16:

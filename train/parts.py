@@ -6,7 +6,7 @@ the ranks that keep the same block one writes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,9 @@ from parallel.shards import ShardSpec, local
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's block of a tensor of `shape`, beginning at `offset`; `writes`: whether this rank stores it."""
+    """This rank's block of the tensor `name` of `shape`, beginning at `offset`; `writes`: whether this rank stores it."""
 
+    name: str
     tensor: Tensor
     shape: tuple[int, ...]
     offset: tuple[int, ...]
@@ -39,57 +40,80 @@ class Part:
     def chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(torch.Size(self.offset), self.tensor.shape)
 
+    @property
+    def key(self) -> str:
+        return _key(self.name, self.offset)
+
+
+def _key(name: str, offset: Sequence[int]) -> str:
+    """Of a block among others of the same tensor."""
+    return f"{name}@{','.join(map(str, offset))}" if any(offset) else name
+
 
 def run_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     specs: Mapping[str, ShardSpec] | None = None,
     writes_buffers: bool = True,
-) -> dict[str, Part]:
-    """Everything a run must keep, by global name, sharing storage with the model and the optimizer.
+) -> list[Part]:
+    """Everything a run must keep, sharing storage with the model and the optimizer.
 
     Without `specs` the model is one process's own. `writes_buffers`: whether this rank stores what is no parameter.
-    Keys: `model.NAME` and `optimizer.NAME.MOMENT`.
+    Names: `model.NAME` and `optimizer.NAME.MOMENT`.
     """
-    found = {}
-    for name, tensor in model.state_dict().items():
-        found[f"model.{name}"] = _part(tensor, specs.get(name) if specs else None, writes_buffers)
+    found = buffers(model, writes_buffers)
+    for name, tensor in model.named_parameters():
+        found.append(_part(f"model.{name}", tensor, specs[name] if specs else None, writes_buffers))
     if optimizer is not None:
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         for parameter, state in optimizer.state.items():
             spec = specs[names[parameter]] if specs else None
             for key, value in state.items():
-                found[f"optimizer.{names[parameter]}.{key}"] = _part(value, spec, writes_buffers)
+                found.append(_part(f"optimizer.{names[parameter]}.{key}", value, spec, writes_buffers))
     return found
 
 
-def _part(tensor: Tensor, spec: ShardSpec | None, writes: bool) -> Part:
+def buffers(model: nn.Module, writes: bool) -> list[Part]:
+    """What a model keeps that is no parameter, the same on every rank that has it."""
+    trained = {name for name, _ in model.named_parameters()}
+    return [
+        Part(f"model.{name}", tensor, tuple(tensor.shape), (0,) * tensor.dim(), writes)
+        for name, tensor in model.state_dict().items()
+        if name not in trained
+    ]
+
+
+def _part(name: str, tensor: Tensor, spec: ShardSpec | None, writes: bool) -> Part:
     part = local(tensor)
     if spec is None:
-        return Part(part, tuple(part.shape), (0,) * part.dim(), writes)
+        return Part(name, part, tuple(part.shape), (0,) * part.dim(), writes)
     if part.dim() == 0:  # a step count: the same for the whole parameter
-        return Part(part, (), (), spec.is_first)
-    return Part(part, tuple(spec.info.shape), spec.stored.offset, spec.is_owner)
+        return Part(name, part, (), (), spec.is_first)
+    return Part(name, part, tuple(spec.info.shape), spec.stored.offset, spec.is_owner)
 
 
 class PartsSavePlanner(DefaultSavePlanner):
     """Plans the blocks that this rank writes. The state dict to save is `written(parts)`."""
 
-    def __init__(self, parts: Mapping[str, Part]) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__(flatten_state_dict=False)
-        self.parts = {name: part for name, part in parts.items() if name in written(parts)}
+        self.parts = [part for part in parts if _is_written(part)]
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([block_item(n, p.chunk, p.shape, p.tensor.dtype) for n, p in self.parts.items()])
+        self.plan = SavePlan([block_item(p.name, p.chunk, p.shape, p.tensor.dtype) for p in self.parts])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn]
+        return self.state_dict[_key(index.fqn, index.offset or ())]
 
 
-def written(parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """The tensors that this rank stores."""
-    return {name: part.tensor for name, part in parts.items() if part.writes and part.tensor.numel()}
+def written(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The tensors that this rank stores, by `Part.key`."""
+    return {part.key: part.tensor for part in parts if _is_written(part)}
+
+
+def _is_written(part: Part) -> bool:
+    return part.writes and part.tensor.numel() > 0
 
 
 def block_item(name: str, chunk: ChunkStorageMetadata, shape: tuple[int, ...], dtype: torch.dtype) -> WriteItem:
@@ -103,15 +127,15 @@ class PartsLoadPlanner(DefaultLoadPlanner):
     another shape.
     """
 
-    def __init__(self, parts: Mapping[str, Part]) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__(flatten_state_dict=False)
-        self.parts = parts
+        self.parts = {part.key: part for part in parts}
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         items: list[ReadItem] = []
-        for name, part in self.parts.items():
-            entry = self.metadata.state_dict_metadata.get(name)
+        for part in self.parts.values():
+            name, entry = part.name, self.metadata.state_dict_metadata.get(part.name)
             if not isinstance(entry, TensorStorageMetadata) or tuple(entry.size) != part.shape:
                 has = "is missing" if entry is None else f"has shape {list(getattr(entry, 'size', ()))}"
                 raise CheckpointError(f"{name} {has} in the checkpoint; this model's has {list(part.shape)}")
@@ -120,4 +144,4 @@ class PartsLoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.parts[index.fqn].tensor
+        return self.parts[_key(index.fqn, index.offset or ())].tensor

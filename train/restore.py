@@ -18,6 +18,7 @@ from precision.config import Backend
 from train.checkpoint import Checkpointer
 from train.config import Phase, TrainConfig, phase_of
 from train.corpora import check_same_data, get_corpus, source_weights
+from train.parts import run_state
 from train.run_directory import RunDirectory, committed, load_config
 
 
@@ -54,7 +55,7 @@ def restore(directory: Path, world: World, backend: Backend | None = None) -> Re
     corpus = get_corpus(config, world, lambda line: None)
     meshes = make_meshes(_layout(config, world), world)
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
-    progress = checkpointer.restore(placed.model, None, placed.specs) or {}
+    progress = checkpointer.restore(run_state(placed.model, None, placed.specs)) or {}
     check_same_data(progress, corpus)
     placed.model.see_positions(phase_of(config, progress["step"]).model)
     return Restored(config, placed, corpus, progress["step"])

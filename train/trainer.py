@@ -36,13 +36,13 @@ from train.checkpoint import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
 from train.consumption import Consumption
 from train.corpora import check_same_data, get_corpus, keep_audit, run_loaders, source_weights
-from train.engine import Engine, TorchEngine
+from train.engine import Engine
 from train.environment import environment
 from train.initial import compare_vocabularies, copy_selection_biases, initial_source
 from train.interrupt import Interruption
 from train.metrics import Log
 from train.online import Window
-from train.parts import run_state
+from train.zero_engine import make_engine
 from train.run_directory import DIVERGED, RunDirectory, committed
 from train.step import StepResult, optimizer_step
 from train.stragglers import Stragglers
@@ -87,13 +87,15 @@ class Trainer:
         self.engine = self._build_engine()
         placed = self.engine.placed
         self.balancer = Balancer(placed.model, partial(self.meshes.world.sum, purpose="balance"))
-        if progress := self.checkpointer.restore(placed.model, self.engine.optimizer, placed.specs):
+        if progress := self.checkpointer.restore(self.engine.state()):
+            self.engine.written()
             check_same_data(progress, corpus)
             self.step, self.tokens = progress["step"], progress["tokens"]
             self.window = Window(**progress.get("window", {}))
             log(f"going on from step-{self.step:08d}")
         elif source is not None:
-            fill(placed.model, placed.specs, source)
+            fill(self.engine.weights(), source)
+            self.engine.written()
             copy_selection_biases(placed.model, source, log)
             compare_vocabularies(source, self.vocabulary, log)
         if config.precision.uses_float8:
@@ -186,9 +188,7 @@ class Trainer:
         }
         if self.config.online.every:
             progress["window"] = self.window.plain()
-        placed = self.engine.placed
-        state = run_state(placed.model, self.engine.optimizer, placed.specs, self.meshes.is_first_of_stage)
-        self.checkpointer.save(self.step, state, progress)
+        self.checkpointer.save(self.step, self.engine.state(), progress)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -236,7 +236,7 @@ class Trainer:
     def _build_engine(self) -> Engine:
         config = self.config
         placed = build(config.model, config.precision, self.meshes, self.world.device, config.run.seed)
-        return TorchEngine(placed, config.optimizer)
+        return make_engine(placed, config.optimizer, config.run.seed)
 
 
 def run(config: TrainConfig) -> int:

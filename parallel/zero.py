@@ -1,0 +1,314 @@
+"""ZeRO by DeepSpeed: sharded optimizer state, and gradients, behind names and slices. The only file that imports it.
+
+DeepSpeed's engine is not used. Its optimizer wrapper is built once for every process group and number format (dense
+parameters, routers, which stay in fp32, and experts, which have ranks of their own), and told to do less than it would:
+gradients are summed, never averaged, in fp32; norm, clipping, learning rates and checkpoints are ours. So nothing of
+it is global, and a layout means the same under both engines.
+
+A wrapper strings the parameters of a group together and gives each rank one piece of the string: what a rank has of a
+parameter is a range of its flattened elements, which is at most 2 * dims - 1 blocks of the tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from core.errors import ConfigError
+from parallel.layout import EngineKind, Layout
+from parallel.mesh import Axis, Meshes
+from parallel.shards import Block, ShardSpec, Stored
+from parallel.zero_config import INSTALL, VERSION, ZeroConfig
+
+HANDED_ON = ("use_multi_rank_bucket_allreduce", "allgather_bucket_size", "overlap_comm", "round_robin_gradients")
+"""Keys of DeepSpeed's `zero_optimization` that `zero.extra` may set; the others are ours to decide, or of stage 3."""
+
+
+def installed() -> str | None:
+    try:
+        return metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check(layout: Layout, compute: torch.dtype, storage: torch.dtype) -> None:
+    """Refuse what is not right under DeepSpeed, with what is. `compute` and `storage`: of products, of parameters."""
+    if layout.engine is not EngineKind.deepspeed:
+        return
+    found = installed()
+    if found != VERSION:
+        has = "is not installed" if found is None else f"{found} is another version than was tested"
+        raise ConfigError("parallel.engine", layout.engine, f"deepspeed {has}: {INSTALL}", [EngineKind.fsdp2.value])
+    zero = layout.zero
+    if zero.stage == 2 and layout.pp > 1:
+        reason = "reduces gradients with every micro-batch, which a pipeline puts off to the end of its step"
+        raise ConfigError("parallel.zero.stage", 2, reason, [1])
+    if compute is torch.float64:
+        raise ConfigError("precision.compute", "float64", "DeepSpeed's master weights are fp32: parallel.engine=fsdp2")
+    if storage is not torch.float32:
+        reason = "DeepSpeed keeps fp32 master weights whatever this says"
+        raise ConfigError("precision.storage", str(storage).removeprefix("torch."), reason, ["float32"])
+    if layout.reduce.value != "master":
+        raise ConfigError("parallel.reduce", layout.reduce, "gradients are summed in fp32 here", ["master"])
+    zero_section(zero)
+
+
+def zero_section(config: ZeroConfig) -> dict[str, Any]:
+    """The section `zero_optimization` of a DeepSpeed configuration, made from ours and checked by DeepSpeed."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for key in config.extra:
+        if key not in HANDED_ON:
+            why = "is set by ours" if key in DeepSpeedZeroConfig.model_fields else "no such key"
+            raise ConfigError(f"parallel.zero.extra.{key}", config.extra[key], why, list(HANDED_ON))
+    section: dict[str, Any] = {
+        "stage": config.stage,
+        "reduce_bucket_size": config.bucket,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        **config.extra,
+    }
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValueError as error:
+        raise ConfigError("parallel.zero.extra", None, " ".join(str(error).split())) from None
+    return section
+
+
+@dataclass(frozen=True)
+class Slice:
+    """This rank's range [start, stop) of a parameter's flattened elements, at `at` in its group's string."""
+
+    spec: ShardSpec
+    start: int
+    stop: int
+    at: int
+    wrapper: Any
+    group: int
+
+    def of(self, string: Tensor) -> Iterator[tuple[Block, Tensor]]:
+        """The range as blocks of the whole tensor, sharing the string's storage."""
+        at = self.at
+        for block in blocks(self.spec.computed, self.start, self.stop):
+            yield block, string.narrow(0, at, block.numel).view(block.shape)
+            at += block.numel
+
+    @property
+    def masters(self) -> Tensor:
+        """The string of fp32 weights."""
+        return self.wrapper.single_partition_of_fp32_groups[self.group].data
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's: strings, and scalars of the whole group."""
+        return self.wrapper.optimizer.state[self.wrapper.single_partition_of_fp32_groups[self.group]]
+
+    @property
+    def gradient(self) -> Tensor:
+        """This range of the summed gradients, fp32, flat; between a reduction and a step."""
+        string = self.wrapper.averaged_gradients[self.group].flat_partition
+        return string.narrow(0, self.at, self.stop - self.start)
+
+
+Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class Zero:
+    """DeepSpeed's wrappers around one optimizer's groups, as one. To be used like an optimizer whose `step` updates
+    what `reduce` has summed.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        make: Make,
+        prime: Callable[[torch.optim.Optimizer], None],
+        names: Mapping[nn.Parameter, str],
+        specs: Mapping[str, ShardSpec],
+        meshes: Meshes,
+    ) -> None:
+        """`groups`: torch's, one role each. `make`: an optimizer of some of them; `prime` puts its state in place."""
+        self.config, self.meshes, self.names, self.prime = meshes.layout.zero, meshes, names, prime
+        _join()
+        sets: dict[tuple[str, torch.dtype], list[dict[str, Any]]] = {}
+        for group in groups:
+            first = group["params"][0]
+            expert = specs[names[first]].info.role.is_expert
+            sets.setdefault(("efsdp" if expert else "fsdp", first.dtype), []).append(group)
+        self.wrappers = [(getattr(meshes, axis), self._wrap(some, make, axis)) for (axis, _), some in sets.items()]
+        self.slices = [one for _, wrapper in self.wrappers for one in self._slices(wrapper, specs)]
+
+    def _wrap(self, groups: list[dict[str, Any]], make: Make, axis: str) -> Any:
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+        from deepspeed.utils.timer import NoopTimer
+
+        section = {key: value for key, value in zero_section(self.config).items() if key != "stage"}
+        wrapper = DeepSpeedZeroOptimizer(
+            make(groups),
+            param_names=self.names,
+            timers=NoopTimer(),
+            optimizer_params={},
+            verbose=False,
+            dp_process_group=getattr(self.meshes, axis).group or dist.group.WORLD,
+            partition_grads=self.config.stage == 2,
+            gradient_average=False,
+            gradient_accumulation_dtype=torch.float32,
+            communication_data_type=torch.float32,
+            clip_grad=0.0,
+            check_grad_overflow=False,
+            compute_grad_norm=False,
+            **section,
+        )
+        self.prime(wrapper.optimizer)  # DeepSpeed's first step leaves empty states behind otherwise
+        if self.config.stage == 1:  # the reduction is ours to start: nothing happens in the backward pass
+            for hook in wrapper._grad_acc_hooks:
+                hook.remove()
+            wrapper._grad_acc_hooks.clear()
+            for parameter in _parameters(wrapper):
+                parameter.grad_dtype = torch.float32  # autograd itself sums micro-batches in fp32
+        return wrapper
+
+    def _slices(self, wrapper: Any, specs: Mapping[str, ShardSpec]) -> Iterator[Slice]:
+        for index, group in enumerate(wrapper.bit16_groups):
+            for parameter in group:
+                if (mapping := parameter._hp_mapping) is not None:  # None: no element of it is here
+                    ours, theirs = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    spec, stop = specs[self.names[parameter]], ours.start + ours.numel
+                    yield Slice(spec, ours.start, stop, theirs.start, wrapper, index)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for _, wrapper in self.wrappers for group in wrapper.optimizer.param_groups]
+
+    def after_backward(self, last: bool) -> None:
+        """Stage 2, after every micro-batch: what it brought is summed over ranks and added to this rank's share."""
+        for axis, wrapper in self.wrappers:
+            _note(axis, "gradients", 4 * sum(parameter.numel() for parameter in _parameters(wrapper)))
+            wrapper.set_gradient_accumulation_boundary(last)
+            wrapper.independent_gradient_partition_epilogue()
+
+    def reduce(self) -> None:
+        """Complete the gradients of a step. Stage 1: `grad` holds fp32 sums over micro-batches.
+
+        Raises `ValueError` where a parameter has no gradient: it would be left out silently.
+        """
+        for axis, wrapper in self.wrappers:
+            if self.config.stage == 1:
+                for parameter in _parameters(wrapper):
+                    if parameter.grad is None:
+                        raise ValueError(f"{self.names[parameter]} has no gradient")
+                _note(axis, "gradients", 4 * sum(parameter.numel() for parameter in _parameters(wrapper)))
+                wrapper.backward_epilogue()  # fp32 `grad` of bf16 parameters becomes `grad_accum`, without a copy
+                wrapper.reduce_gradients(pipeline_parallel=True)
+            _flatten(wrapper)
+            for string in _gradients(wrapper):
+                self.meshes.replicate.sum(string, "gradients")
+        if self.config.stage == 2:  # ranks of these axes have the same ranges
+            for one in self.slices:
+                for axis in one.spec.partial:
+                    axis.sum(one.gradient, "gradients")
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply every gradient, without asking the device for the factor."""
+        for _, wrapper in self.wrappers:
+            for string in _gradients(wrapper):
+                string.mul_(factor)
+
+    def step(self) -> None:
+        """Update the masters and gather the copies that the model computes with; drop the gradients."""
+        for axis, wrapper in self.wrappers:
+            _note(axis, "parameters", _share_bytes(wrapper))
+            wrapper.step()
+
+    def spread(self) -> None:
+        """After masters were written: bring the model's copies up to date on all ranks."""
+        for axis, wrapper in self.wrappers:
+            _note(axis, "parameters", _share_bytes(wrapper))
+            wrapper.update_lp_params()
+
+    def weights(self) -> Iterator[Stored]:
+        """This rank's blocks of the fp32 weights."""
+        for one in self.slices:
+            yield from (Stored(one.spec, block, part) for block, part in one.of(one.masters))
+
+    def gradients(self) -> Iterator[Stored]:
+        """This rank's blocks of the summed gradients; between `reduce` and `step`."""
+        for one in self.slices:
+            string = one.wrapper.averaged_gradients[one.group].flat_partition
+            yield from (Stored(one.spec, block, part) for block, part in one.of(string))
+
+
+def blocks(whole: Block, start: int, stop: int) -> Iterator[Block]:
+    """Elements [start, stop) of a block, flattened, as blocks of the same tensor in their order."""
+    for offset, shape in _ranges(whole.shape, start, stop):
+        yield Block(tuple(a + b for a, b in zip(whole.offset, offset, strict=True)), shape)
+
+
+def _ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield (start,) * len(shape), (stop - start,) * len(shape)
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-start // inner), stop // inner  # whole rows
+    if first > last:  # all within one row
+        row = start // inner
+        yield from (((row, *o), (1, *s)) for o, s in _ranges(shape[1:], start - row * inner, stop - row * inner))
+        return
+    if start % inner:
+        yield from (((first - 1, *o), (1, *s)) for o, s in _ranges(shape[1:], start - (first - 1) * inner, inner))
+    if first < last:
+        yield (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
+    yield from (((last, *o), (1, *s)) for o, s in _ranges(shape[1:], 0, stop - last * inner))
+
+
+def _join() -> None:
+    """Let DeepSpeed use the process group that is there; one process makes one of its own."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if deepspeed.comm.comm.cdb is None:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles collectives of its own
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def _parameters(wrapper: Any) -> Iterator[nn.Parameter]:
+    for group in wrapper.bit16_groups:
+        yield from group
+
+
+def _share_bytes(wrapper: Any) -> int:
+    """What this rank gives to the gathering of parameters."""
+    return sum(p.numel() for p in wrapper.single_partition_of_fp32_groups) * next(_parameters(wrapper)).element_size()
+
+
+def _flatten(wrapper: Any) -> None:
+    """One string of gradients per group, whatever DeepSpeed has left."""
+    from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+    for index, held in wrapper.averaged_gradients.items():
+        if getattr(held, "flat_partition", None) is None:
+            string = wrapper.flatten(held)
+            wrapper.averaged_gradients[index] = GradPartitionBufferGroup([string], string)
+
+
+def _gradients(wrapper: Any) -> Iterator[Tensor]:
+    for held in wrapper.averaged_gradients.values():
+        yield held.flat_partition
+
+
+def _note(axis: Axis, purpose: str, size: int) -> None:
+    """DeepSpeed's collectives do not pass through ours."""
+    if axis.size > 1:
+        axis.note(purpose, size)

@@ -1,0 +1,50 @@
+"""How DeepSpeed's ZeRO is set: the `parallel.zero` section, which knows nothing of DeepSpeed itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from core.errors import ConfigError
+
+VERSION = "0.19.8"
+"""What `parallel.zero` was written for: it uses interfaces that are no promise."""
+INSTALL = f"pip install 'leviathan[deepspeed]' (deepspeed=={VERSION})"
+
+
+class Offload(Enum):
+    """Where the optimizer's state (fp32 weights and moments) is between steps."""
+
+    none = "none"
+    cpu = "cpu"
+    """In the host's memory; the update is computed there, by DeepSpeed's CPUAdam, compiled when first needed."""
+    nvme = "nvme"
+    """In files below `nvme`, read and written in pieces while the CPU updates them; needs libaio."""
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). Parameters are whole on every data-parallel rank; `stage` 1
+    spreads the optimizer's state over them, 2 the gradients as well, for a reduction with every micro-batch instead of
+    one a step.
+    """
+
+    stage: int = 1
+    bucket: int = 1 << 24
+    """Elements whose gradients are reduced together, in a buffer of fp32."""
+    offload: Offload = Offload.none
+    nvme: str | None = None
+    """A directory on a local disk, for offload=nvme."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further keys of the section `zero_optimization` of a DeepSpeed configuration."""
+
+    def __post_init__(self) -> None:
+        if self.stage not in (1, 2):
+            reason = "shards parameters, as parallel.engine=fsdp2 does, for mixtures of experts too" * (self.stage == 3)
+            raise ConfigError("stage", self.stage, reason or "there are stages 1 and 2", [1, 2])
+        if self.bucket < 1:
+            raise ConfigError("bucket", self.bucket, "must be positive", [1 << 24])
+        if (self.offload is Offload.nvme) != (self.nvme is not None):
+            reason = "goes with zero.offload=nvme" if self.nvme else "name a directory on a local disk"
+            raise ConfigError("nvme", self.nvme, reason)

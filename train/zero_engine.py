@@ -1,0 +1,88 @@
+"""The engine whose gradients and optimizer state DeepSpeed's ZeRO shards, and the choice between the two engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.apply import Placed
+from parallel.layout import EngineKind
+from parallel.shards import Stored, initialise, sum_copies
+from parallel.zero import Zero
+from train.engine import Engine, Steps, TorchEngine
+from train.optimizer import OptimizerConfig, elementwise, prime, role_groups, set_learning_rate
+from train.parts import Part, buffers
+
+
+def make_engine(placed: Placed, config: OptimizerConfig, seed: int) -> Engine:
+    """The engine that the layout asks for. `seed`: of the initial weights."""
+    if placed.meshes.layout.engine is EngineKind.deepspeed:
+        return ZeroEngine(placed, config, seed)
+    return TorchEngine(placed, config)
+
+
+class ZeroEngine(Steps):
+    """The model holds what it computes with, whole on every data-parallel rank; fp32 weights, moments and summed
+    gradients lie in ranges of each parameter's elements, this rank's share of them.
+    """
+
+    def __init__(self, placed: Placed, config: OptimizerConfig, seed: int) -> None:
+        super().__init__(placed)
+        names = {parameter: name for name, parameter in placed.model.named_parameters()}
+        groups = role_groups(placed.model, placed.specs, config)
+        self.zero = Zero(groups, lambda some: elementwise(some, config), prime, names, placed.specs, placed.meshes)
+        initialise(self.weights(), placed.model.config, seed)  # exactly: the model's own may be rounded
+        self.written()
+
+    def after_backward(self, last: bool) -> None:
+        if self.zero.config.stage == 2:
+            self.zero.after_backward(last)
+
+    def complete_gradients(self) -> None:
+        if self.zero.config.stage == 1:
+            sum_copies(self.placed.model, self.placed.specs)
+        self.zero.reduce()
+
+    @torch.no_grad()
+    def clip(self, limit: float | None) -> Tensor:
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for one in self.zero.slices:
+            if one.spec.is_owner:
+                squares += torch.linalg.vector_norm(one.gradient, dtype=torch.float64).square()
+        self.meshes.world.sum(squares, "norm")
+        norm = squares.sqrt()
+        if limit is not None:
+            self.zero.scale((limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def step(self, learning_rate_factor: float) -> None:
+        set_learning_rate(self.zero, learning_rate_factor)
+        self.zero.step()
+
+    def gradients(self) -> Iterator[Stored]:
+        return self.zero.gradients()
+
+    def weights(self) -> Iterator[Stored]:
+        return self.zero.weights()
+
+    def state(self) -> list[Part]:
+        found = buffers(self.placed.model, self.meshes.is_first_of_stage)
+        for one in self.zero.slices:
+            found += _parts(f"model.{one.spec.info.name}", one, one.masters)
+            for key, held in one.state.items():
+                found += _parts(f"optimizer.{one.spec.info.name}.{key}", one, held)
+        return found
+
+    def written(self) -> None:
+        self.zero.spread()
+
+
+def _parts(name: str, one: Any, held: Tensor) -> list[Part]:
+    spec = one.spec
+    if held.dim() == 0:  # a step count, of a whole group
+        return [Part(name, held, (), (), spec.is_owner and one.start == 0 and not any(spec.computed.offset))]
+    shape = tuple(spec.info.shape)
+    return [Part(name, values, shape, block.offset, spec.is_owner) for block, values in one.of(held)]
