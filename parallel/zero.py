@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from core.errors import ConfigError
 from parallel.layout import EngineKind, Layout
 from parallel.mesh import Axis, Meshes
 from parallel.shards import Block, ShardSpec, Stored
-from parallel.zero_config import INSTALL, VERSION, ZeroConfig
+from parallel.offload import PagedAdamW, on_host
+from parallel.zero_config import INSTALL, VERSION, Offload, ZeroConfig
 
 HANDED_ON = ("use_multi_rank_bucket_allreduce", "allgather_bucket_size", "overlap_comm", "round_robin_gradients")
 """Keys of DeepSpeed's `zero_optimization` that `zero.extra` may set; the others are ours to decide, or of stage 3."""
@@ -167,6 +169,7 @@ class Zero:
             compute_grad_norm=False,
             **section,
         )
+        self._move(wrapper)
         self.prime(wrapper.optimizer)  # DeepSpeed's first step leaves empty states behind otherwise
         if self.config.stage == 1:  # the reduction is ours to start: nothing happens in the backward pass
             for hook in wrapper._grad_acc_hooks:
@@ -175,6 +178,15 @@ class Zero:
             for parameter in _parameters(wrapper):
                 parameter.grad_dtype = torch.float32  # autograd itself sums micro-batches in fp32
         return wrapper
+
+    def _move(self, wrapper: Any) -> None:
+        """Bring masters, and with them all state that is made for them, to where they shall be."""
+        if self.config.offload is Offload.cpu:
+            for string in wrapper.single_partition_of_fp32_groups:
+                string.data = on_host(string.data)
+        elif self.config.offload is Offload.nvme:
+            assert self.config.nvme is not None
+            wrapper.optimizer.page(Path(self.config.nvme).expanduser())
 
     def _slices(self, wrapper: Any, specs: Mapping[str, ShardSpec]) -> Iterator[Slice]:
         for index, group in enumerate(wrapper.bit16_groups):
@@ -226,6 +238,9 @@ class Zero:
         """Update the masters and gather the copies that the model computes with; drop the gradients."""
         for axis, wrapper in self.wrappers:
             _note(axis, "parameters", _share_bytes(wrapper))
+            if self.config.offload is not Offload.none:
+                for index, held in wrapper.averaged_gradients.items():
+                    wrapper.averaged_gradients[index] = _group([held.flat_partition.to("cpu")])
             wrapper.step()
 
     def spread(self) -> None:
@@ -233,6 +248,8 @@ class Zero:
         for axis, wrapper in self.wrappers:
             _note(axis, "parameters", _share_bytes(wrapper))
             wrapper.update_lp_params()
+            if isinstance(wrapper.optimizer, PagedAdamW):
+                wrapper.optimizer.leave()
 
     def weights(self) -> Iterator[Stored]:
         """This rank's blocks of the fp32 weights."""
@@ -295,12 +312,16 @@ def _share_bytes(wrapper: Any) -> int:
 
 def _flatten(wrapper: Any) -> None:
     """One string of gradients per group, whatever DeepSpeed has left."""
-    from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
-
     for index, held in wrapper.averaged_gradients.items():
         if getattr(held, "flat_partition", None) is None:
-            string = wrapper.flatten(held)
-            wrapper.averaged_gradients[index] = GradPartitionBufferGroup([string], string)
+            wrapper.averaged_gradients[index] = _group([wrapper.flatten(held)])
+
+
+def _group(string: list[Tensor]) -> Any:
+    """How DeepSpeed holds a group's gradients."""
+    from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+    return GradPartitionBufferGroup(string, string[0])
 
 
 def _gradients(wrapper: Any) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from model.roles import Role
 from model.transformer import Transformer
 from parallel.matrices import rounds
 from parallel.mesh import Meshes
+from parallel.offload import PagedAdamW
 from parallel.shards import ShardSpec, local
 from precision.config import PrecisionConfig
 from train.muon import Muon, MuonConfig
@@ -111,6 +112,10 @@ class OptimizerConfig:
         """Whether parameters of this role are Muon's."""
         return self.kind is OptimizerKind.muon and role.is_matrix
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.beta1, self.beta2 if self.transferred is None else self.transferred.beta2
+
     def of(self, role: Role) -> RoleConfig:
         """What this run's parameters of this role use."""
         if self.transferred is not None:
@@ -163,8 +168,7 @@ def elementwise(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.
     """AdamW or, where that is configured, plain SGD: what does not care how parameters are cut."""
     if config.kind is OptimizerKind.sgd:
         return torch.optim.SGD(groups, lr=config.lr)
-    beta2 = config.beta2 if config.transferred is None else config.transferred.beta2
-    options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, beta2), "eps": config.eps}
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.moments is Moments.bfloat16:
         return AdamWLowMoments(groups, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
@@ -178,7 +182,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def prime(optimizer: torch.optim.Optimizer) -> None:
     """Make the state that a first step would make, so that a checkpoint can be loaded into it."""
-    if isinstance(optimizer, torch.optim.SGD):
+    if isinstance(optimizer, torch.optim.SGD | PagedAdamW):  # no state; its own already
         return
     if isinstance(optimizer, Muon):
         optimizer.prime()

@@ -1,0 +1,146 @@
+"""Optimizer state off the device: in the host's memory, or in files that are mapped, a piece at a time.
+
+Files are unlinked as soon as they are mapped: nothing is left behind, whatever ends the process. Space is reserved
+before: a full disk is an error at the start, not a signal in the middle of a step. What has been updated is written
+and leaves the process's memory and the page cache. (DeepSpeed's own file interface reports success on a full disk and
+writes nothing where a size is no multiple of its block; it was tried.)
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from core.errors import ConfigError
+
+PIECE = 1 << 22
+"""Elements that are updated at a time."""
+
+
+def on_host(string: Tensor) -> Tensor:
+    """A copy in the host's memory, page-locked where there is a GPU to copy to."""
+    return torch.empty(string.shape, dtype=string.dtype, pin_memory=torch.cuda.is_available()).copy_(string)
+
+
+class MappedFile:
+    """A flat fp32 tensor whose elements lie in a file below `folder`. Raises `ConfigError` where it has no room."""
+
+    def __init__(self, folder: Path, elements: int) -> None:
+        self.size = max(4 * elements, mmap.PAGESIZE)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=folder, prefix="leviathan-", suffix=".state")
+        except OSError as error:
+            raise ConfigError("parallel.zero.nvme", str(folder), f"cannot be written: {error.strerror}") from None
+        try:
+            os.posix_fallocate(handle, 0, self.size)
+            self._map = mmap.mmap(handle, self.size)
+        except OSError as error:
+            os.close(handle)
+            reason = f"has no room for {self.size:,} bytes of optimizer state: {error.strerror}"
+            raise ConfigError("parallel.zero.nvme", str(folder), reason) from None
+        finally:
+            os.unlink(name)
+        self._handle = handle
+        self.tensor = torch.frombuffer(self._map, dtype=torch.float32, count=elements)
+
+    def expect(self, start: int, stop: int) -> None:
+        """Begin to read elements [start, stop)."""
+        if start < stop:
+            begin, length = self._pages(start, stop)
+            self._map.madvise(mmap.MADV_WILLNEED, begin, length)
+
+    def leave(self, start: int, stop: int) -> None:
+        """Write elements [start, stop) and let go of their memory."""
+        if start < stop:
+            begin, length = self._pages(start, stop)
+            self._map.flush(begin, length)
+            self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+            os.posix_fadvise(self._handle, begin, length, os.POSIX_FADV_DONTNEED)
+
+    def _pages(self, start: int, stop: int) -> tuple[int, int]:
+        begin = 4 * start // mmap.PAGESIZE * mmap.PAGESIZE
+        return begin, min(-(-4 * stop // mmap.PAGESIZE) * mmap.PAGESIZE, self.size) - begin
+
+
+class PagedAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) whose parameters and moments are mapped files; gradients are in the
+    host's memory. Each parameter must be flat and its data a `MappedFile`'s tensor, made by `page`.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+        self.files: dict[Tensor, tuple[MappedFile, ...]] = {}
+
+    @torch.no_grad()
+    def page(self, folder: Path) -> None:
+        """Move parameters to files, and make their moments there."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                files = tuple(MappedFile(folder, parameter.numel()) for _ in range(3))
+                files[0].tensor.copy_(parameter)
+                parameter.data = files[0].tensor
+                self.files[parameter] = files
+                self.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": files[1].tensor,
+                    "exp_avg_sq": files[2].tensor,
+                }
+                self._leave(files, 0, parameter.numel())
+
+    def leave(self) -> None:
+        """Write everything and let go of its memory."""
+        for parameter, files in self.files.items():
+            self._leave(files, 0, parameter.numel())
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        files, state, size = self.files[parameter], self.state[parameter], parameter.numel()
+        self._expect(files, 0, min(PIECE, size))
+        for start in range(0, size, PIECE):
+            stop = min(start + PIECE, size)
+            self._expect(files, stop, min(stop + PIECE, size))
+            weight, first, second = (file.tensor[start:stop] for file in files)
+            beta1, beta2 = group["betas"]
+            adamw(
+                [weight],
+                [gradient[start:stop]],
+                [first],
+                [second],
+                [],
+                [state["step"].clone()],  # counts once a step, not once a piece
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            self._leave(files, start, stop)
+        state["step"] += 1
+
+    @staticmethod
+    def _expect(files: Sequence[MappedFile], start: int, stop: int) -> None:
+        for file in files:
+            file.expect(start, stop)
+
+    @staticmethod
+    def _leave(files: Sequence[MappedFile], start: int, stop: int) -> None:
+        for file in files:
+            file.leave(start, stop)
