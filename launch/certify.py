@@ -10,6 +10,7 @@ import torch
 from core.files import write_json
 from core.origin import sources_digest
 from launch.ranks import Pool
+from parallel.layout import EngineKind
 from train.certificates import keep
 from train.certify import CertifyConfig, Outcome, certificate, certify, trials
 from train.comparison import EXACT, GRADIENT_FP32
@@ -44,8 +45,10 @@ def run(config: CertifyConfig) -> int:
 
 
 def _say(outcome: Outcome) -> None:
-    trial, exact, narrow = outcome.trial, outcome.largest(EXACT), outcome.largest(GRADIENT_FP32)
-    verdict = "passed" if outcome.passed else "FAILED"
-    print(f"{verdict}  {trial.name:<32} {trial.ranks} ranks  float64 {exact:.1e}  float32 {narrow:.1e}", flush=True)
+    trial, verdict = outcome.trial, "passed" if outcome.passed else "FAILED"
+    figures = [f"{name} {outcome.largest(gate):.1e}" for name, gate in (("float64", EXACT), ("float32", GRADIENT_FP32))]
+    if trial.parallel.engine is EngineKind.deepspeed:
+        figures = [f"ZeRO-{trial.parallel.zero.stage}", figures[1]]
+    print(f"{verdict}  {trial.name:<32} {trial.ranks} ranks  {'  '.join(figures)}", flush=True)
     for line in outcome.failures()[:4]:
         print(f"        {line}", flush=True)

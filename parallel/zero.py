@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from parallel.layout import EngineKind, Layout
+from parallel.layout import EngineKind, Layout, Reduce
 from parallel.mesh import Axis, Meshes
 from parallel.shards import Block, ShardSpec, Stored
 from parallel.offload import PagedAdamW, on_host
@@ -41,11 +41,13 @@ def installed() -> str | None:
         return None
 
 
-def check(layout: Layout, compute: torch.dtype, storage: torch.dtype) -> None:
-    """Refuse what is not right under DeepSpeed, with what is. `compute` and `storage`: of products, of parameters."""
+def check(layout: Layout, master: torch.dtype, moments: torch.dtype | None, muon: bool) -> None:
+    """Refuse what is not right under DeepSpeed, and say what is. `master`: the format in which weights are updated;
+    `moments`: that of the optimizer's state, None where there is none.
+    """
     if layout.engine is not EngineKind.deepspeed:
         return
-    found = installed()
+    found, other = installed(), f"parallel.engine={EngineKind.fsdp2.value}"
     if found != VERSION:
         has = "is not installed" if found is None else f"{found} is another version than was tested"
         raise ConfigError("parallel.engine", layout.engine, f"deepspeed {has}: {INSTALL}", [EngineKind.fsdp2.value])
@@ -53,13 +55,17 @@ def check(layout: Layout, compute: torch.dtype, storage: torch.dtype) -> None:
     if zero.stage == 2 and layout.pp > 1:
         reason = "reduces gradients with every micro-batch, which a pipeline puts off to the end of its step"
         raise ConfigError("parallel.zero.stage", 2, reason, [1])
-    if compute is torch.float64:
-        raise ConfigError("precision.compute", "float64", "DeepSpeed's master weights are fp32: parallel.engine=fsdp2")
-    if storage is not torch.float32:
-        reason = "DeepSpeed keeps fp32 master weights whatever this says"
-        raise ConfigError("precision.storage", str(storage).removeprefix("torch."), reason, ["float32"])
-    if layout.reduce.value != "master":
-        raise ConfigError("parallel.reduce", layout.reduce, "gradients are summed in fp32 here", ["master"])
+    if master is not torch.float32:
+        reason = f"would keep master weights in {str(master).removeprefix('torch.')}, DeepSpeed's are fp32; or {other}"
+        raise ConfigError("precision", None, reason, ["fp32", "bf16"])
+    if layout.reduce is not Reduce.master:
+        raise ConfigError("parallel.reduce", layout.reduce, f"gradients are summed in fp32 here; or {other}", ["master"])
+    if muon:
+        reason = f"needs whole matrices, and ZeRO cuts them anywhere: optimizer=adamw, or {other}"
+        raise ConfigError("optimizer.kind", "muon", reason)
+    if zero.offload is Offload.nvme and moments is not torch.float32:
+        reason = "is for AdamW's fp32 state: optimizer.kind=adamw and moments=float32"
+        raise ConfigError("parallel.zero.offload", zero.offload, reason, [Offload.none.value, Offload.cpu.value])
     zero_section(zero)
 
 

@@ -4,6 +4,9 @@ A shrunk copy of the configured model is run by one process and under layouts in
 axis alone, each pair of them, all together, and the configured degrees themselves where they are few enough. Float64
 makes a difference of 1e-9 a bug and not rounding; plain SGD without clipping shows the scale of gradients, which AdamW
 hides. Beside it, AdamW (or Muon, where that is configured) with clipping.
+
+DeepSpeed has fp32 masters and nothing wider: under it the same is compared in float32. Whether gradients of bf16 models
+are summed in fp32 shows against FSDP2 under the same layout, which rounds at the same places.
 """
 
 from __future__ import annotations
@@ -16,17 +19,20 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.ranks import RankFailure
 from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
-from parallel import expert
-from parallel.layout import AUTO, DEGREES, ContextMethod, ParallelConfig, Reduce
+from parallel import expert, zero
+from parallel.layout import AUTO, DEGREES, ContextMethod, EngineKind, ParallelConfig, Reduce
 from parallel.stages import Schedule, stages
+from parallel.zero_config import Offload
 from precision.config import Compute, PrecisionConfig
 from train import certify_float8
 from train.certify_rank import CONTEXT, ROWS, Case, Figures, Ranks, measure_all, micro_batch
-from train.comparison import Comparison, compare, tail
+from train.comparison import Comparison, compare, joined, tail
 from train.optimizer import OptimizerConfig, OptimizerKind
 
 MOST_RANKS, MOST_STEPS = 8, 20
@@ -110,6 +116,12 @@ def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
     """
     chosen, _ = trials(config)
     model, optimizer = shrink(config.model, config.parallel), config.optimizer
+    if config.parallel.engine is EngineKind.deepspeed and config.precision.uses_float8:
+        reason = "recipes are certified in float64, which DeepSpeed has not; certify them with parallel.engine=fsdp2"
+        raise ConfigError("precision.backend", config.precision.backend, reason)
+    for trial in chosen:
+        muon = optimizer.kind is OptimizerKind.muon
+        zero.check(trial.parallel.resolve(trial.ranks), torch.float32, torch.float32, muon)
     outcomes = compare_layouts(model, chosen, config.steps, ranks, optimizer)
     if not config.precision.uses_float8:
         return outcomes
@@ -122,15 +134,17 @@ def compare_layouts(
 ) -> Iterator[Outcome]:
     """Each layout against one process; `optimizer`: None for AdamW."""
     learning = _learning(optimizer or OptimizerConfig())
+    narrow = any(trial.parallel.engine is EngineKind.deepspeed for trial in layouts)
+    compute = Compute.float32 if narrow else Compute.float64
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         try:
-            (wanted,) = ranks(1, measure_all, ParallelConfig(), _cases(model, learning, steps, root / "one", None))
+            (wanted,) = ranks(1, measure_all, ParallelConfig(), _cases(model, learning, steps, root / "one", None, compute))
         except RankFailure as error:
             raise LeviathanError(f"one process fails, there is nothing to compare with:\n{error}") from None
         for trial in layouts:
             own = Path(tempfile.mkdtemp(dir=root))  # two trials may differ in a technique only
-            yield _try(trial, _cases(model, learning, steps, own, root / "one"), own, wanted, ranks)
+            yield _try(trial, _cases(model, learning, steps, own, root / "one", compute), own, wanted, ranks)
 
 
 def _with_float8(outcome: Outcome, model: ModelConfig, precision: PrecisionConfig, ranks: Ranks) -> Outcome:
@@ -159,9 +173,20 @@ def _try(trial: Trial, cases: dict[str, Case], own: Path, wanted: dict[str, Figu
         comparisons += compare(name, reference, [rank[name] for rank in found], cases[name])
     final = wanted[cases["resumed"].optimizer.kind.name]
     resumed = [rank["resumed"] for rank in found]
-    comparisons += tail("one process's checkpoint under the layout", final, resumed)
-    comparisons += tail("the layout's checkpoint in one process", final, [resharded["resharded"]])
+    comparisons += tail("one process's checkpoint under the layout", final, resumed, alone)
+    comparisons += tail("the layout's checkpoint in one process", final, [resharded["resharded"]], alone)
+    if trial.parallel.engine is EngineKind.deepspeed:
+        comparisons += _in_bfloat16(trial, cases["sgd"], ranks)
     return Outcome(trial, comparisons)
+
+
+def _in_bfloat16(trial: Trial, case: Case, ranks: Ranks) -> Iterator[Comparison]:
+    """One step of a bf16 model, its gradients summed over many micro-batches, under either engine."""
+    cases = {"bfloat16": replace(case, precision=PrecisionConfig(Compute.bfloat16), steps=1)}
+    engines = [replace(trial.parallel, engine=engine) for engine in (EngineKind.fsdp2, EngineKind.deepspeed)]
+    wanted, found = ([one["bfloat16"] for one in ranks(trial.ranks, measure_all, own, cases)] for own in engines)
+    reference = replace(wanted[0], gradients=joined(f.gradients for f in wanted), weights=joined(f.weights for f in wanted))
+    return compare("bfloat16", reference, found, cases["bfloat16"])
 
 
 def _learning(optimizer: OptimizerConfig) -> OptimizerConfig:
@@ -173,18 +198,24 @@ def _learning(optimizer: OptimizerConfig) -> OptimizerConfig:
 
 
 def _cases(
-    model: ModelConfig, optimizer: OptimizerConfig, steps: int, save: Path, resume: Path | None
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    steps: int,
+    save: Path,
+    resume: Path | None,
+    compute: Compute = Compute.float64,
 ) -> dict[str, Case]:
     """The runs that are compared, by name; `resumed` only where there is a checkpoint to resume."""
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
-    base = Case(replace(model, balance=_TERMS), PrecisionConfig(Compute.float64), sgd)
+    base = Case(replace(model, balance=_TERMS), PrecisionConfig(compute), sgd)
     learning = replace(base, model=whole, optimizer=optimizer, clip_norm=0.05, steps=steps)
     cases = {
         "sgd": replace(base, steps=steps),
         optimizer.kind.name: replace(learning, save=save),
-        "float32": replace(base, precision=PrecisionConfig(Compute.float32)),
     }
+    if compute is Compute.float64:
+        cases["float32"] = replace(base, precision=PrecisionConfig(Compute.float32))
     if any(layer.feed_forward is FeedForward.moe for layer in model.blocks):
         for term, balance in (("aux", BalanceConfig(aux=1.0)), ("z", BalanceConfig(z=1.0))):
             cases[f"{term} loss alone"] = replace(base, model=replace(model, balance=balance), labels=False)
@@ -199,6 +230,7 @@ def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
     are left out, with the reason. Raises `ConfigError` where an axis or a pair cannot be tried.
     """
     parallel = replace(config.parallel, reduce=Reduce.master)  # rounding to bfloat16 would hide everything else
+    parallel = replace(parallel, zero=replace(parallel.zero, offload=Offload.none, nvme=None))  # of AdamW's state only
     expert.check(parallel.dispatch)
     used = axes_in_use(parallel)
     sets = [axes for count in (1, 2) for axes in combinations(used, count)]
@@ -308,9 +340,11 @@ def techniques(
     parallel: ParallelConfig, kind: OptimizerKind = OptimizerKind.adamw, precision: PrecisionConfig | None = None
 ) -> dict[str, Any]:
     """What a certificate is about beside the axes and the model."""
-    keys = ("dispatch", "context", "recompute", "compile", "schedule", "stages_per_rank")
+    keys = ("dispatch", "context", "recompute", "compile", "schedule", "stages_per_rank", "engine")
     float8 = certify_float8.about(precision) if precision and precision.uses_float8 else None
     found = {key: plain(getattr(parallel, key)) for key in keys}
+    if parallel.engine is EngineKind.deepspeed:
+        found["zero"] = plain(replace(parallel.zero, nvme=None, offload=Offload.none))  # where state lies is tested apart
     return {**found, "muon": kind is OptimizerKind.muon, "float8": float8}
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from parallel.shards import Block
 from precision.config import Compute
 from train.certify_rank import Blocks, Case, Figures
 
@@ -92,6 +93,24 @@ def _number(value: float) -> float:
 def blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: float) -> Comparison:
     """All ranks' blocks of each parameter against the whole one."""
     return worst(name, distances(wanted, found), gate)
+
+
+def joined(ranks: Iterable[Blocks]) -> Blocks:
+    """Whole tensors out of the blocks of all ranks; what is missing is no number."""
+    found: dict[str, list[tuple[Block, Tensor]]] = {}
+    for rank in ranks:
+        for parameter, some in rank.items():
+            found.setdefault(parameter, []).extend(some)
+    return {parameter: [_whole(some)] for parameter, some in found.items()}
+
+
+def _whole(some: Sequence[tuple[Block, Tensor]]) -> tuple[Block, Tensor]:
+    ends = zip(*([o + s for o, s in zip(b.offset, b.shape, strict=True)] for b, _ in some), strict=True)
+    shape = tuple(max(sizes) for sizes in ends)
+    tensor = torch.full(shape, torch.nan, dtype=torch.float64)
+    for block, part in some:
+        tensor[tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))] = part.double()
+    return Block((0,) * len(shape), shape), tensor
 
 
 def worst(name: str, differences: Mapping[str, float], gate: float) -> Comparison:

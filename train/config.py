@@ -14,13 +14,13 @@ from data.config import DataConfig, Packing
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from model.roles import Role
-from parallel import expert
+from parallel import expert, zero
 from parallel.apply import check_float8
 from parallel.layout import ParallelConfig, row_unit
 from precision.config import PrecisionConfig
 from train.learning_rate import ScheduleConfig
 from train.online import OnlineConfig
-from train.optimizer import OptimizerConfig
+from train.optimizer import OptimizerConfig, OptimizerKind
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,9 @@ def check(config: TrainConfig, world_size: int) -> None:
     layout = config.parallel.resolve(world_size)
     layout.check_model(config.model)
     expert.check(layout.dispatch, config.precision.compute_dtype)
+    optimizer, precision = config.optimizer, config.precision
+    moments, muon = optimizer.moments_dtype(precision), optimizer.kind is OptimizerKind.muon
+    zero.check(layout, precision.master_dtype, moments, muon)
     check_float8(config.model, config.precision, layout)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):

@@ -11,7 +11,7 @@ from core.errors import CheckpointError, ConfigError
 from data.corpus import Corpus
 from data.loader import Loader
 from parallel.apply import Placed, build
-from parallel.layout import Layout, ParallelConfig
+from parallel.layout import EngineKind, Layout, ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.world import World
 from precision.config import Backend
@@ -53,7 +53,7 @@ def restore(directory: Path, world: World, backend: Backend | None = None) -> Re
     if not committed(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
     corpus = get_corpus(config, world, lambda line: None)
-    meshes = make_meshes(_layout(config, world), world)
+    meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2), world)  # nothing is trained
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
     progress = checkpointer.restore(run_state(placed.model, None, placed.specs)) or {}
     check_same_data(progress, corpus)

@@ -30,6 +30,7 @@ from parallel.apply import build
 from parallel.mesh import make_meshes
 from parallel.shards import fill
 from parallel.world import World, connect, wait_for
+from parallel.zero_config import Offload
 from precision.resolve import resolve
 from train import callbacks, certificates, hyperparameters
 from train.checkpoint import Checkpointer
@@ -74,7 +75,9 @@ class Trainer:
         self.batches = Prefetcher(self._batch, config.data.prefetch)
         self.consumption = Consumption(corpus.sources, corpus.tokenizer.eos_id)
         saving = config.checkpoint
-        self.checkpointer = Checkpointer(directory.checkpoints, world, saving.keep, saving.asynchronous, log)
+        at_once = config.parallel.zero.offload is Offload.nvme  # a copy of what is on disk would fill the memory
+        asynchronous = saving.asynchronous and not at_once
+        self.checkpointer = Checkpointer(directory.checkpoints, world, saving.keep, asynchronous, log)
         self.meshes = make_meshes(config.parallel.resolve(world.size), world)
         self.certificate = world.from_main(self._certificate)
         self.stragglers = Stragglers(world)
