@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from core.errors import ConfigError
 from model.config import ModelConfig
 from model.context import SequenceContext
-from model.moe import MixtureOfExperts
 from model.init import reset_buffers
+from model.moe import MixtureOfExperts
 from model.roles import Role, registry
 from model.transformer import Stack, Transformer
 from parallel import compile, context, expert, fsdp, pipeline, recompute, shards, tensor

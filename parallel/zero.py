@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,8 +28,8 @@ from torch import Tensor, nn
 from core.errors import ConfigError
 from parallel.layout import EngineKind, Layout, Reduce
 from parallel.mesh import Axis, Meshes
-from parallel.shards import Block, ShardSpec, Stored
 from parallel.offload import PagedAdamW, on_host
+from parallel.shards import Block, ShardSpec, Stored
 from parallel.zero_config import INSTALL, VERSION, Offload, ZeroConfig
 
 HANDED_ON = ("use_multi_rank_bucket_allreduce", "allgather_bucket_size", "overlap_comm", "round_robin_gradients")
@@ -59,7 +61,9 @@ def check(layout: Layout, master: torch.dtype, moments: torch.dtype | None, muon
         reason = f"would keep master weights in {str(master).removeprefix('torch.')}, DeepSpeed's are fp32; or {other}"
         raise ConfigError("precision", None, reason, ["fp32", "bf16"])
     if layout.reduce is not Reduce.master:
-        raise ConfigError("parallel.reduce", layout.reduce, f"gradients are summed in fp32 here; or {other}", ["master"])
+        raise ConfigError(
+            "parallel.reduce", layout.reduce, f"gradients are summed in fp32 here; or {other}", ["master"]
+        )
     if muon:
         reason = f"needs whole matrices, and ZeRO cuts them anywhere: optimizer=adamw, or {other}"
         raise ConfigError("optimizer.kind", "muon", reason)
@@ -296,7 +300,9 @@ def _ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tup
 
 def _join() -> None:
     """Let DeepSpeed use the process group that is there; one process makes one of its own."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
     import deepspeed
 
     if not dist.is_initialized():

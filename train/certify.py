@@ -139,7 +139,9 @@ def compare_layouts(
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         try:
-            (wanted,) = ranks(1, measure_all, ParallelConfig(), _cases(model, learning, steps, root / "one", None, compute))
+            (wanted,) = ranks(
+                1, measure_all, ParallelConfig(), _cases(model, learning, steps, root / "one", None, compute)
+            )
         except RankFailure as error:
             raise LeviathanError(f"one process fails, there is nothing to compare with:\n{error}") from None
         for trial in layouts:
@@ -185,7 +187,9 @@ def _in_bfloat16(trial: Trial, case: Case, ranks: Ranks) -> Iterator[Comparison]
     cases = {"bfloat16": replace(case, precision=PrecisionConfig(Compute.bfloat16), steps=1)}
     engines = [replace(trial.parallel, engine=engine) for engine in (EngineKind.fsdp2, EngineKind.deepspeed)]
     wanted, found = ([one["bfloat16"] for one in ranks(trial.ranks, measure_all, own, cases)] for own in engines)
-    reference = replace(wanted[0], gradients=joined(f.gradients for f in wanted), weights=joined(f.weights for f in wanted))
+    reference = replace(
+        wanted[0], gradients=joined(f.gradients for f in wanted), weights=joined(f.weights for f in wanted)
+    )
     return compare("bfloat16", reference, found, cases["bfloat16"])
 
 
@@ -344,7 +348,9 @@ def techniques(
     float8 = certify_float8.about(precision) if precision and precision.uses_float8 else None
     found = {key: plain(getattr(parallel, key)) for key in keys}
     if parallel.engine is EngineKind.deepspeed:
-        found["zero"] = plain(replace(parallel.zero, nvme=None, offload=Offload.none))  # where state lies is tested apart
+        found["zero"] = plain(
+            replace(parallel.zero, nvme=None, offload=Offload.none)
+        )  # where state lies is tested apart
     return {**found, "muon": kind is OptimizerKind.muon, "float8": float8}
 
 

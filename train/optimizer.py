@@ -149,9 +149,7 @@ def make_optimizer(
     return Muon(matrices, rest, hidden, plan, config.muon, config.muon.format(model.compute_dtype), moments)
 
 
-def role_groups(
-    model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig
-) -> list[dict[str, Any]]:
+def role_groups(model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig) -> list[dict[str, Any]]:
     """One of torch's parameter groups per role: `name`, `peak_lr`, and its parameters in the model's order."""
     by_role: dict[Role, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -28,7 +28,7 @@ from parallel.shards import ShardSpec, local
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's block of the tensor `name` of `shape`, beginning at `offset`; `writes`: whether this rank stores it."""
+    """This rank's block, beginning at `offset`, of the tensor `name` of `shape`; `writes`: whether this rank stores it."""
 
     name: str
     tensor: Tensor

@@ -43,10 +43,10 @@ from train.initial import compare_vocabularies, copy_selection_biases, initial_s
 from train.interrupt import Interruption
 from train.metrics import Log
 from train.online import Window
-from train.zero_engine import make_engine
 from train.run_directory import DIVERGED, RunDirectory, committed
 from train.step import StepResult, optimizer_step
 from train.stragglers import Stragglers
+from train.zero_engine import make_engine
 
 LOCK_PATIENCE_S = 120.0
 ASK_EVERY = 10  # steps, on GPUs: asking waits for the device

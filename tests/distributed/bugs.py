@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel import zero
 from train import certify_rank
 
 Plant = Callable[[Any, str, Any], None]
@@ -198,11 +199,11 @@ def moments_lost_on_the_way(plant: Plant) -> None:
     """A resumed run begins with new second moments of the experts."""
     honest = certify_rank.Checkpointer.restore
 
-    def forget(self: Any, model: Any, optimizer: Any, specs: Any) -> Any:
-        progress = honest(self, model, optimizer, specs)
-        for name, parameter in model.named_parameters():
-            if specs[name].info.role.is_expert:
-                optimizer.state[parameter]["exp_avg_sq"].zero_()
+    def forget(self: Any, state: Any) -> Any:
+        progress = honest(self, state)
+        for part in state:
+            if ".experts." in part.name and part.name.endswith("exp_avg_sq"):
+                part.tensor.zero_()
         return progress
 
     plant(certify_rank.Checkpointer, "restore", forget)
@@ -352,6 +353,50 @@ def routers_saved_by_one_stage(plant: Plant) -> None:
     plant(Meshes, "is_first_of_stage", property(lambda self: self.world.rank == 0))
 
 
+def averaged_by_deepspeed(plant: Plant) -> None:
+    """DeepSpeed divides gradients by the number of ranks, as it does of itself."""
+    _deepspeed(plant, gradient_average=True)
+
+
+def summed_in_the_models_format(plant: Plant) -> None:
+    """Gradients of a bf16 model are added up over micro-batches in bf16, under DeepSpeed."""
+    honest = zero.Zero._wrap
+
+    def narrow(self: Any, *arguments: Any) -> Any:
+        wrapper = honest(self, *arguments)
+        for parameter in zero._parameters(wrapper):
+            parameter.grad_dtype = parameter.dtype
+        return wrapper
+
+    plant(zero.Zero, "_wrap", narrow)
+
+
+def strings_shifted_by_one(plant: Plant) -> None:
+    """What a rank has of a parameter is taken from one element further on."""
+    plant(zero.Slice, "of", lambda self, string: _SLICE_OF(self, string.roll(-1)))
+
+
+def copies_of_the_old_weights(plant: Plant) -> None:
+    """After a checkpoint was read the model still computes with what it was initialised with."""
+    plant(zero.Zero, "spread", lambda self: None)
+
+
+def experts_reduced_with_the_dense(plant: Plant) -> None:
+    """Experts that differ from rank to rank are summed as if they were the same."""
+    honest = zero.Zero._wrap
+    plant(zero.Zero, "_wrap", lambda self, groups, make, axis: honest(self, groups, make, "fsdp"))
+
+
+_SLICE_OF = zero.Slice.of
+
+
+def _deepspeed(plant: Plant, **changed: Any) -> None:
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    honest = stage_1_and_2.DeepSpeedZeroOptimizer
+    plant(stage_1_and_2, "DeepSpeedZeroOptimizer", lambda *args, **kwargs: honest(*args, **{**kwargs, **changed}))
+
+
 MESHES: list[Any] = []
 BUGS: dict[str, Callable[[Plant], None]] = {
     function.__name__: function
@@ -381,5 +426,10 @@ BUGS: dict[str, Callable[[Plant], None]] = {
         micro_batches_mixed_up,
         weights_put_off_for_ever,
         routers_saved_by_one_stage,
+        averaged_by_deepspeed,
+        summed_in_the_models_format,
+        strings_shifted_by_one,
+        copies_of_the_old_weights,
+        experts_reduced_with_the_dense,
     )
 }

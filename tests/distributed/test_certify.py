@@ -83,7 +83,7 @@ TIED = ["ranks=4", "steps=2", "parallel.pp=2", "model.tie_embeddings=true"]
 IN_PARTS = ["ranks=4", "steps=2", "parallel.cp=2", "parallel.context=ring"]
 COMPARED = {
     **dict.fromkeys(["sgd", "adamw", "aux loss alone", "z loss alone", "experts without tokens"], 10),
-    "float32": 3,
+    "float32": 5,
     "one process's checkpoint under the layout": 2,
     "the layout's checkpoint in one process": 2,
 }

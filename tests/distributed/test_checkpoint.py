@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.train.tiny import EXACT, trainer
-from train.parts import run_state
 from train.run_directory import committed
 
 ADAMW = ["optimizer=adamw"]
@@ -21,8 +20,7 @@ def saved(root: Path, overrides: list[str]) -> tuple[int, int]:
     run.save()
     run.checkpointer.wait()
     again = trainer(root, "run", overrides)
-    state = run_state(run.engine.placed.model, run.engine.optimizer, run.engine.placed.specs, run.world.is_main)
-    return sum(part.tensor.nbytes for part in state.values() if part.shape), again.step
+    return sum(part.tensor.nbytes for part in run.engine.state() if part.shape), again.step
 
 
 @pytest.mark.parametrize("where", [None, "file://{}/store", "{}/local"], ids=["own", "url", "path"])

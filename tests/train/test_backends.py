@@ -16,7 +16,6 @@ from parallel.world import World
 from precision import reference
 from precision.config import Backend
 from tests.train.tiny import TINY, config, figures, trainer
-from train.parts import run_state
 from train.restore import restore
 from train.trainer import run
 
@@ -25,8 +24,7 @@ EIGHT, PLAIN = ["precision=fp8", "precision.backend=reference"], ["precision=bf1
 
 
 def state(made: Any) -> dict[str, torch.Tensor]:
-    placed, optimizer = made.engine.placed, made.engine.optimizer
-    return {name: part.tensor.clone() for name, part in run_state(placed.model, optimizer, placed.specs).items()}
+    return {part.key: part.tensor.clone() for part in made.engine.state()}
 
 
 @pytest.mark.parametrize("before, after", [(PLAIN, EIGHT), (EIGHT, PLAIN)], ids=["into FP8", "out of FP8"])

@@ -16,6 +16,7 @@ from core.files import locate, remove_tree
 from parallel.world import World
 from train import storage
 from train.checkpoint import Checkpointer, CommittedWriter, problems
+from train.optimizer import prime
 from train.parts import run_state
 from train.run_directory import MARKER, committed
 
@@ -57,7 +58,7 @@ def local_checkpointer(request, tmp_path, said) -> Checkpointer:
 
 
 def tensors(model: Net, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {name: part.tensor for name, part in run_state(model, optimizer).items()}
+    return {part.name: part.tensor for part in run_state(model, optimizer)}
 
 
 def save(checkpointer: Checkpointer, step: int) -> None:
@@ -69,7 +70,8 @@ def save(checkpointer: Checkpointer, step: int) -> None:
 def loaded(checkpointer: Checkpointer) -> tuple[dict, dict[str, torch.Tensor]]:
     model = Net(0.0)
     optimizer = torch.optim.AdamW(model.parameters())
-    progress = checkpointer.restore(model, optimizer)
+    prime(optimizer)
+    progress = checkpointer.restore(run_state(model, optimizer))
     assert progress is not None
     return progress, tensors(model, optimizer)
 

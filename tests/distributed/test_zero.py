@@ -1,0 +1,242 @@
+"""DeepSpeed as an engine: layouts certified, checkpoints under either engine, and what is not right refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.config import load
+from core.errors import ConfigError
+from parallel import zero
+from parallel.offload import PIECE, MappedFile, PagedAdamW
+from parallel.shards import Block
+from parallel.zero_config import VERSION
+from tests.distributed.test_certify import Broken, config
+from tests.train.tiny import trainer
+from train.certify import Outcome, certify
+from train.config import TrainConfig, check
+
+ZERO = "parallel.engine=deepspeed"
+LAYOUTS = {
+    "zero1": ["parallel.dp_shard=2"],
+    "zero2": ["parallel.dp_shard=2", "parallel.zero.stage=2"],
+    "ep2 and edp2": ["parallel.dp_shard=4", "parallel.ep=2"],
+    "ep2 and edp2, zero2": ["parallel.dp_shard=4", "parallel.ep=2", "parallel.zero.stage=2"],
+    "tp2": ["parallel.tp=2", "parallel.dp_shard=1"],
+    "tp2, zero2": ["parallel.tp=2", "parallel.dp_shard=1", "parallel.zero.stage=2"],
+    "cp2": ["parallel.cp=2", "parallel.dp_shard=1"],
+    "replicas": ["parallel.dp_replicate=2", "parallel.dp_shard=2"],
+    "pp2": ["parallel.pp=2", "parallel.dp_shard=1"],
+    "pp2, interleaved": ["parallel.pp=2", "parallel.dp_shard=1", "parallel.schedule=interleaved"],
+    "pp2, zero bubble": ["parallel.pp=2", "parallel.dp_shard=1", "parallel.schedule=interleaved_zero_bubble"],
+    "pp2, zbv": ["parallel.pp=2", "parallel.dp_shard=1", "parallel.schedule=zbv"],
+    "pp2 and ep2": ["parallel.pp=2", "parallel.ep=2", "parallel.dp_shard=1"],
+    "tied ends": ["parallel.pp=2", "parallel.dp_shard=1", "model.tie_embeddings=true"],
+}
+QUICK = ("zero2", "pp2 and ep2")
+
+
+def outcomes(ranks: Any, overrides: list[str], bug: str | None = None) -> list[Outcome]:
+    found = []
+    for outcome in certify(config(ZERO, "ranks=4", "steps=2", *overrides), Broken(ranks, bug)):
+        found.append(outcome)
+        if not outcome.passed:
+            break
+    return found
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
+def test_the_layout_is_certified(ranks, name):
+    for outcome in outcomes(ranks, LAYOUTS[name]):
+        assert outcome.passed, outcome.failures()
+        names = {one.name for one in outcome.comparisons}
+        assert {"sgd: gradient norm", "adamw: updated weights", "bfloat16: gradients"} <= names
+        norm = next(one.largest for one in outcome.comparisons if one.name == "bfloat16: gradient norm")
+        assert norm < 1e-6, "sums over micro-batches in bf16 are 1e-4 away"
+
+
+BLAMED = {
+    "averaged_by_deepspeed": (["parallel.dp_shard=2"], "sgd: gradient"),
+    "summed_in_the_models_format": (["parallel.dp_shard=2"], "bfloat16: gradient"),
+    "strings_shifted_by_one": (["parallel.dp_shard=2"], "sgd: "),
+    "copies_of_the_old_weights": (["parallel.dp_shard=2"], "checkpoint under the layout: "),
+    "experts_reduced_with_the_dense": (["parallel.ep=2"], "could not save"),  # half of the experts are nobody's
+}
+
+
+@pytest.mark.parametrize(
+    "bug", [b if b == "summed_in_the_models_format" else pytest.param(b, marks=pytest.mark.slow) for b in BLAMED]
+)
+def test_a_bug_is_caught(ranks, bug):
+    overrides, figure = BLAMED[bug]
+    last = outcomes(ranks, overrides, bug)[-1]
+    assert not last.passed and any(figure in line for line in last.failures()), last.failures()
+
+
+Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
+
+
+def journey(root: Path, overrides: list[str], count: int) -> tuple[list[float], Pieces, Pieces]:
+    """Losses of a run's next steps, and what this rank keeps of it before and after them."""
+    run = trainer(root, "run", [*overrides, "training.steps=8"])
+    before = pieces(run)
+    losses = [run.train_step(step).loss.item() for step in range(run.step, run.step + count)]
+    run.save()
+    run.checkpointer.wait()
+    return losses, before, pieces(run)
+
+
+def pieces(run: Any) -> Pieces:
+    return [(part.name, part.shape, part.offset, part.tensor.clone()) for part in run.engine.state()]
+
+
+def assembled(ranks: list[Pieces]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for name, shape, offset, part in (piece for rank in ranks for piece in rank):
+        whole = found.setdefault(name, torch.full(shape, torch.nan, dtype=torch.float64))
+        whole[tuple(slice(o, o + s) for o, s in zip(offset, part.shape, strict=True))] = part.double()
+    assert not any(whole.isnan().any() for whole in found.values()), "no element is missing"
+    return found
+
+
+def test_a_run_moves_between_engines_and_world_sizes(ranks, small_corpus, tmp_path):
+    """Weights, moments and step counts arrive bit for bit, and the losses are those of a run that stayed."""
+    usual = [*small_corpus, "precision=fp32", "optimizer=adamw", "optimizer.lr=1e-3"]
+    stayed = ranks(1, journey, tmp_path / "stayed", usual, 8)[0][0]
+    losses: list[float] = []
+    kept: dict[str, torch.Tensor] = {}
+    for size, how in (
+        (2, ["parallel.ep=2"]),
+        (4, [ZERO, "parallel.zero.stage=2", "parallel.tp=2", "parallel.ep=2"]),
+        (2, [ZERO, "parallel.pp=2", "parallel.dp_shard=1", "training.micro_batch=1"]),
+        (1, []),
+    ):
+        found = ranks(size, journey, tmp_path / "moved", [*usual, *how], 2)
+        before = assembled([rank[1] for rank in found])
+        if kept:
+            assert before.keys() == kept.keys()
+            assert all(torch.equal(before[name], kept[name]) for name in kept)
+        kept = assembled([rank[2] for rank in found])
+        assert float(kept["optimizer.head.weight.step"]) == len(losses) + 2
+        losses += found[0][0]
+    assert losses == pytest.approx(stayed, abs=5e-6)
+
+
+def resumed_offload(root: Path, overrides: list[str]) -> tuple[list[float], bool]:
+    run = trainer(root, "run", [*overrides, "training.steps=6"])
+    losses = [run.train_step(step).loss.item() for step in range(run.step, run.step + 3)]
+    run.save()
+    run.checkpointer.wait()
+    return losses, all(isinstance(w.optimizer, PagedAdamW) for _, w in run.engine.zero.wrappers)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "nvme"])
+def test_state_elsewhere_is_the_same_state(ranks, small_corpus, tmp_path, offload):
+    usual = [*small_corpus, "precision=bf16", "optimizer=adamw", "optimizer.lr=1e-3", ZERO]
+    there = [f"parallel.zero.offload={offload}"]
+    there += [f"parallel.zero.nvme={tmp_path / 'disk'}"] if offload == "nvme" else []
+    for _ in range(2):  # the second time it goes on from a checkpoint
+        wanted = ranks(2, resumed_offload, tmp_path / "here", usual)
+        found = ranks(2, resumed_offload, tmp_path / "there", [*usual, *there])
+        assert [losses for losses, _ in found] == [losses for losses, _ in wanted]
+        assert [paged for _, paged in found] == [offload == "nvme"] * 2
+    assert offload == "cpu" or not list((tmp_path / "disk").iterdir()), "nothing is left behind"
+
+
+def test_one_process_needs_no_ranks(small_corpus, tmp_path, ranks):
+    usual = [*small_corpus, "precision=fp32", "optimizer=adamw", "optimizer.lr=1e-3"]
+    (wanted,) = ranks(1, journey, tmp_path / "torch", usual, 3)
+    (found,) = ranks(1, journey, tmp_path / "zero", [*usual, ZERO], 3)
+    assert found[0] == pytest.approx(wanted[0], abs=1e-6)
+
+
+def test_paged_adamw_is_adamw_and_gives_its_memory_back(tmp_path):
+    size = PIECE * 2 + 12345
+    torch.manual_seed(0)
+    start, options = torch.randn(size), {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    plain, paged = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    usual = torch.optim.AdamW([plain], fused=True, **options)
+    ours = PagedAdamW([{"params": [paged], **options}], {})
+    ours.page(tmp_path)
+    for step in range(3):
+        for one, optimizer in ((plain, usual), (paged, ours)):
+            one.grad = torch.linspace(-1, 1, size) * (step + 1)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            optimizer.step()
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(ours.state[paged][key], usual.state[plain][key]), key
+    assert torch.equal(paged, plain)
+    ours.leave()
+    assert resident_kb(tmp_path) == 0
+    paged.sum()
+    assert resident_kb(tmp_path) > size * 4 // 1024 * 0.9, "the control"
+
+
+def resident_kb(folder: Path) -> int:
+    """What this process has in its memory of files in `folder`, unlinked ones too."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split(" ")[0]
+        if ":" not in first:
+            inside = str(folder) in line
+        elif inside and first == "Rss:":
+            found += int(line.split()[1])
+    return found
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (1, 7), (2, 3, 4), (2, 2, 3, 2)])
+def test_a_range_is_few_blocks(shape):
+    whole = torch.arange(torch.Size(shape).numel())
+    for start in range(len(whole) + 1):
+        for stop in range(start, len(whole) + 1):
+            found = list(zero.blocks(Block((0,) * len(shape), shape), start, stop))
+            parts = [
+                whole.view(shape)[tuple(slice(o, o + s) for o, s in zip(b.offset, b.shape, strict=True))] for b in found
+            ]
+            joined = torch.cat([part.flatten() for part in parts]) if parts else whole[:0]
+            assert torch.equal(joined, whole[start:stop]) and len(found) <= max(1, 2 * len(shape) - 1)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["optimizer=muon"], r"optimizer.kind=muon: needs whole matrices.*fsdp2"),
+        (["precision=fp64"], r"precision.*would keep master weights in float64"),
+        (["precision=bf16", "precision.storage=bfloat16"], r"precision.*master weights in bfloat16"),
+        (["parallel.pp=2", "parallel.zero.stage=2", "parallel.dp_shard=1"], r"zero.stage=2: .*pipeline.*try 1"),
+        (["parallel.zero.stage=3"], r"zero.stage=3: shards parameters, as parallel.engine=fsdp2 does"),
+        (["parallel.zero.stage=7"], r"zero.stage=7: there are stages 1 and 2"),
+        (["parallel.reduce=bfloat16"], r"parallel.reduce.*fp32"),
+        (["parallel.zero.offload=nvme"], r"zero.nvme.*name a directory"),
+        (["parallel.zero.nvme=/tmp"], r"zero.nvme=/tmp: goes with"),
+        (["parallel.zero.offload=nvme", "parallel.zero.nvme=/tmp", "optimizer=sgd"], r"zero.offload.*AdamW"),
+        (["+parallel.zero.extra.stage3_prefetch_bucket_size=1"], r"extra.stage3_prefetch.*no such key"),
+        (["+parallel.zero.extra.reduce_scatter=false"], r"extra.reduce_scatter.*set by ours"),
+        (["+parallel.zero.extra.allgather_bucket_size=many"], r"zero.extra.*allgather_bucket_size"),
+    ],
+)
+def test_what_is_not_right_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check(load("train", TrainConfig, ["hparam=none", ZERO, *overrides]), 2)
+
+
+def test_another_version_is_refused_with_the_line_that_installs_the_right_one(monkeypatch):
+    run = load("train", TrainConfig, [ZERO])
+    for found in (None, "0.17.0"):
+        monkeypatch.setattr(zero, "installed", lambda found=found: found)
+        with pytest.raises(ConfigError, match=rf"deepspeed.*pip install 'leviathan\[deepspeed\]'.*{VERSION}"):
+            check(run, 2)
+
+
+def test_a_disk_without_room_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match=r"zero.nvme=.*no room for"):
+        MappedFile(tmp_path, 1 << 50)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_pin_is_the_one_that_is_declared():
+    text = (Path(zero.__file__).parents[1] / "pyproject.toml").read_text()
+    assert text.count(f'"deepspeed=={VERSION}"') == 2
