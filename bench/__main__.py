@@ -29,6 +29,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "loader": ("bench.loader:run", {}),
     "loading": ("bench.loading:run", {}),
     "checkpoint": ("bench.checkpoint:run", {}),
+    "offload": ("bench.offload:run", {}),
     "bubble": ("bench.bubble:run", {}),
     "startup": ("bench.startup:run", {}),
     "filtering": ("bench.filtering:run", {}),

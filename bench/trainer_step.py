@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,11 +25,14 @@ from train.metrics import Log
 from train.run_directory import RunDirectory
 from train.trainer import Trainer
 
-OVERRIDES = ["training.global_batch=8", "training.micro_batch=8", "schedule.kind=constant", "schedule.warmup_steps=0"]
+OVERRIDES = [
+    *("hparam=none", "training.global_batch=8", "training.micro_batch=8"),
+    *("schedule.kind=constant", "schedule.warmup_steps=0"),
+]
 
 
-def make_trainer(root: Path, name: str) -> Trainer:
-    config = load("train", TrainConfig, [*OVERRIDES, f"run.root={root}", f"run.name={name}"])
+def make_trainer(root: Path, name: str, overrides: Sequence[str] = ()) -> Trainer:
+    config = load("train", TrainConfig, [*OVERRIDES, *overrides, f"run.root={root}", f"run.name={name}"])
     world, directory = connect(), RunDirectory.of(config)
     directory.open(config)
     return Trainer(config, world, directory, get_corpus(config, world, lambda line: None), Log(None))

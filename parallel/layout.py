@@ -112,6 +112,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("timeout_s",))
+        if self.engine is EngineKind.fsdp2 and self.zero != ZeroConfig():
+            raise ConfigError("zero", None, "says how DeepSpeed shards: parallel.engine=deepspeed, or leave it out")
         if isinstance(self.dp_shard, str) and self.dp_shard != AUTO:
             raise ConfigError("dp_shard", self.dp_shard, "must be a number of ranks", [AUTO])
         for key in DEGREES:

@@ -205,6 +205,7 @@ class Zero:
                     ours, theirs = mapping.lp_fragment_address, mapping.hp_fragment_address
                     spec, stop = specs[self.names[parameter]], ours.start + ours.numel
                     yield Slice(spec, ours.start, stop, theirs.start, wrapper, index)
+                    parameter._hp_mapping = None  # it holds on to masters that were moved
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -252,14 +253,14 @@ class Zero:
                 for index, held in wrapper.averaged_gradients.items():
                     wrapper.averaged_gradients[index] = _group([held.flat_partition.to("cpu")])
             wrapper.step()
+            _let_go(wrapper)
 
     def spread(self) -> None:
         """After masters were written: bring the model's copies up to date on all ranks."""
         for axis, wrapper in self.wrappers:
             _note(axis, "parameters", _share_bytes(wrapper))
             wrapper.update_lp_params()
-            if isinstance(wrapper.optimizer, PagedAdamW):
-                wrapper.optimizer.leave()
+            _let_go(wrapper)
 
     def weights(self) -> Iterator[Stored]:
         """This rank's blocks of the fp32 weights."""
@@ -334,6 +335,12 @@ def _group(string: list[Tensor]) -> Any:
     from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
     return GradPartitionBufferGroup(string, string[0])
+
+
+def _let_go(wrapper: Any) -> None:
+    """Masters were read to make the model's copies."""
+    if isinstance(wrapper.optimizer, PagedAdamW):
+        wrapper.optimizer.leave()
 
 
 def _gradients(wrapper: Any) -> Iterator[Tensor]:

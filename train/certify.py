@@ -28,7 +28,7 @@ from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, Mode
 from parallel import expert, zero
 from parallel.layout import AUTO, DEGREES, ContextMethod, EngineKind, ParallelConfig, Reduce
 from parallel.stages import Schedule, stages
-from parallel.zero_config import Offload
+from parallel.zero_config import Offload, ZeroConfig
 from precision.config import Compute, PrecisionConfig
 from train import certify_float8
 from train.certify_rank import CONTEXT, ROWS, Case, Figures, Ranks, measure_all, micro_batch
@@ -185,8 +185,8 @@ def _try(trial: Trial, cases: dict[str, Case], own: Path, wanted: dict[str, Figu
 def _in_bfloat16(trial: Trial, case: Case, ranks: Ranks) -> Iterator[Comparison]:
     """One step of a bf16 model, its gradients summed over many micro-batches, under either engine."""
     cases = {"bfloat16": replace(case, precision=PrecisionConfig(Compute.bfloat16), steps=1)}
-    engines = [replace(trial.parallel, engine=engine) for engine in (EngineKind.fsdp2, EngineKind.deepspeed)]
-    wanted, found = ([one["bfloat16"] for one in ranks(trial.ranks, measure_all, own, cases)] for own in engines)
+    twin = replace(trial.parallel, engine=EngineKind.fsdp2, zero=ZeroConfig())
+    wanted, found = ([o["bfloat16"] for o in ranks(trial.ranks, measure_all, p, cases)] for p in (twin, trial.parallel))
     reference = replace(
         wanted[0], gradients=joined(f.gradients for f in wanted), weights=joined(f.weights for f in wanted)
     )

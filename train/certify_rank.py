@@ -116,10 +116,10 @@ class MadeUpRows:
 
 
 class Watched:
-    """An engine of which the gradients of its first step are kept as they are before clipping."""
+    """What `optimizer_step` asks of an engine; the gradients of the first step are kept as they are before clipping."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.placed = engine, engine.placed
+        self.engine = engine
         self.first: Blocks = {}
         self.forward_backward, self.step = engine.forward_backward, engine.step
 

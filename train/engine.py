@@ -19,10 +19,8 @@ from train.optimizer import OptimizerConfig, make_optimizer, prime, set_learning
 from train.parts import Part, run_state
 
 
-class Engine(Protocol):
+class Updates(Protocol):
     """One optimizer step is forward_backward, clip, step, in this order."""
-
-    placed: Placed
 
     def forward_backward(self, batch: Batch, micro_batch: int) -> Tensor:
         """Gradients of this rank's rows of a step, cut into micro-batches of rows. Returns the loss: the sum over the
@@ -37,6 +35,12 @@ class Engine(Protocol):
     def step(self, learning_rate_factor: float) -> None:
         """Update the parameters and drop the gradients."""
         ...
+
+
+class Engine(Updates, Protocol):
+    """Beside the steps, what they work on."""
+
+    placed: Placed
 
     def gradients(self) -> Iterator[Stored]:
         """This rank's blocks of the step's gradients; between `forward_backward` and `step`. All ranks' blocks
@@ -120,7 +124,7 @@ class TorchEngine(Steps):
         return norm
 
     def step(self, learning_rate_factor: float) -> None:
-        set_learning_rate(self.optimizer, learning_rate_factor)
+        set_learning_rate(self.optimizer.param_groups, learning_rate_factor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -172,9 +172,9 @@ def elementwise(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_learning_rate(groups: Iterable[dict[str, Any]], factor: float) -> None:
     """Every group at `factor` times its peak."""
-    for group in optimizer.param_groups:
+    for group in groups:
         group["lr"] = group["peak_lr"] * factor
 
 

@@ -28,7 +28,7 @@ from parallel.shards import ShardSpec, local
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's block, beginning at `offset`, of the tensor `name` of `shape`; `writes`: whether this rank stores it."""
+    """This rank's block, beginning at `offset`, of the tensor `name` of `shape`; `writes`: whether it stores it."""
 
     name: str
     tensor: Tensor

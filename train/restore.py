@@ -14,6 +14,7 @@ from parallel.apply import Placed, build
 from parallel.layout import EngineKind, Layout, ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.world import World
+from parallel.zero_config import ZeroConfig
 from precision.config import Backend
 from train.checkpoint import Checkpointer
 from train.config import Phase, TrainConfig, phase_of
@@ -53,7 +54,8 @@ def restore(directory: Path, world: World, backend: Backend | None = None) -> Re
     if not committed(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
     corpus = get_corpus(config, world, lambda line: None)
-    meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2), world)  # nothing is trained
+    # nothing is trained: either engine's checkpoints are the other's
+    meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2, zero=ZeroConfig()), world)
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
     progress = checkpointer.restore(run_state(placed.model, None, placed.specs)) or {}
     check_same_data(progress, corpus)

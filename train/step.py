@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.loader import Batch
 from model.balancer import Balancer
-from train.engine import Engine
+from train.engine import Updates
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class StepResult:
 
 
 def optimizer_step(
-    engine: Engine, balancer: Balancer, batch: Batch, micro_batch: int, clip_norm: float | None, factor: float
+    engine: Updates, balancer: Balancer, batch: Batch, micro_batch: int, clip_norm: float | None, factor: float
 ) -> StepResult:
     """Learn from this rank's rows of a global batch; `factor` scales every group's peak learning rate."""
     loss = engine.forward_backward(batch, micro_batch)

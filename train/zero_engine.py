@@ -63,7 +63,7 @@ class ZeroEngine(Steps):
         return norm
 
     def step(self, learning_rate_factor: float) -> None:
-        set_learning_rate(self.zero, learning_rate_factor)
+        set_learning_rate(self.zero.param_groups, learning_rate_factor)
         self.zero.step()
 
     def gradients(self) -> Iterator[Stored]:

@@ -135,7 +135,7 @@ def test_decay_follows_the_schedule():
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(a.numel()), dtype=a.dtype)
         b.grad = a.grad.clone()
-    set_learning_rate(half, 0.5)
+    set_learning_rate(half.param_groups, 0.5)
     half.step()
     whole.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):

@@ -65,7 +65,7 @@ def test_groups_are_named_by_role_and_cover_everything_once(model):
 def test_a_role_may_have_its_own_rate_and_decay(model):
     config = OptimizerConfig(groups={"router": GroupConfig(lr_scale=0.5, weight_decay=0.0)})
     optimizer = made(model, config)
-    set_learning_rate(optimizer, 0.1)
+    set_learning_rate(optimizer.param_groups, 0.1)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert groups["router"]["lr"] == pytest.approx(config.lr * 0.5 * 0.1) and groups["router"]["weight_decay"] == 0.0
     assert groups["head"]["lr"] == pytest.approx(config.lr * 0.1)

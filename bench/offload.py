@@ -1,0 +1,74 @@
+"""Optimizer state on disk against in memory: the training process's own memory, and what a step costs.
+
+Memory is that of a process of its own for each, after some steps, with freed blocks given back; it should fall by the
+bytes of fp32 weights and two moments, 12 for each parameter. Times are taken in turn in one process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.measure import Result, interleaved, median_ratio
+from bench.trainer_step import make_trainer
+from train.trainer import Trainer
+
+MODEL = [
+    *("hparam=none", "model.width=512", "model.heads=8", "model.head_width=64", "model.dense_width=2048"),
+    *("model.expert_width=1024", "training.context=64", "training.global_batch=2", "training.micro_batch=2"),
+    *("logging.every=1000", "data.prefetch=0"),
+]
+STEPS = 4
+
+
+def trainer(root: Path, disk: bool) -> Trainer:
+    where = [f"parallel.zero.nvme={root / 'state'}", "parallel.zero.offload=nvme"] if disk else []
+    return make_trainer(root, "disk" if disk else "memory", ["parallel.engine=deepspeed", *MODEL, *where])
+
+
+def memory(root: str, where: str) -> None:
+    """Print this process's resident bytes after some steps, and the model's parameters."""
+    made = trainer(Path(root), where == "disk")
+    for step in range(STEPS):
+        made.train_step(step)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    parameters = sum(parameter.numel() for parameter in made.engine.placed.model.parameters())
+    print("MEMORY", int(fields["VmRSS"].split()[0]) * 1024, parameters)
+
+
+def resident(root: str, where: str) -> tuple[int, int]:
+    code = f"from bench.offload import memory; memory({root!r}, {where!r})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    words = next(line for line in said.splitlines() if line.startswith("MEMORY")).split()
+    return int(words[1]), int(words[2])
+
+
+def run() -> list[Result]:
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as root:
+        (here, parameters), (there, _) = resident(root, "memory"), resident(root, "disk")
+        fall, expected = here - there, 12 * parameters
+        near = fall / expected
+        found = [
+            Result(
+                "optimizer state on disk: memory given back (bytes) vs 12 a parameter",
+                fall,
+                expected,
+                near,
+                "0.9 to 1.1",
+                0.9 <= near <= 1.1,
+                f"{parameters / 1e6:.0f} million parameters, fp32, {here / 2**20:.0f} MiB before",
+            )
+        ]
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as root:
+        disk, plain = trainer(Path(root), True), trainer(Path(root), False)
+        a, b = interleaved([lambda: disk.train_step(disk.step), lambda: plain.train_step(plain.step)], rounds=7)
+    note = "128 tokens a step: the update is most of it; the disk's speed decides"
+    name = "optimizer state on disk vs in memory (s a step)"
+    return [*found, Result(name, statistics.median(a), statistics.median(b), median_ratio(a, b), "-", True, note)]
