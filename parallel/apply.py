@@ -14,7 +14,7 @@ from model.init import reset_buffers
 from model.moe import MixtureOfExperts
 from model.roles import Role, registry
 from model.transformer import Stack, Transformer
-from parallel import compile, context, expert, fsdp, pipeline, recompute, shards, tensor
+from parallel import compile, context, expert, fsdp, pipeline, recompute, shards, tensor, zero3
 from parallel.layout import EngineKind, Layout
 from parallel.mesh import Meshes, place
 from parallel.shards import ShardSpec
@@ -73,9 +73,12 @@ def build(config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, devic
     parallelize(model, stacks, specs, meshes, precision)
     if meshes.layout.engine is EngineKind.deepspeed:
         _narrow(model, specs, precision)
+    if meshes.layout.zero_stage == 3:
+        zero3.partition(model, meshes.fsdp, device)
     for stack in stacks.values():
         stack.to_empty(device=device)
-    shards.initialise(shards.stored(model, specs), config, seed)
+    if meshes.layout.zero_stage != 3:  # whose engine makes the initial weights
+        shards.initialise(shards.stored(model, specs), config, seed)
     reset_buffers(model)
     return Placed(model, specs, meshes, stacks)
 

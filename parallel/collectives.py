@@ -17,7 +17,7 @@ from parallel.mesh import Axis
 
 # torch 2.13 has new names for these and warns of the old ones at every call
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def gather(shard: Tensor, axis: Axis, dim: int, purpose: str) -> Tensor:
@@ -71,7 +71,7 @@ def _scatter_plain(partial: Tensor, axis: Axis, dim: int, purpose: str) -> Tenso
     axis.count(purpose, partial)
     parts = partial if dim == 0 else torch.cat(partial.chunk(axis.size, dim))
     shard = partial.new_empty((parts.shape[0] // axis.size, *parts.shape[1:]))
-    _reduce_scatter_single(shard, parts.contiguous(), group=axis.group)
+    reduce_scatter_single(shard, parts.contiguous(), group=axis.group)
     return shard
 
 

@@ -204,6 +204,11 @@ class Layout(ParallelConfig):
         return self.dp_replicate * self.shard
 
     @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's; 0 under another engine."""
+        return self.zero.stage if self.engine is EngineKind.deepspeed else 0
+
+    @property
     def fsdp(self) -> int:
         """Ranks over which a dense parameter's storage is spread."""
         return self.shard * self.cp

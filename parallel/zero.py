@@ -1,4 +1,5 @@
-"""ZeRO by DeepSpeed: sharded optimizer state, and gradients, behind names and slices. The only file that imports it.
+"""ZeRO by DeepSpeed: sharded optimizer state, and gradients, behind names and slices. Only this file and zero3.py, where
+parameters are sharded as well, import it.
 
 DeepSpeed's engine is not used. Its optimizer wrapper is built once for every process group and number format (dense
 parameters, routers, which stay in fp32, and experts, which have ranks of their own), and told to do less than it would:
@@ -15,6 +16,7 @@ import logging
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,8 +34,13 @@ from parallel.offload import PagedAdamW, on_host
 from parallel.shards import Block, ShardSpec, Stored
 from parallel.zero_config import INSTALL, VERSION, Offload, ZeroConfig
 
-HANDED_ON = ("use_multi_rank_bucket_allreduce", "allgather_bucket_size", "overlap_comm", "round_robin_gradients")
-"""Keys of DeepSpeed's `zero_optimization` that `zero.extra` may set; the others are ours to decide, or of stage 3."""
+_REDUCED = ("use_multi_rank_bucket_allreduce", "allgather_bucket_size", "overlap_comm", "round_robin_gradients")
+_GATHERED = tuple(
+    f"stage3_{key}"
+    for key in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "param_persistence_threshold")
+)
+HANDED_ON = {1: _REDUCED, 2: _REDUCED, 3: _GATHERED}
+"""Stage -> keys of DeepSpeed's `zero_optimization` that `zero.extra` may set; the others are ours to decide."""
 
 
 def installed() -> str | None:
@@ -43,9 +50,11 @@ def installed() -> str | None:
         return None
 
 
-def check(layout: Layout, master: torch.dtype, moments: torch.dtype | None, muon: bool) -> None:
+def check(
+    layout: Layout, master: torch.dtype, moments: torch.dtype | None, muon: bool, routed: bool, float8: bool = False
+) -> None:
     """Refuse what is not right under DeepSpeed, and say what is. `master`: the format in which weights are updated;
-    `moments`: that of the optimizer's state, None where there is none.
+    `moments`: that of the optimizer's state, None where there is none; `routed`: whether there are routed experts.
     """
     if layout.engine is not EngineKind.deepspeed:
         return
@@ -54,9 +63,11 @@ def check(layout: Layout, master: torch.dtype, moments: torch.dtype | None, muon
         has = "is not installed" if found is None else f"{found} is another version than was tested"
         raise ConfigError("parallel.engine", layout.engine, f"deepspeed {has}: {INSTALL}", [EngineKind.fsdp2.value])
     zero = layout.zero
-    if zero.stage == 2 and layout.pp > 1:
+    if zero.stage > 1 and layout.pp > 1:
         reason = "reduces gradients with every micro-batch, which a pipeline puts off to the end of its step"
-        raise ConfigError("parallel.zero.stage", 2, reason, [1])
+        raise ConfigError("parallel.zero.stage", zero.stage, reason, [1])
+    if zero.stage == 3:
+        _check_stage_3(layout, routed, float8)
     if master is not torch.float32:
         reason = f"would keep master weights in {str(master).removeprefix('torch.')}, DeepSpeed's are fp32; or {other}"
         raise ConfigError("precision", None, reason, ["fp32", "bf16"])
@@ -73,14 +84,28 @@ def check(layout: Layout, master: torch.dtype, moments: torch.dtype | None, muon
     zero_section(zero)
 
 
+def _check_stage_3(layout: Layout, routed: bool, float8: bool) -> None:
+    fsdp2 = f"parallel.engine={EngineKind.fsdp2.value} shards parameters as well"
+    if routed:
+        reason = f"is for models without routed experts; {fsdp2}, for mixtures of experts too"
+        raise ConfigError("parallel.zero.stage", 3, reason, [1, 2])
+    if layout.compile:
+        raise ConfigError("parallel.compile", True, f"was not tried with DeepSpeed's stage 3; {fsdp2}", [False])
+    if float8:
+        reason = f"FP8 was not tried with DeepSpeed's stage 3; {fsdp2}"
+        raise ConfigError("parallel.zero.stage", 3, reason, [1, 2])
+
+
 def zero_section(config: ZeroConfig) -> dict[str, Any]:
     """The section `zero_optimization` of a DeepSpeed configuration, made from ours and checked by DeepSpeed."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     for key in config.extra:
-        if key not in HANDED_ON:
+        if key not in HANDED_ON[config.stage]:
             why = "is set by ours" if key in DeepSpeedZeroConfig.model_fields else "no such key"
-            raise ConfigError(f"parallel.zero.extra.{key}", config.extra[key], why, list(HANDED_ON))
+            if key in (*_REDUCED, *_GATHERED):
+                why = f"is nothing to stage {config.stage}"
+            raise ConfigError(f"parallel.zero.extra.{key}", config.extra[key], why, list(HANDED_ON[config.stage]))
     section: dict[str, Any] = {
         "stage": config.stage,
         "reduce_bucket_size": config.bucket,
@@ -106,6 +131,16 @@ class Slice:
     wrapper: Any
     group: int
 
+    @property
+    def parameter(self) -> Tensor:
+        """The string that the optimizer updates."""
+        return self.wrapper.single_partition_of_fp32_groups[self.group]
+
+    @property
+    def gradients(self) -> Tensor:
+        """The string of summed gradients, fp32; between a reduction and a step."""
+        return self.wrapper.averaged_gradients[self.group].flat_partition
+
     def of(self, string: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """The range as blocks of the whole tensor, sharing the string's storage."""
         at = self.at
@@ -116,27 +151,72 @@ class Slice:
     @property
     def masters(self) -> Tensor:
         """The string of fp32 weights."""
-        return self.wrapper.single_partition_of_fp32_groups[self.group].data
+        return self.parameter.data
 
     @property
     def state(self) -> dict[str, Tensor]:
         """The optimizer's: strings, and scalars of the whole group."""
-        return self.wrapper.optimizer.state[self.wrapper.single_partition_of_fp32_groups[self.group]]
+        return self.wrapper.optimizer.state[self.parameter]
 
     @property
     def gradient(self) -> Tensor:
-        """This range of the summed gradients, fp32, flat; between a reduction and a step."""
-        string = self.wrapper.averaged_gradients[self.group].flat_partition
-        return string.narrow(0, self.at, self.stop - self.start)
+        """This range of the summed gradients, flat."""
+        return self.gradients.narrow(0, self.at, self.stop - self.start)
 
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
-class Zero:
-    """DeepSpeed's wrappers around one optimizer's groups, as one. To be used like an optimizer whose `step` updates
-    what `reduce` has summed.
+class Sharded(ABC):
+    """What DeepSpeed makes of one optimizer's groups. To be used like an optimizer whose `step` updates what `reduce`
+    has summed; `slices` are what this rank has.
     """
+
+    slices: Sequence[Slice]
+
+    @property
+    @abstractmethod
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @abstractmethod
+    def after_backward(self, last: bool) -> None:
+        """Stages 2 and 3, after every micro-batch: complete the sum of what it brought."""
+
+    @abstractmethod
+    def reduce(self) -> None:
+        """Complete the gradients of a step. Raises `ValueError` where a parameter has no gradient."""
+
+    @abstractmethod
+    def scale(self, factor: Tensor) -> None:
+        """Multiply every gradient, without asking the device for the factor."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Update the masters and the copies that the model computes with; drop the gradients."""
+
+    @abstractmethod
+    def spread(self) -> None:
+        """After masters were written: bring the model's copies up to date on all ranks."""
+
+    def weights(self) -> Iterator[Stored]:
+        """This rank's blocks of the fp32 weights."""
+        for one in self.slices:
+            yield from (Stored(one.spec, block, part) for block, part in one.of(one.masters))
+
+    def gradients(self) -> Iterator[Stored]:
+        """This rank's blocks of the summed gradients; between `reduce` and `step`."""
+        for one in self.slices:
+            yield from (Stored(one.spec, block, part) for block, part in one.of(one.gradients))
+
+    def _sum_partial(self) -> None:
+        """Where several ranks have the same range for different tokens."""
+        for one in self.slices:
+            for axis in one.spec.partial:
+                axis.sum(one.gradient, "gradients")
+
+
+class Zero(Sharded):
+    """Stages 1 and 2: DeepSpeed's wrappers, as one."""
 
     def __init__(
         self,
@@ -149,7 +229,7 @@ class Zero:
     ) -> None:
         """`groups`: torch's, one role each. `make`: an optimizer of some of them; `prime` puts its state in place."""
         self.config, self.meshes, self.names, self.prime = meshes.layout.zero, meshes, names, prime
-        _join()
+        join()
         sets: dict[tuple[str, torch.dtype], list[dict[str, Any]]] = {}
         for group in groups:
             first = group["params"][0]
@@ -212,43 +292,36 @@ class Zero:
         return [group for _, wrapper in self.wrappers for group in wrapper.optimizer.param_groups]
 
     def after_backward(self, last: bool) -> None:
-        """Stage 2, after every micro-batch: what it brought is summed over ranks and added to this rank's share."""
+        """What a micro-batch brought is summed over ranks and added to this rank's share."""
         for axis, wrapper in self.wrappers:
-            _note(axis, "gradients", 4 * sum(parameter.numel() for parameter in _parameters(wrapper)))
+            note(axis, "gradients", 4 * sum(parameter.numel() for parameter in _parameters(wrapper)))
             wrapper.set_gradient_accumulation_boundary(last)
             wrapper.independent_gradient_partition_epilogue()
 
     def reduce(self) -> None:
-        """Complete the gradients of a step. Stage 1: `grad` holds fp32 sums over micro-batches.
-
-        Raises `ValueError` where a parameter has no gradient: it would be left out silently.
-        """
+        """Stage 1: `grad` holds fp32 sums over micro-batches. A parameter without one would be left out silently."""
         for axis, wrapper in self.wrappers:
             if self.config.stage == 1:
                 for parameter in _parameters(wrapper):
                     if parameter.grad is None:
                         raise ValueError(f"{self.names[parameter]} has no gradient")
-                _note(axis, "gradients", 4 * sum(parameter.numel() for parameter in _parameters(wrapper)))
+                note(axis, "gradients", 4 * sum(parameter.numel() for parameter in _parameters(wrapper)))
                 wrapper.backward_epilogue()  # fp32 `grad` of bf16 parameters becomes `grad_accum`, without a copy
                 wrapper.reduce_gradients(pipeline_parallel=True)
             _flatten(wrapper)
             for string in _gradients(wrapper):
                 self.meshes.replicate.sum(string, "gradients")
-        if self.config.stage == 2:  # ranks of these axes have the same ranges
-            for one in self.slices:
-                for axis in one.spec.partial:
-                    axis.sum(one.gradient, "gradients")
+        if self.config.stage == 2:
+            self._sum_partial()
 
     def scale(self, factor: Tensor) -> None:
-        """Multiply every gradient, without asking the device for the factor."""
         for _, wrapper in self.wrappers:
             for string in _gradients(wrapper):
                 string.mul_(factor)
 
     def step(self) -> None:
-        """Update the masters and gather the copies that the model computes with; drop the gradients."""
         for axis, wrapper in self.wrappers:
-            _note(axis, "parameters", _share_bytes(wrapper))
+            note(axis, "parameters", _share_bytes(wrapper))
             if self.config.offload is not Offload.none:
                 for index, held in wrapper.averaged_gradients.items():
                     wrapper.averaged_gradients[index] = _group([held.flat_partition.to("cpu")])
@@ -256,22 +329,10 @@ class Zero:
             _let_go(wrapper)
 
     def spread(self) -> None:
-        """After masters were written: bring the model's copies up to date on all ranks."""
         for axis, wrapper in self.wrappers:
-            _note(axis, "parameters", _share_bytes(wrapper))
+            note(axis, "parameters", _share_bytes(wrapper))
             wrapper.update_lp_params()
             _let_go(wrapper)
-
-    def weights(self) -> Iterator[Stored]:
-        """This rank's blocks of the fp32 weights."""
-        for one in self.slices:
-            yield from (Stored(one.spec, block, part) for block, part in one.of(one.masters))
-
-    def gradients(self) -> Iterator[Stored]:
-        """This rank's blocks of the summed gradients; between `reduce` and `step`."""
-        for one in self.slices:
-            string = one.wrapper.averaged_gradients[one.group].flat_partition
-            yield from (Stored(one.spec, block, part) for block, part in one.of(string))
 
 
 def blocks(whole: Block, start: int, stop: int) -> Iterator[Block]:
@@ -299,7 +360,7 @@ def _ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tup
     yield from (((last, *o), (1, *s)) for o, s in _ranges(shape[1:], 0, stop - last * inner))
 
 
-def _join() -> None:
+def join() -> None:
     """Let DeepSpeed use the process group that is there; one process makes one of its own."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -348,7 +409,7 @@ def _gradients(wrapper: Any) -> Iterator[Tensor]:
         yield held.flat_partition
 
 
-def _note(axis: Axis, purpose: str, size: int) -> None:
+def note(axis: Axis, purpose: str, size: int) -> None:
     """DeepSpeed's collectives do not pass through ours."""
     if axis.size > 1:
         axis.note(purpose, size)

@@ -25,9 +25,9 @@ class Offload(Enum):
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). Parameters are whole on every data-parallel rank; `stage` 1
-    spreads the optimizer's state over them, 2 the gradients as well, for a reduction with every micro-batch instead of
-    one a step.
+    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). `stage` 1 spreads the optimizer's state over the data-parallel
+    ranks, 2 the gradients as well, for a reduction with every micro-batch instead of one a step, 3 parameters too,
+    which are then gathered with every micro-batch, twice; models without routed experts only.
     """
 
     stage: int = 1
@@ -40,9 +40,8 @@ class ZeroConfig:
     """Further keys of the section `zero_optimization` of a DeepSpeed configuration."""
 
     def __post_init__(self) -> None:
-        if self.stage not in (1, 2):
-            reason = "shards parameters, as parallel.engine=fsdp2 does, for mixtures of experts too" * (self.stage == 3)
-            raise ConfigError("stage", self.stage, reason or "there are stages 1 and 2", [1, 2])
+        if self.stage not in (1, 2, 3):
+            raise ConfigError("stage", self.stage, "there are stages 1, 2 and 3", [1, 2, 3])
         if self.bucket < 1:
             raise ConfigError("bucket", self.bucket, "must be positive", [1 << 24])
         if (self.offload is Offload.nvme) != (self.nvme is not None):

@@ -121,7 +121,7 @@ def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
         raise ConfigError("precision.backend", config.precision.backend, reason)
     for trial in chosen:
         muon = optimizer.kind is OptimizerKind.muon
-        zero.check(trial.parallel.resolve(trial.ranks), torch.float32, torch.float32, muon)
+        zero.check(trial.parallel.resolve(trial.ranks), torch.float32, torch.float32, muon, model.has_experts)
     outcomes = compare_layouts(model, chosen, config.steps, ranks, optimizer)
     if not config.precision.uses_float8:
         return outcomes

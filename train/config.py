@@ -244,7 +244,7 @@ def check(config: TrainConfig, world_size: int) -> None:
     expert.check(layout.dispatch, config.precision.compute_dtype)
     optimizer, precision = config.optimizer, config.precision
     moments, muon = optimizer.moments_dtype(precision), optimizer.kind is OptimizerKind.muon
-    zero.check(layout, precision.master_dtype, moments, muon)
+    zero.check(layout, precision.master_dtype, moments, muon, config.model.has_experts, precision.uses_float8)
     check_float8(config.model, config.precision, layout)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):

@@ -13,7 +13,8 @@ from parallel.apply import Placed
 from parallel.layout import EngineKind
 from parallel.offload import PagedAdamW
 from parallel.shards import Stored, initialise, sum_copies
-from parallel.zero import Zero
+from parallel.zero import Sharded, Zero
+from parallel.zero3 import Zero3
 from parallel.zero_config import Offload
 from train.engine import Engine, Steps, TorchEngine
 from train.optimizer import OptimizerConfig, elementwise, prime, role_groups, set_learning_rate
@@ -28,25 +29,30 @@ def make_engine(placed: Placed, config: OptimizerConfig, seed: int) -> Engine:
 
 
 class ZeroEngine(Steps):
-    """The model holds what it computes with, whole on every data-parallel rank; fp32 weights, moments and summed
-    gradients lie in ranges of each parameter's elements, this rank's share of them.
+    """The model holds what it computes with, whole on every data-parallel rank up to stage 2; fp32 weights,
+    moments and summed gradients lie in ranges of each parameter's elements, this rank's share of them.
     """
 
     def __init__(self, placed: Placed, config: OptimizerConfig, seed: int) -> None:
         super().__init__(placed)
-        names = {parameter: name for name, parameter in placed.model.named_parameters()}
-        groups = role_groups(placed.model, placed.specs, config)
-        make = partial(make_inner, config=config, offload=placed.meshes.layout.zero.offload)
-        self.zero = Zero(groups, make, prime, names, placed.specs, placed.meshes)
+        model, specs, meshes = placed.model, placed.specs, placed.meshes
+        groups, self.stage = role_groups(model, specs, config), meshes.layout.zero_stage
+        make = partial(make_inner, config=config, offload=meshes.layout.zero.offload)
+        self.zero: Sharded
+        if self.stage == 3:
+            self.zero = Zero3(model, groups, make, prime, specs, meshes)
+        else:
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            self.zero = Zero(groups, make, prime, names, specs, meshes)
         initialise(self.weights(), placed.model.config, seed)  # exactly: the model's own may be rounded
         self.written()
 
     def after_backward(self, last: bool) -> None:
-        if self.zero.config.stage == 2:
+        if self.stage > 1:
             self.zero.after_backward(last)
 
     def complete_gradients(self) -> None:
-        if self.zero.config.stage == 1:
+        if self.stage == 1:
             sum_copies(self.placed.model, self.placed.specs)
         self.zero.reduce()
 
