@@ -1,5 +1,5 @@
-"""ZeRO by DeepSpeed: sharded optimizer state, and gradients, behind names and slices. Only this file and zero3.py, where
-parameters are sharded as well, import it.
+"""ZeRO by DeepSpeed: sharded optimizer state, and gradients, behind names and slices. Only this file and zero3.py, for
+parameters that are sharded as well, import it.
 
 DeepSpeed's engine is not used. Its optimizer wrapper is built once for every process group and number format (dense
 parameters, routers, which stay in fp32, and experts, which have ranks of their own), and told to do less than it would:

@@ -2,7 +2,7 @@
 
 DeepSpeed's part is the traffic of a micro-batch: its hooks gather, prefetch and release what a module needs, in forward
 and backward passes, and collect gradients in buckets. The sum over ranks is ours (DeepSpeed's divides by their number),
-and so is the update: DeepSpeed's would compute a norm of its own and skip, without a word, a step where it is no number.
+and so is the update: DeepSpeed's computes a norm of its own and skips, without a word, a step where it is no number.
 
 Each parameter's flattened elements are cut evenly over the ranks of fsdp, the last piece padded.
 """
@@ -81,7 +81,7 @@ class Zero3(Sharded):
         self.optimizer: torch.optim.Optimizer = self.wrapper.optimizer
         self._take_over(prime)
         self.slices = list(self._slices(specs))
-        model.register_forward_pre_hook(lambda *_: self._note_gathered())
+        self._attach(model)
 
     def _wrap(self, model: Transformer, optimizer: torch.optim.Optimizer) -> Any:
         from deepspeed import zero
@@ -104,12 +104,31 @@ class Zero3(Sharded):
             **section,
         )
         for number, module in enumerate(model.modules()):
-            module.ds_id = number  # as with parameters
+            setattr(module, "ds_id", number)  # noqa: B010  as with parameters
         if isinstance(model.head, TiedHead) and model.embedding is not None:
             zero.register_external_parameter(model.head, model.embedding.weight)
         wrapper._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._sum_and_scatter
         wrapper.micro_step_id = 1  # add to what is there, which `step` clears: 0 would overwrite
         return wrapper
+
+    def _attach(self, model: Transformer) -> None:
+        """Let the graph hold no whole parameters: DeepSpeed's release leaves alive what autograd saved as a view, as it
+        does with every weight that a product takes transposed. (DeepSpeed replaces F.linear, for the whole process.)
+        """
+        saving = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+        def enter(*_: Any) -> None:
+            self._note_gathered()
+            saving.__enter__()
+
+        model.register_forward_pre_hook(enter)
+        model.register_forward_hook(lambda *_: saving.__exit__(None, None, None), always_call=True)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        owner = tensor if tensor._base is None else tensor._base
+        if owner not in self.names:
+            return tensor.detach()
+        return owner, tensor.size(), tensor.stride(), tensor.storage_offset() - owner.storage_offset()
 
     def _take_over(self, prime: Callable[[torch.optim.Optimizer], None]) -> None:
         """Give the optimizer its strings, which DeepSpeed hands out one by one, where they and its state shall be."""
@@ -127,8 +146,9 @@ class Zero3(Sharded):
         for index, group in enumerate(self.wrapper.fp16_groups):
             at = 0
             for parameter in group:
-                size = parameter.partition_numel()
-                start, stop = (min(size * rank, parameter.ds_numel) for rank in _next(self.meshes.fsdp.rank))
+                size, whole = parameter.partition_numel(), parameter.ds_numel
+                start = min(size * self.meshes.fsdp.rank, whole)
+                stop = min(start + size, whole)
                 if start < stop:  # or there is only padding here
                     yield Slice3(specs[self.names[parameter]], start, stop, at, self.wrapper, index)
                 at += size
@@ -141,11 +161,8 @@ class Zero3(Sharded):
         """This rank's pieces of the sums of a bucket's gradients, fp32; in the place of DeepSpeed's averages."""
         axis, sizes = self.meshes.fsdp, [parameter.partition_numel() for parameter in parameters]
         self.reduced.update(parameters)
-        padded = [
-            F.pad(parameter.grad.flatten().float(), (0, size * axis.size - parameter.ds_numel)).view(axis.size, size)
-            for parameter, size in zip(parameters, sizes, strict=True)
-        ]
-        joined = torch.cat(padded, dim=1)
+        whole = [parameter.grad.flatten().float() for parameter in parameters]
+        joined = torch.cat([_rows(one, axis.size, size) for one, size in zip(whole, sizes, strict=True)], dim=1)
         mine = joined[0]
         if axis.size > 1:
             axis.count("gradients", joined)
@@ -198,14 +215,23 @@ class Zero3(Sharded):
         note(self.meshes.fsdp, "parameters", _bytes(p for p in self.names if not p.ds_persist))
 
 
+def _rows(flat: Tensor, count: int, size: int) -> Tensor:
+    """`count` rows of `size` elements, the last ones filled up with zeros."""
+    return (F.pad(flat, (0, count * size - len(flat))) if len(flat) < count * size else flat).view(count, size)
+
+
 def _group(axis: Axis) -> dist.ProcessGroup:
     group = axis.group or dist.group.WORLD
     assert group is not None
     return group
 
 
-def _next(rank: int) -> tuple[int, int]:
-    return rank, rank + 1
+def _unpack(packed: Any) -> Tensor:
+    """What was saved; a parameter has been gathered again by now."""
+    if isinstance(packed, Tensor):
+        return packed
+    owner, size, stride, offset = packed
+    return owner.data.as_strided(size, stride, owner.storage_offset() + offset)
 
 
 def _bytes(parameters: Any) -> int:

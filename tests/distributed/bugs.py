@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel import zero
+from parallel import zero, zero3
 from train import certify_rank
 
 Plant = Callable[[Any, str, Any], None]
@@ -387,6 +387,64 @@ def experts_reduced_with_the_dense(plant: Plant) -> None:
     plant(zero.Zero, "_wrap", lambda self, groups, make, axis: honest(self, groups, make, "fsdp"))
 
 
+def averaged_in_buckets(plant: Plant) -> None:
+    """The sum over ranks is what DeepSpeed's stage 3 makes of it."""
+    _pieces(plant, lambda piece, parameter: piece / parameter.ds_zero_partition_world_size)
+
+
+def pieces_rounded_to_the_models_format(plant: Plant) -> None:
+    """Each micro-batch's sums over ranks are rounded as the parameters are before they are added up."""
+    _pieces(plant, lambda piece, parameter: piece.to(parameter.dtype).float())
+
+
+def micro_batches_overwritten(plant: Plant) -> None:
+    """Each micro-batch's gradients take the place of those before, as DeepSpeed's of a step's first do."""
+    honest = zero3.Zero3._wrap
+
+    def overwriting(self: Any, *arguments: Any) -> Any:
+        wrapper = honest(self, *arguments)
+        wrapper.micro_step_id = 0
+        return wrapper
+
+    plant(zero3.Zero3, "_wrap", overwriting)
+
+
+def pieces_of_the_rank_before(plant: Plant) -> None:
+    """A rank's piece of a parameter is taken for another's."""
+    honest = zero3.Zero3._slices
+
+    def moved(self: Any, specs: Any) -> Iterator[zero.Slice]:
+        for one in honest(self, specs):
+            size = one.stop - one.start
+            start = one.start - size if one.start else size
+            yield dataclasses.replace(one, start=start, stop=start + size)
+
+    plant(zero3.Zero3, "_slices", moved)
+
+
+def whole_copies_of_the_old_weights(plant: Plant) -> None:
+    """Small parameters, which stay whole, are not gathered anew after a step."""
+    honest = zero3.Zero3.spread
+
+    def keeping(self: Any) -> None:
+        kept = {parameter: parameter.data.clone() for parameter in self.names if parameter.numel()}
+        honest(self)
+        for parameter, old in kept.items():
+            parameter.data.copy_(old)
+
+    plant(zero3.Zero3, "spread", keeping)
+
+
+def _pieces(plant: Plant, change: Callable[[Any, Any], Any]) -> None:
+    honest = zero3.Zero3._sum_and_scatter
+
+    def changed(self: Any, parameters: Any, format: Any) -> Any:
+        found = honest(self, parameters, format)
+        return [change(piece, parameter) for piece, parameter in zip(found, parameters, strict=True)]
+
+    plant(zero3.Zero3, "_sum_and_scatter", changed)
+
+
 _SLICE_OF = zero.Slice.of
 
 
@@ -431,5 +489,10 @@ BUGS: dict[str, Callable[[Plant], None]] = {
         strings_shifted_by_one,
         copies_of_the_old_weights,
         experts_reduced_with_the_dense,
+        averaged_in_buckets,
+        pieces_rounded_to_the_models_format,
+        micro_batches_overwritten,
+        pieces_of_the_rank_before,
+        whole_copies_of_the_old_weights,
     )
 }
