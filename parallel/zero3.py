@@ -78,6 +78,7 @@ class Zero3(Sharded):
         self.names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.reduced: set[Any] = set()
         self.wrapper = self._wrap(model, make(list(groups)))
+        self.gathered = _bytes(parameter for parameter in self.names if not parameter.ds_persist)
         self.optimizer: torch.optim.Optimizer = self.wrapper.optimizer
         self._take_over(prime)
         self.slices = list(self._slices(specs))
@@ -126,7 +127,7 @@ class Zero3(Sharded):
 
     def _pack(self, tensor: Tensor) -> Any:
         owner = tensor if tensor._base is None else tensor._base
-        if owner not in self.names:
+        if owner not in self.names or owner.dtype != tensor.dtype:
             return tensor.detach()
         return owner, tensor.size(), tensor.stride(), tensor.storage_offset() - owner.storage_offset()
 
@@ -171,9 +172,12 @@ class Zero3(Sharded):
         return list(mine.split(sizes))
 
     def after_backward(self, last: bool) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
         self._note_gathered()
         self.wrapper.independent_gradient_partition_epilogue()  # what is left in buckets
         self.wrapper.parameter_offload.release_backward_leftovers()
+        parameter_offload.FWD_MODULE_STACK.clear()  # recomputation leaves modules in it, and what they hold
 
     def reduce(self) -> None:
         for parameter, name in self.names.items():
@@ -187,7 +191,7 @@ class Zero3(Sharded):
         self.wrapper.grad_partitions_flat_buffer.mul_(factor)
 
     def step(self) -> None:
-        strings = {one.group: one for one in self.slices}
+        strings = {one.group: one for one in self.slices}  # no group of which there is only padding here
         for one in strings.values():
             one.parameter.grad = one.gradients.to(one.parameter.device)
         self.optimizer.step()
@@ -212,7 +216,7 @@ class Zero3(Sharded):
 
     def _note_gathered(self) -> None:
         """A forward pass gathers everything that is not whole already, a backward pass again."""
-        note(self.meshes.fsdp, "parameters", _bytes(p for p in self.names if not p.ds_persist))
+        note(self.meshes.fsdp, "parameters", self.gathered)
 
 
 def _rows(flat: Tensor, count: int, size: int) -> Tensor:

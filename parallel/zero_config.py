@@ -37,7 +37,9 @@ class ZeroConfig:
     nvme: str | None = None
     """A directory on a local disk, for offload=nvme."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further keys of the section `zero_optimization` of a DeepSpeed configuration."""
+    """Further keys of the section `zero_optimization` of a DeepSpeed configuration. Stage 3 keeps up to 1e9 elements
+    whole between passes unless `stage3_max_live_parameters` or `stage3_max_reuse_distance` say less.
+    """
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):

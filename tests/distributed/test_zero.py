@@ -209,6 +209,37 @@ def test_a_model_in_pieces_can_be_read_at_any_time(ranks, small_corpus, tmp_path
             torch.testing.assert_close(one, wanted, atol=2e-5, rtol=0)
 
 
+def left_behind(root: Path, overrides: list[str], honest: bool) -> int:
+    """How many modules DeepSpeed believes to be in the middle of after a step."""
+
+    class Kept(list[Any]):
+        def clear(self) -> None:
+            pass
+
+    run = trainer(root, "run", overrides)
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK = stack = [] if honest else Kept()
+    run.train_step(0)
+    parameter_offload.FWD_MODULE_STACK = []
+    return len(stack)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_recomputation_leaves_no_modules_behind(ranks, small_corpus, tmp_path, honest):
+    usual = [*small_corpus, "precision=fp32", ZERO, *IN_PIECES, "parallel.recompute=full"]
+    assert all((left == 0) == honest for left in ranks(2, left_behind, tmp_path, usual, honest))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_initial_weights_are_exact_in_pieces(ranks, small_corpus, tmp_path, precision):
+    usual = [*small_corpus, f"precision={precision}", "model.moe_every=0", "training.global_batch=6"]
+    usual.append("training.micro_batch=1")
+    found = assembled([rank[1] for rank in ranks(3, journey, tmp_path / "zero", [*usual, ZERO, *IN_PIECES], 0)])
+    wanted = assembled([rank[1] for rank in ranks(1, journey, tmp_path / "torch", usual, 0)])
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def kept_alive(root: Path, overrides: list[str], honest: bool) -> tuple[int, int]:
     """How many matrices the graph of a forward pass keeps whole, of how many that were."""
     if not honest:
