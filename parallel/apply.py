@@ -74,7 +74,7 @@ def build(config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, devic
     if meshes.layout.engine is EngineKind.deepspeed:
         _narrow(model, specs, precision)
     if meshes.layout.zero_stage == 3:
-        zero3.partition(model, meshes.fsdp, device)
+        zero3.partition(model, meshes, device)
     for stack in stacks.values():
         stack.to_empty(device=device)
     if meshes.layout.zero_stage != 3:  # whose engine makes the initial weights

@@ -26,7 +26,7 @@ from parallel.mesh import Axis, Meshes
 from parallel.offload import PagedAdamW, on_host
 from parallel.shards import ShardSpec
 from parallel.zero import Make, Sharded, Slice, join, note, zero_section
-from parallel.zero_config import Offload
+from parallel.zero_config import Offload, ParameterOffload
 
 
 class Slice3(Slice):
@@ -42,15 +42,20 @@ class Slice3(Slice):
         return self.wrapper.grad_partitions_flat_buffer.narrow(0, sum(sizes[: self.group]), sizes[self.group])
 
 
-def partition(model: Transformer, fsdp: Axis, device: torch.device) -> None:
-    """Cut every parameter of a model on the meta device over the ranks of `fsdp`. One at a time is whole, without
-    values: they are the engine's to give.
+def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
+    """Cut every parameter of a model on the meta device over the ranks of fsdp. One at a time is whole, without values:
+    they are the engine's to give.
     """
     join()
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # where torchrun has not set it
     from deepspeed import zero
 
-    init = zero.Init(data_parallel_group=_group(fsdp), mem_efficient_linear=False)  # or it replaces F.linear, for all
+    away = meshes.layout.zero.offload_parameters is ParameterOffload.cpu
+    init = zero.Init(
+        data_parallel_group=_group(meshes.fsdp),
+        mem_efficient_linear=False,  # or it replaces F.linear, for all
+        remote_device="cpu" if away else None,
+    )
     number = 0
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -86,9 +91,13 @@ class Zero3(Sharded):
 
     def _wrap(self, model: Transformer, optimizer: torch.optim.Optimizer) -> Any:
         from deepspeed import zero
+        from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
         from deepspeed.utils.timer import NoopTimer
 
+        away = None
+        if self.config.offload_parameters is ParameterOffload.cpu:
+            away = DeepSpeedZeroOffloadParamConfig(device="cpu", pin_memory=torch.cuda.is_available())
         section = {key.removeprefix("stage3_"): value for key, value in zero_section(self.config).items()}
         del section["stage"]
         wrapper = DeepSpeedZeroOptimizer_Stage3(
@@ -102,6 +111,7 @@ class Zero3(Sharded):
             gradient_accumulation_dtype=torch.float32,
             communication_data_type=torch.float32,
             clip_grad=0.0,
+            offload_param_config=away,
             **section,
         )
         for number, module in enumerate(model.modules()):

@@ -23,6 +23,14 @@ class Offload(Enum):
     """In files below `nvme`, read and written in pieces while the CPU updates them; needs libaio."""
 
 
+class ParameterOffload(Enum):
+    """Where stage 3 keeps this rank's pieces of the parameters that the model computes with."""
+
+    none = "none"
+    cpu = "cpu"
+    """In the host's memory, to be copied to the device whenever they are gathered."""
+
+
 @dataclass(frozen=True)
 class ZeroConfig:
     """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). `stage` 1 spreads the optimizer's state over the data-parallel
@@ -36,6 +44,7 @@ class ZeroConfig:
     offload: Offload = Offload.none
     nvme: str | None = None
     """A directory on a local disk, for offload=nvme."""
+    offload_parameters: ParameterOffload = ParameterOffload.none
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keys of the section `zero_optimization` of a DeepSpeed configuration. Stage 3 keeps up to 1e9 elements
     whole between passes unless `stage3_max_live_parameters` or `stage3_max_reuse_distance` say less.
@@ -44,6 +53,9 @@ class ZeroConfig:
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):
             raise ConfigError("stage", self.stage, "there are stages 1, 2 and 3", [1, 2, 3])
+        if self.offload_parameters is not ParameterOffload.none and self.stage != 3:
+            reason = f"parameters are whole on every rank in stage {self.stage}: zero.stage=3 shards them"
+            raise ConfigError("offload_parameters", self.offload_parameters, reason, [ParameterOffload.none.value])
         if self.bucket < 1:
             raise ConfigError("bucket", self.bucket, "must be positive", [1 << 24])
         if (self.offload is Offload.nvme) != (self.nvme is not None):

@@ -48,6 +48,7 @@ LAYOUTS = {
     "zero3, tp2": [*IN_PIECES, "parallel.tp=2", "parallel.dp_shard=2"],
     "zero3, cp2": [*IN_PIECES, "parallel.cp=2", "parallel.dp_shard=1"],
     "zero3, replicas": [*IN_PIECES, "parallel.dp_replicate=2", "parallel.dp_shard=2"],
+    "zero3, parameters on the host": [*IN_PIECES, "parallel.zero.offload_parameters=cpu", "parallel.dp_shard=2"],
     "zero3, recomputed": [*IN_PIECES, "parallel.dp_shard=2", "parallel.recompute=full"],
     "zero3, parts recomputed": [*IN_PIECES, "parallel.dp_shard=2", "parallel.recompute=selective"],
 }
@@ -209,6 +210,25 @@ def test_a_model_in_pieces_can_be_read_at_any_time(ranks, small_corpus, tmp_path
             torch.testing.assert_close(one, wanted, atol=2e-5, rtol=0)
 
 
+def on_the_host(root: Path, overrides: list[str]) -> tuple[list[float], bool]:
+    """Losses, and whether the pieces are in what DeepSpeed has of the host's memory."""
+    run = trainer(root, "run", overrides)
+    losses = [run.train_step(step).loss.item() for step in range(3)]
+    wrapper = run.engine.zero.wrapper
+    there = {memory.untyped_storage().data_ptr() for memory in wrapper.param_groups_fp16_flat_cpu_memory}
+    pieces = {p.ds_tensor.untyped_storage().data_ptr() for p in run.engine.placed.model.parameters()}
+    return losses, pieces <= there
+
+
+@pytest.mark.parametrize("masters", ["none", "cpu"])
+def test_parameters_on_the_host_are_the_same(ranks, small_corpus, tmp_path, masters):
+    usual = [*small_corpus, "precision=bf16", "optimizer=adamw", ZERO, *IN_PIECES, f"parallel.zero.offload={masters}"]
+    here = ranks(2, on_the_host, tmp_path / "here", usual)
+    there = ranks(2, on_the_host, tmp_path / "there", [*usual, "parallel.zero.offload_parameters=cpu"])
+    assert [losses for losses, _ in here] == [losses for losses, _ in there]
+    assert [away for _, away in here] == [False] * 2 and [away for _, away in there] == [True] * 2
+
+
 def left_behind(root: Path, overrides: list[str], honest: bool) -> int:
     """How many modules DeepSpeed believes to be in the middle of after a step."""
 
@@ -323,6 +343,7 @@ def test_a_range_is_few_blocks(shape):
         ([*ZERO3, "parallel.compile=true"], r"parallel.compile=True: .*stage 3; parallel.engine=fsdp2"),
         ([*ZERO3, "precision=fp8"], r"zero.stage=3: FP8 was not tried.*parallel.engine=fsdp2"),
         ([*ZERO3, "+parallel.zero.extra.overlap_comm=true"], r"extra.overlap_comm.*is nothing to stage 3"),
+        (["parallel.zero.offload_parameters=cpu"], r"zero.offload_parameters=cpu: .*whole on every rank.*try none"),
         (["parallel.zero.stage=7"], r"zero.stage=7: there are stages 1, 2 and 3"),
         (["parallel.reduce=bfloat16"], r"parallel.reduce.*fp32"),
         (["parallel.zero.offload=nvme"], r"zero.nvme.*name a directory"),
