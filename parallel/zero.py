@@ -98,6 +98,7 @@ def _check_stage_3(layout: Layout, routed: bool, float8: bool) -> None:
 
 def zero_section(config: ZeroConfig) -> dict[str, Any]:
     """The section `zero_optimization` of a DeepSpeed configuration, made from ours and checked by DeepSpeed."""
+    _before_import()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     for key in config.extra:
@@ -360,10 +361,15 @@ def _ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tup
     yield from (((last, *o), (1, *s)) for o, s in _ranges(shape[1:], 0, stop - last * inner))
 
 
-def join() -> None:
-    """Let DeepSpeed use the process group that is there; one process makes one of its own."""
+def _before_import() -> None:
+    """What DeepSpeed would find out by itself, and say."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def join() -> None:
+    """Let DeepSpeed use the process group that is there; one process makes one of its own."""
+    _before_import()
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
     import deepspeed
 
