@@ -1,46 +1,99 @@
-"""The sweep that chose the smoke run's vocabulary and learning rate: `python -m bench.sweep_smoke [KEY=VALUE ...]`.
+"""The sweeps behind `configs/hparam/`: `python -m bench.proxies OUT [NAME ...]`, without names all of them.
 
-One run after the other through the real command, each for the same number of tokens. What counts is the margin below
-the bigram model of the tokens consumed, and bits per byte, which compares vocabularies.
+Each is a small model of one kind (router, norms, head width, sparsity), trained over a grid of learning rates and
+weight decays by the real commands; the best becomes `configs/hparam/NAME.yaml`. A sweep that was stopped goes on.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
-TOKENS = 614_400
-GRID = {
-    "data.tokenizer.vocab_size": ["512", "1024", "2048"],
-    "optimizer.lr": ["2e-3", "4e-3", "8e-3"],
-    "training.global_batch": ["8"],
+import yaml
+
+from core.files import write_text
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "hparam"
+RUN = [
+    "hparam=none",
+    "training.context=256",
+    "training.global_batch=8",
+    "training.micro_batch=8",
+    "evaluation.every=0",
+    "evaluation.baselines=false",
+    "checkpoint.every=0",
+    "logging.every=50",
+    "data.filter=null",
+    "sweep.low=-9",
+    "sweep.high=-4",
+    "sweep.seeds=2",
+    "sweep.processes=2",
+]
+SMALL = [
+    *("model.width=64", "model.layers=4", "model.heads=2", "model.kv_heads=1", "model.dense_width=256"),
+    *("model.expert_width=128", "training.steps=50", "schedule.warmup_steps=5"),
+    *("sweep.axis=tokens", "sweep.factors=[1,2,4]"),
+]
+LARGE = [
+    *("model.width=128", "model.layers=4", "model.heads=1", "model.kv_heads=1", "model.head_width=128"),
+    *("model.dense_width=512", "training.steps=60", "schedule.warmup_steps=6", "optimizer.weight_decay=0.1,4"),
+    "sweep.low=-10",
+]
+"""Heads as wide as the target's: normalised queries without a gain cannot take a factor on export."""
+OPEN = [*LARGE, "model.nope_every=0", "model.chunk=null", "model.moe_every=1", "model.shared_width=0"]
+"""Softmax routers on outputs, every layer a mixture, whole rows of attention."""
+SOFTMAX = ["model.router.score=softmax", "model.router.weights_on=output"]
+PROXIES = {
+    "smoke": SMALL,
+    "llama4": [*LARGE, "model.moe_every=1", "model.experts=16"],
+    "llama4_maverick": [*LARGE, "model.moe_every=2", "model.experts=128", "model.qk_norm=none"],
+    "mixtral": [
+        *(*OPEN, *SOFTMAX, "model.router.renormalise=true", "model.router.top_k=2", "model.qk_norm=none"),
+        "model.expert_width=448",
+    ],
+    "olmoe": [
+        *OPEN,
+        *SOFTMAX,
+        "model.router.top_k=8",
+        "model.experts=64",
+        "model.expert_width=64",
+        "model.qk_norm=full",
+    ],
+    "qwen3": [
+        *(*OPEN, *SOFTMAX, "model.router.renormalise=true", "model.router.top_k=8", "model.qk_norm=per_head"),
+        *("model.experts=128", "model.expert_width=48"),
+    ],
 }
 
 
-def run(root: Path, name: str, choice: dict[str, str], extra: list[str]) -> dict[str, float]:
-    rows = int(choice["training.global_batch"])
-    overrides = [f"{key}={value}" for key, value in choice.items()]
-    overrides += [f"model.vocab_size={choice['data.tokenizer.vocab_size']}", f"training.steps={TOKENS // (256 * rows)}"]
-    overrides += ["evaluation.every=0", "checkpoint.every=0", f"run.root={root}", f"run.name={name}", *extra]
-    subprocess.run([sys.executable, "-m", "launch.cli", "train", *overrides], check=True, stdout=subprocess.DEVNULL)
-    return json.loads((root / name / "summary.json").read_text())
+def fitted(out: Path, name: str) -> dict[str, Any]:
+    """What `metap fit` makes of the sweep of proxy `name`."""
+    for action in (["sweep", *RUN, *PROXIES[name]], ["fit"]):
+        subprocess.run([sys.executable, "-m", "launch.cli", "metap", action[0], f"out={out}", *action[1:]], check=True)
+    return yaml.safe_load((out / "base.yaml").read_text())
 
 
-def main(extra: list[str]) -> None:
-    print("| " + " | ".join(GRID) + " | held-out | bits/byte | bigram | margin | tok/s |", flush=True)
-    print("|---" * (len(GRID) + 5) + "|")
-    with tempfile.TemporaryDirectory() as root:
-        for number, values in enumerate(itertools.product(*GRID.values())):
-            found = run(Path(root), f"run{number}", dict(zip(GRID, values, strict=True)), extra)
-            margin = found["bigram_loss"] - found["heldout_loss"]
-            bits = found["heldout"]["bits_per_byte"]  # type: ignore[index]
-            figures = f"{found['heldout_loss']:.3f} | {bits:.3f} | {found['bigram_loss']:.3f} | {margin:+.3f}"
-            print(f"| {' | '.join(values)} | {figures} | {found['tokens_per_second']:,.0f} |", flush=True)
+def preset(found: dict[str, Any], name: str) -> str:
+    """The part of a fitted base that says what was found, and leaves open what a run may choose (its optimizer)."""
+    optimizer, hparam = found["optimizer"], found["hparam"]
+    kept = {key: hparam[key] for key in ("base", "kind", "tokens_exponent")}
+    provenance = {key: value for key, value in hparam["provenance"].items() if key != "sweep"}
+    content = {
+        "optimizer": {key: optimizer[key] for key in ("lr", "weight_decay")},
+        "hparam": {**kept, "provenance": {"command": f"python -m bench.proxies OUT {name}", **provenance}},
+        "model": {"init": found["model"]["init"]},
+    }
+    head = "# @package _global_\n# The best of a sweep of a small model of this kind, by `python -m bench.proxies`.\n"
+    return head + yaml.safe_dump(content, sort_keys=False)
+
+
+def main(out: str, *names: str) -> None:
+    for name in names or PROXIES:
+        write_text(CONFIGS / f"{name}.yaml", preset(fitted(Path(out) / name, name), name))
+        print(f"proxies: {CONFIGS / name}.yaml", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -192,6 +192,8 @@ def _key(word: str) -> str:
 
 def _is_of_base(word: str) -> bool:
     key = _key(word)
+    if key == "hparam":  # which preset the target would take without this base
+        return False
     return key.partition(".")[0] in FROM_BASE or key.startswith("model.init")
 
 

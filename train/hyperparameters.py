@@ -51,7 +51,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     here = kind_of(config.model)
     for key, there in config.hparam.kind.items():
         if here.get(key, there) != there:
-            reason = f"no rule leads there from this model's, {here[key]}: sweep a base of its kind"
+            reason = f"no rule leads there from this model's, {here[key]}: sweep a base of its kind, or hparam=none"
             raise ConfigError(f"hparam.kind.{key}", there, reason)
     found = derive(config)
     if config.optimizer.moments is Moments.bfloat16 and found.beta2 > SLOWEST_IN_BFLOAT16:

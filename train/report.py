@@ -146,8 +146,11 @@ def write_report(directories: Sequence[Path], out: Path) -> None:
 
 def repeat_command(config: TrainConfig) -> str | None:
     """A command whose composed configuration is this one but for its place; None where overrides cannot say it."""
-    config, base = without_derived(config), plain(load("train", TrainConfig, []))
-    overrides = []
+    config, usual = without_derived(config), load("train", TrainConfig, [])
+    overrides = (
+        [] if config.hparam == usual.hparam else ["hparam=none"]
+    )  # entries of the usual base could not be dropped
+    base = plain(load("train", TrainConfig, overrides))
     for key, (_, after) in differences(base, plain(config)).items():
         if key.startswith(("launch", "run.root", "run.name")):
             continue

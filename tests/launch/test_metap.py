@@ -28,6 +28,7 @@ from train.hyperparameters import as_base
 from train.run_directory import write_config
 
 QUICK = [
+    "hparam=none",
     *(one for one in SMALL if "vocab_size" not in one and "std" not in one),
     "model.vocab_size=320",
     "model.width=32",

@@ -21,6 +21,7 @@ from train.run_directory import RunDirectory
 from train.trainer import Trainer
 
 TINY = [
+    "hparam=none",
     "model.vocab_size=320",
     "model.width=32",
     "model.layers=4",

@@ -1,0 +1,84 @@
+"""The whole runs under `configs/experiment`, and the proxies whose hyperparameters they carry over."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bench.proxies import PROXIES, RUN
+from core.config import load
+from core.errors import ConfigError
+from hparam.scale import kind_of
+from launch.metap_sweep import bases
+from model.config import ModelConfig
+from model.multipliers import folded
+from train.config import TrainConfig
+from train.hyperparameters import derive, resolve, scale_of_run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").iterdir())
+FITS = sorted(path.stem for path in (CONFIGS / "hparam").iterdir() if path.stem != "none")
+
+
+def without_weights(model: ModelConfig) -> Any:
+    """A source of which only the configuration is asked."""
+    return SimpleNamespace(config=model, shapes={}, dtypes={})
+
+
+def experiment(name: str, *overrides: str) -> TrainConfig:
+    return load("train", TrainConfig, [f"experiment={name}", *overrides])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_carries_hyperparameters_over(name):
+    run = resolve(experiment(name))
+    assert run.hparam.base is not None and run.hparam.kind == kind_of(run.model)
+    assert run.optimizer.transferred is not None
+    base, here = run.hparam.base, scale_of_run(run)
+    rates = {role: own.lr for role, own in run.optimizer.transferred.roles.items()}
+    assert rates["query"] / rates["embedding"] == pytest.approx(base.width / here.width)
+    assert run.model.multipliers.residual == pytest.approx(base.layers / here.layers)
+    steps = sum(1 for line in derive(run).warnings if "sparsity" in line)
+    assert not steps, "the proxy has the experiment's share of active experts"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiments_model_can_leave_as_the_published_one(name):
+    model = resolve(experiment(name)).model
+    assert folded(without_weights(model)).config.multipliers.residual == 1
+    other = experiment(name, "hparam.base.head_width=8")
+    norms = {layer.qk_norm.value for layer in model.blocks}
+    if "weightless" in norms:
+        with pytest.raises(ConfigError, match=r"multipliers.attention.*without a gain"):
+            folded(without_weights(resolve(other).model))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_model_of_another_kind_is_refused(name):
+    other = "mixtral" if name != "mixtral_8x7b" else "olmoe"
+    with pytest.raises(ConfigError, match=r"hparam.kind.*hparam=none"):
+        resolve(experiment(name, f"hparam={other}"))
+    assert resolve(experiment(name, "hparam=none")).optimizer.transferred is None
+
+
+def test_every_proxy_is_checked_in_and_nothing_else():
+    assert sorted(PROXIES) == FITS
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_checked_in_fit_is_of_the_proxy_that_the_sweep_describes(name):
+    words = [word for word in [*RUN, *PROXIES[name]] if not word.startswith("sweep.")]
+    settings = list(bases(words).values())
+    fit = load("train", TrainConfig, [f"hparam={name}"])
+    assert fit.hparam.base == scale_of_run(settings[0]) and fit.hparam.kind == kind_of(settings[0].model)
+    assert fit.model.init == settings[0].model.init
+    assert fit.optimizer.weight_decay in {one.optimizer.weight_decay for one in settings}
+    found = fit.hparam.provenance
+    assert fit.optimizer.lr == pytest.approx(2 ** found["log2_lr"]["value"], rel=1e-3)
+    said = dict(word.split("=", 1) for word in [*RUN, *PROXIES[name]])
+    assert float(said["sweep.low"]) < math.log2(fit.optimizer.lr) < float(said["sweep.high"])
+    assert found["runs"] > 0 and found["loss"]["value"] > 0
