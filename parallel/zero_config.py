@@ -18,9 +18,11 @@ class Offload(Enum):
 
     none = "none"
     cpu = "cpu"
-    """In the host's memory; the update is computed there, by DeepSpeed's CPUAdam, compiled when first needed."""
+    """In the host's memory; the update is computed there, by PyTorch's fused AdamW, which is as fast as DeepSpeed's
+    CPUAdam and has not to be compiled.
+    """
     nvme = "nvme"
-    """In files below `nvme`, read and written in pieces while the CPU updates them; needs libaio."""
+    """In files below `nvme`, read and written in pieces while the host updates them (`parallel.offload`)."""
 
 
 class ParameterOffload(Enum):

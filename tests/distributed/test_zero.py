@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import engines
 from core.config import load
 from core.errors import ConfigError
 from launch.ranks import Pool
@@ -165,7 +166,7 @@ def resumed_offload(root: Path, overrides: list[str]) -> tuple[list[float], bool
     return losses, all(isinstance(wrapper.optimizer, PagedAdamW) for _, wrapper in wrappers)
 
 
-@pytest.mark.parametrize("stage", [[], IN_PIECES], ids=["1", "3"])
+@pytest.mark.parametrize("stage", [[], pytest.param(IN_PIECES, marks=pytest.mark.slow)], ids=["1", "3"])
 @pytest.mark.parametrize("offload", ["cpu", "nvme"])
 def test_state_elsewhere_is_the_same_state(ranks, small_corpus, tmp_path, offload, stage):
     usual = [*small_corpus, "precision=bf16", "optimizer=adamw", "optimizer.lr=1e-3", ZERO, *stage]
@@ -203,7 +204,16 @@ def read_between_steps(root: Path, overrides: list[str]) -> tuple[list[float], l
     return losses, logits
 
 
-@pytest.mark.parametrize("size, how", [(1, []), (2, []), (3, ["training.micro_batch=1"]), (4, PADDED)])
+@pytest.mark.parametrize(
+    "size, how",
+    [
+        (2, []),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in ((1, []), (3, ["training.micro_batch=1"]), (4, PADDED))
+        ),
+    ],
+)
 def test_a_model_in_pieces_can_be_read_at_any_time(ranks, small_corpus, tmp_path, size, how):
     """Also on three ranks, among which no tensor is divided evenly and a division by the ranks is not exact."""
     usual = [*small_corpus, "precision=fp32", "model.moe_every=0", "training.global_batch=6", *how]
@@ -224,6 +234,7 @@ def on_the_host(root: Path, overrides: list[str]) -> tuple[list[float], bool]:
     return losses, pieces <= there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masters", ["none", "cpu"])
 def test_parameters_on_the_host_are_the_same(ranks, small_corpus, tmp_path, masters):
     usual = [*small_corpus, "precision=bf16", "optimizer=adamw", ZERO, *IN_PIECES, f"parallel.zero.offload={masters}"]
@@ -249,6 +260,7 @@ def left_behind(root: Path, overrides: list[str], honest: bool) -> int:
     return len(stack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("honest", [True, False])
 def test_recomputation_leaves_no_modules_behind(ranks, small_corpus, tmp_path, honest):
     usual = [*small_corpus, "precision=fp32", ZERO, *IN_PIECES, "parallel.recompute=full"]
@@ -281,6 +293,7 @@ def kept_alive(root: Path, overrides: list[str], honest: bool) -> tuple[int, int
     return kept, len(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("honest", [True, False])
 def test_the_graph_keeps_no_whole_matrix(small_corpus, tmp_path, honest):
     """In ranks of its own: the bug stays in them."""
@@ -382,3 +395,8 @@ def test_a_disk_without_room_is_refused(monkeypatch, tmp_path):
 def test_the_pin_is_the_one_that_is_declared():
     text = (Path(zero.__file__).parents[1] / "pyproject.toml").read_text()
     assert text.count(f'"deepspeed=={VERSION}"') == 2
+
+
+def test_the_guides_table_is_what_the_code_says():
+    assert engines.BEGIN + engines.table() + engines.END in engines.PAGE.read_text()
+    assert not engines.supported([*engines.ENGINES["ZeRO-1"], "optimizer=muon"]), "the control"
