@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class MappedFile:
         finally:
             os.unlink(name)
         self._handle = handle
+        weakref.finalize(self, os.close, handle)
         self.tensor = torch.frombuffer(self._map, dtype=torch.float32, count=elements)
 
     def expect(self, start: int, stop: int) -> None:

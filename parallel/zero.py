@@ -17,7 +17,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,13 +34,15 @@ from parallel.offload import PagedAdamW, on_host
 from parallel.shards import Block, ShardSpec, Stored
 from parallel.zero_config import INSTALL, VERSION, Offload, ZeroConfig
 
-_REDUCED = ("use_multi_rank_bucket_allreduce", "allgather_bucket_size", "overlap_comm", "round_robin_gradients")
+_REDUCED = ("use_multi_rank_bucket_allreduce", "allgather_bucket_size")
 _GATHERED = tuple(
     f"stage3_{key}"
     for key in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "param_persistence_threshold")
 )
-HANDED_ON = {1: _REDUCED, 2: _REDUCED, 3: _GATHERED}
-"""Stage -> keys of DeepSpeed's `zero_optimization` that `zero.extra` may set; the others are ours to decide."""
+HANDED_ON = {1: _REDUCED, 2: (*_REDUCED, "overlap_comm"), 3: _GATHERED}
+"""Stage -> keys of DeepSpeed's `zero_optimization` that `zero.extra` may set; the others are ours to decide. (Overlap
+in stage 1 would leave the sums to hooks that we take away; round robin would give slices other parameters' names.)
+"""
 
 
 def installed() -> str | None:
@@ -81,6 +83,8 @@ def check(
     if zero.offload is Offload.nvme and moments is not torch.float32:
         reason = "is for AdamW's fp32 state: optimizer.kind=adamw and moments=float32"
         raise ConfigError("parallel.zero.offload", zero.offload, reason, [Offload.none.value, Offload.cpu.value])
+    if zero.nvme is not None and (path := Path(zero.nvme).expanduser()).exists() and not path.is_dir():
+        raise ConfigError("parallel.zero.nvme", zero.nvme, "is no directory")
     zero_section(zero)
 
 
@@ -98,13 +102,14 @@ def _check_stage_3(layout: Layout, routed: bool, float8: bool) -> None:
 
 def zero_section(config: ZeroConfig) -> dict[str, Any]:
     """The section `zero_optimization` of a DeepSpeed configuration, made from ours and checked by DeepSpeed."""
-    _before_import()
+    _imported()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
 
     for key in config.extra:
         if key not in HANDED_ON[config.stage]:
             why = "is set by ours" if key in DeepSpeedZeroConfig.model_fields else "no such key"
-            if key in (*_REDUCED, *_GATHERED):
+            if key in {one for keys in HANDED_ON.values() for one in keys}:
                 why = f"is nothing to stage {config.stage}"
             raise ConfigError(f"parallel.zero.extra.{key}", config.extra[key], why, list(HANDED_ON[config.stage]))
     section: dict[str, Any] = {
@@ -116,8 +121,10 @@ def zero_section(config: ZeroConfig) -> dict[str, Any]:
     }
     try:
         DeepSpeedZeroConfig(**section)
-    except ValueError as error:
-        raise ConfigError("parallel.zero.extra", None, " ".join(str(error).split())) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise ConfigError(f"parallel.zero.extra.{key}", config.extra.get(key), first["msg"]) from None
     return section
 
 
@@ -185,7 +192,9 @@ class Sharded(ABC):
 
     @abstractmethod
     def reduce(self) -> None:
-        """Complete the gradients of a step. Raises `ValueError` where a parameter has no gradient."""
+        """Complete the gradients of a step. This, or the last `after_backward`, raises `ValueError` where a parameter
+        has none.
+        """
 
     @abstractmethod
     def scale(self, factor: Tensor) -> None:
@@ -230,6 +239,7 @@ class Zero(Sharded):
     ) -> None:
         """`groups`: torch's, one role each. `make`: an optimizer of some of them; `prime` puts its state in place."""
         self.config, self.meshes, self.names, self.prime = meshes.layout.zero, meshes, names, prime
+        self.reduced: set[nn.Parameter] = set()
         join()
         sets: dict[tuple[str, torch.dtype], list[dict[str, Any]]] = {}
         for group in groups:
@@ -250,7 +260,7 @@ class Zero(Sharded):
             timers=NoopTimer(),
             optimizer_params={},
             verbose=False,
-            dp_process_group=getattr(self.meshes, axis).group or dist.group.WORLD,
+            dp_process_group=process_group(getattr(self.meshes, axis)),
             partition_grads=self.config.stage == 2,
             gradient_average=False,
             gradient_accumulation_dtype=torch.float32,
@@ -268,6 +278,9 @@ class Zero(Sharded):
             wrapper._grad_acc_hooks.clear()
             for parameter in _parameters(wrapper):
                 parameter.grad_dtype = torch.float32  # autograd itself sums micro-batches in fp32
+        else:
+            for parameter in _parameters(wrapper):
+                parameter.register_post_accumulate_grad_hook(self.reduced.add)
         return wrapper
 
     def _move(self, wrapper: Any) -> None:
@@ -294,18 +307,20 @@ class Zero(Sharded):
 
     def after_backward(self, last: bool) -> None:
         """What a micro-batch brought is summed over ranks and added to this rank's share."""
+        if last:
+            self._check_gradients(self.reduced)
+            self.reduced.clear()
         for axis, wrapper in self.wrappers:
             note(axis, "gradients", 4 * sum(parameter.numel() for parameter in _parameters(wrapper)))
             wrapper.set_gradient_accumulation_boundary(last)
             wrapper.independent_gradient_partition_epilogue()
 
     def reduce(self) -> None:
-        """Stage 1: `grad` holds fp32 sums over micro-batches. A parameter without one would be left out silently."""
+        """Stage 1: `grad` holds fp32 sums over micro-batches."""
+        if self.config.stage == 1:
+            self._check_gradients({parameter for parameter in self.names if parameter.grad is not None})
         for axis, wrapper in self.wrappers:
             if self.config.stage == 1:
-                for parameter in _parameters(wrapper):
-                    if parameter.grad is None:
-                        raise ValueError(f"{self.names[parameter]} has no gradient")
                 note(axis, "gradients", 4 * sum(parameter.numel() for parameter in _parameters(wrapper)))
                 wrapper.backward_epilogue()  # fp32 `grad` of bf16 parameters becomes `grad_accum`, without a copy
                 wrapper.reduce_gradients(pipeline_parallel=True)
@@ -314,6 +329,12 @@ class Zero(Sharded):
                 self.meshes.replicate.sum(string, "gradients")
         if self.config.stage == 2:
             self._sum_partial()
+
+    def _check_gradients(self, there: Collection[nn.Parameter]) -> None:
+        """One that is missing would be left out silently."""
+        for parameter, name in self.names.items():
+            if parameter not in there:
+                raise ValueError(f"{name} has no gradient")
 
     def scale(self, factor: Tensor) -> None:
         for _, wrapper in self.wrappers:
@@ -325,7 +346,7 @@ class Zero(Sharded):
             note(axis, "parameters", _share_bytes(wrapper))
             if self.config.offload is not Offload.none:
                 for index, held in wrapper.averaged_gradients.items():
-                    wrapper.averaged_gradients[index] = _group([held.flat_partition.to("cpu")])
+                    wrapper.averaged_gradients[index] = _holder([held.flat_partition.to("cpu")])
             wrapper.step()
             _let_go(wrapper)
 
@@ -361,23 +382,38 @@ def _ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tup
     yield from (((last, *o), (1, *s)) for o, s in _ranges(shape[1:], 0, stop - last * inner))
 
 
-def _before_import() -> None:
-    """What DeepSpeed would find out by itself, and say."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+def _imported() -> Any:
+    """DeepSpeed, told what it would find out by itself and say. Its environment is not left behind: a job that this
+    process submits may run where there are GPUs.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    given = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        import deepspeed
+    finally:
+        if given is None:
+            del os.environ["DS_ACCELERATOR"]
+    return deepspeed
 
 
 def join() -> None:
     """Let DeepSpeed use the process group that is there; one process makes one of its own."""
-    _before_import()
+    deepspeed = _imported()
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
-    import deepspeed
-
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if deepspeed.comm.comm.cdb is None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles collectives of its own
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def process_group(axis: Axis) -> dist.ProcessGroup:
+    """Of the ranks that share optimizer state; only a world of one has no group for them."""
+    assert axis.group is not None or dist.get_world_size() == 1, f"{axis.name} has no group"
+    group = axis.group or dist.group.WORLD
+    assert group is not None
+    return group
 
 
 def _parameters(wrapper: Any) -> Iterator[nn.Parameter]:
@@ -394,10 +430,10 @@ def _flatten(wrapper: Any) -> None:
     """One string of gradients per group, whatever DeepSpeed has left."""
     for index, held in wrapper.averaged_gradients.items():
         if getattr(held, "flat_partition", None) is None:
-            wrapper.averaged_gradients[index] = _group([wrapper.flatten(held)])
+            wrapper.averaged_gradients[index] = _holder([wrapper.flatten(held)])
 
 
-def _group(string: list[Tensor]) -> Any:
+def _holder(string: list[Tensor]) -> Any:
     """How DeepSpeed holds a group's gradients."""
     from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 

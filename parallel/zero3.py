@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers import TiedHead
 from model.transformer import Transformer
 from parallel.collectives import reduce_scatter_single
-from parallel.mesh import Axis, Meshes
+from parallel.mesh import Meshes
 from parallel.offload import PagedAdamW, on_host
 from parallel.shards import ShardSpec
-from parallel.zero import Make, Sharded, Slice, join, note, zero_section
+from parallel.zero import Make, Sharded, Slice, join, note, process_group, zero_section
 from parallel.zero_config import Offload, ParameterOffload
 
 
@@ -52,7 +51,7 @@ def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
 
     away = meshes.layout.zero.offload_parameters is ParameterOffload.cpu
     init = zero.Init(
-        data_parallel_group=_group(meshes.fsdp),
+        data_parallel_group=process_group(meshes.fsdp),
         mem_efficient_linear=False,  # or it replaces F.linear, for all
         remote_device="cpu" if away else None,
     )
@@ -107,7 +106,7 @@ class Zero3(Sharded):
             timers=NoopTimer(),
             ds_config=None,
             verbose=False,
-            dp_process_group=_group(self.meshes.fsdp),
+            dp_process_group=process_group(self.meshes.fsdp),
             gradient_accumulation_dtype=torch.float32,
             communication_data_type=torch.float32,
             clip_grad=0.0,
@@ -232,12 +231,6 @@ class Zero3(Sharded):
 def _rows(flat: Tensor, count: int, size: int) -> Tensor:
     """`count` rows of `size` elements, the last ones filled up with zeros."""
     return (F.pad(flat, (0, count * size - len(flat))) if len(flat) < count * size else flat).view(count, size)
-
-
-def _group(axis: Axis) -> dist.ProcessGroup:
-    group = axis.group or dist.group.WORLD
-    assert group is not None
-    return group
 
 
 def _unpack(packed: Any) -> Tensor:

@@ -60,6 +60,6 @@ class ZeroConfig:
             raise ConfigError("offload_parameters", self.offload_parameters, reason, [ParameterOffload.none.value])
         if self.bucket < 1:
             raise ConfigError("bucket", self.bucket, "must be positive", [1 << 24])
-        if (self.offload is Offload.nvme) != (self.nvme is not None):
+        if (self.offload is Offload.nvme) != bool(self.nvme) or self.nvme == "":
             reason = "goes with zero.offload=nvme" if self.nvme else "name a directory on a local disk"
             raise ConfigError("nvme", self.nvme, reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import time
 import weakref
 from contextlib import closing
@@ -102,9 +104,16 @@ Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
 
 
 def journey(root: Path, overrides: list[str], count: int) -> tuple[list[float], Pieces, Pieces]:
-    """Losses of a run's next steps, and what this rank keeps of it before and after them."""
-    run = trainer(root, "run", [*overrides, "training.steps=8"])
+    """Losses of a run's next steps, and what this rank keeps of it before and after them; before, beside the state,
+    what its model computes with (`copy.NAME`), where that is another tensor.
+    """
+    run = trainer(root, "run", [*overrides, "training.steps=10"])
     before = pieces(run)
+    if isinstance(run.engine, ZeroEngine) and run.engine.stage < 3:
+        for name, parameter in run.engine.placed.model.named_parameters():
+            spec = run.engine.placed.specs[name]
+            shape, offset = tuple(spec.info.shape), spec.computed.offset
+            before.append((f"copy.{name}", shape, offset, parameter.detach().clone()))
     losses = [run.train_step(step).loss.item() for step in range(run.step, run.step + count)]
     run.save()
     run.checkpointer.wait()
@@ -119,7 +128,10 @@ def assembled(ranks: list[Pieces]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, shape, offset, part in (piece for rank in ranks for piece in rank):
         whole = found.setdefault(name, torch.full(shape, torch.nan, dtype=torch.float64))
-        whole[tuple(slice(o, o + s) for o, s in zip(offset, part.shape, strict=True))] = part.double()
+        place = tuple(slice(o, o + s) for o, s in zip(offset, part.shape, strict=True))
+        same = whole[place].isnan() | (whole[place] == part)
+        assert same.all(), f"{name}: two ranks that have the same block differ"
+        whole[place] = part.double()
     assert not any(whole.isnan().any() for whole in found.values()), "no element is missing"
     return found
 
@@ -127,6 +139,7 @@ def assembled(ranks: list[Pieces]) -> dict[str, torch.Tensor]:
 MIXTURE = (
     (2, ["parallel.ep=2"]),
     (4, [ZERO, "parallel.zero.stage=2", "parallel.tp=2", "parallel.ep=2"]),
+    (4, [ZERO, "parallel.dp_replicate=2", "parallel.ep=2"]),
     (2, [ZERO, "parallel.pp=2", "parallel.dp_shard=1", "training.micro_batch=1"]),
     (1, []),
 )
@@ -142,12 +155,15 @@ DENSE = (
 def test_a_run_moves_between_engines_and_world_sizes(ranks, small_corpus, tmp_path, places):
     """Weights, moments and step counts arrive bit for bit, and the losses are those of a run that stayed."""
     usual = [*small_corpus, "precision=fp32", "optimizer=adamw", "optimizer.lr=1e-3"]
-    stayed = ranks(1, journey, tmp_path / "stayed", [*usual, *places[-1][1]], 8)[0][0]
+    stayed = ranks(1, journey, tmp_path / "stayed", [*usual, *places[-1][1]], 2 * len(places))[0][0]
     losses: list[float] = []
     kept: dict[str, torch.Tensor] = {}
     for size, how in places:
         found = ranks(size, journey, tmp_path / "moved", [*usual, *how], 2)
         before = assembled([rank[1] for rank in found])
+        copies = {name.removeprefix("copy."): before.pop(name) for name in list(before) if name.startswith("copy.")}
+        assert bool(copies) == (ZERO in how and not {*ZERO3} <= {*how})
+        assert all(torch.equal(copy, before[f"model.{name}"]) for name, copy in copies.items()), "every rank's experts"
         if kept:
             assert before.keys() == kept.keys()
             assert all(torch.equal(before[name], kept[name]) for name in kept)
@@ -178,6 +194,43 @@ def test_state_elsewhere_is_the_same_state(ranks, small_corpus, tmp_path, offloa
         assert [losses for losses, _ in found] == [losses for losses, _ in wanted]
         assert [paged for _, paged in found] == [offload == "nvme"] * 2
     assert offload == "cpu" or not list((tmp_path / "disk").iterdir()), "nothing is left behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage, key",
+    [
+        (1, "zero.extra.use_multi_rank_bucket_allreduce=false"),
+        (1, "zero.extra.allgather_bucket_size=100"),
+        (1, "zero.bucket=100"),
+        (2, "zero.extra.use_multi_rank_bucket_allreduce=false"),
+        (2, "zero.extra.allgather_bucket_size=100"),
+        (2, "zero.extra.overlap_comm=true"),
+        (2, "zero.bucket=100"),
+    ],
+)
+def test_what_is_handed_on_to_deepspeed_changes_no_result(ranks, stage, key):
+    """Many buckets, and parameters larger than one."""
+    plus = "+" if ".extra." in key else ""
+    for outcome in outcomes(ranks, [f"parallel.zero.stage={stage}", f"{plus}parallel.{key}", "parallel.dp_shard=2"]):
+        assert outcome.passed, outcome.failures()
+
+
+def without_a_backward_pass(root: Path, overrides: list[str]) -> str:
+    engine = trainer(root, "run", overrides).engine
+    assert isinstance(engine, ZeroEngine)
+    try:
+        engine.after_backward(True)
+        engine.complete_gradients()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_missing_gradient_is_an_error(ranks, small_corpus, tmp_path, stage):
+    usual = [*small_corpus, "precision=fp32", "optimizer=adamw", ZERO, f"parallel.zero.stage={stage}"]
+    assert ranks(2, without_a_backward_pass, tmp_path, usual) == ["embedding.weight has no gradient"] * 2
 
 
 def test_one_process_needs_no_ranks(small_corpus, tmp_path, ranks):
@@ -367,10 +420,14 @@ def test_a_range_is_few_blocks(shape):
         (["parallel.reduce=bfloat16"], r"parallel.reduce.*fp32"),
         (["parallel.zero.offload=nvme"], r"zero.nvme.*name a directory"),
         (["parallel.zero.nvme=/tmp"], r"zero.nvme=/tmp: goes with"),
+        (["parallel.zero.offload=nvme", "parallel.zero.nvme=''"], r"zero.nvme.*name a directory"),
+        (["parallel.zero.offload=nvme", "parallel.zero.nvme=/dev/null"], r"zero.nvme=/dev/null: is no directory"),
+        (["+parallel.zero.extra.overlap_comm=true"], r"extra.overlap_comm=True: is nothing to stage 1"),
+        (["+parallel.zero.extra.round_robin_gradients=true"], r"extra.round_robin_gradients.*set by ours"),
         (["parallel.zero.offload=nvme", "parallel.zero.nvme=/tmp", "optimizer=sgd"], r"zero.offload.*AdamW"),
         (["+parallel.zero.extra.stage3_prefetch_bucket_size=1"], r"extra.stage3_prefetch.*is nothing to stage 1"),
         (["+parallel.zero.extra.reduce_scatter=false"], r"extra.reduce_scatter.*set by ours"),
-        (["+parallel.zero.extra.allgather_bucket_size=many"], r"zero.extra.*allgather_bucket_size"),
+        (["+parallel.zero.extra.allgather_bucket_size=many"], r"extra.allgather_bucket_size=many: .*integer"),
     ],
 )
 def test_what_is_not_right_is_refused(overrides, message):
@@ -384,6 +441,22 @@ def test_another_version_is_refused_with_the_line_that_installs_the_right_one(mo
         monkeypatch.setattr(zero, "installed", lambda found=found: found)
         with pytest.raises(ConfigError, match=rf"deepspeed.*pip install 'leviathan\[deepspeed\]'.*{VERSION}"):
             check(run, 2)
+
+
+def test_checking_leaves_nothing_in_the_environment(monkeypatch):
+    """A job is submitted with it, and may run where there are GPUs."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    check(load("train", TrainConfig, [ZERO]), 2)
+    assert "DS_ACCELERATOR" not in os.environ
+
+
+def test_a_file_is_given_back_with_its_tensor(tmp_path):
+    handles = len(list(Path("/proc/self/fd").iterdir()))
+    one = MappedFile(tmp_path, 1000)
+    assert len(list(Path("/proc/self/fd").iterdir())) > handles, "the control"
+    del one
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) == handles
 
 
 def test_a_disk_without_room_is_refused(monkeypatch, tmp_path):
