@@ -84,7 +84,7 @@ def buffers(model: nn.Module, writes: bool) -> list[Part]:
 
 
 def _part(name: str, tensor: Tensor, spec: ShardSpec | None, writes: bool) -> Part:
-    part = local(tensor)
+    part = local(tensor.detach())
     if spec is None:
         return Part(name, part, tuple(part.shape), (0,) * part.dim(), writes)
     if part.dim() == 0:  # a step count: the same for the whole parameter

@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_named_or_refused():
 def test_what_is_no_number_does_not_pass():
     """Wherever it stands: `max` would skip it."""
     block = Block((0,), (2,))
-    right, wrong = (block, torch.ones(2)), (block, torch.tensor([1.0, float("nan")]))
+    right, wrong = [(block, torch.ones(2))], [(block, torch.tensor([1.0, float("nan")]))]
     for found in ({"a": right, "b": wrong}, {"a": wrong, "b": right}):
         comparison = blocks("gradients", {"a": right, "b": right}, [found], 1e-9)
         assert not comparison.passed and comparison.first == ("b" if found["a"] is right else "a")
