@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -22,9 +22,10 @@ from model.roles import Role, registry
 from parallel import matrices as whole
 from parallel import pipeline
 from parallel.apply import on_meta
-from parallel.layout import ContextMethod, Dispatch, Layout, Recompute, Reduce, row_unit
+from parallel.layout import ContextMethod, Dispatch, EngineKind, Layout, Recompute, Reduce, row_unit
 from parallel.mesh import place
 from parallel.shards import ShardSpec, shard_specs
+from parallel.zero_config import Offload, ParameterOffload
 from precision.config import PrecisionConfig
 
 Bytes = int
@@ -66,9 +67,11 @@ def static_bytes(
     muon: bool = False,
 ) -> StaticBytes:
     """Of this rank; rank 0 has the largest part of everything. `moments`: the format of AdamW's two, or of the one that
-    Muon has for matrices; None for SGD.
+    Muon has for matrices; None for SGD. Under DeepSpeed what is on the device, to within the padding of its pieces.
     """
     specs = _specs(model, precision, layout, rank)
+    if layout.engine is EngineKind.deepspeed:
+        return _under_zero(specs, precision, layout, moments)
     elements, size = sum(spec.stored.numel for spec in specs.values()), precision.master_dtype.itemsize
     optimizer, width = 0, 0 if moments is None else moments.itemsize
     for spec in specs.values() if width else ():
@@ -77,6 +80,23 @@ def static_bytes(
         else:
             optimizer += 2 * width * spec.stored.numel + 4  # and a step count, float32
     return StaticBytes(size * elements, size * elements, optimizer)
+
+
+def _under_zero(
+    specs: Mapping[str, ShardSpec], precision: PrecisionConfig, layout: Layout, moments: torch.dtype | None
+) -> StaticBytes:
+    stage, here = layout.zero_stage, layout.zero.offload is Offload.none
+    away = layout.zero.offload_parameters is not ParameterOffload.none
+    master, parameters, gradients, optimizer = precision.master_dtype.itemsize, 0, 0, 0
+    for spec in specs.values():
+        whole = spec.computed.numel
+        share = -(-whole // (layout.efsdp if spec.info.role.is_expert else layout.fsdp))
+        width = master if spec.info.role is Role.router else precision.compute_dtype.itemsize
+        parameters += 0 if away else width * (share if stage == 3 else whole)
+        gradients += master * (whole if stage == 1 else share)
+        if here:
+            optimizer += share * (master + (0 if moments is None else 2 * moments.itemsize))
+    return StaticBytes(parameters, gradients, optimizer)
 
 
 def step_traffic(

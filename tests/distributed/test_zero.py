@@ -19,6 +19,7 @@ from core.errors import ConfigError
 from launch.ranks import Pool
 from model.layers import Linear
 from parallel import zero, zero3
+from parallel.cost import static_bytes
 from parallel.offload import PIECE, MappedFile, PagedAdamW
 from parallel.shards import Block
 from parallel.zero_config import VERSION
@@ -171,6 +172,22 @@ def test_a_run_moves_between_engines_and_world_sizes(ranks, small_corpus, tmp_pa
         assert float(kept["optimizer.head.weight.step"]) == len(losses) + 2
         losses += found[0][0]
     assert losses == pytest.approx(stayed, abs=5e-6)
+
+
+def kept_bytes(root: Path, overrides: list[str]) -> tuple[float, float]:
+    """What this rank keeps of parameters and of optimizer state, over what is said of it."""
+    run = trainer(root, "run", overrides)
+    config, layout = run.config, run.meshes.layout
+    said = static_bytes(config.model, config.precision, layout, torch.float32, run.world.rank)
+    parameters = sum(parameter.nbytes for parameter in run.engine.placed.model.parameters())
+    state = sum(part.tensor.nbytes for part in run.engine.state() if part.shape and ".balance." not in part.name)
+    return parameters / said.parameters, state / said.optimizer
+
+
+def test_what_a_rank_keeps_is_what_is_said(ranks, small_corpus, tmp_path):
+    usual = [*small_corpus, "precision=bf16", "optimizer=adamw", ZERO, "parallel.ep=2"]
+    for parameters, state in ranks(4, kept_bytes, tmp_path, usual):
+        assert parameters == 1 and state == pytest.approx(1, abs=0.05)
 
 
 def resumed_offload(root: Path, overrides: list[str]) -> tuple[list[float], bool]:
