@@ -57,7 +57,7 @@ LAYOUTS = {
     "zero3, recomputed": [*IN_PIECES, "parallel.dp_shard=2", "parallel.recompute=full"],
     "zero3, parts recomputed": [*IN_PIECES, "parallel.dp_shard=2", "parallel.recompute=selective"],
 }
-QUICK = ("zero2", "pp2 and ep2", "zero3")
+QUICK = ("zero2", "pp2 and ep2")
 
 
 def outcomes(ranks: Any, overrides: list[str], bug: str | None = None) -> list[Outcome]:
@@ -152,7 +152,7 @@ DENSE = (
 )
 
 
-@pytest.mark.parametrize("places", [MIXTURE, DENSE], ids=["mixture", "dense"])
+@pytest.mark.parametrize("places", [MIXTURE, pytest.param(DENSE, marks=pytest.mark.slow)], ids=["mixture", "dense"])
 def test_a_run_moves_between_engines_and_world_sizes(ranks, small_corpus, tmp_path, places):
     """Weights, moments and step counts arrive bit for bit, and the losses are those of a run that stayed."""
     usual = [*small_corpus, "precision=fp32", "optimizer=adamw", "optimizer.lr=1e-3"]
@@ -487,6 +487,7 @@ def test_the_pin_is_the_one_that_is_declared():
     assert text.count(f'"deepspeed=={VERSION}"') == 2
 
 
+@pytest.mark.slow
 def test_the_guides_table_is_what_the_code_says():
     assert engines.BEGIN + engines.table() + engines.END in engines.PAGE.read_text()
     assert not engines.supported([*engines.ENGINES["ZeRO-1"], "optimizer=muon"]), "the control"

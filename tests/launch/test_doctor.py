@@ -144,6 +144,7 @@ def look(root: Path, slow: int) -> Reading:
     return read
 
 
+@pytest.mark.slow
 def test_on_ranks_a_slow_one_is_found_by_its_links(ranks, tmp_path):
     read = ranks(4, look, tmp_path, 2)
     assert [one.links["world"][0] for one in read] == [1, 2, 3, 0]

@@ -67,6 +67,7 @@ def test_a_sweep_leaves_a_run_for_each_rate_size_and_seed(swept):
     assert small.losses.shape == (3, 2) and small.log2_lrs.tolist() == [-10, -6, -2]
 
 
+@pytest.mark.slow
 def test_fit_then_transfer_then_train(swept, command, small_corpus):
     done = command("metap", "fit", f"out={swept}")
     assert done.returncode == 0, done.stderr
@@ -201,6 +202,7 @@ def test_exponents_of_runs_without_a_base_are_those_of_the_rates_themselves(tmp_
     assert "best rate ~ tokens^-0.400" in said and "octaves beside: do not trust" in said
 
 
+@pytest.mark.slow
 def test_exponents_of_runs_with_a_base_come_on_top_and_the_base_stays(tmp_path):
     """Rates at the base that still rise by tokens^0.1 where a fall of 0.3 was assumed: they fall by 0.2."""
     small = as_base(family("training.steps=4"))
