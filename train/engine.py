@@ -106,6 +106,20 @@ class Steps:
         """After the last micro-batch: what is still to be summed over ranks."""
         raise NotImplementedError
 
+    def clip(self, limit: float | None) -> Tensor:
+        norm = self.norm()
+        if limit is not None:
+            self.scale((limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def norm(self) -> Tensor:
+        """Of all gradients, the same on every rank."""
+        raise NotImplementedError
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply every gradient."""
+        raise NotImplementedError
+
 
 class TorchEngine(Steps):
     """Engine for a model on one device or laid out by FSDP2 and pipelines."""
@@ -117,11 +131,11 @@ class TorchEngine(Steps):
     def complete_gradients(self) -> None:
         sum_copies(self.placed.model, self.placed.specs)
 
-    def clip(self, limit: float | None) -> Tensor:
-        norm = gradient_norm(self.placed.model, self.placed.specs, self.meshes)
-        if limit is not None:
-            scale_gradients(self.placed.model, (limit / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+    def norm(self) -> Tensor:
+        return gradient_norm(self.placed.model, self.placed.specs, self.meshes)
+
+    def scale(self, factor: Tensor) -> None:
+        scale_gradients(self.placed.model, factor)
 
     def step(self, learning_rate_factor: float) -> None:
         set_learning_rate(self.optimizer.param_groups, learning_rate_factor)

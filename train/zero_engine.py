@@ -57,16 +57,16 @@ class ZeroEngine(Steps):
         self.zero.reduce()
 
     @torch.no_grad()
-    def clip(self, limit: float | None) -> Tensor:
+    def norm(self) -> Tensor:
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for one in self.zero.slices:
             if one.spec.is_owner:
                 squares += torch.linalg.vector_norm(one.gradient, dtype=torch.float64).square()
         self.meshes.world.sum(squares, "norm")
-        norm = squares.sqrt()
-        if limit is not None:
-            self.zero.scale((limit / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return squares.sqrt()
+
+    def scale(self, factor: Tensor) -> None:
+        self.zero.scale(factor)
 
     def step(self, learning_rate_factor: float) -> None:
         set_learning_rate(self.zero.param_groups, learning_rate_factor)
