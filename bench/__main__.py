@@ -26,14 +26,14 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "moe_layer": ("bench.moe_layer:run", {}),
     "moe_growth": ("bench.moe_layer:run_growth", {}),
     "moe_growth_tuned": ("bench.moe_layer:run_growth", NO_REMAPPING),
-    "loader": ("bench.loader:run", {}),
-    "loading": ("bench.loading:run", {}),
+    "loader": ("bench.data.loader:run", {}),
+    "loading": ("bench.data.loading:run", {}),
     "checkpoint": ("bench.checkpoint:run", {}),
     "offload": ("bench.offload:run", {}),
     "bubble": ("bench.bubble:run", {}),
     "startup": ("bench.startup:run", {}),
-    "filtering": ("bench.filtering:run", {}),
-    "selection": ("bench.selection:run", {}),
+    "filtering": ("bench.data.filtering:run", {}),
+    "selection": ("bench.data.selection:run", {}),
 }
 RESULTS = Path(__file__).with_name("RESULTS.md")
 

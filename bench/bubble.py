@@ -17,16 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench.measure import Result
-from launch.ranks import Pool
+from bench.pipeline_idle import closed_form, play
+from launch.rank_pool import Pool
+from model.attention.plan import SequenceContext
 from model.config import ModelConfig
-from model.context import SequenceContext
 from model.transformer import Stack
-from parallel.bubble import closed_form, play
+from parallel.comm.world import connect
 from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
-from parallel.pipeline import Pipeline, StageStack
-from parallel.stages import Schedule
-from parallel.world import connect
+from parallel.pipeline.runtime import Pipeline, StageStack
+from parallel.pipeline.stages import Schedule
 from precision.config import PrecisionConfig
 from precision.resolve import resolve
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from bench.measure import Result, median_ratio
-from parallel.world import World
-from train.checkpoint import Checkpointer
-from train.optimizer import prime
-from train.parts import run_state
+from parallel.comm.world import World
+from train.checkpoint.manager import Checkpointer
+from train.checkpoint.state import run_state
+from train.optim.optimizer import prime
 
 PARAMETERS, ROUNDS = 40_000_000, 7
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from core.config import load
 from core.errors import ConfigError
 from core.files import write_text
-from parallel.stages import Schedule
+from parallel.pipeline.stages import Schedule
 from train.config import TrainConfig, check
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train.plots import COLOURS
+from train.report.plots import COLOURS
 from train.run_directory import read_lines
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "fp8_loss.png"

@@ -15,17 +15,17 @@ import torch
 
 from core.config import load
 from core.files import write_text
-from core.origin import sources_digest
-from launch.ranks import Pool
+from core.package_guard import sources_digest
+from launch.rank_pool import Pool
 from model.config import ModelConfig
 from parallel.layout import ContextMethod, ParallelConfig, Recompute
-from parallel.stages import Schedule
+from parallel.pipeline.stages import Schedule
 from precision.config import Backend, Compute, PrecisionConfig, Recipe
-from train import certify_float8
-from train.certify import CertifyConfig, Trial, compare_layouts, shrink
-from train.certify_rank import Case, Ranks, measure_all
-from train.comparison import EXACT, GRADIENT_FP32
-from train.optimizer import OptimizerConfig
+from train.certify import fp8
+from train.certify.compare import EXACT, GRADIENT_FP32
+from train.certify.plan import CertifyConfig, Trial, compare_layouts, shrink
+from train.certify.worker import Case, Ranks, measure_all
+from train.optim.optimizer import OptimizerConfig
 
 LAYOUTS = {
     "fsdp2": (2, ParallelConfig()),
@@ -124,10 +124,10 @@ def float8_proofs(ranks: Ranks) -> Iterator[tuple[str, str, bool, float | None, 
         for name in FLOAT8 if recipe is Recipe.blockwise else ("ep2", "tp2", "pp2 zbv"):
             count, parallel = LAYOUTS[name]
             precision = PrecisionConfig(Compute.bfloat16, backend=Backend.reference, recipe=recipe)
-            model = shrink(tiny(1), parallel, certify_float8.SIDE)
-            found = list(certify_float8.proofs(model, precision, parallel, count, ranks))
+            model = shrink(tiny(1), parallel, fp8.SIDE)
+            found = list(fp8.proofs(model, precision, parallel, count, ranks))
             exact = [one.largest for one in found if one.gate == EXACT]
-            error = next(one.largest for one in found if one.gate == certify_float8.ERROR)
+            error = next(one.largest for one in found if one.gate == fp8.ERROR)
             yield name, recipe.value, all(one.passed for one in found), max(exact, default=None), error
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from bench.measure import Result, interleaved, median_ratio, spread
 from bench.peers import GROUPED, LLAMA4, Peer
+from model.attention.plan import SequenceContext
 from model.config import ModelConfig, RouterConfig, Score, WeightsOn
-from model.context import SequenceContext
 from model.init import initialise
 from model.moe import Choice, MixtureOfExperts
 from precision.config import Compute, PrecisionConfig

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from bench.measure import Result, interleaved, median_ratio, spread
 from core.config import load
-from model.context import SequenceContext
-from parallel.world import connect
+from model.attention.plan import SequenceContext
+from parallel.comm.world import connect
 from train.config import TrainConfig
-from train.corpora import get_corpus
+from train.corpus import get_corpus
 from train.metrics import Log
 from train.run_directory import RunDirectory
 from train.trainer import Trainer

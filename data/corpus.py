@@ -18,7 +18,7 @@ from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, Packing, TokenizerKind
 from data.filter.corpus import SourcePart, filtered, fingerprint, keep_audit
-from data.filter.make import Models
+from data.filter.score.factory import Models
 from data.packing import Packer, Row
 from data.sources import Document, Source, make_source
 from data.tokenizer import Tokenizer, describe, from_file, load_tokenizer, train_bpe

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from data.corpus import HELD_OUT, TRAIN, Corpus
-from data.order import Blend, Stretch, key_of, permute
+from data.sampling import Blend, Stretch, key_of, permute
 
 IGNORED = -100
 """Label of a position that has no next token of its own document."""

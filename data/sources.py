@@ -17,7 +17,7 @@ from core.errors import ConfigError
 from core.files import files_in, files_like, locate, opened, sha256_file, sha256_text, unzipped
 from data import builtin
 from data.config import DataConfig, Section, SourceConfig, SourceKind, Undecodable
-from data.order import key_of
+from data.sampling import key_of
 
 UNDECODABLE, EMPTY = "undecodable", "empty"
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".py", ".rst"})

@@ -54,7 +54,7 @@ MUON = {
     "shape_scaling": "fan_out^1/2 larger^-1/2 layers^a-1",
     "match_adamw": "fan_out^1/2 fan_in^-1/2 larger^-1/2 layers^a-1",
 }
-"""Learning rate of matrices under Muon, whose update has spectral norm 1 before its own scale (`train.muon.MuonScale`):
+"""Learning rate of matrices under Muon, whose update has spectral norm 1 before its own scale (`train.optim.muon`):
 what is missing until a step's spectral norm goes as sqrt(fan_out / fan_in) (Yang et al. 2023, arXiv 2310.17813).
 """
 MULTIPLIERS = {

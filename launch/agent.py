@@ -33,8 +33,8 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from core.errors import ConfigError, LeviathanError
-from core.ranks import ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
-from launch.machine import cores
+from core.exit_codes import ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
+from launch.diagnose.machine import cores
 
 PATIENCE_S = 600  # for ranks that save after a signal
 KILL_AFTER_S = 20  # for ranks whose neighbour has crashed: there is nothing to save

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import ConfigError, LeviathanError
-from core.origin import check_packages, drop_working_directory
-from core.threads import share_cores
+from core.openmp import share_cores
+from core.package_guard import check_packages, drop_working_directory
 
 
 @dataclass(frozen=True)
@@ -43,32 +43,32 @@ VERBS = {
     "evaluate": Verb(
         "held-out loss of a run, or its figures in tasks (lm-eval)",
         "evaluate",
-        "train.evaluate:EvaluateConfig",
-        "train.evaluate:run",
+        "train.eval.held_out:EvaluateConfig",
+        "train.eval.held_out:run",
         positional=("run",),
     ),
     "generate": Verb(
         "continue a text with a run's model",
         "generate",
-        "train.generate:GenerateConfig",
-        "train.generate:run",
+        "train.eval.generate:GenerateConfig",
+        "train.eval.generate:run",
         positional=("run", "prompt"),
     ),
     "tokenize": Verb(
-        "make token shards of a corpus", "tokenize", "launch.tokenize:TokenizeConfig", "launch.tokenize:run"
+        "make token shards of a corpus", "tokenize", "launch.verbs.tokenize:TokenizeConfig", "launch.verbs.tokenize:run"
     ),
     "filter": Verb(
         "leave out what is easy, broken or repeated, with an audit",
         "filter",
-        "launch.filter:FilterConfig",
-        "launch.filter:run",
+        "launch.verbs.filter:FilterConfig",
+        "launch.verbs.filter:run",
         positional=("action",),
     ),
     "metap": Verb(
         "hyperparameters from a small model to a large one: transfer, check, sweep, fit",
         "metap",
-        "launch.metap:MetapConfig",
-        "launch.metap:run",
+        "launch.verbs.metap:MetapConfig",
+        "launch.verbs.metap:run",
         positional=("action",),
         others="train",
     ),
@@ -89,26 +89,29 @@ VERBS = {
     "certify": Verb(
         "prove that a layout computes what one process computes",
         "certify",
-        "train.certify:CertifyConfig",
-        "launch.certify:run",
+        "train.certify.plan:CertifyConfig",
+        "launch.verbs.certify:run",
         positional=("run",),
     ),
     "report": Verb(
         "draw one run, or several side by side",
         "report",
-        "train.report:ReportConfig",
-        "train.report:run",
+        "train.report.run:ReportConfig",
+        "train.report.run:run",
         positional=("runs...",),
     ),
     "jobs": Verb(
         "list, show or cancel this project's SLURM jobs",
         "jobs",
-        "launch.jobs:JobsConfig",
-        "launch.jobs:run",
+        "launch.slurm.jobs:JobsConfig",
+        "launch.slurm.jobs:run",
         positional=("action", "job"),
     ),
     "doctor": Verb(
-        "look at this machine and installation", "doctor", "launch.doctor:DoctorConfig", "launch.doctor:run"
+        "look at this machine and installation",
+        "doctor",
+        "launch.diagnose.doctor:DoctorConfig",
+        "launch.diagnose.doctor:run",
     ),
 }
 
@@ -166,8 +169,8 @@ def _run(name: str, arguments: list[str]) -> int:
     from core.config import compose_plain, config_directory, expand, load, plain
 
     if "-h" in options or "--help" in options:
+        from launch.config import LaunchConfig
         from launch.help import describe
-        from launch.settings import LaunchConfig
 
         print(f"leviathan {name}: {verb.summary}\n")
         values = compose_plain(verb.root, schema, overrides)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from core.config import build, differences
 from core.errors import ConfigError, LeviathanError
-from core.ranks import CRASHED, INTERRUPTED
-from launch.settings import LaunchConfig, LaunchKind
+from core.exit_codes import CRASHED, INTERRUPTED
+from launch.config import LaunchConfig, LaunchKind
 from train.config import TrainConfig, check
-from train.hyperparameters import resolve
+from train.metap.hyperparameters import resolve
 from train.run_directory import RunDirectory, write_config
 
 
@@ -31,7 +31,7 @@ def train(configs: list[TrainConfig]) -> int:
         raise ConfigError("run.name", None, "several nodes need one name for their run")
     configs = named(configs)
     if launch.kind is LaunchKind.slurm:
-        from launch.slurm import submit_and_follow
+        from launch.slurm.submit import submit_and_follow
 
         return submit_and_follow(configs, launch)
     start = partial(_torchrun, launch) if launch.kind is LaunchKind.torchrun else _inline

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.balance import Balance
 from model.config import FeedForward
+from model.load_balance import Balance
 from model.moe import MixtureOfExperts
 from model.transformer import Layer, Transformer
 

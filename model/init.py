@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from model.balance import Balance
 from model.config import InitConfig, ModelConfig
+from model.load_balance import Balance
 from model.roles import ParameterInfo, Role, registry
 
 _BLOCK = 1 << 22

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from precision.backend import at_least_float32, widened
 from precision.config import Kernels as Kind
+from precision.gemm import at_least_float32, widened
 
 
 class Places(NamedTuple):

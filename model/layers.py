@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model import kernels
 from model.roles import Role
-from precision.backend import GemmBackend, Groups, widened
+from precision.gemm import GemmBackend, Groups, widened
 from precision.resolve import LayerProducts
 
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from model import kernels
-from model.balance import Balance
+from model.attention.plan import SequenceContext
 from model.config import BalanceConfig, ModelConfig, RouterConfig, Score, WeightsOn
-from model.context import SequenceContext
 from model.kernels import Kernels, Places
 from model.layers import GatedMLP, GroupedGateUp, GroupedLinear, swiglu_halves
+from model.load_balance import Balance
 from model.roles import Role
-from precision.backend import Groups, at_least_float32
-from precision.bf16 import PlainProducts
+from precision.gemm import Groups, at_least_float32
+from precision.native_gemm import PlainProducts
 from precision.resolve import LayerProducts
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from core.errors import ConfigError
 from model.config import ModelConfig, MultipliersConfig, QKNorm
 from model.roles import ParameterInfo, Role
-from model.source import TensorSource, parameter_infos
+from model.tensor_source import TensorSource, parameter_infos
 
 
 def folded(source: TensorSource) -> TensorSource:

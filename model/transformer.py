@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention
+from model.attention.layer import Attention
+from model.attention.plan import SequenceContext
 from model.config import FeedForward, LayerConfig, ModelConfig
-from model.context import SequenceContext
 from model.layers import Embedding, GatedMLP, Linear, RMSNorm, TiedHead
 from model.moe import MixtureOfExperts
 from model.roles import Role

@@ -12,7 +12,7 @@ from core.errors import ConfigError
 from model.config import FeedForward, InitConfig, ModelConfig, UpcycleConfig, UpcycleMethod, WeightsOn
 from model.init import initial_slice
 from model.roles import ParameterInfo, Role
-from model.source import TensorSource, parameter_shapes
+from model.tensor_source import TensorSource, parameter_shapes
 
 
 class Upcycled:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model.attention import Attend, attend_here
+from model.attention.layer import Attend, attend_here
 from model.moe import MixtureOfExperts
 from model.transformer import Layer, Transformer
 

@@ -19,13 +19,13 @@ import torch
 
 from model.config import AuxScope, FeedForward, LayerConfig, ModelConfig, QKNorm, WeightsOn
 from model.roles import Role, registry
-from parallel import matrices as whole
-from parallel import pipeline
-from parallel.apply import on_meta
+from parallel import whole_matrices as whole
+from parallel.deepspeed.config import Offload, ParameterOffload
 from parallel.layout import ContextMethod, Dispatch, EngineKind, Layout, Recompute, Reduce, row_unit
 from parallel.mesh import place
-from parallel.shards import ShardSpec, shard_specs
-from parallel.zero_config import Offload, ParameterOffload
+from parallel.parallelize import on_meta
+from parallel.pipeline import runtime
+from parallel.sharding import ShardSpec, shard_specs
 from precision.config import PrecisionConfig
 
 Bytes = int
@@ -127,7 +127,7 @@ def step_traffic(
 def _specs(model: ModelConfig, precision: PrecisionConfig, layout: Layout, rank: int) -> dict[str, ShardSpec]:
     """Of the parameters on this rank."""
     meshes, here = place(layout, rank), on_meta(model, precision)
-    pipeline.cut(here, meshes)
+    runtime.cut(here, meshes)
     return shard_specs(registry(here), model, meshes)
 
 

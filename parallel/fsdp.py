@@ -21,10 +21,10 @@ from torch.distributed.tensor import Shard
 
 from model.moe import MixtureOfExperts
 from model.transformer import Stack, Transformer
-from parallel.collectives import all_gather_single
+from parallel.comm.collectives import all_gather_single
 from parallel.layout import Reduce
 from parallel.mesh import Axis, Meshes
-from parallel.shards import ShardSpec
+from parallel.sharding import ShardSpec
 from precision.config import PrecisionConfig
 
 

@@ -11,8 +11,8 @@ import torch
 
 from core.errors import ConfigError, check_numbers, divisors
 from model.config import FeedForward, ModelConfig
-from parallel.stages import V_SCHEDULES_SINCE, Schedule, Stages, stages
-from parallel.zero_config import ZeroConfig
+from parallel.deepspeed.config import ZeroConfig
+from parallel.pipeline.stages import V_SCHEDULES_SINCE, Schedule, Stages, stages
 
 AUTO = "auto"
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
@@ -100,7 +100,7 @@ class ParallelConfig:
     compile: bool = False
     """torch.compile of each layer."""
     schedule: Schedule = Schedule.one_f_one_b
-    """The order of a pipeline's work; see parallel/stages.py."""
+    """The order of a pipeline's work; see parallel/pipeline/stages.py."""
     stages_per_rank: int | None = None
     """Stages of the pipeline on each of its ranks; null: 1, or 2 where the schedule needs several."""
     layers_per_stage: list[int] | None = None

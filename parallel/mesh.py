@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallel.comm.watchdog import Pulse
+from parallel.comm.world import World
 from parallel.layout import Layout
-from parallel.watch import Pulse
-from parallel.world import World
 
 
 @dataclass

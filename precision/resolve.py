@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 
 from core.errors import ConfigError
-from precision import reference, torch_float8, transformer_engine
-from precision.backend import GemmBackend
-from precision.bf16 import PlainProducts
+from precision import fp8_emulated, fp8_torch, transformer_engine
 from precision.config import Backend, Kernels, PrecisionConfig, Products, Recipe
+from precision.gemm import GemmBackend
+from precision.native_gemm import PlainProducts
 
 
 class Maker(Protocol):
@@ -35,8 +35,8 @@ class Maker(Protocol):
 
 MAKERS: dict[Backend, Maker] = {
     Backend.te: transformer_engine,
-    Backend.torch: torch_float8,
-    Backend.reference: reference,
+    Backend.torch: fp8_torch,
+    Backend.reference: fp8_emulated,
 }
 
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precision.backend import GemmBackend, Groups
 from precision.config import Recipe
-from precision.float8 import Float8Products, Operand
-from precision.reference import Reference
-from precision.tiles import Tiled
+from precision.fp8_emulated import Reference
+from precision.fp8_linear import Float8Products, Operand
+from precision.fp8_tiles import Tiled
+from precision.gemm import GemmBackend, Groups
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.mxfp8)
 VERSION = "2.20.2"
@@ -254,7 +254,7 @@ def _other_bytes(recipe: Recipe, operand: Operand, found: Parts, wanted: Tiled) 
 
 
 def _kept(recipe: Recipe, part: Any, columns: bool) -> tuple[Tensor | None, Tensor]:
-    """Bytes and inverse scales in the order of `precision.tiles.Rows`, the scales with padding."""
+    """Bytes and inverse scales in the order of `precision.fp8_tiles.Rows`, the scales with padding."""
     kept, side = part.get_metadata(), "columnwise" if columns else "rowwise"
     if recipe is Recipe.tensorwise:
         return kept["data_transpose" if columns else "data"], kept["fp8_scale_inv"].reshape(1, 1)

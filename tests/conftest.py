@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.ranks import Pool
+from launch.rank_pool import Pool
 
 torch.set_num_threads(1)  # tensors are small, and threads that wait for each other busily take the cores from others
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
-    """`ranks(n, function, *arguments)`: see launch/ranks.py."""
+    """`ranks(n, function, *arguments)`: see launch/rank_pool.py."""
     pool = Pool()
     yield pool
     pool.close()

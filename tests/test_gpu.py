@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from launch.cli import main
+from model.attention.segments import Run, attend_pieces, documents, pieces
 from model.kernels import TorchKernels, TritonKernels
-from model.pieces import Run, attend_pieces, documents, pieces
-from tests.model.kernel_cases import BREAKS, CASES, GATES, Case, results
-from tests.model.kernel_cases import figures as kernel_figures
-from tests.model.test_pieces import figures, inputs, largest, positions
-from tests.train.tiny import TINY
+from tests.model.attention.test_segments import figures, inputs, largest, positions
+from tests.support.kernel_cases import BREAKS, CASES, GATES, Case, results
+from tests.support.kernel_cases import figures as kernel_figures
+from tests.support.tiny import TINY
 
 pytestmark = pytest.mark.gpu
 

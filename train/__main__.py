@@ -14,9 +14,9 @@ from pathlib import Path
 def main(arguments: list[str]) -> int:
     """Train; returns the exit code. Errors that were foreseen are one line, told once."""
     from core.errors import LeviathanError
-    from core.origin import check_packages, drop_working_directory
-    from core.ranks import CRASHED, INTERRUPTED, is_consequence
-    from core.threads import share_cores
+    from core.exit_codes import CRASHED, INTERRUPTED, is_consequence
+    from core.openmp import share_cores
+    from core.package_guard import check_packages, drop_working_directory
 
     drop_working_directory()
     share_cores()

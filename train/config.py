@@ -14,13 +14,14 @@ from data.config import DataConfig, Packing
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from model.roles import Role
-from parallel import expert, zero
-from parallel.apply import check_float8
+from parallel import expert_parallel
+from parallel.deepspeed import zero12
 from parallel.layout import ParallelConfig, row_unit
+from parallel.parallelize import check_float8
 from precision.config import PrecisionConfig
-from train.learning_rate import ScheduleConfig
-from train.online import OnlineConfig
-from train.optimizer import OptimizerConfig, OptimizerKind
+from train.online_filter import OnlineConfig
+from train.optim.lr_schedule import ScheduleConfig
+from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 
 @dataclass(frozen=True)
@@ -241,10 +242,10 @@ def check(config: TrainConfig, world_size: int) -> None:
             raise ConfigError(f"model.init.roles.{role}", None, "no such role", [one.name for one in Role])
     layout = config.parallel.resolve(world_size)
     layout.check_model(config.model)
-    expert.check(layout.dispatch, config.precision.compute_dtype)
+    expert_parallel.check(layout.dispatch, config.precision.compute_dtype)
     optimizer, precision = config.optimizer, config.precision
     moments, muon = optimizer.moments_dtype(precision), optimizer.kind is OptimizerKind.muon
-    zero.check(layout, precision.master_dtype, moments, muon, config.model.has_experts, precision.uses_float8)
+    zero12.check(layout, precision.master_dtype, moments, muon, config.model.has_experts, precision.uses_float8)
     check_float8(config.model, config.precision, layout)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):

@@ -20,14 +20,14 @@ from data.tokenizer import save_for_transformers
 from model.huggingface import HuggingFaceCheckpoint, compare_logits, compare_settings, export, obstacle, shortage
 from model.huggingface.checkpoint import TOKENIZER_FILES
 from model.multipliers import folded
-from model.source import TensorSource
-from parallel.world import World
-from train.checkpoint import progress_of
+from model.tensor_source import TensorSource
+from parallel.comm.world import World
+from train.checkpoint.init_from import open_model
+from train.checkpoint.manager import progress_of
+from train.checkpoint.reader import IMPORTED, TOKENIZER, StoredModel, load_origin, save_model
 from train.config import phases
-from train.corpora import check_same_data, get_corpus
-from train.initial import open_model
+from train.corpus import check_same_data, get_corpus
 from train.run_directory import load_config
-from train.stored import IMPORTED, TOKENIZER, StoredModel, load_origin, save_model
 
 CARRIED = (
     "max_position_embeddings",

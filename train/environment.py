@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from core.ranks import host_name
+from core.exit_codes import host_name
 
 _TELLING = tuple(
     [

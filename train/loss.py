@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.loader import IGNORED
-from parallel import vocabulary
+from parallel import vocab_parallel_loss
 from parallel.mesh import Axis
-from precision.backend import widened
+from precision.gemm import widened
 
 
 def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, tp: Axis) -> Tensor:
@@ -25,7 +25,7 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, tp: Axis | None = None) 
     """
     wide = widened(logits_BTV)
     if tp is not None and tp.size > 1:
-        return vocabulary.token_losses(wide, labels_BT.clamp_min(0), tp) * (labels_BT != IGNORED)
+        return vocab_parallel_loss.token_losses(wide, labels_BT.clamp_min(0), tp) * (labels_BT != IGNORED)
     losses = F.cross_entropy(wide.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(labels_BT)
 

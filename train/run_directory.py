@@ -18,10 +18,10 @@ import yaml
 
 from core.config import build, differences, plain
 from core.errors import ConfigError, LeviathanError
+from core.exit_codes import CRASHED
 from core.files import locate, read_json, write_text
-from core.ranks import CRASHED
 from train.config import TrainConfig, phases
-from train.hyperparameters import without_derived
+from train.metap.hyperparameters import without_derived
 
 MARKER = "COMMITTED"
 """Written last into a checkpoint's directory: without it there is no checkpoint."""

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from core.exit_codes import host_name
 from core.files import append_json_line
-from core.ranks import host_name
-from parallel.world import World, wait_for
+from parallel.comm.world import World, wait_for
 
 SLOW = 1.5
 """Times the median of all ranks."""

@@ -18,35 +18,37 @@ from torch import Tensor
 
 from core.config import plain
 from core.errors import ConfigError, Diverged, LeviathanError
+from core.exit_codes import INTERRUPTED
 from core.files import write_json
-from core.origin import sources_digest
-from core.ranks import INTERRUPTED
+from core.package_guard import sources_digest
 from data.corpus import Corpus
 from data.loader import Batch
 from data.prefetch import Prefetcher
 from data.tokenizer import vocabulary_fingerprint
 from model.balancer import Balancer
-from parallel.apply import build
+from parallel.comm.world import World, connect, wait_for
+from parallel.deepspeed.config import Offload
 from parallel.mesh import make_meshes
-from parallel.shards import fill
-from parallel.world import World, connect, wait_for
-from parallel.zero_config import Offload
+from parallel.parallelize import build
+from parallel.sharding import fill
 from precision.resolve import resolve
-from train import callbacks, certificates, hyperparameters
-from train.checkpoint import Checkpointer
+from train.callbacks import base
+from train.certify import store
+from train.checkpoint.init_from import compare_vocabularies, copy_selection_biases, initial_source
+from train.checkpoint.manager import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
-from train.consumption import Consumption
-from train.corpora import check_same_data, get_corpus, keep_audit, run_loaders, source_weights
-from train.engine import Engine
+from train.corpus import check_same_data, get_corpus, keep_audit, run_loaders, source_weights
+from train.data_metrics import Consumption
+from train.engine.base import StepResult, optimizer_step
+from train.engine.deepspeed import make_engine
+from train.engine.fsdp import Engine
 from train.environment import environment
-from train.initial import compare_vocabularies, copy_selection_biases, initial_source
-from train.interrupt import Interruption
+from train.metap import hyperparameters
 from train.metrics import Log
-from train.online import Window
+from train.online_filter import Window
 from train.run_directory import DIVERGED, RunDirectory, committed
-from train.step import StepResult, optimizer_step
+from train.signals import Interruption
 from train.stragglers import Stragglers
-from train.zero_engine import make_engine
 
 LOCK_PATIENCE_S = 120.0
 ASK_EVERY = 10  # steps, on GPUs: asking waits for the device
@@ -157,7 +159,7 @@ class Trainer:
             self.log(f"nothing left to do: the run has done its {self.steps} steps")
             self.log(f"run: {self.directory.path}")
             return 0
-        extras = callbacks.make(self)
+        extras = base.make(self)
         with Interruption() as interruption, self._finished_saves(), closing(self.batches):
             for step in range(self.step, self.steps):
                 for extra in extras:
@@ -180,7 +182,7 @@ class Trainer:
         checkpoint would take the place of a good one.
         """
         if self.last is not None:
-            callbacks.refuse_nonsense(self.last, self.step)
+            base.refuse_nonsense(self.last, self.step)
         progress = {
             "tokens": self.tokens,
             "corpus": self.corpus.fingerprint,
@@ -229,7 +231,7 @@ class Trainer:
             return None
         kind, precision = self.config.optimizer.kind, self.config.precision
         precision = replace(precision, recipe=precision.recipe.on(self.world.device))
-        found = certificates.find(layout.axes, self.config.model, layout, cache, kind, precision)
+        found = store.find(layout.axes, self.config.model, layout, cache, kind, precision)
         if found is None:
             self.log(
                 f"no certificate for this layout and this code; to have one: leviathan certify {self.directory.path}"

@@ -16,8 +16,8 @@ from torch import Tensor
 from bench.gpu.clock import distance
 from bench.gpu.context import PLAIN, Bench, Job
 from bench.gpu.record import Row
-from model.attention import attend
-from model.context import AttentionPlan, SequenceContext
+from model.attention.layer import attend
+from model.attention.plan import AttentionPlan, SequenceContext
 
 GATE = 1e-2
 

@@ -20,8 +20,8 @@ from bench.gpu.context import DENSE, PLAIN, TRITON, Bench, Job
 from bench.gpu.record import Row
 from bench.gpu.shapes import QWEN3, Mixture, mixtures
 from bench.peers import GROUPED, Peer
+from model.attention.plan import SequenceContext
 from model.config import ModelConfig, WeightsOn
-from model.context import SequenceContext
 from model.layers import GatedMLP
 from model.moe import MixtureOfExperts
 from model.roles import Role

@@ -16,8 +16,8 @@ from bench.gpu.clock import distance
 from bench.gpu.context import PLAIN, Bench, Job
 from bench.gpu.record import Row
 from bench.gpu.shapes import Mixture, counts, matrices, mixtures
-from precision.backend import GemmBackend, Groups
 from precision.config import Backend, PrecisionConfig, Products
+from precision.gemm import GemmBackend, Groups
 from precision.resolve import MAKERS, resolve
 
 GATES = {PLAIN: 1e-2}

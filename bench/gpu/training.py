@@ -24,12 +24,12 @@ from bench.gpu.shapes import LLAMA4
 from model.balancer import Balancer
 from model.config import BalanceConfig, ModelConfig, QKNorm, RouterConfig, Score, WeightsOn
 from model.flops import count_parameters, training_flops
-from parallel.apply import build
+from parallel.grad_norm import gradient_norm, scale_gradients
 from parallel.layout import Layout
 from parallel.mesh import place
-from parallel.norm import gradient_norm, scale_gradients
+from parallel.parallelize import build
 from precision.config import Compute, Kernels, PrecisionConfig, Storage
-from train.optimizer import Moments, OptimizerConfig, make_optimizer
+from train.optim.optimizer import Moments, OptimizerConfig, make_optimizer
 
 PEAK_TFLOPS = 989.0
 """Dense bfloat16 of an H100 or H200 SXM, by its data sheet: what MFU is relative to."""

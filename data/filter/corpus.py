@@ -11,12 +11,12 @@ from typing import Any
 
 from core.errors import ConfigError, DataError
 from core.files import sha256_text
+from data.filter.audit.outputs import AUDIT_JSON, AUDIT_PAGE, SCORES, write_audit_of, write_scores
 from data.filter.config import FilterRules, deciding
-from data.filter.inputs import Broken, InputConfig, clean_records
-from data.filter.make import Models, make_scorer
-from data.filter.outputs import AUDIT_JSON, AUDIT_PAGE, SCORES, write_audit_of, write_scores
+from data.filter.input.readers import Broken, InputConfig, clean_records
+from data.filter.input.records import Record
 from data.filter.pipeline import FORMAT, Filter, Job, of_file
-from data.filter.records import Record
+from data.filter.score.factory import Models, make_scorer
 from data.filter.store import OneWorker
 from data.sources import Document, Source
 from data.tokenizer import Tokenizer

@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError
 from core.files import files_in, locate, sha256_file, sha256_text
-from data.filter.audit import OTHER
+from data.filter.audit.statistics import OTHER
 from data.filter.config import FilterRules, OnError, Unit, deciding
-from data.filter.contamination import EvaluationSets
-from data.filter.duplicates import Copy, Signatures, find_duplicates, signatures
-from data.filter.gates import Gates
-from data.filter.inputs import Broken, Part, keys_of
-from data.filter.make import Models, models_of
-from data.filter.records import Reason, Record
-from data.filter.scorer import Asking, Scorer, Several
-from data.filter.select import REASONS, ShardScores, check_names, noise_threshold, select
+from data.filter.input.readers import Broken, Part, keys_of
+from data.filter.input.records import Reason, Record
+from data.filter.score.factory import Models, models_of
+from data.filter.score.scorer import Asking, Scorer, Several
+from data.filter.screen.contamination import EvaluationSets
+from data.filter.screen.duplicates import Copy, Signatures, find_duplicates, signatures
+from data.filter.screen.gates import Gates
+from data.filter.select.selection import REASONS, ShardScores, check_names, noise_threshold, select
 from data.filter.store import Stage, Workers, share, together
-from data.order import key_of
+from data.sampling import key_of
 
 FORMAT = 2
 SHARD_RECORDS = 4096

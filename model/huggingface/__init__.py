@@ -8,7 +8,7 @@ from model.huggingface.check import compare_logits, compare_settings, obstacle, 
 from model.huggingface.checkpoint import HuggingFaceCheckpoint
 from model.huggingface.families import FAMILIES, compact, model_differences, read_config, write_config
 from model.huggingface.writer import export
-from model.source import materialise
+from model.tensor_source import materialise
 from model.transformer import Transformer
 
 

@@ -26,7 +26,7 @@ from model.config import (
     WeightsOn,
 )
 from model.huggingface.families import model_differences
-from model.source import TensorSource, materialise
+from model.tensor_source import TensorSource, materialise
 
 TOLERANCE = 5e-5
 """Largest difference of a logit, relative to the largest logit (at least 1), float32."""

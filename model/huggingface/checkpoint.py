@@ -14,7 +14,7 @@ from core.errors import CheckpointError, ConfigError
 from model.huggingface.families import Family, read_config
 from model.huggingface.files import Entry, open_directory, read_rows
 from model.huggingface.locations import Location, locations
-from model.source import Shape, blocks, parameter_shapes
+from model.tensor_source import Shape, blocks, parameter_shapes
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -18,7 +18,7 @@ from model.huggingface.families import write_config
 from model.huggingface.files import Planned, write_directory
 from model.huggingface.locations import Location, locations
 from model.multipliers import folded
-from model.source import TensorSource, blocks
+from model.tensor_source import TensorSource, blocks
 
 
 def export(

@@ -14,8 +14,8 @@ from core.errors import ConfigError
 from core.files import locate, remove_tree
 from data import sources
 from data.config import DataConfig, SourceConfig, SourceKind, Undecodable
-from data.filter.inputs import InputConfig, parts
-from data.filter.records import Record
+from data.filter.input.readers import InputConfig, parts
+from data.filter.input.records import Record
 from data.sources import Document, make_source
 
 TEXTS = [f"Text number {number}, long enough to be told from others: {number * 7919}." for number in range(60)]

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from bench.layouts import tiny
 from data.loader import Batch
-from model.attention import attend
-from model.context import SequenceContext
-from parallel import context as module
-from parallel.apply import build
-from parallel.context import PartContext, Share
+from model.attention.layer import attend
+from model.attention.plan import SequenceContext
+from parallel import context_parallel as module
+from parallel.comm.world import connect
+from parallel.context_parallel import PartContext, Share
 from parallel.layout import ContextMethod, ParallelConfig
 from parallel.mesh import Axis, make_meshes
-from parallel.world import connect
+from parallel.parallelize import build
 from precision.config import Compute, PrecisionConfig
-from tests.model.test_pieces import figures, inputs, largest, positions
-from train.certify_rank import ROWS, MadeUpRows
-from train.engine import TorchEngine
-from train.generate import placed_logits
-from train.optimizer import OptimizerConfig
+from tests.model.attention.test_segments import figures, inputs, largest, positions
+from train.certify.worker import ROWS, MadeUpRows
+from train.engine.fsdp import TorchEngine
+from train.eval.generate import placed_logits
+from train.optim.optimizer import OptimizerConfig
 
 CHUNK = 8
 

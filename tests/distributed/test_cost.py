@@ -17,19 +17,19 @@ from model.balancer import Balancer
 from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
 from model.roles import registry
 from parallel import cost
-from parallel.apply import build, on_meta
+from parallel.comm.world import connect
 from parallel.layout import ContextMethod, Dispatch, ParallelConfig, Recompute
 from parallel.mesh import make_meshes, place
-from parallel.shards import local, shard_specs
-from parallel.stages import Schedule
-from parallel.world import connect
+from parallel.parallelize import build, on_meta
+from parallel.pipeline.stages import Schedule
+from parallel.sharding import local, shard_specs
 from precision.config import Compute, PrecisionConfig
-from tests.train.tiny import EXACT, config, trainer
-from train.certify_rank import CONTEXT, ROWS, MadeUpRows
-from train.engine import TorchEngine
-from train.muon import MuonConfig
-from train.optimizer import OptimizerConfig, OptimizerKind
-from train.step import optimizer_step
+from tests.support.tiny import EXACT, config, trainer
+from train.certify.worker import CONTEXT, ROWS, MadeUpRows
+from train.engine.base import optimizer_step
+from train.engine.fsdp import TorchEngine
+from train.optim.muon import MuonConfig
+from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 ADAMW = OptimizerConfig(lr=1e-2)
 MUON = OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2)

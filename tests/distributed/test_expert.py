@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.attention.plan import SequenceContext
 from model.config import BalanceConfig, ModelConfig, RouterConfig, Score, WeightsOn
-from model.context import SequenceContext
 from model.init import initialise
 from model.kernels import TorchKernels
 from model.moe import LocalDispatch, MixtureOfExperts, arrange
-from parallel.expert import AllGather, AllToAll
+from parallel.comm.world import connect
+from parallel.expert_parallel import AllGather, AllToAll
 from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
-from parallel.world import connect
-from precision.backend import Groups
-from precision.bf16 import PlainProducts
+from precision.gemm import Groups
+from precision.native_gemm import PlainProducts
 from precision.resolve import LayerProducts
 
 T, D, E, F = 24, 16, 4, 8

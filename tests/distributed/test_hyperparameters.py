@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from hparam.scale import scale_of
-from tests.train.tiny import config
+from tests.support.tiny import config
 from train.config import TrainConfig
-from train.hyperparameters import resolve
+from train.metap.hyperparameters import resolve
 
 LAYOUTS = {
     "tp2": ["parallel.tp=2"],
@@ -34,8 +34,8 @@ def with_base(root: Path, name: str, overrides: list[str]) -> TrainConfig:
 
 def groups(root: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     """By parameter name what the optimizer does with it, and the losses of two steps."""
-    from parallel.world import connect
-    from train.corpora import get_corpus
+    from parallel.comm.world import connect
+    from train.corpus import get_corpus
     from train.metrics import Log
     from train.run_directory import RunDirectory
     from train.trainer import Trainer

@@ -10,10 +10,10 @@ from bench.layouts import LAYOUTS, PAGE, RESUMED, deep, resumes, tiny
 from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNorm
 from parallel.layout import Dispatch, ParallelConfig, Recompute
 from precision.config import Compute, PrecisionConfig
-from train.certify import Outcome, Trial, compare_layouts
-from train.certify_rank import Case, Figures, measure_all
-from train.comparison import EXACT, Comparison, compare
-from train.optimizer import OptimizerConfig, OptimizerKind
+from train.certify.compare import EXACT, Comparison, compare
+from train.certify.plan import Outcome, Trial, compare_layouts
+from train.certify.worker import Case, Figures, measure_all
+from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 EVERY_AXIS = ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full)
 SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks import Pool
+from launch.rank_pool import Pool
 from parallel import cost
 from parallel.layout import ContextMethod, ParallelConfig
-from tests.train.tiny import config, trainer
+from tests.support.tiny import config, trainer
 from train.metrics import peak_memory_bytes
 
 LONG = 1 << 18

@@ -14,18 +14,19 @@ import torch
 from bench.layouts import tiny
 from model.config import ModelConfig
 from model.init import initial_slice
-from parallel import matrices
-from parallel.apply import build
+from parallel import whole_matrices
+from parallel.comm.world import connect
 from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
-from parallel.shards import local, stored
-from parallel.world import connect
+from parallel.parallelize import build
+from parallel.sharding import local, stored
 from precision.config import Compute, PrecisionConfig
-from train import certify_rank, muon, optimizer
-from train.certify_rank import Blocks, Case, Figures, kept, measure_all
-from train.comparison import EXACT, blocks, compare
-from train.muon import MuonConfig, MuonScale
-from train.optimizer import Moments, OptimizerConfig, OptimizerKind
+from train.certify import worker
+from train.certify.compare import EXACT, blocks, compare
+from train.certify.worker import Blocks, Case, Figures, kept, measure_all
+from train.optim import muon, optimizer
+from train.optim.muon import MuonConfig, MuonScale
+from train.optim.optimizer import Moments, OptimizerConfig, OptimizerKind
 
 MUON = OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2)
 FP64 = PrecisionConfig(Compute.float64)
@@ -91,7 +92,7 @@ def test_experts_fewer_than_ranks_are_cut_along_their_widths(ranks):
 
 def forgetting(parallel: ParallelConfig, cases: dict[str, Case]) -> dict[str, Figures]:
     """`measure_all` with a checkpoint whose momentum is not read."""
-    honest = certify_rank.Checkpointer.restore
+    honest = worker.Checkpointer.restore
 
     def forget(self: Any, model: Any, optimizer: Any, specs: Any) -> Any:
         progress = honest(self, model, optimizer, specs)
@@ -100,7 +101,7 @@ def forgetting(parallel: ParallelConfig, cases: dict[str, Case]) -> dict[str, Fi
                 state["momentum"].zero_()
         return progress
 
-    with planted((certify_rank.Checkpointer, "restore", forget)):
+    with planted((worker.Checkpointer, "restore", forget)):
         return measure_all(parallel, cases)
 
 
@@ -163,7 +164,7 @@ def updated(
     meshes = make_meshes(parallel.resolve(world.size), world)
     placed = build(model, FP64, meshes, world.device, seed=1)
     network, specs = placed.model, placed.specs
-    few: Plant = (optimizer, "rounds", lambda *arguments: matrices.rounds(*arguments, at_once))
+    few: Plant = (optimizer, "rounds", lambda *arguments: whole_matrices.rounds(*arguments, at_once))
     with planted(few), planted(*(BUGS[bug]() if bug else ())):
         made = optimizer.make_optimizer(network, specs, config, meshes)
         for step in range(3):
@@ -177,7 +178,7 @@ def updated(
     return kept(stored(network, specs))
 
 
-ALL_AT_ONCE = matrices.AT_ONCE
+ALL_AT_ONCE = whole_matrices.AT_ONCE
 UNEVEN = {
     "fsdp2": (2, ParallelConfig()),
     "fsdp3": (3, ParallelConfig()),
@@ -229,7 +230,9 @@ def test_scales_are_of_the_whole_matrix(ranks, one, scale):
 
 def each_shard_alone() -> list[Plant]:
     """Orthogonal pieces are no piece of an orthogonal matrix."""
-    return [(optimizer, "rounds", lambda *arguments: [replace(r, stages=()) for r in matrices.rounds(*arguments)])]
+    return [
+        (optimizer, "rounds", lambda *arguments: [replace(r, stages=()) for r in whole_matrices.rounds(*arguments)])
+    ]
 
 
 def experts_mixed() -> list[Plant]:
@@ -242,7 +245,7 @@ def factor_of_the_part() -> list[Plant]:
     """The shape of what the rank has: its columns and rows under tensor parallelism."""
 
     def shrunk(specs: Any, meshes: Any) -> Any:
-        plan = matrices.rounds(specs, meshes)
+        plan = whole_matrices.rounds(specs, meshes)
         return [replace(each, shape=specs[each.pieces[0].name].computed.shape[-2:]) for each in plan]
 
     return [(optimizer, "rounds", shrunk)]
@@ -250,8 +253,8 @@ def factor_of_the_part() -> list[Plant]:
 
 def swapped_on_the_way_back() -> list[Plant]:
     """Pieces come back in another order than they went."""
-    honest = matrices.Round.scatter
-    return [(matrices.Round, "scatter", lambda self, whole: honest(self, whole.flip(0)))]
+    honest = whole_matrices.Round.scatter
+    return [(whole_matrices.Round, "scatter", lambda self, whole: honest(self, whole.flip(0)))]
 
 
 def momentum_of_a_step() -> list[Plant]:

@@ -14,22 +14,22 @@ import torch
 import torch.distributed as dist
 
 from bench.layouts import tiny
-from model.attention import Attention
+from model.attention.layer import Attention
 from model.balancer import Balancer
 from model.config import BalanceConfig, FeedForward, ModelConfig
 from model.moe import Experts
-from parallel.apply import build
+from parallel.comm.world import connect
 from parallel.layout import ParallelConfig, Recompute
 from parallel.mesh import make_meshes
-from parallel.stages import Schedule
-from parallel.world import connect
+from parallel.parallelize import build
+from parallel.pipeline.stages import Schedule
 from precision.config import Compute, PrecisionConfig
-from tests.train.tiny import EXACT, trainer
-from train.certify import Trial, compare_layouts
-from train.certify_rank import CONTEXT, ROWS, SEED, MadeUpRows
-from train.engine import TorchEngine
-from train.optimizer import OptimizerConfig, OptimizerKind
-from train.step import optimizer_step
+from tests.support.tiny import EXACT, trainer
+from train.certify.plan import Trial, compare_layouts
+from train.certify.worker import CONTEXT, ROWS, SEED, MadeUpRows
+from train.engine.base import optimizer_step
+from train.engine.fsdp import TorchEngine
+from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 SGD = OptimizerConfig(kind=OptimizerKind.sgd, weight_decay=0.0)
 TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
@@ -179,10 +179,10 @@ def test_in_bfloat16_gradients_are_summed_as_without_a_split(ranks, schedule, mi
 
 def put_off(parallel: ParallelConfig, model: ModelConfig) -> str:
     """What happens on this rank, in order: "n" a product is noted down, "w" one is done, "|" a piece of work begins."""
-    from parallel import deferred
+    from parallel.pipeline import deferred_wgrad
 
     happened: list[str] = []
-    note, take = deferred.Deferred.note, deferred.Deferred.take
+    note, take = deferred_wgrad.Deferred.note, deferred_wgrad.Deferred.take
 
     def noted(self: Any, work: Any) -> None:
         happened.append("n")
@@ -192,11 +192,11 @@ def put_off(parallel: ParallelConfig, model: ModelConfig) -> str:
         run = take(self)
         return lambda: (happened.append("|"), run())
 
-    deferred.Deferred.note, deferred.Deferred.take = noted, taken  # type: ignore[method-assign, assignment]
+    deferred_wgrad.Deferred.note, deferred_wgrad.Deferred.take = noted, taken  # type: ignore[method-assign, assignment]
     try:
         one_step(parallel, model)
     finally:
-        deferred.Deferred.note, deferred.Deferred.take = note, take  # type: ignore[method-assign]
+        deferred_wgrad.Deferred.note, deferred_wgrad.Deferred.take = note, take  # type: ignore[method-assign]
     return "".join(happened)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.ranks import Hang, Pool, RankError
+from launch.rank_pool import Hang, Pool, RankError
 
 
 def rank_and_sum(offset: int) -> tuple[int, int]:

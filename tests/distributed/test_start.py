@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from core.config import plain
 from core.errors import ConfigError
-from tests.train.tiny import EXACT, config, trainer
-from train import certificates
-from train.certify import shrink, techniques
+from tests.support.tiny import EXACT, config, trainer
+from train.certify import store
+from train.certify.plan import shrink, techniques
 from train.trainer import run
 
 
@@ -56,9 +56,9 @@ def test_a_run_says_that_it_has_no_certificate(ranks, small_corpus, tmp_path):
 def test_checkpoints_name_the_certificate(ranks, small_corpus, tmp_path, cache):
     asked = config(tmp_path, "run", *small_corpus, *EXACT)
     about = {"model": plain(shrink(asked.model, asked.parallel)), "techniques": techniques(asked.parallel)}
-    path = certificates.keep({"pass": True, "axes": ["dp_shard"], **about}, cache)
+    path = store.keep({"pass": True, "axes": ["dp_shard"], **about}, cache)
     try:
-        wanted = certificates.find({"dp_shard": 2}, asked.model, asked.parallel, cache)
+        wanted = store.find({"dp_shard": 2}, asked.model, asked.parallel, cache)
         assert wanted is not None
         assert ranks(2, saved, tmp_path, [*small_corpus, *EXACT]) == [wanted, wanted]
     finally:

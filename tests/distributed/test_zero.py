@@ -16,18 +16,18 @@ import torch
 from bench import engines
 from core.config import load
 from core.errors import ConfigError
-from launch.ranks import Pool
+from launch.rank_pool import Pool
 from model.layers import Linear
-from parallel import zero, zero3
 from parallel.cost import static_bytes
-from parallel.offload import PIECE, MappedFile, PagedAdamW
-from parallel.shards import Block
-from parallel.zero_config import VERSION
-from tests.distributed.test_certify import Broken, config
-from tests.train.tiny import trainer
-from train.certify import Outcome, certify
+from parallel.deepspeed import zero3, zero12
+from parallel.deepspeed.config import VERSION
+from parallel.deepspeed.offload import PIECE, MappedFile, PagedAdamW
+from parallel.sharding import Block
+from tests.distributed.certify.test_certify import Broken, config
+from tests.support.tiny import trainer
+from train.certify.plan import Outcome, certify
 from train.config import TrainConfig, check
-from train.zero_engine import ZeroEngine
+from train.engine.deepspeed import ZeroEngine
 
 ZERO = "parallel.engine=deepspeed"
 ZERO3 = ["parallel.zero.stage=3", "model.moe_every=0"]
@@ -412,7 +412,7 @@ def test_a_range_is_few_blocks(shape):
     whole = torch.arange(torch.Size(shape).numel())
     for start in range(len(whole) + 1):
         for stop in range(start, len(whole) + 1):
-            found = list(zero.blocks(Block((0,) * len(shape), shape), start, stop))
+            found = list(zero12.blocks(Block((0,) * len(shape), shape), start, stop))
             parts = [
                 whole.view(shape)[tuple(slice(o, o + s) for o, s in zip(b.offset, b.shape, strict=True))] for b in found
             ]
@@ -455,7 +455,7 @@ def test_what_is_not_right_is_refused(overrides, message):
 def test_another_version_is_refused_with_the_line_that_installs_the_right_one(monkeypatch):
     run = load("train", TrainConfig, [ZERO])
     for found in (None, "0.17.0"):
-        monkeypatch.setattr(zero, "installed", lambda found=found: found)
+        monkeypatch.setattr(zero12, "installed", lambda found=found: found)
         with pytest.raises(ConfigError, match=rf"deepspeed.*pip install 'leviathan\[deepspeed\]'.*{VERSION}"):
             check(run, 2)
 
@@ -483,7 +483,7 @@ def test_a_disk_without_room_is_refused(monkeypatch, tmp_path):
 
 
 def test_the_pin_is_the_one_that_is_declared():
-    text = (Path(zero.__file__).parents[1] / "pyproject.toml").read_text()
+    text = (Path(zero12.__file__).parents[2] / "pyproject.toml").read_text()
     assert text.count(f'"deepspeed=={VERSION}"') == 2
 
 

@@ -17,7 +17,7 @@ from hparam.scale import SPANS, Scale, check_registry, scale_of
 from hparam.transfer import Found, Resolved, transfer
 from model.config import LayerConfig, ModelConfig, MultipliersConfig
 from model.roles import Role
-from model.source import parameter_infos
+from model.tensor_source import parameter_infos
 
 BASE = Scale(
     width=256,
@@ -101,7 +101,7 @@ def test_learning_rate_times_decay_times_steps_is_the_same_everywhere():
 
 def test_both_forms_of_the_head_train_the_same_function():
     """A head w with a factor m on its logits trains as m * w does at m times the rate, epsilon and decay over m; the
-    training itself is compared in `tests.train.test_hyperparameters`.
+    training itself is compared in `tests.train.metap.test_resolve`.
     """
     absorbed, multiplier = carried(), carried(head=HeadForm.multiplier)
     m = multiplier.multipliers.logits
@@ -135,7 +135,7 @@ def test_figures_worked_out_by_hand():
 @pytest.mark.parametrize("scale, exponent", [("unit_rms_norm", 0.0), ("shape_scaling", 0.0), ("match_adamw", -0.5)])
 def test_muon_needs_what_its_scale_leaves_out(scale, exponent):
     """An update of spectral norm s * factor changes what a matrix puts out by as much; wanted is sqrt(out / in)."""
-    from train.muon import MuonScale
+    from train.optim.muon import MuonScale
 
     wide = replace(BASE, **{size: 4 * getattr(BASE, size) for size in asdict(BASE) if size.endswith("width")})
     wide = replace(wide, head_width=64)

@@ -16,7 +16,7 @@ import pytest
 
 from launch.agent import Node, Unreachable, _addresses, _check_port, _interface, _own_address, _written, told
 from tests.launch.test_command import BIN
-from tests.train.tiny import TINY
+from tests.support.tiny import TINY
 
 STEPS = 100
 RUN = [f"training.steps={STEPS}", "logging.every=1", "checkpoint.every=20", "evaluation.rows=2", "logging.report=false"]

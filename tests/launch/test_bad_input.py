@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from tests.train.tiny import TINY
-from train.optimizer import OptimizerConfig
+from tests.support.tiny import TINY
+from train.optim.optimizer import OptimizerConfig
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from core.origin import ForeignPackageError, check_packages
-from tests.train.tiny import TINY
+from core.package_guard import ForeignPackageError, check_packages
+from tests.support.tiny import TINY
 
 BIN = Path(sys.executable).parent
 

@@ -8,7 +8,7 @@ import pytest
 
 from core.config import build, load, plain
 from launch.cli import main
-from launch.settings import LaunchConfig, SlurmConfig
+from launch.config import LaunchConfig, SlurmConfig
 from train.config import TrainConfig
 
 

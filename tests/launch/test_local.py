@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from core.errors import ConfigError, LeviathanError
-from core.ranks import CRASHED
+from core.exit_codes import CRASHED
 from launch import agent, local
 from launch.cli import main
 

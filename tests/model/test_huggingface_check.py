@@ -11,8 +11,8 @@ import pytest
 from core.errors import CheckpointError
 from model import huggingface
 from model.config import ModelConfig, QKNorm, RopeScaling, RouterConfig
-from tests.model import peers
 from tests.model.test_presets import COUNTS, PUBLISHED, preset, published
+from tests.support import hf_models
 
 
 def written(model: ModelConfig, directory: Path, **changes) -> Path:
@@ -31,9 +31,9 @@ def test_transformers_reads_the_published_configurations_as_the_presets(name, tm
     huggingface.compare_settings(preset(name), tmp_path)
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", hf_models.PEERS)
 def test_settings_of_every_family_are_equal(name, tmp_path):
-    peers.make(name).config.save_pretrained(tmp_path)
+    hf_models.make(name).config.save_pretrained(tmp_path)
     _, model = huggingface.read_config(json.loads((tmp_path / "config.json").read_text()))
     huggingface.compare_settings(model, tmp_path)
 
@@ -72,8 +72,8 @@ def test_each_setting_read_otherwise_is_noticed(name, change, tmp_path):
 
 def test_few_tokens_do_not_notice_what_the_settings_say(tmp_path):
     """Why both comparisons are made: the query temperature begins 8,192 positions away."""
-    theirs = peers.make("scout", attention_chunk_size=8192, floor_scale=8192)
-    checkpoint = huggingface.HuggingFaceCheckpoint(peers.save(theirs, tmp_path))
+    theirs = hf_models.make("scout", attention_chunk_size=8192, floor_scale=8192)
+    checkpoint = huggingface.HuggingFaceCheckpoint(hf_models.save(theirs, tmp_path))
     checkpoint.config = replace(checkpoint.config, temperature_scale=0.2)
     assert huggingface.compare_logits(checkpoint, tmp_path) <= 5e-5
     with pytest.raises(CheckpointError, match=r"temperature_scale=0\.5, not 0\.2"):

@@ -15,15 +15,15 @@ from model import huggingface
 from model.config import FeedForward, LayerConfig, ModelConfig, RouterConfig, Score
 from model.huggingface import HuggingFaceCheckpoint, compare_logits, export
 from model.huggingface.files import INDEX, SINGLE, read_rows
-from model.source import whole
-from tests.model import peers
+from model.tensor_source import whole
+from tests.support import hf_models
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A Maverick-like checkpoint in several shards, in bfloat16."""
     root = tmp_path_factory.mktemp("saved") / "maverick"
-    return peers.save(peers.make("maverick").bfloat16(), root, max_shard_size="40KB")
+    return hf_models.save(hf_models.make("maverick").bfloat16(), root, max_shard_size="40KB")
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", hf_models.PEERS)
 def test_out_and_in_again_is_bit_identical_and_transformers_agrees(name, tmp_path):
-    first = HuggingFaceCheckpoint(peers.save(peers.make(name), tmp_path / "first"))
+    first = HuggingFaceCheckpoint(hf_models.save(hf_models.make(name), tmp_path / "first"))
     export(first, tmp_path / "second", shard_bytes=50_000)
     second = HuggingFaceCheckpoint(tmp_path / "second")
     assert second.family.model_type == first.family.model_type
@@ -51,14 +51,14 @@ def test_out_and_in_again_is_bit_identical_and_transformers_agrees(name, tmp_pat
     assert compare_logits(first, tmp_path / "second") <= 5e-5
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", hf_models.PEERS)
 def test_a_rotation_reads_the_same_in_either_generation_of_transformers(name, tmp_path):
     """Version 5 lets `rope_scaling` replace `rope_parameters`; version 4 knows only the older keys."""
     import transformers
 
-    theirs = peers.make(name)
+    theirs = hf_models.make(name)
     theirs.config.rope_parameters["rope_theta"] = 123456.0  # no default, so that losing it shows
-    first = HuggingFaceCheckpoint(peers.save(theirs, tmp_path / "first"))
+    first = HuggingFaceCheckpoint(hf_models.save(theirs, tmp_path / "first"))
     export(first, tmp_path / "second")
     expected = transformers.AutoConfig.from_pretrained(tmp_path / "first")
     found = transformers.AutoConfig.from_pretrained(tmp_path / "second")

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from model import huggingface
+from model.attention.plan import SequenceContext
 from model.config import ModelConfig, QKNorm, RopePairing, RouterConfig, WeightsOn
-from model.context import SequenceContext
-from model.source import whole
+from model.tensor_source import whole
 from model.transformer import Transformer
 from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve
-from tests.model import peers
+from tests.support import hf_models
 
 TOKENS = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(5))
 """13 is no multiple of the chunk of 5."""
@@ -41,10 +41,10 @@ def routing_margin(model: torch.nn.Module) -> list[float]:
     return margins
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", hf_models.PEERS)
 def test_logits_loss_and_every_gradient(name, tmp_path):
-    theirs = peers.make(name)
-    ours = huggingface.load(peers.save(theirs, tmp_path / "weights"))
+    theirs = hf_models.make(name)
+    ours = huggingface.load(hf_models.save(theirs, tmp_path / "weights"))
     margins = routing_margin(ours)
     expected = theirs(TOKENS, labels=TOKENS)
     logits = ours(TOKENS)
@@ -58,7 +58,7 @@ def test_logits_loss_and_every_gradient(name, tmp_path):
     with torch.no_grad():  # their gradients under our names: saved as if they were weights
         for parameter in theirs.parameters():
             parameter.copy_(parameter.grad if parameter.grad is not None else torch.zeros_like(parameter))
-    gradients = huggingface.HuggingFaceCheckpoint(peers.save(theirs, tmp_path / "gradients"))
+    gradients = huggingface.HuggingFaceCheckpoint(hf_models.save(theirs, tmp_path / "gradients"))
     tied = gradients.raw_config["tie_word_embeddings"]
     for key, parameter in ours.named_parameters():
         wanted, found = whole(gradients, key), parameter.grad
@@ -70,8 +70,8 @@ def test_logits_loss_and_every_gradient(name, tmp_path):
 
 def as_if(name, tmp_path, change) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of transformers and of our model with one feature changed, from the same weights."""
-    theirs = peers.make(name)
-    checkpoint = huggingface.HuggingFaceCheckpoint(peers.save(theirs, tmp_path))
+    theirs = hf_models.make(name)
+    checkpoint = huggingface.HuggingFaceCheckpoint(hf_models.save(theirs, tmp_path))
     with torch.no_grad():
         model = Transformer(change(checkpoint.config), resolve(PrecisionConfig(Compute.float32)))
         for key, parameter in model.named_parameters():
@@ -96,7 +96,7 @@ BROKEN = {
     "qk_norm_full": ("olmoe", without_norms),
     "temperature_floor": ("scout", lambda c: replace(c, temperature_floor=5.0)),
     "temperature_scale": ("scout", lambda c: replace(c, temperature_scale=0.3)),
-    **{f"norm_eps_{name}": (name, lambda c: replace(c, norm_eps=1e-5)) for name in peers.PEERS},
+    **{f"norm_eps_{name}": (name, lambda c: replace(c, norm_eps=1e-5)) for name in hf_models.PEERS},
     "score_placement": ("scout", lambda c: replace(c, router=RouterConfig(weights_on=WeightsOn.output))),
     "nope": ("maverick", lambda c: replace(c, nope_every=0)),
     "halves": ("mixtral", lambda c: replace(c, rope_pairing=RopePairing.adjacent)),
@@ -129,8 +129,8 @@ def test_the_comparison_notices_swapped_gate_and_up(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["scout", "qwen3_moe", "olmoe"])
 def test_packed_documents_equal_separate_runs_of_transformers(name, tmp_path):
     """transformers ignores positions in the query temperature, so each document is run by itself there."""
-    theirs = peers.make(name)
-    ours = huggingface.load(peers.save(theirs, tmp_path))
+    theirs = hf_models.make(name)
+    ours = huggingface.load(hf_models.save(theirs, tmp_path))
     lengths = (4, 7, 2)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     packed = ours(TOKENS[:1], SequenceContext(positions))[0]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from model import kernels
+from model.attention.plan import SequenceContext
 from model.config import ModelConfig, RouterConfig, Score, WeightsOn
-from model.context import SequenceContext
 from model.init import initialise
 from model.kernels import TorchKernels
 from model.layers import swiglu_halves
@@ -29,14 +29,14 @@ from precision.config import Compute, PrecisionConfig
 from precision.config import Kernels as Kind
 from precision.resolve import Precision, resolve
 from tests.conftest import ROOT
-from tests.model.kernel_cases import BREAKS, CASES, GATES
+from tests.support.kernel_cases import BREAKS, CASES, GATES
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict:
     """In a process of its own: Triton reads the variable when it is imported, and torch.compile imports it too."""
     assert importlib.util.find_spec("triton"), "the kernels' tests need Triton: pip install -e '.[dev]'"
-    command = [sys.executable, "-m", "tests.model.kernel_cases"]
+    command = [sys.executable, "-m", "tests.support.kernel_cases"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from model.config import ModelConfig, MultipliersConfig, QKNorm
 from model.huggingface import compare_logits, export, write_config
 from model.init import initialise
 from model.multipliers import folded
-from model.source import materialise
+from model.tensor_source import materialise
 from model.transformer import Transformer
 from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve

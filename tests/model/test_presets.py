@@ -15,7 +15,7 @@ from core.config import load
 from model.config import ModelConfig, QKNorm, RopeScaling
 from model.flops import count_parameters
 from model.huggingface import model_differences, read_config, write_config
-from model.source import parameter_shapes
+from model.tensor_source import parameter_shapes
 from train.config import TrainConfig
 
 COUNTS = {

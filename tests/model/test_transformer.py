@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from core.errors import ConfigError
+from model.attention.plan import SequenceContext
+from model.attention.rope import frequencies
 from model.config import BalanceConfig, InitConfig, ModelConfig, QKNorm, RopeScaling, RouterConfig, Score, WeightsOn
-from model.context import SequenceContext
 from model.flops import count_parameters
 from model.init import initialise
 from model.layers import rms_normalise
 from model.roles import registry
-from model.rope import frequencies
 from model.transformer import Transformer
 from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve
-from tests.model import reference
+from tests.support import reference_model
 
 SMALL = ModelConfig(
     vocab_size=48,
@@ -58,7 +58,7 @@ def expected(model: Transformer, config: ModelConfig, positions: torch.Tensor) -
     torch.manual_seed(0)
     tokens = torch.randint(0, SMALL.vocab_size, positions.shape)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    rows = [reference.logits(t, p, config, weights) for t, p in zip(tokens, positions, strict=True)]
+    rows = [reference_model.logits(t, p, config, weights) for t, p in zip(tokens, positions, strict=True)]
     return torch.stack(rows)
 
 
@@ -105,7 +105,7 @@ def gradients(config: ModelConfig) -> tuple[dict[str, torch.Tensor], dict[str, t
     weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.named_parameters()}
     state = {**model.state_dict(), **weights}
     for row, positions, factor in zip(tokens, PACKED, weight, strict=True):
-        (reference.logits(row, positions, config, state) * factor).sum().backward()
+        (reference_model.logits(row, positions, config, state) * factor).sum().backward()
     own = {name: parameter.grad for name, parameter in model.named_parameters()}
     return own, {name: w.grad if w.grad is not None else torch.zeros_like(w) for name, w in weights.items()}
 

@@ -9,8 +9,8 @@ import pytest
 
 from core.errors import ConfigError
 from model.config import ModelConfig
-from parallel.apply import check_float8
 from parallel.layout import ParallelConfig
+from parallel.parallelize import check_float8
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
 
 MODEL = ModelConfig(vocab_size=64, width=64, layers=4, heads=4, kv_heads=4, head_width=16, dense_width=96,

@@ -16,12 +16,12 @@ from core.errors import ConfigError
 from model.config import ModelConfig
 from model.init import initialise
 from model.transformer import Transformer
-from precision.backend import GemmBackend, Groups
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
-from precision.float8 import Float8Products, NotFinite
-from precision.reference import Reference
+from precision.fp8_emulated import Reference
+from precision.fp8_linear import Float8Products, NotFinite
+from precision.fp8_torch import TorchFloat8
+from precision.gemm import GemmBackend, Groups
 from precision.resolve import MAKERS, LayerProducts, Precision, resolve, unavailable
-from precision.torch_float8 import TorchFloat8
 
 CPU = torch.device("cpu")
 RECIPES = [recipe for recipe in Recipe if recipe is not Recipe.auto]

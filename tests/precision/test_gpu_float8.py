@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from precision import reference
+from precision import fp8_emulated
 from precision import transformer_engine as engine
-from precision.backend import Groups
 from precision.config import Backend, Recipe
-from precision.float8 import Operand
-from precision.reference import Reference
+from precision.fp8_emulated import Reference
+from precision.fp8_linear import Operand
+from precision.gemm import Groups
 from precision.resolve import MAKERS, unavailable
 from tests.test_gpu import run
 
@@ -89,7 +89,7 @@ def test_products_and_gradients_are_those_of_the_reference(backend, recipe, expe
     if not can(backend, recipe, device):
         return
     products = MAKERS[backend].make(recipe, torch.bfloat16, "a test")
-    wanted = results(reference.make(recipe, torch.bfloat16, "a test"), device, experts)
+    wanted = results(fp8_emulated.make(recipe, torch.bfloat16, "a test"), device, experts)
     close(results(products, device, experts), wanted)
     close(results(products, device, experts, partial(checkpoint, use_reentrant=False)), wanted)
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils._triton import has_triton_package
 
 from precision import transformer_engine as backend
-from precision.backend import Groups
 from precision.config import Recipe
-from tests.precision import wheel
-from tests.precision.stand_in import Extension, Product, Quantised, installed
+from precision.gemm import Groups
 from tests.precision.test_te_on_cpu import COUNTS, D, E, F, draw
+from tests.support import te_wheel
+from tests.support.transformer_engine_stub import Extension, Product, Quantised, installed
 
 TE = "transformer_engine.pytorch"
 # fmt: off
@@ -74,7 +74,7 @@ def own(monkeypatch) -> Iterator[Own]:
             if name not in sys.modules:
                 monkeypatch.setitem(sys.modules, name, Anything(name))
         package = ModuleType(f"{TE}.module")
-        package.__path__ = [str(wheel.sources() / "transformer_engine" / "pytorch" / "module")]
+        package.__path__ = [str(te_wheel.sources() / "transformer_engine" / "pytorch" / "module")]
         sys.modules[f"{TE}.module"] = package
         base = sys.modules.pop(f"{TE}.module.base")
         gemms = sys.modules[f"{TE}.cpp_extensions"]
@@ -102,7 +102,7 @@ def scaling(own: Own, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def names() -> list[str]:
     """What `_GroupedLinear.forward` unpacks its options into, in order."""
-    for node in ast.walk(wheel.tree(f"{TE}.module.grouped_linear")):
+    for node in ast.walk(te_wheel.tree(f"{TE}.module.grouped_linear")):
         if isinstance(node, ast.Assign) and ast.unparse(node.value) == "non_tensor_args":
             return [ast.unparse(name) for name in node.targets[0].elts]  # type: ignore[attr-defined]
     raise AssertionError("GroupedLinear takes its options otherwise")

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from launch.ranks import Pool
-from parallel import recompute
-from parallel.deferred import Deferred, DeferringProducts
+from launch.rank_pool import Pool
+from parallel import activation_checkpoint
+from parallel.pipeline.deferred_wgrad import Deferred, DeferringProducts
 from precision import transformer_engine as backend
-from precision.backend import Groups
 from precision.config import Recipe
-from precision.float8 import Float8Products, Operand
-from precision.reference import Reference
-from precision.tiles import E4M3, E5M2
-from tests.precision.stand_in import Extension, installed
-from tests.train import tiny
+from precision.fp8_emulated import Reference
+from precision.fp8_linear import Float8Products, Operand
+from precision.fp8_tiles import E4M3, E5M2
+from precision.gemm import Groups
+from tests.support import tiny
+from tests.support.transformer_engine_stub import Extension, installed
 
 T, D, F, E = 40, 64, 96, 4
 COUNTS = [64, 0, 32, 96]
@@ -219,7 +219,7 @@ def test_recomputation_drops_what_was_kept_and_quantises_again(recipe, extension
     kept = kept_by(lambda: run(products.linear, x, w))
     assert not any(t.dtype is torch.uint8 for t in kept)
     extension.calls.clear()
-    contexts = partial(create_selective_checkpoint_contexts, recompute._policy)
+    contexts = partial(create_selective_checkpoint_contexts, activation_checkpoint._policy)
     agree(passes(products, run), passes(by_reference(recipe)))
     assert sum(call.splits is not None and call.shape[1] == D for call in extension.quantised()) == 2
     agree(passes(products, partial(run, context_fn=contexts)), passes(by_reference(recipe)))

@@ -22,12 +22,12 @@ from core.errors import ConfigError
 from precision import transformer_engine as backend
 from precision.config import Backend, Compute, PrecisionConfig, Recipe
 from precision.resolve import resolve
-from tests.precision import wheel
-from tests.precision.contract import STORAGES, TE, Sources, complaints
-from tests.precision.stand_in import installed
+from tests.support import te_wheel
+from tests.support.gemm_contract import STORAGES, TE, Sources, complaints
+from tests.support.transformer_engine_stub import installed
 
 OURS = Path(backend.__file__).read_text()
-REAL = Sources(wheel.tree)
+REAL = Sources(te_wheel.tree)
 
 
 def test_every_name_call_and_attribute_is_there():
@@ -61,8 +61,8 @@ class Rename(ast.NodeTransformer):
 
 @pytest.mark.parametrize("module, name", RENAMED.values(), ids=RENAMED.keys())
 def test_what_is_renamed_there_is_noticed(module, name):
-    changed = Rename(name).visit(copy.deepcopy(wheel.tree(f"{TE}.{module}")))
-    found = complaints(OURS, Sources(lambda m: changed if m == f"{TE}.{module}" else wheel.tree(m)))
+    changed = Rename(name).visit(copy.deepcopy(te_wheel.tree(f"{TE}.{module}")))
+    found = complaints(OURS, Sources(lambda m: changed if m == f"{TE}.{module}" else te_wheel.tree(m)))
     assert any(name in complaint for complaint in found), found
 
 
@@ -83,7 +83,7 @@ def test_what_is_wrong_here_is_noticed(old, new):
 
 def calls(module: str, name: str) -> list[ast.Call]:
     """TE's own calls of a function in one of its modules."""
-    found = (node for node in ast.walk(wheel.tree(module)) if isinstance(node, ast.Call))
+    found = (node for node in ast.walk(te_wheel.tree(module)) if isinstance(node, ast.Call))
     return [node for node in found if ast.unparse(node.func).split(".")[-1] == name]
 
 
@@ -103,7 +103,7 @@ def _is_split(node: ast.Call) -> bool:
 def test_its_own_modules_ask_for_these_layouts(module, name):
     layouts = {
         keyword.value.value
-        for node in ast.walk(wheel.tree(f"{TE}.pytorch.module.{module}"))
+        for node in ast.walk(te_wheel.tree(f"{TE}.pytorch.module.{module}"))
         if isinstance(node, ast.Call | ast.Dict)
         for keyword in _layouts(node)
     }
@@ -137,7 +137,7 @@ def test_a_storage_can_be_copied_by_its_attributes():
 
 
 def test_the_version_is_the_same_everywhere():
-    version, root = backend.VERSION, wheel.ROOT
+    version, root = backend.VERSION, te_wheel.ROOT
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"]["te"] == [f"transformer-engine[pytorch]=={version}"]
     assert f'"transformer-engine[pytorch]=={version}"' in backend.INSTALL

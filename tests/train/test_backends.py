@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from core.errors import ConfigError
 from launch.cli import main
+from parallel.comm.world import World
 from parallel.layout import Recompute
-from parallel.world import World
-from precision import reference
+from precision import fp8_emulated
 from precision.config import Backend
-from tests.train.tiny import TINY, config, figures, trainer
-from train.restore import restore
+from tests.support.tiny import TINY, config, figures, trainer
+from train.checkpoint.restore import restore
 from train.trainer import run
 
 WIDE = ["model.width=64", "model.head_width=16", "model.expert_width=64", "training.clip_norm=null"]
@@ -71,13 +71,13 @@ def test_more_padding_changes_nothing(tmp_path, small_corpus, monkeypatch) -> No
     """Experts get few rows each, so that most of what they see is padding."""
     overrides = [*small_corpus, *WIDE, *EIGHT, "model.experts=8"]
     once = figures(tmp_path, "once", overrides)
-    made = reference.Reference.__init__
+    made = fp8_emulated.Reference.__init__
 
     def generous(self: Any, *arguments: Any) -> None:
         made(self, *arguments)
         self.token_multiple = 64
 
-    monkeypatch.setattr(reference.Reference, "__init__", generous)
+    monkeypatch.setattr(fp8_emulated.Reference, "__init__", generous)
     more = figures(tmp_path, "more", overrides)
     assert once["loss"] == more["loss"]
     assert all(torch.equal(once["gradients"][name], more["gradients"][name]) for name in once["gradients"])
@@ -100,7 +100,7 @@ def refused(root: Any, overrides: list[str]) -> str:
     """What a run says of which one rank has no reference."""
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(reference, "unavailable", lambda recipe, device: ["it was taken away"])
+            patch.setattr(fp8_emulated, "unavailable", lambda recipe, device: ["it was taken away"])
         try:
             run(config(root, "run", *overrides))
         except ConfigError as error:

@@ -6,9 +6,9 @@ import pytest
 
 from core.config import load
 from core.errors import ConfigError
-from tests.train.tiny import TINY
+from tests.support.tiny import TINY
 from train.config import TrainConfig, check
-from train.evaluate import EvaluateConfig
+from train.eval.held_out import EvaluateConfig
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from bench.proxies import PROXIES, RUN
 from core.config import load
 from core.errors import ConfigError
 from hparam.scale import kind_of
-from launch.metap_sweep import bases
+from launch.metap.sweep import bases
 from model.config import ModelConfig
 from model.multipliers import folded
 from train.config import TrainConfig
-from train.hyperparameters import derive, resolve, scale_of_run
+from train.metap.hyperparameters import derive, resolve, scale_of_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").iterdir())

@@ -16,16 +16,16 @@ from data.corpus import TRAIN, prepare
 from data.loader import Loader
 from data.tokens import TokenStream
 from launch.cli import main
-from model.context import SequenceContext
+from model.attention.plan import SequenceContext
 from tests.data.conftest import silent
-from tests.train.tiny import EXACT, TINY, config, trainer
-from train.callbacks import make
+from tests.support.tiny import EXACT, TINY, config, trainer
+from train.callbacks.base import make
 from train.config import check, phases
-from train.corpora import source_weights
-from train.evaluate import held_out_loss
-from train.journey import Place, Visit, visits
-from train.online import OnlineConfig, OnlineFilter, Window
-from train.row_losses import row_losses
+from train.corpus import source_weights
+from train.eval.held_out import held_out_loss
+from train.eval.sequence_loss import row_losses
+from train.online_filter import OnlineConfig, OnlineFilter, Window
+from train.provenance import Place, Visit, visits
 from train.run_directory import load_config, read_lines
 from train.trainer import Trainer
 

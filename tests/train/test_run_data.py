@@ -13,9 +13,9 @@ from core.errors import ConfigError
 from data.corpus import TRAIN
 from data.loader import IGNORED
 from launch.cli import main
-from tests.train.tiny import EXACT, TINY, config, trainer
+from tests.support.tiny import EXACT, TINY, config, trainer
 from train.config import check
-from train.online import OnlineConfig, OnlineFilter, Window, candidates
+from train.online_filter import OnlineConfig, OnlineFilter, Window, candidates
 
 CODE_LATER = [
     "training.steps=6",

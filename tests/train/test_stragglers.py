@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.train.tiny import EXACT, trainer
-from train import callbacks
+from tests.support.tiny import EXACT, trainer
+from train.callbacks import base
 from train.stragglers import KINDS, SLOW_HOSTS, STEADY, SlowRank, Stragglers
 
 
@@ -25,7 +25,7 @@ def train(root: Path, overrides: list[str], slow: int | None) -> None:
         load = next(iter(run.loaders.values()))
         batch = load.batch
         load.batch = lambda *arguments: (time.sleep(0.1), batch(*arguments))[1]
-    logging = callbacks.Logging(run)
+    logging = base.Logging(run)
     for step in range(STEADY + 1):
         logging.after_step(step + 1, run.train_step(step))
     del os.environ["SLURMD_NODENAME"]
@@ -69,6 +69,6 @@ def test_only_a_change_of_the_slow_hosts_is_noted(tmp_path):
 
 
 def trainer_world():
-    from parallel.world import connect
+    from parallel.comm.world import connect
 
     return connect()

@@ -16,18 +16,18 @@ import torch
 
 from core.errors import CheckpointError
 from launch.cli import main
-from model.context import SequenceContext
-from parallel.world import World
-from tests.train.tiny import EXACT, TINY, trainer
-from train import callbacks
+from model.attention.plan import SequenceContext
+from parallel.comm.world import World
+from tests.support.tiny import EXACT, TINY, trainer
+from train.callbacks import base
+from train.checkpoint.restore import restore
 from train.config import phases
-from train.engine import TorchEngine
-from train.generate import GenerateConfig, continue_tokens, model_logits
-from train.interrupt import Interruption
+from train.engine.fsdp import TorchEngine
+from train.eval.generate import GenerateConfig, continue_tokens, model_logits
 from train.loss import token_losses
 from train.metrics import expert_load, peak_memory_bytes
-from train.restore import restore
 from train.run_directory import MARKER, committed
+from train.signals import Interruption
 from train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -124,7 +124,7 @@ def test_the_model_is_saved_before_the_last_evaluation(tmp_path, small_corpus, m
     def stopped(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(callbacks, "held_out_loss", stopped)
+    monkeypatch.setattr(base, "held_out_loss", stopped)
     assert train(tmp_path, small_corpus) == 130
     assert restore(tmp_path / "run", ALONE).step == 4
 
@@ -188,7 +188,7 @@ def test_an_older_summary_does_not_make_a_run_finished(tmp_path, small_corpus, m
         raise KeyboardInterrupt
 
     assert train(tmp_path, small_corpus) == 0
-    monkeypatch.setattr(callbacks.Evaluation, "measure", killed)
+    monkeypatch.setattr(base.Evaluation, "measure", killed)
     assert train(tmp_path, small_corpus, PHASE) == 130
     monkeypatch.undo()
     assert train(tmp_path, small_corpus, PHASE) == 0
@@ -225,14 +225,14 @@ def test_evaluation_after_a_phase_is_at_its_context(tmp_path, small_corpus, caps
 
 def test_baselines_see_every_token_of_the_run(tmp_path, small_corpus, monkeypatch):
     counted = 0
-    add = callbacks.NgramBaseline.add
+    add = base.NgramBaseline.add
 
     def watched(self, tokens, labels):
         nonlocal counted
         counted += tokens.numel()
         add(self, tokens, labels)
 
-    monkeypatch.setattr(callbacks.NgramBaseline, "add", watched)
+    monkeypatch.setattr(base.NgramBaseline, "add", watched)
     assert train(tmp_path, small_corpus, PHASE, "evaluation.baselines=true") == 0
     assert counted == json.loads((tmp_path / "run" / "summary.json").read_text())["tokens"]
 
@@ -259,7 +259,7 @@ def test_signals_ask_for_an_orderly_end(number):
 
 
 def any_of(flagged: int) -> bool:
-    from parallel.world import connect
+    from parallel.comm.world import connect
 
     world = connect()
     return world.any(world.rank == flagged)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from data.filter import pipeline
-from tests.data.filter.server import KEY, Server
+from tests.support.llm_server import KEY, Server
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from data.corpus import DOCUMENTS, HELD_OUT, TRAIN, Corpus, prepare
 from data.filter.corpus import SourcePart, filtered
 from data.sources import Document, FileSource
 from tests.data.conftest import make_config, silent
-from tests.data.filter.filtering import prose, two_sources
+from tests.support.filtering import prose, two_sources
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,14 @@ import pytest
 
 from core.errors import ConfigError, DataError
 from data.filter import pipeline, store
+from data.filter.audit.outputs import KEPT, SCORES, audit_of, write_audit_of
 from data.filter.config import DuplicateConfig, OnError, SelectConfig, Unit
-from data.filter.outputs import KEPT, SCORES, audit_of, write_audit_of
+from data.filter.input.records import Reason
 from data.filter.pipeline import Filter
-from data.filter.records import Reason
 from data.filter.store import OneWorker, together
-from launch.filter import WorldWorkers
-from parallel.world import connect
-from tests.data.filter.filtering import (
+from launch.verbs.filter import WorldWorkers
+from parallel.comm.world import connect
+from tests.support.filtering import (
     FixedScorer,
     filtered,
     job,
@@ -520,7 +520,7 @@ def test_what_is_harder_than_clean_text_is_noise(tmp_path, small_shards):
     clean = write_lines(tmp_path / "clean.jsonl", [row for row in prose(100) if len(row["text"]) < 150])
     scorer = FixedScorer(lambda record: len(record.text))
     settings: dict[str, Any] = {"select": SelectConfig(clean=str(clean), noise_quantile=1.0, length_buckets=1)}
-    from data.filter.inputs import InputConfig, clean_records
+    from data.filter.input.readers import InputConfig, clean_records
 
     def run(out: str, **changes: Any) -> list[dict[str, Any]]:
         records = clean_records(str(clean), InputConfig(input=str(source)))

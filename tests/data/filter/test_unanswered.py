@@ -15,15 +15,16 @@ import pyarrow.parquet
 import pytest
 
 from core.errors import ConfigError
-from data.filter import asking, pipeline
+from data.filter import pipeline
 from data.filter.config import FilterRules, ScorerConfig, ScorerKind, deciding
-from data.filter.inputs import InputConfig, clean_records
-from data.filter.judge import JudgeScorer
+from data.filter.input.readers import InputConfig, clean_records
 from data.filter.pipeline import Filter
+from data.filter.score import requests
+from data.filter.score.judge import JudgeScorer
 from launch.cli import main
-from tests.data.filter.filtering import FixedScorer, filtered, job, kept, prose, rows_of, write_lines
-from tests.data.filter.server import Reply, completion, graded
 from tests.data.filter.test_pipeline import in_threads
+from tests.support.filtering import FixedScorer, filtered, job, kept, prose, rows_of, write_lines
+from tests.support.llm_server import Reply, completion, graded
 
 LOST = {3, 11, 17, 40, 49}
 
@@ -171,14 +172,14 @@ def test_answers_that_cannot_be_kept_are_one_line(server, source, tmp_path, caps
         (out / "stages" / "answers").write_text("")
         said = "cannot write .*answers .File exists.: a file stands where a folder has to be"
     else:
-        real = asking.json.dumps
+        real = requests.json.dumps
 
         def dumps(value: Any, **more: Any) -> str:
             if "answer" in value:
-                monkeypatch.setattr(asking, "open", lambda *_: Full(), raising=False)
+                monkeypatch.setattr(requests, "open", lambda *_: Full(), raising=False)
             return real(value, **more)
 
-        monkeypatch.setattr(asking.json, "dumps", dumps)
+        monkeypatch.setattr(requests.json, "dumps", dumps)
         said = r"cannot write .*answers \(No space left on device\): free some space and run again to go on"
     assert command(server, source, out) == 1
     (line,) = capsys.readouterr().err.splitlines()

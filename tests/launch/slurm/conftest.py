@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.launch.slurm.cluster import Cluster
+from tests.support.slurm_cluster import Cluster
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.slurm.cluster import Cluster
 from tests.launch.test_command import BIN
+from tests.support.slurm_cluster import Cluster
 from tests.test_docs import ROOT, blocks, run
 
 pytestmark = pytest.mark.slow
@@ -215,7 +215,9 @@ def test_a_container_command_goes_before_python_on_each_node(cluster, user, tmp_
     assert user.wait_for_end("boxed", number) == "COMPLETED", user.log("boxed")
     nodes = user.nodes_of(number)
     lines = marks.read_text().splitlines()
-    assert sorted(line for line in lines if "train" in line) == [f"{node} launch.node train" for node in nodes], lines
+    assert sorted(line for line in lines if "train" in line) == [
+        f"{node} launch.slurm.job_step train" for node in nodes
+    ], lines
     assert len(lines) == 3 and lines[2].startswith(f"{nodes[0]} "), "and once for what the job does at its end"
     environment = json.loads((user.home / "runs" / "boxed" / "environment.json").read_text())
     assert environment["variables"]["OMP_STACKSIZE"] == "7M"

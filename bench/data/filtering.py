@@ -1,0 +1,97 @@
+"""What filtering costs: tokens per second of each stage on one core, and its share of the time of training on them.
+
+The records are the built-in corpus's training documents; the model that scores by loss and the one that is trained are
+the smoke model, untrained: the time is the same. All on one thread, in one process.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.measure import Result
+from bench.trainer_step import make_trainer
+from data.filter.config import DuplicateConfig, GateConfig
+from data.filter.corpus import SourcePart
+from data.filter.input.records import Record
+from data.filter.score.losses import LossScorer
+from data.filter.score.ngram import NgramScorer
+from data.filter.screen.duplicates import find_duplicates, signatures
+from data.filter.screen.gates import Gates
+from data.sources import make_source
+from model.attention.plan import SequenceContext
+from train.eval.text_loss import Speaker, token_losses
+from train.trainer import Trainer
+
+STEPS, SCORED = 12, 24
+
+
+def run() -> list[Result]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        trainer = make_trainer(Path(root), "filtering")
+        data = trainer.config.data
+        parts = [SourcePart(make_source(name, part, data), name) for name, part in data.sources.items()]
+        records = [one for part in parts for one in part.records() if isinstance(one, Record)]
+        tokens = sum(map(len, trainer.corpus.tokenizer.encode([record.text for record in records])))
+        training = _training(trainer)
+        few = records[:: max(len(records) // SCORED, 1)]
+        share = sum(map(len, trainer.corpus.tokenizer.encode([record.text for record in few]))) / tokens
+        stages: dict[str, tuple[Callable[[], object], float]] = {
+            "gates": (lambda: _gates(records), 1.0),
+            "duplicates": (lambda: _duplicates(records), 1.0),
+            "ngram, fit and score": (lambda: _ngram(records), 1.0),
+            "loss of the smoke model": (lambda: _by_model(trainer).score(few), share),
+        }
+        return [_result(name, stage, tokens * part, training) for name, (stage, part) in stages.items()]
+
+
+def _result(name: str, stage: Callable[[], object], tokens: float, training: float) -> Result:
+    begin = time.perf_counter()
+    stage()
+    rate = tokens / (time.perf_counter() - begin)
+    what = f"filter: {name} (tokens/s; ratio: its time over the training step's, per token)"
+    return Result(what, rate, training, training / rate, "-", not math.isnan(rate), f"{tokens:,.0f} tokens, 1 thread")
+
+
+def _training(trainer: Trainer) -> float:
+    """Tokens per second of the training step."""
+    for _ in range(3):
+        trainer.train_step(trainer.step)
+    begin = time.perf_counter()
+    for _ in range(STEPS):
+        trainer.train_step(trainer.step)
+    first = trainer.config.training
+    return STEPS * first.global_batch * first.context / (time.perf_counter() - begin)
+
+
+def _gates(records: list[Record]) -> None:
+    gates = Gates(GateConfig())
+    for record in records:
+        gates(record)
+
+
+def _ngram(records: list[Record]) -> None:
+    scorer = NgramScorer()
+    scorer.fit(lambda: records)
+    scorer.score(records)
+
+
+def _duplicates(records: list[Record]) -> None:
+    find_duplicates([signatures([record.text for record in records])], DuplicateConfig())
+
+
+def _by_model(trainer: Trainer) -> LossScorer:
+    model, tokenizer, context = trainer.engine.placed.model.eval(), trainer.corpus.tokenizer, 256
+
+    def logits(tokens_BT: Tensor) -> Tensor:
+        return model(tokens_BT, SequenceContext(torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)))
+
+    speaker = Speaker(logits, tokenizer.encode, tokenizer.bos_id, context, "smoke")
+    return LossScorer(token_losses(speaker, context, 8), "smoke")

@@ -1,0 +1,1 @@
+"""The audit of a filter run: statistics, findings, plots and the page."""

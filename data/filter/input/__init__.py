@@ -1,0 +1,1 @@
+"""Records and the readers that make them from files and data sets."""

@@ -1,0 +1,101 @@
+"""From a scorer's configuration to the scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import ConfigError
+from data.filter.config import ScorerConfig, ScorerKind
+from data.filter.input.records import Record
+from data.filter.score.scorer import Scorer, TokenLosses
+
+OpenLosses = Callable[[str, ScorerConfig], tuple[TokenLosses, str]]
+"""A model by its name, as token losses, and the fingerprint of its weights and tokenizer; `context` and `batch` are the
+configuration's.
+"""
+
+
+@dataclass(frozen=True)
+class Models:
+    """What scorers by a model's loss need, handed in: `data` knows of no models. `check_unseen` raises `ConfigError`
+    where the model of this name has learnt from these records, or returns a line that warns.
+    """
+
+    open: OpenLosses
+    check_unseen: Callable[[str, Iterable[Record]], str | None]
+
+
+_WITH_WINDOW = (ScorerKind.ngram, ScorerKind.loss, ScorerKind.excess, ScorerKind.ensemble)
+
+
+def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: int = 0) -> Scorer:
+    """The scorer of any kind. `models` opens them (None: kinds that need one are refused); `cache` is where
+    answers of endpoints are kept; `seed` is of lots. Raises `ConfigError` with the key, below `scorer`.
+
+    Each kind's module is imported only here: an n-gram scorer must not wait for an HTTP client.
+    """
+    if config.window is not None and config.kind not in _WITH_WINDOW:
+        raise ConfigError("window", config.window, f"means nothing to {config.kind.name}", ["null"])
+    if config.kind in (ScorerKind.loss, ScorerKind.excess, ScorerKind.ifd):
+        return _from_models(config, models)
+    if config.kind is ScorerKind.judge:
+        from data.filter.score.judge import JudgeScorer
+
+        return JudgeScorer(config, cache)
+    if config.kind is ScorerKind.pass_rate:
+        from data.filter.score.pass_rate import PassRateScorer
+
+        return PassRateScorer(config, cache)
+    if config.kind is ScorerKind.ensemble:
+        from data.filter.score.ensemble import EnsembleScorer
+
+        return EnsembleScorer(_members(config, models, cache, seed))
+    if config.kind is ScorerKind.ngram:
+        from data.filter.score.ngram import NgramScorer
+
+        return NgramScorer(config.order, config.window)
+    from data.filter.score.baselines import LengthScorer, RandomScorer
+
+    return RandomScorer(seed) if config.kind is ScorerKind.random else LengthScorer()
+
+
+def _from_models(config: ScorerConfig, models: Models | None) -> Scorer:
+    from data.filter.score.losses import DifficultyOfFollowing, ExcessScorer, LossScorer
+
+    if models is None:
+        raise ConfigError("kind", config.kind, "needs a model, and none can be opened here", ["ngram"])
+    model = _opened("model", config.model, config, models)
+    if config.kind is ScorerKind.loss:
+        return LossScorer(*model, config.window)
+    if config.kind is ScorerKind.ifd:
+        return DifficultyOfFollowing(*model)
+    return ExcessScorer(*model, *_opened("reference", config.reference, config, models), config.window)
+
+
+def _opened(key: str, name: str | None, config: ScorerConfig, models: Models) -> tuple[TokenLosses, str]:
+    assert name is not None  # ScorerConfig sees to it
+    try:
+        return models.open(name, config)
+    except ConfigError as error:
+        raise error.under(key) from None
+
+
+def _members(config: ScorerConfig, models: Models | None, cache: Path, seed: int) -> list[Scorer]:
+    found = []
+    for place, member in enumerate(config.members):
+        try:
+            found.append(make_scorer(member, models, cache, seed))
+        except ConfigError as error:
+            raise error.under(f"members[{place}]") from None
+    return found
+
+
+def models_of(config: ScorerConfig, key: str = "scorer") -> Iterator[tuple[str, str]]:
+    """The configuration's key and the name of every model that a scorer uses."""
+    for name in ("model", "reference"):
+        if (model := getattr(config, name)) is not None:
+            yield f"{key}.{name}", model
+    for place, member in enumerate(config.members):
+        yield from models_of(member, f"{key}.members[{place}]")

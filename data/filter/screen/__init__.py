@@ -1,0 +1,1 @@
+"""Rules that drop records before any score: broken text, copies, contamination."""

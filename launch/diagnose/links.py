@@ -1,0 +1,123 @@
+"""The links of an axis, one by one: neighbours exchange a message around the ring of its ranks.
+
+A sum over an axis is as fast as its slowest link, and where there is one group all of its ranks read the same rate.
+Here each rank times its exchange with the next one only: a slow node shows in both of its links, a slow cable in one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from parallel.comm.world import World, wait_for
+from parallel.mesh import Axis
+
+MESSAGE_BYTES = 8 << 20
+SLOW = 0.5
+"""A rate below this share of what most links of its kind do is slow."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between neighbours of an axis. `bytes_per_second`: of one direction, while both send."""
+
+    axis: str
+    rank: int
+    node: str
+    peer: int
+    peer_node: str
+    bytes_per_second: float
+
+    @property
+    def nodes(self) -> tuple[str, str]:
+        return self.node, self.peer_node
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """Links within a node are of another kind than those between nodes."""
+        return self.axis, self.node == self.peer_node
+
+
+def rounds(size: int) -> list[list[tuple[int, int]]]:
+    """Every link (place, next place) of a ring once, in rounds in which each place has one partner at most."""
+    if size < 3:
+        return [[(0, 1)]] if size == 2 else []
+    even, odd = ([(place, place + 1) for place in range(first, size - 1, 2)] for first in (0, 1))
+    last = (size - 1, 0)
+    return [even, [*odd, last]] if size % 2 == 0 else [even, odd, [last]]
+
+
+def measure(axis: Axis, world: World, tries: int = 3) -> tuple[int, float] | None:
+    """The next rank around the axis and the bytes per second to and from it, the best of some tries; None where this
+    rank's link is told by the other end (two ranks have one link) or the axis has one rank. Every rank of the axis
+    takes part in every round.
+    """
+    found, meeting = None, torch.zeros(1, device=world.device)
+    sent = torch.zeros(MESSAGE_BYTES // 4, device=world.device)
+    received = torch.empty_like(sent)
+    for pairs in rounds(axis.size):
+        pair = next((pair for pair in pairs if axis.rank in pair), None)
+        best = float("inf")
+        for _ in range(tries + 1):  # the first connects
+            axis.sum(meeting, "meet")
+            if pair is not None:
+                place = pair[1] if axis.rank == pair[0] else pair[0]
+                best = min(best, _exchange(axis, _rank_of(axis, place), sent, received))
+        if pair is not None and axis.rank == pair[0]:
+            found = _rank_of(axis, pair[1]), MESSAGE_BYTES / best
+    return found
+
+
+def slow_links(links: Sequence[Link]) -> list[tuple[str, int, str]]:
+    """Node, rank and complaint for every slow link: of its two nodes the one with more slow links among its own of that
+    kind, both where one link is all that there is to see.
+    """
+    found = []
+    for kind in dict.fromkeys(link.kind for link in links):
+        alike = [link for link in links if link.kind == kind]
+        usual = sorted(link.bytes_per_second for link in alike)[
+            3 * len(alike) // 4
+        ]  # one slow node of three spoils two
+        slow = [link for link in alike if link.bytes_per_second < SLOW * usual]
+        share = {node: _count(slow, node) / _count(alike, node) for link in slow for node in link.nodes}
+        for link in slow:
+            what = f"(axis {link.axis}) at {link.bytes_per_second / usual:.0%} of the others'"
+            worst = max(share[node] for node in link.nodes)
+            if share[link.node] == worst:
+                found.append((link.node, link.rank, f"its link to rank {link.peer} on {link.peer_node} {what}"))
+            if share[link.peer_node] == worst and link.node != link.peer_node:
+                found.append((link.peer_node, link.peer, f"its link to rank {link.rank} on {link.node} {what}"))
+    return found
+
+
+def distinct(axes: Sequence[Axis]) -> list[Axis]:
+    """Without those that join the same ranks as one before them."""
+    members = {axis.name: tuple(_rank_of(axis, place) for place in range(axis.size)) for axis in axes}
+    first = {ranks: name for name, ranks in reversed(members.items())}
+    return [axis for axis in axes if first[members[axis.name]] == axis.name]
+
+
+def _count(links: Sequence[Link], node: str) -> int:
+    return sum(node in link.nodes for link in links)
+
+
+def _exchange(axis: Axis, peer: int, sent: torch.Tensor, received: torch.Tensor) -> float:
+    """Seconds of sending and receiving at once."""
+    wait_for(sent.device)
+    begin = time.perf_counter()
+    both = [
+        dist.P2POp(dist.isend, sent, peer, group=axis.group),
+        dist.P2POp(dist.irecv, received, peer, group=axis.group),
+    ]
+    for work in dist.batch_isend_irecv(both):
+        work.wait()
+    wait_for(sent.device)
+    return time.perf_counter() - begin
+
+
+def _rank_of(axis: Axis, place: int) -> int:
+    return place if axis.group is None else dist.get_global_rank(axis.group, place)

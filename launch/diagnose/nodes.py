@@ -1,0 +1,242 @@
+"""What the machines of a job can do together: `python -m launch.diagnose.nodes CONFIG FOLDER` on every rank.
+
+Each rank looks at its own machine; all of them time a small sum over each axis of the layout, and neighbours their
+link. A node that is slow or wrong is named in FOLDER/findings.json; launch/slurm/job_step.py reads the exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from core.exit_codes import host_name
+from core.files import is_local, open_raw, write_json
+from launch.diagnose.links import MESSAGE_BYTES, SLOW, Link, distinct, measure, slow_links
+from launch.diagnose.machine import FEW_FILES, driver, room
+from launch.slurm.job_step import FAILED_NODE
+from parallel.comm.world import World, connect, wait_for
+from parallel.mesh import Axis, make_meshes
+from train.config import TrainConfig
+from train.run_directory import RunDirectory, read_config
+
+DISK_BYTES = 32 << 20
+MOST_SKEW_S = 1.0
+PATIENCE_S = 60.0
+VERSIONS = ("python", "torch", "device", "driver")
+"""What all nodes must have alike."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one rank found. Rates in units per second; `bandwidth` by axis, in bytes of a rank's own tensor; `links` by
+    axis: the next rank around it and the bytes to and from it.
+    """
+
+    rank: int
+    node: str
+    python: str
+    torch: str
+    device: str
+    driver: str
+    """"none" where there is none."""
+    products_flops: float
+    bandwidth: dict[str, float]
+    links: dict[str, tuple[int, float]]
+    disk_bytes_per_second: float | None
+    """None where the place of checkpoints cannot be written."""
+    disk_free_bytes: int | None
+    shared_memory_free_bytes: int | None
+    open_files: int
+    clock_s: float
+    """This machine's clock when all ranks had met."""
+
+
+def read(config: TrainConfig, world: World) -> Reading:
+    """Look at this machine and time each axis of the configured layout."""
+    axes = make_meshes(config.parallel.resolve(world.size), world).joined
+    bandwidth = {axis.name: _bandwidth(axis, world) for axis in axes}
+    links = {axis.name: link for axis in distinct(axes) if (link := measure(axis, world)) is not None}
+    folder = RunDirectory.of(config).checkpoints
+    shared = Path("/dev/shm")
+    if world.size > 1:
+        dist.barrier()
+    clock = time.time()
+    return Reading(
+        rank=world.rank,
+        node=host_name(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        driver=driver() or "none",
+        products_flops=_products(world.device),
+        bandwidth=bandwidth,
+        links=links,
+        disk_bytes_per_second=_disk(folder, world.rank),
+        disk_free_bytes=room(folder)[0] if is_local(folder) else None,
+        shared_memory_free_bytes=shutil.disk_usage(shared).free if shared.exists() else None,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        clock_s=clock,
+    )
+
+
+def judge(readings: list[Reading]) -> dict[str, list[str]]:
+    """Node -> what is wrong with it; empty where all is well."""
+    found: dict[str, list[str]] = {}
+
+    def blame(reading: Reading, what: str) -> None:
+        found.setdefault(reading.node, []).append(f"rank {reading.rank}: {what}")
+
+    flops = _usual([reading.products_flops for reading in readings])
+    clock = statistics.median(reading.clock_s for reading in readings)
+    disks = [reading.disk_bytes_per_second for reading in readings if reading.disk_bytes_per_second]
+    disk = _usual(disks) if disks else 0.0
+    usual = {key: _commonest([getattr(reading, key) for reading in readings]) for key in VERSIONS}
+    for reading in readings:
+        if reading.products_flops < SLOW * flops:
+            blame(reading, f"matrix products at {reading.products_flops / flops:.0%} of the others' rate")
+        if reading.disk_bytes_per_second is None:
+            blame(reading, "cannot write where checkpoints go")
+        elif reading.disk_bytes_per_second < SLOW / 5 * disk:
+            blame(reading, f"disk at {reading.disk_bytes_per_second / disk:.0%} of the others' rate")
+        if abs(reading.clock_s - clock) > MOST_SKEW_S:
+            blame(reading, f"clock is off by {reading.clock_s - clock:+.1f} s")
+        if reading.open_files < FEW_FILES:
+            blame(reading, f"only {reading.open_files} files may be open")
+        for key, value in usual.items():
+            if getattr(reading, key) != value:
+                blame(reading, f"has {key} {getattr(reading, key)}, the others {value}")
+    for axis in sorted({axis for reading in readings for axis in reading.bandwidth}):
+        rates = [reading.bandwidth[axis] for reading in readings if axis in reading.bandwidth]
+        for reading in readings:
+            if reading.bandwidth.get(axis, float("inf")) < SLOW * _usual(rates):
+                share = reading.bandwidth[axis] / _usual(rates)
+                blame(reading, f"its group of the axis {axis} at {share:.0%} of the others' bandwidth")
+    for node, rank, what in slow_links(links(readings)):
+        found.setdefault(node, []).append(f"rank {rank}: {what}")
+    return found
+
+
+def links(readings: list[Reading]) -> list[Link]:
+    """Every link that was timed, with the nodes at its ends."""
+    nodes = {reading.rank: reading.node for reading in readings}
+    return [
+        Link(axis, reading.rank, reading.node, peer, nodes[peer], rate)
+        for reading in readings
+        for axis, (peer, rate) in reading.links.items()
+    ]
+
+
+def table(readings: list[Reading], wrong: dict[str, list[str]]) -> str:
+    """A line per node, the bandwidth of each axis, and what is wrong."""
+    lines = [f"{'node':<16} {'ranks':>5} {'TFLOP/s':>9} {'disk MB/s':>10} {'free GiB':>9}  torch, device, driver"]
+    for node in sorted({reading.node for reading in readings}):
+        own = [reading for reading in readings if reading.node == node]
+        flops, disk = min(r.products_flops for r in own) / 1e12, min((r.disk_bytes_per_second or 0) for r in own) / 1e6
+        free = own[0].disk_free_bytes
+        size = "" if free is None else f"{free / 2**30:.1f}"
+        versions = f"{own[0].torch}, {own[0].device}, {own[0].driver}"
+        lines.append(f"{node:<16} {len(own):>5} {flops:>9.3f} {disk:>10.0f} {size:>9}  {versions}")
+    for axis in dict.fromkeys(axis for reading in readings for axis in reading.bandwidth):
+        rates = [reading.bandwidth[axis] / 1e9 for reading in readings if axis in reading.bandwidth]
+        lines.append(f"axis {axis:<11} {min(rates):.2f} to {max(rates):.2f} GB/s summed")
+    timed = links(readings)
+    for axis, within in dict.fromkeys(link.kind for link in timed):
+        rates = [link.bytes_per_second / 1e9 for link in timed if link.kind == (axis, within)]
+        where = "within nodes" if within else "between nodes"
+        lines.append(f"links {axis:<10} {min(rates):.2f} to {max(rates):.2f} GB/s {where}")
+    lines += [f"WRONG {node}: {what}" for node, all_of_it in sorted(wrong.items()) for what in all_of_it[:4]]
+    return "\n".join(lines if wrong else [*lines, "all nodes are well"])
+
+
+def main(arguments: list[str]) -> int:
+    """Read, judge, print and write; every rank returns the same."""
+    config, folder = read_config(Path(arguments[0])), Path(arguments[1])
+    world = connect()
+    try:
+        with world.watch(PATIENCE_S, folder):
+            own = read(config, world)
+            readings: list[Any] = [own]
+            if world.size > 1:
+                readings = [None] * world.size
+                dist.all_gather_object(readings, own)
+        wrong = judge(readings)
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            content = {"time": time.time(), "bad_nodes": sorted(wrong), "wrong": wrong}
+            write_json(folder / "findings.json", {**content, "readings": [asdict(reading) for reading in readings]})
+            print(table(readings, wrong), flush=True)
+        return FAILED_NODE if wrong else 0
+    finally:
+        world.close()
+
+
+def _bandwidth(axis: Axis, world: World, tries: int = 3) -> float:
+    """Bytes of one rank's tensor that a sum over the axis finishes per second, the best of some tries."""
+    tensor = torch.zeros(MESSAGE_BYTES // 4, device=world.device)
+    best = float("inf")
+    for _ in range(tries + 1):  # the first connects
+        axis.sum(tensor[:1], "meet")
+        wait_for(world.device)
+        begin = time.perf_counter()
+        if axis.group is None:
+            dist.all_reduce(tensor)
+        else:
+            axis.sum(tensor, "bandwidth")
+        wait_for(world.device)
+        best = min(best, time.perf_counter() - begin)
+    return MESSAGE_BYTES / best
+
+
+def _products(device: torch.device) -> float:
+    size = 4096 if device.type == "cuda" else 384
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        wait_for(device)
+        begin = time.perf_counter()
+        torch.mm(a, a)
+        wait_for(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def _disk(folder: Path, rank: int) -> float | None:
+    content = os.urandom(1 << 20) * (DISK_BYTES >> 20)
+    path = folder / f".doctor-{rank}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        begin = time.perf_counter()
+        with open_raw(path, "wb") as file:
+            file.write(content)
+            if is_local(path):
+                os.fsync(file.fileno())
+        seconds = time.perf_counter() - begin
+        path.unlink()
+    except Exception:  # every store has errors of its own; the judgment names the node
+        return None
+    return DISK_BYTES / seconds
+
+
+def _usual(rates: list[float]) -> float:
+    """The median, of two the larger: one slow node of two is slow beside the other."""
+    return sorted(rates)[len(rates) // 2]
+
+
+def _commonest(values: list[str]) -> str:
+    return max(values, key=values.count)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

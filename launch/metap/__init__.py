@@ -1,0 +1,1 @@
+"""MetaP experiments: sweeps, searches and fits."""

@@ -1,0 +1,70 @@
+"""A search for the learning rate instead of a grid, by Optuna, whose journal several machines can share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core.config import plain
+from core.errors import ConfigError, LeviathanError
+from core.exit_codes import INTERRUPTED
+from launch.metap.sweep import Setting, SweepConfig, but_rate_and_seed, directory, is_done, loss_of, member, one_run
+
+WORST = 1e9
+"""What a diverged run counts in the search."""
+
+
+def search(config: SweepConfig, chosen: Sequence[Setting], out: Path) -> int:
+    """`trials` rates for each setting; the mean of the seeds' losses decides. What is done is in the journal."""
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError:
+        raise ConfigError("sweep.trials", config.trials, "needs Optuna: pip install 'leviathan[search]'") from None
+    assert config.trials is not None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(out / "journal.log")))
+    finished = optuna.trial.TrialState.COMPLETE
+    for one in chosen:
+        name = one.name(config.axis)
+        kind = (
+            json.dumps(plain(but_rate_and_seed(one.base)), sort_keys=True)
+            + f"{config.seeds} {config.low} {config.high}"
+        )
+        study = optuna.create_study(
+            storage=storage,
+            study_name=f"{name}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}",
+            sampler=optuna.samplers.TPESampler(n_startup_trials=min(4, config.trials)),  # machines must differ: no seed
+            load_if_exists=True,
+        )
+        while len(study.get_trials(states=(finished,))) < config.trials:
+            trial = study.ask()
+            log2_lr = round(trial.suggest_float("log2_lr", config.low, config.high), 2)
+            loss = _mean_loss(config, one, log2_lr, out)
+            if loss is None:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                return INTERRUPTED
+            study.tell(trial, loss)
+        best: Any = study.best_trial
+        print(f"search: {name}: best 2^{best.params['log2_lr']:.2f}, loss {best.value:.4f}", flush=True)
+    return 0
+
+
+def _mean_loss(config: SweepConfig, one: Setting, log2_lr: float, out: Path) -> float | None:
+    """None where the run was interrupted."""
+    losses = []
+    for seed in range(config.seeds):
+        run = member(config, one, log2_lr, seed, out)
+        code = 0 if is_done(run) else one_run(run)
+        if code == INTERRUPTED:
+            return None
+        loss = loss_of(directory(run))
+        if code or loss is None:
+            raise LeviathanError(f"{directory(run)} failed; the same command goes on")
+        losses.append(WORST if math.isinf(loss) else loss)
+    return sum(losses) / len(losses)

@@ -1,0 +1,135 @@
+"""A pool of gloo ranks on this machine, started once: importing torch costs seconds a rank, a case then milliseconds.
+
+A case is a top-level function with its arguments; it runs on ranks 0..n-1 inside a process group of its own, under a
+store prefix of its own. What it returns comes back by rank; what it raises is raised here: the first cause, not
+the broken connections of its neighbours. A case that hangs is killed with all ranks, and the pool starts anew.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+import typing
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from core.exit_codes import RankFailure, is_consequence
+
+MOST_RANKS = 8
+GRACE_S = 5.0
+
+
+class RankError(RankFailure):
+    """A rank raised; the message carries its number and traceback."""
+
+
+class Hang(RankFailure):
+    """A case did not end in time."""
+
+
+class Pool:
+    """Rank processes, started when first needed and kept until `close`."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+        self._store: Any = None
+        self._cases = 0
+
+    def __call__(
+        self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0
+    ) -> list[Any]:
+        """Run `function(*arguments)` on `ranks` ranks and return what each returned."""
+        if not 1 <= ranks <= MOST_RANKS:
+            raise ValueError(f"1 to {MOST_RANKS} ranks, not {ranks}")
+        self._start(ranks)
+        self._cases += 1
+        case = pickle.dumps((function, arguments))
+        for rank in range(ranks):
+            self._workers[rank][1].send((self._cases, rank, ranks, self._store.port, timeout_s, case))
+        replies = self._collect(ranks, timeout_s)
+        failures = {rank: reply[1:] for rank, reply in replies.items() if reply[0] == "raised"}
+        if failures:
+            rank, (name, text) = min(failures.items(), key=lambda item: (is_consequence(item[1][1]), item[0]))
+            raise RankError(f"rank {rank} of {ranks} raised {name}:\n{text}")
+        return [pickle.loads(replies[rank][1]) for rank in range(ranks)]
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers, self._store = [], None
+
+    def _start(self, ranks: int) -> None:
+        from torch.distributed import TCPStore
+
+        if self._store is None:
+            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        while len(self._workers) < ranks:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def _collect(self, ranks: int, timeout_s: float) -> dict[int, tuple[Any, ...]]:
+        replies: dict[int, tuple[Any, ...]] = {}
+        deadline = time.monotonic() + timeout_s + 30.0  # a first case starts its ranks
+        while len(replies) < ranks:
+            waiting = {self._workers[rank][1]: rank for rank in range(ranks) if rank not in replies}
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                if any(reply[0] == "raised" and not is_consequence(reply[2]) for reply in replies.values()):
+                    return replies  # the others wait for one that raised
+                raise Hang(f"ranks {sorted(waiting.values())} of {ranks} did not answer within {timeout_s:.0f} s")
+            for connection in typing.cast(list[Connection], ready):
+                rank = waiting[connection]
+                try:
+                    replies[rank] = connection.recv()
+                except EOFError:
+                    self.close()
+                    raise RankError(f"rank {rank} of {ranks} died") from None
+                if replies[rank][0] == "raised":
+                    deadline = min(deadline, time.monotonic() + GRACE_S)  # its neighbours may wait for it for ever
+        return replies
+
+
+def _serve(connection: Connection) -> None:
+    """A rank's life: cases until the pool closes."""
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            number, rank, ranks, port, timeout_s, case = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = _run_case(number, rank, ranks, port, timeout_s, case)
+            connection.send(("returned", pickle.dumps(result)))
+        except BaseException as error:
+            connection.send(("raised", type(error).__name__, traceback.format_exc()))
+
+
+def _run_case(number: int, rank: int, ranks: int, port: int, timeout_s: float, case: bytes) -> Any:
+    import torch.distributed as dist
+
+    store = dist.PrefixStore(
+        f"case_{number}", dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    if ranks > 1:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+    try:
+        function, arguments = pickle.loads(case)
+        return function(*arguments)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

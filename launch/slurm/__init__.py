@@ -1,0 +1,1 @@
+"""SLURM: submission, the step on each node, requeue, the list of jobs."""

@@ -1,0 +1,321 @@
+"""`launch=slurm`: write what was decided into a folder, render the batch script, submit it, show its log.
+
+A job is a folder (`jobs/NAME`): `config-0.yaml`, ... (one per run of a sweep, as they were resolved when they were
+submitted: nodes read nothing else), `job.sh`, `job.json` (SLURM's number), a log per array task, and what the job
+notes about itself when it asks to be queued again (launch/slurm/requeue.py).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError, LeviathanError
+from core.files import read_json, write_json, write_text
+from launch.config import LaunchConfig, SlurmConfig, check_interval
+from launch.slurm.requeue import AGAIN, CANCEL
+from train.config import TrainConfig
+from train.run_directory import RunDirectory, read_config, read_lines, write_config
+
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+    "BOOT_FAIL",
+    "PREEMPTED",
+)
+UNKNOWN, SILENT = "UNKNOWN", "SILENT"
+INSTALL = "is not on this machine: submit from a login node of a SLURM cluster, or use launch=torchrun"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job; `runs` are the directories of its runs, one per array task."""
+
+    folder: Path
+    number: str
+    runs: list[Path]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def log(self, task: int) -> Path:
+        return self.folder / f"log-{task}.txt"
+
+    def config(self, task: int) -> Path:
+        return self.folder / f"config-{task}.yaml"
+
+    def id_of(self, task: int) -> str:
+        """What SLURM calls one run of it."""
+        return f"{self.number}_{task}" if len(self.runs) > 1 else self.number
+
+
+@dataclass(frozen=True)
+class Told:
+    """SLURM's word for a run and its reason for it."""
+
+    state: str
+    reason: str = "None"
+
+    @property
+    def why(self) -> str:
+        return "" if self.reason == "None" else f" ({self.reason})"
+
+
+def command(*arguments: str) -> str:
+    """Run one of SLURM's commands; returns its output, raises `LeviathanError` with its own words where it fails."""
+    if shutil.which(arguments[0]) is None:
+        raise ConfigError("launch", "slurm", f"{arguments[0]} {INSTALL}")
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.strip().splitlines() if line]
+        raise LeviathanError(f"{arguments[0]}: {said[-1] if said else f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def submit_and_follow(configs: list[TrainConfig], launch: LaunchConfig) -> int:
+    """Submit one job, an array job for a sweep; returns 0 where it was submitted, or what it ended with."""
+    job = submit(configs, launch)
+    print(f"job {job.number}: {job.folder}", flush=True)
+    if not launch.slurm.follow:
+        return 0
+    try:
+        return follow(job, print)
+    except KeyboardInterrupt:
+        print(f"\nnot shown any more; the job goes on: leviathan jobs show {job.name}", file=sys.stderr)
+        return 0
+
+
+def submit(configs: list[TrainConfig], launch: LaunchConfig) -> Job:
+    """Raises `ConfigError` for what cannot work, with SLURM's own reason where it rejects the job."""
+    slurm = launch.slurm
+    command("sbatch", "--version")
+    _check_partition(slurm)
+    runs = [RunDirectory.of(config) for config in configs]
+    for config, run in zip(configs, runs, strict=True):
+        check_interval(config, slurm, _seconds_per_step(run))
+    folder = Path(slurm.directory).expanduser().absolute() / runs[0].path.name.removesuffix(
+        "-0" if len(runs) > 1 else ""
+    )
+    for before in _known(folder):
+        if any(told.state not in (*ENDED, UNKNOWN) for told in ask(before)):
+            raise ConfigError(
+                "run.name", before.name, f"job {before.number} of that name is not over", ["another name"]
+            )
+    if any(sign in str(folder) for sign in " %"):
+        raise ConfigError("launch.slurm.directory", str(folder), "sbatch takes no blanks and no % in it or in run.name")
+    folder.mkdir(parents=True, exist_ok=True)
+    job = Job(folder, "", [run.path.absolute() for run in runs])
+    for stale in folder.glob("*"):
+        if stale.name.startswith(("config-", "requeue-", "again-", "log-", CANCEL)):
+            stale.unlink()
+    for index, config in enumerate(configs):
+        write_config(job.config(index), config)
+    script = folder / "job.sh"
+    write_text(script, render(job, launch))
+    try:
+        number = command("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    except LeviathanError as error:
+        raise ConfigError("launch", "slurm", f"the job was rejected: {error}") from None
+    write_json(
+        folder / "job.json", {"number": number, "runs": [str(path) for path in job.runs], "submitted": time.time()}
+    )
+    return Job(folder, number, job.runs)
+
+
+def render(job: Job, launch: LaunchConfig) -> str:
+    """The batch script. SLURM copies it; everything that may change lies in the job's folder."""
+    slurm = launch.slurm
+    array = len(job.runs) > 1
+    requests = {
+        "job-name": job.name,
+        "nodes": launch.nodes,
+        "ntasks-per-node": 1,
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "constraint": slurm.constraint,
+        "gres": slurm.gres,
+        "cpus-per-task": slurm.cpus,
+        "mem": slurm.memory,
+        "exclude": ",".join(slurm.exclude) or None,
+        "dependency": _dependency(slurm, job.folder.parent),
+        "array": (f"0-{len(job.runs) - 1}" + (f"%{slurm.together}" if slurm.together else "")) if array else None,
+        "output": job.folder / ("log-%a.txt" if array else "log-0.txt"),
+        "open-mode": "append",
+        "signal": f"USR1@{slurm.save_s}",
+    }
+    lines = [f"--{key}={value}" for key, value in requests.items() if value is not None]
+    lines += ["--requeue", *(["--exclusive"] if slurm.exclusive else []), *slurm.options]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
+    exports += [f"export SRUN_CPUS_PER_TASK={slurm.cpus}"] if slurm.cpus else []  # srun does not take it from sbatch
+    python = shlex.join([*shlex.split(slurm.container or ""), slurm.python or sys.executable])
+    srun, folder = "srun --kill-on-bad-exit=0 --wait=300 --cpu-bind=none", shlex.quote(str(job.folder))
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# Rendered by `leviathan train launch=slurm`; the configuration is in {job.folder}.",
+            *(f"#SBATCH {line}" for line in lines),
+            "",
+            "set -e",
+            *(f"module load {shlex.quote(module)}" for module in slurm.modules),
+            "export PYTHONSAFEPATH=1",
+            *exports,
+            *slurm.setup,
+            "set +e",
+            "",
+            "# srun's tasks get the signals, too: this shell waits until they have saved",
+            "trap : TERM USR1",
+            "step() {",
+            f'    {srun} {python} -u -m launch.slurm.job_step "$1" {folder} &',
+            "    pid=$!",
+            "    wait $pid; code=$?",
+            "    while kill -0 $pid 2>/dev/null; do wait $pid; code=$?; done  # a signal ends only `wait`",
+            "    wait $pid 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended just then",
+            "}",
+            *(["step doctor", "[ $code != 0 ] || step train"] if slurm.doctor else ["step train"]),
+            f"{python} -m launch.slurm.requeue {folder} $code; code=$?",
+            f"[ $code != {AGAIN} ] || {{ code=0; . {folder}/again-${{SLURM_ARRAY_TASK_ID:-0}}.sh; }}",
+            "exit $code",
+            "",
+        ]
+    )
+
+
+def follow(job: Job, show: Callable[[str], Any], poll_s: float = 1.0) -> int:
+    """Show the logs of a job as they grow until all its runs are over; 0 where all of them completed."""
+    shown, before = [0] * len(job.runs), [Told("")] * len(job.runs)
+    silent_since = time.monotonic()
+    while True:
+        now = ask(job)
+        for task, told in enumerate(now):
+            shown[task] = _show_new(job, task, shown[task], show)
+            if told.state != before[task].state:
+                show(f"[{job.id_of(task)}] {told.state}{told.why if told.state == 'PENDING' else ''}")
+        before = now
+        if all(told.state in (*ENDED, UNKNOWN) for told in now):
+            break
+        if any(shown) or all(told.state != "RUNNING" for told in now):
+            silent_since = time.monotonic()
+        elif time.monotonic() - silent_since > 120:
+            show(f"the job runs, but {job.folder} shows nothing of it: is it on a file system that the nodes share?")
+            silent_since = time.monotonic()
+        time.sleep(poll_s)
+    time.sleep(poll_s)
+    for task in range(len(job.runs)):
+        shown[task] = _show_new(job, task, shown[task], show)
+        if not shown[task]:
+            show(f"[{job.id_of(task)}] left no log in {job.folder}: is it on a file system that the nodes share?")
+    return 0 if all(told.state == "COMPLETED" for told in before) else 1
+
+
+def ask(job: Job) -> list[Told]:
+    """SLURM's words for each run of the job, with one question: UNKNOWN where it has forgotten a run, SILENT where it
+    does not answer.
+    """
+    if shutil.which("scontrol") is None:
+        raise ConfigError("launch", "slurm", f"scontrol {INSTALL}")
+    whole = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # or a long list of tasks ends in "..."
+    line = ["scontrol", "show", "job", "-o", job.number]
+    done = subprocess.run(line, capture_output=True, text=True, env=whole)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return [Told(SILENT)] * len(job.runs)
+    return understand(done.stdout if done.returncode == 0 else "", len(job.runs))
+
+
+def understand(answer: str, runs: int) -> list[Told]:
+    """What `scontrol show job -o NUMBER` says of each run. Tasks of an array that have not begun share a line."""
+    found = [Told(UNKNOWN)] * runs
+    for line in answer.splitlines():
+        fields = dict(re.findall(r"(\w+)=(\S*)", line))
+        told = Told(fields.get("JobState", UNKNOWN), fields.get("Reason", "None"))
+        for task in _tasks(fields.get("ArrayTaskId", "0")):
+            if task < runs:
+                found[task] = told
+    return found
+
+
+def jobs(directory: Path) -> list[Job]:
+    """Every job that was submitted from here, oldest first."""
+    found = [job for folder in directory.glob("*") for job in _known(folder)]
+    return sorted(found, key=lambda job: (len(job.number), job.number))
+
+
+def load_job(folder: Path) -> Job:
+    stored = read_json(folder / "job.json")
+    return Job(folder.absolute(), stored["number"], [Path(path) for path in stored["runs"]])
+
+
+def _known(folder: Path) -> list[Job]:
+    return [load_job(folder)] if (folder / "job.json").exists() else []
+
+
+def _tasks(text: str) -> list[int]:
+    """The numbers in SLURM's list of an array's tasks: 3, 0-2, 1,4-6, 0-6:2, 0-3%2 (two of them at once)."""
+    found: list[int] = []
+    for part in text.partition("%")[0].split(","):
+        if span := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+            first, last, step = (int(number or 0) for number in span.groups())
+            found += range(first, max(first, last) + 1, step or 1)
+    return found
+
+
+def _show_new(job: Job, task: int, offset: int, show: Callable[[str], Any]) -> int:
+    """Show the whole lines of a log after `offset`; returns how far they go."""
+    try:
+        with open(job.log(task), "rb") as file:
+            file.seek(offset)
+            content = file.read()
+    except FileNotFoundError:
+        return offset
+    whole = content[: content.rfind(b"\n") + 1]
+    for line in whole.decode(errors="replace").splitlines():
+        show(f"[{job.id_of(task)}] {line}" if len(job.runs) > 1 else line)
+    return offset + len(whole)
+
+
+def _check_partition(slurm: SlurmConfig) -> None:
+    if slurm.partition is None:
+        return
+    there = command("sinfo", "--noheader", "--format=%R").split()
+    unknown = [name for name in slurm.partition.split(",") if name not in there]
+    if unknown:
+        raise ConfigError("launch.slurm.partition", unknown[0], "no such partition", sorted(set(there)))
+
+
+def _dependency(slurm: SlurmConfig, directory: Path) -> str | None:
+    """Names of this project's jobs in a dependency become SLURM's numbers."""
+    if slurm.dependency is None:
+        return None
+    parts = slurm.dependency.split(":")
+    for index, part in enumerate(parts[1:], start=1):
+        if not re.fullmatch(r"\d+([_+]\S+)?", part):
+            if not (directory / part / "job.json").exists():
+                known = [job.name for job in jobs(directory)]
+                reason = f"{part} is no job's number and no job in {directory}"
+                raise ConfigError("launch.slurm.dependency", slurm.dependency, reason, known[-3:])
+            parts[index] = load_job(directory / part).number
+    return ":".join(parts)
+
+
+def _seconds_per_step(run: RunDirectory) -> float | None:
+    """From what the run has logged before, if it has."""
+    if not run.metrics.exists() or not run.config_file.exists():
+        return None
+    rates = [line["tokens_per_second"] for line in read_lines(run.metrics) if line.get("tokens_per_second")]
+    training = read_config(run.config_file).training
+    return training.global_batch * training.context / rates[-1] if rates else None

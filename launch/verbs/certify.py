@@ -1,0 +1,54 @@
+"""The verb `certify`: start ranks on this machine, compare, write the certificate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from core.files import write_json
+from core.package_guard import sources_digest
+from launch.rank_pool import Pool
+from parallel.layout import EngineKind
+from train.certify.compare import EXACT, GRADIENT_FP32
+from train.certify.plan import CertifyConfig, Outcome, certificate, certify, trials
+from train.certify.store import keep
+from train.run_directory import load_config
+
+
+def run(config: CertifyConfig) -> int:
+    """0 where every comparison holds, 1 where one does not."""
+    if config.run is not None:
+        stored = load_config(Path(config.run))
+        config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)
+        config = replace(config, optimizer=stored.optimizer, precision=stored.precision)
+    _, left_out = trials(config)
+    for line in left_out:
+        print(f"left out  {line}")
+    pool, outcomes = Pool(), []
+    try:
+        for outcome in certify(config, pool):
+            outcomes.append(outcome)
+            _say(outcome)
+    finally:
+        pool.close()
+    content = certificate(config, outcomes, {"sources": sources_digest(), "torch": torch.__version__})
+    path = Path(config.out).expanduser()
+    write_json(path, content)
+    keep(content, Path(config.cache).expanduser())
+    if content["pass"]:
+        print(f"certified: {', '.join(content['axes'])} compute what one process computes; see {path}")
+        return 0
+    print(f"NOT certified: {' with '.join(content['smallest_failing_axes'])}: {content['first_failure']}; see {path}")
+    return 1
+
+
+def _say(outcome: Outcome) -> None:
+    trial, verdict = outcome.trial, "passed" if outcome.passed else "FAILED"
+    figures = [f"{name} {outcome.largest(gate):.1e}" for name, gate in (("float64", EXACT), ("float32", GRADIENT_FP32))]
+    if trial.parallel.engine is EngineKind.deepspeed:
+        figures = [f"ZeRO-{trial.parallel.zero.stage}", figures[1]]
+    print(f"{verdict}  {trial.name:<32} {trial.ranks} ranks  {'  '.join(figures)}", flush=True)
+    for line in outcome.failures()[:4]:
+        print(f"        {line}", flush=True)

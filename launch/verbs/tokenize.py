@@ -1,0 +1,57 @@
+"""The verb `tokenize`: make a corpus's token shards ahead of a run, in a directory that runs share."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from core.errors import ConfigError
+from core.files import new_directory
+from data.config import DataConfig
+from data.corpus import Corpus, prepare
+from train.eval.contamination import MODELS
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """`out`: the directory to make, for `data.tokens` of a run; null: leave the tokens in the cache."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    out: str | None = None
+
+
+def run(config: TokenizeConfig) -> int:
+    """Tokenise, and print what came out."""
+    out = Path(config.out).expanduser() if config.out else None
+    if out is not None and out.exists():
+        raise ConfigError("out", config.out, "exists already; choose another directory or remove it")
+    corpus = prepare(config.data, print, MODELS)
+    corpus.verify()
+    if out is not None:
+        with new_directory(out, exclusive=True) as scratch:
+            shutil.copytree(corpus.directory, scratch, dirs_exist_ok=True)
+    print(table(corpus))
+    print(f"tokens: {out or corpus.directory}")
+    return 0
+
+
+def table(corpus: Corpus) -> str:
+    """Documents, bytes and tokens of each source and split."""
+    lines = [f"{'source':<16} {'split':<9} {'documents':>12} {'bytes':>16} {'tokens':>16} {'bytes/token':>12}"]
+    for name, splits in corpus.manifest["sources"].items():
+        for split, part in splits.items():
+            counts = part["counts"]
+            size, tokens = counts.get("bytes", 0), counts["tokens"]
+            ratio = size / tokens if tokens else 0.0
+            lines.append(
+                f"{name:<16} {split:<9} {counts.get('documents', 0):>12,} {size:>16,} {tokens:>16,} {ratio:>12.2f}"
+            )
+            if padding := counts.get("padding", 0):
+                lines.append(f"{'':<26} padding: {padding:,} ({padding / tokens:.1%})")
+            if cut := counts.get("cut", 0):
+                lines.append(f"{'':<26} cut: {cut:,} documents ({cut / counts['documents']:.1%})")
+            lines += [
+                f"{'':<26} {key}: {value:,}" for key, value in counts.items() if key.startswith(("dropped_", "long_"))
+            ]
+    return "\n".join(lines)

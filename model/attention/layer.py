@@ -1,0 +1,96 @@
+"""Grouped-query attention of iRoPE layers: rotary and chunked, or without position and with query temperature.
+
+Shapes: B batch, T sequence, D model width, H query heads, G key/value heads, K head width, N blocks of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention.plan import AttentionPlan, SequenceContext, blocks
+from model.attention.rope import rotate
+from model.attention.segments import attend_pieces
+from model.config import LayerConfig, ModelConfig, QKNorm
+from model.layers import Linear, RMSNorm, rms_normalise
+from model.roles import Role
+from precision.resolve import LayerProducts
+
+
+class Attend(Protocol):
+    """softmax(q k^T / sqrt(K)) v over what each query may see; returns [B, T, H, K]."""
+
+    def __call__(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: SequenceContext, chunk: int | None, /
+    ) -> Tensor: ...
+
+
+class Attention(nn.Module):
+    """Query, key, value and output projections around `attend`; head j reads key/value head j // (H / G).
+
+    Context parallelism replaces `attend`; nothing else in this file knows of ranks.
+    """
+
+    def __init__(self, model: ModelConfig, layer: LayerConfig, products: LayerProducts) -> None:
+        super().__init__()
+        self.model, self.layer = model, layer
+        self.attend: Attend = attend_here
+        inner, shared = model.heads * model.head_width, model.kv_heads * model.head_width
+        self.query = Linear(model.width, inner, Role.query, products)
+        self.key = Linear(model.width, shared, Role.key, products)
+        self.value = Linear(model.width, shared, Role.value, products)
+        self.output = Linear(inner, model.width, Role.attention_output, products)
+        widths = {QKNorm.per_head: (model.head_width, model.head_width), QKNorm.full: (inner, shared)}
+        if layer.qk_norm in widths:
+            self.query_norm, self.key_norm = (
+                RMSNorm(width, model.norm_eps, Role.qk_norm) for width in widths[layer.qk_norm]
+            )
+
+    def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+        heads = (-1, self.model.head_width)
+        q, k = self.query(x_BTD), self.key(x_BTD)
+        if self.layer.qk_norm is QKNorm.full:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q_BTHK, k_BTGK = q.unflatten(-1, heads), k.unflatten(-1, heads)
+        if self.layer.qk_norm is QKNorm.per_head:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        v_BTGK = self.value(x_BTD).unflatten(-1, heads)
+        if self.layer.rope:
+            turn = context.rotation(self.model, self.layer, q_BTHK.dtype)
+            q_BTHK, k_BTGK = (rotate(x, turn, self.model.rope_pairing) for x in (q_BTHK, k_BTGK))
+        if self.layer.qk_norm is QKNorm.weightless:
+            q_BTHK, k_BTGK = (rms_normalise(x, self.model.norm_eps) for x in (q_BTHK, k_BTGK))
+        if self.model.multipliers.attention != 1:
+            q_BTHK = q_BTHK * self.model.multipliers.attention
+        if self.layer.temperature:
+            q_BTHK = (q_BTHK * context.temperature(self.model, q_BTHK.dtype)).to(q_BTHK.dtype)
+        y_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, context, self.layer.chunk)
+        return self.output(y_BTHK.flatten(-2))
+
+
+def attend_here(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: SequenceContext, chunk: int | None) -> Tensor:
+    """The whole row is on this device."""
+    return attend(q_BTHK, k_BTGK, v_BTGK, context.plan(chunk))
+
+
+def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: AttentionPlan) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v as `plan` says; returns [B, T, H, K]."""
+    if plan.parts is not None:
+        return attend_pieces(q_BTHK, k_BTGK, v_BTGK, plan.parts)
+    if plan.block is None:
+        return _dot_product(q_BTHK, k_BTGK, v_BTGK, plan.mask)
+    q, k, v = (blocks(x, plan.block) for x in (q_BTHK, k_BTGK, v_BTGK))
+    if plan.halo:
+        k, v = (torch.cat([F.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], dim=2) for x in (k, v))
+    y = _dot_product(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), plan.mask)
+    return y.unflatten(0, q.shape[:2]).flatten(1, 2)[:, : q_BTHK.shape[1]]
+
+
+def _dot_product(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return y.transpose(1, 2)

@@ -1,0 +1,51 @@
+"""Rotary positions: the pairs of a head turn by position * theta^(-2j/K); Llama 4 pairs neighbours, others halves.
+
+Shapes: B batch, T sequence, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.config import RopePairing, RopeScaling
+from precision.gemm import at_least_float32, widened
+
+
+def frequencies(head_width: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Angle per position of each pair, float64 [K/2], in radians (Su et al. 2021, section 3.2.2)."""
+    pairs = torch.arange(0, head_width, 2, dtype=torch.float64)
+    plain = theta ** (-pairs / head_width)
+    return plain if scaling is None else _scaled(plain, scaling)
+
+
+def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's stretching: wavelengths above original/low by the factor, below original/high not at all."""
+    wavelength = 2 * math.pi / plain
+    stretched = plain / scaling.factor
+    short, long = scaling.original_context / scaling.high, scaling.original_context / scaling.low
+    result = torch.where(wavelength > long, stretched, plain)
+    if scaling.high > scaling.low:  # equal bounds are a hard cut: the blend would divide by zero
+        blend = (scaling.original_context / wavelength - scaling.low) / (scaling.high - scaling.low)
+        between = (wavelength <= long) & (wavelength >= short)
+        result = torch.where(between, (1 - blend) * stretched + blend * plain, result)
+    return result
+
+
+def rotation(positions_BT: Tensor, frequencies_K2: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit complex numbers [B, T, 1, K/2] that turn a pair at each position; angles are taken in float64."""
+    angles = positions_BT.to(torch.float64)[:, :, None, None] * frequencies_K2.to(positions_BT.device)
+    real = at_least_float32(dtype)
+    return torch.complex(angles.cos().to(real), angles.sin().to(real))
+
+
+def rotate(x_BTHK: Tensor, rotation_BT1K2: Tensor, pairing: RopePairing = RopePairing.adjacent) -> Tensor:
+    """Turn each pair of `x`; computed in at least float32, returned in the format of `x`."""
+    wide = widened(x_BTHK)
+    if pairing is RopePairing.halves:
+        turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation_BT1K2
+        return torch.cat([turned.real, turned.imag], dim=-1).to(x_BTHK.dtype)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation_BT1K2).flatten(-2).to(x_BTHK.dtype)

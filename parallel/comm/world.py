@@ -1,0 +1,144 @@
+"""The ranks of this run: who we are, where we compute, and the few collectives that are not part of a technique."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from core.errors import ConfigError, LeviathanError
+from core.exit_codes import ATTEMPT
+from parallel.comm.watchdog import Pulse, Watch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place. With one rank there is no process group and every collective is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, on every rank; an exception there is raised on every rank."""
+        if self.size == 1:
+            return function()
+        self.pulse.begin("world", "wait for rank 0")
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                with self.pulse.excuse():
+                    box[0] = function()
+            except Exception as error:
+                if isinstance(error, LeviathanError):
+                    error.everywhere = True
+                box[1] = error
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def agree(self, claims: Mapping[str, str]) -> None:
+        """Raise `ConfigError` on every rank where ranks do not say the same; the fewest are named."""
+        if self.size == 1:
+            return
+        self.pulse.begin("world", "agreement")
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, dict(claims))
+        for what in claims:
+            values = [one.get(what) for one in said]
+            usual = max(values, key=values.count)
+            others = [str(rank) for rank, value in enumerate(values) if value != usual]
+            if others:
+                have = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(others)} have"
+                odd = said[int(others[0])].get(what)
+                raise ConfigError(what, None, f"{have} {odd}, the other ranks {usual}: start all alike")
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; waits for all of them."""
+        if self.size == 1:
+            return flag
+        self.pulse.begin("world", "agreement")
+        votes = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+    @contextmanager
+    def watch(self, limit_s: float, logs: Path) -> Iterator[None]:
+        """Meanwhile a collective that waits longer than `limit_s` is reported in `logs` and this rank ended. Not where
+        the ranks have no store of their own: one process, or a process group that somebody else made.
+        """
+        if self.size == 1 or "MASTER_ADDR" not in os.environ:
+            yield
+            return
+        watch = Watch(self.pulse, _store(self.size, client=True), self.rank, self.size, limit_s, logs)
+        try:
+            yield
+        finally:
+            watch.stop()
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def connect(timeout: timedelta = timedelta(days=1)) -> World:
+    """Join the run that torchrun's environment describes; without one, a world of one process.
+
+    A process group that exists already is used as it is. The timeout is long: rank 0 may tokenise for hours, and it is
+    `World.watch` that finds hangs.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = _device(int(os.environ.get("LOCAL_RANK", 0)))
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size(), device)
+    if size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store(size), rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was given; a CPU has by then."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _store(size: int, client: bool = False) -> dist.Store:
+    """torchrun's store under a prefix of this attempt: a restart must not meet the addresses of ranks that died."""
+    environment = os.environ
+    if not {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= environment.keys():
+        raise ConfigError("WORLD_SIZE", size, "is set, but not by torchrun: unset it, or start the ranks with torchrun")
+    agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts, most = (environment.get(f"TORCHELASTIC_{what}", "0") for what in ("RESTART_COUNT", "MAX_RESTARTS"))
+    nodes = int(environment.get("GROUP_WORLD_SIZE", 1))
+    if ATTEMPT not in environment and agents and nodes > 1 and most != "0":
+        # each node's agent counts its own restarts: their ranks would wait for each other under different prefixes
+        reason = "ranks of several nodes cannot meet again after it: use leviathan train launch=torchrun"
+        raise ConfigError("--max-restarts", most, reason, [0])
+    own = not agents and environment["RANK"] == "0" and not client
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    patience = timedelta(minutes=1) if client else timedelta(minutes=5)
+    store = dist.TCPStore(host, port, size, is_master=own, wait_for_workers=False, timeout=patience)
+    return dist.PrefixStore(f"attempt_{environment.get(ATTEMPT, restarts)}", store)

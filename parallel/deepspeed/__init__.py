@@ -1,0 +1,1 @@
+"""ZeRO by DeepSpeed, behind the names and slices of our own parameters."""

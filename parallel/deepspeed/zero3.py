@@ -1,0 +1,246 @@
+"""ZeRO stage 3 by DeepSpeed: parameters are in pieces as well, and whole only while a module computes with them.
+
+DeepSpeed's part is the traffic of a micro-batch: its hooks gather, prefetch and release what a module needs, in forward
+and backward passes, and collect gradients in buckets. The sum over ranks is ours (DeepSpeed's divides by their number),
+and so is the update: DeepSpeed's computes a norm of its own and skips, without a word, a step where it is no number.
+
+Each parameter's flattened elements are cut evenly over the ranks of fsdp, the last piece padded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.layers import TiedHead
+from model.transformer import Transformer
+from parallel.comm.collectives import reduce_scatter_single
+from parallel.deepspeed.config import Offload, ParameterOffload
+from parallel.deepspeed.offload import PagedAdamW, on_host
+from parallel.deepspeed.zero12 import Make, Sharded, Slice, join, note, process_group, zero_section
+from parallel.mesh import Meshes
+from parallel.sharding import ShardSpec
+
+
+class Slice3(Slice):
+    """A range of stage 3, whose strings lie elsewhere."""
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.wrapper.fp32_partitioned_groups_flat[self.group]
+
+    @property
+    def gradients(self) -> Tensor:
+        sizes = self.wrapper.fp16_partitioned_groups_flat_numel
+        return self.wrapper.grad_partitions_flat_buffer.narrow(0, sum(sizes[: self.group]), sizes[self.group])
+
+
+def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
+    """Cut every parameter of a model on the meta device over the ranks of fsdp. One at a time is whole, without values:
+    they are the engine's to give.
+    """
+    join()
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # where torchrun has not set it
+    from deepspeed import zero
+
+    away = meshes.layout.zero.offload_parameters is ParameterOffload.cpu
+    init = zero.Init(
+        data_parallel_group=process_group(meshes.fsdp),
+        mem_efficient_linear=False,  # or it replaces F.linear, for all
+        remote_device="cpu" if away else None,
+    )
+    number = 0
+    for module in model.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            whole: Any = nn.Parameter(torch.empty_like(parameter, device=device))
+            setattr(module, key, whole)
+            init._convert_to_deepspeed_param(whole)
+            whole.ds_id, number = number, number + 1  # DeepSpeed counts a process's, which may differ from rank to rank
+            whole.partition()
+
+
+class Zero3(Sharded):
+    """Stage 3, for a model that `partition` has cut."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        groups: Sequence[dict[str, Any]],
+        make: Make,
+        prime: Callable[[torch.optim.Optimizer], None],
+        specs: Mapping[str, ShardSpec],
+        meshes: Meshes,
+    ) -> None:
+        """`groups`: torch's, one role each. `make`: an optimizer of them; `prime` puts its state in place."""
+        self.config, self.meshes = meshes.layout.zero, meshes
+        self.names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self.reduced: set[Any] = set()
+        self.wrapper = self._wrap(model, make(list(groups)))
+        self.gathered = _bytes(parameter for parameter in self.names if not parameter.ds_persist)
+        self.optimizer: torch.optim.Optimizer = self.wrapper.optimizer
+        self._take_over(prime)
+        self.slices = list(self._slices(specs))
+        self._attach(model)
+
+    def _wrap(self, model: Transformer, optimizer: torch.optim.Optimizer) -> Any:
+        from deepspeed import zero
+        from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
+        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+        from deepspeed.utils.timer import NoopTimer
+
+        away = None
+        if self.config.offload_parameters is ParameterOffload.cpu:
+            away = DeepSpeedZeroOffloadParamConfig(device="cpu", pin_memory=torch.cuda.is_available())
+        section = {key.removeprefix("stage3_"): value for key, value in zero_section(self.config).items()}
+        del section["stage"]
+        wrapper = DeepSpeedZeroOptimizer_Stage3(
+            model,
+            optimizer,
+            param_names=self.names,
+            timers=NoopTimer(),
+            ds_config=None,
+            verbose=False,
+            dp_process_group=process_group(self.meshes.fsdp),
+            gradient_accumulation_dtype=torch.float32,
+            communication_data_type=torch.float32,
+            clip_grad=0.0,
+            offload_param_config=away,
+            **section,
+        )
+        for number, module in enumerate(model.modules()):
+            setattr(module, "ds_id", number)  # noqa: B010  as with parameters
+        if isinstance(model.head, TiedHead) and model.embedding is not None:
+            zero.register_external_parameter(model.head, model.embedding.weight)
+        wrapper._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._sum_and_scatter
+        wrapper.micro_step_id = 1  # add to what is there, which `step` clears: 0 would overwrite
+        return wrapper
+
+    def _attach(self, model: Transformer) -> None:
+        """Let the graph hold no whole parameters: DeepSpeed's release leaves alive what autograd saved as a view, as it
+        does with every weight that a product takes transposed. (DeepSpeed replaces F.linear, for the whole process.)
+        """
+        saving = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+        def enter(*_: Any) -> None:
+            self._note_gathered()
+            saving.__enter__()
+
+        model.register_forward_pre_hook(enter)
+        model.register_forward_hook(lambda *_: saving.__exit__(None, None, None), always_call=True)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        owner = tensor if tensor._base is None else tensor._base
+        if owner not in self.names or owner.dtype != tensor.dtype:
+            return tensor.detach()
+        return owner, tensor.size(), tensor.stride(), tensor.storage_offset() - owner.storage_offset()
+
+    def _take_over(self, prime: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Give the optimizer its strings, which DeepSpeed hands out one by one, where they and its state shall be."""
+        strings = self.wrapper.fp32_partitioned_groups_flat
+        for index, string in enumerate(strings):
+            if self.config.offload is Offload.cpu:
+                string.data = on_host(string.data)
+            self.optimizer.param_groups[self.wrapper.sub_group_to_group_id[index]]["params"].append(string)
+        if isinstance(self.optimizer, PagedAdamW):
+            assert self.config.nvme is not None
+            self.optimizer.page(Path(self.config.nvme).expanduser())
+        prime(self.optimizer)
+
+    def _slices(self, specs: Mapping[str, ShardSpec]) -> Iterator[Slice3]:
+        for index, group in enumerate(self.wrapper.fp16_groups):
+            at = 0
+            for parameter in group:
+                size, whole = parameter.partition_numel(), parameter.ds_numel
+                start = min(size * self.meshes.fsdp.rank, whole)
+                stop = min(start + size, whole)
+                if start < stop:  # or there is only padding here
+                    yield Slice3(specs[self.names[parameter]], start, stop, at, self.wrapper, index)
+                at += size
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def _sum_and_scatter(self, parameters: Sequence[Any], _: torch.dtype) -> list[Tensor]:
+        """This rank's pieces of the sums of a bucket's gradients, fp32; in the place of DeepSpeed's averages."""
+        axis, sizes = self.meshes.fsdp, [parameter.partition_numel() for parameter in parameters]
+        self.reduced.update(parameters)
+        whole = [parameter.grad.flatten().float() for parameter in parameters]
+        joined = torch.cat([_rows(one, axis.size, size) for one, size in zip(whole, sizes, strict=True)], dim=1)
+        mine = joined[0]
+        if axis.size > 1:
+            axis.count("gradients", joined)
+            mine = torch.empty_like(mine)
+            reduce_scatter_single(mine, joined.view(-1), group=axis.group)
+        return list(mine.split(sizes))
+
+    def after_backward(self, last: bool) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
+        self._note_gathered()
+        self.wrapper.independent_gradient_partition_epilogue()  # what is left in buckets
+        self.wrapper.parameter_offload.release_backward_leftovers()
+        parameter_offload.FWD_MODULE_STACK.clear()  # recomputation leaves modules in it, and what they hold
+
+    def reduce(self) -> None:
+        for parameter, name in self.names.items():
+            if parameter not in self.reduced:
+                raise ValueError(f"{name} has no gradient")
+        self.reduced.clear()
+        self.meshes.replicate.sum(self.wrapper.grad_partitions_flat_buffer, "gradients")
+        self._sum_partial()
+
+    def scale(self, factor: Tensor) -> None:
+        self.wrapper.grad_partitions_flat_buffer.mul_(factor)
+
+    def step(self) -> None:
+        strings = {one.group: one for one in self.slices}  # no group of which there is only padding here
+        for one in strings.values():
+            one.parameter.grad = one.gradients.to(one.parameter.device)
+        self.optimizer.step()
+        for one in strings.values():
+            one.parameter.grad = None
+        self.wrapper.grad_partitions_flat_buffer.zero_()
+        self.spread()
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        wrapper = self.wrapper
+        wrapper.parameter_offload.partition_all_parameters()  # whole copies of before
+        for narrow, master in zip(
+            wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True
+        ):
+            narrow.copy_(master)
+        if isinstance(self.optimizer, PagedAdamW):
+            self.optimizer.leave()
+        if kept := wrapper.persistent_parameters:  # small ones, whole from step to step
+            note(self.meshes.fsdp, "parameters", _bytes(kept))
+            kept[0].all_gather(kept)
+
+    def _note_gathered(self) -> None:
+        """A forward pass gathers everything that is not whole already, a backward pass again."""
+        note(self.meshes.fsdp, "parameters", self.gathered)
+
+
+def _rows(flat: Tensor, count: int, size: int) -> Tensor:
+    """`count` rows of `size` elements, the last ones filled up with zeros."""
+    return (F.pad(flat, (0, count * size - len(flat))) if len(flat) < count * size else flat).view(count, size)
+
+
+def _unpack(packed: Any) -> Tensor:
+    """What was saved; a parameter has been gathered again by now."""
+    if isinstance(packed, Tensor):
+        return packed
+    owner, size, stride, offset = packed
+    return owner.data.as_strided(size, stride, owner.storage_offset() + offset)
+
+
+def _bytes(parameters: Any) -> int:
+    """What this rank gives to the gathering of these."""
+    return sum(parameter.partition_numel() * parameter.element_size() for parameter in parameters)

@@ -1,0 +1,198 @@
+"""Expert parallelism: tokens travel to the ranks that hold their experts, and back.
+
+The axis has ep * etp ranks. Rank (i, j) holds the j-th slice of the width of each expert of the i-th group, so a token
+goes to every rank that holds a part of its expert and the results are summed, as those of its K experts are. To the
+dispatchers a slice is a virtual expert: etp turns K choices among E experts into K * etp among E * etp.
+
+Shapes: T tokens of this rank, D model width, K experts per token, S = T*K*etp slots, R slots that arrived here, E
+virtual experts on one rank.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.errors import ConfigError
+from model.config import WeightsOn
+from model.kernels import Kernels
+from model.moe import Choice, Dispatched, MixtureOfExperts, arrange, weighted
+from model.transformer import Transformer
+from parallel.comm.collectives import exchange, gather, gather_plain, scatter
+from parallel.layout import Dispatch
+from parallel.mesh import Axis, Meshes
+from precision.gemm import Groups
+
+_DEEPEP = "git+https://github.com/deepseek-ai/DeepEP"
+
+
+def check(kind: Dispatch, compute_dtype: torch.dtype = torch.bfloat16) -> None:
+    """Refuse a dispatcher that cannot be had here, or not in this number format."""
+    if kind is Dispatch.deepep and compute_dtype is not torch.bfloat16:
+        raise ConfigError(
+            "parallel.dispatch", kind, "sends bfloat16 only; add precision=bf16", [Dispatch.all_to_all.value]
+        )
+    if kind is Dispatch.deepep and importlib.util.find_spec("deep_ep") is None:
+        reason = f"DeepEP is not installed: pip install '{_DEEPEP}'"
+        raise ConfigError("parallel.dispatch", kind, reason, [Dispatch.all_to_all.value])
+
+
+def apply(model: Transformer, meshes: Meshes) -> None:
+    """Give every mixture its dispatcher; the experts have their local shapes already."""
+    axis, etp = meshes.experts, meshes.etp.size
+    if axis.size == 1:
+        return
+    kind = meshes.layout.dispatch
+    check(kind)
+    for layer in model.layers.values():
+        if isinstance(layer.ffn, MixtureOfExperts):
+            held = model.config.experts // meshes.ep.size
+            experts, weights_on = layer.ffn.experts, model.config.router.weights_on
+            layer.ffn.dispatch = _KINDS[kind](axis, etp, held, weights_on, experts.token_multiple, experts.kernels)
+
+
+@dataclass(frozen=True)
+class _Dispatcher:
+    axis: Axis
+    etp: int
+    held: int
+    """Virtual experts on one rank."""
+    weights_on: WeightsOn
+    token_multiple: int
+    kernels: Kernels | None = None
+
+    def virtual(self, choice: Choice) -> Choice:
+        """The choice among virtual experts, numbered by rank of the axis, then by place on that rank."""
+        if self.etp == 1:
+            return choice
+        group_TK1, place_TK1 = (choice.experts_TK // self.held)[..., None], (choice.experts_TK % self.held)[..., None]
+        slices = torch.arange(self.etp, device=place_TK1.device)
+        experts_TKS = (group_TK1 * self.etp + slices) * self.held + place_TK1
+        weights_TKS = choice.weights_TK[..., None].expand(*choice.weights_TK.shape, self.etp)
+        return Choice(experts_TKS.flatten(1), weights_TKS.flatten(1))
+
+
+class AllToAll(_Dispatcher):
+    """Each slot goes to its rank alone. How many go where, and to which expert, is the step's one copy to the host."""
+
+    def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
+        choice = self.virtual(choice)
+        rows = arrange(choice.experts_TK, self.axis.size * self.held, kernels=self.kernels)
+        x_SD, groups, back = weighted(rows, x_TD, choice.weights_TK, self.weights_on)
+        sent_NE = groups.counts_E.view(self.axis.size, self.held)
+        arriving_NE = self._swap(sent_NE)
+        send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # by place on this rank
+        receive = [sum(counts) for counts in zip(*arriving, strict=True)]
+        x_RD = exchange(x_SD, send, receive, self.axis, "tokens")
+        places = torch.arange(self.held, device=x_RD.device).repeat(self.axis.size)
+        experts_R1 = places.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
+        by_expert = arrange(experts_R1, self.held, self.token_multiple, self.kernels)
+        known = [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
+        groups_E = Groups(by_expert.groups.counts_E, known)
+
+        def restore(y_CD: Tensor) -> Tensor:
+            return back(exchange(by_expert.combine(y_CD), receive, send, self.axis, "tokens"))
+
+        return Dispatched(by_expert.gather(x_RD), groups_E, restore)
+
+    def _swap(self, sent_NE: Tensor) -> Tensor:
+        """How many slots each rank sends here for each of this rank's experts."""
+        return exchange(sent_NE, [1] * self.axis.size, [1] * self.axis.size, self.axis, "counts")
+
+
+class AllGather(_Dispatcher):
+    """Every rank gets all tokens of the group, works on those that chose its experts, and the sums are scattered."""
+
+    def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
+        choice = self.virtual(choice)
+        x_ND = gather(x_TD, self.axis, 0, "tokens")
+        experts_NK = gather_plain(choice.experts_TK, self.axis, 0, "counts")
+        weights_NK = gather(choice.weights_TK, self.axis, 0, "weights")
+        x_CD, groups, back = _mine(self, x_ND, experts_NK - self.axis.rank * self.held, weights_NK)
+        return Dispatched(x_CD, groups, lambda y_CD: scatter(back(y_CD), self.axis, 0, "tokens"))
+
+
+class DeepEP(_Dispatcher):
+    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP): a token travels once to each rank it needs. bf16."""
+
+    def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
+        import deep_ep
+
+        size = x_TD.shape[1] * x_TD.element_size()
+        buffer = _deepep_buffer(deep_ep, self.axis, size)
+        x_RD, weights_RK, experts_RK, handle = _DeepEPDispatch.apply(
+            x_TD, choice.weights_TK, choice.experts_TK, buffer, self.axis.size * self.held
+        )
+        x_CD, groups, back = _mine(self, x_RD, experts_RK, weights_RK)
+        return Dispatched(x_CD, groups, lambda y_CD: _DeepEPCombine.apply(back(y_CD), buffer, handle))
+
+
+_KINDS: dict[Dispatch, Any] = {Dispatch.all_to_all: AllToAll, Dispatch.all_gather: AllGather, Dispatch.deepep: DeepEP}
+
+
+def _mine(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Groups, Any]:
+    """Rows of the slots whose expert (numbered from this rank's first) is here, and the way back to sums per token.
+
+    Slots that belong elsewhere are sorted to the end and cut off; the number of those that stay is copied to the host.
+    """
+    held = dispatcher.held
+    here_NK = (experts_NK >= 0) & (experts_NK < held)
+    rows = arrange(experts_NK.where(here_NK, held), held + 1, dispatcher.token_multiple, dispatcher.kernels)
+    x_CD, groups, back = weighted(rows, x_ND, weights_NK, dispatcher.weights_on)
+    mine = Groups(groups.counts_E[:held])
+    kept = sum(mine.host)
+
+    def restore(y_CD: Tensor) -> Tensor:
+        return back(F.pad(y_CD, (0, 0, 0, x_CD.shape[0] - kept)))
+
+    return x_CD[:kept], mine, restore
+
+
+def _deepep_buffer(deep_ep: Any, axis: Axis, row_bytes: int) -> Any:
+    """The communication buffer of this axis, made once and kept by DeepEP's module."""
+    buffers: dict[Any, Any] = deep_ep.__dict__.setdefault("_leviathan_buffers", {})
+    if axis.group not in buffers:
+        configs = (deep_ep.Buffer.get_dispatch_config(axis.size), deep_ep.Buffer.get_combine_config(axis.size))
+        nvlink = max(config.get_nvl_buffer_size_hint(row_bytes, axis.size) for config in configs)
+        rdma = max(config.get_rdma_buffer_size_hint(row_bytes, axis.size) for config in configs)
+        buffers[axis.group] = deep_ep.Buffer(axis.group, nvlink, rdma)
+    return buffers[axis.group]
+
+
+class _DeepEPDispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, buffer: Any, experts: int) -> Any:
+        per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(experts_TK, experts)
+        x_RD, experts_RK, weights_RK, _, handle, _ = buffer.dispatch(
+            x_TD,
+            topk_idx=experts_TK,
+            topk_weights=weights_TK.float(),
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+        )
+        ctx.buffer, ctx.handle, ctx.dtype = buffer, handle, weights_TK.dtype
+        ctx.mark_non_differentiable(experts_RK)
+        return x_RD, weights_RK, experts_RK, handle
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_x, grad_weights, _ = ctx.buffer.combine(grads[0].contiguous(), ctx.handle, topk_weights=grads[1].float())
+        return grad_x, grad_weights.to(ctx.dtype), None, None, None
+
+
+class _DeepEPCombine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, buffer: Any, handle: Any) -> Tensor:
+        ctx.buffer, ctx.handle = buffer, handle
+        return buffer.combine(y_RD, handle)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.buffer.dispatch(grads[0].contiguous(), handle=ctx.handle)[0], None, None

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: stages and schedules, the runtime, deferred weight gradients."""

@@ -1,0 +1,236 @@
+"""Pipeline parallelism: the layers in stages on different ranks, micro-batches passing through them.
+
+The schedules and their execution are torch.distributed.pipelining's; here are the cut, the shapes that travel, and what
+each stage needs to know of a micro-batch beside the hidden states (its `SequenceContext`, which every rank makes by
+itself from the positions). Losses are sums divided by global counts, so gradients are added and never scaled.
+
+Shapes: B rows of a micro-batch, T sequence on this rank (its part under context parallelism; between stages also its
+part under tensor parallelism), D model width, V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import pipelining
+from torch.distributed.pipelining import PipelineStage
+
+from model.attention.plan import SequenceContext
+from model.layers import Embedding
+from model.transformer import Stack, Transformer
+from parallel.layout import Layout
+from parallel.mesh import Axis, Meshes
+from parallel.pipeline import deferred_wgrad
+from parallel.pipeline.deferred_wgrad import Deferred
+from parallel.pipeline.stages import Schedule, Stages
+
+SCHEDULES: dict[Schedule, Any] = {
+    Schedule.gpipe: pipelining.ScheduleGPipe,
+    Schedule.one_f_one_b: pipelining.Schedule1F1B,
+    Schedule.interleaved: pipelining.ScheduleInterleaved1F1B,
+    Schedule.interleaved_zero_bubble: pipelining.ScheduleInterleavedZeroBubble,
+    Schedule.zbv: pipelining.ScheduleZBVZeroBubble,
+    Schedule.dualpipev: pipelining.ScheduleDualPipeV,
+}
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class StageStack(Stack):
+    """One stage. Micro-batches come in order, each with the context that waits for it."""
+
+    contexts: deque[SequenceContext]
+    table: Embedding | None = None
+    """What a tied head multiplies with: this stage's own copy of the embedding, which it does not run."""
+
+    def forward(self, x: Tensor, context: SequenceContext | None = None) -> Tensor:
+        return super().forward(x, context or self.contexts.popleft())
+
+
+def cut(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
+    """Drop from a model without storage what other ranks have, and return what is left as stacks, by stage."""
+    if meshes.layout.pp == 1:
+        return {0: model}
+    plan = meshes.layout.stages(model.config)
+    here, last = plan.of(meshes.pp.rank), len(plan) - 1
+    kept = {str(layer) for stage in here for layer in plan.layers[stage]}
+    for name in list(model.layers):
+        if name not in kept:
+            del model.layers[name]
+    shares_table = model.config.tie_embeddings and last in here
+    if 0 not in here and not shares_table:
+        model.embedding = None
+    if last not in here:
+        model.final_norm = model.head = None
+    layers: Any = model.layers
+    stacks: dict[int, Stack] = {
+        stage: StageStack(
+            model.embedding if stage == 0 else None,
+            {str(layer): layers[str(layer)] for layer in plan.layers[stage]},
+            model.final_norm if stage == last else None,
+            model.head if stage == last else None,
+        )
+        for stage in here
+    }
+    for stack in stacks.values():
+        if shares_table and isinstance(stack, StageStack) and stack.head is not None:
+            stack.table = model.embedding
+    return stacks
+
+
+class Pipeline:
+    """This rank's stages and their schedule."""
+
+    def __init__(self, model: Transformer, stacks: dict[int, Stack], meshes: Meshes, device: torch.device) -> None:
+        self.model, self.stacks, self.meshes, self.device = model, stacks, meshes, device
+        self.plan = meshes.layout.stages(model.config)
+        self.has_head = len(self.plan) - 1 in stacks
+        self.deferred: dict[int, Deferred] = {}
+        if meshes.layout.schedule.splits_backward:
+            self.deferred = {number: deferred_wgrad.apply(stack) for number, stack in stacks.items()}
+        self._schedules: dict[tuple[int, int, int], Any] = {}
+        self._loss: Loss = _no_loss
+
+    def forward_backward(
+        self, tokens_BT: Tensor, labels_BT: Tensor, contexts: Sequence[SequenceContext], loss: Loss
+    ) -> Tensor:
+        """Gradients of all micro-batches, one for each of `contexts`. Returns the sum of what `loss` (of logits and
+        labels) returned, a scalar on the device; zero where another rank has the head.
+        """
+        rows, length = len(tokens_BT) // len(contexts), tokens_BT.shape[1]
+        key = (len(contexts), rows, length)
+        if key not in self._schedules:
+            self._schedules[key] = self._make(*key)
+        self._loss = loss
+        _hand_out(self.stacks, contexts)
+        losses: list[Tensor] = []
+        inputs = (tokens_BT,) if 0 in self.stacks else ()
+        target = labels_BT if self.has_head else None
+        self._schedules[key].step(*inputs, target=target, losses=losses, return_outputs=False)
+        if not losses:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack([one.detach() for one in losses]).sum(dtype=torch.float64)
+
+    def _make(self, micro_batches: int, rows: int, length: int) -> Any:
+        """The schedule for micro-batches of this shape. Shapes are given, or torch would run the model to find them,
+        and count tokens that are none.
+        """
+        layout, config = self.meshes.layout, self.model.config
+        hidden = hidden_states(self.model, layout, rows, length)
+        tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")
+        shape = (rows, length, config.vocab_size // layout.tp)
+        logits = torch.empty(shape, dtype=hidden.dtype, device="meta", requires_grad=True)
+        stages = [
+            _CountedStage(
+                stack,
+                number,
+                len(self.plan),
+                self.device,
+                input_args=tokens if number == 0 else hidden,
+                output_args=logits if number == len(self.plan) - 1 else hidden,
+                group=self.meshes.pp.group,
+                dw_builder=self.deferred[number].take if number in self.deferred else None,
+            )
+            for number, stack in self.stacks.items()
+        ]
+        for stage in stages:
+            stage.axis = self.meshes.pp
+        single = layout.schedule.is_single
+        made = SCHEDULES[layout.schedule](
+            stages[0] if single else stages,
+            n_microbatches=micro_batches,
+            loss_fn=lambda output, target: self._loss(output, target),
+            scale_grads=False,
+        )
+        if not single:
+            made.pipeline_order_with_comms = {
+                rank: _gathered_once(actions) for rank, actions in made.pipeline_order_with_comms.items()
+            }
+        return made
+
+
+def _gathered_once(actions: list[Any]) -> list[Any]:
+    """torch keeps three stages gathered and drops and gathers the others again and again; here each stage is gathered
+    before its first work and dropped after its last.
+    """
+    kinds = [action.computation_type.value for action in actions]
+    first = {a.stage_index: i for i, a in reversed(list(enumerate(actions))) if kinds[i] == "UNSHARD"}
+    last = {a.stage_index: i for i, a in enumerate(actions) if kinds[i] == "RESHARD"}
+    edges = {*first.values(), *last.values()}
+    return [a for i, a in enumerate(actions) if kinds[i] not in ("UNSHARD", "RESHARD") or i in edges]
+
+
+class _CountedStage(PipelineStage):
+    """torch's stage, with the bytes that it sends counted and what it waits for known to the watch."""
+
+    axis: Axis
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_fwd_send_ops(fwd_chunk_id), "activations")
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_bwd_send_ops(bwd_chunk_id), "gradients")
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self.axis.wait("activations")
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        self.axis.wait("gradients")
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _counted(self, operations: list[dist.P2POp], purpose: str) -> list[dist.P2POp]:
+        for operation in operations:
+            self.axis.send(purpose, operation.tensor)
+        return operations
+
+
+@torch.no_grad()
+def forward(
+    stacks: dict[int, Stack], model: Transformer, meshes: Meshes, tokens_BT: Tensor, context: SequenceContext
+) -> Tensor | None:
+    """One micro-batch through all stages, without a backward pass; the logits where the head is. Any schedule's
+    stages will do: each rank runs its own from the first to the last.
+    """
+    plan, axis = meshes.layout.stages(model.config), meshes.pp
+    _hand_out(stacks, [context])
+    x = tokens_BT
+    for number, stack in stacks.items():
+        before, after = _neighbours(plan, number, axis)
+        if before is not None:
+            x = torch.empty_like(hidden_states(model, meshes.layout, *tokens_BT.shape), device=tokens_BT.device)
+            axis.wait("evaluation")
+            dist.recv(x, group=axis.group, group_src=before)
+        x = stack(x)
+        if after is not None:
+            axis.send("evaluation", x)
+            dist.send(x.contiguous(), group=axis.group, group_dst=after)
+    return x if len(plan) - 1 in stacks else None
+
+
+def hidden_states(model: Transformer, layout: Layout, rows: int, length: int) -> Tensor:
+    """What one stage sends to the next, without storage: [B, T / tp, D]."""
+    shape = (rows, length // layout.tp, model.config.width)
+    return torch.empty(shape, dtype=model.compute_dtype, device="meta", requires_grad=True)
+
+
+def _neighbours(plan: Stages, stage: int, axis: Axis) -> tuple[int | None, int | None]:
+    """The ranks that a stage receives from and sends to; None where that is this rank or nobody."""
+    before = plan.owners[stage - 1] if stage else axis.rank
+    after = plan.owners[stage + 1] if stage + 1 < len(plan) else axis.rank
+    return (None if before == axis.rank else before), (None if after == axis.rank else after)
+
+
+def _hand_out(stacks: dict[int, Stack], contexts: Sequence[SequenceContext]) -> None:
+    for stack in stacks.values():
+        assert isinstance(stack, StageStack)
+        stack.contexts = deque(contexts)
+
+
+def _no_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    raise AssertionError("a pipeline's loss is given with each step")

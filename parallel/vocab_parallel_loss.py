@@ -1,0 +1,55 @@
+"""Cross-entropy over a vocabulary that is cut over tensor-parallel ranks, without gathering the logits.
+
+Shapes: B batch, T sequence, V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.comm.collectives import gather_plain
+from parallel.mesh import Axis
+
+
+def token_losses(logits_BTV: Tensor, labels_BT: Tensor, axis: Axis) -> Tensor:
+    """Cross-entropy [B, T] in nats in the format of `logits_BTV`; labels are ids of the whole vocabulary.
+
+    Every rank of the axis gets the same losses, and the gradient of its own logits.
+    """
+    return _CrossEntropy.apply(logits_BTV, labels_BT, axis)
+
+
+def whole_logits(logits: Tensor, axis: Axis) -> Tensor:
+    """Logits over the whole vocabulary, on every rank, without a gradient."""
+    return gather_plain(logits, axis, logits.dim() - 1, "logits")
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, labels_BT: Tensor, axis: Axis) -> Tensor:
+        size = logits_BTV.shape[-1]
+        highest_BT = logits_BTV.amax(-1)
+        axis.max(highest_BT, "loss")
+        own_BT = labels_BT - axis.rank * size
+        here_BT = (own_BT >= 0) & (own_BT < size)
+        own_BT1 = own_BT.clamp(0, size - 1)[..., None]
+        sums = torch.stack(
+            [
+                (logits_BTV - highest_BT[..., None]).exp().sum(-1),
+                logits_BTV.gather(-1, own_BT1)[..., 0] * here_BT,
+            ]
+        )
+        axis.sum(sums, "loss")
+        lse_BT = highest_BT + sums[0].log()
+        ctx.save_for_backward(logits_BTV, lse_BT, own_BT1, here_BT)
+        return lse_BT - sums[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits_BTV, lse_BT, own_BT1, here_BT = ctx.saved_tensors
+        gradient = (logits_BTV - lse_BT[..., None]).exp()
+        gradient.scatter_add_(-1, own_BT1, -here_BT[..., None].to(gradient.dtype))
+        return gradient.mul_(grads[0][..., None]), None, None

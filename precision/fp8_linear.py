@@ -1,0 +1,165 @@
+"""What all FP8 backends share: the three products of a layer, each of operands quantised along its own contraction.
+
+A library says how an operand is quantised and how two are multiplied (`Arithmetic`); here are autograd, padding, and
+what is kept for the backward pass: of an activation only its quantised form for the weight's gradient.
+
+Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.errors import LeviathanError
+from precision.gemm import Groups
+
+
+class Operand(Enum):
+    activation = "activation"
+    weight = "weight"
+    gradient = "gradient"
+
+
+class NotFinite(LeviathanError):
+    """An operand has inf or NaN, which no scale can represent."""
+
+
+class Quantised(Protocol):
+    """A quantised operand. It is kept for the backward pass as plain tensors, so that recomputation can drop them."""
+
+    def only_columns(self) -> Quantised: ...
+
+    def tensors(self) -> Sequence[Tensor | None]: ...
+
+    def restored(self, tensors: Sequence[Tensor | None]) -> Quantised:
+        """The same with these tensors, in the order of `tensors`."""
+        ...
+
+
+class Arithmetic(Protocol):
+    """An FP8 library with a recipe. Operands have two dimensions, weights of experts three.
+
+    An operand is quantised along `rows` (its last dimension is contracted) or `columns` (its rows are), or both.
+    """
+
+    token_multiple: int
+
+    def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
+        """`groups`: how the rows of an activation or gradient divide among experts; they never share a scale unless
+        the whole operand does. May raise `NotFinite`.
+        """
+        ...
+
+    def forward(self, x: Any, w: Any, groups: Groups | None) -> Tensor:
+        """x w^T: rows of `x`, rows of `w`. All results are in the compute format."""
+        ...
+
+    def input_gradient(self, grad: Any, w: Any, groups: Groups | None) -> Tensor:
+        """grad w: rows of `grad`, columns of `w`."""
+        ...
+
+    def weight_gradient(self, grad: Any, x: Any, groups: Groups | None) -> Tensor:
+        """grad^T x: columns of both."""
+        ...
+
+
+class Float8Products:
+    """A GEMM backend made of an FP8 arithmetic. `where` names the module in errors."""
+
+    def __init__(self, arithmetic: Arithmetic, compute_dtype: torch.dtype, where: str) -> None:
+        self.arithmetic, self.compute_dtype, self.where = arithmetic, compute_dtype, where
+        self.token_multiple = arithmetic.token_multiple
+
+    @torch.compiler.disable
+    def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
+        y: Tensor = _Product.apply(self._padded(x_TD), w_FD, None, self, torch.is_grad_enabled())
+        return _like_rows(y, x_TD)
+
+    @torch.compiler.disable
+    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
+        y: Tensor = _Product.apply(x_CD, w_EFD, groups, self, torch.is_grad_enabled())
+        return y
+
+    def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
+        return _like_rows(self._input_gradient(self._padded(grad_TF), w_FD, None), grad_TF)
+
+    def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
+        return self._weight_gradient(self._padded(grad_TF), self._padded(x_TD), None)
+
+    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
+        return self._input_gradient(grad_CF, w_EFD, groups)
+
+    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
+        return self._weight_gradient(grad_CF, x_CD, groups)
+
+    def _input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
+        quantised = self.quantise(grad, Operand.gradient, groups, True, False)
+        weight = self.quantise(w, Operand.weight, None, False, True)
+        return self.arithmetic.input_gradient(quantised, weight, groups)
+
+    def _weight_gradient(self, grad: Tensor, x: Tensor, groups: Groups | None) -> Tensor:
+        quantised = self.quantise(grad, Operand.gradient, groups, False, True)
+        activation = self.quantise(x, Operand.activation, groups, False, True)
+        return self.arithmetic.weight_gradient(quantised, activation, groups)
+
+    def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
+        """The operand, cast to the compute format first: a master weight and its gathered copy give the same bytes."""
+        try:
+            x = x.to(self.compute_dtype).contiguous()
+            return self.arithmetic.quantise(x, operand, groups, rows, columns)
+        except NotFinite:
+            advice = "no FP8 scale can hold them: lower the learning rate, or go on with precision.backend=bf16"
+            raise NotFinite(f"{self.where}: the {operand.value} has inf or NaN, and {advice}") from None
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Rows of `x`, filled with zeros to the multiple that the arithmetic wants."""
+        flat = x.flatten(0, -2)
+        missing = -len(flat) % self.token_multiple
+        return F.pad(flat, (0, 0, 0, missing)) if missing else flat
+
+
+def _like_rows(y: Tensor, x: Tensor) -> Tensor:
+    """`y` without padding, with the leading dimensions of `x`."""
+    leading = x.shape[:-1]
+    return y[: leading.numel()].unflatten(0, leading)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: Float8Products, learns: bool
+    ) -> Tensor:
+        needs_x, needs_w = (learns and needed for needed in ctx.needs_input_grad[:2])  # no_grad changes not those
+        activation = products.quantise(x, Operand.activation, groups, True, needs_w)
+        weight = products.quantise(w, Operand.weight, None, True, False)
+        y = products.arithmetic.forward(activation, weight, groups)
+        ctx.products, ctx.groups, ctx.formats = products, groups, (x.dtype, w.dtype)
+        ctx.activation = None
+        kept: list[Tensor | None] = [w if needs_x else None]
+        if needs_w:
+            columns = activation.only_columns()
+            ctx.activation = columns.restored([None] * len(columns.tensors()))
+            kept += columns.tensors()
+        ctx.save_for_backward(*kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        products, groups, arithmetic = ctx.products, ctx.groups, ctx.products.arithmetic
+        w, *kept = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        grad = products.quantise(grads[0], Operand.gradient, groups, needs_x, needs_w)
+        grad_x = grad_w = None
+        if needs_x:
+            weight = products.quantise(w, Operand.weight, None, False, True)
+            grad_x = arithmetic.input_gradient(grad, weight, groups).to(ctx.formats[0])
+        if needs_w:
+            activation = ctx.activation.restored(kept)
+            grad_w = arithmetic.weight_gradient(grad, activation, groups).to(ctx.formats[1])
+        return grad_x, grad_w, None, None, None

@@ -1,0 +1,220 @@
+"""FP8 operands in tiles that share a scale, in plain PyTorch: the bytes and scales that Transformer Engine makes.
+
+Columns are quantised as the rows of the transposed operand, so each product is a b^T of rows. Nothing relies on how a
+cast to FP8 treats what is too large, which differs between versions of torch: values are clamped first.
+
+Shapes: R rows, K elements that are contracted, N rows of the other operand; tiles have r x k elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from precision.config import Recipe
+from precision.fp8_linear import NotFinite, Operand
+from precision.gemm import Groups
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+WHOLE = 1 << 62
+"""The side of a tile that is as long as the operand."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of `rows` x `columns` elements (the last dimension is contracted), in one FP8 format."""
+
+    rows: int
+    columns: int
+    format: torch.dtype = E4M3
+    powers_of_two: bool = False
+    exponents: bool = False
+    """Scales are E8M0 of the OCP Microscaling Formats: bare exponents, rounded up."""
+
+    @property
+    def largest(self) -> float:
+        return torch.finfo(self.format).max
+
+    def scale(self, amax: Tensor) -> tuple[Tensor, Tensor]:
+        """By what elements are multiplied, and its inverse, float32, from the largest absolute values of tiles.
+
+        Transformer Engine's rules: the largest FP8 number over `amax`, with the mantissa cut off for powers of two; 1
+        where `amax` is 0; the largest float32 where the quotient overflows. But NaN where `amax` is not finite:
+        saturation would hide it.
+        """
+        if self.exponents:
+            return _microscaling(amax * torch.tensor(1 / self.largest, dtype=torch.float32))
+        scale = (self.largest / amax).clamp(max=torch.finfo(torch.float32).max)
+        scale = torch.where(amax > 0, scale, 1.0).where(torch.isfinite(amax), torch.nan)
+        if self.powers_of_two:
+            scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # of NaN this leaves infinity
+            scale = scale.where(torch.isfinite(amax), torch.nan)
+        return scale, 1 / scale
+
+
+def _microscaling(ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """A tile's inverse scale is the least power of two from 2^-127 to 2^127 that is not below `ratio`."""
+    bits = ratio.view(torch.int32)
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    tiny = (exponent == 0) & (mantissa <= 0x400000)  # up to 2^-127
+    biased = exponent + ((mantissa > 0) & (exponent != 254) & ~tiny)
+    scale, inverse = _power(254 - biased), _power(biased)
+    finite = torch.isfinite(ratio)
+    return scale.where(finite, torch.nan), inverse.where(finite, torch.nan)
+
+
+def _power(biased: Tensor) -> Tensor:
+    """2^(biased - 127) for 0 to 254, exactly: 2^-127 is no normal number."""
+    return torch.where(biased > 0, biased << 23, 0x400000).to(torch.int32).view(torch.float32)
+
+
+def tiling(recipe: Recipe, operand: Operand) -> Tiling:
+    if recipe is Recipe.blockwise:
+        return Tiling(128 if operand is Operand.weight else 1, 128, powers_of_two=True)
+    if recipe is Recipe.tensorwise:
+        return Tiling(WHOLE, WHOLE, E5M2 if operand is Operand.gradient else E4M3)
+    if recipe is Recipe.rowwise:
+        return Tiling(1, WHOLE)
+    assert recipe is Recipe.mxfp8
+    return Tiling(1, 32, exponents=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Quantised rows: FP8 numbers [..., R, K], and what each tile of them is to be multiplied by."""
+
+    data: Tensor
+    inverse_scale: Tensor
+    tiling: Tiling
+
+    def wide(self, dtype: torch.dtype) -> Tensor:
+        """The numbers that the bytes stand for."""
+        tiles = _tiles(self.data.to(dtype), self.tiling)
+        return _untiled(tiles * _over(self.inverse_scale.to(dtype)), self.data.shape)
+
+
+def quantise(x: Tensor, how: Tiling, waits: bool = False) -> Rows:
+    """The last two dimensions of `x` in tiles; those at the edges may be smaller. A tile that is not finite raises
+    `NotFinite` on the CPU and, where `waits` allows to wait for the device, on a GPU; there it becomes NaN otherwise.
+    """
+    tiles = _tiles(x.float(), how)
+    amax = tiles.abs().amax(dim=(-3, -1)) if x.numel() else tiles.new_zeros(*tiles.shape[:-3], tiles.shape[-2])
+    if (waits or amax.is_cpu) and not torch.isfinite(amax).all():
+        raise NotFinite
+    scale, inverse = how.scale(amax)
+    data = (tiles * _over(scale)).clamp_(-how.largest, how.largest).to(how.format)
+    return Rows(_untiled(data, x.shape), inverse, how)
+
+
+def _tiles(x: Tensor, how: Tiling) -> Tensor:
+    """[..., R, K] as [..., R / r, r, K / k, k], with zeros where the last tiles are not full."""
+    count, length = x.shape[-2:]
+    r, k = min(how.rows, max(count, 1)), min(how.columns, max(length, 1))
+    below, right = -count % r, -length % k
+    if below or right:
+        x = F.pad(x, (0, right, 0, below))
+    return x.unflatten(-1, (-(-length // k), k)).unflatten(-3, (-(-count // r), r))
+
+
+def _untiled(tiles: Tensor, shape: torch.Size) -> Tensor:
+    return tiles.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]].contiguous()
+
+
+def _over(scale: Tensor) -> Tensor:
+    """Scales [..., R / r, K / k] beside tiles."""
+    return scale[..., :, None, :, None]
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """An operand's rows, its columns, or both: one matrix, or one for each expert. `count`: its rows in all."""
+
+    count: int
+    rows: tuple[Rows, ...] = ()
+    columns: tuple[Rows, ...] = ()
+
+    def only_columns(self) -> Tiled:
+        return Tiled(self.count, (), self.columns)
+
+    def tensors(self) -> list[Tensor | None]:
+        return [tensor for part in (*self.rows, *self.columns) for tensor in (part.data, part.inverse_scale)]
+
+    def restored(self, tensors: Sequence[Tensor | None]) -> Tiled:
+        pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
+        shells: list[Any] = [*self.rows, *self.columns]
+        parts = [replace(old, data=d, inverse_scale=s) for old, (d, s) in zip(shells, pairs, strict=True)]
+        return Tiled(self.count, tuple(parts[: len(self.rows)]), tuple(parts[len(self.rows) :]))
+
+
+class TiledArithmetic:
+    """`precision.float8.Arithmetic` on tiles. Whoever inherits says how two matrices are multiplied, and whether to
+    wait for the device to find what is not finite.
+    """
+
+    waits = False
+
+    def __init__(self, recipe: Recipe, compute_dtype: torch.dtype) -> None:
+        self.recipe, self.compute_dtype = recipe, compute_dtype
+        self.token_multiple = recipe.multiple
+
+    def multiply(self, a: Rows, b: Rows) -> Tensor:
+        """a b^T in the compute format: [R, K] and [N, K] to [R, N]; none of the three is 0."""
+        raise NotImplementedError
+
+    def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Tiled:
+        how = tiling(self.recipe, operand)
+        if groups is None:
+            along = _matrices(x, how, self.waits) if rows else ()
+            return Tiled(len(x), along, _matrices(x.mT, how, self.waits) if columns else ())
+        parts = x[: sum(groups.host)].split(groups.host)
+        found = Tiled(len(x))
+        if rows and how.rows == 1:
+            found = replace(found, rows=_row_by_row(x[: sum(groups.host)], how, groups, self.waits))
+        elif rows:
+            found = replace(found, rows=tuple(quantise(part, how, self.waits) for part in parts))
+        if columns:
+            found = replace(found, columns=tuple(quantise(part.mT, how, self.waits) for part in parts))
+        return found
+
+    def forward(self, x: Tiled, w: Tiled, groups: Groups | None) -> Tensor:
+        return self._row_products(x, w.rows, groups)
+
+    def input_gradient(self, grad: Tiled, w: Tiled, groups: Groups | None) -> Tensor:
+        return self._row_products(grad, w.columns, groups)
+
+    def weight_gradient(self, grad: Tiled, x: Tiled, groups: Groups | None) -> Tensor:
+        products = [self._product(a, b) for a, b in zip(grad.columns, x.columns, strict=True)]
+        return products[0] if groups is None else torch.stack(products)
+
+    def _row_products(self, x: Tiled, matrices: Sequence[Rows], groups: Groups | None) -> Tensor:
+        products = [self._product(a, b) for a, b in zip(x.rows, matrices, strict=True)]
+        if groups is None:
+            return products[0]
+        beyond = products[0].new_zeros(x.count - sum(groups.host), products[0].shape[1])
+        return torch.cat([*products, beyond])
+
+    def _product(self, a: Rows, b: Rows) -> Tensor:
+        (count, length), other = a.data.shape, b.data.shape[0]
+        if not (count and length and other):
+            return a.data.new_zeros(count, other, dtype=self.compute_dtype)
+        return self.multiply(a, b)
+
+
+def _matrices(x: Tensor, how: Tiling, waits: bool) -> tuple[Rows, ...]:
+    """Of one matrix, or of each in a stack."""
+    whole = quantise(x, how, waits)
+    if x.dim() == 2:
+        return (whole,)
+    return tuple(Rows(data, scale, how) for data, scale in zip(whole.data, whole.inverse_scale, strict=True))
+
+
+def _row_by_row(x: Tensor, how: Tiling, groups: Groups, waits: bool) -> tuple[Rows, ...]:
+    """No row shares its scales: all at once, then divided."""
+    whole = quantise(x, how, waits)
+    data, scale = (tensor.split(groups.host) for tensor in (whole.data, whole.inverse_scale))
+    return tuple(Rows(d, s, how) for d, s in zip(data, scale, strict=True))

@@ -1,0 +1,113 @@
+"""Plain products of PyTorch in bfloat16, float32 or float64.
+
+Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from precision import cpu_gemm
+from precision.gemm import Groups
+
+
+class PlainProducts:
+    """Casts both sides to the compute format and multiplies. With fp32 weights and bf16 products the cast is part of
+    the graph, so gradients reach the fp32 master weights and accumulate there.
+    """
+
+    token_multiple = 1
+
+    def __init__(self, compute_dtype: torch.dtype) -> None:
+        self.compute_dtype = compute_dtype
+
+    def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
+        x_TD, w_FD = x_TD.to(self.compute_dtype), w_FD.to(self.compute_dtype)
+        return _Linear.apply(x_TD, w_FD) if cpu_gemm.is_faster(x_TD, w_FD.t()) else F.linear(x_TD, w_FD)
+
+    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
+        x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
+        if _one_by_one(x_CD, *w_EFD.shape) or cpu_gemm.is_large(w_EFD, w_EFD.shape):
+            return _Grouped.apply(x_CD, w_EFD, groups)
+        return F.grouped_mm(x_CD, w_EFD.transpose(1, 2), offs=groups.ends_E)
+
+    def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
+        return cpu_gemm.multiply(grad_TF.to(self.compute_dtype), w_FD.to(self.compute_dtype))
+
+    def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
+        grad, x = (t.to(self.compute_dtype).flatten(0, -2) for t in (grad_TF, x_TD))
+        return cpu_gemm.multiply(grad.t(), x)
+
+    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
+        return _by_rows(grad_CF.to(self.compute_dtype), w_EFD.to(self.compute_dtype), groups)
+
+    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
+        return _by_columns(grad_CF.to(self.compute_dtype), x_CD.to(self.compute_dtype), groups)
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear where `cpu.multiply` is faster."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, w_FD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, w_FD)
+        return cpu_gemm.multiply(x_TD, w_FD.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x_TD, w_FD), (grad_TF,) = ctx.saved_tensors, grads
+        needs_x, needs_w = ctx.needs_input_grad
+        grad_x = cpu_gemm.multiply(grad_TF, w_FD) if needs_x else None
+        return grad_x, cpu_gemm.multiply(grad_TF.flatten(0, -2).t(), x_TD.flatten(0, -2)) if needs_w else None
+
+
+class _Grouped(torch.autograd.Function):
+    """What F.grouped_mm does for transposed matrices, where it cannot or something is faster."""
+
+    @staticmethod
+    def forward(ctx: Any, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
+        ctx.save_for_backward(x_CD, w_EFD)
+        ctx.groups = groups
+        return _by_rows(x_CD, w_EFD.transpose(1, 2), groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x_CD, w_EFD), (grad_CF,) = ctx.saved_tensors, grads
+        needs_x, needs_w, _ = ctx.needs_input_grad
+        grad_x = _by_rows(grad_CF, w_EFD, ctx.groups) if needs_x else None
+        return grad_x, _by_columns(grad_CF, x_CD, ctx.groups) if needs_w else None, None
+
+
+def _one_by_one(like: Tensor, groups: int, *widths: int) -> bool:
+    """Whether F.grouped_mm has no kernel for such a product, or the loop here is faster."""
+    return like.dtype is torch.float64 or cpu_gemm.is_faster_by_group(like, like.shape[0] // max(groups, 1), *widths)
+
+
+def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
+    """Each group's rows times its matrix: [C, N]."""
+    if not _one_by_one(a_CK, *b_EKN.shape):
+        return F.grouped_mm(a_CK, b_EKN, offs=groups.ends_E)
+    y_CN = a_CK.new_empty(a_CK.shape[0], b_EKN.shape[2])
+    for a, b, y in zip(_parts(a_CK, groups), b_EKN, _parts(y_CN, groups), strict=True):
+        cpu_gemm.multiply_rows(a, b, y)
+    return y_CN
+
+
+def _by_columns(a_CM: Tensor, b_CN: Tensor, groups: Groups) -> Tensor:
+    """The transpose of each group's rows of `a` times those of `b`: [E, M, N]."""
+    shape = (len(groups.counts_E), a_CM.shape[1], b_CN.shape[1])
+    if not _one_by_one(a_CM, *shape) and not cpu_gemm.is_large(a_CM, shape):
+        return F.grouped_mm(a_CM.t(), b_CN, offs=groups.ends_E)
+    y_EMN = cpu_gemm.empty(a_CM, shape)
+    for a, b, y in zip(_parts(a_CM, groups), _parts(b_CN, groups), y_EMN, strict=True):
+        cpu_gemm.multiply_columns(a, b, y)
+    return y_EMN
+
+
+def _parts(x_CD: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    """Each group's rows."""
+    return x_CD[: sum(groups.host)].split(groups.host)

@@ -1,0 +1,157 @@
+"""The GPU benchmarks without a GPU: every section runs with tiny shapes, and what goes wrong is told, not lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bench.gpu.__main__ import SECTIONS, in_process_of_its_own, main, measure
+from bench.gpu.clock import Timing
+from bench.gpu.context import DENSE, PLAIN, TRITON, Bench
+from bench.gpu.record import Record, Row, judged, tables
+from bench.gpu.shapes import MAVERICK, counts, mixtures
+from model.kernels import TorchKernels
+from precision.config import Kernels
+from precision.native_gemm import PlainProducts
+from tests.conftest import ROOT
+
+HIDDEN = ("hydra", "omegaconf", "datasets", "wandb", "pyarrow", "tokenizers", "tiktoken", "matplotlib", "xxhash")
+HIDDEN += ("transformers", "torchtitan")
+WITHOUT = f"""
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HIDDEN}:
+            raise ModuleNotFoundError(f"this machine has no {{name}}", name=name)
+sys.meta_path.insert(0, Hide())
+from bench.gpu.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def bench(seconds: float = 600) -> Bench:
+    return Bench(torch.device("cpu"), True, time.monotonic() + seconds)
+
+
+def test_every_section_runs_where_only_torch_is_installed(tmp_path):
+    """Peers must not be asked before they take part, so their section is left out."""
+    out = tmp_path / "gpu.json"
+    names = [name for name in SECTIONS if name != "layers"]
+    command = [sys.executable, "-c", WITHOUT, "--dry", "--out", str(out), *names]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "these figures mean nothing" in done.stdout and "(DRY)" in done.stdout
+    found = json.loads(out.read_text())
+    assert found["schema"] == 1 and found["dry"] is True and found["machine"]["torch"] == torch.__version__
+    assert {row["section"] for row in found["rows"]} == set(names)
+    assert not [row for row in found["rows"] if "failed" in row or "holds" in row]
+    timed = [row for row in found["rows"] if "ms" in row]
+    assert len(timed) > 40 and all(row["ms"] > 0 and row["name"] and row["side"] and row["phase"] for row in timed)
+    for section in ("dense", "grouped", "step", "loss"):
+        sides = {row["side"] for row in found["rows"] if row["section"] == section}
+        assert {PLAIN, "reference blockwise"} <= sides
+
+
+def test_layers_beside_their_peers():
+    rows = list(measure("layers", bench()))
+    assert not [row for row in rows if row.failed]
+    ratios = {(row.side, row.against) for row in rows if row.ratio is not None}
+    assert {against for _, against in ratios} >= {"transformers Qwen3 grouped", "transformers Mixtral grouped", PLAIN}
+    assert (PLAIN, DENSE) in ratios
+    told = [row.missing for row in rows if row.side == PLAIN + TRITON]
+    assert told == ["Triton's kernels run on GPUs"]
+
+
+def test_triton_is_a_side_where_it_can_be_had(monkeypatch):
+    """Its twins stand in, which shows who is asked and compared with whom."""
+    asked = []
+
+    def made(kind: Kernels) -> TorchKernels | None:
+        asked.append(kind)
+        return TorchKernels() if kind is Kernels.triton else None
+
+    monkeypatch.setattr("model.kernels.made", made)
+    for module in ("bench.gpu.context", "precision.resolve"):
+        monkeypatch.setattr(f"{module}.no_triton", lambda device: None)
+    monkeypatch.setattr("bench.gpu.layers.GROUPED", {})
+    monkeypatch.setattr("bench.gpu.layers.mixtures", lambda *given: mixtures(*given)[-1:])
+    rows = [row for section in ("layers", "step") for row in measure(section, bench())]
+    assert set(asked) == set(Kernels) and not [row for row in rows if row.failed or row.missing]
+    ratios = {(row.side, row.against) for row in rows if row.ratio is not None}
+    float8, by_triton = "reference blockwise", PLAIN + TRITON
+    assert ratios >= {(by_triton, PLAIN), (by_triton, DENSE + TRITON), (float8 + TRITON, by_triton), (float8, PLAIN)}
+    sides = [row.side for row in rows if row.section == "step" and row.ms and row.load]
+    assert sides[:2] == [PLAIN, by_triton] and sides[2:] in ([float8], [float8 + TRITON])
+
+
+@pytest.mark.parametrize("section", ["grouped", "layers"])
+def test_what_is_wrong_is_not_timed(monkeypatch, section):
+    right = PlainProducts.grouped_linear
+    monkeypatch.setattr(PlainProducts, "grouped_linear", lambda *given: right(*given) * 1.05)
+    first = next(row for row in measure(section, bench()) if row.side == PLAIN)
+    assert first.failed and first.failed.startswith("wrong: ") and first.ms is None
+
+
+def test_what_raises_is_a_row_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
+    def broken(*given: object) -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr("bench.gpu.attention.attend", broken)
+    out = tmp_path / "gpu.json"
+    assert main(["--dry", "--out", str(out), "attention", "ceilings"]) == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert {row.get("failed") for row in rows if row["section"] == "attention"} == {"RuntimeError: no such kernel"}
+    assert any("ms" in row for row in rows if row["section"] == "ceilings")
+    assert "FAILED: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_what_there_is_no_time_for_is_said():
+    rows = list(measure("ceilings", bench(seconds=-1)))
+    assert rows and all(row.missing == "time: raise --minutes" and row.ms is None for row in rows)
+
+
+def test_a_section_in_a_process_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    record = Record(tmp_path / "gpu.json", dry=True)
+    rows = list(in_process_of_its_own("ceilings", 100, record))
+    assert record.machine["torch"] == torch.__version__ and sum(row.ms is not None for row in rows) == 3
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    (row,) = in_process_of_its_own("ceilings", 100, record)
+    assert row.failed == "its process ended with 1"
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "needs a GPU" in said.err and not said.out
+
+
+def test_goals_from_both_sides():
+    layer = Row("layers", "layer", "bf16", ms=10.0, flops=4.0e12, floor=450.0, moonshot=600.0)
+    assert judged(layer, dry=False).tflops == pytest.approx(400) and judged(layer, dry=False).holds is False
+    assert judged(layer, dry=True).holds is None
+    tax = Row("layers", "layer", "bf16", ratio=1.2, floor=1.3, moonshot=1.12, at_most=True)
+    assert judged(tax, dry=False).holds is True
+    assert "<= 1.3" in tables([judged(tax, dry=False)], {}, dry=False)
+    a, b = Timing([2.0, 4.0, 9.0]), Timing([1.0, 1.0, 3.0])
+    assert a.over(b) == 3.0 and a.ms == 4.0
+
+
+@pytest.mark.parametrize("load", ["balanced", "zipf"])
+def test_rows_of_experts(load):
+    found = counts(4096, 128, load)
+    assert found.sum() == 4096 and not (found % 32).any()
+    assert (found == 32).all() if load == "balanced" else found.max() > 500 and found.min() == 0
+
+
+def test_maverick_has_as_many_experts_as_fit():
+    experts = {memory: mixtures(False, memory << 30)[-1].experts for memory in (40, 80, 141)}
+    assert experts == {40: 32, 80: 64, 141: MAVERICK.experts}

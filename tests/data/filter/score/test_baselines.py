@@ -1,0 +1,103 @@
+"""The controls know nothing of difficulty, and the ensemble adds ranks, not scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from core.errors import ConfigError
+from data.filter.input.records import Record
+from data.filter.score.baselines import LengthScorer, RandomScorer
+from data.filter.score.ensemble import EnsembleScorer
+from data.filter.score.scorer import Direction
+
+
+def made(count: int) -> list[Record]:
+    return [
+        Record(str(n), "t", f"made:{n}", f"prompt {n}: " + "x" * n, answer_start=len(f"prompt {n}: "))
+        for n in range(count)
+    ]
+
+
+class Scaled:
+    """The answer's length times a scale; no number for what is in `missing`."""
+
+    name, measures = "scaled", "made up"
+
+    def __init__(self, scale: float, direction: Direction = Direction.hard, missing: Sequence[str] = ()) -> None:
+        self.scale, self.direction, self.missing = scale, direction, missing
+        self.fingerprint = f"scaled {scale}"
+        self.fitted = 0
+
+    def fit(self, records: Callable[[], Iterable[Record]]) -> None:
+        self.fitted += 1
+
+    def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
+        return np.array([np.nan if r.id in self.missing else self.scale * len(r.answer) for r in records])
+
+
+def fitted(
+    members: Sequence[Scaled | LengthScorer | RandomScorer], records: list[Record], sample: int = 4096
+) -> EnsembleScorer:
+    scorer = EnsembleScorer(members, sample)
+    scorer.fit(lambda: iter(records))
+    return scorer
+
+
+def test_a_lot_depends_on_text_and_seed_alone() -> None:
+    data = made(2000)
+    lots = RandomScorer().score(data)
+    assert lots.tolist() == RandomScorer().score(data[::-1])[::-1].tolist()
+    assert lots.min() >= 0 and lots.max() < 1 and abs(lots.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(lots, RandomScorer(1).score(data))[0, 1]) < 0.1
+    assert abs(np.corrcoef(lots, LengthScorer().score(data))[0, 1]) < 0.1
+
+
+def test_length_is_of_the_answer_in_bytes() -> None:
+    pair = Record("a", "t", "m", "a long prompt: é☃", answer_start=len("a long prompt: "))
+    assert LengthScorer().score([pair, Record("b", "t", "m", "whole")]).tolist() == [5, 5]
+
+
+def test_ranks_are_averaged_and_scales_do_not_matter() -> None:
+    data = made(100)
+    once = fitted([Scaled(1), Scaled(-1e6)], data).score(data)
+    assert np.allclose(once, 0.5)
+    ranks = fitted([Scaled(1), Scaled(1e9)], data).score(data)
+    assert np.allclose(ranks, (np.arange(100) + 0.5) / 100)
+    raw = np.mean([member.score(data) for member in (Scaled(1), Scaled(-1e6))], axis=0)
+    assert not np.allclose(raw, raw[0]), "raw scores, added, would follow the larger scale"
+
+
+def test_a_rank_needs_no_other_record_and_members_are_fitted() -> None:
+    data = made(300)
+    members = [Scaled(1), Scaled(2)]
+    scorer = fitted(members, data, sample=50)
+    assert [member.fitted for member in members] == [1, 1]
+    assert scorer.score(data).tolist() == [scorer.score([record])[0] for record in data]
+    assert fitted(members, data[::-1], sample=50).score(data).tolist() == scorer.score(data).tolist()
+    assert np.abs(scorer.score(data) - np.arange(300) / 300).max() < 0.2  # 1.36 / sqrt(50) with 95% confidence
+
+
+def test_no_number_from_a_member_is_none_from_the_ensemble() -> None:
+    data = made(20)
+    scores = fitted([Scaled(1), Scaled(1, missing=["3"])], data).score(data)
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [3]
+    assert np.isnan(fitted([Scaled(1), Scaled(1)], []).score(data)).all()
+
+
+def test_ties_share_their_rank() -> None:
+    same = [Record(str(n), "t", "m", f"{n}:abc", 2) for n in range(9)]
+    assert np.allclose(fitted([LengthScorer(), Scaled(1)], same).score(same), 0.5)
+
+
+def test_what_an_ensemble_refuses_and_tells() -> None:
+    with pytest.raises(ConfigError, match="members"):
+        EnsembleScorer([LengthScorer()])
+    with pytest.raises(ValueError, match="fit"):
+        EnsembleScorer([LengthScorer(), RandomScorer()]).score(made(1))
+    mixed = EnsembleScorer([LengthScorer(), Scaled(1, Direction.learnable)])
+    assert mixed.direction is Direction.learnable
+    assert EnsembleScorer([LengthScorer(), RandomScorer()]).fingerprint != mixed.fingerprint

@@ -1,0 +1,474 @@
+"""Selection: the rate is met exactly, whatever the scores look like and however the records are spread over ranks."""
+
+from __future__ import annotations
+
+import json
+import threading
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from core.errors import ConfigError, DataError
+from data.filter.config import FilterRules, OnError, SelectConfig
+from data.filter.input.records import Reason
+from data.filter.select import selection as module
+from data.filter.select.selection import (
+    CODE,
+    REASONS,
+    Decision,
+    ShardScores,
+    length_bin,
+    noise_threshold,
+    quantise,
+    select,
+    shortest,
+)
+
+KEPT = np.array([reason.kept for reason in REASONS])
+NAMES = ("code", "prose", "single", "few")
+
+
+def records(count: int, seed: int, scores: str = "normal", unit: str = "documents") -> ShardScores:
+    """`count` records of two large domains, one of a single record and one of five; scores go with length."""
+    random = np.random.default_rng(seed)
+    domain = random.choice(2, count, p=[0.8, 0.2])
+    domain[random.choice(count, 6, replace=False)] = [2, 3, 3, 3, 3, 3]
+    length = np.ceil(np.exp(random.normal(6, 1.5, count))).astype(np.int64)
+    made: dict[str, Callable[[], np.ndarray]] = {
+        "normal": lambda: random.normal(3 + np.log(length) / 3, 1),
+        "ties": lambda: random.integers(1, 6, count).astype(np.float64),
+        "constant": lambda: np.full(count, 2.5),
+        "drift": lambda: random.normal(5, 0.5, count) - np.linspace(0, 4, count),
+        "tails": lambda: random.standard_cauchy(count) * 100,
+        "lengths": lambda: length.astype(np.float64),
+    }
+    weight = length if unit == "tokens" else np.ones(count, np.int64)
+    hashes = random.integers(0, 2**64, count, dtype=np.uint64)
+    return ShardScores("all", made[scores](), domain, length, weight, hashes)
+
+
+def take(shard: ShardScores, rows: np.ndarray, name: str = "part") -> ShardScores:
+    columns = (shard.score, shard.domain, shard.length, shard.weight, shard.hash)
+    return ShardScores(name, *(column[rows] for column in columns))
+
+
+def decide(shard: ShardScores, rules: FilterRules, noise: float | None = None) -> tuple[Decision, np.ndarray]:
+    decision = select(lambda: [shard], NAMES, rules, noise)
+    return decision, decision.reasons(shard)
+
+
+def assert_rates(shard: ShardScores, codes: np.ndarray, rate: float | dict[int, float]) -> None:
+    """Kept weight of every domain within the larger of 1% and one document of the target."""
+    for domain in np.unique(shard.domain):
+        mine = shard.domain == domain
+        target = (rate[domain] if isinstance(rate, dict) else rate) * shard.weight[mine].sum()
+        kept = shard.weight[mine & KEPT[codes]].sum()
+        assert abs(kept - target) <= max(0.01 * target, shard.weight[mine].max()), f"domain {domain}: rate is off"
+
+
+ALL_SCORES = ["normal", "ties", "constant", "drift", "tails", "lengths"]
+
+
+@pytest.mark.parametrize("scores", ALL_SCORES)
+@pytest.mark.parametrize("unit", ["documents", "tokens"])
+def test_rate_is_met(scores: str, unit: str) -> None:
+    for seed, keep in enumerate((0.5, 0.07, 0.93)):
+        shard = records(3000, seed, scores, unit)
+        for buckets in (1, 8):
+            _, codes = decide(shard, FilterRules(keep=keep, select=SelectConfig(length_buckets=buckets)))
+            assert_rates(shard, codes, keep)
+
+
+def test_a_threshold_without_tie_break_misses_the_rate_on_ties() -> None:
+    shard = records(3000, 0, "ties")
+    codes = np.where(shard.score >= np.median(shard.score), CODE[Reason.hard], CODE[Reason.easy])
+    with pytest.raises(AssertionError, match="rate is off"):
+        assert_rates(shard, codes, 0.5)
+
+
+def test_a_threshold_from_the_beginning_misses_the_rate_under_drift() -> None:
+    shard = records(3000, 0, "drift")
+    codes = np.where(shard.score >= np.median(shard.score[:150]), CODE[Reason.hard], CODE[Reason.easy])
+    with pytest.raises(AssertionError, match="rate is off"):
+        assert_rates(shard, codes, 0.5)
+
+
+def test_documents_are_exact_to_half_a_document() -> None:
+    for seed in range(20):
+        shard = records(200 + seed, seed, "ties")
+        _, codes = decide(shard, FilterRules(keep=0.3, select=SelectConfig(length_buckets=8)))
+        for domain in range(4):
+            mine = shard.domain == domain
+            assert abs(KEPT[codes[mine]].sum() - 0.3 * mine.sum()) <= 0.5 + 1e-9
+
+
+def test_tokens_are_exact_to_half_the_largest_document() -> None:
+    for seed in range(20):
+        shard = records(300, seed, "tails", "tokens")
+        _, codes = decide(shard, FilterRules(keep=0.4))
+        for domain in range(4):
+            mine = shard.domain == domain
+            off = shard.weight[mine & KEPT[codes]].sum() - 0.4 * shard.weight[mine].sum()
+            assert abs(off) <= shard.weight[mine].max() / 2 + 1e-6
+
+
+def test_the_kept_are_the_hardest_of_their_bucket() -> None:
+    shard = records(3000, 1)
+    decision, codes = decide(shard, FilterRules())
+    group = decision.group(shard)
+    for place in np.unique(group):
+        scores, kept = shard.score[group == place], KEPT[codes[group == place]]
+        if kept.any() and not kept.all():
+            assert scores[kept].min() >= scores[~kept].max() - 2**-16
+
+
+def test_length_buckets_undo_the_preference_for_long_records() -> None:
+    """Score goes with length here: without buckets half the documents are far more than half the tokens."""
+    shard = records(5000, 2)
+    kept_tokens = []
+    for buckets in (1, 8):
+        _, codes = decide(shard, FilterRules(select=SelectConfig(length_buckets=buckets)))
+        kept_tokens.append(shard.length[KEPT[codes]].sum() / shard.length.sum())
+    assert kept_tokens[0] > 0.64 and abs(kept_tokens[1] - 0.5) < 0.08
+
+
+def test_one_length_is_in_one_bucket_and_buckets_are_even() -> None:
+    shard = records(5000, 3)
+    decision, _ = decide(shard, FilterRules(select=SelectConfig(length_buckets=4)))
+    group = decision.group(shard)
+    assert all(len(np.unique(group[(shard.domain == 0) & (shard.length == n)])) <= 1 for n in np.unique(shard.length))
+    sizes = np.bincount(group[shard.domain == 0])
+    assert len(sizes) == 4 and sizes.min() > 0.9 * sizes.max()
+    assert len(decision.starts[3]) == 1, "five records are too few for buckets"
+
+
+# ranks and partitions
+
+
+def on_ranks(parts: Sequence[list[ShardScores]], rules: FilterRules, noise: float | None) -> list[Decision]:
+    """Each rank is a thread with its own shards; sums meet at a barrier."""
+    count, found = len(parts), {}
+    barrier, given = threading.Barrier(count, timeout=60), {}
+
+    def run(rank: int) -> None:
+        def total(array: np.ndarray) -> np.ndarray:
+            given[rank] = array
+            barrier.wait()
+            result = sum(given[other] for other in range(count))
+            barrier.wait()
+            return np.asarray(result)
+
+        found[rank] = select(lambda: parts[rank], NAMES, rules, noise, total)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(count)]
+
+
+@pytest.mark.parametrize("scores", ["normal", "ties", "constant"])
+def test_decisions_do_not_depend_on_ranks_or_shards(scores: str) -> None:
+    shard = records(2000, 4, scores, "tokens")
+    shard.score[::50] = np.nan
+    rules = FilterRules(keep=0.4, select=SelectConfig(revive=0.1, floor=4))
+    decision, codes = decide(shard, rules, noise=7.0)
+    for ranks in (1, 2, 4):
+        order = np.random.default_rng(ranks).permutation(2000)
+        pieces = np.array_split(order, 7)
+        parts = [[take(shard, rows) for rows in pieces[rank::ranks]] for rank in range(ranks)]
+        for other in on_ranks(parts, rules, 7.0):
+            assert other.thresholds == decision.thresholds
+            assert np.array_equal(other.reasons(shard), codes)
+    assert len(np.unique(codes)) >= 4, "the case must contain what it is about"
+
+
+def test_ranks_that_do_not_add_up_decide_otherwise() -> None:
+    shard = records(2000, 4)
+    halves = [take(shard, rows) for rows in np.array_split(np.arange(2000), 2)]
+    alone = [select(lambda half=half: [half], NAMES, FilterRules()) for half in halves]
+    assert alone[0].thresholds != alone[1].thresholds
+
+
+def test_a_rank_may_have_no_shard() -> None:
+    shard = records(500, 5)
+    decision, _ = decide(shard, FilterRules())
+    assert all(other.thresholds == decision.thresholds for other in on_ranks([[shard], []], FilterRules(), None))
+
+
+def test_memory_for_histograms_changes_the_passes_and_not_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, passes = records(2000, 6, "tails", "tokens"), []
+
+    def shards() -> list[ShardScores]:
+        passes[-1] += 1
+        return [shard]
+
+    seen = []
+    for bins in (1 << 22, 1 << 8):
+        monkeypatch.setattr(module, "_BINS", bins)
+        passes.append(0)
+        seen.append(select(shards, NAMES, FilterRules()).reasons(shard))
+    assert np.array_equal(*seen) and passes[0] < passes[1]
+
+
+def test_lengths_are_added_up_in_parts_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so few cells shards are added up as they come, and one domain at a time over the ranks."""
+    shard, rules = records(2000, 4, "normal", "tokens"), FilterRules(keep=0.4)
+    decision, codes = decide(shard, rules)
+    monkeypatch.setattr(module, "_BINS", 1 << 10)
+    parts = [[take(shard, np.arange(first, 2000, 36)) for first in range(rank, 36, 3)] for rank in range(3)]
+    for other in on_ranks(parts, rules, None):
+        assert all(map(np.array_equal, other.starts, decision.starts))
+        assert np.array_equal(other.reasons(shard), codes)
+    assert all(len(starts) == 8 for starts in decision.starts[:2]), "the case must contain what it is about"
+
+
+def test_memory_does_not_grow_with_domains() -> None:
+    random, count, domains = np.random.default_rng(0), 30_000, 10_000
+    length, ones = np.ceil(np.exp(random.normal(6, 1.5, count))).astype(np.int64), np.ones(count, np.int64)
+    hashes = random.integers(0, 2**64, count, dtype=np.uint64)
+    shard = ShardScores("all", random.normal(0, 1, count), np.arange(count) % domains, length, ones, hashes)
+    names = [str(place) for place in range(domains)]
+    tracemalloc.start()
+    try:
+        select(lambda: [shard], names, FilterRules()).reasons(shard)
+        assert tracemalloc.get_traced_memory()[1] < 300e6, "a table of lengths would be 1.6 GB"
+    finally:
+        tracemalloc.stop()
+
+
+# what becomes of the rest
+
+
+def test_revived_are_a_share_of_what_is_kept_by_lot() -> None:
+    shard = records(8000, 7, unit="tokens")
+    _, codes = decide(shard, FilterRules(keep=0.4, select=SelectConfig(revive=0.2)))
+    assert_rates(shard, codes, 0.4)
+    revived, hard, easy = (codes == CODE[reason] for reason in (Reason.revived, Reason.hard, Reason.easy))
+    share = shard.weight[revived].sum() / shard.weight[revived | hard].sum()
+    assert abs(share - 0.2) < 0.01
+    mine = shard.domain == 0
+    assert abs(shard.score[mine & revived].mean() - shard.score[mine & easy].mean()) < 0.1, "drawn whatever the score"
+    assert shard.score[mine & hard].mean() > shard.score[mine & revived].mean() + 0.5
+
+
+def test_the_lot_is_not_the_hash_that_decides_ties() -> None:
+    """All scores are equal, so the hash decides who is hard: the next ones by hash must not be the revived."""
+    shard = records(3000, 5, "constant")
+    _, codes = decide(shard, FilterRules(keep=0.5, select=SelectConfig(revive=0.5, length_buckets=1)))
+    mine = shard.domain == 0
+    revived, easy = (shard.hash[mine & (codes == CODE[one])].astype(float) for one in (Reason.revived, Reason.easy))
+    assert len(revived) > 500 and abs(revived.mean() / easy.mean() - 1) < 0.05 and revived.min() < easy.max()
+
+
+def test_nothing_is_revived_unless_asked() -> None:
+    _, codes = decide(records(2000, 7), FilterRules(keep=0.4))
+    assert not (codes == CODE[Reason.revived]).any()
+
+
+def test_noise_leaves_before_the_share_is_taken() -> None:
+    """A tenth is noise; half of all still stays, of the rest, where a quantile alone would keep the noise first."""
+    shard = records(4000, 8)
+    shard.score[::10] += 1000
+    clean = np.delete(shard.score, np.arange(0, 4000, 10))
+    noise = noise_threshold(np.append(clean, np.nan), 1.0)
+    _, codes = decide(shard, FilterRules(), noise)
+    assert (codes[::10] == CODE[Reason.noise]).sum() == 400 == (codes == CODE[Reason.noise]).sum()
+    large = shard.domain < 2
+    assert_rates(take(shard, large), codes[large], 0.5)
+    _, without = decide(shard, FilterRules())
+    assert (without[::10] == CODE[Reason.hard]).sum() > 390
+
+
+def test_what_is_left_without_noise_caps_the_target() -> None:
+    shard = records(1000, 9)
+    _, codes = decide(shard, FilterRules(keep=0.9), float(np.median(shard.score)))
+    assert ((codes == CODE[Reason.hard]) == (codes != CODE[Reason.noise])).all()
+
+
+def test_noise_threshold_is_a_clean_score_at_or_above_the_quantile() -> None:
+    clean = np.array([3.0, np.nan, 0.0, 1.0, 2.0])
+    assert noise_threshold(clean, 0.9) == 3.0 and noise_threshold(clean, 2 / 3) == 2.0
+
+
+def test_noise_threshold_needs_a_finite_score() -> None:
+    with pytest.raises(DataError, match="no finite score"):
+        noise_threshold(np.array([np.nan]), 0.99)
+
+
+def test_protected_domains_are_whole_and_floors_hold() -> None:
+    shard = records(2000, 10)
+    shard.score[np.flatnonzero(shard.domain == 1)[:5]] = np.nan
+    rules = FilterRules(keep=0.1, select=SelectConfig(protect=["prose"], floor=4))
+    _, codes = decide(shard, rules)
+    assert (codes[shard.domain == 1] == CODE[Reason.protected]).all()
+    few = shard.domain == 3
+    assert KEPT[codes[few]].sum() == 4, "one would be kept without a floor"
+    assert shard.score[few & ~KEPT[codes]].max() <= shard.score[few & KEPT[codes]].min()
+    assert KEPT[codes[shard.domain == 2]].sum() == 1, "no more than it has"
+    assert_rates(take(shard, shard.domain == 0), codes[shard.domain == 0], 0.1)
+
+
+def test_without_a_floor_small_domains_lose_records() -> None:
+    shard = records(2000, 10)
+    _, codes = decide(shard, FilterRules(keep=0.1))
+    assert KEPT[codes[shard.domain == 3]].sum() <= 1 and KEPT[codes[shard.domain == 2]].sum() == 0
+
+
+def test_rates_of_single_domains() -> None:
+    shard = records(3000, 11, unit="tokens")
+    rules = FilterRules(keep=0.5, select=SelectConfig(domains={"prose": 0.2, "few": 0.0}))
+    _, codes = decide(shard, rules)
+    assert_rates(shard, codes, {0: 0.5, 1: 0.2, 2: 0.5, 3: 0.0})
+    assert not KEPT[codes[shard.domain == 3]].any()
+    with pytest.raises(AssertionError, match="domain 1: rate is off"):
+        assert_rates(shard, codes, 0.5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_unscored_records(bad: float) -> None:
+    shard = records(2000, 12)
+    shard.score[:300] = bad
+    large = shard.domain < 2
+    for on_error, reason in ((OnError.drop, Reason.unscored), (OnError.keep, Reason.protected)):
+        _, codes = decide(shard, FilterRules(on_error=on_error))
+        assert (codes[:300] == CODE[reason]).all() and not (codes[300:] == CODE[reason]).any()
+        assert_rates(take(shard, large), codes[large], 0.5)
+    with pytest.raises(DataError, match=r"300 records have no finite score .*shard all"):
+        decide(shard, FilterRules(on_error=OnError.fail))
+
+
+def test_fail_is_for_unscored_records_only() -> None:
+    shard = records(100, 12)
+    _, codes = decide(shard, FilterRules(on_error=OnError.fail))
+    assert np.array_equal(codes, decide(shard, FilterRules())[1])
+
+
+def test_no_finite_score_at_all() -> None:
+    shard = replace(records(100, 13), score=np.full(100, np.nan))
+    _, codes = decide(shard, FilterRules())
+    assert (codes == CODE[Reason.unscored]).all()
+
+
+def test_counts_add_up_to_the_input() -> None:
+    for seed in range(5):
+        shard = records(1000, seed, ALL_SCORES[seed], "tokens")
+        shard.score[::9] = np.nan
+        rules = FilterRules(keep=0.3, select=SelectConfig(revive=0.2, floor=3, protect=["few"]))
+        decision, codes = decide(shard, rules, 4.0)
+        possible = [Reason.hard, Reason.revived, Reason.protected, Reason.easy, Reason.noise, Reason.unscored]
+        assert sum((codes == CODE[reason]).sum() for reason in possible) == 1000
+        assert decision.passed.sum() == shard.weight.sum()
+
+
+def test_keeping_all_keeps_all() -> None:
+    _, codes = decide(records(500, 14), FilterRules(keep=1.0))
+    assert (codes == CODE[Reason.hard]).all()
+
+
+def test_thresholds_go_through_json() -> None:
+    shard = records(1000, 15, "tails")
+    decision, codes = decide(shard, FilterRules(select=SelectConfig(revive=0.1, floor=3)), 50.0)
+    again = Decision.load(json.loads(json.dumps(decision.thresholds)))
+    assert again.thresholds == decision.thresholds and np.array_equal(again.reasons(shard), codes)
+
+
+def test_equal_keys_stay_or_go_together() -> None:
+    shard = replace(records(100, 16, "constant"), domain=np.zeros(100, np.int64), hash=np.zeros(100, np.uint64))
+    for keep, kept in ((0.4, 0), (0.6, 100)):
+        _, codes = decide(shard, FilterRules(keep=keep, select=SelectConfig(length_buckets=1)))
+        assert KEPT[codes].sum() == kept
+
+
+# the parts
+
+
+def test_quantise_is_monotone_and_clamped() -> None:
+    values = np.sort(np.concatenate([np.random.default_rng(0).standard_cauchy(5000) * 3000, [8192, 8192.4, -8193]]))
+    steps = quantise(values)
+    assert (np.diff(steps) >= 0).all()
+    assert quantise(np.array([1e300]))[0] == 2**31 - 1 and quantise(np.array([-1e300]))[0] == -(2**31 - 1)
+    assert quantise(np.array([1.0, -1.0])).tolist() == [65536, -65536]
+    assert len(np.unique(quantise(np.arange(100_000).astype(np.float64)))) == 100_000, "lengths stay apart"
+
+
+def test_length_bins_are_monotone_and_narrow() -> None:
+    lengths = np.unique(np.geomspace(1, 2**32 - 1, 20_000).astype(np.int64))
+    bins = length_bin(lengths)
+    assert (np.diff(bins) >= 0).all() and bins[0] == 0 and bins[-1] == module._LENGTHS - 1
+    assert (lengths >= shortest(bins)).all() and (lengths < 1.008 * shortest(bins) + 1).all()
+    assert length_bin(np.array([0, 2**40])).tolist() == [0, module._LENGTHS - 1]
+
+
+def test_unknown_domains_are_refused() -> None:
+    for config in (SelectConfig(domains={"cod": 0.5}), SelectConfig(protect=["cod"])):
+        with pytest.raises(ConfigError, match=r"cod.*no record is of this domain; try code"):
+            decide(records(10, 0), FilterRules(select=config))
+
+
+def test_shards_that_cannot_be_right_are_refused() -> None:
+    shard = records(10, 0)
+    broken = {
+        "rows": replace(shard, length=shard.length[1:]),
+        "outside": replace(shard, domain=shard.domain + 4),
+        "negative": replace(shard, weight=-shard.weight),
+    }
+    for message, wrong in broken.items():
+        with pytest.raises(DataError, match=message):
+            decide(wrong, FilterRules())
+
+
+def test_no_record_at_all() -> None:
+    decision = select(lambda: [], NAMES, FilterRules())
+    assert len(decision.reasons(take(records(10, 0), np.zeros(0, np.int64)))) == 0
+
+
+def test_the_kept_set_is_that_of_a_sort() -> None:
+    """One domain, no buckets: by (quantised score, hash) from the top, until the nearest to the target is reached."""
+    for seed, scores in enumerate(ALL_SCORES):
+        shard = records(700, seed, scores, "tokens")
+        shard = replace(shard, domain=np.zeros(700, np.int64))
+        _, codes = decide(shard, FilterRules(keep=0.37, select=SelectConfig(length_buckets=1)))
+        order = np.lexsort((shard.hash, quantise(shard.score)))[::-1]
+        total = np.concatenate([[0], np.cumsum(shard.weight[order])])
+        count = np.abs(total - 0.37 * total[-1]).argmin()
+        assert set(np.flatnonzero(KEPT[codes])) == set(order[:count])
+
+
+def test_rounding_not_carried_on_misses_by_more_than_half_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_carry(crossing: module._Crossing, wanted: np.ndarray, domain: np.ndarray, domains: int) -> object:
+        alone = [
+            module_settle(
+                module._Crossing(
+                    crossing.include[g : g + 1],
+                    crossing.exclude[g : g + 1],
+                    crossing.before[:, g : g + 1],
+                    crossing.at[:, g : g + 1],
+                ),
+                wanted[g : g + 1],
+                domain[g : g + 1],
+                domains,
+            )
+            for g in range(len(wanted))
+        ]
+        return module.Keys(tuple(keys.values[0] for keys, _ in alone)), sum(kept for _, kept in alone)
+
+    module_settle = module._settle
+    monkeypatch.setattr(module, "_settle", without_carry)
+    with pytest.raises(AssertionError):
+        test_documents_are_exact_to_half_a_document()
+
+
+def test_a_thousand_domains() -> None:
+    random = np.random.default_rng(0)
+    count, names = 20_000, [f"d{place}" for place in range(1000)]
+    domain = np.minimum(random.exponential(100, count).astype(np.int64), 999)
+    ones, hashes = np.ones(count, np.int64), random.integers(0, 2**64, count, dtype=np.uint64)
+    shard = ShardScores("all", random.normal(0, 1, count), domain, random.integers(1, 999, count), ones, hashes)
+    codes = select(lambda: [shard], names, FilterRules()).reasons(shard)
+    kept, total = np.bincount(domain, KEPT[codes], 1000), np.bincount(domain, minlength=1000)
+    assert (np.abs(kept - total / 2) <= 0.5).all()

@@ -1,0 +1,244 @@
+"""The certificate: honest layouts pass, and each way in which layouts are known to go wrong is caught and blamed.
+
+A bug is planted in the rank processes only, where the layout uses the axis that it belongs to; what one process
+computes stays right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from core.config import load
+from core.errors import ConfigError
+from parallel.layout import ParallelConfig
+from parallel.sharding import Block
+from tests.support.bugs import MESHES, planted
+from train.certify import store, worker
+from train.certify.compare import Comparison, blocks, series
+from train.certify.plan import Case, CertifyConfig, Outcome, axes_in_use, certificate, certify, shrink, trials
+from train.certify.worker import Figures
+
+
+def config(*overrides: str) -> CertifyConfig:
+    return load("certify", CertifyConfig, ["model.layers=4", *overrides])
+
+
+class Broken:
+    """A pool whose ranks, where there are several, run with a bug."""
+
+    def __init__(self, ranks: Any, bug: str | None) -> None:
+        self.ranks, self.bug = ranks, bug
+
+    def __call__(self, count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        bug = self.bug if count > 1 else None
+        return self.ranks(count, broken, bug, *arguments)
+
+
+def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str, Figures]:
+    with planted(bug):
+        return worker.measure_all(parallel, cases)
+
+
+BLAMED = {
+    "missing_reduction": (["tp"], "gradients"),
+    "doubled_divide": (["dp_shard"], "gradients"),
+    "experts_left_out_of_the_norm": (["ep"], "gradient norm"),
+    "balancing_term_dropped": (["tp"], "aux loss"),
+    "bias_from_local_counts": (["dp_shard"], "tokens per expert"),
+    "expert_gradients_over_the_wrong_group": (["ep"], "gradients"),
+    "gains_not_reduced": (["tp"], "gradients"),
+    "no_gradient_without_tokens": (["ep"], "has no gradient"),
+    "gains_not_reduced_beside_experts": (["tp", "ep"], "gradients"),
+    "moments_lost_on_the_way": (["dp_shard"], "one process's checkpoint under the layout: weights"),
+    "evaluation_of_one_rank": (["dp_shard"], "held-out loss"),
+    "positions_not_restarted": (["cp"], "gradients"),
+    "halo_off_by_one": (["cp"], "gradients"),
+    "loss_divided_by_cp": (["cp"], "loss"),
+    "last_keys_of_the_ring_dropped": (["cp"], "gradients"),
+    "balancing_term_dropped_in_a_stage": (["pp"], "aux loss alone: gradients"),
+    "norm_of_each_stage": (["pp"], "gradient norm"),
+    "tied_gradient_lost_between_stages": (["pp"], "embedding.weight"),
+    "micro_batches_mixed_up": (["pp"], "gradients"),
+    "weights_put_off_for_ever": (["pp"], "has no gradient"),
+    "routers_saved_by_one_stage": (["pp"], "is missing in the checkpoint"),
+}
+FEW_RANKS = ["ranks=2", "steps=2", "parallel.dp_shard=1", "parallel.tp=2", "parallel.ep=2"]
+OVERRIDES = ["ranks=4", "steps=2", "parallel.tp=2", "parallel.ep=2"]
+IN_STAGES = ["ranks=4", "steps=2", "parallel.pp=2", "parallel.schedule=zbv"]
+TIED = ["ranks=4", "steps=2", "parallel.pp=2", "model.tie_embeddings=true"]
+IN_PARTS = ["ranks=4", "steps=2", "parallel.cp=2", "parallel.context=ring"]
+COMPARED = {
+    **dict.fromkeys(["sgd", "adamw", "aux loss alone", "z loss alone", "experts without tokens"], 10),
+    "float32": 5,
+    "one process's checkpoint under the layout": 2,
+    "the layout's checkpoint in one process": 2,
+}
+"""Case -> how many figures of it are compared."""
+
+
+def outcomes(ranks: Any, bug: str | None, overrides: list[str]) -> list[Outcome]:
+    """Up to the first failure."""
+    found = []
+    for outcome in certify(config(*overrides), Broken(ranks, bug)):
+        found.append(outcome)
+        if not outcome.passed:
+            break
+    return found
+
+
+def test_an_honest_layout_passes(ranks):
+    found = outcomes(ranks, None, FEW_RANKS)
+    assert [outcome.trial.name for outcome in found] == ["tp=2", "dp_shard=2 ep=2", "tp=2 ep=2"]
+    for outcome in found:
+        assert outcome.passed, outcome.failures()
+        assert 0 < outcome.largest(1e-9) < 1e-12
+        assert Counter(c.name.partition(": ")[0] for c in outcome.comparisons) == COMPARED
+
+
+IN_PARTS_OF = {
+    "gather": (["parallel.cp=2"], "cp=2"),
+    "ulysses": (["parallel.cp=2", "parallel.context=ulysses"], "cp=2"),
+    "ring, top-2": (["parallel.cp=2", "parallel.context=ring", "model.router.top_k=2"], "cp=2"),
+    "cp4, top-2": (["parallel.cp=4", "model.router.top_k=2"], "cp=4"),
+    "cp4, ring": (["parallel.cp=4", "parallel.context=ring"], "cp=4"),
+    "tp2": (["parallel.cp=2", "parallel.tp=2", "parallel.context=ulysses"], "cp=2 tp=2"),
+    "ep2, top-2": (["parallel.cp=2", "parallel.ep=2", "parallel.context=ring", "model.router.top_k=2"], "cp=2 ep=2"),
+    "no chunks": (["parallel.cp=2", "parallel.context=ring", "model.chunk=null"], "cp=2"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("gather", "ring, top-2") else pytest.param(n, marks=pytest.mark.slow) for n in IN_PARTS_OF]
+)
+def test_rows_in_parts_pass(ranks, name):
+    """Packed documents that start inside chunks, every balancing term on."""
+    overrides, last = IN_PARTS_OF[name]
+    found = outcomes(ranks, None, ["ranks=4", "steps=2", "parallel.dp_shard=1", *overrides])
+    assert found[-1].trial.name == last
+    for outcome in found:
+        assert outcome.passed and outcome.largest(1e-9) < 1e-12, outcome.failures()
+
+
+SLOW = (
+    "gains_not_reduced_beside_experts",
+    "moments_lost_on_the_way",
+    "evaluation_of_one_rank",
+    "expert_gradients_over_the_wrong_group",
+    "no_gradient_without_tokens",
+    "gains_not_reduced",
+    "last_keys_of_the_ring_dropped",
+    "positions_not_restarted",
+    "routers_saved_by_one_stage",
+    "micro_batches_mixed_up",
+    "loss_divided_by_cp",
+    "norm_of_each_stage",
+    "balancing_term_dropped",
+    "balancing_term_dropped_in_a_stage",
+)
+
+
+@pytest.mark.parametrize("bug", [pytest.param(b, marks=pytest.mark.slow) if b in SLOW else b for b in BLAMED])
+def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
+    axes, what = BLAMED[bug]
+    overrides = {"tp ep": FEW_RANKS, "cp": IN_PARTS, "pp": IN_STAGES}.get(" ".join(axes), OVERRIDES)
+    overrides = TIED if bug.startswith("tied") else overrides
+    found = outcomes(ranks, bug, overrides)
+    content = certificate(config(*overrides), found, {})
+    assert content["pass"] is False
+    assert content["smallest_failing_axes"] == axes, content["first_failure"]
+    assert any(what in line for line in found[-1].failures())
+    MESHES.clear()
+
+
+@pytest.mark.slow
+def test_muon_is_certified_in_the_place_of_adamw(ranks):
+    """And each shard made orthogonal by itself is caught, in its updates alone."""
+    muon = [*FEW_RANKS, "optimizer=muon", "optimizer.lr=3"]
+    (honest, *_) = found = outcomes(ranks, None, [*muon, "parallel.ep=1"])
+    assert [outcome.passed for outcome in found] == [True], honest.failures()
+    wanted = {{"adamw": "muon"}.get(name, name): count for name, count in COMPARED.items()}
+    assert Counter(c.name.partition(": ")[0] for c in honest.comparisons) == wanted
+    (failed,) = outcomes(ranks, "shards_made_orthogonal", muon)
+    assert failed.trial.axes == ("tp",) and failed.failures()[0].startswith("muon: loss differs")
+    assert not any(line.startswith(("sgd", "float32")) for line in failed.failures())
+
+
+def names(*overrides: str) -> tuple[list[str], list[str]]:
+    chosen, left_out = trials(config(*overrides))
+    return [trial.name for trial in chosen], left_out
+
+
+def test_the_trials_are_each_axis_each_pair_all_and_what_was_asked_for():
+    assert names("parallel.ep=4", "parallel.tp=2", "parallel.dp_replicate=1") == (
+        [
+            "dp_shard=2",
+            "tp=2",
+            "dp_shard=2 ep=2",
+            "dp_shard=2 tp=2",
+            "dp_shard=4 ep=2",
+            "tp=2 ep=2",
+            "dp_shard=2 tp=2 ep=2",
+            "dp_shard=4 tp=2 ep=4",
+        ],
+        [],
+    )
+    assert axes_in_use(config("parallel.dp_shard=1").parallel) == ("dp_shard",), "something must be tried"
+
+
+def test_what_does_not_fit_is_named_or_refused():
+    chosen, left_out = names("parallel.tp=2", "parallel.ep=2", "parallel.etp=2", "parallel.dp_replicate=2")
+    assert left_out == ["dp_replicate=2 dp_shard=4 tp=2 ep=2 etp=2: takes 16 processes"]
+    assert "dp_replicate=2 dp_shard=2 tp=2 ep=2 etp=2" not in chosen
+    assert names("parallel.dp_shard=1", "model.kv_heads=8", "model.heads=8", "parallel.tp=8")[1] == []
+    with pytest.raises(ConfigError, match=r"ranks=2: dp_shard with tp takes 4 processes; try 4"):
+        names("ranks=2", "parallel.tp=2")
+    with pytest.raises(ConfigError, match=r"parallel.dispatch=deepep: DeepEP is not installed: pip install"):
+        names("parallel.ep=2", "parallel.dispatch=deepep")
+
+
+def test_what_is_no_number_does_not_pass():
+    """Wherever it stands: `max` would skip it."""
+    block = Block((0,), (2,))
+    right, wrong = [(block, torch.ones(2))], [(block, torch.tensor([1.0, float("nan")]))]
+    for found in ({"a": right, "b": wrong}, {"a": wrong, "b": right}):
+        comparison = blocks("gradients", {"a": right, "b": right}, [found], 1e-9)
+        assert not comparison.passed and comparison.first == ("b" if found["a"] is right else "a")
+    honest = Figures(loss=[1.0, 1.0], norm=[1.0, 1.0])
+    broken = Figures(loss=[1.0, float("nan")], norm=[1.0, 1.0])
+    assert series("loss", honest, [honest, broken]) == series("loss", honest, [broken], False) == float("inf")
+
+
+def test_the_shrunk_model_keeps_every_kind_of_layer_and_choice():
+    whole = config("model=llama4_maverick").model
+    small = shrink(whole)
+    kinds = {(layer.feed_forward, layer.rope, layer.qk_norm, layer.temperature) for layer in whole.blocks}
+    assert {(layer.feed_forward, layer.rope, layer.qk_norm, layer.temperature) for layer in small.blocks} == kinds
+    assert small.router == whole.router and small.layers == len(kinds)
+    assert shrink(config("model=qwen3_30b_a3b").model).router.top_k == 4
+
+
+def test_a_certificate_is_found_for_its_axes_model_techniques_and_this_code_only(tmp_path, monkeypatch):
+    asked = config("parallel.tp=2")
+    content = certificate(asked, [Outcome(trials(asked)[0][0], [Comparison("x", 0.0, 1.0)])], {})
+    assert content["pass"]
+    store.keep(content, tmp_path)
+
+    def found(axes: dict[str, int], *overrides: str) -> str | None:
+        other = config("parallel.tp=2", *overrides)
+        return store.find(axes, other.model, other.parallel, tmp_path, other.optimizer.kind)
+
+    assert found({"tp": 4}) == found({"tp": 2, "dp_shard": 8}) == found({"tp": 2}, "model.width=256") is not None
+    assert found({"ep": 2}) is None
+    assert found({"tp": 4}, "model.router.score=softmax") is None
+    assert found({"tp": 4}, "parallel.recompute=full") is None
+    assert found({"tp": 4}, "optimizer=muon") is None and found({"tp": 4}, "optimizer=sgd") is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "sources_digest", lambda: "other")
+        assert found({"tp": 4}) is None
+    store.keep({**content, "pass": False}, tmp_path)
+    assert found({"tp": 4}) is None, "one that failed takes the place of one that passed"

@@ -1,0 +1,103 @@
+"""FP8 under layouts: the same bytes where no tile is cut, no larger error elsewhere; and what a bug looks like."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bench.layouts import tiny
+from parallel.layout import ParallelConfig
+from parallel.pipeline.stages import Schedule
+from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
+from tests.distributed.certify.test_certify import Broken, config
+from train.certify.compare import EXACT, Comparison
+from train.certify.fp8 import ERROR, LOSS, NORM, SIDE, proofs, same_tiles
+from train.certify.plan import shrink, techniques
+
+LAYOUTS = {
+    "ep2": (2, ParallelConfig(ep=2)),
+    "tp2 + ep2": (2, ParallelConfig(tp=2, ep=2)),
+    "pp2 zbv": (2, ParallelConfig(pp=2, schedule=Schedule.zbv)),
+}
+"""Where every product has the same tiles."""
+MORE = {
+    **LAYOUTS,
+    "tp2": (2, ParallelConfig(tp=2)),
+    "pp2": (2, ParallelConfig(pp=2)),
+    "etp2": (2, ParallelConfig(etp=2)),
+    "cp2 + ep2": (2, ParallelConfig(cp=2, ep=2)),
+    "fsdp2": (2, ParallelConfig()),
+    "pp2 + ep2": (4, ParallelConfig(pp=2, ep=2)),
+}
+
+
+def certified(
+    ranks: Any, layout: tuple[int, ParallelConfig], recipe: Recipe, bug: str | None = None
+) -> list[Comparison]:
+    count, parallel = layout
+    precision = PrecisionConfig(Compute.bfloat16, backend=Backend.te, recipe=recipe)  # te is emulated, too
+    return list(proofs(shrink(tiny(1), parallel, SIDE), precision, parallel, count, Broken(ranks, bug)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_blockwise_bytes_are_those_of_one_process(ranks, name) -> None:
+    found = certified(ranks, MORE[name], Recipe.blockwise)
+    assert all(one.passed for one in found), [(one.name, one.largest) for one in found if not one.passed]
+    exact = [one for one in found if one.gate == EXACT]
+    assert len(exact) == 10 and max(one.largest for one in exact) < 1e-13
+    assert [one.gate for one in found if one.gate != EXACT] == [LOSS, NORM, ERROR]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_other_recipes_keep_to_their_own_error(ranks, name, recipe) -> None:
+    found = certified(ranks, LAYOUTS[name], recipe)
+    assert all(one.passed for one in found), [(one.name, one.largest) for one in found if not one.passed]
+    kept = recipe is Recipe.mxfp8 or name.startswith("pp2")
+    assert any(one.gate == EXACT for one in found) == kept
+
+
+BLAMED = {
+    "tiles_across_experts": "FP8 in the same tiles: gradients",
+    "padding_that_is_not_zero": "FP8 in the same tiles: gradients",
+    "weights_quantised_before_they_are_whole": "FP8 in the same tiles: loss",
+    "doubled_divide": "FP8: error of gradients over one process's",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BLAMED)
+def test_bytes_that_differ_are_noticed(ranks, bug) -> None:
+    failed = {one.name for one in certified(ranks, LAYOUTS["ep2"], Recipe.blockwise, bug) if not one.passed}
+    assert BLAMED[bug] in failed, failed
+
+
+def test_which_products_have_the_same_tiles() -> None:
+    def kept(recipe: Recipe, count: int, parallel: ParallelConfig) -> list[Products]:
+        return same_tiles(recipe, parallel.resolve(count))
+
+    for layout in LAYOUTS.values():
+        assert Products.expert in kept(Recipe.blockwise, *layout)
+    others = [(2, ParallelConfig(dp_replicate=2)), (2, ParallelConfig(cp=2, ep=2))]
+    for layout in ((2, ParallelConfig()), (4, ParallelConfig(ep=2)), (2, ParallelConfig(tp=2)), *others):
+        found = kept(Recipe.blockwise, *layout)
+        assert Products.attention in found and Products.expert not in found
+    assert (LOSS, NORM, ERROR) == (5e-3, 5e-2, 1.5)  # wider ones would let bugs through
+    assert kept(Recipe.tensorwise, 2, ParallelConfig(ep=2)) == [] != kept(Recipe.tensorwise, 2, ParallelConfig(pp=2))
+
+
+def test_a_certificate_is_about_its_recipe() -> None:
+    eight = config("precision=fp8", "precision.recipe=mxfp8")
+
+    def said(precision: PrecisionConfig | None) -> Any:
+        return techniques(eight.parallel, eight.optimizer.kind, precision)["float8"]
+
+    usual = PrecisionConfig(Compute.bfloat16, backend=Backend.reference)
+    assert said(eight.precision)["recipe"] == "mxfp8" and said(usual)["recipe"] == "blockwise" and said(None) is None
+    for other in ({"float8": [Products.attention]}, {"bf16_first_layers": 1}, {"bf16_last_layers": 1}):
+        assert said(replace(usual, **other)) != said(usual)
+    assert said(replace(usual, backend=Backend.te)) == said(usual)

@@ -1,0 +1,55 @@
+"""Checkpoints of many ranks: elsewhere than in the run's directory, each byte written once, a file per rank at most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny import EXACT, trainer
+from train.run_directory import committed
+
+ADAMW = ["optimizer=adamw"]
+
+
+def saved(root: Path, overrides: list[str]) -> tuple[int, int]:
+    """Bytes of the tensors that this rank keeps, and the step at which a second run goes on."""
+    run = trainer(root, "run", overrides)
+    for step in range(2):
+        run.train_step(step)
+    run.save()
+    run.checkpointer.wait()
+    again = trainer(root, "run", overrides)
+    return sum(part.tensor.nbytes for part in run.engine.state() if part.shape), again.step
+
+
+@pytest.mark.parametrize("where", [None, "file://{}/store", "{}/local"], ids=["own", "url", "path"])
+def test_replicas_are_written_once(ranks, small_corpus, tmp_path, where):
+    overrides = [*small_corpus, *EXACT, *ADAMW, "parallel.dp_replicate=2", "parallel.ep=2"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    if where is not None:
+        overrides.append(f"checkpoint.directory={where.format(tmp_path)}")
+        checkpoints = Path(overrides[-1].partition("=")[2].removeprefix("file://")) / "run"
+    results = ranks(4, saved, tmp_path, overrides)
+    alone, _ = ranks(1, saved, tmp_path / "alone", [*small_corpus, *EXACT, *ADAMW])[0]
+    assert [step for _, step in results] == [2] * 4
+    ((_, path),) = committed(checkpoints)
+    files = list(path.glob("*.bin"))
+    written = sum(file.stat().st_size for file in files)
+    counters = 4 * 2 * 4 * 100  # scalars: step counts
+    assert alone <= written < alone + counters, "every byte once"
+    assert sum(kept for kept, _ in results) > 1.9 * alone, "the control: two replicas keep it twice"
+    assert 1 <= len(files) <= 4
+
+
+def test_another_place_for_checkpoints_does_not_start_anew(small_corpus, tmp_path):
+    overrides = [*small_corpus, *EXACT]
+    saved(tmp_path, overrides)
+    with pytest.raises(Exception, match=r"checkpoint\.directory.* was started with None"):
+        trainer(tmp_path, "run", [*overrides, f"checkpoint.directory={tmp_path / 'other'}"])
+
+
+def test_a_store_that_cannot_be_written_is_refused_at_once(small_corpus, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(Exception, match=r"checkpoint\.directory=.*cannot be written"):
+        trainer(tmp_path, "run", [*small_corpus, f"checkpoint.directory={tmp_path / 'file'}"])

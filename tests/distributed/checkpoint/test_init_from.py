@@ -1,0 +1,71 @@
+"""A Hugging Face checkpoint straight into a sharded run: every rank reads its part, and together they have it all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.huggingface import HuggingFaceCheckpoint
+from model.tensor_source import whole as whole_tensor
+from tests.support import hf_models
+from tests.support.like import like
+from tests.support.tiny import EXACT, trainer, whole
+
+
+def started(root: Path, path: Path, overrides: list[str]) -> tuple[dict[str, torch.Tensor], int]:
+    """The weights that a run on these ranks begins with, and how many bytes of tensors this rank read."""
+    from model.huggingface import checkpoint
+
+    read, count = checkpoint.read_rows, 0
+
+    def counted(*arguments):
+        nonlocal count
+        rows = read(*arguments)
+        count += rows.numel() * rows.element_size()
+        return rows
+
+    checkpoint.read_rows = counted
+    try:
+        run = trainer(root, "run", [*overrides, *EXACT, *like(path), f"model.init_from={path}"])
+    finally:
+        checkpoint.read_rows = read
+    return {
+        name: whole(parameter, run.engine.placed.specs[name])
+        for name, parameter in run.engine.placed.model.named_parameters()
+    }, count
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.dp_replicate=2"]], ids=["fsdp", "hsdp"])
+def test_each_rank_reads_only_its_slices(ranks, small_corpus, tmp_path, layout):
+    path = hf_models.save(hf_models.make("maverick", vocab_size=320, num_local_experts=8), tmp_path / "hf")
+    source = HuggingFaceCheckpoint(path)
+    total = sum(torch.Size(shape).numel() * 4 for shape in source.shapes.values())
+    shards = 2 if layout else 4
+    for weights, count in ranks(4, started, tmp_path, path, [*small_corpus, *layout]):
+        assert set(weights) == set(source.shapes)
+        for name, tensor in weights.items():
+            assert torch.equal(tensor.float(), whole_tensor(source, name)), name
+        assert total / shards <= count <= 1.05 * total / shards
+
+
+def biases(root: Path, name: str, overrides: list[str], steps: int = 0) -> dict[str, torch.Tensor]:
+    """The selection biases of this rank's layers after some steps, which are saved."""
+    run = trainer(root, name, [*overrides, *EXACT])
+    for step in range(steps):
+        run.train_step(step)
+    if steps:
+        run.save()
+        run.checkpointer.wait()
+    buffers = run.engine.placed.model.named_buffers()
+    return {buffer: bias_E.clone() for buffer, bias_E in buffers if buffer.endswith("bias_E")}
+
+
+@pytest.mark.parametrize("layout", ["parallel.pp=2", "parallel.ep=2"])
+def test_every_rank_takes_over_the_selection_biases_of_its_layers(ranks, small_corpus, tmp_path, layout):
+    (first,) = ranks(1, biases, tmp_path, "first", small_corpus, 1)
+    line = [*small_corpus, f"model.init_from={tmp_path / 'first'}", "parallel.recompute=full", layout]
+    found = [pair for rank in ranks(2, biases, tmp_path, "second", line) for pair in rank.items()]
+    assert {name for name, _ in found} == set(first)
+    assert all(bias_E.any() and torch.equal(bias_E, first[name]) for name, bias_E in found)

@@ -1,0 +1,91 @@
+"""A run of many ranks is looked at under its own layout or by one process, with the same result."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.errors import ConfigError
+from parallel.comm.world import connect
+from parallel.layout import ParallelConfig
+from parallel.mesh import make_meshes
+from tests.support.tiny import EXACT, trainer
+from train.checkpoint.restore import restore
+from train.eval.generate import GenerateConfig, continue_tokens, placed_logits
+from train.eval.held_out import held_out_loss
+
+
+def trained(root: Path, overrides: list[str]) -> None:
+    run = trainer(root, "run", overrides)
+    for step in range(2):
+        run.train_step(step)
+    run.save()
+    run.checkpointer.wait()
+
+
+@torch.no_grad()
+def looked_at(directory: Path) -> tuple[dict[str, int], list[int], float]:
+    """Axes, a continuation of a prompt of odd length, and the held-out loss."""
+    found = restore(directory, connect())
+    config = GenerateConfig(run="", tokens=7, temperature=0)
+    tokens = continue_tokens(partial(placed_logits, found.placed), [5, 6, 7], 16, config, stop=-1)
+    bytes_V = torch.ones(320, dtype=torch.int64)
+    losses = held_out_loss(found.placed, found.loader(), bytes_V, 3, 2, found.weights())
+    return found.placed.meshes.layout.axes, list(tokens), losses.loss
+
+
+LAYOUTS = {
+    "tp-ep": (2, {"tp": 2, "ep": 2}),
+    "etp": (2, {"etp": 2}),
+    "pp": (2, {"pp": 2}),
+    "pp-v": (2, {"pp": 2, "schedule": "zbv"}),
+    "cp": (2, {"cp": 2}),
+    "pp-cp": (4, {"pp": 2, "cp": 2}),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "pp-cp" else n for n in LAYOUTS])
+def test_generation_and_evaluation_do_not_depend_on_the_layout(ranks, small_corpus, tmp_path, name):
+    count, degrees = LAYOUTS[name]
+    small = ["training.micro_batch=1", "training.global_batch=8", "training.context=32"]
+    overrides = [f"parallel.{key}={value}" for key, value in degrees.items()]
+    ranks(count, trained, tmp_path, [*small_corpus, *EXACT, *small, *overrides])
+    alone = ranks(1, looked_at, tmp_path / "run")[0]
+    together = ranks(count, looked_at, tmp_path / "run")
+    wanted = {axis: degree for axis, degree in degrees.items() if axis != "schedule"}
+    for axes, tokens, loss in together:
+        assert wanted.items() <= axes.items() and alone[0] == {}
+        assert tokens == alone[1] and len(tokens) == 7
+        assert loss == pytest.approx(alone[2], rel=1e-9)
+
+
+def claims_differ(odd: int) -> str:
+    world = connect()
+    try:
+        world.agree({"configuration": "a", "code version": "b" if world.rank == odd else "c"})
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+def test_ranks_that_run_other_code_are_named(ranks, odd):
+    said = ranks(3, claims_differ, odd)
+    assert said == [f"code version: rank {odd} has b, the other ranks c: start all alike"] * 3
+    assert ranks(3, claims_differ, 9) == [""] * 3
+
+
+def place(_: None) -> tuple[int, ...]:
+    world = connect()
+    meshes = make_meshes(ParallelConfig(dp_replicate=2, tp=2, ep=2).resolve(world.size), world)
+    axes = (meshes.rows, meshes.replicate, meshes.fsdp, meshes.tp, meshes.efsdp, meshes.experts)
+    return tuple(axis.rank for axis in axes)
+
+
+def test_ranks_fold_with_the_last_axis_fastest(ranks):
+    """Dense (replicate, shard, tp) and sparse (replicate, efsdp, ep) over the same eight ranks."""
+    wanted = [(r // 2, r // 4, r // 2 % 2, r % 2, r // 2 % 2, r % 2) for r in range(8)]
+    assert ranks(8, place, None) == wanted

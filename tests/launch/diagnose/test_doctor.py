@@ -1,0 +1,254 @@
+"""Whom the doctor names: with made-up readings, and on ranks of which one is slow."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core import package_guard
+from core.config import load
+from launch import agent
+from launch.cli import main
+from launch.config import LaunchConfig, LaunchKind
+from launch.diagnose import doctor, links, nodes
+from launch.diagnose.links import rounds
+from launch.diagnose.machine import FEW_FILES, driver, room
+from launch.diagnose.nodes import Reading, judge, table
+from parallel.comm.world import connect
+from parallel.mesh import Axis, make_meshes
+from train.config import TrainConfig
+from train.run_directory import RunDirectory, read_config
+
+
+def reading(rank: int, size: int, **other: Any) -> Reading:
+    """A rank of a cluster on which all is well: two ranks a node, sharded over all of them."""
+    usual = Reading(
+        rank=rank,
+        node=f"n{rank // 2}",
+        python="3.11.2",
+        torch="2.13.0",
+        device="H100",
+        driver="550.54",
+        products_flops=(600 + rank) * 1e12,
+        bandwidth={"fsdp": 40e9},
+        links={"fsdp": ((rank + 1) % size, (300 + rank if rank % 2 == 0 else 40 + rank) * 1e9)},
+        disk_bytes_per_second=(900 + rank) * 1e6,
+        disk_free_bytes=1 << 40,
+        shared_memory_free_bytes=1 << 36,
+        open_files=1 << 20,
+        clock_s=1e9 + rank / 100,
+    )
+    return replace(usual, **other)
+
+
+def cluster(ranks: int = 8, **other: Callable[[Reading], dict[str, Any]]) -> list[Reading]:
+    """`n1=f`: what is different on node n1."""
+    well = [reading(rank, ranks) for rank in range(ranks)]
+    return [replace(one, **other[one.node](one)) if one.node in other else one for one in well]
+
+
+def test_nobody_is_named_where_all_is_well():
+    """Links between nodes are seven times slower than those within, and that is as it should be."""
+    assert judge(cluster()) == {} and table(cluster(), {}).endswith("all nodes are well")
+
+
+WRONG = {
+    "matrix products at 33% of the others' rate": {"products_flops": 201e12},
+    "cannot write where checkpoints go": {"disk_bytes_per_second": None},
+    "disk at 5% of the others' rate": {"disk_bytes_per_second": 45e6},
+    "clock is off by +5.0 s": {"clock_s": 1e9 + 5.0},
+    f"only {FEW_FILES - 1} files may be open": {"open_files": FEW_FILES - 1},
+    "has torch 2.12.0, the others 2.13.0": {"torch": "2.12.0"},
+    "has device A100, the others H100": {"device": "A100"},
+    "has driver 535.10, the others 550.54": {"driver": "535.10"},
+    "has driver none, the others 550.54": {"driver": "none"},
+}
+
+
+@pytest.mark.parametrize("what, reads", WRONG.items(), ids=WRONG.keys())
+def test_a_wrong_node_is_named_with_what_is_wrong(what, reads):
+    readings = cluster(n2=lambda one: reads)
+    found = judge(readings)
+    assert list(found) == ["n2"] and len(found["n2"]) == 2 and found["n2"][0].startswith("rank 4: "), found
+    assert what in found["n2"][0]
+    assert f"WRONG n2: {found['n2'][0]}" in table(readings, found)
+
+
+def slowed(readings: list[Reading], *ranks: int, share: float = 0.2) -> list[Reading]:
+    """The links from these ranks to the next have this share of their rate."""
+
+    def links(one: Reading) -> dict[str, tuple[int, float]]:
+        return {axis: (peer, share * rate) for axis, (peer, rate) in one.links.items()}
+
+    return [replace(one, links=links(one)) if one.rank in ranks else one for one in readings]
+
+
+def test_a_slow_node_is_named_by_both_of_its_links():
+    """All ranks read the same bandwidth of the one axis; only n2's links (3 to 4 and 5 to 6) are slow."""
+    readings = slowed(cluster(), 3, 5)
+    found = judge(readings)
+    assert list(found) == ["n2"], found
+    assert [line.split(" (axis fsdp) at ")[0] for line in found["n2"]] == [
+        "rank 4: its link to rank 3 on n1",
+        "rank 5: its link to rank 6 on n3",
+    ]
+    assert found["n2"][0].endswith("at 18% of the others'")
+    shown = table(readings, found)
+    assert "links fsdp" in shown and "GB/s between nodes" in shown and "GB/s within nodes" in shown
+    assert judge(slowed(cluster(), 3, 5, share=0.7)) == {}, "control: a little slower is nothing"
+
+
+def test_one_slow_link_names_both_ends_and_one_within_a_node_names_it():
+    assert sorted(judge(slowed(cluster(), 3))) == ["n1", "n2"], "nothing tells which end it is"
+    assert list(judge(slowed(cluster(), 2))) == ["n1"]
+
+
+def test_of_three_nodes_the_slow_one_is_named():
+    """Two of the three links between nodes are slow then."""
+    assert list(judge(slowed(cluster(6), 1, 3))) == ["n1"]
+    assert judge(slowed(cluster(4), 1)) != {}, "of two nodes both"
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+def test_rounds_have_every_link_once_and_each_place_in_one_pair_at_a_time(size):
+    every = [pair for pairs in rounds(size) for pair in pairs]
+    ring = [(place, (place + 1) % size) for place in range(size)] if size > 2 else [(0, 1)][: size - 1]
+    assert sorted(every) == sorted(ring)
+    for pairs in rounds(size):
+        assert len({place for pair in pairs for place in pair}) == 2 * len(pairs)
+
+
+def look(root: Path, slow: int) -> Reading:
+    """What this rank reads; the exchanges of one rank are held up."""
+    world = connect()
+    honest = links._exchange
+    if world.rank == slow:
+        links._exchange = lambda *arguments: (time.sleep(0.4), honest(*arguments))[1] + 0.4
+    os.environ["SLURMD_NODENAME"] = f"n{world.rank}"
+    try:
+        parallel = [f"run.root={root}", "run.name=x", "parallel.dp_shard=4"]
+        read = nodes.read(load("train", TrainConfig, parallel), world)
+    finally:
+        links._exchange = honest
+        del os.environ["SLURMD_NODENAME"]
+    assert read.node == f"n{world.rank}" and set(read.bandwidth) == {"world", "rows", "fsdp", "efsdp"}
+    assert list(read.links) == ["world"], "the other axes join the same ranks"
+    return read
+
+
+@pytest.mark.slow
+def test_on_ranks_a_slow_one_is_found_by_its_links(ranks, tmp_path):
+    read = ranks(4, look, tmp_path, 2)
+    assert [one.links["world"][0] for one in read] == [1, 2, 3, 0]
+    rates = [one.links["world"][1] for one in read]
+    assert sorted(sorted(range(4), key=rates.__getitem__)[:2]) == [1, 2], "from 1 to 2 and from 2 to 3"
+    alike = [replace(one, products_flops=1.0, disk_bytes_per_second=1.0, bandwidth={}) for one in read]
+    assert list(judge(alike)) == ["n2"], (rates, judge(alike))
+    even = [replace(one, links={"world": (one.links["world"][0], max(rates))}) for one in alike]
+    assert judge(even) == {}, "control: it was the links"
+
+
+def axes_read(root: Path, degrees: list[str]) -> tuple[set[str], set[str], set[str]]:
+    """The axes whose bandwidth this rank reads, those of its links, and those that have a group of several ranks."""
+    world = connect()
+    config = load("train", TrainConfig, [f"run.root={root}", "run.name=x", *degrees])
+    axes = [a for a in vars(make_meshes(config.parallel.resolve(world.size), world)).values() if isinstance(a, Axis)]
+    read = nodes.read(config, world)
+    return (
+        set(read.bandwidth),
+        set(read.links),
+        {axis.name for axis in axes if axis.group is not None and axis.size > 1},
+    )
+
+
+TIMED = {
+    "pp=2 cp=2": ({"pp", "ends", "cp", "fsdp", "efsdp"}, {"world", "pp", "cp"}),
+    "dp_replicate=2 tp=2 ep=2": ({"rows", "dp_replicate", "tp", "experts"}, {"world", "rows", "tp"}),
+}
+"""The axes of a layout, and those with links that no other has."""
+
+
+@pytest.mark.parametrize("degrees, wanted", TIMED.items(), ids=TIMED.keys())
+def test_every_axis_that_has_a_group_is_timed(ranks, tmp_path, degrees, wanted):
+    found = ranks(4, axes_read, tmp_path, [f"parallel.{degree}" for degree in degrees.split()])
+    for bandwidth, _, grouped in found:
+        assert bandwidth == {"world", *wanted[0]} and grouped == wanted[0]
+    assert set().union(*(links for _, links, _ in found)) == wanted[1]
+
+
+def test_the_doctor_looks_where_runs_go(monkeypatch, tmp_path):
+    """`~` is the home directory, as it is for a run."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "home" / "runs" / ".doctor"
+
+    def leave_something(node: agent.Node) -> int:
+        RunDirectory.of(read_config(Path(node.command[2]))).checkpoints.mkdir(parents=True)
+        assert own.exists()
+        return 0
+
+    monkeypatch.setattr(agent, "run", leave_something)
+    config = doctor.DoctorConfig(runs="~/runs", ranks=1)
+    assert doctor._measure(config, {}) == 0
+    assert own.parent.exists() and not own.exists()
+    assert str(own.parent) in doctor.examine(config)["disk"]
+
+
+def test_what_is_needed_is_what_the_distribution_says(monkeypatch):
+    found = doctor.examine(doctor.DoctorConfig())
+    project = tomllib.loads((package_guard.ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(found["packages"]) == sorted(line.split(">")[0] for line in project["dependencies"])
+    extras = " ".join(line for lines in project["optional-dependencies"].values() for line in lines)
+    assert all(name in extras for name in found["optional"]) and found["problems"] == []
+
+    def absent(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    (problem,) = doctor.examine(doctor.DoctorConfig())["problems"]
+    assert problem.startswith("leviathan itself is not installed: pip install -e /")
+
+
+def test_ranks_and_threads_are_for_the_cores_that_we_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5, 7, 8, 9}, raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert LaunchConfig(LaunchKind.torchrun).ranks == 2
+    assert doctor.examine(doctor.DoctorConfig())["machine"]["cores"] == 4
+    for name in ("OMP_NUM_THREADS", "PYTHONSAFEPATH", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+        monkeypatch.setenv(name, "")  # so that they are as before in the end
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(agent, "get_rendezvous_handler", lambda parameters: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        agent.run(agent.Node(("-m", "train"), 2, Path("logs")))
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_this_machine(tmp_path):
+    module = tmp_path / "version"
+    assert driver(module) is None
+    module.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC version: 12\n")
+    assert driver(module) == "550.54.15"
+    free, writable = room(tmp_path / "not" / "yet")
+    assert free > 0 and writable
+
+
+def test_the_doctor_says_who_multiplies_in_fp8_and_why_others_do_not(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "FP8 by reference     blockwise, tensorwise, rowwise, mxfp8" in said
+    lines = said[said.index("FP8 by te") :].splitlines()
+    assert lines[0].split() == ["FP8", "by", "te", "none"] and "not rowwise: te knows" in "\n".join(lines[:8])
+    assert main(["doctor", "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out)["precision"]
+    assert found["reference"] == {"blockwise": [], "tensorwise": [], "rowwise": [], "mxfp8": []}
+    assert found["te"]["blockwise"] and all(isinstance(reason, str) for reason in found["te"]["blockwise"])

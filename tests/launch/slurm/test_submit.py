@@ -1,0 +1,484 @@
+"""What SLURM is asked for, when a job is queued again, and what is refused: with stand-ins for SLURM's commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from core.config import build, expand, load
+from core.errors import ConfigError
+from core.exit_codes import host_name
+from launch import agent
+from launch.cli import main
+from launch.config import LaunchConfig, SlurmConfig, check_interval, seconds
+from launch.slurm import job_step, requeue
+from launch.slurm.job_step import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
+from launch.slurm.requeue import AGAIN, Decision, Tries, bad_nodes, commands, decide, slow_nodes
+from launch.slurm.submit import SILENT, UNKNOWN, Job, Told, ask, follow, load_job, render, understand
+from train.config import TrainConfig
+from train.environment import environment
+from train.run_directory import write_config
+
+SCRIPT = """#!/bin/bash
+# Rendered by `leviathan train launch=slurm`; the configuration is in /jobs/big.
+#SBATCH --job-name=big
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=1-00:00:00
+#SBATCH --partition=gpu
+#SBATCH --account=lab
+#SBATCH --constraint=h100
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=96
+#SBATCH --mem=0
+#SBATCH --exclude=bad1,bad2
+#SBATCH --dependency=afterok:17
+#SBATCH --array=0-3%2
+#SBATCH --output=/jobs/big/log-%a.txt
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --exclusive
+#SBATCH --qos=high
+
+set -e
+module load cuda/13
+export PYTHONSAFEPATH=1
+export NCCL_DEBUG='WARN, please'
+export SRUN_CPUS_PER_TASK=96
+ulimit -l unlimited
+set +e
+
+# srun's tasks get the signals, too: this shell waits until they have saved
+trap : TERM USR1
+step() {
+    srun --kill-on-bad-exit=0 --wait=300 --cpu-bind=none apptainer exec a.sif \
+/python -u -m launch.slurm.job_step "$1" /jobs/big &
+    pid=$!
+    wait $pid; code=$?
+    while kill -0 $pid 2>/dev/null; do wait $pid; code=$?; done  # a signal ends only `wait`
+    wait $pid 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended just then
+}
+step doctor
+[ $code != 0 ] || step train
+apptainer exec a.sif /python -m launch.slurm.requeue /jobs/big $code; code=$?
+[ $code != 75 ] || { code=0; . /jobs/big/again-${SLURM_ARRAY_TASK_ID:-0}.sh; }
+exit $code
+"""
+
+
+def test_the_script_asks_for_what_was_configured():
+    slurm = {
+        "time": "1-00:00:00",
+        "partition": "gpu",
+        "account": "lab",
+        "constraint": "h100",
+        "gres": "gpu:8",
+        "cpus": 96,
+        "memory": "0",
+        "exclusive": True,
+        "exclude": ["bad1", "bad2"],
+        "dependency": "afterok:17",
+        "options": ["--qos=high"],
+        "modules": ["cuda/13"],
+        "environment": {"NCCL_DEBUG": "WARN, please"},
+        "setup": ["ulimit -l unlimited"],
+        "container": "apptainer exec a.sif",
+        "python": "/python",
+        "together": 2,
+        "save_s": 600,
+        "doctor": True,
+    }
+    launch = build(LaunchConfig, {"kind": "slurm", "nodes": 4, "processes": 8, "slurm": slurm})
+    assert render(Job(Path("/jobs/big"), "", [Path(f"/runs/big-{i}") for i in range(4)]), launch) == SCRIPT
+
+
+def test_what_is_not_configured_is_not_asked_for():
+    launch = build(LaunchConfig, {"kind": "slurm", "processes": 8})
+    lines = render(Job(Path("/jobs/x"), "", [Path("/runs/x")]), launch).splitlines()
+    asked = [line.split("--")[1].split("=")[0] for line in lines if line.startswith("#SBATCH")]
+    assert asked == ["job-name", "nodes", "ntasks-per-node", "output", "open-mode", "signal", "requeue"]
+    assert any(line.endswith(f'{sys.executable} -u -m launch.slurm.job_step "$1" /jobs/x &') for line in lines)
+    assert "step train" in lines and "step doctor" not in lines
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [("90", 5400), ("1:30", 90), ("1:30:00", 5400), ("2-0", 172800), ("1-2:30", 95400), ("0-0:0:5", 5), ("soon", None)],
+)
+def test_times_are_read_as_sbatch_does(text, wanted):
+    assert seconds(text) == wanted
+
+
+LAUNCH = {
+    "launch=slurm": "launch.processes: say how many ranks each node gets, usually its number of GPUs; try 8",
+    "launch=slurm launch.processes=1 launch.slurm.time=soon": "launch.slurm.time=soon: must read as sbatch's --time",
+    "launch=slurm launch.processes=1 launch.slurm.time=4": "launch.slurm.time=4: is not longer than the 300 s kept",
+    "launch=slurm launch.processes=1 launch.nodes=3": "training.global_batch=8: must divide into dp_replicate",
+    "launch=slurm launch.processes=1": "launch=slurm: sbatch is not on this machine: submit from a login node",
+    "launch=torchrun launch.nodes=2": "launch.node_rank: each node's command needs a number of its own; try 0 or 1",
+    "launch=torchrun launch.nodes=2 launch.node_rank=2": "launch.node_rank=2: each node's command needs a number",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1": "launch.rendezvous: several nodes meet at a port of node 0",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous=node0": "launch.rendezvous=node0: must be",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous='::1:29500'": (
+        "launch.rendezvous=::1:29500: the address of IPv6 goes in brackets: [ADDRESS]:PORT; try [::1]:29500"
+    ),
+    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous='[]:1'": "launch.rendezvous=[]:1: must be",
+    "launch=slurm launch.processes=1 launch.nodes=3 parallel.tp=2": "parallel.tp=2: tp = 2 must divide the world's 3",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.processes=1 launch.rendezvous=a:1": "run.name: several",
+    "launch=torchrun launch.node_rank=0": "launch.node_rank=0: one node needs none; add launch.nodes=2",
+    "launch=torchrun launch.restarts=-1": "launch.restarts=-1: must not be negative",
+}
+
+
+@pytest.mark.parametrize("overrides, message", LAUNCH.items(), ids=LAUNCH.keys())
+def test_launches_that_cannot_work_are_one_line(capsys, monkeypatch, tmp_path, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["train", *overrides.split()]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"leviathan: error: {message}"), line
+    assert not list(tmp_path.iterdir())
+
+
+ARRAY = """JobId=17 ArrayJobId=17 ArrayTaskId=1-3%2 JobName=x JobState=PENDING Reason=JobArrayTaskLimit
+JobId=18 ArrayJobId=17 ArrayTaskId=0 JobName=x JobState=RUNNING Reason=None"""
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """Stand-ins for SLURM's commands, each a shell script of one line."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+
+    def put(**lines: str) -> None:
+        for name, line in lines.items():
+            (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+            (folder / name).chmod(0o755)
+
+    put(
+        sbatch="echo 17", sinfo="printf 'main\\ngpu\\n'", scontrol=f"cat <<'X'\n{ARRAY}\nX\necho $4 >> {tmp_path}/asked"
+    )
+    return put
+
+
+SUBMIT = ["train", "run.name=x", "launch=slurm", "launch.processes=1", "launch.slurm.follow=false"]
+
+
+def test_a_job_keeps_what_was_submitted(stand_ins, tmp_path, capsys):
+    assert main([*SUBMIT, "optimizer.lr=1e-3,2e-3"]) == 0
+    assert not (tmp_path / "asked").exists()
+    assert "job 17: " in capsys.readouterr().out
+    stored = json.loads((tmp_path / "jobs" / "x" / "job.json").read_text())
+    assert stored["number"] == "17" and [Path(run).name for run in stored["runs"]] == ["x-0", "x-1"]
+    assert "#SBATCH --array=0-1\n" in (tmp_path / "jobs" / "x" / "job.sh").read_text()
+    assert "lr: 0.002" in (tmp_path / "jobs" / "x" / "config-1.yaml").read_text()
+    assert main(["jobs"]) == 0
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["17_0", "x-0", "RUNNING"],
+        ["17_1", "x-1", "PENDING"],
+    ]
+    assert (tmp_path / "asked").read_text().split() == ["17"], "one question for all runs of a job"
+
+
+def test_a_followed_job_is_one_question_a_look(stand_ins, tmp_path, capsys):
+    """Four looks at two runs: both wait, one runs, one is done, SLURM has forgotten both."""
+    assert main([*SUBMIT, "optimizer.lr=1e-3,2e-3"]) == 0
+    job, shown = load_job(tmp_path / "jobs" / "x"), []
+    job.log(1).write_text("step 1\n")
+    answers = [
+        "JobId=17 ArrayTaskId=0-1 JobState=PENDING Reason=Resources",
+        "JobId=17 ArrayTaskId=1 JobState=PENDING Reason=None\nJobId=18 ArrayTaskId=0 JobState=RUNNING Reason=None",
+        "JobId=17 ArrayTaskId=1 JobState=RUNNING Reason=None\nJobId=18 ArrayTaskId=0 JobState=COMPLETED Reason=None",
+        "JobId=17 ArrayTaskId=1 JobState=FAILED Reason=NonZeroExitCode",
+    ]
+    for number, answer in enumerate(answers):
+        (tmp_path / f"answer-{number}").write_text(answer + "\n")
+    asked = tmp_path / "asked"
+    stand_ins(scontrol=f"echo $4 >> {asked}\ncat {tmp_path}/answer-$(($(wc -l < {asked}) - 1))")
+    assert follow(job, shown.append, poll_s=0.0) == 1
+    assert asked.read_text().split() == ["17"] * 4
+    assert shown == [
+        "[17_0] PENDING (Resources)",
+        "[17_1] step 1",
+        "[17_1] PENDING (Resources)",
+        "[17_0] RUNNING",
+        "[17_0] COMPLETED",
+        "[17_1] RUNNING",
+        "[17_0] UNKNOWN",
+        "[17_1] FAILED",
+        f"[17_0] left no log in {job.folder}: is it on a file system that the nodes share?",
+    ]
+
+
+@pytest.mark.parametrize(
+    "tasks, wanted",
+    [("0-4", "AAAAA"), ("1,3-4%2", "-A-AA"), ("0-4:2", "A-A-A"), ("3", "---A-"), ("7", "-----"), ("...", "-----")],
+)
+def test_lines_of_an_array_are_understood(tasks, wanted):
+    told = understand(f"JobId=1 ArrayTaskId={tasks} JobState=A", 5)
+    assert "".join("-" if one.state == UNKNOWN else one.state for one in told) == wanted
+    assert [one.state for one in understand("JobId=1 JobState=A", 1)] == ["A"] and understand("", 1) == [Told(UNKNOWN)]
+
+
+def test_a_slurm_that_does_not_answer_is_silent_and_one_that_forgot_is_not(stand_ins):
+    job = Job(Path("/jobs/x"), "17", [Path("/runs/x")])
+    stand_ins(scontrol="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert ask(job) == [Told(SILENT)]
+    stand_ins(scontrol="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert ask(job) == [Told(UNKNOWN)]
+
+
+REJECTS = "[ $1 = --version ] || { echo 'sbatch: error: submission failed: Invalid account' >&2; exit 1; }"
+
+
+@pytest.mark.parametrize(
+    "overrides, scripts, message",
+    [
+        ([], {"sbatch": REJECTS}, "the job was rejected: sbatch: sbatch: error: submission failed: Invalid account"),
+        (["launch.slurm.partition=gpus"], {}, "launch.slurm.partition=gpus: no such partition; try gpu or main"),
+        (["launch.slurm.dependency=afterok:y"], {}, "y is no job's number and no job in"),
+        (["run.name=again"], {}, "run.name=again: job 17 of that name is not over; try another name"),
+    ],
+    ids=["rejected", "partition", "dependency", "twice"],
+)
+def test_what_slurm_would_not_take_is_one_line(stand_ins, capsys, overrides, scripts, message):
+    if overrides == ["run.name=again"]:
+        assert main([*SUBMIT, *overrides]) == 0
+    stand_ins(**scripts)
+    capsys.readouterr()
+    assert main([*SUBMIT, *overrides]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_a_job_that_leaves_no_log_says_where_to_look(stand_ins, capsys):
+    assert main([*SUBMIT, "run.name=silent"]) == 0
+    stand_ins(scontrol="echo JobId=17 JobState=FAILED Reason=None")
+    assert main(["jobs", "show", "silent"]) == 1
+    assert "left no log in" in capsys.readouterr().out
+    assert main(["jobs", "show", "nobody"]) == 2
+    assert "job=nobody: no such job was submitted from here; try silent" in capsys.readouterr().err
+
+
+def test_a_checkpoint_interval_longer_than_the_time_limit_is_refused():
+    config = load("train", TrainConfig, ["checkpoint.every=100"])
+    slurm = SlurmConfig(time="10", save_s=60)
+    check_interval(config, slurm, 5.0)
+    check_interval(config, slurm, None)
+    with pytest.raises(ConfigError, match=r"checkpoint\.every=100: 600 s at the 6\.00 s per step .*; try 90"):
+        check_interval(config, slurm, 6.0)
+
+
+@pytest.mark.parametrize("every, refused", [(100, True), (2, False)])
+def test_a_run_that_has_been_seen_to_be_slow_is_refused_a_short_time(stand_ins, tmp_path, capsys, every, refused):
+    """At 4,096 tokens a step and 512 a second, 100 steps take 800 s."""
+    overrides = ["run.name=x", f"checkpoint.every={every}", "training.global_batch=16", "training.context=256"]
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    write_config(run / "config.yaml", load("train", TrainConfig, overrides))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 5.0, "tokens_per_second": 512.0}) + "\n")
+    code = main([*SUBMIT, *overrides, "launch.slurm.time=10"])
+    told = capsys.readouterr().err.strip().splitlines()
+    assert code == (2 if refused else 0) and len(told) == refused, told
+    if refused:
+        assert (
+            "checkpoint.every=100: 800 s at the 8.00 s per step seen so far, longer than launch.slurm.time=10"
+            in told[0]
+        )
+
+
+@pytest.mark.parametrize("given, where, code, lines", [(3, 0, FINAL + 2, 1), (3, 1, FINAL + 2, 0), (2, 0, 0, 0)])
+def test_a_job_that_got_other_nodes_than_its_layout_has_ends(tmp_path, monkeypatch, capsys, given, where, code, lines):
+    """One message, from the first node; with the right number the node's ranks are started."""
+    launch = {"kind": "slurm", "nodes": 2, "processes": 1}
+    write_config(tmp_path / "config-0.yaml", replace(load("train", TrainConfig, ["run.name=x"]), launch=launch))
+    job = {"SLURM_JOB_ID": 17, "SLURM_JOB_NUM_NODES": given, "SLURM_NODEID": where, "SLURM_LAUNCH_NODE_IPADDR": "::1"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, str(value))
+    started = []
+    monkeypatch.setattr(agent, "run", lambda node: started.append(node) or 0)
+    handler = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert job_step.main(["train", str(tmp_path)]) == code
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == lines and all("launch.nodes=2: SLURM has given the job 3: " in line for line in told), told
+    assert [one.nodes for one in started] == ([] if code else [2])
+
+
+@pytest.mark.parametrize("given", ["n7", None])
+def test_a_machine_has_one_name_everywhere(monkeypatch, capsys, tmp_path, given):
+    monkeypatch.delenv("SLURMD_NODENAME", raising=False)
+    if given:
+        monkeypatch.setenv("SLURMD_NODENAME", given)
+    handler = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert job_step.main(["train", str(tmp_path / "no")]) == FINAL + 2
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    name = given or os.uname().nodename
+    assert capsys.readouterr().err.startswith(f"leviathan: error: {name} does not see {tmp_path / 'no'}: ")
+    assert environment()["host"] == host_name() == name
+
+
+BEFORE = Tries(40, 2, ("n7",))
+
+
+@pytest.mark.parametrize(
+    "code, step, bad, wanted",
+    [
+        (0, 40, (), 0),
+        (WARNED, 60, (), AGAIN),
+        (WARNED, 40, (), 1),
+        (128 + signal.SIGUSR1, 60, (), AGAIN),
+        (CANCELLED, 60, (), AGAIN),
+        (128 + signal.SIGTERM, 60, (), AGAIN),
+        (FINAL + 2, 60, (), 2),
+        (FINAL + 1, 60, (), 1),
+        (3, 40, ("n2",), AGAIN),
+        (137, 60, (), AGAIN),
+        (FAILED_NODE, 40, ("n2",), AGAIN),
+        (FAILED_NODE, 40, ("n1", "n2"), 1),
+    ],
+)
+def test_when_a_job_is_queued_again(code, step, bad, wanted):
+    now = BEFORE.after(step, bad)
+    assert now.fruitless == (0 if step > 40 else 3) and now.excluded == tuple(sorted(("n7", *bad)))
+    decision = decide(code, now, 3, bad, 2, cancelled=False)
+    assert decision.exit_code == wanted, decision.why
+    stopped = code in (CANCELLED, 128 + signal.SIGTERM)
+    assert decision.if_running == stopped, "whoever uses scancel does not want it back"
+    assert decide(code, now, 3, bad, 2, cancelled=True).cancel == bool(code)
+
+
+def test_a_job_that_gets_nowhere_ends():
+    assert decide(3, Tries(40, 3).after(40, ()), 3, (), 2, False).exit_code == 1
+    assert decide(3, Tries(40, 3).after(41, ()), 3, (), 2, False).exit_code == AGAIN, "control: it got on"
+    assert decide(FAILED_NODE, Tries(40, 3).after(40, ()), 3, ("n1",), 2, False).exit_code == 1
+    assert decide(3, Tries().after(-1, ()), 3, (), 2, False).exit_code == AGAIN
+    assert decide(3, Tries().after(-1, ()), 0, (), 2, False).exit_code == 1
+
+
+def test_what_slurm_is_asked_to_queue_a_job_again():
+    plain, stopped, script = Decision(AGAIN, ""), Decision(AGAIN, "", if_running=True), Path("/jobs/x/job.sh")
+    assert commands("17_2", plain, [], script).splitlines() == [
+        "trap '' TERM",
+        "scontrol requeue 17_2 || exit 1",
+        "scontrol update JobId=17_2 StartTime=now",
+    ]
+    assert commands("17", Decision(AGAIN, "", cancel=True), [["n1"]], script).splitlines()[1:] == [
+        "scancel 17",
+        "exit 130",
+    ]
+    asked = commands("17", stopped, [], script).splitlines()
+    assert asked[1] == "scontrol show job -o 17 | grep -q JobState=RUNNING || exit 130" and len(asked) == 4
+
+
+WISHES = [["n1", "n2", "n3"], ["n1", "n2"]]
+
+
+@pytest.mark.parametrize(
+    "possible, left_out, told",
+    [
+        ("n1,n2,n3 n1,n2", "n1,n2,n3", ["leviathan: left out from now on: n1,n2,n3"]),
+        (
+            "n1,n2",
+            "n1,n2",
+            [
+                "leviathan: not all left out of n1,n2,n3: SLURM says, too few",
+                "leviathan: left out from now on: n1,n2",
+            ],
+        ),
+        ("", None, ["leviathan: not all left out of n1,n2,n3: SLURM says, too few"]),
+    ],
+    ids=["all", "without the slow", "none"],
+)
+def test_nodes_are_left_out_only_where_enough_stay(stand_ins, tmp_path, possible, left_out, told):
+    """The slow n3 is given up before n1 and n2, which are wrong."""
+    stand_ins(
+        sbatch=f'for list in {possible}; do [ "$2" != --exclude=$list ] || exit 0; done; echo too few >&2; exit 1',
+        scontrol=f'echo "$@" >> {tmp_path}/asked',
+    )
+    lines = commands("17", Decision(AGAIN, ""), WISHES, tmp_path / "job.sh")
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True)
+    assert done.stdout.splitlines() == told and not done.stderr
+    wanted = ["requeue 17", "update JobId=17 StartTime=now"]
+    wanted += [f"update JobId=17 ExcNodeList={left_out}"] if left_out else []
+    assert (tmp_path / "asked").read_text().splitlines() == wanted
+
+
+def test_what_is_wished_to_be_left_out():
+    now = Tries(40, 0, ("n1",), ("n2",)).after(60, ("n2", "n4"), ("n3", "n1"))
+    assert (now.excluded, now.slow) == (("n1", "n2", "n4"), ("n3",)), "a wrong node is not only slow"
+    assert now.wishes(["n0"]) == [["n0", "n1", "n2", "n3", "n4"], ["n0", "n1", "n2", "n4"]]
+    assert Tries().wishes(["n0"]) == [] and Tries(excluded=("n0",)).wishes(["n0"]) == []
+    assert Tries(excluded=("n1",)).wishes([]) == [["n1"]] == Tries(slow=("n1",)).wishes([])
+
+
+def test_slow_nodes_are_those_that_are_slow_at_the_end_of_this_try(tmp_path):
+    path = tmp_path / "slow.jsonl"
+    assert slow_nodes(path, 0.0) == ()
+    for when, hosts in ((10.0, ["n1"]), (20.0, ["n2", "n3"]), (30.0, [])):
+        with open(path, "a") as file:
+            file.write(json.dumps({"time": when, "step": 1, "hosts": hosts}) + "\n")
+        assert slow_nodes(path, 5.0) == tuple(hosts), "who has recovered is not slow"
+        assert slow_nodes(path, 15.0) == (tuple(hosts) if when > 15 else ()), "an earlier try's do not count"
+
+
+@pytest.mark.parametrize("code, wished", [(WARNED, ["n2"]), (3, ["n2", "n3"]), (0, None)])
+def test_a_job_that_is_queued_again_leaves_out_who_was_slow(stand_ins, tmp_path, monkeypatch, capsys, code, wished):
+    """Slow nodes at every end, those that hung only where the try failed: warned, it has outlived them."""
+    assert main(SUBMIT) == 0
+    logs = tmp_path / "runs" / "x" / "logs"
+    logs.mkdir(parents=True)
+    later = time.time() + 1
+    (logs / "slow.jsonl").write_text(json.dumps({"time": later, "step": 9, "hosts": ["n2"]}) + "\n")
+    (logs / "hangs.jsonl").write_text(json.dumps({"time": later, "hosts": ["n3"]}) + "\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    again = tmp_path / "jobs" / "x" / "again-0.sh"
+    assert requeue.main([str(tmp_path / "jobs" / "x"), str(code)]) == (0 if code == 0 else AGAIN)
+    assert again.exists() == bool(code)
+    if code:
+        assert f"for nodes in {','.join(wished)} " in again.read_text()
+        assert "leviathan: steadily slow in this try: n2" in capsys.readouterr().out
+        stored = json.loads((tmp_path / "jobs" / "x" / "requeue-0.json").read_text())
+        assert stored["slow"] == ["n2"] and stored["excluded"] == ([] if code == WARNED else ["n3"])
+
+
+def test_bad_nodes_are_those_of_this_try(tmp_path):
+    hangs = [{"time": 10.0, "hosts": ["old"]}, {"time": 30.0, "hosts": ["n2"]}]
+    (tmp_path / "hangs.jsonl").write_text("".join(json.dumps(hang) + "\n" for hang in hangs))
+    (tmp_path / "findings.json").write_text(json.dumps({"time": 30.0, "bad_nodes": ["n3"]}))
+    assert bad_nodes(tmp_path, tmp_path, 20.0) == ("n2", "n3")
+    assert bad_nodes(tmp_path, tmp_path, 40.0) == () == bad_nodes(tmp_path / "no", tmp_path / "no", 0.0)
+
+
+def test_a_line_that_a_rank_had_no_time_to_end_is_left_out(tmp_path):
+    whole = json.dumps({"time": 30.0, "hosts": ["n2"]})
+    for name in ("hangs.jsonl", "slow.jsonl"):
+        (tmp_path / name).write_text(f'{whole}\n{{"time": 31.0, "ho')
+    assert bad_nodes(tmp_path / "no", tmp_path, 20.0) == ("n2",) == slow_nodes(tmp_path / "slow.jsonl", 20.0)
+
+
+def test_codes_of_ranks_say_whether_to_try_again():
+    wanted = {0: 0, 1: FINAL + 1, 2: FINAL + 2, 3: 3, 4: 3, 130: WARNED, 255: 3, FAILED_NODE: FAILED_NODE}
+    assert {code: code_for(code) for code in wanted} == wanted
+
+
+def test_a_sweep_is_every_combination():
+    assert expand(["a=1,2", "b=x", "c=range(0,2)", "d=[1,2]"]) == [
+        [f"a={a}", "b=x", f"c={c}", "d=[1,2]"] for a in (1, 2) for c in (0, 1)
+    ]
+    assert expand(["a="]) == [["a="]] and expand(["]["]) == [["]["]], "what is wrong is told by composing"

@@ -1,0 +1,124 @@
+"""Attention in pieces equals attention under a mask, and its memory grows with the row and not with its square."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.attention import segments as module
+from model.attention.layer import attend
+from model.attention.plan import PIECES_FROM, AttentionPlan, SequenceContext
+from model.attention.segments import Run, attend_pieces, documents, pieces
+
+B, H, G, K = 3, 4, 2, 8
+
+
+def positions(length: int, every: int = 12) -> Tensor:
+    """Rows of random documents, a row of one document among them."""
+    starts = torch.rand(B, length, generator=torch.Generator().manual_seed(length)) < 1 / every
+    starts[:, 0], starts[1, 1:] = True, False
+    places = torch.arange(length).expand(B, -1)
+    return places - torch.where(starts, places, 0).cummax(1).values
+
+
+def inputs(length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(B, length, heads, K, generator=generator, dtype=dtype) for heads in (H, G, G, H)]
+
+
+def figures(attention: Any, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+    """The result and the gradients of queries, keys and values."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    y = attention(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def masked(rows: Tensor) -> AttentionPlan:
+    return AttentionPlan(mask=SequenceContext(rows)._whole_mask(rows == 0))
+
+
+def largest(found: list[Tensor], wanted: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
+CUTS = {"whole": [0, 64], "thirds": [0, 20, 48, 64], "first alone": [0, 1, 64]}
+
+
+@pytest.mark.parametrize("kernel", ["flash", "plain"])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
+def test_pieces_equal_the_mask(cut, kernel, monkeypatch):
+    if kernel == "plain":
+        monkeypatch.setattr(module, "_AT_ONCE", 7)
+        monkeypatch.setattr(module, "_forward", module.plain_forward)
+        monkeypatch.setattr(module, "_backward", module.plain_backward)
+    rows = positions(64)
+    wanted = figures(lambda q, k, v: attend(q, k, v, masked(rows)), *inputs(64))
+    runs = [Run(a, b, a) for a, b in pairwise(cut)]
+    parts = pieces(documents(rows == 0), runs, runs)
+    assert largest(figures(lambda q, k, v: attend_pieces(q, k, v, parts), *inputs(64)), wanted) < 1e-12
+    rectangles = [part for part in parts if not part.causal]
+    if len(cut) > 2:
+        lost = [part for part in parts if part is not rectangles[-1]]
+        assert largest(figures(lambda q, k, v: attend_pieces(q, k, v, lost), *inputs(64)), wanted) > 1e-3, "control"
+
+
+@pytest.mark.parametrize("dtype, gate", [(torch.float32, 5e-6), (torch.bfloat16, 0.1)])
+def test_narrow_formats_round(dtype, gate):
+    rows = positions(64)
+    wanted = figures(lambda q, k, v: attend(q, k, v, masked(rows)), *inputs(64, dtype))
+    runs = [Run(0, 40, 0), Run(40, 64, 40)]
+    parts = pieces(documents(rows == 0), runs, runs)
+    found = figures(lambda q, k, v: attend_pieces(q, k, v, parts), *inputs(64, dtype))
+    assert 0 < largest(found, wanted) < gate and all(x.dtype is dtype for x in found)
+
+
+def test_long_packed_rows_go_in_pieces_and_short_ones_do_not():
+    assert SequenceContext(positions(PIECES_FROM - 1)).plan(None).mask is not None
+    plan = SequenceContext(positions(PIECES_FROM)).plan(None)
+    assert plan.parts is not None and plan.mask is None
+    wanted = figures(lambda q, k, v: attend(q, k, v, masked(positions(PIECES_FROM))), *inputs(PIECES_FROM))
+    assert largest(figures(lambda q, k, v: attend(q, k, v, plan), *inputs(PIECES_FROM)), wanted) < 1e-12
+    whole = torch.arange(PIECES_FROM)[None]
+    assert SequenceContext(whole).plan(None) == AttentionPlan(), "one document needs neither"
+
+
+def test_a_run_of_keys_that_cuts_queries_is_refused():
+    rows = documents(torch.zeros(1, 8, dtype=torch.bool))
+    with pytest.raises(AssertionError, match="hold a part of the queries"):
+        pieces(rows, [Run(0, 8, 0)], [Run(0, 4, 0), Run(4, 8, 4)])
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had, and the sum of what was kept for the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def most(length: int, attention: Any) -> int:
+    with Largest() as seen:
+        figures(attention, *inputs(length, torch.float32))
+    return seen.elements
+
+
+def test_memory_is_linear_in_the_row():
+    """Of the largest tensor in a forward and a backward pass; under a mask it grows fourfold."""
+    found = [
+        most(n, lambda q, k, v: attend(q, k, v, SequenceContext(positions(len(q[0]))).plan(None))) for n in (1024, 2048)
+    ]
+    assert found == [1024 * B * H * K, 2048 * B * H * K]
+    under = [most(n, lambda q, k, v: attend(q, k, v, masked(positions(len(q[0]))))) for n in (1024, 2048)]
+    assert under[1] == 4 * under[0] > found[1]

@@ -1,0 +1,188 @@
+"""Balancing terms by gradient injection: equal to the loss written out, counted once, and they do balance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.attention.plan import SequenceContext
+from model.balancer import Balancer
+from model.config import AuxScope, BalanceConfig, InitConfig, ModelConfig, RouterConfig, Score
+from model.init import initialise
+from model.load_balance import Balance
+from model.moe import Router
+from model.transformer import Transformer
+from parallel import activation_checkpoint
+from parallel.layout import Recompute
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
+
+B, T, D, E = 3, 10, 16, 4
+MODEL = ModelConfig(
+    vocab_size=32,
+    width=D,
+    layers=2,
+    heads=2,
+    kv_heads=2,
+    head_width=8,
+    dense_width=16,
+    expert_width=16,
+    experts=E,
+    chunk=4,
+    init=InitConfig(std=1.0, fan_in=True),
+    balance=BalanceConfig(bias_rate=0.01, aux=0.1, z=0.01),
+)
+
+
+def written_out(x: torch.Tensor, weight: torch.Tensor, router: RouterConfig, balance: BalanceConfig, divisor: float):
+    """The balancing terms as an ordinary loss."""
+    logits = x @ weight.T
+    chosen = logits.topk(router.top_k, -1).indices
+    p = (
+        logits.softmax(-1)
+        if router.score is Score.softmax
+        else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    )
+    load = torch.nn.functional.one_hot(chosen, E).double().sum(2)  # B, T, E
+    if balance.aux_scope is AuxScope.sequence:
+        share = load.mean(1, keepdim=True) * E / router.top_k
+    else:
+        share = load.mean((0, 1), keepdim=True) * E / router.top_k
+    aux = (share * p).sum() / divisor
+    z = logits.logsumexp(-1).square().sum() / divisor
+    entropy = -(p * p.log()).sum() / divisor / math.log(E)
+    return balance.aux * aux + balance.z * z, torch.stack([aux, z, entropy])
+
+
+@pytest.mark.parametrize("score", Score)
+@pytest.mark.parametrize("scope", [AuxScope.sequence, AuxScope.micro])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_injected_gradients_equal_the_loss_written_out(score, scope, top_k):
+    torch.manual_seed(0)
+    config, balance = RouterConfig(top_k=top_k, score=score), BalanceConfig(aux=0.3, aux_scope=scope, z=0.2)
+    router = Router(D, E, config, balance).double()
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    experts_BTK, weights_BTK = router(x, routed_tokens=77.0)
+    factor = torch.randn_like(weights_BTK)
+    (weights_BTK * factor).sum().backward()
+
+    weight = router.weight.detach().clone().requires_grad_()
+    scores = (x @ weight.T).sigmoid() if score is Score.sigmoid else (x @ weight.T).softmax(-1)
+    plain = (scores.gather(-1, experts_BTK) * factor).sum()
+    loss, sums = written_out(x, weight, config, balance, 77.0)
+    (plain + loss).backward()
+    torch.testing.assert_close(router.weight.grad, weight.grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(router.balance.sums, sums.detach(), rtol=1e-10, atol=1e-10)
+
+    weight.grad = None
+    scores = (x @ weight.T).sigmoid() if score is Score.sigmoid else (x @ weight.T).softmax(-1)
+    (scores.gather(-1, experts_BTK) * factor).sum().backward()
+    assert not torch.allclose(router.weight.grad, weight.grad), "control: without the terms the gradient differs"
+
+
+def step(model: Transformer, seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    tokens = torch.randint(0, MODEL.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+    context = SequenceContext(torch.arange(T).expand(B, T), routed_tokens=float(B * T))
+    model(tokens, context).square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return gradients, Balancer(model).step()
+
+
+def make(mode: Recompute, config: ModelConfig = MODEL) -> Transformer:
+    model = Transformer(config, resolve(PrecisionConfig(Compute.float64))).double()
+    initialise(model, config, seed=0)
+    activation_checkpoint.apply(model, mode)
+    return model
+
+
+@pytest.mark.parametrize("mode", [Recompute.selective, Recompute.full])
+def test_recomputation_changes_nothing_and_counts_once(mode):
+    plain, plain_figures = step(make(Recompute.none))
+    again, figures = step(make(mode))
+    assert int(plain_figures["counts"].sum()) == MODEL.layers * B * T
+    for key, value in plain_figures.items():
+        assert torch.equal(figures[key], value), key
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_full_recomputation_does_run_the_layers_again():
+    """Control for the test above: the forward really runs twice."""
+    calls = []
+    model = make(Recompute.none)
+    model.layers["0"].attention.register_forward_hook(lambda *_: calls.append(1))
+    activation_checkpoint.apply(model, Recompute.full)
+    step(model)
+    assert len(calls) == 2
+
+
+def test_evaluation_counts_nothing():
+    model = make(Recompute.none)
+    with torch.no_grad():
+        model(torch.zeros(B, T, dtype=torch.int64))
+    assert int(Balancer(model).step()["counts"].sum()) == 0
+
+
+def test_bias_moves_against_the_load_with_zero_mean():
+    balance = Balance(E, Score.sigmoid, BalanceConfig(bias_rate=0.1))
+    balance.step(torch.tensor([10, 2, 4, 4]))
+    assert balance.bias_E.tolist() == pytest.approx([-0.15, 0.05, 0.05, 0.05])
+    assert balance.load_E.tolist() == pytest.approx([2.0, 0.4, 0.8, 0.8])
+
+
+def test_whole_scope_uses_last_steps_frozen_load():
+    config = BalanceConfig(aux=1.0, aux_scope=AuxScope.whole)
+    router = Router(D, E, RouterConfig(), config).double()
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    router(x, 1.0)[1].sum().mul(0).backward()
+    assert router.weight.grad.abs().max() < 1e-12, "an even load, as before the first step, pulls nowhere"
+    router.balance.step(torch.tensor([9, 1, 1, 1]))
+    router.weight.grad = None
+    router(x, 1.0)[1].sum().mul(0).backward()
+    moved = (x.flatten(0, 1) @ (router.weight - 0.01 * router.weight.grad).T).sigmoid()
+    p = (moved / moved.sum(-1, keepdim=True)).mean(0)
+    before = (x.flatten(0, 1) @ router.weight.T).sigmoid()
+    assert p[0] < (before / before.sum(-1, keepdim=True)).mean(0)[0], "descent lowers the busy expert's probability"
+
+
+@pytest.mark.parametrize("balance", [BalanceConfig(bias_rate=0.02), BalanceConfig(aux=0.1)], ids=["bias", "aux"])
+def test_balancing_evens_a_skewed_router(balance):
+    def skew(config: BalanceConfig) -> float:
+        torch.manual_seed(0)
+        router = Router(D, E, RouterConfig(), config)
+        torch.nn.init.normal_(router.weight, std=0.1)
+        offset = torch.ones(D)
+        optimizer = torch.optim.SGD(router.parameters(), lr=1.0)
+        with torch.no_grad():
+            router.weight[0] += 0.2  # every token likes expert 0
+        for _ in range(60):
+            x = torch.randn(B, 64, D) + offset
+            router(x, float(B * 64))[1].sum().mul(0).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            counts = router.balance.counts_E.clone()
+            router.balance.step(counts)
+        return float(counts.max() / counts.double().mean())
+
+    assert skew(BalanceConfig()) > 3.0, "control: without balancing it stays skewed"
+    assert skew(balance) < 1.8
+
+
+def test_forced_balance_spreads_tokens_evenly():
+    router = Router(D, E, RouterConfig(top_k=2, force_balanced=True), BalanceConfig())
+    torch.nn.init.ones_(router.weight)
+    experts_BTK, _ = router(torch.randn(2, 10, D), None)
+    assert torch.bincount(experts_BTK.flatten(), minlength=E).tolist() == [10] * E
+    assert all(len(set(row)) == 2 for row in experts_BTK.flatten(0, 1).tolist())
+
+
+def test_balancing_terms_without_a_token_count_are_refused():
+    model = make(Recompute.none)
+    with pytest.raises(ValueError, match="routed_tokens"):
+        model(torch.zeros(B, T, dtype=torch.int64))
+    assert replace(MODEL, balance=BalanceConfig(bias_rate=0.1)).balance.aux == 0

@@ -1,0 +1,141 @@
+"""How a model is cut into stages, and what cannot be."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from core.config import load
+from core.errors import ConfigError
+from model.config import ModelConfig
+from parallel import layout
+from parallel.layout import ParallelConfig
+from parallel.pipeline.stages import Schedule, balanced, layer_costs, stages
+from tests.parallel.test_layout import refusal
+from train.config import TrainConfig, check
+
+MODEL = ModelConfig(
+    vocab_size=64, width=32, layers=8, heads=4, kv_heads=2, head_width=8, dense_width=48, expert_width=32
+)
+
+
+def test_the_costliest_part_is_as_cheap_as_any_cut_makes_it():
+    source = random.Random(5)
+    for _ in range(30):
+        costs = [source.choice([1.0, 2.0, 5.0, 9.0]) for _ in range(source.randint(3, 9))]
+        parts = source.randint(1, 3)
+        sizes = balanced(costs, parts)
+        assert sum(sizes) == len(costs) and len(sizes) == parts and min(sizes) >= 1
+
+        def highest(bounds: tuple[int, ...], costs: list[float] = costs) -> float:
+            ends = [0, *bounds, len(costs)]
+            return max(sum(costs[a:b]) for a, b in itertools.pairwise(ends))
+
+        best = min(highest(bounds) for bounds in itertools.combinations(range(1, len(costs)), parts - 1))
+        assert highest(tuple(itertools.accumulate(sizes[:-1]))) == best
+
+
+def test_equal_layers_are_cut_evenly():
+    assert balanced([1.0] * 8, 4) == [2, 2, 2, 2]
+    assert sorted(balanced([1.0] * 7, 3)) == [2, 2, 3]
+
+
+def test_a_large_head_makes_the_last_stage_shorter():
+    assert balanced(layer_costs(MODEL), 2) == [4, 4]
+    large = ModelConfig(**{**vars(MODEL), "vocab_size": 32768})
+    assert balanced(layer_costs(large), 2)[1] < 4
+
+
+def test_long_reach_costs_more_than_a_chunk():
+    """At 4,096 positions a layer that sees all of them costs more than one that sees 64."""
+    chunked = ModelConfig(**{**vars(MODEL), "chunk": 64, "nope_every": 4})
+    costs = layer_costs(chunked)
+    assert costs[3] > 5 * costs[2]
+
+
+def test_of_equal_cuts_the_even_one_is_taken():
+    """The dear layer makes a stage of its own; the six cheap ones may then lie in many ways."""
+    assert balanced([9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3) == [1, 3, 3]
+
+
+def test_loops_and_vs_give_ranks_their_stages():
+    loop = stages(MODEL, 2, Schedule.interleaved, 2, None)
+    v = stages(MODEL, 2, Schedule.zbv, 2, None)
+    assert [loop.of(rank) for rank in range(2)] == [[0, 2], [1, 3]]
+    assert [v.of(rank) for rank in range(2)] == [[0, 3], [1, 2]], "the first and the last stage share a rank"
+    assert [layer for stage in loop.layers for layer in stage] == list(range(8))
+
+
+def test_the_cut_can_be_given():
+    given = stages(MODEL, 2, Schedule.one_f_one_b, 1, [7, 1])
+    assert given.layers == (range(7), range(7, 8))
+
+
+@pytest.mark.parametrize(
+    "world_size, overrides, message",
+    [
+        (2, ["parallel.schedule=zbv"], "parallel.schedule=zbv: there is no pipeline: add parallel.pp"),
+        (2, ["parallel.stages_per_rank=2"], "parallel.stages_per_rank=2: there is no pipeline"),
+        (8, ["parallel.pp=8"], "parallel.pp=8: times 1 stages per rank = 8 stages, more than the model's 4 layers"),
+        (4, ["parallel.pp=4", "parallel.schedule=zbv"], "times 2 stages per rank = 8 stages, more than the model's 4"),
+        (2, ["parallel.pp=2", "parallel.layers_per_stage=[4,1]"], "must name 2 stages of at least one layer, 4"),
+        (2, ["parallel.pp=2", "parallel.layers_per_stage=[4,0]"], "must name 2 stages of at least one layer, 4"),
+        (2, ["parallel.pp=2", "parallel.stages_per_rank=2"], "one_f_one_b has one stage per rank; take another"),
+        (2, ["parallel.pp=2", "parallel.schedule=zbv", "parallel.stages_per_rank=3"], "zbv has two stages per rank"),
+        (
+            2,
+            ["parallel.pp=2", "parallel.schedule=interleaved", "parallel.stages_per_rank=1"],
+            "interleaved needs several stages per rank; try 2 or 4",
+        ),
+        (
+            2,
+            ["parallel.pp=2", "training.micro_batch=8"],
+            "training.micro_batch=8: one_f_one_b with pp=2 needs at least 2 micro-batches, a rank's 8 rows make 1",
+        ),
+        (
+            2,
+            ["parallel.pp=2", "parallel.schedule=dualpipev", "training.micro_batch=4"],
+            "training.micro_batch=4: dualpipev with pp=2 needs at least 4 micro-batches, a rank's 8 rows make 2",
+        ),
+        (
+            2,
+            ["parallel.pp=2", "parallel.schedule=interleaved", "training.global_batch=5"],
+            "training.global_batch=5: interleaved with pp=2 needs at least 2 micro-batches, in rounds of equal",
+        ),
+        (
+            4,
+            ["parallel.pp=4", "training.global_batch=2"],
+            "training.global_batch=2: one_f_one_b with pp=4 needs at least 4 micro-batches, a rank's 2 rows make 2",
+        ),
+        (
+            2,
+            ["parallel.pp=2", "parallel.schedule=zbv", "parallel.compile=true"],
+            "parallel.compile=True: compiled layers cannot put off the gradients of their weights",
+        ),
+        (
+            2,
+            ["parallel.pp=2", "parallel.schedule=zbv", "model.tie_embeddings=true"],
+            "parallel.schedule=zbv: both ends of a V-schedule are on one rank",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_a_process_group_exists(world_size, overrides, message):
+    assert message in refusal(world_size, "model.layers=4", *overrides)
+
+
+def test_a_schedule_that_this_torch_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(layout, "torch_version", lambda: (2, 12))
+    with pytest.raises(
+        ConfigError, match=r"schedule=zbv: needs torch 2.13 or newer, this is .*; try gpipe, one_f_one_b"
+    ):
+        ParallelConfig(pp=2, schedule=Schedule.zbv)
+    assert ParallelConfig(pp=2, schedule=Schedule.interleaved).per_rank == 2
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_every_schedule_has_a_batch_that_it_takes(schedule):
+    asked = ["parallel.pp=2", f"parallel.schedule={schedule.name}", "training.micro_batch=1", "training.global_batch=8"]
+    check(load("train", TrainConfig, asked), 2)

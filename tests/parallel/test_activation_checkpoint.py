@@ -1,0 +1,75 @@
+"""What a step computes again: counted operation by operation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.layouts import tiny
+from model.balancer import Balancer
+from model.config import ModelConfig
+from parallel.comm.world import World
+from parallel.layout import ParallelConfig, Recompute
+from parallel.mesh import make_meshes
+from parallel.parallelize import build
+from precision.config import Backend, Compute, PrecisionConfig, Recipe
+from train.certify.plan import shrink
+from train.certify.worker import ROWS, MadeUpRows
+from train.engine.base import optimizer_step
+from train.engine.fsdp import TorchEngine
+from train.optim.optimizer import OptimizerConfig
+
+COSTLY = {
+    "products": ("mm", "_grouped_mm", "_linear_pointwise"),
+    "attention": ("_scaled_dot_product_flash_attention_for_cpu",),
+}
+
+
+class Done(TorchDispatchMode):
+    """How often each operation of torch was carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.times[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(options or {}))
+
+
+def operations(mode: Recompute, precision: PrecisionConfig, model: ModelConfig) -> Counter[str]:
+    """Those of one step in one process."""
+    world = World(0, 1, torch.device("cpu"))
+    meshes = make_meshes(ParallelConfig(recompute=mode).resolve(1), world)
+    placed = build(model, precision, meshes, world.device, seed=1)
+    network, engine = placed.model, TorchEngine(placed, OptimizerConfig())
+    with Done() as done:
+        optimizer_step(engine, Balancer(network), MadeUpRows(model.vocab_size).batch(0, 0, ROWS), ROWS, None, 1.0)
+    return done.times
+
+
+def test_selective_recomputation_repeats_no_product_in_float8():
+    eight = PrecisionConfig(Compute.bfloat16, backend=Backend.torch, recipe=Recipe.rowwise)
+    times = [operations(mode, eight, shrink(tiny(1), side=16))["_scaled_mm_v2"] for mode in Recompute]
+    none, selective, full = times
+    assert 0 < none == selective < full
+
+
+@pytest.fixture(scope="module", params=[Compute.float32, Compute.bfloat16], ids=lambda compute: compute.value)
+def times(request) -> dict[Recompute, Counter[str]]:
+    return {mode: operations(mode, PrecisionConfig(request.param), tiny(2)) for mode in Recompute}
+
+
+@pytest.mark.parametrize("kind", COSTLY)
+def test_selective_recomputation_repeats_nothing_costly(times, kind):
+    none, selective, full = (sum(times[mode][name] for name in COSTLY[kind]) for mode in Recompute)
+    assert 0 < none == selective < full
+
+
+def test_selective_recomputation_repeats_what_is_cheap(times):
+    none, selective, full = (times[mode]["silu"] for mode in Recompute)
+    assert 0 < none < selective == full

@@ -1,0 +1,119 @@
+"""The plan by which matrices come together, for every rank of a layout at once and without a process group."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from bench.layouts import tiny
+from model.config import ModelConfig
+from model.roles import registry
+from parallel.layout import Layout, ParallelConfig
+from parallel.mesh import Meshes, place
+from parallel.parallelize import on_meta
+from parallel.sharding import ShardSpec, shard_specs
+from parallel.whole_matrices import Round, rounds
+from precision.config import PrecisionConfig
+
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "fsdp3": (3, ParallelConfig()),
+    "fsdp4": (4, ParallelConfig()),
+    "hsdp": (4, ParallelConfig(dp_replicate=2)),
+    "tp2-fsdp2": (4, ParallelConfig(tp=2)),
+    "ep2-etp2-fsdp4": (4, ParallelConfig(ep=2, etp=2)),
+    "etp2-efsdp4": (8, ParallelConfig(etp=2)),
+    "all": (16, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2)),
+}
+SIZES = [1, 1000, 1 << 26]
+"""Elements on a rank at a time: a matrix alone, some, all."""
+
+
+def awkward() -> ModelConfig:
+    """Sizes that ranks do not divide. Of three, which find nothing of an expert to cut evenly, one has no expert."""
+    return replace(tiny(2), width=40, dense_width=50, experts=4, expert_width=80, shared_width=18, head_width=6)
+
+
+def plans(layout: Layout, at_once: int) -> list[tuple[Meshes, dict[str, ShardSpec], list[Round]]]:
+    """By rank."""
+    model = awkward()
+    infos = registry(on_meta(model, PrecisionConfig()))
+    found = []
+    for rank in range(layout.world_size):
+        meshes = place(layout, rank)
+        specs = shard_specs(infos, model, meshes)
+        specs = {name: spec for name, spec in specs.items() if spec.info.role.is_matrix}
+        found.append((meshes, specs, rounds(specs, meshes, at_once)))
+    return found
+
+
+def done_here(together: Round) -> int:
+    """Matrices of a round that this rank works on."""
+    if not together.stages:
+        return sum(piece.stop - piece.start for piece in together.pieces)
+    return together.stages[-1].counts[together.stages[-1].cut.rank]
+
+
+@pytest.mark.parametrize("at_once", SIZES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_matrix_is_whole_on_one_rank_of_each_replica(name, at_once):
+    count, config = LAYOUTS[name]
+    found: Counter[tuple[int, int]] = Counter()
+    for meshes, _, plan in plans(config.resolve(count), at_once):
+        if meshes.replicate.rank == 0:
+            for together in plan:
+                found[together.shape] += done_here(together)
+                assert done_here(together) <= max(1, at_once // math.prod(together.shape)), "the memory's bound"
+    wanted: Counter[tuple[int, int]] = Counter()
+    for info in registry(on_meta(awkward(), PrecisionConfig())).values():
+        if info.role.is_matrix:
+            wanted[info.shape[-2], info.shape[-1]] += math.prod(info.shape[:-2])
+    assert found == wanted
+
+
+@pytest.mark.parametrize("at_once", SIZES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_all_ranks_of_a_group_make_the_same_plan(name, at_once):
+    """The same exchanges in the same order, each rank sending what its neighbour expects."""
+    count, config = LAYOUTS[name]
+    groups: dict[tuple[object, ...], list[list[object]]] = {}
+    for meshes, _, plan in plans(config.resolve(count), at_once):
+        exchanges: dict[str, list[object]] = {}
+        for together in plan:
+            for stage in together.stages:
+                said = (together.shape, stage.counts, stage.cut.lengths)
+                exchanges.setdefault(stage.cut.name, []).append(said)
+        places = {"fsdp": meshes.tp.rank, "tp": meshes.fsdp.rank}
+        places |= {"efsdp": meshes.experts.rank, "etp": (meshes.efsdp.rank, meshes.ep.rank)}
+        for axis, listed in exchanges.items():
+            groups.setdefault((axis, meshes.replicate.rank, places[axis]), []).append(listed)
+        # ranks of the `experts` axis with other experts send each other nothing, and yet meet in every exchange
+        calls = [together.stages for together in plan if any(s.cut.axis.name == "experts" for s in together.stages)]
+        groups.setdefault(("calls", meshes.replicate.rank, meshes.efsdp.rank), []).append([len(calls)])
+    assert all(listed == ranks[0] for ranks in groups.values() for listed in ranks)
+
+
+@pytest.mark.parametrize("name", ["fsdp3", "fsdp4", "tp2-fsdp2", "all"])
+def test_work_is_spread_evenly(name):
+    """Of dense layers' matrices no rank does more than one above its share; the busiest is not always the first."""
+    count, config = LAYOUTS[name]
+    work: Counter[int] = Counter()
+    heaviest = 0
+    for rank, (meshes, _, plan) in enumerate(plans(config.resolve(count), 1 << 26)):
+        for together in plan:
+            if any(stage.cut.name in ("fsdp", "tp") for stage in together.stages) and meshes.replicate.rank == 0:
+                cost = math.prod(together.shape) * min(together.shape)
+                heaviest = max(heaviest, cost)
+                work[rank] += cost * done_here(together)
+    assert max(work.values()) - min(work.values()) <= 2 * heaviest, work
+
+
+def test_experts_whole_where_they_lie_are_not_sent():
+    for layout in (ParallelConfig(ep=2).resolve(2), ParallelConfig(ep=2).resolve(4), ParallelConfig().resolve(2)):
+        for _, specs, plan in plans(layout, 1 << 26):
+            stages = {piece.name: together.stages for together in plan for piece in together.pieces}
+            experts = {name: stages[name] for name in specs if specs[name].info.role.is_expert}
+            assert experts and not any(experts.values())

@@ -1,0 +1,148 @@
+"""The kernels of `model.kernels` against the plain statement of what they compute, on whatever device.
+
+`python -m tests.support.kernel_cases` prints the figures of all cases on the CPU as JSON; with TRITON_INTERPRET=1 the
+Triton kernels are interpreted. tests/model/test_kernels.py reads that, tests/test_gpu.py asks on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.kernels import Kernels, Places, TorchKernels, TritonKernels
+from model.moe import arrange
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: str
+    tokens: int
+    width: int
+    top_k: int
+    multiple: int
+    experts: int = 6
+
+
+CASES = {
+    "top-1": Case("float32", 9, 24, 1, 1),
+    "top-1, padded": Case("bfloat16", 9, 24, 1, 4),
+    "top-2": Case("bfloat16", 7, 40, 2, 1),
+    "top-2, padded": Case("float32", 7, 40, 2, 4),
+    "top-3 in float64, padded": Case("float64", 5, 12, 3, 2),
+    "odd width": Case("float32", 6, 37, 2, 4),
+    "one column": Case("float32", 6, 1, 2, 1),
+    "several tiles": Case("bfloat16", 3, 1027, 2, 2),
+    "most experts empty": Case("float32", 3, 16, 1, 8, experts=32),
+    "no token": Case("float32", 0, 16, 2, 4),
+}
+
+GATES = {"bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-14}
+"""Of the largest value. In bfloat16 one unit of the last place: Triton's interpreter cuts off where GPUs round."""
+
+BREAKS = ("places", "weights", "padding", "gate")
+"""What `figures` can get wrong on purpose."""
+
+
+def figures(case: Case, kernels: Kernels, device: str, broken: str = "") -> dict[str, float]:
+    """How far each result and each gradient is from the plain statement, relative to the largest value."""
+    wanted = results(case, _Plain(), torch.float64, "cpu")
+    found = results(case, kernels, getattr(torch, case.dtype), device, broken)
+    assert found.keys() == wanted.keys()
+    return {name: _distance(found[name].double().cpu(), wanted[name]) for name in wanted}
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    if not wanted.numel():
+        return 0.0
+    return float(((found - wanted).abs().max() / wanted.abs().max()).nan_to_num(torch.inf))
+
+
+def results(case: Case, kernels: Any, dtype: torch.dtype, device: str, broken: str = "") -> dict[str, Tensor]:
+    """Every result and every gradient, by name."""
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape: int) -> Tensor:
+        rounded = torch.randn(*shape, generator=generator, dtype=torch.float64).to(getattr(torch, case.dtype))
+        return rounded.to(device, dtype).requires_grad_()
+
+    # the last expert and one between get nothing
+    ranked = torch.rand(case.tokens, case.experts - 1, generator=generator).index_fill_(1, torch.tensor(1), -1)
+    rows = arrange(ranked.topk(case.top_k).indices, case.experts, case.multiple)
+    places = Places(rows.source_C, rows.place_S.view(-1, case.top_k), rows.is_padding_C1)
+    x_TD, y_CD = values(case.tokens, case.width), values(len(rows.source_C), case.width)
+    weights = torch.rand(case.tokens, case.top_k, generator=generator)
+    weights_TK = weights.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
+    gate_up_BT2F, grad_BTF = values(2, 5, 2 * case.width), values(2, 5, case.width).detach()
+    if rows.is_padding_C1 is not None and not isinstance(kernels, _Plain):  # nobody may read what padding holds
+        y_CD = y_CD.detach().masked_fill(rows.is_padding_C1.to(device), torch.nan).requires_grad_()
+    if broken == "places":
+        places = places._replace(source_C=places.source_C.flip(0), place_TK=places.place_TK.flip(0))
+    if broken == "weights":
+        weights_TK = weights_TK.detach().flip(0).requires_grad_()
+    if broken == "padding":
+        places = places._replace(is_padding_C1=None)
+    places = Places(*(None if x is None else x.to(device) for x in places))
+
+    found = {}
+    for name, given in (("", None), (" weighted", weights_TK)):
+        leaves = [x_TD] if given is None else [x_TD, given]
+        found |= _with_gradients(f"permute{name}", kernels.permute(x_TD, places, given), leaves, y_CD)
+        leaves = [y_CD] if given is None else [y_CD, given]
+        found |= _with_gradients(f"unpermute{name}", kernels.unpermute(y_CD, places, given), leaves, x_TD)
+    both = gate_up_BT2F.detach().flip(-1).requires_grad_() if broken == "gate" else gate_up_BT2F
+    found |= _with_gradients("halves", kernels.swiglu_halves(both), [both], grad_BTF)
+    gate, up = both.detach().chunk(2, dim=-1)
+    gate.requires_grad_(), up.requires_grad_()
+    return found | _with_gradients("swiglu", kernels.swiglu(gate, up), [gate, up], grad_BTF)
+
+
+def _with_gradients(name: str, result: Tensor, leaves: list[Tensor], gradient: Tensor) -> dict[str, Tensor]:
+    gradients = torch.autograd.grad(result, leaves, gradient.detach())
+    return {name: result.detach()} | {f"{name}, gradient {i}": x for i, x in enumerate(gradients)}
+
+
+class _Plain:
+    """Row by row, token by token, with autograd's own gradients."""
+
+    def permute(self, x_TD: Tensor, places: Places, weights_TK: Tensor | None) -> Tensor:
+        top_k, found = places.place_TK.shape[1], []
+        for row, slot in enumerate(places.source_C.tolist()):
+            token, k = divmod(slot, top_k)
+            real = places.is_padding_C1 is None or not places.is_padding_C1[row]
+            found.append(x_TD[token] * (1 if weights_TK is None else weights_TK[token, k]) * real)
+        return torch.stack(found) if found else x_TD.sum() + x_TD.new_empty(0, x_TD.shape[1]) + _zero(weights_TK)
+
+    def unpermute(self, y_CD: Tensor, places: Places, weights_TK: Tensor | None) -> Tensor:
+        found = []
+        for token, places_K in enumerate(places.place_TK.tolist()):
+            weights = [1] * len(places_K) if weights_TK is None else weights_TK[token]
+            found.append(sum(y_CD[row] * weight for row, weight in zip(places_K, weights, strict=True)))
+        return torch.stack(found) if found else y_CD.sum() + y_CD.new_empty(0, y_CD.shape[1]) + _zero(weights_TK)
+
+    def swiglu(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+        return gate_BTF * torch.sigmoid(gate_BTF) * up_BTF
+
+    def swiglu_halves(self, both_BT2F: Tensor) -> Tensor:
+        return self.swiglu(*both_BT2F.chunk(2, dim=-1))
+
+
+def _zero(weights_TK: Tensor | None) -> Tensor | int:
+    return 0 if weights_TK is None else weights_TK.sum()
+
+
+def main() -> None:
+    """Figures by case, by who computes, and of what is broken by what is broken."""
+    sides: dict[str, Kernels] = {"torch": TorchKernels(), "triton": TritonKernels()}
+    found = {name: {side: figures(case, sides[side], "cpu") for side in sides} for name, case in CASES.items()}
+    case = CASES["top-2, padded"]
+    broken = {what: {side: figures(case, sides[side], "cpu", what) for side in sides} for what in BREAKS}
+    print(json.dumps({"cases": found, "broken": broken}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""A tiny run for tests: every kind of layer, packed documents, every balancing term, in float64 with plain SGD.
+
+AdamW hides the scale of gradients and clipping their norm, so both are off unless a test asks for them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from core.config import load
+from parallel.comm.world import connect
+from parallel.sharding import ShardSpec, local
+from train.config import TrainConfig
+from train.corpus import get_corpus
+from train.metrics import Log
+from train.run_directory import RunDirectory
+from train.trainer import Trainer
+
+TINY = [
+    "hparam=none",
+    "model.vocab_size=320",
+    "model.width=32",
+    "model.layers=4",
+    "model.heads=4",
+    "model.head_width=8",
+    "model.dense_width=48",
+    "model.expert_width=32",
+    "model.experts=4",
+    "model.chunk=16",
+    "model.temperature_floor=16",
+    "model.router.top_k=2",
+    "model.balance.aux=0.01",
+    "model.balance.z=0.001",
+    "model.balance.bias_rate=0.01",
+    "training.context=48",
+    "training.global_batch=8",
+    "training.micro_batch=2",
+    "training.steps=6",
+    "schedule.warmup_steps=0",
+    "schedule.kind=constant",
+    "logging.every=1",
+    "logging.report=false",
+    "evaluation.every=0",
+    "evaluation.rows=4",
+    "evaluation.baselines=false",
+    "checkpoint.every=0",
+]
+EXACT = ["precision=fp64", "optimizer=sgd", "training.clip_norm=null"]
+
+
+def config(root: Path, name: str, *overrides: str) -> TrainConfig:
+    return load("train", TrainConfig, [*TINY, f"run.root={root}", f"run.name={name}", *overrides])
+
+
+def trainer(root: Path, name: str, overrides: list[str]) -> Trainer:
+    """A trainer on this rank, before its first step."""
+    run = config(root, name, *overrides)
+    world = connect()
+    directory = RunDirectory.of(run)
+    world.from_main(lambda: directory.open(run))
+    log = Log(directory.path / "log.txt" if world.is_main else None)
+    return Trainer(run, world, directory, get_corpus(run, world, lambda line: None), log)
+
+
+def whole(tensor: torch.Tensor, spec: ShardSpec | None = None) -> torch.Tensor:
+    """The whole tensor on every rank, out of the blocks that each says it has; a check of the registry as well."""
+    part = local(tensor).detach()
+    if spec is None or not dist.is_initialized():
+        return part.clone()
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (spec.stored, spec.is_owner, part))
+    result, filled = part.new_full(spec.info.shape, torch.nan), 0
+    for block, is_owner, values in parts:
+        place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))
+        assert is_owner or torch.equal(result[place], values) or torch.isnan(result[place]).all(), "copies differ"
+        result[place] = values
+        filled += values.numel() if is_owner else 0
+    assert filled == result.numel(), f"{spec.info.name}: the owners' blocks do not make up the tensor"
+    return result
+
+
+def figures(root: Path, name: str, overrides: list[str], steps: int = 2) -> dict[str, Any]:
+    """Losses, norms, loads and biases of some steps, the gradients of the first and the weights after the last."""
+    run = trainer(root, name, overrides)
+    found: dict[str, Any] = {"loss": [], "norm": [], "counts": [], "aux": [], "z": [], "entropy": []}
+    gradients: dict[str, torch.Tensor] = {}
+    clip = run.engine.clip
+
+    def keep(limit: float | None) -> torch.Tensor:
+        if not gradients:
+            placed = run.engine.placed
+            gradients.update({n: whole(p.grad, placed.specs[n]) for n, p in placed.model.named_parameters()})
+        return clip(limit)
+
+    run.engine.clip = keep  # type: ignore[method-assign]
+    for step in range(steps):
+        metrics = run.train_step(step)
+        found["loss"].append(metrics.loss.item())
+        found["norm"].append(metrics.gradient_norm.item())
+        for key, value in metrics.balance.items():
+            found[key].append(value)
+    found["gradients"] = gradients
+    state, specs = run.engine.placed.model.state_dict(), run.engine.placed.specs
+    found["weights"] = {name: whole(tensor, specs.get(name)) for name, tensor in state.items()}
+    return found

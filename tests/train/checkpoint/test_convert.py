@@ -1,0 +1,440 @@
+"""`import`, `export`, `model.init_from` and upcycling, from small checkpoints that transformers wrote."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from core.errors import CheckpointError, ConfigError, LeviathanError
+from data.tokenizer import save_for_transformers
+from launch.cli import main
+from model import huggingface
+from model.config import (
+    FeedForward,
+    ModelConfig,
+    RouterConfig,
+    Score,
+    UpcycleConfig,
+    UpcycleMethod,
+    WeightsOn,
+)
+from model.tensor_source import materialise, whole
+from model.upcycle import Upcycled, keeps_the_function
+from tests.support import hf_models, tiny
+from tests.support.like import like
+from train.checkpoint.init_from import initial_source, open_model
+from train.checkpoint.reader import IMPORTED, TOKENIZER, StoredModel
+from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
+
+QUIET = lambda line: None  # noqa: E731
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("saved")
+    names = ("maverick", "qwen3_moe", "llama", "qwen3")
+    return {name: hf_models.save(hf_models.make(name), root / name) for name in names}
+
+
+@pytest.mark.parametrize("name", ["maverick", "qwen3_moe"])
+def test_import_export_import_is_bit_identical(saved, tmp_path, name, capsys):
+    first, out, second = tmp_path / "first", tmp_path / "out", tmp_path / "second"
+    saved[name].joinpath("tokenizer.json").write_text('{"kept": true}')
+    assert main(["import", str(saved[name]), str(first)]) == 0
+    assert main(["export", str(first), str(out)]) == 0
+    assert main(["import", f"source={out}", f"out={second}"]) == 0
+    assert capsys.readouterr().out.count("logits equal transformers' to") == 3
+    originals, copies = open_model(saved[name]), open_model(second)
+    assert originals.shapes == copies.shapes
+    for key in originals.shapes:
+        assert torch.equal(whole(originals, key), whole(copies, key)), key
+    assert (out / "tokenizer.json").read_text() == '{"kept": true}'
+    before, after = (json.loads((path / "config.json").read_text()) for path in (saved[name], out))
+    assert after["eos_token_id"] == before["eos_token_id"] == 2
+
+
+def test_what_was_not_compared_is_said_and_written_down(saved, tmp_path, capsys, monkeypatch):
+    def checked(out: str, check: Check = Check.auto) -> str:
+        run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / out), check=check))
+        recorded = yaml.safe_load((tmp_path / out / IMPORTED).read_text())["origin"]["checked"]
+        assert recorded in capsys.readouterr().out
+        return recorded
+
+    assert "logits equal" in checked("all")
+    assert checked("nothing", Check.never) == "neither settings nor logits compared with transformers: check=never"
+    monkeypatch.setattr("model.huggingface.check.available_memory", lambda: 1000)
+    assert "settings equal transformers'; logits not compared: both models need" in checked("settings")
+    with pytest.raises(CheckpointError, match="cannot compare with transformers: both models need"):
+        checked("refused", Check.always)
+    run_export(ExportConfig(str(tmp_path / "all"), str(tmp_path / "out")))
+    assert "logits not compared" in capsys.readouterr().out
+
+
+def test_settings_are_compared_where_logits_are_not(saved, tmp_path, monkeypatch):
+    family = huggingface.FAMILIES["llama4_text"]
+    wrong = replace(family, read=lambda config: replace(family.read(config), temperature_floor=9.0))
+    monkeypatch.setitem(huggingface.FAMILIES, "llama4_text", wrong)
+    monkeypatch.setattr("model.huggingface.check.available_memory", lambda: 1000)
+    with pytest.raises(CheckpointError, match=r"reads its config.json as model.temperature_floor=4, not 9.0"):
+        run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "out")))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_directory_that_appears_meanwhile_is_not_taken_for_the_result(saved, tmp_path, monkeypatch, verb):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    out = tmp_path / "out"
+
+    def compared(*arguments) -> str:
+        out.mkdir()
+        (out / "theirs").touch()
+        return ""
+
+    monkeypatch.setattr("train.convert._compare", compared)
+    with pytest.raises(ConfigError, match="appeared while it was being made"):
+        if verb == "import":
+            run_import(ImportConfig(str(saved["maverick"]), str(out)))
+        else:
+            run_export(ExportConfig(str(tmp_path / "in"), str(out)))
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+    (kept,) = (path for path in tmp_path.iterdir() if path.name.startswith("out."))
+    assert open_model(kept).shapes == open_model(tmp_path / "in").shapes
+
+
+@pytest.fixture(scope="module")
+def runnable(tmp_path_factory) -> Path:
+    """A Llama 4 with a vocabulary that the tiny run's tokenizer fits."""
+    root = tmp_path_factory.mktemp("runnable") / "hf"
+    return hf_models.save(hf_models.make("maverick", vocab_size=320), root)
+
+
+def start(path: Path, root: Path, *overrides: str):
+    same = [*like(path), "data.tokenizer.vocab_size=320"]
+    return tiny.trainer(root, "run", [*tiny.EXACT, *same, f"model.init_from={path}", *overrides])
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_checkpoint_and_comes_back_out(runnable, tmp_path):
+    run_import(ImportConfig(str(runnable), str(tmp_path / "imported")))
+    losses = []
+    for path in (runnable, tmp_path / "imported"):
+        trainer = start(path, tmp_path / path.name, "model.balance.bias_rate=0", "training.steps=2")
+        source = open_model(runnable)
+        for name, parameter in trainer.engine.placed.model.named_parameters():
+            assert torch.equal(parameter.detach().float(), whole(source, name)), name
+        assert trainer.fit() == 0
+        losses.append(json.loads((trainer.directory.path / "summary.json").read_text())["train_loss"])
+    assert losses[0] == losses[1]
+    run_export(ExportConfig(str(trainer.directory.path), str(tmp_path / "trained"), check=Check.always))
+    exported, trained = huggingface.HuggingFaceCheckpoint(tmp_path / "trained"), open_model(trainer.directory.path)
+    assert all(torch.equal(whole(exported, key), whole(trained, key)) for key in trained.shapes)
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(tmp_path / "trained")("def main():")["input_ids"]
+    tokenizer = trainer.corpus.tokenizer
+    assert ids == [tokenizer.bos_id, *tokenizer.encode(["def main():"])[0]]
+
+
+def test_a_resumed_run_does_not_start_over_from_the_checkpoint(runnable, tmp_path):
+    first = start(runnable, tmp_path, "training.steps=4", "checkpoint.every=2")
+    first.train_step(0), first.train_step(1)
+    first.save()
+    first.checkpointer.wait()
+    again = start(runnable, tmp_path, "training.steps=4", "checkpoint.every=2")
+    assert again.step == 2
+    pairs = zip(first.engine.placed.model.parameters(), again.engine.placed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_selection_biases_are_not_dropped_silently(runnable, tmp_path):
+    trainer = start(runnable, tmp_path, "training.steps=1", "model.balance.bias_rate=0.01")
+    assert trainer.fit() == 0
+    wanted = ExportConfig(str(trainer.directory.path), str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="drop_selection_bias"):
+        run_export(wanted)
+    assert run_export(replace(wanted, drop_selection_bias=True)) == 0
+
+
+def test_a_run_that_starts_from_a_run_chooses_the_same_experts(small_corpus, tmp_path):
+    """Biases are no parameters; without them the same weights choose other experts."""
+    first = tiny.trainer(tmp_path, "first", [*tiny.EXACT, *small_corpus, "model.balance.bias_rate=0.05"])
+    first.train_step(0)
+    first.save()
+    first.checkpointer.wait()
+    line = [*tiny.EXACT, *small_corpus, f"model.init_from={first.directory.path}"]
+    second = tiny.trainer(tmp_path, "second", line)
+    theirs, ours = (dict(run.engine.placed.model.named_buffers()) for run in (first, second))
+    biases = [name for name in theirs if name.endswith("bias_E")]
+    assert biases and all(theirs[name].any() and torch.equal(theirs[name], ours[name]) for name in biases)
+    with torch.no_grad():
+        a, b = (run.engine.placed.model(torch.arange(48)[None]) for run in (first, second))
+    assert torch.equal(a, b)
+
+
+def test_another_tokenizer_than_the_first_weights_is_told(small_corpus, runnable, tmp_path):
+    def said(name: str, source: Path, *overrides: str) -> str:
+        tiny.trainer(tmp_path, name, [*tiny.EXACT, *overrides, f"model.init_from={source}"])
+        log = (tmp_path / name / "log.txt").read_text()
+        (line,) = (line for line in log.splitlines() if "initial weights: " in line)
+        return line
+
+    first = tiny.trainer(tmp_path, "first", [*tiny.EXACT, *small_corpus])
+    first.train_step(0)
+    first.save()
+    first.checkpointer.wait()
+    run, ours = first.directory.path, first.vocabulary[:12]
+    assert f"trained with this run's tokenizer ({ours})" in said("same", run, *small_corpus)
+    told = said("other", run, *small_corpus, "data.tokenizer.vocab_size=290")
+    assert f"with another tokenizer ({ours}) than this run's (" in told
+
+    run_import(ImportConfig(str(runnable), str(tmp_path / "imported")))
+    same = [*like(runnable), *small_corpus]
+    assert "their tokenizer is not known" in said("unknown", tmp_path / "imported", *same)
+    folder = tmp_path / "imported" / TOKENIZER
+    save_for_transformers(first.corpus.tokenizer, folder)
+    assert f"trained with this run's tokenizer ({ours})" in said("known", tmp_path / "imported", *same)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text().replace("the", "eth"))
+    assert "with another tokenizer" in said("changed", tmp_path / "imported", *same)
+
+
+def test_export_refuses_a_tokenizer_of_other_data(tmp_path, capsys):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+
+    def write(text: str) -> None:
+        for number in range(60):
+            (notes / f"{number}.txt").write_text(f"{number} {text} " * 40)
+
+    write("the quick brown fox")
+    corpus = ["data=files", f"data.sources.text.path={notes}", f"data.cache={tmp_path / 'cache'}"]
+    line = [*tiny.TINY, *corpus, "data.tokenizer.vocab_size=300", f"run.root={tmp_path}", "run.name=run"]
+    assert main(["train", *line, "training.steps=1", "evaluation.rows=1", "data.held_out=0.2"]) == 0
+    export = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "drop_selection_bias=true", "check=never"]
+    write("jumps over a lazy dog")
+    capsys.readouterr()
+    assert main(export) == 2
+    assert "the corpus is not the one this run was trained on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    write("the quick brown fox")
+    assert main(export) == 0
+
+
+def test_another_network_is_refused_with_the_differences(runnable, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.expert_width=32 there, 64 here"):
+        start(runnable, tmp_path, "model.expert_width=64")
+    with pytest.raises(ConfigError, match=r"model.init_from.*no such directory"):
+        initial_source(ModelConfig(init_from=str(tmp_path / "nothing")), 0, QUIET)
+
+
+def flip(checkpoint: Path) -> None:
+    data = next(checkpoint.glob("*.bin"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+
+def test_damage_of_an_imported_model_is_noticed(saved, tmp_path):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    flip(tmp_path / "in" / "checkpoints" / "step-00000000")
+    with pytest.raises(CheckpointError, match="does not match its digest"):
+        run_export(ExportConfig(str(tmp_path / "in"), str(tmp_path / "out"), check=Check.never))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_blocks_of_a_stored_model_equal_slices(saved, tmp_path):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    source = open_model(tmp_path / "in")
+    assert isinstance(source, StoredModel)
+    for key, shape in source.shapes.items():
+        offset = [size // 3 for size in shape]
+        part = [max(1, size // 2) for size in shape]
+        window = tuple(slice(o, o + p) for o, p in zip(offset, part, strict=True))
+        assert torch.equal(source.read(key, offset, part), whole(source, key)[window])
+
+
+MANIFEST_DAMAGE = {
+    "no_origin": (lambda content: content.pop("origin"), "it has no origin"),
+    "no_config": (lambda content: content["origin"].pop("config"), "origin lacks its family or its config"),
+    "no_family": (lambda content: content["origin"].pop("family"), "origin lacks its family or its config"),
+    "odd_origin": (lambda content: content.update(origin=[]), "it has no origin"),
+    "no_model": (lambda content: content.pop("model"), "it has no model"),
+    "empty": (lambda content: content.clear(), "it has no model"),
+}
+
+
+@pytest.mark.parametrize("change, message", MANIFEST_DAMAGE.values(), ids=MANIFEST_DAMAGE.keys())
+def test_a_damaged_model_yaml_is_one_message(saved, tmp_path, change, message):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    content = yaml.safe_load((tmp_path / "in" / IMPORTED).read_text())
+    change(content)
+    (tmp_path / "in" / IMPORTED).write_text(yaml.safe_dump(content))
+    with pytest.raises(CheckpointError, match=message):
+        run_export(ExportConfig(str(tmp_path / "in"), str(tmp_path / "out"), check=Check.never))
+
+
+def test_a_garbled_model_yaml_is_one_line(saved, tmp_path, capsys):
+    run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
+    (tmp_path / "in" / IMPORTED).write_text("model: [")
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "model.yaml is unreadable" in line
+
+
+def mixture(dense: ModelConfig, **changes) -> ModelConfig:
+    layers = [
+        replace(layer, feed_forward=FeedForward.moe if i % 2 else FeedForward.dense)
+        for i, layer in enumerate(dense.blocks)
+    ]
+    base = replace(
+        dense,
+        layer_list=layers,
+        experts=4,
+        expert_width=dense.dense_width,
+        shared_width=0,
+        router=RouterConfig(top_k=2, score=Score.softmax, renormalise=True, weights_on=WeightsOn.output),
+        init_from="dense",
+    )
+    return replace(base, **changes)
+
+
+UPCYCLED = {
+    "copy": ({"upcycle": UpcycleConfig()}, True),
+    "split": ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 24, "experts": 8}, True),
+    "split_scaled": (
+        {
+            "upcycle": UpcycleConfig(UpcycleMethod.split),
+            "expert_width": 16,
+            "experts": 6,
+            "router": RouterConfig(3, Score.sigmoid, renormalise=True, scale=2.5, weights_on=WeightsOn.output),
+        },
+        True,
+    ),
+    "shared": ({"upcycle": UpcycleConfig(), "shared_width": 48, "expert_width": 32, "router": RouterConfig()}, True),
+    "noise": ({"upcycle": UpcycleConfig(UpcycleMethod.noise, noise_std=0.05)}, False),
+    "llama4_router": ({"upcycle": UpcycleConfig(), "router": RouterConfig()}, False),
+}
+
+
+@pytest.mark.parametrize("changes, equal", UPCYCLED.values(), ids=UPCYCLED.keys())
+def test_upcycling_keeps_the_loss_where_it_promises(saved, changes, equal):
+    dense = open_model(saved["qwen3"])
+    config = mixture(dense.config, **changes)
+    tokens = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(1))
+    expected = huggingface.load(saved["qwen3"])(tokens)
+    model = materialise(Upcycled(dense, config, seed=3))
+    assert keeps_the_function(config) is equal
+    difference = float((model(tokens) - expected).detach().abs().max())
+    assert (difference < 5e-5) if equal else (difference > 1e-2)
+
+
+def test_upcycled_blocks_equal_slices(saved):
+    """What each rank reads does not depend on how the tensors are cut."""
+    dense = open_model(saved["qwen3"])
+    for changes, _ in UPCYCLED.values():
+        source = Upcycled(dense, mixture(dense.config, **changes), seed=3)
+        for key, shape in source.shapes.items():
+            offset, part = [size // 3 for size in shape], [max(1, size // 2) for size in shape]
+            window = tuple(slice(o, o + p) for o, p in zip(offset, part, strict=True))
+            assert torch.equal(source.read(key, offset, part), whole(source, key)[window]), key
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"expert_width": 24}, "model.expert_width"),
+        ({"dense_width": 40}, "model.init_from"),
+        ({"dense_width": 96}, "model.init_from"),
+        ({"shared_width": 32}, "model.shared_width"),
+        ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 24, "experts": 5}, "model.experts"),
+        ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 40}, "model.expert_width"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(saved, changes, key):
+    config = mixture(open_model(saved["qwen3"]).config, **{"upcycle": UpcycleConfig(), **changes})
+    with pytest.raises(ConfigError) as caught:
+        initial_source(replace(config, init_from=str(saved["qwen3"])), 0, QUIET)
+    assert caught.value.key == key
+
+
+def test_a_mixture_cannot_be_upcycled(saved):
+    source = open_model(saved["qwen3_moe"])
+    config = replace(source.config, init_from=str(saved["qwen3_moe"]), upcycle=UpcycleConfig())
+    with pytest.raises(LeviathanError):
+        initial_source(config, 0, QUIET)
+
+
+BIG = """
+import json, sys, torch
+from pathlib import Path
+from model.huggingface.files import Planned, write_directory
+root, experts = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+D, F = 1024, 2048
+config = {"model_type": "llama4_text", "vocab_size": 128, "hidden_size": D, "num_hidden_layers": 1,
+          "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": F,
+          "num_local_experts": experts, "no_rope_layers": [1]}
+shapes = {"model.embed_tokens.weight": (128, D), "lm_head.weight": (128, D), "model.norm.weight": (D,)}
+layer = "model.layers.0."
+shapes |= {layer + f"self_attn.{k}_proj.weight": (n, D) for k, n in (("q", D), ("k", 256), ("v", 256))}
+shapes |= {layer + "self_attn.o_proj.weight": (D, D), layer + "input_layernorm.weight": (D,)}
+shapes |= {layer + "post_attention_layernorm.weight": (D,), layer + "feed_forward.router.weight": (experts, D)}
+shapes |= {layer + "feed_forward.experts.gate_up_proj": (experts, D, 2 * F)}
+shapes |= {layer + "feed_forward.experts.down_proj": (experts, F, D)}
+shared = layer + "feed_forward.shared_expert."
+shapes |= {shared + "gate_proj.weight": (F, D), shared + "up_proj.weight": (F, D)}
+shapes |= {shared + "down_proj.weight": (D, F)}
+def content(shape):
+    for _ in range(shape[0] if len(shape) == 3 else 1):
+        yield torch.randn(shape[1:] if len(shape) == 3 else shape).bfloat16()
+planned = [Planned(n, torch.bfloat16, s, lambda s=s: content(s)) for n, s in shapes.items()]
+root.mkdir()
+write_directory(root, planned, 8 << 30)
+(root / "config.json").write_text(json.dumps(config))
+"""
+
+CONVERT = """
+import re, sys
+from pathlib import Path
+from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
+root = sys.argv[1]
+run_import(ImportConfig(root + "/hf", root + "/in", check=Check.never))
+run_export(ExportConfig(root + "/in", root + "/out", check=Check.never))
+status = Path("/proc/self/status").read_text()  # ru_maxrss would begin with the parent's memory
+print("peak", int(re.search("VmHWM: *[ \\t]*(\\d+)", status)[1]) * 1024)
+"""
+
+
+def peak_memory(root: Path, experts: int) -> int:
+    def run(code: str, *arguments: str) -> str:
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    run(BIG, str(root / "hf"), str(experts))
+    peak = int(run(CONVERT, str(root)).split("peak")[1])
+    for name in ("hf", "out"):
+        files = list((root / name).glob("*.safetensors"))
+        assert sum(path.stat().st_size for path in files) > experts * 3 * 1024 * 2048 * 2
+    return peak
+
+
+@pytest.mark.slow
+def test_memory_of_a_conversion_does_not_grow_with_the_tensor(tmp_path):
+    """An expert is 12 MB; four times as many make the files four times as large."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.mkdir(), large.mkdir()
+    assert abs(peak_memory(large, 32) - peak_memory(small, 8)) < 40e6
+
+
+@pytest.mark.slow
+def test_a_fused_tensor_of_two_gigabytes_needs_less_than_600_megabytes(tmp_path):
+    peak = peak_memory(tmp_path, 256)
+    gate_up = 256 * 1024 * 2 * 2048 * 2
+    assert gate_up > 2e9 and peak < 600e6, f"{peak / 1e6:.0f} MB"

@@ -1,0 +1,72 @@
+"""Held-out figures against plain arithmetic, on any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.errors import DataError
+from tests.support.tiny import EXACT, trainer
+from train.eval.held_out import HeldOut, held_out_loss
+
+
+def measured(root: Path, overrides: list[str], rows: int = 5) -> HeldOut:
+    run = trainer(root, "run", overrides)
+    loader = run.loaders["main"]
+    bytes_V = torch.from_numpy(run.corpus.tokenizer.token_bytes())
+    return held_out_loss(run.engine.placed, loader, bytes_V, rows, 2, run.weights)
+
+
+@torch.no_grad()
+def test_losses_and_bits_equal_plain_arithmetic(small_corpus, tmp_path):
+    overrides = [*small_corpus, *EXACT]
+    found = measured(tmp_path, overrides)
+    run = trainer(tmp_path, "run", overrides)
+    for source, result in found.sources.items():
+        nats, tokens, size = 0.0, 0, 0
+        for row in range(5):
+            batch = run.loaders["main"].held_out(source, row, row + 1)
+            from model.attention.plan import SequenceContext
+
+            logp = run.engine.placed.model(batch.tokens_BT, SequenceContext(batch.positions_BT)).log_softmax(-1)[0]
+            for place, label in enumerate(batch.labels_BT[0].tolist()):
+                if label >= 0:
+                    nats, tokens = nats - float(logp[place, label]), tokens + 1
+                    size += len(run.corpus.tokenizer.decode([label]).encode())
+        assert result.tokens == tokens
+        assert result.loss == pytest.approx(nats / tokens, rel=1e-9)
+        assert result.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-9)
+    text, code = found.sources["text"].loss, found.sources["code"].loss
+    assert found.loss == pytest.approx((text + 0.5 * code) / 1.5), "mean by the sources' weights"
+
+
+def test_ranks_agree_even_where_rows_do_not_divide(ranks, small_corpus, tmp_path):
+    """Five rows in micro-batches of two: with two ranks one of them has nothing to do in the last turn."""
+    overrides = [*small_corpus, *EXACT]
+    one = ranks(1, measured, tmp_path, overrides)[0]
+    for found in ranks(2, measured, tmp_path, overrides):
+        assert (found.loss, found.bits_per_byte) == pytest.approx((one.loss, one.bits_per_byte), rel=1e-12)
+        assert found.sources.keys() == one.sources.keys()
+        for source, figures in found.sources.items():
+            assert vars(figures) == pytest.approx(vars(one.sources[source]), rel=1e-12)
+
+
+def test_no_held_out_text_is_an_error(small_corpus, tmp_path):
+    with pytest.raises(DataError, match=r"no source has held-out text .* raise data\.held_out"):
+        measured(tmp_path, [*small_corpus, *EXACT, "data.held_out=0"])
+
+
+@torch.no_grad()
+def test_ignored_labels_count_no_bytes(small_corpus, tmp_path):
+    """Even where the id that stands in for them spells something."""
+    from train.eval.held_out import _sums
+
+    run = trainer(tmp_path, "run", [*small_corpus, *EXACT])
+    batch = run.loaders["main"].held_out("text", 0, 1)
+    batch.labels_BT[:, ::2] = -100
+    bytes_V = torch.ones(320, dtype=torch.int64)
+    _, tokens, size = _sums(run.engine.placed, batch, bytes_V).tolist()
+    assert size == tokens == int((batch.labels_BT >= 0).sum())

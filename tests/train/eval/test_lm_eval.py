@@ -1,0 +1,201 @@
+"""The evaluation harness on our model and, exported, on transformers': the same figures, answers and continuations."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from launch.cli import main
+from model.attention.plan import SequenceContext
+from parallel.comm.world import World
+from tests.support.tiny import TINY
+from train.eval.lm_eval import HarnessModel, subject
+
+TASKS = Path(__file__).with_name("tasks")
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, small_corpus) -> Path:
+    """A short run whose model has no selection biases, and its export beside it."""
+    root = tmp_path_factory.mktemp("harness")
+    line = ["train", *TINY, *small_corpus, "model.balance.bias_rate=0", f"run.root={root}", "run.name=run"]
+    assert main([*line, "training.steps=30", "optimizer.lr=0.01", "training.context=64"]) == 0
+    assert main(["export", str(root / "run"), str(root / "exported")]) == 0
+    assert main(["import", str(root / "exported"), str(root / "imported")]) == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(Path(__file__).parents[3])  # the task files name their data from here
+
+
+def evaluated(path: Path, out: Path, *more: str) -> dict[str, Any]:
+    assert main(["evaluate", str(path), "tasks=[next_word,go_on]", f"task_path={TASKS}", f"out={out}", *more]) == 0
+    return json.loads(out.read_text())
+
+
+def answers(samples: dict[str, Any]) -> tuple[list[list[float]], list[str]]:
+    """Log-likelihoods of the choices of each question, and the continuations."""
+    choices = [[float(r[0][0]) for r in sample["resps"]] for sample in samples["next_word"]]
+    return choices, [sample["resps"][0][0] for sample in samples["go_on"]]
+
+
+def test_the_direct_adapter_and_the_exported_model_agree(trained, tmp_path, capsys):
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    ours = evaluated(trained / "run", tmp_path / "ours.json")
+    assert "next_word" in capsys.readouterr().out
+    theirs: Any = simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(trained / "exported"), "dtype": "float32"},
+        tasks=["next_word", "go_on"],
+        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    for task, metric in (("next_word", "acc,none"), ("go_on", "exact_match,none")):
+        assert ours["results"][task][metric] == theirs["results"][task][metric]
+    (mine, texts), (other, their_texts) = answers(ours["samples"]), answers(theirs["samples"])
+    assert texts == their_texts and any(texts)
+    for a, b in zip(mine, other, strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["exported", "imported"])
+def test_other_forms_of_the_model_give_the_same(trained, tmp_path, name):
+    wanted = evaluated(trained / "run", tmp_path / "run.json")
+    found = evaluated(trained / name, tmp_path / "found.json")
+    for a, b in zip(answers(wanted["samples"])[0], answers(found["samples"])[0], strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_another_model_gives_other_figures(trained, tmp_path, small_corpus):
+    line = ["train", *TINY, *small_corpus, f"run.root={tmp_path}", "run.name=other", "training.context=64"]
+    assert main([*line, "training.steps=1", "run.seed=9"]) == 0
+    mine, _ = answers(evaluated(trained / "run", tmp_path / "a.json")["samples"])
+    other, _ = answers(evaluated(tmp_path / "other", tmp_path / "b.json")["samples"])
+    assert abs(mine[0][0] - other[0][0]) > 0.1
+
+
+@torch.no_grad()
+def test_log_likelihoods_against_plain_arithmetic(trained):
+    """One by one and in batches, short of the context and beyond it, and of whole documents in windows."""
+    who = subject(trained / "run", ALONE)
+    harness = HarnessModel(who, batch=3)
+    ids = [(7 * i) % 290 for i in range(100)]
+
+    def plain(context: list[int], continuation: list[int]) -> float:
+        row = (context + continuation)[-(who.context + 1) :]
+        positions = torch.arange(len(row) - 1)[None]
+        logp = who.model(torch.tensor([row[:-1]]), SequenceContext(positions)).log_softmax(-1)[0]
+        return sum(float(logp[len(row) - 1 - len(continuation) + i, t]) for i, t in enumerate(continuation))
+
+    pairs = [
+        (ids[:3], ids[3:9]),
+        (ids[:1], ids[1:2]),
+        (ids[:90], ids[90:]),
+        (ids[:40], ids[40:44]),
+        (ids[:5], ids[5:7]),
+    ]
+    found = harness._loglikelihood_tokens([(None, *pair) for pair in pairs])
+    for pair, (total, _) in zip(pairs, found, strict=True):
+        assert total == pytest.approx(plain(*pair), abs=1e-4)
+    greedy = [int(who.model(torch.tensor([ids[:6]]))[0, -1].argmax())]
+    assert harness._loglikelihood_tokens([(None, ids[:6], greedy)])[0][1] is True
+    text = " ".join(["the model reads a line"] * 40)
+    tokens = harness.tok_encode(text, add_special_tokens=False)
+    assert len(tokens) > 2 * who.context
+    whole = [who.tokenizer.bos_id, *tokens]
+    expected = sum(
+        plain(whole[start : start + 1], whole[start + 1 : start + 1 + who.context])
+        for start in range(0, len(tokens) // who.context * who.context, who.context)
+    )
+    left = len(tokens) % who.context
+    if left:
+        expected += plain(whole[-who.context - 1 : -left], whole[-left:])
+    assert harness.loglikelihood_rolling([SimpleNamespace(args=(text,))])[0] == pytest.approx(expected, rel=1e-5)
+    assert math.isfinite(expected)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["tasks=[next_wrod]", f"task_path={TASKS}"], "tasks=next_wrod: no such task"),
+        (["tasks=[next_word]", "task_path=/nowhere"], "task_path=/nowhere: no such directory"),
+        (["tasks=[next_word]", "limit=0"], "limit=0: must be positive"),
+    ],
+)
+def test_mistakes_are_one_line(trained, capsys, arguments, message):
+    capsys.readouterr()
+    assert main(["evaluate", str(trained / "run"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["exported", "imported"])
+def test_a_backend_that_would_not_be_used_is_refused(trained, capsys, name):
+    capsys.readouterr()
+    line = ["evaluate", str(trained / name), "tasks=[next_word]", f"task_path={TASKS}", "backend=torch"]
+    assert main(line) == 2
+    assert "backend=torch: is for runs" in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_is_one_line(trained, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text((trained / "run" / "config.yaml").read_text())
+    assert main(["evaluate", str(tmp_path), "tasks=[next_word]", f"task_path={TASKS}"]) == 1
+    assert "has no checkpoint yet" in capsys.readouterr().err
+
+
+TOKENIZER_DAMAGE = {
+    "missing": (None, "does not say which tokens begin and end"),
+    "garbled": ("{", "does not say which tokens begin and end"),
+    "list": ("[]", "does not say which tokens begin and end"),
+    "odd": ('{"eos_token": {"id": 3}}', "does not say which tokens begin and end"),
+    "no_eos": ('{"bos_token": "<|bos|>"}', "names no eos_token"),
+}
+
+
+@pytest.mark.parametrize("text, message", TOKENIZER_DAMAGE.values(), ids=TOKENIZER_DAMAGE.keys())
+def test_a_damaged_tokenizer_is_one_line(trained, tmp_path, capsys, text, message):
+    model = Path(shutil.copytree(trained / "imported", tmp_path / "model"))
+    (model / "tokenizer" / "tokenizer_config.json").unlink()
+    if text is not None:
+        (model / "tokenizer" / "tokenizer_config.json").write_text(text)
+    capsys.readouterr()
+    assert main(["evaluate", str(model), "tasks=[next_word]", f"task_path={TASKS}"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_a_damaged_model_yaml_is_one_line(trained, tmp_path, capsys):
+    model = Path(shutil.copytree(trained / "imported", tmp_path / "model"))
+    content = yaml.safe_load((model / "model.yaml").read_text())
+    (model / "model.yaml").write_text(yaml.safe_dump({"model": content["model"]}))
+    capsys.readouterr()
+    assert main(["evaluate", str(model), "tasks=[next_word]", f"task_path={TASKS}"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "model.yaml is damaged: it has no origin" in line
+
+
+def test_without_the_harness_the_install_line_is_given(trained, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "train.eval.lm_eval", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "train.eval.lm_eval")
+    capsys.readouterr()
+    assert main(["evaluate", str(trained / "run"), "tasks=[next_word]"]) == 2
+    assert "pip install 'leviathan[eval]'" in capsys.readouterr().err

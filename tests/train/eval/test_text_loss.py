@@ -1,0 +1,222 @@
+"""Losses of a run's model and of a transformers model against plain arithmetic, short and in windows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from core.errors import ConfigError
+from data.filter.config import ScorerConfig, ScorerKind
+from data.filter.input.records import Record
+from data.filter.score.factory import make_scorer
+from data.filter.score.losses import LossScorer
+from launch.cli import main
+from model.attention.plan import SequenceContext
+from parallel.comm.world import World
+from tests.support.tiny import TINY
+from train.checkpoint.restore import restore
+from train.eval.contamination import MODELS
+from train.eval.text_loss import from_transformers, open_losses, windows
+
+ALONE = World(0, 1, torch.device("cpu"))
+TEXTS = [("", "the model reads"), ("def line", " return a line"), ("", ""), ("while", ""), ("", "x"), ("a b", "öü\n")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, small_corpus) -> Path:
+    root = tmp_path_factory.mktemp("token_losses")
+    line = ["train", *TINY, *small_corpus, f"run.root={root}", "run.name=run", "training.steps=4", "optimizer.lr=0.01"]
+    assert main(line) == 0
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """Random weights and a byte-level tokenizer of few merges, as folders on the hub have them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("llama")
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(["the model reads a line and writes another"] * 4, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(settings).save_pretrained(folder)
+    return folder
+
+
+def config(name: Path | str, **more: int) -> ScorerConfig:
+    return ScorerConfig(ScorerKind.loss, model=str(name), **{"batch": 3, "context": 1024, **more})
+
+
+@torch.no_grad()
+def test_transformers_own_loss_comes_out(llama):
+    """Its loss is the mean of ours: labels of the second text only, one row at a time without padding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
+    losses, _ = open_losses(str(llama), config(llama))
+    found = losses(TEXTS)
+    for (first, second), mine in zip(TEXTS, found, strict=True):
+        before, wanted = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second))
+        assert len(mine) == len(wanted) and mine.dtype == np.float32
+        if wanted:
+            row = torch.tensor([[0, *before, *wanted]])
+            labels = row.clone()
+            labels[:, : 1 + len(before)] = -100
+            assert float(mine.mean()) == pytest.approx(float(model(input_ids=row, labels=labels).loss), abs=1e-5)
+    shifted = losses([("b", text[1]) for text in TEXTS])
+    assert abs(shifted[1] - found[1]).max() > 1e-3, "what comes before counts"
+
+
+@torch.no_grad()
+def test_a_run_s_loss_is_that_of_its_model(trained):
+    restored = restore(trained, ALONE)
+    model, tokenizer = restored.placed.model.eval(), restored.corpus.tokenizer
+    losses, _ = open_losses(str(trained), config(trained))
+    for (first, second), mine in zip(TEXTS, losses(TEXTS), strict=True):
+        before, wanted = tokenizer.encode([first])[0], tokenizer.encode([second])[0]
+        row = [tokenizer.bos_id, *before, *wanted]
+        if wanted:
+            logits = model(torch.tensor([row[:-1]]), SequenceContext(torch.arange(len(row) - 1)[None]))[0]
+            plain = cross_entropy(logits.float(), torch.tensor(row[1:]), reduction="none")[-len(wanted) :]
+            assert mine == pytest.approx(plain.numpy(), abs=1e-4)
+        assert len(mine) == len(wanted)
+
+
+@pytest.mark.parametrize("context", [16, 17, 64])
+@torch.no_grad()
+def test_long_texts_are_windows_that_see_half_a_context_before(llama, context):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    speaker = from_transformers(str(llama), torch.device("cpu"))
+    text = "".join(chr(97 + i * i % 26) for i in range(150))
+    ids = [0, *speaker.encode([text])[0]]
+    losses, _ = open_losses(str(llama), config(llama, context=context))
+    mine, last = losses([("", text)])[0], 0
+    assert len(mine) == len(ids) - 1 > 2 * context
+    for place in range(1, len(ids)):
+        end = place if place <= context else context + (place - context - 1) // (context // 2) * (context // 2)
+        if place > context:  # the window's first counted label is end + 1; it ends half a context on, or with the text
+            last = min(end + context // 2, len(ids) - 1)
+            row = ids[last - context : place]
+            assert len(row) > context // 2
+        else:
+            row = ids[:place]
+        plain = cross_entropy(model(input_ids=torch.tensor([row])).logits[0, -1], torch.tensor(ids[place]))
+        assert mine[place - 1] == pytest.approx(float(plain), abs=1e-4)
+    assert last == len(ids) - 1
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 8, 100])
+@pytest.mark.parametrize(("length", "wanted"), [(1, 0), (2, 1), (9, 8), (10, 9), (40, 39), (40, 5), (40, 1), (40, 0)])
+def test_every_wanted_label_is_counted_once_and_nothing_is_run_in_vain(context, length, wanted):
+    ids = list(range(length))
+    found = windows(7, ids, wanted, context)
+    labels = [label for window in found for label in window.ids[-window.counted :]]
+    assert labels == ids[length - wanted :]
+    assert all(1 <= window.counted < len(window.ids) <= context + 1 and window.text == 7 for window in found)
+    # where windows lie does not depend on what is wanted of them
+    rows = [window.ids for window in windows(7, ids, length - 1, context)]
+    assert [window.ids for window in found] == rows[len(rows) - len(found) :]
+
+
+def test_batches_and_company_change_nothing_that_matters(llama, trained):
+    pairs = [("a" * (i % 5), "the model " * (1 + i % 7)) for i in range(12)]
+    for name in (llama, trained):
+        one, _ = open_losses(str(name), config(name, batch=1))
+        many, _ = open_losses(str(name), config(name, batch=5))
+        for alone, together in zip(one(pairs), many(pairs[::-1])[::-1], strict=True):
+            assert alone == pytest.approx(together, abs=1e-4)
+        assert many(pairs)[0].tolist() == many(pairs)[0].tolist()
+    assert open_losses(str(llama), config(llama))[0]([]) == []
+
+
+def test_special_tokens_in_a_text_are_ordinary_text(llama, trained):
+    for name in (llama, trained):
+        losses, _ = open_losses(str(name), config(name))
+        assert len(losses([("", "</s>")])[0]) > 1
+
+
+def test_the_fingerprint_is_of_weights_tokenizer_and_context(llama, trained, tmp_path):
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    _, first = open_losses(str(llama), config(llama))
+    shutil.copytree(llama, copy := tmp_path / "elsewhere")
+    assert open_losses(str(copy), config(copy, batch=1))[1] == first, "neither the place nor the batch counts"
+    assert open_losses(str(llama), config(llama, context=8))[1] != first
+    assert open_losses(str(llama), config(llama, context=64))[1] == first, "the model has no more than 64"
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1e-6
+    model.save_pretrained(copy)
+    changed = open_losses(str(copy), config(copy))[1]
+    tokenizer = copy / "tokenizer.json"
+    shutil.copyfile(llama / "model.safetensors", copy / "model.safetensors")
+    tokenizer.write_text(tokenizer.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true', 1))
+    retokenised = open_losses(str(copy), config(copy))[1]
+    run = open_losses(str(trained), config(trained))[1]
+    assert len({first, changed, retokenised, run}) == 4
+    assert open_losses(str(trained), config(trained))[1] == run
+
+
+def opened(name: str) -> tuple[list[list[float]], str]:
+    losses, fingerprint = open_losses(name, config(name))
+    return [one.tolist() for one in losses(TEXTS)], fingerprint
+
+
+def test_ranks_open_the_whole_model_each(ranks, trained):
+    alone = opened(str(trained))
+    assert ranks(2, opened, str(trained)) == [alone, alone]
+
+
+def test_a_scorer_is_made_of_it(trained):
+    scorer = make_scorer(config(trained), MODELS, Path("unused"))
+    assert isinstance(scorer, LossScorer)
+    plain, noise = scorer.score(
+        [Record("a", "d", "s", "the model reads a line and writes"), Record("b", "d", "s", "xq}{zj~#^kv|`")]
+    )
+    assert plain < noise, "four steps are enough to tell words from noise"
+
+
+def test_what_cannot_be_opened_says_so(tmp_path, trained, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    for name in (tmp_path / "empty", tmp_path / "missing"):
+        with pytest.raises(ConfigError, match="no run of ours, and transformers cannot open it") as caught:
+            open_losses(str(name), config(name))
+        assert len(str(caught.value).splitlines()) == 1
+    (tmp_path / "empty" / "model.yaml").write_text("")
+    with pytest.raises(ConfigError, match="is an imported model"):
+        open_losses(str(tmp_path / "empty"), config("x"))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install 'transformers"):
+        open_losses(str(tmp_path / "missing"), config("x"))
+    open_losses(str(trained), config(trained))

@@ -1,0 +1,103 @@
+"""The coordinate check on small mixtures: what training changes keeps its size along width, depth and experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from hparam.axes import Axis
+from hparam.coordinate_check import AxisResult, check_axis, slope
+from hparam.rules import Parametrization
+from tests.support.families import family, text
+from train.config import TrainConfig
+from train.metap.coordinates import changes
+from train.metap.scaling import carried
+
+
+def measure(base: TrainConfig, axis: Axis, factor: int, seed: int, rules: Parametrization):
+    run = carried(replace(base, run=replace(base.run, seed=seed)), axis, factor, rules)
+    return changes(run, [text()] * 5, text())
+
+
+def checked(axis: Axis, factors: list[int], *overrides: str, seeds: int = 3) -> AxisResult:
+    return check_axis(partial(measure, family(*overrides)), axis, factors, seeds, lambda line: None)
+
+
+@pytest.mark.slow
+def test_width():
+    """Widths 64 to 512."""
+    found = checked(Axis.width, [1, 2, 4, 8], "optimizer.lr=0.0078")
+    assert found.failures() == []
+    ours, standard = found.slopes["metap"], found.slopes["standard"]
+    assert abs(ours["residual"]) <= 0.15 and max(abs(ours[name]) for name in ("attention", "moe", "logits")) <= 0.2, (
+        ours
+    )
+    assert standard["residual"] > 0.4, standard
+
+
+@pytest.mark.slow
+def test_depth():
+    """2 to 16 layers."""
+    found = checked(Axis.depth, [1, 2, 4, 8], "optimizer.lr=0.002")
+    assert found.failures() == []
+    assert abs(found.slopes["metap"]["residual"]) <= 0.2 and found.slopes["standard"]["residual"] > 0.3, found.slopes
+
+
+def test_experts():
+    """8 to 32 of which 2 to 8 are chosen."""
+    found = checked(Axis.experts, [1, 2, 4], "optimizer.lr=0.002")
+    assert found.failures() == []
+    assert max(abs(found.slopes["metap"][name]) for name in ("residual", "logits")) <= 0.2, found.slopes["metap"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale, lr", [("unit_rms_norm", 0.02), ("shape_scaling", 0.02), ("match_adamw", 0.0078)])
+def test_width_with_muon(scale, lr):
+    found = checked(
+        Axis.width, [1, 2, 4, 8], "optimizer.kind=muon", f"optimizer.muon.scale={scale}", f"optimizer.lr={lr}"
+    )
+    assert found.failures() == []
+    ours = found.slopes["metap"]
+    assert abs(ours["residual"]) <= 0.15 and max(abs(ours[name]) for name in ("attention", "moe", "logits")) <= 0.2, (
+        ours
+    )
+
+
+@pytest.mark.parametrize(
+    "axis, factors, rule",
+    [
+        (Axis.width, [1, 2, 4], "fan_in^-1 layers^a-1"),
+        (Axis.depth, [1, 2, 4, 8], "residual"),
+    ],
+)
+def test_a_rule_that_is_left_out_is_noticed(monkeypatch, axis, factors, rule):
+    """Without the hidden matrices' rule, or the residual factor, the check fails."""
+    import hparam.rules as rules
+
+    if rule == "residual":
+        monkeypatch.setitem(rules.MULTIPLIERS["metap"], "residual", "1")
+    else:
+        monkeypatch.setattr(rules, "METAP", rules.METAP.replace(rule, "1 ".ljust(len(rule))))
+    rules.table.cache_clear()
+    try:
+        found = checked(axis, factors, "optimizer.lr=0.0078", seeds=1)
+    finally:
+        rules.table.cache_clear()
+    assert any("the change of residual has slope" in line for line in found.failures()), found.slopes["metap"]
+
+
+def test_a_check_that_could_not_fail_says_so():
+    """Where the standard parametrization changes as little, the quantities or the learning rate show nothing."""
+    flat = {name: [1.0, 1.1] for name in ("embedding", "attention", "moe", "router", "residual", "logits")}
+    found = AxisResult(Axis.width, [1, 2], {"metap": flat, "standard": flat}, {})
+    assert [line.partition(",")[0] for line in found.failures()] == ["width: blind"]
+    steep = AxisResult(Axis.width, [1, 2], {"metap": flat, "standard": {**flat, "residual": [1.0, 2.0]}}, {})
+    assert steep.failures() == []
+
+
+def test_slopes_of_powers_are_their_exponents():
+    assert slope([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1.0)
+    assert slope([1, 4], [8.0, 4.0]) == pytest.approx(-0.5)
+    assert slope([1, 2], [1.0, 0.0]) != slope([1, 2], [1.0, 0.0]), "NaN, which no limit lets pass"

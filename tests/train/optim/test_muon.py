@@ -1,0 +1,282 @@
+"""Muon: the iteration against a decomposition, a step against a plain statement, and who gets it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.config import load
+from core.errors import ConfigError
+from model.config import ModelConfig
+from model.init import initialise
+from model.roles import Role, registry
+from model.transformer import Transformer
+from parallel.layout import ParallelConfig
+from parallel.mesh import place
+from parallel.sharding import shard_specs
+from precision.config import Compute, PrecisionConfig, Storage
+from precision.resolve import resolve
+from tests.support.tiny import trainer
+from train.config import TrainConfig
+from train.optim.muon import Muon, MuonConfig, MuonScale, orthogonalise
+from train.optim.optimizer import (
+    GroupConfig,
+    Moments,
+    OptimizerConfig,
+    OptimizerKind,
+    make_optimizer,
+    prime,
+    set_learning_rate,
+)
+
+MODEL = ModelConfig(
+    vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_width=8, dense_width=24, expert_width=8, experts=2
+)
+MATRICES = {
+    *("query", "key", "value", "attention_output", "dense_gate", "dense_up", "dense_down"),
+    *("shared_gate", "shared_up", "shared_down", "expert_gate_up", "expert_down"),
+}
+
+
+def network(precision: PrecisionConfig | None = None) -> Transformer:
+    precision = precision or PrecisionConfig(Compute.float64)
+    made = Transformer(MODEL, resolve(precision)).to(precision.master_dtype)
+    initialise(made, MODEL, seed=0)
+    return made
+
+
+def muon(model: Transformer, **options: Any) -> Any:
+    config = OptimizerConfig(kind=OptimizerKind.muon, **options)
+    meshes = place(ParallelConfig().resolve(1), 0)
+    return make_optimizer(model, shard_specs(registry(model), MODEL, meshes), config, meshes)
+
+
+def give_gradients(model: Transformer, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+
+
+def scalar_iteration(values: Tensor, steps: int) -> Tensor:
+    """What the iteration makes of each singular value."""
+    for _ in range(steps):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return values
+
+
+@pytest.mark.parametrize("rows, columns", [(12, 12), (7, 20), (20, 7), (1, 5)])
+def test_newton_schulz_changes_singular_values_only(rows, columns):
+    """Vectors stay, each value follows the scalar polynomial: exactly, whatever the shape."""
+    x = torch.randn(3, rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    left, values, right = torch.linalg.svd(x, full_matrices=False)
+    values = scalar_iteration(values / values.norm(dim=-1, keepdim=True), 5)
+    torch.testing.assert_close(orthogonalise(x, 5, 0.0), left * values[..., None, :] @ right, rtol=0, atol=1e-12)
+    assert ((values > 0.6) & (values < 1.3)).all()
+
+
+def test_newton_schulz_comes_near_the_orthogonal_factor():
+    """From every scale, in every format; zeros (an expert that never got a token) stay zeros."""
+    x = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(2))
+    left, _, right = torch.linalg.svd(x, full_matrices=False)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for scale in (1e-4, 1.0, 1e4):
+            found = orthogonalise((x * scale).to(dtype), 5, 1e-7)
+            assert found.dtype is dtype
+            assert (found.double() - (left @ right).double()).norm() < 0.25 * (left @ right).norm()
+    assert not orthogonalise(torch.zeros(2, 4, 8), 5, 1e-7).any()
+    apart = (orthogonalise(x, 5, 1e-7) - orthogonalise(x.flatten(0, 1)[None], 5, 1e-7).view_as(x)).norm()
+    assert apart > 0.1 * x.shape[0], "the control: two matrices taken for one"
+
+
+def test_scale_modes_are_those_of_their_sources():
+    wanted = {MuonScale.match_adamw: (0.2 * 8, 0.2 * 8), MuonScale.unit_rms_norm: (2.0, 0.5)}
+    wanted[MuonScale.shape_scaling] = (2.0, 1.0)
+    assert {scale: (scale.factor(64, 16), scale.factor(16, 64)) for scale in MuonScale} == wanted
+
+
+def test_updates_are_as_large_as_adamws():
+    """match_adamw: an RMS of about 0.2 per element for every shape, as Liu et al. 2025 measure for AdamW."""
+    for rows, columns in ((32, 32), (16, 96), (96, 16)):
+        x = torch.randn(1, rows, columns, generator=torch.Generator().manual_seed(3))
+        update = orthogonalise(x, 5, 1e-7) * MuonScale.match_adamw.factor(rows, columns)
+        assert 0.15 < update.square().mean().sqrt() < 0.22
+
+
+def reference_step(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float, decay: float) -> Tensor:
+    """Muon as published, one matrix at a time: Jordan's momentum m <- b m + g, looking ahead g + b m."""
+    for index in itertools.product(*(range(size) for size in weight.shape[:-2])):
+        rows, columns = weight[index].shape
+        momentum = torch.zeros_like(weight[index])
+        for gradient in gradients:
+            momentum = config.momentum * momentum + gradient[index]
+            ahead = gradient[index] + config.momentum * momentum if config.nesterov else momentum
+            left, values, right = torch.linalg.svd(ahead, full_matrices=False)
+            update = left @ torch.diag(scalar_iteration(values / values.norm(), config.steps)) @ right
+            factor = {
+                MuonScale.match_adamw: 0.2 * math.sqrt(max(rows, columns)),
+                MuonScale.unit_rms_norm: math.sqrt(rows / columns),
+                MuonScale.shape_scaling: math.sqrt(max(1, rows / columns)),
+            }[config.scale]
+            weight[index] = weight[index] - lr * decay * weight[index] - lr * factor * update
+    return weight
+
+
+def test_decay_follows_the_schedule():
+    """At half the rate everything moves half as far, the pull towards zero included."""
+    model, other = network(), network()
+    half, whole = muon(model, lr=0.02, weight_decay=0.3), muon(other, lr=0.01, weight_decay=0.3)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(a.numel()), dtype=a.dtype)
+        b.grad = a.grad.clone()
+    set_learning_rate(half.param_groups, 0.5)
+    half.step()
+    whole.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scale", MuonScale)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_steps_equal_the_plain_statement(scale, nesterov):
+    """Two steps; each expert's gate and up are matrices of their own. All else moves as under AdamW."""
+    config = MuonConfig(nesterov=nesterov, scale=scale, eps=1e-300)
+    model, other = network(), network()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = [
+        muon(model, lr=0.02, muon=config, weight_decay=0.3),
+        torch.optim.AdamW(other.parameters(), 0.02, betas=(0.9, 0.95), weight_decay=0.3),
+    ]
+    gradients: dict[str, list[Tensor]] = {name: [] for name in before}
+    for step in range(2):
+        for changed, optimizer in zip((model, other), optimizers, strict=True):
+            give_gradients(changed, step)
+            optimizer.step()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            gradients[name].append(parameter.grad.clone())
+    adamw = dict(other.named_parameters())
+    for name, info in registry(model).items():
+        found = model.get_parameter(name)
+        if info.role.is_norm:
+            continue  # they never decay: below
+        wanted = adamw[name]
+        if info.role.name in MATRICES:
+            wanted = reference_step(before[name], gradients[name], config, 0.02, 0.3)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11, msg=name)
+    decays = {group["name"]: group["weight_decay"] for group in optimizers[0].param_groups}
+    assert decays["block_norm"] == decays["final_norm"] == 0 and decays["query"] == decays["head"] == 0.3
+
+
+def test_matrices_are_told_by_role():
+    assert {role.name for role in Role if role.is_matrix} == MATRICES
+    model = network()
+    optimizer = muon(model)
+    assert isinstance(optimizer, Muon)
+    prime(optimizer)
+    for name, info in registry(model).items():
+        kept, adamw = set(optimizer.state[model.get_parameter(name)]), {"step", "exp_avg", "exp_avg_sq"}
+        assert kept == ({"momentum"} if info.role.name in MATRICES else adamw), name
+
+
+def test_every_parameter_is_in_one_group_with_its_own_rate():
+    model = network()
+    own = {"query": GroupConfig(lr_scale=0.5), "head": GroupConfig(lr_scale=0.25, weight_decay=0.0)}
+    optimizer = muon(model, lr=0.004, muon=MuonConfig(lr=0.02), groups=own)
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    peaks = {group["name"]: group["peak_lr"] for group in optimizer.param_groups}
+    assert peaks["query"] == 0.01 and peaks["expert_down"] == 0.02, "muon.lr times the role's factor"
+    assert peaks["head"] == 0.001 and peaks["router"] == peaks["block_norm"] == 0.004
+    shared = muon(model, lr=0.004)
+    assert {group["peak_lr"] for group in shared.param_groups} == {0.004}, "one rate for all unless there are two"
+
+
+@pytest.mark.parametrize("compute", Compute)
+@pytest.mark.parametrize("moments", Moments)
+def test_primed_state_is_what_a_first_step_makes(moments, compute):
+    model, other = network(PrecisionConfig(compute)), network(PrecisionConfig(compute))
+    primed, stepped = (muon(m, moments=moments) for m in (model, other))
+    prime(primed)
+    give_gradients(other)
+    stepped.step()
+    assert len(primed.state) == len(stepped.state) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        mine, theirs = primed.state[parameter], stepped.state[other.get_parameter(name)]
+        assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+    widths = {state["momentum"].dtype for state in stepped.state.values() if "momentum" in state}
+    assert widths == {torch.bfloat16 if moments is Moments.bfloat16 else PrecisionConfig(compute).master_dtype}
+
+
+def moved(options: dict[str, Any], precision: PrecisionConfig, steps: int = 8) -> Tensor:
+    """How far the matrices get, as one vector."""
+    model = network(precision)
+    start = copy.deepcopy(model)
+    optimizer = muon(model, lr=0.01, **options)
+    for step in range(steps):
+        give_gradients(model, step)
+        optimizer.step()
+    infos = registry(model)
+    pairs = ((model.get_parameter(n), start.get_parameter(n)) for n in infos if infos[n].role.is_matrix)
+    return torch.cat([(a - b).detach().double().flatten() for a, b in pairs])
+
+
+def test_narrow_formats_follow_wide_ones():
+    """A momentum in bfloat16, the iteration in bfloat16, a model whose products are bfloat16: all near float32."""
+    wide = moved({}, PrecisionConfig())
+    halves: dict[str, tuple[dict[str, Any], PrecisionConfig]] = {
+        "moments": ({"moments": Moments.bfloat16}, PrecisionConfig()),
+        "products": ({"muon": MuonConfig(products=Compute.bfloat16)}, PrecisionConfig()),
+        "model": ({}, PrecisionConfig(Compute.bfloat16)),
+        "storage": ({}, PrecisionConfig(Compute.bfloat16, Storage.bfloat16)),
+    }
+    apart = {name: float((moved(*half) - wide).norm() / wide.norm()) for name, half in halves.items()}
+    assert all(0 < difference < 0.06 for difference in apart.values()), apart
+    assert apart["model"] == apart["products"], "the iteration is in the format of the model's products"
+    unrounded = moved({"muon": MuonConfig(products=Compute.float32)}, PrecisionConfig(Compute.bfloat16))
+    assert torch.equal(unrounded, wide)
+
+
+def test_a_matrix_without_a_gradient_is_an_error():
+    model = network()
+    optimizer = muon(model)
+    give_gradients(model)
+    model.layers["0"].attention.query.weight.grad = None  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.query\.weight has no gradient"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["optimizer.muon.momentum=1"], r"optimizer\.muon\.momentum=1\.0: must lie in \[0, 1\)"),
+        (["optimizer.muon.steps=0"], r"optimizer\.muon\.steps=0: must be from 1 to 20; try 5"),
+        (["optimizer.muon.lr=0"], r"optimizer\.muon\.lr=0\.0: must be positive"),
+        (["optimizer.muon.eps=-1"], r"optimizer\.muon\.eps=-1\.0: must be positive"),
+        (["optimizer.muon.scale=frobenius"], r"optimizer\.muon\.scale=frobenius: Invalid value 'frobenius', expected"),
+        (["optimizer.muon.nestrov=true"], r"optimizer\.muon\.nestrov: no such key; try optimizer\.muon\.nesterov"),
+        (
+            ["optimizer.moments=bfloat16", "optimizer.muon.momentum=0.995"],
+            r"optimizer\.muon\.momentum=0\.995: bfloat16 moments lose updates this slow; use at most 0\.99",
+        ),
+    ],
+)
+def test_bad_values_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load("train", TrainConfig, ["optimizer=muon", *overrides])
+
+
+def losses(root: Path, overrides: list[str]) -> list[float]:
+    run = trainer(root, overrides[0].partition("=")[2], overrides)
+    return [run.train_step(step).loss.item() for step in range(6)]
+
+
+def test_a_run_learns(small_corpus, tmp_path):
+    found = losses(tmp_path, ["optimizer=muon", *small_corpus, "optimizer.lr=1e-2"])
+    assert found[-1] < found[0] - 0.3

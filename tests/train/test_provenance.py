@@ -1,0 +1,135 @@
+"""From a document to the steps of a run that trained on it, against a look at every batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from data.corpus import DOCUMENTS, TRAIN, Corpus, prepare
+from data.loader import Loader
+from launch.cli import main
+from tests.data.conftest import silent
+from tests.support.filtering import two_sources
+from tests.support.tiny import TINY
+from train.config import phases
+from train.corpus import source_weights
+from train.provenance import Place, Visit, find_place, visits
+from train.run_directory import load_config
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return two_sources(tmp_path_factory.mktemp("sources"))
+
+
+PHASE = "+phases=[{name: later, steps: 5, context: 32, global_batch: 4, micro_batch: 2, weights: {code: 1.0}}]"
+
+
+@pytest.fixture(scope="module")
+def run(folders: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two phases on filtered documents, the first longer than an epoch of a source."""
+    root = tmp_path_factory.mktemp("run")
+    assert main(["train", *arguments(folders, root, "run"), PHASE]) == 0
+    return root / "run"
+
+
+def arguments(folders: dict[str, Any], root: Path, name: str) -> list[str]:
+    sources = [f"data.sources.text.path={folders['prose']['path']}"]
+    sources.append(f"+data.sources.code={{kind: files, path: '{folders['code']['path']}', weight: 2.0}}")
+    data = [
+        "data=files",
+        *sources,
+        "data.tokenizer.vocab_size=300",
+        f"data.cache={root / 'cache'}",
+        "data.held_out=0.2",
+    ]
+    rules = "+data.filter={keep: 0.5, unit: documents}"
+    small = ["training.steps=30", "training.context=24", "model.layers=2", "model.chunk=8", "optimizer=sgd"]
+    return [*TINY, *data, rules, *small, f"run.root={root}", f"run.name={name}"]
+
+
+def by_force(directory: Path, corpus: Corpus, place: Place, steps: int) -> list[Visit]:
+    """Every batch of every step is looked at: a row of it is found in the stream again by its tokens."""
+    config, found = load_config(directory), []
+    stream = corpus.stream(place.source, TRAIN)
+    tokens = np.empty(len(stream), np.int64)
+    stream.read(0, tokens)
+    mine = np.arange(place.start + 1, place.start + place.tokens)
+    for phase in phases(config):
+        weights = phase.weights or source_weights(config, corpus)
+        loader = Loader(corpus, phase.context, phase.global_batch, config.run.seed, phase.name, weights)
+        where = {
+            tokens[begin : begin + phase.context].tobytes(): begin
+            for begin in range(0, stream.rows(phase.context) * phase.context, phase.context)
+        }
+        assert len(where) == stream.rows(phase.context), "rows differ, or they could not be told apart"
+        for step in range(phase.start, min(phase.stop, steps)):
+            batch = loader.batch(step - phase.start)
+            for row, content in enumerate(batch.tokens_BT.numpy()):
+                is_mine = corpus.sources[int(batch.sources_B[row])] == place.source
+                if is_mine:
+                    begin = where[content.tobytes()]
+                    if ((mine > begin) & (mine <= begin + phase.context)).any():
+                        found.append(Visit(phase.name, step, row))
+    return found
+
+
+def test_the_steps_that_trained_on_a_document(run):
+    config = load_config(run)
+    corpus = prepare(config.data, silent)
+    compared, several = 0, 0
+    for source in ("text", "code"):
+        index = pyarrow.parquet.read_table(corpus.directory / f"{source}{DOCUMENTS}").to_pylist()
+        for row in index[::4]:
+            place = find_place(corpus, row["name"])
+            assert place == Place(source, row["start"], row["tokens"])
+            found = visits(run, config, corpus, place, 35)
+            assert found == by_force(run, corpus, place, 35)
+            assert visits(run, config, corpus, place, 9) == [one for one in found if one.step < 9]
+            compared, several = compared + 1, several + (len({one.phase for one in found}) == 2)
+    assert compared >= 8 and several, "some were met in both phases"
+    moved = replace(place, start=place.start + 500 if place.start < 500 else place.start - 500)
+    assert visits(run, config, corpus, moved, 35) != by_force(run, corpus, place, 35), "control: another place"
+    other = replace(config, run=replace(config.run, seed=1))
+    assert visits(run, other, corpus, place, 35) != by_force(run, corpus, place, 35), "control: another order"
+    assert find_place(corpus, "text:none") is None
+
+
+def test_a_token_counts_in_the_row_where_it_is_a_label():
+    """BOS is no label; a document that ends with a row's first token was learnt in the row before."""
+    assert Place("a", 0, 10).rows(5) == (0, 1) and Place("a", 0, 6).rows(5) == (0, 0)
+    assert Place("a", 4, 3).rows(5) == (0, 1) and Place("a", 5, 2).rows(5) == (1, 1)
+
+
+def test_explain_leads_to_the_steps(run, capsys):
+    corpus = prepare(load_config(run).data, silent)
+    rows = pyarrow.parquet.read_table(corpus.directory / "scores.parquet").to_pylist()
+    kept = next(row["id"] for row in rows if row["kept"] and row["domain"] == "code")
+    assert main(["filter", f"explain={kept}", f"run={run}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = find_place(corpus, kept)
+    found = visits(run, load_config(run), corpus, place, 35)
+    assert lines[0] == f"{kept} ({kept}, domain code): kept, hard"
+    assert f"trained on in {len(found)} rows of the 35 steps that the log knows" in lines
+    assert f"  step {found[0].step} ({found[0].phase}), row {found[0].row} of the batch" in lines
+    dropped = next(row["id"] for row in rows if not row["kept"])
+    assert main(["filter", f"explain={dropped}", f"run={run}"]) == 0
+    assert "trained on" not in capsys.readouterr().out
+    for words, message in (
+        (["explain=none", f"run={run}"], "explain=none: no record has this name"),
+        ([f"explain={kept}", "run=/none"], "run=/none: no run there: its config.yaml is missing"),
+    ):
+        assert main(["filter", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_without_a_filter_has_no_journeys(folders, tmp_path, capsys):
+    words = [word for word in arguments(folders, tmp_path, "run") if "data.filter" not in word]
+    assert main(["train", *words, "training.steps=1"]) == 0
+    assert main(["filter", "explain=text:1", f"run={tmp_path / 'run'}"]) == 2
+    assert "its data were not filtered: data.filter is null" in capsys.readouterr().err

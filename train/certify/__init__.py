@@ -1,0 +1,1 @@
+"""Certificates: a layout computes what one process computes."""

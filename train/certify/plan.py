@@ -1,0 +1,381 @@
+"""The certificate: a layout computes what one process computes, parameter by parameter, to rounding.
+
+A shrunk copy of the configured model is run by one process and under layouts in which every axis has degree 2: each
+axis alone, each pair of them, all together, and the configured degrees themselves where they are few enough. Float64
+makes a difference of 1e-9 a bug and not rounding; plain SGD without clipping shows the scale of gradients, which AdamW
+hides. Beside it, AdamW (or Muon, where that is configured) with clipping.
+
+DeepSpeed has fp32 masters and nothing wider: under it the same is compared in float32. Whether gradients of bf16 models
+are summed in fp32 shows against FSDP2 under the same layout, which rounds at the same places.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.config import plain
+from core.errors import ConfigError, LeviathanError
+from core.exit_codes import RankFailure
+from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
+from parallel import expert_parallel
+from parallel.deepspeed import zero12
+from parallel.deepspeed.config import Offload, ZeroConfig
+from parallel.layout import AUTO, DEGREES, ContextMethod, EngineKind, ParallelConfig, Reduce
+from parallel.pipeline.stages import Schedule, stages
+from precision.config import Compute, PrecisionConfig
+from train.certify import fp8
+from train.certify.compare import Comparison, compare, joined, tail
+from train.certify.worker import CONTEXT, ROWS, Case, Figures, Ranks, measure_all, micro_batch
+from train.optim.optimizer import OptimizerConfig, OptimizerKind
+
+MOST_RANKS, MOST_STEPS = 8, 20
+_TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
+
+
+@dataclass(frozen=True)
+class CertifyConfig:
+    """Proves a layout on this machine, without a GPU, in some minutes."""
+
+    run: str | None = None
+    """Take model, parallel, optimizer and cache from this run's configuration."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Of kind muon: Muon is certified in the place of AdamW, which it has a share for."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Of an FP8 backend its recipe is certified, by the reference's emulation; formats are the certificate's own."""
+    ranks: int = MOST_RANKS
+    """At most this many processes. Each axis and each pair must fit; larger layouts are left out and named."""
+    steps: int = 3
+    out: str = "certificate.json"
+    cache: str = "~/.cache/leviathan"
+    """Certificates are kept here, too, where `train` looks for them."""
+
+    def __post_init__(self) -> None:
+        for key, least, most in (("ranks", 2, MOST_RANKS), ("steps", 2, MOST_STEPS)):
+            if not least <= getattr(self, key) <= most:
+                raise ConfigError(key, getattr(self, key), f"must be from {least} to {most}", [least, most])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One layout to be tried: the axes it is about, by degree, and how many ranks it takes."""
+
+    axes: tuple[str, ...]
+    parallel: ParallelConfig
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        degrees = self.parallel.resolve(self.ranks).axes
+        return " ".join(f"{axis}={degree}" for axis, degree in degrees.items())
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise `ConfigError` where the shrunk model or the made-up rows cannot be cut this way."""
+        layout = self.parallel.resolve(self.ranks)
+        layout.check_model(model)
+        layout.check_batch(ROWS, micro_batch(layout))
+        layout.check_rows(model, CONTEXT)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    trial: Trial
+    comparisons: list[Comparison]
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None and bool(self.comparisons) and all(c.passed for c in self.comparisons)
+
+    def largest(self, gate: float) -> float:
+        """The largest difference among comparisons with this gate."""
+        return max((c.largest for c in self.comparisons if c.gate == gate), default=float("nan"))
+
+    def failures(self) -> list[str]:
+        if self.error is not None:
+            return [self.error]
+        return [
+            f"{c.name} differs by {c.largest:.1e}"
+            + (f", most in {c.parameter}, first in {c.first}" if c.parameter else "")
+            for c in self.comparisons
+            if not c.passed
+        ]
+
+
+def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
+    """Run trial after trial and compare. The smallest sets of axes come first, so the first failure is the one to
+    look at. Raises `ConfigError`, before anything runs, for what cannot be certified here.
+    """
+    chosen, _ = trials(config)
+    model, optimizer = shrink(config.model, config.parallel), config.optimizer
+    if config.parallel.engine is EngineKind.deepspeed and config.precision.uses_float8:
+        reason = "recipes are certified in float64, which DeepSpeed has not; certify them with parallel.engine=fsdp2"
+        raise ConfigError("precision.backend", config.precision.backend, reason)
+    for trial in chosen:
+        muon = optimizer.kind is OptimizerKind.muon
+        zero12.check(trial.parallel.resolve(trial.ranks), torch.float32, torch.float32, muon, model.has_experts)
+    outcomes = compare_layouts(model, chosen, config.steps, ranks, optimizer)
+    if not config.precision.uses_float8:
+        return outcomes
+    wide = shrink(config.model, config.parallel, fp8.SIDE)
+    return (_with_float8(outcome, wide, config.precision, ranks) for outcome in outcomes)
+
+
+def compare_layouts(
+    model: ModelConfig, layouts: Sequence[Trial], steps: int, ranks: Ranks, optimizer: OptimizerConfig | None = None
+) -> Iterator[Outcome]:
+    """Each layout against one process; `optimizer`: None for AdamW."""
+    learning = _learning(optimizer or OptimizerConfig())
+    narrow = any(trial.parallel.engine is EngineKind.deepspeed for trial in layouts)
+    compute = Compute.float32 if narrow else Compute.float64
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        try:
+            (wanted,) = ranks(
+                1, measure_all, ParallelConfig(), _cases(model, learning, steps, root / "one", None, compute)
+            )
+        except RankFailure as error:
+            raise LeviathanError(f"one process fails, there is nothing to compare with:\n{error}") from None
+        for trial in layouts:
+            own = Path(tempfile.mkdtemp(dir=root))  # two trials may differ in a technique only
+            yield _try(trial, _cases(model, learning, steps, own, root / "one", compute), own, wanted, ranks)
+
+
+def _with_float8(outcome: Outcome, model: ModelConfig, precision: PrecisionConfig, ranks: Ranks) -> Outcome:
+    trial = outcome.trial
+    try:
+        more = list(fp8.proofs(model, precision, trial.parallel, trial.ranks, ranks))
+    except RankFailure as error:
+        return replace(outcome, error=outcome.error or _raised(error))
+    return replace(outcome, comparisons=[*outcome.comparisons, *more])
+
+
+def _raised(error: RankFailure) -> str:
+    return f"a rank raised: {str(error).strip().splitlines()[-1]}"
+
+
+def _try(trial: Trial, cases: dict[str, Case], own: Path, wanted: dict[str, Figures], ranks: Ranks) -> Outcome:
+    """One layout's run, saved in `own`, and its checkpoint resumed by one process."""
+    try:
+        found: list[dict[str, Figures]] = ranks(trial.ranks, measure_all, trial.parallel, cases)
+        alone = replace(cases["resumed"], resume=own)
+        (resharded,) = ranks(1, measure_all, ParallelConfig(), {"resharded": alone})
+    except RankFailure as error:  # that is a finding, too
+        return Outcome(trial, [], _raised(error))
+    comparisons: list[Comparison] = []
+    for name, reference in wanted.items():
+        comparisons += compare(name, reference, [rank[name] for rank in found], cases[name])
+    final = wanted[cases["resumed"].optimizer.kind.name]
+    resumed = [rank["resumed"] for rank in found]
+    comparisons += tail("one process's checkpoint under the layout", final, resumed, alone)
+    comparisons += tail("the layout's checkpoint in one process", final, [resharded["resharded"]], alone)
+    if trial.parallel.engine is EngineKind.deepspeed:
+        comparisons += _in_bfloat16(trial, cases["sgd"], ranks)
+    return Outcome(trial, comparisons)
+
+
+def _in_bfloat16(trial: Trial, case: Case, ranks: Ranks) -> Iterator[Comparison]:
+    """One step of a bf16 model, its gradients summed over many micro-batches, under either engine."""
+    cases = {"bfloat16": replace(case, precision=PrecisionConfig(Compute.bfloat16), steps=1)}
+    twin = replace(trial.parallel, engine=EngineKind.fsdp2, zero=ZeroConfig())
+    wanted, found = ([o["bfloat16"] for o in ranks(trial.ranks, measure_all, p, cases)] for p in (twin, trial.parallel))
+    reference = replace(
+        wanted[0], gradients=joined(f.gradients for f in wanted), weights=joined(f.weights for f in wanted)
+    )
+    return compare("bfloat16", reference, found, cases["bfloat16"])
+
+
+def _learning(optimizer: OptimizerConfig) -> OptimizerConfig:
+    """What is run for several steps, with clipping: at a rate that moves a tiny model, in nothing but float64."""
+    if optimizer.kind is not OptimizerKind.muon:
+        return OptimizerConfig(lr=1e-2)
+    muon = replace(optimizer.muon, lr=None, products=None)
+    return OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2, muon=muon)
+
+
+def _cases(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    steps: int,
+    save: Path,
+    resume: Path | None,
+    compute: Compute = Compute.float64,
+) -> dict[str, Case]:
+    """The runs that are compared, by name; `resumed` only where there is a checkpoint to resume."""
+    sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
+    whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
+    base = Case(replace(model, balance=_TERMS), PrecisionConfig(compute), sgd)
+    learning = replace(base, model=whole, optimizer=optimizer, clip_norm=0.05, steps=steps)
+    cases = {
+        "sgd": replace(base, steps=steps),
+        optimizer.kind.name: replace(learning, save=save),
+    }
+    if compute is Compute.float64:
+        cases["float32"] = replace(base, precision=PrecisionConfig(Compute.float32))
+    if any(layer.feed_forward is FeedForward.moe for layer in model.blocks):
+        for term, balance in (("aux", BalanceConfig(aux=1.0)), ("z", BalanceConfig(z=1.0))):
+            cases[f"{term} loss alone"] = replace(base, model=replace(model, balance=balance), labels=False)
+        cases["experts without tokens"] = replace(base, starve=True)
+    if resume is not None:
+        cases["resumed"] = replace(learning, resume=resume)
+    return cases
+
+
+def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
+    """Each axis in use at degree 2, each pair, all of them, and the configured degrees; and which of the larger ones
+    are left out, with the reason. Raises `ConfigError` where an axis or a pair cannot be tried.
+    """
+    parallel = replace(config.parallel, reduce=Reduce.master)  # rounding to bfloat16 would hide everything else
+    parallel = replace(parallel, zero=replace(parallel.zero, offload=Offload.none, nvme=None))  # of AdamW's state only
+    expert_parallel.check(parallel.dispatch)
+    used = axes_in_use(parallel)
+    sets = [axes for count in (1, 2) for axes in combinations(used, count)]
+    needed = [_trial(axes, dict.fromkeys(axes, 2), parallel) for axes in sets]
+    most = max(trial.ranks for trial in needed)
+    if most > config.ranks:
+        pair = next(trial for trial in needed if trial.ranks == most)
+        raise ConfigError("ranks", config.ranks, f"{' with '.join(pair.axes)} takes {most} processes", [most])
+    if parallel.pp > 1:  # the configured cut itself, of the configured model
+        stages(config.model, parallel.pp, parallel.schedule, parallel.per_rank, parallel.layers_per_stage)
+    model = shrink(config.model, parallel)
+    if parallel.layers_per_stage is not None:
+        needed = [_unevenly(trial, model) for trial in needed]
+    for trial in needed:
+        trial.check(model)
+    degrees = {axis: getattr(parallel, axis) for axis in used}
+    degrees = {axis: 2 if degree == AUTO else degree for axis, degree in degrees.items()}
+    larger = [_trial(used, dict.fromkeys(used, 2), parallel), _trial(used, degrees, parallel)]
+    if parallel.layers_per_stage is not None:
+        larger = [_unevenly(trial, model) for trial in larger]
+    found, left_out = {trial.name: trial for trial in needed}, []
+    for trial in larger:
+        if trial.name in found:
+            continue
+        reason = f"takes {trial.ranks} processes" if trial.ranks > config.ranks else None
+        try:
+            if reason is None:
+                trial.check(model)
+        except ConfigError as error:
+            reason = str(error)
+        if reason is None:
+            found[trial.name] = trial
+        elif (line := f"{trial.name}: {reason}") not in left_out:
+            left_out.append(line)
+    return list(found.values()), left_out
+
+
+def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
+    """Axes above 1, or that fill the world; plain data parallelism where there is no other."""
+    used = [axis for axis in DEGREES if getattr(parallel, axis) not in (1, AUTO)]
+    if parallel.dp_shard == AUTO:
+        used.insert(0, "dp_shard")
+    return tuple(used) or ("dp_shard",)
+
+
+def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: ParallelConfig) -> Trial:
+    """The smallest world with these degrees. Experts are spread over dp_shard * cp * tp ranks, so dp_shard grows until
+    their ep * etp ranks fit in; and where it is one of the axes tried, until their storage is sharded as well.
+    """
+    wanted = {axis: degrees.get(axis, 1) for axis in DEGREES}
+    experts = wanted["ep"] * wanted["etp"]
+    least = min(2, degrees["dp_shard"]) if "dp_shard" in axes else 1
+    while (spread := wanted["dp_shard"] * wanted["cp"] * wanted["tp"]) % experts or spread // experts < least:
+        wanted["dp_shard"] += 1
+    changed: dict[str, Any] = {**wanted, "layers_per_stage": None}
+    if wanted["pp"] == 1:
+        changed |= {"schedule": Schedule.one_f_one_b, "stages_per_rank": None}
+    return Trial(axes, replace(parallel, **changed), wanted["pp"] * wanted["dp_replicate"] * spread)
+
+
+def _unevenly(trial: Trial, model: ModelConfig) -> Trial:
+    """The same with one layer in each stage but the last, as where the configured stages are cut by hand."""
+    count = trial.parallel.pp * trial.parallel.per_rank
+    if trial.parallel.pp == 1 or count > model.layers:
+        return trial
+    sizes = [1] * (count - 1) + [model.layers - count + 1]
+    return replace(trial, parallel=replace(trial.parallel, layers_per_stage=sizes))
+
+
+def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int = 8) -> ModelConfig:
+    """A tiny model with every kind of layer and every choice that the configured one has; its sizes can be cut by the
+    degrees of `parallel` where those of the configured one can, into multiples of `side`.
+    """
+    kinds: list[LayerConfig] = []
+    for layer in model.blocks:
+        small = replace(layer, chunk=None if layer.chunk is None else 16)
+        if small not in kinds:
+            kinds.append(small)
+    degrees = parallel or ParallelConfig()
+    least = max(2, degrees.pp) * degrees.per_rank if degrees.pp > 1 else 1
+    least += degrees.layers_per_stage is not None  # one more, for an uneven cut
+    kinds += [kinds[index % len(kinds)] for index in range(len(kinds), least)]
+    over = degrees.tp * (degrees.cp if degrees.context is ContextMethod.ulysses else 1)
+    kv_heads = math.lcm(4, over) if model.kv_heads % over == 0 else 4
+    return replace(
+        model,
+        vocab_size=math.lcm(64, degrees.tp),
+        width=4 * side,
+        layers=len(kinds),
+        layer_list=kinds,
+        heads=kv_heads * (1 if model.kv_heads == model.heads else 2),
+        kv_heads=kv_heads,
+        head_width=side,
+        dense_width=math.lcm(6 * side, side * degrees.tp),
+        expert_width=math.lcm(4 * side, side * degrees.etp),
+        shared_width=math.lcm(2 * side, side * degrees.tp) if model.shared_expert_width else 0,
+        experts=math.lcm(8, degrees.ep) if model.experts % degrees.ep == 0 else 8,
+        chunk=None if model.chunk is None else 16,
+        temperature_floor=16,
+        router=replace(model.router, top_k=min(model.router.top_k, 4), force_balanced=False),
+        init_from=None,
+        upcycle=None,
+    )
+
+
+def techniques(
+    parallel: ParallelConfig, kind: OptimizerKind = OptimizerKind.adamw, precision: PrecisionConfig | None = None
+) -> dict[str, Any]:
+    """What a certificate is about beside the axes and the model."""
+    keys = ("dispatch", "context", "recompute", "compile", "schedule", "stages_per_rank", "engine")
+    float8 = fp8.about(precision) if precision and precision.uses_float8 else None
+    found = {key: plain(getattr(parallel, key)) for key in keys}
+    if parallel.engine is EngineKind.deepspeed:
+        found["zero"] = plain(
+            replace(parallel.zero, nvme=None, offload=Offload.none)
+        )  # where state lies is tested apart
+    return {**found, "muon": kind is OptimizerKind.muon, "float8": float8}
+
+
+def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Mapping[str, str]) -> dict[str, Any]:
+    """What certificate.json holds. `identity`: which code and which torch."""
+    failed = [outcome for outcome in outcomes if not outcome.passed]
+    return {
+        "pass": bool(outcomes) and not failed,
+        **identity,
+        "axes": list(axes_in_use(config.parallel)),
+        "left_out": trials(config)[1],
+        "techniques": techniques(config.parallel, config.optimizer.kind, config.precision),
+        "smallest_failing_axes": list(failed[0].trial.axes) if failed else None,
+        "first_failure": failed[0].failures()[0] if failed else None,
+        "model": plain(shrink(config.model, config.parallel)),
+        "layouts": [
+            {
+                "layout": outcome.trial.name,
+                "axes": list(outcome.trial.axes),
+                "ranks": outcome.trial.ranks,
+                "pass": outcome.passed,
+                "error": outcome.error,
+                "comparisons": [{**vars(c), "pass": c.passed} for c in outcome.comparisons],
+            }
+            for outcome in outcomes
+        ],
+    }

@@ -1,0 +1,57 @@
+"""Certificates that this machine has: which axes this very code has been proven under, for which kind of model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.config import plain
+from core.files import read_json, write_json
+from core.package_guard import sources_digest
+from model.config import ModelConfig
+from parallel.layout import ParallelConfig
+from precision.config import PrecisionConfig
+from train.certify.plan import shrink, techniques
+from train.optim.optimizer import OptimizerKind
+
+
+def keep(certificate: Mapping[str, Any], cache: Path) -> Path:
+    """Store a certificate, passed or not, where `find` looks; returns its path."""
+    about = _digest([certificate["model"], certificate["techniques"]])
+    path = _folder(cache) / f"{'_'.join(certificate['axes'])}-{about}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, certificate)
+    return path
+
+
+def find(
+    axes: Mapping[str, int],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    cache: Path,
+    kind: OptimizerKind = OptimizerKind.adamw,
+    precision: PrecisionConfig | None = None,
+) -> str | None:
+    """The hash of a certificate that covers these axes for this kind of model and these techniques, of this code and
+    this torch; None where there is none.
+    """
+    wanted = [plain(shrink(model, parallel)), techniques(parallel, kind, precision)]
+    for path in sorted(_folder(cache).glob("*.json")):
+        certificate = read_json(path)
+        about = [certificate["model"], certificate["techniques"]]
+        if certificate["pass"] and set(axes) <= set(certificate["axes"]) and about == wanted:
+            return _digest(certificate)
+    return None
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _folder(cache: Path) -> Path:
+    return cache / "certificates" / f"{sources_digest()}-{torch.__version__}"

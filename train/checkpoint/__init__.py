@@ -1,0 +1,1 @@
+"""Checkpoints: sharded state, its files and index, saving, resuming and initial weights."""

@@ -1,0 +1,113 @@
+"""Where a run's first weights come from, other than a seed: a checkpoint of ours or in the Hugging Face format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from core.errors import CheckpointError, ConfigError
+from data.tokenizer import vocabulary_of_file
+from model.config import FeedForward, ModelConfig
+from model.huggingface import HuggingFaceCheckpoint, model_differences
+from model.tensor_source import TensorSource
+from model.transformer import Transformer
+from model.upcycle import Upcycled, keeps_the_function
+from train.checkpoint.manager import progress_of
+from train.checkpoint.reader import IMPORTED, TOKENIZER, StoredModel, load_imported
+from train.config import phase_of
+from train.run_directory import RunDirectory, committed, load_config
+
+
+def open_model(path: Path, text_only: bool = False) -> TensorSource:
+    """The model in this directory: imported, a run's newest checkpoint, or one in the Hugging Face format."""
+    if not path.is_dir():
+        raise ConfigError("", str(path), "no such directory")
+    if (path / IMPORTED).exists():
+        imported = load_imported(path)
+        return _newest(path / "checkpoints", lambda step: imported)
+    if (path / "config.yaml").exists():
+        config = load_config(path)
+        checkpoints = RunDirectory(path, config.checkpoint.directory).checkpoints
+        return _newest(checkpoints, lambda step: phase_of(config, step).model)
+    return HuggingFaceCheckpoint(path, text_only)
+
+
+def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -> TensorSource | None:
+    """What `model.init_from` names, as this model. Raises `ConfigError` where the two are not the same network."""
+    if config.init_from is None:
+        return None
+    try:
+        source = open_model(Path(config.init_from).expanduser())
+    except ConfigError as error:
+        raise error.under("model.init_from") from None
+    target = config
+    if config.upcycle is not None:
+        target = replace(config, layer_list=[replace(b, feed_forward=FeedForward.dense) for b in config.blocks])
+        if all(layer.feed_forward is FeedForward.moe for layer in config.blocks):
+            target = replace(target, dense_width=source.config.dense_width)
+    different = model_differences(source.config, target)
+    if different:
+        listed = "; ".join(f"model.{key}={has} there, {wanted} here" for key, (has, wanted) in different.items())
+        if any(key.startswith("multipliers.") for key in different):
+            listed += "; a model keeps its own factors with hparam=none"
+        raise ConfigError("model.init_from", config.init_from, f"is another network: {listed}")
+    if config.upcycle is not None:
+        try:
+            source = Upcycled(source, config, seed)
+        except ConfigError as error:
+            raise error.under("model") from None
+        kept = "computes what the dense model does" if keeps_the_function(config) else "starts near the dense model"
+        log(f"upcycled {config.init_from} by {config.upcycle.method.value}: {kept}")
+    else:
+        log(f"initial weights from {config.init_from}")
+    return source
+
+
+@torch.no_grad()
+def copy_selection_biases(model: Transformer, source: TensorSource, log: Callable[[str], None]) -> None:
+    """A run's routers choose by their weights and by biases, which are no parameters; others have none."""
+    biases = source.selection_biases() if isinstance(source, StoredModel) else {}
+    for name, buffer in model.named_buffers():
+        if name in biases:
+            buffer.copy_(biases[name])
+    if any(bias_E.any() for bias_E in biases.values()):
+        log("the routers' selection biases are taken over")
+
+
+def compare_vocabularies(source: TensorSource, ours: str, log: Callable[[str], None]) -> None:
+    """Say whether the first weights know the ids that this run will give them, where that can be known. `ours`: the
+    fingerprint of the run's vocabulary.
+    """
+    theirs = _vocabulary(source)
+    if theirs is None:
+        log("initial weights: their tokenizer is not known here; ids must mean the same tokens (data.tokenizer)")
+    elif theirs != ours:
+        log(
+            f"initial weights: they were trained with another tokenizer ({theirs[:12]}) than this run's ({ours[:12]}); "
+            "ids must mean the same tokens (data.tokenizer)"
+        )
+    else:
+        log(f"initial weights: trained with this run's tokenizer ({ours[:12]})")
+
+
+def _vocabulary(source: TensorSource) -> str | None:
+    if isinstance(source, Upcycled):
+        return _vocabulary(source.dense)
+    if isinstance(source, HuggingFaceCheckpoint):
+        return vocabulary_of_file(source.directory / "tokenizer.json")
+    assert isinstance(source, StoredModel)
+    imported = source.checkpoint.parent.parent
+    if (imported / IMPORTED).exists():
+        return vocabulary_of_file(imported / TOKENIZER / "tokenizer.json")
+    return progress_of(source.checkpoint).get("vocabulary")
+
+
+def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
+    """`model`: what it is after so many steps."""
+    present = committed(checkpoints)
+    if not present:
+        raise CheckpointError(f"{checkpoints} has no checkpoint yet")
+    return StoredModel(present[-1].path, model(present[-1].step))

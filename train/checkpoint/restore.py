@@ -1,0 +1,77 @@
+"""A finished or running run's model, read back from its directory for the verbs that look at it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from core.errors import CheckpointError, ConfigError
+from data.corpus import Corpus
+from data.loader import Loader
+from parallel.comm.world import World
+from parallel.deepspeed.config import ZeroConfig
+from parallel.layout import EngineKind, Layout, ParallelConfig
+from parallel.mesh import make_meshes
+from parallel.parallelize import Placed, build
+from precision.config import Backend
+from train.checkpoint.manager import Checkpointer
+from train.checkpoint.state import run_state
+from train.config import Phase, TrainConfig, phase_of
+from train.corpus import check_same_data, get_corpus, source_weights
+from train.run_directory import RunDirectory, committed, load_config
+
+
+@dataclass(frozen=True)
+class Restored:
+    config: TrainConfig
+    placed: Placed
+    corpus: Corpus
+    step: int
+
+    @property
+    def phase(self) -> Phase:
+        """The stretch in which the checkpoint was made."""
+        return phase_of(self.config, self.step)
+
+    def loader(self) -> Loader:
+        return Loader(self.corpus, self.phase.context, self.phase.global_batch, self.config.run.seed)
+
+    def weights(self) -> dict[str, float]:
+        return source_weights(self.config, self.corpus)
+
+
+def restore(directory: Path, world: World, backend: Backend | None = None) -> Restored:
+    """The model of the run's newest whole checkpoint and the corpus it was trained on. `backend`: who multiplies; None:
+    as in training.
+    """
+    config = load_config(directory)
+    if backend is not None:
+        config = replace(config, precision=replace(config.precision, backend=backend))
+    run = RunDirectory(directory, config.checkpoint.directory)
+    checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, partial(_report, world))
+    if not committed(run.checkpoints):
+        raise CheckpointError(f"{directory} has no checkpoint yet")
+    corpus = get_corpus(config, world, lambda line: None)
+    # nothing is trained: either engine's checkpoints are the other's
+    meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2, zero=ZeroConfig()), world)
+    placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
+    progress = checkpointer.restore(run_state(placed.model, None, placed.specs)) or {}
+    check_same_data(progress, corpus)
+    placed.model.see_positions(phase_of(config, progress["step"]).model)
+    return Restored(config, placed, corpus, progress["step"])
+
+
+def _report(world: World, line: str) -> None:
+    """Standard output is the verbs' own, and may be parsed."""
+    if world.is_main:
+        print(line, file=sys.stderr)
+
+
+def _layout(config: TrainConfig, world: World) -> Layout:
+    """The run's own where as many ranks are here, or else one that fits any number of them."""
+    try:
+        return config.parallel.resolve(world.size)
+    except ConfigError:
+        return ParallelConfig().resolve(world.size)

@@ -1,0 +1,1 @@
+"""Engines turn batches into updates: FSDP2 or DeepSpeed."""

@@ -1,0 +1,107 @@
+"""The engine whose gradients and optimizer state DeepSpeed's ZeRO shards, and the choice between the two engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.deepspeed.config import Offload
+from parallel.deepspeed.offload import PagedAdamW
+from parallel.deepspeed.zero3 import Zero3
+from parallel.deepspeed.zero12 import Sharded, Zero
+from parallel.layout import EngineKind
+from parallel.parallelize import Placed
+from parallel.sharding import Stored, initialise, sum_copies
+from train.checkpoint.state import Part, buffers
+from train.engine.fsdp import Engine, Steps, TorchEngine
+from train.optim.optimizer import OptimizerConfig, elementwise, prime, role_groups, set_learning_rate
+
+
+def make_engine(placed: Placed, config: OptimizerConfig, seed: int) -> Engine:
+    """The engine that the layout asks for. `seed`: of the initial weights."""
+    if placed.meshes.layout.engine is EngineKind.deepspeed:
+        return ZeroEngine(placed, config, seed)
+    return TorchEngine(placed, config)
+
+
+class ZeroEngine(Steps):
+    """The model holds what it computes with, whole on every data-parallel rank up to stage 2; fp32 weights,
+    moments and summed gradients lie in ranges of each parameter's elements, this rank's share of them.
+    """
+
+    def __init__(self, placed: Placed, config: OptimizerConfig, seed: int) -> None:
+        super().__init__(placed)
+        model, specs, meshes = placed.model, placed.specs, placed.meshes
+        groups, self.stage = role_groups(model, specs, config), meshes.layout.zero_stage
+        make = partial(make_inner, config=config, offload=meshes.layout.zero.offload)
+        self.zero: Sharded
+        if self.stage == 3:
+            self.zero = Zero3(model, groups, make, prime, specs, meshes)
+        else:
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            self.zero = Zero(groups, make, prime, names, specs, meshes)
+        initialise(self.weights(), placed.model.config, seed)  # exactly: the model's own may be rounded
+        self.written()
+
+    def after_backward(self, last: bool) -> None:
+        if self.stage > 1:
+            self.zero.after_backward(last)
+
+    def complete_gradients(self) -> None:
+        if self.stage == 1:
+            sum_copies(self.placed.model, self.placed.specs)
+        self.zero.reduce()
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for one in self.zero.slices:
+            if one.spec.is_owner:
+                squares += torch.linalg.vector_norm(one.gradient, dtype=torch.float64).square()
+        self.meshes.world.sum(squares, "norm")
+        return squares.sqrt()
+
+    def scale(self, factor: Tensor) -> None:
+        self.zero.scale(factor)
+
+    def step(self, learning_rate_factor: float) -> None:
+        set_learning_rate(self.zero.param_groups, learning_rate_factor)
+        self.zero.step()
+
+    def gradients(self) -> Iterator[Stored]:
+        return self.zero.gradients()
+
+    def weights(self) -> Iterator[Stored]:
+        return self.zero.weights()
+
+    def state(self) -> list[Part]:
+        found = buffers(self.placed.model, self.meshes.is_first_of_stage)
+        for one in self.zero.slices:
+            found += _parts(f"model.{one.spec.info.name}", one, one.masters)
+            for key, held in one.state.items():
+                found += _parts(f"optimizer.{one.spec.info.name}.{key}", one, held)
+        return found
+
+    def written(self) -> None:
+        self.zero.spread()
+
+
+def make_inner(groups: list[dict[str, Any]], config: OptimizerConfig, offload: Offload) -> torch.optim.Optimizer:
+    """What updates the masters, wherever they lie. PyTorch's fused AdamW does so on the host as well: as fast as
+    DeepSpeed's CPUAdam (bench/RESULTS.md), and there is nothing to compile.
+    """
+    if offload is not Offload.nvme:
+        return elementwise(groups, config)
+    return PagedAdamW(groups, {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0})
+
+
+def _parts(name: str, one: Any, held: Tensor) -> list[Part]:
+    spec = one.spec
+    if held.dim() == 0:  # a step count, of a whole group
+        return [Part(name, held, (), (), spec.is_owner and one.start == 0 and not any(spec.computed.offset))]
+    shape = tuple(spec.info.shape)
+    return [Part(name, values, shape, block.offset, spec.is_owner) for block, values in one.of(held)]

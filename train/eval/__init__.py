@@ -1,0 +1,1 @@
+"""Evaluation: held-out loss, lm-eval tasks, generation, contamination."""

@@ -1,0 +1,133 @@
+"""Was a scorer's model trained on the very records that it is to score? What it knows by heart would look easy.
+
+What can be checked honestly: a run keeps the tokens that it trained on. Some of its training documents are turned back
+into text and looked for among the records, which says what share of the records the run may have learnt. It is a
+sample: a very small share goes unseen, and so do documents that were cut (`data.long_documents=truncate`), are very
+long, or changed by more than spaces. A run that ended before its corpus did has learnt less.
+Of a model that is not a run of ours nothing can be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.errors import ConfigError
+from core.files import sha256_text
+from data.corpus import TRAIN
+from data.filter.input.records import Record
+from data.filter.score.factory import Models
+from data.tokens import TokenStream
+from parallel.comm.world import World
+from train.corpus import get_corpus
+from train.eval.text_loss import open_losses
+from train.run_directory import load_config
+
+SAMPLE = 4096
+"""Training documents that are looked for."""
+MOST = 0.05
+"""Share of the records that a model may have seen; above it scoring is refused, below it the user is told."""
+_LOOK_AHEAD = (1 << 14, 1 << 18)
+"""Tokens in which a document must end; longer ones are not looked for."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """`sample`: hashes of the texts of some training documents, out of `documents`, of the run `name`."""
+
+    name: str
+    sample: frozenset[str]
+    sampled: int
+    documents: int
+
+    def share(self, records: Iterable[Record]) -> float:
+        """Estimate of the share of these records that the run was trained on, 0 to 1."""
+        count = hits = 0
+        for record in records:
+            count += 1
+            hits += text_hash(record.text) in self.sample
+        return min(1.0, hits / max(count, 1) * self.documents / max(self.sampled, 1))
+
+
+def check_unseen(name: str, records: Iterable[Record]) -> str | None:
+    """None, or a line that warns: of a model of unknown training, or of few records that the run has seen.
+
+    Raises `ConfigError` (with an empty key) where a run has seen more than `MOST` of the records.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / "config.yaml").exists():
+        return f"{name} is no run of ours: whether it was trained on these records cannot be known"
+    share = seen_by(folder).share(records)
+    advice = "what a model knows by heart looks easy"
+    if share > MOST:
+        reason = f"was trained on about {share:.0%} of the records that it is to score, and {advice}: train it on other"
+        raise ConfigError("", name, f"{reason} text, or use scorer.kind=ngram, which learns from the other half")
+    return f"{name} was trained on about {share:.2%} of the records: {advice}" if share else None
+
+
+def seen_by(directory: Path, size: int = SAMPLE) -> Seen:
+    """Documents that a run trains on, out of its corpus, which must still be there: all of them, or about `size` spread
+    over it.
+    """
+    config = load_config(directory)
+    corpus = get_corpus(config, World(0, 1, torch.device("cpu")), lambda line: None)
+    documents = {s: int(corpus.manifest["sources"][s][TRAIN]["counts"]["documents"]) for s in corpus.sources}
+    total, sampled, found = sum(documents.values()), 0, set()
+    for source, count in documents.items():
+        stream = corpus.stream(source, TRAIN)
+        specials = np.array([corpus.tokenizer.bos_id, corpus.tokenizer.eos_id])
+        some = every(stream, specials) if total <= size else spread(stream, specials, -(-size * count // total))
+        for ids in some:
+            sampled += 1
+            found.add(text_hash(corpus.tokenizer.decode(ids.tolist())))
+    return Seen(str(directory), frozenset(found), sampled, total)
+
+
+def every(stream: TokenStream, specials: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Token ids of each document."""
+    at = 0
+    while at < len(stream):
+        ids, at = _next_document(stream, specials, at)
+        if len(ids):
+            yield ids
+
+
+def spread(stream: TokenStream, specials: NDArray[np.int64], count: int) -> Iterator[NDArray[np.int64]]:
+    """The first documents that begin after each of `count` evenly spaced places: the next one, not the one that lies
+    there, since long documents lie in more places.
+    """
+    before = -1
+    for place in np.linspace(0, len(stream), count, endpoint=False).astype(int).tolist():
+        ids, end = _next_document(stream, specials, place)
+        if len(ids) and end != before:
+            yield ids
+            before = end
+
+
+def _next_document(stream: TokenStream, specials: NDArray[np.int64], at: int) -> tuple[NDArray[np.int64], int]:
+    """The first whole document after the first of `specials` from `at` on, and where it ends; none where the stream
+    ends before, or in as many tokens as are looked at.
+    """
+    end = at
+    for length in _LOOK_AHEAD:
+        end = min(at + length, len(stream))
+        ids = stream.window(at, end - at)
+        marks = np.flatnonzero(np.isin(ids, specials))
+        gaps = np.flatnonzero(np.diff(marks) > 1)
+        if len(gaps):
+            begin, stop = marks[gaps[0]] + 1, marks[gaps[0] + 1]
+            return ids[begin:stop], at + int(stop)
+    return np.zeros(0, np.int64), end
+
+
+def text_hash(text: str) -> str:
+    """Of a text's words: tokenizers may lose spaces at its ends."""
+    return sha256_text(" ".join(text.split()))
+
+
+MODELS = Models(open_losses, check_unseen)

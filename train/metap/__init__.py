@@ -1,0 +1,1 @@
+"""MetaP inside a run: resolved hyperparameters, scaled families, coordinates."""

@@ -1,0 +1,85 @@
+"""What a few steps of training change inside a model, on rows that are held fixed: the measure of a coordinate check.
+
+Shapes: B batch, T sequence, D model width, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.loader import Batch
+from model.balancer import Balancer
+from model.moe import MixtureOfExperts
+from model.transformer import Layer
+from parallel.comm.world import World
+from parallel.layout import ParallelConfig
+from parallel.mesh import make_meshes
+from parallel.parallelize import build
+from train.config import TrainConfig, phases
+from train.engine.base import optimizer_step
+from train.engine.fsdp import TorchEngine
+
+QUANTITIES = ("embedding", "attention", "moe", "router", "residual", "logits")
+"""The embedding's rows; the last layer's attention; the last mixture's sum of experts and its router's logits; the
+residual stream before the final norm; the model's logits.
+"""
+
+
+def changes(config: TrainConfig, batches: Sequence[Batch], probe: Batch) -> dict[str, dict[str, float]]:
+    """Root mean square of each quantity on `probe` before training (`initial`) and of its change after a step on each
+    of `batches` (`change`). One process; the learning rate is at its peak throughout.
+    """
+    world = World(0, 1, torch.device("cpu"))
+    meshes = make_meshes(ParallelConfig().resolve(1), world)
+    placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
+    engine = TorchEngine(placed, config.optimizer)
+    balancer = Balancer(placed.model, partial(meshes.world.sum, purpose="balance"))
+    phase = phases(config)[0]
+    before = _quantities(engine, probe)
+    for batch in batches:
+        optimizer_step(engine, balancer, batch, phase.micro_batch, config.training.clip_norm, 1.0)
+    after = _quantities(engine, probe)
+    return {name: {"initial": _rms(value), "change": _rms(after[name] - value)} for name, value in before.items()}
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+@torch.no_grad()
+def _quantities(engine: TorchEngine, probe: Batch) -> dict[str, Tensor]:
+    model = engine.placed.model
+    layers = [layer for layer in model.layers.values() if isinstance(layer, Layer)]
+    found: dict[str, Tensor] = {}
+    watched: dict[str, nn.Module] = {"attention": layers[-1].attention, "residual": layers[-1]}
+    if model.embedding is not None:
+        watched["embedding"] = model.embedding
+    mixtures = [layer.ffn for layer in layers if isinstance(layer.ffn, MixtureOfExperts)]
+    if mixtures:
+        watched["moe"] = mixtures[-1]
+        watched["router"] = mixtures[-1].router.balance  # hands the logits on
+    with _watching(watched, found):
+        context = engine.placed.context(probe.positions_BT)
+        found["logits"] = model(probe.tokens_BT, context).detach().clone()
+    return {name: found[name] for name in QUANTITIES if name in found}
+
+
+@contextmanager
+def _watching(watched: dict[str, nn.Module], found: dict[str, Tensor]) -> Iterator[None]:
+    """Keep a copy of what each module returns."""
+
+    def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        found[name] = output.detach().clone()
+
+    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in watched.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,129 @@
+"""Which steps of a run trained on a document: from where it lies in its source's tokens to the rows that cover it.
+
+Nothing is recorded for it while a run trains: the order of samples is a pure function, and what online filtering took
+is in the run's `online.jsonl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.errors import ConfigError
+from data.corpus import DOCUMENTS, Corpus
+from data.filter.audit.outputs import SCORES
+from data.filter.explain import explain, find
+from parallel.comm.world import World
+from train.config import Phase, TrainConfig, phases
+from train.corpus import get_corpus, run_loaders
+from train.run_directory import RunDirectory, load_config, read_lines
+
+_ORDINALS_AT_ONCE = 1 << 20
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A row of the global batch of `step`, counted from the run's begin, that trained on the document."""
+
+    phase: str
+    step: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A document's tokens in its source's training stream, from BOS to EOS."""
+
+    source: str
+    start: int
+    tokens: int
+
+    def rows(self, context: int) -> tuple[int, int]:
+        """The first and the last row of `context` tokens in which one of its tokens is a label: all but BOS are, each
+        in the row of the token before it.
+        """
+        return self.start // context, (self.start + self.tokens - 2) // context
+
+
+def explain_run(directory: Path, name: str) -> str:
+    """A record's way through the filter of a run's data and to the steps that trained on it."""
+    config = load_config(directory)
+    corpus = get_corpus(config, World(0, 1, torch.device("cpu")), lambda line: None)
+    if not (corpus.directory / SCORES).exists():
+        raise ConfigError("run", str(directory), "its data were not filtered: data.filter is null")
+    lines = [explain(corpus.directory, name)]
+    if not find(corpus.directory, name)["kept"]:
+        return lines[0]
+    place = find_place(corpus, name)
+    if place is None:
+        return "\n".join([*lines, "not among the tokens: too long for data.limit_tokens"])
+    steps = _steps_done(directory)
+    found = visits(directory, config, corpus, place, steps)
+    lines.append(f"trained on in {len(found):,} rows of the {steps:,} steps that the log knows")
+    lines += [f"  step {one.step} ({one.phase}), row {one.row} of the batch" for one in found[:_SHOWN]]
+    lines += [f"  and {len(found) - _SHOWN:,} more"] if len(found) > _SHOWN else []
+    return "\n".join(lines)
+
+
+def find_place(corpus: Corpus, name: str) -> Place | None:
+    """Where the training document called `name` lies; None where it became no tokens."""
+    import pyarrow.parquet
+
+    for source in corpus.sources:
+        path = corpus.directory / f"{source}{DOCUMENTS}"
+        if path.exists():
+            found = pyarrow.parquet.read_table(path, filters=[("name", "=", name)]).to_pylist()
+            if found:
+                return Place(source, found[0]["start"], found[0]["tokens"])
+    return None
+
+
+def visits(directory: Path, config: TrainConfig, corpus: Corpus, place: Place, steps: int) -> list[Visit]:
+    """In order, of the first `steps` steps of the run in `directory`."""
+    found, loaders = [], run_loaders(config, corpus, lambda line: None)
+    for phase in phases(config):
+        loader = loaders[phase.name]
+        if place.source not in loader.blend.names:
+            continue
+        first, last = place.rows(phase.context)
+        for samples, ordinals in _taken(directory, config, phase, min(steps, phase.stop)):
+            sources, rows = loader.locate(ordinals)
+            hits = (sources == loader.blend.names.index(place.source)) & (rows >= first) & (rows <= last)
+            for sample in samples[hits].tolist():
+                step, row = divmod(sample, phase.global_batch)
+                found.append(Visit(phase.name, phase.start + step, row))
+    return sorted(found, key=lambda one: (one.step, one.row))
+
+
+def _taken(
+    directory: Path, config: TrainConfig, phase: Phase, stop: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Of the phase's steps before `stop`: places of samples, counted from its begin, and which ordinals were there."""
+    count = max(stop - phase.start, 0) * phase.global_batch
+    if not config.online.every:
+        for begin in range(0, count, _ORDINALS_AT_ONCE):
+            samples = np.arange(begin, min(begin + _ORDINALS_AT_ONCE, count))
+            yield samples, samples
+        return
+    for window in _windows(directory):
+        begin = (window["first_step"] - phase.start) * phase.global_batch
+        if phase.start <= window["first_step"] < stop:
+            ordinals = np.asarray(window["rows"], np.int64)[: count - begin]
+            yield np.arange(begin, begin + len(ordinals)), ordinals
+
+
+def _windows(directory: Path) -> Iterator[dict[str, Any]]:
+    path = RunDirectory(directory).online
+    return read_lines(path) if path.exists() else iter(())
+
+
+def _steps_done(directory: Path) -> int:
+    path = RunDirectory(directory).metrics
+    return max((line.get("step", 0) for line in read_lines(path)), default=0) if path.exists() else 0
