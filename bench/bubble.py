@@ -26,7 +26,7 @@ from parallel.comm.world import connect
 from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.pipeline.runtime import Pipeline, StageStack
-from parallel.pipeline.stages import Schedule
+from parallel.pipeline.stages import PipelineSchedule
 from precision.config import PrecisionConfig
 from precision.resolve import resolve
 
@@ -105,7 +105,7 @@ def run() -> Iterator[Result]:
     """A step's seconds against the played schedule's; the idle shares are told beside it."""
     pool = Pool()
     try:
-        for schedule in Schedule:
+        for schedule in PipelineSchedule:
             parallel = ParallelConfig(pp=RANKS, schedule=schedule)
             played = play(schedule, RANKS, parallel.per_rank, MICRO_BATCHES, _nap)
             step = min(pool(RANKS, steps, parallel)[0])

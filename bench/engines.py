@@ -10,7 +10,7 @@ from pathlib import Path
 from core.config import load
 from core.errors import ConfigError
 from core.files import write_text
-from parallel.pipeline.stages import Schedule
+from parallel.pipeline.stages import PipelineSchedule
 from train.config import TrainConfig, check
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
@@ -30,7 +30,7 @@ FEATURES = {
     "dp_replicate": [*DENSE, "parallel.dp_replicate=2"],
     **{
         f"pp, {schedule.value}": [*DENSE, "parallel.pp=2", f"parallel.schedule={schedule.name}"]
-        for schedule in Schedule
+        for schedule in PipelineSchedule
     },
     "precision=fp32": [*DENSE, "precision=fp32"],
     "precision=bf16": [*DENSE, "precision=bf16"],

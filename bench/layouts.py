@@ -19,12 +19,12 @@ from core.package_guard import sources_digest
 from launch.rank_pool import Pool
 from model.config import ModelConfig
 from parallel.layout import ContextMethod, ParallelConfig, Recompute
-from parallel.pipeline.stages import Schedule
+from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Backend, Compute, PrecisionConfig, Recipe
 from train.certify import fp8
 from train.certify.compare import EXACT, GRADIENT_FP32
 from train.certify.plan import CertifyConfig, Trial, compare_layouts, shrink
-from train.certify.worker import Case, Ranks, measure_all
+from train.certify.worker import CertifyCase, Ranks, measure_all
 from train.optim.optimizer import OptimizerConfig
 
 LAYOUTS = {
@@ -44,12 +44,12 @@ LAYOUTS = {
     "tp2 + cp2": (4, ParallelConfig(cp=2, tp=2)),
     "cp2 + ep2": (2, ParallelConfig(cp=2, ep=2)),
     "cp2 + fsdp2": (4, ParallelConfig(cp=2)),
-    **{f"pp2 {schedule.name}": (2, ParallelConfig(pp=2, schedule=schedule)) for schedule in Schedule},
+    **{f"pp2 {schedule.name}": (2, ParallelConfig(pp=2, schedule=schedule)) for schedule in PipelineSchedule},
     "pp4": (4, ParallelConfig(pp=4)),
     "pp2 + ep2": (4, ParallelConfig(pp=2, ep=2)),
     "pp2 + tp2": (4, ParallelConfig(pp=2, tp=2)),
     "pp2 + cp2": (4, ParallelConfig(pp=2, cp=2)),
-    "pp2 + cp2 zbv, ring": (4, ParallelConfig(pp=2, cp=2, schedule=Schedule.zbv, context=ContextMethod.ring)),
+    "pp2 + cp2 zbv, ring": (4, ParallelConfig(pp=2, cp=2, schedule=PipelineSchedule.zbv, context=ContextMethod.ring)),
     "pp2 + tp2 + ep2 + fsdp2": (8, ParallelConfig(pp=2, tp=2, ep=2)),
 }
 """Name -> ranks and degrees."""
@@ -101,7 +101,7 @@ def resumes(ranks: Ranks, names: list[str]) -> Iterator[tuple[str, str, float]]:
     not interrupted (relative, float64, AdamW). The first shows lost weights, the second lost moments.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run = Case(deep(2), PrecisionConfig(Compute.float64), OptimizerConfig(lr=1e-2), clip_norm=0.05, steps=3)
+        run = CertifyCase(deep(2), PrecisionConfig(Compute.float64), OptimizerConfig(lr=1e-2), clip_norm=0.05, steps=3)
         whole = replace(run, steps=4)
         wanted = ranks(1, measure_all, ParallelConfig(), {"run": whole})[0]["run"].loss[2:]
         for name in names:

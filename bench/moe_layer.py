@@ -20,7 +20,7 @@ from bench.peers import GROUPED, LLAMA4, Peer
 from model.attention.plan import SequenceContext
 from model.config import ModelConfig, RouterConfig, Score, WeightsOn
 from model.init import initialise
-from model.moe import Choice, MixtureOfExperts
+from model.moe import MixtureOfExperts, TopKRouting
 from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve
 
@@ -39,7 +39,7 @@ def our_layer(experts: int, dtype: torch.dtype, router: RouterConfig) -> Mixture
     return layer
 
 
-class Case:
+class GrowthCase:
     """A layer, its input and a fixed upstream gradient; calling it runs forward and backward."""
 
     def __init__(self, layer: Callable[[Tensor], Tensor], parameters: Iterable[nn.Parameter], x: Tensor) -> None:
@@ -54,18 +54,18 @@ class Case:
             parameter.grad = None
 
 
-def our_case(layer: MixtureOfExperts, x: Tensor) -> Case:
+def our_case(layer: MixtureOfExperts, x: Tensor) -> GrowthCase:
     context = SequenceContext(torch.arange(x.shape[1]).expand(x.shape[:2]))
-    return Case(lambda value: layer(value, context), layer.parameters(), x)
+    return GrowthCase(lambda value: layer(value, context), layer.parameters(), x)
 
 
-def their_case(peer: Peer, layer: MixtureOfExperts, router: RouterConfig, x: Tensor) -> Case:
+def their_case(peer: Peer, layer: MixtureOfExperts, router: RouterConfig, x: Tensor) -> GrowthCase:
     """The shared expert is theirs too."""
     block = peer.make(layer, router, True)
-    return Case(block.forward, block.parameters, x)
+    return GrowthCase(block.forward, block.parameters, x)
 
 
-def assert_equal_outputs(ours: Case, theirs: Case, casts: torch.dtype | None = None) -> None:
+def assert_equal_outputs(ours: GrowthCase, theirs: GrowthCase, casts: torch.dtype | None = None) -> None:
     """Of every token; so both sides also send it to the same expert. `casts`: in what the peer's experts multiply."""
     narrow = torch.bfloat16 in (ours.x.dtype, casts)
     with torch.no_grad():
@@ -141,10 +141,10 @@ def permutation(experts: int, dtype: torch.dtype) -> Result:
     weights = nn.Parameter(weights_BTK.flatten(0, 1))
 
     def there_and_back(value: Tensor) -> Tensor:
-        sent = layer.dispatch(value.flatten(0, 1), Choice(experts_BTK.flatten(0, 1), weights))
+        sent = layer.dispatch(value.flatten(0, 1), TopKRouting(experts_BTK.flatten(0, 1), weights))
         return sent.restore(sent.x_CD).view_as(value)
 
-    a, b = interleaved([Case(there_and_back, [weights], x), our_case(layer, x)], rounds=21)
+    a, b = interleaved([GrowthCase(there_and_back, [weights], x), our_case(layer, x)], rounds=21)
     ratio, name = median_ratio(a, b), f"MoE layer, sort and permutation of the whole, E={experts}, {_short(dtype)} (s)"
     medians = (statistics.median(a), statistics.median(b))
     return Result(name, *medians, ratio, "<= 0.2", ratio <= 0.2, "T=1024, 1 thread; second column: the layer")

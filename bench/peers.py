@@ -19,7 +19,7 @@ from model.moe import MixtureOfExperts
 
 
 @dataclass(frozen=True)
-class Block:
+class PeerBlock:
     """A function of x [1, T, D], and the parameters that get gradients by it."""
 
     forward: Callable[[Tensor], Tensor]
@@ -30,7 +30,7 @@ class Block:
 class Peer:
     """Who is compared with us, and how to get it."""
 
-    make: Callable[[MixtureOfExperts, RouterConfig, bool], Block]
+    make: Callable[[MixtureOfExperts, RouterConfig, bool], PeerBlock]
     """Of a layer, scores by this router, and whether the shared expert is to be theirs too: a dense MLP with our
     weights. Otherwise our module is added to what they route.
     """
@@ -46,7 +46,7 @@ class Peer:
         return f"no {' and no '.join(absent)} here: {self.install}" if absent else None
 
 
-def llama4(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> Block:
+def llama4(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> PeerBlock:
     """Every token runs through every expert, and through a shared expert that is always theirs."""
     from transformers import Llama4TextConfig
     from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
@@ -66,7 +66,7 @@ def llama4(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) ->
     return _together(block, None)
 
 
-def mixtral(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> Block:
+def mixtral(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> PeerBlock:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -77,7 +77,7 @@ def mixtral(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -
     return _grouped(layer, MixtralSparseMoeBlock, config, their_shared)
 
 
-def qwen3(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> Block:
+def qwen3(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> PeerBlock:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -89,7 +89,7 @@ def qwen3(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> 
     return _grouped(layer, Qwen3MoeSparseMoeBlock, config, their_shared)
 
 
-def _grouped(layer: MixtureOfExperts, kind: Any, config: Any, their_shared: bool) -> Block:
+def _grouped(layer: MixtureOfExperts, kind: Any, config: Any, their_shared: bool) -> PeerBlock:
     """A routed block on transformers' grouped products."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
@@ -106,7 +106,7 @@ def _grouped(layer: MixtureOfExperts, kind: Any, config: Any, their_shared: bool
     return _together(block, shared)
 
 
-def torchtitan(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> Block:
+def torchtitan(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> PeerBlock:
     """The whole of torchtitan's MoE module, without torch.compile: router, local dispatcher, grouped experts."""
     from torchtitan.models.common.feed_forward import FeedForward
     from torchtitan.models.common.linear import Linear
@@ -171,7 +171,7 @@ def _give_shared(layer: MixtureOfExperts, theirs: nn.Module, names: tuple[str, s
         getattr(theirs, name).weight = linear.weight
 
 
-def _together(block: nn.Module, shared: nn.Module | None) -> Block:
+def _together(block: nn.Module, shared: nn.Module | None) -> PeerBlock:
     """What a block gives, alone or first in a tuple, and a shared expert that it does not have itself."""
 
     def forward(x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def _together(block: nn.Module, shared: nn.Module | None) -> Block:
         y = (y[0] if isinstance(y, tuple) else y).view_as(x)
         return y if shared is None else y + shared(x)
 
-    return Block(forward, [*block.parameters(), *(shared.parameters() if shared is not None else ())])
+    return PeerBlock(forward, [*block.parameters(), *(shared.parameters() if shared is not None else ())])
 
 
 _TRANSFORMERS = (("transformers",), "pip install 'transformers>=5.20,<6'")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.pipeline.runtime import SCHEDULES
-from parallel.pipeline.stages import Schedule
+from parallel.pipeline.stages import PipelineSchedule
 
 Piece = tuple[str, int, int]
 """Kind of work, stage, micro-batch."""
@@ -29,7 +29,7 @@ Duration = Callable[[str, int], float]
 
 
 @dataclass(frozen=True)
-class Played:
+class SimulatedStep:
     """`step` from the first piece of work to the last; `busy`: of each rank, in the unit of the durations."""
 
     step: float
@@ -41,7 +41,7 @@ class Played:
         return 1 - sum(self.busy) / (len(self.busy) * self.step)
 
 
-def play(schedule: Schedule, pp: int, per_rank: int, micro_batches: int, duration: Duration) -> Played:
+def play(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int, duration: Duration) -> SimulatedStep:
     """Play a schedule through. Raises `RuntimeError` where its ranks would wait for each other for ever."""
     waiting = order(schedule, pp, per_rank, micro_batches)
     last = pp * per_rank - 1
@@ -59,30 +59,30 @@ def play(schedule: Schedule, pp: int, per_rank: int, micro_batches: int, duratio
                 done |= dict.fromkeys(pieces, clock[rank])  # what belongs together is sent when all of it is done
         if len(done) == before:
             raise RuntimeError(f"{schedule.name} stands still: {[work[0] for work in waiting.values() if work]}")
-    return Played(max(clock), busy)
+    return SimulatedStep(max(clock), busy)
 
 
-def closed_form(schedule: Schedule, pp: int, per_rank: int, micro_batches: int) -> float:
+def closed_form(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int) -> float:
     """The share of idle time where all stages cost the same and F, I and W last equally long."""
     gaps = pp - 1
     if schedule.is_single:
         return gaps / (micro_batches + gaps)
-    if schedule is Schedule.interleaved:
+    if schedule is PipelineSchedule.interleaved:
         return gaps / (per_rank * micro_batches + gaps)
-    if schedule is Schedule.dualpipev:
+    if schedule is PipelineSchedule.dualpipev:
         gaps *= 2
     return gaps / (3 * per_rank * micro_batches + gaps)
 
 
-def order(schedule: Schedule, pp: int, per_rank: int, micro_batches: int) -> dict[int, list[list[Piece]]]:
+def order(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int) -> dict[int, list[list[Piece]]]:
     """What each rank does, in order, and which pieces of it belong together. Where a rank has one stage it is written
     out here (torch's own listing of 1F1B names the wrong micro-batches), else torch tells.
     """
     if schedule.is_single:
-        warm_up = {rank: micro_batches if schedule is Schedule.gpipe else pp - rank for rank in range(pp)}
+        warm_up = {rank: micro_batches if schedule is PipelineSchedule.gpipe else pp - rank for rank in range(pp)}
         rows = {rank: _one_stage(rank, micro_batches, min(micro_batches, first)) for rank, first in warm_up.items()}
         return {rank: [[piece] for piece in row] for rank, row in rows.items()}
-    stages = [_Outline(stage, pp * per_rank, pp) for stage in range(per_rank)]
+    stages = [_TheoryOutline(stage, pp * per_rank, pp) for stage in range(per_rank)]
     made = SCHEDULES[schedule](stages, n_microbatches=micro_batches, scale_grads=False)
     return {rank: [_pieces(action) for action in row if action] for rank, row in made.pipeline_order.items()}
 
@@ -98,7 +98,7 @@ def _one_stage(stage: int, micro_batches: int, warm_up: int) -> list[Piece]:
 
 
 @dataclass
-class _Outline:
+class _TheoryOutline:
     """As much of a stage as torch asks for to plan."""
 
     stage_index: int

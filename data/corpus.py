@@ -19,7 +19,7 @@ from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, Packing, TokenizerKind
 from data.filter.corpus import SourcePart, filtered, fingerprint, keep_audit
 from data.filter.score.factory import Models
-from data.packing import Packer, Row
+from data.packing import PackedSequence, Packer
 from data.sources import Document, Source, make_source
 from data.tokenizer import Tokenizer, describe, from_file, load_tokenizer, train_bpe
 from data.tokens import Shard, TokenStream, TokenWriter, token_dtype, verify_shard
@@ -282,7 +282,7 @@ class _SourceWriter:
             self.index.add(document.name, begin, len(whole_document))
         stream.add([self.tokenizer.eos_id] * padding + whole_document)
 
-    def _write_rows(self, rows: Sequence[Row]) -> None:
+    def _write_rows(self, rows: Sequence[PackedSequence]) -> None:
         """Packed rows, filled up with EOS."""
         stream = self.streams[TRAIN]
         for row in rows:

@@ -15,7 +15,7 @@ from math import floor
 
 from core.errors import ConfigError
 from data.corpus import TRAIN, Corpus
-from data.loader import Loader, Past
+from data.loader import Loader, PhaseOffset
 
 MANY_EPOCHS = 4
 """Up to here repeated tokens teach nearly as much as new ones, with more they soon teach little (Muennighoff et al.
@@ -62,7 +62,7 @@ def make_loaders(
             for name, limit in max_epochs.items()
             if phase.weights.get(name)
         }
-        past = Past(origin, dict(rows))
+        past = PhaseOffset(origin, dict(rows))
         loader = Loader(
             corpus, phase.context, phase.global_batch, seed, phase.name, phase.weights, past=past, left=left
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from data.corpus import HELD_OUT, TRAIN, Corpus
-from data.sampling import Blend, Stretch, key_of, permute
+from data.sampling import Blend, SampleRange, key_of, permute
 
 IGNORED = -100
 """Label of a position that has no next token of its own document."""
@@ -50,7 +50,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Past:
+class PhaseOffset:
     """Where the sources stand when a phase begins: `rows` of each have been given in the order that is named after the
     phase `origin` (None: this one).
     """
@@ -84,11 +84,11 @@ class Loader:
         phase: str = "",
         weights: Mapping[str, float] | None = None,
         generation: int = 0,
-        past: Past | None = None,
+        past: PhaseOffset | None = None,
         left: Mapping[str, int] | None = None,
     ) -> None:
         weights = dict(weights) if weights is not None else dict.fromkeys(corpus.sources, 1.0)
-        past = past or Past()
+        past = past or PhaseOffset()
         self.corpus, self.context, self.global_batch = corpus, context, global_batch
         self.identity = (seed, corpus.fingerprint, generation, phase if past.origin is None else past.origin)
         self.blend = Blend(
@@ -150,7 +150,7 @@ class Loader:
         """
         kept = self._kept
         if not kept.begin <= ordinal < kept.begin + len(kept.rows):
-            here: Stretch = self.blend.stretch(ordinal)
+            here: SampleRange = self.blend.stretch(ordinal)
             rows = here.within + self._past[here.sources]
             for source in np.unique(here.sources):
                 own = here.sources == source

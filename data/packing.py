@@ -22,7 +22,7 @@ BUFFER_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentPiece:
     """A document or a part of one: BOS, tokens, and EOS where the document ends. `name`: of the document."""
 
     ids: NDArray[np.int32]
@@ -30,11 +30,11 @@ class Piece:
 
 
 @dataclass
-class Row:
+class PackedSequence:
     """Pieces that are read as one row; `space`: tokens that are still free."""
 
     space: int
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[DocumentPiece] = field(default_factory=list)
 
 
 class Packer:
@@ -47,32 +47,32 @@ class Packer:
     def __init__(self, row_tokens: int, bos_id: int, eos_id: int, buffer_tokens: int | None = None) -> None:
         self.row_tokens, self.bos_id, self.eos_id = row_tokens, bos_id, eos_id
         self.buffer_tokens = buffer_tokens or max(BUFFER_TOKENS, BUFFER_ROWS * row_tokens)
-        self._waiting: list[Piece] = []
+        self._waiting: list[DocumentPiece] = []
         self._tokens = 0
 
-    def add(self, ids: Sequence[int], name: str | None = None) -> tuple[bool, list[Row]]:
+    def add(self, ids: Sequence[int], name: str | None = None) -> tuple[bool, list[PackedSequence]]:
         """Whether a document (its tokens without BOS and EOS) had to be cut, and the rows that are done."""
         pieces = list(self._cut(ids, name))
         self._waiting += pieces
         self._tokens += sum(len(piece.ids) for piece in pieces)
         return len(pieces) > 1, self._give(keep=True) if self._tokens >= self.buffer_tokens else []
 
-    def close(self) -> list[Row]:
+    def close(self) -> list[PackedSequence]:
         """All that is left."""
         return self._give(keep=False)
 
-    def _cut(self, ids: Sequence[int], name: str | None) -> Iterator[Piece]:
+    def _cut(self, ids: Sequence[int], name: str | None) -> Iterator[DocumentPiece]:
         """Whole rows, then the rest; each begins with BOS, or it would be read as part of what lies before it."""
         room, rest = self.row_tokens - 1, np.asarray([*ids, self.eos_id], np.int32)
         bos = np.array([self.bos_id], np.int32)
         while len(rest) > room:
-            yield Piece(np.concatenate([bos, rest[:room]]), name)
+            yield DocumentPiece(np.concatenate([bos, rest[:room]]), name)
             rest = rest[room:]
             if len(rest) == 1:  # EOS by itself would be a document without text
                 return
-        yield Piece(np.concatenate([bos, rest]), name)
+        yield DocumentPiece(np.concatenate([bos, rest]), name)
 
-    def _give(self, keep: bool) -> list[Row]:
+    def _give(self, keep: bool) -> list[PackedSequence]:
         rows = best_fit(self._waiting, self.row_tokens)
         rows.sort(key=lambda row: row.space)
         kept = len(rows) // 2 if keep else 0
@@ -82,9 +82,9 @@ class Packer:
         return given
 
 
-def best_fit(pieces: Sequence[Piece], row_tokens: int) -> list[Row]:
+def best_fit(pieces: Sequence[DocumentPiece], row_tokens: int) -> list[PackedSequence]:
     """Every piece in a row: longest first, each into the fullest row with room for it. None is longer than a row."""
-    rows: list[Row] = []
+    rows: list[PackedSequence] = []
     open_rows: list[tuple[int, int]] = []  # space and number of every row that is not full, ascending
     for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):
         size = len(piece.ids)
@@ -93,7 +93,7 @@ def best_fit(pieces: Sequence[Piece], row_tokens: int) -> list[Row]:
             number = open_rows.pop(place)[1]
         else:
             number = len(rows)
-            rows.append(Row(row_tokens))
+            rows.append(PackedSequence(row_tokens))
         row = rows[number]
         row.pieces.append(piece)
         row.space -= size

@@ -93,7 +93,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Piece:
+class BlendPiece:
     """Samples [begin, end) of a blend, of the `sources` that are left; `before`: what each of all has given so far."""
 
     begin: int
@@ -105,7 +105,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class SampleRange:
     """Neighbouring samples [begin, begin + len(sources)): source of each and its place among that source's samples."""
 
     begin: int
@@ -125,7 +125,7 @@ class Blend:
         weights = {name: weight for name, weight in weights.items() if weight}
         self.names = tuple(weights)
         limits = [(left or {}).get(name) for name in self.names]
-        self.pieces: list[Piece] = []
+        self.pieces: list[BlendPiece] = []
         before = [0] * len(self.names)
         begin: int | None = 0
         while begin is not None:
@@ -137,7 +137,7 @@ class Blend:
             shares = Shares([weights[self.names[i]] for i in alive], own)
             given = _until_used_up(shares, [None if (n := limits[i]) is None else n - before[i] for i in alive])
             end = None if given is None else begin + sum(given)
-            self.pieces.append(Piece(begin, end, np.array(alive), np.array(before), shares))
+            self.pieces.append(BlendPiece(begin, end, np.array(alive), np.array(before), shares))
             for i, count in zip(alive, given or (), strict=given is not None):
                 before[i] += count
             begin = end
@@ -148,7 +148,7 @@ class Blend:
         """How many there are before every source is used up; None: no end."""
         return self.pieces[-1].end if self.pieces else 0
 
-    def stretch(self, ordinal: int) -> Stretch:
+    def stretch(self, ordinal: int) -> SampleRange:
         """The samples around one. Raises `IndexError` where the sources are used up before it."""
         if ordinal < 0 or (self.samples is not None and ordinal >= self.samples):
             raise IndexError(f"sample {ordinal} lies outside the blend's {self.samples}")
@@ -158,7 +158,7 @@ class Blend:
         length = None if piece.end is None else piece.end - begin
         source, within = (array[:length] for array in piece.shares.at(block))
         sources = piece.sources[source]
-        return Stretch(begin, sources, within + piece.before[sources])
+        return SampleRange(begin, sources, within + piece.before[sources])
 
     def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For each sample ordinal: index of its source, and how many samples that source has given before it."""
@@ -182,7 +182,7 @@ class Blend:
         counts[piece.sources] += piece.shares.given((here.begin - piece.begin) // piece.shares.block)
         return dict(zip(self.names, counts.tolist(), strict=True))
 
-    def _piece(self, ordinal: int) -> Piece:
+    def _piece(self, ordinal: int) -> BlendPiece:
         return self.pieces[bisect_right(self._begins, ordinal) - 1]
 
 

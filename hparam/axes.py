@@ -9,7 +9,7 @@ from core.errors import ConfigError
 from model.config import ModelConfig
 
 
-class Axis(Enum):
+class SizeAxis(Enum):
     width = "width"
     """Every width; more heads of the same width."""
     depth = "depth"
@@ -19,17 +19,17 @@ class Axis(Enum):
     tokens = "tokens"
 
 
-def grown(model: ModelConfig, axis: Axis, factor: int) -> ModelConfig:
+def grown(model: ModelConfig, axis: SizeAxis, factor: int) -> ModelConfig:
     """The model `factor` times as large along `axis`; itself along an axis of the run."""
-    if axis is Axis.width:
+    if axis is SizeAxis.width:
         keys = ["width", "heads", "kv_heads", "dense_width", "expert_width"]
         keys += [] if model.shared_width is None else ["shared_width"]
         return replace(model, **{key: getattr(model, key) * factor for key in keys})
-    if axis is Axis.depth:
+    if axis is SizeAxis.depth:
         if model.layer_list is not None:
             raise ConfigError("model.layer_list", None, "a list of layers cannot be made deeper: leave it out")
         return replace(model, layers=model.layers * factor)
-    if axis is Axis.experts:
+    if axis is SizeAxis.experts:
         router = replace(model.router, top_k=model.router.top_k * factor)
         return replace(model, experts=model.experts * factor, router=router)
     return model

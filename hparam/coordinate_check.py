@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from hparam.axes import Axis
+from hparam.axes import SizeAxis
 from hparam.rules import Parametrization
 
-LIMITS: Mapping[Axis, Mapping[str, float]] = {
-    Axis.width: {"residual": 0.15, "embedding": 0.15, "attention": 0.2, "moe": 0.2, "logits": 0.2},
-    Axis.depth: {"residual": 0.2},
-    Axis.experts: {"residual": 0.2, "logits": 0.2},
+LIMITS: Mapping[SizeAxis, Mapping[str, float]] = {
+    SizeAxis.width: {"residual": 0.15, "embedding": 0.15, "attention": 0.2, "moe": 0.2, "logits": 0.2},
+    SizeAxis.depth: {"residual": 0.2},
+    SizeAxis.experts: {"residual": 0.2, "logits": 0.2},
 }
 """The largest slope, up or down, of the change of each quantity."""
-CONTROLS: Mapping[Axis, float] = {Axis.width: 0.4, Axis.depth: 0.3}
+CONTROLS: Mapping[SizeAxis, float] = {SizeAxis.width: 0.4, SizeAxis.depth: 0.3}
 """Of the standard parametrization some limited quantity must change with at least this slope, or the check is blind."""
 
 Measured = Mapping[str, Mapping[str, float]]
 """quantity -> `initial` and `change`, root mean squares."""
-Measure = Callable[[Axis, int, int, Parametrization], Measured]
+Measure = Callable[[SizeAxis, int, int, Parametrization], Measured]
 """(axis, factor, seed, parametrization) -> what training changed."""
 
 
@@ -35,7 +35,7 @@ Measure = Callable[[Axis, int, int, Parametrization], Measured]
 class AxisResult:
     """`values` and `initial`: parametrization -> quantity -> geometric mean over seeds at each factor."""
 
-    axis: Axis
+    axis: SizeAxis
     factors: list[int]
     values: dict[str, dict[str, list[float]]]
     initial: dict[str, dict[str, list[float]]]
@@ -86,7 +86,7 @@ def slope(factors: Sequence[int], values: Sequence[float]) -> float:
 
 
 def check_axis(
-    measure: Measure, axis: Axis, factors: Sequence[int], seeds: int, progress: Callable[[str], None]
+    measure: Measure, axis: SizeAxis, factors: Sequence[int], seeds: int, progress: Callable[[str], None]
 ) -> AxisResult:
     values: dict[str, dict[str, list[float]]] = {}
     initial: dict[str, dict[str, list[float]]] = {}

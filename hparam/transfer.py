@@ -34,7 +34,7 @@ DIGITS = 10
 
 
 @dataclass(frozen=True)
-class Found:
+class BaseHyperparameters:
     """What is used at the base, by role. `muon`: the roles whose matrices are Muon's, with its scale."""
 
     std: Mapping[Role, float]
@@ -76,7 +76,7 @@ class Resolved:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def transfer(config: HparamConfig, target: Scale, found: Found) -> Resolved:
+def transfer(config: HparamConfig, target: Scale, found: BaseHyperparameters) -> Resolved:
     """What `target` is to use. Raises `ConfigError` where the rules have no answer."""
     base = config.base
     assert base is not None
@@ -106,7 +106,9 @@ def transfer(config: HparamConfig, target: Scale, found: Found) -> Resolved:
     return Resolved(roles, beta2, _multipliers(config, general, found), tau, tuple(said))
 
 
-def _decay(config: HparamConfig, found: Found, role: Role, lr: float, base: Scale, target: Scale) -> float:
+def _decay(
+    config: HparamConfig, found: BaseHyperparameters, role: Role, lr: float, base: Scale, target: Scale
+) -> float:
     """As much forgetting over the whole run as at the base: lr * decay * steps is the same, 1 / tau."""
     if not found.weight_decay[role] or not lr:
         return 0.0
@@ -114,7 +116,7 @@ def _decay(config: HparamConfig, found: Found, role: Role, lr: float, base: Scal
     return _kept(forgets / (lr * target.steps))
 
 
-def _multipliers(config: HparamConfig, general: Mapping[str, float], found: Found) -> MultipliersConfig:
+def _multipliers(config: HparamConfig, general: Mapping[str, float], found: BaseHyperparameters) -> MultipliersConfig:
     rules = dict(MULTIPLIERS[config.rules.value])
     if config.rules is Parametrization.metap:
         if config.head is HeadForm.multiplier:
@@ -129,7 +131,7 @@ def _kept(number: float) -> float:
     return float(f"{number:.{DIGITS}g}")
 
 
-def _check(config: HparamConfig, base: Scale, target: Scale, found: Found) -> None:
+def _check(config: HparamConfig, base: Scale, target: Scale, found: BaseHyperparameters) -> None:
     if config.tau is not None and not any(found.weight_decay.values()):
         raise ConfigError("hparam.tau", config.tau, "nothing decays at the base: set optimizer.weight_decay, or no tau")
     if found.tied and config.head is HeadForm.absorbed and config.rules is Parametrization.metap:

@@ -65,7 +65,7 @@ class Node:
     """Rank 0's output goes to the terminal, too."""
 
 
-class Unmet(LeviathanError):
+class NodesNotMet(LeviathanError):
     """The nodes of a job have not met, or not again: another try may do better."""
 
 
@@ -73,7 +73,7 @@ class Unreachable(ConfigError):
     """The rendezvous cannot be where it was said to be."""
 
 
-class Interrupted(LeviathanError):
+class AgentInterrupted(LeviathanError):
     """The agent got a signal; its ranks have saved. `signal_number` says which."""
 
     exit_code = INTERRUPTED
@@ -113,10 +113,10 @@ def run(node: Node) -> int:
         return _exit_code(agent.run())
     except SignalException as error:
         closes = False  # the others get their own signal
-        raise Interrupted(int(error.sigval)) from None
+        raise AgentInterrupted(int(error.sigval)) from None
     except RendezvousError as error:
         said = str(error).splitlines()
-        raise Unmet(f"the nodes do not meet: {said[0] if said else type(error).__name__}") from None
+        raise NodesNotMet(f"the nodes do not meet: {said[0] if said else type(error).__name__}") from None
     finally:
         if closes:
             handler.shutdown()

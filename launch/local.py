@@ -82,7 +82,7 @@ def _torchrun(launch: LaunchConfig, config: TrainConfig) -> int:
     """What `torchrun --nproc-per-node RANKS -m train` does, with the agent in this process. Ctrl-C and SIGTERM are
     passed on to the ranks, which save; 130 then.
     """
-    from launch.agent import Interrupted, Node, run
+    from launch.agent import AgentInterrupted, Node, run
 
     directory = RunDirectory.of(config)
     with tempfile.TemporaryDirectory(prefix="leviathan-") as scratch:
@@ -100,7 +100,7 @@ def _torchrun(launch: LaunchConfig, config: TrainConfig) -> int:
         )
         try:
             code = run(node)
-        except Interrupted as error:
+        except AgentInterrupted as error:
             return error.exit_code
     if code == CRASHED:
         advice = "the same command with the run's run.name goes on from its last checkpoint"

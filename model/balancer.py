@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.config import FeedForward
-from model.load_balance import Balance
+from model.load_balance import RouterBalance
 from model.moe import MixtureOfExperts
 from model.transformer import Layer, Transformer
 
@@ -49,6 +49,6 @@ class Balancer:
         return {"counts": counts, "aux": sums[:, 0], "z": sums[:, 1], "entropy": sums[:, 2]}
 
 
-def _balance(layer: Any) -> Balance:
+def _balance(layer: Any) -> RouterBalance:
     assert isinstance(layer, Layer) and isinstance(layer.ffn, MixtureOfExperts)
     return layer.ffn.router.balance

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import InitConfig, ModelConfig
-from model.load_balance import Balance
+from model.load_balance import RouterBalance
 from model.roles import ParameterInfo, Role, registry
 
 _BLOCK = 1 << 22
@@ -48,7 +48,7 @@ def initialise(module: nn.Module, model: ModelConfig, seed: int) -> None:
 
 def reset_buffers(module: nn.Module) -> None:
     for part in module.modules():
-        if isinstance(part, Balance):
+        if isinstance(part, RouterBalance):
             part.reset()
 
 

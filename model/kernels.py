@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from precision.config import Kernels as Kind
+from precision.config import KernelKind
 from precision.gemm import at_least_float32, widened
 
 
-class Places(NamedTuple):
+class SortedSlots(NamedTuple):
     """Where slots lie among the experts' rows."""
 
     source_C: Tensor
@@ -40,14 +40,14 @@ class Places(NamedTuple):
     """Which rows are padding, bool; None: none is."""
 
 
-class Kernels:
+class MoEKernels:
     """Differentiable steps. A subclass says who computes `spread`, `collect` and the two halves of SwiGLU."""
 
-    def permute(self, x_TD: Tensor, places: Places, weights_TK: Tensor | None = None) -> Tensor:
+    def permute(self, x_TD: Tensor, places: SortedSlots, weights_TK: Tensor | None = None) -> Tensor:
         """Tokens in the experts' order [C, D], times their routing weights if these are given; padding is zero."""
         return _Permute.apply(x_TD, weights_TK, places, self)
 
-    def unpermute(self, y_CD: Tensor, places: Places, weights_TK: Tensor | None = None) -> Tensor:
+    def unpermute(self, y_CD: Tensor, places: SortedSlots, weights_TK: Tensor | None = None) -> Tensor:
         """The sum of each token's K rows [T, D], times their routing weights if these are given. What padding holds is
         not read, and its gradient is zero.
         """
@@ -61,16 +61,16 @@ class Kernels:
         """`swiglu` of the left half of each row and its right half. By itself, because autograd would put the gradients
         of two views together by copying them.
         """
-        return _SwiGLUHalves.apply(gate_up_C2F.flatten(0, -2), self).unflatten(0, gate_up_C2F.shape[:-1])
+        return _FusedSwiGLU.apply(gate_up_C2F.flatten(0, -2), self).unflatten(0, gate_up_C2F.shape[:-1])
 
     def spread(
-        self, x_TD: Tensor, places: Places, weights_TK: Tensor | None, y_CD: Tensor | None
+        self, x_TD: Tensor, places: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Rows [C, D]; with `y_CD` also <token, row> of each slot, [T, K] in the format of weights."""
         raise NotImplementedError
 
     def collect(
-        self, y_CD: Tensor, places: Places, weights_TK: Tensor | None, x_TD: Tensor | None
+        self, y_CD: Tensor, places: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens [T, D]; with `x_TD` also <token, row> of each slot, [T, K] in the format of weights."""
         raise NotImplementedError
@@ -85,7 +85,7 @@ class Kernels:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor | None, places: Places, kernels: Kernels) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor | None, places: SortedSlots, kernels: MoEKernels) -> Tensor:
         ctx.places, ctx.kernels = places, kernels
         ctx.save_for_backward(weights_TK, None if weights_TK is None else x_TD)
         return kernels.spread(x_TD, places, weights_TK, None)[0]
@@ -98,7 +98,7 @@ class _Permute(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_CD: Tensor, weights_TK: Tensor | None, places: Places, kernels: Kernels) -> Tensor:
+    def forward(ctx: Any, y_CD: Tensor, weights_TK: Tensor | None, places: SortedSlots, kernels: MoEKernels) -> Tensor:
         ctx.places, ctx.kernels = places, kernels
         ctx.save_for_backward(weights_TK, None if weights_TK is None else y_CD)
         return kernels.collect(y_CD, places, weights_TK, None)[0]
@@ -111,7 +111,7 @@ class _Unpermute(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_CF: Tensor, up_CF: Tensor, kernels: Kernels) -> Tensor:
+    def forward(ctx: Any, gate_CF: Tensor, up_CF: Tensor, kernels: MoEKernels) -> Tensor:
         ctx.save_for_backward(gate_CF, up_CF)
         ctx.kernels = kernels
         return kernels.swiglu_forward(gate_CF, up_CF)
@@ -124,9 +124,9 @@ class _SwiGLU(torch.autograd.Function):
         return *found, None
 
 
-class _SwiGLUHalves(torch.autograd.Function):
+class _FusedSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up_C2F: Tensor, kernels: Kernels) -> Tensor:
+    def forward(ctx: Any, gate_up_C2F: Tensor, kernels: MoEKernels) -> Tensor:
         ctx.save_for_backward(gate_up_C2F)
         ctx.kernels = kernels
         return kernels.swiglu_forward(*_halves(gate_up_C2F))
@@ -144,11 +144,11 @@ def _halves(both_C2F: Tensor) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-class TorchKernels(Kernels):
+class TorchKernels(MoEKernels):
     """What the kernels compute, in PyTorch."""
 
     def spread(
-        self, x_TD: Tensor, places: Places, weights_TK: Tensor | None, y_CD: Tensor | None
+        self, x_TD: Tensor, places: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         rows_CD = x_TD.index_select(0, places.source_C // places.place_TK.shape[1])
         if weights_TK is not None:
@@ -159,7 +159,7 @@ class TorchKernels(Kernels):
         return rows_CD, None if y_CD is None else _products(x_TD, _rows_of_tokens(y_CD, places), weights_TK)
 
     def collect(
-        self, y_CD: Tensor, places: Places, weights_TK: Tensor | None, x_TD: Tensor | None
+        self, y_CD: Tensor, places: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         rows_TKD = _rows_of_tokens(y_CD, places)
         weighted_TKD = rows_TKD if weights_TK is None else rows_TKD * weights_TK[..., None]
@@ -176,7 +176,7 @@ class TorchKernels(Kernels):
         into[1].copy_(grad_CF * gate_CF * sigmoid_CF)
 
 
-def _rows_of_tokens(y_CD: Tensor, places: Places) -> Tensor:
+def _rows_of_tokens(y_CD: Tensor, places: SortedSlots) -> Tensor:
     """[T, K, D], in at least float32."""
     rows_SD = y_CD.index_select(0, places.place_TK.flatten())
     return rows_SD.view(*places.place_TK.shape, y_CD.shape[1]).to(at_least_float32(y_CD.dtype))
@@ -188,13 +188,13 @@ def _products(x_TD: Tensor, rows_TKD: Tensor, weights_TK: Tensor | None) -> Tens
     return (x_TD[:, None].to(rows_TKD.dtype) * rows_TKD).sum(-1).to(weights_TK.dtype)
 
 
-class TritonKernels(Kernels):
+class TritonKernels(MoEKernels):
     """The same by Triton, on a GPU or, where TRITON_INTERPRET=1 was set before Triton was first imported, step by step
     on a CPU.
     """
 
     def spread(
-        self, x_TD: Tensor, places: Places, weights_TK: Tensor | None, y_CD: Tensor | None
+        self, x_TD: Tensor, places: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         rows_CD = x_TD.new_empty(len(places.source_C), x_TD.shape[1])
         found_TK = None if y_CD is None or weights_TK is None else torch.empty_like(weights_TK)
@@ -206,7 +206,7 @@ class TritonKernels(Kernels):
         return rows_CD, found_TK
 
     def collect(
-        self, y_CD: Tensor, places: Places, weights_TK: Tensor | None, x_TD: Tensor | None
+        self, y_CD: Tensor, places: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         (tokens, top_k), width = places.place_TK.shape, y_CD.shape[1]
         tokens_TD = y_CD.new_empty(tokens, width)
@@ -226,9 +226,9 @@ class TritonKernels(Kernels):
         _by_element(_swiglu_backward_kernel, grad_CF, gate_CF, up_CF, *into)
 
 
-def made(kind: Kind) -> Kernels | None:
+def made(kind: KernelKind) -> MoEKernels | None:
     """What does these steps; None: plain code where they are needed, which autograd goes through (`model.moe`)."""
-    return TritonKernels() if kind is Kind.triton else None
+    return TritonKernels() if kind is KernelKind.triton else None
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model.config import AuxScope, BalanceConfig, Score
 
 
-class Balance(nn.Module):
+class RouterBalance(nn.Module):
     """One router's balancing state.
 
     Persistent, since a resumed run must go on exactly: the selection `bias_E` and last step's global `load_E` (mean 1).
@@ -73,7 +73,9 @@ class Balance(nn.Module):
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, experts: Tensor, balance: Balance, routed_tokens: Tensor | float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, experts: Tensor, balance: RouterBalance, routed_tokens: Tensor | float
+    ) -> Tensor:
         ctx.save_for_backward(logits, experts)
         ctx.balance, ctx.routed_tokens = balance, routed_tokens
         return logits.view_as(logits)
@@ -107,7 +109,7 @@ def count(experts_BTK: Tensor, experts: int) -> Tensor:
     return chosen.new_zeros(chosen.shape[0], experts).scatter_add_(1, chosen, torch.ones_like(chosen))
 
 
-def _load(counts_BE: Tensor, balance: Balance) -> Tensor:
+def _load(counts_BE: Tensor, balance: RouterBalance) -> Tensor:
     """Share of the tokens each expert got, times E (an even load is 1), over the configured scope: [B or 1, E]."""
     if balance.config.aux_scope is AuxScope.whole:
         return balance.load_E[None]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from model import kernels
 from model.attention.plan import SequenceContext
 from model.config import BalanceConfig, ModelConfig, RouterConfig, Score, WeightsOn
-from model.kernels import Kernels, Places
+from model.kernels import MoEKernels, SortedSlots
 from model.layers import GatedMLP, GroupedGateUp, GroupedLinear, swiglu_halves
-from model.load_balance import Balance
+from model.load_balance import RouterBalance
 from model.roles import Role
 from precision.gemm import Groups, at_least_float32
 from precision.native_gemm import PlainProducts
@@ -30,7 +30,7 @@ from precision.resolve import LayerProducts
 
 
 @dataclass(frozen=True)
-class Choice:
+class TopKRouting:
     """Which experts each token goes to, and with what weight."""
 
     experts_TK: Tensor
@@ -45,7 +45,7 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.roles = {"weight": Role.router}
-        self.balance = Balance(experts, config.score, balance)
+        self.balance = RouterBalance(experts, config.score, balance)
 
     def forward(self, x_BTD: Tensor, routed_tokens: Tensor | float | None) -> tuple[Tensor, Tensor]:
         """Expert ids, int64, and their weights, both [B, T, K]."""
@@ -87,28 +87,28 @@ class Dispatched:
     """The experts' rows [C, D] to the sum of each token's results [T, D]."""
 
 
-class Dispatch(Protocol):
+class Dispatcher(Protocol):
     """Tokens to experts and back, the routing weights applied on the way that the configuration says."""
 
-    def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched: ...
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched: ...
 
 
 @dataclass(frozen=True)
-class LocalDispatch:
+class LocalDispatcher:
     """All experts are here. No token is sent anywhere; rows are sorted by expert, ties keep the order of tokens."""
 
     experts: int
     weights_on: WeightsOn
     token_multiple: int = 1
-    kernels: Kernels | None = None
+    kernels: MoEKernels | None = None
 
-    def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
-        rows = arrange(choice.experts_TK, self.experts, self.token_multiple, self.kernels)
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
+        rows = permute_by_expert(choice.experts_TK, self.experts, self.token_multiple, self.kernels)
         return Dispatched(*weighted(rows, x_TD, choice.weights_TK, self.weights_on))
 
 
 @dataclass(frozen=True)
-class Rows:
+class SortedTokens:
     """The places of T*K routed slots among rows that are sorted by group, each group padded to a multiple."""
 
     source_C: Tensor
@@ -119,14 +119,14 @@ class Rows:
     """Rows of each group with their padding."""
     is_padding_C1: Tensor | None
     """Which rows are padding; None: none is."""
-    kernels: Kernels | None = None
+    kernels: MoEKernels | None = None
     """Who moves the rows; None: plain code."""
 
     def gather(self, x_TD: Tensor, top_k: int = 1) -> Tensor:
         """Copies of tokens with `top_k` slots each, a row for each slot: [C, D]."""
         if self.kernels is not None:
             return self.kernels.permute(x_TD, self.places(top_k))
-        return _Gather.apply(x_TD, self, top_k)
+        return _GatherTokens.apply(x_TD, self, top_k)
 
     def combine(self, y_CD: Tensor, top_k: int = 1) -> Tensor:
         """The sum of each token's `top_k` rows: [T, D]."""
@@ -134,8 +134,8 @@ class Rows:
             return self.kernels.unpermute(y_CD, self.places(top_k))
         return _Combine.apply(y_CD, self, top_k)
 
-    def places(self, top_k: int) -> Places:
-        return Places(self.source_C, self.place_S.view(-1, top_k), self.is_padding_C1)
+    def places(self, top_k: int) -> SortedSlots:
+        return SortedSlots(self.source_C, self.place_S.view(-1, top_k), self.is_padding_C1)
 
     def copy_slots(self, x_TD: Tensor, top_k: int) -> Tensor:
         source = self.source_C // top_k if top_k > 1 else self.source_C
@@ -147,7 +147,9 @@ class Rows:
         return slots if top_k == 1 else slots.unflatten(0, (-1, top_k)).sum(1)
 
 
-def arrange(groups_TK: Tensor, groups: int, multiple: int = 1, kernels: Kernels | None = None) -> Rows:
+def permute_by_expert(
+    groups_TK: Tensor, groups: int, multiple: int = 1, kernels: MoEKernels | None = None
+) -> SortedTokens:
     """Sort slots by group (ids below `groups`), stably, and pad each group's rows to a multiple."""
     sorted_S, order_S = groups_TK.flatten().sort(stable=True)
     counts_E = torch.searchsorted(sorted_S, torch.arange(groups + 1, device=sorted_S.device)).diff()
@@ -161,11 +163,11 @@ def arrange(groups_TK: Tensor, groups: int, multiple: int = 1, kernels: Kernels 
         source_C = order_S.new_zeros(rows).scatter_(0, row_S, order_S)
         is_padding_C1 = torch.ones(rows, 1, dtype=torch.bool, device=order_S.device).index_fill_(0, row_S, False)
     place_S = torch.empty_like(order_S).scatter_(0, order_S, row_S)
-    return Rows(source_C, place_S, Groups(counts_E), is_padding_C1, kernels)
+    return SortedTokens(source_C, place_S, Groups(counts_E), is_padding_C1, kernels)
 
 
 def weighted(
-    rows: Rows, x_TD: Tensor, weights_TK: Tensor, weights_on: WeightsOn
+    rows: SortedTokens, x_TD: Tensor, weights_TK: Tensor, weights_on: WeightsOn
 ) -> tuple[Tensor, Groups, Callable[[Tensor], Tensor]]:
     """What `Dispatched` holds, where slots stay on this device: rows, counts, and the way back.
 
@@ -189,13 +191,13 @@ def weighted(
     return rows.gather(x_TD, top_k), rows.groups, restore
 
 
-class _Gather(torch.autograd.Function):
+class _GatherTokens(torch.autograd.Function):
     """Its backward is `_Combine`'s forward: two gathers along a permutation, so no addition whose order could differ
     from run to run.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, rows: Rows, top_k: int) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, rows: SortedTokens, top_k: int) -> Tensor:
         ctx.rows, ctx.top_k = rows, top_k
         return rows.copy_slots(x_TD, top_k)
 
@@ -206,7 +208,7 @@ class _Gather(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_CD: Tensor, rows: Rows, top_k: int) -> Tensor:
+    def forward(ctx: Any, y_CD: Tensor, rows: SortedTokens, top_k: int) -> Tensor:
         ctx.rows, ctx.top_k = rows, top_k
         return rows.sum_slots(y_CD, top_k)
 
@@ -245,7 +247,7 @@ class MixtureOfExperts(nn.Module):
         self.multiplier = model.multipliers.gates
         self.experts = Experts(model.experts, model.width, model.expert_width, products)
         weights_on, multiple = model.router.weights_on, self.experts.token_multiple
-        self.dispatch: Dispatch = LocalDispatch(model.experts, weights_on, multiple, self.experts.kernels)
+        self.dispatch: Dispatcher = LocalDispatcher(model.experts, weights_on, multiple, self.experts.kernels)
         roles = (Role.shared_gate, Role.shared_up, Role.shared_down)
         hidden = model.shared_expert_width
         self.shared = GatedMLP(model.width, hidden, roles, products) if hidden else None
@@ -253,7 +255,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         experts_BTK, weights_BTK = self.router(x_BTD, context.routed_tokens)
         x_TD = x_BTD.flatten(0, 1)
-        sent = self.dispatch(x_TD, Choice(experts_BTK.flatten(0, 1), weights_BTK.flatten(0, 1)))
+        sent = self.dispatch(x_TD, TopKRouting(experts_BTK.flatten(0, 1), weights_BTK.flatten(0, 1)))
         y_TD = sent.restore(self.experts(sent.x_CD, sent.groups))
         if self.multiplier != 1:
             y_TD = y_TD * self.multiplier

@@ -16,10 +16,10 @@ from model.tensor_source import TensorSource, parameter_infos
 
 def folded(source: TensorSource) -> TensorSource:
     """`source` itself where all factors are 1. Raises `ConfigError` where a factor has no weight to go into."""
-    return source if source.config.multipliers == MultipliersConfig() else Folded(source)
+    return source if source.config.multipliers == MultipliersConfig() else FoldedMultipliers(source)
 
 
-class Folded:
+class FoldedMultipliers:
     """`source`'s tensors times what the forward pass would have multiplied them by.
 
     The residual factor goes into the matrices that write to the residual stream, that of the logits into the final

@@ -21,15 +21,24 @@ from torch import Tensor
 
 from model.attention.layer import attend
 from model.attention.plan import AttentionPlan, SequenceContext, on_grid
-from model.attention.segments import Documents, Gradients, Partial, Piece, Run, attend_pieces, documents, pieces
+from model.attention.segments import (
+    Documents,
+    Gradients,
+    Partial,
+    Segment,
+    SegmentRun,
+    attend_pieces,
+    documents,
+    pieces,
+)
 from model.config import ModelConfig
 from model.transformer import Layer, Transformer
 from parallel.comm.collectives import exchange, gather, pass_on
 from parallel.layout import ContextMethod, row_unit
-from parallel.mesh import Axis
+from parallel.mesh import MeshAxis
 
 
-def apply(model: Transformer, axis: Axis, method: ContextMethod) -> None:
+def apply(model: Transformer, axis: MeshAxis, method: ContextMethod) -> None:
     """Give every attention the way in which it sees keys on other ranks."""
     if axis.size == 1:
         return
@@ -40,26 +49,26 @@ def apply(model: Transformer, axis: Axis, method: ContextMethod) -> None:
 
 
 @dataclass(frozen=True)
-class Share:
+class ContextShard:
     """This rank's part of rows of one length, cut between multiples of `unit` positions."""
 
-    axis: Axis
+    axis: MeshAxis
     length: int
     unit: int
     method: ContextMethod
 
-    def runs(self, rank: int) -> list[Run]:
+    def runs(self, rank: int) -> list[SegmentRun]:
         """What a rank has, in its order: ceil(m/2) of its m units from the row's head, in the order of ranks, and the
         others from its tail, in the reverse order.
         """
         units = self.length // self.unit // self.axis.size
         head, tail = -(-units // 2) * self.unit, units // 2 * self.unit
-        found = [Run(rank * head, (rank + 1) * head, 0)]
+        found = [SegmentRun(rank * head, (rank + 1) * head, 0)]
         if tail:
-            found.append(Run(self.length - (rank + 1) * tail, self.length - rank * tail, head))
+            found.append(SegmentRun(self.length - (rank + 1) * tail, self.length - rank * tail, head))
         return found
 
-    def lacking(self, rank: int) -> list[Run]:
+    def lacking(self, rank: int) -> list[SegmentRun]:
         """Those of a rank's runs whose predecessor another rank has."""
         runs, last = self.runs(rank), self.axis.size - 1
         return [*(runs[:1] if rank > 0 else []), *(runs[1:] if rank < last else [])]
@@ -100,9 +109,9 @@ class Share:
         return PartContext(self, positions_BT, device, routed_tokens)
 
 
-def share(model: ModelConfig, length: int, axis: Axis, method: ContextMethod) -> Share:
+def share(model: ModelConfig, length: int, axis: MeshAxis, method: ContextMethod) -> ContextShard:
     """How rows of this length are divided."""
-    return Share(axis, length, row_unit(model, length), method)
+    return ContextShard(axis, length, row_unit(model, length), method)
 
 
 @dataclass(frozen=True)
@@ -111,14 +120,14 @@ class PartPlan(AttentionPlan):
     one before it, and so on round the ranks.
     """
 
-    rounds: tuple[list[Piece], ...] = ()
+    rounds: tuple[list[Segment], ...] = ()
 
 
 class PartContext(SequenceContext):
     """Of this rank's columns; but the documents of whole rows, which all ranks know alike, decide what is exchanged."""
 
     def __init__(
-        self, share: Share, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
+        self, share: ContextShard, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
     ) -> None:
         self.share, self._whole_BT = share, positions_BT.cpu()
         super().__init__(share.take(self._whole_BT), device, routed_tokens)
@@ -134,13 +143,13 @@ class PartContext(SequenceContext):
         if halo:  # a chunk of a document is no longer than a block, so it reaches no further than the block before
             at = own[-1].at + own[-1].stop - own[-1].start
             for run in share.lacking(share.axis.rank):
-                keys.append(Run(run.start - chunk, run.start, at))
+                keys.append(SegmentRun(run.start - chunk, run.start, at))
                 at += chunk
         return AttentionPlan(block=chunk, halo=halo, parts=pieces(documents(starts_BT), own, keys))
 
     def _global(self, rows: Documents) -> AttentionPlan:
         share, rank, size = self.share, self.share.axis.rank, self.share.axis.size
-        own, whole = share.runs(rank), [Run(0, share.length, 0)]
+        own, whole = share.runs(rank), [SegmentRun(0, share.length, 0)]
         if share.method is ContextMethod.ulysses:
             return AttentionPlan(parts=pieces(rows, whole, whole))
         if share.method is ContextMethod.gather:
@@ -149,10 +158,10 @@ class PartContext(SequenceContext):
 
 
 @dataclass(frozen=True)
-class _Attend:
+class _AttendShard:
     """An attention's way; the methods differ in layers that see the whole row."""
 
-    axis: Axis
+    axis: MeshAxis
 
     def __call__(
         self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: SequenceContext, chunk: int | None
@@ -168,7 +177,9 @@ class _Attend:
             kv = torch.cat([kv, self._before(kv, plan.block, context.share.head)], dim=2)
         return attend_pieces(q_BLHK, kv[0], kv[1], plan.parts)
 
-    def globally(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: Share, plan: AttentionPlan) -> Tensor:
+    def globally(
+        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
+    ) -> Tensor:
         raise NotImplementedError
 
     def _before(self, kv_2BLGK: Tensor, chunk: int, head: int) -> Tensor:
@@ -190,22 +201,26 @@ class _Attend:
         return exchange(rows, send, receive, axis, "halo").movedim(0, 2)
 
 
-class Gather(_Attend):
+class Gather(_AttendShard):
     """All keys and values come here; the queries stay. One all-gather, and a reduce-scatter in the backward pass."""
 
-    def globally(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: Share, plan: AttentionPlan) -> Tensor:
+    def globally(
+        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
+    ) -> Tensor:
         assert plan.parts is not None
         gathered = gather(torch.stack([k_BLGK, v_BLGK]), self.axis, 0, "keys and values")
         k_BTGK, v_BTGK = share.whole(gathered.unflatten(0, (self.axis.size, 2)).unbind(0), 2)
         return attend_pieces(q_BLHK, k_BTGK, v_BTGK, plan.parts)
 
 
-class Ulysses(_Attend):
+class Ulysses(_AttendShard):
     """Heads for positions and back: two all-to-alls, and two in the backward pass. Ranks get consecutive heads, so that
     each query head finds its key head.
     """
 
-    def globally(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: Share, plan: AttentionPlan) -> Tensor:
+    def globally(
+        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
+    ) -> Tensor:
         assert plan.parts is not None
         size, ones = self.axis.size, [1] * self.axis.size
         heads = [x.unflatten(2, (size, -1)) for x in (q_BLHK, k_BLGK, v_BLGK)]
@@ -218,10 +233,12 @@ class Ulysses(_Attend):
         return back_RBLHK.movedim(0, 2).flatten(2, 3)
 
 
-class Ring(_Attend):
+class Ring(_AttendShard):
     """Keys and values go round; what a rank has seen of them is merged by log-sum-exp."""
 
-    def globally(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: Share, plan: AttentionPlan) -> Tensor:
+    def globally(
+        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
+    ) -> Tensor:
         assert isinstance(plan, PartPlan)
         return _Ring.apply(q_BLHK, k_BLGK, v_BLGK, self.axis, plan.rounds)
 
@@ -230,7 +247,7 @@ class _Ring(torch.autograd.Function):
     """In the backward pass keys and values go round again, and behind them their gradients, to which each rank adds."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, rounds: tuple[list[Piece], ...]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: MeshAxis, rounds: tuple[list[Segment], ...]) -> Tensor:
         partial, kv = Partial(q), torch.stack([k, v])
         for turn, parts in enumerate(rounds):
             arrived = pass_on(kv, axis, "ring") if turn < axis.size - 1 else None
@@ -259,7 +276,7 @@ class _Ring(torch.autograd.Function):
         return found.dq_BTHK.to(q.dtype), dk, dv, None, None
 
 
-_KINDS: dict[ContextMethod, type[_Attend]] = {
+_KINDS: dict[ContextMethod, type[_AttendShard]] = {
     ContextMethod.gather: Gather,
     ContextMethod.ulysses: Ulysses,
     ContextMethod.ring: Ring,

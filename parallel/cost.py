@@ -21,7 +21,7 @@ from model.config import AuxScope, FeedForward, LayerConfig, ModelConfig, QKNorm
 from model.roles import Role, registry
 from parallel import whole_matrices as whole
 from parallel.deepspeed.config import Offload, ParameterOffload
-from parallel.layout import ContextMethod, Dispatch, EngineKind, Layout, Recompute, Reduce, row_unit
+from parallel.layout import ContextMethod, DispatchMethod, EngineKind, Layout, Recompute, Reduce, row_unit
 from parallel.mesh import place
 from parallel.parallelize import on_meta
 from parallel.pipeline import runtime
@@ -34,7 +34,7 @@ Entries = Iterator[tuple[tuple[str, str], Bytes | Fraction]]
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchShape:
     """One step of one rank: `rows` of `context` tokens, `micro_batch` at a time. `aligned`: no document starts inside
     a chunk and reaches into the next; otherwise one does in every micro-batch.
     """
@@ -100,7 +100,11 @@ def _under_zero(
 
 
 def step_traffic(
-    model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch, matrices: torch.dtype | None = None
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    layout: Layout,
+    batch: BatchShape,
+    matrices: torch.dtype | None = None,
 ) -> Traffic:
     """Bytes handed to collectives in one optimizer step, over all ranks of the world, by axis and purpose.
 
@@ -156,7 +160,7 @@ def _data(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Ent
             yield ("dp_replicate", "gradients"), stages * reduced * elements
 
 
-def _pipeline(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
+def _pipeline(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape) -> Entries:
     """What one micro-batch sends from stage to stage, and its gradient back; neighbours on one rank send nothing."""
     owners = layout.stages(model).owners
     hops = sum(one != other for one, other in itertools.pairwise(owners))
@@ -165,7 +169,7 @@ def _pipeline(model: ModelConfig, precision: PrecisionConfig, layout: Layout, ba
         yield ("pp", purpose), hops * tokens * model.width * precision.compute_dtype.itemsize
 
 
-def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
+def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape) -> Entries:
     """Tensor parallelism of one micro-batch on one rank of each stage."""
     if layout.tp == 1:
         return
@@ -188,7 +192,7 @@ def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batc
             yield ("tp", "balance"), batch.micro_batch * model.experts * 8
 
 
-def _context(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
+def _context(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape) -> Entries:
     """Context parallelism of one micro-batch on one rank, the mean over ranks."""
     if layout.cp == 1:
         return
@@ -199,7 +203,7 @@ def _context(model: ModelConfig, precision: PrecisionConfig, layout: Layout, bat
 
 
 def attention_traffic(
-    model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, batch: Batch
+    model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape
 ) -> Entries:
     """What one layer's attention hands to collectives of cp in one micro-batch on one rank, the mean over ranks."""
     cp, again = layout.cp, layout.recompute is not Recompute.none
@@ -247,7 +251,7 @@ def attention_cost(
     keys = 2 * part * shared * model.head_width * size
     whole_keys = layout.context is ContextMethod.gather and reach == context
     kept = 2 * part * heads * model.head_width * size + keys * (layout.cp if whole_keys else 1)
-    batch = Batch(1, 1, context, aligned=True)
+    batch = BatchShape(1, 1, context, aligned=True)
     sent = sum(size for _, size in attention_traffic(model, layer, precision, layout, batch))
     return AttentionCost(
         flops=3 * 4 * pairs * heads * model.head_width,
@@ -263,7 +267,7 @@ def _balances_rows(model: ModelConfig, layer: LayerConfig) -> bool:
     return mixture and bool(model.balance.aux) and model.balance.aux_scope is not AuxScope.whole
 
 
-def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: Batch) -> Entries:
+def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape) -> Entries:
     """Expert parallelism of one micro-batch on one rank of each stage, the mean over ranks."""
     ranks = layout.ep * layout.etp
     if ranks == 1:
@@ -273,12 +277,12 @@ def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, bat
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     again = layout.recompute is Recompute.full
     # without anything after it that keeps its input, the way back is the last thing of a layer
-    weighted_here = model.router.weights_on is WeightsOn.output and layout.dispatch is not Dispatch.all_gather
+    weighted_here = model.router.weights_on is WeightsOn.output and layout.dispatch is not DispatchMethod.all_gather
     back_again = again and bool(model.shared_expert_width or weighted_here)
     for layer in model.blocks:
         if layer.feed_forward is not FeedForward.moe:
             continue
-        if layout.dispatch is Dispatch.all_gather:
+        if layout.dispatch is DispatchMethod.all_gather:
             row = tokens * model.width * size
             there, back = row, ranks * row
             yield ("experts", "tokens"), 2 * (there + back) + again * there + back_again * back

@@ -20,26 +20,26 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from model.config import WeightsOn
-from model.kernels import Kernels
-from model.moe import Choice, Dispatched, MixtureOfExperts, arrange, weighted
+from model.kernels import MoEKernels
+from model.moe import Dispatched, MixtureOfExperts, TopKRouting, permute_by_expert, weighted
 from model.transformer import Transformer
 from parallel.comm.collectives import exchange, gather, gather_plain, scatter
-from parallel.layout import Dispatch
-from parallel.mesh import Axis, Meshes
+from parallel.layout import DispatchMethod
+from parallel.mesh import MeshAxis, Meshes
 from precision.gemm import Groups
 
 _DEEPEP = "git+https://github.com/deepseek-ai/DeepEP"
 
 
-def check(kind: Dispatch, compute_dtype: torch.dtype = torch.bfloat16) -> None:
+def check(kind: DispatchMethod, compute_dtype: torch.dtype = torch.bfloat16) -> None:
     """Refuse a dispatcher that cannot be had here, or not in this number format."""
-    if kind is Dispatch.deepep and compute_dtype is not torch.bfloat16:
+    if kind is DispatchMethod.deepep and compute_dtype is not torch.bfloat16:
         raise ConfigError(
-            "parallel.dispatch", kind, "sends bfloat16 only; add precision=bf16", [Dispatch.all_to_all.value]
+            "parallel.dispatch", kind, "sends bfloat16 only; add precision=bf16", [DispatchMethod.all_to_all.value]
         )
-    if kind is Dispatch.deepep and importlib.util.find_spec("deep_ep") is None:
+    if kind is DispatchMethod.deepep and importlib.util.find_spec("deep_ep") is None:
         reason = f"DeepEP is not installed: pip install '{_DEEPEP}'"
-        raise ConfigError("parallel.dispatch", kind, reason, [Dispatch.all_to_all.value])
+        raise ConfigError("parallel.dispatch", kind, reason, [DispatchMethod.all_to_all.value])
 
 
 def apply(model: Transformer, meshes: Meshes) -> None:
@@ -58,15 +58,15 @@ def apply(model: Transformer, meshes: Meshes) -> None:
 
 @dataclass(frozen=True)
 class _Dispatcher:
-    axis: Axis
+    axis: MeshAxis
     etp: int
     held: int
     """Virtual experts on one rank."""
     weights_on: WeightsOn
     token_multiple: int
-    kernels: Kernels | None = None
+    kernels: MoEKernels | None = None
 
-    def virtual(self, choice: Choice) -> Choice:
+    def virtual(self, choice: TopKRouting) -> TopKRouting:
         """The choice among virtual experts, numbered by rank of the axis, then by place on that rank."""
         if self.etp == 1:
             return choice
@@ -74,15 +74,15 @@ class _Dispatcher:
         slices = torch.arange(self.etp, device=place_TK1.device)
         experts_TKS = (group_TK1 * self.etp + slices) * self.held + place_TK1
         weights_TKS = choice.weights_TK[..., None].expand(*choice.weights_TK.shape, self.etp)
-        return Choice(experts_TKS.flatten(1), weights_TKS.flatten(1))
+        return TopKRouting(experts_TKS.flatten(1), weights_TKS.flatten(1))
 
 
 class AllToAll(_Dispatcher):
     """Each slot goes to its rank alone. How many go where, and to which expert, is the step's one copy to the host."""
 
-    def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         choice = self.virtual(choice)
-        rows = arrange(choice.experts_TK, self.axis.size * self.held, kernels=self.kernels)
+        rows = permute_by_expert(choice.experts_TK, self.axis.size * self.held, kernels=self.kernels)
         x_SD, groups, back = weighted(rows, x_TD, choice.weights_TK, self.weights_on)
         sent_NE = groups.counts_E.view(self.axis.size, self.held)
         arriving_NE = self._swap(sent_NE)
@@ -91,7 +91,7 @@ class AllToAll(_Dispatcher):
         x_RD = exchange(x_SD, send, receive, self.axis, "tokens")
         places = torch.arange(self.held, device=x_RD.device).repeat(self.axis.size)
         experts_R1 = places.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
-        by_expert = arrange(experts_R1, self.held, self.token_multiple, self.kernels)
+        by_expert = permute_by_expert(experts_R1, self.held, self.token_multiple, self.kernels)
         known = [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
         groups_E = Groups(by_expert.groups.counts_E, known)
 
@@ -108,7 +108,7 @@ class AllToAll(_Dispatcher):
 class AllGather(_Dispatcher):
     """Every rank gets all tokens of the group, works on those that chose its experts, and the sums are scattered."""
 
-    def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         choice = self.virtual(choice)
         x_ND = gather(x_TD, self.axis, 0, "tokens")
         experts_NK = gather_plain(choice.experts_TK, self.axis, 0, "counts")
@@ -120,7 +120,7 @@ class AllGather(_Dispatcher):
 class DeepEP(_Dispatcher):
     """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP): a token travels once to each rank it needs. bf16."""
 
-    def __call__(self, x_TD: Tensor, choice: Choice) -> Dispatched:
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         import deep_ep
 
         size = x_TD.shape[1] * x_TD.element_size()
@@ -132,7 +132,11 @@ class DeepEP(_Dispatcher):
         return Dispatched(x_CD, groups, lambda y_CD: _DeepEPCombine.apply(back(y_CD), buffer, handle))
 
 
-_KINDS: dict[Dispatch, Any] = {Dispatch.all_to_all: AllToAll, Dispatch.all_gather: AllGather, Dispatch.deepep: DeepEP}
+_KINDS: dict[DispatchMethod, Any] = {
+    DispatchMethod.all_to_all: AllToAll,
+    DispatchMethod.all_gather: AllGather,
+    DispatchMethod.deepep: DeepEP,
+}
 
 
 def _mine(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Groups, Any]:
@@ -142,7 +146,7 @@ def _mine(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK:
     """
     held = dispatcher.held
     here_NK = (experts_NK >= 0) & (experts_NK < held)
-    rows = arrange(experts_NK.where(here_NK, held), held + 1, dispatcher.token_multiple, dispatcher.kernels)
+    rows = permute_by_expert(experts_NK.where(here_NK, held), held + 1, dispatcher.token_multiple, dispatcher.kernels)
     x_CD, groups, back = weighted(rows, x_ND, weights_NK, dispatcher.weights_on)
     mine = Groups(groups.counts_E[:held])
     kept = sum(mine.host)
@@ -153,7 +157,7 @@ def _mine(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK:
     return x_CD[:kept], mine, restore
 
 
-def _deepep_buffer(deep_ep: Any, axis: Axis, row_bytes: int) -> Any:
+def _deepep_buffer(deep_ep: Any, axis: MeshAxis, row_bytes: int) -> Any:
     """The communication buffer of this axis, made once and kept by DeepEP's module."""
     buffers: dict[Any, Any] = deep_ep.__dict__.setdefault("_leviathan_buffers", {})
     if axis.group not in buffers:

@@ -23,7 +23,7 @@ from model.moe import MixtureOfExperts
 from model.transformer import Stack, Transformer
 from parallel.comm.collectives import all_gather_single
 from parallel.layout import Reduce
-from parallel.mesh import Axis, Meshes
+from parallel.mesh import MeshAxis, Meshes
 from parallel.sharding import ShardSpec
 from precision.config import PrecisionConfig
 
@@ -51,7 +51,7 @@ def apply(
     unrounded = MixedPrecisionPolicy(None, reduce, cast_forward_inputs=False)
     dims = {id(parameter): specs[name].storage.dim for name, parameter in model.named_parameters()}
 
-    def shard(module: nn.Module, mesh: DeviceMesh, axis: Axis, policy: MixedPrecisionPolicy) -> None:
+    def shard(module: nn.Module, mesh: DeviceMesh, axis: MeshAxis, policy: MixedPrecisionPolicy) -> None:
         place = lambda parameter: Shard(dims[id(parameter)])  # noqa: E731
         keep: dict[str, Any] = {"reshard_after_forward": False} if meshes.layout.pp > 1 else {}
         sharded = fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=place, **keep)
@@ -105,7 +105,7 @@ def gradient_sums(stack: nn.Module) -> dict[nn.Module, GradientSum]:
     return {module: GradientSum(module, stored.get(module)) for module in stack.modules() if hasattr(module, "weight")}
 
 
-def _sum_and_count(module: FSDPModule, axis: Axis, replicate: Axis) -> None:
+def _sum_and_count(module: FSDPModule, axis: MeshAxis, replicate: MeshAxis) -> None:
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which a factor alone would use
     module.set_custom_all_gather(_CountedAllGather(axis))
@@ -115,7 +115,7 @@ def _sum_and_count(module: FSDPModule, axis: Axis, replicate: Axis) -> None:
 class _CountedAllGather(AllGather):
     """FSDP2's own all-gather, with its bytes counted."""
 
-    def __init__(self, axis: Axis) -> None:
+    def __init__(self, axis: MeshAxis) -> None:
         self.axis = axis
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -129,7 +129,7 @@ class _CountedAllGather(AllGather):
         return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-def _count_reduced(axis: Axis, replicate: Axis, shard: Tensor) -> None:
+def _count_reduced(axis: MeshAxis, replicate: MeshAxis, shard: Tensor) -> None:
     """FSDP2 calls this with each group's reduced shard: the reduce-scatter was handed one such per rank."""
     if axis.size > 1:
         axis.traffic.bytes[axis.name, "gradients"] += shard.numel() * shard.element_size() * axis.size

@@ -12,7 +12,7 @@ import torch
 from core.errors import ConfigError, check_numbers, divisors
 from model.config import FeedForward, ModelConfig
 from parallel.deepspeed.config import ZeroConfig
-from parallel.pipeline.stages import V_SCHEDULES_SINCE, Schedule, Stages, stages
+from parallel.pipeline.stages import V_SCHEDULES_SINCE, PipelineSchedule, Stages, stages
 
 AUTO = "auto"
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
@@ -29,7 +29,7 @@ class Recompute(Enum):
     full = "full"
 
 
-class Dispatch(Enum):
+class DispatchMethod(Enum):
     """How tokens reach the ranks of their experts.
 
     `all_to_all` sends each token where it must go. `all_gather` sends every token to the whole group and sums what
@@ -92,14 +92,14 @@ class ParallelConfig:
     engine: EngineKind = EngineKind.fsdp2
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """Read by engine=deepspeed only."""
-    dispatch: Dispatch = Dispatch.all_to_all
+    dispatch: DispatchMethod = DispatchMethod.all_to_all
     context: ContextMethod = ContextMethod.gather
     """How whole-row attention works under cp."""
     reduce: Reduce = Reduce.master
     recompute: Recompute = Recompute.none
     compile: bool = False
     """torch.compile of each layer."""
-    schedule: Schedule = Schedule.one_f_one_b
+    schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
     """The order of a pipeline's work; see parallel/pipeline/stages.py."""
     stages_per_rank: int | None = None
     """Stages of the pipeline on each of its ranks; null: 1, or 2 where the schedule needs several."""
@@ -125,7 +125,7 @@ class ParallelConfig:
         schedule = self.schedule
         if self.pp == 1:
             for key, usual in (
-                ("schedule", Schedule.one_f_one_b),
+                ("schedule", PipelineSchedule.one_f_one_b),
                 ("stages_per_rank", None),
                 ("layers_per_stage", None),
             ):
@@ -135,7 +135,7 @@ class ParallelConfig:
         per_rank = self.stages_per_rank
         if per_rank is not None:
             if schedule.is_single and per_rank != 1:
-                others = [Schedule.interleaved.name, Schedule.interleaved_zero_bubble.name]
+                others = [PipelineSchedule.interleaved.name, PipelineSchedule.interleaved_zero_bubble.name]
                 reason = (
                     f"{schedule.name} has one stage per rank; take another parallel.schedule: {' or '.join(others)}"
                 )
@@ -146,10 +146,10 @@ class ParallelConfig:
                 raise ConfigError("stages_per_rank", per_rank, f"{schedule.name} needs several stages per rank", [2, 4])
         if schedule.is_v and torch_version() < V_SCHEDULES_SINCE:
             need = ".".join(map(str, V_SCHEDULES_SINCE))
-            others = [one.name for one in Schedule if not one.is_v]
+            others = [one.name for one in PipelineSchedule if not one.is_v]
             raise ConfigError("schedule", schedule, f"needs torch {need} or newer, this is {torch.__version__}", others)
         if schedule.splits_backward and self.compile:
-            whole = ", ".join(one.name for one in Schedule if not one.splits_backward)
+            whole = ", ".join(one.name for one in PipelineSchedule if not one.splits_backward)
             reason = f"compiled layers cannot put off the gradients of their weights, as schedule={schedule.name} does"
             raise ConfigError("compile", True, f"{reason}; take another parallel.schedule: {whole}")
 
@@ -232,7 +232,7 @@ class Layout(ParallelConfig):
         self.stages(model)
         if model.tie_embeddings and self.pp > 1 and self.schedule.is_v:
             reason = "both ends of a V-schedule are on one rank and would gather a tied table twice; untie it, or take"
-            others = [one.name for one in Schedule if not one.is_v]
+            others = [one.name for one in PipelineSchedule if not one.is_v]
             raise ConfigError("parallel.schedule", self.schedule, f"{reason} another schedule", others)
         self._check_heads(model)
         kinds = {layer.feed_forward for layer in model.blocks}
@@ -258,7 +258,7 @@ class Layout(ParallelConfig):
         if self.etp not in legal:
             reason = f"must cut the expert width of {model.expert_width} into multiples of 8"
             raise ConfigError("parallel.etp", self.etp, reason, nearest(legal, self.etp))
-        if self.dispatch is Dispatch.deepep and self.etp > 1:
+        if self.dispatch is DispatchMethod.deepep and self.etp > 1:
             reason = "DeepEP sends whole tokens to whole experts; use dispatch=all_to_all with etp"
             raise ConfigError("parallel.etp", self.etp, reason, [1])
 
@@ -317,7 +317,7 @@ class Layout(ParallelConfig):
         legal = [size for size in divisors(rows) if self._pipelines(rows // size)]
         count, need = rows // micro_batch, self.pp * self.per_rank if self.schedule.is_v else self.pp
         reason = f"{self.schedule.name} with pp={self.pp} needs at least {need} micro-batches"
-        if self.schedule in (Schedule.interleaved, Schedule.interleaved_zero_bubble):
+        if self.schedule in (PipelineSchedule.interleaved, PipelineSchedule.interleaved_zero_bubble):
             reason += ", in rounds of equal number"
         reason += f", a rank's {rows} rows make {count}"
         if not legal:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.comm.watchdog import Pulse
+from parallel.comm.watchdog import Heartbeat
 from parallel.comm.world import World
 from parallel.layout import Layout
 
@@ -24,7 +24,7 @@ class Traffic:
     """Bytes that this rank has handed to collectives, by (axis, purpose)."""
 
     bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    pulse: Pulse = field(default_factory=Pulse)
+    pulse: Heartbeat = field(default_factory=Heartbeat)
 
     def take(self) -> dict[tuple[str, str], int]:
         """What was counted since the last call."""
@@ -33,7 +33,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Axis:
+class MeshAxis:
     """The ranks that differ along one axis of a layout only, and this rank's place among them."""
 
     name: str
@@ -86,25 +86,25 @@ class Meshes:
     """
 
     layout: Layout
-    world: Axis
-    pp: Axis
-    ends: Axis
-    rows: Axis
-    cp: Axis
-    replicate: Axis
-    fsdp: Axis
-    efsdp: Axis
-    tp: Axis
-    experts: Axis
-    ep: Axis
-    etp: Axis
+    world: MeshAxis
+    pp: MeshAxis
+    ends: MeshAxis
+    rows: MeshAxis
+    cp: MeshAxis
+    replicate: MeshAxis
+    fsdp: MeshAxis
+    efsdp: MeshAxis
+    tp: MeshAxis
+    experts: MeshAxis
+    ep: MeshAxis
+    etp: MeshAxis
     dense: DeviceMesh | None
     sparse: DeviceMesh | None
 
     @property
-    def joined(self) -> list[Axis]:
+    def joined(self) -> list[MeshAxis]:
         """The axes along which this rank speaks to others, the world first."""
-        axes = [axis for axis in vars(self).values() if isinstance(axis, Axis) and axis.size > 1]
+        axes = [axis for axis in vars(self).values() if isinstance(axis, MeshAxis) and axis.size > 1]
         return [axis for axis in axes if axis is self.world or axis.group is not None]
 
     @property
@@ -135,7 +135,7 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
     experts = views.axis(sparse, "experts")
     return Meshes(
         layout,
-        world=Axis("world", world.size, world.rank, None, views.traffic),
+        world=MeshAxis("world", world.size, world.rank, None, views.traffic),
         pp=(pp := views.axis(rows, "pp")),
         ends=views.ends(pp),
         rows=views.axis(rows, "rows"),
@@ -145,8 +145,8 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
         efsdp=views.axis(sparse, "efsdp"),
         tp=views.axis(dense, "tp"),
         experts=experts,
-        ep=Axis("ep", layout.ep, experts.rank // layout.etp),
-        etp=Axis("etp", layout.etp, experts.rank % layout.etp),
+        ep=MeshAxis("ep", layout.ep, experts.rank // layout.etp),
+        etp=MeshAxis("etp", layout.etp, experts.rank % layout.etp),
         dense=_data(dense, "fsdp"),
         sparse=_data(sparse, "efsdp"),
     )
@@ -170,8 +170,8 @@ def place(layout: Layout, rank: int) -> Meshes:
     }
     at_end = along["pp"][1] in (0, layout.pp - 1)
     along["ends"] = (2, int(along["pp"][1] > 0)) if layout.pp > 1 and at_end else (1, 0)
-    axes = {name.removeprefix("dp_"): Axis(name, size, at) for name, (size, at) in along.items()}
-    return Meshes(layout, world=Axis("world", layout.world_size, rank), **axes, dense=None, sparse=None)
+    axes = {name.removeprefix("dp_"): MeshAxis(name, size, at) for name, (size, at) in along.items()}
+    return Meshes(layout, world=MeshAxis("world", layout.world_size, rank), **axes, dense=None, sparse=None)
 
 
 @dataclass(frozen=True)
@@ -186,22 +186,22 @@ class _Views:
         kept = {name: size for name, size in sizes.items() if size > 1 or name in ("fsdp", "efsdp")}
         return init_device_mesh(self.world.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
 
-    def axis(self, mesh: DeviceMesh | None, name: str) -> Axis:
+    def axis(self, mesh: DeviceMesh | None, name: str) -> MeshAxis:
         if mesh is None or name not in (mesh.mesh_dim_names or ()):
-            return Axis(name, traffic=self.traffic)
+            return MeshAxis(name, traffic=self.traffic)
         group = mesh.get_group(name)
-        return Axis(name, dist.get_world_size(group), mesh.get_local_rank(name), group, self.traffic)
+        return MeshAxis(name, dist.get_world_size(group), mesh.get_local_rank(name), group, self.traffic)
 
-    def ends(self, pp: Axis) -> Axis:
+    def ends(self, pp: MeshAxis) -> MeshAxis:
         """The first and the last rank of a pipeline."""
         if pp.size == 1 or pp.rank not in (0, pp.size - 1):
-            return Axis("ends", traffic=self.traffic)
+            return MeshAxis("ends", traffic=self.traffic)
         assert pp.group is not None
         members = dist.get_process_group_ranks(pp.group)
         group = pp.group
         if pp.size > 2:
             group = dist.new_group([members[0], members[-1]], use_local_synchronization=True)
-        return Axis("ends", 2, int(pp.rank > 0), group, self.traffic)
+        return MeshAxis("ends", 2, int(pp.rank > 0), group, self.traffic)
 
 
 def _data(mesh: DeviceMesh | None, name: str) -> DeviceMesh | None:

@@ -25,7 +25,7 @@ from precision.resolve import Precision, resolve
 
 
 @dataclass(frozen=True)
-class Placed:
+class ParallelModel:
     """A model's part on this rank.
 
     `model` owns the parameters that are here, under the names of the whole model. `stacks` are what runs: the model
@@ -37,7 +37,7 @@ class Placed:
     meshes: Meshes
     stacks: dict[int, Stack]
 
-    def share(self, length: int) -> context_parallel.Share:
+    def share(self, length: int) -> context_parallel.ContextShard:
         """This rank's part of rows of `length` tokens."""
         return context_parallel.share(self.model.config, length, self.meshes.cp, self.meshes.layout.context)
 
@@ -64,7 +64,9 @@ class Placed:
         return self.model(tokens_BT, context)
 
 
-def build(config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, device: torch.device, seed: int) -> Placed:
+def build(
+    config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, device: torch.device, seed: int
+) -> ParallelModel:
     """The model, laid out and initialised, and the place of each of its parameters.
 
     Nothing is allocated before the layout is applied: each rank only ever holds its own part.
@@ -82,7 +84,7 @@ def build(config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, devic
     if meshes.layout.zero_stage != 3:  # whose engine makes the initial weights
         sharding.initialise(sharding.stored(model, specs), config, seed)
     reset_buffers(model)
-    return Placed(model, specs, meshes, stacks)
+    return ParallelModel(model, specs, meshes, stacks)
 
 
 def parallelize(

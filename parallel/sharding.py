@@ -22,7 +22,7 @@ from model.init import initial_slice
 from model.roles import ParameterInfo, Role
 from model.tensor_source import TensorSource
 from parallel.layout import EngineKind
-from parallel.mesh import Axis, Meshes
+from parallel.mesh import MeshAxis, Meshes
 
 _TENSOR_DIM = {
     Role.embedding: 0,
@@ -46,12 +46,12 @@ _EXPERT_WIDTH_DIM = 2  # gate_up [E, 2, F, D] and down [E, D, F]
 class Split:
     """`dim` is cut into `axis.size` parts of equal size, the last ones shorter where it does not divide."""
 
-    axis: Axis
+    axis: MeshAxis
     dim: int
 
 
 @dataclass(frozen=True)
-class Block:
+class ShardBlock:
     """Where a part begins in the whole tensor, and its shape."""
 
     offset: tuple[int, ...]
@@ -61,14 +61,14 @@ class Block:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def cut(self, split: Split) -> Block:
+    def cut(self, split: Split) -> ShardBlock:
         size = self.shape[split.dim]
         part = -(-size // split.axis.size)
         start = min(split.axis.rank * part, size)
         offset, shape = list(self.offset), list(self.shape)
         offset[split.dim] += start
         shape[split.dim] = min(part, size - start)
-        return Block(tuple(offset), tuple(shape))
+        return ShardBlock(tuple(offset), tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,15 @@ class ShardSpec:
     info: ParameterInfo
     splits: tuple[Split, ...]
     storage: Split
-    copies: tuple[Axis, ...]
-    partial: tuple[Axis, ...] = ()
+    copies: tuple[MeshAxis, ...]
+    partial: tuple[MeshAxis, ...] = ()
 
     @property
-    def computed(self) -> Block:
+    def computed(self) -> ShardBlock:
         return _cut(self.info, self.splits)
 
     @property
-    def stored(self) -> Block:
+    def stored(self) -> ShardBlock:
         return self.computed.cut(self.storage)
 
     @property
@@ -105,11 +105,11 @@ class ShardSpec:
 
 
 @dataclass(frozen=True)
-class Stored:
+class LocalShard:
     """A block of a parameter, or of its gradient, that this rank keeps, and its values."""
 
     spec: ShardSpec
-    block: Block
+    block: ShardBlock
     values: Tensor
 
 
@@ -117,7 +117,7 @@ def shard_specs(infos: Mapping[str, ParameterInfo], model: ModelConfig, meshes: 
     """The place of every parameter of the whole model, by name."""
     specs = {name: _spec(info, model, meshes) for name, info in infos.items()}
     if meshes.layout.engine is EngineKind.deepspeed:  # whole on every data-parallel rank
-        whole = Split(Axis("whole"), 0)
+        whole = Split(MeshAxis("whole"), 0)
         return {name: replace(spec, storage=whole) for name, spec in specs.items()}
     return specs
 
@@ -143,14 +143,14 @@ def _dense_spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> Shar
     return ShardSpec(info, (Split(meshes.tp, dim),), Split(meshes.fsdp, 0), (meshes.replicate,))
 
 
-def _cut(info: ParameterInfo, splits: tuple[Split, ...]) -> Block:
-    block = Block((0,) * len(info.shape), tuple(info.shape))
+def _cut(info: ParameterInfo, splits: tuple[Split, ...]) -> ShardBlock:
+    block = ShardBlock((0,) * len(info.shape), tuple(info.shape))
     for split in splits:
         block = block.cut(split)
     return block
 
 
-def _storage_dim(block: Block, axis: Axis) -> int:
+def _storage_dim(block: ShardBlock, axis: MeshAxis) -> int:
     """The first dimension that divides: with fewer experts than ranks, cutting them would leave ranks with nothing."""
     return next((dim for dim, size in enumerate(block.shape) if size % axis.size == 0), 0)
 
@@ -161,7 +161,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(weights: Iterable[Stored], config: ModelConfig, seed: int) -> None:
+def initialise(weights: Iterable[LocalShard], config: ModelConfig, seed: int) -> None:
     """Fill this rank's blocks of every parameter; the same model under every layout."""
     for one in weights:
         offset, shape = one.block.offset, one.block.shape
@@ -169,19 +169,19 @@ def initialise(weights: Iterable[Stored], config: ModelConfig, seed: int) -> Non
 
 
 @torch.no_grad()
-def fill(weights: Iterable[Stored], source: TensorSource) -> None:
+def fill(weights: Iterable[LocalShard], source: TensorSource) -> None:
     """Overwrite this rank's blocks of every parameter by what `source` has there; nothing else is read."""
     for one in weights:
         one.values.copy_(source.read(one.spec.info.name, one.block.offset, one.block.shape))
 
 
-def stored(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[Stored]:
+def stored(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[LocalShard]:
     """What this rank keeps of a model's parameters, sharing storage with them."""
     for name, parameter in model.named_parameters():
         part = local(parameter)
         assert part.shape == specs[name].stored.shape, f"{name}: {tuple(part.shape)} is not {specs[name].stored.shape}"
         if part.numel():
-            yield Stored(specs[name], specs[name].stored, part)
+            yield LocalShard(specs[name], specs[name].stored, part)
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ def sum_copies(model: nn.Module, specs: Mapping[str, ShardSpec]) -> None:
 
     To be called once per step, after the last backward pass.
     """
-    waiting: dict[Axis, list[Tensor]] = {}
+    waiting: dict[MeshAxis, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         for axis in specs[name].partial:
             if parameter.grad is not None and local(parameter.grad).numel():

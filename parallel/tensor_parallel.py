@@ -22,13 +22,13 @@ from model.layers import Embedding, RMSNorm
 from model.moe import MixtureOfExperts
 from model.transformer import Layer, Transformer
 from parallel.comm import collectives
-from parallel.mesh import Axis
+from parallel.mesh import MeshAxis
 from precision.gemm import widened
 
 _ACTIVATIONS = "activations"
 
 
-def apply(model: Transformer, axis: Axis) -> None:
+def apply(model: Transformer, axis: MeshAxis) -> None:
     """Wrap the forwards of a model whose parameters have their local shapes already. The logits come out cut along
     the vocabulary: see `parallel.vocab_parallel_loss`.
     """
@@ -56,17 +56,17 @@ def _wrap(module: Any, forward: Callable[..., Tensor]) -> None:
     module.forward = forward
 
 
-def _between(forward: Callable[..., Tensor], axis: Axis, dim: int, x: Tensor, *rest: Any) -> Tensor:
+def _between(forward: Callable[..., Tensor], axis: MeshAxis, dim: int, x: Tensor, *rest: Any) -> Tensor:
     """The whole of `dim` goes in, a partial sum comes out; this rank's part of both is what the caller sees."""
     whole = collectives.gather(x, axis, dim, _ACTIVATIONS)
     return collectives.scatter(forward(whole, *rest), axis, dim, _ACTIVATIONS)
 
 
-def _gathered(forward: Callable[[Tensor], Tensor], axis: Axis, x_BTD: Tensor) -> Tensor:
+def _gathered(forward: Callable[[Tensor], Tensor], axis: MeshAxis, x_BTD: Tensor) -> Tensor:
     return forward(collectives.gather(x_BTD, axis, 1, _ACTIVATIONS))
 
 
-def _embed(embedding: Embedding, axis: Axis, tokens_BT: Tensor) -> Tensor:
+def _embed(embedding: Embedding, axis: MeshAxis, tokens_BT: Tensor) -> Tensor:
     """This rank's part of the sequence, out of rows of the table that lie on all ranks."""
     size = embedding.weight.shape[0]
     own_BT = tokens_BT - axis.rank * size
@@ -75,7 +75,7 @@ def _embed(embedding: Embedding, axis: Axis, tokens_BT: Tensor) -> Tensor:
     return collectives.scatter(rows_BTD.to(embedding.dtype), axis, 1, _ACTIVATIONS)
 
 
-def _normalise_heads(norm: RMSNorm, axis: Axis, x: Tensor) -> Tensor:
+def _normalise_heads(norm: RMSNorm, axis: MeshAxis, x: Tensor) -> Tensor:
     """RMS over the heads of all ranks, of which this one has some."""
     wide = widened(x)
     squares = collectives.total(wide.square().sum(-1, keepdim=True), axis, _ACTIVATIONS)

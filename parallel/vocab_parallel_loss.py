@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from parallel.comm.collectives import gather_plain
-from parallel.mesh import Axis
+from parallel.mesh import MeshAxis
 
 
-def token_losses(logits_BTV: Tensor, labels_BT: Tensor, axis: Axis) -> Tensor:
+def token_losses(logits_BTV: Tensor, labels_BT: Tensor, axis: MeshAxis) -> Tensor:
     """Cross-entropy [B, T] in nats in the format of `logits_BTV`; labels are ids of the whole vocabulary.
 
     Every rank of the axis gets the same losses, and the gradient of its own logits.
@@ -22,14 +22,14 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, axis: Axis) -> Tensor:
     return _CrossEntropy.apply(logits_BTV, labels_BT, axis)
 
 
-def whole_logits(logits: Tensor, axis: Axis) -> Tensor:
+def whole_logits(logits: Tensor, axis: MeshAxis) -> Tensor:
     """Logits over the whole vocabulary, on every rank, without a gradient."""
     return gather_plain(logits, axis, logits.dim() - 1, "logits")
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_BTV: Tensor, labels_BT: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, logits_BTV: Tensor, labels_BT: Tensor, axis: MeshAxis) -> Tensor:
         size = logits_BTV.shape[-1]
         highest_BT = logits_BTV.amax(-1)
         axis.max(highest_BT, "loss")

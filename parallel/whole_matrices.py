@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from parallel.comm.collectives import exchange
-from parallel.mesh import Axis, Meshes
-from parallel.sharding import Block, ShardSpec, Split
+from parallel.mesh import MeshAxis, Meshes
+from parallel.sharding import ShardBlock, ShardSpec, Split
 
 PURPOSE = "matrices"
 AT_ONCE = 1 << 26
@@ -33,7 +33,7 @@ AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
-class Cut:
+class MatrixSplit:
     """How the ranks of `axis` from `first` on share a matrix: `lengths` along `dim` (-2 rows, -1 columns).
 
     `name` is the axis that cuts. Parts of an expert's width have no group of their own: they travel over `experts`,
@@ -41,7 +41,7 @@ class Cut:
     """
 
     name: str
-    axis: Axis
+    axis: MeshAxis
     first: int
     dim: int
     lengths: tuple[int, ...]
@@ -52,12 +52,12 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Stage:
+class GatherStage:
     """An all-to-all that makes pieces whole along one cut: the first `counts[0]` matrices on the cut's first rank, the
     next `counts[1]` on its second, and so on.
     """
 
-    cut: Cut
+    cut: MatrixSplit
     counts: tuple[int, ...]
 
     def gather(self, pieces_Noi: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MatrixRange:
     """Matrices [start, stop) of those that this rank has a part of in the parameter `name`."""
 
     name: str
@@ -102,8 +102,8 @@ class Round:
     """Matrices that are worked on together: of one whole `shape` (rows, columns), and cut alike."""
 
     shape: tuple[int, int]
-    pieces: tuple[Piece, ...]
-    stages: tuple[Stage, ...]
+    pieces: tuple[MatrixRange, ...]
+    stages: tuple[GatherStage, ...]
 
     def gather(self, pieces_Noi: Tensor) -> Tensor:
         """This rank's pieces, in the order of `pieces`, to whole matrices [N, O, I]: other ones, and maybe none."""
@@ -136,16 +136,16 @@ def rounds(specs: Mapping[str, ShardSpec], meshes: Meshes, at_once: int = AT_ONC
         for pieces in _batches(specs, names, together):
             held, stages = sum(piece.stop - piece.start for piece in pieces), []
             for cut in cut_by:
-                stages.append(Stage(cut, shares.take(cut, held, work)))
+                stages.append(GatherStage(cut, shares.take(cut, held, work)))
                 held = stages[-1].counts[cut.rank]
             found.append(Round((rows, columns), pieces, tuple(stages)))
     return found
 
 
-def cuts(spec: ShardSpec, meshes: Meshes) -> tuple[Cut, ...]:
+def cuts(spec: ShardSpec, meshes: Meshes) -> tuple[MatrixSplit, ...]:
     """What divides each matrix of a parameter, last cut first."""
-    found: list[Cut] = []
-    block, dims = Block((0,) * len(spec.info.shape), tuple(spec.info.shape)), len(spec.info.shape)
+    found: list[MatrixSplit] = []
+    block, dims = ShardBlock((0,) * len(spec.info.shape), tuple(spec.info.shape)), len(spec.info.shape)
     for split in (*spec.splits, spec.storage):
         if split.axis.size > 1 and split.dim >= dims - 2:
             parts = [block.cut(Split(replace(split.axis, rank=rank), split.dim)) for rank in range(split.axis.size)]
@@ -153,19 +153,19 @@ def cuts(spec: ShardSpec, meshes: Meshes) -> tuple[Cut, ...]:
             axis, first = split.axis, 0
             if axis.name == meshes.etp.name:
                 axis, first = meshes.experts, meshes.ep.rank * meshes.etp.size
-            found.append(Cut(split.axis.name, axis, first, split.dim - dims, lengths))
+            found.append(MatrixSplit(split.axis.name, axis, first, split.dim - dims, lengths))
         block = block.cut(split)
     return tuple(reversed(found))
 
 
-def _batches(specs: Mapping[str, ShardSpec], names: list[str], together: int) -> Iterator[tuple[Piece, ...]]:
+def _batches(specs: Mapping[str, ShardSpec], names: list[str], together: int) -> Iterator[tuple[MatrixRange, ...]]:
     """This rank's matrices of these parameters in order, so many at a time."""
-    batch: list[Piece] = []
+    batch: list[MatrixRange] = []
     room = together
     for name in names:
         count, start = math.prod(specs[name].stored.shape[:-2]), 0
         while start < count:
-            piece = Piece(name, start, min(count, start + room))
+            piece = MatrixRange(name, start, min(count, start + room))
             batch.append(piece)
             room -= piece.stop - start
             start = piece.stop
@@ -182,7 +182,7 @@ class _Shares:
 
     loads: dict[str, list[int]] = field(default_factory=dict)
 
-    def take(self, cut: Cut, matrices: int, work: int) -> tuple[int, ...]:
+    def take(self, cut: MatrixSplit, matrices: int, work: int) -> tuple[int, ...]:
         """How many of these matrices each rank of the cut gets."""
         ranks = len(cut.lengths)
         loads = self.loads.setdefault(cut.name, [0] * ranks)

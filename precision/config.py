@@ -18,7 +18,7 @@ class Compute(Enum):
     float64 = "float64"
 
 
-class Storage(Enum):
+class ParamDtype(Enum):
     """The number format in which parameters, gradients and optimizer state are kept."""
 
     master = "master"
@@ -72,7 +72,7 @@ class Recipe(Enum):
         return 32 if self is Recipe.mxfp8 else 16
 
 
-class Kernels(Enum):
+class KernelKind(Enum):
     """Who moves tokens to experts and back and gates between their products: PyTorch, or kernels in Triton that pass
     over the data once (GPUs).
     """
@@ -104,7 +104,7 @@ class PrecisionConfig:
     """
 
     compute: Compute = Compute.float32
-    storage: Storage = Storage.master
+    storage: ParamDtype = ParamDtype.master
     backend: Backend = Backend.bf16
     recipe: Recipe = Recipe.auto
     float8: list[Products] = field(default_factory=lambda: list(ELIGIBLE))
@@ -112,13 +112,13 @@ class PrecisionConfig:
     bf16_first_layers: int = 0
     """So many layers at the beginning stay in the compute format under an FP8 backend."""
     bf16_last_layers: int = 0
-    kernels: Kernels = Kernels.torch
+    kernels: KernelKind = KernelKind.torch
 
     def __post_init__(self) -> None:
         check_numbers(self, not_negative=("bf16_first_layers", "bf16_last_layers"))
-        if self.storage is Storage.bfloat16 and self.compute is not Compute.bfloat16:
+        if self.storage is ParamDtype.bfloat16 and self.compute is not Compute.bfloat16:
             reason = "would lose what wider products gain; add precision.compute=bfloat16"
-            raise ConfigError("storage", self.storage, reason, [Storage.master.value])
+            raise ConfigError("storage", self.storage, reason, [ParamDtype.master.value])
         for products in self.float8:
             if products not in ELIGIBLE:
                 reason = f"the {products.value} must not be rounded to FP8: leave it out"
@@ -151,6 +151,6 @@ class PrecisionConfig:
     @property
     def master_dtype(self) -> torch.dtype:
         """What parameters are kept in."""
-        if self.storage is Storage.bfloat16:
+        if self.storage is ParamDtype.bfloat16:
             return torch.bfloat16
         return torch.float64 if self.compute is Compute.float64 else torch.float32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precision.config import Recipe
 from precision.fp8_linear import Float8Products
-from precision.fp8_tiles import Rows, TiledArithmetic
+from precision.fp8_tiles import QuantisedRows, TiledArithmetic
 from precision.gemm import GemmBackend, at_least_float32
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8)
@@ -22,7 +22,7 @@ class Reference(TiledArithmetic):
 
     waits = True
 
-    def multiply(self, a: Rows, b: Rows) -> Tensor:
+    def multiply(self, a: QuantisedRows, b: QuantisedRows) -> Tensor:
         wide = at_least_float32(self.compute_dtype)
         return (a.wide(wide) @ b.wide(wide).t()).to(self.compute_dtype)
 

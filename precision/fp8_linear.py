@@ -78,12 +78,12 @@ class Float8Products:
 
     @torch.compiler.disable
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
-        y: Tensor = _Product.apply(self._padded(x_TD), w_FD, None, self, torch.is_grad_enabled())
+        y: Tensor = _Fp8Product.apply(self._padded(x_TD), w_FD, None, self, torch.is_grad_enabled())
         return _like_rows(y, x_TD)
 
     @torch.compiler.disable
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        y: Tensor = _Product.apply(x_CD, w_EFD, groups, self, torch.is_grad_enabled())
+        y: Tensor = _Fp8Product.apply(x_CD, w_EFD, groups, self, torch.is_grad_enabled())
         return y
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _like_rows(y: Tensor, x: Tensor) -> Tensor:
     return y[: leading.numel()].unflatten(0, leading)
 
 
-class _Product(torch.autograd.Function):
+class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: Float8Products, learns: bool

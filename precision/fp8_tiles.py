@@ -85,7 +85,7 @@ def tiling(recipe: Recipe, operand: Operand) -> Tiling:
 
 
 @dataclass(frozen=True)
-class Rows:
+class QuantisedRows:
     """Quantised rows: FP8 numbers [..., R, K], and what each tile of them is to be multiplied by."""
 
     data: Tensor
@@ -98,7 +98,7 @@ class Rows:
         return _untiled(tiles * _over(self.inverse_scale.to(dtype)), self.data.shape)
 
 
-def quantise(x: Tensor, how: Tiling, waits: bool = False) -> Rows:
+def quantise(x: Tensor, how: Tiling, waits: bool = False) -> QuantisedRows:
     """The last two dimensions of `x` in tiles; those at the edges may be smaller. A tile that is not finite raises
     `NotFinite` on the CPU and, where `waits` allows to wait for the device, on a GPU; there it becomes NaN otherwise.
     """
@@ -108,7 +108,7 @@ def quantise(x: Tensor, how: Tiling, waits: bool = False) -> Rows:
         raise NotFinite
     scale, inverse = how.scale(amax)
     data = (tiles * _over(scale)).clamp_(-how.largest, how.largest).to(how.format)
-    return Rows(_untiled(data, x.shape), inverse, how)
+    return QuantisedRows(_untiled(data, x.shape), inverse, how)
 
 
 def _tiles(x: Tensor, how: Tiling) -> Tensor:
@@ -135,8 +135,8 @@ class Tiled:
     """An operand's rows, its columns, or both: one matrix, or one for each expert. `count`: its rows in all."""
 
     count: int
-    rows: tuple[Rows, ...] = ()
-    columns: tuple[Rows, ...] = ()
+    rows: tuple[QuantisedRows, ...] = ()
+    columns: tuple[QuantisedRows, ...] = ()
 
     def only_columns(self) -> Tiled:
         return Tiled(self.count, (), self.columns)
@@ -162,7 +162,7 @@ class TiledArithmetic:
         self.recipe, self.compute_dtype = recipe, compute_dtype
         self.token_multiple = recipe.multiple
 
-    def multiply(self, a: Rows, b: Rows) -> Tensor:
+    def multiply(self, a: QuantisedRows, b: QuantisedRows) -> Tensor:
         """a b^T in the compute format: [R, K] and [N, K] to [R, N]; none of the three is 0."""
         raise NotImplementedError
 
@@ -191,30 +191,30 @@ class TiledArithmetic:
         products = [self._product(a, b) for a, b in zip(grad.columns, x.columns, strict=True)]
         return products[0] if groups is None else torch.stack(products)
 
-    def _row_products(self, x: Tiled, matrices: Sequence[Rows], groups: Groups | None) -> Tensor:
+    def _row_products(self, x: Tiled, matrices: Sequence[QuantisedRows], groups: Groups | None) -> Tensor:
         products = [self._product(a, b) for a, b in zip(x.rows, matrices, strict=True)]
         if groups is None:
             return products[0]
         beyond = products[0].new_zeros(x.count - sum(groups.host), products[0].shape[1])
         return torch.cat([*products, beyond])
 
-    def _product(self, a: Rows, b: Rows) -> Tensor:
+    def _product(self, a: QuantisedRows, b: QuantisedRows) -> Tensor:
         (count, length), other = a.data.shape, b.data.shape[0]
         if not (count and length and other):
             return a.data.new_zeros(count, other, dtype=self.compute_dtype)
         return self.multiply(a, b)
 
 
-def _matrices(x: Tensor, how: Tiling, waits: bool) -> tuple[Rows, ...]:
+def _matrices(x: Tensor, how: Tiling, waits: bool) -> tuple[QuantisedRows, ...]:
     """Of one matrix, or of each in a stack."""
     whole = quantise(x, how, waits)
     if x.dim() == 2:
         return (whole,)
-    return tuple(Rows(data, scale, how) for data, scale in zip(whole.data, whole.inverse_scale, strict=True))
+    return tuple(QuantisedRows(data, scale, how) for data, scale in zip(whole.data, whole.inverse_scale, strict=True))
 
 
-def _row_by_row(x: Tensor, how: Tiling, groups: Groups, waits: bool) -> tuple[Rows, ...]:
+def _row_by_row(x: Tensor, how: Tiling, groups: Groups, waits: bool) -> tuple[QuantisedRows, ...]:
     """No row shares its scales: all at once, then divided."""
     whole = quantise(x, how, waits)
     data, scale = (tensor.split(groups.host) for tensor in (whole.data, whole.inverse_scale))
-    return tuple(Rows(d, s, how) for d, s in zip(data, scale, strict=True))
+    return tuple(QuantisedRows(d, s, how) for d, s in zip(data, scale, strict=True))

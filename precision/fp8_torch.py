@@ -15,7 +15,7 @@ from torch import Tensor
 
 from precision.config import Recipe
 from precision.fp8_linear import Float8Products, Operand
-from precision.fp8_tiles import Rows, TiledArithmetic, quantise, tiling
+from precision.fp8_tiles import QuantisedRows, TiledArithmetic, quantise, tiling
 from precision.gemm import GemmBackend
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise)
@@ -24,7 +24,7 @@ _LARGEST_ERROR = 1e-2
 
 
 class TorchFloat8(TiledArithmetic):
-    def multiply(self, a: Rows, b: Rows) -> Tensor:
+    def multiply(self, a: QuantisedRows, b: QuantisedRows) -> Tensor:
         a_scale, a_kind = _scale(a)
         b_scale, b_kind = _scale(b)
         product: Any = F.scaled_mm  # type: ignore[attr-defined]
@@ -33,7 +33,7 @@ class TorchFloat8(TiledArithmetic):
         return y
 
 
-def _scale(rows: Rows) -> tuple[Tensor, Any]:
+def _scale(rows: QuantisedRows) -> tuple[Tensor, Any]:
     """The inverse scales as the kernels want them, and the name of their kind."""
     kinds: Any = F.ScalingType  # type: ignore[attr-defined]
     scale, how = rows.inverse_scale, rows.tiling

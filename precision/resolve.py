@@ -12,7 +12,7 @@ import torch
 
 from core.errors import ConfigError
 from precision import fp8_emulated, fp8_torch, transformer_engine
-from precision.config import Backend, Kernels, PrecisionConfig, Products, Recipe
+from precision.config import Backend, KernelKind, PrecisionConfig, Products, Recipe
 from precision.gemm import GemmBackend
 from precision.native_gemm import PlainProducts
 
@@ -46,7 +46,7 @@ class LayerProducts:
 
     plain: GemmBackend
     float8: Callable[[Products, str], GemmBackend | None] = field(default=lambda products, name: None)
-    kernels: Kernels = Kernels.torch
+    kernels: KernelKind = KernelKind.torch
 
     def of(self, products: Products, name: str) -> GemmBackend:
         """`name` says in errors which of the layer's modules it is for."""
@@ -95,8 +95,8 @@ CPU = torch.device("cpu")
 
 def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
     """Who does the products of `config` on `device`. Raises `ConfigError` with every reason why that cannot be."""
-    if config.kernels is Kernels.triton and (reason := no_triton(device)):
-        raise ConfigError("precision.kernels", config.kernels, reason, [Kernels.torch.value])
+    if config.kernels is KernelKind.triton and (reason := no_triton(device)):
+        raise ConfigError("precision.kernels", config.kernels, reason, [KernelKind.torch.value])
     if not config.uses_float8:
         return Precision(config)
     recipe = config.recipe.on(device)

@@ -35,13 +35,13 @@ _LARGEST_ERROR = 1e-2
 
 
 @dataclass(frozen=True)
-class Parts:
+class QuantisedParts:
     """TE's storages of a quantised operand: one, or one for each expert. `shape` is that of the operand."""
 
     parts: tuple[Any, ...]
     shape: torch.Size
 
-    def only_columns(self) -> Parts:
+    def only_columns(self) -> QuantisedParts:
         kept = tuple(_twin(part) for part in self.parts)
         for part in kept:
             part.update_usage(rowwise_usage=False, columnwise_usage=True)
@@ -50,7 +50,7 @@ class Parts:
     def tensors(self) -> list[Tensor | None]:
         return [tensor for part in self.parts for tensor in _twin(part).prepare_for_saving()[0]]
 
-    def restored(self, tensors: Sequence[Tensor | None]) -> Parts:
+    def restored(self, tensors: Sequence[Tensor | None]) -> QuantisedParts:
         kept, rest = tuple(_twin(part) for part in self.parts), list(tensors)
         for part in kept:
             rest = part.restore_from_saved(rest)
@@ -64,7 +64,7 @@ def _twin(part: Any) -> Any:
     return twin
 
 
-class Engine:
+class TransformerEngine:
     """`precision.float8.Arithmetic` by Transformer Engine. Its products are named by which dimensions are contracted:
     "TN" the rows of both operands, "NN" the columns of A with the rows of B, "NT" the columns of both; A is the weight,
     or the activation for the weight's gradient.
@@ -92,7 +92,7 @@ class Engine:
             quantizer.internal = True  # bare storages: no subclasses of Tensor
             quantizer.optimize_for_gemm = recipe is Recipe.mxfp8  # its scales come in the order that products read
 
-    def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Parts:
+    def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> QuantisedParts:
         import transformer_engine_torch as tex
 
         quantizer = self.quantizers[operand]
@@ -103,18 +103,20 @@ class Engine:
             parts = tex.split_quantize(x[: sum(groups.host)], groups.host, [quantizer] * len(groups.host))
         else:
             parts = [quantizer(matrix) for matrix in (x if x.dim() == 3 else [x])]
-        return Parts(tuple(parts), x.shape)
+        return QuantisedParts(tuple(parts), x.shape)
 
-    def forward(self, x: Parts, w: Parts, groups: Groups | None) -> Tensor:
+    def forward(self, x: QuantisedParts, w: QuantisedParts, groups: Groups | None) -> Tensor:
         return self._product(w, x, "TN", groups, (x.shape[0], w.shape[-2]))
 
-    def input_gradient(self, grad: Parts, w: Parts, groups: Groups | None) -> Tensor:
+    def input_gradient(self, grad: QuantisedParts, w: QuantisedParts, groups: Groups | None) -> Tensor:
         return self._product(w, grad, "NN", groups, (grad.shape[0], w.shape[-1]))
 
-    def weight_gradient(self, grad: Parts, x: Parts, groups: Groups | None) -> Tensor:
+    def weight_gradient(self, grad: QuantisedParts, x: QuantisedParts, groups: Groups | None) -> Tensor:
         return self._product(x, grad, "NT", groups, (len(x.parts), grad.shape[-1], x.shape[-1]))
 
-    def _product(self, a: Parts, b: Parts, layout: str, groups: Groups | None, shape: tuple[int, ...]) -> Tensor:
+    def _product(
+        self, a: QuantisedParts, b: QuantisedParts, layout: str, groups: Groups | None, shape: tuple[int, ...]
+    ) -> Tensor:
         """`shape`: of what experts give together: all their rows, or a matrix each."""
         from transformer_engine.pytorch.cpp_extensions import general_gemm, general_grouped_gemm
 
@@ -218,7 +220,7 @@ def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
     groups = Groups(torch.tensor([3 * least, 0, least, 5 * least], device=device))
     x, grad = operand(11 * least, 256), operand(11 * least, 384)
     weights: list[tuple[Tensor, Groups | None]] = [(operand(384, 256), None), (operand(4, 384, 256), groups)]
-    engine, reference = Engine(recipe, dtype), Reference(recipe, dtype)
+    engine, reference = TransformerEngine(recipe, dtype), Reference(recipe, dtype)
     for quantizer in engine.quantizers.values():
         quantizer.optimize_for_gemm = False  # for scales in plain order
     for w, split in weights:
@@ -231,7 +233,7 @@ def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
             wanted = reference.quantise(tensor, kind, among, True, True)
             yield from _other_bytes(recipe, kind, found, wanted)
     for w, split in weights:
-        ours = _results(Float8Products(Engine(recipe, dtype), dtype, "a trial"), x, w, grad, split)
+        ours = _results(Float8Products(TransformerEngine(recipe, dtype), dtype, "a trial"), x, w, grad, split)
         exact = _results(Float8Products(reference, dtype, "a trial"), x, w, grad, split)
         for name, result in ours.items():
             error = float((result.float() - exact[name].float()).norm() / exact[name].float().norm())
@@ -239,7 +241,7 @@ def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
                 yield f"{name} of {'a matrix' if split is None else 'experts'} (off by {error:.1e})"
 
 
-def _other_bytes(recipe: Recipe, operand: Operand, found: Parts, wanted: Tiled) -> Iterator[str]:
+def _other_bytes(recipe: Recipe, operand: Operand, found: QuantisedParts, wanted: Tiled) -> Iterator[str]:
     for columns, matrices in ((False, wanted.rows), (True, wanted.columns)):
         for part, rows in zip(found.parts, matrices, strict=True):
             data, scale = _kept(recipe, part, columns)
@@ -254,7 +256,7 @@ def _other_bytes(recipe: Recipe, operand: Operand, found: Parts, wanted: Tiled) 
 
 
 def _kept(recipe: Recipe, part: Any, columns: bool) -> tuple[Tensor | None, Tensor]:
-    """Bytes and inverse scales in the order of `precision.fp8_tiles.Rows`, the scales with padding."""
+    """Bytes and inverse scales in the order of `precision.fp8_tiles.QuantisedRows`, the scales with padding."""
     kept, side = part.get_metadata(), "columnwise" if columns else "rowwise"
     if recipe is Recipe.tensorwise:
         return kept["data_transpose" if columns else "data"], kept["fp8_scale_inv"].reshape(1, 1)
@@ -286,4 +288,4 @@ def _installed() -> str | None:
 
 
 def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Products(Engine(recipe, compute_dtype), compute_dtype, where)
+    return Float8Products(TransformerEngine(recipe, compute_dtype), compute_dtype, where)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launch.cli import main
-from model.attention.segments import Run, attend_pieces, documents, pieces
+from model.attention.segments import SegmentRun, attend_pieces, documents, pieces
 from model.kernels import TorchKernels, TritonKernels
 from tests.model.attention.test_segments import figures, inputs, largest, positions
 from tests.support.kernel_cases import BREAKS, CASES, GATES, Case, results
@@ -43,7 +43,7 @@ def test_a_gpu_computes_what_a_cpu_computes(tmp_path, small_corpus, monkeypatch)
 @pytest.mark.parametrize("dtype, gate", [("bfloat16", 0.1), ("float32", 1e-4), ("float64", 1e-12)])
 def test_attention_in_pieces_on_a_gpu(dtype, gate):
     """Flash kernels in bfloat16, products in blocks otherwise, against the CPU in float64."""
-    rows, runs = positions(64), [Run(0, 40, 0), Run(40, 64, 40)]
+    rows, runs = positions(64), [SegmentRun(0, 40, 0), SegmentRun(40, 64, 40)]
     parts = pieces(documents(rows == 0), runs, runs)
 
     def computed(*tensors: torch.Tensor) -> list[torch.Tensor]:

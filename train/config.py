@@ -20,7 +20,7 @@ from parallel.layout import ParallelConfig, row_unit
 from parallel.parallelize import check_float8
 from precision.config import PrecisionConfig
 from train.online_filter import OnlineConfig
-from train.optim.lr_schedule import ScheduleConfig
+from train.optim.lr_schedule import LRScheduleConfig
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 
@@ -69,7 +69,7 @@ class PhaseConfig:
     micro_batch: int | None = None
     weights: dict[str, float] | None = None
     """Shares of the sources, others are left out; null: as in data.sources."""
-    schedule: ScheduleConfig | None = None
+    schedule: LRScheduleConfig | None = None
     """Learning rate within this phase; null: the run's schedule begins anew."""
     rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
@@ -175,7 +175,7 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     hparam: HparamConfig = field(default_factory=HparamConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -198,7 +198,7 @@ class Phase:
     global_batch: int
     micro_batch: int
     weights: dict[str, float] | None
-    schedule: ScheduleConfig
+    schedule: LRScheduleConfig
     model: ModelConfig
     """The run's, with positions as this phase sees them."""
 

@@ -9,7 +9,7 @@ import torch
 from data.loader import IGNORED, Batch
 
 
-class Consumption:
+class DataMetrics:
     """Counts this rank's rows as they are consumed; `read` tells of them and begins anew.
 
     The ranks' rows are like samples of the same blend, so rank 0's shares stand for all: no collective is needed.

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from data.loader import IGNORED
 from parallel import vocab_parallel_loss
-from parallel.mesh import Axis
+from parallel.mesh import MeshAxis
 from precision.gemm import widened
 
 
-def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, tp: Axis) -> Tensor:
+def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, tp: MeshAxis) -> Tensor:
     """Sum of the cross-entropy over labelled tokens, in nats, computed in at least float32."""
     return token_losses(logits_BTV, labels_BT, tp).sum()
 
 
-def token_losses(logits_BTV: Tensor, labels_BT: Tensor, tp: Axis | None = None) -> Tensor:
+def token_losses(logits_BTV: Tensor, labels_BT: Tensor, tp: MeshAxis | None = None) -> Tensor:
     """Cross-entropy of each position [B, T] in nats, 0 where the label is ignored. Under tensor parallelism the logits
     are this rank's part of the vocabulary, and all ranks of the axis get the same losses.
     """

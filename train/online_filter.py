@@ -57,7 +57,7 @@ def candidates(config: OnlineConfig, steps: int, global_batch: int) -> int:
 
 
 @dataclass
-class Window:
+class OnlineWindow:
     """Which samples the steps from `first_step` on take, and how they were chosen."""
 
     generation: int = 0
@@ -82,7 +82,7 @@ class OnlineFilter:
     key: int
     score: Callable[[Sequence[int]], NDArray[np.float64]]
 
-    def next(self, last: Window, step: int, steps: int) -> Window:
+    def next(self, last: OnlineWindow, step: int, steps: int) -> OnlineWindow:
         """The window of `steps` steps that begins with `step`."""
         needed = steps * self.global_batch
         fresh = max(round(needed / self.config.keep) - len(last.deferred), 0)
@@ -92,7 +92,7 @@ class OnlineFilter:
         left_out = ~taken & (losses > threshold - self.config.hysteresis) & self._usable(losses)
         # what was put off once and failed again is out: or the same rows would come back for ever
         left_out &= candidates >= last.cursor
-        return Window(
+        return OnlineWindow(
             generation=last.generation + 1,
             first_step=step,
             cursor=last.cursor + fresh,

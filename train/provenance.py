@@ -29,7 +29,7 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Visit:
+class TrainedSequence:
     """A row of the global batch of `step`, counted from the run's begin, that trained on the document."""
 
     phase: str
@@ -38,7 +38,7 @@ class Visit:
 
 
 @dataclass(frozen=True)
-class Place:
+class DocumentSpan:
     """A document's tokens in its source's training stream, from BOS to EOS."""
 
     source: str
@@ -72,7 +72,7 @@ def explain_run(directory: Path, name: str) -> str:
     return "\n".join(lines)
 
 
-def find_place(corpus: Corpus, name: str) -> Place | None:
+def find_place(corpus: Corpus, name: str) -> DocumentSpan | None:
     """Where the training document called `name` lies; None where it became no tokens."""
     import pyarrow.parquet
 
@@ -81,11 +81,13 @@ def find_place(corpus: Corpus, name: str) -> Place | None:
         if path.exists():
             found = pyarrow.parquet.read_table(path, filters=[("name", "=", name)]).to_pylist()
             if found:
-                return Place(source, found[0]["start"], found[0]["tokens"])
+                return DocumentSpan(source, found[0]["start"], found[0]["tokens"])
     return None
 
 
-def visits(directory: Path, config: TrainConfig, corpus: Corpus, place: Place, steps: int) -> list[Visit]:
+def visits(
+    directory: Path, config: TrainConfig, corpus: Corpus, place: DocumentSpan, steps: int
+) -> list[TrainedSequence]:
     """In order, of the first `steps` steps of the run in `directory`."""
     found, loaders = [], run_loaders(config, corpus, lambda line: None)
     for phase in phases(config):
@@ -98,7 +100,7 @@ def visits(directory: Path, config: TrainConfig, corpus: Corpus, place: Place, s
             hits = (sources == loader.blend.names.index(place.source)) & (rows >= first) & (rows <= last)
             for sample in samples[hits].tolist():
                 step, row = divmod(sample, phase.global_batch)
-                found.append(Visit(phase.name, phase.start + step, row))
+                found.append(TrainedSequence(phase.name, phase.start + step, row))
     return sorted(found, key=lambda one: (one.step, one.row))
 
 

@@ -54,7 +54,7 @@ FREE = (
 """What may change when a run goes on: nothing here changes what is learnt, but for the rounding of products."""
 
 
-class Occupied(LeviathanError):
+class RunLocked(LeviathanError):
     """What went before us has not ended yet; another try may find it gone."""
 
     exit_code = CRASHED
@@ -111,7 +111,7 @@ class RunDirectory:
         self.release()
         reason = f"another process is training in {self.path}; wait for it, stop it, or choose another name"
         if patience_s:
-            raise Occupied(f"{reason} ({patience_s:.0f} s were not enough)")
+            raise RunLocked(f"{reason} ({patience_s:.0f} s were not enough)")
         raise ConfigError("run.name", self.path.name, reason)
 
     def release(self) -> None:
@@ -200,18 +200,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-class Found(NamedTuple):
+class CommittedCheckpoint(NamedTuple):
     """A committed checkpoint on disk."""
 
     step: int
     path: Path
 
 
-def committed(checkpoints: Path) -> list[Found]:
+def committed(checkpoints: Path) -> list[CommittedCheckpoint]:
     """Every checkpoint that carries the marker, oldest first."""
     found = list(checkpoints.iterdir()) if checkpoints.exists() else []
     steps = [path for path in found if path.name.startswith("step-") and path.name[5:].isdigit()]
-    marked = [Found(int(path.name[5:]), path) for path in steps if (path / MARKER).exists()]
+    marked = [CommittedCheckpoint(int(path.name[5:]), path) for path in steps if (path / MARKER).exists()]
     return sorted(marked, key=lambda one: one.step)
 
 

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 
-class Interruption:
+class SignalFlag:
     """A context in which SIGINT, SIGTERM and SIGUSR1 set `requested`. Outside the main thread they do not."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Interruption:
     def requested(self) -> bool:
         return self._signalled or (self._agent is not None and os.getppid() != self._agent)
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> SignalFlag:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._request)

@@ -38,16 +38,16 @@ from train.checkpoint.init_from import compare_vocabularies, copy_selection_bias
 from train.checkpoint.manager import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
 from train.corpus import check_same_data, get_corpus, keep_audit, run_loaders, source_weights
-from train.data_metrics import Consumption
+from train.data_metrics import DataMetrics
 from train.engine.base import StepResult, optimizer_step
 from train.engine.deepspeed import make_engine
 from train.engine.fsdp import Engine
 from train.environment import environment
 from train.metap import hyperparameters
 from train.metrics import Log
-from train.online_filter import Window
+from train.online_filter import OnlineWindow
 from train.run_directory import DIVERGED, RunDirectory, committed
-from train.signals import Interruption
+from train.signals import SignalFlag
 from train.stragglers import Stragglers
 
 LOCK_PATIENCE_S = 120.0
@@ -75,7 +75,7 @@ class Trainer:
         self.vocabulary = vocabulary_fingerprint(corpus.tokenizer)
         self.loaders = run_loaders(config, corpus, log)
         self.batches = Prefetcher(self._batch, config.data.prefetch)
-        self.consumption = Consumption(corpus.sources, corpus.tokenizer.eos_id)
+        self.consumption = DataMetrics(corpus.sources, corpus.tokenizer.eos_id)
         saving = config.checkpoint
         at_once = config.parallel.zero.offload is Offload.nvme  # a copy of what is on disk would fill the memory
         asynchronous = saving.asynchronous and not at_once
@@ -84,7 +84,7 @@ class Trainer:
         self.certificate = world.from_main(self._certificate)
         self.stragglers = Stragglers(world)
         self.step = self.tokens = 0
-        self.window = Window()
+        self.window = OnlineWindow()
         self.paused_s = self.scoring_s = 0.0
         self.last: StepMetrics | None = None
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
@@ -96,7 +96,7 @@ class Trainer:
             self.engine.written()
             check_same_data(progress, corpus)
             self.step, self.tokens = progress["step"], progress["tokens"]
-            self.window = Window(**progress.get("window", {}))
+            self.window = OnlineWindow(**progress.get("window", {}))
             log(f"going on from step-{self.step:08d}")
         elif source is not None:
             fill(self.engine.weights(), source)
@@ -160,7 +160,7 @@ class Trainer:
             self.log(f"run: {self.directory.path}")
             return 0
         extras = base.make(self)
-        with Interruption() as interruption, self._finished_saves(), closing(self.batches):
+        with SignalFlag() as interruption, self._finished_saves(), closing(self.batches):
             for step in range(self.step, self.steps):
                 for extra in extras:
                     extra.before_step(step)
@@ -214,7 +214,7 @@ class Trainer:
             self.checkpointer.wait()
             raise
 
-    def _must_stop(self, interruption: Interruption, step: int) -> bool:
+    def _must_stop(self, interruption: SignalFlag, step: int) -> bool:
         """All ranks must leave at the same step. On GPUs they are asked every few steps only."""
         if (
             self.world.device.type == "cuda"

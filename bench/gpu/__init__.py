@@ -13,5 +13,5 @@ The file holds one object, the calibration that planning reads:
     dry       whether the figures are of tiny shapes on a CPU, and so mean nothing
     machine   facts: device, memory_bytes, capability, multiprocessors, driver, cuda, torch, triton, transformers, ...
     seconds   how long it all took
-    rows      a list of objects with the fields of `bench.gpu.record.Row`
+    rows      a list of objects with the fields of `bench.gpu.record.BenchRow`
 """

@@ -17,10 +17,10 @@ import torch
 
 import bench.gpu
 from bench.gpu import attention, kernels, layers, products, training
-from bench.gpu.context import Bench, Job
-from bench.gpu.record import Record, Row, judged, machine, tables
+from bench.gpu.context import Bench, BenchJob
+from bench.gpu.record import BenchRecord, BenchRow, judged, machine, tables
 
-SECTIONS: dict[str, Callable[[Bench], Iterator[Job]]] = {
+SECTIONS: dict[str, Callable[[Bench], Iterator[BenchJob]]] = {
     "ceilings": products.ceilings,
     "kernels": kernels.kernels,
     "layers": layers.layers,
@@ -35,11 +35,11 @@ GRACE_S = 60
 """How long after the deadline a section that is in the middle of a row may go on."""
 
 
-def measure(name: str, bench: Bench) -> Iterator[Row]:
+def measure(name: str, bench: Bench) -> Iterator[BenchRow]:
     """The rows of a section. What raises is a failed row; what there is no time for, a missing one."""
     for job in SECTIONS[name](bench):
         if bench.is_over:
-            yield Row(name, job.name, missing="time: raise --minutes")
+            yield BenchRow(name, job.name, missing="time: raise --minutes")
             continue
         print(f"  {name}: {job.name}", file=sys.stderr, flush=True)
         try:
@@ -48,7 +48,7 @@ def measure(name: str, bench: Bench) -> Iterator[Row]:
         except Exception as error:
             traceback.print_exc()
             said = str(error).strip().splitlines()
-            yield Row(name, job.name, failed=f"{type(error).__name__}: {said[0] if said else ''}"[:300])
+            yield BenchRow(name, job.name, failed=f"{type(error).__name__}: {said[0] if said else ''}"[:300])
         bench.clear()
 
 
@@ -59,7 +59,7 @@ def child(name: str, bench: Bench) -> None:
         print("ROW " + json.dumps(dataclasses.asdict(row)), flush=True)
 
 
-def in_process_of_its_own(name: str, seconds: float, record: Record) -> Iterator[Row]:
+def in_process_of_its_own(name: str, seconds: float, record: BenchRecord) -> Iterator[BenchRow]:
     """The same from outside; what such a process leaves unsaid when it dies is a failed row."""
     command = [sys.executable, "-m", "bench.gpu", "--child", name, "--minutes", str(max(seconds, 0) / 60)]
     command += ["--dry"] if record.dry else []
@@ -72,12 +72,12 @@ def in_process_of_its_own(name: str, seconds: float, record: Record) -> Iterator
             if kind == "MACHINE":
                 record.machine = json.loads(value)
             elif kind == "ROW":
-                yield Row(**json.loads(value))
+                yield BenchRow(**json.loads(value))
         code = process.wait()
         limit.cancel()
     if code:
         late = " at the time limit" if code == -9 else ""
-        yield Row(name, "the section", failed=f"its process ended with {code}{late}")
+        yield BenchRow(name, "the section", failed=f"its process ended with {code}{late}")
 
 
 def main(arguments: list[str]) -> int:
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
     if chosen.child:
         child(chosen.child, Bench(device, chosen.dry, deadline))
         return 0
-    record = Record(chosen.out, chosen.dry)
+    record = BenchRecord(chosen.out, chosen.dry)
     if chosen.dry:
         record.machine = machine(device)
     for name in chosen.names or SECTIONS:

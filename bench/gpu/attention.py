@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.clock import distance
-from bench.gpu.context import PLAIN, Bench, Job
-from bench.gpu.record import Row
+from bench.gpu.context import PLAIN, Bench, BenchJob
+from bench.gpu.record import BenchRow
 from model.attention.layer import attend
 from model.attention.plan import AttentionPlan, SequenceContext
 
@@ -23,7 +23,7 @@ GATE = 1e-2
 
 
 @dataclass(frozen=True)
-class Kind:
+class AttentionCase:
     """Rows of `length` positions, `documents` equal ones in each; attention within chunks where there are any."""
 
     name: str
@@ -41,23 +41,32 @@ class Kind:
         return torch.arange(document).repeat(self.documents).expand(rows, -1)
 
 
-def kinds(dry: bool) -> list[Kind]:
+def kinds(dry: bool) -> list[AttentionCase]:
     if dry:
-        return [Kind("causal", 64), Kind("chunks of 16", 64, 16), Kind("pieces of 4 documents", 512, None, 4)]
-    whole = [Kind("causal", length) for length in (1024, 2048, 4096, 8192, 16384, 32768)]
-    chunked = [Kind(f"chunks of {chunk}", 32768, chunk) for chunk in (1024, 2048, 8192)]
-    return [*whole, *chunked, Kind("pieces of 8 documents", 8192, None, 8), Kind("pieces of 16", 32768, None, 16)]
+        return [
+            AttentionCase("causal", 64),
+            AttentionCase("chunks of 16", 64, 16),
+            AttentionCase("pieces of 4 documents", 512, None, 4),
+        ]
+    whole = [AttentionCase("causal", length) for length in (1024, 2048, 4096, 8192, 16384, 32768)]
+    chunked = [AttentionCase(f"chunks of {chunk}", 32768, chunk) for chunk in (1024, 2048, 8192)]
+    return [
+        *whole,
+        *chunked,
+        AttentionCase("pieces of 8 documents", 8192, None, 8),
+        AttentionCase("pieces of 16", 32768, None, 16),
+    ]
 
 
-def attention(bench: Bench) -> Iterator[Job]:
+def attention(bench: Bench) -> Iterator[BenchJob]:
     heads = {"tiny": (4, 2, 16)} if bench.dry else {"Llama 4": (40, 8, 128), "Qwen3 30B": (32, 4, 128)}
     for kind in kinds(bench.dry):
         for name, (h, g, k) in heads.items():
-            yield Job(f"{name}, {kind.name}, {kind.length}", partial(_measure, bench, name, kind, h, g, k))
+            yield BenchJob(f"{name}, {kind.name}, {kind.length}", partial(_measure, bench, name, kind, h, g, k))
 
 
 class _Case:
-    def __init__(self, bench: Bench, kind: Kind, rows: int, heads: tuple[int, int, int]) -> None:
+    def __init__(self, bench: Bench, kind: AttentionCase, rows: int, heads: tuple[int, int, int]) -> None:
         h, g, k = heads
         shapes = ((rows, kind.length, h, k), *[(rows, kind.length, g, k)] * 2)
         self.qkv = [bench.random(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
@@ -73,7 +82,7 @@ class _Case:
         for x in self.qkv:
             x.grad = None
 
-    def error(self, kind: Kind) -> float:
+    def error(self, kind: AttentionCase) -> float:
         """Result and gradients against float32 with every pair of positions asked; few heads and rows, please."""
         y = attend(self.qkv[0], self.qkv[1], self.qkv[2], self.plan)
         found = [y.detach(), *torch.autograd.grad(y, self.qkv, self.grad)]
@@ -86,14 +95,14 @@ class _Case:
         return max(map(distance, found, wanted))
 
 
-def _seen(kind: Kind) -> Tensor:
+def _seen(kind: AttentionCase) -> Tensor:
     """Which keys each query sees: those of its document and chunk up to itself, bool [T, T]."""
     place, length = torch.arange(kind.length), kind.length // kind.documents
     part = place // length * kind.length + place % length // (kind.chunk or kind.length)
     return (part[:, None] == part) & (place <= place[:, None])
 
 
-def _measure(bench: Bench, name: str, kind: Kind, h: int, g: int, k: int) -> Iterator[Row]:
+def _measure(bench: Bench, name: str, kind: AttentionCase, h: int, g: int, k: int) -> Iterator[BenchRow]:
     rows = 1 if bench.dry else max(32768 // kind.length, 1)
     shape: dict[str, int | str] = {"B": rows, "T": kind.length, "H": h, "G": g, "K": k, "documents": kind.documents}
     if kind.chunk:
@@ -104,7 +113,7 @@ def _measure(bench: Bench, name: str, kind: Kind, h: int, g: int, k: int) -> Ite
         error = _Case(bench, kind, 1, (h // g, 1, k)).error(kind)
         if not error < GATE:
             failed = f"wrong: {error:.1e} from float32, allowed {GATE:.0e}"
-            yield Row(
+            yield BenchRow(
                 "attention",
                 f"{name}, {kind.name}",
                 PLAIN,
@@ -121,7 +130,7 @@ def _measure(bench: Bench, name: str, kind: Kind, h: int, g: int, k: int) -> Ite
     moved = 2 * tokens * k * (2 * h + 2 * g)
     for phase, side, times in (("forward", case.forward, 1), ("forward+backward", case.both, 3)):
         timing = bench.clock.time(side)
-        yield Row(
+        yield BenchRow(
             "attention", f"{name}, {kind.name}", PLAIN, phase, shape, tokens, ms=timing.ms, spread=timing.spread,
             flops=flops * times, bytes=moved * times, error=error, gate=GATE,
         )  # fmt: skip

@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 
 from bench.gpu.clock import Clock
-from bench.gpu.record import Row
-from precision.config import Backend, Compute, Kernels, PrecisionConfig, Storage
+from bench.gpu.record import BenchRow
+from precision.config import Backend, Compute, KernelKind, ParamDtype, PrecisionConfig
 from precision.resolve import MAKERS, no_triton, unavailable
 
 PLAIN = "bf16"
@@ -50,14 +50,14 @@ class Bench:
             if (backend is Backend.reference) != self.dry:
                 continue
             for recipe in maker.RECIPES[: 1 if self.dry else None]:
-                config = PrecisionConfig(Compute.bfloat16, Storage.bfloat16, backend=backend, recipe=recipe)
+                config = PrecisionConfig(Compute.bfloat16, ParamDtype.bfloat16, backend=backend, recipe=recipe)
                 found.append((f"{backend.value} {recipe.value}", config, unavailable(backend, recipe, self.device)))
         return found
 
     @cached_property
     def precisions(self) -> dict[str, PrecisionConfig]:
         """bfloat16 and every FP8 recipe that can be had here, by name; weights are in bfloat16."""
-        plain = PrecisionConfig(Compute.bfloat16, Storage.bfloat16)
+        plain = PrecisionConfig(Compute.bfloat16, ParamDtype.bfloat16)
         return {PLAIN: plain} | {name: config for name, config, reasons in self._recipes if not reasons}
 
     @property
@@ -72,7 +72,7 @@ class Bench:
 
     def with_kernels(self, sides: dict[str, PrecisionConfig]) -> dict[str, PrecisionConfig]:
         """Each by PyTorch's kernels, then, if they can be had here, by Triton's."""
-        kinds = {"": Kernels.torch} | ({} if self.no_triton else {TRITON: Kernels.triton})
+        kinds = {"": KernelKind.torch} | ({} if self.no_triton else {TRITON: KernelKind.triton})
         return {
             name + ending: replace(config, kernels=kind)
             for name, config in sides.items()
@@ -97,8 +97,8 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """Some rows that are measured together. What raises becomes one failed row of this name."""
 
     name: str
-    measure: Callable[[], Iterable[Row]]
+    measure: Callable[[], Iterable[BenchRow]]

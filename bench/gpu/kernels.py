@@ -12,33 +12,33 @@ import torch
 from torch import Tensor
 
 from bench.gpu.clock import distance
-from bench.gpu.context import Bench, Job
-from bench.gpu.record import Row
+from bench.gpu.context import Bench, BenchJob
+from bench.gpu.record import BenchRow
 from bench.gpu.shapes import Mixture, mixtures
-from model.kernels import Kernels, Places, TorchKernels, TritonKernels
-from model.moe import arrange
+from model.kernels import MoEKernels, SortedSlots, TorchKernels, TritonKernels
+from model.moe import permute_by_expert
 
 GATE = 1e-2
-Step = Callable[[Kernels], Tensor]
+Step = Callable[[MoEKernels], Tensor]
 
 
-def kernels(bench: Bench) -> Iterator[Job]:
+def kernels(bench: Bench) -> Iterator[BenchJob]:
     if bench.no_triton and not bench.dry:
-        yield Job("triton", lambda: [Row("kernels", "all", "triton", missing=bench.no_triton)])
+        yield BenchJob("triton", lambda: [BenchRow("kernels", "all", "triton", missing=bench.no_triton)])
         return
     for mixture in mixtures(bench.dry, bench.memory_bytes)[:2]:
-        yield Job(mixture.name, partial(_measure, bench, mixture))
+        yield BenchJob(mixture.name, partial(_measure, bench, mixture))
 
 
-def _measure(bench: Bench, mixture: Mixture) -> Iterator[Row]:
+def _measure(bench: Bench, mixture: Mixture) -> Iterator[BenchRow]:
     tokens, top_k = 64 if bench.dry else 16384, mixture.router.top_k
     # in a dry run without the interpreter the twin stands in, so that this code at least runs
     stands_in = bench.no_triton is not None
-    sides: dict[str, Kernels] = {"torch": TorchKernels(), "triton": TorchKernels() if stands_in else TritonKernels()}
+    sides: dict[str, MoEKernels] = {"torch": TorchKernels(), "triton": TorchKernels() if stands_in else TritonKernels()}
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, mixture.experts, generator=generator).topk(top_k).indices
-    rows = arrange(chosen.to(bench.device), mixture.experts, 16)
-    places = Places(rows.source_C, rows.place_S.view(-1, top_k), rows.is_padding_C1)
+    rows = permute_by_expert(chosen.to(bench.device), mixture.experts, 16)
+    places = SortedSlots(rows.source_C, rows.place_S.view(-1, top_k), rows.is_padding_C1)
     count, width, hidden = len(rows.source_C), mixture.width, mixture.hidden
     x_TD, y_CD = bench.random(tokens, width).requires_grad_(), bench.random(count, width, seed=1).requires_grad_()
     weights_TK = torch.rand(tokens, top_k, generator=generator).to(bench.device).requires_grad_()
@@ -60,25 +60,25 @@ def _measure(bench: Bench, mixture: Mixture) -> Iterator[Row]:
         what = f"{mixture.name}, {name}"
         if not error < GATE:
             failed = f"wrong: {error:.1e} from its twin, allowed {GATE:.0e}"
-            yield Row("kernels", what, "triton", "check", shape, tokens, error=error, gate=GATE, failed=failed)
+            yield BenchRow("kernels", what, "triton", "check", shape, tokens, error=error, gate=GATE, failed=failed)
             continue
         grad = torch.ones_like(found["torch"][0])
         runs = [partial(_run, step, kernel, leaves, grad) for kernel in sides.values()]
         torchs, tritons = bench.clock.turns(runs)
         for side, timing in (("torch", torchs), ("triton", tritons)):
             ratio, against = (timing.over(torchs), "torch") if side == "triton" else (None, None)
-            yield Row(
+            yield BenchRow(
                 "kernels", what, side, "forward+backward", shape, tokens, "routed", ms=timing.ms, spread=timing.spread,
                 bytes=forward_bytes + backward_bytes, error=error, gate=GATE, ratio=ratio, against=against,
                 note="its twin in its place" if stands_in and side == "triton" else "",
             )  # fmt: skip
 
 
-def _results(step: Step, kernel: Kernels, leaves: list[Tensor]) -> list[Tensor]:
+def _results(step: Step, kernel: MoEKernels, leaves: list[Tensor]) -> list[Tensor]:
     y = step(kernel)
     grad = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(4), device=y.device, dtype=y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
-def _run(step: Step, kernel: Kernels, leaves: list[Tensor], grad: Tensor) -> None:
+def _run(step: Step, kernel: MoEKernels, leaves: list[Tensor], grad: Tensor) -> None:
     torch.autograd.grad(step(kernel), leaves, grad)

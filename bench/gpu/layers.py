@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.gpu.clock import Timing, distance
-from bench.gpu.context import DENSE, PLAIN, TRITON, Bench, Job
-from bench.gpu.record import Row
+from bench.gpu.context import DENSE, PLAIN, TRITON, Bench, BenchJob
+from bench.gpu.record import BenchRow
 from bench.gpu.shapes import QWEN3, Mixture, mixtures
 from bench.peers import GROUPED, Peer
 from model.attention.plan import SequenceContext
@@ -35,7 +35,7 @@ DIFFERENT_TOKENS = 0.05
 """Peers score experts in bfloat16 and we in float32: so many tokens may go elsewhere where two experts nearly tie."""
 
 
-class Case:
+class LayerCase:
     """A layer, its input and an upstream gradient; calling it runs forward and backward."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Setting:
+class LayerSetting:
     """One mixture's weights and inputs. All sides share them."""
 
     bench: Bench
@@ -64,41 +64,41 @@ class Setting:
     def tokens(self) -> int:
         return self.x.shape[1]
 
-    def row(self, what: str, side: str, **more: Any) -> Row:
+    def row(self, what: str, side: str, **more: Any) -> BenchRow:
         name = f"{self.mixture.name}, {what}"
-        return Row("layers", name, side, "forward+backward", self.mixture.shape, self.tokens, **more)
+        return BenchRow("layers", name, side, "forward+backward", self.mixture.shape, self.tokens, **more)
 
-    def ours(self, config: ModelConfig, precision: PrecisionConfig) -> Case:
+    def ours(self, config: ModelConfig, precision: PrecisionConfig) -> LayerCase:
         layer = sharing(self.base, config, self.bench, precision)
         context = SequenceContext(torch.arange(self.tokens).expand(1, -1), self.bench.device)
-        return Case(lambda x: layer(x, context), list(layer.parameters()), self.x, self.grad)
+        return LayerCase(lambda x: layer(x, context), list(layer.parameters()), self.x, self.grad)
 
-    def dense(self, precision: PrecisionConfig) -> Case:
+    def dense(self, precision: PrecisionConfig) -> LayerCase:
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
         products = resolve(precision, self.bench.device).plain
         with torch.device(self.bench.device):
             layer = GatedMLP(self.mixture.width, self.mixture.active_width, roles, products).to(torch.bfloat16)
         _fill(layer, self.bench)
-        return Case(layer, list(layer.parameters()), self.x, self.grad)
+        return LayerCase(layer, list(layer.parameters()), self.x, self.grad)
 
 
-def layers(bench: Bench) -> Iterator[Job]:
+def layers(bench: Bench) -> Iterator[BenchJob]:
     if bench.no_triton:
-        yield Job("Triton", lambda: [Row("layers", "layer", PLAIN + TRITON, missing=bench.no_triton)])
+        yield BenchJob("Triton", lambda: [BenchRow("layers", "layer", PLAIN + TRITON, missing=bench.no_triton)])
     for mixture in mixtures(bench.dry, bench.memory_bytes):
         setting = cache(partial(_setting, bench, mixture))  # made by the first of its jobs, dropped with the last
-        yield Job(mixture.name, partial(_ourselves, setting))
+        yield BenchJob(mixture.name, partial(_ourselves, setting))
         for name, peer in GROUPED.items():
-            yield Job(f"{mixture.name}, {name}", partial(_against, setting, name, peer))
+            yield BenchJob(f"{mixture.name}, {name}", partial(_against, setting, name, peer))
 
 
-def _setting(bench: Bench, mixture: Mixture) -> Setting:
+def _setting(bench: Bench, mixture: Mixture) -> LayerSetting:
     tokens = 64 if bench.dry else 16384
     x, grad = (bench.random(1, tokens, mixture.width, seed=seed) for seed in (1, 2))
-    return Setting(bench, mixture, made(mixture.config(), bench), x, grad)
+    return LayerSetting(bench, mixture, made(mixture.config(), bench), x, grad)
 
 
-def _ourselves(make: Callable[[], Setting]) -> Iterator[Row]:
+def _ourselves(make: Callable[[], LayerSetting]) -> Iterator[BenchRow]:
     """Every precision and a dense layer in turn, by all kernels; tokens divide evenly, as training makes them."""
     setting = make()
     bench, config = setting.bench, setting.mixture.config(force_balanced=True)
@@ -118,7 +118,7 @@ def _ourselves(make: Callable[[], Setting]) -> Iterator[Row]:
     yield from _judged(setting, timings)
 
 
-def _judged(setting: Setting, timings: dict[str, Timing]) -> Iterator[Row]:
+def _judged(setting: LayerSetting, timings: dict[str, Timing]) -> Iterator[BenchRow]:
     """Every side; by the same kernels, bfloat16 beside the dense layer and FP8 beside it; Triton beside PyTorch."""
     mixture, tokens = setting.mixture, setting.tokens
     is_llama4 = mixture.name.startswith("Llama 4")
@@ -144,7 +144,7 @@ def _judged(setting: Setting, timings: dict[str, Timing]) -> Iterator[Row]:
             yield setting.row("speed ratio", side, load="balanced", ratio=ratio, against=products)
 
 
-def _against(make: Callable[[], Setting], name: str, peer: Peer) -> Iterator[Row]:
+def _against(make: Callable[[], LayerSetting], name: str, peer: Peer) -> Iterator[BenchRow]:
     """Scores by softmax and weights on the output, which peers have for any top_k; tokens go where the router says."""
     setting = make()
     bench, mixture = setting.bench, setting.mixture
@@ -156,7 +156,7 @@ def _against(make: Callable[[], Setting], name: str, peer: Peer) -> Iterator[Row
     plain = bench.with_kernels({PLAIN: bench.precisions[PLAIN]})
     sides = {side: setting.ours(config, precision) for side, precision in plain.items()}
     block = peer.make(setting.base, router, False)
-    theirs = Case(block.forward, block.parameters, setting.x, setting.grad)
+    theirs = LayerCase(block.forward, block.parameters, setting.x, setting.grad)
     with torch.no_grad():
         a, b = (case.layer(case.x).float() for case in (sides[PLAIN], theirs))
     worst_T = (a - b).abs().amax(-1) / b.abs().max()

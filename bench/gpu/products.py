@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench.gpu.clock import distance
-from bench.gpu.context import PLAIN, Bench, Job
-from bench.gpu.record import Row
+from bench.gpu.context import PLAIN, Bench, BenchJob
+from bench.gpu.record import BenchRow
 from bench.gpu.shapes import Mixture, counts, matrices, mixtures
 from precision.config import Backend, PrecisionConfig, Products
 from precision.gemm import GemmBackend, Groups
@@ -35,7 +35,7 @@ def backend(bench: Bench, config: PrecisionConfig) -> GemmBackend:
     return resolve(config, bench.device).at(0, 1).of(Products.expert, "bench")
 
 
-class Product:
+class ProductCase:
     """x and w on the device, who multiplies, and an upstream gradient. Dense where there are no groups."""
 
     def __init__(self, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None, gemm: GemmBackend) -> None:
@@ -90,26 +90,26 @@ def _exactly(x: Tensor, w: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor
     return x @ w.t(), grad @ w, grad.t() @ x
 
 
-def ceilings(bench: Bench) -> Iterator[Job]:
+def ceilings(bench: Bench) -> Iterator[BenchJob]:
     """What everything else is relative to."""
     size, length = (256, 1 << 20) if bench.dry else (8192, 1 << 30)
 
-    def product() -> Iterator[Row]:
+    def product() -> Iterator[BenchRow]:
         a, b = bench.random(size, size), bench.random(size, size, seed=1)
         timing = bench.clock.time(lambda: a @ b)
         shape: dict[str, int | str] = {"M": size, "N": size, "K": size}
         yield _row("ceilings", "square product", PLAIN, "forward", shape, size, timing, 2.0 * size**3)
 
-    def copy() -> Iterator[Row]:
+    def copy() -> Iterator[BenchRow]:
         a = torch.randint(0, 100, (length,), device=bench.device, dtype=torch.int8)
         b = torch.empty_like(a)
         timing = bench.clock.time(lambda: b.copy_(a))
-        yield Row(
+        yield BenchRow(
             "ceilings", "copy in memory", "torch", "copy", {"bytes": length}, ms=timing.ms, bytes=2 * length,
             spread=timing.spread, note="bytes read and written",
         )  # fmt: skip
 
-    def launch() -> Iterator[Row]:
+    def launch() -> Iterator[BenchRow]:
         x = torch.zeros(1, device=bench.device)
 
         def many() -> None:
@@ -117,38 +117,38 @@ def ceilings(bench: Bench) -> Iterator[Job]:
                 x.add_(1)
 
         timing = bench.clock.time(many)
-        yield Row("ceilings", "100 kernels that do nothing", "torch", "step", ms=timing.ms, spread=timing.spread)
+        yield BenchRow("ceilings", "100 kernels that do nothing", "torch", "step", ms=timing.ms, spread=timing.spread)
 
-    yield from (Job("square product", product), Job("copy in memory", copy), Job("launches", launch))
+    yield from (BenchJob("square product", product), BenchJob("copy in memory", copy), BenchJob("launches", launch))
 
 
-def dense(bench: Bench) -> Iterator[Job]:
-    yield Job("missing precisions", lambda: missing("dense", bench))
+def dense(bench: Bench) -> Iterator[BenchJob]:
+    yield BenchJob("missing precisions", lambda: missing("dense", bench))
     for name, (out, width) in matrices(bench.dry).items():
         for tokens in (64,) if bench.dry else (2048, 8192, 32768):
-            yield Job(f"{name}, {tokens} tokens", partial(_dense, bench, name, out, width, tokens))
+            yield BenchJob(f"{name}, {tokens} tokens", partial(_dense, bench, name, out, width, tokens))
 
 
-def _dense(bench: Bench, name: str, out: int, width: int, tokens: int) -> Iterator[Row]:
+def _dense(bench: Bench, name: str, out: int, width: int, tokens: int) -> Iterator[BenchRow]:
     x, w = bench.random(tokens, width), bench.random(out, width, seed=1, scale=width**-0.5)
     shape: dict[str, int | str] = {"M": tokens, "N": out, "K": width}
     grad = bench.random(tokens, out, seed=2)
     for side, config in bench.precisions.items():
-        product = Product(x, w, grad, None, backend(bench, config))
+        product = ProductCase(x, w, grad, None, backend(bench, config))
         yield from _checked(bench, "dense", name, side, shape, tokens, None, product)
 
 
-def grouped(bench: Bench) -> Iterator[Job]:
+def grouped(bench: Bench) -> Iterator[BenchJob]:
     """bfloat16 first, so that FP8 backends that go expert by expert cannot use up its time."""
     sides = list(bench.precisions)
-    yield Job("agreement with the emulation", lambda: agreements(bench))
+    yield BenchJob("agreement with the emulation", lambda: agreements(bench))
     for chosen in ([PLAIN], [side for side in sides if side != PLAIN]):
         for mixture in mixtures(bench.dry, bench.memory_bytes):
             for which in ("gate and up", "down"):
                 for tokens, load in _loads(bench.dry)[: None if chosen == [PLAIN] else 2]:
                     name = f"{mixture.name}, {which}"
                     measure = partial(_grouped, bench, mixture, which, tokens, load, chosen)
-                    yield Job(f"{name}, {tokens} tokens, {load}, {', '.join(chosen)}", measure)
+                    yield BenchJob(f"{name}, {tokens} tokens, {load}, {', '.join(chosen)}", measure)
 
 
 def _loads(dry: bool) -> list[tuple[int, str]]:
@@ -157,7 +157,9 @@ def _loads(dry: bool) -> list[tuple[int, str]]:
     return [(16384, "balanced"), (16384, "zipf"), (4096, "balanced"), (32768, "balanced")]
 
 
-def _grouped(bench: Bench, mixture: Mixture, which: str, tokens: int, load: str, sides: list[str]) -> Iterator[Row]:
+def _grouped(
+    bench: Bench, mixture: Mixture, which: str, tokens: int, load: str, sides: list[str]
+) -> Iterator[BenchRow]:
     out, width = (2 * mixture.hidden, mixture.width) if which == "gate and up" else (mixture.width, mixture.hidden)
     rows = tokens * mixture.router.top_k
     counts_E = counts(rows, mixture.experts, load)
@@ -166,20 +168,20 @@ def _grouped(bench: Bench, mixture: Mixture, which: str, tokens: int, load: str,
     shape |= {"rows_most": int(counts_E.max()), "rows_least": int(counts_E.min())}
     grad = bench.random(rows, out, seed=2)
     for side in sides:
-        product = Product(x, w, grad, Groups(counts_E.to(bench.device)), backend(bench, bench.precisions[side]))
+        product = ProductCase(x, w, grad, Groups(counts_E.to(bench.device)), backend(bench, bench.precisions[side]))
         name = f"{mixture.name}, {which}"
         yield from _checked(bench, "grouped", name, side, shape, tokens, load, product)
 
 
 def _checked(
     bench: Bench, section: str, name: str, side: str, shape: dict[str, int | str], tokens: int, load: str | None,
-    product: Product,
-) -> Iterator[Row]:  # fmt: skip
+    product: ProductCase,
+) -> Iterator[BenchRow]:  # fmt: skip
     """One side of a product. It is timed only if it is right."""
     error = product.error()
     if not error < gate(side):
         failed = f"wrong: {error:.1e} from float32, allowed {gate(side):.0e}"
-        yield Row(section, name, side, "check", shape, tokens, load, error=error, gate=gate(side), failed=failed)
+        yield BenchRow(section, name, side, "check", shape, tokens, load, error=error, gate=gate(side), failed=failed)
         return
     flops = 2.0 * product.x.numel() * product.w.shape[-2]
     moved = 2 * (product.x.numel() + product.w.numel() + product.grad.numel())
@@ -194,11 +196,11 @@ def _checked(
 def _row(
     section: str, name: str, side: str, phase: str, shape: dict[str, int | str], tokens: int, timing: Any,
     flops: float, **more: Any,
-) -> Row:  # fmt: skip
-    return Row(section, name, side, phase, shape, tokens, ms=timing.ms, spread=timing.spread, flops=flops, **more)
+) -> BenchRow:  # fmt: skip
+    return BenchRow(section, name, side, phase, shape, tokens, ms=timing.ms, spread=timing.spread, flops=flops, **more)
 
 
-def agreements(bench: Bench) -> Iterator[Row]:
+def agreements(bench: Bench) -> Iterator[BenchRow]:
     """FP8 products against the emulation of the same recipe, at the real widths and few rows."""
     yield from missing("grouped", bench)
     reference = MAKERS[Backend.reference]
@@ -212,16 +214,16 @@ def agreements(bench: Bench) -> Iterator[Row]:
             if side == PLAIN:
                 continue
             emulated = reference.make(config.recipe.on(bench.device), torch.bfloat16, "reference")
-            exact, product = (Product(x, w, grad, groups, gemm) for gemm in (emulated, backend(bench, config)))
+            exact, product = (ProductCase(x, w, grad, groups, gemm) for gemm in (emulated, backend(bench, config)))
             error = max(map(distance, product.results(), exact.results()))
             bad = None if error < SAME_BYTES_GATE else f"{error:.1e} from the emulation, allowed {SAME_BYTES_GATE:.0e}"
             shape: dict[str, int | str] = {"C": rows, "N": mixture.hidden, "K": mixture.width, "E": experts}
-            yield Row(
+            yield BenchRow(
                 "grouped", mixture.name, side, "check", shape, rows, "zipf", error=error, gate=SAME_BYTES_GATE,
                 failed=bad, note="against the emulation of the same recipe",
             )  # fmt: skip
 
 
-def missing(section: str, bench: Bench) -> Iterator[Row]:
+def missing(section: str, bench: Bench) -> Iterator[BenchRow]:
     for name, reason in bench.missing.items():
-        yield Row(section, "FP8", name, missing=reason)
+        yield BenchRow(section, "FP8", name, missing=reason)

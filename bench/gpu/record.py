@@ -19,7 +19,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One measurement. What does not apply is None."""
 
     section: str
@@ -72,28 +72,28 @@ class Row:
         return self.failed is not None or self.holds is False
 
 
-def judged(row: Row, dry: bool) -> Row:
+def judged(row: BenchRow, dry: bool) -> BenchRow:
     """The row with `tflops` and `gb_per_s` worked out and `holds` decided where there is a floor, but in a dry run."""
     fields = asdict(row)
     if row.ms and row.flops:
         fields["tflops"] = row.flops / row.ms / 1e9
     if row.ms and row.bytes:
         fields["gb_per_s"] = row.bytes / row.ms / 1e6
-    value = Row(**fields).value
+    value = BenchRow(**fields).value
     if row.floor is not None and value is not None and not dry:
         fields["holds"] = value <= row.floor if row.at_most else value >= row.floor
-    return Row(**fields)
+    return BenchRow(**fields)
 
 
-class Record:
+class BenchRecord:
     """The file. It is written anew with every row, in one move."""
 
     def __init__(self, path: Path | None, dry: bool) -> None:
         self.path, self.dry, self.began = path, dry, time.monotonic()
         self.machine: dict[str, Any] = {}
-        self.rows: list[Row] = []
+        self.rows: list[BenchRow] = []
 
-    def add(self, row: Row) -> None:
+    def add(self, row: BenchRow) -> None:
         self.rows.append(row)
         self.save()
 
@@ -158,7 +158,7 @@ HEADER = (
 )
 
 
-def line(row: Row) -> str:
+def line(row: BenchRow) -> str:
     """The row in a Markdown table."""
     size = f"{row.tokens:,}{', ' + row.load if row.load else ''}" if row.tokens else ""
     goal = ""
@@ -181,7 +181,7 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def tables(rows: Iterable[Row], facts: dict[str, Any], dry: bool) -> str:
+def tables(rows: Iterable[BenchRow], facts: dict[str, Any], dry: bool) -> str:
     """Goals first, then section by section, for bench/RESULTS.md."""
     rows = list(rows)
     mark = "**DRY RUN on a CPU with tiny shapes: these figures mean nothing.**\n\n" if dry else ""

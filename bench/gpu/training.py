@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.clock import Timing
-from bench.gpu.context import DENSE, PLAIN, Bench, Job
-from bench.gpu.record import Row
+from bench.gpu.context import DENSE, PLAIN, Bench, BenchJob
+from bench.gpu.record import BenchRow
 from bench.gpu.shapes import LLAMA4
 from model.balancer import Balancer
 from model.config import BalanceConfig, ModelConfig, QKNorm, RouterConfig, Score, WeightsOn
@@ -28,7 +28,7 @@ from parallel.grad_norm import gradient_norm, scale_gradients
 from parallel.layout import Layout
 from parallel.mesh import place
 from parallel.parallelize import build
-from precision.config import Compute, Kernels, PrecisionConfig, Storage
+from precision.config import Compute, KernelKind, ParamDtype, PrecisionConfig
 from train.optim.optimizer import Moments, OptimizerConfig, make_optimizer
 
 PEAK_TFLOPS = 989.0
@@ -86,23 +86,23 @@ class Training:
         return total
 
 
-def step(bench: Bench) -> Iterator[Job]:
+def step(bench: Bench) -> Iterator[BenchJob]:
     """With float32 master weights; the moments in bfloat16 where memory is short. Balanced, as training makes it.
 
     bfloat16 by all kernels, then FP8 by the ones that were faster.
     """
     fine = replace(TINY, router=FINE.router, experts=16) if bench.dry else FINE
-    masters = {name: replace(config, storage=Storage.master) for name, config in bench.precisions.items()}
-    took: dict[Kernels, float] = {}
+    masters = {name: replace(config, storage=ParamDtype.master) for name, config in bench.precisions.items()}
+    took: dict[KernelKind, float] = {}
     for side, precision in bench.with_kernels(masters).items():
-        if precision.uses_float8 and precision.kernels is not min(took, key=took.__getitem__, default=Kernels.torch):
+        if precision.uses_float8 and precision.kernels is not min(took, key=took.__getitem__, default=KernelKind.torch):
             continue
-        yield Job(f"fine-grained, {side}", partial(_beside, bench, fine, side, precision, took))
+        yield BenchJob(f"fine-grained, {side}", partial(_beside, bench, fine, side, precision, took))
 
 
 def _beside(
-    bench: Bench, fine: ModelConfig, side: str, precision: PrecisionConfig, took: dict[Kernels, float]
-) -> Iterator[Row]:
+    bench: Bench, fine: ModelConfig, side: str, precision: PrecisionConfig, took: dict[KernelKind, float]
+) -> Iterator[BenchRow]:
     """A mixture, and in bfloat16 a dense model after it: two such models do not fit at once. `took`: by kernels, the
     time per token of bfloat16; this one is added.
     """
@@ -121,7 +121,7 @@ def _beside(
         )
 
 
-def _step(bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig) -> Row:
+def _step(bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig) -> BenchRow:
     """With as many rows in a micro-batch as fit."""
     length, rows = (64, 1) if bench.dry else (4096, 4)
     while True:
@@ -136,7 +136,7 @@ def _step(bench: Bench, name: str, config: ModelConfig, side: str, precision: Pr
 
 def _measured(
     bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig, rows: int, length: int
-) -> Row:
+) -> BenchRow:
     moments = Moments.float32 if bench.memory_bytes > 100e9 else Moments.bfloat16
     training = Training(config, precision, bench, moments, lr=1e-4)
     generator = torch.Generator().manual_seed(0)
@@ -156,7 +156,7 @@ def _measured(
     shape |= {"total": parameters.total, "active": parameters.active}
     goal: dict[str, Any] = {"floor": 300.0, "moonshot": 400.0} if not precision.uses_float8 and config.moe_every else {}
     speed, mfu = tokens / timing.ms * 1e3, flops / timing.ms / 1e9 / PEAK_TFLOPS
-    return Row(
+    return BenchRow(
         "step", name, side, "step", shape, tokens, "balanced" if config.moe_every else None, ms=timing.ms,
         spread=timing.spread, flops=flops, memory_bytes=bench.peak_bytes,
         failed=None if math.isfinite(last_loss) else "the loss is not finite",
@@ -171,16 +171,16 @@ def _wait(bench: Bench) -> None:
         torch.cuda.synchronize()
 
 
-def loss(bench: Bench) -> Iterator[Job]:
+def loss(bench: Bench) -> Iterator[BenchJob]:
     """200 steps on a random Markov chain: float32, bfloat16 and FP8, equal weights and equal tokens."""
     sides = {"float32": PrecisionConfig(Compute.float32)}
-    sides |= {name: replace(precision, storage=Storage.master) for name, precision in bench.precisions.items()}
+    sides |= {name: replace(precision, storage=ParamDtype.master) for name, precision in bench.precisions.items()}
     smooth: dict[str, float] = {}
     for side, precision in sides.items():
-        yield Job(side, partial(_losses, bench, side, precision, smooth))
+        yield BenchJob(side, partial(_losses, bench, side, precision, smooth))
 
 
-def _losses(bench: Bench, side: str, precision: PrecisionConfig, smooth: dict[str, float]) -> Iterator[Row]:
+def _losses(bench: Bench, side: str, precision: PrecisionConfig, smooth: dict[str, float]) -> Iterator[BenchRow]:
     """`smooth`: by side, the mean loss over the last steps; this one is added."""
     config, steps, rows, length = (TINY, 2, 2, 32) if bench.dry else (SMALL, 200, 16, 256)
     chain = _chain(config.vocab_size)
@@ -199,7 +199,7 @@ def _losses(bench: Bench, side: str, precision: PrecisionConfig, smooth: dict[st
     failed = None if all(map(math.isfinite, values)) else "a loss is not finite"
     note = f"{values[0]:.4f} at first, {smooth[side]:.4f} over the last 20" + ("" if gap is None else f", {gap:+.2%}")
     name, shape = f"loss after {steps} steps of a small model", {"steps": steps, "B": rows, "T": length}
-    yield Row("loss", name, side, "step", {**shape}, rows * length, ms=ms, failed=failed, note=note, **goal)
+    yield BenchRow("loss", name, side, "step", {**shape}, rows * length, ms=ms, failed=failed, note=note, **goal)
 
 
 def _chain(words: int) -> Tensor:

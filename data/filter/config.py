@@ -11,7 +11,7 @@ from core.config import plain
 from core.errors import ConfigError
 
 
-class Unit(Enum):
+class KeepUnit(Enum):
     """What `keep` is a share of. Where score and length go together, the two differ widely."""
 
     documents = "documents"
@@ -179,7 +179,7 @@ class FilterRules:
     """`keep`: share of `unit` that stays, of what passes the gates. `seed`: of ties and lots."""
 
     keep: float = 0.5
-    unit: Unit = Unit.tokens
+    unit: KeepUnit = KeepUnit.tokens
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     gates: GateConfig = field(default_factory=GateConfig)
     duplicates: DuplicateConfig = field(default_factory=DuplicateConfig)

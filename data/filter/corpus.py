@@ -15,7 +15,7 @@ from data.filter.audit.outputs import AUDIT_JSON, AUDIT_PAGE, SCORES, write_audi
 from data.filter.config import FilterRules, deciding
 from data.filter.input.readers import Broken, InputConfig, clean_records
 from data.filter.input.records import Record
-from data.filter.pipeline import FORMAT, Filter, Job, of_file
+from data.filter.pipeline import FORMAT, Filter, FilterJob, of_file
 from data.filter.score.factory import Models, make_scorer
 from data.filter.store import OneWorker
 from data.sources import Document, Source
@@ -130,12 +130,12 @@ def _job(
     directory: Path,
     report: Callable[[str], None],
     models: Models | None,
-) -> Job:
+) -> FilterJob:
     try:
         scorer = make_scorer(rules.scorer, models, cache / "answers", rules.seed)
     except ConfigError as error:
         raise error.under("scorer") from None
-    return Job(
+    return FilterJob(
         parts=parts,
         rules=rules,
         scorer=scorer,

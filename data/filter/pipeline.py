@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from core.errors import ConfigError
 from core.files import files_in, locate, sha256_file, sha256_text
 from data.filter.audit.statistics import OTHER
-from data.filter.config import FilterRules, OnError, Unit, deciding
-from data.filter.input.readers import Broken, Part, keys_of
+from data.filter.config import FilterRules, KeepUnit, OnError, deciding
+from data.filter.input.readers import Broken, InputPart, keys_of
 from data.filter.input.records import Reason, Record
 from data.filter.score.factory import Models, models_of
-from data.filter.score.scorer import Asking, Scorer, Several
+from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer
 from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.duplicates import Copy, Signatures, find_duplicates, signatures
 from data.filter.screen.gates import Gates
 from data.filter.select.selection import REASONS, ShardScores, check_names, noise_threshold, select
-from data.filter.store import Stage, Workers, share, together
+from data.filter.store import StageStore, Workers, share, together
 from data.sampling import key_of
 
 FORMAT = 2
@@ -42,10 +42,10 @@ UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
-class Job:
+class FilterJob:
     """`count_tokens`: of each text; null: bytes stand for tokens. `report` gets lines on the progress."""
 
-    parts: Sequence[Part]
+    parts: Sequence[InputPart]
     rules: FilterRules
     scorer: Scorer
     directory: Path
@@ -62,7 +62,7 @@ class Job:
 class Filter:
     """A job in progress. Stages that are whole already are opened, not made again."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: FilterJob) -> None:
         self.job, self.rules, self.workers = job, job.rules, job.workers
         self._is_fitted = False
         rules, parts = deciding(job.rules), [part.fingerprint for part in job.parts]
@@ -86,7 +86,7 @@ class Filter:
             made_of = {**made_of, "before": before[:16]} if before else made_of
             fingerprint = job.scorer.fingerprint if name == "scored" else ""
             before = sha256_text(before, json.dumps(made_of), fingerprint)
-            stages.append(Stage(job.directory / name, before, made_of))
+            stages.append(StageStore(job.directory / name, before, made_of))
         self.records, self.screened, self.scored, self.decided = stages
 
     def run(self) -> None:
@@ -125,7 +125,7 @@ class Filter:
         stage.close(shards, self.workers)
         self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
 
-    def _ingest_part(self, place: int, part: Part) -> None:
+    def _ingest_part(self, place: int, part: InputPart) -> None:
         if (self.records.directory / _part(place)).exists() and all(
             map(self.records.has, self.records.read_json(_part(place)))
         ):
@@ -315,7 +315,7 @@ class Filter:
             for name, scores in self._scores([rows[place] for place in places]).items():
                 columns[name][places] = scores
         scorer = self.job.scorer
-        reasons = scorer.reasons if isinstance(scorer, Asking) else {}
+        reasons = scorer.reasons if isinstance(scorer, RemoteScorer) else {}
         for place in places:
             why = None if np.isfinite(columns["score"][place]) else reasons.get(rows[place].id)
             columns["why"][place] = None if why is None else _one_line(why)
@@ -325,12 +325,12 @@ class Filter:
     @property
     def _score_columns(self) -> list[str]:
         scorer = self.job.scorer
-        return ["score", *(OTHER + name for name in (scorer.others if isinstance(scorer, Several) else ()))]
+        return ["score", *(OTHER + name for name in (scorer.others if isinstance(scorer, CompositeScorer) else ()))]
 
     def _scores(self, records: Sequence[Record]) -> dict[str, NDArray[np.float64]]:
         """What goes into each of these columns."""
         scorer = self.job.scorer
-        if not isinstance(scorer, Several):
+        if not isinstance(scorer, CompositeScorer):
             return {"score": scorer.score(records)}
         score, others = scorer.score_all(records)
         return {"score": score} | {OTHER + name: found for name, found in others.items()}
@@ -374,7 +374,7 @@ class Filter:
         known = pyarrow.array(self.domains, pyarrow.string())
         # what could not be read has no place among them, and no score either
         domain = pyarrow.compute.index_in(self.records.read(shard, ["domain"])["domain"], known).fill_null(0)
-        by_tokens = self.rules.unit is Unit.tokens
+        by_tokens = self.rules.unit is KeepUnit.tokens
         scores = ShardScores(
             name=shard,
             score=scored["score"].to_numpy()[places],

@@ -98,7 +98,7 @@ def _line(value: Any) -> str:
     return str(value).replace("\n", "\\n")
 
 
-class Stage:
+class StageStore:
     """One stage's directory. `made_of` says for people what `key` is a hash of."""
 
     def __init__(self, directory: Path, key: str, made_of: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.comm.world import World, wait_for
-from parallel.mesh import Axis
+from parallel.mesh import MeshAxis
 
 MESSAGE_BYTES = 8 << 20
 SLOW = 0.5
@@ -51,7 +51,7 @@ def rounds(size: int) -> list[list[tuple[int, int]]]:
     return [even, [*odd, last]] if size % 2 == 0 else [even, odd, [last]]
 
 
-def measure(axis: Axis, world: World, tries: int = 3) -> tuple[int, float] | None:
+def measure(axis: MeshAxis, world: World, tries: int = 3) -> tuple[int, float] | None:
     """The next rank around the axis and the bytes per second to and from it, the best of some tries; None where this
     rank's link is told by the other end (two ranks have one link) or the axis has one rank. Every rank of the axis
     takes part in every round.
@@ -94,7 +94,7 @@ def slow_links(links: Sequence[Link]) -> list[tuple[str, int, str]]:
     return found
 
 
-def distinct(axes: Sequence[Axis]) -> list[Axis]:
+def distinct(axes: Sequence[MeshAxis]) -> list[MeshAxis]:
     """Without those that join the same ranks as one before them."""
     members = {axis.name: tuple(_rank_of(axis, place) for place in range(axis.size)) for axis in axes}
     first = {ranks: name for name, ranks in reversed(members.items())}
@@ -105,7 +105,7 @@ def _count(links: Sequence[Link], node: str) -> int:
     return sum(node in link.nodes for link in links)
 
 
-def _exchange(axis: Axis, peer: int, sent: torch.Tensor, received: torch.Tensor) -> float:
+def _exchange(axis: MeshAxis, peer: int, sent: torch.Tensor, received: torch.Tensor) -> float:
     """Seconds of sending and receiving at once."""
     wait_for(sent.device)
     begin = time.perf_counter()
@@ -119,5 +119,5 @@ def _exchange(axis: Axis, peer: int, sent: torch.Tensor, received: torch.Tensor)
     return time.perf_counter() - begin
 
 
-def _rank_of(axis: Axis, place: int) -> int:
+def _rank_of(axis: MeshAxis, place: int) -> int:
     return place if axis.group is None else dist.get_global_rank(axis.group, place)

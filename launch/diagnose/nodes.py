@@ -26,7 +26,7 @@ from launch.diagnose.links import MESSAGE_BYTES, SLOW, Link, distinct, measure, 
 from launch.diagnose.machine import FEW_FILES, driver, room
 from launch.slurm.job_step import FAILED_NODE
 from parallel.comm.world import World, connect, wait_for
-from parallel.mesh import Axis, make_meshes
+from parallel.mesh import MeshAxis, make_meshes
 from train.config import TrainConfig
 from train.run_directory import RunDirectory, read_config
 
@@ -38,7 +38,7 @@ VERSIONS = ("python", "torch", "device", "driver")
 
 
 @dataclass(frozen=True)
-class Reading:
+class NodeReading:
     """What one rank found. Rates in units per second; `bandwidth` by axis, in bytes of a rank's own tensor; `links` by
     axis: the next rank around it and the bytes to and from it.
     """
@@ -62,7 +62,7 @@ class Reading:
     """This machine's clock when all ranks had met."""
 
 
-def read(config: TrainConfig, world: World) -> Reading:
+def read(config: TrainConfig, world: World) -> NodeReading:
     """Look at this machine and time each axis of the configured layout."""
     axes = make_meshes(config.parallel.resolve(world.size), world).joined
     bandwidth = {axis.name: _bandwidth(axis, world) for axis in axes}
@@ -72,7 +72,7 @@ def read(config: TrainConfig, world: World) -> Reading:
     if world.size > 1:
         dist.barrier()
     clock = time.time()
-    return Reading(
+    return NodeReading(
         rank=world.rank,
         node=host_name(),
         python=platform.python_version(),
@@ -90,11 +90,11 @@ def read(config: TrainConfig, world: World) -> Reading:
     )
 
 
-def judge(readings: list[Reading]) -> dict[str, list[str]]:
+def judge(readings: list[NodeReading]) -> dict[str, list[str]]:
     """Node -> what is wrong with it; empty where all is well."""
     found: dict[str, list[str]] = {}
 
-    def blame(reading: Reading, what: str) -> None:
+    def blame(reading: NodeReading, what: str) -> None:
         found.setdefault(reading.node, []).append(f"rank {reading.rank}: {what}")
 
     flops = _usual([reading.products_flops for reading in readings])
@@ -127,7 +127,7 @@ def judge(readings: list[Reading]) -> dict[str, list[str]]:
     return found
 
 
-def links(readings: list[Reading]) -> list[Link]:
+def links(readings: list[NodeReading]) -> list[Link]:
     """Every link that was timed, with the nodes at its ends."""
     nodes = {reading.rank: reading.node for reading in readings}
     return [
@@ -137,7 +137,7 @@ def links(readings: list[Reading]) -> list[Link]:
     ]
 
 
-def table(readings: list[Reading], wrong: dict[str, list[str]]) -> str:
+def table(readings: list[NodeReading], wrong: dict[str, list[str]]) -> str:
     """A line per node, the bandwidth of each axis, and what is wrong."""
     lines = [f"{'node':<16} {'ranks':>5} {'TFLOP/s':>9} {'disk MB/s':>10} {'free GiB':>9}  torch, device, driver"]
     for node in sorted({reading.node for reading in readings}):
@@ -181,7 +181,7 @@ def main(arguments: list[str]) -> int:
         world.close()
 
 
-def _bandwidth(axis: Axis, world: World, tries: int = 3) -> float:
+def _bandwidth(axis: MeshAxis, world: World, tries: int = 3) -> float:
     """Bytes of one rank's tensor that a sum over the axis finishes per second, the best of some tries."""
     tensor = torch.zeros(MESSAGE_BYTES // 4, device=world.device)
     best = float("inf")

@@ -12,13 +12,22 @@ from typing import Any
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import INTERRUPTED
-from launch.metap.sweep import Setting, SweepConfig, but_rate_and_seed, directory, is_done, loss_of, member, one_run
+from launch.metap.sweep import (
+    SweepConfig,
+    SweepSetting,
+    but_rate_and_seed,
+    directory,
+    is_done,
+    loss_of,
+    member,
+    one_run,
+)
 
 WORST = 1e9
 """What a diverged run counts in the search."""
 
 
-def search(config: SweepConfig, chosen: Sequence[Setting], out: Path) -> int:
+def search(config: SweepConfig, chosen: Sequence[SweepSetting], out: Path) -> int:
     """`trials` rates for each setting; the mean of the seeds' losses decides. What is done is in the journal."""
     try:
         import optuna
@@ -55,7 +64,7 @@ def search(config: SweepConfig, chosen: Sequence[Setting], out: Path) -> int:
     return 0
 
 
-def _mean_loss(config: SweepConfig, one: Setting, log2_lr: float, out: Path) -> float | None:
+def _mean_loss(config: SweepConfig, one: SweepSetting, log2_lr: float, out: Path) -> float | None:
     """None where the run was interrupted."""
     losses = []
     for seed in range(config.seeds):

@@ -24,7 +24,7 @@ from core.config import build, differences, expand, load, plain
 from core.errors import ConfigError, Diverged, LeviathanError
 from core.exit_codes import INTERRUPTED
 from core.files import read_json
-from hparam.axes import Axis
+from hparam.axes import SizeAxis
 from hparam.rules import Parametrization
 from launch.config import LaunchConfig, LaunchKind
 from launch.local import train
@@ -47,7 +47,7 @@ class SweepConfig:
     high: float = -5.0
     step: float = 1.0
     seeds: int = 2
-    axis: Axis | None = None
+    axis: SizeAxis | None = None
     factors: list[int] = field(default_factory=lambda: [1, 2, 4])
     rules: list[Parametrization] = field(default_factory=lambda: [Parametrization.metap])
     processes: int = 1
@@ -77,7 +77,7 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
-class Setting:
+class SweepSetting:
     """A member of the family of `base` under one parametrization. `label` tells bases apart."""
 
     base: TrainConfig
@@ -85,7 +85,7 @@ class Setting:
     rules: Parametrization = Parametrization.metap
     label: str = ""
 
-    def name(self, axis: Axis | None) -> str:
+    def name(self, axis: SizeAxis | None) -> str:
         first = "base" if axis is None else f"{axis.value}-x{self.factor}-{self.rules.value}"
         return f"{first}-{self.label}" if self.label else first
 
@@ -109,13 +109,13 @@ def _short(override: str) -> str:
     return re.sub(r"[^\w.=+-]", "_", f"{key.rpartition('.')[2]}={value}")
 
 
-def settings(config: SweepConfig, runs: Mapping[str, TrainConfig]) -> list[Setting]:
+def settings(config: SweepConfig, runs: Mapping[str, TrainConfig]) -> list[SweepSetting]:
     factors = config.factors if config.axis is not None else [1]
     every = itertools.product(runs.items(), factors, config.rules)
-    return [Setting(without_derived(run), factor, rules, label) for (label, run), factor, rules in every]
+    return [SweepSetting(without_derived(run), factor, rules, label) for (label, run), factor, rules in every]
 
 
-def member(config: SweepConfig, one: Setting, log2_lr: float, seed: int, out: Path) -> TrainConfig:
+def member(config: SweepConfig, one: SweepSetting, log2_lr: float, seed: int, out: Path) -> TrainConfig:
     """A run of the sweep, under its name in the sweep's folder. A rate that Muon's matrices have of their own moves in
     proportion.
     """

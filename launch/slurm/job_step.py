@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         return FINAL + 2
     from core.errors import LeviathanError
     from core.package_guard import drop_working_directory
-    from launch.agent import Interrupted, Unmet, Unreachable, run
+    from launch.agent import AgentInterrupted, NodesNotMet, Unreachable, run
 
     drop_working_directory()
     try:
@@ -51,11 +51,13 @@ def main(arguments: list[str]) -> int:
         return FINAL + error.exit_code
     try:
         code = run(described)
-    except Interrupted as error:
+    except AgentInterrupted as error:
         return WARNED if error.signal_number == signal.SIGUSR1 else CANCELLED
     except LeviathanError as error:
         print(f"leviathan: error: {host_name()}: {error}", file=sys.stderr)
-        code = CRASHED if isinstance(error, Unmet | Unreachable) else error.exit_code  # another try has another port
+        code = (
+            CRASHED if isinstance(error, NodesNotMet | Unreachable) else error.exit_code
+        )  # another try has another port
     return code_for(code)
 
 

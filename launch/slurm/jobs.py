@@ -8,11 +8,11 @@ from pathlib import Path
 
 from core.errors import ConfigError
 from launch.slurm.requeue import CANCEL
-from launch.slurm.submit import UNKNOWN, Job, ask, command, follow, jobs
+from launch.slurm.submit import UNKNOWN, SlurmJob, ask, command, follow, jobs
 from train.run_directory import read_lines
 
 
-class Action(Enum):
+class JobsAction(Enum):
     list = "list"
     show = "show"
     cancel = "cancel"
@@ -24,7 +24,7 @@ class JobsConfig:
     launch.slurm.directory.
     """
 
-    action: Action = Action.list
+    action: JobsAction = JobsAction.list
     job: str | None = None
     directory: str = "jobs"
 
@@ -32,11 +32,11 @@ class JobsConfig:
 def run(config: JobsConfig) -> int:
     directory = Path(config.directory).expanduser().absolute()
     known = jobs(directory)
-    if config.action is Action.list:
+    if config.action is JobsAction.list:
         print(table(known) if known else f"no job was submitted from here ({directory})")
         return 0
     job = _find(known, config)
-    if config.action is Action.show:
+    if config.action is JobsAction.show:
         try:
             return follow(job, print)
         except KeyboardInterrupt:
@@ -44,7 +44,7 @@ def run(config: JobsConfig) -> int:
     return cancel(job)
 
 
-def cancel(job: Job) -> int:
+def cancel(job: SlurmJob) -> int:
     """Ask the runs that run to save and end; asked once more, or where nothing runs, SLURM ends the job."""
     again = (job.folder / CANCEL).exists()
     running = [job.id_of(task) for task, told in enumerate(ask(job)) if told.state == "RUNNING"]
@@ -61,7 +61,7 @@ def cancel(job: Job) -> int:
     return 0
 
 
-def table(known: list[Job]) -> str:
+def table(known: list[SlurmJob]) -> str:
     """A line per run: its number, what SLURM says, how far it is."""
     rows = [("job", "run", "state", "step", "of last line: loss")]
     for job in known:
@@ -83,7 +83,7 @@ def _progress(run: Path) -> tuple[str, str]:
     return (str(lines[-1]["step"]), f"{lines[-1]['loss']:.4f}") if lines else ("-", "-")
 
 
-def _find(known: list[Job], config: JobsConfig) -> Job:
+def _find(known: list[SlurmJob], config: JobsConfig) -> SlurmJob:
     if config.job is None:
         raise ConfigError(
             "job", None, f"which one? leviathan jobs {config.action.name} NAME", [job.name for job in known[-3:]]

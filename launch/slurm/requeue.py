@@ -29,7 +29,7 @@ CANCEL = "cancelled"
 
 
 @dataclass(frozen=True)
-class Tries:
+class RequeueState:
     """What is kept from try to try: the newest checkpoint's step, how many tries in a row have not got beyond it, and
     the nodes that are to be left out: wrong ones, and slow ones, which are better than none.
     """
@@ -39,10 +39,10 @@ class Tries:
     excluded: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
 
-    def after(self, step: int, bad_nodes: tuple[str, ...], slow_nodes: tuple[str, ...] = ()) -> Tries:
+    def after(self, step: int, bad_nodes: tuple[str, ...], slow_nodes: tuple[str, ...] = ()) -> RequeueState:
         fruitless = 0 if step > self.step else self.fruitless + 1
         excluded, slow = {*self.excluded, *bad_nodes}, {*self.slow, *slow_nodes}
-        return Tries(step, fruitless, tuple(sorted(excluded)), tuple(sorted(slow - excluded)))
+        return RequeueState(step, fruitless, tuple(sorted(excluded)), tuple(sorted(slow - excluded)))
 
     def wishes(self, configured: list[str]) -> list[list[str]]:
         """Lists of nodes to leave out, the best first; `configured` are left out anyway."""
@@ -54,7 +54,7 @@ class Tries:
 
 
 @dataclass(frozen=True)
-class Decision:
+class RequeueDecision:
     """`exit_code` AGAIN: queue again, `if_running` only where SLURM is not ending the job itself; with `cancel`, have
     SLURM call it cancelled instead.
     """
@@ -65,33 +65,39 @@ class Decision:
     cancel: bool = False
 
 
-def decide(code: int, now: Tries, most: int, bad_nodes: tuple[str, ...], nodes: int, cancelled: bool) -> Decision:
+def decide(
+    code: int, now: RequeueState, most: int, bad_nodes: tuple[str, ...], nodes: int, cancelled: bool
+) -> RequeueDecision:
     """`code`: srun's. `now`: with this try in it. `most`: tries in a row that may fail without progress. `nodes`: how
     many the job has.
     """
     on = "to go on from its newest checkpoint" if now.step < 0 else f"to go on from step {now.step}"
     if code == 0:
-        return Decision(0, "done")
+        return RequeueDecision(0, "done")
     if cancelled:
-        return Decision(AGAIN, "cancelled after saving", cancel=True)
+        return RequeueDecision(AGAIN, "cancelled after saving", cancel=True)
     if code in (WARNED, 128 + signal.SIGUSR1):
         if now.fruitless >= MOST_WARNED:
-            return Decision(1, f"{now.fruitless} tries reached no new checkpoint: ask for more (launch.slurm.time)")
-        return Decision(AGAIN, f"queued again, {on}")
+            return RequeueDecision(
+                1, f"{now.fruitless} tries reached no new checkpoint: ask for more (launch.slurm.time)"
+            )
+        return RequeueDecision(AGAIN, f"queued again, {on}")
     if FINAL < code < CANCELLED:
-        return Decision(code - FINAL, "not queued again: the same error would come again")
+        return RequeueDecision(code - FINAL, "not queued again: the same error would come again")
     if code in (CANCELLED, 128 + signal.SIGTERM):
-        return Decision(AGAIN, f"stopped from outside; queued again, {on}, unless SLURM ends the job", if_running=True)
+        return RequeueDecision(
+            AGAIN, f"stopped from outside; queued again, {on}, unless SLURM ends the job", if_running=True
+        )
     if code == FAILED_NODE and len(bad_nodes) >= nodes:
-        return Decision(1, "not queued again: the doctor finds all nodes wrong, so it is not the nodes")
+        return RequeueDecision(1, "not queued again: the doctor finds all nodes wrong, so it is not the nodes")
     if now.fruitless > most:
-        return Decision(1, f"not queued again: {now.fruitless} tries in a row reached no new checkpoint")
+        return RequeueDecision(1, f"not queued again: {now.fruitless} tries in a row reached no new checkpoint")
     if code == FAILED_NODE:
-        return Decision(AGAIN, f"queued again: the doctor finds {', '.join(bad_nodes)} wrong")
-    return Decision(AGAIN, f"failed ({code}); queued again, {on}")
+        return RequeueDecision(AGAIN, f"queued again: the doctor finds {', '.join(bad_nodes)} wrong")
+    return RequeueDecision(AGAIN, f"failed ({code}); queued again, {on}")
 
 
-def commands(job: str, decision: Decision, wishes: list[list[str]], script: Path) -> str:
+def commands(job: str, decision: RequeueDecision, wishes: list[list[str]], script: Path) -> str:
     """Shell lines that queue the job again, at once: SLURM would wait for two minutes, and takes other nodes only once
     the job pends. The first list of `wishes` without which SLURM could run `script` is left out. Asking for another try
     ends this one, so SIGTERM is ignored from here on.
@@ -137,7 +143,7 @@ def main(arguments: list[str]) -> int:
     since = history.pop("time")
     bad = () if code in (0, WARNED) else bad_nodes(folder / f"doctor-{task}", run.logs, since)
     slow = slow_nodes(run.logs / SLOW_HOSTS, since) if code else ()
-    now = Tries(**history).after(step, bad, slow)
+    now = RequeueState(**history).after(step, bad, slow)
     decision = decide(code, now, launch.slurm.requeues, bad, launch.nodes, (folder / CANCEL).exists())
     if slow:
         print(f"leviathan: steadily slow in this try: {', '.join(slow)}")

@@ -42,7 +42,7 @@ INSTALL = "is not on this machine: submit from a login node of a SLURM cluster, 
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A submitted job; `runs` are the directories of its runs, one per array task."""
 
     folder: Path
@@ -65,7 +65,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Told:
+class JobStatus:
     """SLURM's word for a run and its reason for it."""
 
     state: str
@@ -100,7 +100,7 @@ def submit_and_follow(configs: list[TrainConfig], launch: LaunchConfig) -> int:
         return 0
 
 
-def submit(configs: list[TrainConfig], launch: LaunchConfig) -> Job:
+def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
     """Raises `ConfigError` for what cannot work, with SLURM's own reason where it rejects the job."""
     slurm = launch.slurm
     command("sbatch", "--version")
@@ -119,7 +119,7 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> Job:
     if any(sign in str(folder) for sign in " %"):
         raise ConfigError("launch.slurm.directory", str(folder), "sbatch takes no blanks and no % in it or in run.name")
     folder.mkdir(parents=True, exist_ok=True)
-    job = Job(folder, "", [run.path.absolute() for run in runs])
+    job = SlurmJob(folder, "", [run.path.absolute() for run in runs])
     for stale in folder.glob("*"):
         if stale.name.startswith(("config-", "requeue-", "again-", "log-", CANCEL)):
             stale.unlink()
@@ -134,10 +134,10 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> Job:
     write_json(
         folder / "job.json", {"number": number, "runs": [str(path) for path in job.runs], "submitted": time.time()}
     )
-    return Job(folder, number, job.runs)
+    return SlurmJob(folder, number, job.runs)
 
 
-def render(job: Job, launch: LaunchConfig) -> str:
+def render(job: SlurmJob, launch: LaunchConfig) -> str:
     """The batch script. SLURM copies it; everything that may change lies in the job's folder."""
     slurm = launch.slurm
     array = len(job.runs) > 1
@@ -196,9 +196,9 @@ def render(job: Job, launch: LaunchConfig) -> str:
     )
 
 
-def follow(job: Job, show: Callable[[str], Any], poll_s: float = 1.0) -> int:
+def follow(job: SlurmJob, show: Callable[[str], Any], poll_s: float = 1.0) -> int:
     """Show the logs of a job as they grow until all its runs are over; 0 where all of them completed."""
-    shown, before = [0] * len(job.runs), [Told("")] * len(job.runs)
+    shown, before = [0] * len(job.runs), [JobStatus("")] * len(job.runs)
     silent_since = time.monotonic()
     while True:
         now = ask(job)
@@ -223,7 +223,7 @@ def follow(job: Job, show: Callable[[str], Any], poll_s: float = 1.0) -> int:
     return 0 if all(told.state == "COMPLETED" for told in before) else 1
 
 
-def ask(job: Job) -> list[Told]:
+def ask(job: SlurmJob) -> list[JobStatus]:
     """SLURM's words for each run of the job, with one question: UNKNOWN where it has forgotten a run, SILENT where it
     does not answer.
     """
@@ -233,34 +233,34 @@ def ask(job: Job) -> list[Told]:
     line = ["scontrol", "show", "job", "-o", job.number]
     done = subprocess.run(line, capture_output=True, text=True, env=whole)
     if done.returncode and "Invalid job id" not in done.stderr:
-        return [Told(SILENT)] * len(job.runs)
+        return [JobStatus(SILENT)] * len(job.runs)
     return understand(done.stdout if done.returncode == 0 else "", len(job.runs))
 
 
-def understand(answer: str, runs: int) -> list[Told]:
+def understand(answer: str, runs: int) -> list[JobStatus]:
     """What `scontrol show job -o NUMBER` says of each run. Tasks of an array that have not begun share a line."""
-    found = [Told(UNKNOWN)] * runs
+    found = [JobStatus(UNKNOWN)] * runs
     for line in answer.splitlines():
         fields = dict(re.findall(r"(\w+)=(\S*)", line))
-        told = Told(fields.get("JobState", UNKNOWN), fields.get("Reason", "None"))
+        told = JobStatus(fields.get("JobState", UNKNOWN), fields.get("Reason", "None"))
         for task in _tasks(fields.get("ArrayTaskId", "0")):
             if task < runs:
                 found[task] = told
     return found
 
 
-def jobs(directory: Path) -> list[Job]:
+def jobs(directory: Path) -> list[SlurmJob]:
     """Every job that was submitted from here, oldest first."""
     found = [job for folder in directory.glob("*") for job in _known(folder)]
     return sorted(found, key=lambda job: (len(job.number), job.number))
 
 
-def load_job(folder: Path) -> Job:
+def load_job(folder: Path) -> SlurmJob:
     stored = read_json(folder / "job.json")
-    return Job(folder.absolute(), stored["number"], [Path(path) for path in stored["runs"]])
+    return SlurmJob(folder.absolute(), stored["number"], [Path(path) for path in stored["runs"]])
 
 
-def _known(folder: Path) -> list[Job]:
+def _known(folder: Path) -> list[SlurmJob]:
     return [load_job(folder)] if (folder / "job.json").exists() else []
 
 
@@ -274,7 +274,7 @@ def _tasks(text: str) -> list[int]:
     return found
 
 
-def _show_new(job: Job, task: int, offset: int, show: Callable[[str], Any]) -> int:
+def _show_new(job: SlurmJob, task: int, offset: int, show: Callable[[str], Any]) -> int:
     """Show the whole lines of a log after `offset`; returns how far they go."""
     try:
         with open(job.log(task), "rb") as file:

@@ -31,7 +31,7 @@ from data.filter.score.ngram import NgramScorer
 from data.sources import make_source
 from launch.local import train
 from parallel.comm.world import connect
-from train.checkpoint.restore import Restored, restore
+from train.checkpoint.restore import RestoredRun, restore
 from train.config import TrainConfig
 from train.eval.sequence_loss import row_losses
 
@@ -101,14 +101,14 @@ def _run(config: AblateConfig, filter_: FilterRules | None, root: Path, name: st
     return replace(loaded, run=run, data=replace(loaded.data, filter=filter_))
 
 
-def _rows(restored: Restored, rows: int) -> Iterator[tuple[str, int]]:
+def _rows(restored: RestoredRun, rows: int) -> Iterator[tuple[str, int]]:
     """Each source that has held-out rows, and how many of them are looked at."""
     loader = restored.loader()
     counts = ((source, min(rows, loader.held_out_rows(source))) for source in restored.corpus.sources)
     return ((source, count) for source, count in counts if count)
 
 
-def held_out_difficulty(restored: Restored, rows: int) -> NDArray[np.float64]:
+def held_out_difficulty(restored: RestoredRun, rows: int) -> NDArray[np.float64]:
     """Of each held-out row its loss under the n-gram model of all training text."""
     loader, tokenizer, data = restored.loader(), restored.corpus.tokenizer, restored.config.data
     scorer, records = NgramScorer(), []
@@ -120,7 +120,7 @@ def held_out_difficulty(restored: Restored, rows: int) -> NDArray[np.float64]:
     return scorer.score(records)
 
 
-def held_out_losses(restored: Restored, rows: int) -> NDArray[np.float64]:
+def held_out_losses(restored: RestoredRun, rows: int) -> NDArray[np.float64]:
     """The model's loss of each held-out row; sources count by their rows."""
     loader = restored.loader()
     losses = [

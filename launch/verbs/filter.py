@@ -31,7 +31,7 @@ from data.filter.config import FilterRules
 from data.filter.explain import explain
 from data.filter.input.readers import InputConfig, RecordMaker, clean_records, parts
 from data.filter.input.records import Record
-from data.filter.pipeline import Filter, Job
+from data.filter.pipeline import Filter, FilterJob
 from data.filter.score.factory import make_scorer, models_of
 from data.filter.score.scorer import Scorer
 from data.filter.select.lines import COUNTS, LineFilter, check_rules
@@ -46,7 +46,7 @@ STAGES = "stages"
 _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
 
 
-class Action(Enum):
+class FilterAction(Enum):
     filter = "filter"
     ablate = "ablate"
     """Train on what the rules keep of a run's corpus (`ablate.train`), and on controls, at equal tokens."""
@@ -67,17 +67,17 @@ class FilterConfig(FilterRules, InputConfig):
     processes: int = 1
     explain: str | None = None
     run: str | None = None
-    action: Action = Action.filter
+    action: FilterAction = FilterAction.filter
     ablate: AblateConfig = field(default_factory=AblateConfig)
 
     def __post_init__(self) -> None:
         FilterRules.__post_init__(self)
-        if self.explain is None and self.action is Action.filter:
+        if self.explain is None and self.action is FilterAction.filter:
             InputConfig.__post_init__(self)
-        if self.action is Action.ablate:
+        if self.action is FilterAction.ablate:
             names = (*(one.name for one in fields(InputConfig)), "tokenizer", "processes", "explain", "run")
             self._refuse(names, "whose data are those of leviathan train (docs/filter.md)", [_OWN_DATA])
-        if self.action is Action.stream:
+        if self.action is FilterAction.stream:
             names = ("input", "dataset", "subset", "split", "processes", "explain", "run")
             self._refuse(names, "which reads lines of JSON from standard input", ["< FILE"])
             check_rules(self)
@@ -105,9 +105,9 @@ def run(config: FilterConfig) -> int:
     if config.explain is not None:
         print(explain(out, config.explain) if config.run is None else explain_run(Path(config.run), config.explain))
         return 0
-    if config.action is Action.ablate:
+    if config.action is FilterAction.ablate:
         return ablate(config.ablate, _rules(config), out)
-    if config.action is Action.stream:
+    if config.action is FilterAction.stream:
         return _stream(config, out)
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
         return _processes(config, out)
@@ -189,9 +189,9 @@ def _override(value: Any) -> str:
     return json.dumps(value)
 
 
-def _job(config: FilterConfig, out: Path, workers: Workers) -> Job:
+def _job(config: FilterConfig, out: Path, workers: Workers) -> FilterJob:
     tokenizer = _tokenizer(config)
-    return Job(
+    return FilterJob(
         parts=parts(config),
         rules=_rules(config),
         scorer=_scorer(config, out),
@@ -254,7 +254,7 @@ class WorldWorkers:
 
 def _processes(config: FilterConfig, out: Path) -> int:
     """What `torchrun --nproc-per-node N -m launch.verbs.filter` does."""
-    from launch.agent import Interrupted, Node
+    from launch.agent import AgentInterrupted, Node
     from launch.agent import run as run_node
 
     with tempfile.TemporaryDirectory(prefix="leviathan-") as scratch:
@@ -263,7 +263,7 @@ def _processes(config: FilterConfig, out: Path) -> int:
         command = ("-m", "launch.verbs.filter", "--config", str(path))
         try:
             return run_node(Node(command=command, ranks=config.processes, logs=out / "logs", job="filter"))
-        except Interrupted as error:
+        except AgentInterrupted as error:
             return error.exit_code
 
 

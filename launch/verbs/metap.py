@@ -21,7 +21,7 @@ from core.config import build, load, plain
 from core.errors import ConfigError
 from core.files import write_bytes, write_json, write_text
 from core.package_guard import sources_digest
-from hparam.axes import Axis
+from hparam.axes import SizeAxis
 from hparam.coordinate_check import AxisResult, Measured, check_axis
 from hparam.plots import draw_check
 from hparam.rules import Parametrization
@@ -42,7 +42,7 @@ FROM_BASE = ("optimizer", "hparam")
 """Sections that a base gives to a target, beside `model.init`."""
 
 
-class Action(Enum):
+class MetapAction(Enum):
     transfer = "transfer"
     check = "check"
     sweep = "sweep"
@@ -81,7 +81,7 @@ class MetapConfig:
     `name`: of the transferred run's file.
     """
 
-    action: Action = Action.check
+    action: MetapAction = MetapAction.check
     out: str = "metap"
     train: list[str] = field(default_factory=lambda: ["experiment=smoke"])
     base: str | None = None
@@ -91,19 +91,19 @@ class MetapConfig:
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
-        if self.action is Action.transfer and self.base is None:
+        if self.action is MetapAction.transfer and self.base is None:
             raise ConfigError("base", None, "name what to transfer from: a file that `metap fit` wrote, or a run")
 
 
 def run(config: MetapConfig) -> int:
     """Returns the exit code: of a check 1 where a limit is exceeded."""
     out = Path(config.out).expanduser()
-    (out / "experiment" if config.action is Action.transfer else out).mkdir(parents=True, exist_ok=True)
-    if config.action is Action.transfer:
+    (out / "experiment" if config.action is MetapAction.transfer else out).mkdir(parents=True, exist_ok=True)
+    if config.action is MetapAction.transfer:
         return transfer(config, out)
-    if config.action is Action.fit:
+    if config.action is MetapAction.fit:
         return fit(config.fit, out)
-    if config.action is Action.sweep:
+    if config.action is MetapAction.sweep:
         return sweep(config.sweep, bases(config.train), out)
     return check(config.check, load("train", TrainConfig, config.train), out)
 
@@ -121,7 +121,7 @@ def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
     world = connect()
     corpus = get_corpus(run_, world, print)
     measure = partial(_measure, run_, run_loaders(run_, corpus, lambda line: None), config.steps)
-    axes: dict[Axis, list[int]] = {Axis[name]: getattr(config, name) for name in ("width", "depth", "experts")}
+    axes: dict[SizeAxis, list[int]] = {SizeAxis[name]: getattr(config, name) for name in ("width", "depth", "experts")}
     results = [
         check_axis(measure, axis, factors, config.seeds, lambda line: print(f"check: {line}", flush=True))
         for axis, factors in axes.items()
@@ -146,7 +146,7 @@ def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
 
 
 def _measure(
-    run_: TrainConfig, loaders: Any, steps: int, axis: Axis, factor: int, seed: int, rules: Parametrization
+    run_: TrainConfig, loaders: Any, steps: int, axis: SizeAxis, factor: int, seed: int, rules: Parametrization
 ) -> Measured:
     one = carried(replace(run_, run=replace(run_.run, seed=seed)), axis, factor, rules)
     batch = loaders["main"].batch(0)  # the same one at each step: what differs between sizes is then theirs

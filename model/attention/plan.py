@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.attention.rope import frequencies, rotation
-from model.attention.segments import Piece, Run, documents, pieces
+from model.attention.segments import Segment, SegmentRun, documents, pieces
 from model.config import LayerConfig, ModelConfig
 from precision.gemm import at_least_float32
 
@@ -39,7 +39,7 @@ class AttentionPlan:
     block: int | None = None
     halo: bool = False
     mask: Tensor | None = None
-    parts: list[Piece] | None = None
+    parts: list[Segment] | None = None
 
 
 class SequenceContext:
@@ -100,13 +100,13 @@ class SequenceContext:
             if not bool(starts[:, 1:].any()):
                 return AttentionPlan()
             if length >= PIECES_FROM:
-                whole = [Run(0, length, 0)]
+                whole = [SegmentRun(0, length, 0)]
                 return AttentionPlan(parts=pieces(documents(starts), whole, whole))
             return AttentionPlan(mask=self._whole_mask(starts))
         if bool((starts == on_grid(length, chunk)).all()):
             return AttentionPlan(block=chunk)
         if length >= PIECES_FROM:
-            whole = [Run(0, length, 0)]
+            whole = [SegmentRun(0, length, 0)]
             return AttentionPlan(parts=pieces(documents(starts), whole, whole))
         return _blocked(starts, chunk, self.positions_BT.device)
 

@@ -25,7 +25,7 @@ _AT_ONCE = 1024
 """Queries at a time where there is no kernel and scores are made explicitly."""
 
 
-class Run(NamedTuple):
+class SegmentRun(NamedTuple):
     """Positions [start, stop) of a row, which lie one after the other in a tensor, the first one at `at`."""
 
     start: int
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """Some rows' queries against keys, both as places in their tensors; `causal`: they are the same positions, and each
     query sees the keys up to its own. Otherwise it sees them all.
     """
@@ -55,11 +55,11 @@ def documents(starts_BT: Tensor) -> Documents:
     return [(0, *(row[1:].nonzero()[:, 0] + 1).tolist(), length) for row in starts_BT]
 
 
-def pieces(rows: Documents, queries: Sequence[Run], keys: Sequence[Run]) -> list[Piece]:
+def pieces(rows: Documents, queries: Sequence[SegmentRun], keys: Sequence[SegmentRun]) -> list[Segment]:
     """What is to be computed so that each query sees the keys of its document up to itself, as far as they are in
     `keys`. A run of keys must hold all of a run of queries or end before it or begin after it. Squares come first.
     """
-    found: list[Piece] = []
+    found: list[Segment] = []
     first = 0
     for borders, same in groupby(rows):
         last = first + sum(1 for _ in same)
@@ -69,7 +69,7 @@ def pieces(rows: Documents, queries: Sequence[Run], keys: Sequence[Run]) -> list
     return sorted(found, key=lambda piece: not piece.causal)
 
 
-def _of_run(rows: slice, borders: tuple[int, ...], run: Run, keys: Sequence[Run]) -> Iterator[Piece]:
+def _of_run(rows: slice, borders: tuple[int, ...], run: SegmentRun, keys: Sequence[SegmentRun]) -> Iterator[Segment]:
     document = bisect_right(borders, run.start) - 1
     while document < len(borders) - 1 and borders[document] < run.stop:
         begin, end = borders[document], borders[document + 1]
@@ -79,19 +79,19 @@ def _of_run(rows: slice, borders: tuple[int, ...], run: Run, keys: Sequence[Run]
             low, high = max(begin, part.start), min(part.stop, stop)
             before, offset = min(high, start), part.at - part.start
             if low < before:
-                yield Piece(rows, asking, slice(low + offset, before + offset), causal=False)
+                yield Segment(rows, asking, slice(low + offset, before + offset), causal=False)
             if max(low, start) < high:
                 assert low <= start and high == stop, f"keys {part} hold a part of the queries {run}"
-                yield Piece(rows, asking, slice(start + offset, stop + offset), causal=True)
+                yield Segment(rows, asking, slice(start + offset, stop + offset), causal=True)
         document += 1
 
 
 @torch.compiler.disable
-def attend_pieces(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, parts: Sequence[Piece]) -> Tensor:
+def attend_pieces(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, parts: Sequence[Segment]) -> Tensor:
     """softmax(q k^T / sqrt(K)) v over what `parts` let each query see; every query must be in one square. Kept for the
     backward pass: the three inputs, the result, and one number per query and head.
     """
-    return _Attend.apply(q_BTHK, k_BSGK, v_BSGK, parts)
+    return _AttendSegment.apply(q_BTHK, k_BSGK, v_BSGK, parts)
 
 
 class Partial:
@@ -104,7 +104,7 @@ class Partial:
         self.out_BTHK = q_BTHK.new_zeros(q_BTHK.shape, dtype=wide)
         self.lse_BHT = q_BTHK.new_full((batch, heads, length), -torch.inf, dtype=wide)
 
-    def see(self, k_BSGK: Tensor, v_BSGK: Tensor, parts: Iterable[Piece]) -> None:
+    def see(self, k_BSGK: Tensor, v_BSGK: Tensor, parts: Iterable[Segment]) -> None:
         """Take in what `parts` show of these keys."""
         for part in parts:
             q, k, v = _cut(self.q_BTHK, k_BSGK, v_BSGK, part)
@@ -127,7 +127,7 @@ class Gradients:
         self.grad_BTHK, self.q_BTHK, self.out_BTHK, self.lse_BHT = grad_BTHK, q_BTHK, out_BTHK, lse_BHT
         self.dq_BTHK = torch.zeros_like(q_BTHK, dtype=lse_BHT.dtype)
 
-    def see(self, k_BSGK: Tensor, v_BSGK: Tensor, dk_BSGK: Tensor, dv_BSGK: Tensor, parts: Iterable[Piece]) -> None:
+    def see(self, k_BSGK: Tensor, v_BSGK: Tensor, dk_BSGK: Tensor, dv_BSGK: Tensor, parts: Iterable[Segment]) -> None:
         """Add what `parts` contribute."""
         for part in parts:
             q, k, v = _cut(self.q_BTHK, k_BSGK, v_BSGK, part)
@@ -138,9 +138,9 @@ class Gradients:
             dv_BSGK[part.rows, part.keys] += dv.transpose(1, 2)
 
 
-class _Attend(torch.autograd.Function):
+class _AttendSegment(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Piece]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Segment]) -> Tensor:
         partial = Partial(q)
         partial.see(k, v, parts)
         out = partial.result()
@@ -157,7 +157,7 @@ class _Attend(torch.autograd.Function):
         return found.dq_BTHK.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
-def _cut(q: Tensor, k: Tensor, v: Tensor, part: Piece) -> tuple[Tensor, Tensor, Tensor]:
+def _cut(q: Tensor, k: Tensor, v: Tensor, part: Segment) -> tuple[Tensor, Tensor, Tensor]:
     """A piece's heads before positions: [B, H or G, L, K]."""
     return (
         q[part.rows, part.queries].transpose(1, 2),

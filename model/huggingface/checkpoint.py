@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.errors import CheckpointError, ConfigError
 from model.huggingface.families import Family, read_config
-from model.huggingface.files import Entry, open_directory, read_rows
+from model.huggingface.files import TensorEntry, open_directory, read_rows
 from model.huggingface.locations import Location, locations
 from model.tensor_source import Shape, blocks, parameter_shapes
 
@@ -43,7 +43,7 @@ class HuggingFaceCheckpoint:
         self.raw_config = _parse(directory / "config.json")
         self.family: Family
         self.family, self.config = read_config(self.raw_config)
-        self.entries: dict[str, Entry] = open_directory(directory)
+        self.entries: dict[str, TensorEntry] = open_directory(directory)
         self.shapes: dict[str, Shape] = parameter_shapes(self.config)
         self.locations = self._locate(text_only)
         self.dtypes = {name: self.entries[place.tensor()].dtype for name, place in self.locations.items()}
@@ -78,7 +78,7 @@ class HuggingFaceCheckpoint:
         begin, first = expert * whole[1] + offset[1], half * whole[0] + offset[0]
         return self._rows(entry, begin, begin + shape[1])[:, first : first + shape[0]].t()
 
-    def _rows(self, entry: Entry, begin: int, end: int) -> Tensor:
+    def _rows(self, entry: TensorEntry, begin: int, end: int) -> Tensor:
         """The last rows read are kept: gate and up may lie side by side and are asked for one after the other."""
         key = (str(entry.path), entry.start, begin, end)
         if self._last is None or self._last[0] != key:

@@ -28,7 +28,7 @@ _HEADER_LIMIT = 100_000_000
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where one tensor's bytes are."""
 
     path: Path
@@ -37,7 +37,7 @@ class Entry:
     start: int
 
 
-def open_directory(directory: Path) -> dict[str, Entry]:
+def open_directory(directory: Path) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint directory. Raises `CheckpointError` unless the files are whole and agree."""
     if (directory / SINGLE).exists():
         return read_header(directory / SINGLE)
@@ -55,7 +55,7 @@ def open_directory(directory: Path) -> dict[str, Entry]:
             raise ValueError("a shard's name is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory / INDEX} is no index of shards ({error})") from error
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not (directory / shard).exists():
             raise CheckpointError(f"{directory / INDEX} names {shard}, which is not there")
@@ -69,7 +69,7 @@ def open_directory(directory: Path) -> dict[str, Entry]:
     return found
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one file; raises `CheckpointError` where its size or header are not what they must be."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -93,7 +93,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             if begin != reached or end - begin != math.prod(shape) * dtype.itemsize:
                 raise CheckpointError(f"{path}: the bytes of {name} do not fit its shape {list(shape)}")
-            found[name], reached = Entry(path, dtype, shape, 8 + length + begin), end
+            found[name], reached = TensorEntry(path, dtype, shape, 8 + length + begin), end
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a malformed header ({error!r})") from error
     if 8 + length + reached != size:
@@ -101,7 +101,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     return found
 
 
-def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
+def read_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
     """Rows of the tensor seen as a matrix of its last dimension (a vector: as a column): [stop - start, last]."""
     width = entry.shape[-1] if len(entry.shape) > 1 else 1
     rows = math.prod(entry.shape) // width if width else 0
@@ -125,7 +125,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """A tensor to be written: `blocks` yields its elements in order."""
 
     name: str
@@ -139,10 +139,13 @@ class Planned:
 
 
 def write_directory(
-    directory: Path, tensors: Sequence[Planned], shard_bytes: int, progress: Callable[[int], None] = lambda size: None
+    directory: Path,
+    tensors: Sequence[PlannedTensor],
+    shard_bytes: int,
+    progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write the shards and their index; `progress` is told how many bytes were written."""
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[PlannedTensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
             shards.append([])
@@ -161,7 +164,7 @@ def write_directory(
         write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
-def _write_file(path: Path, tensors: Sequence[Planned], progress: Callable[[int], None]) -> None:
+def _write_file(path: Path, tensors: Sequence[PlannedTensor], progress: Callable[[int], None]) -> None:
     spelled = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -15,7 +15,7 @@ from core.errors import CheckpointError, ConfigError
 from core.files import new_directory, write_json
 from model.huggingface.checkpoint import HuggingFaceCheckpoint
 from model.huggingface.families import write_config
-from model.huggingface.files import Planned, write_directory
+from model.huggingface.files import PlannedTensor, write_directory
 from model.huggingface.locations import Location, locations
 from model.multipliers import folded
 from model.tensor_source import TensorSource, blocks
@@ -59,17 +59,17 @@ def export(
         verify(scratch)
 
 
-def _plan(source: TensorSource, name: str, location: Location, dtype: torch.dtype | None) -> Iterator[Planned]:
+def _plan(source: TensorSource, name: str, location: Location, dtype: torch.dtype | None) -> Iterator[PlannedTensor]:
     """The stored tensors that hold this parameter."""
     shape, kind = source.shapes[name], dtype or source.dtypes[name]
     stored = location.file_shape(shape)
     if len(shape) < 3:
-        yield Planned(location.name, kind, stored, partial(_in_order, source, name))
+        yield PlannedTensor(location.name, kind, stored, partial(_in_order, source, name))
     elif location.transposed:
-        yield Planned(location.name, kind, stored, partial(_stacked, source, name))
+        yield PlannedTensor(location.name, kind, stored, partial(_stacked, source, name))
     else:
         for number, tensor in enumerate(location.tensors(shape)):
-            yield Planned(tensor, kind, stored, partial(_one, source, name, number))
+            yield PlannedTensor(tensor, kind, stored, partial(_one, source, name, number))
 
 
 def _in_order(source: TensorSource, name: str) -> Iterator[Tensor]:

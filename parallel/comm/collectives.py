@@ -13,34 +13,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.mesh import Axis
+from parallel.mesh import MeshAxis
 
 # torch 2.13 has new names for these and warns of the old ones at every call
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gather(shard: Tensor, axis: Axis, dim: int, purpose: str) -> Tensor:
+def gather(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
     """Shards along `dim` to the whole tensor on every rank; the gradient is summed and scattered."""
     return shard if axis.size == 1 else _Gather.apply(shard, axis, dim, purpose)
 
 
-def scatter(partial: Tensor, axis: Axis, dim: int, purpose: str) -> Tensor:
+def scatter(partial: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
     """The sum of the ranks' partial tensors, cut along `dim`, which must divide; the gradient is gathered."""
     return partial if axis.size == 1 else _Scatter.apply(partial, axis, dim, purpose)
 
 
-def exchange(rows: Tensor, send: list[int], receive: list[int], axis: Axis, purpose: str) -> Tensor:
+def exchange(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
     """All-to-all of rows: `send[i]` of them go to rank i, `receive[i]` come from there; the gradient goes back."""
     return _Exchange.apply(rows, send, receive, axis, purpose)
 
 
-def total(partial: Tensor, axis: Axis, purpose: str) -> Tensor:
+def total(partial: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
     """The ranks' sum on every rank, each of which uses it for a part of its own; the gradient is summed as well."""
     return partial if axis.size == 1 else _Total.apply(partial, axis, purpose)
 
 
-def pass_on(tensor: Tensor, axis: Axis, purpose: str) -> Callable[[], Tensor]:
+def pass_on(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Tensor]:
     """Send a tensor to the next rank of the axis, in a circle, and start to receive one of the same shape from the rank
     before; what is returned waits for it. No gradient.
     """
@@ -57,7 +57,7 @@ def pass_on(tensor: Tensor, axis: Axis, purpose: str) -> Callable[[], Tensor]:
     return arrived
 
 
-def gather_plain(shard: Tensor, axis: Axis, dim: int, purpose: str) -> Tensor:
+def gather_plain(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
     """`gather` where no gradient is wanted."""
     if axis.size == 1:
         return shard
@@ -67,7 +67,7 @@ def gather_plain(shard: Tensor, axis: Axis, dim: int, purpose: str) -> Tensor:
     return parts if dim == 0 else torch.cat(parts.chunk(axis.size), dim)
 
 
-def _scatter_plain(partial: Tensor, axis: Axis, dim: int, purpose: str) -> Tensor:
+def _scatter_plain(partial: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
     axis.count(purpose, partial)
     parts = partial if dim == 0 else torch.cat(partial.chunk(axis.size, dim))
     shard = partial.new_empty((parts.shape[0] // axis.size, *parts.shape[1:]))
@@ -75,7 +75,7 @@ def _scatter_plain(partial: Tensor, axis: Axis, dim: int, purpose: str) -> Tenso
     return shard
 
 
-def _exchange_plain(rows: Tensor, send: list[int], receive: list[int], axis: Axis, purpose: str) -> Tensor:
+def _exchange_plain(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
     axis.count(purpose, rows)
     received = rows.new_empty((sum(receive), *rows.shape[1:]))
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=axis.group)
@@ -84,7 +84,7 @@ def _exchange_plain(rows: Tensor, send: list[int], receive: list[int], axis: Axi
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, axis: Axis, dim: int, purpose: str) -> Tensor:
+    def forward(ctx: Any, shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
         ctx.arguments = axis, dim, purpose
         return gather_plain(shard, axis, dim, purpose)
 
@@ -95,7 +95,7 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, axis: Axis, dim: int, purpose: str) -> Tensor:
+    def forward(ctx: Any, partial: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
         ctx.arguments = axis, dim, purpose
         return _scatter_plain(partial, axis, dim, purpose)
 
@@ -106,7 +106,7 @@ class _Scatter(torch.autograd.Function):
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], axis: Axis, purpose: str) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
         ctx.arguments = receive, send, axis, purpose
         return _exchange_plain(rows, send, receive, axis, purpose)
 
@@ -117,7 +117,7 @@ class _Exchange(torch.autograd.Function):
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, axis: Axis, purpose: str) -> Tensor:
+    def forward(ctx: Any, partial: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
         ctx.arguments = axis, purpose
         result = partial.clone()
         axis.sum(result, purpose)

@@ -30,7 +30,7 @@ BEATS_OF_SILENCE = 3
 
 
 @dataclass
-class Pulse:
+class Heartbeat:
     """What this rank does: written where it begins a collective, read by its watch."""
 
     step: int = 0
@@ -73,10 +73,10 @@ class Pulse:
         }
 
 
-class Watch:
+class Watchdog:
     """Runs until `stop`. `logs`: where a report is left for whoever starts the ranks again."""
 
-    def __init__(self, pulse: Pulse, store: dist.Store, rank: int, size: int, limit_s: float, logs: Path) -> None:
+    def __init__(self, pulse: Heartbeat, store: dist.Store, rank: int, size: int, limit_s: float, logs: Path) -> None:
         self.pulse, self.store, self.rank, self.size = pulse, store, rank, size
         self.limit_s, self.logs = limit_s, logs
         self.interval_s = min(10.0, limit_s / 5)
@@ -145,7 +145,7 @@ class _Suspicion:
 
 
 def missing(
-    pulse: Pulse,
+    pulse: Heartbeat,
     rank: int,
     size: int,
     group: list[int],

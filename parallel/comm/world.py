@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import ATTEMPT
-from parallel.comm.watchdog import Pulse, Watch
+from parallel.comm.watchdog import Heartbeat, Watchdog
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
+    pulse: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -85,7 +85,7 @@ class World:
         if self.size == 1 or "MASTER_ADDR" not in os.environ:
             yield
             return
-        watch = Watch(self.pulse, _store(self.size, client=True), self.rank, self.size, limit_s, logs)
+        watch = Watchdog(self.pulse, _store(self.size, client=True), self.rank, self.size, limit_s, logs)
         try:
             yield
         finally:

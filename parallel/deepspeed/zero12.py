@@ -31,8 +31,8 @@ from core.errors import ConfigError
 from parallel.deepspeed.config import INSTALL, VERSION, Offload, ZeroConfig
 from parallel.deepspeed.offload import PagedAdamW, on_host
 from parallel.layout import EngineKind, Layout, Reduce
-from parallel.mesh import Axis, Meshes
-from parallel.sharding import Block, ShardSpec, Stored
+from parallel.mesh import MeshAxis, Meshes
+from parallel.sharding import LocalShard, ShardBlock, ShardSpec
 
 _REDUCED = ("use_multi_rank_bucket_allreduce", "allgather_bucket_size")
 _GATHERED = tuple(
@@ -129,7 +129,7 @@ def zero_section(config: ZeroConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Slice:
+class FlatSlice:
     """This rank's range [start, stop) of a parameter's flattened elements, at `at` in its group's string."""
 
     spec: ShardSpec
@@ -149,7 +149,7 @@ class Slice:
         """The string of summed gradients, fp32; between a reduction and a step."""
         return self.wrapper.averaged_gradients[self.group].flat_partition
 
-    def of(self, string: Tensor) -> Iterator[tuple[Block, Tensor]]:
+    def of(self, string: Tensor) -> Iterator[tuple[ShardBlock, Tensor]]:
         """The range as blocks of the whole tensor, sharing the string's storage."""
         at = self.at
         for block in blocks(self.spec.computed, self.start, self.stop):
@@ -180,7 +180,7 @@ class Sharded(ABC):
     has summed; `slices` are what this rank has.
     """
 
-    slices: Sequence[Slice]
+    slices: Sequence[FlatSlice]
 
     @property
     @abstractmethod
@@ -208,15 +208,15 @@ class Sharded(ABC):
     def spread(self) -> None:
         """After masters were written: bring the model's copies up to date on all ranks."""
 
-    def weights(self) -> Iterator[Stored]:
+    def weights(self) -> Iterator[LocalShard]:
         """This rank's blocks of the fp32 weights."""
         for one in self.slices:
-            yield from (Stored(one.spec, block, part) for block, part in one.of(one.masters))
+            yield from (LocalShard(one.spec, block, part) for block, part in one.of(one.masters))
 
-    def gradients(self) -> Iterator[Stored]:
+    def gradients(self) -> Iterator[LocalShard]:
         """This rank's blocks of the summed gradients; between `reduce` and `step`."""
         for one in self.slices:
-            yield from (Stored(one.spec, block, part) for block, part in one.of(one.gradients))
+            yield from (LocalShard(one.spec, block, part) for block, part in one.of(one.gradients))
 
     def _sum_partial(self) -> None:
         """Where several ranks have the same range for different tokens."""
@@ -292,13 +292,13 @@ class Zero(Sharded):
             assert self.config.nvme is not None
             wrapper.optimizer.page(Path(self.config.nvme).expanduser())
 
-    def _slices(self, wrapper: Any, specs: Mapping[str, ShardSpec]) -> Iterator[Slice]:
+    def _slices(self, wrapper: Any, specs: Mapping[str, ShardSpec]) -> Iterator[FlatSlice]:
         for index, group in enumerate(wrapper.bit16_groups):
             for parameter in group:
                 if (mapping := parameter._hp_mapping) is not None:  # None: no element of it is here
                     ours, theirs = mapping.lp_fragment_address, mapping.hp_fragment_address
                     spec, stop = specs[self.names[parameter]], ours.start + ours.numel
-                    yield Slice(spec, ours.start, stop, theirs.start, wrapper, index)
+                    yield FlatSlice(spec, ours.start, stop, theirs.start, wrapper, index)
                     parameter._hp_mapping = None  # it holds on to masters that were moved
 
     @property
@@ -357,10 +357,10 @@ class Zero(Sharded):
             _let_go(wrapper)
 
 
-def blocks(whole: Block, start: int, stop: int) -> Iterator[Block]:
+def blocks(whole: ShardBlock, start: int, stop: int) -> Iterator[ShardBlock]:
     """Elements [start, stop) of a block, flattened, as blocks of the same tensor in their order."""
     for offset, shape in _ranges(whole.shape, start, stop):
-        yield Block(tuple(a + b for a, b in zip(whole.offset, offset, strict=True)), shape)
+        yield ShardBlock(tuple(a + b for a, b in zip(whole.offset, offset, strict=True)), shape)
 
 
 def _ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -408,7 +408,7 @@ def join() -> None:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
-def process_group(axis: Axis) -> dist.ProcessGroup:
+def process_group(axis: MeshAxis) -> dist.ProcessGroup:
     """Of the ranks that share optimizer state; only a world of one has no group for them."""
     assert axis.group is not None or dist.get_world_size() == 1, f"{axis.name} has no group"
     group = axis.group or dist.group.WORLD
@@ -451,7 +451,7 @@ def _gradients(wrapper: Any) -> Iterator[Tensor]:
         yield held.flat_partition
 
 
-def note(axis: Axis, purpose: str, size: int) -> None:
+def note(axis: MeshAxis, purpose: str, size: int) -> None:
     """DeepSpeed's collectives do not pass through ours."""
     if axis.size > 1:
         axis.note(purpose, size)

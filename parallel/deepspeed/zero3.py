@@ -23,12 +23,12 @@ from model.transformer import Transformer
 from parallel.comm.collectives import reduce_scatter_single
 from parallel.deepspeed.config import Offload, ParameterOffload
 from parallel.deepspeed.offload import PagedAdamW, on_host
-from parallel.deepspeed.zero12 import Make, Sharded, Slice, join, note, process_group, zero_section
+from parallel.deepspeed.zero12 import FlatSlice, Make, Sharded, join, note, process_group, zero_section
 from parallel.mesh import Meshes
 from parallel.sharding import ShardSpec
 
 
-class Slice3(Slice):
+class PartitionedSlice(FlatSlice):
     """A range of stage 3, whose strings lie elsewhere."""
 
     @property
@@ -152,7 +152,7 @@ class Zero3(Sharded):
             self.optimizer.page(Path(self.config.nvme).expanduser())
         prime(self.optimizer)
 
-    def _slices(self, specs: Mapping[str, ShardSpec]) -> Iterator[Slice3]:
+    def _slices(self, specs: Mapping[str, ShardSpec]) -> Iterator[PartitionedSlice]:
         for index, group in enumerate(self.wrapper.fp16_groups):
             at = 0
             for parameter in group:
@@ -160,7 +160,7 @@ class Zero3(Sharded):
                 start = min(size * self.meshes.fsdp.rank, whole)
                 stop = min(start + size, whole)
                 if start < stop:  # or there is only padding here
-                    yield Slice3(specs[self.names[parameter]], start, stop, at, self.wrapper, index)
+                    yield PartitionedSlice(specs[self.names[parameter]], start, stop, at, self.wrapper, index)
                 at += size
 
     @property

@@ -24,18 +24,18 @@ from model.attention.plan import SequenceContext
 from model.layers import Embedding
 from model.transformer import Stack, Transformer
 from parallel.layout import Layout
-from parallel.mesh import Axis, Meshes
+from parallel.mesh import MeshAxis, Meshes
 from parallel.pipeline import deferred_wgrad
 from parallel.pipeline.deferred_wgrad import Deferred
-from parallel.pipeline.stages import Schedule, Stages
+from parallel.pipeline.stages import PipelineSchedule, Stages
 
-SCHEDULES: dict[Schedule, Any] = {
-    Schedule.gpipe: pipelining.ScheduleGPipe,
-    Schedule.one_f_one_b: pipelining.Schedule1F1B,
-    Schedule.interleaved: pipelining.ScheduleInterleaved1F1B,
-    Schedule.interleaved_zero_bubble: pipelining.ScheduleInterleavedZeroBubble,
-    Schedule.zbv: pipelining.ScheduleZBVZeroBubble,
-    Schedule.dualpipev: pipelining.ScheduleDualPipeV,
+SCHEDULES: dict[PipelineSchedule, Any] = {
+    PipelineSchedule.gpipe: pipelining.ScheduleGPipe,
+    PipelineSchedule.one_f_one_b: pipelining.Schedule1F1B,
+    PipelineSchedule.interleaved: pipelining.ScheduleInterleaved1F1B,
+    PipelineSchedule.interleaved_zero_bubble: pipelining.ScheduleInterleavedZeroBubble,
+    PipelineSchedule.zbv: pipelining.ScheduleZBVZeroBubble,
+    PipelineSchedule.dualpipev: pipelining.ScheduleDualPipeV,
 }
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -168,7 +168,7 @@ def _gathered_once(actions: list[Any]) -> list[Any]:
 class _CountedStage(PipelineStage):
     """torch's stage, with the bytes that it sends counted and what it waits for known to the watch."""
 
-    axis: Axis
+    axis: MeshAxis
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._counted(super().get_fwd_send_ops(fwd_chunk_id), "activations")
@@ -219,7 +219,7 @@ def hidden_states(model: Transformer, layout: Layout, rows: int, length: int) ->
     return torch.empty(shape, dtype=model.compute_dtype, device="meta", requires_grad=True)
 
 
-def _neighbours(plan: Stages, stage: int, axis: Axis) -> tuple[int | None, int | None]:
+def _neighbours(plan: Stages, stage: int, axis: MeshAxis) -> tuple[int | None, int | None]:
     """The ranks that a stage receives from and sends to; None where that is this rank or nobody."""
     before = plan.owners[stage - 1] if stage else axis.rank
     after = plan.owners[stage + 1] if stage + 1 < len(plan) else axis.rank

@@ -17,7 +17,7 @@ V_SCHEDULES_SINCE = (2, 13)
 """Before that torch's V-schedules fail on gloo: a rank cannot send to itself."""
 
 
-class Schedule(Enum):
+class PipelineSchedule(Enum):
     """The order of forward and backward passes, torch.distributed.pipelining's.
 
     `gpipe`: all forwards, then all backwards (Huang et al. 2019). `one_f_one_b`: a backward as soon as there is one
@@ -35,17 +35,17 @@ class Schedule(Enum):
 
     @property
     def is_v(self) -> bool:
-        return self in (Schedule.zbv, Schedule.dualpipev)
+        return self in (PipelineSchedule.zbv, PipelineSchedule.dualpipev)
 
     @property
     def is_single(self) -> bool:
         """One stage per rank."""
-        return self in (Schedule.gpipe, Schedule.one_f_one_b)
+        return self in (PipelineSchedule.gpipe, PipelineSchedule.one_f_one_b)
 
     @property
     def splits_backward(self) -> bool:
         """Gradients of weights are computed apart from those of activations."""
-        return self in (Schedule.interleaved_zero_bubble, Schedule.zbv, Schedule.dualpipev)
+        return self in (PipelineSchedule.interleaved_zero_bubble, PipelineSchedule.zbv, PipelineSchedule.dualpipev)
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,15 @@ class Stages:
         return [stage for stage, owner in enumerate(self.owners) if owner == rank]
 
 
-def stages(model: ModelConfig, pp: int, schedule: Schedule, per_rank: int, given: list[int] | None) -> Stages:
+def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: int, given: list[int] | None) -> Stages:
     """The layers spread over pp * per_rank stages so that the costliest stage costs the least; or as many per stage as
     `given` says. Raises `ConfigError` where a stage would have none.
     """
     count = pp * per_rank
     if count > model.layers:
-        least = 1 if schedule is Schedule.one_f_one_b else 2  # without a pipeline there is no schedule to choose
+        least = (
+            1 if schedule is PipelineSchedule.one_f_one_b else 2
+        )  # without a pipeline there is no schedule to choose
         legal = list(range(least, model.layers // per_rank + 1))
         reason = f"times {per_rank} stages per rank = {count} stages, more than the model's {model.layers} layers"
         raise ConfigError("parallel.pp", pp, reason, legal[-4:])

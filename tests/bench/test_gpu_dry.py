@@ -14,10 +14,10 @@ import torch
 from bench.gpu.__main__ import SECTIONS, in_process_of_its_own, main, measure
 from bench.gpu.clock import Timing
 from bench.gpu.context import DENSE, PLAIN, TRITON, Bench
-from bench.gpu.record import Record, Row, judged, tables
+from bench.gpu.record import BenchRecord, BenchRow, judged, tables
 from bench.gpu.shapes import MAVERICK, counts, mixtures
 from model.kernels import TorchKernels
-from precision.config import Kernels
+from precision.config import KernelKind
 from precision.native_gemm import PlainProducts
 from tests.conftest import ROOT
 
@@ -73,9 +73,9 @@ def test_triton_is_a_side_where_it_can_be_had(monkeypatch):
     """Its twins stand in, which shows who is asked and compared with whom."""
     asked = []
 
-    def made(kind: Kernels) -> TorchKernels | None:
+    def made(kind: KernelKind) -> TorchKernels | None:
         asked.append(kind)
-        return TorchKernels() if kind is Kernels.triton else None
+        return TorchKernels() if kind is KernelKind.triton else None
 
     monkeypatch.setattr("model.kernels.made", made)
     for module in ("bench.gpu.context", "precision.resolve"):
@@ -83,7 +83,7 @@ def test_triton_is_a_side_where_it_can_be_had(monkeypatch):
     monkeypatch.setattr("bench.gpu.layers.GROUPED", {})
     monkeypatch.setattr("bench.gpu.layers.mixtures", lambda *given: mixtures(*given)[-1:])
     rows = [row for section in ("layers", "step") for row in measure(section, bench())]
-    assert set(asked) == set(Kernels) and not [row for row in rows if row.failed or row.missing]
+    assert set(asked) == set(KernelKind) and not [row for row in rows if row.failed or row.missing]
     ratios = {(row.side, row.against) for row in rows if row.ratio is not None}
     float8, by_triton = "reference blockwise", PLAIN + TRITON
     assert ratios >= {(by_triton, PLAIN), (by_triton, DENSE + TRITON), (float8 + TRITON, by_triton), (float8, PLAIN)}
@@ -119,7 +119,7 @@ def test_what_there_is_no_time_for_is_said():
 
 def test_a_section_in_a_process_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    record = Record(tmp_path / "gpu.json", dry=True)
+    record = BenchRecord(tmp_path / "gpu.json", dry=True)
     rows = list(in_process_of_its_own("ceilings", 100, record))
     assert record.machine["torch"] == torch.__version__ and sum(row.ms is not None for row in rows) == 3
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -135,10 +135,10 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def test_goals_from_both_sides():
-    layer = Row("layers", "layer", "bf16", ms=10.0, flops=4.0e12, floor=450.0, moonshot=600.0)
+    layer = BenchRow("layers", "layer", "bf16", ms=10.0, flops=4.0e12, floor=450.0, moonshot=600.0)
     assert judged(layer, dry=False).tflops == pytest.approx(400) and judged(layer, dry=False).holds is False
     assert judged(layer, dry=True).holds is None
-    tax = Row("layers", "layer", "bf16", ratio=1.2, floor=1.3, moonshot=1.12, at_most=True)
+    tax = BenchRow("layers", "layer", "bf16", ratio=1.2, floor=1.3, moonshot=1.12, at_most=True)
     assert judged(tax, dry=False).holds is True
     assert "<= 1.3" in tables([judged(tax, dry=False)], {}, dry=False)
     a, b = Timing([2.0, 4.0, 9.0]), Timing([1.0, 1.0, 3.0])

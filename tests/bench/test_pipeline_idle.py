@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.pipeline_idle import closed_form, order, play
-from parallel.pipeline.stages import Schedule
+from parallel.pipeline.stages import PipelineSchedule
 
 UNIT = {"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}
 
@@ -14,11 +14,11 @@ def unit(kind: str, stage: int) -> float:
     return UNIT[kind]
 
 
-def per_rank(schedule: Schedule) -> int:
+def per_rank(schedule: PipelineSchedule) -> int:
     return 1 if schedule.is_single else 2
 
 
-@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("schedule", list(PipelineSchedule))
 @pytest.mark.parametrize("pp", [2, 4, 8])
 @pytest.mark.parametrize("rounds", [2, 3, 8])
 def test_played_through_a_schedule_is_idle_as_its_formula_says(schedule, pp, rounds):
@@ -28,7 +28,7 @@ def test_played_through_a_schedule_is_idle_as_its_formula_says(schedule, pp, rou
     assert all(busy == 3 * stages * micro_batches for busy in played.busy)
 
 
-@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("schedule", list(PipelineSchedule))
 def test_every_micro_batch_passes_every_stage_once_each_way(schedule):
     pp, stages, micro_batches = 3, per_rank(schedule), 6
     rows = order(schedule, pp, stages, micro_batches).values()
@@ -43,10 +43,10 @@ def test_a_slow_stage_holds_up_all():
     def slow(kind: str, stage: int) -> float:
         return UNIT[kind] * (3 if stage == 1 else 1)
 
-    even, uneven = (play(Schedule.one_f_one_b, 4, 1, 8, duration) for duration in (unit, slow))
+    even, uneven = (play(PipelineSchedule.one_f_one_b, 4, 1, 8, duration) for duration in (unit, slow))
     assert uneven.step >= 8 * 9 and uneven.idle > 1.5 * even.idle
 
 
 def test_more_stages_per_rank_leave_shorter_gaps():
-    idle = [play(Schedule.interleaved, 4, stages, 8, unit).idle for stages in (2, 4)]
-    assert idle[1] < 0.6 * idle[0] < play(Schedule.one_f_one_b, 4, 1, 8, unit).idle
+    idle = [play(PipelineSchedule.interleaved, 4, stages, 8, unit).idle for stages in (2, 4)]
+    assert idle[1] < 0.6 * idle[0] < play(PipelineSchedule.one_f_one_b, 4, 1, 8, unit).idle

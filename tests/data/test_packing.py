@@ -14,7 +14,7 @@ import torch
 from core.errors import ConfigError
 from data.corpus import HELD_OUT, TRAIN, Corpus, prepare
 from data.loader import IGNORED, Loader
-from data.packing import Packer, Piece, Row, best_fit
+from data.packing import DocumentPiece, PackedSequence, Packer, best_fit
 from tests.data.conftest import make_config, write_texts
 
 BOS, EOS, ROW = 0, 1, 64
@@ -29,7 +29,7 @@ def documents(count: int, seed: int = 0, longest: int = 200) -> list[list[int]]:
     ]
 
 
-def pack(texts: list[list[int]], buffer_tokens: int | None = None) -> tuple[list[Row], int]:
+def pack(texts: list[list[int]], buffer_tokens: int | None = None) -> tuple[list[PackedSequence], int]:
     packer = Packer(ROW, BOS, EOS, buffer_tokens)
     rows, cut = [], 0
     for text in texts:
@@ -39,7 +39,7 @@ def pack(texts: list[list[int]], buffer_tokens: int | None = None) -> tuple[list
     return rows + packer.close(), cut
 
 
-def padding(rows: list[Row]) -> float:
+def padding(rows: list[PackedSequence]) -> float:
     return sum(row.space for row in rows) / (ROW * len(rows))
 
 
@@ -64,7 +64,7 @@ def test_a_large_buffer_leaves_little_padding() -> None:
 
 
 def test_the_longest_come_first_and_go_where_they_fit_best() -> None:
-    rows = best_fit([Piece(np.zeros(size, np.int32), str(size)) for size in (10, 40, 30, 24, 34, 54)], ROW)
+    rows = best_fit([DocumentPiece(np.zeros(size, np.int32), str(size)) for size in (10, 40, 30, 24, 34, 54)], ROW)
     assert [[piece.name for piece in row.pieces] for row in rows] == [["54", "10"], ["40", "24"], ["34", "30"]]
     assert [row.space for row in rows] == [0, 0, 0]
 

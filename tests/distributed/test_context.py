@@ -14,9 +14,9 @@ from model.attention.layer import attend
 from model.attention.plan import SequenceContext
 from parallel import context_parallel as module
 from parallel.comm.world import connect
-from parallel.context_parallel import PartContext, Share
+from parallel.context_parallel import ContextShard, PartContext
 from parallel.layout import ContextMethod, ParallelConfig
-from parallel.mesh import Axis, make_meshes
+from parallel.mesh import MeshAxis, make_meshes
 from parallel.parallelize import build
 from precision.config import Compute, PrecisionConfig
 from tests.model.attention.test_segments import figures, inputs, largest, positions
@@ -28,8 +28,10 @@ from train.optim.optimizer import OptimizerConfig
 CHUNK = 8
 
 
-def division(size: int, chunks: int) -> list[Share]:
-    return [Share(Axis("cp", size, rank), chunks * CHUNK, CHUNK, ContextMethod.gather) for rank in range(size)]
+def division(size: int, chunks: int) -> list[ContextShard]:
+    return [
+        ContextShard(MeshAxis("cp", size, rank), chunks * CHUNK, CHUNK, ContextMethod.gather) for rank in range(size)
+    ]
 
 
 def test_heads_in_the_order_of_ranks_and_tails_in_the_reverse():
@@ -64,7 +66,7 @@ def attended(method: ContextMethod, chunk: int | None, length: int, unit: int, b
     """This rank's part of the result and of the gradients."""
     world = connect()
     meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
-    share = Share(meshes.cp, length, unit, method)
+    share = ContextShard(meshes.cp, length, unit, method)
     rows = positions(length)
     context = share.context(rows, world.device)
     if bug == "another document":
@@ -100,7 +102,7 @@ CASES = [
 def test_parts_of_rows_attend_as_whole_rows(ranks, size, method, chunk, length):
     """Documents start inside chunks; parts with and without tails, of even and of odd numbers of chunks."""
     found = ranks(size, attended, method, chunk, length, CHUNK, None)
-    share = Share(Axis("cp", size), length, CHUNK, method)
+    share = ContextShard(MeshAxis("cp", size), length, CHUNK, method)
     whole = [share.whole([rank[figure] for rank in found], 1) for figure in range(4)]
     assert largest(whole, wanted(chunk, length)) < 1e-12
 
@@ -110,7 +112,7 @@ def test_parts_of_rows_attend_as_whole_rows(ranks, size, method, chunk, length):
 )
 def test_the_comparison_notices_another_document(ranks, method, chunk):
     found = ranks(2, attended, method, chunk, 48, CHUNK, "another document")
-    share = Share(Axis("cp", 2), 48, CHUNK, method)
+    share = ContextShard(MeshAxis("cp", 2), 48, CHUNK, method)
     whole = [share.whole([rank[figure] for rank in found], 1) for figure in range(4)]
     assert largest(whole, wanted(chunk, 48)) > 1e-3
 
@@ -148,7 +150,7 @@ def test_positions_and_temperature_are_those_of_the_whole_row():
     rope, bare = model.blocks[0], model.blocks[-1]
     assert rope.rope and bare.temperature
     for rank in range(2):
-        share = module.share(model, 64, Axis("cp", 2, rank), ContextMethod.ring)
+        share = module.share(model, 64, MeshAxis("cp", 2, rank), ContextMethod.ring)
         part = share.context(rows, torch.device("cpu"))
         assert isinstance(part, PartContext) and share.unit == 16
         assert torch.equal(part.positions_BT, share.take(rows))

@@ -18,10 +18,10 @@ from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
 from model.roles import registry
 from parallel import cost
 from parallel.comm.world import connect
-from parallel.layout import ContextMethod, Dispatch, ParallelConfig, Recompute
+from parallel.layout import ContextMethod, DispatchMethod, ParallelConfig, Recompute
 from parallel.mesh import make_meshes, place
 from parallel.parallelize import build, on_meta
-from parallel.pipeline.stages import Schedule
+from parallel.pipeline.stages import PipelineSchedule
 from parallel.sharding import local, shard_specs
 from precision.config import Compute, PrecisionConfig
 from tests.support.tiny import EXACT, config, trainer
@@ -87,16 +87,16 @@ LAYOUTS = {
     "ep2": (2, ParallelConfig(ep=2)),
     "ep2-etp2": (4, ParallelConfig(ep=2, etp=2)),
     "tp2-ep2-fsdp2": (4, ParallelConfig(tp=2, ep=2)),
-    "gathered": (2, ParallelConfig(ep=2, dispatch=Dispatch.all_gather)),
+    "gathered": (2, ParallelConfig(ep=2, dispatch=DispatchMethod.all_gather)),
     "recomputed": (4, ParallelConfig(tp=2, ep=2, recompute=Recompute.full)),
-    "recomputed-gathered": (2, ParallelConfig(ep=2, dispatch=Dispatch.all_gather, recompute=Recompute.full)),
+    "recomputed-gathered": (2, ParallelConfig(ep=2, dispatch=DispatchMethod.all_gather, recompute=Recompute.full)),
     "selective": (4, ParallelConfig(ep=2, recompute=Recompute.selective)),
     "pp2": (2, ParallelConfig(pp=2)),
-    "pp2-interleaved-ep2": (4, ParallelConfig(pp=2, ep=2, schedule=Schedule.interleaved)),
-    "pp2-zbv-tp2-recomputed": (4, ParallelConfig(pp=2, tp=2, schedule=Schedule.zbv, recompute=Recompute.full)),
-    "pp2-fsdp2-four-stages-each": (4, ParallelConfig(pp=2, schedule=Schedule.interleaved, stages_per_rank=4)),
+    "pp2-interleaved-ep2": (4, ParallelConfig(pp=2, ep=2, schedule=PipelineSchedule.interleaved)),
+    "pp2-zbv-tp2-recomputed": (4, ParallelConfig(pp=2, tp=2, schedule=PipelineSchedule.zbv, recompute=Recompute.full)),
+    "pp2-fsdp2-four-stages-each": (4, ParallelConfig(pp=2, schedule=PipelineSchedule.interleaved, stages_per_rank=4)),
     "pp3-tied": (3, ParallelConfig(pp=3)),
-    "pp2-fsdp2": (4, ParallelConfig(pp=2, schedule=Schedule.gpipe)),
+    "pp2-fsdp2": (4, ParallelConfig(pp=2, schedule=PipelineSchedule.gpipe)),
     "cp2-gather": (2, ParallelConfig(cp=2)),
     "cp2-ulysses": (2, ParallelConfig(cp=2, context=ContextMethod.ulysses)),
     "cp2-ring": (2, ParallelConfig(cp=2, context=ContextMethod.ring)),
@@ -130,7 +130,7 @@ def test_counted_bytes_equal_the_formulas(ranks, name):
         assert sum(traffic.values()) == sum(seen.values()), (traffic, seen)
         total.update(traffic)
     layout = config.resolve(count)
-    batch = cost.Batch(ROWS // layout.rows, min(micro_batch, ROWS // layout.rows), CONTEXT)
+    batch = cost.BatchShape(ROWS // layout.rows, min(micro_batch, ROWS // layout.rows), CONTEXT)
     assert dict(total) == cost.step_traffic(model, precision, layout, batch)
 
 
@@ -140,7 +140,7 @@ def test_aligned_rows_save_the_halo(ranks):
     for traffic, seen, _ in ranks(2, counted, model, config, precision, 2, ADAMW, True):
         assert sum(traffic.values()) == sum(seen.values())
         total.update(traffic)
-    aligned, other = (cost.Batch(ROWS, 2, CONTEXT, aligned) for aligned in (True, False))
+    aligned, other = (cost.BatchShape(ROWS, 2, CONTEXT, aligned) for aligned in (True, False))
     assert dict(total) == cost.step_traffic(model, precision, config.resolve(2), aligned)
     assert ("cp", "halo") not in total
     assert cost.step_traffic(model, precision, config.resolve(2), other)["cp", "halo"] > 0
@@ -148,7 +148,7 @@ def test_aligned_rows_save_the_halo(ranks):
 
 @pytest.mark.parametrize("shared_width", [0, 16])
 @pytest.mark.parametrize("weights_on", WeightsOn)
-@pytest.mark.parametrize("dispatch", [Dispatch.all_to_all, Dispatch.all_gather])
+@pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
 def test_what_ends_a_recomputed_layer_is_not_repeated(ranks, dispatch, weights_on, shared_width):
     """Heads normalised together, with and without a shared expert, weights before and after the experts."""
     base = tiny(2)
@@ -161,7 +161,7 @@ def test_what_ends_a_recomputed_layer_is_not_repeated(ranks, dispatch, weights_o
     for traffic, seen, _ in ranks(2, counted, model, config, precision, 4):
         assert sum(traffic.values()) == sum(seen.values())
         total.update(traffic)
-    assert dict(total) == cost.step_traffic(model, precision, config.resolve(2), cost.Batch(ROWS, 4, CONTEXT))
+    assert dict(total) == cost.step_traffic(model, precision, config.resolve(2), cost.BatchShape(ROWS, 4, CONTEXT))
 
 
 @pytest.mark.parametrize("compute", [Compute.bfloat16, Compute.float64])
@@ -173,7 +173,7 @@ def test_the_formulas_know_the_number_formats(ranks, compute, recompute):
     total: Counter[tuple[str, str]] = Counter()
     for traffic, _, _ in found:
         total.update(traffic)
-    batch = cost.Batch(ROWS // 2, 1, CONTEXT)
+    batch = cost.BatchShape(ROWS // 2, 1, CONTEXT)
     assert dict(total) == cost.step_traffic(model, PrecisionConfig(compute), config.resolve(4), batch)
 
 
@@ -206,7 +206,7 @@ def test_bytes_of_muon_equal_the_formulas(ranks, name):
         total.update(traffic)
         kept = cost.static_bytes(model, precision, layout, torch.float32, rank, muon=True)
         assert (kept.parameters, kept.optimizer) == (parameters, state)
-    batch = cost.Batch(ROWS // layout.rows, min(2, ROWS // layout.rows), CONTEXT)
+    batch = cost.BatchShape(ROWS // layout.rows, min(2, ROWS // layout.rows), CONTEXT)
     wanted = cost.step_traffic(model, precision, layout, batch, torch.float32)
     assert dict(total) == wanted
     assert any(purpose == "matrices" for _, purpose in wanted)
@@ -221,7 +221,7 @@ def test_matrices_travel_in_the_format_of_the_products(ranks, compute):
         total: Counter[tuple[str, str]] = Counter()
         for traffic, _, _ in ranks(2, counted, model, config, precision, 2, muon):
             total.update(traffic)
-        batch = cost.Batch(ROWS, 2, CONTEXT)
+        batch = cost.BatchShape(ROWS, 2, CONTEXT)
         wanted = cost.step_traffic(model, precision, config.resolve(2), batch, dtype)
         assert total["tp", "matrices"] == wanted["tp", "matrices"] > 0
 
@@ -286,7 +286,7 @@ def test_a_run_logs_its_bytes_and_evaluation_does_not_count(ranks, small_corpus,
     overrides = [*small_corpus, *EXACT, "training.steps=4", "logging.every=2", "evaluation.every=1", "model.experts=8"]
     assert ranks(2, fitted, tmp_path, overrides) == [0, 0]
     run = config(tmp_path, "run", *overrides)
-    batch = cost.Batch(4, 2, 48)
+    batch = cost.BatchShape(4, 2, 48)
     wanted = cost.step_traffic(run.model, run.precision, run.parallel.resolve(2), batch)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line["collective_bytes"] for line in lines if "loss" in line]

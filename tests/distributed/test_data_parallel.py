@@ -39,7 +39,7 @@ def sabotaged(root: Path, name: str, overrides: list[str], what: str) -> dict[st
     """The same figures with one reduction broken in this process."""
     import parallel.fsdp
     from data.loader import Loader
-    from parallel.mesh import Axis
+    from parallel.mesh import MeshAxis
     from train.engine import fsdp
 
     undo: list[tuple[Any, str, Any]] = []
@@ -52,19 +52,19 @@ def sabotaged(root: Path, name: str, overrides: list[str], what: str) -> dict[st
         plant(parallel.fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
         plant(parallel.fsdp.FSDPModule, "set_force_sum_reduction_for_comms", lambda self, on: None)
     elif what == "local norm":
-        real = Axis.sum
-        plant(Axis, "sum", lambda self, t, purpose: None if purpose == "norm" else real(self, t, purpose))
+        real = MeshAxis.sum
+        plant(MeshAxis, "sum", lambda self, t, purpose: None if purpose == "norm" else real(self, t, purpose))
     elif what == "local token count":
-        real = Axis.sum
+        real = MeshAxis.sum
 
-        def keep_counts(self: Axis, tensor: torch.Tensor, purpose: str) -> None:
+        def keep_counts(self: MeshAxis, tensor: torch.Tensor, purpose: str) -> None:
             if tensor.dtype is not torch.int64:
                 real(self, tensor, purpose)
 
-        plant(Axis, "sum", keep_counts)
+        plant(MeshAxis, "sum", keep_counts)
     elif what == "local expert counts":
-        real = Axis.sum
-        plant(Axis, "sum", lambda self, t, purpose: None if purpose == "balance" else real(self, t, purpose))
+        real = MeshAxis.sum
+        plant(MeshAxis, "sum", lambda self, t, purpose: None if purpose == "balance" else real(self, t, purpose))
     elif what == "same rows on every rank":
         batch = Loader.batch
         plant(Loader, "batch", lambda self, step, start, stop: batch(self, step, 0, stop - start))

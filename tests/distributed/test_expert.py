@@ -12,7 +12,7 @@ from model.attention.plan import SequenceContext
 from model.config import BalanceConfig, ModelConfig, RouterConfig, Score, WeightsOn
 from model.init import initialise
 from model.kernels import TorchKernels
-from model.moe import LocalDispatch, MixtureOfExperts, arrange
+from model.moe import LocalDispatcher, MixtureOfExperts, permute_by_expert
 from parallel.comm.world import connect
 from parallel.expert_parallel import AllGather, AllToAll
 from parallel.layout import ParallelConfig
@@ -77,7 +77,7 @@ def test_padding_changes_nothing(top_k: int, weights_on: WeightsOn) -> None:
 
 
 def test_rows_are_sorted_stably_and_padded() -> None:
-    rows = arrange(torch.tensor([[2], [0], [2], [0], [2]]), groups=4, multiple=2)
+    rows = permute_by_expert(torch.tensor([[2], [0], [2], [0], [2]]), groups=4, multiple=2)
     assert rows.groups.host == [2, 0, 4, 0]
     assert rows.source_C[:2].tolist() == [1, 3] and rows.source_C[2:5].tolist() == [0, 2, 4]
     assert rows.is_padding_C1 is not None and rows.is_padding_C1[:, 0].tolist()[:6] == [False] * 5 + [True]
@@ -128,7 +128,7 @@ def assert_like_one_device(
     alone = make(PlainProducts(torch.float64), top_k, weights_on)
     if skew:
         alone.router.weight.data[1:] = -alone.router.weight.data[:1]
-    assert isinstance(alone.dispatch, LocalDispatch)
+    assert isinstance(alone.dispatch, LocalDispatcher)
     wanted = [figures(alone, tokens(rank)) for rank in range(count)]  # gradients add up in `alone`
     summed = wanted[-1]
     for rank, (found, experts, columns) in enumerate(

@@ -8,11 +8,11 @@ import pytest
 
 from bench.layouts import LAYOUTS, PAGE, RESUMED, deep, resumes, tiny
 from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNorm
-from parallel.layout import Dispatch, ParallelConfig, Recompute
+from parallel.layout import DispatchMethod, ParallelConfig, Recompute
 from precision.config import Compute, PrecisionConfig
 from train.certify.compare import EXACT, Comparison, compare
 from train.certify.plan import Outcome, Trial, compare_layouts
-from train.certify.worker import Case, Figures, measure_all
+from train.certify.worker import CertifyCase, RankResults, measure_all
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 EVERY_AXIS = ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full)
@@ -33,7 +33,7 @@ def tried(ranks, count: int, config: ParallelConfig, top_k: int) -> Outcome:
     "count, config, top_k",
     [
         (4, ParallelConfig(dp_replicate=2, recompute=Recompute.selective), 1),
-        (4, ParallelConfig(ep=2, etp=2, dispatch=Dispatch.all_gather), 2),
+        (4, ParallelConfig(ep=2, etp=2, dispatch=DispatchMethod.all_gather), 2),
         pytest.param(8, EVERY_AXIS, 2, marks=pytest.mark.slow),
     ],
     ids=["hsdp-selective", "ep-etp-gathered", "all-axes-recomputed"],
@@ -49,7 +49,9 @@ def with_norm(norm: QKNorm) -> ModelConfig:
     return replace(model, layer_list=[replace(layer, qk_norm=norm) for layer in model.blocks])
 
 
-def compared(ranks, case: Case, count: int, config: ParallelConfig) -> tuple[list[Figures], list[Comparison]]:
+def compared(
+    ranks, case: CertifyCase, count: int, config: ParallelConfig
+) -> tuple[list[RankResults], list[Comparison]]:
     """A run under the layout against one process: what the ranks found, and which figures differ."""
     (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
     found = [rank["run"] for rank in ranks(count, measure_all, config, {"run": case})]
@@ -69,15 +71,15 @@ def compared(ranks, case: Case, count: int, config: ParallelConfig) -> tuple[lis
 )
 def test_what_a_layout_must_know_of_the_model(ranks, model, count, config):
     """One step. Under tp alone every rank cuts the same rows into the same micro-batches as one process."""
-    _, differing = compared(ranks, Case(model, PrecisionConfig(Compute.float64), SGD), count, config)
+    _, differing = compared(ranks, CertifyCase(model, PrecisionConfig(Compute.float64), SGD), count, config)
     assert differing == []
 
 
-@pytest.mark.parametrize("dispatch", [Dispatch.all_to_all, Dispatch.all_gather])
+@pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
 def test_experts_without_tokens_in_float32(ranks, dispatch):
     """The grouped product, which float64 does not use, with no rows at all on the first rank."""
     model = replace(tiny(1), balance=BalanceConfig(bias_rate=0.01))
-    case = Case(model, PrecisionConfig(Compute.float32), SGD, starve=True)
+    case = CertifyCase(model, PrecisionConfig(Compute.float32), SGD, starve=True)
     found, differing = compared(ranks, case, 2, ParallelConfig(ep=2, dispatch=dispatch))
     assert differing == []
     assert not any(counts.view(-1, 2, 4)[:, 0].any() for counts in found[0].counts)
@@ -93,7 +95,7 @@ def test_experts_without_tokens_in_float32(ranks, dispatch):
 def test_every_listed_layout(ranks, name):
     """Top-2, the harder one, under each recompute mode; tokens to experts either way."""
     count, config = LAYOUTS[name]
-    for dispatch in (Dispatch.all_to_all, Dispatch.all_gather) if config.ep > 1 else (config.dispatch,):
+    for dispatch in (DispatchMethod.all_to_all, DispatchMethod.all_gather) if config.ep > 1 else (config.dispatch,):
         for mode in Recompute:
             outcome = tried(ranks, count, replace(config, recompute=mode, dispatch=dispatch), 2)
             assert outcome.passed, outcome.failures()
@@ -115,7 +117,7 @@ def test_a_checkpoint_resumes_under_every_listed_layout(ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("count, config", [(1, ParallelConfig()), (2, ParallelConfig(tp=2))], ids=["one", "tp2"])
 def test_compiled_layers_compute_the_same(ranks, count, config):
-    case = Case(tiny(2), PrecisionConfig(Compute.float64), OptimizerConfig(lr=1e-2), steps=2)
+    case = CertifyCase(tiny(2), PrecisionConfig(Compute.float64), OptimizerConfig(lr=1e-2), steps=2)
     (eager,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
     compiled = ranks(count, measure_all, replace(config, compile=True), {"run": case}, timeout_s=600)
     for comparison in compare("compiled", eager["run"], [rank["run"] for rank in compiled], case):

@@ -70,5 +70,5 @@ def test_a_run_over_a_quarter_of_a_million_tokens(tmp_path):
     assert second["tokens"] == 2 * LONG and second["loss"] < first["loss"] < 7
     run = config(tmp_path, "long", *overrides)
     layout = ParallelConfig(cp=2, context=ContextMethod.ring).resolve(2)
-    wanted = cost.step_traffic(run.model, run.precision, layout, cost.Batch(1, 1, LONG, aligned=True))
+    wanted = cost.step_traffic(run.model, run.precision, layout, cost.BatchShape(1, 1, LONG, aligned=True))
     assert second["collective_bytes"] == {f"{axis}/{why}": size // 2 for (axis, why), size in wanted.items()}

@@ -23,7 +23,7 @@ from parallel.sharding import local, stored
 from precision.config import Compute, PrecisionConfig
 from train.certify import worker
 from train.certify.compare import EXACT, blocks, compare
-from train.certify.worker import Blocks, Case, Figures, kept, measure_all
+from train.certify.worker import Blocks, CertifyCase, RankResults, kept, measure_all
 from train.optim import muon, optimizer
 from train.optim.muon import MuonConfig, MuonScale
 from train.optim.optimizer import Moments, OptimizerConfig, OptimizerKind
@@ -60,12 +60,12 @@ LAYOUTS = {
 }
 
 
-def run(**options: Any) -> Case:
-    return Case(tiny(2), FP64, MUON, clip_norm=0.05, steps=3, **options)
+def run(**options: Any) -> CertifyCase:
+    return CertifyCase(tiny(2), FP64, MUON, clip_norm=0.05, steps=3, **options)
 
 
 @pytest.fixture(scope="module")
-def alone(ranks, tmp_path_factory) -> tuple[Figures, Path]:
+def alone(ranks, tmp_path_factory) -> tuple[RankResults, Path]:
     """What one process computes, and its checkpoint of the second step."""
     path = tmp_path_factory.mktemp("one")
     return ranks(1, measure_all, ParallelConfig(), {"run": run(save=path)})[0]["run"], path
@@ -90,7 +90,7 @@ def test_experts_fewer_than_ranks_are_cut_along_their_widths(ranks):
     assert apart(wanted["run"].weights, [figures.weights for figures in found]) < 1e-12
 
 
-def forgetting(parallel: ParallelConfig, cases: dict[str, Case]) -> dict[str, Figures]:
+def forgetting(parallel: ParallelConfig, cases: dict[str, CertifyCase]) -> dict[str, RankResults]:
     """`measure_all` with a checkpoint whose momentum is not read."""
     honest = worker.Checkpointer.restore
 

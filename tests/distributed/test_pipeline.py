@@ -22,7 +22,7 @@ from parallel.comm.world import connect
 from parallel.layout import ParallelConfig, Recompute
 from parallel.mesh import make_meshes
 from parallel.parallelize import build
-from parallel.pipeline.stages import Schedule
+from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Compute, PrecisionConfig
 from tests.support.tiny import EXACT, trainer
 from train.certify.plan import Trial, compare_layouts
@@ -89,7 +89,9 @@ def one_step(
 
 
 @pytest.mark.parametrize("recompute", Recompute)
-@pytest.mark.parametrize("schedule", [Schedule.one_f_one_b, Schedule.interleaved_zero_bubble, Schedule.zbv])
+@pytest.mark.parametrize(
+    "schedule", [PipelineSchedule.one_f_one_b, PipelineSchedule.interleaved_zero_bubble, PipelineSchedule.zbv]
+)
 def test_no_schedule_runs_more_forwards_than_recomputation_needs(ranks, schedule, recompute):
     """pp2 x ep2 with all balancing terms: micro-batches times layers, twice where they are repeated."""
     model = mixtures()
@@ -109,17 +111,17 @@ def test_no_schedule_runs_more_forwards_than_recomputation_needs(ranks, schedule
 
 
 def split_by_torch(parallel: ParallelConfig, model: ModelConfig) -> Any:
-    honest = Schedule.splits_backward
-    Schedule.splits_backward = property(lambda schedule: False)  # type: ignore[method-assign, assignment]
+    honest = PipelineSchedule.splits_backward
+    PipelineSchedule.splits_backward = property(lambda schedule: False)  # type: ignore[method-assign, assignment]
     try:
         return one_step(parallel, model)
     finally:
-        Schedule.splits_backward = honest  # type: ignore[method-assign]
+        PipelineSchedule.splits_backward = honest  # type: ignore[method-assign]
 
 
 def test_the_count_notices_repeated_forwards(ranks):
     """torch's own way to split the backward pass repeats a recomputed layer for each part."""
-    parallel = ParallelConfig(pp=2, ep=2, schedule=Schedule.zbv, recompute=Recompute.full)
+    parallel = ParallelConfig(pp=2, ep=2, schedule=PipelineSchedule.zbv, recompute=Recompute.full)
     times, *_ = ranks(4, split_by_torch, parallel, mixtures())[0]
     assert times["attention"] > 2 * (ROWS // 2) * (LAYERS // 2)
 
@@ -127,7 +129,7 @@ def test_the_count_notices_repeated_forwards(ranks):
 def layout(name: str) -> tuple[int, ParallelConfig]:
     """Ranks and degrees by a short name: "pp2-ep2", with the schedule after a colon."""
     degrees, _, schedule = name.partition(":")
-    given: dict[str, Any] = {"dp_shard": 1, "schedule": Schedule[schedule or "one_f_one_b"]}
+    given: dict[str, Any] = {"dp_shard": 1, "schedule": PipelineSchedule[schedule or "one_f_one_b"]}
     for part in degrees.split("-"):
         key = part.rstrip("0123456789")
         given[{"fsdp": "dp_shard", "hsdp": "dp_replicate"}.get(key, key)] = int(part.removeprefix(key))
@@ -140,7 +142,7 @@ def layout(name: str) -> tuple[int, ParallelConfig]:
 FAST = ["pp2:zbv", "pp2-ep2"]
 SLOW = [
     "pp2-tp2:interleaved_zero_bubble",
-    *(f"pp2:{schedule.name}" for schedule in Schedule if schedule is not Schedule.zbv),
+    *(f"pp2:{schedule.name}" for schedule in PipelineSchedule if schedule is not PipelineSchedule.zbv),
     "pp4",
     "pp2-fsdp2",
     "pp2-hsdp2:dualpipev",
@@ -164,7 +166,9 @@ def test_tied_tables_at_both_ends_learn_as_one(ranks):
     assert outcome.passed, outcome.failures()
 
 
-@pytest.mark.parametrize("schedule", [Schedule.interleaved_zero_bubble, Schedule.zbv, Schedule.dualpipev])
+@pytest.mark.parametrize(
+    "schedule", [PipelineSchedule.interleaved_zero_bubble, PipelineSchedule.zbv, PipelineSchedule.dualpipev]
+)
 @pytest.mark.parametrize("micro_batches", [2, 8])
 def test_in_bfloat16_gradients_are_summed_as_without_a_split(ranks, schedule, micro_batches):
     """Gathered copies are bf16, and so is each product; their sum is not, however few or many there are."""
@@ -172,7 +176,7 @@ def test_in_bfloat16_gradients_are_summed_as_without_a_split(ranks, schedule, mi
     model, rows = mixtures(), ROWS // micro_batches
     usual, split = (
         ranks(2, one_step, ParallelConfig(pp=2, schedule=one), model, Compute.bfloat16, rows)[0]
-        for one in (Schedule.interleaved, schedule)
+        for one in (PipelineSchedule.interleaved, schedule)
     )
     assert split[1] == pytest.approx(usual[1], rel=1e-6) and split[2] == pytest.approx(usual[2], rel=1e-6)
 
@@ -205,7 +209,7 @@ def test_every_product_is_put_off_and_done_later(ranks):
     beside. At the end of a V the rank without the head has the backward passes of three micro-batches before the first
     of their weights.
     """
-    with_head, without = ranks(2, put_off, ParallelConfig(pp=2, schedule=Schedule.zbv), mixtures())
+    with_head, without = ranks(2, put_off, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv), mixtures())
     for happened, head in ((with_head, ROWS), (without, 0)):
         assert happened.count("n") == happened.count("w") == 2 * ROWS * 9 + head
     assert without.endswith(3 * 9 * "n" + 3 * ("|" + 9 * "w"))

@@ -22,7 +22,7 @@ from parallel.cost import static_bytes
 from parallel.deepspeed import zero3, zero12
 from parallel.deepspeed.config import VERSION
 from parallel.deepspeed.offload import PIECE, MappedFile, PagedAdamW
-from parallel.sharding import Block
+from parallel.sharding import ShardBlock
 from tests.distributed.certify.test_certify import Broken, config
 from tests.support.tiny import trainer
 from train.certify.plan import Outcome, certify
@@ -412,7 +412,7 @@ def test_a_range_is_few_blocks(shape):
     whole = torch.arange(torch.Size(shape).numel())
     for start in range(len(whole) + 1):
         for stop in range(start, len(whole) + 1):
-            found = list(zero12.blocks(Block((0,) * len(shape), shape), start, stop))
+            found = list(zero12.blocks(ShardBlock((0,) * len(shape), shape), start, stop))
             parts = [
                 whole.view(shape)[tuple(slice(o, o + s) for o, s in zip(b.offset, b.shape, strict=True))] for b in found
             ]

@@ -14,7 +14,7 @@ from core.errors import ConfigError
 from hparam.config import HparamConfig
 from hparam.rules import HeadForm, Parametrization
 from hparam.scale import SPANS, Scale, check_registry, scale_of
-from hparam.transfer import Found, Resolved, transfer
+from hparam.transfer import BaseHyperparameters, Resolved, transfer
 from model.config import LayerConfig, ModelConfig, MultipliersConfig
 from model.roles import Role
 from model.tensor_source import parameter_infos
@@ -48,7 +48,7 @@ LARGER = replace(
     tokens=40_000_000_000,
 )
 MATRICES = [role for role in Role if not role.is_norm]
-FOUND = Found(
+FOUND = BaseHyperparameters(
     std=dict.fromkeys(MATRICES, 0.02),
     lr=dict.fromkeys(Role, 0.008),
     weight_decay={role: 0.0 if role.is_norm else 0.1 for role in Role},
@@ -59,7 +59,7 @@ SIZES: dict[str, Any] = dict(vocab_size=64, width=32, layers=4, heads=4, kv_head
 GOLDEN = Path(__file__).with_name("table.json")
 
 
-def carried(target: Scale = LARGER, found: Found = FOUND, **config: object) -> Resolved:
+def carried(target: Scale = LARGER, found: BaseHyperparameters = FOUND, **config: object) -> Resolved:
     return transfer(HparamConfig(base=BASE, **config), target, found)  # type: ignore[arg-type]
 
 

@@ -41,7 +41,7 @@ def test_a_sweep_runs_all_and_returns_0(sweep):
 def test_an_interrupted_sweep_stops(sweep):
     assert sweep({"s-1": 130}) == (130, ["s-0", "s-1"])
     assert sweep({"s-0": 1, "s-1": 130}) == (130, ["s-0", "s-1"]), "it is not over because of the first run"
-    assert sweep({"s-1": agent.Interrupted(15)}) == (130, ["s-0", "s-1"])
+    assert sweep({"s-1": agent.AgentInterrupted(15)}) == (130, ["s-0", "s-1"])
 
 
 def test_a_run_of_a_sweep_that_fails_is_one_line_and_the_others_run(sweep, capsys):

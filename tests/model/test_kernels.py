@@ -25,8 +25,7 @@ from model.init import initialise
 from model.kernels import TorchKernels
 from model.layers import swiglu_halves
 from model.moe import MixtureOfExperts
-from precision.config import Compute, PrecisionConfig
-from precision.config import Kernels as Kind
+from precision.config import Compute, KernelKind, PrecisionConfig
 from precision.resolve import Precision, resolve
 from tests.conftest import ROOT
 from tests.support.kernel_cases import BREAKS, CASES, GATES
@@ -95,7 +94,7 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, name, missing, dtype):
 
 
 def test_kernels_that_cannot_run_here_are_an_error_with_the_fix(monkeypatch):
-    chosen = PrecisionConfig(kernels=Kind.triton)
+    chosen = PrecisionConfig(kernels=KernelKind.triton)
     with pytest.raises(ConfigError, match=r"precision.kernels=triton: Triton's kernels run on GPUs; try torch"):
         resolve(chosen)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -107,7 +106,9 @@ def mixture_figures(top_k: int, weights_on: WeightsOn, multiple: int) -> dict[st
     """Result and gradients of a mixture with a shared expert, in float64."""
     router = RouterConfig(top_k=top_k, score=Score.softmax, weights_on=weights_on)
     config = ModelConfig(width=16, layers=1, experts=4, expert_width=8, router=router)
-    made = MixtureOfExperts(config, Precision(PrecisionConfig(Compute.float64, kernels=Kind.triton)).plain).double()
+    made = MixtureOfExperts(
+        config, Precision(PrecisionConfig(Compute.float64, kernels=KernelKind.triton)).plain
+    ).double()
     initialise(made, config, seed=1)
     made.dispatch = replace(made.dispatch, token_multiple=multiple)
     x = torch.randn(2, 12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()

@@ -12,7 +12,7 @@ from model.attention.plan import SequenceContext
 from model.balancer import Balancer
 from model.config import AuxScope, BalanceConfig, InitConfig, ModelConfig, RouterConfig, Score
 from model.init import initialise
-from model.load_balance import Balance
+from model.load_balance import RouterBalance
 from model.moe import Router
 from model.transformer import Transformer
 from parallel import activation_checkpoint
@@ -128,7 +128,7 @@ def test_evaluation_counts_nothing():
 
 
 def test_bias_moves_against_the_load_with_zero_mean():
-    balance = Balance(E, Score.sigmoid, BalanceConfig(bias_rate=0.1))
+    balance = RouterBalance(E, Score.sigmoid, BalanceConfig(bias_rate=0.1))
     balance.step(torch.tensor([10, 2, 4, 4]))
     assert balance.bias_E.tolist() == pytest.approx([-0.15, 0.05, 0.05, 0.05])
     assert balance.load_E.tolist() == pytest.approx([2.0, 0.4, 0.8, 0.8])

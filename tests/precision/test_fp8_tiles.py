@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision.config import Recipe
 from precision.fp8_linear import NotFinite, Operand
-from precision.fp8_tiles import E4M3, E5M2, Rows, Tiling, _microscaling, quantise, tiling
+from precision.fp8_tiles import E4M3, E5M2, QuantisedRows, Tiling, _microscaling, quantise, tiling
 
 RECIPES = [recipe for recipe in Recipe if recipe is not Recipe.auto]
 
@@ -149,11 +149,11 @@ def test_tiny_numbers_stay_finite(recipe: Recipe, tiny: float) -> None:
     assert torch.isfinite(wide).all() and float(wide.abs().max()) <= tiny * 1.1 + 1e-44
 
 
-def cut(rows: Rows, down: slice, across: slice) -> Rows:
+def cut(rows: QuantisedRows, down: slice, across: slice) -> QuantisedRows:
     how = rows.tiling
     scale = rows.inverse_scale[slice(down.start // how.rows, down.stop // how.rows)]
     scale = scale[:, slice(across.start // how.columns, across.stop // how.columns)]
-    return Rows(rows.data[down, across], scale, how)
+    return QuantisedRows(rows.data[down, across], scale, how)
 
 
 @pytest.mark.parametrize("kind", Operand)

@@ -98,7 +98,7 @@ def test_products_and_gradients_are_those_of_the_reference(backend, recipe, expe
 def test_bytes_and_scales_of_transformer_engine_are_those_of_the_reference(recipe, device):
     if not can(Backend.te, recipe, device):
         return
-    arithmetic, exact = engine.Engine(recipe, torch.bfloat16), Reference(recipe, torch.bfloat16)
+    arithmetic, exact = engine.TransformerEngine(recipe, torch.bfloat16), Reference(recipe, torch.bfloat16)
     for quantizer in arithmetic.quantizers.values():
         quantizer.optimize_for_gemm = False
     groups = Groups(torch.tensor([128, 0, 96, 32], device=device))

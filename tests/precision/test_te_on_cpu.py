@@ -187,7 +187,9 @@ def test_without_gradients_no_columns_are_made(extension):
 def test_an_expert_gets_the_scale_of_its_rows_alone(extension):
     """With one scale for the whole operand an expert with small rows would see zeros."""
     groups, x = Groups(torch.tensor([16, 16])), torch.cat([draw(16, D), draw(16, D) * 1e-6])
-    parts = backend.Engine(Recipe.tensorwise, torch.bfloat16).quantise(x, Operand.activation, groups, True, False)
+    parts = backend.TransformerEngine(Recipe.tensorwise, torch.bfloat16).quantise(
+        x, Operand.activation, groups, True, False
+    )
     first, second = (part.get_metadata()["fp8_scale_inv"].item() for part in parts.parts)
     assert first > 1e4 * second
 

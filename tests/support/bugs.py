@@ -55,8 +55,10 @@ def padding_that_is_not_zero(plant: Plant) -> None:
     """Rows beyond an expert's own repeat some token, so that they have a say in the scales."""
     from model import moe
 
-    gather = moe.Rows.copy_slots
-    plant(moe.Rows, "copy_slots", lambda self, x, k: gather(dataclasses.replace(self, is_padding_C1=None), x, k))
+    gather = moe.SortedTokens.copy_slots
+    plant(
+        moe.SortedTokens, "copy_slots", lambda self, x, k: gather(dataclasses.replace(self, is_padding_C1=None), x, k)
+    )
 
 
 def weights_quantised_before_they_are_whole(plant: Plant) -> None:
@@ -119,15 +121,15 @@ def balancing_term_dropped(plant: Plant) -> None:
 
 
 def bias_from_local_counts(plant: Plant) -> None:
-    from parallel.mesh import Axis
+    from parallel.mesh import MeshAxis
 
-    honest = Axis.sum
+    honest = MeshAxis.sum
 
-    def local_only(self: Axis, tensor: torch.Tensor, purpose: str) -> None:
+    def local_only(self: MeshAxis, tensor: torch.Tensor, purpose: str) -> None:
         if not (self.name == "world" and purpose == "balance" and tensor.dtype is torch.int64):
             honest(self, tensor, purpose)
 
-    plant(Axis, "sum", local_only)
+    plant(MeshAxis, "sum", local_only)
 
 
 def expert_gradients_over_the_wrong_group(plant: Plant) -> None:
@@ -231,23 +233,23 @@ def shards_made_orthogonal(plant: Plant) -> None:
 
 def positions_not_restarted(plant: Plant) -> None:
     """Parts of rows take their places in the row for places in documents."""
-    from parallel.context_parallel import Share
+    from parallel.context_parallel import ContextShard
 
-    honest = Share.context
+    honest = ContextShard.context
 
     def whole_rows(self: Any, positions_BT: torch.Tensor, *arguments: Any) -> Any:
         if self.axis.size > 1:
             positions_BT = torch.arange(positions_BT.shape[1]).expand(positions_BT.shape)
         return honest(self, positions_BT, *arguments)
 
-    plant(Share, "context", whole_rows)
+    plant(ContextShard, "context", whole_rows)
 
 
 def halo_off_by_one(plant: Plant) -> None:
-    from parallel.context_parallel import _Attend
+    from parallel.context_parallel import _AttendShard
 
-    honest = _Attend._before
-    plant(_Attend, "_before", lambda self, *arguments: honest(self, *arguments).roll(1, dims=2))
+    honest = _AttendShard._before
+    plant(_AttendShard, "_before", lambda self, *arguments: honest(self, *arguments).roll(1, dims=2))
 
 
 def loss_divided_by_cp(plant: Plant) -> None:
@@ -298,14 +300,14 @@ def balancing_term_dropped_in_a_stage(plant: Plant) -> None:
 
 def norm_of_each_stage(plant: Plant) -> None:
     """Each stage clips by the norm of its own gradients."""
-    from parallel.mesh import Axis
+    from parallel.mesh import MeshAxis
     from train.engine import fsdp
 
     honest = fsdp.gradient_norm
 
     def own(model: Any, specs: Any, meshes: Any) -> Any:
         alone = meshes.layout.world_size == meshes.layout.pp  # else the stage's other ranks would be left out, too
-        return honest(model, specs, dataclasses.replace(meshes, world=Axis("world")) if alone else meshes)
+        return honest(model, specs, dataclasses.replace(meshes, world=MeshAxis("world")) if alone else meshes)
 
     plant(fsdp, "gradient_norm", own)
 
@@ -373,7 +375,7 @@ def summed_in_the_models_format(plant: Plant) -> None:
 
 def strings_shifted_by_one(plant: Plant) -> None:
     """What a rank has of a parameter is taken from one element further on."""
-    plant(zero12.Slice, "of", lambda self, string: _SLICE_OF(self, string.roll(-1)))
+    plant(zero12.FlatSlice, "of", lambda self, string: _SLICE_OF(self, string.roll(-1)))
 
 
 def copies_of_the_old_weights(plant: Plant) -> None:
@@ -413,7 +415,7 @@ def pieces_of_the_rank_before(plant: Plant) -> None:
     """A rank's piece of a parameter is taken for another's."""
     honest = zero3.Zero3._slices
 
-    def moved(self: Any, specs: Any) -> Iterator[zero12.Slice]:
+    def moved(self: Any, specs: Any) -> Iterator[zero12.FlatSlice]:
         for one in honest(self, specs):
             size = one.stop - one.start
             start = one.start - size if one.start else size
@@ -445,7 +447,7 @@ def _pieces(plant: Plant, change: Callable[[Any, Any], Any]) -> None:
     plant(zero3.Zero3, "_sum_and_scatter", changed)
 
 
-_SLICE_OF = zero12.Slice.of
+_SLICE_OF = zero12.FlatSlice.of
 
 
 def _deepspeed(plant: Plant, **changed: Any) -> None:

@@ -13,9 +13,9 @@ import pyarrow.parquet
 
 from core.files import write_json
 from data.filter.audit.outputs import AUDIT_JSON, KEPT, SCORES, audit_of, write_kept, write_scores
-from data.filter.config import FilterRules, Unit
+from data.filter.config import FilterRules, KeepUnit
 from data.filter.input.readers import InputConfig, parts
-from data.filter.pipeline import Filter, Job
+from data.filter.pipeline import Filter, FilterJob
 from data.filter.score.ngram import NgramScorer
 from data.filter.score.scorer import Scorer
 from data.filter.store import OneWorker, Workers
@@ -50,12 +50,14 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
-def job(source: Path, out: Path, workers: Workers | None = None, scorer: Scorer | None = None, **settings: Any) -> Job:
+def job(
+    source: Path, out: Path, workers: Workers | None = None, scorer: Scorer | None = None, **settings: Any
+) -> FilterJob:
     """Settings are those of the rules and of the input."""
     keys = {key: settings.pop(key) for key in list(settings) if key in InputConfig.__dataclass_fields__}
-    return Job(
+    return FilterJob(
         parts=parts(InputConfig(input=str(source), **keys)),
-        rules=FilterRules(**{"unit": Unit.documents, **settings}),
+        rules=FilterRules(**{"unit": KeepUnit.documents, **settings}),
         scorer=scorer or NgramScorer(4, sample_bytes=1 << 16),
         directory=out / "stages",
         workers=workers or OneWorker(),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels import Kernels, Places, TorchKernels, TritonKernels
-from model.moe import arrange
+from model.kernels import MoEKernels, SortedSlots, TorchKernels, TritonKernels
+from model.moe import permute_by_expert
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ BREAKS = ("places", "weights", "padding", "gate")
 """What `figures` can get wrong on purpose."""
 
 
-def figures(case: Case, kernels: Kernels, device: str, broken: str = "") -> dict[str, float]:
+def figures(case: Case, kernels: MoEKernels, device: str, broken: str = "") -> dict[str, float]:
     """How far each result and each gradient is from the plain statement, relative to the largest value."""
     wanted = results(case, _Plain(), torch.float64, "cpu")
     found = results(case, kernels, getattr(torch, case.dtype), device, broken)
@@ -72,8 +72,8 @@ def results(case: Case, kernels: Any, dtype: torch.dtype, device: str, broken: s
 
     # the last expert and one between get nothing
     ranked = torch.rand(case.tokens, case.experts - 1, generator=generator).index_fill_(1, torch.tensor(1), -1)
-    rows = arrange(ranked.topk(case.top_k).indices, case.experts, case.multiple)
-    places = Places(rows.source_C, rows.place_S.view(-1, case.top_k), rows.is_padding_C1)
+    rows = permute_by_expert(ranked.topk(case.top_k).indices, case.experts, case.multiple)
+    places = SortedSlots(rows.source_C, rows.place_S.view(-1, case.top_k), rows.is_padding_C1)
     x_TD, y_CD = values(case.tokens, case.width), values(len(rows.source_C), case.width)
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
     weights_TK = weights.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
@@ -86,7 +86,7 @@ def results(case: Case, kernels: Any, dtype: torch.dtype, device: str, broken: s
         weights_TK = weights_TK.detach().flip(0).requires_grad_()
     if broken == "padding":
         places = places._replace(is_padding_C1=None)
-    places = Places(*(None if x is None else x.to(device) for x in places))
+    places = SortedSlots(*(None if x is None else x.to(device) for x in places))
 
     found = {}
     for name, given in (("", None), (" weighted", weights_TK)):
@@ -109,7 +109,7 @@ def _with_gradients(name: str, result: Tensor, leaves: list[Tensor], gradient: T
 class _Plain:
     """Row by row, token by token, with autograd's own gradients."""
 
-    def permute(self, x_TD: Tensor, places: Places, weights_TK: Tensor | None) -> Tensor:
+    def permute(self, x_TD: Tensor, places: SortedSlots, weights_TK: Tensor | None) -> Tensor:
         top_k, found = places.place_TK.shape[1], []
         for row, slot in enumerate(places.source_C.tolist()):
             token, k = divmod(slot, top_k)
@@ -117,7 +117,7 @@ class _Plain:
             found.append(x_TD[token] * (1 if weights_TK is None else weights_TK[token, k]) * real)
         return torch.stack(found) if found else x_TD.sum() + x_TD.new_empty(0, x_TD.shape[1]) + _zero(weights_TK)
 
-    def unpermute(self, y_CD: Tensor, places: Places, weights_TK: Tensor | None) -> Tensor:
+    def unpermute(self, y_CD: Tensor, places: SortedSlots, weights_TK: Tensor | None) -> Tensor:
         found = []
         for token, places_K in enumerate(places.place_TK.tolist()):
             weights = [1] * len(places_K) if weights_TK is None else weights_TK[token]
@@ -137,7 +137,7 @@ def _zero(weights_TK: Tensor | None) -> Tensor | int:
 
 def main() -> None:
     """Figures by case, by who computes, and of what is broken by what is broken."""
-    sides: dict[str, Kernels] = {"torch": TorchKernels(), "triton": TritonKernels()}
+    sides: dict[str, MoEKernels] = {"torch": TorchKernels(), "triton": TritonKernels()}
     found = {name: {side: figures(case, sides[side], "cpu") for side in sides} for name, case in CASES.items()}
     case = CASES["top-2, padded"]
     broken = {what: {side: figures(case, sides[side], "cpu", what) for side in sides} for what in BREAKS}

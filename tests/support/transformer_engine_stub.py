@@ -27,7 +27,7 @@ from torch import Tensor
 import precision.transformer_engine as backend
 from precision.config import Recipe
 from precision.fp8_emulated import Reference
-from precision.fp8_tiles import E4M3, E5M2, WHOLE, Rows, Tiling, quantise
+from precision.fp8_tiles import E4M3, E5M2, WHOLE, QuantisedRows, Tiling, quantise
 from tests.support import te_wheel
 
 
@@ -206,7 +206,7 @@ def _put(place: Tensor, inverse: Tensor, quantizer: Any, columns: bool) -> None:
         place.copy_(place.flip(0))  # some other order
 
 
-def _rows(storage: Any, columns: bool) -> Rows:
+def _rows(storage: Any, columns: bool) -> QuantisedRows:
     """What a product reads of an operand; raises where it is not there."""
     name, form = type(storage).__name__, FORMATS[int(storage._fp8_dtype)]
     if name == "Float8TensorStorage":
@@ -214,7 +214,7 @@ def _rows(storage: Any, columns: bool) -> Rows:
         data = storage._transpose if columns and has_columns else storage._data
         assert data is not None and (has_columns or not columns or not backend_transposes()), "no such data"
         data = data.mT.contiguous() if columns and not has_columns else data
-        return Rows(data.view(form), storage._scale_inv.reshape(1, 1), Tiling(WHOLE, WHOLE, form))
+        return QuantisedRows(data.view(form), storage._scale_inv.reshape(1, 1), Tiling(WHOLE, WHOLE, form))
     data = storage._columnwise_data if columns else storage._rowwise_data
     scale = storage._columnwise_scale_inv if columns else storage._rowwise_scale_inv
     assert data is not None and scale is not None, "no such data"
@@ -227,7 +227,7 @@ def _rows(storage: Any, columns: bool) -> Rows:
         how = Tiling(128 if storage._is_2D_scaled else 1, 128, form, powers_of_two=True)
         scale = scale if storage._is_2D_scaled else scale.mT
     tall, wide = -(-data.shape[0] // how.rows), -(-data.shape[1] // how.columns)
-    return Rows(data.contiguous().view(form), scale[:tall, :wide], how)
+    return QuantisedRows(data.contiguous().view(form), scale[:tall, :wide], how)
 
 
 def backend_transposes() -> bool:

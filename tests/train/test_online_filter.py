@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
-from train.online_filter import OnlineConfig, OnlineFilter, Window
+from train.online_filter import OnlineConfig, OnlineFilter, OnlineWindow
 
 
 def losses_of(ordinals):
@@ -19,28 +19,28 @@ def make(score=losses_of, **settings):
 
 
 def test_a_window_takes_the_hardest_candidates_exactly():
-    window = make(revive=0.0).next(Window(), step=0, steps=4)
+    window = make(revive=0.0).next(OnlineWindow(), step=0, steps=4)
     assert len(window.rows) == 32 and window.cursor == 64 and window.rows == sorted(window.rows)
     hardest = np.argsort(-losses_of(range(64)))[:32]
     assert set(window.rows) == set(hardest.tolist())
     assert losses_of(window.rows).min() == window.threshold
-    easiest = make(lambda ordinals: -losses_of(ordinals), revive=0.0).next(Window(), 0, 4)
+    easiest = make(lambda ordinals: -losses_of(ordinals), revive=0.0).next(OnlineWindow(), 0, 4)
     assert not set(easiest.rows) & set(window.rows), "control: the other end is other rows"
 
 
 def test_rows_near_the_threshold_are_put_off_once():
     filter_ = make(revive=0.0, hysteresis=0.3)
-    first = filter_.next(Window(), 0, 4)
+    first = filter_.next(OnlineWindow(), 0, 4)
     near = [one for one in range(64) if first.threshold - 0.3 < losses_of([one])[0] < first.threshold]
     assert near and first.deferred == near
     second = filter_.next(first, 4, 4)
     assert second.cursor == 64 + 64 - len(near) and len(second.rows) == 32
     assert not set(second.deferred) & set(near), "a second failure is final"
-    assert make(revive=0.0, hysteresis=0.0).next(Window(), 0, 4).deferred == [], "control"
+    assert make(revive=0.0, hysteresis=0.0).next(OnlineWindow(), 0, 4).deferred == [], "control"
 
 
 def test_no_row_comes_twice():
-    filter_, window, seen = make(), Window(), []
+    filter_, window, seen = make(), OnlineWindow(), []
     for step in range(0, 40, 4):
         window = filter_.next(window, step, 4)
         seen += window.rows
@@ -48,10 +48,10 @@ def test_no_row_comes_twice():
 
 
 def test_revived_rows_are_drawn_from_the_rest():
-    hard = set(make(revive=0.0).next(Window(), 0, 4).rows)
-    window = make(revive=0.25).next(Window(), 0, 4)
+    hard = set(make(revive=0.0).next(OnlineWindow(), 0, 4).rows)
+    window = make(revive=0.25).next(OnlineWindow(), 0, 4)
     assert len(window.rows) == 32 and len(set(window.rows) - hard) >= 1
-    other = OnlineFilter(OnlineConfig(every=4, revive=0.25), 8, 2, losses_of).next(Window(), 0, 4)
+    other = OnlineFilter(OnlineConfig(every=4, revive=0.25), 8, 2, losses_of).next(OnlineWindow(), 0, 4)
     assert other.rows != window.rows, "the lot has a key"
 
 
@@ -61,9 +61,9 @@ def test_noise_is_left_out_where_there_is_anything_else():
         found[::4], found[1::8] = 9.0, np.nan
         return found
 
-    window = make(score, max_loss=8.0, revive=0.0).next(Window(), 0, 4)
+    window = make(score, max_loss=8.0, revive=0.0).next(OnlineWindow(), 0, 4)
     assert len(window.rows) == 32 and not {one for one in window.rows if one % 4 == 0 or one % 8 == 1}
-    without = make(lambda ordinals: np.nan_to_num(score(ordinals), nan=-1.0), revive=0.0).next(Window(), 0, 4)
+    without = make(lambda ordinals: np.nan_to_num(score(ordinals), nan=-1.0), revive=0.0).next(OnlineWindow(), 0, 4)
     assert any(one % 4 == 0 for one in without.rows), "control: without a bound noise is the hardest of all"
 
 
@@ -75,15 +75,15 @@ def noisy(ordinals):
 
 
 def test_noise_is_neither_drawn_by_lot_nor_put_off():
-    window = make(noisy, max_loss=8.0, keep=0.25, revive=0.5, hysteresis=10.0).next(Window(), 0, 4)
+    window = make(noisy, max_loss=8.0, keep=0.25, revive=0.5, hysteresis=10.0).next(OnlineWindow(), 0, 4)
     assert len(window.rows) == 32 and min(one % 4 for one in window.rows) == 2, "drawn only where nothing else is left"
     assert len(window.deferred) == 32 and min(one % 4 for one in window.deferred) == 2
-    unbound = make(noisy, keep=0.25, revive=0.5, hysteresis=10.0).next(Window(), 0, 4)
+    unbound = make(noisy, keep=0.25, revive=0.5, hysteresis=10.0).next(OnlineWindow(), 0, 4)
     assert 1 in {one % 4 for one in unbound.rows} & {one % 4 for one in unbound.deferred}, "control"
 
 
 def test_each_window_draws_another_lot_for_the_same_rows():
-    first, later = (make(revive=0.25).next(Window(generation=number), 0, 4) for number in (0, 1))
+    first, later = (make(revive=0.25).next(OnlineWindow(generation=number), 0, 4) for number in (0, 1))
     assert first.cursor == later.cursor and first.threshold == later.threshold and first.rows != later.rows
 
 
@@ -91,14 +91,14 @@ def test_the_first_new_row_may_be_put_off_too():
     def score(ordinals):
         return np.asarray([3.0 + (0 < one - 100 <= 32) - (one > 132) for one in ordinals])
 
-    window = make(score, revive=0.0, hysteresis=1.5).next(Window(cursor=100), 0, 4)
+    window = make(score, revive=0.0, hysteresis=1.5).next(OnlineWindow(cursor=100), 0, 4)
     assert window.rows == list(range(101, 133)) and window.deferred == [100]
 
 
 def test_a_stored_window_goes_on_the_same():
     filter_ = make()
-    first = filter_.next(Window(), 0, 4)
-    again = Window(**first.plain())
+    first = filter_.next(OnlineWindow(), 0, 4)
+    again = OnlineWindow(**first.plain())
     assert filter_.next(again, 4, 4) == filter_.next(first, 4, 4)
 
 

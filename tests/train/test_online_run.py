@@ -24,8 +24,8 @@ from train.config import check, phases
 from train.corpus import source_weights
 from train.eval.held_out import held_out_loss
 from train.eval.sequence_loss import row_losses
-from train.online_filter import OnlineConfig, OnlineFilter, Window
-from train.provenance import Place, Visit, visits
+from train.online_filter import OnlineConfig, OnlineFilter, OnlineWindow
+from train.provenance import DocumentSpan, TrainedSequence, visits
 from train.run_directory import load_config, read_lines
 from train.trainer import Trainer
 
@@ -108,7 +108,7 @@ def test_the_comparison_notices_scores_of_another_model(small_corpus, tmp_path):
     run = trainer(tmp_path, "run", overrides(small_corpus, "optimizer.lr=0.5"))
     found = stepped(run, 3)
     filter_ = OnlineFilter(run.config.online, 4, 0, partial(losses_of, run))
-    assert filter_.next(Window(), 0, 3).rows != list(found["windows"][0][1])
+    assert filter_.next(OnlineWindow(), 0, 3).rows != list(found["windows"][0][1])
 
 
 def test_samples_of_ordinals_are_the_rows_of_batches(small_corpus, tmp_path):
@@ -140,7 +140,7 @@ def test_the_comparison_notices_a_lost_window(small_corpus, tmp_path, monkeypatc
     whole = undisturbed(tmp_path, "whole", words)
     stepped(trainer(tmp_path, "cut", words), 3, save_at=3)
     run = trainer(tmp_path, "cut", words)
-    run.window = Window(generation=run.window.generation)
+    run.window = OnlineWindow(generation=run.window.generation)
     assert stepped(run, 7)["windows"] != whole["windows"][3:]
 
 
@@ -202,7 +202,7 @@ def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None
     """Which steps had a document, from the index of rows and from where the loader reads for each row of a window."""
     stored = load_config(directory)
     corpus = prepare(stored.data, silent)
-    read: list[tuple[Visit, int, int]] = []
+    read: list[tuple[TrainedSequence, int, int]] = []
     for phase in phases(stored):
         weights = phase.weights or source_weights(stored, corpus)
         loader = Loader(corpus, phase.context, phase.global_batch, stored.run.seed, phase.name, weights)
@@ -210,14 +210,16 @@ def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None
             for number, (source, start) in enumerate(reads(loader, window["rows"])):
                 step, row = divmod(number, phase.global_batch)
                 if source == "code":
-                    read.append((Visit(phase.name, window["first_step"] + step, row), start, start + phase.context))
+                    read.append(
+                        (TrainedSequence(phase.name, window["first_step"] + step, row), start, start + phase.context)
+                    )
     tokens = np.empty(len(corpus.stream("code", TRAIN)), np.int64)
     corpus.stream("code", TRAIN).read(0, tokens)
     begins, met = np.flatnonzero(tokens == corpus.tokenizer.bos_id).tolist(), 0
     for start, stop in pairwise(begins):
         # a row of inputs [begin, end) has labels (begin, end]; the first token of a document is BOS, which is none
         wanted = [visit for visit, begin, end in read if begin < stop - 1 and end >= start + 1]
-        found = visits(directory, stored, corpus, Place("code", start, stop - start), 11)
+        found = visits(directory, stored, corpus, DocumentSpan("code", start, stop - start), 11)
         assert found == wanted
         met += len(found)
     assert met
@@ -233,7 +235,7 @@ def test_baselines_of_other_tokens_are_refused(small_corpus, tmp_path):
 def test_revive_leaves_one_for_its_height():
     scores = np.arange(100.0)
     filter_ = OnlineFilter(OnlineConfig(every=1, revive=0.99), 8, 0, lambda ordinals: scores[list(ordinals)])
-    window = filter_.next(Window(), 0, 1)
+    window = filter_.next(OnlineWindow(), 0, 1)
     assert window.threshold == 15.0 and 15 in window.rows and len(window.rows) == 8
 
 

@@ -18,7 +18,7 @@ from tests.support.filtering import two_sources
 from tests.support.tiny import TINY
 from train.config import phases
 from train.corpus import source_weights
-from train.provenance import Place, Visit, find_place, visits
+from train.provenance import DocumentSpan, TrainedSequence, find_place, visits
 from train.run_directory import load_config
 
 
@@ -53,7 +53,7 @@ def arguments(folders: dict[str, Any], root: Path, name: str) -> list[str]:
     return [*TINY, *data, rules, *small, f"run.root={root}", f"run.name={name}"]
 
 
-def by_force(directory: Path, corpus: Corpus, place: Place, steps: int) -> list[Visit]:
+def by_force(directory: Path, corpus: Corpus, place: DocumentSpan, steps: int) -> list[TrainedSequence]:
     """Every batch of every step is looked at: a row of it is found in the stream again by its tokens."""
     config, found = load_config(directory), []
     stream = corpus.stream(place.source, TRAIN)
@@ -75,7 +75,7 @@ def by_force(directory: Path, corpus: Corpus, place: Place, steps: int) -> list[
                 if is_mine:
                     begin = where[content.tobytes()]
                     if ((mine > begin) & (mine <= begin + phase.context)).any():
-                        found.append(Visit(phase.name, step, row))
+                        found.append(TrainedSequence(phase.name, step, row))
     return found
 
 
@@ -87,7 +87,7 @@ def test_the_steps_that_trained_on_a_document(run):
         index = pyarrow.parquet.read_table(corpus.directory / f"{source}{DOCUMENTS}").to_pylist()
         for row in index[::4]:
             place = find_place(corpus, row["name"])
-            assert place == Place(source, row["start"], row["tokens"])
+            assert place == DocumentSpan(source, row["start"], row["tokens"])
             found = visits(run, config, corpus, place, 35)
             assert found == by_force(run, corpus, place, 35)
             assert visits(run, config, corpus, place, 9) == [one for one in found if one.step < 9]
@@ -102,8 +102,8 @@ def test_the_steps_that_trained_on_a_document(run):
 
 def test_a_token_counts_in_the_row_where_it_is_a_label():
     """BOS is no label; a document that ends with a row's first token was learnt in the row before."""
-    assert Place("a", 0, 10).rows(5) == (0, 1) and Place("a", 0, 6).rows(5) == (0, 0)
-    assert Place("a", 4, 3).rows(5) == (0, 1) and Place("a", 5, 2).rows(5) == (1, 1)
+    assert DocumentSpan("a", 0, 10).rows(5) == (0, 1) and DocumentSpan("a", 0, 6).rows(5) == (0, 0)
+    assert DocumentSpan("a", 4, 3).rows(5) == (0, 1) and DocumentSpan("a", 5, 2).rows(5) == (1, 1)
 
 
 def test_explain_leads_to_the_steps(run, capsys):

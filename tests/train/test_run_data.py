@@ -15,7 +15,7 @@ from data.loader import IGNORED
 from launch.cli import main
 from tests.support.tiny import EXACT, TINY, config, trainer
 from train.config import check
-from train.online_filter import OnlineConfig, OnlineFilter, Window, candidates
+from train.online_filter import OnlineConfig, OnlineFilter, OnlineWindow, candidates
 
 CODE_LATER = [
     "training.steps=6",
@@ -129,7 +129,7 @@ def test_online_windows_take_no_more_candidates_than_they_are_counted_for(steps,
     settings = OnlineConfig(every=every, keep=0.4, hysteresis=0.3)
     chance = np.random.default_rng(0)
     filter_ = OnlineFilter(settings, 8, 1, lambda ordinals: chance.random(len(ordinals)))
-    window = Window()
+    window = OnlineWindow()
     for step in range(0, steps, every):
         window = filter_.next(window, step, min(every, steps - step))
     assert window.cursor <= candidates(settings, steps, 8)

@@ -25,7 +25,7 @@ def train(root: Path, overrides: list[str], slow: int | None) -> None:
         load = next(iter(run.loaders.values()))
         batch = load.batch
         load.batch = lambda *arguments: (time.sleep(0.1), batch(*arguments))[1]
-    logging = base.Logging(run)
+    logging = base.LoggingCallback(run)
     for step in range(STEADY + 1):
         logging.after_step(step + 1, run.train_step(step))
     del os.environ["SLURMD_NODENAME"]

@@ -27,7 +27,7 @@ from train.eval.generate import GenerateConfig, continue_tokens, model_logits
 from train.loss import token_losses
 from train.metrics import expert_load, peak_memory_bytes
 from train.run_directory import MARKER, committed
-from train.signals import Interruption
+from train.signals import SignalFlag
 from train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -188,7 +188,7 @@ def test_an_older_summary_does_not_make_a_run_finished(tmp_path, small_corpus, m
         raise KeyboardInterrupt
 
     assert train(tmp_path, small_corpus) == 0
-    monkeypatch.setattr(base.Evaluation, "measure", killed)
+    monkeypatch.setattr(base.EvaluationCallback, "measure", killed)
     assert train(tmp_path, small_corpus, PHASE) == 130
     monkeypatch.undo()
     assert train(tmp_path, small_corpus, PHASE) == 0
@@ -252,7 +252,7 @@ def test_generation_sees_the_end_of_a_long_prompt(tmp_path, small_corpus):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_ask_for_an_orderly_end(number):
-    with Interruption() as interruption:
+    with SignalFlag() as interruption:
         assert not interruption.requested
         os.kill(os.getpid(), number)
         assert interruption.requested

@@ -25,7 +25,7 @@ from train.config import Phase
 from train.eval.held_out import HeldOut, held_out_batches, held_out_loss
 from train.eval.sequence_loss import row_losses
 from train.metrics import MetricsWriter, Throughput, expert_load, peak_memory_bytes
-from train.online_filter import OnlineFilter, Window
+from train.online_filter import OnlineFilter, OnlineWindow
 from train.optim.optimizer import OptimizerKind
 from train.run_directory import read_lines
 from train.stragglers import SLOW_HOSTS
@@ -52,17 +52,17 @@ class Callback:
 
 def make(trainer: Trainer) -> Sequence[Callback]:
     """The callbacks of a run in their order: the summary comes last and sees what the others left."""
-    logging = Logging(trainer)
-    evaluation = Evaluation(trainer, logging)
-    found: list[Callback] = [logging, Saving(trainer), evaluation]
+    logging = LoggingCallback(trainer)
+    evaluation = EvaluationCallback(trainer, logging)
+    found: list[Callback] = [logging, CheckpointCallback(trainer), evaluation]
     if trainer.config.online.every:
-        found.insert(0, OnlineFiltering(trainer))
+        found.insert(0, OnlineFilterCallback(trainer))
     if trainer.config.profile.steps:
-        found.append(Profiling(trainer))
-    found.append(Summary(trainer, logging, evaluation))
+        found.append(ProfilerCallback(trainer))
+    found.append(SummaryCallback(trainer, logging, evaluation))
     if trainer.config.logging.report:
         found.append(Report(trainer))
-    return [*found, Farewell(trainer)]
+    return [*found, RunName(trainer)]
 
 
 def refuse_nonsense(metrics: StepMetrics, steps: int) -> None:
@@ -80,7 +80,7 @@ def _nonsense(what: str) -> Diverged:
     return error
 
 
-class OnlineFiltering(Callback):
+class OnlineFilterCallback(Callback):
     """Before every `online.every`-th step of a phase the present model scores what comes next (`train.online_filter`).
     Each window is a line of `online.jsonl`, so that it can be told later which steps trained on a document.
     """
@@ -91,7 +91,7 @@ class OnlineFiltering(Callback):
         if (step - phase.start) % config.every:
             return
         if step == phase.start:
-            window = Window(generation=window.generation)
+            window = OnlineWindow(generation=window.generation)
         key = key_of(trainer.config.run.seed, "online", phase.name)
         filter_ = OnlineFilter(config, phase.global_batch, key, partial(self._losses, phase))
         before = trainer.paused_s
@@ -122,7 +122,7 @@ class OnlineFiltering(Callback):
         return found.cpu().numpy()
 
 
-class Logging(Callback):
+class LoggingCallback(Callback):
     """Reads the tensors, writes a line, and refuses to go on from what is no number."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -216,12 +216,12 @@ class Logging(Callback):
         return "  ".join(parts)
 
 
-class Evaluation(Callback):
+class EvaluationCallback(Callback):
     """Held-out loss every so often and at the end."""
 
     result: HeldOut | None = None
 
-    def __init__(self, trainer: Trainer, logging: Logging) -> None:
+    def __init__(self, trainer: Trainer, logging: LoggingCallback) -> None:
         super().__init__(trainer)
         self.logging = logging
 
@@ -255,7 +255,7 @@ class Evaluation(Callback):
         )
 
 
-class Saving(Callback):
+class CheckpointCallback(Callback):
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
         every = self.trainer.config.checkpoint.every
         if every and steps % every == 0 and steps != self.trainer.steps:
@@ -268,7 +268,7 @@ class Saving(Callback):
         self.trainer.checkpointer.wait()
 
 
-class Profiling(Callback):
+class ProfilerCallback(Callback):
     """A trace of chosen steps for chrome://tracing or Perfetto and a table of operators by memory; on a GPU, if asked
     for, PyTorch's memory snapshot for pytorch.org/memory_viz. One file set per step, from rank 0.
     """
@@ -305,10 +305,10 @@ class Profiling(Callback):
         self._profiler = None
 
 
-class Summary(Callback):
+class SummaryCallback(Callback):
     """The closing figures, in summary.json and in the terminal."""
 
-    def __init__(self, trainer: Trainer, logging: Logging, evaluation: Evaluation) -> None:
+    def __init__(self, trainer: Trainer, logging: LoggingCallback, evaluation: EvaluationCallback) -> None:
         super().__init__(trainer)
         self.logging, self.evaluation = logging, evaluation
 
@@ -386,7 +386,7 @@ class Report(Callback):
             trainer.log(f"no report: {error}")
 
 
-class Farewell(Callback):
+class RunName(Callback):
     """The last line names the run."""
 
     def at_end(self) -> None:

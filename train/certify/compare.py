@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel.sharding import Block
+from parallel.sharding import ShardBlock
 from precision.config import Compute
-from train.certify.worker import Blocks, Case, Figures
+from train.certify.worker import Blocks, CertifyCase, RankResults
 
 EXACT, LOSS_FP32, GRADIENT_FP32 = 1e-9, 5e-6, 1e-5
 """Gates: the largest difference, relative for all but the float32 loss (nats)."""
@@ -35,7 +35,7 @@ class Comparison:
         return self.largest <= self.gate and self.first is None
 
 
-def compare(name: str, wanted: Figures, found: Sequence[Figures], case: Case) -> Iterator[Comparison]:
+def compare(name: str, wanted: RankResults, found: Sequence[RankResults], case: CertifyCase) -> Iterator[Comparison]:
     """Every figure of a run against one process's; each rank's is compared, the largest difference counts."""
     narrow = case.precision.compute is not Compute.float64
     loss, gate = gates(case)
@@ -56,19 +56,19 @@ def compare(name: str, wanted: Figures, found: Sequence[Figures], case: Case) ->
     yield Comparison(f"{name}: routers' state", largest, EXACT)
 
 
-def gates(case: Case) -> tuple[float, float]:
+def gates(case: CertifyCase) -> tuple[float, float]:
     """For losses, and for all else."""
     return (EXACT, EXACT) if case.precision.compute is Compute.float64 else (LOSS_FP32, GRADIENT_FP32)
 
 
-def tail(name: str, wanted: Figures, found: Sequence[Figures], case: Case) -> Iterator[Comparison]:
+def tail(name: str, wanted: RankResults, found: Sequence[RankResults], case: CertifyCase) -> Iterator[Comparison]:
     """What a resumed run ends with against the run that was not interrupted."""
     loss, gate = gates(case)
     yield Comparison(f"{name}: loss", max(_relative(f.loss[-1], wanted.loss[-1]) for f in found), loss)
     yield blocks(f"{name}: weights", wanted.weights, [f.weights for f in found], gate)
 
 
-def series(key: str, wanted: Figures, found: Sequence[Figures], relative: bool = True) -> float:
+def series(key: str, wanted: RankResults, found: Sequence[RankResults], relative: bool = True) -> float:
     pairs = [pair for f in found for pair in zip(getattr(f, key), getattr(wanted, key), strict=True)]
     return max(_relative(a, b) if relative else _number(abs(a - b)) for a, b in pairs)
 
@@ -97,20 +97,20 @@ def blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: float) -> C
 
 def joined(ranks: Iterable[Blocks]) -> Blocks:
     """Whole tensors out of the blocks of all ranks; what is missing is no number."""
-    found: dict[str, list[tuple[Block, Tensor]]] = {}
+    found: dict[str, list[tuple[ShardBlock, Tensor]]] = {}
     for rank in ranks:
         for parameter, some in rank.items():
             found.setdefault(parameter, []).extend(some)
     return {parameter: [_whole(some)] for parameter, some in found.items()}
 
 
-def _whole(some: Sequence[tuple[Block, Tensor]]) -> tuple[Block, Tensor]:
+def _whole(some: Sequence[tuple[ShardBlock, Tensor]]) -> tuple[ShardBlock, Tensor]:
     ends = zip(*([o + s for o, s in zip(b.offset, b.shape, strict=True)] for b, _ in some), strict=True)
     shape = tuple(max(sizes) for sizes in ends)
     tensor = torch.full(shape, torch.nan, dtype=torch.float64)
     for block, part in some:
         tensor[tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))] = part.double()
-    return Block((0,) * len(shape), shape), tensor
+    return ShardBlock((0,) * len(shape), shape), tensor
 
 
 def worst(name: str, differences: Mapping[str, float], gate: float) -> Comparison:

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from parallel.layout import Layout, ParallelConfig
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
 from train.certify.compare import Comparison, compare, distances, series, worst
-from train.certify.worker import Case, Figures, Ranks, measure_all
+from train.certify.worker import CertifyCase, RankResults, Ranks, measure_all
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 SIDE, ROWS = 128, 4
@@ -58,11 +58,11 @@ def same_tiles(recipe: Recipe, layout: Layout) -> list[Products]:
     return [products for products in Products if products is not Products.expert or same_tokens]
 
 
-def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> dict[str, Case]:
+def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> dict[str, CertifyCase]:
     emulated = replace(precision, backend=Backend.reference, compute=Compute.float64)
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     context = 2 * SIDE * layout.cp  # under cp a rank has a run from the head of a row and one from its tail
-    every = Case(model, emulated, sgd, context=context, rows=ROWS * layout.rows, imitates=layout.rows)
+    every = CertifyCase(model, emulated, sgd, context=context, rows=ROWS * layout.rows, imitates=layout.rows)
     same = same_tiles(recipe_of(precision), layout)
     kept = [products for products in precision.float8 if products in same]
     alike = {_SAME: replace(every, precision=replace(emulated, float8=kept))} if kept else {}
@@ -81,7 +81,7 @@ def recipe_of(precision: PrecisionConfig) -> Recipe:
     return precision.recipe.on(torch.device("cpu"))
 
 
-def _no_larger_error(exact: Figures, alone: Figures, found: Sequence[Figures]) -> Iterator[Comparison]:
+def _no_larger_error(exact: RankResults, alone: RankResults, found: Sequence[RankResults]) -> Iterator[Comparison]:
     yield Comparison(f"{_ANY}: loss", series("loss", alone, found), LOSS)
     yield Comparison(f"{_ANY}: gradient norm", series("norm", alone, found), NORM)
     usual = distances(exact.gradients, [alone.gradients])

@@ -29,11 +29,11 @@ from parallel import expert_parallel
 from parallel.deepspeed import zero12
 from parallel.deepspeed.config import Offload, ZeroConfig
 from parallel.layout import AUTO, DEGREES, ContextMethod, EngineKind, ParallelConfig, Reduce
-from parallel.pipeline.stages import Schedule, stages
+from parallel.pipeline.stages import PipelineSchedule, stages
 from precision.config import Compute, PrecisionConfig
 from train.certify import fp8
 from train.certify.compare import Comparison, compare, joined, tail
-from train.certify.worker import CONTEXT, ROWS, Case, Figures, Ranks, measure_all, micro_batch
+from train.certify.worker import CONTEXT, ROWS, CertifyCase, RankResults, Ranks, measure_all, micro_batch
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 MOST_RANKS, MOST_STEPS = 8, 20
@@ -163,10 +163,12 @@ def _raised(error: RankFailure) -> str:
     return f"a rank raised: {str(error).strip().splitlines()[-1]}"
 
 
-def _try(trial: Trial, cases: dict[str, Case], own: Path, wanted: dict[str, Figures], ranks: Ranks) -> Outcome:
+def _try(
+    trial: Trial, cases: dict[str, CertifyCase], own: Path, wanted: dict[str, RankResults], ranks: Ranks
+) -> Outcome:
     """One layout's run, saved in `own`, and its checkpoint resumed by one process."""
     try:
-        found: list[dict[str, Figures]] = ranks(trial.ranks, measure_all, trial.parallel, cases)
+        found: list[dict[str, RankResults]] = ranks(trial.ranks, measure_all, trial.parallel, cases)
         alone = replace(cases["resumed"], resume=own)
         (resharded,) = ranks(1, measure_all, ParallelConfig(), {"resharded": alone})
     except RankFailure as error:  # that is a finding, too
@@ -183,7 +185,7 @@ def _try(trial: Trial, cases: dict[str, Case], own: Path, wanted: dict[str, Figu
     return Outcome(trial, comparisons)
 
 
-def _in_bfloat16(trial: Trial, case: Case, ranks: Ranks) -> Iterator[Comparison]:
+def _in_bfloat16(trial: Trial, case: CertifyCase, ranks: Ranks) -> Iterator[Comparison]:
     """One step of a bf16 model, its gradients summed over many micro-batches, under either engine."""
     cases = {"bfloat16": replace(case, precision=PrecisionConfig(Compute.bfloat16), steps=1)}
     twin = replace(trial.parallel, engine=EngineKind.fsdp2, zero=ZeroConfig())
@@ -209,11 +211,11 @@ def _cases(
     save: Path,
     resume: Path | None,
     compute: Compute = Compute.float64,
-) -> dict[str, Case]:
+) -> dict[str, CertifyCase]:
     """The runs that are compared, by name; `resumed` only where there is a checkpoint to resume."""
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
-    base = Case(replace(model, balance=_TERMS), PrecisionConfig(compute), sgd)
+    base = CertifyCase(replace(model, balance=_TERMS), PrecisionConfig(compute), sgd)
     learning = replace(base, model=whole, optimizer=optimizer, clip_norm=0.05, steps=steps)
     cases = {
         "sgd": replace(base, steps=steps),
@@ -292,7 +294,7 @@ def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: Parallel
         wanted["dp_shard"] += 1
     changed: dict[str, Any] = {**wanted, "layers_per_stage": None}
     if wanted["pp"] == 1:
-        changed |= {"schedule": Schedule.one_f_one_b, "stages_per_rank": None}
+        changed |= {"schedule": PipelineSchedule.one_f_one_b, "stages_per_rank": None}
     return Trial(axes, replace(parallel, **changed), wanted["pp"] * wanted["dp_replicate"] * spread)
 
 

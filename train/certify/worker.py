@@ -17,12 +17,12 @@ from torch import Tensor
 from data.loader import IGNORED, Batch
 from model.balancer import Balancer
 from model.config import ModelConfig
-from model.load_balance import Balance
+from model.load_balance import RouterBalance
 from parallel.comm.world import World, connect
 from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import Meshes, make_meshes
 from parallel.parallelize import build
-from parallel.sharding import Block, Stored
+from parallel.sharding import LocalShard, ShardBlock
 from precision.config import PrecisionConfig
 from train.checkpoint.manager import Checkpointer
 from train.engine.base import optimizer_step
@@ -36,7 +36,7 @@ _SOURCE, _HELD_OUT = "made up", 5
 
 
 @dataclass(frozen=True)
-class Case:
+class CertifyCase:
     """A short run. `labels=False`: the language-model loss is left out, so that what remains are the balancing terms.
     `starve`: half of the experts get no tokens. `resume`: a directory to go on from, `save`: where to save before the
     last step. `imitates`: micro-batches are made of one row of each of so many data-parallel ranks, by one process too.
@@ -67,12 +67,12 @@ def micro_batch(layout: Layout) -> int:
     return 1 if layout.pp > 1 else 2
 
 
-Blocks = dict[str, list[tuple[Block, Tensor]]]
+Blocks = dict[str, list[tuple[ShardBlock, Tensor]]]
 """A rank's blocks of tensors, by parameter."""
 
 
 @dataclass
-class Figures:
+class RankResults:
     """By step: loss, gradient norm, tokens per expert, balancing terms. Then this rank's blocks of the first step's
     gradients and of the last weights, the routers' state, and the held-out loss.
     """
@@ -115,7 +115,7 @@ class MadeUpRows:
         return unordered.batch(1 << 20, start, stop)
 
 
-class Watched:
+class RecordingEngine:
     """What `optimizer_step` asks of an engine; the gradients of the first step are kept as they are before clipping."""
 
     def __init__(self, engine: Engine) -> None:
@@ -130,7 +130,7 @@ class Watched:
         return self.engine.clip(limit) if limit is not None else norm
 
 
-def kept(blocks: Iterable[Stored]) -> Blocks:
+def kept(blocks: Iterable[LocalShard]) -> Blocks:
     """Copies of a rank's blocks, by parameter."""
     found: Blocks = {}
     for one in blocks:
@@ -139,11 +139,11 @@ def kept(blocks: Iterable[Stored]) -> Blocks:
     return found
 
 
-def measure(case: Case, world: World, meshes: Meshes) -> Figures:
+def measure(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     """Run `case` on this rank."""
     placed = build(case.model, case.precision, meshes, world.device, SEED)
     model, inner = placed.model, make_engine(placed, case.optimizer, SEED)
-    engine, found = Watched(inner), Figures()
+    engine, found = RecordingEngine(inner), RankResults()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
     rows, begin, share = _rows(case, meshes), 0, case.rows // meshes.rows.size
     size = case.imitates // meshes.rows.size if case.imitates else micro_batch(meshes.layout)
@@ -173,14 +173,14 @@ def measure(case: Case, world: World, meshes: Meshes) -> Figures:
     return found
 
 
-def _rows(case: Case, meshes: Meshes) -> MadeUpRows:
+def _rows(case: CertifyCase, meshes: Meshes) -> MadeUpRows:
     order = np.arange(case.rows)
     if case.imitates and meshes.rows.size == 1:
         order = order.reshape(case.imitates, -1).T.flatten()  # the first rows of all ranks, the second ones, ...
     return MadeUpRows(case.model.vocab_size, case.context, order.tolist())
 
 
-def measure_all(parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str, Figures]:
+def measure_all(parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
     """Run all `cases` on this rank of the present world, folded as `parallel` says."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
@@ -189,7 +189,7 @@ def measure_all(parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str
 
 def _starve(model: torch.nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, Balance):
+        if isinstance(module, RouterBalance):
             module.bias_E[: len(module.bias_E) // 2] = -1e9
 
 

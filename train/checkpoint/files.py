@@ -39,7 +39,7 @@ class Damaged(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardLocation:
     """Where a piece lies and what it must hash to. DCP keeps it in `.metadata` under the piece's index."""
 
     file: str
@@ -87,7 +87,7 @@ class PlainWriter(BlockingAsyncStager, dcp.StorageWriter):
                 for block in _blocks(content):
                     digest.update(block)
                     _write_all(file, block)
-                place = Place(name, offset, len(content), digest.hexdigest())
+                place = ShardLocation(name, offset, len(content), digest.hexdigest())
                 results.append(WriteResult(index=item.index, size_in_bytes=len(content), storage_data=place))
                 offset += len(content)
             if is_local(self.directory):
@@ -103,7 +103,7 @@ class PlainReader(dcp.StorageReader):
 
     def __init__(self, path: Path) -> None:
         self.directory = path
-        self.storage_data: dict[MetadataIndex, Place] = {}
+        self.storage_data: dict[MetadataIndex, ShardLocation] = {}
         self.pieces: dict[MetadataIndex, tuple[torch.dtype, torch.Size]] = {}
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -130,7 +130,7 @@ class PlainReader(dcp.StorageReader):
         return True
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        read: tuple[Place, Tensor] | None = None  # the last piece that was wanted in parts
+        read: tuple[ShardLocation, Tensor] | None = None  # the last piece that was wanted in parts
         for place, item in sorted(
             ((self.storage_data[item.storage_index], item) for item in plan.items),
             key=lambda pair: (pair[0].file, pair[0].offset),
@@ -156,7 +156,7 @@ class PlainReader(dcp.StorageReader):
             planner.commit_tensor(item, target)
         return _done(None)
 
-    def _read(self, place: Place, into: memoryview) -> None:
+    def _read(self, place: ShardLocation, into: memoryview) -> None:
         digest = xxhash.xxh3_128()
         with open_raw(self.directory / place.file, "rb") as file:
             file.seek(place.offset)

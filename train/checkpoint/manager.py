@@ -25,8 +25,8 @@ from core.errors import CheckpointError
 from core.files import read_json, remove_tree, write_json
 from parallel.comm.world import World
 from train.checkpoint.files import METADATA, Damaged, PlainReader, PlainWriter
-from train.checkpoint.state import Part, PartsLoadPlanner, PartsSavePlanner, written
-from train.run_directory import MARKER, Found, committed
+from train.checkpoint.state import ShardLoadPlanner, ShardSavePlanner, TensorShard, written
+from train.run_directory import MARKER, CommittedCheckpoint, committed
 
 PROGRESS = "progress.json"
 FAILURES = (Exception, dcp.CheckpointException)  # every store has errors of its own; DCP's is no `Exception`
@@ -64,7 +64,7 @@ class Checkpointer:
         # saving in the background must not share a communicator with the step
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
-    def save(self, step: int, state: Sequence[Part], progress: dict[str, Any]) -> None:
+    def save(self, step: int, state: Sequence[TensorShard], progress: dict[str, Any]) -> None:
         """Write `state` after `step` steps; returns as soon as it has been copied where saving is asynchronous.
 
         A failure to write (a full disk) is reported and the run goes on with its older checkpoints.
@@ -74,7 +74,7 @@ class Checkpointer:
         writer = CommittedWriter(path, {"step": step, **progress})
         options: dict[str, Any] = {
             "storage_writer": writer,
-            "planner": PartsSavePlanner(state),
+            "planner": ShardSavePlanner(state),
             "process_group": self._group,
         }
         try:
@@ -107,7 +107,7 @@ class Checkpointer:
             return True
         return self.world.from_main((path / MARKER).exists) and path not in self._damaged
 
-    def restore(self, state: Sequence[Part]) -> dict[str, Any] | None:
+    def restore(self, state: Sequence[TensorShard]) -> dict[str, Any] | None:
         """Read the newest whole checkpoint into `state`, in place; returns its progress.
 
         One that is damaged is reported and the next older one is tried. None where there is no committed one; raises
@@ -173,7 +173,7 @@ def progress_of(checkpoint: Path) -> dict[str, Any]:
     return read_json(checkpoint / PROGRESS)
 
 
-def load(found: Found, state: Sequence[Part]) -> list[str]:
+def load(found: CommittedCheckpoint, state: Sequence[TensorShard]) -> list[str]:
     """Read a checkpoint into `state`, in place, verifying every byte read.
 
     Returns what was found damaged on any rank, the same on every rank; tensors are undefined unless it is empty.
@@ -182,7 +182,7 @@ def load(found: Found, state: Sequence[Part]) -> list[str]:
         dcp.load(
             {part.key: part.tensor for part in state},
             storage_reader=PlainReader(found.path),
-            planner=PartsLoadPlanner(state),
+            planner=ShardLoadPlanner(state),
         )
     except dcp.CheckpointException as error:
         for inner, _ in error.failures.values():

@@ -22,7 +22,7 @@ from core.errors import CheckpointError
 from core.files import write_text
 from model.config import ModelConfig
 from model.tensor_source import TensorSource, blocks, parameter_shapes
-from train.checkpoint.files import Damaged, Place, PlainReader, read_exactly
+from train.checkpoint.files import Damaged, PlainReader, ShardLocation, read_exactly
 from train.checkpoint.manager import CommittedWriter, problems
 from train.checkpoint.state import block_item
 
@@ -44,7 +44,7 @@ class StoredModel:
             raise CheckpointError(f"{checkpoint} is damaged: {wrong[0]}")
         self.checkpoint, self.config = checkpoint, config
         metadata = PlainReader(checkpoint).read_metadata()
-        self._places: dict[MetadataIndex, Place] = metadata.storage_data
+        self._places: dict[MetadataIndex, ShardLocation] = metadata.storage_data
         self._entries: dict[str, TensorStorageMetadata] = {
             name.removeprefix("model."): entry
             for name, entry in metadata.state_dict_metadata.items()
@@ -52,7 +52,7 @@ class StoredModel:
         }
         self.shapes = parameter_shapes(config)
         self.dtypes = {name: self._entry(name).properties.dtype for name in self.shapes}
-        self._verified: set[Place] = set()
+        self._verified: set[ShardLocation] = set()
 
     def selection_biases(self) -> dict[str, Tensor]:
         """The biases by which each router's choice is moved, [E], by their buffers' names."""
@@ -104,7 +104,7 @@ class StoredModel:
             raise CheckpointError(f"{self.checkpoint} is damaged: {error}") from None
         return rows
 
-    def _verify(self, place: Place) -> None:
+    def _verify(self, place: ShardLocation) -> None:
         if place in self._verified:
             return
         digest = xxhash.xxh3_128()

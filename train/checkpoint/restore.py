@@ -14,7 +14,7 @@ from parallel.comm.world import World
 from parallel.deepspeed.config import ZeroConfig
 from parallel.layout import EngineKind, Layout, ParallelConfig
 from parallel.mesh import make_meshes
-from parallel.parallelize import Placed, build
+from parallel.parallelize import ParallelModel, build
 from precision.config import Backend
 from train.checkpoint.manager import Checkpointer
 from train.checkpoint.state import run_state
@@ -24,9 +24,9 @@ from train.run_directory import RunDirectory, committed, load_config
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredRun:
     config: TrainConfig
-    placed: Placed
+    placed: ParallelModel
     corpus: Corpus
     step: int
 
@@ -42,7 +42,7 @@ class Restored:
         return source_weights(self.config, self.corpus)
 
 
-def restore(directory: Path, world: World, backend: Backend | None = None) -> Restored:
+def restore(directory: Path, world: World, backend: Backend | None = None) -> RestoredRun:
     """The model of the run's newest whole checkpoint and the corpus it was trained on. `backend`: who multiplies; None:
     as in training.
     """
@@ -60,7 +60,7 @@ def restore(directory: Path, world: World, backend: Backend | None = None) -> Re
     progress = checkpointer.restore(run_state(placed.model, None, placed.specs)) or {}
     check_same_data(progress, corpus)
     placed.model.see_positions(phase_of(config, progress["step"]).model)
-    return Restored(config, placed, corpus, progress["step"])
+    return RestoredRun(config, placed, corpus, progress["step"])
 
 
 def _report(world: World, line: str) -> None:

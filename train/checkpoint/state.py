@@ -27,7 +27,7 @@ from parallel.sharding import ShardSpec, local
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorShard:
     """This rank's block, beginning at `offset`, of the tensor `name` of `shape`; `writes`: whether it stores it."""
 
     name: str
@@ -55,7 +55,7 @@ def run_state(
     optimizer: torch.optim.Optimizer | None,
     specs: Mapping[str, ShardSpec] | None = None,
     writes_buffers: bool = True,
-) -> list[Part]:
+) -> list[TensorShard]:
     """Everything a run must keep, sharing storage with the model and the optimizer.
 
     Without `specs` the model is one process's own. `writes_buffers`: whether this rank stores what is no parameter.
@@ -73,29 +73,29 @@ def run_state(
     return found
 
 
-def buffers(model: nn.Module, writes: bool) -> list[Part]:
+def buffers(model: nn.Module, writes: bool) -> list[TensorShard]:
     """What a model keeps that is no parameter, the same on every rank that has it."""
     trained = {name for name, _ in model.named_parameters()}
     return [
-        Part(f"model.{name}", tensor, tuple(tensor.shape), (0,) * tensor.dim(), writes)
+        TensorShard(f"model.{name}", tensor, tuple(tensor.shape), (0,) * tensor.dim(), writes)
         for name, tensor in model.state_dict().items()
         if name not in trained
     ]
 
 
-def _part(name: str, tensor: Tensor, spec: ShardSpec | None, writes: bool) -> Part:
+def _part(name: str, tensor: Tensor, spec: ShardSpec | None, writes: bool) -> TensorShard:
     part = local(tensor.detach())
     if spec is None:
-        return Part(name, part, tuple(part.shape), (0,) * part.dim(), writes)
+        return TensorShard(name, part, tuple(part.shape), (0,) * part.dim(), writes)
     if part.dim() == 0:  # a step count: the same for the whole parameter
-        return Part(name, part, (), (), spec.is_first)
-    return Part(name, part, tuple(spec.info.shape), spec.stored.offset, spec.is_owner)
+        return TensorShard(name, part, (), (), spec.is_first)
+    return TensorShard(name, part, tuple(spec.info.shape), spec.stored.offset, spec.is_owner)
 
 
-class PartsSavePlanner(DefaultSavePlanner):
+class ShardSavePlanner(DefaultSavePlanner):
     """Plans the blocks that this rank writes. The state dict to save is `written(parts)`."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[TensorShard]) -> None:
         super().__init__(flatten_state_dict=False)
         self.parts = [part for part in parts if _is_written(part)]
 
@@ -107,12 +107,12 @@ class PartsSavePlanner(DefaultSavePlanner):
         return self.state_dict[_key(index.fqn, index.offset or ())]
 
 
-def written(parts: Sequence[Part]) -> dict[str, Tensor]:
+def written(parts: Sequence[TensorShard]) -> dict[str, Tensor]:
     """The tensors that this rank stores, by `Part.key`."""
     return {part.key: part.tensor for part in parts if _is_written(part)}
 
 
-def _is_written(part: Part) -> bool:
+def _is_written(part: TensorShard) -> bool:
     return part.writes and part.tensor.numel() > 0
 
 
@@ -122,12 +122,12 @@ def block_item(name: str, chunk: ChunkStorageMetadata, shape: tuple[int, ...], d
     return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
-class PartsLoadPlanner(DefaultLoadPlanner):
+class ShardLoadPlanner(DefaultLoadPlanner):
     """Reads this rank's blocks, whoever wrote them. Raises `CheckpointError` where a tensor is not there or has
     another shape.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[TensorShard]) -> None:
         super().__init__(flatten_state_dict=False)
         self.parts = {part.key: part for part in parts}
 

@@ -14,26 +14,26 @@ from parallel.deepspeed.offload import PagedAdamW
 from parallel.deepspeed.zero3 import Zero3
 from parallel.deepspeed.zero12 import Sharded, Zero
 from parallel.layout import EngineKind
-from parallel.parallelize import Placed
-from parallel.sharding import Stored, initialise, sum_copies
-from train.checkpoint.state import Part, buffers
-from train.engine.fsdp import Engine, Steps, TorchEngine
+from parallel.parallelize import ParallelModel
+from parallel.sharding import LocalShard, initialise, sum_copies
+from train.checkpoint.state import TensorShard, buffers
+from train.engine.fsdp import Engine, EngineBase, TorchEngine
 from train.optim.optimizer import OptimizerConfig, elementwise, prime, role_groups, set_learning_rate
 
 
-def make_engine(placed: Placed, config: OptimizerConfig, seed: int) -> Engine:
+def make_engine(placed: ParallelModel, config: OptimizerConfig, seed: int) -> Engine:
     """The engine that the layout asks for. `seed`: of the initial weights."""
     if placed.meshes.layout.engine is EngineKind.deepspeed:
         return ZeroEngine(placed, config, seed)
     return TorchEngine(placed, config)
 
 
-class ZeroEngine(Steps):
+class ZeroEngine(EngineBase):
     """The model holds what it computes with, whole on every data-parallel rank up to stage 2; fp32 weights,
     moments and summed gradients lie in ranges of each parameter's elements, this rank's share of them.
     """
 
-    def __init__(self, placed: Placed, config: OptimizerConfig, seed: int) -> None:
+    def __init__(self, placed: ParallelModel, config: OptimizerConfig, seed: int) -> None:
         super().__init__(placed)
         model, specs, meshes = placed.model, placed.specs, placed.meshes
         groups, self.stage = role_groups(model, specs, config), meshes.layout.zero_stage
@@ -72,13 +72,13 @@ class ZeroEngine(Steps):
         set_learning_rate(self.zero.param_groups, learning_rate_factor)
         self.zero.step()
 
-    def gradients(self) -> Iterator[Stored]:
+    def gradients(self) -> Iterator[LocalShard]:
         return self.zero.gradients()
 
-    def weights(self) -> Iterator[Stored]:
+    def weights(self) -> Iterator[LocalShard]:
         return self.zero.weights()
 
-    def state(self) -> list[Part]:
+    def state(self) -> list[TensorShard]:
         found = buffers(self.placed.model, self.meshes.is_first_of_stage)
         for one in self.zero.slices:
             found += _parts(f"model.{one.spec.info.name}", one, one.masters)
@@ -99,9 +99,9 @@ def make_inner(groups: list[dict[str, Any]], config: OptimizerConfig, offload: O
     return PagedAdamW(groups, {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0})
 
 
-def _parts(name: str, one: Any, held: Tensor) -> list[Part]:
+def _parts(name: str, one: Any, held: Tensor) -> list[TensorShard]:
     spec = one.spec
     if held.dim() == 0:  # a step count, of a whole group
-        return [Part(name, held, (), (), spec.is_owner and one.start == 0 and not any(spec.computed.offset))]
+        return [TensorShard(name, held, (), (), spec.is_owner and one.start == 0 and not any(spec.computed.offset))]
     shape = tuple(spec.info.shape)
-    return [Part(name, values, shape, block.offset, spec.is_owner) for block, values in one.of(held)]
+    return [TensorShard(name, values, shape, block.offset, spec.is_owner) for block, values in one.of(held)]

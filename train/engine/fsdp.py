@@ -11,10 +11,10 @@ from torch import Tensor
 from data.loader import Batch
 from model.attention.plan import SequenceContext
 from parallel.grad_norm import gradient_norm, scale_gradients
-from parallel.parallelize import Placed
+from parallel.parallelize import ParallelModel
 from parallel.pipeline.runtime import Pipeline
-from parallel.sharding import Stored, local, stored, sum_copies
-from train.checkpoint.state import Part, run_state
+from parallel.sharding import LocalShard, local, stored, sum_copies
+from train.checkpoint.state import TensorShard, run_state
 from train.loss import label_count, summed_loss
 from train.optim.optimizer import OptimizerConfig, make_optimizer, prime, set_learning_rate
 
@@ -40,19 +40,19 @@ class Updates(Protocol):
 class Engine(Updates, Protocol):
     """Beside the steps, what they work on."""
 
-    placed: Placed
+    placed: ParallelModel
 
-    def gradients(self) -> Iterator[Stored]:
+    def gradients(self) -> Iterator[LocalShard]:
         """This rank's blocks of the step's gradients; between `forward_backward` and `step`. All ranks' blocks
         together are every parameter's gradient, some blocks several times.
         """
         ...
 
-    def weights(self) -> Iterator[Stored]:
+    def weights(self) -> Iterator[LocalShard]:
         """This rank's blocks of the weights that are updated, to be read or written; call `written` after writing."""
         ...
 
-    def state(self) -> list[Part]:
+    def state(self) -> list[TensorShard]:
         """Everything that a checkpoint must keep, sharing storage; call `written` after writing."""
         ...
 
@@ -61,10 +61,10 @@ class Engine(Updates, Protocol):
         ...
 
 
-class Steps:
+class EngineBase:
     """What all engines do alike: the passes over a step's micro-batches, whatever keeps the gradients."""
 
-    def __init__(self, placed: Placed) -> None:
+    def __init__(self, placed: ParallelModel) -> None:
         self.placed, self.meshes, self.device = placed, placed.meshes, placed.device
         self.pipeline = None
         if self.meshes.pp.size > 1:
@@ -121,10 +121,10 @@ class Steps:
         raise NotImplementedError
 
 
-class TorchEngine(Steps):
+class TorchEngine(EngineBase):
     """Engine for a model on one device or laid out by FSDP2 and pipelines."""
 
-    def __init__(self, placed: Placed, config: OptimizerConfig) -> None:
+    def __init__(self, placed: ParallelModel, config: OptimizerConfig) -> None:
         super().__init__(placed)
         self.optimizer = make_optimizer(placed.model, placed.specs, config, placed.meshes)
 
@@ -142,15 +142,15 @@ class TorchEngine(Steps):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def gradients(self) -> Iterator[Stored]:
+    def gradients(self) -> Iterator[LocalShard]:
         for name, parameter in self.placed.model.named_parameters():
             assert parameter.grad is not None, f"{name} has no gradient"
-            yield Stored(self.placed.specs[name], self.placed.specs[name].stored, local(parameter.grad))
+            yield LocalShard(self.placed.specs[name], self.placed.specs[name].stored, local(parameter.grad))
 
-    def weights(self) -> Iterator[Stored]:
+    def weights(self) -> Iterator[LocalShard]:
         return stored(self.placed.model, self.placed.specs)
 
-    def state(self) -> list[Part]:
+    def state(self) -> list[TensorShard]:
         prime(self.optimizer)
         placed = self.placed
         return run_state(placed.model, self.optimizer, placed.specs, self.meshes.is_first_of_stage)

@@ -37,7 +37,7 @@ _LOOK_AHEAD = (1 << 14, 1 << 18)
 
 
 @dataclass(frozen=True)
-class Seen:
+class TrainedTexts:
     """`sample`: hashes of the texts of some training documents, out of `documents`, of the run `name`."""
 
     name: str
@@ -70,7 +70,7 @@ def check_unseen(name: str, records: Iterable[Record]) -> str | None:
     return f"{name} was trained on about {share:.2%} of the records: {advice}" if share else None
 
 
-def seen_by(directory: Path, size: int = SAMPLE) -> Seen:
+def seen_by(directory: Path, size: int = SAMPLE) -> TrainedTexts:
     """Documents that a run trains on, out of its corpus, which must still be there: all of them, or about `size` spread
     over it.
     """
@@ -85,7 +85,7 @@ def seen_by(directory: Path, size: int = SAMPLE) -> Seen:
         for ids in some:
             sampled += 1
             found.add(text_hash(corpus.tokenizer.decode(ids.tolist())))
-    return Seen(str(directory), frozenset(found), sampled, total)
+    return TrainedTexts(str(directory), frozenset(found), sampled, total)
 
 
 def every(stream: TokenStream, specials: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -16,7 +16,7 @@ import torch
 from core.errors import ConfigError
 from model.transformer import Transformer
 from parallel.comm.world import World, connect
-from parallel.parallelize import Placed
+from parallel.parallelize import ParallelModel
 from parallel.vocab_parallel_loss import whole_logits
 from precision.config import Backend
 
@@ -74,7 +74,7 @@ def model_logits(model: Transformer, tokens: list[int]) -> torch.Tensor:
     return model(torch.tensor([tokens], device=device))[0, -1]
 
 
-def placed_logits(placed: Placed, tokens: list[int]) -> torch.Tensor:
+def placed_logits(placed: ParallelModel, tokens: list[int]) -> torch.Tensor:
     """The same, of a model on many ranks, on every rank. The row is made as long as the layout needs; nothing looks
     ahead.
     """

@@ -16,8 +16,8 @@ from core.errors import ConfigError, DataError, check_numbers
 from data.loader import Batch
 from parallel.comm.world import World, connect
 from parallel.fsdp import release
-from parallel.mesh import Axis
-from parallel.parallelize import Placed
+from parallel.mesh import MeshAxis
+from parallel.parallelize import ParallelModel
 from precision.config import Backend
 from train.loss import IGNORED, token_losses
 
@@ -61,7 +61,7 @@ class HeldOutRows(Protocol):
 
 @torch.no_grad()
 def held_out_loss(
-    placed: Placed,
+    placed: ParallelModel,
     loader: HeldOutRows,
     bytes_V: Tensor,
     rows: int,
@@ -102,7 +102,7 @@ def held_out_batches(loader: HeldOutRows, source: str, rows: int, micro_batch: i
         yield loader.held_out(source, start, min(start + micro_batch, available))
 
 
-def _share(loader: HeldOutRows, source: str, rows: int, micro_batch: int, axis: Axis) -> Iterator[Batch]:
+def _share(loader: HeldOutRows, source: str, rows: int, micro_batch: int, axis: MeshAxis) -> Iterator[Batch]:
     """This rank's micro-batches. Every rank runs the model equally often and on equally many rows (a sharded model
     gathers together): what its share lacks a rank fills up with a row whose labels are all ignored.
     """
@@ -120,7 +120,7 @@ def filled(batch: Batch | None, full: Batch) -> Batch:
     return spare if batch is None else batch.joined(spare)
 
 
-def _sums(placed: Placed, batch: Batch, bytes_V: Tensor) -> Tensor:
+def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:
     """Nats, tokens and bytes of what this rank has of a batch; zeros where another rank counts it."""
     meshes, share = placed.meshes, placed.share(batch.tokens_BT.shape[1])
     context = placed.context(batch.positions_BT)

@@ -38,7 +38,7 @@ DEFAULT_CONTEXT = 2048
 
 
 @dataclass(frozen=True)
-class Subject:
+class TaskModel:
     """A model ready to be asked, with what turns text into its tokens."""
 
     model: Transformer
@@ -49,7 +49,7 @@ class Subject:
 class HarnessModel(TemplateLM):
     """The harness's view of a `Subject`."""
 
-    def __init__(self, subject: Subject, batch: int) -> None:
+    def __init__(self, subject: TaskModel, batch: int) -> None:
         super().__init__()
         self.subject, self.batch = subject, batch
         self.subject.model.eval()
@@ -171,13 +171,13 @@ def run_tasks(config: EvaluateConfig, world: World) -> int:
     return 0
 
 
-def subject(path: Path, world: World, backend: Backend | None = None) -> Subject:
+def subject(path: Path, world: World, backend: Backend | None = None) -> TaskModel:
     """The model in a run's directory, an imported one, or one in the Hugging Face format; these two in float32. Raises
     `ConfigError` where a `backend` is asked for that would not be used.
     """
     if (path / "config.yaml").exists():
         restored = restore(path, world, backend)
-        return Subject(restored.placed.model, restored.corpus.tokenizer, restored.phase.context)
+        return TaskModel(restored.placed.model, restored.corpus.tokenizer, restored.phase.context)
     if backend is not None:
         reason = "is for runs: any other model is evaluated in float32, by PyTorch; leave it out"
         raise ConfigError("backend", backend, reason)
@@ -191,7 +191,7 @@ def subject(path: Path, world: World, backend: Backend | None = None) -> Subject
         has = source.config.vocab_size
         raise CheckpointError(f"{folder} has a tokenizer of {tokenizer.vocab_size} ids, the model only {has}")
     longest = int(settings.get("max_position_embeddings") or DEFAULT_CONTEXT)
-    return Subject(materialise(source).to(world.device), tokenizer, longest)
+    return TaskModel(materialise(source).to(world.device), tokenizer, longest)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from data.loader import Batch
 from parallel.fsdp import release
-from parallel.parallelize import Placed
+from parallel.parallelize import ParallelModel
 from train.eval.held_out import filled
 from train.loss import IGNORED, token_losses
 
 
 @torch.no_grad()
-def row_losses(placed: Placed, take: Callable[[int, int], Batch], rows: int, micro_batch: int) -> Tensor:
+def row_losses(placed: ParallelModel, take: Callable[[int, int], Batch], rows: int, micro_batch: int) -> Tensor:
     """Mean loss of each row in nats per labelled token, float64 [N] on every rank; NaN for a row without a label.
 
     `take(start, stop)` gives rows of the N. Every rank runs the model equally often, on equally many rows.
@@ -40,7 +40,7 @@ def row_losses(placed: Placed, take: Callable[[int, int], Batch], rows: int, mic
     return sums_N2[:, 0] / sums_N2[:, 1]
 
 
-def _sums(placed: Placed, batch: Batch) -> Tensor:
+def _sums(placed: ParallelModel, batch: Batch) -> Tensor:
     """Nats and labelled tokens of each row, of what this rank has of it; zeros where another rank counts it: [B, 2]."""
     meshes, share = placed.meshes, placed.share(batch.tokens_BT.shape[1])
     context = placed.context(batch.positions_BT)

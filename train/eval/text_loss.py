@@ -43,7 +43,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Speaker:
+class ScoringModel:
     """A model ready to be asked. `encode`: token ids of texts, without BOS and EOS. `context`: how many tokens it was
     made for. `fingerprint`: a hash of weights, tokenizer and how the products are computed.
     """
@@ -56,7 +56,7 @@ class Speaker:
 
 
 @dataclass(frozen=True)
-class Window:
+class TokenWindow:
     """Inputs `ids[:-1]` and labels `ids[1:]`; the losses of the last `counted` belong to text number `text`."""
 
     text: int
@@ -84,7 +84,7 @@ def open_losses(name: str, config: ScorerConfig, device: torch.device | None = N
     return token_losses(speaker, context, config.batch), sha256_text(speaker.fingerprint, str(context))
 
 
-def from_run(directory: Path, device: torch.device) -> Speaker:
+def from_run(directory: Path, device: torch.device) -> ScoringModel:
     """The newest whole checkpoint of a run, computed as in training; its corpus must still be there, for its
     tokenizer. Where there is a process group all ranks call this together, and each has the whole model.
     """
@@ -97,10 +97,10 @@ def from_run(directory: Path, device: torch.device) -> Speaker:
 
     precision = json.dumps(restored.config.precision, default=str)
     fingerprint = sha256_text("run", weights_hash(model), tokenizer.fingerprint, precision)
-    return Speaker(logits, tokenizer.encode, tokenizer.bos_id, restored.phase.context, fingerprint)
+    return ScoringModel(logits, tokenizer.encode, tokenizer.bos_id, restored.phase.context, fingerprint)
 
 
-def from_transformers(name: str, device: torch.device) -> Speaker:
+def from_transformers(name: str, device: torch.device) -> ScoringModel:
     """A causal language model by folder or by name on the hub: float32 on a CPU, bfloat16 on a GPU."""
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("", name, "is no run of ours, and others need transformers: pip install 'transformers>=5.20'")
@@ -132,10 +132,10 @@ def from_transformers(name: str, device: torch.device) -> Speaker:
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     fingerprint = sha256_text("transformers", weights_hash(model), rules, str(bos_id), str(dtype))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    return Speaker(logits, encode, bos_id, context, fingerprint)
+    return ScoringModel(logits, encode, bos_id, context, fingerprint)
 
 
-def token_losses(speaker: Speaker, context: int, batch: int) -> TokenLosses:
+def token_losses(speaker: ScoringModel, context: int, batch: int) -> TokenLosses:
     """The speaker as scorers see it, in windows of `context` tokens, `batch` at a time."""
 
     def losses(pairs: Sequence[tuple[str, str]]) -> list[NDArray[np.float32]]:
@@ -153,7 +153,7 @@ def token_losses(speaker: Speaker, context: int, batch: int) -> TokenLosses:
     return losses
 
 
-def windows(text: int, ids: list[int], wanted: int, context: int) -> list[Window]:
+def windows(text: int, ids: list[int], wanted: int, context: int) -> list[TokenWindow]:
     """What has to be run for the losses of the last `wanted` of `ids`, in their order; windows without any are left
     out. Where windows end depends on the first `ids` alone.
     """
@@ -163,12 +163,12 @@ def windows(text: int, ids: list[int], wanted: int, context: int) -> list[Window
         end = min(begin + (max(1, context // 2) if begin else context), len(ids) - 1)
         counted = min(end - begin, end - first + 1)
         if counted > 0:
-            found.append(Window(text, ids[max(0, end - context) : end + 1], counted))
+            found.append(TokenWindow(text, ids[max(0, end - context) : end + 1], counted))
     return found
 
 
 @torch.no_grad()
-def _run(logits: Logits, found: list[Window], batch: int) -> list[NDArray[np.float32]]:
+def _run(logits: Logits, found: list[TokenWindow], batch: int) -> list[NDArray[np.float32]]:
     """Losses in nats of the counted labels of each window."""
     results: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(found)
     order = sorted(range(len(found)), key=lambda place: -len(found[place].ids))  # the largest first: memory shows early

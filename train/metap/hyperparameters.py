@@ -14,7 +14,7 @@ from dataclasses import replace
 from core.config import differences, plain
 from core.errors import ConfigError
 from hparam.scale import SPANS, Scale, check_registry, kind_of, scale_of
-from hparam.transfer import Found, Resolved, transfer
+from hparam.transfer import BaseHyperparameters, Resolved, transfer
 from model.config import ModelConfig, MultipliersConfig, Score
 from model.init import spread
 from model.roles import Role
@@ -121,12 +121,12 @@ def as_base(config: TrainConfig) -> TrainConfig:
     return without_derived(replace(config, hparam=hparam))
 
 
-def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: OptimizerConfig) -> Found:
+def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: OptimizerConfig) -> BaseHyperparameters:
     """What `model.init` and `optimizer` give these roles in a model of the base's size."""
     sizes, init = dataclasses.asdict(base), replace(model.init, roles={})
     matrices = [role for role in roles if not role.is_norm]
     router = model.router
-    return Found(
+    return BaseHyperparameters(
         std={role: spread(role, sizes[SPANS[role][1]] or 1, base.layers, init) for role in matrices},
         lr={role: optimizer.peak_lr(role) for role in roles},
         weight_decay={role: optimizer.decay(role) for role in roles},

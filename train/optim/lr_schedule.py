@@ -9,21 +9,21 @@ from enum import Enum
 from core.errors import ConfigError
 
 
-class Schedule(Enum):
+class LRSchedule(Enum):
     constant = "constant"
     wsd = "wsd"
     cosine = "cosine"
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class LRScheduleConfig:
     """Linear warmup over `warmup_steps`, then `kind`.
 
     wsd: stays at the peak and falls linearly to `final` over the last `decay` share of the steps (Hu et al. 2024,
     arXiv 2404.06395, section 4). cosine: half a cosine from the peak to `final` (Loshchilov & Hutter 2017).
     """
 
-    kind: Schedule = Schedule.wsd
+    kind: LRSchedule = LRSchedule.wsd
     warmup_steps: int = 0
     decay: float = 0.2
     final: float = 0.0
@@ -38,9 +38,9 @@ class ScheduleConfig:
     def factor(self, step: int, steps: int) -> float:
         """Factor for `step` (from 0) out of `steps`."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        if self.kind is Schedule.constant:
+        if self.kind is LRSchedule.constant:
             return warm
-        if self.kind is Schedule.cosine:
+        if self.kind is LRSchedule.cosine:
             progress = min(1.0, max(0, step - self.warmup_steps) / max(1, steps - self.warmup_steps))
             return warm * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
         decaying = self.decay * steps

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError, check_numbers
 from parallel.sharding import local
-from parallel.whole_matrices import Piece, Round
+from parallel.whole_matrices import MatrixRange, Round
 from precision.config import Compute, PrecisionConfig
 from precision.gemm import widened
 
@@ -139,7 +139,7 @@ class Muon(torch.optim.Optimizer):
             for piece, update_Noi in zip(together.pieces, together.scatter(whole_NOI), strict=True):
                 self._update(piece, update_Noi, factor)
 
-    def _directions(self, piece: Piece) -> Tensor:
+    def _directions(self, piece: MatrixRange) -> Tensor:
         """Take the gradient into the momentum; what is to be made orthogonal is that, with Nesterov a step ahead."""
         parameter, kept = self.parameters[piece.name], self.config.momentum
         assert parameter.grad is not None
@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
         ahead_Noi = gradient_Noi.lerp(momentum_Noi, kept) if self.config.nesterov else momentum_Noi
         return ahead_Noi.to(self.products)
 
-    def _update(self, piece: Piece, update_Noi: Tensor, factor: float) -> None:
+    def _update(self, piece: MatrixRange, update_Noi: Tensor, factor: float) -> None:
         group, weight_Noi = self.groups[piece.name], piece.of(local(self.parameters[piece.name]))
         kept = widened(weight_Noi) * (1 - group["lr"] * group["weight_decay"])
         weight_Noi.copy_(kept.sub_(update_Noi, alpha=group["lr"] * factor))

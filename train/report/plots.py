@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from train.report.run import Run
+    from train.report.run import RunData
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 WIDE = ("loss", "expert_load")
@@ -23,7 +23,7 @@ _LABEL_LETTERS = 36  # of a label up the side: more are cut off
 _WIDE_INCHES, _NARROW_INCHES, _DPI = (9.6, 3.8), (5.6, 3.4), 120
 
 
-def draw(runs: Sequence[Run]) -> dict[str, bytes]:
+def draw(runs: Sequence[RunData]) -> dict[str, bytes]:
     """Name -> PNG of every picture that the runs have figures for."""
     pictures = {"loss": _loss, "learning_rate": _line("learning_rate", "learning rate", 1.0)}
     pictures["gradient_norm"] = _line("gradient_norm", "gradient norm before clipping", 1.0, logarithmic=True)
@@ -42,13 +42,13 @@ def draw(runs: Sequence[Run]) -> dict[str, bytes]:
     return found
 
 
-def _picture(runs: Sequence[Run], drawing: Callable[[Axes, Sequence[Run]], None], wide: bool = False) -> bytes:
+def _picture(runs: Sequence[RunData], drawing: Callable[[Axes, Sequence[RunData]], None], wide: bool = False) -> bytes:
     content = io.BytesIO()
     drawn(runs, drawing, wide).savefig(content, format="png")
     return content.getvalue()
 
 
-def drawn(runs: Sequence[Run], drawing: Callable[[Axes, Sequence[Run]], None], wide: bool) -> Figure:
+def drawn(runs: Sequence[RunData], drawing: Callable[[Axes, Sequence[RunData]], None], wide: bool) -> Figure:
     """A figure with one pair of axes, on which `drawing` has drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,7 +65,7 @@ def drawn(runs: Sequence[Run], drawing: Callable[[Axes, Sequence[Run]], None], w
     return figure
 
 
-def _loss(axes: Axes, runs: Sequence[Run]) -> None:
+def _loss(axes: Axes, runs: Sequence[RunData]) -> None:
     """Training loss, held-out loss per source and the baselines. With several runs, the mean over sources only."""
     for run, colour in zip(runs, _cycle(len(runs)), strict=True):
         name = f"{run.name}: " if len(runs) > 1 else ""
@@ -89,8 +89,8 @@ def _loss(axes: Axes, runs: Sequence[Run]) -> None:
     axes.legend(fontsize=8, ncols=2, frameon=False)
 
 
-def _line(key: str, label: str, factor: float, logarithmic: bool = False) -> Callable[[Axes, Sequence[Run]], None]:
-    def drawing(axes: Axes, runs: Sequence[Run]) -> None:
+def _line(key: str, label: str, factor: float, logarithmic: bool = False) -> Callable[[Axes, Sequence[RunData]], None]:
+    def drawing(axes: Axes, runs: Sequence[RunData]) -> None:
         for run, colour in zip(runs, _cycle(len(runs)), strict=True):
             axes.plot(run.steps, [value * factor for value in run.values(key)], color=colour, label=run.name)
         axes.set_ylabel(label)
@@ -104,7 +104,7 @@ def _line(key: str, label: str, factor: float, logarithmic: bool = False) -> Cal
     return drawing
 
 
-def _expert_load(axes: Axes, runs: Sequence[Run]) -> None:
+def _expert_load(axes: Axes, runs: Sequence[RunData]) -> None:
     """Layers down, steps across; 1 is an even load."""
     (run,) = runs
     table = [[load["max_over_mean"] for load in line["expert_load"]] for line in run.lines if "expert_load" in line]
@@ -122,8 +122,8 @@ def _expert_load(axes: Axes, runs: Sequence[Run]) -> None:
     figure.colorbar(image, ax=axes, label="busiest expert over the mean", extend="max")
 
 
-def _per_layer(key: str, label: str) -> Callable[[Axes, Sequence[Run]], None]:
-    def drawing(axes: Axes, runs: Sequence[Run]) -> None:
+def _per_layer(key: str, label: str) -> Callable[[Axes, Sequence[RunData]], None]:
+    def drawing(axes: Axes, runs: Sequence[RunData]) -> None:
         (run,) = runs
         _layers(axes, run, [[load[key] for load in line["expert_load"]] for line in run.lines if "expert_load" in line])
         axes.set_ylabel(label)
@@ -131,8 +131,8 @@ def _per_layer(key: str, label: str) -> Callable[[Axes, Sequence[Run]], None]:
     return drawing
 
 
-def _of_routers(key: str, label: str) -> Callable[[Axes, Sequence[Run]], None]:
-    def drawing(axes: Axes, runs: Sequence[Run]) -> None:
+def _of_routers(key: str, label: str) -> Callable[[Axes, Sequence[RunData]], None]:
+    def drawing(axes: Axes, runs: Sequence[RunData]) -> None:
         (run,) = runs
         _layers(axes, run, [line[key] for line in run.lines if key in line])
         axes.set_ylabel(label)
@@ -140,7 +140,7 @@ def _of_routers(key: str, label: str) -> Callable[[Axes, Sequence[Run]], None]:
     return drawing
 
 
-def _layers(axes: Axes, run: Run, table: list[list[float]]) -> None:
+def _layers(axes: Axes, run: RunData, table: list[list[float]]) -> None:
     """A line per layer, shaded from the first to the last."""
     from matplotlib import colormaps
 

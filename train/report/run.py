@@ -57,7 +57,7 @@ class ReportConfig:
     """Where the page goes; null: into the run's directory, or report.html here for several."""
 
 
-class Run:
+class RunData:
     """What a run's directory says. Raises `ConfigError` where it is none or has nothing to draw yet."""
 
     def __init__(self, directory: Path) -> None:
@@ -134,7 +134,7 @@ def run(config: ReportConfig) -> int:
 
 def write_report(directories: Sequence[Path], out: Path) -> None:
     """Draw the runs into one page at `out`; a single run's pictures are left in its `plots/`, too."""
-    runs = [Run(directory) for directory in directories]
+    runs = [RunData(directory) for directory in directories]
     pictures = draw(runs)
     if len(runs) == 1:
         (runs[0].directory / "plots").mkdir(exist_ok=True)
@@ -170,7 +170,7 @@ def repeat_command(config: TrainConfig) -> str | None:
     return " ".join(["leviathan train", *(f'"{o}"' if set(o) & set(" '{[*") else o for o in overrides)])
 
 
-def _page(runs: Sequence[Run], pictures: dict[str, bytes], folder: Path) -> str:
+def _page(runs: Sequence[RunData], pictures: dict[str, bytes], folder: Path) -> str:
     """`folder`: where the page will lie."""
     title = ", ".join(run.name for run in runs)
     parts = [f"<h1>{escape(title)}</h1>", f"<p class=when>{time.strftime('%Y-%m-%d %H:%M')}</p>"]
@@ -191,7 +191,7 @@ def _page(runs: Sequence[Run], pictures: dict[str, bytes], folder: Path) -> str:
     return page(title, "\n".join(parts))
 
 
-def _figure(runs: Sequence[Run], name: str, content: bytes) -> str:
+def _figure(runs: Sequence[RunData], name: str, content: bytes) -> str:
     stem, _, number = name.rpartition("_")
     kind = stem if number.isdigit() else name
     heading = escape(_TITLES[kind] + (f": {runs[int(number) - 1].name}" if number.isdigit() else ""))
@@ -199,7 +199,7 @@ def _figure(runs: Sequence[Run], name: str, content: bytes) -> str:
     return f"<figure{' class=wide' if kind in WIDE else ''}><figcaption>{heading}</figcaption>{image}</figure>"
 
 
-def _summary(runs: Sequence[Run]) -> str:
+def _summary(runs: Sequence[RunData]) -> str:
     """A row per figure, a column per run; a dash where a run has none."""
     rows: list[tuple[str, list[str]]] = []
 
@@ -234,7 +234,7 @@ def _summary(runs: Sequence[Run]) -> str:
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
-def _configurations(runs: Sequence[Run]) -> str:
+def _configurations(runs: Sequence[RunData]) -> str:
     parts = []
     if len(runs) > 1:
         first = plain(runs[0].config)

@@ -83,7 +83,7 @@ class Broken:
     raw: bytes | None = None
 
 
-class Part(Protocol):
+class InputPart(Protocol):
     """What one process reads. `fingerprint` or `keys` change whenever its records could."""
 
     @property
@@ -102,7 +102,7 @@ class Part(Protocol):
     def records(self) -> Iterator[Record | Broken]: ...
 
 
-def parts(config: InputConfig) -> list[Part]:
+def parts(config: InputConfig) -> list[InputPart]:
     """The parts of an input, in a fixed order. Raises `ConfigError` where there is nothing to read."""
     make = RecordMaker(config)
     if config.dataset is not None:

@@ -15,7 +15,7 @@ from core.errors import ConfigError
 from core.files import sha256_text
 from data.filter.input.records import Record
 from data.filter.score.baselines import LengthScorer, RandomScorer
-from data.filter.score.scorer import Asking, Direction, Scorer
+from data.filter.score.scorer import Direction, RemoteScorer, Scorer
 
 _SAMPLE = 4096
 """Records that ranks are taken among: a rank is right within 2.2 points in 100 with 95% confidence over all ranks at
@@ -62,7 +62,7 @@ class EnsembleScorer:
     @property
     def reasons(self) -> Mapping[str, str]:
         """Of the members that ask somebody."""
-        asking = {name: member.reasons for name, member in self._members.items() if isinstance(member, Asking)}
+        asking = {name: member.reasons for name, member in self._members.items() if isinstance(member, RemoteScorer)}
         return {record: f"{name}: {why}" for name, reasons in asking.items() for record, why in reasons.items()}
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:

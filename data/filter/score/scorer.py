@@ -44,7 +44,7 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
-class Asking(Protocol):
+class RemoteScorer(Protocol):
     """A scorer that asks somebody, who may give no answer to some records: the next run asks again for those."""
 
     @property
@@ -54,7 +54,7 @@ class Asking(Protocol):
 
 
 @runtime_checkable
-class Several(Protocol):
+class CompositeScorer(Protocol):
     """A scorer that asks others, whose scores are kept beside its own."""
 
     @property

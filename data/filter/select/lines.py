@@ -19,7 +19,7 @@ import numpy as np
 
 from core.errors import ConfigError
 from core.files import write_json
-from data.filter.config import FilterRules, OnError, ScorerKind, Unit
+from data.filter.config import FilterRules, KeepUnit, OnError, ScorerKind
 from data.filter.input.readers import RecordMaker, Unreadable
 from data.filter.input.records import Reason, Record
 from data.filter.score.scorer import Scorer
@@ -111,7 +111,7 @@ class LineFilter:
         score, texts = self.scorer.score(records), [record.text for record in records]
         length = np.array([len(text.encode()) for text in texts], np.int64)
         weight = length if self.count_tokens is None else np.array(self.count_tokens(texts), np.int64)
-        weight = weight if self.rules.unit is Unit.tokens else np.ones(len(records), np.int64)
+        weight = weight if self.rules.unit is KeepUnit.tokens else np.ones(len(records), np.int64)
         ties = np.array([key_of(self.rules.seed, record.id) for record in records], np.uint64)
         names = np.array([record.domain for record in records], object)
         found = np.empty(len(records), object)

@@ -123,7 +123,7 @@ def screen(shard: ShardScores, protected: NDArray[np.bool_], noise: float | None
 
 
 @dataclass(frozen=True)
-class Keys:
+class ThresholdKeys:
     """Threshold keys of some groups, `values` as integers of 96 bits: score, then hash."""
 
     values: tuple[int, ...]
@@ -140,7 +140,7 @@ class Keys:
 
 
 @dataclass(frozen=True, eq=False)
-class Decision:
+class Thresholds:
     """Thresholds for every group, and what they make of a record. The same on every rank; compare `thresholds`.
 
     `starts`: for each domain, the first length bin of each bucket; a domain's groups are its buckets in that order.
@@ -153,9 +153,9 @@ class Decision:
     on_error: OnError
     noise: float | None
     starts: tuple[Integers, ...]
-    hard: Keys
-    revived: Keys
-    floor: Keys
+    hard: ThresholdKeys
+    revived: ThresholdKeys
+    floor: ThresholdKeys
     target: Floats
     passed: Integers
 
@@ -212,7 +212,7 @@ class Decision:
         return {"noise": self.noise, "on_error": self.on_error.value, "domains": described}
 
     @classmethod
-    def load(cls, thresholds: dict[str, Any]) -> Decision:
+    def load(cls, thresholds: dict[str, Any]) -> Thresholds:
         """The decision that `thresholds` describes."""
         domains = thresholds["domains"].values()
         buckets = [domain["buckets"] for domain in domains]
@@ -222,9 +222,9 @@ class Decision:
             on_error=OnError(thresholds["on_error"]),
             noise=thresholds["noise"],
             starts=tuple(np.array([bucket["bin"] for bucket in some], np.int64) for some in buckets),
-            hard=Keys(tuple(int(bucket["key"], 16) for some in buckets for bucket in some)),
-            revived=Keys(tuple(int(domain["revived"], 16) for domain in domains)),
-            floor=Keys(tuple(int(domain["floor"], 16) for domain in domains)),
+            hard=ThresholdKeys(tuple(int(bucket["key"], 16) for some in buckets for bucket in some)),
+            revived=ThresholdKeys(tuple(int(domain["revived"], 16) for domain in domains)),
+            floor=ThresholdKeys(tuple(int(domain["floor"], 16) for domain in domains)),
             target=np.array([domain["target"] for domain in domains], np.float64),
             passed=np.array([domain["passed"] for domain in domains], np.int64),
         )
@@ -256,7 +256,7 @@ def select(
     rules: FilterRules,
     noise: float | None = None,
     sum_over_ranks: SumOverRanks = lambda array: array,
-) -> Decision:
+) -> Thresholds:
     """Choose by score, in each domain by itself.
 
     `shards` gives this rank's part, `domains` all names, the same on every rank; `noise` is from `noise_threshold`.
@@ -271,8 +271,8 @@ def select(
     check_names(domains, rules)
     search = _Search(shards, sum_over_ranks)
     count = len(domains)
-    none = Keys((_NOTHING,) * count)
-    decision = Decision(
+    none = ThresholdKeys((_NOTHING,) * count)
+    decision = Thresholds(
         domains=tuple(domains),
         protected=np.array([name in rules.select.protect for name in domains], bool),
         on_error=rules.on_error,
@@ -377,7 +377,7 @@ class _Search:
     shards: Shards
     sum_over_ranks: SumOverRanks
 
-    def census(self, decision: Decision) -> _Census:
+    def census(self, decision: Thresholds) -> _Census:
         """The first pass: totals, and the checks of every shard."""
         count = len(decision.domains)
         totals = np.zeros((3, 2, count), np.int64)
@@ -422,10 +422,10 @@ class _Search:
             found.append((there + first, table[:, there]))
         return np.concatenate([pair for pair, _ in found]), np.concatenate([count for _, count in found], 1)
 
-    def hard(self, decision: Decision, census: _Census, target: Floats) -> tuple[Decision, Integers]:
+    def hard(self, decision: Thresholds, census: _Census, target: Floats) -> tuple[Thresholds, Integers]:
         """The decision with thresholds for `target` [D] by score, and what they keep, [2, D]."""
         domain = decision.domain_of_group
-        decision = replace(decision, hard=Keys((_NOTHING,) * len(domain)))
+        decision = replace(decision, hard=ThresholdKeys((_NOTHING,) * len(domain)))
         available = np.zeros(len(domain), np.int64)
         np.add.at(available, decision.group_of_pair(census.pair), census.count[1])
         share = target / np.maximum(census.easy[1], 1)
@@ -434,7 +434,7 @@ class _Search:
         keys, kept = _settle(crossing, wanted, domain, len(target))
         return replace(decision, hard=keys), kept
 
-    def revived(self, decision: Decision, wanted: Floats) -> tuple[Decision, Integers]:
+    def revived(self, decision: Thresholds, wanted: Floats) -> tuple[Thresholds, Integers]:
         """The same by lot, from what is still easy; `wanted` [D]."""
 
         def pieces() -> Iterable[Piece]:
@@ -446,7 +446,7 @@ class _Search:
         keys, kept = _settle(crossing, wanted, np.arange(len(wanted)), len(wanted))
         return replace(decision, revived=keys), kept
 
-    def floor(self, decision: Decision, missing: Integers) -> Decision:
+    def floor(self, decision: Thresholds, missing: Integers) -> Thresholds:
         """`missing` [D] more documents of each domain, by score, from what is still easy."""
         wanted = np.maximum(missing, 0).astype(np.float64)
         crossing = self._by_score(
@@ -457,7 +457,7 @@ class _Search:
 
     def _by_score(
         self,
-        decision: Decision,
+        decision: Thresholds,
         group: Callable[[ShardScores], Integers],
         weight: Callable[[ShardScores], Integers],
         wanted: Floats,
@@ -540,7 +540,7 @@ def _crossed(table: Integers, wanted: float) -> tuple[int, Integers, Integers]:
     return bin_, above, np.zeros(2, np.int64) if above[1] == wanted or bin_ < 0 else table[:, bin_]
 
 
-def _settle(crossing: _Crossing, wanted: Floats, domain: Integers, domains: int) -> tuple[Keys, Integers]:
+def _settle(crossing: _Crossing, wanted: Floats, domain: Integers, domains: int) -> tuple[ThresholdKeys, Integers]:
     """Choose for every group whether its records at the crossing stay; keys, and documents and weight kept [2, D].
 
     What rounding leaves over in one group of a domain is carried to the next, from long records to short ones: the
@@ -554,7 +554,7 @@ def _settle(crossing: _Crossing, wanted: Floats, domain: Integers, domains: int)
         carry[domain[group]] = with_them if stay else without
         kept[:, domain[group]] += crossing.before[:, group] + stay * crossing.at[:, group]
         keys.append(crossing.include[group] if stay else crossing.exclude[group])
-    return Keys(tuple(reversed(keys))), kept
+    return ThresholdKeys(tuple(reversed(keys))), kept
 
 
 def check_shard(shard: ShardScores, domains: int) -> None:

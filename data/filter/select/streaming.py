@@ -22,8 +22,8 @@ from data.filter.select.selection import (
     CODE,
     Codes,
     Integers,
-    Keys,
     ShardScores,
+    ThresholdKeys,
     check_names,
     check_shard,
     lot,
@@ -134,7 +134,7 @@ def _chance(revive: float, rate: float) -> float:
 def _reached(key: int | None, score: Integers, hash_: NDArray[np.uint64]) -> NDArray[np.bool_]:
     if key is None:
         return np.zeros(len(score), bool)
-    return Keys((key,)).reached(np.zeros(len(score), np.int64), score, hash_)
+    return ThresholdKeys((key,)).reached(np.zeros(len(score), np.int64), score, hash_)
 
 
 def _moved(

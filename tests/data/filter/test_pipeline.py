@@ -25,7 +25,7 @@ import pytest
 from core.errors import ConfigError, DataError
 from data.filter import pipeline, store
 from data.filter.audit.outputs import KEPT, SCORES, audit_of, write_audit_of
-from data.filter.config import DuplicateConfig, OnError, SelectConfig, Unit
+from data.filter.config import DuplicateConfig, KeepUnit, OnError, SelectConfig
 from data.filter.input.records import Reason
 from data.filter.pipeline import Filter
 from data.filter.store import OneWorker, together
@@ -385,7 +385,7 @@ def test_what_has_changed_under_a_cache_is_refused_by_name(tmp_path):
         r"decisions: was made with keep=0\.5 \(now 0\.25\)": {"keep": 0.25},
         r"screened: was made with seed=0 \(now 1\)": {"seed": 1},
         r"screened: was made with on_error=drop \(now keep\)": {"on_error": OnError.keep},
-        r"decisions: was made with unit=documents \(now tokens\)": {"unit": Unit.tokens},
+        r"decisions: was made with unit=documents \(now tokens\)": {"unit": KeepUnit.tokens},
     }.items():
         with pytest.raises(ConfigError, match=message) as caught:
             filtered(source, tmp_path / "out", **{"scorer": scorer, **settings})

@@ -16,12 +16,12 @@ import torch
 from core.config import load
 from core.errors import ConfigError
 from parallel.layout import ParallelConfig
-from parallel.sharding import Block
+from parallel.sharding import ShardBlock
 from tests.support.bugs import MESHES, planted
 from train.certify import store, worker
 from train.certify.compare import Comparison, blocks, series
 from train.certify.plan import Case, CertifyConfig, Outcome, axes_in_use, certificate, certify, shrink, trials
-from train.certify.worker import Figures
+from train.certify.worker import RankResults
 
 
 def config(*overrides: str) -> CertifyConfig:
@@ -39,7 +39,7 @@ class Broken:
         return self.ranks(count, broken, bug, *arguments)
 
 
-def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str, Figures]:
+def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str, RankResults]:
     with planted(bug):
         return worker.measure_all(parallel, cases)
 
@@ -203,13 +203,13 @@ def test_what_does_not_fit_is_named_or_refused():
 
 def test_what_is_no_number_does_not_pass():
     """Wherever it stands: `max` would skip it."""
-    block = Block((0,), (2,))
+    block = ShardBlock((0,), (2,))
     right, wrong = [(block, torch.ones(2))], [(block, torch.tensor([1.0, float("nan")]))]
     for found in ({"a": right, "b": wrong}, {"a": wrong, "b": right}):
         comparison = blocks("gradients", {"a": right, "b": right}, [found], 1e-9)
         assert not comparison.passed and comparison.first == ("b" if found["a"] is right else "a")
-    honest = Figures(loss=[1.0, 1.0], norm=[1.0, 1.0])
-    broken = Figures(loss=[1.0, float("nan")], norm=[1.0, 1.0])
+    honest = RankResults(loss=[1.0, 1.0], norm=[1.0, 1.0])
+    broken = RankResults(loss=[1.0, float("nan")], norm=[1.0, 1.0])
     assert series("loss", honest, [honest, broken]) == series("loss", honest, [broken], False) == float("inf")
 
 

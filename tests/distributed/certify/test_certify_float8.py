@@ -9,7 +9,7 @@ import pytest
 
 from bench.layouts import tiny
 from parallel.layout import ParallelConfig
-from parallel.pipeline.stages import Schedule
+from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
 from tests.distributed.certify.test_certify import Broken, config
 from train.certify.compare import EXACT, Comparison
@@ -19,7 +19,7 @@ from train.certify.plan import shrink, techniques
 LAYOUTS = {
     "ep2": (2, ParallelConfig(ep=2)),
     "tp2 + ep2": (2, ParallelConfig(tp=2, ep=2)),
-    "pp2 zbv": (2, ParallelConfig(pp=2, schedule=Schedule.zbv)),
+    "pp2 zbv": (2, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv)),
 }
 """Where every product has the same tiles."""
 MORE = {

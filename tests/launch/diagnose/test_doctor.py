@@ -22,16 +22,16 @@ from launch.config import LaunchConfig, LaunchKind
 from launch.diagnose import doctor, links, nodes
 from launch.diagnose.links import rounds
 from launch.diagnose.machine import FEW_FILES, driver, room
-from launch.diagnose.nodes import Reading, judge, table
+from launch.diagnose.nodes import NodeReading, judge, table
 from parallel.comm.world import connect
-from parallel.mesh import Axis, make_meshes
+from parallel.mesh import MeshAxis, make_meshes
 from train.config import TrainConfig
 from train.run_directory import RunDirectory, read_config
 
 
-def reading(rank: int, size: int, **other: Any) -> Reading:
+def reading(rank: int, size: int, **other: Any) -> NodeReading:
     """A rank of a cluster on which all is well: two ranks a node, sharded over all of them."""
-    usual = Reading(
+    usual = NodeReading(
         rank=rank,
         node=f"n{rank // 2}",
         python="3.11.2",
@@ -50,7 +50,7 @@ def reading(rank: int, size: int, **other: Any) -> Reading:
     return replace(usual, **other)
 
 
-def cluster(ranks: int = 8, **other: Callable[[Reading], dict[str, Any]]) -> list[Reading]:
+def cluster(ranks: int = 8, **other: Callable[[NodeReading], dict[str, Any]]) -> list[NodeReading]:
     """`n1=f`: what is different on node n1."""
     well = [reading(rank, ranks) for rank in range(ranks)]
     return [replace(one, **other[one.node](one)) if one.node in other else one for one in well]
@@ -83,10 +83,10 @@ def test_a_wrong_node_is_named_with_what_is_wrong(what, reads):
     assert f"WRONG n2: {found['n2'][0]}" in table(readings, found)
 
 
-def slowed(readings: list[Reading], *ranks: int, share: float = 0.2) -> list[Reading]:
+def slowed(readings: list[NodeReading], *ranks: int, share: float = 0.2) -> list[NodeReading]:
     """The links from these ranks to the next have this share of their rate."""
 
-    def links(one: Reading) -> dict[str, tuple[int, float]]:
+    def links(one: NodeReading) -> dict[str, tuple[int, float]]:
         return {axis: (peer, share * rate) for axis, (peer, rate) in one.links.items()}
 
     return [replace(one, links=links(one)) if one.rank in ranks else one for one in readings]
@@ -127,7 +127,7 @@ def test_rounds_have_every_link_once_and_each_place_in_one_pair_at_a_time(size):
         assert len({place for pair in pairs for place in pair}) == 2 * len(pairs)
 
 
-def look(root: Path, slow: int) -> Reading:
+def look(root: Path, slow: int) -> NodeReading:
     """What this rank reads; the exchanges of one rank are held up."""
     world = connect()
     honest = links._exchange
@@ -161,7 +161,9 @@ def axes_read(root: Path, degrees: list[str]) -> tuple[set[str], set[str], set[s
     """The axes whose bandwidth this rank reads, those of its links, and those that have a group of several ranks."""
     world = connect()
     config = load("train", TrainConfig, [f"run.root={root}", "run.name=x", *degrees])
-    axes = [a for a in vars(make_meshes(config.parallel.resolve(world.size), world)).values() if isinstance(a, Axis)]
+    axes = [
+        a for a in vars(make_meshes(config.parallel.resolve(world.size), world)).values() if isinstance(a, MeshAxis)
+    ]
     read = nodes.read(config, world)
     return (
         set(read.bandwidth),

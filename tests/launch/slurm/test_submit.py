@@ -21,8 +21,8 @@ from launch.cli import main
 from launch.config import LaunchConfig, SlurmConfig, check_interval, seconds
 from launch.slurm import job_step, requeue
 from launch.slurm.job_step import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
-from launch.slurm.requeue import AGAIN, Decision, Tries, bad_nodes, commands, decide, slow_nodes
-from launch.slurm.submit import SILENT, UNKNOWN, Job, Told, ask, follow, load_job, render, understand
+from launch.slurm.requeue import AGAIN, RequeueDecision, RequeueState, bad_nodes, commands, decide, slow_nodes
+from launch.slurm.submit import SILENT, UNKNOWN, JobStatus, SlurmJob, ask, follow, load_job, render, understand
 from train.config import TrainConfig
 from train.environment import environment
 from train.run_directory import write_config
@@ -98,12 +98,12 @@ def test_the_script_asks_for_what_was_configured():
         "doctor": True,
     }
     launch = build(LaunchConfig, {"kind": "slurm", "nodes": 4, "processes": 8, "slurm": slurm})
-    assert render(Job(Path("/jobs/big"), "", [Path(f"/runs/big-{i}") for i in range(4)]), launch) == SCRIPT
+    assert render(SlurmJob(Path("/jobs/big"), "", [Path(f"/runs/big-{i}") for i in range(4)]), launch) == SCRIPT
 
 
 def test_what_is_not_configured_is_not_asked_for():
     launch = build(LaunchConfig, {"kind": "slurm", "processes": 8})
-    lines = render(Job(Path("/jobs/x"), "", [Path("/runs/x")]), launch).splitlines()
+    lines = render(SlurmJob(Path("/jobs/x"), "", [Path("/runs/x")]), launch).splitlines()
     asked = [line.split("--")[1].split("=")[0] for line in lines if line.startswith("#SBATCH")]
     assert asked == ["job-name", "nodes", "ntasks-per-node", "output", "open-mode", "signal", "requeue"]
     assert any(line.endswith(f'{sys.executable} -u -m launch.slurm.job_step "$1" /jobs/x &') for line in lines)
@@ -228,15 +228,17 @@ def test_a_followed_job_is_one_question_a_look(stand_ins, tmp_path, capsys):
 def test_lines_of_an_array_are_understood(tasks, wanted):
     told = understand(f"JobId=1 ArrayTaskId={tasks} JobState=A", 5)
     assert "".join("-" if one.state == UNKNOWN else one.state for one in told) == wanted
-    assert [one.state for one in understand("JobId=1 JobState=A", 1)] == ["A"] and understand("", 1) == [Told(UNKNOWN)]
+    assert [one.state for one in understand("JobId=1 JobState=A", 1)] == ["A"] and understand("", 1) == [
+        JobStatus(UNKNOWN)
+    ]
 
 
 def test_a_slurm_that_does_not_answer_is_silent_and_one_that_forgot_is_not(stand_ins):
-    job = Job(Path("/jobs/x"), "17", [Path("/runs/x")])
+    job = SlurmJob(Path("/jobs/x"), "17", [Path("/runs/x")])
     stand_ins(scontrol="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
-    assert ask(job) == [Told(SILENT)]
+    assert ask(job) == [JobStatus(SILENT)]
     stand_ins(scontrol="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    assert ask(job) == [Told(UNKNOWN)]
+    assert ask(job) == [JobStatus(UNKNOWN)]
 
 
 REJECTS = "[ $1 = --version ] || { echo 'sbatch: error: submission failed: Invalid account' >&2; exit 1; }"
@@ -333,7 +335,7 @@ def test_a_machine_has_one_name_everywhere(monkeypatch, capsys, tmp_path, given)
     assert environment()["host"] == host_name() == name
 
 
-BEFORE = Tries(40, 2, ("n7",))
+BEFORE = RequeueState(40, 2, ("n7",))
 
 
 @pytest.mark.parametrize(
@@ -364,21 +366,25 @@ def test_when_a_job_is_queued_again(code, step, bad, wanted):
 
 
 def test_a_job_that_gets_nowhere_ends():
-    assert decide(3, Tries(40, 3).after(40, ()), 3, (), 2, False).exit_code == 1
-    assert decide(3, Tries(40, 3).after(41, ()), 3, (), 2, False).exit_code == AGAIN, "control: it got on"
-    assert decide(FAILED_NODE, Tries(40, 3).after(40, ()), 3, ("n1",), 2, False).exit_code == 1
-    assert decide(3, Tries().after(-1, ()), 3, (), 2, False).exit_code == AGAIN
-    assert decide(3, Tries().after(-1, ()), 0, (), 2, False).exit_code == 1
+    assert decide(3, RequeueState(40, 3).after(40, ()), 3, (), 2, False).exit_code == 1
+    assert decide(3, RequeueState(40, 3).after(41, ()), 3, (), 2, False).exit_code == AGAIN, "control: it got on"
+    assert decide(FAILED_NODE, RequeueState(40, 3).after(40, ()), 3, ("n1",), 2, False).exit_code == 1
+    assert decide(3, RequeueState().after(-1, ()), 3, (), 2, False).exit_code == AGAIN
+    assert decide(3, RequeueState().after(-1, ()), 0, (), 2, False).exit_code == 1
 
 
 def test_what_slurm_is_asked_to_queue_a_job_again():
-    plain, stopped, script = Decision(AGAIN, ""), Decision(AGAIN, "", if_running=True), Path("/jobs/x/job.sh")
+    plain, stopped, script = (
+        RequeueDecision(AGAIN, ""),
+        RequeueDecision(AGAIN, "", if_running=True),
+        Path("/jobs/x/job.sh"),
+    )
     assert commands("17_2", plain, [], script).splitlines() == [
         "trap '' TERM",
         "scontrol requeue 17_2 || exit 1",
         "scontrol update JobId=17_2 StartTime=now",
     ]
-    assert commands("17", Decision(AGAIN, "", cancel=True), [["n1"]], script).splitlines()[1:] == [
+    assert commands("17", RequeueDecision(AGAIN, "", cancel=True), [["n1"]], script).splitlines()[1:] == [
         "scancel 17",
         "exit 130",
     ]
@@ -411,7 +417,7 @@ def test_nodes_are_left_out_only_where_enough_stay(stand_ins, tmp_path, possible
         sbatch=f'for list in {possible}; do [ "$2" != --exclude=$list ] || exit 0; done; echo too few >&2; exit 1',
         scontrol=f'echo "$@" >> {tmp_path}/asked',
     )
-    lines = commands("17", Decision(AGAIN, ""), WISHES, tmp_path / "job.sh")
+    lines = commands("17", RequeueDecision(AGAIN, ""), WISHES, tmp_path / "job.sh")
     done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True)
     assert done.stdout.splitlines() == told and not done.stderr
     wanted = ["requeue 17", "update JobId=17 StartTime=now"]
@@ -420,11 +426,11 @@ def test_nodes_are_left_out_only_where_enough_stay(stand_ins, tmp_path, possible
 
 
 def test_what_is_wished_to_be_left_out():
-    now = Tries(40, 0, ("n1",), ("n2",)).after(60, ("n2", "n4"), ("n3", "n1"))
+    now = RequeueState(40, 0, ("n1",), ("n2",)).after(60, ("n2", "n4"), ("n3", "n1"))
     assert (now.excluded, now.slow) == (("n1", "n2", "n4"), ("n3",)), "a wrong node is not only slow"
     assert now.wishes(["n0"]) == [["n0", "n1", "n2", "n3", "n4"], ["n0", "n1", "n2", "n4"]]
-    assert Tries().wishes(["n0"]) == [] and Tries(excluded=("n0",)).wishes(["n0"]) == []
-    assert Tries(excluded=("n1",)).wishes([]) == [["n1"]] == Tries(slow=("n1",)).wishes([])
+    assert RequeueState().wishes(["n0"]) == [] and RequeueState(excluded=("n0",)).wishes(["n0"]) == []
+    assert RequeueState(excluded=("n1",)).wishes([]) == [["n1"]] == RequeueState(slow=("n1",)).wishes([])
 
 
 def test_slow_nodes_are_those_that_are_slow_at_the_end_of_this_try(tmp_path):

@@ -17,11 +17,11 @@ import pytest
 import yaml
 
 from core.errors import ConfigError
-from hparam.axes import Axis
+from hparam.axes import SizeAxis
 from launch.cli import VERBS, _collected, main
 from launch.local import named
 from launch.metap.fit import FitConfig, collect, fit
-from launch.metap.sweep import Setting, SweepConfig, bases, is_done, loss_of, member, one_run, settings, sweep
+from launch.metap.sweep import SweepConfig, SweepSetting, bases, is_done, loss_of, member, one_run, settings, sweep
 from launch.verbs.metap import CheckConfig, MetapConfig
 from tests.support.families import SMALL, family
 from train.metap.hyperparameters import as_base
@@ -183,7 +183,7 @@ def made_up(out: Path, optimum: Callable[[int], float], *overrides: str, tokens:
         base = family(*overrides, f"training.steps={steps}")
         for log2_lr in range(-10, -3):
             for seed in range(2):
-                run = member(SweepConfig(), Setting(base), log2_lr, seed, out / str(steps))
+                run = member(SweepConfig(), SweepSetting(base), log2_lr, seed, out / str(steps))
                 path = out / str(steps) / "runs" / str(run.run.name)
                 path.mkdir(parents=True)
                 write_config(path / "config.yaml", run)
@@ -231,15 +231,15 @@ def test_an_unbracketed_minimum_is_refused_and_drawn(tmp_path):
 def test_a_sweep_of_another_configuration_is_refused(tmp_path):
     made_up(tmp_path, lambda steps: -6.0, tokens=(8,))
     out = tmp_path / "8"
-    assert is_done(member(SweepConfig(), Setting(family("training.steps=8")), -6, 0, out))
+    assert is_done(member(SweepConfig(), SweepSetting(family("training.steps=8")), -6, 0, out))
     with pytest.raises(
         ConfigError, match=r"base-lr-6-seed0 was swept with training.steps=8, now 9: choose another out="
     ):
-        is_done(member(SweepConfig(), Setting(family("training.steps=9")), -6, 0, out))
+        is_done(member(SweepConfig(), SweepSetting(family("training.steps=9")), -6, 0, out))
 
 
 def test_runs_with_names_of_their_own_keep_them(tmp_path):
-    runs = [member(SweepConfig(), Setting(family()), -6, seed, tmp_path) for seed in (0, 1)]
+    runs = [member(SweepConfig(), SweepSetting(family()), -6, seed, tmp_path) for seed in (0, 1)]
     assert [run.run.name for run in named(runs)] == ["base-lr-6-seed0", "base-lr-6-seed1"]
     alike = [replace(run, run=replace(run.run, name="x")) for run in runs]
     assert [run.run.name for run in named(alike)] == ["x-0", "x-1"]
@@ -271,7 +271,7 @@ def test_an_interrupted_sweep_stops_a_failed_run_does_not(tmp_path, monkeypatch,
 
 
 def test_a_run_that_diverged_in_ranks_is_a_result(tmp_path, monkeypatch):
-    run = member(SweepConfig(), Setting(family()), -6, 0, tmp_path)
+    run = member(SweepConfig(), SweepSetting(family()), -6, 0, tmp_path)
     monkeypatch.setattr("launch.metap.sweep.train", lambda runs: 1)
     assert one_run(run) == 1
     path = tmp_path / "runs" / str(run.run.name)
@@ -286,7 +286,7 @@ def test_a_dense_model_has_no_experts_to_check(tmp_path, capsys):
 
 
 def test_a_check_that_fails_ends_with_1(tmp_path, monkeypatch, small_corpus):
-    monkeypatch.setattr("hparam.coordinate_check.LIMITS", {Axis.width: {"residual": 1e-9}})
+    monkeypatch.setattr("hparam.coordinate_check.LIMITS", {SizeAxis.width: {"residual": 1e-9}})
     how = ["check.width=[1,2]", "check.depth=[]", "check.experts=[]", "check.seeds=1", "check.steps=1"]
     assert main(["metap", f"out={tmp_path}", *how, *QUICK, *small_corpus]) == 1
     assert json.loads((tmp_path / "coordinates.json").read_text())["pass"] is False

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.attention import segments as module
 from model.attention.layer import attend
 from model.attention.plan import PIECES_FROM, AttentionPlan, SequenceContext
-from model.attention.segments import Run, attend_pieces, documents, pieces
+from model.attention.segments import SegmentRun, attend_pieces, documents, pieces
 
 B, H, G, K = 3, 4, 2, 8
 
@@ -58,7 +58,7 @@ def test_pieces_equal_the_mask(cut, kernel, monkeypatch):
         monkeypatch.setattr(module, "_backward", module.plain_backward)
     rows = positions(64)
     wanted = figures(lambda q, k, v: attend(q, k, v, masked(rows)), *inputs(64))
-    runs = [Run(a, b, a) for a, b in pairwise(cut)]
+    runs = [SegmentRun(a, b, a) for a, b in pairwise(cut)]
     parts = pieces(documents(rows == 0), runs, runs)
     assert largest(figures(lambda q, k, v: attend_pieces(q, k, v, parts), *inputs(64)), wanted) < 1e-12
     rectangles = [part for part in parts if not part.causal]
@@ -71,7 +71,7 @@ def test_pieces_equal_the_mask(cut, kernel, monkeypatch):
 def test_narrow_formats_round(dtype, gate):
     rows = positions(64)
     wanted = figures(lambda q, k, v: attend(q, k, v, masked(rows)), *inputs(64, dtype))
-    runs = [Run(0, 40, 0), Run(40, 64, 40)]
+    runs = [SegmentRun(0, 40, 0), SegmentRun(40, 64, 40)]
     parts = pieces(documents(rows == 0), runs, runs)
     found = figures(lambda q, k, v: attend_pieces(q, k, v, parts), *inputs(64, dtype))
     assert 0 < largest(found, wanted) < gate and all(x.dtype is dtype for x in found)
@@ -90,7 +90,7 @@ def test_long_packed_rows_go_in_pieces_and_short_ones_do_not():
 def test_a_run_of_keys_that_cuts_queries_is_refused():
     rows = documents(torch.zeros(1, 8, dtype=torch.bool))
     with pytest.raises(AssertionError, match="hold a part of the queries"):
-        pieces(rows, [Run(0, 8, 0)], [Run(0, 4, 0), Run(4, 8, 4)])
+        pieces(rows, [SegmentRun(0, 8, 0)], [SegmentRun(0, 4, 0), SegmentRun(4, 8, 4)])
 
 
 class Largest(TorchDispatchMode):

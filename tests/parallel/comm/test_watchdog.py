@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from parallel.comm.watchdog import Pulse, Watch, missing
+from parallel.comm.watchdog import Heartbeat, Watchdog, missing
 
 
 def word(
@@ -17,8 +17,8 @@ def word(
     return {"beat": beat, "step": step, "what": "x", "begun": begun, "excused": excused, "done": done, "host": host}
 
 
-def waiting() -> Pulse:
-    pulse = Pulse(step=7)
+def waiting() -> Heartbeat:
+    pulse = Heartbeat(step=7)
     for axis in ("ep", "ep", "tp"):
         pulse.begin(axis, "tokens")
     pulse.begin("ep", "tokens")
@@ -58,16 +58,16 @@ def test_who_is_done_may_be_silent_and_who_never_spoke_may_not():
 def ended(monkeypatch) -> list[str]:
     """What watches would have ended their ranks with."""
     lines: list[str] = []
-    monkeypatch.setattr(Watch, "_end", lambda self, line, hosts: lines.append(line))
+    monkeypatch.setattr(Watchdog, "_end", lambda self, line, hosts: lines.append(line))
     return lines
 
 
-def watches(tmp_path, ranks: list[int], size: int, limit_s: float) -> list[Watch]:
+def watches(tmp_path, ranks: list[int], size: int, limit_s: float) -> list[Watchdog]:
     store, found = dist.HashStore(), []
     for rank in ranks:
-        pulse = Pulse(step=7)
+        pulse = Heartbeat(step=7)
         pulse.begin("world", "wait for rank 0")
-        found.append(Watch(pulse, store, rank, size, limit_s, tmp_path))
+        found.append(Watchdog(pulse, store, rank, size, limit_s, tmp_path))
         time.sleep(0.03)  # never in step with each other
     return found
 
@@ -95,7 +95,7 @@ def test_a_store_that_is_gone_ends_the_rank(tmp_path, ended):
         def set(self, key: str, value: str) -> None:
             raise RuntimeError("Connection reset by peer")
 
-    watch = Watch(Pulse(), Gone(), 0, 2, 0.2, tmp_path)
+    watch = Watchdog(Heartbeat(), Gone(), 0, 2, 0.2, tmp_path)
     time.sleep(0.8)
     watch.stop()
     assert ended and ended[0] == "step 0: the store of the job does not answer any more"

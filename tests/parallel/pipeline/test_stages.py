@@ -12,7 +12,7 @@ from core.errors import ConfigError
 from model.config import ModelConfig
 from parallel import layout
 from parallel.layout import ParallelConfig
-from parallel.pipeline.stages import Schedule, balanced, layer_costs, stages
+from parallel.pipeline.stages import PipelineSchedule, balanced, layer_costs, stages
 from tests.parallel.test_layout import refusal
 from train.config import TrainConfig, check
 
@@ -61,15 +61,15 @@ def test_of_equal_cuts_the_even_one_is_taken():
 
 
 def test_loops_and_vs_give_ranks_their_stages():
-    loop = stages(MODEL, 2, Schedule.interleaved, 2, None)
-    v = stages(MODEL, 2, Schedule.zbv, 2, None)
+    loop = stages(MODEL, 2, PipelineSchedule.interleaved, 2, None)
+    v = stages(MODEL, 2, PipelineSchedule.zbv, 2, None)
     assert [loop.of(rank) for rank in range(2)] == [[0, 2], [1, 3]]
     assert [v.of(rank) for rank in range(2)] == [[0, 3], [1, 2]], "the first and the last stage share a rank"
     assert [layer for stage in loop.layers for layer in stage] == list(range(8))
 
 
 def test_the_cut_can_be_given():
-    given = stages(MODEL, 2, Schedule.one_f_one_b, 1, [7, 1])
+    given = stages(MODEL, 2, PipelineSchedule.one_f_one_b, 1, [7, 1])
     assert given.layers == (range(7), range(7, 8))
 
 
@@ -131,11 +131,11 @@ def test_a_schedule_that_this_torch_lacks_is_refused(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"schedule=zbv: needs torch 2.13 or newer, this is .*; try gpipe, one_f_one_b"
     ):
-        ParallelConfig(pp=2, schedule=Schedule.zbv)
-    assert ParallelConfig(pp=2, schedule=Schedule.interleaved).per_rank == 2
+        ParallelConfig(pp=2, schedule=PipelineSchedule.zbv)
+    assert ParallelConfig(pp=2, schedule=PipelineSchedule.interleaved).per_rank == 2
 
 
-@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("schedule", list(PipelineSchedule))
 def test_every_schedule_has_a_batch_that_it_takes(schedule):
     asked = ["parallel.pp=2", f"parallel.schedule={schedule.name}", "training.micro_batch=1", "training.global_batch=8"]
     check(load("train", TrainConfig, asked), 2)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from hparam.axes import Axis
+from hparam.axes import SizeAxis
 from hparam.coordinate_check import AxisResult, check_axis, slope
 from hparam.rules import Parametrization
 from tests.support.families import family, text
@@ -16,19 +16,19 @@ from train.metap.coordinates import changes
 from train.metap.scaling import carried
 
 
-def measure(base: TrainConfig, axis: Axis, factor: int, seed: int, rules: Parametrization):
+def measure(base: TrainConfig, axis: SizeAxis, factor: int, seed: int, rules: Parametrization):
     run = carried(replace(base, run=replace(base.run, seed=seed)), axis, factor, rules)
     return changes(run, [text()] * 5, text())
 
 
-def checked(axis: Axis, factors: list[int], *overrides: str, seeds: int = 3) -> AxisResult:
+def checked(axis: SizeAxis, factors: list[int], *overrides: str, seeds: int = 3) -> AxisResult:
     return check_axis(partial(measure, family(*overrides)), axis, factors, seeds, lambda line: None)
 
 
 @pytest.mark.slow
 def test_width():
     """Widths 64 to 512."""
-    found = checked(Axis.width, [1, 2, 4, 8], "optimizer.lr=0.0078")
+    found = checked(SizeAxis.width, [1, 2, 4, 8], "optimizer.lr=0.0078")
     assert found.failures() == []
     ours, standard = found.slopes["metap"], found.slopes["standard"]
     assert abs(ours["residual"]) <= 0.15 and max(abs(ours[name]) for name in ("attention", "moe", "logits")) <= 0.2, (
@@ -40,14 +40,14 @@ def test_width():
 @pytest.mark.slow
 def test_depth():
     """2 to 16 layers."""
-    found = checked(Axis.depth, [1, 2, 4, 8], "optimizer.lr=0.002")
+    found = checked(SizeAxis.depth, [1, 2, 4, 8], "optimizer.lr=0.002")
     assert found.failures() == []
     assert abs(found.slopes["metap"]["residual"]) <= 0.2 and found.slopes["standard"]["residual"] > 0.3, found.slopes
 
 
 def test_experts():
     """8 to 32 of which 2 to 8 are chosen."""
-    found = checked(Axis.experts, [1, 2, 4], "optimizer.lr=0.002")
+    found = checked(SizeAxis.experts, [1, 2, 4], "optimizer.lr=0.002")
     assert found.failures() == []
     assert max(abs(found.slopes["metap"][name]) for name in ("residual", "logits")) <= 0.2, found.slopes["metap"]
 
@@ -56,7 +56,7 @@ def test_experts():
 @pytest.mark.parametrize("scale, lr", [("unit_rms_norm", 0.02), ("shape_scaling", 0.02), ("match_adamw", 0.0078)])
 def test_width_with_muon(scale, lr):
     found = checked(
-        Axis.width, [1, 2, 4, 8], "optimizer.kind=muon", f"optimizer.muon.scale={scale}", f"optimizer.lr={lr}"
+        SizeAxis.width, [1, 2, 4, 8], "optimizer.kind=muon", f"optimizer.muon.scale={scale}", f"optimizer.lr={lr}"
     )
     assert found.failures() == []
     ours = found.slopes["metap"]
@@ -68,8 +68,8 @@ def test_width_with_muon(scale, lr):
 @pytest.mark.parametrize(
     "axis, factors, rule",
     [
-        (Axis.width, [1, 2, 4], "fan_in^-1 layers^a-1"),
-        (Axis.depth, [1, 2, 4, 8], "residual"),
+        (SizeAxis.width, [1, 2, 4], "fan_in^-1 layers^a-1"),
+        (SizeAxis.depth, [1, 2, 4, 8], "residual"),
     ],
 )
 def test_a_rule_that_is_left_out_is_noticed(monkeypatch, axis, factors, rule):
@@ -91,9 +91,9 @@ def test_a_rule_that_is_left_out_is_noticed(monkeypatch, axis, factors, rule):
 def test_a_check_that_could_not_fail_says_so():
     """Where the standard parametrization changes as little, the quantities or the learning rate show nothing."""
     flat = {name: [1.0, 1.1] for name in ("embedding", "attention", "moe", "router", "residual", "logits")}
-    found = AxisResult(Axis.width, [1, 2], {"metap": flat, "standard": flat}, {})
+    found = AxisResult(SizeAxis.width, [1, 2], {"metap": flat, "standard": flat}, {})
     assert [line.partition(",")[0] for line in found.failures()] == ["width: blind"]
-    steep = AxisResult(Axis.width, [1, 2], {"metap": flat, "standard": {**flat, "residual": [1.0, 2.0]}}, {})
+    steep = AxisResult(SizeAxis.width, [1, 2], {"metap": flat, "standard": {**flat, "residual": [1.0, 2.0]}}, {})
     assert steep.failures() == []
 
 

@@ -9,7 +9,7 @@ import torch
 
 from core.config import build, plain
 from core.errors import ConfigError
-from hparam.axes import Axis
+from hparam.axes import SizeAxis
 from hparam.rules import HeadForm, Parametrization
 from model.config import MultipliersConfig
 from parallel.comm.world import World
@@ -29,7 +29,7 @@ from train.run_directory import RunDirectory
 def larger(*overrides: str, **hparam: object) -> TrainConfig:
     """Twice as wide as its base, unresolved."""
     base = family("model.init.head_std=0.02", "model.init.router_std=0.05", "optimizer.weight_decay=0.1", *overrides)
-    wide = grown_run(base, Axis.width, 2)
+    wide = grown_run(base, SizeAxis.width, 2)
     return replace(wide, hparam=replace(wide.hparam, base=scale_of_run(base), **hparam))  # type: ignore[arg-type]
 
 
@@ -96,10 +96,10 @@ def test_tied_embeddings_need_the_multiplier():
 def test_what_the_base_gives_is_that_of_its_size():
     """Depth divides by the layers of the base, gates that nothing normalises by their number, phases by nothing."""
     base = family("model.init.depth_scaled=true", "model.router.score=sigmoid", "model.router.renormalise=false")
-    deep = carried(base, Axis.depth, 4, Parametrization.metap)
+    deep = carried(base, SizeAxis.depth, 4, Parametrization.metap)
     assert deep.model.init.roles["attention_output"] == pytest.approx(64**-0.5 / 2)
-    assert carried(base, Axis.experts, 2, Parametrization.metap).model.multipliers.gates == 0.5
-    assert carried(family(), Axis.experts, 2, Parametrization.metap).model.multipliers.gates == 1.0
+    assert carried(base, SizeAxis.experts, 2, Parametrization.metap).model.multipliers.gates == 0.5
+    assert carried(family(), SizeAxis.experts, 2, Parametrization.metap).model.multipliers.gates == 1.0
     phase = PhaseConfig("later", 7, context=32, global_batch=2)
     assert scale_of_run(replace(base, phases=[phase])) == scale_of_run(base)
 
@@ -125,7 +125,7 @@ def test_another_kind_of_model_is_refused(override):
 
 def test_factors_of_a_base_are_kept():
     base = family("model.multipliers.logits=0.7")
-    assert carried(base, Axis.width, 2, Parametrization.metap).model.multipliers.logits == 0.7
+    assert carried(base, SizeAxis.width, 2, Parametrization.metap).model.multipliers.logits == 0.7
 
 
 @pytest.mark.parametrize("hparam", [{"tau": 0.1}, {"tau": 0.1, "rules": Parametrization.standard}, {"alpha": 0.1}])
@@ -204,7 +204,7 @@ def test_multipliers_at_the_base_are_kept():
     assert run.model.multipliers == MultipliersConfig(logits=0.7)
 
 
-@pytest.mark.parametrize("axis", Axis)
+@pytest.mark.parametrize("axis", SizeAxis)
 def test_families_grow_along_one_axis(axis):
     base = family("schedule.warmup_steps=10", "training.steps=100")
     small, large = scale_of_run(base), scale_of_run(grown_run(base, axis, 2))
@@ -214,11 +214,11 @@ def test_families_grow_along_one_axis(axis):
         if after != before
     }
     wanted = {
-        Axis.width: {"width", "query_width", "value_width", "expert_width"},
-        Axis.depth: {"layers"},
-        Axis.experts: {"experts", "top_k"},
-        Axis.batch: {"batch"},
-        Axis.tokens: {"tokens"},
+        SizeAxis.width: {"width", "query_width", "value_width", "expert_width"},
+        SizeAxis.depth: {"layers"},
+        SizeAxis.experts: {"experts", "top_k"},
+        SizeAxis.batch: {"batch"},
+        SizeAxis.tokens: {"tokens"},
     }
     assert grown == dict.fromkeys(wanted[axis], 2)
     schedule, training = (getattr(grown_run(base, axis, 2), key) for key in ("schedule", "training"))
@@ -227,11 +227,13 @@ def test_families_grow_along_one_axis(axis):
 
 def test_a_batch_that_does_not_divide_the_steps_is_refused():
     with pytest.raises(ConfigError, match=r"training.steps=101: must be a multiple of 4"):
-        grown_run(family("training.steps=101"), Axis.batch, 4)
+        grown_run(family("training.steps=101"), SizeAxis.batch, 4)
 
 
 def test_the_standard_way_changes_spreads_only():
-    run = carried(family("training.steps=64", "optimizer.weight_decay=0.1"), Axis.tokens, 4, Parametrization.standard)
+    run = carried(
+        family("training.steps=64", "optimizer.weight_decay=0.1"), SizeAxis.tokens, 4, Parametrization.standard
+    )
     assert run.optimizer.transferred is not None and run.optimizer.transferred.beta2 == 0.95
     assert {own.lr for own in run.optimizer.transferred.roles.values()} == {run.optimizer.lr}
     assert {own.weight_decay for own in run.optimizer.transferred.roles.values()} == {0.0, 0.1}

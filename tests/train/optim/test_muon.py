@@ -21,7 +21,7 @@ from model.transformer import Transformer
 from parallel.layout import ParallelConfig
 from parallel.mesh import place
 from parallel.sharding import shard_specs
-from precision.config import Compute, PrecisionConfig, Storage
+from precision.config import Compute, ParamDtype, PrecisionConfig
 from precision.resolve import resolve
 from tests.support.tiny import trainer
 from train.config import TrainConfig
@@ -234,7 +234,7 @@ def test_narrow_formats_follow_wide_ones():
         "moments": ({"moments": Moments.bfloat16}, PrecisionConfig()),
         "products": ({"muon": MuonConfig(products=Compute.bfloat16)}, PrecisionConfig()),
         "model": ({}, PrecisionConfig(Compute.bfloat16)),
-        "storage": ({}, PrecisionConfig(Compute.bfloat16, Storage.bfloat16)),
+        "storage": ({}, PrecisionConfig(Compute.bfloat16, ParamDtype.bfloat16)),
     }
     apart = {name: float((moved(*half) - wide).norm() / wide.norm()) for name, half in halves.items()}
     assert all(0 < difference < 0.06 for difference in apart.values()), apart

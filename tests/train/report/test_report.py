@@ -19,7 +19,7 @@ from core.errors import ConfigError
 from launch.cli import main
 from train.config import TrainConfig
 from train.report import plots
-from train.report.run import Run, repeat_command, write_report
+from train.report.run import RunData, repeat_command, write_report
 
 
 def make_run(directory: Path, *overrides: str, steps: int = 60, loss=lambda step: 7 - step / 20, **load_) -> Path:
@@ -70,7 +70,7 @@ def pixels(content: bytes) -> tuple[int, int, int]:
 @pytest.fixture
 def cut_off(tmp_path, monkeypatch) -> Callable[[], list[str]]:
     """Draws a run's pictures; returns the labels that do not fit beside their axes."""
-    run, made = Run(make_run(tmp_path / "one")), []
+    run, made = RunData(make_run(tmp_path / "one")), []
     honest = plots.drawn
     monkeypatch.setattr(plots, "drawn", lambda *arguments: made.append(honest(*arguments)) or made[-1])
 
@@ -128,19 +128,19 @@ def test_what_comes_from_files_is_escaped(tmp_path):
 )
 def test_each_warning_has_its_cause(tmp_path, cause, warning):
     cause(tmp_path / "run")
-    assert any(warning in text for text in Run(tmp_path / "run").warnings())
-    assert list(Run(make_run(tmp_path / "healthy")).warnings()) == []
+    assert any(warning in text for text in RunData(tmp_path / "run").warnings())
+    assert list(RunData(make_run(tmp_path / "healthy")).warnings()) == []
 
 
 def test_a_loss_above_the_bigram_and_an_unfinished_run_are_told(tmp_path):
     run = make_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "bigram_loss": 4.0}))
-    assert any("not below the bigram" in text for text in Run(run).warnings())
+    assert any("not below the bigram" in text for text in RunData(run).warnings())
     (run / "summary.json").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:9]) + '\n{"step": 20, "lo')
-    assert [text for text in Run(run).warnings()] == ["The run stands at step 18 of 60."]
+    assert [text for text in RunData(run).warnings()] == ["The run stands at step 18 of 60."]
     assert "4.2500" not in page(run)
 
 
@@ -148,12 +148,12 @@ def test_a_line_that_was_cut_short_hides_none_after_it(tmp_path):
     """A full disk leaves such lines in the middle: the run goes on behind them."""
     run = make_run(tmp_path / "run", steps=20)
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    steps = Run(run).steps
+    steps = RunData(run).steps
     (run / "metrics.jsonl").write_text("\n".join([*lines[:3], lines[3][:9], *lines[4:]]))
-    assert Run(run).steps == steps[:3] + steps[4:]
+    assert RunData(run).steps == steps[:3] + steps[4:]
     (run / "metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match="has logged no step yet"):
-        Run(run)
+        RunData(run)
 
 
 def test_a_dense_run_and_one_line_are_enough(tmp_path):
@@ -190,4 +190,4 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="has logged no step yet"):
-        Run(run)
+        RunData(run)

@@ -19,12 +19,12 @@ from data.filter.audit.page import write_audit
 from data.filter.audit.plots import draw
 from data.filter.audit.statistics import Audit, ScorerInfo
 from data.filter.audit.tally import Tally, counts, first_of_each, key_of, quantile, spearman, value_of
-from data.filter.config import FilterRules, SelectConfig, Unit
+from data.filter.config import FilterRules, KeepUnit, SelectConfig
 from data.filter.input.records import Reason
 from data.filter.score.scorer import Direction
 
 SCORER = ScorerInfo("ngram", "bits per byte", Direction.hard, "0123")
-RULES = FilterRules(keep=0.5, unit=Unit.documents, select=SelectConfig(length_buckets=1))
+RULES = FilterRules(keep=0.5, unit=KeepUnit.documents, select=SelectConfig(length_buckets=1))
 
 
 def decisions(score: Any, reason: Any, domain: Any = "web", seed: int = 0, **columns: Any) -> pyarrow.Table:

@@ -18,8 +18,8 @@ from data.filter.select import selection as module
 from data.filter.select.selection import (
     CODE,
     REASONS,
-    Decision,
     ShardScores,
+    Thresholds,
     length_bin,
     noise_threshold,
     quantise,
@@ -55,7 +55,7 @@ def take(shard: ShardScores, rows: np.ndarray, name: str = "part") -> ShardScore
     return ShardScores(name, *(column[rows] for column in columns))
 
 
-def decide(shard: ShardScores, rules: FilterRules, noise: float | None = None) -> tuple[Decision, np.ndarray]:
+def decide(shard: ShardScores, rules: FilterRules, noise: float | None = None) -> tuple[Thresholds, np.ndarray]:
     decision = select(lambda: [shard], NAMES, rules, noise)
     return decision, decision.reasons(shard)
 
@@ -148,7 +148,7 @@ def test_one_length_is_in_one_bucket_and_buckets_are_even() -> None:
 # ranks and partitions
 
 
-def on_ranks(parts: Sequence[list[ShardScores]], rules: FilterRules, noise: float | None) -> list[Decision]:
+def on_ranks(parts: Sequence[list[ShardScores]], rules: FilterRules, noise: float | None) -> list[Thresholds]:
     """Each rank is a thread with its own shards; sums meet at a barrier."""
     count, found = len(parts), {}
     barrier, given = threading.Barrier(count, timeout=60), {}
@@ -373,7 +373,7 @@ def test_keeping_all_keeps_all() -> None:
 def test_thresholds_go_through_json() -> None:
     shard = records(1000, 15, "tails")
     decision, codes = decide(shard, FilterRules(select=SelectConfig(revive=0.1, floor=3)), 50.0)
-    again = Decision.load(json.loads(json.dumps(decision.thresholds)))
+    again = Thresholds.load(json.loads(json.dumps(decision.thresholds)))
     assert again.thresholds == decision.thresholds and np.array_equal(again.reasons(shard), codes)
 
 
@@ -455,7 +455,7 @@ def test_rounding_not_carried_on_misses_by_more_than_half_a_document(monkeypatch
             )
             for g in range(len(wanted))
         ]
-        return module.Keys(tuple(keys.values[0] for keys, _ in alone)), sum(kept for _, kept in alone)
+        return module.ThresholdKeys(tuple(keys.values[0] for keys, _ in alone)), sum(kept for _, kept in alone)
 
     module_settle = module._settle
     monkeypatch.setattr(module, "_settle", without_carry)
