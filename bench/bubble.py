@@ -80,7 +80,7 @@ def steps(parallel: ParallelConfig) -> list[float]:
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
     model: Any = _Outline(
-        ModelConfig(vocab_size=WIDTH, width=WIDTH, layers=8), resolve(PrecisionConfig()).compute_dtype
+        ModelConfig(vocab_size=WIDTH, hidden_size=WIDTH, num_layers=8), resolve(PrecisionConfig()).compute_dtype
     )
     here = parallel.resolve(world.size).stages(model.config).of(meshes.pp.rank)
     stacks: dict[int, Stack] = {stage: Sleeper(stage, parallel.schedule.splits_backward) for stage in here}

@@ -16,7 +16,7 @@ from train.config import TrainConfig, check
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 BEGIN, END = "<!-- made by python -m bench.engines -->\n", "<!-- end -->\n"
 RANKS = 4
-ROWS = ["training.global_batch=32", "training.micro_batch=1"]
+ROWS = ["training.global_batch_size=32", "training.micro_batch_size=1"]
 ENGINES = {
     "fsdp2": [],
     **{f"ZeRO-{stage}": ["parallel.engine=deepspeed", f"parallel.zero.stage={stage}"] for stage in (1, 2, 3)},
@@ -35,15 +35,15 @@ FEATURES = {
     "precision=fp32": [*DENSE, "precision=fp32"],
     "precision=bf16": [*DENSE, "precision=bf16"],
     "precision=fp64": [*DENSE, "precision=fp64"],
-    "precision=fp8": [*DENSE, "precision=fp8", "precision.backend=reference"],
-    "precision.storage=bfloat16": [*DENSE, "precision=bf16", "precision.storage=bfloat16"],
+    "precision=fp8": [*DENSE, "precision=fp8", "precision.backend=emulated"],
+    "precision.param_dtype=bfloat16": [*DENSE, "precision=bf16", "precision.param_dtype=bfloat16"],
     "AdamW": [*DENSE, "optimizer=adamw"],
     "AdamW, moments in bf16": [*DENSE, "optimizer.moments=bfloat16"],
     "Muon": [*DENSE, "optimizer=muon"],
     "MetaP": [*DENSE, "hparam=smoke", "hparam.kind={}"],
     "recompute": [*DENSE, "parallel.recompute=full"],
     "compile": [*DENSE, "parallel.compile=true"],
-    "sums over ranks in bf16": [*DENSE, "parallel.reduce=bfloat16"],
+    "sums over ranks in bf16": [*DENSE, "parallel.reduce_dtype=bfloat16"],
     "optimizer state on the host": [*DENSE, "parallel.zero.offload=cpu"],
     "optimizer state on disk": [*DENSE, "parallel.zero.offload=nvme", "parallel.zero.nvme=/tmp"],
     "parameters on the host": [*DENSE, "parallel.zero.offload_parameters=cpu"],

@@ -22,7 +22,7 @@ from train.report.plots import COLOURS
 from train.run_directory import read_lines
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "fp8_loss.png"
-SIDES = {"bf16": ["precision=bf16"], "FP8": ["precision=fp8", "precision.backend=reference"]}
+SIDES = {"bf16": ["precision=bf16"], "FP8": ["precision=fp8", "precision.backend=emulated"]}
 QUANTILE = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895}
 """Student's t, 95%, by the number of pairs."""
 MOST_GAP = 0.01

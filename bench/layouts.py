@@ -38,8 +38,8 @@ LAYOUTS = {
     "ep2 + efsdp2": (4, ParallelConfig(ep=2)),
     "tp2 + ep2 + fsdp2": (8, ParallelConfig(tp=2, ep=2)),
     "cp2 gather": (2, ParallelConfig(cp=2)),
-    "cp2 ulysses": (2, ParallelConfig(cp=2, context=ContextMethod.ulysses)),
-    "cp2 ring": (2, ParallelConfig(cp=2, context=ContextMethod.ring)),
+    "cp2 ulysses": (2, ParallelConfig(cp=2, cp_method=ContextMethod.ulysses)),
+    "cp2 ring": (2, ParallelConfig(cp=2, cp_method=ContextMethod.ring)),
     "cp4": (4, ParallelConfig(cp=4)),
     "tp2 + cp2": (4, ParallelConfig(cp=2, tp=2)),
     "cp2 + ep2": (2, ParallelConfig(cp=2, ep=2)),
@@ -49,7 +49,7 @@ LAYOUTS = {
     "pp2 + ep2": (4, ParallelConfig(pp=2, ep=2)),
     "pp2 + tp2": (4, ParallelConfig(pp=2, tp=2)),
     "pp2 + cp2": (4, ParallelConfig(pp=2, cp=2)),
-    "pp2 + cp2 zbv, ring": (4, ParallelConfig(pp=2, cp=2, schedule=PipelineSchedule.zbv, context=ContextMethod.ring)),
+    "pp2 + cp2 zbv, ring": (4, ParallelConfig(pp=2, cp=2, schedule=PipelineSchedule.zbv, cp_method=ContextMethod.ring)),
     "pp2 + tp2 + ep2 + fsdp2": (8, ParallelConfig(pp=2, tp=2, ep=2)),
 }
 """Name -> ranks and degrees."""
@@ -81,8 +81,8 @@ def tiny(top_k: int) -> ModelConfig:
 def deep(top_k: int) -> ModelConfig:
     """The same with a layer for each stage of every pipeline here."""
     small = tiny(top_k)
-    layers = [small.blocks[index % small.layers] for index in range(4)]
-    return replace(small, layers=len(layers), layer_list=layers)
+    layers = [small.blocks[index % small.num_layers] for index in range(4)]
+    return replace(small, num_layers=len(layers), layer_list=layers)
 
 
 def proofs(ranks: Ranks) -> Iterator[tuple[str, int, Recompute, bool, float, float]]:
@@ -123,7 +123,7 @@ def float8_proofs(ranks: Ranks) -> Iterator[tuple[str, str, bool, float | None, 
     for recipe in (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8):
         for name in FLOAT8 if recipe is Recipe.blockwise else ("ep2", "tp2", "pp2 zbv"):
             count, parallel = LAYOUTS[name]
-            precision = PrecisionConfig(Compute.bfloat16, backend=Backend.reference, recipe=recipe)
+            precision = PrecisionConfig(Compute.bfloat16, backend=Backend.emulated, recipe=recipe)
             model = shrink(tiny(1), parallel, fp8.SIDE)
             found = list(fp8.proofs(model, precision, parallel, count, ranks))
             exact = [one.largest for one in found if one.gate == EXACT]

@@ -26,11 +26,11 @@ from precision.resolve import resolve
 
 WIDTH, HIDDEN = 256, 512
 INPUT_WEIGHTED = RouterConfig()
-OUTPUT_WEIGHTED = RouterConfig(score=Score.softmax, renormalise=True, weights_on=WeightsOn.output)
+OUTPUT_WEIGHTED = RouterConfig(score=Score.softmax, norm_topk_prob=True, weights_on=WeightsOn.output)
 
 
 def our_layer(experts: int, dtype: torch.dtype, router: RouterConfig) -> MixtureOfExperts:
-    config = ModelConfig(width=WIDTH, expert_width=HIDDEN, experts=experts, router=router)
+    config = ModelConfig(hidden_size=WIDTH, expert_hidden_size=HIDDEN, num_experts=experts, router=router)
     name = {torch.float32: Compute.float32, torch.bfloat16: Compute.bfloat16}[dtype]
     layer = MixtureOfExperts(config, resolve(PrecisionConfig(name)).plain)
     initialise(layer, config, seed=0)

@@ -19,8 +19,13 @@ from bench.trainer_step import make_trainer
 from train.trainer import Trainer
 
 MODEL = [
-    *("hparam=none", "model.width=512", "model.heads=8", "model.head_width=64", "model.dense_width=2048"),
-    *("model.expert_width=1024", "training.context=64", "training.global_batch=2", "training.micro_batch=2"),
+    *("hparam=none", "model.hidden_size=512", "model.num_heads=8", "model.head_dim=64", "model.dense_hidden_size=2048"),
+    *(
+        "model.expert_hidden_size=1024",
+        "training.seq_len=64",
+        "training.global_batch_size=2",
+        "training.micro_batch_size=2",
+    ),
     *("logging.every=1000", "data.prefetch=0"),
 ]
 STEPS = 4

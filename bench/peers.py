@@ -84,7 +84,7 @@ def qwen3(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> 
     experts, width, hidden = _sizes(layer)
     config: Any = Qwen3MoeConfig(
         hidden_size=width, moe_intermediate_size=hidden, num_experts=experts, num_experts_per_tok=router.top_k,
-        norm_topk_prob=router.renormalise,
+        norm_topk_prob=router.norm_topk_prob,
     )  # fmt: skip
     return _grouped(layer, Qwen3MoeSparseMoeBlock, config, their_shared)
 
@@ -131,7 +131,7 @@ def torchtitan(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool
         ),
         router=TokenChoiceTopKRouter.Config(
             num_experts=experts, gate=linear(width, experts), top_k=router.top_k,
-            score_func=router.score.value, route_norm=router.renormalise,
+            score_func=router.score.value, route_norm=router.norm_topk_prob,
         ),
         shared_experts=mlp,
     )  # fmt: skip

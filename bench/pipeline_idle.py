@@ -89,11 +89,11 @@ def order(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int
 
 def _one_stage(stage: int, micro_batches: int, warm_up: int) -> list[Piece]:
     """Some forwards, then backwards and forwards in turn, then the backwards that are left."""
-    found: list[Piece] = [("F", stage, micro_batch) for micro_batch in range(warm_up)]
-    for micro_batch in range(micro_batches):
-        found.append(("B", stage, micro_batch))
-        if warm_up + micro_batch < micro_batches:
-            found.append(("F", stage, warm_up + micro_batch))
+    found: list[Piece] = [("F", stage, micro_batch_size) for micro_batch_size in range(warm_up)]
+    for micro_batch_size in range(micro_batches):
+        found.append(("B", stage, micro_batch_size))
+        if warm_up + micro_batch_size < micro_batches:
+            found.append(("F", stage, warm_up + micro_batch_size))
     return found
 
 
@@ -116,13 +116,13 @@ def _pieces(action: Any) -> list[Piece]:
 
 def _ready(piece: Piece, last: int, done: dict[Piece, float]) -> float | None:
     """When what a piece of work needs was there; None: not yet."""
-    kind, stage, micro_batch = piece
+    kind, stage, micro_batch_size = piece
     if kind == "F":
-        return 0.0 if stage == 0 else done.get(("F", stage - 1, micro_batch))
+        return 0.0 if stage == 0 else done.get(("F", stage - 1, micro_batch_size))
     if kind == "W":
-        return done.get(("I", stage, micro_batch))
-    forward = done.get(("F", stage, micro_batch))
+        return done.get(("I", stage, micro_batch_size))
+    forward = done.get(("F", stage, micro_batch_size))
     if stage == last or forward is None:
         return forward
-    after = [done[k, stage + 1, micro_batch] for k in ("B", "I") if (k, stage + 1, micro_batch) in done]
+    after = [done[k, stage + 1, micro_batch_size] for k in ("B", "I") if (k, stage + 1, micro_batch_size) in done]
     return max(forward, *after) if after else None

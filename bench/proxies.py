@@ -18,9 +18,9 @@ from core.files import write_text
 CONFIGS = Path(__file__).parent.parent / "configs" / "hparam"
 RUN = [
     "hparam=none",
-    "training.context=256",
-    "training.global_batch=8",
-    "training.micro_batch=8",
+    "training.seq_len=256",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=8",
     "evaluation.every=0",
     "evaluation.baselines=false",
     "checkpoint.every=0",
@@ -32,38 +32,50 @@ RUN = [
     "sweep.processes=2",
 ]
 SMALL = [
-    *("model.width=64", "model.layers=4", "model.heads=2", "model.kv_heads=1", "model.dense_width=256"),
-    *("model.expert_width=128", "training.steps=50", "schedule.warmup_steps=5"),
+    *(
+        "model.hidden_size=64",
+        "model.num_layers=4",
+        "model.num_heads=2",
+        "model.num_kv_heads=1",
+        "model.dense_hidden_size=256",
+    ),
+    *("model.expert_hidden_size=128", "training.steps=50", "schedule.warmup_steps=5"),
     *("sweep.axis=tokens", "sweep.factors=[1,2,4]"),
 ]
 LARGE = [
-    *("model.width=128", "model.layers=4", "model.heads=1", "model.kv_heads=1", "model.head_width=128"),
-    *("model.dense_width=512", "training.steps=60", "schedule.warmup_steps=6", "optimizer.weight_decay=0.1,4"),
+    *("model.hidden_size=128", "model.num_layers=4", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=128"),
+    *("model.dense_hidden_size=512", "training.steps=60", "schedule.warmup_steps=6", "optimizer.weight_decay=0.1,4"),
     "sweep.low=-10",
 ]
 """Heads as wide as the target's: normalised queries without a gain cannot take a factor on export."""
-OPEN = [*LARGE, "model.nope_every=0", "model.chunk=null", "model.moe_every=1", "model.shared_width=0"]
+OPEN = [
+    *LARGE,
+    "model.nope_every=0",
+    "model.attention_chunk_size=null",
+    "model.moe_every=1",
+    "model.shared_expert_hidden_size=0",
+]
 """Softmax routers on outputs, every layer a mixture, whole rows of attention."""
 SOFTMAX = ["model.router.score=softmax", "model.router.weights_on=output"]
 PROXIES = {
     "smoke": SMALL,
-    "llama4": [*LARGE, "model.moe_every=1", "model.experts=16"],
-    "llama4_maverick": [*LARGE, "model.moe_every=2", "model.experts=128", "model.qk_norm=none"],
+    "llama4": [*LARGE, "model.moe_every=1", "model.num_experts=16"],
+    "llama4_maverick": [*LARGE, "model.moe_every=2", "model.num_experts=128", "model.qk_norm=none"],
     "mixtral": [
-        *(*OPEN, *SOFTMAX, "model.router.renormalise=true", "model.router.top_k=2", "model.qk_norm=none"),
-        "model.expert_width=448",
+        *(*OPEN, *SOFTMAX, "model.router.norm_topk_prob=true", "model.router.top_k=2", "model.qk_norm=none"),
+        "model.expert_hidden_size=448",
     ],
     "olmoe": [
         *OPEN,
         *SOFTMAX,
         "model.router.top_k=8",
-        "model.experts=64",
-        "model.expert_width=64",
+        "model.num_experts=64",
+        "model.expert_hidden_size=64",
         "model.qk_norm=full",
     ],
     "qwen3": [
-        *(*OPEN, *SOFTMAX, "model.router.renormalise=true", "model.router.top_k=8", "model.qk_norm=per_head"),
-        *("model.experts=128", "model.expert_width=48"),
+        *(*OPEN, *SOFTMAX, "model.router.norm_topk_prob=true", "model.router.top_k=8", "model.qk_norm=per_head"),
+        *("model.num_experts=128", "model.expert_hidden_size=48"),
     ],
 }
 

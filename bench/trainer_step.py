@@ -26,7 +26,7 @@ from train.run_directory import RunDirectory
 from train.trainer import Trainer
 
 OVERRIDES = [
-    *("hparam=none", "training.global_batch=8", "training.micro_batch=8"),
+    *("hparam=none", "training.global_batch_size=8", "training.micro_batch_size=8"),
     *("schedule.kind=constant", "schedule.warmup_steps=0"),
 ]
 

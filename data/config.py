@@ -150,7 +150,7 @@ class DataConfig:
     sources are then not read. `verify`: hash the token shards before training. `align`: pad between documents, so that
     none crosses a multiple of so many tokens but those that lie whole chunks after its start (the model's chunk: its
     chunked layers then need nothing from other ranks of cp); null: no padding. `packing`: of training documents;
-    `pack_context`: the tokens of the rows that `best_fit` makes, for which `greedy` counts how many documents are cut.
+    `pack_seq_len`: the tokens of the rows that `best_fit` makes, for which `greedy` counts how many documents are cut.
     `prefetch`: batches made ahead of the step that takes them; 0: none. `filter`: what training documents must
     pass (each source is a domain); held-out ones are left as they are.
     """
@@ -164,7 +164,7 @@ class DataConfig:
     limit_tokens: int | None = None
     align: int | None = None
     packing: Packing = Packing.greedy
-    pack_context: int | None = None
+    pack_seq_len: int | None = None
     prefetch: int = 2
     filter: FilterRules | None = None
     verify: bool = True
@@ -186,9 +186,9 @@ class DataConfig:
             reason = f"long_documents={self.long_documents.name} needs a limit"
             raise ConfigError("limit_tokens", None, reason)
         check_numbers(self, positive=("limit_tokens", "align"), not_negative=("prefetch",))
-        if self.pack_context is not None and self.pack_context < 2:
-            raise ConfigError("pack_context", self.pack_context, "must hold the begin of a document and a token", [2])
-        if self.packing is Packing.best_fit and self.pack_context is None:
-            raise ConfigError("pack_context", None, "packing=best_fit makes rows of so many tokens: name them")
+        if self.pack_seq_len is not None and self.pack_seq_len < 2:
+            raise ConfigError("pack_seq_len", self.pack_seq_len, "must hold the begin of a document and a token", [2])
+        if self.packing is Packing.best_fit and self.pack_seq_len is None:
+            raise ConfigError("pack_seq_len", None, "packing=best_fit makes rows of so many tokens: name them")
         if self.packing is Packing.best_fit and self.align is not None:
             raise ConfigError("align", self.align, "works with packing=greedy: best_fit begins each row anew", ["null"])

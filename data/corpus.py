@@ -78,7 +78,7 @@ class Corpus:
         return counts.get("padding", 0) / max(counts["tokens"], 1)
 
     def cut_documents(self, source: str) -> float:
-        """Share of a source's training documents that do not lie in one row of `data.pack_context` tokens."""
+        """Share of a source's training documents that do not lie in one row of `data.pack_seq_len` tokens."""
         counts = self.manifest["sources"][source][TRAIN]["counts"]
         return counts.get("cut", 0) / counts["documents"]
 
@@ -140,11 +140,11 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
     if config.align is not None:
         shares = ", ".join(f"{corpus.padding(name):.1%} of {name}" for name in corpus.sources)
         report(f"documents are aligned to {config.align} tokens, for which padding is {shares}")
-    if config.pack_context is not None:
+    if config.pack_seq_len is not None:
         shares = ", ".join(
             f"{name} {corpus.cut_documents(name):.1%} and {corpus.padding(name):.1%}" for name in corpus.sources
         )
-        report(f"rows of {config.pack_context} tokens, {config.packing.name}: documents cut and padding: {shares}")
+        report(f"rows of {config.pack_seq_len} tokens, {config.packing.name}: documents cut and padding: {shares}")
     return corpus
 
 
@@ -157,7 +157,7 @@ def _source_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
         del part["weight"], part["max_epochs"]
     if config.packing is Packing.greedy:
         del settings["packing"]
-    for name in ("align", "pack_context", "filter"):
+    for name in ("align", "pack_seq_len", "filter"):
         if settings[name] is None:  # what was made before there was a choice stays good
             del settings[name]
     if config.filter is not None:
@@ -185,7 +185,7 @@ def _write(
     if config.align is not None:
         manifest["align"] = config.align
     if config.packing is Packing.best_fit:
-        manifest["packing"] = {"kind": config.packing.name, "row_tokens": config.pack_context}
+        manifest["packing"] = {"kind": config.packing.name, "row_tokens": config.pack_seq_len}
     if config.filter is not None:
         manifest["filter"] = keep_audit(sources, directory)
     tokenizer.save(directory)
@@ -220,8 +220,8 @@ class _SourceWriter:
         self.counts: dict[str, Counter[str]] = {split: Counter() for split in self.streams}
         self.index = DocumentIndex(directory / f"{source.name}{DOCUMENTS}")
         self.packer = None
-        if config.packing is Packing.best_fit and config.pack_context is not None:
-            self.packer = Packer(config.pack_context, tokenizer.bos_id, tokenizer.eos_id)
+        if config.packing is Packing.best_fit and config.pack_seq_len is not None:
+            self.packer = Packer(config.pack_seq_len, tokenizer.bos_id, tokenizer.eos_id)
 
     def add(self, documents: list[Document]) -> None:
         whole = [document for document in documents if document.dropped is None]
@@ -275,7 +275,7 @@ class _SourceWriter:
         stream = self.streams[_split(document)]
         padding = self._padding(stream.tokens, len(whole_document))
         begin = stream.tokens + padding
-        if (row := self.config.pack_context) is not None:
+        if (row := self.config.pack_seq_len) is not None:
             counts["cut"] += begin // row != (begin + len(whole_document) - 1) // row
         counts["padding"] += padding
         if document.name is not None and not document.held_out:

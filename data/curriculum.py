@@ -31,7 +31,7 @@ class PhaseRows:
 
     name: str
     context: int
-    global_batch: int
+    global_batch_size: int
     steps: int
     samples: int
     weights: Mapping[str, float]
@@ -64,7 +64,7 @@ def make_loaders(
         }
         past = PhaseOffset(origin, dict(rows))
         loader = Loader(
-            corpus, phase.context, phase.global_batch, seed, phase.name, phase.weights, past=past, left=left
+            corpus, phase.context, phase.global_batch_size, seed, phase.name, phase.weights, past=past, left=left
         )
         if loader.blend.samples is not None and loader.blend.samples < phase.samples:
             raise _used_up(corpus, phase, loader.blend.samples, max_epochs)

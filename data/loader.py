@@ -79,7 +79,7 @@ class Loader:
         self,
         corpus: Corpus,
         context: int,
-        global_batch: int,
+        global_batch_size: int,
         seed: int,
         phase: str = "",
         weights: Mapping[str, float] | None = None,
@@ -89,7 +89,7 @@ class Loader:
     ) -> None:
         weights = dict(weights) if weights is not None else dict.fromkeys(corpus.sources, 1.0)
         past = past or PhaseOffset()
-        self.corpus, self.context, self.global_batch = corpus, context, global_batch
+        self.corpus, self.context, self.global_batch_size = corpus, context, global_batch_size
         self.identity = (seed, corpus.fingerprint, generation, phase if past.origin is None else past.origin)
         self.blend = Blend(
             _blended(weights, corpus), key_of(seed, corpus.fingerprint, generation, phase, "blend"), left
@@ -101,7 +101,7 @@ class Loader:
         self._kept = _Rows(0, [], [])
         if corpus.row_tokens not in (None, context):
             reason = f"the corpus is packed for rows of {corpus.row_tokens} tokens"
-            raise ConfigError("training.context", context, reason, [corpus.row_tokens])
+            raise ConfigError("training.seq_len", context, reason, [corpus.row_tokens])
         for name, stream in zip(self.blend.names, self._streams, strict=True):
             if stream.rows(context) < 1:
                 reason = f"has {len(stream)} training tokens, less than one row of {context} tokens and a label"
@@ -109,8 +109,8 @@ class Loader:
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
         """Rows [start, stop) of the global batch of `step` (counted from the phase's begin)."""
-        stop = self.global_batch if stop is None else stop
-        return self.samples(range(step * self.global_batch + start, step * self.global_batch + stop))
+        stop = self.global_batch_size if stop is None else stop
+        return self.samples(range(step * self.global_batch_size + start, step * self.global_batch_size + stop))
 
     def samples(self, ordinals: Sequence[int]) -> Batch:
         """The samples of these ordinals, counted from the phase's begin; ascending ones are read fastest."""

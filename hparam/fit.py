@@ -20,7 +20,7 @@ from core.errors import ConfigError
 from hparam.scale import Scale
 
 MOST_RESAMPLES = 1000
-SIZES = ("width", "layers", "batch", "tokens")
+SIZES = ("hidden_size", "num_layers", "batch", "tokens")
 """What an exponent is fitted for, where it takes three values or more."""
 
 Losses = Mapping[float, Mapping[int, float]]
@@ -201,7 +201,7 @@ def foretold(curves: Sequence[Curve]) -> dict[str, Any] | None:
 
 def _cost(one: Curve) -> float:
     assert one.scale is not None
-    return float(one.scale.tokens) * one.scale.layers * one.scale.width**2
+    return float(one.scale.tokens) * one.scale.num_layers * one.scale.hidden_size**2
 
 
 def plain_optimum(one: Optimum) -> dict[str, Any]:

@@ -24,44 +24,47 @@ from model.roles import Role
 VERSION = 1
 
 METAP = """
-role                                         std           lr                        eps
-embedding                                    1             1                         width^-1
-query key value attention_output             fan_in^-1/2   fan_in^-1 layers^a-1      width^-1 layers^-a
-dense_gate dense_up dense_down               fan_in^-1/2   fan_in^-1 layers^a-1      width^-1 layers^-a
-shared_gate shared_up shared_down            fan_in^-1/2   fan_in^-1 layers^a-1      width^-1 layers^-a
-expert_gate_up expert_down                   fan_in^-1/2   fan_in^-1 layers^a-1      width^-1 layers^-a experts^-1
-router                                       width^-1      width^-1 layers^a-1       layers^-a experts^-1
-block_norm                                   1             layers^a-1                width^-1 layers^-a
-qk_norm                                      1             layers^a-1                layers^-a
-final_norm                                   1             1                         1
-head                                         width^-1      width^-1                  1
+role                        std             lr                             eps
+embedding                   1               1                              hidden_size^-1
+query key value             fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
+attention_output            fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
+dense_gate dense_up         fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
+dense_down                  fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
+shared_gate shared_up       fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
+shared_down                 fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
+expert_gate_up expert_down  fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a num_experts^-1
+router                      hidden_size^-1  hidden_size^-1 num_layers^a-1  num_layers^-a num_experts^-1
+block_norm                  1               num_layers^a-1                 hidden_size^-1 num_layers^-a
+qk_norm                     1               num_layers^a-1                 num_layers^-a
+final_norm                  1               1                              1
+head                        hidden_size^-1  hidden_size^-1                 1
 """
 HEAD_WITH_MULTIPLIER = """
-role                                         std           lr                        eps
-head                                         1             1                         width^-1
+role  std  lr  eps
+head  1    1   hidden_size^-1
 """
 STANDARD = """
-role                                         std                         lr          eps
-embedding block_norm qk_norm final_norm      1                           1           1
-query key value dense_gate dense_up          fan_in^-1/2                 1           1
-shared_gate shared_up expert_gate_up router  fan_in^-1/2                 1           1
-attention_output dense_down                  fan_in^-1/2 layers^-1/2     1           1
-shared_down expert_down                      fan_in^-1/2 layers^-1/2     1           1
-head                                         fan_in^-1/2                 1           1
+role                                         std                          lr  eps
+embedding block_norm qk_norm final_norm      1                            1   1
+query key value dense_gate dense_up          fan_in^-1/2                  1   1
+shared_gate shared_up expert_gate_up router  fan_in^-1/2                  1   1
+attention_output dense_down                  fan_in^-1/2 num_layers^-1/2  1   1
+shared_down expert_down                      fan_in^-1/2 num_layers^-1/2  1   1
+head                                         fan_in^-1/2                  1   1
 """
 MUON = {
-    "unit_rms_norm": "layers^a-1",
-    "shape_scaling": "fan_out^1/2 larger^-1/2 layers^a-1",
-    "match_adamw": "fan_out^1/2 fan_in^-1/2 larger^-1/2 layers^a-1",
+    "unit_rms_norm": "num_layers^a-1",
+    "shape_scaling": "fan_out^1/2 larger^-1/2 num_layers^a-1",
+    "match_adamw": "fan_out^1/2 fan_in^-1/2 larger^-1/2 num_layers^a-1",
 }
 """Learning rate of matrices under Muon, whose update has spectral norm 1 before its own scale (`train.optim.muon`):
 what is missing until a step's spectral norm goes as sqrt(fan_out / fan_in) (Yang et al. 2023, arXiv 2310.17813).
 """
 MULTIPLIERS = {
-    "metap": {"residual": "layers^-a", "attention": "head_width^-1/2", "logits": "1", "gates": "1"},
+    "metap": {"residual": "num_layers^-a", "attention": "head_dim^-1/2", "logits": "1", "gates": "1"},
     "standard": {"residual": "1", "attention": "1", "logits": "1", "gates": "1"},
 }
-LOGITS_WITH_MULTIPLIER = "width^-1"
+LOGITS_WITH_MULTIPLIER = "hidden_size^-1"
 GATES_NOT_NORMALISED = "top_k^-1"
 """Sigmoid gates of which a token's do not sum to one: experts' sum grows with how many there are."""
 
@@ -101,7 +104,7 @@ class Rule:
 
 
 def monomial(text: str) -> Monomial:
-    """`fan_in^-1 layers^a-1` -> its powers. `1` is none."""
+    """`fan_in^-1 num_layers^a-1` -> its powers. `1` is none."""
     return () if text == "1" else tuple(_power(word) for word in text.split())
 
 

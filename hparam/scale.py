@@ -16,24 +16,29 @@ class Scale:
     optimizer step; the whole run). A mixture's sizes are 0 where there is none.
     """
 
-    width: int
-    layers: int
-    head_width: int
+    hidden_size: int
+    num_layers: int
+    head_dim: int
     query_width: int
     """Of all query heads together."""
     value_width: int
     """Of all key, or all value heads together."""
-    dense_width: int
-    shared_width: int
-    expert_width: int
-    experts: int
+    dense_hidden_size: int
+    shared_expert_hidden_size: int
+    expert_hidden_size: int
+    num_experts: int
     top_k: int
     batch: int
     tokens: int
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            least = 0 if one.name in ("dense_width", "shared_width", "expert_width", "experts", "top_k") else 1
+            least = (
+                0
+                if one.name
+                in ("dense_hidden_size", "shared_expert_hidden_size", "expert_hidden_size", "num_experts", "top_k")
+                else 1
+            )
             if getattr(self, one.name) < least:
                 raise ConfigError(one.name, getattr(self, one.name), f"must be at least {least}")
 
@@ -47,15 +52,15 @@ def scale_of(model: ModelConfig, batch: int, tokens: int) -> Scale:
     dense = any(layer.feed_forward is FeedForward.dense for layer in model.blocks)
     mixture = model.has_experts
     return Scale(
-        width=model.width,
-        layers=model.layers,
-        head_width=model.head_width,
-        query_width=model.heads * model.head_width,
-        value_width=model.kv_heads * model.head_width,
-        dense_width=model.dense_width if dense else 0,
-        shared_width=model.shared_expert_width if mixture else 0,
-        expert_width=model.expert_width if mixture else 0,
-        experts=model.experts if mixture else 0,
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+        head_dim=model.head_dim,
+        query_width=model.num_heads * model.head_dim,
+        value_width=model.num_kv_heads * model.head_dim,
+        dense_hidden_size=model.dense_hidden_size if dense else 0,
+        shared_expert_hidden_size=model.shared_hidden_size if mixture else 0,
+        expert_hidden_size=model.expert_hidden_size if mixture else 0,
+        num_experts=model.num_experts if mixture else 0,
         top_k=model.router.top_k if mixture else 0,
         batch=batch,
         tokens=tokens,
@@ -70,27 +75,27 @@ def kind_of(model: ModelConfig) -> dict[str, str]:
     }
     if model.has_experts:
         router = model.router
-        found |= {"score": router.score.value, "renormalise": str(router.renormalise).lower()}
+        found |= {"score": router.score.value, "norm_topk_prob": str(router.norm_topk_prob).lower()}
         found["weights_on"] = router.weights_on.value
     return found
 
 
 SPANS: Mapping[Role, tuple[str | None, str]] = {
-    Role.embedding: (None, "width"),
-    Role.head: (None, "width"),
-    Role.query: ("query_width", "width"),
-    Role.key: ("value_width", "width"),
-    Role.value: ("value_width", "width"),
-    Role.attention_output: ("width", "query_width"),
-    Role.dense_gate: ("dense_width", "width"),
-    Role.dense_up: ("dense_width", "width"),
-    Role.dense_down: ("width", "dense_width"),
-    Role.shared_gate: ("shared_width", "width"),
-    Role.shared_up: ("shared_width", "width"),
-    Role.shared_down: ("width", "shared_width"),
-    Role.expert_gate_up: ("expert_width", "width"),
-    Role.expert_down: ("width", "expert_width"),
-    Role.router: ("experts", "width"),
+    Role.embedding: (None, "hidden_size"),
+    Role.head: (None, "hidden_size"),
+    Role.query: ("query_width", "hidden_size"),
+    Role.key: ("value_width", "hidden_size"),
+    Role.value: ("value_width", "hidden_size"),
+    Role.attention_output: ("hidden_size", "query_width"),
+    Role.dense_gate: ("dense_hidden_size", "hidden_size"),
+    Role.dense_up: ("dense_hidden_size", "hidden_size"),
+    Role.dense_down: ("hidden_size", "dense_hidden_size"),
+    Role.shared_gate: ("shared_expert_hidden_size", "hidden_size"),
+    Role.shared_up: ("shared_expert_hidden_size", "hidden_size"),
+    Role.shared_down: ("hidden_size", "shared_expert_hidden_size"),
+    Role.expert_gate_up: ("expert_hidden_size", "hidden_size"),
+    Role.expert_down: ("hidden_size", "expert_hidden_size"),
+    Role.router: ("num_experts", "hidden_size"),
 }
 """What a role's matrix maps to (fan out; None: the vocabulary, which is not scaled) and from (fan in)."""
 

@@ -137,7 +137,7 @@ def _check(config: HparamConfig, base: Scale, target: Scale, found: BaseHyperpar
     if found.tied and config.head is HeadForm.absorbed and config.rules is Parametrization.metap:
         reason = "tied embeddings have one table for both ends, whose spread cannot be the head's"
         raise ConfigError("hparam.head", config.head, reason, [HeadForm.multiplier.value])
-    for size in ("dense_width", "shared_width", "experts"):
+    for size in ("dense_hidden_size", "shared_expert_hidden_size", "num_experts"):
         if getattr(target, size) and not getattr(base, size):
             reason = f"the base has none, and this model has {getattr(target, size)}: sweep a base that has one"
             raise ConfigError(f"hparam.base.{size}", 0, reason)
@@ -148,29 +148,31 @@ def _check(config: HparamConfig, base: Scale, target: Scale, found: BaseHyperpar
                 f"a step of {target.batch:,} tokens is above the critical batch of {critical:,.0f} for this run, where "
                 f"the learning rate no longer follows its root; take smaller steps, or hparam.allow_supercritical=true"
             )
-            raise ConfigError("training.global_batch", None, reason)
+            raise ConfigError("training.global_batch_size", None, reason)
 
 
 def warnings(config: HparamConfig, base: Scale, target: Scale) -> tuple[str, ...]:
     """Where carrying over is not established, and what to sweep again."""
     found = []
     both = ratios(base, target)
-    if "experts" in both:
-        sparsity = both["top_k"] / both["experts"]
+    if "num_experts" in both:
+        sparsity = both["top_k"] / both["num_experts"]
         if abs(sparsity - 1) > 1e-9:
-            shares = [f"{scale.top_k} of {scale.experts}" for scale in (base, target)]
+            shares = [f"{scale.top_k} of {scale.num_experts}" for scale in (base, target)]
             found.append(
                 f"sparsity changes ({shares[0]} experts at the base, {shares[1]} here): sweep the learning rates of "
                 "router and experts again (optimizer.groups.router.lr_scale, .expert_gate_up, .expert_down)"
             )
-        granularity = both["expert_width"] / both["width"]
+        granularity = both["expert_hidden_size"] / both["hidden_size"]
         if not 0.5 <= granularity <= 2:
             found.append(
                 f"experts are {granularity:.3g} times as wide for the model's width as at the base: sweep the learning "
                 "rate of experts again (optimizer.groups.expert_gate_up.lr_scale, .expert_down)"
             )
-    if base.width < 256 or base.layers < 4:
-        found.append(f"the base is small ({base.layers} layers of {base.width}): its optimum may not be the limit's")
+    if base.hidden_size < 256 or base.num_layers < 4:
+        found.append(
+            f"the base is small ({base.num_layers} layers of {base.hidden_size}): its optimum may not be the limit's"
+        )
     if config.critical_batch is None and both["batch"] > max(1.0, both["tokens"]) ** CRITICAL_EXPONENT:
         found.append(
             f"steps are {both['batch']:.3g} times the base's for {both['tokens']:.3g} times its tokens, and the "

@@ -46,7 +46,7 @@ class SlurmConfig:
     """Command put before Python on each node: "apptainer exec --nv image.sif"."""
     python: str | None = None
     """The interpreter on the nodes; null: the one that submits."""
-    together: int | None = None
+    max_concurrent: int | None = None
     """How many jobs of a sweep may run at once; null: as many as fit."""
     save_s: int = 300
     """Seconds before the time limit at which the run saves and asks to be queued again; SLURM may be a minute early."""
@@ -60,7 +60,7 @@ class SlurmConfig:
     """Where scripts, submitted configurations and logs of jobs are kept, on a file system that the nodes share."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("cpus", "together"), not_negative=("save_s", "requeues"))
+        check_numbers(self, positive=("cpus", "max_concurrent"), not_negative=("save_s", "requeues"))
         if self.time is not None:
             limit = seconds(self.time)
             if limit is None:

@@ -25,7 +25,7 @@ class Balancer:
         mixtures = [i for i, layer in enumerate(model.config.blocks) if layer.feed_forward is FeedForward.moe]
         places = {str(layer): place for place, layer in enumerate(mixtures)}
         self.routers = {places[name]: _balance(layer) for name, layer in model.layers.items() if name in places}
-        self.shape, self.reduce = (len(mixtures), model.config.experts), reduce
+        self.shape, self.reduce = (len(mixtures), model.config.num_experts), reduce
         self.device = next(model.parameters()).device
 
     @torch.no_grad()

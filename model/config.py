@@ -61,14 +61,16 @@ class LayerConfig:
 
     feed_forward: FeedForward = FeedForward.dense
     rope: bool = True
-    chunk: int | None = None
+    attention_chunk_size: int | None = None
     """Attention stays within chunks of this many positions, counted from the document's start. None: full causal."""
     temperature: bool = False
     qk_norm: QKNorm = QKNorm.none
 
     def __post_init__(self) -> None:
-        if self.chunk is not None and self.chunk < 1:
-            raise ConfigError("chunk", self.chunk, "must be positive, or null for full attention")
+        if self.attention_chunk_size is not None and self.attention_chunk_size < 1:
+            raise ConfigError(
+                "attention_chunk_size", self.attention_chunk_size, "must be positive, or null for full attention"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ class RopeScaling:
     """Llama 3's frequency scaling: long wavelengths are stretched by `factor`, short ones kept, a blend between."""
 
     factor: float = 16.0
-    low: float = 1.0
-    high: float = 1.0
-    original_context: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_seq_len: int = 8192
 
     def __post_init__(self) -> None:
-        if not (self.factor >= 1 and 0 < self.low <= self.high):
+        if not (self.factor >= 1 and 0 < self.low_freq_factor <= self.high_freq_factor):
             raise ConfigError("factor", self.factor, "needs factor >= 1 and 0 < low <= high")
 
 
@@ -91,7 +93,7 @@ class RouterConfig:
 
     top_k: int = 1
     score: Score = Score.sigmoid
-    renormalise: bool = False
+    norm_topk_prob: bool = False
     scale: float = 1.0
     weights_on: WeightsOn = WeightsOn.input
     force_balanced: bool = False
@@ -156,7 +158,7 @@ class MultipliersConfig:
     """On what attention and feed-forward add to the residual stream."""
     logits: float = 1.0
     attention: float = 1.0
-    """On the queries, beside 1 / sqrt(head_width)."""
+    """On the queries, beside 1 / sqrt(head_dim)."""
     gates: float = 1.0
     """On the sum of the routed experts."""
 
@@ -193,24 +195,24 @@ class UpcycleConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of Llama 4's kind. Widths are in elements, `chunk` and temperature's `floor` in positions."""
+    """A Llama 4 decoder. Sizes are in elements, `attention_chunk_size` and `temperature_floor` in positions."""
 
     vocab_size: int = 202048
-    width: int = 5120
-    layers: int = 48
-    heads: int = 40
-    kv_heads: int = 8
-    head_width: int = 128
-    dense_width: int = 16384
-    expert_width: int = 8192
-    shared_width: int | None = None
+    hidden_size: int = 5120
+    num_layers: int = 48
+    num_heads: int = 40
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    dense_hidden_size: int = 16384
+    expert_hidden_size: int = 8192
+    shared_expert_hidden_size: int | None = None
     """Width of the shared expert; None: as wide as a routed one; 0: none."""
-    experts: int = 16
+    num_experts: int = 16
     moe_every: int = 1
     """Layers whose (index + 1) is a multiple of this are mixtures of experts; 0: none."""
     nope_every: int = 4
     """Layers whose (index + 1) is a multiple of this have no rotary position and see the whole document; 0: none."""
-    chunk: int | None = 8192
+    attention_chunk_size: int | None = 8192
     qk_norm: QKNorm = QKNorm.weightless
     rope_theta: float = 500000.0
     rope_pairing: RopePairing = RopePairing.adjacent
@@ -234,22 +236,37 @@ class ModelConfig:
     """Make experts out of the dense layers of `init_from`."""
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "dense_width", "expert_width"):
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "dense_hidden_size",
+            "expert_hidden_size",
+        ):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be positive")
-        check_numbers(self, ("rope_theta", "temperature_floor", "norm_eps"), ("shared_width", "temperature_scale"))
-        if self.heads % self.kv_heads:
-            legal = divisors(self.heads)
-            raise ConfigError("kv_heads", self.kv_heads, f"must divide the {self.heads} query heads", legal)
-        if self.head_width % 2:
-            raise ConfigError("head_width", self.head_width, "must be even: the rotation works on pairs")
+        check_numbers(
+            self, ("rope_theta", "temperature_floor", "norm_eps"), ("shared_expert_hidden_size", "temperature_scale")
+        )
+        if self.num_heads % self.num_kv_heads:
+            legal = divisors(self.num_heads)
+            raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide the {self.num_heads} query heads", legal)
+        if self.head_dim % 2:
+            raise ConfigError("head_dim", self.head_dim, "must be even: the rotation works on pairs")
         for key in ("moe_every", "nope_every"):
             if getattr(self, key) < 0:
                 raise ConfigError(key, getattr(self, key), "must not be negative; 0 switches it off")
-        if self.chunk is not None and self.chunk < 1:
-            raise ConfigError("chunk", self.chunk, "must be positive, or null for full attention in every layer")
-        if self.layer_list is not None and len(self.layer_list) != self.layers:
-            reason = f"names {len(self.layer_list)} layers but model.layers is {self.layers}"
+        if self.attention_chunk_size is not None and self.attention_chunk_size < 1:
+            raise ConfigError(
+                "attention_chunk_size",
+                self.attention_chunk_size,
+                "must be positive, or null for full attention in every layer",
+            )
+        if self.layer_list is not None and len(self.layer_list) != self.num_layers:
+            reason = f"names {len(self.layer_list)} layers but model.num_layers is {self.num_layers}"
             raise ConfigError("layer_list", None, reason)
         if self.has_experts:
             self._check_experts()
@@ -257,15 +274,15 @@ class ModelConfig:
             raise ConfigError("upcycle", None, "needs a dense checkpoint to start from: set init_from")
 
     def _check_experts(self) -> None:
-        if self.experts < 2:
+        if self.num_experts < 2:
             raise ConfigError(
-                "experts", self.experts, "a mixture needs at least 2; moe_every=0 makes every layer dense"
+                "num_experts", self.num_experts, "a mixture needs at least 2; moe_every=0 makes every layer dense"
             )
-        if self.router.top_k > self.experts:
-            raise ConfigError("router.top_k", self.router.top_k, f"must not exceed the {self.experts} experts")
-        if self.width % 8 or self.expert_width % 8:
+        if self.router.top_k > self.num_experts:
+            raise ConfigError("router.top_k", self.router.top_k, f"must not exceed the {self.num_experts} experts")
+        if self.hidden_size % 8 or self.expert_hidden_size % 8:
             # 16-byte rows are what the grouped product's kernels need in bfloat16
-            key = "width" if self.width % 8 else "expert_width"
+            key = "hidden_size" if self.hidden_size % 8 else "expert_hidden_size"
             raise ConfigError(key, getattr(self, key), "must be a multiple of 8 for the grouped product")
 
     @property
@@ -273,7 +290,7 @@ class ModelConfig:
         """The explicit list of layers."""
         if self.layer_list is not None:
             return self.layer_list
-        return [self._layer(i) for i in range(self.layers)]
+        return [self._layer(i) for i in range(self.num_layers)]
 
     @property
     def has_experts(self) -> bool:
@@ -281,8 +298,8 @@ class ModelConfig:
         return any(layer.feed_forward is FeedForward.moe for layer in self.blocks)
 
     @property
-    def shared_expert_width(self) -> int:
-        return self.expert_width if self.shared_width is None else self.shared_width
+    def shared_hidden_size(self) -> int:
+        return self.expert_hidden_size if self.shared_expert_hidden_size is None else self.shared_expert_hidden_size
 
     def _layer(self, index: int) -> LayerConfig:
         nope = self.nope_every > 0 and (index + 1) % self.nope_every == 0
@@ -290,7 +307,7 @@ class ModelConfig:
         return LayerConfig(
             feed_forward=FeedForward.moe if moe else FeedForward.dense,
             rope=not nope,
-            chunk=None if nope else self.chunk,
+            attention_chunk_size=None if nope else self.attention_chunk_size,
             temperature=nope and self.temperature,
             qk_norm=QKNorm.none if nope and self.qk_norm is QKNorm.weightless else self.qk_norm,
         )

@@ -27,19 +27,19 @@ class Flops:
 
 def training_flops(model: ModelConfig, context: int) -> Flops:
     """FLOPs per token at rows of `context` tokens that are one document each (packing makes attention cheaper)."""
-    active = model.width * model.vocab_size + sum(active_parameters(model, layer) for layer in model.blocks)
-    inner = model.heads * model.head_width
-    reach = sum(min(context, layer.chunk or context) for layer in model.blocks)
+    active = model.hidden_size * model.vocab_size + sum(active_parameters(model, layer) for layer in model.blocks)
+    inner = model.num_heads * model.head_dim
+    reach = sum(min(context, layer.attention_chunk_size or context) for layer in model.blocks)
     return Flops(matrices=6.0 * active, attention=6.0 * reach * inner)
 
 
 def active_parameters(model: ModelConfig, layer: LayerConfig) -> int:
     """Parameters of one layer's matrices that a token is multiplied with."""
-    attention = 2 * model.width * model.head_width * (model.heads + model.kv_heads)
+    attention = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads)
     if layer.feed_forward is FeedForward.dense:
-        return attention + 3 * model.width * model.dense_width
-    widths = model.router.top_k * model.expert_width + model.shared_expert_width
-    return attention + 3 * model.width * widths + model.experts * model.width
+        return attention + 3 * model.hidden_size * model.dense_hidden_size
+    widths = model.router.top_k * model.expert_hidden_size + model.shared_hidden_size
+    return attention + 3 * model.hidden_size * widths + model.num_experts * model.hidden_size
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Parameters:
 def count_parameters(model: ModelConfig) -> Parameters:
     """Parameters of the whole model in closed form, and how many of them a token uses."""
     tables = 1 if model.tie_embeddings else 2
-    outside = tables * model.vocab_size * model.width + model.width
+    outside = tables * model.vocab_size * model.hidden_size + model.hidden_size
     layers = model.blocks
-    gains = {QKNorm.per_head: 2 * model.head_width, QKNorm.full: model.head_width * (model.heads + model.kv_heads)}
+    gains = {QKNorm.per_head: 2 * model.head_dim, QKNorm.full: model.head_dim * (model.num_heads + model.num_kv_heads)}
     active = outside + sum(
-        active_parameters(model, layer) + 2 * model.width + gains.get(layer.qk_norm, 0) for layer in layers
+        active_parameters(model, layer) + 2 * model.hidden_size + gains.get(layer.qk_norm, 0) for layer in layers
     )
     moe = sum(layer.feed_forward is FeedForward.moe for layer in layers)
-    idle = moe * 3 * model.width * model.expert_width * (model.experts - model.router.top_k)
+    idle = moe * 3 * model.hidden_size * model.expert_hidden_size * (model.num_experts - model.router.top_k)
     return Parameters(active + idle, active)

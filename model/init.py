@@ -25,7 +25,7 @@ def standard_deviation(info: ParameterInfo, model: ModelConfig) -> float:
     """Spread of the initial values of this parameter; norms start at 1 and are not asked."""
     if info.role.name in model.init.roles:
         return model.init.roles[info.role.name]
-    return spread(info.role, info.fan_in, model.layers, model.init)
+    return spread(info.role, info.fan_in, model.num_layers, model.init)
 
 
 def spread(role: Role, fan_in: int, layers: int, config: InitConfig) -> float:

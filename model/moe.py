@@ -54,7 +54,7 @@ class Router(nn.Module):
         experts_BTK = self._choose(logits_BTE.detach())
         logits_BTE = self.balance(logits_BTE, experts_BTK, routed_tokens)
         weights_BTK = self._scores(logits_BTE).gather(-1, experts_BTK)
-        if self.config.renormalise:
+        if self.config.norm_topk_prob:
             weights_BTK = weights_BTK / weights_BTK.sum(-1, keepdim=True)
         if self.config.scale != 1:
             weights_BTK = weights_BTK * self.config.scale
@@ -243,14 +243,14 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, model: ModelConfig, products: LayerProducts) -> None:
         super().__init__()
-        self.router = Router(model.width, model.experts, model.router, model.balance)
+        self.router = Router(model.hidden_size, model.num_experts, model.router, model.balance)
         self.multiplier = model.multipliers.gates
-        self.experts = Experts(model.experts, model.width, model.expert_width, products)
+        self.experts = Experts(model.num_experts, model.hidden_size, model.expert_hidden_size, products)
         weights_on, multiple = model.router.weights_on, self.experts.token_multiple
-        self.dispatch: Dispatcher = LocalDispatcher(model.experts, weights_on, multiple, self.experts.kernels)
+        self.dispatch: Dispatcher = LocalDispatcher(model.num_experts, weights_on, multiple, self.experts.kernels)
         roles = (Role.shared_gate, Role.shared_up, Role.shared_down)
-        hidden = model.shared_expert_width
-        self.shared = GatedMLP(model.width, hidden, roles, products) if hidden else None
+        hidden = model.shared_hidden_size
+        self.shared = GatedMLP(model.hidden_size, hidden, roles, products) if hidden else None
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         experts_BTK, weights_BTK = self.router(x_BTD, context.routed_tokens)

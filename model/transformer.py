@@ -22,16 +22,16 @@ class Layer(nn.Module):
 
     def __init__(self, model: ModelConfig, layer: LayerConfig, products: LayerProducts) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(model.width, model.norm_eps, Role.block_norm)
+        self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
         self.attention = Attention(model, layer, products)
-        self.ffn_norm = RMSNorm(model.width, model.norm_eps, Role.block_norm)
+        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
         self.is_moe = layer.feed_forward is FeedForward.moe
         self.multiplier = model.multipliers.residual
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
         self.ffn = (
             MixtureOfExperts(model, products)
             if self.is_moe
-            else GatedMLP(model.width, model.dense_width, roles, products)
+            else GatedMLP(model.hidden_size, model.dense_hidden_size, roles, products)
         )
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
@@ -79,15 +79,15 @@ class Transformer(Stack):
     """Token ids [B, T] to logits [B, T, V]. Built without initial weights: see `model.init`."""
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
-        embedding = Embedding(config.vocab_size, config.width, precision.compute_dtype)
+        embedding = Embedding(config.vocab_size, config.hidden_size, precision.compute_dtype)
         blocks, ends = config.blocks, precision.plain
         super().__init__(
             embedding,
             {str(i): Layer(config, layer, precision.at(i, len(blocks))) for i, layer in enumerate(blocks)},
-            RMSNorm(config.width, config.norm_eps, Role.final_norm, config.multipliers.logits),
+            RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm, config.multipliers.logits),
             TiedHead(embedding, ends)
             if config.tie_embeddings
-            else Linear(config.width, config.vocab_size, Role.head, ends),
+            else Linear(config.hidden_size, config.vocab_size, Role.head, ends),
         )
         self.config = config
         self.compute_dtype = precision.compute_dtype

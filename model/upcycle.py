@@ -33,7 +33,7 @@ class Upcycled:
                 raise ConfigError("init_from", config.init_from, reason)
         kind = dense.dtypes["embedding.weight"]
         self.dtypes = dict.fromkeys(self.shapes, kind)
-        self.slices = dense.config.dense_width // config.expert_width
+        self.slices = dense.config.dense_hidden_size // config.expert_hidden_size
 
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         if name in self.dense.shapes:
@@ -57,20 +57,20 @@ class Upcycled:
     def _gate_up(self, name: str, dense: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """A block of one expert's gate or up matrix."""
         expert, _, row, column = offset
-        if self.config.shared_expert_width and self.config.expert_width != self.dense.config.dense_width:
+        if self.config.shared_hidden_size and self.config.expert_hidden_size != self.dense.config.dense_hidden_size:
             return self._drawn(name, Role.expert_gate_up, offset, (1, 1, *shape), self.config)[0, 0]
         if self.how.method is UpcycleMethod.split:
-            row += (expert % self.slices) * self.config.expert_width
+            row += (expert % self.slices) * self.config.expert_hidden_size
         matrix = self.dense.read(dense, (row, column), shape)
         return self._noisy(name, matrix, offset, (1, 1, *shape))
 
     def _down(self, name: str, dense: str, expert: int, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """A block of one expert's down matrix."""
         _, row, column = offset
-        if self.config.shared_expert_width:
+        if self.config.shared_hidden_size:
             return torch.zeros(tuple(shape[1:]), dtype=self.dtypes[name])
         if self.how.method is UpcycleMethod.split:
-            column += (expert % self.slices) * self.config.expert_width
+            column += (expert % self.slices) * self.config.expert_hidden_size
             return self.dense.read(dense, (row, column), shape[1:]) * (self.slices / self.config.router.scale)
         matrix = self.dense.read(dense, (row, column), shape[1:])
         return self._noisy(name, matrix, (expert, *offset[1:]), (1, *shape[1:]))
@@ -85,7 +85,7 @@ class Upcycled:
 
     def _router(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """One row per expert; where experts are slices, all slices of a set have the same row and tie."""
-        if self.how.method is not UpcycleMethod.split or self.config.shared_expert_width:
+        if self.how.method is not UpcycleMethod.split or self.config.shared_hidden_size:
             return self._drawn(name, Role.router, offset, shape, self.config)
         rows = [(offset[0] + row) // self.slices for row in range(shape[0])]
         sets = self._drawn(name, Role.router, [rows[0], offset[1]], [rows[-1] - rows[0] + 1, shape[1]], self.config)
@@ -106,10 +106,10 @@ def keeps_the_function(config: ModelConfig) -> bool:
     and scale outputs.
     """
     assert config.upcycle is not None
-    if config.shared_expert_width:
+    if config.shared_hidden_size:
         return True
     router = config.router
-    summing = router.renormalise and router.weights_on is WeightsOn.output
+    summing = router.norm_topk_prob and router.weights_on is WeightsOn.output
     if config.upcycle.method is UpcycleMethod.split:
         return summing
     return summing and router.scale == 1 and config.upcycle.method is UpcycleMethod.copy
@@ -118,19 +118,23 @@ def keeps_the_function(config: ModelConfig) -> bool:
 def _check(dense: ModelConfig, config: ModelConfig, method: UpcycleMethod) -> None:
     if any(layer.feed_forward is FeedForward.moe for layer in dense.blocks):
         raise ConfigError("upcycle", None, "init_from is a mixture of experts already; remove upcycle")
-    experts, width = config.expert_width, dense.dense_width
-    if config.shared_expert_width:
-        if config.shared_expert_width != width:
+    experts, width = config.expert_hidden_size, dense.dense_hidden_size
+    if config.shared_hidden_size:
+        if config.shared_hidden_size != width:
             reason = f"the shared expert takes the dense layer over, whose width is {width}"
-            raise ConfigError("shared_width", config.shared_expert_width, reason, [width])
+            raise ConfigError("shared_expert_hidden_size", config.shared_hidden_size, reason, [width])
         if method is UpcycleMethod.split:
-            raise ConfigError("upcycle.method", method, "has no shared expert; set shared_width=0", ["copy"])
+            raise ConfigError(
+                "upcycle.method", method, "has no shared expert; set shared_expert_hidden_size=0", ["copy"]
+            )
     elif method is UpcycleMethod.split:
         slices = width // experts
         if width % experts or slices < 2:
-            raise ConfigError("expert_width", experts, f"must divide the dense width {width} into 2 slices or more")
-        for key, count in (("experts", config.experts), ("router.top_k", config.router.top_k)):
+            raise ConfigError(
+                "expert_hidden_size", experts, f"must divide the dense width {width} into 2 slices or more"
+            )
+        for key, count in (("experts", config.num_experts), ("router.top_k", config.router.top_k)):
             if count % slices:
                 raise ConfigError(key, count, f"must be a multiple of the {slices} slices", [slices])
     elif experts != width:
-        raise ConfigError("expert_width", experts, f"must be the dense width for {method.value}", [width])
+        raise ConfigError("expert_hidden_size", experts, f"must be the dense width for {method.value}", [width])

@@ -35,13 +35,13 @@ Entries = Iterator[tuple[tuple[str, str], Bytes | Fraction]]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """One step of one rank: `rows` of `context` tokens, `micro_batch` at a time. `aligned`: no document starts inside
-    a chunk and reaches into the next; otherwise one does in every micro-batch.
+    """One step of one rank: `rows` of `seq_len` tokens, `micro_batch_size` at a time. `aligned`: no document starts
+    inside a chunk and reaches into the next; otherwise one does in every micro-batch.
     """
 
     rows: int
-    micro_batch: int
-    context: int
+    micro_batch_size: int
+    seq_len: int
     aligned: bool = False
 
 
@@ -115,7 +115,7 @@ def step_traffic(
     world = layout.world_size
     if world == 1:
         return {}
-    micro_batches, stage = batch.rows // batch.micro_batch, world // layout.pp
+    micro_batches, stage = batch.rows // batch.micro_batch_size, world // layout.pp
     for technique in (_tensor, _context, _experts, _pipeline):
         for key, size in technique(model, precision, layout, batch):
             found[key] += int(stage * micro_batches * size)
@@ -146,7 +146,7 @@ def _data(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Ent
     reduced after each micro-batch. In a pipeline everything is gathered and reduced once per step.
     """
     narrow = precision.compute_dtype is torch.bfloat16
-    reduced = 2 if layout.reduce is Reduce.bfloat16 else precision.master_dtype.itemsize
+    reduced = 2 if layout.reduce_dtype is Reduce.bfloat16 else precision.master_dtype.itemsize
     for name, spec in _all_specs(model, precision, layout).items():
         stages = 1 + any(axis.name == "ends" for axis in spec.copies)  # a tied table is at both ends
         axis, master = spec.storage.axis, narrow and spec.info.role is Role.router
@@ -164,18 +164,18 @@ def _pipeline(model: ModelConfig, precision: PrecisionConfig, layout: Layout, ba
     """What one micro-batch sends from stage to stage, and its gradient back; neighbours on one rank send nothing."""
     owners = layout.stages(model).owners
     hops = sum(one != other for one, other in itertools.pairwise(owners))
-    tokens = batch.micro_batch * batch.context // (layout.cp * layout.tp)
+    tokens = batch.micro_batch_size * batch.seq_len // (layout.cp * layout.tp)
     for purpose in ("activations", "gradients"):
-        yield ("pp", purpose), hops * tokens * model.width * precision.compute_dtype.itemsize
+        yield ("pp", purpose), hops * tokens * model.hidden_size * precision.compute_dtype.itemsize
 
 
 def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape) -> Entries:
     """Tensor parallelism of one micro-batch on one rank of each stage."""
     if layout.tp == 1:
         return
-    tokens = batch.micro_batch * batch.context // layout.cp
+    tokens = batch.micro_batch_size * batch.seq_len // layout.cp
     wide = max(4, precision.compute_dtype.itemsize)
-    part = tokens // layout.tp * model.width * precision.compute_dtype.itemsize
+    part = tokens // layout.tp * model.hidden_size * precision.compute_dtype.itemsize
     whole, key = part * layout.tp, ("tp", "activations")
     yield key, whole + part  # embedding: scattered, its gradient gathered
     yield key, part + whole  # head: gathered, its gradient scattered
@@ -186,10 +186,10 @@ def _tensor(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batc
         if layer.qk_norm is QKNorm.full:
             yield key, (2 + again) * 2 * tokens * wide  # sums of squares of queries and keys
         mixture = layer.feed_forward is FeedForward.moe
-        if not mixture or model.shared_expert_width:
+        if not mixture or model.shared_hidden_size:
             yield key, 2 * (part + whole) + again * part  # what comes last is not repeated: nobody needs it again
         if _balances_rows(model, layer):
-            yield ("tp", "balance"), batch.micro_batch * model.experts * 8
+            yield ("tp", "balance"), batch.micro_batch_size * model.num_experts * 8
 
 
 def _context(model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape) -> Entries:
@@ -199,7 +199,7 @@ def _context(model: ModelConfig, precision: PrecisionConfig, layout: Layout, bat
     for layer in model.blocks:
         yield from attention_traffic(model, layer, precision, layout, batch)
         if _balances_rows(model, layer):
-            yield ("cp", "balance"), batch.micro_batch * model.experts * 8
+            yield ("cp", "balance"), batch.micro_batch_size * model.num_experts * 8
 
 
 def attention_traffic(
@@ -208,18 +208,20 @@ def attention_traffic(
     """What one layer's attention hands to collectives of cp in one micro-batch on one rank, the mean over ranks."""
     cp, again = layout.cp, layout.recompute is not Recompute.none
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
-    heads, shared = (n // layout.tp * model.head_width * batch.micro_batch for n in (model.heads, model.kv_heads))
-    part = batch.context // cp
-    tails = part // row_unit(model, batch.context) > 1
+    heads, shared = (
+        n // layout.tp * model.head_dim * batch.micro_batch_size for n in (model.num_heads, model.num_kv_heads)
+    )
+    part = batch.seq_len // cp
+    tails = part // row_unit(model, batch.seq_len) > 1
     if cp == 1:
         return
-    if layer.chunk is not None and layer.chunk < batch.context:
+    if layer.attention_chunk_size is not None and layer.attention_chunk_size < batch.seq_len:
         if not batch.aligned:  # a chunk of keys and values across each border between two ranks, and back
             borders = (cp - 1) * (1 + tails)
-            yield ("cp", "halo"), Fraction((2 + again) * borders * 2 * layer.chunk * shared * size, cp)
-    elif layout.context is ContextMethod.gather:
+            yield ("cp", "halo"), Fraction((2 + again) * borders * 2 * layer.attention_chunk_size * shared * size, cp)
+    elif layout.cp_method is ContextMethod.gather:
         yield ("cp", "keys and values"), (1 + again + cp) * 2 * part * shared * size
-    elif layout.context is ContextMethod.ulysses:
+    elif layout.cp_method is ContextMethod.ulysses:
         yield ("cp", "heads"), (2 + again) * part * (2 * heads + 2 * shared) * size
     else:
         yield ("cp", "ring"), (cp - 1) * 2 * part * shared * ((2 + again) * size + wide)
@@ -245,16 +247,16 @@ def attention_cost(
 ) -> AttentionCost:
     """Chunks that reach over none of the row's, as one document has them: no halo."""
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
-    part, heads, shared = context // layout.cp, model.heads // layout.tp, model.kv_heads // layout.tp
-    reach = context if layer.chunk is None else min(context, layer.chunk)
+    part, heads, shared = context // layout.cp, model.num_heads // layout.tp, model.num_kv_heads // layout.tp
+    reach = context if layer.attention_chunk_size is None else min(context, layer.attention_chunk_size)
     pairs = part * (reach + 1) / 2
-    keys = 2 * part * shared * model.head_width * size
-    whole_keys = layout.context is ContextMethod.gather and reach == context
-    kept = 2 * part * heads * model.head_width * size + keys * (layout.cp if whole_keys else 1)
+    keys = 2 * part * shared * model.head_dim * size
+    whole_keys = layout.cp_method is ContextMethod.gather and reach == context
+    kept = 2 * part * heads * model.head_dim * size + keys * (layout.cp if whole_keys else 1)
     batch = BatchShape(1, 1, context, aligned=True)
     sent = sum(size for _, size in attention_traffic(model, layer, precision, layout, batch))
     return AttentionCost(
-        flops=3 * 4 * pairs * heads * model.head_width,
+        flops=3 * 4 * pairs * heads * model.head_dim,
         keys=keys,
         kept=kept + part * heads * wide,
         sent=int(sent),
@@ -272,26 +274,26 @@ def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, bat
     ranks = layout.ep * layout.etp
     if ranks == 1:
         return
-    tokens = batch.micro_batch * batch.context // (layout.cp * layout.tp)
+    tokens = batch.micro_batch_size * batch.seq_len // (layout.cp * layout.tp)
     slots = tokens * model.router.top_k * layout.etp
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     again = layout.recompute is Recompute.full
     # without anything after it that keeps its input, the way back is the last thing of a layer
     weighted_here = model.router.weights_on is WeightsOn.output and layout.dispatch is not DispatchMethod.all_gather
-    back_again = again and bool(model.shared_expert_width or weighted_here)
+    back_again = again and bool(model.shared_hidden_size or weighted_here)
     for layer in model.blocks:
         if layer.feed_forward is not FeedForward.moe:
             continue
         if layout.dispatch is DispatchMethod.all_gather:
-            row = tokens * model.width * size
+            row = tokens * model.hidden_size * size
             there, back = row, ranks * row
             yield ("experts", "tokens"), 2 * (there + back) + again * there + back_again * back
             yield ("experts", "counts"), (1 + again) * slots * 8
             yield ("experts", "weights"), (1 + again) * slots * wide + ranks * slots * wide
         else:
-            row = slots * model.width * size
+            row = slots * model.hidden_size * size
             yield ("experts", "tokens"), (4 + again + back_again) * row
-            yield ("experts", "counts"), (1 + again) * model.experts * layout.etp * 8
+            yield ("experts", "counts"), (1 + again) * model.num_experts * layout.etp * 8
 
 
 def _once(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Entries:
@@ -299,7 +301,7 @@ def _once(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Ent
     world, layers = layout.world_size, sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)
     yield ("world", "loss"), world * (8 + 8)  # how many labels, the loss
     yield ("world", "norm"), world * 8
-    yield ("world", "balance"), world * layers * 8 * (model.experts + 3)
+    yield ("world", "balance"), world * layers * 8 * (model.num_experts + 3)
     for spec in _all_specs(model, precision, layout).values():
         for axis in spec.partial:
             copies = world // layout.pp // layout.fsdp * (2 if axis.name == "ends" else 1)

@@ -51,7 +51,7 @@ def apply(model: Transformer, meshes: Meshes) -> None:
     check(kind)
     for layer in model.layers.values():
         if isinstance(layer.ffn, MixtureOfExperts):
-            held = model.config.experts // meshes.ep.size
+            held = model.config.num_experts // meshes.ep.size
             experts, weights_on = layer.ffn.experts, model.config.router.weights_on
             layer.ffn.dispatch = _KINDS[kind](axis, etp, held, weights_on, experts.token_multiple, experts.kernels)
 

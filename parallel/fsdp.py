@@ -45,7 +45,7 @@ def apply(
     """
     if meshes.dense is None or meshes.sparse is None:
         return
-    reduce = torch.bfloat16 if meshes.layout.reduce is Reduce.bfloat16 else precision.master_dtype
+    reduce = torch.bfloat16 if meshes.layout.reduce_dtype is Reduce.bfloat16 else precision.master_dtype
     narrow = precision.compute_dtype is torch.bfloat16
     policy = MixedPrecisionPolicy(precision.compute_dtype if narrow else None, reduce)
     unrounded = MixedPrecisionPolicy(None, reduce, cast_forward_inputs=False)

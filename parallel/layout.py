@@ -93,9 +93,9 @@ class ParallelConfig:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """Read by engine=deepspeed only."""
     dispatch: DispatchMethod = DispatchMethod.all_to_all
-    context: ContextMethod = ContextMethod.gather
+    cp_method: ContextMethod = ContextMethod.gather
     """How whole-row attention works under cp."""
-    reduce: Reduce = Reduce.master
+    reduce_dtype: Reduce = Reduce.master
     recompute: Recompute = Recompute.none
     compile: bool = False
     """torch.compile of each layer."""
@@ -236,11 +236,15 @@ class Layout(ParallelConfig):
             raise ConfigError("parallel.schedule", self.schedule, f"{reason} another schedule", others)
         self._check_heads(model)
         kinds = {layer.feed_forward for layer in model.blocks}
-        widths = [("query heads", model.heads), ("key/value heads", model.kv_heads), ("vocabulary", model.vocab_size)]
+        widths = [
+            ("query heads", model.num_heads),
+            ("key/value heads", model.num_kv_heads),
+            ("vocabulary", model.vocab_size),
+        ]
         if FeedForward.dense in kinds:
-            widths.append(("dense width", model.dense_width))
-        if FeedForward.moe in kinds and model.shared_expert_width:
-            widths.append(("shared expert's width", model.shared_expert_width))
+            widths.append(("dense width", model.dense_hidden_size))
+        if FeedForward.moe in kinds and model.shared_hidden_size:
+            widths.append(("shared expert's width", model.shared_hidden_size))
         common = divisors(math.gcd(*(size for _, size in widths)))
         for what, size in widths:
             if size % self.tp:
@@ -251,34 +255,36 @@ class Layout(ParallelConfig):
                 if getattr(self, key) > 1:
                     raise ConfigError(f"parallel.{key}", getattr(self, key), "the model has no routed experts", [1])
             return
-        if model.experts % self.ep:
-            reason = f"must divide the model's {model.experts} experts"
-            raise ConfigError("parallel.ep", self.ep, reason, nearest(divisors(model.experts), self.ep))
-        legal = [d for d in divisors(model.expert_width) if model.expert_width // d % 8 == 0]
+        if model.num_experts % self.ep:
+            reason = f"must divide the model's {model.num_experts} experts"
+            raise ConfigError("parallel.ep", self.ep, reason, nearest(divisors(model.num_experts), self.ep))
+        legal = [d for d in divisors(model.expert_hidden_size) if model.expert_hidden_size // d % 8 == 0]
         if self.etp not in legal:
-            reason = f"must cut the expert width of {model.expert_width} into multiples of 8"
+            reason = f"must cut the expert width of {model.expert_hidden_size} into multiples of 8"
             raise ConfigError("parallel.etp", self.etp, reason, nearest(legal, self.etp))
         if self.dispatch is DispatchMethod.deepep and self.etp > 1:
             reason = "DeepEP sends whole tokens to whole experts; use dispatch=all_to_all with etp"
             raise ConfigError("parallel.etp", self.etp, reason, [1])
 
-    def check_batch(self, global_batch: int, micro_batch: int) -> None:
+    def check_batch(self, global_batch_size: int, micro_batch_size: int) -> None:
         """Rows per step must split evenly over the ranks, a rank's rows into micro-batches."""
-        if global_batch % self.rows:
+        if global_batch_size % self.rows:
             reason = f"must divide into dp_replicate * dp_shard = {self.rows} equal parts"
-            legal = nearest([self.rows * n for n in range(1, global_batch // self.rows + 2)], global_batch)
-            raise ConfigError("training.global_batch", global_batch, reason, legal)
-        rows = global_batch // self.rows
-        if rows % micro_batch:
+            legal = nearest([self.rows * n for n in range(1, global_batch_size // self.rows + 2)], global_batch_size)
+            raise ConfigError("training.global_batch_size", global_batch_size, reason, legal)
+        rows = global_batch_size // self.rows
+        if rows % micro_batch_size:
             reason = f"must divide a rank's {rows} rows"
-            raise ConfigError("training.micro_batch", micro_batch, reason, nearest(divisors(rows), micro_batch))
-        self._check_micro_batches(global_batch, rows, micro_batch)
+            raise ConfigError(
+                "training.micro_batch_size", micro_batch_size, reason, nearest(divisors(rows), micro_batch_size)
+            )
+        self._check_micro_batches(global_batch_size, rows, micro_batch_size)
 
     def check_rows(self, model: ModelConfig, length: int) -> None:
         """Rows must split over cp in whole chunks of the model's attention, and what a rank has of them over tp."""
         unit = row_unit(model, length)
         if unit > 1 and length < unit * self.cp:
-            reason = f"rows of training.context={length} tokens have {length // unit} whole chunks of {unit}, too few"
+            reason = f"rows of training.seq_len={length} tokens have {length // unit} whole chunks of {unit}, too few"
             raise ConfigError("parallel.cp", self.cp, reason, nearest(range(1, length // unit + 1), self.cp))
         multiple = self.row_multiple(unit)
         if length % multiple == 0:
@@ -289,7 +295,7 @@ class Layout(ParallelConfig):
         else:
             reason = f"must divide into cp={self.cp} parts" + (f" of whole chunks of {unit}" if unit > 1 else "")
             reason += f", and each into tp={self.tp}" if self.tp > 1 else ""
-        raise ConfigError("training.context", length, reason, [value for value in legal if value])
+        raise ConfigError("training.seq_len", length, reason, [value for value in legal if value])
 
     def row_multiple(self, unit: int) -> int:
         """Rows cut in units of so many tokens must be a multiple of this long."""
@@ -304,26 +310,26 @@ class Layout(ParallelConfig):
         return length
 
     def _check_heads(self, model: ModelConfig) -> None:
-        heads = model.kv_heads // self.tp
-        if self.cp > 1 and self.context is ContextMethod.ulysses and heads % self.cp:
+        heads = model.num_kv_heads // self.tp
+        if self.cp > 1 and self.cp_method is ContextMethod.ulysses and heads % self.cp:
             reason = f"must divide the {heads} key/value heads of a rank for context=ulysses; or take another "
-            reason += "parallel.context: gather or ring"
+            reason += "parallel.cp_method: gather or ring"
             raise ConfigError("parallel.cp", self.cp, reason, nearest(divisors(max(heads, 1)), self.cp))
 
-    def _check_micro_batches(self, global_batch: int, rows: int, micro_batch: int) -> None:
+    def _check_micro_batches(self, global_batch_size: int, rows: int, micro_batch_size: int) -> None:
         """Refuse a number of micro-batches with which a pipeline would stand still, or that its schedule cannot do."""
-        if self.pp == 1 or self._pipelines(rows // micro_batch):
+        if self.pp == 1 or self._pipelines(rows // micro_batch_size):
             return
         legal = [size for size in divisors(rows) if self._pipelines(rows // size)]
-        count, need = rows // micro_batch, self.pp * self.per_rank if self.schedule.is_v else self.pp
+        count, need = rows // micro_batch_size, self.pp * self.per_rank if self.schedule.is_v else self.pp
         reason = f"{self.schedule.name} with pp={self.pp} needs at least {need} micro-batches"
         if self.schedule in (PipelineSchedule.interleaved, PipelineSchedule.interleaved_zero_bubble):
             reason += ", in rounds of equal number"
         reason += f", a rank's {rows} rows make {count}"
         if not legal:
-            more = self.rows * need * micro_batch
-            raise ConfigError("training.global_batch", global_batch, reason, [more, 2 * more])
-        raise ConfigError("training.micro_batch", micro_batch, reason, nearest(legal, micro_batch))
+            more = self.rows * need * micro_batch_size
+            raise ConfigError("training.global_batch_size", global_batch_size, reason, [more, 2 * more])
+        raise ConfigError("training.micro_batch_size", micro_batch_size, reason, nearest(legal, micro_batch_size))
 
     def _pipelines(self, micro_batches: int) -> bool:
         if self.schedule.is_v:
@@ -337,7 +343,13 @@ def row_unit(model: ModelConfig, length: int) -> int:
     """Rows of this length may be divided at multiples of so many tokens: where the chunks of all layers end. A layer
     whose chunk holds the whole row does not care.
     """
-    return math.lcm(*(layer.chunk for layer in model.blocks if layer.chunk is not None and layer.chunk < length))
+    return math.lcm(
+        *(
+            layer.attention_chunk_size
+            for layer in model.blocks
+            if layer.attention_chunk_size is not None and layer.attention_chunk_size < length
+        )
+    )
 
 
 def torch_version() -> tuple[int, int]:

@@ -39,7 +39,7 @@ class ParallelModel:
 
     def share(self, length: int) -> context_parallel.ContextShard:
         """This rank's part of rows of `length` tokens."""
-        return context_parallel.share(self.model.config, length, self.meshes.cp, self.meshes.layout.context)
+        return context_parallel.share(self.model.config, length, self.meshes.cp, self.meshes.layout.cp_method)
 
     def context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> SequenceContext:
         """What this rank's layers know of whole rows at these positions."""
@@ -97,7 +97,7 @@ def parallelize(
     """Each technique wraps what the former left; data parallelism comes last."""
     _cut(model, specs)
     tensor_parallel.apply(model, meshes.tp)
-    context_parallel.apply(model, meshes.cp, meshes.layout.context)
+    context_parallel.apply(model, meshes.cp, meshes.layout.cp_method)
     expert_parallel.apply(model, meshes)
     _count_whole_rows(model, meshes)
     activation_checkpoint.apply(model, meshes.layout.recompute)
@@ -129,9 +129,9 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
     recipe = precision.recipe.on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model = on_meta(config, precision)
     specs = sharding.shard_specs(registry(model), config, place(layout, 0))
-    if not {info.role.products for info in registry(model).values()} & set(precision.float8):
-        named = ", ".join(products.value for products in precision.float8)
-        raise ConfigError("precision.float8", None, f"names {named}, of which this model has none")
+    if not {info.role.products for info in registry(model).values()} & set(precision.fp8_products):
+        named = ", ".join(products.value for products in precision.fp8_products)
+        raise ConfigError("precision.fp8_products", None, f"names {named}, of which this model has none")
     for index, layer in model.layers.items():
         for name, info in registry(layer).items():
             products = info.role.products
@@ -142,7 +142,9 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
                 what = f"the {info.role.value} of layer {index} is {rows} x {width} on a rank"
                 advice = "change the model's widths or the degrees of parallel, or leave it out"
                 reason = f"{what}, but {recipe.value} takes multiples of {recipe.multiple}: {advice}"
-                raise ConfigError("precision.float8", products, reason, [_without(precision.float8, products)])
+                raise ConfigError(
+                    "precision.fp8_products", products, reason, [_without(precision.fp8_products, products)]
+                )
 
 
 def _without(chosen: list[Products], one: Products | None) -> str:

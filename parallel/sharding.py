@@ -135,7 +135,7 @@ def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
 
 def _dense_spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
     dim = _TENSOR_DIM.get(info.role)
-    if info.role is Role.qk_norm and info.shape[0] != model.head_width:
+    if info.role is Role.qk_norm and info.shape[0] != model.head_dim:
         dim = 0  # the gain spans all heads
     if dim is None or meshes.tp.size == 1:
         copies = (meshes.replicate, meshes.tp)

@@ -28,15 +28,15 @@ class ParamDtype(Enum):
 
 
 class Backend(Enum):
-    """Who multiplies. `bf16`: PyTorch's products in the compute format, whichever that is. The others multiply in FP8
-    what `float8` names: `te` Transformer Engine on Hopper and Blackwell, `torch` PyTorch's scaled products, `reference`
+    """Who multiplies. `native`: PyTorch's products in the compute format, whichever that is. The others multiply in FP8
+    what `float8` names: `te` Transformer Engine on Hopper and Blackwell, `torch` PyTorch's scaled products, `emulated`
     an exact emulation on any device, for tests and certificates.
     """
 
-    bf16 = "bf16"
+    native = "native"
     te = "te"
     torch = "torch"
-    reference = "reference"
+    emulated = "emulated"
 
 
 class Recipe(Enum):
@@ -99,15 +99,15 @@ ELIGIBLE = (Products.attention, Products.dense, Products.shared, Products.expert
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """`compute` is the format of activations, `storage` that of what is kept: bfloat16 and master are bf16 products
+    """`compute` is the format of activations, `param_dtype` that of what is kept: bfloat16 and master are bf16 products
     with fp32 master weights. Parameters and checkpoints are the same for every backend.
     """
 
     compute: Compute = Compute.float32
-    storage: ParamDtype = ParamDtype.master
-    backend: Backend = Backend.bf16
+    param_dtype: ParamDtype = ParamDtype.master
+    backend: Backend = Backend.native
     recipe: Recipe = Recipe.auto
-    float8: list[Products] = field(default_factory=lambda: list(ELIGIBLE))
+    fp8_products: list[Products] = field(default_factory=lambda: list(ELIGIBLE))
     """The products that an FP8 backend does in FP8."""
     bf16_first_layers: int = 0
     """So many layers at the beginning stay in the compute format under an FP8 backend."""
@@ -116,29 +116,29 @@ class PrecisionConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, not_negative=("bf16_first_layers", "bf16_last_layers"))
-        if self.storage is ParamDtype.bfloat16 and self.compute is not Compute.bfloat16:
+        if self.param_dtype is ParamDtype.bfloat16 and self.compute is not Compute.bfloat16:
             reason = "would lose what wider products gain; add precision.compute=bfloat16"
-            raise ConfigError("storage", self.storage, reason, [ParamDtype.master.value])
-        for products in self.float8:
+            raise ConfigError("param_dtype", self.param_dtype, reason, [ParamDtype.master.value])
+        for products in self.fp8_products:
             if products not in ELIGIBLE:
                 reason = f"the {products.value} must not be rounded to FP8: leave it out"
-                raise ConfigError("float8", products, reason, [[kind.value for kind in ELIGIBLE]])
+                raise ConfigError("fp8_products", products, reason, [[kind.value for kind in ELIGIBLE]])
         if self.backend in (Backend.te, Backend.torch) and self.compute is not Compute.bfloat16:
             reason = f"{self.backend.value} takes and gives bfloat16: add precision=fp8 or precision.compute=bfloat16"
             raise ConfigError("compute", self.compute, reason, [Compute.bfloat16.value])
-        if len(set(self.float8)) < len(self.float8):
-            raise ConfigError("float8", None, "names the same products twice")
-        if self.uses_float8 and not self.float8:
-            raise ConfigError("float8", None, "names no product: use precision.backend=bf16", [["expert"]])
+        if len(set(self.fp8_products)) < len(self.fp8_products):
+            raise ConfigError("fp8_products", None, "names the same products twice")
+        if self.uses_float8 and not self.fp8_products:
+            raise ConfigError("fp8_products", None, "names no product: use precision.backend=native", [["expert"]])
 
     @property
     def uses_float8(self) -> bool:
-        return self.backend is not Backend.bf16
+        return self.backend is not Backend.native
 
     def in_float8(self, products: Products | None, layer: int, layers: int) -> bool:
         """Whether these products of a layer, counted from 0, are done in FP8."""
         inner = self.bf16_first_layers <= layer < layers - self.bf16_last_layers
-        return self.uses_float8 and products in self.float8 and inner
+        return self.uses_float8 and products in self.fp8_products and inner
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -151,6 +151,6 @@ class PrecisionConfig:
     @property
     def master_dtype(self) -> torch.dtype:
         """What parameters are kept in."""
-        if self.storage is ParamDtype.bfloat16:
+        if self.param_dtype is ParamDtype.bfloat16:
             return torch.bfloat16
         return torch.float64 if self.compute is Compute.float64 else torch.float32

@@ -114,7 +114,7 @@ class Float8Products:
             x = x.to(self.compute_dtype).contiguous()
             return self.arithmetic.quantise(x, operand, groups, rows, columns)
         except NotFinite:
-            advice = "no FP8 scale can hold them: lower the learning rate, or go on with precision.backend=bf16"
+            advice = "no FP8 scale can hold them: lower the learning rate, or go on with precision.backend=native"
             raise NotFinite(f"{self.where}: the {operand.value} has inf or NaN, and {advice}") from None
 
     def _padded(self, x: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ class Tiled:
 
 
 class TiledArithmetic:
-    """`precision.float8.Arithmetic` on tiles. Whoever inherits says how two matrices are multiplied, and whether to
+    """`precision.fp8_linear.Arithmetic` on tiles. Whoever inherits says how two matrices are multiplied, and whether to
     wait for the device to find what is not finite.
     """
 

@@ -36,7 +36,7 @@ class Maker(Protocol):
 MAKERS: dict[Backend, Maker] = {
     Backend.te: transformer_engine,
     Backend.torch: fp8_torch,
-    Backend.reference: fp8_emulated,
+    Backend.emulated: fp8_emulated,
 }
 
 
@@ -85,7 +85,7 @@ class Precision:
     def __str__(self) -> str:
         if self.recipe is None:
             return self.config.compute.value
-        kinds = ", ".join(products.value for products in self.config.float8)
+        kinds = ", ".join(products.value for products in self.config.fp8_products)
         maker = MAKERS[self.config.backend]
         return f"FP8 {self.recipe.value} by {maker.version()} for {kinds}; the rest {self.config.compute.value}"
 
@@ -120,7 +120,7 @@ def no_triton(device: torch.device) -> str | None:
 
 def unavailable(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:
     """Every reason why a backend cannot multiply by a recipe on a device."""
-    if backend is Backend.bf16:
+    if backend is Backend.native:
         return []
     maker = MAKERS[backend]
     if recipe not in maker.RECIPES:

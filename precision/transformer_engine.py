@@ -65,7 +65,7 @@ def _twin(part: Any) -> Any:
 
 
 class TransformerEngine:
-    """`precision.float8.Arithmetic` by Transformer Engine. Its products are named by which dimensions are contracted:
+    """`fp8_linear.Arithmetic` by Transformer Engine. Its products are named by which dimensions are contracted:
     "TN" the rows of both operands, "NN" the columns of A with the rows of B, "NT" the columns of both; A is the weight,
     or the activation for the weight's gradient.
     """

@@ -37,21 +37,21 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The first stretch of the run. `global_batch` and `micro_batch` count rows of `context` tokens; what a rank has of
-    the global batch beyond `micro_batch` rows is accumulated.
+    """The first phase of the run. `global_batch_size` and `micro_batch_size` count sequences of `seq_len` tokens.
+    Gradients accumulate over a rank's micro-batches.
     """
 
     steps: int = 100
-    context: int = 256
-    global_batch: int = 8
-    micro_batch: int = 8
+    seq_len: int = 256
+    global_batch_size: int = 8
+    micro_batch_size: int = 8
     weights: dict[str, float] = field(default_factory=dict)
     """Shares of the sources in this stretch, others are left out; none: as in data.sources."""
     clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "context", "global_batch", "micro_batch"):
+        for key in ("steps", "seq_len", "global_batch_size", "micro_batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be positive")
         check_numbers(self, positive=("clip_norm",))
@@ -64,9 +64,9 @@ class PhaseConfig:
 
     name: str
     steps: int
-    context: int | None = None
-    global_batch: int | None = None
-    micro_batch: int | None = None
+    seq_len: int | None = None
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
     weights: dict[str, float] | None = None
     """Shares of the sources, others are left out; null: as in data.sources."""
     schedule: LRScheduleConfig | None = None
@@ -79,7 +79,7 @@ class PhaseConfig:
     """
 
     def __post_init__(self) -> None:
-        for key in ("steps", "context", "global_batch", "micro_batch"):
+        for key in ("steps", "seq_len", "global_batch_size", "micro_batch_size"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(key, value, "must be positive")
@@ -97,15 +97,15 @@ def _check_weights(weights: dict[str, float] | None) -> None:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out loss. `rows` per source of the run's context; `every` steps (0: only at the end)."""
+    """Held-out loss. `sequences` per source of the run's context; `every` steps (0: only at the end)."""
 
     every: int = 0
-    rows: int = 32
+    sequences: int = 32
     baselines: bool = False
     """Fit a unigram and a bigram model on the very tokens that the run consumed, for comparison at the end."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("rows",), not_negative=("every",))
+        check_numbers(self, positive=("sequences",), not_negative=("every",))
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,9 @@ class Phase:
     name: str
     start: int
     stop: int
-    context: int
-    global_batch: int
-    micro_batch: int
+    seq_len: int
+    global_batch_size: int
+    micro_batch_size: int
     weights: dict[str, float] | None
     schedule: LRScheduleConfig
     model: ModelConfig
@@ -214,14 +214,14 @@ class Phase:
 def phases(config: TrainConfig) -> list[Phase]:
     """The run's stretches in order; the first comes from `training` and `schedule` and is called "main"."""
     first = config.training
-    sizes = first.context, first.global_batch, first.micro_batch
+    sizes = first.seq_len, first.global_batch_size, first.micro_batch_size
     main = Phase("main", 0, first.steps, *sizes, first.weights or None, config.schedule, config.model)
     found = [main]
     for later in config.phases:
         last = found[-1]
         model = replace(last.model, **_given(later, ("rope_theta", "rope_scaling", "temperature_floor")))
         base = replace(last, name=later.name, start=last.stop, stop=last.stop + later.steps, weights=None, model=model)
-        changed = _given(later, ("context", "global_batch", "micro_batch", "weights", "schedule"))
+        changed = _given(later, ("context", "global_batch_size", "micro_batch_size", "weights", "schedule"))
         found.append(replace(base, **changed))
     return found
 
@@ -255,13 +255,13 @@ def check(config: TrainConfig, world_size: int) -> None:
             if config.data.tokens is None and source not in config.data.sources:
                 reason = "no such source"
                 raise ConfigError(f"{phase.key}.weights.{source}", None, reason, list(config.data.sources))
-        if config.data.packing is Packing.best_fit and phase.context != config.data.pack_context:
-            reason = f"the rows are packed for data.pack_context={config.data.pack_context}"
-            raise ConfigError(f"{phase.key}.context", phase.context, reason, [config.data.pack_context])
+        if config.data.packing is Packing.best_fit and phase.seq_len != config.data.pack_seq_len:
+            reason = f"the rows are packed for data.pack_seq_len={config.data.pack_seq_len}"
+            raise ConfigError(f"{phase.key}.context", phase.seq_len, reason, [config.data.pack_seq_len])
         try:
-            layout.check_batch(phase.global_batch, phase.micro_batch)
-            layout.check_rows(config.model, phase.context)
-            _check_alignment(config.data.align, row_unit(config.model, phase.context), phase.context)
+            layout.check_batch(phase.global_batch_size, phase.micro_batch_size)
+            layout.check_rows(config.model, phase.seq_len)
+            _check_alignment(config.data.align, row_unit(config.model, phase.seq_len), phase.seq_len)
         except ConfigError as error:
             raise _of_phase(error, phase.name) from None
     if config.online.every and config.evaluation.baselines:
@@ -289,4 +289,4 @@ def _check_alignment(align: int | None, unit: int, context: int) -> None:
         raise ConfigError("data.align", align, reason, [unit, 2 * unit])
     if align is not None and context % align:
         reason = f"must be a multiple of data.align={align}, or rows begin elsewhere"
-        raise ConfigError("training.context", context, reason, [-(-context // align) * align])
+        raise ConfigError("training.seq_len", context, reason, [-(-context // align) * align])

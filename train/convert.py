@@ -170,7 +170,7 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
     except ConfigError as error:
         print(f"no tokenizer exported: {error}")
         return [], {}
-    longest = max(phase.context for phase in phases(run))
+    longest = max(phase.seq_len for phase in phases(run))
     return sorted(scratch.iterdir()), {**ids, "max_position_embeddings": longest}
 
 

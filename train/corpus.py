@@ -63,10 +63,10 @@ def run_loaders(config: TrainConfig, corpus: Corpus, report: Callable[[str], Non
     rows = [
         PhaseRows(
             phase.name,
-            phase.context,
-            phase.global_batch,
+            phase.seq_len,
+            phase.global_batch_size,
             phase.stop - phase.start,
-            candidates(config.online, phase.stop - phase.start, phase.global_batch),
+            candidates(config.online, phase.stop - phase.start, phase.global_batch_size),
             phase.weights or usual,
             f"{phase.key}.steps",
         )

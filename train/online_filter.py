@@ -45,14 +45,14 @@ class OnlineConfig:
             raise ConfigError("hysteresis", self.hysteresis, "must not be negative", [0.0, 0.05])
 
 
-def candidates(config: OnlineConfig, steps: int, global_batch: int) -> int:
+def candidates(config: OnlineConfig, steps: int, global_batch_size: int) -> int:
     """Samples of the plain order that a phase takes at most: all of it, or what its windows ask for without any that
     were put off.
     """
     if not config.every:
-        return steps * global_batch
+        return steps * global_batch_size
     whole, rest = divmod(steps, config.every)
-    per_window, last = (round(n * global_batch / config.keep) for n in (config.every, rest))
+    per_window, last = (round(n * global_batch_size / config.keep) for n in (config.every, rest))
     return whole * per_window + last
 
 
@@ -78,13 +78,13 @@ class OnlineFilter:
     """Of one phase. `score` gives the loss of each of these samples by the model as it is: the same on every rank."""
 
     config: OnlineConfig
-    global_batch: int
+    global_batch_size: int
     key: int
     score: Callable[[Sequence[int]], NDArray[np.float64]]
 
     def next(self, last: OnlineWindow, step: int, steps: int) -> OnlineWindow:
         """The window of `steps` steps that begins with `step`."""
-        needed = steps * self.global_batch
+        needed = steps * self.global_batch_size
         fresh = max(round(needed / self.config.keep) - len(last.deferred), 0)
         candidates = np.asarray(sorted([*last.deferred, *range(last.cursor, last.cursor + fresh)]), np.int64)
         losses = self.score(candidates.tolist())

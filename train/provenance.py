@@ -94,12 +94,12 @@ def visits(
         loader = loaders[phase.name]
         if place.source not in loader.blend.names:
             continue
-        first, last = place.rows(phase.context)
+        first, last = place.rows(phase.seq_len)
         for samples, ordinals in _taken(directory, config, phase, min(steps, phase.stop)):
             sources, rows = loader.locate(ordinals)
             hits = (sources == loader.blend.names.index(place.source)) & (rows >= first) & (rows <= last)
             for sample in samples[hits].tolist():
-                step, row = divmod(sample, phase.global_batch)
+                step, row = divmod(sample, phase.global_batch_size)
                 found.append(TrainedSequence(phase.name, phase.start + step, row))
     return sorted(found, key=lambda one: (one.step, one.row))
 
@@ -108,14 +108,14 @@ def _taken(
     directory: Path, config: TrainConfig, phase: Phase, stop: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Of the phase's steps before `stop`: places of samples, counted from its begin, and which ordinals were there."""
-    count = max(stop - phase.start, 0) * phase.global_batch
+    count = max(stop - phase.start, 0) * phase.global_batch_size
     if not config.online.every:
         for begin in range(0, count, _ORDINALS_AT_ONCE):
             samples = np.arange(begin, min(begin + _ORDINALS_AT_ONCE, count))
             yield samples, samples
         return
     for window in _windows(directory):
-        begin = (window["first_step"] - phase.start) * phase.global_batch
+        begin = (window["first_step"] - phase.start) * phase.global_batch_size
         if phase.start <= window["first_step"] < stop:
             ordinals = np.asarray(window["rows"], np.int64)[: count - begin]
             yield np.arange(begin, begin + len(ordinals)), ordinals

@@ -127,8 +127,8 @@ class Trainer:
         self.stragglers.loading_s += waited_s
         self.consumption.add(batch, waited_s)
         factor, clip_norm = phase.learning_rate_factor(step), self.config.training.clip_norm
-        result = optimizer_step(self.engine, self.balancer, batch, phase.micro_batch, clip_norm, factor)
-        self.step, self.tokens = step + 1, self.tokens + phase.global_batch * phase.context
+        result = optimizer_step(self.engine, self.balancer, batch, phase.micro_batch_size, clip_norm, factor)
+        self.step, self.tokens = step + 1, self.tokens + phase.global_batch_size * phase.seq_len
         finite = result.loss.isfinite() & result.gradient_norm.isfinite()
         if self.last is not None:
             finite = finite & self.last.finite
@@ -140,17 +140,17 @@ class Trainer:
         """The step from which on it is not yet known what is trained on: online filtering decides window by window."""
         if not self.config.online.every:
             return self.steps
-        return self.window.first_step + len(self.window.rows) // phase.global_batch
+        return self.window.first_step + len(self.window.rows) // phase.global_batch_size
 
     def _batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of `step`: of the plain order, or of what online filtering took."""
         phase, axis = self.phase(step), self.meshes.rows
-        rows = phase.global_batch // axis.size
+        rows = phase.global_batch_size // axis.size
         start, stop = axis.rank * rows, (axis.rank + 1) * rows
         loader = self.loaders[phase.name]
         if not self.config.online.every:
             return loader.batch(step - phase.start, start, stop)
-        begin = (step - self.window.first_step) * phase.global_batch
+        begin = (step - self.window.first_step) * phase.global_batch_size
         return loader.samples(self.window.rows[begin + start : begin + stop])
 
     def fit(self) -> int:

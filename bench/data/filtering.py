@@ -68,7 +68,7 @@ def _training(trainer: Trainer) -> float:
     for _ in range(STEPS):
         trainer.train_step(trainer.step)
     first = trainer.config.training
-    return STEPS * first.global_batch * first.context / (time.perf_counter() - begin)
+    return STEPS * first.global_batch_size * first.seq_len / (time.perf_counter() - begin)
 
 
 def _gates(records: list[Record]) -> None:

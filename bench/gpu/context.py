@@ -47,7 +47,7 @@ class Bench:
         """Every recipe of every FP8 backend, and why it cannot be had. The emulation is for dry runs only."""
         found = []
         for backend, maker in MAKERS.items():
-            if (backend is Backend.reference) != self.dry:
+            if (backend is Backend.emulated) != self.dry:
                 continue
             for recipe in maker.RECIPES[: 1 if self.dry else None]:
                 config = PrecisionConfig(Compute.bfloat16, ParamDtype.bfloat16, backend=backend, recipe=recipe)

@@ -203,7 +203,7 @@ def _row(
 def agreements(bench: Bench) -> Iterator[BenchRow]:
     """FP8 products against the emulation of the same recipe, at the real widths and few rows."""
     yield from missing("grouped", bench)
-    reference = MAKERS[Backend.reference]
+    reference = MAKERS[Backend.emulated]
     for mixture in mixtures(bench.dry, bench.memory_bytes):
         experts, rows = 4, 64 if bench.dry else 1024
         counts_E = counts(rows, experts, "zipf")

@@ -13,8 +13,8 @@ from torch import Tensor
 from model.config import ModelConfig, RouterConfig, Score, WeightsOn
 
 LLAMA4 = RouterConfig()
-QWEN3 = RouterConfig(top_k=8, score=Score.softmax, renormalise=True, weights_on=WeightsOn.output)
-DEEPSEEK = RouterConfig(top_k=8, renormalise=True, scale=2.5, weights_on=WeightsOn.output)
+QWEN3 = RouterConfig(top_k=8, score=Score.softmax, norm_topk_prob=True, weights_on=WeightsOn.output)
+DEEPSEEK = RouterConfig(top_k=8, norm_topk_prob=True, scale=2.5, weights_on=WeightsOn.output)
 
 ROWS_MULTIPLE = 32
 """Experts' rows are multiples of this in the grouped products, so that every recipe gets the same."""
@@ -33,10 +33,10 @@ class Mixture:
 
     def config(self, **router: bool) -> ModelConfig:
         return ModelConfig(
-            width=self.width,
-            expert_width=self.hidden,
-            shared_width=self.shared,
-            experts=self.experts,
+            hidden_size=self.width,
+            expert_hidden_size=self.hidden,
+            shared_expert_hidden_size=self.shared,
+            num_experts=self.experts,
             router=replace(self.router, **router),  # type: ignore[arg-type]
         )
 

@@ -41,16 +41,43 @@ MOST_GAP = 5e-3
 """Of an FP8 run's loss over bfloat16's, smoothed over the last steps."""
 
 FINE = ModelConfig(
-    vocab_size=50304, width=2048, layers=16, heads=16, kv_heads=4, expert_width=1024, shared_width=0, experts=32,
-    nope_every=0, chunk=None, temperature=False, qk_norm=QKNorm.per_head,
+    vocab_size=50304,
+    hidden_size=2048,
+    num_layers=16,
+    num_heads=16,
+    num_kv_heads=4,
+    expert_hidden_size=1024,
+    shared_expert_hidden_size=0,
+    num_experts=32,
+    nope_every=0,
+    attention_chunk_size=None,
+    temperature=False,
+    qk_norm=QKNorm.per_head,
     router=RouterConfig(top_k=8, score=Score.softmax, weights_on=WeightsOn.output, force_balanced=True),
-)  # fmt: skip
+)
 SMALL = ModelConfig(
-    vocab_size=512, width=256, layers=4, heads=4, kv_heads=2, head_width=64, expert_width=512, experts=8, chunk=None,
-    router=LLAMA4, balance=BalanceConfig(bias_rate=1e-3),
-)  # fmt: skip
+    vocab_size=512,
+    hidden_size=256,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    expert_hidden_size=512,
+    num_experts=8,
+    attention_chunk_size=None,
+    router=LLAMA4,
+    balance=BalanceConfig(bias_rate=1e-3),
+)
 TINY = replace(
-    SMALL, width=32, layers=2, heads=2, kv_heads=1, head_width=16, expert_width=64, dense_width=64, experts=4
+    SMALL,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    expert_hidden_size=64,
+    dense_hidden_size=64,
+    num_experts=4,
 )
 
 
@@ -91,8 +118,8 @@ def step(bench: Bench) -> Iterator[BenchJob]:
 
     bfloat16 by all kernels, then FP8 by the ones that were faster.
     """
-    fine = replace(TINY, router=FINE.router, experts=16) if bench.dry else FINE
-    masters = {name: replace(config, storage=ParamDtype.master) for name, config in bench.precisions.items()}
+    fine = replace(TINY, router=FINE.router, num_experts=16) if bench.dry else FINE
+    masters = {name: replace(config, param_dtype=ParamDtype.master) for name, config in bench.precisions.items()}
     took: dict[KernelKind, float] = {}
     for side, precision in bench.with_kernels(masters).items():
         if precision.uses_float8 and precision.kernels is not min(took, key=took.__getitem__, default=KernelKind.torch):
@@ -111,8 +138,8 @@ def _beside(
     if not precision.uses_float8 and row.ms and row.tokens:
         took[precision.kernels] = row.ms / row.tokens
         bench.clear()
-        width = fine.router.top_k * fine.expert_width + fine.shared_expert_width
-        dense = _step(bench, DENSE, replace(fine, moe_every=0, dense_width=width), side, precision)
+        width = fine.router.top_k * fine.expert_hidden_size + fine.shared_hidden_size
+        dense = _step(bench, DENSE, replace(fine, moe_every=0, dense_hidden_size=width), side, precision)
         yield dense
         ratio = row.ms / row.tokens / (dense.ms / dense.tokens) if dense.ms and dense.tokens else None
         goal: dict[str, Any] = {"floor": 1.30, "moonshot": 1.12, "at_most": True}
@@ -157,13 +184,22 @@ def _measured(
     goal: dict[str, Any] = {"floor": 300.0, "moonshot": 400.0} if not precision.uses_float8 and config.moe_every else {}
     speed, mfu = tokens / timing.ms * 1e3, flops / timing.ms / 1e9 / PEAK_TFLOPS
     return BenchRow(
-        "step", name, side, "step", shape, tokens, "balanced" if config.moe_every else None, ms=timing.ms,
-        spread=timing.spread, flops=flops, memory_bytes=bench.peak_bytes,
+        "step",
+        name,
+        side,
+        "step",
+        shape,
+        tokens,
+        "balanced" if config.moe_every else None,
+        ms=timing.ms,
+        spread=timing.spread,
+        flops=flops,
+        memory_bytes=bench.peak_bytes,
         failed=None if math.isfinite(last_loss) else "the loss is not finite",
         note=f"{parameters.active / 1e9:.2f} B active of {parameters.total / 1e9:.2f} B, {speed:,.0f} tokens/s, "
         f"MFU {mfu:.1%} of {PEAK_TFLOPS:.0f}, moments in {moments.value}",
         **goal,
-    )  # fmt: skip
+    )
 
 
 def _wait(bench: Bench) -> None:
@@ -174,7 +210,7 @@ def _wait(bench: Bench) -> None:
 def loss(bench: Bench) -> Iterator[BenchJob]:
     """200 steps on a random Markov chain: float32, bfloat16 and FP8, equal weights and equal tokens."""
     sides = {"float32": PrecisionConfig(Compute.float32)}
-    sides |= {name: replace(precision, storage=ParamDtype.master) for name, precision in bench.precisions.items()}
+    sides |= {name: replace(precision, param_dtype=ParamDtype.master) for name, precision in bench.precisions.items()}
     smooth: dict[str, float] = {}
     for side, precision in sides.items():
         yield BenchJob(side, partial(_losses, bench, side, precision, smooth))

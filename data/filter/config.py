@@ -61,20 +61,20 @@ class ScorerConfig:
     order: int = 5
     model: str | None = None
     reference: str | None = None
-    context: int = 1024
-    batch: int = 8
+    seq_len: int = 1024
+    batch_size: int = 8
     members: list[ScorerConfig] = field(default_factory=list)
     url: str | None = None
     judge: str | None = None
     key_variable: str = "OPENAI_API_KEY"
-    parallel: int = 8
+    concurrency: int = 8
     timeout_s: float = 60.0
     retries: int = 5
     samples: int = 4
     verifier: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("window", "order", "context", "batch", "parallel", "samples"):
+        for key in ("window", "order", "seq_len", "batch_size", "concurrency", "samples"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(key, value, "must be positive")

@@ -89,7 +89,11 @@ def _order(one: Member) -> tuple[float, ...]:
 def _names(runs: Sequence[TrainConfig]) -> list[str]:
     """Settings by the sizes in which they differ, and by whatever else does."""
     scales = [asdict(scale_of_run(run)) for run in runs]
-    shown = [size for size in ("width", "layers", "experts", "batch", "tokens") if len({s[size] for s in scales}) > 1]
+    shown = [
+        size
+        for size in ("hidden_size", "num_layers", "num_experts", "batch", "tokens")
+        if len({s[size] for s in scales}) > 1
+    ]
     names = [", ".join(f"{size} {scale[size]:,}" for size in shown) for scale in scales]
     keys = [(name, run.hparam.rules) for name, run in zip(names, runs, strict=True)]
     if len(set(keys)) < len(runs):
@@ -120,7 +124,7 @@ def fit(config: FitConfig, out: Path) -> int:
     written = ["fit.json", "sweep.png"]
     chosen = members.get(Parametrization.metap.value)
     if chosen is not None:
-        for size in ("batch", "tokens", "width", "layers"):
+        for size in ("batch", "tokens", "hidden_size", "num_layers"):
             if len({getattr(one.scale, size) for one in curves[Parametrization.metap.value]}) > 2:
                 write_bytes(out / f"optima_{size}.png", draw_optima(curves[Parametrization.metap.value], size))
                 written.append(f"optima_{size}.png")

@@ -154,7 +154,9 @@ def render(job: SlurmJob, launch: LaunchConfig) -> str:
         "mem": slurm.memory,
         "exclude": ",".join(slurm.exclude) or None,
         "dependency": _dependency(slurm, job.folder.parent),
-        "array": (f"0-{len(job.runs) - 1}" + (f"%{slurm.together}" if slurm.together else "")) if array else None,
+        "array": (f"0-{len(job.runs) - 1}" + (f"%{slurm.max_concurrent}" if slurm.max_concurrent else ""))
+        if array
+        else None,
         "output": job.folder / ("log-%a.txt" if array else "log-0.txt"),
         "open-mode": "append",
         "signal": f"USR1@{slurm.save_s}",
@@ -318,4 +320,4 @@ def _seconds_per_step(run: RunDirectory) -> float | None:
         return None
     rates = [line["tokens_per_second"] for line in read_lines(run.metrics) if line.get("tokens_per_second")]
     training = read_config(run.config_file).training
-    return training.global_batch * training.context / rates[-1] if rates else None
+    return training.global_batch_size * training.seq_len / rates[-1] if rates else None

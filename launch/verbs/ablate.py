@@ -47,17 +47,17 @@ Losses = dict[str, list[list[float]]]
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """`train`: overrides of `leviathan train`, such as experiment=smoke. `rows`: held-out rows of each source."""
+    """`train`: overrides of `leviathan train`, such as experiment=smoke. `sequences`: held-out rows of each source."""
 
     seeds: int = 3
     steps: int = 200
-    rows: int = 64
+    sequences: int = 64
     train: list[str] = field(default_factory=lambda: ["experiment=smoke"])
 
     def __post_init__(self) -> None:
         if not 2 <= self.seeds <= max(QUANTILE):
             raise ConfigError("seeds", self.seeds, "error bars need from 2 to 8 of them", [3, 5])
-        for key in ("steps", "rows"):
+        for key in ("steps", "sequences"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be positive")
 
@@ -74,8 +74,8 @@ def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
                 return code
             restored = restore(out / "runs" / name, connect())
             if difficulty is None:  # of the same rows for every arm: no filter touches them
-                difficulty = held_out_difficulty(restored, config.rows)
-            found[arm].append(thirds(held_out_losses(restored, config.rows), difficulty))
+                difficulty = held_out_difficulty(restored, config.sequences)
+            found[arm].append(thirds(held_out_losses(restored, config.sequences), difficulty))
             shown = ", ".join(f"{value:.4f}" for value in found[arm][-1])
             print(f"ablate: {arm}, seed {seed}: held-out loss by thirds and of all rows {shown}", flush=True)
     write(found, config, rules, out)
@@ -124,7 +124,7 @@ def held_out_losses(restored: RestoredRun, rows: int) -> NDArray[np.float64]:
     """The model's loss of each held-out row; sources count by their rows."""
     loader = restored.loader()
     losses = [
-        row_losses(restored.placed, partial(loader.held_out, source), count, restored.phase.micro_batch)
+        row_losses(restored.placed, partial(loader.held_out, source), count, restored.phase.micro_batch_size)
         for source, count in _rows(restored, rows)
     ]
     return torch.cat(losses).cpu().numpy()

@@ -111,7 +111,7 @@ def run(config: MetapConfig) -> int:
 def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
     """Writes `coordinates.json` and `.png`."""
     if config.small_start:
-        init = replace(run_.model.init, head_std=0.0, router_std=0.01 * run_.model.width**-0.5)
+        init = replace(run_.model.init, head_std=0.0, router_std=0.01 * run_.model.hidden_size**-0.5)
         run_ = replace(run_, model=replace(run_.model, init=init))
     if config.experts and not run_.model.has_experts:
         raise ConfigError("check.experts", None, "the model has no experts: check.experts=[]")

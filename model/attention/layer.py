@@ -38,19 +38,19 @@ class Attention(nn.Module):
         super().__init__()
         self.model, self.layer = model, layer
         self.attend: Attend = attend_here
-        inner, shared = model.heads * model.head_width, model.kv_heads * model.head_width
-        self.query = Linear(model.width, inner, Role.query, products)
-        self.key = Linear(model.width, shared, Role.key, products)
-        self.value = Linear(model.width, shared, Role.value, products)
-        self.output = Linear(inner, model.width, Role.attention_output, products)
-        widths = {QKNorm.per_head: (model.head_width, model.head_width), QKNorm.full: (inner, shared)}
+        inner, shared = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        self.query = Linear(model.hidden_size, inner, Role.query, products)
+        self.key = Linear(model.hidden_size, shared, Role.key, products)
+        self.value = Linear(model.hidden_size, shared, Role.value, products)
+        self.output = Linear(inner, model.hidden_size, Role.attention_output, products)
+        widths = {QKNorm.per_head: (model.head_dim, model.head_dim), QKNorm.full: (inner, shared)}
         if layer.qk_norm in widths:
             self.query_norm, self.key_norm = (
                 RMSNorm(width, model.norm_eps, Role.qk_norm) for width in widths[layer.qk_norm]
             )
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
-        heads = (-1, self.model.head_width)
+        heads = (-1, self.model.head_dim)
         q, k = self.query(x_BTD), self.key(x_BTD)
         if self.layer.qk_norm is QKNorm.full:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -67,7 +67,7 @@ class Attention(nn.Module):
             q_BTHK = q_BTHK * self.model.multipliers.attention
         if self.layer.temperature:
             q_BTHK = (q_BTHK * context.temperature(self.model, q_BTHK.dtype)).to(q_BTHK.dtype)
-        y_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, context, self.layer.chunk)
+        y_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, context, self.layer.attention_chunk_size)
         return self.output(y_BTHK.flatten(-2))
 
 

@@ -70,10 +70,14 @@ class SequenceContext:
         """[B, T, 1, K/2] complex. A chunked layer never looks past its chunk, so its angles start anew there: equal
         scores, and no loss of precision at positions in the millions.
         """
-        key = (layer.chunk, dtype)
+        key = (layer.attention_chunk_size, dtype)
         if key not in self._rotations:
-            positions = self.positions_BT if layer.chunk is None else self.positions_BT % layer.chunk
-            table = frequencies(model.head_width, model.rope_theta, model.rope_scaling)
+            positions = (
+                self.positions_BT
+                if layer.attention_chunk_size is None
+                else self.positions_BT % layer.attention_chunk_size
+            )
+            table = frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
             self._rotations[key] = rotation(positions, table, dtype)
         return self._rotations[key]
 
@@ -87,7 +91,7 @@ class SequenceContext:
     def prepare(self, model: ModelConfig, dtype: torch.dtype) -> None:
         """Make at once what the layers would ask for, so that code which is traced only looks it up."""
         for layer in model.blocks:
-            self.plan(layer.chunk)
+            self.plan(layer.attention_chunk_size)
             if layer.rope:
                 self.rotation(model, layer, dtype)
             if layer.temperature:

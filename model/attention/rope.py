@@ -14,10 +14,10 @@ from model.config import RopePairing, RopeScaling
 from precision.gemm import at_least_float32, widened
 
 
-def frequencies(head_width: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Angle per position of each pair, float64 [K/2], in radians (Su et al. 2021, section 3.2.2)."""
-    pairs = torch.arange(0, head_width, 2, dtype=torch.float64)
-    plain = theta ** (-pairs / head_width)
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
+    plain = theta ** (-pairs / head_dim)
     return plain if scaling is None else _scaled(plain, scaling)
 
 
@@ -25,10 +25,17 @@ def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3.1's stretching: wavelengths above original/low by the factor, below original/high not at all."""
     wavelength = 2 * math.pi / plain
     stretched = plain / scaling.factor
-    short, long = scaling.original_context / scaling.high, scaling.original_context / scaling.low
+    short, long = (
+        scaling.original_seq_len / scaling.high_freq_factor,
+        scaling.original_seq_len / scaling.low_freq_factor,
+    )
     result = torch.where(wavelength > long, stretched, plain)
-    if scaling.high > scaling.low:  # equal bounds are a hard cut: the blend would divide by zero
-        blend = (scaling.original_context / wavelength - scaling.low) / (scaling.high - scaling.low)
+    if (
+        scaling.high_freq_factor > scaling.low_freq_factor
+    ):  # equal bounds are a hard cut: the blend would divide by zero
+        blend = (scaling.original_seq_len / wavelength - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
         between = (wavelength <= long) & (wavelength >= short)
         result = torch.where(between, (1 - blend) * stretched + blend * plain, result)
     return result

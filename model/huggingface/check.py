@@ -79,22 +79,22 @@ def _as_transformers_reads(theirs: Any) -> ModelConfig:
     llama4, mixture = kind == "llama4_text", {}
     if kind not in ("llama", "qwen3"):
         wide = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
-        renormalise = kind == "mixtral" or (not llama4 and theirs.norm_topk_prob)
-        softmax = RouterConfig(theirs.num_experts_per_tok, Score.softmax, renormalise, weights_on=WeightsOn.output)
+        norm_topk_prob = kind == "mixtral" or (not llama4 and theirs.norm_topk_prob)
+        softmax = RouterConfig(theirs.num_experts_per_tok, Score.softmax, norm_topk_prob, weights_on=WeightsOn.output)
         mixture = {
-            "experts": theirs.num_local_experts if kind in ("llama4_text", "mixtral") else theirs.num_experts,
-            "expert_width": getattr(theirs, wide),
-            "shared_width": None if llama4 else 0,
+            "num_experts": theirs.num_local_experts if kind in ("llama4_text", "mixtral") else theirs.num_experts,
+            "expert_hidden_size": getattr(theirs, wide),
+            "shared_expert_hidden_size": None if llama4 else 0,
             "router": RouterConfig(theirs.num_experts_per_tok) if llama4 else softmax,
         }
     return ModelConfig(
         vocab_size=theirs.vocab_size,
-        width=theirs.hidden_size,
-        layers=theirs.num_hidden_layers,
-        heads=theirs.num_attention_heads,
-        kv_heads=theirs.num_key_value_heads,
-        head_width=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
-        dense_width=theirs.intermediate_size_mlp if llama4 else theirs.intermediate_size,
+        hidden_size=theirs.hidden_size,
+        num_layers=theirs.num_hidden_layers,
+        num_heads=theirs.num_attention_heads,
+        num_kv_heads=theirs.num_key_value_heads,
+        head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+        dense_hidden_size=theirs.intermediate_size_mlp if llama4 else theirs.intermediate_size,
         rope_theta=rope["rope_theta"],
         rope_pairing=RopePairing.adjacent if llama4 else RopePairing.halves,
         rope_scaling=scaling,
@@ -113,7 +113,7 @@ def _layer(theirs: Any, index: int) -> LayerConfig:
         return LayerConfig(
             FeedForward.moe if index in theirs.moe_layers else FeedForward.dense,
             rope=turned,
-            chunk=theirs.attention_chunk_size if chunked else None,
+            attention_chunk_size=theirs.attention_chunk_size if chunked else None,
             temperature=bool(theirs.attn_temperature_tuning) and not turned,
             qk_norm=QKNorm.weightless if theirs.use_qk_norm and turned else QKNorm.none,
         )
@@ -124,7 +124,7 @@ def _layer(theirs: Any, index: int) -> LayerConfig:
     norms = {"qwen3": QKNorm.per_head, "qwen3_moe": QKNorm.per_head, "olmoe": QKNorm.full}
     return LayerConfig(
         FeedForward.moe if mixture else FeedForward.dense,
-        chunk=getattr(theirs, "sliding_window", None),  # not the same, but no family of ours has either
+        attention_chunk_size=getattr(theirs, "sliding_window", None),  # not the same, but no family of ours has either
         qk_norm=norms.get(kind, QKNorm.none),
     )
 

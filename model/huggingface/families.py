@@ -104,14 +104,20 @@ def canonical(model: ModelConfig) -> ModelConfig:
     layers, default = model.blocks, ModelConfig()
     mixture = any(layer.feed_forward is FeedForward.moe for layer in layers)
     dense = any(layer.feed_forward is FeedForward.dense for layer in layers)
-    idle: dict[str, Any] = {"shared_width": model.shared_expert_width, "router": model.router}
+    idle: dict[str, Any] = {"shared_expert_hidden_size": model.shared_hidden_size, "router": model.router}
     if not mixture:
-        idle = {key: getattr(default, key) for key in ("experts", "expert_width", "shared_width", "router")}
+        idle = {
+            key: getattr(default, key)
+            for key in ("num_experts", "expert_hidden_size", "shared_expert_hidden_size", "router")
+        }
     if not dense:
-        idle["dense_width"] = default.dense_width
+        idle["dense_hidden_size"] = default.dense_hidden_size
     if not any(layer.temperature for layer in layers):
         idle |= {key: getattr(default, key) for key in ("temperature_floor", "temperature_scale")}
-    sugar = {key: getattr(default, key) for key in ("moe_every", "nope_every", "chunk", "qk_norm", "temperature")}
+    sugar = {
+        key: getattr(default, key)
+        for key in ("moe_every", "nope_every", "attention_chunk_size", "qk_norm", "temperature")
+    }
     start: dict[str, Any] = {"balance": BalanceConfig(), "init": InitConfig(), "init_from": None, "upcycle": None}
     return replace(model, **sugar, **idle, **start, layer_list=list(layers))
 
@@ -122,7 +128,7 @@ def compact(model: ModelConfig) -> ModelConfig:
     rotated = next((layer for layer in layers if layer.rope), layers[0])
     bare = next((layer for layer in layers if not layer.rope), None)
     sugar = {
-        "chunk": rotated.chunk,
+        "attention_chunk_size": rotated.attention_chunk_size,
         "qk_norm": rotated.qk_norm,
         "temperature": bare.temperature if bare else False,
         "layer_list": None,
@@ -175,9 +181,9 @@ def _rope_of(rope: Json, config: Json, default_theta: float) -> dict[str, Any]:
         raise ConfigError("config.json rope_type", kind, "is not supported", ["default", "llama3"])
     scaling = RopeScaling(
         factor=float(rope["factor"]),
-        low=float(rope["low_freq_factor"]),
-        high=float(rope["high_freq_factor"]),
-        original_context=_integer(rope, "original_max_position_embeddings"),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_seq_len=_integer(rope, "original_max_position_embeddings"),
     )
     return {"rope_theta": theta, "rope_scaling": scaling}
 
@@ -207,11 +213,11 @@ def _read_common(config: Json, theta: float, eps: float) -> dict[str, Any]:
         raise ConfigError("config.json num_hidden_layers", layers, f"is more than the {MOST_LAYERS:,} that are read")
     return {
         "vocab_size": _integer(config, "vocab_size"),
-        "width": width,
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": _integer(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
-        "head_width": _integer(config, "head_dim") if config.get("head_dim") else width // heads,
+        "hidden_size": width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": _integer(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
+        "head_dim": _integer(config, "head_dim") if config.get("head_dim") else width // heads,
         "norm_eps": float(config.get("rms_norm_eps", eps)),
         **_rope(config, theta),
     }
@@ -223,17 +229,17 @@ def _write_common(model: ModelConfig) -> dict[str, Any]:
         scaling = {
             "rope_type": "llama3",
             "factor": model.rope_scaling.factor,
-            "low_freq_factor": model.rope_scaling.low,
-            "high_freq_factor": model.rope_scaling.high,
-            "original_max_position_embeddings": model.rope_scaling.original_context,
+            "low_freq_factor": model.rope_scaling.low_freq_factor,
+            "high_freq_factor": model.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": model.rope_scaling.original_seq_len,
         }
     return {
         "vocab_size": model.vocab_size,
-        "hidden_size": model.width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_width,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,  # this and rope_scaling: transformers 4; rope_parameters: transformers 5
         "rope_scaling": scaling,
@@ -250,7 +256,7 @@ def _is_moe(layers: Sequence[LayerConfig]) -> list[int]:
 
 def _read_llama4(config: Json) -> ModelConfig:
     common = _read_common(config, theta=500000.0, eps=1e-5)
-    count = common["layers"]
+    count = common["num_layers"]
     every, interval = _integer(config, "interleave_moe_layer_step", 1), _integer(config, "no_rope_layer_interval", 4)
     mixtures = _indices(config, "moe_layers", count)
     if mixtures is None:
@@ -268,7 +274,7 @@ def _read_llama4(config: Json) -> ModelConfig:
         LayerConfig(
             feed_forward=FeedForward.moe if index in mixtures else FeedForward.dense,
             rope=bool(rotated[index]),
-            chunk=chunk if rotated[index] else None,
+            attention_chunk_size=chunk if rotated[index] else None,
             temperature=tuned and not rotated[index],
             qk_norm=QKNorm.weightless if norm and rotated[index] else QKNorm.none,
         )
@@ -276,9 +282,9 @@ def _read_llama4(config: Json) -> ModelConfig:
     ]
     return ModelConfig(
         **common,
-        dense_width=_integer(config, "intermediate_size_mlp", 16384),
-        expert_width=_integer(config, "intermediate_size"),
-        experts=_integer(config, "num_local_experts", 16),
+        dense_hidden_size=_integer(config, "intermediate_size_mlp", 16384),
+        expert_hidden_size=_integer(config, "intermediate_size"),
+        num_experts=_integer(config, "num_local_experts", 16),
         router=RouterConfig(top_k=_integer(config, "num_experts_per_tok", 1)),
         temperature_floor=float(config.get("floor_scale", 8192)),
         temperature_scale=float(config.get("attn_scale", 0.1)),
@@ -290,14 +296,14 @@ def _write_llama4(model: ModelConfig) -> dict[str, Any]:
     layers = model.blocks
     rotated = [layer for layer in layers if layer.rope]
     return {
-        "intermediate_size": model.expert_width,
-        "intermediate_size_mlp": model.dense_width,
-        "num_local_experts": model.experts,
+        "intermediate_size": model.expert_hidden_size,
+        "intermediate_size_mlp": model.dense_hidden_size,
+        "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.router.top_k,
         "interleave_moe_layer_step": 1,
         "moe_layers": _is_moe(layers),
         "no_rope_layers": [int(layer.rope) for layer in layers],
-        "attention_chunk_size": rotated[0].chunk if rotated else None,
+        "attention_chunk_size": rotated[0].attention_chunk_size if rotated else None,
         "use_qk_norm": any(layer.qk_norm is QKNorm.weightless for layer in rotated),
         "attn_temperature_tuning": any(layer.temperature for layer in layers),
         "floor_scale": int(model.temperature_floor),
@@ -310,29 +316,29 @@ def _plain_layers(model: dict[str, Any], mixtures: Sequence[int], norm: QKNorm) 
     chosen = set(mixtures)
     layers = [
         LayerConfig(feed_forward=FeedForward.moe if index in chosen else FeedForward.dense, qk_norm=norm)
-        for index in range(model["layers"])
+        for index in range(model["num_layers"])
     ]
-    return {**model, "layer_list": layers, "rope_pairing": RopePairing.halves, "shared_width": 0}
+    return {**model, "layer_list": layers, "rope_pairing": RopePairing.halves, "shared_expert_hidden_size": 0}
 
 
-def _softmax(top_k: int, renormalise: bool) -> RouterConfig:
-    return RouterConfig(top_k=top_k, score=Score.softmax, renormalise=renormalise, weights_on=WeightsOn.output)
+def _softmax(top_k: int, norm_topk_prob: bool) -> RouterConfig:
+    return RouterConfig(top_k=top_k, score=Score.softmax, norm_topk_prob=norm_topk_prob, weights_on=WeightsOn.output)
 
 
 def _read_mixtral(config: Json) -> ModelConfig:
     common = _read_common(config, theta=1e6, eps=1e-5)
     return ModelConfig(
-        **_plain_layers(common, range(common["layers"]), QKNorm.none),
-        expert_width=_integer(config, "intermediate_size"),
-        experts=_integer(config, "num_local_experts", 8),
-        router=_softmax(_integer(config, "num_experts_per_tok", 2), renormalise=True),
+        **_plain_layers(common, range(common["num_layers"]), QKNorm.none),
+        expert_hidden_size=_integer(config, "intermediate_size"),
+        num_experts=_integer(config, "num_local_experts", 8),
+        router=_softmax(_integer(config, "num_experts_per_tok", 2), norm_topk_prob=True),
     )
 
 
 def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
     return {
-        "intermediate_size": model.expert_width,
-        "num_local_experts": model.experts,
+        "intermediate_size": model.expert_hidden_size,
+        "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.router.top_k,
         "sliding_window": None,
     }
@@ -340,14 +346,14 @@ def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
 
 def _read_qwen3_moe(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
-    every, count = _integer(config, "decoder_sparse_step", 1), common["layers"]
+    every, count = _integer(config, "decoder_sparse_step", 1), common["num_layers"]
     dense = _indices(config, "mlp_only_layers", count) or set()
     mixtures = [index for index in range(every - 1, count, every) if index not in dense] if every > 0 else []
     return ModelConfig(
         **_plain_layers(common, mixtures, QKNorm.per_head),
-        dense_width=_integer(config, "intermediate_size", 6144),
-        expert_width=_integer(config, "moe_intermediate_size"),
-        experts=_integer(config, "num_experts" if "num_experts" in config else "num_local_experts"),
+        dense_hidden_size=_integer(config, "intermediate_size", 6144),
+        expert_hidden_size=_integer(config, "moe_intermediate_size"),
+        num_experts=_integer(config, "num_experts" if "num_experts" in config else "num_local_experts"),
         router=_softmax(_integer(config, "num_experts_per_tok"), bool(config.get("norm_topk_prob", False))),
     )
 
@@ -355,13 +361,13 @@ def _read_qwen3_moe(config: Json) -> ModelConfig:
 def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
     mixtures = set(_is_moe(model.blocks))
     return {
-        "intermediate_size": model.dense_width,
-        "moe_intermediate_size": model.expert_width,
-        "num_experts": model.experts,
+        "intermediate_size": model.dense_hidden_size,
+        "moe_intermediate_size": model.expert_hidden_size,
+        "num_experts": model.num_experts,
         "num_experts_per_tok": model.router.top_k,
-        "norm_topk_prob": model.router.renormalise,
+        "norm_topk_prob": model.router.norm_topk_prob,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [index for index in range(model.layers) if index not in mixtures],
+        "mlp_only_layers": [index for index in range(model.num_layers) if index not in mixtures],
         "use_sliding_window": False,
     }
 
@@ -369,35 +375,39 @@ def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
 def _read_olmoe(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-5)
     return ModelConfig(
-        **_plain_layers(common, range(common["layers"]), QKNorm.full),
-        expert_width=_integer(config, "intermediate_size"),
-        experts=_integer(config, "num_experts", 64),
+        **_plain_layers(common, range(common["num_layers"]), QKNorm.full),
+        expert_hidden_size=_integer(config, "intermediate_size"),
+        num_experts=_integer(config, "num_experts", 64),
         router=_softmax(_integer(config, "num_experts_per_tok", 8), bool(config.get("norm_topk_prob", False))),
     )
 
 
 def _write_olmoe(model: ModelConfig) -> dict[str, Any]:
     return {
-        "intermediate_size": model.expert_width,
-        "num_experts": model.experts,
+        "intermediate_size": model.expert_hidden_size,
+        "num_experts": model.num_experts,
         "num_experts_per_tok": model.router.top_k,
-        "norm_topk_prob": model.router.renormalise,
+        "norm_topk_prob": model.router.norm_topk_prob,
         "clip_qkv": None,
     }
 
 
 def _read_llama(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
-    return ModelConfig(**_plain_layers(common, (), QKNorm.none), dense_width=_integer(config, "intermediate_size"))
+    return ModelConfig(
+        **_plain_layers(common, (), QKNorm.none), dense_hidden_size=_integer(config, "intermediate_size")
+    )
 
 
 def _read_qwen3(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
-    return ModelConfig(**_plain_layers(common, (), QKNorm.per_head), dense_width=_integer(config, "intermediate_size"))
+    return ModelConfig(
+        **_plain_layers(common, (), QKNorm.per_head), dense_hidden_size=_integer(config, "intermediate_size")
+    )
 
 
 def _write_dense(model: ModelConfig) -> dict[str, Any]:
-    return {"intermediate_size": model.dense_width}
+    return {"intermediate_size": model.dense_hidden_size}
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

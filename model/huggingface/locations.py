@@ -104,7 +104,7 @@ def _mixture(
         one = f"{theirs}.experts.{{expert}}"
         found[f"{ours}.experts.gate_up.weight"] = Location(f"{one}.{{half}}.weight", halves=(gate, up))
         found[f"{ours}.experts.down.weight"] = Location(f"{one}.{down}.weight")
-    if model.shared_expert_width:
+    if model.shared_hidden_size:
         found |= {
             f"{ours}.shared.{part}.weight": Location(f"{theirs}.shared_expert.{part}_proj.weight")
             for part in ("gate", "up", "down")

@@ -41,7 +41,7 @@ class ZeroConfig:
     """
 
     stage: int = 1
-    bucket: int = 1 << 24
+    bucket_size: int = 1 << 24
     """Elements whose gradients are reduced together, in a buffer of fp32."""
     offload: Offload = Offload.none
     nvme: str | None = None
@@ -58,8 +58,8 @@ class ZeroConfig:
         if self.offload_parameters is not ParameterOffload.none and self.stage != 3:
             reason = f"parameters are whole on every rank in stage {self.stage}: zero.stage=3 shards them"
             raise ConfigError("offload_parameters", self.offload_parameters, reason, [ParameterOffload.none.value])
-        if self.bucket < 1:
-            raise ConfigError("bucket", self.bucket, "must be positive", [1 << 24])
+        if self.bucket_size < 1:
+            raise ConfigError("bucket_size", self.bucket_size, "must be positive", [1 << 24])
         if (self.offload is Offload.nvme) != bool(self.nvme) or self.nvme == "":
             reason = "goes with zero.offload=nvme" if self.nvme else "name a directory on a local disk"
             raise ConfigError("nvme", self.nvme, reason)

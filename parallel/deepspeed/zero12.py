@@ -73,9 +73,9 @@ def check(
     if master is not torch.float32:
         reason = f"would keep master weights in {str(master).removeprefix('torch.')}, DeepSpeed's are fp32; or {other}"
         raise ConfigError("precision", None, reason, ["fp32", "bf16"])
-    if layout.reduce is not Reduce.master:
+    if layout.reduce_dtype is not Reduce.master:
         raise ConfigError(
-            "parallel.reduce", layout.reduce, f"gradients are summed in fp32 here; or {other}", ["master"]
+            "parallel.reduce_dtype", layout.reduce_dtype, f"gradients are summed in fp32 here; or {other}", ["master"]
         )
     if muon:
         reason = f"needs whole matrices, and ZeRO cuts them anywhere: optimizer=adamw, or {other}"
@@ -114,7 +114,7 @@ def zero_section(config: ZeroConfig) -> dict[str, Any]:
             raise ConfigError(f"parallel.zero.extra.{key}", config.extra[key], why, list(HANDED_ON[config.stage]))
     section: dict[str, Any] = {
         "stage": config.stage,
-        "reduce_bucket_size": config.bucket,
+        "reduce_bucket_size": config.bucket_size,
         "contiguous_gradients": True,
         "overlap_comm": False,
         **config.extra,

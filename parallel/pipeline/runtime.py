@@ -215,7 +215,7 @@ def forward(
 
 def hidden_states(model: Transformer, layout: Layout, rows: int, length: int) -> Tensor:
     """What one stage sends to the next, without storage: [B, T / tp, D]."""
-    shape = (rows, length // layout.tp, model.config.width)
+    shape = (rows, length // layout.tp, model.config.hidden_size)
     return torch.empty(shape, dtype=model.compute_dtype, device="meta", requires_grad=True)
 
 

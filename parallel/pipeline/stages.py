@@ -68,16 +68,16 @@ def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: in
     `given` says. Raises `ConfigError` where a stage would have none.
     """
     count = pp * per_rank
-    if count > model.layers:
+    if count > model.num_layers:
         least = (
             1 if schedule is PipelineSchedule.one_f_one_b else 2
         )  # without a pipeline there is no schedule to choose
-        legal = list(range(least, model.layers // per_rank + 1))
-        reason = f"times {per_rank} stages per rank = {count} stages, more than the model's {model.layers} layers"
+        legal = list(range(least, model.num_layers // per_rank + 1))
+        reason = f"times {per_rank} stages per rank = {count} stages, more than the model's {model.num_layers} layers"
         raise ConfigError("parallel.pp", pp, reason, legal[-4:])
     sizes = given if given is not None else balanced(layer_costs(model), count)
-    if len(sizes) != count or sum(sizes) != model.layers or min(sizes) < 1:
-        reason = f"must name {count} stages of at least one layer, {model.layers} layers together"
+    if len(sizes) != count or sum(sizes) != model.num_layers or min(sizes) < 1:
+        reason = f"must name {count} stages of at least one layer, {model.num_layers} layers together"
         raise ConfigError("parallel.layers_per_stage", sizes, reason, [balanced(layer_costs(model), count)])
     begins = [sum(sizes[:stage]) for stage in range(count)]
     ranges = tuple(range(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
@@ -92,15 +92,15 @@ def layer_costs(model: ModelConfig, context: int = 4096) -> list[float]:
     of one row.
     """
     costs = [layer_cost(model, layer, context) for layer in model.blocks]
-    costs[0] += model.width
-    costs[-1] += model.width * model.vocab_size
+    costs[0] += model.hidden_size
+    costs[-1] += model.hidden_size * model.vocab_size
     return costs
 
 
 def layer_cost(model: ModelConfig, layer: LayerConfig, context: int) -> float:
     """Multiply-adds per token of a layer's forward pass; a query sees half of its reach on average."""
-    reach = min(context, layer.chunk or context)
-    return active_parameters(model, layer) + reach * model.heads * model.head_width
+    reach = min(context, layer.attention_chunk_size or context)
+    return active_parameters(model, layer) + reach * model.num_heads * model.head_dim
 
 
 def balanced(costs: list[float], parts: int) -> list[int]:

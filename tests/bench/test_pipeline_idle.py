@@ -33,9 +33,11 @@ def test_every_micro_batch_passes_every_stage_once_each_way(schedule):
     pp, stages, micro_batches = 3, per_rank(schedule), 6
     rows = order(schedule, pp, stages, micro_batches).values()
     pieces = [piece for row in rows for together in row for piece in together]
-    everything = {(stage, micro_batch) for stage in range(pp * stages) for micro_batch in range(micro_batches)}
+    everything = {
+        (stage, micro_batch_size) for stage in range(pp * stages) for micro_batch_size in range(micro_batches)
+    }
     for kinds in (("F",), ("B", "I"), ("B", "W")):
-        found = [(stage, micro_batch) for kind, stage, micro_batch in pieces if kind in kinds]
+        found = [(stage, micro_batch_size) for kind, stage, micro_batch_size in pieces if kind in kinds]
         assert len(found) == len(set(found)) and set(found) == everything
 
 

@@ -116,4 +116,4 @@ def test_optional_components_can_be_set_from_the_command(override):
     from train.config import TrainConfig
 
     scaling = load("train", TrainConfig, [override]).model.rope_scaling
-    assert scaling is not None and scaling.factor == 2 and scaling.high == 1
+    assert scaling is not None and scaling.factor == 2 and scaling.high_freq_factor == 1

@@ -110,7 +110,7 @@ def packed(make_corpus: Callable[..., Corpus], tmp_path: Path, kind: str) -> Cor
     if not path.exists():
         for words in (3, 5, 8, 40):
             write_texts(path / str(words), 60, words, seed=words)
-    return make_corpus({"a": {"path": str(path)}}, packing=kind, pack_context=CONTEXT)
+    return make_corpus({"a": {"path": str(path)}}, packing=kind, pack_seq_len=CONTEXT)
 
 
 def begins(corpus: Corpus) -> float:
@@ -160,7 +160,7 @@ def test_no_label_reaches_into_another_document(make_corpus: Callable[..., Corpu
 def test_another_row_length_is_refused(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
     corpus = packed(make_corpus, tmp_path, "best_fit")
     for context in (32, 128):
-        with pytest.raises(ConfigError, match=rf"training.context={context}: the corpus is packed for rows of 64"):
+        with pytest.raises(ConfigError, match=rf"training.seq_len={context}: the corpus is packed for rows of 64"):
             Loader(corpus, context, 4, seed=1)
     Loader(packed(make_corpus, tmp_path, "greedy"), 128, 4, seed=1)
 
@@ -168,7 +168,7 @@ def test_another_row_length_is_refused(make_corpus: Callable[..., Corpus], tmp_p
 def test_packing_is_told_and_part_of_the_fingerprint(tmp_path: Path) -> None:
     path, said = write_texts(tmp_path / "texts", 60, 9), list[str]()
     found = []
-    for settings in ({}, {"packing": "best_fit", "pack_context": 64}, {"pack_context": 64}):
+    for settings in ({}, {"packing": "best_fit", "pack_seq_len": 64}, {"pack_seq_len": 64}):
         config = make_config(tmp_path / "cache", {"a": {"path": str(path)}}, **settings)
         found.append(prepare(config, said.append).directory)
     assert len(set(found)) == 3
@@ -182,9 +182,9 @@ def test_packing_is_told_and_part_of_the_fingerprint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"packing": "best_fit"}, r"data.pack_context: packing=best_fit makes rows of so many tokens"),
-        ({"pack_context": 1}, r"data.pack_context=1: must hold"),
-        ({"packing": "best_fit", "pack_context": 64, "align": 32}, r"data.align=32: works with packing=greedy"),
+        ({"packing": "best_fit"}, r"data.pack_seq_len: packing=best_fit makes rows of so many tokens"),
+        ({"pack_seq_len": 1}, r"data.pack_seq_len=1: must hold"),
+        ({"packing": "best_fit", "pack_seq_len": 64, "align": 32}, r"data.align=32: works with packing=greedy"),
         ({"prefetch": -1}, r"data.prefetch=-1: must not be negative"),
     ],
 )

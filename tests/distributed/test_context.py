@@ -122,8 +122,8 @@ def travelled(aligned: bool, nope_every: int) -> dict[tuple[str, str], int]:
     world = connect()
     meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
     model = tiny(1)
-    layers = [layer for layer in model.blocks if layer.chunk is not None or nope_every]
-    model = type(model)(**{**vars(model), "layer_list": layers, "layers": len(layers)})
+    layers = [layer for layer in model.blocks if layer.attention_chunk_size is not None or nope_every]
+    model = type(model)(**{**vars(model), "layer_list": layers, "num_layers": len(layers)})
     engine = TorchEngine(build(model, PrecisionConfig(Compute.float32), meshes, world.device, 1), OptimizerConfig())
     batch = MadeUpRows(model.vocab_size).batch(0, 0, ROWS)
     if aligned:
@@ -183,7 +183,7 @@ def compiled(method: ContextMethod) -> list[Any]:
     """Losses of two batches under torch.compile and without."""
     world, found = connect(), []
     for compile in (False, True):
-        config = ParallelConfig(cp=world.size, context=method, compile=compile)
+        config = ParallelConfig(cp=world.size, cp_method=method, compile=compile)
         meshes = make_meshes(config.resolve(world.size), world)
         engine = TorchEngine(
             build(tiny(1), PrecisionConfig(Compute.float32), meshes, world.device, 1), OptimizerConfig()

@@ -57,7 +57,7 @@ def counted(
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
-    micro_batch: int,
+    micro_batch_size: int,
     optimizer: OptimizerConfig = ADAMW,
     aligned: bool = False,
 ) -> Any:
@@ -71,10 +71,10 @@ def counted(
     batch = rows.batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
     if aligned:
         batch.positions_BT = (torch.arange(CONTEXT) % 32).expand(len(batch.tokens_BT), -1)
-    optimizer_step(engine, balancer, batch, micro_batch, None, 1.0)  # a pipeline's first step asks who is there
+    optimizer_step(engine, balancer, batch, micro_batch_size, None, 1.0)  # a pipeline's first step asks who is there
     meshes.traffic.take()
     with Seen() as seen:
-        optimizer_step(engine, balancer, batch, micro_batch, None, 1.0)
+        optimizer_step(engine, balancer, batch, micro_batch_size, None, 1.0)
     state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
     kept = [sum(local(t).nbytes for t in tensors) for tensors in (network.parameters(), state)]
     return meshes.traffic.take(), dict(seen.bytes), kept
@@ -98,11 +98,11 @@ LAYOUTS = {
     "pp3-tied": (3, ParallelConfig(pp=3)),
     "pp2-fsdp2": (4, ParallelConfig(pp=2, schedule=PipelineSchedule.gpipe)),
     "cp2-gather": (2, ParallelConfig(cp=2)),
-    "cp2-ulysses": (2, ParallelConfig(cp=2, context=ContextMethod.ulysses)),
-    "cp2-ring": (2, ParallelConfig(cp=2, context=ContextMethod.ring)),
-    "cp4-ring-recomputed": (4, ParallelConfig(cp=4, context=ContextMethod.ring, recompute=Recompute.full)),
+    "cp2-ulysses": (2, ParallelConfig(cp=2, cp_method=ContextMethod.ulysses)),
+    "cp2-ring": (2, ParallelConfig(cp=2, cp_method=ContextMethod.ring)),
+    "cp4-ring-recomputed": (4, ParallelConfig(cp=4, cp_method=ContextMethod.ring, recompute=Recompute.full)),
     "cp2-tp2": (4, ParallelConfig(cp=2, tp=2, recompute=Recompute.selective)),
-    "cp2-tp2-ulysses": (4, ParallelConfig(cp=2, tp=2, context=ContextMethod.ulysses, recompute=Recompute.full)),
+    "cp2-tp2-ulysses": (4, ParallelConfig(cp=2, tp=2, cp_method=ContextMethod.ulysses, recompute=Recompute.full)),
     "cp2-ep2": (2, ParallelConfig(cp=2, ep=2)),
 }
 
@@ -112,25 +112,25 @@ def deep_enough(model: ModelConfig, config: ParallelConfig) -> ModelConfig:
     if config.pp == 1:
         return model
     layers = max(4, config.pp * config.per_rank)
-    return replace(model, layers=layers, layer_list=(model.blocks * 4)[:layers], tie_embeddings=config.pp == 3)
+    return replace(model, num_layers=layers, layer_list=(model.blocks * 4)[:layers], tie_embeddings=config.pp == 3)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_counted_bytes_equal_the_formulas(ranks, name):
     count, config = LAYOUTS[name]
     model = replace(tiny(2), balance=BalanceConfig(aux=0.01, z=0.01), vocab_size=66)  # 66 rows: shards of unequal size
-    model, precision, micro_batch = (
+    model, precision, micro_batch_size = (
         deep_enough(model, config),
         PrecisionConfig(Compute.float32),
         1 if config.pp > 1 else 2,
     )
-    found = ranks(count, counted, model, config, precision, micro_batch)
+    found = ranks(count, counted, model, config, precision, micro_batch_size)
     total: Counter[tuple[str, str]] = Counter()
     for traffic, seen, _ in found:
         assert sum(traffic.values()) == sum(seen.values()), (traffic, seen)
         total.update(traffic)
     layout = config.resolve(count)
-    batch = cost.BatchShape(ROWS // layout.rows, min(micro_batch, ROWS // layout.rows), CONTEXT)
+    batch = cost.BatchShape(ROWS // layout.rows, min(micro_batch_size, ROWS // layout.rows), CONTEXT)
     assert dict(total) == cost.step_traffic(model, precision, layout, batch)
 
 
@@ -146,15 +146,15 @@ def test_aligned_rows_save_the_halo(ranks):
     assert cost.step_traffic(model, precision, config.resolve(2), other)["cp", "halo"] > 0
 
 
-@pytest.mark.parametrize("shared_width", [0, 16])
+@pytest.mark.parametrize("shared_expert_hidden_size", [0, 16])
 @pytest.mark.parametrize("weights_on", WeightsOn)
 @pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
-def test_what_ends_a_recomputed_layer_is_not_repeated(ranks, dispatch, weights_on, shared_width):
+def test_what_ends_a_recomputed_layer_is_not_repeated(ranks, dispatch, weights_on, shared_expert_hidden_size):
     """Heads normalised together, with and without a shared expert, weights before and after the experts."""
     base = tiny(2)
     layers = [replace(layer, qk_norm=QKNorm.full) for layer in base.blocks]
     router = replace(base.router, weights_on=weights_on)
-    model = replace(base, layer_list=layers, shared_width=shared_width, router=router)
+    model = replace(base, layer_list=layers, shared_expert_hidden_size=shared_expert_hidden_size, router=router)
     precision = PrecisionConfig(Compute.float32)
     config = ParallelConfig(tp=2, ep=2, dispatch=dispatch, recompute=Recompute.full)
     total: Counter[tuple[str, str]] = Counter()
@@ -197,7 +197,7 @@ MUON_LAYOUTS = {
 def test_bytes_of_muon_equal_the_formulas(ranks, name):
     """What matrices take on their way, uneven shards included, and one moment for each of them."""
     count, config = MUON_LAYOUTS[name]
-    model, precision = replace(tiny(2), balance=BalanceConfig(aux=0.01), dense_width=50), PrecisionConfig()
+    model, precision = replace(tiny(2), balance=BalanceConfig(aux=0.01), dense_hidden_size=50), PrecisionConfig()
     found = ranks(count, counted, model, config, precision, 2, MUON)
     total: Counter[tuple[str, str]] = Counter()
     layout = config.resolve(count)
@@ -229,7 +229,14 @@ def test_matrices_travel_in_the_format_of_the_products(ranks, compute):
 def test_static_bytes_equal_arithmetic():
     """A dense layer's weights over 4 ranks, by hand."""
     model = ModelConfig(
-        vocab_size=64, width=32, layers=1, heads=4, kv_heads=2, head_width=8, dense_width=48, moe_every=0
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        dense_hidden_size=48,
+        moe_every=0,
     )
     outside, norms = 2 * 64 * 32, 3 * 32
     attention, dense = 2 * 32 * 8 * (4 + 2), 3 * 32 * 48
@@ -247,7 +254,7 @@ def test_static_bytes_equal_arithmetic():
 
 def test_experts_fewer_than_ranks_are_stored_evenly():
     """Two experts over four ranks: cut along their width, not between them, which would leave two ranks nothing."""
-    model = replace(tiny(1), experts=2)
+    model = replace(tiny(1), num_experts=2)
     infos = registry(on_meta(model, PrecisionConfig(Compute.float32)))
     layout = ParallelConfig().resolve(4)
     for rank in range(4):
@@ -283,7 +290,14 @@ def fitted(root: Path, overrides: list[str]) -> int:
 
 
 def test_a_run_logs_its_bytes_and_evaluation_does_not_count(ranks, small_corpus, tmp_path):
-    overrides = [*small_corpus, *EXACT, "training.steps=4", "logging.every=2", "evaluation.every=1", "model.experts=8"]
+    overrides = [
+        *small_corpus,
+        *EXACT,
+        "training.steps=4",
+        "logging.every=2",
+        "evaluation.every=1",
+        "model.num_experts=8",
+    ]
     assert ranks(2, fitted, tmp_path, overrides) == [0, 0]
     run = config(tmp_path, "run", *overrides)
     batch = cost.BatchShape(4, 2, 48)
@@ -318,7 +332,8 @@ def attention_counted(model: ModelConfig, config: ParallelConfig, layer: int, co
     here = placed.context(torch.arange(context)[None])
     attention, kept = placed.model.layers[str(layer)].attention, {}
     shapes = [
-        (1, context // meshes.cp.size, n, model.head_width) for n in (model.heads, model.kv_heads, model.kv_heads)
+        (1, context // meshes.cp.size, n, model.head_dim)
+        for n in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
     ]
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
 
@@ -328,17 +343,17 @@ def attention_counted(model: ModelConfig, config: ParallelConfig, layer: int, co
 
     meshes.traffic.take()
     with Core() as core, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = attention.attend(q, k, v, here, attention.layer.chunk)
+        y = attention.attend(q, k, v, here, attention.layer.attention_chunk_size)
     y.sum().backward()
-    flops = 3 * 4 * core.pairs * model.head_width
+    flops = 3 * 4 * core.pairs * model.head_dim
     return cost.AttentionCost(flops, k.nbytes + v.nbytes, sum(kept.values()), sum(meshes.traffic.take().values()))
 
 
 @pytest.mark.parametrize("kind", ["chunked", "whole row"])
 @pytest.mark.parametrize("size, method", [(1, "gather"), (2, "gather"), (2, "ulysses"), (2, "ring"), (4, "ring")])
 def test_what_a_layers_attention_costs(ranks, kind, size, method):
-    model, config = tiny(1), ParallelConfig(cp=size, context=ContextMethod[method])
-    chunks = [layer.chunk is not None for layer in model.blocks]
+    model, config = tiny(1), ParallelConfig(cp=size, cp_method=ContextMethod[method])
+    chunks = [layer.attention_chunk_size is not None for layer in model.blocks]
     layer = chunks.index(kind == "chunked")
     found = ranks(size, attention_counted, model, config, layer, 2 * CONTEXT)
     precision = PrecisionConfig(Compute.bfloat16)

@@ -91,7 +91,7 @@ def alone(ranks, small_corpus, tmp_path_factory):
         (4, []),
         (4, ["parallel.dp_replicate=2"]),
         (2, ["parallel.recompute=full"]),
-        (2, ["training.micro_batch=4"]),
+        (2, ["training.micro_batch_size=4"]),
     ],
     ids=["fsdp2", "fsdp4", "hsdp2x2", "recompute", "other-micro-batch"],
 )
@@ -104,7 +104,7 @@ def test_ranks_compute_what_one_process_computes(ranks, small_corpus, alone, tmp
 
 def test_gradients_may_be_summed_in_bfloat16(ranks, small_corpus, alone, tmp_path):
     """Each parameter's gradient is rounded to 8 bits on its way, and nothing else is."""
-    found = ranks(2, figures, tmp_path, "run", [*small_corpus, *EXACT, "parallel.reduce=bfloat16"], 1)[0]
+    found = ranks(2, figures, tmp_path, "run", [*small_corpus, *EXACT, "parallel.reduce_dtype=bfloat16"], 1)[0]
     rounding = {name: relative(found["gradients"][name], whole) for name, whole in alone["gradients"].items()}
     assert min(rounding.values()) > 1e-4 and max(rounding.values()) < 1e-2, rounding
     assert relative(found["loss"][0], alone["loss"][0]) < 1e-9 and relative(found["norm"][0], alone["norm"][0]) < 1e-2
@@ -133,13 +133,19 @@ def test_bfloat16_is_close_under_sharding(ranks, small_corpus, tmp_path):
 
 
 def test_parameters_may_be_kept_in_bfloat16(ranks, small_corpus, tmp_path):
-    overrides = [*small_corpus, "optimizer=adamw", "optimizer.lr=1e-2", "precision=bf16", "precision.storage=bfloat16"]
+    overrides = [
+        *small_corpus,
+        "optimizer=adamw",
+        "optimizer.lr=1e-2",
+        "precision=bf16",
+        "precision.param_dtype=bfloat16",
+    ]
     one, two = (ranks(n, figures, tmp_path, f"run{n}", overrides, 6)[0] for n in (1, 2))
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-2) and two["loss"][-1] < two["loss"][0] - 0.1
     kept = {name: w.dtype for name, w in two["weights"].items() if w.is_floating_point() and "balance" not in name}
     assert set(kept.values()) == {torch.bfloat16}, kept
     with pytest.raises(ConfigError, match=r"precision\.storage=bfloat16: would lose what wider products gain"):
-        load("train", TrainConfig, ["precision=fp32", "precision.storage=bfloat16"])
+        load("train", TrainConfig, ["precision=fp32", "precision.param_dtype=bfloat16"])
 
 
 @pytest.mark.parametrize(

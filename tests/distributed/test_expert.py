@@ -38,9 +38,15 @@ class Padded(PlainProducts):
 
 
 def model_config(top_k: int, weights_on: WeightsOn) -> ModelConfig:
-    router = RouterConfig(top_k=top_k, weights_on=weights_on, score=Score.softmax, renormalise=top_k > 1)
+    router = RouterConfig(top_k=top_k, weights_on=weights_on, score=Score.softmax, norm_topk_prob=top_k > 1)
     return ModelConfig(
-        width=D, layers=1, experts=E, expert_width=F, shared_width=0, router=router, balance=BalanceConfig()
+        hidden_size=D,
+        num_layers=1,
+        num_experts=E,
+        expert_hidden_size=F,
+        shared_expert_hidden_size=0,
+        router=router,
+        balance=BalanceConfig(),
     )
 
 

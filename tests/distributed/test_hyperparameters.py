@@ -17,14 +17,21 @@ LAYOUTS = {
     "tp2": ["parallel.tp=2"],
     "ep2": ["parallel.ep=2"],
     "fsdp2": [],
-    "pp2": ["parallel.pp=2", "training.micro_batch=2"],
+    "pp2": ["parallel.pp=2", "training.micro_batch_size=2"],
 }
 
 
 def with_base(root: Path, name: str, overrides: list[str]) -> TrainConfig:
     """A run twice as wide and deep as its base, with twice the head width and experts: no factor is 1."""
     run = config(root, name, "optimizer=adamw", "hparam.head=multiplier", *overrides)
-    sizes = {"width": 16, "layers": 2, "head_width": 4, "dense_width": 24, "expert_width": 16, "experts": 2}
+    sizes = {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "head_dim": 4,
+        "dense_hidden_size": 24,
+        "expert_hidden_size": 16,
+        "num_experts": 2,
+    }
     small = replace(run.model, **sizes, router=replace(run.model.router, top_k=1))
     resolved = resolve(replace(run, hparam=replace(run.hparam, base=scale_of(small, 384, 2304))))
     factors = asdict(resolved.model.multipliers)

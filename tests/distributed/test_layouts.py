@@ -64,7 +64,7 @@ def compared(
         (replace(tiny(1), balance=BalanceConfig(aux=0.1, aux_scope=AuxScope.micro)), 2, ParallelConfig(tp=2)),
         (with_norm(QKNorm.full), 2, ParallelConfig(tp=2)),
         (with_norm(QKNorm.per_head), 2, ParallelConfig(tp=2)),
-        (replace(tiny(1), experts=2), 4, ParallelConfig()),
+        (replace(tiny(1), num_experts=2), 4, ParallelConfig()),
         (tiny(2), 2, ParallelConfig(ep=2, recompute=Recompute.selective)),
     ],
     ids=["micro-scope-tp", "norm-over-all-heads-tp", "norm-per-head-tp", "experts-fewer-than-ranks", "selective-ep"],

@@ -17,17 +17,17 @@ from train.metrics import peak_memory_bytes
 
 LONG = 1 << 18
 SMALL = [
-    "model.heads=1",
-    "model.kv_heads=1",
-    "model.head_width=16",
-    "model.chunk=8192",
+    "model.num_heads=1",
+    "model.num_kv_heads=1",
+    "model.head_dim=16",
+    "model.attention_chunk_size=8192",
     "model.temperature_floor=8192",
     "model.router.top_k=1",
-    f"training.context={LONG}",
-    "training.global_batch=1",
-    "training.micro_batch=1",
+    f"training.seq_len={LONG}",
+    "training.global_batch_size=1",
+    "training.micro_batch_size=1",
     "training.steps=2",
-    "evaluation.rows=1",
+    "evaluation.sequences=1",
     "data=files",
     "data.tokenizer.vocab_size=300",
     "parallel.cp=2",
@@ -54,7 +54,7 @@ def test_a_run_over_a_quarter_of_a_million_tokens(tmp_path):
     """One document fills the row. A mask over it would take 64 GiB a layer; what is kept grows with the row alone."""
     text, held_out = (write_long_text(tmp_path / name / "text.txt", seed) for seed, name in enumerate(("text", "held")))
     sources = [f"data.sources.text.path={text}", f"+data.sources.text.held_out_path={held_out}"]
-    overrides = [*SMALL, *sources, f"data.cache={tmp_path / 'cache'}", "parallel.context=ring"]
+    overrides = [*SMALL, *sources, f"data.cache={tmp_path / 'cache'}", "parallel.cp_method=ring"]
     ranks = Pool()  # of its own: what a process has ever used counts, and the common ones have run other tests
     try:
         found = ranks(2, fitted, tmp_path, overrides, timeout_s=3600)
@@ -69,6 +69,6 @@ def test_a_run_over_a_quarter_of_a_million_tokens(tmp_path):
     first, second = (line for line in lines if "loss" in line)
     assert second["tokens"] == 2 * LONG and second["loss"] < first["loss"] < 7
     run = config(tmp_path, "long", *overrides)
-    layout = ParallelConfig(cp=2, context=ContextMethod.ring).resolve(2)
+    layout = ParallelConfig(cp=2, cp_method=ContextMethod.ring).resolve(2)
     wanted = cost.step_traffic(run.model, run.precision, layout, cost.BatchShape(1, 1, LONG, aligned=True))
     assert second["collective_bytes"] == {f"{axis}/{why}": size // 2 for (axis, why), size in wanted.items()}

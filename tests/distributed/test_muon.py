@@ -30,7 +30,15 @@ from train.optim.optimizer import Moments, OptimizerConfig, OptimizerKind
 
 MUON = OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2)
 FP64 = PrecisionConfig(Compute.float64)
-AWKWARD = replace(tiny(2), width=40, dense_width=50, experts=4, expert_width=80, shared_width=18, head_width=6)
+AWKWARD = replace(
+    tiny(2),
+    hidden_size=40,
+    dense_hidden_size=50,
+    num_experts=4,
+    expert_hidden_size=80,
+    shared_expert_hidden_size=18,
+    head_dim=6,
+)
 """Shards of unequal size; on three ranks nothing of an expert divides, and one of them has none."""
 
 
@@ -83,7 +91,7 @@ def test_a_layout_trains_as_one_process_does(ranks, alone, name):
 
 def test_experts_fewer_than_ranks_are_cut_along_their_widths(ranks):
     """FSDP2 then shards another dimension than the first, and its gradients are laid out accordingly."""
-    case = replace(run(), model=replace(tiny(2), experts=2))
+    case = replace(run(), model=replace(tiny(2), num_experts=2))
     (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
     found = [rank["run"] for rank in ranks(4, measure_all, ParallelConfig(), {"run": case})]
     assert found[0].weights["layers.1.ffn.experts.gate_up.weight"][0][0].shape == (2, 2, 8, 32)

@@ -40,7 +40,7 @@ def mixtures(top_k: int = 1) -> ModelConfig:
     """Four mixtures of experts, one for each stage, with every balancing term."""
     model = replace(tiny(top_k), balance=TERMS)
     mixture = next(layer for layer in model.blocks if layer.feed_forward is FeedForward.moe)
-    return replace(model, layers=LAYERS, layer_list=[mixture] * LAYERS)
+    return replace(model, num_layers=LAYERS, layer_list=[mixture] * LAYERS)
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def counting() -> Iterator[Counter[str]]:
 
 
 def one_step(
-    parallel: ParallelConfig, model: ModelConfig, compute: Compute = Compute.float64, micro_batch: int = 1
+    parallel: ParallelConfig, model: ModelConfig, compute: Compute = Compute.float64, micro_batch_size: int = 1
 ) -> tuple[Counter[str], float, float, int]:
     """What one step did on this rank, its loss and norm, and how many routed tokens all routers counted."""
     world = connect()
@@ -84,7 +84,7 @@ def one_step(
         placed = build(model, PrecisionConfig(compute), meshes, world.device, SEED)
         engine = TorchEngine(placed, SGD)
         balancer = Balancer(placed.model, lambda counts: meshes.world.sum(counts, "balance"))
-        result = optimizer_step(engine, balancer, batch, micro_batch, None, 1.0)
+        result = optimizer_step(engine, balancer, batch, micro_batch_size, None, 1.0)
     return times, result.loss.item(), result.gradient_norm.item(), int(result.balance["counts"].sum())
 
 
@@ -220,10 +220,12 @@ def losses(root: Path, name: str, overrides: list[str]) -> list[float]:
     return [run.train_step(step).loss.item() for step in range(run.steps)]
 
 
-@pytest.mark.parametrize("longer", ["context: 96", "context: 96, micro_batch: 2, global_batch: 4", "micro_batch: 2"])
+@pytest.mark.parametrize(
+    "longer", ["context: 96", "context: 96, micro_batch_size: 2, global_batch_size: 4", "micro_batch_size: 2"]
+)
 def test_a_phase_may_change_what_travels(ranks, small_corpus, tmp_path, longer):
     """Other rows, other micro-batches, the same stages."""
-    small = ["training.steps=2", "training.global_batch=8", "training.micro_batch=1"]
+    small = ["training.steps=2", "training.global_batch_size=8", "training.micro_batch_size=1"]
     overrides = [*small_corpus, *EXACT, *small, f"phases=[{{name: longer, steps: 2, {longer}}}]"]
     alone = ranks(1, losses, tmp_path, "one", overrides)[0]
     stages = ["parallel.pp=2", "parallel.schedule=interleaved"]

@@ -141,13 +141,13 @@ MIXTURE = (
     (2, ["parallel.ep=2"]),
     (4, [ZERO, "parallel.zero.stage=2", "parallel.tp=2", "parallel.ep=2"]),
     (4, [ZERO, "parallel.dp_replicate=2", "parallel.ep=2"]),
-    (2, [ZERO, "parallel.pp=2", "parallel.dp_shard=1", "training.micro_batch=1"]),
+    (2, [ZERO, "parallel.pp=2", "parallel.dp_shard=1", "training.micro_batch_size=1"]),
     (1, []),
 )
 DENSE = (
     (2, ["model.moe_every=0"]),
     (4, [ZERO, *IN_PIECES, "parallel.tp=2"]),
-    (2, [ZERO, *ZERO3, "training.micro_batch=1"]),
+    (2, [ZERO, *ZERO3, "training.micro_batch_size=1"]),
     (1, ["model.moe_every=0"]),
 )
 
@@ -219,11 +219,11 @@ def test_state_elsewhere_is_the_same_state(ranks, small_corpus, tmp_path, offloa
     [
         (1, "zero.extra.use_multi_rank_bucket_allreduce=false"),
         (1, "zero.extra.allgather_bucket_size=100"),
-        (1, "zero.bucket=100"),
+        (1, "zero.bucket_size=100"),
         (2, "zero.extra.use_multi_rank_bucket_allreduce=false"),
         (2, "zero.extra.allgather_bucket_size=100"),
         (2, "zero.extra.overlap_comm=true"),
-        (2, "zero.bucket=100"),
+        (2, "zero.bucket_size=100"),
     ],
 )
 def test_what_is_handed_on_to_deepspeed_changes_no_result(ranks, stage, key):
@@ -257,7 +257,7 @@ def test_one_process_needs_no_ranks(small_corpus, tmp_path, ranks):
     assert found[0] == pytest.approx(wanted[0], abs=1e-6)
 
 
-PADDED = ["model.width=9", "training.global_batch=8"]  # of a gain's 9 elements the last of 4 ranks has none
+PADDED = ["model.hidden_size=9", "training.global_batch_size=8"]  # of a gain's 9 elements the last of 4 ranks has none
 
 
 def read_between_steps(root: Path, overrides: list[str]) -> tuple[list[float], list[torch.Tensor]]:
@@ -280,13 +280,13 @@ def read_between_steps(root: Path, overrides: list[str]) -> tuple[list[float], l
         (2, []),
         *(
             pytest.param(*one, marks=pytest.mark.slow)
-            for one in ((1, []), (3, ["training.micro_batch=1"]), (4, PADDED))
+            for one in ((1, []), (3, ["training.micro_batch_size=1"]), (4, PADDED))
         ),
     ],
 )
 def test_a_model_in_pieces_can_be_read_at_any_time(ranks, small_corpus, tmp_path, size, how):
     """Also on three ranks, among which no tensor is divided evenly and a division by the ranks is not exact."""
-    usual = [*small_corpus, "precision=fp32", "model.moe_every=0", "training.global_batch=6", *how]
+    usual = [*small_corpus, "precision=fp32", "model.moe_every=0", "training.global_batch_size=6", *how]
     ((losses, logits),) = ranks(1, read_between_steps, tmp_path / "torch", usual)
     for found in ranks(size, read_between_steps, tmp_path / "zero", [*usual, ZERO, *IN_PIECES]):
         assert found[0] == pytest.approx(losses, abs=1e-6)
@@ -339,8 +339,8 @@ def test_recomputation_leaves_no_modules_behind(ranks, small_corpus, tmp_path, h
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_initial_weights_are_exact_in_pieces(ranks, small_corpus, tmp_path, precision):
-    usual = [*small_corpus, f"precision={precision}", "model.moe_every=0", "training.global_batch=6"]
-    usual.append("training.micro_batch=1")
+    usual = [*small_corpus, f"precision={precision}", "model.moe_every=0", "training.global_batch_size=6"]
+    usual.append("training.micro_batch_size=1")
     found = assembled([rank[1] for rank in ranks(3, journey, tmp_path / "zero", [*usual, ZERO, *IN_PIECES], 0)])
     wanted = assembled([rank[1] for rank in ranks(1, journey, tmp_path / "torch", usual, 0)])
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -425,7 +425,7 @@ def test_a_range_is_few_blocks(shape):
     [
         (["optimizer=muon"], r"optimizer.kind=muon: needs whole matrices.*fsdp2"),
         (["precision=fp64"], r"precision.*would keep master weights in float64"),
-        (["precision=bf16", "precision.storage=bfloat16"], r"precision.*master weights in bfloat16"),
+        (["precision=bf16", "precision.param_dtype=bfloat16"], r"precision.*master weights in bfloat16"),
         (["parallel.pp=2", "parallel.zero.stage=2", "parallel.dp_shard=1"], r"zero.stage=2: .*pipeline.*try 1"),
         (["parallel.pp=2", *ZERO3, "parallel.dp_shard=1"], r"zero.stage=3: .*pipeline.*try 1"),
         (["parallel.zero.stage=3"], r"zero.stage=3: is for models without routed experts; parallel.engine=fsdp2"),
@@ -434,7 +434,7 @@ def test_a_range_is_few_blocks(shape):
         ([*ZERO3, "+parallel.zero.extra.overlap_comm=true"], r"extra.overlap_comm.*is nothing to stage 3"),
         (["parallel.zero.offload_parameters=cpu"], r"zero.offload_parameters=cpu: .*whole on every rank.*try none"),
         (["parallel.zero.stage=7"], r"zero.stage=7: there are stages 1, 2 and 3"),
-        (["parallel.reduce=bfloat16"], r"parallel.reduce.*fp32"),
+        (["parallel.reduce_dtype=bfloat16"], r"parallel.reduce_dtype.*fp32"),
         (["parallel.zero.offload=nvme"], r"zero.nvme.*name a directory"),
         (["parallel.zero.nvme=/tmp"], r"zero.nvme=/tmp: goes with"),
         (["parallel.zero.offload=nvme", "parallel.zero.nvme=''"], r"zero.nvme.*name a directory"),

@@ -92,7 +92,7 @@ def test_exponents_of_batch_and_tokens():
 
 
 def test_the_largest_is_foretold_by_the_others():
-    widths = [bowl(best, scale=replace(BASE, width=w)) for best, w in ((-7.0, 64), (-7.1, 128), (-6.0, 256))]
+    widths = [bowl(best, scale=replace(BASE, hidden_size=w)) for best, w in ((-7.0, 64), (-7.1, 128), (-6.0, 256))]
     told = foretold(widths)
     assert told is not None and told["held_out"] == "-6.0"
     assert told["predicted"] == pytest.approx(-7.05) and told["octaves"] == pytest.approx(1.05)

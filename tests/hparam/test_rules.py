@@ -16,7 +16,7 @@ def test_powers_are_read_as_written():
         Power("experts", -1.0),
     )
     assert monomial("layers^-a") == (Power("layers", 0.0, -1),)
-    ratios = {"fan_in": 4.0, "layers": 8.0, "experts": 2.0}
+    ratios = {"fan_in": 4.0, "num_layers": 8.0, "num_experts": 2.0}
     assert value(monomial("fan_in^-1/2 layers^a-1 experts^-1"), ratios, 1.0) == 0.25
     assert value(monomial("layers^a-1 layers^-a"), ratios, 0.5) == pytest.approx(1 / 8)
 
@@ -28,7 +28,7 @@ def test_every_role_has_a_rule(rules, head):
 
 
 def test_only_known_sizes_are_scaled_by():
-    sizes = {"width", "layers", "experts", "top_k", "head_width", "fan_in", "fan_out", "larger"}
+    sizes = {"width", "layers", "experts", "top_k", "head_dim", "fan_in", "fan_out", "larger"}
     monomials = [
         part
         for rules in Parametrization

@@ -20,29 +20,29 @@ from model.roles import Role
 from model.tensor_source import parameter_infos
 
 BASE = Scale(
-    width=256,
-    layers=8,
-    head_width=64,
+    hidden_size=256,
+    num_layers=8,
+    head_dim=64,
     query_width=256,
     value_width=128,
-    dense_width=1024,
-    shared_width=512,
-    expert_width=512,
-    experts=16,
+    dense_hidden_size=1024,
+    shared_expert_hidden_size=512,
+    expert_hidden_size=512,
+    num_experts=16,
     top_k=2,
     batch=2**19,
     tokens=2_500_000_000,
 )
 LARGER = replace(
     BASE,
-    width=1024,
-    layers=24,
+    hidden_size=1024,
+    num_layers=24,
     query_width=1024,
     value_width=512,
-    dense_width=8192,
-    shared_width=2048,
-    expert_width=1024,
-    experts=64,
+    dense_hidden_size=8192,
+    shared_expert_hidden_size=2048,
+    expert_hidden_size=1024,
+    num_experts=64,
     top_k=8,
     batch=2**21,
     tokens=40_000_000_000,
@@ -55,7 +55,9 @@ FOUND = BaseHyperparameters(
     eps=1e-8,
     beta2=0.95,
 )
-SIZES: dict[str, Any] = dict(vocab_size=64, width=32, layers=4, heads=4, kv_heads=2, head_width=16, dense_width=48)
+SIZES: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, dense_hidden_size=48
+)
 GOLDEN = Path(__file__).with_name("table.json")
 
 
@@ -87,9 +89,9 @@ def test_learning_rate_times_decay_times_steps_is_the_same_everywhere():
     wanted = 0.008 * 0.1 * BASE.steps
     for target in (
         LARGER,
-        replace(BASE, width=2048, query_width=2048),
+        replace(BASE, hidden_size=2048, query_width=2048),
         replace(BASE, batch=2**20),
-        replace(BASE, layers=32),
+        replace(BASE, num_layers=32),
     ):
         for role, own in carried(target).roles.items():
             if not role.is_norm:
@@ -127,7 +129,7 @@ def test_figures_worked_out_by_hand():
     assert found.beta2 == 0.9, "0.95^4 is below what is allowed"
     assert carried(alpha=0.5).multipliers.residual == pytest.approx(3**-0.5)
     assert carried(alpha=0.5).roles[Role.query].lr == pytest.approx(0.008 * noise / 4 / 3**0.5)
-    heads = carried(replace(LARGER, head_width=128))
+    heads = carried(replace(LARGER, head_dim=128))
     assert heads.multipliers.attention == pytest.approx(2**-0.5)
     assert carried(found=replace(FOUND, sums_gates=True)).multipliers.gates == 0.25
 
@@ -138,12 +140,12 @@ def test_muon_needs_what_its_scale_leaves_out(scale, exponent):
     from train.optim.muon import MuonScale
 
     wide = replace(BASE, **{size: 4 * getattr(BASE, size) for size in asdict(BASE) if size.endswith("width")})
-    wide = replace(wide, head_width=64)
+    wide = replace(wide, head_dim=64)
     muon = frozenset(role for role in Role if role.is_matrix)
     found = carried(wide, replace(FOUND, muon=muon, muon_scale=scale))
     assert found.roles[Role.query].lr == pytest.approx(0.008 * 4**exponent)
     assert found.roles[Role.head].lr == pytest.approx(0.008 / 4), "AdamW has the rest"
-    other = replace(wide, expert_width=8 * BASE.expert_width)  # another shape, too
+    other = replace(wide, expert_hidden_size=8 * BASE.expert_hidden_size)  # another shape, too
     for role in (Role.expert_gate_up, Role.expert_down):
         lr = carried(other, replace(FOUND, muon=muon, muon_scale=scale)).roles[role].lr
         step = []
@@ -173,7 +175,7 @@ def test_a_digest_follows_every_figure():
     assert carried().digest == carried().digest
     changes = [
         carried(tokens_exponent=0.31),
-        carried(replace(LARGER, layers=25)),
+        carried(replace(LARGER, num_layers=25)),
         carried(found=replace(FOUND, eps=2e-8)),
     ]
     assert len({carried().digest, *(one.digest for one in changes)}) == 4
@@ -182,15 +184,15 @@ def test_a_digest_follows_every_figure():
 def test_what_is_not_established_is_said():
     assert (
         "sparsity changes (2 of 16 experts at the base, 8 of 128 here)"
-        in carried(replace(LARGER, experts=128)).warnings[0]
+        in carried(replace(LARGER, num_experts=128)).warnings[0]
     )
     assert not any("sparsity" in line for line in carried().warnings)
-    fine = replace(LARGER, expert_width=256)
+    fine = replace(LARGER, expert_hidden_size=256)
     assert any("experts are 0.125 times as wide" in line for line in carried(fine).warnings)
     assert any("critical batch is not known" in line for line in carried(replace(BASE, batch=2**21)).warnings)
     assert any(
         "the base is small" in line
-        for line in transfer(HparamConfig(base=replace(BASE, width=64)), LARGER, FOUND).warnings
+        for line in transfer(HparamConfig(base=replace(BASE, hidden_size=64)), LARGER, FOUND).warnings
     )
 
 
@@ -198,13 +200,13 @@ def test_steps_above_the_critical_batch_are_refused_unless_told():
     """2^20 tokens at the base, and 16^0.46 = 3.6 times as many for 16 times the tokens."""
     assert carried(critical_batch=2.0**20)
     with pytest.raises(
-        ConfigError, match=r"global_batch: a step of 4,194,304 tokens is above the critical batch of 3,7"
+        ConfigError, match=r"global_batch_size: a step of 4,194,304 tokens is above the critical batch of 3,7"
     ):
         carried(replace(LARGER, batch=2**22), critical_batch=2.0**20)
     assert carried(replace(LARGER, batch=2**22), critical_batch=2.0**20, allow_supercritical=True)
 
 
-@pytest.mark.parametrize("size", ["dense_width", "shared_width", "experts"])
+@pytest.mark.parametrize("size", ["dense_hidden_size", "shared_expert_hidden_size", "experts"])
 def test_a_base_lacks_what_the_target_has(size):
     with pytest.raises(
         ConfigError, match=rf"hparam.base.{size}=0: the base has none, and this model has .*: sweep a base"
@@ -221,8 +223,8 @@ def test_a_tied_head_has_no_absorbed_form():
 @pytest.mark.parametrize(
     "model",
     [
-        ModelConfig(**SIZES, expert_width=40, shared_width=24, experts=4, moe_every=2),
-        ModelConfig(**{**SIZES, "layers": 2}, moe_every=0, layer_list=[LayerConfig(), LayerConfig(rope=False)]),
+        ModelConfig(**SIZES, expert_hidden_size=40, shared_expert_hidden_size=24, num_experts=4, moe_every=2),
+        ModelConfig(**{**SIZES, "num_layers": 2}, moe_every=0, layer_list=[LayerConfig(), LayerConfig(rope=False)]),
     ],
     ids=["mixture", "dense"],
 )

@@ -19,7 +19,13 @@ from tests.launch.test_command import BIN
 from tests.support.tiny import TINY
 
 STEPS = 100
-RUN = [f"training.steps={STEPS}", "logging.every=1", "checkpoint.every=20", "evaluation.rows=2", "logging.report=false"]
+RUN = [
+    f"training.steps={STEPS}",
+    "logging.every=1",
+    "checkpoint.every=20",
+    "evaluation.sequences=2",
+    "logging.report=false",
+]
 STARTED: list[subprocess.Popen[str]] = []
 TWO_RANKS = ["launch=torchrun", "launch.processes=2", "parallel.ep=2"]
 

@@ -27,21 +27,21 @@ def train(tmp_path, small_corpus, capsys):
 
 
 CONFIGURATION = {
-    "model.widht=64": "model.widht: no such key; try model.width",
-    "model.width=wide": "model.width=wide: Value 'wide' of type 'str' could not be converted to Integer",
+    "model.widht=64": "model.widht: no such key; try model.hidden_size",
+    "model.hidden_size=wide": "model.hidden_size=wide: Value 'wide' of type 'str' could not be converted to Integer",
     "model=gpt5": "model=gpt5: no such choice; try behemoth, llama4_maverick, llama4_scout,",
-    "model.kv_heads=3": "model.kv_heads=3: must divide the 4 query heads; try 1, 2 or 4",
+    "model.num_kv_heads=3": "model.num_kv_heads=3: must divide the 4 query heads; try 1, 2 or 4",
     "model.router.top_k=9": "model.router.top_k=9: must not exceed the 4 experts",
     "model.router.score=relu": "model.router.score=relu: Invalid value 'relu', expected one of [sigmoid, softmax]",
-    "training.micro_batch=3": "training.micro_batch=3: must divide a rank's 8 rows; try 1, 2, 4 or 8",
+    "training.micro_batch_size=3": "training.micro_batch_size=3: must divide a rank's 8 rows; try 1, 2, 4 or 8",
     "parallel.dp_shard=2": "parallel.dp_shard=2: times pp * dp_replicate * cp * tp = 1 must equal the world's",
     "optimizer.groups.routr.lr_scale=2": "groups.routr: no such entry; try +optimizer.groups.routr=... to add one",
     "+optimizer.groups.routr.lr_scale=2": "optimizer.groups.routr: no such role; try embedding",
     "data.sources.text.weight=0": "data.sources.text.weight=0.0: must be positive; leave the source out instead",
     "phases=[{name: main, steps: 1}]": "phases: names must differ",
     "model.vocab_size=128": "=128: the tokenizer has 300 ids; the model needs at least as many rows; try 384",
-    "training.context=100000": "less than one row of 100000 tokens",
-    "model.shared_width=-8": "model.shared_width=-8: must not be negative",
+    "training.seq_len=100000": "less than one row of 100000 tokens",
+    "model.shared_expert_hidden_size=-8": "model.shared_expert_hidden_size=-8: must not be negative",
     "model.rope_theta=0": "model.rope_theta=0.0: must be positive",
     "model.init.std=-1": "model.init.std=-1.0: must not be negative",
     "model.router.scale=nan": "model.router.scale=nan: must be positive",
@@ -49,13 +49,13 @@ CONFIGURATION = {
     "optimizer.eps=-1": "optimizer.eps=-1.0: must be positive",
     "optimizer.weight_decay=-1": "optimizer.weight_decay=-1.0: must not be negative",
     "training.clip_norm=inf": "training.clip_norm=inf: must be positive",
-    "evaluation.rows=0": "evaluation.rows=0: must be positive",
+    "evaluation.sequences=0": "evaluation.sequences=0: must be positive",
     "evaluation.every=-1": "evaluation.every=-1: must not be negative",
     "checkpoint.every=-1": "checkpoint.every=-1: must not be negative",
     "profile.steps=[99]": "profile.steps=99: the run ends after 2 steps, counted from 0",
     "phases=[{name: x, steps: 1, weights: {text: 0.0}}]": "phases.0.weights: name at least one source",
     "phases=[{name: x, steps: 1, weights: {text: -1.0, code: 2.0}}]": "phases.0.weights.text=-1.0: must not be",
-    "phases=[{name: x, steps: 1, global_batch: 6, micro_batch: 4}]": "micro_batch=4: must divide",
+    "phases=[{name: x, steps: 1, global_batch_size: 6, micro_batch_size: 4}]": "micro_batch_size=4: must divide",
     "precision=fp8": "precision.backend=te: cannot do blockwise here: ",
     "precision=fp16": "precision=fp16: no such choice; try bf16, fp32, fp64 or fp8",
     "precision.backend=cutlass": "precision.backend=cutlass: Invalid value 'cutlass', expected one of [bf16, te,",
@@ -65,12 +65,12 @@ CONFIGURATION = {
 
 
 EIGHT = {
-    "model.dense_width=40": "precision.float8=dense: the dense_gate of layer 0 is 40 x 32 on a rank, but blockwise",
-    "model.expert_width=24": "precision.float8=expert: the expert_gate_up of layer 1 is 24 x 32 on a rank",
-    "precision.recipe=mxfp8": "precision.float8=attention: the key of layer 0 is 16 x 32 on a rank, but mxfp8 takes",
-    "precision.float8=[router]": "precision.float8=router: the router must not be rounded to FP8: leave it out",
-    "precision.float8=[]": "precision.float8: names no product: use precision.backend=bf16",
-    "precision.float8=[expert,expert]": "precision.float8: names the same products twice",
+    "model.dense_hidden_size=40": "precision.fp8_products=dense: the dense_gate of layer 0 is 40 x 32 on a rank, but blockwise",
+    "model.expert_hidden_size=24": "precision.fp8_products=expert: the expert_gate_up of layer 1 is 24 x 32 on a rank",
+    "precision.recipe=mxfp8": "precision.fp8_products=attention: the key of layer 0 is 16 x 32 on a rank, but mxfp8 takes",
+    "precision.fp8_products=[router]": "precision.fp8_products=router: the router must not be rounded to FP8: leave it out",
+    "precision.fp8_products=[]": "precision.fp8_products: names no product: use precision.backend=native",
+    "precision.fp8_products=[expert,expert]": "precision.fp8_products: names the same products twice",
     "precision.bf16_first_layers=9": "precision.bf16_first_layers=9: leaves none of the 4 layers in FP8",
     "precision.bf16_last_layers=4": "precision.bf16_last_layers=4: leaves none of the 4 layers in FP8",
 }
@@ -78,7 +78,7 @@ EIGHT = {
 
 @pytest.mark.parametrize("override, message", EIGHT.items(), ids=EIGHT.keys())
 def test_what_float8_cannot_do_is_one_line_and_exit_code_2(train, tmp_path, override, message):
-    code, lines = train("precision=fp8", "precision.backend=reference", override)
+    code, lines = train("precision=fp8", "precision.backend=emulated", override)
     assert code == 2
     assert len(lines) == 1 and lines[0].startswith("leviathan: error: ") and message in lines[0], lines
     assert not list(tmp_path.glob("*/checkpoints/*"))
@@ -121,7 +121,7 @@ def test_a_document_longer_than_the_limit_is_refused_when_asked(train):
 
 def test_a_document_longer_than_the_context_is_cut_into_rows(train):
     """The default: the test corpus's documents are longer than a row."""
-    assert train("training.context=16") == (0, [])
+    assert train("training.seq_len=16") == (0, [])
 
 
 def shards(tmp_path: Path, overrides: list[str]) -> list[Path]:

@@ -91,13 +91,13 @@ def test_doctor_prints_a_table_and_json(command):
 def test_help_and_cfg(command):
     assert "train" in command("--help").stdout
     text = command("train", "--help", "optimizer.lr=0.25").stdout
-    assert "model.width=128  (int)" in text, "what would run, not the dataclass's default"
+    assert "model.hidden_size=128  (int)" in text, "what would run, not the dataclass's default"
     assert "optimizer.lr=0.25  (float)" in text
     assert "data=builtin | files | huggingface | tokens" in text
     assert "training.clip_norm=1.0  (float | null)\n    # Global gradient norm above which" in text
     assert "data.sources.NAME.text_key=text  (str)" in text
     assert "run=???  (str)" in command("evaluate", "--help").stdout
-    shown = command("train", "--cfg", "model.width=256").stdout
+    shown = command("train", "--cfg", "model.hidden_size=256").stdout
     assert "width: 256" in shown and "vocab_size: 1024" in shown
 
 

@@ -14,8 +14,8 @@ STAGES = [
     "launch.processes=4",
     "parallel.pp=2",
     "parallel.ep=2",
-    "training.micro_batch=1",
-    "training.global_batch=8",
+    "training.micro_batch_size=1",
+    "training.global_batch_size=8",
 ]
 pytestmark = pytest.mark.slow
 

@@ -17,21 +17,21 @@ from precision.resolve import resolve
 
 SMALL = ModelConfig(
     vocab_size=64,
-    width=32,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_width=8,
-    dense_width=48,
-    expert_width=40,
-    experts=4,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    dense_hidden_size=48,
+    expert_hidden_size=40,
+    num_experts=4,
     moe_every=2,
-    chunk=16,
+    attention_chunk_size=16,
 )
 SCOUT = ModelConfig()
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, router=RouterConfig(top_k=2), shared_width=0)])
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, router=RouterConfig(top_k=2), shared_expert_hidden_size=0)])
 def test_matrix_flops_equal_pytorchs_counter(config):
     """Attention aside, which PyTorch counts without regard to masks. In float64 experts are multiplied by plain
     products, which its counter sees; the grouped kernel it does not know.
@@ -47,7 +47,7 @@ def test_matrix_flops_equal_pytorchs_counter(config):
 
 
 def test_attention_counts_causal_pairs_within_the_chunk():
-    inner = SMALL.heads * SMALL.head_width
+    inner = SMALL.num_heads * SMALL.head_dim
     pairs = 3 * 16 / 2 + 1 * 64 / 2  # three layers reach their chunk of 16, one the row of 64; half of it on average
     assert training_flops(SMALL, 64).attention == 3 * (2 * 2 * pairs * inner)
     assert training_flops(SMALL, 8).attention == 3 * (2 * 2 * 4 * 8 / 2 * inner)
@@ -55,6 +55,6 @@ def test_attention_counts_causal_pairs_within_the_chunk():
 
 def test_scout_and_maverick_have_their_published_sizes():
     """Exact figures of the text models, both embeddings counted (closed form equals transformers' own models)."""
-    scout, maverick = count_parameters(SCOUT), count_parameters(replace(SCOUT, experts=128, moe_every=2))
+    scout, maverick = count_parameters(SCOUT), count_parameters(replace(SCOUT, num_experts=128, moe_every=2))
     assert (scout.total, scout.active) == (107_769_861_120, 17_172_894_720)
     assert (maverick.total, maverick.active) == (400_711_848_960, 17_184_691_200)

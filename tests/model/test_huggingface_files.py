@@ -166,7 +166,10 @@ def test_older_spellings_of_the_configuration():
     "config, reason",
     [
         (ModelConfig(vocab_size=64, router=RouterConfig(score=Score.softmax)), "llama4_text cannot say model.router"),
-        (ModelConfig(layers=1, layer_list=[LayerConfig(FeedForward.moe, rope=False, chunk=8)]), "no family expresses"),
+        (
+            ModelConfig(num_layers=1, layer_list=[LayerConfig(FeedForward.moe, rope=False, attention_chunk_size=8)]),
+            "no family expresses",
+        ),
     ],
 )
 def test_a_model_that_no_family_expresses_is_refused(config, reason):
@@ -248,7 +251,7 @@ DAMAGE = {
     "text_number": (lambda d: edit_config(d, hidden_size="64"), "hidden_size=64: must be a whole number"),
     "flag": (lambda d: edit_config(d, num_local_experts=True), "num_local_experts=True: must be a whole number"),
     "chunk": (lambda d: edit_config(d, attention_chunk_size=5.5), "attention_chunk_size=5.5: must be a whole number"),
-    "no_chunk": (lambda d: edit_config(d, attention_chunk_size=0), "chunk=0: must be positive"),
+    "no_chunk": (lambda d: edit_config(d, attention_chunk_size=0), "attention_chunk_size=0: must be positive"),
     "layers": (lambda d: edit_config(d, num_hidden_layers=10_001), "num_hidden_layers=10001: is more than"),
     "list_index": (lambda d: (d / INDEX).write_text('{"weight_map": []}'), "no index of shards"),
     "null_shard": (lambda d: edit_index(d, lambda names: names.update({"x": None})), "no index of shards"),

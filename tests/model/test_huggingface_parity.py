@@ -88,7 +88,7 @@ def without_norms(config: ModelConfig) -> ModelConfig:
 BROKEN = {
     "rope_pairing": ("scout", lambda c: replace(c, rope_pairing=RopePairing.halves)),
     "rope_scaling": ("scout", lambda c: replace(c, rope_scaling=None)),
-    "chunk": ("scout", lambda c: replace(c, chunk=6)),
+    "chunk": ("scout", lambda c: replace(c, attention_chunk_size=6)),
     "temperature": ("scout", lambda c: replace(c, temperature=False)),
     "qk_norm": ("scout", lambda c: replace(c, qk_norm=QKNorm.none)),
     "qk_norm_added": ("maverick", lambda c: replace(c, qk_norm=QKNorm.weightless)),
@@ -100,8 +100,8 @@ BROKEN = {
     "score_placement": ("scout", lambda c: replace(c, router=RouterConfig(weights_on=WeightsOn.output))),
     "nope": ("maverick", lambda c: replace(c, nope_every=0)),
     "halves": ("mixtral", lambda c: replace(c, rope_pairing=RopePairing.adjacent)),
-    "renormalise": ("qwen3_moe", lambda c: replace(c, router=replace(c.router, renormalise=False))),
-    "not_renormalised": ("olmoe", lambda c: replace(c, router=replace(c.router, renormalise=True))),
+    "norm_topk_prob": ("qwen3_moe", lambda c: replace(c, router=replace(c.router, norm_topk_prob=False))),
+    "not_renormalised": ("olmoe", lambda c: replace(c, router=replace(c.router, norm_topk_prob=True))),
     "score_on_input": ("mixtral", lambda c: replace(c, router=replace(c.router, weights_on=WeightsOn.input))),
 }
 

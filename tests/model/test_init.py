@@ -14,7 +14,14 @@ from precision.resolve import resolve
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
-    vocab_size=64, width=32, layers=2, heads=2, kv_heads=1, head_width=16, dense_width=64, expert_width=32
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    dense_hidden_size=64,
+    expert_hidden_size=32,
 )
 INFO = ParameterInfo("layers.0.ffn.experts.down.weight", Role.expert_down, torch.Size([4, 6, 8]))
 
@@ -46,7 +53,7 @@ def test_values_are_normal_with_the_configured_spread():
 
 
 def test_fan_in_and_depth():
-    model = ModelConfig(width=64, layers=8, init=InitConfig(std=1.0, fan_in=True, depth_scaled=True))
+    model = ModelConfig(hidden_size=64, num_layers=8, init=InitConfig(std=1.0, fan_in=True, depth_scaled=True))
     down = ParameterInfo("x", Role.dense_down, torch.Size([256, 256]))
     up = ParameterInfo("x", Role.dense_up, torch.Size([256, 256]))
     made = [initial_slice(info, model, 0, [0, 0], info.shape, CPU).std() for info in (up, down)]

@@ -105,7 +105,7 @@ def test_kernels_that_cannot_run_here_are_an_error_with_the_fix(monkeypatch):
 def mixture_figures(top_k: int, weights_on: WeightsOn, multiple: int) -> dict[str, torch.Tensor]:
     """Result and gradients of a mixture with a shared expert, in float64."""
     router = RouterConfig(top_k=top_k, score=Score.softmax, weights_on=weights_on)
-    config = ModelConfig(width=16, layers=1, experts=4, expert_width=8, router=router)
+    config = ModelConfig(hidden_size=16, num_layers=1, num_experts=4, expert_hidden_size=8, router=router)
     made = MixtureOfExperts(
         config, Precision(PrecisionConfig(Compute.float64, kernels=KernelKind.triton)).plain
     ).double()

@@ -23,15 +23,15 @@ from precision.resolve import resolve
 B, T, D, E = 3, 10, 16, 4
 MODEL = ModelConfig(
     vocab_size=32,
-    width=D,
-    layers=2,
-    heads=2,
-    kv_heads=2,
-    head_width=8,
-    dense_width=16,
-    expert_width=16,
-    experts=E,
-    chunk=4,
+    hidden_size=D,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    dense_hidden_size=16,
+    expert_hidden_size=16,
+    num_experts=E,
+    attention_chunk_size=4,
     init=InitConfig(std=1.0, fan_in=True),
     balance=BalanceConfig(bias_rate=0.01, aux=0.1, z=0.01),
 )
@@ -103,7 +103,7 @@ def make(mode: Recompute, config: ModelConfig = MODEL) -> Transformer:
 def test_recomputation_changes_nothing_and_counts_once(mode):
     plain, plain_figures = step(make(Recompute.none))
     again, figures = step(make(mode))
-    assert int(plain_figures["counts"].sum()) == MODEL.layers * B * T
+    assert int(plain_figures["counts"].sum()) == MODEL.num_layers * B * T
     for key, value in plain_figures.items():
         assert torch.equal(figures[key], value), key
     for name, gradient in plain.items():

@@ -22,17 +22,17 @@ from precision.resolve import resolve
 FACTORS = MultipliersConfig(residual=0.3, logits=0.6, attention=1.7, gates=0.45)
 MODEL = ModelConfig(
     vocab_size=96,
-    width=32,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_width=8,
-    dense_width=48,
-    expert_width=40,
-    experts=4,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    dense_hidden_size=48,
+    expert_hidden_size=40,
+    num_experts=4,
     moe_every=2,
     nope_every=0,
-    chunk=None,
+    attention_chunk_size=None,
     qk_norm=QKNorm.none,
 )
 IDS = torch.arange(40).view(2, 20) * 7 % 96
@@ -92,7 +92,7 @@ def test_queries_normalised_without_a_gain_have_no_place_for_a_factor():
 
 
 def test_no_family_can_say_a_factor_so_it_must_be_folded():
-    llama4 = replace(MODEL, qk_norm=QKNorm.weightless, shared_width=40)
+    llama4 = replace(MODEL, qk_norm=QKNorm.weightless, shared_expert_hidden_size=40)
     assert write_config(llama4)
     with pytest.raises(ConfigError, match=r"model.multipliers.residual"):
         write_config(replace(llama4, multipliers=FACTORS))
@@ -100,7 +100,9 @@ def test_no_family_can_say_a_factor_so_it_must_be_folded():
 
 def test_an_export_computes_what_the_factors_did(tmp_path):
     """transformers, which knows no factor, on the exported weights; a folding that was left out is noticed."""
-    llama4 = replace(MODEL, qk_norm=QKNorm.weightless, shared_width=40, multipliers=replace(FACTORS, attention=1.0))
+    llama4 = replace(
+        MODEL, qk_norm=QKNorm.weightless, shared_expert_hidden_size=40, multipliers=replace(FACTORS, attention=1.0)
+    )
     source, seen = Weights(llama4), []
     export(source, tmp_path / "out", verify=lambda directory: seen.append(compare_logits(source, directory)))
     assert len(seen) == 1 and seen[0] < 1e-4

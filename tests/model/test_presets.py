@@ -71,11 +71,11 @@ def test_a_preset_is_the_published_configuration(name):
 
 
 CHANGED = {
-    "llama4_scout": {"rope_scaling": RopeScaling(factor=8.0, high=4.0)},  # as first published
+    "llama4_scout": {"rope_scaling": RopeScaling(factor=8.0, high_freq_factor=4.0)},  # as first published
     "llama4_maverick": {"qk_norm": QKNorm.weightless},
     "mixtral_8x7b": {"rope_theta": 10000.0},
     "qwen3_30b_a3b": {"norm_eps": 1e-5},
-    "olmoe_1b_7b": {"expert_width": 2048},
+    "olmoe_1b_7b": {"expert_hidden_size": 2048},
 }
 
 

@@ -22,17 +22,17 @@ from tests.support import reference_model
 
 SMALL = ModelConfig(
     vocab_size=48,
-    width=16,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_width=8,
-    dense_width=24,
-    expert_width=16,
-    experts=4,
+    hidden_size=16,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    dense_hidden_size=24,
+    expert_hidden_size=16,
+    num_experts=4,
     moe_every=2,
     nope_every=4,
-    chunk=5,
+    attention_chunk_size=5,
     temperature_floor=3.0,
     init=InitConfig(std=1.0, fan_in=True),
 )
@@ -69,12 +69,12 @@ VARIANTS = {
     "no_qk_norm": replace(SMALL, qk_norm=QKNorm.none),
     "mixtral_routing": replace(
         SMALL,
-        shared_width=0,
+        shared_expert_hidden_size=0,
         moe_every=1,
-        router=RouterConfig(top_k=2, score=Score.softmax, renormalise=True, weights_on=WeightsOn.output),
+        router=RouterConfig(top_k=2, score=Score.softmax, norm_topk_prob=True, weights_on=WeightsOn.output),
     ),
     "scaled_weights": replace(SMALL, router=RouterConfig(top_k=2, scale=2.5)),
-    "chunk_longer_than_row": replace(SMALL, chunk=64),
+    "chunk_longer_than_row": replace(SMALL, attention_chunk_size=64),
 }
 
 
@@ -119,7 +119,7 @@ def test_every_gradient_equals_the_plain_statement(config):
 
 BROKEN = {
     "rope": replace(SMALL, rope_theta=10_000.0),
-    "chunk": replace(SMALL, chunk=6),
+    "chunk": replace(SMALL, attention_chunk_size=6),
     "temperature": replace(SMALL, temperature=False),
     "qk_norm": replace(SMALL, qk_norm=QKNorm.none),
     "score_placement": replace(SMALL, router=RouterConfig(weights_on=WeightsOn.output)),
@@ -170,20 +170,20 @@ def test_llama3_scaling_is_a_hard_cut_when_the_bounds_are_equal():
     ratio = plain / scaled
     assert torch.allclose(ratio[:35], torch.ones(35, dtype=torch.float64))
     assert torch.allclose(ratio[35:], torch.full((29,), 16.0, dtype=torch.float64))
-    blended = frequencies(128, 5e5, RopeScaling(factor=8, low=1, high=4))
+    blended = frequencies(128, 5e5, RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4))
     assert (blended <= plain + 1e-12).all() and (blended >= plain / 8 - 1e-12).all()
 
 
 @pytest.mark.parametrize(
     "change, key",
     [
-        ({"kv_heads": 3}, "kv_heads"),
-        ({"head_width": 7}, "head_width"),
-        ({"experts": 1}, "experts"),
-        ({"width": 0}, "width"),
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"num_experts": 1}, "num_experts"),
+        ({"hidden_size": 0}, "hidden_size"),
         ({"router": RouterConfig(top_k=9)}, "router.top_k"),
-        ({"chunk": 0}, "chunk"),
-        ({"expert_width": 12}, "expert_width"),
+        ({"attention_chunk_size": 0}, "attention_chunk_size"),
+        ({"expert_hidden_size": 12}, "expert_hidden_size"),
         ({"layer_list": []}, "layer_list"),
     ],
 )
@@ -195,7 +195,10 @@ def test_impossible_shapes_are_refused(change, key):
 
 def test_the_layers_of_the_published_models():
     """Scout: every layer a mixture. Maverick: every second. Both: layers 3, 7, ... see everything, unrotated."""
-    scout, maverick = ModelConfig(layers=8).blocks, ModelConfig(layers=8, moe_every=2, qk_norm=QKNorm.none).blocks
+    scout, maverick = (
+        ModelConfig(num_layers=8).blocks,
+        ModelConfig(num_layers=8, moe_every=2, qk_norm=QKNorm.none).blocks,
+    )
     assert [layer.feed_forward.value for layer in scout] == ["moe"] * 8
     assert [layer.feed_forward.value for layer in maverick] == ["dense", "moe"] * 4
     for layers, norm in ((scout, QKNorm.weightless), (maverick, QKNorm.none)):
@@ -203,7 +206,7 @@ def test_the_layers_of_the_published_models():
         assert bare == [3, 7]
         for index, layer in enumerate(layers):
             assert layer.temperature is (index in bare)
-            assert layer.chunk == (None if index in bare else 8192)
+            assert layer.attention_chunk_size == (None if index in bare else 8192)
             assert layer.qk_norm is (QKNorm.none if index in bare else norm)
 
 

@@ -13,9 +13,21 @@ from parallel.layout import ParallelConfig
 from parallel.parallelize import check_float8
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
 
-MODEL = ModelConfig(vocab_size=64, width=64, layers=4, heads=4, kv_heads=4, head_width=16, dense_width=96,
-                    expert_width=48, shared_width=64, experts=4, moe_every=2, chunk=16)  # fmt: skip
-EIGHT = PrecisionConfig(Compute.bfloat16, backend=Backend.reference)
+MODEL = ModelConfig(
+    vocab_size=64,
+    hidden_size=64,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    dense_hidden_size=96,
+    expert_hidden_size=48,
+    shared_expert_hidden_size=64,
+    num_experts=4,
+    moe_every=2,
+    attention_chunk_size=16,
+)
+EIGHT = PrecisionConfig(Compute.bfloat16, backend=Backend.emulated)
 
 
 def checked(ranks: int = 1, model: ModelConfig = MODEL, precision: PrecisionConfig = EIGHT, **degrees: Any) -> str:
@@ -35,10 +47,10 @@ def test_a_rank_has_parts_of_matrices() -> None:
 
 
 def test_what_stays_wide_may_have_any_shape() -> None:
-    odd = replace(MODEL, dense_width=100)
+    odd = replace(MODEL, dense_hidden_size=100)
     assert "the dense_gate of layer 0 is 100 x 64" in checked(model=odd)
-    assert checked(model=odd, precision=replace(EIGHT, float8=[Products.attention, Products.expert])) == ""
-    first = replace(MODEL, dense_width=100, moe_every=4)  # layers 0 to 2 are dense
+    assert checked(model=odd, precision=replace(EIGHT, fp8_products=[Products.attention, Products.expert])) == ""
+    first = replace(MODEL, dense_hidden_size=100, moe_every=4)  # layers 0 to 2 are dense
     assert "layer 2" in checked(model=first, precision=replace(EIGHT, bf16_first_layers=2))
     assert checked(model=first, precision=replace(EIGHT, bf16_first_layers=3)) == ""
     assert checked(model=odd, precision=PrecisionConfig()) == ""
@@ -53,5 +65,5 @@ def test_some_layer_must_be_left(first: int, last: int, key: str) -> None:
 
 def test_some_product_must_be_there() -> None:
     dense = replace(MODEL, moe_every=0)
-    said = checked(model=dense, precision=replace(EIGHT, float8=[Products.expert]))
-    assert said == "precision.float8: names expert, of which this model has none"
+    said = checked(model=dense, precision=replace(EIGHT, fp8_products=[Products.expert]))
+    assert said == "precision.fp8_products: names expert, of which this model has none"

@@ -11,7 +11,7 @@ from core.errors import ConfigError
 from parallel.layout import ParallelConfig, nearest
 from train.config import TrainConfig, check
 
-SMALL = ["model.vocab_size=320", "training.global_batch=8", "training.micro_batch=1", "training.context=64"]
+SMALL = ["model.vocab_size=320", "training.global_batch_size=8", "training.micro_batch_size=1", "training.seq_len=64"]
 
 
 def refusal(world_size: int, *overrides: str) -> str:
@@ -36,49 +36,49 @@ def refusal(world_size: int, *overrides: str) -> str:
         (8, ["parallel.ep=4", "parallel.dp_replicate=4"], "must divide dp_shard * cp * tp = 2 ranks; try 1 or 2"),
         (4, ["parallel.tp=4"], "parallel.tp=4: must divide the model's key/value heads of 2; try 1 or 2"),
         (2, ["parallel.tp=2", "model.vocab_size=321"], "parallel.tp=2: must divide the model's vocabulary of 321"),
-        (2, ["parallel.tp=2", "model.dense_width=513"], "must divide the model's dense width of 513; try 1"),
-        (2, ["parallel.tp=2", "model.shared_width=15"], "must divide the model's shared expert's width of 15; try 1"),
-        (3, ["parallel.ep=3", "training.global_batch=6"], "parallel.ep=3: must divide the model's 8 experts; try 1, 2"),
+        (2, ["parallel.tp=2", "model.dense_hidden_size=513"], "must divide the model's dense width of 513; try 1"),
+        (2, ["parallel.tp=2", "model.shared_expert_hidden_size=15"], "must divide the model's shared expert's width of 15; try 1"),
+        (3, ["parallel.ep=3", "training.global_batch_size=6"], "parallel.ep=3: must divide the model's 8 experts; try 1, 2"),
         (2, ["parallel.ep=2", "model.moe_every=0"], "parallel.ep=2: the model has no routed experts; try 1"),
-        (4, ["parallel.etp=4", "model.expert_width=48"], "must cut the expert width of 48 into multiples of 8; try 1"),
-        (3, [], "training.global_batch=8: must divide into dp_replicate * dp_shard = 3 equal parts; try 3, 6 or 9"),
-        (4, ["training.micro_batch=3"], "training.micro_batch=3: must divide a rank's 2 rows; try 1 or 2"),
-        (2, ["parallel.tp=2", "training.context=63"], "training.context=63: must divide into tp=2 equal parts of the"),
+        (4, ["parallel.etp=4", "model.expert_hidden_size=48"], "must cut the expert width of 48 into multiples of 8; try 1"),
+        (3, [], "training.global_batch_size=8: must divide into dp_replicate * dp_shard = 3 equal parts; try 3, 6 or 9"),
+        (4, ["training.micro_batch_size=3"], "training.micro_batch_size=3: must divide a rank's 2 rows; try 1 or 2"),
+        (2, ["parallel.tp=2", "training.seq_len=63"], "training.seq_len=63: must divide into tp=2 equal parts of the"),
         (
             2,
-            ["parallel.cp=2", "model.chunk=32", "training.context=80"],
-            "training.context=80: must divide into cp=2 parts of whole chunks of 32; try 64 or 128",
+            ["parallel.cp=2", "model.attention_chunk_size=32", "training.seq_len=80"],
+            "training.seq_len=80: must divide into cp=2 parts of whole chunks of 32; try 64 or 128",
         ),
         (
             4,
-            ["parallel.cp=4", "model.chunk=32"],
-            "parallel.cp=4: rows of training.context=64 tokens have 2 whole chunks of 32, too few; try 1 or 2",
+            ["parallel.cp=4", "model.attention_chunk_size=32"],
+            "parallel.cp=4: rows of training.seq_len=64 tokens have 2 whole chunks of 32, too few; try 1 or 2",
         ),
         (
             2,
-            ["parallel.cp=2", "model.chunk=null", "training.context=81"],
-            "training.context=81: must divide into cp=2 parts; try 80 or 82",
+            ["parallel.cp=2", "model.attention_chunk_size=null", "training.seq_len=81"],
+            "training.seq_len=81: must divide into cp=2 parts; try 80 or 82",
         ),
         (
             4,
-            ["parallel.cp=2", "parallel.tp=2", "model.chunk=9", "training.context=54"],
+            ["parallel.cp=2", "parallel.tp=2", "model.attention_chunk_size=9", "training.seq_len=54"],
             "must divide into cp=2 parts of whole chunks of 9, and each into tp=2; try 36 or 72",
         ),
         (
             4,
-            ["parallel.cp=4", "parallel.context=ulysses"],
+            ["parallel.cp=4", "parallel.cp_method=ulysses"],
             "parallel.cp=4: must divide the 2 key/value heads of a rank for context=ulysses; or take another "
-            "parallel.context: gather or ring; try 1 or 2",
+            "parallel.cp_method: gather or ring; try 1 or 2",
         ),
         (
             4,
-            ["parallel.cp=2", "parallel.tp=2", "parallel.context=ulysses"],
+            ["parallel.cp=2", "parallel.tp=2", "parallel.cp_method=ulysses"],
             "parallel.cp=2: must divide the 1 key/value heads of a rank",
         ),
-        (2, ["model.chunk=16", "data.align=24"], "data.align=24: must be a multiple of the model's chunk of 16, where"),
-        (2, ["data.align=48"], "training.context=64: must be a multiple of data.align=48, or rows begin elsewhere"),
+        (2, ["model.attention_chunk_size=16", "data.align=24"], "data.align=24: must be a multiple of the model's chunk of 16, where"),
+        (2, ["data.align=48"], "training.seq_len=64: must be a multiple of data.align=48, or rows begin elsewhere"),
         (2, ["data.align=0"], "data.align=0: must be positive"),
-        (2, ["parallel.cp=2", "parallel.context=all"], "parallel.context=all: "),
+        (2, ["parallel.cp=2", "parallel.cp_method=all"], "parallel.cp_method=all: "),
         (2, ["parallel.tp=0"], "parallel.tp=0: must be positive"),
         (2, ["parallel.dp_shard=all"], "parallel.dp_shard=all: must be a number of ranks; try auto"),
         (2, ["parallel.ep=2", "parallel.dispatch=deepep", "precision=bf16"], "DeepEP is not installed: pip install"),
@@ -118,7 +118,7 @@ def test_the_nearest_values_come_in_order() -> None:
 @pytest.mark.parametrize("cp, tp, chunk", [(2, 1, 16), (4, 1, 16), (2, 2, 16), (3, 2, 5), (2, 1, None), (1, 4, 16)])
 def test_the_shortest_row_that_fits(cp: int, tp: int, chunk: int | None) -> None:
     """Against trying every length."""
-    model = load("train", TrainConfig, [f"model.chunk={chunk or 'null'}"]).model
+    model = load("train", TrainConfig, [f"model.attention_chunk_size={chunk or 'null'}"]).model
     layout = ParallelConfig(cp=cp, tp=tp).resolve(cp * tp)
 
     def legal(length: int) -> bool:

@@ -34,7 +34,15 @@ SIZES = [1, 1000, 1 << 26]
 
 def awkward() -> ModelConfig:
     """Sizes that ranks do not divide. Of three, which find nothing of an expert to cut evenly, one has no expert."""
-    return replace(tiny(2), width=40, dense_width=50, experts=4, expert_width=80, shared_width=18, head_width=6)
+    return replace(
+        tiny(2),
+        hidden_size=40,
+        dense_hidden_size=50,
+        num_experts=4,
+        expert_hidden_size=80,
+        shared_expert_hidden_size=18,
+        head_dim=6,
+    )
 
 
 def plans(layout: Layout, at_once: int) -> list[tuple[Meshes, dict[str, ShardSpec], list[Round]]]:

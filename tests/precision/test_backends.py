@@ -28,7 +28,7 @@ RECIPES = [recipe for recipe in Recipe if recipe is not Recipe.auto]
 PAIRS = [(backend, recipe) for backend in MAKERS for recipe in RECIPES]
 HERE = [pair for pair in PAIRS if not unavailable(*pair, CPU)]
 MISSING = [pair for pair in PAIRS if unavailable(*pair, CPU)]
-ERROR = {Backend.bf16: 1e-2, Backend.te: 0.08, Backend.torch: 0.08, Backend.reference: 0.08}
+ERROR = {Backend.native: 1e-2, Backend.te: 0.08, Backend.torch: 0.08, Backend.emulated: 0.08}
 """Of a product against float64, relative: FP8 has three mantissa bits, E5M2 two."""
 T, D, N, E = 48, 64, 96, 4
 COUNTS = [32, 0, 64, 32]
@@ -51,7 +51,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.fixture(params=[(Backend.bf16, Recipe.auto), *HERE], ids=lambda pair: f"{pair[0].value}-{pair[1].value}")
+@pytest.fixture(params=[(Backend.native, Recipe.auto), *HERE], ids=lambda pair: f"{pair[0].value}-{pair[1].value}")
 def pair(request) -> Iterator[tuple[Backend, Recipe]]:
     yield request.param
 
@@ -149,8 +149,19 @@ def test_of_activations_only_bytes_are_kept(backend: Backend, recipe: Recipe) ->
 
 
 def test_parameters_do_not_depend_on_the_backend(pair) -> None:
-    model = ModelConfig(vocab_size=64, width=64, layers=2, heads=4, kv_heads=2, head_width=16, dense_width=96,
-                        expert_width=64, experts=4, moe_every=2, chunk=16)  # fmt: skip
+    model = ModelConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        dense_hidden_size=96,
+        expert_hidden_size=64,
+        num_experts=4,
+        moe_every=2,
+        attention_chunk_size=16,
+    )
     made = []
     for precision in (Precision(PrecisionConfig(Compute.bfloat16)), resolve(config(*pair))):
         one = Transformer(model, precision)
@@ -175,7 +186,7 @@ def test_what_is_missing_says_why_and_what_would_help(backend: Backend, recipe: 
 
 
 def test_every_recipe_is_missing_or_here() -> None:
-    assert {(Backend.reference, recipe) for recipe in RECIPES} <= set(HERE)
+    assert {(Backend.emulated, recipe) for recipe in RECIPES} <= set(HERE)
     assert {backend for backend, _ in MISSING} == {Backend.te, Backend.torch}  # te: there is no GPU
 
 
@@ -211,17 +222,21 @@ def test_the_comparison_with_scaled_mm_can_fail() -> None:
 
 @pytest.mark.parametrize("where", ["activation", "gradient"])
 def test_an_infinite_operand_names_layer_and_role(where: str) -> None:
-    gemm = resolve(config(Backend.reference)).at(3, 8).of(Products.attention, "query")
+    gemm = resolve(config(Backend.emulated)).at(3, 8).of(Products.attention, "query")
     x, w = draw(T, D).bfloat16(), draw(N, D, seed=1).requires_grad_()
     grad = torch.ones(T, N, dtype=torch.bfloat16)
     (x if where == "activation" else grad)[5, 7] = torch.inf
-    with pytest.raises(NotFinite, match=f"layer 3, query: the {where} has inf or NaN.*precision.backend=bf16"):
+    with pytest.raises(NotFinite, match=f"layer 3, query: the {where} has inf or NaN.*precision.backend=native"):
         gemm.linear(x, w).backward(grad)
 
 
 def test_roles_and_layers_that_stay() -> None:
     chosen = PrecisionConfig(
-        Compute.bfloat16, backend=Backend.reference, float8=[Products.expert], bf16_first_layers=1, bf16_last_layers=2
+        Compute.bfloat16,
+        backend=Backend.emulated,
+        fp8_products=[Products.expert],
+        bf16_first_layers=1,
+        bf16_last_layers=2,
     )
     precision = resolve(chosen)
     in_float8 = [isinstance(precision.at(layer, 6).of(Products.expert, "expert"), Float8Products) for layer in range(6)]
@@ -250,7 +265,7 @@ def test_without_gradients_no_columns_are_quantised(monkeypatch) -> None:
         return quantise(self, x, operand, groups, rows, columns)
 
     monkeypatch.setattr(Reference, "quantise", seen)
-    gemm, x, w = products(Backend.reference), draw(T, D).bfloat16(), torch.nn.Parameter(draw(N, D, seed=1))
+    gemm, x, w = products(Backend.emulated), draw(T, D).bfloat16(), torch.nn.Parameter(draw(N, D, seed=1))
     with torch.no_grad():
         gemm.linear(x, w)
     assert asked == [False, False]
@@ -264,9 +279,20 @@ GROUPS = {"attention": Products.attention, "shared": Products.shared, "experts":
 @pytest.mark.parametrize("chosen", GROUPS.values())
 def test_each_layer_and_role_has_its_own_products(chosen: Products) -> None:
     """By the names of modules, which only tests may go by."""
-    model = ModelConfig(vocab_size=64, width=64, layers=4, heads=4, kv_heads=2, head_width=16, dense_width=96,
-                        expert_width=64, experts=4, moe_every=2, chunk=16)  # fmt: skip
-    made = Transformer(model, resolve(replace(config(Backend.reference), float8=[chosen], bf16_first_layers=1)))
+    model = ModelConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        dense_hidden_size=96,
+        expert_hidden_size=64,
+        num_experts=4,
+        moe_every=2,
+        attention_chunk_size=16,
+    )
+    made = Transformer(model, resolve(replace(config(Backend.emulated), fp8_products=[chosen], bf16_first_layers=1)))
     found = {}
     for name, module in made.named_modules():
         if name.startswith("layers.") and hasattr(module, "gemm"):
@@ -281,9 +307,20 @@ def test_each_layer_and_role_has_its_own_products(chosen: Products) -> None:
 
 
 def test_routers_and_ends_stay_in_every_model() -> None:
-    model = ModelConfig(vocab_size=64, width=64, layers=2, heads=4, kv_heads=2, head_width=16, dense_width=96,
-                        expert_width=64, experts=4, moe_every=2, chunk=16)  # fmt: skip
-    made = Transformer(model, resolve(config(Backend.reference)))
+    model = ModelConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        dense_hidden_size=96,
+        expert_hidden_size=64,
+        num_experts=4,
+        moe_every=2,
+        attention_chunk_size=16,
+    )
+    made = Transformer(model, resolve(config(Backend.emulated)))
     kinds = {name: type(module.gemm).__name__ for name, module in made.named_modules() if hasattr(module, "gemm")}
     assert {name for name, kind in kinds.items() if kind == "PlainProducts"} == {"head"}
     assert len(kinds) == 1 + 2 * 4 + 3 + 3 + 2  # head, attention, dense, shared, experts
@@ -300,5 +337,5 @@ def test_routers_and_ends_stay_in_every_model() -> None:
 )
 def test_bad_input(options, said) -> None:
     with pytest.raises(ConfigError) as caught:
-        PrecisionConfig(**{"compute": Compute.bfloat16, "backend": Backend.reference, **options})
+        PrecisionConfig(**{"compute": Compute.bfloat16, "backend": Backend.emulated, **options})
     assert str(caught.value).startswith(said)

@@ -344,7 +344,7 @@ def assert_same_runs(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def by_emulation(tmp_path_factory, small_corpus):
     root = tmp_path_factory.mktemp("emulated")
-    return tiny.figures(root, "reference", [*small_corpus, *FP8, "precision.backend=reference"], steps=1)
+    return tiny.figures(root, "reference", [*small_corpus, *FP8, "precision.backend=emulated"], steps=1)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -355,6 +355,6 @@ def test_training_is_that_of_the_reference(recompute, tmp_path, small_corpus, by
 @pytest.mark.parametrize("layout", ["parallel.ep=2", "parallel.dp_shard=2"])
 def test_two_ranks(layout, tmp_path, small_corpus, ranks: Pool):
     found = ranks(2, figures, tmp_path, "te", small_corpus, layout)
-    wanted = ranks(2, figures, tmp_path, "reference", small_corpus, layout, "precision.backend=reference")
+    wanted = ranks(2, figures, tmp_path, "reference", small_corpus, layout, "precision.backend=emulated")
     for one, other in zip(found, wanted, strict=True):
         assert_same_runs(one, other)

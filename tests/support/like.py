@@ -9,7 +9,16 @@ from train.checkpoint.init_from import open_model
 
 def like(path: Path) -> list[str]:
     c = open_model(path).config
-    keys = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "dense_width", "expert_width")
-    keys += ("experts", "moe_every", "chunk", "temperature_floor", "temperature_scale", "norm_eps")  # type: ignore[assignment]
+    keys = (
+        "vocab_size",
+        "width",
+        "layers",
+        "heads",
+        "num_kv_heads",
+        "head_dim",
+        "dense_hidden_size",
+        "expert_hidden_size",
+    )
+    keys += ("num_experts", "moe_every", "attention_chunk_size", "temperature_floor", "temperature_scale", "norm_eps")  # type: ignore[assignment]
     found = [f"model.{key}={getattr(c, key)}" for key in keys]
     return [*found, f"model.qk_norm={c.qk_norm.value}", f"model.router.top_k={c.router.top_k}"]

@@ -33,14 +33,14 @@ def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def attention(x: Tensor, positions: list[int], model: ModelConfig, index: int, w: dict[str, Tensor]) -> Tensor:
     layer, name = model.blocks[index], f"layers.{index}.attention"
-    length, group = len(x), model.heads // model.kv_heads
+    length, group = len(x), model.num_heads // model.num_kv_heads
     document, current = [], -1
     for p in positions:
         current += p == 0
         document.append(current)
     out = []
     q, k, v = (
-        (x @ w[f"{name}.{part}.weight"].T).view(length, -1, model.head_width) for part in ("query", "key", "value")
+        (x @ w[f"{name}.{part}.weight"].T).view(length, -1, model.head_dim) for part in ("query", "key", "value")
     )
 
     def prepared(vector: Tensor, t: int) -> Tensor:
@@ -50,7 +50,7 @@ def attention(x: Tensor, positions: list[int], model: ModelConfig, index: int, w
 
     for t in range(length):
         heads = []
-        for h in range(model.heads):
+        for h in range(model.num_heads):
             query = prepared(q[t, h], t)
             if layer.temperature:
                 steps = math.floor((positions[t] + 1) / model.temperature_floor)
@@ -59,9 +59,12 @@ def attention(x: Tensor, positions: list[int], model: ModelConfig, index: int, w
                 s
                 for s in range(t + 1)
                 if document[s] == document[t]
-                and (layer.chunk is None or positions[s] // layer.chunk == positions[t] // layer.chunk)
+                and (
+                    layer.attention_chunk_size is None
+                    or positions[s] // layer.attention_chunk_size == positions[t] // layer.attention_chunk_size
+                )
             ]
-            scores = torch.stack([query @ prepared(k[s, h // group], s) for s in seen]) / math.sqrt(model.head_width)
+            scores = torch.stack([query @ prepared(k[s, h // group], s) for s in seen]) / math.sqrt(model.head_dim)
             weights = scores.softmax(0)
             heads.append(sum(weights[i] * v[s, h // group] for i, s in enumerate(seen)))
         out.append(w[f"{name}.output.weight"] @ torch.cat(heads))
@@ -79,7 +82,7 @@ def feed_forward(x: Tensor, model: ModelConfig, index: int, w: dict[str, Tensor]
         scores = torch.sigmoid(logits) if model.router.score is Score.sigmoid else logits.softmax(0)
         ranking = scores + w[f"{name}.router.balance.bias_E"] if model.balance.bias_rate else logits
         chosen = ranking.topk(model.router.top_k).indices.tolist()
-        total = sum(scores[e] for e in chosen) if model.router.renormalise else 1.0
+        total = sum(scores[e] for e in chosen) if model.router.norm_topk_prob else 1.0
         y = torch.zeros_like(token)
         for e in chosen:
             parts = [*w[f"{name}.experts.gate_up.weight"][e], w[f"{name}.experts.down.weight"][e]]
@@ -89,7 +92,7 @@ def feed_forward(x: Tensor, model: ModelConfig, index: int, w: dict[str, Tensor]
                 if model.router.weights_on is WeightsOn.input
                 else weight * mlp(token, *parts)
             )
-        if model.shared_expert_width:
+        if model.shared_hidden_size:
             y = y + mlp(token, *(w[f"{name}.shared.{p}.weight"] for p in ("gate", "up", "down")))
         rows.append(y)
     return torch.stack(rows)
@@ -98,7 +101,7 @@ def feed_forward(x: Tensor, model: ModelConfig, index: int, w: dict[str, Tensor]
 def logits(tokens: Tensor, positions: Tensor, model: ModelConfig, w: dict[str, Tensor]) -> Tensor:
     """Logits [T, V] of one row."""
     x = w["embedding.weight"][tokens]
-    for i in range(model.layers):
+    for i in range(model.num_layers):
         normed = rms(x, model.norm_eps) * w[f"layers.{i}.attention_norm.weight"]
         x = x + attention(normed, positions.tolist(), model, i, w)
         x = x + feed_forward(rms(x, model.norm_eps) * w[f"layers.{i}.ffn_norm.weight"], model, i, w)

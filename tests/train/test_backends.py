@@ -19,8 +19,8 @@ from tests.support.tiny import TINY, config, figures, trainer
 from train.checkpoint.restore import restore
 from train.trainer import run
 
-WIDE = ["model.width=64", "model.head_width=16", "model.expert_width=64", "training.clip_norm=null"]
-EIGHT, PLAIN = ["precision=fp8", "precision.backend=reference"], ["precision=bf16"]
+WIDE = ["model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=64", "training.clip_norm=null"]
+EIGHT, PLAIN = ["precision=fp8", "precision.backend=emulated"], ["precision=bf16"]
 
 
 def state(made: Any) -> dict[str, torch.Tensor]:
@@ -53,7 +53,9 @@ def test_what_else_changes_is_refused(tmp_path, small_corpus) -> None:
     first.train_step(0)
     first.save()
     first.checkpointer.wait()
-    trainer(tmp_path, "run", [*small_corpus, *WIDE, *EIGHT, "precision.recipe=mxfp8", "precision.float8=[expert]"])
+    trainer(
+        tmp_path, "run", [*small_corpus, *WIDE, *EIGHT, "precision.recipe=mxfp8", "precision.fp8_products=[expert]"]
+    )
     with pytest.raises(ConfigError, match=r"precision.compute=float32: the run in .* was started with bfloat16"):
         trainer(tmp_path, "run", [*small_corpus, *WIDE, "precision=fp32"])
 
@@ -69,7 +71,7 @@ def test_recomputed_layers_are_the_same(tmp_path, small_corpus, mode) -> None:
 
 def test_more_padding_changes_nothing(tmp_path, small_corpus, monkeypatch) -> None:
     """Experts get few rows each, so that most of what they see is padding."""
-    overrides = [*small_corpus, *WIDE, *EIGHT, "model.experts=8"]
+    overrides = [*small_corpus, *WIDE, *EIGHT, "model.num_experts=8"]
     once = figures(tmp_path, "once", overrides)
     made = fp8_emulated.Reference.__init__
 
@@ -93,7 +95,7 @@ def test_a_run_is_evaluated_by_whoever_is_asked(tmp_path, small_corpus, capsys) 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert losses["null"] == losses["reference"] == summary["heldout_loss"] != losses["bf16"]
     assert losses["bf16"] == pytest.approx(losses["null"], rel=1e-2)
-    assert restore(tmp_path / "run", World(0, 1, torch.device("cpu")), Backend.bf16).step == 6
+    assert restore(tmp_path / "run", World(0, 1, torch.device("cpu")), Backend.native).step == 6
 
 
 def refused(root: Any, overrides: list[str]) -> str:
@@ -112,6 +114,6 @@ def test_ranks_that_have_other_backends_are_refused(ranks, small_corpus, tmp_pat
     said = ranks(2, refused, tmp_path, [*small_corpus, *WIDE, *EIGHT])
     assert said[0] == said[1] and not (tmp_path / "run").exists()
     assert said[0].startswith(
-        "precision: rank 1 has precision.backend=reference: cannot do blockwise here: it was taken"
+        "precision: rank 1 has precision.backend=emulated: cannot do blockwise here: it was taken"
     )
     assert "the other ranks FP8 blockwise by the reference for attention, dense, shared, expert" in said[0]

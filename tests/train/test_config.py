@@ -14,8 +14,11 @@ from train.eval.held_out import EvaluateConfig
 @pytest.mark.parametrize(
     "phase, key",
     [
-        ("global_batch: 3, micro_batch: 2", r"phases\.later\.micro_batch=2: must divide a rank's 3 rows"),
-        ("context: 50", r"phases\.later\.context=50: must divide"),
+        (
+            "global_batch_size: 3, micro_batch_size: 2",
+            r"phases\.later\.micro_batch_size=2: must divide a rank's 3 rows",
+        ),
+        ("seq_len: 50", r"phases\.later\.seq_len=50: must divide"),
     ],
 )
 def test_what_is_wrong_with_a_phase_is_said_of_the_phase(phase, key):
@@ -28,8 +31,8 @@ def test_what_is_wrong_with_a_phase_is_said_of_the_phase(phase, key):
 
 
 def test_what_is_wrong_with_the_first_stretch_is_said_of_training():
-    with pytest.raises(ConfigError, match=r"^training\.micro_batch=3: must divide"):
-        check(load("train", TrainConfig, [*TINY, "training.micro_batch=3"]), 1)
+    with pytest.raises(ConfigError, match=r"^training\.micro_batch_size=3: must divide"):
+        check(load("train", TrainConfig, [*TINY, "training.micro_batch_size=3"]), 1)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,6 @@ def test_evaluate_refuses_what_it_would_not_do(asked, message):
 
 
 def test_evaluate_takes_what_it_does():
-    of_tasks = EvaluateConfig(run="run", tasks=["a"], few_shot=0, limit=1, out="a.json", micro_batch=2)
+    of_tasks = EvaluateConfig(run="run", tasks=["a"], few_shot=0, limit=1, out="a.json", micro_batch_size=2)
     assert (of_tasks.few_shot, of_tasks.limit, of_tasks.out) == (0, 1, "a.json")
-    assert EvaluateConfig(run="run", rows=3, micro_batch=2).rows == 3
+    assert EvaluateConfig(run="run", sequences=3, micro_batch_size=2).sequences == 3

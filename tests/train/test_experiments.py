@@ -40,8 +40,8 @@ def test_every_experiment_carries_hyperparameters_over(name):
     assert run.optimizer.transferred is not None
     base, here = run.hparam.base, scale_of_run(run)
     rates = {role: own.lr for role, own in run.optimizer.transferred.roles.items()}
-    assert rates["query"] / rates["embedding"] == pytest.approx(base.width / here.width)
-    assert run.model.multipliers.residual == pytest.approx(base.layers / here.layers)
+    assert rates["query"] / rates["embedding"] == pytest.approx(base.hidden_size / here.hidden_size)
+    assert run.model.multipliers.residual == pytest.approx(base.num_layers / here.num_layers)
     steps = sum(1 for line in derive(run).warnings if "sparsity" in line)
     assert not steps, "the proxy has the experiment's share of active experts"
 
@@ -50,7 +50,7 @@ def test_every_experiment_carries_hyperparameters_over(name):
 def test_every_experiments_model_can_leave_as_the_published_one(name):
     model = resolve(experiment(name)).model
     assert folded(without_weights(model)).config.multipliers.residual == 1
-    other = experiment(name, "hparam.base.head_width=8")
+    other = experiment(name, "hparam.base.head_dim=8")
     norms = {layer.qk_norm.value for layer in model.blocks}
     if "weightless" in norms:
         with pytest.raises(ConfigError, match=r"multipliers.attention.*without a gain"):

@@ -15,7 +15,7 @@ def losses_of(ordinals):
 
 
 def make(score=losses_of, **settings):
-    return OnlineFilter(OnlineConfig(every=4, **settings), global_batch=8, key=1, score=score)
+    return OnlineFilter(OnlineConfig(every=4, **settings), global_batch_size=8, key=1, score=score)
 
 
 def test_a_window_takes_the_hardest_candidates_exactly():

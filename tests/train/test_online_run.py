@@ -29,7 +29,13 @@ from train.provenance import DocumentSpan, TrainedSequence, visits
 from train.run_directory import load_config, read_lines
 from train.trainer import Trainer
 
-SMALL = ["model.layers=2", "model.chunk=16", "training.context=32", "training.global_batch=4", "training.steps=7"]
+SMALL = [
+    "model.num_layers=2",
+    "model.attention_chunk_size=16",
+    "training.seq_len=32",
+    "training.global_batch_size=4",
+    "training.steps=7",
+]
 ONLINE = ["online.every=3", "online.keep=0.5", "online.revive=0.25", "online.hysteresis=0.02"]
 
 
@@ -159,7 +165,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def test_the_run_writes_its_windows_and_trims_them(small_corpus, tmp_path):
     """The whole command: a phase, a restart from a checkpoint in the middle of a window, and the journeys of rows."""
-    phase = "+phases=[{name: later, steps: 4, context: 16, global_batch: 2, micro_batch: 2, weights: {code: 1.0}}]"
+    phase = "+phases=[{name: later, steps: 4, seq_len: 16, global_batch_size: 2, micro_batch_size: 2, weights: {code: 1.0}}]"
     words = [*TINY, *overrides(small_corpus, phase, "checkpoint.every=2", "checkpoint.keep=9"), f"run.root={tmp_path}"]
     assert main(["train", *words, "run.name=run"]) == 0
     path = tmp_path / "run" / "online.jsonl"
@@ -205,13 +211,13 @@ def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None
     read: list[tuple[TrainedSequence, int, int]] = []
     for phase in phases(stored):
         weights = phase.weights or source_weights(stored, corpus)
-        loader = Loader(corpus, phase.context, phase.global_batch, stored.run.seed, phase.name, weights)
+        loader = Loader(corpus, phase.seq_len, phase.global_batch_size, stored.run.seed, phase.name, weights)
         for window in (one for one in windows if one["phase"] == phase.name):
             for number, (source, start) in enumerate(reads(loader, window["rows"])):
-                step, row = divmod(number, phase.global_batch)
+                step, row = divmod(number, phase.global_batch_size)
                 if source == "code":
                     read.append(
-                        (TrainedSequence(phase.name, window["first_step"] + step, row), start, start + phase.context)
+                        (TrainedSequence(phase.name, window["first_step"] + step, row), start, start + phase.seq_len)
                     )
     tokens = np.empty(len(corpus.stream("code", TRAIN)), np.int64)
     corpus.stream("code", TRAIN).read(0, tokens)
@@ -259,7 +265,7 @@ LAYOUTS = {"dp": ["parallel.dp_shard=2"], "ep": ["parallel.ep=2"], "pp": ["paral
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_mean_of_rows_is_the_held_out_loss(small_corpus, tmp_path, ranks, layout):
     """Five rows in micro-batches of two, so that a rank has a share with fewer; on two ranks as on one."""
-    words = [*small_corpus, *EXACT, *SMALL, "training.micro_batch=1"]
+    words = [*small_corpus, *EXACT, *SMALL, "training.micro_batch_size=1"]
     alone = ranks(1, rows_and_held_out, tmp_path / "one", words)[0]
     assert alone[1] == pytest.approx(alone[2], rel=1e-12) and len(set(alone[0])) == 5
     for found in ranks(2, rows_and_held_out, tmp_path / "two", [*words, *LAYOUTS[layout]]):

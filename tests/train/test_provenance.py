@@ -27,7 +27,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return two_sources(tmp_path_factory.mktemp("sources"))
 
 
-PHASE = "+phases=[{name: later, steps: 5, context: 32, global_batch: 4, micro_batch: 2, weights: {code: 1.0}}]"
+PHASE = (
+    "+phases=[{name: later, steps: 5, seq_len: 32, global_batch_size: 4, micro_batch_size: 2, weights: {code: 1.0}}]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,13 @@ def arguments(folders: dict[str, Any], root: Path, name: str) -> list[str]:
         "data.held_out=0.2",
     ]
     rules = "+data.filter={keep: 0.5, unit: documents}"
-    small = ["training.steps=30", "training.context=24", "model.layers=2", "model.chunk=8", "optimizer=sgd"]
+    small = [
+        "training.steps=30",
+        "training.seq_len=24",
+        "model.num_layers=2",
+        "model.attention_chunk_size=8",
+        "optimizer=sgd",
+    ]
     return [*TINY, *data, rules, *small, f"run.root={root}", f"run.name={name}"]
 
 
@@ -62,19 +70,19 @@ def by_force(directory: Path, corpus: Corpus, place: DocumentSpan, steps: int) -
     mine = np.arange(place.start + 1, place.start + place.tokens)
     for phase in phases(config):
         weights = phase.weights or source_weights(config, corpus)
-        loader = Loader(corpus, phase.context, phase.global_batch, config.run.seed, phase.name, weights)
+        loader = Loader(corpus, phase.seq_len, phase.global_batch_size, config.run.seed, phase.name, weights)
         where = {
-            tokens[begin : begin + phase.context].tobytes(): begin
-            for begin in range(0, stream.rows(phase.context) * phase.context, phase.context)
+            tokens[begin : begin + phase.seq_len].tobytes(): begin
+            for begin in range(0, stream.rows(phase.seq_len) * phase.seq_len, phase.seq_len)
         }
-        assert len(where) == stream.rows(phase.context), "rows differ, or they could not be told apart"
+        assert len(where) == stream.rows(phase.seq_len), "rows differ, or they could not be told apart"
         for step in range(phase.start, min(phase.stop, steps)):
             batch = loader.batch(step - phase.start)
             for row, content in enumerate(batch.tokens_BT.numpy()):
                 is_mine = corpus.sources[int(batch.sources_B[row])] == place.source
                 if is_mine:
                     begin = where[content.tobytes()]
-                    if ((mine > begin) & (mine <= begin + phase.context)).any():
+                    if ((mine > begin) & (mine <= begin + phase.seq_len)).any():
                         found.append(TrainedSequence(phase.name, step, row))
     return found
 

@@ -87,7 +87,7 @@ def test_many_epochs_are_told_in_the_log(tmp_path, small_corpus):
     assert not (tmp_path / "short" / "log.txt").exists(), "nothing to say"
 
 
-BIG = ["data.align=48", "training.global_batch=32"]
+BIG = ["data.align=48", "training.global_batch_size=32"]
 
 
 def test_metrics_tell_of_waiting_labels_padding_and_sources(tmp_path, small_corpus):
@@ -106,14 +106,14 @@ def test_metrics_tell_of_waiting_labels_padding_and_sources(tmp_path, small_corp
 
 
 def test_packed_rows_are_trained_on_and_need_their_context(tmp_path, small_corpus):
-    packing = ["data.packing=best_fit", "data.pack_context=48"]
+    packing = ["data.packing=best_fit", "data.pack_seq_len=48"]
     assert (
         main(["train", *TINY, *small_corpus, *packing, f"run.root={tmp_path}", "run.name=a", "training.steps=2"]) == 0
     )
-    with pytest.raises(ConfigError, match=r"training.context=64: the rows are packed for data.pack_context=48; try 48"):
-        check(config(tmp_path, "b", *small_corpus, *packing, "training.context=64"), 1)
-    later = "+phases=[{name: late, steps: 1, context: 96}]"
-    with pytest.raises(ConfigError, match=r"phases.late.context=96: the rows are packed"):
+    with pytest.raises(ConfigError, match=r"training.seq_len=64: the rows are packed for data.pack_seq_len=48; try 48"):
+        check(config(tmp_path, "b", *small_corpus, *packing, "training.seq_len=64"), 1)
+    later = "+phases=[{name: late, steps: 1, seq_len: 96}]"
+    with pytest.raises(ConfigError, match=r"phases.late.seq_len=96: the rows are packed"):
         check(config(tmp_path, "b", *small_corpus, *packing, later), 1)
 
 

@@ -51,14 +51,14 @@ def test_clipping_scales_down_what_is_above_the_limit_and_nothing_else(tmp_path,
     assert norm_of(run) == pytest.approx(after or before, rel=1e-3 if after else 1e-12)
 
 
-PHASE = "phases=[{name: longer, steps: 4, context: 96, global_batch: 4, weights: {text: 1.0, code: 0.0}}]"
+PHASE = "phases=[{name: longer, steps: 4, seq_len: 96, global_batch_size: 4, weights: {text: 1.0, code: 0.0}}]"
 
 
 def test_a_phase_has_its_own_schedule_batch_and_blend(tmp_path, small_corpus):
     schedule = ["schedule.kind=cosine", "schedule.warmup_steps=2"]
     run = trainer(tmp_path, "run", [*small_corpus, *EXACT, *schedule, "training.steps=6", PHASE])
     first, second = phases(run.config)
-    assert (second.start, second.stop, second.context, second.global_batch) == (6, 10, 96, 4)
+    assert (second.start, second.stop, second.seq_len, second.global_batch_size) == (6, 10, 96, 4)
     assert [second.learning_rate_factor(6 + step) for step in range(4)] == [
         run.config.schedule.factor(step, 4) for step in range(4)
     ]
@@ -79,7 +79,7 @@ def test_begun_phases_and_the_seed_may_not_change(tmp_path, small_corpus, capsys
         assert "was started with" in capsys.readouterr().err
     assert train(tmp_path, small_corpus, PHASE.replace("context: 96", "context: 48")) == 2
     assert train(tmp_path, small_corpus, PHASE, "data.verify=false") == 0, "checks nothing that was learnt"
-    assert train(tmp_path, small_corpus, PHASE.replace("context: 96", "context: 96, micro_batch: 1")) == 0
+    assert train(tmp_path, small_corpus, PHASE.replace("context: 96", "context: 96, micro_batch_size: 1")) == 0
 
 
 def test_a_first_mistake_may_be_mended_under_the_same_name(tmp_path, small_corpus, capsys):
@@ -140,8 +140,8 @@ def with_an_infinite_gradient(monkeypatch, at: int) -> None:
     """One element of one gradient at step `at`, counted from 1; the loss of that step is as it should be."""
     original, calls = TorchEngine.forward_backward, []
 
-    def broken(self, batch, micro_batch):
-        loss = original(self, batch, micro_batch)
+    def broken(self, batch, micro_batch_size):
+        loss = original(self, batch, micro_batch_size)
         calls.append(loss)
         if len(calls) == at:
             next(self.placed.model.parameters()).grad[0, 0] = math.inf

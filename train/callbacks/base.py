@@ -93,7 +93,7 @@ class OnlineFilterCallback(Callback):
         if step == phase.start:
             window = OnlineWindow(generation=window.generation)
         key = key_of(trainer.config.run.seed, "online", phase.name)
-        filter_ = OnlineFilter(config, phase.global_batch, key, partial(self._losses, phase))
+        filter_ = OnlineFilter(config, phase.global_batch_size, key, partial(self._losses, phase))
         before = trainer.paused_s
         with trainer.pause():
             trainer.window = filter_.next(window, step, min(config.every, phase.stop - step))
@@ -118,7 +118,7 @@ class OnlineFilterCallback(Callback):
         def take(start: int, stop: int) -> Batch:
             return loader.samples(ordinals[start:stop])
 
-        found = row_losses(trainer.engine.placed, take, len(ordinals), phase.micro_batch)
+        found = row_losses(trainer.engine.placed, take, len(ordinals), phase.micro_batch_size)
         return found.cpu().numpy()
 
 
@@ -173,7 +173,7 @@ class LoggingCallback(Callback):
     def _line(self, steps: int, metrics: StepMetrics) -> dict[str, Any]:
         trainer = self.trainer
         phase = trainer.phase(steps - 1)
-        rate, mfu = self.throughput.read(phase.context)
+        rate, mfu = self.throughput.read(phase.seq_len)
         line: dict[str, Any] = {
             "step": steps,
             "tokens": metrics.tokens,
@@ -236,14 +236,14 @@ class EvaluationCallback(Callback):
     def measure(self) -> None:
         trainer = self.trainer
         phase = trainer.phase(max(0, trainer.step - 1))
-        loader, rows = trainer.loaders[phase.name], trainer.config.evaluation.rows
+        loader, rows = trainer.loaders[phase.name], trainer.config.evaluation.sequences
         with trainer.pause():
             if not any(loader.held_out_rows(name) for name in trainer.weights):
                 trainer.log("no held-out rows at this context: no held-out loss")
                 return
             bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())
             placed = trainer.engine.placed
-            self.result = held_out_loss(placed, loader, bytes_V, rows, phase.micro_batch, trainer.weights)
+            self.result = held_out_loss(placed, loader, bytes_V, rows, phase.micro_batch_size, trainer.weights)
         if self.logging.writer is not None:
             sources = {name: vars(found) for name, found in self.result.sources.items()}
             line = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": self.result.loss}
@@ -322,7 +322,7 @@ class SummaryCallback(Callback):
     def summary(self) -> dict[str, Any]:
         trainer, config = self.trainer, self.trainer.config
         parameters, held_out = count_parameters(config.model), self.evaluation.result
-        flops = training_flops(config.model, trainer.phases[-1].context)
+        flops = training_flops(config.model, trainer.phases[-1].seq_len)
         summary: dict[str, Any] = {
             "steps": trainer.step,
             "tokens": trainer.tokens,
@@ -361,8 +361,8 @@ class SummaryCallback(Callback):
             batch = trainer.loaders[phase.name].batch(step - phase.start)
             baseline.add(batch.tokens_BT, batch.labels_BT)
         phase = trainer.phase(trainer.step - 1)
-        loader, rows = trainer.loaders[phase.name], trainer.config.evaluation.rows
-        held_out = {s: list(held_out_batches(loader, s, rows, phase.micro_batch)) for s in sources}
+        loader, rows = trainer.loaders[phase.name], trainer.config.evaluation.sequences
+        held_out = {s: list(held_out_batches(loader, s, rows, phase.micro_batch_size)) for s in sources}
         found = baseline.evaluate(held_out, {s: trainer.weights[s] for s in sources})
         trainer.log(
             f"unigram {found['unigram_loss']:.4f} (add {found['unigram_constant']:g}), "

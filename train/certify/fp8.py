@@ -59,19 +59,19 @@ def same_tiles(recipe: Recipe, layout: Layout) -> list[Products]:
 
 
 def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> dict[str, CertifyCase]:
-    emulated = replace(precision, backend=Backend.reference, compute=Compute.float64)
+    emulated = replace(precision, backend=Backend.emulated, compute=Compute.float64)
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     context = 2 * SIDE * layout.cp  # under cp a rank has a run from the head of a row and one from its tail
     every = CertifyCase(model, emulated, sgd, context=context, rows=ROWS * layout.rows, imitates=layout.rows)
     same = same_tiles(recipe_of(precision), layout)
-    kept = [products for products in precision.float8 if products in same]
-    alike = {_SAME: replace(every, precision=replace(emulated, float8=kept))} if kept else {}
+    kept = [products for products in precision.fp8_products if products in same]
+    alike = {_SAME: replace(every, precision=replace(emulated, fp8_products=kept))} if kept else {}
     return {**alike, _ANY: every}
 
 
 def about(precision: PrecisionConfig) -> dict[str, Any]:
     """What a certificate is about: another recipe, or more in FP8, needs another one."""
-    products = sorted(products.value for products in precision.float8)
+    products = sorted(products.value for products in precision.fp8_products)
     layers = [precision.bf16_first_layers, precision.bf16_last_layers]
     return {"recipe": recipe_of(precision).value, "products": products, "bf16_layers": layers}
 

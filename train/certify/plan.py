@@ -33,7 +33,7 @@ from parallel.pipeline.stages import PipelineSchedule, stages
 from precision.config import Compute, PrecisionConfig
 from train.certify import fp8
 from train.certify.compare import Comparison, compare, joined, tail
-from train.certify.worker import CONTEXT, ROWS, CertifyCase, RankResults, Ranks, measure_all, micro_batch
+from train.certify.worker import CONTEXT, ROWS, CertifyCase, RankResults, Ranks, measure_all, micro_batch_size
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 MOST_RANKS, MOST_STEPS = 8, 20
@@ -82,7 +82,7 @@ class Trial:
         """Raise `ConfigError` where the shrunk model or the made-up rows cannot be cut this way."""
         layout = self.parallel.resolve(self.ranks)
         layout.check_model(model)
-        layout.check_batch(ROWS, micro_batch(layout))
+        layout.check_batch(ROWS, micro_batch_size(layout))
         layout.check_rows(model, CONTEXT)
 
 
@@ -236,7 +236,7 @@ def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
     """Each axis in use at degree 2, each pair, all of them, and the configured degrees; and which of the larger ones
     are left out, with the reason. Raises `ConfigError` where an axis or a pair cannot be tried.
     """
-    parallel = replace(config.parallel, reduce=Reduce.master)  # rounding to bfloat16 would hide everything else
+    parallel = replace(config.parallel, reduce_dtype=Reduce.master)  # rounding to bfloat16 would hide everything else
     parallel = replace(parallel, zero=replace(parallel.zero, offload=Offload.none, nvme=None))  # of AdamW's state only
     expert_parallel.check(parallel.dispatch)
     used = axes_in_use(parallel)
@@ -301,9 +301,9 @@ def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: Parallel
 def _unevenly(trial: Trial, model: ModelConfig) -> Trial:
     """The same with one layer in each stage but the last, as where the configured stages are cut by hand."""
     count = trial.parallel.pp * trial.parallel.per_rank
-    if trial.parallel.pp == 1 or count > model.layers:
+    if trial.parallel.pp == 1 or count > model.num_layers:
         return trial
-    sizes = [1] * (count - 1) + [model.layers - count + 1]
+    sizes = [1] * (count - 1) + [model.num_layers - count + 1]
     return replace(trial, parallel=replace(trial.parallel, layers_per_stage=sizes))
 
 
@@ -313,29 +313,29 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int
     """
     kinds: list[LayerConfig] = []
     for layer in model.blocks:
-        small = replace(layer, chunk=None if layer.chunk is None else 16)
+        small = replace(layer, attention_chunk_size=None if layer.attention_chunk_size is None else 16)
         if small not in kinds:
             kinds.append(small)
     degrees = parallel or ParallelConfig()
     least = max(2, degrees.pp) * degrees.per_rank if degrees.pp > 1 else 1
     least += degrees.layers_per_stage is not None  # one more, for an uneven cut
     kinds += [kinds[index % len(kinds)] for index in range(len(kinds), least)]
-    over = degrees.tp * (degrees.cp if degrees.context is ContextMethod.ulysses else 1)
-    kv_heads = math.lcm(4, over) if model.kv_heads % over == 0 else 4
+    over = degrees.tp * (degrees.cp if degrees.cp_method is ContextMethod.ulysses else 1)
+    num_kv_heads = math.lcm(4, over) if model.num_kv_heads % over == 0 else 4
     return replace(
         model,
         vocab_size=math.lcm(64, degrees.tp),
-        width=4 * side,
-        layers=len(kinds),
+        hidden_size=4 * side,
+        num_layers=len(kinds),
         layer_list=kinds,
-        heads=kv_heads * (1 if model.kv_heads == model.heads else 2),
-        kv_heads=kv_heads,
-        head_width=side,
-        dense_width=math.lcm(6 * side, side * degrees.tp),
-        expert_width=math.lcm(4 * side, side * degrees.etp),
-        shared_width=math.lcm(2 * side, side * degrees.tp) if model.shared_expert_width else 0,
-        experts=math.lcm(8, degrees.ep) if model.experts % degrees.ep == 0 else 8,
-        chunk=None if model.chunk is None else 16,
+        num_heads=num_kv_heads * (1 if model.num_kv_heads == model.num_heads else 2),
+        num_kv_heads=num_kv_heads,
+        head_dim=side,
+        dense_hidden_size=math.lcm(6 * side, side * degrees.tp),
+        expert_hidden_size=math.lcm(4 * side, side * degrees.etp),
+        shared_expert_hidden_size=math.lcm(2 * side, side * degrees.tp) if model.shared_hidden_size else 0,
+        num_experts=math.lcm(8, degrees.ep) if model.num_experts % degrees.ep == 0 else 8,
+        attention_chunk_size=None if model.attention_chunk_size is None else 16,
         temperature_floor=16,
         router=replace(model.router, top_k=min(model.router.top_k, 4), force_balanced=False),
         init_from=None,
@@ -347,7 +347,7 @@ def techniques(
     parallel: ParallelConfig, kind: OptimizerKind = OptimizerKind.adamw, precision: PrecisionConfig | None = None
 ) -> dict[str, Any]:
     """What a certificate is about beside the axes and the model."""
-    keys = ("dispatch", "context", "recompute", "compile", "schedule", "stages_per_rank", "engine")
+    keys = ("dispatch", "cp_method", "recompute", "compile", "schedule", "stages_per_rank", "engine")
     float8 = fp8.about(precision) if precision and precision.uses_float8 else None
     found = {key: plain(getattr(parallel, key)) for key in keys}
     if parallel.engine is EngineKind.deepspeed:

@@ -62,7 +62,7 @@ class Ranks(Protocol):
     def __call__(self, ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]: ...
 
 
-def micro_batch(layout: Layout) -> int:
+def micro_batch_size(layout: Layout) -> int:
     """Rows per micro-batch; a pipeline wants many."""
     return 1 if layout.pp > 1 else 2
 
@@ -146,7 +146,7 @@ def measure(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     engine, found = RecordingEngine(inner), RankResults()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
     rows, begin, share = _rows(case, meshes), 0, case.rows // meshes.rows.size
-    size = case.imitates // meshes.rows.size if case.imitates else micro_batch(meshes.layout)
+    size = case.imitates // meshes.rows.size if case.imitates else micro_batch_size(meshes.layout)
     if case.starve:
         _starve(model)
     if case.resume is not None:

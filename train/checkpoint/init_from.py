@@ -47,7 +47,7 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
     if config.upcycle is not None:
         target = replace(config, layer_list=[replace(b, feed_forward=FeedForward.dense) for b in config.blocks])
         if all(layer.feed_forward is FeedForward.moe for layer in config.blocks):
-            target = replace(target, dense_width=source.config.dense_width)
+            target = replace(target, dense_hidden_size=source.config.dense_hidden_size)
     different = model_differences(source.config, target)
     if different:
         listed = "; ".join(f"model.{key}={has} there, {wanted} here" for key, (has, wanted) in different.items())

@@ -36,7 +36,7 @@ class RestoredRun:
         return phase_of(self.config, self.step)
 
     def loader(self) -> Loader:
-        return Loader(self.corpus, self.phase.context, self.phase.global_batch, self.config.run.seed)
+        return Loader(self.corpus, self.phase.seq_len, self.phase.global_batch_size, self.config.run.seed)
 
     def weights(self) -> dict[str, float]:
         return source_weights(self.config, self.corpus)

@@ -21,10 +21,10 @@ class StepResult:
 
 
 def optimizer_step(
-    engine: Updates, balancer: Balancer, batch: Batch, micro_batch: int, clip_norm: float | None, factor: float
+    engine: Updates, balancer: Balancer, batch: Batch, micro_batch_size: int, clip_norm: float | None, factor: float
 ) -> StepResult:
     """Learn from this rank's rows of a global batch; `factor` scales every group's peak learning rate."""
-    loss = engine.forward_backward(batch, micro_batch)
+    loss = engine.forward_backward(batch, micro_batch_size)
     norm = engine.clip(clip_norm)
     engine.step(factor)
     return StepResult(loss, norm, balancer.step())

@@ -22,7 +22,7 @@ from train.optim.optimizer import OptimizerConfig, make_optimizer, prime, set_le
 class Updates(Protocol):
     """One optimizer step is forward_backward, clip, step, in this order."""
 
-    def forward_backward(self, batch: Batch, micro_batch: int) -> Tensor:
+    def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
         """Gradients of this rank's rows of a step, cut into micro-batches of rows. Returns the loss: the sum over the
         global batch's tokens divided by their number, a scalar still on the device, equal on every rank.
         """
@@ -70,14 +70,14 @@ class EngineBase:
         if self.meshes.pp.size > 1:
             self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)
 
-    def forward_backward(self, batch: Batch, micro_batch: int) -> Tensor:
+    def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
         meshes, share = self.meshes, self.placed.share(batch.tokens_BT.shape[1])
         labels_BT = share.take(batch.labels_BT).to(self.device)
         tokens = label_count(labels_BT) * meshes.counts_tokens
         meshes.world.sum(tokens, "loss")
         routed = float(batch.tokens_BT.numel() * meshes.rows.size)
-        starts = range(0, len(batch.tokens_BT), micro_batch)
-        positions = [batch.positions_BT[start : start + micro_batch] for start in starts]
+        starts = range(0, len(batch.tokens_BT), micro_batch_size)
+        positions = [batch.positions_BT[start : start + micro_batch_size] for start in starts]
         contexts = [self.placed.context(part_BT, routed) for part_BT in positions]
         tokens_BT = share.take(batch.tokens_BT).to(self.device)
 
@@ -89,7 +89,7 @@ class EngineBase:
             total = self.pipeline.forward_backward(tokens_BT, labels_BT, contexts, loss)
         else:
             total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for part_BT, wanted_BT, context in _micro_batches(tokens_BT, labels_BT, contexts, micro_batch):
+            for part_BT, wanted_BT, context in _micro_batches(tokens_BT, labels_BT, contexts, micro_batch_size):
                 one = loss(self.placed.model(part_BT, context), wanted_BT)
                 one.backward()
                 total += one.detach()

@@ -111,7 +111,7 @@ def run(config: GenerateConfig) -> int:
         tokenizer = restored.corpus.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
         restored.placed.model.eval()
-        context = restored.phase.context
+        context = restored.phase.seq_len
         ask = partial(placed_logits, restored.placed)
         drawn = continue_tokens(ask, prompt, context, config, tokenizer.eos_id, world)
         tokens = list(drawn)

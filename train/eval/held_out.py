@@ -65,7 +65,7 @@ def held_out_loss(
     loader: HeldOutRows,
     bytes_V: Tensor,
     rows: int,
-    micro_batch: int,
+    micro_batch_size: int,
     weights: dict[str, float],
 ) -> HeldOut:
     """The first `rows` rows of each source's held-out split, spread over the ranks in micro-batches of equal number.
@@ -82,7 +82,7 @@ def held_out_loss(
     found: dict[str, SourceLoss] = {}
     for source in weights:
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
-        for batch in _share(loader, source, rows, micro_batch, meshes.rows):
+        for batch in _share(loader, source, rows, micro_batch_size, meshes.rows):
             sums += _sums(placed, batch, bytes_V)
         meshes.world.sum(sums, "evaluation")
         nats, tokens, size = sums.tolist()
@@ -95,18 +95,18 @@ def held_out_loss(
     return HeldOut(mean, bits, found)
 
 
-def held_out_batches(loader: HeldOutRows, source: str, rows: int, micro_batch: int) -> Iterator[Batch]:
+def held_out_batches(loader: HeldOutRows, source: str, rows: int, micro_batch_size: int) -> Iterator[Batch]:
     """The first `rows` held-out rows of a source, or as many as there are."""
     available = min(rows, loader.held_out_rows(source))
-    for start in range(0, available, micro_batch):
-        yield loader.held_out(source, start, min(start + micro_batch, available))
+    for start in range(0, available, micro_batch_size):
+        yield loader.held_out(source, start, min(start + micro_batch_size, available))
 
 
-def _share(loader: HeldOutRows, source: str, rows: int, micro_batch: int, axis: MeshAxis) -> Iterator[Batch]:
+def _share(loader: HeldOutRows, source: str, rows: int, micro_batch_size: int, axis: MeshAxis) -> Iterator[Batch]:
     """This rank's micro-batches. Every rank runs the model equally often and on equally many rows (a sharded model
     gathers together): what its share lacks a rank fills up with a row whose labels are all ignored.
     """
-    batches = list(held_out_batches(loader, source, rows, micro_batch))
+    batches = list(held_out_batches(loader, source, rows, micro_batch_size))
     for turn in range(0, len(batches), axis.size):
         mine = batches[turn + axis.rank] if turn + axis.rank < len(batches) else None
         yield mine if axis.size == 1 and mine is not None else filled(mine, batches[0])
@@ -142,9 +142,9 @@ class EvaluateConfig:
     """
 
     run: str = "???"
-    rows: int | None = None
+    sequences: int | None = None
     """Held-out rows per source; null: as many as in the run."""
-    micro_batch: int | None = None
+    micro_batch_size: int | None = None
     """Rows at a time; null: as in the run, which then gives the run's own figure to the last bit."""
     backend: Backend | None = None
     """Who does the matrix products; null: as in training. For runs; any other model is evaluated in float32."""
@@ -161,13 +161,15 @@ class EvaluateConfig:
     """JSON file for the tasks' figures and samples."""
 
     def __post_init__(self) -> None:
-        for key in ("rows", "micro_batch", "limit"):
+        for key in ("sequences", "micro_batch_size", "limit"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(key, value, "must be positive")
         check_numbers(self, not_negative=("few_shot",))
-        if self.tasks and self.rows is not None:
-            raise ConfigError("rows", self.rows, "counts held-out rows, which tasks do not read; leave it out")
+        if self.tasks and self.sequences is not None:
+            raise ConfigError(
+                "sequences", self.sequences, "counts held-out rows, which tasks do not read; leave it out"
+            )
         for key in ("task_path", "limit", "few_shot", "out"):
             value = getattr(self, key)
             if value is not None and not self.tasks:
@@ -184,11 +186,11 @@ def run(config: EvaluateConfig) -> int:
             return _run_tasks(config, world)
         restored = restore(Path(config.run), world, config.backend)
         loader = restored.loader()
-        rows = config.rows or restored.config.evaluation.rows
-        micro_batch = config.micro_batch or restored.phase.micro_batch
+        rows = config.sequences or restored.config.evaluation.sequences
+        micro_batch_size = config.micro_batch_size or restored.phase.micro_batch_size
         weights = restored.weights()
         bytes_V = torch.from_numpy(restored.corpus.tokenizer.token_bytes())
-        result = held_out_loss(restored.placed, loader, bytes_V, rows, micro_batch, weights)
+        result = held_out_loss(restored.placed, loader, bytes_V, rows, micro_batch_size, weights)
         if world.is_main:
             print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
         return 0

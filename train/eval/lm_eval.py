@@ -151,7 +151,7 @@ def run_tasks(config: EvaluateConfig, world: World) -> int:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.5)
             raise ConfigError("tasks", task, "no such task; task_path names a directory of your own", near)
-    model = HarnessModel(subject(Path(config.run).expanduser(), world, config.backend), config.micro_batch or 8)
+    model = HarnessModel(subject(Path(config.run).expanduser(), world, config.backend), config.micro_batch_size or 8)
     try:
         found: Any = simple_evaluate(
             model,
@@ -177,7 +177,7 @@ def subject(path: Path, world: World, backend: Backend | None = None) -> TaskMod
     """
     if (path / "config.yaml").exists():
         restored = restore(path, world, backend)
-        return TaskModel(restored.placed.model, restored.corpus.tokenizer, restored.phase.context)
+        return TaskModel(restored.placed.model, restored.corpus.tokenizer, restored.phase.seq_len)
     if backend is not None:
         reason = "is for runs: any other model is evaluated in float32, by PyTorch; leave it out"
         raise ConfigError("backend", backend, reason)

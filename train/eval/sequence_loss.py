@@ -19,20 +19,20 @@ from train.loss import IGNORED, token_losses
 
 
 @torch.no_grad()
-def row_losses(placed: ParallelModel, take: Callable[[int, int], Batch], rows: int, micro_batch: int) -> Tensor:
+def row_losses(placed: ParallelModel, take: Callable[[int, int], Batch], rows: int, micro_batch_size: int) -> Tensor:
     """Mean loss of each row in nats per labelled token, float64 [N] on every rank; NaN for a row without a label.
 
     `take(start, stop)` gives rows of the N. Every rank runs the model equally often, on equally many rows.
     """
     axis, sums_N2 = placed.meshes.rows, torch.zeros(rows, 2, dtype=torch.float64, device=placed.device)
-    starts, first = range(0, rows, micro_batch), take(0, min(micro_batch, rows))
+    starts, first = range(0, rows, micro_batch_size), take(0, min(micro_batch_size, rows))
     placed.model.eval()
     for turn in range(0, len(starts), axis.size):
         place = turn + axis.rank
         start = starts[place] if place < len(starts) else rows
-        mine = take(start, min(start + micro_batch, rows)) if start < rows else None
+        mine = take(start, min(start + micro_batch_size, rows)) if start < rows else None
         batch = mine if axis.size == 1 and mine is not None else filled(mine, first)
-        stop = min(start + micro_batch, rows)
+        stop = min(start + micro_batch_size, rows)
         sums_N2[start:stop] += _sums(placed, batch)[: stop - start]
     placed.meshes.world.sum(sums_N2, "evaluation")
     placed.model.train()

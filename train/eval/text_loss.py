@@ -80,8 +80,8 @@ def open_losses(name: str, config: ScorerConfig, device: torch.device | None = N
         raise ConfigError("", name, "is an imported model: name the Hugging Face folder that it was made from")
     else:
         speaker = from_transformers(name, device)
-    context = min(config.context, speaker.context)
-    return token_losses(speaker, context, config.batch), sha256_text(speaker.fingerprint, str(context))
+    context = min(config.seq_len, speaker.context)
+    return token_losses(speaker, context, config.batch_size), sha256_text(speaker.fingerprint, str(context))
 
 
 def from_run(directory: Path, device: torch.device) -> ScoringModel:
@@ -97,7 +97,7 @@ def from_run(directory: Path, device: torch.device) -> ScoringModel:
 
     precision = json.dumps(restored.config.precision, default=str)
     fingerprint = sha256_text("run", weights_hash(model), tokenizer.fingerprint, precision)
-    return ScoringModel(logits, tokenizer.encode, tokenizer.bos_id, restored.phase.context, fingerprint)
+    return ScoringModel(logits, tokenizer.encode, tokenizer.bos_id, restored.phase.seq_len, fingerprint)
 
 
 def from_transformers(name: str, device: torch.device) -> ScoringModel:

@@ -43,7 +43,7 @@ def changes(config: TrainConfig, batches: Sequence[Batch], probe: Batch) -> dict
     phase = phases(config)[0]
     before = _quantities(engine, probe)
     for batch in batches:
-        optimizer_step(engine, balancer, batch, phase.micro_batch, config.training.clip_norm, 1.0)
+        optimizer_step(engine, balancer, batch, phase.micro_batch_size, config.training.clip_norm, 1.0)
     after = _quantities(engine, probe)
     return {name: {"initial": _rms(value), "change": _rms(after[name] - value)} for name, value in before.items()}
 

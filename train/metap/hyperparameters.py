@@ -108,7 +108,7 @@ def _written(given: TrainConfig, derived: TrainConfig) -> Iterator[tuple[str, ob
 def scale_of_run(config: TrainConfig) -> Scale:
     """The size of this run's first phase: later ones may still be added, and have schedules of their own."""
     first = phases(config)[0]
-    batch = first.global_batch * first.context
+    batch = first.global_batch_size * first.seq_len
     return scale_of(config.model, batch, batch * first.stop)
 
 
@@ -127,13 +127,13 @@ def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: Opti
     matrices = [role for role in roles if not role.is_norm]
     router = model.router
     return BaseHyperparameters(
-        std={role: spread(role, sizes[SPANS[role][1]] or 1, base.layers, init) for role in matrices},
+        std={role: spread(role, sizes[SPANS[role][1]] or 1, base.num_layers, init) for role in matrices},
         lr={role: optimizer.peak_lr(role) for role in roles},
         weight_decay={role: optimizer.decay(role) for role in roles},
         eps=optimizer.eps,
         beta2=optimizer.beta2,
         muon=frozenset(role for role in roles if optimizer.by_muon(role)),
         muon_scale=optimizer.muon.scale.value,
-        sums_gates=model.has_experts and router.score is Score.sigmoid and not router.renormalise,
+        sums_gates=model.has_experts and router.score is Score.sigmoid and not router.norm_topk_prob,
         tied=model.tie_embeddings,
     )

@@ -20,7 +20,9 @@ def grown_run(config: TrainConfig, axis: SizeAxis, factor: int) -> TrainConfig:
         if training.steps % factor:
             reason = f"must be a multiple of {factor}, or a batch of {factor} times as many rows has other tokens"
             raise ConfigError("training.steps", training.steps, reason)
-        training = replace(training, global_batch=training.global_batch * factor, steps=training.steps // factor)
+        training = replace(
+            training, global_batch_size=training.global_batch_size * factor, steps=training.steps // factor
+        )
         schedule = replace(schedule, warmup_steps=round(schedule.warmup_steps / factor))
     elif axis is SizeAxis.tokens:
         training = replace(training, steps=training.steps * factor)

@@ -90,10 +90,10 @@ def make_asker(config: ScorerConfig, cache: Path, pause: Callable[[float], objec
         config.key_variable,
         timeout_s=config.timeout_s,
         retries=config.retries,
-        parallel=config.parallel,
+        parallel=config.concurrency,
         pause=pause,
     )
-    return Asker(endpoint, AnswerCache(cache), config.parallel)
+    return Asker(endpoint, AnswerCache(cache), config.concurrency)
 
 
 def question_text(record: Record) -> str:

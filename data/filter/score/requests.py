@@ -139,7 +139,7 @@ class Asker:
             self._given_up += 1
             if not self._reached or self._given_up >= GIVEN_UP_IN_A_ROW:
                 fix = "start the server or mend scorer.url; if it is only slow, raise scorer.timeout_s or lower"
-                raise LeviathanError(f"{where} does not answer ({self._first_failure}): {fix} scorer.parallel")
+                raise LeviathanError(f"{where} does not answer ({self._first_failure}): {fix} scorer.concurrency")
             return
         self._reached, self._given_up = True, 0
         if self._answered < FIRST_ANSWERS:

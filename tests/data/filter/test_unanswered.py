@@ -100,7 +100,13 @@ def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path)
     assert command(server, source, tmp_path / "out") == 0
     server.requests.clear()
     url = server.url.replace("127.0.0.1", "localhost")
-    ways = [f"scorer.url={url}", "scorer.parallel=2", "scorer.timeout_s=9", "scorer.retries=3", "scorer.key_variable=K"]
+    ways = [
+        f"scorer.url={url}",
+        "scorer.concurrency=2",
+        "scorer.timeout_s=9",
+        "scorer.retries=3",
+        "scorer.key_variable=K",
+    ]
     assert command(server, source, tmp_path / "out", *ways) == 0
     assert not server.requests
     assert command(server, source, tmp_path / "out", "scorer.judge=another") == 2

@@ -25,7 +25,7 @@ from train.certify.worker import RankResults
 
 
 def config(*overrides: str) -> CertifyConfig:
-    return load("certify", CertifyConfig, ["model.layers=4", *overrides])
+    return load("certify", CertifyConfig, ["model.num_layers=4", *overrides])
 
 
 class Broken:
@@ -71,7 +71,7 @@ FEW_RANKS = ["ranks=2", "steps=2", "parallel.dp_shard=1", "parallel.tp=2", "para
 OVERRIDES = ["ranks=4", "steps=2", "parallel.tp=2", "parallel.ep=2"]
 IN_STAGES = ["ranks=4", "steps=2", "parallel.pp=2", "parallel.schedule=zbv"]
 TIED = ["ranks=4", "steps=2", "parallel.pp=2", "model.tie_embeddings=true"]
-IN_PARTS = ["ranks=4", "steps=2", "parallel.cp=2", "parallel.context=ring"]
+IN_PARTS = ["ranks=4", "steps=2", "parallel.cp=2", "parallel.cp_method=ring"]
 COMPARED = {
     **dict.fromkeys(["sgd", "adamw", "aux loss alone", "z loss alone", "experts without tokens"], 10),
     "float32": 5,
@@ -102,13 +102,13 @@ def test_an_honest_layout_passes(ranks):
 
 IN_PARTS_OF = {
     "gather": (["parallel.cp=2"], "cp=2"),
-    "ulysses": (["parallel.cp=2", "parallel.context=ulysses"], "cp=2"),
-    "ring, top-2": (["parallel.cp=2", "parallel.context=ring", "model.router.top_k=2"], "cp=2"),
+    "ulysses": (["parallel.cp=2", "parallel.cp_method=ulysses"], "cp=2"),
+    "ring, top-2": (["parallel.cp=2", "parallel.cp_method=ring", "model.router.top_k=2"], "cp=2"),
     "cp4, top-2": (["parallel.cp=4", "model.router.top_k=2"], "cp=4"),
-    "cp4, ring": (["parallel.cp=4", "parallel.context=ring"], "cp=4"),
-    "tp2": (["parallel.cp=2", "parallel.tp=2", "parallel.context=ulysses"], "cp=2 tp=2"),
-    "ep2, top-2": (["parallel.cp=2", "parallel.ep=2", "parallel.context=ring", "model.router.top_k=2"], "cp=2 ep=2"),
-    "no chunks": (["parallel.cp=2", "parallel.context=ring", "model.chunk=null"], "cp=2"),
+    "cp4, ring": (["parallel.cp=4", "parallel.cp_method=ring"], "cp=4"),
+    "tp2": (["parallel.cp=2", "parallel.tp=2", "parallel.cp_method=ulysses"], "cp=2 tp=2"),
+    "ep2, top-2": (["parallel.cp=2", "parallel.ep=2", "parallel.cp_method=ring", "model.router.top_k=2"], "cp=2 ep=2"),
+    "no chunks": (["parallel.cp=2", "parallel.cp_method=ring", "model.attention_chunk_size=null"], "cp=2"),
 }
 
 
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_named_or_refused():
     chosen, left_out = names("parallel.tp=2", "parallel.ep=2", "parallel.etp=2", "parallel.dp_replicate=2")
     assert left_out == ["dp_replicate=2 dp_shard=4 tp=2 ep=2 etp=2: takes 16 processes"]
     assert "dp_replicate=2 dp_shard=2 tp=2 ep=2 etp=2" not in chosen
-    assert names("parallel.dp_shard=1", "model.kv_heads=8", "model.heads=8", "parallel.tp=8")[1] == []
+    assert names("parallel.dp_shard=1", "model.num_kv_heads=8", "model.num_heads=8", "parallel.tp=8")[1] == []
     with pytest.raises(ConfigError, match=r"ranks=2: dp_shard with tp takes 4 processes; try 4"):
         names("ranks=2", "parallel.tp=2")
     with pytest.raises(ConfigError, match=r"parallel.dispatch=deepep: DeepEP is not installed: pip install"):
@@ -218,7 +218,7 @@ def test_the_shrunk_model_keeps_every_kind_of_layer_and_choice():
     small = shrink(whole)
     kinds = {(layer.feed_forward, layer.rope, layer.qk_norm, layer.temperature) for layer in whole.blocks}
     assert {(layer.feed_forward, layer.rope, layer.qk_norm, layer.temperature) for layer in small.blocks} == kinds
-    assert small.router == whole.router and small.layers == len(kinds)
+    assert small.router == whole.router and small.num_layers == len(kinds)
     assert shrink(config("model=qwen3_30b_a3b").model).router.top_k == 4
 
 
@@ -232,7 +232,7 @@ def test_a_certificate_is_found_for_its_axes_model_techniques_and_this_code_only
         other = config("parallel.tp=2", *overrides)
         return store.find(axes, other.model, other.parallel, tmp_path, other.optimizer.kind)
 
-    assert found({"tp": 4}) == found({"tp": 2, "dp_shard": 8}) == found({"tp": 2}, "model.width=256") is not None
+    assert found({"tp": 4}) == found({"tp": 2, "dp_shard": 8}) == found({"tp": 2}, "model.hidden_size=256") is not None
     assert found({"ep": 2}) is None
     assert found({"tp": 4}, "model.router.score=softmax") is None
     assert found({"tp": 4}, "parallel.recompute=full") is None

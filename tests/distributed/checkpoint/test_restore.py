@@ -50,7 +50,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "pp-cp" else n for n in LAYOUTS])
 def test_generation_and_evaluation_do_not_depend_on_the_layout(ranks, small_corpus, tmp_path, name):
     count, degrees = LAYOUTS[name]
-    small = ["training.micro_batch=1", "training.global_batch=8", "training.context=32"]
+    small = ["training.micro_batch_size=1", "training.global_batch_size=8", "training.seq_len=32"]
     overrides = [f"parallel.{key}={value}" for key, value in degrees.items()]
     ranks(count, trained, tmp_path, [*small_corpus, *EXACT, *small, *overrides])
     alone = ranks(1, looked_at, tmp_path / "run")[0]

@@ -24,7 +24,7 @@ SMOKE = [
     "logging.every=1",
     "logging.report=false",
     "checkpoint.every=20",
-    "evaluation.rows=4",
+    "evaluation.sequences=4",
     "evaluation.baselines=false",
 ]
 TWO_NODES = ["launch.nodes=2", "launch.processes=1", "parallel.ep=2", "launch.slurm.save_s=60"]
@@ -225,7 +225,7 @@ def test_a_container_command_goes_before_python_on_each_node(cluster, user, tmp_
 
 def test_the_time_limit_is_no_end(user, undisturbed):
     """Two minutes, of which one is kept for saving: evaluating at every step, the run takes longer than that."""
-    number = user.submit("short", "launch.slurm.time=2", "evaluation.every=1", "evaluation.rows=12")
+    number = user.submit("short", "launch.slurm.time=2", "evaluation.every=1", "evaluation.sequences=12")
     assert user.wait_for_end("short", number, 600) == "COMPLETED", user.log("short")
     assert user.figures("short") == undisturbed[0]
     log = user.log("short")

@@ -122,7 +122,7 @@ LAUNCH = {
     "launch=slurm": "launch.processes: say how many ranks each node gets, usually its number of GPUs; try 8",
     "launch=slurm launch.processes=1 launch.slurm.time=soon": "launch.slurm.time=soon: must read as sbatch's --time",
     "launch=slurm launch.processes=1 launch.slurm.time=4": "launch.slurm.time=4: is not longer than the 300 s kept",
-    "launch=slurm launch.processes=1 launch.nodes=3": "training.global_batch=8: must divide into dp_replicate",
+    "launch=slurm launch.processes=1 launch.nodes=3": "training.global_batch_size=8: must divide into dp_replicate",
     "launch=slurm launch.processes=1": "launch=slurm: sbatch is not on this machine: submit from a login node",
     "launch=torchrun launch.nodes=2": "launch.node_rank: each node's command needs a number of its own; try 0 or 1",
     "launch=torchrun launch.nodes=2 launch.node_rank=2": "launch.node_rank=2: each node's command needs a number",
@@ -285,7 +285,7 @@ def test_a_checkpoint_interval_longer_than_the_time_limit_is_refused():
 @pytest.mark.parametrize("every, refused", [(100, True), (2, False)])
 def test_a_run_that_has_been_seen_to_be_slow_is_refused_a_short_time(stand_ins, tmp_path, capsys, every, refused):
     """At 4,096 tokens a step and 512 a second, 100 steps take 800 s."""
-    overrides = ["run.name=x", f"checkpoint.every={every}", "training.global_batch=16", "training.context=256"]
+    overrides = ["run.name=x", f"checkpoint.every={every}", "training.global_batch_size=16", "training.seq_len=256"]
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
     write_config(run / "config.yaml", load("train", TrainConfig, overrides))

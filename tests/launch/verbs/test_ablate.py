@@ -110,7 +110,7 @@ def test_a_small_ablation(tmp_path: Path):
         (texts / f"{number}.txt").write_text(row["text"])
     data = ["data=files", f"data.sources.text.path={texts}", "data.tokenizer.vocab_size=300", "data.held_out=0.2"]
     train = [*TINY, *data, f"data.cache={tmp_path / 'cache'}"]
-    words = ["ablate.seeds=2", "ablate.steps=2", "ablate.rows=6", f"ablate.train={json.dumps(train)}"]
+    words = ["ablate.seeds=2", "ablate.steps=2", "ablate.sequences=6", f"ablate.train={json.dumps(train)}"]
     assert main(["filter", "ablate", "keep=0.6", *words, f"out={tmp_path / 'out'}"]) == 0
     told = json.loads((tmp_path / "out" / "ablation.json").read_text())
     losses = {arm: np.array(found) for arm, found in told["losses"].items()}

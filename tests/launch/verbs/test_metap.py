@@ -31,13 +31,13 @@ QUICK = [
     "hparam=none",
     *(one for one in SMALL if "vocab_size" not in one and "std" not in one),
     "model.vocab_size=320",
-    "model.width=32",
-    "model.heads=2",
-    "model.kv_heads=2",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
     "training.steps=12",
     "schedule.warmup_steps=2",
     "evaluation.every=0",
-    "evaluation.rows=2",
+    "evaluation.sequences=2",
     "evaluation.baselines=false",
     "checkpoint.every=0",
 ]
@@ -84,10 +84,10 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
         *QUICK,
         "hparam.alpha=0.5",
         "optimizer.weight_decay=0.3",
-        "model.width=64",
-        "model.heads=4",
-        "model.kv_heads=4",
-        "model.expert_width=128",
+        "model.hidden_size=64",
+        "model.num_heads=4",
+        "model.num_kv_heads=4",
+        "model.expert_hidden_size=128",
     ]
     where = [f"base={swept / 'base.yaml'}", f"out={swept / 'carried'}", "name=wide"]
     done = command("metap", "transfer", *where, *larger, *small_corpus)
@@ -153,13 +153,13 @@ def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch, tmp_path
 def test_keys_of_train_go_to_train():
     words = [
         "out=x",
-        "model.width=64",
+        "model.hidden_size=64",
         "+data.sources.a={kind: files, path: 'b c'}",
         "check.seeds=1",
         "experiment=smoke",
     ]
     mine = _collected(VERBS["metap"], MetapConfig, words)
-    assert mine[:2] == ["out=x", "check.seeds=1"] and mine[2].startswith("train=['model.width=64',")
+    assert mine[:2] == ["out=x", "check.seeds=1"] and mine[2].startswith("train=['model.hidden_size=64',")
     assert _collected(VERBS["train"], MetapConfig, words) == words
 
 
@@ -253,7 +253,7 @@ def test_other_keys_and_muons_own_rate_are_swept(tmp_path):
         "optimizer.muon.lr=0.02",
         "optimizer.weight_decay=0,0.1",
     ]
-    found = settings(SweepConfig(), bases([*words, "model.layers=2"]))
+    found = settings(SweepConfig(), bases([*words, "model.num_layers=2"]))
     runs = [member(SweepConfig(), one, -6, 0, tmp_path) for one in found]
     assert [run.optimizer.weight_decay for run in runs] == [0.0, 0.1]
     assert runs[1].run.name == "base-weight_decay=0.1-lr-6-seed0"

@@ -17,7 +17,14 @@ from tests.parallel.test_layout import refusal
 from train.config import TrainConfig, check
 
 MODEL = ModelConfig(
-    vocab_size=64, width=32, layers=8, heads=4, kv_heads=2, head_width=8, dense_width=48, expert_width=32
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    dense_hidden_size=48,
+    expert_hidden_size=32,
 )
 
 
@@ -50,7 +57,7 @@ def test_a_large_head_makes_the_last_stage_shorter():
 
 def test_long_reach_costs_more_than_a_chunk():
     """At 4,096 positions a layer that sees all of them costs more than one that sees 64."""
-    chunked = ModelConfig(**{**vars(MODEL), "chunk": 64, "nope_every": 4})
+    chunked = ModelConfig(**{**vars(MODEL), "attention_chunk_size": 64, "nope_every": 4})
     costs = layer_costs(chunked)
     assert costs[3] > 5 * costs[2]
 
@@ -91,23 +98,23 @@ def test_the_cut_can_be_given():
         ),
         (
             2,
-            ["parallel.pp=2", "training.micro_batch=8"],
-            "training.micro_batch=8: one_f_one_b with pp=2 needs at least 2 micro-batches, a rank's 8 rows make 1",
+            ["parallel.pp=2", "training.micro_batch_size=8"],
+            "training.micro_batch_size=8: one_f_one_b with pp=2 needs at least 2 micro-batches, a rank's 8 rows make 1",
         ),
         (
             2,
-            ["parallel.pp=2", "parallel.schedule=dualpipev", "training.micro_batch=4"],
-            "training.micro_batch=4: dualpipev with pp=2 needs at least 4 micro-batches, a rank's 8 rows make 2",
+            ["parallel.pp=2", "parallel.schedule=dualpipev", "training.micro_batch_size=4"],
+            "training.micro_batch_size=4: dualpipev with pp=2 needs at least 4 micro-batches, a rank's 8 rows make 2",
         ),
         (
             2,
-            ["parallel.pp=2", "parallel.schedule=interleaved", "training.global_batch=5"],
-            "training.global_batch=5: interleaved with pp=2 needs at least 2 micro-batches, in rounds of equal",
+            ["parallel.pp=2", "parallel.schedule=interleaved", "training.global_batch_size=5"],
+            "training.global_batch_size=5: interleaved with pp=2 needs at least 2 micro-batches, in rounds of equal",
         ),
         (
             4,
-            ["parallel.pp=4", "training.global_batch=2"],
-            "training.global_batch=2: one_f_one_b with pp=4 needs at least 4 micro-batches, a rank's 2 rows make 2",
+            ["parallel.pp=4", "training.global_batch_size=2"],
+            "training.global_batch_size=2: one_f_one_b with pp=4 needs at least 4 micro-batches, a rank's 2 rows make 2",
         ),
         (
             2,
@@ -123,7 +130,7 @@ def test_the_cut_can_be_given():
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_process_group_exists(world_size, overrides, message):
-    assert message in refusal(world_size, "model.layers=4", *overrides)
+    assert message in refusal(world_size, "model.num_layers=4", *overrides)
 
 
 def test_a_schedule_that_this_torch_lacks_is_refused(monkeypatch):
@@ -137,5 +144,10 @@ def test_a_schedule_that_this_torch_lacks_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("schedule", list(PipelineSchedule))
 def test_every_schedule_has_a_batch_that_it_takes(schedule):
-    asked = ["parallel.pp=2", f"parallel.schedule={schedule.name}", "training.micro_batch=1", "training.global_batch=8"]
+    asked = [
+        "parallel.pp=2",
+        f"parallel.schedule={schedule.name}",
+        "training.micro_batch_size=1",
+        "training.global_batch_size=8",
+    ]
     check(load("train", TrainConfig, asked), 2)

@@ -215,7 +215,7 @@ def test_export_refuses_a_tokenizer_of_other_data(tmp_path, capsys):
     write("the quick brown fox")
     corpus = ["data=files", f"data.sources.text.path={notes}", f"data.cache={tmp_path / 'cache'}"]
     line = [*tiny.TINY, *corpus, "data.tokenizer.vocab_size=300", f"run.root={tmp_path}", "run.name=run"]
-    assert main(["train", *line, "training.steps=1", "evaluation.rows=1", "data.held_out=0.2"]) == 0
+    assert main(["train", *line, "training.steps=1", "evaluation.sequences=1", "data.held_out=0.2"]) == 0
     export = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "drop_selection_bias=true", "check=never"]
     write("jumps over a lazy dog")
     capsys.readouterr()
@@ -227,8 +227,8 @@ def test_export_refuses_a_tokenizer_of_other_data(tmp_path, capsys):
 
 
 def test_another_network_is_refused_with_the_differences(runnable, tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.expert_width=32 there, 64 here"):
-        start(runnable, tmp_path, "model.expert_width=64")
+    with pytest.raises(ConfigError, match=r"model\.expert_hidden_size=32 there, 64 here"):
+        start(runnable, tmp_path, "model.expert_hidden_size=64")
     with pytest.raises(ConfigError, match=r"model.init_from.*no such directory"):
         initial_source(ModelConfig(init_from=str(tmp_path / "nothing")), 0, QUIET)
 
@@ -296,10 +296,10 @@ def mixture(dense: ModelConfig, **changes) -> ModelConfig:
     base = replace(
         dense,
         layer_list=layers,
-        experts=4,
-        expert_width=dense.dense_width,
-        shared_width=0,
-        router=RouterConfig(top_k=2, score=Score.softmax, renormalise=True, weights_on=WeightsOn.output),
+        num_experts=4,
+        expert_hidden_size=dense.dense_hidden_size,
+        shared_expert_hidden_size=0,
+        router=RouterConfig(top_k=2, score=Score.softmax, norm_topk_prob=True, weights_on=WeightsOn.output),
         init_from="dense",
     )
     return replace(base, **changes)
@@ -307,17 +307,25 @@ def mixture(dense: ModelConfig, **changes) -> ModelConfig:
 
 UPCYCLED = {
     "copy": ({"upcycle": UpcycleConfig()}, True),
-    "split": ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 24, "experts": 8}, True),
+    "split": ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_hidden_size": 24, "num_experts": 8}, True),
     "split_scaled": (
         {
             "upcycle": UpcycleConfig(UpcycleMethod.split),
-            "expert_width": 16,
-            "experts": 6,
-            "router": RouterConfig(3, Score.sigmoid, renormalise=True, scale=2.5, weights_on=WeightsOn.output),
+            "expert_hidden_size": 16,
+            "num_experts": 6,
+            "router": RouterConfig(3, Score.sigmoid, norm_topk_prob=True, scale=2.5, weights_on=WeightsOn.output),
         },
         True,
     ),
-    "shared": ({"upcycle": UpcycleConfig(), "shared_width": 48, "expert_width": 32, "router": RouterConfig()}, True),
+    "shared": (
+        {
+            "upcycle": UpcycleConfig(),
+            "shared_expert_hidden_size": 48,
+            "expert_hidden_size": 32,
+            "router": RouterConfig(),
+        },
+        True,
+    ),
     "noise": ({"upcycle": UpcycleConfig(UpcycleMethod.noise, noise_std=0.05)}, False),
     "llama4_router": ({"upcycle": UpcycleConfig(), "router": RouterConfig()}, False),
 }
@@ -349,12 +357,15 @@ def test_upcycled_blocks_equal_slices(saved):
 @pytest.mark.parametrize(
     "changes, key",
     [
-        ({"expert_width": 24}, "model.expert_width"),
-        ({"dense_width": 40}, "model.init_from"),
-        ({"dense_width": 96}, "model.init_from"),
-        ({"shared_width": 32}, "model.shared_width"),
-        ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 24, "experts": 5}, "model.experts"),
-        ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_width": 40}, "model.expert_width"),
+        ({"expert_hidden_size": 24}, "model.expert_hidden_size"),
+        ({"dense_hidden_size": 40}, "model.init_from"),
+        ({"dense_hidden_size": 96}, "model.init_from"),
+        ({"shared_expert_hidden_size": 32}, "model.shared_expert_hidden_size"),
+        (
+            {"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_hidden_size": 24, "num_experts": 5},
+            "model.num_experts",
+        ),
+        ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_hidden_size": 40}, "model.expert_hidden_size"),
     ],
 )
 def test_widths_that_do_not_fit_are_refused(saved, changes, key):

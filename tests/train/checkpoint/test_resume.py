@@ -122,7 +122,7 @@ def go_on(root: Path, name: str, overrides: list[str], start: int, stop: int) ->
 def test_a_phase_may_be_added_to_a_finished_run(tmp_path, small_corpus):
     base = arguments(tmp_path, "run", small_corpus, "training.steps=6")
     assert main(["train", *base]) == 0
-    phase = "+phases=[{name: longer, steps: 4, context: 96, global_batch: 4, weights: {text: 0.2, code: 0.8}}]"
+    phase = "+phases=[{name: longer, steps: 4, seq_len: 96, global_batch_size: 4, weights: {text: 0.2, code: 0.8}}]"
     assert main(["train", *base, phase.removeprefix("+")]) == 0
     found = lines(tmp_path, "run")
     assert [line["step"] for line in found] == list(range(1, 11))
@@ -165,7 +165,7 @@ def test_a_phase_begins_with_the_first_rows_of_its_own_order(tmp_path, small_cor
         return batch(self, step, start, stop)
 
     monkeypatch.setattr(Loader, "batch", watched)
-    phase = "+phases=[{name: longer, steps: 2, context: 96}]"
+    phase = "+phases=[{name: longer, steps: 2, seq_len: 96}]"
     run = trainer(tmp_path, "run", [*small_corpus, "training.steps=3", phase])
     for step in range(5):
         run.train_step(step)
@@ -173,14 +173,15 @@ def test_a_phase_begins_with_the_first_rows_of_its_own_order(tmp_path, small_cor
 
 
 LONGER = (
-    "phases=[{name: long, steps: 6, context: 256, global_batch: 2, micro_batch: 1, weights: {text: 0.2, code: 0.8}, "
-    "rope_theta: 1e6, rope_scaling: {factor: 4, low: 1, high: 2, original_context: 64}, temperature_floor: 64}]"
+    "phases=[{name: long, steps: 6, seq_len: 256, global_batch_size: 2, micro_batch_size: 1, "
+    "weights: {text: 0.2, code: 0.8}, rope_theta: 1e6, "
+    "rope_scaling: {factor: 4, low_freq_factor: 1, high_freq_factor: 2, original_seq_len: 64}, temperature_floor: 64}]"
 )
 
 
 def test_a_run_goes_on_to_longer_rows_and_resumes_there_bit_for_bit(tmp_path, small_corpus, capsys):
     """From 64 to 256 tokens, with another blend and positions seen otherwise; stopped two steps into the phase."""
-    usual = [*small_corpus, "training.context=64", "training.steps=4", "checkpoint.every=0", "checkpoint.keep=9"]
+    usual = [*small_corpus, "training.seq_len=64", "training.steps=4", "checkpoint.every=0", "checkpoint.keep=9"]
     assert main(["train", *TINY, f"run.root={tmp_path}", "run.name=whole", *usual, LONGER]) == 0
     cut = trainer(tmp_path, "cut", [*usual, f"+{LONGER}"])
     for step in range(6):

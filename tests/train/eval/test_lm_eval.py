@@ -28,7 +28,7 @@ def trained(tmp_path_factory, small_corpus) -> Path:
     """A short run whose model has no selection biases, and its export beside it."""
     root = tmp_path_factory.mktemp("harness")
     line = ["train", *TINY, *small_corpus, "model.balance.bias_rate=0", f"run.root={root}", "run.name=run"]
-    assert main([*line, "training.steps=30", "optimizer.lr=0.01", "training.context=64"]) == 0
+    assert main([*line, "training.steps=30", "optimizer.lr=0.01", "training.seq_len=64"]) == 0
     assert main(["export", str(root / "run"), str(root / "exported")]) == 0
     assert main(["import", str(root / "exported"), str(root / "imported")]) == 0
     return root
@@ -83,7 +83,7 @@ def test_other_forms_of_the_model_give_the_same(trained, tmp_path, name):
 
 
 def test_another_model_gives_other_figures(trained, tmp_path, small_corpus):
-    line = ["train", *TINY, *small_corpus, f"run.root={tmp_path}", "run.name=other", "training.context=64"]
+    line = ["train", *TINY, *small_corpus, f"run.root={tmp_path}", "run.name=other", "training.seq_len=64"]
     assert main([*line, "training.steps=1", "run.seed=9"]) == 0
     mine, _ = answers(evaluated(trained / "run", tmp_path / "a.json")["samples"])
     other, _ = answers(evaluated(tmp_path / "other", tmp_path / "b.json")["samples"])

@@ -69,7 +69,7 @@ def llama(tmp_path_factory) -> Path:
 
 
 def config(name: Path | str, **more: int) -> ScorerConfig:
-    return ScorerConfig(ScorerKind.loss, model=str(name), **{"batch": 3, "context": 1024, **more})
+    return ScorerConfig(ScorerKind.loss, model=str(name), **{"batch_size": 3, "seq_len": 1024, **more})
 
 
 @torch.no_grad()

@@ -95,23 +95,23 @@ def test_tied_embeddings_need_the_multiplier():
 
 def test_what_the_base_gives_is_that_of_its_size():
     """Depth divides by the layers of the base, gates that nothing normalises by their number, phases by nothing."""
-    base = family("model.init.depth_scaled=true", "model.router.score=sigmoid", "model.router.renormalise=false")
+    base = family("model.init.depth_scaled=true", "model.router.score=sigmoid", "model.router.norm_topk_prob=false")
     deep = carried(base, SizeAxis.depth, 4, Parametrization.metap)
     assert deep.model.init.roles["attention_output"] == pytest.approx(64**-0.5 / 2)
     assert carried(base, SizeAxis.experts, 2, Parametrization.metap).model.multipliers.gates == 0.5
     assert carried(family(), SizeAxis.experts, 2, Parametrization.metap).model.multipliers.gates == 1.0
-    phase = PhaseConfig("later", 7, context=32, global_batch=2)
+    phase = PhaseConfig("later", 7, seq_len=32, global_batch_size=2)
     assert scale_of_run(replace(base, phases=[phase])) == scale_of_run(base)
 
 
 def test_a_smaller_batch_forgets_as_many_tokens():
-    base = family("training.global_batch=16", "training.steps=10")
-    small = replace(base, training=replace(base.training, global_batch=2, steps=80), hparam=as_base(base).hparam)
+    base = family("training.global_batch_size=16", "training.steps=10")
+    small = replace(base, training=replace(base.training, global_batch_size=2, steps=80), hparam=as_base(base).hparam)
     assert resolve(small).optimizer.transferred.beta2 == pytest.approx(0.95 ** (1 / 8))  # type: ignore[union-attr]
     low = replace(small, optimizer=replace(base.optimizer, moments=Moments.bfloat16))
     with pytest.raises(ConfigError, match=r"optimizer.moments=bfloat16: .* as slow as beta2=0.9936, .*; try float32"):
         resolve(low)
-    eight = replace(base, training=replace(base.training, global_batch=128), hparam=as_base(base).hparam)
+    eight = replace(base, training=replace(base.training, global_batch_size=128), hparam=as_base(base).hparam)
     assert any("beta2 would be 0.66" in line for line in derive(eight).warnings)
 
 
@@ -214,7 +214,7 @@ def test_families_grow_along_one_axis(axis):
         if after != before
     }
     wanted = {
-        SizeAxis.width: {"width", "query_width", "value_width", "expert_width"},
+        SizeAxis.width: {"width", "query_width", "value_width", "expert_hidden_size"},
         SizeAxis.depth: {"layers"},
         SizeAxis.experts: {"experts", "top_k"},
         SizeAxis.batch: {"batch"},

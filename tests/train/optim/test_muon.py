@@ -37,7 +37,15 @@ from train.optim.optimizer import (
 )
 
 MODEL = ModelConfig(
-    vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_width=8, dense_width=24, expert_width=8, experts=2
+    vocab_size=32,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    dense_hidden_size=24,
+    expert_hidden_size=8,
+    num_experts=2,
 )
 MATRICES = {
     *("query", "key", "value", "attention_output", "dense_gate", "dense_up", "dense_down"),

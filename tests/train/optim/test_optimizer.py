@@ -28,7 +28,15 @@ from train.optim.optimizer import (
 )
 
 MODEL = ModelConfig(
-    vocab_size=32, width=16, layers=2, heads=2, kv_heads=1, head_width=8, dense_width=16, expert_width=16, experts=2
+    vocab_size=32,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    dense_hidden_size=16,
+    expert_hidden_size=16,
+    num_experts=2,
 )
 
 

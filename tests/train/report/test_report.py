@@ -92,7 +92,7 @@ def test_labels_are_not_cut_off(cut_off, monkeypatch):
 
 def test_the_page_holds_everything_and_needs_nothing(tmp_path):
     text = page(make_run(tmp_path / "one"))
-    for wanted in ("4.2500", "2.1250", "12,345,678", "held-out loss: code", "kv_heads: 2", "leviathan train"):
+    for wanted in ("4.2500", "2.1250", "12,345,678", "held-out loss: code", "num_kv_heads: 2", "leviathan train"):
         assert wanted in text, wanted
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "<script" not in text
     pictures = [base64.b64decode(p) for p in re.findall(r"data:image/png;base64,([^\"]+)", text)]
@@ -168,7 +168,7 @@ def test_a_dense_run_and_one_line_are_enough(tmp_path):
         ["hparam=none"],
         ["hparam=none", "optimizer=sgd"],
         ["optimizer.lr=0.5", "model.balance.bias_rate=0", "precision=bf16", "optimizer.groups.router.lr_scale=0.5"],
-        ["phases=[{name: longer, steps: 5, context: 512}]", "model=llama4_scout", "hparam=llama4", "run.seed=3"],
+        ["phases=[{name: longer, steps: 5, seq_len: 512}]", "model=llama4_scout", "hparam=llama4", "run.seed=3"],
         ["experiment=qwen3_30b_a3b"],
     ],
 )

@@ -108,7 +108,7 @@ def test_make_builds_each_and_passes_the_member_s_own_settings(tmp_path: Path):
     asked = []
 
     def opened(name: str, config: ScorerConfig) -> tuple[TokenLosses, str]:
-        asked.append((name, config.context))
+        asked.append((name, config.seq_len))
         return table({}), name
 
     for kind, of in (
@@ -116,7 +116,7 @@ def test_make_builds_each_and_passes_the_member_s_own_settings(tmp_path: Path):
         (ScorerKind.excess, ExcessScorer),
         (ScorerKind.ifd, DifficultyOfFollowing),
     ):
-        scorer = make_scorer(ScorerConfig(kind, model="m", reference="r", context=7), Models(opened, nothing), tmp_path)
+        scorer = make_scorer(ScorerConfig(kind, model="m", reference="r", seq_len=7), Models(opened, nothing), tmp_path)
         assert isinstance(scorer, of)
     assert asked == [("m", 7), ("m", 7), ("r", 7), ("m", 7)]
 
