@@ -105,7 +105,7 @@ def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
         others = [other.value for other in MAKERS if not unavailable(other, recipe, device)]
         known = [one.value for one in MAKERS[config.backend].RECIPES if not unavailable(config.backend, one, device)]
         also = f"; it can do {', '.join(known)}" if known else ""
-        raise ConfigError(key, value, f"cannot do {recipe.value} here: {'; '.join(reasons)}{also}", [*others, "bf16"])
+        raise ConfigError(key, value, f"cannot do {recipe.value} here: {'; '.join(reasons)}{also}", [*others, "native"])
     return Precision(config, recipe)
 
 

@@ -96,7 +96,7 @@ class ScorerConfig:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
 
 
-_WAYS = ("url", "key_variable", "parallel", "timeout_s", "retries")
+_WAYS = ("url", "key_variable", "concurrency", "timeout_s", "retries")
 """Where a server is and how it is asked: no score depends on it."""
 
 

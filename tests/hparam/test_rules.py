@@ -10,15 +10,15 @@ from model.roles import Role
 
 def test_powers_are_read_as_written():
     assert monomial("1") == ()
-    assert monomial("fan_in^-1/2 layers^a-1 experts^-1") == (
+    assert monomial("fan_in^-1/2 num_layers^a-1 num_experts^-1") == (
         Power("fan_in", -0.5),
-        Power("layers", -1.0, 1),
-        Power("experts", -1.0),
+        Power("num_layers", -1.0, 1),
+        Power("num_experts", -1.0),
     )
-    assert monomial("layers^-a") == (Power("layers", 0.0, -1),)
+    assert monomial("num_layers^-a") == (Power("num_layers", 0.0, -1),)
     ratios = {"fan_in": 4.0, "num_layers": 8.0, "num_experts": 2.0}
-    assert value(monomial("fan_in^-1/2 layers^a-1 experts^-1"), ratios, 1.0) == 0.25
-    assert value(monomial("layers^a-1 layers^-a"), ratios, 0.5) == pytest.approx(1 / 8)
+    assert value(monomial("fan_in^-1/2 num_layers^a-1 num_experts^-1"), ratios, 1.0) == 0.25
+    assert value(monomial("num_layers^a-1 num_layers^-a"), ratios, 0.5) == pytest.approx(1 / 8)
 
 
 @pytest.mark.parametrize("rules", Parametrization)
@@ -28,7 +28,7 @@ def test_every_role_has_a_rule(rules, head):
 
 
 def test_only_known_sizes_are_scaled_by():
-    sizes = {"width", "layers", "experts", "top_k", "head_dim", "fan_in", "fan_out", "larger"}
+    sizes = {"hidden_size", "num_layers", "num_experts", "top_k", "head_dim", "fan_in", "fan_out", "larger"}
     monomials = [
         part
         for rules in Parametrization

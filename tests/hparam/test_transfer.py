@@ -139,7 +139,9 @@ def test_muon_needs_what_its_scale_leaves_out(scale, exponent):
     """An update of spectral norm s * factor changes what a matrix puts out by as much; wanted is sqrt(out / in)."""
     from train.optim.muon import MuonScale
 
-    wide = replace(BASE, **{size: 4 * getattr(BASE, size) for size in asdict(BASE) if size.endswith("width")})
+    wide = replace(
+        BASE, **{size: 4 * getattr(BASE, size) for size in asdict(BASE) if size.endswith(("width", "hidden_size"))}
+    )
     wide = replace(wide, head_dim=64)
     muon = frozenset(role for role in Role if role.is_matrix)
     found = carried(wide, replace(FOUND, muon=muon, muon_scale=scale))
@@ -206,7 +208,7 @@ def test_steps_above_the_critical_batch_are_refused_unless_told():
     assert carried(replace(LARGER, batch=2**22), critical_batch=2.0**20, allow_supercritical=True)
 
 
-@pytest.mark.parametrize("size", ["dense_hidden_size", "shared_expert_hidden_size", "experts"])
+@pytest.mark.parametrize("size", ["dense_hidden_size", "shared_expert_hidden_size", "num_experts"])
 def test_a_base_lacks_what_the_target_has(size):
     with pytest.raises(
         ConfigError, match=rf"hparam.base.{size}=0: the base has none, and this model has .*: sweep a base"

@@ -182,7 +182,7 @@ def test_what_is_missing_says_why_and_what_would_help(backend: Backend, recipe: 
     assert said.startswith(f"precision.backend={backend.value}: cannot do {recipe.value} here: ") and reasons
     assert all(reason in said for reason in reasons)
     others = [other.value for other in MAKERS if not unavailable(other, recipe, CPU)]
-    assert said.endswith(f"; try {', '.join(others)} or bf16") and "reference" in others
+    assert said.endswith(f"; try {', '.join(others)} or native") and "emulated" in others
 
 
 def test_every_recipe_is_missing_or_here() -> None:
@@ -329,8 +329,8 @@ def test_routers_and_ends_stay_in_every_model() -> None:
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"float8": [Products.router]}, "float8=router: the router must not be rounded to FP8"),
-        ({"float8": []}, "float8: names no product"),
+        ({"fp8_products": [Products.router]}, "fp8_products=router: the router must not be rounded to FP8"),
+        ({"fp8_products": []}, "fp8_products: names no product"),
         ({"backend": Backend.te, "compute": Compute.float32}, "compute=float32: te takes and gives bfloat16"),
         ({"bf16_first_layers": -1}, "bf16_first_layers=-1: must not be negative"),
     ],

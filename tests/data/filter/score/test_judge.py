@@ -64,7 +64,7 @@ def test_only_the_prompt_is_shown_or_the_whole_of_a_document(server, tmp_path):
 
 def test_never_more_at_once_than_allowed_and_no_fewer(server, tmp_path):
     server.latency_s = 0.05
-    scorer(server, tmp_path, parallel=3).score(numbered(12))
+    scorer(server, tmp_path, concurrency=3).score(numbered(12))
     assert server.most_at_once == 3
 
 
@@ -89,7 +89,7 @@ def test_a_killed_run_keeps_what_it_was_told(server, tmp_path):
     """The endpoint dies after some answers; the torn line that a kill leaves is skipped."""
     server.reply = lambda body, turn: graded(4) if number_of(body) < 5 else (503, {}, b"")
     with pytest.raises(LeviathanError):
-        scorer(server, tmp_path, parallel=1, retries=0).score(numbered(40))
+        scorer(server, tmp_path, concurrency=1, retries=0).score(numbered(40))
     file = next(tmp_path.glob("*.jsonl"))
     file.write_text(file.read_text() + '{"key": "ab')
     server.requests.clear()
@@ -127,7 +127,7 @@ def test_what_no_retry_would_mend_stops_at_once(server, tmp_path, status, said):
     server.reply = lambda body, turn: (status, {}, f"who is {KEY}?".encode())
     pauses = Pauses()
     with pytest.raises(LeviathanError, match=said) as caught:
-        scorer(server, tmp_path, pauses, parallel=1).score(numbered(3))
+        scorer(server, tmp_path, pauses, concurrency=1).score(numbered(3))
     assert pauses == [] and KEY not in str(caught.value)
 
 
@@ -210,14 +210,14 @@ def test_an_endpoint_that_is_not_there_stops_the_run_with_its_name_and_the_fix(s
     server.close()
     pauses = Pauses()
     with pytest.raises(LeviathanError, match=rf"{server.url} does not answer .*3 times.*scorer\.url") as caught:
-        scorer(server, tmp_path, pauses, retries=2, parallel=1).score(numbered(50))
+        scorer(server, tmp_path, pauses, retries=2, concurrency=1).score(numbered(50))
     assert len(str(caught.value).splitlines()) == 1
     assert len(pauses) <= 4, "the other 48 are not tried in vain"
 
 
 def test_one_record_that_breaks_the_server_costs_that_record_only(server, tmp_path):
     server.reply = lambda body, turn: (500, {}, b"") if number_of(body) == 3 else graded(2)
-    judge = scorer(server, tmp_path, retries=1, parallel=1)
+    judge = scorer(server, tmp_path, retries=1, concurrency=1)
     found = judge.score(numbered(8))
     assert np.isnan(found).tolist() == [i == 3 for i in range(8)]
     assert judge.reasons == {"id-question number 3;": "HTTP 500, 2 times"}
@@ -227,11 +227,11 @@ def test_only_failures_in_a_row_count_as_gone(server, tmp_path):
     """Every other record breaks the server, nine in all; five in a row would stop the run."""
     server.reply = lambda body, turn: (500, {}, b"") if number_of(body) % 2 else graded(2)
     server.latency_s = 0.02  # so that each answer is looked at before the next
-    found = scorer(server, tmp_path / "a", retries=0, parallel=1).score(numbered(18))
+    found = scorer(server, tmp_path / "a", retries=0, concurrency=1).score(numbered(18))
     assert np.isnan(found).tolist() == [False, True] * 9
     server.reply = lambda body, turn: (500, {}, b"") if 4 <= number_of(body) < 9 else graded(2)
     with pytest.raises(LeviathanError, match="does not answer"):
-        scorer(server, tmp_path / "b", retries=0, parallel=1).score(numbered(18))
+        scorer(server, tmp_path / "b", retries=0, concurrency=1).score(numbered(18))
 
 
 def test_a_stop_does_not_wait_for_those_that_wait(server, tmp_path):
@@ -239,7 +239,7 @@ def test_a_stop_does_not_wait_for_those_that_wait(server, tmp_path):
     server.reply = lambda body, turn: (401, {}, b"") if number_of(body) == 3 else (429, {"Retry-After": "500"}, b"")
     began = time.monotonic()
     with pytest.raises(LeviathanError, match="refuses the key"):
-        JudgeScorer(config(server, parallel=4), tmp_path).score(numbered(4))
+        JudgeScorer(config(server, concurrency=4), tmp_path).score(numbered(4))
     assert time.monotonic() - began < 5
 
 
@@ -286,7 +286,7 @@ def test_a_muddled_answer_is_asked_for_once_more_with_a_reminder(server, tmp_pat
 @pytest.mark.parametrize("lies", [10, 11])
 def test_who_lies_more_often_than_not_at_first_is_stopped(server, tmp_path, lies):
     server.reply = lambda body, turn: LIES["html"] if number_of(body) < lies else graded(3)
-    judge = scorer(server, tmp_path, parallel=1)
+    judge = scorer(server, tmp_path, concurrency=1)
     if lies == 11:
         with pytest.raises(LeviathanError, match=r"11 of its first \d+ answers are of no use .*welcome") as caught:
             judge.score(numbered(30))
