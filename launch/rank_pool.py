@@ -22,6 +22,8 @@ from core.exit_codes import RankFailure, is_consequence
 
 MOST_RANKS = 8
 GRACE_S = 5.0
+PRELOAD = ("torch.distributed", "train.trainer")
+"""Imported once, by the process that ranks are forked from."""
 
 
 class RankError(RankFailure):
@@ -70,7 +72,8 @@ class Pool:
 
         if self._store is None:
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOAD))
         while len(self._workers) < ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)

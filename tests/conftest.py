@@ -1,10 +1,12 @@
-"""Fixtures for all tests: the pool of ranks, a small corpus, the command as a subprocess."""
+"""Fixtures for all tests: the pool of ranks, a small corpus, the command as a process; and which tests run where."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,9 +14,12 @@ import pytest
 import torch
 
 from launch.rank_pool import Pool
+from tests.support.fork_server import ForkServer
 
 torch.set_num_threads(1)  # tensors are small, and threads that wait for each other busily take the cores from others
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS: dict[str, float] = json.loads((ROOT / "tests" / "seconds.json").read_text())
+"""How long groups of tests took on two cores; only the order of work and the shards depend on it."""
 
 
 @pytest.fixture(scope="session")
@@ -61,15 +66,71 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session")
+def executables() -> Iterator[Path]:
+    """A folder with `leviathan` and `python` that start in milliseconds: see tests/support/fork_server.py."""
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is too long for a socket
+        server = ForkServer(Path(folder))
+        yield Path(folder)
+        server.close()
+
+
 @pytest.fixture
-def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `leviathan ARGUMENTS` in a folder (the test's own by default) and return the finished process."""
+def command(tmp_path: Path, executables: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `leviathan ARGUMENTS` in a folder (the test's own by default) and return the finished process. `real`: start an
+    interpreter instead of a fork, for tests of what is imported.
+    """
 
     def run(
-        *arguments: str, cwd: Path = tmp_path, timeout_s: float = 300, **environment: str
+        *arguments: str, cwd: Path = tmp_path, timeout_s: float = 300, real: bool = False, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        line = [str(Path(sys.executable).with_name("leviathan")), *arguments]
+        line = [str((Path(sys.executable).parent if real else executables) / "leviathan"), *arguments]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         return subprocess.run(line, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout_s)
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="N/M", help="run the N-th of M shards of the tests; a file is never divided")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a file's tests on one worker, since they share fixtures; each page of the guide is by itself. Start the groups
+    that take longest first, so that workers end together. Drop the groups of other shards.
+    """
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        groups.setdefault(group_of(item), []).append(item)
+    ordered = sorted(groups, key=lambda name: (-SECONDS.get(name, 0), name))
+    if config.getoption("--shard"):
+        index, count = map(int, config.getoption("--shard").split("/"))
+        chosen = shard(ordered, index, count)
+        config.hook.pytest_deselected(items=[item for name in ordered if name not in chosen for item in groups[name]])
+        ordered = [name for name in ordered if name in chosen]
+    for name in ordered:
+        for item in groups[name]:
+            item.add_marker(pytest.mark.xdist_group(name))
+    items[:] = [item for name in ordered for item in groups[name]]
+
+
+def group_of(item: pytest.Item) -> str:
+    """The file without `tests/` and `.py`; for a page of the guide `docs/PAGE`; slow tests form groups of their own."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    name = item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
+    if item.get_closest_marker("slow"):
+        return f"slow:{name}:{item.name}"
+    return f"docs/{parameters['page'].stem}" if "page" in parameters else name
+
+
+def shard(groups: list[str], index: int, count: int) -> set[str]:
+    """The groups of shard `index` of 1..`count`: each group goes to the shard with the least to do so far."""
+    loads: list[float] = [0.0] * count
+    chosen = set()
+    for name in groups:
+        least = loads.index(min(loads))
+        loads[least] += SECONDS.get(name, 5.0)
+        if least == index - 1:
+            chosen.add(name)
+    return chosen

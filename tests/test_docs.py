@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +25,21 @@ def blocks(page: Path, slurm: bool = False, slow: bool = False) -> list[tuple[st
     return [(m["language"], m["code"]) for m in BLOCK.finditer(page.read_text()) if m["info"].strip() not in skipped]
 
 
-def run(language: str, code: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", "-eu", "-c", code] if language == "bash" else [sys.executable, "-c", code]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", **variables}
+def run(language: str, code: str, folder: Path, executables: Path) -> subprocess.CompletedProcess[str]:
+    """`executables`: a folder with `leviathan` and `python`."""
+    command = ["bash", "-eu", "-c", code] if language == "bash" else [str(executables / "python"), "-c", code]
+    path = os.pathsep.join(map(str, (executables, Path(sys.executable).parent, os.environ["PATH"])))
+    environment = {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def first_failure(page: Path, folder: Path, slow: bool = False) -> str:
-    """The first block of a page that does not end with 0, and what it said."""
+def first_failure(page: Path, folder: Path, executables: Path, slow: bool = False) -> str:
+    """The first block of a page that does not end with 0, and its output."""
     for language, code in blocks(page, slow=slow):
-        done = run(language, code, folder, OMP_NUM_THREADS="1")
+        done = run(language, code, folder, executables)
         if done.returncode:
             return f"{code}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
     return ""
-
-
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Future[str]]:
-    """Pages have nothing to do with each other: two run at a time."""
-    wanted = {item.callspec.params["page"] for item in request.session.items if "outcomes" in item.fixturenames}
-    with ThreadPoolExecutor(2) as pool:
-        return {page: pool.submit(first_failure, page, tmp_path_factory.mktemp(page.stem)) for page in sorted(wanted)}
 
 
 def quick(pages: list[Path]) -> list[Any]:
@@ -56,23 +48,23 @@ def quick(pages: list[Path]) -> list[Any]:
 
 
 @pytest.mark.parametrize("page", quick([page for page in PAGES if blocks(page)]), ids=lambda page: page.name)
-def test_the_page_does_what_it_says(page, outcomes):
-    assert outcomes[page].result() == ""
+def test_the_page_does_what_it_says(page, tmp_path, executables):
+    assert first_failure(page, tmp_path, executables) == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page, slow=True) != blocks(page)], ids=lambda p: p.name
 )
-def test_the_slow_blocks_of_the_page_do_what_they_say(page, tmp_path):
-    assert first_failure(page, tmp_path, slow=True) == ""
+def test_the_slow_blocks_of_the_page_do_what_they_say(page, tmp_path, executables):
+    assert first_failure(page, tmp_path, executables, slow=True) == ""
 
 
-def test_a_broken_block_is_noticed(tmp_path):
+def test_a_broken_block_is_noticed(tmp_path, executables):
     page = tmp_path / "page.md"
     page.write_text("```bash\ntrue | false\n```\n```bash no-run\nfalse\n```\n```python\nassert 1 == 2\n```\n")
-    assert [run(*block, tmp_path).returncode for block in blocks(page)] == [1, 1]
-    assert first_failure(page, tmp_path).startswith("true | false\n")
+    assert [run(*block, tmp_path, executables).returncode for block in blocks(page)] == [1, 1]
+    assert first_failure(page, tmp_path, executables).startswith("true | false\n")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

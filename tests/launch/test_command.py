@@ -130,7 +130,7 @@ def test_every_verb_works_in_a_folder_with_our_names(strangers_folder, finished,
         ["tokenize", *small_corpus],
         ["doctor"],
     ):
-        done = command(*arguments, **here)
+        done = command(*arguments, real=True, **here)
         assert done.returncode == 0, (arguments[0], done.stderr)
     control = subprocess.run(
         [sys.executable, "-c", "import data"], cwd=strangers_folder, capture_output=True, text=True

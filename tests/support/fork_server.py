@@ -1,0 +1,175 @@
+"""A process that has imported everything, and forks a child for each command: milliseconds instead of seconds a start.
+
+`ForkServer(folder)` puts executables into `folder`: `leviathan` and `python`. Placed first on PATH they run `leviathan VERB ...`,
+`python -c CODE` and `python -m MODULE ...` in a fork of the server, with the caller's working directory, environment, standard
+streams and exit code. Ranks that such a command starts are forks, too. The client passes signals on; where it is killed,
+its fork is killed. `test_fork_server.py` holds that a real process gives the same output and exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+PRELOAD = ("launch.cli", "train.trainer", "data.filter.pipeline", "matplotlib.figure", "yaml")
+
+CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+channel = socket.socket(socket.AF_UNIX)
+channel.connect({address!r})
+request = json.dumps([{name!r}, sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(channel, [len(request).to_bytes(8, "big")], [0, 1, 2])
+channel.sendall(request)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: channel.send(bytes([number])))
+code = channel.recv(8)
+sys.exit(int.from_bytes(code, "big") if code else 70)
+"""
+
+
+class ForkServer:
+    """Starts the server; `close` ends it. `folder` must have a short path: it holds a Unix socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, address = folder, str(folder / "socket")
+        for name in ("leviathan", "python"):
+            path = folder / name
+            path.write_text(CLIENT.format(python=sys.executable, address=address, name=name))
+            path.chmod(0o755)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-m", "tests.support.fork_server", address]
+        root = Path(__file__).resolve().parents[2]
+        environment["PYTHONPATH"] = str(root)
+        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != b"ready\n":
+            raise RuntimeError("the fork server did not start")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(address: str) -> None:
+    """Fork for each connection; end with the process that started this one."""
+    for name in PRELOAD:
+        __import__(name)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        channel, _ = listener.accept()
+        header, streams, _, _ = socket.recv_fds(channel, 8, 3)
+        request = json.loads(_receive(channel, int.from_bytes(header, "big")))
+        child = os.fork()
+        if child == 0:
+            listener.close()
+            sys.executable = str(Path(address).with_name("python"))  # ranks that it starts are forks as well
+            _run(channel, streams, *request)
+        for stream in streams:
+            os.close(stream)
+        threading.Thread(target=_report, args=(child, channel), daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # its end of the pipe closes with it
+    os._exit(0)
+
+
+def _receive(channel: socket.socket, size: int) -> bytes:
+    content = b""
+    while len(content) < size:
+        content += channel.recv(size - len(content))
+    return content
+
+
+def _report(child: int, channel: socket.socket) -> None:
+    """Send the exit code when the child ends; meanwhile pass on the client's signals, and its death as SIGKILL."""
+    threading.Thread(target=_signal, args=(child, channel), daemon=True).start()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(OSError):
+        channel.sendall((code if code >= 0 else 128 - code).to_bytes(8, "big"))
+        channel.shutdown(socket.SHUT_RDWR)
+
+
+def _signal(child: int, channel: socket.socket) -> None:
+    with channel, contextlib.suppress(OSError):
+        while True:
+            number = channel.recv(1)
+            os.kill(child, number[0] if number else signal.SIGKILL)
+            if not number:
+                return
+
+
+def _run(
+    channel: socket.socket, streams: list[int], name: str, arguments: list[str], folder: str, variables: dict[str, str]
+) -> None:
+    """Become the command: never returns."""
+    code = 70
+    try:
+        channel.close()
+        for target, stream in enumerate(streams):
+            os.dup2(stream, target)
+            os.close(stream)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(variables)
+        root = str(Path(__file__).resolve().parents[2])
+        inherited = [path for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path]
+        sys.path[:] = inherited + [path for path in sys.path if path != root] + [root]
+        code = _exit_code(name, arguments)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+def _exit_code(name: str, arguments: list[str]) -> int:
+    while arguments[:1] in (["-u"], ["-P"], ["-I"]):
+        arguments = arguments[1:]
+    try:
+        if name == "leviathan":
+            from launch.cli import main
+
+            sys.argv = ["leviathan", *arguments]
+            return main(arguments)
+        if arguments[:1] == ["-c"]:
+            sys.argv = ["-c", *arguments[2:]]
+            exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        elif arguments[:1] == ["-m"]:
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[:1] == ["-"] or not arguments:
+            exec(compile(sys.stdin.read(), "<stdin>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as ended:
+        status: Any = ended.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+        return 0 if status is None else status if isinstance(status, int) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
