@@ -4,13 +4,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help smoke test test-all test-gpu slurm lint bench clean
+.PHONY: help smoke test test-slow test-all test-gpu slurm lint bench clean
 
 help:
 	@echo "make smoke     train the default model on this machine (a few minutes on two cores)"
-	@echo "make test      the tests (about 12 minutes on two cores)"
+	@echo "make test      the tests (about 9 minutes on two cores)"
+	@echo "make test-slow SHARD=1/4  a quarter of the slow tests (at most 25 minutes); without SHARD all of them"
 	@echo "make test-all  the tests and the slow ones"
-	@echo "make slurm     install SLURM for the tests that need it (Debian, as root; part of test-all)"
+	@echo "make slurm     install SLURM for the tests that need it (Debian, as root; part of test-slow and test-all)"
 	@echo "make test-gpu  the tests that need a GPU"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     side-by-side measurements"
@@ -28,11 +29,17 @@ SMOKE_RANKS = $(shell $(PYTHON) -c 'import glob, os; print("launch=torchrun laun
 smoke: $(STAMP)
 	$(VENV)/bin/leviathan train experiment=smoke $(SMOKE_RANKS)
 
+# two workers; a test's ranks are processes of their own
+WORKERS ?= 2
+
 test: $(STAMP)
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu"
+
+test-slow: $(STAMP) slurm
+	$(RUN) -m pytest -n $(WORKERS) -m "slow and not gpu" $(if $(SHARD),--shard $(SHARD))
 
 test-all: $(STAMP) slurm
-	$(RUN) -m pytest -m "not gpu"
+	$(RUN) -m pytest -n $(WORKERS) -m "not gpu"
 
 slurm:
 	@command -v sbatch munge >/dev/null && test -x /usr/sbin/slurmctld || \
