@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.agent import Node, Unreachable, _addresses, _check_port, _interface, _own_address, _written, told
+from launch.agent import Node, Unreachable, _check_port, _endpoint, _interface, _own_address, failure_lines
 from tests.launch.test_command import BIN
 from tests.support.tiny import TINY
 
@@ -161,7 +161,7 @@ IPV6 = pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this
 def free_endpoint(host: str) -> str:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as probe:
-        return _written(host, probe.getsockname()[1])
+        return _endpoint(host, probe.getsockname()[1])
 
 
 def two_agents(arguments: list[str], cwd: Path, endpoint: str) -> list[subprocess.Popen[str]]:
@@ -210,7 +210,7 @@ def test_a_node_that_gives_up_is_not_waited_for_by_one_that_is_stopped(small_cor
 def test_a_port_in_use_is_one_line(small_corpus, tmp_path, host):
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as taken:
-        endpoint = _written(host, taken.getsockname()[1])
+        endpoint = _endpoint(host, taken.getsockname()[1])
         process, _ = two_agents(small_corpus, tmp_path, endpoint)
         _, errors = process.communicate(timeout=240)
     assert process.returncode == 2
@@ -227,7 +227,7 @@ def test_a_port_that_is_free_is_taken(tmp_path):
 
 def test_a_host_that_is_not_there_is_one_line():
     node = Node(("-m", "train"), 1, Path("logs"), 2, rendezvous=("no-such-host.invalid", 29500))
-    with pytest.raises(Unreachable, match=r"launch\.rendezvous=no-such-host\.invalid:29500: no way to that host: "):
+    with pytest.raises(Unreachable, match=r"launch\.rendezvous=no-such-host\.invalid:29500: no route to that host: "):
         _own_address(node)
 
 
@@ -247,7 +247,7 @@ def test_the_rank_that_failed_first_is_told_first(tmp_path):
         (tmp_path / f"rank-{rank:05d}" / "000.err").write_text(f"Traceback\n{line}\n")
     failed = {0: (3, 1), 1: (3, 2), 2: (-signal.SIGTERM, 0), 3: (3, 5)}
     result = SimpleNamespace(failures={r: SimpleNamespace(exitcode=c, timestamp=t) for r, (c, t) in failed.items()})
-    assert list(told(result, tmp_path)) == [
+    assert list(failure_lines(result, tmp_path)) == [
         f"leviathan: rank 1 failed: ZeroDivisionError: by itself  (its output: {tmp_path})",
         "leviathan: then rank 3 failed: ValueError: later",
         "leviathan: then rank 2 was ended by SIGTERM",

@@ -58,9 +58,9 @@ CONFIGURATION = {
     "phases=[{name: x, steps: 1, global_batch_size: 6, micro_batch_size: 4}]": "micro_batch_size=4: must divide",
     "precision=fp8": "precision.backend=te: cannot do blockwise here: ",
     "precision=fp16": "precision=fp16: no such choice; try bf16, fp32, fp64 or fp8",
-    "precision.backend=cutlass": "precision.backend=cutlass: Invalid value 'cutlass', expected one of [bf16, te,",
+    "precision.backend=cutlass": "precision.backend=cutlass: Invalid value 'cutlass', expected one of [native, te,",
     "precision.backend=torch": "precision.compute=float32: torch takes and gives bfloat16: add precision=fp8",
-    "+launch.processes=2": "launch.processes=2: one process has no others; add launch=torchrun",
+    "+launch.processes=2": "launch.processes=2: launch=inline is one process; add launch=torchrun",
 }
 
 

@@ -61,14 +61,17 @@ def test_a_crash_under_torchrun_ends_one_run_of_a_sweep(monkeypatch, capsys, tmp
     codes = {"s-0": CRASHED, "s-1": 0, "s-2": 0}
     monkeypatch.setattr(agent, "run", lambda node: codes.pop(node.job))
     assert main([*SWEEP, *TWO_RANKS, f"run.root={tmp_path}"]) == 1 and codes == {}
-    assert capsys.readouterr().err.startswith("leviathan: error: s-0: s-0 failed; the same command")
+    assert capsys.readouterr().err.startswith("leviathan: error: s-0: s-0 failed; rerun with run.name=s-0")
 
 
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["launch=torchrun", "launch.processes=1,2"], "launch.processes=2: the first run of the sweep has 1, and all"),
-        (["launch=inline,torchrun"], "launch.kind=torchrun: the first run of the sweep has inline, and all"),
+        (
+            ["launch=torchrun", "launch.processes=1,2"],
+            "launch.processes=2: differs from the first run of the sweep (1); give",
+        ),
+        (["launch=inline,torchrun"], "launch.kind=torchrun: differs from the first run of the sweep (inline); give"),
     ],
 )
 def test_a_sweep_over_ways_to_launch_is_refused(monkeypatch, capsys, tmp_path, overrides, message):

@@ -106,7 +106,7 @@ def test_warned_by_a_signal_it_saves_and_goes_on(cluster, user, undisturbed, war
     assert user.wait_for_end(name, number) == "COMPLETED", user.log(name)
     assert (user.figures(name), user.heldout(name)) == undisturbed
     log = user.log(name)
-    assert "interrupted after step" in log and "queued again, to go on from step" in log
+    assert "interrupted after step" in log and "requeued to resume from step" in log
     assert log.count("going on from step-") == 1
 
 
@@ -122,7 +122,7 @@ def test_preempted_by_a_partition_it_saves_and_comes_back(cluster, user, undistu
     assert user.state(other) == "COMPLETED"
     assert (user.figures("humble"), user.heldout("humble")) == undisturbed
     log = user.log("humble")
-    assert "interrupted after step" in log and "stopped from outside; queued again, to go on from step" in log
+    assert "interrupted after step" in log and "stopped from outside; requeued to resume from step" in log
     assert log.count("going on from step-") == 1
 
 
@@ -151,7 +151,7 @@ def test_a_node_that_hangs_is_named_and_left_out(cluster, user, undisturbed):
     assert (user.figures("stuck"), user.heldout("stuck")) == undisturbed
     log = user.log("stuck")
     assert "gives no sign of life since step" in log and f"on {victim})" in log
-    assert f"leviathan: left out from now on: {victim}" in log and "going on from step-00000020" in log
+    assert f"leviathan: excluded from now on: {victim}" in log and "going on from step-00000020" in log
     assert f"ExcNodeList={victim} " in cluster.client("scontrol", "show", "job", "-o", number)
     assert victim not in user.nodes_of(number)
 
@@ -179,9 +179,9 @@ def test_a_slow_node_is_left_out_where_enough_stay(cluster, user, tmp_path, enou
     cluster.client("scancel", "--signal=USR1", number)
     assert user.wait_for_end(name, number) == "COMPLETED", user.log(name)
     log = user.log(name)
-    assert "leviathan: steadily slow in this try: n1\n" in log and log.count("going on from step-") == 1
-    assert ("leviathan: left out from now on: n1\n" in log) == enough
-    kept = "leviathan: not all left out of n1,n3: SLURM says, allocation failure: Requested node configuration"
+    assert "leviathan: slow until the end of this attempt: n1\n" in log and log.count("going on from step-") == 1
+    assert ("leviathan: excluded from now on: n1\n" in log) == enough
+    kept = "leviathan: cannot exclude all of n1,n3: SLURM: allocation failure: Requested node configuration"
     assert (kept in log) == (not enough)
     assert ("n1" in user.nodes_of(number)) == (not enough)
 
@@ -197,9 +197,9 @@ def test_a_job_whose_ranks_keep_dying_is_given_up(user, tmp_path, dies):
     number = user.submit(f"dies-{dies}", "training.steps=3", *dying)
     ended = user.wait_for_end(f"dies-{dies}", number)
     log = user.log(f"dies-{dies}")
-    assert "was ended by SIGKILL" in log and "starting again; restarts left: 1" in log
-    assert log.count("leviathan: failed (3); queued again, to go on from its newest checkpoint") == 1
-    given_up = "leviathan: not queued again: 2 tries in a row reached no new checkpoint"
+    assert "was ended by SIGKILL" in log and "restarting the ranks; restarts left: 1" in log
+    assert log.count("leviathan: failed (3); requeued to resume from its newest checkpoint") == 1
+    given_up = "leviathan: not requeued: 2 attempts in a row reached no new checkpoint"
     assert (ended, log.count(given_up)) == (("FAILED", 1) if dies == "always" else ("COMPLETED", 0)), log
 
 
@@ -229,7 +229,7 @@ def test_the_time_limit_is_no_end(user, undisturbed):
     assert user.wait_for_end("short", number, 600) == "COMPLETED", user.log("short")
     assert user.figures("short") == undisturbed[0]
     log = user.log("short")
-    assert 1 <= log.count("leviathan: queued again, to go on from step") == log.count("going on from step-")
+    assert 1 <= log.count("leviathan: requeued to resume from step") == log.count("going on from step-")
 
 
 def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(cluster, user):
@@ -240,7 +240,7 @@ def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(cluster, user):
     cluster.client("scancel", "--signal=USR1", f"{number}_1")
     for task in range(4):
         assert user.wait_for_end("sweep", f"{number}_{task}") == "COMPLETED", user.log("sweep", task)
-    again = ["queued again" in user.log("sweep", task) for task in range(4)]
+    again = ["requeued" in user.log("sweep", task) for task in range(4)]
     assert again == [False, True, False, False], "one of them was warned, and it alone went through the queue again"
     firsts = [user.figures(f"sweep-{task}")[10][0] for task in range(4)]
     assert len(set(firsts)) == 4
@@ -257,7 +257,7 @@ def test_cancelled_it_saves_and_stays_cancelled(cluster, user):
     number = user.submit("unwanted")
     cluster.wait(user.has_step("unwanted", 5), "step 5", 240)
     done = user.leviathan("jobs", "cancel", "unwanted")
-    assert done.returncode == 0 and "it saves first" in done.stdout
+    assert done.returncode == 0 and "saves and then ends" in done.stdout
     assert user.wait_for_end("unwanted", number) == "CANCELLED"
     assert "interrupted after step" in user.log("unwanted") and "cancelled after saving" in user.log("unwanted")
     number = user.submit("dropped")
@@ -277,15 +277,15 @@ def test_a_wrong_node_is_found_by_the_doctor_and_left_out(cluster, user, tmp_pat
     number = user.submit("picky", "training.steps=3", "launch.slurm.doctor=true", f"launch.slurm.python={wrapper}")
     assert user.wait_for_end("picky", number) == "COMPLETED", user.log("picky")
     log = user.log("picky")
-    assert "WRONG n2: rank" in log and "only 512 files may be open" in log
-    assert "leviathan: queued again: the doctor finds n2 wrong" in log and "all nodes are well" in log
-    assert "leviathan: left out from now on: n2" in log
+    assert "FAULTY n2: rank" in log and "limit of only 512 open files" in log
+    assert "leviathan: requeued: the doctor reports n2 as faulty" in log and "no faulty node" in log
+    assert "leviathan: excluded from now on: n2" in log
     assert "ExcNodeList=n2" in cluster.client("scontrol", "show", "job", "-o", number)
 
 
 WRONG = {
     "model.vocab_size=128": "the tokenizer has 1024 ids",
-    "launch.slurm.options=['--nodes=3']": "launch.nodes=2: SLURM has given the job 3: launch.slurm.options must not",
+    "launch.slurm.options=['--nodes=3']": "launch.nodes=2: SLURM allocated 3: launch.slurm.options must not",
 }
 
 
@@ -295,7 +295,7 @@ def test_a_wrong_configuration_is_not_queued_again(user, request, override, mess
     number = user.submit(name, override)
     assert user.wait_for_end(name, number) == "FAILED"
     log = user.log(name)
-    assert log.count(message) == 1 and "not queued again: the same error would come again" in log, log
+    assert log.count(message) == 1 and "not requeued: the same error would occur again" in log, log
 
 
 def test_a_folder_that_a_node_does_not_see_is_told(cluster, user):

@@ -22,7 +22,7 @@ from launch.config import LaunchConfig, SlurmConfig, check_interval, seconds
 from launch.slurm import job_step, requeue
 from launch.slurm.job_step import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
 from launch.slurm.requeue import AGAIN, RequeueDecision, RequeueState, bad_nodes, commands, decide, slow_nodes
-from launch.slurm.submit import SILENT, UNKNOWN, JobStatus, SlurmJob, ask, follow, load_job, render, understand
+from launch.slurm.submit import SILENT, UNKNOWN, JobStatus, SlurmJob, ask, follow, load_job, parse_status, render
 from train.config import TrainConfig
 from train.environment import environment
 from train.run_directory import write_config
@@ -57,7 +57,7 @@ export SRUN_CPUS_PER_TASK=96
 ulimit -l unlimited
 set +e
 
-# srun's tasks get the signals, too: this shell waits until they have saved
+# srun's tasks get these signals too; this shell waits until they have saved
 trap : TERM USR1
 step() {
     srun --kill-on-bad-exit=0 --wait=300 --cpu-bind=none apptainer exec a.sif \
@@ -65,7 +65,7 @@ step() {
     pid=$!
     wait $pid; code=$?
     while kill -0 $pid 2>/dev/null; do wait $pid; code=$?; done  # a signal ends only `wait`
-    wait $pid 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended just then
+    wait $pid 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # srun may have ended meanwhile
 }
 step doctor
 [ $code != 0 ] || step train
@@ -93,7 +93,7 @@ def test_the_script_asks_for_what_was_configured():
         "setup": ["ulimit -l unlimited"],
         "container": "apptainer exec a.sif",
         "python": "/python",
-        "together": 2,
+        "max_concurrent": 2,
         "save_s": 600,
         "doctor": True,
     }
@@ -119,22 +119,22 @@ def test_times_are_read_as_sbatch_does(text, wanted):
 
 
 LAUNCH = {
-    "launch=slurm": "launch.processes: say how many ranks each node gets, usually its number of GPUs; try 8",
+    "launch=slurm": "launch.processes: give the number of ranks per node, usually its number of GPUs; try 8",
     "launch=slurm launch.processes=1 launch.slurm.time=soon": "launch.slurm.time=soon: must read as sbatch's --time",
-    "launch=slurm launch.processes=1 launch.slurm.time=4": "launch.slurm.time=4: is not longer than the 300 s kept",
+    "launch=slurm launch.processes=1 launch.slurm.time=4": "launch.slurm.time=4: is not longer than the 300 s reserved",
     "launch=slurm launch.processes=1 launch.nodes=3": "training.global_batch_size=8: must divide into dp_replicate",
     "launch=slurm launch.processes=1": "launch=slurm: sbatch is not on this machine: submit from a login node",
-    "launch=torchrun launch.nodes=2": "launch.node_rank: each node's command needs a number of its own; try 0 or 1",
-    "launch=torchrun launch.nodes=2 launch.node_rank=2": "launch.node_rank=2: each node's command needs a number",
-    "launch=torchrun launch.nodes=2 launch.node_rank=1": "launch.rendezvous: several nodes meet at a port of node 0",
+    "launch=torchrun launch.nodes=2": "launch.node_rank: each node's command needs its own number; try 0 or 1",
+    "launch=torchrun launch.nodes=2 launch.node_rank=2": "launch.node_rank=2: each node's command needs its own number",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1": "launch.rendezvous: several nodes need the same HOST:PORT of node 0",
     "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous=node0": "launch.rendezvous=node0: must be",
     "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous='::1:29500'": (
-        "launch.rendezvous=::1:29500: the address of IPv6 goes in brackets: [ADDRESS]:PORT; try [::1]:29500"
+        "launch.rendezvous=::1:29500: write an IPv6 address in brackets: [ADDRESS]:PORT; try [::1]:29500"
     ),
     "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous='[]:1'": "launch.rendezvous=[]:1: must be",
     "launch=slurm launch.processes=1 launch.nodes=3 parallel.tp=2": "parallel.tp=2: tp = 2 must divide the world's 3",
-    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.processes=1 launch.rendezvous=a:1": "run.name: several",
-    "launch=torchrun launch.node_rank=0": "launch.node_rank=0: one node needs none; add launch.nodes=2",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.processes=1 launch.rendezvous=a:1": "run.name: is required with several nodes",
+    "launch=torchrun launch.node_rank=0": "launch.node_rank=0: does not apply to one node; add launch.nodes=2",
     "launch=torchrun launch.restarts=-1": "launch.restarts=-1: must not be negative",
 }
 
@@ -226,9 +226,9 @@ def test_a_followed_job_is_one_question_a_look(stand_ins, tmp_path, capsys):
     [("0-4", "AAAAA"), ("1,3-4%2", "-A-AA"), ("0-4:2", "A-A-A"), ("3", "---A-"), ("7", "-----"), ("...", "-----")],
 )
 def test_lines_of_an_array_are_understood(tasks, wanted):
-    told = understand(f"JobId=1 ArrayTaskId={tasks} JobState=A", 5)
+    told = parse_status(f"JobId=1 ArrayTaskId={tasks} JobState=A", 5)
     assert "".join("-" if one.state == UNKNOWN else one.state for one in told) == wanted
-    assert [one.state for one in understand("JobId=1 JobState=A", 1)] == ["A"] and understand("", 1) == [
+    assert [one.state for one in parse_status("JobId=1 JobState=A", 1)] == ["A"] and parse_status("", 1) == [
         JobStatus(UNKNOWN)
     ]
 
@@ -249,8 +249,8 @@ REJECTS = "[ $1 = --version ] || { echo 'sbatch: error: submission failed: Inval
     [
         ([], {"sbatch": REJECTS}, "the job was rejected: sbatch: sbatch: error: submission failed: Invalid account"),
         (["launch.slurm.partition=gpus"], {}, "launch.slurm.partition=gpus: no such partition; try gpu or main"),
-        (["launch.slurm.dependency=afterok:y"], {}, "y is no job's number and no job in"),
-        (["run.name=again"], {}, "run.name=again: job 17 of that name is not over; try another name"),
+        (["launch.slurm.dependency=afterok:y"], {}, "y is neither a job number nor a job in"),
+        (["run.name=again"], {}, "run.name=again: job 17 of that name has not ended; try another name"),
     ],
     ids=["rejected", "partition", "dependency", "twice"],
 )
@@ -316,7 +316,7 @@ def test_a_job_that_got_other_nodes_than_its_layout_has_ends(tmp_path, monkeypat
     finally:
         signal.signal(signal.SIGUSR1, handler)
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == lines and all("launch.nodes=2: SLURM has given the job 3: " in line for line in told), told
+    assert len(told) == lines and all("launch.nodes=2: SLURM allocated 3: " in line for line in told), told
     assert [one.nodes for one in started] == ([] if code else [2])
 
 
@@ -398,16 +398,16 @@ WISHES = [["n1", "n2", "n3"], ["n1", "n2"]]
 @pytest.mark.parametrize(
     "possible, left_out, told",
     [
-        ("n1,n2,n3 n1,n2", "n1,n2,n3", ["leviathan: left out from now on: n1,n2,n3"]),
+        ("n1,n2,n3 n1,n2", "n1,n2,n3", ["leviathan: excluded from now on: n1,n2,n3"]),
         (
             "n1,n2",
             "n1,n2",
             [
-                "leviathan: not all left out of n1,n2,n3: SLURM says, too few",
-                "leviathan: left out from now on: n1,n2",
+                "leviathan: cannot exclude all of n1,n2,n3: SLURM: too few",
+                "leviathan: excluded from now on: n1,n2",
             ],
         ),
-        ("", None, ["leviathan: not all left out of n1,n2,n3: SLURM says, too few"]),
+        ("", None, ["leviathan: cannot exclude all of n1,n2,n3: SLURM: too few"]),
     ],
     ids=["all", "without the slow", "none"],
 )
@@ -428,9 +428,9 @@ def test_nodes_are_left_out_only_where_enough_stay(stand_ins, tmp_path, possible
 def test_what_is_wished_to_be_left_out():
     now = RequeueState(40, 0, ("n1",), ("n2",)).after(60, ("n2", "n4"), ("n3", "n1"))
     assert (now.excluded, now.slow) == (("n1", "n2", "n4"), ("n3",)), "a wrong node is not only slow"
-    assert now.wishes(["n0"]) == [["n0", "n1", "n2", "n3", "n4"], ["n0", "n1", "n2", "n4"]]
-    assert RequeueState().wishes(["n0"]) == [] and RequeueState(excluded=("n0",)).wishes(["n0"]) == []
-    assert RequeueState(excluded=("n1",)).wishes([]) == [["n1"]] == RequeueState(slow=("n1",)).wishes([])
+    assert now.exclusions(["n0"]) == [["n0", "n1", "n2", "n3", "n4"], ["n0", "n1", "n2", "n4"]]
+    assert RequeueState().exclusions(["n0"]) == [] and RequeueState(excluded=("n0",)).exclusions(["n0"]) == []
+    assert RequeueState(excluded=("n1",)).exclusions([]) == [["n1"]] == RequeueState(slow=("n1",)).exclusions([])
 
 
 def test_slow_nodes_are_those_that_are_slow_at_the_end_of_this_try(tmp_path):
@@ -458,7 +458,7 @@ def test_a_job_that_is_queued_again_leaves_out_who_was_slow(stand_ins, tmp_path,
     assert again.exists() == bool(code)
     if code:
         assert f"for nodes in {','.join(wished)} " in again.read_text()
-        assert "leviathan: steadily slow in this try: n2" in capsys.readouterr().out
+        assert "leviathan: slow until the end of this attempt: n2" in capsys.readouterr().out
         stored = json.loads((tmp_path / "jobs" / "x" / "requeue-0.json").read_text())
         assert stored["slow"] == ["n2"] and stored["excluded"] == ([] if code == WARNED else ["n3"])
 

@@ -20,9 +20,11 @@ from core.errors import ConfigError
 from hparam.axes import SizeAxis
 from launch.cli import VERBS, _collected, main
 from launch.local import named
+from launch.metap.check import CheckConfig
 from launch.metap.fit import FitConfig, collect, fit
-from launch.metap.sweep import SweepConfig, SweepSetting, bases, is_done, loss_of, member, one_run, settings, sweep
-from launch.verbs.metap import CheckConfig, MetapConfig
+from launch.metap.runs import SweepConfig, SweepSetting, bases, is_done, loss_of, member, one_run, settings
+from launch.metap.sweep import sweep
+from launch.verbs.metap import MetapConfig
 from tests.support.families import SMALL, family
 from train.metap.hyperparameters import as_base
 from train.run_directory import write_config
@@ -62,8 +64,8 @@ def test_a_sweep_leaves_a_run_for_each_rate_size_and_seed(swept):
     found = sorted(path.name for path in (swept / "runs").iterdir())
     assert len(found) == 12 and "width-x2-metap-lr-6-seed1" in found
     curves = collect([swept / "runs"])["metap"]
-    assert list(curves) == ["width 32", "width 64"]
-    small = curves["width 32"].curve
+    assert list(curves) == ["hidden_size 32", "hidden_size 64"]
+    small = curves["hidden_size 32"].curve
     assert small.losses.shape == (3, 2) and small.log2_lrs.tolist() == [-10, -6, -2]
 
 
@@ -73,12 +75,13 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     assert done.returncode == 0, done.stderr
     found = json.loads((swept / "fit.json").read_text())["metap"]
     assert (
-        set(found["optima"]) == {"width 32", "width 64"} and -10 < found["optima"]["width 32"]["log2_lr"]["value"] < -2
+        set(found["optima"]) == {"hidden_size 32", "hidden_size 64"}
+        and -10 < found["optima"]["hidden_size 32"]["log2_lr"]["value"] < -2
     )
     assert {"value", "low", "high"} == set(found["drift_octaves"])
     assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
     base = yaml.safe_load((swept / "base.yaml").read_text())
-    assert base["hparam"]["base"]["width"] == 32 and base["hparam"]["provenance"]["runs"] == 12
+    assert base["hparam"]["base"]["hidden_size"] == 32 and base["hparam"]["provenance"]["runs"] == 12
     assert base["hparam"]["kind"]["score"] == "softmax"
     larger = [
         *QUICK,
@@ -199,7 +202,7 @@ def test_exponents_of_runs_without_a_base_are_those_of_the_rates_themselves(tmp_
     assert base["hparam"]["base"]["tokens"] == 8 * 512 and base["optimizer"]["lr"] == pytest.approx(2**-6, rel=1e-3)
     assert (tmp_path / "optima_tokens.png").exists()
     said = capsys.readouterr().out
-    assert "best rate ~ tokens^-0.400" in said and "octaves beside: do not trust" in said
+    assert "best rate ~ tokens^-0.400" in said and "octaves apart: do not extrapolate" in said
 
 
 @pytest.mark.slow
@@ -272,7 +275,7 @@ def test_an_interrupted_sweep_stops_a_failed_run_does_not(tmp_path, monkeypatch,
 
 def test_a_run_that_diverged_in_ranks_is_a_result(tmp_path, monkeypatch):
     run = member(SweepConfig(), SweepSetting(family()), -6, 0, tmp_path)
-    monkeypatch.setattr("launch.metap.sweep.train", lambda runs: 1)
+    monkeypatch.setattr("launch.metap.runs.train", lambda runs: 1)
     assert one_run(run) == 1
     path = tmp_path / "runs" / str(run.run.name)
     path.mkdir(parents=True)
@@ -295,4 +298,4 @@ def test_a_check_that_fails_ends_with_1(tmp_path, monkeypatch, small_corpus):
 def test_a_file_without_a_base_is_no_base(tmp_path, capsys):
     write_config(tmp_path / "config.yaml", family())
     assert main(["metap", "transfer", f"base={tmp_path / 'config.yaml'}", f"out={tmp_path}"]) == 2
-    assert "names no hparam.base; name the directory of the run" in capsys.readouterr().err
+    assert "has no hparam.base; name the directory of the run" in capsys.readouterr().err
