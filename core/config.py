@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import ConfigError, RenamedKeyError
-from core.renamed import new_field, new_value
+from core.renamed import new_value, old_fields
 
 T = TypeVar("T")
 
@@ -214,7 +214,7 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
     if re.search(r"not in (struct|')", reason):
         parent, _, name = key.rpartition(".")
         owner = _kind_at(schema, parent)
-        if (new := new_field(owner, parent, name)) is not None:
+        if (new := old_fields(owner, parent).get(name)) is not None:
             full = ".".join(part for part in (path, parent, new) if part)
             return RenamedKeyError(key, None, f"was renamed to {full}")
         if typing.get_origin(owner) is dict:
@@ -222,7 +222,9 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
         known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         if name in known:
             return ConfigError(key, None, f"{parent} is null unless something is set in it", [f"+{key}=... to set it"])
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        renamed = old_fields(owner)
+        near = difflib.get_close_matches(name, [*known, *renamed], n=3, cutoff=0.5)
+        near = list(dict.fromkeys(renamed.get(n, n) for n in near))
         return ConfigError(key, None, "no such key", [f"{parent}.{n}" if parent else n for n in near or known])
     value = getattr(cause, "value", None)
     if (new := new_value(_kind_at(schema, key), value)) is not None:

@@ -47,10 +47,10 @@ VALUES: dict[str, dict[str, str]] = {"Backend": {"bf16": "native", "reference": 
 """Old member to new member, by enum."""
 
 
-def new_field(owner: object, parent: str, name: str) -> str | None:
-    """Return the new name of the old field `name` of class `owner`, which is at key `parent`; None if unknown."""
-    typed = isinstance(owner, type) and is_dataclass(owner)
-    return FIELDS.get(owner.__name__ if typed else UNTYPED.get(parent, ""), {}).get(name)  # type: ignore[attr-defined]
+def old_fields(owner: object, key: str = "") -> dict[str, str]:
+    """Return old field to new field of the class `owner`, which is at `key`."""
+    name = owner.__name__ if isinstance(owner, type) and is_dataclass(owner) else UNTYPED.get(key, "")
+    return FIELDS.get(name, {})
 
 
 def new_value(kind: object, value: object) -> str | None:

@@ -199,7 +199,7 @@ def test_the_doctor_looks_where_runs_go(monkeypatch, tmp_path, capsys):
         return 0
 
     monkeypatch.setattr(agent, "run", leave_something)
-    assert main(["doctor", "runs=~/runs", "ranks=1", "json=true"]) == 0
+    assert main(["doctor", "runs='~/runs'", "ranks=1", "json=true"]) == 0
     assert own.parent.exists() and not own.exists()
     assert str(own.parent) in json.loads(capsys.readouterr().out)["disk"]
 
