@@ -221,7 +221,7 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
             return ConfigError(key, None, "no such entry", [f"+{key}=... to add one"])
         known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         if name in known:
-            return ConfigError(key, None, f"{parent} is null unless something is set in it", [f"+{key}=... to set it"])
+            return ConfigError(key, None, "is unset by default", [f"+{key}=... to set it"])
         renamed = old_fields(owner)
         near = difflib.get_close_matches(name, [*known, *renamed], n=3, cutoff=0.5)
         near = list(dict.fromkeys(renamed.get(n, n) for n in near))

@@ -20,11 +20,7 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "LayerConfig": {"chunk": "attention_chunk_size"},
     "RouterConfig": {"renormalise": "norm_topk_prob"},
-    "RopeScaling": {
-        "original_context": "original_seq_len",
-        "low": "low_freq_factor",
-        "high": "high_freq_factor",
-    },
+    "RopeScaling": {"original_context": "original_seq_len", "low": "low_freq_factor", "high": "high_freq_factor"},
     "Scale": _SIZES,
     "TrainingConfig": {**_BATCH, "context": "seq_len"},
     "PhaseConfig": {**_BATCH, "context": "seq_len"},

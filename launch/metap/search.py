@@ -12,16 +12,7 @@ from typing import Any
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import INTERRUPTED
-from launch.metap.runs import (
-    SweepConfig,
-    SweepSetting,
-    but_rate_and_seed,
-    directory,
-    is_done,
-    loss_of,
-    member,
-    one_run,
-)
+from launch.metap.runs import SweepConfig, SweepSetting, but_rate_and_seed, directory, is_done, loss_of, member, one_run
 
 WORST = 1e9
 """The loss of a diverged run in the search."""

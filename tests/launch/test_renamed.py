@@ -53,7 +53,7 @@ COMMANDS = {
     "train model.router.renormalise=true": "model.router.renormalise: was renamed to model.router.norm_topk_prob",
     "train +model.rope_scaling.low=2": "model.rope_scaling.low: was renamed to model.rope_scaling.low_freq_factor",
     "train phases=[{name:x,steps:1,context:64}]": "phases.0.context: was renamed to phases.0.seq_len",
-    "train data.filter={scorer:{context:64}}": "data.filter.scorer.context: was renamed to data.filter.scorer.seq_len",
+    "train +data.filter.scorer.context=64": "data.filter.scorer.context: was renamed to data.filter.scorer.seq_len",
     "train hparam.base.width=64": "hparam.base.width: was renamed to hparam.base.hidden_size",
     "train precision.backend=bf16": "precision.backend=bf16: was renamed to native",
     "train launch=slurm launch.slurm.together=2": "launch.slurm.together: was renamed to launch.slurm.max_concurrent",
@@ -84,5 +84,5 @@ def test_an_old_run_directory_is_one_line(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         f"leviathan: error: run={tmp_path}: config.yaml is of an older format: "
-        "training.context was renamed to training.seq_len\n"
+        "training.context: was renamed to training.seq_len\n"
     )
