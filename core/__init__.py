@@ -1,1 +1,1 @@
-"""What every other room may use: errors, typed configuration, atomic files. Imports nothing of Leviathan."""
+"""Errors, typed configuration and atomic files for all other packages. Imports no other package of Leviathan."""

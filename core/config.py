@@ -1,8 +1,8 @@
-"""Typed configuration: Hydra composes YAML and overrides, a frozen dataclass per component validates them.
+"""Typed configuration: Hydra composes YAML and overrides; a frozen dataclass per component validates them.
 
-Hydra cannot merge into frozen dataclasses, so each gets a mutable twin of the same fields that serves as its schema
-(unknown keys and wrong types are refused there); `build` then makes the real objects, whose `__post_init__` refuses
-what cannot work. A component raises `ConfigError` with its own key; `build` puts the path before it.
+Hydra cannot merge into frozen dataclasses, so each has a mutable copy with the same fields as its schema, which rejects
+unknown keys and wrong types. `build` then makes the real objects, whose `__post_init__` rejects invalid values. A
+component raises `ConfigError` with a key relative to itself; `build` prepends the path.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import ConfigError
+from core.errors import ConfigError, RenamedKeyError
+from core.renamed import new_value, old_fields
 
 T = TypeVar("T")
 
 
 def config_directory() -> Path:
-    """Where the shipped `configs/` are: package data, found through the package so that a wheel works too."""
+    """The directory of the packaged `configs/`, in a checkout or a wheel."""
     import configs
 
     return Path(configs.__file__).parent
@@ -42,17 +43,17 @@ def config_directory() -> Path:
 def load(root: str, schema: type[T], overrides: Sequence[str]) -> T:
     """Compose `configs/<root>.yaml` with `overrides` and return it as `schema`.
 
-    The root file's defaults list names `<root>_schema` first. Raises `ConfigError` with the key and the fix.
+    The defaults list of the root file must begin with `<root>_schema`.
     """
     return build(schema, _compose(root, schema, overrides))
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Every combination of overrides that give several values (`optimizer.lr=1e-3,2e-3`), the last varying fastest."""
+    """Return every combination of overrides with several values (`lr=1e-3,2e-3`); the last varies fastest."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException:
-        return [list(overrides)]  # composing says what is wrong with them
+        return [list(overrides)]  # composing reports the syntax error
     choices = [
         [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
         if one.is_sweep_override()
@@ -63,33 +64,33 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def quoted(text: str) -> str:
-    """A string in Hydra's grammar of overrides."""
+    """Quote a string for Hydra's override grammar."""
     text = re.sub(r"(\\*)'", r"\1\1\\'", text)
     return "'" + re.sub(r"(\\+)$", r"\1\1", text).replace("${", "\\${") + "'"
 
 
 def compose_plain(root: str, schema: type, overrides: Sequence[str]) -> dict[str, Any]:
-    """What `load` would build from, as plain values: enums by name, values that the user must give as "???"."""
+    """Return the composed configuration as plain values: enums by name, mandatory values as "???"."""
     return typing.cast(dict[str, Any], plain(OmegaConf.to_container(_compose(root, schema, overrides), resolve=True)))
 
 
 def build(cls: type[T], values: Any, path: str = "") -> T:
-    """Make `cls` from plain values (as YAML gives them), typed and checked. Unknown keys are errors."""
+    """Make `cls` from plain values (as YAML gives them), typed and checked. `path`: the key prefix for errors."""
     try:
         if isinstance(values, DictConfig):
-            values = OmegaConf.to_container(values, resolve=True)  # "+key=" overrides have opened the schema: close it
+            values = OmegaConf.to_container(values, resolve=True)  # "+key=" overrides open the schema
         if not isinstance(values, dict):
             raise ConfigError(path, values, "needs keys and values, not one value")
         typed = OmegaConf.merge(OmegaConf.structured(_twin(typing.cast(Any, cls))), values)
         container = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        explained = _explain(error, cls)
+        explained = _explain(error, cls, path)
         raise (explained.under(path) if path else explained) from None
     return _make(cls, container, path)
 
 
 def plain(config: Any) -> Any:
-    """A dataclass tree as dicts, lists and scalars, enums by name: what `config.yaml` and a checkpoint store."""
+    """Return a dataclass tree as dicts, lists and scalars, with enums by name, as stored in `config.yaml`."""
     if dataclasses.is_dataclass(config):
         return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
     if isinstance(config, Enum):
@@ -102,7 +103,7 @@ def plain(config: Any) -> Any:
 
 
 def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Every leaf at which two plain trees differ, as path -> (old, new); an absent leaf reads None."""
+    """Return every leaf at which two plain trees differ, as path -> (old, new); a missing leaf is None."""
     if isinstance(old, dict) and isinstance(new, dict):
         found: dict[str, tuple[Any, Any]] = {}
         for key in [*old, *(k for k in new if k not in old)]:
@@ -123,7 +124,7 @@ def _compose(root: str, schema: type, overrides: Sequence[str]) -> DictConfig:
 
 @cache
 def _twin(cls: type) -> type:
-    """A mutable dataclass with the fields of `cls` and no `__post_init__`: the schema that Hydra merges into."""
+    """Make the schema that Hydra merges into: a mutable dataclass with the fields of `cls` and no `__post_init__`."""
     hints = typing.get_type_hints(cls)
     fields = []
     for f in dataclasses.fields(cls):
@@ -143,14 +144,15 @@ def _twin(cls: type) -> type:
 
 
 def _plain_factory(factory: Callable[[], Any]) -> Callable[[], Any]:
-    """Defaults made of frozen components would make their part of the schema read-only."""
+    """Return defaults as plain values: frozen components would make their part of the schema read-only."""
     return lambda: plain(factory())
 
 
 def _twin_type(kind: Any) -> Any:
-    """The schema's type of a field. Components inside lists and dicts stay open here (Hydra cannot add a typed entry
-    by "+sources.mine.path=...") and so do optional ones (nor can it fill a typed null): `build` checks each of them by
-    itself.
+    """Return the schema's type of a field.
+
+    Components inside lists and dicts are untyped here, because Hydra cannot add a typed entry by
+    "+sources.mine.path=..."; so are optional ones, because it cannot fill a typed null. `build` checks each of them.
     """
     if dataclasses.is_dataclass(kind):
         return _twin(typing.cast(type, kind))
@@ -180,7 +182,7 @@ def _make(kind: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         kinds = [a for a in arguments if a is not type(None)]
-        return _entry(kinds[0], value, path) if len(kinds) == 1 else value  # of several scalars: the schema has checked
+        return _entry(kinds[0], value, path) if len(kinds) == 1 else value  # a union of scalars: checked by the schema
     if origin is list:
         return [_entry(arguments[0], part, f"{path}.{i}") for i, part in enumerate(value)]
     if origin is dict:
@@ -192,8 +194,8 @@ def _entry(kind: Any, value: Any, path: str) -> Any:
     return build(typing.cast(Any, kind), value, path) if dataclasses.is_dataclass(kind) else _make(kind, value, path)
 
 
-def _explain(error: Exception, schema: type) -> ConfigError:
-    """One `ConfigError` out of Hydra's or OmegaConf's many-lined messages."""
+def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
+    """Turn a multi-line message of Hydra or OmegaConf into a `ConfigError`. Its key is relative to `path`."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
@@ -212,19 +214,26 @@ def _explain(error: Exception, schema: type) -> ConfigError:
     if re.search(r"not in (struct|')", reason):
         parent, _, name = key.rpartition(".")
         owner = _kind_at(schema, parent)
+        if (new := old_fields(owner, parent).get(name)) is not None:
+            full = ".".join(part for part in (path, parent, new) if part)
+            return RenamedKeyError(key, None, f"was renamed to {full}")
         if typing.get_origin(owner) is dict:
             return ConfigError(key, None, "no such entry", [f"+{key}=... to add one"])
         known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         if name in known:
-            return ConfigError(key, None, f"{parent} is null unless something is set in it", [f"+{key}=... to set it"])
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            return ConfigError(key, None, "is unset by default", [f"+{key}=... to set it"])
+        renamed = old_fields(owner)
+        near = difflib.get_close_matches(name, [*known, *renamed], n=3, cutoff=0.5)
+        near = list(dict.fromkeys(renamed.get(n, n) for n in near))
         return ConfigError(key, None, "no such key", [f"{parent}.{n}" if parent else n for n in near or known])
     value = getattr(cause, "value", None)
+    if (new := new_value(_kind_at(schema, key), value)) is not None:
+        return RenamedKeyError(key, str(value), f"was renamed to {new}")
     return ConfigError(key, value if isinstance(value, str | int | float) else None, reason)
 
 
 def _kind_at(schema: type, path: str) -> Any:
-    """The declared type of what lies at `path` below `schema`, without its None; None where nothing does."""
+    """Return the declared type at `path` below `schema`, without its None; None where the path does not exist."""
     kind: Any = schema
     for name in filter(None, path.split(".")):
         if dataclasses.is_dataclass(kind):

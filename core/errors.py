@@ -1,6 +1,6 @@
-"""The errors that a user sees: one line that says what is wrong and what to change, and an exit code.
+"""Errors that a user sees as one line, with the fix and an exit code.
 
-Exit codes of every verb: 0 done, 1 failed, 2 wrong configuration, 130 interrupted after saving.
+Exit codes of every verb: 0 done, 1 failed, 2 invalid configuration, 130 interrupted after saving.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ from collections.abc import Sequence
 
 
 class LeviathanError(Exception):
-    """An expected failure: printed as one line, without a traceback."""
+    """An expected failure, printed as one line without a traceback."""
 
     exit_code = 1
     everywhere = False
-    """Whether all ranks raise the same: then rank 0 alone prints it."""
+    """Whether all ranks raise the same error; rank 0 alone prints it then."""
 
 
 class DataError(LeviathanError):
-    """Stored data is missing, truncated or not what its manifest says."""
+    """Stored data is missing, truncated or differs from its manifest."""
 
 
 class CheckpointError(LeviathanError):
-    """A checkpoint cannot be written, or none that is whole can be read."""
+    """A checkpoint cannot be written, or no complete one can be read."""
 
 
 class Diverged(LeviathanError):
-    """A loss or a gradient is no number."""
+    """The loss or gradient norm is NaN or infinite."""
 
 
 class ConfigError(LeviathanError):
-    """A configuration that cannot work, refused before anything is built.
+    """An invalid configuration, rejected before anything is built.
 
-    `key` is relative to the component that raises it; whoever builds the component from a larger configuration
-    puts the path in front (`under`), so that the user reads the key as they would type it.
+    `key` is relative to the component that raises the error. The code that builds the component prepends the path with
+    `under`, so that the user reads the key as they would type it. `legal`: values to suggest.
     """
 
     exit_code = 2
@@ -44,7 +44,7 @@ class ConfigError(LeviathanError):
         super().__init__(key, value, reason)
 
     def under(self, prefix: str) -> ConfigError:
-        """The same error with `prefix.` before its key."""
+        """Return the same error with `prefix.` before its key."""
         key = f"{prefix}.{self.key}" if self.key else prefix
         return type(self)(key, self.value, self.reason, self.legal)
 
@@ -57,8 +57,12 @@ class ConfigError(LeviathanError):
         return f"{self.key}{shown}: {self.reason}{advice}"
 
 
+class RenamedKeyError(ConfigError):
+    """A key or value of an older version of the configuration."""
+
+
 def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
-    """Raise `ConfigError` for the first of these fields that is no finite number of its sign; None passes."""
+    """Raise `ConfigError` for the first of these fields that is not finite or has the wrong sign. None is allowed."""
     for key in (*positive, *not_negative):
         value = getattr(config, key)
         if value is None:
@@ -68,5 +72,5 @@ def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Se
 
 
 def divisors(number: int) -> list[int]:
-    """Every positive divisor of `number`, ascending: the legal values of a degree that must divide it."""
+    """Return every positive divisor of `number`, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,24 +1,24 @@
-"""What the processes of a run and those that start them agree on: exit codes, and which error is only a neighbour's."""
+"""Exit codes and environment shared by ranks and the agents that start them; which errors are a neighbour's fault."""
 
 from __future__ import annotations
 
 import os
 
 INTERRUPTED = 130
-"""After a signal, with everything saved."""
+"""Ended by a signal, after saving."""
 
 CRASHED = 3
-"""An error that nobody foresaw: the ranks may be started again. Between ranks and their agent only; a user sees 1."""
+"""An unexpected error; the agent may restart the ranks. Between ranks and agent only: a user sees 1."""
 
 HUNG = 4
-"""A collective waited too long (parallel/comm/watchdog.py): likewise."""
+"""A collective timed out (parallel/comm/watchdog.py); the agent may restart the ranks."""
 
 ATTEMPT = "LEVIATHAN_ATTEMPT"
-"""Environment: the word of this attempt, the same on every rank; keys in the store begin with it."""
+"""Environment variable: id of this attempt, equal on all ranks. Keys in the store begin with it."""
 
 
 def host_name() -> str:
-    """This machine, as SLURM calls it where SLURM has started us."""
+    """Return this machine's name, as SLURM calls it inside a job."""
     return os.environ.get("SLURMD_NODENAME", os.uname().nodename)
 
 
@@ -40,6 +40,6 @@ _CONSEQUENCES = (
 
 
 def is_consequence(text: str) -> bool:
-    """Whether the last line of an error says no more than that another rank is gone."""
+    """Return whether the last line of an error only says that another rank is gone."""
     lines = text.strip().splitlines()
     return bool(lines) and any(sign in lines[-1] for sign in _CONSEQUENCES)

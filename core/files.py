@@ -1,7 +1,7 @@
-"""Files that are either whole or absent.
+"""Atomic file writes, and paths that may be URLs.
 
-Writers put bytes into a temporary neighbour, flush it to the disk and rename it: a reader never meets half a file,
-and a full disk leaves the old content in place.
+Writers fill a temporary file beside the target, flush it to disk and rename it. A reader never sees half a file, and a
+full disk leaves the old content in place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -25,57 +25,57 @@ _BLOCK_BYTES = 1 << 20
 
 
 def locate(text: str) -> Path:
-    """The place that a path or a URL (`s3://bucket/folder`, any filesystem of fsspec) names, used like a `Path`.
+    """Return a path, or a URL (`s3://bucket/folder`, any filesystem of fsspec) as an object used like a `Path`.
 
-    Raises `ConfigError` where what that filesystem needs is not installed.
+    Raises `ConfigError` if a package that the filesystem needs is not installed.
     """
     if "://" not in text:
         return Path(text).expanduser()
     from upath import UPath
 
     try:
-        place: Any = UPath(text)
-        _ = place.fs
+        path: Any = UPath(text)
+        _ = path.fs
     except (ImportError, ValueError) as error:
         protocol = text.partition("://")[0]
         advice = known_implementations.get(protocol, {}).get("err", f"no filesystem is called {protocol!r}")
         raise ConfigError("", text, advice) from error
-    return place
+    return path
 
 
 def is_local(path: Path) -> bool:
-    """Whether `path` is this machine's own: elsewhere files are written whole or not at all by the store itself."""
+    """Return whether `path` is on this machine's file system. Object stores write files atomically themselves."""
     return isinstance(path, Path)
 
 
 def open_raw(path: Path, mode: str) -> Any:
-    """A binary file ("rb" or "wb") without a buffer of ours where it is local."""
+    """Open a binary file ("rb" or "wb"), unbuffered if it is local."""
     return open(path, mode, buffering=0) if is_local(path) else path.open(mode)
 
 
-def files_in(place: Path) -> list[Path]:
-    """Every file in a folder and those below it, sorted; of a store elsewhere in one listing."""
-    if is_local(place):
-        return sorted(path for path in place.rglob("*") if path.is_file())
-    return _of_store(place, "find")
+def files_in(folder: Path) -> list[Path]:
+    """Return every file below a folder, sorted. Lists a remote store once."""
+    if is_local(folder):
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    return _in_store(folder, "find")
 
 
 def files_like(pattern: Path) -> list[Path]:
-    """Files whose names a pattern with `*`, `?`, `[]` or `**` fits, sorted."""
+    """Return the files that match a pattern with `*`, `?`, `[]` or `**`, sorted."""
     if is_local(pattern):
         return sorted(Path(found) for found in glob.glob(str(pattern), recursive=True) if Path(found).is_file())
-    return _of_store(pattern, "glob")
+    return _in_store(pattern, "glob")
 
 
-def _of_store(place: Path, how: str) -> list[Path]:
-    store: Any = place
+def _in_store(path: Path, how: str) -> list[Path]:
+    store: Any = path
     found = getattr(store.fs, how)(store.path, detail=True)
     return [locate(store.fs.unstrip_protocol(name)) for name, info in sorted(found.items()) if info["type"] == "file"]
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """What readers of columns take: a local file's name, which they map themselves, or an open file of a store."""
+    """Yield what column readers take: a local path, which they map themselves, or an open remote file."""
     if is_local(path):
         yield path
     else:
@@ -84,7 +84,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory with what is in it, if it is there."""
+    """Remove a directory and its contents, if it exists."""
     if is_local(path):
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
@@ -94,23 +94,19 @@ def remove_tree(path: Path) -> None:
 
 @contextmanager
 def unzipped(path: Path) -> Iterator[IO[bytes]]:
-    """A file to read bytes from; one whose name ends in .gz is unzipped on the way."""
-    with path.open("rb") as raw:
-        if path.suffix == ".gz":
-            with gzip.open(raw) as file:
-                yield cast(IO[bytes], file)
-        else:
-            yield raw
+    """Open a file to read bytes; a .gz file is decompressed."""
+    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else nullcontext(raw) as file:
+        yield cast(IO[bytes], file)
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """One more line at the end. A kill or a full disk may cut it short: who reads such a file bears with that."""
+    """Append a line. A kill or a full disk may truncate it; readers must skip such a line."""
     with open(path, "a") as file:
         file.write(json.dumps(value) + "\n")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` atomically and durably. Raises `OSError` and leaves the old file when it cannot."""
+    """Replace `path` by `content` atomically and durably. On `OSError` the old file stays."""
     if not is_local(path):
         path.write_bytes(content)
         return
@@ -138,7 +134,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of the file's content, read in blocks."""
+    """Return the hex digest of a file's content, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -147,7 +143,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_text(*parts: str) -> str:
-    """Hex digest of several strings; the boundaries between them count."""
+    """Return the hex digest of several strings and of the boundaries between them."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)}:".encode() + part.encode())
@@ -156,11 +152,11 @@ def sha256_text(*parts: str) -> str:
 
 @contextmanager
 def new_directory(path: Path, exclusive: bool = False) -> Iterator[Path]:
-    """Yields a scratch directory that becomes `path` when the block ends well and vanishes when it does not.
+    """Yield a scratch directory that becomes `path` if the block succeeds and is removed if it fails.
 
-    Two processes may race to make the same directory: the first rename wins and the second's work is dropped, so
-    the content must depend on nothing but the name (a content hash). `exclusive` is for any other content: where `path`
-    has appeared meanwhile it stays, and a `ConfigError` says where the work is kept.
+    Two processes may race to make the same directory. The first rename wins and the second's work is dropped, so the
+    content must be a function of the name (a content hash). With `exclusive` the content may be anything: a `path` that
+    appeared meanwhile stays, and a `ConfigError` names the directory that keeps the finished work.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -174,7 +170,7 @@ def new_directory(path: Path, exclusive: bool = False) -> Iterator[Path]:
             if exclusive and os.path.lexists(path):
                 kept = path.with_name(f"{path.name}.{os.getpid()}")
                 os.replace(scratch, kept)
-                reason = f"appeared while it was being made, and was left as it is; the finished work is in {kept}"
+                reason = f"appeared while it was being made, and was not replaced; the finished work is in {kept}"
                 raise ConfigError("out", str(path), reason) from None
             if not path.is_dir():
                 raise

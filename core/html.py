@@ -1,4 +1,4 @@
-"""The frame of every HTML page that Leviathan writes: one file with nothing outside it, for light and dark screens."""
+"""The template of every HTML page that Leviathan writes: one self-contained file, light and dark."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from html import escape
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """A whole page. `title` is plain text, `body` is HTML, `style` is more CSS."""
+    """Return a complete page. `title` is plain text, `body` is HTML, `style` is additional CSS."""
     parts = {"TITLE": escape(title), "STYLE": style, "BODY": body}
-    return re.sub("@([A-Z]+)@", lambda place: parts[place[1]], _FRAME)  # one pass: no part is searched for another
+    return re.sub("@([A-Z]+)@", lambda place: parts[place[1]], _FRAME)  # one pass: inserted parts are not searched
 
 
 def data_url(png: bytes) -> str:
-    """A picture as an address that holds it."""
+    """Return a PNG as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 

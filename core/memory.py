@@ -1,4 +1,4 @@
-"""How much memory this process may still take."""
+"""Memory that this process may still allocate."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes: what the machine can give without swapping, or less where a control group allows less."""
+    """Return bytes available without swapping, or fewer where a control group (cgroup v1 or v2) allows fewer."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # no Linux: nothing better is known than what is built in
+    except (OSError, StopIteration):  # not Linux: use the installed memory
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(0, min([machine, *_allowances(root)]))
 
 
 def _allowances(root: Path) -> Iterator[int]:
-    """What is left in each control group around this process: the limits of all of them hold."""
+    """Yield the bytes left in each control group around this process; all of these limits apply."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -32,7 +32,7 @@ def _allowances(root: Path) -> Iterator[int]:
             continue
         top, names = (mount / "memory", _VERSION_1) if controllers else (mount, _VERSION_2)
         group = top / path.lstrip("/")
-        for place in (group, *group.parents):  # in a container the path may be the host's: then only the top exists
+        for place in (group, *group.parents):  # in a container the path may be the host's, and only the top exists
             files = [place / name for name in names]
             if all(file.is_file() for file in files):
                 limit, used = (file.read_text().strip() for file in files)
@@ -43,7 +43,7 @@ def _allowances(root: Path) -> Iterator[int]:
 
 
 def _reclaimable(statistics: Path) -> int:
-    """Bytes of cached files that count as used but are given up when memory is needed."""
+    """Return bytes of cached files, which count as used but are freed when memory is needed."""
     try:
         lines = [line.split() for line in statistics.read_text().splitlines()]
         return next((int(value) for name, value in lines if name == "inactive_file"), 0)

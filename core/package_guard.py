@@ -1,7 +1,7 @@
-"""Our top-level packages carry plain names (`data`, `train`, ...): make sure that it is ours that are imported.
+"""Make sure that `data`, `train`, ... are imported from Leviathan and not from a user's folder.
 
-A user's folder may hold a `data/` or a `model.py` of its own. Python puts the current folder first on the path of
-`python -m`, so we take it off; what is shadowed all the same (by another distribution, say) is refused by name.
+A user's folder may contain its own `data/` or `model.py`, and `python -m` puts the current folder first on the import
+path. It is removed from the path. A package that is still shadowed, such as by another distribution, is reported.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ PACKAGES = ("core", "model", "precision", "parallel", "hparam", "data", "train",
 
 
 class ForeignPackageError(LeviathanError):
-    """A package of ours is hidden by somebody else's of the same name."""
+    """Another package of the same name shadows one of ours."""
 
     exit_code = 2
 
 
 def drop_working_directory() -> None:
-    """Take the current folder off the import path, unless our packages live there."""
+    """Remove the current folder from the import path, unless our packages are in it."""
     here = Path.cwd().resolve()
     if here != ROOT:
         sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
 
 
 def check_packages(names: tuple[str, ...] = PACKAGES) -> None:
-    """Raise `ForeignPackageError` where a name of ours leads elsewhere, with the file and the fix."""
+    """Raise `ForeignPackageError` if one of our package names resolves to another file."""
     for name in names:
         loaded = sys.modules.get(name)
         spec = loaded.__spec__ if loaded is not None else PathFinder.find_spec(name)
@@ -45,7 +45,7 @@ def check_packages(names: tuple[str, ...] = PACKAGES) -> None:
 
 
 def sources_digest() -> str:
-    """Hash of every source file of our packages, 16 hexadecimal digits: which version of the code this is."""
+    """Return a hash of every source file of our packages, 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in PACKAGES:
         for path in sorted((ROOT / name).rglob("*.py")):

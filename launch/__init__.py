@@ -1,1 +1,1 @@
-"""How a run reaches machines: the `leviathan` command, torchrun on this machine, and the doctor."""
+"""The `leviathan` command: verbs, and ways to start the ranks of a run (in process, torchrun's agent, SLURM)."""

@@ -1,6 +1,6 @@
 """The `leviathan` command: a verb and Hydra overrides.
 
-Exit codes: 0 done, 1 failed, 2 wrong configuration (one line, no traceback), 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 invalid configuration, 130 interrupted after saving.
 """
 
 from __future__ import annotations
@@ -8,140 +8,94 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.errors import ConfigError, LeviathanError
-from core.openmp import share_cores
-from core.package_guard import check_packages, drop_working_directory
+from core.errors import ConfigError
+from core.process import run_process
 
 
 @dataclass(frozen=True)
 class Verb:
-    """`root` names the YAML under configs/; `schema` and `function` are "module:name", imported when the verb runs.
-    The function gets the typed configuration and returns the exit code; one that `sweeps` gets a list of them, one for
-    each combination of values where the user gives several (optimizer.lr=1e-3,2e-3).
+    """A line of the table of verbs. `configs/VERB.yaml` is the root of its configuration.
+
+    `schema` and `function` are "module:name", imported when the verb runs. The function takes the typed configuration
+    and returns the exit code. A verb that `sweeps` gets a list of configurations: one per combination of values, where
+    keys have several (optimizer.lr=1e-3,2e-3).
     """
 
     summary: str
-    root: str
     schema: str
     function: str
     sweeps: bool = False
     positional: tuple[str, ...] = ()
-    """Keys that arguments without "=" stand for, in order; "..." after the last makes it a list of the rest."""
+    """Keys of arguments without "=", in order. "..." after the last one collects the remaining arguments in a list."""
     others: str | None = None
-    """The key of a list that takes overrides of keys which the verb itself does not have: those of another verb."""
+    """Key of a list that collects overrides of keys that `schema` does not have; they belong to another verb."""
+
+
+def _verb(name: str, config: str, summary: str, **options: Any) -> Verb:
+    """A verb whose `Config` class and `run` function are in launch/verbs/NAME.py."""
+    return Verb(summary, f"launch.verbs.{name}:{config}", f"launch.verbs.{name}:run", **options)
 
 
 VERBS = {
-    "train": Verb("train a model", "train", "train.config:TrainConfig", "launch.local:train", sweeps=True),
-    "evaluate": Verb(
-        "held-out loss of a run, or its figures in tasks (lm-eval)",
-        "evaluate",
-        "train.eval.held_out:EvaluateConfig",
-        "train.eval.held_out:run",
-        positional=("run",),
+    "train": Verb("train a model", "train.config:TrainConfig", "launch.verbs.train:run", sweeps=True),
+    "evaluate": _verb(
+        "evaluate", "EvaluateConfig", "held-out loss of a run, or its results on lm-eval tasks", positional=("run",)
     ),
-    "generate": Verb(
-        "continue a text with a run's model",
-        "generate",
-        "train.eval.generate:GenerateConfig",
-        "train.eval.generate:run",
-        positional=("run", "prompt"),
-    ),
-    "tokenize": Verb(
-        "make token shards of a corpus", "tokenize", "launch.verbs.tokenize:TokenizeConfig", "launch.verbs.tokenize:run"
-    ),
-    "filter": Verb(
-        "leave out what is easy, broken or repeated, with an audit",
+    "generate": _verb("generate", "GenerateConfig", "continue a text with a run's model", positional=("run", "prompt")),
+    "tokenize": _verb("tokenize", "TokenizeConfig", "make token shards of a corpus"),
+    "filter": _verb(
         "filter",
-        "launch.verbs.filter:FilterConfig",
-        "launch.verbs.filter:run",
+        "FilterConfig",
+        "drop easy, broken and repeated documents of a corpus, with an audit",
         positional=("action",),
     ),
-    "metap": Verb(
-        "hyperparameters from a small model to a large one: transfer, check, sweep, fit",
+    "metap": _verb(
         "metap",
-        "launch.verbs.metap:MetapConfig",
-        "launch.verbs.metap:run",
+        "MetapConfig",
+        "hyperparameters from a small model to a large one: transfer, check, sweep, fit",
         positional=("action",),
         others="train",
     ),
     "import": Verb(
-        "a checkpoint in the Hugging Face format, as a start for training",
-        "import",
-        "train.convert:ImportConfig",
-        "train.convert:run_import",
+        "convert a checkpoint in the Hugging Face format, to start training from it",
+        "launch.verbs.convert:ImportConfig",
+        "launch.verbs.convert:run_import",
         positional=("source", "out"),
     ),
     "export": Verb(
-        "a run's model in the Hugging Face format",
-        "export",
-        "train.convert:ExportConfig",
-        "train.convert:run_export",
+        "convert a run's model to the Hugging Face format",
+        "launch.verbs.convert:ExportConfig",
+        "launch.verbs.convert:run_export",
         positional=("source", "out"),
     ),
-    "certify": Verb(
-        "prove that a layout computes what one process computes",
-        "certify",
-        "train.certify.plan:CertifyConfig",
-        "launch.verbs.certify:run",
-        positional=("run",),
+    "certify": _verb(
+        "certify", "CertifyConfig", "prove that a layout computes what one process computes", positional=("run",)
     ),
-    "report": Verb(
-        "draw one run, or several side by side",
-        "report",
-        "train.report.run:ReportConfig",
-        "train.report.run:run",
-        positional=("runs...",),
-    ),
-    "jobs": Verb(
-        "list, show or cancel this project's SLURM jobs",
-        "jobs",
-        "launch.slurm.jobs:JobsConfig",
-        "launch.slurm.jobs:run",
-        positional=("action", "job"),
-    ),
-    "doctor": Verb(
-        "look at this machine and installation",
-        "doctor",
-        "launch.diagnose.doctor:DoctorConfig",
-        "launch.diagnose.doctor:run",
-    ),
+    "report": _verb("report", "ReportConfig", "plot one run, or several side by side", positional=("runs...",)),
+    "jobs": _verb("jobs", "JobsConfig", "list, show or cancel this project's SLURM jobs", positional=("action", "job")),
+    "doctor": _verb("doctor", "DoctorConfig", "check this machine and installation"),
 }
 
-
 _OVERRIDE = re.compile(r"~\S|\+{0,2}[A-Za-z_][\w./@:-]*=")
-"""How Hydra's overrides begin; other arguments stand for the keys in `Verb.positional`."""
+"""How Hydra's overrides begin. Other arguments are values of the keys in `Verb.positional`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    drop_working_directory()
-    share_cores()
-    try:
-        check_packages()
-        if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(usage())
-            return 0
-        code = _run(arguments[0], arguments[1:])
-        sys.stdout.flush()
-        return code
-    except LeviathanError as error:
-        print(f"leviathan: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("leviathan: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `leviathan ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
-        return 1
+    """Run one verb; return the exit code."""
+    return run_process(_main, arguments)
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    return _run(arguments[0], arguments[1:])
 
 
 def usage() -> str:
@@ -173,11 +127,9 @@ def _run(name: str, arguments: list[str]) -> int:
         from launch.help import describe
 
         print(f"leviathan {name}: {verb.summary}\n")
-        values = compose_plain(verb.root, schema, overrides)
-        print(describe(schema, values, config_directory(), {"launch": LaunchConfig}))
+        print(describe(schema, compose_plain(name, schema, overrides), config_directory(), {"launch": LaunchConfig}))
         return 0
-    grid = expand(overrides) if verb.sweeps else [overrides]
-    configs = [load(verb.root, schema, point) for point in grid]
+    configs = [load(name, schema, point) for point in (expand(overrides) if verb.sweeps else [overrides])]
     if "--cfg" in options:
         import yaml
 
@@ -188,10 +140,10 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _named(verb: Verb, arguments: list[str]) -> list[str]:
-    """Arguments without "=" as overrides of the keys that they stand for."""
+    """Turn arguments without "=" into overrides of the keys that they stand for."""
     bare = [argument for argument in arguments if not _OVERRIDE.match(argument)]
     if not verb.positional:
-        return arguments  # Hydra says what is wrong with them
+        return arguments  # Hydra reports the error
     named, keys = [argument for argument in arguments if argument not in bare], list(verb.positional)
     from core.config import quoted
 
@@ -208,7 +160,7 @@ def _named(verb: Verb, arguments: list[str]) -> list[str]:
 
 
 def _collected(verb: Verb, schema: type, overrides: list[str]) -> list[str]:
-    """Overrides of keys that `schema` does not have, as a list at `verb.others`."""
+    """Collect overrides of keys that `schema` does not have in the list `verb.others`."""
     if verb.others is None:
         return overrides
     from core.config import quoted

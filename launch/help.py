@@ -1,4 +1,4 @@
-"""`leviathan VERB --help`: every key with the value it has unless overridden, its type, and what its component says."""
+"""`leviathan VERB --help`: every key with its value, type and documentation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ WIDTH = 100
 
 
 def describe(schema: type, values: dict[str, Any], configs: Path, read_later: dict[str, type]) -> str:
-    """`values`: the verb's composed configuration as plain data; `configs`: the folder of Hydra's groups; `read_later`:
-    the components that keys hold of which the schema says no more than that they are dicts.
+    """Return the help text.
+
+    `values`: the composed configuration as plain data. `configs`: the folder of Hydra's groups. `read_later`:
+    components of keys that the schema only declares as dicts.
     """
     return "\n".join([*_groups(schema, configs), *_component(schema, values, "", read_later)]).lstrip("\n")
 
 
 def _groups(schema: type, configs: Path) -> Iterator[str]:
-    """Ready-made choices, `GROUP=NAME`, of the parts that this verb has."""
+    """Yield the choices `GROUP=NAME` of the groups that this verb has."""
     parts = {field.name for field in dataclasses.fields(schema)}
     for folder in sorted(path for path in configs.iterdir() if path.is_dir()):
         names = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -37,12 +39,12 @@ def _groups(schema: type, configs: Path) -> Iterator[str]:
 def _component(
     cls: type, values: dict[str, Any], prefix: str, read_later: dict[str, type], around: tuple[type, ...] = ()
 ) -> Iterator[str]:
-    """The component's documentation, its own keys, then the components inside, but those that it is inside of itself:
-    `around`.
+    """Yield the component's documentation, its keys, then its inner components, except for those in `around`, which
+    contain it.
     """
     yield ""
     for part in _parts(cls):
-        if part.__doc__ and not part.__doc__.startswith(f"{part.__name__}("):  # what dataclasses write themselves
+        if part.__doc__ and not part.__doc__.startswith(f"{part.__name__}("):  # dataclass's own docstring
             yield from _comment(part.__doc__, "")
     hints, documentation, inner = typing.get_type_hints(cls), field_documentation(cls), []
     for field in dataclasses.fields(cls):
@@ -62,7 +64,7 @@ def _component(
 
 
 def field_documentation(cls: type) -> dict[str, str]:
-    """The string that follows a field in the source of its class, which Python itself does not keep."""
+    """Return the string literal after each field in the source of its class."""
     found: dict[str, str] = {}
     for part in _parts(cls):
         (body,), last = ast.parse(textwrap.dedent(inspect.getsource(part))).body, None
@@ -74,12 +76,12 @@ def field_documentation(cls: type) -> dict[str, str]:
 
 
 def _parts(cls: type) -> list[type]:
-    """The components that a component is put together of by inheritance, itself last: each has words of its own."""
+    """Return the dataclasses that a component inherits from, itself last."""
     return [part for part in reversed(cls.__mro__) if dataclasses.is_dataclass(part)]
 
 
 def _entries(kind: Any) -> Iterator[tuple[type, str]]:
-    """Components inside an optional, a list or a dict, with what stands for their key."""
+    """Yield the components inside an optional, list or dict, with a placeholder for their key."""
     names = {list: "INDEX", dict: "NAME"}
     for argument in typing.get_args(kind):
         if dataclasses.is_dataclass(argument):
@@ -95,7 +97,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _text(value: Any) -> str:
-    """As it would be typed after `=`."""
+    """Write a value as it would be typed after `=`."""
     if isinstance(value, str) and value:
         return value
     return (

@@ -1,8 +1,7 @@
-"""The verb `train`: in this process, in ranks of this node, or in a SLURM job; a sweep is several runs."""
+"""Start training runs: in this process, in ranks of this machine, or in a SLURM job. A sweep is several runs."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from core.config import build, differences
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import CRASHED, INTERRUPTED
+from core.process import report
 from launch.config import LaunchConfig, LaunchKind
 from train.config import TrainConfig, check
 from train.metap.hyperparameters import resolve
@@ -19,8 +19,8 @@ from train.run_directory import RunDirectory, write_config
 
 
 def train(configs: list[TrainConfig]) -> int:
-    """Train as `launch` says; returns the exit code. What one process can check is checked here, so that an error comes
-    once and before any rank is started.
+    """Train as configured in `launch`; return the exit code. Checks everything that one process can check before any
+    rank starts, so that an error is printed once.
     """
     _check_alike(configs)
     configs = [resolve(config) for config in configs]
@@ -28,7 +28,7 @@ def train(configs: list[TrainConfig]) -> int:
     for config in configs:
         check(config, launch.ranks if launch.kind is not LaunchKind.inline else 1)
     if launch.kind is LaunchKind.torchrun and launch.nodes > 1 and configs[0].run.name is None:
-        raise ConfigError("run.name", None, "several nodes need one name for their run")
+        raise ConfigError("run.name", None, "is required with several nodes: give the same name to each")
     configs = named(configs)
     if launch.kind is LaunchKind.slurm:
         from launch.slurm.submit import submit_and_follow
@@ -39,23 +39,23 @@ def train(configs: list[TrainConfig]) -> int:
 
 
 def _check_alike(configs: list[TrainConfig]) -> None:
-    """The runs of a sweep are started in one way."""
+    """Raise `ConfigError` if runs of a sweep differ in `launch`."""
     for config in configs[1:]:
         for key, (first, other) in differences(configs[0].launch, config.launch, "launch").items():
-            reason = f"the first run of the sweep has {first}, and all are launched alike; give one value"
+            reason = f"differs from the first run of the sweep ({first}); give launch.* one value"
             raise ConfigError(key, other, reason)
 
 
 def _one_by_one(configs: list[TrainConfig], start: Callable[[TrainConfig], int]) -> int:
-    """A run that fails does not keep the others from running, one that is interrupted does; returns 130 then, or the
-    first code that is not 0.
+    """Train one run after the other. A failed run does not stop the others; an interrupted one does. Return 130 after
+    an interruption, else the first nonzero code.
     """
     codes = []
     for config in configs:
         try:
             code = start(config)
         except LeviathanError as error:
-            print(f"leviathan: error: {config.run.name}: {error}", file=sys.stderr, flush=True)
+            report(error, str(config.run.name))
             code = error.exit_code
         if code == INTERRUPTED:
             return code
@@ -64,7 +64,7 @@ def _one_by_one(configs: list[TrainConfig], start: Callable[[TrainConfig], int])
 
 
 def named(configs: list[TrainConfig]) -> list[TrainConfig]:
-    """Each run with a name of its own: NAME, or NAME-0, NAME-1, ... in a sweep whose runs have none yet."""
+    """Give each run its own name: NAME, or NAME-0, NAME-1, ... in a sweep without distinct names."""
     if None not in (given := [config.run.name for config in configs]) and len(set(given)) == len(given):
         return configs
     first = RunDirectory.of(configs[0]).path.name
@@ -79,8 +79,8 @@ def _inline(config: TrainConfig) -> int:
 
 
 def _torchrun(launch: LaunchConfig, config: TrainConfig) -> int:
-    """What `torchrun --nproc-per-node RANKS -m train` does, with the agent in this process. Ctrl-C and SIGTERM are
-    passed on to the ranks, which save; 130 then.
+    """Do what `torchrun --nproc-per-node RANKS -m train` does, with the agent in this process. Ctrl-C and SIGTERM are
+    forwarded to the ranks, which save; returns 130 then.
     """
     from launch.agent import AgentInterrupted, Node, run
 
@@ -103,6 +103,6 @@ def _torchrun(launch: LaunchConfig, config: TrainConfig) -> int:
         except AgentInterrupted as error:
             return error.exit_code
     if code == CRASHED:
-        advice = "the same command with the run's run.name goes on from its last checkpoint"
-        raise LeviathanError(f"{directory.path.name} failed; {advice}")
+        name = directory.path.name
+        raise LeviathanError(f"{name} failed; rerun with run.name={name} to resume from its last checkpoint")
     return code

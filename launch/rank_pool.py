@@ -1,8 +1,8 @@
-"""A pool of gloo ranks on this machine, started once: importing torch costs seconds a rank, a case then milliseconds.
+"""A pool of gloo ranks on this machine, started once: importing torch takes seconds per rank, a case milliseconds.
 
-A case is a top-level function with its arguments; it runs on ranks 0..n-1 inside a process group of its own, under a
-store prefix of its own. What it returns comes back by rank; what it raises is raised here: the first cause, not
-the broken connections of its neighbours. A case that hangs is killed with all ranks, and the pool starts anew.
+A case is a top-level function with arguments. It runs on ranks 0..n-1 with its own process group and store prefix.
+Results are returned by rank. An exception is raised here: the first cause, not the broken connections of other ranks. A
+hanging case is killed with all ranks, and the pool restarts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PRELOAD = ("torch.distributed", "train.trainer")
 
 
 class RankError(RankFailure):
-    """A rank raised; the message carries its number and traceback."""
+    """A rank raised; the message has its number and traceback."""
 
 
 class Hang(RankFailure):
@@ -35,7 +35,7 @@ class Hang(RankFailure):
 
 
 class Pool:
-    """Rank processes, started when first needed and kept until `close`."""
+    """Rank processes, started on demand and kept until `close`."""
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
@@ -45,7 +45,7 @@ class Pool:
     def __call__(
         self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0
     ) -> list[Any]:
-        """Run `function(*arguments)` on `ranks` ranks and return what each returned."""
+        """Run `function(*arguments)` on `ranks` ranks; return the results by rank."""
         if not 1 <= ranks <= MOST_RANKS:
             raise ValueError(f"1 to {MOST_RANKS} ranks, not {ranks}")
         self._start(ranks)
@@ -83,14 +83,14 @@ class Pool:
 
     def _collect(self, ranks: int, timeout_s: float) -> dict[int, tuple[Any, ...]]:
         replies: dict[int, tuple[Any, ...]] = {}
-        deadline = time.monotonic() + timeout_s + 30.0  # a first case starts its ranks
+        deadline = time.monotonic() + timeout_s + 30.0  # the first case starts its ranks
         while len(replies) < ranks:
             waiting = {self._workers[rank][1]: rank for rank in range(ranks) if rank not in replies}
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
                 if any(reply[0] == "raised" and not is_consequence(reply[2]) for reply in replies.values()):
-                    return replies  # the others wait for one that raised
+                    return replies  # the others wait for the rank that raised
                 raise Hang(f"ranks {sorted(waiting.values())} of {ranks} did not answer within {timeout_s:.0f} s")
             for connection in typing.cast(list[Connection], ready):
                 rank = waiting[connection]
@@ -100,12 +100,12 @@ class Pool:
                     self.close()
                     raise RankError(f"rank {rank} of {ranks} died") from None
                 if replies[rank][0] == "raised":
-                    deadline = min(deadline, time.monotonic() + GRACE_S)  # its neighbours may wait for it for ever
+                    deadline = min(deadline, time.monotonic() + GRACE_S)  # other ranks may wait for it forever
         return replies
 
 
 def _serve(connection: Connection) -> None:
-    """A rank's life: cases until the pool closes."""
+    """Run cases until the pool closes."""
     import torch
 
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 import yaml
 
 from core.config import build, differences, plain
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError, LeviathanError, RenamedKeyError
 from core.exit_codes import CRASHED
 from core.files import locate, read_json, write_text
 from train.config import TrainConfig, phases
@@ -180,6 +180,8 @@ def read_config(path: Path) -> TrainConfig:
         return build(TrainConfig, yaml.safe_load(path.read_text()))
     except OSError as error:
         raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
+    except RenamedKeyError as error:
+        raise ConfigError("run", str(path.parent), f"{path.name} is of an older format: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = f"{path.name} is unreadable: {str(error).splitlines()[0]}"
         raise ConfigError("run", str(path.parent), reason) from None

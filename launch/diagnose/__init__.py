@@ -1,1 +1,1 @@
-"""Checks of machines and links: the doctor."""
+"""Checks of machines, nodes and links: the doctor."""

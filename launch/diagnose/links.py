@@ -1,7 +1,7 @@
-"""The links of an axis, one by one: neighbours exchange a message around the ring of its ranks.
+"""Time the links of an axis one by one: neighbours in the ring of its ranks exchange a message.
 
-A sum over an axis is as fast as its slowest link, and where there is one group all of its ranks read the same rate.
-Here each rank times its exchange with the next one only: a slow node shows in both of its links, a slow cable in one.
+An all-reduce is as fast as its slowest link, and all ranks of a group measure the same rate. Here each rank times its
+exchange with the next rank only: a slow node shows in both of its links, a slow cable in one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from parallel.mesh import MeshAxis
 
 MESSAGE_BYTES = 8 << 20
 SLOW = 0.5
-"""A rate below this share of what most links of its kind do is slow."""
+"""Share of the usual rate below which a rate is slow."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between neighbours of an axis. `bytes_per_second`: of one direction, while both send."""
+    """A link between neighbours of an axis. `bytes_per_second` is per direction, while both send."""
 
     axis: str
     rank: int
@@ -38,12 +38,12 @@ class Link:
 
     @property
     def kind(self) -> tuple[str, bool]:
-        """Links within a node are of another kind than those between nodes."""
+        """The axis, and whether both ends are on one node. Only links of one kind are compared."""
         return self.axis, self.node == self.peer_node
 
 
 def rounds(size: int) -> list[list[tuple[int, int]]]:
-    """Every link (place, next place) of a ring once, in rounds in which each place has one partner at most."""
+    """Return every link (place, next place) of a ring once, in rounds where each place has at most one partner."""
     if size < 3:
         return [[(0, 1)]] if size == 2 else []
     even, odd = ([(place, place + 1) for place in range(first, size - 1, 2)] for first in (0, 1))
@@ -52,9 +52,10 @@ def rounds(size: int) -> list[list[tuple[int, int]]]:
 
 
 def measure(axis: MeshAxis, world: World, tries: int = 3) -> tuple[int, float] | None:
-    """The next rank around the axis and the bytes per second to and from it, the best of some tries; None where this
-    rank's link is told by the other end (two ranks have one link) or the axis has one rank. Every rank of the axis
-    takes part in every round.
+    """Return the next rank around the axis and the best bytes per second to and from it.
+
+    None if the axis has one rank, or if the other end reports the only link of two ranks. Every rank of the axis takes
+    part in every round.
     """
     found, meeting = None, torch.zeros(1, device=world.device)
     sent = torch.zeros(MESSAGE_BYTES // 4, device=world.device)
@@ -62,7 +63,7 @@ def measure(axis: MeshAxis, world: World, tries: int = 3) -> tuple[int, float] |
     for pairs in rounds(axis.size):
         pair = next((pair for pair in pairs if axis.rank in pair), None)
         best = float("inf")
-        for _ in range(tries + 1):  # the first connects
+        for _ in range(tries + 1):  # the first one connects
             axis.sum(meeting, "meet")
             if pair is not None:
                 place = pair[1] if axis.rank == pair[0] else pair[0]
@@ -73,15 +74,15 @@ def measure(axis: MeshAxis, world: World, tries: int = 3) -> tuple[int, float] |
 
 
 def slow_links(links: Sequence[Link]) -> list[tuple[str, int, str]]:
-    """Node, rank and complaint for every slow link: of its two nodes the one with more slow links among its own of that
-    kind, both where one link is all that there is to see.
+    """Return node, rank and description for every slow link.
+
+    Names the end whose node has the larger share of slow links of that kind, or both ends if the shares are equal.
     """
     found = []
     for kind in dict.fromkeys(link.kind for link in links):
         alike = [link for link in links if link.kind == kind]
-        usual = sorted(link.bytes_per_second for link in alike)[
-            3 * len(alike) // 4
-        ]  # one slow node of three spoils two
+        rates = sorted(link.bytes_per_second for link in alike)
+        usual = rates[3 * len(alike) // 4]  # not the median: one slow node of three slows two links
         slow = [link for link in alike if link.bytes_per_second < SLOW * usual]
         share = {node: _count(slow, node) / _count(alike, node) for link in slow for node in link.nodes}
         for link in slow:
@@ -95,7 +96,7 @@ def slow_links(links: Sequence[Link]) -> list[tuple[str, int, str]]:
 
 
 def distinct(axes: Sequence[MeshAxis]) -> list[MeshAxis]:
-    """Without those that join the same ranks as one before them."""
+    """Drop axes that join the same ranks as an earlier one."""
     members = {axis.name: tuple(_rank_of(axis, place) for place in range(axis.size)) for axis in axes}
     first = {ranks: name for name, ranks in reversed(members.items())}
     return [axis for axis in axes if first[members[axis.name]] == axis.name]
@@ -106,7 +107,7 @@ def _count(links: Sequence[Link], node: str) -> int:
 
 
 def _exchange(axis: MeshAxis, peer: int, sent: torch.Tensor, received: torch.Tensor) -> float:
-    """Seconds of sending and receiving at once."""
+    """Return the seconds of sending and receiving concurrently."""
     wait_for(sent.device)
     begin = time.perf_counter()
     both = [

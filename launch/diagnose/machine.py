@@ -1,4 +1,4 @@
-"""What one machine has: asked by `leviathan doctor`, alone or as a node of a job, and where ranks are started."""
+"""Properties of one machine, for the doctor and for starting ranks."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 FEW_FILES = 1024
-"""Linux's usual limit of open files. Where it is lower, loaders and many connections run into it."""
+"""Linux's usual limit of open files. With fewer, data loaders and many connections fail."""
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def cores() -> int:
-    """Those that this process may use, which a container or `taskset` makes fewer than the machine's."""
+    """Return the number of CPU cores that this process may use; a container or `taskset` may restrict them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def driver(path: Path = DRIVER) -> str | None:
-    """Version of NVIDIA's kernel module, None where there is none."""
+    """Return the version of NVIDIA's kernel module, None without one."""
     found = re.search(r"Kernel Module.*?(\d+\.\d+(\.\d+)?)", path.read_text()) if path.exists() else None
     return found[1] if found else None
 
 
-def room(folder: Path) -> tuple[int, bool]:
-    """Free bytes where the folder is or would be made, and whether we may write there."""
+def free_space(folder: Path) -> dict[str, Any]:
+    """Return `free_bytes` and whether the folder is `writable`. If it does not exist: of its nearest parent."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free, os.access(existing, os.W_OK)
+    return {"free_bytes": shutil.disk_usage(existing).free, "writable": os.access(existing, os.W_OK)}

@@ -1,7 +1,7 @@
-"""What the machines of a job can do together: `python -m launch.diagnose.nodes CONFIG FOLDER` on every rank.
+"""Check the nodes of a job: `python -m launch.diagnose.nodes CONFIG FOLDER` on every rank.
 
-Each rank looks at its own machine; all of them time a small sum over each axis of the layout, and neighbours their
-link. A node that is slow or wrong is named in FOLDER/findings.json; launch/slurm/job_step.py reads the exit code.
+Each rank measures its own machine. All ranks time a small all-reduce over each axis of the layout, and neighbours their
+link. Slow or faulty nodes are named in FOLDER/findings.json; launch/slurm/job_step.py reads the exit code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from core.exit_codes import host_name
 from core.files import is_local, open_raw, write_json
 from launch.diagnose.links import MESSAGE_BYTES, SLOW, Link, distinct, measure, slow_links
-from launch.diagnose.machine import FEW_FILES, driver, room
+from launch.diagnose.machine import FEW_FILES, driver, free_space
 from launch.slurm.job_step import FAILED_NODE
 from parallel.comm.world import World, connect, wait_for
 from parallel.mesh import MeshAxis, make_meshes
@@ -31,16 +31,16 @@ from train.config import TrainConfig
 from train.run_directory import RunDirectory, read_config
 
 DISK_BYTES = 32 << 20
-MOST_SKEW_S = 1.0
-PATIENCE_S = 60.0
+MAX_SKEW_S = 1.0
+TIMEOUT_S = 60.0
 VERSIONS = ("python", "torch", "device", "driver")
-"""What all nodes must have alike."""
+"""Fields that must be equal on all nodes."""
 
 
 @dataclass(frozen=True)
 class NodeReading:
-    """What one rank found. Rates in units per second; `bandwidth` by axis, in bytes of a rank's own tensor; `links` by
-    axis: the next rank around it and the bytes to and from it.
+    """One rank's measurements, rates per second. `bandwidth` by axis, in bytes of a rank's own tensor. `links` by axis:
+    the next rank and the bytes to and from it.
     """
 
     rank: int
@@ -54,16 +54,16 @@ class NodeReading:
     bandwidth: dict[str, float]
     links: dict[str, tuple[int, float]]
     disk_bytes_per_second: float | None
-    """None where the place of checkpoints cannot be written."""
+    """None if the checkpoint directory cannot be written."""
     disk_free_bytes: int | None
     shared_memory_free_bytes: int | None
     open_files: int
     clock_s: float
-    """This machine's clock when all ranks had met."""
+    """This machine's clock after a barrier."""
 
 
 def read(config: TrainConfig, world: World) -> NodeReading:
-    """Look at this machine and time each axis of the configured layout."""
+    """Measure this machine and time each axis of the configured layout."""
     axes = make_meshes(config.parallel.resolve(world.size), world).joined
     bandwidth = {axis.name: _bandwidth(axis, world) for axis in axes}
     links = {axis.name: link for axis in distinct(axes) if (link := measure(axis, world)) is not None}
@@ -83,7 +83,7 @@ def read(config: TrainConfig, world: World) -> NodeReading:
         bandwidth=bandwidth,
         links=links,
         disk_bytes_per_second=_disk(folder, world.rank),
-        disk_free_bytes=room(folder)[0] if is_local(folder) else None,
+        disk_free_bytes=free_space(folder)["free_bytes"] if is_local(folder) else None,
         shared_memory_free_bytes=shutil.disk_usage(shared).free if shared.exists() else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         clock_s=clock,
@@ -91,7 +91,7 @@ def read(config: TrainConfig, world: World) -> NodeReading:
 
 
 def judge(readings: list[NodeReading]) -> dict[str, list[str]]:
-    """Node -> what is wrong with it; empty where all is well."""
+    """Return the faults by node; empty if there are none."""
     found: dict[str, list[str]] = {}
 
     def blame(reading: NodeReading, what: str) -> None:
@@ -106,13 +106,13 @@ def judge(readings: list[NodeReading]) -> dict[str, list[str]]:
         if reading.products_flops < SLOW * flops:
             blame(reading, f"matrix products at {reading.products_flops / flops:.0%} of the others' rate")
         if reading.disk_bytes_per_second is None:
-            blame(reading, "cannot write where checkpoints go")
+            blame(reading, "cannot write the checkpoint directory")
         elif reading.disk_bytes_per_second < SLOW / 5 * disk:
             blame(reading, f"disk at {reading.disk_bytes_per_second / disk:.0%} of the others' rate")
-        if abs(reading.clock_s - clock) > MOST_SKEW_S:
+        if abs(reading.clock_s - clock) > MAX_SKEW_S:
             blame(reading, f"clock is off by {reading.clock_s - clock:+.1f} s")
         if reading.open_files < FEW_FILES:
-            blame(reading, f"only {reading.open_files} files may be open")
+            blame(reading, f"limit of only {reading.open_files} open files")
         for key, value in usual.items():
             if getattr(reading, key) != value:
                 blame(reading, f"has {key} {getattr(reading, key)}, the others {value}")
@@ -121,14 +121,14 @@ def judge(readings: list[NodeReading]) -> dict[str, list[str]]:
         for reading in readings:
             if reading.bandwidth.get(axis, float("inf")) < SLOW * _usual(rates):
                 share = reading.bandwidth[axis] / _usual(rates)
-                blame(reading, f"its group of the axis {axis} at {share:.0%} of the others' bandwidth")
+                blame(reading, f"its group of axis {axis} at {share:.0%} of the others' bandwidth")
     for node, rank, what in slow_links(links(readings)):
         found.setdefault(node, []).append(f"rank {rank}: {what}")
     return found
 
 
 def links(readings: list[NodeReading]) -> list[Link]:
-    """Every link that was timed, with the nodes at its ends."""
+    """Return every timed link, with the nodes at its ends."""
     nodes = {reading.rank: reading.node for reading in readings}
     return [
         Link(axis, reading.rank, reading.node, peer, nodes[peer], rate)
@@ -137,8 +137,8 @@ def links(readings: list[NodeReading]) -> list[Link]:
     ]
 
 
-def table(readings: list[NodeReading], wrong: dict[str, list[str]]) -> str:
-    """A line per node, the bandwidth of each axis, and what is wrong."""
+def table(readings: list[NodeReading], faults: dict[str, list[str]]) -> str:
+    """Return a line per node, the bandwidth of each axis and link, and the faults."""
     lines = [f"{'node':<16} {'ranks':>5} {'TFLOP/s':>9} {'disk MB/s':>10} {'free GiB':>9}  torch, device, driver"]
     for node in sorted({reading.node for reading in readings}):
         own = [reading for reading in readings if reading.node == node]
@@ -149,43 +149,43 @@ def table(readings: list[NodeReading], wrong: dict[str, list[str]]) -> str:
         lines.append(f"{node:<16} {len(own):>5} {flops:>9.3f} {disk:>10.0f} {size:>9}  {versions}")
     for axis in dict.fromkeys(axis for reading in readings for axis in reading.bandwidth):
         rates = [reading.bandwidth[axis] / 1e9 for reading in readings if axis in reading.bandwidth]
-        lines.append(f"axis {axis:<11} {min(rates):.2f} to {max(rates):.2f} GB/s summed")
+        lines.append(f"axis {axis:<11} {min(rates):.2f} to {max(rates):.2f} GB/s all-reduce")
     timed = links(readings)
     for axis, within in dict.fromkeys(link.kind for link in timed):
         rates = [link.bytes_per_second / 1e9 for link in timed if link.kind == (axis, within)]
         where = "within nodes" if within else "between nodes"
         lines.append(f"links {axis:<10} {min(rates):.2f} to {max(rates):.2f} GB/s {where}")
-    lines += [f"WRONG {node}: {what}" for node, all_of_it in sorted(wrong.items()) for what in all_of_it[:4]]
-    return "\n".join(lines if wrong else [*lines, "all nodes are well"])
+    lines += [f"FAULTY {node}: {fault}" for node, found in sorted(faults.items()) for fault in found[:4]]
+    return "\n".join(lines if faults else [*lines, "no faulty node"])
 
 
 def main(arguments: list[str]) -> int:
-    """Read, judge, print and write; every rank returns the same."""
+    """Measure, judge, print and write; every rank returns the same code."""
     config, folder = read_config(Path(arguments[0])), Path(arguments[1])
     world = connect()
     try:
-        with world.watch(PATIENCE_S, folder):
+        with world.watch(TIMEOUT_S, folder):
             own = read(config, world)
             readings: list[Any] = [own]
             if world.size > 1:
                 readings = [None] * world.size
                 dist.all_gather_object(readings, own)
-        wrong = judge(readings)
+        faults = judge(readings)
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            content = {"time": time.time(), "bad_nodes": sorted(wrong), "wrong": wrong}
+            content = {"time": time.time(), "bad_nodes": sorted(faults), "faults": faults}
             write_json(folder / "findings.json", {**content, "readings": [asdict(reading) for reading in readings]})
-            print(table(readings, wrong), flush=True)
-        return FAILED_NODE if wrong else 0
+            print(table(readings, faults), flush=True)
+        return FAILED_NODE if faults else 0
     finally:
         world.close()
 
 
 def _bandwidth(axis: MeshAxis, world: World, tries: int = 3) -> float:
-    """Bytes of one rank's tensor that a sum over the axis finishes per second, the best of some tries."""
+    """Return the best rate of an all-reduce over the axis, in bytes of one rank's tensor per second."""
     tensor = torch.zeros(MESSAGE_BYTES // 4, device=world.device)
     best = float("inf")
-    for _ in range(tries + 1):  # the first connects
+    for _ in range(tries + 1):  # the first one connects
         axis.sum(tensor[:1], "meet")
         wait_for(world.device)
         begin = time.perf_counter()
@@ -224,13 +224,13 @@ def _disk(folder: Path, rank: int) -> float | None:
                 os.fsync(file.fileno())
         seconds = time.perf_counter() - begin
         path.unlink()
-    except Exception:  # every store has errors of its own; the judgment names the node
+    except Exception:  # object stores raise errors of many types; `judge` reports the node
         return None
     return DISK_BYTES / seconds
 
 
 def _usual(rates: list[float]) -> float:
-    """The median, of two the larger: one slow node of two is slow beside the other."""
+    """Return the upper median: of two rates the larger, so that one slow node of two is noticed."""
     return sorted(rates)[len(rates) // 2]
 
 
@@ -239,4 +239,6 @@ def _commonest(values: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from core.process import run_process
+
+    sys.exit(run_process(main))

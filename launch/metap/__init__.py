@@ -1,1 +1,1 @@
-"""MetaP experiments: sweeps, searches and fits."""
+"""MetaP experiments: coordinate checks, sweeps, searches, fits and transfers."""

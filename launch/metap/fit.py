@@ -1,4 +1,4 @@
-"""What a sweep has found: best rates, how sure they are, what sizes do to them, and a base for transfers."""
+"""Fit a sweep: best learning rates, confidence intervals, dependence on sizes, and a base for transfers."""
 
 from __future__ import annotations
 
@@ -17,41 +17,40 @@ from core.package_guard import sources_digest
 from hparam.fit import Curve, curve, drift, exponents, foretold, optimum, penalty, plain_optimum
 from hparam.plots import draw_optima, draw_sweep
 from hparam.rules import Parametrization
-from launch.metap.sweep import RUNS, but_rate_and_seed, loss_of
+from launch.metap.runs import RUNS, but_rate_and_seed, loss_of
 from train.config import TrainConfig
 from train.metap.hyperparameters import as_base, scale_of_run
 from train.run_directory import load_config
 
 WIDEST = 0.15
-"""An exponent whose interval is wider than this, up or down, is not taken."""
+"""Largest half width of an exponent's interval at which the exponent is used."""
 TRUSTED = 0.5
-"""Octaves by which the largest setting may lie beside what the others foretell."""
+"""Octaves by which the largest setting may differ from the prediction of the others."""
 FITTED = {"tokens": "tokens_exponent", "batch": "batch_exponent"}
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """`runs`: directories of runs, or of sweeps; none: the sweep in `out`. Writes `fit.json`, pictures, and
-    `base.yaml`, from which a transfer starts.
-    """
+    """Fit finished runs; writes `fit.json`, plots, and `base.yaml` for transfers."""
 
     runs: list[str] = field(default_factory=list)
+    """Directories of runs or of sweeps; empty: the sweep in `out`."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """The runs of one setting: their curve, and one of them."""
+    """The runs of one setting: their curve, and one run."""
 
     curve: Curve
     run: TrainConfig
 
 
 Members = dict[str, dict[str, Member]]
-"""By parametrization and name, the smallest first."""
+"""By parametrization and name, smallest first."""
 
 
 def collect(roots: Sequence[Path]) -> Members:
-    """Every setting of all runs below these directories."""
+    """Group all runs below these directories by setting."""
     paths = [path.parent for root in roots for path in sorted(root.rglob("config.yaml"))]
     if not paths:
         raise ConfigError("fit.runs", None, f"no run in {', '.join(map(str, roots))}")
@@ -64,7 +63,7 @@ def collect(roots: Sequence[Path]) -> Members:
             continue
         groups.setdefault(json.dumps(plain(but_rate_and_seed(run)), sort_keys=True), []).append((run, loss))
     if unfinished:
-        raise ConfigError("fit.runs", str(unfinished[0]), f"{len(unfinished)} runs are not done: let the sweep end")
+        raise ConfigError("fit.runs", str(unfinished[0]), f"{len(unfinished)} runs are unfinished: let the sweep end")
     found: Members = {}
     for runs, name in zip(groups.values(), _names([runs[0][0] for runs in groups.values()]), strict=True):
         losses: dict[float, dict[int, float]] = {}
@@ -75,19 +74,20 @@ def collect(roots: Sequence[Path]) -> Members:
         found.setdefault(first.hparam.rules.value, {})[name] = member
     seeds = {name: one.curve.losses.shape[1] for by in found.values() for name, one in by.items()}
     if len(set(seeds.values())) > 1:
-        told = ", ".join(f"{count} of {name}" for name, count in seeds.items())
-        raise ConfigError("fit.runs", None, f"settings are compared seed by seed, and there are {told}: sweep as many")
+        counts = ", ".join(f"{count} of {name}" for name, count in seeds.items())
+        reason = f"settings are compared seed by seed and need equal numbers of seeds, not {counts}"
+        raise ConfigError("fit.runs", None, reason)
     return {rules: dict(sorted(by.items(), key=lambda item: _order(item[1]))) for rules, by in found.items()}
 
 
 def _order(one: Member) -> tuple[float, ...]:
-    """By size; of settings of one size the better one first."""
+    """Sort by size, then by loss."""
     assert one.curve.scale is not None
     return (*map(float, asdict(one.curve.scale).values()), float(one.curve.losses.mean(1).min()))
 
 
 def _names(runs: Sequence[TrainConfig]) -> list[str]:
-    """Settings by the sizes in which they differ, and by whatever else does."""
+    """Name settings by the sizes in which they differ; if that is ambiguous, also by other keys."""
     scales = [asdict(scale_of_run(run)) for run in runs]
     shown = [
         size
@@ -104,7 +104,7 @@ def _names(runs: Sequence[TrainConfig]) -> list[str]:
 
 
 def fit(config: FitConfig, out: Path) -> int:
-    """Returns the exit code. Raises `ConfigError` where the best rate of a setting under metap is at an edge."""
+    """Return the exit code. Raises `ConfigError` if a best rate under metap is at an edge of the grid."""
     roots = [Path(path).expanduser() for path in config.runs] or [out / RUNS]
     members = collect(roots)
     curves = {rules: [one.curve for one in by.values()] for rules, by in members.items()}
@@ -135,7 +135,7 @@ def fit(config: FitConfig, out: Path) -> int:
 
 
 def _found(curves: Sequence[Curve]) -> dict[str, Any]:
-    """Optima (all bracketed, or this raises), and what changes from the first setting to the last."""
+    """Return optima and the change from the first setting to the last. Raises if an optimum is not bracketed."""
     found: dict[str, Any] = {"optima": {one.name: plain_optimum(optimum(one)) for one in curves}}
     if curves[0].scale != curves[-1].scale:
         found["drift_octaves"] = asdict(drift(curves[0], curves[-1]))
@@ -158,24 +158,24 @@ def _say(rules: str, found: Mapping[str, Any], seeds: int) -> None:
         shown = f"2^{place['value']:+.3f} {interval(place)} = {one['lr']:.3g}"
         print(f"fit: {rules}, {name}: best {shown}, loss {one['loss']['value']:.4f}")
     for key, label in (
-        ("drift_octaves", "the best rate moves by octaves"),
-        ("penalty_nats", "the first one's costs nats"),
+        ("drift_octaves", "octaves by which the best rate moves:"),
+        ("penalty_nats", "nats that the first one's rate costs:"),
     ):
         if key in found:
             print(f"fit: {rules}: from first to last {label} {found[key]['value']:+.3f} {interval(found[key])}")
     for size, one in found.get("exponents", {}).items():
         print(f"fit: {rules}: best rate ~ {size}^{one['value']:+.3f} {interval(one)}")
-    told = found.get("foretold")
-    if told is not None:
-        verdict = "" if abs(told["octaves"]) <= TRUSTED else ": do not trust what is beyond it"
+    prediction = found.get("foretold")
+    if prediction is not None:
+        verdict = "" if abs(prediction["octaves"]) <= TRUSTED else ": do not extrapolate"
         print(
-            f"fit: {rules}: the others foretell 2^{told['predicted']:+.3f} for {told['held_out']}, swept was "
-            f"2^{told['swept']:+.3f}, {told['octaves']:+.3f} octaves beside{verdict}"
+            f"fit: {rules}: the others predict 2^{prediction['predicted']:+.3f} for {prediction['held_out']}, measured "
+            f"2^{prediction['swept']:+.3f}, {prediction['octaves']:+.3f} octaves apart{verdict}"
         )
 
 
 def _write_base(roots: Sequence[Path], members: Mapping[str, Member], found: Mapping[str, Any], out: Path) -> None:
-    """The first setting, with its best rate, as a base."""
+    """Write the first setting with its best rate as a base."""
     name, first = next(iter(members.items()))
     base, best = as_base(first.run), found["optima"][name]
     runs = sum(one.curve.losses.size for one in members.values())
@@ -204,8 +204,8 @@ def _write_base(roots: Sequence[Path], members: Mapping[str, Member], found: Map
 
 
 def _powers(run: TrainConfig, fitted: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Exponents of batch and tokens that are sure enough. Rates of runs with a base are those at the base: what is
-    fitted comes on top of what was assumed.
+    """Return the exponents of batch and tokens with narrow intervals. If the runs had a base, their rates refer to it,
+    and a fitted exponent is added to the assumed one.
     """
     found = {}
     for size, key in FITTED.items():
@@ -215,7 +215,7 @@ def _powers(run: TrainConfig, fitted: Mapping[str, Mapping[str, float]]) -> dict
         power = sign * one["value"] + (getattr(run.hparam, key) if run.hparam.base is not None else 0.0)
         width = max(one["high"] - one["value"], one["value"] - one["low"])
         if width > WIDEST or not (0 if size == "batch" else -1) <= power <= 1:
-            print(f"fit: hparam.{key}={power:.3f} ± {width:.3f} is not taken; it stays {getattr(run.hparam, key):g}")
+            print(f"fit: hparam.{key}={power:.3f} ± {width:.3f} is not used; it stays {getattr(run.hparam, key):g}")
             continue
         found[key] = float(f"{power:.4g}")
     return found

@@ -1,4 +1,4 @@
-"""A search for the learning rate instead of a grid, by Optuna, whose journal several machines can share."""
+"""Search for the learning rate with Optuna instead of a grid. Several machines can share the journal."""
 
 from __future__ import annotations
 
@@ -12,23 +12,14 @@ from typing import Any
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import INTERRUPTED
-from launch.metap.sweep import (
-    SweepConfig,
-    SweepSetting,
-    but_rate_and_seed,
-    directory,
-    is_done,
-    loss_of,
-    member,
-    one_run,
-)
+from launch.metap.runs import SweepConfig, SweepSetting, but_rate_and_seed, directory, is_done, loss_of, member, one_run
 
 WORST = 1e9
-"""What a diverged run counts in the search."""
+"""The loss of a diverged run in the search."""
 
 
 def search(config: SweepConfig, chosen: Sequence[SweepSetting], out: Path) -> int:
-    """`trials` rates for each setting; the mean of the seeds' losses decides. What is done is in the journal."""
+    """Try `trials` rates per setting and minimise the mean loss over seeds. Resumes from the journal."""
     try:
         import optuna
         from optuna.storages import JournalStorage
@@ -48,7 +39,7 @@ def search(config: SweepConfig, chosen: Sequence[SweepSetting], out: Path) -> in
         study = optuna.create_study(
             storage=storage,
             study_name=f"{name}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}",
-            sampler=optuna.samplers.TPESampler(n_startup_trials=min(4, config.trials)),  # machines must differ: no seed
+            sampler=optuna.samplers.TPESampler(n_startup_trials=min(4, config.trials)),  # no seed: machines must differ
             load_if_exists=True,
         )
         while len(study.get_trials(states=(finished,))) < config.trials:
@@ -65,7 +56,7 @@ def search(config: SweepConfig, chosen: Sequence[SweepSetting], out: Path) -> in
 
 
 def _mean_loss(config: SweepConfig, one: SweepSetting, log2_lr: float, out: Path) -> float | None:
-    """None where the run was interrupted."""
+    """Return the mean loss over seeds; None if a run was interrupted."""
     losses = []
     for seed in range(config.seeds):
         run = member(config, one, log2_lr, seed, out)
@@ -74,6 +65,6 @@ def _mean_loss(config: SweepConfig, one: SweepSetting, log2_lr: float, out: Path
             return None
         loss = loss_of(directory(run))
         if code or loss is None:
-            raise LeviathanError(f"{directory(run)} failed; the same command goes on")
+            raise LeviathanError(f"{directory(run)} failed; rerun the same command to resume")
         losses.append(WORST if math.isinf(loss) else loss)
     return sum(losses) / len(losses)

@@ -1,7 +1,7 @@
 """One node of a SLURM job: `python -m launch.slurm.job_step train|doctor FOLDER`, started by srun on each node.
 
-Its exit codes are for launch/slurm/requeue.py. srun hands on the largest of all nodes: what forbids another try
-is larger than what a try may mend.
+launch/slurm/requeue.py reads the exit code. srun returns the largest code of all nodes, so codes that forbid another
+attempt are larger than codes that allow one.
 """
 
 from __future__ import annotations
@@ -16,56 +16,52 @@ if TYPE_CHECKING:
     from launch.agent import Node
 
 FAILED_NODE = 97
-"""The doctor found a node that should not be used."""
+"""The doctor found a faulty node."""
 WARNED = 99
-"""Saved after SLURM's warning; to be queued again."""
+"""Saved after SLURM's warning; requeue."""
 FINAL = 100
-"""Plus the run's own exit code: an error that would come again."""
+"""Plus the run's own exit code: an error that another attempt would repeat."""
 CANCELLED = 130
-"""Saved after SIGTERM: somebody, or SLURM, wants this job to end."""
+"""Saved after SIGTERM, from SLURM or a user."""
 PORTS = range(20000, 60000)
 
 
 def main(arguments: list[str]) -> int:
-    """Run this node's ranks; returns a code for launch/slurm/requeue.py."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that went with its node is told in a line
-    signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(WARNED))  # until the agent listens
-    what, folder = arguments[0], Path(arguments[1])
-    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
-    from core.exit_codes import CRASHED, host_name
-
-    if not (folder / f"config-{task}.yaml").exists():
-        reason = "the job's folder must be on a file system that all nodes share (launch.slurm.directory)"
-        print(f"leviathan: error: {host_name()} does not see {folder}: {reason}", file=sys.stderr)
-        return FINAL + 2
+    """Run this node's ranks; return a code for launch/slurm/requeue.py."""
     from core.errors import LeviathanError
-    from core.package_guard import drop_working_directory
+    from core.exit_codes import CRASHED, host_name
+    from core.process import report
     from launch.agent import AgentInterrupted, NodesNotMet, Unreachable, run
 
-    drop_working_directory()
+    what, folder = arguments[0], Path(arguments[1])
+    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
+    if not (folder / f"config-{task}.yaml").exists():
+        reason = "the job's folder must be on a file system that all nodes share (launch.slurm.directory)"
+        report(LeviathanError(f"{host_name()} does not see {folder}: {reason}"))
+        return FINAL + 2
     try:
         described = node(what, folder, task)
-    except LeviathanError as error:  # the same on every node
+    except LeviathanError as error:  # every node raises the same
         if os.environ.get("SLURM_NODEID") == "0":
-            print(f"leviathan: error: {error}", file=sys.stderr)
+            report(error)
         return FINAL + error.exit_code
     try:
-        code = run(described)
+        return code_for(run(described))
     except AgentInterrupted as error:
         return WARNED if error.signal_number == signal.SIGUSR1 else CANCELLED
+    except (NodesNotMet, Unreachable) as error:  # another attempt uses another port
+        report(error, host_name())
+        return CRASHED
     except LeviathanError as error:
-        print(f"leviathan: error: {host_name()}: {error}", file=sys.stderr)
-        code = (
-            CRASHED if isinstance(error, NodesNotMet | Unreachable) else error.exit_code
-        )  # another try has another port
-    return code_for(code)
+        report(error, host_name())
+        return code_for(error.exit_code)
 
 
 def code_for(code: int) -> int:
-    """What the ranks' own exit code says about another try."""
+    """Convert the ranks' exit code to one for launch/slurm/requeue.py."""
     from core.exit_codes import CRASHED, INTERRUPTED
 
-    if code == INTERRUPTED:  # the ranks were warned, and this program was not, or later
+    if code == INTERRUPTED:  # the ranks got the warning before this process, or instead of it
         return WARNED
     if code in (1, 2):
         return FINAL + code
@@ -73,8 +69,8 @@ def code_for(code: int) -> int:
 
 
 def node(what: str, folder: Path, task: int) -> Node:
-    """The part of this node, from what SLURM's environment and the submitted configuration say. Raises `ConfigError`
-    where they do not go together.
+    """Describe this node from SLURM's environment and the submitted configuration. Raises `ConfigError` if they do not
+    match.
     """
     from core.config import build
     from core.errors import ConfigError
@@ -88,7 +84,7 @@ def node(what: str, folder: Path, task: int) -> Node:
     launch = build(LaunchConfig, config.launch, "launch")
     given = int(environment["SLURM_JOB_NUM_NODES"])
     if given != launch.nodes:
-        reason = f"SLURM has given the job {given}: launch.slurm.options must not ask for another number"
+        reason = f"SLURM allocated {given}: launch.slurm.options must not ask for another number"
         raise ConfigError("launch.nodes", launch.nodes, reason, [given])
     job, attempt = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
     port = PORTS[(int(job) * 101 + int(attempt) * 13 + (what == "doctor")) % len(PORTS)]
@@ -109,4 +105,8 @@ def node(what: str, folder: Path, task: int) -> Node:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the agent reports a lost store in one line
+    signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(WARNED))  # until the agent handles it
+    from core.process import run_process
+
+    sys.exit(run_process(main))

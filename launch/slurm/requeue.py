@@ -1,10 +1,9 @@
-"""Decide whether a SLURM job runs again: `python -m launch.slurm.requeue FOLDER CODE`, near the batch script's end.
+"""Decide whether to requeue a SLURM job: `python -m launch.slurm.requeue FOLDER CODE`, at the end of the batch script.
 
-A run that was warned (time limit, preemption) is queued again, and so is one that failed, a few times; nodes that the
-doctor or a hang named, or that were steadily slow to the end of the try, are left out where SLURM says that the job can
-run on the others. A run that reaches no new checkpoint between tries ends instead: queued for ever, it would only burn
-hours. SLURM is asked by the batch script itself, which runs what this program writes down: in a container there is no
-SLURM to ask.
+A run that was warned (time limit, preemption) is requeued; a failed one a few times. Nodes that the doctor or a hang
+named, and nodes that were slow until the end of the attempt, are excluded if SLURM can run the job without them. A job
+whose attempts reach no new checkpoint ends. This program may run in a container without SLURM, so it writes SLURM
+commands to a file that the batch script executes.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from typing import Any
 from launch.slurm.job_step import CANCELLED, FAILED_NODE, FINAL, WARNED
 
 AGAIN = 75
-"""Exit code: the batch script shall run again-TASK.sh."""
-MOST_WARNED = 3  # a run that is warned before it has saved anything new, as often as this, never will
+"""Exit code: the batch script must run again-TASK.sh."""
+MAX_WARNED = 3  # attempts in a row that may be warned before they reach a new checkpoint
 CANCEL = "cancelled"
-"""A file of this name in a job's folder: `leviathan jobs cancel` was here."""
+"""Name of a file in a job's folder: `leviathan jobs cancel` was called."""
 
 
 @dataclass(frozen=True)
 class RequeueState:
-    """What is kept from try to try: the newest checkpoint's step, how many tries in a row have not got beyond it, and
-    the nodes that are to be left out: wrong ones, and slow ones, which are better than none.
+    """State kept across requeues: last checkpoint step, attempts without progress, excluded nodes, and slow nodes,
+    which are used as a last resort.
     """
 
     step: int = -1
@@ -40,23 +39,22 @@ class RequeueState:
     slow: tuple[str, ...] = ()
 
     def after(self, step: int, bad_nodes: tuple[str, ...], slow_nodes: tuple[str, ...] = ()) -> RequeueState:
+        """Return the state after an attempt that ended at checkpoint `step`."""
         fruitless = 0 if step > self.step else self.fruitless + 1
         excluded, slow = {*self.excluded, *bad_nodes}, {*self.slow, *slow_nodes}
         return RequeueState(step, fruitless, tuple(sorted(excluded)), tuple(sorted(slow - excluded)))
 
-    def wishes(self, configured: list[str]) -> list[list[str]]:
-        """Lists of nodes to leave out, the best first; `configured` are left out anyway."""
-        wrong = sorted({*configured, *self.excluded})
-        lists = [sorted({*wrong, *self.slow}), wrong]
-        return [
-            nodes for place, nodes in enumerate(lists) if set(nodes) > set(configured) and nodes not in lists[:place]
-        ]
+    def exclusions(self, configured: list[str]) -> list[list[str]]:
+        """Return lists of nodes to exclude, best first. `configured` nodes are excluded anyway."""
+        faulty = sorted({*configured, *self.excluded})
+        lists = dict.fromkeys((tuple(sorted({*faulty, *self.slow})), tuple(faulty)))
+        return [list(nodes) for nodes in lists if set(nodes) > set(configured)]
 
 
 @dataclass(frozen=True)
 class RequeueDecision:
-    """`exit_code` AGAIN: queue again, `if_running` only where SLURM is not ending the job itself; with `cancel`, have
-    SLURM call it cancelled instead.
+    """`exit_code` AGAIN requeues the job; with `if_running` only if SLURM is not ending it, with `cancel` it is marked
+    as cancelled instead.
     """
 
     exit_code: int
@@ -66,65 +64,64 @@ class RequeueDecision:
 
 
 def decide(
-    code: int, now: RequeueState, most: int, bad_nodes: tuple[str, ...], nodes: int, cancelled: bool
+    code: int, now: RequeueState, retries: int, bad_nodes: tuple[str, ...], nodes: int, cancelled: bool
 ) -> RequeueDecision:
-    """`code`: srun's. `now`: with this try in it. `most`: tries in a row that may fail without progress. `nodes`: how
-    many the job has.
+    """Decide from srun's exit code. `now` includes this attempt. `retries`: failures in a row without progress that are
+    allowed. `nodes`: the job's number of nodes.
     """
-    on = "to go on from its newest checkpoint" if now.step < 0 else f"to go on from step {now.step}"
+    resume = "to resume from its newest checkpoint" if now.step < 0 else f"to resume from step {now.step}"
     if code == 0:
         return RequeueDecision(0, "done")
     if cancelled:
         return RequeueDecision(AGAIN, "cancelled after saving", cancel=True)
     if code in (WARNED, 128 + signal.SIGUSR1):
-        if now.fruitless >= MOST_WARNED:
-            return RequeueDecision(
-                1, f"{now.fruitless} tries reached no new checkpoint: ask for more (launch.slurm.time)"
-            )
-        return RequeueDecision(AGAIN, f"queued again, {on}")
+        if now.fruitless >= MAX_WARNED:
+            why = f"{now.fruitless} attempts reached no new checkpoint: increase launch.slurm.time"
+            return RequeueDecision(1, f"not requeued: {why}")
+        return RequeueDecision(AGAIN, f"requeued {resume}")
     if FINAL < code < CANCELLED:
-        return RequeueDecision(code - FINAL, "not queued again: the same error would come again")
+        return RequeueDecision(code - FINAL, "not requeued: the same error would occur again")
     if code in (CANCELLED, 128 + signal.SIGTERM):
-        return RequeueDecision(
-            AGAIN, f"stopped from outside; queued again, {on}, unless SLURM ends the job", if_running=True
-        )
+        why = f"stopped from outside; requeued {resume}, unless SLURM ends the job"
+        return RequeueDecision(AGAIN, why, if_running=True)
     if code == FAILED_NODE and len(bad_nodes) >= nodes:
-        return RequeueDecision(1, "not queued again: the doctor finds all nodes wrong, so it is not the nodes")
-    if now.fruitless > most:
-        return RequeueDecision(1, f"not queued again: {now.fruitless} tries in a row reached no new checkpoint")
+        return RequeueDecision(1, "not requeued: the doctor reports all nodes as faulty, so the cause is not a node")
+    if now.fruitless > retries:
+        return RequeueDecision(1, f"not requeued: {now.fruitless} attempts in a row reached no new checkpoint")
     if code == FAILED_NODE:
-        return RequeueDecision(AGAIN, f"queued again: the doctor finds {', '.join(bad_nodes)} wrong")
-    return RequeueDecision(AGAIN, f"failed ({code}); queued again, {on}")
+        return RequeueDecision(AGAIN, f"requeued: the doctor reports {', '.join(bad_nodes)} as faulty")
+    return RequeueDecision(AGAIN, f"failed ({code}); requeued {resume}")
 
 
-def commands(job: str, decision: RequeueDecision, wishes: list[list[str]], script: Path) -> str:
-    """Shell lines that queue the job again, at once: SLURM would wait for two minutes, and takes other nodes only once
-    the job pends. The first list of `wishes` without which SLURM could run `script` is left out. Asking for another try
-    ends this one, so SIGTERM is ignored from here on.
+def commands(job: str, decision: RequeueDecision, exclusions: list[list[str]], script: Path) -> str:
+    """Return shell lines that requeue the job.
+
+    Nodes can only be excluded while the job is pending, and SLURM would delay its start by two minutes: StartTime=now
+    prevents this. The first list of `exclusions` without which SLURM can still run `script` is excluded. A requeue
+    sends SIGTERM to this attempt, which is ignored from here on.
     """
     lines = ["trap '' TERM"]
     if decision.cancel:
         return "\n".join([*lines, f"scancel {job}", f"exit {CANCELLED}", ""])
     if decision.if_running:
         lines.append(f"scontrol show job -o {job} | grep -q JobState=RUNNING || exit {CANCELLED}")
-    if wishes:
-        best, *others = (shlex.quote(",".join(nodes)) for nodes in wishes)
+    if exclusions:
+        best, *others = (shlex.quote(",".join(nodes)) for nodes in exclusions)
         test = f'sbatch --test-only --exclude="$1" {shlex.quote(str(script))}'
         lines += [
-            f"fits() {{ answer=$({test} 2>&1) || ! said=$answer; }}",
+            f"fits() {{ answer=$({test} 2>&1) || ! reason=$answer; }}",
             f'for nodes in {" ".join([best, *others])} \'\'; do [ -z "$nodes" ] || fits "$nodes" && break; done',
-            f'[ "$nodes" = {best} ] || echo "leviathan: not all left out of "{best}": SLURM says, $said"',
-            '[ -z "$nodes" ] || echo "leviathan: left out from now on: $nodes"',
+            f'[ "$nodes" = {best} ] || echo "leviathan: cannot exclude all of "{best}": SLURM: $reason"',
+            '[ -z "$nodes" ] || echo "leviathan: excluded from now on: $nodes"',
         ]
     lines += [f"scontrol requeue {job} || exit 1", f"scontrol update JobId={job} StartTime=now"]
-    if wishes:
+    if exclusions:
         lines.append(f'[ -z "$nodes" ] || scontrol update JobId={job} ExcNodeList="$nodes"')
     return "\n".join([*lines, ""])
 
 
 def main(arguments: list[str]) -> int:
-    """Decide, say so, and leave the commands; returns the job's exit code or AGAIN."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Decide, print the reason, and write the commands; return the job's exit code or AGAIN."""
     folder, code = Path(arguments[0]), int(arguments[1])
     environment = os.environ
     task = int(environment.get("SLURM_ARRAY_TASK_ID", 0))
@@ -146,19 +143,19 @@ def main(arguments: list[str]) -> int:
     now = RequeueState(**history).after(step, bad, slow)
     decision = decide(code, now, launch.slurm.requeues, bad, launch.nodes, (folder / CANCEL).exists())
     if slow:
-        print(f"leviathan: steadily slow in this try: {', '.join(slow)}")
+        print(f"leviathan: slow until the end of this attempt: {', '.join(slow)}")
     print(f"leviathan: {decision.why}", flush=True)
     if decision.exit_code == AGAIN:
         array = environment.get("SLURM_ARRAY_JOB_ID")
         job = f"{array}_{task}" if array else environment["SLURM_JOB_ID"]
         write_json(path, {**vars(now), "time": time.time()})
-        asked = commands(job, decision, now.wishes(launch.slurm.exclude), folder / "job.sh")
-        write_text(folder / f"again-{task}.sh", asked)
+        lines = commands(job, decision, now.exclusions(launch.slurm.exclude), folder / "job.sh")
+        write_text(folder / f"again-{task}.sh", lines)
     return decision.exit_code
 
 
 def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
-    """Nodes named by the doctor of this try, and by hangs since the last one."""
+    """Return nodes named by this attempt's doctor, and by hangs since `since`."""
     found: set[str] = set()
     findings = doctor / "findings.json"
     if findings.exists():
@@ -171,23 +168,25 @@ def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
 
 
 def slow_nodes(path: Path, since: float) -> tuple[str, ...]:
-    """Nodes that were steadily slow when the try ended: what train/stragglers.py noted last, if in this try."""
+    """Return nodes in the last line of train/stragglers.py, if it is of this attempt."""
     lines = _lines(path)
     return tuple(lines[-1]["hosts"]) if lines and lines[-1]["time"] > since else ()
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """What ranks have noted, some of them just before they were ended."""
     from train.run_directory import read_lines
 
     return list(read_lines(path)) if path.exists() else []
 
 
 def _submitted(folder: Path) -> float:
-    """Hangs and findings of earlier jobs of the same name do not count."""
+    """Return when the job was submitted: earlier hangs and findings belong to an older job of the same name."""
     path = folder / "job.json"
     return float(json.loads(path.read_text())["submitted"]) if path.exists() else 0.0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    from core.process import run_process
+
+    sys.exit(run_process(main))

@@ -1,8 +1,7 @@
-"""`launch=slurm`: write what was decided into a folder, render the batch script, submit it, show its log.
+"""`launch=slurm`: write the job's folder, render the batch script, submit it, show its log.
 
-A job is a folder (`jobs/NAME`): `config-0.yaml`, ... (one per run of a sweep, as they were resolved when they were
-submitted: nodes read nothing else), `job.sh`, `job.json` (SLURM's number), a log per array task, and what the job
-notes about itself when it asks to be queued again (launch/slurm/requeue.py).
+A job is a folder `jobs/NAME`: `config-0.yaml`, ... (the resolved configuration of each run of a sweep, the only one
+that nodes read), `job.sh`, `job.json` (SLURM's number), a log per array task, and the state of launch/slurm/requeue.py.
 """
 
 from __future__ import annotations
@@ -39,11 +38,12 @@ ENDED = (
 )
 UNKNOWN, SILENT = "UNKNOWN", "SILENT"
 INSTALL = "is not on this machine: submit from a login node of a SLURM cluster, or use launch=torchrun"
+NO_LOG = "is it on a file system that the nodes share?"
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A submitted job; `runs` are the directories of its runs, one per array task."""
+    """A submitted job. `runs`: the directories of its runs, one per array task."""
 
     folder: Path
     number: str
@@ -60,35 +60,38 @@ class SlurmJob:
         return self.folder / f"config-{task}.yaml"
 
     def id_of(self, task: int) -> str:
-        """What SLURM calls one run of it."""
+        """Return SLURM's id of one run."""
         return f"{self.number}_{task}" if len(self.runs) > 1 else self.number
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """SLURM's word for a run and its reason for it."""
+    """SLURM's state of a run, and its reason."""
 
     state: str
     reason: str = "None"
 
     @property
-    def why(self) -> str:
-        return "" if self.reason == "None" else f" ({self.reason})"
+    def is_over(self) -> bool:
+        return self.state in (*ENDED, UNKNOWN)
+
+    def __str__(self) -> str:
+        return f"{self.state} ({self.reason})" if self.state == "PENDING" and self.reason != "None" else self.state
 
 
 def command(*arguments: str) -> str:
-    """Run one of SLURM's commands; returns its output, raises `LeviathanError` with its own words where it fails."""
+    """Run a SLURM command and return its output. Raises `LeviathanError` with SLURM's message if it fails."""
     if shutil.which(arguments[0]) is None:
         raise ConfigError("launch", "slurm", f"{arguments[0]} {INSTALL}")
     done = subprocess.run(arguments, capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in done.stderr.strip().splitlines() if line]
-        raise LeviathanError(f"{arguments[0]}: {said[-1] if said else f'exit code {done.returncode}'}")
+        message = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise LeviathanError(f"{arguments[0]}: {message}")
     return done.stdout
 
 
 def submit_and_follow(configs: list[TrainConfig], launch: LaunchConfig) -> int:
-    """Submit one job, an array job for a sweep; returns 0 where it was submitted, or what it ended with."""
+    """Submit a job, an array job for a sweep. Return 0, or 1 if the job was followed and a run failed."""
     job = submit(configs, launch)
     print(f"job {job.number}: {job.folder}", flush=True)
     if not launch.slurm.follow:
@@ -96,28 +99,25 @@ def submit_and_follow(configs: list[TrainConfig], launch: LaunchConfig) -> int:
     try:
         return follow(job, print)
     except KeyboardInterrupt:
-        print(f"\nnot shown any more; the job goes on: leviathan jobs show {job.name}", file=sys.stderr)
+        print(f"\nthe job continues; to show it again: leviathan jobs show {job.name}", file=sys.stderr)
         return 0
 
 
 def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
-    """Raises `ConfigError` for what cannot work, with SLURM's own reason where it rejects the job."""
+    """Submit a job. Raises `ConfigError`, with SLURM's reason if SLURM rejects the job."""
     slurm = launch.slurm
     command("sbatch", "--version")
     _check_partition(slurm)
     runs = [RunDirectory.of(config) for config in configs]
     for config, run in zip(configs, runs, strict=True):
         check_interval(config, slurm, _seconds_per_step(run))
-    folder = Path(slurm.directory).expanduser().absolute() / runs[0].path.name.removesuffix(
-        "-0" if len(runs) > 1 else ""
-    )
+    name = runs[0].path.name.removesuffix("-0" if len(runs) > 1 else "")
+    folder = Path(slurm.directory).expanduser().absolute() / name
     for before in _known(folder):
-        if any(told.state not in (*ENDED, UNKNOWN) for told in ask(before)):
-            raise ConfigError(
-                "run.name", before.name, f"job {before.number} of that name is not over", ["another name"]
-            )
+        if not all(status.is_over for status in ask(before)):
+            raise ConfigError("run.name", name, f"job {before.number} of that name has not ended", ["another name"])
     if any(sign in str(folder) for sign in " %"):
-        raise ConfigError("launch.slurm.directory", str(folder), "sbatch takes no blanks and no % in it or in run.name")
+        raise ConfigError("launch.slurm.directory", str(folder), "must not contain blanks or %, nor must run.name")
     folder.mkdir(parents=True, exist_ok=True)
     job = SlurmJob(folder, "", [run.path.absolute() for run in runs])
     for stale in folder.glob("*"):
@@ -138,7 +138,7 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
 
 
 def render(job: SlurmJob, launch: LaunchConfig) -> str:
-    """The batch script. SLURM copies it; everything that may change lies in the job's folder."""
+    """Return the batch script. SLURM copies it when it is submitted; what may change later is in the job's folder."""
     slurm = launch.slurm
     array = len(job.runs) > 1
     requests = {
@@ -164,7 +164,7 @@ def render(job: SlurmJob, launch: LaunchConfig) -> str:
     lines = [f"--{key}={value}" for key, value in requests.items() if value is not None]
     lines += ["--requeue", *(["--exclusive"] if slurm.exclusive else []), *slurm.options]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
-    exports += [f"export SRUN_CPUS_PER_TASK={slurm.cpus}"] if slurm.cpus else []  # srun does not take it from sbatch
+    exports += [f"export SRUN_CPUS_PER_TASK={slurm.cpus}"] if slurm.cpus else []  # srun does not inherit it from sbatch
     python = shlex.join([*shlex.split(slurm.container or ""), slurm.python or sys.executable])
     srun, folder = "srun --kill-on-bad-exit=0 --wait=300 --cpu-bind=none", shlex.quote(str(job.folder))
     return "\n".join(
@@ -180,14 +180,14 @@ def render(job: SlurmJob, launch: LaunchConfig) -> str:
             *slurm.setup,
             "set +e",
             "",
-            "# srun's tasks get the signals, too: this shell waits until they have saved",
+            "# srun's tasks get these signals too; this shell waits until they have saved",
             "trap : TERM USR1",
             "step() {",
             f'    {srun} {python} -u -m launch.slurm.job_step "$1" {folder} &',
             "    pid=$!",
             "    wait $pid; code=$?",
             "    while kill -0 $pid 2>/dev/null; do wait $pid; code=$?; done  # a signal ends only `wait`",
-            "    wait $pid 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended just then",
+            "    wait $pid 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # srun may have ended meanwhile",
             "}",
             *(["step doctor", "[ $code != 0 ] || step train"] if slurm.doctor else ["step train"]),
             f"{python} -m launch.slurm.requeue {folder} $code; code=$?",
@@ -199,60 +199,58 @@ def render(job: SlurmJob, launch: LaunchConfig) -> str:
 
 
 def follow(job: SlurmJob, show: Callable[[str], Any], poll_s: float = 1.0) -> int:
-    """Show the logs of a job as they grow until all its runs are over; 0 where all of them completed."""
+    """Show the logs of a job until all its runs have ended. Return 0 if all completed, else 1."""
     shown, before = [0] * len(job.runs), [JobStatus("")] * len(job.runs)
     silent_since = time.monotonic()
     while True:
         now = ask(job)
-        for task, told in enumerate(now):
+        for task, status in enumerate(now):
             shown[task] = _show_new(job, task, shown[task], show)
-            if told.state != before[task].state:
-                show(f"[{job.id_of(task)}] {told.state}{told.why if told.state == 'PENDING' else ''}")
+            if status.state != before[task].state:
+                show(f"[{job.id_of(task)}] {status}")
         before = now
-        if all(told.state in (*ENDED, UNKNOWN) for told in now):
+        if all(status.is_over for status in now):
             break
-        if any(shown) or all(told.state != "RUNNING" for told in now):
+        if any(shown) or all(status.state != "RUNNING" for status in now):
             silent_since = time.monotonic()
         elif time.monotonic() - silent_since > 120:
-            show(f"the job runs, but {job.folder} shows nothing of it: is it on a file system that the nodes share?")
+            show(f"the job runs, but there is no log in {job.folder}: {NO_LOG}")
             silent_since = time.monotonic()
         time.sleep(poll_s)
     time.sleep(poll_s)
     for task in range(len(job.runs)):
         shown[task] = _show_new(job, task, shown[task], show)
         if not shown[task]:
-            show(f"[{job.id_of(task)}] left no log in {job.folder}: is it on a file system that the nodes share?")
-    return 0 if all(told.state == "COMPLETED" for told in before) else 1
+            show(f"[{job.id_of(task)}] left no log in {job.folder}: {NO_LOG}")
+    return 0 if all(status.state == "COMPLETED" for status in before) else 1
 
 
 def ask(job: SlurmJob) -> list[JobStatus]:
-    """SLURM's words for each run of the job, with one question: UNKNOWN where it has forgotten a run, SILENT where it
-    does not answer.
-    """
+    """Query SLURM once for the status of each run: UNKNOWN if it no longer knows it, SILENT without an answer."""
     if shutil.which("scontrol") is None:
         raise ConfigError("launch", "slurm", f"scontrol {INSTALL}")
-    whole = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # or a long list of tasks ends in "..."
+    environment = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # else a long list of tasks ends in "..."
     line = ["scontrol", "show", "job", "-o", job.number]
-    done = subprocess.run(line, capture_output=True, text=True, env=whole)
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
     if done.returncode and "Invalid job id" not in done.stderr:
         return [JobStatus(SILENT)] * len(job.runs)
-    return understand(done.stdout if done.returncode == 0 else "", len(job.runs))
+    return parse_status(done.stdout if done.returncode == 0 else "", len(job.runs))
 
 
-def understand(answer: str, runs: int) -> list[JobStatus]:
-    """What `scontrol show job -o NUMBER` says of each run. Tasks of an array that have not begun share a line."""
+def parse_status(answer: str, runs: int) -> list[JobStatus]:
+    """Parse `scontrol show job -o NUMBER`. Pending tasks of an array share a line."""
     found = [JobStatus(UNKNOWN)] * runs
     for line in answer.splitlines():
         fields = dict(re.findall(r"(\w+)=(\S*)", line))
-        told = JobStatus(fields.get("JobState", UNKNOWN), fields.get("Reason", "None"))
+        status = JobStatus(fields.get("JobState", UNKNOWN), fields.get("Reason", "None"))
         for task in _tasks(fields.get("ArrayTaskId", "0")):
             if task < runs:
-                found[task] = told
+                found[task] = status
     return found
 
 
 def jobs(directory: Path) -> list[SlurmJob]:
-    """Every job that was submitted from here, oldest first."""
+    """Return every job submitted from here, oldest first."""
     found = [job for folder in directory.glob("*") for job in _known(folder)]
     return sorted(found, key=lambda job: (len(job.number), job.number))
 
@@ -267,7 +265,7 @@ def _known(folder: Path) -> list[SlurmJob]:
 
 
 def _tasks(text: str) -> list[int]:
-    """The numbers in SLURM's list of an array's tasks: 3, 0-2, 1,4-6, 0-6:2, 0-3%2 (two of them at once)."""
+    """Parse SLURM's list of array tasks: 3, 0-2, 1,4-6, 0-6:2, 0-3%2 (at most two concurrently)."""
     found: list[int] = []
     for part in text.partition("%")[0].split(","):
         if span := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
@@ -277,7 +275,7 @@ def _tasks(text: str) -> list[int]:
 
 
 def _show_new(job: SlurmJob, task: int, offset: int, show: Callable[[str], Any]) -> int:
-    """Show the whole lines of a log after `offset`; returns how far they go."""
+    """Show the complete lines of a log after `offset`; return the offset of their end."""
     try:
         with open(job.log(task), "rb") as file:
             file.seek(offset)
@@ -300,7 +298,7 @@ def _check_partition(slurm: SlurmConfig) -> None:
 
 
 def _dependency(slurm: SlurmConfig, directory: Path) -> str | None:
-    """Names of this project's jobs in a dependency become SLURM's numbers."""
+    """Replace names of this project's jobs in a dependency by SLURM's numbers."""
     if slurm.dependency is None:
         return None
     parts = slurm.dependency.split(":")
@@ -308,14 +306,14 @@ def _dependency(slurm: SlurmConfig, directory: Path) -> str | None:
         if not re.fullmatch(r"\d+([_+]\S+)?", part):
             if not (directory / part / "job.json").exists():
                 known = [job.name for job in jobs(directory)]
-                reason = f"{part} is no job's number and no job in {directory}"
+                reason = f"{part} is neither a job number nor a job in {directory}"
                 raise ConfigError("launch.slurm.dependency", slurm.dependency, reason, known[-3:])
             parts[index] = load_job(directory / part).number
     return ":".join(parts)
 
 
 def _seconds_per_step(run: RunDirectory) -> float | None:
-    """From what the run has logged before, if it has."""
+    """Return seconds per step from the run's earlier log, None without one."""
     if not run.metrics.exists() or not run.config_file.exists():
         return None
     rates = [line["tokens_per_second"] for line in read_lines(run.metrics) if line.get("tokens_per_second")]

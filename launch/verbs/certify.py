@@ -1,4 +1,4 @@
-"""The verb `certify`: start ranks on this machine, compare, write the certificate."""
+"""The verb `certify`: run layouts on ranks of this machine, compare them, write the certificate."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from train.run_directory import load_config
 
 
 def run(config: CertifyConfig) -> int:
-    """0 where every comparison holds, 1 where one does not."""
+    """Return 0 if every comparison holds, else 1."""
     if config.run is not None:
         stored = load_config(Path(config.run))
         config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)
         config = replace(config, optimizer=stored.optimizer, precision=stored.precision)
-    _, left_out = trials(config)
-    for line in left_out:
-        print(f"left out  {line}")
+    _, omitted = trials(config)
+    for line in omitted:
+        print(f"omitted  {line}")
     pool, outcomes = Pool(), []
     try:
         for outcome in certify(config, pool):
             outcomes.append(outcome)
-            _say(outcome)
+            _print(outcome)
     finally:
         pool.close()
     content = certificate(config, outcomes, {"sources": sources_digest(), "torch": torch.__version__})
@@ -44,7 +44,7 @@ def run(config: CertifyConfig) -> int:
     return 1
 
 
-def _say(outcome: Outcome) -> None:
+def _print(outcome: Outcome) -> None:
     trial, verdict = outcome.trial, "passed" if outcome.passed else "FAILED"
     figures = [f"{name} {outcome.largest(gate):.1e}" for name, gate in (("float64", EXACT), ("float32", GRADIENT_FP32))]
     if trial.parallel.engine is EngineKind.deepspeed:

@@ -1,6 +1,6 @@
-"""The verb `filter`: leave out of a file or data set what is easy, broken or repeated, with an audit.
+"""The verb `filter`: drop easy, broken and repeated documents of a file or data set, with an audit.
 
-On several processes: `leviathan filter processes=N ...`, or `torchrun ... -m launch.verbs.filter OVERRIDES`.
+With several processes: `leviathan filter processes=N ...`, or `torchrun ... -m launch.verbs.filter OVERRIDES`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from core.config import build, differences, load, plain, quoted
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError, LeviathanError, check_numbers
+from core.exit_codes import CRASHED
 from core.files import read_json, write_json
 from data.config import TokenizerConfig, TokenizerKind
 from data.filter.audit.findings import summary
@@ -37,7 +38,7 @@ from data.filter.score.scorer import Scorer
 from data.filter.select.lines import COUNTS, LineFilter, check_rules
 from data.filter.store import OneWorker, Workers, together
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
-from launch.verbs.ablate import AblateConfig, ablate
+from launch.ablate import AblateConfig, ablate
 from parallel.comm.world import World, connect
 from train.eval.contamination import MODELS
 from train.provenance import explain_run
@@ -49,25 +50,27 @@ _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
 class FilterAction(Enum):
     filter = "filter"
     ablate = "ablate"
-    """Train on what the rules keep of a run's corpus (`ablate.train`), and on controls, at equal tokens."""
+    """Train on a filtered corpus (`ablate.train`) and on controls, with equal numbers of tokens."""
     stream = "stream"
-    """Decide lines of JSON from standard input as they come."""
+    """Filter lines of JSON from standard input as they arrive."""
 
 
 @dataclass(frozen=True)
 class FilterConfig(FilterRules, InputConfig):
-    """`out`: the directory to make, or to go on with. `tokenizer`: what counts tokens (a tokenizer.json or a folder
-    with one); null: bytes stand for them. `processes`: how many filter together on this machine. `explain`: tell the
-    journey of the record of this name through a filtering in `out`, and do nothing else; with `run`, the directory of a
-    run whose data were filtered, through that filtering and to the steps that trained on it.
-    """
+    """Filter a file or data set into a directory; the same command resumes an interrupted filtering."""
 
     out: str = "filtered"
+    """Directory to create, or to resume in."""
     tokenizer: str | None = None
+    """Tokenizer that counts tokens: a tokenizer.json or its folder. null: count bytes instead."""
     processes: int = 1
+    """Number of processes on this machine."""
     explain: str | None = None
+    """Only report what happened to the record with this id in the filtering in `out`."""
     run: str | None = None
+    """With `explain`: the directory of a run on filtered data; also report the steps that trained on the record."""
     action: FilterAction = FilterAction.filter
+    """`filter`, `stream` (lines of JSON from standard input), or `ablate` (train on filtered data and controls)."""
     ablate: AblateConfig = field(default_factory=AblateConfig)
 
     def __post_init__(self) -> None:
@@ -76,31 +79,30 @@ class FilterConfig(FilterRules, InputConfig):
             InputConfig.__post_init__(self)
         if self.action is FilterAction.ablate:
             names = (*(one.name for one in fields(InputConfig)), "tokenizer", "processes", "explain", "run")
-            self._refuse(names, "whose data are those of leviathan train (docs/filter.md)", [_OWN_DATA])
+            self._refuse(names, "whose data are configured by ablate.train (docs/filter.md)", [_OWN_DATA])
         if self.action is FilterAction.stream:
             names = ("input", "dataset", "subset", "split", "processes", "explain", "run")
             self._refuse(names, "which reads lines of JSON from standard input", ["< FILE"])
             check_rules(self)
             self.lines()
         if self.run is not None and self.explain is None:
-            raise ConfigError("run", self.run, "is where to look a record up: name it", ["explain=ID"])
-        if self.processes < 1:
-            raise ConfigError("processes", self.processes, "must be positive")
+            raise ConfigError("run", self.run, "needs the id of a record", ["explain=ID"])
+        check_numbers(self, positive=("processes",))
 
     def _refuse(self, names: Sequence[str], why: str, instead: Sequence[str]) -> None:
-        """Raise `ConfigError` for the first of these keys that is given: the action would not look at it."""
+        """Raise `ConfigError` for the first of these keys that is set: the action does not read it."""
         for one in fields(FilterConfig):
             if one.name in names and (value := getattr(self, one.name)) != one.default:
-                raise ConfigError(one.name, value, f"means nothing to filter {self.action.name}, {why}", instead)
+                raise ConfigError(one.name, value, f"does not apply to filter {self.action.name}, {why}", instead)
 
     def lines(self) -> InputConfig:
-        """What a line of standard input is made of."""
+        """Return how to read a line of standard input."""
         keys = {one.name: getattr(self, one.name) for one in fields(InputConfig)}
         return InputConfig(**{**keys, "input": "-"})
 
 
 def run(config: FilterConfig) -> int:
-    """Filter, or explain; returns the exit code."""
+    """Filter, or explain; return the exit code."""
     out = Path(config.out).expanduser()
     if config.explain is not None:
         print(explain(out, config.explain) if config.run is None else explain_run(Path(config.run), config.explain))
@@ -134,7 +136,7 @@ def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
 
 
 def _stream(config: FilterConfig, out: Path) -> int:
-    """Filter standard input until it ends; the counts are told then."""
+    """Filter standard input until it ends, then print the counts."""
 
     def check(records: Sequence[Record]) -> None:
         for key, name in models_of(config.scorer):
@@ -153,39 +155,32 @@ def _stream(config: FilterConfig, out: Path) -> int:
     rate = "nothing was scored" if counts["rate"] is None else f"{counts['rate']:.2%} of the {counts['unit']} scored"
     reasons = ", ".join(f"{name} {count:,}" for name, count in counts["reasons"].items())
     print(f"kept {counts['kept']:,} of {counts['lines']:,} lines ({rate}; keep={config.keep}): {reasons}")
-    print(f"no duplicates were looked for; counts: {out / COUNTS}")
+    print(f"duplicates were not searched for; counts: {out / COUNTS}")
     return 0
 
 
 def command_of(config: FilterConfig) -> str:
-    """What makes the same again."""
+    """Return the command that repeats this filtering."""
     plain_config, given = plain(config), ("input", "dataset")
     changed = {key: new for key, (_, new) in differences(plain(FilterConfig(input="")), plain_config).items()}
     changed = {key: plain_config[key] for key in given if plain_config[key]} | {
         key: new for key, new in changed.items() if key not in given
     }
-    # a key of a dict that has none by default is to be added
+    # Hydra needs "+" for keys of a dict that is empty by default
     added = ("select.domains.", "contamination.sets.")
     words = [f"{'+' if key.startswith(added) else ''}{key}={_override(new)}" for key, new in changed.items()]
     return " ".join(["leviathan filter", *map(shlex.quote, words)])
 
 
 def _override(value: Any) -> str:
-    """A value in Hydra's grammar."""
+    """Write a value in Hydra's override grammar."""
     if isinstance(value, list):
         return f"[{','.join(map(_override, value))}]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}: {_override(part)}" for key, part in value.items()) + "}"
     if isinstance(value, str):
-        if re.fullmatch(r"[A-Za-z_/.~][\w./~-]*", value) and value.lower() not in (
-            "null",
-            "true",
-            "false",
-            "nan",
-            "inf",
-        ):
-            return value
-        return quoted(value)
+        plain_word = re.fullmatch(r"(?!(null|true|false|nan|inf)$)[A-Za-z_/.~][\w./~-]*", value, re.IGNORECASE)
+        return value if plain_word else quoted(value)
     return json.dumps(value)
 
 
@@ -213,7 +208,7 @@ def _scorer(config: FilterConfig, out: Path) -> Scorer:
 
 
 def _count_tokens(tokenizer: Tokenizer | None) -> Callable[[Sequence[str]], Sequence[int]] | None:
-    """None, where there is no tokenizer: bytes stand for tokens."""
+    """Return a token counter; None without a tokenizer, when bytes are counted."""
     return None if tokenizer is None else lambda texts: [len(ids) for ids in tokenizer.encode(texts)]
 
 
@@ -234,7 +229,7 @@ def _tokenizer(config: FilterConfig) -> Tokenizer | None:
 
 
 class WorldWorkers:
-    """The ranks that torchrun has started."""
+    """The ranks that torchrun started."""
 
     def __init__(self, world: World) -> None:
         self.world, self.rank, self.size = world, world.rank, world.size
@@ -245,15 +240,15 @@ class WorldWorkers:
         return total.numpy()
 
     def agree(self, error: LeviathanError | None) -> None:
-        said: list[LeviathanError | None] = [None] * self.size
-        torch.distributed.all_gather_object(said, error)
-        for found in filter(None, said):
+        errors: list[LeviathanError | None] = [None] * self.size
+        torch.distributed.all_gather_object(errors, error)
+        for found in filter(None, errors):
             found.everywhere = True
             raise found
 
 
 def _processes(config: FilterConfig, out: Path) -> int:
-    """What `torchrun --nproc-per-node N -m launch.verbs.filter` does."""
+    """Do what `torchrun --nproc-per-node N -m launch.verbs.filter` does."""
     from launch.agent import AgentInterrupted, Node
     from launch.agent import run as run_node
 
@@ -262,30 +257,22 @@ def _processes(config: FilterConfig, out: Path) -> int:
         write_json(path, plain(config))
         command = ("-m", "launch.verbs.filter", "--config", str(path))
         try:
-            return run_node(Node(command=command, ranks=config.processes, logs=out / "logs", job="filter"))
+            code = run_node(Node(command=command, ranks=config.processes, logs=out / "logs", job="filter"))
+            return 1 if code == CRASHED else code
         except AgentInterrupted as error:
             return error.exit_code
 
 
 def main(arguments: list[str]) -> int:
-    """One process of several. Errors that were foreseen are one line, told once."""
-    from core.openmp import share_cores
-    from core.package_guard import check_packages, drop_working_directory
-
-    drop_working_directory()
-    share_cores()
-    try:
-        check_packages()
-        if arguments[:1] == ["--config"]:
-            return run(build(FilterConfig, read_json(Path(arguments[1]))))
-        return run(load("filter", FilterConfig, arguments))
-    except LeviathanError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
-            print(f"leviathan: error: {error}", file=sys.stderr)
-        return error.exit_code
+    """Run one process of several."""
+    if arguments[:1] == ["--config"]:
+        return run(build(FilterConfig, read_json(Path(arguments[1]))))
+    return run(load("filter", FilterConfig, arguments))
 
 
 if __name__ == "__main__":
     if not sys.flags.safe_path and Path.cwd().resolve() != Path(__file__).resolve().parents[2]:
         del sys.path[0]
-    sys.exit(main(sys.argv[1:]))
+    from core.process import run_process
+
+    sys.exit(run_process(main))

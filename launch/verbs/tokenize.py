@@ -1,4 +1,4 @@
-"""The verb `tokenize`: make a corpus's token shards ahead of a run, in a directory that runs share."""
+"""The verb `tokenize`: make a corpus's token shards before a run, in a directory that runs share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from train.eval.contamination import MODELS
 
 @dataclass(frozen=True)
 class TokenizeConfig:
-    """`out`: the directory to make, for `data.tokens` of a run; null: leave the tokens in the cache."""
+    """Tokenize a corpus into shards."""
 
     data: DataConfig = field(default_factory=DataConfig)
     out: str | None = None
+    """Directory to create, for `data.tokens` of a run; null: only the cache."""
 
 
 def run(config: TokenizeConfig) -> int:
-    """Tokenise, and print what came out."""
+    """Tokenize and print a table of the result."""
     out = Path(config.out).expanduser() if config.out else None
     if out is not None and out.exists():
         raise ConfigError("out", config.out, "exists already; choose another directory or remove it")
@@ -37,7 +38,7 @@ def run(config: TokenizeConfig) -> int:
 
 
 def table(corpus: Corpus) -> str:
-    """Documents, bytes and tokens of each source and split."""
+    """Return documents, bytes and tokens of each source and split as a table."""
     lines = [f"{'source':<16} {'split':<9} {'documents':>12} {'bytes':>16} {'tokens':>16} {'bytes/token':>12}"]
     for name, splits in corpus.manifest["sources"].items():
         for split, part in splits.items():

@@ -100,7 +100,10 @@ def test_differences_name_leaves():
         ("model.rope_scaling={factr: 2.0}", "model.rope_scaling.factr: no such key; try factor"),
         ("model.rope_scaling={factor: 0.5}", "model.rope_scaling.factor=0.5: needs factor >= 1"),
         ("model.rope_scaling=3", "model.rope_scaling=3: needs keys and values"),
-        ("model.rope_scaling.factor=2", "model.rope_scaling is null unless something is set in it; try +model.rope"),
+        (
+            "model.rope_scaling.factor=2",
+            "model.rope_scaling.factor: is unset by default; try +model.rope_scaling.factor=... to set it",
+        ),
     ],
 )
 def test_optional_components_are_checked_like_others(override, message):

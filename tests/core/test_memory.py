@@ -20,29 +20,25 @@ def machine(root: Path, cgroup: str, files: dict[str, object]) -> Path:
 
 
 V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+def version_2(group: str, limit: object, used: int = GB) -> dict[str, object]:
+    return {f"{V2}/{group}/memory.max": limit, f"{V2}/{group}/memory.current": used}
+
+
+def version_1(group: str, limit: int, used: int = GB) -> dict[str, object]:
+    return {f"{V1}/{group}/memory.limit_in_bytes": limit, f"{V1}/{group}/memory.usage_in_bytes": used}
+
+
 CASES: dict[str, tuple[str, dict[str, object], int]] = {
     "no_group": ("1:cpu:/", {}, 8),
-    "version_2": ("0::/a", {f"{V2}/a/memory.max": 3 * GB, f"{V2}/a/memory.current": GB}, 2),
-    "unlimited": ("0::/a", {f"{V2}/a/memory.max": "max", f"{V2}/a/memory.current": GB}, 8),
-    "around_it": (
-        "0::/a/b",
-        {f"{V2}/a/memory.max": 3 * GB, f"{V2}/a/memory.current": GB}
-        | {f"{V2}/a/b/memory.max": "max", f"{V2}/a/b/memory.current": GB},
-        2,
-    ),
-    "a_container": ("0::/../x", {f"{V2}/memory.max": 5 * GB, f"{V2}/memory.current": GB}, 4),
-    "file_cache": (
-        "0::/",
-        {f"{V2}/memory.max": 3 * GB, f"{V2}/memory.current": 3 * GB, f"{V2}/memory.stat": f"inactive_file {GB}"},
-        1,
-    ),
-    "used_up": ("0::/", {f"{V2}/memory.max": 3 * GB, f"{V2}/memory.current": 4 * GB}, 0),
-    "version_1": (
-        "5:cpu:/a\n4:memory:/a",
-        {f"{V1}/a/memory.limit_in_bytes": 3 * GB, f"{V1}/a/memory.usage_in_bytes": GB}
-        | {f"{V1}/memory.limit_in_bytes": UNLIMITED, f"{V1}/memory.usage_in_bytes": GB},
-        2,
-    ),
+    "version_2": ("0::/a", version_2("a", 3 * GB), 2),
+    "unlimited": ("0::/a", version_2("a", "max"), 8),
+    "around_it": ("0::/a/b", version_2("a", 3 * GB) | version_2("a/b", "max"), 2),
+    "a_container": ("0::/../x", version_2(".", 5 * GB), 4),
+    "file_cache": ("0::/", version_2(".", 3 * GB, 3 * GB) | {f"{V2}/memory.stat": f"inactive_file {GB}"}, 1),
+    "used_up": ("0::/", version_2(".", 3 * GB, 4 * GB), 0),
+    "version_1": ("5:cpu:/a\n4:memory:/a", version_1("a", 3 * GB) | version_1(".", UNLIMITED), 2),
 }
 
 

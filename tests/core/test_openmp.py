@@ -1,22 +1,18 @@
-"""Waiting threads leave the core to others, unless the user decided."""
+"""Waiting threads yield the core, unless the user decided otherwise."""
+
+from __future__ import annotations
 
 import os
+
+import pytest
 
 from core.openmp import SPIN_COUNT, share_cores
 
 
-def test_sets_the_spin_count_when_nothing_is_said(monkeypatch):
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+@pytest.mark.parametrize(
+    "given, spins", [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_the_spin_count_is_set_unless_the_environment_decides(monkeypatch, given, spins):
+    monkeypatch.setattr(os, "environ", dict(given))
     share_cores()
-    assert os.environ["GOMP_SPINCOUNT"] == SPIN_COUNT
-
-
-def test_keeps_what_the_environment_says(monkeypatch):
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    share_cores()
-    assert os.environ["GOMP_SPINCOUNT"] == "7"
-    monkeypatch.delenv("GOMP_SPINCOUNT")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    share_cores()
-    assert "GOMP_SPINCOUNT" not in os.environ
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

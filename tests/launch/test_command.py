@@ -59,7 +59,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_evaluate_repeats_the_runs_own_figure(finished, command):
-    done = command("evaluate", f"run={finished}", "rows=4")
+    done = command("evaluate", f"run={finished}", "sequences=4")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["loss"] == json.loads((finished / "summary.json").read_text())["heldout_loss"]
 
@@ -98,7 +98,7 @@ def test_help_and_cfg(command):
     assert "data.sources.NAME.text_key=text  (str)" in text
     assert "run=???  (str)" in command("evaluate", "--help").stdout
     shown = command("train", "--cfg", "model.hidden_size=256").stdout
-    assert "width: 256" in shown and "vocab_size: 1024" in shown
+    assert "hidden_size: 256" in shown and "vocab_size: 1024" in shown
 
 
 def test_a_reader_who_goes_away_is_no_traceback():
@@ -244,4 +244,4 @@ def test_a_rank_that_dies_ends_a_run_without_restarts(small_corpus, tmp_path):
     assert process.returncode == 1
     told = [line for line in errors.splitlines() if line.startswith("leviathan: ")]
     assert "was ended by SIGKILL  (its output: " in told[0], errors
-    assert told[-1].endswith("x failed; the same command with the run's run.name goes on from its last checkpoint")
+    assert told[-1].endswith("x failed; rerun with run.name=x to resume from its last checkpoint")

@@ -21,7 +21,7 @@ def test_help_has_every_key_of_launch_with_its_type_and_words(capsys, overrides)
     assert "launch.slurm.time=null  (str | null)\n" in text and "launch={" not in text
     assert "launch.slurm.save_s=300  (int)\n    # Seconds before the time limit at which" in text
     assert f"launch.kind={'slurm' if overrides else 'inline'}  (inline | torchrun | slurm)\n" in text
-    assert "# What sbatch is asked for; null leaves it to the cluster." in text
+    assert "# Options of sbatch and of the job; null: the cluster's default." in text
 
 
 def test_help_shows_what_would_be_launched(capsys):

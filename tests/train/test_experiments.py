@@ -13,7 +13,7 @@ from bench.proxies import PROXIES, RUN
 from core.config import load
 from core.errors import ConfigError
 from hparam.scale import kind_of
-from launch.metap.sweep import bases
+from launch.metap.runs import bases
 from model.config import ModelConfig
 from model.multipliers import folded
 from train.config import TrainConfig

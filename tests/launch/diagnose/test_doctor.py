@@ -21,7 +21,7 @@ from launch.cli import main
 from launch.config import LaunchConfig, LaunchKind
 from launch.diagnose import doctor, links, nodes
 from launch.diagnose.links import rounds
-from launch.diagnose.machine import FEW_FILES, driver, room
+from launch.diagnose.machine import FEW_FILES, driver, free_space
 from launch.diagnose.nodes import NodeReading, judge, table
 from parallel.comm.world import connect
 from parallel.mesh import MeshAxis, make_meshes
@@ -58,15 +58,15 @@ def cluster(ranks: int = 8, **other: Callable[[NodeReading], dict[str, Any]]) ->
 
 def test_nobody_is_named_where_all_is_well():
     """Links between nodes are seven times slower than those within, and that is as it should be."""
-    assert judge(cluster()) == {} and table(cluster(), {}).endswith("all nodes are well")
+    assert judge(cluster()) == {} and table(cluster(), {}).endswith("no faulty node")
 
 
 WRONG = {
     "matrix products at 33% of the others' rate": {"products_flops": 201e12},
-    "cannot write where checkpoints go": {"disk_bytes_per_second": None},
+    "cannot write the checkpoint directory": {"disk_bytes_per_second": None},
     "disk at 5% of the others' rate": {"disk_bytes_per_second": 45e6},
     "clock is off by +5.0 s": {"clock_s": 1e9 + 5.0},
-    f"only {FEW_FILES - 1} files may be open": {"open_files": FEW_FILES - 1},
+    f"limit of only {FEW_FILES - 1} open files": {"open_files": FEW_FILES - 1},
     "has torch 2.12.0, the others 2.13.0": {"torch": "2.12.0"},
     "has device A100, the others H100": {"device": "A100"},
     "has driver 535.10, the others 550.54": {"driver": "535.10"},
@@ -80,7 +80,7 @@ def test_a_wrong_node_is_named_with_what_is_wrong(what, reads):
     found = judge(readings)
     assert list(found) == ["n2"] and len(found["n2"]) == 2 and found["n2"][0].startswith("rank 4: "), found
     assert what in found["n2"][0]
-    assert f"WRONG n2: {found['n2'][0]}" in table(readings, found)
+    assert f"FAULTY n2: {found['n2'][0]}" in table(readings, found)
 
 
 def slowed(readings: list[NodeReading], *ranks: int, share: float = 0.2) -> list[NodeReading]:
@@ -187,7 +187,7 @@ def test_every_axis_that_has_a_group_is_timed(ranks, tmp_path, degrees, wanted):
     assert set().union(*(links for _, links, _ in found)) == wanted[1]
 
 
-def test_the_doctor_looks_where_runs_go(monkeypatch, tmp_path):
+def test_the_doctor_looks_where_runs_go(monkeypatch, tmp_path, capsys):
     """`~` is the home directory, as it is for a run."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -199,14 +199,13 @@ def test_the_doctor_looks_where_runs_go(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.setattr(agent, "run", leave_something)
-    config = doctor.DoctorConfig(runs="~/runs", ranks=1)
-    assert doctor._measure(config, {}) == 0
+    assert main(["doctor", "runs='~/runs'", "ranks=1", "json=true"]) == 0
     assert own.parent.exists() and not own.exists()
-    assert str(own.parent) in doctor.examine(config)["disk"]
+    assert str(own.parent) in json.loads(capsys.readouterr().out)["disk"]
 
 
 def test_what_is_needed_is_what_the_distribution_says(monkeypatch):
-    found = doctor.examine(doctor.DoctorConfig())
+    found = doctor.examine([])
     project = tomllib.loads((package_guard.ROOT / "pyproject.toml").read_text())["project"]
     assert sorted(found["packages"]) == sorted(line.split(">")[0] for line in project["dependencies"])
     extras = " ".join(line for lines in project["optional-dependencies"].values() for line in lines)
@@ -216,7 +215,7 @@ def test_what_is_needed_is_what_the_distribution_says(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "requires", absent)
-    (problem,) = doctor.examine(doctor.DoctorConfig())["problems"]
+    (problem,) = doctor.examine([])["problems"]
     assert problem.startswith("leviathan itself is not installed: pip install -e /")
 
 
@@ -225,7 +224,7 @@ def test_ranks_and_threads_are_for_the_cores_that_we_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5, 7, 8, 9}, raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert LaunchConfig(LaunchKind.torchrun).ranks == 2
-    assert doctor.examine(doctor.DoctorConfig())["machine"]["cores"] == 4
+    assert doctor.examine([])["machine"]["cores"] == 4
     for name in ("OMP_NUM_THREADS", "PYTHONSAFEPATH", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
         monkeypatch.setenv(name, "")  # so that they are as before in the end
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -240,17 +239,17 @@ def test_this_machine(tmp_path):
     assert driver(module) is None
     module.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC version: 12\n")
     assert driver(module) == "550.54.15"
-    free, writable = room(tmp_path / "not" / "yet")
-    assert free > 0 and writable
+    space = free_space(tmp_path / "not" / "yet")
+    assert space["free_bytes"] > 0 and space["writable"]
 
 
 def test_the_doctor_says_who_multiplies_in_fp8_and_why_others_do_not(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert "FP8 by reference     blockwise, tensorwise, rowwise, mxfp8" in said
+    assert "FP8 by emulated      blockwise, tensorwise, rowwise, mxfp8" in said
     lines = said[said.index("FP8 by te") :].splitlines()
     assert lines[0].split() == ["FP8", "by", "te", "none"] and "not rowwise: te knows" in "\n".join(lines[:8])
     assert main(["doctor", "json=true"]) == 0
     found = json.loads(capsys.readouterr().out)["precision"]
-    assert found["reference"] == {"blockwise": [], "tensorwise": [], "rowwise": [], "mxfp8": []}
+    assert found["emulated"] == {"blockwise": [], "tensorwise": [], "rowwise": [], "mxfp8": []}
     assert found["te"]["blockwise"] and all(isinstance(reason, str) for reason in found["te"]["blockwise"])

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from core.config import build, expand, load
 from core.errors import ConfigError
@@ -22,83 +23,19 @@ from launch.config import LaunchConfig, SlurmConfig, check_interval, seconds
 from launch.slurm import job_step, requeue
 from launch.slurm.job_step import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
 from launch.slurm.requeue import AGAIN, RequeueDecision, RequeueState, bad_nodes, commands, decide, slow_nodes
-from launch.slurm.submit import SILENT, UNKNOWN, JobStatus, SlurmJob, ask, follow, load_job, render, understand
+from launch.slurm.submit import SILENT, UNKNOWN, JobStatus, SlurmJob, ask, follow, load_job, parse_status, render
 from train.config import TrainConfig
 from train.environment import environment
 from train.run_directory import write_config
 
-SCRIPT = """#!/bin/bash
-# Rendered by `leviathan train launch=slurm`; the configuration is in /jobs/big.
-#SBATCH --job-name=big
-#SBATCH --nodes=4
-#SBATCH --ntasks-per-node=1
-#SBATCH --time=1-00:00:00
-#SBATCH --partition=gpu
-#SBATCH --account=lab
-#SBATCH --constraint=h100
-#SBATCH --gres=gpu:8
-#SBATCH --cpus-per-task=96
-#SBATCH --mem=0
-#SBATCH --exclude=bad1,bad2
-#SBATCH --dependency=afterok:17
-#SBATCH --array=0-3%2
-#SBATCH --output=/jobs/big/log-%a.txt
-#SBATCH --open-mode=append
-#SBATCH --signal=USR1@600
-#SBATCH --requeue
-#SBATCH --exclusive
-#SBATCH --qos=high
-
-set -e
-module load cuda/13
-export PYTHONSAFEPATH=1
-export NCCL_DEBUG='WARN, please'
-export SRUN_CPUS_PER_TASK=96
-ulimit -l unlimited
-set +e
-
-# srun's tasks get the signals, too: this shell waits until they have saved
-trap : TERM USR1
-step() {
-    srun --kill-on-bad-exit=0 --wait=300 --cpu-bind=none apptainer exec a.sif \
-/python -u -m launch.slurm.job_step "$1" /jobs/big &
-    pid=$!
-    wait $pid; code=$?
-    while kill -0 $pid 2>/dev/null; do wait $pid; code=$?; done  # a signal ends only `wait`
-    wait $pid 2>/dev/null; last=$?; [ $last = 127 ] || code=$last  # it may have ended just then
-}
-step doctor
-[ $code != 0 ] || step train
-apptainer exec a.sif /python -m launch.slurm.requeue /jobs/big $code; code=$?
-[ $code != 75 ] || { code=0; . /jobs/big/again-${SLURM_ARRAY_TASK_ID:-0}.sh; }
-exit $code
-"""
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_the_script_asks_for_what_was_configured():
-    slurm = {
-        "time": "1-00:00:00",
-        "partition": "gpu",
-        "account": "lab",
-        "constraint": "h100",
-        "gres": "gpu:8",
-        "cpus": 96,
-        "memory": "0",
-        "exclusive": True,
-        "exclude": ["bad1", "bad2"],
-        "dependency": "afterok:17",
-        "options": ["--qos=high"],
-        "modules": ["cuda/13"],
-        "environment": {"NCCL_DEBUG": "WARN, please"},
-        "setup": ["ulimit -l unlimited"],
-        "container": "apptainer exec a.sif",
-        "python": "/python",
-        "together": 2,
-        "save_s": 600,
-        "doctor": True,
-    }
+    slurm = yaml.safe_load((GOLDEN / "slurm.yaml").read_text())
     launch = build(LaunchConfig, {"kind": "slurm", "nodes": 4, "processes": 8, "slurm": slurm})
-    assert render(SlurmJob(Path("/jobs/big"), "", [Path(f"/runs/big-{i}") for i in range(4)]), launch) == SCRIPT
+    job = SlurmJob(Path("/jobs/big"), "", [Path(f"/runs/big-{i}") for i in range(4)])
+    assert render(job, launch) == (GOLDEN / "job.sh").read_text()
 
 
 def test_what_is_not_configured_is_not_asked_for():
@@ -119,22 +56,22 @@ def test_times_are_read_as_sbatch_does(text, wanted):
 
 
 LAUNCH = {
-    "launch=slurm": "launch.processes: say how many ranks each node gets, usually its number of GPUs; try 8",
+    "launch=slurm": "launch.processes: give the number of ranks per node, usually its number of GPUs; try 8",
     "launch=slurm launch.processes=1 launch.slurm.time=soon": "launch.slurm.time=soon: must read as sbatch's --time",
-    "launch=slurm launch.processes=1 launch.slurm.time=4": "launch.slurm.time=4: is not longer than the 300 s kept",
+    "launch=slurm launch.processes=1 launch.slurm.time=4": "launch.slurm.time=4: is not longer than the 300 s reserved",
     "launch=slurm launch.processes=1 launch.nodes=3": "training.global_batch_size=8: must divide into dp_replicate",
     "launch=slurm launch.processes=1": "launch=slurm: sbatch is not on this machine: submit from a login node",
-    "launch=torchrun launch.nodes=2": "launch.node_rank: each node's command needs a number of its own; try 0 or 1",
-    "launch=torchrun launch.nodes=2 launch.node_rank=2": "launch.node_rank=2: each node's command needs a number",
-    "launch=torchrun launch.nodes=2 launch.node_rank=1": "launch.rendezvous: several nodes meet at a port of node 0",
+    "launch=torchrun launch.nodes=2": "launch.node_rank: each node's command needs its own number; try 0 or 1",
+    "launch=torchrun launch.nodes=2 launch.node_rank=2": "launch.node_rank=2: each node's command needs its own number",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1": "launch.rendezvous: several nodes need the same HOST:PORT of node 0",
     "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous=node0": "launch.rendezvous=node0: must be",
     "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous='::1:29500'": (
-        "launch.rendezvous=::1:29500: the address of IPv6 goes in brackets: [ADDRESS]:PORT; try [::1]:29500"
+        "launch.rendezvous=::1:29500: write an IPv6 address in brackets: [ADDRESS]:PORT; try [::1]:29500"
     ),
     "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.rendezvous='[]:1'": "launch.rendezvous=[]:1: must be",
     "launch=slurm launch.processes=1 launch.nodes=3 parallel.tp=2": "parallel.tp=2: tp = 2 must divide the world's 3",
-    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.processes=1 launch.rendezvous=a:1": "run.name: several",
-    "launch=torchrun launch.node_rank=0": "launch.node_rank=0: one node needs none; add launch.nodes=2",
+    "launch=torchrun launch.nodes=2 launch.node_rank=1 launch.processes=1 launch.rendezvous=a:1": "run.name: is required with several nodes",
+    "launch=torchrun launch.node_rank=0": "launch.node_rank=0: does not apply to one node; add launch.nodes=2",
     "launch=torchrun launch.restarts=-1": "launch.restarts=-1: must not be negative",
 }
 
@@ -166,9 +103,8 @@ def stand_ins(tmp_path, monkeypatch):
             (folder / name).write_text(f"#!/bin/sh\n{line}\n")
             (folder / name).chmod(0o755)
 
-    put(
-        sbatch="echo 17", sinfo="printf 'main\\ngpu\\n'", scontrol=f"cat <<'X'\n{ARRAY}\nX\necho $4 >> {tmp_path}/asked"
-    )
+    answer = f"cat <<'X'\n{ARRAY}\nX\necho $4 >> {tmp_path}/asked"
+    put(sbatch="echo 17", sinfo="printf 'main\\ngpu\\n'", scontrol=answer)
     return put
 
 
@@ -226,14 +162,14 @@ def test_a_followed_job_is_one_question_a_look(stand_ins, tmp_path, capsys):
     [("0-4", "AAAAA"), ("1,3-4%2", "-A-AA"), ("0-4:2", "A-A-A"), ("3", "---A-"), ("7", "-----"), ("...", "-----")],
 )
 def test_lines_of_an_array_are_understood(tasks, wanted):
-    told = understand(f"JobId=1 ArrayTaskId={tasks} JobState=A", 5)
+    told = parse_status(f"JobId=1 ArrayTaskId={tasks} JobState=A", 5)
     assert "".join("-" if one.state == UNKNOWN else one.state for one in told) == wanted
-    assert [one.state for one in understand("JobId=1 JobState=A", 1)] == ["A"] and understand("", 1) == [
+    assert [one.state for one in parse_status("JobId=1 JobState=A", 1)] == ["A"] and parse_status("", 1) == [
         JobStatus(UNKNOWN)
     ]
 
 
-def test_a_slurm_that_does_not_answer_is_silent_and_one_that_forgot_is_not(stand_ins):
+def test_silent_and_unknown_are_told_apart(stand_ins):
     job = SlurmJob(Path("/jobs/x"), "17", [Path("/runs/x")])
     stand_ins(scontrol="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     assert ask(job) == [JobStatus(SILENT)]
@@ -249,12 +185,12 @@ REJECTS = "[ $1 = --version ] || { echo 'sbatch: error: submission failed: Inval
     [
         ([], {"sbatch": REJECTS}, "the job was rejected: sbatch: sbatch: error: submission failed: Invalid account"),
         (["launch.slurm.partition=gpus"], {}, "launch.slurm.partition=gpus: no such partition; try gpu or main"),
-        (["launch.slurm.dependency=afterok:y"], {}, "y is no job's number and no job in"),
-        (["run.name=again"], {}, "run.name=again: job 17 of that name is not over; try another name"),
+        (["launch.slurm.dependency=afterok:y"], {}, "y is neither a job number nor a job in"),
+        (["run.name=again"], {}, "run.name=again: job 17 of that name has not ended; try another name"),
     ],
     ids=["rejected", "partition", "dependency", "twice"],
 )
-def test_what_slurm_would_not_take_is_one_line(stand_ins, capsys, overrides, scripts, message):
+def test_what_slurm_rejects_is_one_line(stand_ins, capsys, overrides, scripts, message):
     if overrides == ["run.name=again"]:
         assert main([*SUBMIT, *overrides]) == 0
     stand_ins(**scripts)
@@ -273,7 +209,7 @@ def test_a_job_that_leaves_no_log_says_where_to_look(stand_ins, capsys):
     assert "job=nobody: no such job was submitted from here; try silent" in capsys.readouterr().err
 
 
-def test_a_checkpoint_interval_longer_than_the_time_limit_is_refused():
+def test_the_interval_is_checked_with_the_measured_speed():
     config = load("train", TrainConfig, ["checkpoint.every=100"])
     slurm = SlurmConfig(time="10", save_s=60)
     check_interval(config, slurm, 5.0)
@@ -283,7 +219,7 @@ def test_a_checkpoint_interval_longer_than_the_time_limit_is_refused():
 
 
 @pytest.mark.parametrize("every, refused", [(100, True), (2, False)])
-def test_a_run_that_has_been_seen_to_be_slow_is_refused_a_short_time(stand_ins, tmp_path, capsys, every, refused):
+def test_a_time_limit_below_a_checkpoint_interval_is_rejected(stand_ins, tmp_path, capsys, every, refused):
     """At 4,096 tokens a step and 512 a second, 100 steps take 800 s."""
     overrides = ["run.name=x", f"checkpoint.every={every}", "training.global_batch_size=16", "training.seq_len=256"]
     run = tmp_path / "runs" / "x"
@@ -294,14 +230,11 @@ def test_a_run_that_has_been_seen_to_be_slow_is_refused_a_short_time(stand_ins, 
     told = capsys.readouterr().err.strip().splitlines()
     assert code == (2 if refused else 0) and len(told) == refused, told
     if refused:
-        assert (
-            "checkpoint.every=100: 800 s at the 8.00 s per step seen so far, longer than launch.slurm.time=10"
-            in told[0]
-        )
+        assert "checkpoint.every=100: 800 s at the 8.00 s per step seen so far, longer than launch.slurm" in told[0]
 
 
 @pytest.mark.parametrize("given, where, code, lines", [(3, 0, FINAL + 2, 1), (3, 1, FINAL + 2, 0), (2, 0, 0, 0)])
-def test_a_job_that_got_other_nodes_than_its_layout_has_ends(tmp_path, monkeypatch, capsys, given, where, code, lines):
+def test_a_job_with_another_number_of_nodes_ends(tmp_path, monkeypatch, capsys, given, where, code, lines):
     """One message, from the first node; with the right number the node's ranks are started."""
     launch = {"kind": "slurm", "nodes": 2, "processes": 1}
     write_config(tmp_path / "config-0.yaml", replace(load("train", TrainConfig, ["run.name=x"]), launch=launch))
@@ -310,13 +243,9 @@ def test_a_job_that_got_other_nodes_than_its_layout_has_ends(tmp_path, monkeypat
         monkeypatch.setenv(name, str(value))
     started = []
     monkeypatch.setattr(agent, "run", lambda node: started.append(node) or 0)
-    handler = signal.getsignal(signal.SIGUSR1)
-    try:
-        assert job_step.main(["train", str(tmp_path)]) == code
-    finally:
-        signal.signal(signal.SIGUSR1, handler)
+    assert job_step.main(["train", str(tmp_path)]) == code
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == lines and all("launch.nodes=2: SLURM has given the job 3: " in line for line in told), told
+    assert len(told) == lines and all("launch.nodes=2: SLURM allocated 3: " in line for line in told), told
     assert [one.nodes for one in started] == ([] if code else [2])
 
 
@@ -325,11 +254,7 @@ def test_a_machine_has_one_name_everywhere(monkeypatch, capsys, tmp_path, given)
     monkeypatch.delenv("SLURMD_NODENAME", raising=False)
     if given:
         monkeypatch.setenv("SLURMD_NODENAME", given)
-    handler = signal.getsignal(signal.SIGUSR1)
-    try:
-        assert job_step.main(["train", str(tmp_path / "no")]) == FINAL + 2
-    finally:
-        signal.signal(signal.SIGUSR1, handler)
+    assert job_step.main(["train", str(tmp_path / "no")]) == FINAL + 2
     name = given or os.uname().nodename
     assert capsys.readouterr().err.startswith(f"leviathan: error: {name} does not see {tmp_path / 'no'}: ")
     assert environment()["host"] == host_name() == name
@@ -365,75 +290,62 @@ def test_when_a_job_is_queued_again(code, step, bad, wanted):
     assert decide(code, now, 3, bad, 2, cancelled=True).cancel == bool(code)
 
 
-def test_a_job_that_gets_nowhere_ends():
-    assert decide(3, RequeueState(40, 3).after(40, ()), 3, (), 2, False).exit_code == 1
-    assert decide(3, RequeueState(40, 3).after(41, ()), 3, (), 2, False).exit_code == AGAIN, "control: it got on"
+def test_a_job_without_progress_ends():
+    cases = {(40, 3, 40, 3): 1, (40, 3, 41, 3): AGAIN, (-1, 0, -1, 3): AGAIN, (-1, 0, -1, 0): 1}
+    for (before, fruitless, step, retries), wanted in cases.items():
+        now = RequeueState(before, fruitless).after(step, ())
+        assert decide(3, now, retries, (), 2, False).exit_code == wanted, (before, step, retries)
     assert decide(FAILED_NODE, RequeueState(40, 3).after(40, ()), 3, ("n1",), 2, False).exit_code == 1
-    assert decide(3, RequeueState().after(-1, ()), 3, (), 2, False).exit_code == AGAIN
-    assert decide(3, RequeueState().after(-1, ()), 0, (), 2, False).exit_code == 1
 
 
-def test_what_slurm_is_asked_to_queue_a_job_again():
-    plain, stopped, script = (
-        RequeueDecision(AGAIN, ""),
-        RequeueDecision(AGAIN, "", if_running=True),
-        Path("/jobs/x/job.sh"),
-    )
-    assert commands("17_2", plain, [], script).splitlines() == [
-        "trap '' TERM",
-        "scontrol requeue 17_2 || exit 1",
-        "scontrol update JobId=17_2 StartTime=now",
-    ]
-    assert commands("17", RequeueDecision(AGAIN, "", cancel=True), [["n1"]], script).splitlines()[1:] == [
-        "scancel 17",
-        "exit 130",
-    ]
-    asked = commands("17", stopped, [], script).splitlines()
-    assert asked[1] == "scontrol show job -o 17 | grep -q JobState=RUNNING || exit 130" and len(asked) == 4
+def test_the_commands_that_requeue_a_job():
+    def lines(job: str, **decision: bool) -> list[str]:
+        return commands(job, RequeueDecision(AGAIN, "", **decision), [], Path("/jobs/x/job.sh")).splitlines()
+
+    again = ["trap '' TERM", "scontrol requeue 17_2 || exit 1", "scontrol update JobId=17_2 StartTime=now"]
+    assert lines("17_2") == again
+    assert lines("17", cancel=True)[1:] == ["scancel 17", "exit 130"]
+    stopped = lines("17", if_running=True)
+    assert stopped[1] == "scontrol show job -o 17 | grep -q JobState=RUNNING || exit 130" and len(stopped) == 4
 
 
-WISHES = [["n1", "n2", "n3"], ["n1", "n2"]]
+CANNOT = "leviathan: cannot exclude all of n1,n2,n3: SLURM: too few"
+EXCLUDED = "leviathan: excluded from now on: "
 
 
 @pytest.mark.parametrize(
-    "possible, left_out, told",
+    "possible, excluded, told",
     [
-        ("n1,n2,n3 n1,n2", "n1,n2,n3", ["leviathan: left out from now on: n1,n2,n3"]),
-        (
-            "n1,n2",
-            "n1,n2",
-            [
-                "leviathan: not all left out of n1,n2,n3: SLURM says, too few",
-                "leviathan: left out from now on: n1,n2",
-            ],
-        ),
-        ("", None, ["leviathan: not all left out of n1,n2,n3: SLURM says, too few"]),
+        ("n1,n2,n3 n1,n2", "n1,n2,n3", [f"{EXCLUDED}n1,n2,n3"]),
+        ("n1,n2", "n1,n2", [CANNOT, f"{EXCLUDED}n1,n2"]),
+        ("", None, [CANNOT]),
     ],
     ids=["all", "without the slow", "none"],
 )
-def test_nodes_are_left_out_only_where_enough_stay(stand_ins, tmp_path, possible, left_out, told):
-    """The slow n3 is given up before n1 and n2, which are wrong."""
+def test_nodes_are_excluded_only_where_enough_stay(stand_ins, tmp_path, possible, excluded, told):
+    """The slow n3 is used again before n1 and n2, which are faulty."""
     stand_ins(
         sbatch=f'for list in {possible}; do [ "$2" != --exclude=$list ] || exit 0; done; echo too few >&2; exit 1',
         scontrol=f'echo "$@" >> {tmp_path}/asked',
     )
-    lines = commands("17", RequeueDecision(AGAIN, ""), WISHES, tmp_path / "job.sh")
+    exclusions = [["n1", "n2", "n3"], ["n1", "n2"]]
+    lines = commands("17", RequeueDecision(AGAIN, ""), exclusions, tmp_path / "job.sh")
     done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True)
     assert done.stdout.splitlines() == told and not done.stderr
     wanted = ["requeue 17", "update JobId=17 StartTime=now"]
-    wanted += [f"update JobId=17 ExcNodeList={left_out}"] if left_out else []
+    wanted += [f"update JobId=17 ExcNodeList={excluded}"] if excluded else []
     assert (tmp_path / "asked").read_text().splitlines() == wanted
 
 
-def test_what_is_wished_to_be_left_out():
+def test_which_nodes_to_exclude():
     now = RequeueState(40, 0, ("n1",), ("n2",)).after(60, ("n2", "n4"), ("n3", "n1"))
-    assert (now.excluded, now.slow) == (("n1", "n2", "n4"), ("n3",)), "a wrong node is not only slow"
-    assert now.wishes(["n0"]) == [["n0", "n1", "n2", "n3", "n4"], ["n0", "n1", "n2", "n4"]]
-    assert RequeueState().wishes(["n0"]) == [] and RequeueState(excluded=("n0",)).wishes(["n0"]) == []
-    assert RequeueState(excluded=("n1",)).wishes([]) == [["n1"]] == RequeueState(slow=("n1",)).wishes([])
+    assert (now.excluded, now.slow) == (("n1", "n2", "n4"), ("n3",)), "a faulty node is not only slow"
+    assert now.exclusions(["n0"]) == [["n0", "n1", "n2", "n3", "n4"], ["n0", "n1", "n2", "n4"]]
+    assert RequeueState().exclusions(["n0"]) == [] and RequeueState(excluded=("n0",)).exclusions(["n0"]) == []
+    assert RequeueState(excluded=("n1",)).exclusions([]) == [["n1"]] == RequeueState(slow=("n1",)).exclusions([])
 
 
-def test_slow_nodes_are_those_that_are_slow_at_the_end_of_this_try(tmp_path):
+def test_slow_nodes_are_slow_at_the_end_of_this_attempt(tmp_path):
     path = tmp_path / "slow.jsonl"
     assert slow_nodes(path, 0.0) == ()
     for when, hosts in ((10.0, ["n1"]), (20.0, ["n2", "n3"]), (30.0, [])):
@@ -444,7 +356,7 @@ def test_slow_nodes_are_those_that_are_slow_at_the_end_of_this_try(tmp_path):
 
 
 @pytest.mark.parametrize("code, wished", [(WARNED, ["n2"]), (3, ["n2", "n3"]), (0, None)])
-def test_a_job_that_is_queued_again_leaves_out_who_was_slow(stand_ins, tmp_path, monkeypatch, capsys, code, wished):
+def test_a_requeued_job_excludes_slow_nodes(stand_ins, tmp_path, monkeypatch, capsys, code, wished):
     """Slow nodes at every end, those that hung only where the try failed: warned, it has outlived them."""
     assert main(SUBMIT) == 0
     logs = tmp_path / "runs" / "x" / "logs"
@@ -458,24 +370,21 @@ def test_a_job_that_is_queued_again_leaves_out_who_was_slow(stand_ins, tmp_path,
     assert again.exists() == bool(code)
     if code:
         assert f"for nodes in {','.join(wished)} " in again.read_text()
-        assert "leviathan: steadily slow in this try: n2" in capsys.readouterr().out
+        assert "leviathan: slow until the end of this attempt: n2" in capsys.readouterr().out
         stored = json.loads((tmp_path / "jobs" / "x" / "requeue-0.json").read_text())
         assert stored["slow"] == ["n2"] and stored["excluded"] == ([] if code == WARNED else ["n3"])
 
 
-def test_bad_nodes_are_those_of_this_try(tmp_path):
+def test_bad_nodes_are_those_of_this_attempt(tmp_path):
+    """A line that a rank had no time to complete is skipped."""
     hangs = [{"time": 10.0, "hosts": ["old"]}, {"time": 30.0, "hosts": ["n2"]}]
-    (tmp_path / "hangs.jsonl").write_text("".join(json.dumps(hang) + "\n" for hang in hangs))
+    lines = "".join(json.dumps(hang) + "\n" for hang in hangs) + '{"time": 31.0, "ho'
+    for name in ("hangs.jsonl", "slow.jsonl"):
+        (tmp_path / name).write_text(lines)
     (tmp_path / "findings.json").write_text(json.dumps({"time": 30.0, "bad_nodes": ["n3"]}))
     assert bad_nodes(tmp_path, tmp_path, 20.0) == ("n2", "n3")
     assert bad_nodes(tmp_path, tmp_path, 40.0) == () == bad_nodes(tmp_path / "no", tmp_path / "no", 0.0)
-
-
-def test_a_line_that_a_rank_had_no_time_to_end_is_left_out(tmp_path):
-    whole = json.dumps({"time": 30.0, "hosts": ["n2"]})
-    for name in ("hangs.jsonl", "slow.jsonl"):
-        (tmp_path / name).write_text(f'{whole}\n{{"time": 31.0, "ho')
-    assert bad_nodes(tmp_path / "no", tmp_path, 20.0) == ("n2",) == slow_nodes(tmp_path / "slow.jsonl", 20.0)
+    assert slow_nodes(tmp_path / "slow.jsonl", 20.0) == ("n2",)
 
 
 def test_codes_of_ranks_say_whether_to_try_again():
@@ -487,4 +396,4 @@ def test_a_sweep_is_every_combination():
     assert expand(["a=1,2", "b=x", "c=range(0,2)", "d=[1,2]"]) == [
         [f"a={a}", "b=x", f"c={c}", "d=[1,2]"] for a in (1, 2) for c in (0, 1)
     ]
-    assert expand(["a="]) == [["a="]] and expand(["]["]) == [["]["]], "what is wrong is told by composing"
+    assert expand(["a="]) == [["a="]] and expand(["]["]) == [["]["]], "composing reports the error"

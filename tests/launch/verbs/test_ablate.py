@@ -11,8 +11,8 @@ import pytest
 
 from core.errors import ConfigError
 from data.filter.config import FilterRules, GateConfig, ScorerConfig, ScorerKind, SelectConfig
+from launch.ablate import AGAINST, COLOURS, THIRDS, AblateConfig, Losses, arms, difference, thirds, write
 from launch.cli import main
-from launch.verbs.ablate import AGAINST, COLOURS, THIRDS, AblateConfig, Losses, arms, difference, thirds, write
 from tests.support.filtering import prose
 from tests.support.tiny import TINY
 from train.run_directory import load_config
@@ -63,17 +63,17 @@ def test_what_is_written_is_what_was_found(tmp_path, capsys):
     table = told["against random half"]
     assert set(table) == set(COLOURS) - {AGAINST}
     for arm, row in table.items():
-        assert list(row) == [*THIRDS, "all rows"]
+        assert list(row) == [*THIRDS, "all"]
         assert [(one["difference"], one["half_width"]) for one in row.values()] == [
             difference(MADE_UP, arm, place) for place in range(4)
         ]
     page = (tmp_path / "ablation.html").read_text()
     assert "<td>filtered</td><td class=n>-0.5000 ± 0.0000</td>" in page and "-0.5000 ± 1.2422" in page
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    assert "filtered less random half: easy third -0.5000 ± 0.0000, " in capsys.readouterr().out
+    assert "filtered minus random half: easy third -0.5000 ± 0.0000, " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("setting", [{"seeds": 1}, {"seeds": 9}, {"steps": 0}, {"rows": 0}])
+@pytest.mark.parametrize("setting", [{"seeds": 1}, {"seeds": 9}, {"steps": 0}, {"sequences": 0}])
 def test_bad_settings_are_refused(setting):
     with pytest.raises(ConfigError):
         AblateConfig(**setting)
@@ -95,7 +95,7 @@ def test_what_an_ablation_would_not_look_at_is_refused(words, tmp_path, capsys, 
     assert main(["filter", "ablate", *words, f"out={tmp_path}/out"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        f"leviathan: error: {words[0]}: means nothing to filter ablate, whose data are those of leviathan train "
+        f"leviathan: error: {words[0]}: does not apply to filter ablate, whose data are configured by ablate.train "
         """(docs/filter.md); try 'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
     )
     assert not (tmp_path / "out").exists()

@@ -154,7 +154,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
         (*usual, "keep=0"): "keep=0.0: must lie in (0, 1]; try 0.5",
         (*usual, "kep=0.3"): "kep: no such key; try keep",
         (*usual, "processes=0"): "processes=0: must be positive",
-        (*usual, "run=here"): "run=here: is where to look a record up: name it; try explain=ID",
+        (*usual, "run=here"): "run=here: needs the id of a record; try explain=ID",
         (*usual, "scorer.kind=loss"): "scorer.model: the scorer loss needs it",
         (*usual, "scorer.kind=random", "scorer.window=3"): "scorer.window=3: means nothing to random; try null",
         (*usual, "+select.domains.web=0.5"): "select.domains=web: no record is of this domain; try all",
@@ -189,7 +189,11 @@ def test_help_has_every_key_with_words(capsys):
     text = capsys.readouterr().out
     for key in ("input", "prompt_key", "keep", "unit", "scorer.kind", "select.clean", "on_error", "explain", "run"):
         assert f"\n{key}=" in text
-    for words in ("a file, a folder or a pattern of jsonl", "share of `unit` that stays", "how many filter together"):
+    for words in (
+        "a file, a folder or a pattern of jsonl",
+        "share of `unit` that stays",
+        "Number of processes on this machine",
+    ):
         assert words in text
 
 

@@ -1,0 +1,103 @@
+"""Coordinate check: does the size of changes inside the model stay constant along width, depth and experts?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from core.config import plain
+from core.errors import ConfigError, check_numbers
+from core.files import write_bytes, write_json
+from hparam.axes import SizeAxis
+from hparam.coordinate_check import AxisResult, Measured, check_axis
+from hparam.plots import draw_check
+from hparam.rules import Parametrization
+from parallel.comm.world import connect
+from train.config import TrainConfig
+from train.corpus import get_corpus, run_loaders
+from train.metap.coordinates import changes
+from train.metap.hyperparameters import without_derived
+from train.metap.scaling import carried
+
+AXES = ("width", "depth", "experts")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Train scaled copies of a model for a few steps and measure how far activations move."""
+
+    width: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Factors along this axis; an empty list skips it."""
+    depth: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    experts: list[int] = field(default_factory=lambda: [1, 2, 4])
+    steps: int = 5
+    seeds: int = 3
+    small_start: bool = True
+    """Start with a zero head and a small router, so that only learnt changes are measured: products of initial values
+    and changes shrink with the square root of the width.
+    """
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            factors = getattr(self, axis)
+            if factors and (len(factors) < 2 or factors != sorted(set(factors)) or factors[0] < 1):
+                raise ConfigError(axis, None, "needs ascending factors, at least two, or none", ["[1,2,4]"])
+        check_numbers(self, positive=("steps", "seeds"))
+        if not any((self.width, self.depth, self.experts)):
+            raise ConfigError("width", None, "no axis is left to check")
+
+
+def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
+    """Write `coordinates.json` and `.png`; return 1 if a limit is exceeded."""
+    if config.small_start:
+        init = replace(run_.model.init, head_std=0.0, router_std=0.01 * run_.model.hidden_size**-0.5)
+        run_ = replace(run_, model=replace(run_.model, init=init))
+    if config.experts and not run_.model.has_experts:
+        raise ConfigError("check.experts", None, "the model has no experts: check.experts=[]")
+    run_ = without_derived(run_)
+    if run_.hparam.base is not None:
+        run_ = replace(run_, hparam=replace(run_.hparam, base=None))  # the smallest model is the base
+    world = connect()
+    corpus = get_corpus(run_, world, print)
+    measure = partial(_measure, run_, run_loaders(run_, corpus, lambda line: None), config.steps)
+    axes: dict[SizeAxis, list[int]] = {SizeAxis[name]: getattr(config, name) for name in AXES}
+    results = [
+        check_axis(measure, axis, factors, config.seeds, lambda line: print(f"check: {line}", flush=True))
+        for axis, factors in axes.items()
+        if factors
+    ]
+    failures = [line for result in results for line in result.failures()]
+    content = {
+        "pass": not failures,
+        "failures": failures,
+        "axes": {result.axis.value: result.plain() for result in results},
+        "check": plain(config),
+        "run": plain(run_),
+    }
+    write_json(out / "coordinates.json", content)
+    write_bytes(out / "coordinates.png", draw_check(results))
+    for line in _check_table(results):
+        print(line)
+    for line in failures:
+        print(f"FAILED  {line}")
+    print(f"{'NOT passed' if failures else 'passed'}: {out / 'coordinates.json'}, {out / 'coordinates.png'}")
+    return 1 if failures else 0
+
+
+def _measure(
+    run_: TrainConfig, loaders: Any, steps: int, axis: SizeAxis, factor: int, seed: int, rules: Parametrization
+) -> Measured:
+    one = carried(replace(run_, run=replace(run_.run, seed=seed)), axis, factor, rules)
+    batch = loaders["main"].batch(0)  # one batch for all steps, so that only the size differs
+    return changes(one, [batch] * steps, batch)
+
+
+def _check_table(results: Iterable[AxisResult]) -> Iterable[str]:
+    yield f"{'slope of the change':<22}{'metap':>9}{'standard':>10}"
+    for result in results:
+        ours, theirs = result.slopes["metap"], result.slopes["standard"]
+        for name, value in ours.items():
+            yield f"{result.axis.value + ' ' + name:<22}{value:>+9.3f}{theirs[name]:>+10.3f}"

@@ -1,0 +1,168 @@
+"""The runs of a sweep: their configurations, directories and results.
+
+A run's directory holds its configuration and its held-out loss. A stopped sweep resumes from the directories, and a
+fit reads nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from core.config import differences, expand, load, plain
+from core.errors import ConfigError, Diverged, LeviathanError, check_numbers
+from core.files import read_json
+from hparam.axes import SizeAxis
+from hparam.rules import Parametrization
+from launch.local import train
+from train.config import TrainConfig
+from train.metap.hyperparameters import resolve, without_derived
+from train.metap.scaling import carried
+from train.run_directory import DIVERGED, load_config
+
+RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Learning rates 2^`low` to 2^`high` in steps of `step` octaves, each with `seeds` seeds. Other keys of the run may
+    have several values too (optimizer.weight_decay=0.05,0.1).
+    """
+
+    low: float = -10.0
+    high: float = -5.0
+    step: float = 1.0
+    seeds: int = 2
+    axis: SizeAxis | None = None
+    """Scale the run along this axis by each of `factors`, its hyperparameters transferred by each of `rules`."""
+    factors: list[int] = field(default_factory=lambda: [1, 2, 4])
+    rules: list[Parametrization] = field(default_factory=lambda: [Parametrization.metap])
+    processes: int = 1
+    """Concurrent runs on this machine, with launch=inline; they share the cores."""
+    trials: int | None = None
+    """Instead of a grid, let Optuna (the extra `search`) propose this many rates per setting between the same bounds.
+    Several machines that share `out` share the search.
+    """
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ConfigError("low", self.low, f"must be below sweep.high={self.high:g}")
+        if not self.step > 0:
+            raise ConfigError("step", self.step, "must be positive", [1.0, 0.5])
+        check_numbers(self, positive=("seeds", "processes"))
+        if self.trials is not None and self.trials < 3:
+            raise ConfigError("trials", self.trials, "a minimum needs three", [12])
+        if not self.factors or not self.rules:
+            raise ConfigError("factors" if not self.factors else "rules", None, "needs at least one")
+
+    @property
+    def log2_rates(self) -> list[float]:
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return [self.low + index * self.step for index in range(count)]
+
+
+@dataclass(frozen=True)
+class SweepSetting:
+    """`base` scaled by `factor` under one parametrization. `label` distinguishes bases."""
+
+    base: TrainConfig
+    factor: int = 1
+    rules: Parametrization = Parametrization.metap
+    label: str = ""
+
+    def name(self, axis: SizeAxis | None) -> str:
+        first = "base" if axis is None else f"{axis.value}-x{self.factor}-{self.rules.value}"
+        return f"{first}-{self.label}" if self.label else first
+
+
+def bases(overrides: Sequence[str]) -> dict[str, TrainConfig]:
+    """Load the runs that overrides of `leviathan train` describe, one per combination of values, by a label of the
+    values in which they differ.
+    """
+    points = expand(overrides)
+    varying = [place for place in range(len(overrides)) if len({point[place] for point in points}) > 1]
+    for place in varying:
+        if (key := overrides[place].partition("=")[0]) in ("optimizer.lr", "run.seed"):
+            raise ConfigError(key, None, "is swept by sweep.low, sweep.high and sweep.seeds: give one value, or none")
+    labels = ["-".join(_short(point[place]) for place in varying) for point in points]
+    return {label: load("train", TrainConfig, point) for label, point in zip(labels, points, strict=True)}
+
+
+def _short(override: str) -> str:
+    """optimizer.weight_decay=0.1 -> weight_decay=0.1, with characters that a file name can hold."""
+    key, _, value = override.partition("=")
+    return re.sub(r"[^\w.=+-]", "_", f"{key.rpartition('.')[2]}={value}")
+
+
+def settings(config: SweepConfig, runs: Mapping[str, TrainConfig]) -> list[SweepSetting]:
+    """Return every combination of run, factor and rules."""
+    factors = config.factors if config.axis is not None else [1]
+    every = itertools.product(runs.items(), factors, config.rules)
+    return [SweepSetting(without_derived(run), factor, rules, label) for (label, run), factor, rules in every]
+
+
+def member(config: SweepConfig, one: SweepSetting, log2_lr: float, seed: int, out: Path) -> TrainConfig:
+    """Return one run of the sweep, named in the sweep's folder. A separate rate for Muon changes in proportion."""
+    base, rate = one.base, 2.0**log2_lr
+    muon = base.optimizer.muon
+    if muon.lr is not None:
+        muon = replace(muon, lr=float(f"{muon.lr * rate / base.optimizer.lr:.10g}"))
+    name = f"{one.name(config.axis)}-lr{log2_lr:g}-seed{seed}"
+    run = replace(base.run, root=str(out / RUNS), name=name, seed=seed)
+    logging = replace(base.logging, report=False)
+    named = replace(base, run=run, logging=logging, optimizer=replace(base.optimizer, lr=rate, muon=muon))
+    return resolve(named) if config.axis is None else carried(named, config.axis, one.factor, one.rules)
+
+
+def directory(run: TrainConfig) -> Path:
+    return Path(run.run.root) / str(run.run.name)
+
+
+def is_done(run: TrainConfig) -> bool:
+    """Return whether the run has finished. Raises `ConfigError` if its directory holds another configuration."""
+    path = directory(run)
+    if (path / "config.yaml").exists():
+        old, new = (plain(but_rate_and_seed(one)) for one in (load_config(path), run))
+        for key, (before, after) in differences(old, new).items():
+            reason = f"{path.name} was swept with {key}={before}, now {after}: choose another out="
+            raise ConfigError("out", str(path.parent.parent), reason)
+    return loss_of(path) is not None
+
+
+def but_rate_and_seed(run: TrainConfig) -> TrainConfig:
+    """Return the configuration without what may differ between runs of one curve: rate, seed, name, launch."""
+    bare = without_derived(run)
+    muon = bare.optimizer.muon
+    if muon.lr is not None:
+        muon = replace(muon, lr=float(f"{muon.lr / bare.optimizer.lr:.6g}"))
+    optimizer = replace(bare.optimizer, lr=1.0, muon=muon)
+    bare = replace(bare, optimizer=optimizer, hparam=replace(bare.hparam, provenance={}))
+    return replace(bare, run=replace(bare.run, root="", name="", seed=0), launch={}, logging=type(bare.logging)())
+
+
+def one_run(run: TrainConfig) -> int:
+    """Train; return the exit code, 0 if the run diverged. Other errors end the sweep."""
+    diverged = directory(run) / DIVERGED
+    try:
+        code = train([run])
+    except Diverged:
+        return 0
+    except LeviathanError:
+        if diverged.exists():
+            return 0
+        raise
+    return 0 if diverged.exists() else code
+
+
+def loss_of(path: Path) -> float | None:
+    """Return the held-out loss of a finished run, inf if it diverged, None if it is unfinished."""
+    if (path / DIVERGED).exists():
+        return math.inf
+    try:
+        return float(read_json(path / "summary.json")["heldout_loss"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,41 @@
+"""The verb `doctor`: check this machine and installation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from core.errors import check_numbers
+from launch.diagnose.doctor import examine, measure, table
+from parallel.layout import ParallelConfig
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Findings about hardware, packages and disks. launch.slurm.doctor=true checks every node of a SLURM job."""
+
+    json: bool = False
+    """Print the findings as JSON."""
+    cache: str = "~/.cache/leviathan"
+    """Folder whose disk is checked, as is that of `runs`."""
+    runs: str = "runs"
+    ranks: int = 0
+    """Start this many ranks here and time the disk and each axis of `parallel`."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        check_numbers(self, not_negative=("ranks",))
+        if self.ranks:
+            self.parallel.resolve(self.ranks)
+
+
+def run(config: DoctorConfig) -> int:
+    """Return 1 if a requirement of every run is missing or a node is faulty."""
+    found = examine([Path(config.cache).expanduser(), Path(config.runs).expanduser()])
+    if not config.json:
+        print(table(found), flush=True)
+    code = measure(config.ranks, config.parallel, config.runs, found, quiet=config.json) if config.ranks else 0
+    if config.json:
+        print(json.dumps(found, indent=2))
+    return 1 if found["problems"] or code else 0
