@@ -22,9 +22,9 @@ from model.huggingface.checkpoint import TOKENIZER_FILES
 from model.multipliers import folded
 from model.tensor_source import TensorSource
 from parallel.comm.world import World
+from train.checkpoint.index import read_progress
 from train.checkpoint.init_from import open_model
-from train.checkpoint.manager import progress_of
-from train.checkpoint.reader import IMPORTED, TOKENIZER, StoredModel, load_origin, save_model
+from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_origin, save_model
 from train.config import phases
 from train.corpus import check_same_data, get_corpus
 from train.run_directory import load_config
@@ -112,7 +112,7 @@ def run_import(config: ImportConfig) -> int:
 def run_export(config: ExportConfig) -> int:
     out, path = _new(config.out), Path(config.source).expanduser()
     source = _opened(path)
-    bias = source.selection_bias() if isinstance(source, StoredModel) else 0.0
+    bias = source.selection_bias() if isinstance(source, CheckpointedModel) else 0.0
     if bias and not config.drop_selection_bias:
         reason = f"the routers choose experts with biases (up to {bias:.2g}) that other formats cannot store"
         raise ConfigError("drop_selection_bias", False, reason, ["true, which exports the model without them"])
@@ -163,8 +163,8 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
         return [file for name in TOKENIZER_FILES if (file := path / name).exists()], {}
     run = load_config(path)
     corpus = get_corpus(run, World(0, 1, torch.device("cpu")), print)
-    assert isinstance(source, StoredModel)
-    check_same_data(progress_of(source.checkpoint), corpus)
+    assert isinstance(source, CheckpointedModel)
+    check_same_data(read_progress(source.checkpoint), corpus)
     try:
         ids = save_for_transformers(corpus.tokenizer, scratch)
     except ConfigError as error:

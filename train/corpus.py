@@ -44,10 +44,11 @@ def keep_audit(corpus: Corpus, directory: Path) -> None:
 
 def check_same_data(progress: dict[str, Any], corpus: Corpus) -> None:
     """Refuse to go on with a corpus other than the one that the checkpoint was trained on."""
-    if progress["corpus"] != corpus.fingerprint:
+    then = str(progress.get("corpus"))
+    if then != corpus.fingerprint:
         reason = (
             f"the corpus is not the one this run was trained on (now {corpus.fingerprint[:12]}, "
-            f"then {progress['corpus'][:12]}); restore the data, or name a new run (run.name)"
+            f"then {then[:12]}); restore the data, or name a new run (run.name)"
         )
         raise ConfigError("data", None, reason)
 

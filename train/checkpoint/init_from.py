@@ -15,8 +15,8 @@ from model.huggingface import HuggingFaceCheckpoint, model_differences
 from model.tensor_source import TensorSource
 from model.transformer import Transformer
 from model.upcycle import Upcycled, keeps_the_function
-from train.checkpoint.manager import progress_of
-from train.checkpoint.reader import IMPORTED, TOKENIZER, StoredModel, load_imported
+from train.checkpoint.index import read_progress
+from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_imported
 from train.config import phase_of
 from train.run_directory import RunDirectory, committed, load_config
 
@@ -69,7 +69,7 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
 @torch.no_grad()
 def copy_selection_biases(model: Transformer, source: TensorSource, log: Callable[[str], None]) -> None:
     """A run's routers choose by their weights and by biases, which are no parameters; others have none."""
-    biases = source.selection_biases() if isinstance(source, StoredModel) else {}
+    biases = source.selection_biases() if isinstance(source, CheckpointedModel) else {}
     for name, buffer in model.named_buffers():
         if name in biases:
             buffer.copy_(biases[name])
@@ -98,11 +98,11 @@ def _vocabulary(source: TensorSource) -> str | None:
         return _vocabulary(source.dense)
     if isinstance(source, HuggingFaceCheckpoint):
         return vocabulary_of_file(source.directory / "tokenizer.json")
-    assert isinstance(source, StoredModel)
+    assert isinstance(source, CheckpointedModel)
     imported = source.checkpoint.parent.parent
     if (imported / IMPORTED).exists():
         return vocabulary_of_file(imported / TOKENIZER / "tokenizer.json")
-    return progress_of(source.checkpoint).get("vocabulary")
+    return read_progress(source.checkpoint).get("vocabulary")
 
 
 def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
@@ -110,4 +110,4 @@ def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSou
     present = committed(checkpoints)
     if not present:
         raise CheckpointError(f"{checkpoints} has no checkpoint yet")
-    return StoredModel(present[-1].path, model(present[-1].step))
+    return CheckpointedModel(present[-1].path, model(present[-1].step))

@@ -30,7 +30,7 @@ from model.upcycle import Upcycled, keeps_the_function
 from tests.support import hf_models, tiny
 from tests.support.like import like
 from train.checkpoint.init_from import initial_source, open_model
-from train.checkpoint.reader import IMPORTED, TOKENIZER, StoredModel
+from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel
 from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
 
 QUIET = lambda line: None  # noqa: E731
@@ -251,7 +251,7 @@ def test_damage_of_an_imported_model_is_noticed(saved, tmp_path):
 def test_blocks_of_a_stored_model_equal_slices(saved, tmp_path):
     run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
     source = open_model(tmp_path / "in")
-    assert isinstance(source, StoredModel)
+    assert isinstance(source, CheckpointedModel)
     for key, shape in source.shapes.items():
         offset = [size // 3 for size in shape]
         part = [max(1, size // 2) for size in shape]
