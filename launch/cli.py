@@ -43,15 +43,15 @@ VERBS = {
     "evaluate": Verb(
         "held-out loss of a run, or its figures in tasks (lm-eval)",
         "evaluate",
-        "train.eval.held_out:EvaluateConfig",
-        "train.eval.held_out:run",
+        "launch.verbs.evaluate:EvaluateConfig",
+        "launch.verbs.evaluate:run",
         positional=("run",),
     ),
     "generate": Verb(
         "continue a text with a run's model",
         "generate",
         "train.eval.generate:GenerateConfig",
-        "train.eval.generate:run",
+        "launch.verbs.generate:run",
         positional=("run", "prompt"),
     ),
     "tokenize": Verb(
@@ -75,15 +75,15 @@ VERBS = {
     "import": Verb(
         "a checkpoint in the Hugging Face format, as a start for training",
         "import",
-        "train.convert:ImportConfig",
-        "train.convert:run_import",
+        "launch.verbs.convert:ImportConfig",
+        "launch.verbs.convert:run_import",
         positional=("source", "out"),
     ),
     "export": Verb(
         "a run's model in the Hugging Face format",
         "export",
-        "train.convert:ExportConfig",
-        "train.convert:run_export",
+        "launch.verbs.convert:ExportConfig",
+        "launch.verbs.convert:run_export",
         positional=("source", "out"),
     ),
     "certify": Verb(
@@ -96,8 +96,8 @@ VERBS = {
     "report": Verb(
         "draw one run, or several side by side",
         "report",
-        "train.report.run:ReportConfig",
-        "train.report.run:run",
+        "launch.verbs.report:ReportConfig",
+        "launch.verbs.report:run",
         positional=("runs...",),
     ),
     "jobs": Verb(

@@ -1,4 +1,4 @@
-"""The verbs `import` and `export`: a model from and to the Hugging Face format, a block at a time."""
+"""Convert a model from and to the Hugging Face format, a block at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -51,52 +50,10 @@ class Check(Enum):
     never = "never"
 
 
-@dataclass(frozen=True)
-class ImportConfig:
-    """A checkpoint in the Hugging Face format becomes one of ours: `model.init_from=OUT` starts from it."""
-
-    source: str = "???"
-    """Directory with `config.json` and safetensors files."""
-    out: str = "???"
-    """New directory."""
-    text_only: bool = False
-    """Leave a vision tower out."""
-    check: Check = Check.auto
-
-
-class Format(Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """A run's newest checkpoint, or an imported model, becomes a directory that transformers loads."""
-
-    source: str = "???"
-    """A run's directory or an imported one."""
-    out: str = "???"
-    """New directory."""
-    family: str | None = None
-    """`model_type` to write; null: the first that expresses the model exactly."""
-    dtype: Format | None = None
-    """Format of the weights; null: as stored."""
-    shard_gb: float = 5.0
-    """Files are split where they would become larger than this."""
-    drop_selection_bias: bool = False
-    """Export a model whose routers were balanced by selection biases without them."""
-    check: Check = Check.auto
-
-    def __post_init__(self) -> None:
-        if self.shard_gb <= 0:
-            raise ConfigError("shard_gb", self.shard_gb, "must be positive", [5])
-
-
-def run_import(config: ImportConfig) -> int:
-    out = _new(config.out)
-    source = HuggingFaceCheckpoint(Path(config.source).expanduser(), config.text_only)
-    checked = _compare(source, source.directory, None, config.check)
+def import_checkpoint(source_directory: Path, out: Path, text_only: bool = False, check: Check = Check.auto) -> str:
+    """Convert a checkpoint in the Hugging Face format; returns the family's `model_type`."""
+    source = HuggingFaceCheckpoint(source_directory, text_only)
+    checked = _compare(source, source.directory, None, check)
     text = source.raw_config.get("text_config") or source.raw_config
     carried = {key: text[key] for key in CARRIED if key in text}
     origin = {"family": source.family.model_type, "checked": checked, "config": carried}
@@ -105,23 +62,28 @@ def run_import(config: ImportConfig) -> int:
         (scratch / TOKENIZER).mkdir()
         for path in source.tokenizer_files:
             shutil.copyfile(path, scratch / TOKENIZER / path.name)
-    print(f"imported {source.family.model_type} to {out}; start from it with model.init_from={out}")
-    return 0
+    return source.family.model_type
 
 
-def run_export(config: ExportConfig) -> int:
-    out, path = _new(config.out), Path(config.source).expanduser()
+def export_checkpoint(
+    path: Path,
+    out: Path,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5_000_000_000,
+    drop_selection_bias: bool = False,
+    check: Check = Check.auto,
+) -> str:
+    """Convert a run's newest checkpoint or an imported model; returns the `model_type` written."""
     source = _opened(path)
     bias = source.selection_bias() if isinstance(source, CheckpointedModel) else 0.0
-    if bias and not config.drop_selection_bias:
+    if bias and not drop_selection_bias:
         reason = f"the routers choose experts with biases (up to {bias:.2g}) that other formats cannot store"
         raise ConfigError("drop_selection_bias", False, reason, ["true, which exports the model without them"])
-    dtype = None if config.dtype is None else getattr(torch, config.dtype.value)
-    family, extra = config.family, dict[str, Any]()
+    extra = dict[str, Any]()
     if (path / IMPORTED).exists():
         origin, extra = load_origin(path)
         family = family or origin
-
     with tempfile.TemporaryDirectory() as scratch:
         files, of_run = _tokenizer(path, source, Path(scratch))
         export(
@@ -129,14 +91,13 @@ def run_export(config: ExportConfig) -> int:
             out,
             family,
             dtype,
-            shard_bytes=int(config.shard_gb * 1e9),
+            shard_bytes=shard_bytes,
             extra_config={**extra, **of_run},
             tokenizer_files=files,
-            verify=lambda directory: _compare(source, directory, dtype, config.check),
+            verify=lambda directory: _compare(source, directory, dtype, check),
             progress=_Progress("exported", source, dtype),
         )
-    print(f"exported {json.loads((out / 'config.json').read_text())['model_type']} to {out}")
-    return 0
+    return str(json.loads((out / "config.json").read_text())["model_type"])
 
 
 def _opened(path: Path) -> TensorSource:
@@ -144,13 +105,6 @@ def _opened(path: Path) -> TensorSource:
         return open_model(path)
     except ConfigError as error:
         raise error.under("source") from None
-
-
-def _new(path: str) -> Path:
-    out = Path(path).expanduser()
-    if out.exists():
-        raise ConfigError("out", path, "exists already; name a new directory")
-    return out
 
 
 def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Path], dict[str, Any]]:

@@ -6,9 +6,9 @@ import pytest
 
 from core.config import load
 from core.errors import ConfigError
+from launch.verbs.evaluate import EvaluateConfig
 from tests.support.tiny import TINY
 from train.config import TrainConfig, check
-from train.eval.held_out import EvaluateConfig
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,12 @@ def test_what_is_wrong_with_the_first_stretch_is_said_of_training():
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ({"out": "a.json"}, "out=a.json: is for tasks, and none is named"),
-        ({"limit": 3}, "limit=3: is for tasks"),
-        ({"few_shot": 0}, "few_shot=0: is for tasks"),
-        ({"task_path": "here"}, "task_path=here: is for tasks"),
+        ({"out": "a.json"}, "out=a.json: applies to tasks, and none is named"),
+        ({"limit": 3}, "limit=3: applies to tasks"),
+        ({"few_shot": 0}, "few_shot=0: applies to tasks"),
+        ({"task_path": "here"}, "task_path=here: applies to tasks"),
         ({"tasks": ["a"], "few_shot": -3}, "few_shot=-3: must not be negative"),
-        ({"tasks": ["a"], "rows": 3}, "rows=3: counts held-out rows"),
+        ({"tasks": ["a"], "sequences": 3}, "sequences=3: applies to the held-out loss"),
     ],
 )
 def test_evaluate_refuses_what_it_would_not_do(asked, message):

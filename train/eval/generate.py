@@ -5,17 +5,15 @@ The whole window is run again for every token: simple, and enough to look at wha
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from core.errors import ConfigError
 from model.transformer import Transformer
-from parallel.comm.world import World, connect
+from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
 from parallel.vocab_parallel_loss import whole_logits
 from precision.config import Backend
@@ -99,24 +97,3 @@ def _sample(logits_V: torch.Tensor, config: GenerateConfig, generator: torch.Gen
     if config.top_k is not None and config.top_k < len(logits_V):
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(config.top_k).values[-1], -torch.inf)
     return int(torch.multinomial((logits_V / config.temperature).softmax(0), 1, generator=generator))
-
-
-def run(config: GenerateConfig) -> int:
-    """Print the prompt and its continuation."""
-    from train.checkpoint.restore import restore
-
-    world = connect()
-    try:
-        restored = restore(Path(config.run), world, config.backend)
-        tokenizer = restored.corpus.tokenizer
-        prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
-        restored.placed.model.eval()
-        context = restored.phase.seq_len
-        ask = partial(placed_logits, restored.placed)
-        drawn = continue_tokens(ask, prompt, context, config, tokenizer.eos_id, world)
-        tokens = list(drawn)
-        if world.is_main:
-            sys.stdout.write(config.prompt + tokenizer.decode(tokens) + "\n")
-        return 0
-    finally:
-        world.close()

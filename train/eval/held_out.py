@@ -1,24 +1,20 @@
-"""Held-out loss per source, in nats per token and bits per byte; the verb `evaluate` does it for a finished run."""
+"""Held-out loss per source, in nats per token and bits per byte."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from core.errors import ConfigError, DataError, check_numbers
+from core.errors import DataError
 from data.loader import Batch
-from parallel.comm.world import World, connect
 from parallel.fsdp import release
 from parallel.mesh import MeshAxis
 from parallel.parallelize import ParallelModel
-from precision.config import Backend
 from train.loss import IGNORED, token_losses
 
 
@@ -133,76 +129,3 @@ def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:
     size = bytes_V[labels_BT.clamp_min(0)] * counted
     sums = torch.stack([losses_BT.sum(dtype=torch.float64), counted.sum().double(), size.sum().double()])
     return sums * (meshes.tp.rank == 0)
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Held-out loss of a run's last checkpoint, or tasks of the evaluation harness (lm-eval). `run`: the run's
-    directory; for tasks it may also be an imported model or one in the Hugging Face format.
-    """
-
-    run: str = "???"
-    sequences: int | None = None
-    """Held-out rows per source; null: as many as in the run."""
-    micro_batch_size: int | None = None
-    """Rows at a time; null: as in the run, which then gives the run's own figure to the last bit."""
-    backend: Backend | None = None
-    """Who does the matrix products; null: as in training. For runs; any other model is evaluated in float32."""
-
-    tasks: list[str] = field(default_factory=list)
-    """Names of tasks; empty: the held-out loss."""
-    task_path: str | None = None
-    """Directory with task files (YAML) of your own."""
-    limit: int | None = None
-    """Examples per task; null: all."""
-    few_shot: int | None = None
-    """Solved examples before each question; null: as the task says."""
-    out: str | None = None
-    """JSON file for the tasks' figures and samples."""
-
-    def __post_init__(self) -> None:
-        for key in ("sequences", "micro_batch_size", "limit"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(key, value, "must be positive")
-        check_numbers(self, not_negative=("few_shot",))
-        if self.tasks and self.sequences is not None:
-            raise ConfigError(
-                "sequences", self.sequences, "counts held-out rows, which tasks do not read; leave it out"
-            )
-        for key in ("task_path", "limit", "few_shot", "out"):
-            value = getattr(self, key)
-            if value is not None and not self.tasks:
-                raise ConfigError(key, value, "is for tasks, and none is named; name some in tasks")
-
-
-def run(config: EvaluateConfig) -> int:
-    """Print the held-out loss of a run's last whole checkpoint as JSON."""
-    from train.checkpoint.restore import restore
-
-    world = connect()
-    try:
-        if config.tasks:
-            return _run_tasks(config, world)
-        restored = restore(Path(config.run), world, config.backend)
-        loader = restored.loader()
-        rows = config.sequences or restored.config.evaluation.sequences
-        micro_batch_size = config.micro_batch_size or restored.phase.micro_batch_size
-        weights = restored.weights()
-        bytes_V = torch.from_numpy(restored.corpus.tokenizer.token_bytes())
-        result = held_out_loss(restored.placed, loader, bytes_V, rows, micro_batch_size, weights)
-        if world.is_main:
-            print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
-        return 0
-    finally:
-        world.close()
-
-
-def _run_tasks(config: EvaluateConfig, world: World) -> int:
-    try:
-        from train.eval.lm_eval import run_tasks
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "lm_eval":
-            raise
-        raise ConfigError("tasks", None, "need the evaluation harness: pip install 'leviathan[eval]'") from None
-    return run_tasks(config, world)

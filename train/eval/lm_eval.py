@@ -32,7 +32,6 @@ from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import load_origin
 from train.checkpoint.restore import restore
 from train.eval.generate import GenerateConfig, continue_tokens, model_logits
-from train.eval.held_out import EvaluateConfig
 
 DEFAULT_CONTEXT = 2048
 
@@ -134,40 +133,51 @@ class HarnessModel(TemplateLM):
         return self.subject.model(tokens_BT.to(device), context).float().log_softmax(-1).cpu()
 
 
-def run_tasks(config: EvaluateConfig, world: World) -> int:
+def run_tasks(
+    run: Path,
+    tasks: Sequence[str],
+    world: World,
+    *,
+    backend: Backend | None = None,
+    batch_size: int = 8,
+    task_path: str | None = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    out: str | None = None,
+) -> int:
     """Evaluate and print a table; the figures go to `out` as JSON. One process does it."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     if world.size > 1:
         raise ConfigError("tasks", None, "are evaluated by one process: start it without torchrun")
-    own = None if config.task_path is None else str(Path(config.task_path).expanduser())
+    own = None if task_path is None else str(Path(task_path).expanduser())
     if own is not None and not Path(own).is_dir():
-        raise ConfigError("task_path", config.task_path, "no such directory")
+        raise ConfigError("task_path", task_path, "no such directory")
     manager = TaskManager(include_path=own, include_defaults=False)
-    if not set(config.tasks) <= set(manager.all_tasks):  # the harness's own thousands take seconds to look through
+    if not set(tasks) <= set(manager.all_tasks):  # the harness's own thousands take seconds to look through
         manager = TaskManager(include_path=own)
-    for task in config.tasks:
+    for task in tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.5)
             raise ConfigError("tasks", task, "no such task; task_path names a directory of your own", near)
-    model = HarnessModel(subject(Path(config.run).expanduser(), world, config.backend), config.micro_batch_size or 8)
+    model = HarnessModel(subject(run, world, backend), batch_size)
     try:
         found: Any = simple_evaluate(
             model,
-            tasks=list(config.tasks),
-            num_fewshot=config.few_shot,
-            limit=config.limit,
+            tasks=list(tasks),
+            num_fewshot=few_shot,
+            limit=limit,
             task_manager=manager,
             bootstrap_iters=0,
         )
     except (OSError, ConnectionError) as error:
         raise CheckpointError(f"a task's data cannot be read: {str(error).strip().splitlines()[0]}") from error
     print(utils.make_table(found))
-    if config.out is not None:
+    if out is not None:
         figures = {"results": found["results"], "samples": found.get("samples", {})}
         text = json.dumps(figures, indent=2, default=str)
-        Path(config.out).expanduser().write_text(text + "\n")
+        Path(out).expanduser().write_text(text + "\n")
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -45,16 +44,6 @@ _TITLES = {
     "dead_experts": "Idle experts",
     "router_z": "Router logits",
 }
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """One page about one run, or about several side by side."""
-
-    runs: list[str] = field(default_factory=list)
-    """Directories of runs."""
-    out: str | None = None
-    """Where the page goes; null: into the run's directory, or report.html here for several."""
 
 
 class RunData:
@@ -119,17 +108,6 @@ class RunData:
             found = [line for line in self.log if text in line]
             if found:
                 yield f"{len(found)} times in log.txt: {found[-1].split(' ', 2)[-1]}"
-
-
-def run(config: ReportConfig) -> int:
-    """Write the page and say where it is."""
-    if not config.runs:
-        raise ConfigError("runs", None, "name at least one run's directory: leviathan report RUN")
-    directories = [Path(directory).expanduser() for directory in config.runs]
-    out = Path(config.out).expanduser() if config.out else (directories[0] if len(directories) == 1 else Path()) / PAGE
-    write_report(directories, out)
-    print(f"report: {out}")
-    return 0
 
 
 def write_report(directories: Sequence[Path], out: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 from core.errors import CheckpointError, ConfigError, LeviathanError
 from data.tokenizer import save_for_transformers
 from launch.cli import main
+from launch.verbs.convert import Check, ExportConfig, ImportConfig, run_export, run_import
 from model import huggingface
 from model.config import (
     FeedForward,
@@ -31,7 +32,6 @@ from tests.support import hf_models, tiny
 from tests.support.like import like
 from train.checkpoint.init_from import initial_source, open_model
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel
-from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
 
 QUIET = lambda line: None  # noqa: E731
 
@@ -414,7 +414,7 @@ write_directory(root, planned, 8 << 30)
 CONVERT = """
 import re, sys
 from pathlib import Path
-from train.convert import Check, ExportConfig, ImportConfig, run_export, run_import
+from launch.verbs.convert import Check, ExportConfig, ImportConfig, run_export, run_import
 root = sys.argv[1]
 run_import(ImportConfig(root + "/hf", root + "/in", check=Check.never))
 run_export(ExportConfig(root + "/in", root + "/out", check=Check.never))

@@ -1,0 +1,84 @@
+"""The verbs `import` and `export`: convert a model from and to the Hugging Face format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+from core.errors import ConfigError
+from train.convert import Check, export_checkpoint, import_checkpoint
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Convert a checkpoint in the Hugging Face format to ours; `model.init_from=OUT` starts training from it."""
+
+    source: str = "???"
+    """Directory with `config.json` and safetensors files."""
+    out: str = "???"
+    """New directory."""
+    text_only: bool = False
+    """Drop a vision tower."""
+    check: Check = Check.auto
+
+
+class Format(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Convert a run's newest checkpoint, or an imported model, to a directory that transformers loads."""
+
+    source: str = "???"
+    """Directory of a run or of an imported model."""
+    out: str = "???"
+    """New directory."""
+    family: str | None = None
+    """`model_type` to write; null: the first that expresses the model exactly."""
+    dtype: Format | None = None
+    """Format of the weights; null: as stored."""
+    shard_gb: float = 5.0
+    """Largest size of a file."""
+    drop_selection_bias: bool = False
+    """Export a model whose routers were balanced by selection biases without them."""
+    check: Check = Check.auto
+
+    def __post_init__(self) -> None:
+        if self.shard_gb <= 0:
+            raise ConfigError("shard_gb", self.shard_gb, "must be positive", [5])
+
+
+def run_import(config: ImportConfig) -> int:
+    out = _new_directory(config.out)
+    family = import_checkpoint(Path(config.source).expanduser(), out, config.text_only, config.check)
+    print(f"imported {family} to {out}; start from it with model.init_from={out}")
+    return 0
+
+
+def run_export(config: ExportConfig) -> int:
+    out = _new_directory(config.out)
+    dtype = None if config.dtype is None else getattr(torch, config.dtype.value)
+    family = export_checkpoint(
+        Path(config.source).expanduser(),
+        out,
+        config.family,
+        dtype,
+        int(config.shard_gb * 1e9),
+        config.drop_selection_bias,
+        config.check,
+    )
+    print(f"exported {family} to {out}")
+    return 0
+
+
+def _new_directory(path: str) -> Path:
+    out = Path(path).expanduser()
+    if out.exists():
+        raise ConfigError("out", path, "exists already; name a new directory")
+    return out

@@ -1,0 +1,28 @@
+"""The verb `generate`: continue a text with a run's last checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from parallel.comm.world import connect
+from train.checkpoint.restore import restore
+from train.eval.generate import GenerateConfig, continue_tokens, placed_logits
+
+
+def run(config: GenerateConfig) -> int:
+    """Print the prompt and its continuation."""
+    world = connect()
+    try:
+        restored = restore(Path(config.run), world, config.backend)
+        tokenizer = restored.corpus.tokenizer
+        prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
+        restored.placed.model.eval()
+        next_logits = partial(placed_logits, restored.placed)
+        tokens = list(continue_tokens(next_logits, prompt, restored.phase.seq_len, config, tokenizer.eos_id, world))
+        if world.is_main:
+            sys.stdout.write(config.prompt + tokenizer.decode(tokens) + "\n")
+        return 0
+    finally:
+        world.close()
