@@ -118,7 +118,7 @@ class Trainer:
 
     def train_step(self, step: int) -> StepMetrics:
         """Consume the global batch of `step` and update the model."""
-        self.world.pulse.step = step
+        self.world.heartbeat.step = step
         phase = self.phase(step)
         self.engine.placed.model.see_positions(phase.model)
         begin = time.perf_counter()
@@ -144,7 +144,7 @@ class Trainer:
 
     def _batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of `step`: of the plain order, or of what online filtering took."""
-        phase, axis = self.phase(step), self.meshes.rows
+        phase, axis = self.phase(step), self.meshes.dp
         rows = phase.global_batch_size // axis.size
         start, stop = axis.rank * rows, (axis.rank + 1) * rows
         loader = self.loaders[phase.name]
@@ -200,7 +200,7 @@ class Trainer:
         """What happens here is not training: neither its time nor its bytes count."""
         wait_for(self.world.device)
         begin, bytes_before = time.perf_counter(), self.meshes.traffic.take()
-        with self.world.pulse.excuse():
+        with self.world.heartbeat.excuse():
             yield
         self.paused_s += time.perf_counter() - begin
         self.meshes.traffic.bytes = Counter(bytes_before)

@@ -71,7 +71,7 @@ def _shard(name: str, tensor: Tensor, spec: ShardSpec | None, writes: bool) -> T
         return TensorShard(name, part, tuple(part.shape), (0,) * part.dim(), writes)
     if part.dim() == 0:  # a step count: the same for the whole parameter
         return TensorShard(name, part, (), (), spec.is_first)
-    return TensorShard(name, part, tuple(spec.info.shape), spec.stored.offset, spec.is_owner)
+    return TensorShard(name, part, tuple(spec.info.shape), spec.local_block.offset, spec.is_owner)
 
 
 class ShardSavePlanner(DefaultSavePlanner):

@@ -77,10 +77,10 @@ def placed_logits(placed: ParallelModel, tokens: list[int]) -> torch.Tensor:
     ahead.
     """
     meshes, last = placed.meshes, len(tokens) - 1
-    length = placed.fitting(len(tokens))
-    share = placed.share(length)
+    length = placed.padded_length(len(tokens))
+    share = placed.context_shard(length)
     row_BT = torch.tensor([tokens + [0] * (length - len(tokens))])
-    context = placed.context(torch.arange(length)[None])
+    context = placed.sequence_context(torch.arange(length)[None])
     logits_BTV = placed.logits(share.take(row_BT).to(placed.device), context)
     at = (share.take(torch.arange(length)[None])[0] == last).nonzero()
     found_V = torch.zeros(placed.model.config.vocab_size, dtype=torch.float64, device=placed.device)

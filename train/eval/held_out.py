@@ -78,7 +78,7 @@ def held_out_loss(
     found: dict[str, SourceLoss] = {}
     for source in weights:
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
-        for batch in _share(loader, source, rows, micro_batch_size, meshes.rows):
+        for batch in _share(loader, source, rows, micro_batch_size, meshes.dp):
             sums += _sums(placed, batch, bytes_V)
         meshes.world.sum(sums, "evaluation")
         nats, tokens, size = sums.tolist()
@@ -118,8 +118,8 @@ def filled(batch: Batch | None, full: Batch) -> Batch:
 
 def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:
     """Nats, tokens and bytes of what this rank has of a batch; zeros where another rank counts it."""
-    meshes, share = placed.meshes, placed.share(batch.tokens_BT.shape[1])
-    context = placed.context(batch.positions_BT)
+    meshes, share = placed.meshes, placed.context_shard(batch.tokens_BT.shape[1])
+    context = placed.sequence_context(batch.positions_BT)
     logits_BTV = placed.logits(share.take(batch.tokens_BT).to(placed.device), context)
     if logits_BTV is None:
         return torch.zeros(3, dtype=torch.float64, device=placed.device)

@@ -24,7 +24,7 @@ def row_losses(placed: ParallelModel, take: Callable[[int, int], Batch], rows: i
 
     `take(start, stop)` gives rows of the N. Every rank runs the model equally often, on equally many rows.
     """
-    axis, sums_N2 = placed.meshes.rows, torch.zeros(rows, 2, dtype=torch.float64, device=placed.device)
+    axis, sums_N2 = placed.meshes.dp, torch.zeros(rows, 2, dtype=torch.float64, device=placed.device)
     starts, first = range(0, rows, micro_batch_size), take(0, min(micro_batch_size, rows))
     placed.model.eval()
     for turn in range(0, len(starts), axis.size):
@@ -42,8 +42,8 @@ def row_losses(placed: ParallelModel, take: Callable[[int, int], Batch], rows: i
 
 def _sums(placed: ParallelModel, batch: Batch) -> Tensor:
     """Nats and labelled tokens of each row, of what this rank has of it; zeros where another rank counts it: [B, 2]."""
-    meshes, share = placed.meshes, placed.share(batch.tokens_BT.shape[1])
-    context = placed.context(batch.positions_BT)
+    meshes, share = placed.meshes, placed.context_shard(batch.tokens_BT.shape[1])
+    context = placed.sequence_context(batch.positions_BT)
     logits_BTV = placed.logits(share.take(batch.tokens_BT).to(placed.device), context)
     if logits_BTV is None:
         return torch.zeros(len(batch.tokens_BT), 2, dtype=torch.float64, device=placed.device)
