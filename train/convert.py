@@ -26,6 +26,7 @@ from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_origin, save_model
 from train.config import phases
 from train.corpus import check_same_data, get_corpus
+from train.eval.contamination import MODELS
 from train.run_directory import load_config
 
 CARRIED = (
@@ -116,7 +117,7 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
     if not (path / "config.yaml").exists():
         return [file for name in TOKENIZER_FILES if (file := path / name).exists()], {}
     run = load_config(path)
-    corpus = get_corpus(run, World(0, 1, torch.device("cpu")), print)
+    corpus = get_corpus(run, World(0, 1, torch.device("cpu")), print, MODELS)
     assert isinstance(source, CheckpointedModel)
     check_same_data(read_progress(source.checkpoint), corpus)
     try:

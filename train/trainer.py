@@ -43,6 +43,7 @@ from train.engine.base import StepResult, optimizer_step
 from train.engine.deepspeed import make_engine
 from train.engine.fsdp import Engine
 from train.environment import environment
+from train.eval.contamination import MODELS
 from train.metap import hyperparameters
 from train.metrics import Log
 from train.online_filter import OnlineWindow
@@ -260,7 +261,7 @@ def run(config: TrainConfig) -> int:
             log = Log(directory.path / "log.txt" if world.is_main else None)
             for line in hyperparameters.warnings(config):
                 log(f"hyperparameters: {line}")
-            corpus = get_corpus(config, world, log)
+            corpus = get_corpus(config, world, log, MODELS)
             world.from_main(lambda: keep_audit(corpus, directory.path))
             return _fitted(Trainer(config, world, directory, corpus, log))
     finally:

@@ -63,7 +63,7 @@ def compare_settings(model: ModelConfig, directory: Path) -> None:
 def _settings(directory: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
 
 
 def _as_transformers_reads(theirs: Any) -> ModelConfig:
@@ -138,7 +138,13 @@ def compare_logits(source: TensorSource, directory: Path, dtype: torch.dtype | N
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     theirs, report = loaded
     odd = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]

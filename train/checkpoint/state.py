@@ -88,12 +88,12 @@ class ShardSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[_key(index.fqn, index.offset or ())]
+        return self.state_dict["shards"][_key(index.fqn, index.offset or ())]
 
 
-def state_dict(shards: Sequence[TensorShard]) -> dict[str, Tensor]:
-    """The tensors that this rank writes, each under a key of its own."""
-    return {_key(shard.name, shard.offset): shard.tensor for shard in shards if _is_written(shard)}
+def state_dict(shards: Sequence[TensorShard]) -> dict[str, Any]:
+    """The tensors that this rank writes, each under a key of its own. One dict holds all: DCP logs each outer key."""
+    return {"shards": {_key(shard.name, shard.offset): shard.tensor for shard in shards if _is_written(shard)}}
 
 
 def write_item(

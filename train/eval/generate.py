@@ -12,7 +12,6 @@ from functools import partial
 import torch
 
 from core.errors import ConfigError
-from model.transformer import Transformer
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
 from parallel.vocab_parallel_loss import whole_logits
@@ -63,13 +62,6 @@ def continue_tokens(
         if tokens[-1] == stop:
             return
         yield tokens[-1]
-
-
-@torch.no_grad()
-def model_logits(model: Transformer, tokens: list[int]) -> torch.Tensor:
-    """A model in one piece: logits [V] of what follows `tokens`."""
-    device = next(model.parameters()).device
-    return model(torch.tensor([tokens], device=device))[0, -1]
 
 
 def placed_logits(placed: ParallelModel, tokens: list[int]) -> torch.Tensor:

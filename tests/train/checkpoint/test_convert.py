@@ -385,7 +385,7 @@ def test_a_mixture_cannot_be_upcycled(saved):
 BIG = """
 import json, sys, torch
 from pathlib import Path
-from model.huggingface.files import Planned, write_directory
+from model.huggingface.files import PlannedTensor, write_directory
 root, experts = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
 D, F = 1024, 2048
@@ -405,7 +405,7 @@ shapes |= {shared + "down_proj.weight": (D, F)}
 def content(shape):
     for _ in range(shape[0] if len(shape) == 3 else 1):
         yield torch.randn(shape[1:] if len(shape) == 3 else shape).bfloat16()
-planned = [Planned(n, torch.bfloat16, s, lambda s=s: content(s)) for n, s in shapes.items()]
+planned = [PlannedTensor(n, torch.bfloat16, s, lambda s=s: content(s)) for n, s in shapes.items()]
 root.mkdir()
 write_directory(root, planned, 8 << 30)
 (root / "config.json").write_text(json.dumps(config))
