@@ -38,7 +38,7 @@ CARRIED = (
     "router_aux_loss_coef",
     "attention_dropout",
 )
-"""Keys of `config.json` that say nothing about the network and are handed on as they are."""
+"""Keys of `config.json` that do not affect the network; import keeps them and export writes them."""
 
 
 class Check(Enum):

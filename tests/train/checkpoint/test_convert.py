@@ -196,7 +196,7 @@ def test_another_tokenizer_than_the_first_weights_is_told(small_corpus, runnable
 
     run_import(ImportConfig(str(runnable), str(tmp_path / "imported")))
     same = [*like(runnable), *small_corpus]
-    assert "their tokenizer is not known" in said("unknown", tmp_path / "imported", *same)
+    assert "their tokenizer is unknown" in said("unknown", tmp_path / "imported", *same)
     folder = tmp_path / "imported" / TOKENIZER
     save_for_transformers(first.corpus.tokenizer, folder)
     assert f"trained with this run's tokenizer ({ours})" in said("known", tmp_path / "imported", *same)
