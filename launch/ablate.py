@@ -33,7 +33,8 @@ from launch.local import train
 from parallel.comm.world import connect
 from train.checkpoint.restore import RestoredRun, restore
 from train.config import TrainConfig
-from train.eval.sequence_loss import row_losses
+from train.eval.contamination import MODELS
+from train.eval.held_out import sequence_losses
 
 THIRDS = ("easy third", "middle third", "hard third")
 QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -72,7 +73,7 @@ def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
             code = train([_run(config, filter_, out / "runs", name, seed)])
             if code:
                 return code
-            restored = restore(out / "runs" / name, connect())
+            restored = restore(out / "runs" / name, connect(), models=MODELS)
             if difficulty is None:  # the held-out sequences are the same for every arm
                 difficulty = held_out_difficulty(restored, config.sequences)
             found[arm].append(thirds(held_out_losses(restored, config.sequences), difficulty))
@@ -124,7 +125,7 @@ def held_out_losses(restored: RestoredRun, sequences: int) -> NDArray[np.float64
     """Return the model's loss of each held-out sequence, over all sources."""
     loader = restored.loader()
     losses = [
-        row_losses(restored.placed, partial(loader.held_out, source), count, restored.phase.micro_batch_size)
+        sequence_losses(restored.placed, partial(loader.held_out, source), count, restored.phase.micro_batch_size)
         for source, count in _counts(restored, sequences)
     ]
     return torch.cat(losses).cpu().numpy()

@@ -33,8 +33,8 @@ from model.attention.segments import (
 )
 from model.config import ModelConfig
 from model.transformer import Layer, Transformer
-from parallel.comm.collectives import exchange, gather, pass_on
-from parallel.layout import ContextMethod, row_unit
+from parallel.comm.collectives import all_gather, all_to_all, ring_shift
+from parallel.layout import ContextMethod, split_unit
 from parallel.mesh import MeshAxis
 
 
@@ -100,22 +100,22 @@ class ContextShard:
             for rank in range(self.axis.size)
         ]
 
-    def context(
+    def sequence_context(
         self, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
     ) -> SequenceContext:
         """What the layers know of whole rows at these positions."""
         if self.axis.size == 1:
             return SequenceContext(positions_BT, device, routed_tokens)
-        return PartContext(self, positions_BT, device, routed_tokens)
+        return ShardedContext(self, positions_BT, device, routed_tokens)
 
 
-def share(model: ModelConfig, length: int, axis: MeshAxis, method: ContextMethod) -> ContextShard:
+def context_shard(model: ModelConfig, length: int, axis: MeshAxis, method: ContextMethod) -> ContextShard:
     """How rows of this length are divided."""
-    return ContextShard(axis, length, row_unit(model, length), method)
+    return ContextShard(axis, length, split_unit(model, length), method)
 
 
 @dataclass(frozen=True)
-class PartPlan(AttentionPlan):
+class RingPlan(AttentionPlan):
     """Attention over rows of which this rank has a part. `rounds`: the pieces with the keys of this rank, then of the
     one before it, and so on round the ranks.
     """
@@ -123,7 +123,7 @@ class PartPlan(AttentionPlan):
     rounds: tuple[list[Segment], ...] = ()
 
 
-class PartContext(SequenceContext):
+class ShardedContext(SequenceContext):
     """Of this rank's columns; but the documents of whole rows, which all ranks know alike, decide what is exchanged."""
 
     def __init__(
@@ -154,7 +154,7 @@ class PartContext(SequenceContext):
             return AttentionPlan(parts=pieces(rows, whole, whole))
         if share.method is ContextMethod.gather:
             return AttentionPlan(parts=pieces(rows, own, whole))
-        return PartPlan(rounds=tuple(pieces(rows, own, share.runs((rank - turn) % size)) for turn in range(size)))
+        return RingPlan(rounds=tuple(pieces(rows, own, share.runs((rank - turn) % size)) for turn in range(size)))
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _AttendShard:
     def __call__(
         self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: SequenceContext, chunk: int | None
     ) -> Tensor:
-        assert isinstance(context, PartContext), "rows in parts need the context that `Share` makes"
+        assert isinstance(context, ShardedContext), "rows in parts need the context that `Share` makes"
         plan = context.plan(chunk)
         if plan.block is None:
             return self.globally(q_BLHK, k_BLGK, v_BLGK, context.share, plan)
@@ -198,7 +198,7 @@ class _AttendShard:
         if not is_last:
             send[axis.rank + 1], receive[axis.rank + 1] = chunk, int(has_tail) * chunk
         rows = torch.cat([to_before, to_after], dim=2).movedim(2, 0)
-        return exchange(rows, send, receive, axis, "halo").movedim(0, 2)
+        return all_to_all(rows, send, receive, axis, "halo").movedim(0, 2)
 
 
 class Gather(_AttendShard):
@@ -208,7 +208,7 @@ class Gather(_AttendShard):
         self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
     ) -> Tensor:
         assert plan.parts is not None
-        gathered = gather(torch.stack([k_BLGK, v_BLGK]), self.axis, 0, "keys and values")
+        gathered = all_gather(torch.stack([k_BLGK, v_BLGK]), self.axis, 0, "keys and values")
         k_BTGK, v_BTGK = share.whole(gathered.unflatten(0, (self.axis.size, 2)).unbind(0), 2)
         return attend_pieces(q_BLHK, k_BTGK, v_BTGK, plan.parts)
 
@@ -226,10 +226,10 @@ class Ulysses(_AttendShard):
         heads = [x.unflatten(2, (size, -1)) for x in (q_BLHK, k_BLGK, v_BLGK)]
         counts = [x.shape[3] for x in heads]
         sent_RBLHK = torch.cat(heads, dim=3).movedim(2, 0)
-        got_RBLHK = exchange(sent_RBLHK, ones, ones, self.axis, "heads")
+        got_RBLHK = all_to_all(sent_RBLHK, ones, ones, self.axis, "heads")
         q_BTHK, k_BTGK, v_BTGK = share.whole(got_RBLHK.unbind(0), 1).split(counts, dim=2)
         y_BTHK = attend_pieces(q_BTHK, k_BTGK, v_BTGK, plan.parts)
-        back_RBLHK = exchange(torch.stack(share.parts(y_BTHK, 1)), ones, ones, self.axis, "heads")
+        back_RBLHK = all_to_all(torch.stack(share.parts(y_BTHK, 1)), ones, ones, self.axis, "heads")
         return back_RBLHK.movedim(0, 2).flatten(2, 3)
 
 
@@ -239,7 +239,7 @@ class Ring(_AttendShard):
     def globally(
         self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
     ) -> Tensor:
-        assert isinstance(plan, PartPlan)
+        assert isinstance(plan, RingPlan)
         return _Ring.apply(q_BLHK, k_BLGK, v_BLGK, self.axis, plan.rounds)
 
 
@@ -250,7 +250,7 @@ class _Ring(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: MeshAxis, rounds: tuple[list[Segment], ...]) -> Tensor:
         partial, kv = Partial(q), torch.stack([k, v])
         for turn, parts in enumerate(rounds):
-            arrived = pass_on(kv, axis, "ring") if turn < axis.size - 1 else None
+            arrived = ring_shift(kv, axis, "ring") if turn < axis.size - 1 else None
             partial.see(kv[0], kv[1], parts)
             kv = arrived() if arrived is not None else kv
         out = partial.result()
@@ -264,12 +264,12 @@ class _Ring(torch.autograd.Function):
         axis, found, kv = ctx.axis, Gradients(grads[0], q, out, lse), torch.stack([k, v])
         own, sent = torch.zeros_like(kv, dtype=lse.dtype), None
         for turn, parts in enumerate(ctx.rounds):
-            arrived = pass_on(kv, axis, "ring") if turn < axis.size - 1 else None
+            arrived = ring_shift(kv, axis, "ring") if turn < axis.size - 1 else None
             gradient = torch.zeros_like(own) if turn else own
             found.see(kv[0], kv[1], gradient[0], gradient[1], parts)
             if turn:
                 gradient = gradient if sent is None else gradient + sent()
-                sent = pass_on(gradient, axis, "ring")
+                sent = ring_shift(gradient, axis, "ring")
             kv = arrived() if arrived is not None else kv
         assert sent is not None
         dk, dv = (own + sent()).to(k.dtype)

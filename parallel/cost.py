@@ -21,8 +21,8 @@ from model.config import AuxScope, FeedForward, LayerConfig, ModelConfig, QKNorm
 from model.roles import Role, registry
 from parallel import whole_matrices as whole
 from parallel.deepspeed.config import Offload, ParameterOffload
-from parallel.layout import ContextMethod, DispatchMethod, EngineKind, Layout, Recompute, Reduce, row_unit
-from parallel.mesh import place
+from parallel.layout import ContextMethod, DispatchMethod, EngineKind, Layout, Recompute, Reduce, split_unit
+from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.pipeline import runtime
 from parallel.sharding import ShardSpec, shard_specs
@@ -72,13 +72,13 @@ def static_bytes(
     specs = _specs(model, precision, layout, rank)
     if layout.engine is EngineKind.deepspeed:
         return _under_zero(specs, precision, layout, moments)
-    elements, size = sum(spec.stored.numel for spec in specs.values()), precision.master_dtype.itemsize
+    elements, size = sum(spec.local_block.numel for spec in specs.values()), precision.master_dtype.itemsize
     optimizer, width = 0, 0 if moments is None else moments.itemsize
     for spec in specs.values() if width else ():
         if muon and spec.info.role.is_matrix:
-            optimizer += width * spec.stored.numel
+            optimizer += width * spec.local_block.numel
         else:
-            optimizer += 2 * width * spec.stored.numel + 4  # and a step count, float32
+            optimizer += 2 * width * spec.local_block.numel + 4  # and a step count, float32
     return StaticBytes(size * elements, size * elements, optimizer)
 
 
@@ -89,7 +89,7 @@ def _under_zero(
     away = layout.zero.offload_parameters is not ParameterOffload.none
     master, parameters, gradients, optimizer = precision.master_dtype.itemsize, 0, 0, 0
     for spec in specs.values():
-        whole = spec.computed.numel
+        whole = spec.compute_block.numel
         share = -(-whole // (layout.efsdp if spec.info.role.is_expert else layout.fsdp))
         width = master if spec.info.role is Role.router else precision.compute_dtype.itemsize
         parameters += 0 if away else width * (share if stage == 3 else whole)
@@ -130,14 +130,14 @@ def step_traffic(
 
 def _specs(model: ModelConfig, precision: PrecisionConfig, layout: Layout, rank: int) -> dict[str, ShardSpec]:
     """Of the parameters on this rank."""
-    meshes, here = place(layout, rank), on_meta(model, precision)
-    runtime.cut(here, meshes)
+    meshes, here = meshes_of_rank(layout, rank), on_meta(model, precision)
+    runtime.split_stages(here, meshes)
     return shard_specs(registry(here), model, meshes)
 
 
 def _all_specs(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> dict[str, ShardSpec]:
     """Of all parameters, each on the first rank of its stage."""
-    return shard_specs(registry(on_meta(model, precision)), model, place(layout, 0))
+    return shard_specs(registry(on_meta(model, precision)), model, meshes_of_rank(layout, 0))
 
 
 def _data(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Entries:
@@ -148,11 +148,11 @@ def _data(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Ent
     narrow = precision.compute_dtype is torch.bfloat16
     reduced = 2 if layout.reduce_dtype is Reduce.bfloat16 else precision.master_dtype.itemsize
     for name, spec in _all_specs(model, precision, layout).items():
-        stages = 1 + any(axis.name == "ends" for axis in spec.copies)  # a tied table is at both ends
-        axis, master = spec.storage.axis, narrow and spec.info.role is Role.router
+        stages = 1 + any(axis.name == "ends" for axis in spec.replicas)  # a tied table is at both ends
+        axis, master = spec.fsdp_split.axis, narrow and spec.info.role is Role.router
         size = precision.master_dtype.itemsize if master else precision.compute_dtype.itemsize
         gathers = 2 if name.startswith("layers.") and layout.pp == 1 else 1
-        elements = spec.stored.numel  # of rank 0, whose part is full: shorter ones are padded to it
+        elements = spec.local_block.numel  # of rank 0, whose part is full: shorter ones are padded to it
         if axis.size > 1:
             yield (axis.name, "parameters"), stages * gathers * size * elements
             yield (axis.name, "gradients"), stages * reduced * elements * axis.size
@@ -212,7 +212,7 @@ def attention_traffic(
         n // layout.tp * model.head_dim * batch.micro_batch_size for n in (model.num_heads, model.num_kv_heads)
     )
     part = batch.seq_len // cp
-    tails = part // row_unit(model, batch.seq_len) > 1
+    tails = part // split_unit(model, batch.seq_len) > 1
     if cp == 1:
         return
     if layer.attention_chunk_size is not None and layer.attention_chunk_size < batch.seq_len:
@@ -305,7 +305,7 @@ def _once(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Ent
     for spec in _all_specs(model, precision, layout).values():
         for axis in spec.partial:
             copies = world // layout.pp // layout.fsdp * (2 if axis.name == "ends" else 1)
-            yield (axis.name, "gradients"), spec.computed.numel * precision.master_dtype.itemsize * copies
+            yield (axis.name, "gradients"), spec.compute_block.numel * precision.master_dtype.itemsize * copies
 
 
 def _matrices(model: ModelConfig, precision: PrecisionConfig, layout: Layout, sent: torch.dtype | None) -> Entries:
@@ -314,9 +314,9 @@ def _matrices(model: ModelConfig, precision: PrecisionConfig, layout: Layout, se
     """
     if sent is None:
         return
-    meshes = place(layout, 0)
+    meshes = meshes_of_rank(layout, 0)
     for spec in _all_specs(model, precision, layout).values():
         if spec.info.role.is_matrix:
-            everywhere = math.prod(spec.info.shape) * math.prod(axis.size for axis in spec.copies)
-            for cut in whole.cuts(spec, meshes):
+            everywhere = math.prod(spec.info.shape) * math.prod(axis.size for axis in spec.replicas)
+            for cut in whole.matrix_splits(spec, meshes):
                 yield (cut.axis.name, whole.PURPOSE), 2 * everywhere * sent.itemsize

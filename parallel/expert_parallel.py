@@ -23,7 +23,7 @@ from model.config import WeightsOn
 from model.kernels import MoEKernels
 from model.moe import Dispatched, MixtureOfExperts, TopKRouting, permute_by_expert, weighted
 from model.transformer import Transformer
-from parallel.comm.collectives import exchange, gather, gather_plain, scatter
+from parallel.comm.collectives import all_gather, all_gather_no_grad, all_to_all, reduce_scatter
 from parallel.layout import DispatchMethod
 from parallel.mesh import MeshAxis, Meshes
 from precision.gemm import Groups
@@ -88,7 +88,7 @@ class AllToAll(_Dispatcher):
         arriving_NE = self._swap(sent_NE)
         send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # by place on this rank
         receive = [sum(counts) for counts in zip(*arriving, strict=True)]
-        x_RD = exchange(x_SD, send, receive, self.axis, "tokens")
+        x_RD = all_to_all(x_SD, send, receive, self.axis, "tokens")
         places = torch.arange(self.held, device=x_RD.device).repeat(self.axis.size)
         experts_R1 = places.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
         by_expert = permute_by_expert(experts_R1, self.held, self.token_multiple, self.kernels)
@@ -96,13 +96,13 @@ class AllToAll(_Dispatcher):
         groups_E = Groups(by_expert.groups.counts_E, known)
 
         def restore(y_CD: Tensor) -> Tensor:
-            return back(exchange(by_expert.combine(y_CD), receive, send, self.axis, "tokens"))
+            return back(all_to_all(by_expert.combine(y_CD), receive, send, self.axis, "tokens"))
 
         return Dispatched(by_expert.gather(x_RD), groups_E, restore)
 
     def _swap(self, sent_NE: Tensor) -> Tensor:
         """How many slots each rank sends here for each of this rank's experts."""
-        return exchange(sent_NE, [1] * self.axis.size, [1] * self.axis.size, self.axis, "counts")
+        return all_to_all(sent_NE, [1] * self.axis.size, [1] * self.axis.size, self.axis, "counts")
 
 
 class AllGather(_Dispatcher):
@@ -110,11 +110,11 @@ class AllGather(_Dispatcher):
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         choice = self.virtual(choice)
-        x_ND = gather(x_TD, self.axis, 0, "tokens")
-        experts_NK = gather_plain(choice.experts_TK, self.axis, 0, "counts")
-        weights_NK = gather(choice.weights_TK, self.axis, 0, "weights")
+        x_ND = all_gather(x_TD, self.axis, 0, "tokens")
+        experts_NK = all_gather_no_grad(choice.experts_TK, self.axis, 0, "counts")
+        weights_NK = all_gather(choice.weights_TK, self.axis, 0, "weights")
         x_CD, groups, back = _mine(self, x_ND, experts_NK - self.axis.rank * self.held, weights_NK)
-        return Dispatched(x_CD, groups, lambda y_CD: scatter(back(y_CD), self.axis, 0, "tokens"))
+        return Dispatched(x_CD, groups, lambda y_CD: reduce_scatter(back(y_CD), self.axis, 0, "tokens"))
 
 
 class DeepEP(_Dispatcher):

@@ -1,27 +1,24 @@
-"""Sharded data parallelism with FSDP2: parameters, gradients and optimizer state live as shards.
+"""Sharded data parallelism with FSDP2: parameters, gradients and optimizer state are sharded.
 
-Losses are sums over tokens divided by global counts, so gradients are summed over ranks, never averaged. Routed experts
-are sharded over a mesh of their own: expert parallelism has cut them over some of the ranks already.
+Losses are sums over tokens divided by global counts, so gradients are summed over ranks and never averaged. Routed
+experts are sharded over a mesh of their own, because expert parallelism already splits them over some of the ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import Shard
 
-from model.moe import MixtureOfExperts
+from model.moe import Experts, MixtureOfExperts
 from model.transformer import Stack, Transformer
-from parallel.comm.collectives import all_gather_single
 from parallel.layout import Reduce
 from parallel.mesh import MeshAxis, Meshes
 from parallel.sharding import ShardSpec
@@ -35,13 +32,13 @@ def apply(
     meshes: Meshes,
     precision: PrecisionConfig,
 ) -> None:
-    """Shard each layer and its experts, then what is left of each stack. Without a mesh the model stays as it is.
+    """Shard each layer and its experts, then the rest of each stack. Without a mesh the model stays as it is.
 
-    In a pipeline parameters stay gathered between the micro-batches of a step, and gradients are reduced once: each
-    micro-batch would gather and reduce them again otherwise.
+    In a pipeline parameters stay gathered between the micro-batches of a step and gradients are reduced once. Otherwise
+    each micro-batch would gather and reduce them again.
 
-    In bfloat16 the gathered copies are bf16. Routers are gathered in the master format: they score in fp32 on one
-    device and must not be rounded first on many.
+    In bfloat16 the gathered copies are bf16, except routers: they score in fp32 on one device, so they must not be
+    rounded on many.
     """
     if meshes.dense is None or meshes.sparse is None:
         return
@@ -49,89 +46,95 @@ def apply(
     narrow = precision.compute_dtype is torch.bfloat16
     policy = MixedPrecisionPolicy(precision.compute_dtype if narrow else None, reduce)
     unrounded = MixedPrecisionPolicy(None, reduce, cast_forward_inputs=False)
-    dims = {id(parameter): specs[name].storage.dim for name, parameter in model.named_parameters()}
+    dims = {id(parameter): specs[name].fsdp_split.dim for name, parameter in model.named_parameters()}
+    keep: dict[str, Any] = {"reshard_after_forward": False} if meshes.layout.pp > 1 else {}
 
-    def shard(module: nn.Module, mesh: DeviceMesh, axis: MeshAxis, policy: MixedPrecisionPolicy) -> None:
-        place = lambda parameter: Shard(dims[id(parameter)])  # noqa: E731
-        keep: dict[str, Any] = {"reshard_after_forward": False} if meshes.layout.pp > 1 else {}
-        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=place, **keep)
-        _sum_and_count(sharded, axis, meshes.replicate)
+    def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        placement = lambda parameter: Shard(dims[id(parameter)])  # noqa: E731
+        unit = fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, **keep)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which a factor alone would use
 
     for stack in stacks.values():
         for layer in stack.layers.values():
             if isinstance(layer.ffn, MixtureOfExperts):
                 if narrow:
-                    shard(layer.ffn.router, meshes.dense, meshes.fsdp, unrounded)
-                shard(layer.ffn.experts, meshes.sparse, meshes.efsdp, policy)
-            shard(layer, meshes.dense, meshes.fsdp, policy)
-        shard(stack, meshes.dense, meshes.fsdp, policy)
+                    shard(layer.ffn.router, meshes.dense, unrounded)
+                shard(layer.ffn.experts, meshes.sparse, policy)
+            shard(layer, meshes.dense, policy)
+        shard(stack, meshes.dense, policy)
 
 
 def release(stacks: Mapping[int, Stack]) -> None:
     """Drop the copies that a forward pass without a backward pass leaves gathered."""
     for stack in stacks.values():
-        for module in stack.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for unit, _ in units(stack):
+            unit.reshard()
+
+
+def units(stack: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Each FSDP2 module under `stack`, and torch's group of its parameters; None where it has none of its own."""
+    for module in stack.modules():
+        if isinstance(module, FSDPModule):
+            yield module, module._get_fsdp_state()._fsdp_param_group
+
+
+def count_traffic(stacks: Mapping[int, Stack], meshes: Meshes) -> None:
+    """Count the bytes of FSDP2's collectives as they are issued. To be called when parameters have storage.
+
+    torch's all-reduce hook is not used: with one, torch runs the work that follows a reduction on another stream
+    without ordering it before the next reduction, a race on gradients (torch 2.13, _fsdp_collectives.py). Communication
+    objects stay torch's own, so `set_symm_mem` works.
+    """
+    for stack in stacks.values():
+        for module, group in units(stack):
+            axis = meshes.efsdp if isinstance(module, Experts) else meshes.fsdp
+            if group is not None and axis.size > 1:
+                group.unshard = partial(_counted_unshard, group, group.unshard, axis)
+            for parameter in group.fsdp_params if group is not None else ():
+                count = partial(_count_reduced, parameter, axis, meshes.replicate)
+                parameter.sharded_param.register_post_accumulate_grad_hook(count)
+
+
+def _counted_unshard(group: Any, unshard: Any, axis: MeshAxis, async_op: bool = False) -> None:
+    if group._all_gather_result is None and not group.is_unsharded:
+        elements = ((p._sharded_param_data.numel(), p.param_dtype or p.orig_dtype) for p in group.fsdp_params)
+        axis.note("parameters", sum(count * dtype.itemsize for count, dtype in elements))
+    unshard(async_op)
+
+
+def _count_reduced(parameter: FSDPParam, axis: MeshAxis, replicate: MeshAxis, _: Tensor) -> None:
+    """FSDP2 calls this once a reduced gradient is added to a parameter's shard: the reduce-scatter was handed one such
+    shard, padded, per rank.
+    """
+    size = parameter._sharded_param_data.numel() * (parameter.reduce_dtype or parameter.orig_dtype).itemsize
+    for reduced, handed in ((axis, size * axis.size), (replicate, size)):
+        if reduced.size > 1:
+            reduced.add_bytes("gradients", handed)
 
 
 class GradientSum:
-    """Where the gradient of one module's `weight` is summed over micro-batches until FSDP2 reduces it: in the format of
-    that reduction, as FSDP2 itself does with gradients that autograd brings.
+    """Sums the gradient of one module's `weight` over micro-batches until FSDP2 reduces it, in the format of that
+    reduction. FSDP2 does the same with gradients that autograd computes.
     """
 
-    def __init__(self, owner: nn.Module, stored: FSDPParam | None) -> None:
-        self.owner, self.stored = owner, stored
+    def __init__(self, owner: nn.Module, sharded: FSDPParam | None) -> None:
+        self.owner, self.sharded = owner, sharded
 
     def add(self, gradient: Tensor) -> None:
         weight: Any = self.owner.weight
         gradient = gradient.view_as(weight)
-        if self.stored is None or self.stored.reduce_dtype in (None, weight.dtype):
+        if self.sharded is None or self.sharded.reduce_dtype in (None, weight.dtype):
             format = weight.grad_dtype or weight.dtype  # DeepSpeed's copies in bf16 have gradients in fp32
             weight.grad = gradient.to(format) if weight.grad is None else weight.grad.add_(gradient)
-        elif self.stored.unsharded_accumulated_grad is None:
-            self.stored.unsharded_accumulated_grad = gradient.to(self.stored.reduce_dtype)
+        elif self.sharded.unsharded_accumulated_grad is None:
+            self.sharded.unsharded_accumulated_grad = gradient.to(self.sharded.reduce_dtype)
         else:
-            self.stored.unsharded_accumulated_grad.add_(gradient)
+            self.sharded.unsharded_accumulated_grad.add_(gradient)
 
 
 def gradient_sums(stack: nn.Module) -> dict[nn.Module, GradientSum]:
-    """Of every module under `stack` that owns a weight."""
-    stored: dict[nn.Module, FSDPParam] = {}
-    for module in stack.modules():
-        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-        for parameter in group.fsdp_params if group is not None else ():
-            stored[parameter._module_info.module] = parameter
-    return {module: GradientSum(module, stored.get(module)) for module in stack.modules() if hasattr(module, "weight")}
-
-
-def _sum_and_count(module: FSDPModule, axis: MeshAxis, replicate: MeshAxis) -> None:
-    module.set_gradient_divide_factor(1.0)
-    module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which a factor alone would use
-    module.set_custom_all_gather(_CountedAllGather(axis))
-    module.set_all_reduce_hook(partial(_count_reduced, axis, replicate))
-
-
-class _CountedAllGather(AllGather):
-    """FSDP2's own all-gather, with its bytes counted."""
-
-    def __init__(self, axis: MeshAxis) -> None:
-        self.axis = axis
-
-    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        if self.axis.size > 1:
-            self.axis.count("parameters", input_tensor)
-        return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
-
-
-def _count_reduced(axis: MeshAxis, replicate: MeshAxis, shard: Tensor) -> None:
-    """FSDP2 calls this with each group's reduced shard: the reduce-scatter was handed one such per rank."""
-    if axis.size > 1:
-        axis.traffic.bytes[axis.name, "gradients"] += shard.numel() * shard.element_size() * axis.size
-    if replicate.size > 1:
-        replicate.count("gradients", shard)
+    """A sum for every module under `stack` that owns a weight."""
+    groups = [group for _, group in units(stack) if group is not None]
+    sharded = {parameter._module_info.module: parameter for group in groups for parameter in group.fsdp_params}
+    return {module: GradientSum(module, sharded.get(module)) for module in stack.modules() if hasattr(module, "weight")}

@@ -1,39 +1,35 @@
-"""The norm of a gradient whose parts lie on many ranks, each part counted once."""
+"""The norm of a gradient whose shards lie on many ranks. Each shard is counted once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from parallel.mesh import Meshes
-from parallel.sharding import ShardSpec, local
+from parallel.mesh import MeshAxis
+from parallel.sharding import LocalShard, local
 
 
 @torch.no_grad()
-def gradient_norm(model: nn.Module, specs: Mapping[str, ShardSpec], meshes: Meshes) -> Tensor:
-    """Euclidean norm of all gradients, a scalar on the device, the same on every rank.
+def gradient_norm(
+    gradients: Iterable[LocalShard], world: MeshAxis, device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Euclidean norm of all gradients, a float64 scalar on the device, the same on every rank.
 
-    Of the ranks that keep the same part, its owner counts it; one sum over the world adds up dense and expert parts.
-    Raises `ValueError` where a parameter has no gradient: it would be left out silently.
+    The owner among the ranks that keep a shard counts it. One sum over the world adds up dense and expert parts.
+    `dtype`: the format in which a shard's norm is computed, by default the gradient's.
     """
-    squares, device = [], None
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            raise ValueError(f"{name} has no gradient")
-        device = parameter.grad.device
-        if specs[name].is_owner and local(parameter.grad).numel():
-            squares.append(local(parameter.grad))
+    owned = [one.values for one in gradients if one.spec.is_owner and one.values.numel()]
     total = torch.zeros((), dtype=torch.float64, device=device)
-    if squares:
-        total += torch.stack(torch._foreach_norm(squares)).double().square().sum()
-    meshes.world.sum(total, "norm")
+    if owned:
+        total += torch.stack(torch._foreach_norm(owned, 2, dtype)).double().square().sum()
+    world.sum(total, "norm")
     return total.sqrt()
 
 
 @torch.no_grad()
 def scale_gradients(model: nn.Module, factor: Tensor) -> None:
-    """Multiply every gradient in place, without asking the device for the factor."""
+    """Multiply every gradient in place, without copying the factor to the host."""
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     torch._foreach_mul_([g for g in gradients if g.numel()], factor)

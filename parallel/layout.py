@@ -199,7 +199,7 @@ class Layout(ParallelConfig):
         return self.pp * self.dp_replicate * self.shard * self.cp * self.tp
 
     @property
-    def rows(self) -> int:
+    def dp(self) -> int:
         """Ranks, or groups of ranks, that see different rows of a batch."""
         return self.dp_replicate * self.shard
 
@@ -268,11 +268,11 @@ class Layout(ParallelConfig):
 
     def check_batch(self, global_batch_size: int, micro_batch_size: int) -> None:
         """Rows per step must split evenly over the ranks, a rank's rows into micro-batches."""
-        if global_batch_size % self.rows:
-            reason = f"must divide into dp_replicate * dp_shard = {self.rows} equal parts"
-            legal = nearest([self.rows * n for n in range(1, global_batch_size // self.rows + 2)], global_batch_size)
+        if global_batch_size % self.dp:
+            reason = f"must divide into dp_replicate * dp_shard = {self.dp} equal parts"
+            legal = nearest([self.dp * n for n in range(1, global_batch_size // self.dp + 2)], global_batch_size)
             raise ConfigError("training.global_batch_size", global_batch_size, reason, legal)
-        rows = global_batch_size // self.rows
+        rows = global_batch_size // self.dp
         if rows % micro_batch_size:
             reason = f"must divide a rank's {rows} rows"
             raise ConfigError(
@@ -280,16 +280,16 @@ class Layout(ParallelConfig):
             )
         self._check_micro_batches(global_batch_size, rows, micro_batch_size)
 
-    def check_rows(self, model: ModelConfig, length: int) -> None:
+    def check_seq_len(self, model: ModelConfig, length: int) -> None:
         """Rows must split over cp in whole chunks of the model's attention, and what a rank has of them over tp."""
-        unit = row_unit(model, length)
+        unit = split_unit(model, length)
         if unit > 1 and length < unit * self.cp:
             reason = f"rows of training.seq_len={length} tokens have {length // unit} whole chunks of {unit}, too few"
             raise ConfigError("parallel.cp", self.cp, reason, nearest(range(1, length // unit + 1), self.cp))
-        multiple = self.row_multiple(unit)
+        multiple = self.length_multiple(unit)
         if length % multiple == 0:
             return
-        legal = sorted({self.fitting(model, length // multiple * multiple), self.fitting(model, length)})
+        legal = sorted({self.padded_length(model, length // multiple * multiple), self.padded_length(model, length)})
         if self.cp == 1:
             reason = f"must divide into tp={self.tp} equal parts of the sequence"
         else:
@@ -297,15 +297,15 @@ class Layout(ParallelConfig):
             reason += f", and each into tp={self.tp}" if self.tp > 1 else ""
         raise ConfigError("training.seq_len", length, reason, [value for value in legal if value])
 
-    def row_multiple(self, unit: int) -> int:
+    def length_multiple(self, unit: int) -> int:
         """Rows cut in units of so many tokens must be a multiple of this long."""
         return self.cp * math.lcm(unit, self.tp)
 
-    def fitting(self, model: ModelConfig, length: int) -> int:
+    def padded_length(self, model: ModelConfig, length: int) -> int:
         """The shortest row of at least `length` tokens that this layout can divide."""
         multiple = 0
-        while multiple != self.row_multiple(row_unit(model, length)):  # a longer row may reach beyond more chunks
-            multiple = self.row_multiple(row_unit(model, length))
+        while multiple != self.length_multiple(split_unit(model, length)):  # a longer row may reach beyond more chunks
+            multiple = self.length_multiple(split_unit(model, length))
             length = -(-length // multiple) * multiple
         return length
 
@@ -327,7 +327,7 @@ class Layout(ParallelConfig):
             reason += ", in rounds of equal number"
         reason += f", a rank's {rows} rows make {count}"
         if not legal:
-            more = self.rows * need * micro_batch_size
+            more = self.dp * need * micro_batch_size
             raise ConfigError("training.global_batch_size", global_batch_size, reason, [more, 2 * more])
         raise ConfigError("training.micro_batch_size", micro_batch_size, reason, nearest(legal, micro_batch_size))
 
@@ -339,7 +339,7 @@ class Layout(ParallelConfig):
         return self.schedule.is_single or micro_batches % (micro_batches // self.pp) == 0
 
 
-def row_unit(model: ModelConfig, length: int) -> int:
+def split_unit(model: ModelConfig, length: int) -> int:
     """Rows of this length may be divided at multiples of so many tokens: where the chunks of all layers end. A layer
     whose chunk holds the whole row does not care.
     """

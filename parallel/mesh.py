@@ -1,8 +1,8 @@
 """The process groups of a layout, by name.
 
 Invariant: dense ranks pp * dp_replicate * dp_shard * cp * tp are the same as sparse ranks pp * dp_replicate * efsdp *
-ep * etp; an axis further right varies faster from rank to rank. Every view is a mesh over the whole world, so that one
-process makes the groups that all others make.
+ep * etp. An axis further right varies faster from rank to rank. Every view is a mesh over the whole world, so all
+processes create the same groups.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Traffic:
     """Bytes that this rank has handed to collectives, by (axis, purpose)."""
 
     bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    pulse: Heartbeat = field(default_factory=Heartbeat)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def take(self) -> dict[tuple[str, str], int]:
         """What was counted since the last call."""
@@ -47,7 +47,7 @@ class MeshAxis:
         self.reduce(tensor, purpose, dist.ReduceOp.SUM)
 
     def max(self, tensor: Tensor, purpose: str) -> None:
-        """The elementwise maximum over these ranks, in place."""
+        """Take the elementwise maximum over these ranks, in place."""
         self.reduce(tensor, purpose, dist.ReduceOp.MAX)
 
     def reduce(self, tensor: Tensor, purpose: str, operation: dist.ReduceOp.RedOpType) -> None:
@@ -56,40 +56,43 @@ class MeshAxis:
             dist.all_reduce(tensor, op=operation, group=self.group)
 
     def count(self, purpose: str, tensor: Tensor) -> None:
-        """Note that a collective begins here, and the bytes that it is handed."""
-        self.note(purpose, tensor.numel() * tensor.element_size())
+        """Record that a collective begins here and is handed `tensor`."""
+        self.note(purpose, tensor.nbytes)
 
     def note(self, purpose: str, size: int) -> None:
-        """The same for one that others make, which is handed so many bytes."""
-        self.traffic.pulse.begin(self.name, purpose, self.group)
-        self.traffic.bytes[self.name, purpose] += size
+        """Record that a collective which other code issues begins and is handed `size` bytes."""
+        self.traffic.heartbeat.begin(self.name, purpose, self.group)
+        self.add_bytes(purpose, size)
 
     def send(self, purpose: str, tensor: Tensor) -> None:
-        """Note that this rank sends a tensor to one other; ranks need not do so equally often."""
+        """Record that this rank sends a tensor to one other rank. Ranks may do so unequally often."""
         self.wait(purpose)
-        self.traffic.bytes[self.name, purpose] += tensor.numel() * tensor.element_size()
+        self.add_bytes(purpose, tensor.nbytes)
 
     def wait(self, purpose: str) -> None:
-        """Note that this rank now waits for one other."""
-        self.traffic.pulse.wait(self.name, purpose, self.group)
+        """Record that this rank now waits for one other rank."""
+        self.traffic.heartbeat.wait(self.name, purpose, self.group)
+
+    def add_bytes(self, purpose: str, size: int) -> None:
+        self.traffic.bytes[self.name, purpose] += size
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """Where this rank stands in its layout.
+    """This rank's place in its layout.
 
-    `pp`: the ranks that hold other layers of the same model; `ends`: the first and the last of them, which share a tied
-    table (of size 1 on those between). `rows`: the groups that see different rows of a batch; `cp`: those that hold
-    other parts of the same rows. `experts`: the ep * etp ranks that share the routed experts among them, etp varying
-    faster; `ep` and `etp` are places in it without groups of their own. `dense` and `sparse`: what FSDP2 spreads
-    parameters over, (fsdp) or (dp_replicate, fsdp); None in a world of one.
+    `pp`: the ranks that hold other layers of the same model. `ends`: the first and the last of them, which share tied
+    embeddings (size 1 on ranks between). `dp`: the groups that get different sequences of a batch. `cp`: the ranks that
+    hold other parts of the same sequences. `experts`: the ep * etp ranks that share the routed experts, etp varying
+    faster; `ep` and `etp` are coordinates in it without groups of their own. `dense` and `sparse`: the meshes over
+    which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world of one.
     """
 
     layout: Layout
     world: MeshAxis
     pp: MeshAxis
     ends: MeshAxis
-    rows: MeshAxis
+    dp: MeshAxis
     cp: MeshAxis
     replicate: MeshAxis
     fsdp: MeshAxis
@@ -103,7 +106,7 @@ class Meshes:
 
     @property
     def joined(self) -> list[MeshAxis]:
-        """The axes along which this rank speaks to others, the world first."""
+        """The axes along which this rank communicates, the world first."""
         axes = [axis for axis in vars(self).values() if isinstance(axis, MeshAxis) and axis.size > 1]
         return [axis for axis in axes if axis is self.world or axis.group is not None]
 
@@ -113,33 +116,33 @@ class Meshes:
 
     @property
     def is_first_of_stage(self) -> bool:
-        """Whether this rank is the one, among those that hold the same layers, to write what they all have."""
+        """Whether this rank writes what all ranks with the same layers have."""
         return self.world.rank % (self.layout.world_size // self.layout.pp) == 0
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether this rank is the one, among those that know the same tokens, to count them in a sum over the world:
-        tensor-parallel ranks see the same, and so do the stages of a pipeline.
+        """Whether this rank counts its tokens in a sum over the world. Tensor-parallel ranks, and the stages of a
+        pipeline, see the same tokens.
         """
         return self.tp.rank == 0 and self.pp.rank == 0
 
 
 def make_meshes(layout: Layout, world: World) -> Meshes:
-    """Meshes of a layout of this world's size. Needs the process group where there is more than one rank."""
+    """Create the meshes of a layout of this world's size. Needs the process group where there are several ranks."""
     assert layout.world_size == world.size, f"{layout.axes} do not make up {world.size} ranks"
-    views = _Views(world, Traffic(pulse=world.pulse))
+    views = _Views(world, Traffic(heartbeat=world.heartbeat))
     outer = {"pp": layout.pp, "dp_replicate": layout.dp_replicate}
     dense = views.make({**outer, "fsdp": layout.fsdp, "tp": layout.tp})
     sparse = views.make({**outer, "efsdp": layout.efsdp, "experts": layout.ep * layout.etp})
-    rows = views.make({"pp": layout.pp, "rows": layout.rows, "cp": layout.cp, "tp": layout.tp})
+    batch = views.make({"pp": layout.pp, "dp": layout.dp, "cp": layout.cp, "tp": layout.tp})
     experts = views.axis(sparse, "experts")
     return Meshes(
         layout,
         world=MeshAxis("world", world.size, world.rank, None, views.traffic),
-        pp=(pp := views.axis(rows, "pp")),
+        pp=(pp := views.axis(batch, "pp")),
         ends=views.ends(pp),
-        rows=views.axis(rows, "rows"),
-        cp=views.axis(rows, "cp"),
+        dp=views.axis(batch, "dp"),
+        cp=views.axis(batch, "cp"),
         replicate=views.axis(dense, "dp_replicate"),
         fsdp=views.axis(dense, "fsdp"),
         efsdp=views.axis(sparse, "efsdp"),
@@ -147,19 +150,19 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
         experts=experts,
         ep=MeshAxis("ep", layout.ep, experts.rank // layout.etp),
         etp=MeshAxis("etp", layout.etp, experts.rank % layout.etp),
-        dense=_data(dense, "fsdp"),
-        sparse=_data(sparse, "efsdp"),
+        dense=_data_mesh(dense, "fsdp"),
+        sparse=_data_mesh(sparse, "efsdp"),
     )
 
 
-def place(layout: Layout, rank: int) -> Meshes:
-    """Where a rank of a layout stands, without a process group: for what is only to be counted."""
+def meshes_of_rank(layout: Layout, rank: int) -> Meshes:
+    """The place of a rank in a layout, without process groups: for planning and counting."""
     outer, inner = divmod(rank, layout.fsdp * layout.tp)
     experts = layout.ep * layout.etp
     along = {
         "pp": (layout.pp, rank // (layout.world_size // layout.pp)),
         "cp": (layout.cp, rank // layout.tp % layout.cp),
-        "rows": (layout.rows, rank // (layout.cp * layout.tp) % layout.rows),
+        "dp": (layout.dp, rank // (layout.cp * layout.tp) % layout.dp),
         "dp_replicate": (layout.dp_replicate, outer % layout.dp_replicate),
         "fsdp": (layout.fsdp, inner // layout.tp),
         "efsdp": (layout.efsdp, inner // experts),
@@ -180,7 +183,7 @@ class _Views:
     traffic: Traffic
 
     def make(self, sizes: dict[str, int]) -> DeviceMesh | None:
-        """The world folded this way. Axes of one rank get no group, but those that FSDP2 needs a mesh for."""
+        """The world as a mesh of these sizes. Axes of one rank get no group, except those that FSDP2 needs."""
         if self.world.size == 1:
             return None
         kept = {name: size for name, size in sizes.items() if size > 1 or name in ("fsdp", "efsdp")}
@@ -204,7 +207,7 @@ class _Views:
         return MeshAxis("ends", 2, int(pp.rank > 0), group, self.traffic)
 
 
-def _data(mesh: DeviceMesh | None, name: str) -> DeviceMesh | None:
+def _data_mesh(mesh: DeviceMesh | None, name: str) -> DeviceMesh | None:
     if mesh is None:
         return None
     replicated = "dp_replicate" in (mesh.mesh_dim_names or ())

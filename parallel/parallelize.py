@@ -1,4 +1,4 @@
-"""From a network for one device to its place in a layout: the order of the techniques, on one screen."""
+"""Lay a model for one device out over ranks. `parallelize` has the order of the techniques."""
 
 from __future__ import annotations
 
@@ -15,76 +15,13 @@ from model.moe import MixtureOfExperts
 from model.roles import Role, registry
 from model.transformer import Stack, Transformer
 from parallel import activation_checkpoint, compile, context_parallel, expert_parallel, fsdp, sharding, tensor_parallel
-from parallel.deepspeed import zero3
-from parallel.layout import EngineKind, Layout
-from parallel.mesh import Meshes, place
+from parallel.deepspeed import zero3, zero12
+from parallel.layout import EngineKind, Layout, ParallelConfig
+from parallel.mesh import Meshes, meshes_of_rank
 from parallel.pipeline import runtime
 from parallel.sharding import ShardSpec
 from precision.config import PrecisionConfig, Products
 from precision.resolve import Precision, resolve
-
-
-@dataclass(frozen=True)
-class ParallelModel:
-    """A model's part on this rank.
-
-    `model` owns the parameters that are here, under the names of the whole model. `stacks` are what runs: the model
-    itself or, in a pipeline, a stack for each of this rank's stages, which share the model's modules.
-    """
-
-    model: Transformer
-    specs: dict[str, ShardSpec]
-    meshes: Meshes
-    stacks: dict[int, Stack]
-
-    def share(self, length: int) -> context_parallel.ContextShard:
-        """This rank's part of rows of `length` tokens."""
-        return context_parallel.share(self.model.config, length, self.meshes.cp, self.meshes.layout.cp_method)
-
-    def context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> SequenceContext:
-        """What this rank's layers know of whole rows at these positions."""
-        found = self.share(positions_BT.shape[1]).context(positions_BT, self.device, routed_tokens)
-        if self.meshes.layout.compile:
-            found.prepare(self.model.config, self.model.compute_dtype)
-        return found
-
-    def fitting(self, length: int) -> int:
-        """The shortest row of at least `length` tokens that this layout can divide."""
-        return self.meshes.layout.fitting(self.model.config, length)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @torch.no_grad()
-    def logits(self, tokens_BT: Tensor, context: SequenceContext) -> Tensor | None:
-        """A forward pass over this rank's part of the rows; None where another rank has the head."""
-        if self.meshes.pp.size > 1:
-            return runtime.forward(self.stacks, self.model, self.meshes, tokens_BT, context)
-        return self.model(tokens_BT, context)
-
-
-def build(
-    config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, device: torch.device, seed: int
-) -> ParallelModel:
-    """The model, laid out and initialised, and the place of each of its parameters.
-
-    Nothing is allocated before the layout is applied: each rank only ever holds its own part.
-    """
-    model = on_meta(config, precision, resolve(precision, device))
-    stacks = runtime.cut(model, meshes)
-    specs = sharding.shard_specs(registry(model), config, meshes)
-    parallelize(model, stacks, specs, meshes, precision)
-    if meshes.layout.engine is EngineKind.deepspeed:
-        _narrow(model, specs, precision)
-    if meshes.layout.zero_stage == 3:
-        zero3.partition(model, meshes, device)
-    for stack in stacks.values():
-        stack.to_empty(device=device)
-    if meshes.layout.zero_stage != 3:  # whose engine makes the initial weights
-        sharding.initialise(sharding.stored(model, specs), config, seed)
-    reset_buffers(model)
-    return ParallelModel(model, specs, meshes, stacks)
 
 
 def parallelize(
@@ -94,21 +31,87 @@ def parallelize(
     meshes: Meshes,
     precision: PrecisionConfig,
 ) -> None:
-    """Each technique wraps what the former left; data parallelism comes last."""
-    _cut(model, specs)
+    """Apply TP, CP, EP, activation checkpointing, compile, then FSDP2, in place. Order matters.
+
+    `stacks` are this rank's pipeline stages: `runtime.split_stages`. Names of modules and parameters do not change.
+    """
+    layout = meshes.layout
+    _shrink_parameters(model, specs)
     tensor_parallel.apply(model, meshes.tp)
-    context_parallel.apply(model, meshes.cp, meshes.layout.cp_method)
+    context_parallel.apply(model, meshes.cp, layout.cp_method)
     expert_parallel.apply(model, meshes)
-    _count_whole_rows(model, meshes)
-    activation_checkpoint.apply(model, meshes.layout.recompute)
-    if meshes.layout.compile:
+    _count_whole_sequences(model, meshes)
+    activation_checkpoint.apply(model, layout.recompute)
+    if layout.compile:
         compile.apply(model)
-    if meshes.layout.engine is EngineKind.fsdp2:
+    if layout.engine is EngineKind.fsdp2:
         fsdp.apply(model, stacks, specs, meshes, precision)
 
 
+@dataclass(frozen=True)
+class ParallelModel:
+    """The part of a model that this rank holds.
+
+    `model` owns the local parameters, under the names of the whole model. `stacks` are what runs: the model itself or,
+    in a pipeline, a stack for each of this rank's stages, which share the model's modules.
+    """
+
+    model: Transformer
+    specs: dict[str, ShardSpec]
+    meshes: Meshes
+    stacks: dict[int, Stack]
+
+    def context_shard(self, seq_len: int) -> context_parallel.ContextShard:
+        """How context parallelism divides sequences of this length."""
+        return context_parallel.context_shard(self.model.config, seq_len, self.meshes.cp, self.meshes.layout.cp_method)
+
+    def sequence_context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> SequenceContext:
+        """The context of this rank's layers, from the positions of whole sequences."""
+        shard = self.context_shard(positions_BT.shape[1])
+        context = shard.sequence_context(positions_BT, self.device, routed_tokens)
+        if self.meshes.layout.compile:
+            context.prepare(self.model.config, self.model.compute_dtype)
+        return context
+
+    def padded_length(self, length: int) -> int:
+        """The shortest sequence of at least `length` tokens that this layout can divide."""
+        return self.meshes.layout.padded_length(self.model.config, length)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: Tensor, context: SequenceContext) -> Tensor | None:
+        """Run a forward pass over this rank's part of the sequences. None where another rank has the head."""
+        if self.meshes.pp.size > 1:
+            return runtime.forward(self.stacks, self.model, self.meshes, tokens_BT, context)
+        return self.model(tokens_BT, context)
+
+
+def build(
+    config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, device: torch.device, seed: int
+) -> ParallelModel:
+    """Build, lay out and initialise a model. Each rank only ever allocates its own part."""
+    layout, model = meshes.layout, on_meta(config, precision, resolve(precision, device))
+    stacks = runtime.split_stages(model, meshes)
+    specs = sharding.shard_specs(registry(model), config, meshes)
+    parallelize(model, stacks, specs, meshes, precision)
+    if layout.engine is EngineKind.deepspeed:
+        _cast_to_compute_dtype(model, specs, precision)
+    if layout.zero_stage == 3:
+        zero3.partition(model, meshes, device)
+    for stack in stacks.values():
+        stack.to_empty(device=device)
+    fsdp.count_traffic(stacks, meshes)
+    if layout.zero_stage != 3:  # its engine sets the initial weights
+        sharding.initialise(sharding.local_shards(model, specs), config, seed)
+    reset_buffers(model)
+    return ParallelModel(model, specs, meshes, stacks)
+
+
 def on_meta(config: ModelConfig, precision: PrecisionConfig, products: Precision | None = None) -> Transformer:
-    """The whole model without storage, in the master format. Without `products` it is for looking at, not to run."""
+    """The whole model on the meta device, in the master format. It runs only with `products`."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(precision.master_dtype)
     try:
@@ -118,8 +121,28 @@ def on_meta(config: ModelConfig, precision: PrecisionConfig, products: Precision
         torch.set_default_dtype(previous)
 
 
+def resolve_layout(
+    parallel: ParallelConfig,
+    world_size: int,
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    moments: torch.dtype | None,
+    muon: bool,
+) -> Layout:
+    """The layout of a world of this size, after every check that needs no batch. Raises `ConfigError`.
+
+    `moments`: the format of the optimizer's state, None where there is none.
+    """
+    layout = parallel.resolve(world_size)
+    layout.check_model(model)
+    expert_parallel.check(layout.dispatch, precision.compute_dtype)
+    zero12.check(layout, precision.master_dtype, moments, muon, model.has_experts, precision.uses_float8)
+    check_float8(model, precision, layout)
+    return layout
+
+
 def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout) -> None:
-    """Refuse matrices that an FP8 recipe cannot take, in the shapes that each rank has."""
+    """Reject matrices that an FP8 recipe cannot take, in the shapes that each rank has."""
     if not precision.uses_float8:
         return
     first, last, layers = precision.bf16_first_layers, precision.bf16_last_layers, len(config.blocks)
@@ -128,32 +151,31 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
         raise ConfigError(f"precision.{key}", value, f"leaves none of the {layers} layers in FP8")
     recipe = precision.recipe.on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model = on_meta(config, precision)
-    specs = sharding.shard_specs(registry(model), config, place(layout, 0))
-    if not {info.role.products for info in registry(model).values()} & set(precision.fp8_products):
-        named = ", ".join(products.value for products in precision.fp8_products)
-        raise ConfigError("precision.fp8_products", None, f"names {named}, of which this model has none")
+    specs = sharding.shard_specs(registry(model), config, meshes_of_rank(layout, 0))
+    key, chosen = "precision.fp8_products", precision.fp8_products
+    if not {info.role.products for info in registry(model).values()} & set(chosen):
+        named = ", ".join(products.value for products in chosen)
+        raise ConfigError(key, None, f"names {named}, which this model does not have")
     for index, layer in model.layers.items():
         for name, info in registry(layer).items():
             products = info.role.products
             if not precision.in_float8(products, int(index), layers):
                 continue
-            rows, width = specs[f"layers.{index}.{name}"].computed.shape[-2:]
-            if rows % recipe.multiple or width % recipe.multiple:
-                what = f"the {info.role.value} of layer {index} is {rows} x {width} on a rank"
-                advice = "change the model's widths or the degrees of parallel, or leave it out"
+            rows, columns = specs[f"layers.{index}.{name}"].compute_block.shape[-2:]
+            if rows % recipe.multiple or columns % recipe.multiple:
+                what = f"the {info.role.value} of layer {index} is {rows} x {columns} on a rank"
+                advice = "change the model's sizes or the degrees of parallel, or omit it"
                 reason = f"{what}, but {recipe.value} takes multiples of {recipe.multiple}: {advice}"
-                raise ConfigError(
-                    "precision.fp8_products", products, reason, [_without(precision.fp8_products, products)]
-                )
+                raise ConfigError(key, products, reason, [_without(chosen, products)])
 
 
-def _without(chosen: list[Products], one: Products | None) -> str:
-    return f"[{','.join(products.value for products in chosen if products is not one)}]"
+def _without(chosen: list[Products], omitted: Products | None) -> str:
+    return f"[{','.join(products.value for products in chosen if products is not omitted)}]"
 
 
-def _narrow(model: Transformer, specs: dict[str, ShardSpec], precision: PrecisionConfig) -> None:
-    """What the model computes with where the engine keeps master weights of its own, in the formats in which FSDP2
-    gathers: bf16 for bf16 products, but routers as wide as the masters.
+def _cast_to_compute_dtype(model: Transformer, specs: dict[str, ShardSpec], precision: PrecisionConfig) -> None:
+    """Where the engine keeps master weights of its own, give the model the formats in which FSDP2 gathers: bf16 for
+    bf16 products, but the master format for routers.
     """
     if precision.compute_dtype is torch.bfloat16:
         for name, parameter in model.named_parameters():
@@ -161,17 +183,17 @@ def _narrow(model: Transformer, specs: dict[str, ShardSpec], precision: Precisio
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _cut(model: Transformer, specs: dict[str, ShardSpec]) -> None:
-    """Replace each parameter by one of the shape that this rank computes with."""
+def _shrink_parameters(model: Transformer, specs: dict[str, ShardSpec]) -> None:
+    """Replace each parameter that TP or EP splits by one of the shape that this rank computes with."""
     for name, parameter in list(model.named_parameters()):
         if specs[name].splits:
             owner, _, attribute = name.rpartition(".")
-            part = torch.empty(specs[name].computed.shape, dtype=parameter.dtype, device=parameter.device)
+            part = torch.empty(specs[name].compute_block.shape, dtype=parameter.dtype, device=parameter.device)
             setattr(model.get_submodule(owner), attribute, nn.Parameter(part))
 
 
-def _count_whole_rows(model: Transformer, meshes: Meshes) -> None:
-    """Balancing terms of a whole row need the counts of all ranks that have a part of it."""
+def _count_whole_sequences(model: Transformer, meshes: Meshes) -> None:
+    """Sum the counts of a sequence's balancing terms over the ranks that hold parts of it."""
     axes = [axis for axis in (meshes.cp, meshes.tp) if axis.size > 1]
 
     def over_all(counts_BE: Tensor) -> None:

@@ -1,10 +1,10 @@
-"""Where every parameter lies: the one registry that initialisation, norms, checkpoints and byte counts ask.
+"""Where every parameter lies: the one registry for initialisation, norms, checkpoints and byte counts.
 
-A rank's part of a parameter is always one block of the whole tensor: tensor or expert parallelism cuts it first (the
-model then holds a plain tensor of the smaller shape and never learns that there is more), FSDP2 cuts what is left.
+A rank's shard of a parameter is always one block of the whole tensor. Tensor or expert parallelism splits the tensor
+first: the model then holds a plain tensor of the smaller shape and is unaware of more. FSDP2 shards the rest.
 
-Every rank has tokens of its own, so the gradient of a part is the sum over all ranks that hold it. FSDP2 sums over its
-mesh; `sum_copies` sums over the rest.
+Every rank has tokens of its own, so the gradient of a shard is the sum over all ranks that hold it. FSDP2 sums over its
+mesh, `sum_partial_gradients` over the other ranks.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _TENSOR_DIM = {
     Role.shared_up: 0,
     Role.shared_down: 1,
 }
-"""The dimension that tensor parallelism cuts, by role; what is not here every rank of tp has whole."""
-_EXPERT_WIDTH_DIM = 2  # gate_up [E, 2, F, D] and down [E, D, F]
+"""The dimension that tensor parallelism splits, by role. Ranks of tp have all other parameters whole."""
+_EXPERT_HIDDEN_DIM = 2  # gate_up [E, 2, F, D] and down [E, D, F]
 
 
 @dataclass(frozen=True)
 class Split:
-    """`dim` is cut into `axis.size` parts of equal size, the last ones shorter where it does not divide."""
+    """Splits `dim` into `axis.size` parts of equal size, the last ones shorter where it does not divide."""
 
     axis: MeshAxis
     dim: int
@@ -52,7 +52,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ShardBlock:
-    """Where a part begins in the whole tensor, and its shape."""
+    """A block of a tensor: where it begins, and its shape."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -61,7 +61,8 @@ class ShardBlock:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def cut(self, split: Split) -> ShardBlock:
+    def shard(self, split: Split) -> ShardBlock:
+        """This rank's part of the block."""
         size = self.shape[split.dim]
         part = -(-size // split.axis.size)
         start = min(split.axis.rank * part, size)
@@ -73,35 +74,35 @@ class ShardBlock:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """One parameter's place.
+    """Where one parameter lies.
 
-    `splits` make the plain tensor that the model computes with, `storage` (FSDP2's cut of it) what this rank keeps.
-    Ranks along `copies` keep the same; along `partial` they also have gradients still to be summed.
+    `splits` make the plain tensor that the model computes with; `fsdp_split` of it is what this rank keeps. Ranks along
+    `replicas` keep the same block. Along `partial` their gradients are still to be summed.
     """
 
     info: ParameterInfo
     splits: tuple[Split, ...]
-    storage: Split
-    copies: tuple[MeshAxis, ...]
+    fsdp_split: Split
+    replicas: tuple[MeshAxis, ...]
     partial: tuple[MeshAxis, ...] = ()
 
     @property
-    def computed(self) -> ShardBlock:
-        return _cut(self.info, self.splits)
+    def compute_block(self) -> ShardBlock:
+        return _split_block(self.info, self.splits)
 
     @property
-    def stored(self) -> ShardBlock:
-        return self.computed.cut(self.storage)
+    def local_block(self) -> ShardBlock:
+        return self.compute_block.shard(self.fsdp_split)
 
     @property
     def is_owner(self) -> bool:
-        """Whether this rank is the one, among those that keep the same part, to count or write it."""
-        return all(axis.rank == 0 for axis in self.copies)
+        """Whether this rank counts and writes the block, among the ranks that keep it."""
+        return all(axis.rank == 0 for axis in self.replicas)
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the one for what belongs to the parameter as a whole."""
-        return self.is_owner and not any(self.stored.offset)
+        """Whether this rank writes the state that belongs to the parameter as a whole."""
+        return self.is_owner and not any(self.local_block.offset)
 
 
 @dataclass(frozen=True)
@@ -114,23 +115,23 @@ class LocalShard:
 
 
 def shard_specs(infos: Mapping[str, ParameterInfo], model: ModelConfig, meshes: Meshes) -> dict[str, ShardSpec]:
-    """The place of every parameter of the whole model, by name."""
+    """The spec of every parameter, by name."""
     specs = {name: _spec(info, model, meshes) for name, info in infos.items()}
     if meshes.layout.engine is EngineKind.deepspeed:  # whole on every data-parallel rank
         whole = Split(MeshAxis("whole"), 0)
-        return {name: replace(spec, storage=whole) for name, spec in specs.items()}
+        return {name: replace(spec, fsdp_split=whole) for name, spec in specs.items()}
     return specs
 
 
 def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
     if info.role.is_expert:
-        splits = tuple(s for s in (Split(meshes.ep, 0), Split(meshes.etp, _EXPERT_WIDTH_DIM)) if s.axis.size > 1)
-        storage = Split(meshes.efsdp, _storage_dim(_cut(info, splits), meshes.efsdp))
-        return ShardSpec(info, splits, storage, (meshes.replicate,))
+        splits = tuple(s for s in (Split(meshes.ep, 0), Split(meshes.etp, _EXPERT_HIDDEN_DIM)) if s.axis.size > 1)
+        fsdp_split = Split(meshes.efsdp, _even_dim(_split_block(info, splits), meshes.efsdp))
+        return ShardSpec(info, splits, fsdp_split, (meshes.replicate,))
+    spec = _dense_spec(info, model, meshes)
     if info.role is Role.embedding and model.tie_embeddings and meshes.ends.size > 1:
-        alone = _dense_spec(info, model, meshes)
-        return replace(alone, copies=(*alone.copies, meshes.ends), partial=(*alone.partial, meshes.ends))
-    return _dense_spec(info, model, meshes)
+        return replace(spec, replicas=(*spec.replicas, meshes.ends), partial=(*spec.partial, meshes.ends))
+    return spec
 
 
 def _dense_spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
@@ -138,31 +139,50 @@ def _dense_spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> Shar
     if info.role is Role.qk_norm and info.shape[0] != model.head_dim:
         dim = 0  # the gain spans all heads
     if dim is None or meshes.tp.size == 1:
-        copies = (meshes.replicate, meshes.tp)
-        return ShardSpec(info, (), Split(meshes.fsdp, 0), copies, partial=(meshes.tp,) if meshes.tp.size > 1 else ())
+        partial = (meshes.tp,) if meshes.tp.size > 1 else ()
+        return ShardSpec(info, (), Split(meshes.fsdp, 0), (meshes.replicate, meshes.tp), partial)
     return ShardSpec(info, (Split(meshes.tp, dim),), Split(meshes.fsdp, 0), (meshes.replicate,))
 
 
-def _cut(info: ParameterInfo, splits: tuple[Split, ...]) -> ShardBlock:
+def _split_block(info: ParameterInfo, splits: tuple[Split, ...]) -> ShardBlock:
     block = ShardBlock((0,) * len(info.shape), tuple(info.shape))
     for split in splits:
-        block = block.cut(split)
+        block = block.shard(split)
     return block
 
 
-def _storage_dim(block: ShardBlock, axis: MeshAxis) -> int:
-    """The first dimension that divides: with fewer experts than ranks, cutting them would leave ranks with nothing."""
+def _even_dim(block: ShardBlock, axis: MeshAxis) -> int:
+    """The first dimension that divides. Fewer experts than ranks, split by number, would leave ranks with nothing."""
     return next((dim for dim, size in enumerate(block.shape) if size % axis.size == 0), 0)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing storage; a plain tensor is its own."""
+    """This rank's part, sharing storage. A plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_shards(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[LocalShard]:
+    """What this rank keeps of a model's parameters, sharing storage with them."""
+    for name, parameter in model.named_parameters():
+        part, block = local(parameter), specs[name].local_block
+        assert part.shape == block.shape, f"{name}: {tuple(part.shape)} is not {block.shape}"
+        if part.numel():
+            yield LocalShard(specs[name], block, part)
+
+
+def local_gradients(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[LocalShard]:
+    """What this rank keeps of a model's gradients. Raises `ValueError` where a parameter has none: a norm would omit it
+    silently.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            raise ValueError(f"{name} has no gradient")
+        yield LocalShard(specs[name], specs[name].local_block, local(parameter.grad))
 
 
 @torch.no_grad()
 def initialise(weights: Iterable[LocalShard], config: ModelConfig, seed: int) -> None:
-    """Fill this rank's blocks of every parameter; the same model under every layout."""
+    """Fill this rank's blocks of every parameter. The model is the same under every layout."""
     for one in weights:
         offset, shape = one.block.offset, one.block.shape
         one.values.copy_(initial_slice(one.spec.info, config, seed, offset, shape, one.values.device))
@@ -170,25 +190,15 @@ def initialise(weights: Iterable[LocalShard], config: ModelConfig, seed: int) ->
 
 @torch.no_grad()
 def fill(weights: Iterable[LocalShard], source: TensorSource) -> None:
-    """Overwrite this rank's blocks of every parameter by what `source` has there; nothing else is read."""
+    """Overwrite this rank's blocks of every parameter with those of `source`. Other blocks are not read."""
     for one in weights:
         one.values.copy_(source.read(one.spec.info.name, one.block.offset, one.block.shape))
 
 
-def stored(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[LocalShard]:
-    """What this rank keeps of a model's parameters, sharing storage with them."""
-    for name, parameter in model.named_parameters():
-        part = local(parameter)
-        assert part.shape == specs[name].stored.shape, f"{name}: {tuple(part.shape)} is not {specs[name].stored.shape}"
-        if part.numel():
-            yield LocalShard(specs[name], specs[name].stored, part)
-
-
 @torch.no_grad()
-def sum_copies(model: nn.Module, specs: Mapping[str, ShardSpec]) -> None:
-    """Complete the gradients of parameters that several ranks of an axis use for different tokens, in one collective.
-
-    To be called once per step, after the last backward pass.
+def sum_partial_gradients(model: nn.Module, specs: Mapping[str, ShardSpec]) -> None:
+    """Sum the gradients of parameters that several ranks of an axis use for different tokens, in one collective per
+    axis. To be called once per step, after the last backward pass.
     """
     waiting: dict[MeshAxis, list[Tensor]] = {}
     for name, parameter in model.named_parameters():

@@ -58,12 +58,12 @@ def _wrap(module: Any, forward: Callable[..., Tensor]) -> None:
 
 def _between(forward: Callable[..., Tensor], axis: MeshAxis, dim: int, x: Tensor, *rest: Any) -> Tensor:
     """The whole of `dim` goes in, a partial sum comes out; this rank's part of both is what the caller sees."""
-    whole = collectives.gather(x, axis, dim, _ACTIVATIONS)
-    return collectives.scatter(forward(whole, *rest), axis, dim, _ACTIVATIONS)
+    whole = collectives.all_gather(x, axis, dim, _ACTIVATIONS)
+    return collectives.reduce_scatter(forward(whole, *rest), axis, dim, _ACTIVATIONS)
 
 
 def _gathered(forward: Callable[[Tensor], Tensor], axis: MeshAxis, x_BTD: Tensor) -> Tensor:
-    return forward(collectives.gather(x_BTD, axis, 1, _ACTIVATIONS))
+    return forward(collectives.all_gather(x_BTD, axis, 1, _ACTIVATIONS))
 
 
 def _embed(embedding: Embedding, axis: MeshAxis, tokens_BT: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ def _embed(embedding: Embedding, axis: MeshAxis, tokens_BT: Tensor) -> Tensor:
     own_BT = tokens_BT - axis.rank * size
     here_BT = (own_BT >= 0) & (own_BT < size)
     rows_BTD = F.embedding(own_BT.clamp(0, size - 1), embedding.weight) * here_BT[..., None]
-    return collectives.scatter(rows_BTD.to(embedding.dtype), axis, 1, _ACTIVATIONS)
+    return collectives.reduce_scatter(rows_BTD.to(embedding.dtype), axis, 1, _ACTIVATIONS)
 
 
 def _normalise_heads(norm: RMSNorm, axis: MeshAxis, x: Tensor) -> Tensor:
     """RMS over the heads of all ranks, of which this one has some."""
     wide = widened(x)
-    squares = collectives.total(wide.square().sum(-1, keepdim=True), axis, _ACTIVATIONS)
+    squares = collectives.all_reduce(wide.square().sum(-1, keepdim=True), axis, _ACTIVATIONS)
     mean = squares / (x.shape[-1] * axis.size)
     return (wide * torch.rsqrt(mean + norm.eps)).to(x.dtype) * norm.weight.to(x.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.comm.collectives import gather_plain
+from parallel.comm.collectives import all_gather_no_grad
 from parallel.mesh import MeshAxis
 
 
@@ -24,7 +24,7 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, axis: MeshAxis) -> Tenso
 
 def whole_logits(logits: Tensor, axis: MeshAxis) -> Tensor:
     """Logits over the whole vocabulary, on every rank, without a gradient."""
-    return gather_plain(logits, axis, logits.dim() - 1, "logits")
+    return all_gather_no_grad(logits, axis, logits.dim() - 1, "logits")
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from parallel.comm.collectives import exchange
+from parallel.comm.collectives import all_to_all
 from parallel.mesh import MeshAxis, Meshes
 from parallel.sharding import ShardBlock, ShardSpec, Split
 
@@ -57,12 +57,12 @@ class GatherStage:
     next `counts[1]` on its second, and so on.
     """
 
-    cut: MatrixSplit
+    split: MatrixSplit
     counts: tuple[int, ...]
 
     def gather(self, pieces_Noi: Tensor) -> Tensor:
         """Pieces of all matrices to the whole of those that this rank is to have."""
-        cut, mine = self.cut, self.counts[self.cut.rank]
+        cut, mine = self.split, self.counts[self.split.rank]
         shapes = [_resized(pieces_Noi.shape[1:], cut.dim, length) for length in cut.lengths]
         send = [count * math.prod(pieces_Noi.shape[1:]) for count in self.counts]
         receive = [mine * math.prod(shape) for shape in shapes]
@@ -71,7 +71,7 @@ class GatherStage:
 
     def scatter(self, whole_Noi: Tensor) -> Tensor:
         """The way back: this rank's matrices, cut again, to its pieces of all of them."""
-        cut, (rows, columns) = self.cut, whole_Noi.shape[1:]
+        cut, (rows, columns) = self.split, whole_Noi.shape[1:]
         shape = _resized((rows, columns), cut.dim, cut.lengths[cut.rank])
         parts = whole_Noi.split(cut.lengths, cut.dim)
         receive = [count * math.prod(shape) for count in self.counts]
@@ -79,9 +79,9 @@ class GatherStage:
         return self._exchange(flat, [part.numel() for part in parts], receive).view(sum(self.counts), *shape)
 
     def _exchange(self, flat: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        before = [0] * self.cut.first
-        after = [0] * (self.cut.axis.size - self.cut.first - len(send))
-        return exchange(flat, before + send + after, before + receive + after, self.cut.axis, PURPOSE)
+        before = [0] * self.split.first
+        after = [0] * (self.split.axis.size - self.split.first - len(send))
+        return all_to_all(flat, before + send + after, before + receive + after, self.split.axis, PURPOSE)
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ def rounds(specs: Mapping[str, ShardSpec], meshes: Meshes, at_once: int = AT_ONC
     """
     alike: dict[tuple[int, int, tuple[tuple[str, int], ...]], list[str]] = {}
     for name, spec in specs.items():
-        cut_how = tuple((cut.name, cut.dim) for cut in cuts(spec, meshes))
+        cut_how = tuple((cut.name, cut.dim) for cut in matrix_splits(spec, meshes))
         rows, columns = spec.info.shape[-2:]
         alike.setdefault((rows, columns, cut_how), []).append(name)
     found, shares = [], _Shares()
     for (rows, columns, _), names in alike.items():
-        cut_by = cuts(specs[names[0]], meshes)
+        cut_by = matrix_splits(specs[names[0]], meshes)
         together = max(1, at_once // (rows * columns)) * math.prod(len(cut.lengths) for cut in cut_by)
         work = rows * columns * min(rows, columns)
         for pieces in _batches(specs, names, together):
@@ -142,19 +142,19 @@ def rounds(specs: Mapping[str, ShardSpec], meshes: Meshes, at_once: int = AT_ONC
     return found
 
 
-def cuts(spec: ShardSpec, meshes: Meshes) -> tuple[MatrixSplit, ...]:
+def matrix_splits(spec: ShardSpec, meshes: Meshes) -> tuple[MatrixSplit, ...]:
     """What divides each matrix of a parameter, last cut first."""
     found: list[MatrixSplit] = []
     block, dims = ShardBlock((0,) * len(spec.info.shape), tuple(spec.info.shape)), len(spec.info.shape)
-    for split in (*spec.splits, spec.storage):
+    for split in (*spec.splits, spec.fsdp_split):
         if split.axis.size > 1 and split.dim >= dims - 2:
-            parts = [block.cut(Split(replace(split.axis, rank=rank), split.dim)) for rank in range(split.axis.size)]
+            parts = [block.shard(Split(replace(split.axis, rank=rank), split.dim)) for rank in range(split.axis.size)]
             lengths = tuple(part.shape[split.dim] for part in parts)
             axis, first = split.axis, 0
             if axis.name == meshes.etp.name:
                 axis, first = meshes.experts, meshes.ep.rank * meshes.etp.size
             found.append(MatrixSplit(split.axis.name, axis, first, split.dim - dims, lengths))
-        block = block.cut(split)
+        block = block.shard(split)
     return tuple(reversed(found))
 
 
@@ -163,7 +163,7 @@ def _batches(specs: Mapping[str, ShardSpec], names: list[str], together: int) ->
     batch: list[MatrixRange] = []
     room = together
     for name in names:
-        count, start = math.prod(specs[name].stored.shape[:-2]), 0
+        count, start = math.prod(specs[name].local_block.shape[:-2]), 0
         while start < count:
             piece = MatrixRange(name, start, min(count, start + room))
             batch.append(piece)

@@ -14,10 +14,8 @@ from data.config import DataConfig, Packing
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from model.roles import Role
-from parallel import expert_parallel
-from parallel.deepspeed import zero12
-from parallel.layout import ParallelConfig, row_unit
-from parallel.parallelize import check_float8
+from parallel.layout import ParallelConfig, split_unit
+from parallel.parallelize import resolve_layout
 from precision.config import PrecisionConfig
 from train.online_filter import OnlineConfig
 from train.optim.lr_schedule import LRScheduleConfig
@@ -240,13 +238,9 @@ def check(config: TrainConfig, world_size: int) -> None:
     for role in config.model.init.roles:
         if role not in Role.__members__:
             raise ConfigError(f"model.init.roles.{role}", None, "no such role", [one.name for one in Role])
-    layout = config.parallel.resolve(world_size)
-    layout.check_model(config.model)
-    expert_parallel.check(layout.dispatch, config.precision.compute_dtype)
     optimizer, precision = config.optimizer, config.precision
     moments, muon = optimizer.moments_dtype(precision), optimizer.kind is OptimizerKind.muon
-    zero12.check(layout, precision.master_dtype, moments, muon, config.model.has_experts, precision.uses_float8)
-    check_float8(config.model, config.precision, layout)
+    layout = resolve_layout(config.parallel, world_size, config.model, precision, moments, muon)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):
         raise ConfigError("phases", None, f"names must differ, and 'main' is the first stretch: {', '.join(names)}")
@@ -257,11 +251,11 @@ def check(config: TrainConfig, world_size: int) -> None:
                 raise ConfigError(f"{phase.key}.weights.{source}", None, reason, list(config.data.sources))
         if config.data.packing is Packing.best_fit and phase.seq_len != config.data.pack_seq_len:
             reason = f"the rows are packed for data.pack_seq_len={config.data.pack_seq_len}"
-            raise ConfigError(f"{phase.key}.context", phase.seq_len, reason, [config.data.pack_seq_len])
+            raise ConfigError(f"{phase.key}.seq_len", phase.seq_len, reason, [config.data.pack_seq_len])
         try:
             layout.check_batch(phase.global_batch_size, phase.micro_batch_size)
-            layout.check_rows(config.model, phase.seq_len)
-            _check_alignment(config.data.align, row_unit(config.model, phase.seq_len), phase.seq_len)
+            layout.check_seq_len(config.model, phase.seq_len)
+            _check_alignment(config.data.align, split_unit(config.model, phase.seq_len), phase.seq_len)
         except ConfigError as error:
             raise _of_phase(error, phase.name) from None
     if config.online.every and config.evaluation.baselines:

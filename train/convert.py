@@ -21,11 +21,12 @@ from model.huggingface.checkpoint import TOKENIZER_FILES
 from model.multipliers import folded
 from model.tensor_source import TensorSource
 from parallel.comm.world import World
+from train.checkpoint.index import read_progress
 from train.checkpoint.init_from import open_model
-from train.checkpoint.manager import progress_of
-from train.checkpoint.reader import IMPORTED, TOKENIZER, StoredModel, load_origin, save_model
+from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_origin, save_model
 from train.config import phases
 from train.corpus import check_same_data, get_corpus
+from train.eval.contamination import MODELS
 from train.run_directory import load_config
 
 CARRIED = (
@@ -37,7 +38,7 @@ CARRIED = (
     "router_aux_loss_coef",
     "attention_dropout",
 )
-"""Keys of `config.json` that say nothing about the network and are handed on as they are."""
+"""Keys of `config.json` that do not affect the network; import keeps them and export writes them."""
 
 
 class Check(Enum):
@@ -76,7 +77,7 @@ def export_checkpoint(
 ) -> str:
     """Convert a run's newest checkpoint or an imported model; returns the `model_type` written."""
     source = _opened(path)
-    bias = source.selection_bias() if isinstance(source, StoredModel) else 0.0
+    bias = source.selection_bias() if isinstance(source, CheckpointedModel) else 0.0
     if bias and not drop_selection_bias:
         reason = f"the routers choose experts with biases (up to {bias:.2g}) that other formats cannot store"
         raise ConfigError("drop_selection_bias", False, reason, ["true, which exports the model without them"])
@@ -116,9 +117,9 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
     if not (path / "config.yaml").exists():
         return [file for name in TOKENIZER_FILES if (file := path / name).exists()], {}
     run = load_config(path)
-    corpus = get_corpus(run, World(0, 1, torch.device("cpu")), print)
-    assert isinstance(source, StoredModel)
-    check_same_data(progress_of(source.checkpoint), corpus)
+    corpus = get_corpus(run, World(0, 1, torch.device("cpu")), print, MODELS)
+    assert isinstance(source, CheckpointedModel)
+    check_same_data(read_progress(source.checkpoint), corpus)
     try:
         ids = save_for_transformers(corpus.tokenizer, scratch)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The corpus of a run, made or opened once and known to every rank."""
+"""The corpus of a run, opened by every rank."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from core.files import write_bytes
 from data.corpus import Corpus, open_corpus, prepare
 from data.curriculum import PhaseRows, make_loaders
 from data.filter.audit.outputs import AUDIT_JSON, AUDIT_PAGE
+from data.filter.score.factory import Models
 from data.loader import Loader
 from parallel.comm.world import World
 from train.config import TrainConfig, phases
 from train.online_filter import candidates
 
 
-def get_corpus(config: TrainConfig, world: World, report: Callable[[str], None]) -> Corpus:
-    """Rank 0 tokenises or finds the cache, the others open what it made; hashes are checked by all ranks together.
+def get_corpus(
+    config: TrainConfig, world: World, report: Callable[[str], None], models: Models | None = None
+) -> Corpus:
+    """Rank 0 makes the corpus or finds it in the cache, the other ranks open it; all ranks together verify its hashes.
 
-    Raises `ConfigError` where the vocabulary does not fit the model.
+    `models` opens the models of a filter; without it a corpus that such a filter makes must be in the cache. Raises
+    `ConfigError` where the vocabulary does not fit the model.
     """
-    from train.eval.contamination import MODELS  # which opens runs, and so their corpora
-
-    directory = world.from_main(lambda: prepare(config.data, report, MODELS).directory)
+    directory = world.from_main(lambda: prepare(config.data, report, models).directory)
     corpus = open_corpus(directory)
     if config.data.verify:
         corpus.verify(world.rank, world.size)
@@ -36,29 +38,30 @@ def get_corpus(config: TrainConfig, world: World, report: Callable[[str], None])
 
 
 def keep_audit(corpus: Corpus, directory: Path) -> None:
-    """Copy the audit of the corpus's filter, where it has one, into a run's directory."""
+    """Copy the audit of the corpus's filter, if it has one, into a run's directory."""
     for name in (AUDIT_JSON, AUDIT_PAGE):
         if (corpus.directory / name).exists():
             write_bytes(directory / name, (corpus.directory / name).read_bytes())
 
 
 def check_same_data(progress: dict[str, Any], corpus: Corpus) -> None:
-    """Refuse to go on with a corpus other than the one that the checkpoint was trained on."""
-    if progress["corpus"] != corpus.fingerprint:
+    """Raise `ConfigError` unless the checkpoint was trained on this corpus."""
+    then = str(progress.get("corpus"))
+    if then != corpus.fingerprint:
         reason = (
             f"the corpus is not the one this run was trained on (now {corpus.fingerprint[:12]}, "
-            f"then {progress['corpus'][:12]}); restore the data, or name a new run (run.name)"
+            f"then {then[:12]}); restore the data, or name a new run (run.name)"
         )
         raise ConfigError("data", None, reason)
 
 
 def source_weights(config: TrainConfig, corpus: Corpus) -> dict[str, float]:
-    """Shares of the corpus's sources; those that the configuration does not describe count 1."""
+    """Weights of the corpus's sources; 1 for those that the configuration does not describe."""
     return {name: config.data.sources[name].weight if name in config.data.sources else 1.0 for name in corpus.sources}
 
 
 def run_loaders(config: TrainConfig, corpus: Corpus, report: Callable[[str], None]) -> dict[str, Loader]:
-    """A loader for each phase of a run. Raises `ConfigError` where the sources do not last to the end."""
+    """A loader for each phase of a run. Raises `ConfigError` where a source runs out before the end."""
     usual = source_weights(config, corpus)
     rows = [
         PhaseRows(

@@ -22,6 +22,7 @@ from data.filter.explain import explain, find
 from parallel.comm.world import World
 from train.config import Phase, TrainConfig, phases
 from train.corpus import get_corpus, run_loaders
+from train.eval.contamination import MODELS
 from train.run_directory import RunDirectory, load_config, read_lines
 
 _ORDINALS_AT_ONCE = 1 << 20
@@ -55,7 +56,7 @@ class DocumentSpan:
 def explain_run(directory: Path, name: str) -> str:
     """A record's way through the filter of a run's data and to the steps that trained on it."""
     config = load_config(directory)
-    corpus = get_corpus(config, World(0, 1, torch.device("cpu")), lambda line: None)
+    corpus = get_corpus(config, World(0, 1, torch.device("cpu")), lambda line: None, MODELS)
     if not (corpus.directory / SCORES).exists():
         raise ConfigError("run", str(directory), "its data were not filtered: data.filter is null")
     lines = [explain(corpus.directory, name)]

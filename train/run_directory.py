@@ -1,6 +1,6 @@
 """A run is a directory: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `plots/`, `log.txt`.
 
-Whether a run may go on under a configuration is decided here, from what the directory remembers.
+A run resumes only under a configuration that does not change what is learnt; this module checks it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from train.config import TrainConfig, phases
 from train.metap.hyperparameters import without_derived
 
 MARKER = "COMMITTED"
-"""Written last into a checkpoint's directory: without it there is no checkpoint."""
+"""Written last into a checkpoint's directory. Without it there is no checkpoint."""
 DIVERGED = "diverged.json"
-"""Written where a loss or a gradient was no number."""
+"""Written when a loss or a gradient norm is NaN or infinite."""
 FREE = (
     "run.root",
     "run.name",
@@ -51,17 +51,17 @@ FREE = (
     "data.prefetch",
     "data.verify",
 )
-"""What may change when a run goes on: nothing here changes what is learnt, but for the rounding of products."""
+"""Keys that may change on resume. They do not change what is learnt, except for the rounding of products."""
 
 
 class RunLocked(LeviathanError):
-    """What went before us has not ended yet; another try may find it gone."""
+    """The previous attempt still holds the lock. A later attempt may succeed."""
 
     exit_code = CRASHED
 
 
 class RunDirectory:
-    """`checkpoints` may be elsewhere (`checkpoint.directory`), under the run's name."""
+    """The paths in a run's directory. `checkpoints` may be elsewhere (`checkpoint.directory`), under the run's name."""
 
     def __init__(self, path: Path, elsewhere: str | None = None) -> None:
         self.path = path
@@ -80,12 +80,12 @@ class RunDirectory:
         return cls(Path(config.run.root).expanduser() / name, config.checkpoint.directory)
 
     def open(self, config: TrainConfig) -> None:
-        """Make the directory, or check that the run in it may go on under `config`, and store the configuration."""
+        """Make the directory, or check that the run in it may resume under `config`; store the configuration."""
         if self.config_file.exists():
             if not config.run.resume:
                 raise ConfigError("run.name", config.run.name, f"{self.path} holds a run already; choose another name")
             before = RunDirectory(self.path, self.stored_config().checkpoint.directory)
-            if committed(before.checkpoints):  # until then nothing was learnt, and a first mistake may be mended
+            if committed(before.checkpoints):  # before that nothing was learnt, and any key may change
                 before._check_same(config)
         self._try_writing(config.checkpoint.directory)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -93,11 +93,12 @@ class RunDirectory:
         write_config(self.config_file, named)
 
     def lock(self, patience_s: float = 0.0) -> None:
-        """Claim the directory for this process until `release` or its end. One process of a run does it: two runs under
-        one name would write over each other. A claim of somebody else's may end within `patience_s`.
+        """Lock the directory for this process until `release` or its end, waiting `patience_s` for another's lock.
+
+        One process of a run calls it. Two runs under one name would overwrite each other.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held open, that is the claim
+        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - the open file holds the lock
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -123,21 +124,21 @@ class RunDirectory:
         return load_config(self.path)
 
     def is_summed_up(self, steps: int) -> bool:
-        """Whether the summary is that of a run of so many steps: an older one says nothing of what was added since."""
+        """Whether there is a summary of a run of `steps` steps. One of fewer steps does not cover an added phase."""
         try:
             return self.summary.exists() and read_json(self.summary)["steps"] == steps
         except (ValueError, TypeError, KeyError):
             return False
 
     def trim_metrics(self, step: int) -> None:
-        """Drop lines of steps after `step`: the run goes on from a checkpoint older than they are."""
+        """Drop lines of steps after `step`, the checkpoint that the run resumes from."""
         for path, key, last in ((self.metrics, "step", step), (self.online, "first_step", step - 1)):
             if path.exists():
                 kept = [line for line in read_lines(path) if line[key] <= last]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _try_writing(self, elsewhere: str | None) -> None:
-        """Learn now, not at the first checkpoint, that a store cannot be reached or written."""
+        """Fail at the start, not at the first checkpoint, where a store cannot be reached or written."""
         probe = self.checkpoints / ".probe"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,7 @@ class RunDirectory:
     def _check_same(self, config: TrainConfig) -> None:
         stored, begun = self.stored_config(), self._begun_phases(config)
         was, is_now = (_indexed(plain(without_derived(one))) for one in (stored, config))
-        said = differences(was, is_now)  # before what follows from it
+        said = differences(was, is_now)  # before the derived keys that follow from it
         for key, (before, after) in {**said, **differences(_indexed(plain(stored)), _indexed(plain(config)))}.items():
             later_phase = key.startswith("phases.") and int(key.split(".")[1]) >= begun
             anywhere = re.sub(r"^phases\.\d+\.", "phases.*.", key)
@@ -161,7 +162,7 @@ class RunDirectory:
                 raise ConfigError(key, after, reason)
 
     def _begun_phases(self, config: TrainConfig) -> int:
-        """How many of the phases after the first have begun: those are part of what the run has been."""
+        """The number of phases after the first that have begun and may no longer change."""
         done = max((step for step, _ in committed(self.checkpoints)), default=0)
         return sum(phase.start < done for phase in phases(self.stored_config())[1:])
 
@@ -175,7 +176,7 @@ def load_config(directory: Path) -> TrainConfig:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """A whole resolved configuration, as `config.yaml` holds it."""
+    """A resolved configuration in the form of `config.yaml`."""
     try:
         return build(TrainConfig, yaml.safe_load(path.read_text()))
     except OSError as error:
@@ -192,7 +193,7 @@ def write_config(path: Path, config: TrainConfig) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole JSON lines; one that a kill or a full disk cut short is left out."""
+    """Whole JSON lines; a line that a kill or a full disk cut short is dropped."""
     for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
@@ -210,13 +211,13 @@ class CommittedCheckpoint(NamedTuple):
 
 
 def committed(checkpoints: Path) -> list[CommittedCheckpoint]:
-    """Every checkpoint that carries the marker, oldest first."""
+    """Every checkpoint with a marker, oldest first."""
     found = list(checkpoints.iterdir()) if checkpoints.exists() else []
-    steps = [path for path in found if path.name.startswith("step-") and path.name[5:].isdigit()]
+    steps = [path for path in found if path.name.startswith("step-") and path.name[5:].isdecimal()]
     marked = [CommittedCheckpoint(int(path.name[5:]), path) for path in steps if (path / MARKER).exists()]
     return sorted(marked, key=lambda one: one.step)
 
 
 def _indexed(tree: dict[str, Any]) -> dict[str, Any]:
-    """Phases as a dict by position, so that each is compared by itself."""
+    """Phases as a dict by position, so that each is compared separately."""
     return {**tree, "phases": {str(i): phase for i, phase in enumerate(tree["phases"])}}

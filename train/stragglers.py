@@ -57,7 +57,7 @@ class Stragglers:
         own = torch.tensor([self.probe(), self.loading_s], dtype=torch.float64, device=self.world.device)
         self.loading_s = 0.0
         all_ranks = [torch.empty_like(own) for _ in range(self.world.size)]
-        self.world.pulse.begin("world", "slow ranks")
+        self.world.heartbeat.begin("world", "slow ranks")
         dist.all_gather(all_ranks, own)
         found = self.judge([rank.tolist() for rank in all_ranks])
         if found and not self._hosts:  # all ranks have found the same

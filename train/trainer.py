@@ -43,6 +43,7 @@ from train.engine.base import StepResult, optimizer_step
 from train.engine.deepspeed import make_engine
 from train.engine.fsdp import Engine
 from train.environment import environment
+from train.eval.contamination import MODELS
 from train.metap import hyperparameters
 from train.metrics import Log
 from train.online_filter import OnlineWindow
@@ -118,7 +119,7 @@ class Trainer:
 
     def train_step(self, step: int) -> StepMetrics:
         """Consume the global batch of `step` and update the model."""
-        self.world.pulse.step = step
+        self.world.heartbeat.step = step
         phase = self.phase(step)
         self.engine.placed.model.see_positions(phase.model)
         begin = time.perf_counter()
@@ -144,7 +145,7 @@ class Trainer:
 
     def _batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of `step`: of the plain order, or of what online filtering took."""
-        phase, axis = self.phase(step), self.meshes.rows
+        phase, axis = self.phase(step), self.meshes.dp
         rows = phase.global_batch_size // axis.size
         start, stop = axis.rank * rows, (axis.rank + 1) * rows
         loader = self.loaders[phase.name]
@@ -200,7 +201,7 @@ class Trainer:
         """What happens here is not training: neither its time nor its bytes count."""
         wait_for(self.world.device)
         begin, bytes_before = time.perf_counter(), self.meshes.traffic.take()
-        with self.world.pulse.excuse():
+        with self.world.heartbeat.excuse():
             yield
         self.paused_s += time.perf_counter() - begin
         self.meshes.traffic.bytes = Counter(bytes_before)
@@ -260,7 +261,7 @@ def run(config: TrainConfig) -> int:
             log = Log(directory.path / "log.txt" if world.is_main else None)
             for line in hyperparameters.warnings(config):
                 log(f"hyperparameters: {line}")
-            corpus = get_corpus(config, world, log)
+            corpus = get_corpus(config, world, log, MODELS)
             world.from_main(lambda: keep_audit(corpus, directory.path))
             return _fitted(Trainer(config, world, directory, corpus, log))
     finally:

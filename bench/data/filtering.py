@@ -26,7 +26,8 @@ from data.filter.screen.duplicates import find_duplicates, signatures
 from data.filter.screen.gates import Gates
 from data.sources import make_source
 from model.attention.plan import SequenceContext
-from train.eval.text_loss import ScoringModel, token_losses
+from train.eval.scoring_model import ScoringModel
+from train.eval.text_loss import token_losses
 from train.trainer import Trainer
 
 STEPS, SCORED = 12, 24
@@ -93,5 +94,5 @@ def _by_model(trainer: Trainer) -> LossScorer:
     def logits(tokens_BT: Tensor) -> Tensor:
         return model(tokens_BT, SequenceContext(torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)))
 
-    speaker = ScoringModel(logits, tokenizer.encode, tokenizer.bos_id, context, "smoke")
-    return LossScorer(token_losses(speaker, context, 8), "smoke")
+    scoring = ScoringModel(model, logits, tokenizer, context, ("smoke",))
+    return LossScorer(token_losses(scoring, context, 8), "smoke")

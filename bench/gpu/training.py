@@ -26,8 +26,9 @@ from model.config import BalanceConfig, ModelConfig, QKNorm, RouterConfig, Score
 from model.flops import count_parameters, training_flops
 from parallel.grad_norm import gradient_norm, scale_gradients
 from parallel.layout import Layout
-from parallel.mesh import place
+from parallel.mesh import meshes_of_rank
 from parallel.parallelize import build
+from parallel.sharding import local_gradients
 from precision.config import Compute, KernelKind, ParamDtype, PrecisionConfig
 from train.optim.optimizer import Moments, OptimizerConfig, make_optimizer
 
@@ -87,7 +88,7 @@ class Training:
     def __init__(
         self, config: ModelConfig, precision: PrecisionConfig, bench: Bench, moments: Moments, lr: float
     ) -> None:
-        meshes = place(Layout(dp_shard=1), 0)
+        meshes = meshes_of_rank(Layout(dp_shard=1), 0)
         self.placed = build(config, precision, meshes, bench.device, seed=0)
         optimizer = OptimizerConfig(lr=lr, moments=moments)
         self.optimizer = make_optimizer(self.placed.model, self.placed.specs, optimizer, meshes)
@@ -99,13 +100,14 @@ class Training:
         positions_BT, tokens = torch.arange(length).expand(rows, -1), tokens_BT.shape[0] * length
         total = torch.zeros((), device=tokens_BT.device)
         for part_BT in tokens_BT.split(rows):
-            context = self.placed.context(positions_BT, float(tokens))
+            context = self.placed.sequence_context(positions_BT, float(tokens))
             logits_BTV = self.placed.model(part_BT[:, :-1], context)
             wide, labels = logits_BTV.float().flatten(0, 1), part_BT[:, 1:].flatten()
             loss = F.cross_entropy(wide, labels, reduction="sum") / tokens
             loss.backward()
             total += loss.detach()
-        norm = gradient_norm(self.placed.model, self.placed.specs, self.placed.meshes)
+        gradients = local_gradients(self.placed.model, self.placed.specs)
+        norm = gradient_norm(gradients, self.placed.meshes.world, self.placed.device)
         scale_gradients(self.placed.model, (1.0 / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -18,6 +18,7 @@ from hparam.rules import Parametrization
 from parallel.comm.world import connect
 from train.config import TrainConfig
 from train.corpus import get_corpus, run_loaders
+from train.eval.contamination import MODELS
 from train.metap.coordinates import changes
 from train.metap.hyperparameters import without_derived
 from train.metap.scaling import carried
@@ -61,7 +62,7 @@ def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
     if run_.hparam.base is not None:
         run_ = replace(run_, hparam=replace(run_.hparam, base=None))  # the smallest model is the base
     world = connect()
-    corpus = get_corpus(run_, world, print)
+    corpus = get_corpus(run_, world, print, MODELS)
     measure = partial(_measure, run_, run_loaders(run_, corpus, lambda line: None), config.steps)
     axes: dict[SizeAxis, list[int]] = {SizeAxis[name]: getattr(config, name) for name in AXES}
     results = [

@@ -12,6 +12,7 @@ from core.errors import ConfigError, check_numbers
 from parallel.comm.world import World, connect
 from precision.config import Backend
 from train.checkpoint.restore import restore
+from train.eval.contamination import MODELS
 from train.eval.held_out import held_out_loss
 
 
@@ -55,7 +56,7 @@ def run(config: EvaluateConfig) -> int:
     try:
         if config.tasks:
             return _run_tasks(config, world)
-        restored = restore(Path(config.run), world, config.backend)
+        restored = restore(Path(config.run), world, config.backend, MODELS)
         result = held_out_loss(
             restored.placed,
             restored.loader(),

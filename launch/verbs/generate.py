@@ -8,6 +8,7 @@ from pathlib import Path
 
 from parallel.comm.world import connect
 from train.checkpoint.restore import restore
+from train.eval.contamination import MODELS
 from train.eval.generate import GenerateConfig, continue_tokens, placed_logits
 
 
@@ -15,7 +16,7 @@ def run(config: GenerateConfig) -> int:
     """Print the prompt and its continuation."""
     world = connect()
     try:
-        restored = restore(Path(config.run), world, config.backend)
+        restored = restore(Path(config.run), world, config.backend, MODELS)
         tokenizer = restored.corpus.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
         restored.placed.model.eval()

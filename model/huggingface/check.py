@@ -1,7 +1,8 @@
-"""The last word on a conversion: transformers reads the same settings, and the same logits come out.
+"""Checks a conversion against transformers: the same settings are read, and the same logits are computed.
 
-Few tokens cannot reach a chunk's end or the query temperature at published sizes (8,192 positions), and the largest
-models do not fit into memory at all. The settings are compared at any size, from what transformers makes of the file.
+A few tokens do not reach the end of an attention chunk or the query temperature at published sizes (8,192 positions),
+and the largest models do not fit into memory. The settings are therefore compared at any size, in the form in which
+transformers reads them.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ TOLERANCE = 5e-5
 
 
 def obstacle(directory: Path) -> str | None:
-    """Why transformers cannot be asked about this checkpoint, or None."""
+    """Why this checkpoint cannot be compared with transformers, or None."""
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
     try:
         _settings(directory)
-    except Exception as error:  # it is strict about types, and raises its own kinds of error
+    except Exception as error:  # it raises many kinds of error
         return f"transformers refuses its config.json ({str(error).strip().splitlines()[-1].strip()})"
     return None
 
@@ -63,25 +64,25 @@ def compare_settings(model: ModelConfig, directory: Path) -> None:
 def _settings(directory: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
 
 
 def _as_transformers_reads(theirs: Any) -> ModelConfig:
-    """The model in transformers' own object: it has filled in every default, so none of ours takes part.
+    """The model that transformers' configuration object describes, with transformers' defaults.
 
-    Not `read_config`, which is what this is to check.
+    Independent of `read_config`, which it checks.
     """
     kind, rope = theirs.model_type, theirs.rope_parameters
     scaling = None
     if rope["rope_type"] != "default":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = RopeScaling(*(rope[name] for name in names))
-    llama4, mixture = kind == "llama4_text", {}
+    llama4, moe = kind == "llama4_text", {}
     if kind not in ("llama", "qwen3"):
         wide = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
         norm_topk_prob = kind == "mixtral" or (not llama4 and theirs.norm_topk_prob)
         softmax = RouterConfig(theirs.num_experts_per_tok, Score.softmax, norm_topk_prob, weights_on=WeightsOn.output)
-        mixture = {
+        moe = {
             "num_experts": theirs.num_local_experts if kind in ("llama4_text", "mixtral") else theirs.num_experts,
             "expert_hidden_size": getattr(theirs, wide),
             "shared_expert_hidden_size": None if llama4 else 0,
@@ -102,28 +103,28 @@ def _as_transformers_reads(theirs: Any) -> ModelConfig:
         temperature_scale=theirs.attn_scale if llama4 else 0.0,
         norm_eps=theirs.rms_norm_eps,
         layer_list=[_layer(theirs, index) for index in range(theirs.num_hidden_layers)],
-        **mixture,
+        **moe,
     )
 
 
 def _layer(theirs: Any, index: int) -> LayerConfig:
     kind = theirs.model_type
     if kind == "llama4_text":
-        turned, chunked = bool(theirs.no_rope_layers[index]), theirs.layer_types[index] == "chunked_attention"
+        rotated, chunked = bool(theirs.no_rope_layers[index]), theirs.layer_types[index] == "chunked_attention"
         return LayerConfig(
             FeedForward.moe if index in theirs.moe_layers else FeedForward.dense,
-            rope=turned,
+            rope=rotated,
             attention_chunk_size=theirs.attention_chunk_size if chunked else None,
-            temperature=bool(theirs.attn_temperature_tuning) and not turned,
-            qk_norm=QKNorm.weightless if theirs.use_qk_norm and turned else QKNorm.none,
+            temperature=bool(theirs.attn_temperature_tuning) and not rotated,
+            qk_norm=QKNorm.weightless if theirs.use_qk_norm and rotated else QKNorm.none,
         )
-    mixture = kind in ("mixtral", "olmoe")
+    is_moe = kind in ("mixtral", "olmoe")
     if kind == "qwen3_moe":
         every = theirs.decoder_sparse_step
-        mixture = index not in theirs.mlp_only_layers and theirs.num_experts > 0 and (index + 1) % every == 0
+        is_moe = index not in theirs.mlp_only_layers and theirs.num_experts > 0 and (index + 1) % every == 0
     norms = {"qwen3": QKNorm.per_head, "qwen3_moe": QKNorm.per_head, "olmoe": QKNorm.full}
     return LayerConfig(
-        FeedForward.moe if mixture else FeedForward.dense,
+        FeedForward.moe if is_moe else FeedForward.dense,
         attention_chunk_size=getattr(theirs, "sliding_window", None),  # not the same, but no family of ours has either
         qk_norm=norms.get(kind, QKNorm.none),
     )
@@ -138,7 +139,13 @@ def compare_logits(source: TensorSource, directory: Path, dtype: torch.dtype | N
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     theirs, report = loaded
     odd = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]

@@ -1,4 +1,4 @@
-"""A checkpoint in the Hugging Face format as a source of our tensors: checked as a whole, then read block by block."""
+"""A checkpoint in the Hugging Face format as a source of our tensors, checked as a whole and read block by block."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HuggingFaceCheckpoint:
     """A directory with `config.json` and safetensors files.
 
     Raises `CheckpointError` on opening unless every tensor that the configuration asks for is there with its shape, in
-    whole files, and nothing else is. `text_only` leaves a vision tower out.
+    whole files, and nothing else is. `text_only` ignores a vision tower.
     """
 
     def __init__(self, directory: Path, text_only: bool = False) -> None:
@@ -79,10 +79,10 @@ class HuggingFaceCheckpoint:
         return self._rows(entry, begin, begin + shape[1])[:, first : first + shape[0]].t()
 
     def _rows(self, entry: TensorEntry, begin: int, end: int) -> Tensor:
-        """The last rows read are kept: gate and up may lie side by side and are asked for one after the other."""
+        """Read rows, keeping the last ones: gate and up may share rows and are read one after the other."""
         key = (str(entry.path), entry.start, begin, end)
         if self._last is None or self._last[0] != key:
-            self._last = None  # frees the memory before more is taken
+            self._last = None  # free the memory first
             self._last = key, read_rows(entry, begin, end)
         return self._last[1]
 
@@ -92,7 +92,7 @@ class HuggingFaceCheckpoint:
         vision = {name for name in extra if name.startswith(_VISION)}
         if vision and not text_only:
             raise CheckpointError(
-                f"{self.directory} holds a vision tower ({len(vision)} tensors); text_only=true leaves it out"
+                f"{self.directory} holds a vision tower ({len(vision)} tensors); text_only=true ignores it"
             )
         extra -= vision
         head, table = found["head.weight"].name, found["embedding.weight"].name
@@ -139,7 +139,7 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no JSON ({error})") from error
+        raise CheckpointError(f"{path} is not JSON ({error})") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no JSON object")
+        raise CheckpointError(f"{path} is not a JSON object")
     return config

@@ -1,6 +1,6 @@
-"""Model families: what their `config.json` says in our words, and back.
+"""Model families: translate their `config.json` to a `ModelConfig` and back.
 
-A translation out is checked by translating it in again: whatever the family cannot express shows up as a difference, so
+A translation out is checked by translating it in again. Whatever the family cannot express shows up as a difference, so
 no family lists what it does not support.
 """
 
@@ -25,32 +25,32 @@ from model.config import (
     Score,
     WeightsOn,
 )
-from model.huggingface.locations import MixtureNames
+from model.huggingface.locations import MoENames
 
 Json = Mapping[str, Any]
 MOST_LAYERS = 10_000
-"""A larger number is a damaged file, and would take the memory for as many layers before anything is noticed."""
+"""A larger number means a damaged file; building that many layers would take all memory."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """`read` and `write` translate the text model's part of a configuration."""
+    """A `model_type` of transformers. `read` and `write` translate the configuration of the text model."""
 
     model_type: str
     architecture: str
-    names: MixtureNames
+    names: MoENames
     read: Callable[[Json], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
 
 
 def read_config(config: Json) -> tuple[Family, ModelConfig]:
-    """The family and the model of a parsed `config.json`. Raises `ConfigError` for what we cannot compute exactly."""
+    """The family and the model of a parsed `config.json`. Raises `ConfigError` where we cannot compute it exactly."""
     text = config.get("text_config") if config.get("model_type") == "llama4" else config
     if not isinstance(text, Mapping):
         raise ConfigError("config.json", None, "has no text_config")
     kind = text.get("model_type", "llama4_text" if config.get("model_type") == "llama4" else None)
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ConfigError("config.json model_type", str(kind), "is no architecture we know", list(FAMILIES))
+        raise ConfigError("config.json model_type", str(kind), "is not a supported architecture", list(FAMILIES))
     if config.get("quantization_config"):
         raise ConfigError("config.json quantization_config", None, "is not supported")
     try:
@@ -59,13 +59,13 @@ def read_config(config: Json) -> tuple[Family, ModelConfig]:
     except KeyError as error:
         raise ConfigError("config.json", None, f"lacks {error}") from error
     except (TypeError, ValueError, IndexError, ArithmeticError) as error:
-        raise ConfigError("config.json", None, f"has a value that makes no sense ({error})") from error
+        raise ConfigError("config.json", None, f"has an invalid value ({error})") from error
 
 
 def write_config(model: ModelConfig, family: str | None = None) -> tuple[Family, dict[str, Any]]:
-    """`config.json` for the first family (or this one) that expresses the model exactly."""
+    """`config.json` of the first family, or of `family`, that expresses the model exactly."""
     if family is not None and family not in FAMILIES:
-        raise ConfigError("family", family, "is no architecture we know", list(FAMILIES))
+        raise ConfigError("family", family, "is not a supported architecture", list(FAMILIES))
     reasons = []
     for candidate in [FAMILIES[family]] if family else FAMILIES.values():
         lost = _lost(model, candidate)
@@ -77,12 +77,12 @@ def write_config(model: ModelConfig, family: str | None = None) -> tuple[Family,
                 **candidate.write(model),
             }
             return candidate, config
-        reasons.append(f"{candidate.model_type} cannot say {lost}")
+        reasons.append(f"{candidate.model_type} cannot express {lost}")
     raise ConfigError("family", family, f"no family expresses this model exactly: {'; '.join(reasons)}")
 
 
 def _lost(model: ModelConfig, family: Family) -> str | None:
-    """The first thing that a translation out and in again changes."""
+    """The first key that a translation out and in again changes."""
     try:
         back = family.read({**_write_common(model), **family.write(model)})
     except ConfigError as error:
@@ -91,7 +91,7 @@ def _lost(model: ModelConfig, family: Family) -> str | None:
 
 
 def model_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Where two models differ as functions of their weights: key -> both values."""
+    """Keys in which two models differ as functions of their weights, with both values."""
     trees = []
     for model in (first, second):
         tree = plain(canonical(model))
@@ -100,12 +100,12 @@ def model_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tupl
 
 
 def canonical(model: ModelConfig) -> ModelConfig:
-    """The same function of the weights in one spelling: explicit layers, and defaults for what has no effect."""
+    """The same function of the weights in a normal form: explicit layers, and defaults for keys without effect."""
     layers, default = model.blocks, ModelConfig()
-    mixture = any(layer.feed_forward is FeedForward.moe for layer in layers)
+    moe = any(layer.feed_forward is FeedForward.moe for layer in layers)
     dense = any(layer.feed_forward is FeedForward.dense for layer in layers)
     idle: dict[str, Any] = {"shared_expert_hidden_size": model.shared_hidden_size, "router": model.router}
-    if not mixture:
+    if not moe:
         idle = {
             key: getattr(default, key)
             for key in ("num_experts", "expert_hidden_size", "shared_expert_hidden_size", "router")
@@ -123,7 +123,7 @@ def canonical(model: ModelConfig) -> ModelConfig:
 
 
 def compact(model: ModelConfig) -> ModelConfig:
-    """The same model with the shortest spelling of its layers: a period begins where its first layer is."""
+    """The same model with the shortest description of its layers."""
     layers = model.blocks
     rotated = next((layer for layer in layers if layer.rope), layers[0])
     bare = next((layer for layer in layers if not layer.rope), None)
@@ -142,7 +142,7 @@ def compact(model: ModelConfig) -> ModelConfig:
 
 
 def _refuse(config: Json) -> None:
-    """Switches of published configurations that we do not compute."""
+    """Reject switches of published configurations that we do not compute."""
     for key in ("attention_bias", "mlp_bias", "clip_qkv", "quantization_config", "use_sliding_window"):
         if config.get(key):
             raise ConfigError(f"config.json {key}", config[key], "is not supported")
@@ -156,8 +156,8 @@ def _refuse(config: Json) -> None:
 
 
 def _rope(config: Json, default_theta: float) -> dict[str, Any]:
-    """`rope_parameters`, or `rope_theta` and `rope_scaling` in older files. Where a file has both they must agree:
-    transformers 4 reads the older keys and transformers 5 lets a `rope_scaling` replace `rope_parameters`.
+    """Read `rope_parameters`, or `rope_theta` and `rope_scaling` in older files. Where a file has both they must agree:
+    transformers 4 reads the older keys, and in transformers 5 `rope_scaling` replaces `rope_parameters`.
     """
     given = [rope for key in ("rope_parameters", "rope_scaling") if (rope := config.get(key))]
     first, *others = [_rope_of(rope, config, default_theta) for rope in given or [{}]]
@@ -189,7 +189,7 @@ def _rope_of(rope: Json, config: Json, default_theta: float) -> dict[str, Any]:
 
 
 def _integer(config: Json, key: str, default: int | None = None) -> int:
-    """The whole number at `key`. `default` stands for what is left out; without one it must be there."""
+    """The whole number at `key`, or `default`. Without a default the key is required."""
     value = config[key] if default is None else config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise ConfigError(f"config.json {key}", str(value), "must be a whole number")
@@ -197,7 +197,7 @@ def _integer(config: Json, key: str, default: int | None = None) -> int:
 
 
 def _indices(config: Json, key: str, layers: int) -> set[int] | None:
-    """The layers that a list names, or None without a list."""
+    """The layers in the list at `key`, or None without a list."""
     given = config.get(key)
     if given is None:
         return None
@@ -250,7 +250,7 @@ def _write_common(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _is_moe(layers: Sequence[LayerConfig]) -> list[int]:
+def _moe_layers(layers: Sequence[LayerConfig]) -> list[int]:
     return [index for index, layer in enumerate(layers) if layer.feed_forward is FeedForward.moe]
 
 
@@ -258,9 +258,9 @@ def _read_llama4(config: Json) -> ModelConfig:
     common = _read_common(config, theta=500000.0, eps=1e-5)
     count = common["num_layers"]
     every, interval = _integer(config, "interleave_moe_layer_step", 1), _integer(config, "no_rope_layer_interval", 4)
-    mixtures = _indices(config, "moe_layers", count)
-    if mixtures is None:
-        mixtures = set(range(every - 1, count, every))
+    moe_layers = _indices(config, "moe_layers", count)
+    if moe_layers is None:
+        moe_layers = set(range(every - 1, count, every))
     rotated = config.get("no_rope_layers") or [int((index + 1) % interval != 0) for index in range(count)]
     if not isinstance(rotated, list) or len(rotated) != count or any(turned not in (0, 1) for turned in rotated):
         raise ConfigError("config.json no_rope_layers", None, f"must say 0 or 1 for each of {count} layers")
@@ -272,7 +272,7 @@ def _read_llama4(config: Json) -> ModelConfig:
     tuned = bool(config.get("attn_temperature_tuning", True))  # 4 in the first published files
     layers = [
         LayerConfig(
-            feed_forward=FeedForward.moe if index in mixtures else FeedForward.dense,
+            feed_forward=FeedForward.moe if index in moe_layers else FeedForward.dense,
             rope=bool(rotated[index]),
             attention_chunk_size=chunk if rotated[index] else None,
             temperature=tuned and not rotated[index],
@@ -301,7 +301,7 @@ def _write_llama4(model: ModelConfig) -> dict[str, Any]:
         "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.router.top_k,
         "interleave_moe_layer_step": 1,
-        "moe_layers": _is_moe(layers),
+        "moe_layers": _moe_layers(layers),
         "no_rope_layers": [int(layer.rope) for layer in layers],
         "attention_chunk_size": rotated[0].attention_chunk_size if rotated else None,
         "use_qk_norm": any(layer.qk_norm is QKNorm.weightless for layer in rotated),
@@ -311,9 +311,9 @@ def _write_llama4(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _plain_layers(model: dict[str, Any], mixtures: Sequence[int], norm: QKNorm) -> dict[str, Any]:
-    """Layers that all see everything before them, with positions in pairs of halves."""
-    chosen = set(mixtures)
+def _plain_layers(model: dict[str, Any], moe_layers: Sequence[int], norm: QKNorm) -> dict[str, Any]:
+    """Layers with full causal attention and RoPE pairs in halves."""
+    chosen = set(moe_layers)
     layers = [
         LayerConfig(feed_forward=FeedForward.moe if index in chosen else FeedForward.dense, qk_norm=norm)
         for index in range(model["num_layers"])
@@ -348,9 +348,9 @@ def _read_qwen3_moe(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
     every, count = _integer(config, "decoder_sparse_step", 1), common["num_layers"]
     dense = _indices(config, "mlp_only_layers", count) or set()
-    mixtures = [index for index in range(every - 1, count, every) if index not in dense] if every > 0 else []
+    moe_layers = [index for index in range(every - 1, count, every) if index not in dense] if every > 0 else []
     return ModelConfig(
-        **_plain_layers(common, mixtures, QKNorm.per_head),
+        **_plain_layers(common, moe_layers, QKNorm.per_head),
         dense_hidden_size=_integer(config, "intermediate_size", 6144),
         expert_hidden_size=_integer(config, "moe_intermediate_size"),
         num_experts=_integer(config, "num_experts" if "num_experts" in config else "num_local_experts"),
@@ -359,7 +359,7 @@ def _read_qwen3_moe(config: Json) -> ModelConfig:
 
 
 def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
-    mixtures = set(_is_moe(model.blocks))
+    moe_layers = set(_moe_layers(model.blocks))
     return {
         "intermediate_size": model.dense_hidden_size,
         "moe_intermediate_size": model.expert_hidden_size,
@@ -367,7 +367,7 @@ def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": model.router.top_k,
         "norm_topk_prob": model.router.norm_topk_prob,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [index for index in range(model.num_layers) if index not in mixtures],
+        "mlp_only_layers": [index for index in range(model.num_layers) if index not in moe_layers],
         "use_sliding_window": False,
     }
 
@@ -411,7 +411,7 @@ def _write_dense(model: ModelConfig) -> dict[str, Any]:
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_QWEN = MixtureNames("mlp", "gate.weight", _PROJECTIONS)
+_QWEN = MoENames("mlp", "gate.weight", _PROJECTIONS)
 
 FAMILIES = {
     family.model_type: family
@@ -421,14 +421,14 @@ FAMILIES = {
         Family(
             "llama4_text",
             "Llama4ForCausalLM",
-            MixtureNames("feed_forward", "router.weight", _PROJECTIONS, dense="feed_forward", fused=True),
+            MoENames("feed_forward", "router.weight", _PROJECTIONS, dense="feed_forward", fused=True),
             _read_llama4,
             _write_llama4,
         ),
         Family(
             "mixtral",
             "MixtralForCausalLM",
-            MixtureNames("block_sparse_moe", "gate.weight", ("w1", "w3", "w2")),
+            MoENames("block_sparse_moe", "gate.weight", ("w1", "w3", "w2")),
             _read_mixtral,
             _write_mixtral,
         ),

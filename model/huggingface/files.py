@@ -1,8 +1,8 @@
-"""The safetensors format: reading rows of a tensor and writing tensors whose bytes come in blocks.
+"""The safetensors format: read rows of a tensor, write tensors in blocks.
 
 A file is the length of its header (8 bytes, little-endian), the header as JSON (name -> dtype, shape, offsets) and the
-tensors' bytes. The `safetensors` package maps whole files and writes tensors it is handed whole, so its memory grows
-with the largest tensor (21 GB in Llama 4 Maverick); here it is bounded by a block. Its own loader reads what we write.
+tensors' bytes. The `safetensors` package maps whole files and writes whole tensors, so its memory grows with the
+largest tensor (21 GB in Llama 4 Maverick). Here memory is bounded by a block. The package reads what we write.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def open_directory(directory: Path) -> dict[str, TensorEntry]:
         pickles = [path.name for ending in ("bin", "pt", "pth") for path in sorted(directory.glob(f"*.{ending}"))]
         if pickles:
             raise CheckpointError(
-                f"{directory} holds pickle files ({pickles[0]}), which can run code when they are read; "
+                f"{directory} holds pickle files ({pickles[0]}), which can run code when they are loaded; "
                 "convert them to safetensors first"
             )
         raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
     try:
         weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError("a shard's name is no text")
+            raise ValueError("a shard's name is not a string")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory / INDEX} is no index of shards ({error})") from error
+        raise CheckpointError(f"{directory / INDEX} is not an index of shards ({error})") from error
     found: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not (directory / shard).exists():
@@ -75,11 +75,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_HEADER_LIMIT, size - 8):
-            raise CheckpointError(f"{path} is truncated or no safetensors file")
+            raise CheckpointError(f"{path} is truncated or not a safetensors file")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
             if not isinstance(header, dict):
-                raise ValueError("no JSON object")
+                raise ValueError("not a JSON object")
         except ValueError as error:
             raise CheckpointError(f"{path} has an unreadable header ({error})") from error
     header.pop("__metadata__", None)
@@ -105,7 +105,7 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
     """Rows of the tensor seen as a matrix of its last dimension (a vector: as a column): [stop - start, last]."""
     width = entry.shape[-1] if len(entry.shape) > 1 else 1
     rows = math.prod(entry.shape) // width if width else 0
-    if not 0 <= start <= stop <= rows:  # what lies there belongs to another tensor
+    if not 0 <= start <= stop <= rows:  # other rows belong to another tensor
         raise CheckpointError(f"{entry.path}: rows {start} to {stop} of a tensor that has {rows}")
     result = torch.empty(stop - start, width, dtype=entry.dtype)
     memory = bytes_of(result)
@@ -144,7 +144,7 @@ def write_directory(
     shard_bytes: int,
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Write the shards and their index; `progress` is told how many bytes were written."""
+    """Write the shards and their index; `progress` gets the number of bytes after each block."""
     shards: list[list[PlannedTensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
@@ -187,7 +187,7 @@ def _write_file(path: Path, tensors: Sequence[PlannedTensor], progress: Callable
                 written += len(content)
                 progress(len(content))
             if written != tensor.size:
-                raise CheckpointError(f"{tensor.name}: {written:,} bytes came instead of {tensor.size:,}")
+                raise CheckpointError(f"{tensor.name}: {written:,} bytes instead of {tensor.size:,}")
         os.fsync(file.fileno())
 
 

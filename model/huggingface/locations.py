@@ -1,6 +1,6 @@
-"""Where each of our parameters lies among the tensors of a family's files.
+"""Maps each of our parameters to tensors in a family's files.
 
-Attention, norms, embeddings and dense layers are named alike in all families; they differ in their mixtures. Our
+Attention, norms, embeddings and dense layers have the same names in all families; MoE layers differ. Our
 experts are [E, 2, F, D] (gate, then up) and [E, D, F]. Llama 4 stores them [E, in, out], gate and up side by side in
 one tensor; the others have an [out, in] matrix per expert and projection.
 """
@@ -43,11 +43,11 @@ class Location:
 
 
 @dataclass(frozen=True)
-class MixtureNames:
-    """How a family spells its feed-forward layers."""
+class MoENames:
+    """A family's names of feed-forward layers."""
 
     block: str
-    """Of a mixture layer, below the layer."""
+    """Of an MoE layer, below the layer."""
     router: str
     expert: tuple[str, str, str]
     """Gate, up and down of one expert, below `experts.{expert}`."""
@@ -56,9 +56,9 @@ class MixtureNames:
     """Whether experts may be stacked as Llama 4 does."""
 
 
-def locations(model: ModelConfig, names: MixtureNames, available: Collection[str]) -> dict[str, Location]:
-    """Parameter -> location. `available`: the names in the files, which tell a prefix and fused from unfused experts;
-    empty for a checkpoint yet to be written.
+def locations(model: ModelConfig, names: MoENames, available: Collection[str]) -> dict[str, Location]:
+    """Parameter -> location. `available`: the names in the files, which show a prefix and whether experts are
+    fused; empty for a checkpoint that is yet to be written.
     """
     prefix = "language_model." if any(name.startswith("language_model.") for name in available) else ""
     found = {
@@ -75,7 +75,7 @@ def locations(model: ModelConfig, names: MixtureNames, available: Collection[str
                 for part in ("gate", "up", "down")
             }
         else:
-            found |= _mixture(f"{theirs}.{names.block}", f"{ours}.ffn", model, names, available)
+            found |= _moe(f"{theirs}.{names.block}", f"{ours}.ffn", model, names, available)
     return found
 
 
@@ -91,8 +91,8 @@ def _attention(theirs: str, ours: str, layer: LayerConfig) -> dict[str, Location
     return found
 
 
-def _mixture(
-    theirs: str, ours: str, model: ModelConfig, names: MixtureNames, available: Collection[str]
+def _moe(
+    theirs: str, ours: str, model: ModelConfig, names: MoENames, available: Collection[str]
 ) -> dict[str, Location]:
     found = {f"{ours}.router.weight": Location(f"{theirs}.{names.router}")}
     stacked = f"{theirs}.experts.gate_up_proj"

@@ -32,11 +32,11 @@ def export(
     verify: Callable[[Path], object] = lambda directory: None,
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Write `source` to `directory`, which appears only once everything is written, reopened and `verify`-ed.
+    """Write `source` to `directory`, which appears only once everything is written, reopened and verified by `verify`.
 
-    `dtype` None keeps each tensor's own; `extra_config` adds keys to `config.json` that do not change the network.
-    Constant factors of its forward pass are folded into weights. Raises `ConfigError` where no family expresses the
-    model or the directory exists.
+    `dtype` None keeps each tensor's own; `extra_config` adds keys to `config.json` that do not affect the network.
+    Constant multipliers are folded into weights. Raises `ConfigError` where no family expresses the model or the
+    directory exists.
     """
     if directory.exists():
         raise ConfigError("out", str(directory), "exists already; name a new directory")
@@ -49,7 +49,7 @@ def export(
     planned = [tensor for name, place in places.items() for tensor in _plan(source, name, place, dtype)]
     precision = {tensor.dtype for tensor in planned}
     name = str(max(precision, key=lambda kind: kind.itemsize)).removeprefix("torch.")
-    config |= {"dtype": name, "torch_dtype": name}  # transformers 5's word for it, and transformers 4's
+    config |= {"dtype": name, "torch_dtype": name}  # the keys of transformers 5 and 4
     with new_directory(directory, exclusive=True) as scratch:
         write_directory(scratch, planned, shard_bytes, progress)
         write_json(scratch / "config.json", {**(extra_config or {}), **config})

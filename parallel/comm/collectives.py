@@ -20,27 +20,27 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_ga
 reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gather(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
+def all_gather(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
     """Shards along `dim` to the whole tensor on every rank; the gradient is summed and scattered."""
     return shard if axis.size == 1 else _Gather.apply(shard, axis, dim, purpose)
 
 
-def scatter(partial: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
+def reduce_scatter(partial: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
     """The sum of the ranks' partial tensors, cut along `dim`, which must divide; the gradient is gathered."""
     return partial if axis.size == 1 else _Scatter.apply(partial, axis, dim, purpose)
 
 
-def exchange(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
+def all_to_all(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
     """All-to-all of rows: `send[i]` of them go to rank i, `receive[i]` come from there; the gradient goes back."""
     return _Exchange.apply(rows, send, receive, axis, purpose)
 
 
-def total(partial: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
+def all_reduce(partial: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
     """The ranks' sum on every rank, each of which uses it for a part of its own; the gradient is summed as well."""
     return partial if axis.size == 1 else _Total.apply(partial, axis, purpose)
 
 
-def pass_on(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Tensor]:
+def ring_shift(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Tensor]:
     """Send a tensor to the next rank of the axis, in a circle, and start to receive one of the same shape from the rank
     before; what is returned waits for it. No gradient.
     """
@@ -57,7 +57,7 @@ def pass_on(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Tensor
     return arrived
 
 
-def gather_plain(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
+def all_gather_no_grad(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
     """`gather` where no gradient is wanted."""
     if axis.size == 1:
         return shard
@@ -86,7 +86,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
         ctx.arguments = axis, dim, purpose
-        return gather_plain(shard, axis, dim, purpose)
+        return all_gather_no_grad(shard, axis, dim, purpose)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -101,7 +101,7 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return gather_plain(grads[0], *ctx.arguments), None, None, None
+        return all_gather_no_grad(grads[0], *ctx.arguments), None, None, None
 
 
 class _Exchange(torch.autograd.Function):

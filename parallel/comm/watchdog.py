@@ -76,8 +76,10 @@ class Heartbeat:
 class Watchdog:
     """Runs until `stop`. `logs`: where a report is left for whoever starts the ranks again."""
 
-    def __init__(self, pulse: Heartbeat, store: dist.Store, rank: int, size: int, limit_s: float, logs: Path) -> None:
-        self.pulse, self.store, self.rank, self.size = pulse, store, rank, size
+    def __init__(
+        self, heartbeat: Heartbeat, store: dist.Store, rank: int, size: int, limit_s: float, logs: Path
+    ) -> None:
+        self.heartbeat, self.store, self.rank, self.size = heartbeat, store, rank, size
         self.limit_s, self.logs = limit_s, logs
         self.interval_s = min(10.0, limit_s / 5)
         self._stopped = threading.Event()
@@ -89,7 +91,7 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
         with suppress(dist.DistError, RuntimeError):  # the store may have gone with those who started us
-            self.store.set(_key(self.rank), json.dumps({**self.pulse.word(0), "done": True}))
+            self.store.set(_key(self.rank), json.dumps({**self.heartbeat.word(0), "done": True}))
 
     def _run(self) -> None:
         """Beats without a pause: a rank that looks at the others must not seem dead to them meanwhile."""
@@ -97,28 +99,28 @@ class Watchdog:
         while not self._stopped.is_set():
             beat += 1
             try:
-                self.store.set(_key(self.rank), json.dumps(self.pulse.word(beat)))
+                self.store.set(_key(self.rank), json.dumps(self.heartbeat.word(beat)))
                 suspicion = self._look(beat, suspicion)
                 answered = time.monotonic()
             except (dist.DistError, RuntimeError):  # at the end of a run the store goes before we do
                 if time.monotonic() - answered > self.limit_s:
-                    self._end(f"step {self.pulse.step}: the store of the job does not answer any more", [])
+                    self._end(f"step {self.heartbeat.step}: the store of the job does not answer any more", [])
             self._stopped.wait(self.interval_s)
 
     def _look(self, beat: int, suspicion: _Suspicion | None) -> _Suspicion | None:
         """Compare the others' words over some beats while this rank waits too long; ends it where one is missing."""
-        pulse = self.pulse
-        if time.monotonic() - pulse.since <= self.limit_s:
+        heartbeat = self.heartbeat
+        if time.monotonic() - heartbeat.since <= self.limit_s:
             return None
-        if suspicion is None or suspicion.since != pulse.since:
-            return _Suspicion(pulse.since, beat, self._words())
+        if suspicion is None or suspicion.since != heartbeat.since:
+            return _Suspicion(heartbeat.since, beat, self._words())
         if beat - suspicion.beat < BEATS_OF_SILENCE:
             return suspicion
-        group = list(range(self.size)) if pulse.group is None else dist.get_process_group_ranks(pulse.group)
-        report = missing(pulse, self.rank, self.size, group, suspicion.words, self._words())
-        if report is not None and pulse.since == suspicion.since:
-            waited = time.monotonic() - pulse.since
-            line = f"step {pulse.step}: {pulse.purpose} over axis {pulse.axis} waits for {waited:.0f} s"
+        group = list(range(self.size)) if heartbeat.group is None else dist.get_process_group_ranks(heartbeat.group)
+        report = find_missing(heartbeat, self.rank, self.size, group, suspicion.words, self._words())
+        if report is not None and heartbeat.since == suspicion.since:
+            waited = time.monotonic() - heartbeat.since
+            line = f"step {heartbeat.step}: {heartbeat.purpose} over axis {heartbeat.axis} waits for {waited:.0f} s"
             self._end(f"{line}; {report[0]}", report[1])
         return None
 
@@ -144,8 +146,8 @@ class _Suspicion:
     words: dict[int, dict[str, Any]]
 
 
-def missing(
-    pulse: Heartbeat,
+def find_missing(
+    heartbeat: Heartbeat,
     rank: int,
     size: int,
     group: list[int],
@@ -168,7 +170,7 @@ def missing(
         told += [f"rank {o} gives no sign of life since step {after[o]['step']} ({_where(after[o])})" for o in silent]
         return _listed(told), sorted({after[other]["host"] for other in silent})
     begun = {other: after[other]["begun"] for other in group if not after[other]["excused"]}
-    late = [other for other in begun if begun[other].get(pulse.axis, 0) < pulse.begun[pulse.axis]]
+    late = [other for other in begun if begun[other].get(heartbeat.axis, 0) < heartbeat.begun[heartbeat.axis]]
     if not late:
         return None
     least = min(sum(begun[other].values()) for other in late)
@@ -186,7 +188,7 @@ def _listed(told: list[str], most: int = 4) -> str:
 
 
 def _key(rank: int) -> str:
-    return f"pulse/{rank}"
+    return f"heartbeat/{rank}"
 
 
 def _dump_flight_recorder(path: Path) -> None:

@@ -27,7 +27,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    pulse: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -37,11 +37,11 @@ class World:
         """What `function` returns on rank 0, on every rank; an exception there is raised on every rank."""
         if self.size == 1:
             return function()
-        self.pulse.begin("world", "wait for rank 0")
+        self.heartbeat.begin("world", "wait for rank 0")
         box: list[Any] = [None, None]
         if self.is_main:
             try:
-                with self.pulse.excuse():
+                with self.heartbeat.excuse():
                     box[0] = function()
             except Exception as error:
                 if isinstance(error, LeviathanError):
@@ -56,7 +56,7 @@ class World:
         """Raise `ConfigError` on every rank where ranks do not say the same; the fewest are named."""
         if self.size == 1:
             return
-        self.pulse.begin("world", "agreement")
+        self.heartbeat.begin("world", "agreement")
         said: list[Any] = [None] * self.size
         dist.all_gather_object(said, dict(claims))
         for what in claims:
@@ -72,7 +72,7 @@ class World:
         """Whether the flag is set on any rank; waits for all of them."""
         if self.size == 1:
             return flag
-        self.pulse.begin("world", "agreement")
+        self.heartbeat.begin("world", "agreement")
         votes = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
@@ -85,7 +85,7 @@ class World:
         if self.size == 1 or "MASTER_ADDR" not in os.environ:
             yield
             return
-        watch = Watchdog(self.pulse, _store(self.size, client=True), self.rank, self.size, limit_s, logs)
+        watch = Watchdog(self.heartbeat, _store(self.size, client=True), self.rank, self.size, limit_s, logs)
         try:
             yield
         finally:

@@ -39,7 +39,7 @@ _GATHERED = tuple(
     f"stage3_{key}"
     for key in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "param_persistence_threshold")
 )
-HANDED_ON = {1: _REDUCED, 2: (*_REDUCED, "overlap_comm"), 3: _GATHERED}
+PASSED_KEYS = {1: _REDUCED, 2: (*_REDUCED, "overlap_comm"), 3: _GATHERED}
 """Stage -> keys of DeepSpeed's `zero_optimization` that `zero.extra` may set; the others are ours to decide. (Overlap
 in stage 1 would leave the sums to hooks that we take away; round robin would give slices other parameters' names.)
 """
@@ -107,11 +107,11 @@ def zero_section(config: ZeroConfig) -> dict[str, Any]:
     from pydantic import ValidationError
 
     for key in config.extra:
-        if key not in HANDED_ON[config.stage]:
+        if key not in PASSED_KEYS[config.stage]:
             why = "is set by ours" if key in DeepSpeedZeroConfig.model_fields else "no such key"
-            if key in {one for keys in HANDED_ON.values() for one in keys}:
+            if key in {one for keys in PASSED_KEYS.values() for one in keys}:
                 why = f"is nothing to stage {config.stage}"
-            raise ConfigError(f"parallel.zero.extra.{key}", config.extra[key], why, list(HANDED_ON[config.stage]))
+            raise ConfigError(f"parallel.zero.extra.{key}", config.extra[key], why, list(PASSED_KEYS[config.stage]))
     section: dict[str, Any] = {
         "stage": config.stage,
         "reduce_bucket_size": config.bucket_size,
@@ -152,7 +152,7 @@ class FlatSlice:
     def of(self, string: Tensor) -> Iterator[tuple[ShardBlock, Tensor]]:
         """The range as blocks of the whole tensor, sharing the string's storage."""
         at = self.at
-        for block in blocks(self.spec.computed, self.start, self.stop):
+        for block in blocks(self.spec.compute_block, self.start, self.stop):
             yield block, string.narrow(0, at, block.numel).view(block.shape)
             at += block.numel
 
@@ -172,10 +172,10 @@ class FlatSlice:
         return self.gradients.narrow(0, self.at, self.stop - self.start)
 
 
-Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
-class Sharded(ABC):
+class ZeroOptimizer(ABC):
     """What DeepSpeed makes of one optimizer's groups. To be used like an optimizer whose `step` updates what `reduce`
     has summed; `slices` are what this rank has.
     """
@@ -225,13 +225,13 @@ class Sharded(ABC):
                 axis.sum(one.gradient, "gradients")
 
 
-class Zero(Sharded):
+class Zero12(ZeroOptimizer):
     """Stages 1 and 2: DeepSpeed's wrappers, as one."""
 
     def __init__(
         self,
         groups: Sequence[dict[str, Any]],
-        make: Make,
+        make: OptimizerFactory,
         prime: Callable[[torch.optim.Optimizer], None],
         names: Mapping[nn.Parameter, str],
         specs: Mapping[str, ShardSpec],
@@ -249,7 +249,7 @@ class Zero(Sharded):
         self.wrappers = [(getattr(meshes, axis), self._wrap(some, make, axis)) for (axis, _), some in sets.items()]
         self.slices = [one for _, wrapper in self.wrappers for one in self._slices(wrapper, specs)]
 
-    def _wrap(self, groups: list[dict[str, Any]], make: Make, axis: str) -> Any:
+    def _wrap(self, groups: list[dict[str, Any]], make: OptimizerFactory, axis: str) -> Any:
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
         from deepspeed.utils.timer import NoopTimer
 

@@ -23,7 +23,15 @@ from model.transformer import Transformer
 from parallel.comm.collectives import reduce_scatter_single
 from parallel.deepspeed.config import Offload, ParameterOffload
 from parallel.deepspeed.offload import PagedAdamW, on_host
-from parallel.deepspeed.zero12 import FlatSlice, Make, Sharded, join, note, process_group, zero_section
+from parallel.deepspeed.zero12 import (
+    FlatSlice,
+    OptimizerFactory,
+    ZeroOptimizer,
+    join,
+    note,
+    process_group,
+    zero_section,
+)
 from parallel.mesh import Meshes
 from parallel.sharding import ShardSpec
 
@@ -65,14 +73,14 @@ def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
             whole.partition()
 
 
-class Zero3(Sharded):
+class Zero3(ZeroOptimizer):
     """Stage 3, for a model that `partition` has cut."""
 
     def __init__(
         self,
         model: Transformer,
         groups: Sequence[dict[str, Any]],
-        make: Make,
+        make: OptimizerFactory,
         prime: Callable[[torch.optim.Optimizer], None],
         specs: Mapping[str, ShardSpec],
         meshes: Meshes,

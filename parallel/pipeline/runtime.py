@@ -52,7 +52,7 @@ class StageStack(Stack):
         return super().forward(x, context or self.contexts.popleft())
 
 
-def cut(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
+def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
     """Drop from a model without storage what other ranks have, and return what is left as stacks, by stage."""
     if meshes.layout.pp == 1:
         return {0: model}

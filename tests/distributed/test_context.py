@@ -14,7 +14,7 @@ from model.attention.layer import attend
 from model.attention.plan import SequenceContext
 from parallel import context_parallel as module
 from parallel.comm.world import connect
-from parallel.context_parallel import ContextShard, PartContext
+from parallel.context_parallel import ContextShard, ShardedContext
 from parallel.layout import ContextMethod, ParallelConfig
 from parallel.mesh import MeshAxis, make_meshes
 from parallel.parallelize import build
@@ -68,11 +68,11 @@ def attended(method: ContextMethod, chunk: int | None, length: int, unit: int, b
     meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
     share = ContextShard(meshes.cp, length, unit, method)
     rows = positions(length)
-    context = share.context(rows, world.device)
+    context = share.sequence_context(rows, world.device)
     if bug == "another document":
         rows = rows.clone()
         rows[:, length // 2 :] += 1003
-        context = share.context(rows, world.device)
+        context = share.sequence_context(rows, world.device)
     way = module._KINDS[method](meshes.cp)
     return figures(lambda q, k, v: way(q, k, v, context, chunk), *(share.take(x) for x in inputs(length)))
 
@@ -150,9 +150,9 @@ def test_positions_and_temperature_are_those_of_the_whole_row():
     rope, bare = model.blocks[0], model.blocks[-1]
     assert rope.rope and bare.temperature
     for rank in range(2):
-        share = module.share(model, 64, MeshAxis("cp", 2, rank), ContextMethod.ring)
-        part = share.context(rows, torch.device("cpu"))
-        assert isinstance(part, PartContext) and share.unit == 16
+        share = module.context_shard(model, 64, MeshAxis("cp", 2, rank), ContextMethod.ring)
+        part = share.sequence_context(rows, torch.device("cpu"))
+        assert isinstance(part, ShardedContext) and share.unit == 16
         assert torch.equal(part.positions_BT, share.take(rows))
         for a, b in (
             (part.rotation(model, rope, torch.float64), whole.rotation(model, rope, torch.float64)),

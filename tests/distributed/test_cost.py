@@ -19,7 +19,7 @@ from model.roles import registry
 from parallel import cost
 from parallel.comm.world import connect
 from parallel.layout import ContextMethod, DispatchMethod, ParallelConfig, Recompute
-from parallel.mesh import make_meshes, place
+from parallel.mesh import make_meshes, meshes_of_rank
 from parallel.parallelize import build, on_meta
 from parallel.pipeline.stages import PipelineSchedule
 from parallel.sharding import local, shard_specs
@@ -67,8 +67,8 @@ def counted(
     placed = build(model, precision, meshes, world.device, seed=1)
     network, engine = placed.model, TorchEngine(placed, optimizer)
     balancer = Balancer(network, lambda counts: meshes.world.sum(counts, "balance"))
-    rows, share = MadeUpRows(model.vocab_size), ROWS // meshes.rows.size
-    batch = rows.batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
+    rows, share = MadeUpRows(model.vocab_size), ROWS // meshes.dp.size
+    batch = rows.batch(0, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
     if aligned:
         batch.positions_BT = (torch.arange(CONTEXT) % 32).expand(len(batch.tokens_BT), -1)
     optimizer_step(engine, balancer, batch, micro_batch_size, None, 1.0)  # a pipeline's first step asks who is there
@@ -130,7 +130,7 @@ def test_counted_bytes_equal_the_formulas(ranks, name):
         assert sum(traffic.values()) == sum(seen.values()), (traffic, seen)
         total.update(traffic)
     layout = config.resolve(count)
-    batch = cost.BatchShape(ROWS // layout.rows, min(micro_batch_size, ROWS // layout.rows), CONTEXT)
+    batch = cost.BatchShape(ROWS // layout.dp, min(micro_batch_size, ROWS // layout.dp), CONTEXT)
     assert dict(total) == cost.step_traffic(model, precision, layout, batch)
 
 
@@ -206,7 +206,7 @@ def test_bytes_of_muon_equal_the_formulas(ranks, name):
         total.update(traffic)
         kept = cost.static_bytes(model, precision, layout, torch.float32, rank, muon=True)
         assert (kept.parameters, kept.optimizer) == (parameters, state)
-    batch = cost.BatchShape(ROWS // layout.rows, min(2, ROWS // layout.rows), CONTEXT)
+    batch = cost.BatchShape(ROWS // layout.dp, min(2, ROWS // layout.dp), CONTEXT)
     wanted = cost.step_traffic(model, precision, layout, batch, torch.float32)
     assert dict(total) == wanted
     assert any(purpose == "matrices" for _, purpose in wanted)
@@ -258,8 +258,8 @@ def test_experts_fewer_than_ranks_are_stored_evenly():
     infos = registry(on_meta(model, PrecisionConfig(Compute.float32)))
     layout = ParallelConfig().resolve(4)
     for rank in range(4):
-        specs = shard_specs(infos, model, place(layout, rank))
-        experts = {name: spec.stored for name, spec in specs.items() if spec.info.role.is_expert}
+        specs = shard_specs(infos, model, meshes_of_rank(layout, rank))
+        experts = {name: spec.local_block for name, spec in specs.items() if spec.info.role.is_expert}
         assert experts
         for name, block in experts.items():
             whole = specs[name].info.shape
@@ -271,7 +271,7 @@ def test_experts_fewer_than_ranks_are_stored_evenly():
 def places(parallel: ParallelConfig) -> Any:
     world = connect()
     layout = parallel.resolve(world.size)
-    return [_coordinates(make_meshes(layout, world)), _coordinates(place(layout, world.rank))]
+    return [_coordinates(make_meshes(layout, world)), _coordinates(meshes_of_rank(layout, world.rank))]
 
 
 def _coordinates(meshes: Any) -> dict[str, tuple[int, int]]:
@@ -329,7 +329,7 @@ def attention_counted(model: ModelConfig, config: ParallelConfig, layer: int, co
     world = connect()
     meshes = make_meshes(config.resolve(world.size), world)
     placed = build(model, PrecisionConfig(Compute.bfloat16), meshes, world.device, seed=1)
-    here = placed.context(torch.arange(context)[None])
+    here = placed.sequence_context(torch.arange(context)[None])
     attention, kept = placed.model.layers[str(layer)].attention, {}
     shapes = [
         (1, context // meshes.cp.size, n, model.head_dim)

@@ -19,7 +19,7 @@ from parallel.comm.world import connect
 from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.parallelize import build
-from parallel.sharding import local, stored
+from parallel.sharding import local, local_shards
 from precision.config import Compute, PrecisionConfig
 from train.certify import worker
 from train.certify.compare import EXACT, blocks, compare
@@ -178,12 +178,12 @@ def updated(
         for step in range(3):
             for name, parameter in network.named_parameters():
                 spec, gradient = specs[name], torch.zeros_like(parameter)
-                block = spec.stored
+                block = spec.local_block
                 values = initial_slice(spec.info, model, 100 + step, block.offset, block.shape, world.device)
                 local(gradient).copy_(values)
                 parameter.grad = gradient
             made.step()
-    return kept(stored(network, specs))
+    return kept(local_shards(network, specs))
 
 
 ALL_AT_ONCE = whole_matrices.AT_ONCE
@@ -254,7 +254,7 @@ def factor_of_the_part() -> list[Plant]:
 
     def shrunk(specs: Any, meshes: Any) -> Any:
         plan = whole_matrices.rounds(specs, meshes)
-        return [replace(each, shape=specs[each.pieces[0].name].computed.shape[-2:]) for each in plan]
+        return [replace(each, shape=specs[each.pieces[0].name].compute_block.shape[-2:]) for each in plan]
 
     return [(optimizer, "rounds", shrunk)]
 

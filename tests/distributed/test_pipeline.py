@@ -78,8 +78,8 @@ def one_step(
     """What one step did on this rank, its loss and norm, and how many routed tokens all routers counted."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
-    share = ROWS // meshes.rows.size
-    batch = MadeUpRows(model.vocab_size).batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
+    share = ROWS // meshes.dp.size
+    batch = MadeUpRows(model.vocab_size).batch(0, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
     with counting() as times:  # before the model is built: recomputation keeps hold of the forwards that it finds
         placed = build(model, PrecisionConfig(compute), meshes, world.device, SEED)
         engine = TorchEngine(placed, SGD)

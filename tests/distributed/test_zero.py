@@ -113,7 +113,7 @@ def journey(root: Path, overrides: list[str], count: int) -> tuple[list[float], 
     if isinstance(run.engine, ZeroEngine) and run.engine.stage < 3:
         for name, parameter in run.engine.placed.model.named_parameters():
             spec = run.engine.placed.specs[name]
-            shape, offset = tuple(spec.info.shape), spec.computed.offset
+            shape, offset = tuple(spec.info.shape), spec.compute_block.offset
             before.append((f"copy.{name}", shape, offset, parameter.detach().clone()))
     losses = [run.train_step(step).loss.item() for step in range(run.step, run.step + count)]
     run.save()
@@ -266,7 +266,7 @@ def read_between_steps(root: Path, overrides: list[str]) -> tuple[list[float], l
     placed, tokens_BT = run.engine.placed, torch.arange(48)[None]
     losses, logits = [], []
     for step in range(3):
-        logits.append(placed.logits(tokens_BT, placed.context(torch.arange(48)[None])))
+        logits.append(placed.logits(tokens_BT, placed.sequence_context(torch.arange(48)[None])))
         losses.append(run.train_step(step).loss.item())
     if isinstance(run.engine, ZeroEngine):
         with pytest.raises(ValueError, match="has no gradient"):
@@ -355,7 +355,7 @@ def kept_alive(root: Path, overrides: list[str], honest: bool) -> tuple[int, int
     for module in placed.model.modules():
         if isinstance(module, Linear):
             module.register_forward_pre_hook(lambda m, _: seen.append(weakref.ref(m.weight.untyped_storage())))
-    logits = placed.model(torch.arange(48)[None], placed.context(torch.arange(48)[None]))
+    logits = placed.model(torch.arange(48)[None], placed.sequence_context(torch.arange(48)[None]))
     patience = time.monotonic() + 2.0
     while (kept := sum(one() is not None for one in seen)) and time.monotonic() < patience:
         time.sleep(0.01)  # gloo's own thread lets go of the last result when it likes

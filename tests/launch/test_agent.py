@@ -132,7 +132,7 @@ def test_a_stopped_rank_is_reported_and_restarted(small_corpus, tmp_path, undist
     words = hang["line"].split()
     # it may have been stopped between logging 30 steps and beginning the next one
     assert words[0] == "step" and 29 <= int(words[1].rstrip(":")) <= STEPS
-    assert any(f" over axis {axis} waits for " in hang["line"] for axis in ("experts", "fsdp", "world", "rows"))
+    assert any(f" over axis {axis} waits for " in hang["line"] for axis in ("experts", "fsdp", "world", "dp"))
     assert "; rank 1 gives no sign of life since step " in hang["line"]
     told = [line for line in errors.splitlines() if line.startswith("leviathan: ") and "error" not in line]
     assert told[0].startswith(f"leviathan: rank 0: {hang['line']}"), errors

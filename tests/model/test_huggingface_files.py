@@ -165,7 +165,10 @@ def test_older_spellings_of_the_configuration():
 @pytest.mark.parametrize(
     "config, reason",
     [
-        (ModelConfig(vocab_size=64, router=RouterConfig(score=Score.softmax)), "llama4_text cannot say model.router"),
+        (
+            ModelConfig(vocab_size=64, router=RouterConfig(score=Score.softmax)),
+            "llama4_text cannot express model.router",
+        ),
         (
             ModelConfig(num_layers=1, layer_list=[LayerConfig(FeedForward.moe, rope=False, attention_chunk_size=8)]),
             "no family expresses",
@@ -229,18 +232,18 @@ DAMAGE = {
     "dtype": (lambda d: edit_tensor(d, "norm.weight", lambda t: t.to(torch.int32)), "stored as I32"),
     "truncated": (truncate, "truncated"),
     "garbled": (garble, "unreadable header"),
-    "architecture": (lambda d: edit_config(d, model_type="gpt2"), "model_type=gpt2: is no architecture we know"),
+    "architecture": (lambda d: edit_config(d, model_type="gpt2"), "model_type=gpt2: is not a supported architecture"),
     "contradiction": (lambda d: edit_config(d, intermediate_size=40), "but config.json asks for"),
     "unsupported": (lambda d: edit_config(d, attention_bias=True), "attention_bias=True: is not supported"),
     "no_key": (lambda d: edit_config(d, hidden_size=None), "config.json"),
     "shard": (lambda d: edit_index(d, lambda names: names.update({"x": "model-9.safetensors"})), "which is not there"),
     "outside": (lambda d: edit_index(d, lambda names: names.update({"x": "../a.safetensors"})), "which is not there"),
     "misplaced": (lambda d: edit_index(d, lambda names: names.pop("model.norm.weight")), "does not place there"),
-    "index": (lambda d: (d / INDEX).write_text("{"), "no index of shards"),
+    "index": (lambda d: (d / INDEX).write_text("{"), "is not an index of shards"),
     "pickle": (pickled, "pickle files"),
     "config": (lambda d: (d / "config.json").write_text("["), "no JSON"),
     "layer_types": (lambda d: edit_config(d, layer_types=["full_attention"] * 4), "contradict no_rope_layers"),
-    "interval": (lambda d: edit_config(d, no_rope_layers=None, no_rope_layer_interval=0), "makes no sense"),
+    "interval": (lambda d: edit_config(d, no_rope_layers=None, no_rope_layer_interval=0), "has an invalid value"),
     "short_list": (lambda d: edit_config(d, no_rope_layers=[1, 1], layer_types=None), "0 or 1 for each of 4 layers"),
     "long_list": (lambda d: edit_config(d, no_rope_layers=[1] * 5, layer_types=None), "0 or 1 for each of 4 layers"),
     "list_of_layers": (lambda d: edit_config(d, no_rope_layers=[0, 1, 2, 3]), "0 or 1 for each of 4 layers"),
@@ -253,8 +256,8 @@ DAMAGE = {
     "chunk": (lambda d: edit_config(d, attention_chunk_size=5.5), "attention_chunk_size=5.5: must be a whole number"),
     "no_chunk": (lambda d: edit_config(d, attention_chunk_size=0), "attention_chunk_size=0: must be positive"),
     "layers": (lambda d: edit_config(d, num_hidden_layers=10_001), "num_hidden_layers=10001: is more than"),
-    "list_index": (lambda d: (d / INDEX).write_text('{"weight_map": []}'), "no index of shards"),
-    "null_shard": (lambda d: edit_index(d, lambda names: names.update({"x": None})), "no index of shards"),
+    "list_index": (lambda d: (d / INDEX).write_text('{"weight_map": []}'), "is not an index of shards"),
+    "null_shard": (lambda d: edit_index(d, lambda names: names.update({"x": None})), "is not an index of shards"),
     "no_config": (lambda d: (d / "config.json").unlink(), "has no config.json"),
 }
 

@@ -123,12 +123,12 @@ def test_the_shortest_row_that_fits(cp: int, tp: int, chunk: int | None) -> None
 
     def legal(length: int) -> bool:
         try:
-            layout.check_rows(model, length)
+            layout.check_seq_len(model, length)
         except ConfigError:
             return False
         return True
 
     for length in range(1, 140):
-        found = layout.fitting(model, length)
+        found = layout.padded_length(model, length)
         assert legal(found) and found >= length
         assert found <= next(n for n in range(length, 1000) if legal(n)) or found == length, (length, found)

@@ -12,7 +12,7 @@ from bench.layouts import tiny
 from model.config import ModelConfig
 from model.roles import registry
 from parallel.layout import Layout, ParallelConfig
-from parallel.mesh import Meshes, place
+from parallel.mesh import Meshes, meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.sharding import ShardSpec, shard_specs
 from parallel.whole_matrices import Round, rounds
@@ -51,7 +51,7 @@ def plans(layout: Layout, at_once: int) -> list[tuple[Meshes, dict[str, ShardSpe
     infos = registry(on_meta(model, PrecisionConfig()))
     found = []
     for rank in range(layout.world_size):
-        meshes = place(layout, rank)
+        meshes = meshes_of_rank(layout, rank)
         specs = shard_specs(infos, model, meshes)
         specs = {name: spec for name, spec in specs.items() if spec.info.role.is_matrix}
         found.append((meshes, specs, rounds(specs, meshes, at_once)))
@@ -62,7 +62,7 @@ def done_here(together: Round) -> int:
     """Matrices of a round that this rank works on."""
     if not together.stages:
         return sum(piece.stop - piece.start for piece in together.pieces)
-    return together.stages[-1].counts[together.stages[-1].cut.rank]
+    return together.stages[-1].counts[together.stages[-1].split.rank]
 
 
 @pytest.mark.parametrize("at_once", SIZES)
@@ -92,14 +92,14 @@ def test_all_ranks_of_a_group_make_the_same_plan(name, at_once):
         exchanges: dict[str, list[object]] = {}
         for together in plan:
             for stage in together.stages:
-                said = (together.shape, stage.counts, stage.cut.lengths)
-                exchanges.setdefault(stage.cut.name, []).append(said)
+                said = (together.shape, stage.counts, stage.split.lengths)
+                exchanges.setdefault(stage.split.name, []).append(said)
         places = {"fsdp": meshes.tp.rank, "tp": meshes.fsdp.rank}
         places |= {"efsdp": meshes.experts.rank, "etp": (meshes.efsdp.rank, meshes.ep.rank)}
         for axis, listed in exchanges.items():
             groups.setdefault((axis, meshes.replicate.rank, places[axis]), []).append(listed)
         # ranks of the `experts` axis with other experts send each other nothing, and yet meet in every exchange
-        calls = [together.stages for together in plan if any(s.cut.axis.name == "experts" for s in together.stages)]
+        calls = [together.stages for together in plan if any(s.split.axis.name == "experts" for s in together.stages)]
         groups.setdefault(("calls", meshes.replicate.rank, meshes.efsdp.rank), []).append([len(calls)])
     assert all(listed == ranks[0] for ranks in groups.values() for listed in ranks)
 
@@ -112,7 +112,7 @@ def test_work_is_spread_evenly(name):
     heaviest = 0
     for rank, (meshes, _, plan) in enumerate(plans(config.resolve(count), 1 << 26)):
         for together in plan:
-            if any(stage.cut.name in ("fsdp", "tp") for stage in together.stages) and meshes.replicate.rank == 0:
+            if any(stage.split.name in ("fsdp", "tp") for stage in together.stages) and meshes.replicate.rank == 0:
                 cost = math.prod(together.shape) * min(together.shape)
                 heaviest = max(heaviest, cost)
                 work[rank] += cost * done_here(together)

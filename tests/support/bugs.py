@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,13 +101,10 @@ def experts_left_out_of_the_norm(plant: Plant) -> None:
 
     honest = fsdp.gradient_norm
 
-    @dataclass
-    class Counted:
-        is_owner: bool
-
-    def norm(model: Any, specs: Any, meshes: Any) -> Any:
-        later = {name for name, spec in specs.items() if any(s.axis.name == "ep" and s.axis.rank for s in spec.splits)}
-        return honest(model, {n: Counted(spec.is_owner and n not in later) for n, spec in specs.items()}, meshes)
+    def norm(gradients: Any, *rest: Any) -> Any:
+        return honest(
+            (one for one in gradients if not any(s.axis.name == "ep" and s.axis.rank for s in one.spec.splits)), *rest
+        )
 
     plant(fsdp, "gradient_norm", norm)
 
@@ -117,7 +113,7 @@ def balancing_term_dropped(plant: Plant) -> None:
     """With the sequence cut, each rank balances its own part of a row."""
     from parallel import parallelize
 
-    plant(parallelize, "_count_whole_rows", lambda model, meshes: None)
+    plant(parallelize, "_count_whole_sequences", lambda model, meshes: None)
 
 
 def bias_from_local_counts(plant: Plant) -> None:
@@ -157,13 +153,13 @@ def expert_gradients_over_the_wrong_group(plant: Plant) -> None:
         return MESHES[-1]
 
     plant(worker, "make_meshes", remember)
-    plant(fsdp, "sum_copies", mix)
+    plant(fsdp, "sum_partial_gradients", mix)
 
 
 def gains_not_reduced(plant: Plant) -> None:
     from train.engine import fsdp
 
-    plant(fsdp, "sum_copies", lambda model, specs: None)
+    plant(fsdp, "sum_partial_gradients", lambda model, specs: None)
 
 
 def no_gradient_without_tokens(plant: Plant) -> None:
@@ -181,7 +177,7 @@ def no_gradient_without_tokens(plant: Plant) -> None:
             if cut and spec.info.role.is_expert and not local(parameter.grad).any():
                 parameter.grad = None
 
-    plant(fsdp, "sum_copies", drop)
+    plant(fsdp, "sum_partial_gradients", drop)
 
 
 def gains_not_reduced_beside_experts(plant: Plant) -> None:
@@ -194,7 +190,7 @@ def gains_not_reduced_beside_experts(plant: Plant) -> None:
         if not any(split.axis.name == "ep" for spec in specs.values() for split in spec.splits):
             honest(model, specs)
 
-    plant(fsdp, "sum_copies", skip)
+    plant(fsdp, "sum_partial_gradients", skip)
 
 
 def moments_lost_on_the_way(plant: Plant) -> None:
@@ -235,14 +231,14 @@ def positions_not_restarted(plant: Plant) -> None:
     """Parts of rows take their places in the row for places in documents."""
     from parallel.context_parallel import ContextShard
 
-    honest = ContextShard.context
+    honest = ContextShard.sequence_context
 
     def whole_rows(self: Any, positions_BT: torch.Tensor, *arguments: Any) -> Any:
         if self.axis.size > 1:
             positions_BT = torch.arange(positions_BT.shape[1]).expand(positions_BT.shape)
         return honest(self, positions_BT, *arguments)
 
-    plant(ContextShard, "context", whole_rows)
+    plant(ContextShard, "sequence_context", whole_rows)
 
 
 def halo_off_by_one(plant: Plant) -> None:
@@ -267,16 +263,16 @@ def loss_divided_by_cp(plant: Plant) -> None:
 
 def last_keys_of_the_ring_dropped(plant: Plant) -> None:
     """One hop too few."""
-    from parallel.context_parallel import PartContext, PartPlan
+    from parallel.context_parallel import RingPlan, ShardedContext
 
-    honest = PartContext._global
+    honest = ShardedContext._global
 
     def short(self: Any, rows: Any) -> Any:
         plan = honest(self, rows)
-        assert isinstance(plan, PartPlan)
+        assert isinstance(plan, RingPlan)
         return dataclasses.replace(plan, rounds=(*plan.rounds[:-1], []))
 
-    plant(PartContext, "_global", short)
+    plant(ShardedContext, "_global", short)
 
 
 def balancing_term_dropped_in_a_stage(plant: Plant) -> None:
@@ -284,7 +280,7 @@ def balancing_term_dropped_in_a_stage(plant: Plant) -> None:
     from model.moe import MixtureOfExperts
     from parallel.pipeline import runtime
 
-    honest = runtime.cut
+    honest = runtime.split_stages
 
     def forget(model: Any, meshes: Any) -> Any:
         stacks = honest(model, meshes)
@@ -295,7 +291,7 @@ def balancing_term_dropped_in_a_stage(plant: Plant) -> None:
                     balance.config = dataclasses.replace(balance.config, aux=0.0)
         return stacks
 
-    plant(runtime, "cut", forget)
+    plant(runtime, "split_stages", forget)
 
 
 def norm_of_each_stage(plant: Plant) -> None:
@@ -303,13 +299,11 @@ def norm_of_each_stage(plant: Plant) -> None:
     from parallel.mesh import MeshAxis
     from train.engine import fsdp
 
-    honest = fsdp.gradient_norm
+    def own(self: Any) -> Any:
+        alone = self.meshes.layout.world_size == self.meshes.layout.pp  # or the stage's other ranks are omitted as well
+        return fsdp.gradient_norm(self.gradients(), MeshAxis("world") if alone else self.meshes.world, self.device)
 
-    def own(model: Any, specs: Any, meshes: Any) -> Any:
-        alone = meshes.layout.world_size == meshes.layout.pp  # else the stage's other ranks would be left out, too
-        return honest(model, specs, dataclasses.replace(meshes, world=MeshAxis("world")) if alone else meshes)
-
-    plant(fsdp, "gradient_norm", own)
+    plant(fsdp.TorchEngine, "norm", own)
 
 
 def tied_gradient_lost_between_stages(plant: Plant) -> None:
@@ -325,7 +319,7 @@ def tied_gradient_lost_between_stages(plant: Plant) -> None:
         }
         honest(model, cut)
 
-    plant(fsdp, "sum_copies", apart)
+    plant(fsdp, "sum_partial_gradients", apart)
 
 
 def micro_batches_mixed_up(plant: Plant) -> None:
@@ -362,7 +356,7 @@ def averaged_by_deepspeed(plant: Plant) -> None:
 
 def summed_in_the_models_format(plant: Plant) -> None:
     """Gradients of a bf16 model are added up over micro-batches in bf16, under DeepSpeed."""
-    honest = zero12.Zero._wrap
+    honest = zero12.Zero12._wrap
 
     def narrow(self: Any, *arguments: Any) -> Any:
         wrapper = honest(self, *arguments)
@@ -370,7 +364,7 @@ def summed_in_the_models_format(plant: Plant) -> None:
             parameter.grad_dtype = parameter.dtype
         return wrapper
 
-    plant(zero12.Zero, "_wrap", narrow)
+    plant(zero12.Zero12, "_wrap", narrow)
 
 
 def strings_shifted_by_one(plant: Plant) -> None:
@@ -380,13 +374,13 @@ def strings_shifted_by_one(plant: Plant) -> None:
 
 def copies_of_the_old_weights(plant: Plant) -> None:
     """After a checkpoint was read the model still computes with what it was initialised with."""
-    plant(zero12.Zero, "spread", lambda self: None)
+    plant(zero12.Zero12, "spread", lambda self: None)
 
 
 def experts_reduced_with_the_dense(plant: Plant) -> None:
     """Experts that differ from rank to rank are summed as if they were the same."""
-    honest = zero12.Zero._wrap
-    plant(zero12.Zero, "_wrap", lambda self, groups, make, axis: honest(self, groups, make, "fsdp"))
+    honest = zero12.Zero12._wrap
+    plant(zero12.Zero12, "_wrap", lambda self, groups, make, axis: honest(self, groups, make, "fsdp"))
 
 
 def averaged_in_buckets(plant: Plant) -> None:

@@ -11,9 +11,9 @@ def like(path: Path) -> list[str]:
     c = open_model(path).config
     keys = (
         "vocab_size",
-        "width",
-        "layers",
-        "heads",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
         "num_kv_heads",
         "head_dim",
         "dense_hidden_size",

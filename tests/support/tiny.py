@@ -72,7 +72,7 @@ def whole(tensor: torch.Tensor, spec: ShardSpec | None = None) -> torch.Tensor:
     if spec is None or not dist.is_initialized():
         return part.clone()
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (spec.stored, spec.is_owner, part))
+    dist.all_gather_object(parts, (spec.local_block, spec.is_owner, part))
     result, filled = part.new_full(spec.info.shape, torch.nan), 0
     for block, is_owner, values in parts:
         place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))

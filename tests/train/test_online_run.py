@@ -22,8 +22,7 @@ from tests.support.tiny import EXACT, TINY, config, trainer
 from train.callbacks.base import make
 from train.config import check, phases
 from train.corpus import source_weights
-from train.eval.held_out import held_out_loss
-from train.eval.sequence_loss import row_losses
+from train.eval.held_out import held_out_loss, sequence_losses
 from train.online_filter import OnlineConfig, OnlineFilter, OnlineWindow
 from train.provenance import DocumentSpan, TrainedSequence, visits
 from train.run_directory import load_config, read_lines
@@ -253,7 +252,7 @@ def rows_and_held_out(root: Path, words: list[str]) -> tuple[list[float], float,
     loader, placed = run.loaders["main"], run.engine.placed
     bytes_V = torch.from_numpy(run.corpus.tokenizer.token_bytes())
     found = held_out_loss(placed, loader, bytes_V, 5, 2, {"text": 1.0})
-    losses = row_losses(placed, lambda a, b: loader.held_out("text", a, b), 5, 2)
+    losses = sequence_losses(placed, lambda a, b: loader.held_out("text", a, b), 5, 2)
     labels = (loader.held_out("text", 0, 5).labels_BT >= 0).sum(1)
     mean = float((losses * labels).sum() / labels.sum())
     return losses.tolist(), mean, found.loss, len(losses)
@@ -283,5 +282,5 @@ def test_a_row_without_a_label_has_no_loss(small_corpus, tmp_path):
         batch.labels_BT[: max(0, 1 - start)] = -100
         return batch
 
-    losses = row_losses(run.engine.placed, take, 3, 2)
+    losses = sequence_losses(run.engine.placed, take, 3, 2)
     assert torch.isnan(losses).tolist() == [True, False, False]

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from train.callbacks import base
 from train.checkpoint.restore import restore
 from train.config import phases
 from train.engine.fsdp import TorchEngine
-from train.eval.generate import GenerateConfig, continue_tokens, model_logits
+from train.eval.generate import GenerateConfig, continue_tokens
 from train.loss import token_losses
 from train.metrics import expert_load, peak_memory_bytes
 from train.run_directory import MARKER, committed
@@ -242,7 +241,7 @@ def test_generation_sees_the_end_of_a_long_prompt(tmp_path, small_corpus):
     model = trainer(tmp_path, "run", [*small_corpus, *EXACT]).engine.placed.model
     config = GenerateConfig(run="", tokens=5, temperature=0)
     prompt = [step % 300 for step in range(0, 900, 13)]
-    found = list(continue_tokens(partial(model_logits, model), prompt, 16, config, stop=-1))
+    found = list(continue_tokens(lambda tokens: model(torch.tensor([tokens]))[0, -1], prompt, 16, config, stop=-1))
     expected = list(prompt)
     for _ in range(5):
         window = torch.tensor([expected[-16:]])

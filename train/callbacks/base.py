@@ -22,8 +22,7 @@ from model.flops import count_parameters, training_flops
 from parallel.comm.world import wait_for
 from parallel.cost import StaticBytes, static_bytes
 from train.config import Phase
-from train.eval.held_out import HeldOut, held_out_batches, held_out_loss
-from train.eval.sequence_loss import row_losses
+from train.eval.held_out import HeldOut, held_out_batches, held_out_loss, sequence_losses
 from train.metrics import MetricsWriter, Throughput, expert_load, peak_memory_bytes
 from train.online_filter import OnlineFilter, OnlineWindow
 from train.optim.optimizer import OptimizerKind
@@ -118,7 +117,7 @@ class OnlineFilterCallback(Callback):
         def take(start: int, stop: int) -> Batch:
             return loader.samples(ordinals[start:stop])
 
-        found = row_losses(trainer.engine.placed, take, len(ordinals), phase.micro_batch_size)
+        found = sequence_losses(trainer.engine.placed, take, len(ordinals), phase.micro_batch_size)
         return found.cpu().numpy()
 
 

@@ -62,7 +62,7 @@ def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> di
     emulated = replace(precision, backend=Backend.emulated, compute=Compute.float64)
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     context = 2 * SIDE * layout.cp  # under cp a rank has a run from the head of a row and one from its tail
-    every = CertifyCase(model, emulated, sgd, context=context, rows=ROWS * layout.rows, imitates=layout.rows)
+    every = CertifyCase(model, emulated, sgd, context=context, rows=ROWS * layout.dp, imitates=layout.dp)
     same = same_tiles(recipe_of(precision), layout)
     kept = [products for products in precision.fp8_products if products in same]
     alike = {_SAME: replace(every, precision=replace(emulated, fp8_products=kept))} if kept else {}

@@ -83,7 +83,7 @@ class Trial:
         layout = self.parallel.resolve(self.ranks)
         layout.check_model(model)
         layout.check_batch(ROWS, micro_batch_size(layout))
-        layout.check_rows(model, CONTEXT)
+        layout.check_seq_len(model, CONTEXT)
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,8 @@ def measure(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     model, inner = placed.model, make_engine(placed, case.optimizer, SEED)
     engine, found = RecordingEngine(inner), RankResults()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
-    rows, begin, share = _rows(case, meshes), 0, case.rows // meshes.rows.size
-    size = case.imitates // meshes.rows.size if case.imitates else micro_batch_size(meshes.layout)
+    rows, begin, share = _rows(case, meshes), 0, case.rows // meshes.dp.size
+    size = case.imitates // meshes.dp.size if case.imitates else micro_batch_size(meshes.layout)
     if case.starve:
         _starve(model)
     if case.resume is not None:
@@ -157,7 +157,7 @@ def measure(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     for step in range(begin, case.steps):
         if case.save is not None and step == case.steps - 1:
             Checkpointer(case.save, world, 1, False, _refuse).save(step, inner.state(), {})
-        batch = rows.batch(step, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
+        batch = rows.batch(step, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)
         result = optimizer_step(engine, balancer, batch, size, case.clip_norm, 1.0)
@@ -175,7 +175,7 @@ def measure(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
 
 def _rows(case: CertifyCase, meshes: Meshes) -> MadeUpRows:
     order = np.arange(case.rows)
-    if case.imitates and meshes.rows.size == 1:
+    if case.imitates and meshes.dp.size == 1:
         order = order.reshape(case.imitates, -1).T.flatten()  # the first rows of all ranks, the second ones, ...
     return MadeUpRows(case.model.vocab_size, case.context, order.tolist())
 

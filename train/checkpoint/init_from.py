@@ -1,4 +1,4 @@
-"""Where a run's first weights come from, other than a seed: a checkpoint of ours or in the Hugging Face format."""
+"""Initial weights from a checkpoint: a run, an imported model, or one in the Hugging Face format."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from model.huggingface import HuggingFaceCheckpoint, model_differences
 from model.tensor_source import TensorSource
 from model.transformer import Transformer
 from model.upcycle import Upcycled, keeps_the_function
-from train.checkpoint.manager import progress_of
-from train.checkpoint.reader import IMPORTED, TOKENIZER, StoredModel, load_imported
+from train.checkpoint.index import read_progress
+from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_imported
 from train.config import phase_of
 from train.run_directory import RunDirectory, committed, load_config
 
 
 def open_model(path: Path, text_only: bool = False) -> TensorSource:
-    """The model in this directory: imported, a run's newest checkpoint, or one in the Hugging Face format."""
+    """The model in a directory: a run's newest checkpoint, an imported model, or one in the Hugging Face format."""
     if not path.is_dir():
         raise ConfigError("", str(path), "no such directory")
     if (path / IMPORTED).exists():
@@ -36,7 +36,7 @@ def open_model(path: Path, text_only: bool = False) -> TensorSource:
 
 
 def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -> TensorSource | None:
-    """What `model.init_from` names, as this model. Raises `ConfigError` where the two are not the same network."""
+    """The model that `model.init_from` names, perhaps upcycled. Raises `ConfigError` where it is another network."""
     if config.init_from is None:
         return None
     try:
@@ -68,22 +68,20 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
 
 @torch.no_grad()
 def copy_selection_biases(model: Transformer, source: TensorSource, log: Callable[[str], None]) -> None:
-    """A run's routers choose by their weights and by biases, which are no parameters; others have none."""
-    biases = source.selection_biases() if isinstance(source, StoredModel) else {}
+    """Copy the routers' selection biases, which are buffers. Only checkpoints of ours have them."""
+    biases = source.selection_biases() if isinstance(source, CheckpointedModel) else {}
     for name, buffer in model.named_buffers():
         if name in biases:
             buffer.copy_(biases[name])
     if any(bias_E.any() for bias_E in biases.values()):
-        log("the routers' selection biases are taken over")
+        log("the routers' selection biases are copied")
 
 
 def compare_vocabularies(source: TensorSource, ours: str, log: Callable[[str], None]) -> None:
-    """Say whether the first weights know the ids that this run will give them, where that can be known. `ours`: the
-    fingerprint of the run's vocabulary.
-    """
+    """Log whether the initial weights were trained with this run's vocabulary, whose fingerprint is `ours`."""
     theirs = _vocabulary(source)
     if theirs is None:
-        log("initial weights: their tokenizer is not known here; ids must mean the same tokens (data.tokenizer)")
+        log("initial weights: their tokenizer is unknown; ids must mean the same tokens (data.tokenizer)")
     elif theirs != ours:
         log(
             f"initial weights: they were trained with another tokenizer ({theirs[:12]}) than this run's ({ours[:12]}); "
@@ -98,16 +96,16 @@ def _vocabulary(source: TensorSource) -> str | None:
         return _vocabulary(source.dense)
     if isinstance(source, HuggingFaceCheckpoint):
         return vocabulary_of_file(source.directory / "tokenizer.json")
-    assert isinstance(source, StoredModel)
+    assert isinstance(source, CheckpointedModel)
     imported = source.checkpoint.parent.parent
     if (imported / IMPORTED).exists():
         return vocabulary_of_file(imported / TOKENIZER / "tokenizer.json")
-    return progress_of(source.checkpoint).get("vocabulary")
+    return read_progress(source.checkpoint).get("vocabulary")
 
 
 def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
-    """`model`: what it is after so many steps."""
+    """`model`: the configuration of the model after a number of steps."""
     present = committed(checkpoints)
     if not present:
         raise CheckpointError(f"{checkpoints} has no checkpoint yet")
-    return StoredModel(present[-1].path, model(present[-1].step))
+    return CheckpointedModel(present[-1].path, model(present[-1].step))

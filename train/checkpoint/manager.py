@@ -1,9 +1,7 @@
-"""Checkpoints: torch.distributed.checkpoint under global names, committed by a marker that is written last.
+"""Saves the checkpoints of a run, finds the newest whole one and removes old ones.
 
-A checkpoint is a directory `step-00000100`: a data file per rank, DCP's `.metadata` with the digest of every piece in
-them, `progress.json` and, once everything is on the disk, `COMMITTED` with the size of every other file and the digests
-of the small ones. A directory without the marker is half-written and never read. Tensors are keyed `model.NAME` and
-`optimizer.NAME.MOMENT`, so any layout loads any other's.
+Tensors are named `model.NAME` and `optimizer.NAME.MOMENT`, so any layout loads what any other saved. The files of a
+checkpoint are described in `train/checkpoint/index.py`.
 """
 
 from __future__ import annotations
@@ -17,40 +15,20 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.storage import WriteResult
 
 from core.errors import CheckpointError
-from core.files import read_json, remove_tree, write_json
+from core.files import remove_tree
 from parallel.comm.world import World
-from train.checkpoint.files import METADATA, Damaged, PlainReader, PlainWriter
-from train.checkpoint.state import ShardLoadPlanner, ShardSavePlanner, TensorShard, written
-from train.run_directory import MARKER, CommittedCheckpoint, committed
+from train.checkpoint.files import CheckpointWriter, read_state
+from train.checkpoint.index import Damaged, problem, read_progress
+from train.checkpoint.state import ShardSavePlanner, TensorShard, state_dict
+from train.run_directory import MARKER, committed
 
-PROGRESS = "progress.json"
-FAILURES = (Exception, dcp.CheckpointException)  # every store has errors of its own; DCP's is no `Exception`
-
-
-class CommittedWriter(PlainWriter):
-    """The coordinator, which DCP tells when all ranks have finished, writes the marker last."""
-
-    def __init__(self, path: Path, progress: dict[str, Any]) -> None:
-        super().__init__(path)
-        self.progress = progress
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        super().finish(metadata, results)
-        write_json(self.directory / PROGRESS, self.progress)
-        files: dict[str, Any] = {name: _described(self.directory / name) for name in (METADATA, PROGRESS)}
-        for result in (result for rank in results for result in rank):
-            entry = files.setdefault(result.storage_data.file, {"bytes": 0})
-            entry["bytes"] += result.storage_data.size
-        write_json(self.directory / MARKER, {"format": 1, "files": files})
+FAILURES = (Exception, dcp.CheckpointException)  # every store has errors of its own; DCP's is not an `Exception`
 
 
 class Checkpointer:
-    """Saves and finds the checkpoints of one run."""
+    """The checkpoints of one run."""
 
     def __init__(
         self, directory: Path, world: World, keep: int, asynchronous: bool, report: Callable[[str], None]
@@ -65,31 +43,30 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
     def save(self, step: int, state: Sequence[TensorShard], progress: dict[str, Any]) -> None:
-        """Write `state` after `step` steps; returns as soon as it has been copied where saving is asynchronous.
+        """Write `state` after `step` steps. An asynchronous save returns as soon as the state has been copied.
 
-        A failure to write (a full disk) is reported and the run goes on with its older checkpoints.
+        A failure to write (a full disk) is reported, and the run continues with its older checkpoints.
         """
         self.wait()
         path = self.directory / f"step-{step:08d}"
-        writer = CommittedWriter(path, {"step": step, **progress})
         options: dict[str, Any] = {
-            "storage_writer": writer,
+            "storage_writer": CheckpointWriter(path, {"step": step, **progress}),
             "planner": ShardSavePlanner(state),
             "process_group": self._group,
         }
         try:
-            self.world.from_main(lambda: self._make_room(path))
+            self.world.from_main(lambda: self._clear(path))
             if self.asynchronous:
-                self._pending = (path, dcp.async_save(written(state), **options))
+                self._pending = (path, dcp.async_save(state_dict(state), **options))
                 return
-            dcp.save(written(state), **options)
+            dcp.save(state_dict(state), **options)
         except FAILURES as error:
             self._failed(path, error)
         else:
             self._prune()
 
     def wait(self) -> None:
-        """Block until the save under way, if any, is committed or has failed."""
+        """Block until the pending save, if any, is committed or has failed."""
         if self._pending is None:
             return
         (path, future), self._pending = self._pending, None
@@ -108,24 +85,45 @@ class Checkpointer:
         return self.world.from_main((path / MARKER).exists) and path not in self._damaged
 
     def restore(self, state: Sequence[TensorShard]) -> dict[str, Any] | None:
-        """Read the newest whole checkpoint into `state`, in place; returns its progress.
+        """Read the newest whole checkpoint into `state`, in place, and return its progress.
 
-        One that is damaged is reported and the next older one is tried. None where there is no committed one; raises
-        `CheckpointError` where there are some but none is whole.
+        A checkpoint that cannot be used is reported and the next older one is tried. Returns None where none is
+        committed. Raises `CheckpointError` where some are and none of them is whole.
         """
-        present = self.world.from_main(lambda: committed(self.directory))
+        present, reason = self.world.from_main(lambda: committed(self.directory)), ""
         for found in reversed(present):
-            wrong = self.world.from_main(partial(problems, found.path)) or load(found, state)
+            wrong = self.world.from_main(partial(problem, found.path)) or self._read(found.path, state)
             if not wrong:
-                return progress_of(found.path)
-            self.report(f"checkpoint {found.path.name} is damaged: {wrong[0]}; trying the one before")
+                return read_progress(found.path)
+            reason = reason or f"{found.path.name} {wrong}"
+            if found != present[0]:
+                self.report(f"checkpoint {found.path.name} {wrong}; trying the one before")
             self._damaged.append(found.path)
         if present:
-            raise CheckpointError(f"no checkpoint in {self.directory} is whole: remove the directory to start anew")
+            raise CheckpointError(f"no checkpoint in {self.directory} is whole ({reason}); remove it to start again")
         return None
 
-    def _make_room(self, path: Path) -> None:
-        """Remove what a killed save left, and what could not be read."""
+    def _read(self, checkpoint: Path, state: Sequence[TensorShard]) -> str:
+        """Read a checkpoint into `state`. Returns what is damaged on any rank, the same on every rank; the tensors are
+        undefined unless it is empty.
+        """
+        outcome: Damaged | CheckpointError | None = None
+        try:
+            read_state(checkpoint, state)
+        except (Damaged, CheckpointError) as error:
+            outcome = error
+        except OSError as error:
+            outcome = CheckpointError(f"{checkpoint} cannot be read: {error.strerror or error}")
+        outcomes: list[Any] = [outcome] * self.world.size
+        if self.world.size > 1:
+            dist.all_gather_object(outcomes, outcome, group=self._group)
+        for one in outcomes:
+            if isinstance(one, CheckpointError):
+                raise one
+        return next((f"is damaged: {one}" for one in outcomes if one is not None), "")
+
+    def _clear(self, path: Path) -> None:
+        """Make an empty directory. Remove what a killed save left there, and the checkpoints that are damaged."""
         for stale in (path, *self._damaged):
             (stale / MARKER).unlink(missing_ok=True)
             remove_tree(stale)
@@ -151,57 +149,8 @@ class Checkpointer:
             self.report(f"could not remove an old checkpoint: {_root_cause(error)}")
 
 
-def problems(checkpoint: Path) -> list[str]:
-    """What can be seen to be wrong with a committed checkpoint without reading its data; empty where all is well."""
-    wrong = []
-    try:
-        for name, wanted in sorted(read_json(checkpoint / MARKER)["files"].items()):
-            path = checkpoint / name
-            if not path.exists():
-                wrong.append(f"{name} is missing")
-            elif path.stat().st_size != wanted["bytes"]:
-                wrong.append(f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}")
-            elif "xxh3_128" in wanted and _described(path) != wanted:
-                wrong.append(f"{name} does not match its digest")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        return [f"{MARKER} is unreadable ({error!r})"]
-    return wrong
-
-
-def progress_of(checkpoint: Path) -> dict[str, Any]:
-    """Where the run stood, as `Checkpointer.save` was told."""
-    return read_json(checkpoint / PROGRESS)
-
-
-def load(found: CommittedCheckpoint, state: Sequence[TensorShard]) -> list[str]:
-    """Read a checkpoint into `state`, in place, verifying every byte read.
-
-    Returns what was found damaged on any rank, the same on every rank; tensors are undefined unless it is empty.
-    """
-    try:
-        dcp.load(
-            {part.key: part.tensor for part in state},
-            storage_reader=PlainReader(found.path),
-            planner=ShardLoadPlanner(state),
-        )
-    except dcp.CheckpointException as error:
-        for inner, _ in error.failures.values():
-            if isinstance(inner, CheckpointError):
-                raise CheckpointError(f"{found.path}: {inner}") from None
-        damage = [str(inner) for inner, _ in error.failures.values() if isinstance(inner, Damaged)]
-        if not damage:
-            raise
-        return damage
-    return []
-
-
-def _described(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-
-
 def _root_cause(error: BaseException) -> str:
-    """The operating system's own words, from below DCP's wrapping."""
+    """The operating system's message, from inside DCP's exceptions."""
     if isinstance(error, dcp.CheckpointException):
         inner = next(iter(error.failures.values()))[0]
         return _root_cause(inner)

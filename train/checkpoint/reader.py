@@ -14,7 +14,7 @@ import xxhash
 import yaml
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from core.config import build, plain
@@ -22,9 +22,9 @@ from core.errors import CheckpointError
 from core.files import write_text
 from model.config import ModelConfig
 from model.tensor_source import TensorSource, blocks, parameter_shapes
-from train.checkpoint.files import Damaged, PlainReader, ShardLocation, read_exactly
-from train.checkpoint.manager import CommittedWriter, problems
-from train.checkpoint.state import block_item
+from train.checkpoint.files import CheckpointWriter, read_bytes
+from train.checkpoint.index import Damaged, IndexedTensor, Shard, block, problem, read_index
+from train.checkpoint.state import write_item
 
 IMPORTED = "model.yaml"
 TOKENIZER = "tokenizer"
@@ -32,93 +32,76 @@ TOKENIZER = "tokenizer"
 _BLOCK_BYTES = 1 << 22
 
 
-class StoredModel:
-    """The model's tensors in a committed checkpoint. A piece is verified whole before any part of it is used.
+class CheckpointedModel:
+    """The model's tensors in a committed checkpoint. A shard is verified whole before any part of it is used.
 
-    Raises `CheckpointError` for damage, at once or when the damaged piece is first touched.
+    Raises `CheckpointError` for damage: at once, or when a damaged shard is first touched.
     """
 
     def __init__(self, checkpoint: Path, config: ModelConfig) -> None:
-        wrong = problems(checkpoint)
-        if wrong:
-            raise CheckpointError(f"{checkpoint} is damaged: {wrong[0]}")
         self.checkpoint, self.config = checkpoint, config
-        metadata = PlainReader(checkpoint).read_metadata()
-        self._places: dict[MetadataIndex, ShardLocation] = metadata.storage_data
-        self._entries: dict[str, TensorStorageMetadata] = {
-            name.removeprefix("model."): entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        if wrong := problem(checkpoint):
+            raise CheckpointError(f"{checkpoint} {wrong}")
+        try:
+            index = read_index(checkpoint)
+        except Damaged as error:
+            raise CheckpointError(f"{checkpoint} is damaged: {error}") from None
+        self._tensors = {
+            name.removeprefix("model."): tensor for name, tensor in index.items() if name.startswith("model.")
         }
         self.shapes = parameter_shapes(config)
-        self.dtypes = {name: self._entry(name).properties.dtype for name in self.shapes}
-        self._verified: set[ShardLocation] = set()
+        for name, shape in self.shapes.items():
+            tensor = self._tensors.get(name)
+            if tensor is None or tensor.shape != tuple(shape):
+                has = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
+                raise CheckpointError(f"{checkpoint}: {name} {has}; its model is not what the configuration says")
+        self.dtypes = {name: self._tensors[name].dtype for name in self.shapes}
+        self._verified: set[Shard] = set()
 
     def selection_biases(self) -> dict[str, Tensor]:
-        """The biases by which each router's choice is moved, [E], by their buffers' names."""
-        kept = {name: entry for name, entry in self._entries.items() if name.endswith("balance.bias_E")}
-        return {name: self._read(name, entry, [0], entry.size) for name, entry in kept.items()}
+        """The bias on each expert's routing score, [E], by the buffers' names."""
+        kept = {name: tensor for name, tensor in self._tensors.items() if name.endswith("balance.bias_E")}
+        return {name: self.read(name, [0], tensor.shape) for name, tensor in kept.items()}
 
     def selection_bias(self) -> float:
-        """The largest absolute bias by which a router's choice is moved; it has no place in other formats."""
+        """The largest absolute selection bias. Other formats cannot hold one."""
         return max((float(bias_E.abs().max()) for bias_E in self.selection_biases().values()), default=0.0)
 
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        return self._read(name, self._entry(name), offset, shape)
-
-    def _entry(self, name: str) -> TensorStorageMetadata:
-        entry = self._entries.get(name)
-        if entry is None or tuple(entry.size) != self.shapes.get(name, ()):
-            has = "is missing" if entry is None else f"has shape {list(entry.size)}"
-            raise CheckpointError(f"{self.checkpoint}: {name} {has}; its model is not what the configuration says")
-        return entry
-
-    def _read(self, name: str, entry: TensorStorageMetadata, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        result, filled = torch.empty(tuple(shape), dtype=entry.properties.dtype), 0
-        for chunk in entry.chunks:
-            low = [max(o, c) for o, c in zip(offset, chunk.offsets, strict=True)]
-            high = [min(o + s, c + d) for o, s, c, d in zip(offset, shape, chunk.offsets, chunk.sizes, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            rows = self._rows(name, chunk, result.dtype, low[0] - chunk.offsets[0], high[0] - chunk.offsets[0])
-            target = result
-            for dimension, (a, b) in enumerate(zip(low, high, strict=True)):
-                target = target.narrow(dimension, a - offset[dimension], b - a)
-                if dimension:
-                    rows = rows.narrow(dimension, a - chunk.offsets[dimension], b - a)
-            target.copy_(rows)
-            filled += target.numel()
-        if filled != result.numel():
-            raise CheckpointError(f"{self.checkpoint}: parts of {name} are missing")
+        tensor = self._tensors[name]
+        result = torch.empty(tuple(shape), dtype=tensor.dtype)
+        for shard, low, size in tensor.overlapping(offset, shape):
+            rows = self._rows(tensor, shard, low[0] - shard.offset[0], size[0])
+            target = block(result, offset, low, size)
+            target.copy_(block(rows, (low[0], *shard.offset[1:]), low, size))
         return result
 
-    def _rows(self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a stored piece: they lie one after the other."""
-        place = self._places[MetadataIndex(f"model.{name}", chunk.offsets)]
+    def _rows(self, tensor: IndexedTensor, shard: Shard, start: int, count: int) -> Tensor:
+        """Rows of a shard, which lie one after another."""
+        rows = torch.empty((count, *shard.shape[1:]), dtype=tensor.dtype)
+        width = math.prod(shard.shape[1:]) * tensor.dtype.itemsize
         try:
-            self._verify(place)
-            rows = torch.empty((stop - start, *chunk.sizes[1:]), dtype=dtype)
-            width = math.prod(chunk.sizes[1:]) * dtype.itemsize
-            read_exactly(self.checkpoint / place.file, place.offset + start * width, rows)
+            self._verify(shard)
+            read_bytes(self.checkpoint / shard.file, shard.start + start * width, rows)
         except Damaged as error:
             raise CheckpointError(f"{self.checkpoint} is damaged: {error}") from None
         return rows
 
-    def _verify(self, place: ShardLocation) -> None:
-        if place in self._verified:
+    def _verify(self, shard: Shard) -> None:
+        if shard in self._verified:
             return
         digest = xxhash.xxh3_128()
-        for start in range(0, place.size, _BLOCK_BYTES):
-            block = torch.empty(min(_BLOCK_BYTES, place.size - start), dtype=torch.uint8)
-            read_exactly(self.checkpoint / place.file, place.offset + start, block)
-            digest.update(memoryview(block.numpy()))  # type: ignore[arg-type]
-        if digest.hexdigest() != place.digest:
-            raise Damaged(f"{place.file} does not match its digest at byte {place.offset:,}")
-        self._verified.add(place)
+        for start in range(0, shard.bytes, _BLOCK_BYTES):
+            part = torch.empty(min(_BLOCK_BYTES, shard.bytes - start), dtype=torch.uint8)
+            read_bytes(self.checkpoint / shard.file, shard.start + start, part)
+            digest.update(memoryview(part.numpy()))  # type: ignore[arg-type]
+        if digest.hexdigest() != shard.digest:
+            raise Damaged(f"{shard.file} does not match its digest at byte {shard.start:,}")
+        self._verified.add(shard)
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Plans blocks of tensors that do not exist yet and reads each when the writer gets to it."""
+    """Plans blocks of tensors that do not exist yet, and reads each when the writer asks for it."""
 
     def __init__(self, source: TensorSource, progress: Callable[[int], None]) -> None:
         super().__init__()
@@ -127,11 +110,9 @@ class _StreamingPlanner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         items = []
-        for name in self.source.shapes:
-            whole = self.source.shapes[name]
+        for name, whole in self.source.shapes.items():
             for offset, shape in blocks(whole):
-                chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
-                item = block_item(f"model.{name}", chunk, whole, self.source.dtypes[name])
+                item = write_item(f"model.{name}", offset, shape, whole, self.source.dtypes[name])
                 self.blocks[item.index] = (name, offset, shape)
                 items.append(item)
         self.plan = SavePlan(items, planner_data={})
@@ -141,31 +122,30 @@ class _StreamingPlanner(DefaultSavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        name, offset, shape = self.blocks[write_item.index]
-        block = self.source.read(name, offset, shape).contiguous()
-        self.progress(block.numel() * block.element_size())
-        return block
+        found = self.source.read(*self.blocks[write_item.index]).contiguous()
+        self.progress(found.numel() * found.element_size())
+        return found
 
 
 def save_model(source: TensorSource, directory: Path, origin: dict[str, Any], progress: Callable[[int], None]) -> None:
-    """Write `source` as a committed checkpoint of step 0 beside `model.yaml`, which says what the model is."""
+    """Write `source` as a committed checkpoint of step 0, and the model's configuration and origin to `model.yaml`."""
     path = directory / "checkpoints" / "step-00000000"
     path.mkdir(parents=True)
-    writer = CommittedWriter(path, {"step": 0})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # one process is a choice, not an accident
+        writer = CheckpointWriter(path, {"step": 0})
         dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(source, progress))
     content = {"model": plain(source.config), "origin": origin}
     write_text(directory / IMPORTED, yaml.safe_dump(content, sort_keys=False))
 
 
 def load_imported(directory: Path) -> ModelConfig:
-    """The model that an imported directory says it is."""
+    """The configuration of an imported model."""
     return build(ModelConfig, _section(directory, "model"))
 
 
 def load_origin(directory: Path) -> tuple[str, dict[str, Any]]:
-    """The family that an imported model came from, and the keys of its `config.json` that were carried along."""
+    """The family that an imported model came from, and the keys of its `config.json` that import kept."""
     origin = _section(directory, "origin")
     family, carried = origin.get("family"), origin.get("config")
     if not isinstance(family, str) or not isinstance(carried, dict):

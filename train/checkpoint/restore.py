@@ -1,4 +1,4 @@
-"""A finished or running run's model, read back from its directory for the verbs that look at it."""
+"""The model of a finished or running run, read from its directory for the verbs that evaluate it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from core.errors import CheckpointError, ConfigError
 from data.corpus import Corpus
+from data.filter.score.factory import Models
 from data.loader import Loader
 from parallel.comm.world import World
 from parallel.deepspeed.config import ZeroConfig
@@ -32,7 +33,7 @@ class RestoredRun:
 
     @property
     def phase(self) -> Phase:
-        """The stretch in which the checkpoint was made."""
+        """The phase in which the checkpoint was saved."""
         return phase_of(self.config, self.step)
 
     def loader(self) -> Loader:
@@ -42,9 +43,10 @@ class RestoredRun:
         return source_weights(self.config, self.corpus)
 
 
-def restore(directory: Path, world: World, backend: Backend | None = None) -> RestoredRun:
-    """The model of the run's newest whole checkpoint and the corpus it was trained on. `backend`: who multiplies; None:
-    as in training.
+def restore(directory: Path, world: World, backend: Backend | None = None, models: Models | None = None) -> RestoredRun:
+    """The model of the run's newest whole checkpoint, and the corpus that it was trained on.
+
+    `backend`: the GEMM backend; None: as in training. `models`: as in `get_corpus`.
     """
     config = load_config(directory)
     if backend is not None:
@@ -53,8 +55,8 @@ def restore(directory: Path, world: World, backend: Backend | None = None) -> Re
     checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, partial(_report, world))
     if not committed(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
-    corpus = get_corpus(config, world, lambda line: None)
-    # nothing is trained: either engine's checkpoints are the other's
+    corpus = get_corpus(config, world, lambda line: None, models)
+    # nothing is trained, and either engine reads the other's checkpoints
     meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2, zero=ZeroConfig()), world)
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
     progress = checkpointer.restore(run_state(placed.model, None, placed.specs)) or {}
@@ -64,13 +66,13 @@ def restore(directory: Path, world: World, backend: Backend | None = None) -> Re
 
 
 def _report(world: World, line: str) -> None:
-    """Standard output is the verbs' own, and may be parsed."""
+    """Write to standard error: a verb's standard output may be parsed."""
     if world.is_main:
         print(line, file=sys.stderr)
 
 
 def _layout(config: TrainConfig, world: World) -> Layout:
-    """The run's own where as many ranks are here, or else one that fits any number of them."""
+    """The run's own layout where it fits the number of ranks, or else plain data parallelism."""
     try:
         return config.parallel.resolve(world.size)
     except ConfigError:

@@ -12,10 +12,11 @@ from torch import Tensor
 from parallel.deepspeed.config import Offload
 from parallel.deepspeed.offload import PagedAdamW
 from parallel.deepspeed.zero3 import Zero3
-from parallel.deepspeed.zero12 import Sharded, Zero
+from parallel.deepspeed.zero12 import Zero12, ZeroOptimizer
+from parallel.grad_norm import gradient_norm
 from parallel.layout import EngineKind
 from parallel.parallelize import ParallelModel
-from parallel.sharding import LocalShard, initialise, sum_copies
+from parallel.sharding import LocalShard, initialise, sum_partial_gradients
 from train.checkpoint.state import TensorShard, buffers
 from train.engine.fsdp import Engine, EngineBase, TorchEngine
 from train.optim.optimizer import OptimizerConfig, elementwise, prime, role_groups, set_learning_rate
@@ -38,12 +39,12 @@ class ZeroEngine(EngineBase):
         model, specs, meshes = placed.model, placed.specs, placed.meshes
         groups, self.stage = role_groups(model, specs, config), meshes.layout.zero_stage
         make = partial(make_inner, config=config, offload=meshes.layout.zero.offload)
-        self.zero: Sharded
+        self.zero: ZeroOptimizer
         if self.stage == 3:
             self.zero = Zero3(model, groups, make, prime, specs, meshes)
         else:
             names = {parameter: name for name, parameter in model.named_parameters()}
-            self.zero = Zero(groups, make, prime, names, specs, meshes)
+            self.zero = Zero12(groups, make, prime, names, specs, meshes)
         initialise(self.weights(), placed.model.config, seed)  # exactly: the model's own may be rounded
         self.written()
 
@@ -53,17 +54,11 @@ class ZeroEngine(EngineBase):
 
     def complete_gradients(self) -> None:
         if self.stage == 1:
-            sum_copies(self.placed.model, self.placed.specs)
+            sum_partial_gradients(self.placed.model, self.placed.specs)
         self.zero.reduce()
 
-    @torch.no_grad()
     def norm(self) -> Tensor:
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for one in self.zero.slices:
-            if one.spec.is_owner:
-                squares += torch.linalg.vector_norm(one.gradient, dtype=torch.float64).square()
-        self.meshes.world.sum(squares, "norm")
-        return squares.sqrt()
+        return gradient_norm(self.gradients(), self.meshes.world, self.device, torch.float64)
 
     def scale(self, factor: Tensor) -> None:
         self.zero.scale(factor)
@@ -102,6 +97,8 @@ def make_inner(groups: list[dict[str, Any]], config: OptimizerConfig, offload: O
 def _parts(name: str, one: Any, held: Tensor) -> list[TensorShard]:
     spec = one.spec
     if held.dim() == 0:  # a step count, of a whole group
-        return [TensorShard(name, held, (), (), spec.is_owner and one.start == 0 and not any(spec.computed.offset))]
+        return [
+            TensorShard(name, held, (), (), spec.is_owner and one.start == 0 and not any(spec.compute_block.offset))
+        ]
     shape = tuple(spec.info.shape)
     return [TensorShard(name, values, shape, block.offset, spec.is_owner) for block, values in one.of(held)]

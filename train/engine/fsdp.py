@@ -13,7 +13,7 @@ from model.attention.plan import SequenceContext
 from parallel.grad_norm import gradient_norm, scale_gradients
 from parallel.parallelize import ParallelModel
 from parallel.pipeline.runtime import Pipeline
-from parallel.sharding import LocalShard, local, stored, sum_copies
+from parallel.sharding import LocalShard, local_gradients, local_shards, sum_partial_gradients
 from train.checkpoint.state import TensorShard, run_state
 from train.loss import label_count, summed_loss
 from train.optim.optimizer import OptimizerConfig, make_optimizer, prime, set_learning_rate
@@ -71,14 +71,14 @@ class EngineBase:
             self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)
 
     def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
-        meshes, share = self.meshes, self.placed.share(batch.tokens_BT.shape[1])
+        meshes, share = self.meshes, self.placed.context_shard(batch.tokens_BT.shape[1])
         labels_BT = share.take(batch.labels_BT).to(self.device)
         tokens = label_count(labels_BT) * meshes.counts_tokens
         meshes.world.sum(tokens, "loss")
-        routed = float(batch.tokens_BT.numel() * meshes.rows.size)
+        routed = float(batch.tokens_BT.numel() * meshes.dp.size)
         starts = range(0, len(batch.tokens_BT), micro_batch_size)
         positions = [batch.positions_BT[start : start + micro_batch_size] for start in starts]
-        contexts = [self.placed.context(part_BT, routed) for part_BT in positions]
+        contexts = [self.placed.sequence_context(part_BT, routed) for part_BT in positions]
         tokens_BT = share.take(batch.tokens_BT).to(self.device)
 
         def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -129,10 +129,10 @@ class TorchEngine(EngineBase):
         self.optimizer = make_optimizer(placed.model, placed.specs, config, placed.meshes)
 
     def complete_gradients(self) -> None:
-        sum_copies(self.placed.model, self.placed.specs)
+        sum_partial_gradients(self.placed.model, self.placed.specs)
 
     def norm(self) -> Tensor:
-        return gradient_norm(self.placed.model, self.placed.specs, self.meshes)
+        return gradient_norm(self.gradients(), self.meshes.world, self.device)
 
     def scale(self, factor: Tensor) -> None:
         scale_gradients(self.placed.model, factor)
@@ -143,12 +143,10 @@ class TorchEngine(EngineBase):
         self.optimizer.zero_grad(set_to_none=True)
 
     def gradients(self) -> Iterator[LocalShard]:
-        for name, parameter in self.placed.model.named_parameters():
-            assert parameter.grad is not None, f"{name} has no gradient"
-            yield LocalShard(self.placed.specs[name], self.placed.specs[name].stored, local(parameter.grad))
+        return local_gradients(self.placed.model, self.placed.specs)
 
     def weights(self) -> Iterator[LocalShard]:
-        return stored(self.placed.model, self.placed.specs)
+        return local_shards(self.placed.model, self.placed.specs)
 
     def state(self) -> list[TensorShard]:
         prime(self.optimizer)

@@ -1,10 +1,9 @@
-"""Was a scorer's model trained on the very records that it is to score? What it knows by heart would look easy.
+"""Checks whether a scorer's model was trained on the records that it is to score: memorised text looks easy.
 
-What can be checked honestly: a run keeps the tokens that it trained on. Some of its training documents are turned back
-into text and looked for among the records, which says what share of the records the run may have learnt. It is a
-sample: a very small share goes unseen, and so do documents that were cut (`data.long_documents=truncate`), are very
-long, or changed by more than spaces. A run that ended before its corpus did has learnt less.
-Of a model that is not a run of ours nothing can be known.
+A run keeps the tokens that it trained on. Some of its training documents are decoded to text and looked up among the
+records, which estimates the share of the records that the run was trained on. The estimate misses a very small share,
+documents that were truncated (`data.long_documents=truncate`) or are very long, and changes of more than white space.
+A run that ended before the end of its corpus has seen less. Nothing is known about a model that is not a run.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ from numpy.typing import NDArray
 from core.errors import ConfigError
 from core.files import sha256_text
 from data.corpus import TRAIN
+from data.filter.config import ScorerConfig
 from data.filter.input.records import Record
 from data.filter.score.factory import Models
+from data.filter.score.scorer import TokenLosses
 from data.tokens import TokenStream
 from parallel.comm.world import World
 from train.corpus import get_corpus
@@ -29,16 +30,16 @@ from train.eval.text_loss import open_losses
 from train.run_directory import load_config
 
 SAMPLE = 4096
-"""Training documents that are looked for."""
+"""Training documents that are looked up."""
 MOST = 0.05
-"""Share of the records that a model may have seen; above it scoring is refused, below it the user is told."""
+"""Share of the records that a model may have seen. Above it scoring is rejected, below it the user gets a warning."""
 _LOOK_AHEAD = (1 << 14, 1 << 18)
-"""Tokens in which a document must end; longer ones are not looked for."""
+"""Tokens within which a document must end; longer documents are skipped."""
 
 
 @dataclass(frozen=True)
 class TrainedTexts:
-    """`sample`: hashes of the texts of some training documents, out of `documents`, of the run `name`."""
+    """Hashes of the texts of `sampled` training documents, out of `documents`, of the run `name`."""
 
     name: str
     sample: frozenset[str]
@@ -46,7 +47,7 @@ class TrainedTexts:
     documents: int
 
     def share(self, records: Iterable[Record]) -> float:
-        """Estimate of the share of these records that the run was trained on, 0 to 1."""
+        """Estimated share of these records that the run was trained on, 0 to 1."""
         count = hits = 0
         for record in records:
             count += 1
@@ -55,27 +56,25 @@ class TrainedTexts:
 
 
 def check_unseen(name: str, records: Iterable[Record]) -> str | None:
-    """None, or a line that warns: of a model of unknown training, or of few records that the run has seen.
+    """A warning where the model's training data are unknown or the run has seen a few of the records; else None.
 
     Raises `ConfigError` (with an empty key) where a run has seen more than `MOST` of the records.
     """
     folder = Path(name).expanduser()
     if not (folder / "config.yaml").exists():
-        return f"{name} is no run of ours: whether it was trained on these records cannot be known"
+        return f"{name} is not a run: whether it was trained on these records cannot be known"
     share = seen_by(folder).share(records)
-    advice = "what a model knows by heart looks easy"
+    advice = "memorised text looks easy"
     if share > MOST:
-        reason = f"was trained on about {share:.0%} of the records that it is to score, and {advice}: train it on other"
+        reason = f"was trained on about {share:.0%} of the records that it is to score, and {advice}; train it on other"
         raise ConfigError("", name, f"{reason} text, or use scorer.kind=ngram, which learns from the other half")
     return f"{name} was trained on about {share:.2%} of the records: {advice}" if share else None
 
 
 def seen_by(directory: Path, size: int = SAMPLE) -> TrainedTexts:
-    """Documents that a run trains on, out of its corpus, which must still be there: all of them, or about `size` spread
-    over it.
-    """
+    """Documents of a run's corpus: all of them, or about `size` spread evenly over it."""
     config = load_config(directory)
-    corpus = get_corpus(config, World(0, 1, torch.device("cpu")), lambda line: None)
+    corpus = get_corpus(config, World(0, 1, torch.device("cpu")), lambda line: None, MODELS)
     documents = {s: int(corpus.manifest["sources"][s][TRAIN]["counts"]["documents"]) for s in corpus.sources}
     total, sampled, found = sum(documents.values()), 0, set()
     for source, count in documents.items():
@@ -98,8 +97,8 @@ def every(stream: TokenStream, specials: NDArray[np.int64]) -> Iterator[NDArray[
 
 
 def spread(stream: TokenStream, specials: NDArray[np.int64], count: int) -> Iterator[NDArray[np.int64]]:
-    """The first documents that begin after each of `count` evenly spaced places: the next one, not the one that lies
-    there, since long documents lie in more places.
+    """The first document that begins after each of `count` evenly spaced positions. Taking the document at a position
+    would draw long documents more often.
     """
     before = -1
     for place in np.linspace(0, len(stream), count, endpoint=False).astype(int).tolist():
@@ -110,8 +109,8 @@ def spread(stream: TokenStream, specials: NDArray[np.int64], count: int) -> Iter
 
 
 def _next_document(stream: TokenStream, specials: NDArray[np.int64], at: int) -> tuple[NDArray[np.int64], int]:
-    """The first whole document after the first of `specials` from `at` on, and where it ends; none where the stream
-    ends before, or in as many tokens as are looked at.
+    """The first whole document after the first of `specials` from `at` on, and where it ends; no ids where the stream
+    or the look-ahead ends before.
     """
     end = at
     for length in _LOOK_AHEAD:
@@ -126,8 +125,13 @@ def _next_document(stream: TokenStream, specials: NDArray[np.int64], at: int) ->
 
 
 def text_hash(text: str) -> str:
-    """Of a text's words: tokenizers may lose spaces at its ends."""
+    """A hash of a text's words: tokenizers may lose spaces at its ends."""
     return sha256_text(" ".join(text.split()))
 
 
-MODELS = Models(open_losses, check_unseen)
+def _open(name: str, config: ScorerConfig) -> tuple[TokenLosses, str]:
+    return open_losses(name, config, models=MODELS)
+
+
+MODELS = Models(_open, check_unseen)
+"""What a filter needs to score with models; their own corpora may be filtered in the same way."""

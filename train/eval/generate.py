@@ -12,7 +12,6 @@ from functools import partial
 import torch
 
 from core.errors import ConfigError
-from model.transformer import Transformer
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
 from parallel.vocab_parallel_loss import whole_logits
@@ -65,22 +64,15 @@ def continue_tokens(
         yield tokens[-1]
 
 
-@torch.no_grad()
-def model_logits(model: Transformer, tokens: list[int]) -> torch.Tensor:
-    """A model in one piece: logits [V] of what follows `tokens`."""
-    device = next(model.parameters()).device
-    return model(torch.tensor([tokens], device=device))[0, -1]
-
-
 def placed_logits(placed: ParallelModel, tokens: list[int]) -> torch.Tensor:
     """The same, of a model on many ranks, on every rank. The row is made as long as the layout needs; nothing looks
     ahead.
     """
     meshes, last = placed.meshes, len(tokens) - 1
-    length = placed.fitting(len(tokens))
-    share = placed.share(length)
+    length = placed.padded_length(len(tokens))
+    share = placed.context_shard(length)
     row_BT = torch.tensor([tokens + [0] * (length - len(tokens))])
-    context = placed.context(torch.arange(length)[None])
+    context = placed.sequence_context(torch.arange(length)[None])
     logits_BTV = placed.logits(share.take(row_BT).to(placed.device), context)
     at = (share.take(torch.arange(length)[None])[0] == last).nonzero()
     found_V = torch.zeros(placed.model.config.vocab_size, dtype=torch.float64, device=placed.device)

@@ -1,10 +1,17 @@
-"""Held-out loss per source, in nats per token and bits per byte."""
+"""Loss of held-out text per source, in nats per token and bits per byte, and of single sequences, under any layout.
+
+Every rank runs the model equally often and on equally many sequences, since the ranks of a sharded model gather its
+parameters together.
+
+Shapes: N sequences, B sequences of a micro-batch, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +23,9 @@ from parallel.fsdp import release
 from parallel.mesh import MeshAxis
 from parallel.parallelize import ParallelModel
 from train.loss import IGNORED, token_losses
+
+Take = Callable[[int, int], Batch]
+"""Sequences [start, stop) as a batch."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,8 @@ class SourceLoss:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Losses per source and their mean weighted by the sources' shares in `data.sources`: a phase's own shares do not
-    count, so that the figures of a run can be compared.
+    """Losses per source and their mean weighted by `data.sources`. A phase's own weights do not count, so that the
+    figures of a run can be compared.
     """
 
     loss: float
@@ -45,8 +55,8 @@ class HeldOut:
         }
 
 
-class HeldOutRows(Protocol):
-    """What evaluation asks of a loader."""
+class HeldOutLoader(Protocol):
+    """The part of a loader that evaluation uses."""
 
     context: int
 
@@ -58,32 +68,32 @@ class HeldOutRows(Protocol):
 @torch.no_grad()
 def held_out_loss(
     placed: ParallelModel,
-    loader: HeldOutRows,
+    loader: HeldOutLoader,
     bytes_V: Tensor,
-    rows: int,
+    sequences: int,
     micro_batch_size: int,
     weights: dict[str, float],
 ) -> HeldOut:
-    """The first `rows` rows of each source's held-out split, spread over the ranks in micro-batches of equal number.
+    """The loss of the first `sequences` of each source's held-out split, spread over the ranks.
 
-    `bytes_V`: how many bytes of text each token id spells.
-    Sources without a held-out row at this context are left out; raises `DataError` where that leaves none.
+    `bytes_V`: bytes of text of each token id. Sources without a held-out sequence of this length are dropped; raises
+    `DataError` where none is left.
     """
     weights = {source: weight for source, weight in weights.items() if loader.held_out_rows(source)}
     if not weights:
-        raise DataError(f"no source has held-out text for one row of {loader.context} tokens: raise data.held_out")
-    model, meshes, device = placed.model, placed.meshes, placed.device
-    bytes_V = bytes_V.to(device)
-    model.eval()
+        raise DataError(f"no source has held-out text for one sequence of {loader.context} tokens: raise data.held_out")
+    bytes_V = bytes_V.to(placed.device)
+    placed.model.eval()
     found: dict[str, SourceLoss] = {}
     for source in weights:
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
-        for batch in _share(loader, source, rows, micro_batch_size, meshes.rows):
+        sums = torch.zeros(3, dtype=torch.float64, device=placed.device)  # nats, tokens, bytes
+        count = min(sequences, loader.held_out_rows(source))
+        for _, batch in _local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
             sums += _sums(placed, batch, bytes_V)
-        meshes.world.sum(sums, "evaluation")
+        placed.meshes.world.sum(sums, "evaluation")
         nats, tokens, size = sums.tolist()
         found[source] = SourceLoss(nats / max(tokens, 1), nats / max(size, 1) / math.log(2), int(tokens))
-    model.train()
+    placed.model.train()
     release(placed.stacks)
     total = sum(weights.values())
     mean = sum(weights[s] * found[s].loss for s in weights) / total
@@ -91,41 +101,70 @@ def held_out_loss(
     return HeldOut(mean, bits, found)
 
 
-def held_out_batches(loader: HeldOutRows, source: str, rows: int, micro_batch_size: int) -> Iterator[Batch]:
-    """The first `rows` held-out rows of a source, or as many as there are."""
-    available = min(rows, loader.held_out_rows(source))
+@torch.no_grad()
+def sequence_losses(placed: ParallelModel, take: Take, count: int, micro_batch_size: int) -> Tensor:
+    """Mean loss of each of `count` sequences in nats per labelled token, float64 [N] on every rank; NaN for a sequence
+    without a label.
+    """
+    sums_N2 = torch.zeros(count, 2, dtype=torch.float64, device=placed.device)
+    placed.model.eval()
+    for start, batch in _local_batches(take, count, micro_batch_size, placed.meshes.dp):
+        stop = min(start + micro_batch_size, count)
+        if (losses := _losses(placed, batch)) is not None:
+            losses_BT, labels_BT = losses
+            sums_B2 = torch.stack([losses_BT.sum(1, dtype=torch.float64), (labels_BT != IGNORED).sum(1).double()], 1)
+            sums_N2[start:stop] += sums_B2[: stop - start]
+    placed.meshes.world.sum(sums_N2, "evaluation")
+    placed.model.train()
+    release(placed.stacks)
+    return sums_N2[:, 0] / sums_N2[:, 1]
+
+
+def held_out_batches(loader: HeldOutLoader, source: str, sequences: int, micro_batch_size: int) -> Iterator[Batch]:
+    """The first `sequences` held-out sequences of a source, or all where there are fewer."""
+    available = min(sequences, loader.held_out_rows(source))
     for start in range(0, available, micro_batch_size):
         yield loader.held_out(source, start, min(start + micro_batch_size, available))
 
 
-def _share(loader: HeldOutRows, source: str, rows: int, micro_batch_size: int, axis: MeshAxis) -> Iterator[Batch]:
-    """This rank's micro-batches. Every rank runs the model equally often and on equally many rows (a sharded model
-    gathers together): what its share lacks a rank fills up with a row whose labels are all ignored.
+def _local_batches(take: Take, count: int, micro_batch_size: int, axis: MeshAxis) -> Iterator[tuple[int, Batch]]:
+    """This rank's micro-batches of `count` sequences, each with its first sequence's number (`count` for padding).
+
+    With several ranks all micro-batches have equally many sequences: those that are added have no labels.
     """
-    batches = list(held_out_batches(loader, source, rows, micro_batch_size))
-    for turn in range(0, len(batches), axis.size):
-        mine = batches[turn + axis.rank] if turn + axis.rank < len(batches) else None
-        yield mine if axis.size == 1 and mine is not None else filled(mine, batches[0])
+    starts, full = range(0, count, micro_batch_size), take(0, min(micro_batch_size, count))
+    for turn in range(0, len(starts), axis.size):
+        place = turn + axis.rank
+        start = starts[place] if place < len(starts) else count
+        batch = take(start, min(start + micro_batch_size, count)) if start < count else None
+        yield start, batch if axis.size == 1 and batch is not None else _padded(batch, full)
 
 
-def filled(batch: Batch | None, full: Batch) -> Batch:
-    """`batch` with as many rows as `full`, the added ones without labels."""
+def _padded(batch: Batch | None, full: Batch) -> Batch:
+    """`batch` with as many sequences as `full`, the added ones without labels."""
     count = 0 if batch is None else len(batch.tokens_BT)
     spare = full.slice(count, len(full.tokens_BT))
     spare.labels_BT = torch.full_like(spare.labels_BT, IGNORED)
     return spare if batch is None else batch.joined(spare)
 
 
-def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:
-    """Nats, tokens and bytes of what this rank has of a batch; zeros where another rank counts it."""
-    meshes, share = placed.meshes, placed.share(batch.tokens_BT.shape[1])
-    context = placed.context(batch.positions_BT)
-    logits_BTV = placed.logits(share.take(batch.tokens_BT).to(placed.device), context)
+def _losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """Losses and labels [B, T] of this rank's part of a batch; None where another rank counts it."""
+    shard = placed.context_shard(batch.tokens_BT.shape[1])
+    context = placed.sequence_context(batch.positions_BT)
+    logits_BTV = placed.logits(shard.take(batch.tokens_BT).to(placed.device), context)
     if logits_BTV is None:
+        return None
+    labels_BT = shard.take(batch.labels_BT).to(placed.device)
+    losses_BT = token_losses(logits_BTV, labels_BT, placed.meshes.tp)
+    return (losses_BT, labels_BT) if placed.meshes.tp.rank == 0 else None
+
+
+def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:
+    """Nats, tokens and bytes of this rank's part of a batch; zeros where another rank counts it."""
+    if (losses := _losses(placed, batch)) is None:
         return torch.zeros(3, dtype=torch.float64, device=placed.device)
-    labels_BT = share.take(batch.labels_BT).to(placed.device)
-    losses_BT = token_losses(logits_BTV, labels_BT, meshes.tp)
+    losses_BT, labels_BT = losses
     counted = labels_BT != IGNORED
     size = bytes_V[labels_BT.clamp_min(0)] * counted
-    sums = torch.stack([losses_BT.sum(dtype=torch.float64), counted.sum().double(), size.sum().double()])
-    return sums * (meshes.tp.rank == 0)
+    return torch.stack([losses_BT.sum(dtype=torch.float64), counted.sum().double(), size.sum().double()])

@@ -1,9 +1,7 @@
 """Tasks of EleutherAI's evaluation harness on our own model, without an export: `leviathan evaluate RUN tasks=[...]`.
 
-The harness asks for log-likelihoods and for continuations; what is here answers both. Texts begin with BOS, as packed
-documents do in training; what is longer than the model's context loses its beginning, as in the harness's own models.
-
-Shapes: B batch, T sequence, V vocabulary.
+The harness asks for log-likelihoods and for continuations. Texts begin with BOS, as packed documents do in training. A
+text longer than the model's context loses its beginning, as in the harness's own models.
 """
 
 from __future__ import annotations
@@ -11,90 +9,66 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 
 from core.errors import CheckpointError, ConfigError
-from data.tokenizer import JsonTokenizer, Tokenizer
-from model.attention.plan import SequenceContext
-from model.huggingface import HuggingFaceCheckpoint
-from model.tensor_source import materialise
-from model.transformer import Transformer
 from parallel.comm.world import World
 from precision.config import Backend
-from train.checkpoint.init_from import open_model
-from train.checkpoint.reader import load_origin
-from train.checkpoint.restore import restore
-from train.eval.generate import GenerateConfig, continue_tokens, model_logits
-
-DEFAULT_CONTEXT = 2048
-
-
-@dataclass(frozen=True)
-class TaskModel:
-    """A model ready to be asked, with what turns text into its tokens."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-    context: int
+from train.eval.contamination import MODELS
+from train.eval.generate import GenerateConfig, continue_tokens
+from train.eval.scoring_model import ScoringModel, TokenWindow, from_directory, from_run
 
 
 class HarnessModel(TemplateLM):
-    """The harness's view of a `Subject`."""
+    """The harness's interface to a `ScoringModel`."""
 
-    def __init__(self, subject: TaskModel, batch: int) -> None:
+    def __init__(self, model: ScoringModel, batch_size: int) -> None:
         super().__init__()
-        self.subject, self.batch = subject, batch
-        self.subject.model.eval()
+        self.model, self.batch_size = model, batch_size
 
     @property
     def eot_token_id(self) -> int:
-        return self.subject.tokenizer.eos_id
+        return self.model.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        return self.subject.tokenizer.bos_id
+        return self.model.tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        return self.subject.tokenizer.fingerprint
+        return self.model.tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        ids = list(self.subject.tokenizer.encode([string])[0])
+        ids = list(self.model.tokenizer.encode([string])[0])
         return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
 
-    @torch.no_grad()
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Of each continuation after its context: its log-probability, and whether greedy decoding gives it."""
+        """The log-probability of each continuation after its context, and whether greedy decoding produces it."""
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
-        for start in range(0, len(order), self.batch):
-            chosen = order[start : start + self.batch]
-            rows = [(requests[i][1] + requests[i][2])[-(self.subject.context + 1) :] for i in chosen]
-            logp_BTV = self._log_probabilities([row[:-1] for row in rows])
-            for place, (index, row) in enumerate(zip(chosen, rows, strict=True)):
-                wanted = torch.tensor(requests[index][2][-(len(row) - 1) :])
-                logp_TV = logp_BTV[place, len(row) - 1 - len(wanted) : len(row) - 1]
-                total = float(logp_TV.gather(1, wanted[:, None]).sum())
-                results[index] = total, bool((logp_TV.argmax(1) == wanted).all())
+        windows = []
+        for place, (_, before, continuation) in enumerate(requests):
+            ids = (before + continuation)[-(self.model.context + 1) :]
+            windows.append(TokenWindow(place, ids, min(len(continuation), len(ids) - 1)))
+        windows = [window for window in windows if window.counted]
+        found = self.model.losses(windows, self.batch_size)
+        for window, (losses_T, is_likeliest_T) in zip(windows, found, strict=True):
+            results[window.text] = -float(losses_T.sum()), bool(is_likeliest_T.all())
         return results
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, cut into windows that do not overlap."""
+        """The log-probability of whole texts, split into windows that do not overlap."""
         results = []
         for request in requests:
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0], add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.subject.context,
+                max_seq_len=self.model.context,
                 context_len=1,
             )
             pairs = [(None, *utils.make_disjoint_window(window)) for window in windows]
@@ -102,7 +76,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of the stop strings, which are left out."""
+        """Continuations up to the first stop string, without it."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, prompt: str, options: dict[str, Any]) -> str:
@@ -111,26 +85,15 @@ class HarnessModel(TemplateLM):
         limit = int(options.get("max_gen_toks", 256))
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0
         config = GenerateConfig(run="", tokens=limit, temperature=temperature, top_k=None)
-        room = max(1, self.subject.context - limit)
-        ids, text = self.tok_encode(prompt)[-room:], ""
+        ids, text = self.tok_encode(prompt)[-max(1, self.model.context - limit) :], ""
         found: list[int] = []
-        ask = partial(model_logits, self.subject.model)
-        for token in continue_tokens(ask, ids, self.subject.context, config, self.eot_token_id):
+        for token in continue_tokens(self.model.next_logits, ids, self.model.context, config, self.eot_token_id):
             found.append(token)
-            text = self.subject.tokenizer.decode(found)
+            text = self.model.tokenizer.decode(found)
             cut = min((text.find(stop) for stop in stops if stop and stop in text), default=-1)
             if cut >= 0:
                 return text[:cut]
         return text
-
-    def _log_probabilities(self, rows: list[list[int]]) -> torch.Tensor:
-        """float32 [B, T, V] of rows padded at their ends, where no earlier position looks."""
-        length, device = max(map(len, rows)), next(self.subject.model.parameters()).device
-        tokens_BT = torch.zeros(len(rows), length, dtype=torch.int64)
-        for place, row in enumerate(rows):
-            tokens_BT[place, : len(row)] = torch.tensor(row)
-        context = SequenceContext(torch.arange(length).expand(len(rows), length), device)
-        return self.subject.model(tokens_BT.to(device), context).float().log_softmax(-1).cpu()
 
 
 def run_tasks(
@@ -145,7 +108,7 @@ def run_tasks(
     few_shot: int | None = None,
     out: str | None = None,
 ) -> int:
-    """Evaluate and print a table; the figures go to `out` as JSON. One process does it."""
+    """Evaluate on one process and print a table; results and samples go to `out` as JSON."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -155,13 +118,13 @@ def run_tasks(
     if own is not None and not Path(own).is_dir():
         raise ConfigError("task_path", task_path, "no such directory")
     manager = TaskManager(include_path=own, include_defaults=False)
-    if not set(tasks) <= set(manager.all_tasks):  # the harness's own thousands take seconds to look through
+    if not set(tasks) <= set(manager.all_tasks):  # listing the harness's own thousands takes seconds
         manager = TaskManager(include_path=own)
     for task in tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.5)
-            raise ConfigError("tasks", task, "no such task; task_path names a directory of your own", near)
-    model = HarnessModel(subject(run, world, backend), batch_size)
+            raise ConfigError("tasks", task, "no such task; task_path names a directory of your own tasks", near)
+    model = HarnessModel(open_scoring_model(run, world, backend), batch_size)
     try:
         found: Any = simple_evaluate(
             model,
@@ -181,40 +144,14 @@ def run_tasks(
     return 0
 
 
-def subject(path: Path, world: World, backend: Backend | None = None) -> TaskModel:
-    """The model in a run's directory, an imported one, or one in the Hugging Face format; these two in float32. Raises
-    `ConfigError` where a `backend` is asked for that would not be used.
+def open_scoring_model(path: Path, world: World, backend: Backend | None = None) -> ScoringModel:
+    """The model in a run's directory, an imported one, or one in the Hugging Face format; the last two in float32.
+
+    Raises `ConfigError` where a `backend` is given that would not be used.
     """
     if (path / "config.yaml").exists():
-        restored = restore(path, world, backend)
-        return TaskModel(restored.placed.model, restored.corpus.tokenizer, restored.phase.seq_len)
+        return from_run(path, world, backend, MODELS)
     if backend is not None:
-        reason = "is for runs: any other model is evaluated in float32, by PyTorch; leave it out"
+        reason = "is for runs: any other model is evaluated in float32, by PyTorch; drop it"
         raise ConfigError("backend", backend, reason)
-    source = open_model(path)
-    if isinstance(source, HuggingFaceCheckpoint):
-        folder, settings = path, source.raw_config.get("text_config") or source.raw_config
-    else:
-        folder, settings = path / "tokenizer", load_origin(path)[1]
-    tokenizer = _tokenizer(folder)
-    if tokenizer.vocab_size > source.config.vocab_size:
-        has = source.config.vocab_size
-        raise CheckpointError(f"{folder} has a tokenizer of {tokenizer.vocab_size} ids, the model only {has}")
-    longest = int(settings.get("max_position_embeddings") or DEFAULT_CONTEXT)
-    return TaskModel(materialise(source).to(world.device), tokenizer, longest)
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    """What `tokenizer.json` and the names in `tokenizer_config.json` describe."""
-    if not (folder / "tokenizer.json").exists():
-        raise CheckpointError(f"{folder} has no tokenizer.json: texts cannot be turned into tokens")
-    path = folder / "tokenizer_config.json"
-    try:
-        settings = json.loads(path.read_text())
-        names = [settings.get(key) for key in ("bos_token", "eos_token")]
-        bos, eos = (name["content"] if isinstance(name, dict) else name for name in names)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not say which tokens begin and end a text ({error})") from error
-    if not isinstance(eos, str):
-        raise CheckpointError(f"{path} names no eos_token: the end of a text cannot be told")
-    return JsonTokenizer(folder / "tokenizer.json", bos or eos, eos)
+    return from_directory(path, world.device)

@@ -65,7 +65,7 @@ def _quantities(engine: TorchEngine, probe: Batch) -> dict[str, Tensor]:
         watched["moe"] = mixtures[-1]
         watched["router"] = mixtures[-1].router.balance  # hands the logits on
     with _watching(watched, found):
-        context = engine.placed.context(probe.positions_BT)
+        context = engine.placed.sequence_context(probe.positions_BT)
         found["logits"] = model(probe.tokens_BT, context).detach().clone()
     return {name: found[name] for name in QUANTITIES if name in found}
 

@@ -81,7 +81,7 @@ def test_ranks_that_run_other_code_are_named(ranks, odd):
 def place(_: None) -> tuple[int, ...]:
     world = connect()
     meshes = make_meshes(ParallelConfig(dp_replicate=2, tp=2, ep=2).resolve(world.size), world)
-    axes = (meshes.rows, meshes.replicate, meshes.fsdp, meshes.tp, meshes.efsdp, meshes.experts)
+    axes = (meshes.dp, meshes.replicate, meshes.fsdp, meshes.tp, meshes.efsdp, meshes.experts)
     return tuple(axis.rank for axis in axes)
 
 

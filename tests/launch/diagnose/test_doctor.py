@@ -140,7 +140,7 @@ def look(root: Path, slow: int) -> NodeReading:
     finally:
         links._exchange = honest
         del os.environ["SLURMD_NODENAME"]
-    assert read.node == f"n{world.rank}" and set(read.bandwidth) == {"world", "rows", "fsdp", "efsdp"}
+    assert read.node == f"n{world.rank}" and set(read.bandwidth) == {"world", "dp", "fsdp", "efsdp"}
     assert list(read.links) == ["world"], "the other axes join the same ranks"
     return read
 
@@ -174,7 +174,7 @@ def axes_read(root: Path, degrees: list[str]) -> tuple[set[str], set[str], set[s
 
 TIMED = {
     "pp=2 cp=2": ({"pp", "ends", "cp", "fsdp", "efsdp"}, {"world", "pp", "cp"}),
-    "dp_replicate=2 tp=2 ep=2": ({"rows", "dp_replicate", "tp", "experts"}, {"world", "rows", "tp"}),
+    "dp_replicate=2 tp=2 ep=2": ({"dp", "dp_replicate", "tp", "experts"}, {"world", "dp", "tp"}),
 }
 """The axes of a layout, and those with links that no other has."""
 

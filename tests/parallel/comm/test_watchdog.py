@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from parallel.comm.watchdog import Heartbeat, Watchdog, missing
+from parallel.comm.watchdog import Heartbeat, Watchdog, find_missing
 
 
 def word(
@@ -26,7 +26,7 @@ def waiting() -> Heartbeat:
 
 
 def named(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> tuple[str, list[str]] | None:
-    return missing(waiting(), 0, 4, [0, 1], {0: word(1), **before}, {0: word(2, ep=3, tp=1), **after})
+    return find_missing(waiting(), 0, 4, [0, 1], {0: word(1), **before}, {0: word(2, ep=3, tp=1), **after})
 
 
 LIVES = {1: word(5, ep=3), 2: word(5, ep=1), 3: word(5, ep=1)}
@@ -74,7 +74,7 @@ def watches(tmp_path, ranks: list[int], size: int, limit_s: float) -> list[Watch
 
 def test_nobody_ends_while_rank_0_works_alone(tmp_path, ended):
     running = watches(tmp_path, [0, 1, 2, 3], 4, 0.2)
-    with running[0].pulse.excuse():
+    with running[0].heartbeat.excuse():
         time.sleep(2.0)
     for watch in running:
         watch.stop()

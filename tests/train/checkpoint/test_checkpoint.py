@@ -15,7 +15,9 @@ from core.errors import CheckpointError, ConfigError
 from core.files import locate, remove_tree
 from parallel.comm.world import World
 from train.checkpoint import files
-from train.checkpoint.manager import Checkpointer, CommittedWriter, problems
+from train.checkpoint.files import CheckpointWriter
+from train.checkpoint.index import problem
+from train.checkpoint.manager import Checkpointer
 from train.checkpoint.state import run_state
 from train.optim.optimizer import prime
 from train.run_directory import MARKER, committed
@@ -111,13 +113,13 @@ def test_the_last_ones_are_kept(checkpointer):
 
 def test_the_one_before_stays_until_the_next_is_whole(checkpointer, monkeypatch):
     """Even where only one is kept."""
-    checkpointer.keep, finish, there = 1, CommittedWriter.finish, []
+    checkpointer.keep, finish, there = 1, CheckpointWriter.finish, []
 
     def watched(writer, metadata, results):
         there.append([found.step for found in committed(checkpointer.directory)])
         finish(writer, metadata, results)
 
-    monkeypatch.setattr(CommittedWriter, "finish", watched)
+    monkeypatch.setattr(CheckpointWriter, "finish", watched)
     save(checkpointer, 1)
     save(checkpointer, 2)
     assert there == [[], [1]]
@@ -129,7 +131,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(checkpointer, said, damage)
     save(checkpointer, 1)
     save(checkpointer, 2)
     newest = committed(checkpointer.directory)[-1].path
-    assert problems(newest) == []
+    assert not problem(newest)
     data = next(newest.glob("*.bin"))
     if damage == "flip":
         flip_a_byte(data)

@@ -31,7 +31,7 @@ from model.upcycle import Upcycled, keeps_the_function
 from tests.support import hf_models, tiny
 from tests.support.like import like
 from train.checkpoint.init_from import initial_source, open_model
-from train.checkpoint.reader import IMPORTED, TOKENIZER, StoredModel
+from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel
 
 QUIET = lambda line: None  # noqa: E731
 
@@ -196,7 +196,7 @@ def test_another_tokenizer_than_the_first_weights_is_told(small_corpus, runnable
 
     run_import(ImportConfig(str(runnable), str(tmp_path / "imported")))
     same = [*like(runnable), *small_corpus]
-    assert "their tokenizer is not known" in said("unknown", tmp_path / "imported", *same)
+    assert "their tokenizer is unknown" in said("unknown", tmp_path / "imported", *same)
     folder = tmp_path / "imported" / TOKENIZER
     save_for_transformers(first.corpus.tokenizer, folder)
     assert f"trained with this run's tokenizer ({ours})" in said("known", tmp_path / "imported", *same)
@@ -251,7 +251,7 @@ def test_damage_of_an_imported_model_is_noticed(saved, tmp_path):
 def test_blocks_of_a_stored_model_equal_slices(saved, tmp_path):
     run_import(ImportConfig(str(saved["maverick"]), str(tmp_path / "in"), check=Check.never))
     source = open_model(tmp_path / "in")
-    assert isinstance(source, StoredModel)
+    assert isinstance(source, CheckpointedModel)
     for key, shape in source.shapes.items():
         offset = [size // 3 for size in shape]
         part = [max(1, size // 2) for size in shape]
@@ -385,7 +385,7 @@ def test_a_mixture_cannot_be_upcycled(saved):
 BIG = """
 import json, sys, torch
 from pathlib import Path
-from model.huggingface.files import Planned, write_directory
+from model.huggingface.files import PlannedTensor, write_directory
 root, experts = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
 D, F = 1024, 2048
@@ -405,7 +405,7 @@ shapes |= {shared + "down_proj.weight": (D, F)}
 def content(shape):
     for _ in range(shape[0] if len(shape) == 3 else 1):
         yield torch.randn(shape[1:] if len(shape) == 3 else shape).bfloat16()
-planned = [Planned(n, torch.bfloat16, s, lambda s=s: content(s)) for n, s in shapes.items()]
+planned = [PlannedTensor(n, torch.bfloat16, s, lambda s=s: content(s)) for n, s in shapes.items()]
 root.mkdir()
 write_directory(root, planned, 8 << 30)
 (root / "config.json").write_text(json.dumps(config))

@@ -17,7 +17,7 @@ from launch.cli import main
 from model.attention.plan import SequenceContext
 from parallel.comm.world import World
 from tests.support.tiny import TINY
-from train.eval.lm_eval import HarnessModel, subject
+from train.eval.lm_eval import HarnessModel, open_scoring_model
 
 TASKS = Path(__file__).with_name("tasks")
 ALONE = World(0, 1, torch.device("cpu"))
@@ -93,14 +93,14 @@ def test_another_model_gives_other_figures(trained, tmp_path, small_corpus):
 @torch.no_grad()
 def test_log_likelihoods_against_plain_arithmetic(trained):
     """One by one and in batches, short of the context and beyond it, and of whole documents in windows."""
-    who = subject(trained / "run", ALONE)
-    harness = HarnessModel(who, batch=3)
+    who = open_scoring_model(trained / "run", ALONE)
+    harness = HarnessModel(who, batch_size=3)
     ids = [(7 * i) % 290 for i in range(100)]
 
     def plain(context: list[int], continuation: list[int]) -> float:
         row = (context + continuation)[-(who.context + 1) :]
         positions = torch.arange(len(row) - 1)[None]
-        logp = who.model(torch.tensor([row[:-1]]), SequenceContext(positions)).log_softmax(-1)[0]
+        logp = who.network(torch.tensor([row[:-1]]), SequenceContext(positions)).log_softmax(-1)[0]
         return sum(float(logp[len(row) - 1 - len(continuation) + i, t]) for i, t in enumerate(continuation))
 
     pairs = [
@@ -113,7 +113,7 @@ def test_log_likelihoods_against_plain_arithmetic(trained):
     found = harness._loglikelihood_tokens([(None, *pair) for pair in pairs])
     for pair, (total, _) in zip(pairs, found, strict=True):
         assert total == pytest.approx(plain(*pair), abs=1e-4)
-    greedy = [int(who.model(torch.tensor([ids[:6]]))[0, -1].argmax())]
+    greedy = [int(who.network(torch.tensor([ids[:6]]))[0, -1].argmax())]
     assert harness._loglikelihood_tokens([(None, ids[:6], greedy)])[0][1] is True
     text = " ".join(["the model reads a line"] * 40)
     tokens = harness.tok_encode(text, add_special_tokens=False)

@@ -21,7 +21,8 @@ from parallel.comm.world import World
 from tests.support.tiny import TINY
 from train.checkpoint.restore import restore
 from train.eval.contamination import MODELS
-from train.eval.text_loss import from_transformers, open_losses, windows
+from train.eval.scoring_model import from_transformers
+from train.eval.text_loss import open_losses, windows
 
 ALONE = World(0, 1, torch.device("cpu"))
 TEXTS = [("", "the model reads"), ("def line", " return a line"), ("", ""), ("while", ""), ("", "x"), ("a b", "öü\n")]
@@ -113,10 +114,10 @@ def test_long_texts_are_windows_that_see_half_a_context_before(llama, context):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(llama)
-    speaker = from_transformers(str(llama), torch.device("cpu"))
+    scoring = from_transformers(str(llama), torch.device("cpu"))
     text = "".join(chr(97 + i * i % 26) for i in range(150))
-    ids = [0, *speaker.encode([text])[0]]
-    losses, _ = open_losses(str(llama), config(llama, context=context))
+    ids = [0, *scoring.tokenizer.encode([text])[0]]
+    losses, _ = open_losses(str(llama), config(llama, seq_len=context))
     mine, last = losses([("", text)])[0], 0
     assert len(mine) == len(ids) - 1 > 2 * context
     for place in range(1, len(ids)):
@@ -148,8 +149,8 @@ def test_every_wanted_label_is_counted_once_and_nothing_is_run_in_vain(context, 
 def test_batches_and_company_change_nothing_that_matters(llama, trained):
     pairs = [("a" * (i % 5), "the model " * (1 + i % 7)) for i in range(12)]
     for name in (llama, trained):
-        one, _ = open_losses(str(name), config(name, batch=1))
-        many, _ = open_losses(str(name), config(name, batch=5))
+        one, _ = open_losses(str(name), config(name, batch_size=1))
+        many, _ = open_losses(str(name), config(name, batch_size=5))
         for alone, together in zip(one(pairs), many(pairs[::-1])[::-1], strict=True):
             assert alone == pytest.approx(together, abs=1e-4)
         assert many(pairs)[0].tolist() == many(pairs)[0].tolist()
@@ -169,9 +170,9 @@ def test_the_fingerprint_is_of_weights_tokenizer_and_context(llama, trained, tmp
 
     _, first = open_losses(str(llama), config(llama))
     shutil.copytree(llama, copy := tmp_path / "elsewhere")
-    assert open_losses(str(copy), config(copy, batch=1))[1] == first, "neither the place nor the batch counts"
-    assert open_losses(str(llama), config(llama, context=8))[1] != first
-    assert open_losses(str(llama), config(llama, context=64))[1] == first, "the model has no more than 64"
+    assert open_losses(str(copy), config(copy, batch_size=1))[1] == first, "neither the place nor the batch counts"
+    assert open_losses(str(llama), config(llama, seq_len=8))[1] != first
+    assert open_losses(str(llama), config(llama, seq_len=64))[1] == first, "the model has no more than 64"
     model = AutoModelForCausalLM.from_pretrained(llama)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1e-6
@@ -209,7 +210,7 @@ def test_what_cannot_be_opened_says_so(tmp_path, trained, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
     for name in (tmp_path / "empty", tmp_path / "missing"):
-        with pytest.raises(ConfigError, match="no run of ours, and transformers cannot open it") as caught:
+        with pytest.raises(ConfigError, match="is not a run, and transformers cannot open it") as caught:
             open_losses(str(name), config(name))
         assert len(str(caught.value).splitlines()) == 1
     (tmp_path / "empty" / "model.yaml").write_text("")

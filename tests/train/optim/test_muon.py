@@ -19,7 +19,7 @@ from model.init import initialise
 from model.roles import Role, registry
 from model.transformer import Transformer
 from parallel.layout import ParallelConfig
-from parallel.mesh import place
+from parallel.mesh import meshes_of_rank
 from parallel.sharding import shard_specs
 from precision.config import Compute, ParamDtype, PrecisionConfig
 from precision.resolve import resolve
@@ -62,7 +62,7 @@ def network(precision: PrecisionConfig | None = None) -> Transformer:
 
 def muon(model: Transformer, **options: Any) -> Any:
     config = OptimizerConfig(kind=OptimizerKind.muon, **options)
-    meshes = place(ParallelConfig().resolve(1), 0)
+    meshes = meshes_of_rank(ParallelConfig().resolve(1), 0)
     return make_optimizer(model, shard_specs(registry(model), MODEL, meshes), config, meshes)
 
 

@@ -13,7 +13,7 @@ from model.init import initialise
 from model.roles import Role, registry
 from model.transformer import Transformer
 from parallel.layout import ParallelConfig
-from parallel.mesh import place
+from parallel.mesh import meshes_of_rank
 from parallel.sharding import shard_specs
 from precision.config import PrecisionConfig
 from precision.resolve import resolve
@@ -49,7 +49,7 @@ def model() -> Transformer:
 
 def made(model: Transformer, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer of one process."""
-    meshes = place(ParallelConfig().resolve(1), 0)
+    meshes = meshes_of_rank(ParallelConfig().resolve(1), 0)
     return make_optimizer(model, shard_specs(registry(model), MODEL, meshes), config, meshes)
 
 

@@ -1,0 +1,245 @@
+"""The index of a checkpoint: which bytes of which file hold which block of which tensor.
+
+A checkpoint is a directory `step-00000100` with a file of shards per rank (`rank_0.bin`), `index.json`, `progress.json`
+(the trainer's state) and, written last, the marker `COMMITTED` with the size of every other file and the digests of the
+JSON files. A directory without the marker is a half-written checkpoint and never read.
+
+    {"tensors": {"model.head.weight": {"dtype": "float32", "shape": [320, 32], "shards": [
+        {"offset": [0, 0], "shape": [160, 32], "file": "rank_0.bin", "start": 0, "bytes": 20480, "digest": "..."},
+        ...]}}}
+
+A checkpoint may come from a stranger. All of it is JSON and plain bytes, and every field is checked before it is used:
+names stay in the folder, shards make up their tensors exactly once, and they make up their files exactly once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import xxhash
+from torch import Tensor
+
+from core.errors import CheckpointError
+from core.files import read_json, write_bytes, write_json
+from train.run_directory import MARKER
+
+FORMAT = 2
+INDEX = "index.json"
+PROGRESS = "progress.json"
+_OLD_FORMAT = (
+    "was written by an older version of Leviathan, whose checkpoints could run code: "
+    "train again, or export the model with that version"
+)
+_MAX_DIMS = 8
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+T = TypeVar("T")
+
+
+class Damaged(Exception):
+    """The files of a checkpoint do not hold what was written. The text is one line."""
+
+
+class Shard(NamedTuple):
+    """A block of a tensor, and where its bytes are."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class IndexedTensor:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    shards: list[Shard]
+
+    def overlapping(self, offset: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[Shard, list[int], list[int]]]:
+        """Each shard that overlaps a block of the tensor, with the overlap's offset in the tensor and its shape."""
+        for shard in self.shards:
+            low = [max(pair) for pair in zip(offset, shard.offset, strict=True)]
+            ends = zip(offset, shape, shard.offset, shard.shape, strict=True)
+            size = [min(a + b, c + d) - start for start, (a, b, c, d) in zip(low, ends, strict=True)]
+            if all(length > 0 for length in size):
+                yield shard, low, size
+
+
+def block(tensor: Tensor, origin: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """A view of the block at `offset`, in the coordinates in which `tensor` begins at `origin`."""
+    for dimension, (first, start, length) in enumerate(zip(origin, offset, shape, strict=True)):
+        tensor = tensor.narrow(dimension, start - first, length)
+    return tensor
+
+
+def commit(checkpoint: Path, index: Mapping[str, IndexedTensor], progress: Mapping[str, Any]) -> None:
+    """Write the index, the trainer's state and, last, the marker, beside shards that are on the disk."""
+    tensors = {
+        name: {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": tensor.shape,
+            "shards": [shard._asdict() for shard in tensor.shards],
+        }
+        for name, tensor in index.items()
+    }
+    write_json(checkpoint / PROGRESS, progress)
+    write_bytes(checkpoint / INDEX, json.dumps({"tensors": tensors}, separators=(",", ":")).encode())
+    files: dict[str, Any] = {name: _described(checkpoint / name) for name in (INDEX, PROGRESS)}
+    for shard in (shard for tensor in index.values() for shard in tensor.shards):
+        entry = files.setdefault(shard.file, {"bytes": 0})
+        entry["bytes"] += shard.bytes
+    write_json(checkpoint / MARKER, {"format": FORMAT, "files": files})
+
+
+def problem(checkpoint: Path) -> str:
+    """Why a committed checkpoint cannot be used ("is damaged: ..."), as far as this shows without its index and its
+    shards; empty where nothing is wrong. Raises `CheckpointError` where the store cannot be read.
+    """
+    try:
+        if not (checkpoint / MARKER).is_file():
+            raise Damaged(f"{MARKER} is not a file")
+        marker = _parsed(checkpoint / MARKER, dict)
+        if marker.get("format") == 1:
+            return _OLD_FORMAT
+        _check_files(checkpoint, marker)
+        _progress(checkpoint)
+    except Damaged as error:
+        return f"is damaged: {error}"
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {error.strerror or error}") from error
+    return ""
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's state. Raises `CheckpointError` unless it is that of the directory's step."""
+    try:
+        return _progress(checkpoint)
+    except (Damaged, OSError) as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {error}") from None
+
+
+def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
+    """Every tensor by its name. Raises `Damaged` unless the index is consistent and fits the files in the marker."""
+    sizes = _parsed(checkpoint / MARKER, lambda marker: {name: one["bytes"] for name, one in marker["files"].items()})
+    index: dict[str, IndexedTensor] = _parsed(
+        checkpoint / INDEX, lambda content: {name: _tensor(name, entry) for name, entry in content["tensors"].items()}
+    )
+    shards: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for shard in (shard for tensor in index.values() for shard in tensor.shards):
+        shards[shard.file].append((shard.start, shard.bytes))
+    for file, spans in shards.items():
+        reached = 0
+        for start, size in sorted(spans):
+            if start != reached:
+                raise Damaged(f"{INDEX}: shards in {file} overlap or leave a gap at byte {min(start, reached):,}")
+            reached += size
+        if reached != sizes.get(file):
+            raise Damaged(f"{INDEX}: shards end at byte {reached:,} of {file}, which has {sizes.get(file, 0):,}")
+    return index
+
+
+def _progress(checkpoint: Path) -> dict[str, Any]:
+    progress = _parsed(checkpoint / PROGRESS, dict)
+    if progress.get("step") != int(checkpoint.name.removeprefix("step-")):
+        raise Damaged(f"{PROGRESS} is of step {str(progress.get('step'))[:20]}")
+    return progress
+
+
+def _check_files(checkpoint: Path, marker: dict[str, Any]) -> None:
+    files = marker.get("files")
+    if marker.get("format") != FORMAT or not isinstance(files, dict):
+        raise Damaged(f"{MARKER} is not that of a checkpoint of format {FORMAT}")
+    for name in sorted({INDEX, PROGRESS, *files}):
+        path, wanted, is_json = checkpoint / name, files.get(name), name in (INDEX, PROGRESS)
+        if not is_json and not _is_shard_file(name):
+            raise Damaged(f"{MARKER} names {name[:60]!r}, which is not a file of a checkpoint")
+        if not isinstance(wanted, dict) or not _is_count(wanted.get("bytes")):
+            raise Damaged(f"{MARKER} does not say how long {name} is")
+        if not path.is_file():
+            raise Damaged(f"{name} is {'not a file' if path.exists() else 'missing'}")
+        if path.stat().st_size != wanted["bytes"]:
+            raise Damaged(f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}")
+        if is_json and _described(path) != wanted:
+            raise Damaged(f"{name} does not match its digest")
+
+
+def _tensor(name: str, entry: Any) -> IndexedTensor:
+    """One entry of the index, checked by itself."""
+    dtype, shape = _DTYPES[entry["dtype"]], _counts(entry["shape"])
+    shards = [
+        Shard(**{**one, "offset": _counts(one["offset"]), "shape": _counts(one["shape"])}) for one in entry["shards"]
+    ]
+    for shard in shards:
+        if not _is_shard_file(shard.file):
+            raise Damaged(f"{INDEX}: {name} is in {str(shard.file)[:60]!r}, which is not a file of a checkpoint")
+        size = math.prod(shard.shape) * dtype.itemsize
+        if not _is_count(shard.start) or not _is_count(shard.bytes) or shard.bytes != size:
+            raise Damaged(f"{INDEX}: a shard of {name} needs {size:,} bytes and has {str(shard.bytes)[:30]}")
+        if not isinstance(shard.digest, str):
+            raise Damaged(f"{INDEX}: a shard of {name} has no digest")
+    if not _tile(shape, shards):
+        raise Damaged(f"{INDEX}: the shards of {name} do not make up its shape {list(shape)}")
+    return IndexedTensor(dtype, shape, shards)
+
+
+def _tile(shape: tuple[int, ...], shards: Sequence[Shard]) -> bool:
+    """Whether the shards cover the tensor exactly once, in linear time.
+
+    A box is the sum of quadrants that begin at its corners, with alternating signs. The shards tile the tensor exactly
+    if all their corners cancel but the tensor's own.
+    """
+    corners: Counter[tuple[int, ...]] = Counter()
+    for offset, size, sign in [((0,) * len(shape), shape, -1), *((one.offset, one.shape, 1) for one in shards)]:
+        if len(offset) != len(shape) or len(size) != len(shape) or not all(size):
+            return False
+        for picked in itertools.product((0, 1), repeat=len(shape)):
+            corner = tuple(a + b * far for a, b, far in zip(offset, size, picked, strict=True))
+            corners[corner] += sign * (-1) ** sum(picked)
+    return not any(corners.values())
+
+
+def _parsed(path: Path, parse: Callable[[Any], T]) -> T:
+    try:
+        return parse(read_json(path))
+    except _UNREADABLE as error:
+        raise Damaged(f"{path.name} is unreadable ({_one_line(error)})") from None
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or len(values) > _MAX_DIMS or not all(map(_is_count, values)):
+        raise ValueError("an offset or a shape is not a list of counts")
+    return tuple(values)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_shard_file(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"rank_\d+\.bin", name) is not None
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def _described(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}

@@ -1,0 +1,223 @@
+"""A model that returns the losses of given tokens: for the filter's scorers and for lm-eval's tasks.
+
+It is a run, an imported model, a directory in the Hugging Face format, or a model that transformers opens.
+
+Shapes: B batch, T sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from core.errors import CheckpointError, ConfigError
+from core.files import sha256_text
+from data.filter.score.factory import Models
+from data.tokenizer import JsonTokenizer
+from model.attention.plan import SequenceContext
+from model.huggingface import HuggingFaceCheckpoint
+from model.tensor_source import materialise
+from parallel.comm.world import World
+from parallel.sharding import local
+from precision.config import Backend
+from train.checkpoint.init_from import open_model
+from train.checkpoint.reader import TOKENIZER, load_origin
+from train.checkpoint.restore import restore
+
+DEFAULT_CONTEXT = 2048
+"""Of a model whose configuration does not name its longest sequence."""
+
+
+class TextTokenizer(Protocol):
+    bos_id: int
+    eos_id: int
+    fingerprint: str
+
+    def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Ids of each text, without BOS and EOS."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class TokenWindow:
+    """Inputs `ids[:-1]` and labels `ids[1:]`; the last `counted` labels belong to text number `text`."""
+
+    text: int
+    ids: list[int]
+    counted: int
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """`logits`: [B, T, V] of token ids [B, T] (int64, on the host) of sequences that begin at position 0. `context`:
+    the tokens that the model was made for. `identity`: the kind of model, and what its losses depend on besides its
+    weights.
+    """
+
+    network: nn.Module
+    logits: Callable[[Tensor], Tensor]
+    tokenizer: TextTokenizer
+    context: int
+    identity: tuple[str, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the weights, the tokenizer and how products are computed."""
+        return sha256_text(self.identity[0], weights_hash(self.network), *self.identity[1:])
+
+    def next_logits(self, tokens: list[int]) -> Tensor:
+        """Logits [V] of the token after `tokens`."""
+        return self.logits(torch.tensor([tokens]))[0, -1]
+
+    @torch.no_grad()
+    def losses(self, windows: Sequence[TokenWindow], batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        """For each window: the losses of its counted labels in nats, float32 [counted] on the CPU, and whether each of
+        these labels is the most probable token.
+
+        Windows are sorted by length and run `batch_size` at a time, padded at their ends, where no earlier token looks.
+        """
+        results: list[Any] = [None] * len(windows)
+        order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))  # the largest first: memory shows early
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            chosen = [windows[index] for index in indices]
+            tokens_BT = torch.zeros(len(chosen), len(chosen[0].ids) - 1, dtype=torch.int64)
+            for row, window in enumerate(chosen):
+                tokens_BT[row, : len(window.ids) - 1] = torch.tensor(window.ids[:-1])
+            logits_BTV = self.logits(tokens_BT)
+            for row, (index, window) in enumerate(zip(indices, chosen, strict=True)):
+                last, counted = len(window.ids) - 1, window.counted
+                labels_T = torch.tensor(window.ids[-counted:], device=logits_BTV.device)
+                logp_TV = logits_BTV[row, last - counted : last].float().log_softmax(-1)
+                losses_T = -logp_TV.gather(1, labels_T[:, None])[:, 0]
+                results[index] = losses_T.cpu(), (logp_TV.argmax(1) == labels_T).cpu()
+        return results
+
+
+def from_run(
+    directory: Path, world: World, backend: Backend | None = None, models: Models | None = None
+) -> ScoringModel:
+    """The newest whole checkpoint of a run, computed as in training. The tokenizer is its corpus's.
+
+    `models`: as in `get_corpus`. In a process group all ranks call this together; with a `world` of one process each
+    rank has the whole model.
+    """
+    restored = restore(directory, world, backend, models)
+    tokenizer, precision = restored.corpus.tokenizer, json.dumps(restored.config.precision, default=str)
+    identity = ("run", tokenizer.fingerprint, precision)
+    return _ours(restored.placed.model, world.device, tokenizer, restored.phase.seq_len, identity)
+
+
+def from_directory(path: Path, device: torch.device) -> ScoringModel:
+    """An imported model, or one in the Hugging Face format, in float32."""
+    source = open_model(path)
+    if isinstance(source, HuggingFaceCheckpoint):
+        folder, settings = path, source.raw_config.get("text_config") or source.raw_config
+    else:
+        folder, settings = path / TOKENIZER, load_origin(path)[1]
+    tokenizer = _tokenizer(folder)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        has = source.config.vocab_size
+        raise CheckpointError(f"{folder} has a tokenizer of {tokenizer.vocab_size} ids, the model only {has}")
+    context = int(settings.get("max_position_embeddings") or DEFAULT_CONTEXT)
+    return _ours(materialise(source).to(device), device, tokenizer, context, ("directory", tokenizer.fingerprint))
+
+
+def from_transformers(name: str, device: torch.device) -> ScoringModel:
+    """A causal language model by its directory or its name on the hub: float32 on a CPU, bfloat16 on a GPU.
+
+    Only safetensors are read, and no code that comes with a model is run.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("", name, "is not a run, and others need transformers: pip install 'transformers>=5.20'")
+    import transformers
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        library: Any = transformers.AutoTokenizer.from_pretrained(
+            name, split_special_tokens=True, trust_remote_code=False
+        )
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # it raises OSError, ValueError, ImportError and the hub's own kinds
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError("", name, f"is not a run, and transformers cannot open it: {reason}") from error
+    model = model.to(device).eval()
+    tokenizer = _TransformersTokenizer(name, library)
+    size = model.get_input_embeddings().weight.shape[0]
+    if len(library) > size:
+        raise ConfigError("", name, f"its tokenizer has {len(library)} ids, the model only {size}")
+
+    def logits(tokens_BT: Tensor) -> Tensor:
+        return model(input_ids=tokens_BT.to(device), use_cache=False).logits
+
+    identity = ("transformers", tokenizer.fingerprint, str(tokenizer.bos_id), str(dtype))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return ScoringModel(model, logits, tokenizer, context, identity)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of the names and bytes of all tensors."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        content = local(tensor).detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {content.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(content.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class _TransformersTokenizer:
+    """Text that looks like a special token is ordinary text. EOS stands in for a missing BOS."""
+
+    def __init__(self, name: str, library: Any) -> None:
+        self.library, self.eos_id = library, library.eos_token_id
+        self.bos_id = self.eos_id if library.bos_token_id is None else library.bos_token_id
+        if self.bos_id is None:
+            raise ConfigError("", name, "its tokenizer has neither BOS nor EOS to begin a text with")
+        backend = getattr(library, "backend_tokenizer", None)
+        self.fingerprint = backend.to_str() if backend is not None else json.dumps(library.get_vocab(), sort_keys=True)
+
+    def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        # `verbose` would warn of long texts, which are split into windows
+        return self.library(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.library.decode(list(ids), skip_special_tokens=True)
+
+
+def _ours(
+    model: nn.Module, device: torch.device, tokenizer: TextTokenizer, context: int, identity: tuple[str, ...]
+) -> ScoringModel:
+    def logits(tokens_BT: Tensor) -> Tensor:
+        positions_BT = torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)
+        return model(tokens_BT.to(device), SequenceContext(positions_BT, device))
+
+    return ScoringModel(model.eval(), logits, tokenizer, context, identity)
+
+
+def _tokenizer(folder: Path) -> JsonTokenizer:
+    """The tokenizer in `tokenizer.json`, with the special tokens that `tokenizer_config.json` names."""
+    if not (folder / "tokenizer.json").exists():
+        raise CheckpointError(f"{folder} has no tokenizer.json: texts cannot be turned into tokens")
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(path.read_text())
+        names = [settings.get(key) for key in ("bos_token", "eos_token")]
+        bos, eos = (name["content"] if isinstance(name, dict) else name for name in names)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not say which tokens begin and end a text ({error})") from error
+    if not isinstance(eos, str):
+        raise CheckpointError(f"{path} names no eos_token: the end of a text is unknown")
+    return JsonTokenizer(folder / "tokenizer.json", bos or eos, eos)
