@@ -50,8 +50,8 @@ def test_every_position_is_on_one_rank_and_parts_make_up_the_row(size, each):
     x_BT = torch.arange(2 * size * each * CHUNK).view(2, -1)
     parts = [share.take(x_BT) for share in shares]
     assert all(part.shape[1] == each * CHUNK for part in parts)
-    assert torch.equal(shares[0].whole(parts, 1), x_BT)
-    assert all(torch.equal(a, b) for a, b in zip(shares[0].parts(x_BT, 1), parts, strict=True))
+    assert torch.equal(shares[0].unshard(parts, 1), x_BT)
+    assert all(torch.equal(a, b) for a, b in zip(shares[0].shards(x_BT, 1), parts, strict=True))
 
 
 def test_causal_work_is_even():
@@ -73,7 +73,7 @@ def attended(method: ContextMethod, chunk: int | None, length: int, unit: int, b
         rows = rows.clone()
         rows[:, length // 2 :] += 1003
         context = share.sequence_context(rows, world.device)
-    way = module._KINDS[method](meshes.cp)
+    way = module._METHODS[method](meshes.cp)
     return figures(lambda q, k, v: way(q, k, v, context, chunk), *(share.take(x) for x in inputs(length)))
 
 
@@ -103,7 +103,7 @@ def test_parts_of_rows_attend_as_whole_rows(ranks, size, method, chunk, length):
     """Documents start inside chunks; parts with and without tails, of even and of odd numbers of chunks."""
     found = ranks(size, attended, method, chunk, length, CHUNK, None)
     share = ContextShard(MeshAxis("cp", size), length, CHUNK, method)
-    whole = [share.whole([rank[figure] for rank in found], 1) for figure in range(4)]
+    whole = [share.unshard([rank[figure] for rank in found], 1) for figure in range(4)]
     assert largest(whole, wanted(chunk, length)) < 1e-12
 
 
@@ -113,7 +113,7 @@ def test_parts_of_rows_attend_as_whole_rows(ranks, size, method, chunk, length):
 def test_the_comparison_notices_another_document(ranks, method, chunk):
     found = ranks(2, attended, method, chunk, 48, CHUNK, "another document")
     share = ContextShard(MeshAxis("cp", 2), 48, CHUNK, method)
-    whole = [share.whole([rank[figure] for rank in found], 1) for figure in range(4)]
+    whole = [share.unshard([rank[figure] for rank in found], 1) for figure in range(4)]
     assert largest(whole, wanted(chunk, 48)) > 1e-3
 
 

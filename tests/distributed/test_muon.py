@@ -254,7 +254,7 @@ def factor_of_the_part() -> list[Plant]:
 
     def shrunk(specs: Any, meshes: Any) -> Any:
         plan = whole_matrices.rounds(specs, meshes)
-        return [replace(each, shape=specs[each.pieces[0].name].compute_block.shape[-2:]) for each in plan]
+        return [replace(each, shape=specs[each.ranges[0].name].compute_block.shape[-2:]) for each in plan]
 
     return [(optimizer, "rounds", shrunk)]
 

@@ -186,7 +186,7 @@ def put_off(parallel: ParallelConfig, model: ModelConfig) -> str:
     from parallel.pipeline import deferred_wgrad
 
     happened: list[str] = []
-    note, take = deferred_wgrad.Deferred.note, deferred_wgrad.Deferred.take
+    note, take = deferred_wgrad.Deferred.defer, deferred_wgrad.Deferred.take
 
     def noted(self: Any, work: Any) -> None:
         happened.append("n")
@@ -196,11 +196,11 @@ def put_off(parallel: ParallelConfig, model: ModelConfig) -> str:
         run = take(self)
         return lambda: (happened.append("|"), run())
 
-    deferred_wgrad.Deferred.note, deferred_wgrad.Deferred.take = noted, taken  # type: ignore[method-assign, assignment]
+    deferred_wgrad.Deferred.defer, deferred_wgrad.Deferred.take = noted, taken  # type: ignore[method-assign, assignment]
     try:
         one_step(parallel, model)
     finally:
-        deferred_wgrad.Deferred.note, deferred_wgrad.Deferred.take = note, take  # type: ignore[method-assign]
+        deferred_wgrad.Deferred.defer, deferred_wgrad.Deferred.take = note, take  # type: ignore[method-assign]
     return "".join(happened)
 
 

@@ -21,7 +21,7 @@ from model.layers import Linear
 from parallel.cost import static_bytes
 from parallel.deepspeed import zero3, zero12
 from parallel.deepspeed.config import VERSION
-from parallel.deepspeed.offload import PIECE, MappedFile, PagedAdamW
+from parallel.deepspeed.offload import CHUNK, MappedFile, PagedAdamW
 from parallel.sharding import ShardBlock
 from tests.distributed.certify.test_certify import Broken, config
 from tests.support.tiny import trainer
@@ -374,7 +374,7 @@ def test_the_graph_keeps_no_whole_matrix(small_corpus, tmp_path, honest):
 
 
 def test_paged_adamw_is_adamw_and_gives_its_memory_back(tmp_path):
-    size = PIECE * 2 + 12345
+    size = CHUNK * 2 + 12345
     torch.manual_seed(0)
     start, options = torch.randn(size), {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     plain, paged = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -389,7 +389,7 @@ def test_paged_adamw_is_adamw_and_gives_its_memory_back(tmp_path):
     for key in ("exp_avg", "exp_avg_sq", "step"):
         assert torch.equal(ours.state[paged][key], usual.state[plain][key]), key
     assert torch.equal(paged, plain)
-    ours.leave()
+    ours.release()
     assert resident_kb(tmp_path) == 0
     paged.sum()
     assert resident_kb(tmp_path) > size * 4 // 1024 * 0.9, "the control"
@@ -428,22 +428,22 @@ def test_a_range_is_few_blocks(shape):
         (["precision=bf16", "precision.param_dtype=bfloat16"], r"precision.*master weights in bfloat16"),
         (["parallel.pp=2", "parallel.zero.stage=2", "parallel.dp_shard=1"], r"zero.stage=2: .*pipeline.*try 1"),
         (["parallel.pp=2", *ZERO3, "parallel.dp_shard=1"], r"zero.stage=3: .*pipeline.*try 1"),
-        (["parallel.zero.stage=3"], r"zero.stage=3: is for models without routed experts; parallel.engine=fsdp2"),
+        (["parallel.zero.stage=3"], r"zero.stage=3: does not support routed experts; parallel.engine=fsdp2"),
         ([*ZERO3, "parallel.compile=true"], r"parallel.compile=True: .*stage 3; parallel.engine=fsdp2"),
-        ([*ZERO3, "precision=fp8"], r"zero.stage=3: FP8 was not tried.*parallel.engine=fsdp2"),
-        ([*ZERO3, "+parallel.zero.extra.overlap_comm=true"], r"extra.overlap_comm.*is nothing to stage 3"),
+        ([*ZERO3, "precision=fp8"], r"zero.stage=3: FP8 is untested.*parallel.engine=fsdp2"),
+        ([*ZERO3, "+parallel.zero.extra.overlap_comm=true"], r"extra.overlap_comm.*does not apply to stage 3"),
         (["parallel.zero.offload_parameters=cpu"], r"zero.offload_parameters=cpu: .*whole on every rank.*try none"),
         (["parallel.zero.stage=7"], r"zero.stage=7: there are stages 1, 2 and 3"),
         (["parallel.reduce_dtype=bfloat16"], r"parallel.reduce_dtype.*fp32"),
         (["parallel.zero.offload=nvme"], r"zero.nvme.*name a directory"),
-        (["parallel.zero.nvme=/tmp"], r"zero.nvme=/tmp: goes with"),
+        (["parallel.zero.nvme=/tmp"], r"zero.nvme=/tmp: needs"),
         (["parallel.zero.offload=nvme", "parallel.zero.nvme=''"], r"zero.nvme.*name a directory"),
-        (["parallel.zero.offload=nvme", "parallel.zero.nvme=/dev/null"], r"zero.nvme=/dev/null: is no directory"),
-        (["+parallel.zero.extra.overlap_comm=true"], r"extra.overlap_comm=True: is nothing to stage 1"),
-        (["+parallel.zero.extra.round_robin_gradients=true"], r"extra.round_robin_gradients.*set by ours"),
+        (["parallel.zero.offload=nvme", "parallel.zero.nvme=/dev/null"], r"zero.nvme=/dev/null: is not a directory"),
+        (["+parallel.zero.extra.overlap_comm=true"], r"extra.overlap_comm=True: does not apply to stage 1"),
+        (["+parallel.zero.extra.round_robin_gradients=true"], r"extra.round_robin_gradients.*set by Leviathan"),
         (["parallel.zero.offload=nvme", "parallel.zero.nvme=/tmp", "optimizer=sgd"], r"zero.offload.*AdamW"),
-        (["+parallel.zero.extra.stage3_prefetch_bucket_size=1"], r"extra.stage3_prefetch.*is nothing to stage 1"),
-        (["+parallel.zero.extra.reduce_scatter=false"], r"extra.reduce_scatter.*set by ours"),
+        (["+parallel.zero.extra.stage3_prefetch_bucket_size=1"], r"extra.stage3_prefetch.*does not apply to stage 1"),
+        (["+parallel.zero.extra.reduce_scatter=false"], r"extra.reduce_scatter.*set by Leviathan"),
         (["+parallel.zero.extra.allgather_bucket_size=many"], r"extra.allgather_bucket_size=many: .*integer"),
     ],
 )
@@ -477,7 +477,7 @@ def test_a_file_is_given_back_with_its_tensor(tmp_path):
 
 
 def test_a_disk_without_room_is_refused(monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match=r"zero.nvme=.*no room for"):
+    with pytest.raises(ConfigError, match=r"zero.nvme=.*no space for"):
         MappedFile(tmp_path, 1 << 50)
     assert not list(tmp_path.iterdir())
 

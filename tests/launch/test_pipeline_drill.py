@@ -48,7 +48,7 @@ def test_a_stopped_stage_is_reported_and_started_again(small_corpus, tmp_path, u
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert (
-        "; rank 2 gives no sign of life since step " in (tmp_path / "runs" / "x" / "logs" / "hangs.jsonl").read_text()
+        "; rank 2 has sent no heartbeat since step " in (tmp_path / "runs" / "x" / "logs" / "hangs.jsonl").read_text()
     )
     assert figures(tmp_path / "runs" / "x") == undisturbed
 

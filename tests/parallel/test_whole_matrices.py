@@ -61,7 +61,7 @@ def plans(layout: Layout, at_once: int) -> list[tuple[Meshes, dict[str, ShardSpe
 def done_here(together: Round) -> int:
     """Matrices of a round that this rank works on."""
     if not together.stages:
-        return sum(piece.stop - piece.start for piece in together.pieces)
+        return sum(piece.stop - piece.start for piece in together.ranges)
     return together.stages[-1].counts[together.stages[-1].split.rank]
 
 
@@ -122,6 +122,6 @@ def test_work_is_spread_evenly(name):
 def test_experts_whole_where_they_lie_are_not_sent():
     for layout in (ParallelConfig(ep=2).resolve(2), ParallelConfig(ep=2).resolve(4), ParallelConfig().resolve(2)):
         for _, specs, plan in plans(layout, 1 << 26):
-            stages = {piece.name: together.stages for together in plan for piece in together.pieces}
+            stages = {piece.name: together.stages for together in plan for piece in together.ranges}
             experts = {name: stages[name] for name in specs if specs[name].info.role.is_expert}
             assert experts and not any(experts.values())

@@ -77,15 +77,12 @@ def missing_reduction(plant: Plant) -> None:
     """The backward of the sequence gather keeps the local part instead of summing the ranks'."""
     from parallel.comm import collectives
 
-    def keep(partial: torch.Tensor, axis: Any, dim: int, purpose: str) -> torch.Tensor:
-        return partial.chunk(axis.size, dim)[axis.rank].contiguous()
+    def gather(shard: torch.Tensor, axis: Any, dim: int, purpose: str) -> torch.Tensor:
+        there = lambda x: collectives.all_gather_no_grad(x, axis, dim, purpose)  # noqa: E731
+        local = lambda grad: grad.chunk(axis.size, dim)[axis.rank].contiguous()  # noqa: E731
+        return shard if axis.size == 1 else collectives._Collective.apply(shard, there, local)
 
-    class Local(collectives._Gather):
-        @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-            return keep(grads[0], *ctx.arguments), None, None, None
-
-    plant(collectives, "_Gather", Local)
+    plant(collectives, "all_gather", gather)
 
 
 def doubled_divide(plant: Plant) -> None:
@@ -244,8 +241,8 @@ def positions_not_restarted(plant: Plant) -> None:
 def halo_off_by_one(plant: Plant) -> None:
     from parallel.context_parallel import _AttendShard
 
-    honest = _AttendShard._before
-    plant(_AttendShard, "_before", lambda self, *arguments: honest(self, *arguments).roll(1, dims=2))
+    honest = _AttendShard._halo
+    plant(_AttendShard, "_halo", lambda self, *arguments: honest(self, *arguments).roll(1, dims=2))
 
 
 def loss_divided_by_cp(plant: Plant) -> None:
@@ -265,14 +262,14 @@ def last_keys_of_the_ring_dropped(plant: Plant) -> None:
     """One hop too few."""
     from parallel.context_parallel import RingPlan, ShardedContext
 
-    honest = ShardedContext._global
+    honest = ShardedContext._full_plan
 
     def short(self: Any, rows: Any) -> Any:
         plan = honest(self, rows)
         assert isinstance(plan, RingPlan)
         return dataclasses.replace(plan, rounds=(*plan.rounds[:-1], []))
 
-    plant(ShardedContext, "_global", short)
+    plant(ShardedContext, "_full_plan", short)
 
 
 def balancing_term_dropped_in_a_stage(plant: Plant) -> None:

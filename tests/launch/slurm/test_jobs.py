@@ -150,7 +150,7 @@ def test_a_node_that_hangs_is_named_and_left_out(cluster, user, undisturbed):
     assert user.wait_for_end("stuck", number) == "COMPLETED", user.log("stuck")
     assert (user.figures("stuck"), user.heldout("stuck")) == undisturbed
     log = user.log("stuck")
-    assert "gives no sign of life since step" in log and f"on {victim})" in log
+    assert "has sent no heartbeat since step" in log and f"on {victim})" in log
     assert f"leviathan: left out from now on: {victim}" in log and "going on from step-00000020" in log
     assert f"ExcNodeList={victim} " in cluster.client("scontrol", "show", "job", "-o", number)
     assert victim not in user.nodes_of(number)
