@@ -160,10 +160,9 @@ class ParallelConfig:
         if world_size % others:
             named = {key: getattr(self, key) for key in ("pp", "dp_replicate", "cp", "tp") if getattr(self, key) > 1}
             key, value = max(named.items(), key=lambda item: item[1])
-            fitting = [d for d in divisors(world_size) if world_size % (others // value * d) == 0]
-            product = " * ".join(named)
-            reason = f"{product} = {others} must divide the world's {world_size} ranks"
-            raise ConfigError(f"parallel.{key}", value, reason, nearest(fitting, value))
+            legal = [d for d in divisors(world_size) if world_size % (others // value * d) == 0]
+            reason = f"{' * '.join(named)} = {others} must divide the world's {world_size} ranks"
+            raise ConfigError(f"parallel.{key}", value, reason, nearest(legal, value))
         shard = world_size // others
         if self.dp_shard not in (AUTO, shard):
             reason = f"times pp * dp_replicate * cp * tp = {others} must equal the world's {world_size} ranks"
@@ -234,35 +233,33 @@ class Layout(ParallelConfig):
             raise ConfigError("parallel.schedule", self.schedule, f"{reason} another schedule", others)
         self._check_heads(model)
         kinds = {layer.feed_forward for layer in model.blocks}
-        widths = [
-            ("query heads", model.num_heads),
-            ("key/value heads", model.num_kv_heads),
-            ("vocabulary", model.vocab_size),
-        ]
-        if FeedForward.dense in kinds:
-            widths.append(("dense hidden size", model.dense_hidden_size))
-        if FeedForward.moe in kinds and model.shared_hidden_size:
-            widths.append(("shared expert's hidden size", model.shared_hidden_size))
-        common = divisors(math.gcd(*(size for _, size in widths)))
-        for what, size in widths:
+        sizes = {
+            "query heads": model.num_heads,
+            "key/value heads": model.num_kv_heads,
+            "vocabulary": model.vocab_size,
+            "dense hidden size": model.dense_hidden_size if FeedForward.dense in kinds else 0,
+            "shared expert's hidden size": model.shared_hidden_size if FeedForward.moe in kinds else 0,
+        }
+        for what, size in sizes.items():
             if size % self.tp:
-                reason = f"must divide the model's {what} of {size}"
-                raise ConfigError("parallel.tp", self.tp, reason, nearest(common, self.tp))
+                raise self._error(
+                    "tp", f"must divide the model's {what} of {size}", divisors(math.gcd(*sizes.values()))
+                )
         if FeedForward.moe not in kinds:
             for key in ("ep", "etp"):
                 if getattr(self, key) > 1:
-                    raise ConfigError(f"parallel.{key}", getattr(self, key), "the model has no routed experts", [1])
+                    raise self._error(key, "the model has no routed experts", [1])
             return
         if model.num_experts % self.ep:
-            reason = f"must divide the model's {model.num_experts} experts"
-            raise ConfigError("parallel.ep", self.ep, reason, nearest(divisors(model.num_experts), self.ep))
+            raise self._error("ep", f"must divide the model's {model.num_experts} experts", divisors(model.num_experts))
         legal = [d for d in divisors(model.expert_hidden_size) if model.expert_hidden_size // d % 8 == 0]
         if self.etp not in legal:
             reason = f"must split the expert hidden size of {model.expert_hidden_size} into multiples of 8"
-            raise ConfigError("parallel.etp", self.etp, reason, nearest(legal, self.etp))
+            raise self._error("etp", reason, legal)
         if self.dispatch is DispatchMethod.deepep and self.etp > 1:
-            reason = "DeepEP sends whole tokens to whole experts; use dispatch=all_to_all with etp"
-            raise ConfigError("parallel.etp", self.etp, reason, [1])
+            raise self._error(
+                "etp", "DeepEP sends whole tokens to whole experts; use dispatch=all_to_all with etp", [1]
+            )
 
     def check_batch(self, global_batch_size: int, micro_batch_size: int) -> None:
         """The global batch must divide evenly over the ranks, and a rank's sequences into micro-batches."""
@@ -281,7 +278,7 @@ class Layout(ParallelConfig):
         unit = split_unit(model, length)
         if unit > 1 and length < unit * self.cp:
             reason = f"training.seq_len={length} has only {length // unit} whole chunks of {unit}"
-            raise ConfigError("parallel.cp", self.cp, reason, nearest(range(1, length // unit + 1), self.cp))
+            raise self._error("cp", reason, range(1, length // unit + 1))
         multiple = self.length_multiple(unit)
         if length % multiple == 0:
             return
@@ -305,12 +302,15 @@ class Layout(ParallelConfig):
             length = -(-length // multiple) * multiple
         return length
 
+    def _error(self, key: str, reason: str, legal: Iterable[int]) -> ConfigError:
+        value = getattr(self, key)
+        return ConfigError(f"parallel.{key}", value, reason, nearest(legal, value))
+
     def _check_heads(self, model: ModelConfig) -> None:
         heads = model.num_kv_heads // self.tp
         if self.cp > 1 and self.cp_method is ContextMethod.ulysses and heads % self.cp:
             reason = f"must divide the {heads} key/value heads of a rank for cp_method=ulysses; or take another "
-            reason += "parallel.cp_method: gather or ring"
-            raise ConfigError("parallel.cp", self.cp, reason, nearest(divisors(max(heads, 1)), self.cp))
+            raise self._error("cp", f"{reason}parallel.cp_method: gather or ring", divisors(max(heads, 1)))
 
     def _check_micro_batches(self, global_batch_size: int, count: int, micro_batch_size: int) -> None:
         """Reject a number of micro-batches that leaves pipeline ranks idle, or that the schedule cannot run."""
