@@ -106,9 +106,7 @@ class ParallelConfig:
     layers_per_stage: list[int] | None = None
     """Layers of each stage, first to last. null: the split whose costliest stage costs the least."""
     timeout_s: float = 300.0
-    """Seconds after which a waiting collective is reported with the missing ranks, and the run ends. NCCL's own time
-    limit, which must be longer, ends a process without naming them.
-    """
+    """Seconds after which a waiting collective is reported with the missing ranks, and the run ends."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("timeout_s",))
