@@ -87,7 +87,7 @@ def steps(parallel: ParallelConfig) -> list[float]:
     pipeline = Pipeline(model, stacks, meshes, world.device)
     for stage, stack in stacks.items():
         if isinstance(stack, Sleeper) and parallel.schedule.splits_backward:
-            stack.note = pipeline.deferred[stage].note
+            stack.note = pipeline.deferred[stage].defer
     tokens = torch.zeros(MICRO_BATCHES, LENGTH, dtype=torch.int64)
     contexts: list[Any] = [None] * MICRO_BATCHES
     found = []

@@ -1,1 +1,1 @@
-"""From one device to N ranks: the layout, its meshes and one file per technique, applied from outside the model."""
+"""Parallelism: the layout of ranks, its meshes, and one file per technique, applied from outside the model."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a layer's backward computes again what was not kept (Chen et al. 2016)."""
+"""Activation checkpointing: the backward pass of a layer recomputes what was not kept (Chen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _KEPT = frozenset(
         *cpu_gemm.PRODUCTS,
     }
 )
-"""Results that cost the most to make again: matrix products and attention."""
+"""Operations whose results are the costliest to recompute: matrix products and attention."""
 
 
 def apply(model: Transformer, mode: Recompute) -> None:
-    """Wrap forwards in place; names of modules and parameters stay as they are.
+    """Wrap forwards in place. Names of modules and parameters do not change.
 
-    `full` repeats whole layers. `selective` repeats attention and feed-forward parts one by one, so that what lies
-    between them is kept: the residual stream, and the rows that were sent to experts, whose journey is not repeated.
-    (A part must hold no FSDP2 unit: torch 2.13 counts the operations of a region, and those of an inner unit's hooks
-    differ between the forward and the repeated forward.)
+    `full` recomputes whole layers. `selective` recomputes attention and feed-forward parts one by one and keeps what
+    lies between them: the residual stream, and the tokens sent to experts, which are not sent again. (A part must hold
+    no FSDP2 unit: torch 2.13 counts the operations of a region, and an inner unit's hooks issue different ones in the
+    recomputed forward.)
     """
     if mode is Recompute.none:
         return

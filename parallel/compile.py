@@ -1,7 +1,7 @@
-"""torch.compile of each layer by itself, an option: repeated blocks are compiled once per kind.
+"""torch.compile of each layer by itself. Repeated blocks are compiled once per kind.
 
-Mixtures stay eager: how many rows each expert gets is data, and the grouped product cannot be traced in float32
-(torch 2.13: its shape function wants bfloat16). So does attention over rows that several ranks have.
+MoE layers stay eager: the number of tokens per expert is data, and the grouped product cannot be traced in float32
+(torch 2.13: its shape function requires bfloat16). Attention over context-parallel sequences stays eager as well.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from model.transformer import Layer, Transformer
 
 
 def apply(model: Transformer) -> None:
-    """Compile in place; names of modules and parameters stay as they are. Contexts must be prepared before they are
-    used: see `SequenceContext.prepare`.
+    """Compile in place. Names of modules and parameters do not change. Contexts must be prepared before they are used:
+    see `SequenceContext.prepare`.
     """
-    attends: dict[int, Attend] = {}  # one object for all layers, or each would be a reason to compile again
+    attends: dict[int, Attend] = {}  # one object for all layers: several would cause recompilation
     for layer in model.layers.values():
         assert isinstance(layer, Layer)
         if isinstance(layer.ffn, MixtureOfExperts):
-            mixture: Any = layer.ffn
-            mixture.forward = torch.compiler.disable(mixture.forward)
+            moe: Any = layer.ffn
+            moe.forward = torch.compiler.disable(moe.forward)
         attend = layer.attention.attend
         if attend is not attend_here:
             layer.attention.attend = attends.setdefault(id(attend), torch.compiler.disable(attend))

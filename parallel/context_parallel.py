@@ -1,12 +1,11 @@
-"""Context parallelism: each rank of the axis has a part of every row.
+"""Context parallelism: each rank of the axis holds a part of every sequence.
 
-Rows are cut in whole chunks, so that chunked layers need nothing from other ranks, or the chunk before where documents
-start inside a chunk and reach into the next. A rank has some chunks from the row's head and as many from its tail:
-later queries see more keys, so the sum is even where a rank's chunks are even in number, and as even as whole chunks
-allow elsewhere. Layers that see the whole row get its keys in one of three ways (`ContextMethod`).
+Sequences are split in whole attention chunks. A chunked layer then needs nothing from other ranks, or only the chunk
+before its own where documents start inside a chunk and reach into the next. A rank has some chunks from the head of the
+sequence and as many from its tail: later queries see more keys, so work is even where a rank's number of chunks is
+even, and as even as whole chunks allow otherwise. Layers with full attention get their keys by a `ContextMethod`.
 
-Shapes: B batch, T sequence of the whole row, L this rank's part of it, H query heads, G key/value
-heads, K head width, R ranks.
+Shapes: B batch, T sequence, L this rank's part of it, H query heads, G key/value heads, K head size, R ranks.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ from parallel.mesh import MeshAxis
 
 
 def apply(model: Transformer, axis: MeshAxis, method: ContextMethod) -> None:
-    """Give every attention the way in which it sees keys on other ranks."""
+    """Give every attention layer the method by which it sees keys on other ranks."""
     if axis.size == 1:
         return
-    attend = _KINDS[method](axis)
+    attend = _METHODS[method](axis)
     for layer in model.layers.values():
         assert isinstance(layer, Layer)
         layer.attention.attend = attend
@@ -50,7 +49,7 @@ def apply(model: Transformer, axis: MeshAxis, method: ContextMethod) -> None:
 
 @dataclass(frozen=True)
 class ContextShard:
-    """This rank's part of rows of one length, cut between multiples of `unit` positions."""
+    """This rank's part of sequences of one length, split at multiples of `unit` positions."""
 
     axis: MeshAxis
     length: int
@@ -58,8 +57,8 @@ class ContextShard:
     method: ContextMethod
 
     def runs(self, rank: int) -> list[SegmentRun]:
-        """What a rank has, in its order: ceil(m/2) of its m units from the row's head, in the order of ranks, and the
-        others from its tail, in the reverse order.
+        """The positions of a rank: ceil(m/2) of its m units from the sequence's head, in the order of ranks, and the
+        others from its tail, in reverse order.
         """
         units = self.length // self.unit // self.axis.size
         head, tail = -(-units // 2) * self.unit, units // 2 * self.unit
@@ -68,33 +67,33 @@ class ContextShard:
             found.append(SegmentRun(self.length - (rank + 1) * tail, self.length - rank * tail, head))
         return found
 
-    def lacking(self, rank: int) -> list[SegmentRun]:
-        """Those of a rank's runs whose predecessor another rank has."""
+    def with_halo(self, rank: int) -> list[SegmentRun]:
+        """The runs of a rank whose previous position is on another rank."""
         runs, last = self.runs(rank), self.axis.size - 1
         return [*(runs[:1] if rank > 0 else []), *(runs[1:] if rank < last else [])]
 
     @cached_property
     def columns(self) -> Tensor:
-        """The positions of this rank, on the host: int64 [L], ascending."""
+        """This rank's positions, on the host: int64 [L], ascending."""
         return torch.cat([torch.arange(run.start, run.stop) for run in self.runs(self.axis.rank)])
 
     @property
     def head(self) -> int:
-        """How much of this rank's part is from the head of rows."""
+        """The number of this rank's positions that are from the head of the sequence."""
         return self.runs(0)[0].stop
 
     def take(self, x_BT: Tensor) -> Tensor:
-        """This rank's columns."""
+        """This rank's part of `x_BT`."""
         return x_BT if self.axis.size == 1 else x_BT.index_select(1, self.columns.to(x_BT.device))
 
-    def whole(self, parts: Sequence[Tensor], dim: int) -> Tensor:
-        """The ranks' parts put in the order of the row."""
+    def unshard(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        """Join the ranks' parts in the order of the sequence."""
         heads = [part.narrow(dim, 0, self.head) for part in parts]
         tails = [part.narrow(dim, self.head, part.shape[dim] - self.head) for part in reversed(parts)]
         return torch.cat(heads + tails, dim)
 
-    def parts(self, x: Tensor, dim: int) -> list[Tensor]:
-        """Each rank's part of something whole: what `whole` undoes."""
+    def shards(self, x: Tensor, dim: int) -> list[Tensor]:
+        """Each rank's part of a whole tensor: the inverse of `unshard`."""
         return [
             torch.cat([x.narrow(dim, run.start, run.stop - run.start) for run in self.runs(rank)], dim)
             for rank in range(self.axis.size)
@@ -103,90 +102,93 @@ class ContextShard:
     def sequence_context(
         self, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
     ) -> SequenceContext:
-        """What the layers know of whole rows at these positions."""
+        """The context of this rank's layers, from the positions of whole sequences."""
         if self.axis.size == 1:
             return SequenceContext(positions_BT, device, routed_tokens)
         return ShardedContext(self, positions_BT, device, routed_tokens)
 
 
 def context_shard(model: ModelConfig, length: int, axis: MeshAxis, method: ContextMethod) -> ContextShard:
-    """How rows of this length are divided."""
+    """How sequences of this length are divided."""
     return ContextShard(axis, length, split_unit(model, length), method)
 
 
 @dataclass(frozen=True)
 class RingPlan(AttentionPlan):
-    """Attention over rows of which this rank has a part. `rounds`: the pieces with the keys of this rank, then of the
-    one before it, and so on round the ranks.
+    """A plan with keys from all ranks in turn. `rounds`: the segments with this rank's keys, then those of the rank
+    before it, and so on round the ring.
     """
 
     rounds: tuple[list[Segment], ...] = ()
 
 
 class ShardedContext(SequenceContext):
-    """Of this rank's columns; but the documents of whole rows, which all ranks know alike, decide what is exchanged."""
+    """The context of this rank's positions. What is exchanged is decided from whole sequences, which all ranks know."""
 
     def __init__(
-        self, share: ContextShard, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
+        self, shard: ContextShard, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
     ) -> None:
-        self.share, self._whole_BT = share, positions_BT.cpu()
-        super().__init__(share.take(self._whole_BT), device, routed_tokens)
+        self.shard, self._whole_BT = shard, positions_BT.cpu()
+        super().__init__(shard.take(self._whole_BT), device, routed_tokens)
 
     def _make_plan(self, chunk: int | None) -> AttentionPlan:
-        share = self.share
-        if chunk is None or chunk >= share.length:
-            return self._global(documents(self._whole_BT == 0))
-        starts_BT, own = self._whole_BT % chunk == 0, share.runs(share.axis.rank)
-        if bool((starts_BT == on_grid(share.length, chunk)).all()):
+        shard = self.shard
+        if chunk is None or chunk >= shard.length:
+            return self._full_plan(documents(self._whole_BT == 0))
+        starts_BT, own = self._whole_BT % chunk == 0, shard.runs(shard.axis.rank)
+        if bool((starts_BT == on_grid(shard.length, chunk)).all()):
             return AttentionPlan(block=chunk)
         keys, halo = list(own), not bool(starts_BT[:, ::chunk].all())
-        if halo:  # a chunk of a document is no longer than a block, so it reaches no further than the block before
+        if halo:  # a chunk of a document is at most a block long, so it reaches into the previous block at most
             at = own[-1].at + own[-1].stop - own[-1].start
-            for run in share.lacking(share.axis.rank):
+            for run in shard.with_halo(shard.axis.rank):
                 keys.append(SegmentRun(run.start - chunk, run.start, at))
                 at += chunk
         return AttentionPlan(block=chunk, halo=halo, parts=pieces(documents(starts_BT), own, keys))
 
-    def _global(self, rows: Documents) -> AttentionPlan:
-        share, rank, size = self.share, self.share.axis.rank, self.share.axis.size
-        own, whole = share.runs(rank), [SegmentRun(0, share.length, 0)]
-        if share.method is ContextMethod.ulysses:
-            return AttentionPlan(parts=pieces(rows, whole, whole))
-        if share.method is ContextMethod.gather:
-            return AttentionPlan(parts=pieces(rows, own, whole))
-        return RingPlan(rounds=tuple(pieces(rows, own, share.runs((rank - turn) % size)) for turn in range(size)))
+    def _full_plan(self, rows: Documents) -> AttentionPlan:
+        shard, rank, size = self.shard, self.shard.axis.rank, self.shard.axis.size
+        own, whole = shard.runs(rank), [SegmentRun(0, shard.length, 0)]
+        match shard.method:
+            case ContextMethod.ulysses:
+                return AttentionPlan(parts=pieces(rows, whole, whole))
+            case ContextMethod.gather:
+                return AttentionPlan(parts=pieces(rows, own, whole))
+            case ContextMethod.ring:
+                turns = (shard.runs((rank - turn) % size) for turn in range(size))
+                return RingPlan(rounds=tuple(pieces(rows, own, keys) for keys in turns))
 
 
 @dataclass(frozen=True)
 class _AttendShard:
-    """An attention's way; the methods differ in layers that see the whole row."""
+    """Attention over this rank's part. The methods differ in layers with full attention."""
 
     axis: MeshAxis
 
     def __call__(
         self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: SequenceContext, chunk: int | None
     ) -> Tensor:
-        assert isinstance(context, ShardedContext), "rows in parts need the context that `Share` makes"
+        assert isinstance(context, ShardedContext), "needs the context of a `ContextShard`"
         plan = context.plan(chunk)
         if plan.block is None:
-            return self.globally(q_BLHK, k_BLGK, v_BLGK, context.share, plan)
+            return self.attend_full(q_BLHK, k_BLGK, v_BLGK, context.shard, plan)
         if plan.parts is None:
             return attend(q_BLHK, k_BLGK, v_BLGK, plan)
         kv = torch.stack([k_BLGK, v_BLGK])
         if plan.halo:
-            kv = torch.cat([kv, self._before(kv, plan.block, context.share.head)], dim=2)
+            kv = torch.cat([kv, self._halo(kv, plan.block, context.shard.head)], dim=2)
         return attend_pieces(q_BLHK, kv[0], kv[1], plan.parts)
 
-    def globally(
-        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
+    def attend_full(
+        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan
     ) -> Tensor:
         raise NotImplementedError
 
-    def _before(self, kv_2BLGK: Tensor, chunk: int, head: int) -> Tensor:
-        """The blocks before this rank's head and tail that lie elsewhere (`Share.lacking`), one after the other.
+    def _halo(self, kv_2BLGK: Tensor, chunk: int, head: int) -> Tensor:
+        """The blocks before this rank's head and tail that are on other ranks (`ContextShard.with_halo`), concatenated.
 
-        What is before the head is the last of the head of the rank before, what is before the tail the last of the tail
-        of the rank after. Ranks that receive nothing take part all the same: the way back needs them.
+        The block before the head is the last one of the previous rank's head; the block before the tail is the last
+        one of the next rank's tail. Ranks that receive nothing take part as well, for the backward pass.
         """
         axis, has_tail = self.axis, kv_2BLGK.shape[2] > head
         is_first, is_last = axis.rank == 0, axis.rank == axis.size - 1
@@ -202,24 +204,24 @@ class _AttendShard:
 
 
 class Gather(_AttendShard):
-    """All keys and values come here; the queries stay. One all-gather, and a reduce-scatter in the backward pass."""
+    """Gather all keys and values. One all-gather, and a reduce-scatter in the backward pass."""
 
-    def globally(
-        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
+    def attend_full(
+        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan
     ) -> Tensor:
         assert plan.parts is not None
         gathered = all_gather(torch.stack([k_BLGK, v_BLGK]), self.axis, 0, "keys and values")
-        k_BTGK, v_BTGK = share.whole(gathered.unflatten(0, (self.axis.size, 2)).unbind(0), 2)
+        k_BTGK, v_BTGK = shard.unshard(gathered.unflatten(0, (self.axis.size, 2)).unbind(0), 2)
         return attend_pieces(q_BLHK, k_BTGK, v_BTGK, plan.parts)
 
 
 class Ulysses(_AttendShard):
-    """Heads for positions and back: two all-to-alls, and two in the backward pass. Ranks get consecutive heads, so that
-    each query head finds its key head.
+    """Exchange positions for heads and back: two all-to-alls, and two in the backward pass. Ranks get consecutive
+    heads, so that each query head is with its key head.
     """
 
-    def globally(
-        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
+    def attend_full(
+        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan
     ) -> Tensor:
         assert plan.parts is not None
         size, ones = self.axis.size, [1] * self.axis.size
@@ -227,24 +229,24 @@ class Ulysses(_AttendShard):
         counts = [x.shape[3] for x in heads]
         sent_RBLHK = torch.cat(heads, dim=3).movedim(2, 0)
         got_RBLHK = all_to_all(sent_RBLHK, ones, ones, self.axis, "heads")
-        q_BTHK, k_BTGK, v_BTGK = share.whole(got_RBLHK.unbind(0), 1).split(counts, dim=2)
+        q_BTHK, k_BTGK, v_BTGK = shard.unshard(got_RBLHK.unbind(0), 1).split(counts, dim=2)
         y_BTHK = attend_pieces(q_BTHK, k_BTGK, v_BTGK, plan.parts)
-        back_RBLHK = all_to_all(torch.stack(share.parts(y_BTHK, 1)), ones, ones, self.axis, "heads")
+        back_RBLHK = all_to_all(torch.stack(shard.shards(y_BTHK, 1)), ones, ones, self.axis, "heads")
         return back_RBLHK.movedim(0, 2).flatten(2, 3)
 
 
 class Ring(_AttendShard):
-    """Keys and values go round; what a rank has seen of them is merged by log-sum-exp."""
+    """Pass keys and values round the ring and merge the partial results by log-sum-exp."""
 
-    def globally(
-        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
+    def attend_full(
+        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan
     ) -> Tensor:
         assert isinstance(plan, RingPlan)
         return _Ring.apply(q_BLHK, k_BLGK, v_BLGK, self.axis, plan.rounds)
 
 
 class _Ring(torch.autograd.Function):
-    """In the backward pass keys and values go round again, and behind them their gradients, to which each rank adds."""
+    """In the backward pass keys and values go round again, followed by their gradients, to which each rank adds."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: MeshAxis, rounds: tuple[list[Segment], ...]) -> Tensor:
@@ -276,7 +278,7 @@ class _Ring(torch.autograd.Function):
         return found.dq_BTHK.to(q.dtype), dk, dv, None, None
 
 
-_KINDS: dict[ContextMethod, type[_AttendShard]] = {
+_METHODS: dict[ContextMethod, type[_AttendShard]] = {
     ContextMethod.gather: Gather,
     ContextMethod.ulysses: Ulysses,
     ContextMethod.ring: Ring,

@@ -1,10 +1,10 @@
-"""Expert parallelism: tokens travel to the ranks that hold their experts, and back.
+"""Expert parallelism: tokens are sent to the ranks that hold their experts, and back.
 
-The axis has ep * etp ranks. Rank (i, j) holds the j-th slice of the width of each expert of the i-th group, so a token
-goes to every rank that holds a part of its expert and the results are summed, as those of its K experts are. To the
-dispatchers a slice is a virtual expert: etp turns K choices among E experts into K * etp among E * etp.
+The axis has ep * etp ranks. Rank (i, j) holds the j-th slice of the hidden size of each expert of the i-th group. A
+token goes to every rank that holds a slice of its expert, and the results are summed, like those of its K experts. To
+the dispatchers a slice is a virtual expert: etp turns K choices among E experts into K * etp among E * etp.
 
-Shapes: T tokens of this rank, D model width, K experts per token, S = T*K*etp slots, R slots that arrived here, E
+Shapes: T tokens of this rank, D hidden size, K experts per token, S = T*K*etp slots, R slots that arrived here, E
 virtual experts on one rank.
 """
 
@@ -32,66 +32,89 @@ _DEEPEP = "git+https://github.com/deepseek-ai/DeepEP"
 
 
 def check(kind: DispatchMethod, compute_dtype: torch.dtype = torch.bfloat16) -> None:
-    """Refuse a dispatcher that cannot be had here, or not in this number format."""
-    if kind is DispatchMethod.deepep and compute_dtype is not torch.bfloat16:
-        raise ConfigError(
-            "parallel.dispatch", kind, "sends bfloat16 only; add precision=bf16", [DispatchMethod.all_to_all.value]
-        )
-    if kind is DispatchMethod.deepep and importlib.util.find_spec("deep_ep") is None:
+    """Reject a dispatcher that is not installed, or does not support this number format."""
+    if kind is not DispatchMethod.deepep:
+        return
+    reason = ""
+    if compute_dtype is not torch.bfloat16:
+        reason = "sends bfloat16 only; add precision=bf16"
+    elif importlib.util.find_spec("deep_ep") is None:
         reason = f"DeepEP is not installed: pip install '{_DEEPEP}'"
+    if reason:
         raise ConfigError("parallel.dispatch", kind, reason, [DispatchMethod.all_to_all.value])
 
 
 def apply(model: Transformer, meshes: Meshes) -> None:
-    """Give every mixture its dispatcher; the experts have their local shapes already."""
-    axis, etp = meshes.experts, meshes.etp.size
+    """Give every MoE layer its dispatcher. The experts have their local shapes already."""
+    axis, etp, kind = meshes.experts, meshes.etp.size, meshes.layout.dispatch
     if axis.size == 1:
         return
-    kind = meshes.layout.dispatch
     check(kind)
+    buffer = _DeepEPBuffer(axis)  # shared by all layers
     for layer in model.layers.values():
         if isinstance(layer.ffn, MixtureOfExperts):
-            held = model.config.num_experts // meshes.ep.size
-            experts, weights_on = layer.ffn.experts, model.config.router.weights_on
-            layer.ffn.dispatch = _KINDS[kind](axis, etp, held, weights_on, experts.token_multiple, experts.kernels)
+            local, experts = model.config.num_experts // meshes.ep.size, layer.ffn.experts
+            weights_on, multiple = model.config.router.weights_on, experts.token_multiple
+            layer.ffn.dispatch = _KINDS[kind](axis, etp, local, weights_on, multiple, experts.kernels, buffer)
+
+
+class _DeepEPBuffer:
+    """DeepEP's communication buffer of one axis, created at its first use."""
+
+    def __init__(self, axis: MeshAxis) -> None:
+        self.axis = axis
+        self._buffer: Any = None
+
+    def get(self, token_bytes: int) -> Any:
+        if self._buffer is None:
+            import deep_ep
+
+            size, kind = self.axis.size, deep_ep.Buffer
+            configs = (kind.get_dispatch_config(size), kind.get_combine_config(size))
+            nvlink = max(config.get_nvl_buffer_size_hint(token_bytes, size) for config in configs)
+            rdma = max(config.get_rdma_buffer_size_hint(token_bytes, size) for config in configs)
+            self._buffer = kind(self.axis.group, nvlink, rdma)
+        return self._buffer
 
 
 @dataclass(frozen=True)
 class _Dispatcher:
     axis: MeshAxis
     etp: int
-    held: int
+    local_experts: int
     """Virtual experts on one rank."""
     weights_on: WeightsOn
     token_multiple: int
     kernels: MoEKernels | None = None
+    buffer: _DeepEPBuffer | None = None
 
     def virtual(self, choice: TopKRouting) -> TopKRouting:
-        """The choice among virtual experts, numbered by rank of the axis, then by place on that rank."""
+        """The choice among virtual experts, numbered by rank of the axis, then by index on that rank."""
         if self.etp == 1:
             return choice
-        group_TK1, place_TK1 = (choice.experts_TK // self.held)[..., None], (choice.experts_TK % self.held)[..., None]
-        slices = torch.arange(self.etp, device=place_TK1.device)
-        experts_TKS = (group_TK1 * self.etp + slices) * self.held + place_TK1
+        local = self.local_experts
+        group_TK1, index_TK1 = (choice.experts_TK // local)[..., None], (choice.experts_TK % local)[..., None]
+        slices = torch.arange(self.etp, device=index_TK1.device)
+        experts_TKS = (group_TK1 * self.etp + slices) * local + index_TK1
         weights_TKS = choice.weights_TK[..., None].expand(*choice.weights_TK.shape, self.etp)
         return TopKRouting(experts_TKS.flatten(1), weights_TKS.flatten(1))
 
 
 class AllToAll(_Dispatcher):
-    """Each slot goes to its rank alone. How many go where, and to which expert, is the step's one copy to the host."""
+    """Send each slot to its rank alone. The counts by rank and expert are copied to the host once per layer."""
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         choice = self.virtual(choice)
-        rows = permute_by_expert(choice.experts_TK, self.axis.size * self.held, kernels=self.kernels)
+        rows = permute_by_expert(choice.experts_TK, self.axis.size * self.local_experts, kernels=self.kernels)
         x_SD, groups, back = weighted(rows, x_TD, choice.weights_TK, self.weights_on)
-        sent_NE = groups.counts_E.view(self.axis.size, self.held)
+        sent_NE = groups.counts_E.view(self.axis.size, self.local_experts)
         arriving_NE = self._swap(sent_NE)
-        send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # by place on this rank
+        send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # by expert of this rank
         receive = [sum(counts) for counts in zip(*arriving, strict=True)]
         x_RD = all_to_all(x_SD, send, receive, self.axis, "tokens")
-        places = torch.arange(self.held, device=x_RD.device).repeat(self.axis.size)
-        experts_R1 = places.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
-        by_expert = permute_by_expert(experts_R1, self.held, self.token_multiple, self.kernels)
+        indices = torch.arange(self.local_experts, device=x_RD.device).repeat(self.axis.size)
+        experts_R1 = indices.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
+        by_expert = permute_by_expert(experts_R1, self.local_experts, self.token_multiple, self.kernels)
         known = [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
         groups_E = Groups(by_expert.groups.counts_E, known)
 
@@ -101,34 +124,32 @@ class AllToAll(_Dispatcher):
         return Dispatched(by_expert.gather(x_RD), groups_E, restore)
 
     def _swap(self, sent_NE: Tensor) -> Tensor:
-        """How many slots each rank sends here for each of this rank's experts."""
+        """The number of slots that each rank sends here for each of this rank's experts."""
         return all_to_all(sent_NE, [1] * self.axis.size, [1] * self.axis.size, self.axis, "counts")
 
 
 class AllGather(_Dispatcher):
-    """Every rank gets all tokens of the group, works on those that chose its experts, and the sums are scattered."""
+    """Gather all tokens of the group, compute those that chose this rank's experts, and scatter the sums."""
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         choice = self.virtual(choice)
         x_ND = all_gather(x_TD, self.axis, 0, "tokens")
         experts_NK = all_gather_no_grad(choice.experts_TK, self.axis, 0, "counts")
         weights_NK = all_gather(choice.weights_TK, self.axis, 0, "weights")
-        x_CD, groups, back = _mine(self, x_ND, experts_NK - self.axis.rank * self.held, weights_NK)
+        x_CD, groups, back = _select_local(self, x_ND, experts_NK - self.axis.rank * self.local_experts, weights_NK)
         return Dispatched(x_CD, groups, lambda y_CD: reduce_scatter(back(y_CD), self.axis, 0, "tokens"))
 
 
 class DeepEP(_Dispatcher):
-    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP): a token travels once to each rank it needs. bf16."""
+    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP): a token is sent once to each rank it needs. bf16."""
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
-        import deep_ep
-
-        size = x_TD.shape[1] * x_TD.element_size()
-        buffer = _deepep_buffer(deep_ep, self.axis, size)
+        assert self.buffer is not None
+        buffer = self.buffer.get(x_TD.shape[1] * x_TD.element_size())
         x_RD, weights_RK, experts_RK, handle = _DeepEPDispatch.apply(
-            x_TD, choice.weights_TK, choice.experts_TK, buffer, self.axis.size * self.held
+            x_TD, choice.weights_TK, choice.experts_TK, buffer, self.axis.size * self.local_experts
         )
-        x_CD, groups, back = _mine(self, x_RD, experts_RK, weights_RK)
+        x_CD, groups, back = _select_local(self, x_RD, experts_RK, weights_RK)
         return Dispatched(x_CD, groups, lambda y_CD: _DeepEPCombine.apply(back(y_CD), buffer, handle))
 
 
@@ -139,12 +160,14 @@ _KINDS: dict[DispatchMethod, Any] = {
 }
 
 
-def _mine(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Groups, Any]:
+def _select_local(
+    dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor
+) -> tuple[Tensor, Groups, Any]:
     """Rows of the slots whose expert (numbered from this rank's first) is here, and the way back to sums per token.
 
-    Slots that belong elsewhere are sorted to the end and cut off; the number of those that stay is copied to the host.
+    Other slots are sorted to the end and dropped. The number of local ones is copied to the host.
     """
-    held = dispatcher.held
+    held = dispatcher.local_experts
     here_NK = (experts_NK >= 0) & (experts_NK < held)
     rows = permute_by_expert(experts_NK.where(here_NK, held), held + 1, dispatcher.token_multiple, dispatcher.kernels)
     x_CD, groups, back = weighted(rows, x_ND, weights_NK, dispatcher.weights_on)
@@ -155,17 +178,6 @@ def _mine(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK:
         return back(F.pad(y_CD, (0, 0, 0, x_CD.shape[0] - kept)))
 
     return x_CD[:kept], mine, restore
-
-
-def _deepep_buffer(deep_ep: Any, axis: MeshAxis, row_bytes: int) -> Any:
-    """The communication buffer of this axis, made once and kept by DeepEP's module."""
-    buffers: dict[Any, Any] = deep_ep.__dict__.setdefault("_leviathan_buffers", {})
-    if axis.group not in buffers:
-        configs = (deep_ep.Buffer.get_dispatch_config(axis.size), deep_ep.Buffer.get_combine_config(axis.size))
-        nvlink = max(config.get_nvl_buffer_size_hint(row_bytes, axis.size) for config in configs)
-        rdma = max(config.get_rdma_buffer_size_hint(row_bytes, axis.size) for config in configs)
-        buffers[axis.group] = deep_ep.Buffer(axis.group, nvlink, rdma)
-    return buffers[axis.group]
 
 
 class _DeepEPDispatch(torch.autograd.Function):

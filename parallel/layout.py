@@ -1,4 +1,4 @@
-"""How many ranks each axis has, and what cannot work, refused before a process group exists."""
+"""Degrees of parallelism. Layouts that cannot work are rejected before a process group exists."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from parallel.pipeline.stages import V_SCHEDULES_SINCE, PipelineSchedule, Stages
 
 AUTO = "auto"
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
-"""Every axis whose size is configured; of dense ranks, then of sparse ones, in the order in which they are folded."""
+"""Every axis whose size is configured: dense axes, then sparse ones, in the order in which they are nested."""
 
 
 class Recompute(Enum):
-    """What a layer's backward computes again instead of keeping: nothing; all but matrix products, attention and what
-    was sent to experts; everything.
+    """What a layer's backward pass recomputes: nothing; all but matrix products, attention and the tokens sent to
+    experts; everything.
     """
 
     none = "none"
@@ -32,8 +32,8 @@ class Recompute(Enum):
 class DispatchMethod(Enum):
     """How tokens reach the ranks of their experts.
 
-    `all_to_all` sends each token where it must go. `all_gather` sends every token to the whole group and sums what
-    comes back: less to wait for in small groups with many experts per token. `deepep`: the kernels of DeepEP.
+    `all_to_all` sends each token to the ranks of its experts. `all_gather` sends every token to the whole group and
+    sums what comes back: lower latency in small groups with many experts per token. `deepep`: DeepEP's kernels.
     """
 
     all_to_all = "all_to_all"
@@ -42,10 +42,10 @@ class DispatchMethod(Enum):
 
 
 class ContextMethod(Enum):
-    """How layers that see the whole row find the keys that other ranks of cp have.
+    """How layers with full attention get the keys that other ranks of cp have.
 
-    `gather`: every rank gets all keys and values. `ulysses`: while attending, each rank has some heads of the whole row
-    (Jacobs et al. 2023). `ring`: keys and values travel round the ranks, none ever has them all (Liu et al. 2023).
+    `gather`: every rank gets all keys and values. `ulysses`: while attending, each rank has some heads of the whole
+    sequence (Jacobs et al. 2023). `ring`: keys and values pass round the ranks (Liu et al. 2023).
     """
 
     gather = "gather"
@@ -54,12 +54,12 @@ class ContextMethod(Enum):
 
 
 class EngineKind(Enum):
-    """What shards the state of training over the data-parallel ranks. Everything else is the same under both."""
+    """What shards the training state over the data-parallel ranks. Everything else is the same under both."""
 
     fsdp2 = "fsdp2"
     """PyTorch's fully sharded data parallelism: parameters, gradients and optimizer state."""
     deepspeed = "deepspeed"
-    """DeepSpeed's ZeRO: see `parallel.zero`; the extra `deepspeed`."""
+    """DeepSpeed's ZeRO: see `parallel.zero`. Needs the extra `deepspeed`."""
 
 
 class Reduce(Enum):
@@ -72,48 +72,46 @@ class Reduce(Enum):
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of the layout and how memory is traded for time.
+    """Degrees of the layout, and how memory is traded for time.
 
-    The same ranks are folded in two ways: dense layers over (pp, dp_replicate, dp_shard, cp, tp), routed experts over
-    (pp, dp_replicate, efsdp, ep, etp), where efsdp is what remains; the last axis varies fastest from rank to rank.
+    The same ranks form two grids: dense layers over (pp, dp_replicate, dp_shard, cp, tp), routed experts over (pp,
+    dp_replicate, efsdp, ep, etp), where efsdp is what remains. The last axis varies fastest from rank to rank.
     Parameters, gradients and optimizer state are sharded over dp_shard * cp, those of experts over efsdp (FSDP2), and
-    repeated over dp_replicate (HSDP). pp gives each rank some of the layers, cp some of each row. tp splits heads,
-    widths and the vocabulary, and the sequence between them; ep splits the experts, etp the width of each.
+    replicated over dp_replicate (HSDP). pp splits the layers, cp each sequence. tp splits heads, hidden sizes and the
+    vocabulary, and the sequence between them. ep splits the experts, etp the hidden size of each.
     """
 
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int | str = AUTO
-    """"auto": whatever fills the world."""
+    """"auto": as many as fill the world."""
     cp: int = 1
     tp: int = 1
     ep: int = 1
     etp: int = 1
     engine: EngineKind = EngineKind.fsdp2
     zero: ZeroConfig = field(default_factory=ZeroConfig)
-    """Read by engine=deepspeed only."""
+    """Used by engine=deepspeed only."""
     dispatch: DispatchMethod = DispatchMethod.all_to_all
     cp_method: ContextMethod = ContextMethod.gather
-    """How whole-row attention works under cp."""
+    """How full attention works under cp."""
     reduce_dtype: Reduce = Reduce.master
     recompute: Recompute = Recompute.none
     compile: bool = False
     """torch.compile of each layer."""
     schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
-    """The order of a pipeline's work; see parallel/pipeline/stages.py."""
+    """The order of a pipeline's forward and backward passes."""
     stages_per_rank: int | None = None
-    """Stages of the pipeline on each of its ranks; null: 1, or 2 where the schedule needs several."""
+    """Pipeline stages on each rank. null: 1, or 2 where the schedule needs several."""
     layers_per_stage: list[int] | None = None
-    """How many layers each stage has, first to last; null: so that the costliest stage costs the least."""
+    """Layers of each stage, first to last. null: the split whose costliest stage costs the least."""
     timeout_s: float = 300.0
-    """Seconds after which a collective that waits is reported with the ranks that are missing, and the run ended.
-    Below the ten minutes after which NCCL ends a process by itself, without a word of who is missing.
-    """
+    """Seconds after which a waiting collective is reported with the missing ranks, and the run ends."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("timeout_s",))
         if self.engine is EngineKind.fsdp2 and self.zero != ZeroConfig():
-            raise ConfigError("zero", None, "says how DeepSpeed shards: parallel.engine=deepspeed, or leave it out")
+            raise ConfigError("zero", None, "configures DeepSpeed: add parallel.engine=deepspeed, or omit it")
         if isinstance(self.dp_shard, str) and self.dp_shard != AUTO:
             raise ConfigError("dp_shard", self.dp_shard, "must be a number of ranks", [AUTO])
         for key in DEGREES:
@@ -122,20 +120,16 @@ class ParallelConfig:
         self._check_schedule()
 
     def _check_schedule(self) -> None:
-        schedule = self.schedule
+        schedule, per_rank = self.schedule, self.stages_per_rank
         if self.pp == 1:
-            for key, usual in (
-                ("schedule", PipelineSchedule.one_f_one_b),
-                ("stages_per_rank", None),
-                ("layers_per_stage", None),
-            ):
-                if getattr(self, key) != usual:
-                    raise ConfigError(key, getattr(self, key), "there is no pipeline: add parallel.pp=2", [usual])
+            defaults = {"schedule": PipelineSchedule.one_f_one_b, "stages_per_rank": None, "layers_per_stage": None}
+            for key, default in defaults.items():
+                if getattr(self, key) != default:
+                    raise ConfigError(key, getattr(self, key), "there is no pipeline: add parallel.pp=2", [default])
             return
-        per_rank = self.stages_per_rank
         if per_rank is not None:
             if schedule.is_single and per_rank != 1:
-                others = [PipelineSchedule.interleaved.name, PipelineSchedule.interleaved_zero_bubble.name]
+                others = [one.name for one in PipelineSchedule if one.in_rounds]
                 reason = (
                     f"{schedule.name} has one stage per rank; take another parallel.schedule: {' or '.join(others)}"
                 )
@@ -150,7 +144,7 @@ class ParallelConfig:
             raise ConfigError("schedule", schedule, f"needs torch {need} or newer, this is {torch.__version__}", others)
         if schedule.splits_backward and self.compile:
             whole = ", ".join(one.name for one in PipelineSchedule if not one.splits_backward)
-            reason = f"compiled layers cannot put off the gradients of their weights, as schedule={schedule.name} does"
+            reason = f"compiled layers cannot defer the gradients of their weights, as schedule={schedule.name} does"
             raise ConfigError("compile", True, f"{reason}; take another parallel.schedule: {whole}")
 
     @property
@@ -164,10 +158,9 @@ class ParallelConfig:
         if world_size % others:
             named = {key: getattr(self, key) for key in ("pp", "dp_replicate", "cp", "tp") if getattr(self, key) > 1}
             key, value = max(named.items(), key=lambda item: item[1])
-            fitting = [d for d in divisors(world_size) if world_size % (others // value * d) == 0]
-            product = " * ".join(named)
-            reason = f"{product} = {others} must divide the world's {world_size} ranks"
-            raise ConfigError(f"parallel.{key}", value, reason, nearest(fitting, value))
+            legal = [d for d in divisors(world_size) if world_size % (others // value * d) == 0]
+            reason = f"{' * '.join(named)} = {others} must divide the world's {world_size} ranks"
+            raise ConfigError(f"parallel.{key}", value, reason, nearest(legal, value))
         shard = world_size // others
         if self.dp_shard not in (AUTO, shard):
             reason = f"times pp * dp_replicate * cp * tp = {others} must equal the world's {world_size} ranks"
@@ -200,22 +193,22 @@ class Layout(ParallelConfig):
 
     @property
     def dp(self) -> int:
-        """Ranks, or groups of ranks, that see different rows of a batch."""
+        """Groups of ranks that get different sequences of a batch."""
         return self.dp_replicate * self.shard
 
     @property
     def zero_stage(self) -> int:
-        """DeepSpeed's; 0 under another engine."""
+        """DeepSpeed's stage. 0 under another engine."""
         return self.zero.stage if self.engine is EngineKind.deepspeed else 0
 
     @property
     def fsdp(self) -> int:
-        """Ranks over which a dense parameter's storage is spread."""
+        """Ranks over which a dense parameter is sharded."""
         return self.shard * self.cp
 
     @property
     def efsdp(self) -> int:
-        """Ranks over which a routed expert's storage is spread."""
+        """Ranks over which a routed expert is sharded."""
         return self.shard * self.cp * self.tp // (self.ep * self.etp)
 
     @property
@@ -224,68 +217,66 @@ class Layout(ParallelConfig):
         return {key: degree for key in DEGREES if (degree := getattr(self, key)) > 1}
 
     def stages(self, model: ModelConfig) -> Stages:
-        """The pipeline's stages; one with all layers where there is no pipeline."""
+        """The pipeline's stages: one with all layers where there is no pipeline."""
         return stages(model, self.pp, self.schedule, self.per_rank, self.layers_per_stage)
 
     def check_model(self, model: ModelConfig) -> None:
-        """Refuse degrees that cannot split this model evenly."""
+        """Reject degrees that cannot split this model evenly."""
         self.stages(model)
         if model.tie_embeddings and self.pp > 1 and self.schedule.is_v:
-            reason = "both ends of a V-schedule are on one rank and would gather a tied table twice; untie it, or take"
+            reason = (
+                "both ends of a V-schedule are on one rank and would gather tied embeddings twice: untie them, or take"
+            )
             others = [one.name for one in PipelineSchedule if not one.is_v]
             raise ConfigError("parallel.schedule", self.schedule, f"{reason} another schedule", others)
         self._check_heads(model)
         kinds = {layer.feed_forward for layer in model.blocks}
-        widths = [
-            ("query heads", model.num_heads),
-            ("key/value heads", model.num_kv_heads),
-            ("vocabulary", model.vocab_size),
-        ]
-        if FeedForward.dense in kinds:
-            widths.append(("dense width", model.dense_hidden_size))
-        if FeedForward.moe in kinds and model.shared_hidden_size:
-            widths.append(("shared expert's width", model.shared_hidden_size))
-        common = divisors(math.gcd(*(size for _, size in widths)))
-        for what, size in widths:
+        sizes = {
+            "query heads": model.num_heads,
+            "key/value heads": model.num_kv_heads,
+            "vocabulary": model.vocab_size,
+            "dense hidden size": model.dense_hidden_size if FeedForward.dense in kinds else 0,
+            "shared expert's hidden size": model.shared_hidden_size if FeedForward.moe in kinds else 0,
+        }
+        for what, size in sizes.items():
             if size % self.tp:
-                reason = f"must divide the model's {what} of {size}"
-                raise ConfigError("parallel.tp", self.tp, reason, nearest(common, self.tp))
+                raise self._error(
+                    "tp", f"must divide the model's {what} of {size}", divisors(math.gcd(*sizes.values()))
+                )
         if FeedForward.moe not in kinds:
             for key in ("ep", "etp"):
                 if getattr(self, key) > 1:
-                    raise ConfigError(f"parallel.{key}", getattr(self, key), "the model has no routed experts", [1])
+                    raise self._error(key, "the model has no routed experts", [1])
             return
         if model.num_experts % self.ep:
-            reason = f"must divide the model's {model.num_experts} experts"
-            raise ConfigError("parallel.ep", self.ep, reason, nearest(divisors(model.num_experts), self.ep))
+            raise self._error("ep", f"must divide the model's {model.num_experts} experts", divisors(model.num_experts))
         legal = [d for d in divisors(model.expert_hidden_size) if model.expert_hidden_size // d % 8 == 0]
         if self.etp not in legal:
-            reason = f"must cut the expert width of {model.expert_hidden_size} into multiples of 8"
-            raise ConfigError("parallel.etp", self.etp, reason, nearest(legal, self.etp))
+            reason = f"must split the expert hidden size of {model.expert_hidden_size} into multiples of 8"
+            raise self._error("etp", reason, legal)
         if self.dispatch is DispatchMethod.deepep and self.etp > 1:
-            reason = "DeepEP sends whole tokens to whole experts; use dispatch=all_to_all with etp"
-            raise ConfigError("parallel.etp", self.etp, reason, [1])
+            raise self._error(
+                "etp", "DeepEP sends whole tokens to whole experts; use dispatch=all_to_all with etp", [1]
+            )
 
     def check_batch(self, global_batch_size: int, micro_batch_size: int) -> None:
-        """Rows per step must split evenly over the ranks, a rank's rows into micro-batches."""
+        """The global batch must divide evenly over the ranks, and a rank's sequences into micro-batches."""
         if global_batch_size % self.dp:
             reason = f"must divide into dp_replicate * dp_shard = {self.dp} equal parts"
             legal = nearest([self.dp * n for n in range(1, global_batch_size // self.dp + 2)], global_batch_size)
             raise ConfigError("training.global_batch_size", global_batch_size, reason, legal)
-        rows = global_batch_size // self.dp
-        if rows % micro_batch_size:
-            reason = f"must divide a rank's {rows} rows"
-            raise ConfigError(
-                "training.micro_batch_size", micro_batch_size, reason, nearest(divisors(rows), micro_batch_size)
-            )
-        self._check_micro_batches(global_batch_size, rows, micro_batch_size)
+        count = global_batch_size // self.dp
+        if count % micro_batch_size:
+            legal, reason = nearest(divisors(count), micro_batch_size), f"must divide a rank's {count} sequences"
+            raise ConfigError("training.micro_batch_size", micro_batch_size, reason, legal)
+        self._check_micro_batches(global_batch_size, count, micro_batch_size)
 
     def check_seq_len(self, model: ModelConfig, length: int) -> None:
-        """Rows must split over cp in whole chunks of the model's attention, and what a rank has of them over tp."""
+        """Sequences must divide over cp in whole attention chunks, and a rank's part of them over tp."""
         unit = split_unit(model, length)
         if unit > 1 and length < unit * self.cp:
-            reason = f"rows of training.seq_len={length} tokens have {length // unit} whole chunks of {unit}, too few"
-            raise ConfigError("parallel.cp", self.cp, reason, nearest(range(1, length // unit + 1), self.cp))
+            reason = f"training.seq_len={length} has only {length // unit} whole chunks of {unit}"
+            raise self._error("cp", reason, range(1, length // unit + 1))
         multiple = self.length_multiple(unit)
         if length % multiple == 0:
             return
@@ -298,58 +289,49 @@ class Layout(ParallelConfig):
         raise ConfigError("training.seq_len", length, reason, [value for value in legal if value])
 
     def length_multiple(self, unit: int) -> int:
-        """Rows cut in units of so many tokens must be a multiple of this long."""
+        """The length of a sequence that is split in units of `unit` tokens must be a multiple of this."""
         return self.cp * math.lcm(unit, self.tp)
 
     def padded_length(self, model: ModelConfig, length: int) -> int:
-        """The shortest row of at least `length` tokens that this layout can divide."""
+        """The shortest sequence of at least `length` tokens that this layout can divide."""
         multiple = 0
-        while multiple != self.length_multiple(split_unit(model, length)):  # a longer row may reach beyond more chunks
+        while multiple != self.length_multiple(split_unit(model, length)):  # a longer sequence may exceed more chunks
             multiple = self.length_multiple(split_unit(model, length))
             length = -(-length // multiple) * multiple
         return length
 
+    def _error(self, key: str, reason: str, legal: Iterable[int]) -> ConfigError:
+        value = getattr(self, key)
+        return ConfigError(f"parallel.{key}", value, reason, nearest(legal, value))
+
     def _check_heads(self, model: ModelConfig) -> None:
         heads = model.num_kv_heads // self.tp
         if self.cp > 1 and self.cp_method is ContextMethod.ulysses and heads % self.cp:
-            reason = f"must divide the {heads} key/value heads of a rank for context=ulysses; or take another "
-            reason += "parallel.cp_method: gather or ring"
-            raise ConfigError("parallel.cp", self.cp, reason, nearest(divisors(max(heads, 1)), self.cp))
+            reason = f"must divide the {heads} key/value heads of a rank for cp_method=ulysses; or take another "
+            raise self._error("cp", f"{reason}parallel.cp_method: gather or ring", divisors(max(heads, 1)))
 
-    def _check_micro_batches(self, global_batch_size: int, rows: int, micro_batch_size: int) -> None:
-        """Refuse a number of micro-batches with which a pipeline would stand still, or that its schedule cannot do."""
-        if self.pp == 1 or self._pipelines(rows // micro_batch_size):
+    def _check_micro_batches(self, global_batch_size: int, count: int, micro_batch_size: int) -> None:
+        """Reject a number of micro-batches that leaves pipeline ranks idle, or that the schedule cannot run."""
+        schedule, pp, per_rank = self.schedule, self.pp, self.per_rank
+        if pp == 1 or schedule.accepts(count // micro_batch_size, pp, per_rank):
             return
-        legal = [size for size in divisors(rows) if self._pipelines(rows // size)]
-        count, need = rows // micro_batch_size, self.pp * self.per_rank if self.schedule.is_v else self.pp
-        reason = f"{self.schedule.name} with pp={self.pp} needs at least {need} micro-batches"
-        if self.schedule in (PipelineSchedule.interleaved, PipelineSchedule.interleaved_zero_bubble):
-            reason += ", in rounds of equal number"
-        reason += f", a rank's {rows} rows make {count}"
+        need = schedule.least_micro_batches(pp, per_rank)
+        reason = f"{schedule.name} with pp={pp} needs at least {need} micro-batches"
+        reason += ", in rounds of equal number" if schedule.in_rounds else ""
+        reason += f", but a rank's {count} sequences make {count // micro_batch_size}"
+        legal = [size for size in divisors(count) if schedule.accepts(count // size, pp, per_rank)]
         if not legal:
             more = self.dp * need * micro_batch_size
             raise ConfigError("training.global_batch_size", global_batch_size, reason, [more, 2 * more])
         raise ConfigError("training.micro_batch_size", micro_batch_size, reason, nearest(legal, micro_batch_size))
 
-    def _pipelines(self, micro_batches: int) -> bool:
-        if self.schedule.is_v:
-            return micro_batches >= self.pp * self.per_rank
-        if micro_batches < self.pp:
-            return False
-        return self.schedule.is_single or micro_batches % (micro_batches // self.pp) == 0
-
 
 def split_unit(model: ModelConfig, length: int) -> int:
-    """Rows of this length may be divided at multiples of so many tokens: where the chunks of all layers end. A layer
-    whose chunk holds the whole row does not care.
+    """Sequences of this length may be split at multiples of this many tokens: where the chunks of all layers end.
+    Chunks that hold the whole sequence do not matter.
     """
-    return math.lcm(
-        *(
-            layer.attention_chunk_size
-            for layer in model.blocks
-            if layer.attention_chunk_size is not None and layer.attention_chunk_size < length
-        )
-    )
+    chunks = (layer.attention_chunk_size for layer in model.blocks)
+    return math.lcm(*(chunk for chunk in chunks if chunk is not None and chunk < length))
 
 
 def torch_version() -> tuple[int, int]:

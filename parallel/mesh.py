@@ -8,7 +8,7 @@ processes create the same groups.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 from torch import Tensor
@@ -130,37 +130,39 @@ class Meshes:
 def make_meshes(layout: Layout, world: World) -> Meshes:
     """Create the meshes of a layout of this world's size. Needs the process group where there are several ranks."""
     assert layout.world_size == world.size, f"{layout.axes} do not make up {world.size} ranks"
-    views = _Views(world, Traffic(heartbeat=world.heartbeat))
+    meshes = meshes_of_rank(layout, world.rank, Traffic(heartbeat=world.heartbeat))
+    if world.size == 1:
+        return meshes
+
+    def mesh(**sizes: int) -> DeviceMesh:
+        """The world as a mesh. Axes of one rank get no group, except those that FSDP2 needs."""
+        kept = {name: size for name, size in sizes.items() if size > 1 or name in ("fsdp", "efsdp")}
+        return init_device_mesh(world.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+
     outer = {"pp": layout.pp, "dp_replicate": layout.dp_replicate}
-    dense = views.make({**outer, "fsdp": layout.fsdp, "tp": layout.tp})
-    sparse = views.make({**outer, "efsdp": layout.efsdp, "experts": layout.ep * layout.etp})
-    batch = views.make({"pp": layout.pp, "dp": layout.dp, "cp": layout.cp, "tp": layout.tp})
-    experts = views.axis(sparse, "experts")
-    return Meshes(
-        layout,
-        world=MeshAxis("world", world.size, world.rank, None, views.traffic),
-        pp=(pp := views.axis(batch, "pp")),
-        ends=views.ends(pp),
-        dp=views.axis(batch, "dp"),
-        cp=views.axis(batch, "cp"),
-        replicate=views.axis(dense, "dp_replicate"),
-        fsdp=views.axis(dense, "fsdp"),
-        efsdp=views.axis(sparse, "efsdp"),
-        tp=views.axis(dense, "tp"),
-        experts=experts,
-        ep=MeshAxis("ep", layout.ep, experts.rank // layout.etp),
-        etp=MeshAxis("etp", layout.etp, experts.rank % layout.etp),
-        dense=_data_mesh(dense, "fsdp"),
-        sparse=_data_mesh(sparse, "efsdp"),
-    )
+    dense = mesh(**outer, fsdp=layout.fsdp, tp=layout.tp)
+    sparse = mesh(**outer, efsdp=layout.efsdp, experts=layout.ep * layout.etp)
+    batch = mesh(pp=layout.pp, dp=layout.dp, cp=layout.cp, tp=layout.tp)
+    sources = dict.fromkeys(("pp", "dp", "cp"), batch) | dict.fromkeys(("replicate", "fsdp", "tp"), dense)
+    axes: dict[str, Any] = {}
+    for key, source in (sources | dict.fromkeys(("efsdp", "experts"), sparse)).items():
+        axis: MeshAxis = getattr(meshes, key)
+        grouped = axis.name in (source.mesh_dim_names or ())
+        axes[key] = replace(axis, group=source.get_group(axis.name)) if grouped else axis
+    axes["ends"] = replace(meshes.ends, group=_ends_group(axes["pp"])) if meshes.ends.size > 1 else meshes.ends
+    return replace(meshes, **axes, dense=_data_mesh(dense, "fsdp"), sparse=_data_mesh(sparse, "efsdp"))
 
 
-def meshes_of_rank(layout: Layout, rank: int) -> Meshes:
+def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) -> Meshes:
     """The place of a rank in a layout, without process groups: for planning and counting."""
+    traffic = traffic or Traffic()
     outer, inner = divmod(rank, layout.fsdp * layout.tp)
-    experts = layout.ep * layout.etp
+    stage, experts = rank // (layout.world_size // layout.pp), layout.ep * layout.etp
+    is_end = layout.pp > 1 and stage in (0, layout.pp - 1)
     along = {
-        "pp": (layout.pp, rank // (layout.world_size // layout.pp)),
+        "world": (layout.world_size, rank),
+        "pp": (layout.pp, stage),
+        "ends": (2, int(stage > 0)) if is_end else (1, 0),
         "cp": (layout.cp, rank // layout.tp % layout.cp),
         "dp": (layout.dp, rank // (layout.cp * layout.tp) % layout.dp),
         "dp_replicate": (layout.dp_replicate, outer % layout.dp_replicate),
@@ -171,44 +173,19 @@ def meshes_of_rank(layout: Layout, rank: int) -> Meshes:
         "ep": (layout.ep, inner % experts // layout.etp),
         "etp": (layout.etp, inner % layout.etp),
     }
-    at_end = along["pp"][1] in (0, layout.pp - 1)
-    along["ends"] = (2, int(along["pp"][1] > 0)) if layout.pp > 1 and at_end else (1, 0)
-    axes = {name.removeprefix("dp_"): MeshAxis(name, size, at) for name, (size, at) in along.items()}
-    return Meshes(layout, world=MeshAxis("world", layout.world_size, rank), **axes, dense=None, sparse=None)
+    axes = {name.removeprefix("dp_"): MeshAxis(name, size, at, traffic=traffic) for name, (size, at) in along.items()}
+    return Meshes(layout, **axes, dense=None, sparse=None)
 
 
-@dataclass(frozen=True)
-class _Views:
-    world: World
-    traffic: Traffic
-
-    def make(self, sizes: dict[str, int]) -> DeviceMesh | None:
-        """The world as a mesh of these sizes. Axes of one rank get no group, except those that FSDP2 needs."""
-        if self.world.size == 1:
-            return None
-        kept = {name: size for name, size in sizes.items() if size > 1 or name in ("fsdp", "efsdp")}
-        return init_device_mesh(self.world.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
-
-    def axis(self, mesh: DeviceMesh | None, name: str) -> MeshAxis:
-        if mesh is None or name not in (mesh.mesh_dim_names or ()):
-            return MeshAxis(name, traffic=self.traffic)
-        group = mesh.get_group(name)
-        return MeshAxis(name, dist.get_world_size(group), mesh.get_local_rank(name), group, self.traffic)
-
-    def ends(self, pp: MeshAxis) -> MeshAxis:
-        """The first and the last rank of a pipeline."""
-        if pp.size == 1 or pp.rank not in (0, pp.size - 1):
-            return MeshAxis("ends", traffic=self.traffic)
-        assert pp.group is not None
-        members = dist.get_process_group_ranks(pp.group)
-        group = pp.group
-        if pp.size > 2:
-            group = dist.new_group([members[0], members[-1]], use_local_synchronization=True)
-        return MeshAxis("ends", 2, int(pp.rank > 0), group, self.traffic)
+def _ends_group(pp: MeshAxis) -> dist.ProcessGroup:
+    """The group of the first and the last rank of a pipeline."""
+    assert pp.group is not None
+    if pp.size == 2:
+        return pp.group
+    members = dist.get_process_group_ranks(pp.group)
+    return dist.new_group([members[0], members[-1]], use_local_synchronization=True)
 
 
-def _data_mesh(mesh: DeviceMesh | None, name: str) -> DeviceMesh | None:
-    if mesh is None:
-        return None
+def _data_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
     replicated = "dp_replicate" in (mesh.mesh_dim_names or ())
     return mesh["dp_replicate", name] if replicated else mesh[name]

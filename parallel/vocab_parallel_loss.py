@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that is cut over tensor-parallel ranks, without gathering the logits.
+"""Cross-entropy over a vocabulary that is sharded over tensor-parallel ranks, without gathering the logits.
 
 Shapes: B batch, T sequence, V this rank's part of the vocabulary.
 """
@@ -15,7 +15,7 @@ from parallel.mesh import MeshAxis
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor, axis: MeshAxis) -> Tensor:
-    """Cross-entropy [B, T] in nats in the format of `logits_BTV`; labels are ids of the whole vocabulary.
+    """Cross-entropy [B, T] in nats, in the format of `logits_BTV`. Labels are ids of the whole vocabulary.
 
     Every rank of the axis gets the same losses, and the gradient of its own logits.
     """
@@ -33,23 +33,23 @@ class _CrossEntropy(torch.autograd.Function):
         size = logits_BTV.shape[-1]
         highest_BT = logits_BTV.amax(-1)
         axis.max(highest_BT, "loss")
-        own_BT = labels_BT - axis.rank * size
-        here_BT = (own_BT >= 0) & (own_BT < size)
-        own_BT1 = own_BT.clamp(0, size - 1)[..., None]
+        local_BT = labels_BT - axis.rank * size
+        here_BT = (local_BT >= 0) & (local_BT < size)
+        local_BT1 = local_BT.clamp(0, size - 1)[..., None]
         sums = torch.stack(
             [
                 (logits_BTV - highest_BT[..., None]).exp().sum(-1),
-                logits_BTV.gather(-1, own_BT1)[..., 0] * here_BT,
+                logits_BTV.gather(-1, local_BT1)[..., 0] * here_BT,
             ]
         )
         axis.sum(sums, "loss")
         lse_BT = highest_BT + sums[0].log()
-        ctx.save_for_backward(logits_BTV, lse_BT, own_BT1, here_BT)
+        ctx.save_for_backward(logits_BTV, lse_BT, local_BT1, here_BT)
         return lse_BT - sums[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits_BTV, lse_BT, own_BT1, here_BT = ctx.saved_tensors
+        logits_BTV, lse_BT, local_BT1, here_BT = ctx.saved_tensors
         gradient = (logits_BTV - lse_BT[..., None]).exp()
-        gradient.scatter_add_(-1, own_BT1, -here_BT[..., None].to(gradient.dtype))
+        gradient.scatter_add_(-1, local_BT1, -here_BT[..., None].to(gradient.dtype))
         return gradient.mul_(grads[0][..., None]), None, None

@@ -1,15 +1,14 @@
-"""Whole matrices out of their pieces and back, for an optimizer that must see each of them as one.
+"""Gather sharded matrices and scatter them again, for an optimizer that needs each matrix whole.
 
-Tensor parallelism, or that of expert widths, cuts a matrix first, FSDP2 cuts what is left. One of the ranks that hold
-its pieces puts it together, works on it and sends every other its piece of the result; experts that are cut by number
-only are whole where they lie, and nothing is sent. This goes axis by axis: one all-to-all over the ranks that share the
-storage, one over those that share the parameter, and the same way back. A rank hands each of them as many bytes as it
-stores of the matrices, or as it was given, which differs between ranks by one matrix of a shape at most. Ranks along
-`dp_replicate` do the same work each for themselves: they need no collective for it and stay equal bit for bit.
+Tensor parallelism, or expert tensor parallelism, splits a matrix first; FSDP2 shards the rest. One of the ranks that
+hold its shards gathers it, updates it and sends every other rank its shard of the result. Experts that are split by
+number only are whole already, and nothing is sent. This takes one all-to-all per split axis, the last split first, and
+the same way back. Ranks send equal bytes, up to one matrix per shape. Ranks along `dp_replicate` do the same work
+without a collective and stay equal bit for bit.
 
-Every rank of a group makes the same plan, out of `ShardSpec`s alone, so collectives meet in the same order. Matrices of
-one shape that are cut alike travel and are worked on together, as many at a time as `at_once` elements hold: that, what
-arrives of it, and what the work itself takes is the memory that is needed beside the pieces.
+Every rank of a group makes the same plan from `ShardSpec`s alone, so collectives are issued in the same order. Matrices
+of one shape that are split alike are sent and updated together, as many at a time as `at_once` elements hold. That, the
+receive buffers and the work itself are the memory needed beside the shards.
 
 Shapes: N matrices, O rows (outputs), I columns (inputs), of which a rank has o and i.
 """
@@ -36,8 +35,8 @@ AT_ONCE = 1 << 26
 class MatrixSplit:
     """How the ranks of `axis` from `first` on share a matrix: `lengths` along `dim` (-2 rows, -1 columns).
 
-    `name` is the axis that cuts. Parts of an expert's width have no group of their own: they travel over `experts`,
-    where those of one expert are neighbours.
+    `name` is the axis that splits. Slices of an expert's hidden size have no group of their own: they are sent over
+    `experts`, where those of one expert are neighbours.
     """
 
     name: str
@@ -53,27 +52,27 @@ class MatrixSplit:
 
 @dataclass(frozen=True)
 class GatherStage:
-    """An all-to-all that makes pieces whole along one cut: the first `counts[0]` matrices on the cut's first rank, the
+    """An all-to-all that joins shards along one split: the first `counts[0]` matrices on the split's first rank, the
     next `counts[1]` on its second, and so on.
     """
 
     split: MatrixSplit
     counts: tuple[int, ...]
 
-    def gather(self, pieces_Noi: Tensor) -> Tensor:
-        """Pieces of all matrices to the whole of those that this rank is to have."""
-        cut, mine = self.split, self.counts[self.split.rank]
-        shapes = [_resized(pieces_Noi.shape[1:], cut.dim, length) for length in cut.lengths]
-        send = [count * math.prod(pieces_Noi.shape[1:]) for count in self.counts]
+    def gather(self, shards_Noi: Tensor) -> Tensor:
+        """Shards of all matrices to the joined matrices of this rank."""
+        split, mine = self.split, self.counts[self.split.rank]
+        shapes = [_resized(shards_Noi.shape[1:], split.dim, length) for length in split.lengths]
+        send = [count * math.prod(shards_Noi.shape[1:]) for count in self.counts]
         receive = [mine * math.prod(shape) for shape in shapes]
-        parts = self._exchange(pieces_Noi.flatten(), send, receive).split(receive)
-        return torch.cat([part.view(mine, *shape) for part, shape in zip(parts, shapes, strict=True)], cut.dim)
+        parts = self._exchange(shards_Noi.flatten(), send, receive).split(receive)
+        return torch.cat([part.view(mine, *shape) for part, shape in zip(parts, shapes, strict=True)], split.dim)
 
     def scatter(self, whole_Noi: Tensor) -> Tensor:
-        """The way back: this rank's matrices, cut again, to its pieces of all of them."""
-        cut, (rows, columns) = self.split, whole_Noi.shape[1:]
-        shape = _resized((rows, columns), cut.dim, cut.lengths[cut.rank])
-        parts = whole_Noi.split(cut.lengths, cut.dim)
+        """The inverse: this rank's joined matrices to its shards of all matrices."""
+        split, (rows, columns) = self.split, whole_Noi.shape[1:]
+        shape = _resized((rows, columns), split.dim, split.lengths[split.rank])
+        parts = whole_Noi.split(split.lengths, split.dim)
         receive = [count * math.prod(shape) for count in self.counts]
         flat = torch.cat([part.flatten() for part in parts])
         return self._exchange(flat, [part.numel() for part in parts], receive).view(sum(self.counts), *shape)
@@ -86,64 +85,65 @@ class GatherStage:
 
 @dataclass(frozen=True)
 class MatrixRange:
-    """Matrices [start, stop) of those that this rank has a part of in the parameter `name`."""
+    """Matrices [start, stop) of this rank's shard of the parameter `name`."""
 
     name: str
     start: int
     stop: int
 
     def of(self, part: Tensor) -> Tensor:
-        """Of a tensor that is laid out as this rank's part of the parameter, these matrices [N, o, i], a view."""
+        """A view [N, o, i] of these matrices in a tensor that is laid out as this rank's shard of the parameter."""
         return part.view(math.prod(part.shape[:-2]), *part.shape[-2:])[self.start : self.stop]
 
 
 @dataclass(frozen=True)
 class Round:
-    """Matrices that are worked on together: of one whole `shape` (rows, columns), and cut alike."""
+    """Matrices that are updated together: of one whole `shape` (rows, columns), and split alike."""
 
     shape: tuple[int, int]
-    pieces: tuple[MatrixRange, ...]
+    ranges: tuple[MatrixRange, ...]
     stages: tuple[GatherStage, ...]
 
-    def gather(self, pieces_Noi: Tensor) -> Tensor:
-        """This rank's pieces, in the order of `pieces`, to whole matrices [N, O, I]: other ones, and maybe none."""
+    def gather(self, shards_Noi: Tensor) -> Tensor:
+        """This rank's shards, in the order of `ranges`, to whole matrices [N, O, I]: other ones, and maybe none."""
         for stage in self.stages:
-            pieces_Noi = stage.gather(pieces_Noi)
-        return pieces_Noi
+            shards_Noi = stage.gather(shards_Noi)
+        return shards_Noi
 
     def scatter(self, whole_NOI: Tensor) -> list[Tensor]:
-        """What became of the whole matrices to this rank's pieces of it, one tensor [N, o, i] for each of `pieces`."""
+        """Updated whole matrices to this rank's shards of them, one tensor [N, o, i] for each of `ranges`."""
         for stage in reversed(self.stages):
             whole_NOI = stage.scatter(whole_NOI)
-        return list(whole_NOI.split([piece.stop - piece.start for piece in self.pieces]))
+        return list(whole_NOI.split([one.stop - one.start for one in self.ranges]))
 
 
 def rounds(specs: Mapping[str, ShardSpec], meshes: Meshes, at_once: int = AT_ONCE) -> list[Round]:
-    """The plan for the matrices of these parameters, their last two dimensions: each is whole on one rank in one round.
+    """The plan for the matrices of these parameters (their last two dimensions). Each is whole on one rank in one
+    round.
 
-    All ranks that share a parameter must ask with the same `specs` of it, in the same order.
+    All ranks that share a parameter must pass the same `specs` of it, in the same order.
     """
     alike: dict[tuple[int, int, tuple[tuple[str, int], ...]], list[str]] = {}
     for name, spec in specs.items():
-        cut_how = tuple((cut.name, cut.dim) for cut in matrix_splits(spec, meshes))
+        splits_alike = tuple((split.name, split.dim) for split in matrix_splits(spec, meshes))
         rows, columns = spec.info.shape[-2:]
-        alike.setdefault((rows, columns, cut_how), []).append(name)
-    found, shares = [], _Shares()
+        alike.setdefault((rows, columns, splits_alike), []).append(name)
+    found, work_split = [], _WorkSplit()
     for (rows, columns, _), names in alike.items():
-        cut_by = matrix_splits(specs[names[0]], meshes)
-        together = max(1, at_once // (rows * columns)) * math.prod(len(cut.lengths) for cut in cut_by)
+        splits = matrix_splits(specs[names[0]], meshes)
+        together = max(1, at_once // (rows * columns)) * math.prod(len(split.lengths) for split in splits)
         work = rows * columns * min(rows, columns)
-        for pieces in _batches(specs, names, together):
-            held, stages = sum(piece.stop - piece.start for piece in pieces), []
-            for cut in cut_by:
-                stages.append(GatherStage(cut, shares.take(cut, held, work)))
-                held = stages[-1].counts[cut.rank]
-            found.append(Round((rows, columns), pieces, tuple(stages)))
+        for ranges in _batches(specs, names, together):
+            held, stages = sum(one.stop - one.start for one in ranges), []
+            for split in splits:
+                stages.append(GatherStage(split, work_split.take(split, held, work)))
+                held = stages[-1].counts[split.rank]
+            found.append(Round((rows, columns), ranges, tuple(stages)))
     return found
 
 
 def matrix_splits(spec: ShardSpec, meshes: Meshes) -> tuple[MatrixSplit, ...]:
-    """What divides each matrix of a parameter, last cut first."""
+    """The splits of each matrix of a parameter, the last one first."""
     found: list[MatrixSplit] = []
     block, dims = ShardBlock((0,) * len(spec.info.shape), tuple(spec.info.shape)), len(spec.info.shape)
     for split in (*spec.splits, spec.fsdp_split):
@@ -159,33 +159,33 @@ def matrix_splits(spec: ShardSpec, meshes: Meshes) -> tuple[MatrixSplit, ...]:
 
 
 def _batches(specs: Mapping[str, ShardSpec], names: list[str], together: int) -> Iterator[tuple[MatrixRange, ...]]:
-    """This rank's matrices of these parameters in order, so many at a time."""
+    """This rank's matrices of these parameters in order, `together` at a time."""
     batch: list[MatrixRange] = []
-    room = together
+    left = together
     for name in names:
         count, start = math.prod(specs[name].local_block.shape[:-2]), 0
         while start < count:
-            piece = MatrixRange(name, start, min(count, start + room))
-            batch.append(piece)
-            room -= piece.stop - start
-            start = piece.stop
-            if not room:
+            one = MatrixRange(name, start, min(count, start + left))
+            batch.append(one)
+            left -= one.stop - start
+            start = one.stop
+            if not left:
                 yield tuple(batch)
-                batch, room = [], together
+                batch, left = [], together
     if batch:
         yield tuple(batch)
 
 
 @dataclass
-class _Shares:
-    """Who does how much: equal numbers of each shape, and what does not divide goes to who has least to do so far."""
+class _WorkSplit:
+    """Divides work evenly: equal numbers of each shape, and the remainder to the ranks with the least work so far."""
 
     loads: dict[str, list[int]] = field(default_factory=dict)
 
-    def take(self, cut: MatrixSplit, matrices: int, work: int) -> tuple[int, ...]:
-        """How many of these matrices each rank of the cut gets."""
-        ranks = len(cut.lengths)
-        loads = self.loads.setdefault(cut.name, [0] * ranks)
+    def take(self, split: MatrixSplit, matrices: int, work: int) -> tuple[int, ...]:
+        """The number of these matrices that each rank of the split gets."""
+        ranks = len(split.lengths)
+        loads = self.loads.setdefault(split.name, [0] * ranks)
         least = sorted(range(ranks), key=lambda rank: (loads[rank], rank))[: matrices % ranks]
         counts = tuple(matrices // ranks + (rank in least) for rank in range(ranks))
         for rank, count in enumerate(counts):

@@ -1,1 +1,1 @@
-"""Processes and what passes between them: the world, collectives with gradients, the watchdog."""
+"""Communication: the world, collectives with gradients, the watchdog."""

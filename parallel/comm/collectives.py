@@ -1,12 +1,13 @@
 """Collectives that gradients flow through. The backward of each is the collective that transposes it.
 
-A tensor is `whole` on every rank of an axis, a `shard` of it, or `partial`: the ranks' sum is meant. Gradients of a
-whole tensor are partial here, since each rank uses it for its own part of the loss.
+A tensor is `whole` on every rank of an axis, a `shard` of it, or `partial`: its sum over the ranks is meant. Gradients
+of a whole tensor are partial, because each rank uses it for its own part of the loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,28 +22,30 @@ reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dis
 
 
 def all_gather(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
-    """Shards along `dim` to the whole tensor on every rank; the gradient is summed and scattered."""
-    return shard if axis.size == 1 else _Gather.apply(shard, axis, dim, purpose)
+    """Gather shards along `dim` to the whole tensor on every rank. The gradient is summed and scattered."""
+    return _apply(shard, axis, all_gather_no_grad, _reduce_scatter_no_grad, dim, purpose)
 
 
-def reduce_scatter(partial: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
-    """The sum of the ranks' partial tensors, cut along `dim`, which must divide; the gradient is gathered."""
-    return partial if axis.size == 1 else _Scatter.apply(partial, axis, dim, purpose)
+def reduce_scatter(tensor: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
+    """Sum partial tensors and scatter the sum along `dim`, which must divide. The gradient is gathered."""
+    return _apply(tensor, axis, _reduce_scatter_no_grad, all_gather_no_grad, dim, purpose)
+
+
+def all_reduce(tensor: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
+    """Sum partial tensors on every rank, each of which uses it for its part of the loss. The gradient is summed too."""
+    return _apply(tensor, axis, _all_reduce_no_grad, _all_reduce_no_grad, purpose)
 
 
 def all_to_all(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
-    """All-to-all of rows: `send[i]` of them go to rank i, `receive[i]` come from there; the gradient goes back."""
-    return _Exchange.apply(rows, send, receive, axis, purpose)
-
-
-def all_reduce(partial: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
-    """The ranks' sum on every rank, each of which uses it for a part of its own; the gradient is summed as well."""
-    return partial if axis.size == 1 else _Total.apply(partial, axis, purpose)
+    """Send `send[i]` rows to rank i and receive `receive[i]` from it. The gradient takes the way back."""
+    there = partial(_all_to_all_no_grad, axis=axis, purpose=purpose, send=send, receive=receive)
+    back = partial(_all_to_all_no_grad, axis=axis, purpose=purpose, send=receive, receive=send)
+    return _Collective.apply(rows, there, back)
 
 
 def ring_shift(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Tensor]:
-    """Send a tensor to the next rank of the axis, in a circle, and start to receive one of the same shape from the rank
-    before; what is returned waits for it. No gradient.
+    """Start to send a tensor to the next rank of the axis, in a ring, and to receive one of the same shape from the
+    previous rank. Returns a function that waits for it. No gradient.
     """
     axis.count(purpose, tensor)
     flat, received = tensor.contiguous().view(-1), torch.empty_like(tensor.contiguous())
@@ -58,7 +61,7 @@ def ring_shift(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Ten
 
 
 def all_gather_no_grad(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
-    """`gather` where no gradient is wanted."""
+    """`all_gather` without a gradient."""
     if axis.size == 1:
         return shard
     axis.count(purpose, shard)
@@ -67,65 +70,39 @@ def all_gather_no_grad(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) ->
     return parts if dim == 0 else torch.cat(parts.chunk(axis.size), dim)
 
 
-def _scatter_plain(partial: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
-    axis.count(purpose, partial)
-    parts = partial if dim == 0 else torch.cat(partial.chunk(axis.size, dim))
-    shard = partial.new_empty((parts.shape[0] // axis.size, *parts.shape[1:]))
+def _reduce_scatter_no_grad(tensor: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
+    axis.count(purpose, tensor)
+    parts = tensor if dim == 0 else torch.cat(tensor.chunk(axis.size, dim))
+    shard = tensor.new_empty((parts.shape[0] // axis.size, *parts.shape[1:]))
     reduce_scatter_single(shard, parts.contiguous(), group=axis.group)
     return shard
 
 
-def _exchange_plain(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
+def _all_to_all_no_grad(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
     axis.count(purpose, rows)
     received = rows.new_empty((sum(receive), *rows.shape[1:]))
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=axis.group)
     return received
 
 
-class _Gather(torch.autograd.Function):
+def _all_reduce_no_grad(tensor: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
+    result = tensor.clone()
+    axis.sum(result, purpose)
+    return result
+
+
+def _apply(tensor: Tensor, axis: MeshAxis, forward: Any, backward: Any, *arguments: Any) -> Tensor:
+    if axis.size == 1:
+        return tensor
+    return _Collective.apply(tensor, lambda x: forward(x, axis, *arguments), lambda x: backward(x, axis, *arguments))
+
+
+class _Collective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
-        ctx.arguments = axis, dim, purpose
-        return all_gather_no_grad(shard, axis, dim, purpose)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _scatter_plain(grads[0], *ctx.arguments), None, None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
-        ctx.arguments = axis, dim, purpose
-        return _scatter_plain(partial, axis, dim, purpose)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_gather_no_grad(grads[0], *ctx.arguments), None, None, None
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
-        ctx.arguments = receive, send, axis, purpose
-        return _exchange_plain(rows, send, receive, axis, purpose)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _exchange_plain(grads[0], *ctx.arguments), None, None, None, None
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
-        ctx.arguments = axis, purpose
-        result = partial.clone()
-        axis.sum(result, purpose)
-        return result
+    def forward(ctx: Any, tensor: Tensor, forward: Any, backward: Any) -> Tensor:
+        ctx.transposed = backward
+        return forward(tensor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        axis, purpose = ctx.arguments
-        result = grads[0].clone()
-        axis.sum(result, purpose)
-        return result, None, None
+        return ctx.transposed(grads[0]), None, None

@@ -1,4 +1,4 @@
-"""The ranks of this run: who we are, where we compute, and the few collectives that are not part of a technique."""
+"""The processes of a run: rank, device, and the few collectives that are not part of a technique."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """One process's place. With one rank there is no process group and every collective is the identity."""
+    """This process's rank and device. With one rank there is no process group and every collective is the identity."""
 
     rank: int
     size: int
@@ -34,7 +34,7 @@ class World:
         return self.rank == 0
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, on every rank; an exception there is raised on every rank."""
+        """Run `function` on rank 0 and return its result on every rank. Its exception is raised on every rank."""
         if self.size == 1:
             return function()
         self.heartbeat.begin("world", "wait for rank 0")
@@ -53,23 +53,23 @@ class World:
         return box[0]
 
     def agree(self, claims: Mapping[str, str]) -> None:
-        """Raise `ConfigError` on every rank where ranks do not say the same; the fewest are named."""
+        """Raise `ConfigError` on every rank where the claims of ranks differ. The message names the minority."""
         if self.size == 1:
             return
         self.heartbeat.begin("world", "agreement")
-        said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, dict(claims))
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, dict(claims))
         for what in claims:
-            values = [one.get(what) for one in said]
+            values = [one.get(what) for one in gathered]
             usual = max(values, key=values.count)
             others = [str(rank) for rank, value in enumerate(values) if value != usual]
             if others:
                 have = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(others)} have"
-                odd = said[int(others[0])].get(what)
+                odd = values[int(others[0])]
                 raise ConfigError(what, None, f"{have} {odd}, the other ranks {usual}: start all alike")
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; waits for all of them."""
+        """Whether the flag is set on any rank. Waits for all of them."""
         if self.size == 1:
             return flag
         self.heartbeat.begin("world", "agreement")
@@ -79,17 +79,17 @@ class World:
 
     @contextmanager
     def watch(self, limit_s: float, logs: Path) -> Iterator[None]:
-        """Meanwhile a collective that waits longer than `limit_s` is reported in `logs` and this rank ended. Not where
-        the ranks have no store of their own: one process, or a process group that somebody else made.
+        """Run the watchdog: report a collective that waits longer than `limit_s` in `logs` and end this rank. Does
+        nothing where the ranks have no store of their own: one process, or a process group made by other code.
         """
         if self.size == 1 or "MASTER_ADDR" not in os.environ:
             yield
             return
-        watch = Watchdog(self.heartbeat, _store(self.size, client=True), self.rank, self.size, limit_s, logs)
+        watchdog = Watchdog(self.heartbeat, _store(self.size, client=True), self.rank, self.size, limit_s, logs)
         try:
             yield
         finally:
-            watch.stop()
+            watchdog.stop()
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -97,10 +97,10 @@ class World:
 
 
 def connect(timeout: timedelta = timedelta(days=1)) -> World:
-    """Join the run that torchrun's environment describes; without one, a world of one process.
+    """Join the run that torchrun's environment describes. Without one, return a world of one process.
 
-    A process group that exists already is used as it is. The timeout is long: rank 0 may tokenise for hours, and it is
-    `World.watch` that finds hangs.
+    An existing process group is used as it is. The timeout is long because rank 0 may tokenise for hours; `World.watch`
+    finds hangs.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = _device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -113,7 +113,7 @@ def connect(timeout: timedelta = timedelta(days=1)) -> World:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when the device has done what it was given; a CPU has by then."""
+    """Wait until the device has finished its queued work. A CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -126,7 +126,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _store(size: int, client: bool = False) -> dist.Store:
-    """torchrun's store under a prefix of this attempt: a restart must not meet the addresses of ranks that died."""
+    """torchrun's store under a prefix of this attempt, so that a restart does not read addresses of dead ranks."""
     environment = os.environ
     if not {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= environment.keys():
         raise ConfigError("WORLD_SIZE", size, "is set, but not by torchrun: unset it, or start the ranks with torchrun")
@@ -135,7 +135,7 @@ def _store(size: int, client: bool = False) -> dist.Store:
     nodes = int(environment.get("GROUP_WORLD_SIZE", 1))
     if ATTEMPT not in environment and agents and nodes > 1 and most != "0":
         # each node's agent counts its own restarts: their ranks would wait for each other under different prefixes
-        reason = "ranks of several nodes cannot meet again after it: use leviathan train launch=torchrun"
+        reason = "ranks of several nodes cannot reconnect after it: use leviathan train launch=torchrun"
         raise ConfigError("--max-restarts", most, reason, [0])
     own = not agents and environment["RANK"] == "0" and not client
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])

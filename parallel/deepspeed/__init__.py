@@ -1,1 +1,1 @@
-"""ZeRO by DeepSpeed, behind the names and slices of our own parameters."""
+"""DeepSpeed's ZeRO as an engine, behind our parameter names and slices."""

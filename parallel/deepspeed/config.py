@@ -1,4 +1,4 @@
-"""How DeepSpeed's ZeRO is set: the `parallel.zero` section, which knows nothing of DeepSpeed itself."""
+"""The `parallel.zero` section: how DeepSpeed's ZeRO is configured. Does not import DeepSpeed."""
 
 from __future__ import annotations
 
@@ -9,47 +9,46 @@ from typing import Any
 from core.errors import ConfigError
 
 VERSION = "0.19.8"
-"""What `parallel.zero` was written for: it uses interfaces that are no promise."""
+"""The version that `parallel.zero` is written for. It uses private interfaces."""
 INSTALL = f"pip install 'leviathan[deepspeed]' (deepspeed=={VERSION})"
 
 
 class Offload(Enum):
-    """Where the optimizer's state (fp32 weights and moments) is between steps."""
+    """Where the optimizer's state (fp32 weights and moments) is kept between steps."""
 
     none = "none"
     cpu = "cpu"
-    """In the host's memory; the update is computed there, by PyTorch's fused AdamW, which is as fast as DeepSpeed's
-    CPUAdam and has not to be compiled.
+    """In host memory, and updated there by PyTorch's fused AdamW: as fast as DeepSpeed's CPUAdam, without a compiler.
     """
     nvme = "nvme"
-    """In files below `nvme`, read and written in pieces while the host updates them (`parallel.deepspeed.offload`)."""
+    """In files below `nvme`, read and written in chunks while the host updates them (`parallel.deepspeed.offload`)."""
 
 
 class ParameterOffload(Enum):
-    """Where stage 3 keeps this rank's pieces of the parameters that the model computes with."""
+    """Where stage 3 keeps this rank's shards of the parameters that the model computes with."""
 
     none = "none"
     cpu = "cpu"
-    """In the host's memory, to be copied to the device whenever they are gathered."""
+    """In host memory. They are copied to the device whenever they are gathered."""
 
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). `stage` 1 spreads the optimizer's state over the data-parallel
-    ranks, 2 the gradients as well, for a reduction with every micro-batch instead of one a step, 3 parameters too,
-    which are then gathered with every micro-batch, twice; models without routed experts only.
+    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). `stage` 1 shards the optimizer's state over the data-parallel
+    ranks. 2 shards the gradients as well, and reduces them with every micro-batch instead of once a step. 3 shards
+    parameters too, gathers them twice with every micro-batch, and does not support routed experts.
     """
 
     stage: int = 1
     bucket_size: int = 1 << 24
-    """Elements whose gradients are reduced together, in a buffer of fp32."""
+    """Elements whose gradients are reduced together, in an fp32 buffer."""
     offload: Offload = Offload.none
     nvme: str | None = None
     """A directory on a local disk, for offload=nvme."""
     offload_parameters: ParameterOffload = ParameterOffload.none
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further keys of the section `zero_optimization` of a DeepSpeed configuration. Stage 3 keeps up to 1e9 elements
-    whole between passes unless `stage3_max_live_parameters` or `stage3_max_reuse_distance` say less.
+    """Further keys of DeepSpeed's section `zero_optimization`. Stage 3 keeps up to 1e9 elements whole between passes
+    unless `stage3_max_live_parameters` or `stage3_max_reuse_distance` are set lower.
     """
 
     def __post_init__(self) -> None:
@@ -61,5 +60,5 @@ class ZeroConfig:
         if self.bucket_size < 1:
             raise ConfigError("bucket_size", self.bucket_size, "must be positive", [1 << 24])
         if (self.offload is Offload.nvme) != bool(self.nvme) or self.nvme == "":
-            reason = "goes with zero.offload=nvme" if self.nvme else "name a directory on a local disk"
+            reason = "needs zero.offload=nvme" if self.nvme else "name a directory on a local disk"
             raise ConfigError("nvme", self.nvme, reason)

@@ -1,9 +1,9 @@
-"""Optimizer state off the device: in the host's memory, or in files that are mapped, a piece at a time.
+"""Optimizer state off the device: in host memory, or in memory-mapped files that are updated a chunk at a time.
 
-Files are unlinked as soon as they are mapped: nothing is left behind, whatever ends the process. Space is reserved
-before: a full disk is an error at the start, not a signal in the middle of a step. What has been updated is written
-and leaves the process's memory and the page cache. (DeepSpeed's own file interface reports success on a full disk and
-writes nothing where a size is no multiple of its block; it was tried.)
+Files are unlinked as soon as they are mapped, so nothing is left behind however the process ends. Their space is
+reserved first, so a full disk is an error at the start and not a signal in the middle of a step. Updated chunks are
+written and leave the process's memory and the page cache. (DeepSpeed's own file interface reports success on a full
+disk, and writes nothing where a size is not a multiple of its block.)
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch.optim.adamw import adamw
 
 from core.errors import ConfigError
 
-PIECE = 1 << 22
+CHUNK = 1 << 22
 """Elements that are updated at a time."""
 
 
-def on_host(string: Tensor) -> Tensor:
-    """A copy in the host's memory, page-locked where there is a GPU to copy to."""
-    return torch.empty(string.shape, dtype=string.dtype, pin_memory=torch.cuda.is_available()).copy_(string)
+def on_host(buffer: Tensor) -> Tensor:
+    """A copy in host memory, pinned where there is a GPU."""
+    return torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=torch.cuda.is_available()).copy_(buffer)
 
 
 class MappedFile:
-    """A flat fp32 tensor whose elements lie in a file below `folder`. Raises `ConfigError` where it has no room."""
+    """A flat fp32 tensor backed by a file in `folder`. Raises `ConfigError` where the disk is full."""
 
     def __init__(self, folder: Path, elements: int) -> None:
         self.size = max(4 * elements, mmap.PAGESIZE)
@@ -46,7 +46,7 @@ class MappedFile:
             self._map = mmap.mmap(handle, self.size)
         except OSError as error:
             os.close(handle)
-            reason = f"has no room for {self.size:,} bytes of optimizer state: {error.strerror}"
+            reason = f"has no space for {self.size:,} bytes of optimizer state: {error.strerror}"
             raise ConfigError("parallel.zero.nvme", str(folder), reason) from None
         finally:
             os.unlink(name)
@@ -54,14 +54,14 @@ class MappedFile:
         weakref.finalize(self, os.close, handle)
         self.tensor = torch.frombuffer(self._map, dtype=torch.float32, count=elements)
 
-    def expect(self, start: int, stop: int) -> None:
+    def prefetch(self, start: int, stop: int) -> None:
         """Begin to read elements [start, stop)."""
         if start < stop:
             begin, length = self._pages(start, stop)
             self._map.madvise(mmap.MADV_WILLNEED, begin, length)
 
-    def leave(self, start: int, stop: int) -> None:
-        """Write elements [start, stop) and let go of their memory."""
+    def release(self, start: int, stop: int) -> None:
+        """Write elements [start, stop) and free their memory."""
         if start < stop:
             begin, length = self._pages(start, stop)
             self._map.flush(begin, length)
@@ -74,8 +74,8 @@ class MappedFile:
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) whose parameters and moments are mapped files; gradients are in the
-    host's memory. Each parameter must be flat and its data a `MappedFile`'s tensor, made by `page`.
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) whose flat parameters and moments are mapped files, made by `page`.
+    Gradients are in host memory.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def page(self, folder: Path) -> None:
-        """Move parameters to files, and make their moments there."""
+        """Move the parameters to files and create their moments there."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 files = tuple(MappedFile(folder, parameter.numel()) for _ in range(3))
@@ -96,12 +96,12 @@ class PagedAdamW(torch.optim.Optimizer):
                     "exp_avg": files[1].tensor,
                     "exp_avg_sq": files[2].tensor,
                 }
-                self._leave(files, 0, parameter.numel())
+                self._release(files, 0, parameter.numel())
 
-    def leave(self) -> None:
-        """Write everything and let go of its memory."""
+    def release(self) -> None:
+        """Write everything and free its memory."""
         for parameter, files in self.files.items():
-            self._leave(files, 0, parameter.numel())
+            self._release(files, 0, parameter.numel())
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -112,10 +112,10 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         files, state, size = self.files[parameter], self.state[parameter], parameter.numel()
-        self._expect(files, 0, min(PIECE, size))
-        for start in range(0, size, PIECE):
-            stop = min(start + PIECE, size)
-            self._expect(files, stop, min(stop + PIECE, size))
+        self._prefetch(files, 0, min(CHUNK, size))
+        for start in range(0, size, CHUNK):
+            stop = min(start + CHUNK, size)
+            self._prefetch(files, stop, min(stop + CHUNK, size))
             weight, first, second = (file.tensor[start:stop] for file in files)
             beta1, beta2 = group["betas"]
             adamw(
@@ -124,7 +124,7 @@ class PagedAdamW(torch.optim.Optimizer):
                 [first],
                 [second],
                 [],
-                [state["step"].clone()],  # counts once a step, not once a piece
+                [state["step"].clone()],  # counts once a step, not once a chunk
                 fused=True,
                 amsgrad=False,
                 beta1=beta1,
@@ -134,15 +134,15 @@ class PagedAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
-            self._leave(files, start, stop)
+            self._release(files, start, stop)
         state["step"] += 1
 
     @staticmethod
-    def _expect(files: Sequence[MappedFile], start: int, stop: int) -> None:
+    def _prefetch(files: Sequence[MappedFile], start: int, stop: int) -> None:
         for file in files:
-            file.expect(start, stop)
+            file.prefetch(start, stop)
 
     @staticmethod
-    def _leave(files: Sequence[MappedFile], start: int, stop: int) -> None:
+    def _release(files: Sequence[MappedFile], start: int, stop: int) -> None:
         for file in files:
-            file.leave(start, stop)
+            file.release(start, stop)

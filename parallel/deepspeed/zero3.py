@@ -1,10 +1,10 @@
-"""ZeRO stage 3 by DeepSpeed: parameters are in pieces as well, and whole only while a module computes with them.
+"""ZeRO stage 3 by DeepSpeed: parameters are sharded as well, and whole only while a module computes with them.
 
-DeepSpeed's part is the traffic of a micro-batch: its hooks gather, prefetch and release what a module needs, in forward
-and backward passes, and collect gradients in buckets. The sum over ranks is ours (DeepSpeed's divides by their number),
-and so is the update: DeepSpeed's computes a norm of its own and skips, without a word, a step where it is no number.
+DeepSpeed's hooks gather, prefetch and release what a module needs in forward and backward passes, and collect gradients
+in buckets. The sum over ranks is ours, because DeepSpeed's divides by their number. So is the update, because
+DeepSpeed's computes a norm of its own and silently skips a step whose norm is NaN.
 
-Each parameter's flattened elements are cut evenly over the ranks of fsdp, the last piece padded.
+Each parameter's flattened elements are partitioned evenly over the ranks of fsdp, the last partition padded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from parallel.sharding import ShardSpec
 
 
 class PartitionedSlice(FlatSlice):
-    """A range of stage 3, whose strings lie elsewhere."""
+    """A slice under stage 3, whose wrapper keeps its flat buffers elsewhere."""
 
     @property
     def parameter(self) -> Tensor:
@@ -50,8 +50,8 @@ class PartitionedSlice(FlatSlice):
 
 
 def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
-    """Cut every parameter of a model on the meta device over the ranks of fsdp. One at a time is whole, without values:
-    they are the engine's to give.
+    """Partition every parameter of a model on the meta device over the ranks of fsdp. One at a time is whole, without
+    values: the engine sets them.
     """
     join()
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # where torchrun has not set it
@@ -60,7 +60,7 @@ def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
     away = meshes.layout.zero.offload_parameters is ParameterOffload.cpu
     init = zero.Init(
         data_parallel_group=process_group(meshes.fsdp),
-        mem_efficient_linear=False,  # or it replaces F.linear, for all
+        mem_efficient_linear=False,  # or it replaces F.linear in the whole process
         remote_device="cpu" if away else None,
     )
     number = 0
@@ -69,12 +69,12 @@ def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
             whole: Any = nn.Parameter(torch.empty_like(parameter, device=device))
             setattr(module, key, whole)
             init._convert_to_deepspeed_param(whole)
-            whole.ds_id, number = number, number + 1  # DeepSpeed counts a process's, which may differ from rank to rank
+            whole.ds_id, number = number, number + 1  # DeepSpeed numbers per process, which may differ between ranks
             whole.partition()
 
 
 class Zero3(ZeroOptimizer):
-    """Stage 3, for a model that `partition` has cut."""
+    """Stage 3, for a model that `partition` has sharded."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Zero3(ZeroOptimizer):
         specs: Mapping[str, ShardSpec],
         meshes: Meshes,
     ) -> None:
-        """`groups`: torch's, one role each. `make`: an optimizer of them; `prime` puts its state in place."""
+        """`groups`: torch's parameter groups, one role each. `make` builds their optimizer; `prime` its state."""
         self.config, self.meshes = meshes.layout.zero, meshes
         self.names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.reduced: set[Any] = set()
@@ -126,12 +126,12 @@ class Zero3(ZeroOptimizer):
         if isinstance(model.head, TiedHead) and model.embedding is not None:
             zero.register_external_parameter(model.head, model.embedding.weight)
         wrapper._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._sum_and_scatter
-        wrapper.micro_step_id = 1  # add to what is there, which `step` clears: 0 would overwrite
+        wrapper.micro_step_id = 1  # add to the buffer, which `step` clears: 0 would overwrite it
         return wrapper
 
     def _attach(self, model: Transformer) -> None:
-        """Let the graph hold no whole parameters: DeepSpeed's release leaves alive what autograd saved as a view, as it
-        does with every weight that a product takes transposed. (DeepSpeed replaces F.linear, for the whole process.)
+        """Keep whole parameters out of the autograd graph. A view that autograd saved, such as every transposed weight,
+        stays alive after DeepSpeed's release. (DeepSpeed itself replaces F.linear in the whole process.)
         """
         saving = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
@@ -149,12 +149,11 @@ class Zero3(ZeroOptimizer):
         return owner, tensor.size(), tensor.stride(), tensor.storage_offset() - owner.storage_offset()
 
     def _take_over(self, prime: Callable[[torch.optim.Optimizer], None]) -> None:
-        """Give the optimizer its strings, which DeepSpeed hands out one by one, where they and its state shall be."""
-        strings = self.wrapper.fp32_partitioned_groups_flat
-        for index, string in enumerate(strings):
+        """Give the optimizer its flat buffers, which DeepSpeed hands out one by one, in their final memory."""
+        for index, buffer in enumerate(self.wrapper.fp32_partitioned_groups_flat):
             if self.config.offload is Offload.cpu:
-                string.data = on_host(string.data)
-            self.optimizer.param_groups[self.wrapper.sub_group_to_group_id[index]]["params"].append(string)
+                buffer.data = on_host(buffer.data)
+            self.optimizer.param_groups[self.wrapper.sub_group_to_group_id[index]]["params"].append(buffer)
         if isinstance(self.optimizer, PagedAdamW):
             assert self.config.nvme is not None
             self.optimizer.page(Path(self.config.nvme).expanduser())
@@ -167,7 +166,7 @@ class Zero3(ZeroOptimizer):
                 size, whole = parameter.partition_numel(), parameter.ds_numel
                 start = min(size * self.meshes.fsdp.rank, whole)
                 stop = min(start + size, whole)
-                if start < stop:  # or there is only padding here
+                if start < stop:  # else there is only padding here
                     yield PartitionedSlice(specs[self.names[parameter]], start, stop, at, self.wrapper, index)
                 at += size
 
@@ -176,11 +175,11 @@ class Zero3(ZeroOptimizer):
         return self.optimizer.param_groups
 
     def _sum_and_scatter(self, parameters: Sequence[Any], _: torch.dtype) -> list[Tensor]:
-        """This rank's pieces of the sums of a bucket's gradients, fp32; in the place of DeepSpeed's averages."""
+        """This rank's partitions of a bucket's summed gradients, fp32, in place of DeepSpeed's averages."""
         axis, sizes = self.meshes.fsdp, [parameter.partition_numel() for parameter in parameters]
         self.reduced.update(parameters)
         whole = [parameter.grad.flatten().float() for parameter in parameters]
-        joined = torch.cat([_rows(one, axis.size, size) for one, size in zip(whole, sizes, strict=True)], dim=1)
+        joined = torch.cat([_padded_rows(one, axis.size, size) for one, size in zip(whole, sizes, strict=True)], dim=1)
         mine = joined[0]
         if axis.size > 1:
             axis.count("gradients", joined)
@@ -192,9 +191,9 @@ class Zero3(ZeroOptimizer):
         from deepspeed.runtime.zero import parameter_offload
 
         self._note_gathered()
-        self.wrapper.independent_gradient_partition_epilogue()  # what is left in buckets
+        self.wrapper.independent_gradient_partition_epilogue()  # flush the buckets
         self.wrapper.parameter_offload.release_backward_leftovers()
-        parameter_offload.FWD_MODULE_STACK.clear()  # recomputation leaves modules in it, and what they hold
+        parameter_offload.FWD_MODULE_STACK.clear()  # recomputation leaves modules and their tensors in it
 
     def reduce(self) -> None:
         for parameter, name in self.names.items():
@@ -208,11 +207,11 @@ class Zero3(ZeroOptimizer):
         self.wrapper.grad_partitions_flat_buffer.mul_(factor)
 
     def step(self) -> None:
-        strings = {one.group: one for one in self.slices}  # no group of which there is only padding here
-        for one in strings.values():
+        groups = {one.group: one for one in self.slices}  # without groups of which there is only padding here
+        for one in groups.values():
             one.parameter.grad = one.gradients.to(one.parameter.device)
         self.optimizer.step()
-        for one in strings.values():
+        for one in groups.values():
             one.parameter.grad = None
         self.wrapper.grad_partitions_flat_buffer.zero_()
         self.spread()
@@ -220,29 +219,29 @@ class Zero3(ZeroOptimizer):
     @torch.no_grad()
     def spread(self) -> None:
         wrapper = self.wrapper
-        wrapper.parameter_offload.partition_all_parameters()  # whole copies of before
+        wrapper.parameter_offload.partition_all_parameters()  # drop whole copies of the old weights
         for narrow, master in zip(
             wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True
         ):
             narrow.copy_(master)
         if isinstance(self.optimizer, PagedAdamW):
-            self.optimizer.leave()
-        if kept := wrapper.persistent_parameters:  # small ones, whole from step to step
+            self.optimizer.release()
+        if kept := wrapper.persistent_parameters:  # small ones stay whole from step to step
             note(self.meshes.fsdp, "parameters", _bytes(kept))
             kept[0].all_gather(kept)
 
     def _note_gathered(self) -> None:
-        """A forward pass gathers everything that is not whole already, a backward pass again."""
+        """Count one pass, forward or backward: it gathers everything that is not whole already."""
         note(self.meshes.fsdp, "parameters", self.gathered)
 
 
-def _rows(flat: Tensor, count: int, size: int) -> Tensor:
-    """`count` rows of `size` elements, the last ones filled up with zeros."""
+def _padded_rows(flat: Tensor, count: int, size: int) -> Tensor:
+    """`count` rows of `size` elements, the last ones padded with zeros."""
     return (F.pad(flat, (0, count * size - len(flat))) if len(flat) < count * size else flat).view(count, size)
 
 
 def _unpack(packed: Any) -> Tensor:
-    """What was saved; a parameter has been gathered again by now."""
+    """The saved tensor. A parameter has been gathered again by now."""
     if isinstance(packed, Tensor):
         return packed
     owner, size, stride, offset = packed
@@ -250,5 +249,5 @@ def _unpack(packed: Any) -> Tensor:
 
 
 def _bytes(parameters: Any) -> int:
-    """What this rank gives to the gathering of these."""
+    """What this rank hands to the all-gather of these."""
     return sum(parameter.partition_numel() * parameter.element_size() for parameter in parameters)

@@ -1,12 +1,12 @@
-"""Gradients of weights that wait: what a zero-bubble schedule does in the gaps of its pipeline (Qi et al. 2024).
+"""Deferred gradients of weights: what a zero-bubble schedule computes in the gaps of its pipeline (Qi et al. 2024).
 
-The backward of a matrix product computes the gradient of its input at once and notes down the other product, which
-gives the gradient of its weight. What was noted during one micro-batch's backward pass is computed when the schedule
-says so. Nothing else of the backward pass is put off, so a layer that recomputes its activations does so once, as in
-any other schedule. (Cutting the autograd graph in two instead, as torch.distributed.pipelining does by itself, repeats
-the recomputation for every part: eight forward passes of a layer were counted where two are needed.)
+The backward of a matrix product computes the gradient of its input at once and defers the product that gives the
+gradient of its weight. The deferred products of one micro-batch are computed when the schedule says so. Nothing else of
+the backward pass is deferred, so a layer with activation checkpointing recomputes once, as in any other schedule.
+(torch.distributed.pipelining by itself cuts the autograd graph in two, which repeats the recomputation for every part:
+eight forward passes of a layer were counted where two are needed.)
 
-Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
+Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from precision.gemm import GemmBackend, Groups
 
 
 class Deferred:
-    """What one stage's products have noted down; `take` gives it as one piece of work."""
+    """The deferred products of one stage."""
 
     def __init__(self) -> None:
         self._waiting: list[Callable[[], None]] = []
 
-    def note(self, work: Callable[[], None]) -> None:
+    def defer(self, work: Callable[[], None]) -> None:
         self._waiting.append(work)
 
     def take(self) -> Callable[[], None]:
-        """Everything noted since the last call."""
+        """A function that computes everything deferred since the last call."""
         taken, self._waiting = self._waiting, []
 
         def run() -> None:
             while taken:
-                taken.pop(0)()  # and let go of its tensors
+                taken.pop(0)()  # and free its tensors
 
         return run
 
 
 def apply(stack: nn.Module) -> Deferred:
-    """Let the products of a stage note their weights' gradients down."""
+    """Make the products of a stage defer the gradients of their weights."""
     deferred, sums = Deferred(), gradient_sums(stack)
     for module in stack.modules():
         if isinstance(module, Linear | GroupedLinear | GroupedGateUp):
@@ -53,11 +53,14 @@ def apply(stack: nn.Module) -> Deferred:
 
 
 class DeferringProducts:
-    """A GEMM backend around another one, for one module and its one weight, whose gradients go to `total`."""
+    """A GEMM backend around another one, for one module. The gradients of its weight go to `total`."""
 
     def __init__(self, inner: GemmBackend, total: GradientSum, deferred: Deferred) -> None:
         self.inner, self.total, self.deferred = inner, total, deferred
         self.compute_dtype, self.token_multiple = inner.compute_dtype, inner.token_multiple
+        self.input_gradient, self.weight_gradient = inner.input_gradient, inner.weight_gradient
+        self.grouped_input_gradient = inner.grouped_input_gradient
+        self.grouped_weight_gradient = inner.grouped_weight_gradient
 
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -68,18 +71,6 @@ class DeferringProducts:
         if not torch.is_grad_enabled():
             return self.inner.grouped_linear(x_CD, w_EFD, groups)
         return _Product.apply(x_CD, w_EFD, groups, self)
-
-    def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
-        return self.inner.input_gradient(grad_TF, w_FD)
-
-    def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
-        return self.inner.weight_gradient(grad_TF, x_TD)
-
-    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        return self.inner.grouped_input_gradient(grad_CF, w_EFD, groups)
-
-    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
-        return self.inner.grouped_weight_gradient(grad_CF, x_CD, groups)
 
 
 class _Product(torch.autograd.Function):
@@ -94,14 +85,14 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         products, inner, grad = ctx.products, ctx.products.inner, grads[0].contiguous()
         x, w = ctx.saved_tensors
-        give = inner.grouped_input_gradient if ctx.groups else inner.input_gradient
-        later = inner.grouped_weight_gradient if ctx.groups else inner.weight_gradient
-        products.deferred.note(partial(_later, products, later, grad, x, ctx.groups))
-        return give(grad, w, *ctx.groups).to(x.dtype), None, None, None
+        input_gradient = inner.grouped_input_gradient if ctx.groups else inner.input_gradient
+        weight_gradient = inner.grouped_weight_gradient if ctx.groups else inner.weight_gradient
+        products.deferred.defer(partial(_add_gradient, products.total, weight_gradient, grad, x, ctx.groups))
+        return input_gradient(grad, w, *ctx.groups).to(x.dtype), None, None, None
 
 
 @torch.no_grad()
-def _later(
-    products: DeferringProducts, product: Callable[..., Tensor], grad: Tensor, x: Tensor, groups: tuple[Groups, ...]
+def _add_gradient(
+    total: GradientSum, product: Callable[..., Tensor], grad: Tensor, x: Tensor, groups: tuple[Groups, ...]
 ) -> None:
-    products.total.add(product(grad, x, *groups))
+    total.add(product(grad, x, *groups))

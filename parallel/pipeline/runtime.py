@@ -1,11 +1,11 @@
 """Pipeline parallelism: the layers in stages on different ranks, micro-batches passing through them.
 
-The schedules and their execution are torch.distributed.pipelining's; here are the cut, the shapes that travel, and what
-each stage needs to know of a micro-batch beside the hidden states (its `SequenceContext`, which every rank makes by
-itself from the positions). Losses are sums divided by global counts, so gradients are added and never scaled.
+The schedules and their execution are torch.distributed.pipelining's. This file has the split, the shapes that are sent,
+and what each stage needs of a micro-batch beside the hidden states: its `SequenceContext`, which every rank computes
+from the positions. Losses are sums divided by global counts, so gradients are added and never scaled.
 
-Shapes: B rows of a micro-batch, T sequence on this rank (its part under context parallelism; between stages also its
-part under tensor parallelism), D model width, V this rank's part of the vocabulary.
+Shapes: B sequences of a micro-batch, T sequence on this rank (its part under context parallelism; between stages also
+its part under tensor parallelism), D hidden size, V this rank's part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -29,31 +29,24 @@ from parallel.pipeline import deferred_wgrad
 from parallel.pipeline.deferred_wgrad import Deferred
 from parallel.pipeline.stages import PipelineSchedule, Stages
 
-SCHEDULES: dict[PipelineSchedule, Any] = {
-    PipelineSchedule.gpipe: pipelining.ScheduleGPipe,
-    PipelineSchedule.one_f_one_b: pipelining.Schedule1F1B,
-    PipelineSchedule.interleaved: pipelining.ScheduleInterleaved1F1B,
-    PipelineSchedule.interleaved_zero_bubble: pipelining.ScheduleInterleavedZeroBubble,
-    PipelineSchedule.zbv: pipelining.ScheduleZBVZeroBubble,
-    PipelineSchedule.dualpipev: pipelining.ScheduleDualPipeV,
-}
+SCHEDULES: dict[PipelineSchedule, Any] = {one: getattr(pipelining, one.torch_name) for one in PipelineSchedule}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class StageStack(Stack):
-    """One stage. Micro-batches come in order, each with the context that waits for it."""
+    """One stage. Micro-batches come in order, and each takes the next of `contexts`."""
 
     contexts: deque[SequenceContext]
     table: Embedding | None = None
-    """What a tied head multiplies with: this stage's own copy of the embedding, which it does not run."""
+    """The weight of a tied head: this stage's own copy of the embedding, which it does not run."""
 
     def forward(self, x: Tensor, context: SequenceContext | None = None) -> Tensor:
         return super().forward(x, context or self.contexts.popleft())
 
 
 def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
-    """Drop from a model without storage what other ranks have, and return what is left as stacks, by stage."""
+    """Remove the layers of other ranks from a model on the meta device. Return the rest as stacks, by stage."""
     if meshes.layout.pp == 1:
         return {0: model}
     plan = meshes.layout.stages(model.config)
@@ -99,15 +92,14 @@ class Pipeline:
     def forward_backward(
         self, tokens_BT: Tensor, labels_BT: Tensor, contexts: Sequence[SequenceContext], loss: Loss
     ) -> Tensor:
-        """Gradients of all micro-batches, one for each of `contexts`. Returns the sum of what `loss` (of logits and
-        labels) returned, a scalar on the device; zero where another rank has the head.
+        """Compute the gradients of all micro-batches, one for each of `contexts`. Returns the sum of their `loss` (of
+        logits and labels), a scalar on the device; zero where another rank has the head.
         """
-        rows, length = len(tokens_BT) // len(contexts), tokens_BT.shape[1]
-        key = (len(contexts), rows, length)
+        key = (len(contexts), len(tokens_BT) // len(contexts), tokens_BT.shape[1])
         if key not in self._schedules:
             self._schedules[key] = self._make(*key)
         self._loss = loss
-        _hand_out(self.stacks, contexts)
+        _set_contexts(self.stacks, contexts)
         losses: list[Tensor] = []
         inputs = (tokens_BT,) if 0 in self.stacks else ()
         target = labels_BT if self.has_head else None
@@ -116,15 +108,15 @@ class Pipeline:
             return torch.zeros((), dtype=torch.float64, device=self.device)
         return torch.stack([one.detach() for one in losses]).sum(dtype=torch.float64)
 
-    def _make(self, micro_batches: int, rows: int, length: int) -> Any:
-        """The schedule for micro-batches of this shape. Shapes are given, or torch would run the model to find them,
-        and count tokens that are none.
+    def _make(self, micro_batches: int, size: int, length: int) -> Any:
+        """The schedule for micro-batches of this shape. torch would infer missing shapes by running the model, and the
+        routers would count the dummy tokens.
         """
         layout, config = self.meshes.layout, self.model.config
-        hidden = hidden_states(self.model, layout, rows, length)
-        tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")
-        shape = (rows, length, config.vocab_size // layout.tp)
-        logits = torch.empty(shape, dtype=hidden.dtype, device="meta", requires_grad=True)
+        hidden = hidden_states(self.model, layout, size, length)
+        tokens = torch.empty(size, length, dtype=torch.int64, device="meta")
+        logits_shape = (size, length, config.vocab_size // layout.tp)
+        logits = torch.empty(logits_shape, dtype=hidden.dtype, device="meta", requires_grad=True)
         stages = [
             _CountedStage(
                 stack,
@@ -155,8 +147,8 @@ class Pipeline:
 
 
 def _gathered_once(actions: list[Any]) -> list[Any]:
-    """torch keeps three stages gathered and drops and gathers the others again and again; here each stage is gathered
-    before its first work and dropped after its last.
+    """Gather each stage's parameters before its first action and drop them after its last. torch keeps three stages
+    gathered, and drops and gathers the others repeatedly.
     """
     kinds = [action.computation_type.value for action in actions]
     first = {a.stage_index: i for i, a in reversed(list(enumerate(actions))) if kinds[i] == "UNSHARD"}
@@ -166,7 +158,7 @@ def _gathered_once(actions: list[Any]) -> list[Any]:
 
 
 class _CountedStage(PipelineStage):
-    """torch's stage, with the bytes that it sends counted and what it waits for known to the watch."""
+    """torch's stage, with its bytes counted and its waits reported to the watchdog."""
 
     axis: MeshAxis
 
@@ -194,11 +186,11 @@ class _CountedStage(PipelineStage):
 def forward(
     stacks: dict[int, Stack], model: Transformer, meshes: Meshes, tokens_BT: Tensor, context: SequenceContext
 ) -> Tensor | None:
-    """One micro-batch through all stages, without a backward pass; the logits where the head is. Any schedule's
-    stages will do: each rank runs its own from the first to the last.
+    """Run one micro-batch through all stages without a backward pass. Returns the logits where the head is. Works for
+    any schedule: each rank runs its stages from the first to the last.
     """
     plan, axis = meshes.layout.stages(model.config), meshes.pp
-    _hand_out(stacks, [context])
+    _set_contexts(stacks, [context])
     x = tokens_BT
     for number, stack in stacks.items():
         before, after = _neighbours(plan, number, axis)
@@ -213,20 +205,20 @@ def forward(
     return x if len(plan) - 1 in stacks else None
 
 
-def hidden_states(model: Transformer, layout: Layout, rows: int, length: int) -> Tensor:
-    """What one stage sends to the next, without storage: [B, T / tp, D]."""
-    shape = (rows, length // layout.tp, model.config.hidden_size)
+def hidden_states(model: Transformer, layout: Layout, size: int, length: int) -> Tensor:
+    """What one stage sends to the next, [B, T / tp, D], on the meta device."""
+    shape = (size, length // layout.tp, model.config.hidden_size)
     return torch.empty(shape, dtype=model.compute_dtype, device="meta", requires_grad=True)
 
 
 def _neighbours(plan: Stages, stage: int, axis: MeshAxis) -> tuple[int | None, int | None]:
-    """The ranks that a stage receives from and sends to; None where that is this rank or nobody."""
+    """The ranks that a stage receives from and sends to. None for this rank, and at the ends."""
     before = plan.owners[stage - 1] if stage else axis.rank
     after = plan.owners[stage + 1] if stage + 1 < len(plan) else axis.rank
     return (None if before == axis.rank else before), (None if after == axis.rank else after)
 
 
-def _hand_out(stacks: dict[int, Stack], contexts: Sequence[SequenceContext]) -> None:
+def _set_contexts(stacks: dict[int, Stack], contexts: Sequence[SequenceContext]) -> None:
     for stack in stacks.values():
         assert isinstance(stack, StageStack)
         stack.contexts = deque(contexts)

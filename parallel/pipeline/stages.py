@@ -1,4 +1,4 @@
-"""Which layers each stage of a pipeline has, which rank each stage is on, and in what order stages do their work.
+"""Pipeline schedules, and which layers and which rank each stage has.
 
 A pipeline of pp ranks has pp * stages_per_rank stages. Loops give rank r the stages r, r + pp, ...; V-schedules give it
 the stages r and 2 * pp - 1 - r, so that the first and the last stage share a rank. Nothing here needs a process group.
@@ -14,11 +14,11 @@ from model.config import LayerConfig, ModelConfig
 from model.flops import active_parameters
 
 V_SCHEDULES_SINCE = (2, 13)
-"""Before that torch's V-schedules fail on gloo: a rank cannot send to itself."""
+"""The torch version since which V-schedules run on gloo: before, a rank could not send to itself."""
 
 
 class PipelineSchedule(Enum):
-    """The order of forward and backward passes, torch.distributed.pipelining's.
+    """The order of forward and backward passes, as in torch.distributed.pipelining.
 
     `gpipe`: all forwards, then all backwards (Huang et al. 2019). `one_f_one_b`: a backward as soon as there is one
     (Narayanan et al. 2021). `interleaved`: the same with several stages per rank. `interleaved_zero_bubble` and `zbv`:
@@ -34,23 +34,61 @@ class PipelineSchedule(Enum):
     dualpipev = "dualpipev"
 
     @property
+    def torch_name(self) -> str:
+        """The class of torch.distributed.pipelining."""
+        return _TRAITS[self].torch_name
+
+    @property
     def is_v(self) -> bool:
-        return self in (PipelineSchedule.zbv, PipelineSchedule.dualpipev)
+        return _TRAITS[self].is_v
 
     @property
     def is_single(self) -> bool:
         """One stage per rank."""
-        return self in (PipelineSchedule.gpipe, PipelineSchedule.one_f_one_b)
+        return _TRAITS[self].is_single
 
     @property
     def splits_backward(self) -> bool:
         """Gradients of weights are computed apart from those of activations."""
-        return self in (PipelineSchedule.interleaved_zero_bubble, PipelineSchedule.zbv, PipelineSchedule.dualpipev)
+        return _TRAITS[self].splits_backward
+
+    @property
+    def in_rounds(self) -> bool:
+        """Micro-batches run in rounds of equal number, of at least pp."""
+        return not (self.is_single or self.is_v)
+
+    def least_micro_batches(self, pp: int, per_rank: int) -> int:
+        return pp * per_rank if self.is_v else pp
+
+    def accepts(self, micro_batches: int, pp: int, per_rank: int) -> bool:
+        """Whether the schedule can run this number of micro-batches without idling ranks."""
+        if micro_batches < self.least_micro_batches(pp, per_rank):
+            return False
+        return not self.in_rounds or micro_batches % (micro_batches // pp) == 0
+
+
+@dataclass(frozen=True)
+class _Traits:
+    torch_name: str
+    is_v: bool = False
+    is_single: bool = False
+    splits_backward: bool = False
+
+
+_TRAITS = {
+    PipelineSchedule.gpipe: _Traits("ScheduleGPipe", is_single=True),
+    PipelineSchedule.one_f_one_b: _Traits("Schedule1F1B", is_single=True),
+    PipelineSchedule.interleaved: _Traits("ScheduleInterleaved1F1B"),
+    PipelineSchedule.interleaved_zero_bubble: _Traits("ScheduleInterleavedZeroBubble", splits_backward=True),
+    PipelineSchedule.zbv: _Traits("ScheduleZBVZeroBubble", is_v=True, splits_backward=True),
+    PipelineSchedule.dualpipev: _Traits("ScheduleDualPipeV", is_v=True, splits_backward=True),
+}
+"""All that the rest of the code knows of a schedule. A new one is a member and a row here."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """`layers`: of each stage, as ranges of layer numbers. `owners`: the rank along pp that each stage is on."""
+    """`layers`: the layer numbers of each stage. `owners`: the rank along pp that each stage is on."""
 
     layers: tuple[range, ...]
     owners: tuple[int, ...]
@@ -64,14 +102,12 @@ class Stages:
 
 
 def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: int, given: list[int] | None) -> Stages:
-    """The layers spread over pp * per_rank stages so that the costliest stage costs the least; or as many per stage as
-    `given` says. Raises `ConfigError` where a stage would have none.
+    """Spread the layers over pp * per_rank stages so that the costliest stage costs the least, or put `given` layers
+    on each stage. Raises `ConfigError` where a stage would have none.
     """
     count = pp * per_rank
     if count > model.num_layers:
-        least = (
-            1 if schedule is PipelineSchedule.one_f_one_b else 2
-        )  # without a pipeline there is no schedule to choose
+        least = 1 if schedule is PipelineSchedule.one_f_one_b else 2  # only a pipeline has a schedule
         legal = list(range(least, model.num_layers // per_rank + 1))
         reason = f"times {per_rank} stages per rank = {count} stages, more than the model's {model.num_layers} layers"
         raise ConfigError("parallel.pp", pp, reason, legal[-4:])
@@ -86,30 +122,29 @@ def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: in
     return Stages(ranges, tuple(owners))
 
 
-def layer_costs(model: ModelConfig, context: int = 4096) -> list[float]:
-    """What each layer costs per token: parameters multiplied with, plus attention's products at this context (in the
-    same unit, multiply-adds). The head's product counts with the last layer; the embedding, with the first, is a lookup
-    of one row.
+def layer_costs(model: ModelConfig, seq_len: int = 4096) -> list[float]:
+    """Multiply-adds of each layer per token: its parameters, plus attention's products at this sequence length. The
+    head's product counts with the last layer, the embedding's lookup of one row with the first.
     """
-    costs = [layer_cost(model, layer, context) for layer in model.blocks]
+    costs = [layer_cost(model, layer, seq_len) for layer in model.blocks]
     costs[0] += model.hidden_size
     costs[-1] += model.hidden_size * model.vocab_size
     return costs
 
 
-def layer_cost(model: ModelConfig, layer: LayerConfig, context: int) -> float:
-    """Multiply-adds per token of a layer's forward pass; a query sees half of its reach on average."""
-    reach = min(context, layer.attention_chunk_size or context)
+def layer_cost(model: ModelConfig, layer: LayerConfig, seq_len: int) -> float:
+    """Multiply-adds of a layer's forward pass per token. A query sees half of its reach on average."""
+    reach = min(seq_len, layer.attention_chunk_size or seq_len)
     return active_parameters(model, layer) + reach * model.num_heads * model.head_dim
 
 
 def balanced(costs: list[float], parts: int) -> list[int]:
-    """Sizes of consecutive non-empty parts whose costliest is cheapest; of equal ones, that with the even sizes."""
+    """Sizes of consecutive non-empty parts whose costliest is cheapest. Ties go to the most even sizes."""
     count = len(costs)
     totals = [0.0]
     for cost in costs:
         totals.append(totals[-1] + cost)
-    # best[n]: (highest cost, unevenness, sizes) of the first n layers in so many parts
+    # best[n]: (highest cost, unevenness, sizes) of the first n layers in `part` parts
     best: dict[int, tuple[float, int, list[int]]] = {n: (totals[n], n * n, [n]) for n in range(1, count + 1)}
     for part in range(2, parts + 1):
         best = {

@@ -1,4 +1,4 @@
-"""Rows in parts: the division, each way of attending against the whole row, and what travels."""
+"""Context parallelism: how sequences are divided, each method against whole sequences, and what is sent."""
 
 from __future__ import annotations
 
@@ -34,47 +34,55 @@ def division(size: int, chunks: int) -> list[ContextShard]:
     ]
 
 
-def test_heads_in_the_order_of_ranks_and_tails_in_the_reverse():
-    found = [
-        [(run.start // 8, run.stop // 8, run.at) for run in share.runs(share.axis.rank)] for share in division(2, 6)
-    ]
+def test_heads_are_in_order_and_tails_in_reverse():
+    found = [[(run.start // 8, run.stop // 8, run.at) for run in one.runs(one.axis.rank)] for one in division(2, 6)]
     assert found == [[(0, 2, 0), (5, 6, 16)], [(2, 4, 0), (4, 5, 16)]]
-    assert [share.columns.tolist() for share in division(2, 2)] == [list(range(8)), list(range(8, 16))]
+    assert [shard.columns.tolist() for shard in division(2, 2)] == [list(range(8)), list(range(8, 16))]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("each", [1, 2, 3, 4])
-def test_every_position_is_on_one_rank_and_parts_make_up_the_row(size, each):
-    shares = division(size, size * each)
-    assert torch.cat([share.columns for share in shares]).sort().values.tolist() == list(range(size * each * CHUNK))
+def test_every_position_is_on_one_rank(size, each):
+    shards = division(size, size * each)
+    assert torch.cat([shard.columns for shard in shards]).sort().values.tolist() == list(range(size * each * CHUNK))
     x_BT = torch.arange(2 * size * each * CHUNK).view(2, -1)
-    parts = [share.take(x_BT) for share in shares]
+    parts = [shard.take(x_BT) for shard in shards]
     assert all(part.shape[1] == each * CHUNK for part in parts)
-    assert torch.equal(shares[0].whole(parts, 1), x_BT)
-    assert all(torch.equal(a, b) for a, b in zip(shares[0].parts(x_BT, 1), parts, strict=True))
+    assert torch.equal(shards[0].unshard(parts, 1), x_BT)
+    assert all(torch.equal(a, b) for a, b in zip(shards[0].shards(x_BT, 1), parts, strict=True))
 
 
 def test_causal_work_is_even():
-    """Pairs of query and key, in units of a chunk; parts in one piece would be 7 to 1 apart."""
-    work = [int((share.columns + 1).sum()) for share in division(4, 32)]
+    """Pairs of query and key, in units of a chunk. Contiguous parts would be 7 to 1 apart."""
+    work = [int((shard.columns + 1).sum()) for shard in division(4, 32)]
     assert max(work) == min(work)
-    alone = [int((share.columns + 1).sum()) for share in division(4, 4)]
+    alone = [int((shard.columns + 1).sum()) for shard in division(4, 4)]
     assert max(alone) > 6 * min(alone), "control"
 
 
-def attended(method: ContextMethod, chunk: int | None, length: int, unit: int, bug: str | None) -> list[Tensor]:
-    """This rank's part of the result and of the gradients."""
-    world = connect()
+Case = tuple[ContextMethod, int | None, int]
+"""Method, chunk, length."""
+
+
+def attended(cases: list[Case], bug: str | None = None) -> list[list[Tensor]]:
+    """For each case this rank's part of the result and of the gradients."""
+    world, found = connect(), []
     meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
-    share = ContextShard(meshes.cp, length, unit, method)
-    rows = positions(length)
-    context = share.sequence_context(rows, world.device)
-    if bug == "another document":
-        rows = rows.clone()
-        rows[:, length // 2 :] += 1003
-        context = share.sequence_context(rows, world.device)
-    way = module._KINDS[method](meshes.cp)
-    return figures(lambda q, k, v: way(q, k, v, context, chunk), *(share.take(x) for x in inputs(length)))
+    for method, chunk, length in cases:
+        shard, rows = ContextShard(meshes.cp, length, CHUNK, method), positions(length)
+        if bug == "another document":
+            rows = rows.clone()
+            rows[:, length // 2 :] += 1003
+        context, attend = shard.sequence_context(rows, world.device), module._METHODS[method](meshes.cp)
+        own = (shard.take(x) for x in inputs(length))
+        found.append(figures(lambda q, k, v, a=attend, c=context, n=chunk: a(q, k, v, c, n), *own))
+    return found
+
+
+def whole(found: list[list[list[Tensor]]], place: int, case: Case) -> list[Tensor]:
+    """The figures of whole sequences, from those of all ranks."""
+    shard = ContextShard(MeshAxis("cp", len(found)), case[2], CHUNK, case[0])
+    return [shard.unshard([rank[place][figure] for rank in found], 1) for figure in range(4)]
 
 
 def wanted(chunk: int | None, length: int) -> list[Tensor]:
@@ -82,43 +90,42 @@ def wanted(chunk: int | None, length: int) -> list[Tensor]:
     return figures(lambda q, k, v: attend(q, k, v, plan), *inputs(length))
 
 
-CASES = [
-    (2, ContextMethod.gather, None, 48),
-    (2, ContextMethod.ulysses, None, 48),
-    (2, ContextMethod.ring, None, 48),
-    (3, ContextMethod.ring, None, 72),
-    (3, ContextMethod.gather, None, 72),
-    (4, ContextMethod.ring, None, 32),
-    (2, ContextMethod.ring, 64, 48),
-    (2, ContextMethod.gather, 8, 16),
-    (2, ContextMethod.gather, 8, 48),
-    (3, ContextMethod.gather, 8, 72),
-    (3, ContextMethod.gather, 4, 48),
-    (4, ContextMethod.gather, 8, 64),
-]
+CASES: dict[int, list[Case]] = {
+    2: [
+        (ContextMethod.gather, None, 48),
+        (ContextMethod.ulysses, None, 48),
+        (ContextMethod.ring, None, 48),
+        (ContextMethod.ring, 64, 48),
+        (ContextMethod.gather, 8, 16),
+        (ContextMethod.gather, 8, 48),
+    ],
+    3: [
+        (ContextMethod.ring, None, 72),
+        (ContextMethod.gather, None, 72),
+        (ContextMethod.gather, 8, 72),
+        (ContextMethod.gather, 4, 48),
+    ],
+    4: [(ContextMethod.ring, None, 32), (ContextMethod.gather, 8, 64)],
+}
 
 
-@pytest.mark.parametrize("size, method, chunk, length", CASES)
-def test_parts_of_rows_attend_as_whole_rows(ranks, size, method, chunk, length):
-    """Documents start inside chunks; parts with and without tails, of even and of odd numbers of chunks."""
-    found = ranks(size, attended, method, chunk, length, CHUNK, None)
-    share = ContextShard(MeshAxis("cp", size), length, CHUNK, method)
-    whole = [share.whole([rank[figure] for rank in found], 1) for figure in range(4)]
-    assert largest(whole, wanted(chunk, length)) < 1e-12
+@pytest.mark.parametrize("size", CASES)
+def test_shards_attend_as_whole_sequences(ranks, size):
+    """Documents start inside chunks. Shards with and without tails, of even and odd numbers of chunks."""
+    found = ranks(size, attended, CASES[size])
+    for place, case in enumerate(CASES[size]):
+        assert largest(whole(found, place, case), wanted(*case[1:])) < 1e-12, case
 
 
-@pytest.mark.parametrize(
-    "method, chunk", [(ContextMethod.gather, None), (ContextMethod.ring, None), (ContextMethod.gather, 8)]
-)
-def test_the_comparison_notices_another_document(ranks, method, chunk):
-    found = ranks(2, attended, method, chunk, 48, CHUNK, "another document")
-    share = ContextShard(MeshAxis("cp", 2), 48, CHUNK, method)
-    whole = [share.whole([rank[figure] for rank in found], 1) for figure in range(4)]
-    assert largest(whole, wanted(chunk, 48)) > 1e-3
+def test_the_comparison_notices_another_document(ranks):
+    cases = [(ContextMethod.gather, None, 48), (ContextMethod.ring, None, 48), (ContextMethod.gather, 8, 48)]
+    found = ranks(2, attended, cases, "another document")
+    for place, case in enumerate(cases):
+        assert largest(whole(found, place, case), wanted(*case[1:])) > 1e-3, case
 
 
 def travelled(aligned: bool, nope_every: int) -> dict[tuple[str, str], int]:
-    """What a step of a model with chunks of 16 hands to collectives of cp."""
+    """Bytes that a step of a model with chunks of 16 hands to collectives of cp."""
     world = connect()
     meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
     model = tiny(1)
@@ -135,30 +142,30 @@ def travelled(aligned: bool, nope_every: int) -> dict[tuple[str, str], int]:
     return {key: size for key, size in meshes.traffic.take().items() if key[0] == "cp"}
 
 
-def test_chunked_layers_over_aligned_rows_send_nothing(ranks):
+def test_chunked_layers_with_aligned_documents_send_nothing(ranks):
     assert ranks(2, travelled, True, 0) == [{}, {}]
     halo = ranks(2, travelled, False, 0)
     assert all(found[("cp", "halo")] > 0 for found in halo), "control: documents that start inside chunks"
     only = ranks(2, travelled, True, 4)
-    assert all(set(found) == {("cp", "keys and values")} for found in only), "control: layers that see the whole row"
+    assert all(set(found) == {("cp", "keys and values")} for found in only), "control: layers with full attention"
 
 
-def test_positions_and_temperature_are_those_of_the_whole_row():
+def test_positions_are_those_of_the_whole_sequence():
     model = tiny(1)
     rows = positions(64)
-    whole = SequenceContext(rows)
+    entire = SequenceContext(rows)
     rope, bare = model.blocks[0], model.blocks[-1]
     assert rope.rope and bare.temperature
     for rank in range(2):
-        share = module.context_shard(model, 64, MeshAxis("cp", 2, rank), ContextMethod.ring)
-        part = share.sequence_context(rows, torch.device("cpu"))
-        assert isinstance(part, ShardedContext) and share.unit == 16
-        assert torch.equal(part.positions_BT, share.take(rows))
+        shard = module.context_shard(model, 64, MeshAxis("cp", 2, rank), ContextMethod.ring)
+        part = shard.sequence_context(rows, torch.device("cpu"))
+        assert isinstance(part, ShardedContext) and shard.unit == 16
+        assert torch.equal(part.positions_BT, shard.take(rows))
         for a, b in (
-            (part.rotation(model, rope, torch.float64), whole.rotation(model, rope, torch.float64)),
-            (part.temperature(model, torch.float64), whole.temperature(model, torch.float64)),
+            (part.rotation(model, rope, torch.float64), entire.rotation(model, rope, torch.float64)),
+            (part.temperature(model, torch.float64), entire.temperature(model, torch.float64)),
         ):
-            assert torch.equal(a, share.take(b))
+            assert torch.equal(a, shard.take(b))
 
 
 def asked(lengths: list[int]) -> list[Tensor]:
@@ -169,7 +176,7 @@ def asked(lengths: list[int]) -> list[Tensor]:
     return [placed_logits(placed, [(7 * i) % 64 for i in range(length)]) for length in lengths]
 
 
-def test_generation_asks_rows_in_parts(ranks):
+def test_generation_under_context_parallelism(ranks):
     """Prompts shorter than a chunk of 16, of whole chunks, and between."""
     lengths = [1, 15, 32, 41]
     (wanted,), found = ranks(1, asked, lengths), ranks(2, asked, lengths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ T, D, E, F = 24, 16, 4, 8
 
 
 class Padded(PlainProducts):
-    """Wants each expert's rows in multiples, and leaves anything at all in the rows after the last expert's."""
+    """Needs each expert's rows in multiples, and leaves NaN in the rows after the last expert's."""
 
     token_multiple = 8
 
@@ -89,59 +89,67 @@ def test_rows_are_sorted_stably_and_padded() -> None:
     assert rows.is_padding_C1 is not None and rows.is_padding_C1[:, 0].tolist()[:6] == [False] * 5 + [True]
 
 
-def dispatched(
-    kind: Any, etp: int, gemm: PlainProducts, top_k: int, weights_on: WeightsOn, skew: bool, kernels: bool = False
-) -> Any:
-    """This rank's tokens through experts that lie on all ranks; output, and gradients of what this rank has."""
-    world = connect()
+class Case(NamedTuple):
+    kind: Any
+    top_k: int
+    weights_on: WeightsOn
+    skew: bool
+    kernels: bool = False
+
+    def model(self, gemm: PlainProducts) -> MixtureOfExperts:
+        moe = make(gemm, self.top_k, self.weights_on)
+        if self.skew:  # expert 0 or one of the rest: some get nothing
+            moe.router.weight.data[1:] = -moe.router.weight.data[:1]
+        return moe
+
+
+def dispatched(etp: int, gemm: PlainProducts, cases: list[Case]) -> Any:
+    """This rank's tokens through experts on all ranks: for each case the output and this rank's gradients."""
+    world, found = connect(), []
     ep = world.size // etp
     meshes = make_meshes(ParallelConfig(ep=ep, etp=etp).resolve(world.size), world)
-    moe = make(gemm, top_k, weights_on)
-    if skew:
-        moe.router.weight.data[1:] = -moe.router.weight.data[:1]  # expert 0 or one of the rest: some get nothing
-    held, width = E // ep, F // etp
-    experts = slice(meshes.ep.rank * held, (meshes.ep.rank + 1) * held)
-    columns = slice(meshes.etp.rank * width, (meshes.etp.rank + 1) * width)
-    with torch.no_grad():
-        gate_up, down = moe.experts.gate_up, moe.experts.down
-        gate_up.weight = torch.nn.Parameter(gate_up.weight[experts, :, columns].clone())
-        down.weight = torch.nn.Parameter(down.weight[experts, :, columns].clone())
-    twins = TorchKernels() if kernels else None
-    moe.dispatch = kind(meshes.experts, etp, held, weights_on, gemm.token_multiple, twins)
-    found = figures(moe, tokens(world.rank))
+    local, size = E // ep, F // etp
+    experts = slice(meshes.ep.rank * local, (meshes.ep.rank + 1) * local)
+    columns = slice(meshes.etp.rank * size, (meshes.etp.rank + 1) * size)
+    for case in cases:
+        moe = case.model(gemm)
+        with torch.no_grad():
+            gate_up, down = moe.experts.gate_up, moe.experts.down
+            gate_up.weight = torch.nn.Parameter(gate_up.weight[experts, :, columns].clone())
+            down.weight = torch.nn.Parameter(down.weight[experts, :, columns].clone())
+        twins = TorchKernels() if case.kernels else None
+        moe.dispatch = case.kind(meshes.experts, etp, local, case.weights_on, gemm.token_multiple, twins)
+        found.append(figures(moe, tokens(world.rank)))
     return found, experts, columns
 
 
-@pytest.mark.parametrize("skew", [False, True], ids=["even", "skewed"])
-@pytest.mark.parametrize("top_k, weights_on", [(1, WeightsOn.input), (2, WeightsOn.output)], ids=["top1", "top2"])
-@pytest.mark.parametrize("count, etp", [(2, 1), (4, 1), (2, 2), (4, 2)])
-@pytest.mark.parametrize("kind", [AllToAll, AllGather])
-def test_a_dispatcher_computes_what_one_device_does(ranks, kind, count, etp, top_k, weights_on, skew):
-    assert_like_one_device(ranks, kind, count, etp, top_k, weights_on, skew)
+ROUTINGS = [(1, WeightsOn.input), (2, WeightsOn.output)]
+PLAIN = [Case(kind, *how, skew) for kind in (AllToAll, AllGather) for how in ROUTINGS for skew in (False, True)]
+KERNELS = [Case(AllToAll, *how, True, True) for how in (*ROUTINGS, (2, WeightsOn.input))]
+"""By their twins; tests/model/test_kernels.py compares those with Triton."""
 
 
-@pytest.mark.parametrize("top_k, weights_on", [(1, WeightsOn.input), (2, WeightsOn.output), (2, WeightsOn.input)])
-@pytest.mark.parametrize("kind, etp", [(AllToAll, 1), (AllToAll, 2), (AllGather, 1)])
-def test_kernels_move_rows_as_plain_code_does(ranks, kind, etp, top_k, weights_on):
-    """By their twins; tests/model/test_kernels.py holds those against Triton."""
-    assert_like_one_device(ranks, kind, 2, etp, top_k, weights_on, skew=True, kernels=True)
-
-
-def assert_like_one_device(
-    ranks: Any, kind: Any, count: int, etp: int, top_k: int, weights_on: WeightsOn, skew: bool, kernels: bool = False
-) -> None:
-    gemm = Padded(torch.float64)
-    alone = make(PlainProducts(torch.float64), top_k, weights_on)
-    if skew:
-        alone.router.weight.data[1:] = -alone.router.weight.data[:1]
-    assert isinstance(alone.dispatch, LocalDispatcher)
-    wanted = [figures(alone, tokens(rank)) for rank in range(count)]  # gradients add up in `alone`
-    summed = wanted[-1]
-    for rank, (found, experts, columns) in enumerate(
-        ranks(count, dispatched, kind, etp, gemm, top_k, weights_on, skew, kernels)
-    ):
-        for name in ("y", "x"):
-            torch.testing.assert_close(found[name], wanted[rank][name], rtol=1e-10, atol=1e-12, msg=name)
-        for name in ("experts.gate_up.weight", "experts.down.weight"):
-            part = summed[name][experts, :, columns]
-            torch.testing.assert_close(found[name], part, rtol=1e-10, atol=1e-12, msg=name)
+@pytest.mark.parametrize(
+    "count, etp, cases",
+    [
+        (2, 1, [*PLAIN, *KERNELS, *(case._replace(kind=AllGather) for case in KERNELS)]),
+        (4, 1, PLAIN),
+        (2, 2, [*PLAIN, *KERNELS]),
+        (4, 2, PLAIN),
+    ],
+    ids=["ep2", "ep4", "etp2", "ep2-etp2"],
+)
+def test_a_dispatcher_computes_what_one_device_does(ranks, count, etp, cases):
+    ranked = ranks(count, dispatched, etp, Padded(torch.float64), cases)
+    for place, case in enumerate(cases):
+        alone = case.model(PlainProducts(torch.float64))
+        assert isinstance(alone.dispatch, LocalDispatcher)
+        wanted = [figures(alone, tokens(rank)) for rank in range(count)]  # gradients add up in `alone`
+        for rank, (found, experts, columns) in enumerate(ranked):
+            for name in ("y", "x"):
+                torch.testing.assert_close(
+                    found[place][name], wanted[rank][name], rtol=1e-10, atol=1e-12, msg=str(case)
+                )
+            for name in ("experts.gate_up.weight", "experts.down.weight"):
+                part = wanted[-1][name][experts, :, columns]
+                torch.testing.assert_close(found[place][name], part, rtol=1e-10, atol=1e-12, msg=f"{case}: {name}")

@@ -1,4 +1,4 @@
-"""Hyperparameters belong to the whole model: every layout has the groups, spreads and factors of one process."""
+"""Hyperparameters belong to the whole model: every layout has the groups and factors of one process."""
 
 from __future__ import annotations
 
@@ -9,30 +9,24 @@ from typing import Any
 import pytest
 
 from hparam.scale import scale_of
+from parallel.comm.world import connect
 from tests.support.tiny import config
 from train.config import TrainConfig
+from train.corpus import get_corpus
 from train.metap.hyperparameters import resolve
+from train.metrics import Log
+from train.run_directory import RunDirectory
+from train.trainer import Trainer
 
-LAYOUTS = {
-    "tp2": ["parallel.tp=2"],
-    "ep2": ["parallel.ep=2"],
-    "fsdp2": [],
-    "pp2": ["parallel.pp=2", "training.micro_batch_size=2"],
-}
+LAYOUTS = {"tp2": ["parallel.tp=2"], "ep2": ["parallel.ep=2"], "fsdp2": [], "pp2": ["parallel.pp=2"]}
+EXACT = ["precision=fp64", "training.clip_norm=null"]
+SMALL = {"hidden_size": 16, "num_layers": 2, "head_dim": 4, "dense_hidden_size": 24, "num_experts": 2}
 
 
 def with_base(root: Path, name: str, overrides: list[str]) -> TrainConfig:
-    """A run twice as wide and deep as its base, with twice the head width and experts: no factor is 1."""
+    """A run twice as wide and deep as its base, with twice the head size and experts: no factor is 1."""
     run = config(root, name, "optimizer=adamw", "hparam.head=multiplier", *overrides)
-    sizes = {
-        "hidden_size": 16,
-        "num_layers": 2,
-        "head_dim": 4,
-        "dense_hidden_size": 24,
-        "expert_hidden_size": 16,
-        "num_experts": 2,
-    }
-    small = replace(run.model, **sizes, router=replace(run.model.router, top_k=1))
+    small = replace(run.model, **SMALL, expert_hidden_size=16, router=replace(run.model.router, top_k=1))
     resolved = resolve(replace(run, hparam=replace(run.hparam, base=scale_of(small, 384, 2304))))
     factors = asdict(resolved.model.multipliers)
     assert factors == pytest.approx({"residual": 0.5, "logits": 0.5, "attention": 0.5**0.5, "gates": 0.5})
@@ -40,15 +34,8 @@ def with_base(root: Path, name: str, overrides: list[str]) -> TrainConfig:
 
 
 def groups(root: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """By parameter name what the optimizer does with it, and the losses of two steps."""
-    from parallel.comm.world import connect
-    from train.corpus import get_corpus
-    from train.metrics import Log
-    from train.run_directory import RunDirectory
-    from train.trainer import Trainer
-
-    run = with_base(root, name, overrides)
-    world = connect()
+    """By parameter name its optimizer settings; and the losses of two steps."""
+    run, world = with_base(root, name, overrides), connect()
     directory = RunDirectory.of(run)
     world.from_main(lambda: directory.open(run))
     trainer = Trainer(run, world, directory, get_corpus(run, world, lambda line: None), Log(None))
@@ -61,11 +48,15 @@ def groups(root: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     return {"groups": found, "table": run.hparam.table, "losses": [trainer.train_step(s).loss.item() for s in range(2)]}
 
 
+@pytest.fixture(scope="module")
+def alone(ranks, tmp_path_factory, small_corpus) -> dict[str, Any]:
+    """Those of one process."""
+    return ranks(1, groups, tmp_path_factory.mktemp("alone"), "alone", [*small_corpus, *EXACT])[0]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_has_the_groups_of_one_process(ranks, tmp_path, small_corpus, name):
-    exact = [*small_corpus, "precision=fp64", "training.clip_norm=null"]
-    (alone,) = ranks(1, groups, tmp_path, "alone", exact)
-    found = ranks(2, groups, tmp_path, name, [*exact, *LAYOUTS[name]])
+def test_every_layout_has_the_groups_of_one_process(ranks, tmp_path, small_corpus, alone, name):
+    found = ranks(2, groups, tmp_path, name, [*small_corpus, *EXACT, *LAYOUTS[name]])
     together = {key: value for rank in found for key, value in rank["groups"].items()}
     assert together == alone["groups"] and len({own[1] for own in together.values()}) > 1
     for rank in found:

@@ -1,4 +1,4 @@
-"""The layouts that docs/certified.md lists: some of them here in a short test, all of them in the slow ones."""
+"""The layouts that docs/certified.md lists: some in quick tests, all in slow ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_layout_computes_what_one_process_does(ranks, count, config, top_k):
 
 
 def with_norm(norm: QKNorm) -> ModelConfig:
-    """Every layer normalises its queries and keys so."""
+    """A model whose layers all normalise queries and keys in this way."""
     model = tiny(1)
     return replace(model, layer_list=[replace(layer, qk_norm=norm) for layer in model.blocks])
 
@@ -52,7 +52,7 @@ def with_norm(norm: QKNorm) -> ModelConfig:
 def compared(
     ranks, case: CertifyCase, count: int, config: ParallelConfig
 ) -> tuple[list[RankResults], list[Comparison]]:
-    """A run under the layout against one process: what the ranks found, and which figures differ."""
+    """A run under the layout against one process: the ranks' results, and the figures that differ."""
     (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
     found = [rank["run"] for rank in ranks(count, measure_all, config, {"run": case})]
     return found, [comparison for comparison in compare("run", wanted["run"], found, case) if not comparison.passed]
@@ -69,15 +69,15 @@ def compared(
     ],
     ids=["micro-scope-tp", "norm-over-all-heads-tp", "norm-per-head-tp", "experts-fewer-than-ranks", "selective-ep"],
 )
-def test_what_a_layout_must_know_of_the_model(ranks, model, count, config):
-    """One step. Under tp alone every rank cuts the same rows into the same micro-batches as one process."""
+def test_layouts_depend_on_the_model(ranks, model, count, config):
+    """One step. Under tp alone every rank has the same micro-batches as one process."""
     _, differing = compared(ranks, CertifyCase(model, PrecisionConfig(Compute.float64), SGD), count, config)
     assert differing == []
 
 
 @pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
 def test_experts_without_tokens_in_float32(ranks, dispatch):
-    """The grouped product, which float64 does not use, with no rows at all on the first rank."""
+    """The grouped product, which float64 does not use, without any rows on the first rank."""
     model = replace(tiny(1), balance=BalanceConfig(bias_rate=0.01))
     case = CertifyCase(model, PrecisionConfig(Compute.float32), SGD, starve=True)
     found, differing = compared(ranks, case, 2, ParallelConfig(ep=2, dispatch=dispatch))

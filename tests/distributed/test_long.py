@@ -1,4 +1,4 @@
-"""Rows of 262,144 tokens on two ranks: the whole path, from a file of text to a checkpoint."""
+"""Sequences of 262,144 tokens on two ranks, from a file of text to a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = [
 
 
 def write_long_text(path: Path, seed: int) -> Path:
-    """One document of more than `LONG` tokens of two characters each, as byte pairs make them."""
+    """One document of more than `LONG` tokens, of two characters each under byte pairs."""
     chance, words = random.Random(seed), ["the", "model", "reads", "a", "line", "and", "writes", "another", "def"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(" ".join(chance.choice(words) + str(chance.randrange(100)) for _ in range(160_000)))
@@ -43,7 +43,7 @@ def write_long_text(path: Path, seed: int) -> Path:
 
 
 def fitted(root: Path, overrides: list[str]) -> tuple[int, float, int]:
-    """Exit code, seconds a step and evaluation take, and this rank's peak memory in bytes."""
+    """Exit code, seconds for the steps and the evaluation, and this rank's peak memory in bytes."""
     run, begin = trainer(root, "long", overrides), time.perf_counter()
     code = run.fit()
     return code, time.perf_counter() - begin, peak_memory_bytes(run.world.device)
@@ -51,11 +51,11 @@ def fitted(root: Path, overrides: list[str]) -> tuple[int, float, int]:
 
 @pytest.mark.slow
 def test_a_run_over_a_quarter_of_a_million_tokens(tmp_path):
-    """One document fills the row. A mask over it would take 64 GiB a layer; what is kept grows with the row alone."""
+    """One document fills the sequence. A mask over it would take 64 GiB a layer; memory grows linearly."""
     text, held_out = (write_long_text(tmp_path / name / "text.txt", seed) for seed, name in enumerate(("text", "held")))
     sources = [f"data.sources.text.path={text}", f"+data.sources.text.held_out_path={held_out}"]
     overrides = [*SMALL, *sources, f"data.cache={tmp_path / 'cache'}", "parallel.cp_method=ring"]
-    ranks = Pool()  # of its own: what a process has ever used counts, and the common ones have run other tests
+    ranks = Pool()  # of its own: peak memory counts from a process's start, and the shared pool has run other tests
     try:
         found = ranks(2, fitted, tmp_path, overrides, timeout_s=3600)
     finally:

@@ -1,9 +1,8 @@
-"""Muon under every layout equals its one-process self, and each way to get a cut matrix wrong is seen to differ."""
+"""Muon under every layout equals one process, and planted bugs in sharded matrices are noticed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from parallel.mesh import make_meshes
 from parallel.parallelize import build
 from parallel.sharding import local, local_shards
 from precision.config import Compute, PrecisionConfig
+from tests.support.bugs import Plant, replaced
 from train.certify import worker
 from train.certify.compare import EXACT, blocks, compare
 from train.certify.worker import Blocks, CertifyCase, RankResults, kept, measure_all
@@ -39,7 +39,7 @@ AWKWARD = replace(
     shared_expert_hidden_size=18,
     head_dim=6,
 )
-"""Shards of unequal size; on three ranks nothing of an expert divides, and one of them has none."""
+"""Shards of unequal size. On three ranks nothing of an expert divides, and one of them has none."""
 
 
 def apart(wanted: Blocks, found: list[Blocks]) -> float:
@@ -52,18 +52,14 @@ def apart(wanted: Blocks, found: list[Blocks]) -> float:
 
 LAYOUTS = {
     "fsdp2": (2, ParallelConfig()),
-    "tp2": (2, ParallelConfig(tp=2)),
-    "ep2": (2, ParallelConfig(ep=2)),
-    "etp2": (2, ParallelConfig(etp=2)),
-    "hsdp": (4, ParallelConfig(dp_replicate=2)),
     "pp2": (2, ParallelConfig(pp=2)),
-    "pp2-tp2": (4, ParallelConfig(pp=2, tp=2)),
     "tp2-fsdp2": (4, ParallelConfig(tp=2)),
-    "tp2-ep2": (2, ParallelConfig(tp=2, ep=2)),
     "tp2-etp2": (2, ParallelConfig(tp=2, etp=2)),
     "ep2-etp2": (4, ParallelConfig(ep=2, etp=2)),
     "ep2-efsdp2": (4, ParallelConfig(ep=2)),
     "etp2-efsdp2": (4, ParallelConfig(etp=2)),
+    "pp2-tp2": (4, ParallelConfig(pp=2, tp=2)),
+    "hsdp": (4, ParallelConfig(dp_replicate=2)),
     "all": (8, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2)),
 }
 
@@ -89,8 +85,8 @@ def test_a_layout_trains_as_one_process_does(ranks, alone, name):
     assert apart(alone[0].weights, [figures.weights for figures in found]) < 1e-12
 
 
-def test_experts_fewer_than_ranks_are_cut_along_their_widths(ranks):
-    """FSDP2 then shards another dimension than the first, and its gradients are laid out accordingly."""
+def test_experts_fewer_than_ranks_are_split_by_hidden_size(ranks):
+    """FSDP2 then shards another dimension than the first, and lays its gradients out accordingly."""
     case = replace(run(), model=replace(tiny(2), num_experts=2))
     (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
     found = [rank["run"] for rank in ranks(4, measure_all, ParallelConfig(), {"run": case})]
@@ -109,13 +105,14 @@ def forgetting(parallel: ParallelConfig, cases: dict[str, CertifyCase]) -> dict[
                 state["momentum"].zero_()
         return progress
 
-    with planted((worker.Checkpointer, "restore", forget)):
+    with replaced() as plant:
+        plant(worker.Checkpointer, "restore", forget)
         return measure_all(parallel, cases)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_under_other_layouts(ranks, alone, tmp_path):
-    """Written by one, read by another: the weights of the third step are those of the run that was not interrupted."""
+def test_a_checkpoint_resumes_under_other_layouts(ranks, alone, tmp_path):
+    """Written by one, read by another: the weights of the third step are those of an uninterrupted run."""
     wanted, one = alone
     names = ["tp2-fsdp2", "etp2-efsdp2"]
     for name in names:
@@ -133,8 +130,8 @@ def test_a_checkpoint_goes_on_under_other_layouts(ranks, alone, tmp_path):
     assert apart(wanted.weights, [rank["run"].weights for rank in lost]) > 1e-4, "the control: momentum matters"
 
 
-def test_a_narrow_momentum_goes_from_layout_to_layout(ranks, tmp_path):
-    """Its rounding hides nothing else: runs under several layouts stay as near as bfloat16's last digit lets them."""
+def test_a_narrow_momentum_resumes_under_another_layout(ranks, tmp_path):
+    """Runs under several layouts differ by no more than the rounding of bfloat16."""
     narrow = replace(run(), optimizer=replace(MUON, moments=Moments.bfloat16))
     (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": narrow})
     count, config = LAYOUTS["tp2-fsdp2"]
@@ -143,25 +140,10 @@ def test_a_narrow_momentum_goes_from_layout_to_layout(ranks, tmp_path):
     found = ranks(count, measure_all, config, {"run": replace(narrow, resume=tmp_path / "x")})
     assert apart(wanted["run"].weights, [rank["run"].weights for rank in found]) < 1e-4
     wide = ranks(1, measure_all, ParallelConfig(), {"run": run()})[0]["run"].weights
-    assert apart(wide, [wanted["run"].weights]) > 1e-4, "the control: narrow moments are others"
+    assert apart(wide, [wanted["run"].weights]) > 1e-4, "the control: narrow moments differ"
 
 
-# ----- updates alone, of made-up gradients, for shapes and numbers of ranks that rows do not allow
-
-
-Plant = tuple[Any, str, Any]
-
-
-@contextmanager
-def planted(*bugs: Plant) -> Iterator[None]:
-    undo = [(owner, name, getattr(owner, name)) for owner, name, _ in bugs]
-    for owner, name, value in bugs:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, name, value in undo:
-            setattr(owner, name, value)
+# ----- updates alone, from made-up gradients, for shapes and numbers of ranks that do not divide batches
 
 
 def updated(
@@ -172,8 +154,10 @@ def updated(
     meshes = make_meshes(parallel.resolve(world.size), world)
     placed = build(model, FP64, meshes, world.device, seed=1)
     network, specs = placed.model, placed.specs
-    few: Plant = (optimizer, "rounds", lambda *arguments: whole_matrices.rounds(*arguments, at_once))
-    with planted(few), planted(*(BUGS[bug]() if bug else ())):
+    with replaced() as plant:
+        plant(optimizer, "rounds", lambda *arguments: whole_matrices.rounds(*arguments, at_once))
+        if bug is not None:
+            BUGS[bug](plant)
         made = optimizer.make_optimizer(network, specs, config, meshes)
         for step in range(3):
             for name, parameter in network.named_parameters():
@@ -190,14 +174,11 @@ ALL_AT_ONCE = whole_matrices.AT_ONCE
 UNEVEN = {
     "fsdp2": (2, ParallelConfig()),
     "fsdp3": (3, ParallelConfig()),
-    "fsdp4": (4, ParallelConfig()),
     "tp2-fsdp2": (4, ParallelConfig(tp=2)),
-    "tp2-fsdp3": (6, ParallelConfig(tp=2)),
     "etp2-efsdp2": (4, ParallelConfig(etp=2)),
-    "ep2-efsdp3": (6, ParallelConfig(ep=2)),
-    "etp2-efsdp3": (6, ParallelConfig(etp=2)),
     "hsdp": (4, ParallelConfig(dp_replicate=2)),
 }
+"""Plans for more ranks: tests/parallel/test_whole_matrices.py."""
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +197,7 @@ def one(ranks) -> Callable[..., Blocks]:
 
 @pytest.mark.parametrize("name", UNEVEN)
 def test_uneven_shards_are_updated_as_in_one_process(ranks, one, name):
-    """All together, and a matrix at a time: rounds in which some ranks have nothing to do."""
+    """All together, and one matrix at a time: rounds in which some ranks have nothing to do."""
     count, config = UNEVEN[name]
     for at_once in (ALL_AT_ONCE, 1):
         found = ranks(count, updated, config, AWKWARD, MUON, at_once)
@@ -236,37 +217,35 @@ def test_scales_are_of_the_whole_matrix(ranks, one, scale):
     assert apart(one(scale), found) < 1e-12
 
 
-def each_shard_alone() -> list[Plant]:
-    """Orthogonal pieces are no piece of an orthogonal matrix."""
-    return [
-        (optimizer, "rounds", lambda *arguments: [replace(r, stages=()) for r in whole_matrices.rounds(*arguments)])
-    ]
+def each_shard_alone(plant: Plant) -> None:
+    """Orthogonal shards do not make up an orthogonal matrix."""
+    plant(optimizer, "rounds", lambda *args: [replace(one, stages=()) for one in whole_matrices.rounds(*args)])
 
 
-def experts_mixed() -> list[Plant]:
-    """A stack of matrices taken for one tall matrix."""
+def experts_mixed(plant: Plant) -> None:
+    """A stack of matrices is taken for one tall matrix."""
     honest = muon.orthogonalise
-    return [(muon, "orthogonalise", lambda x, *rest: honest(x.flatten(0, 1)[None], *rest).view_as(x))]
+    plant(muon, "orthogonalise", lambda x, *rest: honest(x.flatten(0, 1)[None], *rest).view_as(x))
 
 
-def factor_of_the_part() -> list[Plant]:
-    """The shape of what the rank has: its columns and rows under tensor parallelism."""
+def factor_of_the_shard(plant: Plant) -> None:
+    """The factor is computed from the shape of a rank's part under tensor parallelism."""
 
     def shrunk(specs: Any, meshes: Any) -> Any:
         plan = whole_matrices.rounds(specs, meshes)
-        return [replace(each, shape=specs[each.pieces[0].name].compute_block.shape[-2:]) for each in plan]
+        return [replace(each, shape=specs[each.ranges[0].name].compute_block.shape[-2:]) for each in plan]
 
-    return [(optimizer, "rounds", shrunk)]
+    plant(optimizer, "rounds", shrunk)
 
 
-def swapped_on_the_way_back() -> list[Plant]:
-    """Pieces come back in another order than they went."""
+def swapped_on_the_way_back(plant: Plant) -> None:
+    """Shards come back in another order."""
     honest = whole_matrices.Round.scatter
-    return [(whole_matrices.Round, "scatter", lambda self, whole: honest(self, whole.flip(0)))]
+    plant(whole_matrices.Round, "scatter", lambda self, whole: honest(self, whole.flip(0)))
 
 
-def momentum_of_a_step() -> list[Plant]:
-    """State that is not kept."""
+def momentum_of_a_step(plant: Plant) -> None:
+    """State is not kept."""
     honest = muon.Muon.step
 
     def forget(self: Any, closure: Any = None) -> None:
@@ -274,24 +253,24 @@ def momentum_of_a_step() -> list[Plant]:
             self.state.pop(self.parameters[name], None)
         honest(self)
 
-    return [(muon.Muon, "step", forget)]
+    plant(muon.Muon, "step", forget)
 
 
-BUGS: dict[str, Callable[[], list[Plant]]] = {
+BUGS: dict[str, Callable[[Plant], None]] = {
     bug.__name__: bug
-    for bug in (each_shard_alone, experts_mixed, factor_of_the_part, swapped_on_the_way_back, momentum_of_a_step)
+    for bug in (each_shard_alone, experts_mixed, factor_of_the_shard, swapped_on_the_way_back, momentum_of_a_step)
 }
 SHOWN_BY = {
     "each_shard_alone": ["fsdp2", "tp2-fsdp2", "etp2-efsdp2"],
     "experts_mixed": ["fsdp2"],
-    "factor_of_the_part": ["tp2-fsdp2"],
+    "factor_of_the_shard": ["tp2-fsdp2"],
     "swapped_on_the_way_back": ["fsdp2"],
     "momentum_of_a_step": ["fsdp2"],
 }
 
 
 @pytest.mark.parametrize("bug, name", [(bug, name) for bug, names in SHOWN_BY.items() for name in names])
-def test_a_planted_bug_is_seen(ranks, one, bug, name):
+def test_a_planted_bug_is_noticed(ranks, one, bug, name):
     count, config = UNEVEN[name]
     found = ranks(count, updated, config, AWKWARD, MUON, ALL_AT_ONCE, bug)
     assert apart(one(MuonScale.match_adamw), found) > 1e-3

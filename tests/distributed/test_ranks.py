@@ -1,4 +1,4 @@
-"""The pool itself: order, relayed errors, hangs, and cases that do not disturb each other."""
+"""The pool of ranks: order, relayed errors, hangs, and cases that do not affect each other."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def fail_beside_a_sleeper() -> None:
 
 
 @pytest.mark.slow
-def test_a_hang_is_killed_and_the_pool_starts_anew():
+def test_a_hang_is_killed_and_the_pool_restarts():
     pool = Pool()
     try:
         with pytest.raises(Hang, match=r"ranks \[1\] of 2 did not answer within 2 s"):

@@ -1,4 +1,4 @@
-"""What ranks settle before they train: that they are told the same, and whether their layout has a certificate."""
+"""Checks of ranks before training: equal configurations, and a certificate for the layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.trainer import run
 
 
 def refused(root: Path, overrides: list[str]) -> str:
-    """What a run says whose ranks have seeds of their own."""
+    """The error of a run whose ranks have different seeds."""
     try:
         run(config(root, "run", *overrides, f"run.seed={dist.get_rank()}"))
     except ConfigError as error:
@@ -26,9 +26,10 @@ def refused(root: Path, overrides: list[str]) -> str:
     return ""
 
 
-def test_ranks_with_other_seeds_are_refused(ranks, small_corpus, tmp_path):
-    said = ranks(2, refused, tmp_path, [*small_corpus, *EXACT])
-    assert said[0] == said[1] and re.fullmatch(r"configuration: rank 1 has (\w+), the other ranks (\w+): .*", said[0])
+def test_ranks_with_other_seeds_are_rejected(ranks, small_corpus, tmp_path):
+    errors = ranks(2, refused, tmp_path, [*small_corpus, *EXACT])
+    assert errors[0] == errors[1]
+    assert re.fullmatch(r"configuration: rank 1 has (\w+), the other ranks (\w+): .*", errors[0])
     assert not (tmp_path / "run").exists()
 
 
@@ -43,11 +44,11 @@ def saved(root: Path, overrides: list[str]) -> str | None:
 
 @pytest.fixture
 def cache(small_corpus) -> Path:
-    """Where the corpus and certificates are kept."""
+    """The folder of the corpus and of certificates."""
     return Path(small_corpus[-1].removeprefix("data.cache="))
 
 
-def test_a_run_says_that_it_has_no_certificate(ranks, small_corpus, tmp_path):
+def test_a_run_reports_a_missing_certificate(ranks, small_corpus, tmp_path):
     assert ranks(2, saved, tmp_path, [*small_corpus, *EXACT]) == [None, None]
     advice = f"no certificate for this layout and this code; to have one: leviathan certify {tmp_path / 'run'}"
     assert (tmp_path / "run" / "log.txt").read_text().count(advice) == 1

@@ -133,7 +133,7 @@ def test_a_stopped_rank_is_reported_and_restarted(small_corpus, tmp_path, undist
     # it may have been stopped between logging 30 steps and beginning the next one
     assert words[0] == "step" and 29 <= int(words[1].rstrip(":")) <= STEPS
     assert any(f" over axis {axis} waits for " in hang["line"] for axis in ("experts", "fsdp", "world", "dp"))
-    assert "; rank 1 gives no sign of life since step " in hang["line"]
+    assert "; rank 1 has sent no heartbeat since step " in hang["line"]
     told = [line for line in errors.splitlines() if line.startswith("leviathan: ") and "error" not in line]
     assert told[0].startswith(f"leviathan: rank 0: {hang['line']}"), errors
 
@@ -198,7 +198,7 @@ def test_a_stopped_node_ends_after_another_gave_up(small_corpus, tmp_path, stopp
     os.kill(victim, signal.SIGSTOP)
     told = [process.communicate(timeout=240)[1] for process in both]
     assert [process.returncode for process in both] == [1, 1], told
-    assert f"rank {stopped} gives no sign of life since step" in told[1 - stopped]
+    assert f"rank {stopped} has sent no heartbeat since step" in told[1 - stopped]
     assert not Path(f"/proc/{victim}").exists()
     if stopped == 0:  # the store is its node's: the other one cannot say that it gives up but there
         assert "another node has given up" in told[0], told

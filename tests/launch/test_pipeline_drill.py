@@ -44,7 +44,7 @@ def test_a_stopped_stage_is_reported_and_started_again(small_corpus, tmp_path, u
     os.kill(ranks_of(process)[2], signal.SIGSTOP)
     ended(process)
     hangs = (tmp_path / "runs" / "x" / "logs" / "hangs.jsonl").read_text()
-    assert "; rank 2 gives no sign of life since step " in hangs
+    assert "; rank 2 has sent no heartbeat since step " in hangs
     assert figures(tmp_path / "runs" / "x") == undisturbed
 
 

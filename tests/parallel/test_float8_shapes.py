@@ -66,4 +66,4 @@ def test_some_layer_must_be_left(first: int, last: int, key: str) -> None:
 def test_some_product_must_be_there() -> None:
     dense = replace(MODEL, moe_every=0)
     said = checked(model=dense, precision=replace(EIGHT, fp8_products=[Products.expert]))
-    assert said == "precision.fp8_products: names expert, of which this model has none"
+    assert said == "precision.fp8_products: names expert, which this model does not have"

@@ -36,13 +36,13 @@ def refusal(world_size: int, *overrides: str) -> str:
         (8, ["parallel.ep=4", "parallel.dp_replicate=4"], "must divide dp_shard * cp * tp = 2 ranks; try 1 or 2"),
         (4, ["parallel.tp=4"], "parallel.tp=4: must divide the model's key/value heads of 2; try 1 or 2"),
         (2, ["parallel.tp=2", "model.vocab_size=321"], "parallel.tp=2: must divide the model's vocabulary of 321"),
-        (2, ["parallel.tp=2", "model.dense_hidden_size=513"], "must divide the model's dense width of 513; try 1"),
-        (2, ["parallel.tp=2", "model.shared_expert_hidden_size=15"], "must divide the model's shared expert's width of 15; try 1"),
+        (2, ["parallel.tp=2", "model.dense_hidden_size=513"], "must divide the model's dense hidden size of 513; try 1"),
+        (2, ["parallel.tp=2", "model.shared_expert_hidden_size=15"], "must divide the model's shared expert's hidden size of 15; try 1"),
         (3, ["parallel.ep=3", "training.global_batch_size=6"], "parallel.ep=3: must divide the model's 8 experts; try 1, 2"),
         (2, ["parallel.ep=2", "model.moe_every=0"], "parallel.ep=2: the model has no routed experts; try 1"),
-        (4, ["parallel.etp=4", "model.expert_hidden_size=48"], "must cut the expert width of 48 into multiples of 8; try 1"),
+        (4, ["parallel.etp=4", "model.expert_hidden_size=48"], "must split the expert hidden size of 48 into multiples of 8; try 1"),
         (3, [], "training.global_batch_size=8: must divide into dp_replicate * dp_shard = 3 equal parts; try 3, 6 or 9"),
-        (4, ["training.micro_batch_size=3"], "training.micro_batch_size=3: must divide a rank's 2 rows; try 1 or 2"),
+        (4, ["training.micro_batch_size=3"], "training.micro_batch_size=3: must divide a rank's 2 sequences; try 1 or 2"),
         (2, ["parallel.tp=2", "training.seq_len=63"], "training.seq_len=63: must divide into tp=2 equal parts of the"),
         (
             2,
@@ -52,7 +52,7 @@ def refusal(world_size: int, *overrides: str) -> str:
         (
             4,
             ["parallel.cp=4", "model.attention_chunk_size=32"],
-            "parallel.cp=4: rows of training.seq_len=64 tokens have 2 whole chunks of 32, too few; try 1 or 2",
+            "parallel.cp=4: training.seq_len=64 has only 2 whole chunks of 32; try 1 or 2",
         ),
         (
             2,
@@ -67,7 +67,7 @@ def refusal(world_size: int, *overrides: str) -> str:
         (
             4,
             ["parallel.cp=4", "parallel.cp_method=ulysses"],
-            "parallel.cp=4: must divide the 2 key/value heads of a rank for context=ulysses; or take another "
+            "parallel.cp=4: must divide the 2 key/value heads of a rank for cp_method=ulysses; or take another "
             "parallel.cp_method: gather or ring; try 1 or 2",
         ),
         (

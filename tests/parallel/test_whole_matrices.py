@@ -1,4 +1,4 @@
-"""The plan by which matrices come together, for every rank of a layout at once and without a process group."""
+"""The plan by which matrices are gathered, for every rank of a layout at once and without a process group."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ LAYOUTS = {
     "one": (1, ParallelConfig()),
     "fsdp3": (3, ParallelConfig()),
     "fsdp4": (4, ParallelConfig()),
+    "tp2-fsdp3": (6, ParallelConfig(tp=2)),
+    "ep2-efsdp3": (6, ParallelConfig(ep=2)),
+    "etp2-efsdp3": (6, ParallelConfig(etp=2)),
     "hsdp": (4, ParallelConfig(dp_replicate=2)),
     "tp2-fsdp2": (4, ParallelConfig(tp=2)),
     "ep2-etp2-fsdp4": (4, ParallelConfig(ep=2, etp=2)),
@@ -29,11 +32,11 @@ LAYOUTS = {
     "all": (16, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2)),
 }
 SIZES = [1, 1000, 1 << 26]
-"""Elements on a rank at a time: a matrix alone, some, all."""
+"""Elements on a rank at a time: one matrix, some, all."""
 
 
 def awkward() -> ModelConfig:
-    """Sizes that ranks do not divide. Of three, which find nothing of an expert to cut evenly, one has no expert."""
+    """Sizes that ranks do not divide. Of three ranks, among which no dimension of an expert divides, one has no expert."""
     return replace(
         tiny(2),
         hidden_size=40,
@@ -61,7 +64,7 @@ def plans(layout: Layout, at_once: int) -> list[tuple[Meshes, dict[str, ShardSpe
 def done_here(together: Round) -> int:
     """Matrices of a round that this rank works on."""
     if not together.stages:
-        return sum(piece.stop - piece.start for piece in together.pieces)
+        return sum(piece.stop - piece.start for piece in together.ranges)
     return together.stages[-1].counts[together.stages[-1].split.rank]
 
 
@@ -98,7 +101,7 @@ def test_all_ranks_of_a_group_make_the_same_plan(name, at_once):
         places |= {"efsdp": meshes.experts.rank, "etp": (meshes.efsdp.rank, meshes.ep.rank)}
         for axis, listed in exchanges.items():
             groups.setdefault((axis, meshes.replicate.rank, places[axis]), []).append(listed)
-        # ranks of the `experts` axis with other experts send each other nothing, and yet meet in every exchange
+        # ranks of the `experts` axis with other experts send each other nothing, but take part in every all-to-all
         calls = [together.stages for together in plan if any(s.split.axis.name == "experts" for s in together.stages)]
         groups.setdefault(("calls", meshes.replicate.rank, meshes.efsdp.rank), []).append([len(calls)])
     assert all(listed == ranks[0] for ranks in groups.values() for listed in ranks)
@@ -106,7 +109,7 @@ def test_all_ranks_of_a_group_make_the_same_plan(name, at_once):
 
 @pytest.mark.parametrize("name", ["fsdp3", "fsdp4", "tp2-fsdp2", "all"])
 def test_work_is_spread_evenly(name):
-    """Of dense layers' matrices no rank does more than one above its share; the busiest is not always the first."""
+    """No rank updates more than two dense matrices above its share, in work."""
     count, config = LAYOUTS[name]
     work: Counter[int] = Counter()
     heaviest = 0
@@ -122,6 +125,6 @@ def test_work_is_spread_evenly(name):
 def test_experts_whole_where_they_lie_are_not_sent():
     for layout in (ParallelConfig(ep=2).resolve(2), ParallelConfig(ep=2).resolve(4), ParallelConfig().resolve(2)):
         for _, specs, plan in plans(layout, 1 << 26):
-            stages = {piece.name: together.stages for together in plan for piece in together.pieces}
+            stages = {piece.name: together.stages for together in plan for piece in together.ranges}
             experts = {name: stages[name] for name in specs if specs[name].info.role.is_expert}
             assert experts and not any(experts.values())

@@ -1,9 +1,9 @@
-"""Ways in which layouts are known to go wrong, to be planted in rank processes."""
+"""Known ways in which layouts go wrong, to be planted in rank processes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,26 +11,57 @@ import torch
 import torch.distributed as dist
 
 from parallel.deepspeed import zero3, zero12
+from parallel.layout import ParallelConfig
+from parallel.mesh import MeshAxis
+from parallel.sharding import local
 from train.certify import worker
+from train.certify.worker import CertifyCase, RankResults
+from train.engine import fsdp as engine
 
 Plant = Callable[[Any, str, Any], None]
+MESHES: list[Any] = []
 
 
 @contextmanager
-def planted(bug: str | None) -> Iterator[None]:
+def replaced() -> Iterator[Plant]:
+    """A function that replaces attributes; they are restored at the end."""
     undo: list[tuple[Any, str, Any]] = []
 
     def plant(owner: Any, attribute: str, value: Any) -> None:
         undo.append((owner, attribute, getattr(owner, attribute)))
         setattr(owner, attribute, value)
 
-    if bug is not None:
-        BUGS[bug](plant)
     try:
-        yield
+        yield plant
     finally:
         for owner, attribute, value in reversed(undo):
             setattr(owner, attribute, value)
+
+
+@contextmanager
+def planted(bug: str | None) -> Iterator[None]:
+    """Plant one of `BUGS`, by name."""
+    with replaced() as plant:
+        if bug is not None:
+            BUGS[bug](plant)
+        yield
+
+
+class BuggyRanks:
+    """A pool whose ranks, where there are several, run with a bug."""
+
+    def __init__(self, ranks: Any, bug: str | None) -> None:
+        self.ranks, self.bug = ranks, bug
+
+    def __call__(self, count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        return self.ranks(count, measure_with_bug, self.bug if count > 1 else None, *arguments)
+
+
+def measure_with_bug(
+    bug: str | None, parallel: ParallelConfig, cases: Mapping[str, CertifyCase]
+) -> dict[str, RankResults]:
+    with planted(bug):
+        return worker.measure_all(parallel, cases)
 
 
 def tiles_across_experts(plant: Plant) -> None:
@@ -51,7 +82,7 @@ def tiles_across_experts(plant: Plant) -> None:
 
 
 def padding_that_is_not_zero(plant: Plant) -> None:
-    """Rows beyond an expert's own repeat some token, so that they have a say in the scales."""
+    """Padding rows repeat some token, so that they affect the scales."""
     from model import moe
 
     gather = moe.SortedTokens.copy_slots
@@ -61,7 +92,7 @@ def padding_that_is_not_zero(plant: Plant) -> None:
 
 
 def weights_quantised_before_they_are_whole(plant: Plant) -> None:
-    """Each rank takes the scale of its own part of a weight, cut across the tiles."""
+    """Each rank takes the scale of its own shard of a weight, split across the tiles."""
     from precision import fp8_tiles
 
     usual = fp8_tiles.tiling
@@ -77,15 +108,12 @@ def missing_reduction(plant: Plant) -> None:
     """The backward of the sequence gather keeps the local part instead of summing the ranks'."""
     from parallel.comm import collectives
 
-    def keep(partial: torch.Tensor, axis: Any, dim: int, purpose: str) -> torch.Tensor:
-        return partial.chunk(axis.size, dim)[axis.rank].contiguous()
+    def gather(shard: torch.Tensor, axis: Any, dim: int, purpose: str) -> torch.Tensor:
+        there = lambda x: collectives.all_gather_no_grad(x, axis, dim, purpose)  # noqa: E731
+        local = lambda grad: grad.chunk(axis.size, dim)[axis.rank].contiguous()  # noqa: E731
+        return shard if axis.size == 1 else collectives._Collective.apply(shard, there, local)
 
-    class Local(collectives._Gather):
-        @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-            return keep(grads[0], *ctx.arguments), None, None, None
-
-    plant(collectives, "_Gather", Local)
+    plant(collectives, "all_gather", gather)
 
 
 def doubled_divide(plant: Plant) -> None:
@@ -97,28 +125,24 @@ def doubled_divide(plant: Plant) -> None:
 
 def experts_left_out_of_the_norm(plant: Plant) -> None:
     """Only the first group of experts is counted, as in a norm summed over data parallel ranks alone."""
-    from train.engine import fsdp
-
-    honest = fsdp.gradient_norm
+    honest = engine.gradient_norm
 
     def norm(gradients: Any, *rest: Any) -> Any:
         return honest(
             (one for one in gradients if not any(s.axis.name == "ep" and s.axis.rank for s in one.spec.splits)), *rest
         )
 
-    plant(fsdp, "gradient_norm", norm)
+    plant(engine, "gradient_norm", norm)
 
 
 def balancing_term_dropped(plant: Plant) -> None:
-    """With the sequence cut, each rank balances its own part of a row."""
+    """With the sequence split, each rank balances its own part of it."""
     from parallel import parallelize
 
     plant(parallelize, "_count_whole_sequences", lambda model, meshes: None)
 
 
 def bias_from_local_counts(plant: Plant) -> None:
-    from parallel.mesh import MeshAxis
-
     honest = MeshAxis.sum
 
     def local_only(self: MeshAxis, tensor: torch.Tensor, purpose: str) -> None:
@@ -130,10 +154,7 @@ def bias_from_local_counts(plant: Plant) -> None:
 
 def expert_gradients_over_the_wrong_group(plant: Plant) -> None:
     """Averaged over the ranks that hold different experts."""
-    from parallel.sharding import local
-    from train.engine import fsdp
-
-    honest = fsdp.sum_copies
+    honest = engine.sum_partial_gradients
 
     def mix(model: Any, specs: Any) -> None:
         honest(model, specs)
@@ -146,28 +167,17 @@ def expert_gradients_over_the_wrong_group(plant: Plant) -> None:
                         dist.all_reduce(gradient, group=group.group)
                         gradient /= group.size
 
-    honest_meshes = worker.make_meshes
-
-    def remember(*arguments: Any) -> Any:
-        MESHES.append(honest_meshes(*arguments))
-        return MESHES[-1]
-
-    plant(worker, "make_meshes", remember)
-    plant(fsdp, "sum_partial_gradients", mix)
+    _remember_meshes(plant)
+    plant(engine, "sum_partial_gradients", mix)
 
 
 def gains_not_reduced(plant: Plant) -> None:
-    from train.engine import fsdp
-
-    plant(fsdp, "sum_partial_gradients", lambda model, specs: None)
+    plant(engine, "sum_partial_gradients", lambda model, specs: None)
 
 
 def no_gradient_without_tokens(plant: Plant) -> None:
     """A rank none of whose experts got a token has no gradient for them."""
-    from parallel.sharding import local
-    from train.engine import fsdp
-
-    honest = fsdp.sum_copies
+    honest = engine.sum_partial_gradients
 
     def drop(model: Any, specs: Any) -> None:
         honest(model, specs)
@@ -177,20 +187,18 @@ def no_gradient_without_tokens(plant: Plant) -> None:
             if cut and spec.info.role.is_expert and not local(parameter.grad).any():
                 parameter.grad = None
 
-    plant(fsdp, "sum_partial_gradients", drop)
+    plant(engine, "sum_partial_gradients", drop)
 
 
 def gains_not_reduced_beside_experts(plant: Plant) -> None:
-    """Right under each axis alone: only a model that is cut both ways skips the sum."""
-    from train.engine import fsdp
-
-    honest = fsdp.sum_copies
+    """Correct under each axis alone: only a model that is split both ways skips the sum."""
+    honest = engine.sum_partial_gradients
 
     def skip(model: Any, specs: Any) -> None:
         if not any(split.axis.name == "ep" for spec in specs.values() for split in spec.splits):
             honest(model, specs)
 
-    plant(fsdp, "sum_partial_gradients", skip)
+    plant(engine, "sum_partial_gradients", skip)
 
 
 def moments_lost_on_the_way(plant: Plant) -> None:
@@ -220,7 +228,7 @@ def evaluation_of_one_rank(plant: Plant) -> None:
 
 
 def shards_made_orthogonal(plant: Plant) -> None:
-    """Each part of a matrix by itself, on the rank that keeps it."""
+    """Each shard of a matrix alone, on the rank that keeps it."""
     from train.optim import optimizer
 
     honest = optimizer.rounds
@@ -228,51 +236,44 @@ def shards_made_orthogonal(plant: Plant) -> None:
 
 
 def positions_not_restarted(plant: Plant) -> None:
-    """Parts of rows take their places in the row for places in documents."""
+    """Context-parallel shards take positions in the sequence for positions in documents."""
     from parallel.context_parallel import ContextShard
 
     honest = ContextShard.sequence_context
 
-    def whole_rows(self: Any, positions_BT: torch.Tensor, *arguments: Any) -> Any:
+    def whole_sequences(self: Any, positions_BT: torch.Tensor, *arguments: Any) -> Any:
         if self.axis.size > 1:
             positions_BT = torch.arange(positions_BT.shape[1]).expand(positions_BT.shape)
         return honest(self, positions_BT, *arguments)
 
-    plant(ContextShard, "sequence_context", whole_rows)
+    plant(ContextShard, "sequence_context", whole_sequences)
 
 
 def halo_off_by_one(plant: Plant) -> None:
     from parallel.context_parallel import _AttendShard
 
-    honest = _AttendShard._before
-    plant(_AttendShard, "_before", lambda self, *arguments: honest(self, *arguments).roll(1, dims=2))
+    honest = _AttendShard._halo
+    plant(_AttendShard, "_halo", lambda self, *arguments: honest(self, *arguments).roll(1, dims=2))
 
 
 def loss_divided_by_cp(plant: Plant) -> None:
-    from train.engine import fsdp
-
-    honest, honest_meshes = fsdp.summed_loss, worker.make_meshes
-
-    def remember(*arguments: Any) -> Any:
-        MESHES.append(honest_meshes(*arguments))
-        return MESHES[-1]
-
-    plant(worker, "make_meshes", remember)
-    plant(fsdp, "summed_loss", lambda *arguments: honest(*arguments) / MESHES[-1].cp.size)
+    _remember_meshes(plant)
+    honest = engine.summed_loss
+    plant(engine, "summed_loss", lambda *arguments: honest(*arguments) / MESHES[-1].cp.size)
 
 
 def last_keys_of_the_ring_dropped(plant: Plant) -> None:
     """One hop too few."""
     from parallel.context_parallel import RingPlan, ShardedContext
 
-    honest = ShardedContext._global
+    honest = ShardedContext._full_plan
 
     def short(self: Any, rows: Any) -> Any:
         plan = honest(self, rows)
         assert isinstance(plan, RingPlan)
         return dataclasses.replace(plan, rounds=(*plan.rounds[:-1], []))
 
-    plant(ShardedContext, "_global", short)
+    plant(ShardedContext, "_full_plan", short)
 
 
 def balancing_term_dropped_in_a_stage(plant: Plant) -> None:
@@ -296,21 +297,17 @@ def balancing_term_dropped_in_a_stage(plant: Plant) -> None:
 
 def norm_of_each_stage(plant: Plant) -> None:
     """Each stage clips by the norm of its own gradients."""
-    from parallel.mesh import MeshAxis
-    from train.engine import fsdp
 
     def own(self: Any) -> Any:
         alone = self.meshes.layout.world_size == self.meshes.layout.pp  # or the stage's other ranks are omitted as well
-        return fsdp.gradient_norm(self.gradients(), MeshAxis("world") if alone else self.meshes.world, self.device)
+        return engine.gradient_norm(self.gradients(), MeshAxis("world") if alone else self.meshes.world, self.device)
 
-    plant(fsdp.TorchEngine, "norm", own)
+    plant(engine.TorchEngine, "norm", own)
 
 
 def tied_gradient_lost_between_stages(plant: Plant) -> None:
-    """Each end of the pipeline keeps its own gradient of the table that both use."""
-    from train.engine import fsdp
-
-    honest = fsdp.sum_copies
+    """Each end of the pipeline keeps its own gradient of tied embeddings."""
+    honest = engine.sum_partial_gradients
 
     def apart(model: Any, specs: Any) -> None:
         cut = {
@@ -319,19 +316,19 @@ def tied_gradient_lost_between_stages(plant: Plant) -> None:
         }
         honest(model, cut)
 
-    plant(fsdp, "sum_partial_gradients", apart)
+    plant(engine, "sum_partial_gradients", apart)
 
 
 def micro_batches_mixed_up(plant: Plant) -> None:
     """Hidden states meet the positions and documents of another micro-batch."""
     from parallel.pipeline import runtime
 
-    honest = runtime._hand_out
-    plant(runtime, "_hand_out", lambda stacks, contexts: honest(stacks, list(reversed(contexts))))
+    honest = runtime._set_contexts
+    plant(runtime, "_set_contexts", lambda stacks, contexts: honest(stacks, list(reversed(contexts))))
 
 
 def weights_put_off_for_ever(plant: Plant) -> None:
-    """Of what a micro-batch puts off, the last product is never computed."""
+    """The last deferred product of a micro-batch is never computed."""
     from parallel.pipeline.deferred_wgrad import Deferred
 
     honest = Deferred.take
@@ -350,7 +347,7 @@ def routers_saved_by_one_stage(plant: Plant) -> None:
 
 
 def averaged_by_deepspeed(plant: Plant) -> None:
-    """DeepSpeed divides gradients by the number of ranks, as it does of itself."""
+    """DeepSpeed divides gradients by the number of ranks, as it does by default."""
     _deepspeed(plant, gradient_average=True)
 
 
@@ -367,13 +364,14 @@ def summed_in_the_models_format(plant: Plant) -> None:
     plant(zero12.Zero12, "_wrap", narrow)
 
 
-def strings_shifted_by_one(plant: Plant) -> None:
-    """What a rank has of a parameter is taken from one element further on."""
-    plant(zero12.FlatSlice, "of", lambda self, string: _SLICE_OF(self, string.roll(-1)))
+def buffers_shifted_by_one(plant: Plant) -> None:
+    """A rank's slice of a parameter begins one element too late."""
+    honest = zero12.FlatSlice.of
+    plant(zero12.FlatSlice, "of", lambda self, buffer: honest(self, buffer.roll(-1)))
 
 
 def copies_of_the_old_weights(plant: Plant) -> None:
-    """After a checkpoint was read the model still computes with what it was initialised with."""
+    """After a checkpoint is loaded the model still computes with its initial weights."""
     plant(zero12.Zero12, "spread", lambda self: None)
 
 
@@ -384,17 +382,17 @@ def experts_reduced_with_the_dense(plant: Plant) -> None:
 
 
 def averaged_in_buckets(plant: Plant) -> None:
-    """The sum over ranks is what DeepSpeed's stage 3 makes of it."""
-    _pieces(plant, lambda piece, parameter: piece / parameter.ds_zero_partition_world_size)
+    """Gradients are averaged over ranks, as in DeepSpeed's stage 3."""
+    _change_shards(plant, lambda piece, parameter: piece / parameter.ds_zero_partition_world_size)
 
 
-def pieces_rounded_to_the_models_format(plant: Plant) -> None:
+def shards_rounded_to_the_models_format(plant: Plant) -> None:
     """Each micro-batch's sums over ranks are rounded as the parameters are before they are added up."""
-    _pieces(plant, lambda piece, parameter: piece.to(parameter.dtype).float())
+    _change_shards(plant, lambda piece, parameter: piece.to(parameter.dtype).float())
 
 
 def micro_batches_overwritten(plant: Plant) -> None:
-    """Each micro-batch's gradients take the place of those before, as DeepSpeed's of a step's first do."""
+    """Each micro-batch's gradients overwrite the previous ones, as in DeepSpeed's first micro-batch of a step."""
     honest = zero3.Zero3._wrap
 
     def overwriting(self: Any, *arguments: Any) -> Any:
@@ -405,8 +403,8 @@ def micro_batches_overwritten(plant: Plant) -> None:
     plant(zero3.Zero3, "_wrap", overwriting)
 
 
-def pieces_of_the_rank_before(plant: Plant) -> None:
-    """A rank's piece of a parameter is taken for another's."""
+def shards_of_the_rank_before(plant: Plant) -> None:
+    """A rank's shard of a parameter is taken for another's."""
     honest = zero3.Zero3._slices
 
     def moved(self: Any, specs: Any) -> Iterator[zero12.FlatSlice]:
@@ -419,7 +417,7 @@ def pieces_of_the_rank_before(plant: Plant) -> None:
 
 
 def whole_copies_of_the_old_weights(plant: Plant) -> None:
-    """Small parameters, which stay whole, are not gathered anew after a step."""
+    """Small parameters, which stay whole, are not gathered again after a step."""
     honest = zero3.Zero3.spread
 
     def keeping(self: Any) -> None:
@@ -431,7 +429,7 @@ def whole_copies_of_the_old_weights(plant: Plant) -> None:
     plant(zero3.Zero3, "spread", keeping)
 
 
-def _pieces(plant: Plant, change: Callable[[Any, Any], Any]) -> None:
+def _change_shards(plant: Plant, change: Callable[[Any, Any], Any]) -> None:
     honest = zero3.Zero3._sum_and_scatter
 
     def changed(self: Any, parameters: Any, format: Any) -> Any:
@@ -441,7 +439,14 @@ def _pieces(plant: Plant, change: Callable[[Any, Any], Any]) -> None:
     plant(zero3.Zero3, "_sum_and_scatter", changed)
 
 
-_SLICE_OF = zero12.FlatSlice.of
+def _remember_meshes(plant: Plant) -> None:
+    honest = worker.make_meshes
+
+    def remember(*arguments: Any) -> Any:
+        MESHES.append(honest(*arguments))
+        return MESHES[-1]
+
+    plant(worker, "make_meshes", remember)
 
 
 def _deepspeed(plant: Plant, **changed: Any) -> None:
@@ -451,44 +456,9 @@ def _deepspeed(plant: Plant, **changed: Any) -> None:
     plant(stage_1_and_2, "DeepSpeedZeroOptimizer", lambda *args, **kwargs: honest(*args, **{**kwargs, **changed}))
 
 
-MESHES: list[Any] = []
 BUGS: dict[str, Callable[[Plant], None]] = {
-    function.__name__: function
-    for function in (
-        tiles_across_experts,
-        padding_that_is_not_zero,
-        weights_quantised_before_they_are_whole,
-        missing_reduction,
-        doubled_divide,
-        experts_left_out_of_the_norm,
-        balancing_term_dropped,
-        bias_from_local_counts,
-        expert_gradients_over_the_wrong_group,
-        gains_not_reduced,
-        no_gradient_without_tokens,
-        gains_not_reduced_beside_experts,
-        moments_lost_on_the_way,
-        evaluation_of_one_rank,
-        shards_made_orthogonal,
-        positions_not_restarted,
-        halo_off_by_one,
-        loss_divided_by_cp,
-        last_keys_of_the_ring_dropped,
-        balancing_term_dropped_in_a_stage,
-        norm_of_each_stage,
-        tied_gradient_lost_between_stages,
-        micro_batches_mixed_up,
-        weights_put_off_for_ever,
-        routers_saved_by_one_stage,
-        averaged_by_deepspeed,
-        summed_in_the_models_format,
-        strings_shifted_by_one,
-        copies_of_the_old_weights,
-        experts_reduced_with_the_dense,
-        averaged_in_buckets,
-        pieces_rounded_to_the_models_format,
-        micro_batches_overwritten,
-        pieces_of_the_rank_before,
-        whole_copies_of_the_old_weights,
-    )
+    name: function
+    for name, function in list(globals().items())
+    if not name.startswith("_") and getattr(function, "__annotations__", {}) == {"plant": "Plant", "return": "None"}
 }
+"""By name: every public function above that takes a `plant`."""

@@ -16,7 +16,7 @@ from train.config import TrainConfig, check
     [
         (
             "global_batch_size: 3, micro_batch_size: 2",
-            r"phases\.later\.micro_batch_size=2: must divide a rank's 3 rows",
+            r"phases\.later\.micro_batch_size=2: must divide a rank's 3 sequences",
         ),
         ("seq_len: 50", r"phases\.later\.seq_len=50: must divide"),
     ],

@@ -133,10 +133,10 @@ class Muon(torch.optim.Optimizer):
         self.prime()
         for together in self.rounds:
             # the pieces are named by nobody, so that they are gone when the iteration needs the memory
-            whole_NOI = together.gather(torch.cat([self._directions(piece) for piece in together.pieces]))
+            whole_NOI = together.gather(torch.cat([self._directions(piece) for piece in together.ranges]))
             whole_NOI = orthogonalise(whole_NOI, self.config.steps, self.config.eps)
             factor = self.config.scale.factor(*together.shape)
-            for piece, update_Noi in zip(together.pieces, together.scatter(whole_NOI), strict=True):
+            for piece, update_Noi in zip(together.ranges, together.scatter(whole_NOI), strict=True):
                 self._update(piece, update_Noi, factor)
 
     def _directions(self, piece: MatrixRange) -> Tensor:

@@ -20,8 +20,8 @@ from parallel.sharding import ShardBlock
 from tests.support.bugs import MESHES, planted
 from train.certify import store, worker
 from train.certify.compare import Comparison, blocks, series
-from train.certify.plan import Case, CertifyConfig, Outcome, axes_in_use, certificate, certify, shrink, trials
-from train.certify.worker import RankResults
+from train.certify.plan import CertifyConfig, Outcome, axes_in_use, certificate, certify, shrink, trials
+from train.certify.worker import CertifyCase, RankResults
 
 
 def config(*overrides: str) -> CertifyConfig:
@@ -39,7 +39,7 @@ class Broken:
         return self.ranks(count, broken, bug, *arguments)
 
 
-def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str, RankResults]:
+def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
     with planted(bug):
         return worker.measure_all(parallel, cases)
 

@@ -148,7 +148,7 @@ def test_a_hanging_node_is_named_and_excluded(cluster, user, undisturbed):
     cluster.stop_ranks(victim)
     log = user.ended("stuck", number)
     assert user.results("stuck") == undisturbed
-    assert "gives no sign of life since step" in log and f"on {victim})" in log
+    assert "has sent no heartbeat since step" in log and f"on {victim})" in log
     assert f"leviathan: excluded from now on: {victim}" in log and "going on from step-00000020" in log
     assert f"ExcNodeList={victim} " in cluster.client("scontrol", "show", "job", "-o", number)
     assert victim not in user.nodes_of(number)

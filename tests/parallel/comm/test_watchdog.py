@@ -39,19 +39,19 @@ def test_nobody_is_named_while_all_live_and_none_of_the_group_is_behind():
 
 def test_a_rank_behind_in_its_group_is_named():
     told, hosts = named(LIVES, {**NOW, 1: word(6, step=6, host="b", ep=2)})
-    assert told == "rank 1 lives but is at step 6 (last: x, on b)" and hosts == ["b"]
+    assert told == "rank 1 is alive but at step 6 (last: x, on b)" and hosts == ["b"]
     assert named(LIVES, {**NOW, 1: word(6, ep=2, excused=1)}) is None, "it has said that it takes long"
 
 
 def test_a_silent_rank_comes_first_even_of_another_group():
     told, hosts = named(LIVES, {**NOW, 1: word(6, ep=2), 3: word(5, step=4, host="c", ep=1)})
-    assert told == "rank 3 gives no sign of life since step 4 (last: x, on c)" and hosts == ["c"]
+    assert told == "rank 3 has sent no heartbeat since step 4 (last: x, on c)" and hosts == ["c"]
 
 
 def test_who_is_done_may_be_silent_and_who_never_spoke_may_not():
     assert named(LIVES, {**NOW, 3: word(5, done=True)}) is None
     told, hosts = named(LIVES, {rank: NOW[rank] for rank in (1, 2)})
-    assert told == "rank 3 has never given a sign of life" and hosts == []
+    assert told == "rank 3 has never sent a heartbeat" and hosts == []
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_a_rank_that_never_spoke_ends_the_others(tmp_path, ended):
     time.sleep(1.0)
     for watch in running:
         watch.stop()
-    assert len(ended) >= 3 and all("rank 3 has never given a sign of life" in line for line in ended)
+    assert len(ended) >= 3 and all("rank 3 has never sent a heartbeat" in line for line in ended)
     assert ended[0].startswith("step 7: wait for rank 0 over axis world waits for ")
 
 
@@ -98,4 +98,4 @@ def test_a_store_that_is_gone_ends_the_rank(tmp_path, ended):
     watch = Watchdog(Heartbeat(), Gone(), 0, 2, 0.2, tmp_path)
     time.sleep(0.8)
     watch.stop()
-    assert ended and ended[0] == "step 0: the store of the job does not answer any more"
+    assert ended and ended[0] == "step 0: the store of the job no longer answers"

@@ -99,12 +99,12 @@ def test_the_cut_can_be_given():
         (
             2,
             ["parallel.pp=2", "training.micro_batch_size=8"],
-            "training.micro_batch_size=8: one_f_one_b with pp=2 needs at least 2 micro-batches, a rank's 8 rows make 1",
+            "training.micro_batch_size=8: one_f_one_b with pp=2 needs at least 2 micro-batches, but a rank's 8 sequences make 1",
         ),
         (
             2,
             ["parallel.pp=2", "parallel.schedule=dualpipev", "training.micro_batch_size=4"],
-            "training.micro_batch_size=4: dualpipev with pp=2 needs at least 4 micro-batches, a rank's 8 rows make 2",
+            "training.micro_batch_size=4: dualpipev with pp=2 needs at least 4 micro-batches, but a rank's 8 sequences make 2",
         ),
         (
             2,
@@ -114,12 +114,12 @@ def test_the_cut_can_be_given():
         (
             4,
             ["parallel.pp=4", "training.global_batch_size=2"],
-            "training.global_batch_size=2: one_f_one_b with pp=4 needs at least 4 micro-batches, a rank's 2 rows make 2",
+            "training.global_batch_size=2: one_f_one_b with pp=4 needs at least 4 micro-batches, but a rank's 2 sequences make 2",
         ),
         (
             2,
             ["parallel.pp=2", "parallel.schedule=zbv", "parallel.compile=true"],
-            "parallel.compile=True: compiled layers cannot put off the gradients of their weights",
+            "parallel.compile=True: compiled layers cannot defer the gradients of their weights",
         ),
         (
             2,
