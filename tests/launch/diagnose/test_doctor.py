@@ -110,7 +110,7 @@ def test_which_ends_of_slow_links_are_named():
 
 
 @pytest.mark.parametrize("size", range(1, 10))
-def test_rounds_have_every_link_once_and_each_place_in_one_pair_at_a_time(size):
+def test_rounds_have_every_link_once_and_disjoint_pairs(size):
     every = [pair for pairs in rounds(size) for pair in pairs]
     ring = [(place, (place + 1) % size) for place in range(size)] if size > 2 else [(0, 1)][: size - 1]
     assert sorted(every) == sorted(ring)
@@ -229,7 +229,7 @@ def test_this_machine(tmp_path):
     assert space["free_bytes"] > 0 and space["writable"]
 
 
-def test_the_doctor_says_who_multiplies_in_fp8_and_why_others_do_not(capsys):
+def test_the_doctor_reports_fp8_backends_and_obstacles(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "FP8 by emulated      blockwise, tensorwise, rowwise, mxfp8" in said
