@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from core.errors import ConfigError
 from core.process import run_process
@@ -22,64 +21,48 @@ from core.process import run_process
 class Verb:
     """A line of the table of verbs. `configs/VERB.yaml` is the root of its configuration.
 
-    `schema` and `function` are "module:name", imported when the verb runs. The function takes the typed configuration
-    and returns the exit code. A verb that `sweeps` gets a list of configurations: one per combination of values, where
-    keys have several (optimizer.lr=1e-3,2e-3).
+    `config` and `function` are names in launch/verbs/MODULE.py, imported when the verb runs. The function takes the
+    typed configuration and returns the exit code. A verb that `sweeps` gets a list of configurations: one per
+    combination of values, where keys have several (optimizer.lr=1e-3,2e-3).
     """
 
+    config: str
     summary: str
-    schema: str
-    function: str
-    sweeps: bool = False
     positional: tuple[str, ...] = ()
     """Keys of arguments without "=", in order. "..." after the last one collects the remaining arguments in a list."""
+    sweeps: bool = False
     others: str | None = None
-    """Key of a list that collects overrides of keys that `schema` does not have; they belong to another verb."""
-
-
-def _verb(name: str, config: str, summary: str, **options: Any) -> Verb:
-    """A verb whose `Config` class and `run` function are in launch/verbs/NAME.py."""
-    return Verb(summary, f"launch.verbs.{name}:{config}", f"launch.verbs.{name}:run", **options)
+    """Key of a list that collects overrides of keys that `config` does not have; they belong to another verb."""
+    module: str | None = None
+    """None: the verb's name."""
+    function: str = "run"
 
 
 VERBS = {
-    "train": Verb("train a model", "train.config:TrainConfig", "launch.verbs.train:run", sweeps=True),
-    "evaluate": _verb(
-        "evaluate", "EvaluateConfig", "held-out loss of a run, or its results on lm-eval tasks", positional=("run",)
-    ),
-    "generate": _verb("generate", "GenerateConfig", "continue a text with a run's model", positional=("run", "prompt")),
-    "tokenize": _verb("tokenize", "TokenizeConfig", "make token shards of a corpus"),
-    "filter": _verb(
-        "filter",
-        "FilterConfig",
-        "drop easy, broken and repeated documents of a corpus, with an audit",
-        positional=("action",),
-    ),
-    "metap": _verb(
-        "metap",
-        "MetapConfig",
-        "hyperparameters from a small model to a large one: transfer, check, sweep, fit",
-        positional=("action",),
-        others="train",
-    ),
+    "train": Verb("TrainConfig", "train a model", sweeps=True),
+    "evaluate": Verb("EvaluateConfig", "held-out loss of a run, or its results on lm-eval tasks", ("run",)),
+    "generate": Verb("GenerateConfig", "continue a text with a run's model", ("run", "prompt")),
+    "tokenize": Verb("TokenizeConfig", "make token shards of a corpus"),
+    "filter": Verb("FilterConfig", "drop easy, broken and repeated documents, with an audit", ("action",)),
+    "metap": Verb("MetapConfig", "transfer hyperparameters from small to large models", ("action",), others="train"),
     "import": Verb(
+        "ImportConfig",
         "convert a checkpoint in the Hugging Face format, to start training from it",
-        "launch.verbs.convert:ImportConfig",
-        "launch.verbs.convert:run_import",
-        positional=("source", "out"),
+        ("source", "out"),
+        module="convert",
+        function="run_import",
     ),
     "export": Verb(
+        "ExportConfig",
         "convert a run's model to the Hugging Face format",
-        "launch.verbs.convert:ExportConfig",
-        "launch.verbs.convert:run_export",
-        positional=("source", "out"),
+        ("source", "out"),
+        module="convert",
+        function="run_export",
     ),
-    "certify": _verb(
-        "certify", "CertifyConfig", "prove that a layout computes what one process computes", positional=("run",)
-    ),
-    "report": _verb("report", "ReportConfig", "plot one run, or several side by side", positional=("runs...",)),
-    "jobs": _verb("jobs", "JobsConfig", "list, show or cancel this project's SLURM jobs", positional=("action", "job")),
-    "doctor": _verb("doctor", "DoctorConfig", "check this machine and installation"),
+    "certify": Verb("CertifyConfig", "prove that a layout computes what one process computes", ("run",)),
+    "report": Verb("ReportConfig", "plot one run, or several side by side", ("runs...",)),
+    "jobs": Verb("JobsConfig", "list, show or cancel this project's SLURM jobs", ("action", "job")),
+    "doctor": Verb("DoctorConfig", "check this machine and installation"),
 }
 
 _OVERRIDE = re.compile(r"~\S|\+{0,2}[A-Za-z_][\w./@:-]*=")
@@ -118,7 +101,8 @@ def _run(name: str, arguments: list[str]) -> int:
     unknown = [option for option in options if option not in ("-h", "--help", "--cfg")]
     if unknown:
         raise ConfigError(unknown[0], None, "no such option; keys are written KEY=VALUE", ["--help", "--cfg"])
-    schema = _import(verb.schema)
+    module = importlib.import_module(f"launch.verbs.{verb.module or name}")
+    schema = getattr(module, verb.config)
     overrides = _collected(verb, schema, overrides)
     from core.config import compose_plain, config_directory, expand, load, plain
 
@@ -135,7 +119,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
         print(yaml.safe_dump_all([plain(config) for config in configs], sort_keys=False), end="")
         return 0
-    function: Callable[..., int] = _import(verb.function)
+    function: Callable[..., int] = getattr(module, verb.function)
     return function(configs) if verb.sweeps else function(configs[0])
 
 
@@ -169,11 +153,6 @@ def _collected(verb: Verb, schema: type, overrides: list[str]) -> list[str]:
     theirs = [word for word in overrides if re.split(r"[.=@]", word.lstrip("+~"))[0] not in own]
     mine = [word for word in overrides if word not in theirs]
     return [*mine, f"{verb.others}=[{','.join(map(quoted, theirs))}]"] if theirs else mine
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_a_race_for_the_same_directory_keeps_the_first(tmp_path):
 
 
 @pytest.mark.parametrize("appears", ["directory", "file"])
-def test_exclusive_work_is_kept_where_the_name_was_taken_meanwhile(tmp_path, appears):
+def test_exclusive_work_is_kept_where_the_name_is_taken(tmp_path, appears):
     path, refused = tmp_path / "d", pytest.raises(ConfigError, match=r"appeared while it was being made.*work is in")
     with refused as caught, new_directory(path, exclusive=True) as scratch:
         (scratch / "x").write_text("second")

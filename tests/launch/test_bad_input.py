@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from launch.cli import main
 from tests.support.tiny import TINY
 from train.optim.optimizer import OptimizerConfig
+from train.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -18,9 +18,8 @@ def train(tmp_path, small_corpus, capsys):
 
     def run(*overrides: str, name: str = "run") -> tuple[int, list[str]]:
         capsys.readouterr()
-        code = main(
-            ["train", *TINY, *small_corpus, f"run.root={tmp_path}", f"run.name={name}", "training.steps=2", *overrides]
-        )
+        own = [f"run.root={tmp_path}", f"run.name={name}", "training.steps=2"]
+        code = main(["train", *TINY, *small_corpus, *own, *overrides])
         return code, capsys.readouterr().err.strip().splitlines()
 
     return run
@@ -75,15 +74,20 @@ CONFIGURATION = {
 
 @pytest.mark.parametrize("override, message", CONFIGURATION.items(), ids=CONFIGURATION.keys())
 def test_a_wrong_configuration_is_one_line_and_exit_code_2(train, tmp_path, override, message):
-    code, lines = train(*(override.split() if override.startswith(FP8) else [override]))
-    assert code == 2
-    assert len(lines) == 1 and lines[0].startswith("leviathan: error: ") and message in lines[0], lines
+    line = refusal(train(*(override.split() if override.startswith(FP8) else [override])))
+    assert line.startswith("leviathan: error: ") and message in line
     assert not list(tmp_path.glob("*/checkpoints/*"))
 
 
+def refusal(answer: tuple[int, list[str]], code: int = 2) -> str:
+    """The one line of an error with this exit code."""
+    assert answer[0] == code and len(answer[1]) == 1, answer
+    return answer[1][0]
+
+
 def test_the_right_configuration_is_accepted(train):
-    """Control for all of the above."""
-    assert train() == (0, [])
+    """Control for all of the above. Documents of the test corpus are longer than 16 tokens and are cut."""
+    assert train() == (0, []) == train("training.seq_len=16", name="short")
 
 
 DATA = {
@@ -99,84 +103,64 @@ def test_bad_corpora_are_refused(train, tmp_path, content, message):
     if content is not None:
         folder.mkdir()
         (folder / "one.txt").write_bytes(content)
-    code, lines = train(f"data.sources.text.path={folder}")
-    assert code == 2 and len(lines) == 1 and message in lines[0] and "data.sources.text" in lines[0], lines
+    line = refusal(train(f"data.sources.text.path={folder}"))
+    assert message in line and "data.sources.text" in line
 
 
 def test_a_document_longer_than_the_limit_is_refused_when_asked(train):
-    code, lines = train("data.long_documents=refuse", "data.limit_tokens=10")
-    assert code == 2 and len(lines) == 1 and "data.limit_tokens" in lines[0], lines
-
-
-def test_a_document_longer_than_the_context_is_cut_into_rows(train):
-    """The default: the test corpus's documents are longer than a row."""
-    assert train("training.seq_len=16") == (0, [])
-
-
-def shards(tmp_path: Path, overrides: list[str]) -> list[Path]:
-    cache = next(Path(o.removeprefix("data.cache=")) for o in overrides if o.startswith("data.cache="))
-    return sorted(cache.glob("tokens/*/*.bin"))
+    assert "data.limit_tokens" in refusal(train("data.long_documents=refuse", "data.limit_tokens=10"))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_damaged_shard_is_refused(train, tmp_path, small_corpus, damage):
+def test_a_damaged_shard_is_refused(train, tmp_path, damage):
     cache = f"data.cache={tmp_path / 'cache'}"
     assert train(cache)[0] == 0
-    shard = shards(tmp_path, [cache])[0]
+    shard = min(tmp_path.glob("cache/tokens/*/*.bin"))
     content = bytearray(shard.read_bytes())
     content[10] ^= 1
     shard.write_bytes(content if damage == "flip" else content[:-2])
-    code, lines = train(cache, name="second")
-    assert code == 1 and len(lines) == 1 and shard.name in lines[0] and "run again" in lines[0], lines
-    code, lines = train(cache, "data.verify=false", name="third")
+    line = refusal(train(cache, name="second"), 1)
+    assert shard.name in line and "run again" in line
+    code, _ = train(cache, "data.verify=false", name="third")
     assert (code == 0) == (damage == "flip"), "control: without verification a flipped bit goes unseen"
 
 
-def test_going_on_with_another_configuration_is_refused(train):
+def test_resuming_with_another_configuration_is_refused(train):
     assert train()[0] == 0
-    code, lines = train("optimizer.lr=0.5")
-    assert (
-        code == 2
-        and len(lines) == 1
-        and "optimizer.lr=0.5" in lines[0]
-        and f"was started with {OptimizerConfig().lr}" in lines[0]
-    )
-    assert train("logging.every=2", "checkpoint.keep=1")[0] == 0, "what does not change the learning may change"
-    code, lines = train("run.resume=false")
-    assert code == 2 and "holds a run already" in lines[0]
+    line = refusal(train("optimizer.lr=0.5"))
+    assert "optimizer.lr=0.5" in line and f"was started with {OptimizerConfig().lr}" in line
+    assert train("logging.every=2", "checkpoint.keep=1")[0] == 0, "what does not affect training may change"
+    assert "holds a run already" in refusal(train("run.resume=false"))
 
 
 def test_two_runs_under_one_name_are_refused(train, tmp_path):
-    from train.run_directory import RunDirectory
-
     other = RunDirectory(tmp_path / "run")
     other.lock()
-    code, lines = train()
-    assert code == 2 and len(lines) == 1 and "run.name=run: another process is training in" in lines[0], lines
+    assert "run.name=run: another process is training in" in refusal(train())
     other.release()
     assert train()[0] == 0, "control: released, it may be claimed"
 
 
-def test_going_on_with_other_data_is_refused(train, tmp_path):
+def test_resuming_with_other_data_is_refused(train, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
+    words = [f"data.sources.text.path={folder}", "data.held_out=0", "checkpoint.every=1"]
     (folder / "one.txt").write_text("one two three four five " * 200)
-    source = f"data.sources.text.path={folder}"
-    assert train(source, "data.held_out=0", "checkpoint.every=1")[0] == 0
+    assert train(*words)[0] == 0
     (folder / "one.txt").write_text("one two three four six " * 200)
-    code, lines = train(source, "data.held_out=0", "checkpoint.every=1")
-    assert code == 2 and len(lines) == 1 and "not the one this run was trained on" in lines[0], lines
+    assert "not the one this run was trained on" in refusal(train(*words))
 
 
 def test_a_damaged_checkpoint_falls_back(train, tmp_path):
-    assert train("training.steps=4", "checkpoint.every=2")[0] == 0
-    data = next((tmp_path / "run" / "checkpoints" / "step-00000004").glob("*.bin"))
+    run, words = tmp_path / "run", ["training.steps=4", "checkpoint.every=2"]
+    assert train(*words)[0] == 0
+    data = next((run / "checkpoints" / "step-00000004").glob("*.bin"))
     data.write_bytes(data.read_bytes()[:-1])
-    (tmp_path / "run" / "summary.json").unlink()
-    assert train("training.steps=4", "checkpoint.every=2")[0] == 0
-    log = (tmp_path / "run" / "log.txt").read_text()
+    (run / "summary.json").unlink()
+    assert train(*words)[0] == 0
+    log = (run / "log.txt").read_text()
     assert "step-00000004 is damaged" in log and "going on from step-00000002" in log
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "generate"])
@@ -194,10 +178,9 @@ def test_an_unknown_verb_and_option(capsys):
 
 def test_ranks_that_nobody_started_are_refused(train, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, lines = train()
-    assert code == 2 and lines == [
-        "leviathan: error: WORLD_SIZE=2: is set, but not by torchrun: unset it, or start the ranks with torchrun"
-    ]
+    assert refusal(train()).startswith(
+        "leviathan: error: WORLD_SIZE=2: is set, but not by torchrun: unset it, or start"
+    )
 
 
 @pytest.mark.parametrize("content", ["", "{", "- a list", "model: {width: [}"])

@@ -211,14 +211,14 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_
 TWO_RANKS = ["launch=torchrun", "launch.processes=2"]
 
 
-def test_what_only_the_ranks_can_find_keeps_its_exit_code_and_is_told_once(command, small_corpus):
+def test_an_error_of_all_ranks_keeps_its_exit_code_and_is_one_line(command, small_corpus):
     done = command("train", *TINY, *small_corpus, *TWO_RANKS, "model.vocab_size=128")
     told = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(told) == 1 and "the tokenizer has 300 ids" in told[0], done.stderr
 
 
 @pytest.mark.slow
-def test_what_only_rank_1_can_find_is_told_by_it(command, small_corpus, tmp_path):
+def test_an_error_of_rank_1_alone_is_reported_by_it(command, small_corpus, tmp_path):
     data = [*small_corpus, f"data.cache={tmp_path / 'cache'}"]
     assert command("tokenize", *data).returncode == 0
     (shard,) = tmp_path.glob("cache/tokens/*/text-held_out-*.bin")  # the second shard: rank 1 hashes it

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.launch.test_agent import ended, figures, has_step, ranks_of, start, wait_for
+from tests.support.drills import ended, figures, has_step, ranks_of, start, wait_for
 
 STAGES = [
     "launch=torchrun",

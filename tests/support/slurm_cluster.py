@@ -6,12 +6,14 @@ configuration is used or changed. Started by root, since slurmd starts jobs as t
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -186,3 +188,72 @@ def _free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+STEPS = 80
+SMOKE = [
+    "experiment=smoke",
+    f"training.steps={STEPS}",
+    "logging.every=1",
+    "logging.report=false",
+    "checkpoint.every=20",
+    "evaluation.sequences=4",
+    "evaluation.baselines=false",
+]
+TWO_NODES = ["launch.nodes=2", "launch.processes=1", "parallel.ep=2", "launch.slurm.save_s=60"]
+
+
+class User:
+    """Somebody at the login node, in a folder that all nodes share."""
+
+    def __init__(self, cluster: Cluster, home: Path) -> None:
+        self.cluster, self.home = cluster, home
+        self.environment = {**os.environ, **cluster.environment, "OMP_NUM_THREADS": "1"}
+
+    def leviathan(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [str(Path(sys.executable).with_name("leviathan")), *arguments]
+        return subprocess.run(line, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=300)
+
+    def submit(self, name: str, *overrides: str, until: int = 0) -> str:
+        """Submit and wait for a step; return the job's number."""
+        slurm = ["launch=slurm", "launch.slurm.follow=false", *TWO_NODES, "launch.slurm.time=20"]
+        done = self.leviathan("train", *SMOKE, f"run.name={name}", *slurm, *overrides)
+        assert done.returncode == 0, done.stderr
+        if until:
+            self.reach(name, until)
+        return json.loads((self.home / "jobs" / name / "job.json").read_text())["number"]
+
+    def log(self, name: str, task: int = 0) -> str:
+        path = self.home / "jobs" / name / f"log-{task}.txt"
+        return path.read_text() if path.exists() else ""
+
+    def figures(self, name: str) -> dict[int, tuple[float, float]]:
+        path = self.home / "runs" / name / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines if "loss" in line}
+
+    def results(self, name: str) -> tuple[dict[int, tuple[float, float]], float]:
+        """Loss and gradient norm of each step, and the held-out loss."""
+        summary = json.loads((self.home / "runs" / name / "summary.json").read_text())
+        return self.figures(name), summary["heldout_loss"]
+
+    def state(self, number: str) -> str:
+        return self.cluster.client("scontrol", "show", "job", "-o", number).partition("JobState=")[2].split()[0]
+
+    def nodes_of(self, number: str) -> list[str]:
+        """Where the job runs, or ran last."""
+        shown = self.cluster.client("scontrol", "show", "job", "-o", number).partition(" NodeList=")[2].split()[0]
+        return self.cluster.client("scontrol", "show", "hostnames", shown).split()
+
+    def ended(self, name: str, number: str, state: str = "COMPLETED", seconds: float = 480) -> str:
+        """Wait for the job's end in this state; return its log."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        try:
+            self.cluster.wait(lambda: self.state(number) in ended, "end of the job", seconds)
+        except TimeoutError:
+            raise AssertionError(f"{self.state(number)}:\n{self.log(name)}") from None
+        assert self.state(number) == state, self.log(name)
+        return self.log(name)
+
+    def reach(self, name: str, step: int) -> None:
+        self.cluster.wait(lambda: step in self.figures(name), f"step {step} of {name}", 240)

@@ -32,12 +32,7 @@ from train.run_directory import RunDirectory, read_config
 def reading(rank: int, size: int, **other: Any) -> NodeReading:
     """A rank of a cluster on which all is well: two ranks a node, sharded over all of them."""
     usual = NodeReading(
-        rank=rank,
-        node=f"n{rank // 2}",
-        python="3.11.2",
-        torch="2.13.0",
-        device="H100",
-        driver="550.54",
+        *(rank, f"n{rank // 2}", "3.11.2", "2.13.0", "H100", "550.54"),
         products_flops=(600 + rank) * 1e12,
         bandwidth={"fsdp": 40e9},
         links={"fsdp": ((rank + 1) % size, (300 + rank if rank % 2 == 0 else 40 + rank) * 1e9)},
@@ -107,19 +102,15 @@ def test_a_slow_node_is_named_by_both_of_its_links():
     assert judge(slowed(cluster(), 3, 5, share=0.7)) == {}, "control: a little slower is nothing"
 
 
-def test_one_slow_link_names_both_ends_and_one_within_a_node_names_it():
-    assert sorted(judge(slowed(cluster(), 3))) == ["n1", "n2"], "nothing tells which end it is"
-    assert list(judge(slowed(cluster(), 2))) == ["n1"]
-
-
-def test_of_three_nodes_the_slow_one_is_named():
-    """Two of the three links between nodes are slow then."""
-    assert list(judge(slowed(cluster(6), 1, 3))) == ["n1"]
+def test_which_ends_of_slow_links_are_named():
+    assert sorted(judge(slowed(cluster(), 3))) == ["n1", "n2"], "one slow link: nothing tells which end it is"
+    assert list(judge(slowed(cluster(), 2))) == ["n1"], "within a node"
+    assert list(judge(slowed(cluster(6), 1, 3))) == ["n1"], "of three nodes, where two of three links are slow"
     assert judge(slowed(cluster(4), 1)) != {}, "of two nodes both"
 
 
 @pytest.mark.parametrize("size", range(1, 10))
-def test_rounds_have_every_link_once_and_each_place_in_one_pair_at_a_time(size):
+def test_rounds_have_every_link_once_and_disjoint_pairs(size):
     every = [pair for pairs in rounds(size) for pair in pairs]
     ring = [(place, (place + 1) % size) for place in range(size)] if size > 2 else [(0, 1)][: size - 1]
     assert sorted(every) == sorted(ring)
@@ -161,15 +152,10 @@ def axes_read(root: Path, degrees: list[str]) -> tuple[set[str], set[str], set[s
     """The axes whose bandwidth this rank reads, those of its links, and those that have a group of several ranks."""
     world = connect()
     config = load("train", TrainConfig, [f"run.root={root}", "run.name=x", *degrees])
-    axes = [
-        a for a in vars(make_meshes(config.parallel.resolve(world.size), world)).values() if isinstance(a, MeshAxis)
-    ]
+    meshes = vars(make_meshes(config.parallel.resolve(world.size), world)).values()
+    groups = {one.name for one in meshes if isinstance(one, MeshAxis) and one.group is not None and one.size > 1}
     read = nodes.read(config, world)
-    return (
-        set(read.bandwidth),
-        set(read.links),
-        {axis.name for axis in axes if axis.group is not None and axis.size > 1},
-    )
+    return set(read.bandwidth), set(read.links), groups
 
 
 TIMED = {
@@ -243,7 +229,7 @@ def test_this_machine(tmp_path):
     assert space["free_bytes"] > 0 and space["writable"]
 
 
-def test_the_doctor_says_who_multiplies_in_fp8_and_why_others_do_not(capsys):
+def test_the_doctor_reports_fp8_backends_and_obstacles(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "FP8 by emulated      blockwise, tensorwise, rowwise, mxfp8" in said

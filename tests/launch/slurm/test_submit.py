@@ -120,10 +120,8 @@ def test_a_job_keeps_what_was_submitted(stand_ins, tmp_path, capsys):
     assert "#SBATCH --array=0-1\n" in (tmp_path / "jobs" / "x" / "job.sh").read_text()
     assert "lr: 0.002" in (tmp_path / "jobs" / "x" / "config-1.yaml").read_text()
     assert main(["jobs"]) == 0
-    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:]] == [
-        ["17_0", "x-0", "RUNNING"],
-        ["17_1", "x-1", "PENDING"],
-    ]
+    listed = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert listed == [["17_0", "x-0", "RUNNING"], ["17_1", "x-1", "PENDING"]]
     assert (tmp_path / "asked").read_text().split() == ["17"], "one question for all runs of a job"
 
 
@@ -144,17 +142,10 @@ def test_a_followed_job_is_one_question_a_look(stand_ins, tmp_path, capsys):
     stand_ins(scontrol=f"echo $4 >> {asked}\ncat {tmp_path}/answer-$(($(wc -l < {asked}) - 1))")
     assert follow(job, shown.append, poll_s=0.0) == 1
     assert asked.read_text().split() == ["17"] * 4
-    assert shown == [
-        "[17_0] PENDING (Resources)",
-        "[17_1] step 1",
-        "[17_1] PENDING (Resources)",
-        "[17_0] RUNNING",
-        "[17_0] COMPLETED",
-        "[17_1] RUNNING",
-        "[17_0] UNKNOWN",
-        "[17_1] FAILED",
-        f"[17_0] left no log in {job.folder}: is it on a file system that the nodes share?",
-    ]
+    assert shown[:3] == ["[17_0] PENDING (Resources)", "[17_1] step 1", "[17_1] PENDING (Resources)"]
+    assert shown[3:6] == ["[17_0] RUNNING", "[17_0] COMPLETED", "[17_1] RUNNING"]
+    assert shown[6:8] == ["[17_0] UNKNOWN", "[17_1] FAILED"]
+    assert shown[8:] == [f"[17_0] left no log in {job.folder}: is it on a file system that the nodes share?"]
 
 
 @pytest.mark.parametrize(
@@ -164,9 +155,7 @@ def test_a_followed_job_is_one_question_a_look(stand_ins, tmp_path, capsys):
 def test_lines_of_an_array_are_understood(tasks, wanted):
     told = parse_status(f"JobId=1 ArrayTaskId={tasks} JobState=A", 5)
     assert "".join("-" if one.state == UNKNOWN else one.state for one in told) == wanted
-    assert [one.state for one in parse_status("JobId=1 JobState=A", 1)] == ["A"] and parse_status("", 1) == [
-        JobStatus(UNKNOWN)
-    ]
+    assert parse_status("JobId=1 JobState=A", 1) == [JobStatus("A")] and parse_status("", 1) == [JobStatus(UNKNOWN)]
 
 
 def test_silent_and_unknown_are_told_apart(stand_ins):
@@ -191,7 +180,7 @@ REJECTS = "[ $1 = --version ] || { echo 'sbatch: error: submission failed: Inval
     ids=["rejected", "partition", "dependency", "twice"],
 )
 def test_what_slurm_rejects_is_one_line(stand_ins, capsys, overrides, scripts, message):
-    if overrides == ["run.name=again"]:
+    if "run.name=again" in overrides:
         assert main([*SUBMIT, *overrides]) == 0
     stand_ins(**scripts)
     capsys.readouterr()
@@ -263,24 +252,14 @@ def test_a_machine_has_one_name_everywhere(monkeypatch, capsys, tmp_path, given)
 BEFORE = RequeueState(40, 2, ("n7",))
 
 
-@pytest.mark.parametrize(
-    "code, step, bad, wanted",
-    [
-        (0, 40, (), 0),
-        (WARNED, 60, (), AGAIN),
-        (WARNED, 40, (), 1),
-        (128 + signal.SIGUSR1, 60, (), AGAIN),
-        (CANCELLED, 60, (), AGAIN),
-        (128 + signal.SIGTERM, 60, (), AGAIN),
-        (FINAL + 2, 60, (), 2),
-        (FINAL + 1, 60, (), 1),
-        (3, 40, ("n2",), AGAIN),
-        (137, 60, (), AGAIN),
-        (FAILED_NODE, 40, ("n2",), AGAIN),
-        (FAILED_NODE, 40, ("n1", "n2"), 1),
-    ],
-)
-def test_when_a_job_is_queued_again(code, step, bad, wanted):
+REQUEUED = [(code, 60, ()) for code in (WARNED, 128 + signal.SIGUSR1, CANCELLED, 128 + signal.SIGTERM, 137)]
+REQUEUED += [(3, 40, ("n2",)), (FAILED_NODE, 40, ("n2",))]
+ENDS = [(0, 40, (), 0), (WARNED, 40, (), 1), (FAILED_NODE, 40, ("n1", "n2"), 1)]
+ENDS += [(FINAL + code, 60, (), code) for code in (1, 2)]
+
+
+@pytest.mark.parametrize("code, step, bad, wanted", [*ENDS, *((*case, AGAIN) for case in REQUEUED)])
+def test_when_a_job_is_requeued(code, step, bad, wanted):
     now = BEFORE.after(step, bad)
     assert now.fruitless == (0 if step > 40 else 3) and now.excluded == tuple(sorted(("n7", *bad)))
     decision = decide(code, now, 3, bad, 2, cancelled=False)

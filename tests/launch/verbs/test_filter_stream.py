@@ -51,7 +51,7 @@ def test_the_rate_is_held_and_what_stays_is_the_longer(stream, tmp_path, capsys)
     assert f"kept {len(kept)} of 1,000 lines ({rate:.2%} of the documents scored" in capsys.readouterr().out
 
 
-def test_what_is_no_record_or_no_text_is_counted_and_domains_have_their_own_rates(stream, tmp_path):
+def test_malformed_records_are_counted_and_domains_have_rates(stream, tmp_path):
     rows = [{**row, "kind": "ab"[n % 2]} for n, row in enumerate(prose(400))]
     bad = [b"{broken\n", b"\n", b'{"text": "short", "kind": "a"}\n', b'{"kind": "a"}\n']
     words = ["domain_key=kind", "unit=documents", "scorer.kind=random", "+select.domains.b=0.9", "keep=0.2"]
