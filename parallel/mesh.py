@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -43,7 +44,6 @@ class MeshAxis:
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     def sum(self, tensor: Tensor, purpose: str) -> None:
-        """Sum `tensor` in place over these ranks."""
         self.reduce(tensor, purpose, dist.ReduceOp.SUM)
 
     def max(self, tensor: Tensor, purpose: str) -> None:
@@ -70,7 +70,6 @@ class MeshAxis:
         self.add_bytes(purpose, tensor.nbytes)
 
     def wait(self, purpose: str) -> None:
-        """Record that this rank now waits for one other rank."""
         self.traffic.heartbeat.wait(self.name, purpose, self.group)
 
     def add_bytes(self, purpose: str, size: int) -> None:
@@ -144,7 +143,7 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
     sparse = mesh(**outer, efsdp=layout.efsdp, experts=layout.ep * layout.etp)
     batch = mesh(pp=layout.pp, dp=layout.dp, cp=layout.cp, tp=layout.tp)
     sources = dict.fromkeys(("pp", "dp", "cp"), batch) | dict.fromkeys(("replicate", "fsdp", "tp"), dense)
-    axes = {}
+    axes: dict[str, Any] = {}
     for key, source in (sources | dict.fromkeys(("efsdp", "experts"), sparse)).items():
         axis: MeshAxis = getattr(meshes, key)
         grouped = axis.name in (source.mesh_dim_names or ())
@@ -178,7 +177,6 @@ def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) ->
 
 
 def _ends_group(pp: MeshAxis) -> dist.ProcessGroup:
-    """The group of the first and the last rank of a pipeline."""
     assert pp.group is not None
     if pp.size == 2:
         return pp.group

@@ -219,7 +219,7 @@ def phases(config: TrainConfig) -> list[Phase]:
         last = found[-1]
         model = replace(last.model, **_given(later, ("rope_theta", "rope_scaling", "temperature_floor")))
         base = replace(last, name=later.name, start=last.stop, stop=last.stop + later.steps, weights=None, model=model)
-        changed = _given(later, ("context", "global_batch_size", "micro_batch_size", "weights", "schedule"))
+        changed = _given(later, ("seq_len", "global_batch_size", "micro_batch_size", "weights", "schedule"))
         found.append(replace(base, **changed))
     return found
 
@@ -251,7 +251,7 @@ def check(config: TrainConfig, world_size: int) -> None:
                 raise ConfigError(f"{phase.key}.weights.{source}", None, reason, list(config.data.sources))
         if config.data.packing is Packing.best_fit and phase.seq_len != config.data.pack_seq_len:
             reason = f"the rows are packed for data.pack_seq_len={config.data.pack_seq_len}"
-            raise ConfigError(f"{phase.key}.context", phase.seq_len, reason, [config.data.pack_seq_len])
+            raise ConfigError(f"{phase.key}.seq_len", phase.seq_len, reason, [config.data.pack_seq_len])
         try:
             layout.check_batch(phase.global_batch_size, phase.micro_batch_size)
             layout.check_seq_len(config.model, phase.seq_len)
