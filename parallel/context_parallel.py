@@ -37,14 +37,12 @@ from parallel.layout import ContextMethod, split_unit
 from parallel.mesh import MeshAxis
 
 
-def apply(model: Transformer, axis: MeshAxis, method: ContextMethod) -> None:
-    """Give every attention layer the method by which it sees keys on other ranks."""
-    if axis.size == 1:
-        return
-    attend = _METHODS[method](axis)
-    for layer in model.layers.values():
-        assert isinstance(layer, Layer)
-        layer.attention.attend = attend
+def apply(model: Transformer, axis: MeshAxis) -> None:
+    """Make every attention layer see the keys on other ranks, by the method of its context."""
+    if axis.size > 1:
+        for layer in model.layers.values():
+            assert isinstance(layer, Layer)
+            layer.attention.attend = attend_shard
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,6 @@ class ContextShard:
         return self.runs(0)[0].stop
 
     def take(self, x_BT: Tensor) -> Tensor:
-        """This rank's part of `x_BT`."""
         return x_BT if self.axis.size == 1 else x_BT.index_select(1, self.columns.to(x_BT.device))
 
     def unshard(self, parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -109,7 +106,6 @@ class ContextShard:
 
 
 def context_shard(model: ModelConfig, length: int, axis: MeshAxis, method: ContextMethod) -> ContextShard:
-    """How sequences of this length are divided."""
     return ContextShard(axis, length, split_unit(model, length), method)
 
 
@@ -159,90 +155,70 @@ class ShardedContext(SequenceContext):
                 return RingPlan(rounds=tuple(pieces(rows, own, keys) for keys in turns))
 
 
-@dataclass(frozen=True)
-class _AttendShard:
-    """Attention over this rank's part. The methods differ in layers with full attention."""
-
-    axis: MeshAxis
-
-    def __call__(
-        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: SequenceContext, chunk: int | None
-    ) -> Tensor:
-        assert isinstance(context, ShardedContext), "needs the context of a `ContextShard`"
-        plan = context.plan(chunk)
-        if plan.block is None:
-            return self.attend_full(q_BLHK, k_BLGK, v_BLGK, context.shard, plan)
-        if plan.parts is None:
-            return attend(q_BLHK, k_BLGK, v_BLGK, plan)
-        kv = torch.stack([k_BLGK, v_BLGK])
-        if plan.halo:
-            kv = torch.cat([kv, self._halo(kv, plan.block, context.shard.head)], dim=2)
-        return attend_pieces(q_BLHK, kv[0], kv[1], plan.parts)
-
-    def attend_full(
-        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan
-    ) -> Tensor:
-        raise NotImplementedError
-
-    def _halo(self, kv_2BLGK: Tensor, chunk: int, head: int) -> Tensor:
-        """The blocks before this rank's head and tail that are on other ranks (`ContextShard.with_halo`), concatenated.
-
-        The block before the head is the last one of the previous rank's head; the block before the tail is the last
-        one of the next rank's tail. Ranks that receive nothing take part as well, for the backward pass.
-        """
-        axis, has_tail = self.axis, kv_2BLGK.shape[2] > head
-        is_first, is_last = axis.rank == 0, axis.rank == axis.size - 1
-        to_before = kv_2BLGK[:, :, -chunk:] if has_tail and not is_first else kv_2BLGK[:, :, :0]
-        to_after = kv_2BLGK[:, :, :0] if is_last else kv_2BLGK[:, :, head - chunk : head]
-        send, receive = [0] * axis.size, [0] * axis.size
-        if not is_first:
-            send[axis.rank - 1], receive[axis.rank - 1] = int(has_tail) * chunk, chunk
-        if not is_last:
-            send[axis.rank + 1], receive[axis.rank + 1] = chunk, int(has_tail) * chunk
-        rows = torch.cat([to_before, to_after], dim=2).movedim(2, 0)
-        return all_to_all(rows, send, receive, axis, "halo").movedim(0, 2)
+def attend_shard(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: SequenceContext, chunk: int | None) -> Tensor:
+    """Attend from this rank's queries. The methods differ in layers with full attention."""
+    assert isinstance(context, ShardedContext), "needs the context of a `ContextShard`"
+    plan, shard = context.plan(chunk), context.shard
+    if plan.block is None:
+        return _FULL[shard.method](q_BLHK, k_BLGK, v_BLGK, shard, plan)
+    if plan.parts is None:
+        return attend(q_BLHK, k_BLGK, v_BLGK, plan)
+    kv = torch.stack([k_BLGK, v_BLGK])
+    if plan.halo:
+        kv = torch.cat([kv, _halo(kv, plan.block, shard)], dim=2)
+    return attend_pieces(q_BLHK, kv[0], kv[1], plan.parts)
 
 
-class Gather(_AttendShard):
+def _halo(kv_2BLGK: Tensor, chunk: int, shard: ContextShard) -> Tensor:
+    """The blocks before this rank's head and tail that are on other ranks (`ContextShard.with_halo`), concatenated.
+
+    The block before the head is the last one of the previous rank's head; the block before the tail is the last one of
+    the next rank's tail. Ranks that receive nothing take part as well, for the backward pass.
+    """
+    axis, head = shard.axis, shard.head
+    has_tail, is_first, is_last = kv_2BLGK.shape[2] > head, axis.rank == 0, axis.rank == axis.size - 1
+    to_before = kv_2BLGK[:, :, -chunk:] if has_tail and not is_first else kv_2BLGK[:, :, :0]
+    to_after = kv_2BLGK[:, :, :0] if is_last else kv_2BLGK[:, :, head - chunk : head]
+    send, receive = [0] * axis.size, [0] * axis.size
+    if not is_first:
+        send[axis.rank - 1], receive[axis.rank - 1] = int(has_tail) * chunk, chunk
+    if not is_last:
+        send[axis.rank + 1], receive[axis.rank + 1] = chunk, int(has_tail) * chunk
+    rows = torch.cat([to_before, to_after], dim=2).movedim(2, 0)
+    return all_to_all(rows, send, receive, axis, "halo").movedim(0, 2)
+
+
+def _gather(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan) -> Tensor:
     """Gather all keys and values. One all-gather, and a reduce-scatter in the backward pass."""
-
-    def attend_full(
-        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan
-    ) -> Tensor:
-        assert plan.parts is not None
-        gathered = all_gather(torch.stack([k_BLGK, v_BLGK]), self.axis, 0, "keys and values")
-        k_BTGK, v_BTGK = shard.unshard(gathered.unflatten(0, (self.axis.size, 2)).unbind(0), 2)
-        return attend_pieces(q_BLHK, k_BTGK, v_BTGK, plan.parts)
+    assert plan.parts is not None
+    gathered = all_gather(torch.stack([k_BLGK, v_BLGK]), shard.axis, 0, "keys and values")
+    k_BTGK, v_BTGK = shard.unshard(gathered.unflatten(0, (shard.axis.size, 2)).unbind(0), 2)
+    return attend_pieces(q_BLHK, k_BTGK, v_BTGK, plan.parts)
 
 
-class Ulysses(_AttendShard):
+def _ulysses(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan) -> Tensor:
     """Exchange positions for heads and back: two all-to-alls, and two in the backward pass. Ranks get consecutive
     heads, so that each query head is with its key head.
     """
-
-    def attend_full(
-        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan
-    ) -> Tensor:
-        assert plan.parts is not None
-        size, ones = self.axis.size, [1] * self.axis.size
-        heads = [x.unflatten(2, (size, -1)) for x in (q_BLHK, k_BLGK, v_BLGK)]
-        counts = [x.shape[3] for x in heads]
-        sent_RBLHK = torch.cat(heads, dim=3).movedim(2, 0)
-        got_RBLHK = all_to_all(sent_RBLHK, ones, ones, self.axis, "heads")
-        q_BTHK, k_BTGK, v_BTGK = shard.unshard(got_RBLHK.unbind(0), 1).split(counts, dim=2)
-        y_BTHK = attend_pieces(q_BTHK, k_BTGK, v_BTGK, plan.parts)
-        back_RBLHK = all_to_all(torch.stack(shard.shards(y_BTHK, 1)), ones, ones, self.axis, "heads")
-        return back_RBLHK.movedim(0, 2).flatten(2, 3)
+    assert plan.parts is not None
+    size, ones = shard.axis.size, [1] * shard.axis.size
+    heads = [x.unflatten(2, (size, -1)) for x in (q_BLHK, k_BLGK, v_BLGK)]
+    counts = [x.shape[3] for x in heads]
+    sent_RBLHK = torch.cat(heads, dim=3).movedim(2, 0)
+    got_RBLHK = all_to_all(sent_RBLHK, ones, ones, shard.axis, "heads")
+    q_BTHK, k_BTGK, v_BTGK = shard.unshard(got_RBLHK.unbind(0), 1).split(counts, dim=2)
+    y_BTHK = attend_pieces(q_BTHK, k_BTGK, v_BTGK, plan.parts)
+    back_RBLHK = all_to_all(torch.stack(shard.shards(y_BTHK, 1)), ones, ones, shard.axis, "heads")
+    return back_RBLHK.movedim(0, 2).flatten(2, 3)
 
 
-class Ring(_AttendShard):
+def _ring(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan) -> Tensor:
     """Pass keys and values round the ring and merge the partial results by log-sum-exp."""
+    assert isinstance(plan, RingPlan)
+    return _Ring.apply(q_BLHK, k_BLGK, v_BLGK, shard.axis, plan.rounds)
 
-    def attend_full(
-        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan
-    ) -> Tensor:
-        assert isinstance(plan, RingPlan)
-        return _Ring.apply(q_BLHK, k_BLGK, v_BLGK, self.axis, plan.rounds)
+
+_FULL = {ContextMethod.gather: _gather, ContextMethod.ulysses: _ulysses, ContextMethod.ring: _ring}
 
 
 class _Ring(torch.autograd.Function):
@@ -276,10 +252,3 @@ class _Ring(torch.autograd.Function):
         assert sent is not None
         dk, dv = (own + sent()).to(k.dtype)
         return found.dq_BTHK.to(q.dtype), dk, dv, None, None
-
-
-_METHODS: dict[ContextMethod, type[_AttendShard]] = {
-    ContextMethod.gather: Gather,
-    ContextMethod.ulysses: Ulysses,
-    ContextMethod.ring: Ring,
-}

@@ -131,7 +131,6 @@ def step_traffic(
 
 
 def _specs(model: ModelConfig, precision: PrecisionConfig, layout: Layout, rank: int) -> dict[str, ShardSpec]:
-    """The specs of the parameters on this rank."""
     meshes, here = meshes_of_rank(layout, rank), on_meta(model, precision)
     runtime.split_stages(here, meshes)
     return shard_specs(registry(here), model, meshes)

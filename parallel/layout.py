@@ -149,7 +149,6 @@ class ParallelConfig:
 
     @property
     def per_rank(self) -> int:
-        """Stages on each rank of the pipeline."""
         return self.stages_per_rank or (1 if self.pp == 1 or self.schedule.is_single else 2)
 
     def resolve(self, world_size: int) -> Layout:
@@ -213,11 +212,9 @@ class Layout(ParallelConfig):
 
     @property
     def axes(self) -> dict[str, int]:
-        """The degrees above 1, by name."""
         return {key: degree for key in DEGREES if (degree := getattr(self, key)) > 1}
 
     def stages(self, model: ModelConfig) -> Stages:
-        """The pipeline's stages: one with all layers where there is no pipeline."""
         return stages(model, self.pp, self.schedule, self.per_rank, self.layers_per_stage)
 
     def check_model(self, model: ModelConfig) -> None:

@@ -44,7 +44,6 @@ class MeshAxis:
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     def sum(self, tensor: Tensor, purpose: str) -> None:
-        """Sum `tensor` in place over these ranks."""
         self.reduce(tensor, purpose, dist.ReduceOp.SUM)
 
     def max(self, tensor: Tensor, purpose: str) -> None:
@@ -71,7 +70,6 @@ class MeshAxis:
         self.add_bytes(purpose, tensor.nbytes)
 
     def wait(self, purpose: str) -> None:
-        """Record that this rank now waits for one other rank."""
         self.traffic.heartbeat.wait(self.name, purpose, self.group)
 
     def add_bytes(self, purpose: str, size: int) -> None:
@@ -179,7 +177,6 @@ def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) ->
 
 
 def _ends_group(pp: MeshAxis) -> dist.ProcessGroup:
-    """The group of the first and the last rank of a pipeline."""
     assert pp.group is not None
     if pp.size == 2:
         return pp.group

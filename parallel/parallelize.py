@@ -38,7 +38,7 @@ def parallelize(
     layout = meshes.layout
     _shrink_parameters(model, specs)
     tensor_parallel.apply(model, meshes.tp)
-    context_parallel.apply(model, meshes.cp, layout.cp_method)
+    context_parallel.apply(model, meshes.cp)
     expert_parallel.apply(model, meshes)
     _count_whole_sequences(model, meshes)
     activation_checkpoint.apply(model, layout.recompute)

@@ -62,7 +62,6 @@ class ShardBlock:
         return math.prod(self.shape)
 
     def shard(self, split: Split) -> ShardBlock:
-        """This rank's part of the block."""
         size = self.shape[split.dim]
         part = -(-size // split.axis.size)
         start = min(split.axis.rank * part, size)
@@ -115,7 +114,6 @@ class LocalShard:
 
 
 def shard_specs(infos: Mapping[str, ParameterInfo], model: ModelConfig, meshes: Meshes) -> dict[str, ShardSpec]:
-    """The spec of every parameter, by name."""
     specs = {name: _spec(info, model, meshes) for name, info in infos.items()}
     if meshes.layout.engine is EngineKind.deepspeed:  # whole on every data-parallel rank
         whole = Split(MeshAxis("whole"), 0)

@@ -183,7 +183,6 @@ class _WorkSplit:
     loads: dict[str, list[int]] = field(default_factory=dict)
 
     def take(self, split: MatrixSplit, matrices: int, work: int) -> tuple[int, ...]:
-        """The number of these matrices that each rank of the split gets."""
         ranks = len(split.lengths)
         loads = self.loads.setdefault(split.name, [0] * ranks)
         least = sorted(range(ranks), key=lambda rank: (loads[rank], rank))[: matrices % ranks]

@@ -61,7 +61,6 @@ def ring_shift(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Ten
 
 
 def all_gather_no_grad(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
-    """`all_gather` without a gradient."""
     if axis.size == 1:
         return shard
     axis.count(purpose, shard)

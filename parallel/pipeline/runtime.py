@@ -77,8 +77,6 @@ def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
 
 
 class Pipeline:
-    """This rank's stages and their schedule."""
-
     def __init__(self, model: Transformer, stacks: dict[int, Stack], meshes: Meshes, device: torch.device) -> None:
         self.model, self.stacks, self.meshes, self.device = model, stacks, meshes, device
         self.plan = meshes.layout.stages(model.config)

@@ -35,7 +35,6 @@ class PipelineSchedule(Enum):
 
     @property
     def torch_name(self) -> str:
-        """The class of torch.distributed.pipelining."""
         return _TRAITS[self].torch_name
 
     @property
@@ -44,7 +43,6 @@ class PipelineSchedule(Enum):
 
     @property
     def is_single(self) -> bool:
-        """One stage per rank."""
         return _TRAITS[self].is_single
 
     @property

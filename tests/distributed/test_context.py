@@ -73,9 +73,9 @@ def attended(cases: list[Case], bug: str | None = None) -> list[list[Tensor]]:
         if bug == "another document":
             rows = rows.clone()
             rows[:, length // 2 :] += 1003
-        context, attend = shard.sequence_context(rows, world.device), module._METHODS[method](meshes.cp)
+        context = shard.sequence_context(rows, world.device)
         own = (shard.take(x) for x in inputs(length))
-        found.append(figures(lambda q, k, v, a=attend, c=context, n=chunk: a(q, k, v, c, n), *own))
+        found.append(figures(lambda q, k, v, c=context, n=chunk: module.attend_shard(q, k, v, c, n), *own))
     return found
 
 

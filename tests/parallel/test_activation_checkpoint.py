@@ -1,4 +1,4 @@
-"""What a step computes again: counted operation by operation."""
+"""Recomputed operations, counted one by one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COSTLY = {
 
 
 class Done(TorchDispatchMode):
-    """How often each operation of torch was carried out."""
+    """How often each operation of torch ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Done(TorchDispatchMode):
 
 
 def operations(mode: Recompute, precision: PrecisionConfig, model: ModelConfig) -> Counter[str]:
-    """Those of one step in one process."""
+    """The operations of one step in one process."""
     world = World(0, 1, torch.device("cpu"))
     meshes = make_meshes(ParallelConfig(recompute=mode).resolve(1), world)
     placed = build(model, precision, meshes, world.device, seed=1)

@@ -1,4 +1,4 @@
-"""Layouts that cannot work are refused before anything is built, with the nearest that can."""
+"""Layouts that cannot work are rejected before anything is built, with the nearest that can."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def refusal(world_size: int, *overrides: str) -> str:
     ],
     ids=lambda value: " ".join(value) or "batch" if isinstance(value, list) else None,
 )  # fmt: skip
-def test_what_cannot_work_is_refused(world_size: int, overrides: list[str], message: str) -> None:
+def test_impossible_layouts_are_rejected(world_size: int, overrides: list[str], message: str) -> None:
     assert message in refusal(world_size, *overrides)
 
 
-def test_what_can_work_is_not() -> None:
+def test_a_possible_layout_is_accepted() -> None:
     overrides = ["parallel.tp=2", "parallel.ep=4", "parallel.dp_replicate=2", "parallel.dp_shard=auto"]
     check(load("train", TrainConfig, [*SMALL, *overrides]), 8)
 
@@ -116,7 +116,7 @@ def test_the_nearest_values_come_in_order() -> None:
 
 
 @pytest.mark.parametrize("cp, tp, chunk", [(2, 1, 16), (4, 1, 16), (2, 2, 16), (3, 2, 5), (2, 1, None), (1, 4, 16)])
-def test_the_shortest_row_that_fits(cp: int, tp: int, chunk: int | None) -> None:
+def test_the_shortest_sequence_that_fits(cp: int, tp: int, chunk: int | None) -> None:
     """Against trying every length."""
     model = load("train", TrainConfig, [f"model.attention_chunk_size={chunk or 'null'}"]).model
     layout = ParallelConfig(cp=cp, tp=tp).resolve(cp * tp)

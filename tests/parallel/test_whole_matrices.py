@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
 from bench.layouts import tiny
 from model.config import ModelConfig
-from model.roles import registry
+from model.roles import ParameterInfo, registry
 from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import Meshes, meshes_of_rank
 from parallel.parallelize import on_meta
@@ -35,6 +36,7 @@ SIZES = [1, 1000, 1 << 26]
 """Elements on a rank at a time: one matrix, some, all."""
 
 
+@cache
 def awkward() -> ModelConfig:
     """Sizes that ranks do not divide. Of three ranks, among which no dimension of an expert divides, one has no expert."""
     return replace(
@@ -48,10 +50,14 @@ def awkward() -> ModelConfig:
     )
 
 
+@cache
+def parameters() -> dict[str, ParameterInfo]:
+    return registry(on_meta(awkward(), PrecisionConfig()))
+
+
 def plans(layout: Layout, at_once: int) -> list[tuple[Meshes, dict[str, ShardSpec], list[Round]]]:
     """By rank."""
-    model = awkward()
-    infos = registry(on_meta(model, PrecisionConfig()))
+    model, infos = awkward(), parameters()
     found = []
     for rank in range(layout.world_size):
         meshes = meshes_of_rank(layout, rank)
@@ -79,7 +85,7 @@ def test_every_matrix_is_whole_on_one_rank_of_each_replica(name, at_once):
                 found[together.shape] += done_here(together)
                 assert done_here(together) <= max(1, at_once // math.prod(together.shape)), "the memory's bound"
     wanted: Counter[tuple[int, int]] = Counter()
-    for info in registry(on_meta(awkward(), PrecisionConfig())).values():
+    for info in parameters().values():
         if info.role.is_matrix:
             wanted[info.shape[-2], info.shape[-1]] += math.prod(info.shape[:-2])
     assert found == wanted

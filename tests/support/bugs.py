@@ -10,13 +10,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model import moe
+from parallel import context_parallel, fsdp, parallelize
+from parallel.comm import collectives
+from parallel.context_parallel import ContextShard, RingPlan, ShardedContext
 from parallel.deepspeed import zero3, zero12
 from parallel.layout import ParallelConfig
-from parallel.mesh import MeshAxis
+from parallel.mesh import MeshAxis, Meshes
+from parallel.pipeline import runtime
+from parallel.pipeline.deferred_wgrad import Deferred
 from parallel.sharding import local
+from precision import fp8_tiles
 from train.certify import worker
 from train.certify.worker import CertifyCase, RankResults
 from train.engine import fsdp as engine
+from train.eval import held_out
+from train.optim import optimizer
 
 Plant = Callable[[Any, str, Any], None]
 MESHES: list[Any] = []
@@ -66,8 +75,6 @@ def measure_with_bug(
 
 def tiles_across_experts(plant: Plant) -> None:
     """Tokens of several experts share the tiles of FP8 scales."""
-    from precision import fp8_tiles
-
     quantise = fp8_tiles.TiledArithmetic.quantise
 
     def shared(self: Any, x: Any, operand: Any, groups: Any, rows: bool, columns: bool) -> Any:
@@ -83,8 +90,6 @@ def tiles_across_experts(plant: Plant) -> None:
 
 def padding_that_is_not_zero(plant: Plant) -> None:
     """Padding rows repeat some token, so that they affect the scales."""
-    from model import moe
-
     gather = moe.SortedTokens.copy_slots
     plant(
         moe.SortedTokens, "copy_slots", lambda self, x, k: gather(dataclasses.replace(self, is_padding_C1=None), x, k)
@@ -93,8 +98,6 @@ def padding_that_is_not_zero(plant: Plant) -> None:
 
 def weights_quantised_before_they_are_whole(plant: Plant) -> None:
     """Each rank takes the scale of its own shard of a weight, split across the tiles."""
-    from precision import fp8_tiles
-
     usual = fp8_tiles.tiling
 
     def narrow(recipe: Any, operand: Any) -> Any:
@@ -106,7 +109,6 @@ def weights_quantised_before_they_are_whole(plant: Plant) -> None:
 
 def missing_reduction(plant: Plant) -> None:
     """The backward of the sequence gather keeps the local part instead of summing the ranks'."""
-    from parallel.comm import collectives
 
     def gather(shard: torch.Tensor, axis: Any, dim: int, purpose: str) -> torch.Tensor:
         there = lambda x: collectives.all_gather_no_grad(x, axis, dim, purpose)  # noqa: E731
@@ -117,8 +119,6 @@ def missing_reduction(plant: Plant) -> None:
 
 
 def doubled_divide(plant: Plant) -> None:
-    from parallel import fsdp
-
     plant(fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
     plant(fsdp.FSDPModule, "set_force_sum_reduction_for_comms", lambda self, on: None)
 
@@ -128,17 +128,14 @@ def experts_left_out_of_the_norm(plant: Plant) -> None:
     honest = engine.gradient_norm
 
     def norm(gradients: Any, *rest: Any) -> Any:
-        return honest(
-            (one for one in gradients if not any(s.axis.name == "ep" and s.axis.rank for s in one.spec.splits)), *rest
-        )
+        later = lambda one: any(split.axis.name == "ep" and split.axis.rank for split in one.spec.splits)  # noqa: E731
+        return honest((one for one in gradients if not later(one)), *rest)
 
     plant(engine, "gradient_norm", norm)
 
 
 def balancing_term_dropped(plant: Plant) -> None:
     """With the sequence split, each rank balances its own part of it."""
-    from parallel import parallelize
-
     plant(parallelize, "_count_whole_sequences", lambda model, meshes: None)
 
 
@@ -154,21 +151,15 @@ def bias_from_local_counts(plant: Plant) -> None:
 
 def expert_gradients_over_the_wrong_group(plant: Plant) -> None:
     """Averaged over the ranks that hold different experts."""
-    honest = engine.sum_partial_gradients
 
-    def mix(model: Any, specs: Any) -> None:
-        honest(model, specs)
-        for name, parameter in model.named_parameters():
-            if specs[name].info.role.is_expert:
-                for split in specs[name].splits:
-                    if split.axis.name == "ep":
-                        group = MESHES[-1].experts
-                        gradient = local(parameter.grad)
-                        dist.all_reduce(gradient, group=group.group)
-                        gradient /= group.size
+    def mix(spec: Any, parameter: Any) -> None:
+        if _split_by_ep(spec):
+            group, gradient = MESHES[-1].experts, local(parameter.grad)
+            dist.all_reduce(gradient, group=group.group)
+            gradient /= group.size
 
     _remember_meshes(plant)
-    plant(engine, "sum_partial_gradients", mix)
+    _after_the_sum(plant, mix)
 
 
 def gains_not_reduced(plant: Plant) -> None:
@@ -177,27 +168,18 @@ def gains_not_reduced(plant: Plant) -> None:
 
 def no_gradient_without_tokens(plant: Plant) -> None:
     """A rank none of whose experts got a token has no gradient for them."""
-    honest = engine.sum_partial_gradients
 
-    def drop(model: Any, specs: Any) -> None:
-        honest(model, specs)
-        for name, parameter in model.named_parameters():
-            spec = specs[name]
-            cut = any(split.axis.name == "ep" for split in spec.splits)
-            if cut and spec.info.role.is_expert and not local(parameter.grad).any():
-                parameter.grad = None
+    def drop(spec: Any, parameter: Any) -> None:
+        if _split_by_ep(spec) and not local(parameter.grad).any():
+            parameter.grad = None
 
-    plant(engine, "sum_partial_gradients", drop)
+    _after_the_sum(plant, drop)
 
 
 def gains_not_reduced_beside_experts(plant: Plant) -> None:
     """Correct under each axis alone: only a model that is split both ways skips the sum."""
     honest = engine.sum_partial_gradients
-
-    def skip(model: Any, specs: Any) -> None:
-        if not any(split.axis.name == "ep" for spec in specs.values() for split in spec.splits):
-            honest(model, specs)
-
+    skip = lambda model, specs: any(map(_split_by_ep, specs.values())) or honest(model, specs)  # noqa: E731
     plant(engine, "sum_partial_gradients", skip)
 
 
@@ -216,29 +198,23 @@ def moments_lost_on_the_way(plant: Plant) -> None:
 
 
 def evaluation_of_one_rank(plant: Plant) -> None:
-    from train.eval import held_out
-
     honest = held_out.held_out_loss
 
-    def doubled(*arguments: Any) -> Any:
+    def larger(*arguments: Any) -> Any:
         found = honest(*arguments)
         return dataclasses.replace(found, loss=found.loss * (1 + 1e-6))
 
-    plant(worker, "held_out_loss", doubled)
+    plant(worker, "held_out_loss", larger)
 
 
 def shards_made_orthogonal(plant: Plant) -> None:
     """Each shard of a matrix alone, on the rank that keeps it."""
-    from train.optim import optimizer
-
     honest = optimizer.rounds
     plant(optimizer, "rounds", lambda *arguments: [dataclasses.replace(r, stages=()) for r in honest(*arguments)])
 
 
 def positions_not_restarted(plant: Plant) -> None:
     """Context-parallel shards take positions in the sequence for positions in documents."""
-    from parallel.context_parallel import ContextShard
-
     honest = ContextShard.sequence_context
 
     def whole_sequences(self: Any, positions_BT: torch.Tensor, *arguments: Any) -> Any:
@@ -250,10 +226,8 @@ def positions_not_restarted(plant: Plant) -> None:
 
 
 def halo_off_by_one(plant: Plant) -> None:
-    from parallel.context_parallel import _AttendShard
-
-    honest = _AttendShard._halo
-    plant(_AttendShard, "_halo", lambda self, *arguments: honest(self, *arguments).roll(1, dims=2))
+    honest = context_parallel._halo
+    plant(context_parallel, "_halo", lambda *arguments: honest(*arguments).roll(1, dims=2))
 
 
 def loss_divided_by_cp(plant: Plant) -> None:
@@ -264,8 +238,6 @@ def loss_divided_by_cp(plant: Plant) -> None:
 
 def last_keys_of_the_ring_dropped(plant: Plant) -> None:
     """One hop too few."""
-    from parallel.context_parallel import RingPlan, ShardedContext
-
     honest = ShardedContext._full_plan
 
     def short(self: Any, rows: Any) -> Any:
@@ -278,16 +250,13 @@ def last_keys_of_the_ring_dropped(plant: Plant) -> None:
 
 def balancing_term_dropped_in_a_stage(plant: Plant) -> None:
     """Only the first stage's routers are balanced."""
-    from model.moe import MixtureOfExperts
-    from parallel.pipeline import runtime
-
     honest = runtime.split_stages
 
     def forget(model: Any, meshes: Any) -> Any:
         stacks = honest(model, meshes)
         for stage, stack in stacks.items():
             for layer in stack.layers.values():
-                if stage and isinstance(layer.ffn, MixtureOfExperts):
+                if stage and isinstance(layer.ffn, moe.MixtureOfExperts):
                     balance = layer.ffn.router.balance
                     balance.config = dataclasses.replace(balance.config, aux=0.0)
         return stacks
@@ -309,28 +278,20 @@ def tied_gradient_lost_between_stages(plant: Plant) -> None:
     """Each end of the pipeline keeps its own gradient of tied embeddings."""
     honest = engine.sum_partial_gradients
 
-    def apart(model: Any, specs: Any) -> None:
-        cut = {
-            name: dataclasses.replace(spec, partial=tuple(axis for axis in spec.partial if axis.name != "ends"))
-            for name, spec in specs.items()
-        }
-        honest(model, cut)
+    def apart(spec: Any) -> Any:
+        return dataclasses.replace(spec, partial=tuple(axis for axis in spec.partial if axis.name != "ends"))
 
-    plant(engine, "sum_partial_gradients", apart)
+    plant(engine, "sum_partial_gradients", lambda model, specs: honest(model, {n: apart(s) for n, s in specs.items()}))
 
 
 def micro_batches_mixed_up(plant: Plant) -> None:
     """Hidden states meet the positions and documents of another micro-batch."""
-    from parallel.pipeline import runtime
-
     honest = runtime._set_contexts
     plant(runtime, "_set_contexts", lambda stacks, contexts: honest(stacks, list(reversed(contexts))))
 
 
 def weights_put_off_for_ever(plant: Plant) -> None:
     """The last deferred product of a micro-batch is never computed."""
-    from parallel.pipeline.deferred_wgrad import Deferred
-
     honest = Deferred.take
 
     def most(self: Any) -> Any:
@@ -341,8 +302,6 @@ def weights_put_off_for_ever(plant: Plant) -> None:
 
 
 def routers_saved_by_one_stage(plant: Plant) -> None:
-    from parallel.mesh import Meshes
-
     plant(Meshes, "is_first_of_stage", property(lambda self: self.world.rank == 0))
 
 
@@ -353,15 +312,12 @@ def averaged_by_deepspeed(plant: Plant) -> None:
 
 def summed_in_the_models_format(plant: Plant) -> None:
     """Gradients of a bf16 model are added up over micro-batches in bf16, under DeepSpeed."""
-    honest = zero12.Zero12._wrap
 
-    def narrow(self: Any, *arguments: Any) -> Any:
-        wrapper = honest(self, *arguments)
+    def narrow(wrapper: Any) -> None:
         for parameter in zero12._parameters(wrapper):
             parameter.grad_dtype = parameter.dtype
-        return wrapper
 
-    plant(zero12.Zero12, "_wrap", narrow)
+    _change_wrapper(plant, zero12.Zero12, narrow)
 
 
 def buffers_shifted_by_one(plant: Plant) -> None:
@@ -393,14 +349,7 @@ def shards_rounded_to_the_models_format(plant: Plant) -> None:
 
 def micro_batches_overwritten(plant: Plant) -> None:
     """Each micro-batch's gradients overwrite the previous ones, as in DeepSpeed's first micro-batch of a step."""
-    honest = zero3.Zero3._wrap
-
-    def overwriting(self: Any, *arguments: Any) -> Any:
-        wrapper = honest(self, *arguments)
-        wrapper.micro_step_id = 0
-        return wrapper
-
-    plant(zero3.Zero3, "_wrap", overwriting)
+    _change_wrapper(plant, zero3.Zero3, lambda wrapper: setattr(wrapper, "micro_step_id", 0))
 
 
 def shards_of_the_rank_before(plant: Plant) -> None:
@@ -437,6 +386,33 @@ def _change_shards(plant: Plant, change: Callable[[Any, Any], Any]) -> None:
         return [change(piece, parameter) for piece, parameter in zip(found, parameters, strict=True)]
 
     plant(zero3.Zero3, "_sum_and_scatter", changed)
+
+
+def _split_by_ep(spec: Any) -> bool:
+    return any(split.axis.name == "ep" for split in spec.splits)
+
+
+def _after_the_sum(plant: Plant, change: Callable[[Any, Any], None]) -> None:
+    """Change each parameter's gradient, given its spec."""
+    honest = engine.sum_partial_gradients
+
+    def changed(model: Any, specs: Any) -> None:
+        honest(model, specs)
+        for name, parameter in model.named_parameters():
+            change(specs[name], parameter)
+
+    plant(engine, "sum_partial_gradients", changed)
+
+
+def _change_wrapper(plant: Plant, owner: Any, change: Callable[[Any], None]) -> None:
+    """Change what wraps DeepSpeed's optimizer."""
+    honest = owner._wrap
+
+    def wrap(self: Any, *arguments: Any) -> Any:
+        change(wrapper := honest(self, *arguments))
+        return wrapper
+
+    plant(owner, "_wrap", wrap)
 
 
 def _remember_meshes(plant: Plant) -> None:

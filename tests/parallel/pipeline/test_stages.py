@@ -1,4 +1,4 @@
-"""How a model is cut into stages, and what cannot be."""
+"""How a model is split into stages, and what is rejected."""
 
 from __future__ import annotations
 
@@ -16,19 +16,11 @@ from parallel.pipeline.stages import PipelineSchedule, balanced, layer_costs, st
 from tests.parallel.test_layout import refusal
 from train.config import TrainConfig, check
 
-MODEL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=8,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    dense_hidden_size=48,
-    expert_hidden_size=32,
-)
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+MODEL = ModelConfig(**SIZES, num_layers=8, dense_hidden_size=48, expert_hidden_size=32)
 
 
-def test_the_costliest_part_is_as_cheap_as_any_cut_makes_it():
+def test_the_costliest_part_is_as_cheap_as_can_be():
     source = random.Random(5)
     for _ in range(30):
         costs = [source.choice([1.0, 2.0, 5.0, 9.0]) for _ in range(source.randint(3, 9))]
@@ -44,7 +36,7 @@ def test_the_costliest_part_is_as_cheap_as_any_cut_makes_it():
         assert highest(tuple(itertools.accumulate(sizes[:-1]))) == best
 
 
-def test_equal_layers_are_cut_evenly():
+def test_equal_layers_are_split_evenly():
     assert balanced([1.0] * 8, 4) == [2, 2, 2, 2]
     assert sorted(balanced([1.0] * 7, 3)) == [2, 2, 3]
 
@@ -56,14 +48,14 @@ def test_a_large_head_makes_the_last_stage_shorter():
 
 
 def test_long_reach_costs_more_than_a_chunk():
-    """At 4,096 positions a layer that sees all of them costs more than one that sees 64."""
+    """At 4,096 positions full attention costs more than attention in chunks of 64."""
     chunked = ModelConfig(**{**vars(MODEL), "attention_chunk_size": 64, "nope_every": 4})
     costs = layer_costs(chunked)
     assert costs[3] > 5 * costs[2]
 
 
-def test_of_equal_cuts_the_even_one_is_taken():
-    """The dear layer makes a stage of its own; the six cheap ones may then lie in many ways."""
+def test_ties_go_to_the_even_split():
+    """The costly layer makes a stage of its own; the six cheap ones could be split in many ways."""
     assert balanced([9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3) == [1, 3, 3]
 
 
@@ -75,7 +67,7 @@ def test_loops_and_vs_give_ranks_their_stages():
     assert [layer for stage in loop.layers for layer in stage] == list(range(8))
 
 
-def test_the_cut_can_be_given():
+def test_the_split_can_be_given():
     given = stages(MODEL, 2, PipelineSchedule.one_f_one_b, 1, [7, 1])
     assert given.layers == (range(7), range(7, 8))
 
@@ -129,11 +121,11 @@ def test_the_cut_can_be_given():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
-def test_what_cannot_work_is_refused_before_a_process_group_exists(world_size, overrides, message):
+def test_impossible_pipelines_are_rejected(world_size, overrides, message):
     assert message in refusal(world_size, "model.num_layers=4", *overrides)
 
 
-def test_a_schedule_that_this_torch_lacks_is_refused(monkeypatch):
+def test_a_schedule_that_torch_lacks_is_rejected(monkeypatch):
     monkeypatch.setattr(layout, "torch_version", lambda: (2, 12))
     with pytest.raises(
         ConfigError, match=r"schedule=zbv: needs torch 2.13 or newer, this is .*; try gpipe, one_f_one_b"
@@ -143,7 +135,7 @@ def test_a_schedule_that_this_torch_lacks_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("schedule", list(PipelineSchedule))
-def test_every_schedule_has_a_batch_that_it_takes(schedule):
+def test_every_schedule_accepts_some_batch(schedule):
     asked = [
         "parallel.pp=2",
         f"parallel.schedule={schedule.name}",
