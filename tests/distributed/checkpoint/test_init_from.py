@@ -11,7 +11,7 @@ from model.huggingface import HuggingFaceCheckpoint
 from model.tensor_source import whole as whole_tensor
 from tests.support import hf_models
 from tests.support.like import like
-from tests.support.tiny import EXACT, trainer, whole
+from tests.support.tiny import EXACT, saved, trainer, whole
 
 
 def started(root: Path, path: Path, overrides: list[str]) -> tuple[dict[str, torch.Tensor], int]:
@@ -52,12 +52,7 @@ def test_each_rank_reads_only_its_slices(ranks, small_corpus, tmp_path, layout):
 
 def biases(root: Path, name: str, overrides: list[str], steps: int = 0) -> dict[str, torch.Tensor]:
     """The selection biases of this rank's layers after some steps, which are saved."""
-    run = trainer(root, name, [*overrides, *EXACT])
-    for step in range(steps):
-        run.train_step(step)
-    if steps:
-        run.save()
-        run.checkpointer.wait()
+    run = saved(root, name, [*overrides, *EXACT], steps) if steps else trainer(root, name, [*overrides, *EXACT])
     buffers = run.engine.placed.model.named_buffers()
     return {buffer: bias_E.clone() for buffer, bias_E in buffers if buffer.endswith("bias_E")}
 
