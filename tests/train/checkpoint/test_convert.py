@@ -174,19 +174,6 @@ def test_selection_biases_are_not_dropped_silently(runnable, tmp_path):
     export_checkpoint(trainer.directory.path, tmp_path / "out", drop_selection_bias=True)
 
 
-def test_a_run_that_starts_from_a_run_chooses_the_same_experts(small_corpus, tmp_path):
-    """Biases are no parameters; without them the same weights choose other experts."""
-    first = tiny.saved(tmp_path, "first", [*tiny.EXACT, *small_corpus, "model.balance.bias_rate=0.05"])
-    overrides = [*tiny.EXACT, *small_corpus, f"model.init_from={first.directory.path}"]
-    second = tiny.trainer(tmp_path, "second", overrides)
-    theirs, ours = (dict(run.engine.placed.model.named_buffers()) for run in (first, second))
-    biases = [name for name in theirs if name.endswith("bias_E")]
-    assert biases and all(theirs[name].any() and torch.equal(theirs[name], ours[name]) for name in biases)
-    with torch.no_grad():
-        a, b = (run.engine.placed.model(torch.arange(48)[None]) for run in (first, second))
-    assert torch.equal(a, b)
-
-
 def test_another_tokenizer_than_the_first_weights_is_told(small_corpus, runnable, tmp_path):
     def said(name: str, source: Path, *overrides: str) -> str:
         tiny.trainer(tmp_path, name, [*tiny.EXACT, *overrides, f"model.init_from={source}"])
@@ -437,10 +424,3 @@ def test_memory_of_a_conversion_does_not_grow_with_the_tensor(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
     small.mkdir(), large.mkdir()
     assert abs(peak_memory(large, 32) - peak_memory(small, 8)) < 40e6
-
-
-@pytest.mark.slow
-def test_a_fused_tensor_of_2_GB_needs_less_than_600_MB(tmp_path):
-    peak = peak_memory(tmp_path, 256)
-    gate_up = 256 * 1024 * 2 * 2048 * 2
-    assert gate_up > 2e9 and peak < 600e6, f"{peak / 1e6:.0f} MB"

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from launch.cli import main
 from model.attention.plan import SequenceContext
@@ -188,16 +187,6 @@ def test_a_damaged_tokenizer_is_one_line(trained, tmp_path, capsys, text, messag
     assert main(["evaluate", str(model), "tasks=[next_word]", f"task_path={TASKS}"]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
-
-
-def test_a_damaged_model_yaml_is_one_line(trained, tmp_path, capsys):
-    model = Path(shutil.copytree(trained / "imported", tmp_path / "model"))
-    content = yaml.safe_load((model / "model.yaml").read_text())
-    (model / "model.yaml").write_text(yaml.safe_dump({"model": content["model"]}))
-    capsys.readouterr()
-    assert main(["evaluate", str(model), "tasks=[next_word]", f"task_path={TASKS}"]) == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "model.yaml is damaged: it has no origin" in line
 
 
 def test_without_the_harness_the_install_line_is_given(trained, capsys, monkeypatch):
