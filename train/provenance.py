@@ -1,7 +1,7 @@
-"""Which steps of a run trained on a document: from where it lies in its source's tokens to the rows that cover it.
+"""Find the steps of a run that trained on a document, from the document's place in its source's tokens.
 
-Nothing is recorded for it while a run trains: the order of samples is a pure function, and what online filtering took
-is in the run's `online.jsonl`.
+A run records nothing for it: the order of samples is a pure function, and `online.jsonl` has what online filtering
+kept.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class TrainedSequence:
-    """A row of the global batch of `step`, counted from the run's begin, that trained on the document."""
+    """Sequence number `index` of the global batch of `step`, counted from the start of the run."""
 
     phase: str
     step: int
-    row: int
+    index: int
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class DocumentSpan:
     start: int
     tokens: int
 
-    def rows(self, context: int) -> tuple[int, int]:
-        """The first and the last row of `context` tokens in which one of its tokens is a label: all but BOS are, each
-        in the row of the token before it.
+    def sequences(self, seq_len: int) -> tuple[int, int]:
+        """The first and the last sequence of the stream in which one of the tokens is a label. All tokens but BOS are
+        labels, each in the sequence of the token before it.
         """
-        return self.start // context, (self.start + self.tokens - 2) // context
+        return self.start // seq_len, (self.start + self.tokens - 2) // seq_len
 
 
 def explain_run(directory: Path, name: str) -> str:
-    """A record's way through the filter of a run's data and to the steps that trained on it."""
+    """Explain what the filter of a run's data did with a record, and which steps trained on it."""
     config = load_config(directory)
     corpus = get_corpus(config, World(0, 1, torch.device("cpu")), lambda line: None, MODELS)
     if not (corpus.directory / SCORES).exists():
@@ -64,17 +64,17 @@ def explain_run(directory: Path, name: str) -> str:
         return lines[0]
     place = find_place(corpus, name)
     if place is None:
-        return "\n".join([*lines, "not among the tokens: too long for data.limit_tokens"])
+        return "\n".join([*lines, "not among the tokens: it is longer than data.limit_tokens"])
     steps = _steps_done(directory)
     found = visits(directory, config, corpus, place, steps)
-    lines.append(f"trained on in {len(found):,} rows of the {steps:,} steps that the log knows")
-    lines += [f"  step {one.step} ({one.phase}), row {one.row} of the batch" for one in found[:_SHOWN]]
+    lines.append(f"trained on in {len(found):,} sequences of the {steps:,} logged steps")
+    lines += [f"  step {one.step} ({one.phase}), sequence {one.index} of the batch" for one in found[:_SHOWN]]
     lines += [f"  and {len(found) - _SHOWN:,} more"] if len(found) > _SHOWN else []
     return "\n".join(lines)
 
 
 def find_place(corpus: Corpus, name: str) -> DocumentSpan | None:
-    """Where the training document called `name` lies; None where it became no tokens."""
+    """The place of the training document `name`; None where it has no tokens."""
     import pyarrow.parquet
 
     for source in corpus.sources:
@@ -89,26 +89,26 @@ def find_place(corpus: Corpus, name: str) -> DocumentSpan | None:
 def visits(
     directory: Path, config: TrainConfig, corpus: Corpus, place: DocumentSpan, steps: int
 ) -> list[TrainedSequence]:
-    """In order, of the first `steps` steps of the run in `directory`."""
+    """The sequences that trained on a document in the first `steps` steps of a run, in order."""
     found, loaders = [], run_loaders(config, corpus, lambda line: None)
     for phase in phases(config):
         loader = loaders[phase.name]
         if place.source not in loader.blend.names:
             continue
-        first, last = place.rows(phase.seq_len)
+        first, last = place.sequences(phase.seq_len)
         for samples, ordinals in _taken(directory, config, phase, min(steps, phase.stop)):
             sources, rows = loader.locate(ordinals)
             hits = (sources == loader.blend.names.index(place.source)) & (rows >= first) & (rows <= last)
             for sample in samples[hits].tolist():
-                step, row = divmod(sample, phase.global_batch_size)
-                found.append(TrainedSequence(phase.name, phase.start + step, row))
-    return sorted(found, key=lambda one: (one.step, one.row))
+                step, index = divmod(sample, phase.global_batch_size)
+                found.append(TrainedSequence(phase.name, phase.start + step, index))
+    return sorted(found, key=lambda one: (one.step, one.index))
 
 
 def _taken(
     directory: Path, config: TrainConfig, phase: Phase, stop: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Of the phase's steps before `stop`: places of samples, counted from its begin, and which ordinals were there."""
+    """Numbers of the samples of a phase before step `stop`, counted from its start, and their ordinals in the order."""
     count = max(stop - phase.start, 0) * phase.global_batch_size
     if not config.online.every:
         for begin in range(0, count, _ORDINALS_AT_ONCE):

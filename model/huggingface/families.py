@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from core.config import differences, plain
@@ -392,18 +393,9 @@ def _write_olmoe(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_llama(config: Json) -> ModelConfig:
+def _read_dense(norm: QKNorm, config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
-    return ModelConfig(
-        **_plain_layers(common, (), QKNorm.none), dense_hidden_size=_integer(config, "intermediate_size")
-    )
-
-
-def _read_qwen3(config: Json) -> ModelConfig:
-    common = _read_common(config, theta=10000.0, eps=1e-6)
-    return ModelConfig(
-        **_plain_layers(common, (), QKNorm.per_head), dense_hidden_size=_integer(config, "intermediate_size")
-    )
+    return ModelConfig(**_plain_layers(common, (), norm), dense_hidden_size=_integer(config, "intermediate_size"))
 
 
 def _write_dense(model: ModelConfig) -> dict[str, Any]:
@@ -416,8 +408,8 @@ _QWEN = MoENames("mlp", "gate.weight", _PROJECTIONS)
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", _QWEN, _read_llama, _write_dense),
-        Family("qwen3", "Qwen3ForCausalLM", _QWEN, _read_qwen3, _write_dense),
+        Family("llama", "LlamaForCausalLM", _QWEN, partial(_read_dense, QKNorm.none), _write_dense),
+        Family("qwen3", "Qwen3ForCausalLM", _QWEN, partial(_read_dense, QKNorm.per_head), _write_dense),
         Family(
             "llama4_text",
             "Llama4ForCausalLM",

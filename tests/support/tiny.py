@@ -66,6 +66,16 @@ def trainer(root: Path, name: str, overrides: list[str]) -> Trainer:
     return Trainer(run, world, directory, get_corpus(run, world, lambda line: None), log)
 
 
+def saved(root: Path, name: str, overrides: list[str], steps: int = 1) -> Trainer:
+    """A trainer after some steps and a checkpoint."""
+    run = trainer(root, name, overrides)
+    for step in range(run.step, steps):
+        run.train_step(step)
+    run.save()
+    run.checkpointer.wait()
+    return run
+
+
 def whole(tensor: torch.Tensor, spec: ShardSpec | None = None) -> torch.Tensor:
     """The whole tensor on every rank, out of the blocks that each says it has; a check of the registry as well."""
     part = local(tensor).detach()

@@ -62,7 +62,7 @@ def arguments(folders: dict[str, Any], root: Path, name: str) -> list[str]:
 
 
 def by_force(directory: Path, corpus: Corpus, place: DocumentSpan, steps: int) -> list[TrainedSequence]:
-    """Every batch of every step is looked at: a row of it is found in the stream again by its tokens."""
+    """Look at every batch of every step: each sequence is found in the stream by its tokens."""
     config, found = load_config(directory), []
     stream = corpus.stream(place.source, TRAIN)
     tokens = np.empty(len(stream), np.int64)
@@ -75,7 +75,7 @@ def by_force(directory: Path, corpus: Corpus, place: DocumentSpan, steps: int) -
             tokens[begin : begin + phase.seq_len].tobytes(): begin
             for begin in range(0, stream.rows(phase.seq_len) * phase.seq_len, phase.seq_len)
         }
-        assert len(where) == stream.rows(phase.seq_len), "rows differ, or they could not be told apart"
+        assert len(where) == stream.rows(phase.seq_len), "sequences must differ"
         for step in range(phase.start, min(phase.stop, steps)):
             batch = loader.batch(step - phase.start)
             for row, content in enumerate(batch.tokens_BT.numpy()):
@@ -108,10 +108,10 @@ def test_the_steps_that_trained_on_a_document(run):
     assert find_place(corpus, "text:none") is None
 
 
-def test_a_token_counts_in_the_row_where_it_is_a_label():
-    """BOS is no label; a document that ends with a row's first token was learnt in the row before."""
-    assert DocumentSpan("a", 0, 10).rows(5) == (0, 1) and DocumentSpan("a", 0, 6).rows(5) == (0, 0)
-    assert DocumentSpan("a", 4, 3).rows(5) == (0, 1) and DocumentSpan("a", 5, 2).rows(5) == (1, 1)
+def test_a_token_counts_where_it_is_a_label():
+    """BOS is not a label. A document that ends with the first token of a sequence is learnt in the one before."""
+    assert DocumentSpan("a", 0, 10).sequences(5) == (0, 1) and DocumentSpan("a", 0, 6).sequences(5) == (0, 0)
+    assert DocumentSpan("a", 4, 3).sequences(5) == (0, 1) and DocumentSpan("a", 5, 2).sequences(5) == (1, 1)
 
 
 def test_explain_leads_to_the_steps(run, capsys):
@@ -123,8 +123,8 @@ def test_explain_leads_to_the_steps(run, capsys):
     place = find_place(corpus, kept)
     found = visits(run, load_config(run), corpus, place, 35)
     assert lines[0] == f"{kept} ({kept}, domain code): kept, hard"
-    assert f"trained on in {len(found)} rows of the 35 steps that the log knows" in lines
-    assert f"  step {found[0].step} ({found[0].phase}), row {found[0].row} of the batch" in lines
+    assert f"trained on in {len(found)} sequences of the 35 logged steps" in lines
+    assert f"  step {found[0].step} ({found[0].phase}), sequence {found[0].index} of the batch" in lines
     dropped = next(row["id"] for row in rows if not row["kept"])
     assert main(["filter", f"explain={dropped}", f"run={run}"]) == 0
     assert "trained on" not in capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_explain_leads_to_the_steps(run, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_run_without_a_filter_has_no_journeys(folders, tmp_path, capsys):
+def test_explain_needs_filtered_data(folders, tmp_path, capsys):
     words = [word for word in arguments(folders, tmp_path, "run") if "data.filter" not in word]
     assert main(["train", *words, "training.steps=1"]) == 0
     assert main(["filter", "explain=text:1", f"run={tmp_path / 'run'}"]) == 2

@@ -1,6 +1,6 @@
-"""Continue a text with a run's last checkpoint.
+"""Sample a continuation of a text.
 
-The whole window is run again for every token: simple, and enough to look at what a model has learnt.
+The model runs on the whole window for every token, without a cache. That is simple, and enough to inspect a model.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from functools import partial
 
 import torch
 
-from core.errors import ConfigError
+from core.errors import check_numbers
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
 from parallel.vocab_parallel_loss import whole_logits
 from precision.config import Backend
 
 NextLogits = Callable[[list[int]], torch.Tensor]
-"""Logits [V] of what follows these tokens."""
+"""Logits [V] of the token after these tokens."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """`run`: a run's directory. `temperature` 0 takes the likeliest token; `top_k` draws among that many."""
+    """Continue a text with a run's last checkpoint. `run`: the run's directory. `temperature` 0 takes the most probable
+    token; `top_k` samples among that many.
+    """
 
     run: str = "???"
     prompt: str = "def "
@@ -32,15 +34,10 @@ class GenerateConfig:
     top_k: int | None = 50
     seed: int = 0
     backend: Backend | None = None
-    """Who does the matrix products; null: as in training."""
+    """GEMM backend; null: as in training."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ConfigError("tokens", self.tokens, "must be positive")
-        if self.temperature < 0:
-            raise ConfigError("temperature", self.temperature, "must not be negative; 0 takes the likeliest token")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError("top_k", self.top_k, "must be positive, or null for the whole vocabulary")
+        check_numbers(self, positive=("tokens", "top_k"), not_negative=("temperature",))
 
 
 @torch.no_grad()
@@ -52,7 +49,7 @@ def continue_tokens(
     stop: int,
     world: World | None = None,
 ) -> Iterator[int]:
-    """Sampled token ids, until `stop` is drawn or `config.tokens` are out; the model sees the last `context` tokens."""
+    """Sample token ids until `stop` or `config.tokens` of them; the model sees the last `context` tokens."""
     generator = torch.Generator().manual_seed(config.seed)
     tokens = list(prompt)
     for _ in range(config.tokens):
@@ -65,8 +62,8 @@ def continue_tokens(
 
 
 def placed_logits(placed: ParallelModel, tokens: list[int]) -> torch.Tensor:
-    """The same, of a model on many ranks, on every rank. The row is made as long as the layout needs; nothing looks
-    ahead.
+    """Logits [V] of the token after `tokens`, float64 on every rank, under any layout. Padding at the end makes the
+    sequence as long as the layout needs.
     """
     meshes, last = placed.meshes, len(tokens) - 1
     length = placed.padded_length(len(tokens))
@@ -78,7 +75,7 @@ def placed_logits(placed: ParallelModel, tokens: list[int]) -> torch.Tensor:
     found_V = torch.zeros(placed.model.config.vocab_size, dtype=torch.float64, device=placed.device)
     if logits_BTV is not None and len(at):
         found_V += whole_logits(logits_BTV[0, int(at)], meshes.tp)
-    for axis in (meshes.cp, meshes.pp):  # whoever has it tells the others
+    for axis in (meshes.cp, meshes.pp):  # the other ranks have zeros
         axis.sum(found_V, "logits")
     return found_V
 

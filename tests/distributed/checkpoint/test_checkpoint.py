@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny import EXACT, trainer
+from tests.support.tiny import EXACT, saved, trainer
 from train.run_directory import committed
 
 ADAMW = ["optimizer=adamw"]
 
 
-def saved(root: Path, overrides: list[str]) -> tuple[int, int]:
-    """Bytes of the tensors that this rank keeps, and the step at which a second run goes on."""
-    run = trainer(root, "run", overrides)
-    for step in range(2):
-        run.train_step(step)
-    run.save()
-    run.checkpointer.wait()
+def sizes(root: Path, overrides: list[str]) -> tuple[int, int]:
+    """Bytes of the tensors that this rank keeps, and the step from which a second run resumes."""
+    run = saved(root, "run", overrides, 2)
     again = trainer(root, "run", overrides)
     return sum(part.tensor.nbytes for part in run.engine.state() if part.shape), again.step
 
@@ -30,8 +26,8 @@ def test_replicas_are_written_once(ranks, small_corpus, tmp_path, where):
     if where is not None:
         overrides.append(f"checkpoint.directory={where.format(tmp_path)}")
         checkpoints = Path(overrides[-1].partition("=")[2].removeprefix("file://")) / "run"
-    results = ranks(4, saved, tmp_path, overrides)
-    alone, _ = ranks(1, saved, tmp_path / "alone", [*small_corpus, *EXACT, *ADAMW])[0]
+    results = ranks(4, sizes, tmp_path, overrides)
+    alone, _ = ranks(1, sizes, tmp_path / "alone", [*small_corpus, *EXACT, *ADAMW])[0]
     assert [step for _, step in results] == [2] * 4
     ((_, path),) = committed(checkpoints)
     files = list(path.glob("*.bin"))
@@ -42,9 +38,9 @@ def test_replicas_are_written_once(ranks, small_corpus, tmp_path, where):
     assert 1 <= len(files) <= 4
 
 
-def test_another_place_for_checkpoints_does_not_start_anew(small_corpus, tmp_path):
+def test_another_place_for_checkpoints_is_rejected(small_corpus, tmp_path):
     overrides = [*small_corpus, *EXACT]
-    saved(tmp_path, overrides)
+    saved(tmp_path, "run", overrides)
     with pytest.raises(Exception, match=r"checkpoint\.directory.* was started with None"):
         trainer(tmp_path, "run", [*overrides, f"checkpoint.directory={tmp_path / 'other'}"])
 

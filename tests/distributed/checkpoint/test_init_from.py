@@ -11,7 +11,7 @@ from model.huggingface import HuggingFaceCheckpoint
 from model.tensor_source import whole as whole_tensor
 from tests.support import hf_models
 from tests.support.like import like
-from tests.support.tiny import EXACT, trainer, whole
+from tests.support.tiny import EXACT, saved, trainer, whole
 
 
 def started(root: Path, path: Path, overrides: list[str]) -> tuple[dict[str, torch.Tensor], int]:
@@ -52,18 +52,13 @@ def test_each_rank_reads_only_its_slices(ranks, small_corpus, tmp_path, layout):
 
 def biases(root: Path, name: str, overrides: list[str], steps: int = 0) -> dict[str, torch.Tensor]:
     """The selection biases of this rank's layers after some steps, which are saved."""
-    run = trainer(root, name, [*overrides, *EXACT])
-    for step in range(steps):
-        run.train_step(step)
-    if steps:
-        run.save()
-        run.checkpointer.wait()
+    run = saved(root, name, [*overrides, *EXACT], steps) if steps else trainer(root, name, [*overrides, *EXACT])
     buffers = run.engine.placed.model.named_buffers()
     return {buffer: bias_E.clone() for buffer, bias_E in buffers if buffer.endswith("bias_E")}
 
 
 @pytest.mark.parametrize("layout", ["parallel.pp=2", "parallel.ep=2"])
-def test_every_rank_takes_over_the_selection_biases_of_its_layers(ranks, small_corpus, tmp_path, layout):
+def test_every_rank_copies_the_selection_biases(ranks, small_corpus, tmp_path, layout):
     (first,) = ranks(1, biases, tmp_path, "first", small_corpus, 1)
     line = [*small_corpus, f"model.init_from={tmp_path / 'first'}", "parallel.recompute=full", layout]
     found = [pair for rank in ranks(2, biases, tmp_path, "second", line) for pair in rank.items()]

@@ -12,18 +12,14 @@ from core.errors import ConfigError
 from parallel.comm.world import connect
 from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
-from tests.support.tiny import EXACT, trainer
+from tests.support.tiny import EXACT, saved
 from train.checkpoint.restore import restore
 from train.eval.generate import GenerateConfig, continue_tokens, placed_logits
 from train.eval.held_out import held_out_loss
 
 
 def trained(root: Path, overrides: list[str]) -> None:
-    run = trainer(root, "run", overrides)
-    for step in range(2):
-        run.train_step(step)
-    run.save()
-    run.checkpointer.wait()
+    saved(root, "run", overrides, 2)
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from core.errors import DataError
+from model.attention.plan import SequenceContext
 from tests.support.tiny import EXACT, trainer
-from train.eval.held_out import HeldOut, held_out_loss
+from train.eval.held_out import HeldOut, _sums, held_out_loss
 
 
 def measured(root: Path, overrides: list[str], rows: int = 5) -> HeldOut:
@@ -29,8 +30,6 @@ def test_losses_and_bits_equal_plain_arithmetic(small_corpus, tmp_path):
         nats, tokens, size = 0.0, 0, 0
         for row in range(5):
             batch = run.loaders["main"].held_out(source, row, row + 1)
-            from model.attention.plan import SequenceContext
-
             logp = run.engine.placed.model(batch.tokens_BT, SequenceContext(batch.positions_BT)).log_softmax(-1)[0]
             for place, label in enumerate(batch.labels_BT[0].tolist()):
                 if label >= 0:
@@ -43,8 +42,8 @@ def test_losses_and_bits_equal_plain_arithmetic(small_corpus, tmp_path):
     assert found.loss == pytest.approx((text + 0.5 * code) / 1.5), "mean by the sources' weights"
 
 
-def test_ranks_agree_even_where_rows_do_not_divide(ranks, small_corpus, tmp_path):
-    """Five rows in micro-batches of two: with two ranks one of them has nothing to do in the last turn."""
+def test_ranks_agree_where_sequences_do_not_divide(ranks, small_corpus, tmp_path):
+    """Five sequences in micro-batches of two: one of two ranks has none in the last turn."""
     overrides = [*small_corpus, *EXACT]
     one = ranks(1, measured, tmp_path, overrides)[0]
     for found in ranks(2, measured, tmp_path, overrides):
@@ -62,8 +61,6 @@ def test_no_held_out_text_is_an_error(small_corpus, tmp_path):
 @torch.no_grad()
 def test_ignored_labels_count_no_bytes(small_corpus, tmp_path):
     """Even where the id that stands in for them spells something."""
-    from train.eval.held_out import _sums
-
     run = trainer(tmp_path, "run", [*small_corpus, *EXACT])
     batch = run.loaders["main"].held_out("text", 0, 1)
     batch.labels_BT[:, ::2] = -100
