@@ -25,10 +25,10 @@ def standard_deviation(info: ParameterInfo, model: ModelConfig) -> float:
     """Spread of the initial values of this parameter; norms start at 1 and are not asked."""
     if info.role.name in model.init.roles:
         return model.init.roles[info.role.name]
-    return spread(info.role, info.fan_in, model.num_layers, model.init)
+    return role_std(info.role, info.fan_in, model.num_layers, model.init)
 
 
-def spread(role: Role, fan_in: int, layers: int, config: InitConfig) -> float:
+def role_std(role: Role, fan_in: int, layers: int, config: InitConfig) -> float:
     """The standard deviation that `config` gives this role, `config.roles` aside."""
     own = {Role.embedding: config.embedding_std, Role.head: config.head_std, Role.router: config.router_std}.get(role)
     if own is not None:

@@ -14,7 +14,7 @@ from model.roles import ParameterInfo, Role
 from model.tensor_source import TensorSource, parameter_infos
 
 
-def folded(source: TensorSource) -> TensorSource:
+def fold_multipliers(source: TensorSource) -> TensorSource:
     """`source` itself where all factors are 1. Raises `ConfigError` where a factor has no weight to go into."""
     return source if source.config.multipliers == MultipliersConfig() else FoldedMultipliers(source)
 

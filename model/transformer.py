@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.layer import Attention
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.config import FeedForward, LayerConfig, ModelConfig
 from model.layers import Embedding, GatedMLP, Linear, RMSNorm, TiedHead
 from model.moe import MixtureOfExperts
 from model.roles import Role
-from precision.resolve import LayerProducts, Precision
+from precision.resolve import LayerGemms, Precision
 
 
 class Layer(nn.Module):
     """h = x + attention(norm(x)); h + ffn(norm(h)); what is added may have a constant factor."""
 
-    def __init__(self, model: ModelConfig, layer: LayerConfig, products: LayerProducts) -> None:
+    def __init__(self, model: ModelConfig, layer: LayerConfig, products: LayerGemms) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
         self.attention = Attention(model, layer, products)
@@ -34,7 +34,7 @@ class Layer(nn.Module):
             else GatedMLP(model.hidden_size, model.dense_hidden_size, roles, products)
         )
 
-    def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         h_BTD = x_BTD.add(self.attention(self.attention_norm(x_BTD), context), alpha=self.multiplier)
         z_BTD = self.ffn_norm(h_BTD)
         return h_BTD.add(self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD), alpha=self.multiplier)
@@ -60,13 +60,13 @@ class Stack(nn.Module):
         self.final_norm = final_norm
         self.head = head
 
-    def forward(self, x: Tensor, context: SequenceContext | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]; either may be hidden states. Without a context each row is one
         document from position 0.
         """
         if context is None:
             positions_BT = torch.arange(x.shape[1]).expand(x.shape[:2])
-            context = SequenceContext(positions_BT, x.device)
+            context = ForwardContext(positions_BT, x.device)
         x_BTD = x if self.embedding is None else self.embedding(x)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, context)
@@ -92,8 +92,10 @@ class Transformer(Stack):
         self.config = config
         self.compute_dtype = precision.compute_dtype
 
-    def see_positions(self, config: ModelConfig) -> None:
-        """From now on turn and scale queries and keys as `config` says, a model of the same parameters."""
+    def set_rope_config(self, config: ModelConfig) -> None:
+        """Take the rotary and temperature settings from `config`, which must have the same parameters."""
+        if config == self.config:
+            return
         self.config = config
         for layer in self.layers.values():
             assert isinstance(layer, Layer)

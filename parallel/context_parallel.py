@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from model.attention.layer import attend
-from model.attention.plan import AttentionPlan, SequenceContext, on_grid
+from model.attention.plan import AttentionPlan, ForwardContext, on_grid
 from model.attention.segments import (
-    Documents,
-    Gradients,
-    Partial,
+    AttentionGradients,
+    DocumentBounds,
+    PartialAttention,
     Segment,
     SegmentRun,
-    attend_pieces,
-    documents,
-    pieces,
+    attend_segments,
+    document_bounds,
+    plan_segments,
 )
 from model.config import ModelConfig
 from model.transformer import Layer, Transformer
@@ -100,12 +100,10 @@ class ContextShard:
             for rank in range(self.axis.size)
         ]
 
-    def context(
-        self, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
-    ) -> SequenceContext:
+    def context(self, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None) -> ForwardContext:
         """What the layers know of whole rows at these positions."""
         if self.axis.size == 1:
-            return SequenceContext(positions_BT, device, routed_tokens)
+            return ForwardContext(positions_BT, device, routed_tokens)
         return PartContext(self, positions_BT, device, routed_tokens)
 
 
@@ -123,7 +121,7 @@ class PartPlan(AttentionPlan):
     rounds: tuple[list[Segment], ...] = ()
 
 
-class PartContext(SequenceContext):
+class PartContext(ForwardContext):
     """Of this rank's columns; but the documents of whole rows, which all ranks know alike, decide what is exchanged."""
 
     def __init__(
@@ -135,7 +133,7 @@ class PartContext(SequenceContext):
     def _make_plan(self, chunk: int | None) -> AttentionPlan:
         share = self.share
         if chunk is None or chunk >= share.length:
-            return self._global(documents(self._whole_BT == 0))
+            return self._global(document_bounds(self._whole_BT == 0))
         starts_BT, own = self._whole_BT % chunk == 0, share.runs(share.axis.rank)
         if bool((starts_BT == on_grid(share.length, chunk)).all()):
             return AttentionPlan(block=chunk)
@@ -145,16 +143,18 @@ class PartContext(SequenceContext):
             for run in share.lacking(share.axis.rank):
                 keys.append(SegmentRun(run.start - chunk, run.start, at))
                 at += chunk
-        return AttentionPlan(block=chunk, halo=halo, parts=pieces(documents(starts_BT), own, keys))
+        return AttentionPlan(block=chunk, halo=halo, segments=plan_segments(document_bounds(starts_BT), own, keys))
 
-    def _global(self, rows: Documents) -> AttentionPlan:
+    def _global(self, rows: DocumentBounds) -> AttentionPlan:
         share, rank, size = self.share, self.share.axis.rank, self.share.axis.size
         own, whole = share.runs(rank), [SegmentRun(0, share.length, 0)]
         if share.method is ContextMethod.ulysses:
-            return AttentionPlan(parts=pieces(rows, whole, whole))
+            return AttentionPlan(segments=plan_segments(rows, whole, whole))
         if share.method is ContextMethod.gather:
-            return AttentionPlan(parts=pieces(rows, own, whole))
-        return PartPlan(rounds=tuple(pieces(rows, own, share.runs((rank - turn) % size)) for turn in range(size)))
+            return AttentionPlan(segments=plan_segments(rows, own, whole))
+        return PartPlan(
+            rounds=tuple(plan_segments(rows, own, share.runs((rank - turn) % size)) for turn in range(size))
+        )
 
 
 @dataclass(frozen=True)
@@ -164,18 +164,18 @@ class _AttendShard:
     axis: MeshAxis
 
     def __call__(
-        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: SequenceContext, chunk: int | None
+        self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: ForwardContext, chunk: int | None
     ) -> Tensor:
         assert isinstance(context, PartContext), "rows in parts need the context that `Share` makes"
         plan = context.plan(chunk)
         if plan.block is None:
             return self.globally(q_BLHK, k_BLGK, v_BLGK, context.share, plan)
-        if plan.parts is None:
+        if plan.segments is None:
             return attend(q_BLHK, k_BLGK, v_BLGK, plan)
         kv = torch.stack([k_BLGK, v_BLGK])
         if plan.halo:
             kv = torch.cat([kv, self._before(kv, plan.block, context.share.head)], dim=2)
-        return attend_pieces(q_BLHK, kv[0], kv[1], plan.parts)
+        return attend_segments(q_BLHK, kv[0], kv[1], plan.segments)
 
     def globally(
         self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
@@ -207,10 +207,10 @@ class Gather(_AttendShard):
     def globally(
         self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
     ) -> Tensor:
-        assert plan.parts is not None
+        assert plan.segments is not None
         gathered = gather(torch.stack([k_BLGK, v_BLGK]), self.axis, 0, "keys and values")
         k_BTGK, v_BTGK = share.whole(gathered.unflatten(0, (self.axis.size, 2)).unbind(0), 2)
-        return attend_pieces(q_BLHK, k_BTGK, v_BTGK, plan.parts)
+        return attend_segments(q_BLHK, k_BTGK, v_BTGK, plan.segments)
 
 
 class Ulysses(_AttendShard):
@@ -221,14 +221,14 @@ class Ulysses(_AttendShard):
     def globally(
         self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, share: ContextShard, plan: AttentionPlan
     ) -> Tensor:
-        assert plan.parts is not None
+        assert plan.segments is not None
         size, ones = self.axis.size, [1] * self.axis.size
         heads = [x.unflatten(2, (size, -1)) for x in (q_BLHK, k_BLGK, v_BLGK)]
         counts = [x.shape[3] for x in heads]
         sent_RBLHK = torch.cat(heads, dim=3).movedim(2, 0)
         got_RBLHK = exchange(sent_RBLHK, ones, ones, self.axis, "heads")
         q_BTHK, k_BTGK, v_BTGK = share.whole(got_RBLHK.unbind(0), 1).split(counts, dim=2)
-        y_BTHK = attend_pieces(q_BTHK, k_BTGK, v_BTGK, plan.parts)
+        y_BTHK = attend_segments(q_BTHK, k_BTGK, v_BTGK, plan.segments)
         back_RBLHK = exchange(torch.stack(share.parts(y_BTHK, 1)), ones, ones, self.axis, "heads")
         return back_RBLHK.movedim(0, 2).flatten(2, 3)
 
@@ -248,10 +248,10 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: MeshAxis, rounds: tuple[list[Segment], ...]) -> Tensor:
-        partial, kv = Partial(q), torch.stack([k, v])
+        partial, kv = PartialAttention(q), torch.stack([k, v])
         for turn, parts in enumerate(rounds):
             arrived = pass_on(kv, axis, "ring") if turn < axis.size - 1 else None
-            partial.see(kv[0], kv[1], parts)
+            partial.update(kv[0], kv[1], parts)
             kv = arrived() if arrived is not None else kv
         out = partial.result()
         ctx.save_for_backward(q, k, v, out, partial.lse_BHT)
@@ -261,12 +261,12 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
-        axis, found, kv = ctx.axis, Gradients(grads[0], q, out, lse), torch.stack([k, v])
+        axis, found, kv = ctx.axis, AttentionGradients(grads[0], q, out, lse), torch.stack([k, v])
         own, sent = torch.zeros_like(kv, dtype=lse.dtype), None
         for turn, parts in enumerate(ctx.rounds):
             arrived = pass_on(kv, axis, "ring") if turn < axis.size - 1 else None
             gradient = torch.zeros_like(own) if turn else own
-            found.see(kv[0], kv[1], gradient[0], gradient[1], parts)
+            found.update(kv[0], kv[1], gradient[0], gradient[1], parts)
             if turn:
                 gradient = gradient if sent is None else gradient + sent()
                 sent = pass_on(gradient, axis, "ring")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.config import ModelConfig
 from model.init import reset_buffers
 from model.moe import MixtureOfExperts
@@ -41,7 +41,7 @@ class ParallelModel:
         """This rank's part of rows of `length` tokens."""
         return context_parallel.share(self.model.config, length, self.meshes.cp, self.meshes.layout.cp_method)
 
-    def context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> SequenceContext:
+    def context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> ForwardContext:
         """What this rank's layers know of whole rows at these positions."""
         found = self.share(positions_BT.shape[1]).context(positions_BT, self.device, routed_tokens)
         if self.meshes.layout.compile:
@@ -57,7 +57,7 @@ class ParallelModel:
         return next(self.model.parameters()).device
 
     @torch.no_grad()
-    def logits(self, tokens_BT: Tensor, context: SequenceContext) -> Tensor | None:
+    def logits(self, tokens_BT: Tensor, context: ForwardContext) -> Tensor | None:
         """A forward pass over this rank's part of the rows; None where another rank has the head."""
         if self.meshes.pp.size > 1:
             return runtime.forward(self.stacks, self.model, self.meshes, tokens_BT, context)
@@ -180,4 +180,4 @@ def _count_whole_rows(model: Transformer, meshes: Meshes) -> None:
 
     for layer in model.layers.values():
         if isinstance(layer.ffn, MixtureOfExperts):
-            layer.ffn.router.balance.whole_rows = over_all
+            layer.ffn.router.balance.sum_over_sequence = over_all

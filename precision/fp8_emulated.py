@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from precision.config import Recipe
-from precision.fp8_linear import Float8Products
+from precision.fp8_linear import Float8Gemm
 from precision.fp8_tiles import QuantisedRows, TiledArithmetic
 from precision.gemm import GemmBackend, at_least_float32
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8)
 
 
-class Reference(TiledArithmetic):
+class EmulatedArithmetic(TiledArithmetic):
     """Products in float32, float64 where that is the compute format. What is not finite is an error on every device."""
 
     waits = True
@@ -36,4 +36,4 @@ def version() -> str:
 
 
 def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Products(Reference(recipe, compute_dtype), compute_dtype, where)
+    return Float8Gemm(EmulatedArithmetic(recipe, compute_dtype), compute_dtype, where)

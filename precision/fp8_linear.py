@@ -69,7 +69,7 @@ class Arithmetic(Protocol):
         ...
 
 
-class Float8Products:
+class Float8Gemm:
     """A GEMM backend made of an FP8 arithmetic. `where` names the module in errors."""
 
     def __init__(self, arithmetic: Arithmetic, compute_dtype: torch.dtype, where: str) -> None:
@@ -132,9 +132,7 @@ def _like_rows(y: Tensor, x: Tensor) -> Tensor:
 
 class _Fp8Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: Float8Products, learns: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: Float8Gemm, learns: bool) -> Tensor:
         needs_x, needs_w = (learns and needed for needed in ctx.needs_input_grad[:2])  # no_grad changes not those
         activation = products.quantise(x, Operand.activation, groups, True, needs_w)
         weight = products.quantise(w, Operand.weight, None, True, False)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from precision.config import Recipe
-from precision.fp8_linear import Float8Products, Operand
+from precision.fp8_linear import Float8Gemm, Operand
 from precision.fp8_tiles import QuantisedRows, TiledArithmetic, quantise, tiling
 from precision.gemm import GemmBackend
 
@@ -84,4 +84,4 @@ def version() -> str:
 
 
 def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Products(TorchFloat8(recipe, compute_dtype), compute_dtype, where)
+    return Float8Gemm(TorchFloat8(recipe, compute_dtype), compute_dtype, where)

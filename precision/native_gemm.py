@@ -15,7 +15,7 @@ from precision import cpu_gemm
 from precision.gemm import Groups
 
 
-class PlainProducts:
+class NativeGemm:
     """Casts both sides to the compute format and multiplies. With fp32 weights and bf16 products the cast is part of
     the graph, so gradients reach the fp32 master weights and accumulate there.
     """

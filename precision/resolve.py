@@ -14,10 +14,10 @@ from core.errors import ConfigError
 from precision import fp8_emulated, fp8_torch, transformer_engine
 from precision.config import Backend, KernelKind, PrecisionConfig, Products, Recipe
 from precision.gemm import GemmBackend
-from precision.native_gemm import PlainProducts
+from precision.native_gemm import NativeGemm
 
 
-class Maker(Protocol):
+class Float8Library(Protocol):
     """One FP8 library."""
 
     RECIPES: tuple[Recipe, ...]
@@ -33,7 +33,7 @@ class Maker(Protocol):
     def version(self) -> str: ...
 
 
-MAKERS: dict[Backend, Maker] = {
+FLOAT8_LIBRARIES: dict[Backend, Float8Library] = {
     Backend.te: transformer_engine,
     Backend.torch: fp8_torch,
     Backend.emulated: fp8_emulated,
@@ -41,7 +41,7 @@ MAKERS: dict[Backend, Maker] = {
 
 
 @dataclass(frozen=True)
-class LayerProducts:
+class LayerGemms:
     """Who does the products of one layer."""
 
     plain: GemmBackend
@@ -65,11 +65,11 @@ class Precision:
         return self.config.compute_dtype
 
     @property
-    def plain(self) -> LayerProducts:
+    def plain(self) -> LayerGemms:
         """For what belongs to no layer."""
-        return LayerProducts(PlainProducts(self.compute_dtype), kernels=self.config.kernels)
+        return LayerGemms(NativeGemm(self.compute_dtype), kernels=self.config.kernels)
 
-    def at(self, layer: int, layers: int) -> LayerProducts:
+    def at(self, layer: int, layers: int) -> LayerGemms:
         """For one of so many layers, counted from 0."""
         recipe, config = self.recipe, self.config
         if recipe is None:
@@ -78,7 +78,7 @@ class Precision:
         def float8(products: Products, name: str) -> GemmBackend | None:
             if not config.in_float8(products, layer, layers):
                 return None
-            return MAKERS[config.backend].make(recipe, config.compute_dtype, f"layer {layer}, {name}")
+            return FLOAT8_LIBRARIES[config.backend].make(recipe, config.compute_dtype, f"layer {layer}, {name}")
 
         return replace(self.plain, float8=float8)
 
@@ -86,7 +86,7 @@ class Precision:
         if self.recipe is None:
             return self.config.compute.value
         kinds = ", ".join(products.value for products in self.config.fp8_products)
-        maker = MAKERS[self.config.backend]
+        maker = FLOAT8_LIBRARIES[self.config.backend]
         return f"FP8 {self.recipe.value} by {maker.version()} for {kinds}; the rest {self.config.compute.value}"
 
 
@@ -102,8 +102,12 @@ def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
     recipe = config.recipe.on(device)
     if reasons := unavailable(config.backend, recipe, device):
         key, value = "precision.backend", config.backend
-        others = [other.value for other in MAKERS if not unavailable(other, recipe, device)]
-        known = [one.value for one in MAKERS[config.backend].RECIPES if not unavailable(config.backend, one, device)]
+        others = [other.value for other in FLOAT8_LIBRARIES if not unavailable(other, recipe, device)]
+        known = [
+            one.value
+            for one in FLOAT8_LIBRARIES[config.backend].RECIPES
+            if not unavailable(config.backend, one, device)
+        ]
         also = f"; it can do {', '.join(known)}" if known else ""
         raise ConfigError(key, value, f"cannot do {recipe.value} here: {'; '.join(reasons)}{also}", [*others, "native"])
     return Precision(config, recipe)
@@ -122,13 +126,13 @@ def unavailable(backend: Backend, recipe: Recipe, device: torch.device) -> list[
     """Every reason why a backend cannot multiply by a recipe on a device."""
     if backend is Backend.native:
         return []
-    maker = MAKERS[backend]
+    maker = FLOAT8_LIBRARIES[backend]
     if recipe not in maker.RECIPES:
         return [f"{backend.value} knows {', '.join(known.value for known in maker.RECIPES)}"]
     return maker.unavailable(recipe, device)
 
 
-def table(device: torch.device) -> dict[str, dict[str, list[str]]]:
+def availability(device: torch.device) -> dict[str, dict[str, list[str]]]:
     """By backend and recipe, the reasons why not; empty where it can be had."""
     recipes = [recipe for recipe in Recipe if recipe is not Recipe.auto]
-    return {b.value: {recipe.value: unavailable(b, recipe, device) for recipe in recipes} for b in MAKERS}
+    return {b.value: {recipe.value: unavailable(b, recipe, device) for recipe in recipes} for b in FLOAT8_LIBRARIES}

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from precision.config import Recipe
-from precision.fp8_emulated import Reference
-from precision.fp8_linear import Float8Products, Operand
+from precision.fp8_emulated import EmulatedArithmetic
+from precision.fp8_linear import Float8Gemm, Operand
 from precision.fp8_tiles import Tiled
 from precision.gemm import GemmBackend, Groups
 
@@ -220,7 +220,7 @@ def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
     groups = Groups(torch.tensor([3 * least, 0, least, 5 * least], device=device))
     x, grad = operand(11 * least, 256), operand(11 * least, 384)
     weights: list[tuple[Tensor, Groups | None]] = [(operand(384, 256), None), (operand(4, 384, 256), groups)]
-    engine, reference = TransformerEngine(recipe, dtype), Reference(recipe, dtype)
+    engine, reference = TransformerEngine(recipe, dtype), EmulatedArithmetic(recipe, dtype)
     for quantizer in engine.quantizers.values():
         quantizer.optimize_for_gemm = False  # for scales in plain order
     for w, split in weights:
@@ -233,8 +233,8 @@ def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
             wanted = reference.quantise(tensor, kind, among, True, True)
             yield from _other_bytes(recipe, kind, found, wanted)
     for w, split in weights:
-        ours = _results(Float8Products(TransformerEngine(recipe, dtype), dtype, "a trial"), x, w, grad, split)
-        exact = _results(Float8Products(reference, dtype, "a trial"), x, w, grad, split)
+        ours = _results(Float8Gemm(TransformerEngine(recipe, dtype), dtype, "a trial"), x, w, grad, split)
+        exact = _results(Float8Gemm(reference, dtype, "a trial"), x, w, grad, split)
         for name, result in ours.items():
             error = float((result.float() - exact[name].float()).norm() / exact[name].float().norm())
             if not error < _LARGEST_ERROR:
@@ -266,7 +266,7 @@ def _kept(recipe: Recipe, part: Any, columns: bool) -> tuple[Tensor | None, Tens
     return data, scale if kept["is_2D_scaled"] else scale.t()
 
 
-def _results(products: Float8Products, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None) -> dict[str, Tensor]:
+def _results(products: Float8Gemm, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None) -> dict[str, Tensor]:
     """A product and its gradients, without rows that belong to no expert."""
     with torch.enable_grad():
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
@@ -288,4 +288,4 @@ def _installed() -> str | None:
 
 
 def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Products(TransformerEngine(recipe, compute_dtype), compute_dtype, where)
+    return Float8Gemm(TransformerEngine(recipe, compute_dtype), compute_dtype, where)

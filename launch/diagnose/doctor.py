@@ -24,7 +24,7 @@ from core.errors import check_numbers
 from core.files import read_json
 from launch.diagnose.machine import FEW_FILES, cores, driver, room
 from parallel.layout import ParallelConfig
-from precision.resolve import table
+from precision.resolve import availability
 from train.config import RunConfig, TrainConfig
 from train.run_directory import RunDirectory, write_config
 
@@ -134,7 +134,7 @@ def _required() -> list[str]:
 
 def _precision() -> dict[str, dict[str, list[str]]]:
     """Who could do FP8 products here: by backend and recipe the reasons why not."""
-    return table(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return availability(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _precision_lines(found: dict[str, dict[str, list[str]]]) -> Iterator[str]:

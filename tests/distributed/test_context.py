@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.layouts import tiny
 from data.loader import Batch
 from model.attention.layer import attend
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from parallel import context_parallel as module
 from parallel.comm.world import connect
 from parallel.context_parallel import ContextShard, PartContext
@@ -78,7 +78,7 @@ def attended(method: ContextMethod, chunk: int | None, length: int, unit: int, b
 
 
 def wanted(chunk: int | None, length: int) -> list[Tensor]:
-    plan = SequenceContext(positions(length)).plan(chunk)
+    plan = ForwardContext(positions(length)).plan(chunk)
     return figures(lambda q, k, v: attend(q, k, v, plan), *inputs(length))
 
 
@@ -146,7 +146,7 @@ def test_chunked_layers_over_aligned_rows_send_nothing(ranks):
 def test_positions_and_temperature_are_those_of_the_whole_row():
     model = tiny(1)
     rows = positions(64)
-    whole = SequenceContext(rows)
+    whole = ForwardContext(rows)
     rope, bare = model.blocks[0], model.blocks[-1]
     assert rope.rope and bare.temperature
     for rank in range(2):

@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.layouts import tiny
-from model.balancer import Balancer
 from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
+from model.load_balance import Balancer
 from model.roles import registry
 from parallel import cost
 from parallel.comm.world import connect

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from model import kernels
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.config import ModelConfig, RouterConfig, Score, WeightsOn
 from model.init import initialise
 from model.kernels import TorchKernels
@@ -112,7 +112,7 @@ def mixture_figures(top_k: int, weights_on: WeightsOn, multiple: int) -> dict[st
     initialise(made, config, seed=1)
     made.dispatch = replace(made.dispatch, token_multiple=multiple)
     x = torch.randn(2, 12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    y = made(x, SequenceContext(torch.arange(12).expand(2, 12)))
+    y = made(x, ForwardContext(torch.arange(12).expand(2, 12)))
     y.square().sum().backward()
     found = {name: parameter.grad for name, parameter in made.named_parameters()}
     return {"y": y.detach(), "x": x.grad, **found}

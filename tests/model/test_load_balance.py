@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.attention.plan import SequenceContext
-from model.balancer import Balancer
+from model.attention.plan import ForwardContext
 from model.config import AuxScope, BalanceConfig, InitConfig, ModelConfig, RouterConfig, Score
 from model.init import initialise
-from model.load_balance import RouterBalance
+from model.load_balance import Balancer, RouterBalance
 from model.moe import Router
 from model.transformer import Transformer
 from parallel import activation_checkpoint
@@ -86,7 +85,7 @@ def test_injected_gradients_equal_the_loss_written_out(score, scope, top_k):
 
 def step(model: Transformer, seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     tokens = torch.randint(0, MODEL.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
-    context = SequenceContext(torch.arange(T).expand(B, T), routed_tokens=float(B * T))
+    context = ForwardContext(torch.arange(T).expand(B, T), routed_tokens=float(B * T))
     model(tokens, context).square().sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return gradients, Balancer(model).step()

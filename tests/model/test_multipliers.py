@@ -13,7 +13,7 @@ from core.errors import CheckpointError, ConfigError
 from model.config import ModelConfig, MultipliersConfig, QKNorm
 from model.huggingface import compare_logits, export, write_config
 from model.init import initialise
-from model.multipliers import folded
+from model.multipliers import fold_multipliers
 from model.tensor_source import materialise
 from model.transformer import Transformer
 from precision.config import Compute, PrecisionConfig
@@ -65,8 +65,8 @@ def difference(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("tied", [False, True])
 def test_folding_leaves_the_function(norm, tied):
     source = Weights(replace(MODEL, multipliers=FACTORS, qk_norm=norm, tie_embeddings=tied))
-    assert difference(logits(folded(source)), logits(source)) < 1e-5
-    assert folded(source).config.multipliers == MultipliersConfig()
+    assert difference(logits(fold_multipliers(source)), logits(source)) < 1e-5
+    assert fold_multipliers(source).config.multipliers == MultipliersConfig()
 
 
 @pytest.mark.parametrize("factor", [one.name for one in fields(MultipliersConfig)])
@@ -75,7 +75,7 @@ def test_each_factor_changes_the_function(factor):
     plain = Weights(MODEL)
     changed = Weights(replace(MODEL, multipliers=MultipliersConfig(**{factor: getattr(FACTORS, factor)})))
     assert difference(logits(changed), logits(plain)) > 1e-3
-    assert folded(plain) is plain
+    assert fold_multipliers(plain) is plain
 
 
 def test_a_factor_on_the_logits_is_exactly_that():
@@ -86,9 +86,9 @@ def test_a_factor_on_the_logits_is_exactly_that():
 def test_queries_normalised_without_a_gain_have_no_place_for_a_factor():
     llama4 = replace(MODEL, qk_norm=QKNorm.weightless, multipliers=MultipliersConfig(attention=0.5))
     with pytest.raises(ConfigError, match=r"model.multipliers.attention=0.5: has no weight to go into .* try 1.0"):
-        folded(Weights(llama4))
+        fold_multipliers(Weights(llama4))
     other = Weights(replace(llama4, multipliers=MultipliersConfig(residual=0.5)))
-    assert difference(logits(folded(other)), logits(other)) < 1e-5
+    assert difference(logits(fold_multipliers(other)), logits(other)) < 1e-5
 
 
 def test_no_family_can_say_a_factor_so_it_must_be_folded():

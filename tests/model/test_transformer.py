@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.attention.rope import frequencies
 from model.config import BalanceConfig, InitConfig, ModelConfig, QKNorm, RopeScaling, RouterConfig, Score, WeightsOn
 from model.flops import count_parameters
@@ -51,7 +51,7 @@ def make(config: ModelConfig) -> Transformer:
 def logits(model: Transformer, positions: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(0)
     tokens = torch.randint(0, SMALL.vocab_size, positions.shape)
-    return model(tokens, SequenceContext(positions, routed_tokens=1.0))
+    return model(tokens, ForwardContext(positions, routed_tokens=1.0))
 
 
 def expected(model: Transformer, config: ModelConfig, positions: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_logits_equal_the_plain_statement(config, positions):
 
 
 def test_a_chunk_looks_back_only_where_one_reaches_over_the_border():
-    found = [SequenceContext(positions).plan(5) for positions in (WHOLE, CLOSED, PACKED)]
+    found = [ForwardContext(positions).plan(5) for positions in (WHOLE, CLOSED, PACKED)]
     assert [plan.halo for plan in found] == [False, False, True]
     assert [None if plan.mask is None else plan.mask.shape[-1] for plan in found] == [None, 5, 10]
 
@@ -101,7 +101,7 @@ def gradients(config: ModelConfig) -> tuple[dict[str, torch.Tensor], dict[str, t
     weight = torch.randn(
         *PACKED.shape, SMALL.vocab_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
-    (model(tokens, SequenceContext(PACKED)) * weight).sum().backward()
+    (model(tokens, ForwardContext(PACKED)) * weight).sum().backward()
     weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.named_parameters()}
     state = {**model.state_dict(), **weights}
     for row, positions, factor in zip(tokens, PACKED, weight, strict=True):
@@ -142,10 +142,10 @@ def test_documents_never_see_each_other():
     tokens = torch.randint(0, SMALL.vocab_size, (1, 13))
     changed = tokens.clone()
     changed[0, 4:11] = (changed[0, 4:11] + 1) % SMALL.vocab_size
-    first, second = (model(t, SequenceContext(PACKED[:1])) for t in (tokens, changed))
+    first, second = (model(t, ForwardContext(PACKED[:1])) for t in (tokens, changed))
     same = (first - second).abs().amax(-1)[0] < 1e-12
     assert same.tolist() == [True] * 4 + [False] * 7 + [True] * 2
-    leaking = [model(t, SequenceContext(WHOLE)) for t in (tokens, changed)]
+    leaking = [model(t, ForwardContext(WHOLE)) for t in (tokens, changed)]
     assert not torch.equal(leaking[0][0, 11:], leaking[1][0, 11:]), "control: without boundaries the change is seen"
 
 
@@ -153,7 +153,7 @@ def test_a_packed_document_equals_the_document_alone():
     model = make(SMALL)
     torch.manual_seed(0)
     tokens = torch.randint(0, SMALL.vocab_size, (1, 13))
-    packed = model(tokens, SequenceContext(PACKED[:1]))[0, 4:11]
+    packed = model(tokens, ForwardContext(PACKED[:1]))[0, 4:11]
     torch.testing.assert_close(packed, model(tokens[:, 4:11])[0], rtol=0, atol=1e-10)
 
 

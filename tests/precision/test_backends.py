@@ -17,15 +17,15 @@ from model.config import ModelConfig
 from model.init import initialise
 from model.transformer import Transformer
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
-from precision.fp8_emulated import Reference
-from precision.fp8_linear import Float8Products, NotFinite
+from precision.fp8_emulated import EmulatedArithmetic
+from precision.fp8_linear import Float8Gemm, NotFinite
 from precision.fp8_torch import TorchFloat8
 from precision.gemm import GemmBackend, Groups
-from precision.resolve import MAKERS, LayerProducts, Precision, resolve, unavailable
+from precision.resolve import FLOAT8_LIBRARIES, LayerGemms, Precision, resolve, unavailable
 
 CPU = torch.device("cpu")
 RECIPES = [recipe for recipe in Recipe if recipe is not Recipe.auto]
-PAIRS = [(backend, recipe) for backend in MAKERS for recipe in RECIPES]
+PAIRS = [(backend, recipe) for backend in FLOAT8_LIBRARIES for recipe in RECIPES]
 HERE = [pair for pair in PAIRS if not unavailable(*pair, CPU)]
 MISSING = [pair for pair in PAIRS if unavailable(*pair, CPU)]
 ERROR = {Backend.native: 1e-2, Backend.te: 0.08, Backend.torch: 0.08, Backend.emulated: 0.08}
@@ -181,7 +181,7 @@ def test_what_is_missing_says_why_and_what_would_help(backend: Backend, recipe: 
     reasons = unavailable(backend, recipe, CPU)
     assert said.startswith(f"precision.backend={backend.value}: cannot do {recipe.value} here: ") and reasons
     assert all(reason in said for reason in reasons)
-    others = [other.value for other in MAKERS if not unavailable(other, recipe, CPU)]
+    others = [other.value for other in FLOAT8_LIBRARIES if not unavailable(other, recipe, CPU)]
     assert said.endswith(f"; try {', '.join(others)} or native") and "emulated" in others
 
 
@@ -195,8 +195,8 @@ def test_every_recipe_is_missing_or_here() -> None:
 def test_the_reference_equals_scaled_mm(recipe: Recipe, operands: str) -> None:
     """Every product of a layer, forward and backward, against torch's kernels on the same bytes."""
     figures = []
-    for kind in (TorchFloat8, Reference):
-        gemm = Float8Products(kind(recipe, torch.bfloat16), torch.bfloat16, "here")
+    for kind in (TorchFloat8, EmulatedArithmetic):
+        gemm = Float8Gemm(kind(recipe, torch.bfloat16), torch.bfloat16, "here")
         spread = torch.exp(3 * draw(T, 1, seed=5)) if operands != "ordinary" else 1.0
         x, w = (draw(T, D) * spread).bfloat16().requires_grad_(), draw(N, D, seed=1).requires_grad_()
         y = gemm.linear(x, w)
@@ -208,12 +208,12 @@ def test_the_reference_equals_scaled_mm(recipe: Recipe, operands: str) -> None:
 
 
 def test_the_comparison_with_scaled_mm_can_fail() -> None:
-    class Broken(Reference):
+    class Broken(EmulatedArithmetic):
         def multiply(self, a, b):
             return super().multiply(a, b) * 1.01
 
     gemm, wanted = (
-        Float8Products(Broken(Recipe.rowwise, torch.bfloat16), torch.bfloat16, "here"),
+        Float8Gemm(Broken(Recipe.rowwise, torch.bfloat16), torch.bfloat16, "here"),
         products(Backend.torch, Recipe.rowwise),
     )
     x, w = draw(T, D).bfloat16(), draw(N, D, seed=1)
@@ -239,11 +239,11 @@ def test_roles_and_layers_that_stay() -> None:
         bf16_last_layers=2,
     )
     precision = resolve(chosen)
-    in_float8 = [isinstance(precision.at(layer, 6).of(Products.expert, "expert"), Float8Products) for layer in range(6)]
+    in_float8 = [isinstance(precision.at(layer, 6).of(Products.expert, "expert"), Float8Gemm) for layer in range(6)]
     assert in_float8 == [False, True, True, True, False, False]
-    assert not isinstance(precision.at(2, 6).of(Products.attention, "query"), Float8Products)
-    assert not isinstance(precision.plain.of(Products.head, "head"), Float8Products)
-    assert isinstance(precision.plain, LayerProducts)
+    assert not isinstance(precision.at(2, 6).of(Products.attention, "query"), Float8Gemm)
+    assert not isinstance(precision.plain.of(Products.head, "head"), Float8Gemm)
+    assert isinstance(precision.plain, LayerGemms)
 
 
 @pytest.mark.parametrize(
@@ -258,13 +258,13 @@ def test_what_auto_is_on_a_gpu(monkeypatch, capability, recipe) -> None:
 
 def test_without_gradients_no_columns_are_quantised(monkeypatch) -> None:
     asked: list[bool] = []
-    quantise = Reference.quantise
+    quantise = EmulatedArithmetic.quantise
 
     def seen(self, x, operand, groups, rows, columns):
         asked.append(columns)
         return quantise(self, x, operand, groups, rows, columns)
 
-    monkeypatch.setattr(Reference, "quantise", seen)
+    monkeypatch.setattr(EmulatedArithmetic, "quantise", seen)
     gemm, x, w = products(Backend.emulated), draw(T, D).bfloat16(), torch.nn.Parameter(draw(N, D, seed=1))
     with torch.no_grad():
         gemm.linear(x, w)
@@ -297,7 +297,7 @@ def test_each_layer_and_role_has_its_own_products(chosen: Products) -> None:
     for name, module in made.named_modules():
         if name.startswith("layers.") and hasattr(module, "gemm"):
             group = next(group for part, group in GROUPS.items() if part in name.split("."))
-            layer, eight = int(name.split(".")[1]), isinstance(module.gemm, Float8Products)
+            layer, eight = int(name.split(".")[1]), isinstance(module.gemm, Float8Gemm)
             assert eight == (group is chosen and layer >= 1), name
             if eight:
                 found[name] = module.gemm.where
@@ -322,7 +322,7 @@ def test_routers_and_ends_stay_in_every_model() -> None:
     )
     made = Transformer(model, resolve(config(Backend.emulated)))
     kinds = {name: type(module.gemm).__name__ for name, module in made.named_modules() if hasattr(module, "gemm")}
-    assert {name for name, kind in kinds.items() if kind == "PlainProducts"} == {"head"}
+    assert {name for name, kind in kinds.items() if kind == "NativeGemm"} == {"head"}
     assert len(kinds) == 1 + 2 * 4 + 3 + 3 + 2  # head, attention, dense, shared, experts
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision import cpu_gemm, native_gemm
 from precision.gemm import Groups
-from precision.native_gemm import PlainProducts
+from precision.native_gemm import NativeGemm
 
 COUNTS, BEYOND = [5, 0, 1, 6], 2
 """An expert without rows, and rows that belong to none."""
@@ -60,7 +60,7 @@ def test_grouped_products_equal_the_plain_statement(dtype, large, monkeypatch):
     shapes = ((sum(COUNTS) + BEYOND, D), (len(COUNTS), F, D), (sum(COUNTS) + BEYOND, F))
     x, w, grad = operands(dtype, *shapes)
     wanted = figures(plain_grouped, x.double(), w.double(), grad.double(), groups)
-    products = PlainProducts(dtype)
+    products = NativeGemm(dtype)
     found = figures(products.grouped_linear, x, w, grad, groups)
     assert largest(found, wanted) < GATES[dtype] and all(y.dtype is dtype for y in found)
 
@@ -76,7 +76,7 @@ def test_grouped_products_equal_the_plain_statement(dtype, large, monkeypatch):
 def test_grouped_gradients_equal_differences():
     groups = Groups(torch.tensor(COUNTS))
     x, w = (t.requires_grad_() for t in operands(torch.float64, (sum(COUNTS), D), (len(COUNTS), F, D)))
-    assert torch.autograd.gradcheck(lambda *both: PlainProducts(torch.float64).grouped_linear(*both, groups), (x, w))
+    assert torch.autograd.gradcheck(lambda *both: NativeGemm(torch.float64).grouped_linear(*both, groups), (x, w))
 
 
 def test_the_check_by_differences_notices_a_wrong_gradient(monkeypatch):
@@ -91,7 +91,7 @@ def test_the_check_by_differences_notices_a_wrong_gradient(monkeypatch):
 def test_linear_equals_the_plain_statement(dtype, leading):
     x, w, grad = operands(dtype, (*leading, 64), (128, 64), (*leading, 128))
     wanted = figures(torch.nn.functional.linear, x.double(), w.double(), grad.double())
-    products = PlainProducts(dtype)
+    products = NativeGemm(dtype)
     found = figures(products.linear, x, w, grad)
     alone = [found[0], products.input_gradient(grad, w), products.weight_gradient(grad, x)]
     if 0 in leading:
@@ -106,7 +106,7 @@ def test_linear_takes_what_autograd_hands_out():
     halves = [x[:, ::2], w[:, 64:]]
     leaves = [half.detach().requires_grad_() for half in halves]
     wanted = torch.autograd.grad((leaves[0] @ leaves[1].t()).sum(), leaves)
-    product = PlainProducts(torch.float32).linear
+    product = NativeGemm(torch.float32).linear
     found = torch.autograd.grad(product(*leaves).sum(), leaves)
     assert largest(list(found), list(wanted)) < 1e-5
     for frozen in (0, 1):
@@ -130,7 +130,7 @@ class Seen(TorchDispatchMode):
 def test_float32_alone_goes_by_onednn(dtype):
     x, w, grad = operands(dtype, (64, 64), (128, 64), (64, 128))
     with Seen() as seen:
-        figures(PlainProducts(dtype).linear, x, w, grad)
+        figures(NativeGemm(dtype).linear, x, w, grad)
     assert (torch.ops.aten.mm.default in seen.operations) == (dtype is not torch.float32)
     assert bool(cpu_gemm.PRODUCTS & seen.operations) == (dtype is torch.float32)
 
@@ -140,7 +140,7 @@ def test_float32_alone_goes_by_onednn(dtype):
 def test_shapes_that_may_be_many_do_not(rows, width, out):
     x, w, grad = operands(torch.float32, (rows, width), (out, width), (rows, out))
     with Seen() as seen:
-        figures(PlainProducts(torch.float32).linear, x, w, grad)
+        figures(NativeGemm(torch.float32).linear, x, w, grad)
     assert not cpu_gemm.PRODUCTS & seen.operations
 
 
@@ -150,7 +150,7 @@ def test_experts_with_many_rows_go_by_onednn(dtype):
     groups = Groups(torch.tensor([300, 0, 15, 131]))
     x, w, grad = operands(dtype, (446 + BEYOND, 64), (4, 128, 64), (446 + BEYOND, 128))
     wanted = figures(plain_grouped, x.double(), w.double(), grad.double(), groups)
-    products = PlainProducts(dtype)
+    products = NativeGemm(dtype)
     with Seen() as seen:
         found = figures(products.grouped_linear, x, w, grad, groups)
     assert bool(cpu_gemm.PRODUCTS & seen.operations) == (dtype is torch.float32)
@@ -172,7 +172,7 @@ def test_experts_rows_make_few_shapes():
 def test_results_are_no_views():
     for leading in ((64,), (2, 32)):
         x, w = (t.requires_grad_() for t in operands(torch.float32, (*leading, 64), (128, 64)))
-        assert not PlainProducts(torch.float32).linear(x, w)._is_view()
+        assert not NativeGemm(torch.float32).linear(x, w)._is_view()
 
 
 @needs_onednn
@@ -184,7 +184,7 @@ def test_a_compiler_finds_its_own_way():
         return graph.forward
 
     x, w = operands(torch.float32, (64, 64), (128, 64))
-    compiled = torch.compile(PlainProducts(torch.float32).linear, backend=look, fullgraph=True)
+    compiled = torch.compile(NativeGemm(torch.float32).linear, backend=look, fullgraph=True)
     assert largest([compiled(x, w)], [x @ w.t()]) < 1e-5 and traced == [False]
 
 

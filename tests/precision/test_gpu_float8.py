@@ -16,15 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from precision import fp8_emulated
 from precision import transformer_engine as engine
 from precision.config import Backend, Recipe
-from precision.fp8_emulated import Reference
+from precision.fp8_emulated import EmulatedArithmetic
 from precision.fp8_linear import Operand
 from precision.gemm import Groups
-from precision.resolve import MAKERS, unavailable
+from precision.resolve import FLOAT8_LIBRARIES, unavailable
 from tests.test_gpu import run
 
 pytestmark = pytest.mark.gpu
 
-BY = [(backend, recipe) for backend in (Backend.te, Backend.torch) for recipe in MAKERS[backend].RECIPES]
+BY = [(backend, recipe) for backend in (Backend.te, Backend.torch) for recipe in FLOAT8_LIBRARIES[backend].RECIPES]
 LARGEST_ERROR = 2e-3
 """Relative, of a result in bfloat16 from the reference's: sums in another order and width."""
 
@@ -88,7 +88,7 @@ def test_it_can_be_had_where_there_are_kernels(backend, recipe, device):
 def test_products_and_gradients_are_those_of_the_reference(backend, recipe, experts, device):
     if not can(backend, recipe, device):
         return
-    products = MAKERS[backend].make(recipe, torch.bfloat16, "a test")
+    products = FLOAT8_LIBRARIES[backend].make(recipe, torch.bfloat16, "a test")
     wanted = results(fp8_emulated.make(recipe, torch.bfloat16, "a test"), device, experts)
     close(results(products, device, experts), wanted)
     close(results(products, device, experts, partial(checkpoint, use_reentrant=False)), wanted)
@@ -98,7 +98,7 @@ def test_products_and_gradients_are_those_of_the_reference(backend, recipe, expe
 def test_bytes_and_scales_of_transformer_engine_are_those_of_the_reference(recipe, device):
     if not can(Backend.te, recipe, device):
         return
-    arithmetic, exact = engine.TransformerEngine(recipe, torch.bfloat16), Reference(recipe, torch.bfloat16)
+    arithmetic, exact = engine.TransformerEngine(recipe, torch.bfloat16), EmulatedArithmetic(recipe, torch.bfloat16)
     for quantizer in arithmetic.quantizers.values():
         quantizer.optimize_for_gemm = False
     groups = Groups(torch.tensor([128, 0, 96, 32], device=device))

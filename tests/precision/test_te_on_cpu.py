@@ -24,8 +24,8 @@ from parallel import activation_checkpoint
 from parallel.pipeline.deferred_wgrad import Deferred, DeferringProducts
 from precision import transformer_engine as backend
 from precision.config import Recipe
-from precision.fp8_emulated import Reference
-from precision.fp8_linear import Float8Products, Operand
+from precision.fp8_emulated import EmulatedArithmetic
+from precision.fp8_linear import Float8Gemm, Operand
 from precision.fp8_tiles import E4M3, E5M2
 from precision.gemm import Groups
 from tests.support import tiny
@@ -69,7 +69,7 @@ def passes(products: Any, recompute: Any = None) -> dict[str, Tensor]:
     return found
 
 
-def one_by_one(products: Float8Products) -> dict[str, Tensor]:
+def one_by_one(products: Float8Gemm) -> dict[str, Tensor]:
     groups = Groups(torch.tensor(COUNTS))
     x, w, grad = draw(T, D), draw(F, D, dtype=torch.float32), draw(T, F)
     rows, experts, grads = draw(C, D), draw(E, F, D, dtype=torch.float32), draw(C, F)
@@ -81,8 +81,8 @@ def one_by_one(products: Float8Products) -> dict[str, Tensor]:
     }
 
 
-def by_reference(recipe: Recipe) -> Float8Products:
-    return Float8Products(Reference(recipe, torch.bfloat16), torch.bfloat16, "a test")
+def by_reference(recipe: Recipe) -> Float8Gemm:
+    return Float8Gemm(EmulatedArithmetic(recipe, torch.bfloat16), torch.bfloat16, "a test")
 
 
 def agree(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -53,11 +53,11 @@ def tiles_across_experts(plant: Plant) -> None:
 
 def padding_that_is_not_zero(plant: Plant) -> None:
     """Rows beyond an expert's own repeat some token, so that they have a say in the scales."""
-    from model import moe
+    from model.kernels import TorchKernels
 
-    gather = moe.SortedTokens.copy_slots
+    spread = TorchKernels.spread
     plant(
-        moe.SortedTokens, "copy_slots", lambda self, x, k: gather(dataclasses.replace(self, is_padding_C1=None), x, k)
+        TorchKernels, "spread", lambda self, x, slots, *rest: spread(self, x, slots._replace(is_padding_C1=None), *rest)
     )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import precision.transformer_engine as backend
 from precision.config import Recipe
-from precision.fp8_emulated import Reference
+from precision.fp8_emulated import EmulatedArithmetic
 from precision.fp8_tiles import E4M3, E5M2, WHOLE, QuantisedRows, Tiling, quantise
 from tests.support import te_wheel
 
@@ -169,7 +169,7 @@ class Extension:
         assert left.tiling.rows != 128 or right.tiling.rows != 128 or left.tiling.columns == WHOLE, "2D by 2D"
         if not (count and length and other):
             return torch.zeros(count, other, dtype=dtype)
-        y = Reference(Recipe.blockwise, dtype).multiply(left, right)
+        y = EmulatedArithmetic(Recipe.blockwise, dtype).multiply(left, right)
         return y if self.sabotage is None else self.sabotage(y)
 
 

@@ -22,7 +22,7 @@ from lm_eval.api.model import TemplateLM
 
 from core.errors import CheckpointError, ConfigError
 from data.tokenizer import JsonTokenizer, Tokenizer
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.huggingface import HuggingFaceCheckpoint
 from model.tensor_source import materialise
 from model.transformer import Transformer
@@ -130,7 +130,7 @@ class HarnessModel(TemplateLM):
         tokens_BT = torch.zeros(len(rows), length, dtype=torch.int64)
         for place, row in enumerate(rows):
             tokens_BT[place, : len(row)] = torch.tensor(row)
-        context = SequenceContext(torch.arange(length).expand(len(rows), length), device)
+        context = ForwardContext(torch.arange(length).expand(len(rows), length), device)
         return self.subject.model(tokens_BT.to(device), context).float().log_softmax(-1).cpu()
 
 

@@ -32,7 +32,7 @@ from core.errors import ConfigError
 from core.files import sha256_text
 from data.filter.config import ScorerConfig
 from data.filter.score.scorer import TokenLosses
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from parallel.comm.world import World
 from parallel.sharding import local
 from train.checkpoint.reader import IMPORTED
@@ -93,7 +93,7 @@ def from_run(directory: Path, device: torch.device) -> ScoringModel:
 
     def logits(tokens_BT: Tensor) -> Tensor:
         positions_BT = torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)
-        return model(tokens_BT.to(device), SequenceContext(positions_BT, device))
+        return model(tokens_BT.to(device), ForwardContext(positions_BT, device))
 
     precision = json.dumps(restored.config.precision, default=str)
     fingerprint = sha256_text("run", weights_hash(model), tokenizer.fingerprint, precision)

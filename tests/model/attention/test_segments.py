@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.attention import segments as module
 from model.attention.layer import attend
-from model.attention.plan import PIECES_FROM, AttentionPlan, SequenceContext
-from model.attention.segments import SegmentRun, attend_pieces, documents, pieces
+from model.attention.plan import SEGMENTED_FROM, AttentionPlan, ForwardContext
+from model.attention.segments import SegmentRun, attend_segments, document_bounds, plan_segments
 
 B, H, G, K = 3, 4, 2, 8
 
@@ -39,7 +39,7 @@ def figures(attention: Any, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> li
 
 
 def masked(rows: Tensor) -> AttentionPlan:
-    return AttentionPlan(mask=SequenceContext(rows)._whole_mask(rows == 0))
+    return AttentionPlan(mask=ForwardContext(rows)._document_mask(rows == 0))
 
 
 def largest(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -53,18 +53,18 @@ CUTS = {"whole": [0, 64], "thirds": [0, 20, 48, 64], "first alone": [0, 1, 64]}
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
 def test_pieces_equal_the_mask(cut, kernel, monkeypatch):
     if kernel == "plain":
-        monkeypatch.setattr(module, "_AT_ONCE", 7)
+        monkeypatch.setattr(module, "_QUERY_BLOCK", 7)
         monkeypatch.setattr(module, "_forward", module.plain_forward)
         monkeypatch.setattr(module, "_backward", module.plain_backward)
     rows = positions(64)
     wanted = figures(lambda q, k, v: attend(q, k, v, masked(rows)), *inputs(64))
     runs = [SegmentRun(a, b, a) for a, b in pairwise(cut)]
-    parts = pieces(documents(rows == 0), runs, runs)
-    assert largest(figures(lambda q, k, v: attend_pieces(q, k, v, parts), *inputs(64)), wanted) < 1e-12
+    parts = plan_segments(document_bounds(rows == 0), runs, runs)
+    assert largest(figures(lambda q, k, v: attend_segments(q, k, v, parts), *inputs(64)), wanted) < 1e-12
     rectangles = [part for part in parts if not part.causal]
     if len(cut) > 2:
         lost = [part for part in parts if part is not rectangles[-1]]
-        assert largest(figures(lambda q, k, v: attend_pieces(q, k, v, lost), *inputs(64)), wanted) > 1e-3, "control"
+        assert largest(figures(lambda q, k, v: attend_segments(q, k, v, lost), *inputs(64)), wanted) > 1e-3, "control"
 
 
 @pytest.mark.parametrize("dtype, gate", [(torch.float32, 5e-6), (torch.bfloat16, 0.1)])
@@ -72,25 +72,25 @@ def test_narrow_formats_round(dtype, gate):
     rows = positions(64)
     wanted = figures(lambda q, k, v: attend(q, k, v, masked(rows)), *inputs(64, dtype))
     runs = [SegmentRun(0, 40, 0), SegmentRun(40, 64, 40)]
-    parts = pieces(documents(rows == 0), runs, runs)
-    found = figures(lambda q, k, v: attend_pieces(q, k, v, parts), *inputs(64, dtype))
+    parts = plan_segments(document_bounds(rows == 0), runs, runs)
+    found = figures(lambda q, k, v: attend_segments(q, k, v, parts), *inputs(64, dtype))
     assert 0 < largest(found, wanted) < gate and all(x.dtype is dtype for x in found)
 
 
 def test_long_packed_rows_go_in_pieces_and_short_ones_do_not():
-    assert SequenceContext(positions(PIECES_FROM - 1)).plan(None).mask is not None
-    plan = SequenceContext(positions(PIECES_FROM)).plan(None)
-    assert plan.parts is not None and plan.mask is None
-    wanted = figures(lambda q, k, v: attend(q, k, v, masked(positions(PIECES_FROM))), *inputs(PIECES_FROM))
-    assert largest(figures(lambda q, k, v: attend(q, k, v, plan), *inputs(PIECES_FROM)), wanted) < 1e-12
-    whole = torch.arange(PIECES_FROM)[None]
-    assert SequenceContext(whole).plan(None) == AttentionPlan(), "one document needs neither"
+    assert ForwardContext(positions(SEGMENTED_FROM - 1)).plan(None).mask is not None
+    plan = ForwardContext(positions(SEGMENTED_FROM)).plan(None)
+    assert plan.segments is not None and plan.mask is None
+    wanted = figures(lambda q, k, v: attend(q, k, v, masked(positions(SEGMENTED_FROM))), *inputs(SEGMENTED_FROM))
+    assert largest(figures(lambda q, k, v: attend(q, k, v, plan), *inputs(SEGMENTED_FROM)), wanted) < 1e-12
+    whole = torch.arange(SEGMENTED_FROM)[None]
+    assert ForwardContext(whole).plan(None) == AttentionPlan(), "one document needs neither"
 
 
 def test_a_run_of_keys_that_cuts_queries_is_refused():
-    rows = documents(torch.zeros(1, 8, dtype=torch.bool))
-    with pytest.raises(AssertionError, match="hold a part of the queries"):
-        pieces(rows, [SegmentRun(0, 8, 0)], [SegmentRun(0, 4, 0), SegmentRun(4, 8, 4)])
+    rows = document_bounds(torch.zeros(1, 8, dtype=torch.bool))
+    with pytest.raises(AssertionError, match="contain only part of the queries"):
+        plan_segments(rows, [SegmentRun(0, 8, 0)], [SegmentRun(0, 4, 0), SegmentRun(4, 8, 4)])
 
 
 class Largest(TorchDispatchMode):
@@ -117,7 +117,7 @@ def most(length: int, attention: Any) -> int:
 def test_memory_is_linear_in_the_row():
     """Of the largest tensor in a forward and a backward pass; under a mask it grows fourfold."""
     found = [
-        most(n, lambda q, k, v: attend(q, k, v, SequenceContext(positions(len(q[0]))).plan(None))) for n in (1024, 2048)
+        most(n, lambda q, k, v: attend(q, k, v, ForwardContext(positions(len(q[0]))).plan(None))) for n in (1024, 2048)
     ]
     assert found == [1024 * B * H * K, 2048 * B * H * K]
     under = [most(n, lambda q, k, v: attend(q, k, v, masked(positions(len(q[0]))))) for n in (1024, 2048)]
