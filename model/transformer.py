@@ -1,6 +1,6 @@
-"""The decoder: embedding, layers of attention and feed-forward with pre-normalisation, final norm, head.
+"""Pre-norm decoder: embedding, layers of attention and feed-forward, final norm, head.
 
-Shapes: B batch, T sequence, D model width, V vocabulary.
+Shapes: B batch, T sequence, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from precision.resolve import LayerGemms, Precision
 
 
 class Layer(nn.Module):
-    """h = x + attention(norm(x)); h + ffn(norm(h)); what is added may have a constant factor."""
+    """h = x + m * attention(norm(x)); h + m * ffn(norm(h)), with m = `multipliers.residual`."""
 
-    def __init__(self, model: ModelConfig, layer: LayerConfig, products: LayerGemms) -> None:
+    def __init__(self, model: ModelConfig, layer: LayerConfig, gemms: LayerGemms) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
-        self.attention = Attention(model, layer, products)
+        self.attention = Attention(model, layer, gemms)
         self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
         self.is_moe = layer.feed_forward is FeedForward.moe
         self.multiplier = model.multipliers.residual
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
         self.ffn = (
-            MixtureOfExperts(model, products)
+            MixtureOfExperts(model, gemms)
             if self.is_moe
-            else GatedMLP(model.hidden_size, model.dense_hidden_size, roles, products)
+            else GatedMLP(model.hidden_size, model.dense_hidden_size, roles, gemms)
         )
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
@@ -41,10 +41,10 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Consecutive layers of a decoder, with what belongs to its ends where this run of layers reaches them.
+    """Consecutive layers of a decoder, with the embedding or the head if they include its first or last layer.
 
-    Without an embedding it takes hidden states [B, T, D] instead of token ids; without a head it returns them. Layers
-    keep the numbers, and so the names, that they have in the whole model.
+    Without an embedding the input is hidden states [B, T, D] instead of token ids; without a head so is the output.
+    Layers keep their index in the whole model, and with it their parameter names.
     """
 
     def __init__(
@@ -61,9 +61,7 @@ class Stack(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """Token ids [B, T] to logits [B, T, V]; either may be hidden states. Without a context each row is one
-        document from position 0.
-        """
+        """Token ids [B, T] to logits [B, T, V]. Without a context each sequence is one document."""
         if context is None:
             positions_BT = torch.arange(x.shape[1]).expand(x.shape[:2])
             context = ForwardContext(positions_BT, x.device)
@@ -76,7 +74,7 @@ class Stack(nn.Module):
 
 
 class Transformer(Stack):
-    """Token ids [B, T] to logits [B, T, V]. Built without initial weights: see `model.init`."""
+    """Token ids [B, T] to logits [B, T, V]. Weights are uninitialised: see `model.init`."""
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         embedding = Embedding(config.vocab_size, config.hidden_size, precision.compute_dtype)

@@ -1,6 +1,6 @@
-"""Plain products of PyTorch in bfloat16, float32 or float64.
+"""PyTorch's own products in bfloat16, float32 or float64.
 
-Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
+Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from precision.gemm import Groups
 
 
 class NativeGemm:
-    """Casts both sides to the compute format and multiplies. With fp32 weights and bf16 products the cast is part of
-    the graph, so gradients reach the fp32 master weights and accumulate there.
+    """Casts both operands to the compute dtype and multiplies. The cast is part of the graph, so gradients of bf16
+    products accumulate in fp32 master weights.
     """
 
     token_multiple = 1
@@ -31,7 +31,7 @@ class NativeGemm:
 
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
-        if _one_by_one(x_CD, *w_EFD.shape) or cpu_gemm.is_large(w_EFD, w_EFD.shape):
+        if _loops(x_CD, *w_EFD.shape) or cpu_gemm.is_large(w_EFD, w_EFD.shape):
             return _Grouped.apply(x_CD, w_EFD, groups)
         return F.grouped_mm(x_CD, w_EFD.transpose(1, 2), offs=groups.ends_E)
 
@@ -50,7 +50,7 @@ class NativeGemm:
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear where `cpu.multiply` is faster."""
+    """F.linear by `cpu_gemm.multiply`, where that is faster."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, w_FD: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Grouped(torch.autograd.Function):
-    """What F.grouped_mm does for transposed matrices, where it cannot or something is faster."""
+    """F.grouped_mm with transposed matrices, where it lacks a kernel or something is faster."""
 
     @staticmethod
     def forward(ctx: Any, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
@@ -82,14 +82,14 @@ class _Grouped(torch.autograd.Function):
         return grad_x, _by_columns(grad_CF, x_CD, ctx.groups) if needs_w else None, None
 
 
-def _one_by_one(like: Tensor, groups: int, *widths: int) -> bool:
-    """Whether F.grouped_mm has no kernel for such a product, or the loop here is faster."""
+def _loops(like: Tensor, groups: int, *widths: int) -> bool:
+    """Whether F.grouped_mm lacks a kernel for this product or the loop here is faster."""
     return like.dtype is torch.float64 or cpu_gemm.is_faster_by_group(like, like.shape[0] // max(groups, 1), *widths)
 
 
 def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
     """Each group's rows times its matrix: [C, N]."""
-    if not _one_by_one(a_CK, *b_EKN.shape):
+    if not _loops(a_CK, *b_EKN.shape):
         return F.grouped_mm(a_CK, b_EKN, offs=groups.ends_E)
     y_CN = a_CK.new_empty(a_CK.shape[0], b_EKN.shape[2])
     for a, b, y in zip(_parts(a_CK, groups), b_EKN, _parts(y_CN, groups), strict=True):
@@ -100,7 +100,7 @@ def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
 def _by_columns(a_CM: Tensor, b_CN: Tensor, groups: Groups) -> Tensor:
     """The transpose of each group's rows of `a` times those of `b`: [E, M, N]."""
     shape = (len(groups.counts_E), a_CM.shape[1], b_CN.shape[1])
-    if not _one_by_one(a_CM, *shape) and not cpu_gemm.is_large(a_CM, shape):
+    if not _loops(a_CM, *shape) and not cpu_gemm.is_large(a_CM, shape):
         return F.grouped_mm(a_CM.t(), b_CN, offs=groups.ends_E)
     y_EMN = cpu_gemm.empty(a_CM, shape)
     for a, b, y in zip(_parts(a_CM, groups), _parts(b_CN, groups), y_EMN, strict=True):

@@ -1,4 +1,4 @@
-"""From a configuration to who multiplies what, or every reason why it cannot be had here."""
+"""Resolve a precision configuration into GEMM backends, or raise every reason why they are unavailable."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Float8Library(Protocol):
     RECIPES: tuple[Recipe, ...]
 
     def unavailable(self, recipe: Recipe, device: torch.device) -> list[str]:
-        """Every reason why this recipe cannot be had on this device, each with what would help; empty: it can."""
+        """Every reason why this recipe is unavailable on this device, with the remedy; empty if available."""
         ...
 
     def make(self, recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-        """Products for one layer's module; `where` names it in errors."""
+        """Backend for one module of a layer; `where` names it in errors."""
         ...
 
     def version(self) -> str: ...
@@ -42,20 +42,20 @@ FLOAT8_LIBRARIES: dict[Backend, Float8Library] = {
 
 @dataclass(frozen=True)
 class LayerGemms:
-    """Who does the products of one layer."""
+    """GEMM backends of one layer."""
 
     plain: GemmBackend
     float8: Callable[[Products, str], GemmBackend | None] = field(default=lambda products, name: None)
     kernels: KernelKind = KernelKind.torch
 
     def of(self, products: Products, name: str) -> GemmBackend:
-        """`name` says in errors which of the layer's modules it is for."""
+        """`name` names the module in errors."""
         return self.float8(products, name) or self.plain
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Who does which products of a run. `recipe` is what `auto` came to; None without FP8."""
+    """GEMM backends of a run. `recipe`: with `auto` resolved; None without FP8."""
 
     config: PrecisionConfig
     recipe: Recipe | None = None
@@ -66,11 +66,11 @@ class Precision:
 
     @property
     def plain(self) -> LayerGemms:
-        """For what belongs to no layer."""
+        """Backends of the modules outside the layers."""
         return LayerGemms(NativeGemm(self.compute_dtype), kernels=self.config.kernels)
 
     def at(self, layer: int, layers: int) -> LayerGemms:
-        """For one of so many layers, counted from 0."""
+        """Backends of layer number `layer` (from 0) out of `layers`."""
         recipe, config = self.recipe, self.config
         if recipe is None:
             return self.plain
@@ -86,15 +86,15 @@ class Precision:
         if self.recipe is None:
             return self.config.compute.value
         kinds = ", ".join(products.value for products in self.config.fp8_products)
-        maker = FLOAT8_LIBRARIES[self.config.backend]
-        return f"FP8 {self.recipe.value} by {maker.version()} for {kinds}; the rest {self.config.compute.value}"
+        library = FLOAT8_LIBRARIES[self.config.backend]
+        return f"FP8 {self.recipe.value} by {library.version()} for {kinds}; the rest {self.config.compute.value}"
 
 
 CPU = torch.device("cpu")
 
 
 def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
-    """Who does the products of `config` on `device`. Raises `ConfigError` with every reason why that cannot be."""
+    """Backends for `config` on `device`. Raises `ConfigError` with every reason if one is unavailable."""
     if config.kernels is KernelKind.triton and (reason := no_triton(device)):
         raise ConfigError("precision.kernels", config.kernels, reason, [KernelKind.torch.value])
     if not config.uses_float8:
@@ -114,7 +114,7 @@ def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
 
 
 def no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot be had on a device; its interpreter, for tests, runs them anywhere."""
+    """Why Triton's kernels are unavailable on a device; its interpreter, for tests, runs anywhere."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -123,16 +123,16 @@ def no_triton(device: torch.device) -> str | None:
 
 
 def unavailable(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:
-    """Every reason why a backend cannot multiply by a recipe on a device."""
+    """Every reason why a backend lacks a recipe on a device; empty if available."""
     if backend is Backend.native:
         return []
-    maker = FLOAT8_LIBRARIES[backend]
-    if recipe not in maker.RECIPES:
-        return [f"{backend.value} knows {', '.join(known.value for known in maker.RECIPES)}"]
-    return maker.unavailable(recipe, device)
+    library = FLOAT8_LIBRARIES[backend]
+    if recipe not in library.RECIPES:
+        return [f"{backend.value} supports {', '.join(known.value for known in library.RECIPES)}"]
+    return library.unavailable(recipe, device)
 
 
 def availability(device: torch.device) -> dict[str, dict[str, list[str]]]:
-    """By backend and recipe, the reasons why not; empty where it can be had."""
+    """Reasons why each recipe of each backend is unavailable; empty if available."""
     recipes = [recipe for recipe in Recipe if recipe is not Recipe.auto]
     return {b.value: {recipe.value: unavailable(b, recipe, device) for recipe in recipes} for b in FLOAT8_LIBRARIES}

@@ -59,7 +59,7 @@ CONFIGURATION = {
     "precision=fp8": "precision.backend=te: cannot do blockwise here: ",
     "precision=fp16": "precision=fp16: no such choice; try bf16, fp32, fp64 or fp8",
     "precision.backend=cutlass": "precision.backend=cutlass: Invalid value 'cutlass', expected one of [bf16, te,",
-    "precision.backend=torch": "precision.compute=float32: torch takes and gives bfloat16: add precision=fp8",
+    "precision.backend=torch": "precision.compute=float32: torch needs bfloat16 activations: add precision=fp8",
     "+launch.processes=2": "launch.processes=2: one process has no others; add launch=torchrun",
 }
 
@@ -68,7 +68,7 @@ EIGHT = {
     "model.dense_hidden_size=40": "precision.fp8_products=dense: the dense_gate of layer 0 is 40 x 32 on a rank, but blockwise",
     "model.expert_hidden_size=24": "precision.fp8_products=expert: the expert_gate_up of layer 1 is 24 x 32 on a rank",
     "precision.recipe=mxfp8": "precision.fp8_products=attention: the key of layer 0 is 16 x 32 on a rank, but mxfp8 takes",
-    "precision.fp8_products=[router]": "precision.fp8_products=router: the router must not be rounded to FP8: leave it out",
+    "precision.fp8_products=[router]": "precision.fp8_products=router: the router must not be rounded to FP8: remove it",
     "precision.fp8_products=[]": "precision.fp8_products: names no product: use precision.backend=native",
     "precision.fp8_products=[expert,expert]": "precision.fp8_products: names the same products twice",
     "precision.bf16_first_layers=9": "precision.bf16_first_layers=9: leaves none of the 4 layers in FP8",

@@ -85,7 +85,7 @@ def test_a_factor_on_the_logits_is_exactly_that():
 
 def test_queries_normalised_without_a_gain_have_no_place_for_a_factor():
     llama4 = replace(MODEL, qk_norm=QKNorm.weightless, multipliers=MultipliersConfig(attention=0.5))
-    with pytest.raises(ConfigError, match=r"model.multipliers.attention=0.5: has no weight to go into .* try 1.0"):
+    with pytest.raises(ConfigError, match=r"model.multipliers.attention=0.5: cannot be folded: .* try 1.0"):
         fold_multipliers(Weights(llama4))
     other = Weights(replace(llama4, multipliers=MultipliersConfig(residual=0.5)))
     assert difference(logits(fold_multipliers(other)), logits(other)) < 1e-5

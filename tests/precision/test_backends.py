@@ -331,7 +331,7 @@ def test_routers_and_ends_stay_in_every_model() -> None:
     [
         ({"fp8_products": [Products.router]}, "fp8_products=router: the router must not be rounded to FP8"),
         ({"fp8_products": []}, "fp8_products: names no product"),
-        ({"backend": Backend.te, "compute": Compute.float32}, "compute=float32: te takes and gives bfloat16"),
+        ({"backend": Backend.te, "compute": Compute.float32}, "compute=float32: te needs bfloat16 activations"),
         ({"bf16_first_layers": -1}, "bf16_first_layers=-1: must not be negative"),
     ],
 )

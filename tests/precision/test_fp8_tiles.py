@@ -67,14 +67,14 @@ def test_formats_and_tiles_of_the_recipes() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_bytes_stand_for_is_near(recipe: Recipe) -> None:
     x = 1 + 9 * torch.rand(64, 256, generator=torch.Generator().manual_seed(1))  # nothing underflows
-    error = (quantise(x, tiling(recipe, Operand.activation)).wide(torch.float64) - x).abs() / x.abs()
+    error = (quantise(x, tiling(recipe, Operand.activation)).dequantise(torch.float64) - x).abs() / x.abs()
     assert float(error.max()) <= 1 / 16 + 1e-6  # half a unit of three bits
 
 
 def test_powers_of_two_are_exact() -> None:
     x = torch.exp2(torch.randint(-3, 4, (128, 128), generator=torch.Generator().manual_seed(2)).float())
     for recipe in (Recipe.blockwise, Recipe.mxfp8):
-        assert torch.equal(quantise(x, tiling(recipe, Operand.activation)).wide(torch.float32), x)
+        assert torch.equal(quantise(x, tiling(recipe, Operand.activation)).dequantise(torch.float32), x)
 
 
 class Cast(TorchDispatchMode):
@@ -145,7 +145,7 @@ def test_where_nobody_looks_it_becomes_nan(tile: Tiling) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_tiny_numbers_stay_finite(recipe: Recipe, tiny: float) -> None:
     x = torch.full((32, 64), tiny)
-    wide = quantise(x, tiling(recipe, Operand.activation)).wide(torch.float64)
+    wide = quantise(x, tiling(recipe, Operand.activation)).dequantise(torch.float64)
     assert torch.isfinite(wide).all() and float(wide.abs().max()) <= tiny * 1.1 + 1e-44
 
 

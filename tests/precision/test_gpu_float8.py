@@ -110,7 +110,7 @@ def test_bytes_and_scales_of_transformer_engine_are_those_of_the_reference(recip
         (Operand.weight, draw(device, 4, 768, 1024), None),
     ):
         found, wanted = (one.quantise(x, operand, split, True, True) for one in (arithmetic, exact))
-        assert list(engine._other_bytes(recipe, operand, found, wanted)) == []
+        assert list(engine._byte_differences(recipe, operand, found, wanted)) == []
 
 
 @pytest.mark.parametrize("recipe", engine.RECIPES)

@@ -111,15 +111,15 @@ def test_results_are_those_of_the_reference(recipe, transposes):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_trial_finds_nothing(recipe, extension):
     assert list(backend._differences(recipe, torch.device("cpu"))) == []
-    assert backend._tried.__wrapped__(recipe, "cpu") is None
+    assert backend._trial_failure.__wrapped__(recipe, "cpu") is None
 
 
 @pytest.mark.parametrize("factor, told", [(1.25, "0.25"), (float("nan"), "nan")])
 def test_a_trial_notices_other_products(factor, told, extension):
     extension.sabotage = lambda y: y * factor
-    reason = backend._tried.__wrapped__(Recipe.blockwise, "cpu")
+    reason = backend._trial_failure.__wrapped__(Recipe.blockwise, "cpu")
     error = told if told == "nan" else f"{float(told):.1e}"
-    assert f"gives other products of a matrix (off by {error}) on cpu than the reference does" in reason
+    assert f"computes products of a matrix (off by {error}) on cpu unlike the emulation" in reason
 
 
 @pytest.mark.parametrize("recipe, name", [(r, n) for r in RECIPES for n in ("_data", "_scale_inv")])
@@ -136,8 +136,8 @@ def test_a_trial_notices_other_bytes_and_scales(recipe, name, extension, monkeyp
         return storage
 
     monkeypatch.setattr(extension, "_storage", other)
-    reason = backend._tried.__wrapped__(recipe, "cpu")
-    assert "gives other bytes or scales for the rows of the activation on cpu" in reason
+    reason = backend._trial_failure.__wrapped__(recipe, "cpu")
+    assert "computes bytes or scales for the rows of the activation on cpu unlike" in reason
 
 
 def test_a_trial_that_raises_is_a_reason(extension):
@@ -145,7 +145,7 @@ def test_a_trial_that_raises_is_a_reason(extension):
         raise RuntimeError("cuBLAS:\n not supported")
 
     extension.sabotage = fail
-    reason = backend._tried.__wrapped__(Recipe.blockwise, "cpu")
+    reason = backend._trial_failure.__wrapped__(Recipe.blockwise, "cpu")
     assert "fails on cpu (RuntimeError: cuBLAS: not supported)" in reason
 
 
@@ -286,8 +286,8 @@ BROKEN = {
         "rowwise_usage=False, columnwise_usage=True",
         "rowwise_usage=True, columnwise_usage=False",
     ),
-    "emptied while it is kept": ("_twin(part).prepare_for_saving()", "part.prepare_for_saving()"),
-    "a shell that is shared": ("twin = object.__new__(type(part))", "return part"),
+    "emptied while it is kept": ("_shallow_copy(part).prepare_for_saving()", "part.prepare_for_saving()"),
+    "a shell that is shared": ("copy = object.__new__(type(part))", "return part"),
     "experts' matrices in one buffer": ("single_output=is_rows", "single_output=True"),
     "counts of other experts": ("groups.host, [quantizer]", "groups.host[::-1], [quantizer]"),
     "one expert too few": ("[None] * len(a.parts),", "[None] * len(a.parts), layout='TN') if 0 else dict("),

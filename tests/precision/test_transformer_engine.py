@@ -188,7 +188,7 @@ def package(monkeypatch):
 def test_not_installed(package):
     package(None)
     gpu, missing = backend.unavailable(Recipe.blockwise, CPU)
-    assert gpu == "Transformer Engine needs an NVIDIA GPU, and this is the cpu"
+    assert gpu == "Transformer Engine needs an NVIDIA GPU; the device is cpu"
     assert missing == f"Transformer Engine is not installed: {backend.INSTALL}" and backend.VERSION in missing
     assert backend.unavailable(Recipe.blockwise, GPU) == [missing]
     assert backend.version() == "Transformer Engine (not installed)"
@@ -209,7 +209,7 @@ def test_installed_without_its_libraries(package, error):
     (reason,) = backend.unavailable(Recipe.mxfp8, GPU)
     told = " ".join(str(error).split())
     assert reason == (
-        f"Transformer Engine {backend.VERSION} is installed and does not import ({type(error).__name__}: {told}): "
+        f"Transformer Engine {backend.VERSION} is installed but does not import ({type(error).__name__}: {told}): "
         f"{backend.INSTALL}"
     )
 
@@ -219,13 +219,13 @@ def test_every_reason_is_told_at_once(package):
     gpu, other, broken = backend.unavailable(Recipe.blockwise, CPU)
     assert "GPU" in gpu and "no library" in broken
     assert (
-        other == f"Transformer Engine 2.9.0 is installed, and only {backend.VERSION} is known to fit: {backend.INSTALL}"
+        other == f"Transformer Engine 2.9.0 is installed, but {backend.VERSION} is needed: {backend.INSTALL}"
     )
 
 
 def test_a_build_of_the_version_from_source_is_taken(package):
     package(f"{backend.VERSION}+a1b2c3d")
-    assert backend._installation() == []
+    assert backend._installation_problems() == []
     assert backend.version() == f"Transformer Engine {backend.VERSION}+a1b2c3d"
 
 
@@ -238,14 +238,14 @@ def test_the_user_sees_one_line(package):
 
 def test_nothing_unproven_trains(monkeypatch):
     """Where all is installed, TE is asked, and then tried."""
-    monkeypatch.setattr(backend, "_installation", lambda: [])
+    monkeypatch.setattr(backend, "_installation_problems", lambda: [])
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(backend, "_refusal", lambda recipe: None)
-    monkeypatch.setattr(backend, "_tried", lambda recipe, device: None)
+    monkeypatch.setattr(backend, "_unsupported", lambda recipe: None)
+    monkeypatch.setattr(backend, "_trial_failure", lambda recipe, device: None)
     assert backend.unavailable(Recipe.blockwise, GPU) == []
-    monkeypatch.setattr(backend, "_tried", lambda recipe, device: f"gives other bytes for {recipe.value} on {device}")
+    monkeypatch.setattr(backend, "_trial_failure", lambda recipe, device: f"gives other bytes for {recipe.value} on {device}")
     assert backend.unavailable(Recipe.blockwise, GPU) == [f"gives other bytes for blockwise on {GPU}"]
-    monkeypatch.setattr(backend, "_refusal", lambda recipe: "its own reason")
+    monkeypatch.setattr(backend, "_unsupported", lambda recipe: "its own reason")
     assert backend.unavailable(Recipe.blockwise, GPU) == ["its own reason"]
 
 
@@ -254,11 +254,11 @@ def test_its_own_reason_against_a_device_is_told():
         quantization = sys.modules[f"{TE}.pytorch.quantization"]
         quantization._MXFP8_SUPPORT = False, "Device compute capability 10.0 or higher required for MXFP8 execution."
         try:
-            assert backend._refusal(Recipe.blockwise) is backend._refusal(Recipe.tensorwise) is None
-            reason = backend._refusal(Recipe.mxfp8)
+            assert backend._unsupported(Recipe.blockwise) is backend._unsupported(Recipe.tensorwise) is None
+            reason = backend._unsupported(Recipe.mxfp8)
         finally:
             quantization._MXFP8_SUPPORT = True, ""
     assert reason == (
         "Device compute capability 10.0 or higher required for MXFP8 execution "
-        "(precision.recipe=auto takes what the GPU has)"
+        "(precision.recipe=auto selects a supported one)"
     )

@@ -45,7 +45,7 @@ def tiles_across_experts(plant: Plant) -> None:
         if groups is None or not columns:
             return found
         how, counts = fp8_tiles.tiling(self.recipe, operand), groups.host
-        whole = fp8_tiles.quantise(x[: sum(counts)].mT, how).wide(torch.float32).split(counts, dim=1)
+        whole = fp8_tiles.quantise(x[: sum(counts)].mT, how).dequantise(torch.float32).split(counts, dim=1)
         return dataclasses.replace(found, columns=tuple(fp8_tiles.quantise(part, how) for part in whole))
 
     plant(fp8_tiles.TiledArithmetic, "quantise", shared)

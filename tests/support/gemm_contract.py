@@ -34,7 +34,7 @@ HOLDS = {
 # fmt: off
 OURS = {
     "self", "torch", "object", "a", "b", "x", "w", "y", "grad", "grads", "groups", "operand", "recipe", "device",
-    "Recipe", "Operand", "importlib", "error", "reason", "reasons", "wrong", "installed", "engine", "reference",
+    "Recipe", "Operand", "importlib", "error", "reason", "reasons", "wrong", "installed", "engine", "emulation",
     "result", "exact", "ours", "found", "wanted", "rows", "inverse", "scale", "data", "tensor", "dtype",
     "products", "generator",
 }
@@ -134,8 +134,8 @@ def _holder(node: ast.expr, names: dict[str, str]) -> tuple[str, list[str]] | No
     """The variable at the beginning of an expression, and which of TE's objects it may be."""
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "parts":
         return "parts[]", STORAGES
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_twin":
-        return "_twin()", STORAGES
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_shallow_copy":
+        return "_shallow_copy()", STORAGES
     if not isinstance(node, ast.Name):
         return None
     if node.id in names:

@@ -116,4 +116,4 @@ def test_ranks_that_have_other_backends_are_refused(ranks, small_corpus, tmp_pat
     assert said[0].startswith(
         "precision: rank 1 has precision.backend=emulated: cannot do blockwise here: it was taken"
     )
-    assert "the other ranks FP8 blockwise by the reference for attention, dense, shared, expert" in said[0]
+    assert "the other ranks FP8 blockwise by emulation for attention, dense, shared, expert" in said[0]
