@@ -200,7 +200,7 @@ class TritonKernels(MoEKernels):
         given = [_dense(t) for t in (x_TD, y_CD, weights_TK, slots.source_C, is_padding_C1)]
         sizes = {"K": slots.top_k, **_sizes(x_TD)}
         if rows_CD.numel():
-            _spread_kernel()[(len(rows_CD),)](*given, rows_CD, found_TK, WIDTH=x_TD.shape[1], **sizes)
+            _permute_kernels()[0][(len(rows_CD),)](*given, rows_CD, found_TK, WIDTH=x_TD.shape[1], **sizes)
         return rows_CD, found_TK
 
     def collect(
@@ -212,18 +212,18 @@ class TritonKernels(MoEKernels):
         given = [_dense(t) for t in (y_CD, x_TD, weights_TK, slots.place_TK)]
         if tokens_TD.numel():
             sizes = {"K": top_k, "SLOTS": _power_of_two(top_k), **_sizes(y_CD)}
-            _collect_kernel()[(tokens,)](*given, tokens_TD, found_TK, WIDTH=width, **sizes)
+            _permute_kernels()[1][(tokens,)](*given, tokens_TD, found_TK, WIDTH=width, **sizes)
         return tokens_TD, found_TK
 
     def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> tuple[Tensor, Tensor | None]:
         out_CF = torch.empty_like(gate_CF, memory_format=torch.contiguous_format)
-        _launch_by_element(_swiglu_kernel, gate_CF, up_CF, out_CF)
+        _launch_by_element(_swiglu_kernels()[0], gate_CF, up_CF, out_CF)
         return out_CF, None
 
     def swiglu_backward(
         self, grad_CF: Tensor, silu_CF: Tensor | None, gate_CF: Tensor, up_CF: Tensor, to_gate: Tensor, to_up: Tensor
     ) -> None:
-        _launch_by_element(_swiglu_backward_kernel, grad_CF, gate_CF, up_CF, to_gate, to_up)
+        _launch_by_element(_swiglu_kernels()[1], grad_CF, gate_CF, up_CF, to_gate, to_up)
 
 
 def kernels_for(kind: KernelKind) -> MoEKernels:
@@ -261,7 +261,7 @@ def _launch_by_element(kernel: Any, *tensors: Tensor) -> None:
     sizes = _sizes(tensors[0])
     if rows and width:
         grid = (rows, -(-width // sizes["BLOCK"]))
-        kernel()[grid](*tensors, *(x.stride(0) for x in tensors), width, **sizes)
+        kernel[grid](*tensors, *(x.stride(0) for x in tensors), width, **sizes)
 
 
 # Triton is imported at the first use of a kernel, so a machine without a GPU does not need it. Pointers carry the names
@@ -270,7 +270,8 @@ def _launch_by_element(kernel: Any, *tensors: Tensor) -> None:
 
 
 @cache
-def _spread_kernel() -> Any:
+def _permute_kernels() -> tuple[Any, Any]:
+    """`spread` and `collect`."""
     import triton
     import triton.language as tl
 
@@ -298,14 +299,6 @@ def _spread_kernel() -> Any:
         if y is not None:
             tl.store(found + slot, tl.sum(product, 0), mask=real)
 
-    return spread
-
-
-@cache
-def _collect_kernel() -> Any:
-    import triton
-    import triton.language as tl
-
     @triton.jit
     def collect(  # type: ignore[no-untyped-def]
         y, x, weights, place, tokens, found,
@@ -332,46 +325,39 @@ def _collect_kernel() -> Any:
         if x is not None:
             tl.store(found + token * K + slots, products, mask=slots < K)
 
-    return collect
+    return spread, collect
 
 
 @cache
-def _swiglu_kernel() -> Any:
+def _swiglu_kernels() -> tuple[Any, Any]:
+    """The forward and the backward pass."""
     import triton
     import triton.language as tl
 
     @triton.jit
     def swiglu(  # type: ignore[no-untyped-def]
-        gate, up, out, gate_apart, up_apart, out_apart, width, BLOCK: tl.constexpr, WIDE: tl.constexpr
+        gate, up, out, gate_stride, up_stride, out_stride, width, BLOCK: tl.constexpr, WIDE: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         here = columns < width
-        g = tl.load(gate + row * gate_apart + columns, mask=here, other=0).to(WIDE)
-        u = tl.load(up + row * up_apart + columns, mask=here, other=0).to(WIDE)
-        tl.store(out + row * out_apart + columns, g / (1 + tl.exp(-g)) * u, mask=here)
-
-    return swiglu
-
-
-@cache
-def _swiglu_backward_kernel() -> Any:
-    import triton
-    import triton.language as tl
+        g = tl.load(gate + row * gate_stride + columns, mask=here, other=0).to(WIDE)
+        u = tl.load(up + row * up_stride + columns, mask=here, other=0).to(WIDE)
+        tl.store(out + row * out_stride + columns, g / (1 + tl.exp(-g)) * u, mask=here)
 
     @triton.jit
     def swiglu_backward(  # type: ignore[no-untyped-def]
-        grad, gate, up, to_gate, to_up, grad_apart, gate_apart, up_apart, to_gate_apart, to_up_apart, width,
+        grad, gate, up, to_gate, to_up, grad_stride, gate_stride, up_stride, to_gate_stride, to_up_stride, width,
         BLOCK: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         here = columns < width
-        d = tl.load(grad + row * grad_apart + columns, mask=here, other=0).to(WIDE)
-        g = tl.load(gate + row * gate_apart + columns, mask=here, other=0).to(WIDE)
-        u = tl.load(up + row * up_apart + columns, mask=here, other=0).to(WIDE)
+        d = tl.load(grad + row * grad_stride + columns, mask=here, other=0).to(WIDE)
+        g = tl.load(gate + row * gate_stride + columns, mask=here, other=0).to(WIDE)
+        u = tl.load(up + row * up_stride + columns, mask=here, other=0).to(WIDE)
         sigmoid = 1 / (1 + tl.exp(-g))
-        tl.store(to_gate + row * to_gate_apart + columns, d * u * sigmoid * (1 + g * (1 - sigmoid)), mask=here)
-        tl.store(to_up + row * to_up_apart + columns, d * g * sigmoid, mask=here)
+        tl.store(to_gate + row * to_gate_stride + columns, d * u * sigmoid * (1 + g * (1 - sigmoid)), mask=here)
+        tl.store(to_up + row * to_up_stride + columns, d * g * sigmoid, mask=here)
 
-    return swiglu_backward
+    return swiglu, swiglu_backward

@@ -11,42 +11,43 @@ from torch import Tensor, nn
 
 from model.kernels import kernels_for
 from model.roles import Role
-from precision.gemm import GemmBackend, Groups, widened
+from precision.config import Products
+from precision.gemm import Groups, widened
 from precision.resolve import LayerGemms
 
 
-def _backend(gemms: LayerGemms, role: Role) -> GemmBackend:
-    assert role.products is not None
-    return gemms.of(role.products, role.value)
+class _Projection(nn.Module):
+    """Owns a weight of this shape and the backend that multiplies with it."""
+
+    def __init__(self, shape: tuple[int, ...], role: Role, gemms: LayerGemms) -> None:
+        super().__init__()
+        assert role.products is not None
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.roles = {"weight": role}
+        self.gemm = gemms.of(role.products, role.value)
 
 
-class Linear(nn.Module):
+class Linear(_Projection):
     """y = x W^T without bias; weight [F, D]."""
 
     def __init__(self, in_size: int, out_size: int, role: Role, gemms: LayerGemms) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_size, in_size))
-        self.roles = {"weight": role}
-        self.gemm = _backend(gemms, role)
+        super().__init__((out_size, in_size), role, gemms)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.gemm.linear(x_TD, self.weight)
 
 
-class GroupedLinear(nn.Module):
+class GroupedLinear(_Projection):
     """One matrix per expert, weight [E, F, D]; rows are sorted by expert."""
 
     def __init__(self, experts: int, in_size: int, out_size: int, role: Role, gemms: LayerGemms) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, out_size, in_size))
-        self.roles = {"weight": role}
-        self.gemm = _backend(gemms, role)
+        super().__init__((experts, out_size, in_size), role, gemms)
 
     def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
         return self.gemm.grouped_linear(x_CD, self.weight, groups)
 
 
-class GroupedGateUp(nn.Module):
+class GroupedGateUp(_Projection):
     """Gate and up matrices of each expert in one product; weight [E, 2, F, D].
 
     One product reads the input once. The 2 is an axis of its own because a weight stacked along F could not be sharded
@@ -54,10 +55,7 @@ class GroupedGateUp(nn.Module):
     """
 
     def __init__(self, experts: int, in_size: int, out_size: int, role: Role, gemms: LayerGemms) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, 2, out_size, in_size))
-        self.roles = {"weight": role}
-        self.gemm = _backend(gemms, role)
+        super().__init__((experts, 2, out_size, in_size), role, gemms)
 
     def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
         """Gate and up side by side: [C, 2 * F]."""
@@ -82,7 +80,10 @@ class TiedHead(nn.Module):
 
     def __init__(self, table: Embedding, gemms: LayerGemms) -> None:
         super().__init__()
-        self.gemm, self._table = _backend(gemms, Role.head), (table,)  # a tuple keeps it from becoming a submodule
+        self.gemm, self._table = (
+            gemms.of(Products.head, Role.head.value),
+            (table,),
+        )  # a tuple keeps it from becoming a submodule
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.gemm.linear(x_TD, self._table[0].weight)

@@ -91,26 +91,20 @@ class Float8Gemm:
         return y
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
-        return _like_rows(self._input_gradient(self._padded(grad_TF), w_FD, None), grad_TF)
+        return _like_rows(self.grouped_input_gradient(self._padded(grad_TF), w_FD, None), grad_TF)
 
     def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
-        return self._weight_gradient(self._padded(grad_TF), self._padded(x_TD), None)
+        return self.grouped_weight_gradient(self._padded(grad_TF), self._padded(x_TD), None)
 
-    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        return self._input_gradient(grad_CF, w_EFD, groups)
+    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups | None) -> Tensor:
+        gradient = self.quantise(grad_CF, Operand.gradient, groups, True, False)
+        weight = self.quantise(w_EFD, Operand.weight, None, False, True)
+        return self.arithmetic.input_gradient(gradient, weight, groups)
 
-    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
-        return self._weight_gradient(grad_CF, x_CD, groups)
-
-    def _input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
-        quantised = self.quantise(grad, Operand.gradient, groups, True, False)
-        weight = self.quantise(w, Operand.weight, None, False, True)
-        return self.arithmetic.input_gradient(quantised, weight, groups)
-
-    def _weight_gradient(self, grad: Tensor, x: Tensor, groups: Groups | None) -> Tensor:
-        quantised = self.quantise(grad, Operand.gradient, groups, False, True)
-        activation = self.quantise(x, Operand.activation, groups, False, True)
-        return self.arithmetic.weight_gradient(quantised, activation, groups)
+    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups | None) -> Tensor:
+        gradient = self.quantise(grad_CF, Operand.gradient, groups, False, True)
+        activation = self.quantise(x_CD, Operand.activation, groups, False, True)
+        return self.arithmetic.weight_gradient(gradient, activation, groups)
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
         """Cast to the compute dtype first: a master weight and its gathered copy then give the same bytes."""

@@ -8,21 +8,10 @@ import torch
 from model.config import InitConfig, ModelConfig
 from model.init import initial_slice
 from model.roles import ParameterInfo, Role, registry
-from model.transformer import Transformer
-from precision.config import PrecisionConfig
-from precision.resolve import resolve
+from tests.support.models import build, small
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    dense_hidden_size=64,
-    expert_hidden_size=32,
-)
+MODEL = small()
 INFO = ParameterInfo("layers.0.ffn.experts.down.weight", Role.expert_down, torch.Size([4, 6, 8]))
 
 
@@ -62,7 +51,7 @@ def test_fan_in_and_depth():
 
 
 def test_a_parameter_without_a_role_is_an_error():
-    model = Transformer(MODEL, resolve(PrecisionConfig()))
+    model = build(MODEL)
     assert set(registry(model)) == {name for name, _ in model.named_parameters()}
     model.layers["0"].attention.extra = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"layers\.0\.attention\.extra\.weight has no role"):

@@ -75,17 +75,18 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, name, missing, dtype):
     from triton.compiler import ASTSource, compile
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(kernels, f"_{name}_kernel")()
+    made = (*kernels._permute_kernels(), *kernels._swiglu_kernels())
+    kernel = next(one for one in made if one.fn.__name__ == name)
     sizes = {"WIDTH": 5120, "K": 3, "SLOTS": 4, "BLOCK": 1024, "WIDE": tl.float64 if dtype == "fp64" else tl.float32}
     constants = {n: sizes.get(n) for n in kernel.arg_names if n in sizes or n in missing}
     types = {n: FIXED.get(n, f"*{dtype}" if n in POINTERS else "i32") for n in kernel.arg_names}
     types |= dict.fromkeys(constants, "constexpr")
     even = [i for i, n in enumerate(kernel.arg_names) if types[n] not in ("constexpr", "*u8")]
     source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in even})
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert made.asm["cubin"]
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert compiled.asm["cubin"]
     wide = r"ld\.global\.v2\.b64" if dtype == "fp64" else r"ld\.global\.v4\.b32"
-    assert re.search(wide, made.asm["ptx"])
+    assert re.search(wide, compiled.asm["ptx"])
 
 
 def test_unavailable_kernels_are_rejected_with_a_fix(monkeypatch):

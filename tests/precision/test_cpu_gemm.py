@@ -1,4 +1,4 @@
-"""Products on a CPU against the plain statement: values, gradients, experts without rows, and large pages."""
+"""Products on a CPU: values, gradients, experts without rows, and huge pages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from precision import cpu_gemm, native_gemm
 from precision.gemm import Groups
 from precision.native_gemm import NativeGemm
 
-COUNTS, BEYOND = [5, 0, 1, 6], 2
-"""An expert without rows, and rows that belong to none."""
-D, F = 8, 16
+BEYOND = 2
+"""Rows that belong to no expert."""
+SMALL, LARGE = ([5, 0, 1, 6], 8, 16), ([300, 0, 15, 131], 64, 128)
+"""Rows per expert, input and output size. oneDNN multiplies the large ones in float32."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 GATES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-13}
 
 needs_onednn = pytest.mark.skipif(
     not cpu_gemm.is_faster(*torch.zeros(2, 64, 64)),
-    reason="needs a PyTorch with MKL and oneDNN, as its packages for x86 are",
+    reason="needs a PyTorch with MKL and oneDNN (x86 packages)",
 )
 
 
@@ -31,7 +32,7 @@ def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def figures(product: Any, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None = None) -> list[Tensor]:
-    """The result and both gradients, of rows that belong to an expert."""
+    """The result and both gradients, without rows beyond the experts'."""
     leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
     y = product(*leaves) if groups is None else product(*leaves, groups)[: sum(groups.host)]
     grad_x, grad_w = torch.autograd.grad(y, leaves, grad[: len(y)])
@@ -39,7 +40,7 @@ def figures(product: Any, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | N
 
 
 def plain_grouped(x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-    """Expert by expert, out of differentiable pieces."""
+    """Expert by expert, with differentiable operations."""
     parts = zip(x_CD[: sum(groups.host)].split(groups.host), w_EFD, strict=True)
     return torch.cat([rows @ w.t() for rows, w in parts])
 
@@ -51,39 +52,49 @@ def largest(found: list[Tensor], wanted: list[Tensor]) -> float:
     return max(float((a.double() - b.double()).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: set[Any] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.operations.add(function)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("huge_pages", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("counts, d, f", [SMALL, pytest.param(*LARGE, marks=needs_onednn)], ids=["few", "many"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grouped_products_equal_the_plain_statement(dtype, large, monkeypatch):
-    if large:
+def test_grouped_products_equal_the_plain_statement(dtype, counts, d, f, huge_pages, monkeypatch):
+    if huge_pages:
         monkeypatch.setattr(cpu_gemm, "_LARGE_BYTES", 1)
-    groups = Groups(torch.tensor(COUNTS))
-    shapes = ((sum(COUNTS) + BEYOND, D), (len(COUNTS), F, D), (sum(COUNTS) + BEYOND, F))
-    x, w, grad = operands(dtype, *shapes)
+    groups, used = Groups(torch.tensor(counts)), sum(counts)
+    x, w, grad = operands(dtype, (used + BEYOND, d), (len(counts), f, d), (used + BEYOND, f))
     wanted = figures(plain_grouped, x.double(), w.double(), grad.double(), groups)
     products = NativeGemm(dtype)
-    found = figures(products.grouped_linear, x, w, grad, groups)
+    with Seen() as seen:
+        found = figures(products.grouped_linear, x, w, grad, groups)
+    assert bool(cpu_gemm.PRODUCTS & seen.operations) == (dtype is torch.float32 and d == 64)
     assert largest(found, wanted) < GATES[dtype] and all(y.dtype is dtype for y in found)
-
-    used = sum(COUNTS)
     found[1] = products.grouped_input_gradient(grad, w, groups)[:used]
     found[2] = products.grouped_weight_gradient(grad, x, groups)
     assert largest(found, wanted) < GATES[dtype], "one by one"
-
-    others = Groups(torch.tensor(COUNTS[::-1]))
+    others = Groups(torch.tensor(counts[::-1]))
     assert largest(figures(products.grouped_linear, x, w, grad, others), wanted) > 0.1, "control"
 
 
-def test_grouped_gradients_equal_differences():
-    groups = Groups(torch.tensor(COUNTS))
-    x, w = (t.requires_grad_() for t in operands(torch.float64, (sum(COUNTS), D), (len(COUNTS), F, D)))
+def test_grouped_gradients_equal_finite_differences():
+    counts, d, f = SMALL
+    groups = Groups(torch.tensor(counts))
+    x, w = (t.requires_grad_() for t in operands(torch.float64, (sum(counts), d), (len(counts), f, d)))
     assert torch.autograd.gradcheck(lambda *both: NativeGemm(torch.float64).grouped_linear(*both, groups), (x, w))
 
 
-def test_the_check_by_differences_notices_a_wrong_gradient(monkeypatch):
+def test_finite_differences_notice_a_wrong_gradient(monkeypatch):
     honest = native_gemm._by_columns
     monkeypatch.setattr(native_gemm, "_by_columns", lambda a, b, groups: honest(a, b, groups).flip(0))
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
-        test_grouped_gradients_equal_differences()
+        test_grouped_gradients_equal_finite_differences()
 
 
 @pytest.mark.parametrize("leading", [(12,), (3, 4), (64,), (2, 32), (0,), (3, 0)], ids=str)
@@ -100,8 +111,8 @@ def test_linear_equals_the_plain_statement(dtype, leading):
         assert largest(found, wanted) < GATES[dtype] and largest(alone, wanted) < GATES[dtype]
 
 
-def test_linear_takes_what_autograd_hands_out():
-    """A gradient of one number for all, a frozen side, and a weight or an input that is a view."""
+def test_linear_accepts_views_and_frozen_operands():
+    """Also an expanded gradient."""
     x, w = operands(torch.float32, (64, 128), (64, 128))
     halves = [x[:, ::2], w[:, 64:]]
     leaves = [half.detach().requires_grad_() for half in halves]
@@ -115,19 +126,9 @@ def test_linear_takes_what_autograd_hands_out():
         assert torch.equal(alone, found[1 - frozen])
 
 
-class Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: set[Any] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        self.operations.add(function)
-        return function(*arguments, **(options or {}))
-
-
 @needs_onednn
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_float32_alone_goes_by_onednn(dtype):
+def test_only_float32_uses_onednn(dtype):
     x, w, grad = operands(dtype, (64, 64), (128, 64), (64, 128))
     with Seen() as seen:
         figures(NativeGemm(dtype).linear, x, w, grad)
@@ -137,7 +138,7 @@ def test_float32_alone_goes_by_onednn(dtype):
 
 @needs_onednn
 @pytest.mark.parametrize("rows, width, out", [(63, 64, 128), (64, 72, 128), (64, 64, 129), (0, 64, 64)])
-def test_shapes_that_may_be_many_do_not(rows, width, out):
+def test_irregular_shapes_do_not_use_onednn(rows, width, out):
     x, w, grad = operands(torch.float32, (rows, width), (out, width), (rows, out))
     with Seen() as seen:
         figures(NativeGemm(torch.float32).linear, x, w, grad)
@@ -145,23 +146,7 @@ def test_shapes_that_may_be_many_do_not(rows, width, out):
 
 
 @needs_onednn
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_experts_with_many_rows_go_by_onednn(dtype):
-    groups = Groups(torch.tensor([300, 0, 15, 131]))
-    x, w, grad = operands(dtype, (446 + BEYOND, 64), (4, 128, 64), (446 + BEYOND, 128))
-    wanted = figures(plain_grouped, x.double(), w.double(), grad.double(), groups)
-    products = NativeGemm(dtype)
-    with Seen() as seen:
-        found = figures(products.grouped_linear, x, w, grad, groups)
-    assert bool(cpu_gemm.PRODUCTS & seen.operations) == (dtype is torch.float32)
-    assert largest(found, wanted) < GATES[dtype]
-    found[1] = products.grouped_input_gradient(grad, w, groups)[:446]
-    found[2] = products.grouped_weight_gradient(grad, x, groups)
-    assert largest(found, wanted) < GATES[dtype], "one by one"
-
-
-@needs_onednn
-def test_experts_rows_make_few_shapes():
+def test_expert_rows_make_few_shapes():
     like = torch.zeros(1, 64).expand(1 << 16, 64)
     parts = {rows: cpu_gemm._main_part(like[:rows], torch.Size((64, 64))) for rows in range(1 << 16)}
     assert len(set(parts.values())) < 128
@@ -169,14 +154,14 @@ def test_experts_rows_make_few_shapes():
 
 
 @needs_onednn
-def test_results_are_no_views():
+def test_results_are_not_views():
     for leading in ((64,), (2, 32)):
         x, w = (t.requires_grad_() for t in operands(torch.float32, (*leading, 64), (128, 64)))
         assert not NativeGemm(torch.float32).linear(x, w)._is_view()
 
 
 @needs_onednn
-def test_a_compiler_finds_its_own_way():
+def test_compiled_products_do_not_use_onednn():
     traced: list[bool] = []
 
     def look(graph: Any, inputs: Any) -> Any:
@@ -188,7 +173,7 @@ def test_a_compiler_finds_its_own_way():
     assert largest([compiled(x, w)], [x @ w.t()]) < 1e-5 and traced == [False]
 
 
-def test_large_memory_is_like_any_other(monkeypatch):
+def test_huge_pages_behave_like_other_memory(monkeypatch):
     monkeypatch.setattr(cpu_gemm, "_LARGE_BYTES", 1 << 20)
     like = torch.zeros(1, dtype=torch.bfloat16)
     small, large = cpu_gemm.empty(like, (3, 5)), cpu_gemm.empty(like, (3, 1 << 20))
