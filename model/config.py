@@ -68,9 +68,7 @@ class LayerConfig:
     qk_norm: QKNorm = QKNorm.none
 
     def __post_init__(self) -> None:
-        if self.attention_chunk_size is not None and self.attention_chunk_size < 1:
-            reason = "must be positive, or null for full attention"
-            raise ConfigError("attention_chunk_size", self.attention_chunk_size, reason)
+        check_numbers(self, positive=("attention_chunk_size",))
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,7 @@ class RouterConfig:
     """Assign tokens to experts in turn, ignoring the router. For benchmarks only."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("scale",))
-        if self.top_k < 1:
-            raise ConfigError("top_k", self.top_k, "a token needs at least one expert", [1, 2])
+        check_numbers(self, positive=("top_k", "scale"))
 
 
 @dataclass(frozen=True)
@@ -186,8 +182,7 @@ class UpcycleConfig:
     """Absolute standard deviation of the noise; only for the method `noise`."""
 
     def __post_init__(self) -> None:
-        if self.noise_std < 0:
-            raise ConfigError("noise_std", self.noise_std, "must not be negative", [0.01])
+        check_numbers(self, not_negative=("noise_std",))
 
 
 @dataclass(frozen=True)
@@ -233,23 +228,15 @@ class ModelConfig:
     """Convert the dense layers of `init_from` into experts."""
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        for key in (*sizes, "dense_hidden_size", "expert_hidden_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be positive")
-        positive = ("rope_theta", "temperature_floor", "norm_eps")
-        check_numbers(self, positive, ("shared_expert_hidden_size", "temperature_scale"))
+        sizes = ["vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"]
+        sizes += ["dense_hidden_size", "expert_hidden_size", "attention_chunk_size"]
+        not_negative = ("shared_expert_hidden_size", "temperature_scale", "moe_every", "nope_every")
+        check_numbers(self, (*sizes, "rope_theta", "temperature_floor", "norm_eps"), not_negative)
         if self.num_heads % self.num_kv_heads:
             legal = divisors(self.num_heads)
             raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide the {self.num_heads} query heads", legal)
         if self.head_dim % 2:
             raise ConfigError("head_dim", self.head_dim, "must be even: the rotation acts on pairs")
-        for key in ("moe_every", "nope_every"):
-            if getattr(self, key) < 0:
-                raise ConfigError(key, getattr(self, key), "must not be negative; 0 switches it off")
-        if self.attention_chunk_size is not None and self.attention_chunk_size < 1:
-            reason = "must be positive, or null for full attention in every layer"
-            raise ConfigError("attention_chunk_size", self.attention_chunk_size, reason)
         if self.layer_list is not None and len(self.layer_list) != self.num_layers:
             reason = f"has {len(self.layer_list)} layers, but model.num_layers is {self.num_layers}"
             raise ConfigError("layer_list", None, reason)

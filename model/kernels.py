@@ -46,7 +46,9 @@ class SortedSlots(NamedTuple):
         return self.place_TK.shape[1]
 
 
-RowsOp = Callable[[Tensor, SortedSlots, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
+MovedRows = tuple[Tensor, Tensor | None]
+"""Rows or tokens, and the dot product <token, row> of each slot if asked for: [T, K] in the dtype of the weights."""
+RowsOp = Callable[[Tensor, SortedSlots, Tensor | None, Tensor | None], MovedRows]
 
 
 class MoEKernels:
@@ -70,26 +72,20 @@ class MoEKernels:
         """`swiglu` of the left and right half of each row. Autograd would copy to join the gradients of two views."""
         return _SwiGLU.apply(self, gate_up_C2F.flatten(0, -2)).unflatten(0, gate_up_C2F.shape[:-1])
 
-    def spread(
-        self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rows [C, D]; with `y_CD` also <token, row> of each slot, [T, K] in the dtype of the weights."""
+    def spread(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None) -> MovedRows:
+        """Rows [C, D]; with `y_CD` also the dot products."""
         raise NotImplementedError
 
-    def collect(
-        self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens [T, D]; with `x_TD` also <token, row> of each slot, [T, K] in the dtype of the weights."""
+    def collect(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None) -> MovedRows:
+        """Tokens [T, D]; with `x_TD` also the dot products."""
         raise NotImplementedError
 
     def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> tuple[Tensor, Tensor | None]:
         """silu(gate) * up, and silu(gate) if the backward pass needs it."""
         raise NotImplementedError
 
-    def swiglu_backward(
-        self, grad_CF: Tensor, silu_CF: Tensor | None, gate_CF: Tensor, up_CF: Tensor, to_gate: Tensor, to_up: Tensor
-    ) -> None:
-        """Write the gradients into `to_gate` and `to_up`."""
+    def swiglu_backward(self, grad_CF: Tensor, saved: Sequence[Tensor | None], into: Sequence[Tensor]) -> None:
+        """Write the gradients of gate and up `into` two tensors. `saved`: silu(gate) or None, gate, up."""
         raise NotImplementedError
 
 
@@ -124,7 +120,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         silu_CF, *inputs = ctx.saved_tensors
         gradients = [grads[0].new_empty(x.shape) for x in inputs]
-        ctx.kernels.swiglu_backward(grads[0].contiguous(), silu_CF, *_gate_and_up(inputs), *_gate_and_up(gradients))
+        saved = silu_CF, *_gate_and_up(inputs)
+        ctx.kernels.swiglu_backward(grads[0].contiguous(), saved, _gate_and_up(gradients))
         return None, *gradients
 
 
@@ -143,9 +140,7 @@ class TorchKernels(MoEKernels):
             return self.swiglu(*_gate_and_up([gate_up_C2F]))
         return super().swiglu_halves(gate_up_C2F)
 
-    def spread(
-        self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def spread(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None) -> MovedRows:
         rows_CD = x_TD.index_select(0, slots.source_C // slots.top_k if slots.top_k > 1 else slots.source_C)
         if weights_TK is not None:
             rows_CD.mul_(weights_TK.to(x_TD.dtype).flatten().index_select(0, slots.source_C)[:, None])
@@ -155,9 +150,7 @@ class TorchKernels(MoEKernels):
             return rows_CD, None
         return rows_CD, _dot_products(x_TD, _rows_of_tokens(y_CD, slots), weights_TK)
 
-    def collect(
-        self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def collect(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None) -> MovedRows:
         rows_TKD = _rows_of_tokens(y_CD, slots)
         products_TK = None
         if weights_TK is not None:
@@ -169,10 +162,10 @@ class TorchKernels(MoEKernels):
         silu_CF = F.silu(gate_CF)
         return silu_CF * up_CF, silu_CF
 
-    def swiglu_backward(
-        self, grad_CF: Tensor, silu_CF: Tensor | None, gate_CF: Tensor, up_CF: Tensor, to_gate: Tensor, to_up: Tensor
-    ) -> None:
-        assert silu_CF is not None
+    def swiglu_backward(self, grad_CF: Tensor, saved: Sequence[Tensor | None], into: Sequence[Tensor]) -> None:
+        silu_CF, gate_CF, up_CF = saved
+        to_gate, to_up = into
+        assert silu_CF is not None and up_CF is not None
         torch.mul(grad_CF, silu_CF, out=to_up)
         torch.mul(grad_CF, up_CF, out=to_gate)
         torch.ops.aten.silu_backward.grad_input(to_gate, gate_CF, grad_input=to_gate)
@@ -191,9 +184,7 @@ def _dot_products(x_TD: Tensor, rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
 class TritonKernels(MoEKernels):
     """Triton kernels, for GPUs. They run on a CPU if TRITON_INTERPRET=1 was set before Triton was first imported."""
 
-    def spread(
-        self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def spread(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None) -> MovedRows:
         rows_CD = x_TD.new_empty(len(slots.source_C), x_TD.shape[1])
         found_TK = None if y_CD is None or weights_TK is None else torch.empty_like(weights_TK)
         is_padding_C1 = None if slots.is_padding_C1 is None else slots.is_padding_C1.view(torch.uint8)
@@ -203,9 +194,7 @@ class TritonKernels(MoEKernels):
             _permute_kernels()[0][(len(rows_CD),)](*given, rows_CD, found_TK, WIDTH=x_TD.shape[1], **sizes)
         return rows_CD, found_TK
 
-    def collect(
-        self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def collect(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None) -> MovedRows:
         (tokens, top_k), width = slots.place_TK.shape, y_CD.shape[1]
         tokens_TD = y_CD.new_empty(tokens, width)
         found_TK = None if x_TD is None or weights_TK is None else torch.empty_like(weights_TK)
@@ -220,10 +209,8 @@ class TritonKernels(MoEKernels):
         _launch_by_element(_swiglu_kernels()[0], gate_CF, up_CF, out_CF)
         return out_CF, None
 
-    def swiglu_backward(
-        self, grad_CF: Tensor, silu_CF: Tensor | None, gate_CF: Tensor, up_CF: Tensor, to_gate: Tensor, to_up: Tensor
-    ) -> None:
-        _launch_by_element(_swiglu_kernels()[1], grad_CF, gate_CF, up_CF, to_gate, to_up)
+    def swiglu_backward(self, grad_CF: Tensor, saved: Sequence[Tensor | None], into: Sequence[Tensor]) -> None:
+        _launch_by_element(_swiglu_kernels()[1], grad_CF, *(x for x in saved if x is not None), *into)
 
 
 def kernels_for(kind: KernelKind) -> MoEKernels:

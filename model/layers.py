@@ -80,10 +80,8 @@ class TiedHead(nn.Module):
 
     def __init__(self, table: Embedding, gemms: LayerGemms) -> None:
         super().__init__()
-        self.gemm, self._table = (
-            gemms.of(Products.head, Role.head.value),
-            (table,),
-        )  # a tuple keeps it from becoming a submodule
+        self.gemm = gemms.of(Products.head, Role.head.value)
+        self._table = (table,)  # in a tuple it does not become a submodule
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.gemm.linear(x_TD, self._table[0].weight)

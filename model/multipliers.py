@@ -48,15 +48,11 @@ def _factor(info: ParameterInfo, model: ModelConfig) -> float:
         return factors.logits
     if factors.attention == 1:
         return 1.0
-    norm = _qk_norm(info.name, model)
+    parts = info.name.split(".")
+    norm = model.blocks[int(parts[1])].qk_norm if parts[0] == "layers" else None
     if info.role is Role.query and norm is QKNorm.weightless:
         reason = "cannot be folded: queries are normalised without a gain (qk_norm: weightless)"
         raise ConfigError("model.multipliers.attention", factors.attention, reason, [1.0])
     if info.role is Role.qk_norm and ".query_norm." in info.name:
         return factors.attention
     return factors.attention if info.role is Role.query and norm is QKNorm.none else 1.0
-
-
-def _qk_norm(name: str, model: ModelConfig) -> QKNorm | None:
-    parts = name.split(".")
-    return model.blocks[int(parts[1])].qk_norm if parts[0] == "layers" else None

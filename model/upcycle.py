@@ -126,15 +126,13 @@ def _check(dense: ModelConfig, config: ModelConfig, method: UpcycleMethod) -> No
             reason = f"must be the dense hidden size, {width}: the shared expert is the dense layer"
             raise ConfigError("shared_expert_hidden_size", config.shared_hidden_size, reason, [width])
         if method is UpcycleMethod.split:
-            raise ConfigError(
-                "upcycle.method", method, "does not allow a shared expert; set shared_expert_hidden_size=0", ["copy"]
-            )
+            reason = "does not allow a shared expert; set shared_expert_hidden_size=0"
+            raise ConfigError("upcycle.method", method, reason, ["copy"])
     elif method is UpcycleMethod.split:
         slices = width // experts
         if width % experts or slices < 2:
-            raise ConfigError(
-                "expert_hidden_size", experts, f"must divide the dense hidden size {width} into 2 slices or more"
-            )
+            reason = f"must divide the dense hidden size {width} into 2 slices or more"
+            raise ConfigError("expert_hidden_size", experts, reason)
         for key, count in (("num_experts", config.num_experts), ("router.top_k", config.router.top_k)):
             if count % slices:
                 raise ConfigError(key, count, f"must be a multiple of the {slices} slices", [slices])

@@ -219,11 +219,8 @@ def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
     for quantizer in engine.quantizers.values():
         quantizer.optimize_for_gemm = False  # scales in row order
     for w, split in weights:
-        for kind, tensor, among in (
-            (Operand.activation, x, split),
-            (Operand.gradient, grad, split),
-            (Operand.weight, w, None),
-        ):
+        operands = ((Operand.activation, x, split), (Operand.gradient, grad, split), (Operand.weight, w, None))
+        for kind, tensor, among in operands:
             found = engine.quantise(tensor, kind, among, True, True)
             wanted = emulation.quantise(tensor, kind, among, True, True)
             yield from _byte_differences(recipe, kind, found, wanted)

@@ -1,4 +1,4 @@
-"""Initial weights depend on seed, name and logical index alone."""
+"""Initial weights depend on seed, name and logical index only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_seed_and_name_matter():
     assert not torch.equal(whole(), whole(info=other))
 
 
-def test_values_are_normal_with_the_configured_spread():
+def test_values_are_normal_with_the_configured_std():
     info = ParameterInfo("head.weight", Role.head, torch.Size([512, 512]))
     values = whole(info=info) / MODEL.init.std
     assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01

@@ -200,12 +200,9 @@ def test_the_comparison_with_scaled_mm_can_fail() -> None:
         def multiply(self, a, b):
             return super().multiply(a, b) * 1.01
 
-    gemm, wanted = (
-        Float8Gemm(Broken(Recipe.rowwise, torch.bfloat16), torch.bfloat16, "here"),
-        products(Backend.torch, Recipe.rowwise),
-    )
+    gemm = Float8Gemm(Broken(Recipe.rowwise, torch.bfloat16), torch.bfloat16, "here")
     x, w = draw(T, D).bfloat16(), draw(N, D, seed=1)
-    assert relative(gemm.linear(x, w), wanted.linear(x, w)) > 1e-3
+    assert relative(gemm.linear(x, w), products(Backend.torch, Recipe.rowwise).linear(x, w)) > 1e-3
 
 
 @pytest.mark.parametrize("where", ["activation", "gradient"])
@@ -219,14 +216,8 @@ def test_an_infinite_operand_names_layer_and_role(where: str) -> None:
 
 
 def test_layers_and_products_outside_fp8() -> None:
-    chosen = PrecisionConfig(
-        Compute.bfloat16,
-        backend=Backend.emulated,
-        fp8_products=[Products.expert],
-        bf16_first_layers=1,
-        bf16_last_layers=2,
-    )
-    precision = resolve(chosen)
+    chosen = config(Backend.emulated)
+    precision = resolve(replace(chosen, fp8_products=[Products.expert], bf16_first_layers=1, bf16_last_layers=2))
     in_float8 = [isinstance(precision.at(layer, 6).of(Products.expert, "expert"), Float8Gemm) for layer in range(6)]
     assert in_float8 == [False, True, True, True, False, False]
     assert not isinstance(precision.at(2, 6).of(Products.attention, "query"), Float8Gemm)

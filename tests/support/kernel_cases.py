@@ -1,7 +1,7 @@
-"""The kernels of `model.kernels` against the plain statement of what they compute, on whatever device.
+"""The kernels of `model.kernels` against a plain reference, on any device.
 
-`python -m tests.support.kernel_cases` prints the figures of all cases on the CPU as JSON; with TRITON_INTERPRET=1 the
-Triton kernels are interpreted. tests/model/test_kernels.py reads that, tests/test_gpu.py asks on a GPU.
+`python -m tests.support.kernel_cases` prints the errors of all cases on the CPU as JSON, for tests/model/test_kernels.py.
+TRITON_INTERPRET=1 interprets the Triton kernels. tests/test_gpu.py uses the cases on a GPU.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ CASES = {
 }
 
 GATES = {"bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-14}
-"""Of the largest value. In bfloat16 one unit of the last place: Triton's interpreter cuts off where GPUs round."""
+"""Relative to the largest value. In bfloat16 one unit in the last place: Triton's interpreter truncates, GPUs round."""
 
 BREAKS = ("places", "weights", "padding", "gate")
-"""What `figures` can get wrong on purpose."""
+"""Errors that `figures` can plant."""
 
 
 def figures(case: Case, kernels: MoEKernels, device: str, broken: str = "") -> dict[str, float]:
-    """How far each result and each gradient is from the plain statement, relative to the largest value."""
+    """Error of each result and gradient against the reference, relative to the largest value."""
     wanted = results(case, _Plain(), torch.float64, "cpu")
     found = results(case, kernels, getattr(torch, case.dtype), device, broken)
     assert found.keys() == wanted.keys()
@@ -70,14 +70,14 @@ def results(case: Case, kernels: Any, dtype: torch.dtype, device: str, broken: s
         rounded = torch.randn(*shape, generator=generator, dtype=torch.float64).to(getattr(torch, case.dtype))
         return rounded.to(device, dtype).requires_grad_()
 
-    # the last expert and one between get nothing
+    # the last expert and one other get no token
     ranked = torch.rand(case.tokens, case.experts - 1, generator=generator).index_fill_(1, torch.tensor(1), -1)
     slots = permute_by_expert(ranked.topk(case.top_k).indices, case.experts, case.multiple)
     x_TD, y_CD = values(case.tokens, case.width), values(len(slots.source_C), case.width)
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
     weights_TK = weights.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
     gate_up_BT2F, grad_BTF = values(2, 5, 2 * case.width), values(2, 5, case.width).detach()
-    if slots.is_padding_C1 is not None and not isinstance(kernels, _Plain):  # nobody may read what padding holds
+    if slots.is_padding_C1 is not None and not isinstance(kernels, _Plain):  # padding must not be read
         y_CD = y_CD.detach().masked_fill(slots.is_padding_C1.to(device), torch.nan).requires_grad_()
     if broken == "places":
         slots = slots._replace(source_C=slots.source_C.flip(0), place_TK=slots.place_TK.flip(0))
@@ -106,7 +106,7 @@ def _with_gradients(name: str, result: Tensor, leaves: list[Tensor], gradient: T
 
 
 class _Plain:
-    """Row by row, token by token, with autograd's own gradients."""
+    """The reference: row by row, token by token, with autograd's gradients."""
 
     def permute(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None) -> Tensor:
         top_k, found = slots.place_TK.shape[1], []
@@ -135,7 +135,7 @@ def _zero(weights_TK: Tensor | None) -> Tensor | int:
 
 
 def main() -> None:
-    """Figures by case, by who computes, and of what is broken by what is broken."""
+    """Print the errors by case and kernels, then by planted error and kernels."""
     sides: dict[str, MoEKernels] = {"torch": TorchKernels(), "triton": TritonKernels()}
     found = {name: {side: figures(case, sides[side], "cpu") for side in sides} for name, case in CASES.items()}
     case = CASES["top-2, padded"]
