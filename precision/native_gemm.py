@@ -27,12 +27,12 @@ class NativeGemm:
 
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
         x_TD, w_FD = x_TD.to(self.compute_dtype), w_FD.to(self.compute_dtype)
-        return _Linear.apply(x_TD, w_FD) if cpu_gemm.is_faster(x_TD, w_FD.t()) else F.linear(x_TD, w_FD)
+        return _Product.apply(x_TD, w_FD, None) if cpu_gemm.is_faster(x_TD, w_FD.t()) else F.linear(x_TD, w_FD)
 
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
         if _loops(x_CD, *w_EFD.shape) or cpu_gemm.is_large(w_EFD, w_EFD.shape):
-            return _Grouped.apply(x_CD, w_EFD, groups)
+            return _Product.apply(x_CD, w_EFD, groups)
         return F.grouped_mm(x_CD, w_EFD.transpose(1, 2), offs=groups.ends_E)
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
@@ -49,37 +49,24 @@ class NativeGemm:
         return _by_columns(grad_CF.to(self.compute_dtype), x_CD.to(self.compute_dtype), groups)
 
 
-class _Linear(torch.autograd.Function):
-    """F.linear by `cpu_gemm.multiply`, where that is faster."""
+class _Product(torch.autograd.Function):
+    """F.linear, or F.grouped_mm with transposed matrices, where it lacks a kernel or is slower."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_FD: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, w_FD)
-        return cpu_gemm.multiply(x_TD, w_FD.t())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x_TD, w_FD), (grad_TF,) = ctx.saved_tensors, grads
-        needs_x, needs_w = ctx.needs_input_grad
-        grad_x = cpu_gemm.multiply(grad_TF, w_FD) if needs_x else None
-        return grad_x, cpu_gemm.multiply(grad_TF.flatten(0, -2).t(), x_TD.flatten(0, -2)) if needs_w else None
-
-
-class _Grouped(torch.autograd.Function):
-    """F.grouped_mm with transposed matrices, where it lacks a kernel or something is faster."""
-
-    @staticmethod
-    def forward(ctx: Any, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        ctx.save_for_backward(x_CD, w_EFD)
+    def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
+        ctx.save_for_backward(x, w)
         ctx.groups = groups
-        return _by_rows(x_CD, w_EFD.transpose(1, 2), groups)
+        return cpu_gemm.multiply(x, w.t()) if groups is None else _by_rows(x, w.transpose(1, 2), groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x_CD, w_EFD), (grad_CF,) = ctx.saved_tensors, grads
+        (x, w), (grad,), groups = ctx.saved_tensors, grads, ctx.groups
         needs_x, needs_w, _ = ctx.needs_input_grad
-        grad_x = _by_rows(grad_CF, w_EFD, ctx.groups) if needs_x else None
-        return grad_x, _by_columns(grad_CF, x_CD, ctx.groups) if needs_w else None, None
+        if groups is None:
+            grad_x = cpu_gemm.multiply(grad, w) if needs_x else None
+            return grad_x, cpu_gemm.multiply(grad.flatten(0, -2).t(), x.flatten(0, -2)) if needs_w else None, None
+        grad_x = _by_rows(grad, w, groups) if needs_x else None
+        return grad_x, _by_columns(grad, x, groups) if needs_w else None, None
 
 
 def _loops(like: Tensor, groups: int, *widths: int) -> bool:

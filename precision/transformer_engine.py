@@ -149,8 +149,7 @@ class TransformerEngine:
 def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
     is_cuda = device.type == "cuda"
     reasons = [] if is_cuda else [f"Transformer Engine needs an NVIDIA GPU; the device is {device.type}"]
-    reasons += _installation_problems()
-    if reasons:
+    if reasons := [*reasons, *_installation_problems()]:
         return reasons
     with torch.cuda.device(device):
         reason = _unsupported(recipe) or _trial_failure(recipe, str(device))

@@ -172,13 +172,8 @@ def _slices(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> list[Tensor]:
 
 def _has_kernel(q: Tensor) -> bool:
     """Whether torch has a flash kernel that returns the log-sum-exp for this device, dtype and head dim."""
-    return (
-        q.device.type == "cuda"
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
-    )
+    has_flash = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return has_flash and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,7 @@ SMALL, LARGE = ([5, 0, 1, 6], 8, 16), ([300, 0, 15, 131], 64, 128)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 GATES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-13}
 
-needs_onednn = pytest.mark.skipif(
-    not cpu_gemm.is_faster(*torch.zeros(2, 64, 64)),
-    reason="needs a PyTorch with MKL and oneDNN (x86 packages)",
-)
+needs_onednn = pytest.mark.skipif(not cpu_gemm.is_faster(*torch.zeros(2, 64, 64)), reason="needs MKL and oneDNN (x86)")
 
 
 def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
