@@ -27,12 +27,12 @@ class NativeGemm:
 
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
         x_TD, w_FD = x_TD.to(self.compute_dtype), w_FD.to(self.compute_dtype)
-        return _Product.apply(x_TD, w_FD, None) if cpu_gemm.is_faster(x_TD, w_FD.t()) else F.linear(x_TD, w_FD)
+        return _NativeProduct.apply(x_TD, w_FD, None) if cpu_gemm.is_faster(x_TD, w_FD.t()) else F.linear(x_TD, w_FD)
 
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
         if _loops(x_CD, *w_EFD.shape) or cpu_gemm.is_large(w_EFD, w_EFD.shape):
-            return _Product.apply(x_CD, w_EFD, groups)
+            return _NativeProduct.apply(x_CD, w_EFD, groups)
         return F.grouped_mm(x_CD, w_EFD.transpose(1, 2), offs=groups.ends_E)
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class NativeGemm:
         return _by_columns(grad_CF.to(self.compute_dtype), x_CD.to(self.compute_dtype), groups)
 
 
-class _Product(torch.autograd.Function):
+class _NativeProduct(torch.autograd.Function):
     """F.linear, or F.grouped_mm with transposed matrices, where it lacks a kernel or is slower."""
 
     @staticmethod
