@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.measure import Result
 from bench.pipeline_idle import closed_form, play
 from launch.rank_pool import Pool
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.config import ModelConfig
 from model.transformer import Stack
 from parallel.comm.world import connect
@@ -44,7 +44,7 @@ class Sleeper(StageStack):
         self.weight = nn.Parameter(torch.zeros(()))
         self.note: Any = None
 
-    def forward(self, x: Tensor, context: SequenceContext | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         self.contexts.popleft()
         hidden = x if self.number else torch.zeros(1, LENGTH, WIDTH)
         return _Nap.apply(hidden + self.weight, self)

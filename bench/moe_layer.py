@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.measure import Result, interleaved, median_ratio, spread
 from bench.peers import GROUPED, LLAMA4, Peer
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.config import ModelConfig, RouterConfig, Score, WeightsOn
 from model.init import initialise
 from model.moe import MixtureOfExperts, TopKRouting
@@ -55,7 +55,7 @@ class GrowthCase:
 
 
 def our_case(layer: MixtureOfExperts, x: Tensor) -> GrowthCase:
-    context = SequenceContext(torch.arange(x.shape[1]).expand(x.shape[:2]))
+    context = ForwardContext(torch.arange(x.shape[1]).expand(x.shape[:2]))
     return GrowthCase(lambda value: layer(value, context), layer.parameters(), x)
 
 
@@ -142,7 +142,7 @@ def permutation(experts: int, dtype: torch.dtype) -> Result:
 
     def there_and_back(value: Tensor) -> Tensor:
         sent = layer.dispatch(value.flatten(0, 1), TopKRouting(experts_BTK.flatten(0, 1), weights))
-        return sent.restore(sent.x_CD).view_as(value)
+        return sent.combine(sent.x_CD).view_as(value)
 
     a, b = interleaved([GrowthCase(there_and_back, [weights], x), our_case(layer, x)], rounds=21)
     ratio, name = median_ratio(a, b), f"MoE layer, sort and permutation of the whole, E={experts}, {_short(dtype)} (s)"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.measure import Result, interleaved, median_ratio, spread
 from core.config import load
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from parallel.comm.world import connect
 from train.config import TrainConfig
 from train.corpus import get_corpus
@@ -54,7 +54,7 @@ class BareLoop:
 
     def __call__(self) -> Tensor:
         batch = self.loader.batch(self.step)
-        context = SequenceContext(batch.positions_BT, routed_tokens=float(batch.tokens_BT.numel()))
+        context = ForwardContext(batch.positions_BT, routed_tokens=float(batch.tokens_BT.numel()))
         logits = self.model(batch.tokens_BT, context)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels_BT.flatten())
         loss.backward()

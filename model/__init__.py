@@ -1,1 +1,1 @@
-"""The network for one device, the roles of its parameters, its initial weights and its FLOPs. Knows of no ranks."""
+"""The network for one device: layers, roles of parameters, initial weights and FLOPs. Independent of ranks."""

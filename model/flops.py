@@ -1,9 +1,8 @@
-"""Floating-point operations of training, per token.
+"""Model FLOPs of training per token, and parameter counts.
 
-Convention: a multiply-add counts 2; the backward pass costs twice the forward; recomputation is not counted (model
-FLOPs). Attention counts causal pairs only: on average half the keys within a layer's reach, where a chunked layer
-reaches its chunk. The embedding is a lookup and counts nothing, the head counts. Norms, activations and the
-softmax are left out.
+Convention: a multiply-add counts 2, the backward pass twice the forward, recomputation nothing. Attention counts causal
+pairs only: on average half the sequence, or half the chunk in chunked layers. The head counts; the embedding, norms,
+activations and softmax do not.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
 
 @dataclass(frozen=True)
 class Flops:
-    """Per token of a training step, forward and backward."""
+    """FLOPs per token, forward and backward."""
 
     matrices: float
     attention: float
@@ -25,32 +24,31 @@ class Flops:
         return self.matrices + self.attention
 
 
-def training_flops(model: ModelConfig, context: int) -> Flops:
-    """FLOPs per token at rows of `context` tokens that are one document each (packing makes attention cheaper)."""
+def training_flops(model: ModelConfig, seq_len: int) -> Flops:
+    """FLOPs per token for sequences of one document each; packed documents make attention cheaper."""
     active = model.hidden_size * model.vocab_size + sum(active_parameters(model, layer) for layer in model.blocks)
-    inner = model.num_heads * model.head_dim
-    reach = sum(min(context, layer.attention_chunk_size or context) for layer in model.blocks)
-    return Flops(matrices=6.0 * active, attention=6.0 * reach * inner)
+    reach = sum(min(seq_len, layer.attention_chunk_size or seq_len) for layer in model.blocks)
+    return Flops(matrices=6.0 * active, attention=6.0 * reach * model.num_heads * model.head_dim)
 
 
 def active_parameters(model: ModelConfig, layer: LayerConfig) -> int:
-    """Parameters of one layer's matrices that a token is multiplied with."""
+    """Parameters in the matrices of one layer that each token uses."""
     attention = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads)
     if layer.feed_forward is FeedForward.dense:
         return attention + 3 * model.hidden_size * model.dense_hidden_size
-    widths = model.router.top_k * model.expert_hidden_size + model.shared_hidden_size
-    return attention + 3 * model.hidden_size * widths + model.num_experts * model.hidden_size
+    sizes = model.router.top_k * model.expert_hidden_size + model.shared_hidden_size
+    return attention + 3 * model.hidden_size * sizes + model.num_experts * model.hidden_size
 
 
 @dataclass(frozen=True)
 class Parameters:
     total: int
     active: int
-    """What a token is multiplied with, both embeddings and norms included."""
+    """Parameters that each token uses, including embedding, head and norms."""
 
 
 def count_parameters(model: ModelConfig) -> Parameters:
-    """Parameters of the whole model in closed form, and how many of them a token uses."""
+    """Total and active parameters in closed form."""
     tables = 1 if model.tie_embeddings else 2
     outside = tables * model.vocab_size * model.hidden_size + model.hidden_size
     layers = model.blocks

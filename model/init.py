@@ -1,7 +1,7 @@
 """Initial weights as a pure function of (seed, parameter name, logical index).
 
-Each element's value is a hash of where it stands in the whole tensor, so any rank can make exactly its own slice and
-every layout starts from the same model. Two hashes give two uniforms, and Box-Muller makes them normal.
+Each value is a hash of its position in the global tensor, so any rank computes exactly its own slice and every layout
+starts from the same model. Box-Muller turns two hashes into a normal value.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from model.load_balance import RouterBalance
 from model.roles import ParameterInfo, Role, registry
 
 _BLOCK = 1 << 22
-"""Elements made at a time: bounds the scratch memory of a large slice to some hundred megabytes."""
+"""Elements per block: bounds the scratch memory of a large slice to a few hundred megabytes."""
 
 
 def standard_deviation(info: ParameterInfo, model: ModelConfig) -> float:
-    """Spread of the initial values of this parameter; norms start at 1 and are not asked."""
+    """Standard deviation of the initial values of a parameter that is not a norm; norms start at 1."""
     if info.role.name in model.init.roles:
         return model.init.roles[info.role.name]
-    return spread(info.role, info.fan_in, model.num_layers, model.init)
+    return role_std(info.role, info.fan_in, model.num_layers, model.init)
 
 
-def spread(role: Role, fan_in: int, layers: int, config: InitConfig) -> float:
-    """The standard deviation that `config` gives this role, `config.roles` aside."""
+def role_std(role: Role, fan_in: int, layers: int, config: InitConfig) -> float:
+    """Standard deviation of a role under `config`, ignoring `config.roles`."""
     own = {Role.embedding: config.embedding_std, Role.head: config.head_std, Role.router: config.router_std}.get(role)
     if own is not None:
         return own
@@ -39,7 +39,7 @@ def spread(role: Role, fan_in: int, layers: int, config: InitConfig) -> float:
 
 @torch.no_grad()
 def initialise(module: nn.Module, model: ModelConfig, seed: int) -> None:
-    """Fill every parameter of an unwrapped model and reset its balancing state."""
+    """Fill every parameter of an unwrapped model and reset its load-balancing state."""
     for name, info in registry(module).items():
         parameter = module.get_parameter(name)
         parameter.copy_(initial_slice(info, model, seed, [0] * parameter.dim(), parameter.shape, parameter.device))
@@ -60,7 +60,7 @@ def initial_slice(
     shape: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """The block of `info` that begins at `offset` and has `shape`, float32 (float64 hashes, rounded once)."""
+    """The block of `info` at `offset`, float32, computed in float64 and rounded once."""
     if info.role.is_norm:
         return torch.ones(tuple(shape), device=device)
     key = int.from_bytes(hashlib.sha256(f"{seed}:{info.name}".encode()).digest()[:7], "little")
@@ -72,22 +72,22 @@ def initial_slice(
     return values.view(tuple(shape))
 
 
-def _logical_index(whole: Sequence[int], offset: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Position of each element of the block in the whole tensor, counted row by row, int64."""
+def _logical_index(sizes: Sequence[int], offset: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Row-major index of each element of the block in the global tensor, int64."""
     index = torch.zeros((), dtype=torch.int64, device=device)
-    for size, start, length in zip(whole, offset, shape, strict=True):
+    for size, start, length in zip(sizes, offset, shape, strict=True):
         index = index[..., None] * size + torch.arange(start, start + length, device=device)
     return index
 
 
 def _normal(index: Tensor, key: int) -> Tensor:
-    """Standard normal values at these counters (Box & Muller 1958), float64."""
+    """Standard normal values, float64 (Box & Muller 1958)."""
     radius = torch.sqrt(-2 * torch.log(_uniform(2 * index, key)))
     return radius * torch.cos(2 * math.pi * _uniform(2 * index + 1, key))
 
 
 def _uniform(counter: Tensor, key: int) -> Tensor:
-    """In (0, 1): the top 53 bits of SplitMix64 (Steele et al. 2014) of key and counter."""
+    """Uniform values in (0, 1): the top 53 bits of SplitMix64 (Steele et al. 2014) of key and counter."""
     z = (counter + key) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
@@ -96,7 +96,7 @@ def _uniform(counter: Tensor, key: int) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift right; int64's own shift keeps the sign."""
+    """Logical right shift; the shift of int64 is arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,234 +1,226 @@
-"""The memory-bound steps of a mixture: tokens to the experts' order and back, and SwiGLU between two products.
+"""The memory-bound steps of an MoE layer: permute tokens by expert, unpermute them, and SwiGLU between two products.
 
-Each is written twice, in PyTorch and as a Triton kernel that passes over its data once; tests hold the two against each
-other. Sums and products are taken in at least float32 and rounded once. Nothing here is added in an order that could
-change from run to run.
+`TorchKernels` uses PyTorch operations. `TritonKernels` reads and writes the data once; it computes in at least float32
+and rounds once. No sum depends on the order in which threads run.
 
-Two operations serve permute, unpermute and both of their backward passes, for each is the other's transpose:
+Two operations serve permute, unpermute and both backward passes, because each is the transpose of the other:
 
     spread:   row[c]   = weight[slot of c] * token[slot of c // K], zero where c is padding
     collect:  token[t] = sum over k of weight[t, k] * row[place[t, k]]
 
-The gradient of a weight is the product of its token and its row, summed over the width. It is taken while the two are
-read for the other gradient.
+The gradient of a weight is the dot product of its token and its row. It is computed while both are read for the other
+gradient.
 
-Shapes: T tokens, D model width, K experts per token, S = T*K routed slots, C rows in the experts' order (the slots and
-padding), F expert width.
+Shapes: T tokens, D hidden size, K experts per token, S = T*K routed slots, C rows sorted by expert (slots and padding),
+F expert hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from precision.config import KernelKind
-from precision.gemm import at_least_float32, widened
+from precision.gemm import Groups, at_least_float32
 
 
 class SortedSlots(NamedTuple):
-    """Where slots lie among the experts' rows."""
+    """Positions of routed slots among rows that are sorted by expert, each expert padded to a multiple."""
 
     source_C: Tensor
-    """Which slot (token * K + k) each row holds, int64. What padding names is not used."""
+    """Slot (token * K + k) of each row, int64. Padding names an arbitrary slot."""
     place_TK: Tensor
-    """Which row holds each slot, int64."""
+    """Row of each slot, int64."""
+    groups: Groups
+    """Rows of each expert, padding included."""
     is_padding_C1: Tensor | None = None
-    """Which rows are padding, bool; None: none is."""
+    """Which rows are padding, bool; None if none are."""
+
+    @property
+    def top_k(self) -> int:
+        return self.place_TK.shape[1]
+
+
+MovedRows = tuple[Tensor, Tensor | None]
+"""Rows or tokens, and the dot product <token, row> of each slot if asked for: [T, K] in the dtype of the weights."""
+RowsOp = Callable[[Tensor, SortedSlots, Tensor | None, Tensor | None], MovedRows]
 
 
 class MoEKernels:
-    """Differentiable steps. A subclass says who computes `spread`, `collect` and the two halves of SwiGLU."""
+    """Differentiable steps. Subclasses implement `spread`, `collect` and the SwiGLU passes."""
 
-    def permute(self, x_TD: Tensor, places: SortedSlots, weights_TK: Tensor | None = None) -> Tensor:
-        """Tokens in the experts' order [C, D], times their routing weights if these are given; padding is zero."""
-        return _Permute.apply(x_TD, weights_TK, places, self)
+    def permute(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None = None) -> Tensor:
+        """Copy tokens to their rows [C, D], times their routing weights if given; padding is zero."""
+        return _Permute.apply(x_TD, weights_TK, slots, self.spread, self.collect)
 
-    def unpermute(self, y_CD: Tensor, places: SortedSlots, weights_TK: Tensor | None = None) -> Tensor:
-        """The sum of each token's K rows [T, D], times their routing weights if these are given. What padding holds is
-        not read, and its gradient is zero.
+    def unpermute(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None = None) -> Tensor:
+        """Sum each token's K rows [T, D], times their routing weights if given. Padding is not read; its gradient is
+        zero.
         """
-        return _Unpermute.apply(y_CD, weights_TK, places, self)
+        return _Permute.apply(y_CD, weights_TK, slots, self.collect, self.spread)
 
     def swiglu(self, gate_CF: Tensor, up_CF: Tensor) -> Tensor:
-        """silu(gate) * up (Shazeer 2020). Either may be a part of a wider tensor."""
-        return _SwiGLU.apply(gate_CF.flatten(0, -2), up_CF.flatten(0, -2), self).view(gate_CF.shape)
+        """silu(gate) * up (Shazeer 2020). Either may be a view of a wider tensor."""
+        return _SwiGLU.apply(self, gate_CF.flatten(0, -2), up_CF.flatten(0, -2)).view(gate_CF.shape)
 
     def swiglu_halves(self, gate_up_C2F: Tensor) -> Tensor:
-        """`swiglu` of the left half of each row and its right half. By itself, because autograd would put the gradients
-        of two views together by copying them.
-        """
-        return _FusedSwiGLU.apply(gate_up_C2F.flatten(0, -2), self).unflatten(0, gate_up_C2F.shape[:-1])
+        """`swiglu` of the left and right half of each row. Autograd would copy to join the gradients of two views."""
+        return _SwiGLU.apply(self, gate_up_C2F.flatten(0, -2)).unflatten(0, gate_up_C2F.shape[:-1])
 
-    def spread(
-        self, x_TD: Tensor, places: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rows [C, D]; with `y_CD` also <token, row> of each slot, [T, K] in the format of weights."""
+    def spread(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None) -> MovedRows:
+        """Rows [C, D]; with `y_CD` also the dot products."""
         raise NotImplementedError
 
-    def collect(
-        self, y_CD: Tensor, places: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens [T, D]; with `x_TD` also <token, row> of each slot, [T, K] in the format of weights."""
+    def collect(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None) -> MovedRows:
+        """Tokens [T, D]; with `x_TD` also the dot products."""
         raise NotImplementedError
 
-    def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> Tensor:
+    def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> tuple[Tensor, Tensor | None]:
+        """silu(gate) * up, and silu(gate) if the backward pass needs it."""
         raise NotImplementedError
 
-    def swiglu_backward(self, grad_CF: Tensor, gate_CF: Tensor, up_CF: Tensor, into: tuple[Tensor, Tensor]) -> None:
-        """Write the gradients of gate and up into two tensors."""
+    def swiglu_backward(self, grad_CF: Tensor, saved: Sequence[Tensor | None], into: Sequence[Tensor]) -> None:
+        """Write the gradients of gate and up `into` two tensors. `saved`: silu(gate) or None, gate, up."""
         raise NotImplementedError
 
 
 class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor | None, places: SortedSlots, kernels: MoEKernels) -> Tensor:
-        ctx.places, ctx.kernels = places, kernels
-        ctx.save_for_backward(weights_TK, None if weights_TK is None else x_TD)
-        return kernels.spread(x_TD, places, weights_TK, None)[0]
+    """`forward_op` is `spread` or `collect`, `backward_op` the other one."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        weights_TK, x_TD = ctx.saved_tensors
-        return *ctx.kernels.collect(grads[0].contiguous(), ctx.places, weights_TK, x_TD), None, None
-
-
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_CD: Tensor, weights_TK: Tensor | None, places: SortedSlots, kernels: MoEKernels) -> Tensor:
-        ctx.places, ctx.kernels = places, kernels
-        ctx.save_for_backward(weights_TK, None if weights_TK is None else y_CD)
-        return kernels.collect(y_CD, places, weights_TK, None)[0]
+    def forward(
+        ctx: Any, x: Tensor, weights_TK: Tensor | None, slots: SortedSlots, forward_op: RowsOp, backward_op: RowsOp
+    ) -> Tensor:
+        ctx.slots, ctx.backward_op = slots, backward_op
+        ctx.save_for_backward(weights_TK, None if weights_TK is None else x)
+        return forward_op(x, slots, weights_TK, None)[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        weights_TK, y_CD = ctx.saved_tensors
-        return *ctx.kernels.spread(grads[0].contiguous(), ctx.places, weights_TK, y_CD), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        weights_TK, x = ctx.saved_tensors
+        return *ctx.backward_op(grads[0].contiguous(), ctx.slots, weights_TK, x), None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
+    """The inputs are gate and up, or one tensor with gate in the left half of each row and up in the right half."""
+
     @staticmethod
-    def forward(ctx: Any, gate_CF: Tensor, up_CF: Tensor, kernels: MoEKernels) -> Tensor:
-        ctx.save_for_backward(gate_CF, up_CF)
+    def forward(ctx: Any, kernels: MoEKernels, *inputs: Tensor) -> Tensor:
+        out_CF, silu_CF = kernels.swiglu_forward(*_gate_and_up(inputs))
         ctx.kernels = kernels
-        return kernels.swiglu_forward(gate_CF, up_CF)
+        ctx.save_for_backward(silu_CF, *inputs)
+        return out_CF
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate_CF, up_CF = ctx.saved_tensors
-        found = grads[0].new_empty(gate_CF.shape), grads[0].new_empty(up_CF.shape)
-        ctx.kernels.swiglu_backward(grads[0].contiguous(), gate_CF, up_CF, found)
-        return *found, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        silu_CF, *inputs = ctx.saved_tensors
+        gradients = [grads[0].new_empty(x.shape) for x in inputs]
+        saved = silu_CF, *_gate_and_up(inputs)
+        ctx.kernels.swiglu_backward(grads[0].contiguous(), saved, _gate_and_up(gradients))
+        return None, *gradients
 
 
-class _FusedSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up_C2F: Tensor, kernels: MoEKernels) -> Tensor:
-        ctx.save_for_backward(gate_up_C2F)
-        ctx.kernels = kernels
-        return kernels.swiglu_forward(*_halves(gate_up_C2F))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (gate_up_C2F,) = ctx.saved_tensors
-        found_C2F = grads[0].new_empty(gate_up_C2F.shape)
-        ctx.kernels.swiglu_backward(grads[0].contiguous(), *_halves(gate_up_C2F), _halves(found_C2F))
-        return found_C2F, None
-
-
-def _halves(both_C2F: Tensor) -> tuple[Tensor, Tensor]:
-    left, right = both_C2F.chunk(2, dim=-1)
-    return left, right
+def _gate_and_up(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return tensors if len(tensors) == 2 else tensors[0].chunk(2, dim=-1)
 
 
 class TorchKernels(MoEKernels):
-    """What the kernels compute, in PyTorch."""
+    """PyTorch operations, each rounded to the dtype of its input."""
 
-    def spread(
-        self, x_TD: Tensor, places: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        rows_CD = x_TD.index_select(0, places.source_C // places.place_TK.shape[1])
+    def swiglu(self, gate_CF: Tensor, up_CF: Tensor) -> Tensor:
+        return F.silu(gate_CF) * up_CF
+
+    def swiglu_halves(self, gate_up_C2F: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # a compiler joins the gradients by itself
+            return self.swiglu(*_gate_and_up([gate_up_C2F]))
+        return super().swiglu_halves(gate_up_C2F)
+
+    def spread(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None) -> MovedRows:
+        rows_CD = x_TD.index_select(0, slots.source_C // slots.top_k if slots.top_k > 1 else slots.source_C)
         if weights_TK is not None:
-            weights_C1 = weights_TK.flatten().index_select(0, places.source_C)[:, None]
-            rows_CD = (rows_CD.to(at_least_float32(x_TD.dtype)) * weights_C1).to(x_TD.dtype)
-        if places.is_padding_C1 is not None:
-            rows_CD = rows_CD.masked_fill_(places.is_padding_C1, 0)
-        return rows_CD, None if y_CD is None else _products(x_TD, _rows_of_tokens(y_CD, places), weights_TK)
+            rows_CD.mul_(weights_TK.to(x_TD.dtype).flatten().index_select(0, slots.source_C)[:, None])
+        if slots.is_padding_C1 is not None:
+            rows_CD.masked_fill_(slots.is_padding_C1, 0)
+        if y_CD is None or weights_TK is None:
+            return rows_CD, None
+        return rows_CD, _dot_products(x_TD, _rows_of_tokens(y_CD, slots), weights_TK)
 
-    def collect(
-        self, y_CD: Tensor, places: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        rows_TKD = _rows_of_tokens(y_CD, places)
-        weighted_TKD = rows_TKD if weights_TK is None else rows_TKD * weights_TK[..., None]
-        return weighted_TKD.sum(1).to(y_CD.dtype), None if x_TD is None else _products(x_TD, rows_TKD, weights_TK)
+    def collect(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None) -> MovedRows:
+        rows_TKD = _rows_of_tokens(y_CD, slots)
+        products_TK = None
+        if weights_TK is not None:
+            products_TK = None if x_TD is None else _dot_products(x_TD, rows_TKD, weights_TK)
+            rows_TKD.mul_(weights_TK.to(y_CD.dtype)[..., None])
+        return rows_TKD.squeeze(1) if slots.top_k == 1 else rows_TKD.sum(1), products_TK
 
-    def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> Tensor:
-        wide = at_least_float32(gate_CF.dtype)
-        return (F.silu(gate_CF.to(wide)) * up_CF.to(wide)).to(gate_CF.dtype)
+    def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> tuple[Tensor, Tensor | None]:
+        silu_CF = F.silu(gate_CF)
+        return silu_CF * up_CF, silu_CF
 
-    def swiglu_backward(self, grad_CF: Tensor, gate_CF: Tensor, up_CF: Tensor, into: tuple[Tensor, Tensor]) -> None:
-        grad_CF, gate_CF, up_CF = (widened(x) for x in (grad_CF, gate_CF, up_CF))
-        sigmoid_CF = gate_CF.sigmoid()
-        into[0].copy_(grad_CF * up_CF * sigmoid_CF * (1 + gate_CF * (1 - sigmoid_CF)))
-        into[1].copy_(grad_CF * gate_CF * sigmoid_CF)
-
-
-def _rows_of_tokens(y_CD: Tensor, places: SortedSlots) -> Tensor:
-    """[T, K, D], in at least float32."""
-    rows_SD = y_CD.index_select(0, places.place_TK.flatten())
-    return rows_SD.view(*places.place_TK.shape, y_CD.shape[1]).to(at_least_float32(y_CD.dtype))
+    def swiglu_backward(self, grad_CF: Tensor, saved: Sequence[Tensor | None], into: Sequence[Tensor]) -> None:
+        silu_CF, gate_CF, up_CF = saved
+        to_gate, to_up = into
+        assert silu_CF is not None and up_CF is not None
+        torch.mul(grad_CF, silu_CF, out=to_up)
+        torch.mul(grad_CF, up_CF, out=to_gate)
+        torch.ops.aten.silu_backward.grad_input(to_gate, gate_CF, grad_input=to_gate)
 
 
-def _products(x_TD: Tensor, rows_TKD: Tensor, weights_TK: Tensor | None) -> Tensor:
+def _rows_of_tokens(y_CD: Tensor, slots: SortedSlots) -> Tensor:
+    """The rows of each token [T, K, D]."""
+    return y_CD.index_select(0, slots.place_TK.flatten()).view(*slots.place_TK.shape, y_CD.shape[1])
+
+
+def _dot_products(x_TD: Tensor, rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """<token, row> of each slot [T, K]."""
-    assert weights_TK is not None
-    return (x_TD[:, None].to(rows_TKD.dtype) * rows_TKD).sum(-1).to(weights_TK.dtype)
+    return (x_TD[:, None] * rows_TKD).sum(-1).to(weights_TK.dtype)
 
 
 class TritonKernels(MoEKernels):
-    """The same by Triton, on a GPU or, where TRITON_INTERPRET=1 was set before Triton was first imported, step by step
-    on a CPU.
-    """
+    """Triton kernels, for GPUs. They run on a CPU if TRITON_INTERPRET=1 was set before Triton was first imported."""
 
-    def spread(
-        self, x_TD: Tensor, places: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        rows_CD = x_TD.new_empty(len(places.source_C), x_TD.shape[1])
+    def spread(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None) -> MovedRows:
+        rows_CD = x_TD.new_empty(len(slots.source_C), x_TD.shape[1])
         found_TK = None if y_CD is None or weights_TK is None else torch.empty_like(weights_TK)
-        is_padding_C1 = None if places.is_padding_C1 is None else places.is_padding_C1.view(torch.uint8)
-        given = [_dense(t) for t in (x_TD, y_CD, weights_TK, places.source_C, is_padding_C1)]
-        sizes = {"K": places.place_TK.shape[1], **_sizes(x_TD)}
+        is_padding_C1 = None if slots.is_padding_C1 is None else slots.is_padding_C1.view(torch.uint8)
+        given = [_dense(t) for t in (x_TD, y_CD, weights_TK, slots.source_C, is_padding_C1)]
+        sizes = {"K": slots.top_k, **_sizes(x_TD)}
         if rows_CD.numel():
-            _spread_kernel()[(len(rows_CD),)](*given, rows_CD, found_TK, WIDTH=x_TD.shape[1], **sizes)
+            _permute_kernels()[0][(len(rows_CD),)](*given, rows_CD, found_TK, WIDTH=x_TD.shape[1], **sizes)
         return rows_CD, found_TK
 
-    def collect(
-        self, y_CD: Tensor, places: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        (tokens, top_k), width = places.place_TK.shape, y_CD.shape[1]
+    def collect(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None) -> MovedRows:
+        (tokens, top_k), width = slots.place_TK.shape, y_CD.shape[1]
         tokens_TD = y_CD.new_empty(tokens, width)
         found_TK = None if x_TD is None or weights_TK is None else torch.empty_like(weights_TK)
-        given = [_dense(t) for t in (y_CD, x_TD, weights_TK, places.place_TK)]
+        given = [_dense(t) for t in (y_CD, x_TD, weights_TK, slots.place_TK)]
         if tokens_TD.numel():
             sizes = {"K": top_k, "SLOTS": _power_of_two(top_k), **_sizes(y_CD)}
-            _collect_kernel()[(tokens,)](*given, tokens_TD, found_TK, WIDTH=width, **sizes)
+            _permute_kernels()[1][(tokens,)](*given, tokens_TD, found_TK, WIDTH=width, **sizes)
         return tokens_TD, found_TK
 
-    def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> Tensor:
+    def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> tuple[Tensor, Tensor | None]:
         out_CF = torch.empty_like(gate_CF, memory_format=torch.contiguous_format)
-        _by_element(_swiglu_kernel, gate_CF, up_CF, out_CF)
-        return out_CF
+        _launch_by_element(_swiglu_kernels()[0], gate_CF, up_CF, out_CF)
+        return out_CF, None
 
-    def swiglu_backward(self, grad_CF: Tensor, gate_CF: Tensor, up_CF: Tensor, into: tuple[Tensor, Tensor]) -> None:
-        _by_element(_swiglu_backward_kernel, grad_CF, gate_CF, up_CF, *into)
+    def swiglu_backward(self, grad_CF: Tensor, saved: Sequence[Tensor | None], into: Sequence[Tensor]) -> None:
+        _launch_by_element(_swiglu_kernels()[1], grad_CF, *(x for x in saved if x is not None), *into)
 
 
-def made(kind: KernelKind) -> MoEKernels | None:
-    """What does these steps; None: plain code where they are needed, which autograd goes through (`model.moe`)."""
-    return TritonKernels() if kind is KernelKind.triton else None
+def kernels_for(kind: KernelKind) -> MoEKernels:
+    match kind:
+        case KernelKind.torch:
+            return TorchKernels()
+        case KernelKind.triton:
+            return TritonKernels()
+        case _:
+            assert_never(kind)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -236,12 +228,12 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest that is not below `size`; tiles must have such sides."""
+    """The smallest power of two >= `size`; Triton's tiles need such sides."""
     return 1 << (size - 1).bit_length()
 
 
 def _sizes(x: Tensor) -> dict[str, Any]:
-    """How much of a row is in hand at a time, and by how many warps. 8 elements per thread: 16 bytes of bfloat16."""
+    """Block of a row per program and its number of warps: 8 elements per thread, 16 bytes of bfloat16."""
     import triton.language as tl
 
     block = min(_power_of_two(x.shape[-1]), 1024)
@@ -249,23 +241,24 @@ def _sizes(x: Tensor) -> dict[str, Any]:
     return {"BLOCK": block, "WIDE": wide, "num_warps": max(block // 256, 1)}
 
 
-def _by_element(kernel: Any, *tensors: Tensor) -> None:
-    """Launch over tensors [C, F] of equal shape, whose rows may lie apart."""
+def _launch_by_element(kernel: Any, *tensors: Tensor) -> None:
+    """Launch over tensors [C, F] of equal shape; rows may be strided."""
     assert all(x.stride(-1) == 1 for x in tensors), "rows must be dense"
     rows, width = tensors[0].shape
     sizes = _sizes(tensors[0])
     if rows and width:
         grid = (rows, -(-width // sizes["BLOCK"]))
-        kernel()[grid](*tensors, *(x.stride(0) for x in tensors), width, **sizes)
+        kernel[grid](*tensors, *(x.stride(0) for x in tensors), width, **sizes)
 
 
-# Triton is imported where a kernel is first asked for: a machine without a GPU needs none. A kernel's name for a
-# pointer is that of the tensor; an argument that is None, and what depends on it, is not in the compiled kernel. Widths
-# are compiled in: a model has few, and the interpreter of Triton 3.6 cannot count up to a number that is not.
+# Triton is imported at the first use of a kernel, so a machine without a GPU does not need it. Pointers carry the names
+# of their tensors. An argument that is None, and the code that depends on it, is compiled out. Widths are compile-time
+# constants: a model has few, and the interpreter of Triton 3.6 cannot loop up to a run-time number.
 
 
 @cache
-def _spread_kernel() -> Any:
+def _permute_kernels() -> tuple[Any, Any]:
+    """`spread` and `collect`."""
     import triton
     import triton.language as tl
 
@@ -293,14 +286,6 @@ def _spread_kernel() -> Any:
         if y is not None:
             tl.store(found + slot, tl.sum(product, 0), mask=real)
 
-    return spread
-
-
-@cache
-def _collect_kernel() -> Any:
-    import triton
-    import triton.language as tl
-
     @triton.jit
     def collect(  # type: ignore[no-untyped-def]
         y, x, weights, place, tokens, found,
@@ -327,46 +312,39 @@ def _collect_kernel() -> Any:
         if x is not None:
             tl.store(found + token * K + slots, products, mask=slots < K)
 
-    return collect
+    return spread, collect
 
 
 @cache
-def _swiglu_kernel() -> Any:
+def _swiglu_kernels() -> tuple[Any, Any]:
+    """The forward and the backward pass."""
     import triton
     import triton.language as tl
 
     @triton.jit
     def swiglu(  # type: ignore[no-untyped-def]
-        gate, up, out, gate_apart, up_apart, out_apart, width, BLOCK: tl.constexpr, WIDE: tl.constexpr
+        gate, up, out, gate_stride, up_stride, out_stride, width, BLOCK: tl.constexpr, WIDE: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         here = columns < width
-        g = tl.load(gate + row * gate_apart + columns, mask=here, other=0).to(WIDE)
-        u = tl.load(up + row * up_apart + columns, mask=here, other=0).to(WIDE)
-        tl.store(out + row * out_apart + columns, g / (1 + tl.exp(-g)) * u, mask=here)
-
-    return swiglu
-
-
-@cache
-def _swiglu_backward_kernel() -> Any:
-    import triton
-    import triton.language as tl
+        g = tl.load(gate + row * gate_stride + columns, mask=here, other=0).to(WIDE)
+        u = tl.load(up + row * up_stride + columns, mask=here, other=0).to(WIDE)
+        tl.store(out + row * out_stride + columns, g / (1 + tl.exp(-g)) * u, mask=here)
 
     @triton.jit
     def swiglu_backward(  # type: ignore[no-untyped-def]
-        grad, gate, up, to_gate, to_up, grad_apart, gate_apart, up_apart, to_gate_apart, to_up_apart, width,
+        grad, gate, up, to_gate, to_up, grad_stride, gate_stride, up_stride, to_gate_stride, to_up_stride, width,
         BLOCK: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         here = columns < width
-        d = tl.load(grad + row * grad_apart + columns, mask=here, other=0).to(WIDE)
-        g = tl.load(gate + row * gate_apart + columns, mask=here, other=0).to(WIDE)
-        u = tl.load(up + row * up_apart + columns, mask=here, other=0).to(WIDE)
+        d = tl.load(grad + row * grad_stride + columns, mask=here, other=0).to(WIDE)
+        g = tl.load(gate + row * gate_stride + columns, mask=here, other=0).to(WIDE)
+        u = tl.load(up + row * up_stride + columns, mask=here, other=0).to(WIDE)
         sigmoid = 1 / (1 + tl.exp(-g))
-        tl.store(to_gate + row * to_gate_apart + columns, d * u * sigmoid * (1 + g * (1 - sigmoid)), mask=here)
-        tl.store(to_up + row * to_up_apart + columns, d * g * sigmoid, mask=here)
+        tl.store(to_gate + row * to_gate_stride + columns, d * u * sigmoid * (1 + g * (1 - sigmoid)), mask=here)
+        tl.store(to_up + row * to_up_stride + columns, d * g * sigmoid, mask=here)
 
-    return swiglu_backward
+    return swiglu, swiglu_backward

@@ -1,31 +1,41 @@
-"""Keeping the experts' loads even, without leaving a value in any module's return.
+"""Load balancing of experts: auxiliary loss, router z-loss, selection biases and the loads that they need.
 
-The auxiliary loss and the router z-loss enter by gradient injection: the router's logits pass through a function whose
-forward changes nothing and whose backward adds the terms' gradients and counts the loads. A backward pass runs once per
-micro-batch whatever is recomputed, so everything is counted once.
+The two losses enter by gradient injection: the router's logits pass through a function whose forward changes nothing
+and whose backward adds the losses' gradients and counts the loads. A backward pass runs once per micro-batch, so
+recomputed layers count once.
 
-Shapes: B batch, T sequence, E experts, K experts per token. Every term is a sum over tokens divided by the global
-number of tokens of the optimizer step, which is known before the backward pass.
+Shapes: B batch, T sequence, E experts, K experts per token, L MoE layers. Every term is a sum over tokens divided by
+the global number of tokens of the optimizer step, which is known before the backward pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import AuxScope, BalanceConfig, Score
+from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, Score
+from model.router_scores import aux_loss, log_probabilities
+
+
+class RouterSums(NamedTuple):
+    """Figures that each router sums over the tokens of a step, divided by their number: unscaled losses, and the
+    entropy of the normalised scores divided by its maximum ln E.
+    """
+
+    aux: Tensor
+    z: Tensor
+    entropy: Tensor
 
 
 class RouterBalance(nn.Module):
-    """One router's balancing state.
+    """Balancing state of one router.
 
-    Persistent, since a resumed run must go on exactly: the selection `bias_E` and last step's global `load_E` (mean 1).
-    Not persistent: what this step has counted so far, reset by `step`.
+    Persistent, for exact resumption: the selection `bias_E` and the global `load_E` of the last step (mean 1). Not
+    persistent: the counts and `RouterSums` of this step, which `step` resets.
     """
 
     bias_E: Tensor
@@ -36,32 +46,32 @@ class RouterBalance(nn.Module):
     def __init__(self, experts: int, score: Score, config: BalanceConfig) -> None:
         super().__init__()
         self.config, self.score = config, score
-        self.whole_rows: Callable[[Tensor], None] = lambda counts_BE: None
-        """Sums a row's counts in place over the ranks that hold parts of the same row."""
+        self.sum_over_sequence: Callable[[Tensor], None] = lambda counts_BE: None
+        """Sums a sequence's counts in place over the ranks that hold its shards."""
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.ones(experts))
         self.register_buffer("counts_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64), persistent=False)  # aux, z, entropy
+        self.register_buffer("sums", torch.zeros(len(RouterSums._fields), dtype=torch.float64), persistent=False)
 
     def reset(self) -> None:
-        """Give the buffers their first values; `to_empty` leaves them undefined."""
+        """Set the initial values; `to_empty` leaves the buffers undefined."""
         for buffer in (self.bias_E, self.counts_E, self.sums):
             buffer.zero_()
         self.load_E.fill_(1)
 
     def forward(self, logits_BTE: Tensor, experts_BTK: Tensor, routed_tokens: Tensor | float | None) -> Tensor:
-        """The logits unchanged; their gradient gains the balancing terms' and the loads are counted in backward."""
+        """Return the logits unchanged. Their backward adds the losses' gradients and counts the loads."""
         if not (torch.is_grad_enabled() and logits_BTE.requires_grad):
             return logits_BTE
         if routed_tokens is None:
             if self.config.aux or self.config.z:
-                raise ValueError("balancing terms need SequenceContext.routed_tokens, the step's global token count")
+                raise ValueError("balancing losses need ForwardContext.routed_tokens, the step's global token count")
             routed_tokens = float(logits_BTE.shape[0] * logits_BTE.shape[1])
-        return _Inject.apply(logits_BTE, experts_BTK, self, routed_tokens)
+        return _InjectGradient.apply(logits_BTE, experts_BTK, self, routed_tokens)
 
     @torch.no_grad()
     def step(self, counts_E: Tensor) -> None:
-        """Take the step's global counts: freeze them for the next step and move the selection bias."""
+        """Update load and selection bias from the step's global counts; reset this step's counts."""
         mean = counts_E.double().mean().clamp_min(1)
         self.load_E.copy_(counts_E.double() / mean)
         if self.config.bias_rate:
@@ -71,7 +81,7 @@ class RouterBalance(nn.Module):
         self.sums.zero_()
 
 
-class _Inject(torch.autograd.Function):
+class _InjectGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, experts: Tensor, balance: RouterBalance, routed_tokens: Tensor | float
@@ -94,50 +104,77 @@ class _Inject(torch.autograd.Function):
             grad_BTE = grad_BTE + log_p_BTE.exp() * (2 * balance.config.z / divisor * lse_BT)[..., None]
         if balance.config.aux:
             if balance.config.aux_scope is not AuxScope.whole:
-                balance.whole_rows(counts_BE)
+                balance.sum_over_sequence(counts_BE)
             load_BE = _load(counts_BE, balance)
-            aux, gradient_BTE = _aux(logits_BTE, load_BE.to(logits_BTE.dtype), balance.score)
+            aux, gradient_BTE = aux_loss(balance.score, logits_BTE, load_BE.to(logits_BTE.dtype))
             grad_BTE = grad_BTE + gradient_BTE * (balance.config.aux / divisor)
-        z, entropy = _dot(lse_BT, lse_BT), _entropy(logits_BTE, log_p_BTE, balance.score)
-        balance.sums += torch.stack((torch.zeros_like(z) if aux is None else aux, z, entropy)) / divisor
+        z = _dot(lse_BT, lse_BT)
+        log_p_BTE = log_probabilities(balance.score, logits_BTE, log_p_BTE)
+        entropy = _dot(log_p_BTE.exp(), log_p_BTE) * (-1 / math.log(logits_BTE.shape[-1]))
+        sums = RouterSums(aux=torch.zeros_like(z) if aux is None else aux, z=z, entropy=entropy)
+        balance.sums += torch.stack(sums) / divisor
         return grad_BTE, None, None, None
 
 
 def count(experts_BTK: Tensor, experts: int) -> Tensor:
-    """How often each row chose each expert: int64 [B, E]. Integer additions: the same in any order."""
+    """How often each sequence chose each expert: int64 [B, E]. Integer sums are the same in any order."""
     chosen = experts_BTK.flatten(1)
     return chosen.new_zeros(chosen.shape[0], experts).scatter_add_(1, chosen, torch.ones_like(chosen))
 
 
 def _load(counts_BE: Tensor, balance: RouterBalance) -> Tensor:
-    """Share of the tokens each expert got, times E (an even load is 1), over the configured scope: [B or 1, E]."""
+    """Each expert's fraction of the tokens times E (1 is even), over the configured scope: [B or 1, E]."""
     if balance.config.aux_scope is AuxScope.whole:
         return balance.load_E[None]
     counts = counts_BE if balance.config.aux_scope is AuxScope.sequence else counts_BE.sum(0, keepdim=True)
     return counts.double() * counts.shape[1] / counts.sum(1, keepdim=True)
 
 
-def _entropy(logits_BTE: Tensor, log_p_BTE: Tensor, score: Score) -> Tensor:
-    """Sum over tokens of the entropy of the normalised scores, over its maximum ln E: how undecided the router is."""
-    log_p = log_p_BTE if score is Score.softmax else F.logsigmoid(logits_BTE).log_softmax(-1)
-    return _dot(log_p.exp(), log_p) * (-1 / math.log(logits_BTE.shape[-1]))
-
-
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten(), b.flatten())
 
 
-def _aux(logits_BTE: Tensor, load_BE: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of sum_e load_e p_e, with p the scores normalised to 1, and its gradient by the logits.
+class RoutedModel(Protocol):
+    """A decoder, or a pipeline stage of one. `layers` are named by their index in the whole model."""
 
-    Softmax: dp_e/dz = p_e (1[e=j] - p_j). Sigmoid s: p = s / sum(s) (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
+    config: ModelConfig
+    layers: nn.ModuleDict
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class Balancer:
+    """Updates all routers of a model once per optimizer step.
+
+    `reduce` sums a tensor in place over all ranks (identity for one process). A rank may hold only some of the layers:
+    it contributes zeros for the others.
     """
-    load_B1E = load_BE[:, None]
-    if score is Score.softmax:
-        p = logits_BTE.softmax(-1)
-        mean = (p * load_B1E).sum(-1, keepdim=True)
-        return mean.sum(), p * (load_B1E - mean)
-    s = logits_BTE.sigmoid()
-    total = s.sum(-1, keepdim=True)
-    mean = (s * load_B1E).sum(-1, keepdim=True) / total
-    return mean.sum(), (load_B1E - mean) / total * s * (1 - s)
+
+    def __init__(self, model: RoutedModel, reduce: Callable[[Tensor], None] = lambda counts: None) -> None:
+        moe = [i for i, layer in enumerate(model.config.blocks) if layer.feed_forward is FeedForward.moe]
+        index = {str(layer): i for i, layer in enumerate(moe)}
+        self.routers = {
+            index[name]: next(module for module in layer.modules() if isinstance(module, RouterBalance))
+            for name, layer in model.layers.items()
+            if name in index
+        }
+        self.shape, self.reduce = (len(moe), model.config.num_experts), reduce
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def step(self) -> dict[str, Tensor]:
+        """Reduce the counts, update the selection biases and return this step's figures, still on the device:
+        `counts` int64 [L, E] and each of `RouterSums` [L].
+        """
+        layers, experts = self.shape
+        if not layers:
+            return {}
+        counts = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)
+        sums = torch.zeros(layers, len(RouterSums._fields), dtype=torch.float64, device=self.device)
+        for layer, balance in self.routers.items():
+            counts[layer], sums[layer] = balance.counts_E, balance.sums
+        self.reduce(counts)
+        self.reduce(sums)
+        for layer, balance in self.routers.items():
+            balance.step(counts[layer])
+        return {"counts": counts, **dict(zip(RouterSums._fields, sums.unbind(1), strict=True))}

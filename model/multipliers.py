@@ -1,4 +1,4 @@
-"""A model with constant factors in its forward pass, as the same network without them: folded into its weights."""
+"""Fold the constant factors of a model's forward pass into its weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from model.roles import ParameterInfo, Role
 from model.tensor_source import TensorSource, parameter_infos
 
 
-def folded(source: TensorSource) -> TensorSource:
-    """`source` itself where all factors are 1. Raises `ConfigError` where a factor has no weight to go into."""
+def fold_multipliers(source: TensorSource) -> TensorSource:
+    """`source` without factors. Raises `ConfigError` if no weight can absorb a factor."""
     return source if source.config.multipliers == MultipliersConfig() else FoldedMultipliers(source)
 
 
 class FoldedMultipliers:
-    """`source`'s tensors times what the forward pass would have multiplied them by.
+    """The tensors of `source`, multiplied by the factors.
 
-    The residual factor goes into the matrices that write to the residual stream, that of the logits into the final
-    norm's gain (so that a tied table stays what it is), that of attention into query norms or query matrices.
+    The matrices that write to the residual stream absorb `residual` and `gates`, the gain of the final norm `logits` (a
+    tied embedding stays unchanged), query norms or query matrices `attention`.
     """
 
     def __init__(self, source: TensorSource) -> None:
@@ -48,15 +48,11 @@ def _factor(info: ParameterInfo, model: ModelConfig) -> float:
         return factors.logits
     if factors.attention == 1:
         return 1.0
-    norm = _qk_norm(info.name, model)
+    parts = info.name.split(".")
+    norm = model.blocks[int(parts[1])].qk_norm if parts[0] == "layers" else None
     if info.role is Role.query and norm is QKNorm.weightless:
-        reason = "has no weight to go into where queries are normalised without a gain (qk_norm: weightless)"
+        reason = "cannot be folded: queries are normalised without a gain (qk_norm: weightless)"
         raise ConfigError("model.multipliers.attention", factors.attention, reason, [1.0])
     if info.role is Role.qk_norm and ".query_norm." in info.name:
         return factors.attention
     return factors.attention if info.role is Role.query and norm is QKNorm.none else 1.0
-
-
-def _qk_norm(name: str, model: ModelConfig) -> QKNorm | None:
-    parts = name.split(".")
-    return model.blocks[int(parts[1])].qk_norm if parts[0] == "layers" else None

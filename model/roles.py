@@ -1,6 +1,6 @@
-"""What each parameter is. MetaP, precision, weight decay and sharding ask the role, never the name.
+"""Roles of parameters. MetaP, precision, weight decay and sharding depend on the role, never on the name.
 
-Roles live in a registry keyed by name: attributes on a Parameter are lost by `fully_shard`, `deepcopy` and `to_empty`.
+A registry by name holds them: `fully_shard`, `deepcopy` and `to_empty` lose attributes of a Parameter.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Role(Enum):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it maps hidden states to hidden states: its last two dimensions are a matrix [out, in], those before
-        count matrices. The embedding is a table, the head and the router give scores, gains are vectors.
+        """Whether its last two dimensions are a matrix [out, in] between hidden states, stacked along the others.
+        False for embedding, head, router and norms.
         """
         return not self.is_norm and self not in (Role.embedding, Role.head, Role.router)
 
     @property
     def products(self) -> Products | None:
-        """Which group of matrix products it takes part in; None: norms take part in none."""
+        """Its group of matrix products; None for norms."""
         return _PRODUCTS.get(self)
 
     @property
@@ -74,7 +74,7 @@ _PRODUCTS = {
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One parameter as the whole model knows it: its role and its global shape, whatever part of it a rank stores."""
+    """Role and global shape of a parameter, independent of the shard that a rank stores."""
 
     name: str
     role: Role
@@ -88,8 +88,8 @@ class ParameterInfo:
 def registry(model: nn.Module) -> dict[str, ParameterInfo]:
     """Every parameter of an unwrapped model by name, in the model's order.
 
-    A module that owns parameters says their roles in `roles`, local parameter name -> Role; a parameter without a role
-    is an error, since nothing would know how to initialise, decay or scale it.
+    Modules declare their parameters in `roles`, local parameter name -> Role. Raises `TypeError` for a parameter
+    without a role: it could not be initialised, decayed or scaled.
     """
     found: dict[str, ParameterInfo] = {}
     for prefix, module in model.named_modules():

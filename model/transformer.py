@@ -1,6 +1,6 @@
-"""The decoder: embedding, layers of attention and feed-forward with pre-normalisation, final norm, head.
+"""Pre-norm decoder: embedding, layers of attention and feed-forward, final norm, head.
 
-Shapes: B batch, T sequence, D model width, V vocabulary.
+Shapes: B batch, T sequence, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,42 +9,42 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.layer import Attention
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.config import FeedForward, LayerConfig, ModelConfig
 from model.layers import Embedding, GatedMLP, Linear, RMSNorm, TiedHead
 from model.moe import MixtureOfExperts
 from model.roles import Role
-from precision.resolve import LayerProducts, Precision
+from precision.resolve import LayerGemms, Precision
 
 
 class Layer(nn.Module):
-    """h = x + attention(norm(x)); h + ffn(norm(h)); what is added may have a constant factor."""
+    """h = x + m * attention(norm(x)); h + m * ffn(norm(h)), with m = `multipliers.residual`."""
 
-    def __init__(self, model: ModelConfig, layer: LayerConfig, products: LayerProducts) -> None:
+    def __init__(self, model: ModelConfig, layer: LayerConfig, gemms: LayerGemms) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
-        self.attention = Attention(model, layer, products)
+        self.attention = Attention(model, layer, gemms)
         self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
         self.is_moe = layer.feed_forward is FeedForward.moe
         self.multiplier = model.multipliers.residual
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
         self.ffn = (
-            MixtureOfExperts(model, products)
+            MixtureOfExperts(model, gemms)
             if self.is_moe
-            else GatedMLP(model.hidden_size, model.dense_hidden_size, roles, products)
+            else GatedMLP(model.hidden_size, model.dense_hidden_size, roles, gemms)
         )
 
-    def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         h_BTD = x_BTD.add(self.attention(self.attention_norm(x_BTD), context), alpha=self.multiplier)
         z_BTD = self.ffn_norm(h_BTD)
         return h_BTD.add(self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD), alpha=self.multiplier)
 
 
 class Stack(nn.Module):
-    """Consecutive layers of a decoder, with what belongs to its ends where this run of layers reaches them.
+    """Consecutive layers of a decoder, with the embedding or the head if they include its first or last layer.
 
-    Without an embedding it takes hidden states [B, T, D] instead of token ids; without a head it returns them. Layers
-    keep the numbers, and so the names, that they have in the whole model.
+    Without an embedding the input is hidden states [B, T, D] instead of token ids; without a head so is the output.
+    Layers keep their index in the whole model, and with it their parameter names.
     """
 
     def __init__(
@@ -60,13 +60,11 @@ class Stack(nn.Module):
         self.final_norm = final_norm
         self.head = head
 
-    def forward(self, x: Tensor, context: SequenceContext | None = None) -> Tensor:
-        """Token ids [B, T] to logits [B, T, V]; either may be hidden states. Without a context each row is one
-        document from position 0.
-        """
+    def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """Token ids [B, T] to logits [B, T, V]. Without a context each sequence is one document."""
         if context is None:
             positions_BT = torch.arange(x.shape[1]).expand(x.shape[:2])
-            context = SequenceContext(positions_BT, x.device)
+            context = ForwardContext(positions_BT, x.device)
         x_BTD = x if self.embedding is None else self.embedding(x)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, context)
@@ -76,7 +74,7 @@ class Stack(nn.Module):
 
 
 class Transformer(Stack):
-    """Token ids [B, T] to logits [B, T, V]. Built without initial weights: see `model.init`."""
+    """Token ids [B, T] to logits [B, T, V]. Weights are uninitialised: see `model.init`."""
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         embedding = Embedding(config.vocab_size, config.hidden_size, precision.compute_dtype)
@@ -92,8 +90,10 @@ class Transformer(Stack):
         self.config = config
         self.compute_dtype = precision.compute_dtype
 
-    def see_positions(self, config: ModelConfig) -> None:
-        """From now on turn and scale queries and keys as `config` says, a model of the same parameters."""
+    def set_rope_config(self, config: ModelConfig) -> None:
+        """Take the rotary and temperature settings from `config`, which must have the same parameters."""
+        if config == self.config:
+            return
         self.config = config
         for layer in self.layers.values():
             assert isinstance(layer, Layer)

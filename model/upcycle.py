@@ -1,4 +1,4 @@
-"""A dense checkpoint seen as a mixture of experts: the same network at first where `keeps_the_function` says so."""
+"""Sparse upcycling: read a dense checkpoint as a mixture-of-experts model. See `UpcycleMethod`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from model.tensor_source import TensorSource, parameter_shapes
 
 
 class Upcycled:
-    """`dense`'s tensors under the names and shapes of `config`, a mixture of experts.
+    """The tensors of `dense` under the names and shapes of `config`, a mixture-of-experts model.
 
-    New routers are drawn as in a fresh model. Raises `ConfigError` where the widths do not fit the method.
+    Routers are initialised as in a new model. Raises `ConfigError` if the sizes do not fit the method.
     """
 
     def __init__(self, dense: TensorSource, config: ModelConfig, seed: int) -> None:
@@ -29,7 +29,9 @@ class Upcycled:
         self.shapes = parameter_shapes(config)
         for name in self.shapes.keys() & dense.shapes.keys():
             if self.shapes[name] != dense.shapes[name]:
-                reason = f"{name} is {list(dense.shapes[name])} there and {list(self.shapes[name])} here"
+                reason = (
+                    f"has {name} of shape {list(dense.shapes[name])}, but the model needs {list(self.shapes[name])}"
+                )
                 raise ConfigError("init_from", config.init_from, reason)
         kind = dense.dtypes["embedding.weight"]
         self.dtypes = dict.fromkeys(self.shapes, kind)
@@ -58,7 +60,7 @@ class Upcycled:
         """A block of one expert's gate or up matrix."""
         expert, _, row, column = offset
         if self.config.shared_hidden_size and self.config.expert_hidden_size != self.dense.config.dense_hidden_size:
-            return self._drawn(name, Role.expert_gate_up, offset, (1, 1, *shape), self.config)[0, 0]
+            return self._random(name, Role.expert_gate_up, offset, (1, 1, *shape), self.config)[0, 0]
         if self.how.method is UpcycleMethod.split:
             row += (expert % self.slices) * self.config.expert_hidden_size
         matrix = self.dense.read(dense, (row, column), shape)
@@ -76,34 +78,34 @@ class Upcycled:
         return self._noisy(name, matrix, (expert, *offset[1:]), (1, *shape[1:]))
 
     def _noisy(self, name: str, matrix: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """`matrix`, which is this block of `name`, as the method leaves it."""
+        """`matrix`, a block of `name`, plus noise under the method `noise`."""
         if self.how.method is not UpcycleMethod.noise:
             return matrix
-        spread = replace(self.config, init=InitConfig(std=self.how.noise_std))
-        noise = self._drawn(name, Role.expert_gate_up, offset, shape, spread, "noise of ")
+        noisy = replace(self.config, init=InitConfig(std=self.how.noise_std))
+        noise = self._random(name, Role.expert_gate_up, offset, shape, noisy, "noise of ")
         return (matrix + noise.view_as(matrix)).to(matrix.dtype)
 
     def _router(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """One row per expert; where experts are slices, all slices of a set have the same row and tie."""
+        """One row per expert. If experts are slices, the slices of a set share a row and tie."""
         if self.how.method is not UpcycleMethod.split or self.config.shared_hidden_size:
-            return self._drawn(name, Role.router, offset, shape, self.config)
+            return self._random(name, Role.router, offset, shape, self.config)
         rows = [(offset[0] + row) // self.slices for row in range(shape[0])]
-        sets = self._drawn(name, Role.router, [rows[0], offset[1]], [rows[-1] - rows[0] + 1, shape[1]], self.config)
+        sets = self._random(name, Role.router, [rows[0], offset[1]], [rows[-1] - rows[0] + 1, shape[1]], self.config)
         return sets[[row - rows[0] for row in rows]]
 
-    def _drawn(
+    def _random(
         self, name: str, role: Role, offset: Sequence[int], shape: Sequence[int], config: ModelConfig, key: str = ""
     ) -> Tensor:
-        """This block of random values, as a fresh model would begin with them."""
+        """A block of random values, as in a new model."""
         info = ParameterInfo(key + name, role, torch.Size(self.shapes[name]))
         return initial_slice(info, config, self.seed, offset, shape, torch.device("cpu")).to(self.dtypes[name])
 
 
 def keeps_the_function(config: ModelConfig) -> bool:
-    """Whether the upcycled model computes exactly what the dense one does, up to rounding.
+    """Whether the upcycled model computes the same function as the dense one, up to rounding.
 
-    With a shared expert the routed ones add nothing yet. Without one the weights of a token's experts must sum to one
-    and scale outputs.
+    With a shared expert the routed experts add nothing at first. Without one the weights of a token's experts must sum
+    to one and scale outputs.
     """
     assert config.upcycle is not None
     if config.shared_hidden_size:
@@ -117,24 +119,22 @@ def keeps_the_function(config: ModelConfig) -> bool:
 
 def _check(dense: ModelConfig, config: ModelConfig, method: UpcycleMethod) -> None:
     if any(layer.feed_forward is FeedForward.moe for layer in dense.blocks):
-        raise ConfigError("upcycle", None, "init_from is a mixture of experts already; remove upcycle")
+        raise ConfigError("upcycle", None, "init_from is a mixture-of-experts model already; remove upcycle")
     experts, width = config.expert_hidden_size, dense.dense_hidden_size
     if config.shared_hidden_size:
         if config.shared_hidden_size != width:
-            reason = f"the shared expert takes the dense layer over, whose width is {width}"
+            reason = f"must be the dense hidden size, {width}: the shared expert is the dense layer"
             raise ConfigError("shared_expert_hidden_size", config.shared_hidden_size, reason, [width])
         if method is UpcycleMethod.split:
-            raise ConfigError(
-                "upcycle.method", method, "has no shared expert; set shared_expert_hidden_size=0", ["copy"]
-            )
+            reason = "does not allow a shared expert; set shared_expert_hidden_size=0"
+            raise ConfigError("upcycle.method", method, reason, ["copy"])
     elif method is UpcycleMethod.split:
         slices = width // experts
         if width % experts or slices < 2:
-            raise ConfigError(
-                "expert_hidden_size", experts, f"must divide the dense width {width} into 2 slices or more"
-            )
-        for key, count in (("experts", config.num_experts), ("router.top_k", config.router.top_k)):
+            reason = f"must divide the dense hidden size {width} into 2 slices or more"
+            raise ConfigError("expert_hidden_size", experts, reason)
+        for key, count in (("num_experts", config.num_experts), ("router.top_k", config.router.top_k)):
             if count % slices:
                 raise ConfigError(key, count, f"must be a multiple of the {slices} slices", [slices])
     elif experts != width:
-        raise ConfigError("expert_hidden_size", experts, f"must be the dense width for {method.value}", [width])
+        raise ConfigError("expert_hidden_size", experts, f"must be the dense hidden size for {method.value}", [width])

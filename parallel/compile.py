@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from model.attention.layer import Attend, attend_here
+from model.attention.layer import Attend, local_attention
 from model.moe import MixtureOfExperts
 from model.transformer import Layer, Transformer
 
 
 def apply(model: Transformer) -> None:
     """Compile in place. Names of modules and parameters do not change. Contexts must be prepared before they are used:
-    see `SequenceContext.prepare`.
+    see `ForwardContext.prepare`.
     """
     attends: dict[int, Attend] = {}  # one object for all layers: several would cause recompilation
     for layer in model.layers.values():
@@ -26,6 +26,6 @@ def apply(model: Transformer) -> None:
             moe: Any = layer.ffn
             moe.forward = torch.compiler.disable(moe.forward)
         attend = layer.attention.attend
-        if attend is not attend_here:
+        if attend is not local_attention:
             layer.attention.attend = attends.setdefault(id(attend), torch.compiler.disable(attend))
         layer.compile()

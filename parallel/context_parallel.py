@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from model.attention.layer import attend
-from model.attention.plan import AttentionPlan, SequenceContext, on_grid
+from model.attention.plan import AttentionPlan, ForwardContext, on_grid
 from model.attention.segments import (
-    Documents,
-    Gradients,
-    Partial,
+    AttentionGradients,
+    DocumentBounds,
+    PartialAttention,
     Segment,
     SegmentRun,
-    attend_pieces,
-    documents,
-    pieces,
+    attend_segments,
+    document_bounds,
+    plan_segments,
 )
 from model.config import ModelConfig
 from model.transformer import Layer, Transformer
@@ -98,10 +98,10 @@ class ContextShard:
 
     def sequence_context(
         self, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
-    ) -> SequenceContext:
+    ) -> ForwardContext:
         """The context of this rank's layers, from the positions of whole sequences."""
         if self.axis.size == 1:
-            return SequenceContext(positions_BT, device, routed_tokens)
+            return ForwardContext(positions_BT, device, routed_tokens)
         return ShardedContext(self, positions_BT, device, routed_tokens)
 
 
@@ -118,7 +118,7 @@ class RingPlan(AttentionPlan):
     rounds: tuple[list[Segment], ...] = ()
 
 
-class ShardedContext(SequenceContext):
+class ShardedContext(ForwardContext):
     """The context of this rank's positions. What is exchanged is decided from whole sequences, which all ranks know."""
 
     def __init__(
@@ -130,7 +130,7 @@ class ShardedContext(SequenceContext):
     def _make_plan(self, chunk: int | None) -> AttentionPlan:
         shard = self.shard
         if chunk is None or chunk >= shard.length:
-            return self._full_plan(documents(self._whole_BT == 0))
+            return self._full_plan(document_bounds(self._whole_BT == 0))
         starts_BT, own = self._whole_BT % chunk == 0, shard.runs(shard.axis.rank)
         if bool((starts_BT == on_grid(shard.length, chunk)).all()):
             return AttentionPlan(block=chunk)
@@ -140,33 +140,33 @@ class ShardedContext(SequenceContext):
             for run in shard.with_halo(shard.axis.rank):
                 keys.append(SegmentRun(run.start - chunk, run.start, at))
                 at += chunk
-        return AttentionPlan(block=chunk, halo=halo, parts=pieces(documents(starts_BT), own, keys))
+        return AttentionPlan(block=chunk, halo=halo, segments=plan_segments(document_bounds(starts_BT), own, keys))
 
-    def _full_plan(self, rows: Documents) -> AttentionPlan:
+    def _full_plan(self, rows: DocumentBounds) -> AttentionPlan:
         shard, rank, size = self.shard, self.shard.axis.rank, self.shard.axis.size
         own, whole = shard.runs(rank), [SegmentRun(0, shard.length, 0)]
         match shard.method:
             case ContextMethod.ulysses:
-                return AttentionPlan(parts=pieces(rows, whole, whole))
+                return AttentionPlan(segments=plan_segments(rows, whole, whole))
             case ContextMethod.gather:
-                return AttentionPlan(parts=pieces(rows, own, whole))
+                return AttentionPlan(segments=plan_segments(rows, own, whole))
             case ContextMethod.ring:
                 turns = (shard.runs((rank - turn) % size) for turn in range(size))
-                return RingPlan(rounds=tuple(pieces(rows, own, keys) for keys in turns))
+                return RingPlan(rounds=tuple(plan_segments(rows, own, keys) for keys in turns))
 
 
-def attend_shard(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: SequenceContext, chunk: int | None) -> Tensor:
+def attend_shard(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: ForwardContext, chunk: int | None) -> Tensor:
     """Attend from this rank's queries. The methods differ in layers with full attention."""
     assert isinstance(context, ShardedContext), "needs the context of a `ContextShard`"
     plan, shard = context.plan(chunk), context.shard
     if plan.block is None:
         return _FULL[shard.method](q_BLHK, k_BLGK, v_BLGK, shard, plan)
-    if plan.parts is None:
+    if plan.segments is None:
         return attend(q_BLHK, k_BLGK, v_BLGK, plan)
     kv = torch.stack([k_BLGK, v_BLGK])
     if plan.halo:
         kv = torch.cat([kv, _halo(kv, plan.block, shard)], dim=2)
-    return attend_pieces(q_BLHK, kv[0], kv[1], plan.parts)
+    return attend_segments(q_BLHK, kv[0], kv[1], plan.segments)
 
 
 def _halo(kv_2BLGK: Tensor, chunk: int, shard: ContextShard) -> Tensor:
@@ -190,24 +190,24 @@ def _halo(kv_2BLGK: Tensor, chunk: int, shard: ContextShard) -> Tensor:
 
 def _gather(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan) -> Tensor:
     """Gather all keys and values. One all-gather, and a reduce-scatter in the backward pass."""
-    assert plan.parts is not None
+    assert plan.segments is not None
     gathered = all_gather(torch.stack([k_BLGK, v_BLGK]), shard.axis, 0, "keys and values")
     k_BTGK, v_BTGK = shard.unshard(gathered.unflatten(0, (shard.axis.size, 2)).unbind(0), 2)
-    return attend_pieces(q_BLHK, k_BTGK, v_BTGK, plan.parts)
+    return attend_segments(q_BLHK, k_BTGK, v_BTGK, plan.segments)
 
 
 def _ulysses(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan) -> Tensor:
     """Exchange positions for heads and back: two all-to-alls, and two in the backward pass. Ranks get consecutive
     heads, so that each query head is with its key head.
     """
-    assert plan.parts is not None
+    assert plan.segments is not None
     size, ones = shard.axis.size, [1] * shard.axis.size
     heads = [x.unflatten(2, (size, -1)) for x in (q_BLHK, k_BLGK, v_BLGK)]
     counts = [x.shape[3] for x in heads]
     sent_RBLHK = torch.cat(heads, dim=3).movedim(2, 0)
     got_RBLHK = all_to_all(sent_RBLHK, ones, ones, shard.axis, "heads")
     q_BTHK, k_BTGK, v_BTGK = shard.unshard(got_RBLHK.unbind(0), 1).split(counts, dim=2)
-    y_BTHK = attend_pieces(q_BTHK, k_BTGK, v_BTGK, plan.parts)
+    y_BTHK = attend_segments(q_BTHK, k_BTGK, v_BTGK, plan.segments)
     back_RBLHK = all_to_all(torch.stack(shard.shards(y_BTHK, 1)), ones, ones, shard.axis, "heads")
     return back_RBLHK.movedim(0, 2).flatten(2, 3)
 
@@ -226,10 +226,10 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: MeshAxis, rounds: tuple[list[Segment], ...]) -> Tensor:
-        partial, kv = Partial(q), torch.stack([k, v])
+        partial, kv = PartialAttention(q), torch.stack([k, v])
         for turn, parts in enumerate(rounds):
             arrived = ring_shift(kv, axis, "ring") if turn < axis.size - 1 else None
-            partial.see(kv[0], kv[1], parts)
+            partial.update(kv[0], kv[1], parts)
             kv = arrived() if arrived is not None else kv
         out = partial.result()
         ctx.save_for_backward(q, k, v, out, partial.lse_BHT)
@@ -239,12 +239,12 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
-        axis, found, kv = ctx.axis, Gradients(grads[0], q, out, lse), torch.stack([k, v])
+        axis, found, kv = ctx.axis, AttentionGradients(grads[0], q, out, lse), torch.stack([k, v])
         own, sent = torch.zeros_like(kv, dtype=lse.dtype), None
         for turn, parts in enumerate(ctx.rounds):
             arrived = ring_shift(kv, axis, "ring") if turn < axis.size - 1 else None
             gradient = torch.zeros_like(own) if turn else own
-            found.see(kv[0], kv[1], gradient[0], gradient[1], parts)
+            found.update(kv[0], kv[1], gradient[0], gradient[1], parts)
             if turn:
                 gradient = gradient if sent is None else gradient + sent()
                 sent = ring_shift(gradient, axis, "ring")

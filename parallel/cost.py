@@ -19,6 +19,7 @@ from fractions import Fraction
 import torch
 
 from model.config import AuxScope, FeedForward, LayerConfig, ModelConfig, QKNorm, WeightsOn
+from model.load_balance import RouterSums
 from model.roles import Role, registry
 from parallel import whole_matrices as whole
 from parallel.deepspeed.config import Offload, ParameterOffload
@@ -307,7 +308,7 @@ def _once(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> Ent
     world, layers = layout.world_size, sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)
     yield ("world", "loss"), world * (8 + 8)  # the number of labels, the loss
     yield ("world", "norm"), world * 8
-    yield ("world", "balance"), world * layers * 8 * (model.num_experts + 3)
+    yield ("world", "balance"), world * layers * 8 * (model.num_experts + len(RouterSums._fields))
     for spec in _all_specs(model, precision, layout).values():
         for axis in spec.partial:
             copies = world // layout.pp // layout.fsdp * (2 if axis.name == "ends" else 1)

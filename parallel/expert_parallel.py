@@ -11,7 +11,7 @@ virtual experts on one rank.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from core.errors import ConfigError
 from model.config import WeightsOn
 from model.kernels import MoEKernels
-from model.moe import Dispatched, MixtureOfExperts, TopKRouting, permute_by_expert, weighted
+from model.moe import Dispatched, MixtureOfExperts, TopKRouting, dispatch_rows, permute_by_expert
 from model.transformer import Transformer
 from parallel.comm.collectives import all_gather, all_gather_no_grad, all_to_all, reduce_scatter
 from parallel.layout import DispatchMethod
@@ -85,7 +85,7 @@ class _Dispatcher:
     """Virtual experts on one rank."""
     weights_on: WeightsOn
     token_multiple: int
-    kernels: MoEKernels | None = None
+    kernels: MoEKernels
     buffer: _DeepEPBuffer | None = None
 
     def virtual(self, choice: TopKRouting) -> TopKRouting:
@@ -105,23 +105,24 @@ class AllToAll(_Dispatcher):
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         choice = self.virtual(choice)
-        rows = permute_by_expert(choice.experts_TK, self.axis.size * self.local_experts, kernels=self.kernels)
-        x_SD, groups, back = weighted(rows, x_TD, choice.weights_TK, self.weights_on)
-        sent_NE = groups.counts_E.view(self.axis.size, self.local_experts)
+        rows = permute_by_expert(choice.experts_TK, self.axis.size * self.local_experts)
+        sent = dispatch_rows(self.kernels, rows, x_TD, choice.weights_TK, self.weights_on)
+        sent_NE = rows.groups.counts_E.view(self.axis.size, self.local_experts)
         arriving_NE = self._swap(sent_NE)
         send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # by expert of this rank
         receive = [sum(counts) for counts in zip(*arriving, strict=True)]
-        x_RD = all_to_all(x_SD, send, receive, self.axis, "tokens")
+        x_RD = all_to_all(sent.x_CD, send, receive, self.axis, "tokens")
         indices = torch.arange(self.local_experts, device=x_RD.device).repeat(self.axis.size)
         experts_R1 = indices.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
-        by_expert = permute_by_expert(experts_R1, self.local_experts, self.token_multiple, self.kernels)
+        by_expert = permute_by_expert(experts_R1, self.local_experts, self.token_multiple)
         known = [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
         groups_E = Groups(by_expert.groups.counts_E, known)
 
-        def restore(y_CD: Tensor) -> Tensor:
-            return back(all_to_all(by_expert.combine(y_CD), receive, send, self.axis, "tokens"))
+        def combine(y_CD: Tensor) -> Tensor:
+            y_RD = self.kernels.unpermute(y_CD, by_expert)
+            return sent.combine(all_to_all(y_RD, receive, send, self.axis, "tokens"))
 
-        return Dispatched(by_expert.gather(x_RD), groups_E, restore)
+        return Dispatched(self.kernels.permute(x_RD, by_expert), groups_E, combine)
 
     def _swap(self, sent_NE: Tensor) -> Tensor:
         """The number of slots that each rank sends here for each of this rank's experts."""
@@ -136,8 +137,8 @@ class AllGather(_Dispatcher):
         x_ND = all_gather(x_TD, self.axis, 0, "tokens")
         experts_NK = all_gather_no_grad(choice.experts_TK, self.axis, 0, "counts")
         weights_NK = all_gather(choice.weights_TK, self.axis, 0, "weights")
-        x_CD, groups, back = _select_local(self, x_ND, experts_NK - self.axis.rank * self.local_experts, weights_NK)
-        return Dispatched(x_CD, groups, lambda y_CD: reduce_scatter(back(y_CD), self.axis, 0, "tokens"))
+        mine = _select_local(self, x_ND, experts_NK - self.axis.rank * self.local_experts, weights_NK)
+        return replace(mine, combine=lambda y_CD: reduce_scatter(mine.combine(y_CD), self.axis, 0, "tokens"))
 
 
 class DeepEP(_Dispatcher):
@@ -149,8 +150,8 @@ class DeepEP(_Dispatcher):
         x_RD, weights_RK, experts_RK, handle = _DeepEPDispatch.apply(
             x_TD, choice.weights_TK, choice.experts_TK, buffer, self.axis.size * self.local_experts
         )
-        x_CD, groups, back = _select_local(self, x_RD, experts_RK, weights_RK)
-        return Dispatched(x_CD, groups, lambda y_CD: _DeepEPCombine.apply(back(y_CD), buffer, handle))
+        mine = _select_local(self, x_RD, experts_RK, weights_RK)
+        return replace(mine, combine=lambda y_CD: _DeepEPCombine.apply(mine.combine(y_CD), buffer, handle))
 
 
 _KINDS: dict[DispatchMethod, Any] = {
@@ -160,24 +161,22 @@ _KINDS: dict[DispatchMethod, Any] = {
 }
 
 
-def _select_local(
-    dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor
-) -> tuple[Tensor, Groups, Any]:
+def _select_local(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
     """Rows of the slots whose expert (numbered from this rank's first) is here, and the way back to sums per token.
 
     Other slots are sorted to the end and dropped. The number of local ones is copied to the host.
     """
     held = dispatcher.local_experts
     here_NK = (experts_NK >= 0) & (experts_NK < held)
-    rows = permute_by_expert(experts_NK.where(here_NK, held), held + 1, dispatcher.token_multiple, dispatcher.kernels)
-    x_CD, groups, back = weighted(rows, x_ND, weights_NK, dispatcher.weights_on)
-    mine = Groups(groups.counts_E[:held])
+    rows = permute_by_expert(experts_NK.where(here_NK, held), held + 1, dispatcher.token_multiple)
+    sent = dispatch_rows(dispatcher.kernels, rows, x_ND, weights_NK, dispatcher.weights_on)
+    mine = Groups(rows.groups.counts_E[:held])
     kept = sum(mine.host)
 
-    def restore(y_CD: Tensor) -> Tensor:
-        return back(F.pad(y_CD, (0, 0, 0, x_CD.shape[0] - kept)))
+    def combine(y_CD: Tensor) -> Tensor:
+        return sent.combine(F.pad(y_CD, (0, 0, 0, sent.x_CD.shape[0] - kept)))
 
-    return x_CD[:kept], mine, restore
+    return Dispatched(sent.x_CD[:kept], mine, combine)
 
 
 class _DeepEPDispatch(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.config import ModelConfig
 from model.init import reset_buffers
 from model.moe import MixtureOfExperts
@@ -65,7 +65,7 @@ class ParallelModel:
         """How context parallelism divides sequences of this length."""
         return context_parallel.context_shard(self.model.config, seq_len, self.meshes.cp, self.meshes.layout.cp_method)
 
-    def sequence_context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> SequenceContext:
+    def sequence_context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> ForwardContext:
         """The context of this rank's layers, from the positions of whole sequences."""
         shard = self.context_shard(positions_BT.shape[1])
         context = shard.sequence_context(positions_BT, self.device, routed_tokens)
@@ -82,7 +82,7 @@ class ParallelModel:
         return next(self.model.parameters()).device
 
     @torch.no_grad()
-    def logits(self, tokens_BT: Tensor, context: SequenceContext) -> Tensor | None:
+    def logits(self, tokens_BT: Tensor, context: ForwardContext) -> Tensor | None:
         """Run a forward pass over this rank's part of the sequences. None where another rank has the head."""
         if self.meshes.pp.size > 1:
             return runtime.forward(self.stacks, self.model, self.meshes, tokens_BT, context)
@@ -202,4 +202,4 @@ def _count_whole_sequences(model: Transformer, meshes: Meshes) -> None:
 
     for layer in model.layers.values():
         if isinstance(layer.ffn, MixtureOfExperts):
-            layer.ffn.router.balance.whole_rows = over_all
+            layer.ffn.router.balance.sum_over_sequence = over_all

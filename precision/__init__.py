@@ -1,1 +1,1 @@
-"""Who does the matrix products. Modules own parameters; a backend here owns only the product."""
+"""Matrix products. Layers own the parameters; a backend only multiplies."""

@@ -1,4 +1,4 @@
-"""In which number formats a run computes and keeps its parameters, and who does its matrix products."""
+"""Number formats of computation and parameters, and the backend of the matrix products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from core.errors import ConfigError, check_numbers
 
 
 class Compute(Enum):
-    """The number format of activations and matrix products."""
+    """Dtype of activations and matrix products."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
@@ -19,18 +19,18 @@ class Compute(Enum):
 
 
 class ParamDtype(Enum):
-    """The number format in which parameters, gradients and optimizer state are kept."""
+    """Dtype of parameters, gradients and optimizer state."""
 
     master = "master"
-    """float32, float64 under float64."""
+    """float32; float64 if `compute` is float64."""
     bfloat16 = "bfloat16"
-    """Half the memory; updates smaller than 1/256 of a weight are lost."""
+    """Halves the memory; updates smaller than 1/256 of a weight are lost."""
 
 
 class Backend(Enum):
-    """Who multiplies. `native`: PyTorch's products in the compute format, whichever that is. The others multiply in FP8
-    what `float8` names: `te` Transformer Engine on Hopper and Blackwell, `torch` PyTorch's scaled products, `emulated`
-    an exact emulation on any device, for tests and certificates.
+    """Backend of the matrix products. `native`: PyTorch in the compute dtype. The others use FP8 for `fp8_products`:
+    `te` Transformer Engine on Hopper and Blackwell, `torch` PyTorch's scaled products, `emulated` an exact emulation on
+    any device, for tests and certificates.
     """
 
     native = "native"
@@ -40,13 +40,13 @@ class Backend(Enum):
 
 
 class Recipe(Enum):
-    """Which elements of an operand share a scale; all are stateless.
+    """Elements of an operand that share a scale. All recipes are stateless.
 
     `blockwise`: 1x128 tiles of activations and gradients, 128x128 of weights, E4M3, powers of two (DeepSeek-V3, arXiv
     2412.19437, section 3.3.2). `tensorwise`: the whole operand, E4M3 forward and E5M2 for gradients (Micikevicius et
-    al. 2022, arXiv 2209.05433). `rowwise`: each row of the product's contraction, E4M3. `mxfp8`: 32 elements, E4M3,
-    E8M0 scales (OCP Microscaling Formats 1.0). `auto`: blockwise on Hopper and
-    CPUs, mxfp8 on Blackwell (10.x), tensorwise on other GPUs.
+    al. 2022, arXiv 2209.05433). `rowwise`: each row along the contraction, E4M3. `mxfp8`: 32 elements, E4M3, E8M0
+    scales (OCP Microscaling Formats 1.0). `auto`: blockwise on Hopper and CPUs, mxfp8 on Blackwell (10.x), tensorwise
+    on other GPUs.
     """
 
     auto = "auto"
@@ -56,7 +56,7 @@ class Recipe(Enum):
     mxfp8 = "mxfp8"
 
     def on(self, device: torch.device) -> Recipe:
-        """This recipe, or what `auto` means on a device."""
+        """This recipe, with `auto` resolved for `device`."""
         if self is not Recipe.auto:
             return self
         if device.type != "cuda":
@@ -68,21 +68,19 @@ class Recipe(Enum):
 
     @property
     def multiple(self) -> int:
-        """What both dimensions of every operand must be multiples of."""
+        """Both dimensions of every operand must be multiples of this."""
         return 32 if self is Recipe.mxfp8 else 16
 
 
 class KernelKind(Enum):
-    """Who moves tokens to experts and back and gates between their products: PyTorch, or kernels in Triton that pass
-    over the data once (GPUs).
-    """
+    """Kernels that permute tokens by expert and compute SwiGLU: PyTorch's, or Triton's single-pass ones (GPUs)."""
 
     torch = "torch"
     triton = "triton"
 
 
 class Products(Enum):
-    """Groups of matrix products. FP8 is for the first four; the others stay in the compute format or wider."""
+    """Groups of matrix products. Only the first four may use FP8; the others keep the compute dtype or wider."""
 
     attention = "attention"
     """Query, key, value and output projections."""
@@ -99,8 +97,9 @@ ELIGIBLE = (Products.attention, Products.dense, Products.shared, Products.expert
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """`compute` is the format of activations, `param_dtype` that of what is kept: bfloat16 and master are bf16 products
-    with fp32 master weights. Parameters and checkpoints are the same for every backend.
+    """Number formats and backend of a run. `compute` bfloat16 with `param_dtype` master: bf16 products, fp32 weights.
+
+    Parameters and checkpoints are the same for every backend.
     """
 
     compute: Compute = Compute.float32
@@ -108,23 +107,24 @@ class PrecisionConfig:
     backend: Backend = Backend.native
     recipe: Recipe = Recipe.auto
     fp8_products: list[Products] = field(default_factory=lambda: list(ELIGIBLE))
-    """The products that an FP8 backend does in FP8."""
+    """Products that an FP8 backend computes in FP8."""
     bf16_first_layers: int = 0
-    """So many layers at the beginning stay in the compute format under an FP8 backend."""
+    """Number of first layers that keep the compute dtype under an FP8 backend."""
     bf16_last_layers: int = 0
+    """Number of last layers that keep the compute dtype under an FP8 backend."""
     kernels: KernelKind = KernelKind.torch
 
     def __post_init__(self) -> None:
         check_numbers(self, not_negative=("bf16_first_layers", "bf16_last_layers"))
         if self.param_dtype is ParamDtype.bfloat16 and self.compute is not Compute.bfloat16:
-            reason = "would lose what wider products gain; add precision.compute=bfloat16"
+            reason = "needs bfloat16 products; add precision.compute=bfloat16"
             raise ConfigError("param_dtype", self.param_dtype, reason, [ParamDtype.master.value])
         for products in self.fp8_products:
             if products not in ELIGIBLE:
-                reason = f"the {products.value} must not be rounded to FP8: leave it out"
+                reason = f"the {products.value} must not be rounded to FP8: remove it"
                 raise ConfigError("fp8_products", products, reason, [[kind.value for kind in ELIGIBLE]])
         if self.backend in (Backend.te, Backend.torch) and self.compute is not Compute.bfloat16:
-            reason = f"{self.backend.value} takes and gives bfloat16: add precision=fp8 or precision.compute=bfloat16"
+            reason = f"{self.backend.value} needs bfloat16 activations: add precision=fp8 or precision.compute=bfloat16"
             raise ConfigError("compute", self.compute, reason, [Compute.bfloat16.value])
         if len(set(self.fp8_products)) < len(self.fp8_products):
             raise ConfigError("fp8_products", None, "names the same products twice")
@@ -136,21 +136,18 @@ class PrecisionConfig:
         return self.backend is not Backend.native
 
     def in_float8(self, products: Products | None, layer: int, layers: int) -> bool:
-        """Whether these products of a layer, counted from 0, are done in FP8."""
+        """Whether these products of layer number `layer` (from 0) use FP8."""
         inner = self.bf16_first_layers <= layer < layers - self.bf16_last_layers
         return self.uses_float8 and products in self.fp8_products and inner
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return {
-            Compute.bfloat16: torch.bfloat16,
-            Compute.float32: torch.float32,
-            Compute.float64: torch.float64,
-        }[self.compute]
+        dtype: torch.dtype = getattr(torch, self.compute.value)
+        return dtype
 
     @property
     def master_dtype(self) -> torch.dtype:
-        """What parameters are kept in."""
+        """Dtype of parameters and optimizer state."""
         if self.param_dtype is ParamDtype.bfloat16:
             return torch.bfloat16
         return torch.float64 if self.compute is Compute.float64 else torch.float32

@@ -1,7 +1,6 @@
-"""An emulation of every FP8 recipe on any device: the bytes of Transformer Engine, products of what they stand for.
+"""Emulates every FP8 recipe on any device: Transformer Engine's bytes, multiplied as the numbers that they represent.
 
-What a GPU's kernels do differently is only the order and width of their sums. It is for tests and certificates; it is
-slow.
+GPU kernels differ only in the order and width of their sums. Slow; for tests and certificates.
 """
 
 from __future__ import annotations
@@ -10,21 +9,21 @@ import torch
 from torch import Tensor
 
 from precision.config import Recipe
-from precision.fp8_linear import Float8Products
+from precision.fp8_linear import Float8Gemm
 from precision.fp8_tiles import QuantisedRows, TiledArithmetic
 from precision.gemm import GemmBackend, at_least_float32
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8)
 
 
-class Reference(TiledArithmetic):
-    """Products in float32, float64 where that is the compute format. What is not finite is an error on every device."""
+class EmulatedArithmetic(TiledArithmetic):
+    """Products in at least float32. inf and NaN are an error on every device."""
 
-    waits = True
+    checks_on_gpu = True
 
     def multiply(self, a: QuantisedRows, b: QuantisedRows) -> Tensor:
         wide = at_least_float32(self.compute_dtype)
-        return (a.wide(wide) @ b.wide(wide).t()).to(self.compute_dtype)
+        return (a.dequantise(wide) @ b.dequantise(wide).t()).to(self.compute_dtype)
 
 
 def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
@@ -32,8 +31,8 @@ def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
 
 
 def version() -> str:
-    return "the reference"
+    return "emulation"
 
 
 def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Products(Reference(recipe, compute_dtype), compute_dtype, where)
+    return Float8Gemm(EmulatedArithmetic(recipe, compute_dtype), compute_dtype, where)

@@ -1,9 +1,9 @@
-"""What all FP8 backends share: the three products of a layer, each of operands quantised along its own contraction.
+"""FP8 linear layers for all FP8 backends: autograd, padding and saved tensors.
 
-A library says how an operand is quantised and how two are multiplied (`Arithmetic`); here are autograd, padding, and
-what is kept for the backward pass: of an activation only its quantised form for the weight's gradient.
+Each of a layer's three products quantises its operands along its own contraction. A library quantises and multiplies
+(`Arithmetic`). The backward pass keeps an activation only in quantised form, for the weight's gradient.
 
-Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
+Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch import Tensor
 from core.errors import LeviathanError
 from precision.gemm import Groups
 
+LARGEST_ERROR = 1e-2
+"""Accepted relative error of a library's product against the emulated one; bfloat16 rounds to 2^-9."""
+
 
 class Operand(Enum):
     activation = "activation"
@@ -27,37 +30,38 @@ class Operand(Enum):
 
 
 class NotFinite(LeviathanError):
-    """An operand has inf or NaN, which no scale can represent."""
+    """An operand has inf or NaN, which FP8 scales cannot represent."""
 
 
 class Quantised(Protocol):
-    """A quantised operand. It is kept for the backward pass as plain tensors, so that recomputation can drop them."""
+    """A quantised operand. Autograd saves it as plain tensors, so that activation checkpointing can drop them."""
 
     def only_columns(self) -> Quantised: ...
 
     def tensors(self) -> Sequence[Tensor | None]: ...
 
     def restored(self, tensors: Sequence[Tensor | None]) -> Quantised:
-        """The same with these tensors, in the order of `tensors`."""
+        """The same operand with these tensors, in the order of `tensors`."""
         ...
 
 
 class Arithmetic(Protocol):
-    """An FP8 library with a recipe. Operands have two dimensions, weights of experts three.
+    """An FP8 library with a recipe. Operands are matrices; expert weights have three dimensions.
 
-    An operand is quantised along `rows` (its last dimension is contracted) or `columns` (its rows are), or both.
+    An operand is quantised along its `rows` (its last dimension is contracted), its `columns` (its first one is), or
+    both.
     """
 
     token_multiple: int
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
-        """`groups`: how the rows of an activation or gradient divide among experts; they never share a scale unless
-        the whole operand does. May raise `NotFinite`.
+        """`groups`: the rows of each expert in an activation or gradient; experts never share a scale. May raise
+        `NotFinite`.
         """
         ...
 
     def forward(self, x: Any, w: Any, groups: Groups | None) -> Tensor:
-        """x w^T: rows of `x`, rows of `w`. All results are in the compute format."""
+        """x w^T: rows of `x`, rows of `w`. All results are in the compute dtype."""
         ...
 
     def input_gradient(self, grad: Any, w: Any, groups: Groups | None) -> Tensor:
@@ -69,8 +73,8 @@ class Arithmetic(Protocol):
         ...
 
 
-class Float8Products:
-    """A GEMM backend made of an FP8 arithmetic. `where` names the module in errors."""
+class Float8Gemm:
+    """A GEMM backend on top of an FP8 arithmetic. `where` names the module in errors."""
 
     def __init__(self, arithmetic: Arithmetic, compute_dtype: torch.dtype, where: str) -> None:
         self.arithmetic, self.compute_dtype, self.where = arithmetic, compute_dtype, where
@@ -87,55 +91,47 @@ class Float8Products:
         return y
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
-        return _like_rows(self._input_gradient(self._padded(grad_TF), w_FD, None), grad_TF)
+        return _like_rows(self.grouped_input_gradient(self._padded(grad_TF), w_FD, None), grad_TF)
 
     def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
-        return self._weight_gradient(self._padded(grad_TF), self._padded(x_TD), None)
+        return self.grouped_weight_gradient(self._padded(grad_TF), self._padded(x_TD), None)
 
-    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        return self._input_gradient(grad_CF, w_EFD, groups)
+    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups | None) -> Tensor:
+        gradient = self.quantise(grad_CF, Operand.gradient, groups, True, False)
+        weight = self.quantise(w_EFD, Operand.weight, None, False, True)
+        return self.arithmetic.input_gradient(gradient, weight, groups)
 
-    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
-        return self._weight_gradient(grad_CF, x_CD, groups)
-
-    def _input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
-        quantised = self.quantise(grad, Operand.gradient, groups, True, False)
-        weight = self.quantise(w, Operand.weight, None, False, True)
-        return self.arithmetic.input_gradient(quantised, weight, groups)
-
-    def _weight_gradient(self, grad: Tensor, x: Tensor, groups: Groups | None) -> Tensor:
-        quantised = self.quantise(grad, Operand.gradient, groups, False, True)
-        activation = self.quantise(x, Operand.activation, groups, False, True)
-        return self.arithmetic.weight_gradient(quantised, activation, groups)
+    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups | None) -> Tensor:
+        gradient = self.quantise(grad_CF, Operand.gradient, groups, False, True)
+        activation = self.quantise(x_CD, Operand.activation, groups, False, True)
+        return self.arithmetic.weight_gradient(gradient, activation, groups)
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
-        """The operand, cast to the compute format first: a master weight and its gathered copy give the same bytes."""
+        """Cast to the compute dtype first: a master weight and its gathered copy then give the same bytes."""
         try:
             x = x.to(self.compute_dtype).contiguous()
             return self.arithmetic.quantise(x, operand, groups, rows, columns)
         except NotFinite:
-            advice = "no FP8 scale can hold them: lower the learning rate, or go on with precision.backend=native"
+            advice = "no FP8 scale can represent them: lower the learning rate, or use precision.backend=native"
             raise NotFinite(f"{self.where}: the {operand.value} has inf or NaN, and {advice}") from None
 
     def _padded(self, x: Tensor) -> Tensor:
-        """Rows of `x`, filled with zeros to the multiple that the arithmetic wants."""
+        """Rows of `x`, zero-padded to the multiple that the arithmetic needs."""
         flat = x.flatten(0, -2)
         missing = -len(flat) % self.token_multiple
         return F.pad(flat, (0, 0, 0, missing)) if missing else flat
 
 
 def _like_rows(y: Tensor, x: Tensor) -> Tensor:
-    """`y` without padding, with the leading dimensions of `x`."""
+    """`y` without padding and with the leading dimensions of `x`."""
     leading = x.shape[:-1]
     return y[: leading.numel()].unflatten(0, leading)
 
 
 class _Fp8Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: Float8Products, learns: bool
-    ) -> Tensor:
-        needs_x, needs_w = (learns and needed for needed in ctx.needs_input_grad[:2])  # no_grad changes not those
+    def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: Float8Gemm, learns: bool) -> Tensor:
+        needs_x, needs_w = (learns and needed for needed in ctx.needs_input_grad[:2])  # no_grad leaves it unchanged
         activation = products.quantise(x, Operand.activation, groups, True, needs_w)
         weight = products.quantise(w, Operand.weight, None, True, False)
         y = products.arithmetic.forward(activation, weight, groups)

@@ -1,9 +1,9 @@
-"""FP8 operands in tiles that share a scale, in plain PyTorch: the bytes and scales that Transformer Engine makes.
+"""FP8 operands in tiles that share a scale, in plain PyTorch, with the bytes and scales of Transformer Engine.
 
-Columns are quantised as the rows of the transposed operand, so each product is a b^T of rows. Nothing relies on how a
-cast to FP8 treats what is too large, which differs between versions of torch: values are clamped first.
+Columns are quantised as the rows of the transposed operand, so each product is a b^T. Values are clamped before the
+cast, because torch versions differ in how they cast values beyond the FP8 range.
 
-Shapes: R rows, K elements that are contracted, N rows of the other operand; tiles have r x k elements.
+Shapes: R rows, K contracted elements, N rows of the other operand; tiles have r x k elements.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from precision.gemm import Groups
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 WHOLE = 1 << 62
-"""The side of a tile that is as long as the operand."""
+"""Tile side that spans the whole operand."""
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,31 @@ class Tiling:
     format: torch.dtype = E4M3
     powers_of_two: bool = False
     exponents: bool = False
-    """Scales are E8M0 of the OCP Microscaling Formats: bare exponents, rounded up."""
+    """Scales are E8M0 (OCP Microscaling Formats): exponents only, rounded up."""
 
     @property
     def largest(self) -> float:
         return torch.finfo(self.format).max
 
     def scale(self, amax: Tensor) -> tuple[Tensor, Tensor]:
-        """By what elements are multiplied, and its inverse, float32, from the largest absolute values of tiles.
+        """Factor of the elements and its inverse, float32, from the largest absolute value of each tile.
 
-        Transformer Engine's rules: the largest FP8 number over `amax`, with the mantissa cut off for powers of two; 1
-        where `amax` is 0; the largest float32 where the quotient overflows. But NaN where `amax` is not finite:
-        saturation would hide it.
+        As in Transformer Engine: the largest FP8 number over `amax`, mantissa truncated for powers of two; 1 if `amax`
+        is 0; the largest float32 if the quotient overflows. Unlike it, NaN if `amax` is inf or NaN: saturation would
+        hide it.
         """
         if self.exponents:
             return _microscaling(amax * torch.tensor(1 / self.largest, dtype=torch.float32))
         scale = (self.largest / amax).clamp(max=torch.finfo(torch.float32).max)
         scale = torch.where(amax > 0, scale, 1.0).where(torch.isfinite(amax), torch.nan)
         if self.powers_of_two:
-            scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # of NaN this leaves infinity
+            scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # turns NaN into inf
             scale = scale.where(torch.isfinite(amax), torch.nan)
         return scale, 1 / scale
 
 
 def _microscaling(ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """A tile's inverse scale is the least power of two from 2^-127 to 2^127 that is not below `ratio`."""
+    """The inverse scale is the smallest power of two in [2^-127, 2^127] that is not below `ratio`."""
     bits = ratio.view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     tiny = (exponent == 0) & (mantissa <= 0x400000)  # up to 2^-127
@@ -69,7 +69,7 @@ def _microscaling(ratio: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _power(biased: Tensor) -> Tensor:
-    """2^(biased - 127) for 0 to 254, exactly: 2^-127 is no normal number."""
+    """2^(biased - 127) for 0 to 254, exactly; 2^-127 is subnormal."""
     return torch.where(biased > 0, biased << 23, 0x400000).to(torch.int32).view(torch.float32)
 
 
@@ -86,25 +86,27 @@ def tiling(recipe: Recipe, operand: Operand) -> Tiling:
 
 @dataclass(frozen=True)
 class QuantisedRows:
-    """Quantised rows: FP8 numbers [..., R, K], and what each tile of them is to be multiplied by."""
+    """FP8 numbers [..., R, K] and the inverse scale of each tile."""
 
     data: Tensor
     inverse_scale: Tensor
     tiling: Tiling
 
-    def wide(self, dtype: torch.dtype) -> Tensor:
-        """The numbers that the bytes stand for."""
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """The numbers that the bytes represent."""
         tiles = _tiles(self.data.to(dtype), self.tiling)
         return _untiled(tiles * _over(self.inverse_scale.to(dtype)), self.data.shape)
 
 
-def quantise(x: Tensor, how: Tiling, waits: bool = False) -> QuantisedRows:
-    """The last two dimensions of `x` in tiles; those at the edges may be smaller. A tile that is not finite raises
-    `NotFinite` on the CPU and, where `waits` allows to wait for the device, on a GPU; there it becomes NaN otherwise.
+def quantise(x: Tensor, how: Tiling, checks_on_gpu: bool = False) -> QuantisedRows:
+    """Quantise the last two dimensions of `x` in tiles; tiles at the edges may be smaller.
+
+    inf or NaN raise `NotFinite` on the CPU and, with `checks_on_gpu`, which synchronises, on a GPU. Otherwise the tile
+    becomes NaN.
     """
     tiles = _tiles(x.float(), how)
     amax = tiles.abs().amax(dim=(-3, -1)) if x.numel() else tiles.new_zeros(*tiles.shape[:-3], tiles.shape[-2])
-    if (waits or amax.is_cpu) and not torch.isfinite(amax).all():
+    if (checks_on_gpu or amax.is_cpu) and not torch.isfinite(amax).all():
         raise NotFinite
     scale, inverse = how.scale(amax)
     data = (tiles * _over(scale)).clamp_(-how.largest, how.largest).to(how.format)
@@ -112,7 +114,7 @@ def quantise(x: Tensor, how: Tiling, waits: bool = False) -> QuantisedRows:
 
 
 def _tiles(x: Tensor, how: Tiling) -> Tensor:
-    """[..., R, K] as [..., R / r, r, K / k, k], with zeros where the last tiles are not full."""
+    """Reshape [..., R, K] to [..., R / r, r, K / k, k], zero-padding the last tiles."""
     count, length = x.shape[-2:]
     r, k = min(how.rows, max(count, 1)), min(how.columns, max(length, 1))
     below, right = -count % r, -length % k
@@ -126,13 +128,13 @@ def _untiled(tiles: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _over(scale: Tensor) -> Tensor:
-    """Scales [..., R / r, K / k] beside tiles."""
+    """Scales [..., R / r, K / k], broadcastable to tiles."""
     return scale[..., :, None, :, None]
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """An operand's rows, its columns, or both: one matrix, or one for each expert. `count`: its rows in all."""
+    """Quantised rows, columns or both of an operand: one matrix, or one per expert. `count`: the number of rows."""
 
     count: int
     rows: tuple[QuantisedRows, ...] = ()
@@ -152,33 +154,32 @@ class Tiled:
 
 
 class TiledArithmetic:
-    """`precision.fp8_linear.Arithmetic` on tiles. Whoever inherits says how two matrices are multiplied, and whether to
-    wait for the device to find what is not finite.
-    """
+    """`precision.fp8_linear.Arithmetic` on tiles. Subclasses multiply two matrices."""
 
-    waits = False
+    checks_on_gpu = False
+    """Whether inf and NaN raise on a GPU too, at the cost of a synchronisation."""
 
     def __init__(self, recipe: Recipe, compute_dtype: torch.dtype) -> None:
         self.recipe, self.compute_dtype = recipe, compute_dtype
         self.token_multiple = recipe.multiple
 
     def multiply(self, a: QuantisedRows, b: QuantisedRows) -> Tensor:
-        """a b^T in the compute format: [R, K] and [N, K] to [R, N]; none of the three is 0."""
+        """a b^T in the compute dtype: [R, K] and [N, K] to [R, N]; no dimension is 0."""
         raise NotImplementedError
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Tiled:
         how = tiling(self.recipe, operand)
         if groups is None:
-            along = _matrices(x, how, self.waits) if rows else ()
-            return Tiled(len(x), along, _matrices(x.mT, how, self.waits) if columns else ())
+            along = _matrices(x, how, self.checks_on_gpu) if rows else ()
+            return Tiled(len(x), along, _matrices(x.mT, how, self.checks_on_gpu) if columns else ())
         parts = x[: sum(groups.host)].split(groups.host)
         found = Tiled(len(x))
         if rows and how.rows == 1:
-            found = replace(found, rows=_row_by_row(x[: sum(groups.host)], how, groups, self.waits))
+            found = replace(found, rows=_row_by_row(x[: sum(groups.host)], how, groups, self.checks_on_gpu))
         elif rows:
-            found = replace(found, rows=tuple(quantise(part, how, self.waits) for part in parts))
+            found = replace(found, rows=tuple(quantise(part, how, self.checks_on_gpu) for part in parts))
         if columns:
-            found = replace(found, columns=tuple(quantise(part.mT, how, self.waits) for part in parts))
+            found = replace(found, columns=tuple(quantise(part.mT, how, self.checks_on_gpu) for part in parts))
         return found
 
     def forward(self, x: Tiled, w: Tiled, groups: Groups | None) -> Tensor:
@@ -205,16 +206,16 @@ class TiledArithmetic:
         return self.multiply(a, b)
 
 
-def _matrices(x: Tensor, how: Tiling, waits: bool) -> tuple[QuantisedRows, ...]:
-    """Of one matrix, or of each in a stack."""
-    whole = quantise(x, how, waits)
+def _matrices(x: Tensor, how: Tiling, checks_on_gpu: bool) -> tuple[QuantisedRows, ...]:
+    """Quantise one matrix, or each matrix of a stack."""
+    whole = quantise(x, how, checks_on_gpu)
     if x.dim() == 2:
         return (whole,)
     return tuple(QuantisedRows(data, scale, how) for data, scale in zip(whole.data, whole.inverse_scale, strict=True))
 
 
-def _row_by_row(x: Tensor, how: Tiling, groups: Groups, waits: bool) -> tuple[QuantisedRows, ...]:
-    """No row shares its scales: all at once, then divided."""
-    whole = quantise(x, how, waits)
+def _row_by_row(x: Tensor, how: Tiling, groups: Groups, checks_on_gpu: bool) -> tuple[QuantisedRows, ...]:
+    """Quantise all rows at once, then split by expert; no two rows share a scale."""
+    whole = quantise(x, how, checks_on_gpu)
     data, scale = (tensor.split(groups.host) for tensor in (whole.data, whole.inverse_scale))
     return tuple(QuantisedRows(d, s, how) for d, s in zip(data, scale, strict=True))

@@ -1,7 +1,7 @@
-"""FP8 by PyTorch's own scaled products: no library beside torch, on GPUs and, where it has kernels, on the CPU.
+"""FP8 by PyTorch's scaled products, on GPUs and, for some recipes, on the CPU. Needs no other library.
 
-Experts go one by one, with their counts on the host: torch has no grouped FP8 product for most recipes. That is right
-but slow; Transformer Engine is the backend for experts. Blockwise needs Hopper.
+Experts are multiplied one by one, with their counts on the host, because torch has no grouped FP8 product for most
+recipes: correct but slow. Transformer Engine is the backend for experts. Blockwise needs Hopper.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from precision.config import Recipe
-from precision.fp8_linear import Float8Products, Operand
+from precision.fp8_linear import LARGEST_ERROR, Float8Gemm, Operand
 from precision.fp8_tiles import QuantisedRows, TiledArithmetic, quantise, tiling
 from precision.gemm import GemmBackend
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise)
-_LARGEST_ERROR = 1e-2
-"""Of a product against the emulated one, relative: bfloat16 rounds to 2^-9."""
 
 
 class TorchFloat8(TiledArithmetic):
@@ -34,11 +32,11 @@ class TorchFloat8(TiledArithmetic):
 
 
 def _scale(rows: QuantisedRows) -> tuple[Tensor, Any]:
-    """The inverse scales as the kernels want them, and the name of their kind."""
+    """The inverse scales in the kernels' layout, and their scaling type."""
     kinds: Any = F.ScalingType  # type: ignore[attr-defined]
     scale, how = rows.inverse_scale, rows.tiling
     if how.rows == 128:
-        # cuBLAS: rows of these scales begin at multiples of four
+        # cuBLAS aligns rows of these scales to multiples of four
         return F.pad(scale, (0, -scale.shape[1] % 4)), kinds.BlockWise128x128
     if how.columns == 128:
         return scale.t().contiguous().t(), kinds.BlockWise1x128
@@ -49,13 +47,13 @@ def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
     if not hasattr(F, "scaled_mm"):
         return [f"torch {torch.__version__} has no torch.nn.functional.scaled_mm: install a newer one"]
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        return [f"{torch.cuda.get_device_name(device)} has no FP8 units: that takes compute capability 8.9"]
-    return [problem] if (problem := _tried(recipe, str(device))) else []
+        return [f"{torch.cuda.get_device_name(device)} has no FP8 units: compute capability 8.9 is needed"]
+    return [problem] if (problem := _trial_failure(recipe, str(device))) else []
 
 
 @cache
-def _tried(recipe: Recipe, device: str) -> str | None:
-    """What is wrong with a small product of each kind on this device; None where it gives what its bytes stand for."""
+def _trial_failure(recipe: Recipe, device: str) -> str | None:
+    """Try a small product of each kind on this device. Return what is wrong, or None if all are right."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(256, 256, generator=generator).to(device, torch.bfloat16) for _ in range(2))
     arithmetic = TorchFloat8(recipe, torch.bfloat16)
@@ -67,15 +65,13 @@ def _tried(recipe: Recipe, device: str) -> str | None:
         a, b = quantise(x, tiling(recipe, left)), quantise(y, tiling(recipe, right))
         try:
             found = arithmetic.multiply(a, b).float()
-        except Exception as error:  # every kind occurs: NotImplementedError, RuntimeError, ValueError
+        except Exception as error:  # NotImplementedError, RuntimeError or ValueError
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            return f"torch {torch.__version__} refuses {left.value} x {right.value} on {device}: {reason}"
-        wanted = a.wide(torch.float32) @ b.wide(torch.float32).t()
-        error_ = float((found - wanted).norm() / wanted.norm())
-        if not error_ < _LARGEST_ERROR:
-            return (
-                f"torch {torch.__version__} gives wrong {left.value} x {right.value} on {device}: off by {error_:.1e}"
-            )
+            return f"torch {torch.__version__} rejects {left.value} x {right.value} on {device}: {reason}"
+        wanted = a.dequantise(torch.float32) @ b.dequantise(torch.float32).t()
+        distance = float((found - wanted).norm() / wanted.norm())
+        if not distance < LARGEST_ERROR:
+            return f"{version()} computes {left.value} x {right.value} wrongly on {device}: off by {distance:.1e}"
     return None
 
 
@@ -84,4 +80,4 @@ def version() -> str:
 
 
 def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Products(TorchFloat8(recipe, compute_dtype), compute_dtype, where)
+    return Float8Gemm(TorchFloat8(recipe, compute_dtype), compute_dtype, where)

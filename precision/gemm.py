@@ -1,6 +1,6 @@
-"""The seam between the model and whoever multiplies its matrices.
+"""The interface between the model and the backends that multiply its matrices.
 
-Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
+Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """How rows that are sorted by expert divide among the experts. `counts_E`: int64; their sum may be less than the
-    number of rows, and what a product gives for the rows beyond it may be anything. `known`: the counts, where somebody
-    has them on the host already.
+    """Rows of each expert in a tensor that is sorted by expert. `known`: the counts, if they are on the host already.
+
+    The int64 counts may sum to less than the number of rows; products leave the rows beyond undefined.
     """
 
     counts_E: Tensor
@@ -25,17 +25,17 @@ class Groups:
 
     @cached_property
     def ends_E(self) -> Tensor:
-        """Where each expert's rows end, as grouped kernels want it: int32."""
+        """End of each expert's rows, int32, for grouped kernels."""
         return self.counts_E.cumsum(0).to(torch.int32)
 
     @cached_property
     def host(self) -> list[int]:
-        """The counts on the host. Asking waits for the device, once, if they are not known."""
+        """The counts on the host. Unless `known`, the first access synchronises with the device."""
         return self.counts_E.tolist() if self.known is None else self.known
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The format of sums and of what is no matrix product: float64 stays what it is, anything narrower is widened."""
+    """float64 for float64, otherwise float32: the dtype of sums, norms, softmax and the router."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -45,34 +45,34 @@ def widened(x: Tensor) -> Tensor:
 
 
 class GemmBackend(Protocol):
-    """What a layer may ask for. All tensors are local and plain; weights may be kept in a wider format."""
+    """The products of a layer. All tensors are local and plain; weights may have a wider dtype."""
 
     compute_dtype: torch.dtype
     token_multiple: int
-    """Each expert's tokens must be padded with zeros to a multiple of this before `grouped_linear`."""
+    """`grouped_linear` needs each expert's rows zero-padded to a multiple of this."""
 
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
-        """x @ w^T over the last dimension of `x`, differentiable in both; leading dimensions are kept."""
+        """x @ w^T over the last dimension of `x`, differentiable in both."""
         ...
 
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        """Rows sorted by expert times that expert's matrix."""
+        """Rows sorted by expert, times the transposed matrix of their expert."""
         ...
 
-    # The same products' gradients one by one, for pipelines that compute those of weights later.
+    # The gradients one by one, for pipelines that defer weight gradients.
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
-        """Of `linear` by its input."""
+        """Gradient of `linear` with respect to its input."""
         ...
 
     def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
-        """Of `linear` by its weight, summed over all leading dimensions: [F, D]."""
+        """Gradient of `linear` with respect to its weight, summed over all leading dimensions: [F, D]."""
         ...
 
     def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        """Of `grouped_linear` by its rows."""
+        """Gradient of `grouped_linear` with respect to its rows."""
         ...
 
     def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
-        """Of `grouped_linear` by its weights: [E, F, D]."""
+        """Gradient of `grouped_linear` with respect to its weights: [E, F, D]."""
         ...

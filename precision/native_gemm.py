@@ -1,6 +1,6 @@
-"""Plain products of PyTorch in bfloat16, float32 or float64.
+"""PyTorch's own products in bfloat16, float32 or float64.
 
-Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
+Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from precision import cpu_gemm
 from precision.gemm import Groups
 
 
-class PlainProducts:
-    """Casts both sides to the compute format and multiplies. With fp32 weights and bf16 products the cast is part of
-    the graph, so gradients reach the fp32 master weights and accumulate there.
+class NativeGemm:
+    """Casts both operands to the compute dtype and multiplies. The cast is part of the graph, so gradients of bf16
+    products accumulate in fp32 master weights.
     """
 
     token_multiple = 1
@@ -27,12 +27,12 @@ class PlainProducts:
 
     def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
         x_TD, w_FD = x_TD.to(self.compute_dtype), w_FD.to(self.compute_dtype)
-        return _Linear.apply(x_TD, w_FD) if cpu_gemm.is_faster(x_TD, w_FD.t()) else F.linear(x_TD, w_FD)
+        return _NativeProduct.apply(x_TD, w_FD, None) if cpu_gemm.is_faster(x_TD, w_FD.t()) else F.linear(x_TD, w_FD)
 
     def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
         x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
-        if _one_by_one(x_CD, *w_EFD.shape) or cpu_gemm.is_large(w_EFD, w_EFD.shape):
-            return _Grouped.apply(x_CD, w_EFD, groups)
+        if _loops(x_CD, *w_EFD.shape) or cpu_gemm.is_large(w_EFD, w_EFD.shape):
+            return _NativeProduct.apply(x_CD, w_EFD, groups)
         return F.grouped_mm(x_CD, w_EFD.transpose(1, 2), offs=groups.ends_E)
 
     def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
@@ -49,47 +49,34 @@ class PlainProducts:
         return _by_columns(grad_CF.to(self.compute_dtype), x_CD.to(self.compute_dtype), groups)
 
 
-class _Linear(torch.autograd.Function):
-    """F.linear where `cpu.multiply` is faster."""
+class _NativeProduct(torch.autograd.Function):
+    """F.linear, or F.grouped_mm with transposed matrices, where it lacks a kernel or is slower."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_FD: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, w_FD)
-        return cpu_gemm.multiply(x_TD, w_FD.t())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x_TD, w_FD), (grad_TF,) = ctx.saved_tensors, grads
-        needs_x, needs_w = ctx.needs_input_grad
-        grad_x = cpu_gemm.multiply(grad_TF, w_FD) if needs_x else None
-        return grad_x, cpu_gemm.multiply(grad_TF.flatten(0, -2).t(), x_TD.flatten(0, -2)) if needs_w else None
-
-
-class _Grouped(torch.autograd.Function):
-    """What F.grouped_mm does for transposed matrices, where it cannot or something is faster."""
-
-    @staticmethod
-    def forward(ctx: Any, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        ctx.save_for_backward(x_CD, w_EFD)
+    def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
+        ctx.save_for_backward(x, w)
         ctx.groups = groups
-        return _by_rows(x_CD, w_EFD.transpose(1, 2), groups)
+        return cpu_gemm.multiply(x, w.t()) if groups is None else _by_rows(x, w.transpose(1, 2), groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x_CD, w_EFD), (grad_CF,) = ctx.saved_tensors, grads
+        (x, w), (grad,), groups = ctx.saved_tensors, grads, ctx.groups
         needs_x, needs_w, _ = ctx.needs_input_grad
-        grad_x = _by_rows(grad_CF, w_EFD, ctx.groups) if needs_x else None
-        return grad_x, _by_columns(grad_CF, x_CD, ctx.groups) if needs_w else None, None
+        if groups is None:
+            grad_x = cpu_gemm.multiply(grad, w) if needs_x else None
+            return grad_x, cpu_gemm.multiply(grad.flatten(0, -2).t(), x.flatten(0, -2)) if needs_w else None, None
+        grad_x = _by_rows(grad, w, groups) if needs_x else None
+        return grad_x, _by_columns(grad, x, groups) if needs_w else None, None
 
 
-def _one_by_one(like: Tensor, groups: int, *widths: int) -> bool:
-    """Whether F.grouped_mm has no kernel for such a product, or the loop here is faster."""
+def _loops(like: Tensor, groups: int, *widths: int) -> bool:
+    """Whether F.grouped_mm lacks a kernel for this product or the loop here is faster."""
     return like.dtype is torch.float64 or cpu_gemm.is_faster_by_group(like, like.shape[0] // max(groups, 1), *widths)
 
 
 def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
     """Each group's rows times its matrix: [C, N]."""
-    if not _one_by_one(a_CK, *b_EKN.shape):
+    if not _loops(a_CK, *b_EKN.shape):
         return F.grouped_mm(a_CK, b_EKN, offs=groups.ends_E)
     y_CN = a_CK.new_empty(a_CK.shape[0], b_EKN.shape[2])
     for a, b, y in zip(_parts(a_CK, groups), b_EKN, _parts(y_CN, groups), strict=True):
@@ -100,7 +87,7 @@ def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
 def _by_columns(a_CM: Tensor, b_CN: Tensor, groups: Groups) -> Tensor:
     """The transpose of each group's rows of `a` times those of `b`: [E, M, N]."""
     shape = (len(groups.counts_E), a_CM.shape[1], b_CN.shape[1])
-    if not _one_by_one(a_CM, *shape) and not cpu_gemm.is_large(a_CM, shape):
+    if not _loops(a_CM, *shape) and not cpu_gemm.is_large(a_CM, shape):
         return F.grouped_mm(a_CM.t(), b_CN, offs=groups.ends_E)
     y_EMN = cpu_gemm.empty(a_CM, shape)
     for a, b, y in zip(_parts(a_CM, groups), _parts(b_CN, groups), y_EMN, strict=True):

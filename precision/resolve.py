@@ -1,4 +1,4 @@
-"""From a configuration to who multiplies what, or every reason why it cannot be had here."""
+"""Resolve a precision configuration into GEMM backends, or raise every reason why they are unavailable."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from core.errors import ConfigError
 from precision import fp8_emulated, fp8_torch, transformer_engine
 from precision.config import Backend, KernelKind, PrecisionConfig, Products, Recipe
 from precision.gemm import GemmBackend
-from precision.native_gemm import PlainProducts
+from precision.native_gemm import NativeGemm
 
 
-class Maker(Protocol):
+class Float8Library(Protocol):
     """One FP8 library."""
 
     RECIPES: tuple[Recipe, ...]
 
     def unavailable(self, recipe: Recipe, device: torch.device) -> list[str]:
-        """Every reason why this recipe cannot be had on this device, each with what would help; empty: it can."""
+        """Every reason why this recipe is unavailable on this device, with the remedy; empty if available."""
         ...
 
     def make(self, recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-        """Products for one layer's module; `where` names it in errors."""
+        """Backend for one module of a layer; `where` names it in errors."""
         ...
 
     def version(self) -> str: ...
 
 
-MAKERS: dict[Backend, Maker] = {
+FLOAT8_LIBRARIES: dict[Backend, Float8Library] = {
     Backend.te: transformer_engine,
     Backend.torch: fp8_torch,
     Backend.emulated: fp8_emulated,
@@ -41,21 +41,21 @@ MAKERS: dict[Backend, Maker] = {
 
 
 @dataclass(frozen=True)
-class LayerProducts:
-    """Who does the products of one layer."""
+class LayerGemms:
+    """GEMM backends of one layer."""
 
     plain: GemmBackend
     float8: Callable[[Products, str], GemmBackend | None] = field(default=lambda products, name: None)
     kernels: KernelKind = KernelKind.torch
 
     def of(self, products: Products, name: str) -> GemmBackend:
-        """`name` says in errors which of the layer's modules it is for."""
+        """`name` names the module in errors."""
         return self.float8(products, name) or self.plain
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Who does which products of a run. `recipe` is what `auto` came to; None without FP8."""
+    """GEMM backends of a run. `recipe`: with `auto` resolved; None without FP8."""
 
     config: PrecisionConfig
     recipe: Recipe | None = None
@@ -65,12 +65,12 @@ class Precision:
         return self.config.compute_dtype
 
     @property
-    def plain(self) -> LayerProducts:
-        """For what belongs to no layer."""
-        return LayerProducts(PlainProducts(self.compute_dtype), kernels=self.config.kernels)
+    def plain(self) -> LayerGemms:
+        """Backends of the modules outside the layers."""
+        return LayerGemms(NativeGemm(self.compute_dtype), kernels=self.config.kernels)
 
-    def at(self, layer: int, layers: int) -> LayerProducts:
-        """For one of so many layers, counted from 0."""
+    def at(self, layer: int, layers: int) -> LayerGemms:
+        """Backends of layer number `layer` (from 0) out of `layers`."""
         recipe, config = self.recipe, self.config
         if recipe is None:
             return self.plain
@@ -78,7 +78,7 @@ class Precision:
         def float8(products: Products, name: str) -> GemmBackend | None:
             if not config.in_float8(products, layer, layers):
                 return None
-            return MAKERS[config.backend].make(recipe, config.compute_dtype, f"layer {layer}, {name}")
+            return FLOAT8_LIBRARIES[config.backend].make(recipe, config.compute_dtype, f"layer {layer}, {name}")
 
         return replace(self.plain, float8=float8)
 
@@ -86,15 +86,15 @@ class Precision:
         if self.recipe is None:
             return self.config.compute.value
         kinds = ", ".join(products.value for products in self.config.fp8_products)
-        maker = MAKERS[self.config.backend]
-        return f"FP8 {self.recipe.value} by {maker.version()} for {kinds}; the rest {self.config.compute.value}"
+        library = FLOAT8_LIBRARIES[self.config.backend]
+        return f"FP8 {self.recipe.value} by {library.version()} for {kinds}; the rest {self.config.compute.value}"
 
 
 CPU = torch.device("cpu")
 
 
 def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
-    """Who does the products of `config` on `device`. Raises `ConfigError` with every reason why that cannot be."""
+    """Backends for `config` on `device`. Raises `ConfigError` with every reason if one is unavailable."""
     if config.kernels is KernelKind.triton and (reason := no_triton(device)):
         raise ConfigError("precision.kernels", config.kernels, reason, [KernelKind.torch.value])
     if not config.uses_float8:
@@ -102,15 +102,19 @@ def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
     recipe = config.recipe.on(device)
     if reasons := unavailable(config.backend, recipe, device):
         key, value = "precision.backend", config.backend
-        others = [other.value for other in MAKERS if not unavailable(other, recipe, device)]
-        known = [one.value for one in MAKERS[config.backend].RECIPES if not unavailable(config.backend, one, device)]
+        others = [other.value for other in FLOAT8_LIBRARIES if not unavailable(other, recipe, device)]
+        known = [
+            one.value
+            for one in FLOAT8_LIBRARIES[config.backend].RECIPES
+            if not unavailable(config.backend, one, device)
+        ]
         also = f"; it can do {', '.join(known)}" if known else ""
         raise ConfigError(key, value, f"cannot do {recipe.value} here: {'; '.join(reasons)}{also}", [*others, "native"])
     return Precision(config, recipe)
 
 
 def no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot be had on a device; its interpreter, for tests, runs them anywhere."""
+    """Why Triton's kernels are unavailable on a device; its interpreter, for tests, runs anywhere."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -119,16 +123,16 @@ def no_triton(device: torch.device) -> str | None:
 
 
 def unavailable(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:
-    """Every reason why a backend cannot multiply by a recipe on a device."""
+    """Every reason why a backend lacks a recipe on a device; empty if available."""
     if backend is Backend.native:
         return []
-    maker = MAKERS[backend]
-    if recipe not in maker.RECIPES:
-        return [f"{backend.value} knows {', '.join(known.value for known in maker.RECIPES)}"]
-    return maker.unavailable(recipe, device)
+    library = FLOAT8_LIBRARIES[backend]
+    if recipe not in library.RECIPES:
+        return [f"{backend.value} supports {', '.join(known.value for known in library.RECIPES)}"]
+    return library.unavailable(recipe, device)
 
 
-def table(device: torch.device) -> dict[str, dict[str, list[str]]]:
-    """By backend and recipe, the reasons why not; empty where it can be had."""
+def availability(device: torch.device) -> dict[str, dict[str, list[str]]]:
+    """Reasons why each recipe of each backend is unavailable; empty if available."""
     recipes = [recipe for recipe in Recipe if recipe is not Recipe.auto]
-    return {b.value: {recipe.value: unavailable(b, recipe, device) for recipe in recipes} for b in MAKERS}
+    return {b.value: {recipe.value: unavailable(b, recipe, device) for recipe in recipes} for b in FLOAT8_LIBRARIES}

@@ -1,13 +1,13 @@
 """FP8 by Transformer Engine: its quantizers and products, called as its own `Linear` and `GroupedLinear` call them.
 
-This is the only file that imports it, and only inside functions: it is optional, and fails to import where there is no
-GPU. It leans on names below TE's public modules, hence on one version; `tests/precision` hold this file against the
-sources of that version, and `unavailable` holds it against the reference, on the device, before a run begins.
+Only this file imports TE, and only inside functions: it is optional and does not import without a GPU. It uses names
+below TE's public modules and therefore needs one exact version. `tests/precision` check this file against the sources
+of that version. `unavailable` checks TE against the emulation on the device before a run begins.
 
-Experts share a scale with no one and go to one grouped product, with their counts on the host. What TE does not do is
-notice an operand with inf: its kernels give that tile the scale 1 and saturate (NaN stays NaN).
+Experts never share a scale; one grouped product multiplies them, with their counts on the host. TE does not detect inf:
+its kernels give such a tile the scale 1 and saturate (NaN stays NaN).
 
-Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
+Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
 
 from __future__ import annotations
@@ -22,52 +22,50 @@ import torch
 from torch import Tensor
 
 from precision.config import Recipe
-from precision.fp8_emulated import Reference
-from precision.fp8_linear import Float8Products, Operand
+from precision.fp8_emulated import EmulatedArithmetic
+from precision.fp8_linear import LARGEST_ERROR, Float8Gemm, Operand
 from precision.fp8_tiles import Tiled
 from precision.gemm import GemmBackend, Groups
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.mxfp8)
 VERSION = "2.20.2"
 INSTALL = f'pip install --no-build-isolation "transformer-engine[pytorch]=={VERSION}", with torch for CUDA there first'
-_LARGEST_ERROR = 1e-2
-"""Of a product against the emulated one, relative: bfloat16 rounds to 2^-9."""
 
 
 @dataclass(frozen=True)
 class QuantisedParts:
-    """TE's storages of a quantised operand: one, or one for each expert. `shape` is that of the operand."""
+    """TE's storage of a quantised operand, or one per expert. `shape`: of the operand."""
 
     parts: tuple[Any, ...]
     shape: torch.Size
 
     def only_columns(self) -> QuantisedParts:
-        kept = tuple(_twin(part) for part in self.parts)
+        kept = tuple(_shallow_copy(part) for part in self.parts)
         for part in kept:
             part.update_usage(rowwise_usage=False, columnwise_usage=True)
         return replace(self, parts=kept)
 
     def tensors(self) -> list[Tensor | None]:
-        return [tensor for part in self.parts for tensor in _twin(part).prepare_for_saving()[0]]
+        return [tensor for part in self.parts for tensor in _shallow_copy(part).prepare_for_saving()[0]]
 
     def restored(self, tensors: Sequence[Tensor | None]) -> QuantisedParts:
-        kept, rest = tuple(_twin(part) for part in self.parts), list(tensors)
+        kept, rest = tuple(_shallow_copy(part) for part in self.parts), list(tensors)
         for part in kept:
             rest = part.restore_from_saved(rest)
         return replace(self, parts=kept)
 
 
-def _twin(part: Any) -> Any:
-    """Another storage of the same tensors: TE's own methods to save and restore one change it."""
-    twin = object.__new__(type(part))
-    vars(twin).update(vars(part))
-    return twin
+def _shallow_copy(part: Any) -> Any:
+    """A shallow copy: TE's methods to save and restore a storage modify it."""
+    copy = object.__new__(type(part))
+    vars(copy).update(vars(part))
+    return copy
 
 
 class TransformerEngine:
-    """`fp8_linear.Arithmetic` by Transformer Engine. Its products are named by which dimensions are contracted:
-    "TN" the rows of both operands, "NN" the columns of A with the rows of B, "NT" the columns of both; A is the weight,
-    or the activation for the weight's gradient.
+    """`fp8_linear.Arithmetic` by Transformer Engine. Layouts name what is contracted: "TN" the rows of both operands,
+    "NN" the columns of A with the rows of B, "NT" the columns of both. A is the weight; for the weight's gradient, the
+    activation.
     """
 
     def __init__(self, recipe: Recipe, compute_dtype: torch.dtype) -> None:
@@ -89,14 +87,14 @@ class TransformerEngine:
         quantizers = [*forward.make_quantizers(), *backward.make_quantizers()]
         self.quantizers = dict(zip((Operand.activation, Operand.weight, Operand.gradient), quantizers, strict=True))
         for quantizer in quantizers:
-            quantizer.internal = True  # bare storages: no subclasses of Tensor
-            quantizer.optimize_for_gemm = recipe is Recipe.mxfp8  # its scales come in the order that products read
+            quantizer.internal = True  # storages instead of subclasses of Tensor
+            quantizer.optimize_for_gemm = recipe is Recipe.mxfp8  # MXFP8 scales in the order that the products read
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> QuantisedParts:
         import transformer_engine_torch as tex
 
         quantizer = self.quantizers[operand]
-        # TE's kernels make the columns of square tiles and of whole tensors only beside their rows
+        # TE's kernels make columns of square tiles and of whole tensors only together with rows
         beside = operand is Operand.weight or self.recipe is Recipe.tensorwise
         quantizer.set_usage(rowwise=rows or beside, columnwise=columns)
         if groups is not None:
@@ -117,7 +115,7 @@ class TransformerEngine:
     def _product(
         self, a: QuantisedParts, b: QuantisedParts, layout: str, groups: Groups | None, shape: tuple[int, ...]
     ) -> Tensor:
-        """`shape`: of what experts give together: all their rows, or a matrix each."""
+        """`shape`: of the experts' joint result, rows [C, F or D] or matrices [E, F, D]."""
         from transformer_engine.pytorch.cpp_extensions import general_gemm, general_grouped_gemm
 
         backward, split = layout != "TN", self.split_accumulator[layout]
@@ -136,7 +134,7 @@ class TransformerEngine:
         general_grouped_gemm(
             list(a.parts),
             list(b.parts),
-            [y] if is_rows else list(y.unbind(0)),  # a matrix of an expert without rows becomes zero
+            [y] if is_rows else list(y.unbind(0)),  # the matrix of an expert without rows becomes zero
             [None] * len(a.parts),
             self.compute_dtype,
             layout=layout,
@@ -150,32 +148,30 @@ class TransformerEngine:
 
 def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
     is_cuda = device.type == "cuda"
-    reasons = [] if is_cuda else [f"Transformer Engine needs an NVIDIA GPU, and this is the {device.type}"]
-    reasons += _installation()
-    if reasons:
+    reasons = [] if is_cuda else [f"Transformer Engine needs an NVIDIA GPU; the device is {device.type}"]
+    if reasons := [*reasons, *_installation_problems()]:
         return reasons
     with torch.cuda.device(device):
-        reason = _refusal(recipe) or _tried(recipe, str(device))
+        reason = _unsupported(recipe) or _trial_failure(recipe, str(device))
     return [reason] if reason else []
 
 
-def _installation() -> list[str]:
-    """What is wrong with the installed package."""
+def _installation_problems() -> list[str]:
     installed = _installed()
     if installed is None:
         return [f"Transformer Engine is not installed: {INSTALL}"]
     wrong = []
-    if installed.partition("+")[0] != VERSION:  # what is built from source carries its commit after the version
-        wrong.append(f"Transformer Engine {installed} is installed, and only {VERSION} is known to fit: {INSTALL}")
+    if installed.partition("+")[0] != VERSION:  # a build from source has +COMMIT after the version
+        wrong.append(f"Transformer Engine {installed} is installed, but {VERSION} is needed: {INSTALL}")
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # without its libraries: RuntimeError, OSError, AssertionError, FileNotFoundError
-        wrong.append(f"Transformer Engine {installed} is installed and does not import ({_line(error)}): {INSTALL}")
+        wrong.append(f"Transformer Engine {installed} is installed but does not import ({_one_line(error)}): {INSTALL}")
     return wrong
 
 
-def _refusal(recipe: Recipe) -> str | None:
-    """TE's own reason against a recipe on the current device."""
+def _unsupported(recipe: Recipe) -> str | None:
+    """TE's own reason why the current device lacks a recipe."""
     from transformer_engine.pytorch import is_fp8_available, is_fp8_block_scaling_available, is_mxfp8_available
 
     ask: Callable[..., tuple[bool, str]] = {
@@ -184,69 +180,64 @@ def _refusal(recipe: Recipe) -> str | None:
         Recipe.mxfp8: is_mxfp8_available,
     }[recipe]
     available, reason = ask(return_reason=True)
-    return None if available else f"{reason.rstrip('.')} (precision.recipe=auto takes what the GPU has)"
+    return None if available else f"{reason.rstrip('.')} (precision.recipe=auto selects a supported one)"
 
 
 @cache
-def _tried(recipe: Recipe, device: str) -> str | None:
-    """What is wrong with small operands and products of each kind on this device; None where bytes and scales are those
-    of the reference and products differ by rounding: what has not been proven must not train.
+def _trial_failure(recipe: Recipe, device: str) -> str | None:
+    """Try small operands and products of each kind on this device. Return what is wrong, or None if bytes and scales
+    equal the emulation's and products differ by rounding only.
     """
     try:
         wrong = next(_differences(recipe, torch.device(device)), None)
-        return wrong and f"{version()} gives other {wrong} on {device} than the reference does: use another recipe"
-    except Exception as error:  # whatever it is would also end the first step
-        return (
-            f"{version()} fails on {device} ({_line(error)}): use another recipe, or another release of CUDA or cuDNN"
-        )
+        return wrong and f"{version()} computes {wrong} on {device} unlike the emulation: use another recipe"
+    except Exception as error:  # any error here would also end the first step
+        return f"{version()} fails on {device} ({_one_line(error)}): use another recipe, CUDA release or cuDNN release"
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
-    """Of Transformer Engine from the reference: bytes and scales of operands, then results, experts without rows and
-    rows without an expert among them.
+    """Differences between Transformer Engine and the emulation: bytes and scales of operands, then results. Covers an
+    expert without rows and rows without an expert.
     """
     generator, dtype = torch.Generator().manual_seed(0), torch.bfloat16
 
     def operand(*shape: int) -> Tensor:
-        """Rows of very different size."""
+        """Rows of very different magnitude."""
         sizes = torch.randn(*shape[:-1], 1, generator=generator).mul(2).exp()
         return (torch.randn(*shape, generator=generator) * sizes).to(device, dtype)
 
-    least = recipe.multiple  # as few rows as an expert may have
+    least = recipe.multiple  # the fewest rows of an expert
     groups = Groups(torch.tensor([3 * least, 0, least, 5 * least], device=device))
     x, grad = operand(11 * least, 256), operand(11 * least, 384)
     weights: list[tuple[Tensor, Groups | None]] = [(operand(384, 256), None), (operand(4, 384, 256), groups)]
-    engine, reference = TransformerEngine(recipe, dtype), Reference(recipe, dtype)
+    engine, emulation = TransformerEngine(recipe, dtype), EmulatedArithmetic(recipe, dtype)
     for quantizer in engine.quantizers.values():
-        quantizer.optimize_for_gemm = False  # for scales in plain order
+        quantizer.optimize_for_gemm = False  # scales in row order
     for w, split in weights:
-        for kind, tensor, among in (
-            (Operand.activation, x, split),
-            (Operand.gradient, grad, split),
-            (Operand.weight, w, None),
-        ):
+        operands = ((Operand.activation, x, split), (Operand.gradient, grad, split), (Operand.weight, w, None))
+        for kind, tensor, among in operands:
             found = engine.quantise(tensor, kind, among, True, True)
-            wanted = reference.quantise(tensor, kind, among, True, True)
-            yield from _other_bytes(recipe, kind, found, wanted)
+            wanted = emulation.quantise(tensor, kind, among, True, True)
+            yield from _byte_differences(recipe, kind, found, wanted)
     for w, split in weights:
-        ours = _results(Float8Products(TransformerEngine(recipe, dtype), dtype, "a trial"), x, w, grad, split)
-        exact = _results(Float8Products(reference, dtype, "a trial"), x, w, grad, split)
+        ours = _results(Float8Gemm(TransformerEngine(recipe, dtype), dtype, "a trial"), x, w, grad, split)
+        exact = _results(Float8Gemm(emulation, dtype, "a trial"), x, w, grad, split)
         for name, result in ours.items():
             error = float((result.float() - exact[name].float()).norm() / exact[name].float().norm())
-            if not error < _LARGEST_ERROR:
+            if not error < LARGEST_ERROR:
                 yield f"{name} of {'a matrix' if split is None else 'experts'} (off by {error:.1e})"
 
 
-def _other_bytes(recipe: Recipe, operand: Operand, found: QuantisedParts, wanted: Tiled) -> Iterator[str]:
+def _byte_differences(recipe: Recipe, operand: Operand, found: QuantisedParts, wanted: Tiled) -> Iterator[str]:
     for columns, matrices in ((False, wanted.rows), (True, wanted.columns)):
         for part, rows in zip(found.parts, matrices, strict=True):
-            data, scale = _kept(recipe, part, columns)
+            data, scale = _stored(recipe, part, columns)
             if data is None:
-                continue  # Blackwell multiplies the columns of a whole tensor without a copy of them
+                continue  # Blackwell multiplies columns of a whole tensor without a copy
             inverse = rows.inverse_scale
             if recipe is Recipe.mxfp8:
                 inverse = (inverse.view(torch.int32) >> 23).to(torch.uint8)
@@ -255,8 +246,8 @@ def _other_bytes(recipe: Recipe, operand: Operand, found: QuantisedParts, wanted
                 yield f"bytes or scales for the {'columns' if columns else 'rows'} of the {operand.value}"
 
 
-def _kept(recipe: Recipe, part: Any, columns: bool) -> tuple[Tensor | None, Tensor]:
-    """Bytes and inverse scales in the order of `precision.fp8_tiles.QuantisedRows`, the scales with padding."""
+def _stored(recipe: Recipe, part: Any, columns: bool) -> tuple[Tensor | None, Tensor]:
+    """Bytes and padded inverse scales in the order of `precision.fp8_tiles.QuantisedRows`."""
     kept, side = part.get_metadata(), "columnwise" if columns else "rowwise"
     if recipe is Recipe.tensorwise:
         return kept["data_transpose" if columns else "data"], kept["fp8_scale_inv"].reshape(1, 1)
@@ -266,8 +257,8 @@ def _kept(recipe: Recipe, part: Any, columns: bool) -> tuple[Tensor | None, Tens
     return data, scale if kept["is_2D_scaled"] else scale.t()
 
 
-def _results(products: Float8Products, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None) -> dict[str, Tensor]:
-    """A product and its gradients, without rows that belong to no expert."""
+def _results(products: Float8Gemm, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None) -> dict[str, Tensor]:
+    """A product and its gradients, without rows beyond the experts'."""
     with torch.enable_grad():
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
         y = products.linear(x, w) if groups is None else products.grouped_linear(x, w, groups)
@@ -288,4 +279,4 @@ def _installed() -> str | None:
 
 
 def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Products(TransformerEngine(recipe, compute_dtype), compute_dtype, where)
+    return Float8Gemm(TransformerEngine(recipe, compute_dtype), compute_dtype, where)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launch.cli import main
-from model.attention.segments import SegmentRun, attend_pieces, documents, pieces
+from model.attention.segments import SegmentRun, attend_segments, document_bounds, plan_segments
 from model.kernels import TorchKernels, TritonKernels
 from tests.model.attention.test_segments import figures, inputs, largest, positions
 from tests.support.kernel_cases import BREAKS, CASES, GATES, Case, results
@@ -44,10 +44,10 @@ def test_a_gpu_computes_what_a_cpu_computes(tmp_path, small_corpus, monkeypatch)
 def test_attention_in_pieces_on_a_gpu(dtype, gate):
     """Flash kernels in bfloat16, products in blocks otherwise, against the CPU in float64."""
     rows, runs = positions(64), [SegmentRun(0, 40, 0), SegmentRun(40, 64, 40)]
-    parts = pieces(documents(rows == 0), runs, runs)
+    parts = plan_segments(document_bounds(rows == 0), runs, runs)
 
     def computed(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        return figures(lambda q, k, v: attend_pieces(q, k, v, parts), *tensors)
+        return figures(lambda q, k, v: attend_segments(q, k, v, parts), *tensors)
 
     exact = inputs(64)
     found = computed(*(x.to("cuda", getattr(torch, dtype)) for x in exact))

@@ -18,7 +18,7 @@ from core.files import new_directory
 from data.tokenizer import save_for_transformers
 from model.huggingface import HuggingFaceCheckpoint, compare_logits, compare_settings, export, obstacle, shortage
 from model.huggingface.checkpoint import TOKENIZER_FILES
-from model.multipliers import folded
+from model.multipliers import fold_multipliers
 from model.tensor_source import TensorSource
 from parallel.comm.world import World
 from train.checkpoint.index import read_progress
@@ -133,7 +133,7 @@ def _compare(source: TensorSource, directory: Path, dtype: torch.dtype | None, c
     """Compare what can be compared here, print which that is, and return it."""
     unasked = "check=never" if check is Check.never else obstacle(directory)
     if unasked is None:
-        compare_settings(folded(source).config, directory)
+        compare_settings(fold_multipliers(source).config, directory)
     why = unasked or shortage(source)
     if why is None:
         checked = (

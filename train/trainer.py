@@ -25,7 +25,7 @@ from data.corpus import Corpus
 from data.loader import Batch
 from data.prefetch import Prefetcher
 from data.tokenizer import vocabulary_fingerprint
-from model.balancer import Balancer
+from model.load_balance import Balancer
 from parallel.comm.world import World, connect, wait_for
 from parallel.deepspeed.config import Offload
 from parallel.mesh import make_meshes
@@ -106,7 +106,7 @@ class Trainer:
             compare_vocabularies(source, self.vocabulary, log)
         if config.precision.uses_float8:
             log(str(resolve(config.precision, world.device)))
-        placed.model.see_positions(phase_of(config, self.step).model)
+        placed.model.set_rope_config(phase_of(config, self.step).model)
         if world.is_main:
             directory.trim_metrics(self.step)
 
@@ -121,7 +121,7 @@ class Trainer:
         """Consume the global batch of `step` and update the model."""
         self.world.heartbeat.step = step
         phase = self.phase(step)
-        self.engine.placed.model.see_positions(phase.model)
+        self.engine.placed.model.set_rope_config(phase.model)
         begin = time.perf_counter()
         batch = self.batches.get(step, self._known_until(phase))
         waited_s = time.perf_counter() - begin

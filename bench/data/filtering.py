@@ -25,7 +25,7 @@ from data.filter.score.ngram import NgramScorer
 from data.filter.screen.duplicates import find_duplicates, signatures
 from data.filter.screen.gates import Gates
 from data.sources import make_source
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from train.eval.scoring_model import ScoringModel
 from train.eval.text_loss import token_losses
 from train.trainer import Trainer
@@ -92,7 +92,7 @@ def _by_model(trainer: Trainer) -> LossScorer:
     model, tokenizer, context = trainer.engine.placed.model.eval(), trainer.corpus.tokenizer, 256
 
     def logits(tokens_BT: Tensor) -> Tensor:
-        return model(tokens_BT, SequenceContext(torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)))
+        return model(tokens_BT, ForwardContext(torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)))
 
     scoring = ScoringModel(model, logits, tokenizer, context, ("smoke",))
     return LossScorer(token_losses(scoring, context, 8), "smoke")

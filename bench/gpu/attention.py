@@ -17,7 +17,7 @@ from bench.gpu.clock import distance
 from bench.gpu.context import PLAIN, Bench, BenchJob
 from bench.gpu.record import BenchRow
 from model.attention.layer import attend
-from model.attention.plan import AttentionPlan, SequenceContext
+from model.attention.plan import AttentionPlan, ForwardContext
 
 GATE = 1e-2
 
@@ -71,7 +71,7 @@ class _Case:
         shapes = ((rows, kind.length, h, k), *[(rows, kind.length, g, k)] * 2)
         self.qkv = [bench.random(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
         self.grad = bench.random(rows, kind.length, h, k, seed=3)
-        self.plan: AttentionPlan = SequenceContext(kind.positions(rows), bench.device).plan(kind.chunk)
+        self.plan: AttentionPlan = ForwardContext(kind.positions(rows), bench.device).plan(kind.chunk)
 
     def forward(self) -> None:
         with torch.no_grad():

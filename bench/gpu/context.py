@@ -13,7 +13,7 @@ import torch
 from bench.gpu.clock import Clock
 from bench.gpu.record import BenchRow
 from precision.config import Backend, Compute, KernelKind, ParamDtype, PrecisionConfig
-from precision.resolve import MAKERS, no_triton, unavailable
+from precision.resolve import FLOAT8_LIBRARIES, no_triton, unavailable
 
 PLAIN = "bf16"
 DENSE = "dense, equal active parameters"
@@ -46,7 +46,7 @@ class Bench:
     def _recipes(self) -> list[tuple[str, PrecisionConfig, list[str]]]:
         """Every recipe of every FP8 backend, and why it cannot be had. The emulation is for dry runs only."""
         found = []
-        for backend, maker in MAKERS.items():
+        for backend, maker in FLOAT8_LIBRARIES.items():
             if (backend is Backend.emulated) != self.dry:
                 continue
             for recipe in maker.RECIPES[: 1 if self.dry else None]:

@@ -15,7 +15,7 @@ from bench.gpu.clock import distance
 from bench.gpu.context import Bench, BenchJob
 from bench.gpu.record import BenchRow
 from bench.gpu.shapes import Mixture, mixtures
-from model.kernels import MoEKernels, SortedSlots, TorchKernels, TritonKernels
+from model.kernels import MoEKernels, TorchKernels, TritonKernels
 from model.moe import permute_by_expert
 
 GATE = 1e-2
@@ -38,18 +38,17 @@ def _measure(bench: Bench, mixture: Mixture) -> Iterator[BenchRow]:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, mixture.experts, generator=generator).topk(top_k).indices
     rows = permute_by_expert(chosen.to(bench.device), mixture.experts, 16)
-    places = SortedSlots(rows.source_C, rows.place_S.view(-1, top_k), rows.is_padding_C1)
     count, width, hidden = len(rows.source_C), mixture.width, mixture.hidden
     x_TD, y_CD = bench.random(tokens, width).requires_grad_(), bench.random(count, width, seed=1).requires_grad_()
     weights_TK = torch.rand(tokens, top_k, generator=generator).to(bench.device).requires_grad_()
     both_C2F = bench.random(count, 2 * hidden, seed=2).requires_grad_()
     one, many, moved = (2 * width * n for n in (tokens, count, tokens + count))  # bytes, in bfloat16
     steps: dict[str, tuple[Step, list[Tensor], int, int]] = {
-        "permute": (lambda k: k.permute(x_TD, places), [x_TD], moved, moved),
-        "permute, weighted": (lambda k: k.permute(x_TD, places, weights_TK), [x_TD, weights_TK], moved, moved + one),
-        "unpermute": (lambda k: k.unpermute(y_CD, places), [y_CD], moved, moved),
+        "permute": (lambda k: k.permute(x_TD, rows), [x_TD], moved, moved),
+        "permute, weighted": (lambda k: k.permute(x_TD, rows, weights_TK), [x_TD, weights_TK], moved, moved + one),
+        "unpermute": (lambda k: k.unpermute(y_CD, rows), [y_CD], moved, moved),
         "unpermute, weighted": (
-            lambda k: k.unpermute(y_CD, places, weights_TK), [y_CD, weights_TK], moved, moved + many,
+            lambda k: k.unpermute(y_CD, rows, weights_TK), [y_CD, weights_TK], moved, moved + many,
         ),
         "SwiGLU": (lambda k: k.swiglu_halves(both_C2F), [both_C2F], 6 * count * hidden, 10 * count * hidden),
     }  # fmt: skip

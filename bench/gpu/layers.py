@@ -20,7 +20,7 @@ from bench.gpu.context import DENSE, PLAIN, TRITON, Bench, BenchJob
 from bench.gpu.record import BenchRow
 from bench.gpu.shapes import QWEN3, Mixture, mixtures
 from bench.peers import GROUPED, Peer
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.config import ModelConfig, WeightsOn
 from model.layers import GatedMLP
 from model.moe import MixtureOfExperts
@@ -70,7 +70,7 @@ class LayerSetting:
 
     def ours(self, config: ModelConfig, precision: PrecisionConfig) -> LayerCase:
         layer = sharing(self.base, config, self.bench, precision)
-        context = SequenceContext(torch.arange(self.tokens).expand(1, -1), self.bench.device)
+        context = ForwardContext(torch.arange(self.tokens).expand(1, -1), self.bench.device)
         return LayerCase(lambda x: layer(x, context), list(layer.parameters()), self.x, self.grad)
 
     def dense(self, precision: PrecisionConfig) -> LayerCase:
@@ -207,7 +207,7 @@ def against_float32(layer: MixtureOfExperts, bench: Bench) -> float:
     tokens, width = 64 if bench.dry else 512, layer.router.weight.shape[1]
     x = bench.random(1, tokens, width, seed=3).requires_grad_()
     grad = bench.random(1, tokens, width, seed=4)
-    y = layer(x, SequenceContext(torch.arange(tokens).expand(1, -1), bench.device))
+    y = layer(x, ForwardContext(torch.arange(tokens).expand(1, -1), bench.device))
     found = [y.detach(), *torch.autograd.grad(y, x, grad)]
     wide = x.detach().float().requires_grad_()
     exact = _plainly(layer, wide)

@@ -18,7 +18,7 @@ from bench.gpu.record import BenchRow
 from bench.gpu.shapes import Mixture, counts, matrices, mixtures
 from precision.config import Backend, PrecisionConfig, Products
 from precision.gemm import GemmBackend, Groups
-from precision.resolve import MAKERS, resolve
+from precision.resolve import FLOAT8_LIBRARIES, resolve
 
 GATES = {PLAIN: 1e-2}
 FLOAT8_GATE = 8e-2
@@ -203,7 +203,7 @@ def _row(
 def agreements(bench: Bench) -> Iterator[BenchRow]:
     """FP8 products against the emulation of the same recipe, at the real widths and few rows."""
     yield from missing("grouped", bench)
-    reference = MAKERS[Backend.emulated]
+    reference = FLOAT8_LIBRARIES[Backend.emulated]
     for mixture in mixtures(bench.dry, bench.memory_bytes):
         experts, rows = 4, 64 if bench.dry else 1024
         counts_E = counts(rows, experts, "zipf")

@@ -21,9 +21,9 @@ from bench.gpu.clock import Timing
 from bench.gpu.context import DENSE, PLAIN, Bench, BenchJob
 from bench.gpu.record import BenchRow
 from bench.gpu.shapes import LLAMA4
-from model.balancer import Balancer
 from model.config import BalanceConfig, ModelConfig, QKNorm, RouterConfig, Score, WeightsOn
 from model.flops import count_parameters, training_flops
+from model.load_balance import Balancer
 from parallel.grad_norm import gradient_norm, scale_gradients
 from parallel.layout import Layout
 from parallel.mesh import meshes_of_rank

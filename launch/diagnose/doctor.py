@@ -22,7 +22,7 @@ from core.config import load
 from core.files import read_json
 from launch.diagnose.machine import FEW_FILES, cores, driver, free_space
 from parallel.layout import ParallelConfig
-from precision.resolve import table as backends_table
+from precision.resolve import availability
 from train.config import RunConfig, TrainConfig
 from train.run_directory import RunDirectory, write_config
 
@@ -68,7 +68,7 @@ def examine(folders: list[Path]) -> dict[str, Any]:
         },
         "cuda": {"toolkit": torch.version.cuda, "driver": driver()},
         "devices": _devices(),
-        "precision": backends_table(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "precision": availability(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "packages": packages,
         "optional": optional,

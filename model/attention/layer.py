@@ -1,6 +1,6 @@
-"""Grouped-query attention of iRoPE layers: rotary and chunked, or without position and with query temperature.
+"""Grouped-query attention of iRoPE layers: rotary and chunked, or without positions (NoPE) with query temperature.
 
-Shapes: B batch, T sequence, D model width, H query heads, G key/value heads, K head width, N blocks of a row.
+Shapes: B batch, T sequence, D hidden size, H query heads, G key/value heads, K head dim, N blocks of a sequence.
 """
 
 from __future__ import annotations
@@ -11,45 +11,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention.plan import AttentionPlan, SequenceContext, blocks
+from model.attention.plan import AttentionPlan, ForwardContext, blocks
 from model.attention.rope import rotate
-from model.attention.segments import attend_pieces
+from model.attention.segments import attend_segments
 from model.config import LayerConfig, ModelConfig, QKNorm
 from model.layers import Linear, RMSNorm, rms_normalise
 from model.roles import Role
-from precision.resolve import LayerProducts
+from precision.resolve import LayerGemms
 
 
 class Attend(Protocol):
-    """softmax(q k^T / sqrt(K)) v over what each query may see; returns [B, T, H, K]."""
+    """softmax(q k^T / sqrt(K)) v over the keys that each query may attend to: [B, T, H, K]."""
 
     def __call__(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: SequenceContext, chunk: int | None, /
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: ForwardContext, chunk: int | None, /
     ) -> Tensor: ...
 
 
 class Attention(nn.Module):
-    """Query, key, value and output projections around `attend`; head j reads key/value head j // (H / G).
+    """Query, key, value and output projections around `attend`. Query head j uses key/value head j // (H / G).
 
-    Context parallelism replaces `attend`; nothing else in this file knows of ranks.
+    Context parallelism replaces `attend`; nothing else in this file depends on ranks.
     """
 
-    def __init__(self, model: ModelConfig, layer: LayerConfig, products: LayerProducts) -> None:
+    def __init__(self, model: ModelConfig, layer: LayerConfig, gemms: LayerGemms) -> None:
         super().__init__()
         self.model, self.layer = model, layer
-        self.attend: Attend = attend_here
-        inner, shared = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        self.query = Linear(model.hidden_size, inner, Role.query, products)
-        self.key = Linear(model.hidden_size, shared, Role.key, products)
-        self.value = Linear(model.hidden_size, shared, Role.value, products)
-        self.output = Linear(inner, model.hidden_size, Role.attention_output, products)
-        widths = {QKNorm.per_head: (model.head_dim, model.head_dim), QKNorm.full: (inner, shared)}
-        if layer.qk_norm in widths:
-            self.query_norm, self.key_norm = (
-                RMSNorm(width, model.norm_eps, Role.qk_norm) for width in widths[layer.qk_norm]
-            )
+        self.attend: Attend = local_attention
+        query_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        self.query = Linear(model.hidden_size, query_size, Role.query, gemms)
+        self.key = Linear(model.hidden_size, kv_size, Role.key, gemms)
+        self.value = Linear(model.hidden_size, kv_size, Role.value, gemms)
+        self.output = Linear(query_size, model.hidden_size, Role.attention_output, gemms)
+        sizes = {QKNorm.per_head: (model.head_dim, model.head_dim), QKNorm.full: (query_size, kv_size)}
+        if layer.qk_norm in sizes:
+            self.query_norm, self.key_norm = (RMSNorm(n, model.norm_eps, Role.qk_norm) for n in sizes[layer.qk_norm])
 
-    def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         heads = (-1, self.model.head_dim)
         q, k = self.query(x_BTD), self.key(x_BTD)
         if self.layer.qk_norm is QKNorm.full:
@@ -59,8 +57,8 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         v_BTGK = self.value(x_BTD).unflatten(-1, heads)
         if self.layer.rope:
-            turn = context.rotation(self.model, self.layer, q_BTHK.dtype)
-            q_BTHK, k_BTGK = (rotate(x, turn, self.model.rope_pairing) for x in (q_BTHK, k_BTGK))
+            rotation = context.rotation(self.model, self.layer, q_BTHK.dtype)
+            q_BTHK, k_BTGK = (rotate(x, rotation, self.model.rope_pairing) for x in (q_BTHK, k_BTGK))
         if self.layer.qk_norm is QKNorm.weightless:
             q_BTHK, k_BTGK = (rms_normalise(x, self.model.norm_eps) for x in (q_BTHK, k_BTGK))
         if self.model.multipliers.attention != 1:
@@ -71,15 +69,17 @@ class Attention(nn.Module):
         return self.output(y_BTHK.flatten(-2))
 
 
-def attend_here(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: SequenceContext, chunk: int | None) -> Tensor:
-    """The whole row is on this device."""
+def local_attention(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: ForwardContext, chunk: int | None
+) -> Tensor:
+    """The whole sequence is on this device."""
     return attend(q_BTHK, k_BTGK, v_BTGK, context.plan(chunk))
 
 
 def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v as `plan` says; returns [B, T, H, K]."""
-    if plan.parts is not None:
-        return attend_pieces(q_BTHK, k_BTGK, v_BTGK, plan.parts)
+    """softmax(q k^T / sqrt(K)) v under `plan`: [B, T, H, K]."""
+    if plan.segments is not None:
+        return attend_segments(q_BTHK, k_BTGK, v_BTGK, plan.segments)
     if plan.block is None:
         return _dot_product(q_BTHK, k_BTGK, v_BTGK, plan.mask)
     q, k, v = (blocks(x, plan.block) for x in (q_BTHK, k_BTGK, v_BTGK))

@@ -1,9 +1,9 @@
-"""What a forward pass knows of its rows beside the tokens: positions, which keys a query may see, rotations.
+"""Inputs of a forward pass besides the tokens: positions, attention plans, rotary factors, the global token count.
 
-Everything here is computed once per batch and shared by all layers. Which form of attention applies is decided from the
-positions on the host, so that no layer asks the device.
+Computed once per micro-batch and shared by all layers. The form of attention is chosen from the positions on the host,
+so no layer synchronises with the device.
 
-Shapes: B batch, T sequence, K head width, C chunk, N blocks of a row.
+Shapes: B batch, T sequence, K head dim, N blocks of a sequence.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ import torch
 from torch import Tensor
 
 from model.attention.rope import frequencies, rotation
-from model.attention.segments import Segment, SegmentRun, documents, pieces
+from model.attention.segments import Segment, SegmentRun, document_bounds, plan_segments
 from model.config import LayerConfig, ModelConfig
 from precision.gemm import at_least_float32
 
-PIECES_FROM = 512
-"""Length of rows of several documents from which attention goes in pieces instead of under a mask, which is [T, T] in
-layers that see whole rows and [T, 2 chunk] in chunked ones.
-Measured on a CPU, forward and backward, documents of 50 to 2,000 tokens: as fast at 256, 1 to 4 times as fast at 512,
-up to 13 times at 2,048.
+SEGMENTED_FROM = 512
+"""Sequence length from which packed documents use segments instead of a mask ([T, T], or [T, 2 chunk] if chunked).
+
+Measured on a CPU, forward and backward, documents of 50 to 2,000 tokens: equal at 256, 1 to 4 times as fast at 512, up
+to 13 times at 2,048.
 """
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How one kind of layer attends.
+    """How the layers of one chunk size attend.
 
-    The row is cut into blocks of `block` positions (None: the whole row is one). Queries see their own block and, with
-    `halo`, the one before it (chunks of a document that starts inside a block may reach back there). `mask` [B*N, 1,
-    queries, keys] says which pairs count; without one attention is causal within the block. With `parts` it goes in
-    pieces over the whole row instead.
+    The sequence is split into blocks of `block` positions (None: one block). Queries attend to their own block and,
+    with `halo`, to the one before it, because a chunk of a document that starts inside a block may begin there. `mask`
+    [B*N, 1, queries, keys] selects the pairs; without a mask attention is causal within the block. `segments` replace
+    blocks and mask.
     """
 
     block: int | None = None
     halo: bool = False
     mask: Tensor | None = None
-    parts: list[Segment] | None = None
+    segments: list[Segment] | None = None
 
 
-class SequenceContext:
-    """Positions of a batch and, made when first asked for, the plans and rotations that layers share.
+class ForwardContext:
+    """Positions of a micro-batch, and the plans and rotary factors that layers share, built on first use.
 
-    `positions_BT` (int64) restart at 0 with each document; a row may begin inside a document, at position 0.
-    `routed_tokens` is the global number of tokens of this optimizer step, the divisor of every balancing term; without
-    it balancing terms are refused. Pass positions that are still on the host, and the device the model is on.
+    `positions_BT` (int64) restart at 0 at each document; the first position of a sequence starts one. Pass them on the
+    host, with the model's device. `routed_tokens`: the global number of tokens of the optimizer step, the divisor of
+    every balancing loss.
     """
 
     def __init__(
@@ -58,25 +58,22 @@ class SequenceContext:
         self.routed_tokens = routed_tokens
         self._plans: dict[int | None, AttentionPlan] = {}
         self._rotations: dict[tuple[int | None, torch.dtype], Tensor] = {}
-        self._temperature: Tensor | None = None  # float64, cast where it is used
+        self._temperature: Tensor | None = None  # float64, cast at use
 
     def plan(self, chunk: int | None) -> AttentionPlan:
-        """The attention of layers with this chunk (None: full causal within the document)."""
+        """The plan of layers with this chunk size (None: full causal within the document)."""
         if chunk not in self._plans:
             self._plans[chunk] = self._make_plan(chunk)
         return self._plans[chunk]
 
     def rotation(self, model: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> Tensor:
-        """[B, T, 1, K/2] complex. A chunked layer never looks past its chunk, so its angles start anew there: equal
-        scores, and no loss of precision at positions in the millions.
+        """Rotary factors, complex [B, T, 1, K/2]. In a chunked layer the angles restart with each chunk: the scores are
+        the same, and positions in the millions lose no precision.
         """
         key = (layer.attention_chunk_size, dtype)
         if key not in self._rotations:
-            positions = (
-                self.positions_BT
-                if layer.attention_chunk_size is None
-                else self.positions_BT % layer.attention_chunk_size
-            )
+            chunk = layer.attention_chunk_size
+            positions = self.positions_BT if chunk is None else self.positions_BT % chunk
             table = frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
             self._rotations[key] = rotation(positions, table, dtype)
         return self._rotations[key]
@@ -89,7 +86,7 @@ class SequenceContext:
         return self._temperature.to(at_least_float32(dtype))
 
     def prepare(self, model: ModelConfig, dtype: torch.dtype) -> None:
-        """Make at once what the layers would ask for, so that code which is traced only looks it up."""
+        """Build everything that the layers need, so that traced code only reads it."""
         for layer in model.blocks:
             self.plan(layer.attention_chunk_size)
             if layer.rope:
@@ -103,37 +100,35 @@ class SequenceContext:
         if chunk is None or chunk >= length:
             if not bool(starts[:, 1:].any()):
                 return AttentionPlan()
-            if length >= PIECES_FROM:
-                whole = [SegmentRun(0, length, 0)]
-                return AttentionPlan(parts=pieces(documents(starts), whole, whole))
-            return AttentionPlan(mask=self._whole_mask(starts))
-        if bool((starts == on_grid(length, chunk)).all()):
+            if length < SEGMENTED_FROM:
+                return AttentionPlan(mask=self._document_mask(starts))
+        elif bool((starts == on_grid(length, chunk)).all()):
             return AttentionPlan(block=chunk)
-        if length >= PIECES_FROM:
-            whole = [SegmentRun(0, length, 0)]
-            return AttentionPlan(parts=pieces(documents(starts), whole, whole))
-        return _blocked(starts, chunk, self.positions_BT.device)
+        elif length < SEGMENTED_FROM:
+            return _blocked(starts, chunk, self.positions_BT.device)
+        whole = [SegmentRun(0, length, 0)]
+        return AttentionPlan(segments=plan_segments(document_bounds(starts), whole, whole))
 
-    def _whole_mask(self, starts_BT: Tensor) -> Tensor:
+    def _document_mask(self, starts_BT: Tensor) -> Tensor:
         segments_BT = starts_BT.to(self.positions_BT.device).cumsum(1)
         same = segments_BT[:, :, None] == segments_BT[:, None, :]
         return same.tril()[:, None]
 
 
 def on_grid(length: int, chunk: int) -> Tensor:
-    """Where blocks begin: bool [T], on the host."""
+    """Whether a block begins at each position: bool [T], on the host."""
     return torch.arange(length) % chunk == 0
 
 
 def _blocked(starts_BT: Tensor, chunk: int, device: torch.device) -> AttentionPlan:
-    """How chunked layers attend where chunks start at `starts_BT` (on the host), elsewhere than blocks do. No halo
-    where none reaches from one block into the next.
+    """Plan for chunks that start at `starts_BT` (on the host) rather than at block boundaries. A halo is needed only if
+    a chunk crosses a block boundary.
     """
     halo = not bool(starts_BT[:, ::chunk].all())
     segments_BT = starts_BT.to(device).cumsum(1)
     queries = blocks(segments_BT, chunk, fill=-1)
     keys = queries
-    if halo:  # a chunk of a document is no longer than a block, so it reaches no further
+    if halo:  # a chunk is at most one block long, so one previous block is enough
         before = queries.roll(1, dims=1)
         before[:, 0] = -2
         keys = torch.cat([before, queries], dim=2)
@@ -144,7 +139,7 @@ def _blocked(starts_BT: Tensor, chunk: int, device: torch.device) -> AttentionPl
 
 
 def blocks(x_BT: Tensor, block: int, fill: float = 0) -> Tensor:
-    """Cut dimension 1 into blocks, padding the last one: [B, T, ...] -> [B, N, block, ...]."""
+    """Split dimension 1 into blocks and pad the last one: [B, T, ...] -> [B, N, block, ...]."""
     missing = -x_BT.shape[1] % block
     if missing:
         x_BT = torch.cat([x_BT, x_BT.new_full((x_BT.shape[0], missing, *x_BT.shape[2:]), fill)], dim=1)

@@ -1,6 +1,6 @@
-"""Rotary positions: the pairs of a head turn by position * theta^(-2j/K); Llama 4 pairs neighbours, others halves.
+"""Rotary position embedding: rotate pair j of a head by position * theta^(-2j/K).
 
-Shapes: B batch, T sequence, H heads, K head width.
+Shapes: B batch, T sequence, H heads, K head dim.
 """
 
 from __future__ import annotations
@@ -15,41 +15,35 @@ from precision.gemm import at_least_float32, widened
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Angle per position of each pair, float64 [K/2], in radians (Su et al. 2021, section 3.2.2)."""
+    """Angle per position of each pair in radians, float64 [K/2] (Su et al. 2021, section 3.2.2)."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
     plain = theta ** (-pairs / head_dim)
     return plain if scaling is None else _scaled(plain, scaling)
 
 
 def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's stretching: wavelengths above original/low by the factor, below original/high not at all."""
+    """Llama 3.1's scaling: wavelengths above original/low grow by `factor`, those below original/high are kept."""
+    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_seq_len
     wavelength = 2 * math.pi / plain
     stretched = plain / scaling.factor
-    short, long = (
-        scaling.original_seq_len / scaling.high_freq_factor,
-        scaling.original_seq_len / scaling.low_freq_factor,
-    )
+    short, long = original / high, original / low
     result = torch.where(wavelength > long, stretched, plain)
-    if (
-        scaling.high_freq_factor > scaling.low_freq_factor
-    ):  # equal bounds are a hard cut: the blend would divide by zero
-        blend = (scaling.original_seq_len / wavelength - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
+    if high > low:  # equal bounds are a hard cut: the blend would divide by zero
+        blend = (original / wavelength - low) / (high - low)
         between = (wavelength <= long) & (wavelength >= short)
         result = torch.where(between, (1 - blend) * stretched + blend * plain, result)
     return result
 
 
 def rotation(positions_BT: Tensor, frequencies_K2: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit complex numbers [B, T, 1, K/2] that turn a pair at each position; angles are taken in float64."""
+    """Unit complex numbers [B, T, 1, K/2] that rotate each pair at each position; angles are float64."""
     angles = positions_BT.to(torch.float64)[:, :, None, None] * frequencies_K2.to(positions_BT.device)
     real = at_least_float32(dtype)
     return torch.complex(angles.cos().to(real), angles.sin().to(real))
 
 
 def rotate(x_BTHK: Tensor, rotation_BT1K2: Tensor, pairing: RopePairing = RopePairing.adjacent) -> Tensor:
-    """Turn each pair of `x`; computed in at least float32, returned in the format of `x`."""
+    """Rotate each pair of `x` in at least float32; returned in the dtype of `x`."""
     wide = widened(x_BTHK)
     if pairing is RopePairing.halves:
         turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation_BT1K2

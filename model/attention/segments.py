@@ -1,11 +1,11 @@
-"""Attention in pieces: memory linear in the row, whatever documents it has, and keys that come one part at a time.
+"""Attention by segments: no mask, memory linear in the sequence length, and keys may arrive in parts.
 
-A range of queries of one document sees all keys of that document before it, a rectangle, and itself causally, a square.
-So no mask is ever needed: each piece is a plain attention that also returns the log-sum-exp of its scores, and partial
-results over different keys are merged by it (Dao et al. 2022, arXiv 2205.14135, section 3.1). With the result and the
-log-sum-exp over all keys the backward pass of each piece by itself gives exact parts of the gradients.
+A range of queries in one document attends to all earlier keys of the document (a rectangle) and to itself causally (a
+square). Each is a segment: a plain attention that also returns the log-sum-exp of its scores, by which results over
+different keys are merged (Dao et al. 2022, arXiv 2205.14135, section 3.1). Given the final result and log-sum-exp, the
+backward pass of each segment yields its exact share of the gradients.
 
-Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head width.
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from precision.gemm import at_least_float32, widened
 
-_AT_ONCE = 1024
-"""Queries at a time where there is no kernel and scores are made explicitly."""
+_QUERY_BLOCK = 1024
+"""Queries per block where no kernel exists and the scores are materialised."""
 
 
 class SegmentRun(NamedTuple):
-    """Positions [start, stop) of a row, which lie one after the other in a tensor, the first one at `at`."""
+    """Positions [start, stop) of a sequence, stored contiguously in a tensor from index `at`."""
 
     start: int
     stop: int
@@ -35,8 +35,8 @@ class SegmentRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """Some rows' queries against keys, both as places in their tensors; `causal`: they are the same positions, and each
-    query sees the keys up to its own. Otherwise it sees them all.
+    """Queries and keys of some sequences, as slices of their tensors. `causal`: both are the same positions, and each
+    query attends to keys up to its own. Otherwise it attends to all of them.
     """
 
     rows: slice
@@ -45,57 +45,60 @@ class Segment:
     causal: bool
 
 
-Documents = list[tuple[int, ...]]
-"""Of each row: where its documents begin, and last where it ends."""
+DocumentBounds = list[tuple[int, ...]]
+"""For each sequence: the start of each document, then the sequence length."""
 
 
-def documents(starts_BT: Tensor) -> Documents:
-    """Each row's documents, out of where they start (bool, on the host). A row's first position starts one."""
+def document_bounds(starts_BT: Tensor) -> DocumentBounds:
+    """Bounds from the document starts (bool, on the host). The first position of a sequence always starts one."""
     length = starts_BT.shape[1]
     return [(0, *(row[1:].nonzero()[:, 0] + 1).tolist(), length) for row in starts_BT]
 
 
-def pieces(rows: Documents, queries: Sequence[SegmentRun], keys: Sequence[SegmentRun]) -> list[Segment]:
-    """What is to be computed so that each query sees the keys of its document up to itself, as far as they are in
-    `keys`. A run of keys must hold all of a run of queries or end before it or begin after it. Squares come first.
+def plan_segments(bounds: DocumentBounds, queries: Sequence[SegmentRun], keys: Sequence[SegmentRun]) -> list[Segment]:
+    """Segments in which each query attends to the keys of its document up to itself, as far as `keys` has them.
+
+    A run of keys must contain a run of queries entirely, end before it, or begin after it. Causal segments come first.
     """
     found: list[Segment] = []
     first = 0
-    for borders, same in groupby(rows):
+    for borders, same in groupby(bounds):
         last = first + sum(1 for _ in same)
         for run in queries:
-            found += _of_run(slice(first, last), borders, run, keys)
+            found += _segments_of_run(slice(first, last), borders, run, keys)
         first = last
-    return sorted(found, key=lambda piece: not piece.causal)
+    return sorted(found, key=lambda segment: not segment.causal)
 
 
-def _of_run(rows: slice, borders: tuple[int, ...], run: SegmentRun, keys: Sequence[SegmentRun]) -> Iterator[Segment]:
+def _segments_of_run(
+    rows: slice, borders: tuple[int, ...], run: SegmentRun, keys: Sequence[SegmentRun]
+) -> Iterator[Segment]:
     document = bisect_right(borders, run.start) - 1
     while document < len(borders) - 1 and borders[document] < run.stop:
         begin, end = borders[document], borders[document + 1]
         start, stop = max(begin, run.start), min(end, run.stop)
-        asking = slice(start - run.start + run.at, stop - run.start + run.at)
+        query_slice = slice(start - run.start + run.at, stop - run.start + run.at)
         for part in keys:
             low, high = max(begin, part.start), min(part.stop, stop)
             before, offset = min(high, start), part.at - part.start
             if low < before:
-                yield Segment(rows, asking, slice(low + offset, before + offset), causal=False)
+                yield Segment(rows, query_slice, slice(low + offset, before + offset), causal=False)
             if max(low, start) < high:
-                assert low <= start and high == stop, f"keys {part} hold a part of the queries {run}"
-                yield Segment(rows, asking, slice(start + offset, stop + offset), causal=True)
+                assert low <= start and high == stop, f"keys {part} contain only part of the queries {run}"
+                yield Segment(rows, query_slice, slice(start + offset, stop + offset), causal=True)
         document += 1
 
 
 @torch.compiler.disable
-def attend_pieces(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, parts: Sequence[Segment]) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over what `parts` let each query see; every query must be in one square. Kept for the
-    backward pass: the three inputs, the result, and one number per query and head.
+def attend_segments(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v over the pairs in `segments`; every query must be in one causal segment. Saves the
+    inputs, the result and the log-sum-exp for the backward pass.
     """
-    return _AttendSegment.apply(q_BTHK, k_BSGK, v_BSGK, parts)
+    return _SegmentAttention.apply(q_BTHK, k_BSGK, v_BSGK, segments)
 
 
-class Partial:
-    """The result over the keys seen so far."""
+class PartialAttention:
+    """Attention over the keys so far."""
 
     def __init__(self, q_BTHK: Tensor) -> None:
         self.q_BTHK = q_BTHK
@@ -104,77 +107,73 @@ class Partial:
         self.out_BTHK = q_BTHK.new_zeros(q_BTHK.shape, dtype=wide)
         self.lse_BHT = q_BTHK.new_full((batch, heads, length), -torch.inf, dtype=wide)
 
-    def see(self, k_BSGK: Tensor, v_BSGK: Tensor, parts: Iterable[Segment]) -> None:
-        """Take in what `parts` show of these keys."""
-        for part in parts:
-            q, k, v = _cut(self.q_BTHK, k_BSGK, v_BSGK, part)
-            out, lse = _forward(q, k, v, part.causal)
-            mine = self.out_BTHK[part.rows, part.queries]
-            mine_lse = self.lse_BHT[part.rows, :, part.queries]
-            both = torch.logaddexp(mine_lse, lse)
-            old, new = ((x - both).exp().transpose(1, 2)[..., None] for x in (mine_lse, lse))
-            mine.copy_(mine * old + out.transpose(1, 2) * new)
-            mine_lse.copy_(both)
+    def update(self, k_BSGK: Tensor, v_BSGK: Tensor, segments: Iterable[Segment]) -> None:
+        """Merge the attention of `segments` over these keys."""
+        for segment in segments:
+            q, k, v = _slices(self.q_BTHK, k_BSGK, v_BSGK, segment)
+            out, lse = _forward(q, k, v, segment.causal)
+            total = self.out_BTHK[segment.rows, segment.queries]
+            total_lse = self.lse_BHT[segment.rows, :, segment.queries]
+            both = torch.logaddexp(total_lse, lse)
+            old, new = ((x - both).exp().transpose(1, 2)[..., None] for x in (total_lse, lse))
+            total.copy_(total * old + out.transpose(1, 2) * new)
+            total_lse.copy_(both)
 
     def result(self) -> Tensor:
         return self.out_BTHK.to(self.q_BTHK.dtype)
 
 
-class Gradients:
-    """The gradients so far: dk and dv are added to tensors that are given, for their keys may come from elsewhere."""
+class AttentionGradients:
+    """Gradients over the keys so far. dk and dv accumulate into given tensors: keys may be another rank's."""
 
     def __init__(self, grad_BTHK: Tensor, q_BTHK: Tensor, out_BTHK: Tensor, lse_BHT: Tensor) -> None:
         self.grad_BTHK, self.q_BTHK, self.out_BTHK, self.lse_BHT = grad_BTHK, q_BTHK, out_BTHK, lse_BHT
         self.dq_BTHK = torch.zeros_like(q_BTHK, dtype=lse_BHT.dtype)
 
-    def see(self, k_BSGK: Tensor, v_BSGK: Tensor, dk_BSGK: Tensor, dv_BSGK: Tensor, parts: Iterable[Segment]) -> None:
-        """Add what `parts` contribute."""
-        for part in parts:
-            q, k, v = _cut(self.q_BTHK, k_BSGK, v_BSGK, part)
-            grad, out = (x[part.rows, part.queries].transpose(1, 2) for x in (self.grad_BTHK, self.out_BTHK))
-            dq, dk, dv = _backward(grad, q, k, v, out, self.lse_BHT[part.rows, :, part.queries], part.causal)
-            self.dq_BTHK[part.rows, part.queries] += dq.transpose(1, 2)
-            dk_BSGK[part.rows, part.keys] += dk.transpose(1, 2)
-            dv_BSGK[part.rows, part.keys] += dv.transpose(1, 2)
+    def update(
+        self, k_BSGK: Tensor, v_BSGK: Tensor, dk_BSGK: Tensor, dv_BSGK: Tensor, segments: Iterable[Segment]
+    ) -> None:
+        """Add the gradients of `segments` over these keys."""
+        for segment in segments:
+            queries, keys = (segment.rows, segment.queries), (segment.rows, segment.keys)
+            q, k, v = _slices(self.q_BTHK, k_BSGK, v_BSGK, segment)
+            grad, out = (x[queries].transpose(1, 2) for x in (self.grad_BTHK, self.out_BTHK))
+            lse = self.lse_BHT[segment.rows, :, segment.queries]
+            dq, dk, dv = _backward(grad, q, k, v, out, lse, segment.causal)
+            self.dq_BTHK[queries] += dq.transpose(1, 2)
+            dk_BSGK[keys] += dk.transpose(1, 2)
+            dv_BSGK[keys] += dv.transpose(1, 2)
 
 
-class _AttendSegment(torch.autograd.Function):
+class _SegmentAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Segment]) -> Tensor:
-        partial = Partial(q)
-        partial.see(k, v, parts)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment]) -> Tensor:
+        partial = PartialAttention(q)
+        partial.update(k, v, segments)
         out = partial.result()
         ctx.save_for_backward(q, k, v, out, partial.lse_BHT)
-        ctx.parts = parts
+        ctx.segments = segments
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
-        found = Gradients(grads[0], q, out, lse)
+        gradients = AttentionGradients(grads[0], q, out, lse)
         dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
-        found.see(k, v, dk, dv, ctx.parts)
-        return found.dq_BTHK.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        gradients.update(k, v, dk, dv, ctx.segments)
+        return gradients.dq_BTHK.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
-def _cut(q: Tensor, k: Tensor, v: Tensor, part: Segment) -> tuple[Tensor, Tensor, Tensor]:
-    """A piece's heads before positions: [B, H or G, L, K]."""
-    return (
-        q[part.rows, part.queries].transpose(1, 2),
-        k[part.rows, part.keys].transpose(1, 2),
-        v[part.rows, part.keys].transpose(1, 2),
-    )
+def _slices(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> list[Tensor]:
+    """Queries, keys and values of a segment, each [B, H or G, positions, K]."""
+    places = ((q, segment.queries), (k, segment.keys), (v, segment.keys))
+    return [x[segment.rows, positions].transpose(1, 2) for x, positions in places]
 
 
 def _has_kernel(q: Tensor) -> bool:
-    """Whether torch has a flash kernel on GPUs for this format and width that returns the log-sum-exp."""
-    return (
-        q.device.type == "cuda"
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
-    )
+    """Whether torch has a flash kernel that returns the log-sum-exp for this device, dtype and head dim."""
+    has_flash = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return has_flash and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -198,7 +197,7 @@ def _backward(
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
         groups, lengths = k.shape[1], (q.shape[2], k.shape[2])
         k, v = _each_head(k, q), _each_head(v, q)
-        none = torch.empty(0, dtype=torch.int64)  # no dropout, so no random state
+        none = torch.empty(0, dtype=torch.int64)  # without dropout there is no random state
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = kernel(grad, q, k, v, out, lse.contiguous(), None, None, *lengths, 0.0, causal, state, none)
         return dq, *(x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
@@ -212,9 +211,9 @@ def _each_head(x_BGSK: Tensor, q_BHTK: Tensor) -> Tensor:
 
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """By products and exponentials, some queries at a time: [B, H, T, K] and the log-sum-exp [B, H, T]."""
+    """Attention without a kernel, in blocks of queries: [B, H, T, K] and the log-sum-exp [B, H, T]."""
     outs, lses = [], []
-    for start in range(0, q.shape[2], _AT_ONCE):
+    for start in range(0, q.shape[2], _QUERY_BLOCK):
         p, lse, keys = _probabilities(q, k, start, causal, None)
         lses.append(lse)
         outs.append((p @ widened(_each_head(v[:, :, :keys], q))).to(q.dtype))
@@ -224,12 +223,12 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 def plain_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients that belong to these keys, given the result and the log-sum-exp over all of them."""
+    """dq, dk and dv over these keys, given the result and the log-sum-exp over all keys."""
     scale, groups = q.shape[-1] ** -0.5, k.shape[1]
     dq = torch.zeros_like(q, dtype=lse.dtype)
     dk, dv = (torch.zeros_like(_each_head(x, q), dtype=lse.dtype) for x in (k, v))
-    for start in range(0, q.shape[2], _AT_ONCE):
-        here = slice(start, start + _AT_ONCE)
+    for start in range(0, q.shape[2], _QUERY_BLOCK):
+        here = slice(start, start + _QUERY_BLOCK)
         p, _, keys = _probabilities(q, k, start, causal, lse)
         wanted = widened(grad[:, :, here])
         delta = (wanted * widened(out[:, :, here])).sum(-1, keepdim=True)
@@ -241,9 +240,12 @@ def plain_backward(
 
 
 def _probabilities(q: Tensor, k: Tensor, start: int, causal: bool, lse: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Of the queries from `start` on and the keys that the last of them sees, relative to `lse` or to their own."""
-    here = slice(start, start + _AT_ONCE)
-    keys = min(start + _AT_ONCE, k.shape[2]) if causal else k.shape[2]
+    """Attention probabilities of the query block at `start`, their log-sum-exp, and the number of keys.
+
+    Without `lse` they are normalised over these keys.
+    """
+    here = slice(start, start + _QUERY_BLOCK)
+    keys = min(start + _QUERY_BLOCK, k.shape[2]) if causal else k.shape[2]
     scores = widened(q[:, :, here]) @ widened(_each_head(k[:, :, :keys], q)).transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         places = torch.arange(keys, device=q.device)

@@ -17,7 +17,7 @@ from model.huggingface.checkpoint import HuggingFaceCheckpoint
 from model.huggingface.families import write_config
 from model.huggingface.files import PlannedTensor, write_directory
 from model.huggingface.locations import Location, locations
-from model.multipliers import folded
+from model.multipliers import fold_multipliers
 from model.tensor_source import TensorSource, blocks
 
 
@@ -40,7 +40,7 @@ def export(
     """
     if directory.exists():
         raise ConfigError("out", str(directory), "exists already; name a new directory")
-    source = folded(source)
+    source = fold_multipliers(source)
     chosen, config = write_config(source.config, family)
     places = locations(source.config, chosen.names, ())
     if set(places) != set(source.shapes):

@@ -1,7 +1,7 @@
 """Pipeline parallelism: the layers in stages on different ranks, micro-batches passing through them.
 
 The schedules and their execution are torch.distributed.pipelining's. This file has the split, the shapes that are sent,
-and what each stage needs of a micro-batch beside the hidden states: its `SequenceContext`, which every rank computes
+and what each stage needs of a micro-batch beside the hidden states: its `ForwardContext`, which every rank computes
 from the positions. Losses are sums divided by global counts, so gradients are added and never scaled.
 
 Shapes: B sequences of a micro-batch, T sequence on this rank (its part under context parallelism; between stages also
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import pipelining
 from torch.distributed.pipelining import PipelineStage
 
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.layers import Embedding
 from model.transformer import Stack, Transformer
 from parallel.layout import Layout
@@ -37,11 +37,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class StageStack(Stack):
     """One stage. Micro-batches come in order, and each takes the next of `contexts`."""
 
-    contexts: deque[SequenceContext]
+    contexts: deque[ForwardContext]
     table: Embedding | None = None
     """The weight of a tied head: this stage's own copy of the embedding, which it does not run."""
 
-    def forward(self, x: Tensor, context: SequenceContext | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         return super().forward(x, context or self.contexts.popleft())
 
 
@@ -88,7 +88,7 @@ class Pipeline:
         self._loss: Loss = _no_loss
 
     def forward_backward(
-        self, tokens_BT: Tensor, labels_BT: Tensor, contexts: Sequence[SequenceContext], loss: Loss
+        self, tokens_BT: Tensor, labels_BT: Tensor, contexts: Sequence[ForwardContext], loss: Loss
     ) -> Tensor:
         """Compute the gradients of all micro-batches, one for each of `contexts`. Returns the sum of their `loss` (of
         logits and labels), a scalar on the device; zero where another rank has the head.
@@ -182,7 +182,7 @@ class _CountedStage(PipelineStage):
 
 @torch.no_grad()
 def forward(
-    stacks: dict[int, Stack], model: Transformer, meshes: Meshes, tokens_BT: Tensor, context: SequenceContext
+    stacks: dict[int, Stack], model: Transformer, meshes: Meshes, tokens_BT: Tensor, context: ForwardContext
 ) -> Tensor | None:
     """Run one micro-batch through all stages without a backward pass. Returns the logits where the head is. Works for
     any schedule: each rank runs its stages from the first to the last.
@@ -216,7 +216,7 @@ def _neighbours(plan: Stages, stage: int, axis: MeshAxis) -> tuple[int | None, i
     return (None if before == axis.rank else before), (None if after == axis.rank else after)
 
 
-def _set_contexts(stacks: dict[int, Stack], contexts: Sequence[SequenceContext]) -> None:
+def _set_contexts(stacks: dict[int, Stack], contexts: Sequence[ForwardContext]) -> None:
     for stack in stacks.values():
         assert isinstance(stack, StageStack)
         stack.contexts = deque(contexts)

@@ -18,7 +18,7 @@ from bench.gpu.record import BenchRecord, BenchRow, judged, tables
 from bench.gpu.shapes import MAVERICK, counts, mixtures
 from model.kernels import TorchKernels
 from precision.config import KernelKind
-from precision.native_gemm import PlainProducts
+from precision.native_gemm import NativeGemm
 from tests.conftest import ROOT
 
 HIDDEN = ("hydra", "omegaconf", "datasets", "wandb", "pyarrow", "tokenizers", "tiktoken", "matplotlib", "xxhash")
@@ -70,14 +70,15 @@ def test_layers_beside_their_peers():
 
 
 def test_triton_is_a_side_where_it_can_be_had(monkeypatch):
-    """Its twins stand in, which shows who is asked and compared with whom."""
+    """PyTorch's kernels stand in, which shows which kind is asked for and compared."""
     asked = []
 
-    def made(kind: KernelKind) -> TorchKernels | None:
+    def made(kind: KernelKind) -> TorchKernels:
         asked.append(kind)
-        return TorchKernels() if kind is KernelKind.triton else None
+        return TorchKernels()
 
-    monkeypatch.setattr("model.kernels.made", made)
+    monkeypatch.setattr("model.layers.kernels_for", made)
+    monkeypatch.setattr("model.moe.kernels_for", made)
     for module in ("bench.gpu.context", "precision.resolve"):
         monkeypatch.setattr(f"{module}.no_triton", lambda device: None)
     monkeypatch.setattr("bench.gpu.layers.GROUPED", {})
@@ -93,8 +94,8 @@ def test_triton_is_a_side_where_it_can_be_had(monkeypatch):
 
 @pytest.mark.parametrize("section", ["grouped", "layers"])
 def test_what_is_wrong_is_not_timed(monkeypatch, section):
-    right = PlainProducts.grouped_linear
-    monkeypatch.setattr(PlainProducts, "grouped_linear", lambda *given: right(*given) * 1.05)
+    right = NativeGemm.grouped_linear
+    monkeypatch.setattr(NativeGemm, "grouped_linear", lambda *given: right(*given) * 1.05)
     first = next(row for row in measure(section, bench()) if row.side == PLAIN)
     assert first.failed and first.failed.startswith("wrong: ") and first.ms is None
 

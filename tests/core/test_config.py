@@ -98,7 +98,7 @@ def test_differences_name_leaves():
     "override, message",
     [
         ("model.rope_scaling={factr: 2.0}", "model.rope_scaling.factr: no such key; try factor"),
-        ("model.rope_scaling={factor: 0.5}", "model.rope_scaling.factor=0.5: needs factor >= 1"),
+        ("model.rope_scaling={factor: 0.5}", "model.rope_scaling.factor=0.5: must be at least 1"),
         ("model.rope_scaling=3", "model.rope_scaling=3: needs keys and values"),
         (
             "model.rope_scaling.factor=2",

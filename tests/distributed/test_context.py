@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.layouts import tiny
 from data.loader import Batch
 from model.attention.layer import attend
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from parallel import context_parallel as module
 from parallel.comm.world import connect
 from parallel.context_parallel import ContextShard, ShardedContext
@@ -86,7 +86,7 @@ def whole(found: list[list[list[Tensor]]], place: int, case: Case) -> list[Tenso
 
 
 def wanted(chunk: int | None, length: int) -> list[Tensor]:
-    plan = SequenceContext(positions(length)).plan(chunk)
+    plan = ForwardContext(positions(length)).plan(chunk)
     return figures(lambda q, k, v: attend(q, k, v, plan), *inputs(length))
 
 
@@ -153,7 +153,7 @@ def test_chunked_layers_with_aligned_documents_send_nothing(ranks):
 def test_positions_are_those_of_the_whole_sequence():
     model = tiny(1)
     rows = positions(64)
-    entire = SequenceContext(rows)
+    entire = ForwardContext(rows)
     rope, bare = model.blocks[0], model.blocks[-1]
     assert rope.rope and bare.temperature
     for rank in range(2):

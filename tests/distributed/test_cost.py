@@ -16,8 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.layouts import tiny
-from model.balancer import Balancer
 from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
+from model.load_balance import Balancer
 from model.roles import registry
 from parallel import cost, fsdp
 from parallel.comm.world import World, connect

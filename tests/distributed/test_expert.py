@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.config import BalanceConfig, ModelConfig, RouterConfig, Score, WeightsOn
 from model.init import initialise
 from model.kernels import TorchKernels
@@ -18,13 +18,13 @@ from parallel.expert_parallel import AllGather, AllToAll
 from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes
 from precision.gemm import Groups
-from precision.native_gemm import PlainProducts
-from precision.resolve import LayerProducts
+from precision.native_gemm import NativeGemm
+from precision.resolve import LayerGemms
 
 T, D, E, F = 24, 16, 4, 8
 
 
-class Padded(PlainProducts):
+class Padded(NativeGemm):
     """Needs each expert's rows in multiples, and leaves NaN in the rows after the last expert's."""
 
     token_multiple = 8
@@ -53,7 +53,7 @@ def model_config(top_k: int, weights_on: WeightsOn) -> ModelConfig:
 def figures(moe: MixtureOfExperts, x_TD: Tensor, seed: int = 3) -> dict[str, Tensor]:
     """Output and gradients of one pass."""
     x = x_TD[None].clone().requires_grad_()
-    y = moe(x, SequenceContext(torch.arange(x.shape[1])[None]))
+    y = moe(x, ForwardContext(torch.arange(x.shape[1])[None]))
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=y.dtype)
     (y * weights).sum().backward()
     assert x.grad is not None
@@ -61,9 +61,9 @@ def figures(moe: MixtureOfExperts, x_TD: Tensor, seed: int = 3) -> dict[str, Ten
     return found | {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
 
 
-def make(gemm: PlainProducts, top_k: int, weights_on: WeightsOn) -> MixtureOfExperts:
+def make(gemm: NativeGemm, top_k: int, weights_on: WeightsOn) -> MixtureOfExperts:
     config = model_config(top_k, weights_on)
-    moe = MixtureOfExperts(config, LayerProducts(gemm)).double()
+    moe = MixtureOfExperts(config, LayerGemms(gemm)).double()
     initialise(moe, config, seed=1)
     return moe
 
@@ -75,7 +75,7 @@ def tokens(rank: int = 0) -> Tensor:
 @pytest.mark.parametrize("weights_on", WeightsOn)
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_padding_changes_nothing(top_k: int, weights_on: WeightsOn) -> None:
-    plain = figures(make(PlainProducts(torch.float64), top_k, weights_on), tokens())
+    plain = figures(make(NativeGemm(torch.float64), top_k, weights_on), tokens())
     padded = figures(make(Padded(torch.float64), top_k, weights_on), tokens())
     assert plain.keys() == padded.keys() and len(plain) == 5
     for name, wanted in plain.items():
@@ -83,7 +83,7 @@ def test_padding_changes_nothing(top_k: int, weights_on: WeightsOn) -> None:
 
 
 def test_rows_are_sorted_stably_and_padded() -> None:
-    rows = permute_by_expert(torch.tensor([[2], [0], [2], [0], [2]]), groups=4, multiple=2)
+    rows = permute_by_expert(torch.tensor([[2], [0], [2], [0], [2]]), experts=4, multiple=2)
     assert rows.groups.host == [2, 0, 4, 0]
     assert rows.source_C[:2].tolist() == [1, 3] and rows.source_C[2:5].tolist() == [0, 2, 4]
     assert rows.is_padding_C1 is not None and rows.is_padding_C1[:, 0].tolist()[:6] == [False] * 5 + [True]
@@ -94,16 +94,15 @@ class Case(NamedTuple):
     top_k: int
     weights_on: WeightsOn
     skew: bool
-    kernels: bool = False
 
-    def model(self, gemm: PlainProducts) -> MixtureOfExperts:
+    def model(self, gemm: NativeGemm) -> MixtureOfExperts:
         moe = make(gemm, self.top_k, self.weights_on)
         if self.skew:  # expert 0 or one of the rest: some get nothing
             moe.router.weight.data[1:] = -moe.router.weight.data[:1]
         return moe
 
 
-def dispatched(etp: int, gemm: PlainProducts, cases: list[Case]) -> Any:
+def dispatched(etp: int, gemm: NativeGemm, cases: list[Case]) -> Any:
     """This rank's tokens through experts on all ranks: for each case the output and this rank's gradients."""
     world, found = connect(), []
     ep = world.size // etp
@@ -117,24 +116,21 @@ def dispatched(etp: int, gemm: PlainProducts, cases: list[Case]) -> Any:
             gate_up, down = moe.experts.gate_up, moe.experts.down
             gate_up.weight = torch.nn.Parameter(gate_up.weight[experts, :, columns].clone())
             down.weight = torch.nn.Parameter(down.weight[experts, :, columns].clone())
-        twins = TorchKernels() if case.kernels else None
-        moe.dispatch = case.kind(meshes.experts, etp, local, case.weights_on, gemm.token_multiple, twins)
+        moe.dispatch = case.kind(meshes.experts, etp, local, case.weights_on, gemm.token_multiple, TorchKernels())
         found.append(figures(moe, tokens(world.rank)))
     return found, experts, columns
 
 
 ROUTINGS = [(1, WeightsOn.input), (2, WeightsOn.output)]
 PLAIN = [Case(kind, *how, skew) for kind in (AllToAll, AllGather) for how in ROUTINGS for skew in (False, True)]
-KERNELS = [Case(AllToAll, *how, True, True) for how in (*ROUTINGS, (2, WeightsOn.input))]
-"""By their twins; tests/model/test_kernels.py compares those with Triton."""
 
 
 @pytest.mark.parametrize(
     "count, etp, cases",
     [
-        (2, 1, [*PLAIN, *KERNELS, *(case._replace(kind=AllGather) for case in KERNELS)]),
+        (2, 1, [*PLAIN, *(Case(kind, 2, WeightsOn.input, True) for kind in (AllToAll, AllGather))]),
         (4, 1, PLAIN),
-        (2, 2, [*PLAIN, *KERNELS]),
+        (2, 2, [*PLAIN, Case(AllToAll, 2, WeightsOn.input, True)]),
         (4, 2, PLAIN),
     ],
     ids=["ep2", "ep4", "etp2", "ep2-etp2"],
@@ -142,7 +138,7 @@ KERNELS = [Case(AllToAll, *how, True, True) for how in (*ROUTINGS, (2, WeightsOn
 def test_a_dispatcher_computes_what_one_device_does(ranks, count, etp, cases):
     ranked = ranks(count, dispatched, etp, Padded(torch.float64), cases)
     for place, case in enumerate(cases):
-        alone = case.model(PlainProducts(torch.float64))
+        alone = case.model(NativeGemm(torch.float64))
         assert isinstance(alone.dispatch, LocalDispatcher)
         wanted = [figures(alone, tokens(rank)) for rank in range(count)]  # gradients add up in `alone`
         for rank, (found, experts, columns) in enumerate(ranked):

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from bench.layouts import tiny
 from model.attention.layer import Attention
-from model.balancer import Balancer
 from model.config import BalanceConfig, FeedForward, ModelConfig
+from model.load_balance import Balancer
 from model.moe import Experts
 from parallel.comm.world import connect
 from parallel.layout import ParallelConfig, Recompute

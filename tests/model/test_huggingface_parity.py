@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model import huggingface
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.config import ModelConfig, QKNorm, RopePairing, RouterConfig, WeightsOn
 from model.tensor_source import whole
 from model.transformer import Transformer
@@ -133,7 +133,7 @@ def test_packed_documents_equal_separate_runs_of_transformers(name, tmp_path):
     ours = huggingface.load(hf_models.save(theirs, tmp_path))
     lengths = (4, 7, 2)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    packed = ours(TOKENS[:1], SequenceContext(positions))[0]
+    packed = ours(TOKENS[:1], ForwardContext(positions))[0]
     for document, found in zip(TOKENS[0].split(lengths), packed.split(lengths), strict=True):
         torch.testing.assert_close(found, theirs(document[None]).logits[0], rtol=0, atol=5e-5)
     leaking = ours(TOKENS[:1])[0]

@@ -1,4 +1,4 @@
-"""Initial weights depend on seed, name and logical index alone."""
+"""Initial weights depend on seed, name and logical index only."""
 
 from __future__ import annotations
 
@@ -8,21 +8,10 @@ import torch
 from model.config import InitConfig, ModelConfig
 from model.init import initial_slice
 from model.roles import ParameterInfo, Role, registry
-from model.transformer import Transformer
-from precision.config import PrecisionConfig
-from precision.resolve import resolve
+from tests.support.models import build, small
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    dense_hidden_size=64,
-    expert_hidden_size=32,
-)
+MODEL = small()
 INFO = ParameterInfo("layers.0.ffn.experts.down.weight", Role.expert_down, torch.Size([4, 6, 8]))
 
 
@@ -42,7 +31,7 @@ def test_seed_and_name_matter():
     assert not torch.equal(whole(), whole(info=other))
 
 
-def test_values_are_normal_with_the_configured_spread():
+def test_values_are_normal_with_the_configured_std():
     info = ParameterInfo("head.weight", Role.head, torch.Size([512, 512]))
     values = whole(info=info) / MODEL.init.std
     assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
@@ -62,7 +51,7 @@ def test_fan_in_and_depth():
 
 
 def test_a_parameter_without_a_role_is_an_error():
-    model = Transformer(MODEL, resolve(PrecisionConfig()))
+    model = build(MODEL)
     assert set(registry(model)) == {name for name, _ in model.named_parameters()}
     model.layers["0"].attention.extra = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"layers\.0\.attention\.extra\.weight has no role"):

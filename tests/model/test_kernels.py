@@ -1,5 +1,6 @@
-"""The Triton kernels and their PyTorch twins, on a CPU: run by Triton's interpreter, and compiled for a GPU that is not
-there. tests/test_gpu.py has the same cases on a GPU.
+"""Triton's and PyTorch's MoE kernels on a CPU: run by Triton's interpreter, and compiled for a GPU that is not there.
+
+tests/test_gpu.py has the same cases on a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,21 +19,16 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from model import kernels
-from model.attention.plan import SequenceContext
-from model.config import ModelConfig, RouterConfig, Score, WeightsOn
-from model.init import initialise
 from model.kernels import TorchKernels
-from model.layers import swiglu_halves
-from model.moe import MixtureOfExperts
-from precision.config import Compute, KernelKind, PrecisionConfig
-from precision.resolve import Precision, resolve
+from precision.config import KernelKind, PrecisionConfig
+from precision.resolve import resolve
 from tests.conftest import ROOT
 from tests.support.kernel_cases import BREAKS, CASES, GATES
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict:
-    """In a process of its own: Triton reads the variable when it is imported, and torch.compile imports it too."""
+    """Runs in its own process: Triton reads the variable at import, and torch.compile imports Triton too."""
     assert importlib.util.find_spec("triton"), "the kernels' tests need Triton: pip install -e '.[dev]'"
     command = [sys.executable, "-m", "tests.support.kernel_cases"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -44,7 +39,7 @@ def interpreted() -> dict:
 
 @pytest.mark.parametrize("side", ["torch", "triton"])
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_compute_the_plain_statement(interpreted, name, side):
+def test_kernels_match_the_reference(interpreted, name, side):
     found = interpreted["cases"][name][side]
     assert len(found) == 15
     assert {key: error for key, error in found.items() if error > GATES[CASES[name].dtype]} == {}
@@ -52,7 +47,7 @@ def test_kernels_compute_the_plain_statement(interpreted, name, side):
 
 @pytest.mark.parametrize("side", ["torch", "triton"])
 @pytest.mark.parametrize("what", BREAKS)
-def test_the_comparison_notices(interpreted, what, side):
+def test_broken_kernels_are_noticed(interpreted, what, side):
     assert max(interpreted["broken"][what][side].values()) > 0.1
 
 
@@ -74,26 +69,27 @@ FIXED = {"weights": "*fp32", "found": "*fp32", "source": "*i64", "place": "*i64"
     ],
 )
 def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, name, missing, dtype):
-    """What the interpreter lets through, a compiler may not: to machine code of Hopper, loads of 16 bytes in it."""
+    """The compiler may reject code that the interpreter accepts. Hopper machine code must have 16-byte loads."""
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(kernels, f"_{name}_kernel")()
+    made = (*kernels._permute_kernels(), *kernels._swiglu_kernels())
+    kernel = next(one for one in made if one.fn.__name__ == name)
     sizes = {"WIDTH": 5120, "K": 3, "SLOTS": 4, "BLOCK": 1024, "WIDE": tl.float64 if dtype == "fp64" else tl.float32}
     constants = {n: sizes.get(n) for n in kernel.arg_names if n in sizes or n in missing}
     types = {n: FIXED.get(n, f"*{dtype}" if n in POINTERS else "i32") for n in kernel.arg_names}
     types |= dict.fromkeys(constants, "constexpr")
     even = [i for i, n in enumerate(kernel.arg_names) if types[n] not in ("constexpr", "*u8")]
     source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in even})
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert made.asm["cubin"]
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert compiled.asm["cubin"]
     wide = r"ld\.global\.v2\.b64" if dtype == "fp64" else r"ld\.global\.v4\.b32"
-    assert re.search(wide, made.asm["ptx"])
+    assert re.search(wide, compiled.asm["ptx"])
 
 
-def test_kernels_that_cannot_run_here_are_an_error_with_the_fix(monkeypatch):
+def test_unavailable_kernels_are_rejected_with_a_fix(monkeypatch):
     chosen = PrecisionConfig(kernels=KernelKind.triton)
     with pytest.raises(ConfigError, match=r"precision.kernels=triton: Triton's kernels run on GPUs; try torch"):
         resolve(chosen)
@@ -102,46 +98,16 @@ def test_kernels_that_cannot_run_here_are_an_error_with_the_fix(monkeypatch):
         resolve(chosen, torch.device("cuda"))
 
 
-def mixture_figures(top_k: int, weights_on: WeightsOn, multiple: int) -> dict[str, torch.Tensor]:
-    """Result and gradients of a mixture with a shared expert, in float64."""
-    router = RouterConfig(top_k=top_k, score=Score.softmax, weights_on=weights_on)
-    config = ModelConfig(hidden_size=16, num_layers=1, num_experts=4, expert_hidden_size=8, router=router)
-    made = MixtureOfExperts(
-        config, Precision(PrecisionConfig(Compute.float64, kernels=KernelKind.triton)).plain
-    ).double()
-    initialise(made, config, seed=1)
-    made.dispatch = replace(made.dispatch, token_multiple=multiple)
-    x = torch.randn(2, 12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    y = made(x, SequenceContext(torch.arange(12).expand(2, 12)))
-    y.square().sum().backward()
-    found = {name: parameter.grad for name, parameter in made.named_parameters()}
-    return {"y": y.detach(), "x": x.grad, **found}
-
-
-@pytest.mark.parametrize("weights_on", WeightsOn)
-@pytest.mark.parametrize("top_k, multiple", [(1, 1), (2, 1), (2, 8)])
-def test_a_mixture_by_kernels_is_the_plain_one(monkeypatch, top_k, multiple, weights_on):
-    """By the twins: where `model.moe` calls kernels, and with what, does not depend on who they are."""
-    monkeypatch.setattr(kernels, "made", lambda kind: None)
-    plain = mixture_figures(top_k, weights_on, 1)
-    monkeypatch.setattr(kernels, "made", lambda kind: TorchKernels())
-    found = mixture_figures(top_k, weights_on, multiple)
-    assert plain.keys() == found.keys() and len(plain) == 8
-    for name, wanted in plain.items():
-        torch.testing.assert_close(found[name], wanted, rtol=1e-12, atol=1e-14, msg=name)
-    monkeypatch.setattr(TorchKernels, "swiglu_forward", lambda self, gate, up: gate * up)
-    assert not torch.allclose(mixture_figures(top_k, weights_on, multiple)["y"], plain["y"], rtol=1e-3)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_plain_swiglu_of_halves_is_autograds_to_the_bit(dtype):
+def test_fused_swiglu_equals_autograd_to_the_bit(dtype):
     def plain(both: Tensor) -> Tensor:
         gate, up = both.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     both = torch.randn(7, 24, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     grad = torch.randn(7, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
-    for way in (swiglu_halves, torch.compile(swiglu_halves, backend="aot_eager", fullgraph=True)):
+    fused = TorchKernels().swiglu_halves
+    for way in (fused, torch.compile(fused, backend="aot_eager", fullgraph=True)):
         assert torch.equal(way(both), plain(both))
         found, wanted = (torch.autograd.grad(f(both), both, grad)[0] for f in (way, plain))
         assert torch.equal(found, wanted) and found.abs().min() > 0

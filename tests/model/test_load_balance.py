@@ -1,33 +1,30 @@
-"""Balancing terms by gradient injection: equal to the loss written out, counted once, and they do balance."""
+"""Balancing losses by gradient injection: equal to an ordinary loss, counted once, and effective."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from enum import Enum
 
 import pytest
 import torch
 
-from model.attention.plan import SequenceContext
-from model.balancer import Balancer
-from model.config import AuxScope, BalanceConfig, InitConfig, ModelConfig, RouterConfig, Score
-from model.init import initialise
-from model.load_balance import RouterBalance
+from model.attention.plan import ForwardContext
+from model.config import AuxScope, BalanceConfig, InitConfig, RouterConfig, Score
+from model.load_balance import Balancer, RouterBalance, RouterSums
 from model.moe import Router
+from model.router_scores import aux_loss, log_probabilities, scores
 from model.transformer import Transformer
 from parallel import activation_checkpoint
 from parallel.layout import Recompute
-from precision.config import Compute, PrecisionConfig
-from precision.resolve import resolve
+from tests.support.models import build, small
 
 B, T, D, E = 3, 10, 16, 4
-MODEL = ModelConfig(
+MODEL = small(
     vocab_size=32,
     hidden_size=D,
     num_layers=2,
+    moe_every=1,
     num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
     dense_hidden_size=16,
     expert_hidden_size=16,
     num_experts=E,
@@ -37,30 +34,29 @@ MODEL = ModelConfig(
 )
 
 
-def written_out(x: torch.Tensor, weight: torch.Tensor, router: RouterConfig, balance: BalanceConfig, divisor: float):
-    """The balancing terms as an ordinary loss."""
+def plain_scores(logits: torch.Tensor, score: Score) -> torch.Tensor:
+    return logits.softmax(-1) if score is Score.softmax else logits.sigmoid()
+
+
+def ordinary_loss(x: torch.Tensor, weight: torch.Tensor, router: RouterConfig, balance: BalanceConfig, divisor: float):
+    """The balancing terms as a loss, and its unscaled parts."""
     logits = x @ weight.T
     chosen = logits.topk(router.top_k, -1).indices
-    p = (
-        logits.softmax(-1)
-        if router.score is Score.softmax
-        else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
-    )
+    p = plain_scores(logits, router.score)
+    p = p / p.sum(-1, keepdim=True)
     load = torch.nn.functional.one_hot(chosen, E).double().sum(2)  # B, T, E
-    if balance.aux_scope is AuxScope.sequence:
-        share = load.mean(1, keepdim=True) * E / router.top_k
-    else:
-        share = load.mean((0, 1), keepdim=True) * E / router.top_k
+    tokens = 1 if balance.aux_scope is AuxScope.sequence else (0, 1)
+    share = load.mean(tokens, keepdim=True) * E / router.top_k
     aux = (share * p).sum() / divisor
     z = logits.logsumexp(-1).square().sum() / divisor
     entropy = -(p * p.log()).sum() / divisor / math.log(E)
-    return balance.aux * aux + balance.z * z, torch.stack([aux, z, entropy])
+    return balance.aux * aux + balance.z * z, torch.stack(RouterSums(aux=aux, z=z, entropy=entropy))
 
 
 @pytest.mark.parametrize("score", Score)
 @pytest.mark.parametrize("scope", [AuxScope.sequence, AuxScope.micro])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_injected_gradients_equal_the_loss_written_out(score, scope, top_k):
+def test_injected_gradients_equal_an_ordinary_loss(score, scope, top_k):
     torch.manual_seed(0)
     config, balance = RouterConfig(top_k=top_k, score=score), BalanceConfig(aux=0.3, aux_scope=scope, z=0.2)
     router = Router(D, E, config, balance).double()
@@ -71,30 +67,38 @@ def test_injected_gradients_equal_the_loss_written_out(score, scope, top_k):
     (weights_BTK * factor).sum().backward()
 
     weight = router.weight.detach().clone().requires_grad_()
-    scores = (x @ weight.T).sigmoid() if score is Score.sigmoid else (x @ weight.T).softmax(-1)
-    plain = (scores.gather(-1, experts_BTK) * factor).sum()
-    loss, sums = written_out(x, weight, config, balance, 77.0)
-    (plain + loss).backward()
-    torch.testing.assert_close(router.weight.grad, weight.grad, rtol=1e-10, atol=1e-10)
+    plain = (plain_scores(x @ weight.T, score).gather(-1, experts_BTK) * factor).sum()
+    (alone,) = torch.autograd.grad(plain, weight, retain_graph=True)
+    loss, sums = ordinary_loss(x, weight, config, balance, 77.0)
+    (wanted,) = torch.autograd.grad(plain + loss, weight)
+    torch.testing.assert_close(router.weight.grad, wanted, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(router.balance.sums, sums.detach(), rtol=1e-10, atol=1e-10)
-
-    weight.grad = None
-    scores = (x @ weight.T).sigmoid() if score is Score.sigmoid else (x @ weight.T).softmax(-1)
-    (scores.gather(-1, experts_BTK) * factor).sum().backward()
-    assert not torch.allclose(router.weight.grad, weight.grad), "control: without the terms the gradient differs"
+    assert not torch.allclose(router.weight.grad, alone), "control: without the terms the gradient differs"
 
 
-def step(model: Transformer, seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    tokens = torch.randint(0, MODEL.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
-    context = SequenceContext(torch.arange(T).expand(B, T), routed_tokens=float(B * T))
+class Third(Enum):
+    cosine = "cosine"
+
+
+@pytest.mark.parametrize("function", [scores, log_probabilities, aux_loss])
+def test_an_unknown_score_function_is_an_error(function):
+    x = torch.zeros(2, 3, E)
+    arguments = {scores: [x], log_probabilities: [x, x], aux_loss: [x, x[:, 0]]}[function]
+    for score in Score:
+        function(score, *arguments)
+    with pytest.raises(AssertionError, match="cosine"):
+        function(Third.cosine, *arguments)
+
+
+def step(model: Transformer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    tokens = torch.randint(0, MODEL.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
+    context = ForwardContext(torch.arange(T).expand(B, T), routed_tokens=float(B * T))
     model(tokens, context).square().sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    return gradients, Balancer(model).step()
+    return {name: p.grad for name, p in model.named_parameters()}, Balancer(model).step()
 
 
-def make(mode: Recompute, config: ModelConfig = MODEL) -> Transformer:
-    model = Transformer(config, resolve(PrecisionConfig(Compute.float64))).double()
-    initialise(model, config, seed=0)
+def make(mode: Recompute) -> Transformer:
+    model = build(MODEL)
     activation_checkpoint.apply(model, mode)
     return model
 
@@ -102,22 +106,15 @@ def make(mode: Recompute, config: ModelConfig = MODEL) -> Transformer:
 @pytest.mark.parametrize("mode", [Recompute.selective, Recompute.full])
 def test_recomputation_changes_nothing_and_counts_once(mode):
     plain, plain_figures = step(make(Recompute.none))
-    again, figures = step(make(mode))
+    calls, model = [], make(mode)
+    model.layers["0"].ffn.experts.register_forward_hook(lambda *_: calls.append(1))
+    again, figures = step(model)
+    assert len(calls) == (2 if mode is Recompute.full else 1), "control: layers do run again"
     assert int(plain_figures["counts"].sum()) == MODEL.num_layers * B * T
     for key, value in plain_figures.items():
         assert torch.equal(figures[key], value), key
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-12, atol=1e-12)
-
-
-def test_full_recomputation_does_run_the_layers_again():
-    """Control for the test above: the forward really runs twice."""
-    calls = []
-    model = make(Recompute.none)
-    model.layers["0"].attention.register_forward_hook(lambda *_: calls.append(1))
-    activation_checkpoint.apply(model, Recompute.full)
-    step(model)
-    assert len(calls) == 2
 
 
 def test_evaluation_counts_nothing():
@@ -134,13 +131,13 @@ def test_bias_moves_against_the_load_with_zero_mean():
     assert balance.load_E.tolist() == pytest.approx([2.0, 0.4, 0.8, 0.8])
 
 
-def test_whole_scope_uses_last_steps_frozen_load():
+def test_whole_scope_uses_the_load_of_the_last_step():
     config = BalanceConfig(aux=1.0, aux_scope=AuxScope.whole)
     router = Router(D, E, RouterConfig(), config).double()
     torch.nn.init.normal_(router.weight)
     x = torch.randn(B, T, D, dtype=torch.float64)
     router(x, 1.0)[1].sum().mul(0).backward()
-    assert router.weight.grad.abs().max() < 1e-12, "an even load, as before the first step, pulls nowhere"
+    assert router.weight.grad.abs().max() < 1e-12, "an even load, as before the first step, has no gradient"
     router.balance.step(torch.tensor([9, 1, 1, 1]))
     router.weight.grad = None
     router(x, 1.0)[1].sum().mul(0).backward()
@@ -159,7 +156,7 @@ def test_balancing_evens_a_skewed_router(balance):
         offset = torch.ones(D)
         optimizer = torch.optim.SGD(router.parameters(), lr=1.0)
         with torch.no_grad():
-            router.weight[0] += 0.2  # every token likes expert 0
+            router.weight[0] += 0.2  # every token prefers expert 0
         for _ in range(60):
             x = torch.randn(B, 64, D) + offset
             router(x, float(B * 64))[1].sum().mul(0).backward()
@@ -181,8 +178,6 @@ def test_forced_balance_spreads_tokens_evenly():
     assert all(len(set(row)) == 2 for row in experts_BTK.flatten(0, 1).tolist())
 
 
-def test_balancing_terms_without_a_token_count_are_refused():
-    model = make(Recompute.none)
+def test_balancing_losses_need_a_token_count():
     with pytest.raises(ValueError, match="routed_tokens"):
-        model(torch.zeros(B, T, dtype=torch.int64))
-    assert replace(MODEL, balance=BalanceConfig(bias_rate=0.1)).balance.aux == 0
+        make(Recompute.none)(torch.zeros(B, T, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Constant factors of the forward pass, and the same network with them folded into its weights."""
+"""Constant factors of the forward pass, folded into the weights."""
 
 from __future__ import annotations
 
@@ -12,29 +12,13 @@ from torch import Tensor
 from core.errors import CheckpointError, ConfigError
 from model.config import ModelConfig, MultipliersConfig, QKNorm
 from model.huggingface import compare_logits, export, write_config
-from model.init import initialise
-from model.multipliers import folded
+from model.multipliers import fold_multipliers
 from model.tensor_source import materialise
-from model.transformer import Transformer
-from precision.config import Compute, PrecisionConfig
-from precision.resolve import resolve
+from precision.config import Compute
+from tests.support.models import build, small
 
 FACTORS = MultipliersConfig(residual=0.3, logits=0.6, attention=1.7, gates=0.45)
-MODEL = ModelConfig(
-    vocab_size=96,
-    hidden_size=32,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    dense_hidden_size=48,
-    expert_hidden_size=40,
-    num_experts=4,
-    moe_every=2,
-    nope_every=0,
-    attention_chunk_size=None,
-    qk_norm=QKNorm.none,
-)
+MODEL = small(vocab_size=96, expert_hidden_size=40, nope_every=0, attention_chunk_size=None, qk_norm=QKNorm.none)
 IDS = torch.arange(40).view(2, 20) * 7 % 96
 
 
@@ -42,8 +26,7 @@ class Weights:
     """A fresh model's tensors as a source."""
 
     def __init__(self, config: ModelConfig) -> None:
-        model = Transformer(config, resolve(PrecisionConfig(Compute.float32)))
-        initialise(model, replace(config, init=replace(config.init, std=1.0, fan_in=True)), 0)
+        model = build(replace(config, init=replace(config.init, std=1.0, fan_in=True)), compute=Compute.float32)
         self.config, self.tensors = config, {name: p.detach() for name, p in model.named_parameters()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
@@ -63,19 +46,19 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("norm", [QKNorm.none, QKNorm.per_head, QKNorm.full])
 @pytest.mark.parametrize("tied", [False, True])
-def test_folding_leaves_the_function(norm, tied):
+def test_folding_keeps_the_function(norm, tied):
     source = Weights(replace(MODEL, multipliers=FACTORS, qk_norm=norm, tie_embeddings=tied))
-    assert difference(logits(folded(source)), logits(source)) < 1e-5
-    assert folded(source).config.multipliers == MultipliersConfig()
+    assert difference(logits(fold_multipliers(source)), logits(source)) < 1e-5
+    assert fold_multipliers(source).config.multipliers == MultipliersConfig()
 
 
 @pytest.mark.parametrize("factor", [one.name for one in fields(MultipliersConfig)])
 def test_each_factor_changes_the_function(factor):
-    """Control: a factor that nothing reads would fold perfectly."""
+    """Control: an unused factor would fold perfectly."""
     plain = Weights(MODEL)
     changed = Weights(replace(MODEL, multipliers=MultipliersConfig(**{factor: getattr(FACTORS, factor)})))
     assert difference(logits(changed), logits(plain)) > 1e-3
-    assert folded(plain) is plain
+    assert fold_multipliers(plain) is plain
 
 
 def test_a_factor_on_the_logits_is_exactly_that():
@@ -83,15 +66,15 @@ def test_a_factor_on_the_logits_is_exactly_that():
     assert torch.equal(logits(scaled), 0.5 * logits(Weights(MODEL)))
 
 
-def test_queries_normalised_without_a_gain_have_no_place_for_a_factor():
+def test_weightless_query_norm_cannot_absorb_a_factor():
     llama4 = replace(MODEL, qk_norm=QKNorm.weightless, multipliers=MultipliersConfig(attention=0.5))
-    with pytest.raises(ConfigError, match=r"model.multipliers.attention=0.5: has no weight to go into .* try 1.0"):
-        folded(Weights(llama4))
+    with pytest.raises(ConfigError, match=r"model.multipliers.attention=0.5: cannot be folded: .* try 1.0"):
+        fold_multipliers(Weights(llama4))
     other = Weights(replace(llama4, multipliers=MultipliersConfig(residual=0.5)))
-    assert difference(logits(folded(other)), logits(other)) < 1e-5
+    assert difference(logits(fold_multipliers(other)), logits(other)) < 1e-5
 
 
-def test_no_family_can_say_a_factor_so_it_must_be_folded():
+def test_hugging_face_configs_reject_factors():
     llama4 = replace(MODEL, qk_norm=QKNorm.weightless, shared_expert_hidden_size=40)
     assert write_config(llama4)
     with pytest.raises(ConfigError, match=r"model.multipliers.residual"):
@@ -99,7 +82,7 @@ def test_no_family_can_say_a_factor_so_it_must_be_folded():
 
 
 def test_an_export_computes_what_the_factors_did(tmp_path):
-    """transformers, which knows no factor, on the exported weights; a folding that was left out is noticed."""
+    """Compares with transformers on the exported weights; a missing fold is noticed."""
     llama4 = replace(
         MODEL, qk_norm=QKNorm.weightless, shared_expert_hidden_size=40, multipliers=replace(FACTORS, attention=1.0)
     )

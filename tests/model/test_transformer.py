@@ -1,4 +1,4 @@
-"""The model against a plain statement of the mathematics, in float64, with every feature broken once."""
+"""The model against a plain statement of its mathematics, in float64. Each feature is broken once as a control."""
 
 from __future__ import annotations
 
@@ -6,62 +6,32 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from core.errors import ConfigError
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.attention.rope import frequencies
 from model.config import BalanceConfig, InitConfig, ModelConfig, QKNorm, RopeScaling, RouterConfig, Score, WeightsOn
 from model.flops import count_parameters
-from model.init import initialise
 from model.layers import rms_normalise
 from model.roles import registry
 from model.transformer import Transformer
-from precision.config import Compute, PrecisionConfig
-from precision.resolve import resolve
 from tests.support import reference_model
+from tests.support.models import build, small
 
-SMALL = ModelConfig(
+SMALL = small(
     vocab_size=48,
     hidden_size=16,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
     dense_hidden_size=24,
     expert_hidden_size=16,
-    num_experts=4,
-    moe_every=2,
-    nope_every=4,
     attention_chunk_size=5,
     temperature_floor=3.0,
     init=InitConfig(std=1.0, fan_in=True),
 )
 WHOLE = torch.arange(13)[None]
 CLOSED = torch.tensor([[0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 0, 1, 2]])
-"""No chunk of 5 positions reaches over a multiple of 5."""
+"""No chunk of 5 positions crosses a multiple of 5."""
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
-
-
-def make(config: ModelConfig) -> Transformer:
-    model = Transformer(config, resolve(PrecisionConfig(Compute.float64))).double()
-    initialise(model, config, seed=1)
-    return model
-
-
-def logits(model: Transformer, positions: torch.Tensor) -> torch.Tensor:
-    torch.manual_seed(0)
-    tokens = torch.randint(0, SMALL.vocab_size, positions.shape)
-    return model(tokens, SequenceContext(positions, routed_tokens=1.0))
-
-
-def expected(model: Transformer, config: ModelConfig, positions: torch.Tensor) -> torch.Tensor:
-    torch.manual_seed(0)
-    tokens = torch.randint(0, SMALL.vocab_size, positions.shape)
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    rows = [reference_model.logits(t, p, config, weights) for t, p in zip(tokens, positions, strict=True)]
-    return torch.stack(rows)
-
-
 VARIANTS = {
     "llama4": SMALL,
     "top2": replace(SMALL, router=RouterConfig(top_k=2)),
@@ -78,43 +48,35 @@ VARIANTS = {
 }
 
 
+def draw_tokens(positions: Tensor) -> Tensor:
+    return torch.randint(0, SMALL.vocab_size, positions.shape, generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Transformer, positions: Tensor) -> Tensor:
+    return model(draw_tokens(positions), ForwardContext(positions, routed_tokens=1.0))
+
+
+def expected(state: dict[str, Tensor], config: ModelConfig, positions: Tensor) -> Tensor:
+    pairs = zip(draw_tokens(positions), positions, strict=True)
+    return torch.stack([reference_model.logits(t, p, config, state) for t, p in pairs])
+
+
 @pytest.mark.parametrize("positions", [WHOLE, PACKED, CLOSED], ids=["whole", "packed", "closed"])
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
-def test_logits_equal_the_plain_statement(config, positions):
-    model = make(config)
+def test_logits_and_gradients_match_the_reference(config, positions):
+    model = build(config, seed=1)
     for module in model.modules():
         if hasattr(module, "bias_E"):
             module.bias_E.copy_(torch.tensor([0.3, -0.2, 0.1, -0.2]))
-    torch.testing.assert_close(logits(model, positions), expected(model, config, positions), rtol=0, atol=1e-6)
-
-
-def test_a_chunk_looks_back_only_where_one_reaches_over_the_border():
-    found = [SequenceContext(positions).plan(5) for positions in (WHOLE, CLOSED, PACKED)]
-    assert [plan.halo for plan in found] == [False, False, True]
-    assert [None if plan.mask is None else plan.mask.shape[-1] for plan in found] == [None, 5, 10]
-
-
-def gradients(config: ModelConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Of the same scalar, by the model's own backward and by autograd through the plain statement."""
-    model = make(config)
-    tokens = torch.randint(0, SMALL.vocab_size, PACKED.shape, generator=torch.Generator().manual_seed(0))
-    weight = torch.randn(
-        *PACKED.shape, SMALL.vocab_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
-    (model(tokens, SequenceContext(PACKED)) * weight).sum().backward()
-    weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.named_parameters()}
-    state = {**model.state_dict(), **weights}
-    for row, positions, factor in zip(tokens, PACKED, weight, strict=True):
-        (reference_model.logits(row, positions, config, state) * factor).sum().backward()
-    own = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return own, {name: w.grad if w.grad is not None else torch.zeros_like(w) for name, w in weights.items()}
-
-
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
-def test_every_gradient_equals_the_plain_statement(config):
-    own, plain = gradients(config)
-    for name, gradient in plain.items():
-        torch.testing.assert_close(own[name], gradient, rtol=1e-7, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    plain = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.named_parameters()}
+    y, wanted = logits(model, positions), expected({**model.state_dict(), **plain}, config, positions)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-6)
+    weight = torch.randn(*y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (y * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if plain[name].grad is None else plain[name].grad
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-7, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 BROKEN = {
@@ -129,43 +91,46 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
 def test_the_comparison_notices_each_feature(broken):
-    model = make(broken)
-    assert (logits(model, WHOLE) - expected(model, SMALL, WHOLE)).abs().max() > 1e-3
+    model = build(broken, seed=1)
+    assert (logits(model, WHOLE) - expected(model.state_dict(), SMALL, WHOLE)).abs().max() > 1e-3
 
 
-def test_documents_never_see_each_other():
-    """Changing one document leaves the logits of its neighbours in the row, up to the rounding of products whose number
-    of rows changed.
-    """
-    model = make(SMALL)
-    torch.manual_seed(0)
-    tokens = torch.randint(0, SMALL.vocab_size, (1, 13))
+def test_a_halo_only_where_a_chunk_crosses_a_block():
+    found = [ForwardContext(positions).plan(5) for positions in (WHOLE, CLOSED, PACKED)]
+    assert [plan.halo for plan in found] == [False, False, True]
+    assert [None if plan.mask is None else plan.mask.shape[-1] for plan in found] == [None, 5, 10]
+
+
+def test_documents_do_not_see_each_other():
+    """Equal up to the rounding of products whose number of rows changed."""
+    model, tokens = build(SMALL, seed=1), draw_tokens(WHOLE)
     changed = tokens.clone()
     changed[0, 4:11] = (changed[0, 4:11] + 1) % SMALL.vocab_size
-    first, second = (model(t, SequenceContext(PACKED[:1])) for t in (tokens, changed))
+    first, second = (model(t, ForwardContext(PACKED[:1])) for t in (tokens, changed))
     same = (first - second).abs().amax(-1)[0] < 1e-12
     assert same.tolist() == [True] * 4 + [False] * 7 + [True] * 2
-    leaking = [model(t, SequenceContext(WHOLE)) for t in (tokens, changed)]
+    torch.testing.assert_close(first[0, 4:11], model(tokens[:, 4:11])[0], rtol=0, atol=1e-10)
+    leaking = [model(t, ForwardContext(WHOLE)) for t in (tokens, changed)]
     assert not torch.equal(leaking[0][0, 11:], leaking[1][0, 11:]), "control: without boundaries the change is seen"
 
 
-def test_a_packed_document_equals_the_document_alone():
-    model = make(SMALL)
-    torch.manual_seed(0)
-    tokens = torch.randint(0, SMALL.vocab_size, (1, 13))
-    packed = model(tokens, SequenceContext(PACKED[:1]))[0, 4:11]
-    torch.testing.assert_close(packed, model(tokens[:, 4:11])[0], rtol=0, atol=1e-10)
+def test_rope_settings_change_without_rebuilding():
+    model, other = build(SMALL, seed=1), replace(SMALL, rope_theta=10_000.0)
+    before = logits(model, WHOLE)
+    model.set_rope_config(other)
+    assert torch.equal(logits(model, WHOLE), logits(build(other, seed=1), WHOLE))
+    assert not torch.equal(logits(model, WHOLE), before)
 
 
-def test_parameter_counts_and_roles():
-    for config in VARIANTS.values():
-        model = make(config)
-        assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
-        assert set(registry(model)) == {name for name, _ in model.named_parameters()}
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_parameter_counts_and_roles(config):
+    model = build(config)
+    assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
+    assert set(registry(model)) == {name for name, _ in model.named_parameters()}
 
 
-def test_llama3_scaling_is_a_hard_cut_when_the_bounds_are_equal():
-    """Scout's own figures: of 64 frequencies those from index 35 on are divided by 16 (published configuration)."""
+def test_llama3_scaling_with_equal_bounds_is_a_hard_cut():
+    """Scout's published configuration divides the frequencies from index 35 of 64 on by 16."""
     plain, scaled = frequencies(128, 5e5), frequencies(128, 5e5, RopeScaling())
     ratio = plain / scaled
     assert torch.allclose(ratio[:35], torch.ones(35, dtype=torch.float64))
@@ -187,27 +152,28 @@ def test_llama3_scaling_is_a_hard_cut_when_the_bounds_are_equal():
         ({"layer_list": []}, "layer_list"),
     ],
 )
-def test_impossible_shapes_are_refused(change, key):
+def test_invalid_configurations_are_rejected(change, key):
     with pytest.raises(ConfigError) as caught:
         replace(SMALL, **change)
     assert caught.value.key == key
 
 
-def test_the_layers_of_the_published_models():
-    """Scout: every layer a mixture. Maverick: every second. Both: layers 3, 7, ... see everything, unrotated."""
-    scout, maverick = (
-        ModelConfig(num_layers=8).blocks,
-        ModelConfig(num_layers=8, moe_every=2, qk_norm=QKNorm.none).blocks,
-    )
-    assert [layer.feed_forward.value for layer in scout] == ["moe"] * 8
-    assert [layer.feed_forward.value for layer in maverick] == ["dense", "moe"] * 4
-    for layers, norm in ((scout, QKNorm.weightless), (maverick, QKNorm.none)):
-        bare = [index for index, layer in enumerate(layers) if not layer.rope]
-        assert bare == [3, 7]
-        for index, layer in enumerate(layers):
-            assert layer.temperature is (index in bare)
-            assert layer.attention_chunk_size == (None if index in bare else 8192)
-            assert layer.qk_norm is (QKNorm.none if index in bare else norm)
+@pytest.mark.parametrize(
+    "config, kinds, norm",
+    [
+        (ModelConfig(num_layers=8), ["moe"] * 8, QKNorm.weightless),
+        (ModelConfig(num_layers=8, moe_every=2, qk_norm=QKNorm.none), ["dense", "moe"] * 4, QKNorm.none),
+    ],
+    ids=["scout", "maverick"],
+)
+def test_layers_of_the_published_models(config, kinds, norm):
+    """Layers 3, 7, ... have full attention and no rotary positions."""
+    assert [layer.feed_forward.value for layer in config.blocks] == kinds
+    for index, layer in enumerate(config.blocks):
+        nope = index in (3, 7)
+        assert layer.rope is not nope and layer.temperature is nope
+        assert layer.attention_chunk_size == (None if nope else 8192)
+        assert layer.qk_norm is (QKNorm.none if nope else norm)
 
 
 def test_norms_of_narrow_activations_are_computed_wide():

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.layouts import tiny
-from model.balancer import Balancer
 from model.config import ModelConfig
+from model.load_balance import Balancer
 from parallel.comm.world import World
 from parallel.layout import ParallelConfig, Recompute
 from parallel.mesh import make_meshes

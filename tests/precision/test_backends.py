@@ -1,4 +1,4 @@
-"""One contract for every backend: those that this machine has keep it, the others say fully why it has them not."""
+"""One contract for every backend. Available ones fulfil it; the others give every reason why they are unavailable."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from core.errors import ConfigError
-from model.config import ModelConfig
 from model.init import initialise
 from model.transformer import Transformer
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
-from precision.fp8_emulated import Reference
-from precision.fp8_linear import Float8Products, NotFinite
+from precision.fp8_emulated import EmulatedArithmetic
+from precision.fp8_linear import Float8Gemm, NotFinite
 from precision.fp8_torch import TorchFloat8
 from precision.gemm import GemmBackend, Groups
-from precision.resolve import MAKERS, LayerProducts, Precision, resolve, unavailable
+from precision.resolve import FLOAT8_LIBRARIES, LayerGemms, Precision, resolve, unavailable
+from tests.support.models import small
 
 CPU = torch.device("cpu")
 RECIPES = [recipe for recipe in Recipe if recipe is not Recipe.auto]
-PAIRS = [(backend, recipe) for backend in MAKERS for recipe in RECIPES]
+PAIRS = [(backend, recipe) for backend in FLOAT8_LIBRARIES for recipe in RECIPES]
 HERE = [pair for pair in PAIRS if not unavailable(*pair, CPU)]
 MISSING = [pair for pair in PAIRS if unavailable(*pair, CPU)]
 ERROR = {Backend.native: 1e-2, Backend.te: 0.08, Backend.torch: 0.08, Backend.emulated: 0.08}
-"""Of a product against float64, relative: FP8 has three mantissa bits, E5M2 two."""
+"""Relative error of a product against float64: FP8 has three mantissa bits, E5M2 two."""
 T, D, N, E = 48, 64, 96, 4
 COUNTS = [32, 0, 64, 32]
+MODEL = small(hidden_size=64, head_dim=16, dense_hidden_size=96, expert_hidden_size=64)
 
 
 def config(backend: Backend, recipe: Recipe = Recipe.auto) -> PrecisionConfig:
@@ -76,7 +77,7 @@ def test_linear_and_its_gradients(pair) -> None:
 
 
 def grouped(gemm: GemmBackend, counts: list[int], beyond: int = 0) -> dict[str, Tensor]:
-    """Result and gradients of ragged groups, some without rows, with `beyond` rows of zeros after the last."""
+    """Result and gradients of groups of unequal size, with `beyond` rows of zeros after the last."""
     rows = sum(counts)
     x = torch.cat([draw(rows, D), torch.zeros(beyond, D)]).bfloat16().requires_grad_()
     w = draw(len(counts), N, D, seed=1).requires_grad_()
@@ -91,7 +92,7 @@ def grouped(gemm: GemmBackend, counts: list[int], beyond: int = 0) -> dict[str, 
     return {"y": y[:rows].detach(), "x": x.grad[:rows], "w": w.grad}
 
 
-def test_each_group_is_a_linear_of_its_own(pair) -> None:
+def test_each_group_is_a_linear_layer(pair) -> None:
     gemm = products(*pair)
     found = grouped(gemm, COUNTS)
     assert not found["w"][1].any()
@@ -132,8 +133,8 @@ def test_recomputation_changes_nothing(pair) -> None:
 
 
 @pytest.mark.parametrize("backend, recipe", HERE)
-def test_of_activations_only_bytes_are_kept(backend: Backend, recipe: Recipe) -> None:
-    """In saved tensors, which recomputation and offloading see, and nowhere else."""
+def test_activations_are_saved_as_bytes(backend: Backend, recipe: Recipe) -> None:
+    """Only in saved tensors, which activation checkpointing and offloading see."""
     kept: list[int] = []
 
     def seen(tensor: Tensor) -> Tensor:
@@ -149,23 +150,10 @@ def test_of_activations_only_bytes_are_kept(backend: Backend, recipe: Recipe) ->
 
 
 def test_parameters_do_not_depend_on_the_backend(pair) -> None:
-    model = ModelConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        dense_hidden_size=96,
-        expert_hidden_size=64,
-        num_experts=4,
-        moe_every=2,
-        attention_chunk_size=16,
-    )
     made = []
     for precision in (Precision(PrecisionConfig(Compute.bfloat16)), resolve(config(*pair))):
-        one = Transformer(model, precision)
-        initialise(one, model, seed=1)
+        one = Transformer(MODEL, precision)
+        initialise(one, MODEL, seed=1)
         made.append(one)
     plain, other = (one.state_dict() for one in made)
     assert plain.keys() == other.keys() and all(torch.equal(plain[name], other[name]) for name in plain)
@@ -174,29 +162,29 @@ def test_parameters_do_not_depend_on_the_backend(pair) -> None:
 
 
 @pytest.mark.parametrize("backend, recipe", MISSING)
-def test_what_is_missing_says_why_and_what_would_help(backend: Backend, recipe: Recipe) -> None:
+def test_unavailable_recipes_say_why(backend: Backend, recipe: Recipe) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(config(backend, recipe))
     said = str(caught.value)
     reasons = unavailable(backend, recipe, CPU)
     assert said.startswith(f"precision.backend={backend.value}: cannot do {recipe.value} here: ") and reasons
     assert all(reason in said for reason in reasons)
-    others = [other.value for other in MAKERS if not unavailable(other, recipe, CPU)]
+    others = [other.value for other in FLOAT8_LIBRARIES if not unavailable(other, recipe, CPU)]
     assert said.endswith(f"; try {', '.join(others)} or native") and "emulated" in others
 
 
-def test_every_recipe_is_missing_or_here() -> None:
+def test_the_emulation_has_every_recipe() -> None:
     assert {(Backend.emulated, recipe) for recipe in RECIPES} <= set(HERE)
     assert {backend for backend, _ in MISSING} == {Backend.te, Backend.torch}  # te: there is no GPU
 
 
 @pytest.mark.parametrize("recipe", [recipe for backend, recipe in HERE if backend is Backend.torch])
-@pytest.mark.parametrize("operands", ["ordinary", "of very different sizes"])
-def test_the_reference_equals_scaled_mm(recipe: Recipe, operands: str) -> None:
+@pytest.mark.parametrize("operands", ["ordinary", "of very different magnitude"])
+def test_the_emulation_equals_scaled_mm(recipe: Recipe, operands: str) -> None:
     """Every product of a layer, forward and backward, against torch's kernels on the same bytes."""
     figures = []
-    for kind in (TorchFloat8, Reference):
-        gemm = Float8Products(kind(recipe, torch.bfloat16), torch.bfloat16, "here")
+    for kind in (TorchFloat8, EmulatedArithmetic):
+        gemm = Float8Gemm(kind(recipe, torch.bfloat16), torch.bfloat16, "here")
         spread = torch.exp(3 * draw(T, 1, seed=5)) if operands != "ordinary" else 1.0
         x, w = (draw(T, D) * spread).bfloat16().requires_grad_(), draw(N, D, seed=1).requires_grad_()
         y = gemm.linear(x, w)
@@ -208,16 +196,13 @@ def test_the_reference_equals_scaled_mm(recipe: Recipe, operands: str) -> None:
 
 
 def test_the_comparison_with_scaled_mm_can_fail() -> None:
-    class Broken(Reference):
+    class Broken(EmulatedArithmetic):
         def multiply(self, a, b):
             return super().multiply(a, b) * 1.01
 
-    gemm, wanted = (
-        Float8Products(Broken(Recipe.rowwise, torch.bfloat16), torch.bfloat16, "here"),
-        products(Backend.torch, Recipe.rowwise),
-    )
+    gemm = Float8Gemm(Broken(Recipe.rowwise, torch.bfloat16), torch.bfloat16, "here")
     x, w = draw(T, D).bfloat16(), draw(N, D, seed=1)
-    assert relative(gemm.linear(x, w), wanted.linear(x, w)) > 1e-3
+    assert relative(gemm.linear(x, w), products(Backend.torch, Recipe.rowwise).linear(x, w)) > 1e-3
 
 
 @pytest.mark.parametrize("where", ["activation", "gradient"])
@@ -230,27 +215,21 @@ def test_an_infinite_operand_names_layer_and_role(where: str) -> None:
         gemm.linear(x, w).backward(grad)
 
 
-def test_roles_and_layers_that_stay() -> None:
-    chosen = PrecisionConfig(
-        Compute.bfloat16,
-        backend=Backend.emulated,
-        fp8_products=[Products.expert],
-        bf16_first_layers=1,
-        bf16_last_layers=2,
-    )
-    precision = resolve(chosen)
-    in_float8 = [isinstance(precision.at(layer, 6).of(Products.expert, "expert"), Float8Products) for layer in range(6)]
+def test_layers_and_products_outside_fp8() -> None:
+    chosen = config(Backend.emulated)
+    precision = resolve(replace(chosen, fp8_products=[Products.expert], bf16_first_layers=1, bf16_last_layers=2))
+    in_float8 = [isinstance(precision.at(layer, 6).of(Products.expert, "expert"), Float8Gemm) for layer in range(6)]
     assert in_float8 == [False, True, True, True, False, False]
-    assert not isinstance(precision.at(2, 6).of(Products.attention, "query"), Float8Products)
-    assert not isinstance(precision.plain.of(Products.head, "head"), Float8Products)
-    assert isinstance(precision.plain, LayerProducts)
+    assert not isinstance(precision.at(2, 6).of(Products.attention, "query"), Float8Gemm)
+    assert not isinstance(precision.plain.of(Products.head, "head"), Float8Gemm)
+    assert isinstance(precision.plain, LayerGemms)
 
 
 @pytest.mark.parametrize(
     "capability, recipe",
     [((8, 9), "tensorwise"), ((9, 0), "blockwise"), ((10, 0), "mxfp8"), ((10, 3), "mxfp8"), ((12, 0), "tensorwise")],
 )
-def test_what_auto_is_on_a_gpu(monkeypatch, capability, recipe) -> None:
+def test_auto_recipe_on_a_gpu(monkeypatch, capability, recipe) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert Recipe.auto.on(torch.device("cuda")).value == recipe
     assert Recipe.auto.on(CPU) is Recipe.blockwise and Recipe.rowwise.on(torch.device("cuda")) is Recipe.rowwise
@@ -258,13 +237,13 @@ def test_what_auto_is_on_a_gpu(monkeypatch, capability, recipe) -> None:
 
 def test_without_gradients_no_columns_are_quantised(monkeypatch) -> None:
     asked: list[bool] = []
-    quantise = Reference.quantise
+    quantise = EmulatedArithmetic.quantise
 
     def seen(self, x, operand, groups, rows, columns):
         asked.append(columns)
         return quantise(self, x, operand, groups, rows, columns)
 
-    monkeypatch.setattr(Reference, "quantise", seen)
+    monkeypatch.setattr(EmulatedArithmetic, "quantise", seen)
     gemm, x, w = products(Backend.emulated), draw(T, D).bfloat16(), torch.nn.Parameter(draw(N, D, seed=1))
     with torch.no_grad():
         gemm.linear(x, w)
@@ -277,27 +256,14 @@ GROUPS = {"attention": Products.attention, "shared": Products.shared, "experts":
 
 
 @pytest.mark.parametrize("chosen", GROUPS.values())
-def test_each_layer_and_role_has_its_own_products(chosen: Products) -> None:
-    """By the names of modules, which only tests may go by."""
-    model = ModelConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        dense_hidden_size=96,
-        expert_hidden_size=64,
-        num_experts=4,
-        moe_every=2,
-        attention_chunk_size=16,
-    )
-    made = Transformer(model, resolve(replace(config(Backend.emulated), fp8_products=[chosen], bf16_first_layers=1)))
+def test_each_role_has_its_own_backend(chosen: Products) -> None:
+    """Modules are found by name, which only tests may do."""
+    made = Transformer(MODEL, resolve(replace(config(Backend.emulated), fp8_products=[chosen], bf16_first_layers=1)))
     found = {}
     for name, module in made.named_modules():
         if name.startswith("layers.") and hasattr(module, "gemm"):
             group = next(group for part, group in GROUPS.items() if part in name.split("."))
-            layer, eight = int(name.split(".")[1]), isinstance(module.gemm, Float8Products)
+            layer, eight = int(name.split(".")[1]), isinstance(module.gemm, Float8Gemm)
             assert eight == (group is chosen and layer >= 1), name
             if eight:
                 found[name] = module.gemm.where
@@ -306,24 +272,11 @@ def test_each_layer_and_role_has_its_own_products(chosen: Products) -> None:
     assert found and (wanted is None or f"layer 3, {wanted}" in said)
 
 
-def test_routers_and_ends_stay_in_every_model() -> None:
-    model = ModelConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        dense_hidden_size=96,
-        expert_hidden_size=64,
-        num_experts=4,
-        moe_every=2,
-        attention_chunk_size=16,
-    )
-    made = Transformer(model, resolve(config(Backend.emulated)))
+def test_router_and_head_never_use_fp8() -> None:
+    made = Transformer(MODEL, resolve(config(Backend.emulated)))
     kinds = {name: type(module.gemm).__name__ for name, module in made.named_modules() if hasattr(module, "gemm")}
-    assert {name for name, kind in kinds.items() if kind == "PlainProducts"} == {"head"}
-    assert len(kinds) == 1 + 2 * 4 + 3 + 3 + 2  # head, attention, dense, shared, experts
+    assert {name for name, kind in kinds.items() if kind == "NativeGemm"} == {"head"}
+    assert len(kinds) == 1 + 4 * 4 + 2 * 3 + 2 * 3 + 2 * 2  # head, attention, dense, shared, experts
 
 
 @pytest.mark.parametrize(
@@ -331,7 +284,7 @@ def test_routers_and_ends_stay_in_every_model() -> None:
     [
         ({"fp8_products": [Products.router]}, "fp8_products=router: the router must not be rounded to FP8"),
         ({"fp8_products": []}, "fp8_products: names no product"),
-        ({"backend": Backend.te, "compute": Compute.float32}, "compute=float32: te takes and gives bfloat16"),
+        ({"backend": Backend.te, "compute": Compute.float32}, "compute=float32: te needs bfloat16 activations"),
         ({"bf16_first_layers": -1}, "bf16_first_layers=-1: must not be negative"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Products on a CPU against the plain statement: values, gradients, experts without rows, and large pages."""
+"""Products on a CPU: values, gradients, experts without rows, and huge pages."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision import cpu_gemm, native_gemm
 from precision.gemm import Groups
-from precision.native_gemm import PlainProducts
+from precision.native_gemm import NativeGemm
 
-COUNTS, BEYOND = [5, 0, 1, 6], 2
-"""An expert without rows, and rows that belong to none."""
-D, F = 8, 16
+BEYOND = 2
+"""Rows that belong to no expert."""
+SMALL, LARGE = ([5, 0, 1, 6], 8, 16), ([300, 0, 15, 131], 64, 128)
+"""Rows per expert, input and output size. oneDNN multiplies the large ones in float32."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 GATES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-13}
 
-needs_onednn = pytest.mark.skipif(
-    not cpu_gemm.is_faster(*torch.zeros(2, 64, 64)),
-    reason="needs a PyTorch with MKL and oneDNN, as its packages for x86 are",
-)
+needs_onednn = pytest.mark.skipif(not cpu_gemm.is_faster(*torch.zeros(2, 64, 64)), reason="needs MKL and oneDNN (x86)")
 
 
 def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -31,7 +29,7 @@ def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def figures(product: Any, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None = None) -> list[Tensor]:
-    """The result and both gradients, of rows that belong to an expert."""
+    """The result and both gradients, without rows beyond the experts'."""
     leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
     y = product(*leaves) if groups is None else product(*leaves, groups)[: sum(groups.host)]
     grad_x, grad_w = torch.autograd.grad(y, leaves, grad[: len(y)])
@@ -39,7 +37,7 @@ def figures(product: Any, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | N
 
 
 def plain_grouped(x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-    """Expert by expert, out of differentiable pieces."""
+    """Expert by expert, with differentiable operations."""
     parts = zip(x_CD[: sum(groups.host)].split(groups.host), w_EFD, strict=True)
     return torch.cat([rows @ w.t() for rows, w in parts])
 
@@ -49,70 +47,6 @@ def largest(found: list[Tensor], wanted: list[Tensor]) -> float:
     pairs = list(zip(found, wanted, strict=True))
     assert all(a.shape == b.shape for a, b in pairs)
     return max(float((a.double() - b.double()).abs().max() / b.abs().max()) for a, b in pairs)
-
-
-@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grouped_products_equal_the_plain_statement(dtype, large, monkeypatch):
-    if large:
-        monkeypatch.setattr(cpu_gemm, "_LARGE_BYTES", 1)
-    groups = Groups(torch.tensor(COUNTS))
-    shapes = ((sum(COUNTS) + BEYOND, D), (len(COUNTS), F, D), (sum(COUNTS) + BEYOND, F))
-    x, w, grad = operands(dtype, *shapes)
-    wanted = figures(plain_grouped, x.double(), w.double(), grad.double(), groups)
-    products = PlainProducts(dtype)
-    found = figures(products.grouped_linear, x, w, grad, groups)
-    assert largest(found, wanted) < GATES[dtype] and all(y.dtype is dtype for y in found)
-
-    used = sum(COUNTS)
-    found[1] = products.grouped_input_gradient(grad, w, groups)[:used]
-    found[2] = products.grouped_weight_gradient(grad, x, groups)
-    assert largest(found, wanted) < GATES[dtype], "one by one"
-
-    others = Groups(torch.tensor(COUNTS[::-1]))
-    assert largest(figures(products.grouped_linear, x, w, grad, others), wanted) > 0.1, "control"
-
-
-def test_grouped_gradients_equal_differences():
-    groups = Groups(torch.tensor(COUNTS))
-    x, w = (t.requires_grad_() for t in operands(torch.float64, (sum(COUNTS), D), (len(COUNTS), F, D)))
-    assert torch.autograd.gradcheck(lambda *both: PlainProducts(torch.float64).grouped_linear(*both, groups), (x, w))
-
-
-def test_the_check_by_differences_notices_a_wrong_gradient(monkeypatch):
-    honest = native_gemm._by_columns
-    monkeypatch.setattr(native_gemm, "_by_columns", lambda a, b, groups: honest(a, b, groups).flip(0))
-    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
-        test_grouped_gradients_equal_differences()
-
-
-@pytest.mark.parametrize("leading", [(12,), (3, 4), (64,), (2, 32), (0,), (3, 0)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_equals_the_plain_statement(dtype, leading):
-    x, w, grad = operands(dtype, (*leading, 64), (128, 64), (*leading, 128))
-    wanted = figures(torch.nn.functional.linear, x.double(), w.double(), grad.double())
-    products = PlainProducts(dtype)
-    found = figures(products.linear, x, w, grad)
-    alone = [found[0], products.input_gradient(grad, w), products.weight_gradient(grad, x)]
-    if 0 in leading:
-        assert all(torch.equal(a.double(), b) for a, b in zip([*found, *alone], [*wanted, *wanted], strict=True))
-    else:
-        assert largest(found, wanted) < GATES[dtype] and largest(alone, wanted) < GATES[dtype]
-
-
-def test_linear_takes_what_autograd_hands_out():
-    """A gradient of one number for all, a frozen side, and a weight or an input that is a view."""
-    x, w = operands(torch.float32, (64, 128), (64, 128))
-    halves = [x[:, ::2], w[:, 64:]]
-    leaves = [half.detach().requires_grad_() for half in halves]
-    wanted = torch.autograd.grad((leaves[0] @ leaves[1].t()).sum(), leaves)
-    product = PlainProducts(torch.float32).linear
-    found = torch.autograd.grad(product(*leaves).sum(), leaves)
-    assert largest(list(found), list(wanted)) < 1e-5
-    for frozen in (0, 1):
-        sides = [leaf.detach() if i == frozen else leaf for i, leaf in enumerate(leaves)]
-        (alone,) = torch.autograd.grad(product(*sides).sum(), leaves[1 - frozen])
-        assert torch.equal(alone, found[1 - frozen])
 
 
 class Seen(TorchDispatchMode):
@@ -125,43 +59,91 @@ class Seen(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
+@pytest.mark.parametrize("huge_pages", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("counts, d, f", [SMALL, pytest.param(*LARGE, marks=needs_onednn)], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grouped_products_equal_the_plain_statement(dtype, counts, d, f, huge_pages, monkeypatch):
+    if huge_pages:
+        monkeypatch.setattr(cpu_gemm, "_LARGE_BYTES", 1)
+    groups, used = Groups(torch.tensor(counts)), sum(counts)
+    x, w, grad = operands(dtype, (used + BEYOND, d), (len(counts), f, d), (used + BEYOND, f))
+    wanted = figures(plain_grouped, x.double(), w.double(), grad.double(), groups)
+    products = NativeGemm(dtype)
+    with Seen() as seen:
+        found = figures(products.grouped_linear, x, w, grad, groups)
+    assert bool(cpu_gemm.PRODUCTS & seen.operations) == (dtype is torch.float32 and d == 64)
+    assert largest(found, wanted) < GATES[dtype] and all(y.dtype is dtype for y in found)
+    found[1] = products.grouped_input_gradient(grad, w, groups)[:used]
+    found[2] = products.grouped_weight_gradient(grad, x, groups)
+    assert largest(found, wanted) < GATES[dtype], "one by one"
+    others = Groups(torch.tensor(counts[::-1]))
+    assert largest(figures(products.grouped_linear, x, w, grad, others), wanted) > 0.1, "control"
+
+
+def test_grouped_gradients_equal_finite_differences():
+    counts, d, f = SMALL
+    groups = Groups(torch.tensor(counts))
+    x, w = (t.requires_grad_() for t in operands(torch.float64, (sum(counts), d), (len(counts), f, d)))
+    assert torch.autograd.gradcheck(lambda *both: NativeGemm(torch.float64).grouped_linear(*both, groups), (x, w))
+
+
+def test_finite_differences_notice_a_wrong_gradient(monkeypatch):
+    honest = native_gemm._by_columns
+    monkeypatch.setattr(native_gemm, "_by_columns", lambda a, b, groups: honest(a, b, groups).flip(0))
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+        test_grouped_gradients_equal_finite_differences()
+
+
+@pytest.mark.parametrize("leading", [(12,), (3, 4), (64,), (2, 32), (0,), (3, 0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_equals_the_plain_statement(dtype, leading):
+    x, w, grad = operands(dtype, (*leading, 64), (128, 64), (*leading, 128))
+    wanted = figures(torch.nn.functional.linear, x.double(), w.double(), grad.double())
+    products = NativeGemm(dtype)
+    found = figures(products.linear, x, w, grad)
+    alone = [found[0], products.input_gradient(grad, w), products.weight_gradient(grad, x)]
+    if 0 in leading:
+        assert all(torch.equal(a.double(), b) for a, b in zip([*found, *alone], [*wanted, *wanted], strict=True))
+    else:
+        assert largest(found, wanted) < GATES[dtype] and largest(alone, wanted) < GATES[dtype]
+
+
+def test_linear_accepts_views_and_frozen_operands():
+    """Also an expanded gradient."""
+    x, w = operands(torch.float32, (64, 128), (64, 128))
+    halves = [x[:, ::2], w[:, 64:]]
+    leaves = [half.detach().requires_grad_() for half in halves]
+    wanted = torch.autograd.grad((leaves[0] @ leaves[1].t()).sum(), leaves)
+    product = NativeGemm(torch.float32).linear
+    found = torch.autograd.grad(product(*leaves).sum(), leaves)
+    assert largest(list(found), list(wanted)) < 1e-5
+    for frozen in (0, 1):
+        sides = [leaf.detach() if i == frozen else leaf for i, leaf in enumerate(leaves)]
+        (alone,) = torch.autograd.grad(product(*sides).sum(), leaves[1 - frozen])
+        assert torch.equal(alone, found[1 - frozen])
+
+
 @needs_onednn
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_float32_alone_goes_by_onednn(dtype):
+def test_only_float32_uses_onednn(dtype):
     x, w, grad = operands(dtype, (64, 64), (128, 64), (64, 128))
     with Seen() as seen:
-        figures(PlainProducts(dtype).linear, x, w, grad)
+        figures(NativeGemm(dtype).linear, x, w, grad)
     assert (torch.ops.aten.mm.default in seen.operations) == (dtype is not torch.float32)
     assert bool(cpu_gemm.PRODUCTS & seen.operations) == (dtype is torch.float32)
 
 
 @needs_onednn
 @pytest.mark.parametrize("rows, width, out", [(63, 64, 128), (64, 72, 128), (64, 64, 129), (0, 64, 64)])
-def test_shapes_that_may_be_many_do_not(rows, width, out):
+def test_irregular_shapes_do_not_use_onednn(rows, width, out):
     x, w, grad = operands(torch.float32, (rows, width), (out, width), (rows, out))
     with Seen() as seen:
-        figures(PlainProducts(torch.float32).linear, x, w, grad)
+        figures(NativeGemm(torch.float32).linear, x, w, grad)
     assert not cpu_gemm.PRODUCTS & seen.operations
 
 
 @needs_onednn
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_experts_with_many_rows_go_by_onednn(dtype):
-    groups = Groups(torch.tensor([300, 0, 15, 131]))
-    x, w, grad = operands(dtype, (446 + BEYOND, 64), (4, 128, 64), (446 + BEYOND, 128))
-    wanted = figures(plain_grouped, x.double(), w.double(), grad.double(), groups)
-    products = PlainProducts(dtype)
-    with Seen() as seen:
-        found = figures(products.grouped_linear, x, w, grad, groups)
-    assert bool(cpu_gemm.PRODUCTS & seen.operations) == (dtype is torch.float32)
-    assert largest(found, wanted) < GATES[dtype]
-    found[1] = products.grouped_input_gradient(grad, w, groups)[:446]
-    found[2] = products.grouped_weight_gradient(grad, x, groups)
-    assert largest(found, wanted) < GATES[dtype], "one by one"
-
-
-@needs_onednn
-def test_experts_rows_make_few_shapes():
+def test_expert_rows_make_few_shapes():
     like = torch.zeros(1, 64).expand(1 << 16, 64)
     parts = {rows: cpu_gemm._main_part(like[:rows], torch.Size((64, 64))) for rows in range(1 << 16)}
     assert len(set(parts.values())) < 128
@@ -169,14 +151,14 @@ def test_experts_rows_make_few_shapes():
 
 
 @needs_onednn
-def test_results_are_no_views():
+def test_results_are_not_views():
     for leading in ((64,), (2, 32)):
         x, w = (t.requires_grad_() for t in operands(torch.float32, (*leading, 64), (128, 64)))
-        assert not PlainProducts(torch.float32).linear(x, w)._is_view()
+        assert not NativeGemm(torch.float32).linear(x, w)._is_view()
 
 
 @needs_onednn
-def test_a_compiler_finds_its_own_way():
+def test_compiled_products_do_not_use_onednn():
     traced: list[bool] = []
 
     def look(graph: Any, inputs: Any) -> Any:
@@ -184,11 +166,11 @@ def test_a_compiler_finds_its_own_way():
         return graph.forward
 
     x, w = operands(torch.float32, (64, 64), (128, 64))
-    compiled = torch.compile(PlainProducts(torch.float32).linear, backend=look, fullgraph=True)
+    compiled = torch.compile(NativeGemm(torch.float32).linear, backend=look, fullgraph=True)
     assert largest([compiled(x, w)], [x @ w.t()]) < 1e-5 and traced == [False]
 
 
-def test_large_memory_is_like_any_other(monkeypatch):
+def test_huge_pages_behave_like_other_memory(monkeypatch):
     monkeypatch.setattr(cpu_gemm, "_LARGE_BYTES", 1 << 20)
     like = torch.zeros(1, dtype=torch.bfloat16)
     small, large = cpu_gemm.empty(like, (3, 5)), cpu_gemm.empty(like, (3, 1 << 20))

@@ -1,4 +1,4 @@
-"""Bytes and scales of quantised operands, against the rules written out one element at a time."""
+"""Bytes and scales of quantised operands against the rules, one element at a time."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ RECIPES = [recipe for recipe in Recipe if recipe is not Recipe.auto]
 
 
 def operand(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Rows of very different sizes."""
+    """Rows of very different magnitude."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator) * torch.exp(4 * torch.randn(rows, 1, generator=generator))
 
 
 def power_below(value: float) -> float:
-    """The float32 `value` with its mantissa cut off."""
+    """The float32 `value` with a mantissa of 0."""
     (bits,) = struct.unpack("I", struct.pack("f", value))
     (cut,) = struct.unpack("f", struct.pack("I", bits & 0x7F800000))
     return float(cut)
 
 
-def scale_by_the_book(recipe: Recipe, largest: float, amax: float) -> float:
+def expected_scale(recipe: Recipe, largest: float, amax: float) -> float:
     if recipe is Recipe.mxfp8:
         return 2.0 ** -math.ceil(math.log2(amax / 448)) if amax else 2.0**127
     single = float(torch.tensor(largest) / torch.tensor(amax)) if amax else 1.0
@@ -40,7 +40,7 @@ def scale_by_the_book(recipe: Recipe, largest: float, amax: float) -> float:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", Operand)
-def test_every_element_by_the_book(recipe: Recipe, kind: Operand) -> None:
+def test_every_element_follows_the_rules(recipe: Recipe, kind: Operand) -> None:
     x, how = operand(150, 300), tiling(recipe, kind)
     x[7] = 0
     found = quantise(x, how)
@@ -48,7 +48,7 @@ def test_every_element_by_the_book(recipe: Recipe, kind: Operand) -> None:
     for top in range(0, 150, rows):
         for left in range(0, 300, columns):
             tile = x[top : top + rows, left : left + columns]
-            scale = scale_by_the_book(recipe, how.largest, float(tile.abs().max()))
+            scale = expected_scale(recipe, how.largest, float(tile.abs().max()))
             wanted = (tile * scale).clamp(-how.largest, how.largest).to(how.format)
             assert torch.equal(
                 found.data[top : top + rows, left : left + columns].view(torch.uint8), wanted.view(torch.uint8)
@@ -65,20 +65,20 @@ def test_formats_and_tiles_of_the_recipes() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_bytes_stand_for_is_near(recipe: Recipe) -> None:
+def test_dequantised_values_are_close(recipe: Recipe) -> None:
     x = 1 + 9 * torch.rand(64, 256, generator=torch.Generator().manual_seed(1))  # nothing underflows
-    error = (quantise(x, tiling(recipe, Operand.activation)).wide(torch.float64) - x).abs() / x.abs()
+    error = (quantise(x, tiling(recipe, Operand.activation)).dequantise(torch.float64) - x).abs() / x.abs()
     assert float(error.max()) <= 1 / 16 + 1e-6  # half a unit of three bits
 
 
 def test_powers_of_two_are_exact() -> None:
     x = torch.exp2(torch.randint(-3, 4, (128, 128), generator=torch.Generator().manual_seed(2)).float())
     for recipe in (Recipe.blockwise, Recipe.mxfp8):
-        assert torch.equal(quantise(x, tiling(recipe, Operand.activation)).wide(torch.float32), x)
+        assert torch.equal(quantise(x, tiling(recipe, Operand.activation)).dequantise(torch.float32), x)
 
 
 class Cast(TorchDispatchMode):
-    """Remembers what is cast to an FP8 format."""
+    """Records the largest value cast to FP8."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,9 +91,7 @@ class Cast(TorchDispatchMode):
 
 
 def test_saturation_does_not_rely_on_the_cast() -> None:
-    """A scale that was rounded up takes the largest element beyond the largest number, by a rounding. What a cast does
-    with that differs between versions of torch.
-    """
+    """A scale rounded up moves the largest element beyond the FP8 range. Versions of torch cast it differently."""
     amax = torch.linspace(0.1, 10, 9973)
     assert float((amax * (448 / amax)).max()) > 448
     with Cast() as cast:
@@ -120,14 +118,14 @@ def test_scales_at_the_edges_of_float32() -> None:
         (0.0, 2.0**-127),
     ],
 )
-def test_exponents_are_rounded_up_within_their_range(ratio: float, inverse: float) -> None:
+def test_exponents_round_up_within_their_range(ratio: float, inverse: float) -> None:
     scale, found = _microscaling(torch.tensor([ratio]))
     assert found.tolist() == [inverse] and scale.tolist() == [1 / inverse]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_is_refused(recipe: Recipe, bad: float) -> None:
+def test_inf_and_nan_are_rejected(recipe: Recipe, bad: float) -> None:
     x = operand(32, 64)
     x[3, 5] = bad
     with pytest.raises(NotFinite):
@@ -135,8 +133,8 @@ def test_what_is_not_finite_is_refused(recipe: Recipe, bad: float) -> None:
 
 
 @pytest.mark.parametrize("tile", [Tiling(1, 128), Tiling(1, 128, powers_of_two=True), Tiling(1, 32, exponents=True)])
-def test_where_nobody_looks_it_becomes_nan(tile: Tiling) -> None:
-    """On a GPU nothing waits for the device; saturation would hide what overflowed."""
+def test_unchecked_inf_becomes_nan(tile: Tiling) -> None:
+    """On a GPU, where nothing synchronises; saturation would hide the overflow."""
     scale, inverse = tile.scale(torch.tensor([1.0, torch.inf, torch.nan]))
     assert torch.isfinite(scale).tolist() == torch.isfinite(inverse).tolist() == [True, False, False]
 
@@ -145,7 +143,7 @@ def test_where_nobody_looks_it_becomes_nan(tile: Tiling) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_tiny_numbers_stay_finite(recipe: Recipe, tiny: float) -> None:
     x = torch.full((32, 64), tiny)
-    wide = quantise(x, tiling(recipe, Operand.activation)).wide(torch.float64)
+    wide = quantise(x, tiling(recipe, Operand.activation)).dequantise(torch.float64)
     assert torch.isfinite(wide).all() and float(wide.abs().max()) <= tiny * 1.1 + 1e-44
 
 
@@ -158,7 +156,7 @@ def cut(rows: QuantisedRows, down: slice, across: slice) -> QuantisedRows:
 
 @pytest.mark.parametrize("kind", Operand)
 @pytest.mark.parametrize("recipe", [Recipe.blockwise, Recipe.mxfp8])
-def test_shards_that_end_with_tiles_have_the_same_bytes(recipe: Recipe, kind: Operand) -> None:
+def test_shards_of_whole_tiles_have_the_same_bytes(recipe: Recipe, kind: Operand) -> None:
     x, how = operand(256, 512), tiling(recipe, kind)
     down, across = slice(128, 256), slice(128, 384)
     whole, part = cut(quantise(x, how), down, across), quantise(x[down, across], how)
@@ -166,7 +164,7 @@ def test_shards_that_end_with_tiles_have_the_same_bytes(recipe: Recipe, kind: Op
     assert torch.equal(whole.inverse_scale, part.inverse_scale)
 
 
-def test_shards_that_cut_tiles_have_others() -> None:
+def test_shards_that_cut_tiles_differ() -> None:
     x, how = operand(256, 512), tiling(Recipe.tensorwise, Operand.weight)
     x[200, 500] = 1e9
     part = quantise(x[:128], how)

@@ -1,6 +1,6 @@
-"""FP8 on a GPU: the kernels of Transformer Engine and PyTorch against the reference. `make test-gpu`.
+"""FP8 on a GPU: the kernels of Transformer Engine and PyTorch against the emulation. `make test-gpu`.
 
-Nothing here has run yet.
+These tests have not run yet.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from precision import fp8_emulated
 from precision import transformer_engine as engine
 from precision.config import Backend, Recipe
-from precision.fp8_emulated import Reference
+from precision.fp8_emulated import EmulatedArithmetic
 from precision.fp8_linear import Operand
 from precision.gemm import Groups
-from precision.resolve import MAKERS, unavailable
+from precision.resolve import FLOAT8_LIBRARIES, unavailable
 from tests.test_gpu import run
 
 pytestmark = pytest.mark.gpu
 
-BY = [(backend, recipe) for backend in (Backend.te, Backend.torch) for recipe in MAKERS[backend].RECIPES]
+BY = [(backend, recipe) for backend in (Backend.te, Backend.torch) for recipe in FLOAT8_LIBRARIES[backend].RECIPES]
 LARGEST_ERROR = 2e-3
-"""Relative, of a result in bfloat16 from the reference's: sums in another order and width."""
+"""Relative error in bfloat16 against the emulation: sums differ in order and width."""
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def device() -> torch.device:
 
 
 def can(backend: Backend, recipe: Recipe, device: torch.device) -> bool:
-    """Whether this GPU has the recipe's kernels, by the documentation of who gives them. Where it has not, a test below
-    has nothing to compare; that it is refused is asserted first.
+    """Whether this GPU has the recipe's kernels, according to the library's documentation. Without them the tests below
+    compare nothing.
     """
     capability = torch.cuda.get_device_capability(device)
     if recipe is Recipe.mxfp8:
@@ -48,7 +48,7 @@ def can(backend: Backend, recipe: Recipe, device: torch.device) -> bool:
 
 
 def draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Rows of very different size, and some that are zero."""
+    """Rows of very different magnitude, some of them zero."""
     generator = torch.Generator().manual_seed(sum(shape))
     sizes = torch.randn(*shape[:-1], 1, generator=generator).mul(3).exp()
     sizes[..., :3, :] = 0
@@ -78,27 +78,27 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("backend, recipe", BY)
-def test_it_can_be_had_where_there_are_kernels(backend, recipe, device):
+def test_recipes_with_kernels_are_available(backend, recipe, device):
     reasons = unavailable(backend, recipe, device)
     assert reasons == [] if can(backend, recipe, device) else reasons
 
 
 @pytest.mark.parametrize("experts", [False, True], ids=["matrix", "experts"])
 @pytest.mark.parametrize("backend, recipe", BY)
-def test_products_and_gradients_are_those_of_the_reference(backend, recipe, experts, device):
+def test_products_and_gradients_equal_the_emulation(backend, recipe, experts, device):
     if not can(backend, recipe, device):
         return
-    products = MAKERS[backend].make(recipe, torch.bfloat16, "a test")
+    products = FLOAT8_LIBRARIES[backend].make(recipe, torch.bfloat16, "a test")
     wanted = results(fp8_emulated.make(recipe, torch.bfloat16, "a test"), device, experts)
     close(results(products, device, experts), wanted)
     close(results(products, device, experts, partial(checkpoint, use_reentrant=False)), wanted)
 
 
 @pytest.mark.parametrize("recipe", engine.RECIPES)
-def test_bytes_and_scales_of_transformer_engine_are_those_of_the_reference(recipe, device):
+def test_bytes_and_scales_equal_the_emulation(recipe, device):
     if not can(Backend.te, recipe, device):
         return
-    arithmetic, exact = engine.TransformerEngine(recipe, torch.bfloat16), Reference(recipe, torch.bfloat16)
+    arithmetic, exact = engine.TransformerEngine(recipe, torch.bfloat16), EmulatedArithmetic(recipe, torch.bfloat16)
     for quantizer in arithmetic.quantizers.values():
         quantizer.optimize_for_gemm = False
     groups = Groups(torch.tensor([128, 0, 96, 32], device=device))
@@ -110,11 +110,11 @@ def test_bytes_and_scales_of_transformer_engine_are_those_of_the_reference(recip
         (Operand.weight, draw(device, 4, 768, 1024), None),
     ):
         found, wanted = (one.quantise(x, operand, split, True, True) for one in (arithmetic, exact))
-        assert list(engine._other_bytes(recipe, operand, found, wanted)) == []
+        assert list(engine._byte_differences(recipe, operand, found, wanted)) == []
 
 
 @pytest.mark.parametrize("recipe", engine.RECIPES)
-def test_nothing_waits_for_the_device_but_the_counts(recipe, device):
+def test_only_the_counts_synchronise(recipe, device):
     if not can(Backend.te, recipe, device):
         return
     products = engine.make(recipe, torch.bfloat16, "a test")
@@ -122,7 +122,7 @@ def test_nothing_waits_for_the_device_but_the_counts(recipe, device):
     x, w = draw(device, 192, 256).requires_grad_(), draw(device, 4, 128, 256).requires_grad_()
     grad = draw(device, 192, 128)
     products.grouped_linear(x, w, groups).backward(grad)  # workspaces and the counts
-    torch.cuda.set_sync_debug_mode("error")  # what waits raises: that is the assertion
+    torch.cuda.set_sync_debug_mode("error")  # a synchronisation raises
     try:
         products.grouped_linear(x, w, groups).backward(grad)
     finally:
@@ -139,7 +139,7 @@ def test_a_tiny_run_in_fp8(backend, recompute, tmp_path, small_corpus):
     assert found["loss"] == pytest.approx(plain["loss"], rel=0.02)
 
 
-def test_a_run_in_fp8_is_that_of_the_reference(tmp_path, small_corpus):
+def test_a_run_in_fp8_equals_the_emulation(tmp_path, small_corpus):
     found = run(tmp_path, "te", *small_corpus, "precision=fp8")
     wanted = run(tmp_path, "reference", *small_corpus, "precision=fp8", "precision.backend=emulated")
     assert found["loss"] == pytest.approx(wanted["loss"], rel=2e-3)

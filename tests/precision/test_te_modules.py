@@ -1,7 +1,7 @@
-"""Transformer Engine's own `Linear` and `GroupedLinear`, whose autograd functions run here over the same stand-in, make
-the same calls of the extension as the backend does, and give the same.
+"""Transformer Engine's own `Linear` and `GroupedLinear` over the stub: the same calls of the extension and the same
+results as the backend's.
 
-That holds layouts, usages, flags, counts and formats against TE itself rather than against our reading of it.
+This checks layouts, usages, flags, counts and formats against TE itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NOT_HERE = [
 
 
 class Anything(ModuleType):
-    """What the modules import and these recipes never call."""
+    """A module that TE imports and these recipes never use."""
 
     __path__: ClassVar[list[str]] = []
 
@@ -51,7 +51,7 @@ class Anything(ModuleType):
 
 @dataclasses.dataclass
 class Own:
-    """TE's modules, and what they record."""
+    """TE's modules and the stub that records their calls."""
 
     extension: Extension
     linear: Any
@@ -68,7 +68,7 @@ class Own:
 
 @pytest.fixture
 def own(monkeypatch) -> Iterator[Own]:
-    has_triton_package()  # torch asks once: before there seems to be one
+    has_triton_package()  # torch caches the answer, so ask before the fake exists
     with installed() as extension:
         for name in NOT_HERE:
             if name not in sys.modules:
@@ -101,11 +101,11 @@ def scaling(own: Own, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def names() -> list[str]:
-    """What `_GroupedLinear.forward` unpacks its options into, in order."""
+    """Names of the options that `_GroupedLinear.forward` unpacks, in order."""
     for node in ast.walk(te_wheel.tree(f"{TE}.module.grouped_linear")):
         if isinstance(node, ast.Assign) and ast.unparse(node.value) == "non_tensor_args":
             return [ast.unparse(name) for name in node.targets[0].elts]  # type: ignore[attr-defined]
-    raise AssertionError("GroupedLinear takes its options otherwise")
+    raise AssertionError("GroupedLinear unpacks its options differently")
 
 
 def grouped_by_itself(own: Own, recipe: Any, x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
@@ -148,9 +148,9 @@ def by_us(recipe: Recipe, x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, (x, w), grad)]
 
 
-def told(calls: list[Any]) -> tuple[list[Product], list[Quantised]]:
-    """The products, and how activations and gradients were quantised: TE quantises a weight once for both passes, we do
-    for each, from the gathered weight. The order of scales is MXFP8's alone.
+def comparable(calls: list[Any]) -> tuple[list[Product], list[Quantised]]:
+    """The products, and how activations and gradients were quantised. Weights are omitted: TE quantises them once for
+    both passes, the backend in each pass. The order of scales matters only for MXFP8.
     """
     operands = [c for c in calls if isinstance(c, Quantised) and c.shape != (F, D)]
     plain = [replace(c, optimize_for_gemm=c.optimize_for_gemm and c.quantizer == "MXFP8Quantizer") for c in operands]
@@ -165,8 +165,8 @@ def test_the_same_calls_and_results(recipe, experts, own, monkeypatch):
     w = draw(E, F, D) if experts else draw(F, D)
     theirs = grouped_by_itself if experts else matrix_by_itself
     wanted = theirs(own, scaling(own, recipe, monkeypatch), x, w.clone().requires_grad_(), grad)
-    calls = told(own.extension.calls)
+    calls = comparable(own.extension.calls)
     own.extension.calls.clear()
     found = by_us(recipe, x, w.clone().requires_grad_(), grad)
-    assert told(own.extension.calls) == calls and len(calls[0]) == 3 and len(calls[1]) == 2
+    assert comparable(own.extension.calls) == calls and len(calls[0]) == 3 and len(calls[1]) == 2
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from model import moe
+from model.kernels import TorchKernels
 from parallel import context_parallel, fsdp, parallelize
 from parallel.comm import collectives
 from parallel.context_parallel import ContextShard, RingPlan, ShardedContext
@@ -82,7 +83,7 @@ def tiles_across_experts(plant: Plant) -> None:
         if groups is None or not columns:
             return found
         how, counts = fp8_tiles.tiling(self.recipe, operand), groups.host
-        whole = fp8_tiles.quantise(x[: sum(counts)].mT, how).wide(torch.float32).split(counts, dim=1)
+        whole = fp8_tiles.quantise(x[: sum(counts)].mT, how).dequantise(torch.float32).split(counts, dim=1)
         return dataclasses.replace(found, columns=tuple(fp8_tiles.quantise(part, how) for part in whole))
 
     plant(fp8_tiles.TiledArithmetic, "quantise", shared)
@@ -90,9 +91,9 @@ def tiles_across_experts(plant: Plant) -> None:
 
 def padding_that_is_not_zero(plant: Plant) -> None:
     """Padding rows repeat some token, so that they affect the scales."""
-    gather = moe.SortedTokens.copy_slots
+    spread = TorchKernels.spread
     plant(
-        moe.SortedTokens, "copy_slots", lambda self, x, k: gather(dataclasses.replace(self, is_padding_C1=None), x, k)
+        TorchKernels, "spread", lambda self, x, slots, *rest: spread(self, x, slots._replace(is_padding_C1=None), *rest)
     )
 
 

@@ -1,7 +1,7 @@
-"""The kernels of `model.kernels` against the plain statement of what they compute, on whatever device.
+"""The kernels of `model.kernels` against a plain reference, on any device.
 
-`python -m tests.support.kernel_cases` prints the figures of all cases on the CPU as JSON; with TRITON_INTERPRET=1 the
-Triton kernels are interpreted. tests/model/test_kernels.py reads that, tests/test_gpu.py asks on a GPU.
+`python -m tests.support.kernel_cases` prints the errors of all cases on the CPU as JSON, for tests/model/test_kernels.py.
+TRITON_INTERPRET=1 interprets the Triton kernels. tests/test_gpu.py uses the cases on a GPU.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ CASES = {
     "odd width": Case("float32", 6, 37, 2, 4),
     "one column": Case("float32", 6, 1, 2, 1),
     "several tiles": Case("bfloat16", 3, 1027, 2, 2),
-    "most experts empty": Case("float32", 3, 16, 1, 8, experts=32),
+    "most experts empty": Case("float32", 3, 16, 1, 8, experts=12),
     "no token": Case("float32", 0, 16, 2, 4),
 }
 
 GATES = {"bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-14}
-"""Of the largest value. In bfloat16 one unit of the last place: Triton's interpreter cuts off where GPUs round."""
+"""Relative to the largest value. In bfloat16 one unit in the last place: Triton's interpreter truncates, GPUs round."""
 
 BREAKS = ("places", "weights", "padding", "gate")
-"""What `figures` can get wrong on purpose."""
+"""Errors that `figures` can plant."""
 
 
 def figures(case: Case, kernels: MoEKernels, device: str, broken: str = "") -> dict[str, float]:
-    """How far each result and each gradient is from the plain statement, relative to the largest value."""
+    """Error of each result and gradient against the reference, relative to the largest value."""
     wanted = results(case, _Plain(), torch.float64, "cpu")
     found = results(case, kernels, getattr(torch, case.dtype), device, broken)
     assert found.keys() == wanted.keys()
@@ -70,30 +70,29 @@ def results(case: Case, kernels: Any, dtype: torch.dtype, device: str, broken: s
         rounded = torch.randn(*shape, generator=generator, dtype=torch.float64).to(getattr(torch, case.dtype))
         return rounded.to(device, dtype).requires_grad_()
 
-    # the last expert and one between get nothing
+    # the last expert and one other get no token
     ranked = torch.rand(case.tokens, case.experts - 1, generator=generator).index_fill_(1, torch.tensor(1), -1)
-    rows = permute_by_expert(ranked.topk(case.top_k).indices, case.experts, case.multiple)
-    places = SortedSlots(rows.source_C, rows.place_S.view(-1, case.top_k), rows.is_padding_C1)
-    x_TD, y_CD = values(case.tokens, case.width), values(len(rows.source_C), case.width)
+    slots = permute_by_expert(ranked.topk(case.top_k).indices, case.experts, case.multiple)
+    x_TD, y_CD = values(case.tokens, case.width), values(len(slots.source_C), case.width)
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
     weights_TK = weights.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
     gate_up_BT2F, grad_BTF = values(2, 5, 2 * case.width), values(2, 5, case.width).detach()
-    if rows.is_padding_C1 is not None and not isinstance(kernels, _Plain):  # nobody may read what padding holds
-        y_CD = y_CD.detach().masked_fill(rows.is_padding_C1.to(device), torch.nan).requires_grad_()
+    if slots.is_padding_C1 is not None and not isinstance(kernels, _Plain):  # padding must not be read
+        y_CD = y_CD.detach().masked_fill(slots.is_padding_C1.to(device), torch.nan).requires_grad_()
     if broken == "places":
-        places = places._replace(source_C=places.source_C.flip(0), place_TK=places.place_TK.flip(0))
+        slots = slots._replace(source_C=slots.source_C.flip(0), place_TK=slots.place_TK.flip(0))
     if broken == "weights":
         weights_TK = weights_TK.detach().flip(0).requires_grad_()
     if broken == "padding":
-        places = places._replace(is_padding_C1=None)
-    places = SortedSlots(*(None if x is None else x.to(device) for x in places))
+        slots = slots._replace(is_padding_C1=None)
+    slots = SortedSlots(*(x.to(device) if isinstance(x, Tensor) else x for x in slots))  # type: ignore[arg-type]
 
     found = {}
     for name, given in (("", None), (" weighted", weights_TK)):
         leaves = [x_TD] if given is None else [x_TD, given]
-        found |= _with_gradients(f"permute{name}", kernels.permute(x_TD, places, given), leaves, y_CD)
+        found |= _with_gradients(f"permute{name}", kernels.permute(x_TD, slots, given), leaves, y_CD)
         leaves = [y_CD] if given is None else [y_CD, given]
-        found |= _with_gradients(f"unpermute{name}", kernels.unpermute(y_CD, places, given), leaves, x_TD)
+        found |= _with_gradients(f"unpermute{name}", kernels.unpermute(y_CD, slots, given), leaves, x_TD)
     both = gate_up_BT2F.detach().flip(-1).requires_grad_() if broken == "gate" else gate_up_BT2F
     found |= _with_gradients("halves", kernels.swiglu_halves(both), [both], grad_BTF)
     gate, up = both.detach().chunk(2, dim=-1)
@@ -107,19 +106,19 @@ def _with_gradients(name: str, result: Tensor, leaves: list[Tensor], gradient: T
 
 
 class _Plain:
-    """Row by row, token by token, with autograd's own gradients."""
+    """The reference: row by row, token by token, with autograd's gradients."""
 
-    def permute(self, x_TD: Tensor, places: SortedSlots, weights_TK: Tensor | None) -> Tensor:
-        top_k, found = places.place_TK.shape[1], []
-        for row, slot in enumerate(places.source_C.tolist()):
+    def permute(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None) -> Tensor:
+        top_k, found = slots.place_TK.shape[1], []
+        for row, slot in enumerate(slots.source_C.tolist()):
             token, k = divmod(slot, top_k)
-            real = places.is_padding_C1 is None or not places.is_padding_C1[row]
+            real = slots.is_padding_C1 is None or not slots.is_padding_C1[row]
             found.append(x_TD[token] * (1 if weights_TK is None else weights_TK[token, k]) * real)
         return torch.stack(found) if found else x_TD.sum() + x_TD.new_empty(0, x_TD.shape[1]) + _zero(weights_TK)
 
-    def unpermute(self, y_CD: Tensor, places: SortedSlots, weights_TK: Tensor | None) -> Tensor:
+    def unpermute(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None) -> Tensor:
         found = []
-        for token, places_K in enumerate(places.place_TK.tolist()):
+        for token, places_K in enumerate(slots.place_TK.tolist()):
             weights = [1] * len(places_K) if weights_TK is None else weights_TK[token]
             found.append(sum(y_CD[row] * weight for row, weight in zip(places_K, weights, strict=True)))
         return torch.stack(found) if found else y_CD.sum() + y_CD.new_empty(0, y_CD.shape[1]) + _zero(weights_TK)
@@ -136,7 +135,7 @@ def _zero(weights_TK: Tensor | None) -> Tensor | int:
 
 
 def main() -> None:
-    """Figures by case, by who computes, and of what is broken by what is broken."""
+    """Print the errors by case and kernels, then by planted error and kernels."""
     sides: dict[str, MoEKernels] = {"torch": TorchKernels(), "triton": TritonKernels()}
     found = {name: {side: figures(case, sides[side], "cpu") for side in sides} for name, case in CASES.items()}
     case = CASES["top-2, padded"]

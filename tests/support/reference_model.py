@@ -1,6 +1,6 @@
-"""A plain statement of the model's mathematics, token by token, to hold the fast code against.
+"""A plain statement of the model's mathematics, token by token, as a reference for the fast code.
 
-Loops over rows, positions, heads and experts; float64; shares nothing with the package but the weights by name.
+Loops over sequences, positions, heads and experts; float64; shares nothing with the package but the weights by name.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def rms(x: Tensor, eps: float) -> Tensor:
 
 
 def turn(vector: Tensor, position: int, theta: float) -> Tensor:
-    out = vector.clone()
+    out = []
     for j in range(0, len(vector), 2):
         angle = position * theta ** (-j / len(vector))
         c, s = math.cos(angle), math.sin(angle)
-        out[j], out[j + 1] = vector[j] * c - vector[j + 1] * s, vector[j] * s + vector[j + 1] * c
-    return out
+        out += [vector[j] * c - vector[j + 1] * s, vector[j] * s + vector[j + 1] * c]
+    return torch.stack(out)
 
 
 def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -33,65 +33,56 @@ def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def attention(x: Tensor, positions: list[int], model: ModelConfig, index: int, w: dict[str, Tensor]) -> Tensor:
     layer, name = model.blocks[index], f"layers.{index}.attention"
-    length, group = len(x), model.num_heads // model.num_kv_heads
+    group, chunk = model.num_heads // model.num_kv_heads, layer.attention_chunk_size
     document, current = [], -1
     for p in positions:
         current += p == 0
         document.append(current)
-    out = []
-    q, k, v = (
-        (x @ w[f"{name}.{part}.weight"].T).view(length, -1, model.head_dim) for part in ("query", "key", "value")
-    )
+
+    def projected(part: str) -> Tensor:
+        return (x @ w[f"{name}.{part}.weight"].T).view(len(x), -1, model.head_dim)
 
     def prepared(vector: Tensor, t: int) -> Tensor:
         if layer.rope:
             vector = turn(vector, positions[t], model.rope_theta)
         return rms(vector, model.norm_eps) if layer.qk_norm is QKNorm.weightless else vector
 
-    for t in range(length):
+    keys = [[prepared(head, t) for head in heads] for t, heads in enumerate(projected("key"))]
+    values, out = projected("value"), []
+    for t, queries in enumerate(projected("query")):
+        seen = [s for s in range(t + 1) if document[s] == document[t]]
+        seen = [s for s in seen if chunk is None or positions[s] // chunk == positions[t] // chunk]
         heads = []
-        for h in range(model.num_heads):
-            query = prepared(q[t, h], t)
+        for h, vector in enumerate(queries):
+            query = prepared(vector, t)
             if layer.temperature:
                 steps = math.floor((positions[t] + 1) / model.temperature_floor)
                 query = query * (1 + model.temperature_scale * math.log(1 + steps))
-            seen = [
-                s
-                for s in range(t + 1)
-                if document[s] == document[t]
-                and (
-                    layer.attention_chunk_size is None
-                    or positions[s] // layer.attention_chunk_size == positions[t] // layer.attention_chunk_size
-                )
-            ]
-            scores = torch.stack([query @ prepared(k[s, h // group], s) for s in seen]) / math.sqrt(model.head_dim)
+            scores = torch.stack([query @ keys[s][h // group] for s in seen]) / math.sqrt(model.head_dim)
             weights = scores.softmax(0)
-            heads.append(sum(weights[i] * v[s, h // group] for i, s in enumerate(seen)))
+            heads.append(sum(weights[i] * values[s, h // group] for i, s in enumerate(seen)))
         out.append(w[f"{name}.output.weight"] @ torch.cat(heads))
     return torch.stack(out)
 
 
 def feed_forward(x: Tensor, model: ModelConfig, index: int, w: dict[str, Tensor]) -> Tensor:
-    name = f"layers.{index}.ffn"
+    name, router = f"layers.{index}.ffn", model.router
     if model.blocks[index].feed_forward is FeedForward.dense:
         parts = [w[f"{name}.{p}.weight"] for p in ("gate", "up", "down")]
         return torch.stack([mlp(t, *parts) for t in x])
     rows = []
     for token in x:
         logits = w[f"{name}.router.weight"] @ token
-        scores = torch.sigmoid(logits) if model.router.score is Score.sigmoid else logits.softmax(0)
+        scores = torch.sigmoid(logits) if router.score is Score.sigmoid else logits.softmax(0)
         ranking = scores + w[f"{name}.router.balance.bias_E"] if model.balance.bias_rate else logits
-        chosen = ranking.topk(model.router.top_k).indices.tolist()
-        total = sum(scores[e] for e in chosen) if model.router.norm_topk_prob else 1.0
+        chosen = ranking.topk(router.top_k).indices.tolist()
+        total = sum(scores[e] for e in chosen) if router.norm_topk_prob else 1.0
         y = torch.zeros_like(token)
         for e in chosen:
             parts = [*w[f"{name}.experts.gate_up.weight"][e], w[f"{name}.experts.down.weight"][e]]
-            weight = scores[e] / total * model.router.scale
-            y = y + (
-                mlp(weight * token, *parts)
-                if model.router.weights_on is WeightsOn.input
-                else weight * mlp(token, *parts)
-            )
+            weight = scores[e] / total * router.scale
+            scales_input = router.weights_on is WeightsOn.input
+            y = y + (mlp(weight * token, *parts) if scales_input else weight * mlp(token, *parts))
         if model.shared_hidden_size:
             y = y + mlp(token, *(w[f"{name}.shared.{p}.weight"] for p in ("gate", "up", "down")))
         rows.append(y)
@@ -99,7 +90,7 @@ def feed_forward(x: Tensor, model: ModelConfig, index: int, w: dict[str, Tensor]
 
 
 def logits(tokens: Tensor, positions: Tensor, model: ModelConfig, w: dict[str, Tensor]) -> Tensor:
-    """Logits [T, V] of one row."""
+    """Logits [T, V] of one sequence."""
     x = w["embedding.weight"][tokens]
     for i in range(model.num_layers):
         normed = rms(x, model.norm_eps) * w[f"layers.{i}.attention_norm.weight"]

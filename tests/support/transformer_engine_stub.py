@@ -1,12 +1,11 @@
-"""Transformer Engine on the CPU: its own Python over a stand-in for its compiled extension, which computes with our
-tiles and records what it was asked for.
+"""Transformer Engine on the CPU: its own Python over a stub of its compiled extension.
 
-Real are the recipes, their quantizers, the storages, `general_gemm` and `general_grouped_gemm`, straight from the
-wheel. The extension keeps to what the compiled one refuses (its C++ sources of 2.20.2 were read for that), and what
-nobody may read is NaN: padding of scales, rows beyond the experts' counts. What it cannot show: that the compiled
-extension and cuBLAS do the same.
+The recipes, quantizers, storages, `general_gemm` and `general_grouped_gemm` come from the wheel. The stub computes with
+`precision.fp8_tiles`, records its calls, and rejects what the compiled extension rejects (read from its C++ sources,
+2.20.2). Values that must not be read are NaN: padding of scales, rows beyond the experts' counts. It cannot show that
+the compiled extension and cuBLAS compute the same.
 
-Shapes: R rows, K elements that are contracted.
+Shapes: R rows, K contracted elements.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 
 import precision.transformer_engine as backend
 from precision.config import Recipe
-from precision.fp8_emulated import Reference
+from precision.fp8_emulated import EmulatedArithmetic
 from precision.fp8_tiles import E4M3, E5M2, WHOLE, QuantisedRows, Tiling, quantise
 from tests.support import te_wheel
 
@@ -46,7 +45,7 @@ PLAIN = {4: torch.float32, 6: torch.bfloat16}
 
 @dataclass(frozen=True)
 class Quantised:
-    """A call of the extension: which operand was quantised how. `splits`: as they came; None without experts."""
+    """A recorded call that quantised an operand. `splits`: rows of each expert; None without experts."""
 
     quantizer: str
     shape: tuple[int, ...]
@@ -71,14 +70,12 @@ class Product:
 
 @dataclass
 class Extension:
-    """What stands in for `transformer_engine_torch`. `transposes`: as on Hopper, the columns of whole tensors are kept
-    as a copy.
-    """
+    """Replaces `transformer_engine_torch`. `transposes`: keep the columns of whole tensors as a copy, as on Hopper."""
 
     transposes: bool = True
     calls: list[Any] = field(default_factory=list)
     sabotage: Any = None
-    """Called with each result of a product before it is given back."""
+    """Changes each result of a product."""
 
     def quantised(self) -> list[Quantised]:
         return [call for call in self.calls if isinstance(call, Quantised)]
@@ -115,7 +112,7 @@ class Extension:
         self.calls.append(Quantised(kind, tuple(x.shape), FORMATS[int(quantizer.dtype)], *usage, dim, *flags, splits))
 
     def _storage(self, x: Tensor, quantizer: Any, options: dict[str, Any]) -> Any:
-        """Into tensors of the shapes that TE gives them, NaN where nothing belongs."""
+        """Write into tensors of TE's shapes; the rest is NaN."""
         whole, square = "CurrentScaling" in type(quantizer).__name__, getattr(quantizer, "block_scaling_dim", 1) == 2
         assert quantizer.internal and (quantizer.rowwise_usage or quantizer.columnwise_usage)
         assert quantizer.rowwise_usage or not (whole or square), "columns alone: the kernel also writes rows"
@@ -164,12 +161,12 @@ class Extension:
     def _multiply(self, a: Any, transa: bool, b: Any, transb: bool, dtype: torch.dtype) -> Tensor:
         left, right = _rows(b, transb), _rows(a, not transa)
         (count, length), other = left.data.shape, right.data.shape[0]
-        assert length == right.data.shape[1], "what is contracted has two lengths"
+        assert length == right.data.shape[1], "contracted dimensions differ"
         assert length % 16 == 0 and other % 16 == 0 and (transb or count % 8 == 0), "no kernel for these dimensions"
         assert left.tiling.rows != 128 or right.tiling.rows != 128 or left.tiling.columns == WHOLE, "2D by 2D"
         if not (count and length and other):
             return torch.zeros(count, other, dtype=dtype)
-        y = Reference(Recipe.blockwise, dtype).multiply(left, right)
+        y = EmulatedArithmetic(Recipe.blockwise, dtype).multiply(left, right)
         return y if self.sabotage is None else self.sabotage(y)
 
 
@@ -203,11 +200,11 @@ def _put(place: Tensor, inverse: Tensor, quantizer: Any, columns: bool) -> None:
     inverse = inverse.mT if is_turned else inverse
     place[: inverse.shape[0], : inverse.shape[1]] = inverse
     if "MXFP8" in name and quantizer.optimize_for_gemm:
-        place.copy_(place.flip(0))  # some other order
+        place.copy_(place.flip(0))  # stands for the swizzled order
 
 
 def _rows(storage: Any, columns: bool) -> QuantisedRows:
-    """What a product reads of an operand; raises where it is not there."""
+    """The part of an operand that a product reads. Raises if it is missing."""
     name, form = type(storage).__name__, FORMATS[int(storage._fp8_dtype)]
     if name == "Float8TensorStorage":
         has_columns = storage._transpose is not None and not storage._transpose_invalid
@@ -243,7 +240,7 @@ def _format(storage: Any) -> torch.dtype:
 
 
 def _compiled(extension: Extension) -> ModuleType:
-    """The module `transformer_engine_torch`: what is not wanted here can be named, not called."""
+    """The module `transformer_engine_torch`. Unused names exist but cannot be called."""
 
     class Module(ModuleType):
         def __getattr__(self, name: str) -> Any:
@@ -261,7 +258,7 @@ def _compiled(extension: Extension) -> ModuleType:
 
 
 def _package(name: str, **members: Any) -> ModuleType:
-    """A package whose modules are those of the wheel, but not its `__init__`, which loads what is not there."""
+    """A package with the modules of the wheel but without its `__init__`, which loads missing libraries."""
     module = ModuleType(name)
     module.__path__ = [str(te_wheel.sources().joinpath(*name.split(".")))]
     vars(module).update(members)
@@ -269,7 +266,7 @@ def _package(name: str, **members: Any) -> ModuleType:
 
 
 def _constants(module: str, prefix: str) -> dict[str, Any]:
-    """Of a module too heavy to import."""
+    """Constants of a module that cannot be imported."""
     return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in te_wheel.tree(module).body
@@ -283,7 +280,7 @@ _loaded: dict[str, ModuleType] = {}
 
 
 def _load() -> None:
-    """Import the wheel's modules once; they stay out of `sys.modules` but for `installed`."""
+    """Import the wheel's modules once. Only `installed` puts them into `sys.modules`."""
     before, te = set(sys.modules), "transformer_engine.pytorch"
     base = _package(f"{te}.module.base", **_constants(f"{te}.module.base", "_2X_ACC"))
     stubs = {
@@ -317,7 +314,7 @@ def _load() -> None:
 
 @contextmanager
 def installed(**options: Any) -> Iterator[Extension]:
-    """Transformer Engine can be imported, and the backend finds nothing against it."""
+    """Make Transformer Engine importable and available to the backend."""
     if not _loaded:
         _load()
     extension, asked = Extension(**options), backend.unavailable

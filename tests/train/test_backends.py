@@ -73,13 +73,13 @@ def test_more_padding_changes_nothing(tmp_path, small_corpus, monkeypatch) -> No
     """Experts get few rows each, so that most of what they see is padding."""
     overrides = [*small_corpus, *WIDE, *EIGHT, "model.num_experts=8"]
     once = figures(tmp_path, "once", overrides)
-    made = fp8_emulated.Reference.__init__
+    made = fp8_emulated.EmulatedArithmetic.__init__
 
     def generous(self: Any, *arguments: Any) -> None:
         made(self, *arguments)
         self.token_multiple = 64
 
-    monkeypatch.setattr(fp8_emulated.Reference, "__init__", generous)
+    monkeypatch.setattr(fp8_emulated.EmulatedArithmetic, "__init__", generous)
     more = figures(tmp_path, "more", overrides)
     assert once["loss"] == more["loss"]
     assert all(torch.equal(once["gradients"][name], more["gradients"][name]) for name in once["gradients"])
@@ -116,4 +116,4 @@ def test_ranks_that_have_other_backends_are_refused(ranks, small_corpus, tmp_pat
     assert said[0].startswith(
         "precision: rank 1 has precision.backend=emulated: cannot do blockwise here: it was taken"
     )
-    assert "the other ranks FP8 blockwise by the reference for attention, dense, shared, expert" in said[0]
+    assert "the other ranks FP8 blockwise by emulation for attention, dense, shared, expert" in said[0]

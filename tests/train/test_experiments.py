@@ -15,7 +15,7 @@ from core.errors import ConfigError
 from hparam.scale import kind_of
 from launch.metap.runs import bases
 from model.config import ModelConfig
-from model.multipliers import folded
+from model.multipliers import fold_multipliers
 from train.config import TrainConfig
 from train.metap.hyperparameters import derive, resolve, scale_of_run
 
@@ -49,12 +49,12 @@ def test_every_experiment_carries_hyperparameters_over(name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiments_model_can_leave_as_the_published_one(name):
     model = resolve(experiment(name)).model
-    assert folded(without_weights(model)).config.multipliers.residual == 1
+    assert fold_multipliers(without_weights(model)).config.multipliers.residual == 1
     other = experiment(name, "hparam.base.head_dim=8")
     norms = {layer.qk_norm.value for layer in model.blocks}
     if "weightless" in norms:
         with pytest.raises(ConfigError, match=r"multipliers.attention.*without a gain"):
-            folded(without_weights(resolve(other).model))
+            fold_multipliers(without_weights(resolve(other).model))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

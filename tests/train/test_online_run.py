@@ -16,7 +16,7 @@ from data.corpus import TRAIN, prepare
 from data.loader import Loader
 from data.tokens import TokenStream
 from launch.cli import main
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from tests.data.conftest import silent
 from tests.support.tiny import EXACT, TINY, config, trainer
 from train.callbacks.base import make
@@ -74,7 +74,7 @@ def losses_of(run: Trainer, ordinals: list[int]) -> np.ndarray:
     found = []
     for ordinal in ordinals:
         batch = run.loaders["main"].samples([ordinal])
-        logp = run.engine.placed.model(batch.tokens_BT, SequenceContext(batch.positions_BT)).log_softmax(-1)[0]
+        logp = run.engine.placed.model(batch.tokens_BT, ForwardContext(batch.positions_BT)).log_softmax(-1)[0]
         labels = batch.labels_BT[0]
         found.append(float(-logp[torch.arange(len(labels)), labels.clamp_min(0)][labels >= 0].mean()))
     return np.array(found)

@@ -15,7 +15,7 @@ import torch
 
 from core.errors import CheckpointError
 from launch.cli import main
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from parallel.comm.world import World
 from tests.support.tiny import EXACT, TINY, trainer
 from train.callbacks import base
@@ -245,7 +245,7 @@ def test_generation_sees_the_end_of_a_long_prompt(tmp_path, small_corpus):
     expected = list(prompt)
     for _ in range(5):
         window = torch.tensor([expected[-16:]])
-        expected.append(int(model(window, SequenceContext(torch.arange(16)[None]))[0, -1].argmax()))
+        expected.append(int(model(window, ForwardContext(torch.arange(16)[None]))[0, -1].argmax()))
     assert found == expected[-5:]
 
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from data.loader import IGNORED, Batch
-from model.balancer import Balancer
 from model.config import ModelConfig
-from model.load_balance import RouterBalance
+from model.load_balance import Balancer, RouterBalance
 from parallel.comm.world import World, connect
 from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import Meshes, make_meshes

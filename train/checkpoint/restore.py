@@ -61,7 +61,7 @@ def restore(directory: Path, world: World, backend: Backend | None = None, model
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
     progress = checkpointer.restore(run_state(placed.model, None, placed.specs)) or {}
     check_same_data(progress, corpus)
-    placed.model.see_positions(phase_of(config, progress["step"]).model)
+    placed.model.set_rope_config(phase_of(config, progress["step"]).model)
     return RestoredRun(config, placed, corpus, progress["step"])
 
 

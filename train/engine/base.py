@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from data.loader import Batch
-from model.balancer import Balancer
+from model.load_balance import Balancer
 from train.engine.fsdp import Updates
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from parallel.grad_norm import gradient_norm, scale_gradients
 from parallel.parallelize import ParallelModel
 from parallel.pipeline.runtime import Pipeline
@@ -158,6 +158,6 @@ class TorchEngine(EngineBase):
 
 
 def _micro_batches(
-    tokens_BT: Tensor, labels_BT: Tensor, contexts: list[SequenceContext], rows: int
-) -> Iterator[tuple[Tensor, Tensor, SequenceContext]]:
+    tokens_BT: Tensor, labels_BT: Tensor, contexts: list[ForwardContext], rows: int
+) -> Iterator[tuple[Tensor, Tensor, ForwardContext]]:
     return zip(tokens_BT.split(rows), labels_BT.split(rows), contexts, strict=True)

@@ -23,7 +23,7 @@ from core.errors import CheckpointError, ConfigError
 from core.files import sha256_text
 from data.filter.score.factory import Models
 from data.tokenizer import JsonTokenizer
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from model.huggingface import HuggingFaceCheckpoint
 from model.tensor_source import materialise
 from parallel.comm.world import World
@@ -202,7 +202,7 @@ def _ours(
 ) -> ScoringModel:
     def logits(tokens_BT: Tensor) -> Tensor:
         positions_BT = torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)
-        return model(tokens_BT.to(device), SequenceContext(positions_BT, device))
+        return model(tokens_BT.to(device), ForwardContext(positions_BT, device))
 
     return ScoringModel(model.eval(), logits, tokenizer, context, identity)
 

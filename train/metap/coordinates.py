@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Batch
-from model.balancer import Balancer
+from model.load_balance import Balancer
 from model.moe import MixtureOfExperts
 from model.transformer import Layer
 from parallel.comm.world import World

@@ -16,7 +16,7 @@ from core.errors import ConfigError
 from hparam.scale import SPANS, Scale, check_registry, kind_of, scale_of
 from hparam.transfer import BaseHyperparameters, Resolved, transfer
 from model.config import ModelConfig, MultipliersConfig, Score
-from model.init import spread
+from model.init import role_std
 from model.roles import Role
 from model.tensor_source import parameter_infos
 from train.config import TrainConfig, phases
@@ -127,7 +127,7 @@ def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: Opti
     matrices = [role for role in roles if not role.is_norm]
     router = model.router
     return BaseHyperparameters(
-        std={role: spread(role, sizes[SPANS[role][1]] or 1, base.num_layers, init) for role in matrices},
+        std={role: role_std(role, sizes[SPANS[role][1]] or 1, base.num_layers, init) for role in matrices},
         lr={role: optimizer.peak_lr(role) for role in roles},
         weight_decay={role: optimizer.decay(role) for role in roles},
         eps=optimizer.eps,

@@ -1,4 +1,4 @@
-"""Attention in pieces equals attention under a mask, and its memory grows with the row and not with its square."""
+"""Attention by segments equals masked attention, and its memory is linear in the sequence length."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.attention import segments as module
 from model.attention.layer import attend
-from model.attention.plan import PIECES_FROM, AttentionPlan, SequenceContext
-from model.attention.segments import SegmentRun, attend_pieces, documents, pieces
+from model.attention.plan import SEGMENTED_FROM, AttentionPlan, ForwardContext
+from model.attention.segments import SegmentRun, attend_segments, document_bounds, plan_segments
 
 B, H, G, K = 3, 4, 2, 8
 
 
 def positions(length: int, every: int = 12) -> Tensor:
-    """Rows of random documents, a row of one document among them."""
+    """Sequences of random documents, one of them a single document."""
     starts = torch.rand(B, length, generator=torch.Generator().manual_seed(length)) < 1 / every
     starts[:, 0], starts[1, 1:] = True, False
     places = torch.arange(length).expand(B, -1)
@@ -38,12 +38,25 @@ def figures(attention: Any, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> li
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
-def masked(rows: Tensor) -> AttentionPlan:
-    return AttentionPlan(mask=SequenceContext(rows)._whole_mask(rows == 0))
+def masked(rows: Tensor) -> Any:
+    plan = AttentionPlan(mask=ForwardContext(rows)._document_mask(rows == 0))
+    return lambda q, k, v: attend(q, k, v, plan)
+
+
+def segmented(rows: Tensor, cut: list[int], lost: int = 0) -> Any:
+    """Queries and keys are split at `cut`. Without the last `lost` segments as a control."""
+    runs = [SegmentRun(a, b, a) for a, b in pairwise(cut)]
+    segments = plan_segments(document_bounds(rows == 0), runs, runs)
+    return lambda q, k, v: attend_segments(q, k, v, segments[: len(segments) - lost])
 
 
 def largest(found: list[Tensor], wanted: list[Tensor]) -> float:
+    assert all(a.dtype is b.dtype for a, b in zip(found, wanted, strict=True))
     return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
+def difference(one: Any, other: Any, tensors: list[Tensor]) -> float:
+    return largest(figures(one, *tensors), figures(other, *tensors))
 
 
 CUTS = {"whole": [0, 64], "thirds": [0, 20, 48, 64], "first alone": [0, 1, 64]}
@@ -51,50 +64,41 @@ CUTS = {"whole": [0, 64], "thirds": [0, 20, 48, 64], "first alone": [0, 1, 64]}
 
 @pytest.mark.parametrize("kernel", ["flash", "plain"])
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
-def test_pieces_equal_the_mask(cut, kernel, monkeypatch):
+def test_segments_equal_the_mask(cut, kernel, monkeypatch):
     if kernel == "plain":
-        monkeypatch.setattr(module, "_AT_ONCE", 7)
+        monkeypatch.setattr(module, "_QUERY_BLOCK", 7)
         monkeypatch.setattr(module, "_forward", module.plain_forward)
         monkeypatch.setattr(module, "_backward", module.plain_backward)
     rows = positions(64)
-    wanted = figures(lambda q, k, v: attend(q, k, v, masked(rows)), *inputs(64))
-    runs = [SegmentRun(a, b, a) for a, b in pairwise(cut)]
-    parts = pieces(documents(rows == 0), runs, runs)
-    assert largest(figures(lambda q, k, v: attend_pieces(q, k, v, parts), *inputs(64)), wanted) < 1e-12
-    rectangles = [part for part in parts if not part.causal]
+    assert difference(segmented(rows, cut), masked(rows), inputs(64)) < 1e-12
     if len(cut) > 2:
-        lost = [part for part in parts if part is not rectangles[-1]]
-        assert largest(figures(lambda q, k, v: attend_pieces(q, k, v, lost), *inputs(64)), wanted) > 1e-3, "control"
+        assert difference(segmented(rows, cut, lost=1), masked(rows), inputs(64)) > 1e-3, "control"
 
 
 @pytest.mark.parametrize("dtype, gate", [(torch.float32, 5e-6), (torch.bfloat16, 0.1)])
 def test_narrow_formats_round(dtype, gate):
     rows = positions(64)
-    wanted = figures(lambda q, k, v: attend(q, k, v, masked(rows)), *inputs(64, dtype))
-    runs = [SegmentRun(0, 40, 0), SegmentRun(40, 64, 40)]
-    parts = pieces(documents(rows == 0), runs, runs)
-    found = figures(lambda q, k, v: attend_pieces(q, k, v, parts), *inputs(64, dtype))
-    assert 0 < largest(found, wanted) < gate and all(x.dtype is dtype for x in found)
+    assert 0 < difference(segmented(rows, [0, 40, 64]), masked(rows), inputs(64, dtype)) < gate
 
 
-def test_long_packed_rows_go_in_pieces_and_short_ones_do_not():
-    assert SequenceContext(positions(PIECES_FROM - 1)).plan(None).mask is not None
-    plan = SequenceContext(positions(PIECES_FROM)).plan(None)
-    assert plan.parts is not None and plan.mask is None
-    wanted = figures(lambda q, k, v: attend(q, k, v, masked(positions(PIECES_FROM))), *inputs(PIECES_FROM))
-    assert largest(figures(lambda q, k, v: attend(q, k, v, plan), *inputs(PIECES_FROM)), wanted) < 1e-12
-    whole = torch.arange(PIECES_FROM)[None]
-    assert SequenceContext(whole).plan(None) == AttentionPlan(), "one document needs neither"
+def test_only_long_packed_sequences_use_segments():
+    assert ForwardContext(positions(SEGMENTED_FROM - 1)).plan(None).mask is not None
+    rows = positions(SEGMENTED_FROM)
+    plan = ForwardContext(rows).plan(None)
+    assert plan.segments is not None and plan.mask is None
+    assert difference(lambda q, k, v: attend(q, k, v, plan), masked(rows), inputs(SEGMENTED_FROM)) < 1e-12
+    whole = torch.arange(SEGMENTED_FROM)[None]
+    assert ForwardContext(whole).plan(None) == AttentionPlan(), "one document needs neither"
 
 
-def test_a_run_of_keys_that_cuts_queries_is_refused():
-    rows = documents(torch.zeros(1, 8, dtype=torch.bool))
-    with pytest.raises(AssertionError, match="hold a part of the queries"):
-        pieces(rows, [SegmentRun(0, 8, 0)], [SegmentRun(0, 4, 0), SegmentRun(4, 8, 4)])
+def test_a_run_of_keys_that_splits_queries_is_rejected():
+    rows = document_bounds(torch.zeros(1, 8, dtype=torch.bool))
+    with pytest.raises(AssertionError, match="contain only part of the queries"):
+        plan_segments(rows, [SegmentRun(0, 8, 0)], [SegmentRun(0, 4, 0), SegmentRun(4, 8, 4)])
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor had, and the sum of what was kept for the backward pass."""
+    """Records the number of elements of the largest tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,11 +118,13 @@ def most(length: int, attention: Any) -> int:
     return seen.elements
 
 
-def test_memory_is_linear_in_the_row():
-    """Of the largest tensor in a forward and a backward pass; under a mask it grows fourfold."""
-    found = [
-        most(n, lambda q, k, v: attend(q, k, v, SequenceContext(positions(len(q[0]))).plan(None))) for n in (1024, 2048)
-    ]
+def test_memory_is_linear_in_the_length():
+    """The largest tensor of a forward and backward pass doubles; with a mask it grows fourfold."""
+
+    def planned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, ForwardContext(positions(len(q[0]))).plan(None))
+
+    found = [most(n, planned) for n in (1024, 2048)]
     assert found == [1024 * B * H * K, 2048 * B * H * K]
-    under = [most(n, lambda q, k, v: attend(q, k, v, masked(positions(len(q[0]))))) for n in (1024, 2048)]
+    under = [most(n, lambda q, k, v: masked(positions(len(q[0])))(q, k, v)) for n in (1024, 2048)]
     assert under[1] == 4 * under[0] > found[1]

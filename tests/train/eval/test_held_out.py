@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from core.errors import DataError
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from tests.support.tiny import EXACT, trainer
 from train.eval.held_out import HeldOut, _sums, held_out_loss
 
@@ -30,7 +30,7 @@ def test_losses_and_bits_equal_plain_arithmetic(small_corpus, tmp_path):
         nats, tokens, size = 0.0, 0, 0
         for row in range(5):
             batch = run.loaders["main"].held_out(source, row, row + 1)
-            logp = run.engine.placed.model(batch.tokens_BT, SequenceContext(batch.positions_BT)).log_softmax(-1)[0]
+            logp = run.engine.placed.model(batch.tokens_BT, ForwardContext(batch.positions_BT)).log_softmax(-1)[0]
             for place, label in enumerate(batch.labels_BT[0].tolist()):
                 if label >= 0:
                     nats, tokens = nats - float(logp[place, label]), tokens + 1

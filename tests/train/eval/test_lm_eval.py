@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from launch.cli import main
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from parallel.comm.world import World
 from tests.support.tiny import TINY
 from train.eval.lm_eval import HarnessModel, open_scoring_model
@@ -106,7 +106,7 @@ def test_log_likelihoods_against_plain_arithmetic(trained):
     def plain(context: list[int], continuation: list[int]) -> float:
         row = (context + continuation)[-(who.context + 1) :]
         positions = torch.arange(len(row) - 1)[None]
-        logp = who.network(torch.tensor([row[:-1]]), SequenceContext(positions)).log_softmax(-1)[0]
+        logp = who.network(torch.tensor([row[:-1]]), ForwardContext(positions)).log_softmax(-1)[0]
         return sum(float(logp[len(row) - 1 - len(continuation) + i, t]) for i, t in enumerate(continuation))
 
     pairs = [

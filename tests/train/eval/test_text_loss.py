@@ -18,7 +18,7 @@ from data.filter.score.factory import make_scorer
 from data.filter.score.losses import LossScorer
 from data.filter.score.scorer import TokenLosses
 from launch.cli import main
-from model.attention.plan import SequenceContext
+from model.attention.plan import ForwardContext
 from parallel.comm.world import World
 from tests.support.tiny import TINY
 from train.checkpoint.restore import restore
@@ -108,7 +108,7 @@ def test_a_run_has_the_loss_of_its_model(trained):
         before, wanted = tokenizer.encode([first])[0], tokenizer.encode([second])[0]
         row = [tokenizer.bos_id, *before, *wanted]
         if wanted:
-            logits = model(torch.tensor([row[:-1]]), SequenceContext(torch.arange(len(row) - 1)[None]))[0]
+            logits = model(torch.tensor([row[:-1]]), ForwardContext(torch.arange(len(row) - 1)[None]))[0]
             plain = cross_entropy(logits.float(), torch.tensor(row[1:]), reduction="none")[-len(wanted) :]
             assert mine == pytest.approx(plain.numpy(), abs=1e-4)
         assert len(mine) == len(wanted)

@@ -1,0 +1,39 @@
+"""Small models for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from model.config import ModelConfig
+from model.init import initialise
+from model.transformer import Transformer
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
+
+_SMALL = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    dense_hidden_size=48,
+    expert_hidden_size=32,
+    num_experts=4,
+    moe_every=2,
+    attention_chunk_size=16,
+)
+
+
+def small(**changes: Any) -> ModelConfig:
+    """Four layers, every second one an MoE layer, the last without rotary positions."""
+    return replace(_SMALL, **changes)
+
+
+def build(config: ModelConfig, seed: int = 0, compute: Compute = Compute.float64) -> Transformer:
+    model = Transformer(config, resolve(PrecisionConfig(compute)))
+    if compute is Compute.float64:
+        model.double()
+    initialise(model, config, seed)
+    return model
