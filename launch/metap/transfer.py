@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ def transfer(base: str, overrides: list[str], name: str, out: Path) -> int:
     merged = {**given, "model": dict(given["model"])}
     read_base(Path(base).expanduser(), merged)
     for word in filter(_is_of_base, overrides):  # they take precedence over the base
-        _put(merged, _key(word), _at(given, _key(word)))
+        *path, last = _key(word).split(".")
+        reduce(getitem, path, merged)[last] = reduce(getitem, [*path, last], given)
     merged["hparam"]["provenance"] |= {"base": base, "target": list(overrides), "code": sources_digest()}
     found = resolve(build(TrainConfig, merged))
     if found.hparam.base is None:
@@ -65,21 +68,6 @@ def _is_of_base(word: str) -> bool:
 def _not_written(overrides: Iterable[str]) -> list[str]:
     """Return overrides of sections that the file does not contain."""
     return [word for word in overrides if _key(word).partition(".")[0] not in (*WRITTEN, "experiment", "hydra")]
-
-
-def _at(tree: dict[str, Any], key: str) -> Any:
-    place: Any = tree
-    for part in key.split("."):
-        place = place[part]
-    return place
-
-
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    place = tree
-    for part in path:
-        place = place[part]
-    place[last] = value
 
 
 def read_base(path: Path, into: dict[str, Any]) -> None:
