@@ -72,20 +72,16 @@ def _not_written(overrides: Iterable[str]) -> list[str]:
 
 def read_base(path: Path, into: dict[str, Any]) -> None:
     """Replace `optimizer`, `hparam` and `model.init` of a plain configuration by those of the base at `path`."""
-    if path.is_dir():
-        stored = plain(as_base(load_config(path)))
-        content = {**{key: stored[key] for key in FROM_BASE}, "model": {"init": stored["model"]["init"]}}
-    else:
-        try:
-            content = yaml.safe_load(path.read_text())
-            content = {**{key: content[key] for key in FROM_BASE}, "model": {"init": content["model"]["init"]}}
-        except OSError as error:
-            raise ConfigError("base", str(path), f"cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-            reason = f"is not a base: it needs optimizer, hparam and model.init, as `metap fit` writes them ({error})"
-            raise ConfigError("base", str(path), reason) from None
-    into |= {key: content[key] for key in FROM_BASE}
-    into["model"]["init"] = content["model"]["init"]
+    try:
+        stored = plain(as_base(load_config(path))) if path.is_dir() else yaml.safe_load(path.read_text())
+        content, init = {key: stored[key] for key in FROM_BASE}, stored["model"]["init"]
+    except OSError as error:
+        raise ConfigError("base", str(path), f"cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        reason = f"is not a base: it needs optimizer, hparam and model.init, as `metap fit` writes them ({error})"
+        raise ConfigError("base", str(path), reason) from None
+    into |= content
+    into["model"]["init"] = init
     into["hparam"] = {"provenance": {}, **into["hparam"]}
 
 
