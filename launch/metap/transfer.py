@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ def transfer(base: str, overrides: list[str], name: str, out: Path) -> int:
     merged = {**given, "model": dict(given["model"])}
     read_base(Path(base).expanduser(), merged)
     for word in filter(_is_of_base, overrides):  # they take precedence over the base
-        _put(merged, _key(word), _at(given, _key(word)))
+        *path, last = _key(word).split(".")
+        reduce(getitem, path, merged)[last] = reduce(getitem, [*path, last], given)
     merged["hparam"]["provenance"] |= {"base": base, "target": list(overrides), "code": sources_digest()}
     found = resolve(build(TrainConfig, merged))
     if found.hparam.base is None:
@@ -67,37 +70,18 @@ def _not_written(overrides: Iterable[str]) -> list[str]:
     return [word for word in overrides if _key(word).partition(".")[0] not in (*WRITTEN, "experiment", "hydra")]
 
 
-def _at(tree: dict[str, Any], key: str) -> Any:
-    place: Any = tree
-    for part in key.split("."):
-        place = place[part]
-    return place
-
-
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    place = tree
-    for part in path:
-        place = place[part]
-    place[last] = value
-
-
 def read_base(path: Path, into: dict[str, Any]) -> None:
     """Replace `optimizer`, `hparam` and `model.init` of a plain configuration by those of the base at `path`."""
-    if path.is_dir():
-        stored = plain(as_base(load_config(path)))
-        content = {**{key: stored[key] for key in FROM_BASE}, "model": {"init": stored["model"]["init"]}}
-    else:
-        try:
-            content = yaml.safe_load(path.read_text())
-            content = {**{key: content[key] for key in FROM_BASE}, "model": {"init": content["model"]["init"]}}
-        except OSError as error:
-            raise ConfigError("base", str(path), f"cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-            reason = f"is not a base: it needs optimizer, hparam and model.init, as `metap fit` writes them ({error})"
-            raise ConfigError("base", str(path), reason) from None
-    into |= {key: content[key] for key in FROM_BASE}
-    into["model"]["init"] = content["model"]["init"]
+    try:
+        stored = plain(as_base(load_config(path))) if path.is_dir() else yaml.safe_load(path.read_text())
+        content, init = {key: stored[key] for key in FROM_BASE}, stored["model"]["init"]
+    except OSError as error:
+        raise ConfigError("base", str(path), f"cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        reason = f"is not a base: it needs optimizer, hparam and model.init, as `metap fit` writes them ({error})"
+        raise ConfigError("base", str(path), reason) from None
+    into |= content
+    into["model"]["init"] = init
     into["hparam"] = {"provenance": {}, **into["hparam"]}
 
 
