@@ -108,7 +108,8 @@ class AllToAll(_Dispatcher):
         rows = permute_by_expert(choice.experts_TK, self.axis.size * self.local_experts, kernels=self.kernels)
         x_SD, groups, back = weighted(rows, x_TD, choice.weights_TK, self.weights_on)
         sent_NE = groups.counts_E.view(self.axis.size, self.local_experts)
-        arriving_NE = self._swap(sent_NE)
+        ones = [1] * self.axis.size
+        arriving_NE = all_to_all(sent_NE, ones, ones, self.axis, "counts")
         send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # by expert of this rank
         receive = [sum(counts) for counts in zip(*arriving, strict=True)]
         x_RD = all_to_all(x_SD, send, receive, self.axis, "tokens")
@@ -122,10 +123,6 @@ class AllToAll(_Dispatcher):
             return back(all_to_all(by_expert.combine(y_CD), receive, send, self.axis, "tokens"))
 
         return Dispatched(by_expert.gather(x_RD), groups_E, restore)
-
-    def _swap(self, sent_NE: Tensor) -> Tensor:
-        """The number of slots that each rank sends here for each of this rank's experts."""
-        return all_to_all(sent_NE, [1] * self.axis.size, [1] * self.axis.size, self.axis, "counts")
 
 
 class AllGather(_Dispatcher):
