@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import assert_never
 
 import torch
 
@@ -54,10 +55,6 @@ class StaticBytes:
     parameters: Bytes
     gradients: Bytes
     optimizer: Bytes
-
-    @property
-    def total(self) -> Bytes:
-        return self.parameters + self.gradients + self.optimizer
 
 
 def static_bytes(
@@ -228,6 +225,8 @@ def attention_traffic(
             yield ("cp", "heads"), (2 + again) * part * (2 * heads + 2 * shared) * size
         case ContextMethod.ring:
             yield ("cp", "ring"), (cp - 1) * 2 * part * shared * ((2 + again) * size + wide)
+        case _:
+            assert_never(layout.cp_method)
 
 
 @dataclass(frozen=True)
@@ -298,6 +297,8 @@ def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, bat
             case DispatchMethod.all_to_all | DispatchMethod.deepep:  # an upper bound for DeepEP
                 yield ("experts", "tokens"), (4 + again + back_again) * slots * model.hidden_size * size
                 yield ("experts", "counts"), (1 + again) * model.num_experts * layout.etp * 8
+            case _:
+                assert_never(layout.dispatch)
 
 
 _PER_MICRO_BATCH = (_tensor, _context, _experts, _pipeline)

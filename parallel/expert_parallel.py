@@ -108,7 +108,8 @@ class AllToAll(_Dispatcher):
         rows = permute_by_expert(choice.experts_TK, self.axis.size * self.local_experts)
         sent = dispatch_rows(self.kernels, rows, x_TD, choice.weights_TK, self.weights_on)
         sent_NE = rows.groups.counts_E.view(self.axis.size, self.local_experts)
-        arriving_NE = self._swap(sent_NE)
+        ones = [1] * self.axis.size
+        arriving_NE = all_to_all(sent_NE, ones, ones, self.axis, "counts")
         send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # by expert of this rank
         receive = [sum(counts) for counts in zip(*arriving, strict=True)]
         x_RD = all_to_all(sent.x_CD, send, receive, self.axis, "tokens")
@@ -123,10 +124,6 @@ class AllToAll(_Dispatcher):
             return sent.combine(all_to_all(y_RD, receive, send, self.axis, "tokens"))
 
         return Dispatched(self.kernels.permute(x_RD, by_expert), groups_E, combine)
-
-    def _swap(self, sent_NE: Tensor) -> Tensor:
-        """The number of slots that each rank sends here for each of this rank's experts."""
-        return all_to_all(sent_NE, [1] * self.axis.size, [1] * self.axis.size, self.axis, "counts")
 
 
 class AllGather(_Dispatcher):

@@ -20,7 +20,7 @@ from parallel.layout import EngineKind, Layout, ParallelConfig
 from parallel.mesh import Meshes, meshes_of_rank
 from parallel.pipeline import runtime
 from parallel.sharding import ShardSpec
-from precision.config import PrecisionConfig, Products
+from precision.config import PrecisionConfig
 from precision.resolve import Precision, resolve
 
 
@@ -166,11 +166,8 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
                 what = f"the {info.role.value} of layer {index} is {rows} x {columns} on a rank"
                 advice = "change the model's sizes or the degrees of parallel, or omit it"
                 reason = f"{what}, but {recipe.value} takes multiples of {recipe.multiple}: {advice}"
-                raise ConfigError(key, products, reason, [_without(chosen, products)])
-
-
-def _without(chosen: list[Products], omitted: Products | None) -> str:
-    return f"[{','.join(products.value for products in chosen if products is not omitted)}]"
+                others = ",".join(one.value for one in chosen if one is not products)
+                raise ConfigError(key, products, reason, [f"[{others}]"])
 
 
 def _cast_to_compute_dtype(model: Transformer, specs: dict[str, ShardSpec], precision: PrecisionConfig) -> None:
