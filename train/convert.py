@@ -26,7 +26,7 @@ from train.checkpoint.init_from import open_model
 from train.checkpoint.manager import progress_of
 from train.checkpoint.reader import IMPORTED, TOKENIZER, StoredModel, load_origin, save_model
 from train.config import phases
-from train.corpus import check_same_data, get_corpus
+from train.corpus import check_same_data, stored_corpus
 from train.run_directory import load_config
 
 CARRIED = (
@@ -162,7 +162,7 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
     if not (path / "config.yaml").exists():
         return [file for name in TOKENIZER_FILES if (file := path / name).exists()], {}
     run = load_config(path)
-    corpus = get_corpus(run, World(0, 1, torch.device("cpu")), print)
+    corpus = stored_corpus(path, run, World(0, 1, torch.device("cpu")), print)
     assert isinstance(source, StoredModel)
     check_same_data(progress_of(source.checkpoint), corpus)
     try:

@@ -40,7 +40,7 @@ def sabotaged(root: Path, name: str, overrides: list[str], what: str) -> dict[st
     import parallel.fsdp
     from data.loader import Loader
     from parallel.mesh import MeshAxis
-    from train.engine import fsdp
+    from train.engine import base
 
     undo: list[tuple[Any, str, Any]] = []
 
@@ -69,8 +69,8 @@ def sabotaged(root: Path, name: str, overrides: list[str], what: str) -> dict[st
         batch = Loader.batch
         plant(Loader, "batch", lambda self, step, start, stop: batch(self, step, 0, stop - start))
     elif what == "one micro-batch lost":
-        cut = fsdp._micro_batches
-        plant(fsdp, "_micro_batches", lambda *arguments: list(cut(*arguments))[:-1])
+        cut = base._micro_batches
+        plant(base, "_micro_batches", lambda *arguments: list(cut(*arguments))[:-1])
     try:
         return figures(root, name, overrides)
     finally:

@@ -253,16 +253,16 @@ def halo_off_by_one(plant: Plant) -> None:
 
 
 def loss_divided_by_cp(plant: Plant) -> None:
-    from train.engine import fsdp
+    from train.engine import base
 
-    honest, honest_meshes = fsdp.summed_loss, worker.make_meshes
+    honest, honest_meshes = base.summed_loss, worker.make_meshes
 
     def remember(*arguments: Any) -> Any:
         MESHES.append(honest_meshes(*arguments))
         return MESHES[-1]
 
     plant(worker, "make_meshes", remember)
-    plant(fsdp, "summed_loss", lambda *arguments: honest(*arguments) / MESHES[-1].cp.size)
+    plant(base, "summed_loss", lambda *arguments: honest(*arguments) / MESHES[-1].cp.size)
 
 
 def last_keys_of_the_ring_dropped(plant: Plant) -> None:

@@ -25,7 +25,7 @@ def test_what_is_wrong_with_a_phase_is_said_of_the_phase(phase, key):
     def checked(phase: str) -> None:
         check(load("train", TrainConfig, [*TINY, "data.align=16", f"phases=[{{name: later, steps: 4, {phase}}}]"]), 1)
 
-    checked("context: 96")
+    checked("seq_len: 96")
     with pytest.raises(ConfigError, match=key):
         checked(phase)
 
@@ -43,7 +43,7 @@ def test_what_is_wrong_with_the_first_stretch_is_said_of_training():
         ({"few_shot": 0}, "few_shot=0: is for tasks"),
         ({"task_path": "here"}, "task_path=here: is for tasks"),
         ({"tasks": ["a"], "few_shot": -3}, "few_shot=-3: must not be negative"),
-        ({"tasks": ["a"], "rows": 3}, "rows=3: counts held-out rows"),
+        ({"tasks": ["a"], "sequences": 3}, "sequences=3: counts held-out"),
     ],
 )
 def test_evaluate_refuses_what_it_would_not_do(asked, message):

@@ -19,7 +19,6 @@ from launch.cli import main
 from model.attention.plan import SequenceContext
 from tests.data.conftest import silent
 from tests.support.tiny import EXACT, TINY, config, trainer
-from train.callbacks.base import make
 from train.config import check, phases
 from train.corpus import source_weights
 from train.eval.held_out import held_out_loss
@@ -45,13 +44,11 @@ def overrides(corpus: list[str], *more: str) -> list[str]:
 
 def stepped(run: Trainer, stop: int, save_at: int | None = None) -> dict[str, Any]:
     """Steps up to `stop` with the callbacks of a run; the windows it took and the losses of its steps."""
-    extras, losses = make(run)[:1], []  # online filtering comes first; the others write what nobody reads here
-    windows = []
+    online, losses, windows = run.callbacks[0], [], []
     for step in range(run.step, stop):
-        for extra in extras:
-            extra.before_step(step)
+        online.before_step(step)
         losses.append(run.train_step(step).loss.item())
-        windows.append((run.window.generation, tuple(run.window.rows), tuple(run.window.deferred)))
+        windows.append((online.window.generation, tuple(online.window.rows), tuple(online.window.deferred)))
         if step + 1 == save_at:
             run.save()
             run.checkpointer.wait()
@@ -84,7 +81,7 @@ def losses_of(run: Trainer, ordinals: list[int]) -> np.ndarray:
 def test_windows_are_what_the_model_scores(small_corpus, tmp_path):
     """Each window again, from plain arithmetic and the rule's own words."""
     run = trainer(tmp_path, "run", overrides(small_corpus))
-    (online, *_), deferred, cursor = make(run), [], 0
+    online, deferred, cursor = run.callbacks[0], [], 0
     for step in range(6):
         if step % 3 == 0:
             fresh = round(12 / 0.5) - len(deferred)
@@ -93,7 +90,7 @@ def test_windows_are_what_the_model_scores(small_corpus, tmp_path):
         online.before_step(step)
         if step % 3 == 0:
             cursor += fresh
-            window = run.window
+            window = online.window
             assert (window.generation, window.first_step, window.cursor) == (step // 3 + 1, step, cursor)
             hardest = sorted(np.argsort(-losses)[:9])
             assert {candidates[place] for place in hardest} <= set(window.rows), "three quarters by height"
@@ -102,8 +99,8 @@ def test_windows_are_what_the_model_scores(small_corpus, tmp_path):
             left = [c for c, loss in zip(candidates, losses, strict=True) if loss > window.threshold - 0.02]
             assert window.deferred == [c for c in left if c not in window.rows and c not in deferred]
             deferred = window.deferred
-        batch = run._batch(step)
-        wanted = run.loaders["main"].samples(run.window.rows[(step % 3) * 4 : (step % 3) * 4 + 4])
+        batch = run.batches.get(step)
+        wanted = run.loaders["main"].samples(online.window.rows[(step % 3) * 4 : (step % 3) * 4 + 4])
         assert torch.equal(batch.tokens_BT, wanted.tokens_BT) and torch.equal(batch.labels_BT, wanted.labels_BT)
         run.train_step(step)
     assert deferred or cursor == 48
@@ -146,7 +143,7 @@ def test_the_comparison_notices_a_lost_window(small_corpus, tmp_path, monkeypatc
     whole = undisturbed(tmp_path, "whole", words)
     stepped(trainer(tmp_path, "cut", words), 3, save_at=3)
     run = trainer(tmp_path, "cut", words)
-    run.window = OnlineWindow(generation=run.window.generation)
+    run.callbacks[0].window = OnlineWindow(generation=run.callbacks[0].window.generation)
     assert stepped(run, 7)["windows"] != whole["windows"][3:]
 
 

@@ -31,7 +31,7 @@ def lines(root: Path, name: str) -> list[dict]:
 def consumed(run, steps) -> dict[str, list[tuple[int, ...]]]:
     found: dict[str, list[tuple[int, ...]]] = {name: [] for name in run.corpus.sources}
     for step in steps:
-        batch = run.batches.get(step, run.steps)
+        batch = run.batches.get(step)
         for tokens, source in zip(batch.tokens_BT.tolist(), batch.sources_B.tolist(), strict=True):
             found[run.corpus.sources[source]].append(tuple(tokens))
     return found
@@ -110,10 +110,12 @@ def test_packed_rows_are_trained_on_and_need_their_context(tmp_path, small_corpu
     assert (
         main(["train", *TINY, *small_corpus, *packing, f"run.root={tmp_path}", "run.name=a", "training.steps=2"]) == 0
     )
-    with pytest.raises(ConfigError, match=r"training.seq_len=64: the rows are packed for data.pack_seq_len=48; try 48"):
+    with pytest.raises(
+        ConfigError, match=r"training.seq_len=64: sequences are packed for data.pack_seq_len=48; try 48"
+    ):
         check(config(tmp_path, "b", *small_corpus, *packing, "training.seq_len=64"), 1)
     later = "+phases=[{name: late, steps: 1, seq_len: 96}]"
-    with pytest.raises(ConfigError, match=r"phases.late.seq_len=96: the rows are packed"):
+    with pytest.raises(ConfigError, match=r"phases.late.seq_len=96: sequences are packed"):
         check(config(tmp_path, "b", *small_corpus, *packing, later), 1)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.support.tiny import EXACT, trainer
-from train.callbacks import base
+from train.callbacks.logging import LoggingCallback
 from train.stragglers import KINDS, SLOW_HOSTS, STEADY, SlowRank, Stragglers
 
 
@@ -25,7 +25,8 @@ def train(root: Path, overrides: list[str], slow: int | None) -> None:
         load = next(iter(run.loaders.values()))
         batch = load.batch
         load.batch = lambda *arguments: (time.sleep(0.1), batch(*arguments))[1]
-    logging = base.LoggingCallback(run)
+    logging = LoggingCallback(run)
+    logging.before_training()
     for step in range(STEADY + 1):
         logging.after_step(step + 1, run.train_step(step))
     del os.environ["SLURMD_NODENAME"]

@@ -24,7 +24,7 @@ from data.filter.input.records import Record
 from data.filter.score.factory import Models
 from data.tokens import TokenStream
 from parallel.comm.world import World
-from train.corpus import get_corpus
+from train.corpus import stored_corpus
 from train.eval.text_loss import open_losses
 from train.run_directory import load_config
 
@@ -75,7 +75,7 @@ def seen_by(directory: Path, size: int = SAMPLE) -> TrainedTexts:
     over it.
     """
     config = load_config(directory)
-    corpus = get_corpus(config, World(0, 1, torch.device("cpu")), lambda line: None)
+    corpus = stored_corpus(directory, config, World(0, 1, torch.device("cpu")), lambda line: None)
     documents = {s: int(corpus.manifest["sources"][s][TRAIN]["counts"]["documents"]) for s in corpus.sources}
     total, sampled, found = sum(documents.values()), 0, set()
     for source, count in documents.items():

@@ -92,7 +92,7 @@ def undisturbed(user) -> tuple[dict[int, tuple[float, float]], float]:
     assert user.wait_for_end("calm", number) == "COMPLETED", user.log("calm")
     found = user.figures("calm")
     assert sorted(found) == list(range(1, STEPS + 1)) and found[STEPS][0] < found[1][0] - 1
-    assert "going on from" not in user.log("calm")
+    assert "resuming from" not in user.log("calm")
     return found, user.heldout("calm")
 
 
@@ -107,7 +107,7 @@ def test_warned_by_a_signal_it_saves_and_goes_on(cluster, user, undisturbed, war
     assert (user.figures(name), user.heldout(name)) == undisturbed
     log = user.log(name)
     assert "interrupted after step" in log and "queued again, to go on from step" in log
-    assert log.count("going on from step-") == 1
+    assert log.count("resuming from step-") == 1
 
 
 def test_preempted_by_a_partition_it_saves_and_comes_back(cluster, user, undisturbed):
@@ -123,7 +123,7 @@ def test_preempted_by_a_partition_it_saves_and_comes_back(cluster, user, undistu
     assert (user.figures("humble"), user.heldout("humble")) == undisturbed
     log = user.log("humble")
     assert "interrupted after step" in log and "stopped from outside; queued again, to go on from step" in log
-    assert log.count("going on from step-") == 1
+    assert log.count("resuming from step-") == 1
 
 
 @pytest.mark.parametrize("what", ["daemon", "node"])
@@ -138,7 +138,7 @@ def test_a_dead_daemon_changes_nothing_and_a_dead_node_is_replaced(cluster, user
     finally:
         cluster.start_node(victim)
     assert (user.figures(name), user.heldout(name)) == undisturbed
-    assert user.log(name).count("going on from step-00000020") == (what == "node")
+    assert user.log(name).count("resuming from step-00000020") == (what == "node")
 
 
 def test_a_node_that_hangs_is_named_and_left_out(cluster, user, undisturbed):
@@ -151,7 +151,7 @@ def test_a_node_that_hangs_is_named_and_left_out(cluster, user, undisturbed):
     assert (user.figures("stuck"), user.heldout("stuck")) == undisturbed
     log = user.log("stuck")
     assert "gives no sign of life since step" in log and f"on {victim})" in log
-    assert f"leviathan: left out from now on: {victim}" in log and "going on from step-00000020" in log
+    assert f"leviathan: left out from now on: {victim}" in log and "resuming from step-00000020" in log
     assert f"ExcNodeList={victim} " in cluster.client("scontrol", "show", "job", "-o", number)
     assert victim not in user.nodes_of(number)
 
@@ -179,7 +179,7 @@ def test_a_slow_node_is_left_out_where_enough_stay(cluster, user, tmp_path, enou
     cluster.client("scancel", "--signal=USR1", number)
     assert user.wait_for_end(name, number) == "COMPLETED", user.log(name)
     log = user.log(name)
-    assert "leviathan: steadily slow in this try: n1\n" in log and log.count("going on from step-") == 1
+    assert "leviathan: steadily slow in this try: n1\n" in log and log.count("resuming from step-") == 1
     assert ("leviathan: left out from now on: n1\n" in log) == enough
     kept = "leviathan: not all left out of n1,n3: SLURM says, allocation failure: Requested node configuration"
     assert (kept in log) == (not enough)
@@ -229,7 +229,7 @@ def test_the_time_limit_is_no_end(user, undisturbed):
     assert user.wait_for_end("short", number, 600) == "COMPLETED", user.log("short")
     assert user.figures("short") == undisturbed[0]
     log = user.log("short")
-    assert 1 <= log.count("leviathan: queued again, to go on from step") == log.count("going on from step-")
+    assert 1 <= log.count("leviathan: queued again, to go on from step") == log.count("resuming from step-")
 
 
 def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(cluster, user):

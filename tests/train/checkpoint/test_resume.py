@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, small_corpus, precision):
     killed(tmp_path, "cut", overrides, "checkpoints/step-0000002*/rank_0.bin")
     assert main(["train", *overrides]) == 0
     assert exact(tmp_path, "cut") == exact(tmp_path, "whole")
-    assert "going on from" in (tmp_path / "cut" / "log.txt").read_text()
+    assert "resuming from" in (tmp_path / "cut" / "log.txt").read_text()
 
 
 def test_the_comparison_notices_lost_optimizer_state(tmp_path, small_corpus, monkeypatch):
