@@ -31,18 +31,25 @@ def check_options(kind: object, options: Mapping[str, Any]) -> None:
         raise ConfigError("options", None, "are for a kind by import path (my.module:Name)")
 
 
-def load(path: str, key: str, *arguments: object, options: Mapping[str, Any] | None = None) -> Any:
+def load(
+    path: str, key: str, *arguments: object, options: Mapping[str, Any] | None = None, base: type | None = None
+) -> Any:
     """Import `path` and bind `options`: the result is called with arguments such as `arguments`.
 
-    Raises `ConfigError` under `key` if it does not import, has no such name or does not take the arguments.
+    Raises `ConfigError` under `key` if it does not import, has no such name, is not a subclass of `base` or does not
+    take the arguments.
     """
     found = _imported(path, key)
     if not callable(found):
         raise ConfigError(key, path, f"must be a class or a function, not a {type(found).__name__}")
+    if base is not None and not (isinstance(found, type) and issubclass(found, base)):
+        wanted = "class" if base is object else f"subclass of {base.__module__}:{base.__name__}"
+        raise ConfigError(key, path, f"must be a {wanted}")
     try:
         inspect.signature(found).bind(*arguments, **(options or {}))
-    except TypeError as error:
-        reason = f"cannot be called with {len(arguments)} arguments and the options {sorted(options or {})}: {error}"
+    except (TypeError, ValueError) as error:
+        names = f" and {', '.join(options)}" if options else ""
+        reason = f"cannot be called with {len(arguments)} arguments{names}: {error}"
         raise ConfigError(key, path, reason) from None
     return partial(found, **options) if options else found
 
@@ -51,7 +58,7 @@ def construct(
     path: str, key: str, *arguments: object, options: Mapping[str, Any] | None = None, needs: Sequence[str] = ()
 ) -> Any:
     """Import a class and make an instance. Raises `ConfigError` as `load`, or if an attribute of `needs` is missing."""
-    made = load(path, key, *arguments, options=options)(*arguments)
+    made = load(path, key, *arguments, options=options, base=object)(*arguments)
     if missing := [name for name in needs if not hasattr(made, name)]:
         raise ConfigError(key, path, f"must be a class with {', '.join(needs)}; {', '.join(missing)} is missing")
     return made

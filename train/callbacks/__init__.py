@@ -46,12 +46,8 @@ def imported_callbacks(config: TrainConfig) -> Iterator[tuple[str, type[Callback
     """
     for place, entry in enumerate(config.callbacks):
         key, path = f"callbacks.{place}", entry if isinstance(entry, str) else entry["target"]
-        found = load(path, key, None, options=None if isinstance(entry, str) else entry.get("options"))
-        kind = getattr(found, "func", found)
-        if not (isinstance(kind, type) and issubclass(kind, Callback)):
-            raise ConfigError(key, path, "must be a subclass of train.callbacks.base.Callback")
-        if kind.__module__.partition(".")[0] in PACKAGES:
-            raise ConfigError(
-                key, path, "is Leviathan's own, which a configuration turns on by its own keys; remove it"
-            )
+        options = None if isinstance(entry, str) else entry.get("options")
+        found = load(path, key, None, options=options, base=Callback)
+        if path.partition(".")[0] in PACKAGES:
+            raise ConfigError(key, path, "is part of Leviathan, which has configuration keys for it; remove it")
         yield path, found
