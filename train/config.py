@@ -24,6 +24,8 @@ from train.online_filter import OnlineConfig
 from train.optim.lr_schedule import LRScheduleConfig
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
+SIZES = ("steps", "seq_len", "global_batch_size", "micro_batch_size")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -52,10 +54,7 @@ class TrainingConfig:
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "seq_len", "global_batch_size", "micro_batch_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be positive")
-        check_numbers(self, positive=("clip_norm",))
+        check_numbers(self, positive=(*SIZES, "clip_norm"))
         _check_weights(self.weights or None)
 
 
@@ -78,16 +77,8 @@ class PhaseConfig:
     """RoPE settings of the model from this phase on, for longer sequences. They do not affect the weights' shapes."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "seq_len", "global_batch_size", "micro_batch_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(key, value, "must be positive")
-        check_numbers(self, positive=("rope_theta", "temperature_floor"))
+        check_numbers(self, positive=(*SIZES, "rope_theta", "temperature_floor"))
         _check_weights(self.weights)
-
-
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, str) or not set(entry) - {"target", "options"}
 
 
 def _check_weights(weights: dict[str, float] | None) -> None:
@@ -152,8 +143,7 @@ class LoggingConfig:
     """Write report.html at the end of the run."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError("every", self.every, "must be positive")
+        check_numbers(self, positive=("every",))
 
 
 @dataclass(frozen=True)
@@ -166,6 +156,18 @@ class ProfileConfig:
     def __post_init__(self) -> None:
         if any(step < 0 for step in self.steps):
             raise ConfigError("steps", min(self.steps), "must not be negative", [0])
+
+
+@dataclass(frozen=True)
+class CallbackConfig:
+    """A callback of your own package: the import path of its class and the keyword arguments of the constructor."""
+
+    target: str
+    options: dict[str, Any] = field(default_factory=dict)
+    SHORTHAND = "target"
+
+    def __post_init__(self) -> None:
+        check_form(self.target, "target")
 
 
 @dataclass(frozen=True)
@@ -187,21 +189,14 @@ class TrainConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
-    callbacks: list[Any] = field(default_factory=list)
-    """Callbacks by import path, `my.module:Mine` or {target: my.module:Mine, options: {...}}: docs/extending.md."""
+    callbacks: list[CallbackConfig] = field(default_factory=list)
+    """Each is `my.module:Mine` or {target: my.module:Mine, options: {...}}: docs/extending.md."""
     launch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        targets = []
-        for place, entry in enumerate(self.callbacks):
-            target, options = (entry.get("target"), entry.get("options")) if isinstance(entry, dict) else (entry, None)
-            if not isinstance(target, str) or not isinstance(options, dict | None) or not _is_entry(entry):
-                reason = "must be module:Name or {target: module:Name, options: {name: value}}"
-                raise ConfigError(f"callbacks.{place}", None, reason)
-            check_form(target, f"callbacks.{place}")
-            if target in targets:
-                raise ConfigError(f"callbacks.{place}", target, "is named twice")
-            targets.append(target)
+        targets = [one.target for one in self.callbacks]
+        if twice := [target for target in targets if targets.count(target) > 1]:
+            raise ConfigError("callbacks", twice[0], "is named twice; keep one")
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "A100": 312e
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics(StepResult):
-    """A step's result. `tokens`: those of the run so far. `finite`: whether the losses and gradient norms of all steps so
-    far were finite, a bool still on the device.
+    """A step's result. `tokens`: those of the run so far. `finite`: whether every loss and gradient norm so far was
+    finite, a bool still on the device.
     """
 
     learning_rate: float

@@ -107,9 +107,9 @@ def test_paths_of_a_stored_run_are_not_imported(root, tmp_path, small_corpus, ca
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("callbacks=[acme]", "callbacks.0=acme: must be an import path, module:Name"),
-        ("callbacks=[{target: a:B, option: 1}]", "callbacks.0: must be module:Name or {target: module:Name, options:"),
-        ("callbacks=[a:B, a:B]", "callbacks.1=a:B: is named twice"),
+        ("callbacks=[acme]", "callbacks.0.target=acme: must be an import path, module:Name"),
+        ("callbacks=[{target: a:B, option: 1}]", "callbacks.0.option: no such key; try options"),
+        ("callbacks=[a:B, a:B]", "callbacks=a:B: is named twice"),
         (
             "callbacks=[acme.none:Mine]",
             "callbacks.0=acme.none:Mine: no module 'acme.none': install its package, or put",

@@ -44,10 +44,9 @@ def imported_callbacks(config: TrainConfig) -> Iterator[tuple[str, type[Callback
     """Import the callbacks that `callbacks` names. Raises `ConfigError` for one that does not import, is not a subclass
     of `Callback` or does not take its options.
     """
-    for place, entry in enumerate(config.callbacks):
-        key, path = f"callbacks.{place}", entry if isinstance(entry, str) else entry["target"]
-        options = None if isinstance(entry, str) else entry.get("options")
-        found = load(path, key, None, options=options, base=Callback)
-        if path.partition(".")[0] in PACKAGES:
-            raise ConfigError(key, path, "is part of Leviathan, which has configuration keys for it; remove it")
-        yield path, found
+    for place, one in enumerate(config.callbacks):
+        key = f"callbacks.{place}"
+        found = load(one.target, key, None, options=one.options, base=Callback)
+        if one.target.partition(".")[0] in PACKAGES:
+            raise ConfigError(key, one.target, "is part of Leviathan, which has configuration keys for it; remove it")
+        yield one.target, found
