@@ -79,8 +79,9 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     try:
         if isinstance(values, DictConfig):
             values = OmegaConf.to_container(values, resolve=True)  # "+key=" overrides have opened the schema: close it
-        if isinstance(values, str) and hasattr(cls, "SHORTHAND"):  # the key that one word stands for
-            values = {cls.SHORTHAND: values}
+        shorthand = getattr(cls, "SHORTHAND", None)  # the key that a single word stands for
+        if shorthand is not None and isinstance(values, str):
+            values = {shorthand: values}
         if not isinstance(values, dict):
             raise ConfigError(path, values, "needs keys and values, not one value")
         typed = OmegaConf.merge(OmegaConf.structured(_twin(typing.cast(Any, cls))), values)

@@ -1,6 +1,6 @@
 """One rank of a training run: `python -m train OVERRIDES`, or under torchrun `-m train OVERRIDES`.
 
-`--config FILE` instead of overrides: a whole configuration as it was resolved when the run was submitted.
+`--config FILE` instead of overrides: the whole configuration, as resolved when the run was submitted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> int:
-    """Train; returns the exit code. Errors that were foreseen are one line, told once."""
+    """Train; return the exit code. An expected error prints one line, once if all ranks raise it."""
     from core.errors import LeviathanError
     from core.exit_codes import CRASHED, INTERRUPTED, is_consequence
     from core.openmp import share_cores

@@ -135,7 +135,8 @@ class Trainer:
         """Train on the global batch of `step`."""
         self.world.pulse.step = step
         phase = self.phase(step)
-        self.engine.placed.model.see_positions(phase.model)
+        if step == phase.start:
+            self.engine.placed.model.see_positions(phase.model)
         batch = self.batches.get(step)
         factor, clip_norm = phase.learning_rate_factor(step), self.config.training.clip_norm
         result = optimizer_step(self.engine, self.balancer, batch, phase.micro_batch_size, clip_norm, factor)
