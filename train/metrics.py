@@ -104,29 +104,33 @@ class Log:
 
 
 class Throughput:
-    """Tokens per second and MFU since the last reading; `seconds` exclude pauses for evaluation and saving."""
+    """Tokens per second and MFU, of an interval and of the run."""
 
     def __init__(self, model: ModelConfig, device: torch.device, world_size: int) -> None:
         self.model = model
         peak = peak_flops(device)
         self.peak = None if peak is None else peak * world_size
         self.seconds = self.tokens = 0.0
-        self.all_seconds = self.all_tokens = 0.0
 
-    def add(self, seconds: float, tokens: int) -> None:
+    def read(self, seconds: float, tokens: int, seq_len: int) -> tuple[float, float | None]:
+        """Return both for the last interval; `seconds` exclude pauses for evaluation and saving."""
         self.seconds += seconds
         self.tokens += tokens
-
-    def read(self, seq_len: int) -> tuple[float, float | None]:
-        self.all_seconds += self.seconds
-        self.all_tokens += self.tokens
-        rate = self.tokens / max(self.seconds, 1e-9)
-        self.seconds = self.tokens = 0.0
+        rate = tokens / max(seconds, 1e-9)
         return rate, None if self.peak is None else rate * training_flops(self.model, seq_len).total / self.peak
 
     @property
     def mean(self) -> float:
-        return self.all_tokens / max(self.all_seconds, 1e-9)
+        """Tokens per second of the run."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+def append_or_log(path: Path, line: dict[str, Any], log: Log) -> None:
+    """Append a JSON line; a failure (a full disk) is logged and does not end the run."""
+    try:
+        append_json_line(path, line)
+    except OSError as error:
+        log(f"{path.name}: {os.strerror(error.errno or 0)}; a line of it is lost")
 
 
 class MetricsWriter:
@@ -137,10 +141,7 @@ class MetricsWriter:
         self.wandb = _wandb(config, path.parent, run_config)
 
     def write(self, line: dict[str, Any]) -> None:
-        try:
-            append_json_line(self.path, line)
-        except OSError as error:
-            self.log(f"metrics.jsonl: {os.strerror(error.errno or 0)}; step {line['step']} is not recorded")
+        append_or_log(self.path, line, self.log)
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 

@@ -44,8 +44,7 @@ class LoggingCallback(Callback):
         slow = trainer.stragglers.read(trainer.batches.waited_s)
         now = time.perf_counter()
         seconds = now - self._clock - (trainer.paused_s - self._paused)
-        self.throughput.add(seconds, metrics.tokens - self._tokens)
-        line, self._logged = self._line(steps, metrics), steps
+        line, self._logged = self._line(steps, metrics, seconds), steps
         self._clock, self._paused, self._tokens = now, trainer.paused_s, metrics.tokens
         for callback in trainer.callbacks:
             self._add(line, callback)
@@ -70,9 +69,10 @@ class LoggingCallback(Callback):
                 raise ConfigError("callbacks", callback.key, f"metrics() returns {name}, which is taken; rename it")
             line[name] = float(figure)
 
-    def _line(self, steps: int, metrics: StepMetrics) -> dict[str, Any]:
+    def _line(self, steps: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
         trainer = self.trainer
-        rate, mfu = self.throughput.read(trainer.phase(steps - 1).seq_len)
+        seq_len = trainer.phase(steps - 1).seq_len
+        rate, mfu = self.throughput.read(seconds, metrics.tokens - self._tokens, seq_len)
         line: dict[str, Any] = {
             "step": steps,
             "tokens": metrics.tokens,

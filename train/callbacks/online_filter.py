@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from core.files import append_json_line
 from data.loader import Batch
 from data.sampling import key_of
 from train.callbacks.base import Callback, TrainingRun
 from train.config import Phase
 from train.eval.sequence_loss import row_losses
+from train.metrics import append_or_log
 from train.online_filter import OnlineFilter, OnlineWindow
 
 
@@ -44,7 +44,8 @@ class OnlineFilterCallback(Callback):
         seconds = trainer.paused_s - before
         self._scoring_s += seconds
         if trainer.world.is_main:
-            self._write({"phase": phase.name, "seconds": round(seconds, 3), **window.plain()})
+            line = {"phase": phase.name, "seconds": round(seconds, 3), **window.plain()}
+            append_or_log(trainer.directory.online, line, trainer.log)
         trainer.log(
             f"online filter {window.generation}: {len(window.rows):,} of {window.cursor - last.cursor:,} new sequences,"
             f" losses above {window.threshold:.3f}"
@@ -62,12 +63,6 @@ class OnlineFilterCallback(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.window = OnlineWindow(**state)
         self.trainer.batches.select(self.window)
-
-    def _write(self, window: dict[str, Any]) -> None:
-        try:
-            append_json_line(self.trainer.directory.online, window)
-        except OSError as error:  # a full disk must not end the run
-            self.trainer.log(f"online.jsonl: {error.strerror}")
 
     def _losses(self, phase: Phase, ordinals: Sequence[int]) -> Any:
         loader = self.trainer.loaders[phase.name]
