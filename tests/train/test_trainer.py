@@ -112,11 +112,7 @@ def test_a_phase_has_its_own_schedule_batch_and_blend(tmp_path, small_corpus):
 
 def test_begun_phases_and_the_seed_may_not_change(phased, train, tmp_path, capsys):
     shutil.copytree(phased[0], tmp_path / "run")
-    for changed in (
-        [PHASE, "run.seed=5"],
-        [PHASE, "optimizer.lr=0.5"],
-        [PHASE.replace("seq_len: 96", "seq_len: 48")],
-    ):
+    for changed in ([PHASE, "run.seed=5"], [PHASE, "optimizer.lr=0.5"], [PHASE.replace("seq_len: 96", "seq_len: 48")]):
         assert train(*changed) == 2
         assert "was started with" in capsys.readouterr().err
     assert train(PHASE.replace("seq_len: 96", "seq_len: 96, micro_batch_size: 1"), "data.verify=false") == 0
