@@ -35,7 +35,8 @@ def make_trainer(root: Path, name: str, overrides: Sequence[str] = ()) -> Traine
     config = load("train", TrainConfig, [*OVERRIDES, *overrides, f"run.root={root}", f"run.name={name}"])
     world, directory = connect(), RunDirectory.of(config)
     directory.open(config)
-    return Trainer(config, world, directory, get_corpus(config, world, lambda line: None), Log(None))
+    corpus = get_corpus(config, world, lambda line: None)
+    return Trainer(config, config.parallel.resolve(world.size), world, directory, corpus, Log(None))
 
 
 class BareLoop:

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import ConfigError, RenamedKeyError
+from core.import_path import check_form
 from core.renamed import new_value, old_fields
 
 T = TypeVar("T")
@@ -79,6 +80,9 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     try:
         if isinstance(values, DictConfig):
             values = OmegaConf.to_container(values, resolve=True)  # "+key=" overrides open the schema
+        shorthand = getattr(cls, "SHORTHAND", None)  # the key that a single word stands for
+        if shorthand is not None and isinstance(values, str):
+            values = {shorthand: values}
         if not isinstance(values, dict):
             raise ConfigError(path, values, "needs keys and values, not one value")
         typed = OmegaConf.merge(OmegaConf.structured(_twin(typing.cast(Any, cls))), values)
@@ -136,7 +140,7 @@ def _twin(cls: type) -> type:
         elif f.default_factory is not dataclasses.MISSING:
             default = dataclasses.field(default_factory=_plain_factory(f.default_factory))
         elif f.default is not dataclasses.MISSING:
-            default = dataclasses.field(default=f.default)
+            default = dataclasses.field(default=plain(f.default) if _open_enum(hints[f.name]) else f.default)
         else:
             default = dataclasses.field(default="???")
         fields.append((f.name, kind, default))
@@ -161,12 +165,27 @@ def _twin_type(kind: Any) -> Any:
         return kind
     if origin in (list, dict):
         arguments = tuple(Any if dataclasses.is_dataclass(a) else a for a in arguments)
+    if _open_enum(kind) is not None:
+        return str
     if origin in (typing.Union, types.UnionType):
         if any(dataclasses.is_dataclass(a) for a in arguments):
             return Any
         arguments = tuple(_twin_type(a) for a in arguments)
         return typing.Union[arguments]  # noqa: UP007 - built from a tuple
     return origin[tuple(_twin_type(a) for a in arguments)]  # type: ignore[index]
+
+
+def _open_enum(kind: Any) -> type[Enum] | None:
+    """The enum of a field declared `SomeEnum | str`: one of its names, or an import path. None for other types."""
+    arguments = typing.get_args(kind)
+    if (
+        len(arguments) == 2
+        and arguments[1] is str
+        and isinstance(arguments[0], type)
+        and issubclass(arguments[0], Enum)
+    ):
+        return arguments[0]
+    return None
 
 
 def _make(kind: Any, value: Any, path: str) -> Any:
@@ -179,6 +198,10 @@ def _make(kind: Any, value: Any, path: str) -> Any:
             return typing.cast(Any, kind)(**parts)
         except ConfigError as error:
             raise (error.under(path) if path else error) from None
+    if (names := _open_enum(kind)) is not None:
+        if value not in names.__members__:
+            check_form(value, path, list(names.__members__))
+        return names.__members__.get(value, value)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         kinds = [a for a in arguments if a is not type(None)]

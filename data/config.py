@@ -6,8 +6,10 @@ import math
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from core.errors import ConfigError, check_numbers
+from core.import_path import check_options
 from data.filter.config import FilterRules
 
 
@@ -74,7 +76,10 @@ class SourceConfig:
     split off. Both paths may be URLs of any filesystem that fsspec has a driver for.
     """
 
-    kind: SourceKind = SourceKind.files
+    kind: SourceKind | str = SourceKind.files
+    """A name, or the import path of a class: see `data.sources.ImportedSource`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of an imported class."""
     section: Section | None = None
     path: str | None = None
     subset: str | None = None
@@ -88,7 +93,9 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if self.kind is SourceKind.builtin and self.section is None:
             raise ConfigError("section", None, "the built-in corpus needs one", [s.name for s in Section])
-        if self.kind is not SourceKind.builtin and not self.path:
+        check_options(self.kind, self.options)
+        if self.kind in (SourceKind.files, SourceKind.huggingface) and not self.path:
+            assert isinstance(self.kind, SourceKind)
             raise ConfigError("path", self.path, f"a source of kind {self.kind.name} needs a path")
         if self.kind is not SourceKind.files and self.held_out_path:
             raise ConfigError("held_out_path", self.held_out_path, "works with kind=files only")
@@ -192,3 +199,10 @@ class DataConfig:
             raise ConfigError("pack_seq_len", None, "packing=best_fit makes rows of so many tokens: name them")
         if self.packing is Packing.best_fit and self.align is not None:
             raise ConfigError("align", self.align, "works with packing=greedy: best_fit begins each row anew", ["null"])
+
+    def import_paths(self) -> dict[str, str]:
+        """Return the import paths of sources, scorers and verifiers by key, relative to `data`."""
+        found: dict[str, object] = {f"sources.{name}.kind": source.kind for name, source in self.sources.items()}
+        if self.filter is not None:
+            found |= self.filter.scorer.import_paths("filter.scorer")
+        return {key: path for key, path in found.items() if isinstance(path, str)}

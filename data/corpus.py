@@ -104,6 +104,18 @@ def open_corpus(directory: Path) -> Corpus:
     raise DataError(f"{path} {reason}: remove {directory} and run again to make it anew")
 
 
+def find_corpus(cache: Path, fingerprint: str) -> Corpus | None:
+    """Return the corpus of this fingerprint from a cache, None if it is not there."""
+    for manifest in sorted((cache.expanduser() / "tokens").glob(f"*/{MANIFEST}")):
+        try:
+            corpus = open_corpus(manifest.parent)
+        except DataError:
+            continue
+        if corpus.fingerprint == fingerprint:
+            return corpus
+    return None
+
+
 def prepare(config: DataConfig, report: Callable[[str], None], models: Models | None = None) -> Corpus:
     """Tokenise the sources, or open what was made of the same sources before. One process calls it; `report` gets lines
     on its progress, `models` is what a filter by a model's loss needs. Raises `ConfigError` with the key of what is
@@ -155,6 +167,8 @@ def _source_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
         del settings[name]
     for part in settings["sources"].values():
         del part["weight"], part["max_epochs"]
+        if not part["options"]:
+            del part["options"]
     if config.packing is Packing.greedy:
         del settings["packing"]
     for name in ("align", "pack_seq_len", "filter"):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from core.errors import ConfigError
 from core.files import files_in, files_like, locate, opened, sha256_file, sha256_text, unzipped
+from core.import_path import construct
 from data import builtin
 from data.config import DataConfig, Section, SourceConfig, SourceKind, Undecodable
 from data.sampling import key_of
@@ -47,6 +48,8 @@ class Source(Protocol):
 
 def make_source(name: str, config: SourceConfig, data: DataConfig) -> Source:
     """Check that the source is there and return it. Raises `ConfigError` with the key and the fix."""
+    if isinstance(config.kind, str):
+        return ImportedSource(name, config, data)
     kinds: dict[SourceKind, Any] = {
         SourceKind.builtin: BuiltinSource,
         SourceKind.files: FileSource,
@@ -297,6 +300,31 @@ class HuggingFaceSource:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = f"datasets cannot stream it: {_first_line(error)}"
             raise ConfigError(f"data.sources.{self.name}.path", self.config.path, reason) from None
+
+
+class ImportedSource:
+    """A source by import path. Its class takes the source's `options`; `documents()` yields texts, the same ones in the
+    same order each time, and `fingerprint()` returns a string that changes whenever they do.
+    """
+
+    def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
+        self.name, self.config, self.data, self.key = name, config, data, f"data.sources.{name}.kind"
+        needs = ("documents", "fingerprint")
+        self.inner = construct(str(config.kind), self.key, options=config.options, needs=needs)
+
+    def fingerprint(self) -> str:
+        return sha256_text(str(self.config.kind), str(self.inner.fingerprint()))
+
+    def documents(self) -> Iterator[Document]:
+        budget = Budget(self.config.max_bytes, self.data.held_out)
+        for text in self.inner.documents():
+            if not isinstance(text, str):
+                raise ConfigError(self.key, self.config.kind, f"documents() yielded a {type(text).__name__}, not text")
+            document = _document(text, self.data.held_out)
+            if document.dropped or budget.take(document.text, document.held_out):
+                yield document
+            if budget.spent:
+                return
 
 
 def data_set_fingerprint(folder: Path, *names: str) -> str:

@@ -1,4 +1,4 @@
-"""The configuration of a run, and the checks that need more than one component."""
+"""The configuration of a run, and the checks that involve more than one component."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from typing import Any
 
 from core.errors import ConfigError, check_numbers
 from core.files import locate
+from core.import_path import check_form
 from data.config import DataConfig, Packing
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from model.roles import Role
-from parallel.layout import ParallelConfig, split_unit
+from parallel.layout import Layout, ParallelConfig, split_unit
 from parallel.parallelize import resolve_layout
 from precision.config import PrecisionConfig
 from train.online_filter import OnlineConfig
 from train.optim.lr_schedule import LRScheduleConfig
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
+SIZES = ("steps", "seq_len", "global_batch_size", "micro_batch_size")
+
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run's directory is: `root/name`. A name makes it resumable; null takes the time of the start."""
+    """The run's directory is `root/name`. Only a named run can be resumed; null: the time of the start."""
 
     root: str = "runs"
     name: str | None = None
     seed: int = 0
     resume: bool = True
-    """Go on where the directory's last committed checkpoint stands; false: refuse a directory that holds a run."""
+    """Resume from the directory's last checkpoint; false: reject a directory that holds a run."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,18 @@ class TrainingConfig:
     global_batch_size: int = 8
     micro_batch_size: int = 8
     weights: dict[str, float] = field(default_factory=dict)
-    """Shares of the sources in this stretch, others are left out; none: as in data.sources."""
+    """Shares of the sources in this phase, without those not named; empty: the weights of data.sources."""
     clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "seq_len", "global_batch_size", "micro_batch_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be positive")
-        check_numbers(self, positive=("clip_norm",))
+        check_numbers(self, positive=(*SIZES, "clip_norm"))
         _check_weights(self.weights or None)
 
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """A stretch that follows the first one: null keeps what came before."""
+    """A later phase of the run; null keeps the setting of the phase before."""
 
     name: str
     steps: int
@@ -66,22 +66,16 @@ class PhaseConfig:
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
     weights: dict[str, float] | None = None
-    """Shares of the sources, others are left out; null: as in data.sources."""
+    """Shares of the sources in this phase, without those not named; null: the weights of data.sources."""
     schedule: LRScheduleConfig | None = None
-    """Learning rate within this phase; null: the run's schedule begins anew."""
+    """Learning rate within this phase; null: the run's schedule, restarted."""
     rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
     temperature_floor: float | None = None
-    """How positions are seen from here on, for longer rows: the model's settings of these names. Weights do not depend
-    on them.
-    """
+    """RoPE settings of the model from this phase on, for longer sequences. They do not affect the weights' shapes."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "seq_len", "global_batch_size", "micro_batch_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(key, value, "must be positive")
-        check_numbers(self, positive=("rope_theta", "temperature_floor"))
+        check_numbers(self, positive=(*SIZES, "rope_theta", "temperature_floor"))
         _check_weights(self.weights)
 
 
@@ -95,12 +89,12 @@ def _check_weights(weights: dict[str, float] | None) -> None:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out loss. `sequences` per source of the run's context; `every` steps (0: only at the end)."""
+    """Held-out loss of `sequences` per source, every `every` steps (0: only at the end)."""
 
     every: int = 0
     sequences: int = 32
     baselines: bool = False
-    """Fit a unigram and a bigram model on the very tokens that the run consumed, for comparison at the end."""
+    """At the end, fit a unigram and a bigram model to the tokens consumed, for comparison."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("sequences",), not_negative=("every",))
@@ -108,14 +102,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint `every` steps (0: only at the end), the last `keep` of them kept."""
+    """A checkpoint every `every` steps (0: only at the end). The last `keep` stay."""
 
     every: int = 0
     keep: int = 2
     asynchronous: bool = True
     directory: str | None = None
-    """Where checkpoints go, under the run's name: a path, or the URL of any filesystem that fsspec has a driver for
-    (s3://bucket/folder). Null: into the run's directory.
+    """Parent of the run's checkpoints: a path, or the URL of a filesystem that fsspec has a driver for
+    (s3://bucket/folder). Null: the run's directory.
     """
 
     def __post_init__(self) -> None:
@@ -130,7 +124,7 @@ class CheckpointConfig:
 
 
 class Wandb(Enum):
-    """`auto`: online where WANDB_API_KEY is set, offline otherwise."""
+    """`auto`: online if WANDB_API_KEY is set, offline otherwise."""
 
     disabled = "disabled"
     auto = "auto"
@@ -144,16 +138,15 @@ class LoggingConfig:
     wandb: Wandb = Wandb.disabled
     project: str = "leviathan"
     report: bool = True
-    """Draw the run's page, report.html, at its end."""
+    """Write report.html at the end of the run."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError("every", self.every, "must be positive")
+        check_numbers(self, positive=("every",))
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Steps (counted from 0) of which a profiler trace and, on a GPU, a memory snapshot are kept."""
+    """Steps (from 0) to trace with the profiler. `memory`: write a memory snapshot as well, on a GPU."""
 
     steps: list[int] = field(default_factory=list)
     memory: bool = False
@@ -164,8 +157,20 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class CallbackConfig:
+    """A callback of your own package: the import path of its class and the keyword arguments of the constructor."""
+
+    target: str
+    options: dict[str, Any] = field(default_factory=dict)
+    SHORTHAND = "target"
+
+    def __post_init__(self) -> None:
+        check_form(self.target, "target")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """One whole run. `launch` is read by the launcher only."""
+    """The configuration of a run. `launch` is read by the launcher only."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -182,12 +187,19 @@ class TrainConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
+    callbacks: list[CallbackConfig] = field(default_factory=list)
+    """Each is `my.module:Mine` or {target: my.module:Mine, options: {...}}: docs/extending.md."""
     launch: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        targets = [one.target for one in self.callbacks]
+        if twice := [target for target in targets if targets.count(target) > 1]:
+            raise ConfigError("callbacks", twice[0], "is named twice; keep one")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps [start, stop) with everything filled in."""
+    """Steps [start, stop) of a run, with every setting filled in."""
 
     name: str
     start: int
@@ -198,19 +210,27 @@ class Phase:
     weights: dict[str, float] | None
     schedule: LRScheduleConfig
     model: ModelConfig
-    """The run's, with positions as this phase sees them."""
+    """The run's model with the RoPE settings of this phase."""
 
     @property
     def key(self) -> str:
-        """Where a user sets what it is made of."""
+        """The configuration key of the phase."""
         return "training" if self.name == "main" else f"phases.{self.name}"
 
     def learning_rate_factor(self, step: int) -> float:
         return self.schedule.factor(step - self.start, self.stop - self.start)
 
+    def check_schedule(self) -> None:
+        """Import a schedule by import path. Raises `ConfigError` if it cannot be called."""
+        try:
+            if isinstance(self.schedule.kind, str):
+                self.schedule.function()
+        except ConfigError as error:
+            raise error.under("schedule" if self.name == "main" else "training.schedule") from None
+
 
 def phases(config: TrainConfig) -> list[Phase]:
-    """The run's stretches in order; the first comes from `training` and `schedule` and is called "main"."""
+    """Return the run's phases in order. The first is `training` and `schedule`, with the name "main"."""
     first = config.training
     sizes = first.seq_len, first.global_batch_size, first.micro_batch_size
     main = Phase("main", 0, first.steps, *sizes, first.weights or None, config.schedule, config.model)
@@ -229,12 +249,12 @@ def _given(later: PhaseConfig, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def phase_of(config: TrainConfig, steps: int) -> Phase:
-    """The stretch that ends a checkpoint after so many steps."""
+    """Return the phase in which optimizer step `steps` (from 1) ran."""
     return next(phase for phase in phases(config) if steps <= phase.stop)
 
 
-def check(config: TrainConfig, world_size: int) -> None:
-    """What one component alone cannot see. Called before anything is built."""
+def check(config: TrainConfig, world_size: int) -> Layout:
+    """Check everything that involves several components, before anything is built. Returns the layout."""
     for role in config.model.init.roles:
         if role not in Role.__members__:
             raise ConfigError(f"model.init.roles.{role}", None, "no such role", [one.name for one in Role])
@@ -243,44 +263,45 @@ def check(config: TrainConfig, world_size: int) -> None:
     layout = resolve_layout(config.parallel, world_size, config.model, precision, moments, muon)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):
-        raise ConfigError("phases", None, f"names must differ, and 'main' is the first stretch: {', '.join(names)}")
+        raise ConfigError("phases", None, f"names must differ, and 'main' is the first phase: {', '.join(names)}")
     for phase in phases(config):
         for source in phase.weights or {}:
             if config.data.tokens is None and source not in config.data.sources:
                 reason = "no such source"
                 raise ConfigError(f"{phase.key}.weights.{source}", None, reason, list(config.data.sources))
         if config.data.packing is Packing.best_fit and phase.seq_len != config.data.pack_seq_len:
-            reason = f"the rows are packed for data.pack_seq_len={config.data.pack_seq_len}"
+            reason = f"sequences are packed for data.pack_seq_len={config.data.pack_seq_len}"
             raise ConfigError(f"{phase.key}.seq_len", phase.seq_len, reason, [config.data.pack_seq_len])
         try:
+            phase.check_schedule()
             layout.check_batch(phase.global_batch_size, phase.micro_batch_size)
             layout.check_seq_len(config.model, phase.seq_len)
             _check_alignment(config.data.align, split_unit(config.model, phase.seq_len), phase.seq_len)
         except ConfigError as error:
             raise _of_phase(error, phase.name) from None
     if config.online.every and config.evaluation.baselines:
-        reason = "would be fitted to other tokens than the run's, of which online filtering leaves some out"
+        reason = "would be fitted to other tokens than the run's, some of which online filtering drops"
         raise ConfigError("evaluation.baselines", True, reason, [False])
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
-        raise ConfigError(
-            "profile.steps", late[0], f"the run ends after {phases(config)[-1].stop} steps, counted from 0"
-        )
+        reason = f"the run ends after {phases(config)[-1].stop} steps, counted from 0"
+        raise ConfigError("profile.steps", late[0], reason)
+    return layout
 
 
 def _of_phase(error: ConfigError, name: str) -> ConfigError:
-    """What is said of `training`, said of the phase that it is about."""
+    """Move an error about `training` to the phase of this name."""
     if name == "main":
         return error
     key, reason = (text.replace("training.", f"phases.{name}.") for text in (error.key, error.reason))
     return ConfigError(key, error.value, reason, error.legal)
 
 
-def _check_alignment(align: int | None, unit: int, context: int) -> None:
-    """Documents are aligned in vain where chunks or rows end elsewhere."""
+def _check_alignment(align: int | None, unit: int, seq_len: int) -> None:
+    """Reject an alignment that does not match the ends of chunks and sequences."""
     if align is not None and align % unit:
-        reason = f"must be a multiple of the model's chunk of {unit}, where attention is cut"
+        reason = f"must be a multiple of the model's attention chunk of {unit}"
         raise ConfigError("data.align", align, reason, [unit, 2 * unit])
-    if align is not None and context % align:
-        reason = f"must be a multiple of data.align={align}, or rows begin elsewhere"
-        raise ConfigError("training.seq_len", context, reason, [-(-context // align) * align])
+    if align is not None and seq_len % align:
+        reason = f"must be a multiple of data.align={align}"
+        raise ConfigError("training.seq_len", seq_len, reason, [-(-seq_len // align) * align])

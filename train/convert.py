@@ -25,7 +25,7 @@ from train.checkpoint.index import read_progress
 from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_origin, save_model
 from train.config import phases
-from train.corpus import check_same_data, get_corpus
+from train.corpus import check_same_data, stored_corpus
 from train.eval.contamination import MODELS
 from train.run_directory import load_config
 
@@ -117,7 +117,7 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
     if not (path / "config.yaml").exists():
         return [file for name in TOKENIZER_FILES if (file := path / name).exists()], {}
     run = load_config(path)
-    corpus = get_corpus(run, World(0, 1, torch.device("cpu")), print, MODELS)
+    corpus = stored_corpus(path, run, World(0, 1, torch.device("cpu")), print, MODELS)
     assert isinstance(source, CheckpointedModel)
     check_same_data(read_progress(source.checkpoint), corpus)
     try:

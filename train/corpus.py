@@ -8,14 +8,16 @@ from typing import Any
 
 from core.errors import ConfigError
 from core.files import write_bytes
-from data.corpus import Corpus, open_corpus, prepare
+from data.corpus import Corpus, find_corpus, open_corpus, prepare
 from data.curriculum import PhaseRows, make_loaders
 from data.filter.audit.outputs import AUDIT_JSON, AUDIT_PAGE
 from data.filter.score.factory import Models
 from data.loader import Loader
 from parallel.comm.world import World
+from train.checkpoint.index import read_progress
 from train.config import TrainConfig, phases
 from train.online_filter import candidates
+from train.run_directory import RunDirectory, committed
 
 
 def get_corpus(
@@ -34,6 +36,30 @@ def get_corpus(
     if size > config.model.vocab_size:
         reason = f"the tokenizer has {size} ids; the model needs at least as many rows"
         raise ConfigError("model.vocab_size", config.model.vocab_size, reason, [-(-size // 128) * 128])
+    return corpus
+
+
+def stored_corpus(
+    directory: Path, config: TrainConfig, world: World, report: Callable[[str], None], models: Models | None = None
+) -> Corpus:
+    """Open the corpus of a stored run. Import paths in its configuration are not imported, as it may be anybody's: the
+    corpus must then be in the cache. Raises `ConfigError` if it is not.
+    """
+    paths = config.data.import_paths()
+    if config.data.tokens is not None or not paths:
+        return get_corpus(config, world, report, models)
+    done = committed(RunDirectory(directory, config.checkpoint.directory).checkpoints)
+    fingerprint = read_progress(done[-1].path).get("corpus", "") if done else ""
+    corpus = find_corpus(Path(config.data.cache), fingerprint)
+    if corpus is None:
+        key, path = next(iter(paths.items()))
+        reason = (
+            f"the corpus of {directory} is not in {config.data.cache}, and import paths of a stored run are not "
+            "imported: make it again by `leviathan tokenize` with the run's data settings"
+        )
+        raise ConfigError(f"data.{key}", path, reason)
+    if config.data.verify:
+        corpus.verify(world.rank, world.size)
     return corpus
 
 

@@ -1,4 +1,4 @@
-"""What a run was started with, for whoever wants to know later why it behaved as it did."""
+"""Records the software, the command and the environment variables of a run."""
 
 from __future__ import annotations
 
@@ -12,38 +12,19 @@ import torch
 
 from core.exit_codes import host_name
 
-_TELLING = tuple(
-    [
-        "CUDA",
-        "FI_",
-        "GLOO",
-        "GOMP",
-        "KMP",
-        "LEVIATHAN",
-        "MASTER",
-        "MKL",
-        "NCCL",
-        "NVIDIA",
-        "NVTE",
-        "OMP",
-        "PYTHON",
-        "PYTORCH",
-        "RANK",
-        "SLURM",
-        "TORCH",
-        "UCX",
-        "WORLD",
-    ]
+_PREFIXES = (
+    *("CUDA", "FI_", "GLOO", "GOMP", "KMP", "LEVIATHAN", "MASTER", "MKL", "NCCL", "NVIDIA", "NVTE", "OMP"),
+    *("PYTHON", "PYTORCH", "RANK", "SLURM", "TORCH", "UCX", "WORLD"),
 )
 _SECRET = ("AUTH", "CREDENTIAL", "JWT", "KEY", "PASS", "SECRET", "TOKEN")
 
 
 def environment() -> dict[str, Any]:
-    """Host, versions, command and the variables that steer torch and its libraries; nothing that may be a secret."""
+    """Return host, versions, command and the variables that configure torch and its libraries, without secrets."""
     variables = {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith(_TELLING) and not any(word in name for word in _SECRET)
+        if name.startswith(_PREFIXES) and not any(word in name for word in _SECRET)
     }
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),

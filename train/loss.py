@@ -1,4 +1,4 @@
-"""The language-model loss as a sum over tokens, to be divided by the global count known before the backward pass.
+"""The language-model loss as a sum over tokens. The engine divides it by the global token count.
 
 Shapes: B batch, T sequence, V vocabulary.
 """
@@ -15,13 +15,13 @@ from precision.gemm import widened
 
 
 def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, tp: MeshAxis) -> Tensor:
-    """Sum of the cross-entropy over labelled tokens, in nats, computed in at least float32."""
+    """Sum the cross-entropy of labelled tokens in nats, computed in at least float32."""
     return token_losses(logits_BTV, labels_BT, tp).sum()
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor, tp: MeshAxis | None = None) -> Tensor:
-    """Cross-entropy of each position [B, T] in nats, 0 where the label is ignored. Under tensor parallelism the logits
-    are this rank's part of the vocabulary, and all ranks of the axis get the same losses.
+    """Return the cross-entropy of each position [B, T] in nats, 0 where the label is ignored. Under tensor parallelism
+    the logits are this rank's part of the vocabulary, and all ranks of the axis get the same losses.
     """
     wide = widened(logits_BTV)
     if tp is not None and tp.size > 1:
@@ -31,5 +31,5 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, tp: MeshAxis | None = No
 
 
 def label_count(labels_BT: Tensor) -> Tensor:
-    """How many positions count, int64 scalar."""
+    """Count the labelled positions, as an int64 scalar."""
     return (labels_BT != IGNORED).sum()

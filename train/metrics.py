@@ -1,4 +1,4 @@
-"""What a run tells while it goes: lines in the terminal and log.txt, metrics.jsonl, wandb.
+"""Metrics of a run and where they are written: the terminal, log.txt, metrics.jsonl and wandb.
 
 Figures stay tensors on the device until a step that is logged.
 """
@@ -10,23 +10,53 @@ import os
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from core.errors import Diverged
 from core.files import append_json_line
 from model.config import ModelConfig
 from model.flops import training_flops
 from train.config import LoggingConfig, Wandb
+from train.engine.base import StepResult
 
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "A100": 312e12, "B200": 2250e12, "GB200": 2500e12}
-"""Dense bfloat16 peak per device, from the makers' data sheets; the name is looked for in the device's."""
+"""Dense bf16 peak FLOPS by a part of the device's name, from the vendors' data sheets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics(StepResult):
+    """A step's result. `tokens`: those of the run so far. `finite`: whether every loss and gradient norm so far was
+    finite, a bool still on the device.
+    """
+
+    learning_rate: float
+    tokens: int
+    finite: Tensor
+
+    def check_finite(self, steps: int) -> None:
+        """Raise `Diverged` if a loss or gradient norm is NaN or infinite: all later steps and checkpoints would be
+        useless.
+        """
+        for name, figure in (("loss", self.loss), ("gradient norm", self.gradient_norm)):
+            if not math.isfinite(figure.item()):
+                raise _diverged(f"the {name} after step {steps} is {figure.item()}")
+        if not self.finite.item():
+            raise _diverged(f"a loss or a gradient norm before step {steps} was NaN or infinite")
+
+
+def _diverged(what: str) -> Diverged:
+    error = Diverged(f"{what}: start a new run (run.name) with a lower optimizer.lr")
+    error.everywhere = True
+    return error
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak, None where unknown (a CPU): no MFU is better than a made-up one."""
+    """Return the device's dense bf16 peak, None if unknown (a CPU): a run then has no MFU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -34,14 +64,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated on the GPU, resident on a CPU."""
+    """Return the peak memory so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def expert_load(counts_LE: Tensor) -> list[dict[str, float]]:
-    """Per mixture layer: busiest expert over the mean, entropy of the load over its maximum, idle experts."""
+    """Return per MoE layer: the busiest expert over the mean, the load's entropy over its maximum, idle experts."""
     rows = []
     for counts_E in counts_LE.double().cpu():
         share = counts_E / counts_E.sum().clamp_min(1)
@@ -57,7 +87,7 @@ def expert_load(counts_LE: Tensor) -> list[dict[str, float]]:
 
 
 class Log:
-    """Lines for people: to the terminal and to log.txt, from rank 0 only."""
+    """Writes lines to the terminal and to log.txt; does nothing without a path (ranks other than 0)."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -69,48 +99,49 @@ class Log:
         try:
             with open(self.path, "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        except OSError as error:  # a full disk must not end the run; the terminal has the line
+        except OSError as error:  # a full disk must not end the run
             print(f"log.txt: {os.strerror(error.errno or 0)}", file=sys.stderr)
 
 
 class Throughput:
-    """Tokens per second and MFU since the last reading, by the wall clock; pauses (evaluation, saving) are left out."""
+    """Tokens per second and MFU, of an interval and of the run."""
 
     def __init__(self, model: ModelConfig, device: torch.device, world_size: int) -> None:
         self.model = model
         peak = peak_flops(device)
         self.peak = None if peak is None else peak * world_size
         self.seconds = self.tokens = 0.0
-        self.all_seconds = self.all_tokens = 0.0
 
-    def add(self, seconds: float, tokens: int) -> None:
+    def read(self, seconds: float, tokens: int, seq_len: int) -> tuple[float, float | None]:
+        """Return both for the last interval; `seconds` exclude pauses for evaluation and saving."""
         self.seconds += seconds
         self.tokens += tokens
-
-    def read(self, context: int) -> tuple[float, float | None]:
-        self.all_seconds += self.seconds
-        self.all_tokens += self.tokens
-        rate = self.tokens / max(self.seconds, 1e-9)
-        self.seconds = self.tokens = 0.0
-        return rate, None if self.peak is None else rate * training_flops(self.model, context).total / self.peak
+        rate = tokens / max(seconds, 1e-9)
+        return rate, None if self.peak is None else rate * training_flops(self.model, seq_len).total / self.peak
 
     @property
     def mean(self) -> float:
-        return self.all_tokens / max(self.all_seconds, 1e-9)
+        """Tokens per second of the run."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+def append_or_log(path: Path, line: dict[str, Any], log: Log) -> None:
+    """Append a JSON line; a failure (a full disk) is logged and does not end the run."""
+    try:
+        append_json_line(path, line)
+    except OSError as error:
+        log(f"{path.name}: {os.strerror(error.errno or 0)}; a line of it is lost")
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and, where asked for, to wandb. Rank 0 only."""
+    """Appends to metrics.jsonl and, if configured, to wandb. Rank 0 only."""
 
     def __init__(self, path: Path, config: LoggingConfig, run_config: dict[str, Any], log: Log) -> None:
         self.path, self.log = path, log
         self.wandb = _wandb(config, path.parent, run_config)
 
     def write(self, line: dict[str, Any]) -> None:
-        try:
-            append_json_line(self.path, line)
-        except OSError as error:
-            self.log(f"metrics.jsonl: {os.strerror(error.errno or 0)}; step {line['step']} is not recorded")
+        append_or_log(self.path, line, self.log)
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 

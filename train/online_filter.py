@@ -1,12 +1,12 @@
-"""Online filtering: every so many steps the model in training scores the rows that come next; easy ones are left out.
+"""Online filtering: every few steps the model in training scores the next sequences, and easy ones are dropped.
 
-A window is what the next `every` steps consume. Its candidates are the next rows of the plain order, 1 / `keep` times
-as many as are needed; the hardest are taken, in their order. Candidates that were left out by less than `hysteresis`
-are put off to the next window instead: near the threshold a score's noise must not decide for good. A share `revive` of
-the window is drawn by lot out of the rest, so that what is easy is not forgotten and its loss stays known.
+A window is the sequences of the next `every` steps. Its candidates are the next sequences of the plain order, 1 /
+`keep` times as many as needed; the hardest are taken, in their order. Candidates that miss the threshold by less than
+`hysteresis` are deferred to the next window, because a score near the threshold is noisy. A share `revive` of the
+window is drawn at random from the rest, so that easy text is not forgotten and its loss stays known.
 
-The state is a list of sample ordinals and a cursor. It is in the checkpoint, so a resumed run takes the very same rows,
-on any number of ranks.
+The state is a list of sample ordinals and a cursor. Checkpoints keep it, so a resumed run takes the same sequences on
+any number of ranks.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from data.sampling import key_of
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """`every`: steps between two scorings; 0: off. `keep`: share of the candidates that is trained on. `hysteresis`: in
-    nats per token. `max_loss`: rows above it are noise and left out; null: none is.
+    """`every`: steps between two scorings; 0: off. `keep`: share of the candidates to train on. `hysteresis`: in nats
+    per token. `max_loss`: sequences above it are dropped as noise; null: no limit.
     """
 
     every: int = 0
@@ -46,8 +46,8 @@ class OnlineConfig:
 
 
 def candidates(config: OnlineConfig, steps: int, global_batch_size: int) -> int:
-    """Samples of the plain order that a phase takes at most: all of it, or what its windows ask for without any that
-    were put off.
+    """Return the largest number of samples of the plain order that a phase uses: those of its steps, or the candidates
+    of its windows if none is deferred.
     """
     if not config.every:
         return steps * global_batch_size
@@ -58,16 +58,16 @@ def candidates(config: OnlineConfig, steps: int, global_batch_size: int) -> int:
 
 @dataclass
 class OnlineWindow:
-    """Which samples the steps from `first_step` on take, and how they were chosen."""
+    """The samples of the steps from `first_step` on, and the state of their choice."""
 
     generation: int = 0
     first_step: int = 0
     cursor: int = 0
-    """Samples of the plain order that have been candidates."""
+    """Samples of the plain order that were candidates so far."""
     rows: list[int] = field(default_factory=list)
     deferred: list[int] = field(default_factory=list)
     threshold: float = float("nan")
-    """The lowest loss that was taken for its height."""
+    """The lowest loss among the hardest that were taken."""
 
     def plain(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -75,7 +75,7 @@ class OnlineWindow:
 
 @dataclass(frozen=True)
 class OnlineFilter:
-    """Of one phase. `score` gives the loss of each of these samples by the model as it is: the same on every rank."""
+    """The filter of one phase. `score` returns the current model's loss of each sample, the same on every rank."""
 
     config: OnlineConfig
     global_batch_size: int
@@ -83,37 +83,36 @@ class OnlineFilter:
     score: Callable[[Sequence[int]], NDArray[np.float64]]
 
     def next(self, last: OnlineWindow, step: int, steps: int) -> OnlineWindow:
-        """The window of `steps` steps that begins with `step`."""
+        """Choose the window of `steps` steps that begins with `step`."""
         needed = steps * self.global_batch_size
         fresh = max(round(needed / self.config.keep) - len(last.deferred), 0)
         candidates = np.asarray(sorted([*last.deferred, *range(last.cursor, last.cursor + fresh)]), np.int64)
         losses = self.score(candidates.tolist())
         taken, threshold = self._choose(candidates, losses, needed, last.generation + 1)
-        left_out = ~taken & (losses > threshold - self.config.hysteresis) & self._usable(losses)
-        # what was put off once and failed again is out: or the same rows would come back for ever
-        left_out &= candidates >= last.cursor
+        deferred = ~taken & (losses > threshold - self.config.hysteresis) & self._usable(losses)
+        deferred &= candidates >= last.cursor  # once only, or the same sequences would return forever
         return OnlineWindow(
             generation=last.generation + 1,
             first_step=step,
             cursor=last.cursor + fresh,
             rows=candidates[taken].tolist(),
-            deferred=candidates[left_out].tolist(),
+            deferred=candidates[deferred].tolist(),
             threshold=threshold,
         )
 
     def _choose(
         self, candidates: NDArray[np.int64], losses: NDArray[np.float64], needed: int, generation: int
     ) -> tuple[NDArray[np.bool_], float]:
-        """Exactly `needed` of the candidates, and the threshold."""
-        lots = np.asarray([key_of(self.key, generation, int(one)) for one in candidates], np.uint64)
+        """Return a mask of exactly `needed` candidates, and the threshold."""
+        draws = np.asarray([key_of(self.key, generation, int(one)) for one in candidates], np.uint64)
         usable = self._usable(losses)
-        by_height = np.lexsort((lots, -np.where(usable, losses, -np.inf)))
-        revived = min(round(needed * self.config.revive), needed - 1)  # one is taken for its height, at least
+        by_height = np.lexsort((draws, -np.where(usable, losses, -np.inf)))
+        revived = min(round(needed * self.config.revive), needed - 1)  # at least one by its loss
         taken = np.zeros(len(candidates), bool)
         taken[by_height[: needed - revived]] = True
         rest = np.flatnonzero(~taken)
-        # by lot among what is usable first: noise comes in only where there is nothing else
-        taken[rest[np.lexsort((lots[rest], ~usable[rest]))[:revived]]] = True
+        # usable ones first: noise is drawn only if nothing else is left
+        taken[rest[np.lexsort((draws[rest], ~usable[rest]))[:revived]]] = True
         return taken, float(losses[by_height[needed - revived - 1]])
 
     def _usable(self, losses: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -21,7 +21,7 @@ from data.filter.audit.outputs import SCORES
 from data.filter.explain import explain, find
 from parallel.comm.world import World
 from train.config import Phase, TrainConfig, phases
-from train.corpus import get_corpus, run_loaders
+from train.corpus import run_loaders, stored_corpus
 from train.eval.contamination import MODELS
 from train.run_directory import RunDirectory, load_config, read_lines
 
@@ -56,7 +56,7 @@ class DocumentSpan:
 def explain_run(directory: Path, name: str) -> str:
     """Explain what the filter of a run's data did with a record, and which steps trained on it."""
     config = load_config(directory)
-    corpus = get_corpus(config, World(0, 1, torch.device("cpu")), lambda line: None, MODELS)
+    corpus = stored_corpus(directory, config, World(0, 1, torch.device("cpu")), lambda line: None, MODELS)
     if not (corpus.directory / SCORES).exists():
         raise ConfigError("run", str(directory), "its data were not filtered: data.filter is null")
     lines = [explain(corpus.directory, name)]

@@ -37,6 +37,7 @@ FREE = (
     "checkpoint.asynchronous",
     "evaluation",
     "profile",
+    "callbacks",
     "launch",
     "parallel",
     "precision.backend",

@@ -1,8 +1,7 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before the time limit) become a flag that the training loop reads
-between steps, so that it can save before it ends.
+"""Turns signals into a flag that the training loop reads between steps, so that it saves before it ends.
 
-So does the death of the agent that torchrun puts over its workers: nobody would stop them any more, and the same
-command started again would meet them writing into the same run.
+The signals are Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before the time limit). The death of torchrun's agent sets
+the flag as well: orphaned workers would keep writing into a run that is started again.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 
 class SignalFlag:
-    """A context in which SIGINT, SIGTERM and SIGUSR1 set `requested`. Outside the main thread they do not."""
+    """A context in which SIGINT, SIGTERM and SIGUSR1 set `requested`. It has no effect outside the main thread."""
 
     def __init__(self) -> None:
         self._signalled = False

@@ -1,7 +1,7 @@
-"""A rank that is steadily slower than its peers: found by a small piece of work that every rank does by itself.
+"""Detection of ranks that are steadily slower than the others.
 
-All ranks wait for the slowest one, so step times are the same everywhere and say nothing. What is compared is what a
-rank does alone: some matrix products on its device, and waiting for its part of the batch.
+All ranks wait for the slowest one, so step times are the same on every rank. Compared are two things that a rank does
+alone: a few matrix products on its device, and waiting for its part of the batch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from core.files import append_json_line
 from parallel.comm.world import World, wait_for
 
 SLOW = 1.5
-"""Times the median of all ranks."""
+"""Ratio to the median of all ranks from which a rank is slow."""
 STEADY = 3
-"""Readings in a row."""
+"""Slow readings in a row after which a rank is reported."""
 LEAST_S = 2e-3
-"""What takes less than this is noise."""
+"""Seconds below which a reading is noise."""
 SLOW_HOSTS = "slow.jsonl"
-"""Name of the file in a run's logs that `Stragglers.note` writes."""
+"""Name of the file that `Stragglers.note` writes into a run's logs."""
 KINDS = ("matrix products", "batches")
 
 
@@ -38,36 +38,36 @@ class SlowRank:
 
 
 class Stragglers:
-    """Reads every rank's times and remembers how often in a row each has been slow."""
+    """Compares the ranks' times and counts how often in a row each has been slow."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.loading_s = 0.0
-        """Add the seconds that this rank has waited for its batches; a reading begins anew."""
         self._slow: dict[tuple[int, int], int] = {}
         self._hosts: list[Any] = []
         self._noted: list[str] | None = None
         size = 2048 if world.device.type == "cuda" else 192
         self._a, self._b = (torch.ones(size, size, device=world.device) for _ in range(2))
 
-    def read(self) -> list[SlowRank]:
-        """Who has been slow in this reading and the `STEADY - 1` before; the same on every rank."""
+    def read(self, loading_s: float) -> list[SlowRank]:
+        """Return the ranks that were slow in this reading and the `STEADY - 1` before; the same on every rank.
+
+        `loading_s`: seconds that this rank has waited for its batches since the last reading.
+        """
         if self.world.size == 1:
             return []
-        own = torch.tensor([self.probe(), self.loading_s], dtype=torch.float64, device=self.world.device)
-        self.loading_s = 0.0
+        own = torch.tensor([self.probe(), loading_s], dtype=torch.float64, device=self.world.device)
         all_ranks = [torch.empty_like(own) for _ in range(self.world.size)]
         self.world.heartbeat.begin("world", "slow ranks")
         dist.all_gather(all_ranks, own)
         found = self.judge([rank.tolist() for rank in all_ranks])
-        if found and not self._hosts:  # all ranks have found the same
+        if found and not self._hosts:  # true on all ranks or on none
             self._hosts = [None] * self.world.size
             dist.all_gather_object(self._hosts, host_name())
         return [replace(one, host=self._hosts[one.rank]) for one in found]
 
     def note(self, slow: list[SlowRank], step: int, path: Path) -> None:
-        """Append to `path` where the slow hosts are others than at the last call: its last line says which they are.
-        For whoever starts the ranks again, maybe elsewhere. What those before us have noted does not stay for ever.
+        """Append a line to `path` if the slow hosts differ from those of the last call, for the launcher, which may
+        exclude them at a restart. The first call replaces the hosts of an earlier attempt.
         """
         hosts = sorted({one.host for one in slow})
         if hosts != self._noted and (hosts or path.exists()):
@@ -76,7 +76,7 @@ class Stragglers:
             append_json_line(path, {"time": time.time(), "step": step, "hosts": hosts})
 
     def probe(self) -> float:
-        """Seconds of a few products, the best of some tries: an interruption by the system is no slow device."""
+        """Time a few products in seconds. The best of four tries counts: the system may interrupt any of them."""
         best = float("inf")
         for _ in range(4):
             begin = time.perf_counter()
@@ -87,7 +87,7 @@ class Stragglers:
         return best
 
     def judge(self, seconds: list[list[float]]) -> list[SlowRank]:
-        """`seconds`: per rank, one for each of `KINDS`."""
+        """`seconds`: one list per rank with an entry for each of `KINDS`."""
         found = []
         for kind, name in enumerate(KINDS):
             values = [rank[kind] for rank in seconds]

@@ -9,6 +9,7 @@ from typing import Any
 
 from core.config import plain
 from core.errors import ConfigError
+from core.import_path import check_options
 
 
 class KeepUnit(Enum):
@@ -56,7 +57,10 @@ class ScorerConfig:
     checked by `verifier`, "module:function" of (record, answer) -> bool).
     """
 
-    kind: ScorerKind = ScorerKind.ngram
+    kind: ScorerKind | str = ScorerKind.ngram
+    """A name, or the import path of a class with the interface of `data.filter.score.scorer.Scorer`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of an imported class."""
     window: int | None = None
     order: int = 5
     model: str | None = None
@@ -89,11 +93,23 @@ class ScorerConfig:
             ScorerKind.judge: ("url", "judge"),
             ScorerKind.pass_rate: ("url", "judge", "verifier"),
         }
-        for key in needs.get(self.kind, ()):
+        check_options(self.kind, self.options)
+        for key in () if isinstance(self.kind, str) else needs.get(self.kind, ()):
             if not getattr(self, key):
-                raise ConfigError(key, None, f"the scorer {self.kind.name} needs it")
+                raise ConfigError(key, None, f"the scorer {self.kind_name} needs it")
         if self.kind is ScorerKind.ensemble and len(self.members) < 2:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
+
+    @property
+    def kind_name(self) -> str:
+        return self.kind if isinstance(self.kind, str) else self.kind.name
+
+    def import_paths(self, key: str) -> dict[str, object]:
+        """Return the kinds and verifiers of this scorer and its members by key."""
+        found: dict[str, object] = {f"{key}.kind": self.kind, f"{key}.verifier": self.verifier}
+        for place, member in enumerate(self.members):
+            found |= member.import_paths(f"{key}.members[{place}]")
+        return found
 
 
 _WAYS = ("url", "key_variable", "concurrency", "timeout_s", "retries")
@@ -201,5 +217,7 @@ def deciding(rules: FilterRules) -> dict[str, Any]:
         scorer = scorers.pop()
         for key in _WAYS:
             del scorer[key]
+        if not scorer["options"]:  # keeps the digests of the time before there were options
+            del scorer["options"]
         scorers += scorer["members"]
     return found

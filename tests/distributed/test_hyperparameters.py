@@ -38,7 +38,8 @@ def groups(root: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     run, world = with_base(root, name, overrides), connect()
     directory = RunDirectory.of(run)
     world.from_main(lambda: directory.open(run))
-    trainer = Trainer(run, world, directory, get_corpus(run, world, lambda line: None), Log(None))
+    corpus = get_corpus(run, world, lambda line: None)
+    trainer = Trainer(run, run.parallel.resolve(world.size), world, directory, corpus, Log(None))
     names = {parameter: name for name, parameter in trainer.engine.placed.model.named_parameters()}
     found = {
         names[parameter]: (group["name"], group["lr"], group["eps"], group["weight_decay"], group["betas"])

@@ -50,7 +50,7 @@ def cache(small_corpus) -> Path:
 
 def test_a_run_reports_a_missing_certificate(ranks, small_corpus, tmp_path):
     assert ranks(2, saved, tmp_path, [*small_corpus, *EXACT]) == [None, None]
-    advice = f"no certificate for this layout and this code; to have one: leviathan certify {tmp_path / 'run'}"
+    advice = f"no certificate for this layout and this code; to make one: leviathan certify {tmp_path / 'run'}"
     assert (tmp_path / "run" / "log.txt").read_text().count(advice) == 1
 
 

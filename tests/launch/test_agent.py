@@ -53,7 +53,7 @@ def test_a_killed_rank_is_restarted_and_nothing_changes(small_corpus, tmp_path, 
     assert "Traceback" not in errors, "what only lost its neighbour says so in a line"
     assert figures(tmp_path / "runs" / "x") == undisturbed and len(undisturbed) == STEPS
     log = (tmp_path / "runs" / "x" / "log.txt").read_text()
-    assert "going on from step-00000020" in log
+    assert "resuming from step-00000020" in log
     for rank in ("rank-00000", "rank-00001"):
         assert len(list((tmp_path / "runs" / "x" / "logs" / rank).glob("*.err"))) == 2, "a file per start"
     environment = json.loads((tmp_path / "runs" / "x" / "environment.json").read_text())
@@ -125,13 +125,13 @@ def test_several_nodes_meet_again_after_a_crash(small_corpus, tmp_path, undistur
     both = two_agents(small_corpus, tmp_path, free_endpoint(host))
     log = tmp_path / "runs" / "x" / "log.txt"
     for attempt, victim in enumerate(both):
-        wait_for(lambda attempt=attempt: log.exists() and log.read_text().count("going on from") == attempt, both[0])
+        wait_for(lambda attempt=attempt: log.exists() and log.read_text().count("resuming from") == attempt, both[0])
         wait_for(has_step(tmp_path / "runs" / "x", 30 + 30 * attempt), both[0])
         os.kill(ranks_of(victim)[0], signal.SIGKILL)
     told = [process.communicate(timeout=240)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], told
     assert figures(tmp_path / "runs" / "x") == undisturbed
-    assert log.read_text().count("going on from") == 2
+    assert log.read_text().count("resuming from") == 2
     environment = json.loads((tmp_path / "runs" / "x" / "environment.json").read_text())
     assert environment["variables"]["MASTER_ADDR"] == host
 

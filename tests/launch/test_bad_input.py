@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_falls_back(train, tmp_path):
     (run / "summary.json").unlink()
     assert train(*words)[0] == 0
     log = (run / "log.txt").read_text()
-    assert "step-00000004 is damaged" in log and "going on from step-00000002" in log
+    assert "step-00000004 is damaged" in log and "resuming from step-00000002" in log
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
 
 

@@ -196,7 +196,7 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_
     step = int(saved[0].parent.name.removeprefix("step-"))
     assert step > 3
     second = start(arguments, tmp_path)
-    while f"going on from step-{step:08d}" not in (tmp_path / "runs" / "x" / "log.txt").read_text():
+    while f"resuming from step-{step:08d}" not in (tmp_path / "runs" / "x" / "log.txt").read_text():
         assert second.poll() is None and time.monotonic() < deadline + 120, second.communicate()
         time.sleep(0.05)
     second.kill()

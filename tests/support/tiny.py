@@ -63,7 +63,8 @@ def trainer(root: Path, name: str, overrides: list[str]) -> Trainer:
     directory = RunDirectory.of(run)
     world.from_main(lambda: directory.open(run))
     log = Log(directory.path / "log.txt" if world.is_main else None)
-    return Trainer(run, world, directory, get_corpus(run, world, lambda line: None), log)
+    layout = run.parallel.resolve(world.size)
+    return Trainer(run, layout, world, directory, get_corpus(run, world, lambda line: None), log)
 
 
 def saved(root: Path, name: str, overrides: list[str], steps: int = 1) -> Trainer:

@@ -1,4 +1,4 @@
-"""Another backend takes over: weights, optimizer state and checkpoints do not know who multiplied."""
+"""Changing the backend: weights, optimizer state and checkpoints do not depend on it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def state(made: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("before, after", [(PLAIN, EIGHT), (EIGHT, PLAIN)], ids=["into FP8", "out of FP8"])
-def test_another_backend_goes_on_from_the_same_state(tmp_path, small_corpus, before, after) -> None:
-    """Bit for bit, moments included; and it does multiply otherwise."""
+def test_another_backend_resumes_from_the_same_state(tmp_path, small_corpus, before, after) -> None:
+    """Every bit of the state, moments included; the next step differs."""
     first = trainer(tmp_path, "run", [*small_corpus, *WIDE, *before])
     for step in range(3):
         first.train_step(step)
@@ -48,58 +48,61 @@ def test_another_backend_goes_on_from_the_same_state(tmp_path, small_corpus, bef
     assert changed != usual and changed == pytest.approx(usual, rel=2e-2)
 
 
-def test_what_else_changes_is_refused(tmp_path, small_corpus) -> None:
+def test_other_changes_of_precision_are_rejected(tmp_path, small_corpus) -> None:
     first = trainer(tmp_path, "run", [*small_corpus, *WIDE, *EIGHT])
     first.train_step(0)
     first.save()
     first.checkpointer.wait()
-    trainer(
-        tmp_path, "run", [*small_corpus, *WIDE, *EIGHT, "precision.recipe=mxfp8", "precision.fp8_products=[expert]"]
-    )
+    free = ["precision.recipe=mxfp8", "precision.fp8_products=[expert]"]
+    trainer(tmp_path, "run", [*small_corpus, *WIDE, *EIGHT, *free])
     with pytest.raises(ConfigError, match=r"precision.compute=float32: the run in .* was started with bfloat16"):
         trainer(tmp_path, "run", [*small_corpus, *WIDE, "precision=fp32"])
 
 
+@pytest.fixture(scope="module")
+def eight(small_corpus, tmp_path_factory) -> Any:
+    """Figures of a run in FP8 with few tokens for each expert."""
+    return figures(tmp_path_factory.mktemp("eight"), "run", [*small_corpus, *WIDE, *EIGHT, "model.num_experts=8"])
+
+
+def same_as(eight: Any, root: Any, overrides: list[str]) -> None:
+    found = figures(root, "run", [*overrides, *WIDE, *EIGHT, "model.num_experts=8"])
+    assert eight["loss"] == found["loss"] and eight["norm"] == found["norm"]
+    assert all(torch.equal(eight["gradients"][name], found["gradients"][name]) for name in eight["gradients"])
+
+
 @pytest.mark.parametrize("mode", [Recompute.selective, Recompute.full])
-def test_recomputed_layers_are_the_same(tmp_path, small_corpus, mode) -> None:
-    overrides = [*small_corpus, *WIDE, *EIGHT]
-    plain = figures(tmp_path, "plain", overrides)
-    repeated = figures(tmp_path, "repeated", [*overrides, f"parallel.recompute={mode.value}"])
-    assert plain["loss"] == repeated["loss"] and plain["norm"] == repeated["norm"]
-    assert all(torch.equal(plain["gradients"][name], repeated["gradients"][name]) for name in plain["gradients"])
+def test_recomputed_layers_are_equal(eight, tmp_path, small_corpus, mode) -> None:
+    same_as(eight, tmp_path, [*small_corpus, f"parallel.recompute={mode.value}"])
 
 
-def test_more_padding_changes_nothing(tmp_path, small_corpus, monkeypatch) -> None:
-    """Experts get few rows each, so that most of what they see is padding."""
-    overrides = [*small_corpus, *WIDE, *EIGHT, "model.num_experts=8"]
-    once = figures(tmp_path, "once", overrides)
-    made = fp8_emulated.EmulatedArithmetic.__init__
+def test_more_padding_changes_nothing(eight, tmp_path, small_corpus, monkeypatch) -> None:
+    """Most of the experts' input is padding."""
+    made = fp8_emulated.Reference.__init__
 
     def generous(self: Any, *arguments: Any) -> None:
         made(self, *arguments)
         self.token_multiple = 64
 
-    monkeypatch.setattr(fp8_emulated.EmulatedArithmetic, "__init__", generous)
-    more = figures(tmp_path, "more", overrides)
-    assert once["loss"] == more["loss"]
-    assert all(torch.equal(once["gradients"][name], more["gradients"][name]) for name in once["gradients"])
+    monkeypatch.setattr(fp8_emulated.Reference, "__init__", generous)
+    same_as(eight, tmp_path, small_corpus)
 
 
-def test_a_run_is_evaluated_by_whoever_is_asked(tmp_path, small_corpus, capsys) -> None:
+def test_a_run_is_evaluated_by_the_given_backend(tmp_path, small_corpus, capsys) -> None:
     assert main(["train", *TINY, *small_corpus, *WIDE, *EIGHT, f"run.root={tmp_path}", "run.name=run"]) == 0
     losses = {}
-    for backend in ("null", "reference", "bf16"):
+    for backend in ("null", "emulated", "native"):
         capsys.readouterr()
         assert main(["evaluate", str(tmp_path / "run"), f"backend={backend}"]) == 0
         losses[backend] = json.loads(capsys.readouterr().out)["loss"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert losses["null"] == losses["reference"] == summary["heldout_loss"] != losses["bf16"]
-    assert losses["bf16"] == pytest.approx(losses["null"], rel=1e-2)
+    assert losses["null"] == losses["emulated"] == summary["heldout_loss"] != losses["native"]
+    assert losses["native"] == pytest.approx(losses["null"], rel=1e-2)
     assert restore(tmp_path / "run", World(0, 1, torch.device("cpu")), Backend.native).step == 6
 
 
 def refused(root: Any, overrides: list[str]) -> str:
-    """What a run says of which one rank has no reference."""
+    """The error of a run in which one rank lacks the emulation."""
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
             patch.setattr(fp8_emulated, "unavailable", lambda recipe, device: ["it was taken away"])
@@ -110,7 +113,7 @@ def refused(root: Any, overrides: list[str]) -> str:
     return ""
 
 
-def test_ranks_that_have_other_backends_are_refused(ranks, small_corpus, tmp_path) -> None:
+def test_ranks_with_different_backends_are_rejected(ranks, small_corpus, tmp_path) -> None:
     said = ranks(2, refused, tmp_path, [*small_corpus, *WIDE, *EIGHT])
     assert said[0] == said[1] and not (tmp_path / "run").exists()
     assert said[0].startswith(

@@ -1,4 +1,4 @@
-"""The whole runs under `configs/experiment`, and the proxies whose hyperparameters they carry over."""
+"""The runs under `configs/experiment`, and the proxies whose hyperparameters they transfer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").iterdir())
 FITS = sorted(path.stem for path in (CONFIGS / "hparam").iterdir() if path.stem != "none")
 
 
-def without_weights(model: ModelConfig) -> Any:
-    """A source of which only the configuration is asked."""
+def weightless(model: ModelConfig) -> Any:
     return SimpleNamespace(config=model, shapes={}, dtypes={})
 
 
@@ -34,7 +33,7 @@ def experiment(name: str, *overrides: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_carries_hyperparameters_over(name):
+def test_every_experiment_transfers_its_hyperparameters(name):
     run = resolve(experiment(name))
     assert run.hparam.base is not None and run.hparam.kind == kind_of(run.model)
     assert run.optimizer.transferred is not None
@@ -42,23 +41,16 @@ def test_every_experiment_carries_hyperparameters_over(name):
     rates = {role: own.lr for role, own in run.optimizer.transferred.roles.items()}
     assert rates["query"] / rates["embedding"] == pytest.approx(base.hidden_size / here.hidden_size)
     assert run.model.multipliers.residual == pytest.approx(base.num_layers / here.num_layers)
-    steps = sum(1 for line in derive(run).warnings if "sparsity" in line)
-    assert not steps, "the proxy has the experiment's share of active experts"
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiments_model_can_leave_as_the_published_one(name):
-    model = resolve(experiment(name)).model
-    assert fold_multipliers(without_weights(model)).config.multipliers.residual == 1
-    other = experiment(name, "hparam.base.head_dim=8")
-    norms = {layer.qk_norm.value for layer in model.blocks}
-    if "weightless" in norms:
+    assert not any("sparsity" in line for line in derive(run).warnings), "the proxy has its share of active experts"
+    assert fold_multipliers(weightless(run.model)).config.multipliers.residual == 1, "it can be exported"
+    if "weightless" in {layer.qk_norm.value for layer in run.model.blocks}:
+        other = resolve(experiment(name, "hparam.base.head_dim=8")).model
         with pytest.raises(ConfigError, match=r"multipliers.attention.*without a gain"):
-            fold_multipliers(without_weights(resolve(other).model))
+            fold_multipliers(weightless(other))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_model_of_another_kind_is_refused(name):
+def test_a_model_of_another_kind_is_rejected(name):
     other = "mixtral" if name != "mixtral_8x7b" else "olmoe"
     with pytest.raises(ConfigError, match=r"hparam.kind.*hparam=none"):
         resolve(experiment(name, f"hparam={other}"))
@@ -70,7 +62,7 @@ def test_every_proxy_is_checked_in_and_nothing_else():
 
 
 @pytest.mark.parametrize("name", FITS)
-def test_a_checked_in_fit_is_of_the_proxy_that_the_sweep_describes(name):
+def test_a_fit_is_of_the_proxy_that_its_sweep_describes(name):
     words = [word for word in [*RUN, *PROXIES[name]] if not word.startswith("sweep.")]
     settings = list(bases(words).values())
     fit = load("train", TrainConfig, [f"hparam={name}"])

@@ -1,4 +1,4 @@
-"""Online filtering by itself: exact numbers, the hardest rows, hysteresis, lots, and going on from a stored window."""
+"""Online filtering by itself: exact numbers, the hardest sequences, hysteresis, random draws and a stored window."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def test_a_window_takes_the_hardest_candidates_exactly():
     assert set(window.rows) == set(hardest.tolist())
     assert losses_of(window.rows).min() == window.threshold
     easiest = make(lambda ordinals: -losses_of(ordinals), revive=0.0).next(OnlineWindow(), 0, 4)
-    assert not set(easiest.rows) & set(window.rows), "control: the other end is other rows"
+    assert not set(easiest.rows) & set(window.rows), "control: the easiest"
 
 
-def test_rows_near_the_threshold_are_put_off_once():
+def test_sequences_near_the_threshold_are_deferred_once():
     filter_ = make(revive=0.0, hysteresis=0.3)
     first = filter_.next(OnlineWindow(), 0, 4)
     near = [one for one in range(64) if first.threshold - 0.3 < losses_of([one])[0] < first.threshold]
     assert near and first.deferred == near
     second = filter_.next(first, 4, 4)
     assert second.cursor == 64 + 64 - len(near) and len(second.rows) == 32
-    assert not set(second.deferred) & set(near), "a second failure is final"
+    assert not set(second.deferred) & set(near), "once only"
     assert make(revive=0.0, hysteresis=0.0).next(OnlineWindow(), 0, 4).deferred == [], "control"
 
 
-def test_no_row_comes_twice():
+def test_no_sequence_comes_twice():
     filter_, window, seen = make(), OnlineWindow(), []
     for step in range(0, 40, 4):
         window = filter_.next(window, step, 4)
@@ -47,15 +47,15 @@ def test_no_row_comes_twice():
     assert len(seen) == len(set(seen)) == 10 * 32 and window.generation == 10
 
 
-def test_revived_rows_are_drawn_from_the_rest():
+def test_revived_sequences_are_drawn_from_the_rest():
     hard = set(make(revive=0.0).next(OnlineWindow(), 0, 4).rows)
     window = make(revive=0.25).next(OnlineWindow(), 0, 4)
     assert len(window.rows) == 32 and len(set(window.rows) - hard) >= 1
     other = OnlineFilter(OnlineConfig(every=4, revive=0.25), 8, 2, losses_of).next(OnlineWindow(), 0, 4)
-    assert other.rows != window.rows, "the lot has a key"
+    assert other.rows != window.rows, "the draw has a key"
 
 
-def test_noise_is_left_out_where_there_is_anything_else():
+def test_noise_is_dropped_if_enough_else_is_there():
     def score(ordinals):
         found = losses_of(ordinals)
         found[::4], found[1::8] = 9.0, np.nan
@@ -64,30 +64,30 @@ def test_noise_is_left_out_where_there_is_anything_else():
     window = make(score, max_loss=8.0, revive=0.0).next(OnlineWindow(), 0, 4)
     assert len(window.rows) == 32 and not {one for one in window.rows if one % 4 == 0 or one % 8 == 1}
     without = make(lambda ordinals: np.nan_to_num(score(ordinals), nan=-1.0), revive=0.0).next(OnlineWindow(), 0, 4)
-    assert any(one % 4 == 0 for one in without.rows), "control: without a bound noise is the hardest of all"
+    assert any(one % 4 == 0 for one in without.rows), "control: without a bound noise is hardest"
 
 
 def noisy(ordinals):
-    """A quarter of the rows has no loss, another one above every bound."""
+    """A quarter of the sequences has no loss, another one a loss above every bound."""
     found = losses_of(ordinals)
     found[::4], found[1::4] = np.nan, 9.0
     return found
 
 
-def test_noise_is_neither_drawn_by_lot_nor_put_off():
+def test_noise_is_neither_drawn_nor_deferred():
     window = make(noisy, max_loss=8.0, keep=0.25, revive=0.5, hysteresis=10.0).next(OnlineWindow(), 0, 4)
-    assert len(window.rows) == 32 and min(one % 4 for one in window.rows) == 2, "drawn only where nothing else is left"
+    assert len(window.rows) == 32 and min(one % 4 for one in window.rows) == 2, "drawn only if nothing else is left"
     assert len(window.deferred) == 32 and min(one % 4 for one in window.deferred) == 2
     unbound = make(noisy, keep=0.25, revive=0.5, hysteresis=10.0).next(OnlineWindow(), 0, 4)
     assert 1 in {one % 4 for one in unbound.rows} & {one % 4 for one in unbound.deferred}, "control"
 
 
-def test_each_window_draws_another_lot_for_the_same_rows():
+def test_each_window_draws_differently():
     first, later = (make(revive=0.25).next(OnlineWindow(generation=number), 0, 4) for number in (0, 1))
     assert first.cursor == later.cursor and first.threshold == later.threshold and first.rows != later.rows
 
 
-def test_the_first_new_row_may_be_put_off_too():
+def test_the_first_new_sequence_may_be_deferred():
     def score(ordinals):
         return np.asarray([3.0 + (0 < one - 100 <= 32) - (one > 132) for one in ordinals])
 
@@ -95,7 +95,7 @@ def test_the_first_new_row_may_be_put_off_too():
     assert window.rows == list(range(101, 133)) and window.deferred == [100]
 
 
-def test_a_stored_window_goes_on_the_same():
+def test_a_stored_window_continues_the_same():
     filter_ = make()
     first = filter_.next(OnlineWindow(), 0, 4)
     again = OnlineWindow(**first.plain())
@@ -103,6 +103,6 @@ def test_a_stored_window_goes_on_the_same():
 
 
 @pytest.mark.parametrize("setting", [{"keep": 1.0}, {"revive": 1.0}, {"hysteresis": -1.0}])
-def test_bad_settings_are_refused(setting):
+def test_bad_settings_are_rejected(setting):
     with pytest.raises(ConfigError):
         OnlineConfig(**setting)

@@ -1,4 +1,4 @@
-"""Online filtering in a run: windows are what the model's losses say, and a resumed run takes the very same rows."""
+"""Online filtering in a run: windows follow the model's losses, and a resumed run takes the same sequences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from launch.cli import main
 from model.attention.plan import ForwardContext
 from tests.data.conftest import silent
 from tests.support.tiny import EXACT, TINY, config, trainer
-from train.callbacks.base import make
 from train.config import check, phases
 from train.corpus import source_weights
 from train.eval.held_out import held_out_loss, sequence_losses
@@ -43,14 +42,12 @@ def overrides(corpus: list[str], *more: str) -> list[str]:
 
 
 def stepped(run: Trainer, stop: int, save_at: int | None = None) -> dict[str, Any]:
-    """Steps up to `stop` with the callbacks of a run; the windows it took and the losses of its steps."""
-    extras, losses = make(run)[:1], []  # online filtering comes first; the others write what nobody reads here
-    windows = []
+    """Steps up to `stop` with online filtering; their losses and windows."""
+    online, losses, windows = run.callbacks[0], [], []
     for step in range(run.step, stop):
-        for extra in extras:
-            extra.before_step(step)
+        online.before_step(step)
         losses.append(run.train_step(step).loss.item())
-        windows.append((run.window.generation, tuple(run.window.rows), tuple(run.window.deferred)))
+        windows.append((online.window.generation, tuple(online.window.rows), tuple(online.window.deferred)))
         if step + 1 == save_at:
             run.save()
             run.checkpointer.wait()
@@ -62,7 +59,7 @@ def undisturbed(root: Path, name: str, words: list[str]) -> dict[str, Any]:
 
 
 def cut(root: Path, name: str, words: list[str], at: int) -> dict[str, Any]:
-    """Saved after `at` steps, a step further, and then begun again from the checkpoint."""
+    """Saved after `at` steps, one step more, then resumed from the checkpoint."""
     before = stepped(trainer(root, name, words), min(at + 1, 7), save_at=at)
     after = stepped(trainer(root, name, words), 7)
     return {key: before[key][:at] + after[key] for key in before}
@@ -70,7 +67,7 @@ def cut(root: Path, name: str, words: list[str], at: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def losses_of(run: Trainer, ordinals: list[int]) -> np.ndarray:
-    """Each row by itself, by plain arithmetic on the model's outputs."""
+    """The loss of each sequence by itself, from the model's logits."""
     found = []
     for ordinal in ordinals:
         batch = run.loaders["main"].samples([ordinal])
@@ -81,9 +78,9 @@ def losses_of(run: Trainer, ordinals: list[int]) -> np.ndarray:
 
 
 def test_windows_are_what_the_model_scores(small_corpus, tmp_path):
-    """Each window again, from plain arithmetic and the rule's own words."""
+    """Each window computed again from the definition."""
     run = trainer(tmp_path, "run", overrides(small_corpus))
-    (online, *_), deferred, cursor = make(run), [], 0
+    online, deferred, cursor = run.callbacks[0], [], 0
     for step in range(6):
         if step % 3 == 0:
             fresh = round(12 / 0.5) - len(deferred)
@@ -92,31 +89,31 @@ def test_windows_are_what_the_model_scores(small_corpus, tmp_path):
         online.before_step(step)
         if step % 3 == 0:
             cursor += fresh
-            window = run.window
+            window = online.window
             assert (window.generation, window.first_step, window.cursor) == (step // 3 + 1, step, cursor)
             hardest = sorted(np.argsort(-losses)[:9])
-            assert {candidates[place] for place in hardest} <= set(window.rows), "three quarters by height"
+            assert {candidates[place] for place in hardest} <= set(window.rows), "three quarters by loss"
             assert len(window.rows) == 12 == len(set(window.rows)) and window.rows == sorted(window.rows)
             assert window.threshold == pytest.approx(losses[hardest].min(), rel=1e-9)
             left = [c for c, loss in zip(candidates, losses, strict=True) if loss > window.threshold - 0.02]
             assert window.deferred == [c for c in left if c not in window.rows and c not in deferred]
             deferred = window.deferred
-        batch = run._batch(step)
-        wanted = run.loaders["main"].samples(run.window.rows[(step % 3) * 4 : (step % 3) * 4 + 4])
+        batch = run.batches.get(step)
+        wanted = run.loaders["main"].samples(online.window.rows[(step % 3) * 4 : (step % 3) * 4 + 4])
         assert torch.equal(batch.tokens_BT, wanted.tokens_BT) and torch.equal(batch.labels_BT, wanted.labels_BT)
         run.train_step(step)
     assert deferred or cursor == 48
 
 
-def test_the_comparison_notices_scores_of_another_model(small_corpus, tmp_path):
-    """Control: by the weights after training the first window would have been another."""
+def test_scores_of_another_model_are_noticed(small_corpus, tmp_path):
+    """Control: the trained weights would choose another first window."""
     run = trainer(tmp_path, "run", overrides(small_corpus, "optimizer.lr=0.5"))
     found = stepped(run, 3)
     filter_ = OnlineFilter(run.config.online, 4, 0, partial(losses_of, run))
     assert filter_.next(OnlineWindow(), 0, 3).rows != list(found["windows"][0][1])
 
 
-def test_samples_of_ordinals_are_the_rows_of_batches(small_corpus, tmp_path):
+def test_samples_of_ordinals_are_sequences_of_batches(small_corpus, tmp_path):
     loader = trainer(tmp_path, "run", overrides(small_corpus)).loaders["main"]
     for step in (0, 5, 300):
         batch = loader.batch(step)
@@ -131,30 +128,32 @@ def test_samples_of_ordinals_are_the_rows_of_batches(small_corpus, tmp_path):
         assert loader.samples([ordinal]).tokens_BT[0].tolist() == row[:-1].tolist()
 
 
-@pytest.mark.parametrize("at", [3, 4], ids=["at a window's boundary", "in the middle of a window"])
-def test_a_resumed_run_takes_the_same_rows(small_corpus, tmp_path, at):
-    words = overrides(small_corpus, "optimizer=adamw")
-    whole = undisturbed(tmp_path, "whole", words)
-    assert cut(tmp_path, "cut", words, at) == whole
+@pytest.fixture(scope="module")
+def whole(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return undisturbed(tmp_path_factory.mktemp("whole"), "whole", overrides(small_corpus, "optimizer=adamw"))
+
+
+@pytest.mark.parametrize("at", [3, 4], ids=["boundary", "middle"])
+def test_a_resumed_run_takes_the_same_sequences(small_corpus, whole, tmp_path, at):
+    assert cut(tmp_path, "cut", overrides(small_corpus, "optimizer=adamw"), at) == whole
     assert len(whole["losses"]) == 7 and whole["windows"][-1][0] == 3 and len(whole["windows"][-1][1]) == 4
 
 
-def test_the_comparison_notices_a_lost_window(small_corpus, tmp_path, monkeypatch):
-    """Control: with the cursor back at the begin the next window is another."""
-    words = overrides(small_corpus)
-    whole = undisturbed(tmp_path, "whole", words)
+def test_a_lost_window_is_noticed(small_corpus, whole, tmp_path):
+    """Control: with the cursor reset the next window differs."""
+    words = overrides(small_corpus, "optimizer=adamw")
     stepped(trainer(tmp_path, "cut", words), 3, save_at=3)
     run = trainer(tmp_path, "cut", words)
-    run.window = OnlineWindow(generation=run.window.generation)
+    run.callbacks[0].window = OnlineWindow(generation=run.callbacks[0].window.generation)
     assert stepped(run, 7)["windows"] != whole["windows"][3:]
 
 
-def test_two_ranks_take_the_same_rows(small_corpus, tmp_path, ranks):
+def test_two_ranks_take_the_same_sequences(small_corpus, tmp_path, ranks):
     words = overrides(small_corpus)
     one = ranks(1, undisturbed, tmp_path, "one", words)[0]
     two = ranks(2, undisturbed, tmp_path, "two", words)
     again = ranks(2, cut, tmp_path, "cut", words, 4)
-    assert two[0] == two[1] == again[0] == again[1], "bit for bit on as many ranks"
+    assert two[0] == two[1] == again[0] == again[1], "equal bits on equally many ranks"
     assert two[0]["windows"] == one["windows"] and two[0]["losses"] == pytest.approx(one["losses"], rel=1e-9)
 
 
@@ -163,24 +162,19 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_run_writes_its_windows_and_trims_them(small_corpus, tmp_path):
-    """The whole command: a phase, a restart from a checkpoint in the middle of a window, and the journeys of rows."""
+    """The whole command: a phase, a restart within a window, and the steps that trained on a document."""
     phase = "+phases=[{name: later, steps: 4, seq_len: 16, global_batch_size: 2, micro_batch_size: 2, weights: {code: 1.0}}]"
     words = [*TINY, *overrides(small_corpus, phase, "checkpoint.every=2", "checkpoint.keep=9"), f"run.root={tmp_path}"]
     assert main(["train", *words, "run.name=run"]) == 0
     path = tmp_path / "run" / "online.jsonl"
     windows = lines_of(path)
-    assert [(one["phase"], one["first_step"], one["generation"]) for one in windows] == [
-        ("main", 0, 1),
-        ("main", 3, 2),
-        ("main", 6, 3),
-        ("later", 7, 4),
-        ("later", 10, 5),
-    ]
+    found = [(one["phase"], one["first_step"], one["generation"]) for one in windows]
+    assert found == [("main", 0, 1), ("main", 3, 2), ("main", 6, 3), ("later", 7, 4), ("later", 10, 5)]
     assert [len(one["rows"]) for one in windows] == [12, 12, 4, 6, 2] and min(windows[3]["rows"]) < 12
     metrics = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     shares = {line["step"]: line["scoring_share"] for line in metrics}
     assert all(0 < shares[one["first_step"] + 1] < 1 for one in windows) and shares[2] == shares[3] == 0
-    for step in (6, 8, 10, 11):  # as if it had been killed after step 4, and the summary never written
+    for step in (6, 8, 10, 11):  # as if killed after step 4
         for left in (tmp_path / "run" / "checkpoints").glob(f"step-{step:08d}"):
             (left / "COMMITTED").unlink()
     (tmp_path / "run" / "summary.json").unlink()
@@ -194,7 +188,7 @@ def test_the_run_writes_its_windows_and_trims_them(small_corpus, tmp_path):
 
 
 def reads(loader: Loader, ordinals: list[int]) -> list[tuple[str, int]]:
-    """Source and place in its stream from which the loader takes each of these samples."""
+    """Source and start in its stream of each of these samples."""
     found: list[tuple[str, int]] = []
     names = dict(zip(map(id, loader._streams), loader.blend.names, strict=True))
     with pytest.MonkeyPatch.context() as patch:
@@ -204,7 +198,7 @@ def reads(loader: Loader, ordinals: list[int]) -> list[tuple[str, int]]:
 
 
 def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None:
-    """Which steps had a document, from the index of rows and from where the loader reads for each row of a window."""
+    """The steps that had a document, by the index and by the loader's reads for each sequence of a window."""
     stored = load_config(directory)
     corpus = prepare(stored.data, silent)
     read: list[tuple[TrainedSequence, int, int]] = []
@@ -214,15 +208,13 @@ def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None
         for window in (one for one in windows if one["phase"] == phase.name):
             for number, (source, start) in enumerate(reads(loader, window["rows"])):
                 step, row = divmod(number, phase.global_batch_size)
-                if source == "code":
-                    read.append(
-                        (TrainedSequence(phase.name, window["first_step"] + step, row), start, start + phase.seq_len)
-                    )
+                visit = TrainedSequence(phase.name, window["first_step"] + step, row)
+                read += [(visit, start, start + phase.seq_len)] if source == "code" else []
     tokens = np.empty(len(corpus.stream("code", TRAIN)), np.int64)
     corpus.stream("code", TRAIN).read(0, tokens)
     begins, met = np.flatnonzero(tokens == corpus.tokenizer.bos_id).tolist(), 0
     for start, stop in pairwise(begins):
-        # a row of inputs [begin, end) has labels (begin, end]; the first token of a document is BOS, which is none
+        # inputs [begin, end) have the labels (begin, end]; BOS is no label
         wanted = [visit for visit, begin, end in read if begin < stop - 1 and end >= start + 1]
         found = visits(directory, stored, corpus, DocumentSpan("code", start, stop - start), 11)
         assert found == wanted
@@ -230,21 +222,18 @@ def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None
     assert met
 
 
-def test_baselines_of_other_tokens_are_refused(small_corpus, tmp_path):
+def test_baselines_of_other_tokens_are_rejected(small_corpus, tmp_path):
     words = overrides(small_corpus, "evaluation.baselines=true")
     with pytest.raises(ConfigError, match=r"evaluation\.baselines=True: would be fitted to other tokens.*; try False"):
         check(config(tmp_path, "run", *words), 1)
     check(config(tmp_path, "run", *words, "online.every=0"), 1)
 
 
-def test_revive_leaves_one_for_its_height():
+def test_revive_leaves_one_by_its_loss():
     scores = np.arange(100.0)
     filter_ = OnlineFilter(OnlineConfig(every=1, revive=0.99), 8, 0, lambda ordinals: scores[list(ordinals)])
     window = filter_.next(OnlineWindow(), 0, 1)
     assert window.threshold == 15.0 and 15 in window.rows and len(window.rows) == 8
-
-
-# -- losses of rows
 
 
 def rows_and_held_out(root: Path, words: list[str]) -> tuple[list[float], float, float, int]:
@@ -262,18 +251,18 @@ LAYOUTS = {"dp": ["parallel.dp_shard=2"], "ep": ["parallel.ep=2"], "pp": ["paral
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_mean_of_rows_is_the_held_out_loss(small_corpus, tmp_path, ranks, layout):
-    """Five rows in micro-batches of two, so that a rank has a share with fewer; on two ranks as on one."""
+def test_the_mean_over_sequences_is_the_held_out_loss(small_corpus, tmp_path, ranks, layout):
+    """Five sequences in micro-batches of two, so that one rank has fewer; on two ranks as on one."""
     words = [*small_corpus, *EXACT, *SMALL, "training.micro_batch_size=1"]
-    alone = ranks(1, rows_and_held_out, tmp_path / "one", words)[0]
+    alone = rows_and_held_out(tmp_path / "one", words)
     assert alone[1] == pytest.approx(alone[2], rel=1e-12) and len(set(alone[0])) == 5
     for found in ranks(2, rows_and_held_out, tmp_path / "two", [*words, *LAYOUTS[layout]]):
         assert found[0] == pytest.approx(alone[0], rel=1e-9)
         assert found[1] == pytest.approx(found[2], rel=1e-12)
-    assert alone[0][0] != pytest.approx(alone[2], rel=1e-6), "control: a single row has another loss"
+    assert alone[0][0] != pytest.approx(alone[2], rel=1e-6), "control: a single sequence"
 
 
-def test_a_row_without_a_label_has_no_loss(small_corpus, tmp_path):
+def test_a_sequence_without_labels_has_no_loss(small_corpus, tmp_path):
     run = trainer(tmp_path, "run", [*small_corpus, *EXACT, *SMALL])
     loader = run.loaders["main"]
 

@@ -1,4 +1,4 @@
-"""From a document to the steps of a run that trained on it, against a look at every batch."""
+"""The steps of a run that trained on a document, compared with every batch."""
 
 from __future__ import annotations
 
@@ -41,24 +41,11 @@ def run(folders: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def arguments(folders: dict[str, Any], root: Path, name: str) -> list[str]:
-    sources = [f"data.sources.text.path={folders['prose']['path']}"]
-    sources.append(f"+data.sources.code={{kind: files, path: '{folders['code']['path']}', weight: 2.0}}")
-    data = [
-        "data=files",
-        *sources,
-        "data.tokenizer.vocab_size=300",
-        f"data.cache={root / 'cache'}",
-        "data.held_out=0.2",
-    ]
-    rules = "+data.filter={keep: 0.5, unit: documents}"
-    small = [
-        "training.steps=30",
-        "training.seq_len=24",
-        "model.num_layers=2",
-        "model.attention_chunk_size=8",
-        "optimizer=sgd",
-    ]
-    return [*TINY, *data, rules, *small, f"run.root={root}", f"run.name={name}"]
+    code = f"+data.sources.code={{kind: files, path: '{folders['code']['path']}', weight: 2.0}}"
+    data = ["data=files", f"data.sources.text.path={folders['prose']['path']}", code, "data.tokenizer.vocab_size=300"]
+    data += [f"data.cache={root / 'cache'}", "data.held_out=0.2", "+data.filter={keep: 0.5, unit: documents}"]
+    small = ["training.steps=30", "training.seq_len=24", "model.num_layers=2", "model.attention_chunk_size=8"]
+    return [*TINY, *data, *small, "optimizer=sgd", f"run.root={root}", f"run.name={name}"]
 
 
 def by_force(directory: Path, corpus: Corpus, place: DocumentSpan, steps: int) -> list[TrainedSequence]:
@@ -79,11 +66,11 @@ def by_force(directory: Path, corpus: Corpus, place: DocumentSpan, steps: int) -
         for step in range(phase.start, min(phase.stop, steps)):
             batch = loader.batch(step - phase.start)
             for row, content in enumerate(batch.tokens_BT.numpy()):
-                is_mine = corpus.sources[int(batch.sources_B[row])] == place.source
-                if is_mine:
-                    begin = where[content.tobytes()]
-                    if ((mine > begin) & (mine <= begin + phase.seq_len)).any():
-                        found.append(TrainedSequence(phase.name, step, row))
+                if corpus.sources[int(batch.sources_B[row])] != place.source:
+                    continue
+                begin = where[content.tobytes()]
+                if ((mine > begin) & (mine <= begin + phase.seq_len)).any():
+                    found.append(TrainedSequence(phase.name, step, row))
     return found
 
 
@@ -100,7 +87,7 @@ def test_the_steps_that_trained_on_a_document(run):
             assert found == by_force(run, corpus, place, 35)
             assert visits(run, config, corpus, place, 9) == [one for one in found if one.step < 9]
             compared, several = compared + 1, several + (len({one.phase for one in found}) == 2)
-    assert compared >= 8 and several, "some were met in both phases"
+    assert compared >= 8 and several, "some in both phases"
     moved = replace(place, start=place.start + 500 if place.start < 500 else place.start - 500)
     assert visits(run, config, corpus, moved, 35) != by_force(run, corpus, place, 35), "control: another place"
     other = replace(config, run=replace(config.run, seed=1))

@@ -1,1 +1,52 @@
-"""Callbacks around the training step."""
+"""Callbacks run around the steps: logging, evaluation, checkpoints, profiling, the summary and those of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from core.errors import ConfigError
+from core.import_path import load
+from core.package_guard import PACKAGES
+from train.callbacks.base import Callback, TrainingRun
+from train.callbacks.checkpoint import CheckpointCallback
+from train.callbacks.evaluation import EvaluationCallback
+from train.callbacks.logging import LoggingCallback
+from train.callbacks.online_filter import OnlineFilterCallback
+from train.callbacks.profiler import ProfilerCallback
+from train.callbacks.summary import ReportCallback, RunNameCallback, SummaryCallback
+from train.config import TrainConfig
+
+
+def make_callbacks(trainer: TrainingRun) -> list[Callback]:
+    """Make the callbacks of a run in the order of their calls: the user's before the line that has their figures, the
+    summary after all others.
+    """
+    config = trainer.config
+    logging, imported = LoggingCallback(trainer), []
+    for path, found in imported_callbacks(config):
+        imported.append(found(trainer))
+        imported[-1].key = path
+    evaluation = EvaluationCallback(trainer, logging)
+    return [
+        *([OnlineFilterCallback(trainer)] if config.online.every else []),
+        *imported,
+        logging,
+        CheckpointCallback(trainer),
+        evaluation,
+        *([ProfilerCallback(trainer)] if config.profile.steps else []),
+        SummaryCallback(trainer, logging, evaluation),
+        *([ReportCallback(trainer)] if config.logging.report else []),
+        RunNameCallback(trainer),
+    ]
+
+
+def imported_callbacks(config: TrainConfig) -> Iterator[tuple[str, type[Callback]]]:
+    """Import the callbacks that `callbacks` names. Raises `ConfigError` for one that does not import, is not a subclass
+    of `Callback` or does not take its options.
+    """
+    for place, one in enumerate(config.callbacks):
+        key = f"callbacks.{place}"
+        found = load(one.target, key, None, options=one.options, base=Callback)
+        if one.target.partition(".")[0] in PACKAGES:
+            raise ConfigError(key, one.target, "is part of Leviathan, which has configuration keys for it; remove it")
+        yield one.target, found

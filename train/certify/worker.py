@@ -24,9 +24,8 @@ from parallel.parallelize import build
 from parallel.sharding import LocalShard, ShardBlock
 from precision.config import PrecisionConfig
 from train.checkpoint.manager import Checkpointer
-from train.engine.base import optimizer_step
-from train.engine.deepspeed import make_engine
-from train.engine.fsdp import Engine
+from train.engine import make_engine
+from train.engine.base import Engine, optimizer_step
 from train.eval.held_out import held_out_loss
 from train.optim.optimizer import OptimizerConfig
 

@@ -20,7 +20,7 @@ from precision.config import Backend
 from train.checkpoint.manager import Checkpointer
 from train.checkpoint.state import run_state
 from train.config import Phase, TrainConfig, phase_of
-from train.corpus import check_same_data, get_corpus, source_weights
+from train.corpus import check_same_data, source_weights, stored_corpus
 from train.run_directory import RunDirectory, committed, load_config
 
 
@@ -55,7 +55,7 @@ def restore(directory: Path, world: World, backend: Backend | None = None, model
     checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, partial(_report, world))
     if not committed(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
-    corpus = get_corpus(config, world, lambda line: None, models)
+    corpus = stored_corpus(directory, config, world, lambda line: None, models)
     # nothing is trained, and either engine reads the other's checkpoints
     meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2, zero=ZeroConfig()), world)
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)

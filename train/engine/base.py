@@ -1,30 +1,146 @@
-"""One optimizer step, whatever the engine, the layout and where the batch comes from."""
+"""The interface of an engine, the pass over a step's micro-batches that all engines share, and the optimizer step."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from data.loader import Batch
+from model.attention.plan import ForwardContext
 from model.load_balance import Balancer
-from train.engine.fsdp import Updates
+from parallel.parallelize import ParallelModel
+from parallel.pipeline.runtime import Pipeline
+from parallel.sharding import LocalShard
+from train.checkpoint.state import TensorShard
+from train.loss import label_count, summed_loss
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Tensors still on the device: the loss, the gradient norm before clipping, the routers' figures."""
+    """Results of a step, still on the device. `gradient_norm` is the norm before clipping."""
 
     loss: Tensor
     gradient_norm: Tensor
     balance: dict[str, Tensor] = field(default_factory=dict)
+    """The routers' statistics."""
+
+
+class Updates(Protocol):
+    """The methods of an engine that `optimizer_step` calls, in this order."""
+
+    def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor: ...
+
+    def clip(self, limit: float | None) -> Tensor: ...
+
+    def step(self, learning_rate_factor: float) -> None: ...
+
+
+class Engine(ABC):
+    """Turns batches into updates."""
+
+    def __init__(self, placed: ParallelModel) -> None:
+        self.placed, self.meshes, self.device = placed, placed.meshes, placed.device
+        self.pipeline = None
+        if self.meshes.pp.size > 1:
+            self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)
+
+    def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
+        """Compute the gradients of this rank's sequences, `micro_batch_size` at a time.
+
+        Returns the loss, the sum over the global batch's tokens divided by their number: a scalar on the device, equal
+        on every rank.
+        """
+        meshes, share = self.meshes, self.placed.context_shard(batch.tokens_BT.shape[1])
+        labels_BT = share.take(batch.labels_BT).to(self.device)
+        tokens = label_count(labels_BT) * meshes.counts_tokens
+        meshes.world.sum(tokens, "loss")
+        routed = float(batch.tokens_BT.numel() * meshes.dp.size)
+        contexts = [
+            self.placed.sequence_context(part_BT, routed) for part_BT in batch.positions_BT.split(micro_batch_size)
+        ]
+        tokens_BT = share.take(batch.tokens_BT).to(self.device)
+
+        def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+            summed = summed_loss(logits_BTV, labels_BT, meshes.tp)
+            return summed / tokens.clamp_min(1)  # a batch of one-token documents has no labels
+
+        if self.pipeline is not None:
+            total = self.pipeline.forward_backward(tokens_BT, labels_BT, contexts, loss)
+        else:
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for part_BT, wanted_BT, context in _micro_batches(tokens_BT, labels_BT, contexts, micro_batch_size):
+                one = loss(self.placed.model(part_BT, context), wanted_BT)
+                one.backward()
+                total += one.detach()
+                self.after_backward(context is contexts[-1])
+        self.complete_gradients()
+        total = total * (meshes.tp.rank == 0)
+        meshes.world.sum(total, "loss")
+        return total
+
+    def after_backward(self, last: bool) -> None:  # noqa: B027 - optional
+        """Run after each micro-batch's backward pass; not called with a pipeline."""
+
+    @abstractmethod
+    def complete_gradients(self) -> None:
+        """Finish the reductions over ranks after the last micro-batch."""
+
+    def clip(self, limit: float | None) -> Tensor:
+        """Scale the gradients down if their global norm exceeds `limit`. Returns the norm before clipping, a scalar on
+        the device.
+        """
+        norm = self.norm()
+        if limit is not None:
+            self.scale((limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """Return the norm of all gradients, the same on every rank."""
+
+    @abstractmethod
+    def scale(self, factor: Tensor) -> None:
+        """Multiply every gradient by `factor`."""
+
+    @abstractmethod
+    def step(self, learning_rate_factor: float) -> None:
+        """Update the parameters at `learning_rate_factor` times each group's peak and drop the gradients."""
+
+    @abstractmethod
+    def gradients(self) -> Iterator[LocalShard]:
+        """Yield this rank's blocks of the gradients, between `forward_backward` and `step`. The blocks of all ranks
+        cover every parameter, some blocks several times.
+        """
+
+    @abstractmethod
+    def weights(self) -> Iterator[LocalShard]:
+        """Yield this rank's blocks of the master weights, to read or to write; call `written` after writing."""
+
+    @abstractmethod
+    def state(self) -> list[TensorShard]:
+        """Return the content of a checkpoint, sharing storage; call `written` after writing into it."""
+
+    @abstractmethod
+    def written(self) -> None:
+        """Propagate weights or state that were written from outside."""
 
 
 def optimizer_step(
     engine: Updates, balancer: Balancer, batch: Batch, micro_batch_size: int, clip_norm: float | None, factor: float
 ) -> StepResult:
-    """Learn from this rank's rows of a global batch; `factor` scales every group's peak learning rate."""
+    """Train on this rank's sequences of a global batch; `factor` scales every group's peak learning rate."""
     loss = engine.forward_backward(batch, micro_batch_size)
     norm = engine.clip(clip_norm)
     engine.step(factor)
     return StepResult(loss, norm, balancer.step())
+
+
+def _micro_batches(
+    tokens_BT: Tensor, labels_BT: Tensor, contexts: list[ForwardContext], size: int
+) -> Iterator[tuple[Tensor, Tensor, ForwardContext]]:
+    return zip(tokens_BT.split(size), labels_BT.split(size), contexts, strict=True)

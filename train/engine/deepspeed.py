@@ -1,4 +1,4 @@
-"""The engine whose gradients and optimizer state DeepSpeed's ZeRO shards, and the choice between the two engines."""
+"""The engine whose gradients and optimizer state DeepSpeed's ZeRO shards."""
 
 from __future__ import annotations
 
@@ -14,24 +14,16 @@ from parallel.deepspeed.offload import PagedAdamW
 from parallel.deepspeed.zero3 import Zero3
 from parallel.deepspeed.zero12 import Zero12, ZeroOptimizer
 from parallel.grad_norm import gradient_norm
-from parallel.layout import EngineKind
 from parallel.parallelize import ParallelModel
 from parallel.sharding import LocalShard, initialise, sum_partial_gradients
 from train.checkpoint.state import TensorShard, buffers
-from train.engine.fsdp import Engine, EngineBase, TorchEngine
+from train.engine.base import Engine
 from train.optim.optimizer import OptimizerConfig, elementwise, prime, role_groups, set_learning_rate
 
 
-def make_engine(placed: ParallelModel, config: OptimizerConfig, seed: int) -> Engine:
-    """The engine that the layout asks for. `seed`: of the initial weights."""
-    if placed.meshes.layout.engine is EngineKind.deepspeed:
-        return ZeroEngine(placed, config, seed)
-    return TorchEngine(placed, config)
-
-
-class ZeroEngine(EngineBase):
-    """The model holds what it computes with, whole on every data-parallel rank up to stage 2; fp32 weights,
-    moments and summed gradients lie in ranges of each parameter's elements, this rank's share of them.
+class ZeroEngine(Engine):
+    """Keeps this rank's ranges of the fp32 weights, moments and summed gradients. Up to stage 2 the model's own weights
+    are whole on every data-parallel rank.
     """
 
     def __init__(self, placed: ParallelModel, config: OptimizerConfig, seed: int) -> None:
@@ -45,7 +37,7 @@ class ZeroEngine(EngineBase):
         else:
             names = {parameter: name for name, parameter in model.named_parameters()}
             self.zero = Zero12(groups, make, prime, names, specs, meshes)
-        initialise(self.weights(), placed.model.config, seed)  # exactly: the model's own may be rounded
+        initialise(self.weights(), placed.model.config, seed)  # exactly: the model's own weights may be rounded
         self.written()
 
     def after_backward(self, last: bool) -> None:
@@ -86,8 +78,8 @@ class ZeroEngine(EngineBase):
 
 
 def make_inner(groups: list[dict[str, Any]], config: OptimizerConfig, offload: Offload) -> torch.optim.Optimizer:
-    """What updates the masters, wherever they lie. PyTorch's fused AdamW does so on the host as well: as fast as
-    DeepSpeed's CPUAdam (bench/RESULTS.md), and there is nothing to compile.
+    """Make the optimizer of the masters on the device or the host. PyTorch's fused AdamW is as fast on the host as
+    DeepSpeed's CPUAdam (bench/RESULTS.md) and needs no compiler.
     """
     if offload is not Offload.nvme:
         return elementwise(groups, config)
@@ -96,9 +88,7 @@ def make_inner(groups: list[dict[str, Any]], config: OptimizerConfig, offload: O
 
 def _parts(name: str, one: Any, held: Tensor) -> list[TensorShard]:
     spec = one.spec
-    if held.dim() == 0:  # a step count, of a whole group
-        return [
-            TensorShard(name, held, (), (), spec.is_owner and one.start == 0 and not any(spec.compute_block.offset))
-        ]
+    if held.dim() == 0:  # a step count of a whole group
+        return [TensorShard(name, held, (), (), spec.is_owner and one.start == 0 and not any(spec.computed.offset))]
     shape = tuple(spec.info.shape)
     return [TensorShard(name, values, shape, block.offset, spec.is_owner) for block, values in one.of(held)]

@@ -25,7 +25,7 @@ from data.filter.score.factory import Models
 from data.filter.score.scorer import TokenLosses
 from data.tokens import TokenStream
 from parallel.comm.world import World
-from train.corpus import get_corpus
+from train.corpus import stored_corpus
 from train.eval.text_loss import open_losses
 from train.run_directory import load_config
 
@@ -74,7 +74,7 @@ def check_unseen(name: str, records: Iterable[Record]) -> str | None:
 def seen_by(directory: Path, size: int = SAMPLE) -> TrainedTexts:
     """Documents of a run's corpus: all of them, or about `size` spread evenly over it."""
     config = load_config(directory)
-    corpus = get_corpus(config, World(0, 1, torch.device("cpu")), lambda line: None, MODELS)
+    corpus = stored_corpus(directory, config, World(0, 1, torch.device("cpu")), lambda line: None, MODELS)
     documents = {s: int(corpus.manifest["sources"][s][TRAIN]["counts"]["documents"]) for s in corpus.sources}
     total, sampled, found = sum(documents.values()), 0, set()
     for source, count in documents.items():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from core.errors import ConfigError
+from core.import_path import check_options, load
 
 
 class LRSchedule(Enum):
@@ -23,10 +26,15 @@ class LRScheduleConfig:
     arXiv 2404.06395, section 4). cosine: half a cosine from the peak to `final` (Loshchilov & Hutter 2017).
     """
 
-    kind: LRSchedule = LRSchedule.wsd
+    kind: LRSchedule | str = LRSchedule.wsd
+    """A name, or the import path of a function: `my.module:function` of (step, steps, **options) returns the factor for
+    `step` (from 0) of `steps`; warmup is applied to it.
+    """
     warmup_steps: int = 0
     decay: float = 0.2
     final: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of an imported function."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
@@ -34,15 +42,27 @@ class LRScheduleConfig:
         for key in ("decay", "final"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ConfigError(key, getattr(self, key), "must lie between 0 and 1")
+        check_options(self.kind, self.options)
+
+    def function(self) -> Callable[[int, int], float]:
+        """Import the function of a schedule by import path. Raises `ConfigError` if it does not take the arguments."""
+        return load(str(self.kind), "kind", 0, 1, options=self.options)
 
     def factor(self, step: int, steps: int) -> float:
-        """Factor for `step` (from 0) out of `steps`."""
+        """Return the factor for `step` (from 0) of `steps`."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        if self.kind is LRSchedule.constant:
-            return warm
-        if self.kind is LRSchedule.cosine:
-            progress = min(1.0, max(0, step - self.warmup_steps) / max(1, steps - self.warmup_steps))
-            return warm * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
-        decaying = self.decay * steps
-        left = min(1.0, (steps - step) / decaying) if decaying else 1.0
-        return warm * (self.final + (1 - self.final) * left)
+        if isinstance(self.kind, str):
+            found = float(self.function()(step, steps))
+            if not (math.isfinite(found) and found >= 0):
+                raise ConfigError("schedule.kind", self.kind, f"returned {found} for step {step}: must be at least 0")
+            return warm * found
+        match self.kind:
+            case LRSchedule.constant:
+                return warm
+            case LRSchedule.cosine:
+                progress = min(1.0, max(0, step - self.warmup_steps) / max(1, steps - self.warmup_steps))
+                return warm * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
+            case LRSchedule.wsd:
+                decaying = self.decay * steps
+                left = min(1.0, (steps - step) / decaying) if decaying else 1.0
+                return warm * (self.final + (1 - self.final) * left)

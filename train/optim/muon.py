@@ -1,10 +1,10 @@
-"""Muon (Jordan 2024; Liu et al. 2025, "Muon is scalable"): momentum, made orthogonal, for hidden layers' matrices.
+"""Muon (Jordan 2024; Liu et al. 2025, "Muon is scalable"): orthogonalised momentum for the matrices of hidden layers.
 
-The update of a matrix is its momentum with all singular values brought near 1 by a Newton-Schulz iteration, whatever
-they were. It is made of the whole matrix as the model means it: query, key, value and output, gate, up and down, each
-expert's own; see `parallel.whole_matrices` for how the pieces come together. AdamW has the rest.
+The update of a matrix is its momentum with all singular values brought near 1 by a Newton-Schulz iteration. The
+iteration needs whole logical matrices: query, key, value, output, gate, up and down, each expert's own.
+`parallel.whole_matrices` gathers the shards. AdamW updates all other parameters.
 
-Shapes: N matrices, O rows (outputs), I columns (inputs), of which a rank has o and i.
+Shapes: N matrices, O rows (outputs), I columns (inputs); a rank has o and i of them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from precision.config import Compute, PrecisionConfig
 from precision.gemm import widened
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Jordan's: steepest at 0, so that five steps bring what is above 0.01 of the norm between 0.7 and 1.2."""
+"""Jordan's coefficients, steepest at 0: five steps bring singular values above 0.01 of the norm between 0.7 and 1.2."""
 
 
 class MuonScale(Enum):
-    """How large an update of a matrix with O rows and I columns is; without it all singular values are about 1."""
+    """Factor on the orthogonalised update of a matrix with O rows and I columns."""
 
     match_adamw = "match_adamw"
-    """0.2 * sqrt(max(O, I)): as large per element as AdamW's usually are (Liu et al. 2025), so that one learning rate
-    serves both.
+    """0.2 * sqrt(max(O, I)): the RMS per element of a typical AdamW update (Liu et al. 2025), so that one learning rate
+    suits both.
     """
     unit_rms_norm = "unit_rms_norm"
-    """sqrt(O / I): the output changes as much per step at every width, so rates carry over to wider models."""
+    """sqrt(O / I): the output changes equally per step at every width, so learning rates transfer to wider models."""
     shape_scaling = "shape_scaling"
-    """sqrt(max(1, O / I)), Jordan's."""
+    """sqrt(max(1, O / I)) (Jordan 2024)."""
 
     def factor(self, rows: int, columns: int) -> float:
         if self is MuonScale.match_adamw:
@@ -49,8 +49,8 @@ class MuonScale(Enum):
 
 @dataclass(frozen=True)
 class MuonConfig:
-    """`lr` is the peak for Muon's matrices; null: the optimizer's, which AdamW's share always has. It suits
-    scale=match_adamw; the other scales want one of their own, about 0.02. Weight decay is the optimizer's.
+    """`lr` is the peak learning rate of Muon's matrices; null: the optimizer's, which suits scale=match_adamw. The
+    other scales need about 0.02. Weight decay is the optimizer's.
     """
 
     lr: float | None = None
@@ -60,9 +60,9 @@ class MuonConfig:
     """Newton-Schulz iterations."""
     scale: MuonScale = MuonScale.match_adamw
     eps: float = 1e-7
-    """Added to a matrix's norm before it is divided by it."""
+    """Added to a matrix's norm before the division by it."""
     products: Compute | None = None
-    """The format of the iteration, and of matrices on their way to it and back; null: that of the model's products."""
+    """Dtype of the iteration and of its communication; null: that of the model's products."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("lr", "eps"))
@@ -72,15 +72,15 @@ class MuonConfig:
             raise ConfigError("steps", self.steps, "must be from 1 to 20", [5])
 
     def format(self, compute: torch.dtype) -> torch.dtype:
-        """In which matrices are sent and worked on by a model whose products are in `compute`."""
+        """Return the dtype of the iteration for a model whose products are in `compute`."""
         return compute if self.products is None else PrecisionConfig(self.products).compute_dtype
 
 
 @torch.no_grad()
 def orthogonalise(x_NOI: Tensor, steps: int, eps: float) -> Tensor:
-    """U V^T of each matrix's singular value decomposition, roughly: singular values end between 0.7 and 1.2.
+    """Approximate U V^T of each matrix's singular value decomposition: singular values end between 0.7 and 1.2.
 
-    Newton-Schulz of fifth order (Jordan 2024), in the format of `x_NOI`. A matrix of zeros stays one.
+    Newton-Schulz iteration of fifth order (Jordan 2024) in the dtype of `x_NOI`. Zero matrices stay zero.
     """
     a, b, c = _COEFFICIENTS
     tall = x_NOI.shape[-2] > x_NOI.shape[-1]
@@ -94,10 +94,10 @@ def orthogonalise(x_NOI: Tensor, steps: int, eps: float) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the parameters of `groups`, `rest` (which keeps its own groups, and is stepped by this one) for others.
+    """Updates the parameters of `groups` by Muon and steps `rest`, the optimizer of all other parameters.
 
-    Groups and state of both are found here. `parameters` are those of `groups` by name, `rounds` the plan that covers
-    them. State: one `momentum` per parameter, laid out as the parameter is, in `moments` (None: as the parameter).
+    `param_groups` and `state` cover both. `parameters` are those of `groups` by name, `rounds` the plan that covers
+    them. State: one `momentum` per parameter, sharded like the parameter, in dtype `moments` (None: the parameter's).
     """
 
     def __init__(
@@ -118,21 +118,21 @@ class Muon(torch.optim.Optimizer):
         self.groups = {name: by_parameter[parameter] for name, parameter in parameters.items()}
 
     def prime(self) -> None:
-        """Make the state that a first step would make; `rest` has its own way."""
+        """Allocate the state of Muon's parameters; `rest` allocates its own."""
         for parameter in self.parameters.values():
             if parameter not in self.state:
                 self.state[parameter] = {"momentum": torch.zeros_like(parameter, dtype=self.moments)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Raises `ValueError` where a matrix has no gradient: its other pieces' ranks would wait for this one."""
+        """Raises `ValueError` if a matrix has no gradient: the ranks with its other shards would wait for this one."""
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 raise ValueError(f"{name} has no gradient")
         self.rest.step()
         self.prime()
         for together in self.rounds:
-            # the pieces are named by nobody, so that they are gone when the iteration needs the memory
+            # hold no reference to the shards, so their memory is freed before Newton-Schulz
             whole_NOI = together.gather(torch.cat([self._directions(piece) for piece in together.ranges]))
             whole_NOI = orthogonalise(whole_NOI, self.config.steps, self.config.eps)
             factor = self.config.scale.factor(*together.shape)
@@ -140,7 +140,7 @@ class Muon(torch.optim.Optimizer):
                 self._update(piece, update_Noi, factor)
 
     def _directions(self, piece: MatrixRange) -> Tensor:
-        """Take the gradient into the momentum; what is to be made orthogonal is that, with Nesterov a step ahead."""
+        """Update the momentum; return the direction to orthogonalise: the momentum, with Nesterov a step ahead."""
         parameter, kept = self.parameters[piece.name], self.config.momentum
         assert parameter.grad is not None
         gradient_Noi = widened(piece.of(local(parameter.grad)))

@@ -1,4 +1,4 @@
-"""From a scorer's configuration to the scorer."""
+"""Makes a scorer from its configuration."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.import_path import construct
 from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
-from data.filter.score.scorer import Scorer, TokenLosses
+from data.filter.score.scorer import Direction, Scorer, TokenLosses
 
 OpenLosses = Callable[[str, ScorerConfig], tuple[TokenLosses, str]]
-"""A model by its name, as token losses, and the fingerprint of its weights and tokenizer; `context` and `batch` are the
-configuration's.
+"""Open a model by its name: its token losses, and the fingerprint of its weights and tokenizer. `seq_len` and
+`batch_size` come from the configuration.
 """
 
 
 @dataclass(frozen=True)
 class Models:
-    """What scorers by a model's loss need, handed in: `data` knows of no models. `check_unseen` raises `ConfigError`
-    where the model of this name has learnt from these records, or returns a line that warns.
+    """How scorers open models: passed in, as `data` does not import models. `check_unseen` raises `ConfigError` if the
+    model of this name was trained on these records, or returns a warning.
     """
 
     open: OpenLosses
@@ -31,11 +32,13 @@ _WITH_WINDOW = (ScorerKind.ngram, ScorerKind.loss, ScorerKind.excess, ScorerKind
 
 
 def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: int = 0) -> Scorer:
-    """The scorer of any kind. `models` opens them (None: kinds that need one are refused); `cache` is where
-    answers of endpoints are kept; `seed` is of lots. Raises `ConfigError` with the key, below `scorer`.
+    """Make the scorer of any kind. `models` opens models (None: kinds that need one are rejected); `cache` keeps the
+    answers of endpoints; `seed` is that of random scores. Raises `ConfigError` with a key relative to `scorer`.
 
-    Each kind's module is imported only here: an n-gram scorer must not wait for an HTTP client.
+    Modules are imported here, so that an n-gram scorer does not import an HTTP client.
     """
+    if isinstance(config.kind, str):
+        return _imported(config, config.kind)
     if config.window is not None and config.kind not in _WITH_WINDOW:
         raise ConfigError("window", config.window, f"means nothing to {config.kind.name}", ["null"])
     if config.kind in (ScorerKind.loss, ScorerKind.excess, ScorerKind.ifd):
@@ -61,6 +64,14 @@ def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: 
     return RandomScorer(seed) if config.kind is ScorerKind.random else LengthScorer()
 
 
+def _imported(config: ScorerConfig, path: str) -> Scorer:
+    needs = ("name", "measures", "direction", "fingerprint", "fit", "score")
+    scorer: Scorer = construct(path, "kind", options=config.options, needs=needs)
+    if not isinstance(scorer.direction, Direction):
+        raise ConfigError("kind", path, "direction must be a data.filter.score.scorer.Direction")
+    return scorer
+
+
 def _from_models(config: ScorerConfig, models: Models | None) -> Scorer:
     from data.filter.score.losses import DifficultyOfFollowing, ExcessScorer, LossScorer
 
@@ -75,7 +86,7 @@ def _from_models(config: ScorerConfig, models: Models | None) -> Scorer:
 
 
 def _opened(key: str, name: str | None, config: ScorerConfig, models: Models) -> tuple[TokenLosses, str]:
-    assert name is not None  # ScorerConfig sees to it
+    assert name is not None  # checked by ScorerConfig
     try:
         return models.open(name, config)
     except ConfigError as error:
@@ -93,7 +104,7 @@ def _members(config: ScorerConfig, models: Models | None, cache: Path, seed: int
 
 
 def models_of(config: ScorerConfig, key: str = "scorer") -> Iterator[tuple[str, str]]:
-    """The configuration's key and the name of every model that a scorer uses."""
+    """Yield the key and the name of every model that a scorer uses."""
     for name in ("model", "reference"):
         if (model := getattr(config, name)) is not None:
             yield f"{key}.{name}", model

@@ -83,7 +83,7 @@ class JudgeScorer:
 def make_asker(config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> Asker:
     """What puts the questions of a judge and of `pass_rate`."""
     if not config.url or not config.judge:
-        raise ConfigError("judge" if config.url else "url", None, f"the scorer {config.kind.name} needs it")
+        raise ConfigError("judge" if config.url else "url", None, f"the scorer {config.kind_name} needs it")
     endpoint = Endpoint(
         config.url,
         config.judge,

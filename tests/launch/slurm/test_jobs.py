@@ -40,7 +40,7 @@ def test_a_warned_job_saves_and_resumes(cluster, user, undisturbed, warning):
     log = user.ended(name, number)
     assert user.results(name) == undisturbed
     assert "interrupted after step" in log and "requeued to resume from step" in log
-    assert log.count("going on from step-") == 1
+    assert log.count("resuming from step-") == 1
 
 
 def test_a_preempted_job_saves_and_resumes(cluster, user, undisturbed):
@@ -54,7 +54,7 @@ def test_a_preempted_job_saves_and_resumes(cluster, user, undisturbed):
     assert user.state(other) == "COMPLETED"
     assert user.results("humble") == undisturbed
     assert "interrupted after step" in log and "stopped from outside; requeued to resume from step" in log
-    assert log.count("going on from step-") == 1
+    assert log.count("resuming from step-") == 1
 
 
 @pytest.mark.parametrize("what", ["daemon", "node"])
@@ -68,7 +68,7 @@ def test_a_dead_node_is_replaced_and_a_dead_daemon_ignored(cluster, user, undist
     finally:
         cluster.start_node(victim)
     assert user.results(name) == undisturbed
-    assert user.log(name).count("going on from step-00000020") == (what == "node")
+    assert user.log(name).count("resuming from step-00000020") == (what == "node")
 
 
 def test_a_hanging_node_is_named_and_excluded(cluster, user, undisturbed):
@@ -79,7 +79,7 @@ def test_a_hanging_node_is_named_and_excluded(cluster, user, undisturbed):
     log = user.ended("stuck", number)
     assert user.results("stuck") == undisturbed
     assert "has sent no heartbeat since step" in log and f"on {victim})" in log
-    assert f"leviathan: excluded from now on: {victim}" in log and "going on from step-00000020" in log
+    assert f"leviathan: excluded from now on: {victim}" in log and "resuming from step-00000020" in log
     assert f"ExcNodeList={victim} " in cluster.client("scontrol", "show", "job", "-o", number)
     assert victim not in user.nodes_of(number)
 
@@ -105,7 +105,7 @@ def test_a_slow_node_is_excluded_where_enough_stay(cluster, user, tmp_path, enou
     assert "n1" in user.nodes_of(number), "SLURM takes the first nodes that are idle"
     cluster.client("scancel", "--signal=USR1", number)
     log = user.ended(name, number)
-    assert "leviathan: slow until the end of this attempt: n1\n" in log and log.count("going on from step-") == 1
+    assert "leviathan: slow until the end of this attempt: n1\n" in log and log.count("resuming from step-") == 1
     assert ("leviathan: excluded from now on: n1\n" in log) == enough
     kept = "leviathan: cannot exclude all of n1,n3: SLURM: allocation failure: Requested node configuration"
     assert (kept in log) == (not enough)
@@ -152,7 +152,7 @@ def test_the_time_limit_is_no_end(user, undisturbed):
     number = user.submit("short", "launch.slurm.time=2", "evaluation.every=1", "evaluation.sequences=12")
     log = user.ended("short", number, seconds=600)
     assert user.figures("short") == undisturbed[0]
-    assert 1 <= log.count("leviathan: requeued to resume from step") == log.count("going on from step-")
+    assert 1 <= log.count("leviathan: requeued to resume from step") == log.count("resuming from step-")
 
 
 def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(cluster, user):

@@ -1,3 +1,5 @@
+"""Factors of the schedules, and rejected settings."""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -34,6 +36,6 @@ def test_constant_and_no_warmup():
 
 
 @pytest.mark.parametrize("values", [{"warmup_steps": -1}, {"decay": 1.5}, {"final": -0.1}])
-def test_impossible_values_are_refused(values):
+def test_bad_values_are_rejected(values):
     with pytest.raises(ConfigError):
         LRScheduleConfig(**values)

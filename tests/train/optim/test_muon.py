@@ -1,11 +1,10 @@
-"""Muon: the iteration against a decomposition, a step against a plain statement, and who gets it."""
+"""Muon: the iteration against an SVD, a step against a plain implementation, and its parameters."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,66 +13,28 @@ from torch import Tensor
 
 from core.config import load
 from core.errors import ConfigError
-from model.config import ModelConfig
-from model.init import initialise
 from model.roles import Role, registry
 from model.transformer import Transformer
-from parallel.layout import ParallelConfig
-from parallel.mesh import meshes_of_rank
-from parallel.sharding import shard_specs
 from precision.config import Compute, ParamDtype, PrecisionConfig
-from precision.resolve import resolve
+from tests.support.optim import give_gradients, network, optimizer_of
 from tests.support.tiny import trainer
 from train.config import TrainConfig
 from train.optim.muon import Muon, MuonConfig, MuonScale, orthogonalise
-from train.optim.optimizer import (
-    GroupConfig,
-    Moments,
-    OptimizerConfig,
-    OptimizerKind,
-    make_optimizer,
-    prime,
-    set_learning_rate,
-)
+from train.optim.optimizer import GroupConfig, Moments, OptimizerConfig, OptimizerKind, prime, set_learning_rate
 
-MODEL = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    dense_hidden_size=24,
-    expert_hidden_size=8,
-    num_experts=2,
-)
+WIDE = PrecisionConfig(Compute.float64)
 MATRICES = {
     *("query", "key", "value", "attention_output", "dense_gate", "dense_up", "dense_down"),
     *("shared_gate", "shared_up", "shared_down", "expert_gate_up", "expert_down"),
 }
 
 
-def network(precision: PrecisionConfig | None = None) -> Transformer:
-    precision = precision or PrecisionConfig(Compute.float64)
-    made = Transformer(MODEL, resolve(precision)).to(precision.master_dtype)
-    initialise(made, MODEL, seed=0)
-    return made
-
-
 def muon(model: Transformer, **options: Any) -> Any:
-    config = OptimizerConfig(kind=OptimizerKind.muon, **options)
-    meshes = meshes_of_rank(ParallelConfig().resolve(1), 0)
-    return make_optimizer(model, shard_specs(registry(model), MODEL, meshes), config, meshes)
-
-
-def give_gradients(model: Transformer, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+    return optimizer_of(model, OptimizerConfig(kind=OptimizerKind.muon, **options))
 
 
 def scalar_iteration(values: Tensor, steps: int) -> Tensor:
-    """What the iteration makes of each singular value."""
+    """The iteration on singular values."""
     for _ in range(steps):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     return values
@@ -81,7 +42,7 @@ def scalar_iteration(values: Tensor, steps: int) -> Tensor:
 
 @pytest.mark.parametrize("rows, columns", [(12, 12), (7, 20), (20, 7), (1, 5)])
 def test_newton_schulz_changes_singular_values_only(rows, columns):
-    """Vectors stay, each value follows the scalar polynomial: exactly, whatever the shape."""
+    """Singular vectors stay; each value follows the scalar polynomial."""
     x = torch.randn(3, rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     left, values, right = torch.linalg.svd(x, full_matrices=False)
     values = scalar_iteration(values / values.norm(dim=-1, keepdim=True), 5)
@@ -90,7 +51,7 @@ def test_newton_schulz_changes_singular_values_only(rows, columns):
 
 
 def test_newton_schulz_comes_near_the_orthogonal_factor():
-    """From every scale, in every format; zeros (an expert that never got a token) stay zeros."""
+    """For every scale and dtype; zeros (an expert without tokens) stay zeros."""
     x = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(2))
     left, _, right = torch.linalg.svd(x, full_matrices=False)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
@@ -100,7 +61,7 @@ def test_newton_schulz_comes_near_the_orthogonal_factor():
             assert (found.double() - (left @ right).double()).norm() < 0.25 * (left @ right).norm()
     assert not orthogonalise(torch.zeros(2, 4, 8), 5, 1e-7).any()
     apart = (orthogonalise(x, 5, 1e-7) - orthogonalise(x.flatten(0, 1)[None], 5, 1e-7).view_as(x)).norm()
-    assert apart > 0.1 * x.shape[0], "the control: two matrices taken for one"
+    assert apart > 0.1 * x.shape[0], "control: two matrices as one"
 
 
 def test_scale_modes_are_those_of_their_sources():
@@ -118,7 +79,7 @@ def test_updates_are_as_large_as_adamws():
 
 
 def reference_step(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float, decay: float) -> Tensor:
-    """Muon as published, one matrix at a time: Jordan's momentum m <- b m + g, looking ahead g + b m."""
+    """Muon as published, one matrix at a time: momentum m <- b m + g, Nesterov g + b m."""
     for index in itertools.product(*(range(size) for size in weight.shape[:-2])):
         rows, columns = weight[index].shape
         momentum = torch.zeros_like(weight[index])
@@ -137,15 +98,13 @@ def reference_step(weight: Tensor, gradients: list[Tensor], config: MuonConfig, 
 
 
 def test_decay_follows_the_schedule():
-    """At half the rate everything moves half as far, the pull towards zero included."""
-    model, other = network(), network()
+    """At half the rate everything moves half as far, the decay included."""
+    model, other = network(WIDE), network(WIDE)
     half, whole = muon(model, lr=0.02, weight_decay=0.3), muon(other, lr=0.01, weight_decay=0.3)
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(a.numel()), dtype=a.dtype)
-        b.grad = a.grad.clone()
     set_learning_rate(half.param_groups, 0.5)
-    half.step()
-    whole.step()
+    for changed, optimizer in ((model, half), (other, whole)):
+        give_gradients(changed)
+        optimizer.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
@@ -153,9 +112,9 @@ def test_decay_follows_the_schedule():
 @pytest.mark.parametrize("scale", MuonScale)
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_steps_equal_the_plain_statement(scale, nesterov):
-    """Two steps; each expert's gate and up are matrices of their own. All else moves as under AdamW."""
+    """Two steps; each expert's gate and up are separate matrices. All other parameters move as under AdamW."""
     config = MuonConfig(nesterov=nesterov, scale=scale, eps=1e-300)
-    model, other = network(), network()
+    model, other = network(WIDE), network(WIDE)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizers = [
         muon(model, lr=0.02, muon=config, weight_decay=0.3),
@@ -173,7 +132,7 @@ def test_steps_equal_the_plain_statement(scale, nesterov):
     for name, info in registry(model).items():
         found = model.get_parameter(name)
         if info.role.is_norm:
-            continue  # they never decay: below
+            continue  # without weight decay: below
         wanted = adamw[name]
         if info.role.name in MATRICES:
             wanted = reference_step(before[name], gradients[name], config, 0.02, 0.3)
@@ -182,9 +141,9 @@ def test_steps_equal_the_plain_statement(scale, nesterov):
     assert decays["block_norm"] == decays["final_norm"] == 0 and decays["query"] == decays["head"] == 0.3
 
 
-def test_matrices_are_told_by_role():
+def test_muon_has_the_matrices_by_role():
     assert {role.name for role in Role if role.is_matrix} == MATRICES
-    model = network()
+    model = network(WIDE)
     optimizer = muon(model)
     assert isinstance(optimizer, Muon)
     prime(optimizer)
@@ -194,7 +153,7 @@ def test_matrices_are_told_by_role():
 
 
 def test_every_parameter_is_in_one_group_with_its_own_rate():
-    model = network()
+    model = network(WIDE)
     own = {"query": GroupConfig(lr_scale=0.5), "head": GroupConfig(lr_scale=0.25, weight_decay=0.0)}
     optimizer = muon(model, lr=0.004, muon=MuonConfig(lr=0.02), groups=own)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -203,27 +162,11 @@ def test_every_parameter_is_in_one_group_with_its_own_rate():
     assert peaks["query"] == 0.01 and peaks["expert_down"] == 0.02, "muon.lr times the role's factor"
     assert peaks["head"] == 0.001 and peaks["router"] == peaks["block_norm"] == 0.004
     shared = muon(model, lr=0.004)
-    assert {group["peak_lr"] for group in shared.param_groups} == {0.004}, "one rate for all unless there are two"
-
-
-@pytest.mark.parametrize("compute", Compute)
-@pytest.mark.parametrize("moments", Moments)
-def test_primed_state_is_what_a_first_step_makes(moments, compute):
-    model, other = network(PrecisionConfig(compute)), network(PrecisionConfig(compute))
-    primed, stepped = (muon(m, moments=moments) for m in (model, other))
-    prime(primed)
-    give_gradients(other)
-    stepped.step()
-    assert len(primed.state) == len(stepped.state) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        mine, theirs = primed.state[parameter], stepped.state[other.get_parameter(name)]
-        assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
-    widths = {state["momentum"].dtype for state in stepped.state.values() if "momentum" in state}
-    assert widths == {torch.bfloat16 if moments is Moments.bfloat16 else PrecisionConfig(compute).master_dtype}
+    assert {group["peak_lr"] for group in shared.param_groups} == {0.004}, "one rate by default"
 
 
 def moved(options: dict[str, Any], precision: PrecisionConfig, steps: int = 8) -> Tensor:
-    """How far the matrices get, as one vector."""
+    """The change of all matrices, as one vector."""
     model = network(precision)
     start = copy.deepcopy(model)
     optimizer = muon(model, lr=0.01, **options)
@@ -236,7 +179,7 @@ def moved(options: dict[str, Any], precision: PrecisionConfig, steps: int = 8) -
 
 
 def test_narrow_formats_follow_wide_ones():
-    """A momentum in bfloat16, the iteration in bfloat16, a model whose products are bfloat16: all near float32."""
+    """bf16 momentum, a bf16 iteration and a model with bf16 products all stay near float32."""
     wide = moved({}, PrecisionConfig())
     halves: dict[str, tuple[dict[str, Any], PrecisionConfig]] = {
         "moments": ({"moments": Moments.bfloat16}, PrecisionConfig()),
@@ -246,13 +189,13 @@ def test_narrow_formats_follow_wide_ones():
     }
     apart = {name: float((moved(*half) - wide).norm() / wide.norm()) for name, half in halves.items()}
     assert all(0 < difference < 0.06 for difference in apart.values()), apart
-    assert apart["model"] == apart["products"], "the iteration is in the format of the model's products"
+    assert apart["model"] == apart["products"], "the iteration has the dtype of the model's products"
     unrounded = moved({"muon": MuonConfig(products=Compute.float32)}, PrecisionConfig(Compute.bfloat16))
     assert torch.equal(unrounded, wide)
 
 
 def test_a_matrix_without_a_gradient_is_an_error():
-    model = network()
+    model = network(WIDE)
     optimizer = muon(model)
     give_gradients(model)
     model.layers["0"].attention.query.weight.grad = None  # type: ignore[union-attr]
@@ -275,16 +218,12 @@ def test_a_matrix_without_a_gradient_is_an_error():
         ),
     ],
 )
-def test_bad_values_are_refused(overrides, message):
+def test_bad_values_are_rejected(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load("train", TrainConfig, ["optimizer=muon", *overrides])
 
 
-def losses(root: Path, overrides: list[str]) -> list[float]:
-    run = trainer(root, overrides[0].partition("=")[2], overrides)
-    return [run.train_step(step).loss.item() for step in range(6)]
-
-
 def test_a_run_learns(small_corpus, tmp_path):
-    found = losses(tmp_path, ["optimizer=muon", *small_corpus, "optimizer.lr=1e-2"])
-    assert found[-1] < found[0] - 0.3
+    run = trainer(tmp_path, "run", ["optimizer=muon", *small_corpus, "optimizer.lr=1e-2"])
+    losses = [run.train_step(step).loss.item() for step in range(6)]
+    assert losses[-1] < losses[0] - 0.3

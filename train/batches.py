@@ -1,0 +1,88 @@
+"""This rank's sequences of each step's global batch, and statistics of the data consumed between two log lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from data.loader import IGNORED, Batch, Loader
+from data.prefetch import Prefetcher
+from parallel.mesh import MeshAxis
+from train.config import Phase, TrainConfig
+from train.online_filter import OnlineWindow
+
+
+class StepBatches:
+    """Batches of consecutive steps, prepared ahead: the plain order of each phase or, with online filtering, the
+    sequences of the window selected last. `axis` has the ranks that take different sequences of a batch.
+    """
+
+    def __init__(
+        self, config: TrainConfig, phases: Sequence[Phase], loaders: Mapping[str, Loader], axis: MeshAxis, eos_id: int
+    ) -> None:
+        self.phases, self.loaders, self.axis, self.eos_id = phases, loaders, axis, eos_id
+        self.sources = next(iter(loaders.values())).corpus.sources
+        self.window = OnlineWindow() if config.online.every else None
+        self._prefetcher = Prefetcher(self._make, config.data.prefetch)
+        self._reset()
+
+    def phase(self, step: int) -> Phase:
+        return next(phase for phase in self.phases if step < phase.stop)
+
+    def select(self, window: OnlineWindow) -> None:
+        """Take the sequences of `window` from its first step on."""
+        self.window = window
+
+    def get(self, step: int) -> Batch:
+        """Return this rank's sequences of `step` and count them."""
+        begin = time.perf_counter()
+        batch = self._prefetcher.get(step, self._known_until(step))
+        self.waited_s += time.perf_counter() - begin
+        self._positions += batch.labels_BT.numel()
+        self._labelled += int((batch.labels_BT != IGNORED).sum())
+        ends = batch.tokens_BT == self.eos_id
+        self._padding += int((ends[:, 1:] & ends[:, :-1]).sum())  # EOS is repeated as padding only
+        self._sequences += torch.bincount(batch.sources_B, minlength=len(self.sources))
+        return batch
+
+    def read(self) -> dict[str, Any]:
+        """Return the figures since the last call for a line of metrics: those of this rank's sequences. Each rank has
+        a sample of the same blend, so rank 0's shares stand for all without a collective.
+        """
+        total = max(int(self._sequences.sum()), 1)
+        counts = zip(self.sources, self._sequences.tolist(), strict=True)
+        line = {
+            "data_wait_s": round(self.waited_s, 6),
+            "labelled_tokens": self._labelled,
+            "padding_share": round(self._padding / max(self._positions, 1), 6),
+            "source_shares": {name: round(count / total, 4) for name, count in counts},
+        }
+        self._reset()
+        return line
+
+    def close(self) -> None:
+        self._prefetcher.close()
+
+    def _make(self, step: int) -> Batch:
+        phase = self.phase(step)
+        loader, size = self.loaders[phase.name], phase.global_batch_size // self.axis.size
+        start = self.axis.rank * size
+        if self.window is None:
+            return loader.batch(step - phase.start, start, start + size)
+        start += (step - self.window.first_step) * phase.global_batch_size
+        return loader.samples(self.window.rows[start : start + size])
+
+    def _known_until(self, step: int) -> int:
+        """Return the first step whose sequences are not known yet: the end of the run or of the window."""
+        if self.window is None:
+            return self.phases[-1].stop
+        return self.window.first_step + len(self.window.rows) // self.phase(step).global_batch_size
+
+    def _reset(self) -> None:
+        self.waited_s = 0.0
+        """Seconds that steps have waited for their batches since the last `read`."""
+        self._positions = self._labelled = self._padding = 0
+        self._sequences = torch.zeros(len(self.sources), dtype=torch.int64)

@@ -1,0 +1,46 @@
+"""Held-out loss every `evaluation.every` steps and at the end."""
+
+from __future__ import annotations
+
+import torch
+
+from train.callbacks.base import Callback, TrainingRun
+from train.callbacks.logging import LoggingCallback
+from train.eval.held_out import HeldOut, held_out_loss
+from train.metrics import StepMetrics
+
+
+class EvaluationCallback(Callback):
+    """Writes its lines through the writer of `logging`; `result` is the last one."""
+
+    result: HeldOut | None = None
+
+    def __init__(self, trainer: TrainingRun, logging: LoggingCallback) -> None:
+        super().__init__(trainer)
+        self.logging = logging
+
+    def after_step(self, steps: int, metrics: StepMetrics) -> None:
+        every = self.trainer.config.evaluation.every
+        if every and steps % every == 0 and steps != self.trainer.steps:
+            self.measure()
+
+    def at_end(self) -> None:
+        self.measure()
+
+    def measure(self) -> None:
+        trainer = self.trainer
+        phase = trainer.phase(max(0, trainer.step - 1))
+        loader, sequences = trainer.loaders[phase.name], trainer.config.evaluation.sequences
+        with trainer.pause():
+            if not any(loader.held_out_rows(name) for name in trainer.weights):
+                trainer.log("no held-out loss: no source has a held-out sequence of this length")
+                return
+            bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())
+            placed, size = trainer.engine.placed, phase.micro_batch_size
+            self.result = result = held_out_loss(placed, loader, bytes_V, sequences, size, trainer.weights)
+        if self.logging.writer is not None:
+            sources = {name: vars(found) for name, found in result.sources.items()}
+            line = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss, "heldout": sources}
+            self.logging.writer.write(line)
+        parts = ", ".join(f"{name} {found.loss:.3f}" for name, found in result.sources.items())
+        trainer.log(f"held-out loss {result.loss:.4f} nats/token, {result.bits_per_byte:.3f} bits/byte ({parts})")

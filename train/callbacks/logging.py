@@ -1,0 +1,115 @@
+"""A line in the log and in metrics.jsonl every `logging.every` steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from core.config import plain
+from core.errors import ConfigError
+from train.callbacks.base import Callback, TrainingRun
+from train.metrics import MetricsWriter, StepMetrics, Throughput, expert_load, peak_memory_bytes
+from train.run_directory import read_lines
+from train.stragglers import SLOW_HOSTS
+
+
+class LoggingCallback(Callback):
+    """Reads the step's tensors and writes a line. Raises `Diverged` if the loss or gradient norm is NaN or infinite."""
+
+    def __init__(self, trainer: TrainingRun) -> None:
+        super().__init__(trainer)
+        self.throughput = Throughput(trainer.config.model, trainer.world.device, trainer.world.size)
+        self.writer: MetricsWriter | None = None
+        self.last_loss: float | None = None
+        self.last_rate = 0.0
+
+    def before_training(self) -> None:
+        trainer = self.trainer
+        if trainer.world.is_main:
+            shown = plain(replace(trainer.config, launch={}))  # its environment may hold secrets
+            self.writer = MetricsWriter(trainer.directory.metrics, trainer.config.logging, shown, trainer.log)
+        earlier = list(read_lines(trainer.directory.metrics)) if trainer.directory.metrics.exists() else []
+        if steps := [line for line in earlier if "loss" in line]:
+            self.last_loss, self.last_rate = steps[-1]["loss"], steps[-1]["tokens_per_second"]
+        self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
+        self._begin, self._logged = (self._clock, trainer.step), trainer.step
+
+    def after_step(self, steps: int, metrics: StepMetrics) -> None:
+        trainer = self.trainer
+        if steps % trainer.config.logging.every and steps != trainer.steps:
+            return
+        metrics.check_finite(steps)
+        self.last_loss = metrics.loss.item()
+        slow = trainer.stragglers.read(trainer.batches.waited_s)
+        now = time.perf_counter()
+        seconds = now - self._clock - (trainer.paused_s - self._paused)
+        line, self._logged = self._line(steps, metrics, seconds), steps
+        self._clock, self._paused, self._tokens = now, trainer.paused_s, metrics.tokens
+        for callback in trainer.callbacks:
+            self._add(line, callback)
+        if slow:
+            line["slow_ranks"] = [vars(one) for one in slow]
+        trainer.log(self._text(line, now))
+        for one in slow:
+            times = f"{one.times_the_median:.1f} times the ranks' median"
+            trainer.log(f"rank {one.rank} on {one.host} is slow: {one.kind} take {times}")
+        if self.writer is not None:
+            self.writer.write(line)
+            trainer.stragglers.note(slow, steps, trainer.directory.logs / SLOW_HOSTS)
+
+    def close(self) -> None:
+        """Close the writer after the last line, which evaluation writes."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def _add(self, line: dict[str, Any], callback: Callback) -> None:
+        for name, figure in callback.metrics().items():
+            if name in line:
+                raise ConfigError("callbacks", callback.key, f"metrics() returns {name}, which is taken; rename it")
+            line[name] = float(figure)
+
+    def _line(self, steps: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
+        trainer = self.trainer
+        seq_len = trainer.phase(steps - 1).seq_len
+        rate, mfu = self.throughput.read(seconds, metrics.tokens - self._tokens, seq_len)
+        line: dict[str, Any] = {
+            "step": steps,
+            "tokens": metrics.tokens,
+            "loss": self.last_loss,
+            "learning_rate": metrics.learning_rate,
+            "gradient_norm": metrics.gradient_norm.item(),
+            "tokens_per_second": round(rate, 1),
+            "mfu": mfu,
+            "peak_memory_bytes": peak_memory_bytes(trainer.world.device),
+            **trainer.batches.read(),
+        }
+        if traffic := trainer.meshes.traffic.take():
+            done = steps - self._logged
+            line["collective_bytes"] = {f"{axis}/{why}": size // done for (axis, why), size in traffic.items()}
+        if metrics.balance:
+            line["router_z"] = [round(z, 6) for z in metrics.balance["z"].tolist()]
+            line["router_entropy"] = [round(e, 6) for e in metrics.balance["entropy"].tolist()]
+            line["aux_loss"] = [round(a, 6) for a in metrics.balance["aux"].tolist()]
+            line["expert_load"] = expert_load(metrics.balance["counts"])
+        return line
+
+    def _text(self, line: dict[str, Any], now: float) -> str:
+        steps, total = line["step"], self.trainer.steps
+        begin, first = self._begin
+        left = (now - begin) / max(1, steps - first) * (total - steps)
+        parts = [
+            f"step {steps:>{len(str(total))}}/{total}",
+            f"loss {line['loss']:.4f}",
+            f"lr {line['learning_rate']:.2e}",
+            f"|g| {line['gradient_norm']:.3f}",
+            f"{line['tokens_per_second']:,.0f} tok/s",
+        ]
+        if line["mfu"] is not None:
+            parts.append(f"MFU {line['mfu']:.1%}")
+        if "expert_load" in line:
+            busiest = max(layer["max_over_mean"] for layer in line["expert_load"])
+            dead = sum(layer["dead"] for layer in line["expert_load"])
+            parts.append(f"busiest expert {busiest:.1f}x" + (f", {dead} dead" if dead else ""))
+        parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        return "  ".join(parts)
