@@ -36,8 +36,8 @@ def transfer(base: str, overrides: list[str], name: str, out: Path) -> int:
     merged = {**given, "model": dict(given["model"])}
     read_base(Path(base).expanduser(), merged)
     for word in filter(_is_of_base, overrides):  # they take precedence over the base
-        *above, last = _key(word).split(".")
-        reduce(getitem, above, merged)[last] = reduce(getitem, [*above, last], given)
+        *parents, last = _key(word).split(".")
+        reduce(getitem, parents, merged)[last] = reduce(getitem, [*parents, last], given)
     merged["hparam"]["provenance"] |= {"base": base, "target": list(overrides), "code": sources_digest()}
     found = resolve(build(TrainConfig, merged))
     if found.hparam.base is None:
