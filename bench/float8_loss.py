@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train.report.plots import COLOURS
+from core.plotting import COLOURS, figure, png
 from train.run_directory import read_lines
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "fp8_loss.png"
@@ -54,32 +54,23 @@ def bound(values: list[float]) -> tuple[float, float]:
 
 
 def draw(found: dict[str, list[tuple[Curve, Curve]]], steps: int, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 3.8), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    losses, difference = figure.subplots(1, 2)
-    for (name, curves), colour in zip(found.items(), COLOURS, strict=False):
-        for index, (_, held_out) in enumerate(curves):
-            style: dict[str, Any] = {"color": colour, "linestyle": "-" if name == "bf16" else "--"}
-            losses.plot(held_out.keys(), held_out.values(), label=None if index else name, **style)
-    losses.set(xlabel="step", ylabel="held-out loss, nats per token", title=f"{len(found['FP8'])} seeds each")
-    losses.legend(frameon=False)
-    for seed, gap in enumerate(gaps(found)):
-        difference.plot(
-            gap.keys(), [100 * value for value in gap.values()], label=f"seed {seed}", color=COLOURS[2:][seed % 6]
-        )
-    difference.axhline(0, color="black", linewidth=0.8)
-    difference.axhline(100 * MOST_GAP, color=COLOURS[1], linestyle=":", label="allowed at the end")
-    difference.set(
-        xlabel="step", ylabel="held-out gap of FP8, % of bf16's loss", title="paired by seed", xlim=(0, steps)
-    )
-    difference.legend(frameon=False)
-    for axes in (losses, difference):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    figure.savefig(path)
+    with figure(9.6, 3.8, 1, 2) as (made, [losses, difference]):
+        for (name, curves), colour in zip(found.items(), COLOURS, strict=False):
+            for index, (_, held_out) in enumerate(curves):
+                style: dict[str, Any] = {"color": colour, "linestyle": "-" if name == "bf16" else "--"}
+                losses.plot(held_out.keys(), held_out.values(), label=None if index else name, **style)
+        losses.set(xlabel="step", ylabel="held-out loss, nats per token", title=f"{len(found['FP8'])} seeds each")
+        for seed, gap in enumerate(gaps(found)):
+            percent = [100 * value for value in gap.values()]
+            difference.plot(gap.keys(), percent, label=f"seed {seed}", color=COLOURS[2:][seed % 6])
+        difference.axhline(0, color="black", linewidth=0.8)
+        difference.axhline(100 * MOST_GAP, color=COLOURS[1], linestyle=":", label="allowed at the end")
+        label = "held-out gap of FP8, % of bf16's loss"
+        difference.set(xlabel="step", ylabel=label, title="paired by seed", xlim=(0, steps))
+        for axes in (losses, difference):
+            axes.grid(alpha=0.25)
+            axes.legend(frameon=False)
+        path.write_bytes(png(made))
 
 
 def main(arguments: list[str]) -> int:

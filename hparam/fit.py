@@ -55,6 +55,10 @@ class Curve:
     losses: NDArray[np.float64]
     scale: Scale | None = None
 
+    @property
+    def seeds(self) -> range:
+        return range(self.losses.shape[1])
+
     def mean(self, chosen: Sequence[int]) -> NDArray[np.float64]:
         """Of these seeds (by place) at each rate; inf where one of them diverged."""
         mean = self.losses[:, list(chosen)].mean(1)

@@ -13,6 +13,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, LeviathanError
@@ -36,10 +38,19 @@ class Verb:
     """Keys that arguments without "=" stand for, in order; "..." after the last makes it a list of the rest."""
     others: str | None = None
     """The key of a list that takes overrides of keys which the verb itself does not have: those of another verb."""
+    stored: str | None = None
+    """"module:name" of the function that reads a stored configuration and applies overrides: `--config FILE`."""
 
 
 VERBS = {
-    "train": Verb("train a model", "train", "train.config:TrainConfig", "launch.local:train", sweeps=True),
+    "train": Verb(
+        "train a model",
+        "train",
+        "train.config:TrainConfig",
+        "launch.local:train",
+        sweeps=True,
+        stored="launch.local:read_stored",
+    ),
     "evaluate": Verb(
         "held-out loss of a run, or its figures in tasks (lm-eval)",
         "evaluate",
@@ -96,8 +107,8 @@ VERBS = {
     "report": Verb(
         "draw one run, or several side by side",
         "report",
-        "train.report.run:ReportConfig",
-        "train.report.run:run",
+        "launch.verbs.report:ReportConfig",
+        "launch.verbs.report:run",
         positional=("runs...",),
     ),
     "jobs": Verb(
@@ -150,6 +161,7 @@ def usage() -> str:
     lines += [
         "",
         "leviathan VERB --help  lists the verb's keys; leviathan VERB --cfg [KEY=VALUE ...]  shows what it would run",
+        "leviathan train --config RUN/config.yaml [KEY=VALUE ...]  starts from a stored configuration",
     ]
     return "\n".join(lines)
 
@@ -159,6 +171,7 @@ def _run(name: str, arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4) or list(VERBS)
         raise ConfigError("verb", name, "no such verb", near)
     verb = VERBS[name]
+    stored, arguments = _stored(verb, arguments)
     options = [argument for argument in arguments if argument.startswith("-")]
     overrides = _named(verb, [argument for argument in arguments if not argument.startswith("-")])
     unknown = [option for option in options if option not in ("-h", "--help", "--cfg")]
@@ -177,7 +190,8 @@ def _run(name: str, arguments: list[str]) -> int:
         print(describe(schema, values, config_directory(), {"launch": LaunchConfig}))
         return 0
     grid = expand(overrides) if verb.sweeps else [overrides]
-    configs = [load(verb.root, schema, point) for point in grid]
+    read = partial(load, verb.root, schema) if stored is None else partial(_import(verb.stored or ""), stored)
+    configs = [read(point) for point in grid]
     if "--cfg" in options:
         import yaml
 
@@ -185,6 +199,16 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     function: Callable[..., int] = _import(verb.function)
     return function(configs) if verb.sweeps else function(configs[0])
+
+
+def _stored(verb: Verb, arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """FILE of `--config FILE`, and the other arguments."""
+    if verb.stored is None or "--config" not in arguments:
+        return None, arguments
+    at = arguments.index("--config")
+    if len(arguments) == at + 1:
+        raise ConfigError("--config", None, "name a stored configuration: --config RUN/config.yaml")
+    return Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
 
 
 def _named(verb: Verb, arguments: list[str]) -> list[str]:

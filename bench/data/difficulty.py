@@ -18,6 +18,7 @@ import numpy as np
 from bench.data.problems import Problem, make_problems, read_problems, records
 from bench.data.separation import Separation, length_buckets, separation
 from core.config import build
+from core.plotting import COLOURS, figure, png
 from data.config import DataConfig, Section
 from data.filter.audit.tally import spearman
 from data.filter.input.records import Record
@@ -26,7 +27,6 @@ from data.filter.score.ensemble import EnsembleScorer
 from data.filter.score.ngram import NgramScorer
 from data.filter.score.scorer import Scorer
 from data.sources import make_source
-from train.report.plots import COLOURS
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "filter_difficulty.png"
 COUNT, SEEDS, BUCKETS = 2000, (1, 2, 3), 8
@@ -103,31 +103,26 @@ def table(found: dict[str, Found]) -> str:
 
 
 def draw(found: dict[str, Found], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MultipleLocator
 
-    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     first = next(iter(found.values()))
-    panels = figure.subplots(1, len(first), sharex=True, sharey=True)
-    for axes, basis in zip(panels, first, strict=True):
-        names = list(first[basis])
-        for index, (name, part) in enumerate(found.items()):
-            cells = [part[basis][scorer] for scorer in names]
-            areas = np.array([cell.area for cell in cells])
-            ends = np.array([[cell.area - cell.low, cell.high - cell.area] for cell in cells]).T
-            places = np.arange(len(names)) + 0.22 * (index - (len(found) - 1) / 2)
-            axes.errorbar(areas, places, xerr=ends, fmt="o", markersize=4, color=COLOURS[index], label=name)
-        axes.axvline(0.5, color="black", linewidth=0.8)
-        axes.set(title=f"by the length of {basis}")
-        axes.set_yticks(np.arange(len(names)), names)
-        axes.xaxis.set_major_locator(MultipleLocator(0.05))
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
-    panels[-1].legend(frameon=False, loc="upper right")
-    figure.supxlabel("chance that the harder of two problems in one length bucket scores higher (AUC), 95% interval")
-    figure.savefig(path)
+    with figure(11, 4.4, 1, len(first), sharex=True, sharey=True) as (made, panels):
+        for axes, basis in zip(panels, first, strict=True):
+            names = list(first[basis])
+            for index, (name, part) in enumerate(found.items()):
+                cells = [part[basis][scorer] for scorer in names]
+                areas = np.array([cell.area for cell in cells])
+                ends = np.array([[cell.area - cell.low, cell.high - cell.area] for cell in cells]).T
+                places = np.arange(len(names)) + 0.22 * (index - (len(found) - 1) / 2)
+                axes.errorbar(areas, places, xerr=ends, fmt="o", markersize=4, color=COLOURS[index], label=name)
+            axes.axvline(0.5, color="black", linewidth=0.8)
+            axes.set(title=f"by the length of {basis}")
+            axes.set_yticks(np.arange(len(names)), names)
+            axes.xaxis.set_major_locator(MultipleLocator(0.05))
+        panels[0].invert_yaxis()
+        panels[-1].legend(frameon=False, loc="upper right")
+        made.supxlabel("chance that the harder of two problems in one length bucket scores higher (AUC), 95% interval")
+        path.write_bytes(png(made))
 
 
 def builtin() -> dict[str, list[Record]]:

@@ -22,7 +22,7 @@ from train.engine.fsdp import TorchEngine
 from train.metap.hyperparameters import as_base, derive, resolve, scale_of_run, without_derived
 from train.metap.scaling import carried, grown_run
 from train.optim.optimizer import Moments
-from train.report.run import repeat_command
+from train.report.page import repeat_command
 from train.run_directory import RunDirectory
 
 

@@ -19,7 +19,8 @@ from core.errors import ConfigError
 from launch.cli import main
 from train.config import TrainConfig
 from train.report import plots
-from train.report.run import RunData, repeat_command, write_report
+from train.report.page import repeat_command, write_report
+from train.report.run import RunData
 
 
 def make_run(directory: Path, *overrides: str, steps: int = 60, loss=lambda step: 7 - step / 20, **load_) -> Path:

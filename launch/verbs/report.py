@@ -1,0 +1,29 @@
+"""The verb `report`: draw one run, or several side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from core.errors import ConfigError
+from train.report.page import PAGE, write_report
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One page about one run, or about several side by side."""
+
+    runs: list[str] = field(default_factory=list)
+    """Directories of runs."""
+    out: str | None = None
+    """Path of the page; null: report.html in the run's directory, or in this folder for several runs."""
+
+
+def run(config: ReportConfig) -> int:
+    if not config.runs:
+        raise ConfigError("runs", None, "name at least one run's directory: leviathan report RUN")
+    directories = [Path(directory).expanduser() for directory in config.runs]
+    out = Path(config.out).expanduser() if config.out else (directories[0] if len(directories) == 1 else Path()) / PAGE
+    write_report(directories, out)
+    print(f"report: {out}")
+    return 0
