@@ -18,9 +18,13 @@ FRAME = Path(__file__).with_name("frame.html")
 
 def render(template: Path, **values: Any) -> str:
     """The page that `template` makes of `values`."""
-    folders = FileSystemLoader([template.parent, FRAME.parent])
     environment = Environment(
-        loader=folders, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader([template.parent, FRAME.parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["data_url"] = data_url
     return environment.get_template(template.name).render(values)

@@ -221,7 +221,7 @@ def phases(config: TrainConfig) -> list[Phase]:
         last = found[-1]
         model = replace(last.model, **_given(later, ("rope_theta", "rope_scaling", "temperature_floor")))
         base = replace(last, name=later.name, start=last.stop, stop=last.stop + later.steps, weights=None, model=model)
-        changed = _given(later, ("context", "global_batch_size", "micro_batch_size", "weights", "schedule"))
+        changed = _given(later, ("seq_len", "global_batch_size", "micro_batch_size", "weights", "schedule"))
         found.append(replace(base, **changed))
     return found
 

@@ -103,7 +103,7 @@ def test_learning_rate_times_decay_times_steps_is_the_same_everywhere():
 
 def test_both_forms_of_the_head_train_the_same_function():
     """A head w with a factor m on its logits trains as m * w does at m times the rate, epsilon and decay over m; the
-    training itself is compared in `tests.train.metap.test_resolve`.
+    training itself is compared in `tests.train.metap.test_hyperparameters`.
     """
     absorbed, multiplier = carried(), carried(head=HeadForm.multiplier)
     m = multiplier.multipliers.logits

@@ -68,7 +68,7 @@ def test_width_with_muon(scale, lr):
 @pytest.mark.parametrize(
     "axis, factors, rule",
     [
-        (SizeAxis.width, [1, 2, 4], "fan_in^-1 layers^a-1"),
+        (SizeAxis.width, [1, 2, 4], "fan_in^-1 num_layers^a-1"),
         (SizeAxis.depth, [1, 2, 4, 8], "residual"),
     ],
 )

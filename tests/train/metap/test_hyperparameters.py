@@ -214,9 +214,9 @@ def test_families_grow_along_one_axis(axis):
         if after != before
     }
     wanted = {
-        SizeAxis.width: {"width", "query_width", "value_width", "expert_hidden_size"},
-        SizeAxis.depth: {"layers"},
-        SizeAxis.experts: {"experts", "top_k"},
+        SizeAxis.width: {"hidden_size", "query_width", "value_width", "expert_hidden_size"},
+        SizeAxis.depth: {"num_layers"},
+        SizeAxis.experts: {"num_experts", "top_k"},
         SizeAxis.batch: {"batch"},
         SizeAxis.tokens: {"tokens"},
     }
