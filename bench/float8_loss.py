@@ -58,11 +58,11 @@ def draw(found: dict[str, list[tuple[Curve, Curve]]], steps: int, path: Path) ->
         for (name, curves), colour in zip(found.items(), COLOURS, strict=False):
             for index, (_, held_out) in enumerate(curves):
                 style: dict[str, Any] = {"color": colour, "linestyle": "-" if name == "bf16" else "--"}
-                losses.plot(held_out.keys(), held_out.values(), label=None if index else name, **style)
+                losses.plot(list(held_out), list(held_out.values()), label=None if index else name, **style)
         losses.set(xlabel="step", ylabel="held-out loss, nats per token", title=f"{len(found['FP8'])} seeds each")
         for seed, gap in enumerate(gaps(found)):
             percent = [100 * value for value in gap.values()]
-            difference.plot(gap.keys(), percent, label=f"seed {seed}", color=COLOURS[2:][seed % 6])
+            difference.plot(list(gap), percent, label=f"seed {seed}", color=COLOURS[2:][seed % 6])
         difference.axhline(0, color="black", linewidth=0.8)
         difference.axhline(100 * MOST_GAP, color=COLOURS[1], linestyle=":", label="allowed at the end")
         label = "held-out gap of FP8, % of bf16's loss"
