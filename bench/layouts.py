@@ -24,7 +24,7 @@ from precision.config import Backend, Compute, PrecisionConfig, Recipe
 from train.certify import fp8
 from train.certify.compare import EXACT, GRADIENT_FP32
 from train.certify.plan import CertifyConfig, Trial, compare_layouts, shrink
-from train.certify.worker import CertifyCase, Ranks, measure_all
+from train.certify.worker import CertifyCase, RunOnRanks, run_cases
 from train.optim.optimizer import OptimizerConfig
 
 LAYOUTS = {
@@ -85,7 +85,7 @@ def deep(top_k: int) -> ModelConfig:
     return replace(small, num_layers=len(layers), layer_list=layers)
 
 
-def proofs(ranks: Ranks) -> Iterator[tuple[str, int, Recompute, bool, float, float]]:
+def proofs(ranks: RunOnRanks) -> Iterator[tuple[str, int, Recompute, bool, float, float]]:
     """Layout, top-k, recompute mode, whether all comparisons hold, and the largest differences in both formats.
     Recomputation is tried with top-2.
     """
@@ -96,27 +96,27 @@ def proofs(ranks: Ranks) -> Iterator[tuple[str, int, Recompute, bool, float, flo
                 yield name, top_k, mode, outcome.passed, outcome.largest(EXACT), outcome.largest(GRADIENT_FP32)
 
 
-def resumes(ranks: Ranks, names: list[str]) -> Iterator[tuple[str, str, float]]:
+def resumes(ranks: RunOnRanks, names: list[str]) -> Iterator[tuple[str, str, float]]:
     """Written under, resumed under, and by how much the next two losses differ at most from one process's run that was
     not interrupted (relative, float64, AdamW). The first shows lost weights, the second lost moments.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = CertifyCase(deep(2), PrecisionConfig(Compute.float64), OptimizerConfig(lr=1e-2), clip_norm=0.05, steps=3)
         whole = replace(run, steps=4)
-        wanted = ranks(1, measure_all, ParallelConfig(), {"run": whole})[0]["run"].loss[2:]
+        wanted = ranks(1, run_cases, ParallelConfig(), {"run": whole})[0]["run"].loss[2:]
         for name in names:
             count, config = LAYOUTS[name]
-            ranks(count, measure_all, config, {"run": replace(run, save=Path(folder) / name)})
+            ranks(count, run_cases, config, {"run": replace(run, save=Path(folder) / name)})
         for name in names:
             count, config = LAYOUTS[name]
             cases = {other: replace(whole, resume=Path(folder) / other) for other in names}
-            found = ranks(count, measure_all, config, cases)
+            found = ranks(count, run_cases, config, cases)
             for other in names:
                 pairs = zip(found[0][other].loss, wanted, strict=True)
                 yield other, name, max(abs(a - b) / b for a, b in pairs)
 
 
-def float8_proofs(ranks: Ranks) -> Iterator[tuple[str, str, bool, float | None, float]]:
+def float8_proofs(ranks: RunOnRanks) -> Iterator[tuple[str, str, bool, float | None, float]]:
     """Layout, recipe, whether all holds, the largest difference of products with the same tiles (None: there are none),
     and the largest error of a gradient over one process's.
     """
@@ -124,8 +124,8 @@ def float8_proofs(ranks: Ranks) -> Iterator[tuple[str, str, bool, float | None, 
         for name in FLOAT8 if recipe is Recipe.blockwise else ("ep2", "tp2", "pp2 zbv"):
             count, parallel = LAYOUTS[name]
             precision = PrecisionConfig(Compute.bfloat16, backend=Backend.emulated, recipe=recipe)
-            model = shrink(tiny(1), parallel, fp8.SIDE)
-            found = list(fp8.proofs(model, precision, parallel, count, ranks))
+            model = shrink(tiny(1), parallel, fp8.TILE)
+            found = list(fp8.compare_fp8(model, precision, parallel, count, ranks))
             exact = [one.largest for one in found if one.gate == EXACT]
             error = next(one.largest for one in found if one.gate == fp8.ERROR)
             yield name, recipe.value, all(one.passed for one in found), max(exact, default=None), error

@@ -1,4 +1,4 @@
-"""The verb `report`: draw one run, or several side by side."""
+"""The verb `report`: one HTML page about one run, or about several side by side."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ class ReportConfig:
     runs: list[str] = field(default_factory=list)
     """Directories of runs."""
     out: str | None = None
-    """Path of the page; null: report.html in the run's directory, or in this folder for several runs."""
+    """File for the page; null: report.html in the run's directory, or here for several runs."""
 
 
 def run(config: ReportConfig) -> int:
+    """Write the page and print its path."""
     if not config.runs:
         raise ConfigError("runs", None, "name at least one run's directory: leviathan report RUN")
     directories = [Path(directory).expanduser() for directory in config.runs]

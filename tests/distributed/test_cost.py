@@ -25,7 +25,7 @@ from parallel.pipeline.stages import PipelineSchedule
 from parallel.sharding import local, shard_specs
 from precision.config import Compute, PrecisionConfig
 from tests.support.tiny import EXACT, config, trainer
-from train.certify.worker import CONTEXT, ROWS, MadeUpRows
+from train.certify.worker import BATCH_SIZE, SEQ_LEN, SyntheticLoader
 from train.engine.base import optimizer_step
 from train.engine.fsdp import TorchEngine
 from train.optim.muon import MuonConfig
@@ -67,10 +67,10 @@ def counted(
     placed = build(model, precision, meshes, world.device, seed=1)
     network, engine = placed.model, TorchEngine(placed, optimizer)
     balancer = Balancer(network, lambda counts: meshes.world.sum(counts, "balance"))
-    rows, share = MadeUpRows(model.vocab_size), ROWS // meshes.rows.size
+    rows, share = SyntheticLoader(model.vocab_size), BATCH_SIZE // meshes.rows.size
     batch = rows.batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
     if aligned:
-        batch.positions_BT = (torch.arange(CONTEXT) % 32).expand(len(batch.tokens_BT), -1)
+        batch.positions_BT = (torch.arange(SEQ_LEN) % 32).expand(len(batch.tokens_BT), -1)
     optimizer_step(engine, balancer, batch, micro_batch_size, None, 1.0)  # a pipeline's first step asks who is there
     meshes.traffic.take()
     with Seen() as seen:
@@ -130,7 +130,7 @@ def test_counted_bytes_equal_the_formulas(ranks, name):
         assert sum(traffic.values()) == sum(seen.values()), (traffic, seen)
         total.update(traffic)
     layout = config.resolve(count)
-    batch = cost.BatchShape(ROWS // layout.rows, min(micro_batch_size, ROWS // layout.rows), CONTEXT)
+    batch = cost.BatchShape(BATCH_SIZE // layout.rows, min(micro_batch_size, BATCH_SIZE // layout.rows), SEQ_LEN)
     assert dict(total) == cost.step_traffic(model, precision, layout, batch)
 
 
@@ -140,7 +140,7 @@ def test_aligned_rows_save_the_halo(ranks):
     for traffic, seen, _ in ranks(2, counted, model, config, precision, 2, ADAMW, True):
         assert sum(traffic.values()) == sum(seen.values())
         total.update(traffic)
-    aligned, other = (cost.BatchShape(ROWS, 2, CONTEXT, aligned) for aligned in (True, False))
+    aligned, other = (cost.BatchShape(BATCH_SIZE, 2, SEQ_LEN, aligned) for aligned in (True, False))
     assert dict(total) == cost.step_traffic(model, precision, config.resolve(2), aligned)
     assert ("cp", "halo") not in total
     assert cost.step_traffic(model, precision, config.resolve(2), other)["cp", "halo"] > 0
@@ -161,7 +161,9 @@ def test_what_ends_a_recomputed_layer_is_not_repeated(ranks, dispatch, weights_o
     for traffic, seen, _ in ranks(2, counted, model, config, precision, 4):
         assert sum(traffic.values()) == sum(seen.values())
         total.update(traffic)
-    assert dict(total) == cost.step_traffic(model, precision, config.resolve(2), cost.BatchShape(ROWS, 4, CONTEXT))
+    assert dict(total) == cost.step_traffic(
+        model, precision, config.resolve(2), cost.BatchShape(BATCH_SIZE, 4, SEQ_LEN)
+    )
 
 
 @pytest.mark.parametrize("compute", [Compute.bfloat16, Compute.float64])
@@ -173,7 +175,7 @@ def test_the_formulas_know_the_number_formats(ranks, compute, recompute):
     total: Counter[tuple[str, str]] = Counter()
     for traffic, _, _ in found:
         total.update(traffic)
-    batch = cost.BatchShape(ROWS // 2, 1, CONTEXT)
+    batch = cost.BatchShape(BATCH_SIZE // 2, 1, SEQ_LEN)
     assert dict(total) == cost.step_traffic(model, PrecisionConfig(compute), config.resolve(4), batch)
 
 
@@ -206,7 +208,7 @@ def test_bytes_of_muon_equal_the_formulas(ranks, name):
         total.update(traffic)
         kept = cost.static_bytes(model, precision, layout, torch.float32, rank, muon=True)
         assert (kept.parameters, kept.optimizer) == (parameters, state)
-    batch = cost.BatchShape(ROWS // layout.rows, min(2, ROWS // layout.rows), CONTEXT)
+    batch = cost.BatchShape(BATCH_SIZE // layout.rows, min(2, BATCH_SIZE // layout.rows), SEQ_LEN)
     wanted = cost.step_traffic(model, precision, layout, batch, torch.float32)
     assert dict(total) == wanted
     assert any(purpose == "matrices" for _, purpose in wanted)
@@ -221,7 +223,7 @@ def test_matrices_travel_in_the_format_of_the_products(ranks, compute):
         total: Counter[tuple[str, str]] = Counter()
         for traffic, _, _ in ranks(2, counted, model, config, precision, 2, muon):
             total.update(traffic)
-        batch = cost.BatchShape(ROWS, 2, CONTEXT)
+        batch = cost.BatchShape(BATCH_SIZE, 2, SEQ_LEN)
         wanted = cost.step_traffic(model, precision, config.resolve(2), batch, dtype)
         assert total["tp", "matrices"] == wanted["tp", "matrices"] > 0
 
@@ -355,10 +357,10 @@ def test_what_a_layers_attention_costs(ranks, kind, size, method):
     model, config = tiny(1), ParallelConfig(cp=size, cp_method=ContextMethod[method])
     chunks = [layer.attention_chunk_size is not None for layer in model.blocks]
     layer = chunks.index(kind == "chunked")
-    found = ranks(size, attention_counted, model, config, layer, 2 * CONTEXT)
+    found = ranks(size, attention_counted, model, config, layer, 2 * SEQ_LEN)
     precision = PrecisionConfig(Compute.bfloat16)
-    wanted = cost.attention_cost(model, model.blocks[layer], precision, config.resolve(size), 2 * CONTEXT)
+    wanted = cost.attention_cost(model, model.blocks[layer], precision, config.resolve(size), 2 * SEQ_LEN)
     for figure in ("flops", "keys", "kept", "sent"):
         assert sum(getattr(one, figure) for one in found) == size * getattr(wanted, figure), figure
-    longer = cost.attention_cost(model, model.blocks[layer], precision, config.resolve(size), 4 * CONTEXT)
+    longer = cost.attention_cost(model, model.blocks[layer], precision, config.resolve(size), 4 * SEQ_LEN)
     assert longer.kept == 2 * wanted.kept and longer.flops / wanted.flops > (3.9 if kind == "whole row" else 1.9)

@@ -26,7 +26,7 @@ from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Compute, PrecisionConfig
 from tests.support.tiny import EXACT, trainer
 from train.certify.plan import Trial, compare_layouts
-from train.certify.worker import CONTEXT, ROWS, SEED, MadeUpRows
+from train.certify.worker import BATCH_SIZE, SEED, SEQ_LEN, SyntheticLoader
 from train.engine.base import optimizer_step
 from train.engine.fsdp import TorchEngine
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
@@ -78,8 +78,8 @@ def one_step(
     """What one step did on this rank, its loss and norm, and how many routed tokens all routers counted."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
-    share = ROWS // meshes.rows.size
-    batch = MadeUpRows(model.vocab_size).batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
+    share = BATCH_SIZE // meshes.rows.size
+    batch = SyntheticLoader(model.vocab_size).batch(0, meshes.rows.rank * share, (meshes.rows.rank + 1) * share)
     with counting() as times:  # before the model is built: recomputation keeps hold of the forwards that it finds
         placed = build(model, PrecisionConfig(compute), meshes, world.device, SEED)
         engine = TorchEngine(placed, SGD)
@@ -98,7 +98,7 @@ def test_no_schedule_runs_more_forwards_than_recomputation_needs(ranks, schedule
     alone = ranks(1, one_step, ParallelConfig(), model)[0]
     parallel = ParallelConfig(pp=2, ep=2, schedule=schedule, recompute=recompute)
     found = ranks(4, one_step, parallel, model)
-    micro_batches, layers = ROWS // 2, LAYERS // 2
+    micro_batches, layers = BATCH_SIZE // 2, LAYERS // 2
     repeated = 1 if recompute is Recompute.none else 2
     again = recompute is Recompute.full
     exchanges = 5 + 3 * again  # counts once; rows there and back, and their gradients; there, back and counts repeated
@@ -106,8 +106,10 @@ def test_no_schedule_runs_more_forwards_than_recomputation_needs(ranks, schedule
         assert times["attention"] == times["experts"] == repeated * micro_batches * layers
         assert times["all_to_all"] == exchanges * micro_batches * layers
         assert loss == pytest.approx(alone[1], rel=1e-12) and norm == pytest.approx(alone[2], rel=1e-12)
-        assert counted == alone[3] == ROWS * CONTEXT * LAYERS, "every token of every layer once, whatever is repeated"
-    assert sum(times["rows"] for times, *_ in found) == repeated * ROWS * CONTEXT * LAYERS
+        assert counted == alone[3] == BATCH_SIZE * SEQ_LEN * LAYERS, (
+            "every token of every layer once, whatever is repeated"
+        )
+    assert sum(times["rows"] for times, *_ in found) == repeated * BATCH_SIZE * SEQ_LEN * LAYERS
 
 
 def split_by_torch(parallel: ParallelConfig, model: ModelConfig) -> Any:
@@ -123,7 +125,7 @@ def test_the_count_notices_repeated_forwards(ranks):
     """torch's own way to split the backward pass repeats a recomputed layer for each part."""
     parallel = ParallelConfig(pp=2, ep=2, schedule=PipelineSchedule.zbv, recompute=Recompute.full)
     times, *_ = ranks(4, split_by_torch, parallel, mixtures())[0]
-    assert times["attention"] > 2 * (ROWS // 2) * (LAYERS // 2)
+    assert times["attention"] > 2 * (BATCH_SIZE // 2) * (LAYERS // 2)
 
 
 def layout(name: str) -> tuple[int, ParallelConfig]:
@@ -173,7 +175,7 @@ def test_tied_tables_at_both_ends_learn_as_one(ranks):
 def test_in_bfloat16_gradients_are_summed_as_without_a_split(ranks, schedule, micro_batches):
     """Gathered copies are bf16, and so is each product; their sum is not, however few or many there are."""
     micro_batches = max(micro_batches, 4 if schedule.is_v else 2)
-    model, rows = mixtures(), ROWS // micro_batches
+    model, rows = mixtures(), BATCH_SIZE // micro_batches
     usual, split = (
         ranks(2, one_step, ParallelConfig(pp=2, schedule=one), model, Compute.bfloat16, rows)[0]
         for one in (PipelineSchedule.interleaved, schedule)
@@ -210,8 +212,8 @@ def test_every_product_is_put_off_and_done_later(ranks):
     of their weights.
     """
     with_head, without = ranks(2, put_off, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv), mixtures())
-    for happened, head in ((with_head, ROWS), (without, 0)):
-        assert happened.count("n") == happened.count("w") == 2 * ROWS * 9 + head
+    for happened, head in ((with_head, BATCH_SIZE), (without, 0)):
+        assert happened.count("n") == happened.count("w") == 2 * BATCH_SIZE * 9 + head
     assert without.endswith(3 * 9 * "n" + 3 * ("|" + 9 * "w"))
 
 

@@ -39,10 +39,10 @@ def compare(name: str, wanted: RankResults, found: Sequence[RankResults], case: 
     """Every figure of a run against one process's; each rank's is compared, the largest difference counts."""
     narrow = case.precision.compute is not Compute.float64
     loss, gate = gates(case)
-    yield Comparison(f"{name}: loss", series("loss", wanted, found, relative=not narrow), loss)
-    yield Comparison(f"{name}: gradient norm", series("norm", wanted, found), gate)
-    yield blocks(f"{name}: gradients", wanted.gradients, [f.gradients for f in found], gate)
-    yield blocks(f"{name}: updated weights", wanted.weights, [f.weights for f in found], gate)
+    yield Comparison(f"{name}: loss", largest_difference("loss", wanted, found, relative=not narrow), loss)
+    yield Comparison(f"{name}: gradient norm", largest_difference("norm", wanted, found), gate)
+    yield compare_blocks(f"{name}: gradients", wanted.gradients, [f.gradients for f in found], gate)
+    yield compare_blocks(f"{name}: updated weights", wanted.weights, [f.weights for f in found], gate)
     yield Comparison(f"{name}: held-out loss", max(_relative(f.held_out, wanted.held_out) for f in found), loss)
     if narrow:  # a tie between two experts may fall the other way
         return
@@ -61,14 +61,16 @@ def gates(case: CertifyCase) -> tuple[float, float]:
     return (EXACT, EXACT) if case.precision.compute is Compute.float64 else (LOSS_FP32, GRADIENT_FP32)
 
 
-def tail(name: str, wanted: RankResults, found: Sequence[RankResults], case: CertifyCase) -> Iterator[Comparison]:
+def compare_resumed(
+    name: str, wanted: RankResults, found: Sequence[RankResults], case: CertifyCase
+) -> Iterator[Comparison]:
     """What a resumed run ends with against the run that was not interrupted."""
     loss, gate = gates(case)
     yield Comparison(f"{name}: loss", max(_relative(f.loss[-1], wanted.loss[-1]) for f in found), loss)
-    yield blocks(f"{name}: weights", wanted.weights, [f.weights for f in found], gate)
+    yield compare_blocks(f"{name}: weights", wanted.weights, [f.weights for f in found], gate)
 
 
-def series(key: str, wanted: RankResults, found: Sequence[RankResults], relative: bool = True) -> float:
+def largest_difference(key: str, wanted: RankResults, found: Sequence[RankResults], relative: bool = True) -> float:
     pairs = [pair for f in found for pair in zip(getattr(f, key), getattr(wanted, key), strict=True)]
     return max(_relative(a, b) if relative else _number(abs(a - b)) for a, b in pairs)
 
@@ -90,12 +92,12 @@ def _number(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: float) -> Comparison:
+def compare_blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: float) -> Comparison:
     """All ranks' blocks of each parameter against the whole one."""
-    return worst(name, distances(wanted, found), gate)
+    return worst_parameter(name, relative_errors(wanted, found), gate)
 
 
-def joined(ranks: Iterable[Blocks]) -> Blocks:
+def join_blocks(ranks: Iterable[Blocks]) -> Blocks:
     """Whole tensors out of the blocks of all ranks; what is missing is no number."""
     found: dict[str, list[tuple[ShardBlock, Tensor]]] = {}
     for rank in ranks:
@@ -113,14 +115,14 @@ def _whole(some: Sequence[tuple[ShardBlock, Tensor]]) -> tuple[ShardBlock, Tenso
     return ShardBlock((0,) * len(shape), shape), tensor
 
 
-def worst(name: str, differences: Mapping[str, float], gate: float) -> Comparison:
+def worst_parameter(name: str, differences: Mapping[str, float], gate: float) -> Comparison:
     """Of differences by parameter, in the model's order."""
     beyond = [parameter for parameter, difference in differences.items() if difference > gate]
     largest = max(differences, key=lambda parameter: differences[parameter])
     return Comparison(name, differences[largest], gate, largest, beyond[0] if beyond else None)
 
 
-def distances(wanted: Blocks, found: Sequence[Blocks]) -> dict[str, float]:
+def relative_errors(wanted: Blocks, found: Sequence[Blocks]) -> dict[str, float]:
     """By parameter, how far the blocks of all ranks are from the whole one, relative; infinite where one is missing."""
     differences: dict[str, float] = {}
     for parameter, ((_, whole),) in wanted.items():

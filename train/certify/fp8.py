@@ -17,11 +17,11 @@ import torch
 from model.config import ModelConfig
 from parallel.layout import Layout, ParallelConfig
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
-from train.certify.compare import Comparison, compare, distances, series, worst
-from train.certify.worker import CertifyCase, RankResults, Ranks, measure_all
+from train.certify.compare import Comparison, compare, largest_difference, relative_errors, worst_parameter
+from train.certify.worker import CertifyCase, RankResults, RunOnRanks, run_cases
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
-SIDE, ROWS = 128, 4
+TILE, SEQUENCES_PER_RANK = 128, 4
 """Widths are multiples of SIDE on every rank, and so are the runs of tokens: no tile is cut. ROWS: of each rank."""
 LOSS, NORM, ERROR = 5e-3, 5e-2, 1.5
 """Gates where a layout's tiles are others: relative, and of each gradient's error over the error in one process."""
@@ -30,16 +30,16 @@ _SMALL = 1e-3
 _SAME, _ANY, _UNROUNDED = "FP8 in the same tiles", "FP8", "unrounded"
 
 
-def proofs(
-    model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, count: int, ranks: Ranks
+def compare_fp8(
+    model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, count: int, ranks: RunOnRanks
 ) -> Iterator[Comparison]:
     """A layout of `count` ranks against one process that makes the same micro-batches. `model`: shrunk to multiples of
     `SIDE`. Raises `RankFailure`.
     """
     cases = _cases(model, precision, parallel.resolve(count))
     plain = replace(cases[_ANY], precision=PrecisionConfig(Compute.float64))
-    (wanted,) = ranks(1, measure_all, ParallelConfig(), {**cases, _UNROUNDED: plain})
-    found = ranks(count, measure_all, parallel, cases)
+    (wanted,) = ranks(1, run_cases, ParallelConfig(), {**cases, _UNROUNDED: plain})
+    found = ranks(count, run_cases, parallel, cases)
     if _SAME in cases:
         yield from compare(_SAME, wanted[_SAME], [rank[_SAME] for rank in found], cases[_SAME])
     yield from _no_larger_error(wanted[_UNROUNDED], wanted[_ANY], [rank[_ANY] for rank in found])
@@ -61,15 +61,17 @@ def same_tiles(recipe: Recipe, layout: Layout) -> list[Products]:
 def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> dict[str, CertifyCase]:
     emulated = replace(precision, backend=Backend.emulated, compute=Compute.float64)
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
-    context = 2 * SIDE * layout.cp  # under cp a rank has a run from the head of a row and one from its tail
-    every = CertifyCase(model, emulated, sgd, context=context, rows=ROWS * layout.rows, imitates=layout.rows)
+    context = 2 * TILE * layout.cp  # under cp a rank has a run from the head of a row and one from its tail
+    every = CertifyCase(
+        model, emulated, sgd, context=context, rows=SEQUENCES_PER_RANK * layout.rows, imitates=layout.rows
+    )
     same = same_tiles(recipe_of(precision), layout)
     kept = [products for products in precision.fp8_products if products in same]
     alike = {_SAME: replace(every, precision=replace(emulated, fp8_products=kept))} if kept else {}
     return {**alike, _ANY: every}
 
 
-def about(precision: PrecisionConfig) -> dict[str, Any]:
+def describe(precision: PrecisionConfig) -> dict[str, Any]:
     """What a certificate is about: another recipe, or more in FP8, needs another one."""
     products = sorted(products.value for products in precision.fp8_products)
     layers = [precision.bf16_first_layers, precision.bf16_last_layers]
@@ -82,9 +84,9 @@ def recipe_of(precision: PrecisionConfig) -> Recipe:
 
 
 def _no_larger_error(exact: RankResults, alone: RankResults, found: Sequence[RankResults]) -> Iterator[Comparison]:
-    yield Comparison(f"{_ANY}: loss", series("loss", alone, found), LOSS)
-    yield Comparison(f"{_ANY}: gradient norm", series("norm", alone, found), NORM)
-    usual = distances(exact.gradients, [alone.gradients])
-    here = distances(exact.gradients, [figures.gradients for figures in found])
+    yield Comparison(f"{_ANY}: loss", largest_difference("loss", alone, found), LOSS)
+    yield Comparison(f"{_ANY}: gradient norm", largest_difference("norm", alone, found), NORM)
+    usual = relative_errors(exact.gradients, [alone.gradients])
+    here = relative_errors(exact.gradients, [figures.gradients for figures in found])
     ratios = {name: here[name] / max(usual[name], _SMALL) for name in usual}
-    yield worst(f"{_ANY}: error of gradients over one process's", ratios, ERROR)
+    yield worst_parameter(f"{_ANY}: error of gradients over one process's", ratios, ERROR)

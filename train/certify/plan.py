@@ -32,11 +32,11 @@ from parallel.layout import AUTO, DEGREES, ContextMethod, EngineKind, ParallelCo
 from parallel.pipeline.stages import PipelineSchedule, stages
 from precision.config import Compute, PrecisionConfig
 from train.certify import fp8
-from train.certify.compare import Comparison, compare, joined, tail
-from train.certify.worker import CONTEXT, ROWS, CertifyCase, RankResults, Ranks, measure_all, micro_batch_size
+from train.certify.compare import Comparison, compare, compare_resumed, join_blocks
+from train.certify.worker import BATCH_SIZE, SEQ_LEN, CertifyCase, RankResults, RunOnRanks, micro_batch_size, run_cases
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
-MOST_RANKS, MOST_STEPS = 8, 20
+MAX_RANKS, MAX_STEPS = 8, 20
 _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
 
 
@@ -52,7 +52,7 @@ class CertifyConfig:
     """Of kind muon: Muon is certified in the place of AdamW, which it has a share for."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """Of an FP8 backend its recipe is certified, by the reference's emulation; formats are the certificate's own."""
-    ranks: int = MOST_RANKS
+    ranks: int = MAX_RANKS
     """At most this many processes. Each axis and each pair must fit; larger layouts are left out and named."""
     steps: int = 3
     out: str = "certificate.json"
@@ -60,7 +60,7 @@ class CertifyConfig:
     """Certificates are kept here, too, where `train` looks for them."""
 
     def __post_init__(self) -> None:
-        for key, least, most in (("ranks", 2, MOST_RANKS), ("steps", 2, MOST_STEPS)):
+        for key, least, most in (("ranks", 2, MAX_RANKS), ("steps", 2, MAX_STEPS)):
             if not least <= getattr(self, key) <= most:
                 raise ConfigError(key, getattr(self, key), f"must be from {least} to {most}", [least, most])
 
@@ -82,8 +82,8 @@ class Trial:
         """Raise `ConfigError` where the shrunk model or the made-up rows cannot be cut this way."""
         layout = self.parallel.resolve(self.ranks)
         layout.check_model(model)
-        layout.check_batch(ROWS, micro_batch_size(layout))
-        layout.check_rows(model, CONTEXT)
+        layout.check_batch(BATCH_SIZE, micro_batch_size(layout))
+        layout.check_rows(model, SEQ_LEN)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Outcome:
         ]
 
 
-def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
+def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[Outcome]:
     """Run trial after trial and compare. The smallest sets of axes come first, so the first failure is the one to
     look at. Raises `ConfigError`, before anything runs, for what cannot be certified here.
     """
@@ -126,12 +126,16 @@ def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
     outcomes = compare_layouts(model, chosen, config.steps, ranks, optimizer)
     if not config.precision.uses_float8:
         return outcomes
-    wide = shrink(config.model, config.parallel, fp8.SIDE)
+    wide = shrink(config.model, config.parallel, fp8.TILE)
     return (_with_float8(outcome, wide, config.precision, ranks) for outcome in outcomes)
 
 
 def compare_layouts(
-    model: ModelConfig, layouts: Sequence[Trial], steps: int, ranks: Ranks, optimizer: OptimizerConfig | None = None
+    model: ModelConfig,
+    layouts: Sequence[Trial],
+    steps: int,
+    ranks: RunOnRanks,
+    optimizer: OptimizerConfig | None = None,
 ) -> Iterator[Outcome]:
     """Each layout against one process; `optimizer`: None for AdamW."""
     learning = _learning(optimizer or OptimizerConfig())
@@ -141,7 +145,7 @@ def compare_layouts(
         root = Path(folder)
         try:
             (wanted,) = ranks(
-                1, measure_all, ParallelConfig(), _cases(model, learning, steps, root / "one", None, compute)
+                1, run_cases, ParallelConfig(), _cases(model, learning, steps, root / "one", None, compute)
             )
         except RankFailure as error:
             raise LeviathanError(f"one process fails, there is nothing to compare with:\n{error}") from None
@@ -150,10 +154,10 @@ def compare_layouts(
             yield _try(trial, _cases(model, learning, steps, own, root / "one", compute), own, wanted, ranks)
 
 
-def _with_float8(outcome: Outcome, model: ModelConfig, precision: PrecisionConfig, ranks: Ranks) -> Outcome:
+def _with_float8(outcome: Outcome, model: ModelConfig, precision: PrecisionConfig, ranks: RunOnRanks) -> Outcome:
     trial = outcome.trial
     try:
-        more = list(fp8.proofs(model, precision, trial.parallel, trial.ranks, ranks))
+        more = list(fp8.compare_fp8(model, precision, trial.parallel, trial.ranks, ranks))
     except RankFailure as error:
         return replace(outcome, error=outcome.error or _raised(error))
     return replace(outcome, comparisons=[*outcome.comparisons, *more])
@@ -164,13 +168,13 @@ def _raised(error: RankFailure) -> str:
 
 
 def _try(
-    trial: Trial, cases: dict[str, CertifyCase], own: Path, wanted: dict[str, RankResults], ranks: Ranks
+    trial: Trial, cases: dict[str, CertifyCase], own: Path, wanted: dict[str, RankResults], ranks: RunOnRanks
 ) -> Outcome:
     """One layout's run, saved in `own`, and its checkpoint resumed by one process."""
     try:
-        found: list[dict[str, RankResults]] = ranks(trial.ranks, measure_all, trial.parallel, cases)
+        found: list[dict[str, RankResults]] = ranks(trial.ranks, run_cases, trial.parallel, cases)
         alone = replace(cases["resumed"], resume=own)
-        (resharded,) = ranks(1, measure_all, ParallelConfig(), {"resharded": alone})
+        (resharded,) = ranks(1, run_cases, ParallelConfig(), {"resharded": alone})
     except RankFailure as error:  # that is a finding, too
         return Outcome(trial, [], _raised(error))
     comparisons: list[Comparison] = []
@@ -178,20 +182,20 @@ def _try(
         comparisons += compare(name, reference, [rank[name] for rank in found], cases[name])
     final = wanted[cases["resumed"].optimizer.kind.name]
     resumed = [rank["resumed"] for rank in found]
-    comparisons += tail("one process's checkpoint under the layout", final, resumed, alone)
-    comparisons += tail("the layout's checkpoint in one process", final, [resharded["resharded"]], alone)
+    comparisons += compare_resumed("one process's checkpoint under the layout", final, resumed, alone)
+    comparisons += compare_resumed("the layout's checkpoint in one process", final, [resharded["resharded"]], alone)
     if trial.parallel.engine is EngineKind.deepspeed:
         comparisons += _in_bfloat16(trial, cases["sgd"], ranks)
     return Outcome(trial, comparisons)
 
 
-def _in_bfloat16(trial: Trial, case: CertifyCase, ranks: Ranks) -> Iterator[Comparison]:
+def _in_bfloat16(trial: Trial, case: CertifyCase, ranks: RunOnRanks) -> Iterator[Comparison]:
     """One step of a bf16 model, its gradients summed over many micro-batches, under either engine."""
     cases = {"bfloat16": replace(case, precision=PrecisionConfig(Compute.bfloat16), steps=1)}
     twin = replace(trial.parallel, engine=EngineKind.fsdp2, zero=ZeroConfig())
-    wanted, found = ([o["bfloat16"] for o in ranks(trial.ranks, measure_all, p, cases)] for p in (twin, trial.parallel))
+    wanted, found = ([o["bfloat16"] for o in ranks(trial.ranks, run_cases, p, cases)] for p in (twin, trial.parallel))
     reference = replace(
-        wanted[0], gradients=joined(f.gradients for f in wanted), weights=joined(f.weights for f in wanted)
+        wanted[0], gradients=join_blocks(f.gradients for f in wanted), weights=join_blocks(f.weights for f in wanted)
     )
     return compare("bfloat16", reference, found, cases["bfloat16"])
 
@@ -348,7 +352,7 @@ def techniques(
 ) -> dict[str, Any]:
     """What a certificate is about beside the axes and the model."""
     keys = ("dispatch", "cp_method", "recompute", "compile", "schedule", "stages_per_rank", "engine")
-    float8 = fp8.about(precision) if precision and precision.uses_float8 else None
+    float8 = fp8.describe(precision) if precision and precision.uses_float8 else None
     found = {key: plain(getattr(parallel, key)) for key in keys}
     if parallel.engine is EngineKind.deepspeed:
         found["zero"] = plain(

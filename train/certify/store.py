@@ -20,7 +20,7 @@ from train.certify.plan import shrink, techniques
 from train.optim.optimizer import OptimizerKind
 
 
-def keep(certificate: Mapping[str, Any], cache: Path) -> Path:
+def save(certificate: Mapping[str, Any], cache: Path) -> Path:
     """Store a certificate, passed or not, where `find` looks; returns its path."""
     about = _digest([certificate["model"], certificate["techniques"]])
     path = _folder(cache) / f"{'_'.join(certificate['axes'])}-{about}.json"

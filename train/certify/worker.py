@@ -31,7 +31,7 @@ from train.engine.fsdp import Engine
 from train.eval.held_out import held_out_loss
 from train.optim.optimizer import OptimizerConfig
 
-CONTEXT, ROWS, SEED = 64, 8, 11
+SEQ_LEN, BATCH_SIZE, SEED = 64, 8, 11
 _SOURCE, _HELD_OUT = "made up", 5
 
 
@@ -51,12 +51,12 @@ class CertifyCase:
     starve: bool = False
     resume: Path | None = None
     save: Path | None = None
-    context: int = CONTEXT
-    rows: int = ROWS
+    context: int = SEQ_LEN
+    rows: int = BATCH_SIZE
     imitates: int | None = None
 
 
-class Ranks(Protocol):
+class RunOnRanks(Protocol):
     """Runs a function on so many ranks and returns what each returned; raises `RankFailure` where one raises."""
 
     def __call__(self, ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]: ...
@@ -89,10 +89,10 @@ class RankResults:
     held_out: float = 0.0
 
 
-class MadeUpRows:
+class SyntheticLoader:
     """Rows of random tokens, as the loader would give them."""
 
-    def __init__(self, vocab_size: int, context: int = CONTEXT, order: Sequence[int] = range(ROWS)) -> None:
+    def __init__(self, vocab_size: int, context: int = SEQ_LEN, order: Sequence[int] = range(BATCH_SIZE)) -> None:
         self.vocab_size, self.context, self.order = vocab_size, context, np.array(order)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
@@ -111,7 +111,7 @@ class MadeUpRows:
         return min(_HELD_OUT, len(self.order))
 
     def held_out(self, source: str, start: int, stop: int) -> Batch:
-        unordered = MadeUpRows(self.vocab_size, self.context, range(len(self.order)))
+        unordered = SyntheticLoader(self.vocab_size, self.context, range(len(self.order)))
         return unordered.batch(1 << 20, start, stop)
 
 
@@ -126,11 +126,11 @@ class RecordingEngine:
     def clip(self, limit: float | None) -> Tensor:
         norm = self.engine.clip(None)
         if not self.first:
-            self.first = kept(self.engine.gradients())
+            self.first = copy_blocks(self.engine.gradients())
         return self.engine.clip(limit) if limit is not None else norm
 
 
-def kept(blocks: Iterable[LocalShard]) -> Blocks:
+def copy_blocks(blocks: Iterable[LocalShard]) -> Blocks:
     """Copies of a rank's blocks, by parameter."""
     found: Blocks = {}
     for one in blocks:
@@ -139,7 +139,7 @@ def kept(blocks: Iterable[LocalShard]) -> Blocks:
     return found
 
 
-def measure(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
+def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     """Run `case` on this rank."""
     placed = build(case.model, case.precision, meshes, world.device, SEED)
     model, inner = placed.model, make_engine(placed, case.optimizer, SEED)
@@ -166,25 +166,25 @@ def measure(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
         for key, value in result.balance.items():
             getattr(found, key).append(value.cpu())
     found.gradients = engine.first
-    found.weights = kept(inner.weights())
+    found.weights = copy_blocks(inner.weights())
     found.routers = {name: buffer.clone().cpu() for name, buffer in model.named_buffers() if "balance" in name}
     bytes_V = torch.ones(case.model.vocab_size, dtype=torch.int64)
     found.held_out = held_out_loss(placed, rows, bytes_V, rows.held_out_rows(_SOURCE), 2, {_SOURCE: 1.0}).loss
     return found
 
 
-def _rows(case: CertifyCase, meshes: Meshes) -> MadeUpRows:
+def _rows(case: CertifyCase, meshes: Meshes) -> SyntheticLoader:
     order = np.arange(case.rows)
     if case.imitates and meshes.rows.size == 1:
         order = order.reshape(case.imitates, -1).T.flatten()  # the first rows of all ranks, the second ones, ...
-    return MadeUpRows(case.model.vocab_size, case.context, order.tolist())
+    return SyntheticLoader(case.model.vocab_size, case.context, order.tolist())
 
 
-def measure_all(parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
+def run_cases(parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
     """Run all `cases` on this rank of the present world, folded as `parallel` says."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
-    return {name: measure(case, world, meshes) for name, case in cases.items()}
+    return {name: run_case(case, world, meshes) for name, case in cases.items()}
 
 
 def _starve(model: torch.nn.Module) -> None:

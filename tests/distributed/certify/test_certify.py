@@ -19,9 +19,9 @@ from parallel.layout import ParallelConfig
 from parallel.sharding import ShardBlock
 from tests.support.bugs import MESHES, planted
 from train.certify import store, worker
-from train.certify.compare import Comparison, blocks, series
-from train.certify.plan import Case, CertifyConfig, Outcome, axes_in_use, certificate, certify, shrink, trials
-from train.certify.worker import RankResults
+from train.certify.compare import Comparison, compare_blocks, largest_difference
+from train.certify.plan import CertifyConfig, Outcome, axes_in_use, certificate, certify, shrink, trials
+from train.certify.worker import CertifyCase, RankResults
 
 
 def config(*overrides: str) -> CertifyConfig:
@@ -39,9 +39,9 @@ class Broken:
         return self.ranks(count, broken, bug, *arguments)
 
 
-def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, Case]) -> dict[str, RankResults]:
+def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
     with planted(bug):
-        return worker.measure_all(parallel, cases)
+        return worker.run_cases(parallel, cases)
 
 
 BLAMED = {
@@ -206,11 +206,15 @@ def test_what_is_no_number_does_not_pass():
     block = ShardBlock((0,), (2,))
     right, wrong = [(block, torch.ones(2))], [(block, torch.tensor([1.0, float("nan")]))]
     for found in ({"a": right, "b": wrong}, {"a": wrong, "b": right}):
-        comparison = blocks("gradients", {"a": right, "b": right}, [found], 1e-9)
+        comparison = compare_blocks("gradients", {"a": right, "b": right}, [found], 1e-9)
         assert not comparison.passed and comparison.first == ("b" if found["a"] is right else "a")
     honest = RankResults(loss=[1.0, 1.0], norm=[1.0, 1.0])
     broken = RankResults(loss=[1.0, float("nan")], norm=[1.0, 1.0])
-    assert series("loss", honest, [honest, broken]) == series("loss", honest, [broken], False) == float("inf")
+    assert (
+        largest_difference("loss", honest, [honest, broken])
+        == largest_difference("loss", honest, [broken], False)
+        == float("inf")
+    )
 
 
 def test_the_shrunk_model_keeps_every_kind_of_layer_and_choice():
@@ -226,7 +230,7 @@ def test_a_certificate_is_found_for_its_axes_model_techniques_and_this_code_only
     asked = config("parallel.tp=2")
     content = certificate(asked, [Outcome(trials(asked)[0][0], [Comparison("x", 0.0, 1.0)])], {})
     assert content["pass"]
-    store.keep(content, tmp_path)
+    store.save(content, tmp_path)
 
     def found(axes: dict[str, int], *overrides: str) -> str | None:
         other = config("parallel.tp=2", *overrides)
@@ -240,5 +244,5 @@ def test_a_certificate_is_found_for_its_axes_model_techniques_and_this_code_only
     with monkeypatch.context() as patch:
         patch.setattr(store, "sources_digest", lambda: "other")
         assert found({"tp": 4}) is None
-    store.keep({**content, "pass": False}, tmp_path)
+    store.save({**content, "pass": False}, tmp_path)
     assert found({"tp": 4}) is None, "one that failed takes the place of one that passed"

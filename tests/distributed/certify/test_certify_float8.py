@@ -13,7 +13,7 @@ from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
 from tests.distributed.certify.test_certify import Broken, config
 from train.certify.compare import EXACT, Comparison
-from train.certify.fp8 import ERROR, LOSS, NORM, SIDE, proofs, same_tiles
+from train.certify.fp8 import ERROR, LOSS, NORM, TILE, compare_fp8, same_tiles
 from train.certify.plan import shrink, techniques
 
 LAYOUTS = {
@@ -38,7 +38,7 @@ def certified(
 ) -> list[Comparison]:
     count, parallel = layout
     precision = PrecisionConfig(Compute.bfloat16, backend=Backend.te, recipe=recipe)  # te is emulated, too
-    return list(proofs(shrink(tiny(1), parallel, SIDE), precision, parallel, count, Broken(ranks, bug)))
+    return list(compare_fp8(shrink(tiny(1), parallel, TILE), precision, parallel, count, Broken(ranks, bug)))
 
 
 @pytest.mark.slow
