@@ -23,9 +23,9 @@ def run(config: CertifyConfig) -> int:
         stored = load_config(Path(config.run))
         config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)
         config = replace(config, optimizer=stored.optimizer, precision=stored.precision)
-    _, left_out = trials(config)
-    for line in left_out:
-        print(f"left out  {line}")
+    _, omitted = trials(config)
+    for line in omitted:
+        print(f"omitted  {line}")
     pool, outcomes = Pool(), []
     try:
         for outcome in certify(config, pool):

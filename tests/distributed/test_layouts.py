@@ -82,7 +82,7 @@ def test_experts_without_tokens_in_float32(ranks, dispatch):
     case = CertifyCase(model, PrecisionConfig(Compute.float32), SGD, starve=True)
     found, differing = compared(ranks, case, 2, ParallelConfig(ep=2, dispatch=dispatch))
     assert differing == []
-    assert not any(counts.view(-1, 2, 4)[:, 0].any() for counts in found[0].counts)
+    assert not any(counts.view(-1, 2, 4)[:, 0].any() for counts in found[0].balance["counts"])
     experts = [name for name in found[0].gradients if ".experts." in name]
     assert len(experts) == 2 * sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)
     for name in experts:
