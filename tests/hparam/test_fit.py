@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
-from hparam.fit import Curve, curve, drift, exponents, foretold, optimum, penalty, resamples
+from hparam.fit import Curve, curve, drift, exponents, optimum, penalty, predicted_optimum, resamples
 from hparam.scale import Scale
 from tests.hparam.test_transfer import BASE
 
@@ -87,13 +87,13 @@ def test_exponents_of_batch_and_tokens():
     assert exponents(grid[:2]) == {}, "two horizons are no fit"
     together = [bowl(-7, scale=replace(BASE, batch=BASE.batch * f, tokens=BASE.tokens * f)) for f in (1, 2, 4, 8)]
     assert exponents(together) == {}, "sizes that only move together cannot be told apart"
-    told = foretold(grid)
+    told = predicted_optimum(grid)
     assert told is not None and told["octaves"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_largest_is_foretold_by_the_others():
     widths = [bowl(best, scale=replace(BASE, hidden_size=w)) for best, w in ((-7.0, 64), (-7.1, 128), (-6.0, 256))]
-    told = foretold(widths)
+    told = predicted_optimum(widths)
     assert told is not None and told["held_out"] == "-6.0"
     assert told["predicted"] == pytest.approx(-7.05) and told["octaves"] == pytest.approx(1.05)
-    assert foretold(widths[:2]) is None
+    assert predicted_optimum(widths[:2]) is None

@@ -104,12 +104,9 @@ class Outcome:
     def failures(self) -> list[str]:
         if self.error is not None:
             return [self.error]
-        return [
-            f"{c.name} differs by {c.largest:.1e}"
-            + (f", most in {c.parameter}, first in {c.first}" if c.parameter else "")
-            for c in self.comparisons
-            if not c.passed
-        ]
+        failed = [c for c in self.comparisons if not c.passed]
+        where = [f", most in {c.parameter}, first in {c.first}" if c.parameter else "" for c in failed]
+        return [f"{c.name} differs by {c.largest:.1e}{place}" for c, place in zip(failed, where, strict=True)]
 
 
 def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[Outcome]:

@@ -89,7 +89,7 @@ class RankResults:
 
 
 class SyntheticLoader:
-    """Batches of random tokens in packed documents, with the loader's interface. `order`: of the sequences of a batch."""
+    """A loader of random tokens in packed documents. `order`: order of the sequences in a batch."""
 
     def __init__(self, vocab_size: int, seq_len: int = SEQ_LEN, order: Sequence[int] = range(BATCH_SIZE)) -> None:
         self.vocab_size, self.context, self.order = vocab_size, seq_len, np.array(order)
