@@ -1,7 +1,7 @@
-"""Transformer Engine's pure-Python wheel (1.2 MB), in the version that `precision/transformer_engine.py` needs.
+"""The sources of Transformer Engine that `precision/transformer_engine.py` is written for.
 
-Downloaded once from the package registry and unpacked in pytest's cache. It is not installed: that would change the
-tests of "not installed", and it does not import without its libraries.
+Its wheel of pure Python (1.2 MB) comes from the package registry once and is unpacked beside pytest's cache, not
+installed: tests of "not installed" would differ, and without its libraries it imports nowhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ KEPT = ROOT / ".pytest_cache" / f"transformer-engine-{VERSION}"
 
 
 def sources() -> Path:
-    """The folder with the package `transformer_engine`. Tests fail if it cannot be downloaded."""
+    """The folder that holds the package `transformer_engine`. Without it a test fails: nothing else holds the file to
+    the library.
+    """
     if not KEPT.exists():
         KEPT.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=KEPT.parent) as scratch:
@@ -44,6 +46,6 @@ def _fetch(folder: Path) -> None:
 
 @cache
 def tree(module: str) -> ast.Module:
-    """The syntax tree of a module."""
+    """A module's syntax."""
     path = sources().joinpath(*module.split("."))
     return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
