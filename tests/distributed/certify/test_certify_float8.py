@@ -98,6 +98,6 @@ def test_a_certificate_is_about_its_recipe() -> None:
 
     usual = PrecisionConfig(Compute.bfloat16, backend=Backend.emulated)
     assert said(eight.precision)["recipe"] == "mxfp8" and said(usual)["recipe"] == "blockwise" and said(None) is None
-    for other in ({"float8": [Products.attention]}, {"bf16_first_layers": 1}, {"bf16_last_layers": 1}):
+    for other in ({"fp8_products": [Products.attention]}, {"bf16_first_layers": 1}, {"bf16_last_layers": 1}):
         assert said(replace(usual, **other)) != said(usual)
     assert said(replace(usual, backend=Backend.te)) == said(usual)
