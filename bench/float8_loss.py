@@ -1,9 +1,9 @@
-"""Does FP8 cost loss? `python -m bench.float8_loss [--steps N] [--seeds N] [--picture PATH] [KEY=VALUE ...]`.
+"""Loss of FP8 training: `python -m bench.float8_loss [--steps N] [--seeds N] [--picture PATH] [KEY=VALUE ...]`.
 
-The smoke model in bfloat16 and with FP8 products of the reference backend, paired by seed: the same initial weights and
-batches. What counts is the gap of the held-out losses relative to bfloat16's: its mean over seeds and the upper end of
-its one-sided 95% confidence interval (Student's t), which must be at most 1%. The curves are drawn into docs/,
-or where `--picture` says.
+The smoke model is trained in bfloat16 and with emulated FP8 products, paired by seed: the same initial weights and
+batches. The gap is the difference of held-out losses relative to bfloat16's. The upper end of its one-sided 95%
+confidence interval over seeds (Student's t) must be at most 1%. The curves are drawn to `--picture`, by default in
+docs/.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def run(root: Path, name: str, overrides: list[str]) -> tuple[Curve, Curve]:
 
 
 def gaps(found: dict[str, list[tuple[Curve, Curve]]]) -> list[Curve]:
-    """By seed and step, how much higher FP8's held-out loss is, relative to bfloat16's."""
+    """Relative gap of FP8's held-out loss to bfloat16's, by seed and step."""
     pairs = zip(found["bf16"], found["FP8"], strict=True)
     return [{step: eight[step] / plain[step] - 1 for step in plain} for (_, plain), (_, eight) in pairs]
 
 
 def bound(values: list[float]) -> tuple[float, float]:
-    """The mean, and the upper end of its one-sided 95% interval."""
+    """The mean and the upper end of its one-sided 95% interval."""
     mean = statistics.mean(values)
     return mean, mean + QUANTILE[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.float8_loss", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(QUANTILE))
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="where the curves are drawn")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="file for the curves")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     chosen = parser.parse_args(arguments)
     found: dict[str, list[tuple[Curve, Curve]]] = {name: [] for name in SIDES}

@@ -1,4 +1,4 @@
-"""FP8 under layouts: the same bytes where no tile is cut, no larger error elsewhere; and what a bug looks like."""
+"""FP8 under layouts: the same bytes if no tile is cut, otherwise no larger error; bugs are caught."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYOUTS = {
     "tp2 + ep2": (2, ParallelConfig(tp=2, ep=2)),
     "pp2 zbv": (2, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv)),
 }
-"""Where every product has the same tiles."""
+"""Layouts in which every product has the same tiles."""
 MORE = {
     **LAYOUTS,
     "tp2": (2, ParallelConfig(tp=2)),
@@ -54,7 +54,7 @@ def test_blockwise_bytes_are_those_of_one_process(ranks, name) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_other_recipes_keep_to_their_own_error(ranks, name, recipe) -> None:
+def test_other_recipes_make_no_larger_error(ranks, name, recipe) -> None:
     found = certified(ranks, LAYOUTS[name], recipe)
     assert all(one.passed for one in found), [(one.name, one.largest) for one in found if not one.passed]
     kept = recipe is Recipe.mxfp8 or name.startswith("pp2")
@@ -71,7 +71,7 @@ BLAMED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BLAMED)
-def test_bytes_that_differ_are_noticed(ranks, bug) -> None:
+def test_different_bytes_are_detected(ranks, bug) -> None:
     failed = {one.name for one in certified(ranks, LAYOUTS["ep2"], Recipe.blockwise, bug) if not one.passed}
     assert BLAMED[bug] in failed, failed
 
@@ -90,7 +90,7 @@ def test_which_products_have_the_same_tiles() -> None:
     assert kept(Recipe.tensorwise, 2, ParallelConfig(ep=2)) == [] != kept(Recipe.tensorwise, 2, ParallelConfig(pp=2))
 
 
-def test_a_certificate_is_about_its_recipe() -> None:
+def test_a_certificate_covers_its_recipe() -> None:
     eight = config("precision=fp8", "precision.recipe=mxfp8")
 
     def said(precision: PrecisionConfig | None) -> Any:
