@@ -24,7 +24,7 @@ ENGINES = {
 DENSE = ["model.moe_every=0"]
 FEATURES = {
     "dense models": DENSE,
-    "mixtures of experts": ["parallel.ep=2"],
+    "MoE models": ["parallel.ep=2"],
     "tp": [*DENSE, "parallel.tp=2"],
     "cp": [*DENSE, "parallel.cp=2"],
     "dp_replicate": [*DENSE, "parallel.dp_replicate=2"],

@@ -1,9 +1,10 @@
-"""Does the filter's default scorer know hard from easy? `python -m bench.data.difficulty [--set P] [--picture P]`.
+"""How well the filter's scorers separate hard from easy: `python -m bench.data.difficulty [--set P] [--picture P]`.
 
-On problems whose number of steps is known, three sets of them, or on a labelled set given as JSON lines (`prompt`,
-`response`, `label`): the area under the ROC curve inside length buckets with its bootstrap interval, for scorers and
-for the controls. The scorer's settings were chosen on seed 0; seeds 1 to 3 are reported. The built-in corpus, which has
-no labels, shows how scores go with length and differ between domains. Drawn into docs/, or where `--picture` says.
+The data are three sets of problems with a known number of steps, or a labelled set as JSON lines (`prompt`, `response`,
+`label`). The result is the area under the ROC curve inside length buckets with its bootstrap interval, for scorers and
+controls. The default scorer's settings were chosen on seed 0; seeds 1 to 3 are reported. For the built-in corpus, which
+has no labels, the correlation of scores with length and scores by domain are printed. The plot goes to `--picture`, by
+default in docs/.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ PICTURE = Path(__file__).resolve().parents[2] / "docs" / "filter_difficulty.png"
 COUNT, SEEDS, BUCKETS = 2000, (1, 2, 3), 8
 DEFAULT, CONTROLS = "ngram", ("random", "length")
 WITH_PROMPT = "length with prompt"
-"""A third control, for the eye: where buckets are of the answer alone, the prompt's length is a strong hint."""
+"""A third control, not part of the verdict: in buckets by the answer's length, the prompt's length is a strong hint."""
 SECTION_BYTES = 2_000_000
 
 Found = dict[str, dict[str, Separation]]
-"""By what the buckets are made of (in the filter: the answer), and by scorer."""
+"""Basis of the length buckets (the filter uses the answer) -> scorer -> separation."""
 
 
 def scorers() -> dict[str, Scorer]:
-    """The controls, the default, and other settings of it beside it."""
+    """The controls, the default scorer, and variants of it."""
     return {
         "random": RandomScorer(),
         "length": LengthScorer(),
@@ -72,7 +73,7 @@ def measure(problems: Sequence[Problem]) -> Found:
 
 
 def holds(found: Found) -> bool:
-    """The floor: above a lot's half, and above both controls on the same resampled records."""
+    """Whether the default is better than chance, and than both controls on the same resampled records."""
     return all(
         part[DEFAULT].low > 0.5 and all(part[DEFAULT].margin_over(part[control]) > 0 for control in CONTROLS)
         for part in found.values()
@@ -80,7 +81,7 @@ def holds(found: Found) -> bool:
 
 
 def margins(found: dict[str, Found]) -> str:
-    """By how much the default is ahead of each control, at least."""
+    """Lower bounds of the default's lead over each control."""
     first = next(iter(found.values()))
     lines = [f"| ahead of, in buckets by the length of | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
     for basis in first:
