@@ -1,1 +1,1 @@
-"""Side-by-side measurements, each a ratio of two things done in one process."""
+"""Side-by-side measurements: ratios of two computations in one process."""

@@ -1,7 +1,7 @@
-"""`python -m bench [NAME ...] [--record]`: side-by-side measurements, each in a process of its own.
+"""`python -m bench [NAME ...] [--record]`: side-by-side measurements, each in a separate process.
 
-The state of an allocator and the number of threads must not leak from one measurement into the next. `--record` adds
-what was seen to bench/RESULTS.md.
+Allocator state and thread counts must not leak from one measurement into the next. `--record` appends the results to
+bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from bench.measure import HEADER, Result, machine
 
 NO_REMAPPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""glibc gives large blocks back to the system when they are freed and maps them anew at each step; this stops it."""
+"""Keeps glibc from returning freed large blocks to the system and mapping them again at each step."""
 
 BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "trainer_step": ("bench.trainer_step:run", {}),
@@ -30,7 +30,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "loading": ("bench.data.loading:run", {}),
     "checkpoint": ("bench.checkpoint:run", {}),
     "offload": ("bench.offload:run", {}),
-    "bubble": ("bench.bubble:run", {}),
+    "bubble": ("bench.pipeline.bubble:run", {}),
     "startup": ("bench.startup:run", {}),
     "filtering": ("bench.data.filtering:run", {}),
     "selection": ("bench.data.selection:run", {}),
@@ -39,14 +39,14 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def child(name: str) -> None:
-    """Run one bench here and print its results as JSON lines."""
+    """Run one benchmark in this process and print its results as JSON lines."""
     module, _, function = BENCHES[name][0].partition(":")
     for result in getattr(importlib.import_module(module), function)():
         print("RESULT " + json.dumps(dataclasses.asdict(result)), flush=True)
 
 
 def run(name: str) -> list[Result]:
-    """Run one bench in a fresh process, passing on what it says beside its results."""
+    """Run one benchmark in a new process."""
     command, found = [sys.executable, "-m", "bench", "--child", name], []
     environment = {**os.environ, **BENCHES[name][1]}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -56,7 +56,7 @@ def run(name: str) -> list[Result]:
                 found.append(Result(**json.loads(line.removeprefix("RESULT "))))
                 print(found[-1].row, flush=True)
     if process.returncode:
-        raise SystemExit(f"bench {name} ended with {process.returncode}")
+        raise SystemExit(f"benchmark {name} failed with exit code {process.returncode}")
     return found
 
 
@@ -64,25 +64,23 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--child"]:
         child(arguments[1])
         return 0
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Side-by-side measurements, as a table.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which, of {', '.join(BENCHES)}; all without one")
-    parser.add_argument("--record", action="store_true", help=f"add the table to bench/{RESULTS.name}")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure side by side and print a table.")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"benchmarks to run: {', '.join(BENCHES)} (default: all)"
+    )
+    parser.add_argument("--record", action="store_true", help=f"append the table to bench/{RESULTS.name}")
     chosen = parser.parse_args(arguments)
     names = chosen.names or list(BENCHES)
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
-        parser.error(f"no bench {unknown[0]!r}; there are {', '.join(BENCHES)}")
+        parser.error(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")
     title = f"{time.strftime('%Y-%m-%d')}, `{' '.join(['python -m bench', *chosen.names])}`, {machine()}"
     print(f"{title}\n\n{HEADER}", flush=True)
     results = [result for name in names for result in run(name)]
     if chosen.record:
         table = "\n".join([HEADER, *(result.row for result in results)])
-        previous = (
-            RESULTS.read_text()
-            if RESULTS.exists()
-            else "# Results\n\nNewest last. A ratio is taken round by round, both sides in one process.\n"
-        )
-        RESULTS.write_text(f"{previous}\n## {title}\n\n{table}\n")
+        with open(RESULTS, "a") as file:
+            file.write(f"\n## {title}\n\n{table}\n")
     return 0 if all(result.holds for result in results) else 1
 
 

@@ -1,8 +1,7 @@
 """Saving and loading a state of half a gigabyte against writing and reading the same bytes as one plain file.
 
-Saving hashes everything and makes it durable; the raw side writes and syncs as well. Loading verifies every byte. The
-disk is synced before each measurement, and the files are
-dropped from the page cache before each is read.
+Saving hashes and syncs everything; the raw side writes and syncs as well. Loading verifies every byte. The disk is
+synced before each measurement, and files are dropped from the page cache before they are read.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def read_raw(path: Path, into: memoryview) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drop the folder's files from the page cache, so that a reader meets the disk."""
+    """Drop the folder's files from the page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():

@@ -1,6 +1,6 @@
-"""What each engine supports, asked of the code: `python -m bench.engines` writes the table into docs/engines.md.
+"""Features of each engine, found by trying: `python -m bench.engines` writes the table into docs/engines.md.
 
-A cell is yes where a run with these overrides passes every check that is made before anything is built.
+A cell is yes if a run with these overrides passes every check that is made before anything is built.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from train.config import TrainConfig, check
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 BEGIN, END = "<!-- made by python -m bench.engines -->\n", "<!-- end -->\n"
 RANKS = 4
-ROWS = ["training.global_batch_size=32", "training.micro_batch_size=1"]
+BATCH = ["training.global_batch_size=32", "training.micro_batch_size=1"]
 ENGINES = {
     "fsdp2": [],
     **{f"ZeRO-{stage}": ["parallel.engine=deepspeed", f"parallel.zero.stage={stage}"] for stage in (1, 2, 3)},
@@ -52,7 +52,7 @@ FEATURES = {
 
 def supported(overrides: list[str]) -> bool:
     try:
-        check(load("train", TrainConfig, ["hparam=none", *ROWS, *overrides]), RANKS)
+        check(load("train", TrainConfig, ["hparam=none", *BATCH, *overrides]), RANKS)
     except ConfigError:
         return False
     return True

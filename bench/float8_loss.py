@@ -1,9 +1,9 @@
-"""Does FP8 cost loss? `python -m bench.float8_loss [--steps N] [--seeds N] [--picture PATH] [KEY=VALUE ...]`.
+"""Loss of FP8 training: `python -m bench.float8_loss [--steps N] [--seeds N] [--picture PATH] [KEY=VALUE ...]`.
 
-The smoke model in bfloat16 and with FP8 products of the reference backend, paired by seed: the same initial weights and
-batches. What counts is the gap of the held-out losses relative to bfloat16's: its mean over seeds and the upper end of
-its one-sided 95% confidence interval (Student's t), which must be at most 1%. The curves are drawn into docs/,
-or where `--picture` says.
+The smoke model is trained in bfloat16 and with emulated FP8 products, paired by seed: the same initial weights and
+batches. The gap is the difference of held-out losses relative to bfloat16's. The upper end of its one-sided 95%
+confidence interval over seeds (Student's t) must be at most 1%. The curves are drawn to `--picture`, by default in
+docs/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train.report.plots import COLOURS
+from core.plotting import COLOURS, figure, png
 from train.run_directory import read_lines
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "fp8_loss.png"
@@ -42,51 +42,42 @@ def run(root: Path, name: str, overrides: list[str]) -> tuple[Curve, Curve]:
 
 
 def gaps(found: dict[str, list[tuple[Curve, Curve]]]) -> list[Curve]:
-    """By seed and step, how much higher FP8's held-out loss is, relative to bfloat16's."""
+    """Relative gap of FP8's held-out loss to bfloat16's, by seed and step."""
     pairs = zip(found["bf16"], found["FP8"], strict=True)
     return [{step: eight[step] / plain[step] - 1 for step in plain} for (_, plain), (_, eight) in pairs]
 
 
 def bound(values: list[float]) -> tuple[float, float]:
-    """The mean, and the upper end of its one-sided 95% interval."""
+    """The mean and the upper end of its one-sided 95% interval."""
     mean = statistics.mean(values)
     return mean, mean + QUANTILE[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def draw(found: dict[str, list[tuple[Curve, Curve]]], steps: int, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 3.8), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    losses, difference = figure.subplots(1, 2)
-    for (name, curves), colour in zip(found.items(), COLOURS, strict=False):
-        for index, (_, held_out) in enumerate(curves):
-            style: dict[str, Any] = {"color": colour, "linestyle": "-" if name == "bf16" else "--"}
-            losses.plot(held_out.keys(), held_out.values(), label=None if index else name, **style)
-    losses.set(xlabel="step", ylabel="held-out loss, nats per token", title=f"{len(found['FP8'])} seeds each")
-    losses.legend(frameon=False)
-    for seed, gap in enumerate(gaps(found)):
-        difference.plot(
-            gap.keys(), [100 * value for value in gap.values()], label=f"seed {seed}", color=COLOURS[2:][seed % 6]
-        )
-    difference.axhline(0, color="black", linewidth=0.8)
-    difference.axhline(100 * MOST_GAP, color=COLOURS[1], linestyle=":", label="allowed at the end")
-    difference.set(
-        xlabel="step", ylabel="held-out gap of FP8, % of bf16's loss", title="paired by seed", xlim=(0, steps)
-    )
-    difference.legend(frameon=False)
-    for axes in (losses, difference):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    figure.savefig(path)
+    with figure(9.6, 3.8, 1, 2) as (made, [losses, difference]):
+        for (name, curves), colour in zip(found.items(), COLOURS, strict=False):
+            for index, (_, held_out) in enumerate(curves):
+                style: dict[str, Any] = {"color": colour, "linestyle": "-" if name == "bf16" else "--"}
+                losses.plot(list(held_out), list(held_out.values()), label=None if index else name, **style)
+        losses.set(xlabel="step", ylabel="held-out loss, nats per token", title=f"{len(found['FP8'])} seeds each")
+        for seed, gap in enumerate(gaps(found)):
+            percent = [100 * value for value in gap.values()]
+            difference.plot(list(gap), percent, label=f"seed {seed}", color=COLOURS[2:][seed % 6])
+        difference.axhline(0, color="black", linewidth=0.8)
+        difference.axhline(100 * MOST_GAP, color=COLOURS[1], linestyle=":", label="allowed at the end")
+        label = "held-out gap of FP8, % of bf16's loss"
+        difference.set(xlabel="step", ylabel=label, title="paired by seed", xlim=(0, steps))
+        for axes in (losses, difference):
+            axes.grid(alpha=0.25)
+            axes.legend(frameon=False)
+        path.write_bytes(png(made))
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.float8_loss", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(QUANTILE))
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="where the curves are drawn")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="file for the curves")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     chosen = parser.parse_args(arguments)
     found: dict[str, list[tuple[Curve, Curve]]] = {name: [] for name in SIDES}

@@ -1,7 +1,7 @@
-"""Our mixture layer against its peers', its growth with the number of experts, and what moving tokens takes of it.
+"""Our MoE layer against other implementations, its cost by number of experts, and the share of moving tokens.
 
-Width 256, expert width 512, top-1 plus a shared expert, one thread, forward and backward. Equal weights, and equal
-outputs asserted before anything is timed.
+Hidden size 256, expert hidden size 512, top-1 plus a shared expert, one thread, forward and backward. Weights are
+equal, and outputs are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -60,25 +60,24 @@ def our_case(layer: MixtureOfExperts, x: Tensor) -> GrowthCase:
 
 
 def their_case(peer: Peer, layer: MixtureOfExperts, router: RouterConfig, x: Tensor) -> GrowthCase:
-    """The shared expert is theirs too."""
+    """A peer's block with its own shared expert."""
     block = peer.make(layer, router, True)
     return GrowthCase(block.forward, block.parameters, x)
 
 
 def assert_equal_outputs(ours: GrowthCase, theirs: GrowthCase, casts: torch.dtype | None = None) -> None:
-    """Of every token; so both sides also send it to the same expert. `casts`: in what the peer's experts multiply."""
+    """Compare outputs of every token, which also shows equal routing. `casts`: format of the peer's products."""
     narrow = torch.bfloat16 in (ours.x.dtype, casts)
     with torch.no_grad():
         a, b = ours.layer(ours.x).float(), theirs.layer(theirs.x).float()
     worst = ((a - b).abs().max() / b.abs().max()).item()
     if not worst <= (3e-2 if narrow else 1e-4):
-        raise AssertionError(f"outputs differ by {worst:.1e} of their largest: the comparison would be meaningless")
+        raise AssertionError(f"outputs differ by {worst:.1e} of the largest: timing them would be meaningless")
 
 
 def tokens(count: int, layer: MixtureOfExperts) -> Tensor:
-    """[1, count, D] around the router's rows, one drawn for each token. Scores without such a preference nearly tie for
-    some tokens, which then go elsewhere when scores are bfloat16, as the peers' are: other work to do (measured: one
-    row more can cost a product 18%).
+    """[1, count, D], each token near a random row of the router's weight. Otherwise the scores of some tokens nearly
+    tie, and the peers, whose scores are bfloat16, send them to other experts: one more token can cost a product 18%.
     """
     generator = torch.Generator().manual_seed(0)
     rows_ED = layer.router.weight.detach().float()
@@ -103,7 +102,7 @@ def against_llama4(experts: int, dtype: torch.dtype) -> Result:
 
 
 def against_grouped(experts: int, dtype: torch.dtype) -> list[Result]:
-    """All peers in the same rounds."""
+    """Time all peers in the same rounds."""
     layer = our_layer(experts, dtype, OUTPUT_WEIGHTED)
     x = tokens(1024, layer)
     ours, found = our_case(layer, x), {}
@@ -131,8 +130,8 @@ def _not_measured(name: str, peer: Peer) -> Result:
 
 
 def permutation(experts: int, dtype: torch.dtype) -> Result:
-    """What sorting tokens by expert, copying them there, weighting and summing them back takes of the layer, forward
-    and backward: the same dispatch with experts that change nothing.
+    """The share of dispatch in the layer: sort tokens by expert, permute, weight and combine them, forward and
+    backward, with experts that return their input.
     """
     layer = our_layer(experts, dtype, OUTPUT_WEIGHTED)
     x = tokens(1024, layer)
@@ -175,7 +174,7 @@ def run() -> list[Result]:
 
 
 def run_growth() -> list[Result]:
-    """By itself: glibc's handling of large blocks differs between the two ways it is called."""
+    """Run separately, because it is called with two settings of glibc's handling of large blocks."""
     torch.set_num_threads(1)
     tuned = "MALLOC_MMAP_THRESHOLD_" in os.environ
     note = "mmap threshold and trim off" if tuned else "glibc as it is"

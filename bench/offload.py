@@ -1,7 +1,7 @@
-"""Optimizer state on disk against in memory: the training process's own memory, and what a step costs.
+"""Optimizer state on disk against in memory: resident memory of the training process, and step time.
 
-Memory is that of a process of its own for each, after some steps, with freed blocks given back; it should fall by the
-bytes of fp32 weights and two moments, 12 for each parameter. Times are taken in turn in one process.
+Memory is that of a separate process for each, after some steps and `malloc_trim`. It should fall by the bytes of fp32
+weights and two moments, 12 per parameter. Times are interleaved in one process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def trainer(root: Path, disk: bool) -> Trainer:
 
 
 def memory(root: str, where: str) -> None:
-    """Print this process's resident bytes after some steps, and the model's parameters."""
+    """Print this process's resident bytes after some steps, and the number of parameters."""
     made = trainer(Path(root), where == "disk")
     for step in range(STEPS):
         made.train_step(step)
@@ -62,7 +62,7 @@ def run() -> list[Result]:
         near = fall / expected
         found = [
             Result(
-                "optimizer state on disk: memory given back (bytes) vs 12 a parameter",
+                "optimizer state on disk: memory saved (bytes) vs 12 per parameter",
                 fall,
                 expected,
                 near,

@@ -1,6 +1,6 @@
-"""Other people's mixture layers with our weights: transformers' Llama 4, Mixtral and Qwen3 blocks, torchtitan's MoE.
+"""Other MoE layers with our weights: transformers' Llama 4, Mixtral and Qwen3 blocks, torchtitan's MoE.
 
-Nothing of theirs is imported before a peer is made. Parameters are ours where their layout is, copies elsewhere.
+Their libraries are imported when a peer is made. Parameters are shared if the layouts agree, copied otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model.moe import MixtureOfExperts
 
 @dataclass(frozen=True)
 class PeerBlock:
-    """A function of x [1, T, D], and the parameters that get gradients by it."""
+    """A function of x [1, T, D] and the parameters that get gradients from it."""
 
     forward: Callable[[Tensor], Tensor]
     parameters: list[nn.Parameter]
@@ -28,26 +28,26 @@ class PeerBlock:
 
 @dataclass(frozen=True)
 class Peer:
-    """Who is compared with us, and how to get it."""
+    """A layer to compare with, and how to install it."""
 
     make: Callable[[MixtureOfExperts, RouterConfig, bool], PeerBlock]
-    """Of a layer, scores by this router, and whether the shared expert is to be theirs too: a dense MLP with our
-    weights. Otherwise our module is added to what they route.
+    """(layer, router, whether the shared expert is also the peer's, with our weights) -> the block. Our shared expert
+    is added otherwise.
     """
     needs: tuple[str, ...]
     install: str
     casts: torch.dtype | None = None
-    """In what its experts multiply, whatever the format of its input."""
+    """Format in which its experts multiply, for any input format."""
 
     @property
     def missing(self) -> str | None:
-        """One line if it cannot be had here."""
+        """One line if a library is not installed."""
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        return f"no {' and no '.join(absent)} here: {self.install}" if absent else None
+        return f"{' and '.join(absent)} not installed: {self.install}" if absent else None
 
 
 def llama4(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> PeerBlock:
-    """Every token runs through every expert, and through a shared expert that is always theirs."""
+    """Every token runs through every expert, and through the peer's shared expert in any case."""
     from transformers import Llama4TextConfig
     from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
@@ -156,7 +156,7 @@ def _sizes(layer: MixtureOfExperts) -> tuple[int, int, int]:
 
 
 def _parameter(weight: Tensor) -> nn.Parameter:
-    """Of what is computed from a weight of ours; a copy if it is not dense."""
+    """A parameter computed from a weight of ours; a copy if it is not contiguous."""
     return nn.Parameter(weight.detach().contiguous())
 
 
@@ -172,7 +172,7 @@ def _give_shared(layer: MixtureOfExperts, theirs: nn.Module, names: tuple[str, s
 
 
 def _together(block: nn.Module, shared: nn.Module | None) -> PeerBlock:
-    """What a block gives, alone or first in a tuple, and a shared expert that it does not have itself."""
+    """A block that returns its output alone or first in a tuple, plus a shared expert that it lacks."""
 
     def forward(x: Tensor) -> Tensor:
         y = block(x)

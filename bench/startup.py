@@ -1,4 +1,4 @@
-"""Seconds from the command to the first step of the smoke model, with tokens in the cache and without."""
+"""Seconds from the command to the first step of the smoke model, with a cached corpus and without."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.measure import Result
 
 
 def seconds_to_first_step(cache: Path, runs: Path) -> float:
-    """Until the line of step 1 is printed."""
+    """Run until the line of step 1 is printed."""
     command = [sys.executable, "-m", "train", "logging.every=1", f"data.cache={cache}", f"run.root={runs}"]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     begin = time.perf_counter()

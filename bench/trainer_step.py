@@ -1,7 +1,7 @@
 """A step of the trainer against a bare PyTorch loop over the same model, data and optimizer, in one process.
 
-Two runs from the same seed take the same steps in turn, one through `Trainer.train_step`, one through the loop below;
-their losses must be equal before the times count for anything.
+Two runs from the same seed take the same steps in turn, one through `Trainer.train_step`, one through the loop below.
+Their losses are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make_trainer(root: Path, name: str, overrides: Sequence[str] = ()) -> Traine
 
 
 class BareLoop:
-    """What one would write by hand."""
+    """A handwritten training loop."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.model, self.loader = trainer.engine.placed.model, trainer.loaders["main"]

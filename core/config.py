@@ -49,6 +49,16 @@ def load(root: str, schema: type[T], overrides: Sequence[str]) -> T:
     return build(schema, _compose(root, schema, overrides))
 
 
+def load_stored(values: dict[str, Any], schema: type[T], overrides: Sequence[str]) -> T:
+    """A whole configuration given as plain values, with `overrides` of its keys on top, as `schema`."""
+    for key, _, value in (one.partition("=") for one in overrides):
+        if isinstance(values.get(key), dict) and not value.startswith("{"):
+            reason = "a stored configuration has no groups to choose from; set a key of this section"
+            raise ConfigError(key, value, reason, [f"{key}.{next(iter(values[key]), 'KEY')}=..."])
+    ConfigStore.instance().store(name="stored", node=values)
+    return build(schema, _compose("stored", schema, overrides))
+
+
 def expand(overrides: Sequence[str]) -> list[list[str]]:
     """Return every combination of overrides with several values (`lr=1e-3,2e-3`); the last varies fastest."""
     try:

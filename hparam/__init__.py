@@ -1,1 +1,1 @@
-"""Hyperparameters that carry over from a small model to a large one. Built in a later part of the plan."""
+"""MetaP: hyperparameters found on a small model, transferred to a large one by scaling rules per parameter role."""

@@ -1,4 +1,4 @@
-"""A model and its run grown along one axis, all else in proportion: the families that rules are checked on."""
+"""Scale a model along one axis of size, as for the families of models that scaling rules are checked on."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from model.config import ModelConfig
 
 class SizeAxis(Enum):
     width = "width"
-    """Every width; more heads of the same width."""
+    """All hidden sizes; more heads of the same size."""
     depth = "depth"
     experts = "experts"
-    """At the same sparsity: as many times more per token."""
+    """Total and active experts, so that sparsity stays the same."""
     batch = "batch"
     tokens = "tokens"
 
 
 def grown(model: ModelConfig, axis: SizeAxis, factor: int) -> ModelConfig:
-    """The model `factor` times as large along `axis`; itself along an axis of the run."""
+    """The model `factor` times as large along `axis`; unchanged along the run's axes, batch and tokens."""
     if axis is SizeAxis.width:
         keys = ["hidden_size", "num_heads", "num_kv_heads", "dense_hidden_size", "expert_hidden_size"]
         keys += [] if model.shared_expert_hidden_size is None else ["shared_expert_hidden_size"]
         return replace(model, **{key: getattr(model, key) * factor for key in keys})
     if axis is SizeAxis.depth:
         if model.layer_list is not None:
-            raise ConfigError("model.layer_list", None, "a list of layers cannot be made deeper: leave it out")
+            raise ConfigError("model.layer_list", None, "an explicit list of layers has no deeper version: remove it")
         return replace(model, num_layers=model.num_layers * factor)
     if axis is SizeAxis.experts:
         router = replace(model.router, top_k=model.router.top_k * factor)

@@ -1,4 +1,4 @@
-"""The `hparam` section of a run: from which base its hyperparameters are carried over, and by which rules."""
+"""The `hparam` section of a run: the base of its hyperparameters and the rules that transfer them."""
 
 from __future__ import annotations
 
@@ -13,39 +13,38 @@ from model.config import MultipliersConfig
 
 @dataclass(frozen=True)
 class HparamConfig:
-    """`base` null: hyperparameters are what `optimizer` and `model.init` say. With a base those say what was found at
-    the base's size, and the run takes what the rules make of it.
+    """With `base` null, `optimizer` and `model.init` apply as they are. With a base, they hold the values found at the
+    base's size, and the rules derive this run's values from them.
     """
 
     base: Scale | None = None
     kind: dict[str, str] = field(default_factory=dict)
-    """What kind of model the base is (its router, norms, tied ends), written with it: a run of another kind is refused.
-    Not given: not compared.
+    """Architecture choices of the base (router, norms, tied embeddings), stored with it. A run that differs in one of
+    them is rejected; choices that are not listed are not compared.
     """
     rules: Parametrization = Parametrization.metap
     head: HeadForm = HeadForm.absorbed
     alpha: float = 1.0
-    """Exponent of depth: 1 is CompleteP; 0.5 lets a branch's share fall with the root of depth only."""
+    """Exponent of depth: 1 is CompleteP; with 0.5 a residual branch scales with 1/sqrt(depth)."""
     batch_exponent: float = 0.5
-    """The learning rate goes with the batch to this power (Malladi et al. 2022, arXiv 2205.10287), below the critical
-    one.
-    """
+    """Learning rate is proportional to batch^this (Malladi et al. 2022, arXiv 2205.10287), below the critical batch."""
     tokens_exponent: float = 0.3
-    """The learning rate falls with the run's tokens to this power: empirical, `leviathan metap fit` measures it."""
+    """Learning rate is proportional to tokens^-this. Empirical; `leviathan metap fit` measures it."""
     tau: float | None = None
-    """Weight decay as a timescale: the share of the run over which weights forget (Wang & Aitchison 2024, arXiv
-    2405.13698). Null: what optimizer.weight_decay gives at the base.
+    """Weight decay as a timescale: the fraction of the run over which weights are averaged (Wang & Aitchison 2024,
+    arXiv 2405.13698). Null: the timescale that optimizer.weight_decay gives at the base.
     """
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
     """At the base."""
     critical_batch: float | None = None
-    """In tokens, for the base's run; grows with the run's tokens to the power of 0.46 (Bergsma et al. 2025, arXiv
-    2505.13738)."""
+    """In tokens, for the base's run; proportional to tokens^0.46 (Bergsma et al. 2025, arXiv 2505.13738)."""
     allow_supercritical: bool = False
+    """Allow batches above the critical one."""
     table: str | None = None
-    """Digest of what a transfer found, written by `leviathan metap transfer`: a run that finds anything else stops."""
+    """Digest of the transferred values, written by `leviathan metap transfer`. A run that derives others is rejected.
+    """
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where the base's hyperparameters come from: for the reader."""
+    """How the base's hyperparameters were found; for information only."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("tau", "critical_batch"), not_negative=("batch_exponent",))
@@ -54,4 +53,6 @@ class HparamConfig:
         if not 0.5 <= self.alpha <= 1:
             raise ConfigError("alpha", self.alpha, "must lie between 0.5 and 1", [0.5, 1])
         if self.tau is not None and self.rules is Parametrization.standard:
-            raise ConfigError("tau", self.tau, "is no part of the standard way, which keeps weight decay as it is")
+            raise ConfigError(
+                "tau", self.tau, "has no effect with hparam.rules=standard, which keeps weight decay; remove it"
+            )

@@ -1,8 +1,8 @@
-"""The coordinate check: along an axis of size, what a few steps change inside a model must stay as large as it was.
+"""The coordinate check: the change of activations over a few steps must not depend on the model's size.
 
-Measured is the change, not the state: initial states hardly depend on a parametrization, changes do (Yang et al. 2022,
-arXiv 2203.03466, appendix D.1). The slope is that of log2 of its root mean square against log2 of the size, over the
-means of the seeds' logarithms.
+The check measures changes because initial activations hardly depend on the parametrization (Yang et al. 2022, arXiv
+2203.03466, appendix D.1). A slope is that of log2 of the root mean square against log2 of the size, with logarithms
+averaged over seeds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ LIMITS: Mapping[SizeAxis, Mapping[str, float]] = {
     SizeAxis.depth: {"residual": 0.2},
     SizeAxis.experts: {"residual": 0.2, "logits": 0.2},
 }
-"""The largest slope, up or down, of the change of each quantity."""
+"""The largest absolute slope allowed for the change of each quantity."""
 CONTROLS: Mapping[SizeAxis, float] = {SizeAxis.width: 0.4, SizeAxis.depth: 0.3}
-"""Of the standard parametrization some limited quantity must change with at least this slope, or the check is blind."""
+"""With standard rules some quantity must have at least this slope, or the check could not detect a wrong rule."""
 
 Measured = Mapping[str, Mapping[str, float]]
 """quantity -> `initial` and `change`, root mean squares."""
 Measure = Callable[[SizeAxis, int, int, Parametrization], Measured]
-"""(axis, factor, seed, parametrization) -> what training changed."""
+"""(axis, factor, seed, parametrization) -> measured quantities."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,14 @@ class AxisResult:
     factors: list[int]
     values: dict[str, dict[str, list[float]]]
     initial: dict[str, dict[str, list[float]]]
-    slopes: dict[str, dict[str, float]] = field(init=False)
+    slopes: dict[str, dict[str, float]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        found = {
-            name: {quantity: slope(self.factors, series) for quantity, series in by.items()}
-            for name, by in self.values.items()
-        }
-        object.__setattr__(self, "slopes", found)
+        for name, by in self.values.items():
+            self.slopes[name] = {quantity: slope(self.factors, series) for quantity, series in by.items()}
 
     def failures(self) -> list[str]:
-        """What exceeds a limit, and a control that shows nothing."""
+        """Slopes beyond their limits, and a control whose slopes are too small to trust the check."""
         found = []
         ours, control = self.slopes[Parametrization.metap.value], self.slopes[Parametrization.standard.value]
         limits = {name: limit for name, limit in LIMITS[self.axis].items() if name in ours}
@@ -58,10 +55,10 @@ class AxisResult:
                 found.append(f"{self.axis.value}: the change of {name} has slope {ours[name]:+.3f}, limit {limit}")
         least = CONTROLS.get(self.axis)
         if least is not None and not max(abs(control[name]) for name in limits) >= least:
-            steepest = max(limits, key=lambda name: abs(control[name]))
+            steepest = max((control[name] for name in limits), key=abs)
+            advice = "take a larger learning rate or a wider range of sizes"
             found.append(
-                f"{self.axis.value}: blind, the standard parametrization changes {steepest} with slope "
-                f"{control[steepest]:+.3f} only; a larger learning rate or a wider range would show it"
+                f"{self.axis.value}: inconclusive, the largest slope of standard rules is {steepest:+.3f}; {advice}"
             )
         return found
 
@@ -78,7 +75,7 @@ class AxisResult:
 
 
 def slope(factors: Sequence[int], values: Sequence[float]) -> float:
-    """Of log2(values) against log2(factors), least squares. NaN where a value is no positive number."""
+    """Least-squares slope of log2(values) against log2(factors); NaN if a value is not positive and finite."""
     x, y = np.log2(np.asarray(factors, float)), np.asarray(values, float)
     if not (np.isfinite(y).all() and (y > 0).all()):
         return float("nan")
@@ -97,13 +94,12 @@ def check_axis(
                 for quantity in found[0]:
                     series = into.setdefault(rules.value, {}).setdefault(quantity, [])
                     series.append(_geometric_mean([one[quantity][key] for one in found]))
-            progress(
-                f"{axis.value} x{factor} {rules.value}: residual changes by {values[rules.value]['residual'][-1]:.4g}"
-            )
+            residual = values[rules.value]["residual"][-1]
+            progress(f"{axis.value} x{factor} {rules.value}: the residual stream changes by {residual:.4g}")
     return AxisResult(axis, list(factors), values, initial)
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
-    """0 where one is 0: a head that begins at zero."""
+    """0 if a value is 0, as for a head initialised to zero."""
     array = np.asarray(values, float)
     return float(np.exp(np.log(array).mean())) if (array > 0).all() else float(array.min())

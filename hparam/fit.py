@@ -1,8 +1,8 @@
-"""From losses of a sweep to the best learning rate, how sure that is, and how it follows a run's sizes.
+"""Fit a sweep: the best learning rate, its confidence interval, and its dependence on the run's sizes.
 
-Optima are vertices of parabolas in log2 of the learning rate through the best point of the mean over seeds and its
-neighbours; a best point at the edge of the grid is no optimum. Intervals are bootstraps over seeds, the same for every
-setting, so that differences are paired.
+An optimum is the vertex of a parabola in log2 of the learning rate, through the best point of the mean over seeds and
+its neighbours. A best point at the edge of the grid is rejected. Intervals are bootstraps over seeds, with the same
+resamples for every setting, so that differences are paired.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from hparam.scale import Scale
 
 MOST_RESAMPLES = 1000
 SIZES = ("hidden_size", "num_layers", "batch", "tokens")
-"""What an exponent is fitted for, where it takes three values or more."""
+"""Sizes for which an exponent is fitted if they take three values or more."""
 
 Losses = Mapping[float, Mapping[int, float]]
-"""learning rate -> seed -> held-out loss; not finite where the run diverged."""
+"""learning rate -> seed -> held-out loss; not finite if the run diverged."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,25 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one setting, [learning rates, seeds], rates ascending."""
+    """Losses of one setting, [learning rates, seeds], rates ascending. `chosen` seeds are given by index."""
 
     name: str
     log2_lrs: NDArray[np.float64]
     losses: NDArray[np.float64]
     scale: Scale | None = None
 
+    @property
+    def seeds(self) -> range:
+        return range(self.losses.shape[1])
+
     def mean(self, chosen: Sequence[int]) -> NDArray[np.float64]:
-        """Of these seeds (by place) at each rate; inf where one of them diverged."""
+        """Mean loss of the seeds at each rate; inf if one of them diverged."""
         mean = self.losses[:, list(chosen)].mean(1)
         return np.where(np.isnan(mean), np.inf, mean)
 
     def vertex(self, chosen: Sequence[int]) -> tuple[float, float]:
-        """Best log2 learning rate and loss of the mean over these seeds (by place). Raises `ConfigError` where the best
-        point is at the edge.
+        """Best log2 learning rate, and its loss, of the mean over the seeds. Raises `ConfigError` if the best point is
+        at the edge.
         """
         mean = self.mean(chosen)
         best = int(mean.argmin())
@@ -80,7 +84,7 @@ class Curve:
         return float(self.log2_lrs[best] + place), float(c + b * place + a * place * place)
 
     def vertices(self, resamples: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """[resamples, (log2 lr, loss)]; one that is at the edge counts with the edge."""
+        """Vertex of each resample, [resamples, (log2 lr, loss)]; the best point itself if it is at the edge."""
         found = []
         for chosen in resamples:
             try:
@@ -91,7 +95,7 @@ class Curve:
         return np.array(found)
 
     def at(self, log2_lr: float, chosen: Sequence[int]) -> float:
-        """Loss at a rate between grid points: on the parabola through the three nearest, or inf beyond the grid."""
+        """Loss at any rate, on the parabola through the three nearest points; inf beyond the grid."""
         mean, rates = self.mean(chosen), self.log2_lrs
         if not rates[0] <= log2_lr <= rates[-1]:
             return math.inf
@@ -103,13 +107,13 @@ class Curve:
 
 
 def curve(name: str, losses: Losses, scale: Scale | None = None) -> Curve:
-    """Raises `ConfigError` where a seed is missing somewhere: its pair would be."""
+    """Make a curve. Raises `ConfigError` for missing seeds, which could not be paired, and for too few rates."""
     rates = sorted(losses)
     seeds = sorted({seed for by in losses.values() for seed in by})
     for rate in rates:
         missing = [seed for seed in seeds if seed not in losses[rate]]
         if missing:
-            reason = f"{name} lacks seed {missing[0]} at {rate:g}: let the sweep run to its end"
+            reason = f"{name} lacks seed {missing[0]} at {rate:g}: let the sweep finish"
             raise ConfigError("sweep.seeds", None, reason)
     if len(rates) < 3:
         raise ConfigError("sweep.lr", None, f"{name} has {len(rates)} learning rates; a minimum needs three")
@@ -118,7 +122,7 @@ def curve(name: str, losses: Losses, scale: Scale | None = None) -> Curve:
 
 
 def resamples(seeds: int) -> list[tuple[int, ...]]:
-    """Every choice of as many seeds with repetition, or a thousand of them."""
+    """Every choice of `seeds` seeds with replacement; a random thousand if there are more."""
     if seeds**seeds <= MOST_RESAMPLES:
         return list(itertools.product(range(seeds), repeat=seeds))
     generator = np.random.default_rng(0)
@@ -131,72 +135,69 @@ def _interval(value: float, samples: NDArray[np.float64]) -> Interval:
 
 
 def optimum(one: Curve) -> Optimum:
-    """Raises `ConfigError` where the minimum is not bracketed."""
-    seeds = one.losses.shape[1]
-    lr, loss = one.vertex(range(seeds))
-    found = one.vertices(resamples(seeds))
+    """Raises `ConfigError` if the minimum is not bracketed."""
+    lr, loss = one.vertex(one.seeds)
+    found = one.vertices(resamples(len(one.seeds)))
     return Optimum(_interval(lr, found[:, 0]), _interval(loss, found[:, 1]))
 
 
 def drift(first: Curve, last: Curve) -> Interval:
     """Octaves from the optimum of `first` to that of `last`, paired by seed."""
-    everyone = resamples(first.losses.shape[1])
-    value = last.vertex(range(last.losses.shape[1]))[0] - first.vertex(range(first.losses.shape[1]))[0]
-    return _interval(value, last.vertices(everyone)[:, 0] - first.vertices(everyone)[:, 0])
+    drawn = resamples(len(first.seeds))
+    value = last.vertex(last.seeds)[0] - first.vertex(first.seeds)[0]
+    return _interval(value, last.vertices(drawn)[:, 0] - first.vertices(drawn)[:, 0])
 
 
 def penalty(first: Curve, last: Curve) -> Interval:
-    """Loss of `last` at the optimum of `first`, less that at its own: what carrying over costs, in nats."""
-    everyone, seeds = resamples(first.losses.shape[1]), range(first.losses.shape[1])
+    """The cost of a transfer in nats: loss of `last` at the optimum of `first`, less its loss at its own optimum."""
+    drawn, seeds = resamples(len(first.seeds)), first.seeds
     value = last.at(first.vertex(seeds)[0], seeds) - last.vertex(seeds)[1]
-    pairs = zip(everyone, first.vertices(everyone)[:, 0], last.vertices(everyone)[:, 1], strict=True)
+    pairs = zip(drawn, first.vertices(drawn)[:, 0], last.vertices(drawn)[:, 1], strict=True)
     return _interval(value, np.array([last.at(rate, chosen) - own for chosen, rate, own in pairs]))
 
 
 def exponents(curves: Sequence[Curve]) -> dict[str, Interval]:
-    """Powers with which the best rate follows the sizes that take three values or more, each beside the others."""
+    """Exponents of the best learning rate, fitted jointly for the sizes that take three values or more."""
     varying = [size for size in SIZES if len({getattr(one.scale, size) for one in curves}) >= 3]
     if not varying or len(curves) < len(varying) + 2:
         return {}
-    x = np.array([[1.0, *(math.log2(getattr(one.scale, size)) for size in varying)] for one in curves])
+    x = _logs(curves, varying)
     if np.linalg.matrix_rank(x) < x.shape[1]:
-        return {}  # sizes that only move together
-    seeds = curves[0].losses.shape[1]
-    whole = _solve(x, np.array([one.vertex(range(seeds))[0] for one in curves]))
-    everyone = resamples(seeds)
-    columns = np.stack([one.vertices(everyone)[:, 0] for one in curves])
-    samples = np.stack([_solve(x, columns[:, place]) for place in range(len(everyone))])
-    return {size: _interval(whole[place + 1], samples[:, place + 1]) for place, size in enumerate(varying)}
+        return {}  # the sizes only vary together
+    whole = _solve(x, np.array([one.vertex(one.seeds)[0] for one in curves]))
+    drawn = resamples(len(curves[0].seeds))
+    columns = np.stack([one.vertices(drawn)[:, 0] for one in curves], 1)
+    samples = np.stack([_solve(x, rates) for rates in columns])
+    return {size: _interval(whole[i], samples[:, i]) for i, size in enumerate(varying, start=1)}
+
+
+def _logs(curves: Sequence[Curve], sizes: Sequence[str]) -> NDArray[np.float64]:
+    """Columns of a linear fit: 1 and log2 of each size, [curves, 1 + sizes]."""
+    return np.array([[1.0, *(math.log2(getattr(one.scale, size)) for size in sizes)] for one in curves])
 
 
 def _solve(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.lstsq(x, y, rcond=None)[0], np.float64)
 
 
-def foretold(curves: Sequence[Curve]) -> dict[str, Any] | None:
-    """The largest setting's optimum as the others foretell it, beside what was swept; None for fewer than three.
+def predicted_optimum(curves: Sequence[Curve]) -> dict[str, Any] | None:
+    """The largest setting's optimum predicted from the others, beside the swept one; None for fewer than three
+    settings.
 
-    The others' fit over the sizes that vary; where they vary too little for one, their mean.
+    The prediction is a fit over the sizes that vary among the others, or their mean if they vary too little for a fit.
     """
     if len(curves) < 3:
         return None
     *others, held_out = sorted(curves, key=_cost)
-    seeds = range(held_out.losses.shape[1])
-    rates = np.array([one.vertex(seeds)[0] for one in others])
+    rates = np.array([one.vertex(held_out.seeds)[0] for one in others])
     varying = [size for size in SIZES if len({getattr(one.scale, size) for one in others}) >= 2]
-    x = np.array([[1.0, *(math.log2(getattr(one.scale, size)) for size in varying)] for one in others])
-    if len(others) > len(varying) and np.linalg.matrix_rank(x) == x.shape[1] and len(others) > 2:
-        target = np.array([1.0, *(math.log2(getattr(held_out.scale, size)) for size in varying)])
-        predicted = float(target @ _solve(x, rates))
+    x = _logs(others, varying)
+    if len(others) > max(2, len(varying)) and np.linalg.matrix_rank(x) == x.shape[1]:
+        predicted = float((_logs([held_out], varying) @ _solve(x, rates))[0])
     else:
         predicted = float(rates.mean())
-    swept = held_out.vertex(seeds)[0]
-    return {
-        "held_out": held_out.name,
-        "predicted": float(predicted),
-        "swept": float(swept),
-        "octaves": float(swept - predicted),
-    }
+    swept = float(held_out.vertex(held_out.seeds)[0])
+    return {"held_out": held_out.name, "predicted": predicted, "swept": swept, "octaves": swept - predicted}
 
 
 def _cost(one: Curve) -> float:

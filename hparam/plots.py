@@ -1,46 +1,26 @@
-"""Pictures of a coordinate check and of a sweep, as PNG."""
+"""Plots of a coordinate check and of a sweep, as PNG."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from core.errors import ConfigError
+from core.plotting import COLOURS, cycle, figure, png
 from hparam.coordinate_check import AxisResult
-from hparam.fit import Curve
-
-COLOURS = {"metap": "#0072B2", "standard": "#D55E00"}
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for one in axes.flat:
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png")
-    return sink.getvalue()
+from hparam.fit import Curve, optimum
 
 
 def draw_check(results: Sequence[AxisResult]) -> bytes:
-    """A row of panels for each axis, one for each quantity; both parametrizations with their slopes."""
+    """A row of panels for each axis of size, one for each quantity; both parametrizations with their slopes."""
     quantities = list(results[0].values["metap"])
-    figure, panels = _figure(len(results), len(quantities), 2.6 * len(quantities), 2.5 * len(results))
-    for row, result in zip(panels, results, strict=True):
-        for panel, quantity in zip(row, quantities, strict=True):
-            for rules, colour in COLOURS.items():
+    columns = len(quantities)
+    with figure(2.6 * columns, 2.5 * len(results), len(results), columns) as (made, panels):
+        for number, panel in enumerate(panels):
+            result, quantity = results[number // columns], quantities[number % columns]
+            for rules, colour in zip(("metap", "standard"), COLOURS, strict=False):
                 values = result.values[rules].get(quantity)
                 if values is None:
                     continue
@@ -53,58 +33,52 @@ def draw_check(results: Sequence[AxisResult]) -> bytes:
             panel.legend(frameon=False, fontsize=7)
             panel.set_title(quantity, fontsize=9)
             panel.tick_params(labelsize=7)
-        row[0].set_ylabel(f"{result.axis.value}\nchange, root mean square", fontsize=8)
-    return _png(figure)
+            if number % columns == 0:
+                panel.set_ylabel(f"{result.axis.value}\nchange, root mean square", fontsize=8)
+        return png(made)
 
 
 def _span(panel: Any, values: Sequence[float], octaves: float = 3.0) -> None:
-    """At least so many octaves: what hardly changes shall look so."""
+    """Show at least this many octaves, so that a small change looks small."""
     logs = np.log2([value for value in values if value > 0] or [1.0])
     middle, half = (logs.max() + logs.min()) / 2, max(logs.max() - logs.min(), octaves) / 2 + 0.3
     panel.set_ylim(2 ** (middle - half), 2 ** (middle + half))
 
 
 def draw_sweep(by_rules: Mapping[str, Sequence[Curve]]) -> bytes:
-    """Loss against learning rate, a panel for each parametrization, a line for each setting, minima marked."""
-    figure, panels = _figure(1, len(by_rules), 5.2 * len(by_rules), 4)
-    finite = [one.losses[np.isfinite(one.losses)] for curves in by_rules.values() for one in curves]
-    lowest = min(float(losses.min()) for losses in finite)
-    best = [float(one.mean(range(one.losses.shape[1])).min()) for curves in by_rules.values() for one in curves]
-    highest = max(float(losses.max()) for losses in finite)
-    top = min(max(best) + 4 * max(max(best) - lowest, 0.05), highest + 0.05)
-    for panel, (rules, curves) in zip(panels[0], by_rules.items(), strict=True):
-        for one, colour in zip(curves, SERIES * len(curves), strict=False):
-            mean = one.losses.mean(1)
-            panel.plot(one.log2_lrs, mean, "o-", color=colour, label=one.name, markersize=4)
-            panel.fill_between(
-                one.log2_lrs, one.losses.min(1), one.losses.max(1), color=colour, alpha=0.15, linewidth=0
-            )
-            try:
-                panel.plot(*one.vertex(range(one.losses.shape[1])), "*", color=colour, markersize=13)
-            except ConfigError:
-                continue  # no minimum to mark: the fit says so
-        panel.set_ylim(lowest - 0.05 * (top - lowest), top)  # room for the stars
-        panel.set_xlabel("log2 of the learning rate")
-        panel.set_title(rules, fontsize=10)
-        panel.legend(frameon=False, fontsize=8)
-    panels[0][0].set_ylabel("held-out loss, nats per token")
-    return _png(figure)
+    """Loss against learning rate: a panel for each parametrization, a line for each setting, a star at its optimum."""
+    curves = [one for some in by_rules.values() for one in some]
+    finite = [one.losses[np.isfinite(one.losses)] for one in curves]
+    lowest, highest = min(float(losses.min()) for losses in finite), max(float(losses.max()) for losses in finite)
+    worst_best = max(float(one.mean(one.seeds).min()) for one in curves)
+    top = min(worst_best + 4 * max(worst_best - lowest, 0.05), highest + 0.05)
+    with figure(5.2 * len(by_rules), 4, 1, len(by_rules)) as (made, panels):
+        for panel, (rules, some) in zip(panels, by_rules.items(), strict=True):
+            for one, colour in zip(some, cycle(len(some), COLOURS[:7]), strict=True):
+                panel.plot(one.log2_lrs, one.losses.mean(1), "o-", color=colour, label=one.name, markersize=4)
+                low, high = one.losses.min(1), one.losses.max(1)
+                panel.fill_between(one.log2_lrs, low, high, color=colour, alpha=0.15, linewidth=0)
+                try:
+                    panel.plot(*one.vertex(one.seeds), "*", color=colour, markersize=13)
+                except ConfigError:
+                    continue  # no optimum: the fit reports it
+            panel.set_ylim(lowest - 0.05 * (top - lowest), top)  # space for the stars
+            panel.set_xlabel("log2 of the learning rate")
+            panel.set_title(rules, fontsize=10)
+            panel.legend(frameon=False, fontsize=8)
+        panels[0].set_ylabel("held-out loss, nats per token")
+        return png(made)
 
 
 def draw_optima(curves: Sequence[Curve], size: str) -> bytes:
-    """The best learning rate against a size of the run, with intervals over seeds."""
-    from hparam.fit import optimum
-
-    figure, panels = _figure(1, 1, 5, 3.6)
-    panel = panels[0][0]
-    places = [getattr(one.scale, size) for one in curves]
+    """Best learning rate against a size of the run, with intervals over seeds."""
     found = [optimum(one).log2_lr for one in curves]
-    below, above = (
-        [abs(one.value - edge) for one, edge in zip(found, edges, strict=True)]
-        for edges in ([one.low for one in found], [one.high for one in found])
-    )
-    panel.errorbar(places, [one.value for one in found], [below, above], fmt="o", capsize=4, color=SERIES[0])
-    panel.set_xscale("log", base=2)
-    panel.set_xlabel(size)
-    panel.set_ylabel("log2 of the best learning rate")
-    return _png(figure)
+    values, low, high = ([getattr(one, name) for one in found] for name in ("value", "low", "high"))
+    with figure(5, 3.6) as (made, [panel]):
+        errors = [np.abs(np.subtract(values, low)), np.abs(np.subtract(high, values))]
+        places = [getattr(one.scale, size) for one in curves]
+        panel.errorbar(places, values, errors, fmt="o", capsize=4, color=COLOURS[0])
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel(size)
+        panel.set_ylabel("log2 of the best learning rate")
+        return png(made)

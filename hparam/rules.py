@@ -1,13 +1,13 @@
-"""Scaling rules as data: by role, how initial spread, learning rate and epsilon follow the sizes of a model.
+"""Scaling rules as data: initial standard deviation, learning rate and epsilon of each role as functions of size.
 
-`metap` is our set for what Meta calls MetaP and has not published: CompleteP (Dey et al. 2025, arXiv 2505.01618, table
-1) with Adam's epsilons of Complete(d)P (arXiv 2512.22382, table 1), experts after the Maximally Scale-Stable
-Parameterization (arXiv 2605.14200) at fixed sparsity, and a router that starts small instead of at zero: exact ties
-send every token to the same experts. `standard` is what most code does: spread by fan-in, deeper models write less, one
-learning rate.
+`metap` is our set of rules; Meta has not published its own. It combines CompleteP (Dey et al. 2025, arXiv 2505.01618,
+table 1), Adam's epsilons of Complete(d)P (arXiv 2512.22382, table 1) and experts after the Maximally Scale-Stable
+Parameterization (arXiv 2605.14200) at fixed sparsity. The router starts small instead of at zero, because exact ties
+send every token to the same experts. `standard` is common practice: standard deviation by fan-in, smaller residual
+branches in deeper models, one learning rate.
 
 A rule is a product of ratios target / base, each to a power; `a` is the depth exponent, 1 for CompleteP. `fan_in`,
-`fan_out` and `larger` (of the two) are the matrix's own. All rules are 1 where target and base are the same.
+`fan_out` and `larger` (the larger of the two) are those of the matrix. All rules are 1 if target and base are equal.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ MUON = {
     "shape_scaling": "fan_out^1/2 larger^-1/2 num_layers^a-1",
     "match_adamw": "fan_out^1/2 fan_in^-1/2 larger^-1/2 num_layers^a-1",
 }
-"""Learning rate of matrices under Muon, whose update has spectral norm 1 before its own scale (`train.optim.muon`):
-what is missing until a step's spectral norm goes as sqrt(fan_out / fan_in) (Yang et al. 2023, arXiv 2310.17813).
+"""Learning rate of matrices under Muon, by `muon.scale`. Muon's update has spectral norm 1 before that scale
+(`train.optim.muon`); the rule makes a step's spectral norm proportional to sqrt(fan_out / fan_in) (Yang et al. 2023,
+arXiv 2310.17813).
 """
 MULTIPLIERS = {
     "metap": {"residual": "num_layers^-a", "attention": "head_dim^-1/2", "logits": "1", "gates": "1"},
@@ -66,18 +67,18 @@ MULTIPLIERS = {
 }
 LOGITS_WITH_MULTIPLIER = "hidden_size^-1"
 GATES_NOT_NORMALISED = "top_k^-1"
-"""Sigmoid gates of which a token's do not sum to one: experts' sum grows with how many there are."""
+"""For sigmoid gates without normalisation: the sum over a token's experts grows with top_k."""
 
 
 class Parametrization(Enum):
     metap = "metap"
     standard = "standard"
-    """For comparison: one learning rate, spread by fan-in."""
+    """For comparison: one learning rate, standard deviation by fan-in."""
 
 
 class HeadForm(Enum):
-    """Where the output's 1 / width is: `absorbed` in the head's spread and rate, `multiplier` on the logits, which tied
-    embeddings need. Both train the same model (as functions of the data).
+    """Where the output's factor 1 / hidden_size is: `absorbed` in the head's standard deviation and learning rate, or a
+    `multiplier` on the logits, which tied embeddings need. Both train the same function.
     """
 
     absorbed = "absorbed"
@@ -104,7 +105,7 @@ class Rule:
 
 
 def monomial(text: str) -> Monomial:
-    """`fan_in^-1 num_layers^a-1` -> its powers. `1` is none."""
+    """Parse `fan_in^-1 num_layers^a-1`; `1` has no powers."""
     return () if text == "1" else tuple(_power(word) for word in text.split())
 
 
@@ -124,7 +125,7 @@ def value(powers: Monomial, ratios: Mapping[str, float], alpha: float) -> float:
 
 @cache
 def table(parametrization: Parametrization, head: HeadForm) -> Mapping[Role, Rule]:
-    """Every role's rule under AdamW."""
+    """The rule of every role under AdamW."""
     if parametrization is Parametrization.standard:
         return _parse(STANDARD)
     return {**_parse(METAP), **(_parse(HEAD_WITH_MULTIPLIER) if head is HeadForm.multiplier else {})}

@@ -1,4 +1,4 @@
-"""How large a model and its run are: what scaling rules take ratios of, and which of it each role's matrix spans."""
+"""Sizes of a model and its run, of which scaling rules take ratios, and the sizes of each role's matrix."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from core.errors import ConfigError
 from model.config import FeedForward, ModelConfig
 from model.roles import ParameterInfo, Role
 
+_MAY_BE_ABSENT = ("dense_hidden_size", "shared_expert_hidden_size", "expert_hidden_size", "num_experts", "top_k")
+
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of a whole model, whatever part of it a rank holds. Widths in elements, `batch` and `tokens` in tokens (one
-    optimizer step; the whole run). A mixture's sizes are 0 where there is none.
+    """Sizes of a whole model, independent of its layout. `batch` and `tokens` are in tokens, of one optimizer step and
+    of the run. Sizes of layers that the model lacks are 0.
     """
 
     hidden_size: int
     num_layers: int
     head_dim: int
     query_width: int
-    """Of all query heads together."""
+    """All query heads together."""
     value_width: int
-    """Of all key, or all value heads together."""
+    """All key heads together; all value heads together."""
     dense_hidden_size: int
     shared_expert_hidden_size: int
     expert_hidden_size: int
@@ -33,12 +35,7 @@ class Scale:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            least = (
-                0
-                if one.name
-                in ("dense_hidden_size", "shared_expert_hidden_size", "expert_hidden_size", "num_experts", "top_k")
-                else 1
-            )
+            least = 0 if one.name in _MAY_BE_ABSENT else 1
             if getattr(self, one.name) < least:
                 raise ConfigError(one.name, getattr(self, one.name), f"must be at least {least}")
 
@@ -50,7 +47,7 @@ class Scale:
 def scale_of(model: ModelConfig, batch: int, tokens: int) -> Scale:
     """`batch` and `tokens` in tokens."""
     dense = any(layer.feed_forward is FeedForward.dense for layer in model.blocks)
-    mixture = model.has_experts
+    moe = model.has_experts
     return Scale(
         hidden_size=model.hidden_size,
         num_layers=model.num_layers,
@@ -58,17 +55,17 @@ def scale_of(model: ModelConfig, batch: int, tokens: int) -> Scale:
         query_width=model.num_heads * model.head_dim,
         value_width=model.num_kv_heads * model.head_dim,
         dense_hidden_size=model.dense_hidden_size if dense else 0,
-        shared_expert_hidden_size=model.shared_hidden_size if mixture else 0,
-        expert_hidden_size=model.expert_hidden_size if mixture else 0,
-        num_experts=model.num_experts if mixture else 0,
-        top_k=model.router.top_k if mixture else 0,
+        shared_expert_hidden_size=model.shared_hidden_size if moe else 0,
+        expert_hidden_size=model.expert_hidden_size if moe else 0,
+        num_experts=model.num_experts if moe else 0,
+        top_k=model.router.top_k if moe else 0,
         batch=batch,
         tokens=tokens,
     )
 
 
 def kind_of(model: ModelConfig) -> dict[str, str]:
-    """What of a model is no size: no rule leads from one kind to another."""
+    """Architecture choices other than size. Hyperparameters transfer only between models that agree on them."""
     found = {
         "norms": "+".join(sorted({layer.qk_norm.value for layer in model.blocks})),
         "tied": str(model.tie_embeddings).lower(),
@@ -97,13 +94,11 @@ SPANS: Mapping[Role, tuple[str | None, str]] = {
     Role.expert_down: ("hidden_size", "expert_hidden_size"),
     Role.router: ("num_experts", "hidden_size"),
 }
-"""What a role's matrix maps to (fan out; None: the vocabulary, which is not scaled) and from (fan in)."""
+"""Fan out (None: the vocabulary, which is not scaled) and fan in of each role's matrix."""
 
 
 def ratios(base: Scale, target: Scale, role: Role | None = None) -> dict[str, float]:
-    """Target over base of every size that both have; with a role also of its matrix: `fan_in`, `fan_out` and the
-    `larger` of the two.
-    """
+    """Target / base of every size that both have. With a role also `fan_in`, `fan_out` and `larger` of its matrix."""
     first, second = asdict(base), asdict(target)
     found = {name: second[name] / first[name] for name in first if first[name] and second[name]}
     if role is not None and role in SPANS:
@@ -117,16 +112,16 @@ def ratios(base: Scale, target: Scale, role: Role | None = None) -> dict[str, fl
 
 
 def check_registry(infos: Mapping[str, ParameterInfo], scale: Scale) -> None:
-    """Raise `TypeError` where a matrix is not what `SPANS` says of its role: a rule would scale it by a wrong size."""
+    """Raise `TypeError` if the shape of a matrix is not the one in `SPANS`: a rule would scale it by a wrong size."""
     sizes = asdict(scale)
     for info in infos.values():
         if info.role.is_norm:
             continue
         if info.role not in SPANS:
-            raise TypeError(f"{info.name}: hparam.scale.SPANS says nothing about the role {info.role.name}")
+            raise TypeError(f"{info.name}: hparam.scale.SPANS lacks the role {info.role.name}")
         out, into = SPANS[info.role]
         expected = (info.shape[-2] if out is None else sizes[out], sizes[into])
         if tuple(info.shape[-2:]) != expected:
             raise TypeError(
-                f"{info.name} is {tuple(info.shape[-2:])}, not {expected} as its role {info.role.name} says"
+                f"{info.name} is {tuple(info.shape[-2:])}, but its role {info.role.name} requires {expected}"
             )

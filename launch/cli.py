@@ -12,6 +12,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from core.errors import ConfigError
 from core.process import run_process
@@ -33,13 +35,15 @@ class Verb:
     sweeps: bool = False
     others: str | None = None
     """Key of a list that collects overrides of keys that `config` does not have; they belong to another verb."""
+    stored: str | None = None
+    """Function of the module that reads a stored configuration and applies overrides: `--config FILE`."""
     module: str | None = None
     """None: the verb's name."""
     function: str = "run"
 
 
 VERBS = {
-    "train": Verb("TrainConfig", "train a model", sweeps=True),
+    "train": Verb("TrainConfig", "train a model", sweeps=True, stored="read_stored"),
     "evaluate": Verb("EvaluateConfig", "held-out loss of a run, or its results on lm-eval tasks", ("run",)),
     "generate": Verb("GenerateConfig", "continue a text with a run's model", ("run", "prompt")),
     "tokenize": Verb("TokenizeConfig", "make token shards of a corpus"),
@@ -87,6 +91,7 @@ def usage() -> str:
     lines += [
         "",
         "leviathan VERB --help  lists the verb's keys; leviathan VERB --cfg [KEY=VALUE ...]  shows what it would run",
+        "leviathan train --config RUN/config.yaml [KEY=VALUE ...]  starts from a stored configuration",
     ]
     return "\n".join(lines)
 
@@ -96,6 +101,7 @@ def _run(name: str, arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4) or list(VERBS)
         raise ConfigError("verb", name, "no such verb", near)
     verb = VERBS[name]
+    stored, arguments = _stored(verb, arguments)
     options = [argument for argument in arguments if argument.startswith("-")]
     overrides = _named(verb, [argument for argument in arguments if not argument.startswith("-")])
     unknown = [option for option in options if option not in ("-h", "--help", "--cfg")]
@@ -113,7 +119,8 @@ def _run(name: str, arguments: list[str]) -> int:
         print(f"leviathan {name}: {verb.summary}\n")
         print(describe(schema, compose_plain(name, schema, overrides), config_directory(), {"launch": LaunchConfig}))
         return 0
-    configs = [load(name, schema, point) for point in (expand(overrides) if verb.sweeps else [overrides])]
+    read = partial(load, name, schema) if stored is None else partial(getattr(module, verb.stored or ""), stored)
+    configs = [read(point) for point in (expand(overrides) if verb.sweeps else [overrides])]
     if "--cfg" in options:
         import yaml
 
@@ -121,6 +128,16 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     function: Callable[..., int] = getattr(module, verb.function)
     return function(configs) if verb.sweeps else function(configs[0])
+
+
+def _stored(verb: Verb, arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """FILE of `--config FILE`, and the other arguments."""
+    if verb.stored is None or "--config" not in arguments:
+        return None, arguments
+    at = arguments.index("--config")
+    if len(arguments) == at + 1:
+        raise ConfigError("--config", None, "name a stored configuration: --config RUN/config.yaml")
+    return Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
 
 
 def _named(verb: Verb, arguments: list[str]) -> list[str]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from core.config import build, differences
+from core.config import build, differences, load_stored, plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import CRASHED, INTERRUPTED
 from core.process import report
 from launch.config import LaunchConfig, LaunchKind
 from train.config import TrainConfig, check
-from train.metap.hyperparameters import resolve
-from train.run_directory import RunDirectory, write_config
+from train.metap.hyperparameters import resolve, without_derived
+from train.run_directory import RunDirectory, read_config, write_config
 
 
 def train(configs: list[TrainConfig]) -> int:
@@ -36,6 +36,16 @@ def train(configs: list[TrainConfig]) -> int:
         return submit_and_follow(configs, launch)
     start = partial(_torchrun, launch) if launch.kind is LaunchKind.torchrun else _inline
     return start(configs[0]) if len(configs) == 1 else _one_by_one(configs, start)
+
+
+def read_stored(path: Path, overrides: Sequence[str]) -> TrainConfig:
+    """The configuration in `path` with `overrides` on top. Figures that follow from `hparam.base` are derived again if
+    anything but the sections `run` and `launch` is overridden.
+    """
+    config = read_config(path)
+    if not all(one.startswith(("run.", "launch.")) for one in overrides):
+        config = without_derived(config)
+    return load_stored(plain(config), TrainConfig, overrides)
 
 
 def _check_alike(configs: list[TrainConfig]) -> None:

@@ -1,9 +1,10 @@
-"""Does the filter's default scorer know hard from easy? `python -m bench.data.difficulty [--set P] [--picture P]`.
+"""How well the filter's scorers separate hard from easy: `python -m bench.data.difficulty [--set P] [--picture P]`.
 
-On problems whose number of steps is known, three sets of them, or on a labelled set given as JSON lines (`prompt`,
-`response`, `label`): the area under the ROC curve inside length buckets with its bootstrap interval, for scorers and
-for the controls. The scorer's settings were chosen on seed 0; seeds 1 to 3 are reported. The built-in corpus, which has
-no labels, shows how scores go with length and differ between domains. Drawn into docs/, or where `--picture` says.
+The data are three sets of problems with a known number of steps, or a labelled set as JSON lines (`prompt`, `response`,
+`label`). The result is the area under the ROC curve inside length buckets with its bootstrap interval, for scorers and
+controls. The default scorer's settings were chosen on seed 0; seeds 1 to 3 are reported. For the built-in corpus, which
+has no labels, the correlation of scores with length and scores by domain are printed. The plot goes to `--picture`, by
+default in docs/.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from bench.data.problems import Problem, make_problems, read_problems, records
 from bench.data.separation import Separation, length_buckets, separation
 from core.config import build
+from core.plotting import COLOURS, figure, png
 from data.config import DataConfig, Section
 from data.filter.audit.tally import spearman
 from data.filter.input.records import Record
@@ -26,21 +28,20 @@ from data.filter.score.ensemble import EnsembleScorer
 from data.filter.score.ngram import NgramScorer
 from data.filter.score.scorer import Scorer
 from data.sources import make_source
-from train.report.plots import COLOURS
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "filter_difficulty.png"
 COUNT, SEEDS, BUCKETS = 2000, (1, 2, 3), 8
 DEFAULT, CONTROLS = "ngram", ("random", "length")
 WITH_PROMPT = "length with prompt"
-"""A third control, for the eye: where buckets are of the answer alone, the prompt's length is a strong hint."""
+"""A third control, not part of the verdict: in buckets by the answer's length, the prompt's length is a strong hint."""
 SECTION_BYTES = 2_000_000
 
 Found = dict[str, dict[str, Separation]]
-"""By what the buckets are made of (in the filter: the answer), and by scorer."""
+"""Basis of the length buckets (the filter uses the answer) -> scorer -> separation."""
 
 
 def scorers() -> dict[str, Scorer]:
-    """The controls, the default, and other settings of it beside it."""
+    """The controls, the default scorer, and variants of it."""
     return {
         "random": RandomScorer(),
         "length": LengthScorer(),
@@ -72,7 +73,7 @@ def measure(problems: Sequence[Problem]) -> Found:
 
 
 def holds(found: Found) -> bool:
-    """The floor: above a lot's half, and above both controls on the same resampled records."""
+    """Whether the default is better than chance, and than both controls on the same resampled records."""
     return all(
         part[DEFAULT].low > 0.5 and all(part[DEFAULT].margin_over(part[control]) > 0 for control in CONTROLS)
         for part in found.values()
@@ -80,7 +81,7 @@ def holds(found: Found) -> bool:
 
 
 def margins(found: dict[str, Found]) -> str:
-    """By how much the default is ahead of each control, at least."""
+    """Lower bounds of the default's lead over each control."""
     first = next(iter(found.values()))
     lines = [f"| ahead of, in buckets by the length of | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
     for basis in first:
@@ -103,31 +104,26 @@ def table(found: dict[str, Found]) -> str:
 
 
 def draw(found: dict[str, Found], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MultipleLocator
 
-    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     first = next(iter(found.values()))
-    panels = figure.subplots(1, len(first), sharex=True, sharey=True)
-    for axes, basis in zip(panels, first, strict=True):
-        names = list(first[basis])
-        for index, (name, part) in enumerate(found.items()):
-            cells = [part[basis][scorer] for scorer in names]
-            areas = np.array([cell.area for cell in cells])
-            ends = np.array([[cell.area - cell.low, cell.high - cell.area] for cell in cells]).T
-            places = np.arange(len(names)) + 0.22 * (index - (len(found) - 1) / 2)
-            axes.errorbar(areas, places, xerr=ends, fmt="o", markersize=4, color=COLOURS[index], label=name)
-        axes.axvline(0.5, color="black", linewidth=0.8)
-        axes.set(title=f"by the length of {basis}")
-        axes.set_yticks(np.arange(len(names)), names)
-        axes.xaxis.set_major_locator(MultipleLocator(0.05))
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
-    panels[-1].legend(frameon=False, loc="upper right")
-    figure.supxlabel("chance that the harder of two problems in one length bucket scores higher (AUC), 95% interval")
-    figure.savefig(path)
+    with figure(11, 4.4, 1, len(first), sharex=True, sharey=True) as (made, panels):
+        for axes, basis in zip(panels, first, strict=True):
+            names = list(first[basis])
+            for index, (name, part) in enumerate(found.items()):
+                cells = [part[basis][scorer] for scorer in names]
+                areas = np.array([cell.area for cell in cells])
+                ends = np.array([[cell.area - cell.low, cell.high - cell.area] for cell in cells]).T
+                places = np.arange(len(names)) + 0.22 * (index - (len(found) - 1) / 2)
+                axes.errorbar(areas, places, xerr=ends, fmt="o", markersize=4, color=COLOURS[index], label=name)
+            axes.axvline(0.5, color="black", linewidth=0.8)
+            axes.set(title=f"by the length of {basis}")
+            axes.set_yticks(np.arange(len(names)), names)
+            axes.xaxis.set_major_locator(MultipleLocator(0.05))
+        panels[0].invert_yaxis()
+        panels[-1].legend(frameon=False, loc="upper right")
+        made.supxlabel("chance that the harder of two problems in one length bucket scores higher (AUC), 95% interval")
+        path.write_bytes(png(made))
 
 
 def builtin() -> dict[str, list[Record]]:

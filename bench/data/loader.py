@@ -1,7 +1,7 @@
-"""Tokens per second of our loader against Hugging Face streaming, over the same packed rows, as torch tensors.
+"""Tokens per second of our loader against Hugging Face streaming, over the same packed sequences, as torch tensors.
 
-The rows are the built-in corpus's training tokens in rows of 1,024; Hugging Face streams them from a parquet file, with
-and without its shuffle buffer. Ours gives globally shuffled rows with labels, positions and masked boundaries besides.
+The sequences are the built-in corpus's training tokens, 1,024 each. Hugging Face streams them from a parquet file, with
+and without its shuffle buffer. Our loader shuffles globally and also returns labels, positions and masked boundaries.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Tokens per second of our loader against Hugging Face `datasets` and `grain`, over the same packed rows.
+"""Tokens per second of our loader against Hugging Face `datasets` and `grain`, over the same packed sequences.
 
-All sides give int64 tensors [16, 1024] of tokens. Ours gives labels, positions and masked boundaries besides; it and
-grain shuffle globally and resume exactly. `datasets` streams the rows in file order from Arrow batches, the fastest of
-its ways; its shuffle buffer loses samples at a resume and is measured by `bench/data/loader.py`. grain is
-measured where it is installed. Batches made ahead have nothing to overlap with here: what they cost is seen, not
-what they hide.
+All sides return int64 tensors [16, 1024] of tokens. Ours also returns labels, positions and masked boundaries; it and
+grain shuffle globally and resume exactly. `datasets` streams the sequences in file order from Arrow batches, the
+fastest of its ways; its shuffle buffer loses samples at a resume and is measured by `bench/data/loader.py`. grain is
+measured where it is installed. Batches made ahead have nothing to overlap with here: what they cost is seen, not what
+they hide.
 """
 
 from __future__ import annotations

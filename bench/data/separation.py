@@ -1,7 +1,7 @@
-"""Whether a scorer tells hard from easy, and not merely long from short.
+"""How well a scorer separates hard from easy records of the same length.
 
-What is measured is the chance that of two records of about the same length, the one of the higher label scores higher
-(the area under the ROC curve over pairs inside length buckets): 0.5 is a lot, 1 is perfect, below 0.5 is upside down.
+The measure is the probability that of two records of about the same length, the one with the higher label scores higher
+(the area under the ROC curve over pairs inside length buckets): 0.5 is chance, 1 is perfect, below 0.5 is inverted.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def length_buckets(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 def separation(
     scores: Numbers, labels: Numbers, buckets: NDArray[np.int64], resamples: int = 1000, seed: int = 0
 ) -> Separation:
-    """How well scores order labels inside buckets. A tie counts half; scores that are no numbers count as ties with
-    everything, so that a scorer gains nothing by not answering.
+    """How well scores order labels inside buckets. A tie counts half; a score that is not finite ties with everything,
+    so that a scorer gains nothing by not answering.
 
-    The interval is the bootstrap's percentiles (Efron 1979): records are drawn anew with replacement, and a pair counts
-    as often as both of its records were drawn. Memory grows with the square of a bucket. Raises `ValueError` where no
+    The interval is the bootstrap's percentiles (Efron 1979): records are drawn with replacement, and a pair counts as
+    often as both of its records were drawn. Memory grows with the square of a bucket. Raises `ValueError` where no
     bucket has two labels.
     """
     count = len(scores)

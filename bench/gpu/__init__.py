@@ -1,17 +1,17 @@
-"""What one GPU does, checked and timed in minutes: `python -m bench.gpu [NAME ...] [--out FILE.json] [--minutes N]`.
+"""Check and time one GPU in minutes: `python -m bench.gpu [NAME ...] [--out FILE.json] [--minutes N]`.
 
-Everything is compared with float32 on that GPU before it is timed; what is wrong is a failed row, and the rest goes on.
-Each section runs in a process of its own, so that one that dies takes no other with it, and rows are on disk as they
-come. `--dry` runs the same code on a CPU with tiny shapes: its figures mean nothing and are marked.
+Every result is compared with float32 on the GPU before it is timed. A wrong result becomes a failed row, and the
+benchmark continues. Each section runs in a separate process, so that a crash loses one section only, and rows are
+written to disk at once. `--dry` runs the same code on a CPU with tiny shapes; its figures are meaningless and marked.
 
-It imports torch and our own packages only, none of them with Hydra: a GPU host without a network can run it.
-Transformers, Transformer Engine and torchtitan take part if they are installed; otherwise a row says what is missing.
+It imports torch and our packages without Hydra, so that a GPU host without a network can run it. Transformers,
+Transformer Engine and torchtitan are measured if they are installed; otherwise a row names what is missing.
 
 The file holds one object, the calibration that planning reads:
 
     schema    1
-    dry       whether the figures are of tiny shapes on a CPU, and so mean nothing
+    dry       whether the figures are meaningless, from tiny shapes on a CPU
     machine   facts: device, memory_bytes, capability, multiprocessors, driver, cuda, torch, triton, transformers, ...
-    seconds   how long it all took
+    seconds   total time
     rows      a list of objects with the fields of `bench.gpu.record.BenchRow`
 """

@@ -30,13 +30,13 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[BenchJob]]] = {
     "dense": products.dense,
     "grouped": products.grouped,
 }
-"""By what would be missed most if time ran out."""
+"""The most important ones first, in case time runs out."""
 GRACE_S = 60
-"""How long after the deadline a section that is in the middle of a row may go on."""
+"""Seconds after the deadline that a section has to finish a row."""
 
 
 def measure(name: str, bench: Bench) -> Iterator[BenchRow]:
-    """The rows of a section. What raises is a failed row; what there is no time for, a missing one."""
+    """The rows of a section. An exception becomes a failed row, a job without time left a missing one."""
     for job in SECTIONS[name](bench):
         if bench.is_over:
             yield BenchRow(name, job.name, missing="time: raise --minutes")
@@ -53,14 +53,14 @@ def measure(name: str, bench: Bench) -> Iterator[BenchRow]:
 
 
 def child(name: str, bench: Bench) -> None:
-    """One section in this process, facts and rows as lines on standard output."""
+    """Run one section in this process; print facts and rows as lines."""
     print("MACHINE " + json.dumps(machine(bench.device)), flush=True)
     for row in measure(name, bench):
         print("ROW " + json.dumps(dataclasses.asdict(row)), flush=True)
 
 
-def in_process_of_its_own(name: str, seconds: float, record: BenchRecord) -> Iterator[BenchRow]:
-    """The same from outside; what such a process leaves unsaid when it dies is a failed row."""
+def in_new_process(name: str, seconds: float, record: BenchRecord) -> Iterator[BenchRow]:
+    """Run one section in a new process; a crash becomes a failed row."""
     command = [sys.executable, "-m", "bench.gpu", "--child", name, "--minutes", str(max(seconds, 0) / 60)]
     command += ["--dry"] if record.dry else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -82,18 +82,18 @@ def in_process_of_its_own(name: str, seconds: float, record: BenchRecord) -> Ite
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(bench.gpu.__doc__ or "").split("\n\n")[1])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which, of {', '.join(SECTIONS)}; all without one")
-    parser.add_argument("--out", type=Path, default=Path("bench-gpu.json"), help="the calibration (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="start nothing more after that (%(default)s)")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU: only to see that it runs")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("bench-gpu.json"), help="file for the results (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no job after this time (%(default)s)")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, to test the code")
     parser.add_argument("--child", choices=SECTIONS, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     unknown = [name for name in chosen.names if name not in SECTIONS]
     if unknown:
-        parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+        parser.error(f"unknown section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
     if not chosen.dry and not torch.cuda.is_available():
         print(
-            "bench.gpu needs a GPU that PyTorch can use, and finds none (--dry tries the code on a CPU)",
+            "bench.gpu needs a GPU that PyTorch can use and found none (--dry tests the code on a CPU)",
             file=sys.stderr,
         )
         return 1
@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> int:
         if chosen.dry:
             rows = measure(name, Bench(device, True, deadline))
         else:
-            rows = in_process_of_its_own(name, deadline - time.monotonic(), record)
+            rows = in_new_process(name, deadline - time.monotonic(), record)
         for row in rows:
             record.add(row)
     print(tables(record.rows, record.machine, chosen.dry))

@@ -1,4 +1,4 @@
-"""Timing on a device: events, warm-up, medians, an L2 cache that was overwritten, sides in turn."""
+"""Timing on a device: events, warm-up, medians, overwritten L2 cache, interleaved sides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Side = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Of each repetition, in milliseconds."""
+    """Milliseconds of each repetition."""
 
     each: list[float]
 
@@ -31,12 +31,12 @@ class Timing:
         return (high - low) / 2 / self.ms
 
     def over(self, other: Timing) -> float:
-        """Median over rounds of this side's time over the other's in the same round."""
+        """Median over rounds of this side's time over the other's."""
         return statistics.median(a / b for a, b in zip(self.each, other.each, strict=True))
 
 
 class Clock:
-    """`budget_s`: about how long one side may take; five repetitions are made all the same, two in a dry run."""
+    """`budget_s`: approximate time per side; at least five repetitions are made, two in a dry run."""
 
     def __init__(self, device: torch.device, dry: bool, budget_s: float = 0.2) -> None:
         self.device, self.dry, self.budget_s = device, dry, budget_s
@@ -47,7 +47,7 @@ class Clock:
         return self.turns([side])[0]
 
     def turns(self, sides: Sequence[Side]) -> list[Timing]:
-        """The sides in turn, A B B A A B ..., so that a clock that drifts treats all alike."""
+        """Time the sides in turn, A B B A A B ..., so that clock drift affects all alike."""
         for _ in range(1 if self.dry else 3):
             for side in sides:
                 side()
@@ -75,7 +75,7 @@ class Clock:
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted; inf where something is not finite."""
+    """Norm of the difference over the norm of `wanted`; inf if a value is not finite."""
     if not wanted.numel():
         return 0.0
     found, wanted = found.float(), wanted.float()

@@ -1,4 +1,4 @@
-"""What every section gets: the device, the clock, the precisions that can be had, and how long there is."""
+"""Context of every section: device, clock, available precisions, deadline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from precision.resolve import FLOAT8_LIBRARIES, no_triton, unavailable
 PLAIN = "bf16"
 DENSE = "dense, equal active parameters"
 TRITON = ", Triton"
-"""What the name of a side ends with if Triton's kernels move its tokens and gate."""
+"""Suffix of sides that permute tokens and compute SwiGLU with Triton kernels."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Bench:
     device: torch.device
     dry: bool
     deadline: float
-    """When to start nothing more, on `time.monotonic`'s clock."""
+    """Time of `time.monotonic` after which no job starts."""
 
     @cached_property
     def clock(self) -> Clock:
@@ -44,7 +44,7 @@ class Bench:
 
     @cached_property
     def _recipes(self) -> list[tuple[str, PrecisionConfig, list[str]]]:
-        """Every recipe of every FP8 backend, and why it cannot be had. The emulation is for dry runs only."""
+        """Every recipe of every FP8 backend, and why it is not available. Emulation is for dry runs only."""
         found = []
         for backend, maker in FLOAT8_LIBRARIES.items():
             if (backend is Backend.emulated) != self.dry:
@@ -56,22 +56,22 @@ class Bench:
 
     @cached_property
     def precisions(self) -> dict[str, PrecisionConfig]:
-        """bfloat16 and every FP8 recipe that can be had here, by name; weights are in bfloat16."""
+        """bfloat16 and every available FP8 recipe, by name; weights are in bfloat16."""
         plain = PrecisionConfig(Compute.bfloat16, ParamDtype.bfloat16)
         return {PLAIN: plain} | {name: config for name, config, reasons in self._recipes if not reasons}
 
     @property
     def missing(self) -> dict[str, str]:
-        """Why each other FP8 recipe cannot be had."""
+        """The other FP8 recipes, with the reason."""
         return {name: "; ".join(reasons) for name, _, reasons in self._recipes if reasons}
 
     @property
     def no_triton(self) -> str | None:
-        """Why Triton's kernels cannot be had."""
+        """Why Triton kernels are not available; None if they are."""
         return no_triton(self.device)
 
     def with_kernels(self, sides: dict[str, PrecisionConfig]) -> dict[str, PrecisionConfig]:
-        """Each by PyTorch's kernels, then, if they can be had here, by Triton's."""
+        """Each side with PyTorch kernels, then, if available, with Triton kernels."""
         kinds = {"": KernelKind.torch} | ({} if self.no_triton else {TRITON: KernelKind.triton})
         return {
             name + ending: replace(config, kernels=kind)
@@ -85,7 +85,7 @@ class Bench:
         return torch.randn(*shape, generator=generator, device=self.device, dtype=torch.bfloat16).mul_(scale)
 
     def clear(self) -> None:
-        """Give back what the last measurement allocated. Tiny tensors on a CPU are not worth the search for cycles."""
+        """Free what the last measurement allocated on a GPU."""
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -98,7 +98,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class BenchJob:
-    """Some rows that are measured together. What raises becomes one failed row of this name."""
+    """Rows that are measured together. An exception becomes one failed row of this name."""
 
     name: str
     measure: Callable[[], Iterable[BenchRow]]

@@ -1,6 +1,6 @@
-"""The mixture's memory-bound steps: Triton kernels against their PyTorch twins, checked, then timed in turn.
+"""Memory-bound steps of the MoE layer: Triton kernels against PyTorch's, checked, then timed in turn.
 
-Shapes: T tokens, D model width, K experts per token, C rows that the experts see, F expert width.
+Shapes: T tokens, D hidden size, K experts per token, C routed tokens, F expert hidden size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Our mixture, forward and backward: in bfloat16 and FP8, by PyTorch's kernels and Triton's, beside a dense layer and
-other people's grouped blocks.
+"""Our MoE layer, forward and backward: bfloat16 and FP8, PyTorch and Triton kernels, against a dense layer and peers.
 
-Shapes: T tokens, D model width, E experts, K experts per token, F expert width.
+Shapes: T tokens, D hidden size, E experts, K experts per token, F expert hidden size.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ PLAIN_GATE = 2e-2
 FLOAT8_GATE = 0.15
 """Three products in a row, each of operands rounded to 3 bits of mantissa."""
 DIFFERENT_TOKENS = 0.05
-"""Peers score experts in bfloat16 and we in float32: so many tokens may go elsewhere where two experts nearly tie."""
+"""Share of tokens that may be routed differently, because peers compute scores in bfloat16 and we in float32."""
 
 
 class LayerCase:
@@ -52,7 +51,7 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class LayerSetting:
-    """One mixture's weights and inputs. All sides share them."""
+    """Weights and inputs of one MoE layer, shared by all sides."""
 
     bench: Bench
     mixture: Mixture
@@ -194,7 +193,7 @@ def _fill(module: nn.Module, bench: Bench) -> None:
 
 
 def sharing(base: MixtureOfExperts, config: ModelConfig, bench: Bench, precision: PrecisionConfig) -> MixtureOfExperts:
-    """A mixture with the parameters of `base` and products of its own."""
+    """An MoE layer with the parameters of `base` and its own GEMM backends."""
     with torch.device("meta"):
         layer = MixtureOfExperts(config, resolve(precision, bench.device).at(0, 1))
     layer.load_state_dict(base.state_dict(), assign=True)

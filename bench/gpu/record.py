@@ -1,4 +1,4 @@
-"""Rows, the file they are kept in, and the tables for people."""
+"""Rows of results, their file and their tables."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One measurement. What does not apply is None."""
+    """One measurement; fields that do not apply are None."""
 
     section: str
     name: str
     """Which product, layer or model: "Scout gate and up"."""
     side: str = ""
-    """Who did it, and in which precision: "bf16", "te blockwise", "transformers"."""
+    """Implementation and precision: "bf16", "te blockwise", "transformers"."""
     phase: str = ""
     """"forward", "forward+backward", "step", "check", "copy"."""
     shape: dict[str, int | str] = field(default_factory=dict)
@@ -41,30 +41,30 @@ class BenchRow:
     """By the convention of `model.flops`: a multiply-add counts 2, recomputation and the softmax nothing."""
     tflops: float | None = None
     bytes: int | None = None
-    """The fewest that must move: each input read once, each output written once."""
+    """Fewest bytes to move: each input read once, each output written once."""
     gb_per_s: float | None = None
     memory_bytes: int | None = None
-    """The most that was allocated on the device."""
+    """Peak allocation on the device."""
     error: float | None = None
     """Norm of the difference over the norm of the reference, the worst of the results and gradients."""
     gate: float | None = None
-    """What the error must stay below."""
+    """Bound of the error."""
     ratio: float | None = None
     against: str | None = None
-    """What `ratio` is relative to."""
+    """Denominator of `ratio`."""
     floor: float | None = None
-    """What tflops, or the ratio where there is one, must reach; `at_most` says from which side."""
+    """Bound of the ratio, or of tflops without a ratio: a lower one, or an upper one if `at_most`."""
     moonshot: float | None = None
     at_most: bool = False
     holds: bool | None = None
     missing: str | None = None
-    """What would have to be installed, or why it cannot be had here."""
+    """What to install, or why it is not available here."""
     failed: str | None = None
     note: str = ""
 
     @property
     def value(self) -> float | None:
-        """What is held against the floor."""
+        """The value that is compared with the floor."""
         return self.ratio if self.ratio is not None else self.tflops
 
     @property
@@ -73,7 +73,7 @@ class BenchRow:
 
 
 def judged(row: BenchRow, dry: bool) -> BenchRow:
-    """The row with `tflops` and `gb_per_s` worked out and `holds` decided where there is a floor, but in a dry run."""
+    """The row with `tflops`, `gb_per_s` and, with a floor and not in a dry run, `holds`."""
     fields = asdict(row)
     if row.ms and row.flops:
         fields["tflops"] = row.flops / row.ms / 1e9
@@ -86,7 +86,7 @@ def judged(row: BenchRow, dry: bool) -> BenchRow:
 
 
 class BenchRecord:
-    """The file. It is written anew with every row, in one move."""
+    """The file of results, replaced atomically after every row."""
 
     def __init__(self, path: Path | None, dry: bool) -> None:
         self.path, self.dry, self.began = path, dry, time.monotonic()
@@ -115,7 +115,7 @@ class BenchRecord:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Facts about this machine."""
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "python": platform.python_version(),
@@ -184,7 +184,7 @@ def _short(value: float | None) -> str:
 def tables(rows: Iterable[BenchRow], facts: dict[str, Any], dry: bool) -> str:
     """Goals first, then section by section, for bench/RESULTS.md."""
     rows = list(rows)
-    mark = "**DRY RUN on a CPU with tiny shapes: these figures mean nothing.**\n\n" if dry else ""
+    mark = "**DRY RUN on a CPU with tiny shapes: these figures are meaningless.**\n\n" if dry else ""
     about = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None and key != "date")
     parts = [f"## {facts.get('date')}, `python -m bench.gpu`\n\n{mark}{about}"]
     goals = [row for row in rows if row.floor is not None or row.is_bad]

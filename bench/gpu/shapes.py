@@ -1,6 +1,6 @@
-"""What is measured: the shapes of published models, and small ones for a dry run.
+"""Shapes of published models, and small ones for a dry run.
 
-Shapes: D model width, F expert width, E experts, K experts per token.
+Shapes: D hidden size, F expert hidden size, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ QWEN3 = RouterConfig(top_k=8, score=Score.softmax, norm_topk_prob=True, weights_
 DEEPSEEK = RouterConfig(top_k=8, norm_topk_prob=True, scale=2.5, weights_on=WeightsOn.output)
 
 ROWS_MULTIPLE = 32
-"""Experts' rows are multiples of this in the grouped products, so that every recipe gets the same."""
+"""Tokens of an expert in grouped products are a multiple of this, so that every recipe gets the same."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The expert layer of a published model. `shared`: width of its shared expert, 0 without one."""
+    """The MoE layer of a published model. `shared`: hidden size of its shared expert, 0 without one."""
 
     name: str
     width: int
@@ -42,11 +42,11 @@ class Mixture:
 
     @property
     def active_width(self) -> int:
-        """Width of a dense layer with as many active parameters."""
+        """Hidden size of a dense layer with as many active parameters."""
         return self.router.top_k * self.hidden + self.shared
 
     def flops(self, tokens: int) -> float:
-        """Of a forward and backward pass, by the convention of `model.flops`."""
+        """FLOPs of a forward and backward pass, by the convention of `model.flops`."""
         return 6.0 * tokens * (3 * self.width * self.active_width + self.experts * self.width)
 
     @property
@@ -61,7 +61,7 @@ DEEPSEEK_V3 = Mixture("DeepSeek V3, a quarter of its experts", 7168, 2048, 64, D
 
 
 def mixtures(dry: bool, memory_bytes: int) -> list[Mixture]:
-    """Those that fit with gradients. Of Maverick's experts only as many as a quarter of the memory holds."""
+    """Layers that fit with gradients. Maverick has only as many experts as fit into a quarter of the memory."""
     if dry:
         return [
             Mixture("tiny top-1", 64, 128, 4, LLAMA4, shared=128),
@@ -90,8 +90,8 @@ def matrices(dry: bool) -> dict[str, tuple[int, int]]:
 
 
 def counts(rows: int, experts: int, load: str) -> Tensor:
-    """Rows of each expert, int64 on the host, multiples of ROWS_MULTIPLE: all equal, or falling as 1 / rank (Zipf), the
-    ranks dealt to experts at random.
+    """Tokens of each expert, int64 on the host, multiples of ROWS_MULTIPLE: all equal, or proportional to 1 / rank
+    (Zipf) with random ranks.
     """
     order = torch.randperm(experts, generator=torch.Generator().manual_seed(0))
     share = torch.ones(experts) if load == "balanced" else 1 / (order + 1.0)

@@ -14,7 +14,7 @@ from core.config import differences, plain
 from core.errors import ConfigError
 from core.files import write_bytes, write_json, write_text
 from core.package_guard import sources_digest
-from hparam.fit import Curve, curve, drift, exponents, foretold, optimum, penalty, plain_optimum
+from hparam.fit import Curve, curve, drift, exponents, optimum, penalty, plain_optimum, predicted_optimum
 from hparam.plots import draw_optima, draw_sweep
 from hparam.rules import Parametrization
 from launch.metap.runs import RUNS, but_rate_and_seed, loss_of
@@ -141,7 +141,7 @@ def _found(curves: Sequence[Curve]) -> dict[str, Any]:
         found["drift_octaves"] = asdict(drift(curves[0], curves[-1]))
         found["penalty_nats"] = asdict(penalty(curves[0], curves[-1]))
         found["exponents"] = {size: asdict(one) for size, one in exponents(curves).items()}
-        found["foretold"] = foretold(curves)
+        found["foretold"] = predicted_optimum(curves)
     found["losses"] = {
         one.name: {f"{2**rate:g}": losses for rate, losses in zip(one.log2_lrs, one.losses.tolist(), strict=True)}
         for one in curves

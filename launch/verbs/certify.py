@@ -13,7 +13,7 @@ from launch.rank_pool import Pool
 from parallel.layout import EngineKind
 from train.certify.compare import EXACT, GRADIENT_FP32
 from train.certify.plan import CertifyConfig, Outcome, certificate, certify, trials
-from train.certify.store import keep
+from train.certify.store import save
 from train.run_directory import load_config
 
 
@@ -36,7 +36,7 @@ def run(config: CertifyConfig) -> int:
     content = certificate(config, outcomes, {"sources": sources_digest(), "torch": torch.__version__})
     path = Path(config.out).expanduser()
     write_json(path, content)
-    keep(content, Path(config.cache).expanduser())
+    save(content, Path(config.cache).expanduser())
     if content["pass"]:
         print(f"certified: {', '.join(content['axes'])} compute what one process computes; see {path}")
         return 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import ConfigError
-from train.report.run import PAGE, write_report
+from train.report.page import PAGE, write_report
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from launch.local import train
+from launch.local import read_stored, train
 from train.config import TrainConfig
+
+__all__ = ["TrainConfig", "read_stored", "run"]
 
 
 def run(configs: list[TrainConfig]) -> int:

@@ -1,4 +1,4 @@
-"""The GPU benchmarks without a GPU: every section runs with tiny shapes, and what goes wrong is told, not lost."""
+"""The GPU benchmarks without a GPU: every section runs with tiny shapes, and failures are reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from bench.gpu.__main__ import SECTIONS, in_process_of_its_own, main, measure
+from bench.gpu.__main__ import SECTIONS, in_new_process, main, measure
 from bench.gpu.clock import Timing
 from bench.gpu.context import DENSE, PLAIN, TRITON, Bench
 from bench.gpu.record import BenchRecord, BenchRow, judged, tables
@@ -39,15 +39,15 @@ def bench(seconds: float = 600) -> Bench:
     return Bench(torch.device("cpu"), True, time.monotonic() + seconds)
 
 
-def test_every_section_runs_where_only_torch_is_installed(tmp_path):
-    """Peers must not be asked before they take part, so their section is left out."""
+def test_sections_run_with_torch_alone(tmp_path):
+    """The section of layers, which imports peers, is omitted."""
     out = tmp_path / "gpu.json"
     names = [name for name in SECTIONS if name != "layers"]
     command = [sys.executable, "-c", WITHOUT, "--dry", "--out", str(out), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "these figures mean nothing" in done.stdout and "(DRY)" in done.stdout
+    assert "these figures are meaningless" in done.stdout and "(DRY)" in done.stdout
     found = json.loads(out.read_text())
     assert found["schema"] == 1 and found["dry"] is True and found["machine"]["torch"] == torch.__version__
     assert {row["section"] for row in found["rows"]} == set(names)
@@ -56,7 +56,7 @@ def test_every_section_runs_where_only_torch_is_installed(tmp_path):
     assert len(timed) > 40 and all(row["ms"] > 0 and row["name"] and row["side"] and row["phase"] for row in timed)
     for section in ("dense", "grouped", "step", "loss"):
         sides = {row["side"] for row in found["rows"] if row["section"] == section}
-        assert {PLAIN, "reference blockwise"} <= sides
+        assert {PLAIN, "emulated blockwise"} <= sides
 
 
 def test_layers_beside_their_peers():
@@ -65,12 +65,12 @@ def test_layers_beside_their_peers():
     ratios = {(row.side, row.against) for row in rows if row.ratio is not None}
     assert {against for _, against in ratios} >= {"transformers Qwen3 grouped", "transformers Mixtral grouped", PLAIN}
     assert (PLAIN, DENSE) in ratios
-    told = [row.missing for row in rows if row.side == PLAIN + TRITON]
-    assert told == ["Triton's kernels run on GPUs"]
+    missing = [row.missing for row in rows if row.side == PLAIN + TRITON]
+    assert missing == ["Triton's kernels run on GPUs"]
 
 
-def test_triton_is_a_side_where_it_can_be_had(monkeypatch):
-    """PyTorch's kernels stand in, which shows which kind is asked for and compared."""
+def test_triton_is_compared_if_available(monkeypatch):
+    """PyTorch kernels in its place show what is compared."""
     asked = []
 
     def made(kind: KernelKind) -> TorchKernels:
@@ -86,21 +86,21 @@ def test_triton_is_a_side_where_it_can_be_had(monkeypatch):
     rows = [row for section in ("layers", "step") for row in measure(section, bench())]
     assert set(asked) == set(KernelKind) and not [row for row in rows if row.failed or row.missing]
     ratios = {(row.side, row.against) for row in rows if row.ratio is not None}
-    float8, by_triton = "reference blockwise", PLAIN + TRITON
+    float8, by_triton = "emulated blockwise", PLAIN + TRITON
     assert ratios >= {(by_triton, PLAIN), (by_triton, DENSE + TRITON), (float8 + TRITON, by_triton), (float8, PLAIN)}
     sides = [row.side for row in rows if row.section == "step" and row.ms and row.load]
     assert sides[:2] == [PLAIN, by_triton] and sides[2:] in ([float8], [float8 + TRITON])
 
 
 @pytest.mark.parametrize("section", ["grouped", "layers"])
-def test_what_is_wrong_is_not_timed(monkeypatch, section):
+def test_wrong_results_are_not_timed(monkeypatch, section):
     right = NativeGemm.grouped_linear
     monkeypatch.setattr(NativeGemm, "grouped_linear", lambda *given: right(*given) * 1.05)
     first = next(row for row in measure(section, bench()) if row.side == PLAIN)
     assert first.failed and first.failed.startswith("wrong: ") and first.ms is None
 
 
-def test_what_raises_is_a_row_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
+def test_an_exception_is_a_row_and_the_rest_runs(monkeypatch, tmp_path, capsys):
     def broken(*given: object) -> None:
         raise RuntimeError("no such kernel\nand more")
 
@@ -113,22 +113,22 @@ def test_what_raises_is_a_row_and_the_rest_goes_on(monkeypatch, tmp_path, capsys
     assert "FAILED: RuntimeError: no such kernel" in capsys.readouterr().out
 
 
-def test_what_there_is_no_time_for_is_said():
+def test_jobs_without_time_are_reported():
     rows = list(measure("ceilings", bench(seconds=-1)))
     assert rows and all(row.missing == "time: raise --minutes" and row.ms is None for row in rows)
 
 
-def test_a_section_in_a_process_of_its_own(monkeypatch, tmp_path):
+def test_a_section_in_a_new_process(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     record = BenchRecord(tmp_path / "gpu.json", dry=True)
-    rows = list(in_process_of_its_own("ceilings", 100, record))
+    rows = list(in_new_process("ceilings", 100, record))
     assert record.machine["torch"] == torch.__version__ and sum(row.ms is not None for row in rows) == 3
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    (row,) = in_process_of_its_own("ceilings", 100, record)
+    (row,) = in_new_process("ceilings", 100, record)
     assert row.failed == "its process ended with 1"
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_a_missing_gpu_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 1
     said = capsys.readouterr()

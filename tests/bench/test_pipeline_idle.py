@@ -1,10 +1,12 @@
-"""What a pipeline's schedule costs in idle time: played through, and in closed form."""
+"""Idle time of a pipeline's schedule: simulated, and in closed form."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from bench.pipeline_idle import closed_form, order, play
+from bench.pipeline.schedule import closed_form, order, play
 from parallel.pipeline.stages import PipelineSchedule
 
 UNIT = {"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}
@@ -21,7 +23,7 @@ def per_rank(schedule: PipelineSchedule) -> int:
 @pytest.mark.parametrize("schedule", list(PipelineSchedule))
 @pytest.mark.parametrize("pp", [2, 4, 8])
 @pytest.mark.parametrize("rounds", [2, 3, 8])
-def test_played_through_a_schedule_is_idle_as_its_formula_says(schedule, pp, rounds):
+def test_simulated_idle_time_equals_the_closed_form(schedule, pp, rounds):
     stages, micro_batches = per_rank(schedule), rounds * pp
     played = play(schedule, pp, stages, micro_batches, unit)
     assert played.idle == pytest.approx(closed_form(schedule, pp, stages, micro_batches), abs=1e-12)
@@ -29,19 +31,17 @@ def test_played_through_a_schedule_is_idle_as_its_formula_says(schedule, pp, rou
 
 
 @pytest.mark.parametrize("schedule", list(PipelineSchedule))
-def test_every_micro_batch_passes_every_stage_once_each_way(schedule):
+def test_micro_batches_pass_each_stage_once_each_way(schedule):
     pp, stages, micro_batches = 3, per_rank(schedule), 6
     rows = order(schedule, pp, stages, micro_batches).values()
     pieces = [piece for row in rows for together in row for piece in together]
-    everything = {
-        (stage, micro_batch_size) for stage in range(pp * stages) for micro_batch_size in range(micro_batches)
-    }
+    everything = set(itertools.product(range(pp * stages), range(micro_batches)))
     for kinds in (("F",), ("B", "I"), ("B", "W")):
-        found = [(stage, micro_batch_size) for kind, stage, micro_batch_size in pieces if kind in kinds]
+        found = [(stage, micro_batch) for kind, stage, micro_batch in pieces if kind in kinds]
         assert len(found) == len(set(found)) and set(found) == everything
 
 
-def test_a_slow_stage_holds_up_all():
+def test_a_slow_stage_delays_all():
     def slow(kind: str, stage: int) -> float:
         return UNIT[kind] * (3 if stage == 1 else 1)
 

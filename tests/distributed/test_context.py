@@ -20,7 +20,7 @@ from parallel.mesh import MeshAxis, make_meshes
 from parallel.parallelize import build
 from precision.config import Compute, PrecisionConfig
 from tests.model.attention.test_segments import figures, inputs, largest, positions
-from train.certify.worker import ROWS, MadeUpRows
+from train.certify.worker import BATCH_SIZE, SyntheticLoader
 from train.engine.fsdp import TorchEngine
 from train.eval.generate import placed_logits
 from train.optim.optimizer import OptimizerConfig
@@ -132,11 +132,11 @@ def travelled(aligned: bool, nope_every: int) -> dict[tuple[str, str], int]:
     layers = [layer for layer in model.blocks if layer.attention_chunk_size is not None or nope_every]
     model = type(model)(**{**vars(model), "layer_list": layers, "num_layers": len(layers)})
     engine = TorchEngine(build(model, PrecisionConfig(Compute.float32), meshes, world.device, 1), OptimizerConfig())
-    batch = MadeUpRows(model.vocab_size).batch(0, 0, ROWS)
+    batch = SyntheticLoader(model.vocab_size).batch(0, 0, BATCH_SIZE)
     if aligned:
         places = torch.arange(batch.positions_BT.shape[1])
         documents = torch.where(places < 48, places % 32, places % 3)  # short ones within a chunk at the end
-        batch = Batch(batch.tokens_BT, batch.labels_BT, documents.expand(ROWS, -1), batch.sources_B)
+        batch = Batch(batch.tokens_BT, batch.labels_BT, documents.expand(BATCH_SIZE, -1), batch.sources_B)
     meshes.traffic.take()
     engine.forward_backward(batch, 2)
     return {key: size for key, size in meshes.traffic.take().items() if key[0] == "cp"}
@@ -195,8 +195,8 @@ def compiled(method: ContextMethod) -> list[Any]:
         engine = TorchEngine(
             build(tiny(1), PrecisionConfig(Compute.float32), meshes, world.device, 1), OptimizerConfig()
         )
-        rows = MadeUpRows(engine.placed.model.config.vocab_size)
-        found.append([engine.forward_backward(rows.batch(step, 0, ROWS), 4).item() for step in range(2)])
+        rows = SyntheticLoader(engine.placed.model.config.vocab_size)
+        found.append([engine.forward_backward(rows.batch(step, 0, BATCH_SIZE), 4).item() for step in range(2)])
     return found
 
 

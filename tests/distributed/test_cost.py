@@ -28,7 +28,7 @@ from parallel.pipeline.stages import PipelineSchedule
 from parallel.sharding import local, shard_specs
 from precision.config import Compute, PrecisionConfig
 from tests.support.tiny import EXACT, config, trainer
-from train.certify.worker import CONTEXT, ROWS, MadeUpRows
+from train.certify.worker import BATCH_SIZE, SEQ_LEN, SyntheticLoader
 from train.engine.base import optimizer_step
 from train.engine.fsdp import TorchEngine
 from train.optim.muon import MuonConfig
@@ -88,10 +88,10 @@ def counted(
     placed = build(model, precision, meshes, world.device, seed=1)
     network, engine = placed.model, TorchEngine(placed, optimizer)
     balancer = Balancer(network, lambda counts: meshes.world.sum(counts, "balance"))
-    data, count = MadeUpRows(model.vocab_size), ROWS // meshes.dp.size
+    data, count = SyntheticLoader(model.vocab_size), BATCH_SIZE // meshes.dp.size
     batch = data.batch(0, meshes.dp.rank * count, (meshes.dp.rank + 1) * count)
     if aligned:
-        batch.positions_BT = (torch.arange(CONTEXT) % 32).expand(len(batch.tokens_BT), -1)
+        batch.positions_BT = (torch.arange(SEQ_LEN) % 32).expand(len(batch.tokens_BT), -1)
     if parallel.pp > 1:  # in its first step a pipeline sends its shapes
         optimizer_step(engine, balancer, batch, micro_batch_size, None, 1.0)
         meshes.traffic.take()
@@ -113,7 +113,7 @@ def total(found: list[Any]) -> dict[tuple[str, str], int]:
 
 
 def shape(layout: Layout, micro_batch_size: int, aligned: bool = False) -> cost.BatchShape:
-    return cost.BatchShape(ROWS // layout.dp, min(micro_batch_size, ROWS // layout.dp), CONTEXT, aligned)
+    return cost.BatchShape(BATCH_SIZE // layout.dp, min(micro_batch_size, BATCH_SIZE // layout.dp), SEQ_LEN, aligned)
 
 
 LAYOUTS = {
@@ -358,7 +358,7 @@ def attention_costs(model: ModelConfig, config: ParallelConfig, layers: list[int
 @pytest.mark.parametrize("size, method", [(1, "gather"), (2, "gather"), (2, "ulysses"), (2, "ring"), (4, "ring")])
 def test_what_a_layers_attention_costs(ranks, size, method):
     """A chunked layer and one with full attention."""
-    model, config, seq_len = tiny(1), ParallelConfig(cp=size, cp_method=ContextMethod[method]), 2 * CONTEXT
+    model, config, seq_len = tiny(1), ParallelConfig(cp=size, cp_method=ContextMethod[method]), 2 * SEQ_LEN
     chunks = [layer.attention_chunk_size is not None for layer in model.blocks]
     layers = [chunks.index(True), chunks.index(False)]
     found = ranks(size, attention_costs, model, config, layers, seq_len)

@@ -19,7 +19,7 @@ from parallel.mesh import MeshAxis
 from tests.support.bugs import BUGS, Plant, replaced
 from tests.support.tiny import EXACT, figures
 from train.config import TrainConfig
-from train.engine import fsdp as engine
+from train.engine import base
 
 
 def relative(a: Any, b: Any) -> float:
@@ -67,8 +67,8 @@ def same_sequences_on_every_rank(plant: Plant) -> None:
 
 
 def one_micro_batch_lost(plant: Plant) -> None:
-    split = engine._micro_batches
-    plant(engine, "_micro_batches", lambda *arguments: list(split(*arguments))[:-1])
+    split = base._micro_batches
+    plant(base, "_micro_batches", lambda *arguments: list(split(*arguments))[:-1])
 
 
 NOTICED_IN = {

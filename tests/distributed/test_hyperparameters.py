@@ -1,32 +1,31 @@
-"""Hyperparameters belong to the whole model: every layout has the groups and factors of one process."""
+"""Every layout has the parameter groups, initial values and factors of one process."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from hparam.scale import scale_of
-from parallel.comm.world import connect
 from tests.support.tiny import config
+from tests.support.tiny import trainer as tiny_trainer
 from train.config import TrainConfig
-from train.corpus import get_corpus
 from train.metap.hyperparameters import resolve
-from train.metrics import Log
-from train.run_directory import RunDirectory
-from train.trainer import Trainer
 
 LAYOUTS = {"tp2": ["parallel.tp=2"], "ep2": ["parallel.ep=2"], "fsdp2": [], "pp2": ["parallel.pp=2"]}
 EXACT = ["precision=fp64", "training.clip_norm=null"]
 SMALL = {"hidden_size": 16, "num_layers": 2, "head_dim": 4, "dense_hidden_size": 24, "num_experts": 2}
 
 
-def with_base(root: Path, name: str, overrides: list[str]) -> TrainConfig:
-    """A run twice as wide and deep as its base, with twice the head size and experts: no factor is 1."""
+def with_base(root: Path, name: str, *overrides: str) -> TrainConfig:
+    """A run with twice the width, depth, head size and experts of its base: no factor is 1."""
     run = config(root, name, "optimizer=adamw", "hparam.head=multiplier", *overrides)
-    small = replace(run.model, **SMALL, expert_hidden_size=16, router=replace(run.model.router, top_k=1))
+    small = replace(run.model, hidden_size=16, num_layers=2, head_dim=4, dense_hidden_size=24, expert_hidden_size=16)
+    small = replace(small, num_experts=2, router=replace(run.model.router, top_k=1))
     resolved = resolve(replace(run, hparam=replace(run.hparam, base=scale_of(small, 384, 2304))))
     factors = asdict(resolved.model.multipliers)
     assert factors == pytest.approx({"residual": 0.5, "logits": 0.5, "attention": 0.5**0.5, "gates": 0.5})
@@ -34,19 +33,18 @@ def with_base(root: Path, name: str, overrides: list[str]) -> TrainConfig:
 
 
 def groups(root: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """By parameter name its optimizer settings; and the losses of two steps."""
-    run, world = with_base(root, name, overrides), connect()
-    directory = RunDirectory.of(run)
-    world.from_main(lambda: directory.open(run))
-    corpus = get_corpus(run, world, lambda line: None)
-    trainer = Trainer(run, run.parallel.resolve(world.size), world, directory, corpus, Log(None))
+    """Parameter name -> settings of its group, and the losses of two steps."""
+    with patch("tests.support.tiny.config", with_base):
+        trainer = tiny_trainer(root, name, overrides)
     names = {parameter: name for name, parameter in trainer.engine.placed.model.named_parameters()}
-    found = {
-        names[parameter]: (group["name"], group["lr"], group["eps"], group["weight_decay"], group["betas"])
-        for group in trainer.engine.optimizer.param_groups
-        for parameter in group["params"]
+    settings = itemgetter("name", "lr", "eps", "weight_decay", "betas")
+    groups = trainer.engine.optimizer.param_groups
+    found = {names[parameter]: settings(group) for group in groups for parameter in group["params"]}
+    return {
+        "groups": found,
+        "table": trainer.config.hparam.table,
+        "losses": [trainer.train_step(s).loss.item() for s in range(2)],
     }
-    return {"groups": found, "table": run.hparam.table, "losses": [trainer.train_step(s).loss.item() for s in range(2)]}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from parallel.layout import DispatchMethod, ParallelConfig, Recompute
 from precision.config import Compute, PrecisionConfig
 from train.certify.compare import EXACT, Comparison, compare
 from train.certify.plan import Outcome, Trial, compare_layouts
-from train.certify.worker import CertifyCase, RankResults, measure_all
+from train.certify.worker import CertifyCase, RankResults, run_cases
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 EVERY_AXIS = ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full)
@@ -53,8 +53,8 @@ def compared(
     ranks, case: CertifyCase, count: int, config: ParallelConfig
 ) -> tuple[list[RankResults], list[Comparison]]:
     """A run under the layout against one process: the ranks' results, and the figures that differ."""
-    (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
-    found = [rank["run"] for rank in ranks(count, measure_all, config, {"run": case})]
+    (wanted,) = ranks(1, run_cases, ParallelConfig(), {"run": case})
+    found = [rank["run"] for rank in ranks(count, run_cases, config, {"run": case})]
     return found, [comparison for comparison in compare("run", wanted["run"], found, case) if not comparison.passed]
 
 
@@ -82,7 +82,7 @@ def test_experts_without_tokens_in_float32(ranks, dispatch):
     case = CertifyCase(model, PrecisionConfig(Compute.float32), SGD, starve=True)
     found, differing = compared(ranks, case, 2, ParallelConfig(ep=2, dispatch=dispatch))
     assert differing == []
-    assert not any(counts.view(-1, 2, 4)[:, 0].any() for counts in found[0].counts)
+    assert not any(counts.view(-1, 2, 4)[:, 0].any() for counts in found[0].balance["counts"])
     experts = [name for name in found[0].gradients if ".experts." in name]
     assert len(experts) == 2 * sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)
     for name in experts:
@@ -118,7 +118,7 @@ def test_a_checkpoint_resumes_under_every_listed_layout(ranks):
 @pytest.mark.parametrize("count, config", [(1, ParallelConfig()), (2, ParallelConfig(tp=2))], ids=["one", "tp2"])
 def test_compiled_layers_compute_the_same(ranks, count, config):
     case = CertifyCase(tiny(2), PrecisionConfig(Compute.float64), OptimizerConfig(lr=1e-2), steps=2)
-    (eager,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
-    compiled = ranks(count, measure_all, replace(config, compile=True), {"run": case}, timeout_s=600)
+    (eager,) = ranks(1, run_cases, ParallelConfig(), {"run": case})
+    compiled = ranks(count, run_cases, replace(config, compile=True), {"run": case}, timeout_s=600)
     for comparison in compare("compiled", eager["run"], [rank["run"] for rank in compiled], case):
         assert comparison.passed, comparison

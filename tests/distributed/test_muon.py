@@ -22,8 +22,8 @@ from parallel.sharding import local, local_shards
 from precision.config import Compute, PrecisionConfig
 from tests.support.bugs import Plant, replaced
 from train.certify import worker
-from train.certify.compare import EXACT, blocks, compare
-from train.certify.worker import Blocks, CertifyCase, RankResults, kept, measure_all
+from train.certify.compare import EXACT, compare, compare_blocks
+from train.certify.worker import Blocks, CertifyCase, RankResults, copy_blocks, run_cases
 from train.optim import muon, optimizer
 from train.optim.muon import MuonConfig, MuonScale
 from train.optim.optimizer import Moments, OptimizerConfig, OptimizerKind
@@ -44,7 +44,7 @@ AWKWARD = replace(
 
 def apart(wanted: Blocks, found: list[Blocks]) -> float:
     """The largest relative difference of a parameter."""
-    return blocks("weights", wanted, found, EXACT).largest
+    return compare_blocks("weights", wanted, found, EXACT).largest
 
 
 # ----- a whole training run
@@ -72,14 +72,14 @@ def run(**options: Any) -> CertifyCase:
 def alone(ranks, tmp_path_factory) -> tuple[RankResults, Path]:
     """What one process computes, and its checkpoint of the second step."""
     path = tmp_path_factory.mktemp("one")
-    return ranks(1, measure_all, ParallelConfig(), {"run": run(save=path)})[0]["run"], path
+    return ranks(1, run_cases, ParallelConfig(), {"run": run(save=path)})[0]["run"], path
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "all" else n for n in LAYOUTS])
 def test_a_layout_trains_as_one_process_does(ranks, alone, name):
     """Losses, gradients, norms and the weights after three steps."""
     count, config = LAYOUTS[name]
-    found = [rank["run"] for rank in ranks(count, measure_all, config, {"run": run()})]
+    found = [rank["run"] for rank in ranks(count, run_cases, config, {"run": run()})]
     differing = [comparison for comparison in compare("run", alone[0], found, run()) if not comparison.passed]
     assert differing == []
     assert apart(alone[0].weights, [figures.weights for figures in found]) < 1e-12
@@ -88,14 +88,14 @@ def test_a_layout_trains_as_one_process_does(ranks, alone, name):
 def test_experts_fewer_than_ranks_are_split_by_hidden_size(ranks):
     """FSDP2 then shards another dimension than the first, and lays its gradients out accordingly."""
     case = replace(run(), model=replace(tiny(2), num_experts=2))
-    (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": case})
-    found = [rank["run"] for rank in ranks(4, measure_all, ParallelConfig(), {"run": case})]
+    (wanted,) = ranks(1, run_cases, ParallelConfig(), {"run": case})
+    found = [rank["run"] for rank in ranks(4, run_cases, ParallelConfig(), {"run": case})]
     assert found[0].weights["layers.1.ffn.experts.gate_up.weight"][0][0].shape == (2, 2, 8, 32)
     assert apart(wanted["run"].weights, [figures.weights for figures in found]) < 1e-12
 
 
 def forgetting(parallel: ParallelConfig, cases: dict[str, CertifyCase]) -> dict[str, RankResults]:
-    """`measure_all` with a checkpoint whose momentum is not read."""
+    """`run_cases` with a checkpoint whose momentum is not read."""
     honest = worker.Checkpointer.restore
 
     def forget(self: Any, model: Any, optimizer: Any, specs: Any) -> Any:
@@ -107,7 +107,7 @@ def forgetting(parallel: ParallelConfig, cases: dict[str, CertifyCase]) -> dict[
 
     with replaced() as plant:
         plant(worker.Checkpointer, "restore", forget)
-        return measure_all(parallel, cases)
+        return run_cases(parallel, cases)
 
 
 @pytest.mark.slow
@@ -117,14 +117,14 @@ def test_a_checkpoint_resumes_under_other_layouts(ranks, alone, tmp_path):
     names = ["tp2-fsdp2", "etp2-efsdp2"]
     for name in names:
         count, config = LAYOUTS[name]
-        ranks(count, measure_all, config, {"run": run(save=tmp_path / name)})
+        ranks(count, run_cases, config, {"run": run(save=tmp_path / name)})
     for name in names:
         count, config = LAYOUTS[name]
         cases = {other: run(resume=tmp_path / other if other != "one" else one) for other in (*names, "one")}
-        found = ranks(count, measure_all, config, cases)
+        found = ranks(count, run_cases, config, cases)
         for other in cases:
             assert apart(wanted.weights, [rank[other].weights for rank in found]) < EXACT, (other, name)
-    alone_again = ranks(1, measure_all, ParallelConfig(), {"run": run(resume=tmp_path / names[0])})
+    alone_again = ranks(1, run_cases, ParallelConfig(), {"run": run(resume=tmp_path / names[0])})
     assert apart(wanted.weights, [alone_again[0]["run"].weights]) < EXACT
     lost = ranks(2, forgetting, ParallelConfig(tp=2), {"run": run(resume=one)})
     assert apart(wanted.weights, [rank["run"].weights for rank in lost]) > 1e-4, "the control: momentum matters"
@@ -133,13 +133,13 @@ def test_a_checkpoint_resumes_under_other_layouts(ranks, alone, tmp_path):
 def test_a_narrow_momentum_resumes_under_another_layout(ranks, tmp_path):
     """Runs under several layouts differ by no more than the rounding of bfloat16."""
     narrow = replace(run(), optimizer=replace(MUON, moments=Moments.bfloat16))
-    (wanted,) = ranks(1, measure_all, ParallelConfig(), {"run": narrow})
+    (wanted,) = ranks(1, run_cases, ParallelConfig(), {"run": narrow})
     count, config = LAYOUTS["tp2-fsdp2"]
-    ranks(count, measure_all, config, {"run": replace(narrow, save=tmp_path / "x")})
+    ranks(count, run_cases, config, {"run": replace(narrow, save=tmp_path / "x")})
     count, config = LAYOUTS["etp2-efsdp2"]
-    found = ranks(count, measure_all, config, {"run": replace(narrow, resume=tmp_path / "x")})
+    found = ranks(count, run_cases, config, {"run": replace(narrow, resume=tmp_path / "x")})
     assert apart(wanted["run"].weights, [rank["run"].weights for rank in found]) < 1e-4
-    wide = ranks(1, measure_all, ParallelConfig(), {"run": run()})[0]["run"].weights
+    wide = ranks(1, run_cases, ParallelConfig(), {"run": run()})[0]["run"].weights
     assert apart(wide, [wanted["run"].weights]) > 1e-4, "the control: narrow moments differ"
 
 
@@ -167,7 +167,7 @@ def updated(
                 local(gradient).copy_(values)
                 parameter.grad = gradient
             made.step()
-    return kept(local_shards(network, specs))
+    return copy_blocks(local_shards(network, specs))
 
 
 ALL_AT_ONCE = whole_matrices.AT_ONCE

@@ -28,7 +28,7 @@ from precision.config import Compute, PrecisionConfig
 from tests.support.bugs import replaced
 from tests.support.tiny import EXACT, trainer
 from train.certify.plan import Trial, compare_layouts
-from train.certify.worker import CONTEXT, ROWS, SEED, MadeUpRows
+from train.certify.worker import BATCH_SIZE, SEED, SEQ_LEN, SyntheticLoader
 from train.engine.base import optimizer_step
 from train.engine.fsdp import TorchEngine
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
@@ -78,8 +78,8 @@ def one_step(
     """What one step did on this rank, its loss and norm, and how many routed tokens all routers counted."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
-    share = ROWS // meshes.dp.size
-    batch = MadeUpRows(model.vocab_size).batch(0, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
+    share = BATCH_SIZE // meshes.dp.size
+    batch = SyntheticLoader(model.vocab_size).batch(0, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
     with counting() as times:  # before the model is built: recomputation holds the forwards that it finds
         placed = build(model, PrecisionConfig(compute), meshes, world.device, SEED)
         engine = TorchEngine(placed, SGD)
@@ -109,7 +109,7 @@ def test_a_schedule_runs_no_more_forwards_than_needed(ranks, alone, schedule, re
     model, schedule = moe_layers(), PipelineSchedule[schedule]
     parallel = ParallelConfig(pp=2, ep=2, schedule=schedule, recompute=recompute)
     found = ranks(4, one_step, parallel, model)
-    micro_batches, layers = ROWS // 2, LAYERS // 2
+    micro_batches, layers = BATCH_SIZE // 2, LAYERS // 2
     repeated = 1 if recompute is Recompute.none else 2
     again = recompute is Recompute.full
     exchanges = 5 + 3 * again  # counts; rows there and back, and their gradients; counts, there and back recomputed
@@ -117,8 +117,10 @@ def test_a_schedule_runs_no_more_forwards_than_needed(ranks, alone, schedule, re
         assert times["attention"] == times["experts"] == repeated * micro_batches * layers
         assert times["all_to_all"] == exchanges * micro_batches * layers
         assert loss == pytest.approx(alone[1], rel=1e-12) and norm == pytest.approx(alone[2], rel=1e-12)
-        assert counted == alone[3] == ROWS * CONTEXT * LAYERS, "every token of every layer once, whatever is repeated"
-    assert sum(times["rows"] for times, *_ in found) == repeated * ROWS * CONTEXT * LAYERS
+        assert counted == alone[3] == BATCH_SIZE * SEQ_LEN * LAYERS, (
+            "every token of every layer once, whatever is repeated"
+        )
+    assert sum(times["rows"] for times, *_ in found) == repeated * BATCH_SIZE * SEQ_LEN * LAYERS
 
 
 def split_by_torch(parallel: ParallelConfig, model: ModelConfig) -> Any:
@@ -131,7 +133,7 @@ def test_the_count_notices_repeated_forwards(ranks):
     """torch's own split of the backward pass recomputes a layer for each part."""
     parallel = ParallelConfig(pp=2, ep=2, schedule=PipelineSchedule.zbv, recompute=Recompute.full)
     times, *_ = ranks(4, split_by_torch, parallel, moe_layers())[0]
-    assert times["attention"] > 2 * (ROWS // 2) * (LAYERS // 2)
+    assert times["attention"] > 2 * (BATCH_SIZE // 2) * (LAYERS // 2)
 
 
 def layout(name: str) -> tuple[int, ParallelConfig]:
@@ -181,7 +183,9 @@ def test_tied_tables_at_both_ends_learn_as_one(ranks):
 def test_bf16_gradients_are_summed_as_without_a_split(ranks, schedule, micro_batches):
     """Gathered copies are bf16, and so is each product. Their sum is not, however few or many there are."""
     usual, split = (
-        ranks(2, one_step, ParallelConfig(pp=2, schedule=one), moe_layers(), Compute.bfloat16, ROWS // micro_batches)[0]
+        ranks(
+            2, one_step, ParallelConfig(pp=2, schedule=one), moe_layers(), Compute.bfloat16, BATCH_SIZE // micro_batches
+        )[0]
         for one in (PipelineSchedule.interleaved, PipelineSchedule[schedule])
     )
     assert split[1] == pytest.approx(usual[1], rel=1e-6) and split[2] == pytest.approx(usual[2], rel=1e-6)
@@ -213,8 +217,8 @@ def test_every_product_is_deferred_and_done_later(ranks):
     their weights.
     """
     with_head, without = ranks(2, deferred_work, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv), moe_layers())
-    for happened, head in ((with_head, ROWS), (without, 0)):
-        assert happened.count("d") == happened.count("w") == 2 * ROWS * 9 + head
+    for happened, head in ((with_head, BATCH_SIZE), (without, 0)):
+        assert happened.count("d") == happened.count("w") == 2 * BATCH_SIZE * 9 + head
     assert without.endswith(3 * 9 * "d" + 3 * ("|" + 9 * "w"))
 
 

@@ -57,7 +57,7 @@ def test_a_run_reports_a_missing_certificate(ranks, small_corpus, tmp_path):
 def test_checkpoints_name_the_certificate(ranks, small_corpus, tmp_path, cache):
     asked = config(tmp_path, "run", *small_corpus, *EXACT)
     about = {"model": plain(shrink(asked.model, asked.parallel)), "techniques": techniques(asked.parallel)}
-    path = store.keep({"pass": True, "axes": ["dp_shard"], **about}, cache)
+    path = store.save({"pass": True, "axes": ["dp_shard"], **about}, cache)
     try:
         wanted = store.find({"dp_shard": 2}, asked.model, asked.parallel, cache)
         assert wanted is not None

@@ -1,7 +1,8 @@
-"""Optima of curves whose optimum is known, and the refusal of those that have none."""
+"""Optima of curves whose optimum is known; curves without one are rejected."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
-from hparam.fit import Curve, curve, drift, exponents, foretold, optimum, penalty, resamples
+from hparam.fit import Curve, curve, drift, exponents, optimum, penalty, predicted_optimum, resamples
 from hparam.scale import Scale
 from tests.hparam.test_transfer import BASE
 
@@ -24,32 +25,32 @@ def bowl(best: float, floor: float = 2.0, seeds: int = 3, spread: float = 0.0, s
     return curve(f"{best}", losses, scale)
 
 
-def test_a_parabolas_vertex_is_found_between_the_grids_points():
+def test_a_vertex_between_grid_points_is_found():
     found = optimum(bowl(-6.7))
     assert found.log2_lr.value == pytest.approx(-6.7) and found.loss.value == pytest.approx(2.0)
     assert found.lr == pytest.approx(2**-6.7)
     assert found.log2_lr.low == pytest.approx(-6.7) == found.log2_lr.high, "seeds that agree leave no doubt"
 
 
-def test_the_interval_is_as_wide_as_the_seeds_disagree():
+def test_the_interval_shows_how_seeds_disagree():
     found = optimum(bowl(-6.7, spread=0.5)).log2_lr
     assert found.low < -7.0 and found.high > -6.4 and found.value == pytest.approx(-6.7)
 
 
 def test_drift_is_paired_by_seed():
-    """Both optima wander by half an octave with the seed, together: their distance does not."""
+    """Both optima move by half an octave with the seed, together: their distance does not."""
     moved = drift(bowl(-6.7, spread=0.5), bowl(-7.9, spread=0.5))
     assert moved.value == pytest.approx(-1.2) and moved.high - moved.low < 1e-6
     assert penalty(bowl(-6.3), bowl(-7.1)).value == pytest.approx(0.01 * 0.8**2), "by parabolas, as the optimum is"
 
 
 @pytest.mark.parametrize("best, side", [(-11.0, "downwards"), (-3.0, "upwards")])
-def test_a_minimum_at_the_edge_is_refused(best, side):
+def test_a_minimum_at_the_edge_is_rejected(best, side):
     with pytest.raises(ConfigError, match=f"sweep.lr: the best of .* is at the edge of the grid.*: extend it {side}"):
         optimum(bowl(best))
 
 
-def test_diverged_runs_take_no_part():
+def test_diverged_runs_are_ignored():
     one = bowl(-6.2)
     losses = one.losses.copy()
     losses[-1] = math.inf
@@ -74,26 +75,22 @@ def test_resamples_are_all_or_many():
 
 def test_exponents_of_batch_and_tokens():
     """log2 lr = -7 + 0.5 log2(batch ratio) - 0.3 log2(tokens ratio), exactly."""
-    grid = [
-        bowl(
-            -7 + 0.5 * math.log2(b) - 0.3 * math.log2(t),
-            scale=replace(BASE, batch=BASE.batch * b, tokens=BASE.tokens * t),
-        )
-        for b in (1, 2, 4)
-        for t in (1, 2, 4)
-    ]
+    grid = []
+    for b, t in itertools.product((1, 2, 4), repeat=2):
+        scale = replace(BASE, batch=BASE.batch * b, tokens=BASE.tokens * t)
+        grid.append(bowl(-7 + 0.5 * math.log2(b) - 0.3 * math.log2(t), scale=scale))
     found = exponents(grid)
     assert found["batch"].value == pytest.approx(0.5) and found["tokens"].value == pytest.approx(-0.3)
-    assert exponents(grid[:2]) == {}, "two horizons are no fit"
+    assert exponents(grid[:2]) == {}, "two horizons are not enough"
     together = [bowl(-7, scale=replace(BASE, batch=BASE.batch * f, tokens=BASE.tokens * f)) for f in (1, 2, 4, 8)]
-    assert exponents(together) == {}, "sizes that only move together cannot be told apart"
-    told = foretold(grid)
-    assert told is not None and told["octaves"] == pytest.approx(0.0, abs=1e-6)
+    assert exponents(together) == {}, "sizes that only vary together"
+    prediction = predicted_optimum(grid)
+    assert prediction is not None and prediction["octaves"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_largest_is_foretold_by_the_others():
+def test_the_largest_is_predicted_from_the_others():
     widths = [bowl(best, scale=replace(BASE, hidden_size=w)) for best, w in ((-7.0, 64), (-7.1, 128), (-6.0, 256))]
-    told = foretold(widths)
-    assert told is not None and told["held_out"] == "-6.0"
-    assert told["predicted"] == pytest.approx(-7.05) and told["octaves"] == pytest.approx(1.05)
-    assert foretold(widths[:2]) is None
+    prediction = predicted_optimum(widths)
+    assert prediction is not None and prediction["held_out"] == "-6.0"
+    assert prediction["predicted"] == pytest.approx(-7.05) and prediction["octaves"] == pytest.approx(1.05)
+    assert predicted_optimum(widths[:2]) is None

@@ -1,6 +1,8 @@
-"""The rules are data: they parse to what they say, cover every role, and are 1 where nothing was scaled."""
+"""The rules parse as written, cover every role and use known sizes only."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 
@@ -29,16 +31,11 @@ def test_every_role_has_a_rule(rules, head):
 
 def test_only_known_sizes_are_scaled_by():
     sizes = {"hidden_size", "num_layers", "num_experts", "top_k", "head_dim", "fan_in", "fan_out", "larger"}
-    monomials = [
-        part
-        for rules in Parametrization
-        for head in HeadForm
-        for rule in table(rules, head).values()
-        for part in (rule.std, rule.lr, rule.eps)
-    ]
-    monomials += [monomial(text) for text in [*MUON.values(), *(t for by in MULTIPLIERS.values() for t in by.values())]]
+    tables = [table(*choice).values() for choice in itertools.product(Parametrization, HeadForm)]
+    monomials = [part for rules in tables for rule in rules for part in (rule.std, rule.lr, rule.eps)]
+    monomials += [monomial(text) for by in (MUON, *MULTIPLIERS.values()) for text in by.values()]
     assert {power.size for one in monomials for power in one} <= sizes
 
 
-def test_the_standard_way_has_one_learning_rate():
+def test_standard_rules_have_one_learning_rate():
     assert all(rule.lr == () and rule.eps == () for rule in table(Parametrization.standard, HeadForm.absorbed).values())

@@ -1,4 +1,4 @@
-"""What a transfer finds: identities that hold for every shape, a pinned table, and one error for each mistake."""
+"""Transferred values: identities that hold for every shape, a pinned table, and one error for each mistake."""
 
 from __future__ import annotations
 
@@ -33,21 +33,9 @@ BASE = Scale(
     batch=2**19,
     tokens=2_500_000_000,
 )
-LARGER = replace(
-    BASE,
-    hidden_size=1024,
-    num_layers=24,
-    query_width=1024,
-    value_width=512,
-    dense_hidden_size=8192,
-    shared_expert_hidden_size=2048,
-    expert_hidden_size=1024,
-    num_experts=64,
-    top_k=8,
-    batch=2**21,
-    tokens=40_000_000_000,
-)
+LARGER = Scale(1024, 24, 64, 1024, 512, 8192, 2048, 1024, 64, 8, 2**21, 40_000_000_000)
 MATRICES = [role for role in Role if not role.is_norm]
+MUON = frozenset(role for role in Role if role.is_matrix)
 FOUND = BaseHyperparameters(
     std=dict.fromkeys(MATRICES, 0.02),
     lr=dict.fromkeys(Role, 0.008),
@@ -61,8 +49,8 @@ SIZES: dict[str, Any] = dict(
 GOLDEN = Path(__file__).with_name("table.json")
 
 
-def carried(target: Scale = LARGER, found: BaseHyperparameters = FOUND, **config: object) -> Resolved:
-    return transfer(HparamConfig(base=BASE, **config), target, found)  # type: ignore[arg-type]
+def carried(target: Scale = LARGER, found: BaseHyperparameters = FOUND, base: Scale = BASE, **config: Any) -> Resolved:
+    return transfer(HparamConfig(base=base, **config), target, found)
 
 
 def figures(found: Resolved) -> dict[str, object]:
@@ -77,7 +65,7 @@ def figures(found: Resolved) -> dict[str, object]:
 @pytest.mark.parametrize("rules", Parametrization)
 @pytest.mark.parametrize("head", HeadForm)
 def test_nothing_changes_at_the_bases_size(rules, head):
-    for muon in (frozenset(), frozenset(role for role in Role if role.is_matrix)):
+    for muon in (frozenset(), MUON):
         found = carried(BASE, replace(FOUND, muon=muon, muon_scale="match_adamw"), rules=rules, head=head)
         assert found.multipliers == MultipliersConfig() and found.beta2 == 0.95 and found.warnings == ()
         for role, own in found.roles.items():
@@ -85,14 +73,10 @@ def test_nothing_changes_at_the_bases_size(rules, head):
             assert own.weight_decay == pytest.approx(0.0 if role.is_norm else 0.1)
 
 
-def test_learning_rate_times_decay_times_steps_is_the_same_everywhere():
+def test_learning_rate_times_decay_times_steps_is_constant():
     wanted = 0.008 * 0.1 * BASE.steps
-    for target in (
-        LARGER,
-        replace(BASE, hidden_size=2048, query_width=2048),
-        replace(BASE, batch=2**20),
-        replace(BASE, num_layers=32),
-    ):
+    wide, deep = replace(BASE, hidden_size=2048, query_width=2048), replace(BASE, num_layers=32)
+    for target in (LARGER, wide, replace(BASE, batch=2**20), deep):
         for role, own in carried(target).roles.items():
             if not role.is_norm:
                 assert own.lr * own.weight_decay * target.steps == pytest.approx(wanted, rel=1e-8)
@@ -103,7 +87,7 @@ def test_learning_rate_times_decay_times_steps_is_the_same_everywhere():
 
 def test_both_forms_of_the_head_train_the_same_function():
     """A head w with a factor m on its logits trains as m * w does at m times the rate, epsilon and decay over m; the
-    training itself is compared in `tests.train.metap.test_resolve`.
+    training itself is compared in `tests.train.metap.test_hyperparameters`.
     """
     absorbed, multiplier = carried(), carried(head=HeadForm.multiplier)
     m = multiplier.multipliers.logits
@@ -114,7 +98,7 @@ def test_both_forms_of_the_head_train_the_same_function():
     assert ours.eps == pytest.approx(theirs.eps / m) and ours.weight_decay == pytest.approx(theirs.weight_decay / m)
 
 
-def test_figures_worked_out_by_hand():
+def test_values_worked_out_by_hand():
     found = carried()
     noise = 4**0.5 * 16**-0.3
     assert found.roles[Role.embedding].lr == pytest.approx(0.008 * noise)
@@ -126,7 +110,7 @@ def test_figures_worked_out_by_hand():
     assert found.roles[Role.expert_down].eps == pytest.approx(1e-8 / noise / 4 / 3 / 4)
     assert found.roles[Role.qk_norm].eps == pytest.approx(1e-8 / noise / 3), "gains that all heads share"
     assert asdict(found.multipliers) == pytest.approx({"residual": 1 / 3, "logits": 1, "attention": 1, "gates": 1})
-    assert found.beta2 == 0.9, "0.95^4 is below what is allowed"
+    assert found.beta2 == 0.9, "0.95^4 is below the smallest allowed"
     assert carried(alpha=0.5).multipliers.residual == pytest.approx(3**-0.5)
     assert carried(alpha=0.5).roles[Role.query].lr == pytest.approx(0.008 * noise / 4 / 3**0.5)
     heads = carried(replace(LARGER, head_dim=128))
@@ -135,23 +119,19 @@ def test_figures_worked_out_by_hand():
 
 
 @pytest.mark.parametrize("scale, exponent", [("unit_rms_norm", 0.0), ("shape_scaling", 0.0), ("match_adamw", -0.5)])
-def test_muon_needs_what_its_scale_leaves_out(scale, exponent):
-    """An update of spectral norm s * factor changes what a matrix puts out by as much; wanted is sqrt(out / in)."""
+def test_muon_gets_what_its_scale_lacks(scale, exponent):
+    """An update of spectral norm s * factor changes a matrix's output by as much; it should be sqrt(out / in)."""
     from train.optim.muon import MuonScale
 
-    wide = replace(
-        BASE, **{size: 4 * getattr(BASE, size) for size in asdict(BASE) if size.endswith(("width", "hidden_size"))}
-    )
-    wide = replace(wide, head_dim=64)
-    muon = frozenset(role for role in Role if role.is_matrix)
-    found = carried(wide, replace(FOUND, muon=muon, muon_scale=scale))
+    sizes = {name: 4 * size for name, size in asdict(BASE).items() if name.endswith(("width", "hidden_size"))}
+    wide, muon = replace(BASE, **sizes), replace(FOUND, muon=MUON, muon_scale=scale)
+    found = carried(wide, muon)
     assert found.roles[Role.query].lr == pytest.approx(0.008 * 4**exponent)
-    assert found.roles[Role.head].lr == pytest.approx(0.008 / 4), "AdamW has the rest"
+    assert found.roles[Role.head].lr == pytest.approx(0.008 / 4), "AdamW trains the rest"
     other = replace(wide, expert_hidden_size=8 * BASE.expert_hidden_size)  # another shape, too
     for role in (Role.expert_gate_up, Role.expert_down):
-        lr = carried(other, replace(FOUND, muon=muon, muon_scale=scale)).roles[role].lr
         step = []
-        for size, rate in ((BASE, 0.008), (other, lr)):
+        for size, rate in ((BASE, 0.008), (other, carried(other, muon).roles[role].lr)):
             rows, columns = (getattr(size, str(side)) for side in SPANS[role])
             step.append(rate * MuonScale(scale).factor(rows, columns) / math.sqrt(rows / columns))
         assert step[0] == pytest.approx(step[1]), role
@@ -166,60 +146,54 @@ def test_the_table_is_pinned():
 def golden() -> str:
     cases = {
         "adamw": carried(),
-        "muon": carried(found=replace(FOUND, muon=frozenset(r for r in Role if r.is_matrix), muon_scale="match_adamw")),
+        "muon": carried(found=replace(FOUND, muon=MUON, muon_scale="match_adamw")),
         "multiplier head": carried(head=HeadForm.multiplier),
         "standard": carried(rules=Parametrization.standard),
     }
     return json.dumps({name: figures(found) for name, found in cases.items()}, indent=1) + "\n"
 
 
-def test_a_digest_follows_every_figure():
-    assert carried().digest == carried().digest
-    changes = [
-        carried(tokens_exponent=0.31),
-        carried(replace(LARGER, num_layers=25)),
-        carried(found=replace(FOUND, eps=2e-8)),
-    ]
-    assert len({carried().digest, *(one.digest for one in changes)}) == 4
+def test_a_digest_depends_on_every_value():
+    deeper, other = replace(LARGER, num_layers=25), replace(FOUND, eps=2e-8)
+    found = [carried(), carried(tokens_exponent=0.31), carried(deeper), carried(found=other)]
+    assert len({one.digest for one in found}) == 4 and carried().digest == found[0].digest
 
 
-def test_what_is_not_established_is_said():
-    assert (
-        "sparsity changes (2 of 16 experts at the base, 8 of 128 here)"
-        in carried(replace(LARGER, num_experts=128)).warnings[0]
-    )
-    assert not any("sparsity" in line for line in carried().warnings)
-    fine = replace(LARGER, expert_hidden_size=256)
-    assert any("experts are 0.125 times as wide" in line for line in carried(fine).warnings)
-    assert any("critical batch is not known" in line for line in carried(replace(BASE, batch=2**21)).warnings)
-    assert any(
-        "the base is small" in line
-        for line in transfer(HparamConfig(base=replace(BASE, hidden_size=64)), LARGER, FOUND).warnings
-    )
+@pytest.mark.parametrize(
+    "base, target, warning",
+    [
+        ({}, {"num_experts": 128}, "sparsity changes (2 of 16 experts at the base, 8 of 128 here)"),
+        ({}, {"expert_hidden_size": 256}, "expert_hidden_size / hidden_size is 0.125 times"),
+        ({}, {"tokens": BASE.tokens}, "4 times the base's for 1 times its tokens, and the critical batch is unknown"),
+        ({"hidden_size": 64}, {}, "the base is small (8 layers of hidden size 64)"),
+    ],
+)
+def test_each_warning_has_its_cause(base, target, warning):
+    assert any(warning in line for line in carried(replace(LARGER, **target), base=replace(BASE, **base)).warnings)
+    assert not any(warning in line for line in carried().warnings)
 
 
-def test_steps_above_the_critical_batch_are_refused_unless_told():
+def test_batches_above_the_critical_one_are_rejected():
     """2^20 tokens at the base, and 16^0.46 = 3.6 times as many for 16 times the tokens."""
     assert carried(critical_batch=2.0**20)
-    with pytest.raises(
-        ConfigError, match=r"global_batch_size: a step of 4,194,304 tokens is above the critical batch of 3,7"
-    ):
-        carried(replace(LARGER, batch=2**22), critical_batch=2.0**20)
-    assert carried(replace(LARGER, batch=2**22), critical_batch=2.0**20, allow_supercritical=True)
+    large = replace(LARGER, batch=2**22)
+    with pytest.raises(ConfigError, match=r"global_batch_size: 4,194,304 tokens are above .* critical batch of 3,7"):
+        carried(large, critical_batch=2.0**20)
+    assert carried(large, critical_batch=2.0**20, allow_supercritical=True)
 
 
 @pytest.mark.parametrize("size", ["dense_hidden_size", "shared_expert_hidden_size", "num_experts"])
 def test_a_base_lacks_what_the_target_has(size):
-    with pytest.raises(
-        ConfigError, match=rf"hparam.base.{size}=0: the base has none, and this model has .*: sweep a base"
-    ):
-        transfer(HparamConfig(base=replace(BASE, **{size: 0})), LARGER, FOUND)
+    message = rf"hparam.base.{size}=0: the base has none, but this model has .*: sweep a base"
+    with pytest.raises(ConfigError, match=message):
+        carried(base=replace(BASE, **{size: 0}))
 
 
 def test_a_tied_head_has_no_absorbed_form():
-    with pytest.raises(ConfigError, match=r"hparam.head=absorbed: tied embeddings have one table .*; try multiplier"):
-        carried(found=replace(FOUND, tied=True))
-    assert carried(found=replace(FOUND, tied=True), head=HeadForm.multiplier).multipliers.logits == 0.25
+    tied = replace(FOUND, tied=True)
+    with pytest.raises(ConfigError, match=r"hparam.head=absorbed: tied embeddings share one matrix.*; try multiplier"):
+        carried(found=tied)
+    assert carried(found=tied, head=HeadForm.multiplier).multipliers.logits == 0.25
 
 
 @pytest.mark.parametrize(
@@ -228,11 +202,11 @@ def test_a_tied_head_has_no_absorbed_form():
         ModelConfig(**SIZES, expert_hidden_size=40, shared_expert_hidden_size=24, num_experts=4, moe_every=2),
         ModelConfig(**{**SIZES, "num_layers": 2}, moe_every=0, layer_list=[LayerConfig(), LayerConfig(rope=False)]),
     ],
-    ids=["mixture", "dense"],
+    ids=["moe", "dense"],
 )
-def test_matrices_are_what_their_roles_say(model):
+def test_matrices_have_the_sizes_of_their_roles(model):
     scale = scale_of(model, 1024, 10240)
     check_registry(parameter_infos(model), scale)
     assert scale.query_width == 64 and scale.value_width == 32 and scale.steps == 10
-    with pytest.raises(TypeError, match=r"attention.query.weight is .* as its role query says"):
+    with pytest.raises(TypeError, match=r"attention.query.weight is .* its role query requires"):
         check_registry(parameter_infos(model), replace(scale, query_width=32))

@@ -18,7 +18,7 @@ from parallel.mesh import make_meshes
 from parallel.parallelize import build
 from precision.config import Backend, Compute, PrecisionConfig, Recipe
 from train.certify.plan import shrink
-from train.certify.worker import ROWS, MadeUpRows
+from train.certify.worker import BATCH_SIZE, SyntheticLoader
 from train.engine.base import optimizer_step
 from train.engine.fsdp import TorchEngine
 from train.optim.optimizer import OptimizerConfig
@@ -48,7 +48,9 @@ def operations(mode: Recompute, precision: PrecisionConfig, model: ModelConfig) 
     placed = build(model, precision, meshes, world.device, seed=1)
     network, engine = placed.model, TorchEngine(placed, OptimizerConfig())
     with Done() as done:
-        optimizer_step(engine, Balancer(network), MadeUpRows(model.vocab_size).batch(0, 0, ROWS), ROWS, None, 1.0)
+        optimizer_step(
+            engine, Balancer(network), SyntheticLoader(model.vocab_size).batch(0, 0, BATCH_SIZE), BATCH_SIZE, None, 1.0
+        )
     return done.times
 
 

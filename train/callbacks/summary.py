@@ -88,7 +88,7 @@ class ReportCallback(Callback):
         trainer = self.trainer
         if not trainer.world.is_main:
             return
-        from train.report.run import PAGE, write_report  # matplotlib takes a second to import
+        from train.report.page import PAGE, write_report  # matplotlib takes a second to import
 
         try:
             write_report([trainer.directory.path], trainer.directory.path / PAGE)

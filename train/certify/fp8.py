@@ -1,9 +1,9 @@
-"""What a certificate says of FP8: a layout quantises the same bytes as one process, or makes no larger error.
+"""Certify FP8: a layout quantises the same bytes as one process, or makes no larger error.
 
-Tiles along a row or within a weight are the same in every layout whose shards end at the edges of tiles. Tiles along
-tokens are so where a product sees the same tokens in the same order. The products for which both hold are certified in
-float64 like everything else: one byte that differs would show at 1e-4, and the gate is 1e-9. All products together must
-be no farther from what they are without FP8 than they are in one process.
+Tiles along a sequence or within a weight are the same in every layout whose shards end at tile edges. Tiles along
+tokens are the same if a product sees the same tokens in the same order. The products for which both hold are certified
+in float64 like everything else: one different byte would show at 1e-4, and the gate is 1e-9. All products together may
+be no farther from their results without FP8 than they are in one process.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import torch
 from model.config import ModelConfig
 from parallel.layout import Layout, ParallelConfig
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
-from train.certify.compare import Comparison, compare, distances, series, worst
-from train.certify.worker import CertifyCase, RankResults, Ranks, measure_all
+from train.certify.compare import Comparison, compare, largest_difference, relative_errors, worst_parameter
+from train.certify.worker import CertifyCase, RankResults, RunOnRanks, run_cases
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
-SIDE, ROWS = 128, 4
-"""Widths are multiples of SIDE on every rank, and so are the runs of tokens: no tile is cut. ROWS: of each rank."""
+TILE, SEQUENCES_PER_RANK = 128, 4
+"""Sizes of the model and lengths of sequences are multiples of TILE on every rank, so that no tile is cut."""
 LOSS, NORM, ERROR = 5e-3, 5e-2, 1.5
-"""Gates where a layout's tiles are others: relative, and of each gradient's error over the error in one process."""
+"""Gates if a layout's tiles differ: relative; ERROR for each gradient's error over its error in one process."""
 _SMALL = 1e-3
 """Errors below this are not compared."""
 _SAME, _ANY, _UNROUNDED = "FP8 in the same tiles", "FP8", "unrounded"
 
 
-def proofs(
-    model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, count: int, ranks: Ranks
+def compare_fp8(
+    model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, count: int, ranks: RunOnRanks
 ) -> Iterator[Comparison]:
-    """A layout of `count` ranks against one process that makes the same micro-batches. `model`: shrunk to multiples of
-    `SIDE`. Raises `RankFailure`.
+    """Compare a layout of `count` ranks with one process that makes the same micro-batches. `model`: shrunk to
+    multiples of `TILE`. Raises `RankFailure`.
     """
     cases = _cases(model, precision, parallel.resolve(count))
-    plain = replace(cases[_ANY], precision=PrecisionConfig(Compute.float64))
-    (wanted,) = ranks(1, measure_all, ParallelConfig(), {**cases, _UNROUNDED: plain})
-    found = ranks(count, measure_all, parallel, cases)
+    unrounded = replace(cases[_ANY], precision=PrecisionConfig(Compute.float64))
+    (wanted,) = ranks(1, run_cases, ParallelConfig(), {**cases, _UNROUNDED: unrounded})
+    found = ranks(count, run_cases, parallel, cases)
     if _SAME in cases:
         yield from compare(_SAME, wanted[_SAME], [rank[_SAME] for rank in found], cases[_SAME])
     yield from _no_larger_error(wanted[_UNROUNDED], wanted[_ANY], [rank[_ANY] for rank in found])
@@ -48,9 +48,9 @@ def proofs(
 def same_tiles(recipe: Recipe, layout: Layout) -> list[Products]:
     """The products whose tiles do not depend on the layout.
 
-    Experts see the same tokens only where all ranks with other tokens send theirs to the same copy of an expert, and in
-    the same order only where ranks have runs of whole rows. Scales of whole tensors and rows change with whatever is
-    cut, so only a pipeline keeps them.
+    Experts see the same tokens only if all ranks with different tokens send theirs to the same copy of an expert, and
+    in the same order only if ranks hold whole sequences. Scales of whole tensors and rows change with any cut, so only
+    a pipeline keeps them.
     """
     if recipe in (Recipe.tensorwise, Recipe.rowwise):
         return list(Products) if layout.world_size == layout.pp else []
@@ -61,30 +61,36 @@ def same_tiles(recipe: Recipe, layout: Layout) -> list[Products]:
 def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> dict[str, CertifyCase]:
     emulated = replace(precision, backend=Backend.emulated, compute=Compute.float64)
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
-    context = 2 * SIDE * layout.cp  # under cp a rank has a run from the head of a row and one from its tail
-    every = CertifyCase(model, emulated, sgd, context=context, rows=ROWS * layout.dp, imitates=layout.dp)
+    case = CertifyCase(
+        model,
+        emulated,
+        sgd,
+        seq_len=2 * TILE * layout.cp,  # under cp a rank holds one part of a sequence's first half and one of its second
+        batch_size=SEQUENCES_PER_RANK * layout.dp,
+        emulates=layout.dp,
+    )
     same = same_tiles(recipe_of(precision), layout)
     kept = [products for products in precision.fp8_products if products in same]
-    alike = {_SAME: replace(every, precision=replace(emulated, fp8_products=kept))} if kept else {}
-    return {**alike, _ANY: every}
+    same_case = {_SAME: replace(case, precision=replace(emulated, fp8_products=kept))} if kept else {}
+    return {**same_case, _ANY: case}
 
 
-def about(precision: PrecisionConfig) -> dict[str, Any]:
-    """What a certificate is about: another recipe, or more in FP8, needs another one."""
+def describe(precision: PrecisionConfig) -> dict[str, Any]:
+    """The settings that a certificate covers; other values need another certificate."""
     products = sorted(products.value for products in precision.fp8_products)
     layers = [precision.bf16_first_layers, precision.bf16_last_layers]
     return {"recipe": recipe_of(precision).value, "products": products, "bf16_layers": layers}
 
 
 def recipe_of(precision: PrecisionConfig) -> Recipe:
-    """`auto` is what it is on the CPU, where certificates are made."""
+    """The recipe; `auto` as it is on the CPU, where certificates are made."""
     return precision.recipe.on(torch.device("cpu"))
 
 
 def _no_larger_error(exact: RankResults, alone: RankResults, found: Sequence[RankResults]) -> Iterator[Comparison]:
-    yield Comparison(f"{_ANY}: loss", series("loss", alone, found), LOSS)
-    yield Comparison(f"{_ANY}: gradient norm", series("norm", alone, found), NORM)
-    usual = distances(exact.gradients, [alone.gradients])
-    here = distances(exact.gradients, [figures.gradients for figures in found])
+    yield Comparison(f"{_ANY}: loss", largest_difference("loss", alone, found), LOSS)
+    yield Comparison(f"{_ANY}: gradient norm", largest_difference("norm", alone, found), NORM)
+    usual = relative_errors(exact.gradients, [alone.gradients])
+    here = relative_errors(exact.gradients, [results.gradients for results in found])
     ratios = {name: here[name] / max(usual[name], _SMALL) for name in usual}
-    yield worst(f"{_ANY}: error of gradients over one process's", ratios, ERROR)
+    yield worst_parameter(f"{_ANY}: error of gradients over one process's", ratios, ERROR)

@@ -1,12 +1,12 @@
 """The certificate: a layout computes what one process computes, parameter by parameter, to rounding.
 
-A shrunk copy of the configured model is run by one process and under layouts in which every axis has degree 2: each
-axis alone, each pair of them, all together, and the configured degrees themselves where they are few enough. Float64
-makes a difference of 1e-9 a bug and not rounding; plain SGD without clipping shows the scale of gradients, which AdamW
-hides. Beside it, AdamW (or Muon, where that is configured) with clipping.
+A shrunk copy of the configured model runs in one process and under layouts in which every axis has degree 2: each axis
+alone, each pair, all together, and the configured degrees if they are small enough. In float64 a difference of 1e-9 is
+a bug, not rounding. Plain SGD without clipping shows the scale of gradients, which AdamW hides. AdamW with clipping
+runs beside it (or Muon, if that is configured).
 
 DeepSpeed has fp32 masters and nothing wider: under it the same is compared in float32. Whether gradients of bf16 models
-are summed in fp32 shows against FSDP2 under the same layout, which rounds at the same places.
+are summed in fp32 is compared with FSDP2 under the same layout, which rounds at the same places.
 """
 
 from __future__ import annotations
@@ -32,42 +32,43 @@ from parallel.layout import AUTO, DEGREES, ContextMethod, EngineKind, ParallelCo
 from parallel.pipeline.stages import PipelineSchedule, stages
 from precision.config import Compute, PrecisionConfig
 from train.certify import fp8
-from train.certify.compare import Comparison, compare, joined, tail
-from train.certify.worker import CONTEXT, ROWS, CertifyCase, RankResults, Ranks, measure_all, micro_batch_size
+from train.certify.compare import Comparison, compare, compare_resumed, join_blocks
+from train.certify.worker import BATCH_SIZE, SEQ_LEN, CertifyCase, RankResults, RunOnRanks, micro_batch_size, run_cases
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
-MOST_RANKS, MOST_STEPS = 8, 20
+MAX_RANKS, MAX_STEPS = 8, 20
 _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
 
 
 @dataclass(frozen=True)
 class CertifyConfig:
-    """Proves a layout on this machine, without a GPU, in some minutes."""
+    """Certify a layout on this machine, without a GPU, in some minutes."""
 
     run: str | None = None
-    """Take model, parallel, optimizer and cache from this run's configuration."""
+    """Take model, parallel, optimizer, precision and cache from this run's configuration."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Of kind muon: Muon is certified in the place of AdamW, which it has a share for."""
+    """Only its kind counts: muon is certified in place of adamw, which it uses for part of the parameters."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    """Of an FP8 backend its recipe is certified, by the reference's emulation; formats are the certificate's own."""
-    ranks: int = MOST_RANKS
-    """At most this many processes. Each axis and each pair must fit; larger layouts are left out and named."""
+    """Only an FP8 recipe counts: it is certified with emulated products. Other formats are chosen by the certificate.
+    """
+    ranks: int = MAX_RANKS
+    """Most processes of a layout. Each axis and each pair must fit; larger layouts are omitted and listed."""
     steps: int = 3
     out: str = "certificate.json"
     cache: str = "~/.cache/leviathan"
-    """Certificates are kept here, too, where `train` looks for them."""
+    """Certificates are also stored here, where `train` looks for them."""
 
     def __post_init__(self) -> None:
-        for key, least, most in (("ranks", 2, MOST_RANKS), ("steps", 2, MOST_STEPS)):
+        for key, least, most in (("ranks", 2, MAX_RANKS), ("steps", 2, MAX_STEPS)):
             if not least <= getattr(self, key) <= most:
                 raise ConfigError(key, getattr(self, key), f"must be from {least} to {most}", [least, most])
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One layout to be tried: the axes it is about, by degree, and how many ranks it takes."""
+    """A layout to certify: the axes in question, the layout itself and its number of ranks."""
 
     axes: tuple[str, ...]
     parallel: ParallelConfig
@@ -79,11 +80,11 @@ class Trial:
         return " ".join(f"{axis}={degree}" for axis, degree in degrees.items())
 
     def check(self, model: ModelConfig) -> None:
-        """Raise `ConfigError` where the shrunk model or the made-up rows cannot be cut this way."""
+        """Raise `ConfigError` if the shrunk model or the synthetic batch cannot be divided this way."""
         layout = self.parallel.resolve(self.ranks)
         layout.check_model(model)
-        layout.check_batch(ROWS, micro_batch_size(layout))
-        layout.check_seq_len(model, CONTEXT)
+        layout.check_batch(BATCH_SIZE, micro_batch_size(layout))
+        layout.check_seq_len(model, SEQ_LEN)
 
 
 @dataclass(frozen=True)
@@ -103,22 +104,19 @@ class Outcome:
     def failures(self) -> list[str]:
         if self.error is not None:
             return [self.error]
-        return [
-            f"{c.name} differs by {c.largest:.1e}"
-            + (f", most in {c.parameter}, first in {c.first}" if c.parameter else "")
-            for c in self.comparisons
-            if not c.passed
-        ]
+        failed = [c for c in self.comparisons if not c.passed]
+        where = [f", most in {c.parameter}, first in {c.first}" if c.parameter else "" for c in failed]
+        return [f"{c.name} differs by {c.largest:.1e}{place}" for c, place in zip(failed, where, strict=True)]
 
 
-def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
-    """Run trial after trial and compare. The smallest sets of axes come first, so the first failure is the one to
-    look at. Raises `ConfigError`, before anything runs, for what cannot be certified here.
+def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[Outcome]:
+    """Run the trials one by one and compare. Small sets of axes come first, so that the first failure is the most
+    specific. Raises `ConfigError` before anything runs if something cannot be certified here.
     """
     chosen, _ = trials(config)
     model, optimizer = shrink(config.model, config.parallel), config.optimizer
     if config.parallel.engine is EngineKind.deepspeed and config.precision.uses_float8:
-        reason = "recipes are certified in float64, which DeepSpeed has not; certify them with parallel.engine=fsdp2"
+        reason = "FP8 is certified in float64, which DeepSpeed does not support; set parallel.engine=fsdp2 to certify"
         raise ConfigError("precision.backend", config.precision.backend, reason)
     for trial in chosen:
         muon = optimizer.kind is OptimizerKind.muon
@@ -126,34 +124,37 @@ def certify(config: CertifyConfig, ranks: Ranks) -> Iterator[Outcome]:
     outcomes = compare_layouts(model, chosen, config.steps, ranks, optimizer)
     if not config.precision.uses_float8:
         return outcomes
-    wide = shrink(config.model, config.parallel, fp8.SIDE)
-    return (_with_float8(outcome, wide, config.precision, ranks) for outcome in outcomes)
+    wide = shrink(config.model, config.parallel, fp8.TILE)
+    return (_with_fp8(outcome, wide, config.precision, ranks) for outcome in outcomes)
 
 
 def compare_layouts(
-    model: ModelConfig, layouts: Sequence[Trial], steps: int, ranks: Ranks, optimizer: OptimizerConfig | None = None
+    model: ModelConfig,
+    layouts: Sequence[Trial],
+    steps: int,
+    ranks: RunOnRanks,
+    optimizer: OptimizerConfig | None = None,
 ) -> Iterator[Outcome]:
-    """Each layout against one process; `optimizer`: None for AdamW."""
+    """Compare each layout with one process. `optimizer`: AdamW if None."""
     learning = _learning(optimizer or OptimizerConfig())
     narrow = any(trial.parallel.engine is EngineKind.deepspeed for trial in layouts)
     compute = Compute.float32 if narrow else Compute.float64
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+        one = Path(folder) / "one"
         try:
-            (wanted,) = ranks(
-                1, measure_all, ParallelConfig(), _cases(model, learning, steps, root / "one", None, compute)
-            )
+            cases = _cases(model, learning, steps, one, None, compute)
+            (wanted,) = ranks(1, run_cases, ParallelConfig(), cases)
         except RankFailure as error:
-            raise LeviathanError(f"one process fails, there is nothing to compare with:\n{error}") from None
+            raise LeviathanError(f"the run in one process failed, so nothing can be compared:\n{error}") from None
         for trial in layouts:
-            own = Path(tempfile.mkdtemp(dir=root))  # two trials may differ in a technique only
-            yield _try(trial, _cases(model, learning, steps, own, root / "one", compute), own, wanted, ranks)
+            own = Path(tempfile.mkdtemp(dir=folder))  # not by name: trials may differ in a technique only
+            yield _try(trial, _cases(model, learning, steps, own, one, compute), own, wanted, ranks)
 
 
-def _with_float8(outcome: Outcome, model: ModelConfig, precision: PrecisionConfig, ranks: Ranks) -> Outcome:
+def _with_fp8(outcome: Outcome, model: ModelConfig, precision: PrecisionConfig, ranks: RunOnRanks) -> Outcome:
     trial = outcome.trial
     try:
-        more = list(fp8.proofs(model, precision, trial.parallel, trial.ranks, ranks))
+        more = list(fp8.compare_fp8(model, precision, trial.parallel, trial.ranks, ranks))
     except RankFailure as error:
         return replace(outcome, error=outcome.error or _raised(error))
     return replace(outcome, comparisons=[*outcome.comparisons, *more])
@@ -164,40 +165,39 @@ def _raised(error: RankFailure) -> str:
 
 
 def _try(
-    trial: Trial, cases: dict[str, CertifyCase], own: Path, wanted: dict[str, RankResults], ranks: Ranks
+    trial: Trial, cases: dict[str, CertifyCase], own: Path, wanted: dict[str, RankResults], ranks: RunOnRanks
 ) -> Outcome:
-    """One layout's run, saved in `own`, and its checkpoint resumed by one process."""
+    """Run a layout, saving to `own`, and resume its checkpoint in one process."""
     try:
-        found: list[dict[str, RankResults]] = ranks(trial.ranks, measure_all, trial.parallel, cases)
+        found: list[dict[str, RankResults]] = ranks(trial.ranks, run_cases, trial.parallel, cases)
         alone = replace(cases["resumed"], resume=own)
-        (resharded,) = ranks(1, measure_all, ParallelConfig(), {"resharded": alone})
-    except RankFailure as error:  # that is a finding, too
+        (resharded,) = ranks(1, run_cases, ParallelConfig(), {"resharded": alone})
+    except RankFailure as error:
         return Outcome(trial, [], _raised(error))
     comparisons: list[Comparison] = []
     for name, reference in wanted.items():
         comparisons += compare(name, reference, [rank[name] for rank in found], cases[name])
     final = wanted[cases["resumed"].optimizer.kind.name]
     resumed = [rank["resumed"] for rank in found]
-    comparisons += tail("one process's checkpoint under the layout", final, resumed, alone)
-    comparisons += tail("the layout's checkpoint in one process", final, [resharded["resharded"]], alone)
+    comparisons += compare_resumed("one process's checkpoint under the layout", final, resumed, alone)
+    comparisons += compare_resumed("the layout's checkpoint in one process", final, [resharded["resharded"]], alone)
     if trial.parallel.engine is EngineKind.deepspeed:
         comparisons += _in_bfloat16(trial, cases["sgd"], ranks)
     return Outcome(trial, comparisons)
 
 
-def _in_bfloat16(trial: Trial, case: CertifyCase, ranks: Ranks) -> Iterator[Comparison]:
-    """One step of a bf16 model, its gradients summed over many micro-batches, under either engine."""
+def _in_bfloat16(trial: Trial, case: CertifyCase, ranks: RunOnRanks) -> Iterator[Comparison]:
+    """Compare both engines on one step of a bf16 model, with gradients summed over many micro-batches."""
     cases = {"bfloat16": replace(case, precision=PrecisionConfig(Compute.bfloat16), steps=1)}
-    twin = replace(trial.parallel, engine=EngineKind.fsdp2, zero=ZeroConfig())
-    wanted, found = ([o["bfloat16"] for o in ranks(trial.ranks, measure_all, p, cases)] for p in (twin, trial.parallel))
-    reference = replace(
-        wanted[0], gradients=joined(f.gradients for f in wanted), weights=joined(f.weights for f in wanted)
-    )
+    fsdp2 = replace(trial.parallel, engine=EngineKind.fsdp2, zero=ZeroConfig())
+    wanted, found = ([o["bfloat16"] for o in ranks(trial.ranks, run_cases, p, cases)] for p in (fsdp2, trial.parallel))
+    gradients, weights = (join_blocks(getattr(f, name) for f in wanted) for name in ("gradients", "weights"))
+    reference = replace(wanted[0], gradients=gradients, weights=weights)
     return compare("bfloat16", reference, found, cases["bfloat16"])
 
 
 def _learning(optimizer: OptimizerConfig) -> OptimizerConfig:
-    """What is run for several steps, with clipping: at a rate that moves a tiny model, in nothing but float64."""
+    """The optimizer of the cases with several steps and clipping: a rate at which a tiny model changes, no bf16."""
     if optimizer.kind is not OptimizerKind.muon:
         return OptimizerConfig(lr=1e-2)
     muon = replace(optimizer.muon, lr=None, products=None)
@@ -212,7 +212,7 @@ def _cases(
     resume: Path | None,
     compute: Compute = Compute.float64,
 ) -> dict[str, CertifyCase]:
-    """The runs that are compared, by name; `resumed` only where there is a checkpoint to resume."""
+    """The runs to compare, by name; `resumed` only if there is a checkpoint to resume."""
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
     base = CertifyCase(replace(model, balance=_TERMS), PrecisionConfig(compute), sgd)
@@ -233,50 +233,44 @@ def _cases(
 
 
 def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
-    """Each axis in use at degree 2, each pair, all of them, and the configured degrees; and which of the larger ones
-    are left out, with the reason. Raises `ConfigError` where an axis or a pair cannot be tried.
+    """Each axis in use at degree 2, each pair, all of them, and the configured degrees; and the omitted layouts with
+    the reason. Raises `ConfigError` if an axis or a pair cannot be tried.
     """
     parallel = replace(config.parallel, reduce_dtype=Reduce.master)  # rounding to bfloat16 would hide everything else
-    parallel = replace(parallel, zero=replace(parallel.zero, offload=Offload.none, nvme=None))  # of AdamW's state only
+    parallel = replace(parallel, zero=replace(parallel.zero, offload=Offload.none, nvme=None))  # for AdamW only
     expert_parallel.check(parallel.dispatch)
-    used = axes_in_use(parallel)
-    sets = [axes for count in (1, 2) for axes in combinations(used, count)]
-    needed = [_trial(axes, dict.fromkeys(axes, 2), parallel) for axes in sets]
-    most = max(trial.ranks for trial in needed)
-    if most > config.ranks:
-        pair = next(trial for trial in needed if trial.ranks == most)
-        raise ConfigError("ranks", config.ranks, f"{' with '.join(pair.axes)} takes {most} processes", [most])
-    if parallel.pp > 1:  # the configured cut itself, of the configured model
+    used, model = axes_in_use(parallel), shrink(config.model, parallel)
+
+    def trial(axes: tuple[str, ...], degrees: Mapping[str, int]) -> Trial:
+        made = _trial(axes, degrees, parallel)
+        return made if parallel.layers_per_stage is None else _uneven(made, model)
+
+    needed = [trial(axes, dict.fromkeys(axes, 2)) for count in (1, 2) for axes in combinations(used, count)]
+    largest = max(needed, key=lambda one: one.ranks)
+    if largest.ranks > config.ranks:
+        reason = f"{' with '.join(largest.axes)} takes {largest.ranks} processes"
+        raise ConfigError("ranks", config.ranks, reason, [largest.ranks])
+    if parallel.pp > 1:  # check the configured stages of the configured model as well
         stages(config.model, parallel.pp, parallel.schedule, parallel.per_rank, parallel.layers_per_stage)
-    model = shrink(config.model, parallel)
-    if parallel.layers_per_stage is not None:
-        needed = [_unevenly(trial, model) for trial in needed]
-    for trial in needed:
-        trial.check(model)
-    degrees = {axis: getattr(parallel, axis) for axis in used}
-    degrees = {axis: 2 if degree == AUTO else degree for axis, degree in degrees.items()}
-    larger = [_trial(used, dict.fromkeys(used, 2), parallel), _trial(used, degrees, parallel)]
-    if parallel.layers_per_stage is not None:
-        larger = [_unevenly(trial, model) for trial in larger]
-    found, left_out = {trial.name: trial for trial in needed}, []
-    for trial in larger:
-        if trial.name in found:
+    for one in needed:
+        one.check(model)
+    degrees = {axis: 2 if getattr(parallel, axis) == AUTO else getattr(parallel, axis) for axis in used}
+    chosen, omitted = {one.name: one for one in needed}, {}
+    for one in (trial(used, dict.fromkeys(used, 2)), trial(used, degrees)):
+        if one.name in chosen:
             continue
-        reason = f"takes {trial.ranks} processes" if trial.ranks > config.ranks else None
         try:
-            if reason is None:
-                trial.check(model)
-        except ConfigError as error:
-            reason = str(error)
-        if reason is None:
-            found[trial.name] = trial
-        elif (line := f"{trial.name}: {reason}") not in left_out:
-            left_out.append(line)
-    return list(found.values()), left_out
+            if one.ranks > config.ranks:
+                raise LeviathanError(f"takes {one.ranks} processes")
+            one.check(model)
+            chosen[one.name] = one
+        except LeviathanError as error:
+            omitted[one.name] = str(error)
+    return list(chosen.values()), [f"{name}: {reason}" for name, reason in omitted.items()]
 
 
 def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
-    """Axes above 1, or that fill the world; plain data parallelism where there is no other."""
+    """Axes above 1 and dp_shard if it fills the world; plain data parallelism if there is no other."""
     used = [axis for axis in DEGREES if getattr(parallel, axis) not in (1, AUTO)]
     if parallel.dp_shard == AUTO:
         used.insert(0, "dp_shard")
@@ -284,8 +278,8 @@ def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
 
 
 def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: ParallelConfig) -> Trial:
-    """The smallest world with these degrees. Experts are spread over dp_shard * cp * tp ranks, so dp_shard grows until
-    their ep * etp ranks fit in; and where it is one of the axes tried, until their storage is sharded as well.
+    """The smallest world with these degrees. Experts use the dp_shard * cp * tp ranks, so dp_shard grows until ep * etp
+    divides them, and if dp_shard is in `axes`, until experts are sharded as well.
     """
     wanted = {axis: degrees.get(axis, 1) for axis in DEGREES}
     experts = wanted["ep"] * wanted["etp"]
@@ -298,8 +292,8 @@ def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: Parallel
     return Trial(axes, replace(parallel, **changed), wanted["pp"] * wanted["dp_replicate"] * spread)
 
 
-def _unevenly(trial: Trial, model: ModelConfig) -> Trial:
-    """The same with one layer in each stage but the last, as where the configured stages are cut by hand."""
+def _uneven(trial: Trial, model: ModelConfig) -> Trial:
+    """The trial with one layer in each stage but the last, as a test of `parallel.layers_per_stage`."""
     count = trial.parallel.pp * trial.parallel.per_rank
     if trial.parallel.pp == 1 or count > model.num_layers:
         return trial
@@ -308,8 +302,8 @@ def _unevenly(trial: Trial, model: ModelConfig) -> Trial:
 
 
 def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int = 8) -> ModelConfig:
-    """A tiny model with every kind of layer and every choice that the configured one has; its sizes can be cut by the
-    degrees of `parallel` where those of the configured one can, into multiples of `side`.
+    """A tiny model with every kind of layer and every choice of the configured one. The degrees of `parallel` divide
+    its sizes, into multiples of `side`, wherever they divide those of the configured one.
     """
     kinds: list[LayerConfig] = []
     for layer in model.blocks:
@@ -346,25 +340,23 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int
 def techniques(
     parallel: ParallelConfig, kind: OptimizerKind = OptimizerKind.adamw, precision: PrecisionConfig | None = None
 ) -> dict[str, Any]:
-    """What a certificate is about beside the axes and the model."""
+    """The settings beside axes and model that a certificate covers."""
     keys = ("dispatch", "cp_method", "recompute", "compile", "schedule", "stages_per_rank", "engine")
-    float8 = fp8.about(precision) if precision and precision.uses_float8 else None
     found = {key: plain(getattr(parallel, key)) for key in keys}
-    if parallel.engine is EngineKind.deepspeed:
-        found["zero"] = plain(
-            replace(parallel.zero, nvme=None, offload=Offload.none)
-        )  # where state lies is tested apart
+    if parallel.engine is EngineKind.deepspeed:  # offloading is tested separately
+        found["zero"] = plain(replace(parallel.zero, nvme=None, offload=Offload.none))
+    float8 = fp8.describe(precision) if precision and precision.uses_float8 else None
     return {**found, "muon": kind is OptimizerKind.muon, "float8": float8}
 
 
 def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Mapping[str, str]) -> dict[str, Any]:
-    """What certificate.json holds. `identity`: which code and which torch."""
+    """The content of certificate.json. `identity`: of the code and of torch."""
     failed = [outcome for outcome in outcomes if not outcome.passed]
     return {
         "pass": bool(outcomes) and not failed,
         **identity,
         "axes": list(axes_in_use(config.parallel)),
-        "left_out": trials(config)[1],
+        "omitted": trials(config)[1],
         "techniques": techniques(config.parallel, config.optimizer.kind, config.precision),
         "smallest_failing_axes": list(failed[0].trial.axes) if failed else None,
         "first_failure": failed[0].failures()[0] if failed else None,

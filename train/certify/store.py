@@ -1,4 +1,4 @@
-"""Certificates that this machine has: which axes this very code has been proven under, for which kind of model."""
+"""The certificates of this machine: axes for which this very code was certified, by model and techniques."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from train.certify.plan import shrink, techniques
 from train.optim.optimizer import OptimizerKind
 
 
-def keep(certificate: Mapping[str, Any], cache: Path) -> Path:
-    """Store a certificate, passed or not, where `find` looks; returns its path."""
-    about = _digest([certificate["model"], certificate["techniques"]])
-    path = _folder(cache) / f"{'_'.join(certificate['axes'])}-{about}.json"
+def save(certificate: Mapping[str, Any], cache: Path) -> Path:
+    """Store a certificate, passed or failed, for `find`; return its path."""
+    subject = _digest([certificate["model"], certificate["techniques"]])
+    path = _folder(cache) / f"{'_'.join(certificate['axes'])}-{subject}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, certificate)
     return path
@@ -37,14 +37,14 @@ def find(
     kind: OptimizerKind = OptimizerKind.adamw,
     precision: PrecisionConfig | None = None,
 ) -> str | None:
-    """The hash of a certificate that covers these axes for this kind of model and these techniques, of this code and
-    this torch; None where there is none.
+    """The digest of a passed certificate of this code and this torch that covers these axes, the shrunk model and the
+    techniques; None if there is none.
     """
     wanted = [plain(shrink(model, parallel)), techniques(parallel, kind, precision)]
     for path in sorted(_folder(cache).glob("*.json")):
         certificate = read_json(path)
-        about = [certificate["model"], certificate["techniques"]]
-        if certificate["pass"] and set(axes) <= set(certificate["axes"]) and about == wanted:
+        subject = [certificate["model"], certificate["techniques"]]
+        if certificate["pass"] and set(axes) <= set(certificate["axes"]) and subject == wanted:
             return _digest(certificate)
     return None
 

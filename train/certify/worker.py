@@ -1,10 +1,11 @@
-"""What a model computes under one layout, to be held against what one process computes: a rank's part of `certify`.
+"""A rank's part of `certify`: run short cases under one layout and record what they compute.
 
-Rows are made up: random tokens in packed documents, a pure function of the step, so that no corpus is needed.
+Batches are synthetic: random tokens in packed documents, a pure function of the step, so that no corpus is needed.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,15 +30,16 @@ from train.engine.base import Engine, optimizer_step
 from train.eval.held_out import held_out_loss
 from train.optim.optimizer import OptimizerConfig
 
-CONTEXT, ROWS, SEED = 64, 8, 11
-_SOURCE, _HELD_OUT = "made up", 5
+SEQ_LEN, BATCH_SIZE, SEED = 64, 8, 11
+_SOURCE, _HELD_OUT = "synthetic", 5
 
 
 @dataclass(frozen=True)
 class CertifyCase:
-    """A short run. `labels=False`: the language-model loss is left out, so that what remains are the balancing terms.
-    `starve`: half of the experts get no tokens. `resume`: a directory to go on from, `save`: where to save before the
-    last step. `imitates`: micro-batches are made of one row of each of so many data-parallel ranks, by one process too.
+    """A short run. `labels=False` drops the language-model loss, so that only the balancing terms remain. `starve`:
+    half of the experts get no tokens. `resume`: directory to resume from. `save`: directory of the checkpoint before
+    the last step. `emulates`: a micro-batch is one sequence of each of this many data-parallel ranks, in one process
+    too.
     """
 
     model: ModelConfig
@@ -49,19 +51,19 @@ class CertifyCase:
     starve: bool = False
     resume: Path | None = None
     save: Path | None = None
-    context: int = CONTEXT
-    rows: int = ROWS
-    imitates: int | None = None
+    seq_len: int = SEQ_LEN
+    batch_size: int = BATCH_SIZE
+    emulates: int | None = None
 
 
-class Ranks(Protocol):
-    """Runs a function on so many ranks and returns what each returned; raises `RankFailure` where one raises."""
+class RunOnRanks(Protocol):
+    """Call a function on `ranks` ranks and return what each returned. Raises `RankFailure` if one of them raises."""
 
     def __call__(self, ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]: ...
 
 
 def micro_batch_size(layout: Layout) -> int:
-    """Rows per micro-batch; a pipeline wants many."""
+    """Sequences per micro-batch; a pipeline needs many micro-batches."""
     return 1 if layout.pp > 1 else 2
 
 
@@ -71,27 +73,24 @@ Blocks = dict[str, list[tuple[ShardBlock, Tensor]]]
 
 @dataclass
 class RankResults:
-    """By step: loss, gradient norm, tokens per expert, balancing terms. Then this rank's blocks of the first step's
-    gradients and of the last weights, the routers' state, and the held-out loss.
+    """By step: loss, gradient norm and the balancer's figures. This rank's blocks of the first step's gradients and of
+    the last weights, the routers' state and the held-out loss.
     """
 
     loss: list[float] = field(default_factory=list)
     norm: list[float] = field(default_factory=list)
-    counts: list[Tensor] = field(default_factory=list)
-    aux: list[Tensor] = field(default_factory=list)
-    z: list[Tensor] = field(default_factory=list)
-    entropy: list[Tensor] = field(default_factory=list)
+    balance: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     gradients: Blocks = field(default_factory=dict)
     weights: Blocks = field(default_factory=dict)
     routers: dict[str, Tensor] = field(default_factory=dict)
     held_out: float = 0.0
 
 
-class MadeUpRows:
-    """Rows of random tokens, as the loader would give them."""
+class SyntheticLoader:
+    """A loader of random tokens in packed documents. `order`: order of the sequences in a batch."""
 
-    def __init__(self, vocab_size: int, context: int = CONTEXT, order: Sequence[int] = range(ROWS)) -> None:
-        self.vocab_size, self.context, self.order = vocab_size, context, np.array(order)
+    def __init__(self, vocab_size: int, seq_len: int = SEQ_LEN, order: Sequence[int] = range(BATCH_SIZE)) -> None:
+        self.vocab_size, self.context, self.order = vocab_size, seq_len, np.array(order)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         generator = np.random.default_rng([SEED, step])
@@ -101,20 +100,20 @@ class MadeUpRows:
         places = np.arange(self.context + 1)
         last = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
         labels = np.where(begins[:, 1:], IGNORED, tokens[:, 1:])
-        columns = (tokens[:, :-1], labels, (places - last)[:, :-1])
-        rows = [torch.from_numpy(np.ascontiguousarray(column[self.order[start:stop]])) for column in columns]
-        return Batch(rows[0], rows[1], rows[2], torch.zeros(stop - start, dtype=torch.int64))
+        whole = (tokens[:, :-1], labels, (places - last)[:, :-1])
+        parts = [torch.from_numpy(np.ascontiguousarray(one[self.order[start:stop]])) for one in whole]
+        return Batch(parts[0], parts[1], parts[2], torch.zeros(stop - start, dtype=torch.int64))
 
     def held_out_rows(self, source: str) -> int:
         return min(_HELD_OUT, len(self.order))
 
     def held_out(self, source: str, start: int, stop: int) -> Batch:
-        unordered = MadeUpRows(self.vocab_size, self.context, range(len(self.order)))
+        unordered = SyntheticLoader(self.vocab_size, self.context, range(len(self.order)))
         return unordered.batch(1 << 20, start, stop)
 
 
 class RecordingEngine:
-    """What `optimizer_step` asks of an engine; the gradients of the first step are kept as they are before clipping."""
+    """An engine for `optimizer_step` that keeps the first step's gradients as they are before clipping."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -124,11 +123,11 @@ class RecordingEngine:
     def clip(self, limit: float | None) -> Tensor:
         norm = self.engine.clip(None)
         if not self.first:
-            self.first = kept(self.engine.gradients())
+            self.first = copy_blocks(self.engine.gradients())
         return self.engine.clip(limit) if limit is not None else norm
 
 
-def kept(blocks: Iterable[LocalShard]) -> Blocks:
+def copy_blocks(blocks: Iterable[LocalShard]) -> Blocks:
     """Copies of a rank's blocks, by parameter."""
     found: Blocks = {}
     for one in blocks:
@@ -137,52 +136,54 @@ def kept(blocks: Iterable[LocalShard]) -> Blocks:
     return found
 
 
-def measure(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
+def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     """Run `case` on this rank."""
     placed = build(case.model, case.precision, meshes, world.device, SEED)
     model, inner = placed.model, make_engine(placed, case.optimizer, SEED)
     engine, found = RecordingEngine(inner), RankResults()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
-    rows, begin, share = _rows(case, meshes), 0, case.rows // meshes.dp.size
-    size = case.imitates // meshes.dp.size if case.imitates else micro_batch_size(meshes.layout)
+    loader, begin, share = _loader(case, meshes), 0, case.batch_size // meshes.dp.size
+    size = case.emulates // meshes.dp.size if case.emulates else micro_batch_size(meshes.layout)
     if case.starve:
         _starve(model)
     if case.resume is not None:
-        progress = Checkpointer(case.resume, world, 1, False, _refuse).restore(inner.state())
+        progress = Checkpointer(case.resume, world, 1, False, _fail).restore(inner.state())
         assert progress is not None, f"no checkpoint in {case.resume}"
         inner.written()
         begin = progress["step"]
     for step in range(begin, case.steps):
         if case.save is not None and step == case.steps - 1:
-            Checkpointer(case.save, world, 1, False, _refuse).save(step, inner.state(), {})
-        batch = rows.batch(step, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
+            Checkpointer(case.save, world, 1, False, _fail).save(step, inner.state(), {})
+        batch = loader.batch(step, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)
         result = optimizer_step(engine, balancer, batch, size, case.clip_norm, 1.0)
         found.loss.append(result.loss.item())
         found.norm.append(result.gradient_norm.item())
         for key, value in result.balance.items():
-            getattr(found, key).append(value.cpu())
+            found.balance[key].append(value.cpu())
+    found.balance = dict(found.balance)
     found.gradients = engine.first
-    found.weights = kept(inner.weights())
+    found.weights = copy_blocks(inner.weights())
     found.routers = {name: buffer.clone().cpu() for name, buffer in model.named_buffers() if "balance" in name}
     bytes_V = torch.ones(case.model.vocab_size, dtype=torch.int64)
-    found.held_out = held_out_loss(placed, rows, bytes_V, rows.held_out_rows(_SOURCE), 2, {_SOURCE: 1.0}).loss
+    held_out = held_out_loss(placed, loader, bytes_V, loader.held_out_rows(_SOURCE), 2, {_SOURCE: 1.0})
+    found.held_out = held_out.loss
     return found
 
 
-def _rows(case: CertifyCase, meshes: Meshes) -> MadeUpRows:
-    order = np.arange(case.rows)
-    if case.imitates and meshes.dp.size == 1:
-        order = order.reshape(case.imitates, -1).T.flatten()  # the first rows of all ranks, the second ones, ...
-    return MadeUpRows(case.model.vocab_size, case.context, order.tolist())
+def _loader(case: CertifyCase, meshes: Meshes) -> SyntheticLoader:
+    order = np.arange(case.batch_size)
+    if case.emulates and meshes.dp.size == 1:
+        order = order.reshape(case.emulates, -1).T.flatten()  # the first sequences of all ranks, then the second ones
+    return SyntheticLoader(case.model.vocab_size, case.seq_len, order.tolist())
 
 
-def measure_all(parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
-    """Run all `cases` on this rank of the present world, folded as `parallel` says."""
+def run_cases(parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
+    """Run all `cases` on this rank, with the world's ranks arranged by `parallel`."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
-    return {name: measure(case, world, meshes) for name, case in cases.items()}
+    return {name: run_case(case, world, meshes) for name, case in cases.items()}
 
 
 def _starve(model: torch.nn.Module) -> None:
@@ -191,5 +192,5 @@ def _starve(model: torch.nn.Module) -> None:
             module.bias_E[: len(module.bias_E) // 2] = -1e9
 
 
-def _refuse(line: str) -> None:
+def _fail(line: str) -> None:
     raise RuntimeError(line)

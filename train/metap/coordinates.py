@@ -1,7 +1,4 @@
-"""What a few steps of training change inside a model, on rows that are held fixed: the measure of a coordinate check.
-
-Shapes: B batch, T sequence, D model width, E experts, V vocabulary.
-"""
+"""The measurement of a coordinate check: how much a few training steps change activations on a fixed batch."""
 
 from __future__ import annotations
 
@@ -26,14 +23,14 @@ from train.engine.base import optimizer_step
 from train.engine.fsdp import TorchEngine
 
 QUANTITIES = ("embedding", "attention", "moe", "router", "residual", "logits")
-"""The embedding's rows; the last layer's attention; the last mixture's sum of experts and its router's logits; the
+"""Output of the embedding, of the last layer's attention, of the last MoE layer's experts; logits of its router; the
 residual stream before the final norm; the model's logits.
 """
 
 
 def changes(config: TrainConfig, batches: Sequence[Batch], probe: Batch) -> dict[str, dict[str, float]]:
-    """Root mean square of each quantity on `probe` before training (`initial`) and of its change after a step on each
-    of `batches` (`change`). One process; the learning rate is at its peak throughout.
+    """Train one step on each of `batches` at the peak learning rate, in one process. Return the root mean square of
+    each quantity on `probe` before training (`initial`) and of its change by training (`change`).
     """
     world = World(0, 1, torch.device("cpu"))
     meshes = make_meshes(ParallelConfig().resolve(1), world)
@@ -60,19 +57,19 @@ def _quantities(engine: TorchEngine, probe: Batch) -> dict[str, Tensor]:
     watched: dict[str, nn.Module] = {"attention": layers[-1].attention, "residual": layers[-1]}
     if model.embedding is not None:
         watched["embedding"] = model.embedding
-    mixtures = [layer.ffn for layer in layers if isinstance(layer.ffn, MixtureOfExperts)]
-    if mixtures:
-        watched["moe"] = mixtures[-1]
-        watched["router"] = mixtures[-1].router.balance  # hands the logits on
-    with _watching(watched, found):
+    moe = [layer.ffn for layer in layers if isinstance(layer.ffn, MixtureOfExperts)]
+    if moe:
+        watched["moe"] = moe[-1]
+        watched["router"] = moe[-1].router.balance  # returns the logits
+    with _recording(watched, found):
         context = engine.placed.sequence_context(probe.positions_BT)
         found["logits"] = model(probe.tokens_BT, context).detach().clone()
     return {name: found[name] for name in QUANTITIES if name in found}
 
 
 @contextmanager
-def _watching(watched: dict[str, nn.Module], found: dict[str, Tensor]) -> Iterator[None]:
-    """Keep a copy of what each module returns."""
+def _recording(watched: dict[str, nn.Module], found: dict[str, Tensor]) -> Iterator[None]:
+    """Copy the output of each module to `found`."""
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         found[name] = output.detach().clone()

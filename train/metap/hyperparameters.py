@@ -1,15 +1,16 @@
-"""Hyperparameters of a run that names a base: derived anew at every start, and compared where they stand written.
+"""Derive the hyperparameters of a run with a base at every start, and compare them with stored ones.
 
-`optimizer` and `model.init` then say what was found at the base. What this run uses is written beside them
-(`optimizer.transferred`, `model.init.roles`, `model.multipliers`, `hparam.table`), so that a run's configuration shows
-every figure and a change to one of them is noticed.
+With a base, `optimizer` and `model.init` hold the values found at the base. The values of this run are stored beside
+them (`optimizer.transferred`, `model.init.roles`, `model.multipliers`, `hparam.table`), so that a run's configuration
+shows every value and a change to one of them is detected.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
+from typing import Any
 
 from core.config import differences, plain
 from core.errors import ConfigError
@@ -23,10 +24,17 @@ from train.config import TrainConfig, phases
 from train.optim.optimizer import SLOWEST_IN_BFLOAT16, Moments, OptimizerConfig, OptimizerKind, RoleConfig, Transferred
 
 TOLERANCE = 1e-9
+_DERIVED: dict[str, Any] = {
+    "model.multipliers": MultipliersConfig(),
+    "model.init.roles": {},
+    "optimizer.transferred": None,
+    "hparam.table": None,
+}
+"""Keys of derived values, with what they hold before anything is derived."""
 
 
 def derive(config: TrainConfig) -> Resolved:
-    """What the rules make of the base's figures at this run's size. Raises `ConfigError` where they cannot."""
+    """Apply the rules to the base's values. Raises `ConfigError` if the rules do not cover this run."""
     assert config.hparam.base is not None
     infos = parameter_infos(config.model)
     target = scale_of_run(config)
@@ -36,26 +44,26 @@ def derive(config: TrainConfig) -> Resolved:
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """The run with what it uses filled in; itself where there is no base.
+    """The run with derived values filled in; itself without a base.
 
-    Raises `ConfigError` where what stands there already is not what the rules find, figure by figure.
+    Raises `ConfigError` for a stored value that differs from the derived one.
     """
     if config.hparam.base is None:
-        if config.optimizer.transferred is not None or config.hparam.table is not None:
-            key = "optimizer.transferred" if config.optimizer.transferred is not None else "hparam.table"
-            raise ConfigError(key, None, "is derived from hparam.base, which is missing; remove it or name the base")
+        for key in ("optimizer.transferred", "hparam.table"):
+            if attrgetter(key)(config) is not None:
+                raise ConfigError(key, None, "is derived from hparam.base, which is missing; remove it or set the base")
         return config
     if config.optimizer.kind is OptimizerKind.sgd:
-        reason = "there are rules for adamw and muon; plain SGD takes its rate as it is: hparam=none"
+        reason = "there are rules for adamw and muon only; use hparam=none with SGD"
         raise ConfigError("hparam.base", None, reason)
     here = kind_of(config.model)
     for key, there in config.hparam.kind.items():
         if here.get(key, there) != there:
-            reason = f"no rule leads there from this model's, {here[key]}: sweep a base of its kind, or hparam=none"
+            reason = f"no rule transfers to this model's {here[key]}: sweep a base of its kind, or hparam=none"
             raise ConfigError(f"hparam.kind.{key}", there, reason)
     found = derive(config)
     if config.optimizer.moments is Moments.bfloat16 and found.beta2 > SLOWEST_IN_BFLOAT16:
-        reason = f"bfloat16 moments lose updates as slow as beta2={found.beta2:.4g}, which follows from this batch"
+        reason = f"bfloat16 moments lose updates as slow as beta2={found.beta2:.4g}, which this batch size requires"
         raise ConfigError("optimizer.moments", config.optimizer.moments, reason, [Moments.float32.value])
     roles = {role.name: RoleConfig(own.lr, own.eps, own.weight_decay) for role, own in found.roles.items()}
     spreads = {role.name: own.std for role, own in found.roles.items() if own.std is not None}
@@ -69,12 +77,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def warnings(config: TrainConfig) -> tuple[str, ...]:
-    """Where carrying over is not established for this run, and what to sweep again."""
+    """Changes from the base over which transfer is not established, with what to sweep again."""
     return () if config.hparam.base is None else derive(config).warnings
 
 
 def without_derived(config: TrainConfig) -> TrainConfig:
-    """What the user has said of the run."""
+    """The run without derived values: what the user set."""
     if config.hparam.base is None:
         return config
     model = replace(config.model, init=replace(config.model.init, roles={}), multipliers=MultipliersConfig())
@@ -83,37 +91,30 @@ def without_derived(config: TrainConfig) -> TrainConfig:
 
 
 def _compare(given: TrainConfig, derived: TrainConfig) -> None:
-    """Refuse a figure that was written by a transfer and is not what it would be now."""
-    for key, old, new, untouched in _written(given, derived):
-        if old == untouched:
+    """Reject a stored value that differs from the derived one."""
+    for key, default in _DERIVED.items():
+        old, new = (attrgetter(key)(config) for config in (given, derived))
+        if old == default:
             continue
         for leaf, (was, now) in differences(plain(old), plain(new), key).items():
             if isinstance(was, float) and isinstance(now, float) and abs(was - now) <= TOLERANCE * abs(now):
                 continue
             reason = (
-                f"the rules find {now} for this run; it was edited by hand, or what it follows from was changed "
-                "since: leave it out and set what is meant at the base, or run `leviathan metap transfer` again"
+                f"the rules derive {now} for this run; it was edited, or a setting that it depends on was changed: "
+                "remove it and change the value at the base, or run `leviathan metap transfer` again"
             )
             raise ConfigError(leaf, was, reason)
 
 
-def _written(given: TrainConfig, derived: TrainConfig) -> Iterator[tuple[str, object, object, object]]:
-    """Key, what stands there, what should, and what stands there where nobody has written anything."""
-    yield "model.multipliers", given.model.multipliers, derived.model.multipliers, MultipliersConfig()
-    yield "model.init.roles", given.model.init.roles, derived.model.init.roles, {}
-    yield "optimizer.transferred", given.optimizer.transferred, derived.optimizer.transferred, None
-    yield "hparam.table", given.hparam.table, derived.hparam.table, None
-
-
 def scale_of_run(config: TrainConfig) -> Scale:
-    """The size of this run's first phase: later ones may still be added, and have schedules of their own."""
+    """The size of the run's first phase: later ones can still be added and have their own schedules."""
     first = phases(config)[0]
     batch = first.global_batch_size * first.seq_len
     return scale_of(config.model, batch, batch * first.stop)
 
 
 def as_base(config: TrainConfig) -> TrainConfig:
-    """The run as the base of others; itself where it has a base. Its factors are then those at the base."""
+    """The run with itself as base; unchanged, but without derived values, if it has a base already."""
     if config.hparam.base is not None:
         return without_derived(config)
     base, multipliers = scale_of_run(config), config.model.multipliers
@@ -122,7 +123,7 @@ def as_base(config: TrainConfig) -> TrainConfig:
 
 
 def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: OptimizerConfig) -> BaseHyperparameters:
-    """What `model.init` and `optimizer` give these roles in a model of the base's size."""
+    """The values that `model.init` and `optimizer` give each role in a model of the base's size."""
     sizes, init = dataclasses.asdict(base), replace(model.init, roles={})
     matrices = [role for role in roles if not role.is_norm]
     router = model.router

@@ -1,4 +1,4 @@
-"""A run grown along one axis, all else in proportion, and its base."""
+"""Scale a run along one axis of size, with itself as base."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from train.metap.hyperparameters import as_base, resolve
 
 
 def grown_run(config: TrainConfig, axis: SizeAxis, factor: int) -> TrainConfig:
-    """`factor` times as large along `axis`. A larger batch trains on as many tokens, a longer run in as large steps;
-    warmup keeps its share. Raises `ConfigError` where steps do not divide.
+    """The run `factor` times as large along `axis`. A larger batch keeps the number of tokens, a longer run the batch;
+    warmup keeps its share of the steps. Raises `ConfigError` if `factor` does not divide the steps.
     """
     training, schedule = config.training, config.schedule
     if axis is SizeAxis.batch:
         if training.steps % factor:
-            reason = f"must be a multiple of {factor}, or a batch of {factor} times as many rows has other tokens"
+            reason = f"must be a multiple of {factor}, so that the larger batch trains on the same tokens"
             raise ConfigError("training.steps", training.steps, reason)
-        training = replace(
-            training, global_batch_size=training.global_batch_size * factor, steps=training.steps // factor
-        )
+        size, steps = training.global_batch_size * factor, training.steps // factor
+        training = replace(training, global_batch_size=size, steps=steps)
         schedule = replace(schedule, warmup_steps=round(schedule.warmup_steps / factor))
     elif axis is SizeAxis.tokens:
         training = replace(training, steps=training.steps * factor)
@@ -31,6 +30,6 @@ def grown_run(config: TrainConfig, axis: SizeAxis, factor: int) -> TrainConfig:
 
 
 def carried(config: TrainConfig, axis: SizeAxis, factor: int, rules: Parametrization) -> TrainConfig:
-    """The run grown from itself as base, its hyperparameters carried over by `rules`. A base that it names is kept."""
+    """The run grown from itself as base (or from its own base), with hyperparameters transferred by `rules`."""
     larger = grown_run(as_base(config), axis, factor)
     return resolve(replace(larger, hparam=replace(larger.hparam, rules=rules)))

@@ -7,19 +7,19 @@ may not have its letters, so the page says them.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from core.plotting import figure, png
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 KEPT, DROPPED = "#0072B2", "#E69F00"
 _LIGHT, _DARK = "#222222", "#dddddd"
-_WIDE_INCHES, _NARROW_INCHES, _DPI = (9.6, 3.4), (5.6, 2.7), 120
+_WIDE_INCHES, _NARROW_INCHES = (9.6, 3.4), (5.6, 2.7)
 
 
 def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
@@ -49,33 +49,20 @@ def thresholds(audit: dict[str, Any], domain: str | None) -> list[float]:
     return sorted(bucket["score"] for bucket in buckets if bucket["score"] is not None)
 
 
-def _picture(size: tuple[float, float], ink: str, drawing: Callable[[Any], None], panels: int = 1) -> bytes:
-    content = io.BytesIO()
-    drawn(size, ink, drawing, panels).savefig(content, format="png", transparent=True)
-    return content.getvalue()
-
-
-def drawn(size: tuple[float, float], ink: str, drawing: Callable[[Any], None], panels: int = 1) -> Figure:
-    """A figure with axes side by side, a list of them if `panels` is more than one, on which `drawing` has drawn."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    settings: dict[Any, Any] = dict.fromkeys(inked, ink) | {"axes.spines.top": False, "axes.spines.right": False}
-    with rc_context(settings):
-        figure: Figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        drawing(figure.subplots(1, panels))
-    return figure
+def _picture(size: tuple[float, float], ink: str, drawing: Callable[[list[Axes]], None], panels: int = 1) -> bytes:
+    """A picture with `panels` side by side, on which `drawing` has drawn."""
+    with figure(*size, columns=panels, ink=ink) as (made, axes):
+        drawing(axes)
+        return png(made, transparent=True)
 
 
 def _histogram(
     histogram: dict[str, Any], edges: list[float], thresholds: list[float], label: str
-) -> Callable[[Axes], None]:
-    def drawing(axes: Axes) -> None:
+) -> Callable[[list[Axes]], None]:
+    def drawing(panels: list[Axes]) -> None:
         from matplotlib.ticker import MaxNLocator
 
+        (axes,) = panels
         documents, kept = np.array(histogram["documents"]), np.array(histogram["kept"])
         axes.stairs(kept, edges, fill=True, color=KEPT, label="kept")
         axes.stairs(documents, edges, baseline=kept, fill=True, color=DROPPED, label="left out")
@@ -123,8 +110,8 @@ def _score_by_length(picture: dict[str, Any]) -> Callable[[list[Axes]], None]:
             axes.xaxis.set_minor_formatter(FuncFormatter(lambda size, _: ""))
             axes.set_xlabel("length")
             axes.set_ylabel("score")
-            figure: Any = axes.figure
-            bar = figure.colorbar(image, ax=axes, label=label)
+            made: Any = axes.figure
+            bar = made.colorbar(image, ax=axes, label=label)
             bar.outline.set_edgecolor(ink)
             bar.ax.yaxis.set_major_formatter("{x:,g}")
 

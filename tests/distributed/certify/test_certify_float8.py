@@ -1,4 +1,4 @@
-"""FP8 under layouts: the same bytes where no tile is cut, no larger error elsewhere; and what a bug looks like."""
+"""FP8 under layouts: the same bytes if no tile is cut, otherwise no larger error; bugs are caught."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
 from tests.distributed.certify.test_certify import Broken, config
 from train.certify.compare import EXACT, Comparison
-from train.certify.fp8 import ERROR, LOSS, NORM, SIDE, proofs, same_tiles
+from train.certify.fp8 import ERROR, LOSS, NORM, TILE, compare_fp8, same_tiles
 from train.certify.plan import shrink, techniques
 
 LAYOUTS = {
@@ -21,7 +21,7 @@ LAYOUTS = {
     "tp2 + ep2": (2, ParallelConfig(tp=2, ep=2)),
     "pp2 zbv": (2, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv)),
 }
-"""Where every product has the same tiles."""
+"""Layouts in which every product has the same tiles."""
 MORE = {
     **LAYOUTS,
     "tp2": (2, ParallelConfig(tp=2)),
@@ -38,7 +38,7 @@ def certified(
 ) -> list[Comparison]:
     count, parallel = layout
     precision = PrecisionConfig(Compute.bfloat16, backend=Backend.te, recipe=recipe)  # te is emulated, too
-    return list(proofs(shrink(tiny(1), parallel, SIDE), precision, parallel, count, Broken(ranks, bug)))
+    return list(compare_fp8(shrink(tiny(1), parallel, TILE), precision, parallel, count, Broken(ranks, bug)))
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_blockwise_bytes_are_those_of_one_process(ranks, name) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_other_recipes_keep_to_their_own_error(ranks, name, recipe) -> None:
+def test_other_recipes_make_no_larger_error(ranks, name, recipe) -> None:
     found = certified(ranks, LAYOUTS[name], recipe)
     assert all(one.passed for one in found), [(one.name, one.largest) for one in found if not one.passed]
     kept = recipe is Recipe.mxfp8 or name.startswith("pp2")
@@ -71,7 +71,7 @@ BLAMED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BLAMED)
-def test_bytes_that_differ_are_noticed(ranks, bug) -> None:
+def test_different_bytes_are_detected(ranks, bug) -> None:
     failed = {one.name for one in certified(ranks, LAYOUTS["ep2"], Recipe.blockwise, bug) if not one.passed}
     assert BLAMED[bug] in failed, failed
 
@@ -90,7 +90,7 @@ def test_which_products_have_the_same_tiles() -> None:
     assert kept(Recipe.tensorwise, 2, ParallelConfig(ep=2)) == [] != kept(Recipe.tensorwise, 2, ParallelConfig(pp=2))
 
 
-def test_a_certificate_is_about_its_recipe() -> None:
+def test_a_certificate_covers_its_recipe() -> None:
     eight = config("precision=fp8", "precision.recipe=mxfp8")
 
     def said(precision: PrecisionConfig | None) -> Any:
@@ -98,6 +98,6 @@ def test_a_certificate_is_about_its_recipe() -> None:
 
     usual = PrecisionConfig(Compute.bfloat16, backend=Backend.emulated)
     assert said(eight.precision)["recipe"] == "mxfp8" and said(usual)["recipe"] == "blockwise" and said(None) is None
-    for other in ({"float8": [Products.attention]}, {"bf16_first_layers": 1}, {"bf16_last_layers": 1}):
+    for other in ({"fp8_products": [Products.attention]}, {"bf16_first_layers": 1}, {"bf16_last_layers": 1}):
         assert said(replace(usual, **other)) != said(usual)
     assert said(replace(usual, backend=Backend.te)) == said(usual)

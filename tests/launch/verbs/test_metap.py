@@ -100,7 +100,7 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     path = swept / "carried" / "experiment" / "wide.yaml"
     path.write_text(re.sub(r"(router:\n\s+lr: )\S+", r"\g<1>0.5", path.read_text()))
     edited = command(*line, "run.name=edited", cwd=swept)
-    assert edited.returncode == 2 and "optimizer.transferred.roles.router.lr=0.5: the rules find" in edited.stderr
+    assert edited.returncode == 2 and "optimizer.transferred.roles.router.lr=0.5: the rules derive" in edited.stderr
 
 
 @pytest.mark.slow

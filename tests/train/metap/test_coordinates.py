@@ -1,4 +1,4 @@
-"""The coordinate check on small mixtures: what training changes keeps its size along width, depth and experts."""
+"""The coordinate check on small MoE models: changes by training do not depend on width, depth and experts."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ def checked(axis: SizeAxis, factors: list[int], *overrides: str, seeds: int = 3)
 
 
 @pytest.mark.slow
-def test_width():
-    """Widths 64 to 512."""
-    found = checked(SizeAxis.width, [1, 2, 4, 8], "optimizer.lr=0.0078")
+@pytest.mark.parametrize(
+    "muon, lr", [(None, 0.0078), ("unit_rms_norm", 0.02), ("shape_scaling", 0.02), ("match_adamw", 0.0078)]
+)
+def test_width(muon, lr):
+    """Hidden sizes 64 to 512."""
+    kind = [] if muon is None else ["optimizer.kind=muon", f"optimizer.muon.scale={muon}"]
+    found = checked(SizeAxis.width, [1, 2, 4, 8], *kind, f"optimizer.lr={lr}")
     assert found.failures() == []
     ours, standard = found.slopes["metap"], found.slopes["standard"]
-    assert abs(ours["residual"]) <= 0.15 and max(abs(ours[name]) for name in ("attention", "moe", "logits")) <= 0.2, (
-        ours
-    )
-    assert standard["residual"] > 0.4, standard
+    assert abs(ours["residual"]) <= 0.15, ours
+    assert max(abs(ours[name]) for name in ("attention", "moe", "logits")) <= 0.2, ours
+    assert muon or standard["residual"] > 0.4, standard
 
 
 @pytest.mark.slow
@@ -46,34 +49,15 @@ def test_depth():
 
 
 def test_experts():
-    """8 to 32 of which 2 to 8 are chosen."""
-    found = checked(SizeAxis.experts, [1, 2, 4], "optimizer.lr=0.002")
+    """8 and 32 experts, of which 2 and 8 are chosen."""
+    found = checked(SizeAxis.experts, [1, 4], "optimizer.lr=0.002")
     assert found.failures() == []
     assert max(abs(found.slopes["metap"][name]) for name in ("residual", "logits")) <= 0.2, found.slopes["metap"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scale, lr", [("unit_rms_norm", 0.02), ("shape_scaling", 0.02), ("match_adamw", 0.0078)])
-def test_width_with_muon(scale, lr):
-    found = checked(
-        SizeAxis.width, [1, 2, 4, 8], "optimizer.kind=muon", f"optimizer.muon.scale={scale}", f"optimizer.lr={lr}"
-    )
-    assert found.failures() == []
-    ours = found.slopes["metap"]
-    assert abs(ours["residual"]) <= 0.15 and max(abs(ours[name]) for name in ("attention", "moe", "logits")) <= 0.2, (
-        ours
-    )
-
-
-@pytest.mark.parametrize(
-    "axis, factors, rule",
-    [
-        (SizeAxis.width, [1, 2, 4], "fan_in^-1 layers^a-1"),
-        (SizeAxis.depth, [1, 2, 4, 8], "residual"),
-    ],
-)
-def test_a_rule_that_is_left_out_is_noticed(monkeypatch, axis, factors, rule):
-    """Without the hidden matrices' rule, or the residual factor, the check fails."""
+@pytest.mark.parametrize("axis, rule", [(SizeAxis.width, "fan_in^-1 num_layers^a-1"), (SizeAxis.depth, "residual")])
+def test_a_missing_rule_is_detected(monkeypatch, axis, rule):
+    """Without the rule of hidden matrices, or the residual factor, the check fails."""
     import hparam.rules as rules
 
     if rule == "residual":
@@ -82,17 +66,17 @@ def test_a_rule_that_is_left_out_is_noticed(monkeypatch, axis, factors, rule):
         monkeypatch.setattr(rules, "METAP", rules.METAP.replace(rule, "1 ".ljust(len(rule))))
     rules.table.cache_clear()
     try:
-        found = checked(axis, factors, "optimizer.lr=0.0078", seeds=1)
+        found = checked(axis, [1, 4], "optimizer.lr=0.0078", seeds=1)
     finally:
         rules.table.cache_clear()
     assert any("the change of residual has slope" in line for line in found.failures()), found.slopes["metap"]
 
 
-def test_a_check_that_could_not_fail_says_so():
-    """Where the standard parametrization changes as little, the quantities or the learning rate show nothing."""
+def test_an_inconclusive_check_fails():
+    """If standard rules change as little, the quantities or the learning rate show nothing."""
     flat = {name: [1.0, 1.1] for name in ("embedding", "attention", "moe", "router", "residual", "logits")}
     found = AxisResult(SizeAxis.width, [1, 2], {"metap": flat, "standard": flat}, {})
-    assert [line.partition(",")[0] for line in found.failures()] == ["width: blind"]
+    assert [line.partition(",")[0] for line in found.failures()] == ["width: inconclusive"]
     steep = AxisResult(SizeAxis.width, [1, 2], {"metap": flat, "standard": {**flat, "residual": [1.0, 2.0]}}, {})
     assert steep.failures() == []
 
@@ -100,4 +84,4 @@ def test_a_check_that_could_not_fail_says_so():
 def test_slopes_of_powers_are_their_exponents():
     assert slope([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1.0)
     assert slope([1, 4], [8.0, 4.0]) == pytest.approx(-0.5)
-    assert slope([1, 2], [1.0, 0.0]) != slope([1, 2], [1.0, 0.0]), "NaN, which no limit lets pass"
+    assert slope([1, 2], [1.0, 0.0]) != slope([1, 2], [1.0, 0.0]), "NaN, which passes no limit"

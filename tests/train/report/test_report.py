@@ -1,14 +1,16 @@
-"""The report of a run: what it shows comes from the run's files, and each warning from its cause."""
+"""The report of a run: it shows what the run's files hold, and each warning has its cause."""
 
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 import shlex
 import struct
 import zlib
-from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,15 +19,25 @@ import yaml
 from core.config import load, plain
 from core.errors import ConfigError
 from launch.cli import main
+from launch.local import read_stored
+from tests.support.tiny import TINY
 from train.config import TrainConfig
+from train.metap.hyperparameters import resolve
 from train.report import plots
-from train.report.run import RunData, repeat_command, write_report
+from train.report.page import write_report
+from train.report.run import RunData
+from train.run_directory import read_config
+
+
+@cache
+def composed(*overrides: str) -> TrainConfig:
+    return resolve(load("train", TrainConfig, list(overrides)))
 
 
 def make_run(directory: Path, *overrides: str, steps: int = 60, loss=lambda step: 7 - step / 20, **load_) -> Path:
-    """A finished run's files, with one evaluation in the middle and one at the end."""
+    """The files of a finished run, with one evaluation in the middle and one at the end."""
     directory.mkdir(parents=True)
-    config = load("train", TrainConfig, [f"training.steps={steps}", "logging.every=2", *overrides])
+    config = composed(f"training.steps={steps}", "logging.every=2", *overrides)
     (directory / "config.yaml").write_text(yaml.safe_dump(plain(config)))
     layers = sum(block.feed_forward.value == "moe" for block in config.model.blocks)
     expert = {"max_over_mean": 1.5, "entropy": 0.97, "dead": 0, **load_}
@@ -48,6 +60,12 @@ def make_run(directory: Path, *overrides: str, steps: int = 60, loss=lambda step
     return directory
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without pictures, which take seconds to draw."""
+    monkeypatch.setattr("train.report.page.draw", lambda runs: [])
+
+
 def page(*runs: Path) -> str:
     out = runs[0].parent / "page.html"
     write_report(runs, out)
@@ -67,30 +85,7 @@ def pixels(content: bytes) -> tuple[int, int, int]:
     return width, height, len(set(zlib.decompress(data)))
 
 
-@pytest.fixture
-def cut_off(tmp_path, monkeypatch) -> Callable[[], list[str]]:
-    """Draws a run's pictures; returns the labels that do not fit beside their axes."""
-    run, made = RunData(make_run(tmp_path / "one")), []
-    honest = plots.drawn
-    monkeypatch.setattr(plots, "drawn", lambda *arguments: made.append(honest(*arguments)) or made[-1])
-
-    def labels() -> list[str]:
-        made.clear()
-        assert len(plots.draw([run])) == len(made) == 10
-        named = [(figure.bbox, figure.axes[0].yaxis.label) for figure in made if figure.axes[0].get_ylabel()]
-        boxes = {label.get_text(): (page, label.get_window_extent()) for page, label in named}
-        return [text for text, (page, box) in boxes.items() if box.y0 < page.y0 or box.y1 > page.y1 or box.x0 < 0]
-
-    return labels
-
-
-def test_labels_are_not_cut_off(cut_off, monkeypatch):
-    assert cut_off() == []
-    monkeypatch.setattr(plots, "_LABEL_LETTERS", 1000)
-    assert cut_off() == ["entropy of a token's scores over its maximum"], "control: in one line it does not fit"
-
-
-def test_the_page_holds_everything_and_needs_nothing(tmp_path):
+def test_a_page_holds_everything_and_needs_nothing(tmp_path):
     text = page(make_run(tmp_path / "one"))
     for wanted in ("4.2500", "2.1250", "12,345,678", "held-out loss: code", "num_kv_heads: 2", "leviathan train"):
         assert wanted in text, wanted
@@ -103,18 +98,34 @@ def test_the_page_holds_everything_and_needs_nothing(tmp_path):
     assert {path.name for path in (tmp_path / "one" / "plots").iterdir()} >= {"loss.png", "expert_load.png"}
 
 
-def test_two_runs_share_the_axes_and_list_what_differs(tmp_path):
+def test_labels_are_not_cut_off(tmp_path, monkeypatch):
+    run, made, honest = RunData(make_run(tmp_path / "one")), [], plots.png
+    monkeypatch.setattr(plots, "png", lambda figure: made.append(figure) or honest(figure))
+
+    def cut_off() -> list[str]:
+        labels = {one.axes[0].get_ylabel(): (one.bbox, one.axes[0].yaxis.label.get_window_extent()) for one in made}
+        out = (text for text, (page, box) in labels.items() if box.y0 < page.y0 or box.y1 > page.y1 or box.x0 < 0)
+        return [text for text in out if text]
+
+    plots.draw([run])
+    assert len(made) == 10 and cut_off() == []
+    made.clear()
+    monkeypatch.setattr(plots, "LABEL_CHARACTERS", 1000)
+    plots._picture("x", "x", plots._LAYER_PLOTS["router_entropy"], [run])
+    assert cut_off() == ["entropy of a token's scores over its maximum"], "control: in one line it does not fit"
+
+
+def test_two_runs_share_axes_and_list_differences(tmp_path):
     first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second", "optimizer.lr=0.5")
     text = page(first, second)
     assert text.count("data:image/png") == 5 + 2 * 5
-    usual = load("train", TrainConfig, []).optimizer.lr
-    assert f"<td>optimizer.lr</td><td>{usual}</td><td>0.5</td>" in text
+    assert f"<td>optimizer.lr</td><td>{composed().optimizer.lr}</td><td>0.5</td>" in text
     assert "Expert load: second" in text and not (first / "plots").exists()
 
 
-def test_what_comes_from_files_is_escaped(tmp_path):
-    run = make_run(tmp_path / "<b>x", "logging.project='<script>alert(1)</script>'")
-    assert "<script" not in page(run) and "&lt;script&gt;" in page(run)
+def test_text_from_files_is_escaped(tmp_path, undrawn):
+    text = page(make_run(tmp_path / "<b>x", "logging.project='<script>alert(1)</script>'"))
+    assert "<script" not in text and "&lt;script&gt;" in text and "<b>x" not in text
 
 
 @pytest.mark.parametrize(
@@ -122,17 +133,18 @@ def test_what_comes_from_files_is_escaped(tmp_path):
     [
         (lambda d: make_run(d, dead=2), "2 experts got no token"),
         (lambda d: make_run(d, max_over_mean=7.5), "busiest expert gets 7.5 times the mean"),
-        (lambda d: make_run(d, loss=lambda step: 9.0 if step == 40 else 5.0), "jumped to 9.00 at step 40"),
+        (lambda d: make_run(d, loss=lambda step: 9.0 if step == 40 else 5.0), "to 9.00 at step 40"),
         (lambda d: (make_run(d) / "log.txt").write_text("2026-01-01 00:00:00 could not save x: full\n"), "could not"),
+        (lambda d: None, None),
     ],
 )
 def test_each_warning_has_its_cause(tmp_path, cause, warning):
     cause(tmp_path / "run")
-    assert any(warning in text for text in RunData(tmp_path / "run").warnings())
-    assert list(RunData(make_run(tmp_path / "healthy")).warnings()) == []
+    found = list(RunData(tmp_path / "run" if warning else make_run(tmp_path / "healthy")).warnings())
+    assert any(warning in text for text in found) if warning else found == []
 
 
-def test_a_loss_above_the_bigram_and_an_unfinished_run_are_told(tmp_path):
+def test_unfinished_runs_and_losses_above_the_bigram(tmp_path, undrawn):
     run = make_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "bigram_loss": 4.0}))
@@ -140,54 +152,73 @@ def test_a_loss_above_the_bigram_and_an_unfinished_run_are_told(tmp_path):
     (run / "summary.json").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:9]) + '\n{"step": 20, "lo')
-    assert [text for text in RunData(run).warnings()] == ["The run stands at step 18 of 60."]
+    assert [text for text in RunData(run).warnings()] == ["The run has reached step 18 of 60."]
     assert "4.2500" not in page(run)
 
 
-def test_a_line_that_was_cut_short_hides_none_after_it(tmp_path):
-    """A full disk leaves such lines in the middle: the run goes on behind them."""
+def test_a_truncated_line_hides_none_after_it(tmp_path):
+    """A full disk leaves such lines in the middle: the run continues after them."""
     run = make_run(tmp_path / "run", steps=20)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     steps = RunData(run).steps
     (run / "metrics.jsonl").write_text("\n".join([*lines[:3], lines[3][:9], *lines[4:]]))
     assert RunData(run).steps == steps[:3] + steps[4:]
-    (run / "metrics.jsonl").unlink()
-    with pytest.raises(ConfigError, match="has logged no step yet"):
-        RunData(run)
 
 
-def test_a_dense_run_and_one_line_are_enough(tmp_path):
+def test_a_dense_run_with_one_line_is_enough(tmp_path):
     run = make_run(tmp_path / "run", "model.moe_every=0", steps=2)
     assert page(run).count("data:image/png") == 5
 
 
+def printed(run: Path) -> list[str]:
+    """The words of the command that the run's page shows for repeating it."""
+    (line,) = re.findall(r"<pre>(leviathan train .*)</pre>", page(run))
+    return shlex.split(html.unescape(line))
+
+
+def test_the_printed_command_runs(tmp_path, small_corpus, command, undrawn, capsys):
+    tiny = [*TINY, *small_corpus, "training.steps=2", "parallel.tp=2", "launch=torchrun", "launch.processes=2"]
+    run = make_run(tmp_path / "it's <1>", *tiny, f"run.root={tmp_path}", "run.name='it\\'s <1>'", steps=2)
+    leviathan, *words = printed(run)
+    assert leviathan == "leviathan" and main([*words, "launch.kind=inline", "launch.processes=null"]) == 2
+    assert "parallel" in capsys.readouterr().err, "control: without its launch section the run is rejected"
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    found, wanted = (plain(read_config(path / "config.yaml")) for path in (tmp_path / "it's <1>-again", run))
+    assert found["run"].pop("name") == "it's <1>-again" and wanted["run"].pop("name") and found == wanted
+
+
+def test_a_stored_run_keeps_or_derives_its_figures(tmp_path):
+    path = make_run(tmp_path / "run", "phases=[{name: longer, steps: 5, seq_len: 512}]") / "config.yaml"
+    config = read_config(path)
+    assert config.optimizer.transferred is not None
+    assert read_stored(path, ["run.name=x"]) == replace(config, run=replace(config.run, name="x"))
+    longer = resolve(read_stored(path, ["training.steps=240"]))
+    assert longer.optimizer.transferred != config.optimizer.transferred and longer.training.steps == 240
+
+
 @pytest.mark.parametrize(
-    "overrides",
+    "words, message",
     [
-        [],
-        ["hparam=none"],
-        ["hparam=none", "optimizer=sgd"],
-        ["optimizer.lr=0.5", "model.balance.bias_rate=0", "precision=bf16", "optimizer.groups.router.lr_scale=0.5"],
-        ["phases=[{name: longer, steps: 5, seq_len: 512}]", "model=llama4_scout", "hparam=llama4", "run.seed=3"],
-        ["experiment=qwen3_30b_a3b"],
+        ([], "--config: name a stored configuration"),
+        (["nowhere.yaml"], "config=nowhere.yaml: cannot be read"),
+        (["config.yaml", "optimizer=sgd"], "optimizer=sgd: a stored configuration has no groups"),
+        (["config.yaml", "run.nam=x"], "run.nam: no such key; try run.name"),
     ],
 )
-def test_the_command_repeats_the_configuration(overrides):
-    overrides = [f"+{o}" if o.startswith("optimizer.groups") else o for o in overrides]
-    config = load("train", TrainConfig, overrides)
-    command = repeat_command(config)
-    assert command is not None
-    verb, train, *again = shlex.split(command)
-    assert (verb, train) == ("leviathan", "train")
-    assert plain(load("train", TrainConfig, again)) == plain(config)
+def test_a_wrong_stored_configuration_is_rejected(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(make_run(tmp_path / "run"))
+    assert main(["train", "--config", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
+def test_directories_without_a_run_are_rejected(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "no run there" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "name at least one run" in capsys.readouterr().err
     run = make_run(tmp_path / "run")
-    (run / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="has logged no step yet"):
-        RunData(run)
+    for path in ("x", "metrics.jsonl"):
+        (run / "metrics.jsonl").write_text("") if path == "x" else (run / path).unlink()
+        with pytest.raises(ConfigError, match="has logged no step yet"):
+            RunData(run)

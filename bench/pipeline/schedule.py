@@ -1,16 +1,16 @@
-"""How long a pipeline's step takes and how much of it ranks stand idle, from the schedule alone.
+"""Step time and idle share of a pipeline, simulated from its schedule alone.
 
-torch's schedules say in which order each rank does its work; here that order is played through with a duration for each
-kind of work. Communication takes no time, and a rank waits only for what it needs.
+torch's schedules give the order of work of each rank; `play` simulates that order with a duration for each kind of
+work. Communication takes no time, and a rank waits only for its inputs.
 
-What comes out equals the published closed forms (`closed_form`; tests hold the two against each other). With p ranks, v
-stages on each, n micro-batches, and a stage's forward as long as each half of its backward they are:
+The results equal the published closed forms (`closed_form`; tests compare both). With p ranks, v stages per rank, n
+micro-batches, and a stage's forward as long as each half of its backward, the idle share is:
 
 - gpipe, one_f_one_b: (p - 1) / (n + p - 1) (Narayanan et al. 2021, section 2.2)
 - interleaved: (p - 1) / (v n + p - 1) (the same, section 2.2.2)
-- interleaved_zero_bubble: (p - 1) / (3 v n + p - 1): the gaps of a backward are filled (Qi et al. 2024, table 2)
-- zbv: (p - 1) / (6 n + p - 1) from 2 p micro-batches on: what is left is the first micro-batch's way to the last rank
-- dualpipev: 2 (p - 1) / (6 n + 2 (p - 1)): torch sends a forward's result only after the backward paired with it
+- interleaved_zero_bubble: (p - 1) / (3 v n + p - 1): weight gradients fill the gaps (Qi et al. 2024, table 2)
+- zbv: (p - 1) / (6 n + p - 1) from 2 p micro-batches on: the first micro-batch must reach the last rank
+- dualpipev: 2 (p - 1) / (6 n + 2 (p - 1)): torch sends the result of a forward only after its paired backward
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from parallel.pipeline.stages import PipelineSchedule
 Piece = tuple[str, int, int]
 """Kind of work, stage, micro-batch."""
 Duration = Callable[[str, int], float]
-"""Seconds of one piece of work of a stage: its kind (F forward, I gradient of the input, W of the weights, B both)."""
+"""(kind, stage) -> seconds. Kinds: F forward, I gradient of the input, W of the weights, B both."""
 
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """`step` from the first piece of work to the last; `busy`: of each rank, in the unit of the durations."""
+    """`step`: time from the first piece of work to the last; `busy`: work time of each rank."""
 
     step: float
     busy: list[float]
 
     @property
     def idle(self) -> float:
-        """The share of all ranks' time in which they stand still."""
+        """Share of all ranks' time without work."""
         return 1 - sum(self.busy) / (len(self.busy) * self.step)
 
 
 def play(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int, duration: Duration) -> SimulatedStep:
-    """Play a schedule through. Raises `RuntimeError` where its ranks would wait for each other for ever."""
+    """Simulate a schedule. Raises `RuntimeError` on a deadlock."""
     waiting = order(schedule, pp, per_rank, micro_batches)
     last = pp * per_rank - 1
     done: dict[Piece, float] = {}
@@ -56,14 +56,14 @@ def play(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int,
                     took = duration(kind, stage)
                     clock[rank] = max(clock[rank], since or 0.0) + took
                     busy[rank] += took
-                done |= dict.fromkeys(pieces, clock[rank])  # what belongs together is sent when all of it is done
+                done |= dict.fromkeys(pieces, clock[rank])  # a group's results are sent together
         if len(done) == before:
-            raise RuntimeError(f"{schedule.name} stands still: {[work[0] for work in waiting.values() if work]}")
+            raise RuntimeError(f"{schedule.name} deadlocks: {[work[0] for work in waiting.values() if work]}")
     return SimulatedStep(max(clock), busy)
 
 
 def closed_form(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int) -> float:
-    """The share of idle time where all stages cost the same and F, I and W last equally long."""
+    """The idle share if all stages cost the same and F, I and W take equally long."""
     gaps = pp - 1
     if schedule.is_single:
         return gaps / (micro_batches + gaps)
@@ -75,8 +75,8 @@ def closed_form(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batche
 
 
 def order(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int) -> dict[int, list[list[Piece]]]:
-    """What each rank does, in order, and which pieces of it belong together. Where a rank has one stage it is written
-    out here (torch's own listing of 1F1B names the wrong micro-batches), else torch tells.
+    """The work of each rank in order, in groups. With one stage per rank it is written out here, because torch's
+    listing of 1F1B has wrong micro-batches; otherwise it is torch's.
     """
     if schedule.is_single:
         warm_up = {rank: micro_batches if schedule is PipelineSchedule.gpipe else pp - rank for rank in range(pp)}
@@ -88,18 +88,18 @@ def order(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int
 
 
 def _one_stage(stage: int, micro_batches: int, warm_up: int) -> list[Piece]:
-    """Some forwards, then backwards and forwards in turn, then the backwards that are left."""
-    found: list[Piece] = [("F", stage, micro_batch_size) for micro_batch_size in range(warm_up)]
-    for micro_batch_size in range(micro_batches):
-        found.append(("B", stage, micro_batch_size))
-        if warm_up + micro_batch_size < micro_batches:
-            found.append(("F", stage, warm_up + micro_batch_size))
+    """`warm_up` forwards, then backwards and forwards in turn, then the remaining backwards."""
+    found: list[Piece] = [("F", stage, micro_batch) for micro_batch in range(warm_up)]
+    for micro_batch in range(micro_batches):
+        found.append(("B", stage, micro_batch))
+        if warm_up + micro_batch < micro_batches:
+            found.append(("F", stage, warm_up + micro_batch))
     return found
 
 
 @dataclass
 class _TheoryOutline:
-    """As much of a stage as torch asks for to plan."""
+    """The attributes of a stage that torch's planning uses."""
 
     stage_index: int
     num_stages: int
@@ -115,14 +115,14 @@ def _pieces(action: Any) -> list[Piece]:
 
 
 def _ready(piece: Piece, last: int, done: dict[Piece, float]) -> float | None:
-    """When what a piece of work needs was there; None: not yet."""
-    kind, stage, micro_batch_size = piece
+    """The time at which the inputs of a piece of work are complete; None if they are not yet."""
+    kind, stage, micro_batch = piece
     if kind == "F":
-        return 0.0 if stage == 0 else done.get(("F", stage - 1, micro_batch_size))
+        return 0.0 if stage == 0 else done.get(("F", stage - 1, micro_batch))
     if kind == "W":
-        return done.get(("I", stage, micro_batch_size))
-    forward = done.get(("F", stage, micro_batch_size))
+        return done.get(("I", stage, micro_batch))
+    forward = done.get(("F", stage, micro_batch))
     if stage == last or forward is None:
         return forward
-    after = [done[k, stage + 1, micro_batch_size] for k in ("B", "I") if (k, stage + 1, micro_batch_size) in done]
+    after = [done[k, stage + 1, micro_batch] for k in ("B", "I") if (k, stage + 1, micro_batch) in done]
     return max(forward, *after) if after else None

@@ -1,8 +1,8 @@
-"""Idle time of pipelines, measured with stages that sleep, against what the schedule alone says.
+"""Step time of pipelines whose stages sleep, compared with the time that the schedule alone implies.
 
 `python -m bench bubble`: four ranks, eight micro-batches, each schedule. A stage's forward, the gradient of its input
-and that of its weights each sleep equally long, so that the processors of this machine do not matter; everything else
-(torch's schedule, the sends, our stages) is what a run uses.
+and that of its weights sleep equally long, so that this machine's number of cores does not matter. Everything else
+(torch's schedule, sends, our stages) is as in a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench.measure import Result
-from bench.pipeline_idle import closed_form, play
+from bench.pipeline.schedule import closed_form, play
 from launch.rank_pool import Pool
 from model.attention.plan import ForwardContext
 from model.config import ModelConfig
@@ -36,7 +36,7 @@ MOST = 1.03
 
 
 class Sleeper(StageStack):
-    """A stage without layers: sleeps forward, and again for each half of its backward."""
+    """A stage without layers that sleeps in its forward and in each half of its backward."""
 
     def __init__(self, number: int, splits: bool) -> None:
         super().__init__(None, {}, None, None)
@@ -69,14 +69,14 @@ class _Nap(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Outline:
-    """What a pipeline asks of a model."""
+    """The attributes of a model that a pipeline uses."""
 
     config: ModelConfig
     compute_dtype: torch.dtype
 
 
 def steps(parallel: ParallelConfig) -> list[float]:
-    """Seconds of each step, from a barrier to the end of the slowest rank."""
+    """Seconds of each step, until the slowest rank ends."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
     model: Any = _Outline(
@@ -102,7 +102,7 @@ def steps(parallel: ParallelConfig) -> list[float]:
 
 
 def run() -> Iterator[Result]:
-    """A step's seconds against the played schedule's; the idle shares are told beside it."""
+    """Step time against the simulated schedule's, with the idle shares in the note."""
     pool = Pool()
     try:
         for schedule in PipelineSchedule:

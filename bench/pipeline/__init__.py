@@ -1,0 +1,1 @@
+"""Idle time of pipelines: measured, and computed from the schedule alone."""

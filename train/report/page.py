@@ -1,0 +1,97 @@
+"""The report of one run, or of several side by side: one HTML page with all its plots inside."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.config import differences, plain, quoted
+from core.files import write_bytes, write_text
+from core.html import render
+from data.filter.audit.outputs import AUDIT_PAGE
+from train.report.plots import Picture, draw
+from train.report.run import RunData
+
+PAGE = "report.html"
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def write_report(directories: Sequence[Path], out: Path) -> None:
+    """Draw the runs into one page at `out`; the plots of a single run go to its `plots/` as well."""
+    runs = [RunData(directory) for directory in directories]
+    pictures = draw(runs)
+    if len(runs) == 1:
+        (runs[0].directory / "plots").mkdir(exist_ok=True)
+        for picture in pictures:
+            write_bytes(runs[0].directory / "plots" / f"{picture.name}.png", picture.png)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, _page(runs, pictures, out.parent))
+
+
+def repeat_command(run: RunData) -> str:
+    """A shell command that repeats the run under another name, from any folder."""
+    name = f"{run.name}-again"
+    value = name if re.fullmatch(r"[A-Za-z][\w.-]*", name) else quoted(name)
+    path = (run.directory / "config.yaml").resolve()
+    return shlex.join(["leviathan", "train", "--config", str(path), f"run.name={value}"])
+
+
+def _page(runs: Sequence[RunData], pictures: Sequence[Picture], folder: Path) -> str:
+    """`folder`: of the page, to which links are relative."""
+    described = [
+        {
+            "name": run.name,
+            "warnings": list(run.warnings()),
+            "audit": os.path.relpath(audit, folder) if (audit := run.directory / AUDIT_PAGE).exists() else None,
+            "command": repeat_command(run),
+            "config": yaml.safe_dump(plain(run.config), sort_keys=False),
+        }
+        for run in runs
+    ]
+    return render(
+        _TEMPLATE,
+        title=", ".join(run.name for run in runs),
+        when=time.strftime("%Y-%m-%d %H:%M"),
+        runs=described,
+        summary=_summary(runs),
+        pictures=pictures,
+        differences=_differences(runs),
+    )
+
+
+def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
+    """Label -> the figure of each run, "-" if it has none."""
+    held_out = [run.summary.get("heldout") or {} for run in runs]
+    sources = [one.get("sources", {}) for one in held_out]
+    rows: list[tuple[str, list[Any], str]] = [
+        ("steps", [run.steps[-1] for run in runs], ",d"),
+        ("tokens", [run.lines[-1]["tokens"] for run in runs], ",d"),
+        ("training loss, last logged", [run.lines[-1]["loss"] for run in runs], ".4f"),
+        ("held-out loss, nats per token", [run.figure("heldout_loss") for run in runs], ".4f"),
+        ("held-out bits per byte", [one.get("bits_per_byte") for one in held_out], ".4f"),
+        ("bigram model", [run.figure("bigram_loss") for run in runs], ".4f"),
+        ("unigram model", [run.figure("unigram_loss") for run in runs], ".4f"),
+        ("tokens per second", [run.figure("tokens_per_second") for run in runs], ",.0f"),
+        ("peak memory, GB", [run.peak_memory_gb for run in runs], ".2f"),
+        ("parameters", [run.figure("total_parameters") for run in runs], ",d"),
+        ("parameters active per token", [run.figure("active_parameters") for run in runs], ",d"),
+        ("ranks", [run.figure("world_size") for run in runs], ",d"),
+    ]
+    for source in {source: None for one in sources for source in one}:
+        rows.append((f"held-out loss: {source}", [one.get(source, {}).get("loss") for one in sources], ".4f"))
+    return {label: ["-" if value is None else format(value, form) for value in values] for label, values, form in rows}
+
+
+def _differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:
+    """Key -> its value in each run, for keys whose values differ."""
+    first, *others = (plain(run.config) for run in runs)
+    found = [differences(first, other) for other in others]
+    keys = {key: before for some in found for key, (before, _) in some.items()}
+    return {key: [before, *(some.get(key, (None, before))[1] for some in found)] for key, before in keys.items()}
