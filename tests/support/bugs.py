@@ -24,7 +24,8 @@ from parallel.sharding import local
 from precision import fp8_tiles
 from train.certify import worker
 from train.certify.worker import CertifyCase, RankResults
-from train.engine import base, fsdp
+from train.engine import base
+from train.engine import fsdp as engine
 from train.eval import held_out
 from train.optim import optimizer
 
@@ -126,13 +127,13 @@ def doubled_divide(plant: Plant) -> None:
 
 def experts_left_out_of_the_norm(plant: Plant) -> None:
     """Only the first group of experts is counted, as in a norm summed over data parallel ranks alone."""
-    honest = fsdp.gradient_norm
+    honest = engine.gradient_norm
 
     def norm(gradients: Any, *rest: Any) -> Any:
         later = lambda one: any(split.axis.name == "ep" and split.axis.rank for split in one.spec.splits)  # noqa: E731
         return honest((one for one in gradients if not later(one)), *rest)
 
-    plant(fsdp, "gradient_norm", norm)
+    plant(engine, "gradient_norm", norm)
 
 
 def balancing_term_dropped(plant: Plant) -> None:
@@ -164,7 +165,7 @@ def expert_gradients_over_the_wrong_group(plant: Plant) -> None:
 
 
 def gains_not_reduced(plant: Plant) -> None:
-    plant(fsdp, "sum_partial_gradients", lambda model, specs: None)
+    plant(engine, "sum_partial_gradients", lambda model, specs: None)
 
 
 def no_gradient_without_tokens(plant: Plant) -> None:
@@ -179,9 +180,9 @@ def no_gradient_without_tokens(plant: Plant) -> None:
 
 def gains_not_reduced_beside_experts(plant: Plant) -> None:
     """Correct under each axis alone: only a model that is split both ways skips the sum."""
-    honest = fsdp.sum_partial_gradients
+    honest = engine.sum_partial_gradients
     skip = lambda model, specs: any(map(_split_by_ep, specs.values())) or honest(model, specs)  # noqa: E731
-    plant(fsdp, "sum_partial_gradients", skip)
+    plant(engine, "sum_partial_gradients", skip)
 
 
 def moments_lost_on_the_way(plant: Plant) -> None:
@@ -270,19 +271,19 @@ def norm_of_each_stage(plant: Plant) -> None:
 
     def own(self: Any) -> Any:
         alone = self.meshes.layout.world_size == self.meshes.layout.pp  # or the stage's other ranks are omitted as well
-        return fsdp.gradient_norm(self.gradients(), MeshAxis("world") if alone else self.meshes.world, self.device)
+        return engine.gradient_norm(self.gradients(), MeshAxis("world") if alone else self.meshes.world, self.device)
 
-    plant(fsdp.TorchEngine, "norm", own)
+    plant(engine.TorchEngine, "norm", own)
 
 
 def tied_gradient_lost_between_stages(plant: Plant) -> None:
     """Each end of the pipeline keeps its own gradient of tied embeddings."""
-    honest = fsdp.sum_partial_gradients
+    honest = engine.sum_partial_gradients
 
     def apart(spec: Any) -> Any:
         return dataclasses.replace(spec, partial=tuple(axis for axis in spec.partial if axis.name != "ends"))
 
-    plant(fsdp, "sum_partial_gradients", lambda model, specs: honest(model, {n: apart(s) for n, s in specs.items()}))
+    plant(engine, "sum_partial_gradients", lambda model, specs: honest(model, {n: apart(s) for n, s in specs.items()}))
 
 
 def micro_batches_mixed_up(plant: Plant) -> None:
@@ -395,14 +396,14 @@ def _split_by_ep(spec: Any) -> bool:
 
 def _after_the_sum(plant: Plant, change: Callable[[Any, Any], None]) -> None:
     """Change each parameter's gradient, given its spec."""
-    honest = fsdp.sum_partial_gradients
+    honest = engine.sum_partial_gradients
 
     def changed(model: Any, specs: Any) -> None:
         honest(model, specs)
         for name, parameter in model.named_parameters():
             change(specs[name], parameter)
 
-    plant(fsdp, "sum_partial_gradients", changed)
+    plant(engine, "sum_partial_gradients", changed)
 
 
 def _change_wrapper(plant: Plant, owner: Any, change: Callable[[Any], None]) -> None:
