@@ -57,7 +57,7 @@ class MeshAxis:
 
     def count(self, purpose: str, tensor: Tensor) -> None:
         """Record that a collective begins here and is handed `tensor`."""
-        self.note(purpose, tensor.nbytes)
+        self.note(purpose, tensor.numel() * tensor.element_size())  # torch.compile cannot trace `nbytes`
 
     def note(self, purpose: str, size: int) -> None:
         """Record that a collective which other code issues begins and is handed `size` bytes."""
@@ -67,7 +67,7 @@ class MeshAxis:
     def send(self, purpose: str, tensor: Tensor) -> None:
         """Record that this rank sends a tensor to one other rank. Ranks may do so unequally often."""
         self.wait(purpose)
-        self.add_bytes(purpose, tensor.nbytes)
+        self.add_bytes(purpose, tensor.numel() * tensor.element_size())
 
     def wait(self, purpose: str) -> None:
         self.traffic.heartbeat.wait(self.name, purpose, self.group)
