@@ -41,12 +41,13 @@ _OLD_FORMAT = (
 )
 _MAX_DIMS = 8
 _DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    name: getattr(torch, name)
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "bool"),
+        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
     )
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 T = TypeVar("T")
 
@@ -93,7 +94,7 @@ def commit(checkpoint: Path, index: Mapping[str, IndexedTensor], progress: Mappi
     """Write the index, the trainer's state and, last, the marker, beside shards that are on the disk."""
     tensors = {
         name: {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": tensor.shape,
             "shards": [shard._asdict() for shard in tensor.shards],
         }

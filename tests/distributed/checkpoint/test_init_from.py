@@ -58,7 +58,7 @@ def biases(root: Path, name: str, overrides: list[str], steps: int = 0) -> dict[
 
 
 @pytest.mark.parametrize("layout", ["parallel.pp=2", "parallel.ep=2"])
-def test_every_rank_takes_over_the_selection_biases_of_its_layers(ranks, small_corpus, tmp_path, layout):
+def test_every_rank_copies_the_selection_biases(ranks, small_corpus, tmp_path, layout):
     (first,) = ranks(1, biases, tmp_path, "first", small_corpus, 1)
     line = [*small_corpus, f"model.init_from={tmp_path / 'first'}", "parallel.recompute=full", layout]
     found = [pair for rank in ranks(2, biases, tmp_path, "second", line) for pair in rank.items()]

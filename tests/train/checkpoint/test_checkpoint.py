@@ -169,7 +169,7 @@ def test_the_marker_names_every_file(checkpointer):
     assert listed == {p.name for p in path.iterdir()} - {MARKER}
 
 
-def test_a_store_that_fails_leaves_the_old_checkpoint_and_the_run_goes_on(checkpointer, said, monkeypatch):
+def test_a_failing_store_leaves_the_old_checkpoint(checkpointer, said, monkeypatch):
     save(checkpointer, 1)
 
     def refuse(path: Path, mode: str) -> None:
@@ -183,7 +183,7 @@ def test_a_store_that_fails_leaves_the_old_checkpoint_and_the_run_goes_on(checkp
     assert loaded(checkpointer)[0]["step"] == 1
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(local_checkpointer, said):
+def test_a_full_disk_leaves_the_old_checkpoint(local_checkpointer, said):
     checkpointer = local_checkpointer
     save(checkpointer, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
 from data.filter.score.factory import make_scorer
 from data.filter.score.losses import LossScorer
+from data.filter.score.scorer import TokenLosses
 from launch.cli import main
 from model.attention.plan import SequenceContext
 from parallel.comm.world import World
@@ -69,6 +71,10 @@ def llama(tmp_path_factory) -> Path:
     return folder
 
 
+def opened(name: Path | str, **more: int) -> tuple[TokenLosses, str]:
+    return open_losses(str(name), config(name, **more))
+
+
 def config(name: Path | str, **more: int) -> ScorerConfig:
     return ScorerConfig(ScorerKind.loss, model=str(name), **{"batch_size": 3, "seq_len": 1024, **more})
 
@@ -79,7 +85,7 @@ def test_transformers_own_loss_comes_out(llama):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
-    losses, _ = open_losses(str(llama), config(llama))
+    losses, _ = opened(llama)
     found = losses(TEXTS)
     for (first, second), mine in zip(TEXTS, found, strict=True):
         before, wanted = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second))
@@ -94,10 +100,10 @@ def test_transformers_own_loss_comes_out(llama):
 
 
 @torch.no_grad()
-def test_a_run_s_loss_is_that_of_its_model(trained):
+def test_a_run_has_the_loss_of_its_model(trained):
     restored = restore(trained, ALONE)
     model, tokenizer = restored.placed.model.eval(), restored.corpus.tokenizer
-    losses, _ = open_losses(str(trained), config(trained))
+    losses, _ = opened(trained)
     for (first, second), mine in zip(TEXTS, losses(TEXTS), strict=True):
         before, wanted = tokenizer.encode([first])[0], tokenizer.encode([second])[0]
         row = [tokenizer.bos_id, *before, *wanted]
@@ -110,14 +116,14 @@ def test_a_run_s_loss_is_that_of_its_model(trained):
 
 @pytest.mark.parametrize("context", [16, 17, 64])
 @torch.no_grad()
-def test_long_texts_are_windows_that_see_half_a_context_before(llama, context):
+def test_windows_see_half_a_context_before(llama, context):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(llama)
     scoring = from_transformers(str(llama), torch.device("cpu"))
     text = "".join(chr(97 + i * i % 26) for i in range(150))
     ids = [0, *scoring.tokenizer.encode([text])[0]]
-    losses, _ = open_losses(str(llama), config(llama, seq_len=context))
+    losses, _ = opened(llama, seq_len=context)
     mine, last = losses([("", text)])[0], 0
     assert len(mine) == len(ids) - 1 > 2 * context
     for place in range(1, len(ids)):
@@ -135,7 +141,7 @@ def test_long_texts_are_windows_that_see_half_a_context_before(llama, context):
 
 @pytest.mark.parametrize("context", [1, 2, 3, 8, 100])
 @pytest.mark.parametrize(("length", "wanted"), [(1, 0), (2, 1), (9, 8), (10, 9), (40, 39), (40, 5), (40, 1), (40, 0)])
-def test_every_wanted_label_is_counted_once_and_nothing_is_run_in_vain(context, length, wanted):
+def test_each_wanted_label_is_counted_once(context, length, wanted):
     ids = list(range(length))
     found = windows(7, ids, wanted, context)
     labels = [label for window in found for label in window.ids[-window.counted :]]
@@ -149,52 +155,50 @@ def test_every_wanted_label_is_counted_once_and_nothing_is_run_in_vain(context, 
 def test_batches_and_company_change_nothing_that_matters(llama, trained):
     pairs = [("a" * (i % 5), "the model " * (1 + i % 7)) for i in range(12)]
     for name in (llama, trained):
-        one, _ = open_losses(str(name), config(name, batch_size=1))
-        many, _ = open_losses(str(name), config(name, batch_size=5))
+        one, _ = opened(name, batch_size=1)
+        many, _ = opened(name, batch_size=5)
         for alone, together in zip(one(pairs), many(pairs[::-1])[::-1], strict=True):
             assert alone == pytest.approx(together, abs=1e-4)
         assert many(pairs)[0].tolist() == many(pairs)[0].tolist()
-    assert open_losses(str(llama), config(llama))[0]([]) == []
+    assert opened(llama)[0]([]) == []
 
 
 def test_special_tokens_in_a_text_are_ordinary_text(llama, trained):
     for name in (llama, trained):
-        losses, _ = open_losses(str(name), config(name))
+        losses, _ = opened(name)
         assert len(losses([("", "</s>")])[0]) > 1
 
 
 def test_the_fingerprint_is_of_weights_tokenizer_and_context(llama, trained, tmp_path):
-    import shutil
-
     from transformers import AutoModelForCausalLM
 
-    _, first = open_losses(str(llama), config(llama))
+    _, first = opened(llama)
     shutil.copytree(llama, copy := tmp_path / "elsewhere")
-    assert open_losses(str(copy), config(copy, batch_size=1))[1] == first, "neither the place nor the batch counts"
-    assert open_losses(str(llama), config(llama, seq_len=8))[1] != first
-    assert open_losses(str(llama), config(llama, seq_len=64))[1] == first, "the model has no more than 64"
+    assert opened(copy, batch_size=1)[1] == first, "neither the place nor the batch counts"
+    assert opened(llama, seq_len=8)[1] != first
+    assert opened(llama, seq_len=64)[1] == first, "the model has no more than 64"
     model = AutoModelForCausalLM.from_pretrained(llama)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1e-6
     model.save_pretrained(copy)
-    changed = open_losses(str(copy), config(copy))[1]
+    changed = opened(copy)[1]
     tokenizer = copy / "tokenizer.json"
     shutil.copyfile(llama / "model.safetensors", copy / "model.safetensors")
     tokenizer.write_text(tokenizer.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true', 1))
-    retokenised = open_losses(str(copy), config(copy))[1]
-    run = open_losses(str(trained), config(trained))[1]
+    retokenised = opened(copy)[1]
+    run = opened(trained)[1]
     assert len({first, changed, retokenised, run}) == 4
-    assert open_losses(str(trained), config(trained))[1] == run
+    assert opened(trained)[1] == run
 
 
-def opened(name: str) -> tuple[list[list[float]], str]:
-    losses, fingerprint = open_losses(name, config(name))
+def losses_of(name: str) -> tuple[list[list[float]], str]:
+    losses, fingerprint = opened(name)
     return [one.tolist() for one in losses(TEXTS)], fingerprint
 
 
 def test_ranks_open_the_whole_model_each(ranks, trained):
-    alone = opened(str(trained))
-    assert ranks(2, opened, str(trained)) == [alone, alone]
+    alone = losses_of(str(trained))
+    assert ranks(2, losses_of, str(trained)) == [alone, alone]
 
 
 def test_a_scorer_is_made_of_it(trained):
@@ -211,7 +215,7 @@ def test_what_cannot_be_opened_says_so(tmp_path, trained, monkeypatch):
     (tmp_path / "empty").mkdir()
     for name in (tmp_path / "empty", tmp_path / "missing"):
         with pytest.raises(ConfigError, match="is not a run, and transformers cannot open it") as caught:
-            open_losses(str(name), config(name))
+            opened(name)
         assert len(str(caught.value).splitlines()) == 1
     (tmp_path / "empty" / "model.yaml").write_text("")
     with pytest.raises(ConfigError, match="is an imported model"):
@@ -220,4 +224,4 @@ def test_what_cannot_be_opened_says_so(tmp_path, trained, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install 'transformers"):
         open_losses(str(tmp_path / "missing"), config("x"))
-    open_losses(str(trained), config(trained))
+    opened(trained)
