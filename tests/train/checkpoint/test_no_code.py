@@ -25,7 +25,7 @@ from tests.support.tiny import TINY
 
 BESIDE = (".metadata", "__0_0.distcp", "pytorch_model.bin", "optimizer.pt", "callbacks.pkl", "tokenizer.pkl", "x.npy")
 """Names that other programs, and older versions of this one, unpickle. The run is full of them."""
-READERS = ("resume", "init_from", "generate", "export", "report")
+READERS = ("resume", "export", "report")
 """Verbs that read runs in different ways; the others share their code, and the slow test takes them too."""
 _opened: list[set[str]] = []
 

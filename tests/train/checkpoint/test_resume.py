@@ -9,27 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from data.loader import Loader
 from launch.cli import main
 from tests.support.tiny import TINY, figures, saved, trainer
 
-STEPS = 28
+STEPS = 24
 ADAMW = ["precision=fp32", "optimizer=adamw"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def two_threads() -> Iterator[None]:
-    """As many as a killed run has: sums are the same to the bit for one number of threads only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def arguments(root: Path, name: str, *more: str) -> list[str]:
@@ -60,7 +49,7 @@ def killed(run: Path, overrides: list[str], after: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "train", *overrides],
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as here: sums differ in the last bit between thread counts
     )
     deadline = time.monotonic() + 240
     while not list(run.glob(after)):
