@@ -97,8 +97,8 @@ def visits(
             continue
         first, last = place.sequences(phase.seq_len)
         for samples, ordinals in _taken(directory, config, phase, min(steps, phase.stop)):
-            sources, rows = loader.locate(ordinals)
-            hits = (sources == loader.blend.names.index(place.source)) & (rows >= first) & (rows <= last)
+            sources, sequences = loader.locate(ordinals)
+            hits = (sources == loader.blend.names.index(place.source)) & (sequences >= first) & (sequences <= last)
             for sample in samples[hits].tolist():
                 step, index = divmod(sample, phase.global_batch_size)
                 found.append(TrainedSequence(phase.name, phase.start + step, index))
