@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from core.files import write_bytes
 from data.corpus import Corpus, open_corpus, prepare
 from data.curriculum import PhaseRows, make_loaders
-from data.filter.audit.outputs import AUDIT_JSON, AUDIT_PAGE
 from data.loader import Loader
 from parallel.comm.world import World
 from train.config import TrainConfig, phases
@@ -33,13 +30,6 @@ def get_corpus(config: TrainConfig, world: World, report: Callable[[str], None])
         reason = f"the tokenizer has {size} ids; the model needs at least as many rows"
         raise ConfigError("model.vocab_size", config.model.vocab_size, reason, [-(-size // 128) * 128])
     return corpus
-
-
-def keep_audit(corpus: Corpus, directory: Path) -> None:
-    """Copy the audit of the corpus's filter, where it has one, into a run's directory."""
-    for name in (AUDIT_JSON, AUDIT_PAGE):
-        if (corpus.directory / name).exists():
-            write_bytes(directory / name, (corpus.directory / name).read_bytes())
 
 
 def check_same_data(progress: dict[str, Any], corpus: Corpus) -> None:

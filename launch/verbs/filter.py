@@ -1,4 +1,4 @@
-"""The verb `filter`: leave out of a file or data set what is easy, broken or repeated, with an audit.
+"""The verb `filter`: drop easy, broken and repeated records from a file or data set, with an audit.
 
 On several processes: `leviathan filter processes=N ...`, or `torchrun ... -m launch.verbs.filter OVERRIDES`.
 """
@@ -44,6 +44,8 @@ from train.provenance import explain_run
 
 STAGES = "stages"
 _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
+_BARE_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/.~][\w./~-]*", re.IGNORECASE)
+_INPUT_KEYS = tuple(one.name for one in fields(InputConfig))
 
 
 class FilterAction(Enum):
@@ -51,22 +53,21 @@ class FilterAction(Enum):
     ablate = "ablate"
     """Train on what the rules keep of a run's corpus (`ablate.train`), and on controls, at equal tokens."""
     stream = "stream"
-    """Decide lines of JSON from standard input as they come."""
+    """Decide JSON lines from standard input as they arrive."""
 
 
 @dataclass(frozen=True)
 class FilterConfig(FilterRules, InputConfig):
-    """`out`: the directory to make, or to go on with. `tokenizer`: what counts tokens (a tokenizer.json or a folder
-    with one); null: bytes stand for them. `processes`: how many filter together on this machine. `explain`: tell the
-    journey of the record of this name through a filtering in `out`, and do nothing else; with `run`, the directory of a
-    run whose data were filtered, through that filtering and to the steps that trained on it.
-    """
-
     out: str = "filtered"
+    """Output directory. An existing one is resumed."""
     tokenizer: str | None = None
+    """Counts tokens: a tokenizer.json or a folder with one; null: bytes count as tokens."""
     processes: int = 1
+    """Number of processes on this machine."""
     explain: str | None = None
+    """Explain the record of this id in the filter run of `out`, and do nothing else."""
     run: str | None = None
+    """With `explain`: the directory of a training run. Follows the record through its filter to the steps that used it."""
     action: FilterAction = FilterAction.filter
     ablate: AblateConfig = field(default_factory=AblateConfig)
 
@@ -75,38 +76,40 @@ class FilterConfig(FilterRules, InputConfig):
         if self.explain is None and self.action is FilterAction.filter:
             InputConfig.__post_init__(self)
         if self.action is FilterAction.ablate:
-            names = (*(one.name for one in fields(InputConfig)), "tokenizer", "processes", "explain", "run")
-            self._refuse(names, "whose data are those of leviathan train (docs/filter.md)", [_OWN_DATA])
+            keys = (*_INPUT_KEYS, "tokenizer", "processes", "explain", "run")
+            self._refuse(keys, "whose data are those of leviathan train (docs/filter.md)", [_OWN_DATA])
         if self.action is FilterAction.stream:
-            names = ("input", "dataset", "subset", "split", "processes", "explain", "run")
-            self._refuse(names, "which reads lines of JSON from standard input", ["< FILE"])
+            keys = ("input", "dataset", "subset", "split", "processes", "explain", "run")
+            self._refuse(keys, "which reads JSON lines from standard input", ["< FILE"])
             check_rules(self)
             self.lines()
         if self.run is not None and self.explain is None:
-            raise ConfigError("run", self.run, "is where to look a record up: name it", ["explain=ID"])
+            raise ConfigError("run", self.run, "requires the id of a record to explain", ["explain=ID"])
         if self.processes < 1:
             raise ConfigError("processes", self.processes, "must be positive")
 
-    def _refuse(self, names: Sequence[str], why: str, instead: Sequence[str]) -> None:
-        """Raise `ConfigError` for the first of these keys that is given: the action would not look at it."""
+    def _refuse(self, keys: Sequence[str], why: str, instead: Sequence[str]) -> None:
+        """Raise `ConfigError` for the first of these keys that is set, since the action ignores it."""
         for one in fields(FilterConfig):
-            if one.name in names and (value := getattr(self, one.name)) != one.default:
-                raise ConfigError(one.name, value, f"means nothing to filter {self.action.name}, {why}", instead)
+            if one.name in keys and (value := getattr(self, one.name)) != one.default:
+                raise ConfigError(one.name, value, f"has no effect on filter {self.action.name}, {why}", instead)
 
     def lines(self) -> InputConfig:
-        """What a line of standard input is made of."""
-        keys = {one.name: getattr(self, one.name) for one in fields(InputConfig)}
-        return InputConfig(**{**keys, "input": "-"})
+        """The input settings for lines of standard input."""
+        return InputConfig(**{**{key: getattr(self, key) for key in _INPUT_KEYS}, "input": "-"})
+
+    def rules(self) -> FilterRules:
+        return FilterRules(**{one.name: getattr(self, one.name) for one in fields(FilterRules)})
 
 
 def run(config: FilterConfig) -> int:
-    """Filter, or explain; returns the exit code."""
+    """Filter, or explain. Returns the exit code."""
     out = Path(config.out).expanduser()
     if config.explain is not None:
         print(explain(out, config.explain) if config.run is None else explain_run(Path(config.run), config.explain))
         return 0
     if config.action is FilterAction.ablate:
-        return ablate(config.ablate, _rules(config), out)
+        return ablate(config.ablate, config.rules(), out)
     if config.action is FilterAction.stream:
         return _stream(config, out)
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -120,7 +123,20 @@ def run(config: FilterConfig) -> int:
 
 
 def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
-    done = Filter(_job(config, out, workers))
+    tokenizer = _tokenizer(config)
+    job = FilterJob(
+        parts=parts(config),
+        rules=config.rules(),
+        scorer=_scorer(config, out),
+        directory=out / STAGES,
+        workers=workers,
+        report=print if workers.rank == 0 else lambda line: None,
+        count_tokens=_count_tokens(tokenizer),
+        models=MODELS,
+        tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
+        clean=clean_records(config.select.clean, config) if config.select.clean else (),
+    )
+    done = Filter(job)
     done.run()
     with together(workers):
         if workers.rank == 0:
@@ -134,7 +150,7 @@ def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
 
 
 def _stream(config: FilterConfig, out: Path) -> int:
-    """Filter standard input until it ends; the counts are told then."""
+    """Filter standard input until it ends, then print the counts."""
 
     def check(records: Sequence[Record]) -> None:
         for key, name in models_of(config.scorer):
@@ -147,26 +163,29 @@ def _stream(config: FilterConfig, out: Path) -> int:
 
     clean = clean_records(config.select.clean, config.lines()) if config.select.clean else ()
     make, count_tokens = RecordMaker(config.lines()), _count_tokens(_tokenizer(config))
-    done = LineFilter(make, _rules(config), _scorer(config, out), count_tokens, clean, check)
+    done = LineFilter(make, config.rules(), _scorer(config, out), count_tokens, clean, check)
     done.run(sys.stdin.buffer, out)
     counts = done.counts()
     rate = "nothing was scored" if counts["rate"] is None else f"{counts['rate']:.2%} of the {counts['unit']} scored"
     reasons = ", ".join(f"{name} {count:,}" for name, count in counts["reasons"].items())
     print(f"kept {counts['kept']:,} of {counts['lines']:,} lines ({rate}; keep={config.keep}): {reasons}")
-    print(f"no duplicates were looked for; counts: {out / COUNTS}")
+    print(f"a stream is not searched for duplicates; counts: {out / COUNTS}")
     return 0
 
 
 def command_of(config: FilterConfig) -> str:
-    """What makes the same again."""
-    plain_config, given = plain(config), ("input", "dataset")
-    changed = {key: new for key, (_, new) in differences(plain(FilterConfig(input="")), plain_config).items()}
-    changed = {key: plain_config[key] for key in given if plain_config[key]} | {
-        key: new for key, new in changed.items() if key not in given
-    }
-    # a key of a dict that has none by default is to be added
+    """The command that repeats the filter."""
+    values = plain(config)
+    changed = {key: new for key, (_, new) in differences(plain(FilterConfig(input="")), values).items()}
+    given = {key: values[key] for key in ("input", "dataset") if values[key]}
+    # a key of a dictionary that is empty by default has to be added
     added = ("select.domains.", "contamination.sets.")
-    words = [f"{'+' if key.startswith(added) else ''}{key}={_override(new)}" for key, new in changed.items()]
+    words = [
+        f"{'+' if key.startswith(added) else ''}{key}={_override(value)}"
+        for key, value in (
+            given | {key: new for key, new in changed.items() if key not in ("input", "dataset")}
+        ).items()
+    ]
     return " ".join(["leviathan filter", *map(shlex.quote, words)])
 
 
@@ -177,32 +196,8 @@ def _override(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}: {_override(part)}" for key, part in value.items()) + "}"
     if isinstance(value, str):
-        if re.fullmatch(r"[A-Za-z_/.~][\w./~-]*", value) and value.lower() not in (
-            "null",
-            "true",
-            "false",
-            "nan",
-            "inf",
-        ):
-            return value
-        return quoted(value)
+        return value if _BARE_WORD.fullmatch(value) else quoted(value)
     return json.dumps(value)
-
-
-def _job(config: FilterConfig, out: Path, workers: Workers) -> FilterJob:
-    tokenizer = _tokenizer(config)
-    return FilterJob(
-        parts=parts(config),
-        rules=_rules(config),
-        scorer=_scorer(config, out),
-        directory=out / STAGES,
-        workers=workers,
-        report=print if workers.rank == 0 else lambda line: None,
-        count_tokens=_count_tokens(tokenizer),
-        models=MODELS,
-        tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
-        clean=clean_records(config.select.clean, config) if config.select.clean else (),
-    )
 
 
 def _scorer(config: FilterConfig, out: Path) -> Scorer:
@@ -213,12 +208,7 @@ def _scorer(config: FilterConfig, out: Path) -> Scorer:
 
 
 def _count_tokens(tokenizer: Tokenizer | None) -> Callable[[Sequence[str]], Sequence[int]] | None:
-    """None, where there is no tokenizer: bytes stand for tokens."""
     return None if tokenizer is None else lambda texts: [len(ids) for ids in tokenizer.encode(texts)]
-
-
-def _rules(config: FilterConfig) -> FilterRules:
-    return FilterRules(**{one.name: getattr(config, one.name) for one in fields(FilterRules)})
 
 
 def _tokenizer(config: FilterConfig) -> Tokenizer | None:
@@ -234,7 +224,7 @@ def _tokenizer(config: FilterConfig) -> Tokenizer | None:
 
 
 class WorldWorkers:
-    """The ranks that torchrun has started."""
+    """The ranks that torchrun started."""
 
     def __init__(self, world: World) -> None:
         self.world, self.rank, self.size = world, world.rank, world.size
@@ -245,15 +235,15 @@ class WorldWorkers:
         return total.numpy()
 
     def agree(self, error: LeviathanError | None) -> None:
-        said: list[LeviathanError | None] = [None] * self.size
-        torch.distributed.all_gather_object(said, error)
-        for found in filter(None, said):
+        errors: list[LeviathanError | None] = [None] * self.size
+        torch.distributed.all_gather_object(errors, error)
+        for found in filter(None, errors):
             found.everywhere = True
             raise found
 
 
 def _processes(config: FilterConfig, out: Path) -> int:
-    """What `torchrun --nproc-per-node N -m launch.verbs.filter` does."""
+    """Run `torchrun --nproc-per-node N -m launch.verbs.filter` in this process."""
     from launch.agent import AgentInterrupted, Node
     from launch.agent import run as run_node
 
@@ -268,7 +258,7 @@ def _processes(config: FilterConfig, out: Path) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """One process of several. Errors that were foreseen are one line, told once."""
+    """Run one of several processes. Foreseen errors print one line, from one process."""
     from core.openmp import share_cores
     from core.package_guard import check_packages, drop_working_directory
 

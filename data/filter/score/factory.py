@@ -1,4 +1,4 @@
-"""From a scorer's configuration to the scorer."""
+"""Build a scorer from its configuration."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from data.filter.input.records import Record
 from data.filter.score.scorer import Scorer, TokenLosses
 
 OpenLosses = Callable[[str, ScorerConfig], tuple[TokenLosses, str]]
-"""A model by its name, as token losses, and the fingerprint of its weights and tokenizer; `context` and `batch` are the
-configuration's.
+"""Opens a model by name. Returns its token losses and the fingerprint of its weights and tokenizer; `seq_len` and
+`batch_size` are the configuration's.
 """
 
 
 @dataclass(frozen=True)
 class Models:
-    """What scorers by a model's loss need, handed in: `data` knows of no models. `check_unseen` raises `ConfigError`
-    where the model of this name has learnt from these records, or returns a line that warns.
+    """Access to models, passed in because `data` does not import them. `check_unseen` raises `ConfigError` where the
+    named model was trained on these records, or returns a warning.
     """
 
     open: OpenLosses
@@ -31,41 +31,43 @@ _WITH_WINDOW = (ScorerKind.ngram, ScorerKind.loss, ScorerKind.excess, ScorerKind
 
 
 def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: int = 0) -> Scorer:
-    """The scorer of any kind. `models` opens them (None: kinds that need one are refused); `cache` is where
-    answers of endpoints are kept; `seed` is of lots. Raises `ConfigError` with the key, below `scorer`.
+    """Return the scorer of `config.kind`. `models` opens models (None: kinds that need one are rejected), `cache` holds
+    the answers of endpoints, `seed` is for the random scorer. Raises `ConfigError` with the key below `scorer`.
 
-    Each kind's module is imported only here: an n-gram scorer must not wait for an HTTP client.
+    Imports are local: an n-gram scorer must not wait for an HTTP client.
     """
     if config.window is not None and config.kind not in _WITH_WINDOW:
-        raise ConfigError("window", config.window, f"means nothing to {config.kind.name}", ["null"])
-    if config.kind in (ScorerKind.loss, ScorerKind.excess, ScorerKind.ifd):
-        return _from_models(config, models)
-    if config.kind is ScorerKind.judge:
-        from data.filter.score.judge import JudgeScorer
+        raise ConfigError("window", config.window, f"has no effect on {config.kind.name}", ["null"])
+    match config.kind:
+        case ScorerKind.loss | ScorerKind.excess | ScorerKind.ifd:
+            return _from_models(config, models)
+        case ScorerKind.judge:
+            from data.filter.score.judge import JudgeScorer
 
-        return JudgeScorer(config, cache)
-    if config.kind is ScorerKind.pass_rate:
-        from data.filter.score.pass_rate import PassRateScorer
+            return JudgeScorer(config, cache)
+        case ScorerKind.pass_rate:
+            from data.filter.score.pass_rate import PassRateScorer
 
-        return PassRateScorer(config, cache)
-    if config.kind is ScorerKind.ensemble:
-        from data.filter.score.ensemble import EnsembleScorer
+            return PassRateScorer(config, cache)
+        case ScorerKind.ensemble:
+            from data.filter.score.ensemble import EnsembleScorer
 
-        return EnsembleScorer(_members(config, models, cache, seed))
-    if config.kind is ScorerKind.ngram:
-        from data.filter.score.ngram import NgramScorer
+            return EnsembleScorer(_members(config, models, cache, seed))
+        case ScorerKind.ngram:
+            from data.filter.score.ngram import NgramScorer
 
-        return NgramScorer(config.order, config.window)
-    from data.filter.score.baselines import LengthScorer, RandomScorer
+            return NgramScorer(config.order, config.window)
+        case ScorerKind.random | ScorerKind.length:
+            from data.filter.score.baselines import LengthScorer, RandomScorer
 
-    return RandomScorer(seed) if config.kind is ScorerKind.random else LengthScorer()
+            return RandomScorer(seed) if config.kind is ScorerKind.random else LengthScorer()
 
 
 def _from_models(config: ScorerConfig, models: Models | None) -> Scorer:
     from data.filter.score.losses import DifficultyOfFollowing, ExcessScorer, LossScorer
 
     if models is None:
-        raise ConfigError("kind", config.kind, "needs a model, and none can be opened here", ["ngram"])
+        raise ConfigError("kind", config.kind, "needs a model, and models cannot be opened here", ["ngram"])
     model = _opened("model", config.model, config, models)
     if config.kind is ScorerKind.loss:
         return LossScorer(*model, config.window)
@@ -75,7 +77,7 @@ def _from_models(config: ScorerConfig, models: Models | None) -> Scorer:
 
 
 def _opened(key: str, name: str | None, config: ScorerConfig, models: Models) -> tuple[TokenLosses, str]:
-    assert name is not None  # ScorerConfig sees to it
+    assert name is not None  # ScorerConfig checks it
     try:
         return models.open(name, config)
     except ConfigError as error:
@@ -93,7 +95,7 @@ def _members(config: ScorerConfig, models: Models | None, cache: Path, seed: int
 
 
 def models_of(config: ScorerConfig, key: str = "scorer") -> Iterator[tuple[str, str]]:
-    """The configuration's key and the name of every model that a scorer uses."""
+    """Yield the configuration key and the name of every model that the scorer uses."""
     for name in ("model", "reference"):
         if (model := getattr(config, name)) is not None:
             yield f"{key}.{name}", model
