@@ -3,7 +3,7 @@ tokens.
 
 Every arm trains the same model for the same steps from the same initial weights, seed by seed. The comparison is by
 held-out loss, on sequences that no filter changes, in thirds by difficulty: the loss of a sequence under the n-gram
-model of all training text. Differences are paired by seed against a random half. Each seed draws another random half, so
+model of all training text. Differences are paired by seed against a random half. Each seed draws another random half:
 the intervals cover the draw as well as the run.
 """
 

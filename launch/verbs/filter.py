@@ -67,7 +67,7 @@ class FilterConfig(FilterRules, InputConfig):
     explain: str | None = None
     """Explain the record of this id in the filter run of `out`, and do nothing else."""
     run: str | None = None
-    """With `explain`: the directory of a training run. Follows the record through its filter to the steps that used it."""
+    """With `explain`: the directory of a training run. Follows the record through its filter to the training steps."""
     action: FilterAction = FilterAction.filter
     ablate: AblateConfig = field(default_factory=AblateConfig)
 
@@ -175,17 +175,13 @@ def _stream(config: FilterConfig, out: Path) -> int:
 
 def command_of(config: FilterConfig) -> str:
     """The command that repeats the filter."""
-    values = plain(config)
+    values, inputs = plain(config), ("input", "dataset")
     changed = {key: new for key, (_, new) in differences(plain(FilterConfig(input="")), values).items()}
-    given = {key: values[key] for key in ("input", "dataset") if values[key]}
+    given = {key: values[key] for key in inputs if values[key]}
+    shown = {key: value for key, value in (given | changed).items() if key in given or key not in inputs}
     # a key of a dictionary that is empty by default has to be added
     added = ("select.domains.", "contamination.sets.")
-    words = [
-        f"{'+' if key.startswith(added) else ''}{key}={_override(value)}"
-        for key, value in (
-            given | {key: new for key, new in changed.items() if key not in ("input", "dataset")}
-        ).items()
-    ]
+    words = [f"{'+' if key.startswith(added) else ''}{key}={_override(value)}" for key, value in shown.items()]
     return " ".join(["leviathan filter", *map(shlex.quote, words)])
 
 

@@ -13,7 +13,7 @@ from core.errors import DataError
 from core.files import write_bytes, write_json, write_text
 from data.filter.audit.page import audit_page
 from data.filter.audit.plots import draw
-from data.filter.audit.statistics import OTHER, Audit, ScorerInfo
+from data.filter.audit.statistics import OTHER, Audit
 from data.filter.pipeline import THRESHOLDS, Filter
 from data.filter.store import writing
 
@@ -47,9 +47,8 @@ def keep_audit(source: Path, directory: Path, *others: str) -> None:
 
 def audit_of(done: Filter, what: str) -> dict[str, Any]:
     """Compute the figures. Raises `DataError` where the records read and the records decided do not add up."""
-    scorer = done.job.scorer
-    info = ScorerInfo(scorer.name, scorer.measures, scorer.direction, scorer.fingerprint)
-    audit = Audit(done.rules, info, done.records.shards, done.decided.read_json(THRESHOLDS), what, done.tokens)
+    thresholds = done.decided.read_json(THRESHOLDS)
+    audit = Audit(done.rules, done.job.scorer, done.records.shards, thresholds, what, done.tokens)
     for shard, table in _tables(done):
         audit.add(shard, table.rename_columns({"length": "bytes"}))
     return audit.finish(done.text)

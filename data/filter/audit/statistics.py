@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ from data.filter.audit.tally import (
 )
 from data.filter.config import FilterRules
 from data.filter.input.records import Reason
-from data.filter.score.scorer import Direction
+from data.filter.score.scorer import Scorer
 
 FORMAT = 2
 SHOWN_DOMAINS = 12
@@ -51,33 +50,14 @@ _OUTER = 0.0005  # share of scores at either end beyond the axes of the pictures
 _AT_RANDOM = (("tie", "ascending"), ("id", "ascending"), ("source", "ascending"))
 _SIZES = {"documents": "sum", "tokens": "sum", "bytes": "sum"}
 _COLUMNS = {
-    "id": "string",
-    "domain": "string",
-    "source": "string",
-    "score": "float64",
-    "tokens": "int64",
-    "bytes": "int64",
-    "scored_bytes": "int64",
-    "tie": "uint64",
-    "bucket": "int32",
-    "kept": "bool",
-    "reason": "string",
-    "detail": "string",
+    **dict.fromkeys(("id", "domain", "source", "reason", "detail"), "string"),
+    **dict.fromkeys(("tokens", "bytes", "scored_bytes"), "int64"),
+    **{"score": "float64", "tie": "uint64", "bucket": "int32", "kept": "bool"},
 }
 
 TextOf = Callable[[str, int], str]
 """Returns a record's text by shard and row; empty where it has none."""
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ScorerInfo:
-    """The scorer's description; see `Scorer`."""
-
-    name: str
-    measures: str
-    direction: Direction
-    fingerprint: str
 
 
 class Audit:
@@ -86,7 +66,7 @@ class Audit:
     def __init__(
         self,
         rules: FilterRules,
-        scorer: ScorerInfo,
+        scorer: Scorer,
         shards: Mapping[str, int],
         thresholds: Mapping[str, Any],
         input: str,
@@ -140,7 +120,12 @@ class Audit:
         audit: dict[str, Any] = {
             "format": FORMAT,
             "input": self.input,
-            "scorer": plain(self.scorer),
+            "scorer": {
+                "name": self.scorer.name,
+                "measures": self.scorer.measures,
+                "direction": self.scorer.direction.name,
+                "fingerprint": self.scorer.fingerprint,
+            },
             "totals": {"in": total, "competed": competed, "kept": kept},
             "warnings": [],
             "reasons": _by_reason(rows),

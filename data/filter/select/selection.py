@@ -248,7 +248,7 @@ def select(
     """
     check_names(domains, rules)
     search = _Search(shards, sum_over_ranks)
-    count = len(domains)
+    count, each = len(domains), np.arange(len(domains))
     none = ThresholdKeys((_NOTHING,) * count)
     decision = Thresholds(
         domains=tuple(domains),
@@ -271,13 +271,22 @@ def select(
         target=np.where(decision.protected, census.passed[1], target + census.kept[1]),
         passed=census.passed[1],
     )
-    decision, hard = search.hard(decision, census, target * (1 - rules.select.revive))
-    kept = census.kept + hard
+    domain, none = decision.domain_of_group, ThresholdKeys((_NOTHING,) * len(decision.domain_of_group))
+    decision = replace(decision, hard=none)
+    available = np.zeros(len(domain), np.int64)
+    np.add.at(available, decision.group_of_pair(census.pair), census.count[1])
+    share = target * (1 - rules.select.revive) / np.maximum(census.easy[1], 1)
+    wanted = np.minimum(share[domain] * available, available)
+    keys, hard = search.keep(decision, wanted, domain, decision.group, _BY_SCORE)
+    decision, kept = replace(decision, hard=keys), census.kept + hard
     if rules.select.revive:
-        decision, revived = search.revived(decision, np.maximum(target - hard[1], 0))
-        kept = kept + revived
+        keys, revived = search.keep(decision, np.maximum(target - hard[1], 0), each, _domain, _AT_RANDOM)
+        decision, kept = replace(decision, revived=keys), kept + revived
     missing = np.minimum(rules.select.floor, census.kept[0] + census.easy[0]) - kept[0]
-    return search.floor(decision, missing) if (missing > 0).any() else decision
+    if (missing > 0).any():
+        wanted = np.maximum(missing, 0).astype(np.float64)
+        decision = replace(decision, floor=search.keep(decision, wanted, each, _domain, _BY_SCORE, documents=True)[0])
+    return decision
 
 
 def check_names(domains: Sequence[str], rules: FilterRules) -> None:
@@ -345,8 +354,20 @@ class _Crossing:
     at: Integers
 
 
-KeyWords = tuple[NDArray[Any], ...]
-"""Arrays of some records: group, part of the key, weight."""
+@dataclass(frozen=True)
+class _Key:
+    """Words of the records of a shard, each [N], from the most significant, and the bits of each word."""
+
+    words: Callable[[ShardScores], tuple[NDArray[Any], ...]]
+    bits: tuple[int, ...]
+
+
+_BY_SCORE = _Key(lambda shard: (score_bits(shard.score), shard.hash), (_SCORE_BITS, _HASH_BITS))
+_AT_RANDOM = _Key(lambda shard: (shuffled(shard.hash),), (_HASH_BITS,))
+
+
+def _domain(shard: ShardScores) -> Integers:
+    return shard.domain
 
 
 @dataclass(frozen=True)
@@ -401,112 +422,57 @@ class _Search:
             found.append((there + first, table[:, there]))
         return np.concatenate([pair for pair, _ in found]), np.concatenate([count for _, count in found], 1)
 
-    def hard(self, decision: Thresholds, census: _Census, target: Floats) -> tuple[Thresholds, Integers]:
-        """Set the thresholds for `target` [D] by score. Also returns the documents and weight kept, [2, D]."""
-        domain = decision.domain_of_group
-        decision = replace(decision, hard=ThresholdKeys((_NOTHING,) * len(domain)))
-        available = np.zeros(len(domain), np.int64)
-        np.add.at(available, decision.group_of_pair(census.pair), census.count[1])
-        share = target / np.maximum(census.easy[1], 1)
-        wanted = np.minimum(share[domain] * available, available)
-        crossing = self._by_score(decision, decision.group, lambda shard: shard.weight, wanted)
-        keys, kept = _round(crossing, wanted, domain, len(target))
-        return replace(decision, hard=keys), kept
-
-    def revived(self, decision: Thresholds, wanted: Floats) -> tuple[Thresholds, Integers]:
-        """Keep the weight `wanted` [D] of the records that are still easy, at random."""
-
-        def chunks() -> Iterable[KeyWords]:
-            for shard in self.shards():
-                easy = decision.reasons(shard) == CODE[Reason.easy]
-                yield _masked(easy, shard.domain, shuffled(shard.hash), shard.weight)
-
-        crossing = self._descend(chunks, wanted, _HASH_BITS)
-        keys, kept = _round(crossing, wanted, np.arange(len(wanted)), len(wanted))
-        return replace(decision, revived=keys), kept
-
-    def floor(self, decision: Thresholds, missing: Integers) -> Thresholds:
-        """Keep `missing` [D] more documents of each domain by score, among those that are still easy."""
-        wanted = np.maximum(missing, 0).astype(np.float64)
-        crossing = self._by_score(
-            decision, lambda shard: shard.domain, lambda shard: np.ones_like(shard.weight), wanted
-        )
-        keys, _ = _round(crossing, wanted, np.arange(len(wanted)), len(wanted))
-        return replace(decision, floor=keys)
-
-    def _by_score(
+    def keep(
         self,
         decision: Thresholds,
-        group: Callable[[ShardScores], Integers],
-        weight: Callable[[ShardScores], Integers],
         wanted: Floats,
-    ) -> _Crossing:
-        """Search by score among the records that are still easy; then, where scores tie, by hash."""
+        domain: Integers,
+        group_of: Callable[[ShardScores], Integers],
+        key: _Key,
+        documents: bool = False,
+    ) -> tuple[ThresholdKeys, Integers]:
+        """Keep the weight (or the `documents`) `wanted` [G] of each group, among the records that are still easy.
 
-        def scores() -> Iterable[KeyWords]:
-            for shard in self.shards():
-                easy = decision.reasons(shard) == CODE[Reason.easy]
-                yield _masked(easy, group(shard), score_bits(shard.score), weight(shard))
+        `domain`: of each group. Also returns the documents and weight kept of each domain, [2, D].
 
-        found = self._descend(scores, wanted, _SCORE_BITS)
-        tied = found.at[0] > 1
-        level = np.array([low if more else -1 for low, more in zip(found.include, tied, strict=True)], np.int64)
-
-        def hashes() -> Iterable[KeyWords]:
-            for shard in self.shards():
-                groups = group(shard)
-                tie = score_bits(shard.score) == level[groups]
-                tie &= decision.reasons(shard) == CODE[Reason.easy]
-                yield _masked(tie, groups, shard.hash, weight(shard))
-
-        include = [low << _HASH_BITS for low in found.include]
-        exclude = [low << _HASH_BITS for low in found.exclude]
-        before, at = found.before, found.at
-        if tied.any():
-            among = self._descend(hashes, np.where(tied, wanted - before[1], 0.0), _HASH_BITS)
-            for place in np.flatnonzero(tied):
-                include[place], exclude[place] = (
-                    (found.include[place] << _HASH_BITS) + low for low in (among.include[place], among.exclude[place])
-                )
-            before, at = before + among.before, np.where(tied, among.at, at)
-        return _Crossing(include, exclude, before, at)
-
-    def _descend(self, chunks: Callable[[], Iterable[KeyWords]], wanted: Floats, bits: int) -> _Crossing:
-        """Radix search, from the highest digit, for the key of `bits` bits where a group's weight crosses `wanted` [G].
-
-        A group is done when it is exact, or when one record or only equal keys remain at the crossing. A group that
-        wants nothing keeps nothing; one that wants more than it has keeps everything.
+        Radix search for the key where a group's cumulative weight crosses `wanted`, from the most significant digit. A
+        group is done when it is exact, or when one record or only equal keys remain at the crossing. A group that wants
+        nothing keeps nothing; one that wants more than it has keeps everything.
         """
-        count = len(wanted)
-        include, exclude = [1 << bits] * count, [1 << bits] * count
-        before, at = np.zeros((2, count), np.int64), np.zeros((2, count), np.int64)
-        prefix = np.zeros(count, np.uint64)
-        open_, done = np.flatnonzero(wanted > 0), 0
-        while len(open_) and done < bits:
-            width = min(_DIGIT_BITS, bits - done, max(1, (_BINS // len(open_)).bit_length() - 1))
-            cell = np.full(count, -1)
-            cell[open_] = np.arange(len(open_))
-            table = np.zeros((2, len(open_) << width), np.int64)
-            rest = bits - done - width
-            for group, word, weight in chunks():
-                leading = word.astype(np.uint64) >> np.uint64(rest)
-                inside = cell[group] >= 0
-                if done:
-                    inside &= (leading >> np.uint64(width)) == prefix[group]
-                group, leading, weight = _masked(inside, group, leading, weight)
-                digit = (leading & np.uint64((1 << width) - 1)).astype(np.int64)
-                _count_into(table, (cell[group] << width) + digit, weight)
-            tables = self.sum_over_ranks(table).reshape(2, len(open_), -1)
-            for row, place in enumerate(open_):
-                bin_, above, inside_bin = _crossing_bin(tables[:, row], wanted[place] - before[1, place])
-                low = (int(prefix[place]) << width) + bin_
-                prefix[place], at[:, place] = max(low, 0), inside_bin
-                before[:, place] += above
-                include[place], exclude[place] = low << rest, (low + 1) << rest
-                if not inside_bin[0]:
-                    include[place] = exclude[place]
-            open_, done = open_[at[0, open_] > 1], done + width
-        return _Crossing(include, exclude, before, at)
+        count, rest, low = len(wanted), sum(key.bits), [0] * len(wanted)
+        crossing = _Crossing([1 << rest] * count, [1 << rest] * count, *np.zeros((2, 2, count), np.int64))
+        prefixes = np.zeros((len(key.bits), count), np.uint64)
+        open_ = np.flatnonzero(wanted > 0)
+        for place, size in enumerate(key.bits):
+            done = 0
+            while len(open_) and done < size:
+                width = min(_DIGIT_BITS, size - done, max(1, (_BINS // len(open_)).bit_length() - 1))
+                done, rest = done + width, rest - width
+                cell = np.full(count, -1)
+                cell[open_] = np.arange(len(open_))
+                table = np.zeros((2, len(open_) << width), np.int64)
+                for shard in self.shards():
+                    group, words = group_of(shard), [word.astype(np.uint64) for word in key.words(shard)]
+                    leading = words[place] >> np.uint64(size - done)
+                    inside = (decision.reasons(shard) == CODE[Reason.easy]) & (cell[group] >= 0)
+                    inside &= (leading >> np.uint64(width)) == prefixes[place][group]
+                    for word, prefix in zip(words[:place], prefixes, strict=False):
+                        inside &= word == prefix[group]
+                    weight = np.ones_like(shard.weight) if documents else shard.weight
+                    group, leading, weight = _masked(inside, group, leading, weight)
+                    digit = (leading & np.uint64((1 << width) - 1)).astype(np.int64)
+                    _count_into(table, (cell[group] << width) + digit, weight)
+                tables = self.sum_over_ranks(table).reshape(2, len(open_), -1)
+                for row, one in enumerate(open_):
+                    bin_, above, at = _crossing_bin(tables[:, row], wanted[one] - crossing.before[1, one])
+                    low[one] = (low[one] << width) + bin_
+                    prefixes[place, one] = max(low[one], 0) & ((1 << done) - 1)
+                    crossing.at[:, one] = at
+                    crossing.before[:, one] += above
+                    crossing.exclude[one] = (low[one] + 1) << rest
+                    crossing.include[one] = low[one] << rest if at[0] else crossing.exclude[one]
+                open_ = open_[crossing.at[0, open_] > 1]
+        return _round(crossing, wanted, domain, len(decision.domains))
 
 
 def _crossing_bin(table: Integers, wanted: float) -> tuple[int, Integers, Integers]:
