@@ -18,17 +18,9 @@ _ENOUGH = 50  # records in the sample below which a correlation with length is n
 
 
 def warnings(audit: dict[str, Any]) -> list[dict[str, str]]:
-    """Warnings in order of severity. `kind` is for programs, `text` for people."""
-    checks = {
-        "malformed": _malformed,
-        "unscored": _unscored,
-        "constant_scores": _constant,
-        "off_target": _off_target,
-        "length": _length,
-        "mix": _mix,
-        "one_document": _one_document,
-    }
-    return [{"kind": kind, "text": text} for kind, check in checks.items() for text in check(audit)]
+    """Warnings in order of severity. `kind` is for programs, `text` for people; `kind` is the name of the check."""
+    checks = (malformed, unscored, constant_scores, off_target, length, mix, one_document)
+    return [{"kind": check.__name__, "text": text} for check in checks for text in check(audit)]
 
 
 def summary(audit: dict[str, Any]) -> str:
@@ -44,26 +36,26 @@ def named(domain: str) -> str:
     return domain or "(no domain)"
 
 
-def _malformed(audit: dict[str, Any]) -> Iterator[str]:
+def malformed(audit: dict[str, Any]) -> Iterator[str]:
     count, whole = audit["reasons"]["malformed"]["documents"], audit["totals"]["in"]["documents"]
     if count:
         yield f"{_records(count)} of {whole:,} could not be read; see the examples."
 
 
-def _unscored(audit: dict[str, Any]) -> Iterator[str]:
+def unscored(audit: dict[str, Any]) -> Iterator[str]:
     competed = audit["totals"]["competed"]["documents"]
     count = competed - sum(domain["scored"] for domain in audit["domains"].values())
     if count > UNSCORED * competed:
         yield f"{_records(count)} of {competed:,} have no score ({count / competed:.1%})."
 
 
-def _constant(audit: dict[str, Any]) -> Iterator[str]:
+def constant_scores(audit: dict[str, Any]) -> Iterator[str]:
     found = [name for name, domain in audit["domains"].items() if domain["constant"] and domain["scored"] > 1]
     if found:
         yield f"All scores are equal, so the choice is random in {_list(map(named, found))}."
 
 
-def _off_target(audit: dict[str, Any]) -> Iterator[str]:
+def off_target(audit: dict[str, Any]) -> Iterator[str]:
     unit, floor = audit["rules"]["unit"], audit["rules"]["select"]["floor"]
     found = []
     for name, domain in audit["domains"].items():
@@ -78,7 +70,7 @@ def _off_target(audit: dict[str, Any]) -> Iterator[str]:
         yield f"The kept share of the {unit} is off the target: {listed}."
 
 
-def _length(audit: dict[str, Any]) -> Iterator[str]:
+def length(audit: dict[str, Any]) -> Iterator[str]:
     """For the scored part, and for the whole record where its length differs."""
     scored, whole = audit["length"], audit["whole_length"]
     yield from _length_of("length", scored)
@@ -104,7 +96,7 @@ def _length_of(what: str, length: dict[str, Any]) -> Iterator[str]:
         yield f"Inside the length buckets score and {what} are correlated (rank correlation {inside:+.2f})."
 
 
-def _mix(audit: dict[str, Any]) -> Iterator[str]:
+def mix(audit: dict[str, Any]) -> Iterator[str]:
     found = []
     for name, domain in audit["domains"].items():
         before, after = domain["share_before"], domain["share_after"]
@@ -115,7 +107,7 @@ def _mix(audit: dict[str, Any]) -> Iterator[str]:
         yield f"Shares of the tokens changed by a factor above {SHIFT}: {listed}. Source weights can restore the mix."
 
 
-def _one_document(audit: dict[str, Any]) -> Iterator[str]:
+def one_document(audit: dict[str, Any]) -> Iterator[str]:
     found = [named(name) for name, domain in audit["domains"].items() if domain["competed"]["documents"] == 1]
     if found:
         yield f"A single document competed, without others to compare, in {_list(found)}."

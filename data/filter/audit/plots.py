@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 KEPT, DROPPED = "#0072B2", "#E69F00"
 _LIGHT, _DARK = "#222222", "#dddddd"
@@ -64,7 +61,7 @@ def picture(
 
 
 def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float], label: str) -> Callable[[Any], None]:
-    def drawing(axes: Axes) -> None:
+    def drawing(axes: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
         documents, kept = np.array(histogram["documents"]), np.array(histogram["kept"])
@@ -89,10 +86,10 @@ def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float
 def _score_by_length(figures: dict[str, Any]) -> Callable[[Any], None]:
     """Two maps: the number of records, and the share of them that was kept."""
 
-    def drawing(panels: list[Axes]) -> None:
+    def drawing(panels: Any) -> None:
         from matplotlib import colormaps
         from matplotlib.colors import LinearSegmentedColormap, LogNorm
-        from matplotlib.ticker import FuncFormatter
+        from matplotlib.ticker import EngFormatter, NullFormatter
 
         documents, kept = np.array(figures["documents"]), np.array(figures["kept"])
         present = np.ma.masked_less(documents, 1)
@@ -106,21 +103,12 @@ def _score_by_length(figures: dict[str, Any]) -> Callable[[Any], None]:
         for axes, (values, colours, scale, label) in zip(panels, maps, strict=True):
             image = axes.pcolormesh(figures["bytes_edges"], figures["score_edges"], values, cmap=colours, **scale)
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(size)))
-            axes.xaxis.set_minor_formatter(FuncFormatter(lambda size, _: ""))
+            axes.xaxis.set_major_formatter(EngFormatter("B"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("length")
             axes.set_ylabel("score")
-            figure: Any = axes.figure
-            bar = figure.colorbar(image, ax=axes, label=label)
+            bar = axes.figure.colorbar(image, ax=axes, label=label)
             bar.outline.set_edgecolor(axes.xaxis.label.get_color())
             bar.ax.yaxis.set_major_formatter("{x:,g}")
 
     return drawing
-
-
-def _size(size: float) -> str:
-    """A label of a tick in bytes: 300 B, 1 kB, 20 MB."""
-    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= factor:
-            return f"{size / factor:g} {letter}B"
-    return f"{size:g} B"

@@ -112,21 +112,17 @@ class Audit:
         if missing:
             raise DataError(f"audit: {len(missing)} shards are missing, such as {missing[0]}")
         rows = self._counts.rows()
-        total, kept = _sizes(rows), _sizes(row for row in rows if Reason[row["reason"]].kept)
-        competed = _sizes(row for row in rows if Reason[row["reason"]] in COMPETED)
+        totals = _totals(rows)
+        total, competed, kept = totals["in"], totals["competed"], totals["kept"]
         domains = {name: self._domain(found, total, kept) for name, found in _grouped(rows, "domain").items()}
         shown = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))[:SHOWN_DOMAINS]
         sample = self._sample if self._sample is not None and len(self._sample) else None
         audit: dict[str, Any] = {
             "format": FORMAT,
             "input": self.input,
-            "scorer": {
-                "name": self.scorer.name,
-                "measures": self.scorer.measures,
-                "direction": self.scorer.direction.name,
-                "fingerprint": self.scorer.fingerprint,
-            },
-            "totals": {"in": total, "competed": competed, "kept": kept},
+            "scorer": {key: getattr(self.scorer, key) for key in ("name", "measures")}
+            | {"direction": self.scorer.direction.name, "fingerprint": self.scorer.fingerprint},
+            "totals": totals,
             "warnings": [],
             "reasons": _by_reason(rows),
             "domains": domains,
@@ -167,11 +163,8 @@ class Audit:
         competed = [row for row in rows if Reason[row["reason"]] in COMPETED]
         least = min((row["least"] for row in competed if row["least"] is not None), default=None)
         most = max((row["most"] for row in competed if row["most"] is not None), default=None)
-        mine, stays = _sizes(rows), _sizes(row for row in rows if Reason[row["reason"]].kept)
-        return {
-            "in": mine,
-            "competed": _sizes(competed),
-            "kept": stays,
+        sizes = _totals(rows)
+        return sizes | {
             "target": 1.0 if name in select.protect else select.domains.get(name, self.rules.keep),
             "longest": max((row["longest"] for row in competed), default=0),
             "scored": sum(row["scored"] for row in competed),
@@ -179,8 +172,8 @@ class Audit:
             "most_score": rounded(most),
             "constant": least is not None and least == most,
             "reasons": {reason: size for reason, size in _by_reason(rows).items() if size["documents"]},
-            "share_before": _share(mine["tokens"], total["tokens"]),
-            "share_after": _share(stays["tokens"], kept["tokens"]),
+            "share_before": _share(sizes["in"]["tokens"], total["tokens"]),
+            "share_after": _share(sizes["kept"]["tokens"], kept["tokens"]),
         }
 
     def _against_random(self, domains: dict[str, Any], competed: dict[str, int], kept: dict[str, int]) -> Row:
@@ -281,6 +274,12 @@ def _with_reason(table: Any, reasons: Iterable[Reason]) -> Any:
 def _sizes(rows: Iterable[Row]) -> dict[str, int]:
     rows = list(rows)
     return {name: sum(row[name] for row in rows) for name in _SIZES}
+
+
+def _totals(rows: list[Row]) -> dict[str, Any]:
+    competed = [row for row in rows if Reason[row["reason"]] in COMPETED]
+    kept = [row for row in rows if Reason[row["reason"]].kept]
+    return {"in": _sizes(rows), "competed": _sizes(competed), "kept": _sizes(kept)}
 
 
 def _by_reason(rows: list[Row]) -> dict[str, dict[str, int]]:

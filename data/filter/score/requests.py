@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -58,7 +59,9 @@ class AnswerCache:
             except OSError as error:
                 raise DataError(f"{path} cannot be read ({error.strerror or error}): fix or remove it") from None
             for line in content.splitlines():
-                self._load(line)
+                with suppress(ValueError, TypeError, KeyError):  # incomplete
+                    entry = json.loads(line)
+                    self._answers[entry["key"]] = entry["answer"]
 
     def __contains__(self, key: str) -> bool:
         return key in self._answers
@@ -77,13 +80,6 @@ class AnswerCache:
             self._file.write(line + "\n")
             self._file.flush()
             self._answers[key] = answer
-
-    def _load(self, line: bytes) -> None:
-        try:
-            entry = json.loads(line)
-            self._answers[entry["key"]] = entry["answer"]
-        except (ValueError, TypeError, KeyError):
-            return  # incomplete
 
 
 class CachedEndpoint:
@@ -184,14 +180,12 @@ class EndpointScorer(Scorer):
         answers = self.endpoint.answers({key: request for one in requests for key, request in one.items()})
         scores = np.full(len(records), np.nan)
         for place, (record, keys) in enumerate(zip(records, requests, strict=True)):
+            found = [answers[key] for key in keys]
             try:
-                scores[place] = self.score_from(record, [_usable(answers[key]) for key in keys])
+                for answer in found:
+                    if isinstance(answer, UnusableAnswer):
+                        raise answer
+                scores[place] = self.score_from(record, found)
             except UnusableAnswer as error:
                 self.reasons[record.id] = str(error)
         return scores
-
-
-def _usable(answer: Any) -> Any:
-    if isinstance(answer, UnusableAnswer):
-        raise answer
-    return answer

@@ -11,7 +11,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class LineFilter:
         self._gates, self._sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)
         scores = self.scorer.score(self.clean) if self.clean else None
         self._noise = None if scores is None else noise_threshold(scores, self.rules.select.noise_quantile)
-        self._selectors: dict[str, StreamSelector] = {}
+        self._selectors: dict[str, StreamSelector] = {}  # by domain, which are not known in advance
 
     def run(self, lines: Iterable[bytes], out: Path) -> None:
         """Write `kept.jsonl` as lines arrive, and `stream.json` at the end of the stream or on an interrupt."""
@@ -117,21 +117,12 @@ class LineFilter:
         for name in dict.fromkeys(names.tolist()):
             rows = np.flatnonzero(names == name)
             columns = (score[rows], np.zeros(len(rows), np.int64), length[rows], weight[rows], ties[rows])
-            codes = self._selector(name).decide(ShardScores(records[rows[0]].source, *columns))
+            selector = self._selectors.setdefault(name, StreamSelector([name], self.rules, self._noise))
+            codes = selector.decide(ShardScores(records[rows[0]].source, *columns))
             reasons[rows] = [REASONS[code] for code in codes]
         for reason, size in zip(reasons, weight.tolist(), strict=True):
             self.weight[reason.kept] += size
         return list(reasons)
-
-    def _selector(self, name: str) -> StreamSelector:
-        """The selector of one domain. Domains are created as they appear in the stream."""
-        if name not in self._selectors:
-            select = self.rules.select
-            domains = {name: select.domains[name]} if name in select.domains else {}
-            protect = [name] if name in select.protect else []
-            rules = replace(self.rules, select=replace(select, domains=domains, protect=protect))
-            self._selectors[name] = StreamSelector([name], rules, self._noise)
-        return self._selectors[name]
 
     def counts(self) -> dict[str, Any]:
         """Counts of the lines so far. `rate`: the kept share of `unit`, among what was scored."""

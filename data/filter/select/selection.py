@@ -249,30 +249,16 @@ def select(
     check_names(domains, rules)
     search = _Search(shards, sum_over_ranks)
     count, each = len(domains), np.arange(len(domains))
-    none = ThresholdKeys((_NOTHING,) * count)
-    decision = Thresholds(
-        domains=tuple(domains),
-        protected=np.array([name in rules.select.protect for name in domains], bool),
-        on_error=rules.on_error,
-        noise=noise,
-        starts=(np.zeros(1, np.int64),) * count,
-        hard=none,
-        revived=none,
-        floor=none,
-        target=np.zeros(count),
-        passed=np.zeros(count, np.int64),
-    )
-    census = search.census(decision)
+    protected = np.array([name in rules.select.protect for name in domains], bool)
+    census = search.census(domains, protected, noise, rules.on_error)
     rate = np.array([rules.select.domains.get(name, rules.keep) for name in domains], np.float64)
     target = np.clip(rate * census.passed[1] - census.kept[1], 0, census.easy[1])
-    decision = replace(
-        decision,
-        starts=_buckets(census.pair, census.count[0], count, rules.select.length_buckets),
-        target=np.where(decision.protected, census.passed[1], target + census.kept[1]),
-        passed=census.passed[1],
-    )
-    domain, none = decision.domain_of_group, ThresholdKeys((_NOTHING,) * len(decision.domain_of_group))
-    decision = replace(decision, hard=none)
+    starts = _buckets(census.pair, census.count[0], count, rules.select.length_buckets)
+    none, no_domain = (ThresholdKeys((_NOTHING,) * size) for size in (sum(map(len, starts)), count))
+    aim = np.where(protected, census.passed[1], target + census.kept[1])
+    limits = (starts, none, no_domain, no_domain, aim, census.passed[1])
+    decision = Thresholds(tuple(domains), protected, rules.on_error, noise, *limits)
+    domain = decision.domain_of_group
     available = np.zeros(len(domain), np.int64)
     np.add.at(available, decision.group_of_pair(census.pair), census.count[1])
     share = target * (1 - rules.select.revive) / np.maximum(census.easy[1], 1)
@@ -377,15 +363,17 @@ class _Search:
     shards: Shards
     sum_over_ranks: SumOverRanks
 
-    def census(self, decision: Thresholds) -> _Census:
+    def census(
+        self, domains: Sequence[str], protected: NDArray[np.bool_], noise: float | None, on_error: OnError
+    ) -> _Census:
         """The first pass: check every shard and sum the totals."""
-        count = len(decision.domains)
+        count = len(domains)
         totals = np.zeros((3, 2, count), np.int64)
         parts = [(np.zeros(0, np.int64), np.zeros((2, 0), np.int64))]
         example = "a shard of another rank"
         for shard in self.shards():
             check_shard(shard, count)
-            codes = screen(shard, decision.protected, decision.noise, decision.on_error)
+            codes = screen(shard, protected, noise, on_error)
             unscored = ~np.isfinite(shard.score)
             if unscored.any():
                 example = f"shard {shard.name}"
@@ -398,8 +386,8 @@ class _Search:
             if sum(len(pair) for pair, _ in parts[1:]) > len(parts[0][0]) + _BINS // 8:
                 parts = [_added(parts)]
         passed, kept, missing = self.sum_over_ranks(totals)
-        if decision.on_error is OnError.fail and missing[0].sum():
-            names = [name for name, some in zip(decision.domains, missing[0], strict=True) if some]
+        if on_error is OnError.fail and missing[0].sum():
+            names = [name for name, some in zip(domains, missing[0], strict=True) if some]
             raise DataError(
                 f"{missing[0].sum()} records have no finite score (domains {', '.join(names[:8])}; one is in "
                 f"{example}): score them again, or set on_error=keep or on_error=drop"

@@ -23,7 +23,6 @@ from data.filter.select.selection import (
     Integers,
     ShardScores,
     ThresholdKeys,
-    check_names,
     check_shard,
     score_bits,
     screen,
@@ -60,7 +59,6 @@ class StreamSelector:
     """
 
     def __init__(self, domains: Sequence[str], rules: FilterRules, noise: float | None = None) -> None:
-        check_names(domains, rules)
         check_floor(rules)
         self.domains, self.noise, self.on_error = tuple(domains), noise, rules.on_error
         self.protected = np.array([name in rules.select.protect for name in domains], bool)
