@@ -150,7 +150,7 @@ def test_a_killed_filter_goes_on(folders, tmp_path, monkeypatch):
     [
         ({"select": {"protect": ["none"]}}, r"data\.filter\.select=none: no such source; try prose or code"),
         ({"scorer": {"kind": "loss", "model": "x"}}, r"data\.filter\.scorer\.kind=loss: needs a model, and none can"),
-        ({"scorer": {"kind": "random", "window": 3}}, r"data\.filter\.scorer\.window=3: means nothing to random"),
+        ({"scorer": {"kind": "random", "window": 3}}, r"data\.filter\.scorer\.window=3: has no effect on random"),
         (
             {"contamination": {"sets": {"mine": "/none"}}},
             r"data\.filter\.contamination\.sets\.mine=/none: no such file",

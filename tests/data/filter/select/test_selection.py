@@ -213,18 +213,22 @@ def test_lengths_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch):
     assert all(len(starts) == 8 for starts in decision.starts[:2]), "the case must contain what it is about"
 
 
-def test_memory_does_not_grow_with_domains():
-    random, count, domains = np.random.default_rng(0), 30_000, 10_000
+def test_memory_does_not_grow_with_domains(monkeypatch: pytest.MonkeyPatch):
+    """Control: the memory grows with the allowed size of a histogram."""
+    random, count, domains = np.random.default_rng(0), 4000, 2000
     length, ones = np.ceil(np.exp(random.normal(6, 1.5, count))).astype(np.int64), np.ones(count, np.int64)
     hashes = random.integers(0, 2**64, count, dtype=np.uint64)
     shard = ShardScores("all", random.normal(0, 1, count), np.arange(count) % domains, length, ones, hashes)
-    names = [str(place) for place in range(domains)]
-    tracemalloc.start()
-    try:
-        select(lambda: [shard], names, FilterRules()).reasons(shard)
-        assert tracemalloc.get_traced_memory()[1] < 300e6, "a table of lengths would be 1.6 GB"
-    finally:
-        tracemalloc.stop()
+    names, peaks = [str(place) for place in range(domains)], []
+    for bins in (1 << 17, 1 << 22):
+        monkeypatch.setattr(module, "_BINS", bins)
+        tracemalloc.start()
+        try:
+            select(lambda: [shard], names, FilterRules()).reasons(shard)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[0] < 30e6 < 60e6 < peaks[1], "a table of all lengths would be 131 MB"
 
 
 # what becomes of the rest
