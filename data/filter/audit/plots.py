@@ -8,6 +8,7 @@ letters; the page shows the names.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,7 @@ def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float
         axes.set_ylim(0, documents.max() * 1.08 or 1)
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlabel(label, parse_math=False)
+        axes.set_xlabel(textwrap.fill(label, 110), parse_math=False)
         axes.set_ylabel("documents")
         axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1.01), borderaxespad=0.2)
 
@@ -110,5 +111,6 @@ def _score_by_length(figures: dict[str, Any]) -> Callable[[Any], None]:
             bar = axes.figure.colorbar(image, ax=axes, label=label)
             bar.outline.set_edgecolor(axes.xaxis.label.get_color())
             bar.ax.yaxis.set_major_formatter("{x:,g}")
+            bar.ax.yaxis.set_minor_formatter("{x:,g}")
 
     return drawing
