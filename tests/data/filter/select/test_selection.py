@@ -165,7 +165,7 @@ def test_decisions_do_not_depend_on_ranks_or_shards(scores: str):
     decision, codes = decide(shard, rules, noise=7.0)
     for ranks in (1, 2, 4):
         order = np.random.default_rng(ranks).permutation(2000)
-        pieces = np.array_split(order, 7)
+        pieces = np.array_split(order, 3 if ranks == 4 else 7)  # a rank may have no shard
         parts = [[take(shard, rows) for rows in pieces[rank::ranks]] for rank in range(ranks)]
         for other in on_ranks(parts, rules, 7.0):
             assert other.thresholds == decision.thresholds
@@ -178,12 +178,6 @@ def test_ranks_that_do_not_sum_decide_differently():
     halves = [take(shard, rows) for rows in np.array_split(np.arange(2000), 2)]
     alone = [select(lambda half=half: [half], NAMES, FilterRules()) for half in halves]
     assert alone[0].thresholds != alone[1].thresholds
-
-
-def test_a_rank_may_have_no_shard():
-    shard = records(500, 5)
-    decision, _ = decide(shard, FilterRules())
-    assert all(other.thresholds == decision.thresholds for other in on_ranks([[shard], []], FilterRules(), None))
 
 
 def test_small_histograms_mean_more_passes_only(monkeypatch: pytest.MonkeyPatch):
@@ -224,11 +218,12 @@ def test_memory_does_not_grow_with_domains(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(module, "_BINS", bins)
         tracemalloc.start()
         try:
-            select(lambda: [shard], names, FilterRules()).reasons(shard)
+            codes = select(lambda: [shard], names, FilterRules()).reasons(shard)
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
     assert peaks[0] < 30e6 < 60e6 < peaks[1], "a table of all lengths would be 131 MB"
+    assert (np.bincount(shard.domain, KEPT[codes]) == 1).all(), "half of each domain"
 
 
 # what becomes of the rest
@@ -428,14 +423,3 @@ def test_without_carried_rounding_the_rate_is_missed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "_round", without_carry)
     with pytest.raises(AssertionError):
         test_rate_is_exact_to_half_a_document("ties", "documents")
-
-
-def test_a_thousand_domains():
-    random = np.random.default_rng(0)
-    count, names = 20_000, [f"d{place}" for place in range(1000)]
-    domain = np.minimum(random.exponential(100, count).astype(np.int64), 999)
-    ones, hashes = np.ones(count, np.int64), random.integers(0, 2**64, count, dtype=np.uint64)
-    shard = ShardScores("all", random.normal(0, 1, count), domain, random.integers(1, 999, count), ones, hashes)
-    codes = select(lambda: [shard], names, FilterRules()).reasons(shard)
-    kept, total = np.bincount(domain, KEPT[codes], 1000), np.bincount(domain, minlength=1000)
-    assert (np.abs(kept - total / 2) <= 0.5).all()
