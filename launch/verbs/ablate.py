@@ -157,8 +157,8 @@ def write(found: Losses, config: AblateConfig, rules: FilterRules, out: Path) ->
         arm: {group: dict(zip(("difference", "half_width"), one, strict=True)) for group, one in row.items()}
         for arm, row in table.items()
     }
-    settings = {"ablate": plain(config), "rules": plain(rules)}
-    write_json(out / "ablation.json", {"losses": found, f"against {CONTROL}": named, **settings})
+    content = {"losses": found, f"against {CONTROL}": named, "ablate": plain(config), "rules": plain(rules)}
+    write_json(out / "ablation.json", content)
     drawn = picture((8, 4), partial(_draw, table), transparent=False, facecolor="white")
     write_bytes(out / "ablation.png", drawn)
     cells = {arm: [f"{mean:+.4f} ± {width:.4f}" for mean, width in row.values()] for arm, row in table.items()}

@@ -231,9 +231,8 @@ def _prepared(shard: str, table: Any) -> Any:
 
     others = [name for name in table.column_names if name.startswith(OTHER)]
     types = {name: pyarrow.type_for_alias(kind) for name, kind in _COLUMNS.items()}
-    fields = types | {name: pyarrow.float64() for name in others}
-    if "why" in table.column_names:  # there is no score
-        fields["why"] = pyarrow.string()
+    why = {"why": pyarrow.string()} if "why" in table.column_names else {}  # why there is no score
+    fields = types | {name: pyarrow.float64() for name in others} | why
     table = table.select(list(fields)).cast(pyarrow.schema(list(fields.items())))
     columns = {name: table[name] for name in fields}
     for name in ("id", "domain", "source"):  # an unreadable record may have none

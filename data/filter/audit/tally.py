@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Order = Sequence[tuple[str, str]]
-"""Columns with "ascending" or "descending"."""
 
 _FRACTION_BITS = 15
 """Bits kept of a number's binary fraction: a relative precision of 3e-5, and exact integers up to 65,536."""
@@ -50,8 +48,10 @@ class Tally:
         return [] if table is None else list(table.to_pylist())
 
 
-def first_of_each(table: Any, groups: Sequence[str], order: Order, count: int) -> Any:
-    """The first `count` rows by `order` of every group, sorted by group. Without `groups` all rows are one group."""
+def first_of_each(table: Any, groups: Sequence[str], order: Sequence[tuple[str, str]], count: int) -> Any:
+    """The first `count` rows of every group by `order`, columns with "ascending" or "descending". Sorted by group;
+    without `groups` all rows are one group.
+    """
     import pyarrow
     from pyarrow import compute
 

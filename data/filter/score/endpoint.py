@@ -23,7 +23,6 @@ from core.files import sha256_text
 
 LONGEST_BACKOFF_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0
-"""Upper limit of a server's `Retry-After`."""
 LARGEST_ANSWER_BYTES = 4 << 20
 _EXCERPT = 200
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -78,12 +77,9 @@ def load_verifier(name: str) -> tuple[Verifier, str]:
         raise ConfigError("verifier", name, reason) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        legal = [f"{module_name}:{key}" for key, value in _functions(module).items()][:5]
+        public = {key: value for key, value in vars(module).items() if not key.startswith("_") and callable(value)}
+        own = [key for key, value in public.items() if getattr(value, "__module__", None) == module.__name__]
+        legal = [f"{module_name}:{key}" for key in own[:5]]
         raise ConfigError("verifier", name, "the module has no such function", legal)
     file = getattr(module, "__file__", None)
     return function, sha256_file(Path(file)) if file and Path(file).is_file() else ""
-
-
-def _functions(module: ModuleType) -> dict[str, Any]:
-    own = {key: value for key, value in vars(module).items() if not key.startswith("_") and callable(value)}
-    return {key: value for key, value in own.items() if getattr(value, "__module__", None) == module.__name__}

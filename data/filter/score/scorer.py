@@ -90,9 +90,8 @@ def sample_key(record: Record) -> int:
 
 
 def hardest_mean(losses: NDArray[Any], window: int | None = None) -> float:
-    """The largest mean over `window` consecutive losses; the mean of all where there are fewer or `window` is None.
-
-    NaN without losses. Integer losses are summed exactly up to 2^53.
+    """The largest mean over `window` consecutive losses; the mean of all where there are fewer or `window` is None. NaN
+    without losses. Sums of integers are exact up to 2^53.
     """
     if not len(losses):
         return np.nan

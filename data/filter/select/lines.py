@@ -32,12 +32,11 @@ from data.sampling import key_of
 BATCH = 64
 """Lines that are decided together; a slow stream waits for a full batch."""
 KEPT, COUNTS = "kept.jsonl", "stream.json"
-_FITTED = (ScorerKind.ngram, ScorerKind.ensemble)
 
 
 def check_rules(rules: FilterRules) -> None:
     """Raise `ConfigError` for rules that need all records before the first decision."""
-    if rules.scorer.kind in _FITTED:
+    if rules.scorer.kind in (ScorerKind.ngram, ScorerKind.ensemble):
         reason = "needs all records before it scores the first, and a stream has no end"
         raise ConfigError("scorer.kind", rules.scorer.kind, reason, ["loss", "judge", "length", "random"])
     check_floor(rules)

@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -76,9 +77,8 @@ def quantise(score: Floats) -> Integers:
     """
     size = np.abs(np.where(np.isfinite(score), score, 0.0))
     knee = _FINE << _FINE_BITS
-    steps = np.rint(np.minimum(size, _FINE) * (1 << _FINE_BITS)).astype(np.int64)
-    if (size > _FINE).any():
-        steps = steps + np.rint(np.clip(size - _FINE, 0, _LARGEST - knee)).astype(np.int64)
+    fine, coarse = np.minimum(size, _FINE) * (1 << _FINE_BITS), np.clip(size - _FINE, 0, _LARGEST - knee)
+    steps = np.rint(fine).astype(np.int64) + np.rint(coarse).astype(np.int64)
     return np.where(score < 0, -steps, steps)
 
 
@@ -350,10 +350,7 @@ class _Key:
 
 _BY_SCORE = _Key(lambda shard: (score_bits(shard.score), shard.hash), (_SCORE_BITS, _HASH_BITS))
 _AT_RANDOM = _Key(lambda shard: (shuffled(shard.hash),), (_HASH_BITS,))
-
-
-def _domain(shard: ShardScores) -> Integers:
-    return shard.domain
+_domain = attrgetter("domain")
 
 
 @dataclass(frozen=True)
