@@ -17,7 +17,7 @@ from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, Packing, TokenizerKind
-from data.filter.corpus import SourcePart, filtered, fingerprint, keep_audit
+from data.filter.corpus import SourcePart, describe_filter, filtered, fingerprint
 from data.filter.score.factory import Models
 from data.packing import PackedSequence, Packer
 from data.sources import Document, Source, make_source
@@ -201,7 +201,7 @@ def _write(
     if config.packing is Packing.best_fit:
         manifest["packing"] = {"kind": config.packing.name, "row_tokens": config.pack_seq_len}
     if config.filter is not None:
-        manifest["filter"] = keep_audit(sources, directory)
+        manifest["filter"] = describe_filter(sources, directory)
     tokenizer.save(directory)
     for source in sources:
         writers = _SourceWriter(directory, config, source, tokenizer)

@@ -1,20 +1,21 @@
-"""`leviathan filter ablate`: compare training on filtered data with training on controls, at equal tokens.
+"""`leviathan filter ablate`: does filtering help? Compares filtered, random and longest halves, and all data, at equal
+tokens.
 
-Arms: the filter's choice, a random half, the longest half, everything. Every arm trains the same model for the same
-steps from the same initial weights, for each seed. Held-out text is never filtered. Its loss is compared in thirds of
-sequences by difficulty (their loss under an n-gram model of all training text). Differences are paired by seed against
-a random half that differs between seeds, so the intervals include both the variance of runs and of the random choice.
+Every arm trains the same model for the same steps from the same initial weights, seed by seed. The comparison is by
+held-out loss, on sequences that no filter changes, in thirds by difficulty: the loss of a sequence under the n-gram
+model of all training text. Differences are paired by seed against a random half. Each seed draws another random half:
+the intervals cover the draw as well as the run.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from core.config import load, plain
 from core.errors import ConfigError, check_numbers
 from core.files import write_bytes, write_json, write_text
 from core.html import data_url, page
+from data.filter.audit.plots import picture
 from data.filter.config import FilterRules, ScorerConfig, ScorerKind
 from data.filter.corpus import SourcePart
 from data.filter.input.records import Record
@@ -36,22 +38,22 @@ from train.config import TrainConfig
 from train.eval.contamination import MODELS
 from train.eval.held_out import sequence_losses
 
-THIRDS = ("easy third", "middle third", "hard third")
+GROUPS = ("easy third", "middle third", "hard third", "all sequences")
 QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Student's t, two-sided 95%, by the number of seeds."""
-AGAINST = "random half"
-COLOURS = {"filtered": "#0072B2", "random half": "#999999", "longest half": "#E69F00", "everything": "#009E73"}
+CONTROL = "random half"
+COLOURS = {"filtered": "#0072B2", CONTROL: "#999999", "longest half": "#E69F00", "everything": "#009E73"}
 
 Losses = dict[str, list[list[float]]]
-"""By arm and seed: the mean held-out loss of each third, then of all sequences."""
+"""By arm: for each seed the mean held-out loss of each of `GROUPS`."""
 
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """Does filtering help? Train on the filtered corpus, a random half, the longest half, and all of it."""
-
     seeds: int = 3
+    """Seeds per arm, from 2 to 8."""
     steps: int = 200
+    """Training steps of each run."""
     sequences: int = 64
     """Held-out sequences of each source."""
     train: list[str] = field(default_factory=lambda: ["experiment=smoke"])
@@ -59,7 +61,7 @@ class AblateConfig:
 
     def __post_init__(self) -> None:
         if not 2 <= self.seeds <= max(QUANTILE):
-            raise ConfigError("seeds", self.seeds, "confidence intervals need 2 to 8", [3, 5])
+            raise ConfigError("seeds", self.seeds, "must be from 2 to 8 for error bars", [3, 5])
         check_numbers(self, positive=("steps", "sequences"))
 
 
@@ -74,9 +76,9 @@ def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
             if code:
                 return code
             restored = restore(out / "runs" / name, connect(), models=MODELS)
-            if difficulty is None:  # the held-out sequences are the same for every arm
+            if difficulty is None:  # all arms have the same held-out sequences
                 difficulty = held_out_difficulty(restored, config.sequences)
-            found[arm].append(thirds(held_out_losses(restored, config.sequences), difficulty))
+            found[arm].append(group_means(held_out_losses(restored, config.sequences), difficulty))
             shown = ", ".join(f"{value:.4f}" for value in found[arm][-1])
             print(f"ablate: {arm}, seed {seed}: held-out loss by thirds and of all sequences {shown}", flush=True)
     write(found, config, rules, out)
@@ -84,14 +86,14 @@ def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
 
 
 def arms(rules: FilterRules, seed: int) -> Mapping[str, FilterRules | None]:
-    """Return the filter of each arm. The controls have the same gates, so that only the selection differs."""
-    drawn = replace(_scored_by(rules, ScorerKind.random), seed=rules.seed + seed)
-    by = {"filtered": rules, "random half": drawn}
-    return {**by, "longest half": _scored_by(rules, ScorerKind.length), "everything": None}
+    """The filter of each arm. The controls have the same gates, so that only the choice differs."""
+    random = replace(_scored_by(rules, ScorerKind.random), seed=rules.seed + seed)
+    longest = _scored_by(rules, ScorerKind.length)
+    return {"filtered": rules, CONTROL: random, "longest half": longest, "everything": None}
 
 
 def _scored_by(rules: FilterRules, kind: ScorerKind) -> FilterRules:
-    """Select by another scorer, in one length bucket: a choice by length inside length buckets has no effect."""
+    """With one length bucket, since inside length buckets the longest records could not be chosen."""
     return replace(rules, scorer=ScorerConfig(kind=kind), select=replace(rules.select, length_buckets=1))
 
 
@@ -102,100 +104,86 @@ def _run(config: AblateConfig, filter_: FilterRules | None, root: Path, name: st
     return replace(loaded, run=run, data=replace(loaded.data, filter=filter_))
 
 
-def _counts(restored: RestoredRun, sequences: int) -> Iterator[tuple[str, int]]:
-    """Yield each source with held-out text and how many of its sequences to use."""
+def _counts(restored: RestoredRun, most: int) -> Iterator[tuple[str, int]]:
+    """Each source with held-out sequences, and how many of them are used."""
     loader = restored.loader()
-    counts = ((source, min(sequences, loader.held_out_rows(source))) for source in restored.corpus.sources)
+    counts = ((source, min(most, loader.held_out_rows(source))) for source in restored.corpus.sources)
     return ((source, count) for source, count in counts if count)
 
 
-def held_out_difficulty(restored: RestoredRun, sequences: int) -> NDArray[np.float64]:
-    """Return the loss of each held-out sequence under the n-gram model of all training text."""
+def held_out_difficulty(restored: RestoredRun, most: int) -> NDArray[np.float64]:
+    """The loss of each held-out sequence under the n-gram model of all training text."""
     loader, tokenizer, data = restored.loader(), restored.corpus.tokenizer, restored.config.data
     scorer, records = NgramScorer(), []
     parts = [SourcePart(make_source(name, part, data), name) for name, part in data.sources.items()]
     scorer.fit(lambda: (one for part in parts for one in part.records() if isinstance(one, Record)))
-    for source, count in _counts(restored, sequences):
+    for source, count in _counts(restored, most):
         texts = [tokenizer.decode(ids) for ids in loader.held_out(source, 0, count).tokens_BT.tolist()]
-        records += [Record(f"{source}:{row}", source, source, text) for row, text in enumerate(texts)]
+        records += [Record(f"{source}:{place}", source, source, text) for place, text in enumerate(texts)]
     return scorer.score(records)
 
 
-def held_out_losses(restored: RestoredRun, sequences: int) -> NDArray[np.float64]:
-    """Return the model's loss of each held-out sequence, over all sources."""
+def held_out_losses(restored: RestoredRun, most: int) -> NDArray[np.float64]:
+    """The model's loss of each held-out sequence."""
     loader = restored.loader()
     losses = [
         sequence_losses(restored.placed, partial(loader.held_out, source), count, restored.phase.micro_batch_size)
-        for source, count in _counts(restored, sequences)
+        for source, count in _counts(restored, most)
     ]
     return torch.cat(losses).cpu().numpy()
 
 
-def thirds(losses: NDArray[np.float64], difficulty: NDArray[np.float64]) -> list[float]:
-    """Return the mean loss of the easiest, middle and hardest third of the sequences, and of all."""
+def group_means(losses: NDArray[np.float64], difficulty: NDArray[np.float64]) -> list[float]:
+    """Mean loss of each of `GROUPS`."""
     order = np.argsort(difficulty, kind="stable")
     return [float(losses[part].mean()) for part in (*np.array_split(order, 3), order)]
 
 
-def difference(found: Losses, arm: str, place: int) -> tuple[float, float]:
-    """Return the mean over seeds of the loss of `arm` minus that of the random half, and half of its 95% interval."""
-    pairs = zip(found[arm], found[AGAINST], strict=True)
-    values = [one[place] - other[place] for one, other in pairs]
+def difference(found: Losses, arm: str, group: int) -> tuple[float, float]:
+    """Mean over seeds of the loss of `arm` minus that of the random half, and half of its 95% interval."""
+    pairs = zip(found[arm], found[CONTROL], strict=True)
+    values = [one[group] - other[group] for one, other in pairs]
     return statistics.mean(values), QUANTILE[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def write(found: Losses, config: AblateConfig, rules: FilterRules, out: Path) -> None:
     table = {
-        arm: {
-            third: dict(zip(("difference", "half_width"), difference(found, arm, place), strict=True))
-            for place, third in enumerate((*THIRDS, "all"))
-        }
+        arm: {group: difference(found, arm, place) for place, group in enumerate(GROUPS)}
         for arm in found
-        if arm != AGAINST
+        if arm != CONTROL
     }
-    write_json(
-        out / "ablation.json",
-        {"losses": found, f"against {AGAINST}": table, "ablate": plain(config), "rules": plain(rules)},
-    )
-    plot = draw(found)
-    write_bytes(out / "ablation.png", plot)
-    lines = "".join(
-        f"<tr><td>{arm}</td>"
-        + "".join(f"<td class=n>{one['difference']:+.4f} ± {one['half_width']:.4f}</td>" for one in row.values())
-        + "</tr>"
+    named = {
+        arm: {group: dict(zip(("difference", "half_width"), one, strict=True)) for group, one in row.items()}
         for arm, row in table.items()
+    }
+    content = {"losses": found, f"against {CONTROL}": named, "ablate": plain(config), "rules": plain(rules)}
+    write_json(out / "ablation.json", content)
+    drawn = picture((8, 4), partial(_draw, table), transparent=False)
+    write_bytes(out / "ablation.png", drawn)
+    cells = {arm: [f"{mean:+.4f} ± {width:.4f}" for mean, width in row.values()] for arm, row in table.items()}
+    lines = "".join(
+        f"<tr><td>{arm}</td>{''.join(f'<td class=n>{cell}</td>' for cell in row)}</tr>" for arm, row in cells.items()
     )
-    head = "".join(f"<th>{third}</th>" for third in (*THIRDS, "all"))
     body = (
-        f"<h1>Does filtering help?</h1><p>Held-out loss minus that of the {AGAINST}, nats per token, at equal tokens: "
-        f"{config.seeds} paired seeds, {config.steps} steps; ± is half of the 95% interval. Below zero is better.</p>"
-        f"<table><tr><th></th>{head}</tr>{lines}</table><img alt='differences' src='{data_url(plot)}'>"
+        f"<h1>Does filtering help?</h1><p>Held-out loss minus that of the {CONTROL}, nats per token, at equal tokens: "
+        f"{config.seeds} paired seeds, {config.steps} steps; ± is half of the 95% interval. Negative is better.</p>"
+        f"<table><tr><th></th>{''.join(f'<th>{group}</th>' for group in GROUPS)}</tr>{lines}</table>"
+        f"<img alt='differences' src='{data_url(drawn)}'>"
     )
     write_text(out / "ablation.html", page("Does filtering help?", body))
-    for arm, row in table.items():
-        shown = ", ".join(f"{third} {one['difference']:+.4f} ± {one['half_width']:.4f}" for third, one in row.items())
-        print(f"{arm} minus {AGAINST}: {shown}")
+    for arm, row in cells.items():
+        shown = ", ".join(f"{group} {cell}" for group, cell in zip(GROUPS, row, strict=True))
+        print(f"{arm} minus {CONTROL}: {shown}")
     print(f"ablation: {out / 'ablation.html'}")
 
 
-def draw(found: Losses) -> bytes:
-    """Plot the differences with their intervals, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    places: Sequence[str] = (*THIRDS, "all")
-    for number, arm in enumerate(arm for arm in found if arm != AGAINST):
-        values = [difference(found, arm, place) for place in range(len(places))]
-        x = np.arange(len(places)) + (number - 1) * 0.18
-        means, widths = zip(*values, strict=True)
-        axes.errorbar(x, means, widths, fmt="o", capsize=4, color=COLOURS[arm], label=arm)
-    axes.axhline(0, color=COLOURS[AGAINST], linewidth=1)
-    axes.set_xticks(range(len(places)), places)
-    axes.set_ylabel(f"held-out loss minus that of the {AGAINST}\nnats per token")
-    axes.spines[["top", "right"]].set_visible(False)
+def _draw(table: dict[str, dict[str, tuple[float, float]]], axes: Any) -> None:
+    """Differences against the random half with their intervals."""
+    for number, (arm, row) in enumerate(table.items()):
+        means, widths = zip(*row.values(), strict=True)
+        places = np.arange(len(GROUPS)) + (number - 1) * 0.18
+        axes.errorbar(places, means, widths, fmt="o", capsize=4, color=COLOURS[arm], label=arm)
+    axes.axhline(0, color=COLOURS[CONTROL], linewidth=1)
+    axes.set_xticks(range(len(GROUPS)), GROUPS)
+    axes.set_ylabel(f"held-out loss minus that of the {CONTROL}\nnats per token")
     axes.legend(frameon=False)
-    sink = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(sink)
-    return sink.getvalue()

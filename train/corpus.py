@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from core.files import write_bytes
 from data.corpus import Corpus, find_corpus, open_corpus, prepare
 from data.curriculum import PhaseRows, make_loaders
-from data.filter.audit.outputs import AUDIT_JSON, AUDIT_PAGE
 from data.filter.score.factory import Models
 from data.loader import Loader
 from parallel.comm.world import World
@@ -61,13 +59,6 @@ def stored_corpus(
     if config.data.verify:
         corpus.verify(world.rank, world.size)
     return corpus
-
-
-def keep_audit(corpus: Corpus, directory: Path) -> None:
-    """Copy the audit of the corpus's filter, if it has one, into a run's directory."""
-    for name in (AUDIT_JSON, AUDIT_PAGE):
-        if (corpus.directory / name).exists():
-            write_bytes(directory / name, (corpus.directory / name).read_bytes())
 
 
 def check_same_data(progress: dict[str, Any], corpus: Corpus) -> None:

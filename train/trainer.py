@@ -22,6 +22,7 @@ from core.exit_codes import INTERRUPTED
 from core.files import write_json
 from core.package_guard import sources_digest
 from data.corpus import Corpus
+from data.filter.audit.outputs import keep_audit
 from data.tokenizer import vocabulary_fingerprint
 from model.load_balance import Balancer
 from parallel.comm.world import World, connect, wait_for
@@ -38,7 +39,7 @@ from train.certify import store
 from train.checkpoint.init_from import compare_vocabularies, copy_selection_biases, initial_source
 from train.checkpoint.manager import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
-from train.corpus import check_same_data, get_corpus, keep_audit, run_loaders, source_weights
+from train.corpus import check_same_data, get_corpus, run_loaders, source_weights
 from train.engine import make_engine
 from train.engine.base import optimizer_step
 from train.environment import environment
@@ -232,7 +233,7 @@ def run(config: TrainConfig) -> int:
             for line in hyperparameters.warnings(config):
                 log(f"hyperparameters: {line}")
             corpus = get_corpus(config, world, log, MODELS)
-            world.from_main(lambda: keep_audit(corpus, directory.path))
+            world.from_main(lambda: keep_audit(corpus.directory, directory.path))
             return _fit(Trainer(config, layout, world, directory, corpus, log))
     finally:
         directory.release()

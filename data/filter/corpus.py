@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from core.errors import ConfigError, DataError
 from core.files import sha256_text
-from data.filter.audit.outputs import AUDIT_JSON, AUDIT_PAGE, SCORES, write_audit_of, write_scores
+from data.filter.audit.outputs import SCORES, keep_audit, write_audit_of, write_scores
 from data.filter.config import FilterRules, deciding
 from data.filter.input.readers import Broken, InputConfig, clean_records
 from data.filter.input.records import Record
@@ -149,10 +148,8 @@ def _job(
     )
 
 
-def keep_audit(sources: Sequence[Source], directory: Path) -> dict[str, Any]:
-    """Copy the audit beside the tokens; returns what the manifest says of the filter."""
+def describe_filter(sources: Sequence[Source], directory: Path) -> dict[str, Any]:
+    """Copy the audit beside the tokens and return the filter's entry of the manifest."""
     done = next(source.done for source in sources if isinstance(source, FilteredSource))
-    made = done.job.directory.parent
-    for name in (AUDIT_JSON, AUDIT_PAGE, SCORES):
-        shutil.copyfile(made / name, directory / name)
+    keep_audit(done.job.directory.parent, directory, SCORES)
     return {"scorer": done.job.scorer.name, "fingerprint": done.decided.key, "keep": done.rules.keep}

@@ -257,7 +257,7 @@ class Filter:
         return [reason or copy for reason, copy in zip(reasons, copies, strict=True)]
 
     def details(self, shard: str) -> list[str | None]:
-        """What is known of each reason besides: see `Reason.told`."""
+        """What is known of each reason besides: see `Reason.describe`."""
         details: list[str | None] = self.screened.read(shard, ["detail"])["detail"].to_pylist()
         copies = self.duplicates[shard]
         kept = np.array([copy.of for copy in copies if copy is not None], np.int64)

@@ -1,4 +1,4 @@
-"""The verb `filter`: drop easy, broken and repeated documents of a file or data set, with an audit.
+"""The verb `filter`: drop easy, broken and repeated records from a file or data set, with an audit.
 
 With several processes: `leviathan filter processes=N ...`, or `torchrun ... -m launch.verbs.filter OVERRIDES`.
 """
@@ -45,6 +45,8 @@ from train.provenance import explain_run
 
 STAGES = "stages"
 _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
+_BARE_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/.~][\w./~-]*", re.IGNORECASE)
+_INPUT_KEYS = tuple(one.name for one in fields(InputConfig))
 
 
 class FilterAction(Enum):
@@ -52,23 +54,21 @@ class FilterAction(Enum):
     ablate = "ablate"
     """Train on a filtered corpus (`ablate.train`) and on controls, with equal numbers of tokens."""
     stream = "stream"
-    """Filter lines of JSON from standard input as they arrive."""
+    """Decide JSON lines from standard input as they arrive."""
 
 
 @dataclass(frozen=True)
 class FilterConfig(FilterRules, InputConfig):
-    """Filter a file or data set into a directory; the same command resumes an interrupted filtering."""
-
     out: str = "filtered"
-    """Directory to create, or to resume in."""
+    """Output directory. An existing one is resumed."""
     tokenizer: str | None = None
-    """Tokenizer that counts tokens: a tokenizer.json or its folder. null: count bytes instead."""
+    """Counts tokens: a tokenizer.json or a folder with one; null: bytes count as tokens."""
     processes: int = 1
     """Number of processes on this machine."""
     explain: str | None = None
-    """Only report what happened to the record with this id in the filtering in `out`."""
+    """Explain the record of this id in the filter run of `out`, and do nothing else."""
     run: str | None = None
-    """With `explain`: the directory of a run on filtered data; also report the steps that trained on the record."""
+    """With `explain`: the directory of a training run. Follows the record through its filter to the training steps."""
     action: FilterAction = FilterAction.filter
     """`filter`, `stream` (lines of JSON from standard input), or `ablate` (train on filtered data and controls)."""
     ablate: AblateConfig = field(default_factory=AblateConfig)
@@ -78,37 +78,39 @@ class FilterConfig(FilterRules, InputConfig):
         if self.explain is None and self.action is FilterAction.filter:
             InputConfig.__post_init__(self)
         if self.action is FilterAction.ablate:
-            names = (*(one.name for one in fields(InputConfig)), "tokenizer", "processes", "explain", "run")
-            self._refuse(names, "whose data are configured by ablate.train (docs/filter.md)", [_OWN_DATA])
+            keys = (*_INPUT_KEYS, "tokenizer", "processes", "explain", "run")
+            self._refuse(keys, "whose data are those of leviathan train (docs/filter.md)", [_OWN_DATA])
         if self.action is FilterAction.stream:
-            names = ("input", "dataset", "subset", "split", "processes", "explain", "run")
-            self._refuse(names, "which reads lines of JSON from standard input", ["< FILE"])
+            keys = ("input", "dataset", "subset", "split", "processes", "explain", "run")
+            self._refuse(keys, "which reads JSON lines from standard input", ["< FILE"])
             check_rules(self)
             self.lines()
         if self.run is not None and self.explain is None:
-            raise ConfigError("run", self.run, "needs the id of a record", ["explain=ID"])
+            raise ConfigError("run", self.run, "requires the id of a record to explain", ["explain=ID"])
         check_numbers(self, positive=("processes",))
 
-    def _refuse(self, names: Sequence[str], why: str, instead: Sequence[str]) -> None:
-        """Raise `ConfigError` for the first of these keys that is set: the action does not read it."""
+    def _refuse(self, keys: Sequence[str], why: str, instead: Sequence[str]) -> None:
+        """Raise `ConfigError` for the first of these keys that is set, since the action ignores it."""
         for one in fields(FilterConfig):
-            if one.name in names and (value := getattr(self, one.name)) != one.default:
-                raise ConfigError(one.name, value, f"does not apply to filter {self.action.name}, {why}", instead)
+            if one.name in keys and (value := getattr(self, one.name)) != one.default:
+                raise ConfigError(one.name, value, f"has no effect on filter {self.action.name}, {why}", instead)
 
     def lines(self) -> InputConfig:
-        """Return how to read a line of standard input."""
-        keys = {one.name: getattr(self, one.name) for one in fields(InputConfig)}
-        return InputConfig(**{**keys, "input": "-"})
+        """The input settings for lines of standard input."""
+        return InputConfig(**{**{key: getattr(self, key) for key in _INPUT_KEYS}, "input": "-"})
+
+    def rules(self) -> FilterRules:
+        return FilterRules(**{one.name: getattr(self, one.name) for one in fields(FilterRules)})
 
 
 def run(config: FilterConfig) -> int:
-    """Filter, or explain; return the exit code."""
+    """Filter, or explain. Returns the exit code."""
     out = Path(config.out).expanduser()
     if config.explain is not None:
         print(explain(out, config.explain) if config.run is None else explain_run(Path(config.run), config.explain))
         return 0
     if config.action is FilterAction.ablate:
-        return ablate(config.ablate, _rules(config), out)
+        return ablate(config.ablate, config.rules(), out)
     if config.action is FilterAction.stream:
         return _stream(config, out)
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -122,7 +124,20 @@ def run(config: FilterConfig) -> int:
 
 
 def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
-    done = Filter(_job(config, out, workers))
+    tokenizer = _tokenizer(config)
+    job = FilterJob(
+        parts=parts(config),
+        rules=config.rules(),
+        scorer=_scorer(config, out),
+        directory=out / STAGES,
+        workers=workers,
+        report=print if workers.rank == 0 else lambda line: None,
+        count_tokens=_count_tokens(tokenizer),
+        models=MODELS,
+        tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
+        clean=clean_records(config.select.clean, config) if config.select.clean else (),
+    )
+    done = Filter(job)
     done.run()
     with together(workers):
         if workers.rank == 0:
@@ -149,26 +164,25 @@ def _stream(config: FilterConfig, out: Path) -> int:
 
     clean = clean_records(config.select.clean, config.lines()) if config.select.clean else ()
     make, count_tokens = RecordMaker(config.lines()), _count_tokens(_tokenizer(config))
-    done = LineFilter(make, _rules(config), _scorer(config, out), count_tokens, clean, check)
+    done = LineFilter(make, config.rules(), _scorer(config, out), count_tokens, clean, check)
     done.run(sys.stdin.buffer, out)
     counts = done.counts()
     rate = "nothing was scored" if counts["rate"] is None else f"{counts['rate']:.2%} of the {counts['unit']} scored"
     reasons = ", ".join(f"{name} {count:,}" for name, count in counts["reasons"].items())
     print(f"kept {counts['kept']:,} of {counts['lines']:,} lines ({rate}; keep={config.keep}): {reasons}")
-    print(f"duplicates were not searched for; counts: {out / COUNTS}")
+    print(f"a stream is not searched for duplicates; counts: {out / COUNTS}")
     return 0
 
 
 def command_of(config: FilterConfig) -> str:
-    """Return the command that repeats this filtering."""
-    plain_config, given = plain(config), ("input", "dataset")
-    changed = {key: new for key, (_, new) in differences(plain(FilterConfig(input="")), plain_config).items()}
-    changed = {key: plain_config[key] for key in given if plain_config[key]} | {
-        key: new for key, new in changed.items() if key not in given
-    }
-    # Hydra needs "+" for keys of a dict that is empty by default
+    """The command that repeats the filter."""
+    values, inputs = plain(config), ("input", "dataset")
+    changed = {key: new for key, (_, new) in differences(plain(FilterConfig(input="")), values).items()}
+    given = {key: values[key] for key in inputs if values[key]}
+    shown = {key: value for key, value in (given | changed).items() if key in given or key not in inputs}
+    # a key of a dictionary that is empty by default has to be added
     added = ("select.domains.", "contamination.sets.")
-    words = [f"{'+' if key.startswith(added) else ''}{key}={_override(new)}" for key, new in changed.items()]
+    words = [f"{'+' if key.startswith(added) else ''}{key}={_override(value)}" for key, value in shown.items()]
     return " ".join(["leviathan filter", *map(shlex.quote, words)])
 
 
@@ -179,25 +193,8 @@ def _override(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}: {_override(part)}" for key, part in value.items()) + "}"
     if isinstance(value, str):
-        plain_word = re.fullmatch(r"(?!(null|true|false|nan|inf)$)[A-Za-z_/.~][\w./~-]*", value, re.IGNORECASE)
-        return value if plain_word else quoted(value)
+        return value if _BARE_WORD.fullmatch(value) else quoted(value)
     return json.dumps(value)
-
-
-def _job(config: FilterConfig, out: Path, workers: Workers) -> FilterJob:
-    tokenizer = _tokenizer(config)
-    return FilterJob(
-        parts=parts(config),
-        rules=_rules(config),
-        scorer=_scorer(config, out),
-        directory=out / STAGES,
-        workers=workers,
-        report=print if workers.rank == 0 else lambda line: None,
-        count_tokens=_count_tokens(tokenizer),
-        models=MODELS,
-        tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
-        clean=clean_records(config.select.clean, config) if config.select.clean else (),
-    )
 
 
 def _scorer(config: FilterConfig, out: Path) -> Scorer:
@@ -208,12 +205,7 @@ def _scorer(config: FilterConfig, out: Path) -> Scorer:
 
 
 def _count_tokens(tokenizer: Tokenizer | None) -> Callable[[Sequence[str]], Sequence[int]] | None:
-    """Return a token counter; None without a tokenizer, when bytes are counted."""
     return None if tokenizer is None else lambda texts: [len(ids) for ids in tokenizer.encode(texts)]
-
-
-def _rules(config: FilterConfig) -> FilterRules:
-    return FilterRules(**{one.name: getattr(config, one.name) for one in fields(FilterRules)})
 
 
 def _tokenizer(config: FilterConfig) -> Tokenizer | None:
@@ -248,7 +240,7 @@ class WorldWorkers:
 
 
 def _processes(config: FilterConfig, out: Path) -> int:
-    """Do what `torchrun --nproc-per-node N -m launch.verbs.filter` does."""
+    """Run `torchrun --nproc-per-node N -m launch.verbs.filter` in this process."""
     from launch.agent import AgentInterrupted, Node
     from launch.agent import run as run_node
 
@@ -264,7 +256,7 @@ def _processes(config: FilterConfig, out: Path) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one process of several."""
+    """Run one of several processes."""
     if arguments[:1] == ["--config"]:
         return run(build(FilterConfig, read_json(Path(arguments[1]))))
     return run(load("filter", FilterConfig, arguments))

@@ -1,4 +1,4 @@
-"""What tests of the whole filter share: inputs made of words, a filtering of them, and what came out."""
+"""Shared by tests of the whole filter: inputs of random words, filter runs, and their outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data.filter.config import FilterRules, KeepUnit
 from data.filter.input.readers import InputConfig, parts
 from data.filter.pipeline import Filter, FilterJob
 from data.filter.score.ngram import NgramScorer
-from data.filter.score.scorer import Scorer
+from data.filter.score.scorer import Direction, Scorer
 from data.filter.store import OneWorker, Workers
 
 OUTPUTS = (SCORES, KEPT, AUDIT_JSON)
@@ -27,7 +27,7 @@ _WORDS = _TEXT.split()
 
 
 def prose(count: int, seed: int = 0, words: int = 18) -> list[dict[str, Any]]:
-    """Records of made-up sentences that pass the gates, each another."""
+    """Distinct records of random sentences that pass the gates."""
     chance = random.Random(seed)
     return [
         {"text": f"Note {seed}-{n}: " + " ".join(chance.choices(_WORDS, k=words + chance.randrange(words)))}
@@ -53,7 +53,7 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
 def job(
     source: Path, out: Path, workers: Workers | None = None, scorer: Scorer | None = None, **settings: Any
 ) -> FilterJob:
-    """Settings are those of the rules and of the input."""
+    """`settings`: of the rules and of the input."""
     keys = {key: settings.pop(key) for key in list(settings) if key in InputConfig.__dataclass_fields__}
     return FilterJob(
         parts=parts(InputConfig(input=str(source), **keys)),
@@ -68,7 +68,7 @@ def job(
 def write_outputs(done: Filter, out: Path) -> None:
     write_scores(done, out / SCORES)
     write_kept(done, out / KEPT)
-    write_json(out / AUDIT_JSON, audit_of(done, "in.jsonl"))  # its page is drawn in a second: one test does
+    write_json(out / AUDIT_JSON, audit_of(done, "in.jsonl"))  # its page takes a second: one test renders it
 
 
 def filtered(source: Path, out: Path, scorer: Scorer | None = None, **settings: Any) -> Filter:
@@ -79,9 +79,13 @@ def filtered(source: Path, out: Path, scorer: Scorer | None = None, **settings: 
     return done
 
 
-def rows_of(done: Filter) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = pyarrow.parquet.read_table(done.job.directory.parent / SCORES).to_pylist()
+def rows_in(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pyarrow.parquet.read_table(out / SCORES).to_pylist()
     return found
+
+
+def rows_of(done: Filter) -> list[dict[str, Any]]:
+    return rows_in(done.job.directory.parent)
 
 
 def kept(out: Path) -> list[bytes]:
@@ -92,18 +96,13 @@ def outputs(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in OUTPUTS}
 
 
-class FixedScorer:
-    """Gives what `score_of` says of a record."""
+class FixedScorer(Scorer):
+    """Scores by the function `score_of`."""
 
-    name, measures, fingerprint = "fixed", "what the test says", "fixed"
+    name, measures, direction = "fixed", "score of the test", Direction.hard
 
     def __init__(self, score_of: Any, fingerprint: str = "fixed") -> None:
-        from data.filter.score.scorer import Direction
-
-        self.direction, self.score_of, self.fingerprint = Direction.hard, score_of, fingerprint
-
-    def fit(self, records: Any) -> None:
-        pass
+        self.score_of, self.fingerprint = score_of, fingerprint
 
     def score(self, records: Any) -> Any:
         return np.array([self.score_of(record) for record in records], np.float64)

@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine that answers as a test wants it, and notes what it was asked."""
+"""A chat endpoint on this machine whose replies a test sets, and which records its requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def graded(difficulty: int) -> Reply:
 
 
 class Server:
-    """An endpoint whose `reply` is a function of the request and of how often its content was asked before."""
+    """`reply` is a function of the request's body and of how often its content came before."""
 
     def __init__(self) -> None:
         self.reply: Callable[[dict[str, Any], int], Reply] = lambda body, turn: graded(3)
@@ -30,7 +30,7 @@ class Server:
         self.headers: list[dict[str, str]] = []
         self.at_once = self.most_at_once = 0
         self.latency_s = 0.0
-        self._asked: dict[str, int] = {}
+        self._turns: dict[str, int] = {}
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
@@ -46,7 +46,7 @@ class Server:
         with self._lock:
             self.requests.append(body | {"path": path})
             self.headers.append(headers)
-            turn = self._asked[text] = self._asked.get(text, -1) + 1
+            turn = self._turns[text] = self._turns.get(text, -1) + 1
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
         time.sleep(self.latency_s)
@@ -77,7 +77,7 @@ class Server:
 
 
 class Pauses(list[float]):
-    """Waits that are noted instead of made."""
+    """Records waits instead of making them."""
 
     def __call__(self, seconds: float) -> None:
         self.append(seconds)

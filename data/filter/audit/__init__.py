@@ -1,1 +1,1 @@
-"""The audit of a filter run: statistics, findings, plots and the page."""
+"""The audit of a filter run: statistics, findings, plots and the HTML page."""

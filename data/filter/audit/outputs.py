@@ -1,4 +1,4 @@
-"""What the filter leaves for people and programs: `scores.parquet` and `kept.jsonl`, whole or absent."""
+"""The files of a filter run: `scores.parquet`, `kept.jsonl` and the audit. Each is complete or absent."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import DataError
-from data.filter.audit.page import write_audit
-from data.filter.audit.statistics import OTHER, Audit, ScorerInfo
+from core.files import write_bytes, write_json, write_text
+from data.filter.audit.page import audit_page
+from data.filter.audit.plots import draw
+from data.filter.audit.statistics import OTHER, Audit
 from data.filter.pipeline import THRESHOLDS, Filter
 from data.filter.store import writing
 
@@ -19,51 +21,64 @@ SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.js
 
 
 def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> dict[str, Any]:
-    """audit.json and audit.html; returns the figures. `what`: what was filtered, for people; `command`: how to do it
-    again.
+    """Write audit.json and audit.html and return the figures. `what` names the input for people; `command` repeats the
+    filter.
     """
     audit = audit_of(done, what)
     write_audit(audit, directory, command)
     return audit
 
 
+def write_audit(audit: dict[str, Any], directory: Path, command: str) -> None:
+    """Raises `DataError` where the disk is full."""
+    with writing(directory / AUDIT_JSON):
+        write_json(directory / AUDIT_JSON, audit)
+    page = audit_page(audit, draw(audit), draw(audit, dark=True), str(directory), command)
+    with writing(directory / AUDIT_PAGE):
+        write_text(directory / AUDIT_PAGE, page)
+
+
+def keep_audit(source: Path, directory: Path, *others: str) -> None:
+    """Copy the audit, and `others` of the filter's files, from `source`, where it has them."""
+    for name in (AUDIT_JSON, AUDIT_PAGE, *others):
+        if (source / name).exists():
+            write_bytes(directory / name, (source / name).read_bytes())
+
+
 def audit_of(done: Filter, what: str) -> dict[str, Any]:
-    """The figures. Raises `DataError` where records in and records decided upon do not add up."""
+    """Compute the figures. Raises `DataError` where the records read and the records decided do not add up."""
     thresholds = done.decided.read_json(THRESHOLDS)
-    scorer = done.job.scorer
-    info = ScorerInfo(scorer.name, scorer.measures, scorer.direction, scorer.fingerprint)
-    audit = Audit(done.rules, info, done.records.shards, thresholds, what, tokens=done.tokens)
+    audit = Audit(done.rules, done.job.scorer, done.records.shards, thresholds, what, done.tokens)
     for shard, table in _tables(done):
         audit.add(shard, table.rename_columns({"length": "bytes"}))
     return audit.finish(done.text)
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
-    """Shard by shard: id, source, domain, score, length (bytes of text), scored_bytes (of the answer, where there is
-    one), tokens, kept, reason, detail, bucket, tie, why (there is no score), and the scores of an ensemble's members
-    ("score:NAME").
+    """Yield for each shard the columns id, source, domain, score, length (bytes of text), scored_bytes (of the answer,
+    if there is one), tokens, tie, kept, reason, bucket, detail, why (there is no score), and the scores of an
+    ensemble's members ("score:NAME").
     """
     import pyarrow
 
     for shard, rows in done.records.shards.items():
-        records = done.records.read(shard, ["id", "source", "domain"])
-        screened = done.screened.read(shard, ["tokens", "bytes", "scored_bytes", "tie"])
-        decided = done.decided.read(shard, ["kept", "reason", "bucket"])
-        columns = {name: records[name] for name in ("id", "source", "domain")}
         scored = done.scored.read(shard)
-        columns |= {"score": scored["score"], "length": screened["bytes"]}
-        columns |= {name: screened[name] for name in ("scored_bytes", "tokens", "tie")}
-        columns |= {name: decided[name] for name in ("kept", "reason", "bucket")} | {"detail": scored["detail"]}
-        columns |= {name: scored[name] for name in scored.column_names if name == "why" or name.startswith(OTHER)}
+        extra = [name for name in scored.column_names if name == "why" or name.startswith(OTHER)]
+        parts = (
+            done.records.read(shard, ["id", "source", "domain"]),
+            scored.select(["score"]),
+            done.screened.read(shard, ["bytes", "scored_bytes", "tokens", "tie"]).rename_columns({"bytes": "length"}),
+            done.decided.read(shard, ["kept", "reason", "bucket"]),
+            scored.select(["detail", *extra]),
+        )
+        columns = {name: table[name] for table in parts for name in table.column_names}
         if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
-            raise DataError(
-                f"{shard}: {rows:,} records were read, and there are {wrong}: filter anew, into another out="
-            )
+            raise DataError(f"{shard}: {rows:,} records were read, but {wrong} were decided: choose another out=")
         yield shard, pyarrow.table(columns)
 
 
 def write_scores(done: Filter, path: Path) -> None:
-    """One parquet file of all records, a row group per shard."""
+    """Write one parquet file of all records, with a row group per shard."""
     import pyarrow.parquet
 
     with _whole(path) as temporary:
@@ -76,7 +91,7 @@ def write_scores(done: Filter, path: Path) -> None:
 
 
 def write_kept(done: Filter, path: Path) -> None:
-    """The input's own records that stay, in the input's order, a line each."""
+    """Write the kept records of the input, unchanged and in its order, one per line."""
     with _whole(path) as temporary, open(temporary, "wb") as file:
         for shard in done.records.shards:
             kept = done.decided.read(shard, ["kept"])["kept"].to_pylist()
@@ -89,7 +104,7 @@ def write_kept(done: Filter, path: Path) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A neighbour to write to, which takes the name of `path` at the end."""
+    """Yield a temporary file, which replaces `path` at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):

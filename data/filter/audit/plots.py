@@ -1,21 +1,19 @@
-"""The pictures of an audit, as PNG: histograms of scores, and score against length.
+"""The pictures of an audit as PNG: histograms of scores, and score against length.
 
-They are drawn on nothing, in ink for a light or a dark page. What was kept is blue and what was not is orange (Okabe
-and Ito's, told apart with any colour vision, and one darker than the other). No name from the data is drawn: a font
-may not have its letters, so the page says them.
+The background is transparent; the ink suits a light or a dark page. Kept is blue and dropped is orange (Okabe and Ito's
+palette: distinct with any colour vision and in brightness). No name from the data is drawn, because a font may lack its
+letters; the page shows the names.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from core.plotting import figure, png
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 KEPT, DROPPED = "#0072B2", "#E69F00"
 _LIGHT, _DARK = "#222222", "#dddddd"
@@ -25,102 +23,89 @@ _WIDE_INCHES, _NARROW_INCHES = (9.6, 3.4), (5.6, 2.7)
 def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
     """Name -> PNG: `scores` of all, `scores_N` of the N-th shown domain where there are several, `length`."""
     ink, scores = (_DARK if dark else _LIGHT), audit["scores"]
+    edges, domains = scores["edges"], scores["domains"]
     pictures: dict[str, bytes] = {}
     if scores["overall"]:
-        measures = audit["scorer"]["measures"]
-        several = len(scores["domains"]) > 1
-        only = next(iter(scores["domains"]), None)
-        found = [] if several else thresholds(audit, only)
-        pictures["scores"] = _picture(
-            _WIDE_INCHES, ink, _histogram(scores["overall"], scores["edges"], found, measures)
-        )
-        for place, (name, histogram) in enumerate(scores["domains"].items()):
-            if several:
-                drawing = _histogram(histogram, scores["edges"], thresholds(audit, name), "score")
-                pictures[f"scores_{place}"] = _picture(_NARROW_INCHES, ink, drawing)
+        limits = [] if len(domains) > 1 else thresholds(audit, next(iter(domains), None))
+        drawing = _histogram(scores["overall"], edges, limits, audit["scorer"]["measures"])
+        pictures["scores"] = picture(_WIDE_INCHES, drawing, ink)
+        for place, (name, histogram) in enumerate(domains.items() if len(domains) > 1 else ()):
+            drawing = _histogram(histogram, edges, thresholds(audit, name), "score")
+            pictures[f"scores_{place}"] = picture(_NARROW_INCHES, drawing, ink)
     if audit["length"]["picture"]:
-        pictures["length"] = _picture(_WIDE_INCHES, ink, _score_by_length(audit["length"]["picture"]), panels=2)
+        pictures["length"] = picture(_WIDE_INCHES, _score_by_length(audit["length"]["picture"]), ink, panels=2)
     return pictures
 
 
 def thresholds(audit: dict[str, Any], domain: str | None) -> list[float]:
-    """Lowest kept scores of a domain, one per length bucket that has one."""
+    """The lowest kept scores of a domain, one per length bucket that keeps any."""
     buckets = audit["thresholds"].get("domains", {}).get(domain, {}).get("buckets", [])
     return sorted(bucket["score"] for bucket in buckets if bucket["score"] is not None)
 
 
-def _picture(size: tuple[float, float], ink: str, drawing: Callable[[list[Axes]], None], panels: int = 1) -> bytes:
-    """A picture with `panels` side by side, on which `drawing` has drawn."""
+def picture(
+    size: tuple[float, float],
+    drawing: Callable[[Any], None],
+    ink: str = _LIGHT,
+    panels: int = 1,
+    transparent: bool = True,
+) -> bytes:
+    """A PNG. `drawing` receives the axes, or a list of them if `panels` is more than one."""
     with figure(*size, columns=panels, ink=ink) as (made, axes):
-        drawing(axes)
-        return png(made, transparent=True)
+        drawing(axes[0] if panels == 1 else axes)
+        return png(made, transparent=transparent)
 
 
-def _histogram(
-    histogram: dict[str, Any], edges: list[float], thresholds: list[float], label: str
-) -> Callable[[list[Axes]], None]:
-    def drawing(panels: list[Axes]) -> None:
+def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float], label: str) -> Callable[[Any], None]:
+    def drawing(axes: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
-        (axes,) = panels
         documents, kept = np.array(histogram["documents"]), np.array(histogram["kept"])
         axes.stairs(kept, edges, fill=True, color=KEPT, label="kept")
-        axes.stairs(documents, edges, baseline=kept, fill=True, color=DROPPED, label="left out")
-        shown = [threshold for threshold in thresholds if edges[0] <= threshold <= edges[-1]]
-        if shown:
+        axes.stairs(documents, edges, baseline=kept, fill=True, color=DROPPED, label="dropped")
+        shown = [limit for limit in limits if edges[0] <= limit <= edges[-1]]
+        if shown:  # marks above the bars: up to 64 lines would hide them
             ink, what = axes.xaxis.label.get_color(), "threshold" if len(shown) == 1 else "thresholds by length"
-            where = axes.get_xaxis_transform()  # lines over the bars would hide them: there may be 64
-            axes.plot(
-                shown, [1.0] * len(shown), "v", color=ink, markersize=5, transform=where, clip_on=False, label=what
-            )
+            style: dict[str, Any] = {"color": ink, "markersize": 5, "clip_on": False, "label": what}
+            axes.plot(shown, [1.0] * len(shown), "v", transform=axes.get_xaxis_transform(), **style)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(0, documents.max() * 1.08 or 1)
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlabel(label, parse_math=False)
+        axes.set_xlabel(textwrap.fill(label, 110), parse_math=False)
         axes.set_ylabel("documents")
         axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1.01), borderaxespad=0.2)
 
     return drawing
 
 
-def _score_by_length(picture: dict[str, Any]) -> Callable[[list[Axes]], None]:
-    """Two maps: how many records there are, and which share of them was kept."""
+def _score_by_length(figures: dict[str, Any]) -> Callable[[Any], None]:
+    """Two maps: the number of records, and the share of them that was kept."""
 
-    def drawing(panels: list[Axes]) -> None:
+    def drawing(panels: Any) -> None:
         from matplotlib import colormaps
         from matplotlib.colors import LinearSegmentedColormap, LogNorm
-        from matplotlib.ticker import FuncFormatter
+        from matplotlib.ticker import EngFormatter, NullFormatter
 
-        documents, kept = np.array(picture["documents"]), np.array(picture["kept"])
-        there = np.ma.masked_less(documents, 1)
-        # neither end of this part of the scale is lost on white or on black
+        documents, kept = np.array(figures["documents"]), np.array(figures["kept"])
+        present = np.ma.masked_less(documents, 1)
+        # without the ends of the scale, which vanish on white or on black
         middle = LinearSegmentedColormap.from_list("middle", colormaps["cividis"](np.linspace(0.15, 0.95, 256)))
         sides = LinearSegmentedColormap.from_list("sides", [DROPPED, "#b9b9b9", KEPT])
-        many = LogNorm(1, max(2, documents.max()))
         maps: list[tuple[Any, Any, dict[str, Any], str]] = [
-            (there, middle, {"norm": many}, "records in the sample"),
-            (kept / there, sides, {"vmin": 0, "vmax": 1}, "share kept"),
+            (present, middle, {"norm": LogNorm(1, max(2, documents.max()))}, "records in the sample"),
+            (kept / present, sides, {"vmin": 0, "vmax": 1}, "share kept"),
         ]
         for axes, (values, colours, scale, label) in zip(panels, maps, strict=True):
-            ink = axes.xaxis.label.get_color()
-            image = axes.pcolormesh(picture["bytes_edges"], picture["score_edges"], values, cmap=colours, **scale)
+            image = axes.pcolormesh(figures["bytes_edges"], figures["score_edges"], values, cmap=colours, **scale)
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(size)))
-            axes.xaxis.set_minor_formatter(FuncFormatter(lambda size, _: ""))
+            axes.xaxis.set_major_formatter(EngFormatter("B"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("length")
             axes.set_ylabel("score")
-            made: Any = axes.figure
-            bar = made.colorbar(image, ax=axes, label=label)
-            bar.outline.set_edgecolor(ink)
+            bar = axes.figure.colorbar(image, ax=axes, label=label)
+            bar.outline.set_edgecolor(axes.xaxis.label.get_color())
             bar.ax.yaxis.set_major_formatter("{x:,g}")
+            bar.ax.yaxis.set_minor_formatter("{x:,g}")
 
     return drawing
-
-
-def _size(size: float) -> str:
-    """Bytes for a tick: 300, 1k, 20M."""
-    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= factor:
-            return f"{size / factor:g} {letter}B"
-    return f"{size:g} B"

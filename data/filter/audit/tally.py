@@ -1,7 +1,7 @@
-"""Figures over more records than fit in memory: sums and first few, gathered shard by shard in any order.
+"""Figures over more records than fit in memory: sums and samples, gathered shard by shard.
 
-Everything here is the same whatever the order of the shards: whole numbers are added, and of records that are looked
-at closely the first by a total order are kept.
+Results do not depend on the order of the shards: integers are summed, and samples are the first records by a total
+order.
 """
 
 from __future__ import annotations
@@ -14,47 +14,43 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Order = Sequence[tuple[str, str]]
-"""Columns with "ascending" or "descending"."""
 
 _FRACTION_BITS = 15
-"""Of a number's binary fraction that are kept: steps of 3e-5 of its size, and whole numbers up to 65,536 exact."""
+"""Bits kept of a number's binary fraction: a relative precision of 3e-5, and exact integers up to 65,536."""
 _SHIFT = 23 - _FRACTION_BITS
 
 
 class Tally:
-    """Sums, least and greatest values by key; memory grows with the number of different keys alone."""
+    """Sums, minima and maxima by key. Memory grows with the number of distinct keys only."""
 
     def __init__(self, keys: Sequence[str], values: dict[str, str]) -> None:
         """`values`: column -> "sum", "min" or "max"."""
         self._keys, self._values = list(keys), values
-        self.table: Any = None
+        self._table: Any = None
 
     def add(self, table: Any) -> None:
-        """A `pyarrow.Table` with the columns of all keys and values."""
+        """Add a `pyarrow.Table` that has the columns of all keys and values."""
         import pyarrow
 
         table = table.select([*self._keys, *self._values])
-        parts = [table] if self.table is None else [self.table, table]
+        parts = [table] if self._table is None else [self._table, table]
         grouped = pyarrow.concat_tables(parts).group_by(self._keys).aggregate(list(self._values.items()))
-        names = {f"{name}_{how}": name for name, how in self._values.items()}
-        columns = {name: grouped[name] for name in self._keys} | {names[n]: grouped[n] for n in names}
-        self.table = pyarrow.table(columns)
+        renamed = grouped.rename_columns({f"{name}_{how}": name for name, how in self._values.items()})
+        self._table = renamed.select([*self._keys, *self._values])
+
+    def table(self) -> Any:
+        """The sums, sorted by key; None where nothing was added."""
+        rows = self._table
+        return rows.sort_by([(name, "ascending") for name in self._keys]) if rows is not None and len(rows) else None
 
     def rows(self) -> list[dict[str, Any]]:
-        """In the order of the keys."""
-        if self.table is None:
-            return []
-        found: list[dict[str, Any]] = self.sorted().to_pylist()
-        return found
-
-    def sorted(self) -> Any:
-        return self.table.sort_by([(name, "ascending") for name in self._keys])
+        table = self.table()
+        return [] if table is None else list(table.to_pylist())
 
 
-def first_of_each(table: Any, groups: Sequence[str], order: Order, count: int) -> Any:
-    """The first `count` rows by `order` of every group, groups in order; all rows are one group where `groups` is
-    empty.
+def first_of_each(table: Any, groups: Sequence[str], order: Sequence[tuple[str, str]], count: int) -> Any:
+    """The first `count` rows of every group by `order`, columns with "ascending" or "descending". Sorted by group;
+    without `groups` all rows are one group.
     """
     import pyarrow
     from pyarrow import compute
@@ -73,7 +69,7 @@ def first_of_each(table: Any, groups: Sequence[str], order: Order, count: int) -
 
 
 def key_of(values: Floats) -> Integers:
-    """Numbers in steps fine enough for a picture, as keys that sort like them. No number must be NaN."""
+    """Quantise numbers to integer keys that sort alike. NaN is not allowed."""
     largest = np.finfo(np.float32).max
     bits = np.clip(values + 0.0, -largest, largest).astype(np.float32).view(np.int32).astype(np.int64)
     size = (bits & 0x7FFFFFFF) >> _SHIFT
@@ -81,26 +77,29 @@ def key_of(values: Floats) -> Integers:
 
 
 def value_of(keys: Integers) -> Floats:
-    """The number of the smallest size that has this key."""
+    """The number of smallest size with this key."""
     size = (np.abs(keys) << _SHIFT).astype(np.int32).view(np.float32).astype(np.float64)
     return np.where(keys < 0, -size, size)
 
 
 def quantile(values: Floats, weights: Integers, share: float) -> float:
-    """The smallest of the sorted `values` at which their weights reach `share` of all."""
+    """The smallest of the sorted `values` at which the cumulative weight reaches `share` of the total."""
     reached = np.searchsorted(np.cumsum(weights), share * weights.sum(), "left")
     return float(values[min(int(reached), len(values) - 1)])
 
 
 def counts(values: Floats, weights: Integers, edges: Floats) -> Integers:
-    """A histogram in whole numbers; what lies beyond the edges goes into the outermost bins."""
-    found = np.zeros(len(edges) - 1, np.int64)
-    np.add.at(found, np.clip(np.searchsorted(edges, values, "right") - 1, 0, len(found) - 1), weights)
-    return found
+    """A histogram of integer weights. Values beyond the edges count in the outermost bins."""
+    return np.bincount(bin_of(values, edges), weights, len(edges) - 1).astype(np.int64)
+
+
+def bin_of(values: Floats, edges: Floats) -> Integers:
+    """The bin of each value; the outermost bins are unbounded."""
+    return np.clip(np.searchsorted(edges, values, "right") - 1, 0, len(edges) - 2)
 
 
 def spearman(first: Floats, second: Floats) -> float | None:
-    """Correlation of ranks, ties at their mean rank (Spearman 1904); None where either does not vary."""
+    """Rank correlation, ties at their mean rank (Spearman 1904); None where either is constant."""
     if len(first) < 2:
         return None
     a, b = (_centred_ranks(values) for values in (first, second))
@@ -115,5 +114,5 @@ def _centred_ranks(values: Floats) -> Floats:
 
 
 def rounded(value: float | None) -> float | None:
-    """Six digits: what is left does not depend on how a machine adds up."""
+    """Six digits, which do not depend on a machine's order of summation; None for NaN and infinities."""
     return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")

@@ -39,34 +39,32 @@ class Record:
 
 
 class Reason(Enum):
-    """Why a record is kept or not; each record has exactly one, so that counts add up to the input's."""
+    """Why a record is kept or dropped, with the text that people read. Each record has exactly one reason."""
 
-    hard = "hard"
-    """Kept for its score."""
-    revived = "revived"
-    """Kept by lot, out of what is easy."""
-    protected = "protected"
-    """Kept whatever its score: its domain's floor or protection, or `on_error=keep`."""
-    easy = "easy"
-    noise = "noise"
-    """Above the band: harder than clean reference text ever is."""
-    unscored = "unscored"
-    """The scorer gave no finite number and `on_error=drop`."""
-    malformed = "malformed"
-    empty = "empty"
-    duplicate = "duplicate"
-    near_duplicate = "near_duplicate"
-    contaminated = "contaminated"
-    non_text = "non_text"
-    repetitive = "repetitive"
-    scrambled = "scrambled"
-    """Letters in no order that text has."""
-    language = "language"
-    too_short = "too_short"
-    too_long = "too_long"
+    hard = "kept for its score"
+    revived = "below the threshold, kept at random"
+    protected = "kept regardless of its score"
+    easy = "score below the threshold"
+    noise = "score above that of clean text"
+    unscored = "no finite score"
+    malformed = "unreadable"
+    empty = "no text"
+    duplicate = "copy of another record"
+    near_duplicate = "near copy of another record"
+    contaminated = "overlaps an evaluation set"
+    non_text = "not text"
+    repetitive = "repeats itself"
+    scrambled = "letters in random order"
+    language = "other language"
+    too_short = "too short"
+    too_long = "too long"
 
-    def told(self, detail: str | None) -> str:
-        """With what is known besides: of which record it is a copy, from which set it is, why it cannot be read."""
+    @property
+    def label(self) -> str:
+        return self.name.replace("_", " ")
+
+    def describe(self, detail: str | None) -> str:
+        """The name with its detail: the original of a copy, the evaluation set, or the parse error."""
         joint = {Reason.duplicate: " of ", Reason.near_duplicate: " of ", Reason.contaminated: " by "}.get(self, ": ")
         return self.name if detail is None else f"{self.name}{joint}{detail}"
 

@@ -1,1 +1,1 @@
-"""Scorers: how hard a record is, by n-grams, by models, by a judge or by pass rates."""
+"""Scorers: difficulty of a record by n-grams, model losses, an LLM judge or pass rates."""

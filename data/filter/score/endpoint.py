@@ -1,7 +1,7 @@
-"""A model behind an OpenAI-compatible endpoint, asked over the network: what may go wrong there is sorted out here.
+"""A client for a model behind an OpenAI-compatible endpoint.
 
-A failure is one record's (`Unusable`), the endpoint's for now (retried, then `GaveUp`) or the configuration's
-(`LeviathanError`, which no retry would mend).
+A failure concerns one record (`UnusableAnswer`), the endpoint for now (retried, then `RetriesExhausted`), or the
+configuration (`LeviathanError`, which no retry would fix).
 """
 
 from __future__ import annotations
@@ -23,27 +23,25 @@ from core.files import sha256_text
 
 LONGEST_BACKOFF_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0
-"""A server that asks for more is asked again after this."""
 LARGEST_ANSWER_BYTES = 4 << 20
-"""What is longer is no answer but a server gone wrong."""
 _EXCERPT = 200
 
 
-class Unusable(Exception):
-    """An answer that no score can be read from; the text is the reason, in a few words."""
+class UnusableAnswer(Exception):
+    """No score can be read from an answer. The text is a short reason."""
 
 
-class GaveUp(Exception):
+class RetriesExhausted(Exception):
     """No answer after all retries."""
 
 
 class Endpoint:
-    """`url`: the base, with `/v1`. The key is read from the environment variable `key_variable`; without one requests
-    carry none, as local servers want it. The key appears in no message and no file. A request ends after `timeout_s`
-    whatever the server does, and is repeated up to `retries` times, after `first_wait_s`, twice that and so on, with
-    jitter, or after what `Retry-After` asks for.
+    """`url` is the base, with `/v1`. The key is read from the environment variable `key_variable`; without one,
+    requests carry none, as local servers expect. The key appears in no message and no file. A request ends after
+    `timeout_s` in all cases. It is repeated up to `retries` times, after `first_wait_s`, twice that and so on with
+    jitter, or after the server's `Retry-After`.
 
-    Any number of threads may ask; `parallel` is how many connections they have.
+    Thread-safe. `concurrency` is the number of connections.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class Endpoint:
         key_variable: str,
         timeout_s: float = 60.0,
         retries: int = 5,
-        parallel: int = 8,
+        concurrency: int = 8,
         first_wait_s: float = 1.0,
         pause: Callable[[float], object] | None = None,
     ) -> None:
@@ -64,26 +62,26 @@ class Endpoint:
         self._address, self.shown = _address(url)
         self._key = os.environ.get(key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise ConfigError("key_variable", key_variable, "the key in it has characters that no header can carry")
+            raise ConfigError("key_variable", key_variable, "holds a key with characters that a header cannot carry")
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel)
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self._client = httpx.Client(headers=headers, timeout=timeout_s, limits=limits)
 
     def stop(self) -> None:
-        """Let those who wait for a retry give up at once."""
+        """End all waits for a retry."""
         self._stopped.set()
 
     def complete(self, content: str, **options: Any) -> str:
-        """The model's answer to one message of the user's; `options` go into the request (`temperature`, `seed`).
+        """Return the model's answer to one user message. `options` go into the request (`temperature`, `seed`).
 
-        Raises `Unusable`, `GaveUp`, or `LeviathanError` where the endpoint will not have us at all.
+        Raises `UnusableAnswer`, `RetriesExhausted`, or `LeviathanError` where the key or the model is rejected.
         """
         messages = [{"role": "user", "content": content}]
         body = json.dumps({"model": self.model, "messages": messages, **options}).encode()
         failure = ""
         for attempt in range(self.retries + 1):
             if self._stopped.is_set():
-                raise GaveUp("stopped")
+                raise RetriesExhausted("stopped")
             wait_s = None
             try:
                 response, answer = self._post(body)
@@ -91,78 +89,77 @@ class Endpoint:
                     return self._content(response.status_code, answer)
                 failure, wait_s = f"HTTP {response.status_code}", _retry_after_s(response)
             except httpx.TimeoutException:
-                failure = f"no whole answer in {self.timeout_s:g} s"
+                failure = f"no complete answer in {self.timeout_s:g} s"
             except httpx.HTTPError as error:
                 failure = self._redacted(str(error) or type(error).__name__)
             if attempt < self.retries:
                 self._pause(self._backoff_s(body, attempt) if wait_s is None else wait_s)
-        raise GaveUp(f"{failure}, {self.retries + 1} times")
+        raise RetriesExhausted(f"{failure}, {self.retries + 1} attempts")
 
     def _post(self, body: bytes) -> tuple[httpx.Response, bytes]:
-        """Response and content. httpx limits each read; the deadline is for a server that sends a byte a minute."""
+        """Return response and content. httpx limits each read; the deadline is for a server that sends slowly."""
         deadline = time.monotonic() + self.timeout_s
         headers = {"Content-Type": "application/json"}
         answer = bytearray()
         with self._client.stream("POST", self._address, content=body, headers=headers) as response:
-            for piece in response.iter_bytes():
-                answer += piece
+            for chunk in response.iter_bytes():
+                answer += chunk
                 if len(answer) > LARGEST_ANSWER_BYTES:
-                    raise Unusable(f"an answer of more than {LARGEST_ANSWER_BYTES >> 20} MiB")
+                    raise UnusableAnswer(f"answer larger than {LARGEST_ANSWER_BYTES >> 20} MiB")
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("deadline")
         return response, bytes(answer)
 
     def _content(self, status: int, answer: bytes) -> str:
-        """The text in a chat completion."""
+        """Return the text of a chat completion."""
         excerpt = self._redacted(" ".join(answer[: 4 * _EXCERPT].decode(errors="replace").split()))[:_EXCERPT]
         if status in (401, 403):
-            what = f"refuses the key in {self.key_variable}" if self._key else f"wants a key: set {self.key_variable}"
-            raise LeviathanError(f"{self.shown} {what} (HTTP {status})")
+            what = "rejects the key in" if self._key else "requires a key: set"
+            raise LeviathanError(f"{self.shown} {what} {self.key_variable} (HTTP {status})")
         if status == 404:
-            fix = "check scorer.url (its base ends in /v1 as a rule) and scorer.judge"
-            raise LeviathanError(f"{self.shown} knows no such address or no model {self.model!r}: {fix} ({excerpt})")
+            fix = "check scorer.url (usually ends in /v1) and scorer.judge"
+            raise LeviathanError(f"{self.shown} has no such address or no model {self.model!r}: {fix} ({excerpt})")
         if status != 200:
-            raise Unusable(f"HTTP {status}: {excerpt}")
+            raise UnusableAnswer(f"HTTP {status}: {excerpt}")
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-            raise Unusable(f"no chat completion: {excerpt or 'nothing'}") from None
+            raise UnusableAnswer(f"not a chat completion: {excerpt or 'empty'}") from None
         if not isinstance(content, str):
-            raise Unusable("a message without text")
+            raise UnusableAnswer("a message without text")
         return content
 
     def _backoff_s(self, body: bytes, attempt: int) -> float:
-        """Exponential, times 0.5 to 1 by a hash of the request: the waits differ, and are the same in every run."""
-        lot = int(sha256_text(body.hex(), str(attempt))[:8], 16) / 2**32
-        return min(self.first_wait_s * 2**attempt, LONGEST_BACKOFF_S) * (0.5 + lot / 2)
+        """Exponential, times 0.5 to 1 by a hash of the request: waits differ, but are the same in every run."""
+        jitter = int(sha256_text(body.hex(), str(attempt))[:8], 16) / 2**32
+        return min(self.first_wait_s * 2**attempt, LONGEST_BACKOFF_S) * (0.5 + jitter / 2)
 
     def _redacted(self, text: str) -> str:
-        """Servers repeat what they were sent."""
+        """Remove the key, since servers may echo what they were sent."""
         return text.replace(self._key, "[key]") if self._key else text
 
 
 def _address(url: str) -> tuple[httpx.URL, str]:
-    """Where completions are asked for, and the base as messages show it: without a password."""
+    """Return the address of chat completions, and the base without credentials for messages."""
     try:
         base = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
-        raise ConfigError("url", None, f"is no URL ({error})", ["http://localhost:8000/v1"]) from None
+        raise ConfigError("url", None, f"is not a URL ({error})", ["http://localhost:8000/v1"]) from None
     if base.scheme not in ("http", "https") or not base.host:
-        raise ConfigError("url", str(base.copy_with(userinfo=b"")), "is no http URL", ["http://localhost:8000/v1"])
+        raise ConfigError("url", str(base.copy_with(userinfo=b"")), "is not an http URL", ["http://localhost:8000/v1"])
     address = base.copy_with(path=base.path.rstrip("/") + "/chat/completions")
     return address, str(base.copy_with(userinfo=b"", query=None))
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
-    """Seconds that the header asks for, as a number or a date (RFC 9110, 10.2.3); None where it says nothing."""
+    """Return the header's seconds, given as a number or a date (RFC 9110, 10.2.3); None where it cannot be read."""
     text = response.headers.get("Retry-After", "").strip()
     try:
-        seconds = float(text) if text[:1].isdigit() else _until_s(text)
+        if text[:1].isdigit():
+            seconds = float(text)
+        else:
+            date = parsedate_to_datetime(text)
+            seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S) if math.isfinite(seconds) else None
-
-
-def _until_s(date: str) -> float:
-    when = parsedate_to_datetime(date)
-    return ((when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()

@@ -1,4 +1,4 @@
-"""Makes a scorer from its configuration."""
+"""Build a scorer from its configuration."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from data.filter.input.records import Record
 from data.filter.score.scorer import Direction, Scorer, TokenLosses
 
 OpenLosses = Callable[[str, ScorerConfig], tuple[TokenLosses, str]]
-"""Open a model by its name: its token losses, and the fingerprint of its weights and tokenizer. `seq_len` and
-`batch_size` come from the configuration.
+"""Opens a model by name. Returns its token losses and the fingerprint of its weights and tokenizer; `seq_len` and
+`batch_size` are the configuration's.
 """
 
 
 @dataclass(frozen=True)
 class Models:
-    """How scorers open models: passed in, as `data` does not import models. `check_unseen` raises `ConfigError` if the
-    model of this name was trained on these records, or returns a warning.
+    """Access to models, passed in because `data` does not import them. `check_unseen` raises `ConfigError` where the
+    named model was trained on these records, or returns a warning.
     """
 
     open: OpenLosses
@@ -32,36 +32,38 @@ _WITH_WINDOW = (ScorerKind.ngram, ScorerKind.loss, ScorerKind.excess, ScorerKind
 
 
 def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: int = 0) -> Scorer:
-    """Make the scorer of any kind. `models` opens models (None: kinds that need one are rejected); `cache` keeps the
-    answers of endpoints; `seed` is that of random scores. Raises `ConfigError` with a key relative to `scorer`.
+    """Return the scorer of `config.kind`. `models` opens models (None: kinds that need one are rejected), `cache` holds
+    the answers of endpoints, `seed` is for the random scorer. Raises `ConfigError` with the key below `scorer`.
 
-    Modules are imported here, so that an n-gram scorer does not import an HTTP client.
+    Imports are local: an n-gram scorer must not wait for an HTTP client.
     """
     if isinstance(config.kind, str):
         return _imported(config, config.kind)
     if config.window is not None and config.kind not in _WITH_WINDOW:
-        raise ConfigError("window", config.window, f"means nothing to {config.kind.name}", ["null"])
-    if config.kind in (ScorerKind.loss, ScorerKind.excess, ScorerKind.ifd):
-        return _from_models(config, models)
-    if config.kind is ScorerKind.judge:
-        from data.filter.score.judge import JudgeScorer
+        raise ConfigError("window", config.window, f"has no effect on {config.kind.name}", ["null"])
+    match config.kind:
+        case ScorerKind.loss | ScorerKind.excess | ScorerKind.ifd:
+            return _from_models(config, models)
+        case ScorerKind.judge:
+            from data.filter.score.judge import JudgeScorer
 
-        return JudgeScorer(config, cache)
-    if config.kind is ScorerKind.pass_rate:
-        from data.filter.score.pass_rate import PassRateScorer
+            return JudgeScorer(config, cache)
+        case ScorerKind.pass_rate:
+            from data.filter.score.pass_rate import PassRateScorer
 
-        return PassRateScorer(config, cache)
-    if config.kind is ScorerKind.ensemble:
-        from data.filter.score.ensemble import EnsembleScorer
+            return PassRateScorer(config, cache)
+        case ScorerKind.ensemble:
+            from data.filter.score.ensemble import EnsembleScorer
 
-        return EnsembleScorer(_members(config, models, cache, seed))
-    if config.kind is ScorerKind.ngram:
-        from data.filter.score.ngram import NgramScorer
+            return EnsembleScorer(_members(config, models, cache, seed))
+        case ScorerKind.ngram:
+            from data.filter.score.ngram import NgramScorer
 
-        return NgramScorer(config.order, config.window)
-    from data.filter.score.baselines import LengthScorer, RandomScorer
+            return NgramScorer(config.order, config.window)
+        case ScorerKind.random | ScorerKind.length:
+            from data.filter.score.baselines import LengthScorer, RandomScorer
 
-    return RandomScorer(seed) if config.kind is ScorerKind.random else LengthScorer()
+            return RandomScorer(seed) if config.kind is ScorerKind.random else LengthScorer()
 
 
 def _imported(config: ScorerConfig, path: str) -> Scorer:
@@ -76,7 +78,7 @@ def _from_models(config: ScorerConfig, models: Models | None) -> Scorer:
     from data.filter.score.losses import DifficultyOfFollowing, ExcessScorer, LossScorer
 
     if models is None:
-        raise ConfigError("kind", config.kind, "needs a model, and none can be opened here", ["ngram"])
+        raise ConfigError("kind", config.kind, "needs a model, and models cannot be opened here", ["ngram"])
     model = _opened("model", config.model, config, models)
     if config.kind is ScorerKind.loss:
         return LossScorer(*model, config.window)
@@ -86,7 +88,7 @@ def _from_models(config: ScorerConfig, models: Models | None) -> Scorer:
 
 
 def _opened(key: str, name: str | None, config: ScorerConfig, models: Models) -> tuple[TokenLosses, str]:
-    assert name is not None  # checked by ScorerConfig
+    assert name is not None  # ScorerConfig checks it
     try:
         return models.open(name, config)
     except ConfigError as error:
@@ -104,7 +106,7 @@ def _members(config: ScorerConfig, models: Models | None, cache: Path, seed: int
 
 
 def models_of(config: ScorerConfig, key: str = "scorer") -> Iterator[tuple[str, str]]:
-    """Yield the key and the name of every model that a scorer uses."""
+    """Yield the configuration key and the name of every model that the scorer uses."""
     for name in ("model", "reference"):
         if (model := getattr(config, name)) is not None:
             yield f"{key}.{name}", model

@@ -1,25 +1,21 @@
-"""A language model behind an OpenAI-compatible endpoint says how hard a record is, from 1 to 5."""
+"""Difficulty of a record from 1 to 5 by a language model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from core.errors import ConfigError
 from core.files import sha256_text
 from data.filter.config import ScorerConfig
 from data.filter.input.records import Record
-from data.filter.score.endpoint import Endpoint, Unusable
-from data.filter.score.requests import AnswerCache, Asker, Question
+from data.filter.score.endpoint import UnusableAnswer
+from data.filter.score.requests import EndpointScorer, Request
 from data.filter.score.scorer import Direction
 
 SHOWN_CHARACTERS = 12_000
-"""Of a longer text the judge sees the beginning and the end, two parts to one."""
+"""A longer text is cut to its first two thirds of this and its last third."""
 _CUT = "\n[... {count} characters left out ...]\n"
 
 RUBRIC = """\
@@ -41,12 +37,11 @@ _PROMPT = ("a prompt", "to answer it correctly")
 _DOCUMENT = ("a document", "to have written its next sentence, at each point, knowing only what comes before")
 
 
-class JudgeScorer:
-    """Difficulty 1 to 5 of a record's prompt, or of the whole of a plain document, at temperature 0.
+class JudgeScorer(EndpointScorer):
+    """Difficulty 1 to 5 of a record's prompt, or of a whole plain document, at temperature 0.
 
-    NaN where no answer can be read, with the reason in `reasons` by the record's id. Answers are kept in `cache` for
-    good, by judge, rubric and text: neither a killed run nor another endpoint with the same model asks anybody twice.
-    What could not be read is asked again by the next run of the filter. Scores have five values: ties are the rule.
+    Answers are cached by judge, rubric and text: neither a restart nor another endpoint with the same model repeats a
+    request. Scores have five values, so ties are common.
     """
 
     name = "judge"
@@ -54,50 +49,20 @@ class JudgeScorer:
     direction = Direction.hard
 
     def __init__(self, config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> None:
-        """`pause` stands in for the wait before a retry, in tests. Raises `ConfigError` for a URL that is none."""
-        self.judge, self.asker = config.judge or "", make_asker(config, cache, pause)
-        self.fingerprint = sha256_text("judge", self.judge, RUBRIC, REMINDER, *_PROMPT, *_DOCUMENT)
-        self.reasons: dict[str, str] = {}
+        super().__init__(config, cache, pause)
+        self.fingerprint = sha256_text("judge", self.model, RUBRIC, REMINDER, *_PROMPT, *_DOCUMENT)
 
-    def fit(self, records: Callable[[], Iterable[Record]]) -> None:
-        return  # a judge is as it is
+    def requests(self, record: Record) -> dict[str, Request]:
+        text, options = judge_prompt(record), {"temperature": 0, "response_format": {"type": "json_object"}}
+        key = sha256_text("judge", self.model, REMINDER, text)
+        return {key: Request(text, parse_difficulty, REMINDER, options)}
 
-    def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
-        asked = [question_text(record) for record in records]
-        keys = [sha256_text("judge", self.judge, REMINDER, text) for text in asked]
-        options = {"temperature": 0, "response_format": {"type": "json_object"}}
-        questions = {
-            key: Question(text, parse_difficulty, REMINDER, options) for key, text in zip(keys, asked, strict=True)
-        }
-        answers = self.asker.answers(questions)
-        scores = np.full(len(records), np.nan)
-        for place, (record, key) in enumerate(zip(records, keys, strict=True)):
-            answer = answers[key]
-            if isinstance(answer, Unusable):
-                self.reasons[record.id] = str(answer)
-            else:
-                scores[place] = answer
-        return scores
+    def score_from(self, record: Record, answers: Sequence[Any]) -> float:
+        return float(answers[0])
 
 
-def make_asker(config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> Asker:
-    """What puts the questions of a judge and of `pass_rate`."""
-    if not config.url or not config.judge:
-        raise ConfigError("judge" if config.url else "url", None, f"the scorer {config.kind_name} needs it")
-    endpoint = Endpoint(
-        config.url,
-        config.judge,
-        config.key_variable,
-        timeout_s=config.timeout_s,
-        retries=config.retries,
-        parallel=config.concurrency,
-        pause=pause,
-    )
-    return Asker(endpoint, AnswerCache(cache), config.concurrency)
-
-
-def question_text(record: Record) -> str:
-    """The rubric with what is to be graded after it."""
+def judge_prompt(record: Record) -> str:
+    """The rubric followed by the text to grade."""
     has_prompt = bool(record.prompt.strip())
     what, task = _PROMPT if has_prompt else _DOCUMENT
     rubric = RUBRIC.format(what=what, task=task, example='{"difficulty": 3}', line="=" * 20)
@@ -105,7 +70,7 @@ def question_text(record: Record) -> str:
 
 
 def shortened(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """`text` without its middle where it is longer than `limit` characters."""
+    """Cut the middle of a text that is longer than `limit` characters."""
     if len(text) <= limit:
         return text
     begin, end = limit * 2 // 3, limit - limit * 2 // 3
@@ -113,20 +78,20 @@ def shortened(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
 
 def parse_difficulty(answer: str) -> int:
-    """The number in `{"difficulty": 1..5}`, which must be all that the answer is. Raises `Unusable`; nothing is guessed
-    out of prose, strings, fractions, or one of several objects.
+    """Return the number of `{"difficulty": 1..5}`, which must be the whole answer. Raises `UnusableAnswer`. Prose,
+    strings, fractions and several objects are not interpreted.
     """
     try:
         pairs = json.loads(answer, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError):
-        raise Unusable(f"not JSON: {answer[:80]!r}") from None
+        raise UnusableAnswer(f"not JSON: {answer[:80]!r}") from None
     if not isinstance(pairs, _Pairs) or [name for name, _ in pairs] != ["difficulty"]:
-        raise Unusable(f'not {{"difficulty": N}}: {answer[:80]!r}')
+        raise UnusableAnswer(f'not {{"difficulty": N}}: {answer[:80]!r}')
     value: Any = pairs[0][1]
     if type(value) is not int or not 1 <= value <= 5:  # True is an int to Python
-        raise Unusable(f"no whole number from 1 to 5: {answer[:80]!r}")
+        raise UnusableAnswer(f"not an integer from 1 to 5: {answer[:80]!r}")
     return value
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """An object with its names as they came: a dictionary would keep the last of two equal ones."""
+    """The pairs of a JSON object. A dictionary would hide duplicate names."""

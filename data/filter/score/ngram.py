@@ -1,9 +1,8 @@
-"""Loss under a byte n-gram model of the very data that is filtered: seconds, no weights, no tokenizer.
+"""Loss under a byte n-gram model of the data that is filtered. Takes seconds; needs no weights and no tokenizer.
 
-Cross-fitted: each record is scored by the model of the other fold, which has not seen it nor its copies. What it trades
-away: it looks back no further than `order - 1` bytes, so it hears how predictable the wording is and nothing of what
-the prompt asks for. Losses are rounded to fixed point before they are summed: a score is the same whatever else is in
-the batch.
+Cross-fitted: each record is scored by the model of the other fold, which has seen neither it nor its copies.
+Limitation: the context is `order - 1` bytes, so the score measures how predictable the wording is, not what the prompt
+asks for. Losses are rounded to fixed point before they are summed, so a score does not depend on the batch.
 
 A code is a run of up to eight bytes as one integer, the last byte lowest.
 """
@@ -21,32 +20,32 @@ from numpy.typing import NDArray
 from core.errors import ConfigError
 from core.files import sha256_text
 from data.filter.input.records import Record
-from data.filter.score.scorer import FOLDS, Direction, fold
+from data.filter.score.scorer import FOLDS, Direction, Scorer, fold, hardest_mean, sample_key
 
 MAX_ORDER = 8
 _VERSION = "1"
 _SAMPLE_BYTES = 1 << 23
 _RECORD_BYTES = 1 << 16
-"""No record gives more than its first so many bytes to the sample, so that one long document does not fill it."""
+"""Limit of each record's share of the sample: one long document must not fill it."""
 _SCORED_AT_ONCE = 1 << 22
-"""Bytes: bounds memory at about 60 times that."""
+"""Characters; memory is about 60 times that in bytes."""
 _FIXED_POINT = 1 << 20
-"""Units of a nat; the largest loss, some 40 nats, fits 32 bits."""
+"""Units per nat. The largest loss, about 40 nats, fits 32 bits."""
 _UNSEEN = math.log(256)
 
 Codes = NDArray[np.uint64]
 
 
-class NgramScorer:
-    """Mean loss in nats per byte of the answer given what comes before it (of all of a plain document); with `window`,
-    the mean over the hardest so many bytes in a row, or over all where there are fewer.
+class NgramScorer(Scorer):
+    """Mean loss in nats per byte of the answer given the text before it, or of a whole plain document. With `window`:
+    the mean over the hardest `window` consecutive bytes, or over all where there are fewer.
 
-    `sample_bytes`: how much of each fold is learnt from: the records of the lowest hashes. A model takes about 12 bytes
-    for each different run of bytes: some 20 MB for 8 MB of text, 200 MB for 8 MB of noise.
+    `sample_bytes`: size of the training sample of each fold, which holds the records of the lowest hashes. A model
+    takes about 12 bytes per distinct n-gram: 20 MB for 8 MB of text, 200 MB for 8 MB of noise.
 
-    Mean loss goes with difficulty among answers of one length that show their work, since one of more steps has more
-    figures and less wording between them. Where an answer is its last number alone, nothing of the steps is in it and
-    this scorer cannot tell them (docs/filter_difficulty.png).
+    Among answers of one length that show their work, mean loss grows with the number of steps: more steps mean more
+    figures and less wording. An answer that is a single number carries nothing of its steps, and this scorer cannot
+    rank such answers (docs/filter_difficulty.png).
     """
 
     direction = Direction.hard
@@ -74,9 +73,9 @@ class NgramScorer:
         folds = [fold(record) for record in records]
         for side in range(FOLDS):
             model = self._models[(side + 1) % FOLDS]
-            mine = [number for number, found in enumerate(folds) if found == side]
-            for numbers in _batches(records, mine):
-                scores[numbers] = self._score(model, [records[number] for number in numbers])
+            places = [place for place, found in enumerate(folds) if found == side]
+            for batch in _batches(records, places):
+                scores[batch] = self._score(model, [records[place] for place in batch])
         return scores
 
     def _score(self, model: NgramModel, records: list[Record]) -> list[float]:
@@ -90,25 +89,13 @@ class NgramScorer:
         ]
 
 
-def hardest_mean(losses: NDArray[np.int64], window: int | None) -> float:
-    """The largest mean over `window` values in a row, or the mean of all where there are fewer or `window` is null; not
-    a number where there is no value.
-    """
-    if not len(losses):
-        return math.nan
-    if window is None or window >= len(losses):
-        return int(losses.sum()) / len(losses)
-    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(losses)])
-    return int((sums[window:] - sums[:-window]).max()) / window
-
-
 class NgramModel:
-    """Interpolated Kneser-Ney of bytes (Ney, Essen and Kneser 1994; Chen and Goodman 1999, section 2.7), with one
+    """Interpolated Kneser-Ney over bytes (Ney, Essen and Kneser 1994; Chen and Goodman 1999, section 2.7), with one
     discount for each order.
 
-    p_k(b | c) = (n(c b) - d) / n(c) + d t(c) / n(c) p_k-1(b | c'), where c' is c without its oldest byte, t(c) the
-    number of different bytes after c, and p_0 = 1/256. n counts occurrences at the highest order and, below it,
-    different bytes before. d = n_1 / (n_1 + 2 n_2), from how many n-grams are counted once and twice.
+    p_k(b | c) = (n(c b) - d) / n(c) + d t(c) / n(c) p_k-1(b | c'), where c' is c without its oldest byte, t(c) is the
+    number of distinct bytes after c, and p_0 = 1/256. At the highest order n counts occurrences; at lower orders it
+    counts distinct preceding bytes. d = n_1 / (n_1 + 2 n_2), where n_i is the number of n-grams with count i.
     """
 
     def __init__(self, order: int, texts: Sequence[bytes]) -> None:
@@ -127,15 +114,15 @@ class NgramModel:
             self._levels.append(self._level(distinct, counts))
 
     def losses(self, contexts: Sequence[bytes], texts: Sequence[bytes]) -> NDArray[np.int64]:
-        """Fixed-point loss of every byte of every text, one after the other, each text begun after its context."""
+        """Fixed-point loss of every byte of all texts, concatenated. Each text continues its context."""
         codes = _codes(self.order, contexts, texts)
         distinct, inverse = np.unique(codes, return_inverse=True)
         return self._look_up(distinct)[inverse].astype(np.int64)
 
     def _level(self, codes: Codes, counts: NDArray[np.int64]) -> _Level:
-        """The next order up, from its n-grams and the orders below it."""
+        """Build the next higher order from its n-grams and the orders below it."""
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
-        discount = min(max(once / max(once + 2 * twice, 1), 0.1), 0.9)  # tiny or exhausted data has no estimate
+        discount = min(max(once / max(once + 2 * twice, 1), 0.1), 0.9)  # no estimate from tiny data
         contexts = codes >> np.uint64(8)
         starts = np.flatnonzero(np.concatenate([np.ones(min(len(codes), 1), bool), contexts[1:] != contexts[:-1]]))
         followers = np.diff(np.append(starts, len(codes)))
@@ -147,10 +134,10 @@ class NgramModel:
         return _Level(codes, _fixed(p), contexts[starts], _fixed(backoff))
 
     def _look_up(self, codes: Codes) -> NDArray[np.int32]:
-        """Fixed-point loss of the last byte of each code of as many bytes as there are levels.
+        """Fixed-point loss of the last byte of each code, whose length is the number of levels.
 
-        A known n-gram has its interpolated loss in the table. For any other only the lower order's share is left: the
-        context's weight, if the context is known, and the loss without the oldest byte.
+        The table has the interpolated loss of a known n-gram. For any other, back off: add the weight of its context,
+        if that is known, and drop the oldest byte.
         """
         losses = np.zeros(len(codes), np.int32)
         left = np.arange(len(codes))
@@ -168,7 +155,7 @@ class NgramModel:
 
 @dataclass(frozen=True)
 class _Level:
-    """One order: sorted codes with their losses, sorted contexts with minus the log of the lower order's weight."""
+    """One order: sorted codes with their losses, and sorted contexts with the negative log of their backoff weight."""
 
     codes: Codes
     losses: NDArray[np.int32]
@@ -177,24 +164,24 @@ class _Level:
 
 
 class _Sample:
-    """The records of the lowest hashes that fit into `size` bytes: the same whatever order they come in."""
+    """The records of the lowest hashes that fit into `size` bytes, independent of the order of arrival."""
 
     def __init__(self, size: int) -> None:
         self._left = size
         self._heap: list[tuple[int, bytes]] = []
-        self._bar = 1 << 64
-        """The lowest hash that found no room: none above it is let in, however short."""
+        self._limit = 1 << 64
+        """The lowest hash that was evicted. No record above it is added, however short."""
 
     def add(self, record: Record) -> None:
-        key = int(record.content[8:24], 16)  # the digits after those that `fold` reads
-        if key >= self._bar:
+        key = sample_key(record)
+        if key >= self._limit:
             return
         text = _bytes(record.text[:_RECORD_BYTES])[:_RECORD_BYTES]
-        heapq.heappush(self._heap, (-key, text))  # negative: the heap gives its smallest back
+        heapq.heappush(self._heap, (-key, text))  # negated: heapq pops the smallest
         self._left -= len(text)
         while self._left < 0:
             negative, text = heapq.heappop(self._heap)
-            self._bar = -negative
+            self._limit = -negative
             self._left += len(text)
 
     def texts(self) -> list[bytes]:
@@ -202,41 +189,41 @@ class _Sample:
 
 
 def _bytes(text: str) -> bytes:
-    """UTF-8; a lone surrogate, which JSON can hold, becomes a question mark."""
+    """Encode as UTF-8, with a question mark for a lone surrogate, which JSON can hold."""
     return text.encode("utf-8", "replace")
 
 
 def _mask(k: int) -> np.uint64:
-    """Of the last `k` bytes of a code."""
+    """A mask for the last `k` bytes of a code."""
     return np.uint64((1 << 8 * k) - 1)
 
 
 def _codes(order: int, contexts: Sequence[bytes], texts: Sequence[bytes]) -> Codes:
-    """The code that ends in each byte of the texts, one text after the other. Where a context is shorter than
-    `order - 1` bytes, zeros come before it.
+    """The code that ends at each byte of the texts, concatenated. Contexts shorter than `order - 1` bytes are padded
+    with zeros.
     """
     back = order - 1
-    pieces, is_text = [], []
+    parts, is_text = [], []
     for context, text in zip(contexts, texts, strict=True):
-        pieces += [context[max(0, len(context) - back) :].rjust(back, b"\0"), text]
+        parts += [context[max(0, len(context) - back) :].rjust(back, b"\0"), text]
         is_text += [np.zeros(back, bool), np.ones(len(text), bool)]
-    if not pieces:
+    if not parts:
         return np.empty(0, np.uint64)
-    joined = np.frombuffer(b"".join(pieces), np.uint8)
+    joined = np.frombuffer(b"".join(parts), np.uint8)
     codes = joined.astype(np.uint64)
-    for distance in range(1, order):  # an older byte is a higher one
+    for distance in range(1, order):  # older bytes are more significant
         codes[distance:] |= joined[:-distance].astype(np.uint64) << np.uint64(8 * distance)
     return codes[np.concatenate(is_text)]
 
 
 def _runs(codes: Codes) -> tuple[Codes, NDArray[np.int64]]:
-    """Different values of a sorted array and how often each occurs."""
+    """Distinct values of a sorted array and their counts."""
     starts = np.flatnonzero(np.concatenate([np.ones(min(len(codes), 1), bool), codes[1:] != codes[:-1]]))
     return codes[starts], np.diff(np.append(starts, len(codes)))
 
 
 def _find(table: Codes, codes: Codes) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Where each code is in the sorted table, and whether it is there."""
+    """The place of each code in the sorted table, and whether the table has it."""
     place = np.searchsorted(table, codes)
     if not len(table):
         return place, np.zeros(len(codes), bool)
@@ -248,12 +235,11 @@ def _fixed(p: NDArray[np.float64]) -> NDArray[np.int32]:
     return np.round(-np.log(p) * _FIXED_POINT).astype(np.int32)
 
 
-def _batches(records: Sequence[Record], numbers: list[int]) -> Iterable[list[int]]:
-    batch: list[int] = []
-    size = 0
-    for number in numbers:
-        batch.append(number)
-        size += len(records[number].text)
+def _batches(records: Sequence[Record], places: list[int]) -> Iterable[list[int]]:
+    batch, size = [], 0
+    for place in places:
+        batch.append(place)
+        size += len(records[place].text)
         if size >= _SCORED_AT_ONCE:
             yield batch
             batch, size = [], 0

@@ -1,4 +1,4 @@
-"""Many questions to one endpoint: side by side, each once in the life of a cache, and not to a liar for long."""
+"""Concurrent, cached requests to one LLM endpoint. Stops after repeated malformed or missing answers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,33 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from core.errors import DataError, LeviathanError
-from data.filter.score.endpoint import Endpoint, GaveUp, Unusable
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ConfigError, DataError, LeviathanError
+from data.filter.config import ScorerConfig
+from data.filter.input.records import Record
+from data.filter.score.endpoint import Endpoint, RetriesExhausted, UnusableAnswer
+from data.filter.score.scorer import Scorer
 from data.filter.store import writing
 
 FIRST_ANSWERS = 20
-"""Among so many the endpoint shows whether it is what the user thinks it is."""
-GIVEN_UP_IN_A_ROW = 5
-"""Questions without an answer before the endpoint counts as gone; one or two may be the questions' own fault."""
+"""Stop where more than half of the first answers are unusable: the endpoint is not what the user thinks."""
+FAILURES_IN_A_ROW = 5
+"""Consecutive requests without an answer after which the endpoint counts as down. One or two may be at fault."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """`parse` turns the answer's text into what is kept (a number or a string) or raises `Unusable`; then the question
-    is put once more, with `reminder` after it, if there is one. `options` go into the request.
+class Request:
+    """`parse` turns the answer's text into the cached value (a number or a string) or raises `UnusableAnswer`. The
+    request is then repeated once with `reminder` appended, if there is one. `options` go into the request.
     """
 
     content: str
@@ -37,94 +44,89 @@ class Question:
 class AnswerCache:
     """Answers by key, as lines of JSON in a directory that any number of processes share.
 
-    Each process appends to a file of its own, so that a kill leaves at most one torn line, which reading skips. What
-    other processes write after this one has started is not seen.
+    Each process appends to its own file, so a kill leaves at most one incomplete line, which reading skips. Lines that
+    other processes write later are not read.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._known: dict[str, Any] = {}
+        self._answers: dict[str, Any] = {}
         self._file: IO[str] | None = None
         self._lock = threading.Lock()
         for path in sorted(directory.glob("*.jsonl")):
             try:
                 content = path.read_bytes()
             except OSError as error:
-                raise DataError(f"{path} cannot be read ({error.strerror or error}): mend or remove it") from None
+                raise DataError(f"{path} cannot be read ({error.strerror or error}): fix or remove it") from None
             for line in content.splitlines():
-                self._remember(line)
+                with suppress(ValueError, TypeError, KeyError):  # incomplete
+                    entry = json.loads(line)
+                    self._answers[entry["key"]] = entry["answer"]
 
     def __contains__(self, key: str) -> bool:
-        return key in self._known
+        return key in self._answers
 
     def __getitem__(self, key: str) -> Any:
-        return self._known[key]
+        return self._answers[key]
 
     def add(self, key: str, answer: Any) -> None:
-        """Keep an answer, on disk before anybody sees it. Raises `DataError` where it cannot be written."""
+        """Write an answer to disk, then make it visible. Raises `DataError` where it cannot be written."""
         line = json.dumps({"key": key, "answer": answer})
         with self._lock, writing(self.directory):
             if self._file is None:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 name = f"{os.getpid()}-{uuid.uuid4().hex}.jsonl"
-                self._file = open(self.directory / name, "w")  # noqa: SIM115 - open as long as we are
+                self._file = open(self.directory / name, "w")  # noqa: SIM115 - stays open as long as this object
             self._file.write(line + "\n")
             self._file.flush()
-            self._known[key] = answer
-
-    def _remember(self, line: bytes) -> None:
-        try:
-            entry = json.loads(line)
-            self._known[entry["key"]] = entry["answer"]
-        except (ValueError, TypeError, KeyError):
-            return  # torn
+            self._answers[key] = answer
 
 
-class Asker:
-    """Puts questions to an endpoint, `parallel` at a time."""
+class CachedEndpoint:
+    """Sends requests to an endpoint, `concurrency` at a time."""
 
-    def __init__(self, endpoint: Endpoint, cache: AnswerCache, parallel: int) -> None:
-        self.endpoint, self.cache, self.parallel = endpoint, cache, parallel
-        self._answered = self._unusable = self._given_up = 0
+    def __init__(self, endpoint: Endpoint, cache: AnswerCache, concurrency: int) -> None:
+        self.endpoint, self.cache, self.concurrency = endpoint, cache, concurrency
+        self._answered = self._unusable = self._failed = 0
         self._reached = False
-        self._first_failure: GaveUp | None = None
+        self._first_failure: RetriesExhausted | None = None
 
-    def answers(self, questions: Mapping[str, Question]) -> dict[str, Any]:
-        """What each question's key is answered by, or `Unusable` with the reason; what the cache knows is not asked.
+    def answers(self, requests: Mapping[str, Request]) -> dict[str, Any]:
+        """Return the answer by the request's key, or `UnusableAnswer` with the reason. Cached answers cost no request.
 
-        Raises `LeviathanError` with the fix where the endpoint cannot be reached, will not have us, or talks nonsense
-        from the start; every answer given until then is in the cache, and this object asks no more.
+        Raises `LeviathanError` with the fix where the endpoint cannot be reached, rejects us, or sends mostly unusable
+        answers at first. All answers received until then are cached; this object then sends no more requests.
         """
-        found = {key: self.cache[key] for key in questions if key in self.cache}
-        pool = ThreadPoolExecutor(self.parallel)
+        found = {key: self.cache[key] for key in requests if key in self.cache}
+        pool = ThreadPoolExecutor(self.concurrency)
         try:
-            keys = {pool.submit(self._ask, key, q): key for key, q in questions.items() if key not in found}
+            keys = {pool.submit(self._request, key, one): key for key, one in requests.items() if key not in found}
             for future in as_completed(keys):
                 found[keys[future]] = answer = future.result()
-                self._judge_endpoint(answer)
+                self._check_endpoint(answer)
         except BaseException:
             self.endpoint.stop()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-        lost = {key: Unusable(str(answer)) for key, answer in found.items() if isinstance(answer, GaveUp)}
-        return found | lost
+        failed = {key: UnusableAnswer(str(one)) for key, one in found.items() if isinstance(one, RetriesExhausted)}
+        return found | failed
 
-    def _ask(self, key: str, question: Question) -> Any:
-        """The answer, which is then in the cache too, or `Unusable` or `GaveUp` as a value."""
-        contents = [question.content]
-        if question.reminder is not None:
-            contents.append(f"{question.content}\n\n{question.reminder}")
+    def _request(self, key: str, request: Request) -> Any:
+        """Return the answer, which is then in the cache too, or `UnusableAnswer` or `RetriesExhausted` as a value."""
+        contents = [request.content]
+        if request.reminder is not None:
+            contents.append(f"{request.content}\n\n{request.reminder}")
         failure: Exception | None = None
         for content in contents:
             try:
-                answer = question.parse(self.endpoint.complete(content, **question.options))
-            except Unusable as error:
+                answer = request.parse(self.endpoint.complete(content, **request.options))
+            except UnusableAnswer as error:
                 failure = error
-            except GaveUp as error:
+            except RetriesExhausted as error:
                 self._first_failure = self._first_failure or error
                 if not self._reached:
-                    self.endpoint.stop()  # at once: the other questions would be asked in vain before anybody looks
+                    self.endpoint.stop()  # at once: no other request could succeed
                 return error
             else:
                 self._reached = True
@@ -132,20 +134,58 @@ class Asker:
                 return answer
         return failure
 
-    def _judge_endpoint(self, answer: Any) -> None:
-        """Stop where nobody answers or most of what comes at first is of no use."""
+    def _check_endpoint(self, answer: Any) -> None:
+        """Stop where the endpoint does not answer, or most of its first answers are unusable."""
         where = self.endpoint.shown
-        if isinstance(answer, GaveUp):
-            self._given_up += 1
-            if not self._reached or self._given_up >= GIVEN_UP_IN_A_ROW:
-                fix = "start the server or mend scorer.url; if it is only slow, raise scorer.timeout_s or lower"
+        if isinstance(answer, RetriesExhausted):
+            self._failed += 1
+            if not self._reached or self._failed >= FAILURES_IN_A_ROW:
+                fix = "start the server or correct scorer.url; if it is slow, raise scorer.timeout_s or lower"
                 raise LeviathanError(f"{where} does not answer ({self._first_failure}): {fix} scorer.concurrency")
             return
-        self._reached, self._given_up = True, 0
+        self._reached, self._failed = True, 0
         if self._answered < FIRST_ANSWERS:
             self._answered += 1
-            self._unusable += isinstance(answer, Unusable)
+            self._unusable += isinstance(answer, UnusableAnswer)
             if self._unusable > FIRST_ANSWERS // 2:
-                fix = "is this a chat model's endpoint, and the model able to follow the format?"
-                counts = f"{self._unusable} of its first {self._answered} answers are of no use"
+                fix = "check that scorer.url is a chat endpoint and that the model can follow the format"
+                counts = f"{self._unusable} of the first {self._answered} answers are unusable"
                 raise LeviathanError(f"{where}: {counts} ({answer}): {fix}")
+
+
+class EndpointScorer(Scorer):
+    """Base of scorers that send requests for each record. NaN where an answer is missing or unusable, with the reason
+    in `reasons` by record id. Answers are cached; failures are not, so the next run of the filter requests them again.
+    """
+
+    def __init__(self, config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> None:
+        """`pause` replaces the wait before a retry, in tests. Raises `ConfigError` for an invalid URL."""
+        if not config.url or not config.judge:
+            raise ConfigError("judge" if config.url else "url", None, f"the scorer {config.kind_name} requires it")
+        self.model, self.reasons = config.judge, dict[str, str]()
+        limits = (config.timeout_s, config.retries, config.concurrency)
+        endpoint = Endpoint(config.url, config.judge, config.key_variable, *limits, pause=pause)
+        self.endpoint = CachedEndpoint(endpoint, AnswerCache(cache), config.concurrency)
+
+    def requests(self, record: Record) -> dict[str, Request]:
+        """Requests by cache key."""
+        raise NotImplementedError
+
+    def score_from(self, record: Record, answers: Sequence[Any]) -> float:
+        """Return the score from the answers to `requests`, in their order. Raises `UnusableAnswer` with the reason."""
+        raise NotImplementedError
+
+    def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
+        requests = [self.requests(record) for record in records]
+        answers = self.endpoint.answers({key: request for one in requests for key, request in one.items()})
+        scores = np.full(len(records), np.nan)
+        for place, (record, keys) in enumerate(zip(records, requests, strict=True)):
+            found = [answers[key] for key in keys]
+            try:
+                for answer in found:
+                    if isinstance(answer, UnusableAnswer):
+                        raise answer
+                scores[place] = self.score_from(record, found)
+            except UnusableAnswer as error:
+                self.reasons[record.id] = str(error)
+        return scores

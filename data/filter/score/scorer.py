@@ -1,12 +1,14 @@
-"""What a scorer is. Scores are cached under its fingerprint, and the cache is the authority: a score is never taken
-twice, because a model's depends on what else is in the batch.
+"""The interface of scorers, and what several of them share.
+
+Scores are cached under the scorer's fingerprint. The cache is authoritative: a record is never scored twice, because a
+model's score depends on the other texts of its batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ from data.filter.input.records import Record
 
 
 class Direction(Enum):
-    """What a high score means."""
+    """The meaning of a high score."""
 
     hard = "hard"
     learnable = "learnable"
@@ -28,53 +30,72 @@ class Scorer(Protocol):
     """One line for people, with the unit."""
     direction: Direction
     fingerprint: str
-    """A hash of weights, tokenizer, template and settings: of all that a score depends on but the record and, where
-    `fit` is used, the data fitted to.
+    """A hash of everything that a score depends on (weights, tokenizer, template, settings), except the record itself
+    and the data that `fit` learns from.
     """
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
-        """Learn from the very records to be scored, where the scorer does; every rank calls it with the same ones in
-        the same order. Cross-fitting: no record may be scored by what learnt from it (`fold`).
+        """Learn from the records that will be scored. Every rank passes the same records in the same order.
+
+        Fit two models and cross-score: no record may be scored by a model that learnt from it (`fold`). The default
+        does nothing.
         """
-        ...
+        return
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
-        """One number per record, not finite where there is none to be had."""
+        """Return one number per record; NaN or infinite where there is no score."""
         ...
 
 
 @runtime_checkable
 class RemoteScorer(Protocol):
-    """A scorer that asks somebody, who may give no answer to some records: the next run asks again for those."""
+    """A scorer that depends on a server, which may fail for some records. The next run requests those again."""
 
     @property
     def reasons(self) -> Mapping[str, str]:
-        """Why a record has no score, by its id."""
+        """Why a record has no score, by record id."""
         ...
 
 
 @runtime_checkable
 class CompositeScorer(Protocol):
-    """A scorer that asks others, whose scores are kept beside its own."""
+    """A scorer that combines others. Their scores are stored beside its own."""
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Their names, each once."""
+        """Their names, without duplicates."""
         ...
 
     def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-        """What `score` gives, and what each of the others does."""
+        """Return the result of `score`, and the scores of each of the others by name."""
         ...
 
 
 TokenLosses = Callable[[Sequence[tuple[str, str]]], list[NDArray[np.float32]]]
-"""Loss in nats of every token of the second text given the first, for pairs of texts; the first may be empty. A model
-is handed to scorers in this form: `data` knows of no models.
+"""For pairs of texts, the loss in nats of each token of the second given the first, which may be empty. Scorers receive
+models in this form, so that `data` does not import them.
 """
 
 FOLDS = 2
 
 
 def fold(record: Record) -> int:
-    """Which half of the data a record is in, by its text: copies are on the same side."""
+    """Return the half of the data that a record belongs to. It depends on the text, so copies share a fold."""
     return int(record.content[:8], 16) % FOLDS
+
+
+def sample_key(record: Record) -> int:
+    """A 64-bit hash of the text for sampling. It uses other digits than `fold`: a sample has records of both folds."""
+    return int(record.content[8:24], 16)
+
+
+def hardest_mean(losses: NDArray[Any], window: int | None = None) -> float:
+    """The largest mean over `window` consecutive losses; the mean of all where there are fewer or `window` is None. NaN
+    without losses. Sums of integers are exact up to 2^53.
+    """
+    if not len(losses):
+        return np.nan
+    if window is None or window >= len(losses):
+        return float(losses.mean(dtype=np.float64))
+    sums = np.concatenate([[0.0], np.cumsum(losses, dtype=np.float64)])
+    return float((sums[window:] - sums[:-window]).max() / window)

@@ -1,8 +1,8 @@
-"""Filtering of lines of JSON as they come, without an end and without a second look.
+"""Filter a stream of JSON lines.
 
-Every `BATCH` lines are screened, scored and decided (`stream.StreamSelector`, one for each domain that turns up), and
-what stays is in the file before the next are read. What it trades away against `pipeline`: no duplicates are looked
-for, records of like length do not compete among themselves, and a scorer that must see all records first is refused.
+Each batch of `BATCH` lines is screened, scored and selected (`StreamSelector`, one per domain). The kept lines are
+written before the next batch is read. Limitations against `pipeline`: no duplicate detection, no length buckets, and no
+scorer that must see all records first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +26,25 @@ from data.filter.score.scorer import Scorer
 from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.gates import Gates
 from data.filter.select.selection import REASONS, ShardScores, noise_threshold
-from data.filter.select.streaming import StreamSelector
+from data.filter.select.streaming import StreamSelector, check_floor
 from data.sampling import key_of
 
 BATCH = 64
-"""Lines that are decided together. A slow stream waits for so many."""
+"""Lines that are decided together; a slow stream waits for a full batch."""
 KEPT, COUNTS = "kept.jsonl", "stream.json"
-_FITTED = (ScorerKind.ngram, ScorerKind.ensemble)
 
 
 def check_rules(rules: FilterRules) -> None:
-    """Raise `ConfigError` for rules that need all records before the first is decided."""
-    if rules.scorer.kind in _FITTED:
-        reason = "needs all records before it scores one, and a stream has no end"
+    """Raise `ConfigError` for rules that need all records before the first decision."""
+    if rules.scorer.kind in (ScorerKind.ngram, ScorerKind.ensemble):
+        reason = "needs all records before it scores the first, and a stream has no end"
         raise ConfigError("scorer.kind", rules.scorer.kind, reason, ["loss", "judge", "length", "random"])
-    if rules.select.floor:
-        raise ConfigError("select.floor", rules.select.floor, "a stream has no number of records to fill up", [0])
+    check_floor(rules)
 
 
 @dataclass
 class LineFilter:
-    """`count_tokens`: of each text; null: bytes stand for tokens. `clean`: as in a `Job`."""
+    """`count_tokens` counts the tokens of each text; None: bytes count as tokens. `clean`: as in `FilterJob`."""
 
     make: RecordMaker
     rules: FilterRules
@@ -54,24 +52,24 @@ class LineFilter:
     count_tokens: Callable[[Sequence[str]], Sequence[int]] | None = None
     clean: Sequence[Record] = ()
     check: Callable[[Sequence[Record]], None] = lambda records: None
-    """Called with the first records that are scored."""
+    """Called once, with the first records that are scored."""
     reasons: Counter[Reason] = field(default_factory=Counter)
     """Of all lines so far."""
     weight: Counter[bool] = field(default_factory=Counter)
-    """Documents or tokens that came to be scored, by whether they stay."""
+    """Documents or tokens that were scored, by whether they were kept."""
 
     def __post_init__(self) -> None:
         check_rules(self.rules)
         self._gates, self._sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)
         scores = self.scorer.score(self.clean) if self.clean else None
         self._noise = None if scores is None else noise_threshold(scores, self.rules.select.noise_quantile)
-        self._selectors: dict[str, StreamSelector] = {}
+        self._selectors: dict[str, StreamSelector] = {}  # by domain, which are not known in advance
 
     def run(self, lines: Iterable[bytes], out: Path) -> None:
-        """Write `kept.jsonl` while the lines come and `stream.json` when they end, or are made to."""
+        """Write `kept.jsonl` as lines arrive, and `stream.json` at the end of the stream or on an interrupt."""
         out.mkdir(parents=True, exist_ok=True)
         if (out / KEPT).exists():
-            raise ConfigError("out", str(out), f"holds {KEPT} already: choose another out=")
+            raise ConfigError("out", str(out), f"already holds {KEPT}: choose another out=")
         numbered = ((number, line.rstrip(b"\r\n")) for number, line in enumerate(lines, 1) if line.strip())
         with open(out / KEPT, "xb") as file:
             try:
@@ -82,16 +80,16 @@ class LineFilter:
                 write_json(out / COUNTS, self.counts())
 
     def kept(self, batch: Sequence[tuple[int, bytes]]) -> list[bytes]:
-        """The lines that stay of these, in their order; each comes with its number."""
-        found = [self._screened(number, line) for number, line in batch]
-        scored = [one for one in found if isinstance(one, Record)]
-        decided = iter(self._decided(scored) if scored else ())
-        reasons = [next(decided) if isinstance(one, Record) else one for one in found]
+        """Return the kept lines of a batch of (number, line), in order."""
+        screened = [self._screened(number, line) for number, line in batch]
+        records = [one for one in screened if isinstance(one, Record)]
+        decided = iter(self._decided(records) if records else ())
+        reasons = [next(decided) if isinstance(one, Record) else one for one in screened]
         self.reasons.update(reasons)
         return [line for (_, line), reason in zip(batch, reasons, strict=True) if reason.kept]
 
     def _screened(self, number: int, line: bytes) -> Record | Reason:
-        """The record of a line, or why it need not be scored."""
+        """Return the record of a line, or why it is not scored."""
         place, on_error = f"-:{number}", self.rules.on_error
         try:
             text = line.decode()
@@ -114,28 +112,19 @@ class LineFilter:
         weight = weight if self.rules.unit is KeepUnit.tokens else np.ones(len(records), np.int64)
         ties = np.array([key_of(self.rules.seed, record.id) for record in records], np.uint64)
         names = np.array([record.domain for record in records], object)
-        found = np.empty(len(records), object)
+        reasons = np.empty(len(records), object)
         for name in dict.fromkeys(names.tolist()):
             rows = np.flatnonzero(names == name)
             columns = (score[rows], np.zeros(len(rows), np.int64), length[rows], weight[rows], ties[rows])
-            codes = self._selector(name).decide(ShardScores(records[rows[0]].source, *columns))
-            found[rows] = [REASONS[code] for code in codes]
-        for reason, size in zip(found, weight.tolist(), strict=True):
+            selector = self._selectors.setdefault(name, StreamSelector([name], self.rules, self._noise))
+            codes = selector.decide(ShardScores(records[rows[0]].source, *columns))
+            reasons[rows] = [REASONS[code] for code in codes]
+        for reason, size in zip(reasons, weight.tolist(), strict=True):
             self.weight[reason.kept] += size
-        return list(found)
-
-    def _selector(self, name: str) -> StreamSelector:
-        """Of one domain: which there are is not known before they come, and each is decided by itself."""
-        if name not in self._selectors:
-            select = self.rules.select
-            domains = {name: select.domains[name]} if name in select.domains else {}
-            protect = [name] if name in select.protect else []
-            rules = replace(self.rules, select=replace(select, domains=domains, protect=protect))
-            self._selectors[name] = StreamSelector([name], rules, self._noise)
-        return self._selectors[name]
+        return list(reasons)
 
     def counts(self) -> dict[str, Any]:
-        """What became of the lines so far. `rate`: share of `unit` that stays, of what was scored."""
+        """Counts of the lines so far. `rate`: the kept share of `unit`, among what was scored."""
         scored = sum(self.weight.values())
         return {
             "lines": sum(self.reasons.values()),

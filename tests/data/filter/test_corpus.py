@@ -149,8 +149,11 @@ def test_a_killed_filter_goes_on(folders, tmp_path, monkeypatch):
     "rules, message",
     [
         ({"select": {"protect": ["none"]}}, r"data\.filter\.select=none: no such source; try prose or code"),
-        ({"scorer": {"kind": "loss", "model": "x"}}, r"data\.filter\.scorer\.kind=loss: needs a model, and none can"),
-        ({"scorer": {"kind": "random", "window": 3}}, r"data\.filter\.scorer\.window=3: means nothing to random"),
+        (
+            {"scorer": {"kind": "loss", "model": "x"}},
+            r"data\.filter\.scorer\.kind=loss: needs a model, and models cannot",
+        ),
+        ({"scorer": {"kind": "random", "window": 3}}, r"data\.filter\.scorer\.window=3: has no effect on random"),
         (
             {"contamination": {"sets": {"mine": "/none"}}},
             r"data\.filter\.contamination\.sets\.mine=/none: no such file",

@@ -76,7 +76,7 @@ def test_what_got_no_answer_says_why_and_is_asked_again_alone(server, source, tm
     examples = json.loads((out / "audit.json").read_text())["examples"]
     assert {row["why"] for row in examples["unscored"]} == {"not JSON: 'I would say 4'"}
     assert not any("why" in row for reason, rows in examples.items() if reason != "unscored" for row in rows)
-    assert "no score: <bdi>not JSON: &#x27;I would say 4&#x27;" in (out / "audit.html").read_text()
+    assert "no score: <bdi>not JSON: &#39;I would say 4&#39;" in (out / "audit.html").read_text()
 
     server.requests.clear()
     server.reply = healthy

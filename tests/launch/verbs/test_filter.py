@@ -1,4 +1,4 @@
-"""The verb `filter`, as users type it."""
+"""The verb `filter` from its command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from core.config import load
 from data.filter.audit.tally import spearman
 from launch.cli import main
 from launch.verbs.filter import FilterConfig, command_of
-from tests.support.filtering import prose, write_lines
+from tests.support.filtering import prose, rows_in, write_lines
 
 COLUMNS = ("id", "score", "domain", "length", "kept", "reason")
 
@@ -42,17 +42,16 @@ def out(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line of an error of exit code 2."""
+    """The line of an error with exit code 2."""
     capsys.readouterr()
     assert main(["filter", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line.removeprefix("leviathan: error: ")
 
 
-def test_a_file_never_seen_before(pairs, out):
-    table = pyarrow.parquet.read_table(out / "scores.parquet")
-    assert set(table.column_names) >= set(COLUMNS) and len(table) == 120
-    rows, lines = table.to_pylist(), pairs.read_bytes().splitlines()
+def test_filters_a_file(pairs, out):
+    rows, lines = rows_in(out), pairs.read_bytes().splitlines()
+    assert set(rows[0]) >= set(COLUMNS) and len(rows) == 120
     assert [row["id"] for row in rows] == [f"pairs.jsonl:{n}" for n in range(1, 121)]
     wanted = [line for line, row in zip(lines, rows, strict=True) if row["kept"]]
     assert (out / "kept.jsonl").read_bytes() == b"".join(line + b"\n" for line in wanted)
@@ -65,13 +64,13 @@ def test_a_file_never_seen_before(pairs, out):
     assert not list(out.glob(".*")) and (out / "stages").is_dir()
 
 
-def test_the_journey_of_a_record(pairs, out, capsys):
-    rows = pyarrow.parquet.read_table(out / "scores.parquet").to_pylist()
+def test_explains_a_record(pairs, out, capsys):
+    rows = rows_in(out)
     for kept in (True, False):
         row = next(row for row in rows if row["kept"] == kept)
         assert main(["filter", f"explain={row['id']}", f"out={out}"]) == 0
         first, size, score, threshold = capsys.readouterr().out.splitlines()
-        assert first == f"{row['id']} ({row['id']}, domain all): {'kept, hard' if kept else 'left out, easy'}"
+        assert first == f"{row['id']} ({row['id']}, domain all): {'kept, hard' if kept else 'dropped, easy'}"
         sizes = f"{row['length']:,} bytes, {row['scored_bytes']:,} of them scored"
         assert size == f"length {sizes}, {row['tokens']:,} tokens"
         assert score.startswith(f"score {row['score']:.4f}, higher than ")
@@ -81,39 +80,33 @@ def test_the_journey_of_a_record(pairs, out, capsys):
         "explain=pairs.jsonl:121: no record has this name; try pairs.jsonl:"
     )
     line = refused(capsys, "explain=x", f"out={out}/none")
-    assert line.endswith("holds no filtering that has ended (scores.parquet is missing)")
+    assert line.endswith("holds no finished filter run (scores.parquet is missing)")
 
 
-def test_it_says_at_its_end_what_stays_and_what_to_look_at(tmp_path, capsys):
+def test_prints_a_summary_and_warnings(tmp_path, capsys):
     rows: list[Any] = prose(40)
     rows[1]["text"] = rows[0]["text"]
     source = write_lines(tmp_path / "in.jsonl", [*rows, {"no": 1}])
     assert main(["filter", f"input={source}", "unit=documents", f"out={tmp_path / 'out'}"]) == 0
-    *_, said, warning, page = capsys.readouterr().out.splitlines()
-    assert said.startswith("kept 20 of 41 records; left out 19 easy, 1 malformed, 1 duplicate")
+    *_, summary, warning, page = capsys.readouterr().out.splitlines()
+    assert summary.startswith("kept 20 of 41 records; dropped 19 easy, 1 malformed, 1 duplicate")
     assert warning == "warning: 1 record of 41 could not be read; see the examples."
     assert page == f"audit: {tmp_path / 'out' / 'audit.html'}"
 
 
-def test_nothing_that_can_be_read_is_exit_code_2(pairs, tmp_path, capsys):
-    line = refused(capsys, f"input={pairs}", f"out={tmp_path / 'out'}")
-    assert line.startswith("input: none of 120 records can be read; pairs.jsonl:1: no 'text'; it has 'question', 'ans")
-    assert not (tmp_path / "out" / "kept.jsonl").exists()
-
-
 @pytest.mark.parametrize("name", ["scores.parquet", "audit.json"])
-@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"{}", b"[]"])
-def test_the_journey_in_a_damaged_filtering_is_one_line(out, tmp_path, capsys, name, content):
+def test_explaining_a_damaged_run_is_one_line(out, tmp_path, capsys, name):
     for whole in ("scores.parquet", "audit.json"):
         (tmp_path / whole).write_bytes((out / whole).read_bytes())
-    (tmp_path / name).write_bytes(content)
-    assert main(["filter", "explain=pairs.jsonl:3", f"out={tmp_path}"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"leviathan: error: {tmp_path / name} cannot be read (")
-    assert line.endswith("): filter again with the same out, which writes it anew")
+    for content in (b"", b"PAR1 and no more", b"{}", b"[]"):
+        (tmp_path / name).write_bytes(content)
+        assert main(["filter", "explain=pairs.jsonl:3", f"out={tmp_path}"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"leviathan: error: {tmp_path / name} cannot be read (")
+        assert line.endswith("): filter again with the same out to rewrite it")
 
 
-def test_again_takes_nothing_anew(pairs, out, capsys):
+def test_a_rerun_computes_nothing(pairs, out, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in (out / "stages").rglob("*.parquet")}
     assert main(["filter", *arguments(pairs, out)]) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in (out / "stages").rglob("*.parquet")}
@@ -122,14 +115,16 @@ def test_again_takes_nothing_anew(pairs, out, capsys):
     assert "scored: was made with scorer=ngram " in line and "(now length " in line and "choose another out=" in line
 
 
-def test_the_audit_says_how_far_the_members_of_an_ensemble_agree(pairs, tmp_path):
+def test_the_audit_compares_the_members_of_an_ensemble(pairs, tmp_path):
     members = "[{kind: ngram, order: 2}, {kind: ngram, order: 4}, {kind: length}]"
     settings = ["scorer.kind=ensemble", f"scorer.members={members}"]
     assert main(["filter", *arguments(pairs, tmp_path / "out"), *settings]) == 0
     table = pyarrow.parquet.read_table(tmp_path / "out" / "scores.parquet")
     names = ["ngram[0]", "ngram[1]", "length", "random"]
     assert [name for name in table.column_names if name.startswith("score:")] == [f"score:{name}" for name in names]
-    assert table["score:length"].to_pylist() == [len(row["answer"].encode()) for row in read_lines(pairs)]
+    assert table["score:length"].to_pylist() == [
+        len(json.loads(line)["answer"].encode()) for line in pairs.read_bytes().splitlines()
+    ]
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
     found = {tuple(sorted(one["scorers"])): one for one in audit["agreement"]}
     assert set(found) == {tuple(sorted(pair)) for pair in combinations(["ensemble", *names], 2)}
@@ -140,23 +135,21 @@ def test_the_audit_says_how_far_the_members_of_an_ensemble_agree(pairs, tmp_path
     assert "ngram[1]" in (tmp_path / "out" / "audit.html").read_text()
 
 
-def read_lines(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
+    unread = "input: none of 120 records can be read; pairs.jsonl:1: no 'text'; it has 'question', 'ans"
     usual = [*arguments(pairs, tmp_path / "out")]
     bad = write_lines(tmp_path / "bad.jsonl", [{"text": 3}])
     cases = {
         (): "input: name a file or folder (input=...), or a data set (dataset=...)",
         ("input=/none",): "input=/none: no such file, and no folder with parquet, jsonl or text files",
         ("input=a", "prompt_key=q"): "response_key: prompt_key and response_key go together",
+        (f"input={pairs}", f"out={tmp_path / 'out'}"): unread,
         (*usual, "keep=0"): "keep=0.0: must lie in (0, 1]; try 0.5",
         (*usual, "kep=0.3"): "kep: no such key; try keep",
         (*usual, "processes=0"): "processes=0: must be positive",
-        (*usual, "run=here"): "run=here: needs the id of a record; try explain=ID",
+        (*usual, "run=here"): "run=here: requires the id of a record to explain; try explain=ID",
         (*usual, "scorer.kind=loss"): "scorer.model: the scorer loss needs it",
-        (*usual, "scorer.kind=random", "scorer.window=3"): "scorer.window=3: means nothing to random; try null",
+        (*usual, "scorer.kind=random", "scorer.window=3"): "scorer.window=3: has no effect on random; try null",
         (*usual, "select.clean=/none.txt"): "select.clean=/none.txt: no such file",
         (*usual, "tokenizer=/none.json"): "tokenizer=/none.json: ",
         (f"input={bad}", "on_error=fail", f"out={tmp_path}/o"): "input=bad.jsonl:1: cannot be read: 'text' is int, not",
@@ -164,6 +157,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
     }
     for words, message in cases.items():
         assert message in refused(capsys, *words), words
+    assert not (tmp_path / "out" / "kept.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -171,11 +165,11 @@ def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
     [
         ("+contamination.sets.mine=/none.txt", "contamination.sets.mine=/none.txt: no such file", []),
         ("gates.languages=[en,english]", "gates.languages=english: py3langid does not know it", []),
-        ("+select.domains.web=0.5", "select.domains=web: no record is of this domain", ["records"]),
+        ("+select.domains.web=0.5", "select.domains=web: no record is of this domain; try all", ["records"]),
         ("select.protect=[web]", "select.protect=web: no record is of this domain", ["records"]),
     ],
 )
-def test_what_cannot_work_is_told_before_the_work(pairs, tmp_path, capsys, word, message, made):
+def test_impossible_rules_are_rejected_before_scoring(pairs, tmp_path, capsys, word, message, made):
     if "languages" in word:
         pytest.importorskip("py3langid")
     assert refused(capsys, *arguments(pairs, tmp_path / "out"), word).startswith(message)
@@ -220,7 +214,7 @@ def test_the_command_in_the_audit_repeats_the_filter(words):
 
 @pytest.mark.slow  # 14 s; two gloo ranks make the same bytes in tests/data/filter/test_pipeline.py
 def test_two_processes_make_the_same_files(pairs, out, tmp_path):
-    """Of two input files, so that either process reads one."""
+    """Two input files, one for each process."""
     lines, folder = pairs.read_bytes().splitlines(keepends=True), tmp_path / "in"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(b"".join(lines[:60]))
@@ -239,6 +233,6 @@ def test_two_processes_make_the_same_files(pairs, out, tmp_path):
     with open(folder / "b.jsonl", "a") as file:
         file.write("{\n")
     found = together(*arguments(folder, tmp_path / "other"), "on_error=fail")
-    assert found.returncode == 2, "what rank 1 alone knows reaches the terminal, in one line"
+    assert found.returncode == 2, "an error of rank 1 alone is printed in one line"
     (line,) = [line for line in found.stderr.splitlines() if line]
     assert line.startswith("leviathan: error: input=b.jsonl:61: cannot be read: ")

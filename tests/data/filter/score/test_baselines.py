@@ -1,4 +1,4 @@
-"""The controls know nothing of difficulty, and the ensemble adds ranks, not scores."""
+"""The controls ignore difficulty; the ensemble averages ranks, not scores."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from core.errors import ConfigError
 from data.filter.input.records import Record
 from data.filter.score.baselines import LengthScorer, RandomScorer
 from data.filter.score.ensemble import EnsembleScorer
-from data.filter.score.scorer import Direction
+from data.filter.score.scorer import Direction, Scorer
 
 
 def made(count: int) -> list[Record]:
-    return [
-        Record(str(n), "t", f"made:{n}", f"prompt {n}: " + "x" * n, answer_start=len(f"prompt {n}: "))
-        for n in range(count)
-    ]
+    prompts = [f"prompt {n}: " for n in range(count)]
+    return [Record(str(n), "t", f"made:{n}", one + "x" * n, len(one)) for n, one in enumerate(prompts)]
 
 
 class Scaled:
-    """The answer's length times a scale; no number for what is in `missing`."""
+    """The answer's length times a scale; NaN for `missing`."""
 
     name, measures = "scaled", "made up"
 
@@ -39,21 +37,19 @@ class Scaled:
         return np.array([np.nan if r.id in self.missing else self.scale * len(r.answer) for r in records])
 
 
-def fitted(
-    members: Sequence[Scaled | LengthScorer | RandomScorer], records: list[Record], sample: int = 4096
-) -> EnsembleScorer:
+def fitted(members: Sequence[Scorer], records: list[Record], sample: int = 4096) -> EnsembleScorer:
     scorer = EnsembleScorer(members, sample)
     scorer.fit(lambda: iter(records))
     return scorer
 
 
-def test_a_lot_depends_on_text_and_seed_alone() -> None:
+def test_random_scores_depend_on_text_and_seed_only() -> None:
     data = made(2000)
-    lots = RandomScorer().score(data)
-    assert lots.tolist() == RandomScorer().score(data[::-1])[::-1].tolist()
-    assert lots.min() >= 0 and lots.max() < 1 and abs(lots.mean() - 0.5) < 0.02
-    assert abs(np.corrcoef(lots, RandomScorer(1).score(data))[0, 1]) < 0.1
-    assert abs(np.corrcoef(lots, LengthScorer().score(data))[0, 1]) < 0.1
+    scores = RandomScorer().score(data)
+    assert scores.tolist() == RandomScorer().score(data[::-1])[::-1].tolist()
+    assert scores.min() >= 0 and scores.max() < 1 and abs(scores.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(scores, RandomScorer(1).score(data))[0, 1]) < 0.1
+    assert abs(np.corrcoef(scores, LengthScorer().score(data))[0, 1]) < 0.1
 
 
 def test_length_is_of_the_answer_in_bytes() -> None:
@@ -81,7 +77,7 @@ def test_a_rank_needs_no_other_record_and_members_are_fitted() -> None:
     assert np.abs(scorer.score(data) - np.arange(300) / 300).max() < 0.2  # 1.36 / sqrt(50) with 95% confidence
 
 
-def test_no_number_from_a_member_is_none_from_the_ensemble() -> None:
+def test_a_missing_member_score_is_a_missing_score() -> None:
     data = made(20)
     scores = fitted([Scaled(1), Scaled(1, missing=["3"])], data).score(data)
     assert np.flatnonzero(np.isnan(scores)).tolist() == [3]
@@ -93,7 +89,7 @@ def test_ties_share_their_rank() -> None:
     assert np.allclose(fitted([LengthScorer(), Scaled(1)], same).score(same), 0.5)
 
 
-def test_what_an_ensemble_refuses_and_tells() -> None:
+def test_ensemble_errors_and_properties() -> None:
     with pytest.raises(ConfigError, match="members"):
         EnsembleScorer([LengthScorer()])
     with pytest.raises(ValueError, match="fit"):

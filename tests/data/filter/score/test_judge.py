@@ -1,14 +1,15 @@
-"""The judge against a real server on this machine that is slow, busy, broken or lying."""
+"""The judge against a real server on this machine that is slow, busy, broken or answers nonsense."""
 
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,22 @@ import pytest
 from core.errors import ConfigError, LeviathanError
 from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
-from data.filter.score.endpoint import Endpoint, Unusable
-from data.filter.score.judge import JudgeScorer, parse_difficulty, question_text, shortened
+from data.filter.score.endpoint import Endpoint, UnusableAnswer
+from data.filter.score.judge import JudgeScorer, judge_prompt, parse_difficulty, shortened
 from data.filter.score.requests import AnswerCache
-from tests.support.llm_server import KEY, Pauses, Reply, Server, completion, graded
+from tests.support.llm_server import KEY, Pauses, Reply, completion, graded
 
 
-def config(server: Server, **more: Any) -> ScorerConfig:
-    settings = {"url": server.url, "judge": "grader", "key_variable": "JUDGE_KEY", "timeout_s": 10.0, **more}
-    return ScorerConfig(ScorerKind.judge, **settings)
+@pytest.fixture
+def judge(server, tmp_path):
+    """`judge(folder, pauses, **settings)`: a judge of `server` with its cache in `folder`."""
 
+    def made(folder: str = "", pauses: Pauses | None = None, real_pauses: bool = False, **more: Any) -> JudgeScorer:
+        settings = {"url": server.url, "judge": "grader", "key_variable": "JUDGE_KEY", "timeout_s": 10.0, **more}
+        pause = None if real_pauses else Pauses() if pauses is None else pauses
+        return JudgeScorer(ScorerConfig(ScorerKind.judge, **settings), tmp_path / folder, pause)
 
-def scorer(server: Server, cache: Path, pauses: Pauses | None = None, **more: Any) -> JudgeScorer:
-    return JudgeScorer(config(server, **more), cache, Pauses() if pauses is None else pauses)
+    return made
 
 
 def prompts(*texts: str) -> list[Record]:
@@ -44,145 +48,120 @@ def number_of(body: dict[str, Any]) -> int:
     return int(body["messages"][0]["content"].rsplit("question number ", 1)[1].split(";")[0])
 
 
-def test_each_record_gets_its_own_grade_in_order(server, tmp_path):
-    server.reply = lambda body, turn: graded(1 + number_of(body) % 5)
-    server.latency_s = 0.01
-    judge = scorer(server, tmp_path)
-    assert judge.score(numbered(12)).tolist() == [1 + i % 5 for i in range(12)]
+def by_number(body: dict[str, Any], turn: int) -> Reply:
+    return graded(1 + number_of(body) % 5)
+
+
+def at_first(reply: Reply, then: Reply, turns: int = 1) -> Any:
+    return lambda body, turn: reply if turn < turns else then
+
+
+def test_each_record_gets_its_own_grade_in_order(server, judge):
+    server.reply, server.latency_s = by_number, 0.02
+    scorer = judge(concurrency=3)
+    assert scorer.score(numbered(12)).tolist() == [1 + i % 5 for i in range(12)] and scorer.reasons == {}
     sent = server.requests[0]
     assert sent["path"] == "/v1/chat/completions" and sent["model"] == "grader" and sent["temperature"] == 0
-    assert judge.reasons == {}
+    assert server.most_at_once == 3, "no more than allowed, and no fewer"
 
 
-def test_only_the_prompt_is_shown_or_the_whole_of_a_document(server, tmp_path):
-    scorer(server, tmp_path).score([*prompts("why?"), Record("doc", "d", "s", "plain text")])
+def test_a_prompt_is_shown_without_its_answer_and_a_document_whole(server, judge):
+    judge().score([*prompts("why?"), Record("doc", "d", "s", "plain text")])
     shown = [request["messages"][0]["content"] for request in server.requests]
     assert any("why?" in one and "a prompt" in one for one in shown)
     assert any("plain text" in one and "a document" in one for one in shown)
     assert not any("ANSWER" in one for one in shown)
 
 
-def test_never_more_at_once_than_allowed_and_no_fewer(server, tmp_path):
-    server.latency_s = 0.05
-    scorer(server, tmp_path, concurrency=3).score(numbered(12))
-    assert server.most_at_once == 3
-
-
-def test_what_is_cached_is_not_asked_by_anybody_again(server, tmp_path):
-    records = numbered(6)
-    server.reply = lambda body, turn: graded(1 + number_of(body) % 5)
-    first = scorer(server, tmp_path).score(records)
-    server.reply = lambda body, turn: graded(5)
-    second = scorer(server, tmp_path)
-    assert second.score([*records, *records[:2]]).tolist() == [*first, *first[:2]]
+def test_cached_answers_are_not_requested_again(server, judge):
+    records, server.reply = numbered(6), by_number
+    first = judge().score(records)
+    server.reply = at_first(graded(5), graded(5))
+    assert judge().score([*records, *records[:2]]).tolist() == [*first, *first[:2]]
     assert len(server.requests) == 6
-    assert scorer(server, tmp_path, judge="another").score(records).tolist() == [5] * 6, "another judge is asked"
-    assert scorer(server, tmp_path / "elsewhere").score(records[:1]).tolist() == [5], "without the cache too"
+    assert judge(judge="another").score(records).tolist() == [5] * 6, "another judge has other answers"
+    assert judge("elsewhere").score(records[:1]).tolist() == [5], "control: without the cache"
+    server.requests.clear()
+    assert judge().score(prompts("same", "same", "same")).tolist() == [5, 5, 5] and len(server.requests) == 1
 
 
-def test_copies_are_asked_once(server, tmp_path):
-    assert scorer(server, tmp_path).score(prompts("same", "same", "same")).tolist() == [3, 3, 3]
-    assert len(server.requests) == 1
-
-
-def test_a_killed_run_keeps_what_it_was_told(server, tmp_path):
-    """The endpoint dies after some answers; the torn line that a kill leaves is skipped."""
+def test_a_killed_run_keeps_its_answers(server, judge, tmp_path):
+    """The endpoint dies after some answers; the incomplete line that a kill leaves is skipped."""
     server.reply = lambda body, turn: graded(4) if number_of(body) < 5 else (503, {}, b"")
     with pytest.raises(LeviathanError):
-        scorer(server, tmp_path, concurrency=1, retries=0).score(numbered(40))
+        judge(concurrency=1, retries=0).score(numbered(40))
     file = next(tmp_path.glob("*.jsonl"))
     file.write_text(file.read_text() + '{"key": "ab')
     server.requests.clear()
-    server.reply = lambda body, turn: graded(2)
-    assert scorer(server, tmp_path).score(numbered(7)).tolist() == [4] * 5 + [2] * 2
-    assert len(server.requests) == 2
+    server.reply = at_first(graded(2), graded(2))
+    assert judge().score(numbered(7)).tolist() == [4] * 5 + [2] * 2 and len(server.requests) == 2
 
 
-def test_the_key_is_sent_and_kept_nowhere(server, tmp_path, caplog, capsys):
+def test_the_key_is_sent_and_kept_nowhere(server, judge, tmp_path, caplog, capsys):
     """Not even where the server repeats it."""
     echo = {"choices": [{"message": {"content": f"Bearer {KEY}"}}]}
     server.reply = lambda body, turn: graded(3) if number_of(body) else (400, {}, json.dumps(echo).encode())
     caplog.set_level(0)
-    judge = scorer(server, tmp_path)
-    judge.score(numbered(3))
+    scorer = judge()
+    scorer.score(numbered(3))
     assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in server.headers)
-    kept = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    cached = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     output = capsys.readouterr()
-    said = f"{judge.reasons} {caplog.text} {output.out} {output.err} {judge.fingerprint}"
-    assert "difficulty" not in kept and kept.count("\n") == 2
-    assert KEY not in kept + said and "[key]" in str(judge.reasons)
+    printed = f"{scorer.reasons} {caplog.text} {output.out} {output.err} {scorer.fingerprint}"
+    assert "difficulty" not in cached and cached.count("\n") == 2
+    assert KEY not in cached + printed and "[key]" in str(scorer.reasons)
 
 
-def test_without_a_key_none_is_sent(server, tmp_path, monkeypatch):
+def test_without_a_key_none_is_sent(server, judge, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY")
-    scorer(server, tmp_path).score(numbered(1))
+    judge().score(numbered(1))
     assert "Authorization" not in server.headers[0]
     server.reply = lambda body, turn: (401, {}, b"")
-    with pytest.raises(LeviathanError, match="wants a key: set JUDGE_KEY"):
-        scorer(server, tmp_path / "b").score(numbered(1))
+    with pytest.raises(LeviathanError, match="requires a key: set JUDGE_KEY"):
+        judge("b").score(numbered(1))
 
 
-@pytest.mark.parametrize(("status", "said"), [(401, "refuses the key in JUDGE_KEY"), (404, "no model 'grader'")])
-def test_what_no_retry_would_mend_stops_at_once(server, tmp_path, status, said):
+@pytest.mark.parametrize(("status", "message"), [(401, "rejects the key in JUDGE_KEY"), (404, "no model 'grader'")])
+def test_errors_that_no_retry_fixes_stop_at_once(server, judge, status, message):
     server.reply = lambda body, turn: (status, {}, f"who is {KEY}?".encode())
-    pauses = Pauses()
-    with pytest.raises(LeviathanError, match=said) as caught:
-        scorer(server, tmp_path, pauses, concurrency=1).score(numbered(3))
+    with pytest.raises(LeviathanError, match=message) as caught:
+        judge(pauses=(pauses := Pauses()), concurrency=1).score(numbered(3))
     assert pauses == [] and KEY not in str(caught.value)
 
 
-def test_busy_servers_are_waited_for_as_they_ask(server, tmp_path):
-    server.reply = lambda body, turn: graded(2) if turn else (429, {"Retry-After": "7"}, b"slow down")
-    pauses = Pauses()
-    assert scorer(server, tmp_path, pauses).score(numbered(2)).tolist() == [2, 2]
-    assert pauses == [7, 7]
-
-
-def test_retry_after_may_be_a_date_or_nonsense(server, tmp_path):
+def test_retry_after_is_a_number_or_a_date(server, judge):
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
-    asked = [later, "soon", "-5", "99999999", "nan"]
-    server.reply = lambda body, turn: (429, {"Retry-After": asked[turn]}, b"") if turn < len(asked) else graded(1)
+    headers = ["7", later, "soon", "-5", "99999999", "nan"]
+    server.reply = lambda body, turn: (429, {"Retry-After": headers[turn]}, b"") if turn < len(headers) else graded(1)
     pauses = Pauses()
-    assert scorer(server, tmp_path, pauses).score(numbered(1)).tolist() == [1]
-    date, soon, negative, forever, no_number = pauses
-    assert 25 < date <= 30 and forever == 600
-    assert 1 <= soon <= 2 and 2 <= negative <= 4 and 8 <= no_number <= 16, "its own backoff then"
+    assert judge(pauses=pauses, retries=6).score(numbered(1)).tolist() == [1]
+    number, date, soon, negative, largest, nan = pauses
+    assert number == 7 and 25 < date <= 30 and largest == 600
+    assert 2 <= soon <= 4 and 4 <= negative <= 8 and 16 <= nan <= 32, "backoff where it cannot be read"
 
 
-def test_server_errors_are_retried_with_growing_waits_that_are_the_same_each_time(server, tmp_path):
-    server.reply = lambda body, turn: graded(5) if turn % 5 == 4 else (500, {}, b"oops")
+def test_backoff_grows_to_a_limit_and_is_the_same_each_time(server, judge):
+    server.reply = lambda body, turn: graded(5) if turn % 11 == 10 else (500, {}, b"oops")
     pauses, again = Pauses(), Pauses()
-    assert scorer(server, tmp_path / "a", pauses).score(numbered(1)).tolist() == [5]
-    assert scorer(server, tmp_path / "b", again).score(numbered(1)).tolist() == [5]
-    assert pauses == again and len(pauses) == 4
-    for attempt, seconds in enumerate(pauses):
-        assert 0.5 * 2**attempt <= seconds <= 2**attempt
+    for folder, waits in (("a", pauses), ("b", again)):
+        assert judge(folder, waits, retries=10).score(numbered(1)).tolist() == [5]
+    assert pauses == again and len(pauses) == 10
+    assert all(0.5 * 2**attempt <= seconds <= 2**attempt for attempt, seconds in enumerate(pauses[:6]))
+    assert all(30 <= seconds <= 60 for seconds in pauses[6:])
 
 
-def test_waits_do_not_grow_for_ever(server, tmp_path):
-    server.reply = lambda body, turn: graded(5) if turn == 10 else (500, {}, b"oops")
-    pauses = Pauses()
-    assert scorer(server, tmp_path, pauses, retries=10).score(numbered(1)).tolist() == [5]
-    assert len(pauses) == 10 and all(30 <= seconds <= 60 for seconds in pauses[6:])
-
-
-def test_a_slow_answer_is_asked_for_again(server, tmp_path):
+def test_a_request_is_repeated_after_a_timeout(server, judge):
     def reply(body: dict[str, Any], turn: int) -> Reply:
         time.sleep(0 if turn else 0.6)
         return graded(4)
 
     server.reply = reply
-    pauses = Pauses()
-    assert scorer(server, tmp_path, pauses, timeout_s=0.2).score(numbered(1)).tolist() == [4]
-    assert len(pauses) >= 1
-    assert scorer(server, tmp_path / "patient", patient := Pauses()).score(numbered(1)).tolist() == [4]
-    assert patient == []
+    assert judge(pauses=(pauses := Pauses()), timeout_s=0.2).score(numbered(1)).tolist() == [4] and pauses
+    assert judge("patient", patient := Pauses()).score(numbered(1)).tolist() == [4] and patient == []
 
 
-def test_a_trickle_ends_at_the_deadline(monkeypatch):
+def test_a_slow_trickle_ends_at_the_deadline(monkeypatch):
     """Each read is in time, the whole is not."""
-    import socket
-
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -201,49 +180,47 @@ def test_a_trickle_ends_at_the_deadline(monkeypatch):
         threading.Thread(target=trickle, daemon=True).start()
         endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", "NO_KEY", 0.3, retries=0)
         began = time.monotonic()
-        with pytest.raises(Exception, match=r"no whole answer in 0\.3 s"):
+        with pytest.raises(Exception, match=r"no complete answer in 0\.3 s"):
             endpoint.complete("hello")
         assert time.monotonic() - began < 1.5
 
 
-def test_an_endpoint_that_is_not_there_stops_the_run_with_its_name_and_the_fix(server, tmp_path):
+def test_an_absent_endpoint_stops_the_run_with_the_fix(server, judge):
     server.close()
-    pauses = Pauses()
-    with pytest.raises(LeviathanError, match=rf"{server.url} does not answer .*3 times.*scorer\.url") as caught:
-        scorer(server, tmp_path, pauses, retries=2, concurrency=1).score(numbered(50))
+    with pytest.raises(LeviathanError, match=rf"{server.url} does not answer .*3 attempts.*scorer\.url") as caught:
+        judge(pauses=(pauses := Pauses()), retries=2, concurrency=1).score(numbered(50))
     assert len(str(caught.value).splitlines()) == 1
-    assert len(pauses) <= 4, "the other 48 are not tried in vain"
+    assert len(pauses) <= 4, "the other 48 are not tried"
 
 
-def test_one_record_that_breaks_the_server_costs_that_record_only(server, tmp_path):
+def test_a_record_that_breaks_the_server_costs_only_itself(server, judge):
     server.reply = lambda body, turn: (500, {}, b"") if number_of(body) == 3 else graded(2)
-    judge = scorer(server, tmp_path, retries=1, concurrency=1)
-    found = judge.score(numbered(8))
-    assert np.isnan(found).tolist() == [i == 3 for i in range(8)]
-    assert judge.reasons == {"id-question number 3;": "HTTP 500, 2 times"}
+    scorer = judge(retries=1, concurrency=1)
+    assert np.isnan(scorer.score(numbered(8))).tolist() == [i == 3 for i in range(8)]
+    assert scorer.reasons == {"id-question number 3;": "HTTP 500, 2 attempts"}
 
 
-def test_only_failures_in_a_row_count_as_gone(server, tmp_path):
+def test_only_failures_in_a_row_stop_the_run(server, judge):
     """Every other record breaks the server, nine in all; five in a row would stop the run."""
     server.reply = lambda body, turn: (500, {}, b"") if number_of(body) % 2 else graded(2)
-    server.latency_s = 0.02  # so that each answer is looked at before the next
-    found = scorer(server, tmp_path / "a", retries=0, concurrency=1).score(numbered(18))
+    server.latency_s = 0.02  # so that each answer is checked before the next
+    found = judge("a", retries=0, concurrency=1).score(numbered(18))
     assert np.isnan(found).tolist() == [False, True] * 9
     server.reply = lambda body, turn: (500, {}, b"") if 4 <= number_of(body) < 9 else graded(2)
     with pytest.raises(LeviathanError, match="does not answer"):
-        scorer(server, tmp_path / "b", retries=0, concurrency=1).score(numbered(18))
+        judge("b", retries=0, concurrency=1).score(numbered(18))
 
 
-def test_a_stop_does_not_wait_for_those_that_wait(server, tmp_path):
-    """Real pauses: one record is refused for good while others would wait ten minutes."""
+def test_a_stop_ends_the_waits_for_retries(server, judge):
+    """Real pauses: one record is rejected for good while others would wait ten minutes."""
     server.reply = lambda body, turn: (401, {}, b"") if number_of(body) == 3 else (429, {"Retry-After": "500"}, b"")
     began = time.monotonic()
-    with pytest.raises(LeviathanError, match="refuses the key"):
-        JudgeScorer(config(server, concurrency=4), tmp_path).score(numbered(4))
+    with pytest.raises(LeviathanError, match="rejects the key"):
+        judge(real_pauses=True, concurrency=4).score(numbered(4))
     assert time.monotonic() - began < 5
 
 
-LIES = {
+MALFORMED = {
     "html": (200, {"Content-Type": "text/html"}, b"<html>welcome</html>"),
     "nothing": (200, {}, b""),
     "no choices": (200, {}, b'{"choices": []}'),
@@ -253,7 +230,6 @@ LIES = {
     "nested": (200, {}, b"[" * 100_000),
     "prose": completion("I would say 4"),
     "zero": graded(0),
-    "six": graded(6),
     "huge": completion('{"difficulty": 1e400}'),
     "bad request": (400, {}, b"context too long"),
     "redirect": (302, {"Location": "http://127.0.0.1:1/"}, b""),
@@ -261,79 +237,60 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_lie_costs_its_record_and_says_why(server, tmp_path, lie):
-    server.reply = lambda body, turn: LIES[lie] if number_of(body) == 1 else graded(2)
-    judge = scorer(server, tmp_path)
-    found = judge.score(numbered(4))
-    assert np.isnan(found).tolist() == [False, True, False, False]
-    assert list(judge.reasons) == ["id-question number 1;"] and judge.reasons["id-question number 1;"]
-    server.reply = lambda body, turn: graded(5)
-    assert scorer(server, tmp_path).score(numbered(4)).tolist() == [2, 5, 2, 2], "a lie is not kept"
+def test_a_malformed_answer_costs_its_record_and_says_why(server, judge):
+    replies = list(MALFORMED.values())
+    server.reply = lambda body, turn: replies[number_of(body) // 2] if number_of(body) % 2 else graded(2)
+    for place, name in enumerate(MALFORMED):  # alone: most of one endpoint's answers must be usable
+        records = numbered(2 * len(MALFORMED))[2 * place :][:2]
+        scorer = judge(name)
+        assert np.isnan(scorer.score(records)).tolist() == [False, True], name
+        assert list(scorer.reasons) == [records[1].id] and scorer.reasons[records[1].id]
+    server.reply = at_first(graded(5), graded(5))
+    assert judge(name).score(records).tolist() == [2, 5], "a malformed answer is not cached"
 
 
-def test_a_muddled_answer_is_asked_for_once_more_with_a_reminder(server, tmp_path):
+def test_a_malformed_answer_is_requested_once_more_with_a_reminder(server, judge):
     def reply(body: dict[str, Any], turn: int) -> Reply:
         reminded = "Answer with exactly one JSON object" in body["messages"][0]["content"]
         return graded(4) if reminded else completion("Sure! It is a 4.")
 
     server.reply = reply
-    assert scorer(server, tmp_path).score(numbered(3)).tolist() == [4, 4, 4]
-    assert len(server.requests) == 6
-    assert all(len(request["messages"]) == 1 for request in server.requests)
+    assert judge().score(numbered(3)).tolist() == [4, 4, 4]
+    assert len(server.requests) == 6 and all(len(request["messages"]) == 1 for request in server.requests)
 
 
-@pytest.mark.parametrize("lies", [10, 11])
-def test_who_lies_more_often_than_not_at_first_is_stopped(server, tmp_path, lies):
-    server.reply = lambda body, turn: LIES["html"] if number_of(body) < lies else graded(3)
-    judge = scorer(server, tmp_path, concurrency=1)
-    if lies == 11:
-        with pytest.raises(LeviathanError, match=r"11 of its first \d+ answers are of no use .*welcome") as caught:
-            judge.score(numbered(30))
+@pytest.mark.parametrize("count", [10, 11])
+def test_mostly_malformed_first_answers_stop_the_run(server, judge, count):
+    server.reply = lambda body, turn: MALFORMED["html"] if number_of(body) < count else graded(3)
+    score = partial(judge(concurrency=1).score, numbered(30))
+    if count == 11:
+        with pytest.raises(LeviathanError, match=r"11 of the first \d+ answers are unusable .*welcome") as caught:
+            score()
         assert len(str(caught.value).splitlines()) == 1
     else:
-        assert np.isfinite(judge.score(numbered(30))).sum() == 20
+        assert np.isfinite(score()).sum() == 20
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        '{"difficulty": "3"}',
-        '{"difficulty": 3.0}',
-        '{"difficulty": true}',
-        '{"difficulty": null}',
-        '{"difficulty": [3]}',
-        '{"difficulty": 3, "why": "x"}',
-        '{"difficulty": 1, "difficulty": 5}',
-        '{"difficulty": 3} {"difficulty": 3}',
-        '[{"difficulty": 3}]',
-        '[["difficulty", 3]]',
-        '```json\n{"difficulty": 3}\n```',
-        '{"Difficulty": 3}',
-        "{}",
-        "3",
-        "",
-    ],
-)
-def test_nothing_is_guessed(answer):
-    with pytest.raises(Unusable):
-        parse_difficulty(answer)
-
-
-def test_the_wanted_form_is_read():
+def test_only_the_exact_form_is_parsed():
     assert [parse_difficulty(f' {{"difficulty":{n}}}\n') for n in range(1, 6)] == [1, 2, 3, 4, 5]
+    values = ['"3"', "3.0", "true", "null", "[3]", "6", '3, "why": "x"', '1, "difficulty": 5']
+    others = ['{"difficulty": 3} {"difficulty": 3}', '[{"difficulty": 3}]', '[["difficulty", 3]]', '{"Difficulty": 3}']
+    more = ['```json\n{"difficulty": 3}\n```', "{}", "3", ""]
+    for answer in (*(f'{{"difficulty": {value}}}' for value in values), *others, *more):
+        with pytest.raises(UnusableAnswer):
+            print(answer, parse_difficulty(answer))
 
 
-def test_long_documents_lose_their_middle():
+def test_long_documents_are_cut_in_the_middle():
     text = "".join(chr(97 + i % 26) for i in range(100))
     short = shortened(text, 30)
     assert short.startswith(text[:20]) and short.endswith(text[-10:]) and "70 characters left out" in short
     assert shortened(text, 100) == text
-    assert len(question_text(Record("i", "d", "s", "x" * 10**6))) < 15_000
+    assert len(judge_prompt(Record("i", "d", "s", "x" * 10**6))) < 15_000
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "", "http://", "/v1", "http://host:port/v1"])
-def test_what_is_no_address_is_refused_before_anything_is_asked(url):
+def test_an_invalid_url_is_rejected(url):
     with pytest.raises(ConfigError, match=r"^url"):
         Endpoint(url, "m", "NO_KEY")
 
@@ -346,7 +303,7 @@ def test_passwords_and_broken_keys_are_not_shown(monkeypatch):
     assert "sk-" not in str(caught.value)
 
 
-def test_many_threads_may_add_to_one_cache(tmp_path):
+def test_threads_share_a_cache(tmp_path):
     cache = AnswerCache(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: cache.add(f"key{i}", i), range(500)))

@@ -1,17 +1,16 @@
-"""The n-gram scorer: a true distribution, cross-fitted, the same for any batching, bounded in what it learns from."""
+"""The n-gram scorer: a normalised distribution, cross-fitted, independent of batching, with a bounded sample."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
 
 from core.errors import ConfigError
 from data.filter.input.records import Record
-from data.filter.score.ngram import MAX_ORDER, NgramModel, NgramScorer, hardest_mean
+from data.filter.score.ngram import MAX_ORDER, NgramModel, NgramScorer
 
 WORDS = "the a cat dog sees hears likes finds old new house tree near under red small big"
 
@@ -24,7 +23,7 @@ def sentences(count: int, seed: int = 0) -> list[Record]:
 
 def fitted(records: list[Record], **settings: int) -> NgramScorer:
     scorer = NgramScorer(**settings)
-    scorer.fit(lambda: records)
+    scorer.fit(lambda: iter(records))
     return scorer
 
 
@@ -41,9 +40,9 @@ def test_probabilities_add_up_to_one(order: int, context: bytes) -> None:
     assert probabilities(model, context).sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_probabilities_are_those_of_the_formula() -> None:
-    """By hand for "abab", order 2, with zero before the text: pairs 0a 1, ab 2, ba 1, so d_2 = 2/4; different bytes
-    before a: 2, before b: 1, so d_1 = 1/3.
+def test_probabilities_match_the_formula() -> None:
+    """For "abab", order 2, with zero before the text: pairs 0a 1, ab 2, ba 1, so d_2 = 2/4; distinct bytes before a: 2,
+    before b: 1, so d_1 = 1/3.
     """
     model = NgramModel(2, [b"abab"])
     unigram_a = (2 - 1 / 3) / 3 + (1 / 3) * 2 / 3 / 256
@@ -75,9 +74,9 @@ def test_text_like_the_data_is_easier_than_text_unlike_it() -> None:
     assert scores[0] < math.log(256) + 2
 
 
-def test_a_record_is_not_scored_by_what_learnt_from_it() -> None:
-    """A text that nothing resembles has the same score whether it is in the data or not, and so has its copy; a scorer
-    that ignores the folds gives it less.
+def test_scores_are_cross_fitted() -> None:
+    """A unique text and its copy have the same score whether they are in the data or not. Control: without folds it is
+    lower.
     """
     data = sentences(200)
     odd = Record("odd", "text", "made:odd", "Vexing quartz jumbles my glyphs, wickedly proud of 27 foxes!")
@@ -119,25 +118,13 @@ def test_the_sample_does_not_depend_on_the_order_and_is_bounded() -> None:
     assert small.fingerprint != fitted(data).fingerprint
 
 
-def test_a_window_is_the_hardest_stretch() -> None:
-    losses = np.array([1, 1, 9, 8, 1, 1], np.int64)
-    assert hardest_mean(losses, 2) == 8.5
-    assert hardest_mean(losses, None) == hardest_mean(losses, 6) == hardest_mean(losses, 7) == 3.5
-    assert math.isnan(hardest_mean(losses[:0], 2))
-    assert brute(losses, 3) == hardest_mean(losses, 3)
-
-
-def brute(losses: np.ndarray, window: int) -> float:
-    return max(losses[begin : begin + window].mean() for begin in range(len(losses) - window + 1))
-
-
 def test_an_empty_answer_has_no_score_and_strange_text_has_one() -> None:
     data = [*sentences(20), Record("e", "t", "m", "prompt", 6), Record("s", "t", "m", "snow ☃ and \0 and é")]
     scores = fitted(data).score(data)
     assert np.isnan(scores[-2]) and np.isfinite(np.delete(scores, -2)).all()
 
 
-def test_with_nothing_on_the_other_side_all_bytes_are_alike() -> None:
+def test_without_data_all_bytes_are_equally_likely() -> None:
     alone = sentences(1)
     assert fitted(alone).score(alone)[0] == pytest.approx(math.log(256), abs=1e-5)
 
@@ -147,11 +134,3 @@ def test_fit_comes_first_and_the_order_is_checked() -> None:
         NgramScorer().score(sentences(1))
     with pytest.raises(ConfigError, match="order"):
         NgramScorer(order=9)
-
-
-def test_records_may_come_as_a_stream() -> None:
-    data = sentences(50)
-    stream: Callable[[], Iterable[Record]] = lambda: iter(data)  # noqa: E731
-    scorer = NgramScorer()
-    scorer.fit(stream)
-    assert scorer.score(data).tobytes() == fitted(data).score(data).tobytes()
