@@ -75,7 +75,7 @@ def refusal(world_size: int, *overrides: str) -> str:
             ["parallel.cp=2", "parallel.tp=2", "parallel.cp_method=ulysses"],
             "parallel.cp=2: must divide the 1 key/value heads of a rank",
         ),
-        (2, ["model.attention_chunk_size=16", "data.align=24"], "data.align=24: must be a multiple of the model's chunk of 16, where"),
+        (2, ["model.attention_chunk_size=16", "data.align=24"], "data.align=24: must be a multiple of the model's attention chunk of 16"),
         (2, ["data.align=48"], "training.seq_len=64: must be a multiple of data.align=48"),
         (2, ["data.align=0"], "data.align=0: must be positive"),
         (2, ["parallel.cp=2", "parallel.cp_method=all"], "parallel.cp_method=all: "),
