@@ -9,7 +9,7 @@ from typing import Any
 from core.errors import ConfigError
 from core.files import write_bytes
 from data.corpus import Corpus, open_corpus, prepare
-from data.curriculum import PhaseRows, make_loaders
+from data.curriculum import PhaseSpec, make_loaders
 from data.filter.audit.outputs import AUDIT_JSON, AUDIT_PAGE
 from data.loader import Loader
 from parallel.comm.world import World
@@ -61,7 +61,7 @@ def run_loaders(config: TrainConfig, corpus: Corpus, report: Callable[[str], Non
     """A loader for each phase of a run. Raises `ConfigError` where the sources do not last to the end."""
     usual = source_weights(config, corpus)
     rows = [
-        PhaseRows(
+        PhaseSpec(
             phase.name,
             phase.seq_len,
             phase.global_batch_size,

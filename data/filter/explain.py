@@ -19,7 +19,7 @@ from data.filter.input.records import Reason
 def explain(out: Path, name: str) -> str:
     """A few lines about the record called `name` in the filtering of `out`; `ConfigError` where there is none."""
     row = find(out, name)
-    reason, score = Reason[row["reason"]].told(row["detail"]), row["score"]
+    reason, score = Reason[row["reason"]].describe(row["detail"]), row["score"]
     lines = [
         f"{name} ({row['source']}, domain {row['domain']}): {'kept' if row['kept'] else 'left out'}, {reason}",
         f"length {_length(row)}, {row['tokens']:,} tokens",

@@ -104,7 +104,7 @@ def _run(config: AblateConfig, filter_: FilterRules | None, root: Path, name: st
 def _rows(restored: RestoredRun, rows: int) -> Iterator[tuple[str, int]]:
     """Each source that has held-out rows, and how many of them are looked at."""
     loader = restored.loader()
-    counts = ((source, min(rows, loader.held_out_rows(source))) for source in restored.corpus.sources)
+    counts = ((source, min(rows, loader.num_held_out(source))) for source in restored.corpus.sources)
     return ((source, count) for source, count in counts if count)
 
 

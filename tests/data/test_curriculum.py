@@ -12,7 +12,7 @@ import pytest
 
 from core.errors import ConfigError
 from data.corpus import TRAIN, Corpus
-from data.curriculum import PhaseRows, make_loaders
+from data.curriculum import PhaseSpec, make_loaders
 from data.loader import Loader
 from tests.data.conftest import silent, write_texts
 
@@ -20,8 +20,8 @@ CONTEXT, BATCH = 32, 8
 Given = dict[str, list[tuple[int, ...]]]
 
 
-def phase(name: str, steps: int, weights: dict[str, float], context: int = CONTEXT) -> PhaseRows:
-    return PhaseRows(name, context, BATCH, steps, steps * BATCH, weights, f"{name}.steps")
+def phase(name: str, steps: int, weights: dict[str, float], context: int = CONTEXT) -> PhaseSpec:
+    return PhaseSpec(name, context, BATCH, steps, steps * BATCH, weights, f"{name}.steps")
 
 
 def rows_of(corpus: Corpus, loader: Loader, steps: int) -> Given:
@@ -36,16 +36,16 @@ def rows_of(corpus: Corpus, loader: Loader, steps: int) -> Given:
 
 def all_rows(corpus: Corpus, source: str) -> Counter[tuple[int, ...]]:
     stream = corpus.stream(source, TRAIN)
-    return Counter(tuple(stream.window(r * CONTEXT, CONTEXT).tolist()) for r in range(stream.rows(CONTEXT)))
+    return Counter(tuple(stream.window(r * CONTEXT, CONTEXT).tolist()) for r in range(stream.num_sequences(CONTEXT)))
 
 
-def run(corpus: Corpus, phases: list[PhaseRows], limits: dict[str, float] | None = None) -> list[Given]:
+def run(corpus: Corpus, phases: list[PhaseSpec], limits: dict[str, float] | None = None) -> list[Given]:
     loaders = make_loaders(corpus, phases, 1, limits or {}, silent)
     return [rows_of(corpus, loaders[one.name], one.steps) for one in phases]
 
 
 def epoch_steps(corpus: Corpus, source: str) -> int:
-    return corpus.stream(source, TRAIN).rows(CONTEXT) // BATCH
+    return corpus.stream(source, TRAIN).num_sequences(CONTEXT) // BATCH
 
 
 def test_a_later_phase_goes_on_where_a_source_stood(corpus: Corpus) -> None:
@@ -68,7 +68,7 @@ def test_a_phase_by_itself_repeats_rows(corpus: Corpus) -> None:
 
 
 def test_epochs_end_in_the_middle_of_a_phase(corpus: Corpus) -> None:
-    rows = corpus.stream("short", TRAIN).rows(CONTEXT)
+    rows = corpus.stream("short", TRAIN).num_sequences(CONTEXT)
     steps = 3 * rows // (2 * BATCH) // 2
     found = run(corpus, [phase("main", steps, {"short": 1.0}), phase("end", 4 * steps, {"short": 1.0})])
     given = found[0]["short"] + found[1]["short"]
@@ -102,7 +102,7 @@ def test_a_limit_is_kept_through_phases(corpus: Corpus) -> None:
     weights = {"long": 1.0, "short": 1.0}
     phases = [phase("main", 60, weights), phase("end", 300, weights)]
     first, last = run(corpus, phases, {"short": 1.5})
-    rows = corpus.stream("short", TRAIN).rows(CONTEXT)
+    rows = corpus.stream("short", TRAIN).num_sequences(CONTEXT)
     assert len(first["short"] + last["short"]) == int(1.5 * rows)
     assert set(Counter(first["short"] + last["short"]).values()) == {1, 2}
     assert not run(corpus, [*phases, phase("more", 5, weights)], {"short": 1.5})[2]["short"]
@@ -111,7 +111,7 @@ def test_a_limit_is_kept_through_phases(corpus: Corpus) -> None:
 
 def test_a_limit_counts_rows_of_any_length(corpus: Corpus) -> None:
     """Half an epoch in short rows leaves half of one in long ones."""
-    rows = corpus.stream("short", TRAIN).rows(CONTEXT)
+    rows = corpus.stream("short", TRAIN).num_sequences(CONTEXT)
     steps = rows // 2 // BATCH
     phases = [phase("main", steps, {"short": 1.0}), phase("end", 60, {"short": 1.0, "long": 1.0}, 64)]
     _, last = run(corpus, phases, {"short": 1.0})
@@ -121,7 +121,7 @@ def test_a_limit_counts_rows_of_any_length(corpus: Corpus) -> None:
 def test_a_run_that_outlasts_its_sources_is_refused_with_what_fits(corpus: Corpus) -> None:
     weights = {"long": 1.0, "short": 1.0}
     limits = {"long": 0.5, "short": 2.0}
-    there = sum(int(limits[name] * corpus.stream(name, TRAIN).rows(CONTEXT)) for name in weights)
+    there = sum(int(limits[name] * corpus.stream(name, TRAIN).num_sequences(CONTEXT)) for name in weights)
     with pytest.raises(ConfigError) as caught:
         run(corpus, [phase("main", 5, weights), phase("end", 10_000, weights)], limits)
     fitting = (there - 5 * BATCH) // BATCH
@@ -135,7 +135,7 @@ def test_a_run_that_outlasts_its_sources_is_refused_with_what_fits(corpus: Corpu
 
 def test_many_epochs_are_told(corpus: Corpus) -> None:
     said: list[str] = []
-    rows = corpus.stream("short", TRAIN).rows(CONTEXT)
+    rows = corpus.stream("short", TRAIN).num_sequences(CONTEXT)
     for times in (3.9, 4.3):
         make_loaders(corpus, [phase("main", int(times * rows / BATCH), {"short": 1.0})], 1, {}, said.append)
     assert len(said) == 1 and re.match(r"source short is gone through 4\.[23] times: ", said[0])

@@ -66,14 +66,14 @@ def test_everything_that_names_a_batch_changes_it(
 
 
 def rows_of_epoch(loader: Loader, source: int, epoch: int) -> np.ndarray:
-    count = loader._streams[source].rows(CONTEXT)
-    return loader._rows(source, np.arange(epoch * count, (epoch + 1) * count))
+    count = loader._streams[source].num_sequences(CONTEXT)
+    return loader._shuffled(source, np.arange(epoch * count, (epoch + 1) * count))
 
 
 def test_every_epoch_holds_each_row_once_in_an_order_of_its_own(corpus: Corpus) -> None:
     loader = Loader(corpus, CONTEXT, 8, seed=1)
     for source in (0, 1):
-        count = loader._streams[source].rows(CONTEXT)
+        count = loader._streams[source].num_sequences(CONTEXT)
         epochs = [rows_of_epoch(loader, source, epoch) for epoch in range(3)]
         assert all(np.array_equal(np.sort(rows), np.arange(count)) for rows in epochs)
         assert (epochs[0] == epochs[1]).mean() < 0.1 and (epochs[1] == epochs[2]).mean() < 0.1
@@ -88,8 +88,8 @@ def test_sources_of_the_same_size_have_orders_of_their_own(make_corpus: Callable
 def test_one_epoch_of_batches_covers_a_source_once(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
     corpus = make_corpus({"a": {"path": str(write_texts(tmp_path / "a", 12))}})
     loader, stream = Loader(corpus, CONTEXT, 1, seed=1), corpus.stream("a", TRAIN)
-    seen = [tuple(loader.batch(step).tokens_BT[0].tolist()) for step in range(stream.rows(CONTEXT))]
-    wanted = [tuple(stream.window(row * CONTEXT, CONTEXT).tolist()) for row in range(stream.rows(CONTEXT))]
+    seen = [tuple(loader.batch(step).tokens_BT[0].tolist()) for step in range(stream.num_sequences(CONTEXT))]
+    wanted = [tuple(stream.window(row * CONTEXT, CONTEXT).tolist()) for row in range(stream.num_sequences(CONTEXT))]
     assert Counter(seen) == Counter(wanted) and seen != wanted
 
 
@@ -99,7 +99,7 @@ def test_sources_come_by_weight_and_are_named(corpus: Corpus) -> None:
     assert batch.sources_B.bincount().tolist() == [768, 256]  # in the corpus's order, not that of the weights
     row = int(torch.nonzero(batch.sources_B == 1)[0])
     stream = corpus.stream("short", TRAIN)
-    windows = {tuple(stream.window(r * CONTEXT, CONTEXT).tolist()) for r in range(stream.rows(CONTEXT))}
+    windows = {tuple(stream.window(r * CONTEXT, CONTEXT).tolist()) for r in range(stream.num_sequences(CONTEXT))}
     assert tuple(batch.tokens_BT[row].tolist()) in windows
 
 
@@ -144,9 +144,9 @@ def test_batches_are_int64(corpus: Corpus) -> None:
         assert batch.tokens_BT.shape == batch.labels_BT.shape == batch.positions_BT.shape
 
 
-def test_held_out_rows_are_fixed_and_in_order(corpus: Corpus) -> None:
-    stream, rows = corpus.stream("short", HELD_OUT), Loader(corpus, CONTEXT, 4, seed=1).held_out_rows("short")
-    assert rows == stream.rows(CONTEXT) > 2
+def test_num_held_out_are_fixed_and_in_order(corpus: Corpus) -> None:
+    stream, rows = corpus.stream("short", HELD_OUT), Loader(corpus, CONTEXT, 4, seed=1).num_held_out("short")
+    assert rows == stream.num_sequences(CONTEXT) > 2
     one, other = (Loader(corpus, CONTEXT, 4, seed=seed).held_out("short", 0, rows) for seed in (1, 2))
     assert equal(one, other) and one.sources_B.tolist() == [1] * rows
     assert torch.equal(one.tokens_BT.reshape(-1), torch.from_numpy(stream.window(0, rows * CONTEXT)))

@@ -116,7 +116,7 @@ def packed(make_corpus: Callable[..., Corpus], tmp_path: Path, kind: str) -> Cor
 def begins(corpus: Corpus) -> float:
     """Share of the rows that begin with a document."""
     stream = corpus.stream("a", TRAIN)
-    rows = [stream.window(row * CONTEXT, CONTEXT) for row in range(stream.rows(CONTEXT))]
+    rows = [stream.window(row * CONTEXT, CONTEXT) for row in range(stream.num_sequences(CONTEXT))]
     return float(np.mean([row[0] == corpus.tokenizer.bos_id for row in rows]))
 
 
@@ -124,7 +124,7 @@ def test_rows_of_a_packed_corpus_begin_with_a_document(make_corpus: Callable[...
     corpus, greedy = (packed(make_corpus, tmp_path, kind) for kind in ("best_fit", "greedy"))
     assert begins(corpus) == 1 and begins(greedy) < 0.2
     stream = corpus.stream("a", TRAIN)
-    assert len(stream) == stream.rows(CONTEXT) * CONTEXT + 1, "the last row is whole"
+    assert len(stream) == stream.num_sequences(CONTEXT) * CONTEXT + 1, "the last row is whole"
     counts = corpus.manifest["sources"]["a"][TRAIN]["counts"]
     assert 0 < corpus.cut_documents("a") < 0.3 and greedy.cut_documents("a") > corpus.cut_documents("a") + 0.1
     assert corpus.padding("a") < 0.02 and greedy.padding("a") == 0
@@ -145,7 +145,7 @@ def test_greedy_counts_the_documents_that_rows_cut(make_corpus: Callable[..., Co
 def test_no_label_reaches_into_another_document(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
     corpus = packed(make_corpus, tmp_path, "best_fit")
     bos, eos = corpus.tokenizer.bos_id, corpus.tokenizer.eos_id
-    rows = corpus.stream("a", TRAIN).rows(CONTEXT)
+    rows = corpus.stream("a", TRAIN).num_sequences(CONTEXT)
     batch = Loader(corpus, CONTEXT, rows, seed=1).batch(0)
     labels, tokens = batch.labels_BT, batch.tokens_BT
     assert (labels[:, -1] == IGNORED).all() and not (labels == bos).any()

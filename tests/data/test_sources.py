@@ -14,7 +14,7 @@ from core.errors import ConfigError
 from core.files import locate, remove_tree
 from data import sources
 from data.config import DataConfig, SourceConfig, SourceKind, Undecodable
-from data.filter.input.readers import InputConfig, parts
+from data.filter.input.readers import InputConfig, input_parts
 from data.filter.input.records import Record
 from data.sources import Document, make_source
 
@@ -345,9 +345,9 @@ def test_the_filter_reads_from_a_store(tmp_path: Path, store: str, name: str) ->
     path = (write_parquet if name.endswith("parquet") else write_jsonl)(tmp_path / name)
     put(f"bucket/deep/{name}", path.read_bytes())
     for place in (f"{store}/deep/{name}", store, f"{store}/*/a.*"):
-        (part,) = parts(InputConfig(input=place))
+        (part,) = input_parts(InputConfig(input=place))
         records = list(part.records())
         assert [record.text for record in records if isinstance(record, Record)] == TEXTS
         assert part.name.endswith(name) and len(part.fingerprint) == 64
     with pytest.raises(ConfigError, match=r"input=memory://none: no such file"):
-        parts(InputConfig(input="memory://none"))
+        input_parts(InputConfig(input="memory://none"))

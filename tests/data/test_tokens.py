@@ -58,9 +58,9 @@ def test_rows_leave_room_for_the_last_label(tmp_path: Path) -> None:
     written, shards = write(tmp_path)
     stream = TokenStream(tmp_path, shards, token_dtype(300))
     for context in (34, 39, len(written) - 1, len(written)):  # 39 divides the length: a row without its last label
-        rows = stream.rows(context)
+        rows = stream.num_sequences(context)
         assert rows * context + 1 <= len(written) < (rows + 1) * context + 1
-    assert len(written) % 39 == 0 and TokenStream(tmp_path, [], token_dtype(300)).rows(39) == 0
+    assert len(written) % 39 == 0 and TokenStream(tmp_path, [], token_dtype(300)).num_sequences(39) == 0
 
 
 def test_truncated_and_missing_shards_are_named_at_opening(tmp_path: Path) -> None:

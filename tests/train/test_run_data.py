@@ -45,8 +45,8 @@ def test_phases_add_and_leave_out_sources_and_repeat_no_row(tmp_path, small_corp
     for source in ("text", "code"):
         rows = Counter(row for part in parts for row in part[source])
         stream = run.corpus.stream(source, TRAIN)
-        there = Counter(tuple(stream.window(r * 48, 48).tolist()) for r in range(stream.rows(48)))
-        assert rows.total() < stream.rows(48) and rows <= there, source
+        there = Counter(tuple(stream.window(r * 48, 48).tolist()) for r in range(stream.num_sequences(48)))
+        assert rows.total() < stream.num_sequences(48) and rows <= there, source
     run.batches.close()
 
 
@@ -67,10 +67,10 @@ def test_a_run_stopped_in_a_phase_goes_on_with_the_very_rows(tmp_path, small_cor
 
 def test_limits_end_sources_and_runs_that_outlast_them_are_refused(tmp_path, small_corpus):
     run = trainer(tmp_path, "run", [*small_corpus, "+data.sources.code.max_epochs=0.1", "training.steps=30"])
-    rows = run.corpus.stream("code", TRAIN).rows(48)
+    rows = run.corpus.stream("code", TRAIN).num_sequences(48)
     assert len(consumed(run, range(30))["code"]) == int(0.1 * rows) < 30 * 8 / 3
     limits = ["+data.sources.code.max_epochs=0.1", "+data.sources.text.max_epochs=0.2"]
-    there = int(0.1 * rows) + int(0.2 * run.corpus.stream("text", TRAIN).rows(48))
+    there = int(0.1 * rows) + int(0.2 * run.corpus.stream("text", TRAIN).num_sequences(48))
     message = (
         rf"training.steps=5000: phase main uses up all of .*: {there * 48:,} tokens are left .*; try {there // 8}$"
     )

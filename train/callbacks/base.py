@@ -238,7 +238,7 @@ class EvaluationCallback(Callback):
         phase = trainer.phase(max(0, trainer.step - 1))
         loader, rows = trainer.loaders[phase.name], trainer.config.evaluation.sequences
         with trainer.pause():
-            if not any(loader.held_out_rows(name) for name in trainer.weights):
+            if not any(loader.num_held_out(name) for name in trainer.weights):
                 trainer.log("no held-out rows at this context: no held-out loss")
                 return
             bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())

@@ -52,9 +52,9 @@ class HeldOut:
 class HeldOutRows(Protocol):
     """What evaluation asks of a loader."""
 
-    context: int
+    seq_len: int
 
-    def held_out_rows(self, source: str) -> int: ...
+    def num_held_out(self, source: str) -> int: ...
 
     def held_out(self, source: str, start: int, stop: int) -> Batch: ...
 
@@ -73,9 +73,9 @@ def held_out_loss(
     `bytes_V`: how many bytes of text each token id spells.
     Sources without a held-out row at this context are left out; raises `DataError` where that leaves none.
     """
-    weights = {source: weight for source, weight in weights.items() if loader.held_out_rows(source)}
+    weights = {source: weight for source, weight in weights.items() if loader.num_held_out(source)}
     if not weights:
-        raise DataError(f"no source has held-out text for one row of {loader.context} tokens: raise data.held_out")
+        raise DataError(f"no source has held-out text for one row of {loader.seq_len} tokens: raise data.held_out")
     model, meshes, device = placed.model, placed.meshes, placed.device
     bytes_V = bytes_V.to(device)
     model.eval()
@@ -97,7 +97,7 @@ def held_out_loss(
 
 def held_out_batches(loader: HeldOutRows, source: str, rows: int, micro_batch_size: int) -> Iterator[Batch]:
     """The first `rows` held-out rows of a source, or as many as there are."""
-    available = min(rows, loader.held_out_rows(source))
+    available = min(rows, loader.num_held_out(source))
     for start in range(0, available, micro_batch_size):
         yield loader.held_out(source, start, min(start + micro_batch_size, available))
 
@@ -117,7 +117,7 @@ def filled(batch: Batch | None, full: Batch) -> Batch:
     count = 0 if batch is None else len(batch.tokens_BT)
     spare = full.slice(count, len(full.tokens_BT))
     spare.labels_BT = torch.full_like(spare.labels_BT, IGNORED)
-    return spare if batch is None else batch.joined(spare)
+    return spare if batch is None else batch.concat(spare)
 
 
 def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:

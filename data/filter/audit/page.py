@@ -247,7 +247,7 @@ def _records(rows: list[dict[str, Any]], with_score: bool) -> str:
             beside = "" if limit is None else f"<br><small>threshold {_number(limit)}</small>"
             score = f"<td class=n>{_number(row['score'])}{beside}</td>"
         source = "" if row["source"] == row["id"] else f"<br><small>{_name(row['source'])}</small>"
-        told = f"<b>{_text(Reason[row['reason']].told(row['detail']))}</b><br>" if row["detail"] is not None else ""
+        told = f"<b>{_text(Reason[row['reason']].describe(row['detail']))}</b><br>" if row["detail"] is not None else ""
         text = f"<td class=text>{told}{_text(row['text'])}</td>"
         source += f"<br><small>no score: {_text(row['why'])}</small>" if row.get("why") else ""
         body.append(f"<tr><td class=id>{_name(row['id'])}{source}</td>{score}{text}</tr>")

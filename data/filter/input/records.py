@@ -1,4 +1,4 @@
-"""One document, or one prompt with its response, as every stage of the filter sees it."""
+"""A record of the filter: one document, or one prompt with its response."""
 
 from __future__ import annotations
 
@@ -10,46 +10,44 @@ from core.files import sha256_text
 
 @dataclass(frozen=True)
 class Record:
-    """`answer_start`: where the response begins in `text`, in characters; null for a plain document. `raw`: the input's
-    own record as a line of JSON, which `kept.jsonl` repeats; null: {"text": ...} serves.
-    """
-
     id: str
     domain: str
     source: str
-    """File and place, for people: "notes.jsonl:12"."""
+    """File and line or row: "notes.jsonl:12"."""
     text: str
     answer_start: int | None = None
+    """Where the response begins in `text`, in characters; None for a plain document."""
     raw: str | None = None
+    """The input's record as a line of JSON, for `kept.jsonl`; None: {"text": ...}."""
 
     @property
     def prompt(self) -> str:
-        """What comes before the response; nothing for a plain document."""
+        """The text before the response, empty for a plain document."""
         return self.text[: self.answer_start or 0]
 
     @property
     def answer(self) -> str:
-        """The response, or the whole of a plain document."""
+        """The response, or a whole plain document."""
         return self.text[self.answer_start or 0 :]
 
     @property
     def content(self) -> str:
-        """A hash of what a scorer may depend on."""
+        """Hash of what a scorer may depend on."""
         return sha256_text(self.text, str(self.answer_start))
 
 
 class Reason(Enum):
-    """Why a record is kept or not; each record has exactly one, so that counts add up to the input's."""
+    """Why a record is kept or dropped. Each record has exactly one, so counts add up to the input's."""
 
     hard = "hard"
     """Kept for its score."""
     revived = "revived"
-    """Kept by lot, out of what is easy."""
+    """Easy, but kept at random."""
     protected = "protected"
-    """Kept whatever its score: its domain's floor or protection, or `on_error=keep`."""
+    """Kept regardless of its score: its domain's floor or protection, or `on_error=keep`."""
     easy = "easy"
     noise = "noise"
-    """Above the band: harder than clean reference text ever is."""
+    """Harder than clean reference text."""
     unscored = "unscored"
     """The scorer gave no finite number and `on_error=drop`."""
     malformed = "malformed"
@@ -60,13 +58,13 @@ class Reason(Enum):
     non_text = "non_text"
     repetitive = "repetitive"
     scrambled = "scrambled"
-    """Letters in no order that text has."""
+    """Letters in random order."""
     language = "language"
     too_short = "too_short"
     too_long = "too_long"
 
-    def told(self, detail: str | None) -> str:
-        """With what is known besides: of which record it is a copy, from which set it is, why it cannot be read."""
+    def describe(self, detail: str | None) -> str:
+        """Name the reason with its detail: the record it copies, the evaluation set, the reading error."""
         joint = {Reason.duplicate: " of ", Reason.near_duplicate: " of ", Reason.contaminated: " by "}.get(self, ": ")
         return self.name if detail is None else f"{self.name}{joint}{detail}"
 

@@ -15,7 +15,7 @@ import pytest
 from core.errors import ConfigError, DataError
 from data.config import DataConfig
 from data.corpus import DOCUMENTS, HELD_OUT, TRAIN, Corpus, prepare
-from data.filter.corpus import SourcePart, filtered
+from data.filter.corpus import SourcePart, filter_sources
 from data.sources import Document, FileSource
 from tests.data.conftest import make_config, silent
 from tests.support.filtering import prose, two_sources
@@ -191,10 +191,10 @@ def part(*counts: int) -> SourcePart:
 @pytest.mark.parametrize("later", [19, 21])
 def test_documents_that_change_meanwhile_are_an_error(corpora, folders, tmp_path, later):
     rules = config_of(folders, tmp_path).filter
-    (source,) = filtered([part(20, later)], rules, corpora[0].tokenizer, tmp_path, silent, None)
+    (source,) = filter_sources([part(20, later)], rules, corpora[0].tokenizer, tmp_path, silent, None)
     with pytest.raises(DataError, match="the documents of changing changed while they were filtered"):
         list(source.documents())
-    (source,) = filtered([part(20, 20)], rules, corpora[0].tokenizer, tmp_path / "b", silent, None)
+    (source,) = filter_sources([part(20, 20)], rules, corpora[0].tokenizer, tmp_path / "b", silent, None)
     assert len(list(source.documents())) == 20, "control"
 
 

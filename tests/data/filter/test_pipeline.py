@@ -28,7 +28,7 @@ from data.filter.audit.outputs import KEPT, SCORES, audit_of, write_audit_of
 from data.filter.config import DuplicateConfig, KeepUnit, OnError, SelectConfig
 from data.filter.input.records import Reason
 from data.filter.pipeline import Filter
-from data.filter.store import OneWorker, together
+from data.filter.store import OneWorker, barrier
 from launch.verbs.filter import WorldWorkers
 from parallel.comm.world import connect
 from tests.support.filtering import (
@@ -226,7 +226,7 @@ def test_gloo_ranks_make_the_same_bytes(tmp_path, source, alone, ranks):
 def waits(folder: Path) -> list[str]:
     """What each rank sees of the others after a wait that the other one reaches late."""
     workers = WorldWorkers(connect())
-    with together(workers):
+    with barrier(workers):
         if workers.rank == 1:
             time.sleep(0.3)
             (folder / "late").write_text("")
@@ -240,7 +240,7 @@ def test_ranks_wait_for_all_and_not_for_the_first_alone(tmp_path, ranks):
 def fails() -> tuple[str, bool]:
     workers = WorldWorkers(connect())
     try:
-        with together(workers):
+        with barrier(workers):
             if workers.rank == 1:
                 raise ConfigError("input", "x", "is wrong", ["y"])
     except ConfigError as error:

@@ -16,7 +16,7 @@ import pytest
 
 from core.errors import ConfigError
 from data.filter import pipeline
-from data.filter.config import FilterRules, ScorerConfig, ScorerKind, deciding
+from data.filter.config import FilterRules, ScorerConfig, ScorerKind, decisive_settings
 from data.filter.input.readers import InputConfig, clean_records
 from data.filter.pipeline import Filter
 from data.filter.score import requests
@@ -115,7 +115,7 @@ def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path)
         FilterRules(scorer=ScorerConfig(ScorerKind.ensemble, members=[one, ScorerConfig()]))
         for one in (member, replace(member, url=url), replace(member, judge="another"))
     ]
-    assert deciding(rules[0]) == deciding(rules[1]) != deciding(rules[2])
+    assert decisive_settings(rules[0]) == decisive_settings(rules[1]) != decisive_settings(rules[2])
 
 
 def test_who_goes_on_lying_changes_nothing(server, source, tmp_path):

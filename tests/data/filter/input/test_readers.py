@@ -15,17 +15,17 @@ import pytest
 
 from core.errors import ConfigError
 from data.filter.config import OnError
-from data.filter.input.readers import KEYS, Broken, InputConfig, clean_records, parts
+from data.filter.input.readers import RECORD_KEYS, InputConfig, MalformedRecord, clean_records, input_parts
 from data.filter.input.records import Record
 from tests.support.filtering import filtered, kept, prose, rows_of, write_lines
 
 
-def read(path: Path | None = None, **keys: Any) -> list[Record | Broken]:
+def read(path: Path | None = None, **keys: Any) -> list[Record | MalformedRecord]:
     config = InputConfig(**({"input": str(path)} if path else {}), **keys)
-    return [record for part in parts(config) for record in part.records()]
+    return [record for part in input_parts(config) for record in part.records()]
 
 
-def texts(found: list[Record | Broken]) -> list[str]:
+def texts(found: list[Record | MalformedRecord]) -> list[str]:
     return [one.text if isinstance(one, Record) else f"! {one.reason}" for one in found]
 
 
@@ -63,7 +63,7 @@ def test_columns_of_parquet_stay_what_they_are_or_are_refused_by_name(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "table.parquet")
     (one,) = read(tmp_path / "table.parquet")
     (broken,) = read(tmp_path / "table.parquet", text_key="bytes")
-    assert isinstance(one, Record) and isinstance(broken, Broken) and broken.raw == (one.raw or "").encode()
+    assert isinstance(one, Record) and isinstance(broken, MalformedRecord) and broken.raw == (one.raw or "").encode()
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -89,18 +89,18 @@ def test_a_folder_for_the_datasets_library(tmp_path):
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     found = read(dataset=str(folder), id_key="n")
     assert texts(found) == [row["text"] for row in ROWS] and [one.id for one in found] == ["0", "1", "2"]
-    before = parts(InputConfig(dataset=str(folder)))[0].fingerprint
+    before = input_parts(InputConfig(dataset=str(folder)))[0].fingerprint
     (folder / "data.jsonl").write_text('{"text": "other", "n": 5}\n')
-    assert parts(InputConfig(dataset=str(folder)))[0].fingerprint != before
+    assert input_parts(InputConfig(dataset=str(folder)))[0].fingerprint != before
     with pytest.raises(ConfigError, match=r"^dataset=.*: datasets cannot read it: "):
         read(dataset=str(tmp_path / "none"))
 
 
 def test_a_data_set_knows_its_keys_too():
-    given = {key: f"{{prompt}} {key} {{response}}" for key in KEYS if key != "messages_key"}
-    (part,) = parts(InputConfig(dataset="a set", **given))
+    given = {key: f"{{prompt}} {key} {{response}}" for key in RECORD_KEYS if key != "messages_key"}
+    (part,) = input_parts(InputConfig(dataset="a set", **given))
     assert part.keys == {**given, "messages_key": None}
-    (part,) = parts(InputConfig(dataset="a set", messages_key="chat"))
+    (part,) = input_parts(InputConfig(dataset="a set", messages_key="chat"))
     assert part.keys["messages_key"] == "chat"
 
 
@@ -152,7 +152,7 @@ def test_names_and_domains_are_text_or_whole_numbers(tmp_path):
     ]
     found = read(write_lines(tmp_path / "in.jsonl", rows), id_key="id", domain_key="d")
     assert [(one.id, one.domain) for one in found if isinstance(one, Record)] == [("7", "a"), ("x", "3")]
-    assert [one.reason for one in found if isinstance(one, Broken)] == [
+    assert [one.reason for one in found if isinstance(one, MalformedRecord)] == [
         "'id' is float, not str or int",
         "'id' is bool, not str or int",
         "'d' is null, not str or int",
@@ -176,7 +176,7 @@ BROKEN = {
 def test_what_is_no_record_says_why(tmp_path, line):
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}')
     before, broken, after = read(tmp_path / "in.jsonl")
-    assert isinstance(broken, Broken) and BROKEN[line] in broken.reason and len(broken.reason) <= 200
+    assert isinstance(broken, MalformedRecord) and BROKEN[line] in broken.reason and len(broken.reason) <= 200
     assert broken.source == "in.jsonl:2" and broken.raw == line
     assert texts([before, after]) == ["before", "after"]
 
@@ -210,7 +210,7 @@ def test_what_cannot_be_an_input_is_refused(tmp_path):
     (tmp_path / "in.csv").write_text("a,b")
     for path, reason in ((tmp_path / "in.csv", "unknown suffix; try .jsonl"), (tmp_path / "none", "no such file")):
         with pytest.raises(ConfigError, match=f"input=.*: {reason}"):
-            parts(InputConfig(input=str(path)))
+            input_parts(InputConfig(input=str(path)))
     for keys, reason in (
         ({}, "name a file or folder"),
         ({"input": "a", "dataset": "b"}, "name a file or folder"),

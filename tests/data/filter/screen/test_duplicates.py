@@ -18,7 +18,7 @@ from data.filter.screen.duplicates import (
     Signatures,
     bands,
     find_duplicates,
-    run_hashes,
+    ngram_hashes,
     signatures,
 )
 from data.filter.screen.normalise import canonical, words
@@ -168,6 +168,6 @@ def test_words_of_scripts_without_spaces_are_characters() -> None:
 
 
 def test_runs_are_hashed_in_order() -> None:
-    one, other = run_hashes(["a", "b", "c", "d"], 3), run_hashes(["b", "a", "c", "d"], 3)
+    one, other = ngram_hashes(["a", "b", "c", "d"], 3), ngram_hashes(["b", "a", "c", "d"], 3)
     assert len(one) == 2 and not set(one.tolist()) & set(other.tolist())
-    assert run_hashes(["x", "a", "b", "c"], 3)[1] == one[0]
+    assert ngram_hashes(["x", "a", "b", "c"], 3)[1] == one[0]
