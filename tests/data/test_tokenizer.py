@@ -90,7 +90,7 @@ def test_every_artefact_carries_its_tokenizer(tokenizer: Tokenizer, tmp_path: Pa
         load_tokenizer(tmp_path)
 
 
-def test_whatever_could_change_an_encoding_changes_the_fingerprint(tiktoken: Tokenizer, tmp_path: Path) -> None:
+def test_fingerprints_follow_what_changes_an_encoding(tiktoken: Tokenizer, tmp_path: Path) -> None:
     path = write_ranks(tmp_path / "ranks")
     usual = TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path), special_tokens=8)
     assert from_file(usual).fingerprint == tiktoken.fingerprint
@@ -113,7 +113,7 @@ def test_training_is_repeatable_and_cached_by_content(tmp_path: Path) -> None:
     assert len(list((tmp_path / "a" / "tokenizers").iterdir())) == 2
 
 
-def test_truncation_and_padding_of_a_file_do_not_lose_text(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_truncation_in_a_file_loses_no_text(bpe: Tokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -149,7 +149,7 @@ def test_llama_4_ids_follow_the_ranks(tiktoken: Tokenizer) -> None:
     assert (tiktoken.bos_id, tiktoken.eos_id, tiktoken.vocab_size) == (262, 263, 270)
 
 
-def test_a_rank_file_that_vanished_from_an_artefact_is_named(tiktoken: Tokenizer, tmp_path: Path) -> None:
+def test_a_missing_rank_file_is_named(tiktoken: Tokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "artefact"
     folder.mkdir()
     tiktoken.save(folder)
@@ -173,7 +173,7 @@ def test_broken_files_are_named(tmp_path: Path, bpe: Tokenizer) -> None:
         from_file(TokenizerConfig(kind=TokenizerKind.tiktoken, path="/nowhere"))
     with pytest.raises(DataError, match=r"t.json is not a tokenizer.json: "):
         from_file(json_file(tmp_path / "t.json", '{"version": 1}'))
-    with pytest.raises(DataError, match=r"ranks:3 is no line of a tiktoken file"):
+    with pytest.raises(DataError, match=r"ranks:3 is not a line of a tiktoken file"):
         from_file(rank_file(tmp_path / "ranks", lambda lines: [*lines[:2], "not base64", *lines[3:]]))
     with pytest.raises(DataError, match="without a gap"):
         from_file(rank_file(tmp_path / "ranks", lambda lines: lines[:-2] + lines[-1:]))
@@ -183,6 +183,6 @@ def test_broken_files_are_named(tmp_path: Path, bpe: Tokenizer) -> None:
     missing = TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(tmp_path / "tokenizer.json"), bos="<s>")
     with pytest.raises(ConfigError, match=r"data.tokenizer.bos=<s>: .* has no such token; try <\|begin_of_text\|>"):
         from_file(missing)
-    with pytest.raises(ConfigError, match=r"data.tokenizer.pattern=\(: is no regular expression"):
+    with pytest.raises(ConfigError, match=r"data.tokenizer.pattern=\(: is not a regular expression"):
         path = write_ranks(tmp_path / "ranks")
         from_file(TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path), pattern="("))

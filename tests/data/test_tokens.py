@@ -1,4 +1,4 @@
-"""Token shards: what is written is read, across borders, and damage is named."""
+"""Token shards: what is written is read, across shards, and damage is named."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_windows_cross_shards(tmp_path: Path, vocab_size: int, shard_tokens: int
         assert window.dtype == np.int64 and np.array_equal(window, written[start : start + length])
 
 
-def test_ids_are_stored_in_the_smallest_width_that_holds_them() -> None:
+def test_ids_have_the_smallest_width() -> None:
     assert token_dtype(65_536).itemsize == 2 and token_dtype(65_537).itemsize == 4
 
 
 def test_an_id_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    """However it is given: numpy wraps its own integers round without a word."""
+    """Also numpy integers, which wrap around silently."""
     for document in ([70_000], [-1], [np.int64(70_000)], np.array([1, 70_000]), np.array([-1])):
         with pytest.raises(OverflowError, match="token id"):
             TokenWriter(tmp_path, "a", token_dtype(300)).add(document)
@@ -54,12 +54,12 @@ def test_windows_outside_are_refused(tmp_path: Path) -> None:
             stream.window(start, length)
 
 
-def test_rows_leave_room_for_the_last_label(tmp_path: Path) -> None:
+def test_sequences_leave_a_token_for_the_last_label(tmp_path: Path) -> None:
     written, shards = write(tmp_path)
     stream = TokenStream(tmp_path, shards, token_dtype(300))
-    for context in (34, 39, len(written) - 1, len(written)):  # 39 divides the length: a row without its last label
-        rows = stream.num_sequences(context)
-        assert rows * context + 1 <= len(written) < (rows + 1) * context + 1
+    for seq_len in (34, 39, len(written) - 1, len(written)):  # 39 divides the length: the last would lack its label
+        count = stream.num_sequences(seq_len)
+        assert count * seq_len + 1 <= len(written) < (count + 1) * seq_len + 1
     assert len(written) % 39 == 0 and TokenStream(tmp_path, [], token_dtype(300)).num_sequences(39) == 0
 
 
