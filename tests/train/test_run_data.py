@@ -82,7 +82,7 @@ def test_limits_end_sources_and_runs_that_outlast_them_are_refused(tmp_path, sma
 def test_many_epochs_are_told_in_the_log(tmp_path, small_corpus):
     trainer(tmp_path, "run", [*small_corpus, "training.steps=100000"])
     text = (tmp_path / "run" / "log.txt").read_text()
-    assert "source text is gone through" in text and "source code is gone through" in text
+    assert "source text is repeated" in text and "source code is repeated" in text
     trainer(tmp_path, "short", small_corpus)
     assert not (tmp_path / "short" / "log.txt").exists(), "nothing to say"
 

@@ -61,7 +61,7 @@ class InputConfig:
 
     def __post_init__(self) -> None:
         if (self.input is None) == (self.dataset is None):
-            raise ConfigError("input", self.input, "name a file or folder (input=), or a data set (dataset=)")
+            raise ConfigError("input", self.input, "name a file or folder (input=...), or a data set (dataset=...)")
         if (self.prompt_key is None) != (self.response_key is None):
             raise ConfigError("response_key", self.response_key, "prompt_key and response_key go together")
         if self.prompt_key and self.messages_key:
