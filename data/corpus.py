@@ -21,7 +21,7 @@ from data.filter.corpus import SourcePart, copy_audit, filter_sources, rules_fin
 from data.filter.score.factory import Models
 from data.packing import PackedSequence, Packer
 from data.sources import Document, Source, make_source
-from data.tokenizer import Tokenizer, describe, from_file, load_tokenizer, train_bpe
+from data.tokenizer import Tokenizer, from_file, load_tokenizer, train_bpe
 from data.tokens import Shard, TokenStream, TokenWriter, token_dtype, verify_shard
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -190,7 +190,8 @@ def _sample(sources: list[Source], size: int) -> Iterator[str]:
 def _write(
     directory: Path, config: DataConfig, sources: list[Source], tokenizer: Tokenizer, report: Callable[[str], None]
 ) -> None:
-    manifest: dict[str, Any] = {"format": _FORMAT, "tokenizer": describe(tokenizer), "sources": {}}
+    identity = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    manifest: dict[str, Any] = {"format": _FORMAT, "tokenizer": identity, "sources": {}}
     if config.align is not None:
         manifest["align"] = config.align
     if config.packing is Packing.best_fit:

@@ -262,8 +262,3 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise DataError(f"{path}: each of the 256 bytes needs a rank, or some text could not be encoded")
     return ranks
-
-
-def describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what a manifest says of a tokenizer."""
-    return {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}

@@ -90,7 +90,11 @@ class Filter:
     def run(self) -> None:
         """Make what is missing of all stages."""
         with barrier(self.workers):  # before the input is read, which may take hours
-            gates, sets = self._gates(), EvaluationSets(self.rules.contamination)
+            try:
+                gates = Gates(self.rules.gates)
+            except ConfigError as error:
+                raise error.under("gates") from None
+            sets = EvaluationSets(self.rules.contamination)
         self._ingest()
         with barrier(self.workers):
             if self.rules.select.domains or self.rules.select.protect:
@@ -187,12 +191,6 @@ class Filter:
         return sum(int(np.sum(table["tokens"].to_numpy())) for _, table in self.screened.tables(["tokens"]))
 
     # -- screen
-
-    def _gates(self) -> Gates:
-        try:
-            return Gates(self.rules.gates)
-        except ConfigError as error:
-            raise error.under("gates") from None
 
     def _screen(self, gates: Gates, sets: EvaluationSets) -> None:
         def screen(shard: str) -> Any:

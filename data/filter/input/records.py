@@ -65,7 +65,7 @@ class Reason(Enum):
 
     def describe(self, detail: str | None) -> str:
         """Name the reason with its detail: the record it copies, the evaluation set, the reading error."""
-        joint = {Reason.duplicate: " of ", Reason.near_duplicate: " of ", Reason.contaminated: " by "}.get(self, ": ")
+        joint = {"duplicate": " of ", "near_duplicate": " of ", "contaminated": " by "}.get(self.name, ": ")
         return self.name if detail is None else f"{self.name}{joint}{detail}"
 
     @property

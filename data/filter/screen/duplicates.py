@@ -2,16 +2,12 @@
 
 `signatures` runs by shard on any number of ranks; `find_duplicates` runs once over all of them. Near copies are found
 by MinHash (Broder 1997) over runs of `SHINGLE` words: the share of equal places of two signatures estimates the Jaccard
-similarity J of their sets of runs with a standard error of sqrt(J (1 - J) / PLACES), 0.035 at 0.8. Candidates are
-records that agree in a whole band of places (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, section 3.4);
-those whose estimate reaches the threshold are joined. A group is what is connected: a chain of near copies is one.
+similarity J with a standard error of sqrt(J (1 - J) / PLACES), 0.035 at 0.8. Candidates agree in a whole band of places
+(Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, section 3.4); those whose estimate reaches the threshold are
+joined, chains into one group. The hashing is our own, so that stored signatures survive a change of library.
 
-The hashing is our own, in numpy: libraries hash run by run in Python, and signatures kept on disk must not change with
-a library's version.
-
-Every rank holds all signatures and searches them all. Measured in GB per million records and rank: 1.7 with near
-copies, 0.65 with exact ones alone, none if neither is looked for. A larger input must be filtered in parts; copies
-between parts are not found.
+Every rank holds all signatures: 1.7 GB per million records with near copies, 0.65 with exact ones alone, none if
+neither is looked for. A larger input must be filtered in parts; copies between parts are not found.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Reject text that is not worth scoring, by statistics of the text alone, before any quantile is taken.
 
-Garbage has a very high or a very low loss, so a filter by score keeps it or spends its quota on it. The statistics need
-no table of a language:
-- `repeated_share`: loops repeat long windows.
-- `triple_excess`: in language, code and mark-up a run of three characters recurs about ten times as often as expected
-  from the frequency of its characters, in shuffled text once (Friedman's coincidence count of 1922, for runs).
-- `restless`: random characters change between letters, capitals, digits and punctuation at every other place.
+Garbage has a very high or a very low loss, so a filter by score keeps it or spends its quota on it. They need no table
+of a language: loops repeat long windows (`repeated_share`); a run of three characters recurs about ten times as
+often as expected from their frequency, in shuffled text once (`triple_excess`, Friedman's coincidence count of 1922);
+random characters change between letters, capitals, digits and punctuation at every other place (`restless`).
 
 Thresholds were chosen on half of the standard library's files; the tests give the rates on the other half (seen once,
 when triples replaced pairs). On unseen text (1,284 files of installed packages) no clean piece of 200, 500 or 2,000
@@ -13,8 +11,7 @@ characters was rejected. The rates hold from `PROMISED_CHARACTERS` on; below `_F
 count.
 
 Not found: shuffled words; letters shuffled inside each word, in half of texts of 500 characters; a loop in less than
-two thirds of a text; shuffled tables of numbers. Rejected though it may be wanted: long lists of names, DNA, base64,
-and other text whose letters are mostly in random order.
+two thirds of a text; shuffled tables of numbers. Rejected though it may be wanted: long lists of names, DNA, base64.
 """
 
 from __future__ import annotations

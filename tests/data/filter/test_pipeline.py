@@ -62,47 +62,38 @@ def several(folder: Path, seed: int = 0) -> Path:
 KEYS = {"domain_key": "domain", "id_key": "name"}
 
 
-class Threads:
-    """Workers that are threads, which exchange values at a barrier."""
+class ThreadWorker:
+    """One of the threads that filter together; they exchange values at a barrier."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.barrier, self.values = size, threading.Barrier(size, timeout=60), [None] * size
+    def __init__(self, rank: int, values: list[Any], meet: threading.Barrier) -> None:
+        self.rank, self.size, self.values, self.meet = rank, len(values), values, meet
 
-    def worker(self, rank: int) -> Any:
-        together = self
+    def all(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.meet.wait()
+        found = list(self.values)
+        self.meet.wait()
+        return found
 
-        class Worker:
-            def __init__(self) -> None:
-                self.rank, self.size = rank, together.size
+    def sum(self, values: Any) -> Any:
+        return np.sum(self.all(values), axis=0)
 
-            def all(self, value: Any) -> list[Any]:
-                together.values[rank] = value
-                together.barrier.wait()
-                found = list(together.values)
-                together.barrier.wait()
-                return found
-
-            def sum(self, values: Any) -> Any:
-                return np.sum(self.all(values), axis=0)
-
-            def agree(self, error: Any) -> None:
-                for found in filter(None, self.all(error)):
-                    raise found
-
-        return Worker()
+    def agree(self, error: Any) -> None:
+        for found in filter(None, self.all(error)):
+            raise found
 
 
 def in_threads(count: int, source: Path, out: Path, **settings: Any) -> None:
     """Filter by `count` threads. Raises what one of them raised."""
-    threads = Threads(count)
+    values, meet = [None] * count, threading.Barrier(count, timeout=60)
 
     def work(rank: int) -> Filter:
         try:
-            done = Filter(job(source, out, threads.worker(rank), **settings))
+            done = Filter(job(source, out, ThreadWorker(rank, values, meet), **settings))
             done.run()
             return done
         except BaseException:
-            threads.barrier.abort()
+            meet.abort()
             raise
 
     with ThreadPoolExecutor(count) as pool:
