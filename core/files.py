@@ -7,7 +7,6 @@ and a full disk leaves the old content in place.
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from fsspec.registry import known_implementations
 
@@ -90,17 +89,6 @@ def remove_tree(path: Path) -> None:
     elif path.exists():
         store: Any = path
         store.fs.rm(store.path, recursive=True)
-
-
-@contextmanager
-def unzipped(path: Path) -> Iterator[IO[bytes]]:
-    """A file to read bytes from; one whose name ends in .gz is unzipped on the way."""
-    with path.open("rb") as raw:
-        if path.suffix == ".gz":
-            with gzip.open(raw) as file:
-                yield cast(IO[bytes], file)
-        else:
-            yield raw
 
 
 def append_json_line(path: Path, value: Any) -> None:

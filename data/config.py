@@ -30,7 +30,7 @@ class Section(Enum):
 
 
 class Undecodable(Enum):
-    """What to do with bytes that are not UTF-8: stop, drop the document, or replace them by U+FFFD."""
+    """Policy for bytes that are not UTF-8: stop, drop the document, or replace them by U+FFFD."""
 
     fail = "fail"
     drop = "drop"
@@ -38,7 +38,7 @@ class Undecodable(Enum):
 
 
 class LongDocuments(Enum):
-    """What to do with a document longer than `limit_tokens`: split it over sequences, truncate or drop it, or stop."""
+    """Policy for a document longer than `limit_tokens`: split it over sequences, truncate or drop it, or stop."""
 
     split = "split"
     truncate = "truncate"

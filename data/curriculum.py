@@ -23,7 +23,7 @@ MANY_EPOCHS = 4
 
 @dataclass(frozen=True)
 class PhaseSpec:
-    """What the order of samples depends on in a phase."""
+    """The settings of a phase that its order of samples depends on."""
 
     name: str
     seq_len: int

@@ -11,14 +11,14 @@ from core.errors import ConfigError, check_numbers
 
 
 class KeepUnit(Enum):
-    """What `keep` is a share of. The two differ widely if scores correlate with length."""
+    """The unit of `keep`. The two differ widely if scores correlate with length."""
 
     documents = "documents"
     tokens = "tokens"
 
 
 class OnError(Enum):
-    """What to do with a record that cannot be read or scored."""
+    """Policy for a record that cannot be read or scored."""
 
     keep = "keep"
     drop = "drop"

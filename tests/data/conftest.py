@@ -60,7 +60,7 @@ def silent(line: str) -> None:
 
 
 def counts_of(corpus: Corpus, source: str) -> dict[str, int]:
-    """What the manifest counts of a source's training documents."""
+    """The manifest's counts of a source's training documents."""
     counts: dict[str, int] = corpus.manifest["sources"][source][TRAIN]["counts"]
     return counts
 

@@ -86,7 +86,7 @@ class MalformedRecord:
 
 
 class InputPart(Protocol):
-    """What one process reads. `fingerprint` (of the content) or `keys` change whenever its records could."""
+    """The input of one process. `fingerprint` (of the content) or `keys` change whenever its records could."""
 
     @property
     def name(self) -> str: ...

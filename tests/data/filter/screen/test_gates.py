@@ -72,7 +72,7 @@ def gates() -> Gates:
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    """Of every section, from the held-out half: files whose hash is odd."""
+    """Texts of every section, from the held-out half: files whose hash is odd."""
     found = []
     for section in Section:
         half = [file for file in builtin.files(section) if int(_hash(file.origin), 16) % 2]
