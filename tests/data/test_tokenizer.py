@@ -46,10 +46,14 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
 
-def test_text_survives(tokenizer: Tokenizer) -> None:
+def test_text_survives_and_bytes_add_up(tokenizer: Tokenizer) -> None:
+    """Text that looks like a special token is ordinary text; special tokens decode to nothing."""
+    sizes, special = tokenizer.token_bytes(), (tokenizer.bos_id, tokenizer.eos_id)
+    assert len(sizes) == tokenizer.vocab_size and not sizes[list(special)].any()
     for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
-        assert tokenizer.decode(ids) == text
-        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert all(0 <= i < tokenizer.vocab_size and i not in special for i in ids)
+        assert tokenizer.decode(ids) == tokenizer.decode([special[0], *ids, special[1]]) == text
+        assert sum(sizes[i] for i in ids) == len(text.encode())
 
 
 def test_every_character_survives(tokenizer: Tokenizer) -> None:
@@ -58,23 +62,6 @@ def test_every_character_survives(tokenizer: Tokenizer) -> None:
     texts = ["".join(characters[i : i + 1000]) for i in range(0, len(characters), 1000)]
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
     assert len(set("".join(texts).encode())) == 256 - len((0xC0, 0xC1, *range(0xF5, 0x100)))
-
-
-def test_text_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
-    for ids in tokenizer.encode(TEXTS):
-        assert tokenizer.bos_id not in ids and tokenizer.eos_id not in ids
-
-
-def test_bytes_of_tokens_add_up_to_the_text(tokenizer: Tokenizer) -> None:
-    sizes = tokenizer.token_bytes()
-    assert len(sizes) == tokenizer.vocab_size and sizes[tokenizer.bos_id] == sizes[tokenizer.eos_id] == 0
-    for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
-        assert sum(sizes[i] for i in ids) == len(text.encode())
-
-
-def test_special_tokens_decode_to_nothing(tokenizer: Tokenizer) -> None:
-    (ids,) = tokenizer.encode(["abc"])
-    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "abc"
 
 
 def test_every_artefact_carries_its_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -88,6 +75,10 @@ def test_every_artefact_carries_its_tokenizer(tokenizer: Tokenizer, tmp_path: Pa
     )  # fmt: skip
     with pytest.raises(DataError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
+    (file,) = {path for path in folder.iterdir() if path.name in ("tokenizer.model", "tokenizer.json")}
+    file.unlink()
+    with pytest.raises(DataError, match=rf"{folder}.*{file.name}"):
+        load_tokenizer(folder)
 
 
 def test_fingerprints_follow_what_changes_an_encoding(tiktoken: Tokenizer, tmp_path: Path) -> None:
@@ -139,23 +130,12 @@ def test_bytes_of_byte_fallback_and_of_added_words(tmp_path: Path) -> None:
     assert from_file(config).token_bytes()[1:].tolist() == [0, 0, 3, 2, 1, 1, 8]
 
 
-def test_long_texts_are_encoded_in_pieces(tiktoken: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiktoken_ids_and_pieces(tiktoken: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Special tokens follow the ranks, as in Llama 4; long texts are encoded in pieces."""
+    assert (tiktoken.bos_id, tiktoken.eos_id, tiktoken.vocab_size) == (262, 263, 270)
     monkeypatch.setattr(type(tiktoken), "MAX_CHARACTERS", 5)
     texts = ["return x " * 5, "", "ab"]
     assert [tiktoken.decode(ids) for ids in tiktoken.encode(texts)] == texts
-
-
-def test_llama_4_ids_follow_the_ranks(tiktoken: Tokenizer) -> None:
-    assert (tiktoken.bos_id, tiktoken.eos_id, tiktoken.vocab_size) == (262, 263, 270)
-
-
-def test_a_missing_rank_file_is_named(tiktoken: Tokenizer, tmp_path: Path) -> None:
-    folder = tmp_path / "artefact"
-    folder.mkdir()
-    tiktoken.save(folder)
-    (folder / "tokenizer.model").unlink()
-    with pytest.raises(DataError, match=rf"{folder}.*tokenizer.model"):
-        load_tokenizer(folder)
 
 
 def json_file(path: Path, text: str) -> TokenizerConfig:

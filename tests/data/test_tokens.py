@@ -32,10 +32,9 @@ def test_windows_cross_shards(tmp_path: Path, vocab_size: int, shard_tokens: int
     for start, length in [(0, len(written)), (0, 1), (60, 10), (len(written) - 1, 1), (10, 0), (len(written), 0)]:
         window = stream.window(start, length)
         assert window.dtype == np.int64 and np.array_equal(window, written[start : start + length])
-
-
-def test_ids_have_the_smallest_width() -> None:
-    assert token_dtype(65_536).itemsize == 2 and token_dtype(65_537).itemsize == 4
+    for start, length in [(-1, 2), (len(written), 1), (0, len(written) + 1)]:
+        with pytest.raises(IndexError, match="outside"):
+            stream.window(start, length)
 
 
 def test_an_id_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -44,14 +43,7 @@ def test_an_id_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         with pytest.raises(OverflowError, match="token id"):
             TokenWriter(tmp_path, "a", token_dtype(300)).add(document)
     TokenWriter(tmp_path, "a", token_dtype(300)).add([0, 65_535])
-
-
-def test_windows_outside_are_refused(tmp_path: Path) -> None:
-    written, shards = write(tmp_path)
-    stream = TokenStream(tmp_path, shards, token_dtype(300))
-    for start, length in [(-1, 2), (len(written), 1), (0, len(written) + 1)]:
-        with pytest.raises(IndexError, match="outside"):
-            stream.window(start, length)
+    assert token_dtype(65_536).itemsize == 2 and token_dtype(65_537).itemsize == 4
 
 
 def test_sequences_leave_a_token_for_the_last_label(tmp_path: Path) -> None:

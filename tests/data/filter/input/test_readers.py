@@ -92,14 +92,10 @@ def test_a_folder_for_the_datasets_library(tmp_path):
     assert input_parts(InputConfig(dataset=str(folder)))[0].fingerprint != before
     with pytest.raises(ConfigError, match=r"^dataset=.*: cannot be read: "):
         read(dataset=str(tmp_path / "none"))
-
-
-def test_a_data_set_has_keys():
     given = {key: f"{{prompt}} {key} {{response}}" for key in RECORD_KEYS if key != "messages_key"}
-    (part,) = input_parts(InputConfig(dataset="a set", **given))
-    assert part.keys == {**given, "messages_key": None}
-    (part,) = input_parts(InputConfig(dataset="a set", messages_key="chat"))
-    assert part.keys["messages_key"] == "chat"
+    for keys in (given, {"messages_key": "chat"}):
+        (part,) = input_parts(InputConfig(dataset="a set", **keys))
+        assert part.keys == {key: getattr(InputConfig(dataset="a set"), key) for key in RECORD_KEYS} | keys
 
 
 def test_a_data_set_that_was_saved_to_disk(tmp_path):
@@ -226,31 +222,28 @@ def test_wrong_inputs_are_refused(tmp_path):
 MIXED = [b"{", b'{"text": "\xff"}', b'{"no": 1}']
 
 
-def mixed(path: Path) -> Path:
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
     lines = [json.dumps(row).encode() for row in prose(40)]
     lines[10:10] = MIXED
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
+    (tmp_path / "in.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    return tmp_path / "in.jsonl"
 
 
-def test_malformed_records_are_dropped_and_counted(tmp_path):
-    done = filtered(mixed(tmp_path / "in.jsonl"), tmp_path / "out")
+@pytest.mark.parametrize("on_error, malformed", [(OnError.drop, 3), (OnError.keep, 0)])
+def test_malformed_records_are_counted(tmp_path, mixed, on_error, malformed):
+    done = filtered(mixed, tmp_path / "out", on_error=on_error)
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert audit["reasons"]["malformed"]["documents"] == 3 and audit["totals"]["in"]["documents"] == 43
-    malformed = [row["id"] for row in rows_of(done) if row["reason"] == "malformed"]
-    assert malformed == ["in.jsonl:11", "in.jsonl:12", "in.jsonl:13"]
-    assert not set(kept(tmp_path / "out")) & set(MIXED)
+    assert audit["reasons"]["malformed"]["documents"] == malformed and audit["totals"]["in"]["documents"] == 43
+    rows = [(row["id"], row["reason"]) for row in rows_of(done) if row["domain"] == "unreadable"]
+    reason = "malformed" if malformed else "protected"
+    assert rows == [(f"in.jsonl:{line}", reason) for line in (11, 12, 13)]
+    assert [line for line in kept(tmp_path / "out") if line in MIXED] == ([] if malformed else MIXED)
 
 
-def test_malformed_records_are_kept_or_refused(tmp_path):
-    source = mixed(tmp_path / "in.jsonl")
-    done = filtered(source, tmp_path / "out", on_error=OnError.keep)
-    assert [line for line in kept(tmp_path / "out") if line in MIXED] == MIXED
-    assert {row["reason"] for row in rows_of(done) if row["domain"] == "unreadable"} == {"protected"}
-    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert audit["reasons"]["malformed"]["documents"] == 0 and audit["totals"]["in"]["documents"] == 43
+def test_a_malformed_record_may_end_the_filter(tmp_path, mixed):
     with pytest.raises(ConfigError, match=r"input=in\.jsonl:11: cannot be read: Expecting .*; try on_error=drop"):
-        filtered(source, tmp_path / "fail", on_error=OnError.fail)
+        filtered(mixed, tmp_path / "out", on_error=OnError.fail)
 
 
 def test_empty_prompts_and_responses(tmp_path):
