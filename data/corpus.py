@@ -73,12 +73,12 @@ class Corpus:
         return self.manifest.get("packing", {}).get("row_tokens")
 
     def padding(self, source: str) -> float:
-        """Share of a source's training tokens that are padding."""
+        """Return the share of a source's training tokens that are padding."""
         counts = self._counts(source)
         return counts.get("padding", 0) / max(counts["tokens"], 1)
 
     def cut_documents(self, source: str) -> float:
-        """Share of a source's training documents that do not lie in one sequence of `data.pack_seq_len` tokens."""
+        """Return the share of a source's training documents that sequences of `data.pack_seq_len` tokens cut."""
         counts = self._counts(source)
         return counts.get("cut", 0) / counts["documents"]
 
@@ -175,7 +175,7 @@ def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
 
 
 def _sample(sources: list[Source], size: int) -> Iterator[str]:
-    """The first training documents of each source, an equal share of `size` characters each."""
+    """Yield the first training documents of each source, an equal share of `size` characters each."""
     for source in sources:
         left = size // len(sources)
         for document in source.documents():
@@ -304,12 +304,12 @@ class _SourceWriter:
             self.counts[TRAIN]["padding"] += sequence.space
 
     def _padding(self, begin: int, length: int) -> int:
-        """Padding before a document: up to the next multiple of `align`, unless the document ends before that."""
+        """Compute the padding before a document: up to a multiple of `align`, unless the document ends before that."""
         left = -begin % self.config.align if self.config.align is not None else 0
         return left if length > left else 0
 
     def _limit(self, ids: Any, counts: Counter[str]) -> Any:
-        """The ids to keep of a document, None to drop it."""
+        """Return the ids to keep of a document, None to drop it."""
         limit, policy = self.config.limit_tokens, self.config.long_documents
         if limit is None or len(ids) <= limit or policy is LongDocuments.split:
             return ids

@@ -78,7 +78,7 @@ def make_loaders(
 
 
 def _sequences_left(corpus: Corpus, name: str, seq_len: int, limit: float, taken: Mapping[int, Counter[str]]) -> int:
-    """Sequences that a source has left: of its limit in epochs, less what sequences of any length took."""
+    """Count what a source has left: its limit in epochs, less what sequences of any length took."""
     stream = corpus.stream(name, TRAIN)
     # as it was written: 0.29 of 100 sequences are 29, which floating point makes 28
     left = Fraction(str(limit))
@@ -89,7 +89,7 @@ def _sequences_left(corpus: Corpus, name: str, seq_len: int, limit: float, taken
 
 
 def _used_up(corpus: Corpus, phase: PhaseSpec, samples: int, max_epochs: Mapping[str, float]) -> ConfigError:
-    """The error for a phase with fewer samples than it needs, with the steps that fit."""
+    """Make the error for a phase with fewer samples than it needs, with the steps that fit."""
     fitting = samples * phase.steps // phase.samples
     names = [name for name, weight in phase.weights.items() if weight]
     parts = [

@@ -106,12 +106,12 @@ class Loader:
                 raise ConfigError(f"data.sources.{name}", None, f"{reason}; add text or lower training.seq_len")
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
-        """Sequences [start, stop) of the global batch of `step`, counted from the start of the phase."""
+        """Return sequences [start, stop) of the global batch of `step`, counted from the start of the phase."""
         stop = self.global_batch_size if stop is None else stop
         return self.samples(range(step * self.global_batch_size + start, step * self.global_batch_size + stop))
 
     def samples(self, ordinals: Sequence[int]) -> Batch:
-        """The samples with these ordinals, counted from the start of the phase."""
+        """Return the samples with these ordinals, counted from the start of the phase."""
         sources, sequences = self.locate(np.asarray(ordinals, np.int64))
         windows = np.empty((len(ordinals), self.seq_len + 1), np.int64)
         for window, source, sequence in zip(windows, sources.tolist(), sequences.tolist(), strict=True):
@@ -119,7 +119,7 @@ class Loader:
         return self._assemble(windows, self._in_corpus[sources])
 
     def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source of each sample, as an index into `blend.names`, and sequence of its stream."""
+        """Find the source of each sample, as an index into `blend.names`, and its sequence in the stream."""
         sources, sequences, start = np.empty_like(ordinals), np.empty_like(ordinals), 0
         order = np.argsort(ordinals, kind="stable")
         ascending = ordinals[order]
@@ -132,11 +132,10 @@ class Loader:
         return sources, sequences
 
     def num_held_out(self, source: str) -> int:
-        """Sequences of the source's held-out stream."""
         return self.corpus.stream(source, HELD_OUT).num_sequences(self.seq_len)
 
     def held_out(self, source: str, start: int, stop: int) -> Batch:
-        """Sequences [start, stop) of the source's held-out stream, in its order."""
+        """Return sequences [start, stop) of the source's held-out stream, in its order."""
         stream = self.corpus.stream(source, HELD_OUT)
         windows = np.empty((stop - start, self.seq_len + 1), np.int64)
         for sequence, window in enumerate(windows, start):
@@ -144,8 +143,8 @@ class Loader:
         return self._assemble(windows, np.full(stop - start, self.corpus.sources.index(source)))
 
     def _range_around(self, ordinal: int) -> SequenceRange:
-        """Source and sequence of a sample and its neighbours, cached because steps follow each other. Threads may call
-        at once, so the result is not read from the cache again.
+        """Locate a sample and its neighbours. The last result is cached, because steps follow each other. Threads may
+        call at once, so the result is not read from the cache again.
         """
         last = self._last
         if not last.begin <= ordinal < last.begin + len(last.sources):
@@ -158,7 +157,7 @@ class Loader:
         return last
 
     def _shuffled(self, source: int, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sequences of its stream that come at these ordinals of a source's order."""
+        """Return the sequences at these ordinals of a source's order."""
         count = self._streams[source].num_sequences(self.seq_len)
         epochs, sequences = np.divmod(ordinals, count)
         for epoch in np.unique(epochs):
@@ -183,7 +182,7 @@ class Loader:
 
 
 def _sequence_shares(weights: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
-    """Shares of the sequences that make `weights` the shares of tokens without padding."""
+    """Return the shares of sequences that make `weights` the shares of tokens without padding."""
     total = sum(weights.values())
     for name, weight in weights.items():
         corpus.stream(name, TRAIN)

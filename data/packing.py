@@ -60,7 +60,7 @@ class Packer:
         return self._flush(keep_half=False)
 
     def _cut(self, ids: Sequence[int], name: str | None) -> Iterator[DocumentPiece]:
-        """Whole sequences, then the rest. Each begins with BOS, or it would continue the document before it."""
+        """Yield whole sequences, then the rest. Each begins with BOS, or it would continue the document before it."""
         space, rest = self.seq_len - 1, np.asarray([*ids, self.eos_id], np.int32)
         bos = np.array([self.bos_id], np.int32)
         while len(rest) > space:

@@ -76,7 +76,7 @@ class BlockShares:
             self.block *= 2
 
     def at(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source of every sample in a block, and its index among that source's samples."""
+        """Return the source of every sample in a block, and its index among that source's samples."""
         before, after = self.counts(block), self.counts(block + 1)
         edges = np.cumsum([0, *(b - a for a, b in zip(before, after, strict=True))])
         place = permute(np.arange(self.block), self.block, key_of(self.key, block))
@@ -87,7 +87,7 @@ class BlockShares:
         return source, within
 
     def counts(self, blocks: int) -> list[int]:
-        """Samples of each source in the first `blocks`; they add up exactly. Python integers: no overflow."""
+        """Count the samples of each source in the first `blocks`; they add up exactly. Python integers: no overflow."""
         ends = [blocks * self.block * bound // _SCALE for bound in self._bounds]
         return [b - a for a, b in pairwise(ends)]
 
@@ -150,7 +150,7 @@ class Blend:
         return self.segments[-1].end if self.segments else 0
 
     def range_around(self, ordinal: int) -> SampleRange:
-        """The samples around one. Raises `IndexError` if the sources are used up before it."""
+        """Return the samples around one. Raises `IndexError` if the sources are used up before it."""
         if ordinal < 0 or (self.samples is not None and ordinal >= self.samples):
             raise IndexError(f"sample {ordinal} lies outside the blend's {self.samples}")
         segment = self._segment(ordinal)
@@ -162,7 +162,7 @@ class Blend:
         return SampleRange(begin, sources, within + segment.before[sources])
 
     def counts(self, samples: int) -> dict[str, int]:
-        """Samples of each source among the first `samples`. Raises `IndexError` if there are fewer."""
+        """Count the samples of each source among the first `samples`. Raises `IndexError` if there are fewer."""
         if not samples:
             return dict.fromkeys(self.names, 0)
         here = self.range_around(samples - 1)
@@ -176,7 +176,7 @@ class Blend:
 
 
 def _until_used_up(shares: BlockShares, left: Sequence[int | None]) -> list[int] | None:
-    """Samples of each source when the first one would exceed what it has left; None: no source has a limit.
+    """Count the samples of each source when the first one would exceed what it has left; None: no source has a limit.
 
     Counts never fall from block to block, so the block is found by bisection.
     """

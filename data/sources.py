@@ -62,7 +62,7 @@ def make_source(name: str, config: SourceConfig, data: DataConfig) -> Source:
 
 
 def is_held_out(origin: str, share: float) -> bool:
-    """Whether a document of this origin is held out; true for `share` of all origins."""
+    """Decide whether a document of this origin is held out; true for `share` of all origins."""
     return key_of("held out", origin) < share * 2**64
 
 
@@ -97,7 +97,7 @@ class BuiltinSource:
                 yield Document(text, held_out, name=file.name)
 
     def _held_out_paragraphs(self) -> set[str]:
-        """Paragraphs of held-out pydoc topics, which repeat each other; files are split by their content already."""
+        """Collect the paragraphs of held-out pydoc topics, which repeat each other."""
         if self.section is not Section.pydoc:
             return set()
         held_out = (file for file in self._files if is_held_out(file.origin, self.share))

@@ -93,7 +93,6 @@ class JsonTokenizer:
         write_json(directory / _DESCRIPTION, {"kind": "tokenizer_json", "bos": self._bos, "eos": self._eos})
 
     def content(self) -> dict[str, Any]:
-        """The parsed `tokenizer.json`."""
         return json.loads(self._path.read_text())
 
     def decode_special(self, index: int) -> str:
@@ -214,7 +213,6 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def from_file(config: TokenizerConfig) -> Tokenizer:
-    """Load the tokenizer at `config.path`."""
     path = Path(str(config.path)).expanduser()
     if not path.is_file():
         raise ConfigError("data.tokenizer.path", config.path, "no such file")

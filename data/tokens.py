@@ -98,11 +98,11 @@ class TokenStream:
         return self._ends[-1] if self._ends else 0
 
     def num_sequences(self, seq_len: int) -> int:
-        """Sequences of `seq_len` tokens, each followed by a token for its last label."""
+        """Count the sequences of `seq_len` tokens, each followed by a token for its last label."""
         return max(0, (len(self) - 1) // seq_len)
 
     def window(self, start: int, length: int) -> NDArray[np.int64]:
-        """Tokens [start, start + length)."""
+        """Return tokens [start, start + length)."""
         tokens = np.empty(length, np.int64)
         self.read(start, tokens)
         return tokens

@@ -79,7 +79,7 @@ class FilteredSource:
         return DataError(f"the documents of {self.name} changed while they were filtered: run again")
 
     def _reasons(self) -> Iterator[str | None]:
-        """Why each of this source's training documents is dropped, in order; None: it is kept."""
+        """Yield why each of this source's training documents is dropped, in order; None: it is kept."""
         for shard in self.done.records.shards:
             if self.done.records.read(shard, ["domain"])["domain"][0].as_py() == self.name:
                 table = self.done.decided.read(shard, ["kept", "reason"])

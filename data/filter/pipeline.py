@@ -187,7 +187,6 @@ class Filter:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all records."""
         return sum(int(np.sum(table["tokens"].to_numpy())) for _, table in self.screened.tables(["tokens"]))
 
     # -- screen
@@ -219,7 +218,7 @@ class Filter:
         self.screened.make(self.records.shards, self.workers, screen)
 
     def _problems(self, shard: str) -> list[str | None]:
-        """Why each record is malformed, with the start of its bytes; None: it is not."""
+        """Return why each record is malformed, with the start of its bytes; None: it is not."""
         problems = self.records.read(shard, ["problem"])["problem"]
         if problems.null_count == len(problems):
             return [None] * len(problems)
@@ -235,13 +234,13 @@ class Filter:
         return dict(zip(self.screened.shards, found, strict=True))
 
     def reasons(self, shard: str) -> list[str | None]:
-        """Why records are dropped before they are scored; None: they are not."""
+        """Return why records are dropped before they are scored; None: they are not."""
         reasons: list[str | None] = self.screened.read(shard, ["reason"])["reason"].to_pylist()
         copies = [copy.reason.name if copy else None for copy in self.duplicates[shard]]
         return [reason or copy for reason, copy in zip(reasons, copies, strict=True)]
 
     def details(self, shard: str) -> list[str | None]:
-        """The detail of each reason; see `Reason.describe`."""
+        """Return the detail of each reason; see `Reason.describe`."""
         details: list[str | None] = self.screened.read(shard, ["detail"])["detail"].to_pylist()
         copies = self.duplicates[shard]
         originals = np.array([copy.of for copy in copies if copy is not None], np.int64)
@@ -250,7 +249,6 @@ class Filter:
 
     @cached_property
     def _ids(self) -> Any:
-        """Ids of all records, in order."""
         import pyarrow
 
         return pyarrow.concat_tables([table for _, table in self.records.tables(["id"])])["id"]
@@ -293,7 +291,7 @@ class Filter:
         return self.scored.has(shard) and bool(self.scored.read(shard, ["why"])["why"].is_valid().to_numpy().any())
 
     def _with_scores(self, shard: str, columns: dict[str, Any], places: list[int]) -> Any:
-        """The shard's table with the scores of the records at `places`, or why they have none."""
+        """Make the shard's table with the scores of the records at `places`, or why they have none."""
         records = self.rows(shard)
         if places:
             for name, scores in self._scores([records[place] for place in places]).items():
@@ -312,7 +310,6 @@ class Filter:
         return ["score", *(OTHER + name for name in (scorer.others if isinstance(scorer, CompositeScorer) else ()))]
 
     def _scores(self, records: Sequence[Record]) -> dict[str, NDArray[np.float64]]:
-        """The values of these columns."""
         scorer = self.job.scorer
         if not isinstance(scorer, CompositeScorer):
             return {"score": scorer.score(records)}
@@ -348,7 +345,7 @@ class Filter:
         return sorted(found)
 
     def _shard_scores(self, shard: str) -> tuple[ShardScores, NDArray[np.int64]]:
-        """Scores of the records that passed the screen, and their rows in the shard."""
+        """Read the scores of the records that passed the screen, and their rows in the shard."""
         import pyarrow.compute
 
         scored = self.scored.read(shard, ["score", "reason"])
@@ -402,14 +399,14 @@ class Filter:
         self.decided.make(self.records.shards, self.workers, decide)
 
     def _hash_of_scores(self, noise: float | None) -> str:
-        """Other scores under the same key make other decisions."""
+        """Hash the scores: other ones under the same key make other decisions."""
         digest = hashlib.sha256(repr(noise).encode())
         for _, table in self.scored.tables(["score"]):
             digest.update(table["score"].to_numpy().tobytes())
         return digest.hexdigest()
 
     def _noise(self) -> float | None:
-        """The score above which a record is noise. Scores of the clean texts are stored like the others."""
+        """Return the score above which a record is noise. Scores of the clean texts are stored like the others."""
         if not self.job.clean:
             return None
         name = f"clean-{self._clean[:16]}"
@@ -438,7 +435,7 @@ def _printable(raw: bytes | None) -> str:
 
 
 def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reason | None, str | None]:
-    """Why a record is dropped, and the evaluation set that it shares text with."""
+    """Return why a record is dropped, and the evaluation set that it shares text with."""
     reason = gates(record)
     if reason is None and (name := sets(record.text)) is not None:
         return Reason.contaminated, name
@@ -458,7 +455,7 @@ def _signature_columns(found: Signatures) -> dict[str, Any]:
 
 
 def _signatures(table: Any) -> Signatures:
-    """Signatures of a shard; dropped records get an exact one of their own, so that they are nobody's original."""
+    """Read the signatures of a shard. Dropped records get a unique exact one, so that they are not originals."""
     out = table["reason"].is_valid().to_numpy()
     exact = np.frombuffer(b"".join(table["exact"].to_pylist()), np.uint64).reshape(len(table), -1).copy()
     near = np.frombuffer(b"".join(table["near"].to_pylist()), np.uint32).reshape(len(table), -1)
@@ -467,7 +464,7 @@ def _signatures(table: Any) -> Signatures:
 
 
 def _one_line(text: str) -> str:
-    """The start of what a server or verifier said, in characters that a file can hold."""
+    """Shorten what a server or verifier said, to characters that a file can hold."""
     return " ".join(text.split())[:_SHOWN].encode("utf-8", "replace").decode()
 
 
@@ -482,7 +479,7 @@ def _records_table(rows: Sequence[Record | MalformedRecord]) -> Any:
 
 
 def _table(**columns: Any) -> Any:
-    """A table; columns that are all null keep their type, so that shards fit together."""
+    """Make a table. Columns that are all null keep their type, so that shards fit together."""
     import pyarrow
 
     strings = ("id", "domain", "source", "text", "problem", "reason", "detail", "why")

@@ -181,7 +181,7 @@ def _line(row: dict[str, Any], place: str) -> str:
 
 
 def _for_json(value: Any) -> Any:
-    """Bytes as {"base64": text}, NaN and infinity as null, dates in ISO form. Raises `TypeError` for other types."""
+    """Convert bytes to {"base64": text}, NaN and infinity to null, dates to ISO form. Raises `TypeError` for others."""
     match value:
         case float():
             return value if math.isfinite(value) else None

@@ -32,7 +32,7 @@ class Record:
 
     @property
     def content(self) -> str:
-        """Hash of what a scorer may depend on."""
+        """The hash of what a scorer may depend on."""
         return sha256_text(self.text, str(self.answer_start))
 
 

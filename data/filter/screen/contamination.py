@@ -47,7 +47,7 @@ def _any_in(wanted_W: NDArray[np.uint64], sorted_N: NDArray[np.uint64]) -> bool:
 
 
 def _ngrams(name: str, path: str, length: int) -> NDArray[np.uint64]:
-    """The distinct n-gram hashes of a set, sorted."""
+    """Return the distinct n-gram hashes of a set, sorted."""
     key = f"contamination.sets.{name}"
     try:
         files = [file for _, file in find_files(path)]

@@ -185,7 +185,7 @@ def _buckets(columns_NW: NDArray[np.uint32]) -> Iterable[NDArray[np.intp]]:
 
 
 def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Factors (odd, so that h -> a h + b modulo 2^32 is a bijection) and offsets, the same on every machine."""
+    """Return factors (odd, so that h -> a h + b modulo 2^32 is a bijection) and offsets, the same on every machine."""
     numbers = [xxhash.xxh3_64_intdigest(f"signature {place}".encode()) for place in range(PLACES)]
     return (
         np.array([(number >> 32) | 1 for number in numbers], np.uint32),
@@ -196,7 +196,7 @@ def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
 def _minima(
     runs_R: NDArray[np.uint32], factors_P: NDArray[np.uint32], offsets_P: NDArray[np.uint32]
 ) -> NDArray[np.uint32]:
-    """The smallest permuted hash per place, in blocks that fit the cache."""
+    """Return the smallest permuted hash per place, in blocks that fit the cache."""
     lowest = np.full(len(factors_P), 0xFFFFFFFF, np.uint32)
     for start in range(0, len(runs_R), _BLOCK):
         block = runs_R[start : start + _BLOCK]

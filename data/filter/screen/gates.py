@@ -114,14 +114,14 @@ class Gates:
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
-    """One number per character, also for half of a surrogate pair."""
+    """Return one number per character, also for half of a surrogate pair."""
     if text.isascii():
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint32)
 
 
 def repeated_share(codes_N: NDArray[np.uint32]) -> float:
-    """Share of windows of characters that occurred before in the text: 1 - 1/k for k rounds of a loop."""
+    """Return the share of windows of characters that occurred before in the text: 1 - 1/k for k rounds of a loop."""
     window = _WINDOW if len(codes_N) < _LONG_TEXT else _LONG_WINDOW
     count = len(codes_N) - window + 1
     if count < 2:
@@ -165,7 +165,7 @@ def order_of(text: str, kinds_N: NDArray[np.uint8]) -> Order:
 
 
 def triple_excess(codes_N: NDArray[np.intp]) -> float:
-    """Coincidences of equal runs of three, divided by those expected at random from the same characters.
+    """Count coincidences of equal runs of three, divided by those expected at random from the same characters.
 
     With counts c_a of N characters two places agree with probability p = sum of c_a (c_a - 1) / (N (N - 1)), two runs
     of three with about p^3. Both sides are increased by 2, so that few runs count little.
@@ -182,7 +182,7 @@ def triple_excess(codes_N: NDArray[np.intp]) -> float:
 
 
 def pair_excess(pairs_P: NDArray[np.intp]) -> float:
-    """Coincidences of equal pairs, divided by those expected at random from the same first and second letters.
+    """Count coincidences of equal pairs, divided by those expected at random from the same first and second letters.
 
     With counts c_ab and their sums r_a and s_b of P pairs, the expectation of c_ab (c_ab - 1) is r_a (r_a - 1) s_b
     (s_b - 1) / (P (P - 1)), without bias at any length. Both sides are increased by 2.
@@ -200,7 +200,7 @@ def _coincidences(counts: NDArray[np.intp]) -> float:
 
 
 def restless(kinds_N: NDArray[np.uint8]) -> bool:
-    """Whether the kind of character changes as often as in random characters, with capitals inside words.
+    """Decide whether the kind of character changes as often as in random text, with capitals inside words.
 
     Formulas and tables of single digits change as often, but have no capitals inside words.
     """
@@ -210,7 +210,7 @@ def restless(kinds_N: NDArray[np.uint8]) -> bool:
 
 
 def shuffled(text: str, codes_N: NDArray[np.uint32], kinds_N: NDArray[np.uint8], order: Order) -> bool:
-    """Whether the letters are in random order. Tables of numbers, also hexadecimal, are not judged."""
+    """Decide whether the letters are in random order. Tables of numbers, also hexadecimal, are not judged."""
     letters_N = kinds_N <= _CAPITAL
     share = int(np.count_nonzero(letters_N)) / max(1, int(np.count_nonzero(kinds_N != _SPACE)))
     if share < 0.15 or np.count_nonzero(np.bincount(codes_N[letters_N] % _ALPHABET)) < 10:
@@ -221,7 +221,7 @@ def shuffled(text: str, codes_N: NDArray[np.uint32], kinds_N: NDArray[np.uint8],
 
 
 def _kinds_of_characters() -> NDArray[np.uint8]:
-    """The kind of every code point below `_CODES`. A code point that this Python does not know is not a character."""
+    """Tabulate the kind of every code point below `_CODES`. Code points unknown to this Python are not characters."""
     first = {"L": _LETTERS, "M": _LETTERS, "N": _DIGIT, "P": _SIGN, "S": _SIGN, "Z": _SPACE, "C": _NO_CHARACTER}
     exceptions = {"Lu": _CAPITAL, "Lt": _CAPITAL, "Cf": _LETTERS}  # joiners stand inside of words
     kinds = {f"{a}{b}": first[a] for a in first for b in "acdefiklmnopstu"} | exceptions

@@ -19,14 +19,14 @@ _ASCII_WORDS = re.compile("[0-9a-z]+")
 
 
 def canonical(text: str) -> str:
-    """Case folded, composed (NFC), with single spaces. Not NFKC, which would turn a superscript 2 into 2."""
+    """Fold case, compose (NFC) and join with single spaces. Not NFKC, which would turn a superscript 2 into 2."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
     return " ".join(text.lower().split()) if text.isascii() else " ".join(text.split())
 
 
 def words(text: str) -> list[str]:
-    """Words without punctuation, case folded, in compatibility form (NFKC: no ligatures or full-width forms)."""
+    """Return words without punctuation, case folded, in compatibility form (NFKC: no ligatures)."""
     if text.isascii():
         return _ASCII_WORDS.findall(text.lower())
     return _WORDS.findall(unicodedata.normalize("NFKC", text).casefold())
