@@ -130,10 +130,7 @@ def test_a_killed_filter_resumes(corpora, folders, tmp_path, no_page, monkeypatc
             r"data\.filter\.contamination\.sets\.mine=/none: no such file",
         ),
         ({"select": {"clean": "/none"}}, r"data\.filter\.select\.clean=/none: no such file"),
-        (
-            {"gates": {"min_characters": 10**6}},
-            r"data\.sources\.prose: .*data\.filter drops all of it \(.*too_short",
-        ),
+        ({"gates": {"min_characters": 10**6}}, r"data\.sources\.prose: .*data\.filter drops all of it \(.*too_short"),
     ],
 )
 def test_wrong_rules_are_refused_with_their_key(folders, tmp_path, no_page, rules, message):
