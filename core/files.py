@@ -7,15 +7,14 @@ full disk leaves the old content in place.
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from fsspec.registry import known_implementations
 
@@ -90,13 +89,6 @@ def remove_tree(path: Path) -> None:
     elif path.exists():
         store: Any = path
         store.fs.rm(store.path, recursive=True)
-
-
-@contextmanager
-def unzipped(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file to read bytes; a .gz file is decompressed."""
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else nullcontext(raw) as file:
-        yield cast(IO[bytes], file)
 
 
 def append_json_line(path: Path, value: Any) -> None:

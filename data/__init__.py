@@ -1,1 +1,1 @@
-"""From text to batches: sources, tokenizer, token shards, and an order that is a pure function of the step."""
+"""From text to batches: sources, tokenizer, token shards, and a sample order that is a pure function of the step."""

@@ -1,7 +1,7 @@
-"""The built-in corpus: the Python standard library's source on this machine. Real text, four domains, no download.
+"""Read the built-in corpus: the Python standard library's source on this machine, in four domains, without download.
 
-The held-out split is decided by a hash of the source file's content before anything is extracted from it, so that
-copies of a file, and a file's docstrings, fall on its side. Content differs between Python versions.
+A hash of the source file's content decides its side of the held-out split, so copies of a file and its docstrings fall
+on the same side. Content differs between Python versions.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from data.config import Section
 _SKIPPED = frozenset({"site-packages", "dist-packages", "lib-dynload", "__pycache__", "pydoc_data"})
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _SHARED_PARAGRAPH = 80
-"""Paragraphs of at least this many characters count as a leak where both sides of the split have them."""
+"""Paragraphs of at least this many characters count as a leak if both sides of the split have them."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of the library, unread text and all. `origin` is hashed for the split."""
+    """A file of the library. `origin` is hashed for the split."""
 
     name: str
     content: bytes
@@ -39,7 +39,7 @@ def standard_library() -> Path:
 
 
 def files(section: Section, root: Path | None = None) -> list[File]:
-    """The files that a section is made of, by name. pydoc's topics count as files of their own."""
+    """List the files of a section by name. Each topic of pydoc counts as a file."""
     if section is Section.pydoc:
         return [File(f"pydoc/{name}", text.encode(), f"pydoc/{name}") for name, text in sorted(_topics().items())]
     root = root or standard_library()
@@ -54,7 +54,7 @@ def files(section: Section, root: Path | None = None) -> list[File]:
 
 
 def _python_files(root: Path) -> list[Path]:
-    """Sorted; skipped folders are not even listed, since site-packages may hold more files than the library."""
+    """Sorted. Skipped folders are not listed, since site-packages may hold more files than the library."""
     found = []
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in _SKIPPED]
@@ -63,8 +63,8 @@ def _python_files(root: Path) -> list[Path]:
 
 
 def text_of(file: File, section: Section) -> str | None:
-    """The document that a file gives, empty where it has no docstrings. None where it is not what its encoding line
-    says or no Python: the library ships such files to test its own parser.
+    """Return the document of a file, empty if it has no docstrings. None if its encoding line is wrong or it is not
+    Python: the library ships such files to test its own parser.
     """
     if section is Section.pydoc:
         return file.content.decode()
@@ -73,16 +73,15 @@ def text_of(file: File, section: Section) -> str | None:
 
 
 def without_paragraphs(text: str, unwanted: set[str]) -> str:
-    """The text less every paragraph that is in `unwanted`. pydoc's topics repeat each other's paragraphs: training must
-    not see those of held-out topics. (Splitting by groups of topics that share one would leave little choice: in Python
-    3.11 one group holds 40% of the text.)
+    """Remove every paragraph that is in `unwanted`. Topics of pydoc repeat paragraphs, and training must not see
+    those of held-out topics. (Splitting by groups of topics that share one fails: one group is 40% of the text.)
     """
     parts = re.split(r"(\n\s*\n)", text)
     return "".join(part for part in parts if " ".join(part.split()) not in unwanted)
 
 
 def paragraphs(text: str) -> set[str]:
-    """Paragraphs long enough to give a topic away, white space normalised."""
+    """Return the paragraphs long enough to count as a leak, white space normalised."""
     found = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
     return {part for part in found if len(part) >= _SHARED_PARAGRAPH}
 
@@ -96,7 +95,7 @@ def _decode(content: bytes) -> str | None:
 
 
 def _docstrings(text: str) -> str | None:
-    """All docstrings of a file, one after the other: its reference manual."""
+    """Return all docstrings of a file, one after the other."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in the library's own files

@@ -1,4 +1,4 @@
-"""What a run is trained on: sources, tokenizer, and the rules that documents go through."""
+"""Configuration of a run's data: sources, tokenizer, packing and filter."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class SourceKind(Enum):
     builtin = "builtin"
     """The Python standard library's own source on this machine: real text, no download."""
     files = "files"
-    """parquet, jsonl (also .gz) or text files, told apart by their suffix."""
+    """jsonl (also .gz, .zst), parquet or text files, by suffix."""
     huggingface = "huggingface"
-    """A data set of the Hugging Face hub or in its form on disk, streamed."""
+    """A data set of the Hugging Face hub, or a folder of the `datasets` library, streamed."""
 
 
 class Section(Enum):
@@ -32,7 +32,7 @@ class Section(Enum):
 
 
 class Undecodable(Enum):
-    """What to do with bytes that are no UTF-8: stop, leave the document out, or put U+FFFD in their place."""
+    """Policy for bytes that are not UTF-8: stop, drop the document, or replace them by U+FFFD."""
 
     fail = "fail"
     drop = "drop"
@@ -40,9 +40,7 @@ class Undecodable(Enum):
 
 
 class LongDocuments(Enum):
-    """What to do with a document of more than `limit_tokens`: keep it all (rows cut it where they end), cut it off
-    there, leave it out, or stop.
-    """
+    """Policy for a document longer than `limit_tokens`: split it over sequences, truncate or drop it, or stop."""
 
     split = "split"
     truncate = "truncate"
@@ -51,8 +49,8 @@ class LongDocuments(Enum):
 
 
 class Packing(Enum):
-    """How documents become rows. `greedy`: one after the other; rows cut them where they end. `best_fit`: each is put
-    whole into the row that it fills best, what is longer than a row is cut into whole rows first (Ding et al. 2024).
+    """How documents become sequences. `greedy`: concatenated; sequences cut them. `best_fit`: each document goes whole
+    into the sequence that it fills best; only documents longer than a sequence are cut (Ding et al. 2024).
     """
 
     greedy = "greedy"
@@ -68,27 +66,27 @@ class TokenizerKind(Enum):
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source is one domain; its name is its key in `data.sources`.
-
-    `weight`: its share of the training tokens (less padding), relative to the others'. `max_epochs`: after so many
-    times it is left out of the run and the others take its share; null: no limit. `max_bytes` ends the source with the
-    document that reaches so much training text. `held_out_path`: held-out documents come from there instead of being
-    split off. Both paths may be URLs of any filesystem that fsspec has a driver for.
-    """
+    """One source is one domain; its name is its key in `data.sources`. Paths may be URLs of any fsspec filesystem."""
 
     kind: SourceKind | str = SourceKind.files
     """A name, or the import path of a class: see `data.sources.ImportedSource`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of an imported class."""
     section: Section | None = None
+    """For `builtin`: the section of the standard library."""
     path: str | None = None
+    """A file, folder or glob pattern; for `huggingface`: a name or folder."""
     subset: str | None = None
     split: str = "train"
     text_key: str = "text"
     weight: float = 1.0
+    """Share of the training tokens without padding, relative to the other sources."""
     max_epochs: float | None = None
+    """Epochs after which the source is dropped and the others take its share; null: no limit."""
     max_bytes: int | None = None
+    """End the source with the document that reaches this much training text; null: read all."""
     held_out_path: str | None = None
+    """Read held-out documents from here instead of splitting them off."""
 
     def __post_init__(self) -> None:
         if self.kind is SourceKind.builtin and self.section is None:
@@ -99,13 +97,9 @@ class SourceConfig:
             raise ConfigError("path", self.path, f"a source of kind {self.kind.name} needs a path")
         if self.kind is not SourceKind.files and self.held_out_path:
             raise ConfigError("held_out_path", self.held_out_path, "works with kind=files only")
-        if self.weight <= 0:
-            raise ConfigError("weight", self.weight, "must be positive; leave the source out instead")
-        if not math.isfinite(self.weight):
-            raise ConfigError("weight", self.weight, "must be a finite number")
-        check_numbers(self, positive=("max_epochs",))
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ConfigError("max_bytes", self.max_bytes, "must be positive, or null for everything")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError("weight", self.weight, "must be positive and finite; to drop the source, remove it")
+        check_numbers(self, positive=("max_epochs", "max_bytes"))
 
 
 O200K_PATTERN = "|".join(
@@ -119,86 +113,91 @@ O200K_PATTERN = "|".join(
         r"\s+",
     ]
 )
-"""How Llama 4's tokenizer cuts text before merging pairs (the o200k form)."""
+"""The pre-tokenisation of Llama 4's tokenizer (o200k)."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`vocab_size` and `train_bytes` (how much text to train on, in characters: more bytes where it is not
-    ASCII) are for bpe, `path` for the others; `pattern` and `special_tokens` (how many ids are kept for them after the
-    ranks) for tiktoken. `bos` and `eos` name the tokens that open and close a document.
-    """
-
     kind: TokenizerKind = TokenizerKind.bpe
     path: str | None = None
+    """The file of a tokenizer that is not `bpe`."""
     vocab_size: int = 1024
+    """For `bpe`."""
     train_bytes: int = 2_000_000
+    """For `bpe`: characters of text to train on."""
     pattern: str = O200K_PATTERN
+    """For `tiktoken`: the regular expression that splits text before merging."""
     special_tokens: int = 2048
+    """For `tiktoken`: ids reserved after the ranks."""
     bos: str = "<|begin_of_text|>"
+    """Opens a document."""
     eos: str = "<|end_of_text|>"
+    """Closes a document."""
 
     def __post_init__(self) -> None:
         if self.kind is TokenizerKind.bpe and self.vocab_size < 258:
             raise ConfigError("vocab_size", self.vocab_size, "must hold 256 bytes and 2 special tokens", [512, 1024])
         if self.kind is not TokenizerKind.bpe and not self.path:
             raise ConfigError("path", self.path, f"a tokenizer of kind {self.kind.name} needs its file")
-        if self.train_bytes < 1:
-            raise ConfigError("train_bytes", self.train_bytes, "must be positive")
+        check_numbers(self, positive=("train_bytes",))
         if self.bos == self.eos:
-            raise ConfigError("eos", self.eos, "must differ from bos, which is how documents are told apart")
+            raise ConfigError("eos", self.eos, "must differ from bos, which marks where a document begins")
         if self.special_tokens < 2:
-            raise ConfigError("special_tokens", self.special_tokens, "must leave room for bos and eos", [2, 2048])
+            raise ConfigError("special_tokens", self.special_tokens, "must hold bos and eos", [2, 2048])
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`held_out`: share of the documents kept from training. `tokens`: a directory that `leviathan tokenize` made; the
-    sources are then not read. `verify`: hash the token shards before training. `align`: pad between documents, so that
-    none crosses a multiple of so many tokens but those that lie whole chunks after its start (the model's chunk: its
-    chunked layers then need nothing from other ranks of cp); null: no padding. `packing`: of training documents;
-    `pack_seq_len`: the tokens of the rows that `best_fit` makes, for which `greedy` counts how many documents are cut.
-    `prefetch`: batches made ahead of the step that takes them; 0: none. `filter`: what training documents must
-    pass (each source is a domain); held-out ones are left as they are.
-    """
-
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     tokens: str | None = None
+    """A directory that `leviathan tokenize` made. The sources are then not read."""
     held_out: float = 0.05
+    """Share of the documents to hold out from training."""
     undecodable: Undecodable = Undecodable.fail
     long_documents: LongDocuments = LongDocuments.split
     limit_tokens: int | None = None
+    """Length that `long_documents` refers to; null: no limit."""
     align: int | None = None
+    """Pad so that a document crosses multiples of this many tokens only if it starts at one. With the model's chunk
+    size, chunked attention needs nothing from other cp ranks. null: no padding."""
     packing: Packing = Packing.greedy
+    """Packing of training documents."""
     pack_seq_len: int | None = None
+    """Length of `best_fit`'s sequences; `greedy` only counts how many documents they would cut."""
     prefetch: int = 2
+    """Batches made ahead; 0: none."""
     filter: FilterRules | None = None
+    """Filter of the training documents; each source is a domain. Held-out documents are not filtered."""
     verify: bool = True
+    """Hash the token shards before training."""
     cache: str = "~/.cache/leviathan"
 
     def __post_init__(self) -> None:
         if not self.sources and not self.tokens:
             raise ConfigError("sources", None, "name at least one source, or a directory of tokens (data.tokens)")
         if self.filter is not None and self.tokens is not None:
-            raise ConfigError("filter", None, "tokens are made already: filter the documents that they are made of")
+            raise ConfigError(
+                "filter", None, "data.tokens are already made: filter the documents before `leviathan tokenize`"
+            )
         for name in self.sources:
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ConfigError(
-                    f"sources.{name}", None, "names of sources are made of letters, digits, '_', '-', '.'"
+                    f"sources.{name}", None, "a name of a source has letters, digits, '_', '-' and '.' only"
                 )
         if not 0 <= self.held_out < 1:
             raise ConfigError("held_out", self.held_out, "must lie in [0, 1)")
         if self.long_documents is not LongDocuments.split and self.limit_tokens is None:
-            reason = f"long_documents={self.long_documents.name} needs a limit"
-            raise ConfigError("limit_tokens", None, reason)
+            raise ConfigError("limit_tokens", None, f"long_documents={self.long_documents.name} needs a limit")
         check_numbers(self, positive=("limit_tokens", "align"), not_negative=("prefetch",))
         if self.pack_seq_len is not None and self.pack_seq_len < 2:
-            raise ConfigError("pack_seq_len", self.pack_seq_len, "must hold the begin of a document and a token", [2])
+            raise ConfigError("pack_seq_len", self.pack_seq_len, "must hold BOS and a token", [2])
         if self.packing is Packing.best_fit and self.pack_seq_len is None:
-            raise ConfigError("pack_seq_len", None, "packing=best_fit makes rows of so many tokens: name them")
+            raise ConfigError("pack_seq_len", None, "packing=best_fit needs the length of its sequences")
         if self.packing is Packing.best_fit and self.align is not None:
-            raise ConfigError("align", self.align, "works with packing=greedy: best_fit begins each row anew", ["null"])
+            raise ConfigError(
+                "align", self.align, "needs packing=greedy: best_fit starts each sequence with a document", ["null"]
+            )
 
     def import_paths(self) -> dict[str, str]:
         """Return the import paths of sources, scorers and verifiers by key, relative to `data`."""

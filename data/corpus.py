@@ -1,6 +1,6 @@
-"""A corpus as the trainer sees it: a directory of token shards, their manifest and the tokenizer that made them.
+"""Prepare a corpus: a directory of token shards, their manifest and the tokenizer that made them.
 
-`prepare` makes it or finds it in the cache; the key is a hash of everything that the tokens depend on.
+The cache key is a hash of everything that the tokens depend on.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import new_directory, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, Packing, TokenizerKind
-from data.filter.corpus import SourcePart, describe_filter, filtered, fingerprint
+from data.filter.corpus import SourcePart, describe_filter, filter_sources, rules_fingerprint
 from data.filter.score.factory import Models
 from data.packing import PackedSequence, Packer
 from data.sources import Document, Source, make_source
-from data.tokenizer import Tokenizer, describe, from_file, load_tokenizer, train_bpe
+from data.tokenizer import Tokenizer, from_file, load_tokenizer, train_bpe
 from data.tokens import Shard, TokenStream, TokenWriter, token_dtype, verify_shard
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 DOCUMENTS = "-documents.parquet"
 _FORMAT = 1
 _ENCODED_AT_ONCE = 1 << 22
-"""Characters: enough to keep the encoder's threads busy, little enough for memory."""
+"""Characters: enough to keep the encoder's threads busy, few enough for memory."""
 
 
 class Corpus:
@@ -51,10 +51,10 @@ class Corpus:
         try:
             tokenizer = load_tokenizer(self.directory)
         except DataError as error:
-            raise DataError(f"{error}: remove {self.directory} and run again to make it anew") from None
+            raise DataError(f"{error}: remove {self.directory} and run again to rebuild it") from None
         if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
             reason = "holds another tokenizer than its tokens were made with"
-            raise DataError(f"{self.directory} {reason}: remove it and run again to make it anew")
+            raise DataError(f"{self.directory} {reason}: remove it and run again to rebuild it")
         return tokenizer
 
     def stream(self, source: str, split: str) -> TokenStream:
@@ -65,33 +65,37 @@ class Corpus:
     @property
     def is_padded(self) -> bool:
         """Whether EOS may be repeated between documents, as padding."""
-        return "align" in self.manifest or self.row_tokens is not None
+        return "align" in self.manifest or self.packed_seq_len is not None
 
     @property
-    def row_tokens(self) -> int | None:
-        """The only context that a corpus packed in rows can be read with; None: any."""
+    def packed_seq_len(self) -> int | None:
+        """The only sequence length that a packed corpus can be read with; None: any."""
         return self.manifest.get("packing", {}).get("row_tokens")
 
     def padding(self, source: str) -> float:
-        """Share of a source's training tokens that are padding."""
-        counts = self.manifest["sources"][source][TRAIN]["counts"]
+        """Return the share of a source's training tokens that are padding."""
+        counts = self._counts(source)
         return counts.get("padding", 0) / max(counts["tokens"], 1)
 
     def cut_documents(self, source: str) -> float:
-        """Share of a source's training documents that do not lie in one row of `data.pack_seq_len` tokens."""
-        counts = self.manifest["sources"][source][TRAIN]["counts"]
+        """Return the share of a source's training documents that sequences of `data.pack_seq_len` tokens cut."""
+        counts = self._counts(source)
         return counts.get("cut", 0) / counts["documents"]
 
+    def _counts(self, source: str) -> dict[str, int]:
+        counts: dict[str, int] = self.manifest["sources"][source][TRAIN]["counts"]
+        return counts
+
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Hash this caller's share of the shards. Raises `DataError` with the file and the fix."""
+        """Hash this caller's part of the shards. Raises `DataError` with the file and the fix."""
         shards = [shard for stream in self._streams.values() for shard in stream.shards]
         for shard in shards[part::parts]:
             verify_shard(self.directory, shard)
 
 
 def open_corpus(directory: Path) -> Corpus:
-    """The corpus in `directory`. Raises `DataError` where its manifest is damaged or a shard is missing or has another
-    size.
+    """Open the corpus in `directory`. Raises `DataError` for a damaged manifest, or a shard that is missing or has
+    another size.
     """
     path = directory / MANIFEST
     try:
@@ -101,7 +105,7 @@ def open_corpus(directory: Path) -> Corpus:
         reason = f"has format {manifest['format']}, not {_FORMAT}"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"cannot be read ({type(error).__name__}: {error})"
-    raise DataError(f"{path} {reason}: remove {directory} and run again to make it anew")
+    raise DataError(f"{path} {reason}: remove {directory} and run again to rebuild it")
 
 
 def find_corpus(cache: Path, fingerprint: str) -> Corpus | None:
@@ -117,20 +121,21 @@ def find_corpus(cache: Path, fingerprint: str) -> Corpus | None:
 
 
 def prepare(config: DataConfig, report: Callable[[str], None], models: Models | None = None) -> Corpus:
-    """Tokenise the sources, or open what was made of the same sources before. One process calls it; `report` gets lines
-    on its progress, `models` is what a filter by a model's loss needs. Raises `ConfigError` with the key of what is
-    wrong with a source, `DataError` where a cached corpus is damaged or none can be written.
+    """Tokenise the sources, or open what was made of the same sources before. One process calls it.
+
+    `report` gets lines of progress; `models` serves a filter that scores by a model's loss. Raises `ConfigError` with
+    the key of a source that is wrong, `DataError` if a cached corpus is damaged or none can be written.
     """
     if config.tokens:
         given = Path(config.tokens).expanduser()
         if not (given / MANIFEST).exists():
-            reason = f"is no directory of tokens ({MANIFEST} is missing): make one with `leviathan tokenize`"
+            reason = f"is not a directory of tokens ({MANIFEST} is missing): make one with `leviathan tokenize`"
             raise ConfigError("data.tokens", config.tokens, reason)
         return open_corpus(given)
     cache = Path(config.cache).expanduser()
     sources = [make_source(name, part, config) for name, part in config.sources.items()]
     fingerprints = [source.fingerprint() for source in sources]  # which may hash all of the files
-    key = _source_key(config, fingerprints)
+    key = _cache_key(config, fingerprints)
     tokenizer = None
     if config.tokenizer.kind is not TokenizerKind.bpe:
         tokenizer = from_file(config.tokenizer)
@@ -143,25 +148,29 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
                 tokenizer = train_bpe(_sample(sources, config.tokenizer.train_bytes), config.tokenizer, cache)
             if config.filter is not None:
                 parts = [SourcePart(*pair) for pair in zip(sources, fingerprints, strict=True)]
-                sources = filtered(parts, config.filter, tokenizer, cache, report, models)
+                sources = filter_sources(parts, config.filter, tokenizer, cache, report, models)
             with new_directory(directory) as scratch:
                 _write(scratch, config, sources, tokenizer, report)
         except OSError as error:
             raise DataError(f"cannot make {directory} ({error}): free some space or set data.cache") from error
     corpus = open_corpus(directory)
-    if config.align is not None:
-        shares = ", ".join(f"{corpus.padding(name):.1%} of {name}" for name in corpus.sources)
-        report(f"documents are aligned to {config.align} tokens, for which padding is {shares}")
-    if config.pack_seq_len is not None:
-        shares = ", ".join(
-            f"{name} {corpus.cut_documents(name):.1%} and {corpus.padding(name):.1%}" for name in corpus.sources
-        )
-        report(f"rows of {config.pack_seq_len} tokens, {config.packing.name}: documents cut and padding: {shares}")
+    for line in _packing_lines(config, corpus):
+        report(line)
     return corpus
 
 
-def _source_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
-    """Everything the tokens depend on; shares of the blend do not change them."""
+def _packing_lines(config: DataConfig, corpus: Corpus) -> Iterator[str]:
+    padding = {name: f"{corpus.padding(name):.1%}" for name in corpus.sources}
+    if config.align is not None:
+        shares = ", ".join(f"{share} of {name}" for name, share in padding.items())
+        yield f"documents aligned to {config.align} tokens: padding {shares}"
+    if config.pack_seq_len is not None:
+        shares = ", ".join(f"{name} {corpus.cut_documents(name):.1%} and {share}" for name, share in padding.items())
+        yield f"sequences of {config.pack_seq_len} tokens, {config.packing.name}: documents cut and padding: {shares}"
+
+
+def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
+    """Hash everything the tokens depend on; weights of the sources are not among it."""
     settings = plain(config)
     for name in ("tokens", "verify", "cache", "prefetch"):
         del settings[name]
@@ -172,15 +181,15 @@ def _source_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
     if config.packing is Packing.greedy:
         del settings["packing"]
     for name in ("align", "pack_seq_len", "filter"):
-        if settings[name] is None:  # what was made before there was a choice stays good
+        if settings[name] is None:  # corpora made before these settings existed stay valid
             del settings[name]
     if config.filter is not None:
-        fingerprints = [*fingerprints, fingerprint(config.filter)]
+        fingerprints = [*fingerprints, rules_fingerprint(config.filter)]
     return sha256_text(str(_FORMAT), json.dumps(settings, sort_keys=True), *fingerprints)
 
 
 def _sample(sources: list[Source], size: int) -> Iterator[str]:
-    """The first training documents of each source, an equal share of `size` characters each."""
+    """Yield the first training documents of each source, an equal share of `size` characters each."""
     for source in sources:
         left = size // len(sources)
         for document in source.documents():
@@ -195,7 +204,8 @@ def _sample(sources: list[Source], size: int) -> Iterator[str]:
 def _write(
     directory: Path, config: DataConfig, sources: list[Source], tokenizer: Tokenizer, report: Callable[[str], None]
 ) -> None:
-    manifest: dict[str, Any] = {"format": _FORMAT, "tokenizer": describe(tokenizer), "sources": {}}
+    identity = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    manifest: dict[str, Any] = {"format": _FORMAT, "tokenizer": identity, "sources": {}}
     if config.align is not None:
         manifest["align"] = config.align
     if config.packing is Packing.best_fit:
@@ -204,11 +214,11 @@ def _write(
         manifest["filter"] = describe_filter(sources, directory)
     tokenizer.save(directory)
     for source in sources:
-        writers = _SourceWriter(directory, config, source, tokenizer)
+        writer = _SourceWriter(directory, config, source, tokenizer)
         for batch in _batches(source.documents()):
-            writers.add(batch)
-            report(f"tokenising {source.name}: {sum(w.tokens for w in writers.streams.values()):,} tokens")
-        manifest["sources"][source.name] = writers.close()
+            writer.add(batch)
+            report(f"tokenising {source.name}: {sum(s.tokens for s in writer.streams.values()):,} tokens")
+        manifest["sources"][source.name] = writer.close()
     write_json(directory / MANIFEST, manifest)
 
 
@@ -225,7 +235,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class _SourceWriter:
-    """Both splits of one source on their way to disk, and the counts that the manifest keeps."""
+    """Write both splits of one source, and count what the manifest keeps."""
 
     def __init__(self, directory: Path, config: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
         self.config, self.source, self.tokenizer = config, source, tokenizer
@@ -252,67 +262,68 @@ class _SourceWriter:
         self.index.flush()
 
     def close(self) -> dict[str, Any]:
+        """Return the source's part of the manifest. Raises `ConfigError` if nothing is left to train on."""
         if self.packer is not None:
-            self._write_rows(self.packer.close())
-            # the last row's last label: it opens a document, so nothing is learnt from it
+            self._write_packed(self.packer.close())
+            # the last sequence's last label: it opens a document, so it is ignored
             self.streams[TRAIN].add([self.tokenizer.bos_id])
             self.index.flush()
         self.index.close()
         if not self.counts[TRAIN]["documents"]:
-            held_out, lost = self.counts[HELD_OUT]["documents"], self.counts[TRAIN] + self.counts[HELD_OUT]
-            reason = "has no text to train on"
-            by_filter = {
-                name: count for name, count in self.counts[TRAIN].items() if name.startswith("dropped_by_filter")
-            }
-            if by_filter:
-                reason += f": data.filter leaves nothing of it ({', '.join(f'{k}: {n}' for k, n in by_filter.items())})"
-            elif held_out:
-                reason += f": its {held_out} documents are held out; lower data.held_out or give it more documents"
-            elif lost:
-                reason += f" ({', '.join(f'{name}: {count}' for name, count in lost.items())})"
-            raise ConfigError(f"data.sources.{self.source.name}", None, reason)
-        found = {}
+            raise ConfigError(f"data.sources.{self.source.name}", None, self._why_empty())
+        found: dict[str, Any] = {}
         for split, stream in self.streams.items():
             shards = [asdict(shard) for shard in stream.close()]
             counts = {key: count for key, count in self.counts[split].items() if count}
-            found[split] = {"tokens": stream.tokens, **counts, "shards": shards}
-        return {split: {"shards": part.pop("shards"), "counts": part} for split, part in found.items()}
+            found[split] = {"shards": shards, "counts": {"tokens": stream.tokens, **counts}}
+        return found
+
+    def _why_empty(self) -> str:
+        reason = "has no text to train on"
+        held_out, dropped = self.counts[HELD_OUT]["documents"], self.counts[TRAIN] + self.counts[HELD_OUT]
+        by_filter = {k: n for k, n in self.counts[TRAIN].items() if k.startswith("dropped_by_filter")}
+        if by_filter:
+            return f"{reason}: data.filter drops all of it ({_listed(by_filter)})"
+        if held_out:
+            return f"{reason}: its {held_out} documents are held out; lower data.held_out or add documents"
+        return f"{reason} ({_listed(dropped)})" if dropped else reason
 
     def _append(self, document: Document, ids: Sequence[int]) -> None:
-        """A document without BOS and EOS to the end of its stream, or to those that wait to be packed."""
+        """Add a document without BOS and EOS to the end of its stream, or to the packer."""
         counts = self.counts[_split(document)]
         if self.packer is not None and not document.held_out:
-            is_cut, rows = self.packer.add(ids, document.name)
+            is_cut, packed = self.packer.add(ids, document.name)
             counts["cut"] += is_cut
-            return self._write_rows(rows)
+            return self._write_packed(packed)
         whole_document = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
         stream = self.streams[_split(document)]
         padding = self._padding(stream.tokens, len(whole_document))
         begin = stream.tokens + padding
-        if (row := self.config.pack_seq_len) is not None:
-            counts["cut"] += begin // row != (begin + len(whole_document) - 1) // row
+        if (seq_len := self.config.pack_seq_len) is not None:
+            counts["cut"] += begin // seq_len != (begin + len(whole_document) - 1) // seq_len
         counts["padding"] += padding
         if document.name is not None and not document.held_out:
             self.index.add(document.name, begin, len(whole_document))
         stream.add([self.tokenizer.eos_id] * padding + whole_document)
 
-    def _write_rows(self, rows: Sequence[PackedSequence]) -> None:
-        """Packed rows, filled up with EOS."""
+    def _write_packed(self, sequences: Sequence[PackedSequence]) -> None:
+        """Write packed sequences, padded with EOS."""
         stream = self.streams[TRAIN]
-        for row in rows:
-            for piece in row.pieces:
+        for sequence in sequences:
+            for piece in sequence.pieces:
                 if piece.name is not None:
                     self.index.add(piece.name, stream.tokens, len(piece.ids))
                 stream.add(piece.ids)
-            stream.add([self.tokenizer.eos_id] * row.space)
-            self.counts[TRAIN]["padding"] += row.space
+            stream.add([self.tokenizer.eos_id] * sequence.space)
+            self.counts[TRAIN]["padding"] += sequence.space
 
     def _padding(self, begin: int, length: int) -> int:
-        """How far a document that would begin here is put off: to the next multiple, unless it ends before that."""
+        """Compute the padding before a document: up to a multiple of `align`, unless the document ends before that."""
         left = -begin % self.config.align if self.config.align is not None else 0
         return left if length > left else 0
 
     def _limit(self, ids: Any, counts: Counter[str]) -> Any:
+        """Return the ids to keep of a document, None to drop it."""
         limit, policy = self.config.limit_tokens, self.config.long_documents
         if limit is None or len(ids) <= limit or policy is LongDocuments.split:
             return ids
@@ -325,8 +336,8 @@ class _SourceWriter:
 
 
 class DocumentIndex:
-    """Where a source's training documents lie in its stream, of those that have a name: a parquet file of name, start
-    (of BOS) and tokens, one line for each piece of a document that packing cut. Without a name there is no file.
+    """Write where a source's named training documents lie in its stream: a parquet file of name, start (of BOS) and
+    tokens, one row for each piece of a document that packing cut. Without named documents there is no file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -354,3 +365,7 @@ class DocumentIndex:
 
 def _split(document: Document) -> str:
     return HELD_OUT if document.held_out else TRAIN
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in counts.items())

@@ -1,8 +1,8 @@
-"""The phases of a run as one order of samples: what a phase has taken of a source, the next ones do not take again.
+"""Chain the sample orders of a run's phases: a phase does not repeat what an earlier one took of a source.
 
-All of it follows from the configuration before the first step; no phase depends on those after it, so that one may be
-added to a run. A source goes on in its order from phase to phase, through its epochs. Rows of another length are cut
-anew, so there an order of their own begins; what was taken before counts towards `max_epochs` all the same.
+All of it follows from the configuration. No phase depends on later ones, so a run may be extended by one. A source
+continues its order, through its epochs, from phase to phase. Sequences of another length cut the text differently and
+have an order of their own; what was taken before still counts towards `max_epochs`.
 """
 
 from __future__ import annotations
@@ -18,89 +18,84 @@ from data.corpus import TRAIN, Corpus
 from data.loader import Loader, PhaseOffset
 
 MANY_EPOCHS = 4
-"""Up to here repeated tokens teach nearly as much as new ones, with more they soon teach little (Muennighoff et al.
-2023, arXiv 2305.16264).
-"""
+"""Until then repeated tokens are worth nearly as much as new ones (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True)
-class PhaseRows:
-    """What the order of samples must know of a phase. `samples`: rows that it takes at most; `weights`: shares of its
-    sources, others are left out; `steps_key`: where a user sets `steps`.
-    """
+class PhaseSpec:
+    """The settings of a phase that its order of samples depends on."""
 
     name: str
-    context: int
+    seq_len: int
     global_batch_size: int
     steps: int
     samples: int
+    """Most sequences that it takes."""
     weights: Mapping[str, float]
+    """Shares of its sources; others are dropped."""
     steps_key: str
+    """The configuration key of `steps`."""
 
 
 def make_loaders(
     corpus: Corpus,
-    phases: Sequence[PhaseRows],
+    phases: Sequence[PhaseSpec],
     seed: int,
     max_epochs: Mapping[str, float],
     report: Callable[[str], None],
 ) -> dict[str, Loader]:
-    """A loader for each phase, by its name. `max_epochs`: of the sources that have a limit. `report` gets a line for
-    each source that is repeated many times.
+    """Build a loader for each phase, by its name. `report` gets a line for each source that is repeated many times.
 
-    Raises `ConfigError` where all of a phase's sources are used up before its end.
+    Raises `ConfigError` if all sources of a phase are used up before its end.
     """
     loaders: dict[str, Loader] = {}
     origins: dict[int, str] = {}
-    taken: dict[int, Counter[str]] = {}  # rows by context and source
+    taken: dict[int, Counter[str]] = {}  # sequences by length and source
     epochs = dict.fromkeys(corpus.sources, 0.0)
     for phase in phases:
-        origin = origins.setdefault(phase.context, phase.name)
-        rows = taken.setdefault(phase.context, Counter())
-        left = {
-            name: _rows_left(corpus, name, phase.context, limit, taken)
+        seq_len = phase.seq_len
+        own = taken.setdefault(seq_len, Counter())
+        offset = PhaseOffset(origins.setdefault(seq_len, phase.name), dict(own))
+        limits = {
+            name: _sequences_left(corpus, name, seq_len, limit, taken)
             for name, limit in max_epochs.items()
             if phase.weights.get(name)
         }
-        past = PhaseOffset(origin, dict(rows))
         loader = Loader(
-            corpus, phase.context, phase.global_batch_size, seed, phase.name, phase.weights, past=past, left=left
+            corpus, seq_len, phase.global_batch_size, seed, phase.name, phase.weights, offset=offset, limits=limits
         )
         if loader.blend.samples is not None and loader.blend.samples < phase.samples:
             raise _used_up(corpus, phase, loader.blend.samples, max_epochs)
-        given = loader.blend.given(phase.samples)
-        rows.update(given)
-        for name, count in given.items():
-            epochs[name] += count / corpus.stream(name, TRAIN).rows(phase.context)
+        for name, count in loader.blend.counts(phase.samples).items():
+            own[name] += count
+            epochs[name] += count / corpus.stream(name, TRAIN).num_sequences(seq_len)
         loaders[phase.name] = loader
     for name, times in epochs.items():
         if times > MANY_EPOCHS:
-            advice = f"beyond {MANY_EPOCHS} times it teaches less and less; lower its weight or set max_epochs"
-            report(f"source {name} is gone through {times:.1f} times: {advice}")
+            advice = f"more than {MANY_EPOCHS} teach little; lower its weight or set max_epochs"
+            report(f"source {name} is repeated for {times:.1f} epochs: {advice}")
     return loaders
 
 
-def _rows_left(corpus: Corpus, name: str, context: int, limit: float, taken: Mapping[int, Mapping[str, int]]) -> int:
-    """Rows of this context that a source still gives: of its limit, less what it gave in rows of any length."""
+def _sequences_left(corpus: Corpus, name: str, seq_len: int, limit: float, taken: Mapping[int, Counter[str]]) -> int:
+    """Count what a source has left: its limit in epochs, less what sequences of any length took."""
     stream = corpus.stream(name, TRAIN)
-    # as it was written: 0.29 of 100 rows are 29, which floating point makes 28
+    # as it was written: 0.29 of 100 sequences are 29, which floating point makes 28
     left = Fraction(str(limit))
-    for other, rows in taken.items():
-        if rows.get(name):
-            left -= Fraction(rows[name], stream.rows(other))
-    return max(0, floor(left * stream.rows(context)))
+    for length, sequences in taken.items():
+        if sequences[name]:
+            left -= Fraction(sequences[name], stream.num_sequences(length))
+    return max(0, floor(left * stream.num_sequences(seq_len)))
 
 
-def _used_up(corpus: Corpus, phase: PhaseRows, samples: int, max_epochs: Mapping[str, float]) -> ConfigError:
-    """What there is, and how many steps it is enough for."""
+def _used_up(corpus: Corpus, phase: PhaseSpec, samples: int, max_epochs: Mapping[str, float]) -> ConfigError:
+    """Make the error for a phase with fewer samples than it needs, with the steps that fit."""
     fitting = samples * phase.steps // phase.samples
     names = [name for name, weight in phase.weights.items() if weight]
     parts = [
         f"{name} (max_epochs={max_epochs[name]:g} of {len(corpus.stream(name, TRAIN)):,} tokens)" for name in names
     ]
-    there, wanted = (count * phase.context for count in (samples, phase.samples))
-    reason = (
-        f"phase {phase.name} uses up all of {', '.join(parts)}: {there:,} tokens are left for it, {wanted:,} wanted"
-    )
+    left, wanted = (count * phase.seq_len for count in (samples, phase.samples))
+    reason = f"phase {phase.name} uses up all of {', '.join(parts)}: {left:,} tokens are left for it, {wanted:,} wanted"
     advice = "raise max_epochs or add sources"
     return ConfigError(phase.steps_key, phase.steps, f"{reason}; {advice}", [fitting] if fitting else [])

@@ -1,9 +1,9 @@
-"""Batches as a pure function of (seed, manifest, filter generation, phase, step).
+"""Make batches that are a pure function of (seed, manifest, filter generation, phase, step).
 
-The world size enters only when a batch is sliced, so any number of ranks sees the same global batches, and a resumed
-run needs nothing but its step.
+The world size enters only when a batch is sliced: any number of ranks sees the same global batches, and a resumed run
+needs only its step.
 
-Shapes: B rows, T tokens.
+Shapes: B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from data.corpus import HELD_OUT, TRAIN, Corpus
-from data.sampling import Blend, SampleRange, key_of, permute
+from data.sampling import Blend, key_of, permute
 
 IGNORED = -100
-"""Label of a position that has no next token of its own document."""
+"""Label of a position whose next token is of another document or padding."""
 LEAST_SHARE = 2.0**-20
-"""Of a source in a blend."""
+"""Smallest share of a source in a blend."""
 
 
 @dataclass
 class Batch:
-    """Rows of a step; all int64. Labels are the next tokens, `IGNORED` where the next token opens another document or
-    is padding, which counts to the document before it. Positions restart at 0 with each document and with each row.
-    `sources_B` indexes the corpus's sources.
+    """Sequences of a step; all int64. Labels are the next tokens, or `IGNORED`. Padding belongs to the document before
+    it. Positions restart at 0 with each document and each sequence. `sources_B` indexes the corpus's sources.
     """
 
     tokens_BT: Tensor
@@ -41,8 +40,7 @@ class Batch:
     def slice(self, start: int, stop: int) -> Batch:
         return Batch(*(tensor[start:stop] for tensor in self._tensors()))
 
-    def joined(self, other: Batch) -> Batch:
-        """These rows, then those of `other`."""
+    def concat(self, other: Batch) -> Batch:
         return Batch(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors(), strict=True)))
 
     def _tensors(self) -> tuple[Tensor, ...]:
@@ -51,144 +49,144 @@ class Batch:
 
 @dataclass(frozen=True)
 class PhaseOffset:
-    """Where the sources stand when a phase begins: `rows` of each have been given in the order that is named after the
-    phase `origin` (None: this one).
+    """Where the sources stand when a phase begins: `sequences` of each are taken from the order that is named after the
+    phase `origin` (None: this phase).
     """
 
     origin: str | None = None
-    rows: Mapping[str, int] = field(default_factory=dict)
+    sequences: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Neighbouring samples from `begin` on: source and row of each."""
+class SequenceRange:
+    """Neighbouring samples from `begin` on: source of each, and sequence of its stream."""
 
     begin: int
-    sources: list[int]
-    rows: list[int]
+    sources: NDArray[np.int64]
+    sequences: NDArray[np.int64]
 
 
 class Loader:
-    """Rows of `context` tokens. Each source's rows are permuted anew in every epoch of that source.
+    """Batches of one phase. The sequences of a source are permuted again in each of its epochs.
 
-    `weights`: shares of the rows, or of what is not padding where a corpus is padded; rows of equal length make them
-    shares of the tokens. `left`: after so many more rows a source is left out. `past`: what went before this phase.
+    `weights`: shares of the tokens without padding. `limits`: sequences after which a source is dropped. `offset`: what
+    earlier phases took. Raises `ConfigError` for a source shorter than one sequence, or a corpus packed for another
+    `seq_len`.
     """
 
     def __init__(
         self,
         corpus: Corpus,
-        context: int,
+        seq_len: int,
         global_batch_size: int,
         seed: int,
         phase: str = "",
         weights: Mapping[str, float] | None = None,
         generation: int = 0,
-        past: PhaseOffset | None = None,
-        left: Mapping[str, int] | None = None,
+        offset: PhaseOffset | None = None,
+        limits: Mapping[str, int] | None = None,
     ) -> None:
         weights = dict(weights) if weights is not None else dict.fromkeys(corpus.sources, 1.0)
-        past = past or PhaseOffset()
-        self.corpus, self.context, self.global_batch_size = corpus, context, global_batch_size
-        self.identity = (seed, corpus.fingerprint, generation, phase if past.origin is None else past.origin)
-        self.blend = Blend(
-            _blended(weights, corpus), key_of(seed, corpus.fingerprint, generation, phase, "blend"), left
-        )
+        offset = offset or PhaseOffset()
+        self.corpus, self.seq_len, self.global_batch_size = corpus, seq_len, global_batch_size
+        self.identity = (seed, corpus.fingerprint, generation, phase if offset.origin is None else offset.origin)
+        key = key_of(seed, corpus.fingerprint, generation, phase, "blend")
+        self.blend = Blend(_sequence_shares(weights, corpus), key, limits)
         self._streams = [corpus.stream(name, TRAIN) for name in self.blend.names]
-        self._in_corpus = [corpus.sources.index(name) for name in self.blend.names]
-        self._places, self._bos, self._eos = np.arange(context), corpus.tokenizer.bos_id, corpus.tokenizer.eos_id
-        self._past = np.array([past.rows.get(name, 0) for name in self.blend.names], np.int64)
-        self._kept = _Rows(0, [], [])
-        if corpus.row_tokens not in (None, context):
-            reason = f"the corpus is packed for rows of {corpus.row_tokens} tokens"
-            raise ConfigError("training.seq_len", context, reason, [corpus.row_tokens])
+        self._in_corpus = np.array([corpus.sources.index(name) for name in self.blend.names], np.int64)
+        self._positions, self._bos, self._eos = np.arange(seq_len), corpus.tokenizer.bos_id, corpus.tokenizer.eos_id
+        self._offsets = np.array([offset.sequences.get(name, 0) for name in self.blend.names], np.int64)
+        self._last = SequenceRange(0, self._offsets[:0], self._offsets[:0])
+        if corpus.packed_seq_len not in (None, seq_len):
+            reason = f"the corpus is packed for sequences of {corpus.packed_seq_len} tokens"
+            raise ConfigError("training.seq_len", seq_len, reason, [corpus.packed_seq_len])
         for name, stream in zip(self.blend.names, self._streams, strict=True):
-            if stream.rows(context) < 1:
-                reason = f"has {len(stream)} training tokens, less than one row of {context} tokens and a label"
-                raise ConfigError(f"data.sources.{name}", None, f"{reason}; give it more text or shorten the context")
+            if stream.num_sequences(seq_len) < 1:
+                reason = f"has {len(stream)} training tokens, less than one sequence of {seq_len} tokens and a label"
+                raise ConfigError(f"data.sources.{name}", None, f"{reason}; add text or lower training.seq_len")
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
-        """Rows [start, stop) of the global batch of `step` (counted from the phase's begin)."""
+        """Return sequences [start, stop) of the global batch of `step`, counted from the start of the phase."""
         stop = self.global_batch_size if stop is None else stop
         return self.samples(range(step * self.global_batch_size + start, step * self.global_batch_size + stop))
 
     def samples(self, ordinals: Sequence[int]) -> Batch:
-        """The samples of these ordinals, counted from the phase's begin; ascending ones are read fastest."""
-        windows, sources = np.empty((len(ordinals), self.context + 1), np.int64), np.empty(len(ordinals), np.int64)
-        for place, ordinal in enumerate(ordinals):
-            here = self._rows_around(ordinal)
-            source, row = here.sources[ordinal - here.begin], here.rows[ordinal - here.begin]
-            sources[place] = self._in_corpus[source]
-            self._streams[source].read(row * self.context, windows[place])
-        return self._assemble(windows, sources)
+        """Return the samples with these ordinals, counted from the start of the phase."""
+        sources, sequences = self.locate(np.asarray(ordinals, np.int64))
+        windows = np.empty((len(ordinals), self.seq_len + 1), np.int64)
+        for window, source, sequence in zip(windows, sources.tolist(), sequences.tolist(), strict=True):
+            self._streams[source].read(sequence * self.seq_len, window)
+        return self._assemble(windows, self._in_corpus[sources])
 
     def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of samples by ascending ordinals: place of the source among `blend.names`, and row of its stream."""
-        sources, rows, place = np.empty_like(ordinals), np.empty_like(ordinals), 0
-        while place < len(ordinals):
-            here = self._rows_around(int(ordinals[place]))
-            stop = int(np.searchsorted(ordinals, here.begin + len(here.rows)))
-            inside = ordinals[place:stop] - here.begin
-            sources[place:stop], rows[place:stop] = np.asarray(here.sources)[inside], np.asarray(here.rows)[inside]
-            place = stop
-        return sources, rows
+        """Find the source of each sample, as an index into `blend.names`, and its sequence in the stream."""
+        sources, sequences, start = np.empty_like(ordinals), np.empty_like(ordinals), 0
+        order = np.argsort(ordinals, kind="stable")
+        ascending = ordinals[order]
+        while start < len(order):
+            here = self._range_around(int(ascending[start]))
+            stop = int(np.searchsorted(ascending, here.begin + len(here.sources)))
+            places, inside = order[start:stop], ascending[start:stop] - here.begin
+            sources[places], sequences[places] = here.sources[inside], here.sequences[inside]
+            start = stop
+        return sources, sequences
 
-    def held_out_rows(self, source: str) -> int:
-        return self.corpus.stream(source, HELD_OUT).rows(self.context)
+    def num_held_out(self, source: str) -> int:
+        return self.corpus.stream(source, HELD_OUT).num_sequences(self.seq_len)
 
     def held_out(self, source: str, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of the source's held-out stream, in its order."""
+        """Return sequences [start, stop) of the source's held-out stream, in its order."""
         stream = self.corpus.stream(source, HELD_OUT)
-        windows = np.empty((stop - start, self.context + 1), np.int64)
-        for place, row in enumerate(range(start, stop)):
-            stream.read(row * self.context, windows[place])
+        windows = np.empty((stop - start, self.seq_len + 1), np.int64)
+        for sequence, window in enumerate(windows, start):
+            stream.read(sequence * self.seq_len, window)
         return self._assemble(windows, np.full(stop - start, self.corpus.sources.index(source)))
 
-    def _rows_around(self, ordinal: int) -> _Rows:
-        """Source and row of a sample and its neighbours. The last ones are kept: steps follow each other. Threads may
-        ask at once, so what is returned is not looked up again.
+    def _range_around(self, ordinal: int) -> SequenceRange:
+        """Locate a sample and its neighbours. The last result is cached, because steps follow each other. Threads may
+        call at once, so the result is not read from the cache again.
         """
-        kept = self._kept
-        if not kept.begin <= ordinal < kept.begin + len(kept.rows):
-            here: SampleRange = self.blend.stretch(ordinal)
-            rows = here.within + self._past[here.sources]
+        last = self._last
+        if not last.begin <= ordinal < last.begin + len(last.sources):
+            here = self.blend.range_around(ordinal)
+            sequences = here.within + self._offsets[here.sources]
             for source in np.unique(here.sources):
                 own = here.sources == source
-                rows[own] = self._rows(int(source), rows[own])
-            kept = self._kept = _Rows(here.begin, here.sources.tolist(), rows.tolist())
-        return kept
+                sequences[own] = self._shuffled(int(source), sequences[own])
+            last = self._last = SequenceRange(here.begin, here.sources, sequences)
+        return last
 
-    def _rows(self, source: int, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which rows of its stream a source gives as the `ordinals`-th of its order."""
-        count = self._streams[source].rows(self.context)
-        epochs, rows = np.divmod(ordinals, count)
+    def _shuffled(self, source: int, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the sequences at these ordinals of a source's order."""
+        count = self._streams[source].num_sequences(self.seq_len)
+        epochs, sequences = np.divmod(ordinals, count)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             key = key_of(*self.identity, self.blend.names[source], epoch)
-            rows[here] = permute(rows[here], count, key)
-        return rows
+            sequences[here] = permute(sequences[here], count, key)
+        return sequences
 
     def _assemble(self, windows: NDArray[np.int64], sources: NDArray[np.int64]) -> Batch:
         tokens, labels = windows[:, :-1], windows[:, 1:].copy()
         positions = np.empty_like(labels)
-        positions[:] = self._places
+        positions[:] = self._positions
         for row, place in np.argwhere(windows == self._bos).tolist():
             if place > 0:
                 labels[row, place - 1] = IGNORED
-            if place < self.context:
-                positions[row, place:] = self._places[: self.context - place]
+            if place < self.seq_len:
+                positions[row, place:] = self._positions[: self.seq_len - place]
         if self.corpus.is_padded:
             labels[tokens == self._eos] = IGNORED
         arrays = (np.ascontiguousarray(tokens), labels, positions, sources)
         return Batch(*(torch.from_numpy(array) for array in arrays))
 
 
-def _blended(weights: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
-    """Shares of rows that make `weights` the shares of tokens that are not padding."""
+def _sequence_shares(weights: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
+    """Return the shares of sequences that make `weights` the shares of tokens without padding."""
     total = sum(weights.values())
     for name, weight in weights.items():
         corpus.stream(name, TRAIN)
         if 0 < weight < LEAST_SHARE * total:
-            reason = f"is less than one row in {1 / LEAST_SHARE:,.0f}; raise it or leave the source out"
+            reason = f"is less than one sequence in {1 / LEAST_SHARE:,.0f}; raise it or drop the source"
             raise ConfigError(f"data.sources.{name}.weight", weight, reason)
     return {name: weight / (1 - corpus.padding(name)) for name, weight in weights.items() if weight}

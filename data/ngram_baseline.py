@@ -1,4 +1,4 @@
-"""Unigram and bigram models of the tokens that a run consumed: what any language model must beat."""
+"""Fit unigram and bigram models to the tokens that a run consumed: baselines for any language model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class _Labelled(Protocol):
 
 
 class NgramBaseline:
-    """Counts of labels and of (token, label) pairs; ignored labels (negative) do not count. Vocabularies of any size:
-    pairs are kept as sorted codes, not as a table.
+    """Count labels and (token, label) pairs, except ignored (negative) labels. Pairs are sorted codes, not a table, so
+    the vocabulary may be of any size.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -37,7 +37,7 @@ class NgramBaseline:
             self._merge()
 
     def evaluate(self, held_out: Mapping[str, Iterable[_Labelled]], weights: Mapping[str, float]) -> dict[str, Any]:
-        """Loss in nats per token, mean over sources by weight, of both models at their best constant of `GRID`.
+        """Return both models' loss at the best constant of `GRID`: nats per token, mean over sources by weight.
 
         Unigram: (c(b) + k) / (N + kV). Bigram, smoothed towards the unigram: (c(a, b) + k p(b)) / (c(a) + k).
         """
@@ -81,7 +81,7 @@ class NgramBaseline:
         return tokens[counted].astype(np.int64) * self.vocab_size + labels[counted].astype(np.int64)
 
     def _merge(self) -> None:
-        """Fold what is pending into the sorted counts."""
+        """Merge the pending codes into the sorted counts."""
         if not self._pending:
             return
         codes, counts = np.unique(np.concatenate(self._pending), return_counts=True)

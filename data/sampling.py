@@ -1,6 +1,6 @@
-"""Which sample comes when, as pure functions with random access: no shuffle buffer, no table, no state.
+"""Choose the order of samples with pure functions and random access: no shuffle buffer, no table, no state.
 
-`permute` is a keyed bijection; `Blend` says which source the n-th sample of a phase comes from.
+`permute` is a keyed bijection. `Blend` says which source each sample of a phase comes from.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from numpy.typing import NDArray
 
 _ROUNDS = 6
 _SCALE = 1 << 40
-"""Weights are fixed-point integers, so that shares are exact over any number of samples."""
+"""Weights are fixed-point integers, so shares are exact over any number of samples."""
 _BLOCK = 1024
 _LARGEST_BLOCK = 1 << 20
 
 
 def key_of(*parts: object) -> int:
-    """A 64-bit key from what must change it."""
+    """Hash the parts to a 64-bit key."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
-    """A bijection of range(size), chosen by `key`, applied to each index.
+    """Apply a bijection of range(size), chosen by `key`, to each index.
 
-    A balanced Feistel network over the smallest even number of bits that holds `size`; what falls outside walks on
-    until it is inside (Black & Rogaway 2002, section 4). On average fewer than four walks.
+    A balanced Feistel network over the smallest even number of bits that holds `size`. Results outside the range are
+    permuted again (cycle walking; Black & Rogaway 2002, section 4), on average fewer than four times.
     """
     if size < 1 or (len(index) and (index.min() < 0 or index.max() >= size)):
         raise ValueError(f"indices must lie in [0, {size})")
@@ -58,11 +58,11 @@ def _mix(value: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-class Shares:
-    """The source of every sample in an endless blend of fixed shares.
+class BlockShares:
+    """The source of every sample of an endless blend with fixed shares.
 
-    After any number of whole blocks each source has got its share of the samples within one. Inside a block the key
-    says which source comes when; each source gives its own samples in order, so that its epochs end cleanly.
+    After any number of whole blocks, the samples of each source differ from its share by less than one. Inside a block
+    the key chooses the order of sources. The samples of one source come in order.
     """
 
     def __init__(self, weights: Sequence[float], key: int) -> None:
@@ -76,8 +76,8 @@ class Shares:
             self.block *= 2
 
     def at(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source of every sample in a block, and its place among that source's samples."""
-        before, after = self.given(block), self.given(block + 1)
+        """Return the source of every sample in a block, and its index among that source's samples."""
+        before, after = self.counts(block), self.counts(block + 1)
         edges = np.cumsum([0, *(b - a for a, b in zip(before, after, strict=True))])
         place = permute(np.arange(self.block), self.block, key_of(self.key, block))
         source = np.searchsorted(edges, place, side="right") - 1
@@ -86,27 +86,29 @@ class Shares:
         within[by_source] = np.arange(self.block) - edges[source[by_source]] + np.asarray(before)[source[by_source]]
         return source, within
 
-    def given(self, blocks: int) -> list[int]:
-        """Samples of each source in the first `blocks`; they add up exactly. Python integers: no overflow."""
+    def counts(self, blocks: int) -> list[int]:
+        """Count the samples of each source in the first `blocks`; they add up exactly. Python integers: no overflow."""
         ends = [blocks * self.block * bound // _SCALE for bound in self._bounds]
         return [b - a for a, b in pairwise(ends)]
 
 
 @dataclass(frozen=True)
-class BlendPiece:
-    """Samples [begin, end) of a blend, of the `sources` that are left; `before`: what each of all has given so far."""
+class BlendSegment:
+    """Samples [begin, end) of a blend, during which the same `sources` are left. `before`: samples that each source of
+    the blend has had by then.
+    """
 
     begin: int
     end: int | None
     """None: without end."""
     sources: NDArray[np.int64]
     before: NDArray[np.int64]
-    shares: Shares
+    shares: BlockShares
 
 
 @dataclass(frozen=True)
 class SampleRange:
-    """Neighbouring samples [begin, begin + len(sources)): source of each and its place among that source's samples."""
+    """Neighbouring samples from `begin` on: source of each, and its index among that source's samples."""
 
     begin: int
     sources: NDArray[np.int64]
@@ -116,88 +118,75 @@ class SampleRange:
 class Blend:
     """Weighted choice of a source for every sample ordinal, until sources with a limit are used up.
 
-    A source that has given all of `left` is left out from there on, and the others go on in proportion. Where that
-    happens is worked out here, once and in whole numbers: a blend of n sources has n pieces at most. Sources of weight
-    0 are left out from the begin.
+    A source that has had `limits[name]` samples is dropped from there on; the others keep their proportion. The
+    points where that happens are computed once, in whole numbers. Sources of weight 0 are dropped at the start.
     """
 
-    def __init__(self, weights: Mapping[str, float], key: int, left: Mapping[str, int] | None = None) -> None:
+    def __init__(self, weights: Mapping[str, float], key: int, limits: Mapping[str, int] | None = None) -> None:
         weights = {name: weight for name, weight in weights.items() if weight}
         self.names = tuple(weights)
-        limits = [(left or {}).get(name) for name in self.names]
-        self.pieces: list[BlendPiece] = []
+        ends = [(limits or {}).get(name) for name in self.names]
+        self.segments: list[BlendSegment] = []
         before = [0] * len(self.names)
         begin: int | None = 0
         while begin is not None:
-            alive = [i for i, limit in enumerate(limits) if limit is None or before[i] < limit]
+            alive = [i for i, limit in enumerate(ends) if limit is None or before[i] < limit]
             if not alive:
                 break
-            # a single piece has the key of a blend without limits: they change nothing before they are reached
-            own = key if not self.pieces else key_of(key, "piece", len(self.pieces))
-            shares = Shares([weights[self.names[i]] for i in alive], own)
-            given = _until_used_up(shares, [None if (n := limits[i]) is None else n - before[i] for i in alive])
-            end = None if given is None else begin + sum(given)
-            self.pieces.append(BlendPiece(begin, end, np.array(alive), np.array(before), shares))
-            for i, count in zip(alive, given or (), strict=given is not None):
+            # the first segment has the key of a blend without limits: they change nothing before they are reached
+            own = key if not self.segments else key_of(key, "piece", len(self.segments))
+            shares = BlockShares([weights[self.names[i]] for i in alive], own)
+            counts = _until_used_up(shares, [None if (n := ends[i]) is None else n - before[i] for i in alive])
+            end = None if counts is None else begin + sum(counts)
+            self.segments.append(BlendSegment(begin, end, np.array(alive), np.array(before), shares))
+            for i, count in zip(alive, counts or (), strict=counts is not None):
                 before[i] += count
             begin = end
-        self._begins = [piece.begin for piece in self.pieces]
+        self._begins = [segment.begin for segment in self.segments]
 
     @property
     def samples(self) -> int | None:
-        """How many there are before every source is used up; None: no end."""
-        return self.pieces[-1].end if self.pieces else 0
+        """Samples until every source is used up; None: no end."""
+        return self.segments[-1].end if self.segments else 0
 
-    def stretch(self, ordinal: int) -> SampleRange:
-        """The samples around one. Raises `IndexError` where the sources are used up before it."""
+    def range_around(self, ordinal: int) -> SampleRange:
+        """Return the samples around one. Raises `IndexError` if the sources are used up before it."""
         if ordinal < 0 or (self.samples is not None and ordinal >= self.samples):
             raise IndexError(f"sample {ordinal} lies outside the blend's {self.samples}")
-        piece = self._piece(ordinal)
-        block = (ordinal - piece.begin) // piece.shares.block
-        begin = piece.begin + block * piece.shares.block
-        length = None if piece.end is None else piece.end - begin
-        source, within = (array[:length] for array in piece.shares.at(block))
-        sources = piece.sources[source]
-        return SampleRange(begin, sources, within + piece.before[sources])
+        segment = self._segment(ordinal)
+        block = (ordinal - segment.begin) // segment.shares.block
+        begin = segment.begin + block * segment.shares.block
+        length = None if segment.end is None else segment.end - begin
+        source, within = (array[:length] for array in segment.shares.at(block))
+        sources = segment.sources[source]
+        return SampleRange(begin, sources, within + segment.before[sources])
 
-    def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each sample ordinal: index of its source, and how many samples that source has given before it."""
-        source, within = np.empty_like(ordinals), np.empty_like(ordinals)
-        todo = np.argsort(ordinals, kind="stable")
-        while len(todo):
-            here = self.stretch(int(ordinals[todo[0]]))
-            count = np.searchsorted(ordinals[todo], here.begin + len(here.sources))
-            offset = ordinals[todo[:count]] - here.begin
-            source[todo[:count]], within[todo[:count]] = here.sources[offset], here.within[offset]
-            todo = todo[count:]
-        return source, within
-
-    def given(self, samples: int) -> dict[str, int]:
-        """Samples of each source among the first `samples`. Raises `IndexError` where there are fewer."""
+    def counts(self, samples: int) -> dict[str, int]:
+        """Count the samples of each source among the first `samples`. Raises `IndexError` if there are fewer."""
         if not samples:
             return dict.fromkeys(self.names, 0)
-        here = self.stretch(samples - 1)
-        piece = self._piece(samples - 1)
-        counts = piece.before + np.bincount(here.sources[: samples - here.begin], minlength=len(self.names))
-        counts[piece.sources] += piece.shares.given((here.begin - piece.begin) // piece.shares.block)
+        here = self.range_around(samples - 1)
+        segment = self._segment(samples - 1)
+        counts = segment.before + np.bincount(here.sources[: samples - here.begin], minlength=len(self.names))
+        counts[segment.sources] += segment.shares.counts((here.begin - segment.begin) // segment.shares.block)
         return dict(zip(self.names, counts.tolist(), strict=True))
 
-    def _piece(self, ordinal: int) -> BlendPiece:
-        return self.pieces[bisect_right(self._begins, ordinal) - 1]
+    def _segment(self, ordinal: int) -> BlendSegment:
+        return self.segments[bisect_right(self._begins, ordinal) - 1]
 
 
-def _until_used_up(shares: Shares, left: Sequence[int | None]) -> list[int] | None:
-    """Samples of each source when the first one is asked for more than it has left; None: no source has a limit.
+def _until_used_up(shares: BlockShares, left: Sequence[int | None]) -> list[int] | None:
+    """Count the samples of each source when the first one would exceed what it has left; None: no source has a limit.
 
-    The block is found by bisection, since no source's count falls from block to block, and the place by looking at it.
+    Counts never fall from block to block, so the block is found by bisection.
     """
     limits = [(i, limit) for i, limit in enumerate(left) if limit is not None]
     if not limits:
         return None
 
     def fits(blocks: int) -> bool:
-        given = shares.given(blocks)
-        return all(given[i] <= limit for i, limit in limits)
+        counts = shares.counts(blocks)
+        return all(counts[i] <= limit for i, limit in limits)
 
     low, high = 0, 1
     while fits(high):
@@ -208,4 +197,4 @@ def _until_used_up(shares: Shares, left: Sequence[int | None]) -> list[int] | No
     source, within = shares.at(low)
     stop = min(int(np.argmax(over)) for i, n in limits if (over := (source == i) & (within >= n)).any())
     counts = np.bincount(source[:stop], minlength=len(left))
-    return [before + int(count) for before, count in zip(shares.given(low), counts, strict=True)]
+    return [before + int(count) for before, count in zip(shares.counts(low), counts, strict=True)]

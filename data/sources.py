@@ -1,34 +1,38 @@
-"""Where documents come from. A source is read twice at most: a sample for the tokenizer, then everything.
-
-Each document is on one side of the held-out split for ever: a hash of its origin decides, not its place.
-"""
+"""Documents of a source, each with its side of the held-out split, which a hash of its origin decides."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from core.errors import ConfigError
-from core.files import files_in, files_like, locate, opened, sha256_file, sha256_text, unzipped
+from core.files import sha256_file, sha256_text
 from core.import_path import construct
 from data import builtin
 from data.config import DataConfig, Section, SourceConfig, SourceKind, Undecodable
+from data.files import (
+    FileFormat,
+    UnreadableFile,
+    dataset_fingerprint,
+    file_format,
+    find_files,
+    json_lines,
+    open_parquet,
+    read_bytes,
+    stream_dataset,
+)
 from data.sampling import key_of
 
 UNDECODABLE, EMPTY = "undecodable", "empty"
-TEXT_SUFFIXES = frozenset({".txt", ".md", ".py", ".rst"})
 
 
 @dataclass(frozen=True)
 class Document:
-    """`dropped` says why a document without text is passed on all the same: it is counted. `name`: what its source
-    calls it, where it has a name.
-    """
+    """`dropped`: why the document has no text; it is passed on to be counted. `name`: in the source, if it has one."""
 
     text: str
     held_out: bool
@@ -37,17 +41,19 @@ class Document:
 
 
 class Source(Protocol):
+    """Documents in a fixed order. They are read twice at most: a sample to train the tokenizer, then all."""
+
     name: str
 
     def fingerprint(self) -> str:
-        """Changes whenever the documents could."""
+        """Return a hash that changes whenever the documents could."""
         ...
 
     def documents(self) -> Iterator[Document]: ...
 
 
 def make_source(name: str, config: SourceConfig, data: DataConfig) -> Source:
-    """Check that the source is there and return it. Raises `ConfigError` with the key and the fix."""
+    """Build a source. Raises `ConfigError` if there is nothing to read."""
     if isinstance(config.kind, str):
         return ImportedSource(name, config, data)
     kinds: dict[SourceKind, Any] = {
@@ -59,19 +65,19 @@ def make_source(name: str, config: SourceConfig, data: DataConfig) -> Source:
 
 
 def is_held_out(origin: str, share: float) -> bool:
-    """Whether a document of this origin is kept from training, for a share of all origins."""
+    """Decide whether a document of this origin is held out; true for `share` of all origins."""
     return key_of("held out", origin) < share * 2**64
 
 
 class BuiltinSource:
-    """One section of the standard library, in an order that mixes its packages; a cap keeps the first documents."""
+    """One section of the standard library, in an order that mixes its packages, so `max_bytes` keeps some of all."""
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         assert config.section is not None
         self.name, self.config, self.section, self.share = name, config, config.section, data.held_out
         self._files = sorted(builtin.files(self.section), key=lambda file: key_of(file.origin, file.name))
         if not self._files:
-            reason = f"this Python has no {self.section.name} (slim images leave some out): add ~data.sources.{name}"
+            reason = f"this Python has no {self.section.name} (slim images omit some): add ~data.sources.{name}"
             raise ConfigError(f"data.sources.{name}.section", self.section, reason)
 
     def fingerprint(self) -> str:
@@ -79,7 +85,7 @@ class BuiltinSource:
 
     def documents(self) -> Iterator[Document]:
         budget = Budget(self.config.max_bytes, self.share)
-        kept_back = self._held_out_paragraphs()
+        unwanted = self._held_out_paragraphs()
         for file in self._files:
             held_out = is_held_out(file.origin, self.share)
             if budget.left[held_out] == 0:
@@ -88,13 +94,13 @@ class BuiltinSource:
             if text is None:
                 yield Document("", held_out, UNDECODABLE)
                 continue
-            if kept_back and not held_out:
-                text = builtin.without_paragraphs(text, kept_back)
+            if unwanted and not held_out:
+                text = builtin.without_paragraphs(text, unwanted)
             if text and budget.take(text, held_out):
                 yield Document(text, held_out, name=file.name)
 
     def _held_out_paragraphs(self) -> set[str]:
-        """Of pydoc's topics, which repeat each other; files are told apart by their content already."""
+        """Collect the paragraphs of held-out pydoc topics, which repeat each other."""
         if self.section is not Section.pydoc:
             return set()
         held_out = (file for file in self._files if is_held_out(file.origin, self.share))
@@ -102,204 +108,156 @@ class BuiltinSource:
 
 
 class Budget:
-    """Cuts a source off at `max_bytes` of training text and as much held-out text as the split's share makes of it."""
+    """End a source at `max_bytes` of training text, and at the share of held-out text that belongs to it."""
 
     def __init__(self, max_bytes: int | None, share: float) -> None:
         self.left = {False: max_bytes, True: None if max_bytes is None else int(max_bytes * share / (1 - share))}
 
     def take(self, text: str, held_out: bool) -> bool:
         left = self.left[held_out]
-        if left is None:
-            return True
-        if left == 0:
-            return False
-        self.left[held_out] = max(0, left - len(text.encode()))
-        return True
+        if left:
+            self.left[held_out] = max(0, left - len(text.encode()))
+        return left != 0
 
     @property
-    def spent(self) -> bool:
+    def is_spent(self) -> bool:
         return all(left == 0 for left in self.left.values())
 
 
 class FileSource:
-    """Files by suffix: .parquet, .jsonl, .jsonl.gz, and text (.txt .md .py .rst), one document a file."""
+    """Documents of jsonl, parquet and text files."""
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         self.name, self.config, self.data = name, config, data
         self.held_out_paths = self._find(config.held_out_path, "held_out_path") if config.held_out_path else []
-        kept_back = {path.resolve() for path in self.held_out_paths}  # they may lie in the folder of the others
-        self.paths = [path for path in self._find(str(config.path), "path") if path.resolve() not in kept_back]
+        held_out = {path.resolve() for path in self.held_out_paths}  # they may lie in the folder of the others
+        self.paths = [path for path in self._find(str(config.path), "path") if path.resolve() not in held_out]
 
     def fingerprint(self) -> str:
-        """By content and suffix, which says how to read it, so that touching a file changes nothing. Where hashing
-        terabytes at every start is too slow, tokenise once and name the result (`data.tokens`).
+        """Hash the content and suffix of all files. Where that takes too long at every start, tokenise once and use the
+        result (`data.tokens`).
         """
         return sha256_text(*self._digests(self.paths), "|", *self._digests(self.held_out_paths))
 
     def documents(self) -> Iterator[Document]:
         share = 0.0 if self.held_out_paths else self.data.held_out
-        budget = Budget(self.config.max_bytes, share)
-        for path in self.paths:
-            for text in self._texts(path):
-                document = _document(text, share)
-                if document.dropped or budget.take(document.text, document.held_out):
-                    yield document
-                if budget.spent:
-                    return (yield from self._held_out())
-        yield from self._held_out()
-
-    def _held_out(self) -> Iterator[Document]:
-        for path in self.held_out_paths:
-            for text in self._texts(path):
-                yield replace(_document(text, 0.0), held_out=True)
+        yield from _documents(self._texts(self.paths), share, self.config.max_bytes)
+        for text in self._texts(self.held_out_paths):
+            yield replace(_document(text, 0.0), held_out=True)
 
     def _find(self, pattern: str, key: str) -> list[Path]:
         try:
-            path = locate(pattern)
+            return [path for _, path in find_files(pattern)]
         except ConfigError as error:
             raise error.under(f"data.sources.{self.name}.{key}") from None
-        if path.is_file():
-            found = [path]
-        elif path.is_dir():
-            found = [file for file in files_in(path) if _kind(file)]
-        else:
-            found = files_like(path)
-        if not found:
-            reason = "holds no parquet, jsonl or text file" if path.is_dir() else "no such file or folder"
-            raise ConfigError(f"data.sources.{self.name}.{key}", pattern, reason)
-        for unknown in (p for p in found if not _kind(p)):
-            legal = [".parquet", ".jsonl", ".jsonl.gz", *sorted(TEXT_SUFFIXES)]
-            raise ConfigError(f"data.sources.{self.name}.{key}", str(unknown), "unknown suffix", legal)
-        return found
 
     def _digests(self, paths: list[Path]) -> Iterator[str]:
         for path in paths:
             try:
                 yield path.suffix + sha256_file(path)
             except OSError as error:
-                raise self._unreadable(str(path), f"cannot be read: {_first_line(error)}") from None
+                raise self._error("path", str(path), f"cannot be read: {error}") from None
 
-    def _texts(self, path: Path) -> Iterator[str | None]:
-        """Texts of a file; None for one that is to be dropped."""
-        readers = {"parquet": self._parquet, "jsonl": self._json_lines, "text": self._text_file}
-        try:
-            yield from readers[str(_kind(path))](path)
-        except (OSError, EOFError, zlib.error) as error:
-            raise self._unreadable(str(path), f"cannot be read: {_first_line(error)}") from None
+    def _texts(self, paths: list[Path]) -> Iterator[str | None]:
+        """Yield the texts of the files; None for one to drop."""
+        for path in paths:
+            try:
+                match file_format(path):
+                    case FileFormat.jsonl:
+                        yield from self._from_jsonl(path)
+                    case FileFormat.parquet:
+                        yield from self._from_parquet(path)
+                    case FileFormat.text | None:
+                        yield self._decode(read_bytes(path), str(path))
+            except UnreadableFile as error:
+                raise self._error("path", str(path), f"cannot be read: {error}") from None
 
-    def _text_file(self, path: Path) -> Iterator[str | None]:
-        yield self._decode(path.read_bytes(), str(path), 0)
-
-    def _parquet(self, path: Path) -> Iterator[str | None]:
+    def _from_parquet(self, path: Path) -> Iterator[str | None]:
         import pyarrow
-        import pyarrow.parquet
 
         types = pyarrow.types
-        texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-        try:
-            with opened(path) as source:
-                file = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
-                column = self._column(file.schema_arrow.names, str(path))
-                kind = file.schema_arrow.field(column).type
-                if not any(is_text(kind) for is_text in texts):
-                    raise self._no_text(f"{path} holds {kind} there, not text")
-                row = 0
-                for batch in file.iter_batches(columns=[column]):
-                    for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                        yield self._decode(content or b"", f"{path}, row {row}", 0)
-                        row += 1
-        except pyarrow.ArrowException as error:
-            raise self._unreadable(str(path), f"is no readable parquet file: {_first_line(error)}") from None
+        row = 0
+        with open_parquet(path) as table:
+            column = self._column(table.schema_arrow.names, str(path))
+            kind = table.schema_arrow.field(column).type
+            is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+            if not any(check(kind) for check in is_text):
+                raise self._not_text(f"{path} holds {kind}")
+            for batch in table.iter_batches(columns=[column]):
+                for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    yield self._decode(content or b"", f"{path}, row {row}")
+                    row += 1
 
-    def _json_lines(self, path: Path) -> Iterator[str | None]:
-        offset = 0
-        with unzipped(path) as file:
-            for number, line in enumerate(file, start=1):
-                decoded = self._decode(line, str(path), offset)
-                offset += len(line)
-                if decoded is None:
-                    yield None
-                elif decoded.strip():
-                    yield self._record(decoded, f"{path}:{number}")
+    def _from_jsonl(self, path: Path) -> Iterator[str | None]:
+        for line in json_lines(path):
+            decoded = self._decode(line.content, str(path), line.offset)
+            yield None if decoded is None else self._from_json(decoded, f"{path}:{line.number}")
 
-    def _record(self, line: str, where: str) -> str | None:
-        """The text of one line of JSON."""
+    def _from_json(self, line: str, where: str) -> str | None:
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # endless numbers and nesting have errors of their own
-            raise self._unreadable(where, f"is not JSON ({getattr(error, 'msg', error)})") from None
+        except (ValueError, RecursionError) as error:  # numbers and nesting without end have errors of their own
+            raise self._error("path", where, f"is not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(record, dict):
-            raise self._unreadable(where, 'is no JSON object, such as {"text": "..."}')
+            raise self._error("path", where, 'is not a JSON object such as {"text": "..."}')
         text = record[self._column(list(record), where)]
         if not isinstance(text, str | None):
-            raise self._no_text(f"{where} holds a {type(text).__name__} there, not text")
-        # JSON may escape half of a surrogate pair, which is no text either
-        return self._decode((text or "").encode(errors="surrogatepass"), where, 0)
+            raise self._not_text(f"{where} holds a {type(text).__name__}")
+        # JSON may escape half of a surrogate pair, which is not text either
+        return self._decode((text or "").encode(errors="surrogatepass"), where)
 
     def _column(self, names: list[str], where: str) -> str:
         if self.config.text_key not in names:
-            raise ConfigError(
-                f"data.sources.{self.name}.text_key", self.config.text_key, f"{where} has no such column", names
-            )
+            raise self._error("text_key", self.config.text_key, f"{where} has no such column", names)
         return self.config.text_key
 
-    def _decode(self, content: bytes, where: str, offset: int) -> str | None:
+    def _decode(self, content: bytes, where: str, offset: int = 0) -> str | None:
         try:
             return content.decode()
         except UnicodeDecodeError as error:
-            policy = self.data.undecodable
-            if policy is Undecodable.replace:
-                return content.decode(errors="replace")
-            if policy is Undecodable.drop:
-                return None
-            advice = ["data.undecodable=drop", "data.undecodable=replace"]
-            raise self._unreadable(where, f"byte {offset + error.start} is not UTF-8", advice) from None
+            match self.data.undecodable:
+                case Undecodable.replace:
+                    return content.decode(errors="replace")
+                case Undecodable.drop:
+                    return None
+                case Undecodable.fail:
+                    advice = ["data.undecodable=drop", "data.undecodable=replace"]
+                    reason = f"byte {offset + error.start} is not UTF-8"
+                    raise self._error("path", where, reason, advice) from None
 
-    def _unreadable(self, where: str, reason: str, advice: Sequence[str] = ()) -> ConfigError:
-        return ConfigError(f"data.sources.{self.name}.path", where, reason, advice)
+    def _not_text(self, what: str) -> ConfigError:
+        return self._error("text_key", self.config.text_key, f"{what} there, not text")
 
-    def _no_text(self, reason: str) -> ConfigError:
-        return ConfigError(f"data.sources.{self.name}.text_key", self.config.text_key, reason)
+    def _error(self, key: str, value: str, reason: str, advice: Sequence[str] = ()) -> ConfigError:
+        return ConfigError(f"data.sources.{self.name}.{key}", value, reason, advice)
 
 
 class HuggingFaceSource:
-    """A data set streamed by the `datasets` library, in its own order: what is permuted are packed rows."""
+    """A data set streamed by the `datasets` library, in its own order."""
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
-        self.name, self.config, self.data = name, config, data
+        self.name, self.config, self.data, self.path = name, config, data, str(config.path)
 
     def fingerprint(self) -> str:
-        """By name, or by the files of a data set on disk. A hub's data set may change under its name; the manifest of
-        the tokens made from it does not.
-        """
-        folder = Path(str(self.config.path))
-        return data_set_fingerprint(folder, str(self.config.path), str(self.config.subset), self.config.split)
+        """Hash the name, or the files of a data set on disk. The hub's content may change under its name."""
+        return dataset_fingerprint(self.path, self.config.subset, self.config.split)
 
     def documents(self) -> Iterator[Document]:
-        budget = Budget(self.config.max_bytes, self.data.held_out)
-        for record in self._stream():
-            key = f"data.sources.{self.name}.text_key"
-            if self.config.text_key not in record:
-                raise ConfigError(key, self.config.text_key, "the data set has no such column", list(record))
-            text = record[self.config.text_key] or ""
-            if not isinstance(text, str):
-                raise ConfigError(key, self.config.text_key, f"the data set has {type(text).__name__} there, not text")
-            document = _document(text, self.data.held_out)
-            if document.dropped or budget.take(text, document.held_out):
-                yield document
-            if budget.spent:
-                return
-
-    def _stream(self) -> Iterator[dict[str, Any]]:
-        import datasets
-
+        rows = stream_dataset(self.path, self.config.subset, self.config.split)
         try:
-            yield from datasets.load_dataset(
-                str(self.config.path), self.config.subset, split=self.config.split, streaming=True
-            )
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = f"datasets cannot stream it: {_first_line(error)}"
-            raise ConfigError(f"data.sources.{self.name}.path", self.config.path, reason) from None
+            yield from _documents(map(self._text, rows), self.data.held_out, self.config.max_bytes)
+        except UnreadableFile as error:
+            raise ConfigError(f"data.sources.{self.name}.path", self.path, f"cannot be read: {error}") from None
+        except ConfigError as error:
+            raise error.under(f"data.sources.{self.name}") from None
+
+    def _text(self, row: dict[str, Any]) -> str:
+        key = self.config.text_key
+        if key not in row:
+            raise ConfigError("text_key", key, "the data set has no such column", list(row))
+        if not isinstance(row[key], str | None):
+            raise ConfigError("text_key", key, f"the data set holds a {type(row[key]).__name__} there, not text")
+        return row[key] or ""
 
 
 class ImportedSource:
@@ -316,35 +274,28 @@ class ImportedSource:
         return sha256_text(str(self.config.kind), str(self.inner.fingerprint()))
 
     def documents(self) -> Iterator[Document]:
-        budget = Budget(self.config.max_bytes, self.data.held_out)
+        return _documents(self._texts(), self.data.held_out, self.config.max_bytes)
+
+    def _texts(self) -> Iterator[str]:
         for text in self.inner.documents():
             if not isinstance(text, str):
                 raise ConfigError(self.key, self.config.kind, f"documents() yielded a {type(text).__name__}, not text")
-            document = _document(text, self.data.held_out)
-            if document.dropped or budget.take(document.text, document.held_out):
-                yield document
-            if budget.spent:
-                return
+            yield text
 
 
-def data_set_fingerprint(folder: Path, *names: str) -> str:
-    """Of a data set for the `datasets` library: what it is called and, where it is a folder, the files in it."""
-    return sha256_text(*names, *map(sha256_file, files_in(folder) if folder.is_dir() else []))
-
-
-def _kind(path: Path) -> str | None:
-    name = path.name
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return "jsonl"
-    return {".parquet": "parquet"}.get(path.suffix, "text" if path.suffix in TEXT_SUFFIXES else None)
+def _documents(texts: Iterable[str | None], share: float, max_bytes: int | None) -> Iterator[Document]:
+    """Split texts into training and held-out documents, up to `max_bytes`."""
+    budget = Budget(max_bytes, share)
+    for text in texts:
+        document = _document(text, share)
+        if document.dropped or budget.take(document.text, document.held_out):
+            yield document
+        if budget.is_spent:
+            return
 
 
 def _document(text: str | None, share: float) -> Document:
-    """Side of the split by a hash of the text itself, so that copies are on one side."""
+    """Choose the side of the split by a hash of the text, so that copies are on one side."""
     if not text:
         return Document("", False, UNDECODABLE if text is None else EMPTY)
     return Document(text, is_held_out(hashlib.sha256(text.encode()).hexdigest(), share))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,6 +1,6 @@
-"""Text to token ids and back: byte-level BPE trained here, `tokenizer.json` files, tiktoken rank files.
+"""Turn text into token ids and back: byte-level BPE trained here, `tokenizer.json` files, tiktoken rank files.
 
-Every artefact carries its tokenizer: `save` copies the files into a directory and `load_tokenizer` reads them back.
+Every artefact contains its tokenizer: `save` writes the files into a directory and `load_tokenizer` reads them back.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        """Ids of each text, without BOS and EOS; text that looks like a special token is ordinary text."""
+        """Return the ids of each text without BOS and EOS. Text that looks like a special token is ordinary text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """How many bytes of text each id stands for, 0 for special tokens: [vocab_size]."""
+        """Return the bytes of text that each id stands for, 0 for special tokens: [vocab_size]."""
         ...
 
     def save(self, directory: Path) -> None: ...
@@ -56,9 +56,9 @@ class JsonTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
         self._library.encode_special_tokens = True
-        self._library.no_truncation()  # some files ask for it, and would lose text without a word
+        self._library.no_truncation()  # some files ask for it, and text would be lost silently
         self._library.no_padding()
-        self._library.post_processor = None  # documents get their BOS and EOS from us
+        self._library.post_processor = None  # the corpus writer adds BOS and EOS
         self._path, self._bos, self._eos = path, bos, eos
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = (self._id(token, key) for token, key in ((bos, "bos"), (eos, "eos")))
@@ -71,8 +71,8 @@ class JsonTokenizer:
         return self._library.decode(list(ids), skip_special_tokens=True)
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """Exact for byte-level vocabularies (one character a byte) and those with byte fallback (`<0x0A>`, "▁" for a
-        space); others are decoded token by token, which may miss the spaces between words.
+        """Exact for byte-level vocabularies and those with byte fallback (`<0x0A>`, "▁" for a space). Others
+        are decoded token by token, which may miss the spaces between words.
         """
         decoder = json.dumps(json.loads(self._path.read_text()).get("decoder"))
         added = self._library.get_added_tokens_decoder()
@@ -93,11 +93,10 @@ class JsonTokenizer:
         write_json(directory / _DESCRIPTION, {"kind": "tokenizer_json", "bos": self._bos, "eos": self._eos})
 
     def content(self) -> dict[str, Any]:
-        """The parsed `tokenizer.json`."""
         return json.loads(self._path.read_text())
 
     def decode_special(self, index: int) -> str:
-        """How a token is written in the vocabulary."""
+        """Return a token as the vocabulary writes it."""
         return str(self._library.id_to_token(index))
 
     def _id(self, token: str, key: str) -> int:
@@ -109,10 +108,10 @@ class JsonTokenizer:
 
 
 class TiktokenTokenizer:
-    """A tiktoken rank file (base64 token, rank per line), with specials after the ranks as Llama 4 has them."""
+    """A tiktoken rank file (base64 token and rank per line). Special tokens follow the ranks, as in Llama 4."""
 
     MAX_CHARACTERS = 400_000
-    """Longer texts are encoded in pieces: the library's recursion does not bear more."""
+    """Longer texts are encoded in pieces: the library's recursion would overflow."""
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         import tiktoken
@@ -125,7 +124,7 @@ class TiktokenTokenizer:
                 path.name, pat_str=config.pattern, mergeable_ranks=ranks, special_tokens=specials
             )
         except ValueError as error:
-            reason = f"is no regular expression: {str(error).strip().splitlines()[-1].strip()}"
+            reason = f"is not a regular expression: {str(error).strip().splitlines()[-1].strip()}"
             raise ConfigError("data.tokenizer.pattern", config.pattern, reason) from None
         self.vocab_size = len(ranks) + config.special_tokens
         self.bos_id, self.eos_id = specials[config.bos], specials[config.eos]
@@ -155,8 +154,8 @@ class TiktokenTokenizer:
 
 
 def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
-    """Write `tokenizer.json` and `tokenizer_config.json` for transformers, which will put BOS before a text as our
-    packing does; returns the ids that a model's configuration names. Raises `ConfigError` for rank files.
+    """Write `tokenizer.json` and `tokenizer_config.json` for transformers, with BOS before a text. Return the ids for
+    the model's configuration. Raises `ConfigError` for rank files.
     """
     if not isinstance(tokenizer, JsonTokenizer):
         raise ConfigError("data.tokenizer.kind", "tiktoken", "transformers needs a tokenizer.json; export without it")
@@ -179,12 +178,12 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, in
 
 
 def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
-    """Of how text becomes ids: unlike a tokenizer's own, it stays the same where a tokenizer was exported."""
+    """Hash how text becomes ids. Unlike a tokenizer's own fingerprint it survives an export."""
     return _vocabulary(tokenizer.content()) if isinstance(tokenizer, JsonTokenizer) else tokenizer.fingerprint
 
 
 def vocabulary_of_file(path: Path) -> str | None:
-    """`vocabulary_fingerprint` of the tokenizer in a `tokenizer.json`; None where there is none that can be read."""
+    """Return the `vocabulary_fingerprint` of a `tokenizer.json`, None if it cannot be read."""
     try:
         return _vocabulary(json.loads(path.read_text()))
     except (OSError, ValueError, AttributeError):
@@ -192,13 +191,13 @@ def vocabulary_of_file(path: Path) -> str | None:
 
 
 def _vocabulary(content: dict[str, Any]) -> str:
-    """What is put around a text, or cut off it, does not change what an id means."""
+    """Hash a `tokenizer.json` without what adds to a text or truncates it: that does not change what an id means."""
     kept = {k: v for k, v in content.items() if k not in ("post_processor", "truncation", "padding")}
     return sha256_text(json.dumps(kept, sort_keys=True))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer that was saved into `directory`. Raises `DataError` where its files are missing or damaged."""
+    """Load the tokenizer saved in `directory`. Raises `DataError` if its files are missing or damaged."""
     path = directory / _DESCRIPTION
     if not path.exists():
         raise DataError(f"{directory} holds no tokenizer ({_DESCRIPTION} is missing)")
@@ -214,7 +213,6 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def from_file(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer at `config.path`."""
     path = Path(str(config.path)).expanduser()
     if not path.is_file():
         raise ConfigError("data.tokenizer.path", config.path, "no such file")
@@ -224,7 +222,7 @@ def from_file(config: TokenizerConfig) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], config: TokenizerConfig, cache: Path) -> Tokenizer:
-    """Byte-level BPE of these texts, from the cache where the same texts were trained on before."""
+    """Train byte-level BPE on these texts, or take it from the cache."""
     import tokenizers
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -256,14 +254,9 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError:
-                raise DataError(f"{path}:{number} is no line of a tiktoken file (base64 token, rank)") from None
+                raise DataError(f"{path}:{number} is not a line of a tiktoken file (base64 token, rank)") from None
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise DataError(f"{path}: ranks must run from 0 without a gap")
     if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise DataError(f"{path}: each of the 256 bytes needs a rank of its own, or some text could not be written")
+        raise DataError(f"{path}: each of the 256 bytes needs a rank, or some text could not be encoded")
     return ranks
-
-
-def describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a manifest says of it."""
-    return {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}

@@ -1,7 +1,7 @@
 """Token shards: flat files of token ids, memory-mapped, with their sizes and hashes in a manifest.
 
-A document is BOS, its tokens, EOS; documents follow each other, with more EOS between them where they are aligned, and
-rows are windows of that stream. uint16 where the vocabulary fits, uint32 otherwise.
+A document is BOS, its tokens, EOS. Documents follow each other, padded with EOS if they are aligned. Sequences are
+windows of that stream. Ids are uint16 if the vocabulary fits, else uint32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a stream as the manifest describes it."""
+    """One file of a stream, as in the manifest."""
 
     file: str
     tokens: int
@@ -37,7 +37,7 @@ class Shard:
 
 
 class TokenWriter:
-    """Appends documents to shards named `PREFIX-00000.bin`, hashing as it goes; `close` ends the last one."""
+    """Append documents to shards named `PREFIX-00000.bin` and hash them; `close` ends the last one."""
 
     def __init__(self, directory: Path, prefix: str, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS) -> None:
         self.directory, self.prefix, self.dtype, self.shard_tokens = directory, prefix, dtype, shard_tokens
@@ -80,7 +80,7 @@ class TokenWriter:
 
 
 class TokenStream:
-    """Shards as one long sequence of token ids. Opening checks sizes; contents are read when asked for."""
+    """Memory-mapped shards as one array of token ids. Opening checks sizes only. Raises `DataError`."""
 
     def __init__(self, directory: Path, shards: Sequence[Shard], dtype: np.dtype[Any]) -> None:
         self.directory, self.shards, self.dtype = directory, list(shards), dtype
@@ -90,26 +90,25 @@ class TokenStream:
             path, wanted = directory / shard.file, shard.tokens * dtype.itemsize
             found = path.stat().st_size if path.exists() else None
             if found != wanted:
-                state = "is missing" if found is None else f"has {found} bytes instead of {wanted}"
-                raise DataError(f"token shard {path} {state}: remove {directory} and run again to make it anew")
+                raise _damaged(path, "is missing" if found is None else f"has {found} bytes instead of {wanted}")
             # a plain view: slicing a memmap object costs ten times the slice
             self._maps.append(np.memmap(path, dtype=dtype, mode="r").view(np.ndarray) if wanted else np.empty(0, dtype))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def rows(self, context: int) -> int:
-        """Rows of `context` tokens, each with the one after it as its last label."""
-        return max(0, (len(self) - 1) // context)
+    def num_sequences(self, seq_len: int) -> int:
+        """Count the sequences of `seq_len` tokens, each followed by a token for its last label."""
+        return max(0, (len(self) - 1) // seq_len)
 
     def window(self, start: int, length: int) -> NDArray[np.int64]:
-        """Tokens [start, start + length), across shards where need be."""
+        """Return tokens [start, start + length)."""
         tokens = np.empty(length, np.int64)
         self.read(start, tokens)
         return tokens
 
     def read(self, start: int, into: NDArray[np.int64]) -> None:
-        """Fill `into` with the tokens from `start` on, across shards where need be."""
+        """Fill `into` with the tokens from `start` on. Raises `IndexError` outside the stream."""
         length, filled = len(into), 0
         if not 0 <= start <= start + length <= len(self):
             raise IndexError(f"[{start}, {start + length}) lies outside the stream's {len(self)} tokens")
@@ -122,12 +121,14 @@ class TokenStream:
 
 
 def verify_shard(directory: Path, shard: Shard) -> None:
-    """Raises `DataError` with the file and the fix where its content is not what the manifest says."""
+    """Raise `DataError` if the content of a shard does not match its hash."""
     path = directory / shard.file
     try:
-        if sha256_file(path) == shard.sha256:
-            return
-        state = "does not match its SHA-256"
+        if sha256_file(path) != shard.sha256:
+            raise _damaged(path, "does not match its SHA-256")
     except OSError as error:
-        state = f"cannot be read ({error.strerror})"
-    raise DataError(f"token shard {path} {state}: remove {directory} and run again to make it anew")
+        raise _damaged(path, f"cannot be read ({error.strerror})") from None
+
+
+def _damaged(path: Path, state: str) -> DataError:
+    return DataError(f"token shard {path} {state}: remove {path.parent} and run again to rebuild it")

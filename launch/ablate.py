@@ -107,7 +107,7 @@ def _run(config: AblateConfig, filter_: FilterRules | None, root: Path, name: st
 def _counts(restored: RestoredRun, most: int) -> Iterator[tuple[str, int]]:
     """Each source with held-out sequences, and how many of them are used."""
     loader = restored.loader()
-    counts = ((source, min(most, loader.held_out_rows(source))) for source in restored.corpus.sources)
+    counts = ((source, min(most, loader.num_held_out(source))) for source in restored.corpus.sources)
     return ((source, count) for source, count in counts if count)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from core.errors import ConfigError
 from data.corpus import Corpus, find_corpus, open_corpus, prepare
-from data.curriculum import PhaseRows, make_loaders
+from data.curriculum import PhaseSpec, make_loaders
 from data.filter.score.factory import Models
 from data.loader import Loader
 from parallel.comm.world import World
@@ -81,7 +81,7 @@ def run_loaders(config: TrainConfig, corpus: Corpus, report: Callable[[str], Non
     """A loader for each phase of a run. Raises `ConfigError` where a source runs out before the end."""
     usual = source_weights(config, corpus)
     rows = [
-        PhaseRows(
+        PhaseSpec(
             phase.name,
             phase.seq_len,
             phase.global_batch_size,

@@ -52,7 +52,7 @@ def run() -> list[Result]:
     corpus = prepare(load("train", TrainConfig, []).data, lambda line: None)
     loader = Loader(corpus, CONTEXT, BATCH, seed=0)
     streams = [corpus.stream(name, TRAIN) for name in corpus.sources]
-    rows = [s.window(r * CONTEXT, CONTEXT) for s in streams for r in range(s.rows(CONTEXT))]
+    rows = [s.window(r * CONTEXT, CONTEXT) for s in streams for r in range(s.num_sequences(CONTEXT))]
     with tempfile.TemporaryDirectory() as root:
         path = Path(root) / "rows.parquet"
         fixed = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.concatenate(rows).astype(np.uint16)), CONTEXT)

@@ -82,7 +82,7 @@ def run() -> list[Result]:
     corpus = prepare(load("train", TrainConfig, []).data, lambda line: None)
     loader = Loader(corpus, CONTEXT, BATCH, seed=0)
     streams = [corpus.stream(name, TRAIN) for name in corpus.sources]
-    tokens = np.concatenate([s.window(r * CONTEXT, CONTEXT) for s in streams for r in range(s.rows(CONTEXT))])
+    tokens = np.concatenate([s.window(r * CONTEXT, CONTEXT) for s in streams for r in range(s.num_sequences(CONTEXT))])
     batches = len(tokens) // CONTEXT // BATCH
     found: list[Result] = []
     with tempfile.TemporaryDirectory() as root:

@@ -1,26 +1,25 @@
-"""What the filter does: the rules that `leviathan filter` and a run's `data.filter` share."""
+"""Configuration of the filter, shared by `leviathan filter` and a run's `data.filter`."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from core.config import plain
-from core.errors import ConfigError
+from core.errors import ConfigError, check_numbers
 from core.import_path import check_options
 
 
 class KeepUnit(Enum):
-    """What `keep` is a share of. Where score and length go together, the two differ widely."""
+    """The unit of `keep`. The two differ widely if scores correlate with length."""
 
     documents = "documents"
     tokens = "tokens"
 
 
 class OnError(Enum):
-    """What becomes of a record that cannot be read or scored: in, out, or stop."""
+    """Policy for a record that cannot be read or scored."""
 
     keep = "keep"
     drop = "drop"
@@ -29,63 +28,60 @@ class OnError(Enum):
 
 class ScorerKind(Enum):
     ngram = "ngram"
-    """Loss under a byte n-gram model fitted to the other fold of the same data: seconds, no model."""
+    """Loss of a byte n-gram model fitted to the other fold of the same data: takes seconds, needs no model."""
     loss = "loss"
     """Mean loss of a reference model."""
     excess = "excess"
-    """Loss of one model less that of a better one: learnable, not hard."""
+    """Loss of a model minus that of a better one: learnable rather than hard."""
     ifd = "ifd"
-    """Instruction-following difficulty: loss of the answer given its prompt over its loss alone."""
+    """Instruction-following difficulty: loss of the answer given its prompt, divided by its loss alone."""
     judge = "judge"
-    """A model behind an OpenAI-compatible endpoint says how hard it is."""
+    """Difficulty as graded by a model behind an OpenAI-compatible endpoint."""
     pass_rate = "pass_rate"
     """Share of sampled answers that a verifier rejects."""
     ensemble = "ensemble"
     """Mean rank under several scorers."""
     random = "random"
-    """A lot for each record: the control."""
+    """A random number for each record: the control."""
     length = "length"
     """Bytes of the answer: the control that a scorer must beat."""
 
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """`window`: take the mean over the hardest so many tokens in a row (bytes, for ngram) instead of all; null: all.
-    `model`, `reference`: runs of ours or Hugging Face folders or names, for loss, ifd and excess (`reference` is the
-    better one). `members`: of an ensemble. The rest is for `judge` (`url` is the endpoint's base, `/v1` included; the
-    key is read from the environment variable `key_variable`) and `pass_rate` (`samples` answers by the same endpoint,
-    checked by `verifier`, "module:function" of (record, answer) -> bool).
-    """
-
     kind: ScorerKind | str = ScorerKind.ngram
     """A name, or the import path of a class with the interface of `data.filter.score.scorer.Scorer`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of an imported class."""
     window: int | None = None
+    """Mean over the hardest run of this many tokens (bytes, for ngram); null: over all."""
     order: int = 5
+    """Order of ngram."""
     model: str | None = None
+    """For loss, ifd and excess: one of our runs, or a Hugging Face folder or name."""
     reference: str | None = None
+    """For excess: the better model."""
     seq_len: int = 1024
     batch_size: int = 8
     members: list[ScorerConfig] = field(default_factory=list)
+    """Scorers of an ensemble."""
     url: str | None = None
+    """For judge and pass_rate: base URL of the endpoint, with `/v1`."""
     judge: str | None = None
+    """Name of the model at the endpoint."""
     key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the endpoint's key."""
     concurrency: int = 8
     timeout_s: float = 60.0
     retries: int = 5
     samples: int = 4
+    """For pass_rate: answers for each record."""
     verifier: str | None = None
+    """For pass_rate: "module:function" of (record, answer) -> bool."""
 
     def __post_init__(self) -> None:
-        for key in ("window", "order", "seq_len", "batch_size", "concurrency", "samples"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(key, value, "must be positive")
-        if self.retries < 0:
-            raise ConfigError("retries", self.retries, "must not be negative")
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise ConfigError("timeout_s", self.timeout_s, "must be positive")
+        positive = ("window", "order", "seq_len", "batch_size", "concurrency", "timeout_s", "samples")
+        check_numbers(self, positive, not_negative=("retries",))
         needs: dict[ScorerKind, tuple[str, ...]] = {
             ScorerKind.loss: ("model",),
             ScorerKind.ifd: ("model",),
@@ -112,13 +108,13 @@ class ScorerConfig:
         return found
 
 
-_WAYS = ("url", "key_variable", "concurrency", "timeout_s", "retries")
-"""Where a server is and how it is asked: no score depends on it."""
+_CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries")
+"""Settings that no score depends on."""
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What is no text worth scoring, before any quantile is taken; null or false: no such gate."""
+    """Reject garbage before any quantile is taken; null or false: no such gate."""
 
     min_characters: int | None = 20
     max_characters: int | None = None
@@ -131,12 +127,10 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class DuplicateConfig:
-    """`near`: Jaccard similarity of word 5-grams from which two records are one (MinHash, Broder 1997); null: only
-    exact copies after normalisation.
-    """
-
     exact: bool = True
+    """Drop exact copies, after normalisation."""
     near: float | None = 0.8
+    """Jaccard similarity of word 5-grams from which records are near copies (MinHash, Broder 1997); null: keep all."""
 
     def __post_init__(self) -> None:
         if self.near is not None and not 0.3 <= self.near < 1:
@@ -145,36 +139,35 @@ class DuplicateConfig:
 
 @dataclass(frozen=True)
 class ContaminationConfig:
-    """`sets`: name -> path of an evaluation set (jsonl, parquet or text). A record that shares a run of `words` words
-    with one is left out.
-    """
+    """Drop records that share a run of `words` words with an evaluation set."""
 
     sets: dict[str, str] = field(default_factory=dict)
+    """Name -> path of an evaluation set: jsonl, parquet or text files."""
     words: int = 13
 
     def __post_init__(self) -> None:
         if self.words < 3:
-            raise ConfigError("words", self.words, "would match everything; at least 3", [8, 13])
+            raise ConfigError("words", self.words, "would match everything; must be at least 3", [8, 13])
 
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """How records are chosen by score, in each domain by itself.
-
-    `domains`: keep rate of single domains, in place of `keep`. `floor`: no domain is left with fewer records than this
-    (or than it has). `protect`: domains that are kept whole. `revive`: share of what is kept that is drawn by lot from
-    the easy part. `length_buckets`: quantiles of the length of what is scored (the answer, where there is one) inside
-    which records compete; 1: one competition. `clean`: path of clean reference text; what scores above its
-    `noise_quantile` is noise. null: no upper cut.
-    """
+    """Selection by score, separate for each domain."""
 
     domains: dict[str, float] = field(default_factory=dict)
+    """Keep rate of single domains, in place of `keep`."""
     floor: int = 0
+    """Fewest records to keep of a domain, or all if it has fewer."""
     protect: list[str] = field(default_factory=list)
+    """Domains that are kept whole."""
     revive: float = 0.0
+    """Share of the kept records that is drawn at random from the easy ones."""
     length_buckets: int = 8
+    """Quantiles of the length of the scored text inside which records compete; 1: all compete."""
     clean: str | None = None
+    """Path of clean reference text; null: no upper cut."""
     noise_quantile: float = 0.99
+    """Quantile of the clean text's scores above which a record is noise."""
 
     def __post_init__(self) -> None:
         for name, share in self.domains.items():
@@ -184,17 +177,15 @@ class SelectConfig:
             raise ConfigError("revive", self.revive, "must lie in [0, 1)", [0.0, 0.05])
         if not 0.5 < self.noise_quantile <= 1:
             raise ConfigError("noise_quantile", self.noise_quantile, "must lie in (0.5, 1]", [0.99])
-        if self.floor < 0:
-            raise ConfigError("floor", self.floor, "must not be negative")
+        check_numbers(self, not_negative=("floor",))
         if not 1 <= self.length_buckets <= 64:
             raise ConfigError("length_buckets", self.length_buckets, "must lie in [1, 64]", [1, 8])
 
 
 @dataclass(frozen=True)
 class FilterRules:
-    """`keep`: share of `unit` that stays, of what passes the gates. `seed`: of ties and lots."""
-
     keep: float = 0.5
+    """Share of `unit` to keep, of what passes the screen."""
     unit: KeepUnit = KeepUnit.tokens
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     gates: GateConfig = field(default_factory=GateConfig)
@@ -203,19 +194,20 @@ class FilterRules:
     select: SelectConfig = field(default_factory=SelectConfig)
     on_error: OnError = OnError.drop
     seed: int = 0
+    """Seed of ties and random draws."""
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ConfigError("keep", self.keep, "must lie in (0, 1]", [0.5])
 
 
-def deciding(rules: FilterRules) -> dict[str, Any]:
-    """All that decides what is kept, as plain values: the rules without where a server is and how it is asked."""
+def decisive_settings(rules: FilterRules) -> dict[str, Any]:
+    """Return all settings that decide what is kept, as plain values: the rules without the connection of scorers."""
     found: dict[str, Any] = plain(rules)
     scorers = [found["scorer"]]
     while scorers:
         scorer = scorers.pop()
-        for key in _WAYS:
+        for key in _CONNECTION:
             del scorer[key]
         if not scorer["options"]:  # keeps the digests of the time before there were options
             del scorer["options"]

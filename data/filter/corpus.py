@@ -1,27 +1,25 @@
-"""The filter inside a corpus: training documents of every source go through it before they become tokens."""
+"""Filter a corpus: the training documents of every source, before they become tokens."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, DataError
 from core.files import sha256_text
 from data.filter.audit.outputs import SCORES, keep_audit, write_audit_of, write_scores
-from data.filter.config import FilterRules, deciding
-from data.filter.input.readers import Broken, InputConfig, clean_records
+from data.filter.config import FilterRules, decisive_settings
+from data.filter.input.readers import InputConfig, MalformedRecord, clean_records
 from data.filter.input.records import Record
-from data.filter.pipeline import FORMAT, Filter, FilterJob, of_file
+from data.filter.pipeline import FORMAT, Filter, FilterJob, file_digest
 from data.filter.score.factory import Models, make_scorer
 from data.filter.store import OneWorker
 from data.sources import Document, Source
 from data.tokenizer import Tokenizer
-
-_NOTHING = "nothing"
-"""Not a reason."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,14 @@ class SourcePart:
     def keys(self) -> dict[str, str | None]:
         return {}
 
-    def records(self) -> Iterator[Record | Broken]:
+    def records(self) -> Iterator[Record | MalformedRecord]:
         for name, document in _named(self.source):
             if not document.held_out and document.dropped is None:
                 yield Record(name, self.source.name, name, document.text)
 
 
 class FilteredSource:
-    """A source without the training documents that the filter left out."""
+    """A source whose training documents are dropped as the filter decided."""
 
     def __init__(self, part: SourcePart, done: Filter) -> None:
         self.part, self.source, self.done, self.name = part, part.source, done, part.name
@@ -59,24 +57,28 @@ class FilteredSource:
         return sha256_text(self.part.content, self.done.decided.key)
 
     def documents(self) -> Iterator[Document]:
-        """As the source gives them; those left out say so, and are counted."""
-        reasons = self._reasons()
+        """Yield the source's documents; dropped ones without text, so that they are counted.
+
+        Raises `DataError` if the source has other documents than when it was filtered.
+        """
+        end = "end"  # not a reason
+        reasons = chain(self._reasons(), [end])
         for name, document in _named(self.source):
             if document.held_out or document.dropped is not None:
                 yield document
                 continue
-            reason = next(reasons, _NOTHING)
-            if reason is _NOTHING:
+            reason = next(reasons)
+            if reason == end:
                 raise self._changed()
             yield replace(document, name=name) if reason is None else Document("", False, f"by_filter_{reason}")
-        if next(reasons, _NOTHING) is not _NOTHING:
+        if next(reasons) != end:
             raise self._changed()
 
     def _changed(self) -> DataError:
         return DataError(f"the documents of {self.name} changed while they were filtered: run again")
 
     def _reasons(self) -> Iterator[str | None]:
-        """Of this source's training documents in order: why each is left out; None: it stays."""
+        """Yield why each of this source's training documents is dropped, in order; None: it is kept."""
         for shard in self.done.records.shards:
             if self.done.records.read(shard, ["domain"])["domain"][0].as_py() == self.name:
                 table = self.done.decided.read(shard, ["kept", "reason"])
@@ -89,7 +91,7 @@ def _named(source: Source) -> Iterator[tuple[str, Document]]:
         yield f"{source.name}:{ordinal if document.name is None else document.name}", document
 
 
-def filtered(
+def filter_sources(
     parts: Sequence[SourcePart],
     rules: FilterRules,
     tokenizer: Tokenizer,
@@ -97,14 +99,30 @@ def filtered(
     report: Callable[[str], None],
     models: Models | None,
 ) -> list[Source]:
-    """The sources less what the filter leaves out. Its stages are kept in the cache, so a killed run goes on."""
+    """Filter the sources. Stages are stored in the cache, so a killed filter resumes."""
     unknown = set(rules.select.domains) | set(rules.select.protect)
     for name in sorted(unknown - {part.name for part in parts}):
         raise ConfigError("data.filter.select", name, "no such source", [part.name for part in parts])
-    key = sha256_text(fingerprint(rules), tokenizer.fingerprint, *(part.content for part in parts))
+    key = sha256_text(rules_fingerprint(rules), tokenizer.fingerprint, *(part.content for part in parts))
     directory = cache / "filter" / key[:32]
     try:
-        done = Filter(_job(parts, rules, tokenizer, cache, directory, report, models))
+        try:
+            scorer = make_scorer(rules.scorer, models, cache / "answers", rules.seed)
+        except ConfigError as error:
+            raise error.under("scorer") from None
+        job = FilterJob(
+            parts=parts,
+            rules=rules,
+            scorer=scorer,
+            directory=directory / "stages",
+            workers=OneWorker(),
+            report=report,
+            count_tokens=lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
+            tokenizer=tokenizer.fingerprint,
+            models=models,
+            clean=clean_records(rules.select.clean, InputConfig(input="")) if rules.select.clean else (),
+        )
+        done = Filter(job)
         done.run()
     except ConfigError as error:
         raise error.under("data.filter") from None
@@ -113,39 +131,12 @@ def filtered(
     return [FilteredSource(part, done) for part in parts]
 
 
-def fingerprint(rules: FilterRules) -> str:
-    """Of the rules, of the files that they name and of how the stages are made. A model is known by its name alone: it
-    is not opened only to see whether the tokens in the cache are still of it.
+def rules_fingerprint(rules: FilterRules) -> str:
+    """Hash the rules, the files that they name and the format of stages. A model counts by its name alone: it is not
+    opened only to check the cache.
     """
     files = [*rules.contamination.sets.values(), *([rules.select.clean] if rules.select.clean else [])]
-    return sha256_text(str(FORMAT), json.dumps(deciding(rules)), *map(of_file, files))
-
-
-def _job(
-    parts: Sequence[SourcePart],
-    rules: FilterRules,
-    tokenizer: Tokenizer,
-    cache: Path,
-    directory: Path,
-    report: Callable[[str], None],
-    models: Models | None,
-) -> FilterJob:
-    try:
-        scorer = make_scorer(rules.scorer, models, cache / "answers", rules.seed)
-    except ConfigError as error:
-        raise error.under("scorer") from None
-    return FilterJob(
-        parts=parts,
-        rules=rules,
-        scorer=scorer,
-        directory=directory / "stages",
-        workers=OneWorker(),
-        report=report,
-        count_tokens=lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
-        tokenizer=tokenizer.fingerprint,
-        models=models,
-        clean=clean_records(rules.select.clean, InputConfig(input="")) if rules.select.clean else (),
-    )
+    return sha256_text(str(FORMAT), json.dumps(decisive_settings(rules)), *map(file_digest, files))
 
 
 def describe_filter(sources: Sequence[Source], directory: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The stages of the filter, one after the other, on any number of processes that share a file system.
+"""Run the stages of the filter, on any number of processes that share a file system.
 
 Ingest cuts an input into shards of records; each later stage adds columns to the same rows. A shard is made by one
-process with fixed batching, so what comes out does not depend on how many there are, nor on when one was killed.
+process with fixed batching, so results depend neither on the number of processes nor on when one was killed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from core.files import files_in, locate, sha256_file, sha256_text
+from core.files import sha256_file, sha256_text
+from data.files import find_files
 from data.filter.audit.statistics import OTHER
-from data.filter.config import FilterRules, KeepUnit, OnError, deciding
-from data.filter.input.readers import Broken, InputPart, keys_of
+from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
+from data.filter.input.readers import InputPart, MalformedRecord, json_keys
 from data.filter.input.records import Reason, Record
 from data.filter.score.factory import Models, models_of
 from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer
@@ -29,58 +31,54 @@ from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.duplicates import Copy, Signatures, find_duplicates, signatures
 from data.filter.screen.gates import Gates
 from data.filter.select.selection import REASONS, ShardScores, check_names, noise_threshold, select
-from data.filter.store import StageStore, Workers, share, together
+from data.filter.store import StageStore, Workers, barrier, local_items
 from data.sampling import key_of
 
 FORMAT = 2
 SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
 _SHOWN = 200
-"""Characters of what could not be read, or of why a record has no score."""
+"""Characters to show of a malformed record, or of why a record has no score."""
 UNREADABLE = "unreadable"
-"""The domain of what could not be read; a domain of the input may have the same name."""
+"""The domain of malformed records; a domain of the input may have the same name."""
 
 
 @dataclass(frozen=True)
 class FilterJob:
-    """`count_tokens`: of each text; null: bytes stand for tokens. `report` gets lines on the progress."""
-
     parts: Sequence[InputPart]
     rules: FilterRules
     scorer: Scorer
     directory: Path
     workers: Workers
     report: Callable[[str], None]
+    """Gets lines of progress."""
     count_tokens: Callable[[Sequence[str]], Sequence[int]] | None = None
+    """Tokens of each text; None: count bytes."""
     tokenizer: str = "bytes"
-    """A fingerprint of what counts tokens."""
+    """Fingerprint of what counts tokens."""
     models: Models | None = None
     clean: Sequence[Record] = ()
-    """Reference text (`rules.select.clean`), of which the scorer's highest scores are not noise."""
+    """Reference text (`rules.select.clean`) that sets the upper cut."""
 
 
 class Filter:
-    """A job in progress. Stages that are whole already are opened, not made again."""
+    """A job in progress. Complete stages are opened, not made again."""
 
     def __init__(self, job: FilterJob) -> None:
         self.job, self.rules, self.workers = job, job.rules, job.workers
         self._is_fitted = False
-        rules, parts = deciding(job.rules), [part.fingerprint for part in job.parts]
+        rules, parts = decisive_settings(job.rules), [part.fingerprint for part in job.parts]
         screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error", "seed")}
-        screen |= {
-            "tokenizer": job.tokenizer,
-            "sets": [of_file(path) for path in rules["contamination"]["sets"].values()],
-        }
+        sets = [file_digest(path) for path in rules["contamination"]["sets"].values()]
         self._clean = sha256_text(*(record.content for record in job.clean))
         inputs: dict[str, Any] = {"format": FORMAT, "parts": len(parts), "input": sha256_text(*parts)}
         for part in job.parts:
             inputs |= part.keys
-        scorer = {"scorer": f"{job.scorer.name} {job.scorer.fingerprint[:16]}"}
         stages, before = [], ""
         for name, made_of in {
             "records": inputs,
-            "screened": screen,
-            "scored": scorer,
+            "screened": {**screen, "tokenizer": job.tokenizer, "sets": sets},
+            "scored": {"scorer": f"{job.scorer.name} {job.scorer.fingerprint[:16]}"},
             DECISIONS: {**rules, "clean_texts": self._clean},
         }.items():
             made_of = {**made_of, "before": before[:16]} if before else made_of
@@ -91,10 +89,14 @@ class Filter:
 
     def run(self) -> None:
         """Make what is missing of all stages."""
-        with together(self.workers):  # before the input is read, which may take hours
-            gates, sets = self._gates(), EvaluationSets(self.rules.contamination)
+        with barrier(self.workers):  # before the input is read, which may take hours
+            try:
+                gates = Gates(self.rules.gates)
+            except ConfigError as error:
+                raise error.under("gates") from None
+            sets = EvaluationSets(self.rules.contamination)
         self._ingest()
-        with together(self.workers):
+        with barrier(self.workers):
             if self.rules.select.domains or self.rules.select.protect:
                 check_names(self.domains, self.rules)
         self._screen(gates, sets)
@@ -106,87 +108,75 @@ class Filter:
     def _ingest(self) -> None:
         stage = self.records
         stage.open(self.workers)
-        if stage.is_whole:
+        if stage.is_complete:
             return
         shards: dict[str, int] = {}
         try:
-            with together(self.workers):
-                for place, part in share(list(enumerate(self.job.parts)), self.workers):
-                    self._ingest_part(place, part)
-            with together(self.workers):
-                for place in range(len(self.job.parts)):
-                    shards |= stage.read_json(_part(place))
-                self._refuse_unreadable(shards)
-                self._refuse_double_names(shards)
+            with barrier(self.workers):
+                for number, part in local_items(list(enumerate(self.job.parts)), self.workers):
+                    self._ingest_part(number, part)
+            with barrier(self.workers):
+                for number in range(len(self.job.parts)):
+                    shards |= stage.read_json(_part_name(number))
+                self._check_readable(shards)
+                self._check_unique_ids(shards)
         except ConfigError:
             if self.workers.rank == 0:
-                stage.remove()  # who then gives another key would be refused for this one
+                stage.remove()  # or another key, given to fix this, would be rejected for this one
             raise
         stage.close(shards, self.workers)
         self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
 
-    def _ingest_part(self, place: int, part: InputPart) -> None:
-        if (self.records.directory / _part(place)).exists() and all(
-            map(self.records.has, self.records.read_json(_part(place)))
-        ):
+    def _ingest_part(self, number: int, part: InputPart) -> None:
+        stage, part_name = self.records, _part_name(number)
+        if (stage.directory / part_name).exists() and all(map(stage.has, stage.read_json(part_name))):
             return
         shards: dict[str, int] = {}
-        rows: list[Record | Broken] = []
+        records = part.records()
+        while batch := list(islice(records, SHARD_RECORDS)):
+            if self.rules.on_error is OnError.fail:
+                for record in batch:
+                    if isinstance(record, MalformedRecord):
+                        advice = ["on_error=drop, which counts such records"]
+                        raise ConfigError("input", record.source, f"cannot be read: {record.reason}", advice)
+            name = f"{number:05d}-{len(shards):06d}"
+            stage.write(name, _records_table(batch))
+            shards[name] = len(batch)
+        stage.write_json(part_name, shards)
 
-        def write() -> None:
-            name = f"{place:05d}-{len(shards):06d}"
-            self.records.write(name, _records_table(rows))
-            shards[name] = len(rows)
-            rows.clear()
-
-        for row in part.records():
-            if isinstance(row, Broken) and self.rules.on_error is OnError.fail:
-                reason = f"cannot be read: {row.reason}"
-                raise ConfigError("input", row.source, reason, ["on_error=drop, which counts such records"])
-            rows.append(row)
-            if len(rows) == SHARD_RECORDS:
-                write()
-        if rows:
-            write()
-        self.records.write_json(_part(place), shards)
-
-    def _refuse_unreadable(self, shards: dict[str, int]) -> None:
-        """Where no record at all is one, the keys are wrong, or the input is not what was meant."""
+    def _check_readable(self, shards: dict[str, int]) -> None:
+        """Raise `ConfigError` if every record is malformed: then the keys or the input are wrong."""
         if not shards:
             raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
         if any(self.records.read(shard, ["problem"])["problem"].null_count for shard in shards):
             return
         table = self.records.read(next(iter(shards)), ["source", "problem", "raw"])
         source, problem, raw = (table[name][0].as_py() for name in ("source", "problem", "raw"))
-        keys = ", ".join(map(repr, keys_of(raw)))
+        keys = ", ".join(map(repr, json_keys(raw)))
         has = "" if problem.endswith(keys) else f"; its keys are {keys}"
         reason = f"none of {sum(shards.values()):,} records can be read; {source}: {problem}{has}"
         raise ConfigError("input", None, reason, ["text_key=", "prompt_key= with response_key=", "messages_key="])
 
-    def _refuse_double_names(self, shards: dict[str, int]) -> None:
-        """Names must tell records apart, or a journey could not be told. Kept as 64-bit hashes."""
+    def _check_unique_ids(self, shards: dict[str, int]) -> None:
+        """Raise `ConfigError` if two records have one id: `explain` needs unique ones. Kept as 64-bit hashes."""
         if self.workers.rank:
             return
         seen: set[int] = set()
-        for shard in shards:
-            table = self.records.read(shard, ["id", "source"])
-            for name, source in zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True):
-                if (key := key_of(name)) in seen:
-                    reason = f"two records are called {name!r}: {self._first(shards, name)} and {source}"
-                    advice = "make the names differ, or leave id_key out: then file and line are the name"
-                    raise ConfigError("id_key", None, f"{reason}; {advice}")
-                seen.add(key)
+        for name, source in self._ids_and_sources(shards):
+            if (key := key_of(name)) in seen:
+                first = next(other for other_name, other in self._ids_and_sources(shards) if other_name == name)
+                reason = f"two records are called {name!r}: {first} and {source}"
+                advice = "make the ids unique, or omit id_key: then the id is file and line"
+                raise ConfigError("id_key", None, f"{reason}; {advice}")
+            seen.add(key)
 
-    def _first(self, shards: dict[str, int], name: str) -> str:
-        """Where the first record of this name is."""
+    def _ids_and_sources(self, shards: dict[str, int]) -> Iterator[tuple[str, str]]:
         for shard in shards:
             table = self.records.read(shard, ["id", "source"])
-            if name in (ids := table["id"].to_pylist()):
-                return str(table["source"][ids.index(name)].as_py())
-        return "?"
+            yield from zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True)
 
     def rows(self, shard: str) -> list[Record]:
-        """The records of a shard; broken ones have no text."""
+        """Return the records of a shard; malformed ones have no text."""
         names = ["id", "domain", "source", "text", "answer_start"]
         table = self.records.read(shard, names)
         return [Record(*values) for values in zip(*(table[name].to_pylist() for name in names), strict=True)]
@@ -197,82 +187,74 @@ class Filter:
 
     @property
     def tokens(self) -> int:
-        """Of all records, as they were counted when they were screened."""
         return sum(int(np.sum(table["tokens"].to_numpy())) for _, table in self.screened.tables(["tokens"]))
 
     # -- screen
 
-    def _gates(self) -> Gates:
-        try:
-            return Gates(self.rules.gates)
-        except ConfigError as error:
-            raise error.under("gates") from None
-
     def _screen(self, gates: Gates, sets: EvaluationSets) -> None:
         def screen(shard: str) -> Any:
-            problems, rows = self._problems(shard), self.rows(shard)
+            problems, records = self._problems(shard), self.rows(shard)
             malformed = Reason.protected if self.rules.on_error is OnError.keep else Reason.malformed
             found = [
                 (malformed, problem) if problem is not None else _screened(record, gates, sets)
-                for record, problem in zip(rows, problems, strict=True)
+                for record, problem in zip(records, problems, strict=True)
             ]
-            reasons = [_name(reason) for reason, _ in found]
-            texts = [record.text for record in rows]
+            reasons = [None if reason is None else reason.name for reason, _ in found]
+            texts = [record.text for record in records]
             sizes = [len(text.encode()) for text in texts]
             counts = self.job.count_tokens(texts) if self.job.count_tokens else sizes
-            self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(rows):,} left out")
+            self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(records):,} dropped")
             return _table(
                 reason=reasons,
                 detail=[detail for _, detail in found],
                 tokens=np.asarray(counts, np.int64),
                 bytes=np.asarray(sizes, np.int64),
-                scored_bytes=np.asarray([len(record.answer.encode()) for record in rows], np.int64),
-                tie=np.asarray([key_of(self.rules.seed, record.id) for record in rows], np.uint64),
-                **_columns(signatures(texts)),
+                scored_bytes=np.asarray([len(record.answer.encode()) for record in records], np.int64),
+                tie=np.asarray([key_of(self.rules.seed, record.id) for record in records], np.uint64),
+                **_signature_columns(signatures(texts)),
             )
 
         self.screened.open(self.workers)
         self.screened.make(self.records.shards, self.workers, screen)
 
     def _problems(self, shard: str) -> list[str | None]:
-        """Why records could not be read, and how what is there begins; None: they could."""
+        """Return why each record is malformed, with the start of its bytes; None: it is not."""
         problems = self.records.read(shard, ["problem"])["problem"]
         if problems.null_count == len(problems):
             return [None] * len(problems)
         raw = self.records.read(shard, ["raw"])["raw"].to_pylist()
-        return [p and f"{p}: {_beginning(begin)}" for p, begin in zip(problems.to_pylist(), raw, strict=True)]
+        return [p and f"{p}: {_printable(begin)}" for p, begin in zip(problems.to_pylist(), raw, strict=True)]
 
     @cached_property
     def duplicates(self) -> dict[str, list[Copy | None]]:
-        """Of each shard's records, which earlier one they repeat. The same on every process."""
-        if not self.rules.duplicates.exact and self.rules.duplicates.near is None:  # no signature need be in memory
+        """For each shard's records, which earlier one they copy. The same on every process."""
+        if not self.rules.duplicates.exact and self.rules.duplicates.near is None:  # keep signatures out of memory
             return {shard: [None] * rows for shard, rows in self.screened.shards.items()}
         found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], self.rules.duplicates)
         return dict(zip(self.screened.shards, found, strict=True))
 
     def reasons(self, shard: str) -> list[str | None]:
-        """Why records are out before they are scored; None: they are not."""
+        """Return why records are dropped before they are scored; None: they are not."""
         reasons: list[str | None] = self.screened.read(shard, ["reason"])["reason"].to_pylist()
         copies = [copy.reason.name if copy else None for copy in self.duplicates[shard]]
         return [reason or copy for reason, copy in zip(reasons, copies, strict=True)]
 
     def details(self, shard: str) -> list[str | None]:
-        """What is known of each reason besides: see `Reason.describe`."""
+        """Return the detail of each reason; see `Reason.describe`."""
         details: list[str | None] = self.screened.read(shard, ["detail"])["detail"].to_pylist()
         copies = self.duplicates[shard]
-        kept = np.array([copy.of for copy in copies if copy is not None], np.int64)
-        names = iter(self._ids.take(kept).to_pylist())
+        originals = np.array([copy.of for copy in copies if copy is not None], np.int64)
+        names = iter(self._ids.take(originals).to_pylist())
         return [detail if copy is None else next(names) for detail, copy in zip(details, copies, strict=True)]
 
     @cached_property
     def _ids(self) -> Any:
-        """Of all records, in order."""
         import pyarrow
 
         return pyarrow.concat_tables([table for _, table in self.records.tables(["id"])])["id"]
 
     def passed(self) -> Iterator[Record]:
-        """Every record that is to be scored, in order."""
+        """Yield every record that is to be scored, in order."""
         for shard in self.records.shards:
             for record, reason in zip(self.rows(shard), self.reasons(shard), strict=True):
                 if reason is None:
@@ -282,10 +264,10 @@ class Filter:
 
     def _score(self) -> None:
         self.scored.open(self.workers)
-        with together(self.workers):
+        with barrier(self.workers):
             unanswered = [shard for shard in self.records.shards if self._is_unanswered(shard)]
-        if unanswered or not self.scored.is_whole:
-            with together(self.workers):
+        if unanswered or not self.scored.is_complete:
+            with barrier(self.workers):
                 self._fit()
 
         def score(shard: str) -> Any:
@@ -295,8 +277,8 @@ class Filter:
             places = [place for place, reason in enumerate(reasons) if reason is None]
             return self._with_scores(shard, columns, places)
 
-        with together(self.workers):
-            for shard in share(unanswered, self.workers):
+        with barrier(self.workers):
+            for shard in local_items(unanswered, self.workers):
                 table = self.scored.read(shard)
                 columns = {name: table[name].to_numpy().copy() for name in self._score_columns}
                 columns |= {name: table[name].to_pylist() for name in ("why", "reason", "detail")}
@@ -309,15 +291,15 @@ class Filter:
         return self.scored.has(shard) and bool(self.scored.read(shard, ["why"])["why"].is_valid().to_numpy().any())
 
     def _with_scores(self, shard: str, columns: dict[str, Any], places: list[int]) -> Any:
-        """The shard's table, the records at `places` scored: their scores, or why there are none."""
-        rows = self.rows(shard)
+        """Make the shard's table with the scores of the records at `places`, or why they have none."""
+        records = self.rows(shard)
         if places:
-            for name, scores in self._scores([rows[place] for place in places]).items():
+            for name, scores in self._scores([records[place] for place in places]).items():
                 columns[name][places] = scores
         scorer = self.job.scorer
         reasons = scorer.reasons if isinstance(scorer, RemoteScorer) else {}
         for place in places:
-            why = None if np.isfinite(columns["score"][place]) else reasons.get(rows[place].id)
+            why = None if np.isfinite(columns["score"][place]) else reasons.get(records[place].id)
             columns["why"][place] = None if why is None else _one_line(why)
         self.job.report(f"scored {shard}: {len(places):,} records")
         return _table(**columns)
@@ -328,15 +310,20 @@ class Filter:
         return ["score", *(OTHER + name for name in (scorer.others if isinstance(scorer, CompositeScorer) else ()))]
 
     def _scores(self, records: Sequence[Record]) -> dict[str, NDArray[np.float64]]:
-        """What goes into each of these columns."""
         scorer = self.job.scorer
         if not isinstance(scorer, CompositeScorer):
             return {"score": scorer.score(records)}
         score, others = scorer.score_all(records)
         return {"score": score} | {OTHER + name: found for name, found in others.items()}
 
-    def _refuse_memory(self) -> None:
-        """A model must not score what it has learnt: what is known by heart looks easy."""
+    def _fit(self) -> None:
+        if not self._is_fitted:
+            self._check_unseen()
+            self.job.scorer.fit(self.passed)
+            self._is_fitted = True
+
+    def _check_unseen(self) -> None:
+        """Reject models that were trained on these records: memorised text looks easy."""
         if self.job.models is None:
             return
         for key, name in models_of(self.rules.scorer):
@@ -347,24 +334,18 @@ class Filter:
             if warning is not None:
                 self.job.report(f"warning: {key}: {warning}")
 
-    def _fit(self) -> None:
-        if not self._is_fitted:
-            self._refuse_memory()
-            self.job.scorer.fit(self.passed)
-            self._is_fitted = True
-
     # -- decide
 
     @cached_property
     def domains(self) -> list[str]:
-        """Of the records that could be read: there is one at least."""
+        """Domains of the records that are not malformed: there is at least one."""
         found: set[str] = set()
         for _, table in self.records.tables(["domain", "problem"]):
             found |= set(table.filter(table["problem"].is_null())["domain"].to_pylist())
         return sorted(found)
 
     def _shard_scores(self, shard: str) -> tuple[ShardScores, NDArray[np.int64]]:
-        """Of the records that were to be scored, and their places among all of the shard."""
+        """Read the scores of the records that passed the screen, and their rows in the shard."""
         import pyarrow.compute
 
         scored = self.scored.read(shard, ["score", "reason"])
@@ -372,7 +353,7 @@ class Filter:
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
         columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "scored_bytes", "tie")}
         known = pyarrow.array(self.domains, pyarrow.string())
-        # what could not be read has no place among them, and no score either
+        # malformed records have no index among them, and no score either
         domain = pyarrow.compute.index_in(self.records.read(shard, ["domain"])["domain"], known).fill_null(0)
         by_tokens = self.rules.unit is KeepUnit.tokens
         scores = ShardScores(
@@ -386,22 +367,20 @@ class Filter:
         return scores, places
 
     def _decide(self) -> None:
-        with together(self.workers):
-            self.decided.refuse_other()
+        with barrier(self.workers):
+            self.decided.check_key()
         noise = self._noise()
-        with together(self.workers):
+        with barrier(self.workers):
             content = self._hash_of_scores(noise)
         self.decided.open(self.workers, content)
-        if self.decided.is_whole:
+        if self.decided.is_complete:
             return
-        mine = share(list(self.records.shards), self.workers)
-        decision = select(
-            lambda: (self._shard_scores(shard)[0] for shard in mine),
-            self.domains,
-            self.rules,
-            noise,
-            self.workers.sum,
-        )
+        shards = local_items(list(self.records.shards), self.workers)
+
+        def scores() -> Iterator[ShardScores]:
+            return (self._shard_scores(shard)[0] for shard in shards)
+
+        decision = select(scores, self.domains, self.rules, noise, self.workers.sum)
 
         def decide(shard: str) -> Any:
             scores, places = self._shard_scores(shard)
@@ -409,63 +388,61 @@ class Filter:
             reasons[places] = [REASONS[code].name for code in decision.reasons(scores)]
             kept = [Reason[name].kept for name in reasons]
             bucket = np.full(len(reasons), -1, np.int32)
-            # of its own domain: groups are numbered through all of them
+            # within its own domain: groups are numbered through all of them
             first = np.searchsorted(decision.domain_of_group, np.arange(len(decision.domains)))
             bucket[places] = decision.group(scores) - first[scores.domain]
             return _table(reason=reasons.tolist(), kept=kept, bucket=bucket)
 
-        with together(self.workers):
+        with barrier(self.workers):
             if self.workers.rank == 0:
                 self.decided.write_json(THRESHOLDS, decision.thresholds)
         self.decided.make(self.records.shards, self.workers, decide)
 
     def _hash_of_scores(self, noise: float | None) -> str:
-        """Scores may be taken again, and then it is decided again."""
+        """Hash the scores: other ones under the same key make other decisions."""
         digest = hashlib.sha256(repr(noise).encode())
         for _, table in self.scored.tables(["score"]):
             digest.update(table["score"].to_numpy().tobytes())
         return digest.hexdigest()
 
     def _noise(self) -> float | None:
-        """The score above which a record is noise. The clean texts' scores are kept with the others."""
+        """Return the score above which a record is noise. Scores of the clean texts are stored like the others."""
         if not self.job.clean:
             return None
         name = f"clean-{self._clean[:16]}"
-        with together(self.workers):
+        with barrier(self.workers):
             if self.workers.rank == 0 and not self.scored.has(name):
                 self._fit()
                 self.scored.write(name, _table(score=self.job.scorer.score(self.job.clean)))
         return noise_threshold(self.scored.read(name)["score"].to_numpy(), self.rules.select.noise_quantile)
 
 
-def _part(place: int) -> str:
-    return f"part-{place:05d}.json"
+def _part_name(number: int) -> str:
+    return f"part-{number:05d}.json"
 
 
-def of_file(path: str) -> str:
-    """A hash of its content; of what is no file all that is in it, or its name: who reads it says what is wrong."""
+def file_digest(path: str) -> str:
+    """Hash the content of a file, folder or pattern; return the path if it cannot be read: its reader reports that."""
     try:
-        place = locate(path)
-        return sha256_text(*map(sha256_file, files_in(place) if place.is_dir() else [place]))
+        return sha256_text(*(sha256_file(file) for _, file in find_files(path)))
     except (OSError, ConfigError):
         return path
 
 
-def _beginning(raw: bytes | None) -> str:
+def _printable(raw: bytes | None) -> str:
     text = (raw or b"").decode(errors="replace")[:_SHOWN]
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reason | None, str | None]:
-    """Why it is left out, and from which set it is."""
+    """Return why a record is dropped, and the evaluation set that it shares text with."""
     reason = gates(record)
     if reason is None and (name := sets(record.text)) is not None:
         return Reason.contaminated, name
     return reason, None
 
 
-def _columns(found: Signatures) -> dict[str, Any]:
-    """Signatures as columns; those of records that are out already are left empty when they are read."""
+def _signature_columns(found: Signatures) -> dict[str, Any]:
     import pyarrow
 
     def binary(values: NDArray[Any]) -> Any:
@@ -478,41 +455,34 @@ def _columns(found: Signatures) -> dict[str, Any]:
 
 
 def _signatures(table: Any) -> Signatures:
+    """Read the signatures of a shard. Dropped records get a unique exact one, so that they are not originals."""
     out = table["reason"].is_valid().to_numpy()
     exact = np.frombuffer(b"".join(table["exact"].to_pylist()), np.uint64).reshape(len(table), -1).copy()
     near = np.frombuffer(b"".join(table["near"].to_pylist()), np.uint32).reshape(len(table), -1)
-    # what is out already is nobody's original: give each an exact mark of its own
     exact[out, 0], exact[out, 1] = np.flatnonzero(out), np.iinfo(np.uint64).max
     return Signatures(exact, near, table["near_possible"].to_numpy() & ~out)
 
 
 def _one_line(text: str) -> str:
-    """The beginning of what a server or somebody's verifier said, in what can be written to a file."""
+    """Shorten what a server or verifier said, to characters that a file can hold."""
     return " ".join(text.split())[:_SHOWN].encode("utf-8", "replace").decode()
 
 
-def _name(reason: Reason | None) -> str | None:
-    return None if reason is None else reason.name
-
-
-def _records_table(rows: Sequence[Record | Broken]) -> Any:
-    whole = [Record(r.id, UNREADABLE, r.source, "") if isinstance(r, Broken) else r for r in rows]
+def _records_table(rows: Sequence[Record | MalformedRecord]) -> Any:
+    whole = [Record(r.id, UNREADABLE, r.source, "") if isinstance(r, MalformedRecord) else r for r in rows]
+    fields = ("id", "domain", "source", "text", "answer_start")
     return _table(
-        id=[record.id for record in whole],
-        domain=[record.domain for record in whole],
-        source=[record.source for record in whole],
-        text=[record.text for record in whole],
-        answer_start=[record.answer_start for record in whole],
-        raw=[row.raw if isinstance(row, Broken) or row.raw is None else row.raw.encode() for row in rows],
-        problem=[row.reason if isinstance(row, Broken) else None for row in rows],
+        **{name: [getattr(record, name) for record in whole] for name in fields},
+        raw=[row.raw.encode() if isinstance(row.raw, str) else row.raw for row in rows],
+        problem=[row.reason if isinstance(row, MalformedRecord) else None for row in rows],
     )
 
 
 def _table(**columns: Any) -> Any:
-    """A table; columns that are all null keep their kind, so that shards fit together."""
+    """Make a table. Columns that are all null keep their type, so that shards fit together."""
     import pyarrow
 
     strings = ("id", "domain", "source", "text", "problem", "reason", "detail", "why")
-    kinds = dict.fromkeys(strings, pyarrow.string())
-    kinds |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
-    return pyarrow.table({name: pyarrow.array(values, kinds.get(name)) for name, values in columns.items()})
+    types = dict.fromkeys(strings, pyarrow.string())
+    types |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
+    return pyarrow.table({name: pyarrow.array(values, types.get(name)) for name, values in columns.items()})

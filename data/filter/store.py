@@ -1,7 +1,7 @@
-"""The shards of a stage: parquet files that are whole or absent, and a manifest that is written last.
+"""Store the shards of a stage: parquet files that are whole or absent, and a manifest that is written last.
 
-A stage is made of numbered shards, each by one process. Its key says what it is made of; a stage of another key is
-never gone on with. Columns are those of `pyarrow` tables.
+A stage has numbered shards, each made by one process. Its key hashes what it is made of; a stage with another key is
+rejected. Tables are those of `pyarrow`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _SHOWN_DIFFERENCES = 3
 
 
 class Workers(Protocol):
-    """The processes that filter together; they share a file system. All call these in the same order."""
+    """The processes of a filter, which share a file system. All call these methods in the same order."""
 
     rank: int
     size: int
 
     def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Over all of them, element by element."""
+        """Sum over all processes, element by element."""
         ...
 
     def agree(self, error: LeviathanError | None) -> None:
-        """Wait until all are here; where one brings an error, raise it on all."""
+        """Wait for all processes. If one has an error, raise it on all."""
         ...
 
 
@@ -52,14 +52,14 @@ class OneWorker:
             raise error
 
 
-def share(items: Sequence[T], workers: Workers) -> list[T]:
-    """Those of the items that this process does; every item is some process's."""
+def local_items(items: Sequence[T], workers: Workers) -> list[T]:
+    """Return the items of this process; every item belongs to one process."""
     return list(items[workers.rank :: workers.size])
 
 
 @contextmanager
-def together(workers: Workers) -> Iterator[None]:
-    """Each process does its share, and then all go on, or none does. Every one of them has to come here."""
+def barrier(workers: Workers) -> Iterator[None]:
+    """Wait at the end of the block until all processes are there. An error of one is raised on all."""
     error = None
     try:
         yield
@@ -70,7 +70,7 @@ def together(workers: Workers) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises `DataError` where the disk is full or the place cannot be written."""
+    """Raise `DataError` with advice if the path cannot be written."""
     try:
         yield
     except OSError as error:
@@ -79,50 +79,40 @@ def writing(path: Path) -> Iterator[None]:
 
 def _advice(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space and run again to go on"
+        return "free some space and run again to resume"
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        return (
-            "a file stands where a folder has to be, or a folder where a file has to: move it, or choose another out="
-        )
+        return "a file is where a folder must be, or the reverse: move it, or choose another out="
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "let it be written to, or choose another out="
-    return "mend that and run again to go on"
-
-
-def _given(content: str | None) -> dict[str, str]:
-    return {} if content is None else {"content": content}
-
-
-def _line(value: Any) -> str:
-    """On one line, whatever it holds."""
-    return str(value).replace("\n", "\\n")
+        return "make it writable, or choose another out="
+    return "fix that and run again to resume"
 
 
 class StageStore:
-    """One stage's directory. `made_of` says for people what `key` is a hash of."""
+    """One stage's directory. `made_of`: readable settings that `key` is a hash of."""
 
     def __init__(self, directory: Path, key: str, made_of: Mapping[str, Any]) -> None:
         self.directory, self.key, self.made_of = directory, key, dict(made_of)
-        self.is_whole = False
-        """Whether nothing was missing when it was opened, or all has been made since."""
+        self.is_complete = False
+        """Whether no shard was missing when the stage was opened, or all have been made since."""
 
     def open(self, workers: Workers, content: str | None = None) -> None:
-        """Make the directory, or go on with it. Raises `ConfigError` where it holds a stage of another key. `content`:
-        a hash of what it is made of that may change under the same key; a stage of other content is made anew.
+        """Make the directory, or continue in it. Raises `ConfigError` if it holds a stage with another key. `content`:
+        a hash of inputs that may change under the same key; a stage of other content is rebuilt.
         """
         path = self.directory / KEY
-        with together(workers):
+        with barrier(workers):
             if workers.rank == 0:
                 with writing(path):
                     self.directory.mkdir(parents=True, exist_ok=True)
                     if not path.exists() or self._is_stale(content):
-                        write_json(path, {"key": self.key, "made_of": self.made_of, **_given(content)})
-        with together(workers):  # or one would already see what another makes next, and they would go different ways
-            self.refuse_other()
-            self.is_whole = self.has_manifest and all(map(self.has, self.shards))
+                        given = {} if content is None else {"content": content}
+                        write_json(path, {"key": self.key, "made_of": self.made_of, **given})
+        with barrier(workers):  # or one would see shards that another makes next, and their control flow would differ
+            self.check_key()
+            self.is_complete = self.has_manifest and all(map(self.has, self.shards))
 
-    def refuse_other(self) -> None:
-        """Raises `ConfigError` where the directory holds a stage of another key."""
+    def check_key(self) -> None:
+        """Raise `ConfigError` if the directory holds a stage with another key."""
         if not (self.directory / KEY).exists():
             return
         found = self.read_json(KEY)
@@ -130,7 +120,7 @@ class StageStore:
             raise ConfigError("out", str(self.directory), self._difference(found.get("made_of", {})))
 
     def _is_stale(self, content: str | None) -> bool:
-        """Whether the stage was of this key and of other content; then only its key is left, until that is replaced."""
+        """Whether the stage had this key and other content. If so, all but its key file is removed."""
         found = self.read_json(KEY)
         if found["key"] != self.key or found.get("content") == content:
             return False
@@ -141,10 +131,10 @@ class StageStore:
 
     def _difference(self, made_of: Mapping[str, Any]) -> str:
         found = list(differences(made_of, self.made_of).items())
-        shown = ", ".join(f"{key}={_line(old)} (now {_line(new)})" for key, (old, new) in found[:_SHOWN_DIFFERENCES])
+        shown = [f"{key}={old} (now {new})".replace("\n", "\\n") for key, (old, new) in found[:_SHOWN_DIFFERENCES]]
         more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
-        shown = shown or "other settings"
-        return f"was made with {shown}{more}; choose another out=, or remove it to have it made anew"
+        made = ", ".join(shown) or "other settings"
+        return f"was made with {made}{more}; choose another out=, or remove it to rebuild it"
 
     @property
     def has_manifest(self) -> bool:
@@ -157,7 +147,6 @@ class StageStore:
         return self.path(name).exists()
 
     def write(self, name: str, table: Any) -> None:
-        """Raises `DataError` where the disk is full."""
         import pyarrow
         import pyarrow.parquet
 
@@ -167,12 +156,11 @@ class StageStore:
             write_bytes(self.path(name), sink.getvalue().to_pybytes())
 
     def write_json(self, name: str, value: Any) -> None:
-        """Raises `DataError` where the disk is full."""
         with writing(self.directory / name):
             write_json(self.directory / name, value)
 
     def read(self, name: str, columns: list[str] | None = None) -> Any:
-        """A shard's table. Raises `DataError` where it is damaged."""
+        """Read a shard's table. Raises `DataError` if it is damaged."""
         import pyarrow
         import pyarrow.parquet
 
@@ -183,7 +171,7 @@ class StageStore:
             raise DataError(f"{self.path(name)} cannot be read ({reason}): remove it and run again") from None
 
     def read_json(self, name: str) -> Any:
-        """Raises `DataError` where the file is damaged."""
+        """Raises `DataError` if the file is damaged."""
         path = self.directory / name
         try:
             return read_json(path)
@@ -191,30 +179,29 @@ class StageStore:
             raise DataError(f"{path} cannot be read ({error}): remove {self.directory} and run again") from None
 
     def remove(self) -> None:
-        """With all that is in it."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self, shards: dict[str, int], workers: Workers) -> None:
-        """All shards are there: say so. `shards`: rows of each."""
-        with together(workers):
+        """Write the manifest: all shards exist. `shards`: rows of each."""
+        with barrier(workers):
             if workers.rank == 0 and not self.has_manifest:
                 self.write_json(MANIFEST, {"key": self.key, "shards": shards})
-        self.is_whole = True
+        self.is_complete = True
 
     @property
     def shards(self) -> dict[str, int]:
-        """Rows of each shard of a whole stage, in order."""
+        """Rows of each shard of a complete stage, in order."""
         shards: dict[str, int] = self.read_json(MANIFEST)["shards"]
         return shards
 
     def make(self, shards: dict[str, int], workers: Workers, shard: Callable[[str], Any]) -> None:
-        """Make each missing shard of this open stage, every process its own share of them."""
-        with together(workers):
-            for name in share(list(shards), workers):
+        """Make the missing shards of this open stage, each on its process."""
+        with barrier(workers):
+            for name in local_items(list(shards), workers):
                 if not self.has(name):
                     table = shard(name)
                     if len(table) != shards[name]:
-                        raise DataError(f"{self.path(name)}: {len(table)} rows were made of {shards[name]} records")
+                        raise DataError(f"{self.path(name)}: {len(table)} rows for {shards[name]} records")
                     self.write(name, table)
         self.close(shards, workers)
 

@@ -30,13 +30,13 @@ from data.filter.audit.findings import summary
 from data.filter.audit.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
 from data.filter.config import FilterRules
 from data.filter.explain import explain
-from data.filter.input.readers import InputConfig, RecordMaker, clean_records, parts
+from data.filter.input.readers import InputConfig, RecordMaker, clean_records
 from data.filter.input.records import Record
 from data.filter.pipeline import Filter, FilterJob
 from data.filter.score.factory import make_scorer, models_of
 from data.filter.score.scorer import Scorer
 from data.filter.select.lines import COUNTS, LineFilter, check_rules
-from data.filter.store import OneWorker, Workers, together
+from data.filter.store import OneWorker, Workers, barrier
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
 from launch.ablate import AblateConfig, ablate
 from parallel.comm.world import World, connect
@@ -126,7 +126,7 @@ def run(config: FilterConfig) -> int:
 def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
     tokenizer = _tokenizer(config)
     job = FilterJob(
-        parts=parts(config),
+        parts=input_parts(config),
         rules=config.rules(),
         scorer=_scorer(config, out),
         directory=out / STAGES,
@@ -139,7 +139,7 @@ def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
     )
     done = Filter(job)
     done.run()
-    with together(workers):
+    with barrier(workers):
         if workers.rank == 0:
             write_scores(done, out / SCORES)
             write_kept(done, out / KEPT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 
 from core.config import build
 from data.config import DataConfig
-from data.corpus import Corpus, prepare
+from data.corpus import TRAIN, Corpus, prepare
+
+TEXTS = [f"Text number {number}, long enough to differ from others: {number * 7919}." for number in range(60)]
 
 
 def write_texts(folder: Path, documents: int, words: int = 300, seed: int = 0) -> Path:
@@ -24,6 +28,26 @@ def write_texts(folder: Path, documents: int, words: int = 300, seed: int = 0) -
     return folder
 
 
+def write_parquet(path: Path, column: str = "text", values: list[Any] | None = None) -> Path:
+    import pyarrow.parquet
+
+    table = pyarrow.table({column: values or TEXTS, "id": list(range(len(values or TEXTS)))})
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True)
+    return path
+
+
+def write_jsonl(path: Path, records: list[Any] | None = None) -> Path:
+    import pyarrow
+
+    content = "".join(json.dumps(r) + "\n" for r in records or [{"text": text} for text in TEXTS]).encode()
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    elif path.suffix == ".zst":
+        content = pyarrow.Codec("zstd").compress(content, asbytes=True)
+    path.write_bytes(content)
+    return path
+
+
 def make_config(cache: Path, sources: dict[str, Any], **settings: Any) -> DataConfig:
     """A configuration as the command would build it; keys of the tokenizer go under `tokenizer`."""
     tokenizer = {"vocab_size": 300, **settings.pop("tokenizer", {})}
@@ -33,6 +57,31 @@ def make_config(cache: Path, sources: dict[str, Any], **settings: Any) -> DataCo
 
 def silent(line: str) -> None:
     """A report nobody reads."""
+
+
+def counts_of(corpus: Corpus, source: str) -> dict[str, int]:
+    """The manifest's counts of a source's training documents."""
+    counts: dict[str, int] = corpus.manifest["sources"][source][TRAIN]["counts"]
+    return counts
+
+
+def documents_of(corpus: Corpus, source: str, split: str) -> list[str]:
+    """Documents of a stream, cut at BOS; the last token of each is EOS."""
+    stream, tokenizer = corpus.stream(source, split), corpus.tokenizer
+    documents: list[list[int]] = []
+    for token in stream.window(0, len(stream)).tolist():
+        if token == tokenizer.bos_id:
+            documents.append([])
+        documents[-1].append(token)
+    assert all(document[-1] == tokenizer.eos_id for document in documents)
+    return [tokenizer.decode(document) for document in documents]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test asks the hub; `datasets` keeps its files in the test's folder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def documents(section: Section, held_out: float = 0.2, max_bytes: int | None = N
 
 
 def leaks(found: Iterable[Document], parts: Callable[[str], set[str]] = paragraphs) -> set[str]:
-    """Parts of the texts, paragraphs unless told otherwise, that both sides of the split have."""
+    """Parts of the texts, by default paragraphs, that both sides of the split have."""
     sides: dict[bool, set[str]] = {True: set(), False: set()}
     for document in found:
         sides[document.held_out] |= parts(document.text)
@@ -77,7 +77,7 @@ def test_the_check_sees_the_leaks_of_other_splits(library: Path, monkeypatch: py
     assert leaks(code_and_docstrings(), long_lines)
 
 
-def test_topics_do_not_share_paragraphs_across_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_topics_share_no_paragraph_across_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
     topics = {file.content.decode() for file in builtin.files(Section.pydoc)}
     for share in (0.05, 0.3):
         found = documents(Section.pydoc, share)
@@ -87,7 +87,7 @@ def test_topics_do_not_share_paragraphs_across_the_split(monkeypatch: pytest.Mon
     assert leaks(documents(Section.pydoc, 0.3))
 
 
-def test_no_docstrings_of_a_held_out_file_are_trained_on() -> None:
+def test_docstrings_of_held_out_files_are_held_out() -> None:
     """In the library of this machine; files that quote each other are few."""
     found = [d for d in documents(Section.docstrings, max_bytes=600_000) if d.dropped is None]
     texts = {side: {d.text for d in found if d.held_out is side} for side in (True, False)}
@@ -96,7 +96,7 @@ def test_no_docstrings_of_a_held_out_file_are_trained_on() -> None:
     assert len(leaks(found)) < 0.05 * len(held_out)
 
 
-def test_sections_are_told_apart(library: Path) -> None:
+def test_sections_hold_their_own_files(library: Path) -> None:
     (library / "package" / "test_inner.py").write_text("x = 1")
     (library / "site-packages" / "other").mkdir(parents=True)
     (library / "site-packages" / "other" / "foreign.py").write_text("y = 1")
@@ -129,7 +129,7 @@ def test_a_section_that_this_python_lacks_is_named(tmp_path: Path, monkeypatch: 
         documents(Section.tests)
 
 
-def test_a_cap_is_kept_and_always_chooses_the_same(library: Path) -> None:
+def test_max_bytes_always_chooses_the_same(library: Path) -> None:
     whole, some = documents(Section.code), documents(Section.code, max_bytes=5_000)
     assert some == documents(Section.code, max_bytes=5_000)
     for held_out, wanted in ((False, 5_000), (True, 1_250)):

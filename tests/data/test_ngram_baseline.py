@@ -33,6 +33,13 @@ def random_batch(seed: int, rows: int = 6, length: int = 50, vocab: int = VOCAB)
     return batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(labels))
 
 
+def fitted(batches: list[Any], vocab: int = VOCAB) -> NgramBaseline:
+    baseline = NgramBaseline(vocab)
+    for b in batches:
+        baseline.add(b.tokens_BT, b.labels_BT)
+    return baseline
+
+
 def pairs(batches: list[Any]) -> list[tuple[int, int]]:
     found = []
     for b in batches:
@@ -72,10 +79,7 @@ def test_losses_follow_the_formulas(vocab: int, monkeypatch: pytest.MonkeyPatch)
     train = [random_batch(seed) for seed in range(8)]
     held_out = {"a": [random_batch(100), random_batch(101)], "b": [random_batch(102)]}
     weights = {"a": 0.7, "b": 2.1}
-    baseline = NgramBaseline(vocab)
-    for b in train:
-        baseline.add(b.tokens_BT, b.labels_BT)
-    found = baseline.evaluate(held_out, weights)
+    found = fitted(train, vocab).evaluate(held_out, weights)
     unigram, bigram = plain(train, held_out, weights, vocab)
     assert found["unigram_loss"] == pytest.approx(unigram, rel=1e-12)
     assert found["bigram_loss"] == pytest.approx(bigram, rel=1e-12)
@@ -88,9 +92,7 @@ def test_counting_in_parts_is_counting_at_once(monkeypatch: pytest.MonkeyPatch) 
     found = []
     for merge_every in (1 << 22, 700, 0):
         monkeypatch.setattr(ngram_baseline, "_MERGE_EVERY", merge_every)
-        baseline = NgramBaseline(VOCAB)
-        for b in train:
-            baseline.add(b.tokens_BT, b.labels_BT)
+        baseline = fitted(train)
         found.append(baseline.evaluate(held_out, {"x": 1.0}))
     assert found[0] == found[1] == found[2]
     baseline.add(train[0].tokens_BT, train[0].labels_BT)
@@ -99,8 +101,7 @@ def test_counting_in_parts_is_counting_at_once(monkeypatch: pytest.MonkeyPatch) 
 
 def test_probabilities_add_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ngram_baseline, "GRID", (0.3,))
-    baseline, seen = NgramBaseline(VOCAB), random_batch(1)
-    baseline.add(seen.tokens_BT, seen.labels_BT)
+    baseline = fitted([random_batch(1)])
     threes = np.full((1, 1), 3)
     found = [baseline.evaluate({"x": [batch(threes, np.full((1, 1), label))]}, {"x": 1.0}) for label in range(VOCAB)]
     for name in ("unigram_loss", "bigram_loss"):
@@ -113,20 +114,15 @@ def test_narrow_integers_do_not_overflow() -> None:
     found = []
     for dtype in (np.int64, np.int32, np.uint32):
         narrow = tokens.astype(dtype)
-        baseline, b = NgramBaseline(vocab), batch(narrow[:, :-1], narrow[:, 1:])
-        baseline.add(b.tokens_BT, b.labels_BT)
-        found.append(baseline.evaluate({"x": [b]}, {"x": 1.0}))
+        b = batch(narrow[:, :-1], narrow[:, 1:])
+        found.append(fitted([b], vocab).evaluate({"x": [b]}, {"x": 1.0}))
     assert found[0] == found[1] == found[2]
 
 
 def test_ignored_labels_do_not_count() -> None:
-    b = random_batch(1)
-    with_ignored, without = NgramBaseline(VOCAB), NgramBaseline(VOCAB)
-    with_ignored.add(b.tokens_BT, b.labels_BT)
-    counted = b.labels_BT >= 0
-    without.add(b.tokens_BT[counted], b.labels_BT[counted])
-    held_out = {"x": [random_batch(2)]}
-    usual = with_ignored.evaluate(held_out, {"x": 1.0})
+    b, held_out = random_batch(1), {"x": [random_batch(2)]}
+    usual, counted = fitted([b]).evaluate(held_out, {"x": 1.0}), b.labels_BT >= 0
+    without = fitted([batch(b.tokens_BT[counted], b.labels_BT[counted])])
     assert usual == without.evaluate(held_out, {"x": 1.0})
     b.labels_BT.clamp_(min=0)  # what counting them would do
     without.add(b.tokens_BT, b.labels_BT)
@@ -136,8 +132,6 @@ def test_ignored_labels_do_not_count() -> None:
 def test_text_without_order_gives_the_bigram_no_advantage() -> None:
     chance = np.random.default_rng(0)
     train, test = chance.integers(0, VOCAB, (2, 1, 40_000))
-    baseline = NgramBaseline(VOCAB)
-    baseline.add(train[:, :-1], train[:, 1:])
-    found = baseline.evaluate({"x": [batch(test[:, :-1], test[:, 1:])]}, {"x": 1.0})
+    found = fitted([batch(train[:, :-1], train[:, 1:])]).evaluate({"x": [batch(test[:, :-1], test[:, 1:])]}, {"x": 1.0})
     assert found["unigram_loss"] == pytest.approx(math.log(VOCAB), abs=0.01)
     assert found["bigram_loss"] > found["unigram_loss"] - 0.001 and found["bigram_constant"] == GRID[-1]

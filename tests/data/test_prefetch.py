@@ -1,4 +1,4 @@
-"""Batches made ahead come in order, their errors too, and nothing is left running."""
+"""Batches made ahead come in order, their errors too, and no thread is left running."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from core.errors import DataError
 from data.corpus import Corpus
 from data.loader import Loader
 from data.prefetch import Prefetcher
-from tests.data.test_loader import CONTEXT, equal, joined
-from tests.data.test_sources import write_parquet
+from tests.data.conftest import write_parquet
+from tests.data.test_loader import SEQ_LEN, concat, equal
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 7])
-def test_the_order_is_that_of_the_steps(depth: int) -> None:
+def test_batches_come_in_the_order_of_the_steps(depth: int) -> None:
     made: list[int] = []
 
     def make(step: int) -> int:
@@ -31,7 +31,7 @@ def test_the_order_is_that_of_the_steps(depth: int) -> None:
     assert made == list(range(3, 9)), "each once, none beyond the end"
 
 
-def test_as_many_are_made_ahead_as_are_asked_for() -> None:
+def test_at_most_depth_batches_are_made_ahead() -> None:
     made: list[int] = []
     ahead = Prefetcher(made.append, 2)
     ahead.get(0, 100)
@@ -48,14 +48,18 @@ def test_as_many_are_made_ahead_as_are_asked_for() -> None:
     slow.close()
 
 
-def test_a_jump_begins_anew() -> None:
+def test_a_jump_restarts_and_close_ends_the_thread() -> None:
+    before = threading.active_count()
     ahead = Prefetcher(lambda step: step, 3)
     assert [ahead.get(step, 50) for step in (0, 1, 20, 21, 5, 5, 6)] == [0, 1, 20, 21, 5, 5, 6]
+    assert threading.active_count() == before + 1
     ahead.close()
-    assert ahead.get(7, 50) == 7, "closed, it makes what it is asked for"
+    ahead.close()
+    assert threading.active_count() == before
+    assert ahead.get(7, 50) == 7, "after close it makes batches on demand"
 
 
-def test_an_error_surfaces_at_its_own_step() -> None:
+def test_an_error_is_raised_at_its_own_step() -> None:
     def make(step: int) -> int:
         if step == 2:
             raise DataError("shard 2 is gone")
@@ -69,19 +73,8 @@ def test_an_error_surfaces_at_its_own_step() -> None:
     ahead.close()
 
 
-def test_closing_ends_the_thread() -> None:
-    before = threading.active_count()
-    ahead = Prefetcher(lambda step: step, 2)
-    ahead.get(0, 9)
-    assert threading.active_count() == before + 1
-    ahead.close()
-    ahead.close()
-    assert threading.active_count() == before
-
-
-def test_a_loader_that_is_read_from_two_threads_gives_the_same(corpus: Corpus) -> None:
-    """Prefetching and whoever looks at other rows meanwhile."""
-    loader, other = (Loader(corpus, CONTEXT, 8, seed=1) for _ in range(2))
+def test_a_loader_may_be_read_from_two_threads(corpus: Corpus) -> None:
+    loader, other = (Loader(corpus, SEQ_LEN, 8, seed=1) for _ in range(2))
     ahead = Prefetcher(loader.batch, 3)
     for step in range(60):
         loader.batch(100_000 - 300 * step)
@@ -89,18 +82,14 @@ def test_a_loader_that_is_read_from_two_threads_gives_the_same(corpus: Corpus) -
     ahead.close()
 
 
-def test_a_streaming_source_resumes_exactly_on_other_ranks(
-    make_corpus: Callable[..., Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A Hugging Face data set: one rank for three steps, then two ranks that open its tokens anew."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+def test_a_streamed_source_resumes_exactly_on_other_ranks(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+    """A Hugging Face data set: one rank for three steps, then two ranks that open its tokens again."""
     (tmp_path / "set").mkdir()
     write_parquet(tmp_path / "set" / "train.parquet")
     sources = {"mine": {"kind": "huggingface", "path": str(tmp_path / "set")}}
 
     def batches(ranks: int, steps: range) -> list[list]:
-        loaders = [Loader(make_corpus(sources), CONTEXT, 8, 1, "main") for _ in range(ranks)]
+        loaders = [Loader(make_corpus(sources), SEQ_LEN, 8, 1, "main") for _ in range(ranks)]
         share = 8 // ranks
         ahead = [
             Prefetcher(lambda step, rank=rank: loaders[rank].batch(step, rank * share, (rank + 1) * share), 2)
@@ -113,6 +102,6 @@ def test_a_streaming_source_resumes_exactly_on_other_ranks(
 
     whole = batches(1, range(8))
     resumed = batches(1, range(3)) + batches(2, range(3, 8))
-    assert all(equal(a[0], joined(b)) for a, b in zip(whole, resumed, strict=True))
+    assert all(equal(a[0], concat(b)) for a, b in zip(whole, resumed, strict=True))
     assert [len(step) for step in resumed] == [1] * 3 + [2] * 5
-    assert not equal(whole[3][0], joined(batches(2, range(4, 5))[0])), "control: another step is another batch"
+    assert not equal(whole[3][0], concat(batches(2, range(4, 5))[0])), "control: another step is another batch"

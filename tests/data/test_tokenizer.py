@@ -46,10 +46,14 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
 
-def test_text_survives(tokenizer: Tokenizer) -> None:
+def test_text_survives_and_bytes_add_up(tokenizer: Tokenizer) -> None:
+    """Text that looks like a special token is ordinary text; special tokens decode to nothing."""
+    sizes, special = tokenizer.token_bytes(), (tokenizer.bos_id, tokenizer.eos_id)
+    assert len(sizes) == tokenizer.vocab_size and not sizes[list(special)].any()
     for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
-        assert tokenizer.decode(ids) == text
-        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert all(0 <= i < tokenizer.vocab_size and i not in special for i in ids)
+        assert tokenizer.decode(ids) == tokenizer.decode([special[0], *ids, special[1]]) == text
+        assert sum(sizes[i] for i in ids) == len(text.encode())
 
 
 def test_every_character_survives(tokenizer: Tokenizer) -> None:
@@ -58,23 +62,6 @@ def test_every_character_survives(tokenizer: Tokenizer) -> None:
     texts = ["".join(characters[i : i + 1000]) for i in range(0, len(characters), 1000)]
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
     assert len(set("".join(texts).encode())) == 256 - len((0xC0, 0xC1, *range(0xF5, 0x100)))
-
-
-def test_text_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
-    for ids in tokenizer.encode(TEXTS):
-        assert tokenizer.bos_id not in ids and tokenizer.eos_id not in ids
-
-
-def test_bytes_of_tokens_add_up_to_the_text(tokenizer: Tokenizer) -> None:
-    sizes = tokenizer.token_bytes()
-    assert len(sizes) == tokenizer.vocab_size and sizes[tokenizer.bos_id] == sizes[tokenizer.eos_id] == 0
-    for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
-        assert sum(sizes[i] for i in ids) == len(text.encode())
-
-
-def test_special_tokens_decode_to_nothing(tokenizer: Tokenizer) -> None:
-    (ids,) = tokenizer.encode(["abc"])
-    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "abc"
 
 
 def test_every_artefact_carries_its_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -88,9 +75,13 @@ def test_every_artefact_carries_its_tokenizer(tokenizer: Tokenizer, tmp_path: Pa
     )  # fmt: skip
     with pytest.raises(DataError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
+    (file,) = {path for path in folder.iterdir() if path.name in ("tokenizer.model", "tokenizer.json")}
+    file.unlink()
+    with pytest.raises(DataError, match=rf"{folder}.*{file.name}"):
+        load_tokenizer(folder)
 
 
-def test_whatever_could_change_an_encoding_changes_the_fingerprint(tiktoken: Tokenizer, tmp_path: Path) -> None:
+def test_fingerprints_follow_what_changes_an_encoding(tiktoken: Tokenizer, tmp_path: Path) -> None:
     path = write_ranks(tmp_path / "ranks")
     usual = TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path), special_tokens=8)
     assert from_file(usual).fingerprint == tiktoken.fingerprint
@@ -113,7 +104,7 @@ def test_training_is_repeatable_and_cached_by_content(tmp_path: Path) -> None:
     assert len(list((tmp_path / "a" / "tokenizers").iterdir())) == 2
 
 
-def test_truncation_and_padding_of_a_file_do_not_lose_text(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_truncation_in_a_file_loses_no_text(bpe: Tokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -139,23 +130,12 @@ def test_bytes_of_byte_fallback_and_of_added_words(tmp_path: Path) -> None:
     assert from_file(config).token_bytes()[1:].tolist() == [0, 0, 3, 2, 1, 1, 8]
 
 
-def test_long_texts_are_encoded_in_pieces(tiktoken: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiktoken_ids_and_pieces(tiktoken: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Special tokens follow the ranks, as in Llama 4; long texts are encoded in pieces."""
+    assert (tiktoken.bos_id, tiktoken.eos_id, tiktoken.vocab_size) == (262, 263, 270)
     monkeypatch.setattr(type(tiktoken), "MAX_CHARACTERS", 5)
     texts = ["return x " * 5, "", "ab"]
     assert [tiktoken.decode(ids) for ids in tiktoken.encode(texts)] == texts
-
-
-def test_llama_4_ids_follow_the_ranks(tiktoken: Tokenizer) -> None:
-    assert (tiktoken.bos_id, tiktoken.eos_id, tiktoken.vocab_size) == (262, 263, 270)
-
-
-def test_a_rank_file_that_vanished_from_an_artefact_is_named(tiktoken: Tokenizer, tmp_path: Path) -> None:
-    folder = tmp_path / "artefact"
-    folder.mkdir()
-    tiktoken.save(folder)
-    (folder / "tokenizer.model").unlink()
-    with pytest.raises(DataError, match=rf"{folder}.*tokenizer.model"):
-        load_tokenizer(folder)
 
 
 def json_file(path: Path, text: str) -> TokenizerConfig:
@@ -173,7 +153,7 @@ def test_broken_files_are_named(tmp_path: Path, bpe: Tokenizer) -> None:
         from_file(TokenizerConfig(kind=TokenizerKind.tiktoken, path="/nowhere"))
     with pytest.raises(DataError, match=r"t.json is not a tokenizer.json: "):
         from_file(json_file(tmp_path / "t.json", '{"version": 1}'))
-    with pytest.raises(DataError, match=r"ranks:3 is no line of a tiktoken file"):
+    with pytest.raises(DataError, match=r"ranks:3 is not a line of a tiktoken file"):
         from_file(rank_file(tmp_path / "ranks", lambda lines: [*lines[:2], "not base64", *lines[3:]]))
     with pytest.raises(DataError, match="without a gap"):
         from_file(rank_file(tmp_path / "ranks", lambda lines: lines[:-2] + lines[-1:]))
@@ -183,6 +163,6 @@ def test_broken_files_are_named(tmp_path: Path, bpe: Tokenizer) -> None:
     missing = TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(tmp_path / "tokenizer.json"), bos="<s>")
     with pytest.raises(ConfigError, match=r"data.tokenizer.bos=<s>: .* has no such token; try <\|begin_of_text\|>"):
         from_file(missing)
-    with pytest.raises(ConfigError, match=r"data.tokenizer.pattern=\(: is no regular expression"):
+    with pytest.raises(ConfigError, match=r"data.tokenizer.pattern=\(: is not a regular expression"):
         path = write_ranks(tmp_path / "ranks")
         from_file(TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path), pattern="("))

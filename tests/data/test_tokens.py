@@ -1,4 +1,4 @@
-"""Token shards: what is written is read, across borders, and damage is named."""
+"""Token shards: what is written is read, across shards, and damage is named."""
 
 from __future__ import annotations
 
@@ -32,35 +32,27 @@ def test_windows_cross_shards(tmp_path: Path, vocab_size: int, shard_tokens: int
     for start, length in [(0, len(written)), (0, 1), (60, 10), (len(written) - 1, 1), (10, 0), (len(written), 0)]:
         window = stream.window(start, length)
         assert window.dtype == np.int64 and np.array_equal(window, written[start : start + length])
-
-
-def test_ids_are_stored_in_the_smallest_width_that_holds_them() -> None:
-    assert token_dtype(65_536).itemsize == 2 and token_dtype(65_537).itemsize == 4
-
-
-def test_an_id_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    """However it is given: numpy wraps its own integers round without a word."""
-    for document in ([70_000], [-1], [np.int64(70_000)], np.array([1, 70_000]), np.array([-1])):
-        with pytest.raises(OverflowError, match="token id"):
-            TokenWriter(tmp_path, "a", token_dtype(300)).add(document)
-    TokenWriter(tmp_path, "a", token_dtype(300)).add([0, 65_535])
-
-
-def test_windows_outside_are_refused(tmp_path: Path) -> None:
-    written, shards = write(tmp_path)
-    stream = TokenStream(tmp_path, shards, token_dtype(300))
     for start, length in [(-1, 2), (len(written), 1), (0, len(written) + 1)]:
         with pytest.raises(IndexError, match="outside"):
             stream.window(start, length)
 
 
-def test_rows_leave_room_for_the_last_label(tmp_path: Path) -> None:
+def test_an_id_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """Also numpy integers, which wrap around silently."""
+    for document in ([70_000], [-1], [np.int64(70_000)], np.array([1, 70_000]), np.array([-1])):
+        with pytest.raises(OverflowError, match="token id"):
+            TokenWriter(tmp_path, "a", token_dtype(300)).add(document)
+    TokenWriter(tmp_path, "a", token_dtype(300)).add([0, 65_535])
+    assert token_dtype(65_536).itemsize == 2 and token_dtype(65_537).itemsize == 4
+
+
+def test_sequences_leave_a_token_for_the_last_label(tmp_path: Path) -> None:
     written, shards = write(tmp_path)
     stream = TokenStream(tmp_path, shards, token_dtype(300))
-    for context in (34, 39, len(written) - 1, len(written)):  # 39 divides the length: a row without its last label
-        rows = stream.rows(context)
-        assert rows * context + 1 <= len(written) < (rows + 1) * context + 1
-    assert len(written) % 39 == 0 and TokenStream(tmp_path, [], token_dtype(300)).rows(39) == 0
+    for seq_len in (34, 39, len(written) - 1, len(written)):  # 39 divides the length: the last would lack its label
+        count = stream.num_sequences(seq_len)
+        assert count * seq_len + 1 <= len(written) < (count + 1) * seq_len + 1
+    assert len(written) % 39 == 0 and TokenStream(tmp_path, [], token_dtype(300)).num_sequences(39) == 0
 
 
 def test_truncated_and_missing_shards_are_named_at_opening(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from core.files import write_json
 from data.filter.audit.outputs import AUDIT_JSON, KEPT, SCORES, audit_of, write_kept, write_scores
 from data.filter.config import FilterRules, KeepUnit
-from data.filter.input.readers import InputConfig, parts
+from data.filter.input.readers import InputConfig, input_parts
 from data.filter.pipeline import Filter, FilterJob
 from data.filter.score.ngram import NgramScorer
 from data.filter.score.scorer import Direction, Scorer
@@ -56,7 +56,7 @@ def job(
     """`settings`: of the rules and of the input."""
     keys = {key: settings.pop(key) for key in list(settings) if key in InputConfig.__dataclass_fields__}
     return FilterJob(
-        parts=parts(InputConfig(input=str(source), **keys)),
+        parts=input_parts(InputConfig(input=str(source), **keys)),
         rules=FilterRules(**{"unit": KeepUnit.documents, **settings}),
         scorer=scorer or NgramScorer(4, sample_bytes=1 << 16),
         directory=out / "stages",

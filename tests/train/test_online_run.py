@@ -123,8 +123,8 @@ def test_samples_of_ordinals_are_sequences_of_batches(small_corpus, tmp_path):
                 assert torch.equal(getattr(one, name)[0], getattr(batch, name)[row])
     sources, rows = loader.locate(np.arange(1000, 1100))
     for place, ordinal in enumerate(range(1000, 1100)):
-        row = np.empty(loader.context + 1, np.int64)
-        loader.corpus.stream(loader.blend.names[sources[place]], TRAIN).read(rows[place] * loader.context, row)
+        row = np.empty(loader.seq_len + 1, np.int64)
+        loader.corpus.stream(loader.blend.names[sources[place]], TRAIN).read(rows[place] * loader.seq_len, row)
         assert loader.samples([ordinal]).tokens_BT[0].tolist() == row[:-1].tolist()
 
 

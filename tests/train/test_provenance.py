@@ -60,9 +60,9 @@ def by_force(directory: Path, corpus: Corpus, place: DocumentSpan, steps: int) -
         loader = Loader(corpus, phase.seq_len, phase.global_batch_size, config.run.seed, phase.name, weights)
         where = {
             tokens[begin : begin + phase.seq_len].tobytes(): begin
-            for begin in range(0, stream.rows(phase.seq_len) * phase.seq_len, phase.seq_len)
+            for begin in range(0, stream.num_sequences(phase.seq_len) * phase.seq_len, phase.seq_len)
         }
-        assert len(where) == stream.rows(phase.seq_len), "sequences must differ"
+        assert len(where) == stream.num_sequences(phase.seq_len), "sequences must differ"
         for step in range(phase.start, min(phase.stop, steps)):
             batch = loader.batch(step - phase.start)
             for row, content in enumerate(batch.tokens_BT.numpy()):

@@ -49,8 +49,8 @@ def test_phases_change_sources_and_repeat_no_sequence(tmp_path, small_corpus):
     for source in ("text", "code"):
         taken = Counter(sequence for part in parts for sequence in part[source])
         stream = run.corpus.stream(source, TRAIN)
-        there = Counter(tuple(stream.window(r * 48, 48).tolist()) for r in range(stream.rows(48)))
-        assert taken.total() < stream.rows(48) and taken <= there, source
+        there = Counter(tuple(stream.window(r * 48, 48).tolist()) for r in range(stream.num_sequences(48)))
+        assert taken.total() < stream.num_sequences(48) and taken <= there, source
 
 
 def test_a_run_stopped_in_a_phase_resumes_exactly(tmp_path, small_corpus):
@@ -68,10 +68,10 @@ def test_a_run_stopped_in_a_phase_resumes_exactly(tmp_path, small_corpus):
 
 def test_limits_end_sources_and_too_long_runs_are_rejected(tmp_path, small_corpus):
     run = trainer(tmp_path, "run", [*small_corpus, "+data.sources.code.max_epochs=0.1", "training.steps=30"])
-    rows = run.corpus.stream("code", TRAIN).rows(48)
+    rows = run.corpus.stream("code", TRAIN).num_sequences(48)
     assert len(consumed(run, range(30))["code"]) == int(0.1 * rows) < 30 * 8 / 3
     limits = ["+data.sources.code.max_epochs=0.1", "+data.sources.text.max_epochs=0.2"]
-    there = int(0.1 * rows) + int(0.2 * run.corpus.stream("text", TRAIN).rows(48))
+    there = int(0.1 * rows) + int(0.2 * run.corpus.stream("text", TRAIN).num_sequences(48))
     reason = rf"training.steps=5000: phase main .*: {there * 48:,} tokens are left .*; try {there // 8}$"
     with pytest.raises(ConfigError, match=reason):
         trainer(tmp_path, "long", [*small_corpus, *limits, "training.steps=5000"])
@@ -81,7 +81,7 @@ def test_limits_end_sources_and_too_long_runs_are_rejected(tmp_path, small_corpu
 def test_many_epochs_are_logged(tmp_path, small_corpus):
     trainer(tmp_path, "run", [*small_corpus, "training.steps=100000"])
     text = (tmp_path / "run" / "log.txt").read_text()
-    assert all(f"source {name} is " in text for name in ("text", "code"))
+    assert "source text is repeated" in text and "source code is repeated" in text
     trainer(tmp_path, "short", small_corpus)
     assert not (tmp_path / "short" / "log.txt").exists(), "nothing to say"
 

@@ -32,7 +32,7 @@ class EvaluationCallback(Callback):
         phase = trainer.phase(max(0, trainer.step - 1))
         loader, sequences = trainer.loaders[phase.name], trainer.config.evaluation.sequences
         with trainer.pause():
-            if not any(loader.held_out_rows(name) for name in trainer.weights):
+            if not any(loader.num_held_out(name) for name in trainer.weights):
                 trainer.log("no held-out loss: no source has a held-out sequence of this length")
                 return
             bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())

@@ -90,25 +90,25 @@ class SyntheticLoader:
     """A loader of random tokens in packed documents. `order`: order of the sequences in a batch."""
 
     def __init__(self, vocab_size: int, seq_len: int = SEQ_LEN, order: Sequence[int] = range(BATCH_SIZE)) -> None:
-        self.vocab_size, self.context, self.order = vocab_size, seq_len, np.array(order)
+        self.vocab_size, self.seq_len, self.order = vocab_size, seq_len, np.array(order)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         generator = np.random.default_rng([SEED, step])
-        shape = (len(self.order), self.context + 1)
+        shape = (len(self.order), self.seq_len + 1)
         tokens = np.minimum(generator.zipf(1.3, shape), self.vocab_size) - 1
         begins = generator.random(shape) < 1 / 12  # a document every dozen tokens, some longer than a chunk
-        places = np.arange(self.context + 1)
+        places = np.arange(self.seq_len + 1)
         last = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
         labels = np.where(begins[:, 1:], IGNORED, tokens[:, 1:])
         whole = (tokens[:, :-1], labels, (places - last)[:, :-1])
         parts = [torch.from_numpy(np.ascontiguousarray(one[self.order[start:stop]])) for one in whole]
         return Batch(parts[0], parts[1], parts[2], torch.zeros(stop - start, dtype=torch.int64))
 
-    def held_out_rows(self, source: str) -> int:
+    def num_held_out(self, source: str) -> int:
         return min(_HELD_OUT, len(self.order))
 
     def held_out(self, source: str, start: int, stop: int) -> Batch:
-        unordered = SyntheticLoader(self.vocab_size, self.context, range(len(self.order)))
+        unordered = SyntheticLoader(self.vocab_size, self.seq_len, range(len(self.order)))
         return unordered.batch(1 << 20, start, stop)
 
 
@@ -167,7 +167,7 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     found.weights = copy_blocks(inner.weights())
     found.routers = {name: buffer.clone().cpu() for name, buffer in model.named_buffers() if "balance" in name}
     bytes_V = torch.ones(case.model.vocab_size, dtype=torch.int64)
-    held_out = held_out_loss(placed, loader, bytes_V, loader.held_out_rows(_SOURCE), 2, {_SOURCE: 1.0})
+    held_out = held_out_loss(placed, loader, bytes_V, loader.num_held_out(_SOURCE), 2, {_SOURCE: 1.0})
     found.held_out = held_out.loss
     return found
 

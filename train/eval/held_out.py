@@ -58,9 +58,9 @@ class HeldOut:
 class HeldOutLoader(Protocol):
     """The part of a loader that evaluation uses."""
 
-    context: int
+    seq_len: int
 
-    def held_out_rows(self, source: str) -> int: ...
+    def num_held_out(self, source: str) -> int: ...
 
     def held_out(self, source: str, start: int, stop: int) -> Batch: ...
 
@@ -79,15 +79,15 @@ def held_out_loss(
     `bytes_V`: bytes of text of each token id. Sources without a held-out sequence of this length are dropped; raises
     `DataError` where none is left.
     """
-    weights = {source: weight for source, weight in weights.items() if loader.held_out_rows(source)}
+    weights = {source: weight for source, weight in weights.items() if loader.num_held_out(source)}
     if not weights:
-        raise DataError(f"no source has held-out text for one sequence of {loader.context} tokens: raise data.held_out")
+        raise DataError(f"no source has held-out text for one sequence of {loader.seq_len} tokens: raise data.held_out")
     bytes_V = bytes_V.to(placed.device)
     placed.model.eval()
     found: dict[str, SourceLoss] = {}
     for source in weights:
         sums = torch.zeros(3, dtype=torch.float64, device=placed.device)  # nats, tokens, bytes
-        count = min(sequences, loader.held_out_rows(source))
+        count = min(sequences, loader.num_held_out(source))
         for _, batch in _local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
             sums += _sums(placed, batch, bytes_V)
         placed.meshes.world.sum(sums, "evaluation")
@@ -122,7 +122,7 @@ def sequence_losses(placed: ParallelModel, take: Take, count: int, micro_batch_s
 
 def held_out_batches(loader: HeldOutLoader, source: str, sequences: int, micro_batch_size: int) -> Iterator[Batch]:
     """The first `sequences` held-out sequences of a source, or all where there are fewer."""
-    available = min(sequences, loader.held_out_rows(source))
+    available = min(sequences, loader.num_held_out(source))
     for start in range(0, available, micro_batch_size):
         yield loader.held_out(source, start, min(start + micro_batch_size, available))
 
@@ -145,7 +145,7 @@ def _padded(batch: Batch | None, full: Batch) -> Batch:
     count = 0 if batch is None else len(batch.tokens_BT)
     spare = full.slice(count, len(full.tokens_BT))
     spare.labels_BT = torch.full_like(spare.labels_BT, IGNORED)
-    return spare if batch is None else batch.joined(spare)
+    return spare if batch is None else batch.concat(spare)
 
 
 def _losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:

@@ -1,4 +1,4 @@
-"""One document, or one prompt with its response, as every stage of the filter sees it."""
+"""A record of the filter: one document, or one prompt with its response."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ from core.files import sha256_text
 
 @dataclass(frozen=True)
 class Record:
-    """`answer_start`: where the response begins in `text`, in characters; null for a plain document. `raw`: the input's
-    own record as a line of JSON, which `kept.jsonl` repeats; null: {"text": ...} serves.
-    """
-
     id: str
     domain: str
     source: str
-    """File and place, for people: "notes.jsonl:12"."""
+    """File and line or row: "notes.jsonl:12"."""
     text: str
     answer_start: int | None = None
+    """Where the response begins in `text`, in characters; None for a plain document."""
     raw: str | None = None
+    """The input's record as a line of JSON, for `kept.jsonl`; None: {"text": ...}."""
 
     @property
     def prompt(self) -> str:
-        """What comes before the response; nothing for a plain document."""
+        """The text before the response, empty for a plain document."""
         return self.text[: self.answer_start or 0]
 
     @property
     def answer(self) -> str:
-        """The response, or the whole of a plain document."""
+        """The response, or a whole plain document."""
         return self.text[self.answer_start or 0 :]
 
     @property
     def content(self) -> str:
-        """A hash of what a scorer may depend on."""
+        """The hash of what a scorer may depend on."""
         return sha256_text(self.text, str(self.answer_start))
 
 

@@ -1,24 +1,20 @@
-"""Copies and near copies: which records are one, and which of them stays.
+"""Find exact and near copies, and which of them stays.
 
-Two steps, so that the first runs by shard on any number of ranks and the result depends on none of it: `signatures` of
-a shard's texts, and `find_duplicates` once over all of them. Near copies are found by MinHash (Broder 1997) over runs
-of `SHINGLE` words: the share of equal places of two signatures estimates the Jaccard similarity J of their sets of runs
-with a standard error of sqrt(J (1 - J) / PLACES), 0.035 at 0.8. Candidates are records that agree in a whole band of
-places (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, section 3.4); only those whose estimate reaches the
-threshold are joined. Groups are what is connected, so that a chain of near copies is one group.
+`signatures` runs by shard on any number of ranks; `find_duplicates` runs once over all of them. Near copies are found
+by MinHash (Broder 1997) over runs of `SHINGLE` words: the share of equal places of two signatures estimates the Jaccard
+similarity J with a standard error of sqrt(J (1 - J) / PLACES), 0.035 at 0.8. Candidates agree in a whole band of places
+(Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, section 3.4); those whose estimate reaches the threshold are
+joined, chains into one group. The hashing is our own, so that stored signatures survive a change of library.
 
-The hashing is our own and in numpy: libraries hash run by run in Python, and a signature that is kept on disk must not
-change with a library's version.
-
-The second step is not divided: every rank holds all signatures, 545 bytes a record, and searches them all. Measured, in
-GB per million records and rank: 1.7 with near copies, 0.65 with exact ones alone, none where neither is looked for. An
-input for which that is too much has to be filtered in parts, whose copies of each other are not found.
+Every rank holds all signatures: 1.7 GB per million records with near copies, 0.65 with exact ones alone, none if
+neither is looked for. A larger input must be filtered in parts; copies between parts are not found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import xxhash
@@ -30,17 +26,17 @@ from data.filter.screen.normalise import canonical, words
 
 PLACES = 128
 SHINGLE = 5
-"""Words of a run. A text of fewer has no near copies, only exact ones."""
+"""Words of a run. A shorter text has exact copies only."""
 _MAX_MISSED = 0.01
-"""Chance that two records exactly at the threshold share no band, by which the bands are chosen."""
+"""Probability that two records exactly at the threshold share no band; it decides the bands."""
 _BLOCK = 1 << 10
 _ODD_64 = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
 class Signatures:
-    """Of N records of a shard. `exact_N2`: 128 bits of the canonical text. `near_NP`: PLACES minima as uint32, all zero
-    where `near_possible_N` is false: too few words.
+    """Signatures of N records. `exact_N2`: 128-bit hash of the canonical text. `near_NP`: PLACES minima as uint32, all
+    zero where `near_possible_N` is false: too few words.
     """
 
     exact_N2: NDArray[np.uint64]
@@ -49,7 +45,7 @@ class Signatures:
 
 
 def signatures(texts: Sequence[str]) -> Signatures:
-    """Signatures of texts, each by itself: the same wherever it is made."""
+    """Return the signatures of texts, the same on every machine."""
     exact = np.zeros((len(texts), 2), np.uint64)
     near = np.zeros((len(texts), PLACES), np.uint32)
     possible = np.zeros(len(texts), np.bool_)
@@ -57,15 +53,15 @@ def signatures(texts: Sequence[str]) -> Signatures:
     for row, text in enumerate(texts):
         digest = xxhash.xxh3_128_digest(canonical(text).encode("utf-8", "surrogatepass"))
         exact[row] = np.frombuffer(digest, ">u8")
-        runs = np.unique(run_hashes(words(text), SHINGLE))
+        runs = np.unique(ngram_hashes(words(text), SHINGLE))
         if len(runs):
             possible[row] = True
             near[row] = _minima((runs >> np.uint64(32)).astype(np.uint32), factors, offsets)
     return Signatures(exact, near, possible)
 
 
-def run_hashes(found: Sequence[str], length: int) -> NDArray[np.uint64]:
-    """A hash of each run of `length` words, in order; none where there are fewer words."""
+def ngram_hashes(found: Sequence[str], length: int) -> NDArray[np.uint64]:
+    """Hash each run of `length` words, in order; none if there are fewer words."""
     count = len(found) - length + 1
     if count < 1:
         return np.empty(0, np.uint64)
@@ -80,17 +76,17 @@ def run_hashes(found: Sequence[str], length: int) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Copy:
-    """Why a record is left out, and the place of the one that stays among all records in (shard, row) order."""
+    """Why a record is dropped, and the index of the one that stays among all records in (shard, row) order."""
 
     reason: Reason
     of: int
 
 
 def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> list[list[Copy | None]]:
-    """For each record of each shard whether it is a copy, or None. Of a group the first in (shard, row) order stays.
+    """Find the copies among the records of each shard. The first of a group in (shard, row) order stays.
 
-    Exact copies are named so only where the copy that comes first is one; what is joined by similarity alone is a near
-    copy.
+    A record is a `duplicate` if an earlier one has the same canonical text, a `near_duplicate` if it is joined by
+    similarity alone.
     """
     count = sum(len(shard.exact_N2) for shard in shards)
     reasons: list[Reason | None] = [None] * count
@@ -109,13 +105,14 @@ def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> li
         if reasons[row] is None and groups.first(row) != row:
             reasons[row] = Reason.near_duplicate
     copies = [None if reason is None else Copy(reason, groups.first(row)) for row, reason in enumerate(reasons)]
-    return _by_shard(copies, [len(shard.exact_N2) for shard in shards])
+    rest = iter(copies)
+    return [list(islice(rest, len(shard.exact_N2))) for shard in shards]
 
 
 def bands(threshold: float) -> tuple[int, int]:
-    """Number of bands and places in each: the widest bands that miss a pair at the threshold with 1% at most.
+    """Return the number of bands and their width: the widest that miss a pair at the threshold with at most 1%.
 
-    Two signatures that agree in each place with chance s share no band of r places with chance (1 - s^r)^(PLACES / r).
+    Signatures that agree in a place with probability s share no band of width r with (1 - s^r)^(PLACES / r).
     """
     for width in range(PLACES, 1, -1):
         if (1 - threshold**width) ** (PLACES // width) <= _MAX_MISSED:
@@ -124,7 +121,7 @@ def bands(threshold: float) -> tuple[int, int]:
 
 
 class _Groups:
-    """Disjoint sets whose name is their smallest member, so that the order of joining does not matter."""
+    """Union-find whose root is the smallest member, so the order of joining does not matter."""
 
     def __init__(self, count: int) -> None:
         self._parent = list(range(count))
@@ -142,7 +139,7 @@ class _Groups:
 
 
 def _exact_copies(exact_N2: NDArray[np.uint64]) -> Iterable[tuple[int, int]]:
-    """(first, later) for each record that repeats an earlier one."""
+    """Yield (first, later) for each record that repeats an earlier one."""
     order = np.lexsort((exact_N2[:, 1], exact_N2[:, 0]))  # stable: equal ones stay in order
     same = (exact_N2[order][1:] == exact_N2[order][:-1]).all(1)
     first = 0
@@ -154,10 +151,10 @@ def _exact_copies(exact_N2: NDArray[np.uint64]) -> Iterable[tuple[int, int]]:
 
 
 def _near_copies(near_NP: NDArray[np.uint32], threshold: float) -> Iterable[tuple[int, int]]:
-    """Enough pairs to connect all that share a band and whose estimated similarity reaches the threshold.
+    """Yield enough pairs to connect all records that share a band and whose estimated similarity reaches the threshold.
 
-    Each record of a bucket is compared with those not yet reached, so that a bucket of many copies costs its size and
-    not its square, and what is connected does not depend on the order.
+    Each record of a bucket is compared with those not yet reached: a bucket of many copies costs its size, not its
+    square, and what is connected does not depend on the order.
     """
     count, width = bands(threshold)
     needed = int(np.ceil(threshold * PLACES - 1e-9))
@@ -175,7 +172,7 @@ def _near_copies(near_NP: NDArray[np.uint32], threshold: float) -> Iterable[tupl
 
 
 def _buckets(columns_NW: NDArray[np.uint32]) -> Iterable[NDArray[np.intp]]:
-    """Rows that agree in all columns, by a hash of them; single rows are left out."""
+    """Yield groups of two or more rows that agree in all columns, by a hash of them."""
     keys = np.zeros(len(columns_NW), np.uint64)
     for column_N in columns_NW.T:
         keys = (keys ^ (keys >> np.uint64(31))) * _ODD_64 + column_N
@@ -188,7 +185,7 @@ def _buckets(columns_NW: NDArray[np.uint32]) -> Iterable[NDArray[np.intp]]:
 
 
 def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Factors (odd, so that h -> a h + b modulo 2^32 meets no two hashes) and offsets, the same on every machine."""
+    """Return factors (odd, so that h -> a h + b modulo 2^32 is a bijection) and offsets, the same on every machine."""
     numbers = [xxhash.xxh3_64_intdigest(f"signature {place}".encode()) for place in range(PLACES)]
     return (
         np.array([(number >> 32) | 1 for number in numbers], np.uint32),
@@ -199,17 +196,9 @@ def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
 def _minima(
     runs_R: NDArray[np.uint32], factors_P: NDArray[np.uint32], offsets_P: NDArray[np.uint32]
 ) -> NDArray[np.uint32]:
-    """Per place the smallest permuted hash, in blocks that stay in the cache."""
+    """Return the smallest permuted hash per place, in blocks that fit the cache."""
     lowest = np.full(len(factors_P), 0xFFFFFFFF, np.uint32)
     for start in range(0, len(runs_R), _BLOCK):
         block = runs_R[start : start + _BLOCK]
         np.minimum(lowest, (factors_P[:, None] * block + offsets_P[:, None]).min(1), out=lowest)
     return lowest
-
-
-def _by_shard(copies: list[Copy | None], sizes: list[int]) -> list[list[Copy | None]]:
-    found, start = [], 0
-    for size in sizes:
-        found.append(copies[start : start + size])
-        start += size
-    return found

@@ -1,21 +1,17 @@
-"""What is no text worth scoring: found by statistics of the text alone, before any quantile is taken.
+"""Reject text that is not worth scoring, by statistics of the text alone, before any quantile is taken.
 
-Garbage has a high loss or a very low one, so that a filter by score keeps it or spends its quota on it. The statistics
-know no language and need no table: they ask whether a text repeats itself too much, or not at all.
+Garbage has a very high or a very low loss, so a filter by score keeps it or spends its quota on it. They need no table
+of a language: loops repeat long windows (`repeated_share`); a run of three characters recurs about ten times as
+often as expected from their frequency, in shuffled text once (`triple_excess`, Friedman's coincidence count of 1922);
+random characters change between letters, capitals, digits and punctuation at every other place (`restless`).
 
-Characters in order repeat their runs. If the order carried nothing, a run of three would recur as often as chance makes
-it of its characters; in natural language, code and mark-up it recurs about ten times as often, in shuffled text once
-(`triple_excess`: Friedman's coincidence count of 1922, of runs). Loops repeat long windows (`repeated_share`). Random
-signs change between letters, capitals, digits and punctuation at every other character.
-
-The thresholds were chosen on half of the standard library's files; the tests give the rates on the other half, which
-was looked at too when triples took the place of pairs. On text never seen before (1,284 files of installed packages)
-no clean piece of 200, 500 or 2,000 characters was rejected. The rates hold from `PROMISED_CHARACTERS` on; below
-`_FEWEST` only length and broken characters count.
+Thresholds were chosen on half of the standard library's files; the tests give the rates on the other half (seen once,
+when triples replaced pairs). On unseen text (1,284 files of installed packages) no clean piece of 200, 500 or 2,000
+characters was rejected. The rates hold from `PROMISED_CHARACTERS` on; below `_FEWEST` only length and broken characters
+count.
 
 Not found: shuffled words; letters shuffled inside each word, in half of texts of 500 characters; a loop in less than
-two thirds of a text; tables of numbers, shuffled: they have no order to lose. Rejected though it may be wanted: long
-lists of names, DNA, base64 and whatever else has letters without order for most of its length.
+two thirds of a text; shuffled tables of numbers. Rejected though it may be wanted: long lists of names, DNA, base64.
 """
 
 from __future__ import annotations
@@ -34,42 +30,42 @@ from data.filter.config import GateConfig
 from data.filter.input.records import Reason, Record
 
 PROMISED_CHARACTERS = 200
-"""From this length on 99% of shuffled text, random bytes and loops go and 99% of clean text stays."""
+"""From this length on 99% of shuffled text, random bytes and loops are rejected, and 99% of clean text is kept."""
 _FEWEST = 120
 _JUDGED = 1 << 20
-"""Characters looked at: the first so many. Memory is about 30 bytes for each."""
+"""Judge only the first characters, with about 30 bytes of memory each."""
 _WINDOW, _LONG_TEXT, _LONG_WINDOW = 16, 1000, 64
-"""Characters of a window that counts as repeated, in short and in long texts. Long code repeats short pieces: with
-16 at every length 1.1% of the files of installed packages went, most of them generated headers, with 64 none.
+"""Window of `repeated_share` in characters, for short and long texts. Long code repeats short pieces: with 16 at every
+length 1.1% of the files of installed packages were rejected, most of them generated headers, with 64 none.
 """
 _REPEATED = 0.68
 _ALPHABET = 128
-"""Characters are folded to their code modulo this: it leaves ASCII as it is and no two letters of an alphabet meet."""
+"""Characters are folded to their code modulo this: ASCII stays, and no two letters of an alphabet collide."""
 _CODES = 0x40000
-"""Above lie private, unassigned and invisible code points, and a table of them took 0.7 s to build."""
+"""Above are private, unassigned and invisible code points; a table of them took 0.7 s to build."""
 _BROKEN = 0.05
-"""Share of controls, replacements and unassigned code points; a quarter of random bytes read as Latin-1 are."""
+"""Largest share of controls, replacements and unassigned code points; random bytes read as Latin-1 have a quarter."""
 _RESTLESS = 0.58
 _NO_ORDER, _LITTLE_ORDER = 0.85, 1.4
-"""Of 200 characters clean text has 1.3 and more (all but 1%), shuffled text 0.78 and less; of 500 it is 1.8 and 0.5."""
+"""Bounds of `Order.of_all`. 200 characters of clean text have 1.3 or more (all but 1%), shuffled text 0.78 or less; 500
+characters 1.8 and 0.5.
+"""
 _LONG, _NO_ORDER_IN_DOUBT = 400, 0.5
-"""The lower bound is for text of few letters and, below so many characters, for what is not ASCII: about 4% of
-pieces of 200 characters of Hungarian, Estonian and Korean lie below 0.85, 1% below 0.5. Of 500 characters all of 18
-languages have 1.1 and more (translations of programs' messages).
+"""The lower bound is for text of few letters and for short text that is not ASCII: about 4% of pieces of 200 characters
+of Hungarian, Estonian and Korean are below 0.85, 1% below 0.5. With 500 characters, 18 languages have 1.1 or more.
 """
 _MANY_PAIRS, _NO_LETTER_ORDER = 300, 0.22
-"""From so many pairs of letters on they are judged alone. English has 0.43 and more, Finnish 0.25; with the letters of
-each word shuffled, half of English has 0.14 and less.
+"""With this many pairs of letters, `Order.of_letters` is judged alone. English has 0.43 or more, Finnish 0.25; with the
+letters of each word shuffled, half of English has 0.14 or less.
 """
 _LETTERS, _CAPITAL, _DIGIT, _SPACE, _SIGN, _NO_CHARACTER = range(6)
 
 
 class Gates:
-    """The gates of a configuration; calling it with a record gives why it is left out, or None.
+    """The gates of a configuration. A call returns why a record is rejected, or None.
 
-    Where there is a response it is judged by itself as well, and so is its prompt: beside the other, if that is long,
-    its characters would not show.
-    Raises `ConfigError` where a language is asked for and `py3langid` is missing or does not know it.
+    A prompt and its response are also judged alone: next to a long one, the characters of the other would not show.
+    Raises `ConfigError` if `py3langid` is missing or does not know a language.
     """
 
     def __init__(self, config: GateConfig) -> None:
@@ -118,20 +114,20 @@ class Gates:
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
-    """One number per character; half of a surrogate pair has one too."""
+    """Return one number per character, also for half of a surrogate pair."""
     if text.isascii():
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint32)
 
 
 def repeated_share(codes_N: NDArray[np.uint32]) -> float:
-    """Share of windows of characters that occurred before in the text: 1 - 1/k for k rounds of a loop."""
+    """Return the share of windows of characters that occurred before in the text: 1 - 1/k for k rounds of a loop."""
     window = _WINDOW if len(codes_N) < _LONG_TEXT else _LONG_WINDOW
     count = len(codes_N) - window + 1
     if count < 2:
         return 0.0
     bytes_N = np.concatenate([codes_N.astype(np.uint8), np.zeros(8, np.uint8)])
-    eights_N = np.empty(len(codes_N), np.uint64)  # the eight characters from each place on, as one number
+    eights_N = np.empty(len(codes_N), np.uint64)  # the eight characters from each index on, as one number
     for shift in range(8):
         places = eights_N[shift::8]
         places[:] = bytes_N[shift : shift + 8 * len(places)].view("<u8")
@@ -146,10 +142,10 @@ def repeated_share(codes_N: NDArray[np.uint32]) -> float:
 
 @dataclass(frozen=True)
 class Order:
-    """How far the order of characters is from chance, in nats: 0 where shuffled.
+    """How far the order of characters is from random, in nats: 0 for shuffled text.
 
-    `of_all`: of runs of three characters; about 2.5 in 200 characters of text. `of_letters`: of pairs of letters,
-    which shows text whose letters alone were shuffled, where there are enough of them.
+    `of_all`: of runs of three characters; about 2.5 in 200 characters of text. `of_letters`: of pairs of letters, which
+    shows text of which only the letters were shuffled.
     """
 
     of_all: float
@@ -169,10 +165,10 @@ def order_of(text: str, kinds_N: NDArray[np.uint8]) -> Order:
 
 
 def triple_excess(codes_N: NDArray[np.intp]) -> float:
-    """Coincidences of equal runs of three over those that chance would make of the same characters.
+    """Count coincidences of equal runs of three, divided by those expected at random from the same characters.
 
-    With counts c_a of N characters two places agree with chance p = sum of c_a (c_a - 1) / (N (N - 1)), two runs of
-    three with about p^3. Both sides get 2 more, so that few runs say little.
+    With counts c_a of N characters two places agree with probability p = sum of c_a (c_a - 1) / (N (N - 1)), two runs
+    of three with about p^3. Both sides are increased by 2, so that few runs count little.
     """
     count = len(codes_N)
     if count < 4:
@@ -186,10 +182,10 @@ def triple_excess(codes_N: NDArray[np.intp]) -> float:
 
 
 def pair_excess(pairs_P: NDArray[np.intp]) -> float:
-    """Coincidences of equal pairs over those that chance would make of the same firsts and seconds.
+    """Count coincidences of equal pairs, divided by those expected at random from the same first and second letters.
 
-    With counts c_ab and their sums r_a and s_b of P pairs, chance expects r_a (r_a - 1) s_b (s_b - 1) / (P (P - 1)) of
-    c_ab (c_ab - 1), without bias at any length. Both sides get 2 more.
+    With counts c_ab and their sums r_a and s_b of P pairs, the expectation of c_ab (c_ab - 1) is r_a (r_a - 1) s_b
+    (s_b - 1) / (P (P - 1)), without bias at any length. Both sides are increased by 2.
     """
     total = len(pairs_P)
     if total < 2:
@@ -204,9 +200,9 @@ def _coincidences(counts: NDArray[np.intp]) -> float:
 
 
 def restless(kinds_N: NDArray[np.uint8]) -> bool:
-    """Whether the kind of character changes as it does in random signs, capitals inside of words included.
+    """Decide whether the kind of character changes as often as in random text, with capitals inside words.
 
-    The latter spares formulas and tables of single digits, which change as often.
+    Formulas and tables of single digits change as often, but have no capitals inside words.
     """
     changes = np.count_nonzero(kinds_N[1:] != kinds_N[:-1])
     rises = np.count_nonzero((kinds_N[:-1] == _LETTERS) & (kinds_N[1:] == _CAPITAL))
@@ -214,7 +210,7 @@ def restless(kinds_N: NDArray[np.uint8]) -> bool:
 
 
 def shuffled(text: str, codes_N: NDArray[np.uint32], kinds_N: NDArray[np.uint8], order: Order) -> bool:
-    """Whether the letters stand in no order. Numbers have none to lose: tables of them, hexadecimal too, are left."""
+    """Decide whether the letters are in random order. Tables of numbers, also hexadecimal, are not judged."""
     letters_N = kinds_N <= _CAPITAL
     share = int(np.count_nonzero(letters_N)) / max(1, int(np.count_nonzero(kinds_N != _SPACE)))
     if share < 0.15 or np.count_nonzero(np.bincount(codes_N[letters_N] % _ALPHABET)) < 10:
@@ -225,18 +221,18 @@ def shuffled(text: str, codes_N: NDArray[np.uint32], kinds_N: NDArray[np.uint8],
 
 
 def _kinds_of_characters() -> NDArray[np.uint8]:
-    """The kind of every code point below `_CODES`. What this Python's Unicode does not know is no character."""
+    """Tabulate the kind of every code point below `_CODES`. Code points unknown to this Python are not characters."""
     first = {"L": _LETTERS, "M": _LETTERS, "N": _DIGIT, "P": _SIGN, "S": _SIGN, "Z": _SPACE, "C": _NO_CHARACTER}
     exceptions = {"Lu": _CAPITAL, "Lt": _CAPITAL, "Cf": _LETTERS}  # joiners stand inside of words
     kinds = {f"{a}{b}": first[a] for a in first for b in "acdefiklmnopstu"} | exceptions
     table = np.array([kinds[unicodedata.category(chr(code))] for code in range(_CODES)], np.uint8)
     table[[9, 10, 11, 12, 13]] = _SPACE
-    table[0xFFFD] = _NO_CHARACTER  # what decoders put for bytes that are no text
+    table[0xFFFD] = _NO_CHARACTER  # what decoders write for bytes that are not text
     return table
 
 
 def _language_of(wanted: list[str]) -> Callable[[str], str]:
-    """A function from text to its ISO 639-1 code, by its first 4,000 characters."""
+    """Return a function from text to its ISO 639-1 code, by its first 4,000 characters."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -246,5 +242,7 @@ def _language_of(wanted: list[str]) -> Callable[[str], str]:
     for language in wanted:
         if language not in known:
             near = difflib.get_close_matches(language.lower(), known, cutoff=0.5) or ["en"]
-            raise ConfigError("languages", language, "py3langid does not know it, but two letters (ISO 639-1)", near)
+            raise ConfigError(
+                "languages", language, "py3langid does not know it; name a two-letter code (ISO 639-1)", near
+            )
     return lambda text: str(identifier.classify(text[:4000])[0])

@@ -20,7 +20,7 @@ import numpy as np
 from core.errors import ConfigError
 from core.files import write_json
 from data.filter.config import FilterRules, KeepUnit, OnError, ScorerKind
-from data.filter.input.readers import RecordMaker, Unreadable
+from data.filter.input.readers import RecordError, RecordMaker
 from data.filter.input.records import Reason, Record
 from data.filter.score.scorer import Scorer
 from data.filter.screen.contamination import EvaluationSets
@@ -94,7 +94,7 @@ class LineFilter:
         try:
             text = line.decode()
             record = self.make(json.loads(text), place, text)
-        except (Unreadable, ValueError, RecursionError) as error:
+        except (RecordError, ValueError, RecursionError) as error:
             if on_error is OnError.fail:
                 problem = f"cannot be read: {str(error)[:200]}"
                 raise ConfigError("input", place, problem, ["on_error=drop, which counts such records"]) from None

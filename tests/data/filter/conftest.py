@@ -1,12 +1,16 @@
-"""The endpoint that judges are tested against, and shards that tests can fill."""
+"""The endpoint that judges are tested against, small shards, and audits without the page that takes a second to draw."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from core.files import write_json
 from data.filter import pipeline
+from data.filter.audit import outputs
 from tests.support.llm_server import KEY, Server
 
 
@@ -22,3 +26,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "SHARD_RECORDS", 32)
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(audit: dict[str, Any], directory: Path, command: str) -> None:
+        write_json(directory / outputs.AUDIT_JSON, audit)
+        (directory / outputs.AUDIT_PAGE).write_text("")
+
+    monkeypatch.setattr(outputs, "write_audit", write)

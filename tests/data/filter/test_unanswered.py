@@ -1,4 +1,4 @@
-"""Records that a server gave no answer to: why is told, and the next run asks again for them alone."""
+"""Records without an answer of the server: the reason is shown, and the next run asks for them alone."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import pytest
 
 from core.errors import ConfigError
 from data.filter import pipeline
-from data.filter.config import FilterRules, ScorerConfig, ScorerKind, deciding
+from data.filter.audit.outputs import SCORES
+from data.filter.config import FilterRules, ScorerConfig, ScorerKind, decisive_settings
 from data.filter.input.readers import InputConfig, clean_records
 from data.filter.pipeline import Filter
 from data.filter.score import requests
 from data.filter.score.judge import JudgeScorer
 from launch.cli import main
 from tests.data.filter.test_pipeline import in_threads
-from tests.support.filtering import FixedScorer, filtered, job, kept, prose, rows_of, write_lines
+from tests.support.filtering import FixedScorer, filtered, job, kept, outputs, prose, write_lines
 from tests.support.llm_server import Reply, completion, graded
 
 LOST = {3, 11, 17, 40, 49}
@@ -53,16 +54,11 @@ def command(server: Any, source: Path, out: Path, *more: str) -> int:
 
 
 def rows_in(out: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = pyarrow.parquet.read_table(out / "scores.parquet").to_pylist()
+    found: list[dict[str, Any]] = pyarrow.parquet.read_table(out / SCORES).to_pylist()
     return found
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    names = ("scores.parquet", "kept.jsonl", "audit.json")
-    return {name: (out / name).read_bytes() for name in names}
-
-
-def test_what_got_no_answer_says_why_and_is_asked_again_alone(server, source, tmp_path, capsys):
+def test_only_unanswered_records_are_asked_again(server, source, tmp_path, capsys, request):
     out = tmp_path / "out"
     server.reply = lying
     assert command(server, source, out) == 0
@@ -78,6 +74,11 @@ def test_what_got_no_answer_says_why_and_is_asked_again_alone(server, source, tm
     assert not any("why" in row for reason, rows in examples.items() if reason != "unscored" for row in rows)
     assert "no score: <bdi>not JSON: &#39;I would say 4&#39;" in (out / "audit.html").read_text()
 
+    request.getfixturevalue("no_page")
+    before = outputs(out)
+    assert command(server, source, out) == 0
+    assert outputs(out) == before, "a server that keeps lying changes nothing"
+    capsys.readouterr()
     server.requests.clear()
     server.reply = healthy
     assert command(server, source, out) == 0
@@ -91,11 +92,11 @@ def test_what_got_no_answer_says_why_and_is_asked_again_alone(server, source, tm
     assert command(server, source, out) == 0
     assert not server.requests and "scored" not in capsys.readouterr().out.splitlines()[-1]
     assert command(server, source, tmp_path / "whole") == 0
-    assert contents(out) == contents(tmp_path / "whole"), "as if the server had been healthy from the start"
+    assert outputs(out) == outputs(tmp_path / "whole"), "as if the server had been healthy from the start"
 
 
-def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path):
-    """The address and how it is asked make no score."""
+def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path, no_page):
+    """Scores depend neither on the address nor on the connection."""
     server.reply = healthy
     assert command(server, source, tmp_path / "out") == 0
     server.requests.clear()
@@ -115,15 +116,7 @@ def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path)
         FilterRules(scorer=ScorerConfig(ScorerKind.ensemble, members=[one, ScorerConfig()]))
         for one in (member, replace(member, url=url), replace(member, judge="another"))
     ]
-    assert deciding(rules[0]) == deciding(rules[1]) != deciding(rules[2])
-
-
-def test_who_goes_on_lying_changes_nothing(server, source, tmp_path):
-    server.reply = lying
-    assert command(server, source, tmp_path / "out") == 0
-    before = contents(tmp_path / "out")
-    assert command(server, source, tmp_path / "out") == 0
-    assert contents(tmp_path / "out") == before
+    assert decisive_settings(rules[0]) == decisive_settings(rules[1]) != decisive_settings(rules[2])
 
 
 def test_several_workers_ask_again_together(server, source, tmp_path):
@@ -138,10 +131,10 @@ def test_several_workers_ask_again_together(server, source, tmp_path):
     in_threads(2, source, tmp_path / "out", scorer=judge())
     assert {number_of(body) for body in server.requests} == LOST and len(server.requests) == len(LOST)
     filtered(source, tmp_path / "whole", judge())
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
-def test_members_of_an_ensemble_are_asked_again_too(server, source, tmp_path):
+def test_members_of_an_ensemble_are_asked_again(server, source, tmp_path, no_page):
     server.reply = lying
     judge = f"{{kind: judge, url: '{server.url}', judge: grader, retries: 0}}"
     words = [f"input={source}", f"out={tmp_path / 'out'}", "scorer.kind=ensemble"]
@@ -157,7 +150,7 @@ def test_members_of_an_ensemble_are_asked_again_too(server, source, tmp_path):
     assert np.isfinite([row["score"] for row in rows]).all() and not any(row["why"] for row in rows)
 
 
-def test_a_verifier_may_say_anything(server, source, tmp_path, monkeypatch):
+def test_a_verifier_may_say_anything(server, source, tmp_path, monkeypatch, no_page):
     (tmp_path / "raising.py").write_text("def check(record, answer): raise ValueError('\\n' + '\\ud800' * 500)")
     monkeypatch.syspath_prepend(tmp_path)
     server.reply = lambda body, turn: completion("4")
@@ -170,13 +163,13 @@ def test_a_verifier_may_say_anything(server, source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["no folder", "full"])
-def test_answers_that_cannot_be_kept_are_one_line(server, source, tmp_path, capsys, monkeypatch, what):
-    """Such an error ends the other processes too, which would wait for ever."""
+def test_answers_that_cannot_be_stored_are_one_line(server, source, tmp_path, capsys, monkeypatch, what):
+    """Such an error ends the other processes too, which would wait forever."""
     out = tmp_path / "out"
     (out / "stages").mkdir(parents=True)
     if what == "no folder":
         (out / "stages" / "answers").write_text("")
-        said = "cannot write .*answers .File exists.: a file stands where a folder has to be"
+        said = "cannot write .*answers .File exists.: a file is where a folder must be"
     else:
         real = requests.json.dumps
 
@@ -186,7 +179,7 @@ def test_answers_that_cannot_be_kept_are_one_line(server, source, tmp_path, caps
             return real(value, **more)
 
         monkeypatch.setattr(requests.json, "dumps", dumps)
-        said = r"cannot write .*answers \(No space left on device\): free some space and run again to go on"
+        said = r"cannot write .*answers \(No space left on device\): free some space and run again to resume"
     assert command(server, source, out) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(f"leviathan: error: {said}.*", line)
@@ -197,9 +190,18 @@ class Full:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def by_number(record: Any) -> float:
+    return float(record.source.split(":")[1])
+
+
+def by_number_reversed(record: Any) -> float:
+    """With the fingerprint of the other, like a model that is run with another batch size."""
+    return -by_number(record)
+
+
 def test_other_scores_make_other_decisions(source, tmp_path):
-    """The advice for damaged scores is to remove them. What they are then decides, not what they were."""
-    out, hard = tmp_path / "out", FixedScorer(lambda record: float(record.source.split(":")[1]))
+    """The advice for damaged scores is to remove them: decisions follow the new ones."""
+    out, hard, easy = tmp_path / "out", FixedScorer(by_number), FixedScorer(by_number_reversed)
     filtered(source, out, hard)
     assert len(kept(out)) == 25
     stamps = {path: path.stat().st_mtime_ns for path in (out / "stages" / "decisions").iterdir()}
@@ -207,16 +209,15 @@ def test_other_scores_make_other_decisions(source, tmp_path):
     filtered(source, out, hard)
     assert stamps == {path: path.stat().st_mtime_ns for path in (out / "stages" / "decisions").iterdir()}
     shutil.rmtree(out / "stages" / "scored")
-    easy = FixedScorer(lambda record: -hard.score_of(record))  # of the same fingerprint, as a model of another batch is
-    done = filtered(source, out, easy)
-    filtered(source, tmp_path / "anew", easy)
-    assert rows_of(done) == rows_in(tmp_path / "anew") and kept(out) == kept(tmp_path / "anew")
+    filtered(source, out, easy)
+    filtered(source, tmp_path / "new", easy)
+    assert rows_in(out) == rows_in(tmp_path / "new") and kept(out) == kept(tmp_path / "new")
     with pytest.raises(ConfigError, match=r"decisions: was made with keep=0\.5 \(now 0\.25\)"):
         filtered(source, out, easy, keep=0.25)
 
 
-def test_other_rules_are_refused_before_the_clean_text_is_scored(source, tmp_path):
-    scorer = FixedScorer(lambda record: float(record.source.split(":")[1]))
+def test_other_rules_are_refused_before_scoring_clean_text(source, tmp_path):
+    scorer = FixedScorer(by_number)
     filtered(source, tmp_path / "out", scorer)
     scorer.score = lambda records: pytest.fail("this may take hours")  # type: ignore[method-assign]
     (clean,) = clean_records(str(write_lines(tmp_path / "clean.jsonl", prose(1))), InputConfig(input=""))
@@ -224,11 +225,10 @@ def test_other_rules_are_refused_before_the_clean_text_is_scored(source, tmp_pat
         Filter(replace(job(source, tmp_path / "out", scorer=scorer), clean=[clean])).run()
 
 
-def test_a_kill_while_old_decisions_are_removed_leaves_none_of_them(source, tmp_path, monkeypatch):
-    out, hard = tmp_path / "out", FixedScorer(lambda record: float(record.source.split(":")[1]))
-    filtered(source, out, hard)
+def test_a_kill_while_decisions_are_removed_leaves_none(source, tmp_path, monkeypatch):
+    out, easy, real, removed = tmp_path / "out", FixedScorer(by_number_reversed), Path.unlink, []
+    filtered(source, out, FixedScorer(by_number))
     shutil.rmtree(out / "stages" / "scored")
-    easy, real, removed = FixedScorer(lambda record: -hard.score_of(record)), Path.unlink, []
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
         if path.parent.name == "decisions" and not path.name.startswith("."):
@@ -242,5 +242,5 @@ def test_a_kill_while_old_decisions_are_removed_leaves_none_of_them(source, tmp_
         filtered(source, out, easy)
     monkeypatch.setattr(Path, "unlink", real)
     filtered(source, out, easy)
-    filtered(source, tmp_path / "anew", easy)
-    assert kept(out) == kept(tmp_path / "anew")
+    filtered(source, tmp_path / "new", easy)
+    assert kept(out) == kept(tmp_path / "new")

@@ -141,7 +141,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, capsys):
     bad = write_lines(tmp_path / "bad.jsonl", [{"text": 3}])
     cases = {
         (): "input: name a file or folder (input=...), or a data set (dataset=...)",
-        ("input=/none",): "input=/none: no such file, and no folder with parquet, jsonl or text files",
+        ("input=/none",): "input=/none: no such file or folder",
         ("input=a", "prompt_key=q"): "response_key: prompt_key and response_key go together",
         (f"input={pairs}", f"out={tmp_path / 'out'}"): unread,
         (*usual, "keep=0"): "keep=0.0: must lie in (0, 1]; try 0.5",
@@ -181,11 +181,7 @@ def test_help_has_every_key_with_words(capsys):
     text = capsys.readouterr().out
     for key in ("input", "prompt_key", "keep", "unit", "scorer.kind", "select.clean", "on_error", "explain", "run"):
         assert f"\n{key}=" in text
-    for words in (
-        "a file, a folder or a pattern of jsonl",
-        "share of `unit` that stays",
-        "Number of processes on this machine",
-    ):
+    for words in ("A file, a folder or a glob pattern of", "Share of `unit` to keep", "how many filter together"):
         assert words in text
 
 

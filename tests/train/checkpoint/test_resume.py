@@ -142,7 +142,7 @@ def test_a_phase_begins_with_the_start_of_its_own_order(tmp_path, small_corpus, 
     batch = Loader.batch
 
     def watched(self, step, start, stop):
-        asked.append((self.context, step))
+        asked.append((self.seq_len, step))
         return batch(self, step, start, stop)
 
     monkeypatch.setattr(Loader, "batch", watched)

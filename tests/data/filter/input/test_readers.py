@@ -1,4 +1,4 @@
-"""Records come out of every kind of file, and what is no record is counted, kept or refused by name."""
+"""Records come out of every kind of file; malformed ones are counted, kept or refused by name."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import pytest
 
 from core.errors import ConfigError
 from data.filter.config import OnError
-from data.filter.input.readers import KEYS, Broken, InputConfig, clean_records, parts
+from data.filter.input.readers import RECORD_KEYS, InputConfig, MalformedRecord, clean_records, input_parts
 from data.filter.input.records import Record
 from tests.support.filtering import filtered, kept, prose, rows_of, write_lines
 
 
-def read(path: Path | None = None, **keys: Any) -> list[Record | Broken]:
+def read(path: Path | None = None, **keys: Any) -> list[Record | MalformedRecord]:
     config = InputConfig(**({"input": str(path)} if path else {}), **keys)
-    return [record for part in parts(config) for record in part.records()]
+    return [record for part in input_parts(config) for record in part.records()]
 
 
-def texts(found: list[Record | Broken]) -> list[str]:
+def texts(found: list[Record | MalformedRecord]) -> list[str]:
     return [one.text if isinstance(one, Record) else f"! {one.reason}" for one in found]
 
 
@@ -44,11 +44,11 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path):
         assert [one.id for one in found] == [f"{name}:{first + n}" for n in range(3)]
     (tmp_path / "note.md").write_text("a note")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert texts(read(tmp_path)) == ["a note", *wanted * 3], "a folder: what can be read, by name"
+    assert texts(read(tmp_path)) == ["a note", *wanted * 3], "a folder: files of a known suffix, by name"
     assert texts(read(tmp_path / "*.jsonl")) == wanted, "a pattern"
 
 
-def test_columns_of_parquet_stay_what_they_are_or_are_refused_by_name(tmp_path):
+def test_columns_of_parquet_are_kept_or_refused_by_name(tmp_path):
     row: dict[str, Any] = {
         "text": "a text",
         "bytes": b"\x00\xff",
@@ -63,7 +63,7 @@ def test_columns_of_parquet_stay_what_they_are_or_are_refused_by_name(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "table.parquet")
     (one,) = read(tmp_path / "table.parquet")
     (broken,) = read(tmp_path / "table.parquet", text_key="bytes")
-    assert isinstance(one, Record) and isinstance(broken, Broken) and broken.raw == (one.raw or "").encode()
+    assert isinstance(one, Record) and isinstance(broken, MalformedRecord) and broken.raw == (one.raw or "").encode()
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -77,9 +77,7 @@ def test_columns_of_parquet_stay_what_they_are_or_are_refused_by_name(tmp_path):
         "price": "1.10",
     }
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"took": timedelta(1)}]), tmp_path / "table.parquet")
-    with pytest.raises(
-        ConfigError, match=r"^input=table\.parquet:0: the column 'took' holds a timedelta, .*leave that"
-    ):
+    with pytest.raises(ConfigError, match=r"^input=table\.parquet:0: the column 'took' holds a timedelta, .*drop that"):
         read(tmp_path / "table.parquet")
 
 
@@ -89,19 +87,15 @@ def test_a_folder_for_the_datasets_library(tmp_path):
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     found = read(dataset=str(folder), id_key="n")
     assert texts(found) == [row["text"] for row in ROWS] and [one.id for one in found] == ["0", "1", "2"]
-    before = parts(InputConfig(dataset=str(folder)))[0].fingerprint
+    before = input_parts(InputConfig(dataset=str(folder)))[0].fingerprint
     (folder / "data.jsonl").write_text('{"text": "other", "n": 5}\n')
-    assert parts(InputConfig(dataset=str(folder)))[0].fingerprint != before
-    with pytest.raises(ConfigError, match=r"^dataset=.*: datasets cannot read it: "):
+    assert input_parts(InputConfig(dataset=str(folder)))[0].fingerprint != before
+    with pytest.raises(ConfigError, match=r"^dataset=.*: cannot be read: "):
         read(dataset=str(tmp_path / "none"))
-
-
-def test_a_data_set_knows_its_keys_too():
-    given = {key: f"{{prompt}} {key} {{response}}" for key in KEYS if key != "messages_key"}
-    (part,) = parts(InputConfig(dataset="a set", **given))
-    assert part.keys == {**given, "messages_key": None}
-    (part,) = parts(InputConfig(dataset="a set", messages_key="chat"))
-    assert part.keys["messages_key"] == "chat"
+    given = {key: f"{{prompt}} {key} {{response}}" for key in RECORD_KEYS if key != "messages_key"}
+    for keys in (given, {"messages_key": "chat"}):
+        (part,) = input_parts(InputConfig(dataset="a set", **keys))
+        assert part.keys == {key: getattr(InputConfig(dataset="a set"), key) for key in RECORD_KEYS} | keys
 
 
 def test_a_data_set_that_was_saved_to_disk(tmp_path):
@@ -120,7 +114,7 @@ def test_a_data_set_that_was_saved_to_disk(tmp_path):
 def test_pairs_are_put_together_by_the_template(tmp_path):
     path = write_lines(tmp_path / "pairs.jsonl", [{"q": "Why {response}?", "a": "So {prompt}."}])
     (one,) = read(path, prompt_key="q", response_key="a", template="Q: {prompt}\nA: {response}\n")
-    assert (one.prompt, one.answer) == ("Q: Why {response}?\nA: ", "So {prompt}.\n"), "nothing in a text is a field"
+    assert (one.prompt, one.answer) == ("Q: Why {response}?\nA: ", "So {prompt}.\n"), "braces in a text are not fields"
     (one,) = read(path, prompt_key="q", response_key="a")
     assert one.text == "Why {response}?\n\nSo {prompt}."
 
@@ -131,7 +125,7 @@ def test_the_response_of_a_chat_is_the_last_answer(tmp_path):
         {"role": "assistant", "content": "hi"},
         {"role": "user", "content": "go on"},
         {"role": "assistant", "content": "the last"},
-        {"role": "user", "content": "and this is not looked at"},
+        {"role": "user", "content": "and this is ignored"},
     ]
     bad = [[{"role": "user", "content": "no answer"}], ["text"], [{"role": "user"}], "no list", None]
     path = write_lines(tmp_path / "chats.jsonl", [{"m": messages} for messages in [chat, *bad]])
@@ -139,7 +133,7 @@ def test_the_response_of_a_chat_is_the_last_answer(tmp_path):
     assert first.answer == "the last" and first.prompt.endswith("user:\ngo on\n\nassistant:\n")
     assert texts(others) == [
         "! no message of the assistant",
-        "! a message is no object with role and content",
+        "! a message is not an object with role and content",
         "! no 'content'; it has 'role'",
         "! 'm' is str, not list",
         "! 'm' is null, not list",
@@ -152,16 +146,16 @@ def test_names_and_domains_are_text_or_whole_numbers(tmp_path):
     ]
     found = read(write_lines(tmp_path / "in.jsonl", rows), id_key="id", domain_key="d")
     assert [(one.id, one.domain) for one in found if isinstance(one, Record)] == [("7", "a"), ("x", "3")]
-    assert [one.reason for one in found if isinstance(one, Broken)] == [
+    assert [one.reason for one in found if isinstance(one, MalformedRecord)] == [
         "'id' is float, not str or int",
         "'id' is bool, not str or int",
         "'d' is null, not str or int",
     ]
 
 
-BROKEN = {
+MALFORMED = {
     b"{": "Expecting property name",
-    b"[1]": "no object with keys and values",
+    b"[1]": "not an object with keys and values",
     b'{"other": "x"}': "no 'text'; it has 'other'",
     b'{"text": 3}': "'text' is int, not str",
     b'{"text": null}': "'text' is null, not str",
@@ -172,16 +166,16 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("line", BROKEN, ids=[f"{number}" for number in range(len(BROKEN))])
-def test_what_is_no_record_says_why(tmp_path, line):
+@pytest.mark.parametrize("line", MALFORMED, ids=[f"{number}" for number in range(len(MALFORMED))])
+def test_malformed_records_say_why(tmp_path, line):
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}')
     before, broken, after = read(tmp_path / "in.jsonl")
-    assert isinstance(broken, Broken) and BROKEN[line] in broken.reason and len(broken.reason) <= 200
+    assert isinstance(broken, MalformedRecord) and MALFORMED[line] in broken.reason and len(broken.reason) <= 200
     assert broken.source == "in.jsonl:2" and broken.raw == line
     assert texts([before, after]) == ["before", "after"]
 
 
-def test_lines_stay_as_they_are_but_for_their_ends(tmp_path):
+def test_lines_are_unchanged_but_for_their_ends(tmp_path):
     content = b'\xef\xbb\xbf{"text": "first"}\r\n\n \t{ "text":"caf\\u00e9" }  \n'
     (tmp_path / "in.jsonl").write_bytes(content)
     found = read(tmp_path / "in.jsonl")
@@ -189,7 +183,7 @@ def test_lines_stay_as_they_are_but_for_their_ends(tmp_path):
     assert texts(found) == ["first", "café"] and found[1].id == "in.jsonl:3"
 
 
-def test_a_damaged_file_ends_it_with_its_name(tmp_path):
+def test_a_damaged_file_is_named(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in prose(300)).encode()
     packed = gzip.compress(lines)
     damaged = {
@@ -206,11 +200,14 @@ def test_a_damaged_file_ends_it_with_its_name(tmp_path):
     assert len(read(tmp_path / "whole.jsonl.gz")) == 300, "control"
 
 
-def test_what_cannot_be_an_input_is_refused(tmp_path):
+def test_wrong_inputs_are_refused(tmp_path):
     (tmp_path / "in.csv").write_text("a,b")
-    for path, reason in ((tmp_path / "in.csv", "unknown suffix; try .jsonl"), (tmp_path / "none", "no such file")):
+    for path, reason in (
+        (tmp_path / "in.csv", "unknown suffix; try .jsonl, .jsonl.gz"),
+        (tmp_path / "none", "no such file"),
+    ):
         with pytest.raises(ConfigError, match=f"input=.*: {reason}"):
-            parts(InputConfig(input=str(path)))
+            input_parts(InputConfig(input=str(path)))
     for keys, reason in (
         ({}, "name a file or folder"),
         ({"input": "a", "dataset": "b"}, "name a file or folder"),
@@ -225,36 +222,28 @@ def test_what_cannot_be_an_input_is_refused(tmp_path):
 MIXED = [b"{", b'{"text": "\xff"}', b'{"no": 1}']
 
 
-def mixed(path: Path) -> Path:
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
     lines = [json.dumps(row).encode() for row in prose(40)]
     lines[10:10] = MIXED
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
+    (tmp_path / "in.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    return tmp_path / "in.jsonl"
 
 
-def test_broken_records_are_dropped_and_counted(tmp_path):
-    done = filtered(mixed(tmp_path / "in.jsonl"), tmp_path / "out")
+@pytest.mark.parametrize("on_error, malformed", [(OnError.drop, 3), (OnError.keep, 0)])
+def test_malformed_records_are_counted(tmp_path, mixed, on_error, malformed):
+    done = filtered(mixed, tmp_path / "out", on_error=on_error)
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert audit["reasons"]["malformed"]["documents"] == 3 and audit["totals"]["in"]["documents"] == 43
-    assert [row["id"] for row in rows_of(done) if row["reason"] == "malformed"] == [
-        f"in.jsonl:{n}" for n in (11, 12, 13)
-    ]
-    assert not set(kept(tmp_path / "out")) & set(MIXED)
+    assert audit["reasons"]["malformed"]["documents"] == malformed and audit["totals"]["in"]["documents"] == 43
+    rows = [(row["id"], row["reason"]) for row in rows_of(done) if row["domain"] == "unreadable"]
+    reason = "malformed" if malformed else "protected"
+    assert rows == [(f"in.jsonl:{line}", reason) for line in (11, 12, 13)]
+    assert [line for line in kept(tmp_path / "out") if line in MIXED] == ([] if malformed else MIXED)
 
 
-def test_broken_records_are_kept_byte_for_byte(tmp_path):
-    source = mixed(tmp_path / "in.jsonl")
-    done = filtered(source, tmp_path / "out", on_error=OnError.keep)
-    lines = kept(tmp_path / "out")
-    assert [line for line in lines if line in MIXED] == MIXED
-    assert {row["reason"] for row in rows_of(done) if row["domain"] == "unreadable"} == {"protected"}
-    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert audit["reasons"]["malformed"]["documents"] == 0 and audit["totals"]["in"]["documents"] == 43
-
-
-def test_a_broken_record_ends_it_where_that_is_asked(tmp_path):
+def test_a_malformed_record_may_end_the_filter(tmp_path, mixed):
     with pytest.raises(ConfigError, match=r"input=in\.jsonl:11: cannot be read: Expecting .*; try on_error=drop"):
-        filtered(mixed(tmp_path / "in.jsonl"), tmp_path / "out", on_error=OnError.fail)
+        filtered(mixed, tmp_path / "out", on_error=OnError.fail)
 
 
 def test_empty_prompts_and_responses(tmp_path):
@@ -274,17 +263,13 @@ def test_roles_alone_are_no_prompt(tmp_path):
         return {"m": [{"role": role, "content": content} for role, content in zip(roles, said, strict=True)]}
 
     answers = [row["text"] for row in prose(4)]
-    rows = [
-        chat(answers[0]),
-        chat(" ", answers[1]),
-        chat("You add.", "", answers[2]),
-        chat("You add.", "2 + 2?", answers[3]),
-    ]
+    said = [(answers[0],), (" ", answers[1]), ("You add.", "", answers[2]), ("You add.", "2 + 2?", answers[3])]
+    rows = [chat(*one) for one in said]
     done = filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", messages_key="m")
     assert [row["reason"] == "empty" for row in rows_of(done)] == [True, True, False, False]
 
 
-def test_two_records_of_one_name_are_refused(tmp_path):
+def test_two_records_with_one_id_are_refused(tmp_path):
     rows = [{**row, "id": f"r{number}"} for number, row in enumerate(prose(20))]
     filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "fine", id_key="id")
     rows[17]["id"] = "r4"
@@ -292,7 +277,7 @@ def test_two_records_of_one_name_are_refused(tmp_path):
         filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", id_key="id")
     assert str(caught.value) == (
         "id_key: two records are called 'r4': in.jsonl:5 and in.jsonl:18; "
-        "make the names differ, or leave id_key out: then file and line are the name"
+        "make the ids unique, or omit id_key: then the id is file and line"
     )
     filtered(tmp_path / "in.jsonl", tmp_path / "by-place")
 

@@ -23,53 +23,36 @@ PLANTED = f"{document(1)} {PASSAGE} {document(2)}"
 TWELVE_WORDS = "a train leaves the station at nine and travels for three hours"
 
 
-def jsonl(folder: Path) -> Path:
-    path = folder / "set.jsonl"
-    path.write_text(
-        json.dumps({"id": 7, "doc": {"choices": ["x", QUESTION]}}) + "\n\n" + json.dumps({"q": None}) + "\n"
-    )
-    return path
-
-
-def compressed(folder: Path) -> Path:
-    path = folder / "set.jsonl.gz"
-    path.write_bytes(gzip.compress(jsonl(folder).read_bytes()))
-    return path
-
-
-def parquet(folder: Path) -> Path:
-    path = folder / "set.parquet"
+def write_sets(folder: Path) -> dict[str, Path]:
+    """The same set in every format."""
+    lines = json.dumps({"id": 7, "doc": {"choices": ["x", QUESTION]}}) + "\n\n" + json.dumps({"q": None}) + "\n"
     rows = {"number": [1, 2], "question": [None, QUESTION], "choices": [["a"], ["b", "c"]]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), path)
-    return path
+    (folder / "set.jsonl").write_text(lines)
+    (folder / "set.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "set.parquet")
+    (folder / "set.md").write_text(f"# Exam\n\n{QUESTION}\n")
+    return {path.name: path for path in folder.iterdir()} | {"folder": folder}
 
 
-def text(folder: Path) -> Path:
-    path = folder / "set.md"
-    path.write_text(f"# Exam\n\n{QUESTION}\n")
-    return path
-
-
-@pytest.mark.parametrize("write", [jsonl, compressed, parquet, text])
-def test_a_planted_passage_is_found(write: object, tmp_path: Path) -> None:
-    assert callable(write)
-    contaminated = EvaluationSets(ContaminationConfig({"exam": str(write(tmp_path))}))
+@pytest.mark.parametrize("name", ["set.jsonl", "set.jsonl.gz", "set.parquet", "set.md", "folder"])
+def test_a_planted_passage_is_found(name: str, tmp_path: Path) -> None:
+    contaminated = EvaluationSets(ContaminationConfig({"exam": str(write_sets(tmp_path)[name])}))
     assert contaminated(PLANTED) == "exam"
     assert contaminated(document(1)) is None
     assert contaminated(f"{document(1)} {TWELVE_WORDS} {document(2)}") is None
     assert contaminated("") is None
 
 
-def test_it_is_the_set_that_finds_it(tmp_path: Path) -> None:
-    """The control: without the set, or with runs longer than what was planted, nothing is found."""
+def test_nothing_is_found_without_the_set(tmp_path: Path) -> None:
+    """The control: no set, or longer runs than what was planted."""
     assert EvaluationSets(ContaminationConfig())(PLANTED) is None
-    assert EvaluationSets(ContaminationConfig({"exam": str(jsonl(tmp_path))}, words=17))(PLANTED) is None
+    exam = {"exam": str(write_sets(tmp_path)["set.jsonl"])}
+    assert EvaluationSets(ContaminationConfig(exam, words=17))(PLANTED) is None
 
 
 def test_the_first_set_that_matches_is_named(tmp_path: Path) -> None:
-    other = tmp_path / "other.txt"
-    other.write_text(document(1))
-    sets = {"exam": str(jsonl(tmp_path)), "other": str(other)}
+    sets = {"exam": str(write_sets(tmp_path)["set.jsonl"]), "other": str(tmp_path / "other.txt")}
+    (tmp_path / "other.txt").write_text(document(1))
     assert EvaluationSets(ContaminationConfig(sets))(PLANTED) == "exam"
     assert EvaluationSets(ContaminationConfig(dict(reversed(sets.items()))))(PLANTED) == "other"
 
@@ -87,7 +70,7 @@ def test_the_first_set_that_matches_is_named(tmp_path: Path) -> None:
         ("set.csv", b"a,b", "unknown suffix; try .jsonl"),
     ],
 )
-def test_a_set_that_could_never_match_is_refused(name: str, content: bytes | None, says: str, tmp_path: Path) -> None:
+def test_sets_that_could_never_match_are_refused(name: str, content: bytes | None, says: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)

@@ -18,7 +18,7 @@ from data.filter.screen.duplicates import (
     Signatures,
     bands,
     find_duplicates,
-    run_hashes,
+    ngram_hashes,
     signatures,
 )
 from data.filter.screen.normalise import canonical, words
@@ -48,17 +48,19 @@ def reasons(texts: Sequence[str], config: DuplicateConfig | None = None) -> list
     return [copy and copy.reason for copy in find_duplicates([signatures(texts)], config or DuplicateConfig())[0]]
 
 
-def test_exact_copies_leave_the_first() -> None:
+def test_the_first_of_exact_copies_stays() -> None:
     texts = ["A  short\ttext", "something else", "a short text", "A SHORT TEXT\n"]
     assert reasons(texts) == [None, None, Reason.duplicate, Reason.duplicate]
     assert reasons(texts, DuplicateConfig(exact=False)) == [None] * 4
+    assert find_duplicates([], DuplicateConfig()) == []
+    assert find_duplicates([signatures([])], DuplicateConfig()) == [[]]
 
 
-def test_signs_tell_prompts_apart() -> None:
+def test_signs_distinguish_prompts() -> None:
     assert reasons(["What is 2 + 3?", "What is 2 - 3?", "What is 2² ?", "What is 22 ?"]) == [None] * 4
 
 
-def check_found(share: float, at_least: float, at_most: float, config: DuplicateConfig | None = None) -> None:
+def assert_found(share: float, at_least: float, at_most: float, config: DuplicateConfig | None = None) -> None:
     originals = [document(seed) for seed in range(100)]
     copies = [changed(text, share, seed) for seed, text in enumerate(originals)]
     found = reasons([*originals, *copies], config)
@@ -71,18 +73,15 @@ def check_found(share: float, at_least: float, at_most: float, config: Duplicate
 )
 def test_near_copies_are_found_by_their_similarity(share: float, at_least: float, at_most: float) -> None:
     """2% and 5% of the words changed: similarity 0.95 and 0.9; 20% and 50%: 0.66 and 0.33."""
-    check_found(share, at_least, at_most)
+    assert_found(share, at_least, at_most)
 
 
-def test_check_notices_that_near_copies_are_not_looked_for() -> None:
+def test_check_notices_a_search_that_is_off_or_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError):
-        check_found(0.02, 1, 1, DuplicateConfig(near=None))
-
-
-def test_check_notices_candidates_that_are_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+        assert_found(0.02, 1, 1, DuplicateConfig(near=None))
     monkeypatch.setattr(duplicates.np, "ceil", lambda _: 0)
     with pytest.raises(AssertionError):
-        check_found(0.2, 0, 0.02)
+        assert_found(0.2, 0, 0.02)
 
 
 def test_estimate_is_unbiased() -> None:
@@ -148,17 +147,12 @@ def test_bands_miss_one_percent_at_most_at_the_threshold() -> None:
 
 
 def test_signatures_are_the_same_everywhere() -> None:
-    """They are kept on disk: a change here means that stored ones are void."""
+    """They are kept on disk: a change here invalidates stored ones."""
     found = signatures(["The quick brown fox jumps over the lazy dog.", ""])
     assert found.near_possible_N.tolist() == [True, False]
     assert found.near_NP[1].tolist() == [0] * PLACES
     assert int(found.exact_N2[0, 0]) == 0xDE074E6569D22F4B
     assert int(found.near_NP[0].astype(np.uint64).sum()) == 100725610202
-
-
-def test_nothing_gives_nothing() -> None:
-    assert find_duplicates([], DuplicateConfig()) == []
-    assert find_duplicates([signatures([])], DuplicateConfig()) == [[]]
 
 
 def test_words_of_scripts_without_spaces_are_characters() -> None:
@@ -168,6 +162,6 @@ def test_words_of_scripts_without_spaces_are_characters() -> None:
 
 
 def test_runs_are_hashed_in_order() -> None:
-    one, other = run_hashes(["a", "b", "c", "d"], 3), run_hashes(["b", "a", "c", "d"], 3)
+    one, other = ngram_hashes(["a", "b", "c", "d"], 3), ngram_hashes(["b", "a", "c", "d"], 3)
     assert len(one) == 2 and not set(one.tolist()) & set(other.tolist())
-    assert run_hashes(["x", "a", "b", "c"], 3)[1] == one[0]
+    assert ngram_hashes(["x", "a", "b", "c"], 3)[1] == one[0]

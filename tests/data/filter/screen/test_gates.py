@@ -72,7 +72,7 @@ def gates() -> Gates:
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    """Of every section, from the held-out half: files whose hash is odd."""
+    """Texts of every section, from the held-out half: files whose hash is odd."""
     found = []
     for section in Section:
         half = [file for file in builtin.files(section) if int(_hash(file.origin), 16) % 2]
@@ -132,7 +132,7 @@ def rejected(gates: Gates, texts: list[str]) -> float:
     return sum(gates(record(text)) in GARBAGE for text in texts) / len(texts)
 
 
-def check_planted(gates: Gates, plant: Callable[[str, random.Random], str], texts: list[str]) -> None:
+def assert_planted_is_rejected(gates: Gates, plant: Callable[[str, random.Random], str], texts: list[str]) -> None:
     chance = random.Random(0)
     assert rejected(gates, [plant(text, chance) for text in texts]) >= PROMISED
 
@@ -154,7 +154,7 @@ def test_whole_documents_pass(gates: Gates, documents: list[str]) -> None:
 def test_garbage_is_rejected(
     plant: Callable[[str, random.Random], str], length: int, gates: Gates, clean: Callable[[int], list[str]]
 ) -> None:
-    check_planted(gates, plant, [text[:length] for text in clean(length)[:500]])
+    assert_planted_is_rejected(gates, plant, [text[:length] for text in clean(length)[:500]])
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_check_notices_a_gate_that_is_off(
 ) -> None:
     texts = [text[:500] for text in clean(500)[:100]]
     with pytest.raises(AssertionError):
-        check_planted(Gates(replace(GateConfig(), **off)), plant, texts)  # type: ignore[arg-type]
-    check_planted(Gates(GateConfig()), plant, texts)
+        assert_planted_is_rejected(Gates(replace(GateConfig(), **off)), plant, texts)  # type: ignore[arg-type]
+    assert_planted_is_rejected(Gates(GateConfig()), plant, texts)
 
 
 def test_without_gates_everything_but_nothing_passes(clean: Callable[[int], list[str]]) -> None:
@@ -194,7 +194,7 @@ def test_prompts_pass(prompt: str, gates: Gates) -> None:
 
 
 @pytest.mark.parametrize("script", OTHER_SCRIPTS)
-def test_other_scripts_pass_and_their_shuffled_letters_do_not(script: str, gates: Gates) -> None:
+def test_other_scripts_pass_unless_shuffled(script: str, gates: Gates) -> None:
     text = OTHER_SCRIPTS[script]
     assert gates(record(text)) is None
     long = "".join(random.Random(1).choices(text, k=600))  # letters by their frequency, in no order
@@ -216,39 +216,28 @@ def tables() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", tables())
-def test_what_looks_random_but_is_data_passes(kind: str, gates: Gates) -> None:
+def test_data_that_looks_random_passes(kind: str, gates: Gates) -> None:
     assert gates(record(tables()[kind])) is None
 
 
-def test_an_answer_is_judged_by_itself(gates: Gates, clean: Callable[[int], list[str]]) -> None:
-    """Beside a prompt ten times as long its characters would not show."""
+@pytest.mark.parametrize("part", ["prompt", "answer"])
+def test_each_part_of_a_pair_is_judged_alone(part: str, gates: Gates, clean: Callable[[int], list[str]]) -> None:
+    """Next to a part ten times as long its characters would not show."""
     chance = random.Random(0)
-    prompt = "\n".join(clean(500)[:8])
-    for plant in PLANTS:
-        whole = replace(record(prompt + plant(ENGLISH, chance)), answer_start=len(prompt))
-        assert gates(whole) in GARBAGE
-        assert gates(replace(whole, answer_start=None)) is None or plant in (latin_1, replaced)
-    assert gates(replace(record(prompt + ENGLISH), answer_start=len(prompt))) is None
-    assert gates(replace(record(prompt + " 42"), answer_start=len(prompt))) is None
-    assert gates(replace(record(prompt + " \n"), answer_start=len(prompt))) is Reason.empty
+    long = "\n".join(clean(500)[:8])
 
-
-def test_a_prompt_is_judged_by_itself(gates: Gates, clean: Callable[[int], list[str]]) -> None:
-    """As an answer is; from the same number of characters on."""
-    chance = random.Random(0)
-    answer = "\n".join(clean(500)[:8])
-
-    def asked(prompt: str) -> Record:
-        return replace(record(f"{prompt}\n\n{answer}"), answer_start=len(prompt) + 2)
+    def pair(text: str) -> Record:
+        prompt, answer = (f"{text}\n\n", long) if part == "prompt" else (long, text)
+        return replace(record(prompt + answer), answer_start=len(prompt))
 
     for plant in PLANTS:
-        whole = asked(plant(ENGLISH, chance))
+        whole = pair(plant(ENGLISH, chance))
         assert gates(whole) in GARBAGE
         assert gates(replace(whole, answer_start=None)) is None or plant in (latin_1, replaced)
-    for prompt in (ENGLISH, *PROMPTS, "2+2?", "aaaaaaaaaaaaaaaaaaaa"):
-        assert gates(asked(prompt)) is None
-    for prompt in ("", " \n"):
-        assert gates(asked(prompt)) is Reason.empty
+    for text in (ENGLISH, *PROMPTS, "2+2?", " 42", "aaaaaaaaaaaaaaaaaaaa"):
+        assert gates(pair(text)) is None
+    for text in ("", " \n"):
+        assert gates(pair(text)) is Reason.empty
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -291,7 +280,7 @@ def test_languages_are_told_apart() -> None:
         Gates(GateConfig(languages=["ENG"]))
 
 
-def test_a_missing_language_package_is_said_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_language_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     with pytest.raises(ConfigError, match=r"pip install 'leviathan\[filter\]'"):
         Gates(GateConfig(languages=["en"]))

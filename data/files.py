@@ -1,0 +1,174 @@
+"""Find and read jsonl, parquet and text files, local or in any filesystem of fsspec, and data sets of `datasets`.
+
+The suffix says the format. A text file is one document. `UnreadableFile` says in one line what is wrong with a file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.errors import ConfigError
+from core.files import files_in, files_like, is_local, locate, opened, sha256_file, sha256_text
+
+_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
+SUFFIXES = (*_JSONL_SUFFIXES, ".parquet", *_TEXT_SUFFIXES)
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
+_BATCH_ROWS = 1024
+_SAVED = ("state.json", "dataset_dict.json")
+"""Files that `save_to_disk` of the `datasets` library writes into a folder."""
+
+
+class UnreadableFile(Exception):
+    """A file is missing, truncated, damaged or not of its suffix's format. The message is one line."""
+
+
+class FileFormat(Enum):
+    jsonl = "jsonl"
+    parquet = "parquet"
+    text = "text"
+
+
+class Line(NamedTuple):
+    """A line of a file: its number from 1, the offset of its first byte in the uncompressed file, and its bytes."""
+
+    number: int
+    offset: int
+    content: bytes
+
+
+def file_format(path: Path) -> FileFormat | None:
+    """Return the format of a file by its suffix, None for an unknown one."""
+    if path.name.endswith(_JSONL_SUFFIXES):
+        return FileFormat.jsonl
+    if path.suffix == ".parquet":
+        return FileFormat.parquet
+    return FileFormat.text if path.suffix in _TEXT_SUFFIXES else None
+
+
+def find_files(pattern: str) -> list[tuple[str, Path]]:
+    """List the files of a path, a folder (recursively) or a glob pattern in a fixed order, each with its name.
+
+    Names are relative to the folder. Files of a folder with another suffix are skipped. Raises `ConfigError` with an
+    empty key where nothing is found, and for a file with an unknown suffix that was named or matched.
+    """
+    place = locate(pattern)
+    if place.is_file():
+        found = [(place.name, place)]
+    elif place.is_dir():
+        found = [(path.relative_to(place).as_posix(), path) for path in files_in(place) if file_format(path)]
+    else:
+        found = [(path.as_posix() if is_local(path) else str(path), path) for path in files_like(place)]
+    if not found:
+        reason = "the folder holds no jsonl, parquet or text file" if place.is_dir() else "no such file or folder"
+        raise ConfigError("", pattern, reason)
+    for _, path in found:
+        if file_format(path) is None:
+            raise ConfigError("", str(path), "unknown suffix", SUFFIXES)
+    return found
+
+
+def read_bytes(path: Path) -> bytes:
+    with _reading():
+        return path.read_bytes()
+
+
+def json_lines(path: Path) -> Iterator[Line]:
+    """Yield the lines that are not blank, without line ends and without the file's byte order mark."""
+    offset = 0
+    with _reading(), _uncompressed(path) as file:
+        for number, line in enumerate(file, start=1):
+            mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+            if line[mark:].strip():
+                yield Line(number, offset + mark, line[mark:].rstrip(b"\r\n"))
+            offset += len(line)
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Open a `ParquetFile`. Page checksums are verified where the file has them."""
+    import pyarrow.parquet
+
+    with _reading(), opened(path) as source:
+        yield pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
+
+
+def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
+    """Yield each record with its place in the file: a line of JSON as bytes (numbered from 1), a row of a table as a
+    dictionary (from 0), or a text file as {"text": ...}. `errors`: of decoding a text file.
+    """
+    match file_format(path):
+        case FileFormat.jsonl:
+            for line in json_lines(path):
+                yield line.number, line.content
+        case FileFormat.parquet:
+            number = 0
+            with open_parquet(path) as table:
+                for batch in table.iter_batches(_BATCH_ROWS):
+                    yield from enumerate(batch.to_pylist(), start=number)
+                    number += len(batch)
+        case FileFormat.text:
+            with _reading():
+                yield 0, {"text": path.read_bytes().decode(errors=errors)}
+        case None:
+            raise UnreadableFile("unknown suffix")
+
+
+def stream_dataset(name: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a data set in its own order: from the hub by name, or from a folder, also one that
+    `save_to_disk` wrote. Raises `UnreadableFile`, and `ConfigError` (key `split`) for a split that was not saved.
+    """
+    import datasets
+
+    folder = Path(name).expanduser()
+    try:
+        if not any((folder / file).is_file() for file in _SAVED):
+            place = str(folder) if folder.is_dir() else name
+            yield from datasets.load_dataset(place, subset, split=split, streaming=True)
+            return
+        saved = datasets.load_from_disk(str(folder))
+        splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
+        if split not in splits:
+            raise ConfigError("split", split, f"{name} was saved without it", sorted(splits))
+        yield from splits[split]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UnreadableFile(_first_line(error)) from None
+
+
+def dataset_fingerprint(name: str, subset: str | None, split: str) -> str:
+    """Hash the name of a data set and, if it is a folder, its files. The hub's content may change under its name."""
+    folder = Path(name).expanduser()
+    return sha256_text(name, str(subset), split, *map(sha256_file, files_in(folder) if folder.is_dir() else []))
+
+
+@contextmanager
+def _uncompressed(path: Path) -> Iterator[Any]:
+    with path.open("rb") as raw:
+        codec = _CODECS.get(path.suffix)
+        if codec is None:
+            yield raw
+        else:
+            import pyarrow
+
+            source: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), codec)
+            yield io.BufferedReader(source)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UnreadableFile(_first_line(error)) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
