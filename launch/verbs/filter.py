@@ -30,7 +30,7 @@ from data.filter.audit.findings import summary
 from data.filter.audit.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
 from data.filter.config import FilterRules
 from data.filter.explain import explain
-from data.filter.input.readers import InputConfig, RecordMaker, clean_records
+from data.filter.input.readers import InputConfig, RecordMaker, clean_records, input_parts
 from data.filter.input.records import Record
 from data.filter.pipeline import Filter, FilterJob
 from data.filter.score.factory import make_scorer, models_of
