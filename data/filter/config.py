@@ -110,6 +110,7 @@ class ScorerConfig:
 
 _CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries")
 """Settings that no score depends on."""
+_HASHED_AS = {"seq_len": "context", "batch_size": "batch"}
 
 
 @dataclass(frozen=True)
@@ -202,14 +203,15 @@ class FilterRules:
 
 
 def decisive_settings(rules: FilterRules) -> dict[str, Any]:
-    """Return all settings that decide what is kept, as plain values: the rules without the connection of scorers."""
-    found: dict[str, Any] = plain(rules)
-    scorers = [found["scorer"]]
-    while scorers:
-        scorer = scorers.pop()
-        for key in _CONNECTION:
-            del scorer[key]
-        if not scorer["options"]:  # keeps the digests of the time before there were options
-            del scorer["options"]
-        scorers += scorer["members"]
-    return found
+    """Return all settings that decide what is kept, as plain values: the rules without the connection of scorers.
+
+    The order of samples depends on them, so a key keeps the name under which it was first hashed.
+    """
+    return {**plain(rules), "scorer": _decisive(plain(rules.scorer))}
+
+
+def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:
+    kept = {_HASHED_AS.get(key, key): value for key, value in scorer.items() if key not in _CONNECTION}
+    if not kept["options"]:
+        del kept["options"]
+    return {**kept, "members": [_decisive(member) for member in kept["members"]]}

@@ -163,7 +163,7 @@ def test_counts_that_do_not_add_up_are_refused(finished, column):
         values = [not value if column == "kept" else "none" for value in table[column].to_pylist()]
         table = table.set_column(table.column_names.index(column), column, [values])
     done.decided.write(shard, table)
-    message = "18 records were read, and there are {'kept': 17" if column == "rows" else "has a record with reason="
+    message = "18 records were read, but {'kept': 17" if column == "rows" else "has a record with reason="
     with pytest.raises(DataError, match=message):
         audit_of(done, "in.jsonl")
 

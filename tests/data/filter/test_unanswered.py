@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from core.errors import ConfigError
+from core.files import sha256_text
 from data.filter import pipeline
 from data.filter.audit.outputs import SCORES
 from data.filter.config import FilterRules, ScorerConfig, ScorerKind, decisive_settings
@@ -244,3 +245,9 @@ def test_a_kill_while_decisions_are_removed_leaves_none(source, tmp_path, monkey
     filtered(source, out, easy)
     filtered(source, tmp_path / "new", easy)
     assert kept(out) == kept(tmp_path / "new")
+
+
+def test_renamed_settings_keep_their_digest():
+    """The order of samples follows from it: a renamed key must not change a run."""
+    settings = json.dumps(decisive_settings(FilterRules(keep=0.5)))
+    assert sha256_text(settings)[:16] == "8fc09e97a9c84d04", settings
