@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,11 +96,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", metavar="N/M", help="run the N-th of M shards of the tests; a file is never divided")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file's tests on one worker, since they share fixtures; each page of the guide is by itself."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_docs.py::" in nodeid else nodeid.split("::", 1)[0]
+
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a file's tests on one worker, since they share fixtures; each page of the guide is by itself. Start the groups
-    that take longest first, so that workers end together. Drop the groups of other shards.
-    """
+    """Start the groups that take longest first, so that workers end together. Drop the groups of other shards."""
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         groups.setdefault(group_of(item), []).append(item)
@@ -109,9 +119,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = shard(ordered, index, count)
         config.hook.pytest_deselected(items=[item for name in ordered if name not in chosen for item in groups[name]])
         ordered = [name for name in ordered if name in chosen]
-    for name in ordered:
-        for item in groups[name]:
-            item.add_marker(pytest.mark.xdist_group(name))
     items[:] = [item for name in ordered for item in groups[name]]
 
 
