@@ -33,7 +33,7 @@ CONFIGURATION = {
     "model.num_kv_heads=3": "model.num_kv_heads=3: must divide the 4 query heads; try 1, 2 or 4",
     "model.router.top_k=9": "model.router.top_k=9: must not exceed the 4 experts",
     "model.router.score=relu": "model.router.score=relu: Invalid value 'relu', expected one of [sigmoid, softmax]",
-    "training.micro_batch_size=3": "training.micro_batch_size=3: must divide a rank's 8 rows; try 1, 2, 4 or 8",
+    "training.micro_batch_size=3": "training.micro_batch_size=3: must divide a rank's 8 sequences; try 1, 2, 4 or 8",
     "parallel.dp_shard=2": "parallel.dp_shard=2: times pp * dp_replicate * cp * tp = 1 must equal the world's",
     "optimizer.groups.routr.lr_scale=2": "groups.routr: no such entry; try +optimizer.groups.routr=... to add one",
     "+optimizer.groups.routr.lr_scale=2": "optimizer.groups.routr: no such role; try embedding",

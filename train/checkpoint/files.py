@@ -26,7 +26,7 @@ from torch.futures import Future
 
 from core.errors import CheckpointError
 from core.files import is_local, open_raw
-from train.checkpoint.index import Damaged, IndexedTensor, Shard, block, commit, read_index
+from train.checkpoint.index import Damaged, IndexedTensor, IndexedShard, block, commit, read_index
 from train.checkpoint.state import TensorShard
 
 BLOCK_BYTES = 1 << 20
@@ -82,7 +82,7 @@ class CheckpointWriter(BlockingAsyncStager, dcp.StorageWriter):
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata)
             shards = [
-                Shard(tuple(one.offsets), tuple(one.sizes), *written[MetadataIndex(name, one.offsets)])
+                IndexedShard(tuple(one.offsets), tuple(one.sizes), *written[MetadataIndex(name, one.offsets)])
                 for one in entry.chunks
             ]
             index[name] = IndexedTensor(entry.properties.dtype, tuple(entry.size), shards)
@@ -97,7 +97,7 @@ def read_state(checkpoint: Path, state: Sequence[TensorShard]) -> None:
     its digest; tensors are then undefined.
     """
     index = read_index(checkpoint)
-    reads: list[tuple[Shard, torch.dtype, list[int], Tensor]] = []
+    reads: list[tuple[IndexedShard, torch.dtype, list[int], Tensor]] = []
     for part in state:
         tensor = index.get(part.name)
         if tensor is None or tensor.shape != part.shape:
@@ -119,7 +119,7 @@ def read_state(checkpoint: Path, state: Sequence[TensorShard]) -> None:
         target.copy_(block(whole, shard.offset, low, target.shape))
 
 
-def read_shard(checkpoint: Path, shard: Shard, into: Tensor) -> None:
+def read_shard(checkpoint: Path, shard: IndexedShard, into: Tensor) -> None:
     """Fill a contiguous CPU tensor with a whole shard. Raises `Damaged` where it does not match its digest."""
     digest = xxhash.xxh3_128()
     with open_raw(checkpoint / shard.file, "rb") as file:

@@ -56,7 +56,7 @@ class Damaged(Exception):
     """The files of a checkpoint do not hold what was written. The text is one line."""
 
 
-class Shard(NamedTuple):
+class IndexedShard(NamedTuple):
     """A block of a tensor, and where its bytes are."""
 
     offset: tuple[int, ...]
@@ -71,9 +71,9 @@ class Shard(NamedTuple):
 class IndexedTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
-    shards: list[Shard]
+    shards: list[IndexedShard]
 
-    def overlapping(self, offset: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[Shard, list[int], list[int]]]:
+    def overlapping(self, offset: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[IndexedShard, list[int], list[int]]]:
         """Each shard that overlaps a block of the tensor, with the overlap's offset in the tensor and its shape."""
         for shard in self.shards:
             low = [max(pair) for pair in zip(offset, shard.offset, strict=True)]
@@ -185,7 +185,7 @@ def _tensor(name: str, entry: Any) -> IndexedTensor:
     """One entry of the index, checked by itself."""
     dtype, shape = _DTYPES[entry["dtype"]], _counts(entry["shape"])
     shards = [
-        Shard(**{**one, "offset": _counts(one["offset"]), "shape": _counts(one["shape"])}) for one in entry["shards"]
+        IndexedShard(**{**one, "offset": _counts(one["offset"]), "shape": _counts(one["shape"])}) for one in entry["shards"]
     ]
     for shard in shards:
         if not _is_shard_file(shard.file):
@@ -200,7 +200,7 @@ def _tensor(name: str, entry: Any) -> IndexedTensor:
     return IndexedTensor(dtype, shape, shards)
 
 
-def _tile(shape: tuple[int, ...], shards: Sequence[Shard]) -> bool:
+def _tile(shape: tuple[int, ...], shards: Sequence[IndexedShard]) -> bool:
     """Whether the shards cover the tensor exactly once, in linear time.
 
     A box is the sum of quadrants that begin at its corners, with alternating signs. The shards tile the tensor exactly

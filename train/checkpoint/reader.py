@@ -23,7 +23,7 @@ from core.files import write_text
 from model.config import ModelConfig
 from model.tensor_source import TensorSource, blocks, parameter_shapes
 from train.checkpoint.files import CheckpointWriter, read_bytes
-from train.checkpoint.index import Damaged, IndexedTensor, Shard, block, problem, read_index
+from train.checkpoint.index import Damaged, IndexedTensor, IndexedShard, block, problem, read_index
 from train.checkpoint.state import write_item
 
 IMPORTED = "model.yaml"
@@ -56,7 +56,7 @@ class CheckpointedModel:
                 has = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
                 raise CheckpointError(f"{checkpoint}: {name} {has}; its model is not what the configuration says")
         self.dtypes = {name: self._tensors[name].dtype for name in self.shapes}
-        self._verified: set[Shard] = set()
+        self._verified: set[IndexedShard] = set()
 
     def selection_biases(self) -> dict[str, Tensor]:
         """The bias on each expert's routing score, [E], by the buffers' names."""
@@ -76,7 +76,7 @@ class CheckpointedModel:
             target.copy_(block(rows, (low[0], *shard.offset[1:]), low, size))
         return result
 
-    def _rows(self, tensor: IndexedTensor, shard: Shard, start: int, count: int) -> Tensor:
+    def _rows(self, tensor: IndexedTensor, shard: IndexedShard, start: int, count: int) -> Tensor:
         """Rows of a shard, which lie one after another."""
         rows = torch.empty((count, *shard.shape[1:]), dtype=tensor.dtype)
         width = math.prod(shard.shape[1:]) * tensor.dtype.itemsize
@@ -87,7 +87,7 @@ class CheckpointedModel:
             raise CheckpointError(f"{self.checkpoint} is damaged: {error}") from None
         return rows
 
-    def _verify(self, shard: Shard) -> None:
+    def _verify(self, shard: IndexedShard) -> None:
         if shard in self._verified:
             return
         digest = xxhash.xxh3_128()

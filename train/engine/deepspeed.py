@@ -89,6 +89,7 @@ def make_inner(groups: list[dict[str, Any]], config: OptimizerConfig, offload: O
 def _parts(name: str, one: Any, held: Tensor) -> list[TensorShard]:
     spec = one.spec
     if held.dim() == 0:  # a step count of a whole group
-        return [TensorShard(name, held, (), (), spec.is_owner and one.start == 0 and not any(spec.compute_block.offset))]
+        first = one.start == 0 and not any(spec.compute_block.offset)
+        return [TensorShard(name, held, (), (), spec.is_owner and first)]
     shape = tuple(spec.info.shape)
     return [TensorShard(name, values, shape, block.offset, spec.is_owner) for block, values in one.of(held)]

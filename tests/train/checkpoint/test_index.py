@@ -17,7 +17,7 @@ from core.errors import CheckpointError
 from model.config import ModelConfig
 from parallel.comm.world import World
 from tests.support.tiny import TINY
-from train.checkpoint.index import INDEX, PROGRESS, IndexedTensor, Shard, _tile, read_index
+from train.checkpoint.index import INDEX, PROGRESS, IndexedTensor, IndexedShard, _tile, read_index
 from train.checkpoint.manager import Checkpointer
 from train.checkpoint.reader import CheckpointedModel
 from train.checkpoint.state import TensorShard
@@ -191,7 +191,7 @@ def test_an_honest_index_is_read(saved):
 
 def test_tiles_are_told_from_overlaps_and_gaps():
     def tile(shape: tuple[int, ...], *boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
-        return _tile(shape, [Shard(*box, "", 0, 0, "") for box in boxes])
+        return _tile(shape, [IndexedShard(*box, "", 0, 0, "") for box in boxes])
 
     assert tile((), ((), ())) and not tile((), ((), ()), ((), ()))
     wheel = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
@@ -201,7 +201,7 @@ def test_tiles_are_told_from_overlaps_and_gaps():
 
 
 def test_overlaps_of_a_block(saved):
-    shards = [Shard((2 * i, 0), (2, 3), "", 0, 0, "") for i in range(2)]
+    shards = [IndexedShard((2 * i, 0), (2, 3), "", 0, 0, "") for i in range(2)]
     found = list(IndexedTensor(torch.float32, (4, 3), shards).overlapping((1, 1), (2, 2)))
     assert [(low, size) for _, low, size in found] == [([1, 1], [1, 2]), ([2, 1], [1, 2])]
 
