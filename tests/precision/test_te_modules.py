@@ -25,8 +25,8 @@ from precision import transformer_engine as backend
 from precision.config import Recipe
 from precision.gemm import Groups
 from tests.precision.test_te_on_cpu import COUNTS, D, E, F, draw
-from tests.support import te_wheel
-from tests.support.transformer_engine_stub import Extension, Product, Quantised, installed
+from tests.support.fakes import te_wheel
+from tests.support.fakes.transformer_engine_stub import Extension, Product, Quantised, installed
 
 TE = "transformer_engine.pytorch"
 # fmt: off

@@ -30,7 +30,7 @@ from precision.fp8_linear import Float8Gemm, Operand
 from precision.fp8_tiles import E4M3, E5M2
 from precision.gemm import Groups
 from tests.support import tiny
-from tests.support.transformer_engine_stub import Extension, installed
+from tests.support.fakes.transformer_engine_stub import Extension, installed
 
 T, D, F, E = 40, 64, 96, 4
 COUNTS = [64, 0, 32, 96]

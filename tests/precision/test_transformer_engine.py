@@ -15,8 +15,8 @@ from core.errors import ConfigError
 from precision import transformer_engine as backend
 from precision.config import Backend, Compute, PrecisionConfig, Recipe
 from precision.resolve import resolve
-from tests.support import te_wheel
-from tests.support.transformer_engine_stub import installed
+from tests.support.fakes import te_wheel
+from tests.support.fakes.transformer_engine_stub import installed
 
 TE = "transformer_engine"
 

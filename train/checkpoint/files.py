@@ -26,7 +26,7 @@ from torch.futures import Future
 
 from core.errors import CheckpointError
 from core.files import is_local, open_raw
-from train.checkpoint.index import Damaged, IndexedTensor, IndexedShard, block, commit, read_index
+from train.checkpoint.index import Damaged, IndexedShard, IndexedTensor, block, commit, read_index
 from train.checkpoint.state import TensorShard
 
 BLOCK_BYTES = 1 << 20

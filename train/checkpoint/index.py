@@ -73,7 +73,9 @@ class IndexedTensor:
     shape: tuple[int, ...]
     shards: list[IndexedShard]
 
-    def overlapping(self, offset: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[IndexedShard, list[int], list[int]]]:
+    def overlapping(
+        self, offset: Sequence[int], shape: Sequence[int]
+    ) -> Iterator[tuple[IndexedShard, list[int], list[int]]]:
         """Each shard that overlaps a block of the tensor, with the overlap's offset in the tensor and its shape."""
         for shard in self.shards:
             low = [max(pair) for pair in zip(offset, shard.offset, strict=True)]
@@ -185,7 +187,8 @@ def _tensor(name: str, entry: Any) -> IndexedTensor:
     """One entry of the index, checked by itself."""
     dtype, shape = _DTYPES[entry["dtype"]], _counts(entry["shape"])
     shards = [
-        IndexedShard(**{**one, "offset": _counts(one["offset"]), "shape": _counts(one["shape"])}) for one in entry["shards"]
+        IndexedShard(**{**one, "offset": _counts(one["offset"]), "shape": _counts(one["shape"])})
+        for one in entry["shards"]
     ]
     for shard in shards:
         if not _is_shard_file(shard.file):

@@ -23,7 +23,7 @@ from core.files import write_text
 from model.config import ModelConfig
 from model.tensor_source import TensorSource, blocks, parameter_shapes
 from train.checkpoint.files import CheckpointWriter, read_bytes
-from train.checkpoint.index import Damaged, IndexedTensor, IndexedShard, block, problem, read_index
+from train.checkpoint.index import Damaged, IndexedShard, IndexedTensor, block, problem, read_index
 from train.checkpoint.state import write_item
 
 IMPORTED = "model.yaml"

@@ -11,7 +11,7 @@ import pytest
 from core.files import write_json
 from data.filter import pipeline
 from data.filter.audit import outputs
-from tests.support.llm_server import KEY, Server
+from tests.support.fakes.llm_server import KEY, Server
 
 
 @pytest.fixture

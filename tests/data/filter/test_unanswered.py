@@ -25,8 +25,8 @@ from data.filter.score import requests
 from data.filter.score.judge import JudgeScorer
 from launch.cli import main
 from tests.data.filter.test_pipeline import in_threads
+from tests.support.fakes.llm_server import Reply, completion, graded
 from tests.support.filtering import FixedScorer, filtered, job, kept, outputs, prose, write_lines
-from tests.support.llm_server import Reply, completion, graded
 
 LOST = {3, 11, 17, 40, 49}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.slurm_cluster import Cluster
+from tests.support.fakes.slurm_cluster import Cluster
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.test_command import BIN
-from tests.support.slurm_cluster import SMOKE, STEPS, TWO_NODES, User
+from tests.support.fakes.slurm_cluster import SMOKE, STEPS, TWO_NODES, User
 from tests.test_docs import ROOT, blocks, run
 
 pytestmark = pytest.mark.slow

@@ -181,7 +181,11 @@ def test_help_has_every_key_with_words(capsys):
     text = capsys.readouterr().out
     for key in ("input", "prompt_key", "keep", "unit", "scorer.kind", "select.clean", "on_error", "explain", "run"):
         assert f"\n{key}=" in text
-    for words in ("A file, a folder or a glob pattern of", "Share of `unit` to keep", "Number of processes on this machine"):
+    for words in (
+        "A file, a folder or a glob pattern of",
+        "Share of `unit` to keep",
+        "Number of processes on this machine",
+    ):
         assert words in text
 
 

@@ -17,7 +17,7 @@ from core.errors import CheckpointError
 from model.config import ModelConfig
 from parallel.comm.world import World
 from tests.support.tiny import TINY
-from train.checkpoint.index import INDEX, PROGRESS, IndexedTensor, IndexedShard, _tile, read_index
+from train.checkpoint.index import INDEX, PROGRESS, IndexedShard, IndexedTensor, _tile, read_index
 from train.checkpoint.manager import Checkpointer
 from train.checkpoint.reader import CheckpointedModel
 from train.checkpoint.state import TensorShard

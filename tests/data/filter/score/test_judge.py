@@ -21,7 +21,7 @@ from data.filter.input.records import Record
 from data.filter.score.endpoint import Endpoint, UnusableAnswer
 from data.filter.score.judge import JudgeScorer, judge_prompt, parse_difficulty, shortened
 from data.filter.score.requests import AnswerCache
-from tests.support.llm_server import KEY, Pauses, Reply, completion, graded
+from tests.support.fakes.llm_server import KEY, Pauses, Reply, completion, graded
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
 from data.filter.score.factory import make_scorer
 from data.filter.score.pass_rate import PassRateScorer
-from tests.support.llm_server import Pauses, completion
+from tests.support.fakes.llm_server import Pauses, completion
 
 VERIFIERS = """
 import numpy

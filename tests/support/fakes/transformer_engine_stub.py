@@ -27,7 +27,7 @@ import precision.transformer_engine as backend
 from precision.config import Recipe
 from precision.fp8_emulated import EmulatedArithmetic
 from precision.fp8_tiles import E4M3, E5M2, WHOLE, QuantisedRows, Tiling, quantise
-from tests.support import te_wheel
+from tests.support.fakes import te_wheel
 
 
 class DType(enum.Enum):

@@ -18,7 +18,7 @@ import pytest
 
 from precision.transformer_engine import VERSION
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KEPT = ROOT / ".pytest_cache" / f"transformer-engine-{VERSION}"
 
 
