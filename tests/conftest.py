@@ -98,11 +98,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep a file's tests on one worker, since they share fixtures; each page of the guide is by itself."""
+    """Keep a file's tests on one worker, since they share fixtures; each page of the guide is by itself. Tests of ranks are
+    one group: two pools of ranks at once would wait for each other's cores.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith("tests/distributed/"):
+                return "tests/distributed"
             return nodeid if "test_docs.py::" in nodeid else nodeid.split("::", 1)[0]
 
     return ByGroup(config, log)
@@ -113,7 +117,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         groups.setdefault(group_of(item), []).append(item)
-    ordered = sorted(groups, key=lambda name: (-SECONDS.get(name, 0), name))
+    ordered = sorted(groups, key=lambda name: ("distributed/" not in name, -SECONDS.get(name, 0), name))
     if config.getoption("--shard"):
         index, count = map(int, config.getoption("--shard").split("/"))
         chosen = shard(ordered, index, count)
