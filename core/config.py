@@ -131,7 +131,8 @@ def _compose(root: str, schema: type, overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return compose(root, overrides=list(overrides))
+            name = root if (config_directory() / f"{root}.yaml").exists() else f"{root}_schema"
+            return compose(name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, schema) from None
 

@@ -24,6 +24,9 @@ from model.router_scores import aux_loss, log_probabilities
 class RouterSums(NamedTuple):
     """Figures that each router sums over the tokens of a step, divided by their number: unscaled losses, and the
     entropy of the normalised scores divided by its maximum ln E.
+
+    A field here is counted, certified and logged as `router_NAME` without further code; a plot of it is a row of
+    `train.report.plots._LAYER_PLOTS`.
     """
 
     aux: Tensor

@@ -24,6 +24,17 @@ def scores(score: Score, logits_BTE: Tensor) -> Tensor:
             assert_never(score)
 
 
+def grows_with_top_k(score: Score, norm_topk_prob: bool) -> bool:
+    """Whether the sum of a token's routing weights grows with the number of experts that it chooses."""
+    match score:
+        case Score.sigmoid:
+            return not norm_topk_prob
+        case Score.softmax:
+            return False
+        case _:
+            assert_never(score)
+
+
 def log_probabilities(score: Score, logits_BTE: Tensor, log_softmax_BTE: Tensor) -> Tensor:
     """Logarithm of the scores normalised to a sum of 1. `log_softmax_BTE`: log-softmax of the logits."""
     match score:

@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class StepMetrics(StepResult):
     learning_rate: float
     tokens: int
     finite: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """Further scalars, logged under their names."""
 
     def check_finite(self, steps: int) -> None:
         """Raise `Diverged` if a loss or gradient norm is NaN or infinite: all later steps and checkpoints would be

@@ -84,8 +84,7 @@ class Trainer:
         progress = self.checkpointer.restore(self.engine.state())
         if progress:
             self.engine.written()
-            check_same_data(progress, corpus)
-            self.step, self.tokens = progress["step"], progress["tokens"]
+            self.load_state_dict(progress)
             log(f"resuming from step-{self.step:08d}")
         elif source is not None:
             fill(self.engine.weights(), source)
@@ -156,7 +155,13 @@ class Trainer:
         """
         if self.last is not None:
             self.last.check_finite(self.step)
-        progress = {
+        self.checkpointer.save(self.step, self.engine.state(), self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside tensors, as plain JSON values. Any key may be added; read it with `get`,
+        because older checkpoints lack it.
+        """
+        return {
             "tokens": self.tokens,
             "corpus": self.corpus.fingerprint,
             "vocabulary": self.vocabulary,
@@ -165,7 +170,11 @@ class Trainer:
             "certificate": self.certificate,
             "callbacks": {one.key: state for one in self.callbacks if (state := _state_of(one))},
         }
-        self.checkpointer.save(self.step, self.engine.state(), progress)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's `state_dict`; callbacks, which do not exist yet, take theirs later."""
+        check_same_data(state, self.corpus)
+        self.step, self.tokens = state["step"], state["tokens"]
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from core.config import plain
 from core.errors import ConfigError
+from model.load_balance import RouterSums
 from train.callbacks.base import Callback, TrainingRun
 from train.metrics import MetricsWriter, StepMetrics, Throughput, expert_load, peak_memory_bytes
 from train.run_directory import read_lines
@@ -83,14 +84,15 @@ class LoggingCallback(Callback):
             "mfu": mfu,
             "peak_memory_bytes": peak_memory_bytes(trainer.world.device),
             **trainer.batches.read(),
+            **{name: value.item() for name, value in metrics.extra.items()},
         }
         if traffic := trainer.meshes.traffic.take():
             done = steps - self._logged
             line["collective_bytes"] = {f"{axis}/{why}": size // done for (axis, why), size in traffic.items()}
         if metrics.balance:
-            line["router_z"] = [round(z, 6) for z in metrics.balance["z"].tolist()]
-            line["router_entropy"] = [round(e, 6) for e in metrics.balance["entropy"].tolist()]
-            line["aux_loss"] = [round(a, 6) for a in metrics.balance["aux"].tolist()]
+            for name in RouterSums._fields:
+                key = "aux_loss" if name == "aux" else f"router_{name}"
+                line[key] = [round(value, 6) for value in metrics.balance[name].tolist()]
             line["expert_load"] = expert_load(metrics.balance["counts"])
         return line
 

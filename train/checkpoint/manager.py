@@ -43,7 +43,8 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
     def save(self, step: int, state: Sequence[TensorShard], progress: dict[str, Any]) -> None:
-        """Write `state` after `step` steps. An asynchronous save returns as soon as the state has been copied.
+        """Write `state` after `step` steps, and `progress`, plain JSON values under any keys, into progress.json. An
+        asynchronous save returns as soon as the state has been copied.
 
         A failure to write (a full disk) is reported, and the run continues with its older checkpoints.
         """

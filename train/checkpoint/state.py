@@ -38,7 +38,7 @@ def run_state(
     specs: Mapping[str, ShardSpec] | None = None,
     writes_buffers: bool = True,
 ) -> list[TensorShard]:
-    """Everything that a run resumes from, sharing memory with the model and the optimizer.
+    """Every tensor that a run resumes from, sharing memory with the model and the optimizer.
 
     Without `specs` the model is on one process. `writes_buffers`: whether this rank saves the buffers.
     Names: `model.NAME` and `optimizer.NAME.MOMENT`.

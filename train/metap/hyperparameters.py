@@ -16,9 +16,10 @@ from core.config import differences, plain
 from core.errors import ConfigError
 from hparam.scale import SPANS, Scale, check_registry, kind_of, scale_of
 from hparam.transfer import BaseHyperparameters, Resolved, transfer
-from model.config import ModelConfig, MultipliersConfig, Score
+from model.config import ModelConfig, MultipliersConfig
 from model.init import role_std
 from model.roles import Role
+from model.router_scores import grows_with_top_k
 from model.tensor_source import parameter_infos
 from train.config import TrainConfig, phases
 from train.optim.optimizer import SLOWEST_IN_BFLOAT16, Moments, OptimizerConfig, OptimizerKind, RoleConfig, Transferred
@@ -135,6 +136,6 @@ def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: Opti
         beta2=optimizer.beta2,
         muon=frozenset(role for role in roles if optimizer.by_muon(role)),
         muon_scale=optimizer.muon.scale.value,
-        sums_gates=model.has_experts and router.score is Score.sigmoid and not router.norm_topk_prob,
+        sums_gates=model.has_experts and grows_with_top_k(router.score, router.norm_topk_prob),
         tied=model.tie_embeddings,
     )
