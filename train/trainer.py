@@ -158,8 +158,8 @@ class Trainer:
         self.checkpointer.save(self.step, self.engine.state(), self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps beside tensors, as plain JSON values. Any key may be added; read it with `get`,
-        because older checkpoints lack it.
+        """Return what a checkpoint keeps beside tensors, as plain JSON values. Any key may be added; read it with `get`:
+        older checkpoints lack it.
         """
         return {
             "tokens": self.tokens,
