@@ -1,7 +1,7 @@
 """The sweeps behind `configs/hparam/`: `python -m bench.proxies OUT [NAME ...]`, without names all of them.
 
 Each is a small model of one kind (router, norms, head width, sparsity), trained over a grid of learning rates and
-weight decays by the real commands; the best becomes `configs/hparam/NAME.yaml`. A sweep that was stopped goes on.
+weight decays by the real commands; the best becomes `configs/hparam/NAME.yaml`. A rerun resumes a stopped sweep.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class PhaseOffset:
-    """Where the sources stand when a phase begins: `sequences` of each are taken from the order that is named after the
-    phase `origin` (None: this phase).
+    """Position of each source when a phase begins: so many `sequences` of its order are already used. The order is that
+    of the phase `origin` (None: this phase).
     """
 
     origin: str | None = None
@@ -59,7 +59,7 @@ class PhaseOffset:
 
 @dataclass(frozen=True)
 class SequenceRange:
-    """Neighbouring samples from `begin` on: source of each, and sequence of its stream."""
+    """Consecutive samples starting at ordinal `begin`: the source of each, and its sequence in that source's stream."""
 
     begin: int
     sources: NDArray[np.int64]
@@ -143,8 +143,8 @@ class Loader:
         return self._assemble(windows, np.full(stop - start, self.corpus.sources.index(source)))
 
     def _range_around(self, ordinal: int) -> SequenceRange:
-        """Locate a sample and its neighbours. The last result is cached, because steps follow each other. Threads may
-        call at once, so the result is not read from the cache again.
+        """Locate a sample and its neighbours. The last result is cached, because steps follow each other. The local
+        value is returned, since another thread may replace the cached one.
         """
         last = self._last
         if not last.begin <= ordinal < last.begin + len(last.sources):

@@ -110,7 +110,7 @@ def permute_by_expert(experts_TK: Tensor, experts: int, multiple: int = 1) -> So
     counts_E = torch.searchsorted(sorted_S, torch.arange(experts + 1, device=sorted_S.device)).diff()
     row_S = torch.arange(len(order_S), device=order_S.device)
     source_C, is_padding_C1 = order_S, None
-    if multiple > 1 and len(order_S):  # padding names a slot, so at least one is needed
+    if multiple > 1 and len(order_S):  # padding rows point at slot 0, which must exist
         padded_E = (counts_E + multiple - 1) // multiple * multiple
         extra_E = padded_E - counts_E
         row_S = row_S + (extra_E.cumsum(0) - extra_E).index_select(0, sorted_S)
@@ -126,8 +126,8 @@ def dispatch_rows(
 ) -> Dispatched:
     """Permute tokens to `rows` on this device.
 
-    Weights apply in token order: values that the products leave in padding, NaN included, never meet a weight or its
-    gradient.
+    Routing weights are applied in token order, so values that the GEMMs leave in padding rows (even NaN) reach neither
+    the outputs nor the weights' gradients.
     """
     before, after = (weights_TK, None) if weights_on is WeightsOn.input else (None, weights_TK)
     x_CD = kernels.permute(x_TD, rows, before)

@@ -283,7 +283,7 @@ def _experts(model: ModelConfig, precision: PrecisionConfig, layout: Layout, bat
     slots = tokens * model.router.top_k * layout.etp
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     again = layout.recompute is Recompute.full
-    # a layer ends with the way back, unless something after it keeps its input
+    # a layer ends with the combine, unless something after it keeps its input
     weighted_here = model.router.weights_on is WeightsOn.output and layout.dispatch is not DispatchMethod.all_gather
     back_again = again and bool(model.shared_hidden_size or weighted_here)
     for _ in range(sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)):

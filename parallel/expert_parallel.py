@@ -4,8 +4,9 @@ The axis has ep * etp ranks. Rank (i, j) holds the j-th slice of the hidden size
 token goes to every rank that holds a slice of its expert, and the results are summed, like those of its K experts. To
 the dispatchers a slice is a virtual expert: etp turns K choices among E experts into K * etp among E * etp.
 
-Shapes: T tokens of this rank, D hidden size, K experts per token, S = T*K*etp slots, R slots that arrived here, E
-virtual experts on one rank.
+Shapes: T tokens of this rank, D hidden size, K experts per token, S slices of an expert (etp), N ranks of the axis, E
+virtual experts on one rank, R slots (all-to-all) or tokens (other dispatchers) received, C rows of the experts (slots,
+plus padding).
 """
 
 from __future__ import annotations
@@ -131,10 +132,10 @@ class AllGather(_Dispatcher):
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         choice = self.virtual(choice)
-        x_ND = all_gather(x_TD, self.axis, 0, "tokens")
-        experts_NK = all_gather_no_grad(choice.experts_TK, self.axis, 0, "counts")
-        weights_NK = all_gather(choice.weights_TK, self.axis, 0, "weights")
-        mine = _select_local(self, x_ND, experts_NK - self.axis.rank * self.local_experts, weights_NK)
+        x_RD = all_gather(x_TD, self.axis, 0, "tokens")
+        experts_RK = all_gather_no_grad(choice.experts_TK, self.axis, 0, "counts")
+        weights_RK = all_gather(choice.weights_TK, self.axis, 0, "weights")
+        mine = _select_local(self, x_RD, experts_RK - self.axis.rank * self.local_experts, weights_RK)
         return replace(mine, combine=lambda y_CD: reduce_scatter(mine.combine(y_CD), self.axis, 0, "tokens"))
 
 
@@ -158,15 +159,15 @@ _KINDS: dict[DispatchMethod, Any] = {
 }
 
 
-def _select_local(dispatcher: _Dispatcher, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Dispatched:
-    """Rows of the slots whose expert (numbered from this rank's first) is here, and the way back to sums per token.
+def _select_local(dispatcher: _Dispatcher, x_RD: Tensor, experts_RK: Tensor, weights_RK: Tensor) -> Dispatched:
+    """Dispatch the slots of this rank's experts, whose ids count from its first expert; `combine` sums per token.
 
     Other slots are sorted to the end and dropped. The number of local ones is copied to the host.
     """
     held = dispatcher.local_experts
-    here_NK = (experts_NK >= 0) & (experts_NK < held)
-    rows = permute_by_expert(experts_NK.where(here_NK, held), held + 1, dispatcher.token_multiple)
-    sent = dispatch_rows(dispatcher.kernels, rows, x_ND, weights_NK, dispatcher.weights_on)
+    here_RK = (experts_RK >= 0) & (experts_RK < held)
+    rows = permute_by_expert(experts_RK.where(here_RK, held), held + 1, dispatcher.token_multiple)
+    sent = dispatch_rows(dispatcher.kernels, rows, x_RD, weights_RK, dispatcher.weights_on)
     mine = Groups(rows.groups.counts_E[:held])
     kept = sum(mine.host)
 

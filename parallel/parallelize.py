@@ -1,4 +1,4 @@
-"""Lay a model for one device out over ranks. `parallelize` has the order of the techniques."""
+"""Distribute a single-device model over ranks. `parallelize` applies the techniques in order."""
 
 from __future__ import annotations
 
@@ -164,15 +164,15 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
             rows, columns = specs[f"layers.{index}.{name}"].compute_block.shape[-2:]
             if rows % recipe.multiple or columns % recipe.multiple:
                 what = f"the {info.role.value} of layer {index} is {rows} x {columns} on a rank"
-                advice = "change the model's sizes or the degrees of parallel, or omit it"
+                advice = "change the model's sizes or the degrees under parallel.*, or omit these matrices"
                 reason = f"{what}, but {recipe.value} takes multiples of {recipe.multiple}: {advice}"
                 others = ",".join(one.value for one in chosen if one is not products)
                 raise ConfigError(key, products, reason, [f"[{others}]"])
 
 
 def _cast_to_compute_dtype(model: Transformer, specs: dict[str, ShardSpec], precision: PrecisionConfig) -> None:
-    """Where the engine keeps master weights of its own, give the model the formats in which FSDP2 gathers: bf16 for
-    bf16 products, but the master format for routers.
+    """For an engine with its own master weights, cast parameters to the dtypes that FSDP2 would all-gather: bf16 under
+    bf16 compute, except routers, which keep the master dtype.
     """
     if precision.compute_dtype is torch.bfloat16:
         for name, parameter in model.named_parameters():

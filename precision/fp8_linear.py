@@ -1,7 +1,8 @@
 """FP8 linear layers for all FP8 backends: autograd, padding and saved tensors.
 
-Each of a layer's three products quantises its operands along its own contraction. A library quantises and multiplies
-(`Arithmetic`). The backward pass keeps an activation only in quantised form, for the weight's gradient.
+Each of a layer's three GEMMs (forward, input gradient, weight gradient) quantises its operands along its contraction
+dimension. A library quantises and multiplies (`Arithmetic`). The backward pass keeps an activation only in quantised
+form, for the weight's gradient.
 
 Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
@@ -130,12 +131,13 @@ def _like_rows(y: Tensor, x: Tensor) -> Tensor:
 
 class _Fp8Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: Float8Gemm, learns: bool) -> Tensor:
-        needs_x, needs_w = (learns and needed for needed in ctx.needs_input_grad[:2])  # no_grad leaves it unchanged
-        activation = products.quantise(x, Operand.activation, groups, True, needs_w)
-        weight = products.quantise(w, Operand.weight, None, True, False)
-        y = products.arithmetic.forward(activation, weight, groups)
-        ctx.products, ctx.groups, ctx.formats = products, groups, (x.dtype, w.dtype)
+    def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, gemm: Float8Gemm, grad_enabled: bool) -> Tensor:
+        # needs_input_grad ignores no_grad
+        needs_x, needs_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        activation = gemm.quantise(x, Operand.activation, groups, True, needs_w)
+        weight = gemm.quantise(w, Operand.weight, None, True, False)
+        y = gemm.arithmetic.forward(activation, weight, groups)
+        ctx.gemm, ctx.groups, ctx.dtypes = gemm, groups, (x.dtype, w.dtype)
         ctx.activation = None
         kept: list[Tensor | None] = [w if needs_x else None]
         if needs_w:
@@ -147,15 +149,15 @@ class _Fp8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        products, groups, arithmetic = ctx.products, ctx.groups, ctx.products.arithmetic
+        gemm, groups, arithmetic = ctx.gemm, ctx.groups, ctx.gemm.arithmetic
         w, *kept = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad[:2]
-        grad = products.quantise(grads[0], Operand.gradient, groups, needs_x, needs_w)
+        grad = gemm.quantise(grads[0], Operand.gradient, groups, needs_x, needs_w)
         grad_x = grad_w = None
         if needs_x:
-            weight = products.quantise(w, Operand.weight, None, False, True)
-            grad_x = arithmetic.input_gradient(grad, weight, groups).to(ctx.formats[0])
+            weight = gemm.quantise(w, Operand.weight, None, False, True)
+            grad_x = arithmetic.input_gradient(grad, weight, groups).to(ctx.dtypes[0])
         if needs_w:
             activation = ctx.activation.restored(kept)
-            grad_w = arithmetic.weight_gradient(grad, activation, groups).to(ctx.formats[1])
+            grad_w = arithmetic.weight_gradient(grad, activation, groups).to(ctx.dtypes[1])
         return grad_x, grad_w, None, None, None

@@ -27,7 +27,7 @@ SIZES = ("steps", "seq_len", "global_batch_size", "micro_batch_size")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run's directory is `root/name`. Only a named run can be resumed; null: the time of the start."""
+    """The run's directory is `root/name`. `name` null: the start time; such a run cannot be resumed."""
 
     root: str = "runs"
     name: str | None = None
@@ -47,7 +47,7 @@ class TrainingConfig:
     global_batch_size: int = 8
     micro_batch_size: int = 8
     weights: dict[str, float] = field(default_factory=dict)
-    """Shares of the sources in this phase, without those not named; empty: the weights of data.sources."""
+    """Shares of the sources in this phase; sources not named are excluded. Empty: the weights of data.sources."""
     clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
 
@@ -66,7 +66,7 @@ class PhaseConfig:
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
     weights: dict[str, float] | None = None
-    """Shares of the sources in this phase, without those not named; null: the weights of data.sources."""
+    """Shares of the sources in this phase; sources not named are excluded. Null: the weights of data.sources."""
     schedule: LRScheduleConfig | None = None
     """Learning rate within this phase; null: the run's schedule, restarted."""
     rope_theta: float | None = None
@@ -102,7 +102,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every `every` steps (0: only at the end). The last `keep` stay."""
+    """A checkpoint every `every` steps (0: only at the end). Only the last `keep` are retained."""
 
     every: int = 0
     keep: int = 2
@@ -280,7 +280,7 @@ def check(config: TrainConfig, world_size: int) -> Layout:
         except ConfigError as error:
             raise _of_phase(error, phase.name) from None
     if config.online.every and config.evaluation.baselines:
-        reason = "would be fitted to other tokens than the run's, some of which online filtering drops"
+        reason = "would be fitted to other tokens than the model: online filtering drops some of the run's"
         raise ConfigError("evaluation.baselines", True, reason, [False])
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
@@ -298,7 +298,7 @@ def _of_phase(error: ConfigError, name: str) -> ConfigError:
 
 
 def _check_alignment(align: int | None, unit: int, seq_len: int) -> None:
-    """Reject an alignment that does not match the ends of chunks and sequences."""
+    """Check that `align` is a multiple of the attention chunk and divides the sequence length."""
     if align is not None and align % unit:
         reason = f"must be a multiple of the model's attention chunk of {unit}"
         raise ConfigError("data.align", align, reason, [unit, 2 * unit])

@@ -52,7 +52,7 @@ from train.stragglers import Stragglers
 
 LOCK_PATIENCE_S = 120.0
 POLL_EVERY = 10
-"""Steps between two agreements on whether to stop, on GPUs: each waits for the device."""
+"""On GPUs ranks agree on whether to stop only every this many steps, because each agreement waits for the device."""
 
 
 class Trainer:
@@ -188,7 +188,7 @@ class Trainer:
 
     @contextmanager
     def _finished_saves(self) -> Iterator[None]:
-        """Finish the checkpoint that is being written before an error that all ranks raise."""
+        """When all ranks raise an error, finish the checkpoint being written before it propagates."""
         try:
             yield
         except LeviathanError:
@@ -274,7 +274,7 @@ def _identity(config: TrainConfig, device: torch.device) -> dict[str, str]:
         precision = str(resolve(config.precision, device))
     except ConfigError as error:  # let `agree` name a rank whose libraries differ
         precision = str(error)
-    text = json.dumps(plain(replace(config, launch={})), sort_keys=True)  # `launch` has the node's rank
+    text = json.dumps(plain(replace(config, launch={})), sort_keys=True)  # `launch.node_rank` differs between nodes
     return {
         "precision": precision,
         "configuration": hashlib.sha256(text.encode()).hexdigest()[:16],

@@ -51,18 +51,18 @@ class FilterJob:
     directory: Path
     workers: Workers
     report: Callable[[str], None]
-    """Gets lines of progress."""
+    """Called with lines of progress."""
     count_tokens: Callable[[Sequence[str]], Sequence[int]] | None = None
     """Tokens of each text; None: count bytes."""
     tokenizer: str = "bytes"
-    """Fingerprint of what counts tokens."""
+    """Fingerprint of the tokenizer that `count_tokens` uses."""
     models: Models | None = None
     clean: Sequence[Record] = ()
-    """Reference text (`rules.select.clean`) that sets the upper cut."""
+    """Reference text (`rules.select.clean`) that sets the upper threshold."""
 
 
 class Filter:
-    """A job in progress. Complete stages are opened, not made again."""
+    """A job in progress. Complete stages are reused."""
 
     def __init__(self, job: FilterJob) -> None:
         self.job, self.rules, self.workers = job, job.rules, job.workers
@@ -88,7 +88,7 @@ class Filter:
         self.records, self.screened, self.scored, self.decided = stages
 
     def run(self) -> None:
-        """Make what is missing of all stages."""
+        """Run all stages, skipping shards that exist."""
         with barrier(self.workers):  # before the input is read, which may take hours
             try:
                 gates = Gates(self.rules.gates)
@@ -122,7 +122,7 @@ class Filter:
                 self._check_unique_ids(shards)
         except ConfigError:
             if self.workers.rank == 0:
-                stage.remove()  # or another key, given to fix this, would be rejected for this one
+                stage.remove()  # otherwise a rerun with the key corrected would be rejected as a changed input
             raise
         stage.close(shards, self.workers)
         self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
@@ -353,7 +353,7 @@ class Filter:
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
         columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "scored_bytes", "tie")}
         known = pyarrow.array(self.domains, pyarrow.string())
-        # malformed records have no index among them, and no score either
+        # malformed records are of no known domain (null); 0 does no harm, since they have no score
         domain = pyarrow.compute.index_in(self.records.read(shard, ["domain"])["domain"], known).fill_null(0)
         by_tokens = self.rules.unit is KeepUnit.tokens
         scores = ShardScores(
@@ -388,7 +388,7 @@ class Filter:
             reasons[places] = [REASONS[code].name for code in decision.reasons(scores)]
             kept = [Reason[name].kept for name in reasons]
             bucket = np.full(len(reasons), -1, np.int32)
-            # within its own domain: groups are numbered through all of them
+            # buckets are numbered within a domain, groups across all domains
             first = np.searchsorted(decision.domain_of_group, np.arange(len(decision.domains)))
             bucket[places] = decision.group(scores) - first[scores.domain]
             return _table(reason=reasons.tolist(), kept=kept, bucket=bucket)
@@ -399,7 +399,7 @@ class Filter:
         self.decided.make(self.records.shards, self.workers, decide)
 
     def _hash_of_scores(self, noise: float | None) -> str:
-        """Hash the scores: other ones under the same key make other decisions."""
+        """Hash the scores: they are not part of the stage's key, but decisions depend on them."""
         digest = hashlib.sha256(repr(noise).encode())
         for _, table in self.scored.tables(["score"]):
             digest.update(table["score"].to_numpy().tobytes())
@@ -455,7 +455,7 @@ def _signature_columns(found: Signatures) -> dict[str, Any]:
 
 
 def _signatures(table: Any) -> Signatures:
-    """Read the signatures of a shard. Dropped records get a unique exact one, so that they are not originals."""
+    """Read the signatures of a shard. Dropped records get a unique exact hash, so that nothing is a copy of them."""
     out = table["reason"].is_valid().to_numpy()
     exact = np.frombuffer(b"".join(table["exact"].to_pylist()), np.uint64).reshape(len(table), -1).copy()
     near = np.frombuffer(b"".join(table["near"].to_pylist()), np.uint32).reshape(len(table), -1)
@@ -464,7 +464,7 @@ def _signatures(table: Any) -> Signatures:
 
 
 def _one_line(text: str) -> str:
-    """Shorten what a server or verifier said, to characters that a file can hold."""
+    """Shorten a server's or verifier's message to one line of valid UTF-8."""
     return " ".join(text.split())[:_SHOWN].encode("utf-8", "replace").decode()
 
 

@@ -1,9 +1,9 @@
 """Decide whether to requeue a SLURM job: `python -m launch.slurm.requeue FOLDER CODE`, at the end of the batch script.
 
-A run that was warned (time limit, preemption) is requeued; a failed one a few times. Nodes that the doctor or a hang
-named, and nodes that were slow until the end of the attempt, are excluded if SLURM can run the job without them. A job
-whose attempts reach no new checkpoint ends. This program may run in a container without SLURM, so it writes SLURM
-commands to a file that the batch script executes.
+A run that was warned (time limit, preemption) is requeued; a failed one a few times. Nodes that the doctor reported or
+that hung, and nodes that were slow when the attempt ended, are excluded if SLURM can run the job without them. A job
+ends when several attempts in a row reach no new checkpoint. This program may run in a container without SLURM, so it
+writes SLURM commands to a file that the batch script executes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def decide(
 def commands(job: str, decision: RequeueDecision, exclusions: list[list[str]], script: Path) -> str:
     """Return shell lines that requeue the job.
 
-    Nodes can only be excluded while the job is pending, and SLURM would delay its start by two minutes: StartTime=now
+    Nodes can only be excluded while the job is pending. SLURM delays a requeued job by two minutes; StartTime=now
     prevents this. The first list of `exclusions` without which SLURM can still run `script` is excluded. A requeue
     sends SIGTERM to this attempt, which is ignored from here on.
     """
@@ -168,7 +168,7 @@ def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
 
 
 def slow_nodes(path: Path, since: float) -> tuple[str, ...]:
-    """Return nodes in the last line of train/stragglers.py, if it is of this attempt."""
+    """Return the nodes in the last line of `slow.jsonl` (train/stragglers.py), if this attempt wrote it."""
     lines = _lines(path)
     return tuple(lines[-1]["hosts"]) if lines and lines[-1]["time"] > since else ()
 

@@ -37,7 +37,7 @@ def all_reduce(tensor: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
 
 
 def all_to_all(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
-    """Send `send[i]` rows to rank i and receive `receive[i]` from it. The gradient takes the way back."""
+    """Send `send[i]` rows to rank i and receive `receive[i]` from it. The backward pass swaps the two."""
     there = partial(_all_to_all_no_grad, axis=axis, purpose=purpose, send=send, receive=receive)
     back = partial(_all_to_all_no_grad, axis=axis, purpose=purpose, send=receive, receive=send)
     return _Collective.apply(rows, there, back)

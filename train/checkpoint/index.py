@@ -8,8 +8,8 @@ JSON files. A directory without the marker is a half-written checkpoint and neve
         {"offset": [0, 0], "shape": [160, 32], "file": "rank_0.bin", "start": 0, "bytes": 20480, "digest": "..."},
         ...]}}}
 
-A checkpoint may come from a stranger. All of it is JSON and plain bytes, and every field is checked before it is used:
-names stay in the folder, shards make up their tensors exactly once, and they make up their files exactly once.
+A checkpoint is untrusted input. All of it is JSON and raw bytes, and every field is validated before it is used: file
+names cannot leave the directory, and shards cover each tensor and each file exactly once.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def commit(checkpoint: Path, index: Mapping[str, IndexedTensor], progress: Mappi
 
 
 def problem(checkpoint: Path) -> str:
-    """Why a committed checkpoint cannot be used ("is damaged: ..."), as far as this shows without its index and its
-    shards; empty where nothing is wrong. Raises `CheckpointError` where the store cannot be read.
+    """Why a committed checkpoint cannot be used ("is damaged: ..."); empty if nothing is wrong. Checks the marker, file
+    sizes and the digests of the JSON files, but not the shards. Raises `CheckpointError` if the store cannot be read.
     """
     try:
         if not (checkpoint / MARKER).is_file():
@@ -131,7 +131,7 @@ def problem(checkpoint: Path) -> str:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state. Raises `CheckpointError` unless it is that of the directory's step."""
+    """The trainer's state. Raises `CheckpointError` if it is unreadable or its step is not the directory's."""
     try:
         return _progress(checkpoint)
     except (Damaged, OSError) as error:
@@ -206,8 +206,8 @@ def _tensor(name: str, entry: Any) -> IndexedTensor:
 def _tile(shape: tuple[int, ...], shards: Sequence[IndexedShard]) -> bool:
     """Whether the shards cover the tensor exactly once, in linear time.
 
-    A box is the sum of quadrants that begin at its corners, with alternating signs. The shards tile the tensor exactly
-    if all their corners cancel but the tensor's own.
+    The indicator of a box is a sum of indicators of orthants at its corners, with alternating signs. So the shards tile
+    the tensor exactly if their corners, with these signs, cancel except for the tensor's own.
     """
     corners: Counter[tuple[int, ...]] = Counter()
     for offset, size, sign in [((0,) * len(shape), shape, -1), *((one.offset, one.shape, 1) for one in shards)]:
