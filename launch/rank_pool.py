@@ -22,6 +22,8 @@ from core.exit_codes import RankFailure, is_consequence
 
 MOST_RANKS = 8
 GRACE_S = 5.0
+CASES = 12
+"""Ranks are replaced after this many cases: gloo keeps the threads of destroyed process groups, which take the cores."""
 PRELOAD = ("torch.distributed", "train.trainer")
 """Imported once, by the process that ranks are forked from."""
 
@@ -48,6 +50,8 @@ class Pool:
         """Run `function(*arguments)` on `ranks` ranks; return the results by rank."""
         if not 1 <= ranks <= MOST_RANKS:
             raise ValueError(f"1 to {MOST_RANKS} ranks, not {ranks}")
+        if self._cases % CASES == 0:
+            self.close()
         self._start(ranks)
         self._cases += 1
         case = pickle.dumps((function, arguments))
