@@ -127,12 +127,15 @@ def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]
 
 
 def _compose(root: str, schema: type, overrides: Sequence[str]) -> DictConfig:
-    ConfigStore.instance().store(name=f"{root}_schema", node=_twin(schema))
+    """Compose `root`: a YAML file, a stored node, or else the schema alone."""
+    store = ConfigStore.instance()
+    store.store(name=f"{root}_schema", node=_twin(schema))
+    if f"{root}.yaml" not in store.repo and not (config_directory() / f"{root}.yaml").exists():
+        root = f"{root}_schema"
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            name = root if (config_directory() / f"{root}.yaml").exists() else f"{root}_schema"
-            return compose(name, overrides=list(overrides))
+            return compose(root, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, schema) from None
 

@@ -23,7 +23,7 @@ from core.exit_codes import RankFailure, is_consequence
 MOST_RANKS = 8
 GRACE_S = 5.0
 CASES = 12
-"""Ranks are replaced after this many cases: gloo keeps the threads of destroyed process groups, which take the cores."""
+"""Ranks are replaced after this many cases: gloo keeps threads of destroyed process groups, and they take the cores."""
 PRELOAD = ("torch.distributed", "train.trainer")
 """Imported once, by the process that ranks are forked from."""
 

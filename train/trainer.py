@@ -158,7 +158,7 @@ class Trainer:
         self.checkpointer.save(self.step, self.engine.state(), self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps beside tensors, as plain JSON values. Any key may be added; read it with `get`:
+        """Return what a checkpoint keeps beside tensors, as plain JSON. Any key may be added; read it with `get`:
         older checkpoints lack it.
         """
         return {

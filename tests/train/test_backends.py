@@ -24,7 +24,7 @@ EIGHT, PLAIN = ["precision=fp8", "precision.backend=emulated"], ["precision=bf16
 
 
 def state(made: Any) -> dict[str, torch.Tensor]:
-    return {part.key: part.tensor.clone() for part in made.engine.state()}
+    return {(part.name, part.offset): part.tensor.clone() for part in made.engine.state()}
 
 
 @pytest.mark.parametrize("before, after", [(PLAIN, EIGHT), (EIGHT, PLAIN)], ids=["into FP8", "out of FP8"])
@@ -78,13 +78,13 @@ def test_recomputed_layers_are_equal(eight, tmp_path, small_corpus, mode) -> Non
 
 def test_more_padding_changes_nothing(eight, tmp_path, small_corpus, monkeypatch) -> None:
     """Most of the experts' input is padding."""
-    made = fp8_emulated.Reference.__init__
+    made = fp8_emulated.EmulatedArithmetic.__init__
 
     def generous(self: Any, *arguments: Any) -> None:
         made(self, *arguments)
         self.token_multiple = 64
 
-    monkeypatch.setattr(fp8_emulated.Reference, "__init__", generous)
+    monkeypatch.setattr(fp8_emulated.EmulatedArithmetic, "__init__", generous)
     same_as(eight, tmp_path, small_corpus)
 
 

@@ -38,7 +38,7 @@ def test_errors_name_the_phase(override, key):
         ({"few_shot": 0}, "few_shot=0: applies to tasks"),
         ({"task_path": "here"}, "task_path=here: applies to tasks"),
         ({"tasks": ["a"], "few_shot": -3}, "few_shot=-3: must not be negative"),
-        ({"tasks": ["a"], "sequences": 3}, "sequences=3: counts held-out"),
+        ({"tasks": ["a"], "sequences": 3}, "sequences=3: applies to the held-out"),
     ],
 )
 def test_evaluate_rejects_settings_it_ignores(asked, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,8 +108,11 @@ def test_the_cache_holds_for_the_same_rules_and_files(folders, tmp_path, no_page
 
 
 def test_a_killed_filter_resumes(corpora, folders, tmp_path, no_page, monkeypatch):
+    def stop(self: Filter) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(Filter, "_decide", lambda self: signal.raise_signal(signal.SIGINT))
+        patch.setattr(Filter, "_decide", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(config_of(folders, tmp_path), silent)
     said: list[str] = []

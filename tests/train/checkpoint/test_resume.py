@@ -71,7 +71,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, small_corpus, finished, prec
     killed(run, overrides, "checkpoints/step-00000016/rank_0.bin")
     assert main(["train", *overrides]) == 0
     assert exact(run) == exact(finished)
-    assert "going on from" in (run / "log.txt").read_text()
+    assert "resuming from" in (run / "log.txt").read_text()
 
 
 def test_the_comparison_notices_lost_moments(tmp_path, small_corpus, finished):
