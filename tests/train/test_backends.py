@@ -24,7 +24,7 @@ EIGHT, PLAIN = ["precision=fp8", "precision.backend=emulated"], ["precision=bf16
 
 
 def state(made: Any) -> dict[str, torch.Tensor]:
-    return {(part.name, part.offset): part.tensor.clone() for part in made.engine.state()}
+    return {f"{part.name}{part.offset}": part.tensor.clone() for part in made.engine.state()}
 
 
 @pytest.mark.parametrize("before, after", [(PLAIN, EIGHT), (EIGHT, PLAIN)], ids=["into FP8", "out of FP8"])
