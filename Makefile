@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make smoke     train the default model on this machine (a few minutes on two cores)"
 	@echo "make test      the tests (about 9 minutes on two cores)"
-	@echo "make test-slow SHARD=1/4  a quarter of the slow tests (at most 25 minutes); without SHARD all of them"
+	@echo "make test-slow SHARD=1/4  a quarter of the slow tests; without SHARD all of them"
 	@echo "make test-all  the tests and the slow ones"
 	@echo "make slurm     install SLURM for the tests that need it (Debian, as root; part of test-slow and test-all)"
 	@echo "make test-gpu  the tests that need a GPU"
