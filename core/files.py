@@ -97,6 +97,12 @@ def append_json_line(path: Path, value: Any) -> None:
         file.write(json.dumps(value) + "\n")
 
 
+def write_all(file: Any, content: memoryview) -> None:
+    """Write all of `content`: an unbuffered file may take a part at a time."""
+    while len(content):
+        content = content[file.write(content) :]
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` atomically and durably. On `OSError` the old file stays."""
     if not is_local(path):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from core.errors import CheckpointError
-from core.files import write_json
+from core.files import write_all, write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -178,19 +178,14 @@ def _write_file(path: Path, tensors: Sequence[PlannedTensor], progress: Callable
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb", buffering=0) as file:
-        _write(file, memoryview(len(text).to_bytes(8, "little") + text))
+        write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
         for tensor in tensors:
             written = 0
             for block in tensor.blocks():
                 content = bytes_of(block.to(tensor.dtype).contiguous())
-                _write(file, content)
+                write_all(file, content)
                 written += len(content)
                 progress(len(content))
             if written != tensor.size:
                 raise CheckpointError(f"{tensor.name}: {written:,} bytes instead of {tensor.size:,}")
         os.fsync(file.fileno())
-
-
-def _write(file: Any, content: memoryview) -> None:
-    while len(content):
-        content = content[file.write(content) :]

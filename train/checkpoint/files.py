@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from core.errors import CheckpointError
-from core.files import is_local, open_raw
+from core.files import is_local, open_raw, write_all
 from train.checkpoint.index import Damaged, IndexedShard, IndexedTensor, block, commit, read_index
 from train.checkpoint.state import TensorShard
 
@@ -67,7 +67,7 @@ class CheckpointWriter(BlockingAsyncStager, dcp.StorageWriter):
                     content, digest = _memory(tensor.detach().cpu().contiguous()), xxhash.xxh3_128()
                     for part in _blocks(content):
                         digest.update(part)
-                        _write_all(file, part)
+                        write_all(file, part)
                     written = (plan.storage_data, start, len(content), digest.hexdigest())
                     results.append(WriteResult(item.index, len(content), written))
                     start += len(content)
@@ -150,11 +150,6 @@ def _memory(tensor: Tensor) -> memoryview:
         return memoryview(b"")
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
-
-
-def _write_all(file: Any, content: memoryview) -> None:
-    while len(content):
-        content = content[file.write(content) :]
 
 
 def _read_all(file: Any, into: memoryview, name: str) -> None:
