@@ -1,4 +1,4 @@
-"""Saving and loading a state of half a gigabyte against writing and reading the same bytes as one plain file.
+"""Compare saving and loading half a gigabyte of state with writing and reading one plain file.
 
 Saving hashes and syncs everything; the raw side writes and syncs as well. Loading verifies every byte. The disk is
 synced before each measurement, and files are dropped from the page cache before they are read.

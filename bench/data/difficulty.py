@@ -1,4 +1,4 @@
-"""How well the filter's scorers separate hard from easy: `python -m bench.data.difficulty [--set P] [--picture P]`.
+"""Measure how well scorers separate hard from easy: `python -m bench.data.difficulty [--set P] [--picture P]`.
 
 The data are three sets of problems with a known number of steps, or a labelled set as JSON lines (`prompt`, `response`,
 `label`). The result is the area under the ROC curve inside length buckets with its bootstrap interval, for scorers and
@@ -41,7 +41,7 @@ Found = dict[str, dict[str, Separation]]
 
 
 def scorers() -> dict[str, Scorer]:
-    """The controls, the default scorer, and variants of it."""
+    """Return the controls, the default scorer, and variants of it."""
     return {
         "random": RandomScorer(),
         "length": LengthScorer(),
@@ -73,7 +73,7 @@ def measure(problems: Sequence[Problem]) -> Found:
 
 
 def holds(found: Found) -> bool:
-    """Whether the default is better than chance, and than both controls on the same resampled records."""
+    """Return whether the default beats chance, and both controls on the same resamples."""
     return all(
         part[DEFAULT].low > 0.5 and all(part[DEFAULT].margin_over(part[control]) > 0 for control in CONTROLS)
         for part in found.values()
@@ -81,7 +81,7 @@ def holds(found: Found) -> bool:
 
 
 def margins(found: dict[str, Found]) -> str:
-    """Lower bounds of the default's lead over each control."""
+    """Return lower bounds of the default's lead over each control."""
     first = next(iter(found.values()))
     lines = [f"| ahead of, in buckets by the length of | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
     for basis in first:
@@ -127,7 +127,7 @@ def draw(found: dict[str, Found], path: Path) -> None:
 
 
 def builtin() -> dict[str, list[Record]]:
-    """The first documents of each section of the built-in corpus."""
+    """Return the first documents of each section of the built-in corpus."""
     found = {}
     for section in Section:
         source = {"kind": "builtin", "section": section.name, "max_bytes": SECTION_BYTES}

@@ -1,4 +1,4 @@
-"""What filtering costs: tokens per second of each stage on one core, and its share of the time of training on them.
+"""Measure what filtering costs: tokens per second of each stage on one core, and its share of training time.
 
 The records are the built-in corpus's training documents; the model that scores by loss and the one that is trained are
 the smoke model, untrained: the time is the same. All on one thread, in one process.
@@ -62,7 +62,7 @@ def _result(name: str, stage: Callable[[], object], tokens: float, training: flo
 
 
 def _training(trainer: Trainer) -> float:
-    """Tokens per second of the training step."""
+    """Return tokens per second of the training step."""
     for _ in range(3):
         trainer.train_step(trainer.step)
     begin = time.perf_counter()

@@ -3,8 +3,7 @@
 All sides return int64 tensors [16, 1024] of tokens. Ours also returns labels, positions and masked boundaries; it and
 grain shuffle globally and resume exactly. `datasets` streams the sequences in file order from Arrow batches, the
 fastest of its ways; its shuffle buffer loses samples at a resume and is measured by `bench/data/loader.py`. grain is
-measured where it is installed. Batches made ahead have nothing to overlap with here: what they cost is seen, not what
-they hide.
+measured where it is installed. Nothing runs beside the loaders, so prefetching hides nothing here.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ GRAIN, INSTALL = "grain, shuffled over the memory map", "pip install grain==0.2.
 
 
 def hugging_face(path: Path) -> Iterator[torch.Tensor]:
-    """Rows streamed from a parquet file in its order, as numpy arrays made of whole Arrow batches."""
+    """Stream sequences from a parquet file in file order, as numpy arrays of whole Arrow batches."""
     import datasets
 
     stream = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True).with_format("arrow")
@@ -43,7 +42,7 @@ def hugging_face(path: Path) -> Iterator[torch.Tensor]:
 
 
 def grain_rows(rows: NDArray[Any]) -> Iterator[torch.Tensor]:
-    """Rows of a memory map, shuffled globally: `MapDataset.shuffle` and `batch`, read by its two threads."""
+    """Read sequences of a memory map, shuffled globally by `MapDataset.shuffle`, in batches, on two threads."""
     import grain
 
     class Rows:
@@ -67,7 +66,7 @@ def ours(loader: Loader, batches: int, prefetch: int) -> Iterator[torch.Tensor]:
 
 
 def consume(batches: Iterator[torch.Tensor]) -> int:
-    """Tokens; each batch is looked at, as a step would."""
+    """Return the tokens read; each batch is touched, as a step would."""
     return sum(batch.numel() for batch in batches if int(batch[-1, -1]) >= 0)
 
 

@@ -1,9 +1,8 @@
-"""Problems whose difficulty is known: the number of steps to the answer is counted where the problem is made.
+"""Generate problems of known difficulty: the number of steps to the answer.
 
-Four families (a story about an amount, an expression, ages that depend on each other, a program to trace) with one to
-eight steps. How large the numbers are, how much the prompt says beside the point and how much of the work the response
-shows are drawn without regard to the steps, so that problems of the same length differ in difficulty. A real set is
-read from a path by the same type.
+Four families (a story about an amount, an expression, ages that depend on each other, a program to trace) have one to
+eight steps. The size of numbers, the irrelevant sentences and the style of the response are drawn independently of the
+steps, so that problems of equal length differ in difficulty. `read_problems` reads a real set.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class Problem:
     family: str = "given"
 
     def record(self, number: int) -> Record:
-        """As the filter sees it; `number` is its place in the set."""
+        """Return the filter's record; `number` is the index in the set."""
         text = f"{self.prompt}\n{self.response}"
         return Record(str(number), self.family, f"problems:{number}", text, answer_start=len(self.prompt) + 1)
 
@@ -117,7 +116,7 @@ class _Step:
 
 
 def make_problems(count: int, seed: int) -> list[Problem]:
-    """`count` different problems, the four families and the steps 1 to 8 in turn, in an order of the seed's."""
+    """Return `count` distinct problems, balanced over families and steps, in random order."""
     chance = random.Random(f"problems {seed}")
     families: Sequence[Callable[[random.Random, int], tuple[str, list[_Step]]]] = (_story, _expression, _ages, _program)
     found: dict[str, Problem] = {}
@@ -135,8 +134,8 @@ def make_problems(count: int, seed: int) -> list[Problem]:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """A labelled set: a file of JSON lines with `prompt`, `response` and a number `label`, higher for harder; `family`
-    if there is one. Raises `DataError` with the line that is not so.
+    """Read JSON lines with `prompt`, `response`, a number `label` (higher is harder) and optionally `family`. Raises
+    `DataError` with the number of a malformed line.
     """
     problems = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -159,7 +158,7 @@ def records(problems: Iterable[Problem]) -> list[Record]:
 
 
 def _chain(chance: random.Random, count: int, multiply: bool = True) -> list[_Step]:
-    """`count` operations from a start on, each on the last one's result; never below one, division without rest."""
+    """Return `count` operations, each on the last result. No result is below one, and divisions leave no remainder."""
     largest = _LARGEST[chance.choice(list(_LARGEST))]
     value, steps = chance.randint(2, largest), []
     for _ in range(count):
@@ -186,7 +185,7 @@ def _chain(chance: random.Random, count: int, multiply: bool = True) -> list[_St
 
 
 def _asides(chance: random.Random, friend: str) -> list[str]:
-    """Sentences beside the point: none, or up to five."""
+    """Return zero to five irrelevant sentences."""
     return [
         aside.format(
             friend=friend,
@@ -201,7 +200,7 @@ def _asides(chance: random.Random, friend: str) -> list[str]:
 
 
 def _scatter(chance: random.Random, sentences: list[str], asides: list[str]) -> str:
-    """The sentences in their order, with the asides anywhere between them."""
+    """Join the sentences in order, with the asides inserted at random places."""
     for aside in asides:
         sentences.insert(chance.randint(1, len(sentences)), aside)
     return " ".join(sentences)
@@ -221,7 +220,7 @@ def _story(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
 
 
 def _expression(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
-    """Brackets say the order, since each operation is on the last one's result."""
+    """Each operation applies to the last result, so the expression is bracketed."""
     chain = _chain(chance, count)
     text = str(chain[0].before)
     for number, step in enumerate(chain):
@@ -232,7 +231,7 @@ def _expression(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
 
 
 def _ages(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
-    """The sentences come in any order, so that the first person to be known may be named last."""
+    """The sentences are shuffled, so the person whose age is given may come last."""
     chain = _chain(chance, count)
     people = chance.sample(_NAMES, count + 2)
     sentences = [f"{people[0]} is {chain[0].before} years old."]
@@ -244,7 +243,7 @@ def _ages(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
 
 
 def _program(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
-    """Statements one after the other, or a loop: a step is an operation that is executed and matters."""
+    """Return straight-line statements or a loop. A step is an executed operation that affects the answer."""
     name = chance.choice(["x", "total", "count", "value", "n", "result"])
     if chance.random() < 0.3:
         chain, lines = _loop(chance, count, name)
@@ -266,7 +265,7 @@ def _program(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
 
 
 def _loop(chance: random.Random, count: int, name: str) -> tuple[list[_Step], list[str]]:
-    """`count` rounds of one addition: of a constant, or of the round's number."""
+    """Return a loop of `count` additions: of a constant, or of the loop variable."""
     start = chance.randint(1, _LARGEST[chance.choice(list(_LARGEST))])
     constant = chance.randint(2, 20) if chance.random() < 0.5 else None
     value, chain = start, []
@@ -279,7 +278,7 @@ def _loop(chance: random.Random, count: int, name: str) -> tuple[list[_Step], li
 
 
 def _response(chance: random.Random, chain: list[_Step]) -> str:
-    """The final answer alone, the bare equations, a sentence a step, or a sentence a step with remarks."""
+    """Return the final answer alone, equations, one sentence per step, or those with remarks."""
     style = chance.choice(["answer", "equations", "sentences", "remarks"])
     closing = chance.choice(_CLOSINGS).format(n=chain[-1].after)
     if style == "answer":

@@ -1,4 +1,4 @@
-"""Seconds and memory of choosing half the tokens by cached scores, in parquet files of a million records each.
+"""Measure time and memory of selecting half the tokens by cached scores, in parquet files of a million records each.
 
 Two million records; `SELECTION_RECORDS=100000000 python -m bench selection` for what the floor is about (2.5 GB of
 files under $TMPDIR). Four domains, eight length buckets, a tenth revived; then every record's reason is counted.

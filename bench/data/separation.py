@@ -1,7 +1,7 @@
-"""How well a scorer separates hard from easy records of the same length.
+"""Measure how well a scorer separates hard from easy records of similar length.
 
-The measure is the probability that of two records of about the same length, the one with the higher label scores higher
-(the area under the ROC curve over pairs inside length buckets): 0.5 is chance, 1 is perfect, below 0.5 is inverted.
+The measure is the area under the ROC curve over pairs inside length buckets: the probability that the record with the
+higher label gets the higher score. 0.5 is chance, 1 is perfect, below 0.5 is inverted.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ _WEIGHTS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Separation:
-    """`area`: over all pairs inside buckets whose labels differ; `low`, `high`: its 95% interval over resampled
-    records. `resampled`: the area of each resampling; those of two scorers on the same records belong together, one
-    by one.
+    """`area`: over all pairs inside buckets whose labels differ. `low`, `high`: its 95% bootstrap interval.
+    `resampled`: the area of each resample; two scorers of the same records are resampled alike.
     """
 
     area: float
@@ -28,12 +27,12 @@ class Separation:
     resampled: Numbers
 
     def margin_over(self, other: Separation) -> float:
-        """The lower end of the 95% interval of this area less the other's, over the same resampled records."""
+        """Return the lower end of the 95% interval of this area minus the other, paired by resample."""
         return float(np.quantile(self.resampled - other.resampled, 0.025))
 
 
 def length_buckets(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Which of `count` buckets each length falls into, about as many records in each; equal lengths are together."""
+    """Return each length's bucket, of `count` buckets of about equal size. Equal lengths share a bucket."""
     edges = np.quantile(lengths, np.arange(1, count) / count)
     return np.searchsorted(edges, lengths, side="left")
 
@@ -41,12 +40,11 @@ def length_buckets(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 def separation(
     scores: Numbers, labels: Numbers, buckets: NDArray[np.int64], resamples: int = 1000, seed: int = 0
 ) -> Separation:
-    """How well scores order labels inside buckets. A tie counts half; a score that is not finite ties with everything,
-    so that a scorer gains nothing by not answering.
+    """Return the area under the ROC curve inside buckets. A tie counts half. A score that is not finite ties with
+    all, so that a scorer gains nothing by not answering.
 
-    The interval is the bootstrap's percentiles (Efron 1979): records are drawn with replacement, and a pair counts as
-    often as both of its records were drawn. Memory grows with the square of a bucket. Raises `ValueError` where no
-    bucket has two labels.
+    The interval is the percentile bootstrap (Efron 1979) over records; a pair's weight is the product of its records'
+    counts. Memory grows with the square of a bucket. Raises `ValueError` if no bucket has two labels.
     """
     count = len(scores)
     chance = np.random.default_rng(seed)
@@ -72,8 +70,8 @@ def separation(
 
 
 def _pairs(scores: Numbers, labels: Numbers) -> NDArray[np.float32]:
-    """For each two of n records, how much of their order the scores have right, and whether the first has the higher
-    label, which makes it a pair that counts: [n, 2n].
+    """Return [n, 2n]: how far the scores order each pair correctly (0, 0.5, 1), and whether the pair counts because the
+    first record has the higher label.
     """
     counted = labels[:, None] > labels[None, :]
     known = np.isfinite(scores)

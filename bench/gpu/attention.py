@@ -1,6 +1,6 @@
-"""Attention through our own code, by length and kind: whole rows, chunks, and rows of several documents in pieces.
+"""Time our attention by length and kind: causal, chunked, and sequences of several documents as segments.
 
-Shapes: B rows, T positions, H query heads, G key/value heads, K head width.
+Shapes: B sequences, T positions, H query heads, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GATE = 1e-2
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Rows of `length` positions, `documents` equal ones in each; attention within chunks where there are any."""
+    """Sequences of `length` positions that hold `documents` documents of equal length. `chunk`: chunk size, or None."""
 
     name: str
     length: int
@@ -33,7 +33,7 @@ class AttentionCase:
 
     @property
     def reach(self) -> int:
-        """Positions over which a query's keys are spread: half of them on average are seen."""
+        """The longest distance to a key. Under the causal mask a query attends to half of it on average."""
         return min(self.length // self.documents, self.chunk or self.length)
 
     def positions(self, rows: int) -> Tensor:
@@ -46,15 +46,15 @@ def kinds(dry: bool) -> list[AttentionCase]:
         return [
             AttentionCase("causal", 64),
             AttentionCase("chunks of 16", 64, 16),
-            AttentionCase("pieces of 4 documents", 512, None, 4),
+            AttentionCase("4 documents as segments", 512, None, 4),
         ]
     whole = [AttentionCase("causal", length) for length in (1024, 2048, 4096, 8192, 16384, 32768)]
     chunked = [AttentionCase(f"chunks of {chunk}", 32768, chunk) for chunk in (1024, 2048, 8192)]
     return [
         *whole,
         *chunked,
-        AttentionCase("pieces of 8 documents", 8192, None, 8),
-        AttentionCase("pieces of 16", 32768, None, 16),
+        AttentionCase("8 documents as segments", 8192, None, 8),
+        AttentionCase("16 documents as segments", 32768, None, 16),
     ]
 
 
@@ -83,7 +83,7 @@ class _Case:
             x.grad = None
 
     def error(self, kind: AttentionCase) -> float:
-        """Result and gradients against float32 with every pair of positions asked; few heads and rows, please."""
+        """Return the error of the result and gradients against float32 attention with a full [T, T] mask."""
         y = attend(self.qkv[0], self.qkv[1], self.qkv[2], self.plan)
         found = [y.detach(), *torch.autograd.grad(y, self.qkv, self.grad)]
         wide = [x.detach().float().requires_grad_() for x in self.qkv]
@@ -96,7 +96,7 @@ class _Case:
 
 
 def _seen(kind: AttentionCase) -> Tensor:
-    """Which keys each query sees: those of its document and chunk up to itself, bool [T, T]."""
+    """Return the mask, bool [T, T]: a query attends to the keys of its document and chunk up to itself."""
     place, length = torch.arange(kind.length), kind.length // kind.documents
     part = place // length * kind.length + place % length // (kind.chunk or kind.length)
     return (part[:, None] == part) & (place <= place[:, None])

@@ -1,4 +1,4 @@
-"""Memory-bound steps of the MoE layer: Triton kernels against PyTorch's, checked, then timed in turn.
+"""Compare the memory-bound steps of the MoE layer: Triton kernels against PyTorch, checked, then timed in turn.
 
 Shapes: T tokens, D hidden size, K experts per token, C routed tokens, F expert hidden size.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.gpu.clock import distance
 from bench.gpu.context import Bench, BenchJob
 from bench.gpu.record import BenchRow
-from bench.gpu.shapes import Mixture, mixtures
+from bench.gpu.shapes import MoEShape, moe_shapes
 from model.kernels import MoEKernels, TorchKernels, TritonKernels
 from model.moe import permute_by_expert
 
@@ -26,19 +26,19 @@ def kernels(bench: Bench) -> Iterator[BenchJob]:
     if bench.no_triton and not bench.dry:
         yield BenchJob("triton", lambda: [BenchRow("kernels", "all", "triton", missing=bench.no_triton)])
         return
-    for mixture in mixtures(bench.dry, bench.memory_bytes)[:2]:
-        yield BenchJob(mixture.name, partial(_measure, bench, mixture))
+    for moe in moe_shapes(bench.dry, bench.memory_bytes)[:2]:
+        yield BenchJob(moe.name, partial(_measure, bench, moe))
 
 
-def _measure(bench: Bench, mixture: Mixture) -> Iterator[BenchRow]:
-    tokens, top_k = 64 if bench.dry else 16384, mixture.router.top_k
+def _measure(bench: Bench, moe: MoEShape) -> Iterator[BenchRow]:
+    tokens, top_k = 64 if bench.dry else 16384, moe.router.top_k
     # in a dry run without the interpreter the twin stands in, so that this code at least runs
     stands_in = bench.no_triton is not None
     sides: dict[str, MoEKernels] = {"torch": TorchKernels(), "triton": TorchKernels() if stands_in else TritonKernels()}
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.rand(tokens, mixture.experts, generator=generator).topk(top_k).indices
-    rows = permute_by_expert(chosen.to(bench.device), mixture.experts, 16)
-    count, width, hidden = len(rows.source_C), mixture.width, mixture.hidden
+    chosen = torch.rand(tokens, moe.experts, generator=generator).topk(top_k).indices
+    rows = permute_by_expert(chosen.to(bench.device), moe.experts, 16)
+    count, width, hidden = len(rows.source_C), moe.width, moe.hidden
     x_TD, y_CD = bench.random(tokens, width).requires_grad_(), bench.random(count, width, seed=1).requires_grad_()
     weights_TK = torch.rand(tokens, top_k, generator=generator).to(bench.device).requires_grad_()
     both_C2F = bench.random(count, 2 * hidden, seed=2).requires_grad_()
@@ -56,7 +56,7 @@ def _measure(bench: Bench, mixture: Mixture) -> Iterator[BenchRow]:
     for name, (step, leaves, forward_bytes, backward_bytes) in steps.items():
         found = {side: _results(step, kernel, leaves) for side, kernel in sides.items()}
         error = max(map(distance, found["triton"], found["torch"]))
-        what = f"{mixture.name}, {name}"
+        what = f"{moe.name}, {name}"
         if not error < GATE:
             failed = f"wrong: {error:.1e} from its twin, allowed {GATE:.0e}"
             yield BenchRow("kernels", what, "triton", "check", shape, tokens, error=error, gate=GATE, failed=failed)

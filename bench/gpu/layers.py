@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench.gpu.clock import Timing, distance
 from bench.gpu.context import DENSE, PLAIN, TRITON, Bench, BenchJob
 from bench.gpu.record import BenchRow
-from bench.gpu.shapes import QWEN3, Mixture, mixtures
+from bench.gpu.shapes import QWEN3, MoEShape, moe_shapes
 from bench.peers import GROUPED, Peer
 from model.attention.plan import ForwardContext
 from model.config import ModelConfig, WeightsOn
@@ -54,7 +54,7 @@ class LayerSetting:
     """Weights and inputs of one MoE layer, shared by all sides."""
 
     bench: Bench
-    mixture: Mixture
+    moe: MoEShape
     base: MixtureOfExperts
     x: Tensor
     grad: Tensor
@@ -64,8 +64,8 @@ class LayerSetting:
         return self.x.shape[1]
 
     def row(self, what: str, side: str, **more: Any) -> BenchRow:
-        name = f"{self.mixture.name}, {what}"
-        return BenchRow("layers", name, side, "forward+backward", self.mixture.shape, self.tokens, **more)
+        name = f"{self.moe.name}, {what}"
+        return BenchRow("layers", name, side, "forward+backward", self.moe.shape, self.tokens, **more)
 
     def ours(self, config: ModelConfig, precision: PrecisionConfig) -> LayerCase:
         layer = sharing(self.base, config, self.bench, precision)
@@ -76,7 +76,7 @@ class LayerSetting:
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
         products = resolve(precision, self.bench.device).plain
         with torch.device(self.bench.device):
-            layer = GatedMLP(self.mixture.width, self.mixture.active_width, roles, products).to(torch.bfloat16)
+            layer = GatedMLP(self.moe.width, self.moe.active_width, roles, products).to(torch.bfloat16)
         _fill(layer, self.bench)
         return LayerCase(layer, list(layer.parameters()), self.x, self.grad)
 
@@ -84,23 +84,23 @@ class LayerSetting:
 def layers(bench: Bench) -> Iterator[BenchJob]:
     if bench.no_triton:
         yield BenchJob("Triton", lambda: [BenchRow("layers", "layer", PLAIN + TRITON, missing=bench.no_triton)])
-    for mixture in mixtures(bench.dry, bench.memory_bytes):
-        setting = cache(partial(_setting, bench, mixture))  # made by the first of its jobs, dropped with the last
-        yield BenchJob(mixture.name, partial(_ourselves, setting))
+    for moe in moe_shapes(bench.dry, bench.memory_bytes):
+        setting = cache(partial(_setting, bench, moe))  # made by the first of its jobs, dropped with the last
+        yield BenchJob(moe.name, partial(_ourselves, setting))
         for name, peer in GROUPED.items():
-            yield BenchJob(f"{mixture.name}, {name}", partial(_against, setting, name, peer))
+            yield BenchJob(f"{moe.name}, {name}", partial(_against, setting, name, peer))
 
 
-def _setting(bench: Bench, mixture: Mixture) -> LayerSetting:
+def _setting(bench: Bench, moe: MoEShape) -> LayerSetting:
     tokens = 64 if bench.dry else 16384
-    x, grad = (bench.random(1, tokens, mixture.width, seed=seed) for seed in (1, 2))
-    return LayerSetting(bench, mixture, made(mixture.config(), bench), x, grad)
+    x, grad = (bench.random(1, tokens, moe.width, seed=seed) for seed in (1, 2))
+    return LayerSetting(bench, moe, made(moe.config(), bench), x, grad)
 
 
 def _ourselves(make: Callable[[], LayerSetting]) -> Iterator[BenchRow]:
-    """Every precision and a dense layer in turn, by all kernels; tokens divide evenly, as training makes them."""
+    """Time every precision, a dense layer and all kernels in turn, with balanced experts."""
     setting = make()
-    bench, config = setting.bench, setting.mixture.config(force_balanced=True)
+    bench, config = setting.bench, setting.moe.config(force_balanced=True)
     dense = bench.with_kernels({DENSE: bench.precisions[PLAIN]})
     sides = {side: setting.dense(precision) for side, precision in dense.items()}
     for side, precision in bench.with_kernels(bench.precisions).items():
@@ -118,12 +118,12 @@ def _ourselves(make: Callable[[], LayerSetting]) -> Iterator[BenchRow]:
 
 
 def _judged(setting: LayerSetting, timings: dict[str, Timing]) -> Iterator[BenchRow]:
-    """Every side; by the same kernels, bfloat16 beside the dense layer and FP8 beside it; Triton beside PyTorch."""
-    mixture, tokens = setting.mixture, setting.tokens
-    is_llama4 = mixture.name.startswith("Llama 4")
+    """Yield a row per side, with ratios: bfloat16 to the dense layer, FP8 to bfloat16, Triton to PyTorch kernels."""
+    moe, tokens = setting.moe, setting.tokens
+    is_llama4 = moe.name.startswith("Llama 4")
     for side, timing in timings.items():
         products = side.removesuffix(TRITON)
-        flops = 6.0 * tokens * 3 * mixture.width * mixture.active_width if products == DENSE else mixture.flops(tokens)
+        flops = 6.0 * tokens * 3 * moe.width * moe.active_width if products == DENSE else moe.flops(tokens)
         goal = {"floor": 450.0, "moonshot": 600.0} if is_llama4 and products == PLAIN else {}
         load = None if products == DENSE else "balanced"
         yield setting.row("layer", side, ms=timing.ms, spread=timing.spread, flops=flops, load=load, **goal)
@@ -144,14 +144,14 @@ def _judged(setting: LayerSetting, timings: dict[str, Timing]) -> Iterator[Bench
 
 
 def _against(make: Callable[[], LayerSetting], name: str, peer: Peer) -> Iterator[BenchRow]:
-    """Scores by softmax and weights on the output, which peers have for any top_k; tokens go where the router says."""
+    """Compare with a peer: softmax scores and weights on the output, as peers support for any top_k."""
     setting = make()
-    bench, mixture = setting.bench, setting.mixture
+    bench, moe = setting.bench, setting.moe
     if reason := peer.missing:
         yield setting.row("layer", name, missing=reason)
         return
-    router = replace(QWEN3, top_k=mixture.router.top_k)
-    config = replace(mixture.config(), router=router)
+    router = replace(QWEN3, top_k=moe.router.top_k)
+    config = replace(moe.config(), router=router)
     plain = bench.with_kernels({PLAIN: bench.precisions[PLAIN]})
     sides = {side: setting.ours(config, precision) for side, precision in plain.items()}
     block = peer.make(setting.base, router, False)
@@ -166,7 +166,7 @@ def _against(make: Callable[[], LayerSetting], name: str, peer: Peer) -> Iterato
     sides[name] = theirs
     timings = dict(zip(sides, bench.clock.turns(list(sides.values())), strict=True))
     for side, timing in timings.items():
-        figures = {"ms": timing.ms, "spread": timing.spread, "flops": mixture.flops(setting.tokens)}
+        figures = {"ms": timing.ms, "spread": timing.spread, "flops": moe.flops(setting.tokens)}
         yield setting.row("layer", side, load="routed", **figures, note=f"{differing:.2%} of the tokens differ")
     for side in plain:
         ratio = timings[side].over(timings[name])
@@ -174,7 +174,7 @@ def _against(make: Callable[[], LayerSetting], name: str, peer: Peer) -> Iterato
 
 
 def made(config: ModelConfig, bench: Bench) -> MixtureOfExperts:
-    """A mixture in bfloat16 with normal weights, the router's large enough for clear choices."""
+    """Return an MoE layer in bfloat16 with normal weights; the router's are large enough to avoid near ties."""
     with torch.device("meta"):
         layer = MixtureOfExperts(config, resolve(bench.precisions[PLAIN], bench.device).plain)
     layer = layer.to(torch.bfloat16).to_empty(device=bench.device)
@@ -193,7 +193,7 @@ def _fill(module: nn.Module, bench: Bench) -> None:
 
 
 def sharing(base: MixtureOfExperts, config: ModelConfig, bench: Bench, precision: PrecisionConfig) -> MixtureOfExperts:
-    """An MoE layer with the parameters of `base` and its own GEMM backends."""
+    """Return an MoE layer that shares the parameters of `base` and has its own GEMM backends."""
     with torch.device("meta"):
         layer = MixtureOfExperts(config, resolve(precision, bench.device).at(0, 1))
     layer.load_state_dict(base.state_dict(), assign=True)
@@ -202,7 +202,7 @@ def sharing(base: MixtureOfExperts, config: ModelConfig, bench: Bench, precision
 
 
 def against_float32(layer: MixtureOfExperts, bench: Bench) -> float:
-    """The worst of the result and the input's gradient, against each expert by itself in float32."""
+    """Return the larger error of the result and the input's gradient against a float32 loop over experts."""
     tokens, width = 64 if bench.dry else 512, layer.router.weight.shape[1]
     x = bench.random(1, tokens, width, seed=3).requires_grad_()
     grad = bench.random(1, tokens, width, seed=4)

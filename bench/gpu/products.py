@@ -1,6 +1,6 @@
-"""Matrix products: what the device can do, dense and grouped products in every precision, checked, then timed.
+"""Check and time matrix products: dense and grouped, in every precision, and the device's limits.
 
-Shapes: T tokens, D input width, F output width, E experts, C rows that the experts see.
+Shapes: T tokens, D input width, F output width, E experts, C routed tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.gpu.clock import distance
 from bench.gpu.context import PLAIN, Bench, BenchJob
 from bench.gpu.record import BenchRow
-from bench.gpu.shapes import Mixture, counts, matrices, mixtures
+from bench.gpu.shapes import MoEShape, counts, matrices, moe_shapes
 from precision.config import Backend, PrecisionConfig, Products
 from precision.gemm import GemmBackend, Groups
 from precision.resolve import FLOAT8_LIBRARIES, resolve
@@ -36,7 +36,7 @@ def backend(bench: Bench, config: PrecisionConfig) -> GemmBackend:
 
 
 class ProductCase:
-    """x and w on the device, who multiplies, and an upstream gradient. Dense where there are no groups."""
+    """Inputs on the device, a GEMM backend and an upstream gradient. Without groups the product is dense."""
 
     def __init__(self, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None, gemm: GemmBackend) -> None:
         self.x, self.w = x.detach().requires_grad_(), w.detach().requires_grad_()
@@ -56,7 +56,7 @@ class ProductCase:
         self.x.grad = self.w.grad = None
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The product and both gradients."""
+        """Return the product and both gradients."""
         y = self.forward()
         y.backward(self.grad)
         assert self.x.grad is not None and self.w.grad is not None
@@ -65,8 +65,8 @@ class ProductCase:
         return found
 
     def error(self) -> float:
-        """The worst of the three against float32, over some experts, the busiest and the last among them: whole float32
-        copies would not fit.
+        """Return the largest error against float32 over some experts, including the busiest and the last.
+        Float32 copies of all experts would not fit.
         """
         found = self.results()
         if self.groups is None:
@@ -91,7 +91,7 @@ def _exactly(x: Tensor, w: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def ceilings(bench: Bench) -> Iterator[BenchJob]:
-    """What everything else is relative to."""
+    """Measure the device's peak FLOPs and bandwidth, to which other rows are compared."""
     size, length = (256, 1 << 20) if bench.dry else (8192, 1 << 30)
 
     def product() -> Iterator[BenchRow]:
@@ -139,15 +139,15 @@ def _dense(bench: Bench, name: str, out: int, width: int, tokens: int) -> Iterat
 
 
 def grouped(bench: Bench) -> Iterator[BenchJob]:
-    """bfloat16 first, so that FP8 backends that go expert by expert cannot use up its time."""
+    """Time grouped products; bfloat16 first, because FP8 backends that loop over experts are slow."""
     sides = list(bench.precisions)
     yield BenchJob("agreement with the emulation", lambda: agreements(bench))
     for chosen in ([PLAIN], [side for side in sides if side != PLAIN]):
-        for mixture in mixtures(bench.dry, bench.memory_bytes):
+        for moe in moe_shapes(bench.dry, bench.memory_bytes):
             for which in ("gate and up", "down"):
                 for tokens, load in _loads(bench.dry)[: None if chosen == [PLAIN] else 2]:
-                    name = f"{mixture.name}, {which}"
-                    measure = partial(_grouped, bench, mixture, which, tokens, load, chosen)
+                    name = f"{moe.name}, {which}"
+                    measure = partial(_grouped, bench, moe, which, tokens, load, chosen)
                     yield BenchJob(f"{name}, {tokens} tokens, {load}, {', '.join(chosen)}", measure)
 
 
@@ -157,19 +157,17 @@ def _loads(dry: bool) -> list[tuple[int, str]]:
     return [(16384, "balanced"), (16384, "zipf"), (4096, "balanced"), (32768, "balanced")]
 
 
-def _grouped(
-    bench: Bench, mixture: Mixture, which: str, tokens: int, load: str, sides: list[str]
-) -> Iterator[BenchRow]:
-    out, width = (2 * mixture.hidden, mixture.width) if which == "gate and up" else (mixture.width, mixture.hidden)
-    rows = tokens * mixture.router.top_k
-    counts_E = counts(rows, mixture.experts, load)
-    x, w = bench.random(rows, width), bench.random(mixture.experts, out, width, seed=1, scale=width**-0.5)
-    shape: dict[str, int | str] = {"C": rows, "N": out, "K": width, "E": mixture.experts}
+def _grouped(bench: Bench, moe: MoEShape, which: str, tokens: int, load: str, sides: list[str]) -> Iterator[BenchRow]:
+    out, width = (2 * moe.hidden, moe.width) if which == "gate and up" else (moe.width, moe.hidden)
+    rows = tokens * moe.router.top_k
+    counts_E = counts(rows, moe.experts, load)
+    x, w = bench.random(rows, width), bench.random(moe.experts, out, width, seed=1, scale=width**-0.5)
+    shape: dict[str, int | str] = {"C": rows, "N": out, "K": width, "E": moe.experts}
     shape |= {"rows_most": int(counts_E.max()), "rows_least": int(counts_E.min())}
     grad = bench.random(rows, out, seed=2)
     for side in sides:
         product = ProductCase(x, w, grad, Groups(counts_E.to(bench.device)), backend(bench, bench.precisions[side]))
-        name = f"{mixture.name}, {which}"
+        name = f"{moe.name}, {which}"
         yield from _checked(bench, "grouped", name, side, shape, tokens, load, product)
 
 
@@ -177,7 +175,7 @@ def _checked(
     bench: Bench, section: str, name: str, side: str, shape: dict[str, int | str], tokens: int, load: str | None,
     product: ProductCase,
 ) -> Iterator[BenchRow]:  # fmt: skip
-    """One side of a product. It is timed only if it is right."""
+    """Check one side of a product, then time it if it is correct."""
     error = product.error()
     if not error < gate(side):
         failed = f"wrong: {error:.1e} from float32, allowed {gate(side):.0e}"
@@ -201,15 +199,15 @@ def _row(
 
 
 def agreements(bench: Bench) -> Iterator[BenchRow]:
-    """FP8 products against the emulation of the same recipe, at the real widths and few rows."""
+    """Compare FP8 products with the emulation of the same recipe, at real widths and with few tokens."""
     yield from missing("grouped", bench)
     reference = FLOAT8_LIBRARIES[Backend.emulated]
-    for mixture in mixtures(bench.dry, bench.memory_bytes):
+    for moe in moe_shapes(bench.dry, bench.memory_bytes):
         experts, rows = 4, 64 if bench.dry else 1024
         counts_E = counts(rows, experts, "zipf")
-        x = bench.random(rows, mixture.width)
-        w = bench.random(experts, mixture.hidden, mixture.width, seed=1, scale=mixture.width**-0.5)
-        grad, groups = bench.random(rows, mixture.hidden, seed=2), Groups(counts_E.to(bench.device))
+        x = bench.random(rows, moe.width)
+        w = bench.random(experts, moe.hidden, moe.width, seed=1, scale=moe.width**-0.5)
+        grad, groups = bench.random(rows, moe.hidden, seed=2), Groups(counts_E.to(bench.device))
         for side, config in bench.precisions.items():
             if side == PLAIN:
                 continue
@@ -217,9 +215,9 @@ def agreements(bench: Bench) -> Iterator[BenchRow]:
             exact, product = (ProductCase(x, w, grad, groups, gemm) for gemm in (emulated, backend(bench, config)))
             error = max(map(distance, product.results(), exact.results()))
             bad = None if error < SAME_BYTES_GATE else f"{error:.1e} from the emulation, allowed {SAME_BYTES_GATE:.0e}"
-            shape: dict[str, int | str] = {"C": rows, "N": mixture.hidden, "K": mixture.width, "E": experts}
+            shape: dict[str, int | str] = {"C": rows, "N": moe.hidden, "K": moe.width, "E": experts}
             yield BenchRow(
-                "grouped", mixture.name, side, "check", shape, rows, "zipf", error=error, gate=SAME_BYTES_GATE,
+                "grouped", moe.name, side, "check", shape, rows, "zipf", error=error, gate=SAME_BYTES_GATE,
                 failed=bad, note="against the emulation of the same recipe",
             )  # fmt: skip
 

@@ -21,7 +21,7 @@ ROWS_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MoEShape:
     """The MoE layer of a published model. `shared`: hidden size of its shared expert, 0 without one."""
 
     name: str
@@ -54,18 +54,18 @@ class Mixture:
         return {"D": self.width, "F": self.hidden, "E": self.experts, "K": self.router.top_k, "shared": self.shared}
 
 
-SCOUT = Mixture("Llama 4 Scout", 5120, 8192, 16, LLAMA4, shared=8192)
-MAVERICK = Mixture("Llama 4 Maverick", 5120, 8192, 128, LLAMA4, shared=8192)
-QWEN3_30B = Mixture("Qwen3 30B", 2048, 768, 128, QWEN3)
-DEEPSEEK_V3 = Mixture("DeepSeek V3, a quarter of its experts", 7168, 2048, 64, DEEPSEEK, shared=2048)
+SCOUT = MoEShape("Llama 4 Scout", 5120, 8192, 16, LLAMA4, shared=8192)
+MAVERICK = MoEShape("Llama 4 Maverick", 5120, 8192, 128, LLAMA4, shared=8192)
+QWEN3_30B = MoEShape("Qwen3 30B", 2048, 768, 128, QWEN3)
+DEEPSEEK_V3 = MoEShape("DeepSeek V3, a quarter of its experts", 7168, 2048, 64, DEEPSEEK, shared=2048)
 
 
-def mixtures(dry: bool, memory_bytes: int) -> list[Mixture]:
+def moe_shapes(dry: bool, memory_bytes: int) -> list[MoEShape]:
     """Layers that fit with gradients. Maverick has only as many experts as fit into a quarter of the memory."""
     if dry:
         return [
-            Mixture("tiny top-1", 64, 128, 4, LLAMA4, shared=128),
-            Mixture("tiny top-2", 64, 32, 8, replace(QWEN3, top_k=2)),
+            MoEShape("tiny top-1", 64, 128, 4, LLAMA4, shared=128),
+            MoEShape("tiny top-2", 64, 32, 8, replace(QWEN3, top_k=2)),
         ]
     experts = MAVERICK.experts
     while experts * 3 * MAVERICK.width * MAVERICK.hidden * 2 > memory_bytes / 4:

@@ -1,6 +1,6 @@
-"""Whole train steps of our model and optimizer on synthetic tokens: speed, memory, and what FP8 costs in loss.
+"""Measure train steps of our model and optimizer on synthetic tokens: speed, memory, and the loss under FP8.
 
-Shapes: B rows, T positions.
+Shapes: B sequences, T positions.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Training:
         self.balancer = Balancer(self.placed.model)
 
     def step(self, tokens_BT: Tensor, micro_batches: int = 1) -> Tensor:
-        """The mean loss per predicted token."""
+        """Return the mean loss per predicted token."""
         rows, length = tokens_BT.shape[0] // micro_batches, tokens_BT.shape[1] - 1
         positions_BT, tokens = torch.arange(length).expand(rows, -1), tokens_BT.shape[0] * length
         total = torch.zeros((), device=tokens_BT.device)
@@ -116,9 +116,9 @@ class Training:
 
 
 def step(bench: Bench) -> Iterator[BenchJob]:
-    """With float32 master weights; the moments in bfloat16 where memory is short. Balanced, as training makes it.
+    """Time steps with float32 master weights and balanced experts; moments are in bfloat16 where memory is short.
 
-    bfloat16 by all kernels, then FP8 by the ones that were faster.
+    bfloat16 runs with all kernels, FP8 with the faster ones.
     """
     fine = replace(TINY, router=FINE.router, num_experts=16) if bench.dry else FINE
     masters = {name: replace(config, param_dtype=ParamDtype.master) for name, config in bench.precisions.items()}
@@ -132,10 +132,10 @@ def step(bench: Bench) -> Iterator[BenchJob]:
 def _beside(
     bench: Bench, fine: ModelConfig, side: str, precision: PrecisionConfig, took: dict[KernelKind, float]
 ) -> Iterator[BenchRow]:
-    """A mixture, and in bfloat16 a dense model after it: two such models do not fit at once. `took`: by kernels, the
-    time per token of bfloat16; this one is added.
+    """Time an MoE model, then in bfloat16 a dense one: two do not fit at once. `took`: time per token of bfloat16 by
+    kernels; this function adds its own.
     """
-    row = _step(bench, "fine-grained mixture", fine, side, precision)
+    row = _step(bench, "fine-grained MoE", fine, side, precision)
     yield row
     if not precision.uses_float8 and row.ms and row.tokens:
         took[precision.kernels] = row.ms / row.tokens
@@ -151,7 +151,7 @@ def _beside(
 
 
 def _step(bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig) -> BenchRow:
-    """With as many rows in a micro-batch as fit."""
+    """Time a step with the largest micro-batch that fits."""
     length, rows = (64, 1) if bench.dry else (4096, 4)
     while True:
         try:
@@ -210,7 +210,7 @@ def _wait(bench: Bench) -> None:
 
 
 def loss(bench: Bench) -> Iterator[BenchJob]:
-    """200 steps on a random Markov chain: float32, bfloat16 and FP8, equal weights and equal tokens."""
+    """Train 200 steps on a random Markov chain in float32, bfloat16 and FP8, from equal weights and on equal tokens."""
     sides = {"float32": PrecisionConfig(Compute.float32)}
     sides |= {name: replace(precision, param_dtype=ParamDtype.master) for name, precision in bench.precisions.items()}
     smooth: dict[str, float] = {}
@@ -219,7 +219,7 @@ def loss(bench: Bench) -> Iterator[BenchJob]:
 
 
 def _losses(bench: Bench, side: str, precision: PrecisionConfig, smooth: dict[str, float]) -> Iterator[BenchRow]:
-    """`smooth`: by side, the mean loss over the last steps; this one is added."""
+    """`smooth`: mean loss over the last steps by side; this function adds its own."""
     config, steps, rows, length = (TINY, 2, 2, 32) if bench.dry else (SMALL, 200, 16, 256)
     chain = _chain(config.vocab_size)
     training = Training(config, precision, bench, Moments.float32, lr=2e-3)
@@ -241,13 +241,13 @@ def _losses(bench: Bench, side: str, precision: PrecisionConfig, smooth: dict[st
 
 
 def _chain(words: int) -> Tensor:
-    """Cumulated probabilities of the next word, [words, words]: about six likely ones after each."""
+    """Return cumulative probabilities of the next word, [words, words]; about six are likely after each."""
     generator = torch.Generator().manual_seed(0)
     return (4 * torch.randn(words, words, generator=generator)).softmax(-1).cumsum(-1)
 
 
 def _walk(chain: Tensor, rows: int, length: int, seed: int) -> Tensor:
-    """Token ids [B, T], the same for every side."""
+    """Return token ids [B, T], equal for every side."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(length, rows, 1, generator=generator)
     words = [torch.randint(len(chain), (rows,), generator=generator)]

@@ -15,7 +15,7 @@ from bench.gpu.__main__ import SECTIONS, in_new_process, main, measure
 from bench.gpu.clock import Timing
 from bench.gpu.context import DENSE, PLAIN, TRITON, Bench
 from bench.gpu.record import BenchRecord, BenchRow, judged, tables
-from bench.gpu.shapes import MAVERICK, counts, mixtures
+from bench.gpu.shapes import MAVERICK, counts, moe_shapes
 from model.kernels import TorchKernels
 from precision.config import KernelKind
 from precision.native_gemm import NativeGemm
@@ -82,7 +82,7 @@ def test_triton_is_compared_if_available(monkeypatch):
     for module in ("bench.gpu.context", "precision.resolve"):
         monkeypatch.setattr(f"{module}.no_triton", lambda device: None)
     monkeypatch.setattr("bench.gpu.layers.GROUPED", {})
-    monkeypatch.setattr("bench.gpu.layers.mixtures", lambda *given: mixtures(*given)[-1:])
+    monkeypatch.setattr("bench.gpu.layers.moe_shapes", lambda *given: moe_shapes(*given)[-1:])
     rows = [row for section in ("layers", "step") for row in measure(section, bench())]
     assert set(asked) == set(KernelKind) and not [row for row in rows if row.failed or row.missing]
     ratios = {(row.side, row.against) for row in rows if row.ratio is not None}
@@ -154,5 +154,5 @@ def test_rows_of_experts(load):
 
 
 def test_maverick_has_as_many_experts_as_fit():
-    experts = {memory: mixtures(False, memory << 30)[-1].experts for memory in (40, 80, 141)}
+    experts = {memory: moe_shapes(False, memory << 30)[-1].experts for memory in (40, 80, 141)}
     assert experts == {40: 32, 80: 64, 141: MAVERICK.experts}
