@@ -82,7 +82,7 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     where = [f"base={swept / 'base.yaml'}", f"out={swept / 'carried'}", "name=wide"]
     done = command("metap", "transfer", *where, *larger, *small_corpus)
     assert done.returncode == 0, done.stderr
-    assert "| query | width -> query_width |" in done.stdout and "Warning: the base is small" in done.stdout
+    assert "| query | hidden_size -> query_width |" in done.stdout and "Warning: the base is small" in done.stdout
     assert (swept / "carried" / "wide.md").read_text() in done.stdout
     line = shlex.split(done.stdout.strip().splitlines()[-1])[1:]
     trained = command(*line, "run.name=wide", "logging.report=false", cwd=swept)
