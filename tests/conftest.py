@@ -35,7 +35,22 @@ def ranks() -> Iterator[Pool]:
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that train on two small text sources, with a cache that lives as long as the test run."""
     root = tmp_path_factory.mktemp("corpus")
-    words = "the model reads a line and writes another def return if else while for".split()
+    words = [
+        "the",
+        "model",
+        "reads",
+        "a",
+        "line",
+        "and",
+        "writes",
+        "another",
+        "def",
+        "return",
+        "if",
+        "else",
+        "while",
+        "for",
+    ]
     for source, step in (("prose", 7), ("code", 11)):
         folder = root / source
         folder.mkdir()
