@@ -21,6 +21,7 @@ torch.set_num_threads(1)  # tensors are small, and threads that wait for each ot
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS: dict[str, float] = json.loads((ROOT / "tests" / "seconds.json").read_text())
 """How long groups of tests took on two cores; only the order of work and the shards depend on it."""
+WORDS = "the model reads a line and writes another def return if else while for"
 
 
 @pytest.fixture(scope="session")
@@ -34,23 +35,7 @@ def ranks() -> Iterator[Pool]:
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that train on two small text sources, with a cache that lives as long as the test run."""
-    root = tmp_path_factory.mktemp("corpus")
-    words = [
-        "the",
-        "model",
-        "reads",
-        "a",
-        "line",
-        "and",
-        "writes",
-        "another",
-        "def",
-        "return",
-        "if",
-        "else",
-        "while",
-        "for",
-    ]
+    root, words = tmp_path_factory.mktemp("corpus"), WORDS.split()
     for source, step in (("prose", 7), ("code", 11)):
         folder = root / source
         folder.mkdir()
