@@ -83,12 +83,12 @@ def grouped(gemm: GemmBackend, counts: list[int], beyond: int = 0) -> dict[str, 
     w = draw(len(counts), N, D, seed=1).requires_grad_()
     grad = torch.cat([draw(rows, N, seed=2), torch.zeros(beyond, N)]).bfloat16()
     groups = Groups(torch.tensor(counts))
-    y = gemm.grouped_linear(x, w, groups)
+    y = gemm.linear(x, w, groups)
     assert y.shape == (rows + beyond, N)
     y.backward(grad)
     assert x.grad is not None and w.grad is not None
-    assert torch.equal(gemm.grouped_input_gradient(grad, w, groups)[:rows].to(x.dtype), x.grad[:rows])
-    assert torch.equal(gemm.grouped_weight_gradient(grad, x, groups).to(w.dtype), w.grad)
+    assert torch.equal(gemm.input_gradient(grad, w, groups)[:rows].to(x.dtype), x.grad[:rows])
+    assert torch.equal(gemm.weight_gradient(grad, x, groups).to(w.dtype), w.grad)
     return {"y": y[:rows].detach(), "x": x.grad[:rows], "w": w.grad}
 
 
@@ -143,7 +143,7 @@ def test_activations_are_saved_as_bytes(backend: Backend, recipe: Recipe) -> Non
 
     gemm, x, w = products(backend, recipe), draw(64, D).bfloat16().requires_grad_(), draw(N, D, seed=1).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
-        y = gemm.grouped_linear(x, w[None], Groups(torch.tensor([64])))
+        y = gemm.linear(x, w[None], Groups(torch.tensor([64])))
     assert 64 * D <= sum(kept) - 4 * N * D <= 64 * D * 1.25  # one byte each and scales; the weight itself in float32
     context: Any = y.grad_fn
     assert context.activation.tensors() and not any(tensor is not None for tensor in context.activation.tensors())

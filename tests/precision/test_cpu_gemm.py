@@ -70,21 +70,21 @@ def test_grouped_products_equal_the_plain_statement(dtype, counts, d, f, huge_pa
     wanted = figures(plain_grouped, x.double(), w.double(), grad.double(), groups)
     products = NativeGemm(dtype)
     with Seen() as seen:
-        found = figures(products.grouped_linear, x, w, grad, groups)
+        found = figures(products.linear, x, w, grad, groups)
     assert bool(cpu_gemm.PRODUCTS & seen.operations) == (dtype is torch.float32 and d == 64)
     assert largest(found, wanted) < GATES[dtype] and all(y.dtype is dtype for y in found)
-    found[1] = products.grouped_input_gradient(grad, w, groups)[:used]
-    found[2] = products.grouped_weight_gradient(grad, x, groups)
+    found[1] = products.input_gradient(grad, w, groups)[:used]
+    found[2] = products.weight_gradient(grad, x, groups)
     assert largest(found, wanted) < GATES[dtype], "one by one"
     others = Groups(torch.tensor(counts[::-1]))
-    assert largest(figures(products.grouped_linear, x, w, grad, others), wanted) > 0.1, "control"
+    assert largest(figures(products.linear, x, w, grad, others), wanted) > 0.1, "control"
 
 
 def test_grouped_gradients_equal_finite_differences():
     counts, d, f = SMALL
     groups = Groups(torch.tensor(counts))
     x, w = (t.requires_grad_() for t in operands(torch.float64, (sum(counts), d), (len(counts), f, d)))
-    assert torch.autograd.gradcheck(lambda *both: NativeGemm(torch.float64).grouped_linear(*both, groups), (x, w))
+    assert torch.autograd.gradcheck(lambda *both: NativeGemm(torch.float64).linear(*both, groups), (x, w))
 
 
 def test_finite_differences_notice_a_wrong_gradient(monkeypatch):

@@ -63,10 +63,7 @@ def results(products: Any, device: torch.device, experts: bool, run: Any = None)
     x = draw(device, rows, 1024).requires_grad_()
     w = draw(device, *([len(counts)] if experts else []), 768, 1024, dtype=torch.float32).requires_grad_()
 
-    def forward(x: Tensor, w: Tensor) -> Tensor:
-        return products.linear(x, w) if groups is None else products.grouped_linear(x, w, groups)
-
-    y = forward(x, w) if run is None else run(forward, x, w)
+    y = products.linear(x, w, groups) if run is None else run(products.linear, x, w, groups)
     grads = torch.autograd.grad(y, (x, w), draw(device, rows, 768))
     return {"y": y[:used].detach(), "x": grads[0][:used], "w": grads[1]}
 
@@ -121,10 +118,10 @@ def test_only_the_counts_synchronise(recipe, device):
     groups = Groups(torch.tensor([64, 0, 32, 96], device=device))
     x, w = draw(device, 192, 256).requires_grad_(), draw(device, 4, 128, 256).requires_grad_()
     grad = draw(device, 192, 128)
-    products.grouped_linear(x, w, groups).backward(grad)  # workspaces and the counts
+    products.linear(x, w, groups).backward(grad)  # workspaces and the counts
     torch.cuda.set_sync_debug_mode("error")  # a synchronisation raises
     try:
-        products.grouped_linear(x, w, groups).backward(grad)
+        products.linear(x, w, groups).backward(grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert x.grad is not None and x.grad.isfinite().all()

@@ -59,11 +59,7 @@ def passes(products: Any, recompute: Any = None) -> dict[str, Tensor]:
         ("experts", draw(C, D), draw(E, F, D, dtype=torch.float32), groups),
     ):
         x, w = x.requires_grad_(), w.requires_grad_()
-
-        def forward(x: Tensor, w: Tensor, split: Groups | None = split) -> Tensor:
-            return products.linear(x, w) if split is None else products.grouped_linear(x, w, split)
-
-        y = forward(x, w) if recompute is None else recompute(forward, x, w)
+        y = products.linear(x, w, split) if recompute is None else recompute(products.linear, x, w, split)
         grads = torch.autograd.grad(y, (x, w), draw(*y.shape))
         used = slice(None) if split is None else slice(sum(COUNTS))
         found |= {f"{name} y": y[used].detach(), f"{name} x": grads[0][used], f"{name} w": grads[1]}
@@ -77,8 +73,8 @@ def one_by_one(products: Float8Gemm) -> dict[str, Tensor]:
     return {
         "x": products.input_gradient(grad, w),
         "w": products.weight_gradient(grad, x),
-        "rows": products.grouped_input_gradient(grads, experts, groups)[: sum(COUNTS)],
-        "experts": products.grouped_weight_gradient(grads, rows, groups),
+        "rows": products.input_gradient(grads, experts, groups)[: sum(COUNTS)],
+        "experts": products.weight_gradient(grads, rows, groups),
     }
 
 
@@ -162,7 +158,7 @@ def test_each_operand_follows_the_recipe(recipe, extension):
     name, formats = BEHIND[recipe]
     groups = Groups(torch.tensor(COUNTS))
     x, w = draw(C, D).requires_grad_(), draw(E, F, D, dtype=torch.float32).requires_grad_()
-    y = backend.make(recipe, torch.bfloat16, "a test").grouped_linear(x, w, groups)
+    y = backend.make(recipe, torch.bfloat16, "a test").linear(x, w, groups)
     activation, *weights = extension.quantised()
     extension.calls.clear()
     y.backward(draw(C, F))
@@ -248,7 +244,7 @@ def test_deferred_weight_gradients(recipe, extension):
     products: Any = DeferringProducts(backend.make(recipe, torch.bfloat16, "a test"), total, deferred)  # type: ignore[arg-type]
     wanted = passes(by_emulation(recipe))
     x, w = draw(C, D).requires_grad_(), draw(E, F, D, dtype=torch.float32).requires_grad_()
-    products.grouped_linear(x, w, groups).backward(draw(C, F))
+    products.linear(x, w, groups).backward(draw(C, F))
     assert w.grad is None and not hasattr(total, "gradient")
     deferred.take()()
     agree({"x": x.grad[: sum(COUNTS)], "w": total.gradient}, {"x": wanted["experts x"], "w": wanted["experts w"]})
@@ -260,7 +256,7 @@ def test_no_rows(extension):
         Groups(torch.zeros(E, dtype=torch.int64)),
     )
     x, w = draw(32, D)[:0].requires_grad_(), draw(E, F, D).requires_grad_()
-    y = products.grouped_linear(x, w, groups)
+    y = products.linear(x, w, groups)
     y.sum().backward()
     assert y.shape == (0, F) and not w.grad.any()
 
