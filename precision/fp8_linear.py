@@ -51,6 +51,7 @@ class Arithmetic(Protocol):
     both.
     """
 
+    compute_dtype: torch.dtype
     token_multiple: int
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
@@ -75,9 +76,9 @@ class Arithmetic(Protocol):
 class Float8Gemm:
     """A GEMM backend on top of an FP8 arithmetic. `where` names the module in errors."""
 
-    def __init__(self, arithmetic: Arithmetic, compute_dtype: torch.dtype, where: str) -> None:
-        self.arithmetic, self.compute_dtype, self.where = arithmetic, compute_dtype, where
-        self.token_multiple = arithmetic.token_multiple
+    def __init__(self, arithmetic: Arithmetic, where: str) -> None:
+        self.arithmetic, self.where = arithmetic, where
+        self.compute_dtype, self.token_multiple = arithmetic.compute_dtype, arithmetic.token_multiple
 
     @torch.compiler.disable
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:

@@ -28,7 +28,8 @@ class NativeGemm:
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
         x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
         if groups is None:
-            return _NativeProduct.apply(x, w, None) if cpu_gemm.is_faster(x, w.t()) else F.linear(x, w)
+            by_onednn = cpu_gemm.is_faster(x, x.shape[:-1].numel(), *w.shape)
+            return _NativeProduct.apply(x, w, None) if by_onednn else F.linear(x, w)
         if _loops(x, *w.shape) or cpu_gemm.is_large(w, w.shape):
             return _NativeProduct.apply(x, w, groups)
         return F.grouped_mm(x, w.transpose(1, 2), offs=groups.ends_E)
@@ -68,8 +69,9 @@ def _weight_gradient(grad: Tensor, x: Tensor, groups: Groups | None) -> Tensor:
 
 
 def _loops(like: Tensor, groups: int, *widths: int) -> bool:
-    """Whether F.grouped_mm lacks a kernel for this product or the loop here is faster."""
-    return like.dtype is torch.float64 or cpu_gemm.is_faster_by_group(like, like.shape[0] // max(groups, 1), *widths)
+    """Whether F.grouped_mm, a loop in C++, lacks a kernel for this product or the loop here is faster."""
+    has_rows = len(like) >= 64 * max(groups, 1)  # per group, on average
+    return like.dtype is torch.float64 or (has_rows and cpu_gemm.is_faster(like, *widths))
 
 
 def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
@@ -94,5 +96,4 @@ def _by_columns(a_CM: Tensor, b_CN: Tensor, groups: Groups) -> Tensor:
 
 
 def _parts(x_CN: Tensor, groups: Groups) -> tuple[Tensor, ...]:
-    """Each group's rows."""
     return x_CN[: sum(groups.host)].split(groups.host)

@@ -25,7 +25,7 @@ from precision.config import Recipe
 from precision.fp8_emulated import EmulatedArithmetic
 from precision.fp8_linear import LARGEST_ERROR, Float8Gemm, Operand
 from precision.fp8_tiles import Tiled
-from precision.gemm import GemmBackend, Groups
+from precision.gemm import Groups
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.mxfp8)
 VERSION = "2.20.2"
@@ -118,17 +118,10 @@ class TransformerEngine:
         """`shape`: of the experts' joint result, rows [C, F or D] or matrices [E, F, D]."""
         from transformer_engine.pytorch.cpp_extensions import general_gemm, general_grouped_gemm
 
-        backward, split = layout != "TN", self.split_accumulator[layout]
+        split = self.split_accumulator[layout]
+        options: dict[str, Any] = dict(layout=layout, grad=layout != "TN", use_split_accumulator=split)
         if groups is None:
-            y: Tensor = general_gemm(
-                a.parts[0],
-                b.parts[0],
-                out_dtype=self.compute_dtype,
-                layout=layout,
-                use_split_accumulator=split,
-                grad=backward,
-            )[0]
-            return y
+            return general_gemm(a.parts[0], b.parts[0], out_dtype=self.compute_dtype, **options)[0]
         y = torch.empty(shape, dtype=self.compute_dtype, device=a.parts[0].device)
         is_rows = len(shape) == 2
         general_grouped_gemm(
@@ -137,13 +130,14 @@ class TransformerEngine:
             [y] if is_rows else list(y.unbind(0)),  # the matrix of an expert without rows becomes zero
             [None] * len(a.parts),
             self.compute_dtype,
-            layout=layout,
             m_splits=groups.host,
-            grad=backward,
-            use_split_accumulator=split,
             single_output=is_rows,
+            **options,
         )
         return y
+
+
+arithmetic = TransformerEngine
 
 
 def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
@@ -224,8 +218,8 @@ def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
             wanted = emulation.quantise(tensor, kind, among, True, True)
             yield from _byte_differences(recipe, kind, found, wanted)
     for w, split in weights:
-        ours = _results(Float8Gemm(TransformerEngine(recipe, dtype), dtype, "a trial"), x, w, grad, split)
-        exact = _results(Float8Gemm(emulation, dtype, "a trial"), x, w, grad, split)
+        ours = _results(Float8Gemm(TransformerEngine(recipe, dtype), "a trial"), x, w, grad, split)
+        exact = _results(Float8Gemm(emulation, "a trial"), x, w, grad, split)
         for name, result in ours.items():
             error = float((result.float() - exact[name].float()).norm() / exact[name].float().norm())
             if not error < LARGEST_ERROR:
@@ -276,7 +270,3 @@ def _installed() -> str | None:
         return importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Gemm(TransformerEngine(recipe, compute_dtype), compute_dtype, where)
