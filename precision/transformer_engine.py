@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.errors import one_line
 from precision.config import Recipe
 from precision.fp8_emulated import EmulatedArithmetic
 from precision.fp8_linear import LARGEST_ERROR, Float8Gemm, Operand
@@ -160,7 +161,7 @@ def _installation_problems() -> list[str]:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # without its libraries: RuntimeError, OSError, AssertionError, FileNotFoundError
-        wrong.append(f"Transformer Engine {installed} is installed but does not import ({_one_line(error)}): {INSTALL}")
+        wrong.append(f"Transformer Engine {installed} is installed but does not import ({one_line(error)}): {INSTALL}")
     return wrong
 
 
@@ -186,11 +187,7 @@ def _trial_failure(recipe: Recipe, device: str) -> str | None:
         wrong = next(_differences(recipe, torch.device(device)), None)
         return wrong and f"{version()} computes {wrong} on {device} unlike the emulation: use another recipe"
     except Exception as error:  # any error here would also end the first step
-        return f"{version()} fails on {device} ({_one_line(error)}): use another recipe, CUDA release or cuDNN release"
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{version()} fails on {device} ({one_line(error)}): use another recipe, CUDA release or cuDNN release"
 
 
 def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
