@@ -115,16 +115,10 @@ def test_the_device_is_tried_before_training(monkeypatch):
     assert backend.unavailable(Recipe.blockwise, GPU) == ["its own reason"]
 
 
-def test_its_own_reason_is_reported():
+def test_its_own_reason_is_reported(monkeypatch):
+    reason = "Device compute capability 10.0 or higher required for MXFP8 execution"
     with installed():
-        quantization = sys.modules[f"{TE}.pytorch.quantization"]
-        quantization._MXFP8_SUPPORT = False, "Device compute capability 10.0 or higher required for MXFP8 execution."
-        try:
-            assert backend._unsupported(Recipe.blockwise) is backend._unsupported(Recipe.tensorwise) is None
-            reason = backend._unsupported(Recipe.mxfp8)
-        finally:
-            quantization._MXFP8_SUPPORT = True, ""
-    assert reason == (
-        "Device compute capability 10.0 or higher required for MXFP8 execution "
-        "(precision.recipe=auto selects a supported one)"
-    )
+        monkeypatch.setattr(sys.modules[f"{TE}.pytorch.quantization"], "_MXFP8_SUPPORT", (False, f"{reason}."))
+        found = {recipe: backend._unsupported(recipe) for recipe in backend.RECIPES}
+    assert found.pop(Recipe.mxfp8) == f"{reason} (precision.recipe=auto selects a supported one)"
+    assert set(found.values()) == {None}
