@@ -10,7 +10,6 @@ eight forward passes of a layer were counted where two are needed.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -71,12 +70,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        products, inner, grad = ctx.products, ctx.products.inner, grads[0].contiguous()
+        products, inner, groups, grad = ctx.products, ctx.products.inner, ctx.groups, grads[0].contiguous()
         x, w = ctx.saved_tensors
-        products.deferred.defer(partial(_add_gradient, products.total, inner, grad, x, ctx.groups))
-        return inner.input_gradient(grad, w, ctx.groups).to(x.dtype), None, None, None
 
+        @torch.no_grad()
+        def add_gradient() -> None:
+            products.total.add(inner.weight_gradient(grad, x, groups))
 
-@torch.no_grad()
-def _add_gradient(total: GradientSum, inner: GemmBackend, grad: Tensor, x: Tensor, groups: Groups | None) -> None:
-    total.add(inner.weight_gradient(grad, x, groups))
+        products.deferred.defer(add_gradient)
+        return inner.input_gradient(grad, w, groups).to(x.dtype), None, None, None
