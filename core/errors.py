@@ -71,6 +71,11 @@ def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Se
             raise ConfigError(key, value, "must be positive" if key in positive else "must not be negative")
 
 
+def one_line(error: BaseException, length: int | None = None) -> str:
+    """Return the type of an error and its message (at most `length` characters) without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:length]}"
+
+
 def divisors(number: int) -> list[int]:
     """Return every positive divisor of `number`, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]

@@ -38,12 +38,15 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def files(section: Section, root: Path | None = None) -> list[File]:
+def files(section: Section) -> list[File]:
     """List the files of a section by name. Each topic of pydoc counts as a file."""
     if section is Section.pydoc:
-        return [File(f"pydoc/{name}", text.encode(), f"pydoc/{name}") for name, text in sorted(_topics().items())]
-    root = root or standard_library()
-    found = []
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            return []
+        return [File(f"pydoc/{name}", text.encode(), f"pydoc/{name}") for name, text in sorted(topics.items())]
+    root, found = standard_library(), []
     for path in _python_files(root):
         parts = path.relative_to(root).parts
         is_test = bool(_TEST_FOLDERS & set(parts[:-1])) or parts[-1].startswith("test_")
@@ -68,8 +71,12 @@ def text_of(file: File, section: Section) -> str | None:
     """
     if section is Section.pydoc:
         return file.content.decode()
-    text = _decode(file.content)
-    return _docstrings(text) if text and section is Section.docstrings else text
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(file.content).readline)
+        text = file.content.decode(encoding)
+        return _docstrings(text) if text and section is Section.docstrings else text
+    except (SyntaxError, ValueError, LookupError):
+        return None
 
 
 def without_paragraphs(text: str, unwanted: set[str]) -> str:
@@ -86,30 +93,10 @@ def paragraphs(text: str) -> set[str]:
     return {part for part in found if len(part) >= _SHARED_PARAGRAPH}
 
 
-def _decode(content: bytes) -> str | None:
-    try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-        return content.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError, LookupError):
-        return None
-
-
-def _docstrings(text: str) -> str | None:
-    """Return all docstrings of a file, one after the other."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in the library's own files
-            tree = ast.parse(text)
-    except (SyntaxError, ValueError):
-        return None
+def _docstrings(text: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in the library's own files
+        tree = ast.parse(text)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
     return "\n\n".join(text for text in found if text)
-
-
-def _topics() -> dict[str, str]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        return {}
-    return topics

@@ -92,8 +92,7 @@ class SourceConfig:
         if self.kind is SourceKind.builtin and self.section is None:
             raise ConfigError("section", None, "the built-in corpus needs one", [s.name for s in Section])
         check_options(self.kind, self.options)
-        if self.kind in (SourceKind.files, SourceKind.huggingface) and not self.path:
-            assert isinstance(self.kind, SourceKind)
+        if isinstance(self.kind, SourceKind) and self.kind is not SourceKind.builtin and not self.path:
             raise ConfigError("path", self.path, f"a source of kind {self.kind.name} needs a path")
         if self.kind is not SourceKind.files and self.held_out_path:
             raise ConfigError("held_out_path", self.held_out_path, "works with kind=files only")
@@ -177,14 +176,12 @@ class DataConfig:
         if not self.sources and not self.tokens:
             raise ConfigError("sources", None, "name at least one source, or a directory of tokens (data.tokens)")
         if self.filter is not None and self.tokens is not None:
-            raise ConfigError(
-                "filter", None, "data.tokens are already made: filter the documents before `leviathan tokenize`"
-            )
+            reason = "data.tokens are already made: filter the documents before `leviathan tokenize`"
+            raise ConfigError("filter", None, reason)
         for name in self.sources:
             if not re.fullmatch(r"[\w.-]+", name):
-                raise ConfigError(
-                    f"sources.{name}", None, "a name of a source has letters, digits, '_', '-' and '.' only"
-                )
+                reason = "a name of a source has letters, digits, '_', '-' and '.' only"
+                raise ConfigError(f"sources.{name}", None, reason)
         if not 0 <= self.held_out < 1:
             raise ConfigError("held_out", self.held_out, "must lie in [0, 1)")
         if self.long_documents is not LongDocuments.split and self.limit_tokens is None:
@@ -195,9 +192,8 @@ class DataConfig:
         if self.packing is Packing.best_fit and self.pack_seq_len is None:
             raise ConfigError("pack_seq_len", None, "packing=best_fit needs the length of its sequences")
         if self.packing is Packing.best_fit and self.align is not None:
-            raise ConfigError(
-                "align", self.align, "needs packing=greedy: best_fit starts each sequence with a document", ["null"]
-            )
+            reason = "needs packing=greedy: best_fit starts each sequence with a document"
+            raise ConfigError("align", self.align, reason, ["null"])
 
     def import_paths(self) -> dict[str, str]:
         """Return the import paths of sources, scorers and verifiers by key, relative to `data`."""

@@ -83,8 +83,7 @@ class Corpus:
         return counts.get("cut", 0) / counts["documents"]
 
     def _counts(self, source: str) -> dict[str, int]:
-        counts: dict[str, int] = self.manifest["sources"][source][TRAIN]["counts"]
-        return counts
+        return self.manifest["sources"][source][TRAIN]["counts"]
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Hash this caller's part of the shards. Raises `DataError` with the file and the fix."""
@@ -267,7 +266,6 @@ class _SourceWriter:
             self._write_packed(self.packer.close())
             # the last sequence's last label: it opens a document, so it is ignored
             self.streams[TRAIN].add([self.tokenizer.bos_id])
-            self.index.flush()
         self.index.close()
         if not self.counts[TRAIN]["documents"]:
             raise ConfigError(f"data.sources.{self.source.name}", None, self._why_empty())
@@ -297,7 +295,9 @@ class _SourceWriter:
             return self._write_packed(packed)
         whole_document = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
         stream = self.streams[_split(document)]
-        padding = self._padding(stream.tokens, len(whole_document))
+        # up to a multiple of `align`, unless the document ends before that
+        left = -stream.tokens % self.config.align if self.config.align is not None else 0
+        padding = left if len(whole_document) > left else 0
         begin = stream.tokens + padding
         if (seq_len := self.config.pack_seq_len) is not None:
             counts["cut"] += begin // seq_len != (begin + len(whole_document) - 1) // seq_len
@@ -307,7 +307,6 @@ class _SourceWriter:
         stream.add([self.tokenizer.eos_id] * padding + whole_document)
 
     def _write_packed(self, sequences: Sequence[PackedSequence]) -> None:
-        """Write packed sequences, padded with EOS."""
         stream = self.streams[TRAIN]
         for sequence in sequences:
             for piece in sequence.pieces:
@@ -316,11 +315,6 @@ class _SourceWriter:
                 stream.add(piece.ids)
             stream.add([self.tokenizer.eos_id] * sequence.space)
             self.counts[TRAIN]["padding"] += sequence.space
-
-    def _padding(self, begin: int, length: int) -> int:
-        """Compute the padding before a document: up to a multiple of `align`, unless the document ends before that."""
-        left = -begin % self.config.align if self.config.align is not None else 0
-        return left if length > left else 0
 
     def _limit(self, ids: Any, counts: Counter[str]) -> Any:
         """Return the ids to keep of a document, None to drop it."""
@@ -359,6 +353,7 @@ class DocumentIndex:
             self._rows = []
 
     def close(self) -> None:
+        self.flush()
         if self._writer is not None:
             self._writer.close()
 

@@ -15,7 +15,7 @@ from math import floor
 
 from core.errors import ConfigError
 from data.corpus import TRAIN, Corpus
-from data.loader import Loader, PhaseOffset
+from data.loader import Loader
 
 MANY_EPOCHS = 4
 """Until then repeated tokens are worth nearly as much as new ones (Muennighoff et al. 2023, arXiv 2305.16264)."""
@@ -55,15 +55,13 @@ def make_loaders(
     for phase in phases:
         seq_len = phase.seq_len
         own = taken.setdefault(seq_len, Counter())
-        offset = PhaseOffset(origins.setdefault(seq_len, phase.name), dict(own))
+        origin = origins.setdefault(seq_len, phase.name)
         limits = {
             name: _sequences_left(corpus, name, seq_len, limit, taken)
             for name, limit in max_epochs.items()
             if phase.weights.get(name)
         }
-        loader = Loader(
-            corpus, seq_len, phase.global_batch_size, seed, phase.name, phase.weights, offset=offset, limits=limits
-        )
+        loader = Loader(corpus, seq_len, phase.global_batch_size, seed, phase.name, phase.weights, origin, own, limits)
         if loader.blend.samples is not None and loader.blend.samples < phase.samples:
             raise _used_up(corpus, phase, loader.blend.samples, max_epochs)
         for name, count in loader.blend.counts(phase.samples).items():

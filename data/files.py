@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from core.errors import ConfigError
 from core.files import files_in, files_like, is_local, locate, opened, sha256_file, sha256_text
@@ -33,14 +33,6 @@ class FileFormat(Enum):
     jsonl = "jsonl"
     parquet = "parquet"
     text = "text"
-
-
-class Line(NamedTuple):
-    """A line of a file: its number from 1, the offset of its first byte in the uncompressed file, and its bytes."""
-
-    number: int
-    offset: int
-    content: bytes
 
 
 def file_format(path: Path) -> FileFormat | None:
@@ -74,19 +66,19 @@ def find_files(pattern: str) -> list[tuple[str, Path]]:
     return found
 
 
-def read_bytes(path: Path) -> bytes:
-    with _reading():
-        return path.read_bytes()
+def json_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the lines that are not blank, without line ends and without the file's byte order mark: number from 1,
+    offset of the first byte in the uncompressed file, and bytes.
+    """
+    import pyarrow
 
-
-def json_lines(path: Path) -> Iterator[Line]:
-    """Yield the lines that are not blank, without line ends and without the file's byte order mark."""
-    offset = 0
-    with _reading(), _uncompressed(path) as file:
+    offset, codec = 0, _CODECS.get(path.suffix)
+    with _reading(), path.open("rb") as raw:
+        file: Any = io.BufferedReader(pyarrow.input_stream(raw, codec)) if codec else raw
         for number, line in enumerate(file, start=1):
             mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
             if line[mark:].strip():
-                yield Line(number, offset + mark, line[mark:].rstrip(b"\r\n"))
+                yield number, offset + mark, line[mark:].rstrip(b"\r\n")
             offset += len(line)
 
 
@@ -105,14 +97,10 @@ def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
     """
     match file_format(path):
         case FileFormat.jsonl:
-            for line in json_lines(path):
-                yield line.number, line.content
+            yield from ((number, content) for number, _, content in json_lines(path))
         case FileFormat.parquet:
-            number = 0
             with open_parquet(path) as table:
-                for batch in table.iter_batches(_BATCH_ROWS):
-                    yield from enumerate(batch.to_pylist(), start=number)
-                    number += len(batch)
+                yield from enumerate(row for batch in table.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
         case FileFormat.text:
             with _reading():
                 yield 0, {"text": path.read_bytes().decode(errors=errors)}
@@ -127,7 +115,7 @@ def stream_dataset(name: str, subset: str | None, split: str) -> Iterator[dict[s
     import datasets
 
     folder = Path(name).expanduser()
-    try:
+    with _reading(datasets.exceptions.DatasetsError):
         if not any((folder / file).is_file() for file in _SAVED):
             place = str(folder) if folder.is_dir() else name
             yield from datasets.load_dataset(place, subset, split=split, streaming=True)
@@ -137,8 +125,6 @@ def stream_dataset(name: str, subset: str | None, split: str) -> Iterator[dict[s
         if split not in splits:
             raise ConfigError("split", split, f"{name} was saved without it", sorted(splits))
         yield from splits[split]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UnreadableFile(_first_line(error)) from None
 
 
 def dataset_fingerprint(name: str, subset: str | None, split: str) -> str:
@@ -148,27 +134,10 @@ def dataset_fingerprint(name: str, subset: str | None, split: str) -> str:
 
 
 @contextmanager
-def _uncompressed(path: Path) -> Iterator[Any]:
-    with path.open("rb") as raw:
-        codec = _CODECS.get(path.suffix)
-        if codec is None:
-            yield raw
-        else:
-            import pyarrow
-
-            source: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), codec)
-            yield io.BufferedReader(source)
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
+def _reading(*errors: type[Exception]) -> Iterator[None]:
     import pyarrow
 
     try:
         yield
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise UnreadableFile(_first_line(error)) from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    except (OSError, ValueError, pyarrow.ArrowException, *errors) as error:
+        raise UnreadableFile(next(iter(str(error).splitlines()), type(error).__name__)) from None

@@ -1,4 +1,4 @@
-"""Make batches that are a pure function of (seed, manifest, filter generation, phase, step).
+"""Make batches that are a pure function of (seed, manifest, phase, step).
 
 The world size enters only when a batch is sliced: any number of ranks sees the same global batches, and a resumed run
 needs only its step.
@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from data.corpus import HELD_OUT, TRAIN, Corpus
-from data.sampling import Blend, key_of, permute
+from data.sampling import Blend, SampleRange, key_of, permute
+from data.tokens import TokenStream
 
 IGNORED = -100
 """Label of a position whose next token is of another document or padding."""
@@ -38,40 +39,18 @@ class Batch:
     sources_B: Tensor
 
     def slice(self, start: int, stop: int) -> Batch:
-        return Batch(*(tensor[start:stop] for tensor in self._tensors()))
+        return Batch(*(tensor[start:stop] for tensor in vars(self).values()))
 
     def concat(self, other: Batch) -> Batch:
-        return Batch(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors(), strict=True)))
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.tokens_BT, self.labels_BT, self.positions_BT, self.sources_B
-
-
-@dataclass(frozen=True)
-class PhaseOffset:
-    """Position of each source when a phase begins: so many `sequences` of its order are already used. The order is that
-    of the phase `origin` (None: this phase).
-    """
-
-    origin: str | None = None
-    sequences: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class SequenceRange:
-    """Consecutive samples starting at ordinal `begin`: the source of each, and its sequence in that source's stream."""
-
-    begin: int
-    sources: NDArray[np.int64]
-    sequences: NDArray[np.int64]
+        return Batch(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 class Loader:
     """Batches of one phase. The sequences of a source are permuted again in each of its epochs.
 
-    `weights`: shares of the tokens without padding. `limits`: sequences after which a source is dropped. `offset`: what
-    earlier phases took. Raises `ConfigError` for a source shorter than one sequence, or a corpus packed for another
-    `seq_len`.
+    `weights`: shares of the tokens without padding. `limits`: sequences after which a source is dropped. `taken`: how
+    many sequences earlier phases took of each source, in the order of the phase `origin` (None: this phase). Raises
+    `ConfigError` for a source shorter than one sequence, or a corpus packed for another `seq_len`.
     """
 
     def __init__(
@@ -82,21 +61,21 @@ class Loader:
         seed: int,
         phase: str = "",
         weights: Mapping[str, float] | None = None,
-        generation: int = 0,
-        offset: PhaseOffset | None = None,
+        origin: str | None = None,
+        taken: Mapping[str, int] | None = None,
         limits: Mapping[str, int] | None = None,
     ) -> None:
         weights = dict(weights) if weights is not None else dict.fromkeys(corpus.sources, 1.0)
-        offset = offset or PhaseOffset()
         self.corpus, self.seq_len, self.global_batch_size = corpus, seq_len, global_batch_size
-        self.identity = (seed, corpus.fingerprint, generation, phase if offset.origin is None else offset.origin)
-        key = key_of(seed, corpus.fingerprint, generation, phase, "blend")
+        # 0 is part of the keys of runs that began earlier
+        self.identity = (seed, corpus.fingerprint, 0, phase if origin is None else origin)
+        key = key_of(seed, corpus.fingerprint, 0, phase, "blend")
         self.blend = Blend(_sequence_shares(weights, corpus), key, limits)
         self._streams = [corpus.stream(name, TRAIN) for name in self.blend.names]
         self._in_corpus = np.array([corpus.sources.index(name) for name in self.blend.names], np.int64)
         self._positions, self._bos, self._eos = np.arange(seq_len), corpus.tokenizer.bos_id, corpus.tokenizer.eos_id
-        self._offsets = np.array([offset.sequences.get(name, 0) for name in self.blend.names], np.int64)
-        self._last = SequenceRange(0, self._offsets[:0], self._offsets[:0])
+        self._offsets = np.array([(taken or {}).get(name, 0) for name in self.blend.names], np.int64)
+        self._last = SampleRange(0, self._offsets[:0], self._offsets[:0])
         if corpus.packed_seq_len not in (None, seq_len):
             reason = f"the corpus is packed for sequences of {corpus.packed_seq_len} tokens"
             raise ConfigError("training.seq_len", seq_len, reason, [corpus.packed_seq_len])
@@ -113,10 +92,8 @@ class Loader:
     def samples(self, ordinals: Sequence[int]) -> Batch:
         """Return the samples with these ordinals, counted from the start of the phase."""
         sources, sequences = self.locate(np.asarray(ordinals, np.int64))
-        windows = np.empty((len(ordinals), self.seq_len + 1), np.int64)
-        for window, source, sequence in zip(windows, sources.tolist(), sequences.tolist(), strict=True):
-            self._streams[source].read(sequence * self.seq_len, window)
-        return self._assemble(windows, self._in_corpus[sources])
+        streams = [self._streams[source] for source in sources.tolist()]
+        return self._assemble(streams, sequences.tolist(), self._in_corpus[sources])
 
     def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Find the source of each sample, as an index into `blend.names`, and its sequence in the stream."""
@@ -127,7 +104,7 @@ class Loader:
             here = self._range_around(int(ascending[start]))
             stop = int(np.searchsorted(ascending, here.begin + len(here.sources)))
             places, inside = order[start:stop], ascending[start:stop] - here.begin
-            sources[places], sequences[places] = here.sources[inside], here.sequences[inside]
+            sources[places], sequences[places] = here.sources[inside], here.within[inside]
             start = stop
         return sources, sequences
 
@@ -136,15 +113,13 @@ class Loader:
 
     def held_out(self, source: str, start: int, stop: int) -> Batch:
         """Return sequences [start, stop) of the source's held-out stream, in its order."""
-        stream = self.corpus.stream(source, HELD_OUT)
-        windows = np.empty((stop - start, self.seq_len + 1), np.int64)
-        for sequence, window in enumerate(windows, start):
-            stream.read(sequence * self.seq_len, window)
-        return self._assemble(windows, np.full(stop - start, self.corpus.sources.index(source)))
+        streams = [self.corpus.stream(source, HELD_OUT)] * (stop - start)
+        return self._assemble(streams, range(start, stop), np.full(stop - start, self.corpus.sources.index(source)))
 
-    def _range_around(self, ordinal: int) -> SequenceRange:
-        """Locate a sample and its neighbours. The last result is cached, because steps follow each other. The local
-        value is returned, since another thread may replace the cached one.
+    def _range_around(self, ordinal: int) -> SampleRange:
+        """Locate a sample and its neighbours; `within` is the sequence in the source's stream. The last result is
+        cached, because steps follow each other. The local value is returned, since another thread may replace the
+        cached one.
         """
         last = self._last
         if not last.begin <= ordinal < last.begin + len(last.sources):
@@ -153,7 +128,7 @@ class Loader:
             for source in np.unique(here.sources):
                 own = here.sources == source
                 sequences[own] = self._shuffled(int(source), sequences[own])
-            last = self._last = SequenceRange(here.begin, here.sources, sequences)
+            last = self._last = replace(here, within=sequences)
         return last
 
     def _shuffled(self, source: int, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -166,7 +141,10 @@ class Loader:
             sequences[here] = permute(sequences[here], count, key)
         return sequences
 
-    def _assemble(self, windows: NDArray[np.int64], sources: NDArray[np.int64]) -> Batch:
+    def _assemble(self, streams: Sequence[TokenStream], sequences: Sequence[int], sources: NDArray[np.int64]) -> Batch:
+        windows = np.empty((len(streams), self.seq_len + 1), np.int64)
+        for window, stream, sequence in zip(windows, streams, sequences, strict=True):
+            stream.read(sequence * self.seq_len, window)
         tokens, labels = windows[:, :-1], windows[:, 1:].copy()
         positions = np.empty_like(labels)
         positions[:] = self._positions

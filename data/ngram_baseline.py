@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.loader import Batch
+
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _MERGE_EVERY = 1 << 22
-
-
-class _Labelled(Protocol):
-    tokens_BT: Any
-    labels_BT: Any
 
 
 class NgramBaseline:
@@ -27,16 +24,13 @@ class NgramBaseline:
         self._codes = np.empty(0, np.int64)
         self._counts = np.empty(0, np.int64)
         self._pending: list[NDArray[np.int64]] = []
-        self._pending_size = 0
 
     def add(self, tokens_BT: Any, labels_BT: Any) -> None:
-        codes = self._encode(tokens_BT, labels_BT)
-        self._pending.append(codes)
-        self._pending_size += len(codes)
-        if self._pending_size > _MERGE_EVERY:
+        self._pending.append(self._encode(tokens_BT, labels_BT))
+        if sum(map(len, self._pending)) > _MERGE_EVERY:
             self._merge()
 
-    def evaluate(self, held_out: Mapping[str, Iterable[_Labelled]], weights: Mapping[str, float]) -> dict[str, Any]:
+    def evaluate(self, held_out: Mapping[str, Iterable[Batch]], weights: Mapping[str, float]) -> dict[str, Any]:
         """Return both models' loss at the best constant of `GRID`: nats per token, mean over sources by weight.
 
         Unigram: (c(b) + k) / (N + kV). Bigram, smoothed towards the unigram: (c(a, b) + k p(b)) / (c(a) + k).
@@ -53,18 +47,14 @@ class NgramBaseline:
             return float(sum(weights[name] * loss(found).mean() for name, found in codes.items()) / total)
 
         unigram = {k: mean(lambda c, k=k: -np.log(self._unigram(singles, k)[c % self.vocab_size])) for k in GRID}
-        best = min(unigram, key=unigram.__getitem__)
-        p = self._unigram(singles, best)
+        p = self._unigram(singles, min(unigram, key=unigram.__getitem__))
         bigram = {k: mean(lambda c, k=k: self._bigram(c, firsts, p, k)) for k in GRID}
-        best_bigram = min(bigram, key=bigram.__getitem__)
-        return {
-            "unigram_loss": unigram[best],
-            "unigram_constant": best,
-            "unigram_grid": {str(k): v for k, v in unigram.items()},
-            "bigram_loss": bigram[best_bigram],
-            "bigram_constant": best_bigram,
-            "bigram_grid": {str(k): v for k, v in bigram.items()},
-        }
+        found: dict[str, Any] = {}
+        for name, losses in (("unigram", unigram), ("bigram", bigram)):
+            best = min(losses, key=losses.__getitem__)
+            grid = {str(k): loss for k, loss in losses.items()}
+            found |= {f"{name}_loss": losses[best], f"{name}_constant": best, f"{name}_grid": grid}
+        return found
 
     def _unigram(self, singles: NDArray[Any], k: float) -> NDArray[np.float64]:
         return (singles + k) / (singles.sum() + k * self.vocab_size)
@@ -81,12 +71,8 @@ class NgramBaseline:
         return tokens[counted].astype(np.int64) * self.vocab_size + labels[counted].astype(np.int64)
 
     def _merge(self) -> None:
-        """Merge the pending codes into the sorted counts."""
-        if not self._pending:
-            return
-        codes, counts = np.unique(np.concatenate(self._pending), return_counts=True)
-        joined = np.concatenate([self._codes, codes])
-        weights = np.concatenate([self._counts, counts])
-        self._codes, places = np.unique(joined, return_inverse=True)
-        self._counts = np.bincount(places, weights).astype(np.int64)
-        self._pending, self._pending_size = [], 0
+        if self._pending:
+            codes, counts = np.unique(np.concatenate(self._pending), return_counts=True)
+            self._codes, places = np.unique(np.concatenate([self._codes, codes]), return_inverse=True)
+            self._counts = np.bincount(places, np.concatenate([self._counts, counts])).astype(np.int64)
+            self._pending = []

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -184,16 +184,11 @@ def _until_used_up(shares: BlockShares, left: Sequence[int | None]) -> list[int]
     if not limits:
         return None
 
-    def fits(blocks: int) -> bool:
+    def exceeds(blocks: int) -> bool:
         counts = shares.counts(blocks)
-        return all(counts[i] <= limit for i, limit in limits)
+        return any(counts[i] > limit for i, limit in limits)
 
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    low = bisect_left(range(1 << 62), True, key=exceeds) - 1
     source, within = shares.at(low)
     stop = min(int(np.argmax(over)) for i, n in limits if (over := (source == i) & (within >= n)).any())
     counts = np.bincount(source[:stop], minlength=len(left))

@@ -22,7 +22,6 @@ from data.files import (
     find_files,
     json_lines,
     open_parquet,
-    read_bytes,
     stream_dataset,
 )
 from data.sampling import key_of
@@ -168,30 +167,29 @@ class FileSource:
                     case FileFormat.parquet:
                         yield from self._from_parquet(path)
                     case FileFormat.text | None:
-                        yield self._decode(read_bytes(path), str(path))
-            except UnreadableFile as error:
+                        yield self._decode(path.read_bytes(), str(path))
+            except (OSError, UnreadableFile) as error:
                 raise self._error("path", str(path), f"cannot be read: {error}") from None
 
     def _from_parquet(self, path: Path) -> Iterator[str | None]:
         import pyarrow
 
         types = pyarrow.types
-        row = 0
         with open_parquet(path) as table:
             column = self._column(table.schema_arrow.names, str(path))
             kind = table.schema_arrow.field(column).type
             is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
             if not any(check(kind) for check in is_text):
-                raise self._not_text(f"{path} holds {kind}")
-            for batch in table.iter_batches(columns=[column]):
-                for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    yield self._decode(content or b"", f"{path}, row {row}")
-                    row += 1
+                raise self._error("text_key", self.config.text_key, f"{path} holds {kind} there, not text")
+            batches = table.iter_batches(columns=[column])
+            contents = (one for batch in batches for one in batch.column(0).cast(pyarrow.large_binary()).to_pylist())
+            for row, content in enumerate(contents):
+                yield self._decode(content or b"", f"{path}, row {row}")
 
     def _from_jsonl(self, path: Path) -> Iterator[str | None]:
-        for line in json_lines(path):
-            decoded = self._decode(line.content, str(path), line.offset)
-            yield None if decoded is None else self._from_json(decoded, f"{path}:{line.number}")
+        for number, offset, content in json_lines(path):
+            decoded = self._decode(content, str(path), offset)
+            yield None if decoded is None else self._from_json(decoded, f"{path}:{number}")
 
     def _from_json(self, line: str, where: str) -> str | None:
         try:
@@ -202,7 +200,8 @@ class FileSource:
             raise self._error("path", where, 'is not a JSON object such as {"text": "..."}')
         text = record[self._column(list(record), where)]
         if not isinstance(text, str | None):
-            raise self._not_text(f"{where} holds a {type(text).__name__}")
+            reason = f"{where} holds a {type(text).__name__} there, not text"
+            raise self._error("text_key", self.config.text_key, reason)
         # JSON may escape half of a surrogate pair, which is not text either
         return self._decode((text or "").encode(errors="surrogatepass"), where)
 
@@ -224,9 +223,6 @@ class FileSource:
                     advice = ["data.undecodable=drop", "data.undecodable=replace"]
                     reason = f"byte {offset + error.start} is not UTF-8"
                     raise self._error("path", where, reason, advice) from None
-
-    def _not_text(self, what: str) -> ConfigError:
-        return self._error("text_key", self.config.text_key, f"{what} there, not text")
 
     def _error(self, key: str, value: str, reason: str, advice: Sequence[str] = ()) -> ConfigError:
         return ConfigError(f"data.sources.{self.name}.{key}", value, reason, advice)

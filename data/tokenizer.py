@@ -59,7 +59,7 @@ class JsonTokenizer:
         self._library.no_truncation()  # some files ask for it, and text would be lost silently
         self._library.no_padding()
         self._library.post_processor = None  # the corpus writer adds BOS and EOS
-        self._path, self._bos, self._eos = path, bos, eos
+        self._path, self.bos, self.eos = path, bos, eos
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = (self._id(token, key) for token, key in ((bos, "bos"), (eos, "eos")))
         self.fingerprint = sha256_text("json", sha256_file(path), bos, eos)
@@ -90,14 +90,10 @@ class JsonTokenizer:
 
     def save(self, directory: Path) -> None:
         shutil.copyfile(self._path, directory / "tokenizer.json")
-        write_json(directory / _DESCRIPTION, {"kind": "tokenizer_json", "bos": self._bos, "eos": self._eos})
+        write_json(directory / _DESCRIPTION, {"kind": "tokenizer_json", "bos": self.bos, "eos": self.eos})
 
     def content(self) -> dict[str, Any]:
         return json.loads(self._path.read_text())
-
-    def decode_special(self, index: int) -> str:
-        """Return a token as the vocabulary writes it."""
-        return str(self._library.id_to_token(index))
 
     def _id(self, token: str, key: str) -> int:
         found = self._library.token_to_id(token)
@@ -137,20 +133,17 @@ class TiktokenTokenizer:
         return [[token for _ in parts for token in next(flat)] for parts in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
-        known = [i for i in ids if i < len(self._ranks)]
-        return self._library.decode(known)
+        return self._library.decode([i for i in ids if i < len(self._ranks)])
 
     def token_bytes(self) -> NDArray[np.int64]:
         sizes = np.zeros(self.vocab_size, np.int64)
-        for token, rank in self._ranks.items():
-            sizes[rank] = len(token)
+        sizes[list(self._ranks.values())] = [len(token) for token in self._ranks]
         return sizes
 
     def save(self, directory: Path) -> None:
         shutil.copyfile(self._path, directory / "tokenizer.model")
-        config = self._config
-        description = {"kind": "tiktoken", "pattern": config.pattern, "special_tokens": config.special_tokens}
-        write_json(directory / _DESCRIPTION, {**description, "bos": config.bos, "eos": config.eos})
+        settings = {key: getattr(self._config, key) for key in ("pattern", "special_tokens", "bos", "eos")}
+        write_json(directory / _DESCRIPTION, {"kind": "tiktoken", **settings})
 
 
 def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
@@ -159,16 +152,12 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, in
     """
     if not isinstance(tokenizer, JsonTokenizer):
         raise ConfigError("data.tokenizer.kind", "tiktoken", "transformers needs a tokenizer.json; export without it")
-    content = tokenizer.content()
-    bos, eos = tokenizer.decode_special(tokenizer.bos_id), tokenizer.decode_special(tokenizer.eos_id)
+    content, bos, eos = tokenizer.content(), tokenizer.bos, tokenizer.eos
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     content["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [
-            {"SpecialToken": {"id": bos, "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"Sequence": {"id": "B", "type_id": 1}},
-        ],
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
     }
     write_json(directory / "tokenizer.json", content)

@@ -53,6 +53,5 @@ class HparamConfig:
         if not 0.5 <= self.alpha <= 1:
             raise ConfigError("alpha", self.alpha, "must lie between 0.5 and 1", [0.5, 1])
         if self.tau is not None and self.rules is Parametrization.standard:
-            raise ConfigError(
-                "tau", self.tau, "has no effect with hparam.rules=standard, which keeps weight decay; remove it"
-            )
+            reason = "has no effect with hparam.rules=standard, which keeps weight decay; remove it"
+            raise ConfigError("tau", self.tau, reason)

@@ -7,8 +7,10 @@ averaged over seeds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,11 +41,10 @@ class AxisResult:
     factors: list[int]
     values: dict[str, dict[str, list[float]]]
     initial: dict[str, dict[str, list[float]]]
-    slopes: dict[str, dict[str, float]] = field(default_factory=dict, init=False)
 
-    def __post_init__(self) -> None:
-        for name, by in self.values.items():
-            self.slopes[name] = {quantity: slope(self.factors, series) for quantity, series in by.items()}
+    @cached_property
+    def slopes(self) -> dict[str, dict[str, float]]:
+        return {name: {q: slope(self.factors, found) for q, found in by.items()} for name, by in self.values.items()}
 
     def failures(self) -> list[str]:
         """Slopes beyond their limits, and a control whose slopes are too small to trust the check."""
@@ -56,10 +57,8 @@ class AxisResult:
         least = CONTROLS.get(self.axis)
         if least is not None and not max(abs(control[name]) for name in limits) >= least:
             steepest = max((control[name] for name in limits), key=abs)
-            advice = "take a larger learning rate or a wider range of sizes"
-            found.append(
-                f"{self.axis.value}: inconclusive, the largest slope of standard rules is {steepest:+.3f}; {advice}"
-            )
+            reason = f"inconclusive, the largest slope of standard rules is {steepest:+.3f}"
+            found.append(f"{self.axis.value}: {reason}; take a larger learning rate or a wider range of sizes")
         return found
 
     def plain(self) -> dict[str, Any]:
@@ -85,18 +84,16 @@ def slope(factors: Sequence[int], values: Sequence[float]) -> float:
 def check_axis(
     measure: Measure, axis: SizeAxis, factors: Sequence[int], seeds: int, progress: Callable[[str], None]
 ) -> AxisResult:
-    values: dict[str, dict[str, list[float]]] = {}
-    initial: dict[str, dict[str, list[float]]] = {}
+    means: dict[str, Any] = {key: {rules.value: {} for rules in Parametrization} for key in ("change", "initial")}
     for rules in Parametrization:
         for factor in factors:
             found = [measure(axis, factor, seed, rules) for seed in range(seeds)]
-            for into, key in ((values, "change"), (initial, "initial")):
-                for quantity in found[0]:
-                    series = into.setdefault(rules.value, {}).setdefault(quantity, [])
-                    series.append(_geometric_mean([one[quantity][key] for one in found]))
-            residual = values[rules.value]["residual"][-1]
+            for key, quantity in itertools.product(means, found[0]):
+                mean = _geometric_mean([one[quantity][key] for one in found])
+                means[key][rules.value].setdefault(quantity, []).append(mean)
+            residual = means["change"][rules.value]["residual"][-1]
             progress(f"{axis.value} x{factor} {rules.value}: the residual stream changes by {residual:.4g}")
-    return AxisResult(axis, list(factors), values, initial)
+    return AxisResult(axis, list(factors), means["change"], means["initial"])
 
 
 def _geometric_mean(values: Sequence[float]) -> float:

@@ -110,11 +110,9 @@ def curve(name: str, losses: Losses, scale: Scale | None = None) -> Curve:
     """Make a curve. Raises `ConfigError` for missing seeds, which could not be paired, and for too few rates."""
     rates = sorted(losses)
     seeds = sorted({seed for by in losses.values() for seed in by})
-    for rate in rates:
-        missing = [seed for seed in seeds if seed not in losses[rate]]
-        if missing:
-            reason = f"{name} lacks seed {missing[0]} at {rate:g}: let the sweep finish"
-            raise ConfigError("sweep.seeds", None, reason)
+    for rate, seed in itertools.product(rates, seeds):
+        if seed not in losses[rate]:
+            raise ConfigError("sweep.seeds", None, f"{name} lacks seed {seed} at {rate:g}: let the sweep finish")
     if len(rates) < 3:
         raise ConfigError("sweep.lr", None, f"{name} has {len(rates)} learning rates; a minimum needs three")
     table = np.array([[losses[rate][seed] for seed in seeds] for rate in rates])

@@ -13,6 +13,7 @@ A rule is a product of ratios target / base, each to a power; `a` is the depth e
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -110,13 +111,8 @@ def monomial(text: str) -> Monomial:
 
 
 def _power(word: str) -> Power:
-    size, _, exponent = word.partition("^")
-    depth = 0
-    for sign, factor in (("-a", -1), ("a", 1)):
-        if exponent.startswith(sign):
-            depth, exponent = factor, exponent.removeprefix(sign) or "0"
-            break
-    return Power(size, float(Fraction(exponent)), depth)
+    [(size, depth, constant)] = re.findall(r"(\w+)\^(-?a)?(.*)", word)
+    return Power(size, float(Fraction(constant or "0")), {"a": 1, "-a": -1, "": 0}[depth])
 
 
 def value(powers: Monomial, ratios: Mapping[str, float], alpha: float) -> float:

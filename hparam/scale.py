@@ -71,9 +71,8 @@ def kind_of(model: ModelConfig) -> dict[str, str]:
         "tied": str(model.tie_embeddings).lower(),
     }
     if model.has_experts:
-        router = model.router
-        found |= {"score": router.score.value, "norm_topk_prob": str(router.norm_topk_prob).lower()}
-        found["weights_on"] = router.weights_on.value
+        found |= {"score": model.router.score.value, "norm_topk_prob": str(model.router.norm_topk_prob).lower()}
+        found["weights_on"] = model.router.weights_on.value
     return found
 
 
@@ -120,8 +119,6 @@ def check_registry(infos: Mapping[str, ParameterInfo], scale: Scale) -> None:
         if info.role not in SPANS:
             raise TypeError(f"{info.name}: hparam.scale.SPANS lacks the role {info.role.name}")
         out, into = SPANS[info.role]
-        expected = (info.shape[-2] if out is None else sizes[out], sizes[into])
-        if tuple(info.shape[-2:]) != expected:
-            raise TypeError(
-                f"{info.name} is {tuple(info.shape[-2:])}, but its role {info.role.name} requires {expected}"
-            )
+        found, expected = tuple(info.shape[-2:]), (info.shape[-2] if out is None else sizes[out], sizes[into])
+        if found != expected:
+            raise TypeError(f"{info.name} is {found}, but its role {info.role.name} requires {expected}")

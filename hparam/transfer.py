@@ -61,13 +61,9 @@ class Resolved:
     @property
     def digest(self) -> str:
         """Digest of all values and the version of the rules."""
-        roles = {role.name: asdict(values) for role, values in sorted(self.roles.items(), key=lambda one: one[0].name)}
-        content = {
-            "version": rules.VERSION,
-            "roles": roles,
-            "beta2": self.beta2,
-            "multipliers": asdict(self.multipliers),
-        }
+        roles = {role.name: asdict(values) for role, values in self.roles.items()}
+        content = {"version": rules.VERSION, "roles": roles, "beta2": self.beta2}
+        content["multipliers"] = asdict(self.multipliers)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -128,9 +124,8 @@ def _rounded(number: float) -> float:
 
 def _check(config: HparamConfig, base: Scale, target: Scale, found: BaseHyperparameters) -> None:
     if config.tau is not None and not any(found.weight_decay.values()):
-        raise ConfigError(
-            "hparam.tau", config.tau, "the base has no weight decay: set optimizer.weight_decay, or remove tau"
-        )
+        reason = "the base has no weight decay: set optimizer.weight_decay, or remove tau"
+        raise ConfigError("hparam.tau", config.tau, reason)
     if found.tied and config.head is HeadForm.absorbed and config.rules is Parametrization.metap:
         reason = "tied embeddings share one matrix, which cannot be initialised as a head"
         raise ConfigError("hparam.head", config.head, reason, [HeadForm.multiplier.value])

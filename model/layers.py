@@ -44,7 +44,7 @@ class GroupedLinear(_Projection):
         super().__init__((experts, out_size, in_size), role, gemms)
 
     def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
-        return self.gemm.grouped_linear(x_CD, self.weight, groups)
+        return self.gemm.linear(x_CD, self.weight, groups)
 
 
 class GroupedGateUp(_Projection):
@@ -59,7 +59,7 @@ class GroupedGateUp(_Projection):
 
     def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
         """Gate and up side by side: [C, 2 * F]."""
-        return self.gemm.grouped_linear(x_CD, self.weight.flatten(1, 2), groups)
+        return self.gemm.linear(x_CD, self.weight.flatten(1, 2), groups)
 
 
 class Embedding(nn.Module):

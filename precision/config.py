@@ -142,8 +142,7 @@ class PrecisionConfig:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.compute.value)
-        return dtype
+        return getattr(torch, self.compute.value)
 
     @property
     def master_dtype(self) -> torch.dtype:

@@ -19,23 +19,13 @@ PRODUCTS: frozenset[Any] = frozenset() if _ONEDNN is None else frozenset({_ONEDN
 _LARGE_BYTES = 32 << 20
 
 
-def is_faster(a: Tensor, b_KN: Tensor) -> bool:
-    """Whether `multiply` is faster than PyTorch for these operands. Always false while compiling.
+def is_faster(a: Tensor, *sizes: int) -> bool:
+    """Whether the products here are faster than PyTorch's for operands like `a` of these sizes. Always false while
+    compiling.
 
     Sizes must be multiples of 64: oneDNN caches about 0.2 MB per shape, which fragments the heap (measured: 2,000
     shapes, 2 GB). Training has few shapes; token-by-token generation would have thousands.
     """
-    return _is_faster(a, a.shape[:-1].numel(), *b_KN.shape)
-
-
-def is_faster_by_group(a: Tensor, rows: int, *widths: int) -> bool:
-    """Whether `multiply_rows` and `multiply_columns` beat PyTorch's grouped product, a loop in C++, at `rows` rows per
-    group on average.
-    """
-    return rows >= 64 and _is_faster(a, *widths)
-
-
-def _is_faster(a: Tensor, *sizes: int) -> bool:
     if a.device.type != "cpu" or a.dtype is not torch.float32 or torch.compiler.is_compiling():
         return False
     return _ONEDNN is not None and torch.backends.mkl.is_available() and all(n and n % 64 == 0 for n in sizes)
@@ -43,7 +33,7 @@ def _is_faster(a: Tensor, *sizes: int) -> bool:
 
 def multiply(a: Tensor, b_KN: Tensor) -> Tensor:
     """a @ b with the leading dimensions of `a`. Not differentiable."""
-    if not is_faster(a, b_KN):
+    if not is_faster(a, a.shape[:-1].numel(), *b_KN.shape):
         return a @ b_KN
     # as in torch.matmul: FSDP2 warns about outputs that are views
     return torch.ops.aten._unsafe_view(_by_onednn(a.flatten(0, -2), b_KN), [*a.shape[:-1], b_KN.shape[1]])
@@ -70,7 +60,7 @@ def multiply_columns(a_KM: Tensor, b_KN: Tensor, y_MN: Tensor) -> None:
 def _main_part(a: Tensor, widths: torch.Size) -> int:
     """Rows of `a` for oneDNN: only eight different numbers per doubling, for its cache (see `is_faster`)."""
     rows = len(a)
-    return rows - rows % max(16, 1 << max(rows.bit_length() - 4, 0)) if _is_faster(a, *widths) else 0
+    return rows - rows % max(16, 1 << max(rows.bit_length() - 4, 0)) if is_faster(a, *widths) else 0
 
 
 def _by_onednn(a_MK: Tensor, b_KN: Tensor) -> Tensor:
@@ -78,8 +68,7 @@ def _by_onednn(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     time there. Only an operator made for Inductor reaches it.
     """
     assert _ONEDNN is not None
-    y: Tensor = _ONEDNN(a_MK, b_KN.t(), None, "none", [], "")
-    return y
+    return _ONEDNN(a_MK, b_KN.t(), None, "none", [], "")
 
 
 def is_large(like: Tensor, shape: tuple[int, ...]) -> bool:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from precision.config import Recipe
-from precision.fp8_linear import Float8Gemm
 from precision.fp8_tiles import QuantisedRows, TiledArithmetic
-from precision.gemm import GemmBackend, at_least_float32
+from precision.gemm import at_least_float32
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8)
 
@@ -26,13 +25,12 @@ class EmulatedArithmetic(TiledArithmetic):
         return (a.dequantise(wide) @ b.dequantise(wide).t()).to(self.compute_dtype)
 
 
+arithmetic = EmulatedArithmetic
+
+
 def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
     return []
 
 
 def version() -> str:
     return "emulation"
-
-
-def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Gemm(EmulatedArithmetic(recipe, compute_dtype), compute_dtype, where)

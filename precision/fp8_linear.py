@@ -3,8 +3,6 @@
 Each of a layer's three GEMMs (forward, input gradient, weight gradient) quantises its operands along its contraction
 dimension. A library quantises and multiplies (`Arithmetic`). The backward pass keeps an activation only in quantised
 form, for the weight's gradient.
-
-Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
 
 from __future__ import annotations
@@ -53,6 +51,7 @@ class Arithmetic(Protocol):
     both.
     """
 
+    compute_dtype: torch.dtype
     token_multiple: int
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
@@ -77,34 +76,23 @@ class Arithmetic(Protocol):
 class Float8Gemm:
     """A GEMM backend on top of an FP8 arithmetic. `where` names the module in errors."""
 
-    def __init__(self, arithmetic: Arithmetic, compute_dtype: torch.dtype, where: str) -> None:
-        self.arithmetic, self.compute_dtype, self.where = arithmetic, compute_dtype, where
-        self.token_multiple = arithmetic.token_multiple
+    def __init__(self, arithmetic: Arithmetic, where: str) -> None:
+        self.arithmetic, self.where = arithmetic, where
+        self.compute_dtype, self.token_multiple = arithmetic.compute_dtype, arithmetic.token_multiple
 
     @torch.compiler.disable
-    def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
-        y: Tensor = _Fp8Product.apply(self._padded(x_TD), w_FD, None, self, torch.is_grad_enabled())
-        return _like_rows(y, x_TD)
+    def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
+        y: Tensor = _Fp8Product.apply(self._padded(x, groups), w, groups, self, torch.is_grad_enabled())
+        return _like_rows(y, x, groups)
 
-    @torch.compiler.disable
-    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        y: Tensor = _Fp8Product.apply(x_CD, w_EFD, groups, self, torch.is_grad_enabled())
-        return y
+    def input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
+        gradient = self.quantise(self._padded(grad, groups), Operand.gradient, groups, True, False)
+        weight = self.quantise(w, Operand.weight, None, False, True)
+        return _like_rows(self.arithmetic.input_gradient(gradient, weight, groups), grad, groups)
 
-    def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
-        return _like_rows(self.grouped_input_gradient(self._padded(grad_TF), w_FD, None), grad_TF)
-
-    def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
-        return self.grouped_weight_gradient(self._padded(grad_TF), self._padded(x_TD), None)
-
-    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups | None) -> Tensor:
-        gradient = self.quantise(grad_CF, Operand.gradient, groups, True, False)
-        weight = self.quantise(w_EFD, Operand.weight, None, False, True)
-        return self.arithmetic.input_gradient(gradient, weight, groups)
-
-    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups | None) -> Tensor:
-        gradient = self.quantise(grad_CF, Operand.gradient, groups, False, True)
-        activation = self.quantise(x_CD, Operand.activation, groups, False, True)
+    def weight_gradient(self, grad: Tensor, x: Tensor, groups: Groups | None = None) -> Tensor:
+        gradient = self.quantise(self._padded(grad, groups), Operand.gradient, groups, False, True)
+        activation = self.quantise(self._padded(x, groups), Operand.activation, groups, False, True)
         return self.arithmetic.weight_gradient(gradient, activation, groups)
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
@@ -116,15 +104,19 @@ class Float8Gemm:
             advice = "no FP8 scale can represent them: lower the learning rate, or use precision.backend=native"
             raise NotFinite(f"{self.where}: the {operand.value} has inf or NaN, and {advice}") from None
 
-    def _padded(self, x: Tensor) -> Tensor:
-        """Rows of `x`, zero-padded to the multiple that the arithmetic needs."""
+    def _padded(self, x: Tensor, groups: Groups | None) -> Tensor:
+        """Rows of `x`, zero-padded to the multiple that the arithmetic needs; those of experts come padded."""
+        if groups is not None:
+            return x
         flat = x.flatten(0, -2)
         missing = -len(flat) % self.token_multiple
         return F.pad(flat, (0, 0, 0, missing)) if missing else flat
 
 
-def _like_rows(y: Tensor, x: Tensor) -> Tensor:
-    """`y` without padding and with the leading dimensions of `x`."""
+def _like_rows(y: Tensor, x: Tensor, groups: Groups | None) -> Tensor:
+    """`y` without padding and with the leading dimensions of `x`; as it is for experts."""
+    if groups is not None:
+        return y
     leading = x.shape[:-1]
     return y[: leading.numel()].unflatten(0, leading)
 

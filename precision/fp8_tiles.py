@@ -8,7 +8,7 @@ Shapes: R rows, K contracted elements, N rows of the other operand; tiles have r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,11 +49,10 @@ class Tiling:
         """
         if self.exponents:
             return _microscaling(amax * torch.tensor(1 / self.largest, dtype=torch.float32))
-        scale = (self.largest / amax).clamp(max=torch.finfo(torch.float32).max)
-        scale = torch.where(amax > 0, scale, 1.0).where(torch.isfinite(amax), torch.nan)
+        scale = torch.where(amax > 0, (self.largest / amax).clamp(max=torch.finfo(torch.float32).max), 1.0)
         if self.powers_of_two:
-            scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # turns NaN into inf
-            scale = scale.where(torch.isfinite(amax), torch.nan)
+            scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
+        scale = scale.where(torch.isfinite(amax), torch.nan)
         return scale, 1 / scale
 
 
@@ -168,19 +167,25 @@ class TiledArithmetic:
         raise NotImplementedError
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Tiled:
+        def quantised(whole: Tensor, split: Callable[[Tensor], Sequence[Tensor]]) -> tuple[QuantisedRows, ...]:
+            """Quantise at once what is split afterwards: no two parts share a scale."""
+            found = quantise(whole, how, self.checks_on_gpu)
+            pairs = zip(split(found.data), split(found.inverse_scale), strict=True)
+            return tuple(QuantisedRows(data, scale, how) for data, scale in pairs)
+
         how = tiling(self.recipe, operand)
         if groups is None:
-            along = _matrices(x, how, self.checks_on_gpu) if rows else ()
-            return Tiled(len(x), along, _matrices(x.mT, how, self.checks_on_gpu) if columns else ())
-        parts = x[: sum(groups.host)].split(groups.host)
-        found = Tiled(len(x))
-        if rows and how.rows == 1:
-            found = replace(found, rows=_row_by_row(x[: sum(groups.host)], how, groups, self.checks_on_gpu))
-        elif rows:
-            found = replace(found, rows=tuple(quantise(part, how, self.checks_on_gpu) for part in parts))
-        if columns:
-            found = replace(found, columns=tuple(quantise(part.mT, how, self.checks_on_gpu) for part in parts))
-        return found
+            stack = x if x.dim() == 3 else x[None]
+            along = quantised(stack, torch.unbind) if rows else ()
+            return Tiled(len(x), along, quantised(stack.mT, torch.unbind) if columns else ())
+        used = x[: sum(groups.host)]
+        parts = used.split(groups.host)
+        if how.rows == 1:
+            along = quantised(used, lambda tensor: tensor.split(groups.host)) if rows else ()
+        else:
+            along = tuple(quantise(part, how, self.checks_on_gpu) for part in parts) if rows else ()
+        across = tuple(quantise(part.mT, how, self.checks_on_gpu) for part in parts) if columns else ()
+        return Tiled(len(x), along, across)
 
     def forward(self, x: Tiled, w: Tiled, groups: Groups | None) -> Tensor:
         return self._row_products(x, w.rows, groups)
@@ -204,18 +209,3 @@ class TiledArithmetic:
         if not (count and length and other):
             return a.data.new_zeros(count, other, dtype=self.compute_dtype)
         return self.multiply(a, b)
-
-
-def _matrices(x: Tensor, how: Tiling, checks_on_gpu: bool) -> tuple[QuantisedRows, ...]:
-    """Quantise one matrix, or each matrix of a stack."""
-    whole = quantise(x, how, checks_on_gpu)
-    if x.dim() == 2:
-        return (whole,)
-    return tuple(QuantisedRows(data, scale, how) for data, scale in zip(whole.data, whole.inverse_scale, strict=True))
-
-
-def _row_by_row(x: Tensor, how: Tiling, groups: Groups, checks_on_gpu: bool) -> tuple[QuantisedRows, ...]:
-    """Quantise all rows at once, then split by expert; no two rows share a scale."""
-    whole = quantise(x, how, checks_on_gpu)
-    data, scale = (tensor.split(groups.host) for tensor in (whole.data, whole.inverse_scale))
-    return tuple(QuantisedRows(d, s, how) for d, s in zip(data, scale, strict=True))

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from precision.config import Recipe
-from precision.fp8_linear import LARGEST_ERROR, Float8Gemm, Operand
+from precision.fp8_linear import LARGEST_ERROR, Operand
 from precision.fp8_tiles import QuantisedRows, TiledArithmetic, quantise, tiling
-from precision.gemm import GemmBackend
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise)
 
@@ -27,8 +26,7 @@ class TorchFloat8(TiledArithmetic):
         b_scale, b_kind = _scale(b)
         product: Any = F.scaled_mm  # type: ignore[attr-defined]
         kinds = a_kind, b_scale.t() if b_scale.dim() == 2 else b_scale, b_kind
-        y: Tensor = product(a.data, b.data.t(), a_scale, *kinds, output_dtype=self.compute_dtype)
-        return y
+        return product(a.data, b.data.t(), a_scale, *kinds, output_dtype=self.compute_dtype)
 
 
 def _scale(rows: QuantisedRows) -> tuple[Tensor, Any]:
@@ -41,6 +39,9 @@ def _scale(rows: QuantisedRows) -> tuple[Tensor, Any]:
     if how.columns == 128:
         return scale.t().contiguous().t(), kinds.BlockWise1x128
     return (scale, kinds.RowWise) if how.rows == 1 else (scale.reshape(1), kinds.TensorWise)
+
+
+arithmetic = TorchFloat8
 
 
 def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
@@ -56,7 +57,7 @@ def _trial_failure(recipe: Recipe, device: str) -> str | None:
     """Try a small product of each kind on this device. Return what is wrong, or None if all are right."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(256, 256, generator=generator).to(device, torch.bfloat16) for _ in range(2))
-    arithmetic = TorchFloat8(recipe, torch.bfloat16)
+    multiply = arithmetic(recipe, torch.bfloat16).multiply
     for left, right in (
         (Operand.activation, Operand.weight),
         (Operand.gradient, Operand.weight),
@@ -64,7 +65,7 @@ def _trial_failure(recipe: Recipe, device: str) -> str | None:
     ):
         a, b = quantise(x, tiling(recipe, left)), quantise(y, tiling(recipe, right))
         try:
-            found = arithmetic.multiply(a, b).float()
+            found = multiply(a, b).float()
         except Exception as error:  # NotImplementedError, RuntimeError or ValueError
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             return f"torch {torch.__version__} rejects {left.value} x {right.value} on {device}: {reason}"
@@ -77,7 +78,3 @@ def _trial_failure(recipe: Recipe, device: str) -> str | None:
 
 def version() -> str:
     return f"torch {torch.__version__}"
-
-
-def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Gemm(TorchFloat8(recipe, compute_dtype), compute_dtype, where)

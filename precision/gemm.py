@@ -49,30 +49,20 @@ class GemmBackend(Protocol):
 
     compute_dtype: torch.dtype
     token_multiple: int
-    """`grouped_linear` needs each expert's rows zero-padded to a multiple of this."""
+    """`linear` with groups needs each expert's rows zero-padded to a multiple of this."""
 
-    def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
-        """x @ w^T over the last dimension of `x`, differentiable in both."""
-        ...
-
-    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        """Rows sorted by expert, times the transposed matrix of their expert."""
+    def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
+        """x @ w^T over the last dimension of `x`, differentiable in both. With `groups`: rows [C, D] sorted by expert,
+        times the transposed matrix [E, F, D] of their expert.
+        """
         ...
 
     # The gradients one by one, for pipelines that defer weight gradients.
 
-    def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
+    def input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
         """Gradient of `linear` with respect to its input."""
         ...
 
-    def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
-        """Gradient of `linear` with respect to its weight, summed over all leading dimensions: [F, D]."""
-        ...
-
-    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        """Gradient of `grouped_linear` with respect to its rows."""
-        ...
-
-    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
-        """Gradient of `grouped_linear` with respect to its weights: [E, F, D]."""
+    def weight_gradient(self, grad: Tensor, x: Tensor, groups: Groups | None = None) -> Tensor:
+        """Gradient of `linear` with respect to its weight, summed over all leading dimensions: [F, D] or [E, F, D]."""
         ...

@@ -1,6 +1,6 @@
 """PyTorch's own products in bfloat16, float32 or float64.
 
-Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
+Shapes: E experts, C routed tokens (sorted by expert), M, N, K sides of matrices.
 """
 
 from __future__ import annotations
@@ -25,28 +25,20 @@ class NativeGemm:
     def __init__(self, compute_dtype: torch.dtype) -> None:
         self.compute_dtype = compute_dtype
 
-    def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
-        x_TD, w_FD = x_TD.to(self.compute_dtype), w_FD.to(self.compute_dtype)
-        return _NativeProduct.apply(x_TD, w_FD, None) if cpu_gemm.is_faster(x_TD, w_FD.t()) else F.linear(x_TD, w_FD)
+    def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
+        x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
+        if groups is None:
+            by_onednn = cpu_gemm.is_faster(x, x.shape[:-1].numel(), *w.shape)
+            return _NativeProduct.apply(x, w, None) if by_onednn else F.linear(x, w)
+        if _loops(x, *w.shape) or cpu_gemm.is_large(w, w.shape):
+            return _NativeProduct.apply(x, w, groups)
+        return F.grouped_mm(x, w.transpose(1, 2), offs=groups.ends_E)
 
-    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        x_CD, w_EFD = x_CD.to(self.compute_dtype), w_EFD.to(self.compute_dtype)
-        if _loops(x_CD, *w_EFD.shape) or cpu_gemm.is_large(w_EFD, w_EFD.shape):
-            return _NativeProduct.apply(x_CD, w_EFD, groups)
-        return F.grouped_mm(x_CD, w_EFD.transpose(1, 2), offs=groups.ends_E)
+    def input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
+        return _input_gradient(grad.to(self.compute_dtype), w.to(self.compute_dtype), groups)
 
-    def input_gradient(self, grad_TF: Tensor, w_FD: Tensor) -> Tensor:
-        return cpu_gemm.multiply(grad_TF.to(self.compute_dtype), w_FD.to(self.compute_dtype))
-
-    def weight_gradient(self, grad_TF: Tensor, x_TD: Tensor) -> Tensor:
-        grad, x = (t.to(self.compute_dtype).flatten(0, -2) for t in (grad_TF, x_TD))
-        return cpu_gemm.multiply(grad.t(), x)
-
-    def grouped_input_gradient(self, grad_CF: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        return _by_rows(grad_CF.to(self.compute_dtype), w_EFD.to(self.compute_dtype), groups)
-
-    def grouped_weight_gradient(self, grad_CF: Tensor, x_CD: Tensor, groups: Groups) -> Tensor:
-        return _by_columns(grad_CF.to(self.compute_dtype), x_CD.to(self.compute_dtype), groups)
+    def weight_gradient(self, grad: Tensor, x: Tensor, groups: Groups | None = None) -> Tensor:
+        return _weight_gradient(grad.to(self.compute_dtype), x.to(self.compute_dtype), groups)
 
 
 class _NativeProduct(torch.autograd.Function):
@@ -62,16 +54,24 @@ class _NativeProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, w), (grad,), groups = ctx.saved_tensors, grads, ctx.groups
         needs_x, needs_w, _ = ctx.needs_input_grad
-        if groups is None:
-            grad_x = cpu_gemm.multiply(grad, w) if needs_x else None
-            return grad_x, cpu_gemm.multiply(grad.flatten(0, -2).t(), x.flatten(0, -2)) if needs_w else None, None
-        grad_x = _by_rows(grad, w, groups) if needs_x else None
-        return grad_x, _by_columns(grad, x, groups) if needs_w else None, None
+        grad_x = _input_gradient(grad, w, groups) if needs_x else None
+        return grad_x, _weight_gradient(grad, x, groups) if needs_w else None, None
+
+
+def _input_gradient(grad: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
+    return cpu_gemm.multiply(grad, w) if groups is None else _by_rows(grad, w, groups)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, groups: Groups | None) -> Tensor:
+    if groups is None:
+        return cpu_gemm.multiply(grad.flatten(0, -2).t(), x.flatten(0, -2))
+    return _by_columns(grad, x, groups)
 
 
 def _loops(like: Tensor, groups: int, *widths: int) -> bool:
-    """Whether F.grouped_mm lacks a kernel for this product or the loop here is faster."""
-    return like.dtype is torch.float64 or cpu_gemm.is_faster_by_group(like, like.shape[0] // max(groups, 1), *widths)
+    """Whether F.grouped_mm, a loop in C++, lacks a kernel for this product or the loop here is faster."""
+    has_rows = len(like) >= 64 * max(groups, 1)  # per group, on average
+    return like.dtype is torch.float64 or (has_rows and cpu_gemm.is_faster(like, *widths))
 
 
 def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
@@ -95,6 +95,5 @@ def _by_columns(a_CM: Tensor, b_CN: Tensor, groups: Groups) -> Tensor:
     return y_EMN
 
 
-def _parts(x_CD: Tensor, groups: Groups) -> tuple[Tensor, ...]:
-    """Each group's rows."""
-    return x_CD[: sum(groups.host)].split(groups.host)
+def _parts(x_CN: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    return x_CN[: sum(groups.host)].split(groups.host)

@@ -13,22 +13,19 @@ import torch
 from core.errors import ConfigError
 from precision import fp8_emulated, fp8_torch, transformer_engine
 from precision.config import Backend, KernelKind, PrecisionConfig, Products, Recipe
+from precision.fp8_linear import Arithmetic, Float8Gemm
 from precision.gemm import GemmBackend
 from precision.native_gemm import NativeGemm
 
 
 class Float8Library(Protocol):
-    """One FP8 library."""
-
     RECIPES: tuple[Recipe, ...]
 
     def unavailable(self, recipe: Recipe, device: torch.device) -> list[str]:
         """Every reason why this recipe is unavailable on this device, with the remedy; empty if available."""
         ...
 
-    def make(self, recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-        """Backend for one module of a layer; `where` names it in errors."""
-        ...
+    def arithmetic(self, recipe: Recipe, compute_dtype: torch.dtype) -> Arithmetic: ...
 
     def version(self) -> str: ...
 
@@ -78,7 +75,8 @@ class Precision:
         def float8(products: Products, name: str) -> GemmBackend | None:
             if not config.in_float8(products, layer, layers):
                 return None
-            return FLOAT8_LIBRARIES[config.backend].make(recipe, config.compute_dtype, f"layer {layer}, {name}")
+            arithmetic = FLOAT8_LIBRARIES[config.backend].arithmetic(recipe, config.compute_dtype)
+            return Float8Gemm(arithmetic, f"layer {layer}, {name}")
 
         return replace(self.plain, float8=float8)
 
@@ -101,15 +99,12 @@ def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
         return Precision(config)
     recipe = config.recipe.on(device)
     if reasons := unavailable(config.backend, recipe, device):
-        key, value = "precision.backend", config.backend
+        backend = config.backend
         others = [other.value for other in FLOAT8_LIBRARIES if not unavailable(other, recipe, device)]
-        known = [
-            one.value
-            for one in FLOAT8_LIBRARIES[config.backend].RECIPES
-            if not unavailable(config.backend, one, device)
-        ]
-        also = f"; it can do {', '.join(known)}" if known else ""
-        raise ConfigError(key, value, f"cannot do {recipe.value} here: {'; '.join(reasons)}{also}", [*others, "native"])
+        known = [one.value for one in FLOAT8_LIBRARIES[backend].RECIPES if not unavailable(backend, one, device)]
+        reason = f"cannot do {recipe.value} here: {'; '.join(reasons)}"
+        reason += f"; it can do {', '.join(known)}" if known else ""
+        raise ConfigError("precision.backend", backend, reason, [*others, "native"])
     return Precision(config, recipe)
 
 
@@ -123,9 +118,7 @@ def no_triton(device: torch.device) -> str | None:
 
 
 def unavailable(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:
-    """Every reason why a backend lacks a recipe on a device; empty if available."""
-    if backend is Backend.native:
-        return []
+    """Every reason why an FP8 backend lacks a recipe on a device; empty if available."""
     library = FLOAT8_LIBRARIES[backend]
     if recipe not in library.RECIPES:
         return [f"{backend.value} supports {', '.join(known.value for known in library.RECIPES)}"]

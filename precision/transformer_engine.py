@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.errors import one_line
 from precision.config import Recipe
 from precision.fp8_emulated import EmulatedArithmetic
 from precision.fp8_linear import LARGEST_ERROR, Float8Gemm, Operand
 from precision.fp8_tiles import Tiled
-from precision.gemm import GemmBackend, Groups
+from precision.gemm import Groups
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.mxfp8)
 VERSION = "2.20.2"
@@ -118,17 +119,10 @@ class TransformerEngine:
         """`shape`: of the experts' joint result, rows [C, F or D] or matrices [E, F, D]."""
         from transformer_engine.pytorch.cpp_extensions import general_gemm, general_grouped_gemm
 
-        backward, split = layout != "TN", self.split_accumulator[layout]
+        split = self.split_accumulator[layout]
+        options: dict[str, Any] = dict(layout=layout, grad=layout != "TN", use_split_accumulator=split)
         if groups is None:
-            y: Tensor = general_gemm(
-                a.parts[0],
-                b.parts[0],
-                out_dtype=self.compute_dtype,
-                layout=layout,
-                use_split_accumulator=split,
-                grad=backward,
-            )[0]
-            return y
+            return general_gemm(a.parts[0], b.parts[0], out_dtype=self.compute_dtype, **options)[0]
         y = torch.empty(shape, dtype=self.compute_dtype, device=a.parts[0].device)
         is_rows = len(shape) == 2
         general_grouped_gemm(
@@ -137,13 +131,14 @@ class TransformerEngine:
             [y] if is_rows else list(y.unbind(0)),  # the matrix of an expert without rows becomes zero
             [None] * len(a.parts),
             self.compute_dtype,
-            layout=layout,
             m_splits=groups.host,
-            grad=backward,
-            use_split_accumulator=split,
             single_output=is_rows,
+            **options,
         )
         return y
+
+
+arithmetic = TransformerEngine
 
 
 def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
@@ -166,7 +161,7 @@ def _installation_problems() -> list[str]:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # without its libraries: RuntimeError, OSError, AssertionError, FileNotFoundError
-        wrong.append(f"Transformer Engine {installed} is installed but does not import ({_one_line(error)}): {INSTALL}")
+        wrong.append(f"Transformer Engine {installed} is installed but does not import ({one_line(error)}): {INSTALL}")
     return wrong
 
 
@@ -192,11 +187,7 @@ def _trial_failure(recipe: Recipe, device: str) -> str | None:
         wrong = next(_differences(recipe, torch.device(device)), None)
         return wrong and f"{version()} computes {wrong} on {device} unlike the emulation: use another recipe"
     except Exception as error:  # any error here would also end the first step
-        return f"{version()} fails on {device} ({_one_line(error)}): use another recipe, CUDA release or cuDNN release"
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{version()} fails on {device} ({one_line(error)}): use another recipe, CUDA release or cuDNN release"
 
 
 def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
@@ -224,8 +215,8 @@ def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
             wanted = emulation.quantise(tensor, kind, among, True, True)
             yield from _byte_differences(recipe, kind, found, wanted)
     for w, split in weights:
-        ours = _results(Float8Gemm(TransformerEngine(recipe, dtype), dtype, "a trial"), x, w, grad, split)
-        exact = _results(Float8Gemm(emulation, dtype, "a trial"), x, w, grad, split)
+        ours = _results(Float8Gemm(TransformerEngine(recipe, dtype), "a trial"), x, w, grad, split)
+        exact = _results(Float8Gemm(emulation, "a trial"), x, w, grad, split)
         for name, result in ours.items():
             error = float((result.float() - exact[name].float()).norm() / exact[name].float().norm())
             if not error < LARGEST_ERROR:
@@ -261,7 +252,7 @@ def _results(products: Float8Gemm, x: Tensor, w: Tensor, grad: Tensor, groups: G
     """A product and its gradients, without rows beyond the experts'."""
     with torch.enable_grad():
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-        y = products.linear(x, w) if groups is None else products.grouped_linear(x, w, groups)
+        y = products.linear(x, w, groups)
         grads = torch.autograd.grad(y, (x, w), grad)
     used = len(x) if groups is None else sum(groups.host)
     return {"products": y.detach()[:used], "gradients of inputs": grads[0][:used], "gradients of weights": grads[1]}
@@ -276,7 +267,3 @@ def _installed() -> str | None:
         return importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def make(recipe: Recipe, compute_dtype: torch.dtype, where: str) -> GemmBackend:
-    return Float8Gemm(TransformerEngine(recipe, compute_dtype), compute_dtype, where)

@@ -17,6 +17,7 @@ from bench.gpu.context import PLAIN, Bench, BenchJob
 from bench.gpu.record import BenchRow
 from bench.gpu.shapes import MoEShape, counts, matrices, moe_shapes
 from precision.config import Backend, PrecisionConfig, Products
+from precision.fp8_linear import Float8Gemm
 from precision.gemm import GemmBackend, Groups
 from precision.resolve import FLOAT8_LIBRARIES, resolve
 
@@ -43,9 +44,7 @@ class ProductCase:
         self.grad, self.groups, self.gemm = grad, groups, gemm
 
     def forward(self) -> Tensor:
-        if self.groups is None:
-            return self.gemm.linear(self.x, self.w)
-        return self.gemm.grouped_linear(self.x, self.w, self.groups)
+        return self.gemm.linear(self.x, self.w, self.groups)
 
     def forward_only(self) -> None:
         with torch.no_grad():
@@ -211,7 +210,7 @@ def agreements(bench: Bench) -> Iterator[BenchRow]:
         for side, config in bench.precisions.items():
             if side == PLAIN:
                 continue
-            emulated = reference.make(config.recipe.on(bench.device), torch.bfloat16, "reference")
+            emulated = Float8Gemm(reference.arithmetic(config.recipe.on(bench.device), torch.bfloat16), "reference")
             exact, product = (ProductCase(x, w, grad, groups, gemm) for gemm in (emulated, backend(bench, config)))
             error = max(map(distance, product.results(), exact.results()))
             bad = None if error < SAME_BYTES_GATE else f"{error:.1e} from the emulation, allowed {SAME_BYTES_GATE:.0e}"

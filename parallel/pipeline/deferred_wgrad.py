@@ -5,14 +5,11 @@ gradient of its weight. The deferred products of one micro-batch are computed wh
 the backward pass is deferred, so a layer with activation checkpointing recomputes once, as in any other schedule.
 (torch.distributed.pipelining by itself cuts the autograd graph in two, which repeats the recomputation for every part:
 eight forward passes of a layer were counted where two are needed.)
-
-Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,40 +56,26 @@ class DeferringProducts:
         self.inner, self.total, self.deferred = inner, total, deferred
         self.compute_dtype, self.token_multiple = inner.compute_dtype, inner.token_multiple
         self.input_gradient, self.weight_gradient = inner.input_gradient, inner.weight_gradient
-        self.grouped_input_gradient = inner.grouped_input_gradient
-        self.grouped_weight_gradient = inner.grouped_weight_gradient
 
-    def linear(self, x_TD: Tensor, w_FD: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.inner.linear(x_TD, w_FD)
-        return _Product.apply(x_TD, w_FD, None, self)
-
-    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.inner.grouped_linear(x_CD, w_EFD, groups)
-        return _Product.apply(x_CD, w_EFD, groups, self)
+    def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
+        return _Product.apply(x, w, groups, self) if torch.is_grad_enabled() else self.inner.linear(x, w, groups)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: DeferringProducts) -> Tensor:
-        ctx.products, ctx.groups = products, () if groups is None else (groups,)
+        ctx.products, ctx.groups = products, groups
         ctx.save_for_backward(x, w)
-        inner = products.inner
-        return inner.linear(x, w) if groups is None else inner.grouped_linear(x, w, groups)
+        return products.inner.linear(x, w, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        products, inner, grad = ctx.products, ctx.products.inner, grads[0].contiguous()
+        products, inner, groups, grad = ctx.products, ctx.products.inner, ctx.groups, grads[0].contiguous()
         x, w = ctx.saved_tensors
-        input_gradient = inner.grouped_input_gradient if ctx.groups else inner.input_gradient
-        weight_gradient = inner.grouped_weight_gradient if ctx.groups else inner.weight_gradient
-        products.deferred.defer(partial(_add_gradient, products.total, weight_gradient, grad, x, ctx.groups))
-        return input_gradient(grad, w, *ctx.groups).to(x.dtype), None, None, None
 
+        @torch.no_grad()
+        def add_gradient() -> None:
+            products.total.add(inner.weight_gradient(grad, x, groups))
 
-@torch.no_grad()
-def _add_gradient(
-    total: GradientSum, product: Callable[..., Tensor], grad: Tensor, x: Tensor, groups: tuple[Groups, ...]
-) -> None:
-    total.add(product(grad, x, *groups))
+        products.deferred.defer(add_gradient)
+        return inner.input_gradient(grad, w, groups).to(x.dtype), None, None, None

@@ -7,11 +7,10 @@ import io
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from bench.data.problems import MAX_STEPS, Problem, make_problems, read_problems, records
+from bench.data.problems import MAX_STEPS, Problem, make_problems, read_problems
 from core.errors import DataError
 
 
@@ -19,7 +18,6 @@ def run(problem: Problem) -> tuple[str, int]:
     """What Python makes of an expression's or a program's prompt: the answer, and how many operations ran."""
     if problem.family == "expression":
         text = re.search(r"[(\d][\d()+*/ -]*\d", problem.prompt)
-        assert text is not None
         return f"{eval(text[0]):.0f}", sum(text[0].count(sign) for sign in "+-*/")
     program = problem.prompt.split("\n\n", 1)[1]
     printed = io.StringIO()
@@ -34,7 +32,7 @@ def last_number(text: str) -> str:
     return re.findall(r"\d+", text)[-1]
 
 
-def test_answers_and_steps_are_what_python_finds() -> None:
+def test_answers_and_steps_are_what_python_finds():
     checked = [problem for problem in make_problems(800, 0) if problem.family in ("expression", "program")]
     assert len(checked) == 400
     for problem in checked:
@@ -42,7 +40,7 @@ def test_answers_and_steps_are_what_python_finds() -> None:
         assert (last_number(problem.response), steps) == (answer, problem.label), problem
 
 
-def test_the_check_notices_a_wrong_answer_and_a_wrong_count() -> None:
+def test_the_check_notices_a_wrong_answer_and_a_wrong_count():
     problem = next(p for p in make_problems(100, 0) if p.family == "program")
     answer, steps = run(problem)
     changed = problem.prompt.replace("print(", "print(1 + ")
@@ -50,7 +48,7 @@ def test_the_check_notices_a_wrong_answer_and_a_wrong_count() -> None:
     assert steps != problem.label + 1
 
 
-def test_a_seed_is_the_set_and_steps_are_even() -> None:
+def test_a_seed_is_the_set_and_steps_are_even():
     problems = make_problems(640, 3)
     assert problems == make_problems(640, 3)
     assert problems != make_problems(640, 4)
@@ -59,7 +57,7 @@ def test_a_seed_is_the_set_and_steps_are_even() -> None:
     assert len(counts) == 4 * MAX_STEPS and set(counts.values()) == {20}
 
 
-def test_problems_of_one_length_differ_in_steps() -> None:
+def test_problems_of_one_length_differ_in_steps():
     """In each eighth of the answers by length, no number of steps is the rule, and at least four occur."""
     problems = sorted(make_problems(1600, 5), key=lambda problem: len(problem.response))
     for begin in range(0, 1600, 200):
@@ -67,13 +65,7 @@ def test_problems_of_one_length_differ_in_steps() -> None:
         assert len(shares) >= 4 and max(shares.values()) < 100
 
 
-def test_records_split_prompt_and_answer() -> None:
-    problem = make_problems(1, 0)[0]
-    record = records([problem])[0]
-    assert record.answer == problem.response and record.prompt == problem.prompt + "\n"
-
-
-def test_a_labelled_set_is_read_from_a_path(tmp_path: Path) -> None:
+def test_a_labelled_set_is_read_from_a_path(tmp_path):
     path = tmp_path / "set.jsonl"
     rows = [{"prompt": "1 + 1?", "response": "2", "label": 1}, {"prompt": "q", "response": "a", "label": 2.5}]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -81,7 +73,7 @@ def test_a_labelled_set_is_read_from_a_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", '{"prompt": "a", "response": "b"}', '{"prompt": "", "label": "x"}', "3", ""])
-def test_a_line_that_is_no_problem_is_named(tmp_path: Path, line: str) -> None:
+def test_a_line_that_is_no_problem_is_named(tmp_path, line):
     path = tmp_path / "set.jsonl"
     path.write_text(line)
     with pytest.raises(DataError, match=r"set\.jsonl"):

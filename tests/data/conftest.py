@@ -90,6 +90,14 @@ def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
     return lambda sources, **settings: prepare(make_config(tmp_path / "cache", sources, **settings), silent)
 
 
+@pytest.fixture
+def mixed(make_corpus: Callable[..., Corpus], tmp_path: Path) -> Callable[..., Corpus]:
+    """`mixed(**settings)`: a source `a` with documents of 3 to 40 words."""
+    for words in (3, 5, 8, 40):
+        write_texts(tmp_path / "mixed" / str(words), 60, words, seed=words)
+    return lambda **settings: make_corpus({"a": {"path": str(tmp_path / "mixed")}}, **settings)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Two sources, `long` with about three times the text of `short`. Tests must not change its files."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,54 +46,30 @@ def count(corpus: Corpus, source: str) -> int:
     return corpus.stream(source, TRAIN).num_sequences(SEQ_LEN)
 
 
-def epoch_steps(corpus: Corpus, source: str) -> int:
-    return count(corpus, source) // BATCH
-
-
-def test_a_later_phase_continues_a_source(corpus: Corpus) -> None:
-    """Two phases of one source make up its first epoch; with a phase between that leaves it out."""
-    steps = epoch_steps(corpus, "short") // 2
-    phases = [phase("main", steps, {"short": 1.0}), phase("other", 3, {"long": 1.0}), phase("end", steps, {"short": 1})]
-    first, between, last = run(corpus, phases)
-    seen = Counter(first["short"] + last["short"])
-    assert max(seen.values()) == 1 and seen <= all_sequences(corpus, "short") and len(first["short"]) == steps * BATCH
-    assert not between["short"] and not first["long"]
-    alone = [taken_by(corpus, Loader(corpus, SEQ_LEN, BATCH, 1, name, {"short": 1.0}), steps) for name in ("a", "b")]
-    assert max(Counter(alone[0]["short"] + alone[1]["short"]).values()) == 2, "control: phases that ignore each other"
-
-
-def test_epochs_end_in_the_middle_of_a_phase(corpus: Corpus) -> None:
-    whole = count(corpus, "short")
+def test_a_later_phase_continues_the_epochs_of_a_source(corpus):
+    """Epochs end in the middle of a phase. Between: phases without the source, and of another length."""
+    whole, own = count(corpus, "short"), {"short": 1.0}
     steps = 3 * whole // (2 * BATCH) // 2
-    found = run(corpus, [phase("main", steps, {"short": 1.0}), phase("end", 4 * steps, {"short": 1.0})])
-    given = found[0]["short"] + found[1]["short"]
+    between = [phase("other", 3, {"long": 1.0}), phase("long", 2, own, 64)]
+    first, other, longer, last = run(corpus, [phase("main", steps, own), *between, phase("end", 4 * steps, own)])
+    given = first["short"] + last["short"]
     for epoch in range(len(given) // whole):
         assert Counter(given[epoch * whole : (epoch + 1) * whole]) == all_sequences(corpus, "short")
+    assert not other["short"] and not first["long"] and len(longer["short"][0]) == 64
+    alone = [taken_by(corpus, Loader(corpus, SEQ_LEN, BATCH, 1, name, own), steps)["short"] for name in ("a", "b")]
+    assert Counter((alone[0] + alone[1])[:whole]) != all_sequences(corpus, "short"), "control: phases by themselves"
 
 
-def test_a_single_phase_is_the_plain_loader(corpus: Corpus) -> None:
+def test_the_first_phase_is_the_plain_loader(corpus):
+    """It depends on no later phase, and on no limit that is not reached."""
     weights = {"long": 3.0, "short": 1.0}
-    (found,) = run(corpus, [phase("main", 40, weights)])
-    assert found == taken_by(corpus, Loader(corpus, SEQ_LEN, BATCH, 1, "main", weights), 40)
-    (capped,) = run(corpus, [phase("main", 40, weights)], {"short": 1000.0})
-    assert capped == found
+    wanted = taken_by(corpus, Loader(corpus, SEQ_LEN, BATCH, 1, "main", weights), 40)
+    first = phase("main", 40, weights)
+    assert run(corpus, [first])[0] == run(corpus, [first], {"short": 1000.0})[0] == wanted
+    assert run(corpus, [first, phase("end", 9, {"short": 1.0}), phase("long", 3, weights, 64)])[0] == wanted
 
 
-def test_a_phase_does_not_depend_on_those_after_it(corpus: Corpus) -> None:
-    weights = {"long": 3.0, "short": 1.0}
-    first = phase("main", 5, weights)
-    (alone,) = run(corpus, [first])
-    assert run(corpus, [first, phase("end", 9, {"short": 1.0}), phase("long", 3, weights, 64)])[0] == alone
-
-
-def test_another_length_has_its_own_order(corpus: Corpus) -> None:
-    steps = epoch_steps(corpus, "short") // 2
-    phases = [phase("a", steps, {"short": 1}), phase("b", 2, {"short": 1}, 64), phase("c", steps, {"short": 1})]
-    first, middle, last = run(corpus, phases)
-    assert max(Counter(first["short"] + last["short"]).values()) == 1 and len(middle["short"][0]) == 64
-
-
-def test_a_limit_is_kept_through_phases(corpus: Corpus) -> None:
+def test_a_limit_is_kept_through_phases(corpus):
     weights = {"long": 1.0, "short": 1.0}
     phases = [phase("main", 60, weights), phase("end", 300, weights)]
     first, last = run(corpus, phases, {"short": 1.5})
@@ -106,7 +80,7 @@ def test_a_limit_is_kept_through_phases(corpus: Corpus) -> None:
     assert len([one for part in run(corpus, phases) for one in part["short"]]) > 1.5 * whole, "control"
 
 
-def test_a_limit_counts_sequences_of_any_length(corpus: Corpus) -> None:
+def test_a_limit_counts_sequences_of_any_length(corpus):
     """Half an epoch in short sequences leaves half of one in long ones."""
     whole = count(corpus, "short")
     steps = whole // 2 // BATCH
@@ -115,7 +89,7 @@ def test_a_limit_counts_sequences_of_any_length(corpus: Corpus) -> None:
     assert 64 * len(last["short"]) == pytest.approx((whole - steps * BATCH) * SEQ_LEN, abs=64)
 
 
-def test_a_run_that_outlasts_its_sources_is_refused(corpus: Corpus) -> None:
+def test_a_run_that_outlasts_its_sources_is_refused(corpus):
     weights = {"long": 1.0, "short": 1.0}
     limits = {"long": 0.5, "short": 2.0}
     there = sum(int(limits[name] * count(corpus, name)) for name in weights)
@@ -130,7 +104,7 @@ def test_a_run_that_outlasts_its_sources_is_refused(corpus: Corpus) -> None:
         run(corpus, [phase("main", 5, weights), phase("end", fitting + 1, weights)], limits)
 
 
-def test_many_epochs_are_reported(corpus: Corpus) -> None:
+def test_many_epochs_are_reported(corpus):
     said: list[str] = []
     whole = count(corpus, "short")
     for times in (3.9, 4.3):
@@ -138,7 +112,7 @@ def test_many_epochs_are_reported(corpus: Corpus) -> None:
     assert len(said) == 1 and re.match(r"source short is repeated for 4\.[23] epochs: ", said[0])
 
 
-def test_shares_are_of_tokens_without_padding(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+def test_shares_are_of_tokens_without_padding(make_corpus, tmp_path):
     """A third of one source's tokens are padding, hardly any of the other's."""
     sources: dict[str, Any] = {
         "wasteful": {"path": str(write_texts(tmp_path / "a", 300, words=10, seed=1))},
@@ -156,6 +130,6 @@ def test_shares_are_of_tokens_without_padding(make_corpus: Callable[..., Corpus]
         assert share > 0.28 if padded else share == 0.25, "without padding the shares are exact"
 
 
-def test_a_share_too_small_for_any_blend_is_refused(corpus: Corpus) -> None:
+def test_a_share_too_small_for_any_blend_is_refused(corpus):
     with pytest.raises(ConfigError, match=r"data.sources.short.weight=1e-09: is less than one sequence in 1,048,576"):
         Loader(corpus, SEQ_LEN, BATCH, 1, weights={"long": 1.0, "short": 1e-9})

@@ -16,19 +16,19 @@ def is_bijection(places: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("size", [*range(1, 20), 63, 64, 65, 100, 1000, 4097])
-def test_permutation_is_a_bijection(size: int) -> None:
+def test_permutation_is_a_bijection(size):
     for key in (0, 1, key_of("a"), 2**64 - 1):
         assert is_bijection(permute(np.arange(size), size, key))
 
 
-def test_bijection_check_sees_collisions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bijection_check_sees_collisions(monkeypatch):
     """Reducing the network's values modulo the size, instead of cycle walking, makes them collide."""
     usual = sampling._feistel
     monkeypatch.setattr(sampling, "_feistel", lambda value, half, key: usual(value, half, key) % np.uint64(100))
     assert not is_bijection(permute(np.arange(100), 100, 1))
 
 
-def test_permutation_has_random_access_at_any_size() -> None:
+def test_permutation_has_random_access_at_any_size():
     whole = permute(np.arange(10_000), 10_000, 7)
     some = np.array([9_999, 0, 1234, 1234])
     assert np.array_equal(permute(some, 10_000, 7), whole[some])
@@ -37,7 +37,7 @@ def test_permutation_has_random_access_at_any_size() -> None:
     assert len(np.unique(places)) == 10_000 and places.max() < size and places.min() >= 0
 
 
-def test_keys_give_unrelated_orders() -> None:
+def test_keys_give_unrelated_orders():
     first, second = permute(np.arange(4096), 4096, 1), permute(np.arange(4096), 4096, 2)
     assert (first == second).sum() < 10
     assert abs(np.corrcoef(first, np.arange(4096))[0, 1]) < 0.05 and abs(np.corrcoef(first, second)[0, 1]) < 0.05
@@ -48,7 +48,7 @@ def test_keys_give_unrelated_orders() -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 10])
-def test_permutation_rejects_indices_outside(index: int) -> None:
+def test_permutation_rejects_indices_outside(index):
     with pytest.raises(ValueError, match=r"\[0, 10\)"):
         permute(np.array([index]), 10, 1)
 
@@ -81,7 +81,7 @@ FOUR = {"a": 0.4, "b": 0.25, "c": 0.2, "d": 0.15}
 
 
 @pytest.mark.parametrize("weights", [{"a": 1.0}, FOUR, {"a": 1.0, "b": 1e-6}])
-def test_blend_gives_each_source_its_share(weights: dict[str, float]) -> None:
+def test_blend_gives_each_source_its_share(weights):
     blend, total = Blend(weights, 3), sum(weights.values())
     for blocks in (1, 2, 9):
         samples = blocks * blend.segments[0].shares.block
@@ -91,25 +91,17 @@ def test_blend_gives_each_source_its_share(weights: dict[str, float]) -> None:
     assert abs(counts_of(Blend({"a": 0.41, "b": 0.59}, 3), 1024)[0] - 0.4 * 1024) > 1, "control: other weights"
 
 
-def test_blend_mixes_blocks_each_in_its_own_order() -> None:
+def test_blend_mixes_blocks_each_in_its_own_order():
     source, _ = locate(Blend({"a": 1.0, "b": 1.0}, 5), 0, 2048)
     assert 300 < np.count_nonzero(np.diff(source[:1024])) < 700
     assert 0.4 < (source[:1024] == source[1024:]).mean() < 0.6
-
-
-def test_blend_has_random_access_far_out() -> None:
-    blend, start = Blend({"a": 0.3, "b": 0.7}, 1), 10**13
-    source, within = locate(blend, start, start + 3000)
-    for i in (0, 1, 1500, 2999):
-        assert np.ravel(locate(blend, start + i, start + i + 1)).tolist() == [source[i], within[i]]
-    assert abs(within[source == 0].max() - 0.3 * 10**13) < 2000
 
 
 def digest(blend: Blend) -> str:
     return hashlib.sha256(b"".join(array.tobytes() for array in locate(blend, 0, 5000))).hexdigest()
 
 
-def test_orders_of_blends_never_change() -> None:
+def test_orders_of_blends_never_change():
     """Digests from before blends had limits: a run that began then continues with the same sequences."""
     assert digest(Blend(FOUR, 3)) == "a797573a5d53fd79a58e67d0fedd2d8f3354636de72b86e50a53f070b3f692b8"
     assert digest(Blend({"a": 1.0, "b": 1e-6}, 3)) == "0937cd00e2e32172b6356b11549c85e3f7fe58ba0740560ebc765f8597c6c216"
@@ -119,11 +111,11 @@ def test_orders_of_blends_never_change() -> None:
 
 
 @pytest.mark.parametrize("share", [3e-4, 1e-5, 1e-3])
-def test_a_small_share_loses_no_sample(share: float) -> None:
+def test_a_small_share_loses_no_sample(share):
     assert_in_order(Blend({"a": 0.3, "b": share, "c": 0.7 - share}, 1), 400 * 1024)
 
 
-def test_blocks_too_short_for_a_share_lose_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_too_short_for_a_share_lose_samples(monkeypatch):
     monkeypatch.setattr(sampling, "_LARGEST_BLOCK", sampling._BLOCK)
     with pytest.raises(AssertionError):
         test_a_small_share_loses_no_sample(3e-4)
@@ -136,7 +128,7 @@ def limited(limits: dict[str, int] = LIMITED, **more: float) -> Blend:
     return Blend({"a": 0.5, "b": 0.2, "c": 0.2, "d": 0.1, **more}, 3, limits)
 
 
-def test_others_take_the_share_of_a_used_up_source() -> None:
+def test_others_take_the_share_of_a_used_up_source():
     blend = limited(e=0.2)
     assert_in_order(blend, 40_000)
     source, _ = locate(blend, 0, 40_000)
@@ -147,7 +139,7 @@ def test_others_take_the_share_of_a_used_up_source() -> None:
     assert blend.samples is None and set(source[12_000:]) == {4}
 
 
-def test_a_blend_ends_with_its_last_source() -> None:
+def test_a_blend_ends_with_its_last_source():
     blend = limited()
     assert blend.samples == sum(LIMITED.values())
     assert dict(zip(blend.names, counts_of(blend, blend.samples).tolist(), strict=True)) == LIMITED
@@ -157,11 +149,11 @@ def test_a_blend_ends_with_its_last_source() -> None:
 
 
 @pytest.mark.parametrize("samples", [0, 1, 25, 700, 1024, 1500, 3000, 5701])
-def test_counts_are_those_of_the_samples(samples: int) -> None:
+def test_counts_are_those_of_the_samples(samples):
     assert list(limited().counts(samples).values()) == counts_of(limited(), samples).tolist()
 
 
-def test_limited_blends_have_random_access_far_out() -> None:
+def test_limited_blends_have_random_access_far_out():
     blend = Blend({"a": 0.5, "b": 0.5}, 3, {"a": 10**12})
     begin = blend.segments[1].begin
     assert abs(begin - 2 * 10**12) < 2000 and len(blend.segments) == 2

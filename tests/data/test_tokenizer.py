@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
 
-def test_text_survives_and_bytes_add_up(tokenizer: Tokenizer) -> None:
+def test_text_survives_and_bytes_add_up(tokenizer):
     """Text that looks like a special token is ordinary text; special tokens decode to nothing."""
     sizes, special = tokenizer.token_bytes(), (tokenizer.bos_id, tokenizer.eos_id)
     assert len(sizes) == tokenizer.vocab_size and not sizes[list(special)].any()
@@ -56,7 +55,7 @@ def test_text_survives_and_bytes_add_up(tokenizer: Tokenizer) -> None:
         assert sum(sizes[i] for i in ids) == len(text.encode())
 
 
-def test_every_character_survives(tokenizer: Tokenizer) -> None:
+def test_every_character_survives(tokenizer):
     """All of Unicode, less the surrogates, which are no text: so every byte that UTF-8 knows is in it."""
     characters = [chr(code) for code in [*range(0xD800), *range(0xE000, 0x110000, 37)]]
     texts = ["".join(characters[i : i + 1000]) for i in range(0, len(characters), 1000)]
@@ -64,47 +63,37 @@ def test_every_character_survives(tokenizer: Tokenizer) -> None:
     assert len(set("".join(texts).encode())) == 256 - len((0xC0, 0xC1, *range(0xF5, 0x100)))
 
 
-def test_every_artefact_carries_its_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_every_artefact_carries_its_tokenizer(tokenizer, tmp_path):
     folder = tmp_path / "artefact"
     folder.mkdir()
     tokenizer.save(folder)
     again = load_tokenizer(folder)
     assert [list(i) for i in again.encode(TEXTS)] == [list(i) for i in tokenizer.encode(TEXTS)]
-    assert (again.fingerprint, again.vocab_size, again.bos_id, again.eos_id) == (
-        tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
-    )  # fmt: skip
-    with pytest.raises(DataError, match="holds no tokenizer"):
-        load_tokenizer(tmp_path)
-    (file,) = {path for path in folder.iterdir() if path.name in ("tokenizer.model", "tokenizer.json")}
-    file.unlink()
-    with pytest.raises(DataError, match=rf"{folder}.*{file.name}"):
-        load_tokenizer(folder)
+    for name in ("fingerprint", "vocab_size", "bos_id", "eos_id"):
+        assert getattr(again, name) == getattr(tokenizer, name)
 
 
-def test_fingerprints_follow_what_changes_an_encoding(tiktoken: Tokenizer, tmp_path: Path) -> None:
+def test_fingerprints_follow_what_changes_an_encoding(tiktoken, tmp_path):
     path = write_ranks(tmp_path / "ranks")
     usual = TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path), special_tokens=8)
     assert from_file(usual).fingerprint == tiktoken.fingerprint
-    configs = [replace(usual, **{key: value}) for key, value in
-               {"pattern": r"\s+|\S+", "special_tokens": 9, "bos": "<s>", "eos": "</s>"}.items()]  # fmt: skip
-    found = {from_file(config).fingerprint for config in configs} | {tiktoken.fingerprint}
+    changes = {"pattern": r"\s+|\S+", "special_tokens": 9, "bos": "<s>", "eos": "</s>"}.items()
+    found = {from_file(replace(usual, **{key: value})).fingerprint for key, value in changes} | {tiktoken.fingerprint}
     path.write_text(path.read_text() + f"{base64.b64encode(b'new').decode()} 262\n")
     assert len(found | {from_file(usual).fingerprint}) == 6
-    bpes = [train_bpe([*TEXTS, *more], TokenizerConfig(vocab_size=300), tmp_path / "c") for more in ([], ["qqq" * 9])]
-    assert bpes[0].fingerprint != bpes[1].fingerprint
 
 
-def test_training_is_repeatable_and_cached_by_content(tmp_path: Path) -> None:
+def test_training_is_repeatable_and_cached_by_content(tmp_path):
     config = TokenizerConfig(vocab_size=320)
     one, other = (train_bpe(TEXTS, config, tmp_path / name) for name in ("a", "b"))
     assert one.fingerprint == other.fingerprint
     train_bpe(TEXTS, config, tmp_path / "a")
     assert len(list((tmp_path / "a" / "tokenizers").iterdir())) == 1
-    assert train_bpe([*TEXTS, "more"], config, tmp_path / "a").vocab_size >= 258
+    assert train_bpe([*TEXTS, "qqq" * 9], config, tmp_path / "a").fingerprint != one.fingerprint
     assert len(list((tmp_path / "a" / "tokenizers").iterdir())) == 2
 
 
-def test_truncation_in_a_file_loses_no_text(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_truncation_in_a_file_loses_no_text(bpe, tmp_path):
     bpe.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -114,7 +103,7 @@ def test_truncation_in_a_file_loses_no_text(bpe: Tokenizer, tmp_path: Path) -> N
     assert [list(i) for i in again.encode(TEXTS)] == [list(i) for i in bpe.encode(TEXTS)]
 
 
-def test_bytes_of_byte_fallback_and_of_added_words(tmp_path: Path) -> None:
+def test_bytes_of_byte_fallback_and_of_added_words(tmp_path):
     """A vocabulary in SentencePiece's manner, with a word added that is not special."""
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as Library
@@ -130,7 +119,7 @@ def test_bytes_of_byte_fallback_and_of_added_words(tmp_path: Path) -> None:
     assert from_file(config).token_bytes()[1:].tolist() == [0, 0, 3, 2, 1, 1, 8]
 
 
-def test_tiktoken_ids_and_pieces(tiktoken: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiktoken_ids_and_pieces(tiktoken, monkeypatch):
     """Special tokens follow the ranks, as in Llama 4; long texts are encoded in pieces."""
     assert (tiktoken.bos_id, tiktoken.eos_id, tiktoken.vocab_size) == (262, 263, 270)
     monkeypatch.setattr(type(tiktoken), "MAX_CHARACTERS", 5)
@@ -138,31 +127,28 @@ def test_tiktoken_ids_and_pieces(tiktoken: Tokenizer, monkeypatch: pytest.Monkey
     assert [tiktoken.decode(ids) for ids in tiktoken.encode(texts)] == texts
 
 
-def json_file(path: Path, text: str) -> TokenizerConfig:
-    path.write_text(text)
-    return TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path))
+BROKEN = [
+    (lambda lines: [*lines[:2], "not base64", *lines[3:]], {}, r"ranks:3 is not a line of a tiktoken file"),
+    (lambda lines: lines[:-2] + lines[-1:], {}, "without a gap"),
+    (lambda lines: lines[:200], {}, "256 bytes"),
+    (lambda lines: lines, {"pattern": "("}, r"data.tokenizer.pattern=\(: is not a regular expression"),
+    (lambda lines: lines, {"path": "/nowhere"}, r"data.tokenizer.path=/nowhere: no such file"),
+]
 
 
-def rank_file(path: Path, lines: Callable[[list[str]], list[str]]) -> TokenizerConfig:
-    path.write_text("\n".join(lines(write_ranks(path).read_text().splitlines())))
-    return TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path))
+@pytest.mark.parametrize("change, keys, message", BROKEN)
+def test_broken_rank_files_are_named(tmp_path, change, keys, message):
+    path = write_ranks(tmp_path / "ranks")
+    path.write_text("\n".join(change(path.read_text().splitlines())))
+    with pytest.raises(DataError if not keys else ConfigError, match=message):
+        from_file(TokenizerConfig(**{"kind": TokenizerKind.tiktoken, "path": str(path), **keys}))
 
 
-def test_broken_files_are_named(tmp_path: Path, bpe: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match=r"data.tokenizer.path=/nowhere: no such file"):
-        from_file(TokenizerConfig(kind=TokenizerKind.tiktoken, path="/nowhere"))
-    with pytest.raises(DataError, match=r"t.json is not a tokenizer.json: "):
-        from_file(json_file(tmp_path / "t.json", '{"version": 1}'))
-    with pytest.raises(DataError, match=r"ranks:3 is not a line of a tiktoken file"):
-        from_file(rank_file(tmp_path / "ranks", lambda lines: [*lines[:2], "not base64", *lines[3:]]))
-    with pytest.raises(DataError, match="without a gap"):
-        from_file(rank_file(tmp_path / "ranks", lambda lines: lines[:-2] + lines[-1:]))
-    with pytest.raises(DataError, match="256 bytes"):
-        from_file(rank_file(tmp_path / "ranks", lambda lines: lines[:200]))
+def test_broken_json_files_are_named(tmp_path, bpe):
     bpe.save(tmp_path)
-    missing = TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(tmp_path / "tokenizer.json"), bos="<s>")
+    path = tmp_path / "tokenizer.json"
     with pytest.raises(ConfigError, match=r"data.tokenizer.bos=<s>: .* has no such token; try <\|begin_of_text\|>"):
-        from_file(missing)
-    with pytest.raises(ConfigError, match=r"data.tokenizer.pattern=\(: is not a regular expression"):
-        path = write_ranks(tmp_path / "ranks")
-        from_file(TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path), pattern="("))
+        from_file(TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path), bos="<s>"))
+    path.write_text('{"version": 1}')
+    with pytest.raises(DataError, match=r"tokenizer.json is not a tokenizer.json: "):
+        from_file(TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path)))

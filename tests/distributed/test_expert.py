@@ -29,11 +29,13 @@ class Padded(NativeGemm):
 
     token_multiple = 8
 
-    def grouped_linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
+    def linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups | None = None) -> Tensor:
+        if groups is None:
+            return super().linear(x_CD, w_EFD)
         assert not (groups.counts_E % self.token_multiple).any(), groups.counts_E
         assert groups.host == groups.counts_E.tolist()  # some dispatchers know them beforehand
         used = sum(groups.host)
-        y = super().grouped_linear(x_CD[:used], w_EFD, groups)
+        y = super().linear(x_CD[:used], w_EFD, groups)
         return torch.cat([y, y.new_full((x_CD.shape[0] - used, y.shape[1]), torch.nan)])
 
 

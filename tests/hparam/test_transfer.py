@@ -93,7 +93,6 @@ def test_both_forms_of_the_head_train_the_same_function():
     m = multiplier.multipliers.logits
     assert m == 0.25 and absorbed.multipliers.logits == 1
     ours, theirs = absorbed.roles[Role.head], multiplier.roles[Role.head]
-    assert ours.std is not None and theirs.std is not None
     assert ours.std == pytest.approx(m * theirs.std) and ours.lr == pytest.approx(m * theirs.lr)
     assert ours.eps == pytest.approx(theirs.eps / m) and ours.weight_decay == pytest.approx(theirs.weight_decay / m)
 
@@ -151,12 +150,6 @@ def golden() -> str:
         "standard": carried(rules=Parametrization.standard),
     }
     return json.dumps({name: figures(found) for name, found in cases.items()}, indent=1) + "\n"
-
-
-def test_a_digest_depends_on_every_value():
-    deeper, other = replace(LARGER, num_layers=25), replace(FOUND, eps=2e-8)
-    found = [carried(), carried(tokens_exponent=0.31), carried(deeper), carried(found=other)]
-    assert len({one.digest for one in found}) == 4 and carried().digest == found[0].digest
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch.utils._triton import has_triton_package
 from precision import transformer_engine as backend
 from precision.config import Recipe
 from precision.gemm import Groups
-from tests.precision.test_te_on_cpu import COUNTS, D, E, F, draw
+from tests.precision.test_te_on_cpu import COUNTS, D, E, F, draw, make
 from tests.support.fakes import te_wheel
 from tests.support.fakes.transformer_engine_stub import Extension, Product, Quantised, installed
 
@@ -143,8 +143,8 @@ def matrix_by_itself(own: Own, recipe: Any, x: Tensor, w: Tensor, grad: Tensor) 
 
 
 def by_us(recipe: Recipe, x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
-    products = backend.make(recipe, torch.bfloat16, "a test")
-    y = products.linear(x, w) if w.dim() == 2 else products.grouped_linear(x, w, Groups(torch.tensor(COUNTS)))
+    products = make(recipe)
+    y = products.linear(x, w, None if w.dim() == 2 else Groups(torch.tensor(COUNTS)))
     return [y.detach(), *torch.autograd.grad(y, (x, w), grad)]
 
 

@@ -26,13 +26,11 @@ def test_the_version_is_the_same_everywhere():
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"]["te"] == [f"transformer-engine[pytorch]=={version}"]
     assert f'"transformer-engine[pytorch]=={version}"' in backend.INSTALL
-    pins = dict(
-        line.split("==") for line in (root / "docs/containers/constraints.txt").read_text().split() if "==" in line
-    )
+    constraints = (root / "docs/containers/constraints.txt").read_text().split()
+    pins = dict(line.split("==") for line in constraints if "==" in line)
     assert {pins[f"transformer-engine{part}"] for part in ("", "-cu13", "-torch")} == {version}
-    assert (
-        f"Engine](https://github.com/NVIDIA/TransformerEngine) {version}" in (root / "docs/fp8_install.md").read_text()
-    )
+    guide = (root / "docs/fp8_install.md").read_text()
+    assert f"Engine](https://github.com/NVIDIA/TransformerEngine) {version}" in guide
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -42,30 +40,23 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def package(monkeypatch):
     """`package(version, error)` fakes an installed distribution; importing it raises `error` if given."""
 
-    def install(version: str | None, outcome: Exception | None = None) -> None:
-        real = importlib.metadata.version
+    def install(version: str | None, error: Exception | None = None) -> None:
+        class Broken(ModuleType):
+            @property
+            def __path__(self):
+                raise error
 
         def asked(name: str) -> str:
-            if name != "transformer-engine":
-                return real(name)
             if version is None:
                 raise importlib.metadata.PackageNotFoundError(name)
             return version
 
-        class Finder:
-            @staticmethod
-            def find_spec(name, path=None, target=None):
-                if name == "transformer_engine" and outcome is not None:
-                    raise outcome
-                return None
-
-        for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+        for name in [name for name in sys.modules if name.split(".")[0] == TE]:
             monkeypatch.delitem(sys.modules, name)
-        if outcome is None and version is not None:
-            for name in ("transformer_engine", "transformer_engine.pytorch"):
-                monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, TE, ModuleType(TE) if error is None else Broken(TE))
+        if error is None:
+            monkeypatch.setitem(sys.modules, f"{TE}.pytorch", ModuleType(f"{TE}.pytorch"))
         monkeypatch.setattr(importlib.metadata, "version", asked)
-        monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
 
     return install
 
@@ -95,9 +86,8 @@ def test_installed_without_its_libraries(package, error):
     package(backend.VERSION, error)
     (reason,) = backend.unavailable(Recipe.mxfp8, GPU)
     line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    assert (
-        reason == f"Transformer Engine {backend.VERSION} is installed but does not import ({line}): {backend.INSTALL}"
-    )
+    problem = f"Transformer Engine {backend.VERSION} is installed but does not import"
+    assert reason == f"{problem} ({line}): {backend.INSTALL}"
 
 
 def test_every_reason_is_reported_at_once(package):
@@ -119,24 +109,16 @@ def test_the_device_is_tried_before_training(monkeypatch):
     monkeypatch.setattr(backend, "_unsupported", lambda recipe: None)
     monkeypatch.setattr(backend, "_trial_failure", lambda recipe, device: None)
     assert backend.unavailable(Recipe.blockwise, GPU) == []
-    monkeypatch.setattr(
-        backend, "_trial_failure", lambda recipe, device: f"gives other bytes for {recipe.value} on {device}"
-    )
-    assert backend.unavailable(Recipe.blockwise, GPU) == [f"gives other bytes for blockwise on {GPU}"]
+    monkeypatch.setattr(backend, "_trial_failure", lambda recipe, device: f"other bytes for {recipe.value} on {device}")
+    assert backend.unavailable(Recipe.blockwise, GPU) == [f"other bytes for blockwise on {GPU}"]
     monkeypatch.setattr(backend, "_unsupported", lambda recipe: "its own reason")
     assert backend.unavailable(Recipe.blockwise, GPU) == ["its own reason"]
 
 
-def test_its_own_reason_is_reported():
+def test_its_own_reason_is_reported(monkeypatch):
+    reason = "Device compute capability 10.0 or higher required for MXFP8 execution"
     with installed():
-        quantization = sys.modules[f"{TE}.pytorch.quantization"]
-        quantization._MXFP8_SUPPORT = False, "Device compute capability 10.0 or higher required for MXFP8 execution."
-        try:
-            assert backend._unsupported(Recipe.blockwise) is backend._unsupported(Recipe.tensorwise) is None
-            reason = backend._unsupported(Recipe.mxfp8)
-        finally:
-            quantization._MXFP8_SUPPORT = True, ""
-    assert reason == (
-        "Device compute capability 10.0 or higher required for MXFP8 execution "
-        "(precision.recipe=auto selects a supported one)"
-    )
+        monkeypatch.setattr(sys.modules[f"{TE}.pytorch.quantization"], "_MXFP8_SUPPORT", (False, f"{reason}."))
+        found = {recipe: backend._unsupported(recipe) for recipe in backend.RECIPES}
+    assert found.pop(Recipe.mxfp8) == f"{reason} (precision.recipe=auto selects a supported one)"
+    assert set(found.values()) == {None}

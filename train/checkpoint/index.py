@@ -28,7 +28,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, one_line
 from core.files import read_json, write_bytes, write_json
 from train.run_directory import MARKER
 
@@ -223,7 +223,7 @@ def _parsed(path: Path, parse: Callable[[Any], T]) -> T:
     try:
         return parse(read_json(path))
     except _UNREADABLE as error:
-        raise Damaged(f"{path.name} is unreadable ({_one_line(error)})") from None
+        raise Damaged(f"{path.name} is unreadable ({one_line(error, 120)})") from None
 
 
 def _counts(values: Any) -> tuple[int, ...]:
@@ -238,10 +238,6 @@ def _is_count(value: object) -> bool:
 
 def _is_shard_file(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"rank_\d+\.bin", name) is not None
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _described(path: Path) -> dict[str, Any]:
