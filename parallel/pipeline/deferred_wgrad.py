@@ -12,7 +12,6 @@ Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorte
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -87,12 +86,11 @@ class _Product(torch.autograd.Function):
         x, w = ctx.saved_tensors
         input_gradient = inner.grouped_input_gradient if ctx.groups else inner.input_gradient
         weight_gradient = inner.grouped_weight_gradient if ctx.groups else inner.weight_gradient
-        products.deferred.defer(partial(_add_gradient, products.total, weight_gradient, grad, x, ctx.groups))
-        return input_gradient(grad, w, *ctx.groups).to(x.dtype), None, None, None
+        groups = ctx.groups
 
+        @torch.no_grad()
+        def add_gradient() -> None:
+            products.total.add(weight_gradient(grad, x, *groups))
 
-@torch.no_grad()
-def _add_gradient(
-    total: GradientSum, product: Callable[..., Tensor], grad: Tensor, x: Tensor, groups: tuple[Groups, ...]
-) -> None:
-    total.add(product(grad, x, *groups))
+        products.deferred.defer(add_gradient)
+        return input_gradient(grad, w, *groups).to(x.dtype), None, None, None
