@@ -132,7 +132,7 @@ def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
     if info.role is Role.qk_norm and info.shape[0] != model.head_dim:
         dim = 0  # the gain spans all heads
     splits = () if dim is None or meshes.tp.size == 1 else (Split(meshes.tp, dim),)
-    shared = () if splits or meshes.tp.size == 1 else (meshes.tp,)
+    shared: tuple[MeshAxis, ...] = () if splits or meshes.tp.size == 1 else (meshes.tp,)
     if info.role is Role.embedding and model.tie_embeddings and meshes.ends.size > 1:
         shared += (meshes.ends,)
     return ShardSpec(info, splits, Split(meshes.fsdp, 0), (meshes.replicate, *shared), partial=shared)
