@@ -47,7 +47,7 @@ BLAMED = {
     "tied_gradient_lost_between_stages": (["pp"], "embedding.weight"),
     "micro_batches_mixed_up": (["pp"], "gradients"),
     "weights_put_off_for_ever": (["pp"], "has no gradient"),
-    "routers_saved_by_one_stage": (["pp"], "is missing in the checkpoint"),
+    "routers_saved_by_one_stage": (["pp"], "is missing"),
 }
 FEW_RANKS = ["ranks=2", "parallel.dp_shard=1", "parallel.tp=2", "parallel.ep=2"]
 OVERRIDES = ["parallel.tp=2", "parallel.ep=2"]
