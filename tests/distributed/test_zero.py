@@ -217,7 +217,7 @@ def test_offloaded_state_is_the_same_state(ranks, small_corpus, tmp_path, stage)
     places = {"host": [host], "nvme": ["parallel.zero.offload=nvme", f"parallel.zero.nvme={disk}"]}
     if stage:
         shards = "parallel.zero.offload_parameters=cpu"
-        places |= {"parameters": [shards], "parameters, host": [shards, host]}
+        places |= {"parameters": [shards], "parameters-host": [shards, host]}
     for _ in range(2):  # the second time from a checkpoint
         wanted = [losses for losses, _ in ranks(2, offloaded, tmp_path / "device", usual)]
         for name, there in places.items():
