@@ -30,10 +30,9 @@ from model.attention.segments import (
     document_bounds,
     plan_segments,
 )
-from model.config import ModelConfig
 from model.transformer import Layer, Transformer
 from parallel.comm.collectives import all_gather, all_to_all, ring_shift
-from parallel.layout import ContextMethod, split_unit
+from parallel.layout import ContextMethod
 from parallel.mesh import MeshAxis
 
 
@@ -103,10 +102,6 @@ class ContextShard:
         if self.axis.size == 1:
             return ForwardContext(positions_BT, device, routed_tokens)
         return ShardedContext(self, positions_BT, device, routed_tokens)
-
-
-def context_shard(model: ModelConfig, length: int, axis: MeshAxis, method: ContextMethod) -> ContextShard:
-    return ContextShard(axis, length, split_unit(model, length), method)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ plus padding).
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,13 +38,13 @@ def check(kind: DispatchMethod, compute_dtype: torch.dtype = torch.bfloat16) -> 
     """Reject a dispatcher that is not installed, or does not support this number format."""
     if kind is not DispatchMethod.deepep:
         return
-    reason = ""
     if compute_dtype is not torch.bfloat16:
         reason = "sends bfloat16 only; add precision=bf16"
     elif importlib.util.find_spec("deep_ep") is None:
         reason = f"DeepEP is not installed: pip install '{_DEEPEP}'"
-    if reason:
-        raise ConfigError("parallel.dispatch", kind, reason, [DispatchMethod.all_to_all.value])
+    else:
+        return
+    raise ConfigError("parallel.dispatch", kind, reason, [DispatchMethod.all_to_all.value])
 
 
 def apply(model: Transformer, meshes: Meshes) -> None:
@@ -51,7 +53,7 @@ def apply(model: Transformer, meshes: Meshes) -> None:
     if axis.size == 1:
         return
     check(kind)
-    buffer = _DeepEPBuffer(axis)  # shared by all layers
+    buffer = cache(partial(_deepep_buffer, axis))  # shared by all layers, and created at its first use
     for layer in model.layers.values():
         if isinstance(layer.ffn, MixtureOfExperts):
             local, experts = model.config.num_experts // meshes.ep.size, layer.ffn.experts
@@ -59,23 +61,15 @@ def apply(model: Transformer, meshes: Meshes) -> None:
             layer.ffn.dispatch = _KINDS[kind](axis, etp, local, weights_on, multiple, experts.kernels, buffer)
 
 
-class _DeepEPBuffer:
-    """DeepEP's communication buffer of one axis, created at its first use."""
+def _deepep_buffer(axis: MeshAxis, token_bytes: int) -> Any:
+    """DeepEP's communication buffer of an axis."""
+    import deep_ep
 
-    def __init__(self, axis: MeshAxis) -> None:
-        self.axis = axis
-        self._buffer: Any = None
-
-    def get(self, token_bytes: int) -> Any:
-        if self._buffer is None:
-            import deep_ep
-
-            size, kind = self.axis.size, deep_ep.Buffer
-            configs = (kind.get_dispatch_config(size), kind.get_combine_config(size))
-            nvlink = max(config.get_nvl_buffer_size_hint(token_bytes, size) for config in configs)
-            rdma = max(config.get_rdma_buffer_size_hint(token_bytes, size) for config in configs)
-            self._buffer = kind(self.axis.group, nvlink, rdma)
-        return self._buffer
+    size, kind = axis.size, deep_ep.Buffer
+    configs = (kind.get_dispatch_config(size), kind.get_combine_config(size))
+    nvlink = max(config.get_nvl_buffer_size_hint(token_bytes, size) for config in configs)
+    rdma = max(config.get_rdma_buffer_size_hint(token_bytes, size) for config in configs)
+    return kind(axis.group, nvlink, rdma)
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,8 @@ class _Dispatcher:
     weights_on: WeightsOn
     token_multiple: int
     kernels: MoEKernels
-    buffer: _DeepEPBuffer | None = None
+    buffer: Callable[[int], Any] | None = None
+    """Gives DeepEP's buffer for tokens of so many bytes."""
 
     def virtual(self, choice: TopKRouting) -> TopKRouting:
         """The choice among virtual experts, numbered by rank of the axis, then by index on that rank."""
@@ -144,7 +139,7 @@ class DeepEP(_Dispatcher):
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         assert self.buffer is not None
-        buffer = self.buffer.get(x_TD.shape[1] * x_TD.element_size())
+        buffer = self.buffer(x_TD.shape[1] * x_TD.element_size())
         x_RD, weights_RK, experts_RK, handle = _DeepEPDispatch.apply(
             x_TD, choice.weights_TK, choice.experts_TK, buffer, self.axis.size * self.local_experts
         )

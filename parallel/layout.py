@@ -129,10 +129,8 @@ class ParallelConfig:
             return
         if per_rank is not None:
             if schedule.is_single and per_rank != 1:
-                others = [one.name for one in PipelineSchedule if one.in_rounds]
-                reason = (
-                    f"{schedule.name} has one stage per rank; take another parallel.schedule: {' or '.join(others)}"
-                )
+                others = " or ".join(one.name for one in PipelineSchedule if one.in_rounds)
+                reason = f"{schedule.name} has one stage per rank; take another parallel.schedule: {others}"
                 raise ConfigError("stages_per_rank", per_rank, reason, [1])
             if schedule.is_v and per_rank != 2:
                 raise ConfigError("stages_per_rank", per_rank, f"{schedule.name} has two stages per rank", [2])
@@ -140,8 +138,8 @@ class ParallelConfig:
                 raise ConfigError("stages_per_rank", per_rank, f"{schedule.name} needs several stages per rank", [2, 4])
         if schedule.is_v and torch_version() < V_SCHEDULES_SINCE:
             need = ".".join(map(str, V_SCHEDULES_SINCE))
-            others = [one.name for one in PipelineSchedule if not one.is_v]
-            raise ConfigError("schedule", schedule, f"needs torch {need} or newer, this is {torch.__version__}", others)
+            reason = f"needs torch {need} or newer, this is {torch.__version__}"
+            raise ConfigError("schedule", schedule, reason, [one.name for one in PipelineSchedule if not one.is_v])
         if schedule.splits_backward and self.compile:
             whole = ", ".join(one.name for one in PipelineSchedule if not one.splits_backward)
             reason = f"compiled layers cannot defer the gradients of their weights, as schedule={schedule.name} does"
@@ -178,22 +176,16 @@ class ParallelConfig:
 class Layout(ParallelConfig):
     """A `ParallelConfig` whose degrees make up a world: `dp_shard` is a number."""
 
-    def __post_init__(self) -> None:
-        assert isinstance(self.dp_shard, int)
-
-    @property
-    def shard(self) -> int:
-        assert isinstance(self.dp_shard, int)
-        return self.dp_shard
+    dp_shard: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.pp * self.dp_replicate * self.shard * self.cp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
 
     @property
     def dp(self) -> int:
         """Groups of ranks that get different sequences of a batch."""
-        return self.dp_replicate * self.shard
+        return self.dp_replicate * self.dp_shard
 
     @property
     def zero_stage(self) -> int:
@@ -203,12 +195,12 @@ class Layout(ParallelConfig):
     @property
     def fsdp(self) -> int:
         """Ranks over which a dense parameter is sharded."""
-        return self.shard * self.cp
+        return self.dp_shard * self.cp
 
     @property
     def efsdp(self) -> int:
         """Ranks over which a routed expert is sharded."""
-        return self.shard * self.cp * self.tp // (self.ep * self.etp)
+        return self.dp_shard * self.cp * self.tp // (self.ep * self.etp)
 
     @property
     def axes(self) -> dict[str, int]:
@@ -221,12 +213,13 @@ class Layout(ParallelConfig):
         """Reject degrees that cannot split this model evenly."""
         self.stages(model)
         if model.tie_embeddings and self.pp > 1 and self.schedule.is_v:
-            reason = (
-                "both ends of a V-schedule are on one rank and would gather tied embeddings twice: untie them, or take"
-            )
             others = [one.name for one in PipelineSchedule if not one.is_v]
-            raise ConfigError("parallel.schedule", self.schedule, f"{reason} another schedule", others)
-        self._check_heads(model)
+            reason = "both ends of a V-schedule are on one rank and would gather tied embeddings twice: untie them"
+            raise ConfigError("parallel.schedule", self.schedule, f"{reason}, or take another schedule", others)
+        heads = model.num_kv_heads // self.tp
+        if self.cp > 1 and self.cp_method is ContextMethod.ulysses and heads % self.cp:
+            reason = f"must divide the {heads} key/value heads of a rank for cp_method=ulysses; or take another "
+            raise self._error("cp", f"{reason}parallel.cp_method: gather or ring", divisors(max(heads, 1)))
         kinds = {layer.feed_forward for layer in model.blocks}
         sizes = {
             "query heads": model.num_heads,
@@ -257,7 +250,9 @@ class Layout(ParallelConfig):
             )
 
     def check_batch(self, global_batch_size: int, micro_batch_size: int) -> None:
-        """The global batch must divide evenly over the ranks, and a rank's sequences into micro-batches."""
+        """The global batch must divide evenly over the ranks, and a rank's sequences into micro-batches: as many as the
+        pipeline's schedule can run without idle ranks.
+        """
         if global_batch_size % self.dp:
             reason = f"must divide into dp_replicate * dp_shard = {self.dp} equal parts"
             legal = nearest([self.dp * n for n in range(1, global_batch_size // self.dp + 2)], global_batch_size)
@@ -266,7 +261,18 @@ class Layout(ParallelConfig):
         if count % micro_batch_size:
             legal, reason = nearest(divisors(count), micro_batch_size), f"must divide a rank's {count} sequences"
             raise ConfigError("training.micro_batch_size", micro_batch_size, reason, legal)
-        self._check_micro_batches(global_batch_size, count, micro_batch_size)
+        schedule, pp, per_rank = self.schedule, self.pp, self.per_rank
+        if pp == 1 or schedule.accepts(count // micro_batch_size, pp, per_rank):
+            return
+        need = schedule.least_micro_batches(pp, per_rank)
+        reason = f"{schedule.name} with pp={pp} needs at least {need} micro-batches"
+        reason += ", in rounds of equal number" if schedule.in_rounds else ""
+        reason += f", but a rank's {count} sequences make {count // micro_batch_size}"
+        legal = [size for size in divisors(count) if schedule.accepts(count // size, pp, per_rank)]
+        if not legal:
+            more = self.dp * need * micro_batch_size
+            raise ConfigError("training.global_batch_size", global_batch_size, reason, [more, 2 * more])
+        raise ConfigError("training.micro_batch_size", micro_batch_size, reason, nearest(legal, micro_batch_size))
 
     def check_seq_len(self, model: ModelConfig, length: int) -> None:
         """Sequences must divide over cp in whole attention chunks, and a rank's part of them over tp."""
@@ -291,36 +297,13 @@ class Layout(ParallelConfig):
 
     def padded_length(self, model: ModelConfig, length: int) -> int:
         """The shortest sequence of at least `length` tokens that this layout can divide."""
-        multiple = 0
-        while multiple != self.length_multiple(split_unit(model, length)):  # a longer sequence may exceed more chunks
-            multiple = self.length_multiple(split_unit(model, length))
-            length = -(-length // multiple) * multiple
+        while length % (multiple := self.length_multiple(split_unit(model, length))):
+            length = -(-length // multiple) * multiple  # which may exceed the chunks of more layers
         return length
 
     def _error(self, key: str, reason: str, legal: Iterable[int]) -> ConfigError:
         value = getattr(self, key)
         return ConfigError(f"parallel.{key}", value, reason, nearest(legal, value))
-
-    def _check_heads(self, model: ModelConfig) -> None:
-        heads = model.num_kv_heads // self.tp
-        if self.cp > 1 and self.cp_method is ContextMethod.ulysses and heads % self.cp:
-            reason = f"must divide the {heads} key/value heads of a rank for cp_method=ulysses; or take another "
-            raise self._error("cp", f"{reason}parallel.cp_method: gather or ring", divisors(max(heads, 1)))
-
-    def _check_micro_batches(self, global_batch_size: int, count: int, micro_batch_size: int) -> None:
-        """Reject a number of micro-batches that leaves pipeline ranks idle, or that the schedule cannot run."""
-        schedule, pp, per_rank = self.schedule, self.pp, self.per_rank
-        if pp == 1 or schedule.accepts(count // micro_batch_size, pp, per_rank):
-            return
-        need = schedule.least_micro_batches(pp, per_rank)
-        reason = f"{schedule.name} with pp={pp} needs at least {need} micro-batches"
-        reason += ", in rounds of equal number" if schedule.in_rounds else ""
-        reason += f", but a rank's {count} sequences make {count // micro_batch_size}"
-        legal = [size for size in divisors(count) if schedule.accepts(count // size, pp, per_rank)]
-        if not legal:
-            more = self.dp * need * micro_batch_size
-            raise ConfigError("training.global_batch_size", global_batch_size, reason, [more, 2 * more])
-        raise ConfigError("training.micro_batch_size", micro_batch_size, reason, nearest(legal, micro_batch_size))
 
 
 def split_unit(model: ModelConfig, length: int) -> int:

@@ -46,11 +46,8 @@ class MeshAxis:
     def sum(self, tensor: Tensor, purpose: str) -> None:
         self.reduce(tensor, purpose, dist.ReduceOp.SUM)
 
-    def max(self, tensor: Tensor, purpose: str) -> None:
-        """Take the elementwise maximum over these ranks, in place."""
-        self.reduce(tensor, purpose, dist.ReduceOp.MAX)
-
     def reduce(self, tensor: Tensor, purpose: str, operation: dist.ReduceOp.RedOpType) -> None:
+        """Reduce over these ranks, in place."""
         if self.size > 1:
             self.count(purpose, tensor)
             dist.all_reduce(tensor, op=operation, group=self.group)
@@ -67,7 +64,7 @@ class MeshAxis:
     def send(self, purpose: str, tensor: Tensor) -> None:
         """Record that this rank sends a tensor to one other rank. Ranks may do so unequally often."""
         self.wait(purpose)
-        self.add_bytes(purpose, tensor.numel() * tensor.element_size())
+        self.add_bytes(purpose, tensor.nbytes)
 
     def wait(self, purpose: str) -> None:
         self.traffic.heartbeat.wait(self.name, purpose, self.group)
@@ -146,10 +143,12 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
     axes: dict[str, Any] = {}
     for key, source in (sources | dict.fromkeys(("efsdp", "experts"), sparse)).items():
         axis: MeshAxis = getattr(meshes, key)
-        grouped = axis.name in (source.mesh_dim_names or ())
-        axes[key] = replace(axis, group=source.get_group(axis.name)) if grouped else axis
-    axes["ends"] = replace(meshes.ends, group=_ends_group(axes["pp"])) if meshes.ends.size > 1 else meshes.ends
-    return replace(meshes, **axes, dense=_data_mesh(dense, "fsdp"), sparse=_data_mesh(sparse, "efsdp"))
+        if axis.name in (source.mesh_dim_names or ()):
+            axes[key] = replace(axis, group=source.get_group(axis.name))
+    if meshes.ends.size > 1:
+        axes["ends"] = replace(meshes.ends, group=_ends_group(axes["pp"]))
+    replicated = ("dp_replicate",) if layout.dp_replicate > 1 else ()
+    return replace(meshes, **axes, dense=dense[*replicated, "fsdp"], sparse=sparse[*replicated, "efsdp"])
 
 
 def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) -> Meshes:
@@ -182,8 +181,3 @@ def _ends_group(pp: MeshAxis) -> dist.ProcessGroup:
         return pp.group
     members = dist.get_process_group_ranks(pp.group)
     return dist.new_group([members[0], members[-1]], use_local_synchronization=True)
-
-
-def _data_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    replicated = "dp_replicate" in (mesh.mesh_dim_names or ())
-    return mesh["dp_replicate", name] if replicated else mesh[name]

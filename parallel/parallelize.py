@@ -15,8 +15,9 @@ from model.moe import MixtureOfExperts
 from model.roles import Role, registry
 from model.transformer import Stack, Transformer
 from parallel import activation_checkpoint, compile, context_parallel, expert_parallel, fsdp, sharding, tensor_parallel
+from parallel.context_parallel import ContextShard
 from parallel.deepspeed import zero3, zero12
-from parallel.layout import EngineKind, Layout, ParallelConfig
+from parallel.layout import EngineKind, Layout, ParallelConfig, split_unit
 from parallel.mesh import Meshes, meshes_of_rank
 from parallel.pipeline import runtime
 from parallel.sharding import ShardSpec
@@ -61,9 +62,10 @@ class ParallelModel:
     meshes: Meshes
     stacks: dict[int, Stack]
 
-    def context_shard(self, seq_len: int) -> context_parallel.ContextShard:
+    def context_shard(self, seq_len: int) -> ContextShard:
         """How context parallelism divides sequences of this length."""
-        return context_parallel.context_shard(self.model.config, seq_len, self.meshes.cp, self.meshes.layout.cp_method)
+        unit = split_unit(self.model.config, seq_len)
+        return ContextShard(self.meshes.cp, seq_len, unit, self.meshes.layout.cp_method)
 
     def sequence_context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> ForwardContext:
         """The context of this rank's layers, from the positions of whole sequences."""

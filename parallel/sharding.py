@@ -124,22 +124,18 @@ def shard_specs(infos: Mapping[str, ParameterInfo], model: ModelConfig, meshes: 
 def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
     if info.role.is_expert:
         splits = tuple(s for s in (Split(meshes.ep, 0), Split(meshes.etp, _EXPERT_HIDDEN_DIM)) if s.axis.size > 1)
-        fsdp_split = Split(meshes.efsdp, _even_dim(_split_block(info, splits), meshes.efsdp))
-        return ShardSpec(info, splits, fsdp_split, (meshes.replicate,))
-    spec = _dense_spec(info, model, meshes)
-    if info.role is Role.embedding and model.tie_embeddings and meshes.ends.size > 1:
-        return replace(spec, replicas=(*spec.replicas, meshes.ends), partial=(*spec.partial, meshes.ends))
-    return spec
-
-
-def _dense_spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
+        shape = _split_block(info, splits).shape
+        # fewer experts than ranks, split by number, would leave ranks with nothing
+        even = next((dim for dim, size in enumerate(shape) if size % meshes.efsdp.size == 0), 0)
+        return ShardSpec(info, splits, Split(meshes.efsdp, even), (meshes.replicate,))
     dim = _TENSOR_DIM.get(info.role)
     if info.role is Role.qk_norm and info.shape[0] != model.head_dim:
         dim = 0  # the gain spans all heads
-    if dim is None or meshes.tp.size == 1:
-        partial = (meshes.tp,) if meshes.tp.size > 1 else ()
-        return ShardSpec(info, (), Split(meshes.fsdp, 0), (meshes.replicate, meshes.tp), partial)
-    return ShardSpec(info, (Split(meshes.tp, dim),), Split(meshes.fsdp, 0), (meshes.replicate,))
+    splits = () if dim is None or meshes.tp.size == 1 else (Split(meshes.tp, dim),)
+    shared: tuple[MeshAxis, ...] = () if splits or meshes.tp.size == 1 else (meshes.tp,)
+    if info.role is Role.embedding and model.tie_embeddings and meshes.ends.size > 1:
+        shared += (meshes.ends,)
+    return ShardSpec(info, splits, Split(meshes.fsdp, 0), (meshes.replicate, *shared), partial=shared)
 
 
 def _split_block(info: ParameterInfo, splits: tuple[Split, ...]) -> ShardBlock:
@@ -147,11 +143,6 @@ def _split_block(info: ParameterInfo, splits: tuple[Split, ...]) -> ShardBlock:
     for split in splits:
         block = block.shard(split)
     return block
-
-
-def _even_dim(block: ShardBlock, axis: MeshAxis) -> int:
-    """The first dimension that divides. Fewer experts than ranks, split by number, would leave ranks with nothing."""
-    return next((dim for dim, size in enumerate(block.shape) if size % axis.size == 0), 0)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm.collectives import all_gather_no_grad
@@ -32,16 +33,12 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_BTV: Tensor, labels_BT: Tensor, axis: MeshAxis) -> Tensor:
         size = logits_BTV.shape[-1]
         highest_BT = logits_BTV.amax(-1)
-        axis.max(highest_BT, "loss")
+        axis.reduce(highest_BT, "loss", dist.ReduceOp.MAX)
         local_BT = labels_BT - axis.rank * size
         here_BT = (local_BT >= 0) & (local_BT < size)
         local_BT1 = local_BT.clamp(0, size - 1)[..., None]
-        sums = torch.stack(
-            [
-                (logits_BTV - highest_BT[..., None]).exp().sum(-1),
-                logits_BTV.gather(-1, local_BT1)[..., 0] * here_BT,
-            ]
-        )
+        exponentials_BT = (logits_BTV - highest_BT[..., None]).exp().sum(-1)
+        sums = torch.stack([exponentials_BT, logits_BTV.gather(-1, local_BT1)[..., 0] * here_BT])
         axis.sum(sums, "loss")
         lse_BT = highest_BT + sums[0].log()
         ctx.save_for_backward(logits_BTV, lse_BT, local_BT1, here_BT)

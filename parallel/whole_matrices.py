@@ -16,8 +16,9 @@ Shapes: N matrices, O rows (outputs), I columns (inputs), of which a rank has o 
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,17 +62,17 @@ class GatherStage:
 
     def gather(self, shards_Noi: Tensor) -> Tensor:
         """Shards of all matrices to the joined matrices of this rank."""
-        split, mine = self.split, self.counts[self.split.rank]
-        shapes = [_resized(shards_Noi.shape[1:], split.dim, length) for length in split.lengths]
-        send = [count * math.prod(shards_Noi.shape[1:]) for count in self.counts]
+        split, mine, shape = self.split, self.counts[self.split.rank], shards_Noi.shape[1:]
+        shapes = [_resized(shape, split.dim, length) for length in split.lengths]
+        send = [count * math.prod(shape) for count in self.counts]
         receive = [mine * math.prod(shape) for shape in shapes]
         parts = self._exchange(shards_Noi.flatten(), send, receive).split(receive)
         return torch.cat([part.view(mine, *shape) for part, shape in zip(parts, shapes, strict=True)], split.dim)
 
     def scatter(self, whole_Noi: Tensor) -> Tensor:
         """The inverse: this rank's joined matrices to its shards of all matrices."""
-        split, (rows, columns) = self.split, whole_Noi.shape[1:]
-        shape = _resized((rows, columns), split.dim, split.lengths[split.rank])
+        split = self.split
+        shape = _resized(whole_Noi.shape[1:], split.dim, split.lengths[split.rank])
         parts = whole_Noi.split(split.lengths, split.dim)
         receive = [count * math.prod(shape) for count in self.counts]
         flat = torch.cat([part.flatten() for part in parts])
@@ -128,7 +129,7 @@ def rounds(specs: Mapping[str, ShardSpec], meshes: Meshes, at_once: int = AT_ONC
         splits_alike = tuple((split.name, split.dim) for split in matrix_splits(spec, meshes))
         rows, columns = spec.info.shape[-2:]
         alike.setdefault((rows, columns, splits_alike), []).append(name)
-    found, work_split = [], _WorkSplit()
+    found, loads = [], defaultdict[str, Counter[int]](Counter)
     for (rows, columns, _), names in alike.items():
         splits = matrix_splits(specs[names[0]], meshes)
         together = max(1, at_once // (rows * columns)) * math.prod(len(split.lengths) for split in splits)
@@ -136,7 +137,7 @@ def rounds(specs: Mapping[str, ShardSpec], meshes: Meshes, at_once: int = AT_ONC
         for ranges in _batches(specs, names, together):
             held, stages = sum(one.stop - one.start for one in ranges), []
             for split in splits:
-                stages.append(GatherStage(split, work_split.take(split, held, work)))
+                stages.append(GatherStage(split, _shares(loads[split.name], len(split.lengths), held, work)))
                 held = stages[-1].counts[split.rank]
             found.append(Round((rows, columns), ranges, tuple(stages)))
     return found
@@ -145,7 +146,8 @@ def rounds(specs: Mapping[str, ShardSpec], meshes: Meshes, at_once: int = AT_ONC
 def matrix_splits(spec: ShardSpec, meshes: Meshes) -> tuple[MatrixSplit, ...]:
     """The splits of each matrix of a parameter, the last one first."""
     found: list[MatrixSplit] = []
-    block, dims = ShardBlock((0,) * len(spec.info.shape), tuple(spec.info.shape)), len(spec.info.shape)
+    dims = len(spec.info.shape)
+    block = ShardBlock((0,) * dims, tuple(spec.info.shape))
     for split in (*spec.splits, spec.fsdp_split):
         if split.axis.size > 1 and split.dim >= dims - 2:
             parts = [block.shard(Split(replace(split.axis, rank=rank), split.dim)) for rank in range(split.axis.size)]
@@ -160,36 +162,23 @@ def matrix_splits(spec: ShardSpec, meshes: Meshes) -> tuple[MatrixSplit, ...]:
 
 def _batches(specs: Mapping[str, ShardSpec], names: list[str], together: int) -> Iterator[tuple[MatrixRange, ...]]:
     """This rank's matrices of these parameters in order, `together` at a time."""
-    batch: list[MatrixRange] = []
-    left = together
-    for name in names:
-        count, start = math.prod(specs[name].local_block.shape[:-2]), 0
-        while start < count:
-            one = MatrixRange(name, start, min(count, start + left))
-            batch.append(one)
-            left -= one.stop - start
-            start = one.stop
-            if not left:
-                yield tuple(batch)
-                batch, left = [], together
-    if batch:
-        yield tuple(batch)
+    counts = {name: math.prod(specs[name].local_block.shape[:-2]) for name in names}
+    matrices = [(name, number) for name, count in counts.items() for number in range(count)]
+    for first in range(0, len(matrices), together):
+        batch: dict[str, list[int]] = {}
+        for name, number in matrices[first : first + together]:
+            batch.setdefault(name, []).append(number)
+        yield tuple(MatrixRange(name, numbers[0], numbers[-1] + 1) for name, numbers in batch.items())
 
 
-@dataclass
-class _WorkSplit:
-    """Divides work evenly: equal numbers of each shape, and the remainder to the ranks with the least work so far."""
-
-    loads: dict[str, list[int]] = field(default_factory=dict)
-
-    def take(self, split: MatrixSplit, matrices: int, work: int) -> tuple[int, ...]:
-        ranks = len(split.lengths)
-        loads = self.loads.setdefault(split.name, [0] * ranks)
-        least = sorted(range(ranks), key=lambda rank: (loads[rank], rank))[: matrices % ranks]
-        counts = tuple(matrices // ranks + (rank in least) for rank in range(ranks))
-        for rank, count in enumerate(counts):
-            loads[rank] += count * work
-        return counts
+def _shares(loads: Counter[int], ranks: int, matrices: int, work: int) -> tuple[int, ...]:
+    """How many matrices each rank gets: equal numbers, and the remainder to the ranks with the least work so far, which
+    `loads` counts.
+    """
+    least = sorted(range(ranks), key=lambda rank: (loads[rank], rank))[: matrices % ranks]
+    counts = tuple(matrices // ranks + (rank in least) for rank in range(ranks))
+    loads.update({rank: count * work for rank, count in enumerate(counts)})
+    return counts
 
 
 def _resized(shape: tuple[int, ...], dim: int, length: int) -> tuple[int, int]:

@@ -149,32 +149,28 @@ def find_missing(
     Ranks without a heartbeat come first, in any group: a rank that waits for them makes others wait. Otherwise those of
     the group that have begun fewer collectives of this axis, and of them those furthest behind.
     """
-    never = [other for other in range(size) if other not in after]
-    silent = [
-        other
-        for other, status in after.items()
-        if other != rank and not status["done"] and status["beat"] == before.get(other, {}).get("beat")
-    ]
-    if never or silent:
-        lines = [f"rank {other} has never sent a heartbeat" for other in never]
-        lines += [f"rank {o} has sent no heartbeat since step {after[o]['step']} ({_last(after[o])})" for o in silent]
-        return _listed(lines), sorted({after[other]["host"] for other in silent})
-    begun = {other: after[other]["begun"] for other in group if not after[other]["excused"]}
-    late = [other for other in begun if begun[other].get(heartbeat.axis, 0) < heartbeat.begun[heartbeat.axis]]
-    if not late:
+    missing = {other: "has never sent a heartbeat" for other in range(size) if other not in after}
+    for other, status in after.items():
+        if other != rank and not status["done"] and status["beat"] == before.get(other, {}).get("beat"):
+            missing[other] = f"has sent no heartbeat since step {_last(status)}"
+    if not missing:
+        begun = {other: after[other]["begun"] for other in group if not after[other]["excused"]}
+        late = [other for other in begun if begun[other].get(heartbeat.axis, 0) < heartbeat.begun[heartbeat.axis]]
+        least = min((sum(begun[other].values()) for other in late), default=0)
+        missing = {
+            other: f"is alive but at step {_last(after[other])}"
+            for other in late
+            if sum(begun[other].values()) == least
+        }
+    if not missing:
         return None
-    least = min(sum(begun[other].values()) for other in late)
-    late = [other for other in late if sum(begun[other].values()) == least]
-    lines = [f"rank {other} is alive but at step {after[other]['step']} ({_last(after[other])})" for other in late]
-    return _listed(lines), sorted({after[other]["host"] for other in late})
+    lines, more = [f"rank {other} {why}" for other, why in missing.items()], len(missing) - 4
+    hosts = sorted({after[other]["host"] for other in missing if other in after})
+    return ", ".join(lines[:4]) + (f" and {more} more" if more > 0 else ""), hosts
 
 
 def _last(status: Status) -> str:
-    return f"last: {status['what']}, on {status['host']}"
-
-
-def _listed(lines: list[str], most: int = 4) -> str:
-    return ", ".join(lines[:most]) + (f" and {len(lines) - most} more" if len(lines) > most else "")
+    return f"{status['step']} (last: {status['what']}, on {status['host']})"
 
 
 def _key(rank: int) -> str:

@@ -96,12 +96,14 @@ class PagedAdamW(torch.optim.Optimizer):
                     "exp_avg": files[1].tensor,
                     "exp_avg_sq": files[2].tensor,
                 }
-                self._release(files, 0, parameter.numel())
+                for file in files:
+                    file.release(0, parameter.numel())
 
     def release(self) -> None:
         """Write everything and free its memory."""
         for parameter, files in self.files.items():
-            self._release(files, 0, parameter.numel())
+            for file in files:
+                file.release(0, parameter.numel())
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -112,10 +114,12 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         files, state, size = self.files[parameter], self.state[parameter], parameter.numel()
-        self._prefetch(files, 0, min(CHUNK, size))
+        for file in files:
+            file.prefetch(0, min(CHUNK, size))
         for start in range(0, size, CHUNK):
             stop = min(start + CHUNK, size)
-            self._prefetch(files, stop, min(stop + CHUNK, size))
+            for file in files:
+                file.prefetch(stop, min(stop + CHUNK, size))
             weight, first, second = (file.tensor[start:stop] for file in files)
             beta1, beta2 = group["betas"]
             adamw(
@@ -134,15 +138,6 @@ class PagedAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
-            self._release(files, start, stop)
+            for file in files:
+                file.release(start, stop)
         state["step"] += 1
-
-    @staticmethod
-    def _prefetch(files: Sequence[MappedFile], start: int, stop: int) -> None:
-        for file in files:
-            file.prefetch(start, stop)
-
-    @staticmethod
-    def _release(files: Sequence[MappedFile], start: int, stop: int) -> None:
-        for file in files:
-            file.release(start, stop)

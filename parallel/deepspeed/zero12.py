@@ -162,11 +162,6 @@ class FlatSlice:
         """The optimizer's state: flat buffers, and scalars of the whole group."""
         return self.wrapper.optimizer.state[self.parameter]
 
-    @property
-    def gradient(self) -> Tensor:
-        """This range of the summed gradients, flat."""
-        return self.gradients.narrow(0, self.at, self.stop - self.start)
-
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -176,11 +171,9 @@ class ZeroOptimizer(ABC):
     `slices` are this rank's.
     """
 
+    names: Mapping[nn.Parameter, str]
     slices: Sequence[FlatSlice]
-
-    @property
-    @abstractmethod
-    def param_groups(self) -> list[dict[str, Any]]: ...
+    param_groups: list[dict[str, Any]]
 
     @abstractmethod
     def after_backward(self, last: bool) -> None:
@@ -214,11 +207,17 @@ class ZeroOptimizer(ABC):
         for one in self.slices:
             yield from (LocalShard(one.spec, block, part) for block, part in one.of(one.gradients))
 
+    def _check_gradients(self, there: Collection[nn.Parameter]) -> None:
+        """A missing gradient would be omitted silently."""
+        for parameter, name in self.names.items():
+            if parameter not in there:
+                raise ValueError(f"{name} has no gradient")
+
     def _sum_partial(self) -> None:
         """Sum slices that several ranks have for different tokens."""
         for one in self.slices:
             for axis in one.spec.partial:
-                axis.sum(one.gradient, "gradients")
+                axis.sum(one.gradients.narrow(0, one.at, one.stop - one.start), "gradients")
 
 
 class Zero12(ZeroOptimizer):
@@ -244,6 +243,7 @@ class Zero12(ZeroOptimizer):
             sets.setdefault(("efsdp" if expert else "fsdp", first.dtype), []).append(group)
         self.wrappers = [(getattr(meshes, axis), self._wrap(some, make, axis)) for (axis, _), some in sets.items()]
         self.slices = [one for _, wrapper in self.wrappers for one in self._slices(wrapper, specs)]
+        self.param_groups = [group for _, wrapper in self.wrappers for group in wrapper.optimizer.param_groups]
 
     def _wrap(self, groups: list[dict[str, Any]], make: OptimizerFactory, axis: str) -> Any:
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -297,10 +297,6 @@ class Zero12(ZeroOptimizer):
                     yield FlatSlice(spec, ours.start, stop, theirs.start, wrapper, index)
                     parameter._hp_mapping = None  # it keeps masters alive that were moved
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for _, wrapper in self.wrappers for group in wrapper.optimizer.param_groups]
-
     def after_backward(self, last: bool) -> None:
         """Stage 2: reduce a micro-batch's gradients and add them to this rank's slices."""
         if last:
@@ -320,17 +316,13 @@ class Zero12(ZeroOptimizer):
                 note(axis, "gradients", _gradient_bytes(wrapper))
                 wrapper.backward_epilogue()  # fp32 `grad` of bf16 parameters becomes `grad_accum`, without a copy
                 wrapper.reduce_gradients(pipeline_parallel=True)
-            _flatten(wrapper)
+            for index, held in wrapper.averaged_gradients.items():
+                if getattr(held, "flat_partition", None) is None:  # make them one flat buffer per group
+                    wrapper.averaged_gradients[index] = _holder(wrapper.flatten(held))
             for buffer in _gradient_buffers(wrapper):
                 self.meshes.replicate.sum(buffer, "gradients")
         if self.config.stage == 2:
             self._sum_partial()
-
-    def _check_gradients(self, there: Collection[nn.Parameter]) -> None:
-        """A missing gradient would be omitted silently."""
-        for parameter, name in self.names.items():
-            if parameter not in there:
-                raise ValueError(f"{name} has no gradient")
 
     def scale(self, factor: Tensor) -> None:
         for _, wrapper in self.wrappers:
@@ -344,13 +336,13 @@ class Zero12(ZeroOptimizer):
                 for index, held in wrapper.averaged_gradients.items():
                     wrapper.averaged_gradients[index] = _holder(held.flat_partition.to("cpu"))
             wrapper.step()
-            _release_masters(wrapper)
+            release_masters(wrapper.optimizer)
 
     def spread(self) -> None:
         for axis, wrapper in self.wrappers:
             note(axis, "parameters", _partition_bytes(wrapper))
             wrapper.update_lp_params()
-            _release_masters(wrapper)
+            release_masters(wrapper.optimizer)
 
 
 def blocks(whole: ShardBlock, start: int, stop: int) -> Iterator[ShardBlock]:
@@ -367,15 +359,15 @@ def _ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tup
         return
     inner = math.prod(shape[1:])
     first, last = -(-start // inner), stop // inner  # whole rows
-    if first > last:  # all within one row
-        row = start // inner
-        yield from (((row, *o), (1, *s)) for o, s in _ranges(shape[1:], start - row * inner, stop - row * inner))
-        return
-    if start % inner:
-        yield from (((first - 1, *o), (1, *s)) for o, s in _ranges(shape[1:], start - (first - 1) * inner, inner))
+
+    def within(row: int, begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        yield from (((row, *o), (1, *s)) for o, s in _ranges(shape[1:], begin - row * inner, end - row * inner))
+
+    yield from within(first - 1, start, min(stop, first * inner))
     if first < last:
         yield (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
-    yield from (((last, *o), (1, *s)) for o, s in _ranges(shape[1:], 0, stop - last * inner))
+    if first <= last:
+        yield from within(last, last * inner, stop)
 
 
 def _imported() -> Any:
@@ -427,13 +419,6 @@ def _partition_bytes(wrapper: Any) -> int:
     return sum(p.numel() for p in wrapper.single_partition_of_fp32_groups) * next(_parameters(wrapper)).element_size()
 
 
-def _flatten(wrapper: Any) -> None:
-    """Make DeepSpeed's gradients one flat buffer per group."""
-    for index, held in wrapper.averaged_gradients.items():
-        if getattr(held, "flat_partition", None) is None:
-            wrapper.averaged_gradients[index] = _holder(wrapper.flatten(held))
-
-
 def _holder(buffer: Tensor) -> Any:
     """DeepSpeed's own holder of a group's gradients."""
     from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
@@ -441,10 +426,10 @@ def _holder(buffer: Tensor) -> Any:
     return GradPartitionBufferGroup([buffer], buffer)
 
 
-def _release_masters(wrapper: Any) -> None:
+def release_masters(optimizer: torch.optim.Optimizer) -> None:
     """Free the memory of masters that were read to make the model's copies."""
-    if isinstance(wrapper.optimizer, PagedAdamW):
-        wrapper.optimizer.release()
+    if isinstance(optimizer, PagedAdamW):
+        optimizer.release()
 
 
 def _gradient_buffers(wrapper: Any) -> Iterator[Tensor]:

@@ -30,6 +30,7 @@ from parallel.deepspeed.zero12 import (
     join,
     note,
     process_group,
+    release_masters,
     zero_section,
 )
 from parallel.mesh import Meshes
@@ -90,8 +91,9 @@ class Zero3(ZeroOptimizer):
         self.names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.reduced: set[Any] = set()
         self.wrapper = self._wrap(model, make(list(groups)))
-        self.gathered = _bytes(parameter for parameter in self.names if not parameter.ds_persist)
+        self.gathered = _bytes(parameter for parameter in self.names if not parameter.ds_persist)  # by each pass
         self.optimizer: torch.optim.Optimizer = self.wrapper.optimizer
+        self.param_groups = self.optimizer.param_groups
         self._take_over(prime)
         self.slices = list(self._slices(specs))
         self._attach(model)
@@ -136,7 +138,7 @@ class Zero3(ZeroOptimizer):
         saving = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
         def enter(*_: Any) -> None:
-            self._note_gathered()
+            note(self.meshes.fsdp, "parameters", self.gathered)
             saving.__enter__()
 
         model.register_forward_pre_hook(enter)
@@ -170,10 +172,6 @@ class Zero3(ZeroOptimizer):
                     yield PartitionedSlice(specs[self.names[parameter]], start, stop, at, self.wrapper, index)
                 at += size
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
     def _sum_and_scatter(self, parameters: Sequence[Any], _: torch.dtype) -> list[Tensor]:
         """This rank's partitions of a bucket's summed gradients, fp32, in place of DeepSpeed's averages."""
         axis, sizes = self.meshes.fsdp, [parameter.partition_numel() for parameter in parameters]
@@ -190,15 +188,13 @@ class Zero3(ZeroOptimizer):
     def after_backward(self, last: bool) -> None:
         from deepspeed.runtime.zero import parameter_offload
 
-        self._note_gathered()
+        note(self.meshes.fsdp, "parameters", self.gathered)
         self.wrapper.independent_gradient_partition_epilogue()  # flush the buckets
         self.wrapper.parameter_offload.release_backward_leftovers()
         parameter_offload.FWD_MODULE_STACK.clear()  # recomputation leaves modules and their tensors in it
 
     def reduce(self) -> None:
-        for parameter, name in self.names.items():
-            if parameter not in self.reduced:
-                raise ValueError(f"{name} has no gradient")
+        self._check_gradients(self.reduced)
         self.reduced.clear()
         self.meshes.replicate.sum(self.wrapper.grad_partitions_flat_buffer, "gradients")
         self._sum_partial()
@@ -224,15 +220,10 @@ class Zero3(ZeroOptimizer):
             wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True
         ):
             narrow.copy_(master)
-        if isinstance(self.optimizer, PagedAdamW):
-            self.optimizer.release()
+        release_masters(self.optimizer)
         if kept := wrapper.persistent_parameters:  # small ones stay whole from step to step
             note(self.meshes.fsdp, "parameters", _bytes(kept))
             kept[0].all_gather(kept)
-
-    def _note_gathered(self) -> None:
-        """Count one pass, forward or backward: it gathers everything that is not whole already."""
-        note(self.meshes.fsdp, "parameters", self.gathered)
 
 
 def _padded_rows(flat: Tensor, count: int, size: int) -> Tensor:

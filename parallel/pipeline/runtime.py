@@ -29,7 +29,14 @@ from parallel.pipeline import deferred_wgrad
 from parallel.pipeline.deferred_wgrad import Deferred
 from parallel.pipeline.stages import PipelineSchedule, Stages
 
-SCHEDULES: dict[PipelineSchedule, Any] = {one: getattr(pipelining, one.torch_name) for one in PipelineSchedule}
+SCHEDULES: dict[PipelineSchedule, Any] = {
+    PipelineSchedule.gpipe: pipelining.ScheduleGPipe,
+    PipelineSchedule.one_f_one_b: pipelining.Schedule1F1B,
+    PipelineSchedule.interleaved: pipelining.ScheduleInterleaved1F1B,
+    PipelineSchedule.interleaved_zero_bubble: pipelining.ScheduleInterleavedZeroBubble,
+    PipelineSchedule.zbv: pipelining.ScheduleZBVZeroBubble,
+    PipelineSchedule.dualpipev: pipelining.ScheduleDualPipeV,
+}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,7 +68,7 @@ def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
     if last not in here:
         model.final_norm = model.head = None
     layers: Any = model.layers
-    stacks: dict[int, Stack] = {
+    stacks: dict[int, Any] = {
         stage: StageStack(
             model.embedding if stage == 0 else None,
             {str(layer): layers[str(layer)] for layer in plan.layers[stage]},
@@ -70,13 +77,15 @@ def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
         )
         for stage in here
     }
-    for stack in stacks.values():
-        if shares_table and isinstance(stack, StageStack) and stack.head is not None:
-            stack.table = model.embedding
+    if shares_table:
+        stacks[last].table = model.embedding
     return stacks
 
 
 class Pipeline:
+    _loss: Loss
+    """Of the current step. A schedule, which is made once, calls it."""
+
     def __init__(self, model: Transformer, stacks: dict[int, Stack], meshes: Meshes, device: torch.device) -> None:
         self.model, self.stacks, self.meshes, self.device = model, stacks, meshes, device
         self.plan = meshes.layout.stages(model.config)
@@ -85,7 +94,6 @@ class Pipeline:
         if meshes.layout.schedule.splits_backward:
             self.deferred = {number: deferred_wgrad.apply(stack) for number, stack in stacks.items()}
         self._schedules: dict[tuple[int, int, int], Any] = {}
-        self._loss: Loss = _no_loss
 
     def forward_backward(
         self, tokens_BT: Tensor, labels_BT: Tensor, contexts: Sequence[ForwardContext], loss: Loss
@@ -220,7 +228,3 @@ def _set_contexts(stacks: dict[int, Stack], contexts: Sequence[ForwardContext]) 
     for stack in stacks.values():
         assert isinstance(stack, StageStack)
         stack.contexts = deque(contexts)
-
-
-def _no_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    raise AssertionError("a pipeline's loss is given with each step")

@@ -6,11 +6,12 @@ the stages r and 2 * pp - 1 - r, so that the first and the last stage share a ra
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from enum import Enum
 
 from core.errors import ConfigError
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.flops import active_parameters
 
 V_SCHEDULES_SINCE = (2, 13)
@@ -34,21 +35,17 @@ class PipelineSchedule(Enum):
     dualpipev = "dualpipev"
 
     @property
-    def torch_name(self) -> str:
-        return _TRAITS[self].torch_name
-
-    @property
     def is_v(self) -> bool:
-        return _TRAITS[self].is_v
+        return self in (PipelineSchedule.zbv, PipelineSchedule.dualpipev)
 
     @property
     def is_single(self) -> bool:
-        return _TRAITS[self].is_single
+        return self in (PipelineSchedule.gpipe, PipelineSchedule.one_f_one_b)
 
     @property
     def splits_backward(self) -> bool:
         """Gradients of weights are computed apart from those of activations."""
-        return _TRAITS[self].splits_backward
+        return self.is_v or self is PipelineSchedule.interleaved_zero_bubble
 
     @property
     def in_rounds(self) -> bool:
@@ -63,25 +60,6 @@ class PipelineSchedule(Enum):
         if micro_batches < self.least_micro_batches(pp, per_rank):
             return False
         return not self.in_rounds or micro_batches % (micro_batches // pp) == 0
-
-
-@dataclass(frozen=True)
-class _Traits:
-    torch_name: str
-    is_v: bool = False
-    is_single: bool = False
-    splits_backward: bool = False
-
-
-_TRAITS = {
-    PipelineSchedule.gpipe: _Traits("ScheduleGPipe", is_single=True),
-    PipelineSchedule.one_f_one_b: _Traits("Schedule1F1B", is_single=True),
-    PipelineSchedule.interleaved: _Traits("ScheduleInterleaved1F1B"),
-    PipelineSchedule.interleaved_zero_bubble: _Traits("ScheduleInterleavedZeroBubble", splits_backward=True),
-    PipelineSchedule.zbv: _Traits("ScheduleZBVZeroBubble", is_v=True, splits_backward=True),
-    PipelineSchedule.dualpipev: _Traits("ScheduleDualPipeV", is_v=True, splits_backward=True),
-}
-"""All that the rest of the code knows of a schedule. A new one is a member and a row here."""
 
 
 @dataclass(frozen=True)
@@ -113,35 +91,29 @@ def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: in
     if len(sizes) != count or sum(sizes) != model.num_layers or min(sizes) < 1:
         reason = f"must name {count} stages of at least one layer, {model.num_layers} layers together"
         raise ConfigError("parallel.layers_per_stage", sizes, reason, [balanced(layer_costs(model), count)])
-    begins = [sum(sizes[:stage]) for stage in range(count)]
-    ranges = tuple(range(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
-    last = 2 * pp - 1
-    owners = [min(stage, last - stage) if schedule.is_v else stage % pp for stage in range(count)]
-    return Stages(ranges, tuple(owners))
+    bounds = itertools.pairwise(itertools.accumulate(sizes, initial=0))
+    owners = [min(stage, 2 * pp - 1 - stage) if schedule.is_v else stage % pp for stage in range(count)]
+    return Stages(tuple(range(begin, end) for begin, end in bounds), tuple(owners))
 
 
 def layer_costs(model: ModelConfig, seq_len: int = 4096) -> list[float]:
-    """Multiply-adds of each layer per token: its parameters, plus attention's products at this sequence length. The
-    head's product counts with the last layer, the embedding's lookup of one row with the first.
+    """Multiply-adds of each layer's forward pass per token: its parameters, plus attention's products at this sequence
+    length, where a query sees half of its reach on average. The head's product counts with the last layer, the
+    embedding's lookup of one row with the first.
     """
-    costs = [layer_cost(model, layer, seq_len) for layer in model.blocks]
+    reaches = [min(seq_len, layer.attention_chunk_size or seq_len) for layer in model.blocks]
+    costs: list[float] = [
+        active_parameters(model, layer) + reach * model.num_heads * model.head_dim
+        for layer, reach in zip(model.blocks, reaches, strict=True)
+    ]
     costs[0] += model.hidden_size
     costs[-1] += model.hidden_size * model.vocab_size
     return costs
 
 
-def layer_cost(model: ModelConfig, layer: LayerConfig, seq_len: int) -> float:
-    """Multiply-adds of a layer's forward pass per token. A query sees half of its reach on average."""
-    reach = min(seq_len, layer.attention_chunk_size or seq_len)
-    return active_parameters(model, layer) + reach * model.num_heads * model.head_dim
-
-
 def balanced(costs: list[float], parts: int) -> list[int]:
     """Sizes of consecutive non-empty parts whose costliest is cheapest. Ties go to the most even sizes."""
-    count = len(costs)
-    totals = [0.0]
-    for cost in costs:
-        totals.append(totals[-1] + cost)
+    count, totals = len(costs), list(itertools.accumulate(costs, initial=0.0))
     # best[n]: (highest cost, unevenness, sizes) of the first n layers in `part` parts
     best: dict[int, tuple[float, int, list[int]]] = {n: (totals[n], n * n, [n]) for n in range(1, count + 1)}
     for part in range(2, parts + 1):

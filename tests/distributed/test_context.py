@@ -9,21 +9,17 @@ import torch
 from torch import Tensor
 
 from bench.layouts import tiny
-from data.loader import Batch
 from model.attention.layer import attend
 from model.attention.plan import ForwardContext
 from parallel import context_parallel as module
 from parallel.comm.world import connect
 from parallel.context_parallel import ContextShard, ShardedContext
-from parallel.layout import ContextMethod, ParallelConfig
-from parallel.mesh import MeshAxis, make_meshes
-from parallel.parallelize import build
+from parallel.layout import ContextMethod, ParallelConfig, split_unit
+from parallel.mesh import MeshAxis
 from precision.config import Compute, PrecisionConfig
 from tests.model.attention.test_segments import figures, inputs, largest, positions
-from train.certify.worker import BATCH_SIZE, SyntheticLoader
-from train.engine.fsdp import TorchEngine
+from tests.support.models import meshes_here, placed_here
 from train.eval.generate import placed_logits
-from train.optim.optimizer import OptimizerConfig
 
 CHUNK = 8
 
@@ -60,20 +56,24 @@ def test_causal_work_is_even():
     assert max(alone) > 6 * min(alone), "control"
 
 
+def over_cp(**options: Any) -> ParallelConfig:
+    """All ranks along cp."""
+    return ParallelConfig(cp=connect().size, **options)
+
+
 Case = tuple[ContextMethod, int | None, int]
 """Method, chunk, length."""
 
 
 def attended(cases: list[Case], bug: str | None = None) -> list[list[Tensor]]:
     """For each case this rank's part of the result and of the gradients."""
-    world, found = connect(), []
-    meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
+    meshes, found = meshes_here(over_cp()), []
     for method, chunk, length in cases:
         shard, rows = ContextShard(meshes.cp, length, CHUNK, method), positions(length)
         if bug == "another document":
             rows = rows.clone()
             rows[:, length // 2 :] += 1003
-        context = shard.sequence_context(rows, world.device)
+        context = shard.sequence_context(rows, torch.device("cpu"))
         own = (shard.take(x) for x in inputs(length))
         found.append(figures(lambda q, k, v, c=context, n=chunk: module.attend_shard(q, k, v, c, n), *own))
     return found
@@ -124,32 +124,6 @@ def test_the_comparison_notices_another_document(ranks):
         assert largest(whole(found, place, case), wanted(*case[1:])) > 1e-3, case
 
 
-def travelled(aligned: bool, nope_every: int) -> dict[tuple[str, str], int]:
-    """Bytes that a step of a model with chunks of 16 hands to collectives of cp."""
-    world = connect()
-    meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
-    model = tiny(1)
-    layers = [layer for layer in model.blocks if layer.attention_chunk_size is not None or nope_every]
-    model = type(model)(**{**vars(model), "layer_list": layers, "num_layers": len(layers)})
-    engine = TorchEngine(build(model, PrecisionConfig(Compute.float32), meshes, world.device, 1), OptimizerConfig())
-    batch = SyntheticLoader(model.vocab_size).batch(0, 0, BATCH_SIZE)
-    if aligned:
-        places = torch.arange(batch.positions_BT.shape[1])
-        documents = torch.where(places < 48, places % 32, places % 3)  # short ones within a chunk at the end
-        batch = Batch(batch.tokens_BT, batch.labels_BT, documents.expand(BATCH_SIZE, -1), batch.sources_B)
-    meshes.traffic.take()
-    engine.forward_backward(batch, 2)
-    return {key: size for key, size in meshes.traffic.take().items() if key[0] == "cp"}
-
-
-def test_chunked_layers_with_aligned_documents_send_nothing(ranks):
-    assert ranks(2, travelled, True, 0) == [{}, {}]
-    halo = ranks(2, travelled, False, 0)
-    assert all(found[("cp", "halo")] > 0 for found in halo), "control: documents that start inside chunks"
-    only = ranks(2, travelled, True, 4)
-    assert all(set(found) == {("cp", "keys and values")} for found in only), "control: layers with full attention"
-
-
 def test_positions_are_those_of_the_whole_sequence():
     model = tiny(1)
     rows = positions(64)
@@ -157,7 +131,7 @@ def test_positions_are_those_of_the_whole_sequence():
     rope, bare = model.blocks[0], model.blocks[-1]
     assert rope.rope and bare.temperature
     for rank in range(2):
-        shard = module.context_shard(model, 64, MeshAxis("cp", 2, rank), ContextMethod.ring)
+        shard = ContextShard(MeshAxis("cp", 2, rank), 64, split_unit(model, 64), ContextMethod.ring)
         part = shard.sequence_context(rows, torch.device("cpu"))
         assert isinstance(part, ShardedContext) and shard.unit == 16
         assert torch.equal(part.positions_BT, shard.take(rows))
@@ -170,9 +144,7 @@ def test_positions_are_those_of_the_whole_sequence():
 
 def asked(lengths: list[int]) -> list[Tensor]:
     """Logits of what follows prompts of these lengths, on every rank."""
-    world = connect()
-    meshes = make_meshes(ParallelConfig(cp=world.size).resolve(world.size), world)
-    placed = build(tiny(1), PrecisionConfig(Compute.float64), meshes, world.device, 1)
+    placed = placed_here(tiny(1), over_cp(), PrecisionConfig(Compute.float64))
     return [placed_logits(placed, [(7 * i) % 64 for i in range(length)]) for length in lengths]
 
 
@@ -184,23 +156,3 @@ def test_generation_under_context_parallelism(ranks):
         for rank in found:
             torch.testing.assert_close(rank[place], logits_V, rtol=0, atol=1e-12)
     assert not torch.allclose(wanted[2], wanted[3])
-
-
-def compiled(method: ContextMethod) -> list[Any]:
-    """Losses of two batches under torch.compile and without."""
-    world, found = connect(), []
-    for compile in (False, True):
-        config = ParallelConfig(cp=world.size, cp_method=method, compile=compile)
-        meshes = make_meshes(config.resolve(world.size), world)
-        engine = TorchEngine(
-            build(tiny(1), PrecisionConfig(Compute.float32), meshes, world.device, 1), OptimizerConfig()
-        )
-        rows = SyntheticLoader(engine.placed.model.config.vocab_size)
-        found.append([engine.forward_backward(rows.batch(step, 0, BATCH_SIZE), 4).item() for step in range(2)])
-    return found
-
-
-@pytest.mark.slow
-def test_layers_are_compiled_around_it(ranks):
-    for eager, traced in ranks(2, compiled, ContextMethod.ring, timeout_s=600):
-        assert eager == pytest.approx(traced, rel=1e-5)

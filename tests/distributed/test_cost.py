@@ -15,22 +15,20 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.layouts import LAYOUTS as CERTIFIED
 from bench.layouts import tiny
 from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
-from model.load_balance import Balancer
-from model.roles import registry
 from parallel import cost, fsdp
-from parallel.comm.world import World, connect
+from parallel.comm.world import World
 from parallel.layout import ContextMethod, DispatchMethod, Layout, ParallelConfig, Recompute
-from parallel.mesh import MeshAxis, Meshes, make_meshes, meshes_of_rank
-from parallel.parallelize import build, on_meta
+from parallel.mesh import MeshAxis, Meshes, make_meshes
 from parallel.pipeline.stages import PipelineSchedule
-from parallel.sharding import local, shard_specs
+from parallel.sharding import local
 from precision.config import Compute, PrecisionConfig
-from tests.support.tiny import EXACT, config, trainer
-from train.certify.worker import BATCH_SIZE, SEQ_LEN, SyntheticLoader
-from train.engine.base import optimizer_step
-from train.engine.fsdp import TorchEngine
+from tests.support.models import placed_here
+from tests.support.tiny import EXACT, config, synthetic, trainer
+from tests.support.traffic import step_traffic
+from train.certify.worker import BATCH_SIZE, SEQ_LEN
 from train.optim.muon import MuonConfig
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
@@ -83,44 +81,54 @@ def counted(
     aligned: bool = False,
 ) -> Any:
     """One step's traffic, which must be what torch dispatches on each group, and what this rank keeps."""
-    world = connect()
-    meshes = make_meshes(parallel.resolve(world.size), world)
-    placed = build(model, precision, meshes, world.device, seed=1)
-    network, engine = placed.model, TorchEngine(placed, optimizer)
-    balancer = Balancer(network, lambda counts: meshes.world.sum(counts, "balance"))
-    data, count = SyntheticLoader(model.vocab_size), BATCH_SIZE // meshes.dp.size
-    batch = data.batch(0, meshes.dp.rank * count, (meshes.dp.rank + 1) * count)
+    placed = placed_here(model, parallel, precision)
+    engine, batch, step = synthetic(placed, optimizer, micro_batch_size)
     if aligned:
-        batch.positions_BT = (torch.arange(SEQ_LEN) % 32).expand(len(batch.tokens_BT), -1)
+        places = torch.arange(SEQ_LEN)
+        documents = torch.where(places < 48, places % 32, places % 3)  # short ones within a chunk at the end
+        batch.positions_BT = documents.expand(len(batch.tokens_BT), -1)
     if parallel.pp > 1:  # in its first step a pipeline sends its shapes
-        optimizer_step(engine, balancer, batch, micro_batch_size, None, 1.0)
-        meshes.traffic.take()
+        step()
+        placed.meshes.traffic.take()
     with Seen() as seen:
-        optimizer_step(engine, balancer, batch, micro_batch_size, None, 1.0)
-    traffic = meshes.traffic.take()
-    assert by_ranks(meshes, traffic) == seen.bytes, traffic
+        step()
+    traffic = placed.meshes.traffic.take()
+    assert by_ranks(placed.meshes, traffic) == seen.bytes, traffic
     state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
-    kept = [sum(local(t).nbytes for t in tensors) for tensors in (network.parameters(), state)]
+    kept = [sum(local(t).nbytes for t in tensors) for tensors in (placed.model.parameters(), state)]
     return traffic, kept
-
-
-def total(found: list[Any]) -> dict[tuple[str, str], int]:
-    """Traffic of all ranks."""
-    summed: Counter[tuple[str, str]] = Counter()
-    for traffic, _ in found:
-        summed.update(traffic)
-    return dict(summed)
 
 
 def shape(layout: Layout, micro_batch_size: int, aligned: bool = False) -> cost.BatchShape:
     return cost.BatchShape(BATCH_SIZE // layout.dp, min(micro_batch_size, BATCH_SIZE // layout.dp), SEQ_LEN, aligned)
 
 
+def compared(
+    ranks: Any,
+    model: ModelConfig,
+    count: int,
+    config: ParallelConfig,
+    precision: PrecisionConfig = FP32,
+    micro_batch_size: int = 2,
+    optimizer: OptimizerConfig = ADAMW,
+    matrices: torch.dtype | None = None,
+    aligned: bool = False,
+) -> dict[tuple[str, str], int]:
+    """Count a step's traffic, and what each rank keeps, and compare both with the formulas. Returns the traffic of all
+    ranks.
+    """
+    layout, summed = config.resolve(count), Counter[tuple[str, str]]()
+    found = ranks(count, counted, model, config, precision, micro_batch_size, optimizer, aligned)
+    for rank, (traffic, (parameters, state)) in enumerate(found):
+        summed.update(traffic)
+        kept = cost.static_bytes(model, precision, layout, precision.master_dtype, rank, matrices is not None)
+        assert (kept.parameters, kept.gradients, kept.optimizer) == (parameters, parameters, state)
+    assert summed == step_traffic(model, precision, layout, shape(layout, micro_batch_size, aligned), matrices)
+    return summed
+
+
 LAYOUTS = {
-    "fsdp2": (2, ParallelConfig()),
-    "hsdp": (4, ParallelConfig(dp_replicate=2)),
-    "tp2": (2, ParallelConfig(tp=2)),
-    "ep2": (2, ParallelConfig(ep=2)),
+    **{name: CERTIFIED[name] for name in ("fsdp2", "hsdp 2x2", "tp2", "ep2", "cp2 gather", "cp2 ulysses", "cp2 ring")},
     "ep2-etp2": (4, ParallelConfig(ep=2, etp=2)),
     "tp2-ep2-fsdp2": (4, ParallelConfig(tp=2, ep=2)),
     "gathered": (2, ParallelConfig(ep=2, dispatch=DispatchMethod.all_gather)),
@@ -132,9 +140,6 @@ LAYOUTS = {
     "pp2-fsdp2-four-stages-each": (4, ParallelConfig(pp=2, schedule=PipelineSchedule.interleaved, stages_per_rank=4)),
     "pp3-tied": (3, ParallelConfig(pp=3)),
     "pp2-fsdp2": (4, ParallelConfig(pp=2, schedule=PipelineSchedule.gpipe)),
-    "cp2-gather": (2, ParallelConfig(cp=2)),
-    "cp2-ulysses": (2, ParallelConfig(cp=2, cp_method=ContextMethod.ulysses)),
-    "cp2-ring": (2, ParallelConfig(cp=2, cp_method=ContextMethod.ring)),
     "cp4-ring-recomputed": (4, ParallelConfig(cp=4, cp_method=ContextMethod.ring, recompute=Recompute.full)),
     "cp2-tp2": (4, ParallelConfig(cp=2, tp=2, recompute=Recompute.selective)),
     "cp2-tp2-ulysses": (4, ParallelConfig(cp=2, tp=2, cp_method=ContextMethod.ulysses, recompute=Recompute.full)),
@@ -154,21 +159,17 @@ def deep_enough(model: ModelConfig, config: ParallelConfig) -> ModelConfig:
 def test_counted_and_kept_bytes_equal_the_formulas(ranks, name):
     count, config = LAYOUTS[name]
     model = replace(tiny(2), balance=BalanceConfig(aux=0.01, z=0.01), vocab_size=66)  # 66 rows: shards of unequal size
-    model, layout, micro_batch_size = deep_enough(model, config), config.resolve(count), 1 if config.pp > 1 else 2
-    found = ranks(count, counted, model, config, FP32, micro_batch_size)
-    assert total(found) == cost.step_traffic(model, FP32, layout, shape(layout, micro_batch_size))
-    for rank, (_, (parameters, state)) in enumerate(found):
-        wanted = cost.static_bytes(model, FP32, layout, torch.float32, rank)
-        assert (wanted.parameters, wanted.gradients, wanted.optimizer) == (parameters, parameters, state)
+    if config.pp > 1:  # a layer for each stage
+        layers = max(4, config.pp * config.per_rank)
+        model = replace(model, num_layers=layers, layer_list=(model.blocks * 4)[:layers], tie_embeddings=config.pp == 3)
+    compared(ranks, model, count, config, micro_batch_size=1 if config.pp > 1 else 2)
 
 
 def test_aligned_sequences_save_the_halo(ranks):
-    model, config = tiny(1), ParallelConfig(cp=2)
+    config = ParallelConfig(cp=2)
     layout = config.resolve(2)
-    found = total(ranks(2, counted, model, config, BF16, 2, ADAMW, True))
-    assert found == cost.step_traffic(model, BF16, layout, shape(layout, 2, aligned=True))
-    assert ("cp", "halo") not in found
-    assert cost.step_traffic(model, BF16, layout, shape(layout, 2))["cp", "halo"] > 0
+    assert ("cp", "halo") not in compared(ranks, tiny(1), 2, config, BF16, aligned=True)
+    assert step_traffic(tiny(1), BF16, layout, shape(layout, 2))["cp", "halo"] > 0
 
 
 @pytest.mark.parametrize("shared_expert_hidden_size", [0, 16])
@@ -180,23 +181,17 @@ def test_the_end_of_a_layer_is_not_recomputed(ranks, dispatch, weights_on, share
     layers = [replace(layer, qk_norm=QKNorm.full) for layer in base.blocks]
     router = replace(base.router, weights_on=weights_on)
     model = replace(base, layer_list=layers, shared_expert_hidden_size=shared_expert_hidden_size, router=router)
-    config = ParallelConfig(tp=2, ep=2, dispatch=dispatch, recompute=Recompute.full)
-    layout = config.resolve(2)
-    found = total(ranks(2, counted, model, config, FP32, 4))
-    assert found == cost.step_traffic(model, FP32, layout, shape(layout, 4))
+    compared(ranks, model, 2, ParallelConfig(tp=2, ep=2, dispatch=dispatch, recompute=Recompute.full), FP32, 4)
 
 
 @pytest.mark.parametrize("precision, recompute", [(BF16, Recompute.full), (FP64, Recompute.none)])
 def test_the_formulas_know_the_number_formats(ranks, precision, recompute):
     model = replace(tiny(1), balance=BalanceConfig(aux=0.01))
-    config = ParallelConfig(tp=2, ep=2, recompute=recompute)
-    layout = config.resolve(4)
-    found = total(ranks(4, counted, model, config, precision, 2))
-    assert found == cost.step_traffic(model, precision, layout, shape(layout, 2))
+    compared(ranks, model, 4, ParallelConfig(tp=2, ep=2, recompute=recompute), precision)
 
 
 MUON_LAYOUTS = {
-    **{name: LAYOUTS[name] for name in ("fsdp2", "hsdp", "tp2", "ep2", "ep2-etp2", "tp2-ep2-fsdp2")},
+    **{name: LAYOUTS[name] for name in ("fsdp2", "hsdp 2x2", "tp2", "ep2", "ep2-etp2", "tp2-ep2-fsdp2")},
     "tp2-fsdp2": (4, ParallelConfig(tp=2)),
     "etp2-efsdp2": (4, ParallelConfig(etp=2)),
 }
@@ -205,27 +200,16 @@ MUON_LAYOUTS = {
 @pytest.mark.parametrize("name", MUON_LAYOUTS)
 def test_bytes_of_muon_equal_the_formulas(ranks, name):
     """The matrices, uneven shards included, and one moment for each of them."""
-    count, config = MUON_LAYOUTS[name]
-    model, precision = replace(tiny(2), balance=BalanceConfig(aux=0.01), dense_hidden_size=50), PrecisionConfig()
-    layout = config.resolve(count)
-    found = ranks(count, counted, model, config, precision, 4, MUON)
-    for rank, (_, (parameters, state)) in enumerate(found):
-        kept = cost.static_bytes(model, precision, layout, torch.float32, rank, muon=True)
-        assert (kept.parameters, kept.optimizer) == (parameters, state)
-    wanted = cost.step_traffic(model, precision, layout, shape(layout, 4), torch.float32)
-    assert total(found) == wanted
-    assert any(purpose == "matrices" for _, purpose in wanted)
-    assert wanted != cost.step_traffic(model, precision, layout, shape(layout, 4)), "the control: AdamW's"
+    model = replace(tiny(2), balance=BalanceConfig(aux=0.01), dense_hidden_size=50)
+    found = compared(ranks, model, *MUON_LAYOUTS[name], FP32, 4, MUON, torch.float32)
+    assert any(purpose == "matrices" for _, purpose in found)
 
 
 @pytest.mark.parametrize("precision, chosen", [(FP32, Compute.bfloat16), (BF16, None), (FP64, None)])
 def test_matrices_travel_in_the_format_of_the_products(ranks, precision, chosen):
-    model, config = replace(tiny(1), balance=BalanceConfig()), ParallelConfig(tp=2)
-    dtype = torch.bfloat16 if chosen else precision.compute_dtype
-    found = total(ranks(2, counted, model, config, precision, 8, replace(MUON, muon=MuonConfig(products=chosen))))
-    layout = config.resolve(2)
-    wanted = cost.step_traffic(model, precision, layout, shape(layout, 8), dtype)
-    assert found["tp", "matrices"] == wanted["tp", "matrices"] > 0
+    model, sent = replace(tiny(1), balance=BalanceConfig()), torch.bfloat16 if chosen else precision.compute_dtype
+    optimizer = replace(MUON, muon=MuonConfig(products=chosen))
+    assert compared(ranks, model, 2, ParallelConfig(tp=2), precision, 8, optimizer, sent)["tp", "matrices"] > 0
 
 
 def test_static_bytes_equal_arithmetic():
@@ -245,21 +229,6 @@ def test_static_bytes_equal_arithmetic():
     assert muon.optimizer == 4 * (attention + dense) + 8 * (outside + norms) + 4 * 5
 
 
-def test_experts_fewer_than_ranks_are_stored_evenly():
-    """Two experts over four ranks: split along their hidden size. Split by number two ranks would have nothing."""
-    model = replace(tiny(1), num_experts=2)
-    infos, layout = registry(on_meta(model, FP32)), ParallelConfig().resolve(4)
-    for rank in range(4):
-        specs = shard_specs(infos, model, meshes_of_rank(layout, rank))
-        experts = {name: spec.local_block for name, spec in specs.items() if spec.info.role.is_expert}
-        assert experts
-        for name, block in experts.items():
-            whole = specs[name].info.shape
-            dim = {4: 2, 3: 1}[len(whole)]  # gate and up [E, 2, F, D], down [E, D, F]
-            assert block.shape == (*whole[:dim], whole[dim] // 4, *whole[dim + 1 :]), name
-            assert block.offset == tuple(rank * whole[dim] // 4 if d == dim else 0 for d in range(len(whole))), name
-
-
 @pytest.mark.parametrize("degrees", [{"dp_replicate": 2, "tp": 2, "ep": 2, "etp": 2}, {"pp": 2, "cp": 2, "ep": 2}])
 def test_coordinates_are_those_in_the_process_groups(degrees):
     layout = ParallelConfig(**degrees).resolve(8)
@@ -275,26 +244,21 @@ def test_coordinates_are_those_in_the_process_groups(degrees):
             dist.destroy_process_group()
 
 
-def changed_units(parallel: ParallelConfig, hooked: bool) -> tuple[int, int]:
-    """FSDP2 units, and those whose communication is not torch's own."""
-    world = connect()
-    placed = build(tiny(1), BF16, make_meshes(parallel.resolve(world.size), world), world.device, seed=1)
+def communication() -> Any:
+    """How FSDP2's units communicate, and how the first one does with a hook."""
+    placed = placed_here(tiny(1), ParallelConfig(), BF16)
     units = [(unit, group) for unit, group in fsdp.units(placed.model) if group is not None]
-    if hooked:
-        units[0][0].set_all_reduce_hook(lambda shard: None)
-    own = [
-        group._all_reduce_hook is None
-        and (type(group._all_gather_comm), type(group._reduce_scatter_comm)) == (DefaultAllGather, DefaultReduceScatter)
-        for _, group in units
-    ]
-    return len(own), own.count(False)
+    how = lambda g: (type(g._all_gather_comm), type(g._reduce_scatter_comm), g._all_reduce_hook is None)  # noqa: E731
+    found = [how(group) for _, group in units]
+    units[0][0].set_all_reduce_hook(lambda shard: None)
+    return found, how(units[0][1])
 
 
-@pytest.mark.parametrize("hooked", [False, True], ids=["ours", "control"])
-def test_fsdp2_communicates_as_torch_made_it(ranks, hooked):
+def test_fsdp2_communicates_as_torch_made_it(ranks):
     """An all-reduce hook would move work to another stream without an order: a race on gradients on CUDA."""
-    for units, changed in ranks(2, changed_units, ParallelConfig(), hooked):
-        assert units > 4 and changed == int(hooked)
+    for found, hooked in ranks(2, communication):
+        assert len(found) > 4 and set(found) == {(DefaultAllGather, DefaultReduceScatter, True)}
+        assert hooked not in found, "the control"
 
 
 def fitted(root: Path, overrides: list[str]) -> int:
@@ -307,7 +271,7 @@ def test_a_run_logs_its_bytes_and_evaluation_does_not_count(ranks, small_corpus,
     assert ranks(2, fitted, tmp_path, overrides) == [0, 0]
     run = config(tmp_path, "run", *overrides)
     layout = run.parallel.resolve(2)
-    wanted = cost.step_traffic(run.model, run.precision, layout, cost.BatchShape(4, 2, 48))
+    wanted = step_traffic(run.model, run.precision, layout, cost.BatchShape(4, 2, 48))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line["collective_bytes"] for line in lines if "loss" in line]
     assert logged == [{f"{axis}/{why}": size // 2 for (axis, why), size in wanted.items()}] * 2
@@ -332,10 +296,8 @@ class Pairs(TorchDispatchMode):
 
 def attention_costs(model: ModelConfig, config: ParallelConfig, layers: list[int], seq_len: int) -> Any:
     """For each layer: one sequence that is one document, on this rank."""
-    world = connect()
-    meshes = make_meshes(config.resolve(world.size), world)
-    placed = build(model, BF16, meshes, world.device, seed=1)
-    context, part, found = placed.sequence_context(torch.arange(seq_len)[None]), seq_len // meshes.cp.size, []
+    placed, found = placed_here(model, config, BF16), []
+    context, part = placed.sequence_context(torch.arange(seq_len)[None]), seq_len // placed.meshes.cp.size
     for layer in layers:
         attention, kept = placed.model.layers[str(layer)].attention, {}
         heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
@@ -346,11 +308,11 @@ def attention_costs(model: ModelConfig, config: ParallelConfig, layers: list[int
             kept[tensor.data_ptr(), tensor.shape] = tensor.nbytes
             return tensor
 
-        meshes.traffic.take()
+        placed.meshes.traffic.take()
         with Pairs() as pairs, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y = attention.attend(q, k, v, context, attention.layer.attention_chunk_size)
         y.sum().backward()
-        flops, sent = 3 * 4 * pairs.pairs * model.head_dim, sum(meshes.traffic.take().values())
+        flops, sent = 3 * 4 * pairs.pairs * model.head_dim, sum(placed.meshes.traffic.take().values())
         found.append(cost.AttentionCost(flops, k.nbytes + v.nbytes, sum(kept.values()), sent))
     return found
 

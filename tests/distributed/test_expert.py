@@ -16,10 +16,10 @@ from model.moe import LocalDispatcher, MixtureOfExperts, permute_by_expert
 from parallel.comm.world import connect
 from parallel.expert_parallel import AllGather, AllToAll
 from parallel.layout import ParallelConfig
-from parallel.mesh import make_meshes
 from precision.gemm import Groups
 from precision.native_gemm import NativeGemm
 from precision.resolve import LayerGemms
+from tests.support.models import meshes_here
 
 T, D, E, F = 24, 16, 4, 8
 
@@ -39,19 +39,6 @@ class Padded(NativeGemm):
         return torch.cat([y, y.new_full((x_CD.shape[0] - used, y.shape[1]), torch.nan)])
 
 
-def model_config(top_k: int, weights_on: WeightsOn) -> ModelConfig:
-    router = RouterConfig(top_k=top_k, weights_on=weights_on, score=Score.softmax, norm_topk_prob=top_k > 1)
-    return ModelConfig(
-        hidden_size=D,
-        num_layers=1,
-        num_experts=E,
-        expert_hidden_size=F,
-        shared_expert_hidden_size=0,
-        router=router,
-        balance=BalanceConfig(),
-    )
-
-
 def figures(moe: MixtureOfExperts, x_TD: Tensor, seed: int = 3) -> dict[str, Tensor]:
     """Output and gradients of one pass."""
     x = x_TD[None].clone().requires_grad_()
@@ -64,7 +51,9 @@ def figures(moe: MixtureOfExperts, x_TD: Tensor, seed: int = 3) -> dict[str, Ten
 
 
 def make(gemm: NativeGemm, top_k: int, weights_on: WeightsOn) -> MixtureOfExperts:
-    config = model_config(top_k, weights_on)
+    router = RouterConfig(top_k=top_k, weights_on=weights_on, score=Score.softmax, norm_topk_prob=top_k > 1)
+    sizes = {"hidden_size": D, "num_layers": 1, "num_experts": E, "expert_hidden_size": F}
+    config = ModelConfig(**sizes, shared_expert_hidden_size=0, router=router, balance=BalanceConfig())
     moe = MixtureOfExperts(config, LayerGemms(gemm)).double()
     initialise(moe, config, seed=1)
     return moe
@@ -106,9 +95,8 @@ class Case(NamedTuple):
 
 def dispatched(etp: int, gemm: NativeGemm, cases: list[Case]) -> Any:
     """This rank's tokens through experts on all ranks: for each case the output and this rank's gradients."""
-    world, found = connect(), []
-    ep = world.size // etp
-    meshes = make_meshes(ParallelConfig(ep=ep, etp=etp).resolve(world.size), world)
+    found, ep = [], connect().size // etp
+    meshes = meshes_here(ParallelConfig(ep=ep, etp=etp))
     local, size = E // ep, F // etp
     experts = slice(meshes.ep.rank * local, (meshes.ep.rank + 1) * local)
     columns = slice(meshes.etp.rank * size, (meshes.etp.rank + 1) * size)
@@ -119,7 +107,7 @@ def dispatched(etp: int, gemm: NativeGemm, cases: list[Case]) -> Any:
             gate_up.weight = torch.nn.Parameter(gate_up.weight[experts, :, columns].clone())
             down.weight = torch.nn.Parameter(down.weight[experts, :, columns].clone())
         moe.dispatch = case.kind(meshes.experts, etp, local, case.weights_on, gemm.token_multiple, TorchKernels())
-        found.append(figures(moe, tokens(world.rank)))
+        found.append(figures(moe, tokens(meshes.world.rank)))
     return found, experts, columns
 
 

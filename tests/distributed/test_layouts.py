@@ -8,14 +8,14 @@ import pytest
 
 from bench.layouts import LAYOUTS, PAGE, RESUMED, deep, resumes, tiny
 from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNorm
-from parallel.layout import DispatchMethod, ParallelConfig, Recompute
+from parallel.layout import ContextMethod, DispatchMethod, ParallelConfig, Recompute
+from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Compute, PrecisionConfig
 from train.certify.compare import EXACT, Comparison, compare
-from train.certify.plan import Outcome, Trial, compare_layouts
+from train.certify.plan import Trial, compare_layouts
 from train.certify.worker import CertifyCase, RankResults, run_cases
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
-EVERY_AXIS = ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full)
 SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
 
 
@@ -24,23 +24,36 @@ def test_the_page_lists_every_layout():
     assert set(rows) == set(LAYOUTS)
 
 
-def tried(ranks, count: int, config: ParallelConfig, top_k: int) -> Outcome:
-    (outcome,) = compare_layouts(deep(top_k), [Trial((), config, count)], 2, ranks)
-    return outcome
-
-
-@pytest.mark.parametrize(
-    "count, config, top_k",
-    [
-        (4, ParallelConfig(dp_replicate=2, recompute=Recompute.selective), 1),
-        (4, ParallelConfig(ep=2, etp=2, dispatch=DispatchMethod.all_gather), 2),
-        pytest.param(8, EVERY_AXIS, 2, marks=pytest.mark.slow),
-    ],
-    ids=["hsdp-selective", "ep-etp-gathered", "all-axes-recomputed"],
-)
-def test_a_layout_computes_what_one_process_does(ranks, count, config, top_k):
-    outcome = tried(ranks, count, config, top_k)
+def tried(ranks, count: int, config: ParallelConfig, model: ModelConfig) -> None:
+    (outcome,) = compare_layouts(model, [Trial((), config, count)], 2, ranks)
     assert outcome.passed, outcome.failures()
+
+
+QUICK = {
+    "hsdp-selective": (4, ParallelConfig(dp_replicate=2, recompute=Recompute.selective), 1),
+    "ep-etp-gathered": (4, ParallelConfig(ep=2, etp=2, dispatch=DispatchMethod.all_gather), 2),
+    "pp-zbv": (2, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv), 2),
+    "pp-ep": (4, ParallelConfig(pp=2, ep=2), 2),
+}
+SLOW = {
+    "all-axes-recomputed": (8, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full), 2),
+    "pp-tp-zero-bubble": (4, ParallelConfig(pp=2, tp=2, schedule=PipelineSchedule.interleaved_zero_bubble), 2),
+    "pp-fsdp": (4, ParallelConfig(pp=2), 2),
+    "pp-hsdp-dualpipev": (4, ParallelConfig(pp=2, dp_replicate=2, schedule=PipelineSchedule.dualpipev), 2),
+    "pp-tp-ep-fsdp-zbv": (8, ParallelConfig(pp=2, tp=2, ep=2, schedule=PipelineSchedule.zbv), 2),
+}
+"""Beside those of the page."""
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_layout_computes_what_one_process_does(ranks, name):
+    """Gradients, norm, balancing terms, updates, evaluation and resumed checkpoints, in both formats."""
+    count, config, top_k = (QUICK | SLOW)[name]
+    tried(ranks, count, config, deep(top_k))
+
+
+def test_tied_tables_at_both_ends_learn_as_one(ranks):
+    tried(ranks, 3, ParallelConfig(pp=3), replace(deep(1), tie_embeddings=True))
 
 
 def with_norm(norm: QKNorm) -> ModelConfig:
@@ -62,12 +75,20 @@ def compared(
     "model, count, config",
     [
         (replace(tiny(1), balance=BalanceConfig(aux=0.1, aux_scope=AuxScope.micro)), 2, ParallelConfig(tp=2)),
+        (replace(tiny(1), balance=BalanceConfig(aux=0.1, aux_scope=AuxScope.whole)), 2, ParallelConfig()),
         (with_norm(QKNorm.full), 2, ParallelConfig(tp=2)),
         (with_norm(QKNorm.per_head), 2, ParallelConfig(tp=2)),
         (replace(tiny(1), num_experts=2), 4, ParallelConfig()),
         (tiny(2), 2, ParallelConfig(ep=2, recompute=Recompute.selective)),
     ],
-    ids=["micro-scope-tp", "norm-over-all-heads-tp", "norm-per-head-tp", "experts-fewer-than-ranks", "selective-ep"],
+    ids=[
+        "micro-scope-tp",
+        "whole-scope",
+        "norm-over-all-heads-tp",
+        "norm-per-head-tp",
+        "experts-fewer-than-ranks",
+        "selective-ep",
+    ],
 )
 def test_layouts_depend_on_the_model(ranks, model, count, config):
     """One step. Under tp alone every rank has the same micro-batches as one process."""
@@ -97,25 +118,22 @@ def test_every_listed_layout(ranks, name):
     count, config = LAYOUTS[name]
     for dispatch in (DispatchMethod.all_to_all, DispatchMethod.all_gather) if config.ep > 1 else (config.dispatch,):
         for mode in Recompute:
-            outcome = tried(ranks, count, replace(config, recompute=mode, dispatch=dispatch), 2)
-            assert outcome.passed, outcome.failures()
+            tried(ranks, count, replace(config, recompute=mode, dispatch=dispatch), deep(2))
 
 
-def test_a_checkpoint_resumes_under_other_layouts(ranks):
-    found = list(resumes(ranks, ["fsdp2", "tp2 + ep2", "etp2"]))
-    assert len(found) == 9
+@pytest.mark.parametrize("names", [["fsdp2", "tp2 + ep2", "etp2"], pytest.param([*RESUMED], marks=pytest.mark.slow)])
+def test_a_checkpoint_resumes_under_other_layouts(ranks, names):
+    found = list(resumes(ranks, names))
+    assert len(found) == len(names) ** 2
     assert max(difference for _, _, difference in found) < EXACT, found
 
 
 @pytest.mark.slow
-def test_a_checkpoint_resumes_under_every_listed_layout(ranks):
-    found = list(resumes(ranks, list(RESUMED)))
-    assert len(found) == len(RESUMED) ** 2
-    assert max(difference for _, _, difference in found) < EXACT, found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count, config", [(1, ParallelConfig()), (2, ParallelConfig(tp=2))], ids=["one", "tp2"])
+@pytest.mark.parametrize(
+    "count, config",
+    [(1, ParallelConfig()), (2, ParallelConfig(tp=2)), (2, ParallelConfig(cp=2, cp_method=ContextMethod.ring))],
+    ids=["one", "tp2", "cp2"],
+)
 def test_compiled_layers_compute_the_same(ranks, count, config):
     case = CertifyCase(tiny(2), PrecisionConfig(Compute.float64), OptimizerConfig(lr=1e-2), steps=2)
     (eager,) = ranks(1, run_cases, ParallelConfig(), {"run": case})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from launch.rank_pool import Pool
 from parallel import cost
 from parallel.layout import ContextMethod, ParallelConfig
 from tests.support.tiny import config, trainer
+from tests.support.traffic import step_traffic
 from train.metrics import peak_memory_bytes
 
 LONG = 1 << 18
@@ -55,20 +57,14 @@ def test_a_run_over_a_quarter_of_a_million_tokens(tmp_path):
     text, held_out = (write_long_text(tmp_path / name / "text.txt", seed) for seed, name in enumerate(("text", "held")))
     sources = [f"data.sources.text.path={text}", f"+data.sources.text.held_out_path={held_out}"]
     overrides = [*SMALL, *sources, f"data.cache={tmp_path / 'cache'}", "parallel.cp_method=ring"]
-    ranks = Pool()  # of its own: peak memory counts from a process's start, and the shared pool has run other tests
-    try:
+    with closing(Pool()) as ranks:  # peak memory counts from a process's start, and the shared pool has run other tests
         found = ranks(2, fitted, tmp_path, overrides, timeout_s=3600)
-    finally:
-        ranks.close()
-    assert [code for code, _, _ in found] == [0, 0]
-    print(
-        f"{found[0][1]:.0f} s for two steps and an evaluation; peak memory {[peak >> 20 for _, _, peak in found]} MiB"
-    )
-    assert all(peak < 4 << 30 for _, _, peak in found)
+    print(f"{found[0][1]:.0f} s for two steps and an evaluation; peak memory {[peak >> 20 for *_, peak in found]} MiB")
+    assert all(code == 0 and peak < 4 << 30 for code, _, peak in found)
     lines = [json.loads(line) for line in (tmp_path / "long" / "metrics.jsonl").read_text().splitlines()]
     first, second = (line for line in lines if "loss" in line)
     assert second["tokens"] == 2 * LONG and second["loss"] < first["loss"] < 7
     run = config(tmp_path, "long", *overrides)
     layout = ParallelConfig(cp=2, cp_method=ContextMethod.ring).resolve(2)
-    wanted = cost.step_traffic(run.model, run.precision, layout, cost.BatchShape(1, 1, LONG, aligned=True))
+    wanted = step_traffic(run.model, run.precision, layout, cost.BatchShape(1, 1, LONG, aligned=True))
     assert second["collective_bytes"] == {f"{axis}/{why}": size // 2 for (axis, why), size in wanted.items()}

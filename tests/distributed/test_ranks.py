@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -56,12 +57,9 @@ def fail_beside_a_sleeper() -> None:
 
 @pytest.mark.slow
 def test_a_hang_is_killed_and_the_pool_restarts():
-    pool = Pool()
-    try:
+    with closing(Pool()) as pool:
         with pytest.raises(Hang, match=r"ranks \[1\] of 2 did not answer within 2 s"):
             pool(2, hang_on, 1, timeout_s=2)
         with pytest.raises(RankError, match="planted beside a sleeper"):
             pool(2, fail_beside_a_sleeper, timeout_s=60)
         assert pool(2, rank_and_sum, 0) == [(0, 1), (1, 1)]
-    finally:
-        pool.close()

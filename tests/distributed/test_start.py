@@ -6,12 +6,11 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 import torch.distributed as dist
 
 from core.config import plain
 from core.errors import ConfigError
-from tests.support.tiny import EXACT, config, trainer
+from tests.support.tiny import EXACT, config, saved
 from train.certify import store
 from train.certify.plan import shrink, techniques
 from train.trainer import run
@@ -33,35 +32,28 @@ def test_ranks_with_other_seeds_are_rejected(ranks, small_corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def saved(root: Path, overrides: list[str]) -> str | None:
-    begun = trainer(root, "run", overrides)
-    begun.train_step(0)
-    begun.save()
-    begun.checkpointer.wait()
+def certificate(root: Path, overrides: list[str]) -> str | None:
+    """That of a run after a checkpoint."""
+    begun = saved(root, "run", overrides)
     begun.log("saved")
     return begun.certificate
 
 
-@pytest.fixture
-def cache(small_corpus) -> Path:
-    """The folder of the corpus and of certificates."""
-    return Path(small_corpus[-1].removeprefix("data.cache="))
-
-
 def test_a_run_reports_a_missing_certificate(ranks, small_corpus, tmp_path):
-    assert ranks(2, saved, tmp_path, [*small_corpus, *EXACT]) == [None, None]
+    assert ranks(2, certificate, tmp_path, [*small_corpus, *EXACT]) == [None, None]
     advice = f"no certificate for this layout and this code; to make one: leviathan certify {tmp_path / 'run'}"
     assert (tmp_path / "run" / "log.txt").read_text().count(advice) == 1
 
 
-def test_checkpoints_name_the_certificate(ranks, small_corpus, tmp_path, cache):
+def test_checkpoints_name_the_certificate(ranks, small_corpus, tmp_path):
+    cache = Path(small_corpus[-1].removeprefix("data.cache="))
     asked = config(tmp_path, "run", *small_corpus, *EXACT)
     about = {"model": plain(shrink(asked.model, asked.parallel)), "techniques": techniques(asked.parallel)}
     path = store.save({"pass": True, "axes": ["dp_shard"], **about}, cache)
     try:
         wanted = store.find({"dp_shard": 2}, asked.model, asked.parallel, cache)
         assert wanted is not None
-        assert ranks(2, saved, tmp_path, [*small_corpus, *EXACT]) == [wanted, wanted]
+        assert ranks(2, certificate, tmp_path, [*small_corpus, *EXACT]) == [wanted, wanted]
     finally:
         path.unlink()
     (progress,) = (tmp_path / "run").glob("checkpoints/*/progress.json")

@@ -6,26 +6,22 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.layouts import tiny
 from model.config import ModelConfig
-from model.load_balance import Balancer
-from parallel.comm.world import World
 from parallel.layout import ParallelConfig, Recompute
-from parallel.mesh import make_meshes
-from parallel.parallelize import build
 from precision.config import Backend, Compute, PrecisionConfig, Recipe
+from tests.support.models import placed_here
+from tests.support.tiny import synthetic
 from train.certify.plan import shrink
-from train.certify.worker import BATCH_SIZE, SyntheticLoader
-from train.engine.base import optimizer_step
-from train.engine.fsdp import TorchEngine
+from train.certify.worker import BATCH_SIZE
 from train.optim.optimizer import OptimizerConfig
 
-COSTLY = {
+KINDS = {
     "products": ("mm", "_grouped_mm", "_linear_pointwise"),
     "attention": ("_scaled_dot_product_flash_attention_for_cpu",),
+    "cheap": ("silu",),
 }
 
 
@@ -43,14 +39,10 @@ class Done(TorchDispatchMode):
 
 def operations(mode: Recompute, precision: PrecisionConfig, model: ModelConfig) -> Counter[str]:
     """The operations of one step in one process."""
-    world = World(0, 1, torch.device("cpu"))
-    meshes = make_meshes(ParallelConfig(recompute=mode).resolve(1), world)
-    placed = build(model, precision, meshes, world.device, seed=1)
-    network, engine = placed.model, TorchEngine(placed, OptimizerConfig())
+    placed = placed_here(model, ParallelConfig(recompute=mode), precision)
+    _, _, step = synthetic(placed, OptimizerConfig(), BATCH_SIZE)
     with Done() as done:
-        optimizer_step(
-            engine, Balancer(network), SyntheticLoader(model.vocab_size).batch(0, 0, BATCH_SIZE), BATCH_SIZE, None, 1.0
-        )
+        step()
     return done.times
 
 
@@ -66,12 +58,7 @@ def times(request) -> dict[Recompute, Counter[str]]:
     return {mode: operations(mode, PrecisionConfig(request.param), tiny(2)) for mode in Recompute}
 
 
-@pytest.mark.parametrize("kind", COSTLY)
-def test_selective_recomputation_repeats_nothing_costly(times, kind):
-    none, selective, full = (sum(times[mode][name] for name in COSTLY[kind]) for mode in Recompute)
-    assert 0 < none == selective < full
-
-
-def test_selective_recomputation_repeats_what_is_cheap(times):
-    none, selective, full = (times[mode]["silu"] for mode in Recompute)
-    assert 0 < none < selective == full
+@pytest.mark.parametrize("kind", KINDS)
+def test_selective_recomputation_repeats_only_what_is_cheap(times, kind):
+    none, selective, full = (sum(times[mode][name] for name in KINDS[kind]) for mode in Recompute)
+    assert 0 < none < full and selective == (full if kind == "cheap" else none)

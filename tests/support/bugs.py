@@ -1,18 +1,23 @@
-"""Known ways in which layouts go wrong, to be planted in rank processes."""
+"""Known ways in which layouts go wrong, to be planted in rank processes.
+
+A bug is a function that is called in place of another one, with that one as its first argument.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from model import moe
 from model.kernels import TorchKernels
-from parallel import context_parallel, fsdp, parallelize
+from parallel import context_parallel, fsdp, parallelize, whole_matrices
 from parallel.comm import collectives
 from parallel.context_parallel import ContextShard, RingPlan, ShardedContext
 from parallel.deepspeed import zero3, zero12
@@ -24,37 +29,36 @@ from parallel.sharding import local
 from precision import fp8_tiles
 from train.certify import worker
 from train.certify.worker import CertifyCase, RankResults
-from train.engine import base
 from train.engine import fsdp as engine
-from train.eval import held_out
-from train.optim import optimizer
+from train.optim import muon, optimizer
 
-Plant = Callable[[Any, str, Any], None]
-MESHES: list[Any] = []
+BUGS: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {}
+"""What each bug replaces: an attribute of an owner, and by which function."""
 
 
-@contextmanager
-def replaced() -> Iterator[Plant]:
-    """A function that replaces attributes; they are restored at the end."""
-    undo: list[tuple[Any, str, Any]] = []
+def replaces(owner: Any, attribute: str) -> Callable[[Any], Any]:
+    """Make a bug of a function, under its name."""
 
-    def plant(owner: Any, attribute: str, value: Any) -> None:
-        undo.append((owner, attribute, getattr(owner, attribute)))
-        setattr(owner, attribute, value)
+    def register(function: Any) -> Any:
+        BUGS.setdefault(function.__name__, []).append((owner, attribute, function))
+        return function
 
-    try:
-        yield plant
-    finally:
-        for owner, attribute, value in reversed(undo):
-            setattr(owner, attribute, value)
+    return register
+
+
+def bound(function: Callable[..., Any], honest: Any) -> Any:
+    """`function` with its first argument. A function and not a `partial`, so that it can be a method."""
+    if isinstance(honest, property):
+        return property(partial(function, honest.fget))
+    return lambda *args, **options: function(honest, *args, **options)
 
 
 @contextmanager
 def planted(bug: str | None) -> Iterator[None]:
     """Plant one of `BUGS`, by name."""
-    with replaced() as plant:
-        if bug is not None:
-            BUGS[bug](plant)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, attribute, function in BUGS[bug] if bug is not None else ():
+            patch.setattr(owner, attribute, bound(function, getattr(owner, attribute)))
         yield
 
 
@@ -75,368 +79,313 @@ def measure_with_bug(
         return worker.run_cases(parallel, cases)
 
 
-def tiles_across_experts(plant: Plant) -> None:
+# ----- FP8
+
+
+@replaces(fp8_tiles.TiledArithmetic, "quantise")
+def tiles_across_experts(honest, self, x, operand, groups, rows, columns):
     """Tokens of several experts share the tiles of FP8 scales."""
-    quantise = fp8_tiles.TiledArithmetic.quantise
-
-    def shared(self: Any, x: Any, operand: Any, groups: Any, rows: bool, columns: bool) -> Any:
-        found = quantise(self, x, operand, groups, rows, columns)
-        if groups is None or not columns:
-            return found
-        how, counts = fp8_tiles.tiling(self.recipe, operand), groups.host
-        whole = fp8_tiles.quantise(x[: sum(counts)].mT, how).dequantise(torch.float32).split(counts, dim=1)
-        return dataclasses.replace(found, columns=tuple(fp8_tiles.quantise(part, how) for part in whole))
-
-    plant(fp8_tiles.TiledArithmetic, "quantise", shared)
+    found = honest(self, x, operand, groups, rows, columns)
+    if groups is None or not columns:
+        return found
+    how, counts = fp8_tiles.tiling(self.recipe, operand), groups.host
+    whole = fp8_tiles.quantise(x[: sum(counts)].mT, how).dequantise(torch.float32).split(counts, dim=1)
+    return dataclasses.replace(found, columns=tuple(fp8_tiles.quantise(part, how) for part in whole))
 
 
-def padding_that_is_not_zero(plant: Plant) -> None:
+@replaces(TorchKernels, "spread")
+def padding_that_is_not_zero(honest, self, x, slots, *rest):
     """Padding rows repeat some token, so that they affect the scales."""
-    spread = TorchKernels.spread
-    plant(
-        TorchKernels, "spread", lambda self, x, slots, *rest: spread(self, x, slots._replace(is_padding_C1=None), *rest)
-    )
+    return honest(self, x, slots._replace(is_padding_C1=None), *rest)
 
 
-def weights_quantised_before_they_are_whole(plant: Plant) -> None:
+@replaces(fp8_tiles, "tiling")
+def weights_quantised_before_they_are_whole(honest, recipe, operand):
     """Each rank takes the scale of its own shard of a weight, split across the tiles."""
-    usual = fp8_tiles.tiling
-
-    def narrow(recipe: Any, operand: Any) -> Any:
-        how = usual(recipe, operand)
-        return dataclasses.replace(how, columns=48) if operand is fp8_tiles.Operand.weight else how
-
-    plant(fp8_tiles, "tiling", narrow)
+    how = honest(recipe, operand)
+    return dataclasses.replace(how, columns=48) if operand is fp8_tiles.Operand.weight else how
 
 
-def missing_reduction(plant: Plant) -> None:
+# ----- data, tensor and expert parallelism
+
+
+@replaces(collectives, "all_gather")
+def missing_reduction(honest, shard, axis, dim, purpose):
     """The backward of the sequence gather keeps the local part instead of summing the ranks'."""
-
-    def gather(shard: torch.Tensor, axis: Any, dim: int, purpose: str) -> torch.Tensor:
-        there = lambda x: collectives.all_gather_no_grad(x, axis, dim, purpose)  # noqa: E731
-        local = lambda grad: grad.chunk(axis.size, dim)[axis.rank].contiguous()  # noqa: E731
-        return shard if axis.size == 1 else collectives._Collective.apply(shard, there, local)
-
-    plant(collectives, "all_gather", gather)
+    there = lambda x: collectives.all_gather_no_grad(x, axis, dim, purpose)  # noqa: E731
+    back = lambda grad: grad.chunk(axis.size, dim)[axis.rank].contiguous()  # noqa: E731
+    return shard if axis.size == 1 else collectives._Collective.apply(shard, there, back)
 
 
-def doubled_divide(plant: Plant) -> None:
-    plant(fsdp.FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
-    plant(fsdp.FSDPModule, "set_force_sum_reduction_for_comms", lambda self, on: None)
+@replaces(fsdp.FSDPModule, "set_gradient_divide_factor")
+@replaces(fsdp.FSDPModule, "set_force_sum_reduction_for_comms")
+def doubled_divide(honest, self, value):
+    """FSDP2 divides gradients by the number of ranks, as it does by default."""
 
 
-def experts_left_out_of_the_norm(plant: Plant) -> None:
+@replaces(engine, "gradient_norm")
+def experts_left_out_of_the_norm(honest, gradients, *rest):
     """Only the first group of experts is counted, as in a norm summed over data parallel ranks alone."""
-    honest = engine.gradient_norm
-
-    def norm(gradients: Any, *rest: Any) -> Any:
-        later = lambda one: any(split.axis.name == "ep" and split.axis.rank for split in one.spec.splits)  # noqa: E731
-        return honest((one for one in gradients if not later(one)), *rest)
-
-    plant(engine, "gradient_norm", norm)
+    later = lambda one: any(split.axis.name == "ep" and split.axis.rank for split in one.spec.splits)  # noqa: E731
+    return honest((one for one in gradients if not later(one)), *rest)
 
 
-def balancing_term_dropped(plant: Plant) -> None:
+@replaces(parallelize, "_count_whole_sequences")
+def balancing_term_dropped(honest, model, meshes):
     """With the sequence split, each rank balances its own part of it."""
-    plant(parallelize, "_count_whole_sequences", lambda model, meshes: None)
 
 
-def bias_from_local_counts(plant: Plant) -> None:
-    honest = MeshAxis.sum
-
-    def local_only(self: MeshAxis, tensor: torch.Tensor, purpose: str) -> None:
-        if not (self.name == "world" and purpose == "balance" and tensor.dtype is torch.int64):
-            honest(self, tensor, purpose)
-
-    plant(MeshAxis, "sum", local_only)
+@replaces(MeshAxis, "sum")
+def bias_from_local_counts(honest, self, tensor, purpose):
+    if not (self.name == "world" and purpose == "balance" and tensor.dtype is torch.int64):
+        honest(self, tensor, purpose)
 
 
-def expert_gradients_over_the_wrong_group(plant: Plant) -> None:
+@replaces(engine.TorchEngine, "complete_gradients")
+def expert_gradients_over_the_wrong_group(honest, self):
     """Averaged over the ranks that hold different experts."""
-
-    def mix(spec: Any, parameter: Any) -> None:
-        if _split_by_ep(spec):
-            group, gradient = MESHES[-1].experts, local(parameter.grad)
-            dist.all_reduce(gradient, group=group.group)
-            gradient /= group.size
-
-    _remember_meshes(plant)
-    _after_the_sum(plant, mix)
+    honest(self)
+    for parameter in _split_by_ep(self.placed):
+        group, gradient = self.meshes.experts, local(parameter.grad)
+        dist.all_reduce(gradient, group=group.group)
+        gradient /= group.size
 
 
-def gains_not_reduced(plant: Plant) -> None:
-    plant(engine, "sum_partial_gradients", lambda model, specs: None)
+@replaces(engine, "sum_partial_gradients")
+def gains_not_reduced(honest, model, specs):
+    """Each rank of tp keeps its own gradient of what all have whole."""
 
 
-def no_gradient_without_tokens(plant: Plant) -> None:
+@replaces(engine.TorchEngine, "complete_gradients")
+def no_gradient_without_tokens(honest, self):
     """A rank none of whose experts got a token has no gradient for them."""
-
-    def drop(spec: Any, parameter: Any) -> None:
-        if _split_by_ep(spec) and not local(parameter.grad).any():
+    honest(self)
+    for parameter in _split_by_ep(self.placed):
+        if not local(parameter.grad).any():
             parameter.grad = None
 
-    _after_the_sum(plant, drop)
 
-
-def gains_not_reduced_beside_experts(plant: Plant) -> None:
+@replaces(engine.TorchEngine, "complete_gradients")
+def gains_not_reduced_beside_experts(honest, self):
     """Correct under each axis alone: only a model that is split both ways skips the sum."""
-    honest = engine.sum_partial_gradients
-    skip = lambda model, specs: any(map(_split_by_ep, specs.values())) or honest(model, specs)  # noqa: E731
-    plant(engine, "sum_partial_gradients", skip)
+    if not _split_by_ep(self.placed):
+        honest(self)
 
 
-def moments_lost_on_the_way(plant: Plant) -> None:
-    """A resumed run begins with new second moments of the experts."""
-    honest = worker.Checkpointer.restore
-
-    def forget(self: Any, state: Any) -> Any:
-        progress = honest(self, state)
-        for part in state:
-            if ".experts." in part.name and part.name.endswith("exp_avg_sq"):
-                part.tensor.zero_()
-        return progress
-
-    plant(worker.Checkpointer, "restore", forget)
+def _split_by_ep(placed: Any) -> list[Any]:
+    """The parameters that ep splits."""
+    named = placed.model.named_parameters()
+    return [parameter for name, parameter in named if any(s.axis.name == "ep" for s in placed.specs[name].splits)]
 
 
-def evaluation_of_one_rank(plant: Plant) -> None:
-    honest = held_out.held_out_loss
+@replaces(worker.Checkpointer, "restore")
+def moments_lost_on_the_way(honest, self, state):
+    """A resumed run begins with new second moments, or Muon's momentum, of the experts."""
+    progress = honest(self, state)
+    for part in state:
+        if ".experts." in part.name and part.name.endswith(("exp_avg_sq", "momentum")):
+            part.tensor.zero_()
+    return progress
 
-    def larger(*arguments: Any) -> Any:
-        found = honest(*arguments)
-        return dataclasses.replace(found, loss=found.loss * (1 + 1e-6))
 
-    plant(worker, "held_out_loss", larger)
+@replaces(worker, "held_out_loss")
+def evaluation_of_one_rank(honest, *arguments):
+    found = honest(*arguments)
+    return dataclasses.replace(found, loss=found.loss * (1 + 1e-6))
 
 
-def shards_made_orthogonal(plant: Plant) -> None:
+# ----- Muon
+
+
+@replaces(optimizer, "rounds")
+def one_matrix_at_a_time(honest, specs, meshes):
+    """No bug, but the plan for the least memory."""
+    return honest(specs, meshes, 1)
+
+
+@replaces(optimizer, "rounds")
+def shards_made_orthogonal(honest, *arguments):
     """Each shard of a matrix alone, on the rank that keeps it."""
-    honest = optimizer.rounds
-    plant(optimizer, "rounds", lambda *arguments: [dataclasses.replace(r, stages=()) for r in honest(*arguments)])
+    return [dataclasses.replace(one, stages=()) for one in honest(*arguments)]
 
 
-def positions_not_restarted(plant: Plant) -> None:
+@replaces(optimizer, "rounds")
+def factor_of_the_shard(honest, specs, meshes):
+    """The factor is computed from the shape of a rank's part under tensor parallelism."""
+    shapes = {name: spec.compute_block.shape[-2:] for name, spec in specs.items()}
+    return [dataclasses.replace(one, shape=shapes[one.ranges[0].name]) for one in honest(specs, meshes)]
+
+
+@replaces(muon, "orthogonalise")
+def experts_mixed(honest, x, *rest):
+    """A stack of matrices is taken for one tall matrix."""
+    return honest(x.flatten(0, 1)[None], *rest).view_as(x)
+
+
+@replaces(whole_matrices.Round, "scatter")
+def swapped_on_the_way_back(honest, self, whole):
+    """Shards come back in another order."""
+    return honest(self, whole.flip(0))
+
+
+@replaces(muon.Muon, "step")
+def momentum_of_a_step(honest, self, *rest):
+    """State is not kept."""
+    for parameter in self.parameters.values():
+        self.state.pop(parameter, None)
+    honest(self, *rest)
+
+
+# ----- context parallelism
+
+
+@replaces(ContextShard, "sequence_context")
+def positions_not_restarted(honest, self, positions_BT, *arguments):
     """Context-parallel shards take positions in the sequence for positions in documents."""
-    honest = ContextShard.sequence_context
-
-    def whole_sequences(self: Any, positions_BT: torch.Tensor, *arguments: Any) -> Any:
-        if self.axis.size > 1:
-            positions_BT = torch.arange(positions_BT.shape[1]).expand(positions_BT.shape)
-        return honest(self, positions_BT, *arguments)
-
-    plant(ContextShard, "sequence_context", whole_sequences)
+    if self.axis.size > 1:
+        positions_BT = torch.arange(positions_BT.shape[1]).expand(positions_BT.shape)
+    return honest(self, positions_BT, *arguments)
 
 
-def halo_off_by_one(plant: Plant) -> None:
-    honest = context_parallel._halo
-    plant(context_parallel, "_halo", lambda *arguments: honest(*arguments).roll(1, dims=2))
+@replaces(context_parallel, "_halo")
+def halo_off_by_one(honest, *arguments):
+    return honest(*arguments).roll(1, dims=2)
 
 
-def loss_divided_by_cp(plant: Plant) -> None:
-    _remember_meshes(plant)
-    honest = base.summed_loss
-    plant(base, "summed_loss", lambda *arguments: honest(*arguments) / MESHES[-1].cp.size)
+@replaces(Meshes, "counts_tokens")
+def loss_divided_by_cp(honest, self):
+    return honest(self) * self.cp.size
 
 
-def last_keys_of_the_ring_dropped(plant: Plant) -> None:
+@replaces(ShardedContext, "_full_plan")
+def last_keys_of_the_ring_dropped(honest, self, rows):
     """One hop too few."""
-    honest = ShardedContext._full_plan
-
-    def short(self: Any, rows: Any) -> Any:
-        plan = honest(self, rows)
-        assert isinstance(plan, RingPlan)
-        return dataclasses.replace(plan, rounds=(*plan.rounds[:-1], []))
-
-    plant(ShardedContext, "_full_plan", short)
+    plan = honest(self, rows)
+    assert isinstance(plan, RingPlan)
+    return dataclasses.replace(plan, rounds=(*plan.rounds[:-1], []))
 
 
-def balancing_term_dropped_in_a_stage(plant: Plant) -> None:
+# ----- pipelines
+
+
+@replaces(runtime, "split_stages")
+def balancing_term_dropped_in_a_stage(honest, model, meshes):
     """Only the first stage's routers are balanced."""
-    honest = runtime.split_stages
-
-    def forget(model: Any, meshes: Any) -> Any:
-        stacks = honest(model, meshes)
-        for stage, stack in stacks.items():
-            for layer in stack.layers.values():
-                if stage and isinstance(layer.ffn, moe.MixtureOfExperts):
-                    balance = layer.ffn.router.balance
-                    balance.config = dataclasses.replace(balance.config, aux=0.0)
-        return stacks
-
-    plant(runtime, "split_stages", forget)
+    stacks = honest(model, meshes)
+    for stage, stack in stacks.items():
+        for layer in stack.layers.values():
+            if stage and isinstance(layer.ffn, moe.MixtureOfExperts):
+                balance = layer.ffn.router.balance
+                balance.config = dataclasses.replace(balance.config, aux=0.0)
+    return stacks
 
 
-def norm_of_each_stage(plant: Plant) -> None:
+@replaces(engine.TorchEngine, "norm")
+def norm_of_each_stage(honest, self):
     """Each stage clips by the norm of its own gradients."""
-
-    def own(self: Any) -> Any:
-        alone = self.meshes.layout.world_size == self.meshes.layout.pp  # or the stage's other ranks are omitted as well
-        return engine.gradient_norm(self.gradients(), MeshAxis("world") if alone else self.meshes.world, self.device)
-
-    plant(engine.TorchEngine, "norm", own)
+    alone = self.meshes.layout.world_size == self.meshes.layout.pp  # or the stage's other ranks are omitted as well
+    return engine.gradient_norm(self.gradients(), MeshAxis("world") if alone else self.meshes.world, self.device)
 
 
-def tied_gradient_lost_between_stages(plant: Plant) -> None:
+@replaces(engine, "sum_partial_gradients")
+def tied_gradient_lost_between_stages(honest, model, specs):
     """Each end of the pipeline keeps its own gradient of tied embeddings."""
-    honest = engine.sum_partial_gradients
 
     def apart(spec: Any) -> Any:
         return dataclasses.replace(spec, partial=tuple(axis for axis in spec.partial if axis.name != "ends"))
 
-    plant(engine, "sum_partial_gradients", lambda model, specs: honest(model, {n: apart(s) for n, s in specs.items()}))
+    honest(model, {name: apart(spec) for name, spec in specs.items()})
 
 
-def micro_batches_mixed_up(plant: Plant) -> None:
+@replaces(runtime, "_set_contexts")
+def micro_batches_mixed_up(honest, stacks, contexts):
     """Hidden states meet the positions and documents of another micro-batch."""
-    honest = runtime._set_contexts
-    plant(runtime, "_set_contexts", lambda stacks, contexts: honest(stacks, list(reversed(contexts))))
+    honest(stacks, list(reversed(contexts)))
 
 
-def weights_put_off_for_ever(plant: Plant) -> None:
+@replaces(Deferred, "take")
+def weights_put_off_for_ever(honest, self):
     """The last deferred product of a micro-batch is never computed."""
-    honest = Deferred.take
-
-    def most(self: Any) -> Any:
-        self._waiting = self._waiting[:-1]
-        return honest(self)
-
-    plant(Deferred, "take", most)
+    self._waiting = self._waiting[:-1]
+    return honest(self)
 
 
-def routers_saved_by_one_stage(plant: Plant) -> None:
-    plant(Meshes, "is_first_of_stage", property(lambda self: self.world.rank == 0))
+@replaces(Meshes, "is_first_of_stage")
+def routers_saved_by_one_stage(honest, self):
+    return self.world.rank == 0
 
 
-def averaged_by_deepspeed(plant: Plant) -> None:
+# ----- DeepSpeed
+
+
+@replaces(zero12.Zero12, "_wrap")
+def averaged_by_deepspeed(honest, self, *arguments):
     """DeepSpeed divides gradients by the number of ranks, as it does by default."""
-    _deepspeed(plant, gradient_average=True)
+    wrapper = honest(self, *arguments)
+    wrapper.gradient_average = True
+    return wrapper
 
 
-def summed_in_the_models_format(plant: Plant) -> None:
+@replaces(zero12.Zero12, "_wrap")
+def summed_in_the_models_format(honest, self, *arguments):
     """Gradients of a bf16 model are added up over micro-batches in bf16, under DeepSpeed."""
-
-    def narrow(wrapper: Any) -> None:
-        for parameter in zero12._parameters(wrapper):
-            parameter.grad_dtype = parameter.dtype
-
-    _change_wrapper(plant, zero12.Zero12, narrow)
+    wrapper = honest(self, *arguments)
+    for parameter in zero12._parameters(wrapper):
+        parameter.grad_dtype = parameter.dtype
+    return wrapper
 
 
-def buffers_shifted_by_one(plant: Plant) -> None:
+@replaces(zero12.FlatSlice, "of")
+def buffers_shifted_by_one(honest, self, buffer):
     """A rank's slice of a parameter begins one element too late."""
-    honest = zero12.FlatSlice.of
-    plant(zero12.FlatSlice, "of", lambda self, buffer: honest(self, buffer.roll(-1)))
+    return honest(self, buffer.roll(-1))
 
 
-def copies_of_the_old_weights(plant: Plant) -> None:
+@replaces(zero12.Zero12, "spread")
+def copies_of_the_old_weights(honest, self):
     """After a checkpoint is loaded the model still computes with its initial weights."""
-    plant(zero12.Zero12, "spread", lambda self: None)
 
 
-def experts_reduced_with_the_dense(plant: Plant) -> None:
+@replaces(zero12.Zero12, "_wrap")
+def experts_reduced_with_the_dense(honest, self, groups, make, axis):
     """Experts that differ from rank to rank are summed as if they were the same."""
-    honest = zero12.Zero12._wrap
-    plant(zero12.Zero12, "_wrap", lambda self, groups, make, axis: honest(self, groups, make, "fsdp"))
+    return honest(self, groups, make, "fsdp")
 
 
-def averaged_in_buckets(plant: Plant) -> None:
+@replaces(zero3.Zero3, "_sum_and_scatter")
+def averaged_in_buckets(honest, self, parameters, format):
     """Gradients are averaged over ranks, as in DeepSpeed's stage 3."""
-    _change_shards(plant, lambda piece, parameter: piece / parameter.ds_zero_partition_world_size)
+    return [piece / self.meshes.fsdp.size for piece in honest(self, parameters, format)]
 
 
-def shards_rounded_to_the_models_format(plant: Plant) -> None:
+@replaces(zero3.Zero3, "_sum_and_scatter")
+def shards_rounded_to_the_models_format(honest, self, parameters, format):
     """Each micro-batch's sums over ranks are rounded as the parameters are before they are added up."""
-    _change_shards(plant, lambda piece, parameter: piece.to(parameter.dtype).float())
+    found = zip(honest(self, parameters, format), parameters, strict=True)
+    return [piece.to(parameter.dtype).float() for piece, parameter in found]
 
 
-def micro_batches_overwritten(plant: Plant) -> None:
+@replaces(zero3.Zero3, "_wrap")
+def micro_batches_overwritten(honest, self, *arguments):
     """Each micro-batch's gradients overwrite the previous ones, as in DeepSpeed's first micro-batch of a step."""
-    _change_wrapper(plant, zero3.Zero3, lambda wrapper: setattr(wrapper, "micro_step_id", 0))
+    wrapper = honest(self, *arguments)
+    wrapper.micro_step_id = 0
+    return wrapper
 
 
-def shards_of_the_rank_before(plant: Plant) -> None:
+@replaces(zero3.Zero3, "_slices")
+def shards_of_the_rank_before(honest, self, specs):
     """A rank's shard of a parameter is taken for another's."""
-    honest = zero3.Zero3._slices
-
-    def moved(self: Any, specs: Any) -> Iterator[zero12.FlatSlice]:
-        for one in honest(self, specs):
-            size = one.stop - one.start
-            start = one.start - size if one.start else size
-            yield dataclasses.replace(one, start=start, stop=start + size)
-
-    plant(zero3.Zero3, "_slices", moved)
+    for one in honest(self, specs):
+        size = one.stop - one.start
+        start = one.start - size if one.start else size
+        yield dataclasses.replace(one, start=start, stop=start + size)
 
 
-def whole_copies_of_the_old_weights(plant: Plant) -> None:
+@replaces(zero3.Zero3, "spread")
+def whole_copies_of_the_old_weights(honest, self):
     """Small parameters, which stay whole, are not gathered again after a step."""
-    honest = zero3.Zero3.spread
-
-    def keeping(self: Any) -> None:
-        kept = {parameter: parameter.data.clone() for parameter in self.names if parameter.numel()}
-        honest(self)
-        for parameter, old in kept.items():
-            parameter.data.copy_(old)
-
-    plant(zero3.Zero3, "spread", keeping)
-
-
-def _change_shards(plant: Plant, change: Callable[[Any, Any], Any]) -> None:
-    honest = zero3.Zero3._sum_and_scatter
-
-    def changed(self: Any, parameters: Any, format: Any) -> Any:
-        found = honest(self, parameters, format)
-        return [change(piece, parameter) for piece, parameter in zip(found, parameters, strict=True)]
-
-    plant(zero3.Zero3, "_sum_and_scatter", changed)
-
-
-def _split_by_ep(spec: Any) -> bool:
-    return any(split.axis.name == "ep" for split in spec.splits)
-
-
-def _after_the_sum(plant: Plant, change: Callable[[Any, Any], None]) -> None:
-    """Change each parameter's gradient, given its spec."""
-    honest = engine.sum_partial_gradients
-
-    def changed(model: Any, specs: Any) -> None:
-        honest(model, specs)
-        for name, parameter in model.named_parameters():
-            change(specs[name], parameter)
-
-    plant(engine, "sum_partial_gradients", changed)
-
-
-def _change_wrapper(plant: Plant, owner: Any, change: Callable[[Any], None]) -> None:
-    """Change what wraps DeepSpeed's optimizer."""
-    honest = owner._wrap
-
-    def wrap(self: Any, *arguments: Any) -> Any:
-        change(wrapper := honest(self, *arguments))
-        return wrapper
-
-    plant(owner, "_wrap", wrap)
-
-
-def _remember_meshes(plant: Plant) -> None:
-    honest = worker.make_meshes
-
-    def remember(*arguments: Any) -> Any:
-        MESHES.append(honest(*arguments))
-        return MESHES[-1]
-
-    plant(worker, "make_meshes", remember)
-
-
-def _deepspeed(plant: Plant, **changed: Any) -> None:
-    from deepspeed.runtime.zero import stage_1_and_2
-
-    honest = stage_1_and_2.DeepSpeedZeroOptimizer
-    plant(stage_1_and_2, "DeepSpeedZeroOptimizer", lambda *args, **kwargs: honest(*args, **{**kwargs, **changed}))
-
-
-BUGS: dict[str, Callable[[Plant], None]] = {
-    name: function
-    for name, function in list(globals().items())
-    if not name.startswith("_") and getattr(function, "__annotations__", {}) == {"plant": "Plant", "return": "None"}
-}
-"""By name: every public function above that takes a `plant`."""
+    kept = {parameter: parameter.data.clone() for parameter in self.names if parameter.numel()}
+    honest(self)
+    for parameter, old in kept.items():
+        parameter.data.copy_(old)

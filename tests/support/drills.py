@@ -26,11 +26,8 @@ TWO_RANKS = ["launch=torchrun", "launch.processes=2", "parallel.ep=2"]
 
 
 def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    line, environment = (
-        [str(BIN / "leviathan"), "train", *TINY, *RUN, *arguments],
-        {**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    pipe = subprocess.PIPE
+    line = [str(BIN / "leviathan"), "train", *TINY, *RUN, *arguments]
+    pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
     STARTED.append(subprocess.Popen(line, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=environment))
     return STARTED[-1]
 

@@ -46,10 +46,8 @@ class ForkServer:
             path = folder / name
             path.write_text(CLIENT.format(python=sys.executable, address=address, name=name))
             path.chmod(0o755)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, "-m", "tests.support.fork_server", address]
-        root = Path(__file__).resolve().parents[2]
-        environment["PYTHONPATH"] = str(root)
+        safe = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        command, environment = [sys.executable, "-m", "tests.support.fork_server", address], os.environ | safe
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
@@ -74,7 +72,7 @@ def serve(address: str) -> None:
     while True:
         channel, _ = listener.accept()
         header, streams, _, _ = socket.recv_fds(channel, 8, 3)
-        request = json.loads(_receive(channel, int.from_bytes(header, "big")))
+        request = json.loads(channel.recv(int.from_bytes(header, "big"), socket.MSG_WAITALL))
         child = os.fork()
         if child == 0:
             listener.close()
@@ -88,13 +86,6 @@ def serve(address: str) -> None:
 def _end_with_parent() -> None:
     os.read(0, 1)  # its end of the pipe closes with it
     os._exit(0)
-
-
-def _receive(channel: socket.socket, size: int) -> bytes:
-    content = b""
-    while len(content) < size:
-        content += channel.recv(size - len(content))
-    return content
 
 
 def _report(child: int, channel: socket.socket) -> None:

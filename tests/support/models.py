@@ -1,4 +1,4 @@
-"""Small models for tests."""
+"""Small models for tests, in one process and on many ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 from model.config import ModelConfig
 from model.init import initialise
 from model.transformer import Transformer
+from parallel import parallelize
+from parallel.comm.world import connect
+from parallel.layout import ParallelConfig
+from parallel.mesh import Meshes, make_meshes
 from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve
 
@@ -37,3 +41,16 @@ def build(config: ModelConfig, seed: int = 0, compute: Compute = Compute.float64
         model.double()
     initialise(model, config, seed)
     return model
+
+
+def meshes_here(parallel: ParallelConfig) -> Meshes:
+    """This rank's place in a layout of the ranks that run the function."""
+    world = connect()
+    return make_meshes(parallel.resolve(world.size), world)
+
+
+def placed_here(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, seed: int = 1
+) -> parallelize.ParallelModel:
+    """This rank's part of a model."""
+    return parallelize.build(model, precision, meshes_here(parallel), connect().device, seed)

@@ -5,6 +5,8 @@ AdamW hides the scale of gradients and clipping their norm, so both are off unle
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,18 @@ import torch
 import torch.distributed as dist
 
 from core.config import load
+from data.loader import Batch
+from model.load_balance import Balancer
 from parallel.comm.world import connect
+from parallel.parallelize import ParallelModel
 from parallel.sharding import ShardSpec, local
+from train.certify.worker import BATCH_SIZE, SyntheticLoader
 from train.config import TrainConfig
 from train.corpus import get_corpus
+from train.engine.base import StepResult, optimizer_step
+from train.engine.fsdp import TorchEngine
 from train.metrics import Log
+from train.optim.optimizer import OptimizerConfig
 from train.run_directory import RunDirectory
 from train.trainer import Trainer
 
@@ -75,6 +84,18 @@ def saved(root: Path, name: str, overrides: list[str], steps: int = 1) -> Traine
     run.save()
     run.checkpointer.wait()
     return run
+
+
+def synthetic(
+    placed: ParallelModel, optimizer: OptimizerConfig, micro_batch_size: int
+) -> tuple[TorchEngine, Batch, Callable[[], StepResult]]:
+    """An engine for a model on these ranks, this rank's sequences of a synthetic batch, and a step with both."""
+    engine, meshes = TorchEngine(placed, optimizer), placed.meshes
+    balancer = Balancer(placed.model, lambda counts: meshes.world.sum(counts, "balance"))
+    share = BATCH_SIZE // meshes.dp.size
+    loader = SyntheticLoader(placed.model.config.vocab_size)
+    batch = loader.batch(0, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
+    return engine, batch, partial(optimizer_step, engine, balancer, batch, micro_batch_size, None, 1.0)
 
 
 def whole(tensor: torch.Tensor, spec: ShardSpec | None = None) -> torch.Tensor:

@@ -6,7 +6,6 @@ A bug is planted in the ranks of a layout only; what one process computes stays 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -15,33 +14,16 @@ import torch
 
 from core.config import load
 from core.errors import ConfigError
-from parallel.layout import ParallelConfig
 from parallel.sharding import ShardBlock
-from tests.support.bugs import MESHES, planted
-from train.certify import store, worker
+from tests.support.bugs import BuggyRanks
+from train.certify import store
 from train.certify.compare import Comparison, compare_blocks, largest_difference
 from train.certify.plan import CertifyConfig, Outcome, axes_in_use, certificate, certify, shrink, trials
-from train.certify.worker import CertifyCase, RankResults
+from train.certify.worker import RankResults
 
 
 def config(*overrides: str) -> CertifyConfig:
     return load("certify", CertifyConfig, ["model.num_layers=4", *overrides])
-
-
-class Broken:
-    """A pool whose ranks run with a bug if there are several."""
-
-    def __init__(self, ranks: Any, bug: str | None) -> None:
-        self.ranks, self.bug = ranks, bug
-
-    def __call__(self, count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        bug = self.bug if count > 1 else None
-        return self.ranks(count, broken, bug, *arguments)
-
-
-def broken(bug: str | None, parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
-    with planted(bug):
-        return worker.run_cases(parallel, cases)
 
 
 BLAMED = {
@@ -67,11 +49,11 @@ BLAMED = {
     "weights_put_off_for_ever": (["pp"], "has no gradient"),
     "routers_saved_by_one_stage": (["pp"], "router.balance.bias_E is missing"),
 }
-FEW_RANKS = ["ranks=2", "steps=2", "parallel.dp_shard=1", "parallel.tp=2", "parallel.ep=2"]
-OVERRIDES = ["ranks=4", "steps=2", "parallel.tp=2", "parallel.ep=2"]
-IN_STAGES = ["ranks=4", "steps=2", "parallel.pp=2", "parallel.schedule=zbv"]
-TIED = ["ranks=4", "steps=2", "parallel.pp=2", "model.tie_embeddings=true"]
-IN_PARTS = ["ranks=4", "steps=2", "parallel.cp=2", "parallel.cp_method=ring"]
+FEW_RANKS = ["ranks=2", "parallel.dp_shard=1", "parallel.tp=2", "parallel.ep=2"]
+OVERRIDES = ["parallel.tp=2", "parallel.ep=2"]
+IN_STAGES = ["parallel.pp=2", "parallel.schedule=zbv"]
+TIED = ["parallel.pp=2", "model.tie_embeddings=true"]
+IN_PARTS = ["parallel.cp=2", "parallel.cp_method=ring"]
 COMPARED = {
     **dict.fromkeys(["sgd", "adamw", "aux loss alone", "z loss alone", "experts without tokens"], 10),
     "float32": 5,
@@ -84,7 +66,7 @@ COMPARED = {
 def outcomes(ranks: Any, bug: str | None, overrides: list[str]) -> list[Outcome]:
     """Up to the first failure."""
     found = []
-    for outcome in certify(config(*overrides), Broken(ranks, bug)):
+    for outcome in certify(config("ranks=4", "steps=2", *overrides), BuggyRanks(ranks, bug)):
         found.append(outcome)
         if not outcome.passed:
             break
@@ -99,22 +81,21 @@ def test_a_correct_layout_passes(ranks):
     assert Counter(c.name.partition(": ")[0] for c in outcome.comparisons) == COMPARED
 
 
-CONTEXT_PARALLEL = {
-    "ring, top-2": (["parallel.cp=2", "parallel.cp_method=ring", "model.router.top_k=2"], "cp=2"),
-    "cp4, ring": (["parallel.cp=4", "parallel.cp_method=ring"], "cp=4"),
-    "tp2": (["parallel.cp=2", "parallel.tp=2", "parallel.cp_method=ulysses"], "cp=2 tp=2"),
-    "no chunks": (["parallel.cp=2", "parallel.cp_method=ring", "model.attention_chunk_size=null"], "cp=2"),
-}
-"""Beside the layouts of `bench.layouts`, which the tests of layouts run."""
-
-
 @pytest.mark.parametrize(
-    "name", [n if n == "ring, top-2" else pytest.param(n, marks=pytest.mark.slow) for n in CONTEXT_PARALLEL]
+    "last, overrides",
+    [
+        ("cp=2", [*IN_PARTS, "model.router.top_k=2"]),
+        pytest.param("cp=4", ["parallel.cp=4", "parallel.cp_method=ring"], marks=pytest.mark.slow),
+        pytest.param(
+            "cp=2 tp=2", ["parallel.cp=2", "parallel.tp=2", "parallel.cp_method=ulysses"], marks=pytest.mark.slow
+        ),
+        pytest.param("cp=2", [*IN_PARTS, "model.attention_chunk_size=null"], marks=pytest.mark.slow),
+    ],
+    ids=["ring, top-2", "cp4, ring", "tp2", "no chunks"],
 )
-def test_sequences_in_parts_pass(ranks, name):
-    """Packed documents that start inside chunks, every balancing term on."""
-    overrides, last = CONTEXT_PARALLEL[name]
-    found = outcomes(ranks, None, ["ranks=4", "steps=2", "parallel.dp_shard=1", *overrides])
+def test_sequences_in_parts_pass(ranks, last, overrides):
+    """Packed documents that start inside chunks, every balancing term on. Tests of layouts run those of `bench.layouts`."""
+    found = outcomes(ranks, None, ["parallel.dp_shard=1", *overrides])
     assert found[-1].trial.name == last
     for outcome in found:
         assert outcome.passed and outcome.largest(1e-9) < 1e-12, outcome.failures()
@@ -141,7 +122,6 @@ def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
     assert content["pass"] is False
     assert content["smallest_failing_axes"] == axes, content["first_failure"]
     assert any(what in line for line in found[-1].failures()), list(found[-1].failures())
-    MESHES.clear()
 
 
 @pytest.mark.slow
@@ -185,16 +165,12 @@ def test_nan_does_not_pass():
     """Anywhere: `max` would skip it."""
     block = ShardBlock((0,), (2,))
     right, wrong = [(block, torch.ones(2))], [(block, torch.tensor([1.0, float("nan")]))]
-    for found in ({"a": right, "b": wrong}, {"a": wrong, "b": right}):
+    for first, found in (("b", {"a": right, "b": wrong}), ("a", {"a": wrong, "b": right})):
         comparison = compare_blocks("gradients", {"a": right, "b": right}, [found], 1e-9)
-        assert not comparison.passed and comparison.first == ("b" if found["a"] is right else "a")
-    honest = RankResults(loss=[1.0, 1.0], norm=[1.0, 1.0])
-    broken = RankResults(loss=[1.0, float("nan")], norm=[1.0, 1.0])
-    assert (
-        largest_difference("loss", honest, [honest, broken])
-        == largest_difference("loss", honest, [broken], False)
-        == float("inf")
-    )
+        assert not comparison.passed and comparison.first == first
+    honest, broken = RankResults(loss=[1.0, 1.0]), RankResults(loss=[1.0, float("nan")])
+    assert largest_difference("loss", honest, [honest, broken]) == float("inf")
+    assert largest_difference("loss", honest, [broken], False) == float("inf")
 
 
 def test_a_shrunk_model_keeps_kinds_of_layers_and_choices():

@@ -7,44 +7,29 @@ from typing import Any
 
 import pytest
 
-from bench.layouts import tiny
+from bench.layouts import FLOAT8, LAYOUTS, tiny
 from parallel.layout import ParallelConfig
-from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
-from tests.distributed.certify.test_certify import Broken, config
+from tests.distributed.certify.test_certify import config
+from tests.support.bugs import BuggyRanks
 from train.certify.compare import EXACT, Comparison
 from train.certify.fp8 import ERROR, LOSS, NORM, TILE, compare_fp8, same_tiles
 from train.certify.plan import shrink, techniques
 
-LAYOUTS = {
-    "ep2": (2, ParallelConfig(ep=2)),
-    "tp2 + ep2": (2, ParallelConfig(tp=2, ep=2)),
-    "pp2 zbv": (2, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv)),
-}
+SAME_TILES = ("ep2", "tp2 + ep2", "pp2 zbv")
 """Layouts in which every product has the same tiles."""
-MORE = {
-    **LAYOUTS,
-    "tp2": (2, ParallelConfig(tp=2)),
-    "pp2": (2, ParallelConfig(pp=2)),
-    "etp2": (2, ParallelConfig(etp=2)),
-    "cp2 + ep2": (2, ParallelConfig(cp=2, ep=2)),
-    "fsdp2": (2, ParallelConfig()),
-    "pp2 + ep2": (4, ParallelConfig(pp=2, ep=2)),
-}
 
 
-def certified(
-    ranks: Any, layout: tuple[int, ParallelConfig], recipe: Recipe, bug: str | None = None
-) -> list[Comparison]:
-    count, parallel = layout
+def certified(ranks: Any, name: str, recipe: Recipe, bug: str | None = None) -> list[Comparison]:
+    count, parallel = LAYOUTS[name]
     precision = PrecisionConfig(Compute.bfloat16, backend=Backend.te, recipe=recipe)  # te is emulated, too
-    return list(compare_fp8(shrink(tiny(1), parallel, TILE), precision, parallel, count, Broken(ranks, bug)))
+    return list(compare_fp8(shrink(tiny(1), parallel, TILE), precision, parallel, count, BuggyRanks(ranks, bug)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [*FLOAT8, "etp2"])
 def test_blockwise_bytes_are_those_of_one_process(ranks, name) -> None:
-    found = certified(ranks, MORE[name], Recipe.blockwise)
+    found = certified(ranks, name, Recipe.blockwise)
     assert all(one.passed for one in found), [(one.name, one.largest) for one in found if not one.passed]
     exact = [one for one in found if one.gate == EXACT]
     assert len(exact) == 10 and max(one.largest for one in exact) < 1e-13
@@ -53,9 +38,9 @@ def test_blockwise_bytes_are_those_of_one_process(ranks, name) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", SAME_TILES)
 def test_other_recipes_make_no_larger_error(ranks, name, recipe) -> None:
-    found = certified(ranks, LAYOUTS[name], recipe)
+    found = certified(ranks, name, recipe)
     assert all(one.passed for one in found), [(one.name, one.largest) for one in found if not one.passed]
     kept = recipe is Recipe.mxfp8 or name.startswith("pp2")
     assert any(one.gate == EXACT for one in found) == kept
@@ -72,7 +57,7 @@ BLAMED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BLAMED)
 def test_different_bytes_are_detected(ranks, bug) -> None:
-    failed = {one.name for one in certified(ranks, LAYOUTS["ep2"], Recipe.blockwise, bug) if not one.passed}
+    failed = {one.name for one in certified(ranks, "ep2", Recipe.blockwise, bug) if not one.passed}
     assert BLAMED[bug] in failed, failed
 
 
@@ -80,8 +65,8 @@ def test_which_products_have_the_same_tiles() -> None:
     def kept(recipe: Recipe, count: int, parallel: ParallelConfig) -> list[Products]:
         return same_tiles(recipe, parallel.resolve(count))
 
-    for layout in LAYOUTS.values():
-        assert Products.expert in kept(Recipe.blockwise, *layout)
+    for name in SAME_TILES:
+        assert Products.expert in kept(Recipe.blockwise, *LAYOUTS[name])
     others = [(2, ParallelConfig(dp_replicate=2)), (2, ParallelConfig(cp=2, ep=2))]
     for layout in ((2, ParallelConfig()), (4, ParallelConfig(ep=2)), (2, ParallelConfig(tp=2)), *others):
         found = kept(Recipe.blockwise, *layout)

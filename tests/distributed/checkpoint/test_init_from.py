@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from model.huggingface import HuggingFaceCheckpoint
+from model.huggingface import HuggingFaceCheckpoint, checkpoint
 from model.tensor_source import whole as whole_tensor
 from tests.support import hf_models
 from tests.support.like import like
@@ -16,25 +17,16 @@ from tests.support.tiny import EXACT, saved, trainer, whole
 
 def started(root: Path, path: Path, overrides: list[str]) -> tuple[dict[str, torch.Tensor], int]:
     """The weights that a run on these ranks begins with, and how many bytes of tensors this rank read."""
-    from model.huggingface import checkpoint
-
-    read, count = checkpoint.read_rows, 0
+    read, sizes = checkpoint.read_rows, []
 
     def counted(*arguments):
-        nonlocal count
         rows = read(*arguments)
-        count += rows.numel() * rows.element_size()
+        sizes.append(rows.nbytes)
         return rows
 
-    checkpoint.read_rows = counted
-    try:
-        run = trainer(root, "run", [*overrides, *EXACT, *like(path), f"model.init_from={path}"])
-    finally:
-        checkpoint.read_rows = read
-    return {
-        name: whole(parameter, run.engine.placed.specs[name])
-        for name, parameter in run.engine.placed.model.named_parameters()
-    }, count
+    with patch.object(checkpoint, "read_rows", counted):
+        placed = trainer(root, "run", [*overrides, *EXACT, *like(path), f"model.init_from={path}"]).engine.placed
+    return {name: whole(p, placed.specs[name]) for name, p in placed.model.named_parameters()}, sum(sizes)
 
 
 @pytest.mark.parametrize("layout", [[], ["parallel.dp_replicate=2"]], ids=["fsdp", "hsdp"])

@@ -11,7 +11,7 @@ import torch
 from core.errors import ConfigError
 from parallel.comm.world import connect
 from parallel.layout import ParallelConfig
-from parallel.mesh import make_meshes
+from parallel.mesh import meshes_of_rank
 from tests.support.tiny import EXACT, saved
 from train.checkpoint.restore import restore
 from train.eval.generate import GenerateConfig, continue_tokens, placed_logits
@@ -74,14 +74,10 @@ def test_ranks_that_run_other_code_are_named(ranks, odd):
     assert ranks(3, claims_differ, 9) == [""] * 3
 
 
-def place(_: None) -> tuple[int, ...]:
-    world = connect()
-    meshes = make_meshes(ParallelConfig(dp_replicate=2, tp=2, ep=2).resolve(world.size), world)
-    axes = (meshes.dp, meshes.replicate, meshes.fsdp, meshes.tp, meshes.efsdp, meshes.experts)
-    return tuple(axis.rank for axis in axes)
-
-
-def test_ranks_fold_with_the_last_axis_fastest(ranks):
+def test_ranks_fold_with_the_last_axis_fastest():
     """Dense (replicate, shard, tp) and sparse (replicate, efsdp, ep) over the same eight ranks."""
-    wanted = [(r // 2, r // 4, r // 2 % 2, r % 2, r // 2 % 2, r % 2) for r in range(8)]
-    assert ranks(8, place, None) == wanted
+    layout = ParallelConfig(dp_replicate=2, tp=2, ep=2).resolve(8)
+    for rank in range(8):
+        m = meshes_of_rank(layout, rank)
+        found = [axis.rank for axis in (m.dp, m.replicate, m.fsdp, m.tp, m.efsdp, m.experts)]
+        assert found == [rank // 2, rank // 4, rank // 2 % 2, rank % 2, rank // 2 % 2, rank % 2]

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.support import drills
+
 NODES = ("n1", "n2", "n3")
 _CONF = """
 ClusterName=leviathan
@@ -67,6 +69,7 @@ class Cluster:
         self.root = root
         self.ports = _free_ports(1 + len(NODES))
         self.environment = {"SLURM_CONF": str(root / "slurm.conf")}
+        self._variables = os.environ | self.environment
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -77,9 +80,8 @@ class Cluster:
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=8000 State=UNKNOWN"
             for name, port in zip(NODES, self.ports[1:], strict=True)
         )
-        conf = _CONF.format(
-            host=host, ports=self.ports, root=self.root, nodes=nodes, names=",".join(NODES), last=NODES[-1]
-        )
+        about = {"host": host, "ports": self.ports, "root": self.root}
+        conf = _CONF.format(**about, nodes=nodes, names=",".join(NODES), last=NODES[-1])
         (self.root / "slurm.conf").write_text(conf)
         self._start_munge()
         self._start("slurmctld", "slurmctld", "-D", "-i")
@@ -98,9 +100,8 @@ class Cluster:
 
     def stop_ranks(self, name: str) -> None:
         """As if they hung: the ranks on a node are there and do nothing."""
-        ranks = [
-            p for p in self._processes_of(name) if b"\0train\0--config\0" in Path(f"/proc/{p}/cmdline").read_bytes()
-        ]
+        lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in self._processes_of(name)}
+        ranks = [pid for pid, line in lines.items() if b"\0train\0--config\0" in line]
         assert ranks
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
@@ -112,8 +113,7 @@ class Cluster:
         daemon.wait()
 
     def client(self, *command: str) -> str:
-        environment = os.environ | self.environment
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, env=self._variables, check=True, capture_output=True, text=True).stdout
 
     def wait(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -124,9 +124,8 @@ class Cluster:
 
     def stop(self) -> None:
         """End every job and daemon."""
-        environment = os.environ | self.environment
         for command in (["scancel", "--signal=KILL", "--full", "--user=root"], ["scancel", "--user=root"]):
-            subprocess.run(command, env=environment, capture_output=True)
+            subprocess.run(command, env=self._variables, capture_output=True)
         time.sleep(2)
         for daemon in reversed(self._daemons.values()):
             daemon.send_signal(signal.SIGTERM)
@@ -169,21 +168,15 @@ class Cluster:
         self.wait((folder / "socket").exists, "munge socket", 20)
 
     def _start(self, name: str, program: str, *arguments: str) -> None:
-        environment = os.environ | self.environment
         log = open(self.root / f"{name}.out", "wb")  # noqa: SIM115 - the daemon's
+        command = [shutil.which(program) or f"/usr/sbin/{program}", *arguments]
         self._daemons[name] = subprocess.Popen(
-            [shutil.which(program) or f"/usr/sbin/{program}", *arguments],
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
+            command, env=self._variables, stdout=log, stderr=log, start_new_session=True
         )
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
         one.close()
@@ -228,9 +221,8 @@ class User:
         return path.read_text() if path.exists() else ""
 
     def figures(self, name: str) -> dict[int, tuple[float, float]]:
-        path = self.home / "runs" / name / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines if "loss" in line}
+        run = self.home / "runs" / name
+        return drills.figures(run) if (run / "metrics.jsonl").exists() else {}
 
     def results(self, name: str) -> tuple[dict[int, tuple[float, float]], float]:
         """Loss and gradient norm of each step, and the held-out loss."""

@@ -63,7 +63,6 @@ class Product:
     layout: str
     grad: bool
     use_split_accumulator: bool
-    formats: tuple[torch.dtype, torch.dtype]
     m_splits: Any = None
     single_output: bool | None = None
 
@@ -89,20 +88,13 @@ class Extension:
         return self._storage(tensor, quantizer, quantizer.storage_metadata(tensor.dtype)["nontensor_kwargs"])
 
     def split_quantize(
-        self,
-        tensor: Tensor,
-        split_sections: list[int],
-        quantizer_list: list[Any],
-        disable_bulk_allocation: bool = False,
+        self, tensor: Tensor, sections: list[int], quantizers: list[Any], disable_bulk_allocation: bool = False
     ) -> list[Any]:
-        assert type(split_sections) is list and all(type(count) is int for count in split_sections)
-        assert len(split_sections) == len(quantizer_list) and sum(split_sections) <= len(tensor)
-        self._note(tensor, quantizer_list[0], split_sections)
-        parts = tensor[: sum(split_sections)].split(split_sections)
-        return [
-            self._storage(part, quantizer, quantizer.storage_metadata(torch.float32)["nontensor_kwargs"])
-            for part, quantizer in zip(parts, quantizer_list, strict=True)
-        ]
+        assert type(sections) is list and all(type(count) is int for count in sections)
+        assert len(sections) == len(quantizers) and sum(sections) <= len(tensor)
+        self._note(tensor, quantizers[0], sections)
+        parts = zip(tensor[: sum(sections)].split(sections), quantizers, strict=True)
+        return [self._storage(x, one, one.storage_metadata(torch.float32)["nontensor_kwargs"]) for x, one in parts]
 
     def _note(self, x: Tensor, quantizer: Any, splits: Any) -> None:
         assert x.dim() == 2 and x.is_contiguous() and x.dtype is torch.bfloat16
@@ -137,7 +129,7 @@ class Extension:
         a, transa, b, transb, out, quantizer, dtype, bias, _, gelu, _, grad, _, _, accumulate, split = args
         assert out is None and quantizer is None and bias is None and not gelu and not accumulate
         assert options["comm_overlap"] is None and options["alpha"] == 1.0 and options["beta"] == 0.0
-        self.calls.append(Product(_layout(transa, transb), grad, split, (_format(a), _format(b))))
+        self.calls.append(Product(_layout(transa, transb), grad, split))
         return self._multiply(a, transa, b, transb, PLAIN[int(dtype)]), None, None, None
 
     def te_general_grouped_gemm(self, *args: Any) -> Any:
@@ -145,8 +137,7 @@ class Extension:
         single, grad = args[9], args[11]
         assert type(m_splits) is list and all(type(count) is int for count in m_splits) and not accumulate
         assert len(a) == len(b) == len(m_splits) and len(out) == (1 if single else len(a))
-        formats = _format(a[0]), _format(b[0])
-        self.calls.append(Product(_layout(transa, transb), grad, split, formats, m_splits, single))
+        self.calls.append(Product(_layout(transa, transb), grad, split, m_splits, single))
         results = [self._multiply(x, transa, y, transb, PLAIN[int(dtype)]) for x, y in zip(a, b, strict=True)]
         if single:
             whole = torch.cat(results)
@@ -233,10 +224,6 @@ def backend_transposes() -> bool:
 
 def _layout(transa: bool, transb: bool) -> str:
     return ("T" if transa else "N") + ("T" if transb else "N")
-
-
-def _format(storage: Any) -> torch.dtype:
-    return FORMATS[int(storage._fp8_dtype)]
 
 
 def _compiled(extension: Extension) -> ModuleType:

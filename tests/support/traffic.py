@@ -1,0 +1,160 @@
+"""Bytes handed to collectives in one optimizer step, in closed form: what `parallel.mesh.Traffic` must count.
+
+Shapes: D hidden size, K experts per token, S slots (a rank's tokens * K * etp).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import torch
+
+from model.config import AuxScope, FeedForward, LayerConfig, ModelConfig, QKNorm, WeightsOn
+from model.load_balance import RouterSums
+from model.roles import Role, registry
+from parallel import whole_matrices
+from parallel.cost import BatchShape, Entries, attention_traffic
+from parallel.layout import DispatchMethod, Layout, Recompute
+from parallel.mesh import meshes_of_rank
+from parallel.parallelize import on_meta
+from parallel.sharding import shard_specs
+from precision.config import PrecisionConfig
+
+
+def step_traffic(
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    layout: Layout,
+    batch: BatchShape,
+    matrices: torch.dtype | None = None,
+) -> dict[tuple[str, str], int]:
+    """Bytes over all ranks of the world, by axis and purpose.
+
+    The sum over ranks, because routing decides how much each sends to the experts; everything else is the same on every
+    rank. For several ranks and full micro-batches. `matrices`: the format in which Muon's matrices are sent, None
+    without Muon.
+    """
+    world, micro_batches = layout.world_size, batch.sequences // batch.micro_batch_size
+    step, stage = _Step(model, precision, layout, batch), world // layout.pp
+    found: Counter[tuple[str, str]] = Counter()
+    for times, entries in (
+        *((stage * micro_batches, part()) for part in (step.tensor, step.context, step.experts, step.pipeline)),
+        (stage * (1 if layout.pp > 1 else micro_batches), step.data()),
+        (1, step.once()),
+        (1, step.matrices(matrices)),
+    ):
+        for key, size in entries:
+            found[key] += int(times * size)
+    return {key: size for key, size in found.items() if size}
+
+
+class _Step:
+    """`tensor` to `pipeline`: one micro-batch on one rank of each stage, the mean over ranks."""
+
+    def __init__(self, model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape) -> None:
+        self.model, self.precision, self.layout, self.batch = model, precision, layout, batch
+        self.size = precision.compute_dtype.itemsize
+        self.wide = max(4, self.size)
+        self.tokens = batch.micro_batch_size * batch.seq_len // layout.cp
+        self.mixtures = sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)
+        self.meshes = meshes_of_rank(layout, 0)
+        self.specs = shard_specs(registry(on_meta(model, precision)), model, self.meshes)
+
+    def tensor(self) -> Entries:
+        model, layout = self.model, self.layout
+        if layout.tp == 1:
+            return
+        part = self.tokens // layout.tp * model.hidden_size * self.size
+        whole, key = part * layout.tp, ("tp", "activations")
+        yield key, whole + part  # embedding: scattered, its gradient gathered
+        yield key, part + whole  # head: gathered, its gradient scattered
+        yield ("tp", "loss"), 3 * self.tokens * self.wide  # maximum; sum of exponentials and the label's logit
+        again, layer_again = layout.recompute is not Recompute.none, layout.recompute is Recompute.full
+        for layer in model.blocks:
+            yield key, 2 * (part + whole) + again * part + layer_again * whole  # attention
+            if layer.qk_norm is QKNorm.full:
+                yield key, (2 + again) * 2 * self.tokens * self.wide  # sums of squares of queries and keys
+            if layer.feed_forward is not FeedForward.moe or model.shared_hidden_size:
+                yield key, 2 * (part + whole) + again * part  # the last operation of a layer is not recomputed
+            yield ("tp", "balance"), self.balance(layer)
+
+    def context(self) -> Entries:
+        if self.layout.cp > 1:
+            for layer in self.model.blocks:
+                yield from attention_traffic(self.model, layer, self.precision, self.layout, self.batch)
+                yield ("cp", "balance"), self.balance(layer)
+
+    def balance(self, layer: LayerConfig) -> int:
+        """Token counts of whole sequences, where a layer's backward pass needs them."""
+        balance = self.model.balance
+        split = layer.feed_forward is FeedForward.moe and balance.aux and balance.aux_scope is not AuxScope.whole
+        return self.batch.micro_batch_size * self.model.num_experts * 8 if split else 0
+
+    def experts(self) -> Entries:
+        model, layout, ranks = self.model, self.layout, self.layout.ep * self.layout.etp
+        if ranks == 1:
+            return
+        tokens = self.tokens // layout.tp
+        slots = tokens * model.router.top_k * layout.etp
+        again, gathered = layout.recompute is Recompute.full, layout.dispatch is DispatchMethod.all_gather
+        # a layer ends with the combine, unless something after it keeps its input
+        weighted_here = model.router.weights_on is WeightsOn.output and not gathered
+        back_again = again and bool(model.shared_hidden_size or weighted_here)
+        if gathered:
+            there = tokens * model.hidden_size * self.size
+            back = ranks * there
+            yield ("experts", "tokens"), self.mixtures * (2 * (there + back) + again * there + back_again * back)
+            yield ("experts", "counts"), self.mixtures * (1 + again) * slots * 8
+            yield ("experts", "weights"), self.mixtures * (1 + again + ranks) * slots * self.wide
+        else:
+            sent = (4 + again + back_again) * slots * model.hidden_size * self.size
+            yield ("experts", "tokens"), self.mixtures * sent
+            yield ("experts", "counts"), self.mixtures * (1 + again) * model.num_experts * layout.etp * 8
+
+    def pipeline(self) -> Entries:
+        """The hidden states from stage to stage, and their gradients back. Stages on one rank send nothing."""
+        hops = sum(one != other for one, other in itertools.pairwise(self.layout.stages(self.model).owners))
+        for purpose in ("activations", "gradients"):
+            yield ("pp", purpose), hops * (self.tokens // self.layout.tp) * self.model.hidden_size * self.size
+
+    def data(self) -> Entries:
+        """FSDP2 of one micro-batch on a rank of each stage. Layers gather their parameters for the forward pass and
+        again for the backward pass; the other parameters (the root) stay gathered in between. Gradients are reduced
+        after each micro-batch. In a pipeline everything is gathered and reduced once per step.
+        """
+        layout, master = self.layout, self.precision.master_dtype.itemsize
+        narrow = self.precision.compute_dtype is torch.bfloat16
+        for name, spec in self.specs.items():
+            stages = 1 + any(axis.name == "ends" for axis in spec.replicas)  # tied embeddings are on both ends
+            size = master if narrow and spec.info.role is Role.router else self.size
+            gathers = 2 if name.startswith("layers.") and layout.pp == 1 else 1
+            elements = spec.local_block.numel  # of rank 0, whose shard is full: shorter ones are padded to it
+            if (axis := spec.fsdp_split.axis).size > 1:
+                yield (axis.name, "parameters"), stages * gathers * size * elements
+                yield (axis.name, "gradients"), stages * master * elements * axis.size
+            if layout.dp_replicate > 1:
+                yield ("dp_replicate", "gradients"), stages * master * elements
+
+    def once(self) -> Entries:
+        """Once per step, all ranks together."""
+        world = self.layout.world_size
+        yield ("world", "loss"), world * (8 + 8)  # the number of labels, the loss
+        yield ("world", "norm"), world * 8
+        yield ("world", "balance"), world * self.mixtures * 8 * (self.model.num_experts + len(RouterSums._fields))
+        for spec in self.specs.values():
+            for axis in spec.partial:
+                copies = world // self.layout.pp // self.layout.fsdp * (2 if axis.name == "ends" else 1)
+                size = spec.compute_block.numel * self.precision.master_dtype.itemsize
+                yield (axis.name, "gradients"), size * copies
+
+    def matrices(self, sent: torch.dtype | None) -> Entries:
+        """Muon's matrices, once per step, all ranks together: along each split the ranks hand over their shards, which
+        make up every matrix once, and the results.
+        """
+        for spec in self.specs.values():
+            if sent is not None and spec.info.role.is_matrix:
+                everywhere = math.prod(spec.info.shape) * math.prod(axis.size for axis in spec.replicas)
+                for split in whole_matrices.matrix_splits(spec, self.meshes):
+                    yield (split.axis.name, whole_matrices.PURPOSE), 2 * everywhere * sent.itemsize
