@@ -1,15 +1,41 @@
-"""What `leviathan train --help` says of the ways to launch, which its schema leaves open."""
+"""What `leviathan VERB --help` and `--cfg` print."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
 
 import pytest
 
 from core.config import build, load, plain
-from launch.cli import main
+from launch.cli import VERBS, main
 from launch.config import LaunchConfig, SlurmConfig
 from train.config import TrainConfig
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_has_every_key_of_a_verb(name, capsys):
+    verb = VERBS[name]
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    module = importlib.import_module(f"launch.verbs.{verb.module or name}")
+    for field in dataclasses.fields(getattr(module, verb.config)):
+        assert re.search(rf"^{field.name}[.=]", text, re.MULTILINE), field.name
+
+
+def test_help_has_values_types_and_words(capsys):
+    assert main(["--help"]) == 0 == main(["evaluate", "--help"])
+    assert main(["train", "--help", "optimizer.lr=0.25"]) == 0
+    assert main(["train", "--cfg", "model.hidden_size=256"]) == 0
+    text = capsys.readouterr().out
+    assert "\n  evaluate   held-out loss of a run" in text and "run=???  (str)" in text
+    assert "model.hidden_size=128  (int)" in text, "what would run, not the dataclass's default"
+    assert "optimizer.lr=0.25  (float)" in text
+    assert "data=builtin | files | huggingface | tokens" in text
+    assert "training.clip_norm=1.0  (float | null)\n    # Global gradient norm above which" in text
+    assert "data.sources.NAME.text_key=text  (str)" in text
+    assert "\n  hidden_size: 256\n" in text and "\n  vocab_size: 1024\n" in text
 
 
 @pytest.mark.parametrize("nodes", [1, 3])

@@ -19,19 +19,8 @@ from parallel.layout import Recompute
 from tests.support.models import build, small
 
 B, T, D, E = 3, 10, 16, 4
-MODEL = small(
-    vocab_size=32,
-    hidden_size=D,
-    num_layers=2,
-    moe_every=1,
-    num_heads=2,
-    dense_hidden_size=16,
-    expert_hidden_size=16,
-    num_experts=E,
-    attention_chunk_size=4,
-    init=InitConfig(std=1.0, fan_in=True),
-    balance=BalanceConfig(bias_rate=0.01, aux=0.1, z=0.01),
-)
+BALANCE = BalanceConfig(bias_rate=0.01, aux=0.1, z=0.01)
+MODEL = small(num_layers=2, moe_every=1, init=InitConfig(std=1.0, fan_in=True), balance=BALANCE)
 
 
 def plain_scores(logits: torch.Tensor, score: Score) -> torch.Tensor:

@@ -103,28 +103,6 @@ def test_a_model_trained_on_the_stream_is_rejected(stream, tmp_path, capsys, mon
     assert "scorer.model=a-run: was trained on these 64" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ([], "scorer.kind=ngram: needs all records before it scores the first, and a stream has no end; try loss"),
-        (
-            ["scorer.kind=random", "input=a.jsonl"],
-            "input=a.jsonl: has no effect on filter stream, which reads JSON lines",
-        ),
-        (["scorer.kind=random", "processes=2"], "processes=2: has no effect on filter stream, which reads JSON lines"),
-        (
-            ["scorer.kind=random", "select.floor=2"],
-            "select.floor=2: cannot be applied to a stream, whose number of records",
-        ),
-        (["scorer.kind=random", "prompt_key=q"], "response_key: prompt_key and response_key go together"),
-    ],
-)
-def test_rules_that_a_stream_cannot_follow_are_rejected(words, message, tmp_path, capsys):
-    assert main(["filter", "stream", *words, f"out={tmp_path / 'out'}"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"leviathan: error: {message}") and not (tmp_path / "out").exists()
-
-
 def test_an_existing_output_is_not_overwritten(stream, tmp_path, capsys):
     lines = lines_of(prose(70))
     assert stream(lines, "scorer.kind=random")[0] == 0

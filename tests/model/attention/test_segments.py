@@ -50,13 +50,10 @@ def segmented(rows: Tensor, cut: list[int], lost: int = 0) -> Any:
     return lambda q, k, v: attend_segments(q, k, v, segments[: len(segments) - lost])
 
 
-def largest(found: list[Tensor], wanted: list[Tensor]) -> float:
-    assert all(a.dtype is b.dtype for a, b in zip(found, wanted, strict=True))
-    return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
-
-
 def difference(one: Any, other: Any, tensors: list[Tensor]) -> float:
-    return largest(figures(one, *tensors), figures(other, *tensors))
+    pairs = list(zip(figures(one, *tensors), figures(other, *tensors), strict=True))
+    assert all(a.dtype is b.dtype for a, b in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 CUTS = {"whole": [0, 64], "thirds": [0, 20, 48, 64], "first alone": [0, 1, 64]}
@@ -124,7 +121,6 @@ def test_memory_is_linear_in_the_length():
     def planned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, ForwardContext(positions(len(q[0]))).plan(None))
 
-    found = [most(n, planned) for n in (1024, 2048)]
-    assert found == [1024 * B * H * K, 2048 * B * H * K]
-    under = [most(n, lambda q, k, v: masked(positions(len(q[0])))(q, k, v)) for n in (1024, 2048)]
-    assert under[1] == 4 * under[0] > found[1]
+    assert [most(n, planned) for n in (1024, 2048)] == [1024 * B * H * K, 2048 * B * H * K]
+    under = [most(n, masked(positions(n))) for n in (1024, 2048)]
+    assert under[1] == 4 * under[0] > 2048 * B * H * K
