@@ -13,6 +13,7 @@ import shutil
 import statistics
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,7 @@ def table(readings: list[NodeReading], faults: dict[str, list[str]]) -> str:
 def main(arguments: list[str]) -> int:
     """Measure, judge, print and write; every rank returns the same code."""
     config, folder = read_config(Path(arguments[0])), Path(arguments[1])
-    world = connect()
-    try:
+    with closing(connect()) as world:
         with world.watch(TIMEOUT_S, folder):
             own = read(config, world)
             readings: list[Any] = [own]
@@ -178,8 +178,6 @@ def main(arguments: list[str]) -> int:
             write_json(folder / "findings.json", {**content, "readings": [asdict(reading) for reading in readings]})
             print(table(readings, faults), flush=True)
         return FAILED_NODE if faults else 0
-    finally:
-        world.close()
 
 
 def _bandwidth(axis: MeshAxis, device: torch.device, tries: int = 3) -> float:

@@ -156,15 +156,11 @@ def main(arguments: list[str]) -> int:
 
 def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
     """Return nodes named by this attempt's doctor, and by hangs since `since`."""
-    found: set[str] = set()
     findings = doctor / "findings.json"
-    if findings.exists():
-        content = json.loads(findings.read_text())
-        found.update(content["bad_nodes"] if content["time"] > since else ())
-    for hang in _lines(logs / "hangs.jsonl"):
-        if hang["time"] > since:
-            found.update(hang["hosts"])
-    return tuple(sorted(found))
+    reports = [json.loads(findings.read_text())] if findings.exists() else []
+    named = [(one["time"], one["bad_nodes"]) for one in reports]
+    named += [(one["time"], one["hosts"]) for one in _lines(logs / "hangs.jsonl")]
+    return tuple(sorted({host for when, hosts in named if when > since for host in hosts}))
 
 
 def slow_nodes(path: Path, since: float) -> tuple[str, ...]:

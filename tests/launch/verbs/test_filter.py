@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -182,26 +179,20 @@ def test_the_command_in_the_audit_repeats_the_filter(words):
 
 
 @pytest.mark.slow  # 14 s; two gloo ranks make the same bytes in tests/data/filter/test_pipeline.py
-def test_two_processes_make_the_same_files(pairs, out, tmp_path):
+def test_two_processes_make_the_same_files(pairs, tmp_path, command):
     """Two input files, one for each process."""
     lines, folder = pairs.read_bytes().splitlines(keepends=True), tmp_path / "in"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(b"".join(lines[:60]))
     (folder / "b.jsonl").write_bytes(b"".join(lines[60:]))
     assert main(["filter", *arguments(folder, tmp_path / "alone")]) == 0
-
-    def together(*words: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "launch.cli", "filter", "processes=2", *words]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=300)
-
-    found = together(*arguments(folder, tmp_path / "out"))
+    found = command("filter", "processes=2", *arguments(folder, tmp_path / "out"))
     assert found.returncode == 0, found.stderr
     for name in ("scores.parquet", "kept.jsonl", "audit.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     with open(folder / "b.jsonl", "a") as file:
         file.write("{\n")
-    found = together(*arguments(folder, tmp_path / "other"), "on_error=fail")
+    found = command("filter", "processes=2", *arguments(folder, tmp_path / "other"), "on_error=fail")
     assert found.returncode == 2, "an error of rank 1 alone is printed in one line"
     (line,) = [line for line in found.stderr.splitlines() if line]
     assert line.startswith("leviathan: error: input=b.jsonl:61: cannot be read: ")

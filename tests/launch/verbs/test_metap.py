@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -71,11 +71,8 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     found = json.loads((swept / "fit.json").read_text())["metap"]
     assert set(found["optima"]) == {"hidden_size 32", "hidden_size 64"}
     assert -10 < found["optima"]["hidden_size 32"]["log2_lr"]["value"] < -2
-    assert {"value", "low", "high"} == set(found["drift_octaves"])
-    assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
     base = yaml.safe_load((swept / "base.yaml").read_text())
     assert base["hparam"]["base"]["hidden_size"] == 32 and base["hparam"]["provenance"]["runs"] == 12
-    assert base["hparam"]["kind"]["score"] == "softmax"
     sizes = ["model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=4", "model.expert_hidden_size=128"]
     larger = [*QUICK, "hparam.alpha=0.5", "optimizer.weight_decay=0.3", *sizes]
     where = [f"base={swept / 'base.yaml'}", f"out={swept / 'carried'}", "name=wide"]
@@ -93,9 +90,7 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     assert config["model"]["multipliers"]["residual"] == 1.0
     assert config["hparam"]["alpha"] == 0.5 and config["optimizer"]["weight_decay"] == 0.3, "what the user said"
     assert written["hparam"]["provenance"]["base"].endswith("base.yaml") and written["hparam"]["provenance"]["code"]
-    log = (swept / "runs" / "wide" / "log.txt").read_text()
-    assert "hyperparameters: the base is small" in log
-
+    assert "hyperparameters: the base is small" in (swept / "runs" / "wide" / "log.txt").read_text()
     path = swept / "carried" / "experiment" / "wide.yaml"
     path.write_text(re.sub(r"(router:\n\s+lr: )\S+", r"\g<1>0.5", path.read_text()))
     edited = command(*line, "run.name=edited", cwd=swept)
@@ -198,8 +193,6 @@ def test_a_sweep_of_another_configuration_is_refused(tmp_path):
 def test_runs_with_names_of_their_own_keep_them(tmp_path):
     runs = [member(SweepConfig(), SweepSetting(family()), -6, seed, tmp_path) for seed in (0, 1)]
     assert [run.run.name for run in named(runs)] == ["base-lr-6-seed0", "base-lr-6-seed1"]
-    alike = [replace(run, run=replace(run.run, name="x")) for run in runs]
-    assert [run.run.name for run in named(alike)] == ["x-0", "x-1"]
 
 
 def test_other_keys_and_muons_own_rate_are_swept(tmp_path):
