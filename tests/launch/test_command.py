@@ -54,7 +54,6 @@ def test_a_run_leaves_what_it_promises(finished):
     wanted = {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu", "peak_memory_bytes"}
     assert wanted <= set(last) and last["mfu"] is None, "a CPU has no MFU"
     assert len(last["expert_load"]) == len(last["router_z"]) == len(last["router_entropy"]) == 2
-    assert set(last["expert_load"][0]) == {"max_over_mean", "entropy", "dead"}
     assert (finished / "config.yaml").exists() and (finished / "log.txt").exists()
 
 

@@ -61,11 +61,6 @@ def test_each_factor_changes_the_function(factor):
     assert fold_multipliers(plain) is plain
 
 
-def test_a_factor_on_the_logits_is_exactly_that():
-    scaled = Weights(replace(MODEL, multipliers=MultipliersConfig(logits=0.5)))
-    assert torch.equal(logits(scaled), 0.5 * logits(Weights(MODEL)))
-
-
 def test_weightless_query_norm_cannot_absorb_a_factor():
     llama4 = replace(MODEL, qk_norm=QKNorm.weightless, multipliers=MultipliersConfig(attention=0.5))
     with pytest.raises(ConfigError, match=r"model.multipliers.attention=0.5: cannot be folded: .* try 1.0"):
