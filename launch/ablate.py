@@ -87,7 +87,7 @@ def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
 
 def arms(rules: FilterRules, seed: int) -> Mapping[str, FilterRules | None]:
     """The filter of each arm. The controls have the same gates, so that only the choice differs."""
-    control = replace(rules, select=replace(rules.select, length_buckets=1))  # inside buckets no choice is by length
+    control = replace(rules, select=replace(rules.select, length_buckets=1))  # in buckets the longest cannot be chosen
     random = replace(control, scorer=ScorerConfig(kind=ScorerKind.random), seed=rules.seed + seed)
     longest = replace(control, scorer=ScorerConfig(kind=ScorerKind.length))
     return {"filtered": rules, CONTROL: random, "longest half": longest, "everything": None}
