@@ -63,11 +63,10 @@ def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
     world = connect()
     corpus = get_corpus(run_, world, print, MODELS)
     measure = partial(_measure, run_, run_loaders(run_, corpus, lambda line: None), config.steps)
-    axes: dict[SizeAxis, list[int]] = {SizeAxis[name]: getattr(config, name) for name in AXES}
     results = [
-        check_axis(measure, axis, factors, config.seeds, lambda line: print(f"check: {line}", flush=True))
-        for axis, factors in axes.items()
-        if factors
+        check_axis(measure, SizeAxis[name], factors, config.seeds, lambda line: print(f"check: {line}", flush=True))
+        for name in AXES
+        if (factors := getattr(config, name))
     ]
     failures = [line for result in results for line in result.failures()]
     content = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.errors import CheckpointError, ConfigError
-from model.huggingface.families import Family, read_config
+from model.huggingface.families import read_config
 from model.huggingface.files import TensorEntry, open_directory, read_rows
 from model.huggingface.locations import Location, locations
 from model.tensor_source import Shape, blocks, parameter_shapes
@@ -41,7 +41,6 @@ class HuggingFaceCheckpoint:
     def __init__(self, directory: Path, text_only: bool = False) -> None:
         self.directory = directory
         self.raw_config = _parse(directory / "config.json")
-        self.family: Family
         self.family, self.config = read_config(self.raw_config)
         self.entries: dict[str, TensorEntry] = open_directory(directory)
         self.shapes: dict[str, Shape] = parameter_shapes(self.config)
