@@ -156,7 +156,7 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_
     assert left_behind == (1 if launch else 0), "ranks whose agent died save and stop; a killed process does not"
 
 
-def test_an_error_of_all_ranks_keeps_its_exit_code_and_is_one_line(command, small_corpus):
+def test_an_error_of_all_ranks_keeps_its_code_and_is_one_line(command, small_corpus):
     done = command("train", *TINY, *small_corpus, *TWO_RANKS, "model.vocab_size=128")
     told = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(told) == 1 and "the tokenizer has 300 ids" in told[0], done.stderr

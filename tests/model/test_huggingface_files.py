@@ -34,7 +34,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", hf_models.PEERS)
-def test_out_and_in_again_is_bit_identical_and_transformers_agrees(name, tmp_path):
+def test_out_and_in_again_is_identical_and_transformers_agrees(name, tmp_path):
     """Version 5 lets `rope_scaling` replace `rope_parameters`; version 4 knows only the older keys."""
     import transformers
 
@@ -89,7 +89,7 @@ def test_the_check_of_logits_notices_a_wrong_export(saved, tmp_path):
         compare_logits(checkpoint, tmp_path / "out")
 
 
-def test_unfused_experts_and_the_prefix_of_the_whole_model_are_accepted(saved, tmp_path):
+def test_unfused_experts_and_the_whole_models_prefix_are_read(saved, tmp_path):
     content = {}
     for key, tensor in tensors(saved).items():
         if key.endswith("gate_up_proj"):
@@ -271,7 +271,7 @@ def test_rounding_is_only_on_request(saved, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama4_text", "mixtral", "qwen3_moe", "olmoe", "llama", "qwen3"])
-def test_what_a_configuration_leaves_out_has_transformers_defaults(kind):
+def test_what_a_configuration_omits_has_transformers_defaults(kind):
     import transformers
 
     given = {**LLAMA4, "model_type": kind, "num_key_value_heads": 2, "head_dim": 16}
