@@ -87,14 +87,10 @@ def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
 
 def arms(rules: FilterRules, seed: int) -> Mapping[str, FilterRules | None]:
     """The filter of each arm. The controls have the same gates, so that only the choice differs."""
-    random = replace(_scored_by(rules, ScorerKind.random), seed=rules.seed + seed)
-    longest = _scored_by(rules, ScorerKind.length)
+    control = replace(rules, select=replace(rules.select, length_buckets=1))  # in buckets the longest cannot be chosen
+    random = replace(control, scorer=ScorerConfig(kind=ScorerKind.random), seed=rules.seed + seed)
+    longest = replace(control, scorer=ScorerConfig(kind=ScorerKind.length))
     return {"filtered": rules, CONTROL: random, "longest half": longest, "everything": None}
-
-
-def _scored_by(rules: FilterRules, kind: ScorerKind) -> FilterRules:
-    """With one length bucket, since inside length buckets the longest records could not be chosen."""
-    return replace(rules, scorer=ScorerConfig(kind=kind), select=replace(rules.select, length_buckets=1))
 
 
 def _run(config: AblateConfig, filter_: FilterRules | None, root: Path, name: str, seed: int) -> TrainConfig:

@@ -41,7 +41,6 @@ JOIN_S = 600
 END_TOGETHER_S = 60  # for the other nodes, when this node's ranks have ended
 ALONE_S = 10  # for ranks to notice that another node has given up; stopped ranks never do
 GIVEN_UP = "given up"
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def run(node: Node) -> int:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ["PYTHONSAFEPATH"] = "1"  # else `-m train` would run a train.py in the current folder
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // node.ranks)))
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _SIGNALS
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     if (interface := _interface(_own_address(node))) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # by default gloo uses the address of the host name
     handler = get_rendezvous_handler(_rendezvous(node))
@@ -149,19 +148,15 @@ class _Agent(LocalElasticAgent):
             if self._remaining_restarts:
                 lines.append(f"leviathan: restarting the ranks; restarts left: {self._remaining_restarts}")
             elif not final:  # after a final error other nodes' ranks fail alike, and may still be saving
-                self._give_up(worker_group)
+                with suppress(dist.DistError, RuntimeError):  # the store's node is gone, which the others notice
+                    store: Any = worker_group.store
+                    store.set(GIVEN_UP, "")
             print("\n".join(lines), file=sys.stderr, flush=True)
         elif result.state is WorkerState.HEALTHY and self._is_alone(worker_group):
             print("leviathan: another node has given up; stopping the ranks of this one", file=sys.stderr, flush=True)
             self._remaining_restarts = 0
             return RunResult(WorkerState.FAILED)
         return result
-
-    def _give_up(self, worker_group: WorkerGroup) -> None:
-        """Tell the other nodes that this one does not restart its ranks."""
-        store: Any = worker_group.store
-        with suppress(dist.DistError, RuntimeError):  # the store's node is gone, which the others notice
-            store.set(GIVEN_UP, "")
 
     def _is_alone(self, worker_group: WorkerGroup) -> bool:
         """Return whether a node of this round gave up at least ALONE_S ago. Asks the shared store once a second."""
@@ -251,9 +246,8 @@ def _is_final(code: int) -> bool:
 def _exit_code(result: RunResult) -> int:
     if not result.is_failed():
         return 0
-    codes = [failure.exitcode for failure in sorted(result.failures.values(), key=lambda failure: failure.timestamp)]
-    final = [code for code in codes if _is_final(code)]
-    return final[0] if final else CRASHED
+    failures = sorted(result.failures.values(), key=lambda failure: failure.timestamp)
+    return next((failure.exitcode for failure in failures if _is_final(failure.exitcode)), CRASHED)
 
 
 def _rendezvous(node: Node) -> RendezvousParameters:
@@ -277,8 +271,8 @@ def _endpoint(host: str, port: int) -> str:
 def _check_port(host: str, port: int) -> None:
     """Raise `Unreachable` if the store cannot listen on the port, on every address of this machine (IPv4 and IPv6)."""
     both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        family = socket.AF_INET6 if both else socket.AF_INET
         socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
         reason = f"{os.strerror(error.errno or 0)}: choose another port"
@@ -301,21 +295,14 @@ def _own_address(node: Node) -> str:
     """Return the address at which other nodes reach this one; the host's own name need not resolve."""
     if node.rendezvous is None:
         return "127.0.0.1"
+    reason = "it has no address"
     try:
-        routes = socket.getaddrinfo(*node.rendezvous, type=socket.SOCK_DGRAM)
-    except OSError as error:
-        raise _unreachable(node.rendezvous, error) from None
-    last = OSError("it has no address")
-    for family, kind, protocol, _, address in routes:
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.connect(address)  # sends nothing
-                return str(probe.getsockname()[0])
-            except OSError as error:
-                last = error
-    raise _unreachable(node.rendezvous, last)
-
-
-def _unreachable(rendezvous: tuple[str, int], error: OSError) -> Unreachable:
-    reason = f"no route to that host: {error.strerror or error}"
-    return Unreachable("launch.rendezvous", _endpoint(*rendezvous), reason)
+        for family, kind, protocol, _, address in socket.getaddrinfo(*node.rendezvous, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind, protocol) as probe:
+                code = probe.connect_ex(address)  # sends nothing
+                if code == 0:
+                    return str(probe.getsockname()[0])
+                reason = os.strerror(code)
+    except OSError as error:  # unknown host
+        reason = error.strerror or str(error)
+    raise Unreachable("launch.rendezvous", _endpoint(*node.rendezvous), f"no route to that host: {reason}")

@@ -75,28 +75,25 @@ _OVERRIDE = re.compile(r"~\S|\+{0,2}[A-Za-z_][\w./@:-]*=")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code."""
-    return run_process(_main, arguments)
-
-
-def _main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    return _run(arguments[0], arguments[1:])
+    return run_process(_run, arguments)
 
 
 def usage() -> str:
-    lines = ["usage: leviathan VERB [KEY=VALUE ...]", "", "verbs:"]
-    lines += [f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()]
-    lines += [
-        "",
-        "leviathan VERB --help  lists the verb's keys; leviathan VERB --cfg [KEY=VALUE ...]  shows what it would run",
-        "leviathan train --config RUN/config.yaml [KEY=VALUE ...]  starts from a stored configuration",
-    ]
-    return "\n".join(lines)
+    verbs = "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
+    return f"""usage: leviathan VERB [KEY=VALUE ...]
+
+verbs:
+{verbs}
+
+leviathan VERB --help  lists the verb's keys; leviathan VERB --cfg [KEY=VALUE ...]  shows what it would run
+leviathan train --config RUN/config.yaml [KEY=VALUE ...]  starts from a stored configuration"""
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *arguments = arguments
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4) or list(VERBS)
         raise ConfigError("verb", name, "no such verb", near)
@@ -142,21 +139,18 @@ def _stored(verb: Verb, arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 def _named(verb: Verb, arguments: list[str]) -> list[str]:
     """Turn arguments without "=" into overrides of the keys that they stand for."""
-    bare = [argument for argument in arguments if not _OVERRIDE.match(argument)]
     if not verb.positional:
         return arguments  # Hydra reports the error
-    named, keys = [argument for argument in arguments if argument not in bare], list(verb.positional)
     from core.config import quoted
 
-    values = [quoted(argument) for argument in bare]
-    while values:
-        if not keys:
-            raise ConfigError(bare[-1], None, f"one argument too many; they are {' '.join(verb.positional)}")
-        key = keys.pop(0)
+    bare = [argument for argument in arguments if not _OVERRIDE.match(argument)]
+    named, values = [argument for argument in arguments if argument not in bare], list(map(quoted, bare))
+    for key in verb.positional[: len(values)]:
         if key.endswith("..."):
-            named.append(f"{key.removesuffix('...')}=[{','.join(values)}]")
-            break
+            return [*named, f"{key.removesuffix('...')}=[{','.join(values)}]"]
         named.append(f"{key}={values.pop(0)}")
+    if values:
+        raise ConfigError(bare[-1], None, f"one argument too many; they are {' '.join(verb.positional)}")
     return named
 
 

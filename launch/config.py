@@ -146,10 +146,9 @@ def seconds(time: str) -> int | None:
         return None
     days, _, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    if days:
-        hours, minutes, secs = (*parts, 0, 0)[:3]
-    else:
-        hours, minutes, secs = {1: (0, *parts, 0), 2: (0, *parts), 3: tuple(parts)}[len(parts)]
+    if not days and len(parts) < 3:  # minutes come first
+        parts = [0, *parts]
+    hours, minutes, secs = (*parts, 0, 0)[:3]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs
 
 
@@ -161,7 +160,6 @@ def check_interval(config: TrainConfig, slurm: SlurmConfig, step_s: float | None
     interval = config.checkpoint.every * step_s
     if interval > limit - slurm.save_s:
         most = max(1, int((limit - slurm.save_s) / step_s))
-        reason = (
-            f"{interval:.0f} s at the {step_s:.2f} s per step seen so far, longer than launch.slurm.time={slurm.time}"
-        )
+        speed = f"{interval:.0f} s at the {step_s:.2f} s per step seen so far"
+        reason = f"{speed}, longer than launch.slurm.time={slurm.time}"
         raise ConfigError("checkpoint.every", config.checkpoint.every, reason, [most])

@@ -22,7 +22,10 @@ def train(configs: list[TrainConfig]) -> int:
     """Train as configured in `launch`; return the exit code. Checks everything that one process can check before any
     rank starts, so that an error is printed once.
     """
-    _check_alike(configs)
+    for config in configs[1:]:
+        for key, (first, other) in differences(configs[0].launch, config.launch, "launch").items():
+            reason = f"differs from the first run of the sweep ({first}); give launch.* one value"
+            raise ConfigError(key, other, reason)
     configs = [resolve(config) for config in configs]
     launch = build(LaunchConfig, configs[0].launch, "launch")
     for config in configs:
@@ -46,14 +49,6 @@ def read_stored(path: Path, overrides: Sequence[str]) -> TrainConfig:
     if not all(one.startswith(("run.", "launch.")) for one in overrides):
         config = without_derived(config)
     return load_stored(plain(config), TrainConfig, overrides)
-
-
-def _check_alike(configs: list[TrainConfig]) -> None:
-    """Raise `ConfigError` if runs of a sweep differ in `launch`."""
-    for config in configs[1:]:
-        for key, (first, other) in differences(configs[0].launch, config.launch, "launch").items():
-            reason = f"differs from the first run of the sweep ({first}); give launch.* one value"
-            raise ConfigError(key, other, reason)
 
 
 def _one_by_one(configs: list[TrainConfig], start: Callable[[TrainConfig], int]) -> int:

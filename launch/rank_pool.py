@@ -128,9 +128,8 @@ def _serve(connection: Connection) -> None:
 def _run_case(number: int, rank: int, ranks: int, port: int, timeout_s: float, case: bytes) -> Any:
     import torch.distributed as dist
 
-    store = dist.PrefixStore(
-        f"case_{number}", dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    )
+    shared = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    store = dist.PrefixStore(f"case_{number}", shared)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     if ranks > 1:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))

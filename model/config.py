@@ -251,10 +251,9 @@ class ModelConfig:
             raise ConfigError("num_experts", self.num_experts, reason)
         if self.router.top_k > self.num_experts:
             raise ConfigError("router.top_k", self.router.top_k, f"must not exceed the {self.num_experts} experts")
-        if self.hidden_size % 8 or self.expert_hidden_size % 8:
-            # grouped kernels need rows of a multiple of 16 bytes in bfloat16
-            key = "hidden_size" if self.hidden_size % 8 else "expert_hidden_size"
-            raise ConfigError(key, getattr(self, key), "must be a multiple of 8 for the grouped product")
+        for key in ("hidden_size", "expert_hidden_size"):
+            if getattr(self, key) % 8:  # grouped kernels need rows of a multiple of 16 bytes in bfloat16
+                raise ConfigError(key, getattr(self, key), "must be a multiple of 8 for the grouped product")
 
     @property
     def blocks(self) -> list[LayerConfig]:

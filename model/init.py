@@ -21,13 +21,6 @@ _BLOCK = 1 << 22
 """Elements per block: bounds the scratch memory of a large slice to a few hundred megabytes."""
 
 
-def standard_deviation(info: ParameterInfo, model: ModelConfig) -> float:
-    """Standard deviation of the initial values of a parameter that is not a norm; norms start at 1."""
-    if info.role.name in model.init.roles:
-        return model.init.roles[info.role.name]
-    return role_std(info.role, info.fan_in, model.num_layers, model.init)
-
-
 def role_std(role: Role, fan_in: int, layers: int, config: InitConfig) -> float:
     """Standard deviation of a role under `config`, ignoring `config.roles`."""
     own = {Role.embedding: config.embedding_std, Role.head: config.head_std, Role.router: config.router_std}.get(role)
@@ -65,7 +58,8 @@ def initial_slice(
         return torch.ones(tuple(shape), device=device)
     key = int.from_bytes(hashlib.sha256(f"{seed}:{info.name}".encode()).digest()[:7], "little")
     index = _logical_index(info.shape, offset, shape, device).flatten()
-    std = standard_deviation(info, model)
+    usual = role_std(info.role, info.fan_in, model.num_layers, model.init)
+    std = model.init.roles.get(info.role.name, usual)
     values = torch.empty(index.shape, device=device)
     for start in range(0, len(index), _BLOCK):
         values[start : start + _BLOCK] = _normal(index[start : start + _BLOCK], key).mul_(std)

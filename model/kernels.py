@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple, assert_never
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -214,13 +214,7 @@ class TritonKernels(MoEKernels):
 
 
 def kernels_for(kind: KernelKind) -> MoEKernels:
-    match kind:
-        case KernelKind.torch:
-            return TorchKernels()
-        case KernelKind.triton:
-            return TritonKernels()
-        case _:
-            assert_never(kind)
+    return {KernelKind.torch: TorchKernels, KernelKind.triton: TritonKernels}[kind]()
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

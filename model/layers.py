@@ -103,8 +103,7 @@ class RMSNorm(nn.Module):
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """Weightless RMS norm over the last dimension, in at least float32, returned in the dtype of `x`."""
-    wide = widened(x)
-    return F.rms_norm(wide, (x.shape[-1],), None, eps).to(x.dtype)
+    return F.rms_norm(widened(x), (x.shape[-1],), None, eps).to(x.dtype)
 
 
 class GatedMLP(nn.Module):

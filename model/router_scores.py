@@ -26,13 +26,7 @@ def scores(score: Score, logits_BTE: Tensor) -> Tensor:
 
 def grows_with_top_k(score: Score, norm_topk_prob: bool) -> bool:
     """Whether the sum of a token's routing weights grows with the number of experts that it chooses."""
-    match score:
-        case Score.sigmoid:
-            return not norm_topk_prob
-        case Score.softmax:
-            return False
-        case _:
-            assert_never(score)
+    return {Score.sigmoid: not norm_topk_prob, Score.softmax: False}[score]
 
 
 def log_probabilities(score: Score, logits_BTE: Tensor, log_softmax_BTE: Tensor) -> Tensor:

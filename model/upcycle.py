@@ -28,13 +28,11 @@ class Upcycled:
         _check(dense.config, config, self.how.method)
         self.shapes = parameter_shapes(config)
         for name in self.shapes.keys() & dense.shapes.keys():
-            if self.shapes[name] != dense.shapes[name]:
-                reason = (
-                    f"has {name} of shape {list(dense.shapes[name])}, but the model needs {list(self.shapes[name])}"
-                )
+            have, need = list(dense.shapes[name]), list(self.shapes[name])
+            if have != need:
+                reason = f"has {name} of shape {have}, but the model needs {need}"
                 raise ConfigError("init_from", config.init_from, reason)
-        kind = dense.dtypes["embedding.weight"]
-        self.dtypes = dict.fromkeys(self.shapes, kind)
+        self.dtypes = dict.fromkeys(self.shapes, dense.dtypes["embedding.weight"])
         self.slices = dense.config.dense_hidden_size // config.expert_hidden_size
 
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -111,12 +111,8 @@ def _precision_lines(found: dict[str, dict[str, list[str]]]) -> Iterator[tuple[s
 
 
 def _devices() -> list[dict[str, Any]]:
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        devices.append({"name": properties.name, "memory_bytes": properties.total_memory, "capability": capability})
-    return devices
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": d.name, "memory_bytes": d.total_memory, "capability": f"{d.major}.{d.minor}"} for d in found]
 
 
 def _version(name: str) -> str | None:

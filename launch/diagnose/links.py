@@ -7,8 +7,10 @@ exchange with the next rank only: a slow node shows in both of its links, a slow
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -61,15 +63,14 @@ def measure(axis: MeshAxis, world: World, tries: int = 3) -> tuple[int, float] |
     sent = torch.zeros(MESSAGE_BYTES // 4, device=world.device)
     received = torch.empty_like(sent)
     for pairs in rounds(axis.size):
-        pair = next((pair for pair in pairs if axis.rank in pair), None)
-        best = float("inf")
+        pair, times = next((pair for pair in pairs if axis.rank in pair), None), []
         for _ in range(tries + 1):  # the first one connects
             axis.sum(meeting, "meet")
             if pair is not None:
-                place = pair[1] if axis.rank == pair[0] else pair[0]
-                best = min(best, _exchange(axis, _rank_of(axis, place), sent, received))
+                peer = _rank_of(axis, pair[1] if axis.rank == pair[0] else pair[0])
+                times.append(seconds_of(partial(_exchange, axis, peer, sent, received), world.device))
         if pair is not None and axis.rank == pair[0]:
-            found = _rank_of(axis, pair[1]), MESSAGE_BYTES / best
+            found = peer, MESSAGE_BYTES / min(times)
     return found
 
 
@@ -84,7 +85,8 @@ def slow_links(links: Sequence[Link]) -> list[tuple[str, int, str]]:
         rates = sorted(link.bytes_per_second for link in alike)
         usual = rates[3 * len(alike) // 4]  # not the median: one slow node of three slows two links
         slow = [link for link in alike if link.bytes_per_second < SLOW * usual]
-        share = {node: _count(slow, node) / _count(alike, node) for link in slow for node in link.nodes}
+        counts, slow_counts = (Counter(node for link in some for node in link.nodes) for some in (alike, slow))
+        share = {node: count / counts[node] for node, count in slow_counts.items()}
         for link in slow:
             what = f"(axis {link.axis}) at {link.bytes_per_second / usual:.0%} of the others'"
             worst = max(share[node] for node in link.nodes)
@@ -102,22 +104,20 @@ def distinct(axes: Sequence[MeshAxis]) -> list[MeshAxis]:
     return [axis for axis in axes if first[members[axis.name]] == axis.name]
 
 
-def _count(links: Sequence[Link], node: str) -> int:
-    return sum(node in link.nodes for link in links)
-
-
-def _exchange(axis: MeshAxis, peer: int, sent: torch.Tensor, received: torch.Tensor) -> float:
-    """Return the seconds of sending and receiving concurrently."""
-    wait_for(sent.device)
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that `action` takes on the device."""
+    wait_for(device)
     begin = time.perf_counter()
-    both = [
-        dist.P2POp(dist.isend, sent, peer, group=axis.group),
-        dist.P2POp(dist.irecv, received, peer, group=axis.group),
-    ]
-    for work in dist.batch_isend_irecv(both):
-        work.wait()
-    wait_for(sent.device)
+    action()
+    wait_for(device)
     return time.perf_counter() - begin
+
+
+def _exchange(axis: MeshAxis, peer: int, sent: torch.Tensor, received: torch.Tensor) -> None:
+    """Send and receive concurrently."""
+    sending = dist.P2POp(dist.isend, sent, peer, group=axis.group)
+    for work in dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, peer, group=axis.group)]):
+        work.wait()
 
 
 def _rank_of(axis: MeshAxis, place: int) -> int:

@@ -13,6 +13,7 @@ import shutil
 import statistics
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ import torch.distributed as dist
 
 from core.exit_codes import host_name
 from core.files import is_local, open_raw, write_json
-from launch.diagnose.links import MESSAGE_BYTES, SLOW, Link, distinct, measure, slow_links
+from launch.diagnose.links import MESSAGE_BYTES, SLOW, Link, distinct, measure, seconds_of, slow_links
 from launch.diagnose.machine import FEW_FILES, driver, free_space
 from launch.slurm.job_step import FAILED_NODE
-from parallel.comm.world import World, connect, wait_for
+from parallel.comm.world import World, connect
 from parallel.mesh import MeshAxis, make_meshes
 from train.config import TrainConfig
 from train.run_directory import RunDirectory, read_config
@@ -35,6 +36,7 @@ MAX_SKEW_S = 1.0
 TIMEOUT_S = 60.0
 VERSIONS = ("python", "torch", "device", "driver")
 """Fields that must be equal on all nodes."""
+usual_rate = statistics.median_high  # of two rates the larger, so that one slow node of two is noticed
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class NodeReading:
 def read(config: TrainConfig, world: World) -> NodeReading:
     """Measure this machine and time each axis of the configured layout."""
     axes = make_meshes(config.parallel.resolve(world.size), world).joined
-    bandwidth = {axis.name: _bandwidth(axis, world) for axis in axes}
+    bandwidth = {axis.name: _bandwidth(axis, world.device) for axis in axes}
     links = {axis.name: link for axis in distinct(axes) if (link := measure(axis, world)) is not None}
     folder = RunDirectory.of(config).checkpoints
     shared = Path("/dev/shm")
@@ -97,11 +99,11 @@ def judge(readings: list[NodeReading]) -> dict[str, list[str]]:
     def blame(reading: NodeReading, what: str) -> None:
         found.setdefault(reading.node, []).append(f"rank {reading.rank}: {what}")
 
-    flops = _usual([reading.products_flops for reading in readings])
+    flops = usual_rate(reading.products_flops for reading in readings)
     clock = statistics.median(reading.clock_s for reading in readings)
     disks = [reading.disk_bytes_per_second for reading in readings if reading.disk_bytes_per_second]
-    disk = _usual(disks) if disks else 0.0
-    usual = {key: _commonest([getattr(reading, key) for reading in readings]) for key in VERSIONS}
+    disk = usual_rate(disks) if disks else 0.0
+    usual = {key: statistics.mode(getattr(reading, key) for reading in readings) for key in VERSIONS}
     for reading in readings:
         if reading.products_flops < SLOW * flops:
             blame(reading, f"matrix products at {reading.products_flops / flops:.0%} of the others' rate")
@@ -119,8 +121,8 @@ def judge(readings: list[NodeReading]) -> dict[str, list[str]]:
     for axis in sorted({axis for reading in readings for axis in reading.bandwidth}):
         rates = [reading.bandwidth[axis] for reading in readings if axis in reading.bandwidth]
         for reading in readings:
-            if reading.bandwidth.get(axis, float("inf")) < SLOW * _usual(rates):
-                share = reading.bandwidth[axis] / _usual(rates)
+            if reading.bandwidth.get(axis, float("inf")) < SLOW * usual_rate(rates):
+                share = reading.bandwidth[axis] / usual_rate(rates)
                 blame(reading, f"its group of axis {axis} at {share:.0%} of the others' bandwidth")
     for node, rank, what in slow_links(links(readings)):
         found.setdefault(node, []).append(f"rank {rank}: {what}")
@@ -162,8 +164,7 @@ def table(readings: list[NodeReading], faults: dict[str, list[str]]) -> str:
 def main(arguments: list[str]) -> int:
     """Measure, judge, print and write; every rank returns the same code."""
     config, folder = read_config(Path(arguments[0])), Path(arguments[1])
-    world = connect()
-    try:
+    with closing(connect()) as world:
         with world.watch(TIMEOUT_S, folder):
             own = read(config, world)
             readings: list[Any] = [own]
@@ -177,39 +178,22 @@ def main(arguments: list[str]) -> int:
             write_json(folder / "findings.json", {**content, "readings": [asdict(reading) for reading in readings]})
             print(table(readings, faults), flush=True)
         return FAILED_NODE if faults else 0
-    finally:
-        world.close()
 
 
-def _bandwidth(axis: MeshAxis, world: World, tries: int = 3) -> float:
+def _bandwidth(axis: MeshAxis, device: torch.device, tries: int = 3) -> float:
     """Return the best rate of an all-reduce over the axis, in bytes of one rank's tensor per second."""
-    tensor = torch.zeros(MESSAGE_BYTES // 4, device=world.device)
-    best = float("inf")
+    tensor, times = torch.zeros(MESSAGE_BYTES // 4, device=device), []
     for _ in range(tries + 1):  # the first one connects
         axis.sum(tensor[:1], "meet")
-        wait_for(world.device)
-        begin = time.perf_counter()
-        if axis.group is None:
-            dist.all_reduce(tensor)
-        else:
-            axis.sum(tensor, "bandwidth")
-        wait_for(world.device)
-        best = min(best, time.perf_counter() - begin)
-    return MESSAGE_BYTES / best
+        times.append(seconds_of(lambda: axis.sum(tensor, "bandwidth"), device))
+    return MESSAGE_BYTES / min(times)
 
 
 def _products(device: torch.device) -> float:
     size = 4096 if device.type == "cuda" else 384
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        wait_for(device)
-        begin = time.perf_counter()
-        torch.mm(a, a)
-        wait_for(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, a), device) for _ in range(8))
 
 
 def _disk(folder: Path, rank: int) -> float | None:
@@ -227,15 +211,6 @@ def _disk(folder: Path, rank: int) -> float | None:
     except Exception:  # object stores raise errors of many types; `judge` reports the node
         return None
     return DISK_BYTES / seconds
-
-
-def _usual(rates: list[float]) -> float:
-    """Return the upper median: of two rates the larger, so that one slow node of two is noticed."""
-    return sorted(rates)[len(rates) // 2]
-
-
-def _commonest(values: list[str]) -> str:
-    return max(values, key=values.count)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from core.config import plain
 from core.errors import ConfigError, check_numbers
 from core.files import write_bytes, write_json
 from hparam.axes import SizeAxis
-from hparam.coordinate_check import AxisResult, Measured, check_axis
+from hparam.coordinate_check import Measured, check_axis
 from hparam.plots import draw_check
 from hparam.rules import Parametrization
 from parallel.comm.world import connect
@@ -64,11 +63,10 @@ def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
     world = connect()
     corpus = get_corpus(run_, world, print, MODELS)
     measure = partial(_measure, run_, run_loaders(run_, corpus, lambda line: None), config.steps)
-    axes: dict[SizeAxis, list[int]] = {SizeAxis[name]: getattr(config, name) for name in AXES}
     results = [
-        check_axis(measure, axis, factors, config.seeds, lambda line: print(f"check: {line}", flush=True))
-        for axis, factors in axes.items()
-        if factors
+        check_axis(measure, SizeAxis[name], factors, config.seeds, lambda line: print(f"check: {line}", flush=True))
+        for name in AXES
+        if (factors := getattr(config, name))
     ]
     failures = [line for result in results for line in result.failures()]
     content = {
@@ -80,8 +78,10 @@ def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
     }
     write_json(out / "coordinates.json", content)
     write_bytes(out / "coordinates.png", draw_check(results))
-    for line in _check_table(results):
-        print(line)
+    print(f"{'slope of the change':<22}{'metap':>9}{'standard':>10}")
+    for result in results:
+        for name, value in result.slopes["metap"].items():
+            print(f"{result.axis.value + ' ' + name:<22}{value:>+9.3f}{result.slopes['standard'][name]:>+10.3f}")
     for line in failures:
         print(f"FAILED  {line}")
     print(f"{'NOT passed' if failures else 'passed'}: {out / 'coordinates.json'}, {out / 'coordinates.png'}")
@@ -94,11 +94,3 @@ def _measure(
     one = carried(replace(run_, run=replace(run_.run, seed=seed)), axis, factor, rules)
     batch = loaders["main"].batch(0)  # one batch for all steps, so that only the size differs
     return changes(one, [batch] * steps, batch)
-
-
-def _check_table(results: Iterable[AxisResult]) -> Iterable[str]:
-    yield f"{'slope of the change':<22}{'metap':>9}{'standard':>10}"
-    for result in results:
-        ours, theirs = result.slopes["metap"], result.slopes["standard"]
-        for name, value in ours.items():
-            yield f"{result.axis.value + ' ' + name:<22}{value:>+9.3f}{theirs[name]:>+10.3f}"

@@ -89,11 +89,8 @@ def _order(one: Member) -> tuple[float, ...]:
 def _names(runs: Sequence[TrainConfig]) -> list[str]:
     """Name settings by the sizes in which they differ; if that is ambiguous, also by other keys."""
     scales = [asdict(scale_of_run(run)) for run in runs]
-    shown = [
-        size
-        for size in ("hidden_size", "num_layers", "num_experts", "batch", "tokens")
-        if len({s[size] for s in scales}) > 1
-    ]
+    sizes = ("hidden_size", "num_layers", "num_experts", "batch", "tokens")
+    shown = [size for size in sizes if len({scale[size] for scale in scales}) > 1]
     names = [", ".join(f"{size} {scale[size]:,}" for size in shown) for scale in scales]
     keys = [(name, run.hparam.rules) for name, run in zip(names, runs, strict=True)]
     if len(set(keys)) < len(runs):
@@ -122,13 +119,12 @@ def fit(config: FitConfig, out: Path) -> int:
         _say(rules, content[rules], those[0].losses.shape[1])
     write_json(out / "fit.json", content)
     written = ["fit.json", "sweep.png"]
-    chosen = members.get(Parametrization.metap.value)
-    if chosen is not None:
+    if (metap := Parametrization.metap.value) in members:
         for size in ("batch", "tokens", "hidden_size", "num_layers"):
-            if len({getattr(one.scale, size) for one in curves[Parametrization.metap.value]}) > 2:
-                write_bytes(out / f"optima_{size}.png", draw_optima(curves[Parametrization.metap.value], size))
+            if len({getattr(one.scale, size) for one in curves[metap]}) > 2:
+                write_bytes(out / f"optima_{size}.png", draw_optima(curves[metap], size))
                 written.append(f"optima_{size}.png")
-        _write_base(roots, chosen, content[Parametrization.metap.value], out)
+        _write_base(roots, members[metap], content[metap], out)
         written.append("base.yaml")
     print(f"fit: {', '.join(str(out / name) for name in written)}")
     return 0
@@ -157,12 +153,13 @@ def _say(rules: str, found: Mapping[str, Any], seeds: int) -> None:
         place = one["log2_lr"]
         shown = f"2^{place['value']:+.3f} {interval(place)} = {one['lr']:.3g}"
         print(f"fit: {rules}, {name}: best {shown}, loss {one['loss']['value']:.4f}")
-    for key, label in (
-        ("drift_octaves", "octaves by which the best rate moves:"),
-        ("penalty_nats", "nats that the first one's rate costs:"),
-    ):
+    labels = {
+        "drift_octaves": "octaves by which the best rate moves",
+        "penalty_nats": "nats that the first one's rate costs",
+    }
+    for key, label in labels.items():
         if key in found:
-            print(f"fit: {rules}: from first to last {label} {found[key]['value']:+.3f} {interval(found[key])}")
+            print(f"fit: {rules}: from first to last {label}: {found[key]['value']:+.3f} {interval(found[key])}")
     for size, one in found.get("exponents", {}).items():
         print(f"fit: {rules}: best rate ~ {size}^{one['value']:+.3f} {interval(one)}")
     prediction = found.get("foretold")
@@ -178,18 +175,16 @@ def _write_base(roots: Sequence[Path], members: Mapping[str, Member], found: Map
     """Write the first setting with its best rate as a base."""
     name, first = next(iter(members.items()))
     base, best = as_base(first.run), found["optima"][name]
-    runs = sum(one.curve.losses.size for one in members.values())
     provenance: dict[str, Any] = {
         "sweep": [str(root) for root in roots],
         "code": sources_digest(),
         "setting": name,
-        "runs": runs,
+        "runs": sum(one.curve.losses.size for one in members.values()),
         "log2_lr": best["log2_lr"],
         "loss": best["loss"],
     }
     provenance |= {key: found[key] for key in ("exponents", "foretold") if found.get(key)}
-    powers = _powers(first.run, found.get("exponents", {}))
-    hparam = replace(base.hparam, provenance=provenance, **powers)
+    hparam = replace(base.hparam, provenance=provenance, **_powers(first.run, found.get("exponents", {})))
     optimizer = base.optimizer
     lr, muon = float(f"{best['lr']:.4g}"), optimizer.muon
     if muon.lr is not None:

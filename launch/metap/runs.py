@@ -22,7 +22,7 @@ from launch.local import train
 from train.config import TrainConfig
 from train.metap.hyperparameters import resolve, without_derived
 from train.metap.scaling import carried
-from train.run_directory import DIVERGED, load_config
+from train.run_directory import DIVERGED, RunDirectory, load_config
 
 RUNS = "runs"
 
@@ -118,13 +118,9 @@ def member(config: SweepConfig, one: SweepSetting, log2_lr: float, seed: int, ou
     return resolve(named) if config.axis is None else carried(named, config.axis, one.factor, one.rules)
 
 
-def directory(run: TrainConfig) -> Path:
-    return Path(run.run.root) / str(run.run.name)
-
-
 def is_done(run: TrainConfig) -> bool:
     """Return whether the run has finished. Raises `ConfigError` if its directory holds another configuration."""
-    path = directory(run)
+    path = RunDirectory.of(run).path
     if (path / "config.yaml").exists():
         old, new = (plain(but_rate_and_seed(one)) for one in (load_config(path), run))
         for key, (before, after) in differences(old, new).items():
@@ -146,15 +142,13 @@ def but_rate_and_seed(run: TrainConfig) -> TrainConfig:
 
 def one_run(run: TrainConfig) -> int:
     """Train; return the exit code, 0 if the run diverged. Other errors end the sweep."""
-    diverged = directory(run) / DIVERGED
+    diverged = RunDirectory.of(run).path / DIVERGED
     try:
         code = train([run])
-    except Diverged:
+    except LeviathanError as error:
+        if not isinstance(error, Diverged) and not diverged.exists():
+            raise
         return 0
-    except LeviathanError:
-        if diverged.exists():
-            return 0
-        raise
     return 0 if diverged.exists() else code
 
 

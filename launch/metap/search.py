@@ -12,7 +12,8 @@ from typing import Any
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import INTERRUPTED
-from launch.metap.runs import SweepConfig, SweepSetting, but_rate_and_seed, directory, is_done, loss_of, member, one_run
+from launch.metap.runs import SweepConfig, SweepSetting, but_rate_and_seed, is_done, loss_of, member, one_run
+from train.run_directory import RunDirectory
 
 WORST = 1e9
 """The loss of a diverged run in the search."""
@@ -29,20 +30,16 @@ def search(config: SweepConfig, chosen: Sequence[SweepSetting], out: Path) -> in
     assert config.trials is not None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(out / "journal.log")))
-    finished = optuna.trial.TrialState.COMPLETE
     for one in chosen:
-        name = one.name(config.axis)
-        kind = (
-            json.dumps(plain(but_rate_and_seed(one.base)), sort_keys=True)
-            + f"{config.seeds} {config.low} {config.high}"
-        )
+        name, bounds = one.name(config.axis), f"{config.seeds} {config.low} {config.high}"
+        kind = json.dumps(plain(but_rate_and_seed(one.base)), sort_keys=True) + bounds
         study = optuna.create_study(
             storage=storage,
             study_name=f"{name}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}",
             sampler=optuna.samplers.TPESampler(n_startup_trials=min(4, config.trials)),  # no seed: machines must differ
             load_if_exists=True,
         )
-        while len(study.get_trials(states=(finished,))) < config.trials:
+        while len(study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))) < config.trials:
             trial = study.ask()
             log2_lr = round(trial.suggest_float("log2_lr", config.low, config.high), 2)
             loss = _mean_loss(config, one, log2_lr, out)
@@ -63,8 +60,9 @@ def _mean_loss(config: SweepConfig, one: SweepSetting, log2_lr: float, out: Path
         code = 0 if is_done(run) else one_run(run)
         if code == INTERRUPTED:
             return None
-        loss = loss_of(directory(run))
+        path = RunDirectory.of(run).path
+        loss = loss_of(path)
         if code or loss is None:
-            raise LeviathanError(f"{directory(run)} failed; rerun the same command to resume")
+            raise LeviathanError(f"{path} failed; rerun the same command to resume")
         losses.append(WORST if math.isinf(loss) else loss)
     return sum(losses) / len(losses)

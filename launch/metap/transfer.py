@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -49,7 +48,8 @@ def transfer(base: str, overrides: list[str], name: str, out: Path) -> int:
     write_text(path, head + yaml.safe_dump(sections, sort_keys=False))
     write_text(out / f"{name}.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
-    words = [f"hydra.searchpath=[file://{out.absolute()}]", f"experiment={name}", *_not_written(overrides)]
+    words = [f"hydra.searchpath=[file://{out.absolute()}]", f"experiment={name}"]
+    words += [word for word in overrides if _key(word).partition(".")[0] not in (*WRITTEN, "experiment", "hydra")]
     print(f"\nwritten: {path}\nleviathan train {' '.join(map(shlex.quote, words))}")
     return 0
 
@@ -63,11 +63,6 @@ def _is_of_base(word: str) -> bool:
     if key == "hparam":  # the preset that the target would use without this base
         return False
     return key.partition(".")[0] in FROM_BASE or key.startswith("model.init")
-
-
-def _not_written(overrides: Iterable[str]) -> list[str]:
-    """Return overrides of sections that the file does not contain."""
-    return [word for word in overrides if _key(word).partition(".")[0] not in (*WRITTEN, "experiment", "hydra")]
 
 
 def read_base(path: Path, into: dict[str, Any]) -> None:

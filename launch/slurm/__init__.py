@@ -1,1 +1,1 @@
-"""SLURM: submission, the step on each node, requeue, the list of jobs."""
+"""SLURM: submission, the step on each node, requeue."""

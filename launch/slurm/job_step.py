@@ -78,15 +78,14 @@ def node(what: str, folder: Path, task: int) -> Node:
     from launch.config import LaunchConfig
     from train.run_directory import RunDirectory, read_config
 
-    environment = os.environ
     path = folder / f"config-{task}.yaml"
     config = read_config(path)
     launch = build(LaunchConfig, config.launch, "launch")
-    given = int(environment["SLURM_JOB_NUM_NODES"])
+    given = int(os.environ["SLURM_JOB_NUM_NODES"])
     if given != launch.nodes:
         reason = f"SLURM allocated {given}: launch.slurm.options must not ask for another number"
         raise ConfigError("launch.nodes", launch.nodes, reason, [given])
-    job, attempt = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
+    job, attempt = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
     port = PORTS[(int(job) * 101 + int(attempt) * 13 + (what == "doctor")) % len(PORTS)]
     module = {
         "train": ("-m", "train", "--config", str(path)),
@@ -97,8 +96,8 @@ def node(what: str, folder: Path, task: int) -> Node:
         ranks=launch.ranks_per_node,
         logs=RunDirectory.of(config).logs if what == "train" else folder / f"doctor-{task}" / "logs",
         nodes=launch.nodes,
-        is_first=environment["SLURM_NODEID"] == "0",
-        rendezvous=(environment["SLURM_LAUNCH_NODE_IPADDR"], port) if launch.nodes > 1 else None,
+        is_first=os.environ["SLURM_NODEID"] == "0",
+        rendezvous=(os.environ["SLURM_LAUNCH_NODE_IPADDR"], port) if launch.nodes > 1 else None,
         restarts=launch.restarts if what == "train" else 0,
         job=f"{job}-{attempt}-{what}",
     )

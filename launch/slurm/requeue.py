@@ -123,8 +123,7 @@ def commands(job: str, decision: RequeueDecision, exclusions: list[list[str]], s
 def main(arguments: list[str]) -> int:
     """Decide, print the reason, and write the commands; return the job's exit code or AGAIN."""
     folder, code = Path(arguments[0]), int(arguments[1])
-    environment = os.environ
-    task = int(environment.get("SLURM_ARRAY_TASK_ID", 0))
+    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
     from core.config import build
     from core.files import write_json, write_text
     from launch.config import LaunchConfig
@@ -146,8 +145,8 @@ def main(arguments: list[str]) -> int:
         print(f"leviathan: slow until the end of this attempt: {', '.join(slow)}")
     print(f"leviathan: {decision.why}", flush=True)
     if decision.exit_code == AGAIN:
-        array = environment.get("SLURM_ARRAY_JOB_ID")
-        job = f"{array}_{task}" if array else environment["SLURM_JOB_ID"]
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
         write_json(path, {**vars(now), "time": time.time()})
         lines = commands(job, decision, now.exclusions(launch.slurm.exclude), folder / "job.sh")
         write_text(folder / f"again-{task}.sh", lines)
@@ -156,15 +155,11 @@ def main(arguments: list[str]) -> int:
 
 def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
     """Return nodes named by this attempt's doctor, and by hangs since `since`."""
-    found: set[str] = set()
     findings = doctor / "findings.json"
-    if findings.exists():
-        content = json.loads(findings.read_text())
-        found.update(content["bad_nodes"] if content["time"] > since else ())
-    for hang in _lines(logs / "hangs.jsonl"):
-        if hang["time"] > since:
-            found.update(hang["hosts"])
-    return tuple(sorted(found))
+    reports = [json.loads(findings.read_text())] if findings.exists() else []
+    named = [(one["time"], one["bad_nodes"]) for one in reports]
+    named += [(one["time"], one["hosts"]) for one in _lines(logs / "hangs.jsonl")]
+    return tuple(sorted({host for when, hosts in named if when > since for host in hosts}))
 
 
 def slow_nodes(path: Path, since: float) -> tuple[str, ...]:

@@ -25,19 +25,8 @@ from launch.slurm.requeue import AGAIN, CANCEL
 from train.config import TrainConfig
 from train.run_directory import RunDirectory, read_config, read_lines, write_config
 
-ENDED = (
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "DEADLINE",
-    "BOOT_FAIL",
-    "PREEMPTED",
-)
 UNKNOWN, SILENT = "UNKNOWN", "SILENT"
-INSTALL = "is not on this machine: submit from a login node of a SLURM cluster, or use launch=torchrun"
+FAILURES = ["BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
 NO_LOG = "is it on a file system that the nodes share?"
 
 
@@ -73,7 +62,7 @@ class JobStatus:
 
     @property
     def is_over(self) -> bool:
-        return self.state in (*ENDED, UNKNOWN)
+        return self.state in ("COMPLETED", UNKNOWN, *FAILURES)
 
     def __str__(self) -> str:
         return f"{self.state} ({self.reason})" if self.state == "PENDING" and self.reason != "None" else self.state
@@ -81,13 +70,18 @@ class JobStatus:
 
 def command(*arguments: str) -> str:
     """Run a SLURM command and return its output. Raises `LeviathanError` with SLURM's message if it fails."""
-    if shutil.which(arguments[0]) is None:
-        raise ConfigError("launch", "slurm", f"{arguments[0]} {INSTALL}")
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    done = _run(*arguments)
     if done.returncode:
         message = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise LeviathanError(f"{arguments[0]}: {message}")
     return done.stdout
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which(arguments[0]) is None:
+        reason = "is not on this machine: submit from a login node of a SLURM cluster, or use launch=torchrun"
+        raise ConfigError("launch", "slurm", f"{arguments[0]} {reason}")
+    return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def submit_and_follow(configs: list[TrainConfig], launch: LaunchConfig) -> int:
@@ -107,7 +101,8 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
     """Submit a job. Raises `ConfigError`, with SLURM's reason if SLURM rejects the job."""
     slurm = launch.slurm
     command("sbatch", "--version")
-    _check_partition(slurm)
+    if slurm.partition is not None:
+        _check_partition(slurm.partition.split(","))
     runs = [RunDirectory.of(config) for config in configs]
     for config, run in zip(configs, runs, strict=True):
         check_interval(config, slurm, _seconds_per_step(run))
@@ -131,32 +126,25 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
         number = command("sbatch", "--parsable", str(script)).strip().partition(";")[0]
     except LeviathanError as error:
         raise ConfigError("launch", "slurm", f"the job was rejected: {error}") from None
-    write_json(
-        folder / "job.json", {"number": number, "runs": [str(path) for path in job.runs], "submitted": time.time()}
-    )
+    stored = {"number": number, "runs": [str(path) for path in job.runs], "submitted": time.time()}
+    write_json(folder / "job.json", stored)
     return SlurmJob(folder, number, job.runs)
 
 
 def render(job: SlurmJob, launch: LaunchConfig) -> str:
     """Return the batch script. SLURM copies it when it is submitted; what may change later is in the job's folder."""
-    slurm = launch.slurm
-    array = len(job.runs) > 1
+    slurm, array = launch.slurm, len(job.runs) > 1
+    at_once = f"%{slurm.max_concurrent}" if slurm.max_concurrent else ""
     requests = {
         "job-name": job.name,
         "nodes": launch.nodes,
         "ntasks-per-node": 1,
-        "time": slurm.time,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "constraint": slurm.constraint,
-        "gres": slurm.gres,
+        **{key: getattr(slurm, key) for key in ("time", "partition", "account", "constraint", "gres")},
         "cpus-per-task": slurm.cpus,
         "mem": slurm.memory,
         "exclude": ",".join(slurm.exclude) or None,
         "dependency": _dependency(slurm, job.folder.parent),
-        "array": (f"0-{len(job.runs) - 1}" + (f"%{slurm.max_concurrent}" if slurm.max_concurrent else ""))
-        if array
-        else None,
+        "array": f"0-{len(job.runs) - 1}{at_once}" if array else None,
         "output": job.folder / ("log-%a.txt" if array else "log-0.txt"),
         "open-mode": "append",
         "signal": f"USR1@{slurm.save_s}",
@@ -227,11 +215,8 @@ def follow(job: SlurmJob, show: Callable[[str], Any], poll_s: float = 1.0) -> in
 
 def ask(job: SlurmJob) -> list[JobStatus]:
     """Query SLURM once for the status of each run: UNKNOWN if it no longer knows it, SILENT without an answer."""
-    if shutil.which("scontrol") is None:
-        raise ConfigError("launch", "slurm", f"scontrol {INSTALL}")
-    environment = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # else a long list of tasks ends in "..."
-    line = ["scontrol", "show", "job", "-o", job.number]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    whole_lists = {"SLURM_BITSTR_LEN": "0"}  # else a long list of tasks ends in "..."
+    done = _run("scontrol", "show", "job", "-o", job.number, **whole_lists)
     if done.returncode and "Invalid job id" not in done.stderr:
         return [JobStatus(SILENT)] * len(job.runs)
     return parse_status(done.stdout if done.returncode == 0 else "", len(job.runs))
@@ -288,12 +273,9 @@ def _show_new(job: SlurmJob, task: int, offset: int, show: Callable[[str], Any])
     return offset + len(whole)
 
 
-def _check_partition(slurm: SlurmConfig) -> None:
-    if slurm.partition is None:
-        return
+def _check_partition(names: list[str]) -> None:
     there = command("sinfo", "--noheader", "--format=%R").split()
-    unknown = [name for name in slurm.partition.split(",") if name not in there]
-    if unknown:
+    if unknown := [name for name in names if name not in there]:
         raise ConfigError("launch.slurm.partition", unknown[0], "no such partition", sorted(set(there)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +27,11 @@ def run(config: CertifyConfig) -> int:
     _, omitted = trials(config)
     for line in omitted:
         print(f"omitted  {line}")
-    pool, outcomes = Pool(), []
-    try:
+    outcomes = []
+    with closing(Pool()) as pool:
         for outcome in certify(config, pool):
             outcomes.append(outcome)
             _print(outcome)
-    finally:
-        pool.close()
     content = certificate(config, outcomes, {"sources": sources_digest(), "torch": torch.__version__})
     path = Path(config.out).expanduser()
     write_json(path, content)

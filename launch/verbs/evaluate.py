@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,8 +53,7 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig) -> int:
     """Print the results; the held-out loss as JSON."""
-    world = connect()
-    try:
+    with closing(connect()) as world:
         if config.tasks:
             return _run_tasks(config, world)
         restored = restore(Path(config.run), world, config.backend, MODELS)
@@ -68,8 +68,6 @@ def run(config: EvaluateConfig) -> int:
         if world.is_main:
             print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
         return 0
-    finally:
-        world.close()
 
 
 def _run_tasks(config: EvaluateConfig, world: World) -> int:

@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -115,12 +116,9 @@ def run(config: FilterConfig) -> int:
         return _stream(config, out)
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
         return _processes(config, out)
-    world = connect()
-    try:
+    with closing(connect()) as world:
         _filter(config, out, WorldWorkers(world) if world.size > 1 else OneWorker())
         return 0
-    finally:
-        world.close()
 
 
 def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,7 @@ from train.eval.generate import GenerateConfig, continue_tokens, placed_logits
 
 def run(config: GenerateConfig) -> int:
     """Print the prompt and its continuation."""
-    world = connect()
-    try:
+    with closing(connect()) as world:
         restored = restore(Path(config.run), world, config.backend, MODELS)
         tokenizer = restored.corpus.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
@@ -25,5 +25,3 @@ def run(config: GenerateConfig) -> int:
         if world.is_main:
             sys.stdout.write(config.prompt + tokenizer.decode(tokens) + "\n")
         return 0
-    finally:
-        world.close()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from launch.local import read_stored, train
+from launch.local import read_stored
+from launch.local import train as run
 from train.config import TrainConfig
 
 __all__ = ["TrainConfig", "read_stored", "run"]
-
-
-def run(configs: list[TrainConfig]) -> int:
-    return train(configs)

@@ -10,10 +10,9 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head dim
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -73,10 +72,10 @@ def plan_segments(bounds: DocumentBounds, queries: Sequence[SegmentRun], keys: S
 def _segments_of_run(
     rows: slice, borders: tuple[int, ...], run: SegmentRun, keys: Sequence[SegmentRun]
 ) -> Iterator[Segment]:
-    document = bisect_right(borders, run.start) - 1
-    while document < len(borders) - 1 and borders[document] < run.stop:
-        begin, end = borders[document], borders[document + 1]
+    for begin, end in pairwise(borders):
         start, stop = max(begin, run.start), min(end, run.stop)
+        if start >= stop:
+            continue
         query_slice = slice(start - run.start + run.at, stop - run.start + run.at)
         for part in keys:
             low, high = max(begin, part.start), min(part.stop, stop)
@@ -86,7 +85,6 @@ def _segments_of_run(
             if max(low, start) < high:
                 assert low <= start and high == stop, f"keys {part} contain only part of the queries {run}"
                 yield Segment(rows, query_slice, slice(start + offset, stop + offset), causal=True)
-        document += 1
 
 
 @torch.compiler.disable

@@ -148,9 +148,8 @@ def compare_logits(source: TensorSource, directory: Path, dtype: torch.dtype | N
         trust_remote_code=False,
     )
     theirs, report = loaded
-    odd = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
-    odd = [name for name in odd if "vision" not in str(name) and "multi_modal" not in str(name)]
-    if odd:
+    names = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
+    if odd := [name for name in names if "vision" not in str(name) and "multi_modal" not in str(name)]:
         raise CheckpointError(f"transformers does not load {odd[0]} of {directory} as we do")
     ours = materialise(source, dtype)
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +157,6 @@ def compare_logits(source: TensorSource, directory: Path, dtype: torch.dtype | N
     expected, found = theirs.eval()(tokens).logits.float(), ours(tokens)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
     if not difference <= TOLERANCE:
-        raise CheckpointError(
-            f"logits differ from transformers' by {difference:.1e} of the largest (at most {TOLERANCE:.0e})"
-        )
+        limit = f"(at most {TOLERANCE:.0e})"
+        raise CheckpointError(f"logits differ from transformers' by {difference:.1e} of the largest {limit}")
     return difference

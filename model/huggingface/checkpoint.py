@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.errors import CheckpointError, ConfigError
-from model.huggingface.families import Family, read_config
+from model.huggingface.families import read_config
 from model.huggingface.files import TensorEntry, open_directory, read_rows
 from model.huggingface.locations import Location, locations
 from model.tensor_source import Shape, blocks, parameter_shapes
@@ -41,7 +41,6 @@ class HuggingFaceCheckpoint:
     def __init__(self, directory: Path, text_only: bool = False) -> None:
         self.directory = directory
         self.raw_config = _parse(directory / "config.json")
-        self.family: Family
         self.family, self.config = read_config(self.raw_config)
         self.entries: dict[str, TensorEntry] = open_directory(directory)
         self.shapes: dict[str, Shape] = parameter_shapes(self.config)
@@ -90,13 +89,13 @@ class HuggingFaceCheckpoint:
         found = locations(self.config, self.family.names, self.entries.keys())
         extra = {name for name in self.entries if not name.endswith(_BUFFERS)}
         vision = {name for name in extra if name.startswith(_VISION)}
+        here = self.directory
         if vision and not text_only:
-            raise CheckpointError(
-                f"{self.directory} holds a vision tower ({len(vision)} tensors); text_only=true ignores it"
-            )
+            raise CheckpointError(f"{here} holds a vision tower ({len(vision)} tensors); text_only=true ignores it")
         extra -= vision
         head, table = found["head.weight"].name, found["embedding.weight"].name
-        if self._ties_embeddings():
+        text = self.raw_config.get("text_config") or {}
+        if self.raw_config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)):
             if head in self.entries and table in self.entries:
                 self._check_equal(head, table)
             extra.discard(head)
@@ -105,23 +104,15 @@ class HuggingFaceCheckpoint:
             wanted = location.file_shape(self.shapes[name])
             for stored in location.tensors(self.shapes[name]):
                 if stored not in self.entries:
-                    raise CheckpointError(f"{self.directory} lacks the tensor {stored}")
+                    raise CheckpointError(f"{here} lacks the tensor {stored}")
                 if self.entries[stored].shape != wanted:
-                    has = list(self.entries[stored].shape)
-                    raise CheckpointError(
-                        f"{self.directory}: {stored} has shape {has}, but config.json asks for {list(wanted)}"
-                    )
+                    problem = f"has shape {list(self.entries[stored].shape)}, but config.json asks for {list(wanted)}"
+                    raise CheckpointError(f"{here}: {stored} {problem}")
                 extra.discard(stored)
         if extra:
-            raise CheckpointError(
-                f"{self.directory} holds {len(extra)} tensors that {self.family.model_type} does not have, "
-                f"such as {min(extra)}"
-            )
+            odd = f"{len(extra)} tensors that {self.family.model_type} does not have, such as {min(extra)}"
+            raise CheckpointError(f"{here} holds {odd}")
         return found
-
-    def _ties_embeddings(self) -> bool:
-        text = self.raw_config.get("text_config") or {}
-        return bool(self.raw_config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
     def _check_equal(self, first: str, second: str) -> None:
         a, b = self.entries[first], self.entries[second]

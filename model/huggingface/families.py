@@ -14,9 +14,7 @@ from typing import Any
 from core.config import differences, plain
 from core.errors import ConfigError
 from model.config import (
-    BalanceConfig,
     FeedForward,
-    InitConfig,
     LayerConfig,
     ModelConfig,
     QKNorm,
@@ -69,23 +67,19 @@ def write_config(model: ModelConfig, family: str | None = None) -> tuple[Family,
         raise ConfigError("family", family, "is not a supported architecture", list(FAMILIES))
     reasons = []
     for candidate in [FAMILIES[family]] if family else FAMILIES.values():
-        lost = _lost(model, candidate)
+        kind = {"architectures": [candidate.architecture], "model_type": candidate.model_type}
+        config = {**kind, **_write_common(model), **candidate.write(model)}
+        lost = _lost(model, candidate, config)
         if lost is None:
-            config = {
-                "architectures": [candidate.architecture],
-                "model_type": candidate.model_type,
-                **_write_common(model),
-                **candidate.write(model),
-            }
             return candidate, config
         reasons.append(f"{candidate.model_type} cannot express {lost}")
     raise ConfigError("family", family, f"no family expresses this model exactly: {'; '.join(reasons)}")
 
 
-def _lost(model: ModelConfig, family: Family) -> str | None:
+def _lost(model: ModelConfig, family: Family, written: Json) -> str | None:
     """The first key that a translation out and in again changes."""
     try:
-        back = family.read({**_write_common(model), **family.write(model)})
+        back = family.read(written)
     except ConfigError as error:
         return str(error)
     return next((f"model.{key}={before}" for key, (before, _) in model_differences(model, back).items()), None)
@@ -103,42 +97,33 @@ def model_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tupl
 def canonical(model: ModelConfig) -> ModelConfig:
     """The same function of the weights in a normal form: explicit layers, and defaults for keys without effect."""
     layers, default = model.blocks, ModelConfig()
-    moe = any(layer.feed_forward is FeedForward.moe for layer in layers)
-    dense = any(layer.feed_forward is FeedForward.dense for layer in layers)
-    idle: dict[str, Any] = {"shared_expert_hidden_size": model.shared_hidden_size, "router": model.router}
-    if not moe:
-        idle = {
-            key: getattr(default, key)
-            for key in ("num_experts", "expert_hidden_size", "shared_expert_hidden_size", "router")
-        }
-    if not dense:
-        idle["dense_hidden_size"] = default.dense_hidden_size
+    kinds = {layer.feed_forward for layer in layers}
+    idle = ["moe_every", "nope_every", "attention_chunk_size", "qk_norm", "temperature"]  # in the list of layers
+    idle += ["balance", "init", "init_from", "upcycle"]
+    if FeedForward.moe not in kinds:
+        idle += ["num_experts", "expert_hidden_size", "shared_expert_hidden_size", "router"]
+    if FeedForward.dense not in kinds:
+        idle += ["dense_hidden_size"]
     if not any(layer.temperature for layer in layers):
-        idle |= {key: getattr(default, key) for key in ("temperature_floor", "temperature_scale")}
-    sugar = {
-        key: getattr(default, key)
-        for key in ("moe_every", "nope_every", "attention_chunk_size", "qk_norm", "temperature")
-    }
-    start: dict[str, Any] = {"balance": BalanceConfig(), "init": InitConfig(), "init_from": None, "upcycle": None}
-    return replace(model, **sugar, **idle, **start, layer_list=list(layers))
+        idle += ["temperature_floor", "temperature_scale"]
+    explicit = replace(model, shared_expert_hidden_size=model.shared_hidden_size, layer_list=list(layers))
+    return replace(explicit, **{key: getattr(default, key) for key in idle})
 
 
 def compact(model: ModelConfig) -> ModelConfig:
     """The same model with the shortest description of its layers."""
     layers = model.blocks
     rotated = next((layer for layer in layers if layer.rope), layers[0])
-    bare = next((layer for layer in layers if not layer.rope), None)
-    sugar = {
-        "attention_chunk_size": rotated.attention_chunk_size,
-        "qk_norm": rotated.qk_norm,
-        "temperature": bare.temperature if bare else False,
-        "layer_list": None,
-    }
-    moe_every, nope_every = (
-        next((index + 1 for index, layer in enumerate(layers) if counts(layer)), 0)
-        for counts in (lambda layer: layer.feed_forward is FeedForward.moe, lambda layer: not layer.rope)
+    nope_every = next((number for number, layer in enumerate(layers, 1) if not layer.rope), 0)
+    shorter = replace(
+        model,
+        moe_every=next((n for n, layer in enumerate(layers, 1) if layer.feed_forward is FeedForward.moe), 0),
+        nope_every=nope_every,
+        attention_chunk_size=rotated.attention_chunk_size,
+        qk_norm=rotated.qk_norm,
+        temperature=nope_every > 0 and layers[nope_every - 1].temperature,
+        layer_list=None,
     )
-    shorter = replace(model, moe_every=moe_every, nope_every=nope_every, **sugar)  # type: ignore[arg-type]
     return shorter if shorter.blocks == layers else replace(model, layer_list=list(layers))
 
 
@@ -251,10 +236,6 @@ def _write_common(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _moe_layers(layers: Sequence[LayerConfig]) -> list[int]:
-    return [index for index, layer in enumerate(layers) if layer.feed_forward is FeedForward.moe]
-
-
 def _read_llama4(config: Json) -> ModelConfig:
     common = _read_common(config, theta=500000.0, eps=1e-5)
     count = common["num_layers"]
@@ -302,7 +283,7 @@ def _write_llama4(model: ModelConfig) -> dict[str, Any]:
         "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.router.top_k,
         "interleave_moe_layer_step": 1,
-        "moe_layers": _moe_layers(layers),
+        "moe_layers": [index for index, layer in enumerate(layers) if layer.feed_forward is FeedForward.moe],
         "no_rope_layers": [int(layer.rope) for layer in layers],
         "attention_chunk_size": rotated[0].attention_chunk_size if rotated else None,
         "use_qk_norm": any(layer.qk_norm is QKNorm.weightless for layer in rotated),
@@ -360,7 +341,6 @@ def _read_qwen3_moe(config: Json) -> ModelConfig:
 
 
 def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
-    moe_layers = set(_moe_layers(model.blocks))
     return {
         "intermediate_size": model.dense_hidden_size,
         "moe_intermediate_size": model.expert_hidden_size,
@@ -368,7 +348,7 @@ def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": model.router.top_k,
         "norm_topk_prob": model.router.norm_topk_prob,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [index for index in range(model.num_layers) if index not in moe_layers],
+        "mlp_only_layers": [i for i, layer in enumerate(model.blocks) if layer.feed_forward is FeedForward.dense],
         "use_sliding_window": False,
     }
 

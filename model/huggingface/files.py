@@ -42,12 +42,9 @@ def open_directory(directory: Path) -> dict[str, TensorEntry]:
     if (directory / SINGLE).exists():
         return read_header(directory / SINGLE)
     if not (directory / INDEX).exists():
-        pickles = [path.name for ending in ("bin", "pt", "pth") for path in sorted(directory.glob(f"*.{ending}"))]
-        if pickles:
-            raise CheckpointError(
-                f"{directory} holds pickle files ({pickles[0]}), which can run code when they are loaded; "
-                "convert them to safetensors first"
-            )
+        if pickles := [path.name for ending in ("bin", "pt", "pth") for path in sorted(directory.glob(f"*.{ending}"))]:
+            danger = "which can run code when they are loaded; convert them to safetensors first"
+            raise CheckpointError(f"{directory} holds pickle files ({pickles[0]}), {danger}")
         raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
     try:
         weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
@@ -63,8 +60,7 @@ def open_directory(directory: Path) -> dict[str, TensorEntry]:
             if weight_map.get(name) != shard:
                 raise CheckpointError(f"{directory / shard} holds {name}, which {INDEX} does not place there")
             found[name] = entry
-    missing = sorted(set(weight_map) - set(found))
-    if missing:
+    if missing := sorted(set(weight_map) - set(found)):
         raise CheckpointError(f"{directory / weight_map[missing[0]]} lacks {missing[0]}, which {INDEX} places there")
     return found
 
@@ -88,8 +84,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
             if entry["dtype"] not in DTYPES:
-                known = ", ".join(DTYPES)
-                raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}; readable are {known}")
+                raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}; readable are {', '.join(DTYPES)}")
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             if begin != reached or end - begin != math.prod(shape) * dtype.itemsize:
                 raise CheckpointError(f"{path}: the bytes of {name} do not fit its shape {list(shape)}")
@@ -157,10 +152,8 @@ def write_directory(
         _write_file(directory / name, shard, progress)
         weight_map |= {tensor.name: name for tensor in shard}
     if count > 1:
-        metadata = {
-            "total_size": sum(t.size for t in tensors),
-            "total_parameters": sum(math.prod(t.shape) for t in tensors),
-        }
+        elements = sum(math.prod(t.shape) for t in tensors)
+        metadata = {"total_size": sum(t.size for t in tensors), "total_parameters": elements}
         write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
@@ -169,11 +162,8 @@ def _write_file(path: Path, tensors: Sequence[PlannedTensor], progress: Callable
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": spelled[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.size],
-        }
+        place = {"data_offsets": [offset, offset + tensor.size]}
+        header[tensor.name] = {"dtype": spelled[tensor.dtype], "shape": list(tensor.shape), **place}
         offset += tensor.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -63,24 +63,18 @@ def _plan(source: TensorSource, name: str, location: Location, dtype: torch.dtyp
     """The stored tensors that hold this parameter."""
     shape, kind = source.shapes[name], dtype or source.dtypes[name]
     stored = location.file_shape(shape)
-    if len(shape) < 3:
-        yield PlannedTensor(location.name, kind, stored, partial(_in_order, source, name))
-    elif location.transposed:
-        yield PlannedTensor(location.name, kind, stored, partial(_stacked, source, name))
+    if len(shape) < 3 or location.transposed:
+        yield PlannedTensor(location.name, kind, stored, partial(_whole, source, name, location.transposed))
     else:
         for number, tensor in enumerate(location.tensors(shape)):
             yield PlannedTensor(tensor, kind, stored, partial(_one, source, name, number))
 
 
-def _in_order(source: TensorSource, name: str) -> Iterator[Tensor]:
+def _whole(source: TensorSource, name: str, transposed: bool) -> Iterator[Tensor]:
+    """The parameter in blocks; `transposed`: [in, out] of each expert, gate and up side by side."""
     for offset, shape in blocks(source.shapes[name]):
-        yield source.read(name, offset, shape)
-
-
-def _stacked(source: TensorSource, name: str) -> Iterator[Tensor]:
-    """[in, out] of each expert; gate and up side by side."""
-    for offset, shape in blocks(source.shapes[name]):
-        yield source.read(name, offset, shape).flatten(0, -2).t()
+        block = source.read(name, offset, shape)
+        yield block.flatten(0, -2).t() if transposed else block
 
 
 def _one(source: TensorSource, name: str, number: int) -> Iterator[Tensor]:

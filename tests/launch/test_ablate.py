@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.errors import ConfigError
 from data.filter.config import FilterRules, GateConfig, ScorerConfig, ScorerKind, SelectConfig
 from launch.ablate import COLOURS, CONTROL, GROUPS, AblateConfig, Losses, arms, difference, group_means, write
 from launch.cli import main
@@ -66,26 +65,6 @@ def test_outputs_match_the_losses(tmp_path, capsys):
     assert "<td>filtered</td><td class=n>-0.5000 ± 0.0000</td>" in page and "-0.5000 ± 1.2422" in page
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert "filtered minus random half: easy third -0.5000 ± 0.0000, " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("setting", [{"seeds": 1}, {"seeds": 9}, {"steps": 0}, {"sequences": 0}])
-def test_bad_settings_are_rejected(setting):
-    with pytest.raises(ConfigError):
-        AblateConfig(**setting)
-
-
-@pytest.mark.parametrize(
-    "word", ["input=a.jsonl", "dataset=some/set", "domain_key=kind", "tokenizer=tokens", "processes=2", "explain=a:3"]
-)
-def test_settings_that_an_ablation_ignores_are_rejected(word, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("launch.verbs.filter.ablate", lambda config, rules, out: 0)
-    assert main(["filter", "ablate", word, f"out={tmp_path}/out"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == (
-        f"leviathan: error: {word}: has no effect on filter ablate, whose data are those of leviathan train "
-        """(docs/filter.md); try 'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
-    )
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,6 @@ import psutil
 import pytest
 
 from launch.agent import Node, Unreachable, _check_port, _endpoint, _interface, _own_address, failure_lines
-from launch.cli import main
 from tests.support.drills import STARTED, STEPS, TWO_RANKS, ended, figures, has_step, ranks_of, start, wait_for
 
 
@@ -31,60 +32,92 @@ def nothing_left():
     STARTED.clear()
 
 
+STAGES = ["launch=torchrun", "launch.processes=4", "parallel.pp=2", "parallel.ep=2"]
+STAGES += ["training.micro_batch_size=1", "training.global_batch_size=8"]
+LAYOUTS = {"ranks": TWO_RANKS, "stages": STAGES}
+
+
 @pytest.fixture(scope="module")
-def undisturbed(small_corpus, tmp_path_factory) -> dict[int, tuple[float, float]]:
-    root = tmp_path_factory.mktemp("undisturbed")
-    process = start([*small_corpus, *TWO_RANKS, "run.name=x"], root)
-    ended(process)
-    return figures(root / "runs" / "x")
+def undisturbed(small_corpus, tmp_path_factory) -> Callable[[str], dict[int, tuple[float, float]]]:
+    """What a layout's run computes that nothing happens to."""
+
+    @cache
+    def run(layout: str) -> dict[int, tuple[float, float]]:
+        root = tmp_path_factory.mktemp("undisturbed")
+        ended(start([*small_corpus, *LAYOUTS[layout], "run.name=x"], root))
+        return figures(root / "runs" / "x")
+
+    return run
 
 
-def killed(small_corpus: list[str], root: Path, after: int, victim: int) -> str:
-    process = start([*small_corpus, *TWO_RANKS, "run.name=x"], root)
-    wait_for(has_step(root / "runs" / "x", after), process)
-    os.kill(ranks_of(process)[victim], signal.SIGKILL)
-    return ended(process)
+@pytest.fixture
+def hit(small_corpus, tmp_path) -> Callable[..., tuple[str, float]]:
+    """Send a rank a signal after some steps of the run x; return the command's stderr, and when."""
+
+    def run(layout: str, step: int, victim: int, sent: signal.Signals, *words: str, code: int = 0) -> tuple[str, float]:
+        process = start([*small_corpus, *LAYOUTS[layout], "run.name=x", *words], tmp_path)
+        wait_for(has_step(tmp_path / "runs" / "x", step), process)
+        os.kill(ranks_of(process)[victim], sent)
+        now = time.time()
+        return ended(process, code), now
+
+    return run
+
+
+KILLS = [("ranks", 10 + 7 * number, number % 2) for number in range(10)]
+KILLS += [("stages", 15, 0), ("stages", 33, 3), ("stages", 58, 1)]
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_restarted_and_nothing_changes(small_corpus, tmp_path, undisturbed):
-    errors = killed(small_corpus, tmp_path, 30, 1)
-    assert "leviathan: rank 1 was ended by SIGKILL" in errors and "restarts left: 3" in errors
+@pytest.mark.parametrize("layout, step, victim", KILLS)
+def test_a_killed_rank_is_restarted_and_nothing_changes(hit, tmp_path, undisturbed, layout, step, victim):
+    """The stages of a pipeline share experts."""
+    (errors, _), run = hit(layout, step, victim, signal.SIGKILL), tmp_path / "runs" / "x"
+    assert f"leviathan: rank {victim} was ended by SIGKILL" in errors and "restarts left: 3" in errors
     assert "Traceback" not in errors, "what only lost its neighbour says so in a line"
-    assert figures(tmp_path / "runs" / "x") == undisturbed and len(undisturbed) == STEPS
-    log = (tmp_path / "runs" / "x" / "log.txt").read_text()
-    assert "resuming from step-00000020" in log
-    for rank in ("rank-00000", "rank-00001"):
-        assert len(list((tmp_path / "runs" / "x" / "logs" / rank).glob("*.err"))) == 2, "a file per start"
-    environment = json.loads((tmp_path / "runs" / "x" / "environment.json").read_text())
+    assert figures(run) == undisturbed(layout) and len(figures(run)) == STEPS
+    assert step < 20 or "resuming from step-000000" in (run / "log.txt").read_text()
+    for rank in (run / "logs").glob("rank-*"):
+        assert len(list(rank.glob("*.err"))) == 2, "a file per start"
+    environment = json.loads((run / "environment.json").read_text())
     assert environment["variables"]["TORCHELASTIC_RESTART_COUNT"] == "1"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("time_of_death", range(10))
-def test_ten_of_ten_kills_are_survived(small_corpus, tmp_path, undisturbed, time_of_death):
-    killed(small_corpus, tmp_path, 10 + 7 * time_of_death, time_of_death % 2)
-    assert figures(tmp_path / "runs" / "x") == undisturbed
+def test_a_rank_that_dies_ends_a_run_without_restarts(hit):
+    errors, _ = hit("ranks", 1, 1, signal.SIGKILL, "launch.restarts=0", code=1)
+    told = [line for line in errors.splitlines() if line.startswith("leviathan: ")]
+    assert told[0].startswith("leviathan: rank 1 was ended by SIGKILL  (its output: ")
+    assert told[-1].endswith("x failed; rerun with run.name=x to resume from its last checkpoint")
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_reported_and_restarted(small_corpus, tmp_path, undisturbed):
-    process = start([*small_corpus, *TWO_RANKS, "run.name=x", "parallel.timeout_s=4"], tmp_path)
-    wait_for(has_step(tmp_path / "runs" / "x", 30), process)
-    stopped = time.time()
-    os.kill(ranks_of(process)[1], signal.SIGSTOP)
-    errors = ended(process)
-    assert figures(tmp_path / "runs" / "x") == undisturbed
-    (hang,) = map(json.loads, (tmp_path / "runs" / "x" / "logs" / "hangs.jsonl").read_text().splitlines())
-    assert hang["rank"] == 0 and hang["hosts"] == [os.uname().nodename]
-    assert hang["time"] - stopped < 30, "soon after the 4 s, not when a socket gives up"
-    words = hang["line"].split()
-    # it may have been stopped between logging 30 steps and beginning the next one
-    assert words[0] == "step" and 29 <= int(words[1].rstrip(":")) <= STEPS
-    assert any(f" over axis {axis} waits for " in hang["line"] for axis in ("experts", "fsdp", "world", "dp"))
-    assert "; rank 1 has sent no heartbeat since step " in hang["line"]
+@pytest.mark.parametrize("layout, victim", [("ranks", 1), ("stages", 2)])
+def test_a_stopped_rank_is_reported_and_restarted(hit, tmp_path, undisturbed, layout, victim):
+    """Other stages wait for hidden states, in pairs and not in a collective."""
+    errors, stopped = hit(layout, 30, victim, signal.SIGSTOP, "parallel.timeout_s=6")
+    assert figures(tmp_path / "runs" / "x") == undisturbed(layout)
+    hang, *others = map(json.loads, (tmp_path / "runs" / "x" / "logs" / "hangs.jsonl").read_text().splitlines())
+    assert f"; rank {victim} has sent no heartbeat since step " in hang["line"]
+    assert hang["hosts"] == [os.uname().nodename]
+    assert hang["time"] - stopped < 30, "soon after the 6 s, not when a socket gives up"
     told = [line for line in errors.splitlines() if line.startswith("leviathan: ") and "error" not in line]
-    assert told[0].startswith(f"leviathan: rank 0: {hang['line']}"), errors
+    assert told[0].startswith(f"leviathan: rank {hang['rank']}: {hang['line']}"), errors
+    if layout == "ranks":
+        assert hang["rank"] == 0 and not others
+        words = hang["line"].split()
+        # it may have been stopped between logging 30 steps and beginning the next one
+        assert words[0] == "step" and 29 <= int(words[1].rstrip(":")) <= STEPS
+        assert any(f" over axis {axis} waits for " in hang["line"] for axis in ("experts", "fsdp", "world", "dp"))
+
+
+@pytest.mark.slow
+def test_twenty_of_twenty_pipelines_end_cleanly(small_corpus, tmp_path):
+    """Cut by torch's own way, one in three such runs was once seen to abort when it ended."""
+    schedule = ["launch.processes=2", "parallel.ep=1", "parallel.schedule=interleaved_zero_bubble"]
+    for number in range(20):
+        process = start([*small_corpus, *STAGES, *schedule, "training.steps=2", f"run.name=x{number}"], tmp_path)
+        assert "terminate" not in ended(process), f"run {number}"
 
 
 @pytest.mark.slow
@@ -94,35 +127,27 @@ def test_an_error_that_would_occur_again_is_not_retried(small_corpus, tmp_path):
     assert "the loss after step" in line
 
 
-def has_ipv6() -> bool:
+def listen(host: str) -> socket.socket:
+    """On a free port; skips the test where the machine has no such address."""
     try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError:
-        return False
-    return True
+        pytest.skip(f"this machine has no address {host}")
 
 
-IPV6 = pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no address of IPv6"))
-
-
-def free_endpoint(host: str) -> str:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as probe:
-        return _endpoint(host, probe.getsockname()[1])
-
-
-def two_agents(arguments: list[str], cwd: Path, endpoint: str) -> list[subprocess.Popen[str]]:
+def two_agents(arguments: list[str], cwd: Path, host: str) -> list[subprocess.Popen[str]]:
+    with listen(host) as probe:
+        endpoint = _endpoint(host, probe.getsockname()[1])
     nodes = ["launch=torchrun", "launch.processes=1", "launch.nodes=2", f"launch.rendezvous='{endpoint}'"]
-    return [
-        start([*arguments, *nodes, "parallel.ep=2", "run.name=x", f"launch.node_rank={rank}"], cwd) for rank in range(2)
-    ]
+    nodes += ["parallel.ep=2", "run.name=x"]
+    return [start([*arguments, *nodes, f"launch.node_rank={rank}"], cwd) for rank in range(2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("host", ["127.0.0.1", IPV6])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_several_nodes_meet_again_after_a_crash(small_corpus, tmp_path, undisturbed, host):
     """Two agents, as on two machines: each counts its own restarts."""
-    both = two_agents(small_corpus, tmp_path, free_endpoint(host))
+    both = two_agents(small_corpus, tmp_path, host)
     log = tmp_path / "runs" / "x" / "log.txt"
     for attempt, victim in enumerate(both):
         wait_for(lambda attempt=attempt: log.exists() and log.read_text().count("resuming from") == attempt, both[0])
@@ -130,7 +155,7 @@ def test_several_nodes_meet_again_after_a_crash(small_corpus, tmp_path, undistur
         os.kill(ranks_of(victim)[0], signal.SIGKILL)
     told = [process.communicate(timeout=240)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], told
-    assert figures(tmp_path / "runs" / "x") == undisturbed
+    assert figures(tmp_path / "runs" / "x") == undisturbed("ranks")
     assert log.read_text().count("resuming from") == 2
     environment = json.loads((tmp_path / "runs" / "x" / "environment.json").read_text())
     assert environment["variables"]["MASTER_ADDR"] == host
@@ -141,7 +166,7 @@ def test_several_nodes_meet_again_after_a_crash(small_corpus, tmp_path, undistur
 def test_a_stopped_node_ends_after_another_gave_up(small_corpus, tmp_path, stopped):
     """No restarts are left; a stopped rank hears nothing of its neighbour's end, so its agent ends it."""
     alone = [*small_corpus, "launch.restarts=0", "parallel.timeout_s=4"]
-    both = two_agents(alone, tmp_path, free_endpoint("127.0.0.1"))
+    both = two_agents(alone, tmp_path, "127.0.0.1")
     wait_for(has_step(tmp_path / "runs" / "x", 30), both[0])
     (victim,) = ranks_of(both[stopped])
     os.kill(victim, signal.SIGSTOP)
@@ -153,19 +178,17 @@ def test_a_stopped_node_ends_after_another_gave_up(small_corpus, tmp_path, stopp
         assert "another node has given up" in told[0], told
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", IPV6])
-def test_a_port_in_use_is_one_line(monkeypatch, tmp_path, capsys, host):
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_in_use_is_one_line(monkeypatch, tmp_path, refused, host):
     for name in ("OMP_NUM_THREADS", "PYTHONSAFEPATH", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
         monkeypatch.setenv(name, "1")  # the agent sets them
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as taken:
-        endpoint = _endpoint(host, taken.getsockname()[1])
-        nodes = ["launch.processes=1", "launch.nodes=2", "launch.node_rank=0", f"launch.rendezvous='{endpoint}'"]
-        assert main(["train", "launch=torchrun", f"run.root={tmp_path}", "run.name=x", *nodes]) == 2
-    _check_port(host, int(endpoint.rpartition(":")[2]))  # control: it is free again
-    assert capsys.readouterr().err == (
-        f"leviathan: error: launch.rendezvous={endpoint}: Address already in use: choose another port\n"
-    )
+    with listen(host) as taken:
+        port = taken.getsockname()[1]
+        nodes = ["launch.processes=1", "launch.nodes=2", "launch.node_rank=0"]
+        nodes += [f"launch.rendezvous='{_endpoint(host, port)}'"]
+        line = refused("train", "launch=torchrun", f"run.root={tmp_path}", "run.name=x", *nodes)
+    assert line == f"launch.rendezvous={_endpoint(host, port)}: Address already in use: choose another port"
+    _check_port(host, port)  # control: it is free again
 
 
 def test_a_host_that_is_not_there_is_one_line():

@@ -13,29 +13,29 @@ from pathlib import Path
 import pytest
 
 from core.package_guard import ForeignPackageError, check_packages
+from tests.support.drills import ended, has_step, wait_for
 from tests.support.tiny import TINY
 
 BIN = Path(sys.executable).parent
+TWO_RANKS = ["launch=torchrun", "launch.processes=2"]
+
+
+def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
+    """Train in a session of its own, with one thread as `command` has it: their number changes the rounding."""
+    line, pipe = [str(BIN / "leviathan"), "train", *arguments], subprocess.PIPE
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=variables, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, small_corpus) -> Path:
     """The directory of a short finished run."""
     root = tmp_path_factory.mktemp("runs")
-    line = [
-        str(BIN / "leviathan"),
-        "train",
-        *TINY,
-        *small_corpus,
-        f"run.root={root}",
-        "run.name=done",
-        "checkpoint.every=3",
-    ]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `command` has it: their number changes the rounding
-    line.append("evaluation.baselines=true")
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=one_thread)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == f"run: {root / 'done'}"
+    own = [f"run.root={root}", "run.name=done", "checkpoint.every=3", "evaluation.baselines=true"]
+    process = start([*TINY, *small_corpus, *own], root)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.splitlines()[-1] == f"run: {root / 'done'}"
     return root / "done"
 
 
@@ -54,7 +54,6 @@ def test_a_run_leaves_what_it_promises(finished):
     wanted = {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu", "peak_memory_bytes"}
     assert wanted <= set(last) and last["mfu"] is None, "a CPU has no MFU"
     assert len(last["expert_load"]) == len(last["router_z"]) == len(last["router_entropy"]) == 2
-    assert set(last["expert_load"][0]) == {"max_over_mean", "entropy", "dead"}
     assert (finished / "config.yaml").exists() and (finished / "log.txt").exists()
 
 
@@ -72,39 +71,16 @@ def test_generate_is_a_function_of_its_seed(finished, command):
 
 
 def test_tokenize_makes_what_data_tokens_takes(command, small_corpus, tmp_path):
-    data = [o for o in small_corpus]
-    done = command("tokenize", *data, f"out={tmp_path / 'tokens'}")
+    done = command("tokenize", *small_corpus, f"out={tmp_path / 'tokens'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == f"tokens: {tmp_path / 'tokens'}" and "bytes/token" in done.stdout
     run = command("train", *TINY, "data=tokens", f"data.tokens={tmp_path / 'tokens'}", "run.name=x", "training.steps=1")
     assert run.returncode == 0, run.stderr
-    assert command("tokenize", *data, f"out={tmp_path / 'tokens'}").returncode == 2
-
-
-def test_doctor_prints_a_table_and_json(command):
-    table, machine = command("doctor"), command("doctor", "json=true")
-    assert table.returncode == machine.returncode == 0 and "torch" in table.stdout
-    found = json.loads(machine.stdout)
-    assert found["packages"]["torch"] and found["problems"] == [] and found["backends"]["gloo"] is True
-
-
-def test_help_and_cfg(command):
-    assert "train" in command("--help").stdout
-    text = command("train", "--help", "optimizer.lr=0.25").stdout
-    assert "model.hidden_size=128  (int)" in text, "what would run, not the dataclass's default"
-    assert "optimizer.lr=0.25  (float)" in text
-    assert "data=builtin | files | huggingface | tokens" in text
-    assert "training.clip_norm=1.0  (float | null)\n    # Global gradient norm above which" in text
-    assert "data.sources.NAME.text_key=text  (str)" in text
-    assert "run=???  (str)" in command("evaluate", "--help").stdout
-    shown = command("train", "--cfg", "model.hidden_size=256").stdout
-    assert "hidden_size: 256" in shown and "vocab_size: 1024" in shown
+    assert command("tokenize", *small_corpus, f"out={tmp_path / 'tokens'}").returncode == 2
 
 
 def test_a_reader_who_goes_away_is_no_traceback():
-    process = subprocess.Popen(
-        [str(BIN / "leviathan"), "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start(["--help"], Path.cwd())
     process.stdout.close()
     assert process.wait(60) == 1 and process.stderr.read() == ""
 
@@ -124,7 +100,7 @@ def test_every_verb_works_in_a_folder_with_our_names(strangers_folder, finished,
     here = {"cwd": strangers_folder}
     for arguments in (
         ["train", *TINY, *small_corpus, "run.name=x", "training.steps=1"],
-        ["train", *TINY, *small_corpus, "run.name=y", "training.steps=1", "launch=torchrun", "launch.processes=2"],
+        ["train", *TINY, *small_corpus, "run.name=y", "training.steps=1", *TWO_RANKS],
         ["evaluate", f"run={finished}"],
         ["generate", f"run={finished}", "tokens=2"],
         ["tokenize", *small_corpus],
@@ -141,13 +117,11 @@ def test_every_verb_works_in_a_folder_with_our_names(strangers_folder, finished,
 def test_python_m_train_survives_a_data_folder(strangers_folder, small_corpus):
     """A train.py of the user's own wins against `-m train` unless PYTHONSAFEPATH=1; a data/ folder never does."""
     line = [sys.executable, "-m", "train", *TINY, *small_corpus, "run.name=x", "training.steps=1"]
-    safe = subprocess.run(
-        line, cwd=strangers_folder, capture_output=True, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"}
-    )
-    assert safe.returncode == 0, safe.stderr
-    (strangers_folder / "train.py").unlink()
-    plain = subprocess.run(line, cwd=strangers_folder, capture_output=True, text=True)
-    assert plain.returncode == 0, plain.stderr
+    for safe in ({"PYTHONSAFEPATH": "1"}, {}):
+        variables = {**os.environ, **safe}
+        done = subprocess.run(line, cwd=strangers_folder, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (strangers_folder / "train.py").unlink(missing_ok=True)
 
 
 def test_a_foreign_package_is_refused_by_name(tmp_path, monkeypatch):
@@ -160,58 +134,29 @@ def test_a_foreign_package_is_refused_by_name(tmp_path, monkeypatch):
         check_packages()
 
 
-def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [str(BIN / "leviathan"), "train", *arguments]
-    return subprocess.Popen(
-        line,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-
-
-@pytest.mark.parametrize(
-    "launch",
-    [[], pytest.param(["launch=torchrun", "launch.processes=2"], marks=pytest.mark.slow)],
-    ids=["inline", "torchrun"],
-)
-def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_corpus, command):
-    arguments = [*TINY, *small_corpus, "run.name=x", "training.steps=4000", *launch]
+@pytest.mark.parametrize("launch", [[], pytest.param(TWO_RANKS, marks=pytest.mark.slow)], ids=["inline", "torchrun"])
+def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_corpus):
+    arguments, run = [*TINY, *small_corpus, "run.name=x", "training.steps=4000", *launch], tmp_path / "runs" / "x"
     process = start(arguments, tmp_path)
-    metrics, deadline = tmp_path / "runs" / "x" / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
+    wait_for(has_step(run, 4), process)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: every process of the foreground group gets it
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 130, (output[-500:], errors[-2000:])
-    log = (tmp_path / "runs" / "x" / "log.txt").read_text()
-    assert "interrupted after step" in log
-    saved = sorted((tmp_path / "runs" / "x" / "checkpoints").glob("*/COMMITTED"))
-    assert len(saved) == 1
-    step = int(saved[0].parent.name.removeprefix("step-"))
-    assert step > 3
+    ended(process, 130)
+    log = run / "log.txt"
+    assert "interrupted after step" in log.read_text()
+    (saved,) = (run / "checkpoints").glob("*/COMMITTED")
+    assert saved.parent.name > "step-00000003"
     second = start(arguments, tmp_path)
-    while f"resuming from step-{step:08d}" not in (tmp_path / "runs" / "x" / "log.txt").read_text():
-        assert second.poll() is None and time.monotonic() < deadline + 120, second.communicate()
-        time.sleep(0.05)
+    wait_for(lambda: f"resuming from {saved.parent.name}" in log.read_text(), second)
     second.kill()
     second.communicate(timeout=240)  # returns when nobody holds the pipes any more
-    log, deadline = tmp_path / "runs" / "x" / "log.txt", time.monotonic() + (30 if launch else 1)
+    deadline = time.monotonic() + (30 if launch else 1)
     while log.read_text().count("interrupted after step") < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     left_behind = log.read_text().count("interrupted after step") - 1
     assert left_behind == (1 if launch else 0), "ranks whose agent died save and stop; a killed process does not"
 
 
-TWO_RANKS = ["launch=torchrun", "launch.processes=2"]
-
-
-def test_an_error_of_all_ranks_keeps_its_exit_code_and_is_one_line(command, small_corpus):
+def test_an_error_of_all_ranks_keeps_its_code_and_is_one_line(command, small_corpus):
     done = command("train", *TINY, *small_corpus, *TWO_RANKS, "model.vocab_size=128")
     told = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(told) == 1 and "the tokenizer has 300 ids" in told[0], done.stderr
@@ -228,20 +173,3 @@ def test_an_error_of_rank_1_alone_is_reported_by_it(command, small_corpus, tmp_p
     done = command("train", *TINY, *data, *TWO_RANKS)
     told = [line for line in done.stderr.splitlines() if "leviathan: error" in line]
     assert done.returncode == 1 and len(told) == 1 and "rank 1: " in told[0] and shard.name in told[0], done.stderr
-
-
-@pytest.mark.slow
-def test_a_rank_that_dies_ends_a_run_without_restarts(small_corpus, tmp_path):
-    alone = ["run.name=x", "training.steps=4000", "launch.restarts=0"]
-    process = start([*TINY, *small_corpus, *TWO_RANKS, *alone], tmp_path)
-    metrics, deadline = tmp_path / "runs" / "x" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 1
-    told = [line for line in errors.splitlines() if line.startswith("leviathan: ")]
-    assert "was ended by SIGKILL  (its output: " in told[0], errors
-    assert told[-1].endswith("x failed; rerun with run.name=x to resume from its last checkpoint")

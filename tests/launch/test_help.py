@@ -1,29 +1,52 @@
-"""What `leviathan train --help` says of the ways to launch, which its schema leaves open."""
+"""What `leviathan VERB --help` and `--cfg` print."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
 
 import pytest
 
 from core.config import build, load, plain
-from launch.cli import main
+from launch.cli import VERBS, main
 from launch.config import LaunchConfig, SlurmConfig
 from train.config import TrainConfig
 
 
-@pytest.mark.parametrize("nodes", [1, 3])
-def test_help_has_every_key_of_launch_with_its_type_and_words(capsys, nodes):
-    asked = [] if nodes == 1 else ["launch=slurm", "launch.nodes=3", "launch.slurm.partition=gpu"]
-    assert main(["train", "--help", *asked]) == 0
+@pytest.mark.parametrize("name", VERBS)
+def test_help_has_every_key_of_a_verb(name, capsys):
+    verb = VERBS[name]
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    module = importlib.import_module(f"launch.verbs.{verb.module or name}")
+    for field in dataclasses.fields(getattr(module, verb.config)):
+        assert re.search(rf"^{field.name}[.=]", text, re.MULTILINE), field.name
+
+
+def test_help_has_values_types_and_words(capsys):
+    assert main(["--help"]) == 0 == main(["evaluate", "--help"])
+    assert main(["train", "--help", "optimizer.lr=0.25"]) == 0
+    assert main(["train", "--cfg", "model.hidden_size=256"]) == 0
+    text = capsys.readouterr().out
+    assert "\n  evaluate   held-out loss of a run" in text and "run=???  (str)" in text
+    assert "model.hidden_size=128  (int)" in text, "what would run, not the dataclass's default"
+    assert "optimizer.lr=0.25  (float)" in text and "launch.kind=inline  (inline | torchrun | slurm)\n" in text
+    assert "data=builtin | files | huggingface | tokens" in text
+    assert "training.clip_norm=1.0  (float | null)\n    # Global gradient norm above which" in text
+    assert "data.sources.NAME.text_key=text  (str)" in text
+    assert "\n  hidden_size: 256\n" in text and "\n  vocab_size: 1024\n" in text
+
+
+def test_help_has_every_key_of_launch_with_its_type_and_words(capsys):
+    assert main(["train", "--help", "launch=slurm", "launch.nodes=3", "launch.slurm.partition=gpu"]) == 0
     text = capsys.readouterr().out
     for field in dataclasses.fields(SlurmConfig):
         assert f"\nlaunch.slurm.{field.name}=" in text
     assert "launch.slurm.time=null  (str | null)\n" in text and "launch={" not in text
     assert "launch.slurm.save_s=300  (int)\n    # Seconds before the time limit at which" in text
-    assert f"launch.kind={'slurm' if asked else 'inline'}  (inline | torchrun | slurm)\n" in text
-    assert f"launch.slurm.partition={'gpu' if asked else 'null'}  (str | null)" in text
-    assert f"launch.nodes={nodes}  (int)" in text
+    assert "launch.kind=slurm  (inline | torchrun | slurm)\n" in text
+    assert "launch.slurm.partition=gpu  (str | null)" in text and "launch.nodes=3  (int)" in text
     assert "# Options of sbatch and of the job; null: the cluster's default." in text
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import CRASHED
-from launch import agent, local
+from launch import agent
 from launch.cli import main
 
 SWEEP = ["train", "run.name=s", "optimizer.lr=1e-3,2e-3,3e-3"]
@@ -57,20 +57,3 @@ def test_a_crash_under_torchrun_ends_one_run_of_a_sweep(monkeypatch, capsys, tmp
     monkeypatch.setattr(agent, "run", lambda node: codes.pop(node.job))
     assert main([*SWEEP, *TWO_RANKS, f"run.root={tmp_path}"]) == 1 and codes == {}
     assert capsys.readouterr().err.startswith("leviathan: error: s-0: s-0 failed; rerun with run.name=s-0")
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (
-            ["launch=torchrun", "launch.processes=1,2"],
-            "launch.processes=2: differs from the first run of the sweep (1); give",
-        ),
-        (["launch=inline,torchrun"], "launch.kind=torchrun: differs from the first run of the sweep (inline); give"),
-    ],
-)
-def test_a_sweep_over_ways_to_launch_is_refused(monkeypatch, capsys, tmp_path, overrides, message):
-    monkeypatch.setattr(local, "_inline", lambda config: pytest.fail("a run was started"))
-    monkeypatch.setattr(agent, "run", lambda node: pytest.fail("ranks were started"))
-    assert main(["train", f"run.root={tmp_path}", *overrides]) == 2
-    assert capsys.readouterr().err.startswith(f"leviathan: error: {message}")

@@ -12,9 +12,6 @@ from core.errors import CheckpointError
 from model import huggingface
 from model.config import ModelConfig, QKNorm, RopeScaling, RouterConfig
 from tests.model.test_presets import COUNTS, preset, published
-from tests.support import hf_models
-
-PUBLISHED = [name for name in COUNTS if name != "behemoth"]
 
 
 def written(model: ModelConfig, directory: Path, **changes) -> Path:
@@ -24,20 +21,11 @@ def written(model: ModelConfig, directory: Path, **changes) -> Path:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_settings_of_published_sizes_are_equal(name, tmp_path):
+    """In the file that we write, and in the published one."""
     huggingface.compare_settings(preset(name), written(preset(name), tmp_path))
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_transformers_reads_the_published_configurations_as_the_presets(name, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(published(name)))
-    huggingface.compare_settings(preset(name), tmp_path)
-
-
-@pytest.mark.parametrize("name", hf_models.PEERS)
-def test_settings_of_every_family_are_equal(name, tmp_path):
-    hf_models.make(name).config.save_pretrained(tmp_path)
-    _, model = huggingface.read_config(json.loads((tmp_path / "config.json").read_text()))
-    huggingface.compare_settings(model, tmp_path)
+    if name != "behemoth":
+        (tmp_path / "config.json").write_text(json.dumps(published(name)))
+        huggingface.compare_settings(preset(name), tmp_path)
 
 
 MISREAD = {
@@ -70,16 +58,6 @@ def test_each_setting_read_otherwise_is_noticed(name, change, tmp_path):
     key = f"({next(iter(change))}|layer_list)"  # what the list of layers is built from shows there
     with pytest.raises(CheckpointError, match=rf"transformers reads its config.json as model\.{key}"):
         huggingface.compare_settings(replace(preset(name), **change), tmp_path)
-
-
-def test_few_tokens_do_not_notice_what_the_settings_say(tmp_path):
-    """Why both comparisons are made: the query temperature begins 8,192 positions away."""
-    theirs = hf_models.make("scout", attention_chunk_size=8192, floor_scale=8192)
-    checkpoint = huggingface.HuggingFaceCheckpoint(hf_models.save(theirs, tmp_path))
-    checkpoint.config = replace(checkpoint.config, temperature_scale=0.2)
-    assert huggingface.compare_logits(checkpoint, tmp_path) <= 5e-5
-    with pytest.raises(CheckpointError, match=r"temperature_scale=0\.5, not 0\.2"):
-        huggingface.compare_settings(checkpoint.config, tmp_path)
 
 
 def test_what_transformers_does_not_accept_is_an_obstacle(tmp_path):

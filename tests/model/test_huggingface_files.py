@@ -26,11 +26,6 @@ def saved(tmp_path_factory) -> Path:
     return hf_models.save(hf_models.make("maverick").bfloat16(), root, max_shard_size="40KB")
 
 
-@pytest.fixture
-def copy(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in directory.glob("*.safetensors"):
@@ -39,33 +34,26 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", hf_models.PEERS)
-def test_out_and_in_again_is_bit_identical_and_transformers_agrees(name, tmp_path):
-    first = HuggingFaceCheckpoint(hf_models.save(hf_models.make(name), tmp_path / "first"))
-    export(first, tmp_path / "second", shard_bytes=50_000)
-    second = HuggingFaceCheckpoint(tmp_path / "second")
-    assert second.family.model_type == first.family.model_type
-    assert huggingface.model_differences(first.config, second.config) == {}
-    for key in first.shapes:
-        assert torch.equal(whole(first, key), whole(second, key)), key
-    assert len(list((tmp_path / "second").glob("*.safetensors"))) > 1
-    assert compare_logits(first, tmp_path / "second") <= 5e-5
-
-
-@pytest.mark.parametrize("name", hf_models.PEERS)
-def test_a_rotation_reads_the_same_in_either_generation_of_transformers(name, tmp_path):
+def test_out_and_in_again_is_identical_and_transformers_agrees(name, tmp_path):
     """Version 5 lets `rope_scaling` replace `rope_parameters`; version 4 knows only the older keys."""
     import transformers
 
     theirs = hf_models.make(name)
     theirs.config.rope_parameters["rope_theta"] = 123456.0  # no default, so that losing it shows
     first = HuggingFaceCheckpoint(hf_models.save(theirs, tmp_path / "first"))
-    export(first, tmp_path / "second")
-    expected = transformers.AutoConfig.from_pretrained(tmp_path / "first")
-    found = transformers.AutoConfig.from_pretrained(tmp_path / "second")
-    assert found.rope_parameters == expected.rope_parameters and found.dtype == expected.dtype == torch.float32
-    assert found.rope_parameters["rope_theta"] == 123456.0
+    export(first, tmp_path / "second", shard_bytes=50_000)
+    second = HuggingFaceCheckpoint(tmp_path / "second")
+    assert second.family.model_type == first.family.model_type
+    huggingface.compare_settings(first.config, tmp_path / "first")
+    assert huggingface.model_differences(first.config, second.config) == {}
+    for key in first.shapes:
+        assert torch.equal(whole(first, key), whole(second, key)), key
+    assert len(list((tmp_path / "second").glob("*.safetensors"))) > 1
     assert compare_logits(first, tmp_path / "second") <= 5e-5
 
+    expected, found = (transformers.AutoConfig.from_pretrained(tmp_path / one) for one in ("first", "second"))
+    assert found.rope_parameters == expected.rope_parameters and found.dtype == expected.dtype == torch.float32
+    assert found.rope_parameters["rope_theta"] == 123456.0
     written = json.loads((tmp_path / "second" / "config.json").read_text())
     new = {"rope_parameters": written.pop("rope_parameters"), "dtype": written.pop("dtype")}
     assert written["torch_dtype"] == "float32"
@@ -75,27 +63,7 @@ def test_a_rotation_reads_the_same_in_either_generation_of_transformers(name, tm
 
 
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-
-
-@pytest.mark.parametrize(
-    "values, key",
-    [
-        ({"rope_theta": 1e6}, "rope_theta"),
-        ({"rope_scaling": {**SCALED, "original_max_position_embeddings": 64, "rope_theta": 5e5}}, "rope_scaling"),
-    ],
-)
-def test_two_spellings_of_the_rotation_must_agree(saved, values, key):
-    config = json.loads((saved / "config.json").read_text())
-    with pytest.raises(ConfigError, match=f"{key}.*contradicts rope_parameters"):
-        huggingface.read_config({**config, **values})
-
-
-def test_names_and_bytes_are_those_of_transformers(saved, tmp_path):
-    """Not only readable: the same tensors as transformers itself writes."""
-    export(HuggingFaceCheckpoint(saved), tmp_path / "out")
-    theirs, ours = tensors(saved), tensors(tmp_path / "out")
-    assert set(theirs) == set(ours)
-    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+SCALED |= {"original_max_position_embeddings": 64}
 
 
 def test_each_block_equals_the_slice_of_the_whole(saved):
@@ -121,7 +89,7 @@ def test_the_check_of_logits_notices_a_wrong_export(saved, tmp_path):
         compare_logits(checkpoint, tmp_path / "out")
 
 
-def test_unfused_experts_and_the_prefix_of_the_whole_model_are_accepted(saved, tmp_path):
+def test_unfused_experts_and_the_whole_models_prefix_are_read(saved, tmp_path):
     content = {}
     for key, tensor in tensors(saved).items():
         if key.endswith("gate_up_proj"):
@@ -145,39 +113,27 @@ def test_unfused_experts_and_the_prefix_of_the_whole_model_are_accepted(saved, t
     assert all(torch.equal(whole(first, key), whole(second, key)) for key in first.shapes)
 
 
+LLAMA4 = {"model_type": "llama4_text", "vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4}
+LLAMA4 |= {"intermediate_size": 32, "num_hidden_layers": 8}
+
+
 def test_older_spellings_of_the_configuration():
-    new = {
-        "model_type": "llama4_text",
-        **{"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "head_dim": 16},
-        **{"num_key_value_heads": 2, "intermediate_size": 32, "no_rope_layers": [1, 1, 1, 0] * 2},
-        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 16.0, "low_freq_factor": 1.0}
-        | {"high_freq_factor": 1.0, "original_max_position_embeddings": 8192},
-    }
-    scaling = dict(new["rope_parameters"])  # type: ignore[call-overload]
-    old = {key: value for key, value in new.items() if key != "rope_parameters"}
-    old |= {"rope_theta": scaling.pop("rope_theta"), "no_rope_layers": [], "attn_temperature_tuning": 4}
-    scaling["type"] = scaling.pop("rope_type")
-    old |= {"rope_scaling": scaling, "for_llm_compressor": False}
+    rope = dict(SCALED)
+    new = {**LLAMA4, "no_rope_layers": [1, 1, 1, 0] * 2, "rope_parameters": {**rope, "rope_theta": 5e5}}
+    old = {**LLAMA4, "no_rope_layers": [], "attn_temperature_tuning": 4, "for_llm_compressor": False}
+    rope["type"] = rope.pop("rope_type")
+    old |= {"rope_theta": 5e5, "rope_scaling": rope}
     assert huggingface.read_config(new)[1] == huggingface.read_config(old)[1]
     assert huggingface.read_config(new)[1].nope_every == 4
 
 
-@pytest.mark.parametrize(
-    "config, reason",
-    [
-        (
-            ModelConfig(vocab_size=64, router=RouterConfig(score=Score.softmax)),
-            "llama4_text cannot express model.router",
-        ),
-        (
-            ModelConfig(num_layers=1, layer_list=[LayerConfig(FeedForward.moe, rope=False, attention_chunk_size=8)]),
-            "no family expresses",
-        ),
-    ],
-)
-def test_a_model_that_no_family_expresses_is_refused(config, reason):
-    with pytest.raises(ConfigError, match=reason):
-        huggingface.write_config(config)
+def test_a_model_that_no_family_expresses_is_refused():
+    layer = LayerConfig(FeedForward.moe, rope=False, attention_chunk_size=8)
+    for odd in ({"router": RouterConfig(score=Score.softmax)}, {"num_layers": 1, "layer_list": [layer]}):
+        with pytest.raises(
+            ConfigError, match=r"no family expresses .*llama4_text cannot express model\.(router|layer)"
+        ):
+            huggingface.write_config(ModelConfig(**odd))
 
 
 def edit_index(directory: Path, change) -> None:
@@ -191,16 +147,11 @@ def edit_config(directory: Path, **values) -> None:
     (directory / "config.json").write_text(json.dumps({**config, **values}))
 
 
-def edit_tensor(directory: Path, ending: str, change) -> None:
-    for path in directory.glob("*.safetensors"):
-        content = load_file(path)
-        for key in list(content):
-            if key.endswith(ending):
-                changed = change(content.pop(key))
-                if changed is not None:
-                    content[key] = changed
-                save_file(content, path)
-                return
+def edit_norm(directory: Path, change) -> None:
+    path = next(path for path in directory.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    content = load_file(path)
+    content["model.norm.weight"] = change(content["model.norm.weight"])
+    save_file({key: tensor for key, tensor in content.items() if tensor is not None}, path)
 
 
 def truncate(directory: Path) -> None:
@@ -226,10 +177,10 @@ def pickled(directory: Path) -> None:
 
 
 DAMAGE = {
-    "missing": (lambda d: edit_tensor(d, "norm.weight", lambda t: None), "lacks"),
+    "missing": (lambda d: edit_norm(d, lambda t: None), "lacks"),
     "extra": (extra, "does not have, such as model.layers.0.odd"),
-    "shape": (lambda d: edit_tensor(d, "norm.weight", lambda t: t[:-1].clone()), "has shape"),
-    "dtype": (lambda d: edit_tensor(d, "norm.weight", lambda t: t.to(torch.int32)), "stored as I32"),
+    "shape": (lambda d: edit_norm(d, lambda t: t[:-1].clone()), "has shape"),
+    "dtype": (lambda d: edit_norm(d, lambda t: t.to(torch.int32)), "stored as I32"),
     "truncated": (truncate, "truncated"),
     "garbled": (garble, "unreadable header"),
     "architecture": (lambda d: edit_config(d, model_type="gpt2"), "model_type=gpt2: is not a supported architecture"),
@@ -245,7 +196,6 @@ DAMAGE = {
     "layer_types": (lambda d: edit_config(d, layer_types=["full_attention"] * 4), "contradict no_rope_layers"),
     "interval": (lambda d: edit_config(d, no_rope_layers=None, no_rope_layer_interval=0), "has an invalid value"),
     "short_list": (lambda d: edit_config(d, no_rope_layers=[1, 1], layer_types=None), "0 or 1 for each of 4 layers"),
-    "long_list": (lambda d: edit_config(d, no_rope_layers=[1] * 5, layer_types=None), "0 or 1 for each of 4 layers"),
     "list_of_layers": (lambda d: edit_config(d, no_rope_layers=[0, 1, 2, 3]), "0 or 1 for each of 4 layers"),
     "moe_outside": (lambda d: edit_config(d, moe_layers=[1, 3, 4]), "moe_layers: must list layers between 0 and 3"),
     "moe_before": (lambda d: edit_config(d, moe_layers=[-1, 3]), "moe_layers: must list layers between 0 and 3"),
@@ -255,6 +205,8 @@ DAMAGE = {
     "flag": (lambda d: edit_config(d, num_local_experts=True), "num_local_experts=True: must be a whole number"),
     "chunk": (lambda d: edit_config(d, attention_chunk_size=5.5), "attention_chunk_size=5.5: must be a whole number"),
     "no_chunk": (lambda d: edit_config(d, attention_chunk_size=0), "attention_chunk_size=0: must be positive"),
+    "theta": (lambda d: edit_config(d, rope_theta=1e6), "rope_theta.*contradicts rope_parameters"),
+    "rope": (lambda d: edit_config(d, rope_scaling={**SCALED, "rope_theta": 5e5}), "rope_scaling.*contradicts rope_p"),
     "layers": (lambda d: edit_config(d, num_hidden_layers=10_001), "num_hidden_layers=10001: is more than"),
     "list_index": (lambda d: (d / INDEX).write_text('{"weight_map": []}'), "is not an index of shards"),
     "null_shard": (lambda d: edit_index(d, lambda names: names.update({"x": None})), "is not an index of shards"),
@@ -263,10 +215,10 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage, reason", DAMAGE.values(), ids=DAMAGE.keys())
-def test_what_is_wrong_is_refused_in_one_message(copy, damage, reason):
-    damage(copy)
+def test_what_is_wrong_is_refused_in_one_message(saved, tmp_path, damage, reason):
+    damage(shutil.copytree(saved, tmp_path / "copy"))
     with pytest.raises(LeviathanError, match=reason):
-        HuggingFaceCheckpoint(copy)
+        HuggingFaceCheckpoint(tmp_path / "copy")
 
 
 def test_rows_outside_a_tensor_are_refused(saved):
@@ -284,25 +236,17 @@ def test_rows_outside_a_tensor_are_refused(saved):
         (range(1, 12, 2), [1, 1, 0] * 4, (2, 3)),
         (range(12), [1] * 12, (1, 0)),
         ((), [1] * 11 + [0], (0, 12)),
-        ((1, 2, 5), [1] * 12, None),
+        ((1, 2, 5), [1] * 10_000, None),
         (range(1, 12, 2), [0, 1, 1] * 4, None),
     ],
 )
 def test_layers_are_spelled_by_periods_where_they_have_them(mixtures, rotated, periods):
-    given = {"model_type": "llama4_text", "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 12}
-    given |= {"num_attention_heads": 4, "intermediate_size": 32, "moe_layers": [*mixtures], "no_rope_layers": rotated}
-    _, model = huggingface.read_config(given)
+    """Trying every pair of periods would take hours for 10,000 layers."""
+    layers = {"num_hidden_layers": len(rotated), "moe_layers": [*mixtures], "no_rope_layers": rotated}
+    _, model = huggingface.read_config({**LLAMA4, **layers})
     assert (None if model.layer_list else (model.moe_every, model.nope_every)) == periods
     assert [index for index, layer in enumerate(model.blocks) if layer.feed_forward is FeedForward.moe] == [*mixtures]
     assert [int(layer.rope) for layer in model.blocks] == rotated
-
-
-def test_irregular_layers_take_no_search():
-    """Trying every pair of periods would take hours here."""
-    given = {"model_type": "llama4_text", "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 10_000}
-    given |= {"num_attention_heads": 4, "intermediate_size": 32, "moe_layers": [1, 2, 5]}
-    _, model = huggingface.read_config(given)
-    assert model.layer_list is not None and len(model.layer_list) == 10_000
 
 
 def test_a_failed_export_leaves_nothing_behind(saved, tmp_path):
@@ -327,11 +271,10 @@ def test_rounding_is_only_on_request(saved, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama4_text", "mixtral", "qwen3_moe", "olmoe", "llama", "qwen3"])
-def test_what_a_configuration_leaves_out_has_transformers_defaults(kind):
+def test_what_a_configuration_omits_has_transformers_defaults(kind):
     import transformers
 
-    given = {"model_type": kind, "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4}
-    given |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48}
+    given = {**LLAMA4, "model_type": kind, "num_key_value_heads": 2, "head_dim": 16}
     if kind == "qwen3_moe":
         given |= {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
     filled = transformers.AutoConfig.for_model(**given).to_dict()

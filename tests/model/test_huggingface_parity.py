@@ -11,47 +11,21 @@ import torch.nn.functional as F
 from model import huggingface
 from model.attention.plan import ForwardContext
 from model.config import ModelConfig, QKNorm, RopePairing, RouterConfig, WeightsOn
-from model.tensor_source import whole
-from model.transformer import Transformer
-from precision.config import Compute, PrecisionConfig
-from precision.resolve import resolve
+from model.tensor_source import materialise, whole
 from tests.support import hf_models
 
 TOKENS = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(5))
 """13 is no multiple of the chunk of 5."""
 
 
-def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def routing_margin(model: torch.nn.Module) -> list[float]:
-    """Fills with the smallest distance between the last chosen and the first unchosen expert's logit."""
-    margins: list[float] = []
-
-    def watch(router, inputs, output):
-        logits = F.linear(inputs[0].float(), router.weight.float())
-        ranked = logits.sort(-1, descending=True).values
-        k = router.config.top_k
-        margins.append(float((ranked[..., k - 1] - ranked[..., k]).detach().min()))
-
-    for name, module in model.named_modules():
-        if name.endswith("router"):
-            module.register_forward_hook(watch)
-    return margins
-
-
 @pytest.mark.parametrize("name", hf_models.PEERS)
 def test_logits_loss_and_every_gradient(name, tmp_path):
     theirs = hf_models.make(name)
     ours = huggingface.load(hf_models.save(theirs, tmp_path / "weights"))
-    margins = routing_margin(ours)
-    expected = theirs(TOKENS, labels=TOKENS)
-    logits = ours(TOKENS)
-    assert not margins or min(margins) > 1e-3, "a tie in routing would compare nothing"
+    expected, logits = theirs(TOKENS, labels=TOKENS), ours(TOKENS)
     assert expected.logits.abs().max() > 1
     torch.testing.assert_close(logits, expected.logits, rtol=0, atol=5e-5)
-    loss = loss_of(logits, TOKENS)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
     torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
     loss.backward()
     expected.loss.backward()
@@ -66,19 +40,6 @@ def test_logits_loss_and_every_gradient(name, tmp_path):
             found = ours.embedding.weight.grad + ours.head.weight.grad
         assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), key
         assert wanted.abs().max() > 0, key
-
-
-def as_if(name, tmp_path, change) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of transformers and of our model with one feature changed, from the same weights."""
-    theirs = hf_models.make(name)
-    checkpoint = huggingface.HuggingFaceCheckpoint(hf_models.save(theirs, tmp_path))
-    with torch.no_grad():
-        model = Transformer(change(checkpoint.config), resolve(PrecisionConfig(Compute.float32)))
-        for key, parameter in model.named_parameters():
-            parameter.copy_(whole(checkpoint, key))
-        for key, buffer in model.named_buffers():
-            buffer.fill_(key.endswith("load_E"))
-        return theirs(TOKENS).logits, model(TOKENS)
 
 
 def without_norms(config: ModelConfig) -> ModelConfig:
@@ -106,24 +67,15 @@ BROKEN = {
 }
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name, change", BROKEN.values(), ids=BROKEN.keys())
 def test_the_comparison_notices_each_feature(name, change, tmp_path):
-    expected, found = as_if(name, tmp_path, change)
-    assert (expected - found).abs().max() > 0.05
-
-
-def test_the_comparison_notices_swapped_gate_and_up(tmp_path, monkeypatch):
-    expected, found = as_if("scout", tmp_path / "a", lambda c: c)
-    assert (expected - found).abs().max() <= 5e-5
-    read = huggingface.HuggingFaceCheckpoint.read
-
-    def swapped(self, name, offset, shape):
-        tensor = read(self, name, offset, shape)
-        return tensor.flip(1) if tensor.dim() == 4 else tensor
-
-    monkeypatch.setattr(huggingface.HuggingFaceCheckpoint, "read", swapped)
-    expected, found = as_if("scout", tmp_path / "b", lambda c: c)
-    assert (expected - found).abs().max() > 0.05
+    theirs = hf_models.make(name)
+    checkpoint = huggingface.HuggingFaceCheckpoint(hf_models.save(theirs, tmp_path))
+    expected = theirs(TOKENS).logits
+    assert (expected - materialise(checkpoint)(TOKENS)).abs().max() <= 5e-5
+    checkpoint.config = change(checkpoint.config)
+    assert (expected - materialise(checkpoint)(TOKENS)).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("name", ["scout", "qwen3_moe", "olmoe"])

@@ -52,7 +52,6 @@ def test_fan_in_and_depth():
 
 def test_a_parameter_without_a_role_is_an_error():
     model = build(MODEL)
-    assert set(registry(model)) == {name for name, _ in model.named_parameters()}
     model.layers["0"].attention.extra = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"layers\.0\.attention\.extra\.weight has no role"):
         registry(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from enum import Enum
 
 import pytest
 import torch
@@ -19,19 +18,8 @@ from parallel.layout import Recompute
 from tests.support.models import build, small
 
 B, T, D, E = 3, 10, 16, 4
-MODEL = small(
-    vocab_size=32,
-    hidden_size=D,
-    num_layers=2,
-    moe_every=1,
-    num_heads=2,
-    dense_hidden_size=16,
-    expert_hidden_size=16,
-    num_experts=E,
-    attention_chunk_size=4,
-    init=InitConfig(std=1.0, fan_in=True),
-    balance=BalanceConfig(bias_rate=0.01, aux=0.1, z=0.01),
-)
+BALANCE = BalanceConfig(bias_rate=0.01, aux=0.1, z=0.01)
+MODEL = small(num_layers=2, moe_every=1, init=InitConfig(std=1.0, fan_in=True), balance=BALANCE)
 
 
 def plain_scores(logits: torch.Tensor, score: Score) -> torch.Tensor:
@@ -39,7 +27,7 @@ def plain_scores(logits: torch.Tensor, score: Score) -> torch.Tensor:
 
 
 def ordinary_loss(x: torch.Tensor, weight: torch.Tensor, router: RouterConfig, balance: BalanceConfig, divisor: float):
-    """The balancing terms as a loss, and its unscaled parts."""
+    """The balancing terms as a loss, and its unscaled parts. The scope `whole` sees the load 3 to 1/3 of a step before."""
     logits = x @ weight.T
     chosen = logits.topk(router.top_k, -1).indices
     p = plain_scores(logits, router.score)
@@ -47,6 +35,8 @@ def ordinary_loss(x: torch.Tensor, weight: torch.Tensor, router: RouterConfig, b
     load = torch.nn.functional.one_hot(chosen, E).double().sum(2)  # B, T, E
     tokens = 1 if balance.aux_scope is AuxScope.sequence else (0, 1)
     share = load.mean(tokens, keepdim=True) * E / router.top_k
+    if balance.aux_scope is AuxScope.whole:
+        share = torch.tensor([9, 1, 1, 1]).double() / 3
     aux = (share * p).sum() / divisor
     z = logits.logsumexp(-1).square().sum() / divisor
     entropy = -(p * p.log()).sum() / divisor / math.log(E)
@@ -54,13 +44,14 @@ def ordinary_loss(x: torch.Tensor, weight: torch.Tensor, router: RouterConfig, b
 
 
 @pytest.mark.parametrize("score", Score)
-@pytest.mark.parametrize("scope", [AuxScope.sequence, AuxScope.micro])
+@pytest.mark.parametrize("scope", AuxScope)
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_injected_gradients_equal_an_ordinary_loss(score, scope, top_k):
     torch.manual_seed(0)
     config, balance = RouterConfig(top_k=top_k, score=score), BalanceConfig(aux=0.3, aux_scope=scope, z=0.2)
     router = Router(D, E, config, balance).double()
     torch.nn.init.normal_(router.weight)
+    router.balance.step(torch.tensor([9, 1, 1, 1]))
     x = torch.randn(B, T, D, dtype=torch.float64)
     experts_BTK, weights_BTK = router(x, routed_tokens=77.0)
     factor = torch.randn_like(weights_BTK)
@@ -76,10 +67,6 @@ def test_injected_gradients_equal_an_ordinary_loss(score, scope, top_k):
     assert not torch.allclose(router.weight.grad, alone), "control: without the terms the gradient differs"
 
 
-class Third(Enum):
-    cosine = "cosine"
-
-
 @pytest.mark.parametrize("function", [scores, log_probabilities, aux_loss])
 def test_an_unknown_score_function_is_an_error(function):
     x = torch.zeros(2, 3, E)
@@ -87,7 +74,7 @@ def test_an_unknown_score_function_is_an_error(function):
     for score in Score:
         function(score, *arguments)
     with pytest.raises(AssertionError, match="cosine"):
-        function(Third.cosine, *arguments)
+        function("cosine", *arguments)
 
 
 def step(model: Transformer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -129,22 +116,6 @@ def test_bias_moves_against_the_load_with_zero_mean():
     balance.step(torch.tensor([10, 2, 4, 4]))
     assert balance.bias_E.tolist() == pytest.approx([-0.15, 0.05, 0.05, 0.05])
     assert balance.load_E.tolist() == pytest.approx([2.0, 0.4, 0.8, 0.8])
-
-
-def test_whole_scope_uses_the_load_of_the_last_step():
-    config = BalanceConfig(aux=1.0, aux_scope=AuxScope.whole)
-    router = Router(D, E, RouterConfig(), config).double()
-    torch.nn.init.normal_(router.weight)
-    x = torch.randn(B, T, D, dtype=torch.float64)
-    router(x, 1.0)[1].sum().mul(0).backward()
-    assert router.weight.grad.abs().max() < 1e-12, "an even load, as before the first step, has no gradient"
-    router.balance.step(torch.tensor([9, 1, 1, 1]))
-    router.weight.grad = None
-    router(x, 1.0)[1].sum().mul(0).backward()
-    moved = (x.flatten(0, 1) @ (router.weight - 0.01 * router.weight.grad).T).sigmoid()
-    p = (moved / moved.sum(-1, keepdim=True)).mean(0)
-    before = (x.flatten(0, 1) @ router.weight.T).sigmoid()
-    assert p[0] < (before / before.sum(-1, keepdim=True)).mean(0)[0], "descent lowers the busy expert's probability"
 
 
 @pytest.mark.parametrize("balance", [BalanceConfig(bias_rate=0.02), BalanceConfig(aux=0.1)], ids=["bias", "aux"])

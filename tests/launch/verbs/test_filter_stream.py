@@ -37,30 +37,23 @@ def lines_of(rows) -> list[bytes]:
     return [json.dumps(row).encode() + b"\n" for row in rows]
 
 
-def test_the_rate_holds_and_longer_lines_are_kept(stream, tmp_path, capsys):
-    rows = prose(1000)
-    code, kept = stream(lines_of(rows), "keep=0.3", "unit=documents", "scorer.kind=length")
-    assert code == 0 and abs(len(kept) - 300) <= 5
+def test_rates_hold_longer_lines_are_kept_and_bad_ones_counted(stream, tmp_path, capsys):
+    rows = [{**row, "kind": "ab"[n % 2]} for n, row in enumerate(prose(1000))]
+    bad = [b"{broken\n", b"\n", b'{"text": "short", "kind": "a"}\n', b'{"kind": "a"}\n']
+    words = ["domain_key=kind", "unit=documents", "scorer.kind=length", "+select.domains.b=0.6", "keep=0.2"]
+    code, kept = stream([*bad, *lines_of(rows)], *words)
+    by = [sum(json.loads(line)["kind"] == kind for line in kept) for kind in "ab"]
+    assert code == 0 and abs(by[0] - 100) <= 5 and abs(by[1] - 300) <= 5
     given = [line.rstrip() for line in lines_of(rows)]
     assert kept == [line for line in given if line in set(kept)], "the input's own lines in its order"
     sizes = [sum(map(len, part)) / len(part) for part in (kept, set(given) - set(kept))]
-    assert sizes[0] > sizes[1] * 1.2
+    assert sizes[0] > sizes[1] * 1.1
     found = counts(tmp_path)
-    assert found["lines"] == 1000 == sum(found["reasons"].values()) and found["kept"] == len(kept)
-    rate = len(kept) / (found["reasons"]["hard"] + found["reasons"]["easy"])
-    assert found["rate"] == rate and found["reasons"]["hard"] == len(kept)
-    assert f"kept {len(kept)} of 1,000 lines ({rate:.2%} of the documents scored" in capsys.readouterr().out
-
-
-def test_bad_lines_are_counted_and_domains_have_own_rates(stream, tmp_path):
-    rows = [{**row, "kind": "ab"[n % 2]} for n, row in enumerate(prose(400))]
-    bad = [b"{broken\n", b"\n", b'{"text": "short", "kind": "a"}\n', b'{"kind": "a"}\n']
-    words = ["domain_key=kind", "unit=documents", "scorer.kind=random", "+select.domains.b=0.9", "keep=0.2"]
-    code, kept = stream([*bad, *lines_of(rows)], *words)
-    by = [sum(json.loads(line)["kind"] == kind for line in kept) for kind in "ab"]
-    assert code == 0 and abs(by[0] - 40) <= 2 and abs(by[1] - 180) <= 2
-    found = counts(tmp_path)
-    assert found["lines"] == 403 and found["reasons"]["malformed"] == 2 and found["reasons"]["too_short"] == 1
+    reasons = found["reasons"]
+    assert found["lines"] == 1003 == sum(reasons.values()) and reasons["malformed"] == 2 and reasons["too_short"] == 1
+    rate = len(kept) / (reasons["hard"] + reasons["easy"])
+    assert found["rate"] == rate and found["kept"] == reasons["hard"] == len(kept)
+    assert f"kept {len(kept)} of 1,003 lines ({rate:.2%} of the documents scored" in capsys.readouterr().out
 
 
 def test_lines_are_decided_before_the_stream_ends(stream, tmp_path):
@@ -101,28 +94,6 @@ def test_a_model_trained_on_the_stream_is_rejected(stream, tmp_path, capsys, mon
     monkeypatch.setattr("launch.verbs.filter.MODELS", SimpleNamespace(check_unseen=check_unseen))
     assert stream(lines_of(prose(70)), "scorer.kind=loss", "scorer.model=a-run") == (2, [])
     assert "scorer.model=a-run: was trained on these 64" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ([], "scorer.kind=ngram: needs all records before it scores the first, and a stream has no end; try loss"),
-        (
-            ["scorer.kind=random", "input=a.jsonl"],
-            "input=a.jsonl: has no effect on filter stream, which reads JSON lines",
-        ),
-        (["scorer.kind=random", "processes=2"], "processes=2: has no effect on filter stream, which reads JSON lines"),
-        (
-            ["scorer.kind=random", "select.floor=2"],
-            "select.floor=2: cannot be applied to a stream, whose number of records",
-        ),
-        (["scorer.kind=random", "prompt_key=q"], "response_key: prompt_key and response_key go together"),
-    ],
-)
-def test_rules_that_a_stream_cannot_follow_are_rejected(words, message, tmp_path, capsys):
-    assert main(["filter", "stream", *words, f"out={tmp_path / 'out'}"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"leviathan: error: {message}") and not (tmp_path / "out").exists()
 
 
 def test_an_existing_output_is_not_overwritten(stream, tmp_path, capsys):

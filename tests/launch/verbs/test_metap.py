@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,6 @@ from core.errors import ConfigError
 from hparam.axes import SizeAxis
 from launch.cli import VERBS, _collected, main
 from launch.local import named
-from launch.metap.check import CheckConfig
 from launch.metap.fit import FitConfig, collect, fit
 from launch.metap.runs import SweepConfig, SweepSetting, bases, is_done, loss_of, member, one_run, settings
 from launch.metap.sweep import sweep
@@ -72,11 +71,8 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     found = json.loads((swept / "fit.json").read_text())["metap"]
     assert set(found["optima"]) == {"hidden_size 32", "hidden_size 64"}
     assert -10 < found["optima"]["hidden_size 32"]["log2_lr"]["value"] < -2
-    assert {"value", "low", "high"} == set(found["drift_octaves"])
-    assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
     base = yaml.safe_load((swept / "base.yaml").read_text())
     assert base["hparam"]["base"]["hidden_size"] == 32 and base["hparam"]["provenance"]["runs"] == 12
-    assert base["hparam"]["kind"]["score"] == "softmax"
     sizes = ["model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=4", "model.expert_hidden_size=128"]
     larger = [*QUICK, "hparam.alpha=0.5", "optimizer.weight_decay=0.3", *sizes]
     where = [f"base={swept / 'base.yaml'}", f"out={swept / 'carried'}", "name=wide"]
@@ -94,9 +90,7 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     assert config["model"]["multipliers"]["residual"] == 1.0
     assert config["hparam"]["alpha"] == 0.5 and config["optimizer"]["weight_decay"] == 0.3, "what the user said"
     assert written["hparam"]["provenance"]["base"].endswith("base.yaml") and written["hparam"]["provenance"]["code"]
-    log = (swept / "runs" / "wide" / "log.txt").read_text()
-    assert "hyperparameters: the base is small" in log
-
+    assert "hyperparameters: the base is small" in (swept / "runs" / "wide" / "log.txt").read_text()
     path = swept / "carried" / "experiment" / "wide.yaml"
     path.write_text(re.sub(r"(router:\n\s+lr: )\S+", r"\g<1>0.5", path.read_text()))
     edited = command(*line, "run.name=edited", cwd=swept)
@@ -125,23 +119,6 @@ def test_a_check_says_what_failed(tmp_path, monkeypatch, small_corpus, limit):
     assert (tmp_path / "coordinates.png").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["transfer"], "base: name what to transfer from"),
-        (["transfer", "base=nowhere.yaml"], "base=nowhere.yaml: cannot be read"),
-        (["check", "check.width=[4,2]"], "check.width: needs ascending factors"),
-        (["sweep", "sweep.low=-3", "sweep.high=-4"], "sweep.low=-3.0: must be below sweep.high=-4"),
-        (["fit", "fit.runs=[nowhere]"], "fit.runs: no run in nowhere"),
-        (["sweep", "modle.width=3"], "modle: no such key"),
-    ],
-)
-def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert main(["metap", *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_keys_of_train_go_to_train():
     source = "+data.sources.a={kind: files, path: 'b c'}"
     words = ["out=x", "model.hidden_size=64", source, "check.seeds=1", "experiment=smoke"]
@@ -150,18 +127,8 @@ def test_keys_of_train_go_to_train():
     assert _collected(VERBS["train"], MetapConfig, words) == words
 
 
-def test_a_run_that_diverged_counts_as_infinite(tmp_path):
-    assert loss_of(tmp_path) is None
-    (tmp_path / "diverged.json").write_text("{}")
-    assert loss_of(tmp_path) == float("inf")
-
-
 def test_rates_are_octaves():
     assert SweepConfig(low=-8, high=-6, step=0.5).log2_rates == [-8, -7.5, -7, -6.5, -6]
-    with pytest.raises(ConfigError, match="step=0"):
-        SweepConfig(step=0)
-    with pytest.raises(ConfigError, match="no axis is left"):
-        CheckConfig([], [], [])
 
 
 def made_up(out: Path, optimum: Callable[[int], float], *overrides: str, tokens: Sequence[int] = (8, 16, 32)) -> None:
@@ -226,8 +193,6 @@ def test_a_sweep_of_another_configuration_is_refused(tmp_path):
 def test_runs_with_names_of_their_own_keep_them(tmp_path):
     runs = [member(SweepConfig(), SweepSetting(family()), -6, seed, tmp_path) for seed in (0, 1)]
     assert [run.run.name for run in named(runs)] == ["base-lr-6-seed0", "base-lr-6-seed1"]
-    alike = [replace(run, run=replace(run.run, name="x")) for run in runs]
-    assert [run.run.name for run in named(alike)] == ["x-0", "x-1"]
 
 
 def test_other_keys_and_muons_own_rate_are_swept(tmp_path):
@@ -237,8 +202,6 @@ def test_other_keys_and_muons_own_rate_are_swept(tmp_path):
     assert [run.optimizer.weight_decay for run in runs] == [0.0, 0.1]
     assert runs[1].run.name == "base-weight_decay=0.1-lr-6-seed0"
     assert runs[0].optimizer.muon.lr == pytest.approx(0.02 * 2**-6 / 0.01)
-    with pytest.raises(ConfigError, match=r"optimizer.lr: is swept by sweep.low"):
-        bases(["optimizer.lr=0.1,0.2"])
 
 
 @pytest.mark.parametrize("code, started", [(130, 1), (1, 6)])
@@ -252,19 +215,14 @@ def test_an_interrupted_sweep_stops_a_failed_run_does_not(tmp_path, monkeypatch,
 def test_a_run_that_diverged_in_ranks_is_a_result(tmp_path, monkeypatch):
     run = member(SweepConfig(), SweepSetting(family()), -6, 0, tmp_path)
     monkeypatch.setattr("launch.metap.runs.train", lambda runs: 1)
-    assert one_run(run) == 1
     path = tmp_path / "runs" / str(run.run.name)
+    assert one_run(run) == 1 and loss_of(path) is None
     path.mkdir(parents=True)
     (path / "diverged.json").write_text("{}")
-    assert one_run(run) == 0
+    assert one_run(run) == 0 and loss_of(path) == float("inf")
 
 
-def test_a_dense_model_has_no_experts_to_check(tmp_path, capsys):
-    assert main(["metap", f"out={tmp_path}", "model.moe_every=0"]) == 2
-    assert "check.experts: the model has no experts" in capsys.readouterr().err
-
-
-def test_a_file_without_a_base_is_no_base(tmp_path, capsys):
+def test_a_file_without_a_base_is_no_base(tmp_path, refused):
     write_config(tmp_path / "config.yaml", family())
-    assert main(["metap", "transfer", f"base={tmp_path / 'config.yaml'}", f"out={tmp_path}"]) == 2
-    assert "has no hparam.base; name the directory of the run" in capsys.readouterr().err
+    line = refused("metap", "transfer", f"base={tmp_path / 'config.yaml'}", f"out={tmp_path}")
+    assert "has no hparam.base; name the directory of the run" in line
