@@ -25,7 +25,7 @@ from data.filter.audit.statistics import OTHER
 from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
 from data.filter.input.readers import InputPart, MalformedRecord, json_keys
 from data.filter.input.records import Reason, Record
-from data.filter.score.factory import Models, models_of
+from data.filter.score.factory import Models, check_models
 from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer
 from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.duplicates import Copy, Signatures, find_duplicates, signatures
@@ -90,10 +90,7 @@ class Filter:
     def run(self) -> None:
         """Run all stages, skipping shards that exist."""
         with barrier(self.workers):  # before the input is read, which may take hours
-            try:
-                gates = Gates(self.rules.gates)
-            except ConfigError as error:
-                raise error.under("gates") from None
+            gates = Gates(self.rules.gates)
             sets = EvaluationSets(self.rules.contamination)
         self._ingest()
         with barrier(self.workers):
@@ -137,8 +134,7 @@ class Filter:
             if self.rules.on_error is OnError.fail:
                 for record in batch:
                     if isinstance(record, MalformedRecord):
-                        advice = ["on_error=drop, which counts such records"]
-                        raise ConfigError("input", record.source, f"cannot be read: {record.reason}", advice)
+                        raise record.error
             name = f"{number:05d}-{len(shards):06d}"
             stage.write(name, _records_table(batch))
             shards[name] = len(batch)
@@ -317,22 +313,12 @@ class Filter:
         return {"score": score} | {OTHER + name: found for name, found in others.items()}
 
     def _fit(self) -> None:
-        if not self._is_fitted:
-            self._check_unseen()
-            self.job.scorer.fit(self.passed)
-            self._is_fitted = True
-
-    def _check_unseen(self) -> None:
-        """Reject models that were trained on these records: memorised text looks easy."""
-        if self.job.models is None:
+        if self._is_fitted:
             return
-        for key, name in models_of(self.rules.scorer):
-            try:
-                warning = self.job.models.check_unseen(name, self.passed())
-            except ConfigError as error:
-                raise error.under(key) from None
-            if warning is not None:
-                self.job.report(f"warning: {key}: {warning}")
+        if self.job.models is not None:
+            check_models(self.job.models, self.rules.scorer, self.passed, self.job.report)
+        self.job.scorer.fit(self.passed)
+        self._is_fitted = True
 
     # -- decide
 

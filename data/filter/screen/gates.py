@@ -236,13 +236,12 @@ def _language_of(wanted: list[str]) -> Callable[[str], str]:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
-        raise ConfigError("languages", wanted, "needs py3langid: pip install 'leviathan[filter]'") from None
+        raise ConfigError("gates.languages", wanted, "needs py3langid: pip install 'leviathan[filter]'") from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     known = sorted(identifier.labels)
     for language in wanted:
         if language not in known:
             near = difflib.get_close_matches(language.lower(), known, cutoff=0.5) or ["en"]
-            raise ConfigError(
-                "languages", language, "py3langid does not know it; name a two-letter code (ISO 639-1)", near
-            )
+            reason = "py3langid does not know it; name a two-letter code (ISO 639-1)"
+            raise ConfigError("gates.languages", language, reason, near)
     return lambda text: str(identifier.classify(text[:4000])[0])
