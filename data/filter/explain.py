@@ -34,19 +34,16 @@ def explain(out: Path, name: str) -> str:
 
 def find(out: Path, name: str) -> dict[str, Any]:
     """The record's row of scores.parquet."""
-    import pyarrow.compute
     import pyarrow.parquet
 
     path = out / SCORES
     if not path.exists():
         raise ConfigError("out", str(out), f"holds no finished filter run ({SCORES} is missing)")
-    names: list[str] = []
     with _reading(path):
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            here = batch.filter(pyarrow.compute.equal(batch["id"], name))
-            if len(here):
-                return here.to_pylist()[0]
-            names += batch["id"].to_pylist()[: max(0, 10_000 - len(names))]
+        found = pyarrow.parquet.read_table(path, filters=[("id", "=", name)]).to_pylist()
+        if found:
+            return found[0]
+        names = pyarrow.parquet.read_table(path, columns=["id"])["id"].slice(0, 10_000).to_pylist()
     raise ConfigError("explain", name, "no record has this name", difflib.get_close_matches(name, names) or names[:3])
 
 
@@ -54,10 +51,9 @@ def _rank(out: Path, row: dict[str, Any]) -> str:
     """Its rank among the scores that it competed with."""
     import pyarrow.parquet
 
+    competed = [(key, "=", row[key]) for key in ("domain", "bucket")]
     with _reading(out / SCORES):
-        table = pyarrow.parquet.read_table(out / SCORES, columns=["domain", "bucket", "score"])
-    same = (table["domain"].to_numpy() == row["domain"]) & (table["bucket"].to_numpy() == row["bucket"])
-    scores = table["score"].to_numpy()[same]
+        scores = pyarrow.parquet.read_table(out / SCORES, columns=["score"], filters=competed)["score"].to_numpy()
     scores = scores[np.isfinite(scores)]
     return f"higher than {(scores < row['score']).mean():.1%} of the {len(scores):,} records it competed with"
 
