@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from core.files import sha256_file, sha256_text
+from core.files import remove_tree, sha256_file, sha256_text
 from data.files import find_files
 from data.filter.audit.statistics import OTHER
 from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
@@ -28,9 +28,9 @@ from data.filter.input.records import Reason, Record
 from data.filter.score.factory import Models, check_models
 from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer
 from data.filter.screen.contamination import EvaluationSets
-from data.filter.screen.duplicates import Copy, Signatures, find_duplicates, signatures
+from data.filter.screen.duplicates import PLACES, Copy, Signatures, find_duplicates, signatures
 from data.filter.screen.gates import Gates
-from data.filter.select.selection import REASONS, ShardScores, check_names, noise_threshold, select
+from data.filter.select.selection import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import StageStore, Workers, barrier, local_items
 from data.sampling import key_of
 
@@ -94,11 +94,19 @@ class Filter:
             sets = EvaluationSets(self.rules.contamination)
         self._ingest()
         with barrier(self.workers):
-            if self.rules.select.domains or self.rules.select.protect:
-                check_names(self.domains, self.rules)
+            self._check_names()
         self._screen(gates, sets)
         self._score()
         self._decide()
+
+    def _check_names(self) -> None:
+        for key, names in (
+            ("select.domains", self.rules.select.domains),
+            ("select.protect", self.rules.select.protect),
+        ):
+            for name in names:
+                if name not in self.domains:
+                    raise ConfigError(key, name, "no record is of this domain", self.domains[:8])
 
     # -- ingest
 
@@ -119,7 +127,9 @@ class Filter:
                 self._check_unique_ids(shards)
         except ConfigError:
             if self.workers.rank == 0:
-                stage.remove()  # otherwise a rerun with the key corrected would be rejected as a changed input
+                remove_tree(
+                    stage.directory
+                )  # otherwise a rerun with the key corrected would be rejected as a changed input
             raise
         stage.close(shards, self.workers)
         self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
@@ -191,23 +201,26 @@ class Filter:
         def screen(shard: str) -> Any:
             problems, records = self._problems(shard), self.rows(shard)
             malformed = Reason.protected if self.rules.on_error is OnError.keep else Reason.malformed
-            found = [
+            screened = [
                 (malformed, problem) if problem is not None else _screened(record, gates, sets)
                 for record, problem in zip(records, problems, strict=True)
             ]
-            reasons = [None if reason is None else reason.name for reason, _ in found]
+            reasons = [None if reason is None else reason.name for reason, _ in screened]
             texts = [record.text for record in records]
+            found = signatures(texts)
             sizes = [len(text.encode()) for text in texts]
             counts = self.job.count_tokens(texts) if self.job.count_tokens else sizes
             self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(records):,} dropped")
             return _table(
                 reason=reasons,
-                detail=[detail for _, detail in found],
+                detail=[detail for _, detail in screened],
                 tokens=np.asarray(counts, np.int64),
                 bytes=np.asarray(sizes, np.int64),
                 scored_bytes=np.asarray([len(record.answer.encode()) for record in records], np.int64),
                 tie=np.asarray([key_of(self.rules.seed, record.id) for record in records], np.uint64),
-                **_signature_columns(signatures(texts)),
+                exact=[row.tobytes() for row in found.exact_N2],
+                near=[row.tobytes() for row in found.near_NP],
+                near_possible=found.near_possible_N,
             )
 
         self.screened.open(self.workers)
@@ -428,18 +441,6 @@ def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reaso
     return reason, None
 
 
-def _signature_columns(found: Signatures) -> dict[str, Any]:
-    import pyarrow
-
-    def binary(values: NDArray[Any]) -> Any:
-        width = values.shape[1] * values.itemsize
-        return pyarrow.FixedSizeBinaryArray.from_buffers(
-            pyarrow.binary(width), len(values), [None, pyarrow.py_buffer(np.ascontiguousarray(values))]
-        )
-
-    return {"exact": binary(found.exact_N2), "near": binary(found.near_NP), "near_possible": found.near_possible_N}
-
-
 def _signatures(table: Any) -> Signatures:
     """Read the signatures of a shard. Dropped records get a unique exact hash, so that nothing is a copy of them."""
     out = table["reason"].is_valid().to_numpy()
@@ -471,4 +472,5 @@ def _table(**columns: Any) -> Any:
     strings = ("id", "domain", "source", "text", "problem", "reason", "detail", "why")
     types = dict.fromkeys(strings, pyarrow.string())
     types |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
+    types |= {"exact": pyarrow.binary(16), "near": pyarrow.binary(4 * PLACES)}
     return pyarrow.table({name: pyarrow.array(values, types.get(name)) for name, values in columns.items()})
