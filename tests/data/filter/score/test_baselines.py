@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
+from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
 from data.filter.score.baselines import LengthScorer, RandomScorer
 from data.filter.score.ensemble import EnsembleScorer
@@ -91,7 +92,7 @@ def test_ties_share_their_rank() -> None:
 
 def test_ensemble_errors_and_properties() -> None:
     with pytest.raises(ConfigError, match="members"):
-        EnsembleScorer([LengthScorer()])
+        ScorerConfig(ScorerKind.ensemble, members=[ScorerConfig()])
     with pytest.raises(ValueError, match="fit"):
         EnsembleScorer([LengthScorer(), RandomScorer()]).score(made(1))
     mixed = EnsembleScorer([LengthScorer(), Scaled(1, Direction.learnable)])

@@ -11,10 +11,10 @@ from core.errors import DataError
 from data.filter.config import FilterRules, OnError, SelectConfig
 from data.filter.input.records import Reason
 from data.filter.select import streaming as module
-from data.filter.select.selection import CODE, REASONS, ShardScores
+from data.filter.select.selection import CODE, ShardScores
 from data.filter.select.streaming import StreamSelector
+from tests.data.filter.select.test_selection import KEPT, take
 
-KEPT = np.array([reason.kept for reason in REASONS])
 COUNT = 20_000
 
 
@@ -35,14 +35,9 @@ def records(kind: str, seed: int = 0, tokens: bool = False) -> ShardScores:
     return ShardScores("stream", scores, np.zeros(COUNT, np.int64), length, weight, hashes)
 
 
-def part(shard: ShardScores, rows: slice, name: str = "part") -> ShardScores:
-    columns = (shard.score, shard.domain, shard.length, shard.weight, shard.hash)
-    return ShardScores(name, *(column[rows] for column in columns))
-
-
 def batches(shard: ShardScores, size: int) -> list[ShardScores]:
     starts = range(0, len(shard.score), size)
-    return [part(shard, slice(start, start + size), f"batch at {start}") for start in starts]
+    return [take(shard, slice(start, start + size), f"batch at {start}") for start in starts]
 
 
 def decided(shard: ShardScores, size: int, rules: FilterRules, noise: float | None = None) -> np.ndarray:
@@ -86,7 +81,7 @@ def test_without_repayment_drift_misses_the_rate(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("tokens", [False, True])
 def test_batches_of_one_record(tokens: bool):
-    shard = part(records("normal", tokens=tokens), slice(2500))
+    shard = take(records("normal", tokens=tokens), slice(2500))
     kept = KEPT[decided(shard, 1, FilterRules())]
     assert abs(shard.weight[kept].sum() / shard.weight.sum() - 0.5) < 0.01
     assert shard.score[kept].mean() > shard.score[~kept].mean() + (0.2 if tokens else 0.5), "the harder half"
@@ -117,7 +112,7 @@ def test_a_deficit_is_repaid_and_not_only_bounded():
 
 def test_order_within_a_batch_does_not_matter():
     shard = batches(records("ties"), 1000)[0]
-    codes = [decided(one, 1000, FilterRules()) for one in (shard, part(shard, slice(None, None, -1)))]
+    codes = [decided(one, 1000, FilterRules()) for one in (shard, take(shard, slice(None, None, -1)))]
     assert np.array_equal(codes[0], codes[1][::-1])
 
 
