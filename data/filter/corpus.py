@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +61,16 @@ class FilteredSource:
         Raises `DataError` if the source has other documents than when it was filtered.
         """
         end = "end"  # not a reason
-        reasons = chain(self._reasons(), [end])
+        reasons = self._reasons()
         for name, document in _named(self.source):
             if document.held_out or document.dropped is not None:
                 yield document
                 continue
-            reason = next(reasons)
+            reason = next(reasons, end)
             if reason == end:
                 raise self._changed()
             yield replace(document, name=name) if reason is None else Document("", False, f"by_filter_{reason}")
-        if next(reasons) != end:
+        if next(reasons, end) != end:
             raise self._changed()
 
     def _changed(self) -> DataError:

@@ -70,18 +70,19 @@ class NgramScorer(Scorer):
         if not self._models:
             raise ValueError("fit comes before score")
         scores = np.full(len(records), np.nan)
-        folds = [fold(record) for record in records]
+        folds = np.array([fold(record) for record in records], int)
         for side in range(FOLDS):
             model = self._models[(side + 1) % FOLDS]
-            places = [place for place, found in enumerate(folds) if found == side]
-            for batch in _batches(records, places):
+            places = np.flatnonzero(folds == side)
+            ends = np.cumsum([len(records[place].text) for place in places])
+            for batch in np.split(places, np.flatnonzero(np.diff(ends // _SCORED_AT_ONCE)) + 1):
                 scores[batch] = self._score(model, [records[place] for place in batch])
         return scores
 
     def _score(self, model: NgramModel, records: list[Record]) -> list[float]:
         contexts = [_bytes(record.prompt[-self.order :]) for record in records]
         answers = [_bytes(record.answer) for record in records]
-        ends = np.cumsum([len(answer) for answer in answers])
+        ends = np.cumsum([len(answer) for answer in answers], dtype=int)
         parts = np.split(model.losses(contexts, answers), ends[:-1])
         return [hardest_mean(losses, self.window) / _FIXED_POINT for losses in parts]
 
@@ -214,15 +215,3 @@ def _find(table: Codes, codes: Codes) -> tuple[NDArray[np.int64], NDArray[np.boo
 
 def _fixed(p: NDArray[np.float64]) -> NDArray[np.int32]:
     return np.round(-np.log(p) * _FIXED_POINT).astype(np.int32)
-
-
-def _batches(records: Sequence[Record], places: list[int]) -> Iterable[list[int]]:
-    batch, size = [], 0
-    for place in places:
-        batch.append(place)
-        size += len(records[place].text)
-        if size >= _SCORED_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
