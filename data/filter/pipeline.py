@@ -350,18 +350,17 @@ class Filter:
         scored = self.scored.read(shard, ["score", "reason"])
         screened = self.screened.read(shard, ["tokens", "scored_bytes", "tie"])
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
-        columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "scored_bytes", "tie")}
+        tokens, length, ties = (screened[name].to_numpy()[places] for name in ("tokens", "scored_bytes", "tie"))
         known = pyarrow.array(self.domains, pyarrow.string())
         # malformed records are of no known domain (null); 0 does no harm, since they have no score
         domain = pyarrow.compute.index_in(self.records.read(shard, ["domain"])["domain"], known).fill_null(0)
-        by_tokens = self.rules.unit is KeepUnit.tokens
         scores = ShardScores(
             name=shard,
             score=scored["score"].to_numpy()[places],
             domain=domain.to_numpy().astype(np.int64)[places],
-            length=columns["scored_bytes"],
-            weight=columns["tokens"] if by_tokens else np.ones(len(places), np.int64),
-            hash=columns["tie"],
+            length=length,
+            weight=tokens if self.rules.unit is KeepUnit.tokens else np.ones(len(places), np.int64),
+            hash=ties,
         )
         return scores, places
 

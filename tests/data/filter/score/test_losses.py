@@ -67,14 +67,6 @@ def test_excess_is_per_byte_and_learnable():
     assert scorer.fingerprint != ExcessScorer(better, "b", mine, "m").fingerprint, "which is subtracted matters"
 
 
-def test_noise_is_hard_but_has_no_excess():
-    mine, better = (table({("", "noise"): [9, 9], ("", "new"): [loss, loss]}) for loss in (5, 1))
-    records = [record("noise"), record("new")]
-    noise, new = ExcessScorer(mine, "m", better, "b").score(records)
-    assert noise == 0 < new
-    assert np.diff(LossScorer(mine, "m").score(records))[0] < 0
-
-
 def test_an_excess_window_needs_one_tokenizer():
     mine, same, other = (table({("", "x"): row}) for row in ([1, 5, 5], [1, 1, 2], [1, 1]))
     assert ExcessScorer(mine, "m", same, "s", window=2).score([record("x")]).tolist() == [3.5]
