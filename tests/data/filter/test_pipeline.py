@@ -9,11 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from data.filter.pipeline import Filter
 from data.filter.store import OneWorker, barrier
 from launch.verbs.filter import WorldWorkers
 from parallel.comm.world import connect
+from tests.data.filter.threads import ThreadWorker, on_threads
 from tests.support.filtering import (
     FixedScorer,
     filtered,
@@ -62,45 +61,15 @@ def several(folder: Path, seed: int = 0) -> Path:
 KEYS = {"domain_key": "domain", "id_key": "name"}
 
 
-class ThreadWorker:
-    """One of the threads that filter together; they exchange values at a barrier."""
-
-    def __init__(self, rank: int, values: list[Any], meet: threading.Barrier) -> None:
-        self.rank, self.size, self.values, self.meet = rank, len(values), values, meet
-
-    def all(self, value: Any) -> list[Any]:
-        self.values[self.rank] = value
-        self.meet.wait()
-        found = list(self.values)
-        self.meet.wait()
-        return found
-
-    def sum(self, values: Any) -> Any:
-        return np.sum(self.all(values), axis=0)
-
-    def agree(self, error: Any) -> None:
-        for found in filter(None, self.all(error)):
-            raise found
-
-
 def in_threads(count: int, source: Path, out: Path, **settings: Any) -> None:
-    """Filter by `count` threads. Raises what one of them raised."""
-    values, meet = [None] * count, threading.Barrier(count, timeout=60)
+    """Filter by `count` threads."""
 
-    def work(rank: int) -> Filter:
-        try:
-            done = Filter(job(source, out, ThreadWorker(rank, values, meet), **settings))
-            done.run()
-            return done
-        except BaseException:
-            meet.abort()
-            raise
+    def work(worker: ThreadWorker) -> Filter:
+        done = Filter(job(source, out, worker, **settings))
+        done.run()
+        return done
 
-    with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(work, rank) for rank in range(count)]
-    if errors := [error for future in futures if (error := future.exception())]:
-        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))  # the cause comes first
-    write_outputs(futures[0].result(), out)
+    write_outputs(on_threads(count, work)[0], out)
 
 
 @pytest.fixture(scope="module")

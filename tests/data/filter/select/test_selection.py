@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from data.filter.select.selection import (
     select,
     shortest,
 )
+from tests.data.filter.threads import on_threads
 
 KEPT = np.array([reason.kept for reason in REASONS])
 NAMES = ("code", "prose", "single", "few")
@@ -127,26 +127,8 @@ def test_one_length_is_in_one_bucket_and_buckets_are_even():
 
 
 def on_ranks(parts: Sequence[list[ShardScores]], rules: FilterRules, noise: float | None) -> list[Thresholds]:
-    """Each rank is a thread with its own shards; sums meet at a barrier."""
-    count, found = len(parts), {}
-    barrier, given = threading.Barrier(count, timeout=60), {}
-
-    def run(rank: int):
-        def total(array: np.ndarray) -> np.ndarray:
-            given[rank] = array
-            barrier.wait()
-            result = sum(given[other] for other in range(count))
-            barrier.wait()
-            return np.asarray(result)
-
-        found[rank] = select(lambda: parts[rank], NAMES, rules, noise, total)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [found[rank] for rank in range(count)]
+    """Each rank is a thread with its own shards."""
+    return on_threads(len(parts), lambda one: select(lambda: parts[one.rank], NAMES, rules, noise, one.sum))
 
 
 @pytest.mark.parametrize("scores", ["normal", "ties", "constant"])
