@@ -68,7 +68,7 @@ class StreamSelector:
         easy, rate, weight, score = codes == CODE[Reason.easy], self.rate, batch.weight, score_bits(batch.score)
         # of reviving a record below the threshold, such that revived records are a share `revive` of the kept
         probability = self.revive * rate / (1 - (1 - self.revive) * rate) if self.revive else 0.0
-        revived = easy & (shuffled(batch.hash) < np.uint64(probability * (2**64 - 1025)))
+        revived = easy & (shuffled(batch.hash) < np.uint64(min(probability, 1.0) * (2**64 - 1025)))
         # revived records are kept regardless of the threshold, so they count before it moves
         given = int(weight[revived | (codes == CODE[Reason.protected])].sum())
         self.seen += int(weight.sum())

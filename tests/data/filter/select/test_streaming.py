@@ -125,6 +125,8 @@ def test_revived_noise_protected_and_unscored():
     assert abs((codes == CODE[Reason.revived]).sum() / KEPT[codes].sum() - 0.25) < 0.03
     whole = decided(shard, 1000, FilterRules(keep=0.4, select=SelectConfig(protect=["code"])), noise=50.0)
     assert (whole == CODE[Reason.protected]).all()
+    everything = FilterRules(keep=1.0, select=SelectConfig(revive=0.2))  # the chance of revival rounds to more than 1
+    assert KEPT[decided(batches(records("normal"), 1000)[0], 1000, everything)].all()
 
 
 def test_unscored_records_follow_on_error():
