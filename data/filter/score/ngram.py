@@ -74,7 +74,7 @@ class NgramScorer(Scorer):
         for side in range(FOLDS):
             model = self._models[(side + 1) % FOLDS]
             places = np.flatnonzero(folds == side)
-            ends = np.cumsum([len(records[place].text) for place in places])
+            ends = np.cumsum([len(records[place].text) for place in places.tolist()])
             for batch in np.split(places, np.flatnonzero(np.diff(ends // _SCORED_AT_ONCE)) + 1):
                 scores[batch] = self._score(model, [records[place] for place in batch])
         return scores
