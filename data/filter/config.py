@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -9,6 +11,15 @@ from typing import Any
 from core.config import plain
 from core.errors import ConfigError, check_numbers
 from core.import_path import check_options
+
+
+@contextmanager
+def under(key: str) -> Iterator[None]:
+    """Prepend `key.` to the key of a `ConfigError` that the block raises."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.under(key) from None
 
 
 class KeepUnit(Enum):
@@ -46,6 +57,35 @@ class ScorerKind(Enum):
     length = "length"
     """Bytes of the answer: the control that a scorer must beat."""
 
+    @property
+    def traits(self) -> ScorerTraits:
+        return _TRAITS[self]
+
+
+@dataclass(frozen=True)
+class ScorerTraits:
+    path: str
+    """Import path of the class, below `data.filter.score`."""
+    needs: tuple[str, ...] = ()
+    """Keys that must be set."""
+    takes_window: bool = False
+    reads_all_first: bool = False
+    """Whether it must see all records before it scores the first."""
+
+
+_TRAITS = {
+    ScorerKind.ngram: ScorerTraits("ngram:NgramScorer", takes_window=True, reads_all_first=True),
+    ScorerKind.loss: ScorerTraits("losses:LossScorer", ("model",), takes_window=True),
+    ScorerKind.excess: ScorerTraits("losses:ExcessScorer", ("model", "reference"), takes_window=True),
+    ScorerKind.ifd: ScorerTraits("losses:DifficultyOfFollowing", ("model",)),
+    ScorerKind.judge: ScorerTraits("judge:JudgeScorer", ("url", "judge")),
+    ScorerKind.pass_rate: ScorerTraits("pass_rate:PassRateScorer", ("url", "judge", "verifier")),
+    ScorerKind.ensemble: ScorerTraits("ensemble:EnsembleScorer", takes_window=True, reads_all_first=True),
+    ScorerKind.random: ScorerTraits("baselines:RandomScorer"),
+    ScorerKind.length: ScorerTraits("baselines:LengthScorer"),
+}
+"""All that the rest of the code knows of a kind, but for the arguments of its class (`factory.py`)."""
+
 
 @dataclass(frozen=True)
 class ScorerConfig:
@@ -82,23 +122,13 @@ class ScorerConfig:
     def __post_init__(self) -> None:
         positive = ("window", "order", "seq_len", "batch_size", "concurrency", "timeout_s", "samples")
         check_numbers(self, positive, not_negative=("retries",))
-        needs: dict[ScorerKind, tuple[str, ...]] = {
-            ScorerKind.loss: ("model",),
-            ScorerKind.ifd: ("model",),
-            ScorerKind.excess: ("model", "reference"),
-            ScorerKind.judge: ("url", "judge"),
-            ScorerKind.pass_rate: ("url", "judge", "verifier"),
-        }
         check_options(self.kind, self.options)
-        for key in () if isinstance(self.kind, str) else needs.get(self.kind, ()):
-            if not getattr(self, key):
-                raise ConfigError(key, None, f"the scorer {self.kind_name} needs it")
+        if isinstance(self.kind, ScorerKind):
+            for key in self.kind.traits.needs:
+                if not getattr(self, key):
+                    raise ConfigError(key, None, f"the scorer {self.kind.name} needs it")
         if self.kind is ScorerKind.ensemble and len(self.members) < 2:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
-
-    @property
-    def kind_name(self) -> str:
-        return self.kind if isinstance(self.kind, str) else self.kind.name
 
     def import_paths(self, key: str) -> dict[str, object]:
         """Return the kinds and verifiers of this scorer and its members by key."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, DataError
 from core.files import sha256_text
 from data.filter.audit.outputs import SCORES, keep_audit, write_audit_of, write_scores
-from data.filter.config import FilterRules, decisive_settings
+from data.filter.config import FilterRules, decisive_settings, under
 from data.filter.input.readers import InputConfig, MalformedRecord, clean_records
 from data.filter.input.records import Record
 from data.filter.pipeline import FORMAT, Filter, FilterJob, file_digest
@@ -62,16 +61,16 @@ class FilteredSource:
         Raises `DataError` if the source has other documents than when it was filtered.
         """
         end = "end"  # not a reason
-        reasons = chain(self._reasons(), [end])
+        reasons = self._reasons()
         for name, document in _named(self.source):
             if document.held_out or document.dropped is not None:
                 yield document
                 continue
-            reason = next(reasons)
+            reason = next(reasons, end)
             if reason == end:
                 raise self._changed()
             yield replace(document, name=name) if reason is None else Document("", False, f"by_filter_{reason}")
-        if next(reasons) != end:
+        if next(reasons, end) != end:
             raise self._changed()
 
     def _changed(self) -> DataError:
@@ -105,11 +104,9 @@ def filter_sources(
         raise ConfigError("data.filter.select", name, "no such source", [part.name for part in parts])
     key = sha256_text(rules_fingerprint(rules), tokenizer.fingerprint, *(part.content for part in parts))
     directory = cache / "filter" / key[:32]
-    try:
-        try:
+    with under("data.filter"):
+        with under("scorer"):
             scorer = make_scorer(rules.scorer, models, cache / "answers", rules.seed)
-        except ConfigError as error:
-            raise error.under("scorer") from None
         job = FilterJob(
             parts=parts,
             rules=rules,
@@ -124,8 +121,6 @@ def filter_sources(
         )
         done = Filter(job)
         done.run()
-    except ConfigError as error:
-        raise error.under("data.filter") from None
     write_scores(done, directory / SCORES)
     write_audit_of(done, directory, "data.filter")
     return [FilteredSource(part, done) for part in parts]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError
 from core.files import read_json
 from data.filter.audit.outputs import AUDIT_JSON, SCORES
 from data.filter.input.records import Reason
+from data.filter.store import reading
+
+_ADVICE = "filter again with the same out to rewrite it"
 
 
 def explain(out: Path, name: str) -> str:
@@ -34,19 +35,16 @@ def explain(out: Path, name: str) -> str:
 
 def find(out: Path, name: str) -> dict[str, Any]:
     """The record's row of scores.parquet."""
-    import pyarrow.compute
     import pyarrow.parquet
 
     path = out / SCORES
     if not path.exists():
         raise ConfigError("out", str(out), f"holds no finished filter run ({SCORES} is missing)")
-    names: list[str] = []
-    with _reading(path):
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            here = batch.filter(pyarrow.compute.equal(batch["id"], name))
-            if len(here):
-                return here.to_pylist()[0]
-            names += batch["id"].to_pylist()[: max(0, 10_000 - len(names))]
+    with reading(path, _ADVICE):
+        found = pyarrow.parquet.read_table(path, filters=[("id", "=", name)]).to_pylist()
+        if found:
+            return found[0]
+        names = pyarrow.parquet.read_table(path, columns=["id"])["id"].slice(0, 10_000).to_pylist()
     raise ConfigError("explain", name, "no record has this name", difflib.get_close_matches(name, names) or names[:3])
 
 
@@ -54,17 +52,16 @@ def _rank(out: Path, row: dict[str, Any]) -> str:
     """Its rank among the scores that it competed with."""
     import pyarrow.parquet
 
-    with _reading(out / SCORES):
-        table = pyarrow.parquet.read_table(out / SCORES, columns=["domain", "bucket", "score"])
-    same = (table["domain"].to_numpy() == row["domain"]) & (table["bucket"].to_numpy() == row["bucket"])
-    scores = table["score"].to_numpy()[same]
+    competed = [(key, "=", row[key]) for key in ("domain", "bucket")]
+    with reading(out / SCORES, _ADVICE):
+        scores = pyarrow.parquet.read_table(out / SCORES, columns=["score"], filters=competed)["score"].to_numpy()
     scores = scores[np.isfinite(scores)]
     return f"higher than {(scores < row['score']).mean():.1%} of the {len(scores):,} records it competed with"
 
 
 def _threshold(out: Path, row: dict[str, Any]) -> list[str]:
     """The threshold of its domain and length bucket, if it has one."""
-    with _reading(out / AUDIT_JSON):
+    with reading(out / AUDIT_JSON, _ADVICE):
         domains = read_json(out / AUDIT_JSON)["thresholds"]["domains"]
         buckets = domains.get(row["domain"], {}).get("buckets", [])
     if not 0 <= row["bucket"] < len(buckets):
@@ -74,13 +71,3 @@ def _threshold(out: Path, row: dict[str, Any]) -> list[str]:
         return ["none of these was kept"]
     among = f" with {bucket['length']:,} scored bytes or more" if len(buckets) > 1 else ""
     return [f"threshold {bucket['score']:.4f} for records of its domain{among}"]
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Raise `DataError` where the file is damaged."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # pyarrow's are of these
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise DataError(f"{path} cannot be read ({reason}): filter again with the same out to rewrite it") from None

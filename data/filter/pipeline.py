@@ -19,18 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from core.files import sha256_file, sha256_text
+from core.files import remove_tree, sha256_file, sha256_text
 from data.files import find_files
 from data.filter.audit.statistics import OTHER
 from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
 from data.filter.input.readers import InputPart, MalformedRecord, json_keys
 from data.filter.input.records import Reason, Record
-from data.filter.score.factory import Models, models_of
+from data.filter.score.factory import Models, check_models
 from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer
 from data.filter.screen.contamination import EvaluationSets
-from data.filter.screen.duplicates import Copy, Signatures, find_duplicates, signatures
+from data.filter.screen.duplicates import PLACES, Copy, Signatures, find_duplicates, signatures
 from data.filter.screen.gates import Gates
-from data.filter.select.selection import REASONS, ShardScores, check_names, noise_threshold, select
+from data.filter.select.selection import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import StageStore, Workers, barrier, local_items
 from data.sampling import key_of
 
@@ -90,18 +90,23 @@ class Filter:
     def run(self) -> None:
         """Run all stages, skipping shards that exist."""
         with barrier(self.workers):  # before the input is read, which may take hours
-            try:
-                gates = Gates(self.rules.gates)
-            except ConfigError as error:
-                raise error.under("gates") from None
+            gates = Gates(self.rules.gates)
             sets = EvaluationSets(self.rules.contamination)
         self._ingest()
         with barrier(self.workers):
-            if self.rules.select.domains or self.rules.select.protect:
-                check_names(self.domains, self.rules)
+            self._check_names()
         self._screen(gates, sets)
         self._score()
         self._decide()
+
+    def _check_names(self) -> None:
+        for key, names in (
+            ("select.domains", self.rules.select.domains),
+            ("select.protect", self.rules.select.protect),
+        ):
+            for name in names:
+                if name not in self.domains:
+                    raise ConfigError(key, name, "no record is of this domain", self.domains[:8])
 
     # -- ingest
 
@@ -122,7 +127,9 @@ class Filter:
                 self._check_unique_ids(shards)
         except ConfigError:
             if self.workers.rank == 0:
-                stage.remove()  # otherwise a rerun with the key corrected would be rejected as a changed input
+                remove_tree(
+                    stage.directory
+                )  # otherwise a rerun with the key corrected would be rejected as a changed input
             raise
         stage.close(shards, self.workers)
         self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
@@ -137,8 +144,7 @@ class Filter:
             if self.rules.on_error is OnError.fail:
                 for record in batch:
                     if isinstance(record, MalformedRecord):
-                        advice = ["on_error=drop, which counts such records"]
-                        raise ConfigError("input", record.source, f"cannot be read: {record.reason}", advice)
+                        raise record.error
             name = f"{number:05d}-{len(shards):06d}"
             stage.write(name, _records_table(batch))
             shards[name] = len(batch)
@@ -195,23 +201,26 @@ class Filter:
         def screen(shard: str) -> Any:
             problems, records = self._problems(shard), self.rows(shard)
             malformed = Reason.protected if self.rules.on_error is OnError.keep else Reason.malformed
-            found = [
+            screened = [
                 (malformed, problem) if problem is not None else _screened(record, gates, sets)
                 for record, problem in zip(records, problems, strict=True)
             ]
-            reasons = [None if reason is None else reason.name for reason, _ in found]
+            reasons = [None if reason is None else reason.name for reason, _ in screened]
             texts = [record.text for record in records]
+            found = signatures(texts)
             sizes = [len(text.encode()) for text in texts]
             counts = self.job.count_tokens(texts) if self.job.count_tokens else sizes
             self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(records):,} dropped")
             return _table(
                 reason=reasons,
-                detail=[detail for _, detail in found],
+                detail=[detail for _, detail in screened],
                 tokens=np.asarray(counts, np.int64),
                 bytes=np.asarray(sizes, np.int64),
                 scored_bytes=np.asarray([len(record.answer.encode()) for record in records], np.int64),
                 tie=np.asarray([key_of(self.rules.seed, record.id) for record in records], np.uint64),
-                **_signature_columns(signatures(texts)),
+                exact=[row.tobytes() for row in found.exact_N2],
+                near=[row.tobytes() for row in found.near_NP],
+                near_possible=found.near_possible_N,
             )
 
         self.screened.open(self.workers)
@@ -317,22 +326,12 @@ class Filter:
         return {"score": score} | {OTHER + name: found for name, found in others.items()}
 
     def _fit(self) -> None:
-        if not self._is_fitted:
-            self._check_unseen()
-            self.job.scorer.fit(self.passed)
-            self._is_fitted = True
-
-    def _check_unseen(self) -> None:
-        """Reject models that were trained on these records: memorised text looks easy."""
-        if self.job.models is None:
+        if self._is_fitted:
             return
-        for key, name in models_of(self.rules.scorer):
-            try:
-                warning = self.job.models.check_unseen(name, self.passed())
-            except ConfigError as error:
-                raise error.under(key) from None
-            if warning is not None:
-                self.job.report(f"warning: {key}: {warning}")
+        if self.job.models is not None:
+            check_models(self.job.models, self.rules.scorer, self.passed, self.job.report)
+        self.job.scorer.fit(self.passed)
+        self._is_fitted = True
 
     # -- decide
 
@@ -351,18 +350,17 @@ class Filter:
         scored = self.scored.read(shard, ["score", "reason"])
         screened = self.screened.read(shard, ["tokens", "scored_bytes", "tie"])
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
-        columns = {name: screened[name].to_numpy()[places] for name in ("tokens", "scored_bytes", "tie")}
+        tokens, length, ties = (screened[name].to_numpy()[places] for name in ("tokens", "scored_bytes", "tie"))
         known = pyarrow.array(self.domains, pyarrow.string())
         # malformed records are of no known domain (null); 0 does no harm, since they have no score
         domain = pyarrow.compute.index_in(self.records.read(shard, ["domain"])["domain"], known).fill_null(0)
-        by_tokens = self.rules.unit is KeepUnit.tokens
         scores = ShardScores(
             name=shard,
             score=scored["score"].to_numpy()[places],
             domain=domain.to_numpy().astype(np.int64)[places],
-            length=columns["scored_bytes"],
-            weight=columns["tokens"] if by_tokens else np.ones(len(places), np.int64),
-            hash=columns["tie"],
+            length=length,
+            weight=tokens if self.rules.unit is KeepUnit.tokens else np.ones(len(places), np.int64),
+            hash=ties,
         )
         return scores, places
 
@@ -442,18 +440,6 @@ def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reaso
     return reason, None
 
 
-def _signature_columns(found: Signatures) -> dict[str, Any]:
-    import pyarrow
-
-    def binary(values: NDArray[Any]) -> Any:
-        width = values.shape[1] * values.itemsize
-        return pyarrow.FixedSizeBinaryArray.from_buffers(
-            pyarrow.binary(width), len(values), [None, pyarrow.py_buffer(np.ascontiguousarray(values))]
-        )
-
-    return {"exact": binary(found.exact_N2), "near": binary(found.near_NP), "near_possible": found.near_possible_N}
-
-
 def _signatures(table: Any) -> Signatures:
     """Read the signatures of a shard. Dropped records get a unique exact hash, so that nothing is a copy of them."""
     out = table["reason"].is_valid().to_numpy()
@@ -485,4 +471,5 @@ def _table(**columns: Any) -> Any:
     strings = ("id", "domain", "source", "text", "problem", "reason", "detail", "why")
     types = dict.fromkeys(strings, pyarrow.string())
     types |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
+    types |= {"exact": pyarrow.binary(16), "near": pyarrow.binary(4 * PLACES)}
     return pyarrow.table({name: pyarrow.array(values, types.get(name)) for name, values in columns.items()})

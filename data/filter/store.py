@@ -7,7 +7,6 @@ rejected. Tables are those of `pyarrow`.
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +74,18 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"cannot write {path} ({error.strerror or error}): {_advice(error)}") from None
+
+
+@contextmanager
+def reading(path: Path, advice: str) -> Iterator[None]:
+    """Raise `DataError` with advice if the file is missing or damaged."""
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, pyarrow.ArrowException) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise DataError(f"{path} cannot be read ({reason}): {advice}") from None
 
 
 def _advice(error: OSError) -> str:
@@ -161,25 +172,15 @@ class StageStore:
 
     def read(self, name: str, columns: list[str] | None = None) -> Any:
         """Read a shard's table. Raises `DataError` if it is damaged."""
-        import pyarrow
         import pyarrow.parquet
 
-        try:
+        with reading(self.path(name), "remove it and run again"):
             return pyarrow.parquet.read_table(self.path(name), columns=columns)
-        except (OSError, pyarrow.ArrowException) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise DataError(f"{self.path(name)} cannot be read ({reason}): remove it and run again") from None
 
     def read_json(self, name: str) -> Any:
         """Raises `DataError` if the file is damaged."""
-        path = self.directory / name
-        try:
-            return read_json(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read ({error}): remove {self.directory} and run again") from None
-
-    def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        with reading(self.directory / name, f"remove {self.directory} and run again"):
+            return read_json(self.directory / name)
 
     def close(self, shards: dict[str, int], workers: Workers) -> None:
         """Write the manifest: all shards exist. `shards`: rows of each."""

@@ -29,12 +29,12 @@ from core.files import read_json, write_json
 from data.config import TokenizerConfig, TokenizerKind
 from data.filter.audit.findings import summary
 from data.filter.audit.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
-from data.filter.config import FilterRules
+from data.filter.config import FilterRules, under
 from data.filter.explain import explain
-from data.filter.input.readers import InputConfig, RecordMaker, clean_records, input_parts
+from data.filter.input.readers import InputConfig, clean_records, input_parts
 from data.filter.input.records import Record
 from data.filter.pipeline import Filter, FilterJob
-from data.filter.score.factory import make_scorer, models_of
+from data.filter.score.factory import check_models, make_scorer
 from data.filter.score.scorer import Scorer
 from data.filter.select.lines import COUNTS, LineFilter, check_rules
 from data.filter.store import OneWorker, Workers, barrier
@@ -152,17 +152,11 @@ def _stream(config: FilterConfig, out: Path) -> int:
     """Filter standard input until it ends, then print the counts."""
 
     def check(records: Sequence[Record]) -> None:
-        for key, name in models_of(config.scorer):
-            try:
-                warning = MODELS.check_unseen(name, records)
-            except ConfigError as error:
-                raise error.under(key) from None
-            if warning is not None:
-                print(f"warning: {key}: {warning}")
+        check_models(MODELS, config.scorer, lambda: records, print)
 
     clean = clean_records(config.select.clean, config.lines()) if config.select.clean else ()
-    make, count_tokens = RecordMaker(config.lines()), _count_tokens(_tokenizer(config))
-    done = LineFilter(make, config.rules(), _scorer(config, out), count_tokens, clean, check)
+    count_tokens = _count_tokens(_tokenizer(config))
+    done = LineFilter(config.lines(), config.rules(), _scorer(config, out), count_tokens, clean, check)
     done.run(sys.stdin.buffer, out)
     counts = done.counts()
     rate = "nothing was scored" if counts["rate"] is None else f"{counts['rate']:.2%} of the {counts['unit']} scored"
@@ -196,10 +190,8 @@ def _override(value: Any) -> str:
 
 
 def _scorer(config: FilterConfig, out: Path) -> Scorer:
-    try:
+    with under("scorer"):
         return make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed)
-    except ConfigError as error:
-        raise error.under("scorer") from None
 
 
 def _count_tokens(tokenizer: Tokenizer | None) -> Callable[[Sequence[str]], Sequence[int]] | None:

@@ -48,7 +48,8 @@ def keep_audit(source: Path, directory: Path, *others: str) -> None:
 def audit_of(done: Filter, what: str) -> dict[str, Any]:
     """Compute the figures. Raises `DataError` where the records read and the records decided do not add up."""
     thresholds = done.decided.read_json(THRESHOLDS)
-    audit = Audit(done.rules, done.job.scorer, done.records.shards, thresholds, what, done.tokens)
+    documents = sum(done.records.shards.values())
+    audit = Audit(done.rules, done.job.scorer, thresholds, what, documents, done.tokens)
     for shard, table in _tables(done):
         audit.add(shard, table.rename_columns({"length": "bytes"}))
     return audit.finish(done.text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,14 @@ def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
     pictures: dict[str, bytes] = {}
     if scores["overall"]:
         limits = [] if len(domains) > 1 else thresholds(audit, next(iter(domains), None))
-        drawing = _histogram(scores["overall"], edges, limits, audit["scorer"]["measures"])
+        drawing = partial(_histogram, scores["overall"], edges, limits, audit["scorer"]["measures"])
         pictures["scores"] = picture(_WIDE_INCHES, drawing, ink)
         for place, (name, histogram) in enumerate(domains.items() if len(domains) > 1 else ()):
-            drawing = _histogram(histogram, edges, thresholds(audit, name), "score")
+            drawing = partial(_histogram, histogram, edges, thresholds(audit, name), "score")
             pictures[f"scores_{place}"] = picture(_NARROW_INCHES, drawing, ink)
     if audit["length"]["picture"]:
-        pictures["length"] = picture(_WIDE_INCHES, _score_by_length(audit["length"]["picture"]), ink, panels=2)
+        drawing = partial(_score_by_length, audit["length"]["picture"])
+        pictures["length"] = picture(_WIDE_INCHES, drawing, ink, panels=2)
     return pictures
 
 
@@ -56,56 +58,49 @@ def picture(
         return png(made, transparent=transparent)
 
 
-def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float], label: str) -> Callable[[Any], None]:
-    def drawing(axes: Any) -> None:
-        from matplotlib.ticker import MaxNLocator
+def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float], label: str, axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
 
-        documents, kept = np.array(histogram["documents"]), np.array(histogram["kept"])
-        axes.stairs(kept, edges, fill=True, color=KEPT, label="kept")
-        axes.stairs(documents, edges, baseline=kept, fill=True, color=DROPPED, label="dropped")
-        shown = [limit for limit in limits if edges[0] <= limit <= edges[-1]]
-        if shown:  # marks above the bars: up to 64 lines would hide them
-            ink, what = axes.xaxis.label.get_color(), "threshold" if len(shown) == 1 else "thresholds by length"
-            style: dict[str, Any] = {"color": ink, "markersize": 5, "clip_on": False, "label": what}
-            axes.plot(shown, [1.0] * len(shown), "v", transform=axes.get_xaxis_transform(), **style)
-        axes.set_xlim(edges[0], edges[-1])
-        axes.set_ylim(0, documents.max() * 1.08 or 1)
-        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlabel(textwrap.fill(label, 110), parse_math=False)
-        axes.set_ylabel("documents")
-        axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1.01), borderaxespad=0.2)
-
-    return drawing
+    documents, kept = np.array(histogram["documents"]), np.array(histogram["kept"])
+    axes.stairs(kept, edges, fill=True, color=KEPT, label="kept")
+    axes.stairs(documents, edges, baseline=kept, fill=True, color=DROPPED, label="dropped")
+    shown = [limit for limit in limits if edges[0] <= limit <= edges[-1]]
+    if shown:  # marks above the bars: up to 64 lines would hide them
+        ink, what = axes.xaxis.label.get_color(), "threshold" if len(shown) == 1 else "thresholds by length"
+        style: dict[str, Any] = {"color": ink, "markersize": 5, "clip_on": False, "label": what}
+        axes.plot(shown, [1.0] * len(shown), "v", transform=axes.get_xaxis_transform(), **style)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, documents.max() * 1.08 or 1)
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel(textwrap.fill(label, 110), parse_math=False)
+    axes.set_ylabel("documents")
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1.01), borderaxespad=0.2)
 
 
-def _score_by_length(figures: dict[str, Any]) -> Callable[[Any], None]:
+def _score_by_length(figures: dict[str, Any], panels: Any) -> None:
     """Two maps: the number of records, and the share of them that was kept."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
-    def drawing(panels: Any) -> None:
-        from matplotlib import colormaps
-        from matplotlib.colors import LinearSegmentedColormap, LogNorm
-        from matplotlib.ticker import EngFormatter, NullFormatter
-
-        documents, kept = np.array(figures["documents"]), np.array(figures["kept"])
-        present = np.ma.masked_less(documents, 1)
-        # without the ends of the scale, which vanish on white or on black
-        middle = LinearSegmentedColormap.from_list("middle", colormaps["cividis"](np.linspace(0.15, 0.95, 256)))
-        sides = LinearSegmentedColormap.from_list("sides", [DROPPED, "#b9b9b9", KEPT])
-        maps: list[tuple[Any, Any, dict[str, Any], str]] = [
-            (present, middle, {"norm": LogNorm(1, max(2, documents.max()))}, "records in the sample"),
-            (kept / present, sides, {"vmin": 0, "vmax": 1}, "share kept"),
-        ]
-        for axes, (values, colours, scale, label) in zip(panels, maps, strict=True):
-            image = axes.pcolormesh(figures["bytes_edges"], figures["score_edges"], values, cmap=colours, **scale)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(EngFormatter("B"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_xlabel("length")
-            axes.set_ylabel("score")
-            bar = axes.figure.colorbar(image, ax=axes, label=label)
-            bar.outline.set_edgecolor(axes.xaxis.label.get_color())
-            bar.ax.yaxis.set_major_formatter("{x:,g}")
-            bar.ax.yaxis.set_minor_formatter("{x:,g}")
-
-    return drawing
+    documents, kept = np.array(figures["documents"]), np.array(figures["kept"])
+    present = np.ma.masked_less(documents, 1)
+    # without the ends of the scale, which vanish on white or on black
+    middle = LinearSegmentedColormap.from_list("middle", colormaps["cividis"](np.linspace(0.15, 0.95, 256)))
+    sides = LinearSegmentedColormap.from_list("sides", [DROPPED, "#b9b9b9", KEPT])
+    maps: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (present, middle, {"norm": LogNorm(1, max(2, documents.max()))}, "records in the sample"),
+        (kept / present, sides, {"vmin": 0, "vmax": 1}, "share kept"),
+    ]
+    for axes, (values, colours, scale, label) in zip(panels, maps, strict=True):
+        image = axes.pcolormesh(figures["bytes_edges"], figures["score_edges"], values, cmap=colours, **scale)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter("B"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("length")
+        axes.set_ylabel("score")
+        bar = axes.figure.colorbar(image, ax=axes, label=label)
+        bar.outline.set_edgecolor(axes.xaxis.label.get_color())
+        bar.ax.yaxis.set_major_formatter("{x:,g}")
+        bar.ax.yaxis.set_minor_formatter("{x:,g}")

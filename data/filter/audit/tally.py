@@ -39,13 +39,8 @@ class Tally:
         self._table = renamed.select([*self._keys, *self._values])
 
     def table(self) -> Any:
-        """The sums, sorted by key; None where nothing was added."""
-        rows = self._table
-        return rows.sort_by([(name, "ascending") for name in self._keys]) if rows is not None and len(rows) else None
-
-    def rows(self) -> list[dict[str, Any]]:
-        table = self.table()
-        return [] if table is None else list(table.to_pylist())
+        """The sums, sorted by key."""
+        return self._table.sort_by([(name, "ascending") for name in self._keys])
 
 
 def first_of_each(table: Any, groups: Sequence[str], order: Sequence[tuple[str, str]], count: int) -> Any:

@@ -27,6 +27,7 @@ from data.files import (
     read_rows,
     stream_dataset,
 )
+from data.filter.config import under
 from data.filter.input.records import Record
 
 ASSISTANT = "assistant"
@@ -71,10 +72,6 @@ class InputConfig:
             raise ConfigError("template", self.template, "needs {prompt} and, after it, {response}")
 
 
-class RecordError(Exception):
-    """A row is not a record; the message says why."""
-
-
 @dataclass(frozen=True)
 class MalformedRecord:
     """A row that is not a record. `raw`: its bytes, for `on_error=keep`."""
@@ -83,6 +80,12 @@ class MalformedRecord:
     source: str
     reason: str
     raw: bytes | None = None
+
+    @property
+    def error(self) -> ConfigError:
+        """The error of `on_error=fail`."""
+        advice = ["on_error=drop, which counts such records"]
+        return ConfigError("input", self.source, f"cannot be read: {self.reason}", advice)
 
 
 class InputPart(Protocol):
@@ -104,24 +107,20 @@ class InputPart(Protocol):
 
 def input_parts(config: InputConfig) -> list[RecordPart]:
     """List the parts of an input in a fixed order. Raises `ConfigError` if there is nothing to read."""
-    make = RecordMaker(config)
     if config.dataset is not None:
-        return [RecordPart(config.dataset, make)]
-    try:
-        return [RecordPart(name, make, path) for name, path in find_files(str(config.input))]
-    except ConfigError as error:
-        raise error.under("input") from None
+        return [RecordPart(config.dataset, config)]
+    with under("input"):
+        return [RecordPart(name, config, path) for name, path in find_files(str(config.input))]
 
 
 def clean_records(path: str, config: InputConfig) -> list[Record]:
     """Read reference text: files in the form of the input, or plain text. Raises `ConfigError` for other content."""
     config = replace(config, input=path, dataset=None, id_key=None, domain_key=None)
-    plain_text = RecordMaker(InputConfig(input=path))
     found: list[Record] = []
     try:
         for part in input_parts(config):
             if part.path and file_format(part.path) is FileFormat.text:
-                part = replace(part, make=plain_text)
+                part = replace(part, config=InputConfig(input=path))
             for record in part.records():
                 if isinstance(record, MalformedRecord):
                     raise ConfigError("input", record.source, f"cannot be read: {record.reason}")
@@ -133,51 +132,54 @@ def clean_records(path: str, config: InputConfig) -> list[Record]:
     return found
 
 
-@dataclass(frozen=True)
-class RecordMaker:
-    """Make a `Record` of one row of an input."""
+def read_record(config: InputConfig, row: Any, place: str) -> Record | MalformedRecord:
+    """Make a record of a row of an input: a line of JSON as bytes, or a dictionary."""
+    try:
+        line = row.decode() if isinstance(row, bytes) else None
+        return _record(config, row if line is None else json.loads(line), place, line)
+    except (ValueError, RecursionError) as error:
+        raw = row if isinstance(row, bytes) else _line(row, place).encode()
+        return MalformedRecord(place, place, str(error)[:_SHOWN], raw)
 
-    config: InputConfig
 
-    def __call__(self, row: Any, place: str, raw: str | None = None) -> Record:
-        """Raises `RecordError` if the row lacks what the configuration names."""
-        if not isinstance(row, dict):
-            raise RecordError("not an object with keys and values")
-        text, answer_start = self._text(row)
-        config = self.config
-        name = place if config.id_key is None else str(_get(row, config.id_key, str, int))
-        domain = "all" if config.domain_key is None else str(_get(row, config.domain_key, str, int))
-        try:
-            "".join((name, domain, text)).encode()
-        except UnicodeEncodeError:  # JSON may escape one half of a surrogate pair: no encoding has bytes for it
-            raise RecordError("holds half of a surrogate pair, which is not text") from None
-        return Record(name, domain, place, text, answer_start, _line(row, place) if raw is None else raw)
+def _record(config: InputConfig, row: Any, place: str, line: str | None) -> Record:
+    """Raises `ValueError` if the row lacks what the configuration names."""
+    if not isinstance(row, dict):
+        raise ValueError("not an object with keys and values")
+    text, answer_start = _text(config, row)
+    name = place if config.id_key is None else str(_get(row, config.id_key, str, int))
+    domain = "all" if config.domain_key is None else str(_get(row, config.domain_key, str, int))
+    try:
+        "".join((name, domain, text)).encode()
+    except UnicodeEncodeError:  # JSON may escape one half of a surrogate pair: no encoding has bytes for it
+        raise ValueError("holds half of a surrogate pair, which is not text") from None
+    return Record(name, domain, place, text, answer_start, _line(row, place) if line is None else line)
 
-    def _text(self, row: dict[str, Any]) -> tuple[str, int | None]:
-        config = self.config
-        if config.messages_key is not None:
-            return _chat(_get(row, config.messages_key, list))
-        if config.prompt_key is None or config.response_key is None:
-            return _get(row, config.text_key, str), None
-        prompt, response = (_get(row, key, str) for key in (config.prompt_key, config.response_key))
-        if not prompt.strip():  # the template's own words are not a prompt
-            return response, 0
-        before, _, after = config.template.partition("{response}")
-        before = before.replace("{prompt}", prompt)
-        return before + response + after, len(before)
+
+def _text(config: InputConfig, row: dict[str, Any]) -> tuple[str, int | None]:
+    """Return the text of a row, and where its response begins."""
+    if config.messages_key is not None:
+        return _chat(_get(row, config.messages_key, list))
+    if config.prompt_key is None or config.response_key is None:
+        return _get(row, config.text_key, str), None
+    prompt, response = (_get(row, key, str) for key in (config.prompt_key, config.response_key))
+    if not prompt.strip():  # the template's own words are not a prompt
+        return response, 0
+    before, _, after = config.template.partition("{response}")
+    before = before.replace("{prompt}", prompt)
+    return before + response + after, len(before)
 
 
 def _line(row: dict[str, Any], place: str) -> str:
     """Write a row of columns as a line of JSON. Raises `ConfigError` with the column that JSON cannot hold."""
-    column = ""
-    try:
-        found = {}
-        for column, value in row.items():
+    found = {}
+    for column, value in row.items():
+        try:
             found[column] = _for_json(value)
-        return json.dumps(found, ensure_ascii=False)
-    except TypeError as error:
-        reason = f"the column {column!r} holds {error}, which JSON cannot hold: drop that column"
-        raise ConfigError("input", place, reason) from None
+        except TypeError as error:
+            reason = f"the column {column!r} holds {error}, which JSON cannot hold: drop that column"
+            raise ConfigError("input", place, reason) from None
+    return json.dumps(found, ensure_ascii=False)
 
 
 def _for_json(value: Any) -> Any:
@@ -207,7 +209,7 @@ def _chat(messages: list[Any]) -> tuple[str, int]:
     text, answer_start, end, said, has_prompt = "", None, 0, False, False
     for message in messages:
         if not isinstance(message, dict):
-            raise RecordError("a message is not an object with role and content")
+            raise ValueError("a message is not an object with role and content")
         role, content = (_get(message, key, str) for key in ("role", "content"))
         text += f"{role}:\n"
         if role == ASSISTANT:
@@ -215,7 +217,7 @@ def _chat(messages: list[Any]) -> tuple[str, int]:
         text += f"{content}\n\n"
         said = said or bool(content.strip())
     if answer_start is None:
-        raise RecordError("no message of the assistant")
+        raise ValueError("no message of the assistant")
     return (text[:end], answer_start) if has_prompt else (text[answer_start:end], 0)
 
 
@@ -230,11 +232,11 @@ def json_keys(raw: bytes | None) -> list[str]:
 
 def _get(row: dict[str, Any], key: str, *kinds: type) -> Any:
     if key not in row:
-        raise RecordError(f"no {key!r}; it has {', '.join(map(repr, row))}")
+        raise ValueError(f"no {key!r}; it has {', '.join(map(repr, row))}")
     value = row[key]
     if not isinstance(value, kinds) or isinstance(value, bool):
         kind = "null" if value is None else type(value).__name__
-        raise RecordError(f"{key!r} is {kind}, not {' or '.join(kind.__name__ for kind in kinds)}")
+        raise ValueError(f"{key!r} is {kind}, not {' or '.join(kind.__name__ for kind in kinds)}")
     return value
 
 
@@ -243,36 +245,28 @@ class RecordPart:
     """The records of a file (`path`), or of a data set of the `datasets` library."""
 
     name: str
-    make: RecordMaker
+    config: InputConfig
     path: Path | None = None
 
     @property
     def fingerprint(self) -> str:
-        config = self.make.config
         if self.path is None:
-            return dataset_fingerprint(self.name, config.subset, config.split)
+            return dataset_fingerprint(self.name, self.config.subset, self.config.split)
         return sha256_text(self.name, sha256_file(self.path))
 
     @property
     def keys(self) -> dict[str, str | None]:
-        return {key: getattr(self.make.config, key) for key in RECORD_KEYS}
+        return {key: getattr(self.config, key) for key in RECORD_KEYS}
 
     def records(self) -> Iterator[Record | MalformedRecord]:
+        rows: Iterator[tuple[int, Any]]
+        if self.path is None:
+            rows = enumerate(stream_dataset(self.name, self.config.subset, self.config.split))
+        else:
+            rows = read_rows(self.path, errors="replace")
         try:
-            for number, row in self._rows():
-                place = f"{self.name}:{number}"
-                try:
-                    line = row.decode() if isinstance(row, bytes) else None
-                    yield self.make(row if line is None else json.loads(line), place, line)
-                except (RecordError, ValueError, RecursionError) as error:
-                    raw = row if isinstance(row, bytes) else _line(row, place).encode()
-                    yield MalformedRecord(place, place, str(error)[:_SHOWN], raw)
+            for number, row in rows:
+                yield read_record(self.config, row, f"{self.name}:{number}")
         except UnreadableFile as error:
             key, value = ("dataset", self.name) if self.path is None else ("input", str(self.path))
             raise ConfigError(key, value, f"cannot be read: {error}") from None
-
-    def _rows(self) -> Iterator[tuple[int, Any]]:
-        config = self.make.config
-        if self.path is None:
-            return enumerate(stream_dataset(self.name, config.subset, config.split))
-        return read_rows(self.path, errors="replace")

@@ -38,8 +38,8 @@ class RetriesExhausted(Exception):
 class Endpoint:
     """`url` is the base, with `/v1`. The key is read from the environment variable `key_variable`; without one,
     requests carry none, as local servers expect. The key appears in no message and no file. A request ends after
-    `timeout_s` in all cases. It is repeated up to `retries` times, after `first_wait_s`, twice that and so on with
-    jitter, or after the server's `Retry-After`.
+    `timeout_s` in all cases. It is repeated up to `retries` times, after 1 s, 2 s and so on with jitter, or after the
+    server's `Retry-After`.
 
     Thread-safe. `concurrency` is the number of connections.
     """
@@ -52,13 +52,13 @@ class Endpoint:
         timeout_s: float = 60.0,
         retries: int = 5,
         concurrency: int = 8,
-        first_wait_s: float = 1.0,
         pause: Callable[[float], object] | None = None,
     ) -> None:
         self.model, self.key_variable = model, key_variable
-        self.timeout_s, self.retries, self.first_wait_s = timeout_s, retries, first_wait_s
-        self._stopped = threading.Event()
-        self._pause = self._stopped.wait if pause is None else pause
+        self.timeout_s, self.retries = timeout_s, retries
+        self.stopped = threading.Event()
+        """Once set, no request is repeated and all waits for a retry end."""
+        self._pause = self.stopped.wait if pause is None else pause
         self._address, self.shown = _address(url)
         self._key = os.environ.get(key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
@@ -66,10 +66,6 @@ class Endpoint:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self._client = httpx.Client(headers=headers, timeout=timeout_s, limits=limits)
-
-    def stop(self) -> None:
-        """End all waits for a retry."""
-        self._stopped.set()
 
     def complete(self, content: str, **options: Any) -> str:
         """Return the model's answer to one user message. `options` go into the request (`temperature`, `seed`).
@@ -80,7 +76,7 @@ class Endpoint:
         body = json.dumps({"model": self.model, "messages": messages, **options}).encode()
         failure = ""
         for attempt in range(self.retries + 1):
-            if self._stopped.is_set():
+            if self.stopped.is_set():
                 raise RetriesExhausted("stopped")
             wait_s = None
             try:
@@ -132,7 +128,7 @@ class Endpoint:
     def _backoff_s(self, body: bytes, attempt: int) -> float:
         """Exponential, times 0.5 to 1 by a hash of the request: waits differ, but are the same in every run."""
         jitter = int(sha256_text(body.hex(), str(attempt))[:8], 16) / 2**32
-        return min(self.first_wait_s * 2**attempt, LONGEST_BACKOFF_S) * (0.5 + jitter / 2)
+        return min(2.0**attempt, LONGEST_BACKOFF_S) * (0.5 + jitter / 2)
 
     def _redacted(self, text: str) -> str:
         """Remove the key, since servers may echo what they were sent."""

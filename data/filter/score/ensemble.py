@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError
 from core.files import sha256_text
 from data.filter.input.records import Record
 from data.filter.score.baselines import LengthScorer, RandomScorer
@@ -38,8 +37,6 @@ class EnsembleScorer(Scorer):
     name = "ensemble"
 
     def __init__(self, members: Sequence[Scorer], sample: int = _SAMPLE) -> None:
-        if len(members) < 2:
-            raise ConfigError("members", None, "an ensemble needs two scorers or more")
         self.members, self.sample = tuple(members), sample
         self.measures = "mean rank in [0, 1] under " + "; ".join(f"{one.name} ({one.measures})" for one in members)
         hard = all(member.direction is Direction.hard for member in members)

@@ -82,16 +82,12 @@ def parse_difficulty(answer: str) -> int:
     strings, fractions and several objects are not interpreted.
     """
     try:
-        pairs = json.loads(answer, object_pairs_hook=_Pairs)
+        pairs = json.loads(answer, object_pairs_hook=tuple)  # a dictionary would hide duplicate names
     except (ValueError, RecursionError):
         raise UnusableAnswer(f"not JSON: {answer[:80]!r}") from None
-    if not isinstance(pairs, _Pairs) or [name for name, _ in pairs] != ["difficulty"]:
+    if not isinstance(pairs, tuple) or [name for name, _ in pairs] != ["difficulty"]:
         raise UnusableAnswer(f'not {{"difficulty": N}}: {answer[:80]!r}')
     value: Any = pairs[0][1]
     if type(value) is not int or not 1 <= value <= 5:  # True is an int to Python
         raise UnusableAnswer(f"not an integer from 1 to 5: {answer[:80]!r}")
     return value
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """The pairs of a JSON object. A dictionary would hide duplicate names."""

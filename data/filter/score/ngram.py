@@ -70,23 +70,21 @@ class NgramScorer(Scorer):
         if not self._models:
             raise ValueError("fit comes before score")
         scores = np.full(len(records), np.nan)
-        folds = [fold(record) for record in records]
+        folds = np.array([fold(record) for record in records], int)
         for side in range(FOLDS):
             model = self._models[(side + 1) % FOLDS]
-            places = [place for place, found in enumerate(folds) if found == side]
-            for batch in _batches(records, places):
+            places = np.flatnonzero(folds == side)
+            ends = np.cumsum([len(records[place].text) for place in places.tolist()])
+            for batch in np.split(places, np.flatnonzero(np.diff(ends // _SCORED_AT_ONCE)) + 1):
                 scores[batch] = self._score(model, [records[place] for place in batch])
         return scores
 
     def _score(self, model: NgramModel, records: list[Record]) -> list[float]:
         contexts = [_bytes(record.prompt[-self.order :]) for record in records]
         answers = [_bytes(record.answer) for record in records]
-        losses = model.losses(contexts, answers)
-        ends = np.cumsum([len(answer) for answer in answers])
-        return [
-            hardest_mean(losses[end - len(answer) : end], self.window) / _FIXED_POINT
-            for answer, end in zip(answers, ends, strict=True)
-        ]
+        ends = np.cumsum([len(answer) for answer in answers], dtype=int)
+        parts = np.split(model.losses(contexts, answers), ends[:-1])
+        return [hardest_mean(losses, self.window) / _FIXED_POINT for losses in parts]
 
 
 class NgramModel:
@@ -100,15 +98,9 @@ class NgramModel:
 
     def __init__(self, order: int, texts: Sequence[bytes]) -> None:
         self.order = order
-        codes = _codes(order, [b""] * len(texts), texts)
-        codes.sort()
-        distinct, counts = _runs(codes)
-        tables = []
-        for k in range(order, 0, -1):
-            tables.append((distinct, counts))
-            shorter = distinct & _mask(k - 1)
-            shorter.sort()
-            distinct, counts = _runs(shorter)
+        tables = [np.unique(_codes(order, [b""] * len(texts), texts), return_counts=True)]
+        for k in range(order - 1, 0, -1):
+            tables.append(np.unique(tables[-1][0] & _mask(k), return_counts=True))
         self._levels: list[_Level] = []
         for distinct, counts in reversed(tables):
             self._levels.append(self._level(distinct, counts))
@@ -123,15 +115,12 @@ class NgramModel:
         """Build the next higher order from its n-grams and the orders below it."""
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
         discount = min(max(once / max(once + 2 * twice, 1), 0.1), 0.9)  # no estimate from tiny data
-        contexts = codes >> np.uint64(8)
-        starts = np.flatnonzero(np.concatenate([np.ones(min(len(codes), 1), bool), contexts[1:] != contexts[:-1]]))
-        followers = np.diff(np.append(starts, len(codes)))
-        totals = np.add.reduceat(counts, starts) if len(starts) else counts
+        contexts, group, followers = np.unique(codes >> np.uint64(8), return_inverse=True, return_counts=True)
+        totals = np.bincount(group, counts)
         backoff = discount * followers / totals
         shorter = np.exp(-self._look_up(codes & _mask(len(self._levels))) / _FIXED_POINT)
-        group = np.repeat(np.arange(len(starts)), followers)
         p = (counts - discount) / totals[group] + backoff[group] * shorter
-        return _Level(codes, _fixed(p), contexts[starts], _fixed(backoff))
+        return _Level(codes, _fixed(p), contexts, _fixed(backoff))
 
     def _look_up(self, codes: Codes) -> NDArray[np.int32]:
         """Fixed-point loss of the last byte of each code, whose length is the number of levels.
@@ -216,32 +205,13 @@ def _codes(order: int, contexts: Sequence[bytes], texts: Sequence[bytes]) -> Cod
     return codes[np.concatenate(is_text)]
 
 
-def _runs(codes: Codes) -> tuple[Codes, NDArray[np.int64]]:
-    """Distinct values of a sorted array and their counts."""
-    starts = np.flatnonzero(np.concatenate([np.ones(min(len(codes), 1), bool), codes[1:] != codes[:-1]]))
-    return codes[starts], np.diff(np.append(starts, len(codes)))
-
-
 def _find(table: Codes, codes: Codes) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The place of each code in the sorted table, and whether the table has it."""
     place = np.searchsorted(table, codes)
     if not len(table):
         return place, np.zeros(len(codes), bool)
-    place[place == len(table)] = 0
-    return place, table[place] == codes
+    return place, table.take(place, mode="clip") == codes
 
 
 def _fixed(p: NDArray[np.float64]) -> NDArray[np.int32]:
     return np.round(-np.log(p) * _FIXED_POINT).astype(np.int32)
-
-
-def _batches(records: Sequence[Record], places: list[int]) -> Iterable[list[int]]:
-    batch, size = [], 0
-    for place in places:
-        batch.append(place)
-        size += len(records[place].text)
-        if size >= _SCORED_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

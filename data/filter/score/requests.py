@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError, DataError, LeviathanError
+from core.errors import DataError, LeviathanError
 from data.filter.config import ScorerConfig
 from data.filter.input.records import Record
 from data.filter.score.endpoint import Endpoint, RetriesExhausted, UnusableAnswer
@@ -41,7 +41,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-class AnswerCache:
+class AnswerCache(dict[str, Any]):
     """Answers by key, as lines of JSON in a directory that any number of processes share.
 
     Each process appends to its own file, so a kill leaves at most one incomplete line, which reading skips. Lines that
@@ -49,8 +49,8 @@ class AnswerCache:
     """
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self.directory = directory
-        self._answers: dict[str, Any] = {}
         self._file: IO[str] | None = None
         self._lock = threading.Lock()
         for path in sorted(directory.glob("*.jsonl")):
@@ -61,13 +61,7 @@ class AnswerCache:
             for line in content.splitlines():
                 with suppress(ValueError, TypeError, KeyError):  # incomplete
                     entry = json.loads(line)
-                    self._answers[entry["key"]] = entry["answer"]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._answers
-
-    def __getitem__(self, key: str) -> Any:
-        return self._answers[key]
+                    self[entry["key"]] = entry["answer"]
 
     def add(self, key: str, answer: Any) -> None:
         """Write an answer to disk, then make it visible. Raises `DataError` where it cannot be written."""
@@ -79,7 +73,7 @@ class AnswerCache:
                 self._file = open(self.directory / name, "w")  # noqa: SIM115 - stays open as long as this object
             self._file.write(line + "\n")
             self._file.flush()
-            self._answers[key] = answer
+            self[key] = answer
 
 
 class CachedEndpoint:
@@ -105,7 +99,7 @@ class CachedEndpoint:
                 found[keys[future]] = answer = future.result()
                 self._check_endpoint(answer)
         except BaseException:
-            self.endpoint.stop()
+            self.endpoint.stopped.set()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -126,7 +120,7 @@ class CachedEndpoint:
             except RetriesExhausted as error:
                 self._first_failure = self._first_failure or error
                 if not self._reached:
-                    self.endpoint.stop()  # at once: no other request could succeed
+                    self.endpoint.stopped.set()  # at once: no other request could succeed
                 return error
             else:
                 self._reached = True
@@ -160,8 +154,7 @@ class EndpointScorer(Scorer):
 
     def __init__(self, config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> None:
         """`pause` replaces the wait before a retry, in tests. Raises `ConfigError` for an invalid URL."""
-        if not config.url or not config.judge:
-            raise ConfigError("judge" if config.url else "url", None, f"the scorer {config.kind_name} requires it")
+        assert config.url and config.judge  # ScorerConfig checks it
         self.model, self.reasons = config.judge, dict[str, str]()
         limits = (config.timeout_s, config.retries, config.concurrency)
         endpoint = Endpoint(config.url, config.judge, config.key_variable, *limits, pause=pause)

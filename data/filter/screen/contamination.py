@@ -41,9 +41,7 @@ class EvaluationSets:
 
 
 def _any_in(wanted_W: NDArray[np.uint64], sorted_N: NDArray[np.uint64]) -> bool:
-    places = np.searchsorted(sorted_N, wanted_W)
-    places[places == len(sorted_N)] = 0
-    return bool((sorted_N[places] == wanted_W).any())
+    return bool((sorted_N.take(np.searchsorted(sorted_N, wanted_W), mode="clip") == wanted_W).any())
 
 
 def _ngrams(name: str, path: str, length: int) -> NDArray[np.uint64]:
@@ -74,9 +72,6 @@ def _strings(value: Any) -> Iterator[str]:
     """Yield every string in nested lists and objects, except keys."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from _strings(inner)

@@ -89,24 +89,21 @@ def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> li
     similarity alone.
     """
     count = sum(len(shard.exact_N2) for shard in shards)
-    reasons: list[Reason | None] = [None] * count
-    groups = _Groups(count)
+    is_exact, groups = np.zeros(count, np.bool_), _Groups(count)
     if count and config.exact:
         for first, second in _exact_copies(np.concatenate([shard.exact_N2 for shard in shards])):
-            reasons[second] = Reason.duplicate
+            is_exact[second] = True
             groups.join(first, second)
     if count and config.near is not None:
         near = np.concatenate([shard.near_NP for shard in shards])
-        rows = np.flatnonzero(np.concatenate([shard.near_possible_N for shard in shards]))
-        rows = rows[[reasons[row] is None for row in rows]]
+        rows = np.flatnonzero(np.concatenate([shard.near_possible_N for shard in shards]) & ~is_exact)
         for first, second in _near_copies(near[rows], config.near):
             groups.join(int(rows[first]), int(rows[second]))
-    for row in range(count):
-        if reasons[row] is None and groups.first(row) != row:
-            reasons[row] = Reason.near_duplicate
-    copies = [None if reason is None else Copy(reason, groups.first(row)) for row, reason in enumerate(reasons)]
-    rest = iter(copies)
-    return [list(islice(rest, len(shard.exact_N2))) for shard in shards]
+    copies = (
+        None if first == row else Copy(Reason.duplicate if is_exact[row] else Reason.near_duplicate, first)
+        for row, first in enumerate(map(groups.first, range(count)))
+    )
+    return [list(islice(copies, len(shard.exact_N2))) for shard in shards]
 
 
 def bands(threshold: float) -> tuple[int, int]:
@@ -139,15 +136,11 @@ class _Groups:
 
 
 def _exact_copies(exact_N2: NDArray[np.uint64]) -> Iterable[tuple[int, int]]:
-    """Yield (first, later) for each record that repeats an earlier one."""
+    """Pairs (first, later) for each record that repeats an earlier one."""
     order = np.lexsort((exact_N2[:, 1], exact_N2[:, 0]))  # stable: equal ones stay in order
-    same = (exact_N2[order][1:] == exact_N2[order][:-1]).all(1)
-    first = 0
-    for place, repeats in enumerate(same.tolist(), start=1):
-        if repeats:
-            yield int(order[first]), int(order[place])
-        else:
-            first = place
+    new = np.r_[True, (exact_N2[order][1:] != exact_N2[order][:-1]).any(1)]
+    first = order[new][np.cumsum(new) - 1]
+    return zip(first[~new].tolist(), order[~new].tolist(), strict=True)
 
 
 def _near_copies(near_NP: NDArray[np.uint32], threshold: float) -> Iterable[tuple[int, int]]:

@@ -71,7 +71,7 @@ class Gates:
     def __init__(self, config: GateConfig) -> None:
         self.config = config
         self._kinds = _kinds_of_characters()
-        self._language = _language_of(config.languages) if config.languages is not None else None
+        self._in_language = (lambda text: True) if config.languages is None else _in_any_of(config.languages)
 
     def __call__(self, record: Record) -> Reason | None:
         config, text = self.config, record.text.strip()
@@ -87,7 +87,8 @@ class Gates:
         if not all(parts):
             return Reason.empty
         found = (self._by_characters(part[:_JUDGED]) for part in parts)
-        return next((reason for reason in found if reason), None) or self._by_language(text)
+        reason = next((reason for reason in found if reason), None)
+        return reason or (None if self._in_language(text) else Reason.language)
 
     def _by_characters(self, text: str) -> Reason | None:
         config, length = self.config, len(text)
@@ -106,11 +107,6 @@ class Gates:
         if config.non_text and order.of_all < _LITTLE_ORDER and restless(kinds):
             return Reason.non_text
         return Reason.scrambled if config.scrambled and shuffled(text, codes, kinds, order) else None
-
-    def _by_language(self, text: str) -> Reason | None:
-        if self._language is None or self.config.languages is None:
-            return None
-        return None if self._language(text) in self.config.languages else Reason.language
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
@@ -231,18 +227,17 @@ def _kinds_of_characters() -> NDArray[np.uint8]:
     return table
 
 
-def _language_of(wanted: list[str]) -> Callable[[str], str]:
-    """Return a function from text to its ISO 639-1 code, by its first 4,000 characters."""
+def _in_any_of(wanted: list[str]) -> Callable[[str], bool]:
+    """Return whether a text is in one of the languages, by its first 4,000 characters."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
-        raise ConfigError("languages", wanted, "needs py3langid: pip install 'leviathan[filter]'") from None
+        raise ConfigError("gates.languages", wanted, "needs py3langid: pip install 'leviathan[filter]'") from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     known = sorted(identifier.labels)
     for language in wanted:
         if language not in known:
             near = difflib.get_close_matches(language.lower(), known, cutoff=0.5) or ["en"]
-            raise ConfigError(
-                "languages", language, "py3langid does not know it; name a two-letter code (ISO 639-1)", near
-            )
-    return lambda text: str(identifier.classify(text[:4000])[0])
+            reason = "py3langid does not know it; name a two-letter code (ISO 639-1)"
+            raise ConfigError("gates.languages", language, reason, near)
+    return lambda text: identifier.classify(text[:4000])[0] in wanted

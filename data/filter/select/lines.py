@@ -8,7 +8,6 @@ scorer that must see all records first.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,13 @@ import numpy as np
 from core.errors import ConfigError
 from core.files import write_json
 from data.filter.config import FilterRules, KeepUnit, OnError, ScorerKind
-from data.filter.input.readers import RecordError, RecordMaker
+from data.filter.input.readers import InputConfig, MalformedRecord, read_record
 from data.filter.input.records import Reason, Record
 from data.filter.score.scorer import Scorer
 from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.gates import Gates
 from data.filter.select.selection import REASONS, ShardScores, noise_threshold
-from data.filter.select.streaming import StreamSelector, check_floor
+from data.filter.select.streaming import StreamSelector
 from data.sampling import key_of
 
 BATCH = 64
@@ -36,17 +35,20 @@ KEPT, COUNTS = "kept.jsonl", "stream.json"
 
 def check_rules(rules: FilterRules) -> None:
     """Raise `ConfigError` for rules that need all records before the first decision."""
-    if rules.scorer.kind in (ScorerKind.ngram, ScorerKind.ensemble):
+    kind = rules.scorer.kind
+    if isinstance(kind, ScorerKind) and kind.traits.reads_all_first:
         reason = "needs all records before it scores the first, and a stream has no end"
-        raise ConfigError("scorer.kind", rules.scorer.kind, reason, ["loss", "judge", "length", "random"])
-    check_floor(rules)
+        raise ConfigError("scorer.kind", kind, reason, ["loss", "judge", "length", "random"])
+    if rules.select.floor:
+        reason = "cannot be applied to a stream, whose number of records is unknown"
+        raise ConfigError("select.floor", rules.select.floor, reason, [0])
 
 
 @dataclass
 class LineFilter:
     """`count_tokens` counts the tokens of each text; None: bytes count as tokens. `clean`: as in `FilterJob`."""
 
-    make: RecordMaker
+    config: InputConfig
     rules: FilterRules
     scorer: Scorer
     count_tokens: Callable[[Sequence[str]], Sequence[int]] | None = None
@@ -59,7 +61,6 @@ class LineFilter:
     """Documents or tokens that were scored, by whether they were kept."""
 
     def __post_init__(self) -> None:
-        check_rules(self.rules)
         self._gates, self._sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)
         scores = self.scorer.score(self.clean) if self.clean else None
         self._noise = None if scores is None else noise_threshold(scores, self.rules.select.noise_quantile)
@@ -90,15 +91,11 @@ class LineFilter:
 
     def _screened(self, number: int, line: bytes) -> Record | Reason:
         """Return the record of a line, or why it is not scored."""
-        place, on_error = f"-:{number}", self.rules.on_error
-        try:
-            text = line.decode()
-            record = self.make(json.loads(text), place, text)
-        except (RecordError, ValueError, RecursionError) as error:
-            if on_error is OnError.fail:
-                problem = f"cannot be read: {str(error)[:200]}"
-                raise ConfigError("input", place, problem, ["on_error=drop, which counts such records"]) from None
-            return Reason.protected if on_error is OnError.keep else Reason.malformed
+        record = read_record(self.config, line, f"-:{number}")
+        if isinstance(record, MalformedRecord):
+            if self.rules.on_error is OnError.fail:
+                raise record.error
+            return Reason.protected if self.rules.on_error is OnError.keep else Reason.malformed
         if (reason := self._gates(record)) is not None:
             return reason
         return record if self._sets(record.text) is None else Reason.contaminated
@@ -116,7 +113,7 @@ class LineFilter:
         for name in dict.fromkeys(names.tolist()):
             rows = np.flatnonzero(names == name)
             columns = (score[rows], np.zeros(len(rows), np.int64), length[rows], weight[rows], ties[rows])
-            selector = self._selectors.setdefault(name, StreamSelector([name], self.rules, self._noise))
+            selector = self._selectors.setdefault(name, StreamSelector(name, self.rules, self._noise))
             codes = selector.decide(ShardScores(records[rows[0]].source, *columns))
             reasons[rows] = [REASONS[code] for code in codes]
         for reason, size in zip(reasons, weight.tolist(), strict=True):

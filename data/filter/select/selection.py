@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError, DataError
+from core.errors import DataError
 from data.filter.config import FilterRules, OnError
 from data.filter.input.records import Reason
 
@@ -243,10 +243,8 @@ def select(
     competing records. Rounding errors carry over to the next bucket, so a domain is within half a document of its
     target. `floor` adds records by score that are neither noise nor unscored.
 
-    Raises `ConfigError` where the rules name an unknown domain, and `DataError` for an invalid shard or, with
-    `on_error=fail`, an unscored record.
+    Raises `DataError` for an unscored record with `on_error=fail`.
     """
-    check_names(domains, rules)
     search = _Search(shards, sum_over_ranks)
     count, each = len(domains), np.arange(len(domains))
     protected = np.array([name in rules.select.protect for name in domains], bool)
@@ -273,13 +271,6 @@ def select(
         wanted = np.maximum(missing, 0).astype(np.float64)
         decision = replace(decision, floor=search.keep(decision, wanted, each, _domain, _BY_SCORE, documents=True)[0])
     return decision
-
-
-def check_names(domains: Sequence[str], rules: FilterRules) -> None:
-    for key, names in (("select.domains", rules.select.domains), ("select.protect", rules.select.protect)):
-        for name in names:
-            if name not in domains:
-                raise ConfigError(key, name, "no record is of this domain", sorted(domains)[:8])
 
 
 def _buckets(pair: Integers, documents: Integers, domains: int, most: int) -> tuple[Integers, ...]:
@@ -363,13 +354,12 @@ class _Search:
     def census(
         self, domains: Sequence[str], protected: NDArray[np.bool_], noise: float | None, on_error: OnError
     ) -> _Census:
-        """The first pass: check every shard and sum the totals."""
+        """The first pass: sum the totals."""
         count = len(domains)
         totals = np.zeros((3, 2, count), np.int64)
         parts = [(np.zeros(0, np.int64), np.zeros((2, 0), np.int64))]
         example = "a shard of another rank"
         for shard in self.shards():
-            check_shard(shard, count)
             codes = screen(shard, protected, noise, on_error)
             unscored = ~np.isfinite(shard.score)
             if unscored.any():
@@ -486,19 +476,6 @@ def _round(crossing: _Crossing, wanted: Floats, domain: Integers, domains: int) 
         kept[:, domain[group]] += crossing.before[:, group] + stay * crossing.at[:, group]
         keys.append(crossing.include[group] if stay else crossing.exclude[group])
     return ThresholdKeys(tuple(reversed(keys))), kept
-
-
-def check_shard(shard: ShardScores, domains: int) -> None:
-    """Raise `DataError` for a shard with inconsistent arrays."""
-    arrays = (shard.score, shard.domain, shard.length, shard.weight, shard.hash)
-    if len({len(array) for array in arrays}) != 1:
-        raise DataError(f"shard {shard.name}: columns have {[len(array) for array in arrays]} rows")
-    if not len(shard.score):
-        return
-    if shard.domain.min() < 0 or shard.domain.max() >= domains:
-        raise DataError(f"shard {shard.name}: a domain index lies outside [0, {domains})")
-    if shard.weight.min() < 0 or shard.length.min() < 0:
-        raise DataError(f"shard {shard.name}: a weight or a length is negative")
 
 
 def _masked(mask: NDArray[np.bool_], *arrays: NDArray[Any]) -> tuple[NDArray[Any], ...]:

@@ -16,7 +16,7 @@ from data.config import DataConfig
 from data.corpus import DOCUMENTS, HELD_OUT, TRAIN, Corpus, prepare
 from data.filter.corpus import SourcePart, filter_sources
 from data.filter.pipeline import Filter
-from data.sources import Document, FileSource
+from data.sources import Document
 from tests.data.conftest import counts_of, documents_of, make_config, silent
 from tests.support.filtering import prose, two_sources
 
@@ -173,12 +173,3 @@ def test_documents_that_change_meanwhile_are_an_error(corpora, folders, tmp_path
     else:
         with pytest.raises(DataError, match="the documents of changing changed while they were filtered"):
             list(source.documents())
-
-
-def test_a_source_gives_its_training_documents_alone(folders, tmp_path):
-    config = config_of(folders, tmp_path)
-    source = FileSource("prose", config.sources["prose"], config)
-    given = list(source.documents())
-    found = list(SourcePart(source, source.fingerprint()).records())
-    assert [one.text for one in found] == [one.text for one in given if not one.held_out and not one.dropped]
-    assert len({one.id for one in found}) == len(found) and {one.domain for one in found} == {"prose"}

@@ -56,11 +56,15 @@ def halved(count: int, seed: int = 0, **more: Any) -> pyarrow.Table:
 
 
 def audited(*tables: pyarrow.Table, rules: FilterRules = RULES, text: str = "a text", **more: Any) -> dict[str, Any]:
-    shards = {f"{place:05}": table for place, table in enumerate(tables)}
-    rows = {name: table.num_rows for name, table in shards.items()}
-    audit = Audit(rules, LengthScorer(), rows, more.pop("thresholds", {}), "notes.jsonl", **more)
-    for name, table in shards.items():
-        audit.add(name, table)
+    """`more`: `thresholds`, and `lost`, what was read beyond the tables."""
+    read = {
+        "documents": sum(map(len, tables)),
+        "tokens": sum(int(np.sum(table["tokens"].to_numpy())) for table in tables),
+    }
+    read |= {unit: read[unit] + size for unit, size in more.get("lost", {}).items()}
+    audit = Audit(rules, LengthScorer(), more.get("thresholds", {}), "notes.jsonl", **read)
+    for place, table in enumerate(tables):
+        audit.add(f"{place:05}", table)
     return audit.finish(lambda shard, row: text)
 
 
@@ -70,7 +74,7 @@ def kinds(audit: dict[str, Any]) -> set[str]:
 
 def test_counts_are_those_of_a_plain_count_and_add_up():
     tables = [halved(300, 1, domain=["web", "code", "maths"] * 100), decisions([np.nan] * 7, "duplicate", "code")]
-    audit = audited(*tables, tokens=sum(int(np.sum(table["tokens"].to_numpy())) for table in tables))
+    audit = audited(*tables)
     rows = pyarrow.concat_tables(tables).to_pylist()
     assert audit["totals"]["in"]["documents"] == 307
     assert audit["totals"]["kept"]["tokens"] == sum(row["tokens"] for row in rows if row["kept"])
@@ -86,19 +90,10 @@ def test_counts_are_those_of_a_plain_count_and_add_up():
     assert sum(domain["share_after"] for domain in audit["domains"].values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_lost_rows_tokens_and_shards_are_noticed():
-    table = halved(100)
-    with pytest.raises(DataError, match=r"the reasons add up to .* tokens"):
-        audited(table, tokens=int(np.sum(table["tokens"].to_numpy())) + 1)
-    audit = Audit(RULES, LengthScorer(), {"a": 100, "b": 100}, {}, "x")
-    with pytest.raises(DataError, match="a has 99 decisions for 100 records"):
-        audit.add("a", table.slice(1))
-    audit.add("a", table)
-    for shard, problem in (("a", "added twice"), ("c", "unknown")):
-        with pytest.raises(DataError, match=problem):
-            audit.add(shard, table)
-    with pytest.raises(DataError, match="1 shards are missing, such as b"):
-        audit.finish(lambda shard, row: "")
+@pytest.mark.parametrize("unit", ["documents", "tokens"])
+def test_lost_documents_and_tokens_are_noticed(unit):
+    with pytest.raises(DataError, match=f"the reasons add up to .* {unit}, but .* were read"):
+        audited(halved(100), lost={unit: 1})
 
 
 @pytest.mark.parametrize(("reason", "kept"), [("easy", True), ("hard", False), ("boring", False), (None, False)])
@@ -108,20 +103,19 @@ def test_a_decision_must_match_its_reason(reason, kept):
         audited(decisions([1.0], "hard", **columns))
 
 
-def test_the_order_of_shards_changes_no_byte(tmp_path, monkeypatch):
+def test_the_order_of_shards_changes_no_byte(monkeypatch):
     monkeypatch.setattr("data.filter.audit.statistics._SAMPLE", 150)  # fewer than there are
-    monkeypatch.setattr("data.filter.audit.outputs.draw", lambda audit, dark=False: {})
     names = ["web", "code"] * 50
     tables = {f"{place}": halved(100, place, domain=names, **{"score:length": np.arange(100.0)}) for place in range(5)}
     tables["5"] = decisions([np.nan] * 9, "malformed", "")
-    rows = {name: table.num_rows for name, table in tables.items()}
 
-    def written(order: list[str]) -> bytes:
-        audit = Audit(RULES, LengthScorer(), rows, {}, "x")
+    def written(order: list[str]) -> str:
+        audit = Audit(
+            RULES, LengthScorer(), {}, "x", 509, sum(int(np.sum(one["tokens"].to_numpy())) for one in tables.values())
+        )
         for name in order:
             audit.add(name, tables[name])
-        write_audit(audit.finish(lambda shard, row: f"text {shard} {row}"), tmp_path, "leviathan filter")
-        return (tmp_path / "audit.json").read_bytes()
+        return json.dumps(audit.finish(lambda shard, row: f"text {shard} {row}"))
 
     first = written(list(tables))
     assert first == written(list(reversed(tables))) == written(["2", "5", "0", "4", "1", "3"])
@@ -263,11 +257,6 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("data.filter.audit.outputs.draw", lambda audit, dark=False: {})
-
-
 def test_hostile_text_stays_text(tmp_path):
     evil = (
         "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x00\x1b\u202e\ud800 $\\frac{ @BODY@ {{ 7*7 }} &amp;"
@@ -289,7 +278,8 @@ def test_hostile_text_stays_text(tmp_path):
     assert "script" in tags.seen, "control: a script is noticed"
 
 
-def test_the_page_has_commands_and_is_self_contained(tmp_path, no_pictures):
+def test_the_page_has_commands_and_is_self_contained(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.filter.audit.outputs.draw", lambda audit, dark=False: {})
     thresholds = {"noise": 5.82, "domains": {"web": {"buckets": [{"score": 3.9}, {"score": None}, {"score": 4.1}]}}}
     audit = audited(halved(60), thresholds=thresholds)
     write_audit(audit, tmp_path, "leviathan filter input=notes.jsonl keep=0.5")
@@ -348,4 +338,4 @@ def test_first_of_each_and_sums_are_those_of_a_plain_loop():
     tally = Tally(["group"], {"value": "sum"})
     tally.add(table.slice(0, 70))
     tally.add(table.slice(70))
-    assert tally.rows() == [{"group": g, "value": int(value[group == g].sum())} for g in range(5)]
+    assert tally.table().to_pylist() == [{"group": g, "value": int(value[group == g].sum())} for g in range(5)]

@@ -73,9 +73,6 @@ def test_one_readable_record_in_any_shard_is_enough(tmp_path, small_shards):
     source = write_lines(tmp_path / "in.jsonl", [{"no": 1}] * 40 + prose(1))
     filtered(source, tmp_path / "out")
     assert len(kept(tmp_path / "out")) == 1
-    (tmp_path / "in.jsonl").write_bytes(b"broken\n" * 40)
-    with pytest.raises(ConfigError, match=r"none of 40 records can be read; in\.jsonl:1: Expecting value"):
-        filtered(source, tmp_path / "broken")
 
 
 def planted(tmp_path: Path) -> Filter:

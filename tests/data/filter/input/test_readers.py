@@ -219,31 +219,22 @@ def test_wrong_inputs_are_refused(tmp_path):
             InputConfig(**keys)
 
 
-MIXED = [b"{", b'{"text": "\xff"}', b'{"no": 1}']
-
-
-@pytest.fixture
-def mixed(tmp_path: Path) -> Path:
+def test_malformed_records_follow_on_error(tmp_path):
+    mixed = [b"{", b'{"text": "\xff"}', b'{"no": 1}']
     lines = [json.dumps(row).encode() for row in prose(40)]
-    lines[10:10] = MIXED
-    (tmp_path / "in.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
-    return tmp_path / "in.jsonl"
-
-
-@pytest.mark.parametrize("on_error, malformed", [(OnError.drop, 3), (OnError.keep, 0)])
-def test_malformed_records_are_counted(tmp_path, mixed, on_error, malformed):
-    done = filtered(mixed, tmp_path / "out", on_error=on_error)
-    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert audit["reasons"]["malformed"]["documents"] == malformed and audit["totals"]["in"]["documents"] == 43
-    rows = [(row["id"], row["reason"]) for row in rows_of(done) if row["domain"] == "unreadable"]
-    reason = "malformed" if malformed else "protected"
-    assert rows == [(f"in.jsonl:{line}", reason) for line in (11, 12, 13)]
-    assert [line for line in kept(tmp_path / "out") if line in MIXED] == ([] if malformed else MIXED)
-
-
-def test_a_malformed_record_may_end_the_filter(tmp_path, mixed):
+    lines[10:10] = mixed
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"".join(line + b"\n" for line in lines))
+    for on_error, malformed, reason in ((OnError.drop, 3, "malformed"), (OnError.keep, 0, "protected")):
+        out = tmp_path / reason
+        rows = rows_of(filtered(source, out, on_error=on_error))
+        audit = json.loads((out / "audit.json").read_text())
+        assert audit["reasons"]["malformed"]["documents"] == malformed and audit["totals"]["in"]["documents"] == 43
+        found = [(row["id"], row["reason"]) for row in rows if row["domain"] == "unreadable"]
+        assert found == [(f"in.jsonl:{line}", reason) for line in (11, 12, 13)]
+        assert [line for line in kept(out) if line in mixed] == ([] if malformed else mixed)
     with pytest.raises(ConfigError, match=r"input=in\.jsonl:11: cannot be read: Expecting .*; try on_error=drop"):
-        filtered(mixed, tmp_path / "out", on_error=OnError.fail)
+        filtered(source, tmp_path / "out", on_error=OnError.fail)
 
 
 def test_empty_prompts_and_responses(tmp_path):

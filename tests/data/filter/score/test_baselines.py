@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from core.errors import ConfigError
+from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
 from data.filter.score.baselines import LengthScorer, RandomScorer
 from data.filter.score.ensemble import EnsembleScorer
 from data.filter.score.scorer import Direction, Scorer
+from tests.support.filtering import FixedScorer
 
 
 def made(count: int) -> list[Record]:
@@ -20,21 +21,9 @@ def made(count: int) -> list[Record]:
     return [Record(str(n), "t", f"made:{n}", one + "x" * n, len(one)) for n, one in enumerate(prompts)]
 
 
-class Scaled:
+def scaled(scale: float, missing: Sequence[str] = ()) -> FixedScorer:
     """The answer's length times a scale; NaN for `missing`."""
-
-    name, measures = "scaled", "made up"
-
-    def __init__(self, scale: float, direction: Direction = Direction.hard, missing: Sequence[str] = ()) -> None:
-        self.scale, self.direction, self.missing = scale, direction, missing
-        self.fingerprint = f"scaled {scale}"
-        self.fitted = 0
-
-    def fit(self, records: Callable[[], Iterable[Record]]) -> None:
-        self.fitted += 1
-
-    def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
-        return np.array([np.nan if r.id in self.missing else self.scale * len(r.answer) for r in records])
+    return FixedScorer(lambda r: np.nan if r.id in missing else scale * len(r.answer), f"scaled {scale}")
 
 
 def fitted(members: Sequence[Scorer], records: list[Record], sample: int = 4096) -> EnsembleScorer:
@@ -59,19 +48,21 @@ def test_length_is_of_the_answer_in_bytes() -> None:
 
 def test_ranks_are_averaged_and_scales_do_not_matter() -> None:
     data = made(100)
-    once = fitted([Scaled(1), Scaled(-1e6)], data).score(data)
+    once = fitted([scaled(1), scaled(-1e6)], data).score(data)
     assert np.allclose(once, 0.5)
-    ranks = fitted([Scaled(1), Scaled(1e9)], data).score(data)
+    ranks = fitted([scaled(1), scaled(1e9)], data).score(data)
     assert np.allclose(ranks, (np.arange(100) + 0.5) / 100)
-    raw = np.mean([member.score(data) for member in (Scaled(1), Scaled(-1e6))], axis=0)
+    raw = np.mean([member.score(data) for member in (scaled(1), scaled(-1e6))], axis=0)
     assert not np.allclose(raw, raw[0]), "raw scores, added, would follow the larger scale"
 
 
 def test_a_rank_needs_no_other_record_and_members_are_fitted() -> None:
     data = made(300)
-    members = [Scaled(1), Scaled(2)]
+    members, fits = [scaled(1), scaled(2)], []
+    for member in members:
+        member.fit = fits.append  # type: ignore[method-assign]
     scorer = fitted(members, data, sample=50)
-    assert [member.fitted for member in members] == [1, 1]
+    assert len(fits) == 2
     assert scorer.score(data).tolist() == [scorer.score([record])[0] for record in data]
     assert fitted(members, data[::-1], sample=50).score(data).tolist() == scorer.score(data).tolist()
     assert np.abs(scorer.score(data) - np.arange(300) / 300).max() < 0.2  # 1.36 / sqrt(50) with 95% confidence
@@ -79,21 +70,23 @@ def test_a_rank_needs_no_other_record_and_members_are_fitted() -> None:
 
 def test_a_missing_member_score_is_a_missing_score() -> None:
     data = made(20)
-    scores = fitted([Scaled(1), Scaled(1, missing=["3"])], data).score(data)
+    scores = fitted([scaled(1), scaled(1, missing=["3"])], data).score(data)
     assert np.flatnonzero(np.isnan(scores)).tolist() == [3]
-    assert np.isnan(fitted([Scaled(1), Scaled(1)], []).score(data)).all()
+    assert np.isnan(fitted([scaled(1), scaled(1)], []).score(data)).all()
 
 
 def test_ties_share_their_rank() -> None:
     same = [Record(str(n), "t", "m", f"{n}:abc", 2) for n in range(9)]
-    assert np.allclose(fitted([LengthScorer(), Scaled(1)], same).score(same), 0.5)
+    assert np.allclose(fitted([LengthScorer(), scaled(1)], same).score(same), 0.5)
 
 
 def test_ensemble_errors_and_properties() -> None:
     with pytest.raises(ConfigError, match="members"):
-        EnsembleScorer([LengthScorer()])
+        ScorerConfig(ScorerKind.ensemble, members=[ScorerConfig()])
     with pytest.raises(ValueError, match="fit"):
         EnsembleScorer([LengthScorer(), RandomScorer()]).score(made(1))
-    mixed = EnsembleScorer([LengthScorer(), Scaled(1, Direction.learnable)])
+    learnable = scaled(1)
+    learnable.direction = Direction.learnable
+    mixed = EnsembleScorer([LengthScorer(), learnable])
     assert mixed.direction is Direction.learnable
     assert EnsembleScorer([LengthScorer(), RandomScorer()]).fingerprint != mixed.fingerprint

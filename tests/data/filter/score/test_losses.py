@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,10 @@ import pytest
 from core.errors import ConfigError
 from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
-from data.filter.score.baselines import LengthScorer, RandomScorer
-from data.filter.score.ensemble import EnsembleScorer
 from data.filter.score.factory import Models, make_scorer
 from data.filter.score.losses import DifficultyOfFollowing, ExcessScorer, LossScorer
 from data.filter.score.ngram import NgramScorer
-from data.filter.score.scorer import Direction, TokenLosses, hardest_mean
+from data.filter.score.scorer import Direction, Scorer, TokenLosses, hardest_mean
 
 
 def record(text: str, prompt: str | None = None) -> Record:
@@ -67,14 +67,6 @@ def test_excess_is_per_byte_and_learnable():
     assert scorer.fingerprint != ExcessScorer(better, "b", mine, "m").fingerprint, "which is subtracted matters"
 
 
-def test_noise_is_hard_but_has_no_excess():
-    mine, better = (table({("", "noise"): [9, 9], ("", "new"): [loss, loss]}) for loss in (5, 1))
-    records = [record("noise"), record("new")]
-    noise, new = ExcessScorer(mine, "m", better, "b").score(records)
-    assert noise == 0 < new
-    assert np.diff(LossScorer(mine, "m").score(records))[0] < 0
-
-
 def test_an_excess_window_needs_one_tokenizer():
     mine, same, other = (table({("", "x"): row}) for row in ([1, 5, 5], [1, 1, 2], [1, 1]))
     assert ExcessScorer(mine, "m", same, "s", window=2).score([record("x")]).tolist() == [3.5]
@@ -95,26 +87,38 @@ def unseen(name: str, records: object) -> None:
     """No model here was trained on anything."""
 
 
-def test_the_factory_builds_every_kind(tmp_path: Path):
+@pytest.mark.parametrize("kind", ScorerKind)
+def test_the_factory_builds_every_kind(kind: ScorerKind, tmp_path: Path):
     opened = []
 
     def open_model(name: str, config: ScorerConfig) -> tuple[TokenLosses, str]:
         opened.append((name, config.seq_len))
         return table({}), name
 
+    needed: dict[str, Any] = {
+        "model": "m",
+        "reference": "r",
+        "url": "http://host/v1",
+        "judge": "j",
+        "verifier": "math:isnan",
+    }
+    members = [ScorerConfig(ScorerKind.random), ScorerConfig()]
+    config = ScorerConfig(kind, seq_len=7, members=members, **needed)
+    scorer = make_scorer(config, Models(open_model, unseen), tmp_path)
+    assert scorer.name == kind.name and scorer.fingerprint
+    assert opened == [(needed[key], 7) for key in kind.traits.needs if key in ("model", "reference")]
+    assert (type(scorer).fit is not Scorer.fit) == kind.traits.reads_all_first
+    for key in kind.traits.needs:
+        with pytest.raises(ConfigError, match=f"{key}: the scorer {kind.name} needs it"):
+            replace(config, **{key: None})
+    if not kind.traits.takes_window:
+        with pytest.raises(ConfigError, match=f"window=3: has no effect on {kind.name}"):
+            make_scorer(replace(config, window=3), Models(open_model, unseen), tmp_path)
+
+
+def test_the_factory_passes_settings_on(tmp_path: Path):
+    assert make_scorer(ScorerConfig(order=3, window=4), None, tmp_path).fingerprint == NgramScorer(3, 4).fingerprint
     member = ScorerConfig(ScorerKind.random)
-    for config, kind in (
-        (ScorerConfig(ScorerKind.loss, model="m", seq_len=7), LossScorer),
-        (ScorerConfig(ScorerKind.excess, model="m", reference="r", seq_len=7), ExcessScorer),
-        (ScorerConfig(ScorerKind.ifd, model="m", seq_len=7), DifficultyOfFollowing),
-        (ScorerConfig(window=4, order=3), NgramScorer),
-        (member, RandomScorer),
-        (ScorerConfig(ScorerKind.length), LengthScorer),
-        (ScorerConfig(ScorerKind.ensemble, members=[member, ScorerConfig()]), EnsembleScorer),
-    ):
-        scorer = make_scorer(config, Models(open_model, unseen), tmp_path, seed=1)
-        assert isinstance(scorer, kind) and scorer.fingerprint
-    assert opened == [("m", 7), ("m", 7), ("r", 7), ("m", 7)]
     random = [make_scorer(member, None, tmp_path, seed).score([record("a")]) for seed in (1, 2)]
     assert random[0] != random[1]
 
@@ -126,7 +130,6 @@ def test_the_factory_rejects_impossible_settings(tmp_path: Path):
     for config, models, message in (
         (ScorerConfig(ScorerKind.loss, model="m"), Models(missing, unseen), "model=m: no such run"),
         (ScorerConfig(ScorerKind.loss, model="m"), None, "needs a model"),
-        (ScorerConfig(ScorerKind.ifd, model="m", window=3), None, "window=3: has no effect on ifd"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_scorer(config, models, tmp_path)

@@ -43,9 +43,6 @@ OTHER_SCRIPTS = {
     "Greek": """
 Ο ποταμός περνάει μέσα από την πόλη και χωρίζει την παλιά αγορά από το λιμάνι. Κάθε πρωί οι ψαράδες φέρνουν
 τα δίχτυα τους στην προκυμαία και οι γυναίκες κατεβαίνουν για να διαλέξουν τα καλύτερα ψάρια της ημέρας.""",
-    "Russian": """
-Утром над рекой стоял густой туман, и лодки у причала едва угадывались в сером воздухе. Старик сидел на
-перевёрнутом ящике и чинил сеть, изредка поглядывая на дорогу, по которой должен был приехать его внук.""",
     "Hindi": """
 सुबह होते ही गाँव के लोग नदी के किनारे इकट्ठे हो गए। बच्चे पानी में खेल रहे थे और औरतें कपड़े धो रही थीं।
 दूर पहाड़ों पर बादल छाए हुए थे और सबको लग रहा था कि आज बारिश ज़रूर होगी।""",
@@ -143,6 +140,12 @@ def test_clean_text_passes(length: int, gates: Gates, clean: Callable[[int], lis
     assert len(texts) >= 200
     assert rejected(gates, texts) <= 1 - PROMISED
     assert rejected(gates, [text[:length] for text in texts]) <= 1 - PROMISED
+    pairs = [
+        replace(record(f"{prompt}\n\n{answer}"), answer_start=len(prompt) + 2)
+        for prompt, answer in zip(texts, reversed(texts), strict=True)
+    ]
+    found = sum(gates(pair) in GARBAGE for pair in pairs)
+    assert found / len(pairs) <= 1 - PROMISED, "though prompt, answer and both together are judged"
 
 
 def test_whole_documents_pass(gates: Gates, documents: list[str]) -> None:
@@ -240,17 +243,6 @@ def test_each_part_of_a_pair_is_judged_alone(part: str, gates: Gates, clean: Cal
         assert gates(pair(text)) is Reason.empty
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_clean_pairs_pass(length: int, gates: Gates, clean: Callable[[int], list[str]]) -> None:
-    """Though prompt, answer and both together are judged."""
-    texts = clean(length)
-    pairs = [
-        replace(record(f"{prompt}\n\n{answer}"), answer_start=len(prompt) + 2)
-        for prompt, answer in zip(texts, reversed(texts), strict=True)
-    ]
-    assert sum(gates(pair) in GARBAGE for pair in pairs) / len(pairs) <= 1 - PROMISED
-
-
 def test_length_is_bounded_both_ways() -> None:
     gates = Gates(GateConfig(min_characters=10, max_characters=400))
     assert gates(record("too short")) is Reason.too_short
@@ -272,12 +264,9 @@ def test_languages_are_told_apart() -> None:
     assert gates(record(ENGLISH)) is None
     assert gates(record(OTHER_SCRIPTS["Greek"])) is None
     assert gates(record(OTHER_SCRIPTS["German"])) is Reason.language
-    with pytest.raises(
-        ConfigError, match=r"languages=klingon: py3langid does not know it.*; try \w+(, \w+)?( or \w+)?$"
-    ):
-        Gates(GateConfig(languages=["klingon"]))
-    with pytest.raises(ConfigError, match=r"languages=ENG: .*; try .*\ben\b"):
-        Gates(GateConfig(languages=["ENG"]))
+    for language, near in (("klingon", r"\w+(, \w+)?( or \w+)?"), ("ENG", r".*\ben\b.*")):
+        with pytest.raises(ConfigError, match=rf"^gates\.languages={language}: py3langid does not .*; try {near}$"):
+            Gates(GateConfig(languages=[language]))
 
 
 def test_a_missing_language_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,10 @@ from core.errors import DataError
 from data.filter.config import FilterRules, OnError, SelectConfig
 from data.filter.input.records import Reason
 from data.filter.select import streaming as module
-from data.filter.select.selection import CODE, REASONS, ShardScores
+from data.filter.select.selection import CODE, ShardScores
 from data.filter.select.streaming import StreamSelector
+from tests.data.filter.select.test_selection import KEPT, take
 
-KEPT = np.array([reason.kept for reason in REASONS])
-NAMES = ("code", "prose")
 COUNT = 20_000
 
 
@@ -32,36 +31,28 @@ def records(kind: str, seed: int = 0, tokens: bool = False) -> ShardScores:
         "jump": random.normal(0, 1, COUNT) + 10 * (np.arange(COUNT) > COUNT // 2),
         "tails": random.standard_cauchy(COUNT) * 1000,
     }[kind]
-    weight = length if tokens else np.ones(COUNT, np.int64)
-    domain, hashes = random.choice(2, COUNT, p=[0.7, 0.3]), random.integers(0, 2**64, COUNT, dtype=np.uint64)
-    return ShardScores("stream", scores, domain, length, weight, hashes)
-
-
-def part(shard: ShardScores, rows: slice, name: str = "part") -> ShardScores:
-    columns = (shard.score, shard.domain, shard.length, shard.weight, shard.hash)
-    return ShardScores(name, *(column[rows] for column in columns))
+    weight, hashes = length if tokens else np.ones(COUNT, np.int64), random.integers(0, 2**64, COUNT, dtype=np.uint64)
+    return ShardScores("stream", scores, np.zeros(COUNT, np.int64), length, weight, hashes)
 
 
 def batches(shard: ShardScores, size: int) -> list[ShardScores]:
     starts = range(0, len(shard.score), size)
-    return [part(shard, slice(start, start + size), f"batch at {start}") for start in starts]
+    return [take(shard, slice(start, start + size), f"batch at {start}") for start in starts]
 
 
 def decided(shard: ShardScores, size: int, rules: FilterRules, noise: float | None = None) -> np.ndarray:
-    selector = StreamSelector(NAMES, rules, noise)
+    selector = StreamSelector("code", rules, noise)
     return np.concatenate([selector.decide(batch) for batch in batches(shard, size)])
 
 
 def assert_held(shard: ShardScores, codes: np.ndarray, rate: float, after: int = COUNT // 10):
-    """Each thousand records past the first `after`, each domain is within the larger of 1% and one document."""
-    for domain in range(2):
-        mine = shard.domain[: len(codes)] == domain
-        weight = np.where(mine, shard.weight[: len(codes)], 0)
-        total, kept = np.cumsum(weight), np.cumsum(weight * KEPT[codes])
-        ends = np.arange(after, len(codes) + 1, 1000) - 1
-        target = rate * total[ends]
-        off, largest = np.abs(kept[ends] - target), np.maximum.accumulate(weight)[ends]
-        assert (off <= np.maximum(0.01 * target, largest)).all(), f"domain {domain}: off by {(off / target).max():.3f}"
+    """Each thousand records past the first `after`, the total is within the larger of 1% and one document."""
+    weight = shard.weight[: len(codes)]
+    total, kept = np.cumsum(weight), np.cumsum(weight * KEPT[codes])
+    ends = np.arange(after, len(codes) + 1, 1000) - 1
+    target = rate * total[ends]
+    off, largest = np.abs(kept[ends] - target), np.maximum.accumulate(weight)[ends]
+    assert (off <= np.maximum(0.01 * target, largest)).all(), f"off by {(off / target).max():.3f}"
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -90,7 +81,7 @@ def test_without_repayment_drift_misses_the_rate(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("tokens", [False, True])
 def test_batches_of_one_record(tokens: bool):
-    shard = part(records("normal", tokens=tokens), slice(2500))
+    shard = take(records("normal", tokens=tokens), slice(2500))
     kept = KEPT[decided(shard, 1, FilterRules())]
     assert abs(shard.weight[kept].sum() / shard.weight.sum() - 0.5) < 0.01
     assert shard.score[kept].mean() > shard.score[~kept].mean() + (0.2 if tokens else 0.5), "the harder half"
@@ -103,47 +94,45 @@ def test_the_threshold_remembers():
     shard = records("normal")
     half = np.random.default_rng(0).random(COUNT // 100) < 0.5
     sign = np.where(np.repeat(half, 100), 1, -1)
-    shard = replace(shard, score=sign * np.abs(shard.score), domain=np.zeros(COUNT, np.int64))
+    shard = replace(shard, score=sign * np.abs(shard.score))
     codes = decided(shard, 100, FilterRules())
     assert KEPT[codes[sign > 0]].mean() > 0.55 > 0.45 > KEPT[codes[sign < 0]].mean()
 
 
 def test_a_deficit_is_repaid_and_not_only_bounded():
     """A first batch of noise leaves a deficit; then every batch is the same, so only repayment ends it."""
-    shard = replace(records("normal"), domain=np.zeros(COUNT, np.int64))
-    selector, owed = StreamSelector(NAMES, FilterRules(), noise=50.0), []
+    shard = records("normal")
+    selector, owed = StreamSelector("code", FilterRules(), noise=50.0), []
     for batch in (replace(shard, score=np.full(COUNT, 99.0)), *[shard] * 12):
         selector.decide(batch)
-        state = selector._domains[0]
-        owed.append(0.5 * state.seen - state.kept)
+        owed.append(0.5 * selector.seen - selector.kept)
     assert owed[0] == COUNT // 2 and owed[1] > 50, "as much as the tolerance leaves"
     assert abs(owed[-1]) < owed[1] / 4
 
 
 def test_order_within_a_batch_does_not_matter():
     shard = batches(records("ties"), 1000)[0]
-    codes = [decided(one, 1000, FilterRules()) for one in (shard, part(shard, slice(None, None, -1)))]
+    codes = [decided(one, 1000, FilterRules()) for one in (shard, take(shard, slice(None, None, -1)))]
     assert np.array_equal(codes[0], codes[1][::-1])
 
 
 def test_revived_noise_protected_and_unscored():
     shard = records("normal")
     shard.score[::40], shard.score[1::40] = 100.0, np.nan
-    rules = FilterRules(keep=0.4, select=SelectConfig(revive=0.25, protect=["prose"]))
-    codes = decided(shard, 1000, rules, noise=50.0)
-    code = shard.domain == 0
-    assert (codes[~code] == CODE[Reason.protected]).all()
-    assert (codes[::40][code[::40]] == CODE[Reason.noise]).all()
-    assert (codes[1::40][code[1::40]] == CODE[Reason.unscored]).all()
-    assert abs(KEPT[codes[code]].mean() - 0.4) < 0.004
-    revived = (codes[code] == CODE[Reason.revived]).sum() / KEPT[codes[code]].sum()
-    assert abs(revived - 0.25) < 0.03
+    codes = decided(shard, 1000, FilterRules(keep=0.4, select=SelectConfig(revive=0.25)), noise=50.0)
+    assert (codes[::40] == CODE[Reason.noise]).all() and (codes[1::40] == CODE[Reason.unscored]).all()
+    assert abs(KEPT[codes].mean() - 0.4) < 0.004
+    assert abs((codes == CODE[Reason.revived]).sum() / KEPT[codes].sum() - 0.25) < 0.03
+    whole = decided(shard, 1000, FilterRules(keep=0.4, select=SelectConfig(protect=["code"])), noise=50.0)
+    assert (whole == CODE[Reason.protected]).all()
+    everything = FilterRules(keep=1.0, select=SelectConfig(revive=0.2))  # the chance of revival rounds to more than 1
+    assert KEPT[decided(batches(records("normal"), 1000)[0], 1000, everything)].all()
 
 
 def test_unscored_records_follow_on_error():
     batch = batches(records("normal"), 1000)[0]
     batch.score[:100] = np.nan
-    codes = StreamSelector(NAMES, FilterRules(on_error=OnError.keep)).decide(batch)
+    codes = StreamSelector("code", FilterRules(on_error=OnError.keep)).decide(batch)
     assert (codes[:100] == CODE[Reason.protected]).all() and abs(KEPT[codes].sum() - 500) <= 1
     with pytest.raises(DataError, match="100 records of batch at 0 have no finite score"):
-        StreamSelector(NAMES, FilterRules(on_error=OnError.fail)).decide(batch)
+        StreamSelector("code", FilterRules(on_error=OnError.fail)).decide(batch)

@@ -1,0 +1,49 @@
+"""Workers of a filter that are threads of one process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+
+class ThreadWorker:
+    """One of the threads that filter together; they exchange values at a barrier."""
+
+    def __init__(self, rank: int, values: list[Any], meet: threading.Barrier) -> None:
+        self.rank, self.size, self.values, self.meet = rank, len(values), values, meet
+
+    def all(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.meet.wait()
+        found = list(self.values)
+        self.meet.wait()
+        return found
+
+    def sum(self, values: Any) -> Any:
+        return np.sum(self.all(values), axis=0)
+
+    def agree(self, error: Any) -> None:
+        for found in filter(None, self.all(error)):
+            raise found
+
+
+def on_threads(count: int, work: Callable[[ThreadWorker], Any]) -> list[Any]:
+    """What `work` returns on each of `count` threads. Raises what one of them raised."""
+    values, meet = [None] * count, threading.Barrier(count, timeout=60)
+
+    def guarded(rank: int) -> Any:
+        try:
+            return work(ThreadWorker(rank, values, meet))
+        except BaseException:
+            meet.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(guarded, rank) for rank in range(count)]
+    if errors := [error for future in futures if (error := future.exception())]:
+        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))  # the cause comes first
+    return [future.result() for future in futures]
