@@ -97,7 +97,7 @@ def preset(found: dict[str, Any], name: str) -> str:
         "hparam": {**kept, "provenance": {"command": f"python -m bench.proxies OUT {name}", **provenance}},
         "model": {"init": found["model"]["init"]},
     }
-    head = "# @package _global_\n# The best of a sweep of a small model of this kind, by `python -m bench.proxies`.\n"
+    head = "# @package _global_\n# Optimum of a sweep of a small model of this kind, by `python -m bench.proxies`.\n"
     return head + yaml.safe_dump(content, sort_keys=False)
 
 

@@ -1,7 +1,7 @@
 """Read the built-in corpus: the Python standard library's source on this machine, in four domains, without download.
 
-A hash of the source file's content decides its side of the held-out split, so copies of a file and its docstrings fall
-on the same side. Content differs between Python versions.
+A hash of the source file's content decides its side of the held-out split, so identical files fall on the same side,
+and so do a file and the docstrings taken from it. Content differs between Python versions.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def _python_files(root: Path) -> list[Path]:
 
 
 def text_of(file: File, section: Section) -> str | None:
-    """Return the document of a file, empty if it has no docstrings. None if its encoding line is wrong or it is not
-    Python: the library ships such files to test its own parser.
+    """Return the document of a file; of a file without docstrings the one of `Section.docstrings` is empty. None if its
+    encoding line is wrong or it is not Python: the library ships such files to test its own parser.
     """
     if section is Section.pydoc:
         return file.content.decode()
@@ -81,7 +81,8 @@ def text_of(file: File, section: Section) -> str | None:
 
 def without_paragraphs(text: str, unwanted: set[str]) -> str:
     """Remove every paragraph that is in `unwanted`. Topics of pydoc repeat paragraphs, and training must not see
-    those of held-out topics. (Splitting by groups of topics that share one fails: one group is 40% of the text.)
+    those of held-out topics. (Keeping topics that share a paragraph on one side does not work: the largest
+    group of such topics is 40% of the text.)
     """
     parts = re.split(r"(\n\s*\n)", text)
     return "".join(part for part in parts if " ".join(part.split()) not in unwanted)

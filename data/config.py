@@ -15,7 +15,7 @@ from data.filter.config import FilterRules
 
 class SourceKind(Enum):
     builtin = "builtin"
-    """The Python standard library's own source on this machine: real text, no download."""
+    """The source code of this machine's Python standard library: real text without a download."""
     files = "files"
     """jsonl (also .gz, .zst), parquet or text files, by suffix."""
     huggingface = "huggingface"
@@ -32,7 +32,7 @@ class Section(Enum):
 
 
 class Undecodable(Enum):
-    """Policy for bytes that are not UTF-8: stop, drop the document, or replace them by U+FFFD."""
+    """Policy for bytes that are not UTF-8: fail, drop the document, or replace the bytes by U+FFFD."""
 
     fail = "fail"
     drop = "drop"
@@ -40,7 +40,7 @@ class Undecodable(Enum):
 
 
 class LongDocuments(Enum):
-    """Policy for a document longer than `limit_tokens`: split it over sequences, truncate or drop it, or stop."""
+    """Policy for a document longer than `limit_tokens`: split it over sequences, truncate it, drop it, or fail."""
 
     split = "split"
     truncate = "truncate"
@@ -49,8 +49,8 @@ class LongDocuments(Enum):
 
 
 class Packing(Enum):
-    """How documents become sequences. `greedy`: concatenated; sequences cut them. `best_fit`: each document goes whole
-    into the sequence that it fills best; only documents longer than a sequence are cut (Ding et al. 2024).
+    """How documents become sequences. `greedy`: they are concatenated, and sequences cut them. `best_fit`: each is put
+    whole into the sequence that it fills best, and only documents longer than a sequence are cut (Ding et al. 2024).
     """
 
     greedy = "greedy"
@@ -59,7 +59,7 @@ class Packing(Enum):
 
 class TokenizerKind(Enum):
     bpe = "bpe"
-    """Trained on the corpus: byte-level pairs (Sennrich et al. 2016)."""
+    """Byte-level byte-pair encoding (Sennrich et al. 2016), trained on the corpus."""
     tokenizer_json = "tokenizer_json"
     tiktoken = "tiktoken"
 
@@ -80,24 +80,24 @@ class SourceConfig:
     split: str = "train"
     text_key: str = "text"
     weight: float = 1.0
-    """Share of the training tokens without padding, relative to the other sources."""
+    """Weight of the source in the training tokens (without padding), relative to the other sources."""
     max_epochs: float | None = None
-    """Epochs after which the source is dropped and the others take its share; null: no limit."""
+    """Epochs after which the source is dropped and the others replace it; null: no limit."""
     max_bytes: int | None = None
-    """End the source with the document that reaches this much training text; null: read all."""
+    """End the source with the document at which its training text reaches this many bytes; null: read all."""
     held_out_path: str | None = None
     """Read held-out documents from here instead of splitting them off."""
 
     def __post_init__(self) -> None:
         if self.kind is SourceKind.builtin and self.section is None:
-            raise ConfigError("section", None, "the built-in corpus needs one", [s.name for s in Section])
+            raise ConfigError("section", None, "must be set for the built-in corpus", [s.name for s in Section])
         check_options(self.kind, self.options)
         if isinstance(self.kind, SourceKind) and self.kind is not SourceKind.builtin and not self.path:
             raise ConfigError("path", self.path, f"a source of kind {self.kind.name} needs a path")
         if self.kind is not SourceKind.files and self.held_out_path:
-            raise ConfigError("held_out_path", self.held_out_path, "works with kind=files only")
+            raise ConfigError("held_out_path", self.held_out_path, "requires kind=files")
         if not 0 < self.weight < math.inf:
-            raise ConfigError("weight", self.weight, "must be positive and finite; to drop the source, remove it")
+            raise ConfigError("weight", self.weight, "must be positive and finite; to drop the source, omit it")
         check_numbers(self, positive=("max_epochs", "max_bytes"))
 
 
@@ -112,7 +112,7 @@ O200K_PATTERN = "|".join(
         r"\s+",
     ]
 )
-"""The pre-tokenisation of Llama 4's tokenizer (o200k)."""
+"""Pattern that splits text into pre-tokens in Llama 4's tokenizer (o200k)."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,17 @@ class TokenizerConfig:
     path: str | None = None
     """The file of a tokenizer that is not `bpe`."""
     vocab_size: int = 1024
-    """For `bpe`."""
+    """Size of the vocabulary of `bpe`; the other kinds have their own."""
     train_bytes: int = 2_000_000
     """For `bpe`: characters of text to train on."""
     pattern: str = O200K_PATTERN
     """For `tiktoken`: the regular expression that splits text before merging."""
     special_tokens: int = 2048
-    """For `tiktoken`: ids reserved after the ranks."""
+    """For `tiktoken`: ids for special tokens, after those of the ranks."""
     bos: str = "<|begin_of_text|>"
-    """Opens a document."""
+    """First token of each document."""
     eos: str = "<|end_of_text|>"
-    """Closes a document."""
+    """Last token of each document."""
 
     def __post_init__(self) -> None:
         if self.kind is TokenizerKind.bpe and self.vocab_size < 258:
@@ -150,26 +150,26 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     tokens: str | None = None
-    """A directory that `leviathan tokenize` made. The sources are then not read."""
+    """A directory that `leviathan tokenize` made. If it is set, the sources are not read."""
     held_out: float = 0.05
-    """Share of the documents to hold out from training."""
+    """Fraction of the documents to hold out from training."""
     undecodable: Undecodable = Undecodable.fail
     long_documents: LongDocuments = LongDocuments.split
     limit_tokens: int | None = None
-    """Length that `long_documents` refers to; null: no limit."""
+    """Length beyond which `long_documents` applies; null: no limit."""
     align: int | None = None
-    """Pad so that a document crosses multiples of this many tokens only if it starts at one. With the model's chunk
-    size, chunked attention needs nothing from other cp ranks. null: no padding."""
+    """Pad so that a document crosses a multiple of this many tokens only if it starts at one. If this is the model's
+    chunk size, chunked attention needs no keys from other cp ranks. null: no padding."""
     packing: Packing = Packing.greedy
     """Packing of training documents."""
     pack_seq_len: int | None = None
-    """Length of `best_fit`'s sequences; `greedy` only counts how many documents they would cut."""
+    """Sequence length of `best_fit`. With `greedy`, only count how many documents such sequences would cut."""
     prefetch: int = 2
-    """Batches made ahead; 0: none."""
+    """Number of batches to prepare in advance; 0: none."""
     filter: FilterRules | None = None
     """Filter of the training documents; each source is a domain. Held-out documents are not filtered."""
     verify: bool = True
-    """Hash the token shards before training."""
+    """Check the hashes of the token shards before training."""
     cache: str = "~/.cache/leviathan"
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 DOCUMENTS = "-documents.parquet"
 _FORMAT = 1
 _ENCODED_AT_ONCE = 1 << 22
-"""Characters: enough to keep the encoder's threads busy, few enough for memory."""
+"""Characters to encode at once: enough to keep the encoder's threads busy, few enough to fit in memory."""
 
 
 class Corpus:
@@ -53,7 +53,7 @@ class Corpus:
         except DataError as error:
             raise DataError(f"{error}: remove {self.directory} and run again to rebuild it") from None
         if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
-            reason = "holds another tokenizer than its tokens were made with"
+            reason = "holds another tokenizer than the one that made its tokens"
             raise DataError(f"{self.directory} {reason}: remove it and run again to rebuild it")
         return tokenizer
 
@@ -69,16 +69,16 @@ class Corpus:
 
     @property
     def packed_seq_len(self) -> int | None:
-        """The only sequence length that a packed corpus can be read with; None: any."""
+        """The only sequence length with which a packed corpus can be read; None: any."""
         return self.manifest.get("packing", {}).get("row_tokens")
 
     def padding(self, source: str) -> float:
-        """Return the share of a source's training tokens that are padding."""
+        """Return the fraction of a source's training tokens that is padding."""
         counts = self._counts(source)
         return counts.get("padding", 0) / max(counts["tokens"], 1)
 
     def cut_documents(self, source: str) -> float:
-        """Return the share of a source's training documents that sequences of `data.pack_seq_len` tokens cut."""
+        """Return the fraction of a source's training documents that sequences of `data.pack_seq_len` tokens cut."""
         counts = self._counts(source)
         return counts.get("cut", 0) / counts["documents"]
 
@@ -86,15 +86,15 @@ class Corpus:
         return self.manifest["sources"][source][TRAIN]["counts"]
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Hash this caller's part of the shards. Raises `DataError` with the file and the fix."""
+        """Verify the hashes of part `part` of `parts` of the shards. Raises `DataError` with the file and the fix."""
         shards = [shard for stream in self._streams.values() for shard in stream.shards]
         for shard in shards[part::parts]:
             verify_shard(self.directory, shard)
 
 
 def open_corpus(directory: Path) -> Corpus:
-    """Open the corpus in `directory`. Raises `DataError` for a damaged manifest, or a shard that is missing or has
-    another size.
+    """Open the corpus in `directory`. Raises `DataError` for a damaged manifest, or a shard that is missing or has the
+    wrong size.
     """
     path = directory / MANIFEST
     try:
@@ -108,7 +108,7 @@ def open_corpus(directory: Path) -> Corpus:
 
 
 def find_corpus(cache: Path, fingerprint: str) -> Corpus | None:
-    """Return the corpus of this fingerprint from a cache, None if it is not there."""
+    """Return the corpus with this fingerprint from a cache, None if it is not there."""
     for manifest in sorted((cache.expanduser() / "tokens").glob(f"*/{MANIFEST}")):
         try:
             corpus = open_corpus(manifest.parent)
@@ -120,10 +120,10 @@ def find_corpus(cache: Path, fingerprint: str) -> Corpus | None:
 
 
 def prepare(config: DataConfig, report: Callable[[str], None], models: Models | None = None) -> Corpus:
-    """Tokenise the sources, or open what was made of the same sources before. One process calls it.
+    """Tokenise the sources, or open the corpus that was made of the same sources before. Only one process may call it.
 
-    `report` gets lines of progress; `models` serves a filter that scores by a model's loss. Raises `ConfigError` with
-    the key of a source that is wrong, `DataError` if a cached corpus is damaged or none can be written.
+    `report` gets lines of progress; `models` opens models for a filter that scores by their loss. Raises `ConfigError`
+    with the key of an invalid source, `DataError` if a cached corpus is damaged or a new one cannot be written.
     """
     if config.tokens:
         given = Path(config.tokens).expanduser()
@@ -133,7 +133,7 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
         return open_corpus(given)
     cache = Path(config.cache).expanduser()
     sources = [make_source(name, part, config) for name, part in config.sources.items()]
-    fingerprints = [source.fingerprint() for source in sources]  # which may hash all of the files
+    fingerprints = [source.fingerprint() for source in sources]  # may hash all of the files
     key = _cache_key(config, fingerprints)
     tokenizer = None
     if config.tokenizer.kind is not TokenizerKind.bpe:
@@ -169,7 +169,7 @@ def _packing_lines(config: DataConfig, corpus: Corpus) -> Iterator[str]:
 
 
 def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
-    """Hash everything the tokens depend on; weights of the sources are not among it."""
+    """Hash everything that the tokens depend on. They do not depend on the weights of the sources."""
     settings = plain(config)
     for name in ("tokens", "verify", "cache", "prefetch"):
         del settings[name]
@@ -188,7 +188,7 @@ def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
 
 
 def _sample(sources: list[Source], size: int) -> Iterator[str]:
-    """Yield the first training documents of each source, an equal share of `size` characters each."""
+    """Yield the first training documents of the sources: `size` characters in all, an equal number from each source."""
     for source in sources:
         left = size // len(sources)
         for document in source.documents():
@@ -234,7 +234,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class _SourceWriter:
-    """Write both splits of one source, and count what the manifest keeps."""
+    """Write both splits of one source, and count what the manifest records."""
 
     def __init__(self, directory: Path, config: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
         self.config, self.source, self.tokenizer = config, source, tokenizer
@@ -261,10 +261,10 @@ class _SourceWriter:
         self.index.flush()
 
     def close(self) -> dict[str, Any]:
-        """Return the source's part of the manifest. Raises `ConfigError` if nothing is left to train on."""
+        """Return the source's entry in the manifest. Raises `ConfigError` if nothing is left to train on."""
         if self.packer is not None:
             self._write_packed(self.packer.close())
-            # the last sequence's last label: it opens a document, so it is ignored
+            # the last label of the last sequence; it is ignored, because BOS begins a document
             self.streams[TRAIN].add([self.tokenizer.bos_id])
         self.index.close()
         if not self.counts[TRAIN]["documents"]:
@@ -287,7 +287,7 @@ class _SourceWriter:
         return f"{reason} ({_listed(dropped)})" if dropped else reason
 
     def _append(self, document: Document, ids: Sequence[int]) -> None:
-        """Add a document without BOS and EOS to the end of its stream, or to the packer."""
+        """Append a document, given without BOS and EOS, to its stream, or pass it to the packer."""
         counts = self.counts[_split(document)]
         if self.packer is not None and not document.held_out:
             is_cut, packed = self.packer.add(ids, document.name)
@@ -330,8 +330,8 @@ class _SourceWriter:
 
 
 class DocumentIndex:
-    """Write where a source's named training documents lie in its stream: a parquet file of name, start (of BOS) and
-    tokens, one row for each piece of a document that packing cut. Without named documents there is no file.
+    """Write the positions of a source's named training documents in its stream to a parquet file. A row has the name,
+    start (of BOS) and number of tokens of a document, or of a piece if packing cut it. Without names there is no file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Chain the sample orders of a run's phases: a phase does not repeat what an earlier one took of a source.
+"""Chain the sample orders of a run's phases, so that a phase does not repeat samples that an earlier one took.
 
-All of it follows from the configuration. No phase depends on later ones, so a run may be extended by one. A source
-continues its order, through its epochs, from phase to phase. Sequences of another length cut the text differently and
-have an order of their own; what was taken before still counts towards `max_epochs`.
+The orders follow from the configuration alone. No phase depends on later ones, so a phase can be appended to a run. The
+order of a source continues from phase to phase, epoch after epoch. Phases with another sequence length cut the text
+differently and have their own order; what was taken before still counts towards `max_epochs`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from data.corpus import TRAIN, Corpus
 from data.loader import Loader
 
 MANY_EPOCHS = 4
-"""Until then repeated tokens are worth nearly as much as new ones (Muennighoff et al. 2023, arXiv 2305.16264)."""
+"""Up to this many epochs, repeated tokens are worth nearly as much as new ones (Muennighoff et al. 2023, arXiv
+2305.16264).
+"""
 
 
 @dataclass(frozen=True)
 class PhaseSpec:
-    """The settings of a phase that its order of samples depends on."""
+    """The settings of a phase on which its order of samples depends."""
 
     name: str
     seq_len: int
     global_batch_size: int
     steps: int
     samples: int
-    """Most sequences that it takes."""
+    """The most sequences that the phase can take."""
     weights: Mapping[str, float]
-    """Shares of its sources; others are dropped."""
+    """Weights of the phase's sources; sources without a weight are dropped."""
     steps_key: str
     """The configuration key of `steps`."""
 
@@ -44,13 +46,13 @@ def make_loaders(
     max_epochs: Mapping[str, float],
     report: Callable[[str], None],
 ) -> dict[str, Loader]:
-    """Build a loader for each phase, by its name. `report` gets a line for each source that is repeated many times.
+    """Return a loader for each phase, by phase name. `report` gets a line for each source that exceeds `MANY_EPOCHS`.
 
     Raises `ConfigError` if all sources of a phase are used up before its end.
     """
     loaders: dict[str, Loader] = {}
     origins: dict[int, str] = {}
-    taken: dict[int, Counter[str]] = {}  # sequences by length and source
+    taken: dict[int, Counter[str]] = {}  # sequences taken so far, by length and source
     epochs = dict.fromkeys(corpus.sources, 0.0)
     for phase in phases:
         seq_len = phase.seq_len
@@ -76,9 +78,9 @@ def make_loaders(
 
 
 def _sequences_left(corpus: Corpus, name: str, seq_len: int, limit: float, taken: Mapping[int, Counter[str]]) -> int:
-    """Count what a source has left: its limit in epochs, less what sequences of any length took."""
+    """Count the sequences that a source has left: its limit in epochs, less those that earlier sequences took."""
     stream = corpus.stream(name, TRAIN)
-    # as it was written: 0.29 of 100 sequences are 29, which floating point makes 28
+    # from the decimal notation: 0.29 of 100 sequences are 29, but 28 in floating point
     left = Fraction(str(limit))
     for length, sequences in taken.items():
         if sequences[name]:
@@ -87,13 +89,13 @@ def _sequences_left(corpus: Corpus, name: str, seq_len: int, limit: float, taken
 
 
 def _used_up(corpus: Corpus, phase: PhaseSpec, samples: int, max_epochs: Mapping[str, float]) -> ConfigError:
-    """Make the error for a phase with fewer samples than it needs, with the steps that fit."""
+    """Make the error for a phase with fewer samples than it needs. It suggests the number of steps that fit."""
     fitting = samples * phase.steps // phase.samples
     names = [name for name, weight in phase.weights.items() if weight]
     parts = [
         f"{name} (max_epochs={max_epochs[name]:g} of {len(corpus.stream(name, TRAIN)):,} tokens)" for name in names
     ]
     left, wanted = (count * phase.seq_len for count in (samples, phase.samples))
-    reason = f"phase {phase.name} uses up all of {', '.join(parts)}: {left:,} tokens are left for it, {wanted:,} wanted"
+    reason = f"phase {phase.name} uses up all of {', '.join(parts)}: {left:,} tokens are left, but it needs {wanted:,}"
     advice = "raise max_epochs or add sources"
     return ConfigError(phase.steps_key, phase.steps, f"{reason}; {advice}", [fitting] if fitting else [])

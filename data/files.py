@@ -1,6 +1,7 @@
 """Find and read jsonl, parquet and text files, local or in any filesystem of fsspec, and data sets of `datasets`.
 
-The suffix says the format. A text file is one document. `UnreadableFile` says in one line what is wrong with a file.
+The suffix determines the format. A text file is one document. `UnreadableFile` states in one line what is wrong with a
+file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _SAVED = ("state.json", "dataset_dict.json")
 
 
 class UnreadableFile(Exception):
-    """A file is missing, truncated, damaged or not of its suffix's format. The message is one line."""
+    """A file is missing, truncated, damaged or not in the format of its suffix. The message is one line."""
 
 
 class FileFormat(Enum):
@@ -47,8 +48,8 @@ def file_format(path: Path) -> FileFormat | None:
 def find_files(pattern: str) -> list[tuple[str, Path]]:
     """List the files of a path, a folder (recursively) or a glob pattern in a fixed order, each with its name.
 
-    Names are relative to the folder. Files of a folder with another suffix are skipped. Raises `ConfigError` with an
-    empty key where nothing is found, and for a file with an unknown suffix that was named or matched.
+    Names are relative to the folder. Files with an unknown suffix are skipped in a folder. Raises `ConfigError` with an
+    empty key if nothing is found, or if the path or the pattern leads to a file with an unknown suffix.
     """
     place = locate(pattern)
     if place.is_file():
@@ -92,8 +93,8 @@ def open_parquet(path: Path) -> Iterator[Any]:
 
 
 def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
-    """Yield each record with its place in the file: a line of JSON as bytes (numbered from 1), a row of a table as a
-    dictionary (from 0), or a text file as {"text": ...}. `errors`: of decoding a text file.
+    """Yield each record with its number in the file: a line of JSON as bytes (numbered from 1), a row of a table as a
+    dictionary (from 0), or a text file as {"text": ...}. `errors`: how to decode a text file, as in `bytes.decode`.
     """
     match file_format(path):
         case FileFormat.jsonl:
@@ -109,7 +110,7 @@ def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
 
 
 def stream_dataset(name: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a data set in its own order: from the hub by name, or from a folder, also one that
+    """Yield the rows of a data set in its own order: from the hub by name, or from a folder, including one that
     `save_to_disk` wrote. Raises `UnreadableFile`, and `ConfigError` (key `split`) for a split that was not saved.
     """
     import datasets
@@ -128,7 +129,7 @@ def stream_dataset(name: str, subset: str | None, split: str) -> Iterator[dict[s
 
 
 def dataset_fingerprint(name: str, subset: str | None, split: str) -> str:
-    """Hash the name of a data set and, if it is a folder, its files. The hub's content may change under its name."""
+    """Hash the name of a data set and, if it is a folder, its files. Content on the hub may change under its name."""
     folder = Path(name).expanduser()
     return sha256_text(name, str(subset), split, *map(sha256_file, files_in(folder) if folder.is_dir() else []))
 

@@ -22,15 +22,15 @@ from data.sampling import Blend, SampleRange, key_of, permute
 from data.tokens import TokenStream
 
 IGNORED = -100
-"""Label of a position whose next token is of another document or padding."""
+"""Label of a position whose next token belongs to another document or is padding."""
 LEAST_SHARE = 2.0**-20
-"""Smallest share of a source in a blend."""
+"""Smallest fraction of a blend that a source can have."""
 
 
 @dataclass
 class Batch:
     """Sequences of a step; all int64. Labels are the next tokens, or `IGNORED`. Padding belongs to the document before
-    it. Positions restart at 0 with each document and each sequence. `sources_B` indexes the corpus's sources.
+    it. Positions restart at 0 with each document and each sequence. `sources_B`: indices into `Corpus.sources`.
     """
 
     tokens_BT: Tensor
@@ -160,7 +160,7 @@ class Loader:
 
 
 def _sequence_shares(weights: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
-    """Return the shares of sequences that make `weights` the shares of tokens without padding."""
+    """Convert weights of the tokens without padding into weights of the sequences."""
     total = sum(weights.values())
     for name, weight in weights.items():
         corpus.stream(name, TRAIN)

@@ -15,8 +15,8 @@ _MERGE_EVERY = 1 << 22
 
 
 class NgramBaseline:
-    """Count labels and (token, label) pairs, except ignored (negative) labels. Pairs are sorted codes, not a table, so
-    the vocabulary may be of any size.
+    """Count labels and (token, label) pairs, except ignored (negative) labels. Pairs are stored as sorted codes, not in
+    a table, so the vocabulary may be of any size.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -31,7 +31,7 @@ class NgramBaseline:
             self._merge()
 
     def evaluate(self, held_out: Mapping[str, Iterable[Batch]], weights: Mapping[str, float]) -> dict[str, Any]:
-        """Return both models' loss at the best constant of `GRID`: nats per token, mean over sources by weight.
+        """Return the loss of both models at the best constant in `GRID`: nats per token, mean over sources by weight.
 
         Unigram: (c(b) + k) / (N + kV). Bigram, smoothed towards the unigram: (c(a, b) + k p(b)) / (c(a) + k).
         """

@@ -1,9 +1,9 @@
-"""Pack whole documents into sequences: best fit, decreasing, over a bounded buffer of documents.
+"""Pack whole documents into sequences by best-fit decreasing, over a bounded buffer of documents.
 
-Greedy packing cuts every document that lies where a sequence ends, so the model reads ends without their beginnings.
+Greedy packing cuts every document that crosses the end of a sequence, so the model reads endings without beginnings.
 Best fit puts each document, longest first, into the fullest sequence with space for it (Ding et al. 2024, arXiv
-2404.10830, section 3); EOS fills the rest. It cuts only documents longer than a sequence: into whole sequences, and a
-rest that is packed. Packing happens once per source, before any rank reads it: it does not depend on the layout.
+2404.10830, section 3); EOS fills the rest. Only documents longer than a sequence are cut: into full sequences and a
+remainder, which is packed. A source is packed once, before any rank reads it, so packing does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 BUFFER_TOKENS = 1 << 23
-"""Tokens packed at once (32 MB), or `BUFFER_SEQUENCES` sequences if that is more."""
+"""Tokens to pack at once (32 MB), or those of `BUFFER_SEQUENCES` sequences if they are more."""
 BUFFER_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
 class DocumentPiece:
-    """A document or a part of one: BOS, tokens, and EOS where the document ends. `name`: of the document."""
+    """A document or a part of one: BOS, tokens, and EOS if the document ends here. `name`: of the document."""
 
     ids: NDArray[np.int32]
     name: str | None
@@ -37,9 +37,9 @@ class PackedSequence:
 
 
 class Packer:
-    """Take documents, return packed sequences of at most `seq_len` tokens. Each begins with BOS.
+    """Take documents, and return packed sequences of at most `seq_len` tokens. Each begins with BOS.
 
-    A full buffer returns the fuller half of its sequences; the pieces of the others wait for a better fit.
+    When the buffer is full, the fuller half of its sequences is returned. Pieces of the others wait for a better fit.
     """
 
     def __init__(self, seq_len: int, bos_id: int, eos_id: int, buffer_tokens: int | None = None) -> None:
@@ -80,7 +80,7 @@ class Packer:
 
 
 def best_fit(pieces: Sequence[DocumentPiece], seq_len: int) -> list[PackedSequence]:
-    """Put every piece, longest first, into the fullest sequence with space for it. None is longer than a sequence."""
+    """Put every piece, longest first, into the fullest sequence with space for it. No piece may exceed a sequence."""
     sequences: list[PackedSequence] = []
     free: list[tuple[int, int]] = []  # space and number of every sequence that is not full, ascending
     for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):

@@ -1,4 +1,4 @@
-"""Make the next batches ahead, on one thread: it copies out of mapped files, which waits for disks only."""
+"""Prepare the next batches on one thread, which copies from memory-mapped files and waits only for disks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Call `make(step)` ahead for up to `depth` steps after the one that is asked for; 0: never.
+    """Call `make(step)` in advance for up to `depth` steps after the requested one; with depth 0, for none.
 
-    `make` runs on another thread, one call at a time, in the order of the steps. `get` raises its step's error.
+    `make` runs on another thread, one call at a time, in the order of the steps. `get` raises the error of its step.
     """
 
     def __init__(self, make: Callable[[int], T], depth: int) -> None:
@@ -23,7 +23,7 @@ class Prefetcher(Generic[T]):
         self._thread = ThreadPoolExecutor(1, "prefetch") if depth else None
 
     def get(self, step: int, stop: int) -> T:
-        """Return `make(step)`. Nothing is made ahead for `stop` and later steps."""
+        """Return `make(step)`. Nothing is made in advance for step `stop` and later steps."""
         if self._thread is None:
             return self.make(step)
         if step != self._next:  # the first call, or a jump
@@ -34,7 +34,7 @@ class Prefetcher(Generic[T]):
         return self._ahead.popleft().result()
 
     def close(self) -> None:
-        """End the thread after the batch that it is making. Later calls of `get` make their batch themselves."""
+        """End the thread after the batch that it is making. From then on `get` makes each batch itself."""
         if self._thread is not None:
             self._cancel()
             self._thread.shutdown()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 _ROUNDS = 6
 _SCALE = 1 << 40
-"""Weights are fixed-point integers, so shares are exact over any number of samples."""
+"""Weights are fixed-point integers in units of 1 / `_SCALE`, so counts are exact over any number of samples."""
 _BLOCK = 1024
 _LARGEST_BLOCK = 1 << 20
 
@@ -30,8 +30,8 @@ def key_of(*parts: object) -> int:
 def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
     """Apply a bijection of range(size), chosen by `key`, to each index.
 
-    A balanced Feistel network over the smallest even number of bits that holds `size`. Results outside the range are
-    permuted again (cycle walking; Black & Rogaway 2002, section 4), on average fewer than four times.
+    Uses a balanced Feistel network over the smallest even number of bits that holds `size`. Results outside the range
+    are permuted again (cycle walking; Black & Rogaway 2002, section 4), on average fewer than four times.
     """
     if size < 1 or (len(index) and (index.min() < 0 or index.max() >= size)):
         raise ValueError(f"indices must lie in [0, {size})")
@@ -51,7 +51,7 @@ def _feistel(value: NDArray[np.uint64], half: int, key: int) -> NDArray[np.uint6
 
 
 def _mix(value: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser of value and key (Steele et al. 2014)."""
+    """Apply SplitMix64's finaliser to value and key (Steele et al. 2014)."""
     z = value * np.uint64(0xD1342543DE82EF95) + np.uint64(key)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -59,10 +59,10 @@ def _mix(value: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 
 
 class BlockShares:
-    """The source of every sample of an endless blend with fixed shares.
+    """Choose the source of every sample of an endless blend with fixed weights.
 
-    After any number of whole blocks, the samples of each source differ from its share by less than one. Inside a block
-    the key chooses the order of sources. The samples of one source come in order.
+    After any number of whole blocks, the number of samples of each source differs from the exact one by less than one.
+    Inside a block the key chooses the order of sources. The samples of one source come in order.
     """
 
     def __init__(self, weights: Sequence[float], key: int) -> None:
@@ -70,13 +70,13 @@ class BlockShares:
         bounds = np.cumsum([0.0, *weights]) / sum(weights)
         self._bounds = [round(bound * _SCALE) for bound in bounds]
         self.block = _BLOCK
-        # between two rounded ends a small share can lose a sample from block to block, unless each block has one
+        # a count is a difference of rounded ends: it could fall from block to block, unless each block has a sample
         inner = [end - begin for begin, end in pairwise(self._bounds)][1:-1]
         while any(share and share * self.block < _SCALE for share in inner) and self.block < _LARGEST_BLOCK:
             self.block *= 2
 
     def at(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the source of every sample in a block, and its index among that source's samples."""
+        """Return the source of every sample in a block, and the sample's index among those of its source."""
         before, after = self.counts(block), self.counts(block + 1)
         edges = np.cumsum([0, *(b - a for a, b in zip(before, after, strict=True))])
         place = permute(np.arange(self.block), self.block, key_of(self.key, block))
@@ -87,20 +87,20 @@ class BlockShares:
         return source, within
 
     def counts(self, blocks: int) -> list[int]:
-        """Count the samples of each source in the first `blocks`; they add up exactly. Python integers: no overflow."""
+        """Count the samples of each source in the first `blocks`, exactly (Python integers do not overflow)."""
         ends = [blocks * self.block * bound // _SCALE for bound in self._bounds]
         return [b - a for a, b in pairwise(ends)]
 
 
 @dataclass(frozen=True)
 class BlendSegment:
-    """Samples [begin, end) of a blend, during which the same `sources` are left. `before`: samples that each source of
-    the blend has had by then.
+    """Samples [begin, end) of a blend, which come from the same `sources`. `before`: samples of each source of the
+    blend before `begin`.
     """
 
     begin: int
     end: int | None
-    """None: without end."""
+    """None: endless."""
     sources: NDArray[np.int64]
     before: NDArray[np.int64]
     shares: BlockShares
@@ -108,7 +108,7 @@ class BlendSegment:
 
 @dataclass(frozen=True)
 class SampleRange:
-    """Neighbouring samples from `begin` on: source of each, and its index among that source's samples."""
+    """Consecutive samples from `begin` on: the source of each, and the sample's index among those of its source."""
 
     begin: int
     sources: NDArray[np.int64]
@@ -116,10 +116,10 @@ class SampleRange:
 
 
 class Blend:
-    """Weighted choice of a source for every sample ordinal, until sources with a limit are used up.
+    """Choose a source for every sample ordinal by weight.
 
-    A source that has had `limits[name]` samples is dropped from there on; the others keep their proportion. The
-    points where that happens are computed once, in whole numbers. Sources of weight 0 are dropped at the start.
+    After `limits[name]` samples a source is dropped; the others keep their proportions. The ordinals at which this
+    happens are computed once, in exact integer arithmetic. Sources of weight 0 are dropped at the start.
     """
 
     def __init__(self, weights: Mapping[str, float], key: int, limits: Mapping[str, int] | None = None) -> None:
@@ -133,7 +133,7 @@ class Blend:
             alive = [i for i, limit in enumerate(ends) if limit is None or before[i] < limit]
             if not alive:
                 break
-            # the first segment has the key of a blend without limits: they change nothing before they are reached
+            # the first segment has the key of a blend without limits, so limits change nothing until one is reached
             own = key if not self.segments else key_of(key, "piece", len(self.segments))
             shares = BlockShares([weights[self.names[i]] for i in alive], own)
             counts = _until_used_up(shares, [None if (n := ends[i]) is None else n - before[i] for i in alive])
@@ -146,11 +146,11 @@ class Blend:
 
     @property
     def samples(self) -> int | None:
-        """Samples until every source is used up; None: no end."""
+        """Number of samples until every source is used up; None: endless."""
         return self.segments[-1].end if self.segments else 0
 
     def range_around(self, ordinal: int) -> SampleRange:
-        """Return the samples around one. Raises `IndexError` if the sources are used up before it."""
+        """Return the block of samples around `ordinal`. Raises `IndexError` if the sources are used up before it."""
         if ordinal < 0 or (self.samples is not None and ordinal >= self.samples):
             raise IndexError(f"sample {ordinal} lies outside the blend's {self.samples}")
         segment = self._segment(ordinal)
@@ -176,9 +176,9 @@ class Blend:
 
 
 def _until_used_up(shares: BlockShares, left: Sequence[int | None]) -> list[int] | None:
-    """Count the samples of each source when the first one would exceed what it has left; None: no source has a limit.
+    """Count the samples of each source before one exceeds the samples that it has `left`; None: no source has a limit.
 
-    Counts never fall from block to block, so the block is found by bisection.
+    Counts never fall from block to block, so the block where this happens is found by bisection.
     """
     limits = [(i, limit) for i, limit in enumerate(left) if limit is not None]
     if not limits:

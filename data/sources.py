@@ -1,4 +1,4 @@
-"""Documents of a source, each with its side of the held-out split, which a hash of its origin decides."""
+"""Read the documents of a source. A hash of a document's origin decides whether it is held out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNDECODABLE, EMPTY = "undecodable", "empty"
 
 @dataclass(frozen=True)
 class Document:
-    """`dropped`: why the document has no text; it is passed on to be counted. `name`: in the source, if it has one."""
+    """`dropped`: why the document has no text; it is yielded only to be counted. `name`: its name in the source."""
 
     text: str
     held_out: bool
@@ -40,7 +40,7 @@ class Document:
 
 
 class Source(Protocol):
-    """Documents in a fixed order. They are read twice at most: a sample to train the tokenizer, then all."""
+    """Documents in a fixed order. They are read at most twice: a sample to train the tokenizer, then all of them."""
 
     name: str
 
@@ -64,12 +64,12 @@ def make_source(name: str, config: SourceConfig, data: DataConfig) -> Source:
 
 
 def is_held_out(origin: str, share: float) -> bool:
-    """Decide whether a document of this origin is held out; true for `share` of all origins."""
+    """Decide whether a document of this origin is held out; true for a fraction `share` of all origins."""
     return key_of("held out", origin) < share * 2**64
 
 
 class BuiltinSource:
-    """One section of the standard library, in an order that mixes its packages, so `max_bytes` keeps some of all."""
+    """One section of the standard library. Its packages are mixed, so that `max_bytes` keeps files of all packages."""
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         assert config.section is not None
@@ -99,7 +99,7 @@ class BuiltinSource:
                 yield Document(text, held_out, name=file.name)
 
     def _held_out_paragraphs(self) -> set[str]:
-        """Collect the paragraphs of held-out pydoc topics, which repeat each other."""
+        """Collect the paragraphs of held-out pydoc topics, since other topics repeat them."""
         if self.section is not Section.pydoc:
             return set()
         held_out = (file for file in self._files if is_held_out(file.origin, self.share))
@@ -107,7 +107,7 @@ class BuiltinSource:
 
 
 class Budget:
-    """End a source at `max_bytes` of training text, and at the share of held-out text that belongs to it."""
+    """End a source at `max_bytes` of training text and at the corresponding amount of held-out text."""
 
     def __init__(self, max_bytes: int | None, share: float) -> None:
         self.left = {False: max_bytes, True: None if max_bytes is None else int(max_bytes * share / (1 - share))}
@@ -129,11 +129,11 @@ class FileSource:
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         self.name, self.config, self.data = name, config, data
         self.held_out_paths = self._find(config.held_out_path, "held_out_path") if config.held_out_path else []
-        held_out = {path.resolve() for path in self.held_out_paths}  # they may lie in the folder of the others
+        held_out = {path.resolve() for path in self.held_out_paths}  # they may be in the same folder
         self.paths = [path for path in self._find(str(config.path), "path") if path.resolve() not in held_out]
 
     def fingerprint(self) -> str:
-        """Hash the content and suffix of all files. Where that takes too long at every start, tokenise once and use the
+        """Hash the content and suffix of all files. If this takes too long at every start, tokenise once and use the
         result (`data.tokens`).
         """
         return sha256_text(*self._digests(self.paths), "|", *self._digests(self.held_out_paths))
@@ -158,7 +158,7 @@ class FileSource:
                 raise self._error("path", str(path), f"cannot be read: {error}") from None
 
     def _texts(self, paths: list[Path]) -> Iterator[str | None]:
-        """Yield the texts of the files; None for one to drop."""
+        """Yield the texts of the files; None for a text to drop."""
         for path in paths:
             try:
                 match file_format(path):
@@ -194,7 +194,7 @@ class FileSource:
     def _from_json(self, line: str, where: str) -> str | None:
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # numbers and nesting without end have errors of their own
+        except (ValueError, RecursionError) as error:  # huge numbers and deep nesting raise other errors
             raise self._error("path", where, f"is not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(record, dict):
             raise self._error("path", where, 'is not a JSON object such as {"text": "..."}')
@@ -235,7 +235,7 @@ class HuggingFaceSource:
         self.name, self.config, self.data, self.path = name, config, data, str(config.path)
 
     def fingerprint(self) -> str:
-        """Hash the name, or the files of a data set on disk. The hub's content may change under its name."""
+        """Hash the name, or the files of a data set on disk. Content on the hub may change under its name."""
         return dataset_fingerprint(self.path, self.config.subset, self.config.split)
 
     def documents(self) -> Iterator[Document]:
@@ -257,8 +257,8 @@ class HuggingFaceSource:
 
 
 class ImportedSource:
-    """A source by import path. Its class takes the source's `options`; `documents()` yields texts, the same ones in the
-    same order each time, and `fingerprint()` returns a string that changes whenever they do.
+    """A source named by import path. Its class takes the source's `options`. `documents()` yields the same texts in the
+    same order at each call, and `fingerprint()` returns a string that changes whenever the texts do.
     """
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
@@ -291,7 +291,7 @@ def _documents(texts: Iterable[str | None], share: float, max_bytes: int | None)
 
 
 def _document(text: str | None, share: float) -> Document:
-    """Choose the side of the split by a hash of the text, so that copies are on one side."""
+    """Make a document. Whether it is held out depends on a hash of its text, so duplicates are on the same side."""
     if not text:
         return Document("", False, UNDECODABLE if text is None else EMPTY)
     return Document(text, is_held_out(hashlib.sha256(text.encode()).hexdigest(), share))

@@ -1,6 +1,6 @@
-"""Turn text into token ids and back: byte-level BPE trained here, `tokenizer.json` files, tiktoken rank files.
+"""Turn text into token ids and back: byte-level BPE trained here, `tokenizer.json` files, and tiktoken rank files.
 
-Every artefact contains its tokenizer: `save` writes the files into a directory and `load_tokenizer` reads them back.
+Every artefact contains its tokenizer: `save` writes the files into a directory, and `load_tokenizer` reads them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer(Protocol):
-    """`fingerprint` changes whenever an encoding could."""
+    """`fingerprint` changes whenever the ids of some text could."""
 
     vocab_size: int
     bos_id: int
@@ -56,7 +56,7 @@ class JsonTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
         self._library.encode_special_tokens = True
-        self._library.no_truncation()  # some files ask for it, and text would be lost silently
+        self._library.no_truncation()  # some files enable truncation, which would lose text silently
         self._library.no_padding()
         self._library.post_processor = None  # the corpus writer adds BOS and EOS
         self._path, self.bos, self.eos = path, bos, eos
@@ -71,8 +71,8 @@ class JsonTokenizer:
         return self._library.decode(list(ids), skip_special_tokens=True)
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """Exact for byte-level vocabularies and those with byte fallback (`<0x0A>`, "▁" for a space). Others
-        are decoded token by token, which may miss the spaces between words.
+        """Return the bytes of each id: exact for byte-level vocabularies and those with byte fallback (`<0x0A>`, "▁"
+        for a space). Other vocabularies are decoded token by token, which may miss the spaces between words.
         """
         decoder = json.dumps(json.loads(self._path.read_text()).get("decoder"))
         added = self._library.get_added_tokens_decoder()
@@ -107,7 +107,7 @@ class TiktokenTokenizer:
     """A tiktoken rank file (base64 token and rank per line). Special tokens follow the ranks, as in Llama 4."""
 
     MAX_CHARACTERS = 400_000
-    """Longer texts are encoded in pieces: the library's recursion would overflow."""
+    """Longer texts are encoded in pieces, because they would overflow the library's recursion."""
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         import tiktoken
@@ -147,11 +147,11 @@ class TiktokenTokenizer:
 
 
 def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
-    """Write `tokenizer.json` and `tokenizer_config.json` for transformers, with BOS before a text. Return the ids for
-    the model's configuration. Raises `ConfigError` for rank files.
+    """Write `tokenizer.json` and `tokenizer_config.json` for transformers, with BOS before a text. Return the
+    ids of BOS and EOS for the model's configuration. Raises `ConfigError` for tiktoken files.
     """
     if not isinstance(tokenizer, JsonTokenizer):
-        raise ConfigError("data.tokenizer.kind", "tiktoken", "transformers needs a tokenizer.json; export without it")
+        raise ConfigError("data.tokenizer.kind", "tiktoken", "transformers needs a tokenizer.json instead")
     content, bos, eos = tokenizer.content(), tokenizer.bos, tokenizer.eos
     single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     content["post_processor"] = {
@@ -167,7 +167,7 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, in
 
 
 def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
-    """Hash how text becomes ids. Unlike a tokenizer's own fingerprint it survives an export."""
+    """Hash how text becomes ids. Unlike a tokenizer's own fingerprint, this hash stays the same after an export."""
     return _vocabulary(tokenizer.content()) if isinstance(tokenizer, JsonTokenizer) else tokenizer.fingerprint
 
 
@@ -180,7 +180,7 @@ def vocabulary_of_file(path: Path) -> str | None:
 
 
 def _vocabulary(content: dict[str, Any]) -> str:
-    """Hash a `tokenizer.json` without what adds to a text or truncates it: that does not change what an id means."""
+    """Hash a `tokenizer.json` without the parts that add to or truncate a text; these do not change what ids mean."""
     kept = {k: v for k, v in content.items() if k not in ("post_processor", "truncation", "padding")}
     return sha256_text(json.dumps(kept, sort_keys=True))
 
@@ -211,7 +211,7 @@ def from_file(config: TokenizerConfig) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], config: TokenizerConfig, cache: Path) -> Tokenizer:
-    """Train byte-level BPE on these texts, or take it from the cache."""
+    """Train byte-level BPE on these texts, or take the tokenizer from the cache."""
     import tokenizers
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -1,7 +1,7 @@
 """Token shards: flat files of token ids, memory-mapped, with their sizes and hashes in a manifest.
 
-A document is BOS, its tokens, EOS. Documents follow each other, padded with EOS if they are aligned. Sequences are
-windows of that stream. Ids are uint16 if the vocabulary fits, else uint32.
+A document is stored as BOS, its tokens and EOS. Documents follow each other, padded with EOS if they are aligned.
+Sequences are windows of this stream. Ids are uint16 if the vocabulary fits, else uint32.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Shard:
 
 
 class TokenWriter:
-    """Append documents to shards named `PREFIX-00000.bin` and hash them; `close` ends the last one."""
+    """Append documents to shards named `PREFIX-00000.bin` and hash the shards; `close` ends the last one."""
 
     def __init__(self, directory: Path, prefix: str, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS) -> None:
         self.directory, self.prefix, self.dtype, self.shard_tokens = directory, prefix, dtype, shard_tokens
@@ -91,7 +91,7 @@ class TokenStream:
             found = path.stat().st_size if path.exists() else None
             if found != wanted:
                 raise _damaged(path, "is missing" if found is None else f"has {found} bytes instead of {wanted}")
-            # a plain view: slicing a memmap object costs ten times the slice
+            # a plain view, because slicing a memmap object takes ten times as long
             self._maps.append(np.memmap(path, dtype=dtype, mode="r").view(np.ndarray) if wanted else np.empty(0, dtype))
 
     def __len__(self) -> int:

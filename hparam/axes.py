@@ -1,4 +1,4 @@
-"""Scale a model along one axis of size, as for the families of models that scaling rules are checked on."""
+"""Scale a model along one axis of size, to make the families of models on which scaling rules are checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.config import ModelConfig
 
 class SizeAxis(Enum):
     width = "width"
-    """All hidden sizes; more heads of the same size."""
+    """All hidden sizes and the numbers of heads; the size of a head stays the same."""
     depth = "depth"
     experts = "experts"
     """Total and active experts, so that sparsity stays the same."""
@@ -20,14 +20,14 @@ class SizeAxis(Enum):
 
 
 def grown(model: ModelConfig, axis: SizeAxis, factor: int) -> ModelConfig:
-    """The model `factor` times as large along `axis`; unchanged along the run's axes, batch and tokens."""
+    """Return the model `factor` times as large along `axis`; unchanged for batch and tokens, sizes of the run."""
     if axis is SizeAxis.width:
         keys = ["hidden_size", "num_heads", "num_kv_heads", "dense_hidden_size", "expert_hidden_size"]
         keys += [] if model.shared_expert_hidden_size is None else ["shared_expert_hidden_size"]
         return replace(model, **{key: getattr(model, key) * factor for key in keys})
     if axis is SizeAxis.depth:
         if model.layer_list is not None:
-            raise ConfigError("model.layer_list", None, "an explicit list of layers has no deeper version: remove it")
+            raise ConfigError("model.layer_list", None, "an explicit list of layers cannot be made deeper: remove it")
         return replace(model, num_layers=model.num_layers * factor)
     if axis is SizeAxis.experts:
         router = replace(model.router, top_k=model.router.top_k * factor)

@@ -35,13 +35,14 @@ class HparamConfig:
     arXiv 2405.13698). Null: the timescale that optimizer.weight_decay gives at the base.
     """
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
-    """At the base."""
+    """Multipliers of the base."""
     critical_batch: float | None = None
-    """In tokens, for the base's run; proportional to tokens^0.46 (Bergsma et al. 2025, arXiv 2505.13738)."""
+    """Critical batch of the base's run, in tokens; grows with tokens^0.46 (Bergsma et al. 2025, arXiv 2505.13738)."""
     allow_supercritical: bool = False
-    """Allow batches above the critical one."""
+    """Allow batches above the critical batch."""
     table: str | None = None
-    """Digest of the transferred values, written by `leviathan metap transfer`. A run that derives others is rejected.
+    """Digest of the transferred values, written by `leviathan metap transfer`. A run that derives other values is
+    rejected.
     """
     provenance: dict[str, Any] = field(default_factory=dict)
     """How the base's hyperparameters were found; for information only."""

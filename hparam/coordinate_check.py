@@ -1,4 +1,4 @@
-"""The coordinate check: the change of activations over a few steps must not depend on the model's size.
+"""Coordinate check: verify that the change of activations over a few steps does not depend on the model's size.
 
 The check measures changes because initial activations hardly depend on the parametrization (Yang et al. 2022, arXiv
 2203.03466, appendix D.1). A slope is that of log2 of the root mean square against log2 of the size, with logarithms
@@ -25,7 +25,7 @@ LIMITS: Mapping[SizeAxis, Mapping[str, float]] = {
 }
 """The largest absolute slope allowed for the change of each quantity."""
 CONTROLS: Mapping[SizeAxis, float] = {SizeAxis.width: 0.4, SizeAxis.depth: 0.3}
-"""With standard rules some quantity must have at least this slope, or the check could not detect a wrong rule."""
+"""Slope that some quantity must at least have with standard rules; otherwise the check could not detect wrong rules."""
 
 Measured = Mapping[str, Mapping[str, float]]
 """quantity -> `initial` and `change`, root mean squares."""
@@ -47,7 +47,7 @@ class AxisResult:
         return {name: {q: slope(self.factors, found) for q, found in by.items()} for name, by in self.values.items()}
 
     def failures(self) -> list[str]:
-        """Slopes beyond their limits, and a control whose slopes are too small to trust the check."""
+        """Describe slopes beyond their limits, and a control whose slopes are too small to trust the check."""
         found = []
         ours, control = self.slopes[Parametrization.metap.value], self.slopes[Parametrization.standard.value]
         limits = {name: limit for name, limit in LIMITS[self.axis].items() if name in ours}
@@ -74,7 +74,7 @@ class AxisResult:
 
 
 def slope(factors: Sequence[int], values: Sequence[float]) -> float:
-    """Least-squares slope of log2(values) against log2(factors); NaN if a value is not positive and finite."""
+    """Fit the slope of log2(values) against log2(factors) by least squares; NaN unless all are positive and finite."""
     x, y = np.log2(np.asarray(factors, float)), np.asarray(values, float)
     if not (np.isfinite(y).all() and (y > 0).all()):
         return float("nan")
@@ -97,6 +97,6 @@ def check_axis(
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
-    """0 if a value is 0, as for a head initialised to zero."""
+    """Return the geometric mean; 0 if a value is 0, as for a head initialised to zero."""
     array = np.asarray(values, float)
     return float(np.exp(np.log(array).mean())) if (array > 0).all() else float(array.min())

@@ -1,4 +1,4 @@
-"""Fit a sweep: the best learning rate, its confidence interval, and its dependence on the run's sizes.
+"""Fit a sweep: the best learning rate, its confidence interval, and its dependence on the sizes of the run.
 
 An optimum is the vertex of a parabola in log2 of the learning rate, through the best point of the mean over seeds and
 its neighbours. A best point at the edge of the grid is rejected. Intervals are bootstraps over seeds, with the same
@@ -60,13 +60,13 @@ class Curve:
         return range(self.losses.shape[1])
 
     def mean(self, chosen: Sequence[int]) -> NDArray[np.float64]:
-        """Mean loss of the seeds at each rate; inf if one of them diverged."""
+        """Return the mean loss of the chosen seeds at each rate; inf if one of them diverged."""
         mean = self.losses[:, list(chosen)].mean(1)
         return np.where(np.isnan(mean), np.inf, mean)
 
     def vertex(self, chosen: Sequence[int]) -> tuple[float, float]:
-        """Best log2 learning rate, and its loss, of the mean over the seeds. Raises `ConfigError` if the best point is
-        at the edge.
+        """Return the best log2 learning rate of the mean over the seeds, and its loss. Raises `ConfigError` if the best
+        point is at the edge of the grid.
         """
         mean = self.mean(chosen)
         best = int(mean.argmin())
@@ -84,7 +84,7 @@ class Curve:
         return float(self.log2_lrs[best] + place), float(c + b * place + a * place * place)
 
     def vertices(self, resamples: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """Vertex of each resample, [resamples, (log2 lr, loss)]; the best point itself if it is at the edge."""
+        """Return the vertex of each resample, [resamples, (log2 lr, loss)], or the best point if it is at the edge."""
         found = []
         for chosen in resamples:
             try:
@@ -95,7 +95,7 @@ class Curve:
         return np.array(found)
 
     def at(self, log2_lr: float, chosen: Sequence[int]) -> float:
-        """Loss at any rate, on the parabola through the three nearest points; inf beyond the grid."""
+        """Return the loss at any rate, on the parabola through the three nearest points; inf beyond the grid."""
         mean, rates = self.mean(chosen), self.log2_lrs
         if not rates[0] <= log2_lr <= rates[-1]:
             return math.inf
@@ -107,7 +107,9 @@ class Curve:
 
 
 def curve(name: str, losses: Losses, scale: Scale | None = None) -> Curve:
-    """Make a curve. Raises `ConfigError` for missing seeds, which could not be paired, and for too few rates."""
+    """Make a curve. Raises `ConfigError` if a seed is missing at a rate, so that seeds cannot be paired, or for too few
+    rates.
+    """
     rates = sorted(losses)
     seeds = sorted({seed for by in losses.values() for seed in by})
     for rate, seed in itertools.product(rates, seeds):
@@ -120,7 +122,7 @@ def curve(name: str, losses: Losses, scale: Scale | None = None) -> Curve:
 
 
 def resamples(seeds: int) -> list[tuple[int, ...]]:
-    """Every choice of `seeds` seeds with replacement; a random thousand if there are more."""
+    """Return every choice of `seeds` seeds with replacement, or a random thousand if there are more."""
     if seeds**seeds <= MOST_RESAMPLES:
         return list(itertools.product(range(seeds), repeat=seeds))
     generator = np.random.default_rng(0)
@@ -133,21 +135,21 @@ def _interval(value: float, samples: NDArray[np.float64]) -> Interval:
 
 
 def optimum(one: Curve) -> Optimum:
-    """Raises `ConfigError` if the minimum is not bracketed."""
+    """Find the optimum of a curve. Raises `ConfigError` if the minimum is not bracketed."""
     lr, loss = one.vertex(one.seeds)
     found = one.vertices(resamples(len(one.seeds)))
     return Optimum(_interval(lr, found[:, 0]), _interval(loss, found[:, 1]))
 
 
 def drift(first: Curve, last: Curve) -> Interval:
-    """Octaves from the optimum of `first` to that of `last`, paired by seed."""
+    """Return the octaves from the optimum of `first` to that of `last`, paired by seed."""
     drawn = resamples(len(first.seeds))
     value = last.vertex(last.seeds)[0] - first.vertex(first.seeds)[0]
     return _interval(value, last.vertices(drawn)[:, 0] - first.vertices(drawn)[:, 0])
 
 
 def penalty(first: Curve, last: Curve) -> Interval:
-    """The cost of a transfer in nats: loss of `last` at the optimum of `first`, less its loss at its own optimum."""
+    """Return the cost of a transfer in nats: the loss of `last` at the optimum of `first`, less that at its own."""
     drawn, seeds = resamples(len(first.seeds)), first.seeds
     value = last.at(first.vertex(seeds)[0], seeds) - last.vertex(seeds)[1]
     pairs = zip(drawn, first.vertices(drawn)[:, 0], last.vertices(drawn)[:, 1], strict=True)
@@ -155,7 +157,7 @@ def penalty(first: Curve, last: Curve) -> Interval:
 
 
 def exponents(curves: Sequence[Curve]) -> dict[str, Interval]:
-    """Exponents of the best learning rate, fitted jointly for the sizes that take three values or more."""
+    """Fit the exponents of the best learning rate, jointly for the sizes that take three values or more."""
     varying = [size for size in SIZES if len({getattr(one.scale, size) for one in curves}) >= 3]
     if not varying or len(curves) < len(varying) + 2:
         return {}
@@ -170,7 +172,7 @@ def exponents(curves: Sequence[Curve]) -> dict[str, Interval]:
 
 
 def _logs(curves: Sequence[Curve], sizes: Sequence[str]) -> NDArray[np.float64]:
-    """Columns of a linear fit: 1 and log2 of each size, [curves, 1 + sizes]."""
+    """Return the columns of a linear fit: 1 and log2 of each size, [curves, 1 + sizes]."""
     return np.array([[1.0, *(math.log2(getattr(one.scale, size)) for size in sizes)] for one in curves])
 
 
@@ -179,10 +181,10 @@ def _solve(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64
 
 
 def predicted_optimum(curves: Sequence[Curve]) -> dict[str, Any] | None:
-    """The largest setting's optimum predicted from the others, beside the swept one; None for fewer than three
-    settings.
+    """Predict the optimum of the largest setting from the others, and return it with the swept one; None for fewer than
+    three settings.
 
-    The prediction is a fit over the sizes that vary among the others, or their mean if they vary too little for a fit.
+    The prediction is a fit over the sizes that vary among the others, or the mean of their optima if too few vary.
     """
     if len(curves) < 3:
         return None

@@ -1,4 +1,4 @@
-"""Plots of a coordinate check and of a sweep, as PNG."""
+"""Draw plots of a coordinate check and of a sweep, as PNG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hparam.fit import Curve, optimum
 
 
 def draw_check(results: Sequence[AxisResult]) -> bytes:
-    """A row of panels for each axis of size, one for each quantity; both parametrizations with their slopes."""
+    """Draw a row of panels for each axis of size, one per quantity, with both parametrizations and their slopes."""
     quantities = list(results[0].values["metap"])
     columns = len(quantities)
     with figure(2.6 * columns, 2.5 * len(results), len(results), columns) as (made, panels):
@@ -46,7 +46,7 @@ def _span(panel: Any, values: Sequence[float], octaves: float = 3.0) -> None:
 
 
 def draw_sweep(by_rules: Mapping[str, Sequence[Curve]]) -> bytes:
-    """Loss against learning rate: a panel for each parametrization, a line for each setting, a star at its optimum."""
+    """Draw loss against learning rate: a panel per parametrization, a line per setting, and a star at its optimum."""
     curves = [one for some in by_rules.values() for one in some]
     finite = [one.losses[np.isfinite(one.losses)] for one in curves]
     lowest, highest = min(float(losses.min()) for losses in finite), max(float(losses.max()) for losses in finite)
@@ -71,7 +71,7 @@ def draw_sweep(by_rules: Mapping[str, Sequence[Curve]]) -> bytes:
 
 
 def draw_optima(curves: Sequence[Curve], size: str) -> bytes:
-    """Best learning rate against a size of the run, with intervals over seeds."""
+    """Draw the best learning rate against a size of the run, with intervals over seeds."""
     found = [optimum(one).log2_lr for one in curves]
     values, low, high = ([getattr(one, name) for one in found] for name in ("value", "low", "high"))
     with figure(5, 3.6) as (made, [panel]):

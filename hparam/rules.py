@@ -1,12 +1,12 @@
-"""Scaling rules as data: initial standard deviation, learning rate and epsilon of each role as functions of size.
+"""Define scaling rules as data: initial standard deviation, learning rate and epsilon of each role by size.
 
-`metap` is our set of rules; Meta has not published its own. It combines CompleteP (Dey et al. 2025, arXiv 2505.01618,
-table 1), Adam's epsilons of Complete(d)P (arXiv 2512.22382, table 1) and experts after the Maximally Scale-Stable
-Parameterization (arXiv 2605.14200) at fixed sparsity. The router starts small instead of at zero, because exact ties
-send every token to the same experts. `standard` is common practice: standard deviation by fan-in, smaller residual
-branches in deeper models, one learning rate.
+`metap` is Leviathan's own set of rules; Meta has not published its rules. It combines CompleteP (Dey et al. 2025, arXiv
+2505.01618, table 1), Adam's epsilons from Complete(d)P (arXiv 2512.22382, table 1), and the rules for experts at fixed
+sparsity from the Maximally Scale-Stable Parameterization (arXiv 2605.14200). The router starts small instead of at
+zero, because exact ties send every token to the same experts. `standard` is common practice: standard deviation by
+fan-in, smaller residual branches in deeper models, and one learning rate.
 
-A rule is a product of ratios target / base, each to a power; `a` is the depth exponent, 1 for CompleteP. `fan_in`,
+A rule is a product of ratios target / base, each to a power. `a` is the depth exponent, 1 for CompleteP. `fan_in`,
 `fan_out` and `larger` (the larger of the two) are those of the matrix. All rules are 1 if target and base are equal.
 """
 
@@ -121,7 +121,7 @@ def value(powers: Monomial, ratios: Mapping[str, float], alpha: float) -> float:
 
 @cache
 def table(parametrization: Parametrization, head: HeadForm) -> Mapping[Role, Rule]:
-    """The rule of every role under AdamW."""
+    """Return the rule of every role under AdamW."""
     if parametrization is Parametrization.standard:
         return _parse(STANDARD)
     return {**_parse(METAP), **(_parse(HEAD_WITH_MULTIPLIER) if head is HeadForm.multiplier else {})}

@@ -1,4 +1,4 @@
-"""Sizes of a model and its run, of which scaling rules take ratios, and the sizes of each role's matrix."""
+"""Describe the sizes of a model and its run, whose ratios scaling rules use, and the sizes of each role's matrix."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _MAY_BE_ABSENT = ("dense_hidden_size", "shared_expert_hidden_size", "expert_hidd
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of a whole model, independent of its layout. `batch` and `tokens` are in tokens, of one optimizer step and
-    of the run. Sizes of layers that the model lacks are 0.
+    """Sizes of a whole model, independent of its layout. `batch` is the tokens of one optimizer step, `tokens` those of
+    the run. Sizes of layers that the model lacks are 0.
     """
 
     hidden_size: int
     num_layers: int
     head_dim: int
     query_width: int
-    """All query heads together."""
+    """Width of all query heads together."""
     value_width: int
-    """All key heads together; all value heads together."""
+    """Width of all value heads together, and of all key heads together."""
     dense_hidden_size: int
     shared_expert_hidden_size: int
     expert_hidden_size: int
@@ -45,7 +45,7 @@ class Scale:
 
 
 def scale_of(model: ModelConfig, batch: int, tokens: int) -> Scale:
-    """`batch` and `tokens` in tokens."""
+    """Return the sizes of a model and its run. `batch` and `tokens` are in tokens."""
     dense = any(layer.feed_forward is FeedForward.dense for layer in model.blocks)
     moe = model.has_experts
     return Scale(
@@ -65,7 +65,7 @@ def scale_of(model: ModelConfig, batch: int, tokens: int) -> Scale:
 
 
 def kind_of(model: ModelConfig) -> dict[str, str]:
-    """Architecture choices other than size. Hyperparameters transfer only between models that agree on them."""
+    """Return architecture choices other than size. Hyperparameters transfer only between models with equal choices."""
     found = {
         "norms": "+".join(sorted({layer.qk_norm.value for layer in model.blocks})),
         "tied": str(model.tie_embeddings).lower(),
@@ -97,7 +97,7 @@ SPANS: Mapping[Role, tuple[str | None, str]] = {
 
 
 def ratios(base: Scale, target: Scale, role: Role | None = None) -> dict[str, float]:
-    """Target / base of every size that both have. With a role also `fan_in`, `fan_out` and `larger` of its matrix."""
+    """Return target / base for every size that both have; with a role also for `fan_in`, `fan_out` and `larger`."""
     first, second = asdict(base), asdict(target)
     found = {name: second[name] / first[name] for name in first if first[name] and second[name]}
     if role is not None and role in SPANS:

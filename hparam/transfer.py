@@ -35,7 +35,7 @@ class BaseHyperparameters:
     muon: frozenset[Role] = frozenset()
     muon_scale: str = "unit_rms_norm"
     sums_gates: bool = False
-    """Whether a token's routing weights are sigmoids that are not normalised."""
+    """Whether the routing weights of a token are unnormalised sigmoids."""
     tied: bool = False
 
 
@@ -68,7 +68,7 @@ class Resolved:
 
 
 def transfer(config: HparamConfig, target: Scale, found: BaseHyperparameters) -> Resolved:
-    """The values for `target`. Raises `ConfigError` if the rules do not cover it."""
+    """Compute the values for `target`. Raises `ConfigError` if the rules do not cover it."""
     base = config.base
     assert base is not None
     _check(config, base, target, found)
@@ -100,7 +100,7 @@ def transfer(config: HparamConfig, target: Scale, found: BaseHyperparameters) ->
 def _decay(
     config: HparamConfig, found: BaseHyperparameters, role: Role, lr: float, base: Scale, target: Scale
 ) -> float:
-    """Keep lr * decay * steps, which is 1 / tau."""
+    """Return the weight decay that keeps lr * decay * steps, which is 1 / tau."""
     if not found.weight_decay[role] or not lr:
         return 0.0
     inverse_tau = 1 / config.tau if config.tau else found.lr[role] * found.weight_decay[role] * base.steps
@@ -142,7 +142,7 @@ def _check(config: HparamConfig, base: Scale, target: Scale, found: BaseHyperpar
 
 
 def warnings(config: HparamConfig, base: Scale, target: Scale) -> tuple[str, ...]:
-    """Changes over which transfer is not established, with what to sweep again."""
+    """Return the changes over which transfer is not established, with what to sweep again."""
     found, both = [], ratios(base, target)
     if "num_experts" in both:
         if abs(both["top_k"] / both["num_experts"] - 1) > 1e-9:
@@ -172,7 +172,7 @@ def warnings(config: HparamConfig, base: Scale, target: Scale) -> tuple[str, ...
 
 
 def spans(role: Role) -> str:
-    """Fan in -> fan out of a role's matrix, for tables."""
+    """Return fan in -> fan out of a role's matrix as text, for tables."""
     if role not in SPANS:
         return "gain"
     out, into = SPANS[role]

@@ -1,10 +1,10 @@
-"""`leviathan filter ablate`: does filtering help? Compares filtered, random and longest halves, and all data, at equal
-tokens.
+"""`leviathan filter ablate`: measure whether filtering helps.
 
-Every arm trains the same model for the same steps from the same initial weights, seed by seed. The comparison is by
-held-out loss, on sequences that no filter changes, in thirds by difficulty: the loss of a sequence under the n-gram
-model of all training text. Differences are paired by seed against a random half. Each seed draws another random half:
-the intervals cover the draw as well as the run.
+The arms train on the filtered data, a random half, the longest half and all data, with equal numbers of tokens. For
+each seed, all arms start from the same initial weights and train the same model for the same number of steps. Arms are
+compared by loss on held-out sequences, which no filter changes, in thirds by difficulty. The difficulty of a sequence
+is its loss under the n-gram model of all training text. Each difference is to the random half of the same seed. Each
+seed draws another random half, so the intervals include the variance of the draw.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from train.eval.held_out import sequence_losses
 
 GROUPS = ("easy third", "middle third", "hard third", "all sequences")
 QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-"""Student's t, two-sided 95%, by the number of seeds."""
+"""Two-sided 95% quantile of Student's t distribution, by the number of seeds."""
 CONTROL = "random half"
 COLOURS = {"filtered": "#0072B2", CONTROL: "#999999", "longest half": "#E69F00", "everything": "#009E73"}
 
 Losses = dict[str, list[list[float]]]
-"""By arm: for each seed the mean held-out loss of each of `GROUPS`."""
+"""For each arm and seed, the mean held-out loss of each of `GROUPS`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class AblateConfig:
 
 
 def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
-    """Train, compare, and write `ablation.json`, `.png` and `.html` into `out`. Finished runs are not repeated."""
+    """Train and compare the arms; write `ablation.json`, `.png` and `.html` into `out`. Skips finished runs."""
     found: Losses = {arm: [] for arm in COLOURS}
     difficulty: NDArray[np.float64] | None = None
     for seed in range(config.seeds):
@@ -80,13 +80,13 @@ def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
                 difficulty = held_out_difficulty(restored, config.sequences)
             found[arm].append(group_means(held_out_losses(restored, config.sequences), difficulty))
             shown = ", ".join(f"{value:.4f}" for value in found[arm][-1])
-            print(f"ablate: {arm}, seed {seed}: held-out loss by thirds and of all sequences {shown}", flush=True)
+            print(f"ablate: {arm}, seed {seed}: held-out loss of each third and of all sequences {shown}", flush=True)
     write(found, config, rules, out)
     return 0
 
 
 def arms(rules: FilterRules, seed: int) -> Mapping[str, FilterRules | None]:
-    """The filter of each arm. The controls have the same gates, so that only the choice differs."""
+    """Return the filter of each arm. All filters have the same gates, so that only the selection differs."""
     control = replace(rules, select=replace(rules.select, length_buckets=1))  # in buckets the longest cannot be chosen
     random = replace(control, scorer=ScorerConfig(kind=ScorerKind.random), seed=rules.seed + seed)
     longest = replace(control, scorer=ScorerConfig(kind=ScorerKind.length))
@@ -101,14 +101,14 @@ def _run(config: AblateConfig, filter_: FilterRules | None, root: Path, name: st
 
 
 def _counts(restored: RestoredRun, most: int) -> Iterator[tuple[str, int]]:
-    """Each source with held-out sequences, and how many of them are used."""
+    """Yield each source that has held-out sequences, and how many of them are used."""
     loader = restored.loader()
     counts = ((source, min(most, loader.num_held_out(source))) for source in restored.corpus.sources)
     return ((source, count) for source, count in counts if count)
 
 
 def held_out_difficulty(restored: RestoredRun, most: int) -> NDArray[np.float64]:
-    """The loss of each held-out sequence under the n-gram model of all training text."""
+    """Return the loss of each held-out sequence under the n-gram model of all training text."""
     loader, tokenizer, data = restored.loader(), restored.corpus.tokenizer, restored.config.data
     scorer, records = NgramScorer(), []
     parts = [SourcePart(make_source(name, part, data), name) for name, part in data.sources.items()]
@@ -120,7 +120,7 @@ def held_out_difficulty(restored: RestoredRun, most: int) -> NDArray[np.float64]
 
 
 def held_out_losses(restored: RestoredRun, most: int) -> NDArray[np.float64]:
-    """The model's loss of each held-out sequence."""
+    """Return the model's loss on each held-out sequence."""
     loader = restored.loader()
     losses = [
         sequence_losses(restored.placed, partial(loader.held_out, source), count, restored.phase.micro_batch_size)
@@ -130,13 +130,13 @@ def held_out_losses(restored: RestoredRun, most: int) -> NDArray[np.float64]:
 
 
 def group_means(losses: NDArray[np.float64], difficulty: NDArray[np.float64]) -> list[float]:
-    """Mean loss of each of `GROUPS`."""
+    """Return the mean loss of each of `GROUPS`."""
     order = np.argsort(difficulty, kind="stable")
     return [float(losses[part].mean()) for part in (*np.array_split(order, 3), order)]
 
 
 def difference(found: Losses, arm: str, group: int) -> tuple[float, float]:
-    """Mean over seeds of the loss of `arm` minus that of the random half, and half of its 95% interval."""
+    """Return the mean over seeds of `arm`'s loss minus the random half's, and half the width of its 95% interval."""
     pairs = zip(found[arm], found[CONTROL], strict=True)
     values = [one[group] - other[group] for one, other in pairs]
     return statistics.mean(values), QUANTILE[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
@@ -174,7 +174,7 @@ def write(found: Losses, config: AblateConfig, rules: FilterRules, out: Path) ->
 
 
 def _draw(table: dict[str, dict[str, tuple[float, float]]], axes: Any) -> None:
-    """Differences against the random half with their intervals."""
+    """Draw the differences from the random half, with their confidence intervals."""
     for number, (arm, row) in enumerate(table.items()):
         means, widths = zip(*row.values(), strict=True)
         places = np.arange(len(GROUPS)) + (number - 1) * 0.18

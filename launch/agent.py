@@ -1,8 +1,8 @@
 """Run the ranks of one node with torchrun's agent, in this process.
 
-Beyond plain torchrun: a rank's exit code says whether a restart can help; each rank's output goes to the run's
-directory; the rank that failed first is reported first; ranks of a new attempt never read what an earlier attempt left
-in the store, on any number of nodes.
+This adds to plain torchrun: A rank's exit code says whether a restart can help. Each rank's output is written to the
+run's directory. The rank that failed first is reported first. On any number of nodes, ranks of a new attempt never read
+what an earlier attempt left in the store.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from core.errors import ConfigError, LeviathanError
 from core.exit_codes import ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
 from launch.diagnose.machine import cores
 
-SAVE_S = 600  # for ranks that save after a signal
-KILL_AFTER_S = 20  # for ranks after another rank has crashed: there is nothing to save
-JOIN_S = 600
-END_TOGETHER_S = 60  # for the other nodes, when this node's ranks have ended
-ALONE_S = 10  # for ranks to notice that another node has given up; stopped ranks never do
+SAVE_S = 600  # time for ranks to save after a signal
+KILL_AFTER_S = 20  # time for ranks to end after another rank has crashed; they have nothing to save
+JOIN_S = 600  # time for all nodes to join the rendezvous
+END_TOGETHER_S = 60  # time to wait for the other nodes after this node's ranks have ended
+ALONE_S = 10  # time for ranks to fail by themselves after another node has given up; suspended ranks never do
 GIVEN_UP = "given up"
 
 
@@ -80,7 +80,7 @@ class AgentInterrupted(LeviathanError):
 
 
 def run(node: Node) -> int:
-    """Start the ranks and wait for them; return 0, or the exit code of the rank that failed first.
+    """Start the ranks and wait for them. Return 0, the code of the first expected error or interruption, or CRASHED.
 
     Raises `AgentInterrupted` after a signal, `NodesNotMet` if the rendezvous fails, `Unreachable` for an unusable
     rendezvous address.
@@ -94,7 +94,7 @@ def run(node: Node) -> int:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # by default gloo uses the address of the host name
     handler = get_rendezvous_handler(_rendezvous(node))
     spec = WorkerSpec(
-        role="",  # a prefix of each line that rank 0 prints
+        role="",  # the agent prints it before each line of rank 0
         local_world_size=node.ranks,
         entrypoint=sys.executable,
         args=("-u", *node.command),
@@ -132,8 +132,8 @@ class _Agent(LocalElasticAgent):
         )
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        """Agree with all nodes on an id of this attempt; their own counts of restarts differ."""
-        store: Any = worker_group.store  # only this round uses it
+        """Agree with all nodes on an id of this attempt. Their own counts of restarts may differ."""
+        store: Any = worker_group.store  # of this rendezvous round only
         if worker_group.group_rank == 0:
             store.set("attempt", uuid.uuid4().hex)
         os.environ[ATTEMPT] = store.get("attempt").decode()
@@ -163,7 +163,7 @@ class _Agent(LocalElasticAgent):
         store, now = worker_group.store, time.monotonic()
         if self._alone_since is None and now - self._checked_at > 1.0:
             self._checked_at = now
-            with suppress(dist.DistError, RuntimeError):  # the rendezvous uses the same store and reports it
+            with suppress(dist.DistError, RuntimeError):  # the rendezvous uses the same store and reports the failure
                 self._alone_since = now if store is not None and store.check([GIVEN_UP]) else None
         return self._alone_since is not None and now - self._alone_since > ALONE_S
 
@@ -171,12 +171,12 @@ class _Agent(LocalElasticAgent):
         super()._shutdown(signal.SIGTERM, KILL_AFTER_S)
 
     def _shutdown(self, death_sig: signal.Signals | None = None, timeout: int = 0) -> None:
-        """Let ranks save after a signal. If the agent gives up because the first node is gone, they cannot save."""
+        """Give ranks time to save after a signal, but not if the agent gives up: the first node is gone then."""
         super()._shutdown(death_sig or signal.SIGTERM, SAVE_S if death_sig else KILL_AFTER_S)
 
 
 class RankLogs(LogsSpecs):
-    """Write each rank's output to logs/rank-00000/, one file per start; rank 0's also to the terminal."""
+    """Write each rank's output to logs/rank-00000/ etc., in new files at each start. Show rank 0's as well."""
 
     def __init__(self, directory: Path, shows_output: bool) -> None:
         super().__init__(str(directory), redirects=Std.ALL)
@@ -204,8 +204,8 @@ class RankLogs(LogsSpecs):
 def failure_lines(result: RunResult, logs: Path) -> Iterator[str]:
     """Yield lines that report failed ranks.
 
-    For an expected error: its own line, unless rank 0 has printed it already. Otherwise a line per rank, the first
-    cause before ranks that only lost a connection.
+    For an expected error, yield its message, unless rank 0 has printed it already. Otherwise yield a line per rank: the
+    first cause comes before ranks that only lost a connection.
     """
     expected = {rank: failure for rank, failure in result.failures.items() if _is_final(failure.exitcode)}
     if expected:
@@ -239,7 +239,7 @@ def _last_line(logs: Path, rank: int) -> str:
 
 
 def _is_final(code: int) -> bool:
-    """Return whether a restart would end the same: after an expected error or an interruption."""
+    """Return whether a restart cannot help: after an expected error or an interruption."""
     return code > 0 and code not in (CRASHED, HUNG)
 
 
@@ -269,7 +269,7 @@ def _endpoint(host: str, port: int) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise `Unreachable` if the store cannot listen on the port, on every address of this machine (IPv4 and IPv6)."""
+    """Raise `Unreachable` if the port is in use. The store listens on every IPv4 and IPv6 address of this machine."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:

@@ -21,24 +21,26 @@ from core.process import run_process
 
 @dataclass(frozen=True)
 class Verb:
-    """A line of the table of verbs. `configs/VERB.yaml` is the root of its configuration.
+    """One verb of the command. `configs/VERB.yaml` is the root of its configuration.
 
-    `config` and `function` are names in launch/verbs/MODULE.py, imported when the verb runs. The function takes the
-    typed configuration and returns the exit code. A verb that `sweeps` gets a list of configurations: one per
-    combination of values, where keys have several (optimizer.lr=1e-3,2e-3).
+    `config` and `function` name a class and a function in launch/verbs/MODULE.py, which is imported when the verb runs.
+    The function takes the typed configuration and returns the exit code. If the verb `sweeps`, keys may have several
+    values (optimizer.lr=1e-3,2e-3), and the function takes a list with one configuration per combination.
     """
 
     config: str
     summary: str
     positional: tuple[str, ...] = ()
-    """Keys of arguments without "=", in order. "..." after the last one collects the remaining arguments in a list."""
+    """Keys that arguments without "=" set, in order. "..." after the last key collects the remaining arguments in a
+    list.
+    """
     sweeps: bool = False
     others: str | None = None
-    """Key of a list that collects overrides of keys that `config` does not have; they belong to another verb."""
+    """Key of the list that collects the overrides meant for another verb: those of keys that `config` does not have."""
     stored: str | None = None
-    """Function of the module that reads a stored configuration and applies overrides: `--config FILE`."""
+    """Name of the function behind `--config FILE`, which reads a stored configuration and applies overrides."""
     module: str | None = None
-    """None: the verb's name."""
+    """Name of the module. None: the verb's name."""
     function: str = "run"
 
 
@@ -70,7 +72,7 @@ VERBS = {
 }
 
 _OVERRIDE = re.compile(r"~\S|\+{0,2}[A-Za-z_][\w./@:-]*=")
-"""How Hydra's overrides begin. Other arguments are values of the keys in `Verb.positional`."""
+"""Matches the beginning of a Hydra override. Other arguments are values of the keys in `Verb.positional`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +130,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _stored(verb: Verb, arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """FILE of `--config FILE`, and the other arguments."""
+    """Return FILE of `--config FILE`, None without this option, and the other arguments."""
     if verb.stored is None or "--config" not in arguments:
         return None, arguments
     at = arguments.index("--config")
@@ -150,12 +152,12 @@ def _named(verb: Verb, arguments: list[str]) -> list[str]:
             return [*named, f"{key.removesuffix('...')}=[{','.join(values)}]"]
         named.append(f"{key}={values.pop(0)}")
     if values:
-        raise ConfigError(bare[-1], None, f"one argument too many; they are {' '.join(verb.positional)}")
+        raise ConfigError(bare[-1], None, f"is one argument too many; this verb takes {' '.join(verb.positional)}")
     return named
 
 
 def _collected(verb: Verb, schema: type, overrides: list[str]) -> list[str]:
-    """Collect overrides of keys that `schema` does not have in the list `verb.others`."""
+    """Move overrides of keys that `schema` does not have into the list `verb.others`."""
     if verb.others is None:
         return overrides
     from core.config import quoted

@@ -1,4 +1,4 @@
-"""Configuration of launchers: on which machines, and as how many ranks, a run starts."""
+"""Configuration of launchers: the machines and the number of ranks of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SlurmConfig:
     """Options of sbatch and of the job; null: the cluster's default."""
 
     time: str | None = None
-    """Time limit as sbatch reads it: minutes, H:M:S or D-H:M:S."""
+    """Time limit in sbatch's format: minutes, H:M:S or D-H:M:S."""
     partition: str | None = None
     account: str | None = None
     constraint: str | None = None
@@ -35,24 +35,26 @@ class SlurmConfig:
     exclusive: bool = False
     exclude: list[str] = field(default_factory=list)
     dependency: str | None = None
-    """As sbatch reads it: afterok:1234. The name of another job of this project may replace its number."""
+    """Dependency in sbatch's format, such as afterok:1234. A job of this project may be given by its name."""
     options: list[str] = field(default_factory=list)
-    """Further #SBATCH lines, verbatim: "--qos=high"."""
+    """Further #SBATCH options, copied verbatim, such as "--qos=high"."""
     modules: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables, stored readable in the job's folder. Keep secrets in your own environment, which sbatch
-    forwards.
+    """Environment variables of the job, stored in plain text in its folder. Keep secrets in your own environment, which
+    sbatch forwards.
     """
     setup: list[str] = field(default_factory=list)
-    """Shell lines to run first, on the first node."""
+    """Shell lines that the batch script runs first, on the first node."""
     container: str | None = None
-    """Command before Python on each node: "apptainer exec --nv image.sif"."""
+    """Command put before Python on each node, such as "apptainer exec --nv image.sif"."""
     python: str | None = None
-    """Interpreter on the nodes; null: the one that submits."""
+    """Python interpreter on the nodes; null: the one that submits the job."""
     max_concurrent: int | None = None
     """Largest number of concurrent runs of a sweep; null: no limit."""
     save_s: int = 300
-    """Seconds before the time limit at which the run saves and the job is requeued; SLURM may be a minute early."""
+    """Seconds before the time limit at which SLURM warns the run, possibly a minute earlier. The run then saves and the
+    job is requeued.
+    """
     requeues: int = 3
     """How many times in a row a failed job is requeued without a new checkpoint."""
     doctor: bool = False
@@ -75,7 +77,7 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Set by launch=inline, launch=torchrun or launch=slurm.
+    """How the ranks of a run start: launch=inline, launch=torchrun or launch=slurm.
 
     For several nodes with `torchrun`, start the same command on each node, with its own `node_rank` and the same
     `rendezvous`.
@@ -83,13 +85,13 @@ class LaunchConfig:
 
     kind: LaunchKind = LaunchKind.inline
     processes: int | None = None
-    """Ranks per node; null: one per GPU of this machine, or per two cores without GPUs."""
+    """Ranks per node; null: one per GPU of this machine, or one per two CPU cores if it has no GPU."""
     nodes: int = 1
     node_rank: int | None = None
     rendezvous: str | None = None
     """Host:port of node 0; [address]:port for IPv6."""
     restarts: int = 3
-    """How often crashed ranks are restarted; the run resumes from its last checkpoint."""
+    """Maximum number of restarts after ranks crash. The run then resumes from its last checkpoint."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
@@ -153,7 +155,7 @@ def seconds(time: str) -> int | None:
 
 
 def check_interval(config: TrainConfig, slurm: SlurmConfig, step_s: float | None) -> None:
-    """Raise `ConfigError` if no checkpoint is due within the time limit. `step_s`: seconds per step, or None."""
+    """Raise `ConfigError` if no checkpoint is due within the time limit. `step_s`: seconds per step, if known."""
     limit = seconds(slurm.time) if slurm.time else None
     if limit is None or step_s is None or config.checkpoint.every == 0:
         return

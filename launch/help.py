@@ -21,14 +21,14 @@ WIDTH = 100
 def describe(schema: type, values: dict[str, Any], configs: Path, read_later: dict[str, type]) -> str:
     """Return the help text.
 
-    `values`: the composed configuration as plain data. `configs`: the folder of Hydra's groups. `read_later`:
-    components of keys that the schema only declares as dicts.
+    `values`: the composed configuration as plain data. `configs`: the folder of Hydra's groups. `read_later`: the
+    dataclasses of keys that the schema declares only as dicts.
     """
     return "\n".join([*_groups(schema, configs), *_component(schema, values, "", read_later)]).lstrip("\n")
 
 
 def _groups(schema: type, configs: Path) -> Iterator[str]:
-    """Yield the choices `GROUP=NAME` of the groups that this verb has."""
+    """Yield the choices `GROUP=NAME` of the configuration groups that this verb uses."""
     parts = {field.name for field in dataclasses.fields(schema)}
     for folder in sorted(path for path in configs.iterdir() if path.is_dir()):
         names = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -39,12 +39,12 @@ def _groups(schema: type, configs: Path) -> Iterator[str]:
 def _component(
     cls: type, values: dict[str, Any], prefix: str, read_later: dict[str, type], around: tuple[type, ...] = ()
 ) -> Iterator[str]:
-    """Yield the component's documentation, its keys, then its inner components, except for those in `around`, which
+    """Yield a component's documentation, its keys, and then its inner components, except those in `around`, which
     contain it.
     """
     yield ""
     for part in _parts(cls):
-        if part.__doc__ and not part.__doc__.startswith(f"{part.__name__}("):  # dataclass's own docstring
+        if part.__doc__ and not part.__doc__.startswith(f"{part.__name__}("):  # a docstring that dataclass generated
             yield from _comment(part.__doc__, "")
     hints, documentation, inner = typing.get_type_hints(cls), field_documentation(cls), []
     for field in dataclasses.fields(cls):
@@ -76,7 +76,7 @@ def field_documentation(cls: type) -> dict[str, str]:
 
 
 def _parts(cls: type) -> list[type]:
-    """Return the dataclasses that a component inherits from, itself last."""
+    """Return the dataclasses that a component inherits from, followed by the component itself."""
     return [part for part in reversed(cls.__mro__) if dataclasses.is_dataclass(part)]
 
 

@@ -19,8 +19,8 @@ from train.run_directory import RunDirectory, read_config, write_config
 
 
 def train(configs: list[TrainConfig]) -> int:
-    """Train as configured in `launch`; return the exit code. Checks everything that one process can check before any
-    rank starts, so that an error is printed once.
+    """Train as configured in `launch`; return the exit code. What a single process can check is checked before ranks
+    start, so that an error is printed once.
     """
     for config in configs[1:]:
         for key, (first, other) in differences(configs[0].launch, config.launch, "launch").items():
@@ -42,8 +42,8 @@ def train(configs: list[TrainConfig]) -> int:
 
 
 def read_stored(path: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The configuration in `path` with `overrides` on top. Figures that follow from `hparam.base` are derived again if
-    anything but the sections `run` and `launch` is overridden.
+    """Return the configuration in `path` with `overrides` applied. Hyperparameters derived from `hparam.base` are
+    derived again if anything outside the sections `run` and `launch` is overridden.
     """
     config = read_config(path)
     if not all(one.startswith(("run.", "launch.")) for one in overrides):
@@ -85,7 +85,7 @@ def _inline(config: TrainConfig) -> int:
 
 def _torchrun(launch: LaunchConfig, config: TrainConfig) -> int:
     """Do what `torchrun --nproc-per-node RANKS -m train` does, with the agent in this process. Ctrl-C and SIGTERM are
-    forwarded to the ranks, which save; returns 130 then.
+    forwarded to the ranks, which save. The exit code is then 130.
     """
     from launch.agent import AgentInterrupted, Node, run
 

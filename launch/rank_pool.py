@@ -1,8 +1,8 @@
-"""A pool of gloo ranks on this machine, started once: importing torch takes seconds per rank, a case milliseconds.
+"""Run cases on a pool of gloo ranks on this machine. A rank takes seconds to start, a case milliseconds to run.
 
 A case is a top-level function with arguments. It runs on ranks 0..n-1 with its own process group and store prefix.
-Results are returned by rank. An exception is raised here: the first cause, not the broken connections of other ranks. A
-hanging case is killed with all ranks, and the pool restarts.
+Results are returned by rank. If ranks raise, the pool raises the first cause, not the lost connections that other ranks
+report. If a case hangs, the pool kills all ranks and starts new ones for the next case.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from core.exit_codes import RankFailure, is_consequence
 MOST_RANKS = 8
 GRACE_S = 5.0
 CASES = 12
-"""Ranks are replaced after this many cases: gloo keeps threads of destroyed process groups, and they take the cores."""
+"""Number of cases after which ranks are replaced. Gloo keeps the threads of destroyed process groups, which use up the
+cores.
+"""
 PRELOAD = ("torch.distributed", "train.trainer")
-"""Imported once, by the process that ranks are forked from."""
+"""Modules imported once, by the process from which ranks are forked."""
 
 
 class RankError(RankFailure):
-    """A rank raised; the message has its number and traceback."""
+    """A rank died or raised an exception. The message has the rank, and the traceback of the exception."""
 
 
 class Hang(RankFailure):
@@ -87,7 +89,7 @@ class Pool:
 
     def _collect(self, ranks: int, timeout_s: float) -> dict[int, tuple[Any, ...]]:
         replies: dict[int, tuple[Any, ...]] = {}
-        deadline = time.monotonic() + timeout_s + 30.0  # the first case starts its ranks
+        deadline = time.monotonic() + timeout_s + 30.0  # ranks may have to start first
         while len(replies) < ranks:
             waiting = {self._workers[rank][1]: rank for rank in range(ranks) if rank not in replies}
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))

@@ -17,11 +17,11 @@ class FeedForward(Enum):
 class QKNorm(Enum):
     none = "none"
     weightless = "weightless"
-    """Llama 4: over each head, after the rotation, no gain; only in layers with rotary positions."""
+    """Llama 4: RMS norm over each head after the rotation, without a gain, in layers with rotary positions only."""
     per_head = "per_head"
-    """Qwen 3: over each head, before the rotation, one gain for all heads."""
+    """Qwen 3: RMS norm over each head before the rotation, with one gain for all heads."""
     full = "full"
-    """OLMoE: over all heads jointly, before the rotation, with a gain."""
+    """OLMoE: RMS norm over all heads jointly before the rotation, with a gain."""
 
 
 class RopePairing(Enum):
@@ -37,17 +37,17 @@ class Score(Enum):
 
 
 class WeightsOn(Enum):
-    """Whether routing weights scale the expert's input (Llama 4, so they pass through the SiLU) or its output."""
+    """Whether routing weights scale an expert's output, or its input (Llama 4), so that they pass through the SiLU."""
 
     input = "input"
     output = "output"
 
 
 class AuxScope(Enum):
-    """Tokens over which the auxiliary loss counts the load.
+    """Tokens over which the auxiliary loss measures the load of experts.
 
-    `sequence`: each sequence, the same under every layout. `whole`: the global batch of the previous step, which a
-    pipeline knows before its first backward pass. `micro`: each micro-batch, so it depends on the micro-batch size.
+    `sequence`: each sequence; the loss is the same under every layout. `whole`: the global batch of the previous step,
+    whose load a pipeline knows before its first backward pass. `micro`: each micro-batch; the loss depends on its size.
     """
 
     sequence = "sequence"
@@ -108,12 +108,14 @@ class BalanceConfig:
     """Load balancing of experts. A coefficient of 0 disables its term; any combination is allowed."""
 
     bias_rate: float = 0.0
-    """Step of the selection bias, against each expert's deviation from the mean load (Wang et al. 2024, 2408.15664)."""
+    """Change of an expert's selection bias per step, against the deviation of its load from the mean (Wang et al. 2024,
+    2408.15664).
+    """
     aux: float = 0.0
-    """Auxiliary loss: E * sum_e load_e * probability_e, mean over tokens (Fedus et al. 2021, section 2.2)."""
+    """Coefficient of the auxiliary loss E * sum_e load_e * probability_e, mean over tokens (Fedus et al. 2021, 2.2)."""
     aux_scope: AuxScope = AuxScope.sequence
     z: float = 0.0
-    """Router z-loss: squared log-sum-exp of the logits, mean over tokens (Zoph et al. 2022, section 3.1)."""
+    """Coefficient of the router z-loss: squared log-sum-exp of logits, mean over tokens (Zoph et al. 2022, 3.1)."""
 
     def __post_init__(self) -> None:
         check_numbers(self, not_negative=("bias_rate", "aux", "z"))
@@ -121,7 +123,7 @@ class BalanceConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Initial weights: normal with mean 0. `embedding_std`, `head_std` and `router_std` default to the general rule."""
+    """Initial weights, normal with mean 0. None for `embedding_std`, `head_std` or `router_std`: the general rule."""
 
     std: float = 0.02
     fan_in: bool = False
@@ -130,7 +132,7 @@ class InitConfig:
     head_std: float | None = None
     router_std: float | None = None
     depth_scaled: bool = False
-    """Divide by sqrt(2 * num_layers) for matrices that write to the residual stream (Radford et al. 2019, 2.3)."""
+    """Divide std by sqrt(2 * num_layers) for matrices that write to the residual stream (Radford et al. 2019, 2.3)."""
     roles: dict[str, float] = field(default_factory=dict)
     """Absolute standard deviations by role (`query`, `router`, ...), overriding the fields above. Written by MetaP."""
 
@@ -143,17 +145,17 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class MultipliersConfig:
-    """Constant factors of the forward pass, set by MetaP; published models have 1. `model.multipliers` folds them into
-    weights.
+    """Constant factors of the forward pass, set by MetaP; published models have 1. The module `model.multipliers` folds
+    them into weights.
     """
 
     residual: float = 1.0
-    """On the outputs of attention and feed-forward."""
+    """Factor on the outputs of attention and feed-forward layers."""
     logits: float = 1.0
     attention: float = 1.0
-    """On the queries, in addition to 1 / sqrt(head_dim)."""
+    """Factor on the queries, in addition to 1 / sqrt(head_dim)."""
     gates: float = 1.0
-    """On the combined output of the routed experts."""
+    """Factor on the combined output of the routed experts."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("residual", "logits", "attention", "gates"))
@@ -162,10 +164,10 @@ class MultipliersConfig:
 class UpcycleMethod(Enum):
     """How a dense layer becomes experts.
 
-    `copy`: each expert copies the dense layer (Komatsuzaki et al. 2022, arXiv 2212.05055). With a shared expert, only
-    that one does, and routed experts start with a zero down projection. `split`: each expert is a slice of the dense
-    hidden size, and routers start so that a token gets whole sets of slices (He et al. 2024, arXiv 2410.07524).
-    `noise`: `copy` plus normal noise on the experts' weights.
+    `copy`: each expert is a copy of the dense layer (Komatsuzaki et al. 2022, arXiv 2212.05055). With a shared expert,
+    the shared expert is the copy, and routed experts start with a zero down projection. `split`: each expert is a slice
+    of the dense hidden size, and routers start such that a token's experts are complete sets of slices (He et al. 2024,
+    arXiv 2410.07524). `noise`: `copy` plus normal noise on the experts' weights.
     """
 
     copy = "copy"
@@ -198,7 +200,7 @@ class ModelConfig:
     dense_hidden_size: int = 16384
     expert_hidden_size: int = 8192
     shared_expert_hidden_size: int | None = None
-    """None: equal to `expert_hidden_size`; 0: no shared expert."""
+    """Hidden size of the shared expert. None: equal to `expert_hidden_size`; 0: no shared expert."""
     num_experts: int = 16
     moe_every: int = 1
     """Layers whose (index + 1) is a multiple of this are MoE layers; 0: none."""
@@ -210,12 +212,12 @@ class ModelConfig:
     rope_pairing: RopePairing = RopePairing.adjacent
     rope_scaling: RopeScaling | None = None
     temperature: bool = True
-    """Scale the queries of NoPE layers by 1 + temperature_scale * ln(1 + floor((p + 1) / temperature_floor))."""
+    """Scale NoPE queries at position p by 1 + temperature_scale * ln(1 + floor((p + 1) / temperature_floor))."""
     temperature_floor: float = 8192.0
     temperature_scale: float = 0.1
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    """Use the embedding's weight as the head."""
+    """Use the embedding's weight as the head's."""
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -253,7 +255,7 @@ class ModelConfig:
             raise ConfigError("router.top_k", self.router.top_k, f"must not exceed the {self.num_experts} experts")
         for key in ("hidden_size", "expert_hidden_size"):
             if getattr(self, key) % 8:  # grouped kernels need rows of a multiple of 16 bytes in bfloat16
-                raise ConfigError(key, getattr(self, key), "must be a multiple of 8 for the grouped product")
+                raise ConfigError(key, getattr(self, key), "must be a multiple of 8 for the grouped matmul")
 
     @property
     def blocks(self) -> list[LayerConfig]:

@@ -1,8 +1,8 @@
 """Model FLOPs of training per token, and parameter counts.
 
-Convention: a multiply-add counts 2, the backward pass twice the forward, recomputation nothing. Attention counts causal
-pairs only: on average half the sequence, or half the chunk in chunked layers. The head counts; the embedding, norms,
-activations and softmax do not.
+Convention: a multiply-add counts as 2 FLOPs, and the backward pass as twice the forward pass. Recomputation is not
+counted. Attention counts causal pairs only: on average half the sequence per query, or half the chunk in chunked
+layers. The head is counted; the embedding, norms, activations and softmax are not.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Flops:
 
 
 def training_flops(model: ModelConfig, seq_len: int) -> Flops:
-    """FLOPs per token for sequences of one document each; packed documents make attention cheaper."""
+    """Return the FLOPs per token for sequences of one document each. Packed documents make attention cheaper."""
     active = model.hidden_size * model.vocab_size + sum(active_parameters(model, layer) for layer in model.blocks)
     reach = sum(min(seq_len, layer.attention_chunk_size or seq_len) for layer in model.blocks)
     return Flops(matrices=6.0 * active, attention=6.0 * reach * model.num_heads * model.head_dim)
 
 
 def active_parameters(model: ModelConfig, layer: LayerConfig) -> int:
-    """Parameters in the matrices of one layer that each token uses."""
+    """Return the number of parameters in one layer's matrices that each token uses."""
     attention = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads)
     if layer.feed_forward is FeedForward.dense:
         return attention + 3 * model.hidden_size * model.dense_hidden_size
@@ -48,7 +48,7 @@ class Parameters:
 
 
 def count_parameters(model: ModelConfig) -> Parameters:
-    """Total and active parameters in closed form."""
+    """Return the numbers of total and active parameters, in closed form."""
     tables = 1 if model.tie_embeddings else 2
     outside = tables * model.vocab_size * model.hidden_size + model.hidden_size
     layers = model.blocks

@@ -1,4 +1,4 @@
-"""Initial weights as a pure function of (seed, parameter name, logical index).
+"""Initial weights as a pure function of (seed, parameter name, index in the global tensor).
 
 Each value is a hash of its position in the global tensor, so any rank computes exactly its own slice and every layout
 starts from the same model. Box-Muller turns two hashes into a normal value.
@@ -18,11 +18,11 @@ from model.load_balance import RouterBalance
 from model.roles import ParameterInfo, Role, registry
 
 _BLOCK = 1 << 22
-"""Elements per block: bounds the scratch memory of a large slice to a few hundred megabytes."""
+"""Elements computed at a time, which limits the scratch memory of a large slice to a few hundred megabytes."""
 
 
 def role_std(role: Role, fan_in: int, layers: int, config: InitConfig) -> float:
-    """Standard deviation of a role under `config`, ignoring `config.roles`."""
+    """Return the standard deviation of a role under `config`, ignoring `config.roles`."""
     own = {Role.embedding: config.embedding_std, Role.head: config.head_std, Role.router: config.router_std}.get(role)
     if own is not None:
         return own
@@ -53,7 +53,7 @@ def initial_slice(
     shape: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """The block of `info` at `offset`, float32, computed in float64 and rounded once."""
+    """Return the parameter's block at `offset` in float32, computed in float64 and rounded once."""
     if info.role.is_norm:
         return torch.ones(tuple(shape), device=device)
     key = int.from_bytes(hashlib.sha256(f"{seed}:{info.name}".encode()).digest()[:7], "little")
@@ -67,7 +67,7 @@ def initial_slice(
 
 
 def _logical_index(sizes: Sequence[int], offset: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Row-major index of each element of the block in the global tensor, int64."""
+    """Return the row-major index in the global tensor of each element of the block, int64."""
     index = torch.zeros((), dtype=torch.int64, device=device)
     for size, start, length in zip(sizes, offset, shape, strict=True):
         index = index[..., None] * size + torch.arange(start, start + length, device=device)
@@ -75,13 +75,13 @@ def _logical_index(sizes: Sequence[int], offset: Sequence[int], shape: Sequence[
 
 
 def _normal(index: Tensor, key: int) -> Tensor:
-    """Standard normal values, float64 (Box & Muller 1958)."""
+    """Return standard normal values, float64 (Box & Muller 1958)."""
     radius = torch.sqrt(-2 * torch.log(_uniform(2 * index, key)))
     return radius * torch.cos(2 * math.pi * _uniform(2 * index + 1, key))
 
 
 def _uniform(counter: Tensor, key: int) -> Tensor:
-    """Uniform values in (0, 1): the top 53 bits of SplitMix64 (Steele et al. 2014) of key and counter."""
+    """Return uniform values in (0, 1): the top 53 bits of SplitMix64 (Steele et al. 2014) of key and counter."""
     z = (counter + key) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
@@ -90,7 +90,7 @@ def _uniform(counter: Tensor, key: int) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift; the shift of int64 is arithmetic."""
+    """Shift right logically, where `>>` on int64 shifts arithmetically."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""The memory-bound steps of an MoE layer: permute tokens by expert, unpermute them, and SwiGLU between two products.
+"""The memory-bound steps of an MoE layer: permute tokens by expert, unpermute them, and SwiGLU between two matmuls.
 
 `TorchKernels` uses PyTorch operations. `TritonKernels` reads and writes the data once; it computes in at least float32
 and rounds once. No sum depends on the order in which threads run.
@@ -30,10 +30,10 @@ from precision.gemm import Groups, at_least_float32
 
 
 class SortedSlots(NamedTuple):
-    """Positions of routed slots among rows that are sorted by expert, each expert padded to a multiple."""
+    """Positions of routed slots among rows sorted by expert. Each expert's rows are padded to some multiple."""
 
     source_C: Tensor
-    """Slot (token * K + k) of each row, int64. Padding names an arbitrary slot."""
+    """Slot (token * K + k) of each row, int64; arbitrary for padding rows."""
     place_TK: Tensor
     """Row of each slot, int64."""
     groups: Groups
@@ -47,12 +47,12 @@ class SortedSlots(NamedTuple):
 
 
 MovedRows = tuple[Tensor, Tensor | None]
-"""Rows or tokens, and the dot product <token, row> of each slot if asked for: [T, K] in the dtype of the weights."""
+"""Rows or tokens, and the dot product <token, row> of each slot if requested: [T, K] in the dtype of the weights."""
 RowsOp = Callable[[Tensor, SortedSlots, Tensor | None, Tensor | None], MovedRows]
 
 
 class MoEKernels:
-    """Differentiable steps. Subclasses implement `spread`, `collect` and the SwiGLU passes."""
+    """The steps as differentiable operations. Subclasses implement `spread`, `collect` and the SwiGLU passes."""
 
     def permute(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None = None) -> Tensor:
         """Copy tokens to their rows [C, D], times their routing weights if given; padding is zero."""
@@ -65,23 +65,23 @@ class MoEKernels:
         return _Permute.apply(y_CD, weights_TK, slots, self.collect, self.spread)
 
     def swiglu(self, gate_CF: Tensor, up_CF: Tensor) -> Tensor:
-        """silu(gate) * up (Shazeer 2020). Either may be a view of a wider tensor."""
+        """Return silu(gate) * up (Shazeer 2020). Either may be a view of a wider tensor."""
         return _SwiGLU.apply(self, gate_CF.flatten(0, -2), up_CF.flatten(0, -2)).view(gate_CF.shape)
 
     def swiglu_halves(self, gate_up_C2F: Tensor) -> Tensor:
-        """`swiglu` of the left and right half of each row. Autograd would copy to join the gradients of two views."""
+        """Apply `swiglu` to the left and right half of each row. Autograd would copy to join gradients of two views."""
         return _SwiGLU.apply(self, gate_up_C2F.flatten(0, -2)).unflatten(0, gate_up_C2F.shape[:-1])
 
     def spread(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None) -> MovedRows:
-        """Rows [C, D]; with `y_CD` also the dot products."""
+        """Return rows [C, D]; with `y_CD` and weights, also the dot products."""
         raise NotImplementedError
 
     def collect(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None) -> MovedRows:
-        """Tokens [T, D]; with `x_TD` also the dot products."""
+        """Return tokens [T, D]; with `x_TD` and weights, also the dot products."""
         raise NotImplementedError
 
     def swiglu_forward(self, gate_CF: Tensor, up_CF: Tensor) -> tuple[Tensor, Tensor | None]:
-        """silu(gate) * up, and silu(gate) if the backward pass needs it."""
+        """Return silu(gate) * up, and silu(gate) if the backward pass needs it."""
         raise NotImplementedError
 
     def swiglu_backward(self, grad_CF: Tensor, saved: Sequence[Tensor | None], into: Sequence[Tensor]) -> None:
@@ -172,12 +172,12 @@ class TorchKernels(MoEKernels):
 
 
 def _rows_of_tokens(y_CD: Tensor, slots: SortedSlots) -> Tensor:
-    """The rows of each token [T, K, D]."""
+    """Return the rows of each token [T, K, D]."""
     return y_CD.index_select(0, slots.place_TK.flatten()).view(*slots.place_TK.shape, y_CD.shape[1])
 
 
 def _dot_products(x_TD: Tensor, rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """<token, row> of each slot [T, K]."""
+    """Return the dot product <token, row> of each slot [T, K]."""
     return (x_TD[:, None] * rows_TKD).sum(-1).to(weights_TK.dtype)
 
 
@@ -222,12 +222,12 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest power of two >= `size`; Triton's tiles need such sides."""
+    """Return the smallest power of two >= `size`. Triton's blocks must have such sizes."""
     return 1 << (size - 1).bit_length()
 
 
 def _sizes(x: Tensor) -> dict[str, Any]:
-    """Block of a row per program and its number of warps: 8 elements per thread, 16 bytes of bfloat16."""
+    """Return a kernel's block size, accumulation type and warps. A thread has 8 elements (16 bytes of bf16)."""
     import triton.language as tl
 
     block = min(_power_of_two(x.shape[-1]), 1024)
@@ -252,7 +252,7 @@ def _launch_by_element(kernel: Any, *tensors: Tensor) -> None:
 
 @cache
 def _permute_kernels() -> tuple[Any, Any]:
-    """`spread` and `collect`."""
+    """Build the kernels of `spread` and `collect`."""
     import triton
     import triton.language as tl
 
@@ -311,7 +311,7 @@ def _permute_kernels() -> tuple[Any, Any]:
 
 @cache
 def _swiglu_kernels() -> tuple[Any, Any]:
-    """The forward and the backward pass."""
+    """Build the kernels of the forward and the backward pass."""
     import triton
     import triton.language as tl
 

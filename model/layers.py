@@ -1,6 +1,6 @@
-"""Layers own parameters and their roles; a GEMM backend multiplies.
+"""Layers. Each owns its parameters and their roles; a GEMM backend computes its matmuls.
 
-Shapes: T tokens, D input width, F output width, E experts, C routed tokens (sorted by expert).
+Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from precision.resolve import LayerGemms
 
 
 class _Projection(nn.Module):
-    """Owns a weight of this shape and the backend that multiplies with it."""
+    """Owns a weight of this shape and the backend that computes its matmul."""
 
     def __init__(self, shape: tuple[int, ...], role: Role, gemms: LayerGemms) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Linear(_Projection):
 
 
 class GroupedLinear(_Projection):
-    """One matrix per expert, weight [E, F, D]; rows are sorted by expert."""
+    """y = x W_e^T for the rows of each expert e; weight [E, F, D]. Rows are sorted by expert."""
 
     def __init__(self, experts: int, in_size: int, out_size: int, role: Role, gemms: LayerGemms) -> None:
         super().__init__((experts, out_size, in_size), role, gemms)
@@ -48,17 +48,16 @@ class GroupedLinear(_Projection):
 
 
 class GroupedGateUp(_Projection):
-    """Gate and up matrices of each expert in one product; weight [E, 2, F, D].
+    """Gate and up matrices of each expert in one matmul, which reads the input once; weight [E, 2, F, D].
 
-    One product reads the input once. The 2 is an axis of its own because a weight stacked along F could not be sharded
-    along F.
+    Gate and up have a dimension of their own (2) because a weight stacked along F could not be sharded along F.
     """
 
     def __init__(self, experts: int, in_size: int, out_size: int, role: Role, gemms: LayerGemms) -> None:
         super().__init__((experts, 2, out_size, in_size), role, gemms)
 
     def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
-        """Gate and up side by side: [C, 2 * F]."""
+        """Return gate and up, concatenated: [C, 2 * F]."""
         return self.gemm.linear(x_CD, self.weight.flatten(1, 2), groups)
 
 
@@ -102,7 +101,7 @@ class RMSNorm(nn.Module):
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """Weightless RMS norm over the last dimension, in at least float32, returned in the dtype of `x`."""
+    """Apply an RMS norm without a gain over the last dimension in at least float32. The result has the dtype of `x`."""
     return F.rms_norm(widened(x), (x.shape[-1],), None, eps).to(x.dtype)
 
 

@@ -1,8 +1,8 @@
 """Load balancing of experts: auxiliary loss, router z-loss, selection biases and the loads that they need.
 
-The two losses enter by gradient injection: the router's logits pass through a function whose forward changes nothing
-and whose backward adds the losses' gradients and counts the loads. A backward pass runs once per micro-batch, so
-recomputed layers count once.
+The two losses enter by gradient injection. The router's logits pass through an autograd function whose forward pass
+changes nothing and whose backward pass adds the gradients of the losses and counts the loads. The backward pass runs
+once per micro-batch, so recomputed layers are counted once.
 
 Shapes: B batch, T sequence, E experts, K experts per token, L MoE layers. Every term is a sum over tokens divided by
 the global number of tokens of the optimizer step, which is known before the backward pass.
@@ -22,10 +22,10 @@ from model.router_scores import aux_loss, log_probabilities
 
 
 class RouterSums(NamedTuple):
-    """Figures that each router sums over the tokens of a step, divided by their number: unscaled losses, and the
-    entropy of the normalised scores divided by its maximum ln E.
+    """Metrics of a router, as means over the tokens of a step: the losses without their coefficients, and the entropy
+    of the normalised scores divided by its maximum ln E.
 
-    A field here is counted, certified and logged as `router_NAME` without further code; a plot of it is a row of
+    A field added here is counted, certified and logged as `router_NAME` without further code. To plot it, add a row to
     `train.report.plots._LAYER_PLOTS`.
     """
 
@@ -37,8 +37,8 @@ class RouterSums(NamedTuple):
 class RouterBalance(nn.Module):
     """Balancing state of one router.
 
-    Persistent, for exact resumption: the selection `bias_E` and the global `load_E` of the last step (mean 1). Not
-    persistent: the counts and `RouterSums` of this step, which `step` resets.
+    Persistent buffers, which make resumption exact, are the selection bias `bias_E` and the global load `load_E` of the
+    last step (mean 1). The counts and `RouterSums` of this step are not persistent; `step` resets them.
     """
 
     bias_E: Tensor
@@ -50,7 +50,7 @@ class RouterBalance(nn.Module):
         super().__init__()
         self.config, self.score = config, score
         self.sum_over_sequence: Callable[[Tensor], None] = lambda counts_BE: None
-        """Sums a sequence's counts in place over the ranks that hold its shards."""
+        """Sums the counts of each sequence in place over the ranks that hold parts of it."""
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.ones(experts))
         self.register_buffer("counts_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
@@ -63,7 +63,7 @@ class RouterBalance(nn.Module):
         self.load_E.fill_(1)
 
     def forward(self, logits_BTE: Tensor, experts_BTK: Tensor, routed_tokens: Tensor | float | None) -> Tensor:
-        """Return the logits unchanged. Their backward adds the losses' gradients and counts the loads."""
+        """Return the logits unchanged. Their backward pass adds the losses' gradients and counts the loads."""
         if not (torch.is_grad_enabled() and logits_BTE.requires_grad):
             return logits_BTE
         if routed_tokens is None:
@@ -120,13 +120,13 @@ class _InjectGradient(torch.autograd.Function):
 
 
 def count(experts_BTK: Tensor, experts: int) -> Tensor:
-    """How often each sequence chose each expert: int64 [B, E]. Integer sums are the same in any order."""
+    """Count how often each sequence chose each expert: int64 [B, E]. Integer sums are the same in any order."""
     chosen = experts_BTK.flatten(1)
     return chosen.new_zeros(chosen.shape[0], experts).scatter_add_(1, chosen, torch.ones_like(chosen))
 
 
 def _load(counts_BE: Tensor, balance: RouterBalance) -> Tensor:
-    """Each expert's fraction of the tokens times E (1 is even), over the configured scope: [B or 1, E]."""
+    """Return each expert's load over the configured scope, [B or 1, E]: its fraction of the slots, times E."""
     if balance.config.aux_scope is AuxScope.whole:
         return balance.load_E[None]
     counts = counts_BE if balance.config.aux_scope is AuxScope.sequence else counts_BE.sum(0, keepdim=True)
@@ -138,7 +138,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class RoutedModel(Protocol):
-    """A decoder, or a pipeline stage of one. `layers` are named by their index in the whole model."""
+    """A decoder, or one of its pipeline stages. `layers` are named by their index in the whole model."""
 
     config: ModelConfig
     layers: nn.ModuleDict
@@ -149,8 +149,8 @@ class RoutedModel(Protocol):
 class Balancer:
     """Updates all routers of a model once per optimizer step.
 
-    `reduce` sums a tensor in place over all ranks (identity for one process). A rank may hold only some of the layers:
-    it contributes zeros for the others.
+    `reduce` sums a tensor in place over all ranks (identity for one process). A rank that holds only some of the layers
+    contributes zeros for the others.
     """
 
     def __init__(self, model: RoutedModel, reduce: Callable[[Tensor], None] = lambda counts: None) -> None:
@@ -166,8 +166,8 @@ class Balancer:
 
     @torch.no_grad()
     def step(self) -> dict[str, Tensor]:
-        """Reduce the counts, update the selection biases and return this step's figures, still on the device:
-        `counts` int64 [L, E] and each of `RouterSums` [L].
+        """Reduce the counts, update the selection biases and return this step's metrics, still on the device: `counts`
+        int64 [L, E] and each of `RouterSums` [L].
         """
         layers, experts = self.shape
         if not layers:

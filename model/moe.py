@@ -1,10 +1,10 @@
-"""Mixture of experts for one device: route, sort tokens by expert, one grouped product per projection, combine.
+"""Mixture of experts for one device: route, sort tokens by expert, do a grouped matmul per projection, and combine.
 
 Expert parallelism replaces `MixtureOfExperts.dispatch`; nothing else in this file depends on ranks. No token is
 dropped. At constant active parameters the cost does not grow with the number of experts.
 
 Shapes: B batch, T tokens, D hidden size, E experts, K experts per token, S = T*K routed slots, C rows of the experts
-(slots, plus padding where the products need it), F expert hidden size.
+(slots, plus padding where the matmuls need it), F expert hidden size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from precision.resolve import LayerGemms
 
 @dataclass(frozen=True)
 class TopKRouting:
-    """Top-k expert ids and their weights."""
+    """The ids of each token's top-k experts and their routing weights."""
 
     experts_TK: Tensor
     weights_TK: Tensor
@@ -48,7 +48,7 @@ class Router(nn.Module):
         self.balance = RouterBalance(experts, config.score, balance)
 
     def forward(self, x_BTD: Tensor, routed_tokens: Tensor | float | None) -> tuple[Tensor, Tensor]:
-        """Expert ids, int64, and their weights, both [B, T, K]."""
+        """Return expert ids, int64, and their routing weights, both [B, T, K]."""
         wide = at_least_float32(x_BTD.dtype)
         logits_BTE = NativeGemm(wide).linear(x_BTD, self.weight)
         experts_BTK = self._select(logits_BTE.detach())
@@ -61,7 +61,7 @@ class Router(nn.Module):
         return experts_BTK, weights_BTK
 
     def _select(self, logits_BTE: Tensor) -> Tensor:
-        """Expert ids [B, T, K], int64. The selection bias affects the selection, never a weight."""
+        """Return expert ids [B, T, K], int64. The selection bias affects the selection, never a routing weight."""
         if self.config.force_balanced:
             batch, length, experts = logits_BTE.shape
             count = batch * length * self.config.top_k
@@ -92,7 +92,7 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class LocalDispatcher:
-    """Sort rows by expert, ties in the order of tokens. All experts are on this device."""
+    """Sort rows by expert, and those of one expert by token. All experts are on this device."""
 
     experts: int
     weights_on: WeightsOn

@@ -15,15 +15,16 @@ from model.tensor_source import TensorSource, parameter_infos
 
 
 def fold_multipliers(source: TensorSource) -> TensorSource:
-    """`source` without factors. Raises `ConfigError` if no weight can absorb a factor."""
+    """Return `source` with its factors folded into the weights. Raises `ConfigError` if no weight can absorb one."""
     return source if source.config.multipliers == MultipliersConfig() else FoldedMultipliers(source)
 
 
 class FoldedMultipliers:
     """The tensors of `source`, multiplied by the factors.
 
-    The matrices that write to the residual stream absorb `residual` and `gates`, the gain of the final norm `logits` (a
-    tied embedding stays unchanged), query norms or query matrices `attention`.
+    Matrices that write to the residual stream absorb `residual`, and those of routed experts also `gates`. The gain of
+    the final norm absorbs `logits`, so that a tied embedding stays unchanged. Query norms absorb `attention`, or query
+    matrices if there are no norms.
     """
 
     def __init__(self, source: TensorSource) -> None:

@@ -1,6 +1,6 @@
 """Roles of parameters. MetaP, precision, weight decay and sharding depend on the role, never on the name.
 
-A registry by name holds them: `fully_shard`, `deepcopy` and `to_empty` lose attributes of a Parameter.
+They are kept in a registry by name, because `fully_shard`, `deepcopy` and `to_empty` lose attributes of a Parameter.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Role(Enum):
 
     @property
     def products(self) -> Products | None:
-        """Its group of matrix products; None for norms."""
+        """Its group of matmuls; None for norms."""
         return _PRODUCTS.get(self)
 
     @property
     def writes_residual(self) -> bool:
-        """Whether its product is added to the residual stream."""
+        """Whether the output of its matmul is added to the residual stream."""
         return self in (Role.attention_output, Role.dense_down, Role.shared_down, Role.expert_down)
 
 
@@ -86,10 +86,10 @@ class ParameterInfo:
 
 
 def registry(model: nn.Module) -> dict[str, ParameterInfo]:
-    """Every parameter of an unwrapped model by name, in the model's order.
+    """Return every parameter of an unwrapped model by name, in the model's order.
 
-    Modules declare their parameters in `roles`, local parameter name -> Role. Raises `TypeError` for a parameter
-    without a role: it could not be initialised, decayed or scaled.
+    Each module has a dict `roles` from the local names of its parameters to their roles. Raises `TypeError` for a
+    parameter without a role: it could not be initialised, decayed or scaled.
     """
     found: dict[str, ParameterInfo] = {}
     for prefix, module in model.named_modules():

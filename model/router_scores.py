@@ -14,7 +14,7 @@ from model.config import Score
 
 
 def scores(score: Score, logits_BTE: Tensor) -> Tensor:
-    """The routing weight of each expert before top-k."""
+    """Return the routing weight of each expert before top-k selection."""
     match score:
         case Score.sigmoid:
             return logits_BTE.sigmoid()
@@ -25,12 +25,12 @@ def scores(score: Score, logits_BTE: Tensor) -> Tensor:
 
 
 def grows_with_top_k(score: Score, norm_topk_prob: bool) -> bool:
-    """Whether the sum of a token's routing weights grows with the number of experts that it chooses."""
+    """Return whether the sum of a token's routing weights grows with the number of experts that it chooses."""
     return {Score.sigmoid: not norm_topk_prob, Score.softmax: False}[score]
 
 
 def log_probabilities(score: Score, logits_BTE: Tensor, log_softmax_BTE: Tensor) -> Tensor:
-    """Logarithm of the scores normalised to a sum of 1. `log_softmax_BTE`: log-softmax of the logits."""
+    """Return the logarithm of the scores normalised to a sum of 1. `log_softmax_BTE`: log-softmax of the logits."""
     match score:
         case Score.sigmoid:
             return F.logsigmoid(logits_BTE).log_softmax(-1)
@@ -41,9 +41,10 @@ def log_probabilities(score: Score, logits_BTE: Tensor, log_softmax_BTE: Tensor)
 
 
 def aux_loss(score: Score, logits_BTE: Tensor, load_BE: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of sum_e load_e p_e, with p the scores normalised to 1, and its gradient [B, T, E] by the logits.
+    """Return the sum over tokens of sum_e load_e p_e, and its gradient [B, T, E] with respect to the logits z.
 
-    Softmax: dp_e/dz_j = p_e (1[e=j] - p_j). Sigmoid s: p = s / sum(s) (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
+    p are the scores normalised to a sum of 1. Softmax: dp_e/dz_j = p_e (1[e=j] - p_j). Sigmoid s: p = s / sum(s)
+    (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
     """
     load_B1E = load_BE[:, None]
     match score:

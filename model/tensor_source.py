@@ -26,19 +26,19 @@ BLOCK_ELEMENTS = 1 << 24
 
 
 class TensorSource(Protocol):
-    """Parameters by Leviathan's names."""
+    """Parameters of a model, by Leviathan's names."""
 
     config: ModelConfig
     shapes: dict[str, Shape]
     dtypes: dict[str, torch.dtype]
 
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The block of `name` at `offset`, in the stored dtype, on the CPU."""
+        """Return the block of parameter `name` at `offset`, in the stored dtype, on the CPU."""
         ...
 
 
 def parameter_infos(config: ModelConfig) -> dict[str, ParameterInfo]:
-    """Every parameter of the model by name, without allocating it."""
+    """Return every parameter of the model by name, without allocating memory for it."""
     with torch.device("meta"):
         return registry(Transformer(config, resolve(PrecisionConfig(Compute.float32))))
 
@@ -48,7 +48,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def blocks(shape: Shape) -> Iterator[tuple[Shape, Shape]]:
-    """Offsets and shapes of blocks that cover a tensor: one expert or a number of rows each."""
+    """Yield the offsets and shapes of blocks that cover a tensor. Each has one expert, or a number of rows."""
     step = 1 if len(shape) > 2 else max(1, BLOCK_ELEMENTS // (shape[1] if len(shape) > 1 else 1))
     for start in range(0, shape[0], step):
         rest = shape[1:]
@@ -56,13 +56,13 @@ def blocks(shape: Shape) -> Iterator[tuple[Shape, Shape]]:
 
 
 def whole(source: TensorSource, name: str) -> Tensor:
-    """A whole parameter."""
+    """Read a whole parameter."""
     shape = source.shapes[name]
     return source.read(name, [0] * len(shape), shape)
 
 
 def materialise(source: TensorSource, dtype: torch.dtype | None = None) -> Transformer:
-    """The whole model in float32 on the CPU, its weights rounded to `dtype` first."""
+    """Return the whole model in float32 on the CPU. If `dtype` is given, weights are rounded to it first."""
     with torch.device("meta"):
         model = Transformer(source.config, resolve(PrecisionConfig(Compute.float32)))
     model.to_empty(device="cpu")

@@ -43,8 +43,8 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Consecutive layers of a decoder, with the embedding or the head if they include its first or last layer.
 
-    Without an embedding the input is hidden states [B, T, D] instead of token ids; without a head so is the output.
-    Layers keep their index in the whole model, and with it their parameter names.
+    Without an embedding, the input is hidden states [B, T, D] instead of token ids. Without a head, the output is
+    hidden states. Layers keep their index in the whole model, and so their parameter names.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Stack(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """Token ids [B, T] to logits [B, T, V]. Without a context each sequence is one document."""
+        """Map token ids [B, T] to logits [B, T, V]. Without a context, each sequence is one document."""
         if context is None:
             positions_BT = torch.arange(x.shape[1]).expand(x.shape[:2])
             context = ForwardContext(positions_BT, x.device)
@@ -74,7 +74,7 @@ class Stack(nn.Module):
 
 
 class Transformer(Stack):
-    """Token ids [B, T] to logits [B, T, V]. Weights are uninitialised: see `model.init`."""
+    """Maps token ids [B, T] to logits [B, T, V]. Weights are uninitialised: see `model.init`."""
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         embedding = Embedding(config.vocab_size, config.hidden_size, precision.compute_dtype)
@@ -91,7 +91,7 @@ class Transformer(Stack):
         self.compute_dtype = precision.compute_dtype
 
     def set_rope_config(self, config: ModelConfig) -> None:
-        """Take the rotary and temperature settings from `config`, which must have the same parameters."""
+        """Set the rotary and temperature settings to those of `config`, which must have the same parameters."""
         if config == self.config:
             return
         self.config = config

@@ -18,7 +18,8 @@ from model.tensor_source import TensorSource, parameter_shapes
 class Upcycled:
     """The tensors of `dense` under the names and shapes of `config`, a mixture-of-experts model.
 
-    Routers are initialised as in a new model. Raises `ConfigError` if the sizes do not fit the method.
+    Routers are initialised as in a new model, but under `split` the slices of a set have equal rows. Raises
+    `ConfigError` if the sizes do not fit the method.
     """
 
     def __init__(self, dense: TensorSource, config: ModelConfig, seed: int) -> None:
@@ -39,7 +40,7 @@ class Upcycled:
         if name in self.dense.shapes:
             return self.dense.read(name, offset, shape)
         layer, _, part = name.partition(".ffn.")
-        owner, _, which = part.partition(".")  # router.weight, shared.gate.weight, experts.gate.weight
+        owner, _, which = part.partition(".")  # router.weight, shared.gate.weight, experts.gate_up.weight
         if owner == "router":
             return self._router(name, offset, shape)
         if owner == "shared":
@@ -55,7 +56,7 @@ class Upcycled:
         return result
 
     def _gate_up(self, name: str, dense: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """A block of one expert's gate or up matrix."""
+        """Return a block of one expert's gate or up matrix."""
         expert, _, row, column = offset
         if self.config.shared_hidden_size and self.config.expert_hidden_size != self.dense.config.dense_hidden_size:
             return self._random(name, Role.expert_gate_up, offset, (1, 1, *shape), self.config)[0, 0]
@@ -65,7 +66,7 @@ class Upcycled:
         return self._noisy(name, matrix, offset, (1, 1, *shape))
 
     def _down(self, name: str, dense: str, expert: int, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """A block of one expert's down matrix."""
+        """Return a block of one expert's down matrix."""
         _, row, column = offset
         if self.config.shared_hidden_size:
             return torch.zeros(tuple(shape[1:]), dtype=self.dtypes[name])
@@ -76,7 +77,7 @@ class Upcycled:
         return self._noisy(name, matrix, (expert, *offset[1:]), (1, *shape[1:]))
 
     def _noisy(self, name: str, matrix: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """`matrix`, a block of `name`, plus noise under the method `noise`."""
+        """Return `matrix`, a block of `name`, with noise added under the method `noise`."""
         if self.how.method is not UpcycleMethod.noise:
             return matrix
         noisy = replace(self.config, init=InitConfig(std=self.how.noise_std))
@@ -84,7 +85,7 @@ class Upcycled:
         return (matrix + noise.view_as(matrix)).to(matrix.dtype)
 
     def _router(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """One row per expert. If experts are slices, the slices of a set share a row and tie."""
+        """Return a block with one row per expert. Experts that are slices of one set have equal rows: they tie."""
         if self.how.method is not UpcycleMethod.split or self.config.shared_hidden_size:
             return self._random(name, Role.router, offset, shape, self.config)
         rows = [(offset[0] + row) // self.slices for row in range(shape[0])]
@@ -94,16 +95,16 @@ class Upcycled:
     def _random(
         self, name: str, role: Role, offset: Sequence[int], shape: Sequence[int], config: ModelConfig, key: str = ""
     ) -> Tensor:
-        """A block of random values, as in a new model."""
+        """Return a block of random values, as in a new model."""
         info = ParameterInfo(key + name, role, torch.Size(self.shapes[name]))
         return initial_slice(info, config, self.seed, offset, shape, torch.device("cpu")).to(self.dtypes[name])
 
 
 def keeps_the_function(config: ModelConfig) -> bool:
-    """Whether the upcycled model computes the same function as the dense one, up to rounding.
+    """Return whether the upcycled model computes the same function as the dense one, up to rounding.
 
-    With a shared expert the routed experts add nothing at first. Without one the weights of a token's experts must sum
-    to one and scale outputs.
+    With a shared expert, the routed experts add nothing at first. Without one, the routing weights of a token must sum
+    to one and scale the outputs of experts.
     """
     assert config.upcycle is not None
     if config.shared_hidden_size:

@@ -26,16 +26,16 @@ _KEPT = frozenset(
         *cpu_gemm.PRODUCTS,
     }
 )
-"""Operations whose results are the costliest to recompute: matrix products and attention."""
+"""Operations whose results are the costliest to recompute: matmuls and attention."""
 
 
 def apply(model: Transformer, mode: Recompute) -> None:
-    """Wrap forwards in place. Names of modules and parameters do not change.
+    """Wrap the forward passes in place. Names of modules and parameters do not change.
 
     `full` recomputes whole layers. `selective` recomputes attention and feed-forward parts one by one and keeps what
-    lies between them: the residual stream, and the tokens sent to experts, which are not sent again. (A part must hold
-    no FSDP2 unit: torch 2.13 counts the operations of a region, and an inner unit's hooks issue different ones in the
-    recomputed forward.)
+    is between them: the residual stream, and the tokens sent to experts, which are not sent again. (A part must not
+    contain FSDP2 units: torch 2.13 counts the operations of a part, and the hooks of an inner unit issue different ones
+    when the forward pass is recomputed.)
     """
     if mode is Recompute.none:
         return

@@ -1,7 +1,7 @@
-"""torch.compile of each layer by itself. Repeated blocks are compiled once per kind.
+"""Apply torch.compile to each layer separately. Layers of the same kind are compiled once.
 
-MoE layers stay eager: the number of tokens per expert is data, and the grouped product cannot be traced in float32
-(torch 2.13: its shape function requires bfloat16). Attention over context-parallel sequences stays eager as well.
+MoE layers stay eager: the number of tokens per expert depends on the data, and the grouped matmul cannot be traced in
+float32 (torch 2.13: its shape function requires bfloat16). So does attention over context-parallel sequences.
 """
 
 from __future__ import annotations

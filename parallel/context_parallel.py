@@ -1,9 +1,9 @@
 """Context parallelism: each rank of the axis holds a part of every sequence.
 
 Sequences are split in whole attention chunks. A chunked layer then needs nothing from other ranks, or only the chunk
-before its own where documents start inside a chunk and reach into the next. A rank has some chunks from the head of the
-sequence and as many from its tail: later queries see more keys, so work is even where a rank's number of chunks is
-even, and as even as whole chunks allow otherwise. Layers with full attention get their keys by a `ContextMethod`.
+before its own if documents start inside a chunk and reach into the next. A rank has some chunks from the head of the
+sequence and as many, or one fewer, from its tail. Since later queries attend to more keys, work is even if a rank has
+an even number of chunks, else as even as whole chunks allow. Layers with full attention get keys by a `ContextMethod`.
 
 Shapes: B batch, T sequence, L this rank's part of it, H query heads, G key/value heads, K head size, R ranks.
 """
@@ -37,7 +37,7 @@ from parallel.mesh import MeshAxis
 
 
 def apply(model: Transformer, axis: MeshAxis) -> None:
-    """Make every attention layer see the keys on other ranks, by the method of its context."""
+    """Make every attention layer attend to the keys on other ranks too, by the method of its context."""
     if axis.size > 1:
         for layer in model.layers.values():
             assert isinstance(layer, Layer)
@@ -54,8 +54,8 @@ class ContextShard:
     method: ContextMethod
 
     def runs(self, rank: int) -> list[SegmentRun]:
-        """The positions of a rank: ceil(m/2) of its m units from the sequence's head, in the order of ranks, and the
-        others from its tail, in reverse order.
+        """Return the positions of a rank: ceil(m/2) of its m units are from the head of the sequence, in the order of
+        ranks, and the others from its tail, in reverse order.
         """
         units = self.length // self.unit // self.axis.size
         head, tail = -(-units // 2) * self.unit, units // 2 * self.unit
@@ -65,7 +65,7 @@ class ContextShard:
         return found
 
     def with_halo(self, rank: int) -> list[SegmentRun]:
-        """The runs of a rank whose previous position is on another rank."""
+        """Return the runs of a rank whose previous position is on another rank."""
         runs, last = self.runs(rank), self.axis.size - 1
         return [*(runs[:1] if rank > 0 else []), *(runs[1:] if rank < last else [])]
 
@@ -89,7 +89,7 @@ class ContextShard:
         return torch.cat(heads + tails, dim)
 
     def shards(self, x: Tensor, dim: int) -> list[Tensor]:
-        """Each rank's part of a whole tensor: the inverse of `unshard`."""
+        """Return each rank's part of a whole tensor: the inverse of `unshard`."""
         return [
             torch.cat([x.narrow(dim, run.start, run.stop - run.start) for run in self.runs(rank)], dim)
             for rank in range(self.axis.size)
@@ -98,7 +98,7 @@ class ContextShard:
     def sequence_context(
         self, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
     ) -> ForwardContext:
-        """The context of this rank's layers, from the positions of whole sequences."""
+        """Return the context of this rank's layers, made from the positions of whole sequences."""
         if self.axis.size == 1:
             return ForwardContext(positions_BT, device, routed_tokens)
         return ShardedContext(self, positions_BT, device, routed_tokens)
@@ -106,15 +106,15 @@ class ContextShard:
 
 @dataclass(frozen=True)
 class RingPlan(AttentionPlan):
-    """A plan with keys from all ranks in turn. `rounds`: the segments with this rank's keys, then those of the rank
-    before it, and so on round the ring.
+    """A plan with keys from all ranks in turn. `rounds`: the segments with this rank's keys, then those with the keys
+    of the rank before it, and so on around the ring.
     """
 
     rounds: tuple[list[Segment], ...] = ()
 
 
 class ShardedContext(ForwardContext):
-    """The context of this rank's positions. What is exchanged is decided from whole sequences, which all ranks know."""
+    """The context of this rank's positions. Exchanges are planned from whole sequences, which all ranks know."""
 
     def __init__(
         self, shard: ContextShard, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
@@ -130,7 +130,7 @@ class ShardedContext(ForwardContext):
         if bool((starts_BT == on_grid(shard.length, chunk)).all()):
             return AttentionPlan(block=chunk)
         keys, halo = list(own), not bool(starts_BT[:, ::chunk].all())
-        if halo:  # a chunk of a document is at most a block long, so it reaches into the previous block at most
+        if halo:  # a chunk of a document is at most one block long, so one previous block is enough
             at = own[-1].at + own[-1].stop - own[-1].start
             for run in shard.with_halo(shard.axis.rank):
                 keys.append(SegmentRun(run.start - chunk, run.start, at))
@@ -151,7 +151,7 @@ class ShardedContext(ForwardContext):
 
 
 def attend_shard(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: ForwardContext, chunk: int | None) -> Tensor:
-    """Attend from this rank's queries. The methods differ in layers with full attention."""
+    """Attend from this rank's queries. The method matters only in layers with full attention."""
     assert isinstance(context, ShardedContext), "needs the context of a `ContextShard`"
     plan, shard = context.plan(chunk), context.shard
     if plan.block is None:
@@ -165,7 +165,7 @@ def attend_shard(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: Forwar
 
 
 def _halo(kv_2BLGK: Tensor, chunk: int, shard: ContextShard) -> Tensor:
-    """The blocks before this rank's head and tail that are on other ranks (`ContextShard.with_halo`), concatenated.
+    """Get the blocks before this rank's head and tail that are on other ranks (`ContextShard.with_halo`), concatenated.
 
     The block before the head is the last one of the previous rank's head; the block before the tail is the last one of
     the next rank's tail. Ranks that receive nothing take part as well, for the backward pass.
@@ -208,7 +208,7 @@ def _ulysses(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard
 
 
 def _ring(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan) -> Tensor:
-    """Pass keys and values round the ring and merge the partial results by log-sum-exp."""
+    """Pass keys and values around the ring and merge the partial results by log-sum-exp."""
     assert isinstance(plan, RingPlan)
     return _Ring.apply(q_BLHK, k_BLGK, v_BLGK, shard.axis, plan.rounds)
 
@@ -217,7 +217,7 @@ _FULL = {ContextMethod.gather: _gather, ContextMethod.ulysses: _ulysses, Context
 
 
 class _Ring(torch.autograd.Function):
-    """In the backward pass keys and values go round again, followed by their gradients, to which each rank adds."""
+    """In the backward pass keys and values go around again, followed by their gradients, to which each rank adds."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: MeshAxis, rounds: tuple[list[Segment], ...]) -> Tensor:

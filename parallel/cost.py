@@ -55,9 +55,9 @@ def static_bytes(
     rank: int = 0,
     muon: bool = False,
 ) -> StaticBytes:
-    """Bytes that this rank keeps; rank 0 keeps the most. `moments`: the format of AdamW's two moments, or of the one
-    that Muon has for matrices; None for SGD. Under DeepSpeed: bytes on the device, without the padding of its flat
-    buffers.
+    """Return the bytes that this rank keeps; rank 0 keeps the most. `moments`: the dtype of AdamW's two moments, or of
+    the one that Muon has for matrices; None for SGD. Under DeepSpeed the result counts bytes on the device, without the
+    padding of its flat buffers.
     """
     meshes, here = meshes_of_rank(layout, rank), on_meta(model, precision)
     runtime.split_stages(here, meshes)
@@ -94,7 +94,7 @@ def _zero_bytes(
 def attention_traffic(
     model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape
 ) -> Entries:
-    """What one layer's attention hands to collectives of cp in one micro-batch on one rank, the mean over ranks."""
+    """Yield what one layer's attention hands to collectives of cp in one micro-batch on one rank (mean over ranks)."""
     cp, again = layout.cp, layout.recompute is not Recompute.none
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     heads, shared = (
@@ -122,11 +122,11 @@ def attention_traffic(
 
 @dataclass(frozen=True)
 class AttentionCost:
-    """A forward and a backward pass of one layer's attention between its projections, over one sequence of one
+    """Cost of a forward and a backward pass of one layer's attention, without its projections, over one sequence of one
     document, on one rank.
 
-    `flops` by the convention of model/flops.py. `keys`: bytes of the keys and values of this rank's part. `kept`: bytes
-    kept from the forward to the backward pass. `sent`: bytes handed to collectives. The mean where ranks differ.
+    `flops` follow the convention of model/flops.py. `keys`: bytes of the keys and values of this rank's part. `kept`:
+    bytes kept from the forward to the backward pass. `sent`: bytes handed to collectives. All are means over ranks.
     """
 
     flops: float
@@ -138,7 +138,7 @@ class AttentionCost:
 def attention_cost(
     model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, seq_len: int
 ) -> AttentionCost:
-    """The cost without a halo: one document's chunks are those of the sequence."""
+    """Return the cost, which includes no halo because the chunks of a single document are those of the sequence."""
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     part, heads, shared = seq_len // layout.cp, model.num_heads // layout.tp, model.num_kv_heads // layout.tp
     reach = min(seq_len, layer.attention_chunk_size or seq_len)

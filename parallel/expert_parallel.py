@@ -1,8 +1,8 @@
 """Expert parallelism: tokens are sent to the ranks that hold their experts, and back.
 
 The axis has ep * etp ranks. Rank (i, j) holds the j-th slice of the hidden size of each expert of the i-th group. A
-token goes to every rank that holds a slice of its expert, and the results are summed, like those of its K experts. To
-the dispatchers a slice is a virtual expert: etp turns K choices among E experts into K * etp among E * etp.
+token is sent to every rank that holds a slice of its expert, and the results are summed, like those of its K experts.
+Dispatchers treat a slice as a virtual expert: instead of K experts, a token then chooses K * etp virtual ones.
 
 Shapes: T tokens of this rank, D hidden size, K experts per token, S slices of an expert (etp), N ranks of the axis, E
 virtual experts on one rank, R slots (all-to-all) or tokens (other dispatchers) received, C rows of the experts (slots,
@@ -35,11 +35,11 @@ _DEEPEP = "git+https://github.com/deepseek-ai/DeepEP"
 
 
 def check(kind: DispatchMethod, compute_dtype: torch.dtype = torch.bfloat16) -> None:
-    """Reject a dispatcher that is not installed, or does not support this number format."""
+    """Reject a dispatcher that is not installed, or does not support this dtype."""
     if kind is not DispatchMethod.deepep:
         return
     if compute_dtype is not torch.bfloat16:
-        reason = "sends bfloat16 only; add precision=bf16"
+        reason = "supports bfloat16 only: add precision=bf16, or use another dispatcher"
     elif importlib.util.find_spec("deep_ep") is None:
         reason = f"DeepEP is not installed: pip install '{_DEEPEP}'"
     else:
@@ -85,7 +85,7 @@ class _Dispatcher:
     """Gives DeepEP's buffer for tokens of so many bytes."""
 
     def virtual(self, choice: TopKRouting) -> TopKRouting:
-        """The choice among virtual experts, numbered by rank of the axis, then by index on that rank."""
+        """Return the choice among virtual experts, numbered by rank of the axis, then by index on that rank."""
         if self.etp == 1:
             return choice
         local = self.local_experts
@@ -97,7 +97,7 @@ class _Dispatcher:
 
 
 class AllToAll(_Dispatcher):
-    """Send each slot to its rank alone. The counts by rank and expert are copied to the host once per layer."""
+    """Send each slot only to its expert's rank. Counts by rank and expert are copied to the host once per layer."""
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         choice = self.virtual(choice)
@@ -123,7 +123,7 @@ class AllToAll(_Dispatcher):
 
 
 class AllGather(_Dispatcher):
-    """Gather all tokens of the group, compute those that chose this rank's experts, and scatter the sums."""
+    """Gather all tokens of the group, compute those that chose this rank's experts, and reduce-scatter the results."""
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         choice = self.virtual(choice)
@@ -135,7 +135,7 @@ class AllGather(_Dispatcher):
 
 
 class DeepEP(_Dispatcher):
-    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP): a token is sent once to each rank it needs. bf16."""
+    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP), bf16 only. Send a token once per rank it needs."""
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         assert self.buffer is not None
@@ -157,7 +157,7 @@ _KINDS: dict[DispatchMethod, Any] = {
 def _select_local(dispatcher: _Dispatcher, x_RD: Tensor, experts_RK: Tensor, weights_RK: Tensor) -> Dispatched:
     """Dispatch the slots of this rank's experts, whose ids count from its first expert; `combine` sums per token.
 
-    Other slots are sorted to the end and dropped. The number of local ones is copied to the host.
+    Other slots are sorted to the end and dropped. The number of rows per local expert is copied to the host.
     """
     held = dispatcher.local_experts
     here_RK = (experts_RK >= 0) & (experts_RK < held)

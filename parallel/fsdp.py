@@ -34,11 +34,11 @@ def apply(
 ) -> None:
     """Shard each layer and its experts, then the rest of each stack. Without a mesh the model stays as it is.
 
-    In a pipeline parameters stay gathered between the micro-batches of a step and gradients are reduced once. Otherwise
-    each micro-batch would gather and reduce them again.
+    In a pipeline, parameters stay gathered between the micro-batches of a step, and gradients are reduced once. Without
+    one, each micro-batch gathers parameters and reduces gradients.
 
-    In bfloat16 the gathered copies are bf16, except routers: they score in fp32 on one device, so they must not be
-    rounded on many.
+    Under bf16 compute, the gathered parameters are bf16, except those of routers. On one device routers score in fp32,
+    so on many devices their weights must not be rounded either.
     """
     if meshes.dense is None or meshes.sparse is None:
         return
@@ -66,24 +66,24 @@ def apply(
 
 
 def release(stacks: Mapping[int, Stack]) -> None:
-    """Drop the copies that a forward pass without a backward pass leaves gathered."""
+    """Free the parameters that a forward pass without a backward pass leaves gathered."""
     for stack in stacks.values():
         for unit, _ in units(stack):
             unit.reshard()
 
 
 def units(stack: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Each FSDP2 module under `stack`, and torch's group of its parameters; None where it has none of its own."""
+    """Yield each FSDP2 module under `stack` with its parameter group, None if it has no parameters of its own."""
     for module in stack.modules():
         if isinstance(module, FSDPModule):
             yield module, module._get_fsdp_state()._fsdp_param_group
 
 
 def count_traffic(stacks: Mapping[int, Stack], meshes: Meshes) -> None:
-    """Count the bytes of FSDP2's collectives as they are issued. To be called when parameters have storage.
+    """Count the bytes of FSDP2's collectives as they are issued. Parameters must have storage already.
 
-    torch's all-reduce hook is not used: with one, torch runs the work that follows a reduction on another stream
-    without ordering it before the next reduction, a race on gradients (torch 2.13, _fsdp_collectives.py). Communication
+    torch's all-reduce hook is not used. With a hook, torch runs the work that follows a reduction on another stream and
+    does not order it before the next reduction: a race on gradients (torch 2.13, _fsdp_collectives.py). Communication
     objects stay torch's own, so `set_symm_mem` works.
     """
     for stack in stacks.values():
@@ -104,7 +104,7 @@ def _counted_unshard(group: Any, unshard: Any, axis: MeshAxis, async_op: bool = 
 
 
 def _count_reduced(parameter: FSDPParam, axis: MeshAxis, replicate: MeshAxis, _: Tensor) -> None:
-    """FSDP2 calls this once a reduced gradient is added to a parameter's shard: the reduce-scatter was handed one such
+    """Count a reduced gradient when FSDP2 has added it to a parameter's shard. The reduce-scatter was handed one such
     shard, padded, per rank.
     """
     size = parameter._sharded_param_data.numel() * (parameter.reduce_dtype or parameter.orig_dtype).itemsize
@@ -114,7 +114,7 @@ def _count_reduced(parameter: FSDPParam, axis: MeshAxis, replicate: MeshAxis, _:
 
 
 class GradientSum:
-    """Sums the gradient of one module's `weight` over micro-batches until FSDP2 reduces it, in the format of that
+    """Sums the gradient of one module's `weight` over micro-batches until FSDP2 reduces it, in the dtype of that
     reduction. FSDP2 does the same with gradients that autograd computes.
     """
 
@@ -125,7 +125,7 @@ class GradientSum:
         weight: Any = self.owner.weight
         gradient = gradient.view_as(weight)
         if self.sharded is None or self.sharded.reduce_dtype in (None, weight.dtype):
-            format = weight.grad_dtype or weight.dtype  # DeepSpeed's copies in bf16 have gradients in fp32
+            format = weight.grad_dtype or weight.dtype  # DeepSpeed's bf16 parameters have fp32 gradients
             weight.grad = gradient.to(format) if weight.grad is None else weight.grad.add_(gradient)
         elif self.sharded.unsharded_accumulated_grad is None:
             self.sharded.unsharded_accumulated_grad = gradient.to(self.sharded.reduce_dtype)
@@ -134,7 +134,7 @@ class GradientSum:
 
 
 def gradient_sums(stack: nn.Module) -> dict[nn.Module, GradientSum]:
-    """A sum for every module under `stack` that owns a weight."""
+    """Return a `GradientSum` for every module under `stack` that owns a weight."""
     groups = [group for _, group in units(stack) if group is not None]
     sharded = {parameter._module_info.module: parameter for group in groups for parameter in group.fsdp_params}
     return {module: GradientSum(module, sharded.get(module)) for module in stack.modules() if hasattr(module, "weight")}

@@ -1,4 +1,4 @@
-"""The norm of a gradient whose shards lie on many ranks. Each shard is counted once."""
+"""The norm of a gradient whose shards are on many ranks. Each shard is counted once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from parallel.sharding import LocalShard, local
 def gradient_norm(
     gradients: Iterable[LocalShard], world: MeshAxis, device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Euclidean norm of all gradients, a float64 scalar on the device, the same on every rank.
+    """Return the Euclidean norm of all gradients: a float64 scalar on the device, equal on every rank.
 
-    The owner among the ranks that keep a shard counts it. One sum over the world adds up dense and expert parts.
-    `dtype`: the format in which a shard's norm is computed, by default the gradient's.
+    Of the ranks that keep the same shard, only its owner counts it. A single sum over the world includes dense and
+    expert parameters. `dtype`: the dtype in which the norm of a shard is computed, by default the gradient's.
     """
     owned = [one.values for one in gradients if one.spec.is_owner and one.values.numel()]
     total = torch.zeros((), dtype=torch.float64, device=device)

@@ -20,8 +20,8 @@ DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
 
 
 class Recompute(Enum):
-    """What a layer's backward pass recomputes: nothing; all but matrix products, attention and the tokens sent to
-    experts; everything.
+    """What the backward pass of a layer recomputes. `none`: nothing. `selective`: all but matmuls, attention and the
+    tokens sent to experts. `full`: everything.
     """
 
     none = "none"
@@ -44,8 +44,8 @@ class DispatchMethod(Enum):
 class ContextMethod(Enum):
     """How layers with full attention get the keys that other ranks of cp have.
 
-    `gather`: every rank gets all keys and values. `ulysses`: while attending, each rank has some heads of the whole
-    sequence (Jacobs et al. 2023). `ring`: keys and values pass round the ranks (Liu et al. 2023).
+    `gather`: every rank gets all keys and values. `ulysses`: during attention, each rank has some heads of the whole
+    sequence (Jacobs et al. 2023). `ring`: keys and values pass from rank to rank (Liu et al. 2023).
     """
 
     gather = "gather"
@@ -63,10 +63,10 @@ class EngineKind(Enum):
 
 
 class Reduce(Enum):
-    """The number format in which gradients are summed over ranks."""
+    """The dtype in which gradients are summed over ranks."""
 
     master = "master"
-    """As wide as the parameters."""
+    """The dtype of the parameters."""
     bfloat16 = "bfloat16"
 
 
@@ -74,17 +74,17 @@ class Reduce(Enum):
 class ParallelConfig:
     """Degrees of the layout, and how memory is traded for time.
 
-    The same ranks form two grids: dense layers over (pp, dp_replicate, dp_shard, cp, tp), routed experts over (pp,
-    dp_replicate, efsdp, ep, etp), where efsdp is what remains. The last axis varies fastest from rank to rank.
-    Parameters, gradients and optimizer state are sharded over dp_shard * cp, those of experts over efsdp (FSDP2), and
-    replicated over dp_replicate (HSDP). pp splits the layers, cp each sequence. tp splits heads, hidden sizes and the
-    vocabulary, and the sequence between them. ep splits the experts, etp the hidden size of each.
+    The same ranks form two grids: (pp, dp_replicate, dp_shard, cp, tp) for dense layers, and (pp, dp_replicate, efsdp,
+    ep, etp) for routed experts, where efsdp is the number of ranks that remains. The last axis varies fastest from rank
+    to rank. FSDP2 shards parameters, gradients and optimizer state over dp_shard * cp, those of experts over efsdp, and
+    replicates them over dp_replicate (HSDP). pp splits the layers, and cp each sequence. tp splits heads, hidden sizes
+    and the vocabulary, and the sequence outside their matmuls. ep splits the experts, and etp the hidden size of each.
     """
 
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int | str = AUTO
-    """"auto": as many as fill the world."""
+    """Number of ranks, or "auto": as many as fill the world."""
     cp: int = 1
     tp: int = 1
     ep: int = 1
@@ -98,13 +98,13 @@ class ParallelConfig:
     reduce_dtype: Reduce = Reduce.master
     recompute: Recompute = Recompute.none
     compile: bool = False
-    """torch.compile of each layer."""
+    """Apply torch.compile to each layer."""
     schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
     """The order of a pipeline's forward and backward passes."""
     stages_per_rank: int | None = None
-    """Pipeline stages on each rank. null: 1, or 2 where the schedule needs several."""
+    """Number of pipeline stages on each rank. null: 1, or 2 if the schedule needs several."""
     layers_per_stage: list[int] | None = None
-    """Layers of each stage, first to last. null: the split whose costliest stage costs the least."""
+    """Number of layers of each stage, first to last. null: the split whose costliest stage costs the least."""
     timeout_s: float = 300.0
     """Seconds after which a waiting collective is reported with the missing ranks, and the run ends."""
 
@@ -142,7 +142,7 @@ class ParallelConfig:
             raise ConfigError("schedule", schedule, reason, [one.name for one in PipelineSchedule if not one.is_v])
         if schedule.splits_backward and self.compile:
             whole = ", ".join(one.name for one in PipelineSchedule if not one.splits_backward)
-            reason = f"compiled layers cannot defer the gradients of their weights, as schedule={schedule.name} does"
+            reason = f"compiled layers cannot defer the gradients of their weights, but schedule={schedule.name} does"
             raise ConfigError("compile", True, f"{reason}; take another parallel.schedule: {whole}")
 
     @property
@@ -150,7 +150,7 @@ class ParallelConfig:
         return self.stages_per_rank or (1 if self.pp == 1 or self.schedule.is_single else 2)
 
     def resolve(self, world_size: int) -> Layout:
-        """The layout with `dp_shard` filled in. Raises where the degrees do not make up the world."""
+        """Return the layout with `dp_shard` filled in. Raises `ConfigError` if the degrees do not make up the world."""
         others = self.pp * self.dp_replicate * self.cp * self.tp
         if world_size % others:
             named = {key: getattr(self, key) for key in ("pp", "dp_replicate", "cp", "tp") if getattr(self, key) > 1}
@@ -184,7 +184,7 @@ class Layout(ParallelConfig):
 
     @property
     def dp(self) -> int:
-        """Groups of ranks that get different sequences of a batch."""
+        """Number of groups of ranks that get different sequences of a batch."""
         return self.dp_replicate * self.dp_shard
 
     @property
@@ -194,12 +194,12 @@ class Layout(ParallelConfig):
 
     @property
     def fsdp(self) -> int:
-        """Ranks over which a dense parameter is sharded."""
+        """Number of ranks over which a dense parameter is sharded."""
         return self.dp_shard * self.cp
 
     @property
     def efsdp(self) -> int:
-        """Ranks over which a routed expert is sharded."""
+        """Number of ranks over which a routed expert is sharded."""
         return self.dp_shard * self.cp * self.tp // (self.ep * self.etp)
 
     @property
@@ -275,7 +275,7 @@ class Layout(ParallelConfig):
         raise ConfigError("training.micro_batch_size", micro_batch_size, reason, nearest(legal, micro_batch_size))
 
     def check_seq_len(self, model: ModelConfig, length: int) -> None:
-        """Sequences must divide over cp in whole attention chunks, and a rank's part of them over tp."""
+        """Reject a length that cp cannot divide into whole attention chunks, or whose parts tp cannot divide."""
         unit = split_unit(model, length)
         if unit > 1 and length < unit * self.cp:
             reason = f"training.seq_len={length} has only {length // unit} whole chunks of {unit}"
@@ -292,11 +292,11 @@ class Layout(ParallelConfig):
         raise ConfigError("training.seq_len", length, reason, [value for value in legal if value])
 
     def length_multiple(self, unit: int) -> int:
-        """The length of a sequence that is split in units of `unit` tokens must be a multiple of this."""
+        """Return the number that must divide the length of sequences which are split in units of `unit` tokens."""
         return self.cp * math.lcm(unit, self.tp)
 
     def padded_length(self, model: ModelConfig, length: int) -> int:
-        """The shortest sequence of at least `length` tokens that this layout can divide."""
+        """Return the smallest length of at least `length` tokens that this layout can divide."""
         while length % (multiple := self.length_multiple(split_unit(model, length))):
             length = -(-length // multiple) * multiple  # which may exceed the chunks of more layers
         return length
@@ -307,8 +307,8 @@ class Layout(ParallelConfig):
 
 
 def split_unit(model: ModelConfig, length: int) -> int:
-    """Sequences of this length may be split at multiples of this many tokens: where the chunks of all layers end.
-    Chunks that hold the whole sequence do not matter.
+    """Return the number of tokens at whose multiples sequences of this length may be split: there the chunks of all
+    layers end. Chunks as long as the sequence, or longer, do not matter.
     """
     chunks = (layer.attention_chunk_size for layer in model.blocks)
     return math.lcm(*(chunk for chunk in chunks if chunk is not None and chunk < length))
@@ -320,5 +320,5 @@ def torch_version() -> tuple[int, int]:
 
 
 def nearest(legal: Iterable[int], value: int, count: int = 4) -> list[int]:
-    """The `count` legal values closest to `value`, ascending."""
+    """Return the `count` legal values closest to `value`, ascending."""
     return sorted(sorted(legal, key=lambda candidate: (abs(candidate - value), candidate))[:count])

@@ -1,8 +1,8 @@
 """The process groups of a layout, by name.
 
-Invariant: dense ranks pp * dp_replicate * dp_shard * cp * tp are the same as sparse ranks pp * dp_replicate * efsdp *
-ep * etp. An axis further right varies faster from rank to rank. Every view is a mesh over the whole world, so all
-processes create the same groups.
+Invariant: the dense axes pp * dp_replicate * dp_shard * cp * tp and the sparse axes pp * dp_replicate * efsdp * ep *
+etp arrange the same ranks. An axis further right varies faster from rank to rank. Every arrangement is a mesh over the
+whole world, so that all processes create the same groups.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Traffic:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def take(self) -> dict[tuple[str, str], int]:
-        """What was counted since the last call."""
+        """Return what was counted since the last call, and start again from zero."""
         taken, self.bytes = dict(self.bytes), Counter()
         return taken
 
 
 @dataclass(frozen=True)
 class MeshAxis:
-    """The ranks that differ along one axis of a layout only, and this rank's place among them."""
+    """The ranks whose positions in a layout differ along one axis only, and this rank's position among them."""
 
     name: str
     size: int = 1
@@ -57,12 +57,12 @@ class MeshAxis:
         self.note(purpose, tensor.numel() * tensor.element_size())  # torch.compile cannot trace `nbytes`
 
     def note(self, purpose: str, size: int) -> None:
-        """Record that a collective which other code issues begins and is handed `size` bytes."""
+        """Record that a collective issued by other code begins and is handed `size` bytes."""
         self.traffic.heartbeat.begin(self.name, purpose, self.group)
         self.add_bytes(purpose, size)
 
     def send(self, purpose: str, tensor: Tensor) -> None:
-        """Record that this rank sends a tensor to one other rank. Ranks may do so unequally often."""
+        """Record that this rank sends a tensor to one other rank. The number of sends may differ between ranks."""
         self.wait(purpose)
         self.add_bytes(purpose, tensor.nbytes)
 
@@ -75,13 +75,13 @@ class MeshAxis:
 
 @dataclass(frozen=True)
 class Meshes:
-    """This rank's place in its layout.
+    """This rank's position in its layout.
 
-    `pp`: the ranks that hold other layers of the same model. `ends`: the first and the last of them, which share tied
-    embeddings (size 1 on ranks between). `dp`: the groups that get different sequences of a batch. `cp`: the ranks that
-    hold other parts of the same sequences. `experts`: the ep * etp ranks that share the routed experts, etp varying
-    faster; `ep` and `etp` are coordinates in it without groups of their own. `dense` and `sparse`: the meshes over
-    which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world of one.
+    `pp`: the ranks that hold other layers of the same model. `ends`: the first and the last of them, which both have
+    tied embeddings; its size is 1 on the ranks between. `dp`: the ranks that get different sequences of a batch. `cp`:
+    the ranks that hold other parts of the same sequences. `experts`: the ep * etp ranks over which routed experts are
+    split, etp varying faster. `ep` and `etp` are positions in it and have no groups of their own. `dense` and `sparse`:
+    the meshes over which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world of one.
     """
 
     layout: Layout
@@ -112,26 +112,26 @@ class Meshes:
 
     @property
     def is_first_of_stage(self) -> bool:
-        """Whether this rank writes what all ranks with the same layers have."""
+        """Whether this rank writes the state that all ranks with the same layers have in common."""
         return self.world.rank % (self.layout.world_size // self.layout.pp) == 0
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether this rank counts its tokens in a sum over the world. Tensor-parallel ranks, and the stages of a
-        pipeline, see the same tokens.
+        """Whether this rank adds its tokens to a sum over the world. Tensor-parallel ranks, and the stages of a
+        pipeline, have the same tokens.
         """
         return self.tp.rank == 0 and self.pp.rank == 0
 
 
 def make_meshes(layout: Layout, world: World) -> Meshes:
-    """Create the meshes of a layout of this world's size. Needs the process group where there are several ranks."""
+    """Create the meshes of a layout of this world's size. With several ranks, the process group must exist."""
     assert layout.world_size == world.size, f"{layout.axes} do not make up {world.size} ranks"
     meshes = meshes_of_rank(layout, world.rank, Traffic(heartbeat=world.heartbeat))
     if world.size == 1:
         return meshes
 
     def mesh(**sizes: int) -> DeviceMesh:
-        """The world as a mesh. Axes of one rank get no group, except those that FSDP2 needs."""
+        """Arrange the world as a mesh. Axes of size 1 are left out, except those that FSDP2 needs."""
         kept = {name: size for name, size in sizes.items() if size > 1 or name in ("fsdp", "efsdp")}
         return init_device_mesh(world.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
 
@@ -152,7 +152,7 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
 
 
 def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) -> Meshes:
-    """The place of a rank in a layout, without process groups: for planning and counting."""
+    """Return the position of a rank in a layout without process groups, for planning and counting."""
     traffic = traffic or Traffic()
     outer, inner = divmod(rank, layout.fsdp * layout.tp)
     stage, experts = rank // (layout.world_size // layout.pp), layout.ep * layout.etp

@@ -53,8 +53,8 @@ def parallelize(
 class ParallelModel:
     """The part of a model that this rank holds.
 
-    `model` owns the local parameters, under the names of the whole model. `stacks` are what runs: the model itself or,
-    in a pipeline, a stack for each of this rank's stages, which share the model's modules.
+    `model` owns the local parameters, under their names in the whole model. `stacks` are what is run: the model itself
+    or, in a pipeline, one stack for each of this rank's stages, which consists of the model's modules.
     """
 
     model: Transformer
@@ -63,12 +63,12 @@ class ParallelModel:
     stacks: dict[int, Stack]
 
     def context_shard(self, seq_len: int) -> ContextShard:
-        """How context parallelism divides sequences of this length."""
+        """Return how context parallelism divides sequences of this length."""
         unit = split_unit(self.model.config, seq_len)
         return ContextShard(self.meshes.cp, seq_len, unit, self.meshes.layout.cp_method)
 
     def sequence_context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> ForwardContext:
-        """The context of this rank's layers, from the positions of whole sequences."""
+        """Return the context of this rank's layers, made from the positions of whole sequences."""
         shard = self.context_shard(positions_BT.shape[1])
         context = shard.sequence_context(positions_BT, self.device, routed_tokens)
         if self.meshes.layout.compile:
@@ -76,7 +76,7 @@ class ParallelModel:
         return context
 
     def padded_length(self, length: int) -> int:
-        """The shortest sequence of at least `length` tokens that this layout can divide."""
+        """Return the smallest length of at least `length` tokens that this layout can divide."""
         return self.meshes.layout.padded_length(self.model.config, length)
 
     @property
@@ -85,7 +85,7 @@ class ParallelModel:
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor, context: ForwardContext) -> Tensor | None:
-        """Run a forward pass over this rank's part of the sequences. None where another rank has the head."""
+        """Run a forward pass over this rank's part of the sequences. Returns None if another rank has the head."""
         if self.meshes.pp.size > 1:
             return runtime.forward(self.stacks, self.model, self.meshes, tokens_BT, context)
         return self.model(tokens_BT, context)
@@ -94,7 +94,7 @@ class ParallelModel:
 def build(
     config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, device: torch.device, seed: int
 ) -> ParallelModel:
-    """Build, lay out and initialise a model. Each rank only ever allocates its own part."""
+    """Build, distribute and initialise a model. Each rank allocates only its own part."""
     layout, model = meshes.layout, on_meta(config, precision, resolve(precision, device))
     stacks = runtime.split_stages(model, meshes)
     specs = sharding.shard_specs(registry(model), config, meshes)
@@ -113,7 +113,7 @@ def build(
 
 
 def on_meta(config: ModelConfig, precision: PrecisionConfig, products: Precision | None = None) -> Transformer:
-    """The whole model on the meta device, in the master format. It runs only with `products`."""
+    """Build the whole model on the meta device, in the master dtype. It can run only if `products` is given."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(precision.master_dtype)
     try:
@@ -131,9 +131,9 @@ def resolve_layout(
     moments: torch.dtype | None,
     muon: bool,
 ) -> Layout:
-    """The layout of a world of this size, after every check that needs no batch. Raises `ConfigError`.
+    """Return the layout of a world of this size, after every check that needs no batch. Raises `ConfigError`.
 
-    `moments`: the format of the optimizer's state, None where there is none.
+    `moments`: the dtype of the optimizer's state, None if it has none.
     """
     layout = parallel.resolve(world_size)
     layout.check_model(model)
@@ -144,7 +144,7 @@ def resolve_layout(
 
 
 def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout) -> None:
-    """Reject matrices that an FP8 recipe cannot take, in the shapes that each rank has."""
+    """Reject settings that leave nothing in FP8, and matrices whose shapes on a rank the FP8 recipe cannot take."""
     if not precision.uses_float8:
         return
     first, last, layers = precision.bf16_first_layers, precision.bf16_last_layers, len(config.blocks)
@@ -173,7 +173,7 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
 
 
 def _cast_to_compute_dtype(model: Transformer, specs: dict[str, ShardSpec], precision: PrecisionConfig) -> None:
-    """For an engine with its own master weights, cast parameters to the dtypes that FSDP2 would all-gather: bf16 under
+    """Cast parameters, for an engine with its own master weights, to the dtypes that FSDP2 would all-gather: bf16 under
     bf16 compute, except routers, which keep the master dtype.
     """
     if precision.compute_dtype is torch.bfloat16:
@@ -192,7 +192,7 @@ def _shrink_parameters(model: Transformer, specs: dict[str, ShardSpec]) -> None:
 
 
 def _count_whole_sequences(model: Transformer, meshes: Meshes) -> None:
-    """Sum the counts of a sequence's balancing terms over the ranks that hold parts of it."""
+    """Make routers sum the token counts of each sequence over the ranks that hold parts of it."""
     axes = [axis for axis in (meshes.cp, meshes.tp) if axis.size > 1]
 
     def over_all(counts_BE: Tensor) -> None:

@@ -1,10 +1,10 @@
-"""Where every parameter lies: the one registry for initialisation, norms, checkpoints and byte counts.
+"""Where every parameter is stored: the only registry for initialisation, norms, checkpoints and byte counts.
 
 A rank's shard of a parameter is always one block of the whole tensor. Tensor or expert parallelism splits the tensor
-first: the model then holds a plain tensor of the smaller shape and is unaware of more. FSDP2 shards the rest.
+first, so that the model holds a plain tensor of the smaller shape. FSDP2 then shards that tensor.
 
-Every rank has tokens of its own, so the gradient of a shard is the sum over all ranks that hold it. FSDP2 sums over its
-mesh, `sum_partial_gradients` over the other ranks.
+Ranks have different tokens, so the gradient of a shard is the sum over all ranks that use it. FSDP2 sums over its mesh,
+and `sum_partial_gradients` over the other ranks.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _TENSOR_DIM = {
     Role.shared_up: 0,
     Role.shared_down: 1,
 }
-"""The dimension that tensor parallelism splits, by role. Ranks of tp have all other parameters whole."""
+"""The dimension that tensor parallelism splits, by role. All other parameters are whole on every rank of tp."""
 _EXPERT_HIDDEN_DIM = 2  # gate_up [E, 2, F, D] and down [E, D, F]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Splits `dim` into `axis.size` parts of equal size, the last ones shorter where it does not divide."""
+    """A split of `dim` into `axis.size` parts of equal size. The last ones are shorter if it does not divide evenly."""
 
     axis: MeshAxis
     dim: int
@@ -73,10 +73,10 @@ class ShardBlock:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Where one parameter lies.
+    """Where one parameter is stored.
 
-    `splits` make the plain tensor that the model computes with; `fsdp_split` of it is what this rank keeps. Ranks along
-    `replicas` keep the same block. Along `partial` their gradients are still to be summed.
+    `splits` make the plain tensor that the model computes with. This rank keeps its part of that tensor under
+    `fsdp_split`. Ranks along `replicas` keep the same block. Gradients still have to be summed over the axes `partial`.
     """
 
     info: ParameterInfo
@@ -95,7 +95,7 @@ class ShardSpec:
 
     @property
     def is_owner(self) -> bool:
-        """Whether this rank counts and writes the block, among the ranks that keep it."""
+        """Whether this rank, of those that keep the block, is the one that counts and writes it."""
         return all(axis.rank == 0 for axis in self.replicas)
 
     @property
@@ -146,12 +146,12 @@ def _split_block(info: ParameterInfo, splits: tuple[Split, ...]) -> ShardBlock:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing storage. A plain tensor is returned as it is."""
+    """Return this rank's part of a tensor, with the same storage. A plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shards(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[LocalShard]:
-    """What this rank keeps of a model's parameters, sharing storage with them."""
+    """Yield what this rank keeps of a model's parameters, with the same storage."""
     for name, parameter in model.named_parameters():
         part, block = local(parameter), specs[name].local_block
         assert part.shape == block.shape, f"{name}: {tuple(part.shape)} is not {block.shape}"
@@ -160,8 +160,8 @@ def local_shards(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[L
 
 
 def local_gradients(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[LocalShard]:
-    """What this rank keeps of a model's gradients. Raises `ValueError` where a parameter has none: a norm would omit it
-    silently.
+    """Yield what this rank keeps of a model's gradients. Raises `ValueError` if a parameter has none: a norm would omit
+    it silently.
     """
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
@@ -171,7 +171,7 @@ def local_gradients(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterato
 
 @torch.no_grad()
 def initialise(weights: Iterable[LocalShard], config: ModelConfig, seed: int) -> None:
-    """Fill this rank's blocks of every parameter. The model is the same under every layout."""
+    """Fill this rank's blocks of every parameter with initial values. The model is the same under every layout."""
     for one in weights:
         offset, shape = one.block.offset, one.block.shape
         one.values.copy_(initial_slice(one.spec.info, config, seed, offset, shape, one.values.device))
@@ -187,7 +187,7 @@ def fill(weights: Iterable[LocalShard], source: TensorSource) -> None:
 @torch.no_grad()
 def sum_partial_gradients(model: nn.Module, specs: Mapping[str, ShardSpec]) -> None:
     """Sum the gradients of parameters that several ranks of an axis use for different tokens, in one collective per
-    axis. To be called once per step, after the last backward pass.
+    axis. This is called once per step, after the last backward pass.
     """
     waiting: dict[MeshAxis, list[Tensor]] = {}
     for name, parameter in model.named_parameters():

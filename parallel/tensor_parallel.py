@@ -1,8 +1,8 @@
 """Tensor parallelism with sequence parallelism (Korthikanti et al. 2022, section 4.2).
 
-Between the large products every rank of the axis holds its part of the sequence. Before a column-parallel product the
-sequence is gathered; after a row-parallel one the partial results are summed and scattered. Modules compute with plain
-tensors of smaller shapes. Only their forwards are wrapped here.
+Between the large matmuls every rank of the axis holds its part of the sequence. Before a column-parallel matmul the
+sequence is gathered. After a row-parallel matmul the partial results are summed and scattered. Modules compute with
+plain tensors of smaller shapes. Only their forward passes are wrapped here.
 
 Shapes: B batch, T sequence, D hidden size, V vocabulary.
 """
@@ -29,8 +29,8 @@ _ACTIVATIONS = "activations"
 
 
 def apply(model: Transformer, axis: MeshAxis) -> None:
-    """Wrap the forwards of a model whose parameters have their local shapes already. The logits come out sharded along
-    the vocabulary: see `parallel.vocab_parallel_loss`.
+    """Wrap the forward passes of a model whose parameters have their local shapes already. The resulting logits are
+    sharded along the vocabulary: see `parallel.vocab_parallel_loss`.
     """
     if axis.size == 1:
         return
@@ -66,7 +66,7 @@ def _gather_compute(forward: Callable[[Tensor], Tensor], axis: MeshAxis, x_BTD: 
 
 
 def _embed(embedding: Embedding, axis: MeshAxis, tokens_BT: Tensor) -> Tensor:
-    """This rank's part of the sequence. The rows of the table are sharded over all ranks."""
+    """Return the embeddings of this rank's part of the sequence. The rows of the table are sharded over the axis."""
     size = embedding.weight.shape[0]
     local_BT = tokens_BT - axis.rank * size
     here_BT = (local_BT >= 0) & (local_BT < size)
@@ -75,7 +75,7 @@ def _embed(embedding: Embedding, axis: MeshAxis, tokens_BT: Tensor) -> Tensor:
 
 
 def _normalise_heads(norm: RMSNorm, axis: MeshAxis, x: Tensor) -> Tensor:
-    """RMS over the heads of all ranks, of which this rank has some."""
+    """Normalise by the RMS over all heads, of which this rank has some."""
     wide = widened(x)
     squares = collectives.all_reduce(wide.square().sum(-1, keepdim=True), axis, _ACTIVATIONS)
     mean = squares / (x.shape[-1] * axis.size)

@@ -16,7 +16,7 @@ from parallel.mesh import MeshAxis
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor, axis: MeshAxis) -> Tensor:
-    """Cross-entropy [B, T] in nats, in the format of `logits_BTV`. Labels are ids of the whole vocabulary.
+    """Return the cross-entropy [B, T] in nats, in the dtype of `logits_BTV`. Labels are ids of the whole vocabulary.
 
     Every rank of the axis gets the same losses, and the gradient of its own logits.
     """
@@ -24,7 +24,7 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, axis: MeshAxis) -> Tenso
 
 
 def whole_logits(logits: Tensor, axis: MeshAxis) -> Tensor:
-    """Logits over the whole vocabulary, on every rank, without a gradient."""
+    """Return the logits over the whole vocabulary, on every rank, without a gradient."""
     return all_gather_no_grad(logits, axis, logits.dim() - 1, "logits")
 
 

@@ -1,14 +1,14 @@
 """Gather sharded matrices and scatter them again, for an optimizer that needs each matrix whole.
 
-Tensor parallelism, or expert tensor parallelism, splits a matrix first; FSDP2 shards the rest. One of the ranks that
-hold its shards gathers it, updates it and sends every other rank its shard of the result. Experts that are split by
-number only are whole already, and nothing is sent. This takes one all-to-all per split axis, the last split first, and
-the same way back. Ranks send equal bytes, up to one matrix per shape. Ranks along `dp_replicate` do the same work
-without a collective and stay equal bit for bit.
+Tensor parallelism, or expert tensor parallelism, splits a matrix first, and FSDP2 then shards it. One of the ranks that
+hold shards of a matrix gathers it, updates it and sends every other rank its shard of the result. The matrices of
+experts are whole already if experts are split by number only, and nothing is sent. Gathering takes one all-to-all per
+split axis, the last split first, and so does the way back. Ranks send equal numbers of bytes, up to one matrix per
+shape. Ranks along `dp_replicate` do the same work without a collective and stay equal bit for bit.
 
 Every rank of a group makes the same plan from `ShardSpec`s alone, so collectives are issued in the same order. Matrices
-of one shape that are split alike are sent and updated together, as many at a time as `at_once` elements hold. That, the
-receive buffers and the work itself are the memory needed beside the shards.
+of one shape that are split alike are sent and updated together, up to `at_once` elements at a time. Besides the shards,
+memory is needed for these elements, the receive buffers and the update itself.
 
 Shapes: N matrices, O rows (outputs), I columns (inputs), of which a rank has o and i.
 """
@@ -34,10 +34,10 @@ AT_ONCE = 1 << 26
 
 @dataclass(frozen=True)
 class MatrixSplit:
-    """How the ranks of `axis` from `first` on share a matrix: `lengths` along `dim` (-2 rows, -1 columns).
+    """How a matrix is split over the ranks of `axis` from `first` on: into `lengths` along `dim` (-2 rows, -1 columns).
 
-    `name` is the axis that splits. Slices of an expert's hidden size have no group of their own: they are sent over
-    `experts`, where those of one expert are neighbours.
+    `name` is the axis that splits. etp has no group of its own, so slices of an expert's hidden size are sent over
+    `experts`, where the ranks with slices of one expert are neighbours.
     """
 
     name: str
@@ -61,7 +61,7 @@ class GatherStage:
     counts: tuple[int, ...]
 
     def gather(self, shards_Noi: Tensor) -> Tensor:
-        """Shards of all matrices to the joined matrices of this rank."""
+        """Exchange this rank's shards of all matrices for the joined matrices of this rank."""
         split, mine, shape = self.split, self.counts[self.split.rank], shards_Noi.shape[1:]
         shapes = [_resized(shape, split.dim, length) for length in split.lengths]
         send = [count * math.prod(shape) for count in self.counts]
@@ -70,7 +70,7 @@ class GatherStage:
         return torch.cat([part.view(mine, *shape) for part, shape in zip(parts, shapes, strict=True)], split.dim)
 
     def scatter(self, whole_Noi: Tensor) -> Tensor:
-        """The inverse: this rank's joined matrices to its shards of all matrices."""
+        """Invert `gather`: exchange the joined matrices of this rank for its shards of all matrices."""
         split = self.split
         shape = _resized(whole_Noi.shape[1:], split.dim, split.lengths[split.rank])
         parts = whole_Noi.split(split.lengths, split.dim)
@@ -93,36 +93,35 @@ class MatrixRange:
     stop: int
 
     def of(self, part: Tensor) -> Tensor:
-        """A view [N, o, i] of these matrices in a tensor that is laid out as this rank's shard of the parameter."""
+        """View these matrices as [N, o, i] in a tensor that is laid out as this rank's shard of the parameter."""
         return part.view(math.prod(part.shape[:-2]), *part.shape[-2:])[self.start : self.stop]
 
 
 @dataclass(frozen=True)
 class Round:
-    """Matrices that are updated together: of one whole `shape` (rows, columns), and split alike."""
+    """Matrices that are updated together. They have the same whole `shape` (rows, columns) and are split alike."""
 
     shape: tuple[int, int]
     ranges: tuple[MatrixRange, ...]
     stages: tuple[GatherStage, ...]
 
     def gather(self, shards_Noi: Tensor) -> Tensor:
-        """This rank's shards, in the order of `ranges`, to whole matrices [N, O, I]: other ones, and maybe none."""
+        """Exchange this rank's shards, in the order of `ranges`, for whole matrices [N, O, I] to update, maybe none."""
         for stage in self.stages:
             shards_Noi = stage.gather(shards_Noi)
         return shards_Noi
 
     def scatter(self, whole_NOI: Tensor) -> list[Tensor]:
-        """Updated whole matrices to this rank's shards of them, one tensor [N, o, i] for each of `ranges`."""
+        """Exchange updated whole matrices for this rank's shards, one tensor [N, o, i] for each of `ranges`."""
         for stage in reversed(self.stages):
             whole_NOI = stage.scatter(whole_NOI)
         return list(whole_NOI.split([one.stop - one.start for one in self.ranges]))
 
 
 def rounds(specs: Mapping[str, ShardSpec], meshes: Meshes, at_once: int = AT_ONCE) -> list[Round]:
-    """The plan for the matrices of these parameters (their last two dimensions). Each is whole on one rank in one
-    round.
+    """Plan the rounds for the matrices (last two dimensions) of parameters. Each is whole on one rank in one round.
 
-    All ranks that share a parameter must pass the same `specs` of it, in the same order.
+    All ranks that hold shards of a parameter must pass the same `specs` of it, in the same order.
     """
     alike: dict[tuple[int, int, tuple[tuple[str, int], ...]], list[str]] = {}
     for name, spec in specs.items():
@@ -144,7 +143,7 @@ def rounds(specs: Mapping[str, ShardSpec], meshes: Meshes, at_once: int = AT_ONC
 
 
 def matrix_splits(spec: ShardSpec, meshes: Meshes) -> tuple[MatrixSplit, ...]:
-    """The splits of each matrix of a parameter, the last one first."""
+    """Return the splits of each matrix of a parameter, the last one first."""
     found: list[MatrixSplit] = []
     dims = len(spec.info.shape)
     block = ShardBlock((0,) * dims, tuple(spec.info.shape))
@@ -161,7 +160,7 @@ def matrix_splits(spec: ShardSpec, meshes: Meshes) -> tuple[MatrixSplit, ...]:
 
 
 def _batches(specs: Mapping[str, ShardSpec], names: list[str], together: int) -> Iterator[tuple[MatrixRange, ...]]:
-    """This rank's matrices of these parameters in order, `together` at a time."""
+    """Yield this rank's matrices of these parameters in order, `together` at a time."""
     counts = {name: math.prod(specs[name].local_block.shape[:-2]) for name in names}
     matrices = [(name, number) for name, count in counts.items() for number in range(count)]
     for first in range(0, len(matrices), together):

@@ -1,1 +1,1 @@
-"""Matrix products. Layers own the parameters; a backend only multiplies."""
+"""Matmul backends. Layers own the parameters; a backend only multiplies."""

@@ -1,4 +1,4 @@
-"""Number formats of computation and parameters, and the backend of the matrix products."""
+"""Number formats of computation and parameters, and the backend of the matmuls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from core.errors import ConfigError, check_numbers
 
 
 class Compute(Enum):
-    """Dtype of activations and matrix products."""
+    """Dtype of activations and matmuls."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
@@ -24,13 +24,13 @@ class ParamDtype(Enum):
     master = "master"
     """float32; float64 if `compute` is float64."""
     bfloat16 = "bfloat16"
-    """Halves the memory; updates smaller than 1/256 of a weight are lost."""
+    """Halves the memory, but updates smaller than 1/256 of a weight are lost."""
 
 
 class Backend(Enum):
-    """Backend of the matrix products. `native`: PyTorch in the compute dtype. The others use FP8 for `fp8_products`:
-    `te` Transformer Engine on Hopper and Blackwell, `torch` PyTorch's scaled products, `emulated` an exact emulation on
-    any device, for tests and certificates.
+    """Backend of the matmuls. `native`: PyTorch in the compute dtype. The others compute the matmuls of `fp8_products`
+    in FP8. `te`: Transformer Engine on Hopper and Blackwell. `torch`: PyTorch's `scaled_mm`. `emulated`: an exact
+    emulation on any device, for tests and certificates.
     """
 
     native = "native"
@@ -40,13 +40,13 @@ class Backend(Enum):
 
 
 class Recipe(Enum):
-    """Elements of an operand that share a scale. All recipes are stateless.
+    """The tiles into which an operand is divided; the elements of a tile share a scale. All recipes are stateless.
 
-    `blockwise`: 1x128 tiles of activations and gradients, 128x128 of weights, E4M3, powers of two (DeepSeek-V3, arXiv
-    2412.19437, section 3.3.2). `tensorwise`: the whole operand, E4M3 forward and E5M2 for gradients (Micikevicius et
-    al. 2022, arXiv 2209.05433). `rowwise`: each row along the contraction, E4M3. `mxfp8`: 32 elements, E4M3, E8M0
-    scales (OCP Microscaling Formats 1.0). `auto`: blockwise on Hopper and CPUs, mxfp8 on Blackwell (10.x), tensorwise
-    on other GPUs.
+    `blockwise`: tiles of 1x128 for activations and gradients and of 128x128 for weights, E4M3, with powers of two as
+    scales (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). `tensorwise`: the whole operand, E4M3 forward and E5M2 for
+    gradients (Micikevicius et al. 2022, arXiv 2209.05433). `rowwise`: each row along the contracted dimension, E4M3.
+    `mxfp8`: 32 elements along the contracted dimension, E4M3, with E8M0 scales (OCP Microscaling Formats 1.0). `auto`:
+    blockwise on Hopper and CPUs, mxfp8 on Blackwell of compute capability 10.x and 11.x, tensorwise on other GPUs.
     """
 
     auto = "auto"
@@ -56,7 +56,7 @@ class Recipe(Enum):
     mxfp8 = "mxfp8"
 
     def on(self, device: torch.device) -> Recipe:
-        """This recipe, with `auto` resolved for `device`."""
+        """Return this recipe, with `auto` resolved for `device`."""
         if self is not Recipe.auto:
             return self
         if device.type != "cuda":
@@ -73,14 +73,14 @@ class Recipe(Enum):
 
 
 class KernelKind(Enum):
-    """Kernels that permute tokens by expert and compute SwiGLU: PyTorch's, or Triton's single-pass ones (GPUs)."""
+    """Kernels that permute tokens by expert and compute SwiGLU: PyTorch's, or single-pass Triton kernels on GPUs."""
 
     torch = "torch"
     triton = "triton"
 
 
 class Products(Enum):
-    """Groups of matrix products. Only the first four may use FP8; the others keep the compute dtype or wider."""
+    """Groups of matmuls. Only the first four may use FP8; the others keep the compute dtype or a wider one."""
 
     attention = "attention"
     """Query, key, value and output projections."""
@@ -97,9 +97,9 @@ ELIGIBLE = (Products.attention, Products.dense, Products.shared, Products.expert
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Number formats and backend of a run. `compute` bfloat16 with `param_dtype` master: bf16 products, fp32 weights.
+    """Number formats and backend of a run. `compute=bfloat16` alone gives bf16 matmuls with fp32 weights.
 
-    Parameters and checkpoints are the same for every backend.
+    Parameters and checkpoints have the same format with every backend.
     """
 
     compute: Compute = Compute.float32
@@ -107,7 +107,7 @@ class PrecisionConfig:
     backend: Backend = Backend.native
     recipe: Recipe = Recipe.auto
     fp8_products: list[Products] = field(default_factory=lambda: list(ELIGIBLE))
-    """Products that an FP8 backend computes in FP8."""
+    """Groups of matmuls that an FP8 backend computes in FP8."""
     bf16_first_layers: int = 0
     """Number of first layers that keep the compute dtype under an FP8 backend."""
     bf16_last_layers: int = 0
@@ -117,7 +117,7 @@ class PrecisionConfig:
     def __post_init__(self) -> None:
         check_numbers(self, not_negative=("bf16_first_layers", "bf16_last_layers"))
         if self.param_dtype is ParamDtype.bfloat16 and self.compute is not Compute.bfloat16:
-            reason = "needs bfloat16 products; add precision.compute=bfloat16"
+            reason = "needs bfloat16 matmuls: add precision.compute=bfloat16"
             raise ConfigError("param_dtype", self.param_dtype, reason, [ParamDtype.master.value])
         for products in self.fp8_products:
             if products not in ELIGIBLE:
@@ -136,7 +136,7 @@ class PrecisionConfig:
         return self.backend is not Backend.native
 
     def in_float8(self, products: Products | None, layer: int, layers: int) -> bool:
-        """Whether these products of layer number `layer` (from 0) use FP8."""
+        """Return whether these matmuls of layer number `layer` (from 0) use FP8."""
         inner = self.bf16_first_layers <= layer < layers - self.bf16_last_layers
         return self.uses_float8 and products in self.fp8_products and inner
 

@@ -1,6 +1,6 @@
-"""Matrix products on a CPU by the faster of the libraries that PyTorch ships, into huge pages.
+"""Matmuls on a CPU by the faster of the two libraries in PyTorch, MKL and oneDNN. Huge pages hold large results.
 
-Shapes: M, N, K sides of matrices.
+Shapes: results are M x N, and K is contracted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 PRODUCTS: frozenset[Any] = frozenset() if _ONEDNN is None else frozenset({_ONEDNN.default})
-"""Operators besides aten's that `multiply` may call, as dispatch modes see them."""
+"""Operators outside aten that `multiply` may call, as a `TorchDispatchMode` sees them."""
 _LARGE_BYTES = 32 << 20
 
 
@@ -32,7 +32,7 @@ def is_faster(a: Tensor, *sizes: int) -> bool:
 
 
 def multiply(a: Tensor, b_KN: Tensor) -> Tensor:
-    """a @ b with the leading dimensions of `a`. Not differentiable."""
+    """Return a @ b with the leading dimensions of `a`. Not differentiable."""
     if not is_faster(a, a.shape[:-1].numel(), *b_KN.shape):
         return a @ b_KN
     # as in torch.matmul: FSDP2 warns about outputs that are views
@@ -40,7 +40,7 @@ def multiply(a: Tensor, b_KN: Tensor) -> Tensor:
 
 
 def multiply_rows(a_MK: Tensor, b_KN: Tensor, y_MN: Tensor) -> None:
-    """y = a @ b for any number of rows, most of them by oneDNN if that is faster."""
+    """Compute y = a @ b for any number of rows, most of them with oneDNN if that is faster."""
     m = _main_part(a_MK, b_KN.shape)
     if m:
         y_MN[:m].copy_(_by_onednn(a_MK[:m], b_KN))
@@ -48,7 +48,7 @@ def multiply_rows(a_MK: Tensor, b_KN: Tensor, y_MN: Tensor) -> None:
 
 
 def multiply_columns(a_KM: Tensor, b_KN: Tensor, y_MN: Tensor) -> None:
-    """y = a^T @ b, a sum over any number of rows, most of them by oneDNN if that is faster."""
+    """Compute y = a^T @ b, a sum over any number of rows, most of them with oneDNN if that is faster."""
     k = _main_part(a_KM, y_MN.shape)
     if k:
         y_MN.copy_(_by_onednn(a_KM[:k].t(), b_KN[:k]))
@@ -58,29 +58,29 @@ def multiply_columns(a_KM: Tensor, b_KN: Tensor, y_MN: Tensor) -> None:
 
 
 def _main_part(a: Tensor, widths: torch.Size) -> int:
-    """Rows of `a` for oneDNN: only eight different numbers per doubling, for its cache (see `is_faster`)."""
+    """Return how many rows of `a` oneDNN gets: only eight numbers per power of two, for its cache (see `is_faster`)."""
     rows = len(a)
     return rows - rows % max(16, 1 << max(rows.bit_length() - 4, 0)) if is_faster(a, *widths) else 0
 
 
 def _by_onednn(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """PyTorch uses MKL for float32, which uses half the vector width of AMD processors; oneDNN takes 0.4 to 0.6 of the
-    time there. Only an operator made for Inductor reaches it.
+    """Multiply with oneDNN, through an operator made for Inductor: PyTorch's own matmuls use MKL for float32. On AMD
+    processors MKL uses half the vector width, and oneDNN takes 0.4 to 0.6 of its time.
     """
     assert _ONEDNN is not None
     return _ONEDNN(a_MK, b_KN.t(), None, "none", [], "")
 
 
 def is_large(like: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether glibc would map a block of this size on each allocation, as it does from 32 MiB on. Faulting in its pages
-    of 4 KiB takes longer than the product itself (measured: 1.3 us each).
+    """Return whether glibc would map a block of this size from the system at each allocation, as it does from 32 MiB
+    on. The page faults (1.3 us for each page of 4 KiB, measured) then take longer than the matmul.
     """
     large = math.prod(shape) * like.element_size() >= _LARGE_BYTES
     return large and like.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised tensor in the dtype of `like`. Large ones use 2 MiB pages: five times as fast."""
+    """Return an uninitialised tensor in the dtype of `like`. Large tensors use 2 MiB pages: five times as fast."""
     if not is_large(like, shape):
         return like.new_empty(shape)
     size = math.prod(shape) * like.element_size()

@@ -1,6 +1,7 @@
-"""Emulates every FP8 recipe on any device: Transformer Engine's bytes, multiplied as the numbers that they represent.
+"""Emulate every FP8 recipe on any device, slowly, for tests and certificates.
 
-GPU kernels differ only in the order and width of their sums. Slow; for tests and certificates.
+Operands are quantised to the bytes of Transformer Engine, and the numbers that the bytes represent are multiplied. GPU
+kernels differ from this only in the order and precision of their sums.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwi
 
 
 class EmulatedArithmetic(TiledArithmetic):
-    """Products in at least float32. inf and NaN are an error on every device."""
+    """Multiplies in at least float32. inf and NaN raise `NotFinite` on every device."""
 
     checks_on_gpu = True
 

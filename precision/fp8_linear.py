@@ -1,8 +1,8 @@
 """FP8 linear layers for all FP8 backends: autograd, padding and saved tensors.
 
-Each of a layer's three GEMMs (forward, input gradient, weight gradient) quantises its operands along its contraction
-dimension. A library quantises and multiplies (`Arithmetic`). The backward pass keeps an activation only in quantised
-form, for the weight's gradient.
+Each of a layer's three GEMMs (forward, input gradient, weight gradient) quantises its operands along its contracted
+dimension. A library (`Arithmetic`) quantises and multiplies. An activation is kept for the weight gradient in quantised
+form only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from core.errors import LeviathanError
 from precision.gemm import Groups
 
 LARGEST_ERROR = 1e-2
-"""Accepted relative error of a library's product against the emulated one; bfloat16 rounds to 2^-9."""
+"""Largest relative difference between a library's matmul and the emulated one; bfloat16 alone rounds by up to 2^-9."""
 
 
 class Operand(Enum):
@@ -40,36 +40,36 @@ class Quantised(Protocol):
     def tensors(self) -> Sequence[Tensor | None]: ...
 
     def restored(self, tensors: Sequence[Tensor | None]) -> Quantised:
-        """The same operand with these tensors, in the order of `tensors`."""
+        """Return the same operand with new tensors, in the order in which `tensors()` returns them."""
         ...
 
 
 class Arithmetic(Protocol):
     """An FP8 library with a recipe. Operands are matrices; expert weights have three dimensions.
 
-    An operand is quantised along its `rows` (its last dimension is contracted), its `columns` (its first one is), or
-    both.
+    An operand is quantised along its `rows`, for matmuls that contract its last dimension, along its `columns`, for
+    matmuls that contract the dimension before, or along both.
     """
 
     compute_dtype: torch.dtype
     token_multiple: int
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
-        """`groups`: the rows of each expert in an activation or gradient; experts never share a scale. May raise
-        `NotFinite`.
+        """Quantise `x`. `groups`: the rows of each expert in an activation or gradient; experts never share a scale.
+        May raise `NotFinite`.
         """
         ...
 
     def forward(self, x: Any, w: Any, groups: Groups | None) -> Tensor:
-        """x w^T: rows of `x`, rows of `w`. All results are in the compute dtype."""
+        """Return x w^T from the rows of `x` and `w`, in the compute dtype."""
         ...
 
     def input_gradient(self, grad: Any, w: Any, groups: Groups | None) -> Tensor:
-        """grad w: rows of `grad`, columns of `w`."""
+        """Return grad w from the rows of `grad` and the columns of `w`, in the compute dtype."""
         ...
 
     def weight_gradient(self, grad: Any, x: Any, groups: Groups | None) -> Tensor:
-        """grad^T x: columns of both."""
+        """Return grad^T x from the columns of both, in the compute dtype."""
         ...
 
 
@@ -96,7 +96,7 @@ class Float8Gemm:
         return self.arithmetic.weight_gradient(gradient, activation, groups)
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
-        """Cast to the compute dtype first: a master weight and its gathered copy then give the same bytes."""
+        """Cast `x` to the compute dtype and quantise it: a master weight and its gathered copy give the same bytes."""
         try:
             x = x.to(self.compute_dtype).contiguous()
             return self.arithmetic.quantise(x, operand, groups, rows, columns)

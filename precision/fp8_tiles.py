@@ -1,6 +1,6 @@
-"""FP8 operands in tiles that share a scale, in plain PyTorch, with the bytes and scales of Transformer Engine.
+"""FP8 operands in tiles with one scale each, in plain PyTorch. Bytes and scales equal those of Transformer Engine.
 
-Columns are quantised as the rows of the transposed operand, so each product is a b^T. Values are clamped before the
+Columns are quantised as the rows of the transposed operand, so each matmul is a b^T. Values are clamped before the
 cast, because torch versions differ in how they cast values beyond the FP8 range.
 
 Shapes: R rows, K contracted elements, N rows of the other operand; tiles have r x k elements.
@@ -41,11 +41,12 @@ class Tiling:
         return torch.finfo(self.format).max
 
     def scale(self, amax: Tensor) -> tuple[Tensor, Tensor]:
-        """Factor of the elements and its inverse, float32, from the largest absolute value of each tile.
+        """Return the scale of each tile, which multiplies its elements, and the inverse scale, both float32. `amax`:
+        the largest absolute value of each tile.
 
-        As in Transformer Engine: the largest FP8 number over `amax`, mantissa truncated for powers of two; 1 if `amax`
-        is 0; the largest float32 if the quotient overflows. Unlike it, NaN if `amax` is inf or NaN: saturation would
-        hide it.
+        As in Transformer Engine, the scale is the largest FP8 number over `amax`, with the mantissa truncated if scales
+        are powers of two. It is 1 if `amax` is 0, and the largest float32 if the quotient overflows. Unlike in
+        Transformer Engine, it is NaN if `amax` is inf or NaN, which saturation would hide.
         """
         if self.exponents:
             return _microscaling(amax * torch.tensor(1 / self.largest, dtype=torch.float32))
@@ -57,7 +58,7 @@ class Tiling:
 
 
 def _microscaling(ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse scale is the smallest power of two in [2^-127, 2^127] that is not below `ratio`."""
+    """Return the scale and its inverse: the smallest power of two in [2^-127, 2^127] that is not below `ratio`."""
     bits = ratio.view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     tiny = (exponent == 0) & (mantissa <= 0x400000)  # up to 2^-127
@@ -68,7 +69,7 @@ def _microscaling(ratio: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _power(biased: Tensor) -> Tensor:
-    """2^(biased - 127) for 0 to 254, exactly; 2^-127 is subnormal."""
+    """Return 2^(biased - 127), exact for `biased` from 0 to 254; 2^-127 is subnormal."""
     return torch.where(biased > 0, biased << 23, 0x400000).to(torch.int32).view(torch.float32)
 
 
@@ -92,7 +93,7 @@ class QuantisedRows:
     tiling: Tiling
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """The numbers that the bytes represent."""
+        """Return the numbers that the bytes represent."""
         tiles = _tiles(self.data.to(dtype), self.tiling)
         return _untiled(tiles * _over(self.inverse_scale.to(dtype)), self.data.shape)
 
@@ -100,8 +101,8 @@ class QuantisedRows:
 def quantise(x: Tensor, how: Tiling, checks_on_gpu: bool = False) -> QuantisedRows:
     """Quantise the last two dimensions of `x` in tiles; tiles at the edges may be smaller.
 
-    inf or NaN raise `NotFinite` on the CPU and, with `checks_on_gpu`, which synchronises, on a GPU. Otherwise the tile
-    becomes NaN.
+    Raises `NotFinite` for inf or NaN on the CPU and, with `checks_on_gpu`, on a GPU, where the check synchronises.
+    Without the check the tile becomes NaN.
     """
     tiles = _tiles(x.float(), how)
     amax = tiles.abs().amax(dim=(-3, -1)) if x.numel() else tiles.new_zeros(*tiles.shape[:-3], tiles.shape[-2])
@@ -127,13 +128,13 @@ def _untiled(tiles: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _over(scale: Tensor) -> Tensor:
-    """Scales [..., R / r, K / k], broadcastable to tiles."""
+    """Reshape scales [..., R / r, K / k], so that they broadcast over tiles."""
     return scale[..., :, None, :, None]
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """Quantised rows, columns or both of an operand: one matrix, or one per expert. `count`: the number of rows."""
+    """An operand quantised along its rows, columns or both: one matrix, or one per expert. `count`: number of rows."""
 
     count: int
     rows: tuple[QuantisedRows, ...] = ()
@@ -163,7 +164,7 @@ class TiledArithmetic:
         self.token_multiple = recipe.multiple
 
     def multiply(self, a: QuantisedRows, b: QuantisedRows) -> Tensor:
-        """a b^T in the compute dtype: [R, K] and [N, K] to [R, N]; no dimension is 0."""
+        """Return a b^T in the compute dtype: [R, N] from [R, K] and [N, K]. No dimension is 0."""
         raise NotImplementedError
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Tiled:

@@ -1,7 +1,7 @@
-"""FP8 by PyTorch's scaled products, on GPUs and, for some recipes, on the CPU. Needs no other library.
+"""FP8 by PyTorch's `scaled_mm`, on GPUs and, for some recipes, on the CPU. Needs no other library.
 
-Experts are multiplied one by one, with their counts on the host, because torch has no grouped FP8 product for most
-recipes: correct but slow. Transformer Engine is the backend for experts. Blockwise needs Hopper.
+Experts are multiplied one by one, with their token counts on the host, because torch has no grouped FP8 matmul for most
+recipes. This is correct but slow; Transformer Engine is the backend for experts. The blockwise recipe needs Hopper.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TorchFloat8(TiledArithmetic):
 
 
 def _scale(rows: QuantisedRows) -> tuple[Tensor, Any]:
-    """The inverse scales in the kernels' layout, and their scaling type."""
+    """Return the inverse scales in the kernels' layout, and their scaling type."""
     kinds: Any = F.ScalingType  # type: ignore[attr-defined]
     scale, how = rows.inverse_scale, rows.tiling
     if how.rows == 128:
@@ -54,7 +54,7 @@ def unavailable(recipe: Recipe, device: torch.device) -> list[str]:
 
 @cache
 def _trial_failure(recipe: Recipe, device: str) -> str | None:
-    """Try a small product of each kind on this device. Return what is wrong, or None if all are right."""
+    """Try a small matmul of each kind on this device. Return the first failure, or None if all results are right."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(256, 256, generator=generator).to(device, torch.bfloat16) for _ in range(2))
     multiply = arithmetic(recipe, torch.bfloat16).multiply

@@ -15,9 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Rows of each expert in a tensor that is sorted by expert. `known`: the counts, if they are on the host already.
+    """Row count of each expert in a tensor sorted by expert. `known`: the counts, if they are on the host already.
 
-    The int64 counts may sum to less than the number of rows; products leave the rows beyond undefined.
+    The int64 counts may sum to less than the number of rows; the results of the remaining rows are undefined.
     """
 
     counts_E: Tensor
@@ -35,17 +35,17 @@ class Groups:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, otherwise float32: the dtype of sums, norms, softmax and the router."""
+    """Return float64 for float64 and otherwise float32, the dtype of sums, norms, softmax and the router."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in at least float32."""
+    """Return `x` in at least float32."""
     return x.to(at_least_float32(x.dtype))
 
 
 class GemmBackend(Protocol):
-    """The products of a layer. All tensors are local and plain; weights may have a wider dtype."""
+    """The matmuls of a layer. Tensors are local, not DTensors; weights may be wider than the compute dtype."""
 
     compute_dtype: torch.dtype
     token_multiple: int
@@ -57,10 +57,10 @@ class GemmBackend(Protocol):
         """
         ...
 
-    # The gradients one by one, for pipelines that defer weight gradients.
+    # Input and weight gradients separately, for pipelines that defer weight gradients.
 
     def input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
-        """Gradient of `linear` with respect to its input."""
+        """Return the gradient of `linear` with respect to its input."""
         ...
 
     def weight_gradient(self, grad: Tensor, x: Tensor, groups: Groups | None = None) -> Tensor:

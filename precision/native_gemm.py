@@ -1,4 +1,4 @@
-"""PyTorch's own products in bfloat16, float32 or float64.
+"""Matmuls by PyTorch in bfloat16, float32 or float64.
 
 Shapes: E experts, C routed tokens (sorted by expert), M, N, K sides of matrices.
 """
@@ -16,8 +16,8 @@ from precision.gemm import Groups
 
 
 class NativeGemm:
-    """Casts both operands to the compute dtype and multiplies. The cast is part of the graph, so gradients of bf16
-    products accumulate in fp32 master weights.
+    """Casts both operands to the compute dtype and multiplies. The cast is part of the autograd graph, so gradients of
+    bf16 matmuls accumulate in the dtype of the master weights, fp32.
     """
 
     token_multiple = 1
@@ -42,7 +42,7 @@ class NativeGemm:
 
 
 class _NativeProduct(torch.autograd.Function):
-    """F.linear, or F.grouped_mm with transposed matrices, where it lacks a kernel or is slower."""
+    """Replaces F.linear, or F.grouped_mm with transposed matrices, where the function lacks a kernel or is slower."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
@@ -75,7 +75,7 @@ def _loops(like: Tensor, groups: int, *widths: int) -> bool:
 
 
 def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
-    """Each group's rows times its matrix: [C, N]."""
+    """Multiply each group's rows by its matrix: [C, N]."""
     if not _loops(a_CK, *b_EKN.shape):
         return F.grouped_mm(a_CK, b_EKN, offs=groups.ends_E)
     y_CN = a_CK.new_empty(a_CK.shape[0], b_EKN.shape[2])
@@ -85,7 +85,7 @@ def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:
 
 
 def _by_columns(a_CM: Tensor, b_CN: Tensor, groups: Groups) -> Tensor:
-    """The transpose of each group's rows of `a` times those of `b`: [E, M, N]."""
+    """Multiply the transpose of each group's rows of `a` by its rows of `b`: [E, M, N]."""
     shape = (len(groups.counts_E), a_CM.shape[1], b_CN.shape[1])
     if not _loops(a_CM, *shape) and not cpu_gemm.is_large(a_CM, shape):
         return F.grouped_mm(a_CM.t(), b_CN, offs=groups.ends_E)

@@ -1,4 +1,4 @@
-"""Resolve a precision configuration into GEMM backends, or raise every reason why they are unavailable."""
+"""Resolve a precision configuration into GEMM backends, or report every reason why they are unavailable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Float8Library(Protocol):
     RECIPES: tuple[Recipe, ...]
 
     def unavailable(self, recipe: Recipe, device: torch.device) -> list[str]:
-        """Every reason why this recipe is unavailable on this device, with the remedy; empty if available."""
+        """Return every reason why this recipe is unavailable on this device, with the remedy; empty if available."""
         ...
 
     def arithmetic(self, recipe: Recipe, compute_dtype: torch.dtype) -> Arithmetic: ...
@@ -46,13 +46,13 @@ class LayerGemms:
     kernels: KernelKind = KernelKind.torch
 
     def of(self, products: Products, name: str) -> GemmBackend:
-        """`name` names the module in errors."""
+        """Return the backend of one module; `name` names the module in errors."""
         return self.float8(products, name) or self.plain
 
 
 @dataclass(frozen=True)
 class Precision:
-    """GEMM backends of a run. `recipe`: with `auto` resolved; None without FP8."""
+    """GEMM backends of a run. `recipe`: the FP8 recipe, with `auto` resolved; None without FP8."""
 
     config: PrecisionConfig
     recipe: Recipe | None = None
@@ -67,7 +67,7 @@ class Precision:
         return LayerGemms(NativeGemm(self.compute_dtype), kernels=self.config.kernels)
 
     def at(self, layer: int, layers: int) -> LayerGemms:
-        """Backends of layer number `layer` (from 0) out of `layers`."""
+        """Return the backends of layer number `layer` (from 0) out of `layers`."""
         recipe, config = self.recipe, self.config
         if recipe is None:
             return self.plain
@@ -92,7 +92,7 @@ CPU = torch.device("cpu")
 
 
 def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
-    """Backends for `config` on `device`. Raises `ConfigError` with every reason if one is unavailable."""
+    """Return the backends for `config` on `device`. Raises `ConfigError` with every reason if one is unavailable."""
     if config.kernels is KernelKind.triton and (reason := no_triton(device)):
         raise ConfigError("precision.kernels", config.kernels, reason, [KernelKind.torch.value])
     if not config.uses_float8:
@@ -109,11 +109,11 @@ def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
 
 
 def no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels are unavailable on a device; its interpreter, for tests, runs anywhere."""
+    """Return why a device cannot run Triton's kernels, or None. Triton's interpreter, for tests, runs anywhere."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton's kernels run on GPUs"
+        return "Triton's kernels run on GPUs only"
     return None
 
 
@@ -126,6 +126,6 @@ def unavailable(backend: Backend, recipe: Recipe, device: torch.device) -> list[
 
 
 def availability(device: torch.device) -> dict[str, dict[str, list[str]]]:
-    """Reasons why each recipe of each backend is unavailable; empty if available."""
+    """Return the reasons why each recipe of each backend is unavailable; empty if it is available."""
     recipes = [recipe for recipe in Recipe if recipe is not Recipe.auto]
     return {b.value: {recipe.value: unavailable(b, recipe, device) for recipe in recipes} for b in FLOAT8_LIBRARIES}

@@ -1,11 +1,11 @@
-"""FP8 by Transformer Engine: its quantizers and products, called as its own `Linear` and `GroupedLinear` call them.
+"""FP8 by Transformer Engine (TE): its quantizers and GEMMs, called as its own `Linear` and `GroupedLinear` call them.
 
-Only this file imports TE, and only inside functions: it is optional and does not import without a GPU. It uses names
-below TE's public modules and therefore needs one exact version. `tests/precision` check this file against the sources
-of that version. `unavailable` checks TE against the emulation on the device before a run begins.
+Only this file imports TE, and only inside functions: TE is optional and does not import without a GPU. This file uses
+names that are not public in TE and therefore needs one exact version. `tests/precision` check it against the sources of
+that version. `unavailable` checks TE against the emulation on the device before a run begins.
 
-Experts never share a scale; one grouped product multiplies them, with their counts on the host. TE does not detect inf:
-its kernels give such a tile the scale 1 and saturate (NaN stays NaN).
+Experts never share a scale. One grouped GEMM multiplies them, with their token counts on the host. TE does not detect
+inf: its kernels give a tile with inf the scale 1 and saturate (NaN stays NaN).
 
 Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
 """
@@ -30,12 +30,12 @@ from precision.gemm import Groups
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.mxfp8)
 VERSION = "2.20.2"
-INSTALL = f'pip install --no-build-isolation "transformer-engine[pytorch]=={VERSION}", with torch for CUDA there first'
+INSTALL = f'pip install --no-build-isolation "transformer-engine[pytorch]=={VERSION}", after installing torch for CUDA'
 
 
 @dataclass(frozen=True)
 class QuantisedParts:
-    """TE's storage of a quantised operand, or one per expert. `shape`: of the operand."""
+    """TE's storage of a quantised operand, or one per expert. `shape`: the shape of the operand."""
 
     parts: tuple[Any, ...]
     shape: torch.Size
@@ -57,16 +57,16 @@ class QuantisedParts:
 
 
 def _shallow_copy(part: Any) -> Any:
-    """A shallow copy: TE's methods to save and restore a storage modify it."""
+    """Make a shallow copy of a storage, because TE's methods to save and restore a storage modify it."""
     copy = object.__new__(type(part))
     vars(copy).update(vars(part))
     return copy
 
 
 class TransformerEngine:
-    """`fp8_linear.Arithmetic` by Transformer Engine. Layouts name what is contracted: "TN" the rows of both operands,
-    "NN" the columns of A with the rows of B, "NT" the columns of both. A is the weight; for the weight's gradient, the
-    activation.
+    """`fp8_linear.Arithmetic` by Transformer Engine. A layout says how the operands A and B are contracted: "TN" uses
+    the rows of both, "NN" the columns of A and the rows of B, and "NT" the columns of both. A is the weight, except for
+    the weight gradient, where it is the activation.
     """
 
     def __init__(self, recipe: Recipe, compute_dtype: torch.dtype) -> None:
@@ -89,13 +89,13 @@ class TransformerEngine:
         self.quantizers = dict(zip((Operand.activation, Operand.weight, Operand.gradient), quantizers, strict=True))
         for quantizer in quantizers:
             quantizer.internal = True  # storages instead of subclasses of Tensor
-            quantizer.optimize_for_gemm = recipe is Recipe.mxfp8  # MXFP8 scales in the order that the products read
+            quantizer.optimize_for_gemm = recipe is Recipe.mxfp8  # MXFP8 scales in the order that the GEMMs read
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> QuantisedParts:
         import transformer_engine_torch as tex
 
         quantizer = self.quantizers[operand]
-        # TE's kernels make columns of square tiles and of whole tensors only together with rows
+        # TE's kernels quantise columns in square tiles, or with one scale, only together with the rows
         beside = operand is Operand.weight or self.recipe is Recipe.tensorwise
         quantizer.set_usage(rowwise=rows or beside, columnwise=columns)
         if groups is not None:
@@ -116,7 +116,7 @@ class TransformerEngine:
     def _product(
         self, a: QuantisedParts, b: QuantisedParts, layout: str, groups: Groups | None, shape: tuple[int, ...]
     ) -> Tensor:
-        """`shape`: of the experts' joint result, rows [C, F or D] or matrices [E, F, D]."""
+        """Multiply. `shape`: shape of the joint result of all experts, rows [C, F or D] or matrices [E, F, D]."""
         from transformer_engine.pytorch.cpp_extensions import general_gemm, general_grouped_gemm
 
         split = self.split_accumulator[layout]
@@ -166,7 +166,7 @@ def _installation_problems() -> list[str]:
 
 
 def _unsupported(recipe: Recipe) -> str | None:
-    """TE's own reason why the current device lacks a recipe."""
+    """Return TE's reason why the current device does not support a recipe, or None if it does."""
     from transformer_engine.pytorch import is_fp8_available, is_fp8_block_scaling_available, is_mxfp8_available
 
     ask: Callable[..., tuple[bool, str]] = {
@@ -180,8 +180,8 @@ def _unsupported(recipe: Recipe) -> str | None:
 
 @cache
 def _trial_failure(recipe: Recipe, device: str) -> str | None:
-    """Try small operands and products of each kind on this device. Return what is wrong, or None if bytes and scales
-    equal the emulation's and products differ by rounding only.
+    """Try small operands and matmuls of each kind on this device. Return the first failure, or None if bytes and scales
+    equal the emulation's and results differ by rounding only.
     """
     try:
         wrong = next(_differences(recipe, torch.device(device)), None)
@@ -191,13 +191,13 @@ def _trial_failure(recipe: Recipe, device: str) -> str | None:
 
 
 def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
-    """Differences between Transformer Engine and the emulation: bytes and scales of operands, then results. Covers an
-    expert without rows and rows without an expert.
+    """Yield the differences between Transformer Engine and the emulation: bytes and scales of operands, then results.
+    The trial includes an expert without rows and rows without an expert.
     """
     generator, dtype = torch.Generator().manual_seed(0), torch.bfloat16
 
     def operand(*shape: int) -> Tensor:
-        """Rows of very different magnitude."""
+        """Return a random operand whose rows have very different magnitudes."""
         sizes = torch.randn(*shape[:-1], 1, generator=generator).mul(2).exp()
         return (torch.randn(*shape, generator=generator) * sizes).to(device, dtype)
 
@@ -228,7 +228,7 @@ def _byte_differences(recipe: Recipe, operand: Operand, found: QuantisedParts, w
         for part, rows in zip(found.parts, matrices, strict=True):
             data, scale = _stored(recipe, part, columns)
             if data is None:
-                continue  # Blackwell multiplies columns of a whole tensor without a copy
+                continue  # with one scale, Blackwell multiplies columns without a transposed copy
             inverse = rows.inverse_scale
             if recipe is Recipe.mxfp8:
                 inverse = (inverse.view(torch.int32) >> 23).to(torch.uint8)
@@ -238,7 +238,7 @@ def _byte_differences(recipe: Recipe, operand: Operand, found: QuantisedParts, w
 
 
 def _stored(recipe: Recipe, part: Any, columns: bool) -> tuple[Tensor | None, Tensor]:
-    """Bytes and padded inverse scales in the order of `precision.fp8_tiles.QuantisedRows`."""
+    """Return bytes and padded inverse scales in the order of `precision.fp8_tiles.QuantisedRows`."""
     kept, side = part.get_metadata(), "columnwise" if columns else "rowwise"
     if recipe is Recipe.tensorwise:
         return kept["data_transpose" if columns else "data"], kept["fp8_scale_inv"].reshape(1, 1)
@@ -249,7 +249,7 @@ def _stored(recipe: Recipe, part: Any, columns: bool) -> tuple[Tensor | None, Te
 
 
 def _results(products: Float8Gemm, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None) -> dict[str, Tensor]:
-    """A product and its gradients, without rows beyond the experts'."""
+    """Compute a matmul and its gradients, without the rows that belong to no expert."""
     with torch.enable_grad():
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
         y = products.linear(x, w, groups)

@@ -1,5 +1,5 @@
-"""Filter training data: drop what is easy, broken, repeated or taken from an evaluation set, and say why.
+"""Filter training data: drop documents that are easy, broken, repeated or from an evaluation set, and report why.
 
-Stages in order: ingest (any input to uniform shards of records), screen (gates, contamination, duplicates), score,
-select, audit. A killed filter resumes: each stage's shards are parquet files with a manifest written last.
+The stages are ingest (turn any input into uniform shards of records), screen (gates, contamination, duplicates), score,
+select and audit. A killed filter resumes: the shards of a stage are parquet files with a manifest that is written last.
 """

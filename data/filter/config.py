@@ -39,17 +39,17 @@ class OnError(Enum):
 
 class ScorerKind(Enum):
     ngram = "ngram"
-    """Loss of a byte n-gram model fitted to the other fold of the same data: takes seconds, needs no model."""
+    """Loss of a byte n-gram model fitted to the other fold of the same data. Fast; needs no pretrained model."""
     loss = "loss"
     """Mean loss of a reference model."""
     excess = "excess"
-    """Loss of a model minus that of a better one: learnable rather than hard."""
+    """Loss of a model minus that of a better one. Prefers text that can be learnt to text that is merely hard."""
     ifd = "ifd"
     """Instruction-following difficulty: loss of the answer given its prompt, divided by its loss alone."""
     judge = "judge"
     """Difficulty as graded by a model behind an OpenAI-compatible endpoint."""
     pass_rate = "pass_rate"
-    """Share of sampled answers that a verifier rejects."""
+    """One minus the pass rate: the fraction of sampled answers that a verifier rejects."""
     ensemble = "ensemble"
     """Mean rank under several scorers."""
     random = "random"
@@ -161,7 +161,9 @@ class DuplicateConfig:
     exact: bool = True
     """Drop exact copies, after normalisation."""
     near: float | None = 0.8
-    """Jaccard similarity of word 5-grams from which records are near copies (MinHash, Broder 1997); null: keep all."""
+    """Records whose word 5-grams have at least this Jaccard similarity are near-duplicates (MinHash, Broder 1997).
+    null: keep them all.
+    """
 
     def __post_init__(self) -> None:
         if self.near is not None and not 0.3 <= self.near < 1:
@@ -170,7 +172,7 @@ class DuplicateConfig:
 
 @dataclass(frozen=True)
 class ContaminationConfig:
-    """Drop records that share a run of `words` words with an evaluation set."""
+    """Drop records that share an n-gram of `words` words with an evaluation set."""
 
     sets: dict[str, str] = field(default_factory=dict)
     """Name -> path of an evaluation set: jsonl, parquet or text files."""
@@ -192,9 +194,9 @@ class SelectConfig:
     protect: list[str] = field(default_factory=list)
     """Domains that are kept whole."""
     revive: float = 0.0
-    """Share of the kept records that is drawn at random from the easy ones."""
+    """Fraction of the kept records that is drawn at random from those that the score alone would drop as easy."""
     length_buckets: int = 8
-    """Quantiles of the length of the scored text inside which records compete; 1: all compete."""
+    """Number of length buckets (quantiles of the scored text's length). Records compete only inside a bucket."""
     clean: str | None = None
     """Path of clean reference text; null: no upper cut."""
     noise_quantile: float = 0.99
@@ -216,7 +218,7 @@ class SelectConfig:
 @dataclass(frozen=True)
 class FilterRules:
     keep: float = 0.5
-    """Share of `unit` to keep, of what passes the screen."""
+    """Fraction to keep of what passes gates, deduplication and decontamination, counted in `unit`."""
     unit: KeepUnit = KeepUnit.tokens
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     gates: GateConfig = field(default_factory=GateConfig)
@@ -235,7 +237,7 @@ class FilterRules:
 def decisive_settings(rules: FilterRules) -> dict[str, Any]:
     """Return all settings that decide what is kept, as plain values: the rules without the connection of scorers.
 
-    The order of samples depends on them, so a key keeps the name under which it was first hashed.
+    A hash of them decides the order of samples. A renamed key is hashed under its first name (`_HASHED_AS`).
     """
     return {**plain(rules), "scorer": _decisive(plain(rules.scorer))}
 

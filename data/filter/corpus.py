@@ -1,4 +1,4 @@
-"""Filter a corpus: the training documents of every source, before they become tokens."""
+"""Filter a corpus: the training documents of every source, before they are tokenised."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SourcePart:
 
 
 class FilteredSource:
-    """A source whose training documents are dropped as the filter decided."""
+    """A source without the training documents that the filter dropped."""
 
     def __init__(self, part: SourcePart, done: Filter) -> None:
         self.part, self.source, self.done, self.name = part, part.source, done, part.name
@@ -56,7 +56,7 @@ class FilteredSource:
         return sha256_text(self.part.content, self.done.decided.key)
 
     def documents(self) -> Iterator[Document]:
-        """Yield the source's documents; dropped ones without text, so that they are counted.
+        """Yield the source's documents. Those that the filter dropped are without text, so that they are counted.
 
         Raises `DataError` if the source has other documents than when it was filtered.
         """
@@ -77,7 +77,7 @@ class FilteredSource:
         return DataError(f"the documents of {self.name} changed while they were filtered: run again")
 
     def _reasons(self) -> Iterator[str | None]:
-        """Yield why each of this source's training documents is dropped, in order; None: it is kept."""
+        """Yield the reason for which each training document of this source is dropped, in order; None: it is kept."""
         for shard in self.done.records.shards:
             if self.done.records.read(shard, ["domain"])["domain"][0].as_py() == self.name:
                 table = self.done.decided.read(shard, ["kept", "reason"])
@@ -127,15 +127,15 @@ def filter_sources(
 
 
 def rules_fingerprint(rules: FilterRules) -> str:
-    """Hash the rules, the files that they name and the format of stages. A model counts by its name alone: it is not
-    opened only to check the cache.
+    """Hash the rules, the files that they name and the format of stages. Of a model only the name is hashed, because
+    models are not opened just to check the cache.
     """
     files = [*rules.contamination.sets.values(), *([rules.select.clean] if rules.select.clean else [])]
     return sha256_text(str(FORMAT), json.dumps(decisive_settings(rules)), *map(file_digest, files))
 
 
 def describe_filter(sources: Sequence[Source], directory: Path) -> dict[str, Any]:
-    """Copy the audit beside the tokens and return the filter's entry of the manifest."""
+    """Copy the audit into the directory of the tokens, and return the filter's entry in the manifest."""
     done = next(source.done for source in sources if isinstance(source, FilteredSource))
     keep_audit(done.job.directory.parent, directory, SCORES)
     return {"scorer": done.job.scorer.name, "fingerprint": done.decided.key, "keep": done.rules.keep}

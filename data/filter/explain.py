@@ -18,7 +18,7 @@ _ADVICE = "filter again with the same out to rewrite it"
 
 
 def explain(out: Path, name: str) -> str:
-    """A few lines about the record `name` in the filter run of `out`. Raises `ConfigError` where there is none."""
+    """Return a few lines about the record `name` in the filter run in `out`. Raises `ConfigError` if there is none."""
     row = find(out, name)
     reason, score = Reason[row["reason"]].describe(row["detail"]), row["score"]
     scored = "" if row["scored_bytes"] == row["length"] else f", {row['scored_bytes']:,} of them scored"
@@ -34,7 +34,7 @@ def explain(out: Path, name: str) -> str:
 
 
 def find(out: Path, name: str) -> dict[str, Any]:
-    """The record's row of scores.parquet."""
+    """Return the record's row of scores.parquet."""
     import pyarrow.parquet
 
     path = out / SCORES
@@ -49,7 +49,7 @@ def find(out: Path, name: str) -> dict[str, Any]:
 
 
 def _rank(out: Path, row: dict[str, Any]) -> str:
-    """Its rank among the scores that it competed with."""
+    """Describe the record's rank among the scores with which it competed."""
     import pyarrow.parquet
 
     competed = [(key, "=", row[key]) for key in ("domain", "bucket")]
@@ -60,7 +60,7 @@ def _rank(out: Path, row: dict[str, Any]) -> str:
 
 
 def _threshold(out: Path, row: dict[str, Any]) -> list[str]:
-    """The threshold of its domain and length bucket, if it has one."""
+    """Describe the threshold of the record's domain and length bucket, if there is one."""
     with reading(out / AUDIT_JSON, _ADVICE):
         domains = read_json(out / AUDIT_JSON)["thresholds"]["domains"]
         buckets = domains.get(row["domain"], {}).get("buckets", [])
@@ -68,6 +68,6 @@ def _threshold(out: Path, row: dict[str, Any]) -> list[str]:
         return []
     bucket = buckets[row["bucket"]]
     if bucket["score"] is None:
-        return ["none of these was kept"]
+        return ["none of these records was kept"]
     among = f" with {bucket['length']:,} scored bytes or more" if len(buckets) > 1 else ""
     return [f"threshold {bucket['score']:.4f} for records of its domain{among}"]

@@ -1,7 +1,7 @@
 """Run the stages of the filter, on any number of processes that share a file system.
 
-Ingest cuts an input into shards of records; each later stage adds columns to the same rows. A shard is made by one
-process with fixed batching, so results depend neither on the number of processes nor on when one was killed.
+Ingest divides an input into shards of records; each later stage adds columns to the same rows. A shard is made by one
+process with fixed batching, so results depend neither on the number of processes nor on when a process was killed.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ FORMAT = 2
 SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
 _SHOWN = 200
-"""Characters to show of a malformed record, or of why a record has no score."""
+"""Characters to show of a malformed record, or of the reason why a record has no score."""
 UNREADABLE = "unreadable"
-"""The domain of malformed records; a domain of the input may have the same name."""
+"""Domain of malformed records. A domain of the input may have the same name."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class FilterJob:
     report: Callable[[str], None]
     """Called with lines of progress."""
     count_tokens: Callable[[Sequence[str]], Sequence[int]] | None = None
-    """Tokens of each text; None: count bytes."""
+    """Returns the number of tokens of each text; None: count bytes."""
     tokenizer: str = "bytes"
     """Fingerprint of the tokenizer that `count_tokens` uses."""
     models: Models | None = None
@@ -151,7 +151,7 @@ class Filter:
         stage.write_json(part_name, shards)
 
     def _check_readable(self, shards: dict[str, int]) -> None:
-        """Raise `ConfigError` if every record is malformed: then the keys or the input are wrong."""
+        """Raise `ConfigError` if every record is malformed, because the keys or the input must then be wrong."""
         if not shards:
             raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
         if any(self.records.read(shard, ["problem"])["problem"].null_count for shard in shards):
@@ -164,7 +164,7 @@ class Filter:
         raise ConfigError("input", None, reason, ["text_key=", "prompt_key= with response_key=", "messages_key="])
 
     def _check_unique_ids(self, shards: dict[str, int]) -> None:
-        """Raise `ConfigError` if two records have one id: `explain` needs unique ones. Kept as 64-bit hashes."""
+        """Raise `ConfigError` if two records have the same id: `explain` needs unique ids. Compares 64-bit hashes."""
         if self.workers.rank:
             return
         seen: set[int] = set()
@@ -227,7 +227,7 @@ class Filter:
         self.screened.make(self.records.shards, self.workers, screen)
 
     def _problems(self, shard: str) -> list[str | None]:
-        """Return why each record is malformed, with the start of its bytes; None: it is not."""
+        """Return why each record is malformed, with the start of its bytes; None: the record is not malformed."""
         problems = self.records.read(shard, ["problem"])["problem"]
         if problems.null_count == len(problems):
             return [None] * len(problems)
@@ -236,14 +236,14 @@ class Filter:
 
     @cached_property
     def duplicates(self) -> dict[str, list[Copy | None]]:
-        """For each shard's records, which earlier one they copy. The same on every process."""
+        """For each record of each shard, the earlier record that it duplicates, or None. The same on every process."""
         if not self.rules.duplicates.exact and self.rules.duplicates.near is None:  # keep signatures out of memory
             return {shard: [None] * rows for shard, rows in self.screened.shards.items()}
         found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], self.rules.duplicates)
         return dict(zip(self.screened.shards, found, strict=True))
 
     def reasons(self, shard: str) -> list[str | None]:
-        """Return why records are dropped before they are scored; None: they are not."""
+        """Return why each record is dropped before it is scored; None: it is not dropped."""
         reasons: list[str | None] = self.screened.read(shard, ["reason"])["reason"].to_pylist()
         copies = [copy.reason.name if copy else None for copy in self.duplicates[shard]]
         return [reason or copy for reason, copy in zip(reasons, copies, strict=True)]
@@ -263,7 +263,7 @@ class Filter:
         return pyarrow.concat_tables([table for _, table in self.records.tables(["id"])])["id"]
 
     def passed(self) -> Iterator[Record]:
-        """Yield every record that is to be scored, in order."""
+        """Yield the records to be scored, in order."""
         for shard in self.records.shards:
             for record, reason in zip(self.rows(shard), self.reasons(shard), strict=True):
                 if reason is None:
@@ -296,11 +296,11 @@ class Filter:
         self.scored.make(self.records.shards, self.workers, score)
 
     def _is_unanswered(self, shard: str) -> bool:
-        """Whether the scorer got no answer for some of the shard's records, and could ask again."""
+        """Return whether the scorer got no answer for some of the shard's records, so that it could ask again."""
         return self.scored.has(shard) and bool(self.scored.read(shard, ["why"])["why"].is_valid().to_numpy().any())
 
     def _with_scores(self, shard: str, columns: dict[str, Any], places: list[int]) -> Any:
-        """Make the shard's table with the scores of the records at `places`, or why they have none."""
+        """Make the shard's table with the scores of the records in rows `places`, or the reasons why they have none."""
         records = self.rows(shard)
         if places:
             for name, scores in self._scores([records[place] for place in places]).items():
@@ -337,7 +337,7 @@ class Filter:
 
     @cached_property
     def domains(self) -> list[str]:
-        """Domains of the records that are not malformed: there is at least one."""
+        """Domains of the records that are not malformed. There is at least one."""
         found: set[str] = set()
         for _, table in self.records.tables(["domain", "problem"]):
             found |= set(table.filter(table["problem"].is_null())["domain"].to_pylist())
@@ -352,7 +352,7 @@ class Filter:
         places = np.flatnonzero(scored["reason"].is_null().to_numpy(zero_copy_only=False))
         tokens, length, ties = (screened[name].to_numpy()[places] for name in ("tokens", "scored_bytes", "tie"))
         known = pyarrow.array(self.domains, pyarrow.string())
-        # malformed records are of no known domain (null); 0 does no harm, since they have no score
+        # malformed records have no known domain (null); 0 does no harm, since they have no score
         domain = pyarrow.compute.index_in(self.records.read(shard, ["domain"])["domain"], known).fill_null(0)
         scores = ShardScores(
             name=shard,
@@ -397,14 +397,14 @@ class Filter:
         self.decided.make(self.records.shards, self.workers, decide)
 
     def _hash_of_scores(self, noise: float | None) -> str:
-        """Hash the scores: they are not part of the stage's key, but decisions depend on them."""
+        """Hash the scores. They are not part of the stage's key, but decisions depend on them."""
         digest = hashlib.sha256(repr(noise).encode())
         for _, table in self.scored.tables(["score"]):
             digest.update(table["score"].to_numpy().tobytes())
         return digest.hexdigest()
 
     def _noise(self) -> float | None:
-        """Return the score above which a record is noise. Scores of the clean texts are stored like the others."""
+        """Return the score above which a record is noise. The scores of the clean texts are stored like all others."""
         if not self.job.clean:
             return None
         name = f"clean-{self._clean[:16]}"
@@ -420,7 +420,7 @@ def _part_name(number: int) -> str:
 
 
 def file_digest(path: str) -> str:
-    """Hash the content of a file, folder or pattern; return the path if it cannot be read: its reader reports that."""
+    """Hash the content of a file, folder or pattern. If it cannot be read, return the path: its reader reports why."""
     try:
         return sha256_text(*(sha256_file(file) for _, file in find_files(path)))
     except (OSError, ConfigError):
@@ -433,7 +433,7 @@ def _printable(raw: bytes | None) -> str:
 
 
 def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reason | None, str | None]:
-    """Return why a record is dropped, and the evaluation set that it shares text with."""
+    """Return why a record is dropped, and the evaluation set with which it has text in common."""
     reason = gates(record)
     if reason is None and (name := sets(record.text)) is not None:
         return Reason.contaminated, name
@@ -441,7 +441,7 @@ def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reaso
 
 
 def _signatures(table: Any) -> Signatures:
-    """Read the signatures of a shard. Dropped records get a unique exact hash, so that nothing is a copy of them."""
+    """Read the signatures of a shard. Dropped records get a unique exact hash, so that no record duplicates them."""
     out = table["reason"].is_valid().to_numpy()
     exact = np.frombuffer(b"".join(table["exact"].to_pylist()), np.uint64).reshape(len(table), -1).copy()
     near = np.frombuffer(b"".join(table["near"].to_pylist()), np.uint32).reshape(len(table), -1)

@@ -1,7 +1,7 @@
-"""Store the shards of a stage: parquet files that are whole or absent, and a manifest that is written last.
+"""Store the shards of a stage: parquet files that are complete or absent, and a manifest that is written last.
 
-A stage has numbered shards, each made by one process. Its key hashes what it is made of; a stage with another key is
-rejected. Tables are those of `pyarrow`.
+A stage has numbered shards, each made by one process. Its key is a hash of its settings and inputs; a directory with
+another key is rejected. Tables are those of `pyarrow`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Workers(Protocol):
         ...
 
     def agree(self, error: LeviathanError | None) -> None:
-        """Wait for all processes. If one has an error, raise it on all."""
+        """Wait for all processes. If one has an error, raise it on all of them."""
         ...
 
 
@@ -58,7 +58,7 @@ def local_items(items: Sequence[T], workers: Workers) -> list[T]:
 
 @contextmanager
 def barrier(workers: Workers) -> Iterator[None]:
-    """Wait at the end of the block until all processes are there. An error of one is raised on all."""
+    """Wait at the end of the block until all processes are there. An error of one process is raised on all."""
     error = None
     try:
         yield
@@ -99,16 +99,16 @@ def _advice(error: OSError) -> str:
 
 
 class StageStore:
-    """One stage's directory. `made_of`: readable settings that `key` is a hash of."""
+    """The directory of one stage. `made_of`: the settings of which `key` is a hash, in readable form."""
 
     def __init__(self, directory: Path, key: str, made_of: Mapping[str, Any]) -> None:
         self.directory, self.key, self.made_of = directory, key, dict(made_of)
         self.is_complete = False
-        """Whether no shard was missing when the stage was opened, or all have been made since."""
+        """Whether no shard was missing when the stage was opened, or the missing ones have been made since."""
 
     def open(self, workers: Workers, content: str | None = None) -> None:
         """Make the directory, or continue in it. Raises `ConfigError` if it holds a stage with another key. `content`:
-        a hash of inputs that may change under the same key; a stage of other content is rebuilt.
+        a hash of inputs that may change while the key stays the same; a stage with another hash is rebuilt.
         """
         path = self.directory / KEY
         with barrier(workers):
@@ -118,7 +118,7 @@ class StageStore:
                     if not path.exists() or self._is_stale(content):
                         given = {} if content is None else {"content": content}
                         write_json(path, {"key": self.key, "made_of": self.made_of, **given})
-        with barrier(workers):  # or one would see shards that another makes next, and their control flow would differ
+        with barrier(workers):  # or one would see shards that another makes later, and control flow would differ
             self.check_key()
             self.is_complete = self.has_manifest and all(map(self.has, self.shards))
 
@@ -131,7 +131,7 @@ class StageStore:
             raise ConfigError("out", str(self.directory), self._difference(found.get("made_of", {})))
 
     def _is_stale(self, content: str | None) -> bool:
-        """Whether the stage had this key and other content. If so, all but its key file is removed."""
+        """Return whether the stage had this key but other content. If so, remove all its files except the key."""
         found = self.read_json(KEY)
         if found["key"] != self.key or found.get("content") == content:
             return False
@@ -178,12 +178,12 @@ class StageStore:
             return pyarrow.parquet.read_table(self.path(name), columns=columns)
 
     def read_json(self, name: str) -> Any:
-        """Raises `DataError` if the file is damaged."""
+        """Read a JSON file of the stage. Raises `DataError` if it is damaged."""
         with reading(self.directory / name, f"remove {self.directory} and run again"):
             return read_json(self.directory / name)
 
     def close(self, shards: dict[str, int], workers: Workers) -> None:
-        """Write the manifest: all shards exist. `shards`: rows of each."""
+        """Write the manifest, once all shards exist. `shards`: the number of rows of each."""
         with barrier(workers):
             if workers.rank == 0 and not self.has_manifest:
                 self.write_json(MANIFEST, {"key": self.key, "shards": shards})
@@ -191,12 +191,12 @@ class StageStore:
 
     @property
     def shards(self) -> dict[str, int]:
-        """Rows of each shard of a complete stage, in order."""
+        """Number of rows of each shard of a complete stage, in order."""
         shards: dict[str, int] = self.read_json(MANIFEST)["shards"]
         return shards
 
     def make(self, shards: dict[str, int], workers: Workers, shard: Callable[[str], Any]) -> None:
-        """Make the missing shards of this open stage, each on its process."""
+        """Make the missing shards of this open stage, each on the process to which it belongs."""
         with barrier(workers):
             for name in local_items(list(shards), workers):
                 if not self.has(name):

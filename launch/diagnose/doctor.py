@@ -99,7 +99,7 @@ def _required() -> list[str]:
 
 
 def _precision_lines(found: dict[str, dict[str, list[str]]]) -> Iterator[tuple[str, str]]:
-    """Yield the FP8 recipes that each backend supports here, then the reasons against the others."""
+    """Yield the FP8 recipes that each backend supports here, then the reasons why it does not support the others."""
     for backend, recipes in found.items():
         supported = [recipe for recipe, reasons in recipes.items() if not reasons]
         yield f"FP8 by {backend}", ", ".join(supported) or "none"

@@ -1,7 +1,7 @@
 """Time the links of an axis one by one: neighbours in the ring of its ranks exchange a message.
 
-An all-reduce is as fast as its slowest link, and all ranks of a group measure the same rate. Here each rank times its
-exchange with the next rank only: a slow node shows in both of its links, a slow cable in one.
+An all-reduce is only as fast as its slowest link, so all ranks of a group measure the same rate. Here each rank times
+its exchange with the next rank only. A slow node makes both of its links slow, a slow cable only one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from parallel.mesh import MeshAxis
 
 MESSAGE_BYTES = 8 << 20
 SLOW = 0.5
-"""Share of the usual rate below which a rate is slow."""
+"""Fraction of the usual rate below which a rate counts as slow."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class Link:
 
 
 def rounds(size: int) -> list[list[tuple[int, int]]]:
-    """Return every link (place, next place) of a ring once, in rounds where each place has at most one partner."""
+    """Return every link (position, next position) of a ring once, in rounds in which each position has at most one
+    partner.
+    """
     if size < 3:
         return [[(0, 1)]] if size == 2 else []
     even, odd = ([(place, place + 1) for place in range(first, size - 1, 2)] for first in (0, 1))
@@ -54,10 +56,10 @@ def rounds(size: int) -> list[list[tuple[int, int]]]:
 
 
 def measure(axis: MeshAxis, world: World, tries: int = 3) -> tuple[int, float] | None:
-    """Return the next rank around the axis and the best bytes per second to and from it.
+    """Return the next rank in the ring and the best rate of an exchange with it, in bytes per second and direction.
 
-    None if the axis has one rank, or if the other end reports the only link of two ranks. Every rank of the axis takes
-    part in every round.
+    Return None if the axis has one rank, and on the second of two ranks, since the first reports their only link. Every
+    rank of the axis takes part in every round.
     """
     found, meeting = None, torch.zeros(1, device=world.device)
     sent = torch.zeros(MESSAGE_BYTES // 4, device=world.device)
@@ -77,7 +79,8 @@ def measure(axis: MeshAxis, world: World, tries: int = 3) -> tuple[int, float] |
 def slow_links(links: Sequence[Link]) -> list[tuple[str, int, str]]:
     """Return node, rank and description for every slow link.
 
-    Names the end whose node has the larger share of slow links of that kind, or both ends if the shares are equal.
+    Blame the end whose node has the larger fraction of slow links of that kind, or both ends if the fractions are
+    equal.
     """
     found = []
     for kind in dict.fromkeys(link.kind for link in links):
@@ -98,7 +101,7 @@ def slow_links(links: Sequence[Link]) -> list[tuple[str, int, str]]:
 
 
 def distinct(axes: Sequence[MeshAxis]) -> list[MeshAxis]:
-    """Drop axes that join the same ranks as an earlier one."""
+    """Drop axes that join the same ranks as an earlier axis."""
     members = {axis.name: tuple(_rank_of(axis, place) for place in range(axis.size)) for axis in axes}
     first = {ranks: name for name, ranks in reversed(members.items())}
     return [axis for axis in axes if first[members[axis.name]] == axis.name]

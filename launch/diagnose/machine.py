@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FEW_FILES = 1024
-"""Linux's usual limit of open files. With fewer, data loaders and many connections fail."""
+"""Linux's usual limit of open files. With a lower limit, data loaders and many connections fail."""
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -25,6 +25,6 @@ def driver(path: Path = DRIVER) -> str | None:
 
 
 def free_space(folder: Path) -> dict[str, Any]:
-    """Return `free_bytes` and whether the folder is `writable`. If it does not exist: of its nearest parent."""
+    """Return `free_bytes` of a folder, and whether it is `writable`. For a missing folder, use its nearest parent."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return {"free_bytes": shutil.disk_usage(existing).free, "writable": os.access(existing, os.W_OK)}

@@ -1,7 +1,7 @@
 """Check the nodes of a job: `python -m launch.diagnose.nodes CONFIG FOLDER` on every rank.
 
-Each rank measures its own machine. All ranks time a small all-reduce over each axis of the layout, and neighbours their
-link. Slow or faulty nodes are named in FOLDER/findings.json; launch/slurm/job_step.py reads the exit code.
+Each rank measures its own machine. All ranks time a small all-reduce over each axis of the layout, and neighbours along
+an axis time their link. FOLDER/findings.json lists slow and faulty nodes. launch/slurm/job_step.py reads the exit code.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ usual_rate = statistics.median_high  # of two rates the larger, so that one slow
 
 @dataclass(frozen=True)
 class NodeReading:
-    """One rank's measurements, rates per second. `bandwidth` by axis, in bytes of a rank's own tensor. `links` by axis:
-    the next rank and the bytes to and from it.
+    """Measurements by one rank. Rates are per second. `bandwidth`: all-reduce rate by axis, in bytes of a rank's own
+    tensor. `links`: the next rank by axis, and the bytes exchanged with it in each direction.
     """
 
     rank: int
@@ -51,7 +51,7 @@ class NodeReading:
     torch: str
     device: str
     driver: str
-    """"none" where there is none."""
+    """Version of NVIDIA's kernel module, or "none"."""
     products_flops: float
     bandwidth: dict[str, float]
     links: dict[str, tuple[int, float]]
@@ -106,7 +106,7 @@ def judge(readings: list[NodeReading]) -> dict[str, list[str]]:
     usual = {key: statistics.mode(getattr(reading, key) for reading in readings) for key in VERSIONS}
     for reading in readings:
         if reading.products_flops < SLOW * flops:
-            blame(reading, f"matrix products at {reading.products_flops / flops:.0%} of the others' rate")
+            blame(reading, f"matmuls at {reading.products_flops / flops:.0%} of the others' rate")
         if reading.disk_bytes_per_second is None:
             blame(reading, "cannot write the checkpoint directory")
         elif reading.disk_bytes_per_second < SLOW / 5 * disk:
@@ -162,7 +162,7 @@ def table(readings: list[NodeReading], faults: dict[str, list[str]]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, judge, print and write; every rank returns the same code."""
+    """Measure all nodes, judge them, and print and write the findings. Every rank returns the same exit code."""
     config, folder = read_config(Path(arguments[0])), Path(arguments[1])
     with closing(connect()) as world:
         with world.watch(TIMEOUT_S, folder):

@@ -1,4 +1,4 @@
-"""Coordinate check: does the size of changes inside the model stay constant along width, depth and experts?"""
+"""Coordinate check: does training change activations equally much at every width, depth and number of experts?"""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class CheckConfig:
     """Train scaled copies of a model for a few steps and measure how far activations move."""
 
     width: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    """Factors along this axis; an empty list skips it."""
+    """Factors by which this axis is scaled; an empty list skips it."""
     depth: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     experts: list[int] = field(default_factory=lambda: [1, 2, 4])
     steps: int = 5
     seeds: int = 3
     small_start: bool = True
-    """Start with a zero head and a small router, so that only learnt changes are measured: products of initial values
-    and changes shrink with the square root of the width.
+    """Start with a zero head and a small router, so that only learnt changes are measured. Otherwise products of
+    initial values and changes contribute, which shrink with the square root of the width.
     """
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class CheckConfig:
 
 
 def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
-    """Write `coordinates.json` and `.png`; return 1 if a limit is exceeded."""
+    """Run the check and write `coordinates.json` and `.png`; return 1 if a limit is exceeded, else 0."""
     if config.small_start:
         init = replace(run_.model.init, head_std=0.0, router_std=0.01 * run_.model.hidden_size**-0.5)
         run_ = replace(run_, model=replace(run_.model, init=init))
@@ -92,5 +92,5 @@ def _measure(
     run_: TrainConfig, loaders: Any, steps: int, axis: SizeAxis, factor: int, seed: int, rules: Parametrization
 ) -> Measured:
     one = carried(replace(run_, run=replace(run_.run, seed=seed)), axis, factor, rules)
-    batch = loaders["main"].batch(0)  # one batch for all steps, so that only the size differs
+    batch = loaders["main"].batch(0)  # the same batch for all steps and sizes, so that only the size differs
     return changes(one, [batch] * steps, batch)

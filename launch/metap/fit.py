@@ -23,9 +23,9 @@ from train.metap.hyperparameters import as_base, scale_of_run
 from train.run_directory import load_config
 
 WIDEST = 0.15
-"""Largest half width of an exponent's interval at which the exponent is used."""
+"""An exponent is used only if the half width of its confidence interval is at most this."""
 TRUSTED = 0.5
-"""Octaves by which the largest setting may differ from the prediction of the others."""
+"""Octaves by which the best rate of the largest setting may differ from what the other settings predict."""
 FITTED = {"tokens": "tokens_exponent", "batch": "batch_exponent"}
 
 
@@ -39,14 +39,14 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class Member:
-    """The runs of one setting: their curve, and one run."""
+    """One setting: the curve of its runs, and the configuration of one of them."""
 
     curve: Curve
     run: TrainConfig
 
 
 Members = dict[str, dict[str, Member]]
-"""By parametrization and name, smallest first."""
+"""Members by parametrization and by name of the setting, smallest first."""
 
 
 def collect(roots: Sequence[Path]) -> Members:
@@ -81,7 +81,7 @@ def collect(roots: Sequence[Path]) -> Members:
 
 
 def _order(one: Member) -> tuple[float, ...]:
-    """Sort by size, then by loss."""
+    """Return the sort key of a setting: its sizes, then its lowest mean loss."""
     assert one.curve.scale is not None
     return (*map(float, asdict(one.curve.scale).values()), float(one.curve.losses.mean(1).min()))
 
@@ -101,7 +101,9 @@ def _names(runs: Sequence[TrainConfig]) -> list[str]:
 
 
 def fit(config: FitConfig, out: Path) -> int:
-    """Return the exit code. Raises `ConfigError` if a best rate under metap is at an edge of the grid."""
+    """Fit the runs, print and write the results, and return the exit code. Raises `ConfigError` if a best rate under
+    metap is at an edge of the grid.
+    """
     roots = [Path(path).expanduser() for path in config.runs] or [out / RUNS]
     members = collect(roots)
     curves = {rules: [one.curve for one in by.values()] for rules, by in members.items()}
@@ -131,7 +133,9 @@ def fit(config: FitConfig, out: Path) -> int:
 
 
 def _found(curves: Sequence[Curve]) -> dict[str, Any]:
-    """Return optima and the change from the first setting to the last. Raises if an optimum is not bracketed."""
+    """Return the optima, and the changes from the first setting to the last. Raises `ConfigError` if an optimum is at
+    an edge of the grid.
+    """
     found: dict[str, Any] = {"optima": {one.name: plain_optimum(optimum(one)) for one in curves}}
     if curves[0].scale != curves[-1].scale:
         found["drift_octaves"] = asdict(drift(curves[0], curves[-1]))
@@ -199,8 +203,8 @@ def _write_base(roots: Sequence[Path], members: Mapping[str, Member], found: Map
 
 
 def _powers(run: TrainConfig, fitted: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Return the exponents of batch and tokens with narrow intervals. If the runs had a base, their rates refer to it,
-    and a fitted exponent is added to the assumed one.
+    """Return the exponents of batch and tokens whose intervals are narrow. If the runs had a base, their rates were
+    already scaled with the assumed exponent, so the fitted one is added to it.
     """
     found = {}
     for size, key in FITTED.items():

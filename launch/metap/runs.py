@@ -55,7 +55,7 @@ class SweepConfig:
             raise ConfigError("step", self.step, "must be positive", [1.0, 0.5])
         check_numbers(self, positive=("seeds", "processes"))
         if self.trials is not None and self.trials < 3:
-            raise ConfigError("trials", self.trials, "a minimum needs three", [12])
+            raise ConfigError("trials", self.trials, "a search needs at least three", [12])
         if not self.factors or not self.rules:
             raise ConfigError("factors" if not self.factors else "rules", None, "needs at least one")
 
@@ -80,8 +80,8 @@ class SweepSetting:
 
 
 def bases(overrides: Sequence[str]) -> dict[str, TrainConfig]:
-    """Load the runs that overrides of `leviathan train` describe, one per combination of values, by a label of the
-    values in which they differ.
+    """Load one configuration per combination of the values in overrides of `leviathan train`. The keys are labels made
+    of the values that vary.
     """
     points = expand(overrides)
     varying = [place for place in range(len(overrides)) if len({point[place] for point in points}) > 1]
@@ -106,7 +106,9 @@ def settings(config: SweepConfig, runs: Mapping[str, TrainConfig]) -> list[Sweep
 
 
 def member(config: SweepConfig, one: SweepSetting, log2_lr: float, seed: int, out: Path) -> TrainConfig:
-    """Return one run of the sweep, named in the sweep's folder. A separate rate for Muon changes in proportion."""
+    """Return the configuration of one run of the sweep, with its directory inside the sweep's. A separate rate for Muon
+    changes in proportion.
+    """
     base, rate = one.base, 2.0**log2_lr
     muon = base.optimizer.muon
     if muon.lr is not None:

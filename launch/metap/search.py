@@ -16,7 +16,7 @@ from launch.metap.runs import SweepConfig, SweepSetting, but_rate_and_seed, is_d
 from train.run_directory import RunDirectory
 
 WORST = 1e9
-"""The loss of a diverged run in the search."""
+"""Loss that the search assigns to a diverged run."""
 
 
 def search(config: SweepConfig, chosen: Sequence[SweepSetting], out: Path) -> int:

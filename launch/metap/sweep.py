@@ -27,10 +27,10 @@ def sweep(config: SweepConfig, runs: Mapping[str, TrainConfig], out: Path) -> in
     """Train the unfinished runs; return the exit code. A diverged run is a result, not a failure."""
     launch = build(LaunchConfig, next(iter(runs.values())).launch, "launch")
     if config.processes > 1 and launch.kind is not LaunchKind.inline:
-        raise ConfigError("sweep.processes", config.processes, "is for launch=inline", [1])
+        raise ConfigError("sweep.processes", config.processes, "applies to launch=inline only", [1])
     if config.trials is not None:
         if launch.kind is LaunchKind.slurm:
-            reason = "waits for each run: start it inside a job, with launch=inline or launch=torchrun"
+            reason = "a search waits for each run: start it inside a job, with launch=inline or launch=torchrun"
             raise ConfigError("sweep.trials", config.trials, reason)
         return search(config, settings(config, runs), out)
     wanted = [

@@ -20,15 +20,15 @@ from train.metap.hyperparameters import as_base, derive, found_at, resolve, scal
 from train.run_directory import load_config
 
 WRITTEN = ("model", "training", "schedule", "phases", "optimizer", "hparam", "precision", "evaluation", "checkpoint")
-"""Sections of a run that a transfer writes. Not data: the sources in a file would be merged with the defaults."""
+"""Sections that a transfer writes. `data` is omitted: sources in a file would be merged with the default ones."""
 FROM_BASE = ("optimizer", "hparam")
-"""Sections that the base gives to the target, beside `model.init`."""
+"""Sections that the base gives to the target, besides `model.init`."""
 
 
 def transfer(base: str, overrides: list[str], name: str, out: Path) -> int:
     """Write `experiment/NAME.yaml` for `leviathan train`, and `NAME.md` with a table of the values.
 
-    `base`: a file that `metap fit` wrote or the directory of a run. `overrides`: those of the target.
+    `base`: a file that `metap fit` wrote or the directory of a run. `overrides`: overrides that describe the target.
     """
     target = load("train", TrainConfig, overrides)
     given = plain(without_derived(target))

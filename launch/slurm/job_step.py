@@ -1,4 +1,4 @@
-"""One node of a SLURM job: `python -m launch.slurm.job_step train|doctor FOLDER`, started by srun on each node.
+"""Run one node of a SLURM job. srun starts `python -m launch.slurm.job_step train|doctor FOLDER` on each node.
 
 launch/slurm/requeue.py reads the exit code. srun returns the largest code of all nodes, so codes that forbid another
 attempt are larger than codes that allow one.
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 FAILED_NODE = 97
 """The doctor found a faulty node."""
 WARNED = 99
-"""Saved after SLURM's warning; requeue."""
+"""The run has saved after SLURM's warning; requeue the job."""
 FINAL = 100
-"""Plus the run's own exit code: an error that another attempt would repeat."""
+"""Added to the run's own exit code after an error that another attempt would repeat."""
 CANCELLED = 130
-"""Saved after SIGTERM, from SLURM or a user."""
+"""The run has saved after SIGTERM, from SLURM or a user."""
 PORTS = range(20000, 60000)
 
 

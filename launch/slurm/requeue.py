@@ -1,9 +1,9 @@
 """Decide whether to requeue a SLURM job: `python -m launch.slurm.requeue FOLDER CODE`, at the end of the batch script.
 
-A run that was warned (time limit, preemption) is requeued; a failed one a few times. Nodes that the doctor reported or
-that hung, and nodes that were slow when the attempt ended, are excluded if SLURM can run the job without them. A job
-ends when several attempts in a row reach no new checkpoint. This program may run in a container without SLURM, so it
-writes SLURM commands to a file that the batch script executes.
+A run that SLURM warned (time limit, preemption) is requeued. A failed run is requeued a few times. Nodes that hung,
+that the doctor reported or that were slow when the attempt ended are excluded if SLURM can run the job without them. A
+job ends when several attempts in a row reach no new checkpoint. This program may run in a container without SLURM, so
+it writes SLURM commands to a file that the batch script executes.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from launch.slurm.job_step import CANCELLED, FAILED_NODE, FINAL, WARNED
 
 AGAIN = 75
 """Exit code: the batch script must run again-TASK.sh."""
-MAX_WARNED = 3  # attempts in a row that may be warned before they reach a new checkpoint
+MAX_WARNED = 3  # attempts in a row without a new checkpoint after which a warned run is not requeued
 CANCEL = "cancelled"
-"""Name of a file in a job's folder: `leviathan jobs cancel` was called."""
+"""Name of the file in a job's folder which records that `leviathan jobs cancel` was called."""
 
 
 @dataclass(frozen=True)
 class RequeueState:
-    """State kept across requeues: last checkpoint step, attempts without progress, excluded nodes, and slow nodes,
-    which are used as a last resort.
+    """State kept across requeues: the last checkpoint step, the number of attempts in a row without progress, the
+    excluded nodes, and slow nodes, which are used only as a last resort.
     """
 
     step: int = -1
@@ -45,7 +45,7 @@ class RequeueState:
         return RequeueState(step, fruitless, tuple(sorted(excluded)), tuple(sorted(slow - excluded)))
 
     def exclusions(self, configured: list[str]) -> list[list[str]]:
-        """Return lists of nodes to exclude, best first. `configured` nodes are excluded anyway."""
+        """Return alternative lists of nodes to exclude, best first. `configured` nodes are excluded anyway."""
         faulty = sorted({*configured, *self.excluded})
         lists = dict.fromkeys((tuple(sorted({*faulty, *self.slow})), tuple(faulty)))
         return [list(nodes) for nodes in lists if set(nodes) > set(configured)]
@@ -53,8 +53,8 @@ class RequeueState:
 
 @dataclass(frozen=True)
 class RequeueDecision:
-    """`exit_code` AGAIN requeues the job; with `if_running` only if SLURM is not ending it, with `cancel` it is marked
-    as cancelled instead.
+    """`exit_code` AGAIN requeues the job. With `if_running` it is requeued only if SLURM is not ending it. With
+    `cancel` it is cancelled instead.
     """
 
     exit_code: int
@@ -66,8 +66,8 @@ class RequeueDecision:
 def decide(
     code: int, now: RequeueState, retries: int, bad_nodes: tuple[str, ...], nodes: int, cancelled: bool
 ) -> RequeueDecision:
-    """Decide from srun's exit code. `now` includes this attempt. `retries`: failures in a row without progress that are
-    allowed. `nodes`: the job's number of nodes.
+    """Decide from srun's exit code whether to requeue the job. `now`: the state after this attempt. `retries`: allowed
+    number of failures in a row without progress. `nodes`: number of nodes of the job.
     """
     resume = "to resume from its newest checkpoint" if now.step < 0 else f"to resume from step {now.step}"
     if code == 0:
@@ -94,11 +94,11 @@ def decide(
 
 
 def commands(job: str, decision: RequeueDecision, exclusions: list[list[str]], script: Path) -> str:
-    """Return shell lines that requeue the job.
+    """Return shell lines that requeue or cancel the job.
 
     Nodes can only be excluded while the job is pending. SLURM delays a requeued job by two minutes; StartTime=now
-    prevents this. The first list of `exclusions` without which SLURM can still run `script` is excluded. A requeue
-    sends SIGTERM to this attempt, which is ignored from here on.
+    prevents this. The lines exclude the first list of `exclusions` without whose nodes SLURM can still run `script`. A
+    requeue sends SIGTERM to this attempt, which ignores it from here on.
     """
     lines = ["trap '' TERM"]
     if decision.cancel:
@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> int:
 
 
 def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
-    """Return nodes named by this attempt's doctor, and by hangs since `since`."""
+    """Return the nodes that the doctor has reported, or that have hung, since the time `since`."""
     findings = doctor / "findings.json"
     reports = [json.loads(findings.read_text())] if findings.exists() else []
     named = [(one["time"], one["bad_nodes"]) for one in reports]

@@ -1,7 +1,8 @@
-"""`launch=slurm`: write the job's folder, render the batch script, submit it, show its log.
+"""`launch=slurm`: write the job's folder, render the batch script, submit it and show its log.
 
-A job is a folder `jobs/NAME`: `config-0.yaml`, ... (the resolved configuration of each run of a sweep, the only one
-that nodes read), `job.sh`, `job.json` (SLURM's number), a log per array task, and the state of launch/slurm/requeue.py.
+A job's folder `jobs/NAME` contains `config-0.yaml`, `config-1.yaml`, ... (the resolved configuration of each run, the
+only one that nodes read), `job.sh`, `job.json` (with SLURM's job number), a log per array task, and the state of
+launch/slurm/requeue.py.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """SLURM's state of a run, and its reason."""
+    """SLURM's state of a run, and the reason for it."""
 
     state: str
     reason: str = "None"
@@ -85,7 +86,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def submit_and_follow(configs: list[TrainConfig], launch: LaunchConfig) -> int:
-    """Submit a job, an array job for a sweep. Return 0, or 1 if the job was followed and a run failed."""
+    """Submit a job, or an array job for a sweep. Return 0, or 1 if the job was followed and a run failed."""
     job = submit(configs, launch)
     print(f"job {job.number}: {job.folder}", flush=True)
     if not launch.slurm.follow:
@@ -98,7 +99,7 @@ def submit_and_follow(configs: list[TrainConfig], launch: LaunchConfig) -> int:
 
 
 def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
-    """Submit a job. Raises `ConfigError`, with SLURM's reason if SLURM rejects the job."""
+    """Submit a job. Raises `ConfigError` for invalid settings, and with SLURM's reason if SLURM rejects the job."""
     slurm = launch.slurm
     command("sbatch", "--version")
     if slurm.partition is not None:
@@ -112,7 +113,7 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
         if not all(status.is_over for status in ask(before)):
             raise ConfigError("run.name", name, f"job {before.number} of that name has not ended", ["another name"])
     if any(sign in str(folder) for sign in " %"):
-        raise ConfigError("launch.slurm.directory", str(folder), "must not contain blanks or %, nor must run.name")
+        raise ConfigError("launch.slurm.directory", str(folder), "must not contain spaces or %, nor may run.name")
     folder.mkdir(parents=True, exist_ok=True)
     job = SlurmJob(folder, "", [run.path.absolute() for run in runs])
     for stale in folder.glob("*"):
@@ -132,7 +133,9 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
 
 
 def render(job: SlurmJob, launch: LaunchConfig) -> str:
-    """Return the batch script. SLURM copies it when it is submitted; what may change later is in the job's folder."""
+    """Return the batch script. SLURM copies it when it is submitted. What may change later is read from the
+    job's folder.
+    """
     slurm, array = launch.slurm, len(job.runs) > 1
     at_once = f"%{slurm.max_concurrent}" if slurm.max_concurrent else ""
     requests = {
@@ -214,7 +217,7 @@ def follow(job: SlurmJob, show: Callable[[str], Any], poll_s: float = 1.0) -> in
 
 
 def ask(job: SlurmJob) -> list[JobStatus]:
-    """Query SLURM once for the status of each run: UNKNOWN if it no longer knows it, SILENT without an answer."""
+    """Query SLURM once for the status of each run: UNKNOWN if SLURM no longer knows it, SILENT if the query fails."""
     whole_lists = {"SLURM_BITSTR_LEN": "0"}  # else a long list of tasks ends in "..."
     done = _run("scontrol", "show", "job", "-o", job.number, **whole_lists)
     if done.returncode and "Invalid job id" not in done.stderr:
@@ -223,7 +226,7 @@ def ask(job: SlurmJob) -> list[JobStatus]:
 
 
 def parse_status(answer: str, runs: int) -> list[JobStatus]:
-    """Parse `scontrol show job -o NUMBER`. Pending tasks of an array share a line."""
+    """Parse the output of `scontrol show job -o NUMBER`, which has all pending tasks of an array on one line."""
     found = [JobStatus(UNKNOWN)] * runs
     for line in answer.splitlines():
         fields = dict(re.findall(r"(\w+)=(\S*)", line))
@@ -235,7 +238,7 @@ def parse_status(answer: str, runs: int) -> list[JobStatus]:
 
 
 def jobs(directory: Path) -> list[SlurmJob]:
-    """Return every job submitted from here, oldest first."""
+    """Return every job in `directory`, oldest first."""
     found = [job for folder in directory.glob("*") for job in _known(folder)]
     return sorted(found, key=lambda job: (len(job.number), job.number))
 
@@ -295,7 +298,7 @@ def _dependency(slurm: SlurmConfig, directory: Path) -> str | None:
 
 
 def _seconds_per_step(run: RunDirectory) -> float | None:
-    """Return seconds per step from the run's earlier log, None without one."""
+    """Return the seconds per step that the run's metrics file records, None if there is none."""
     if not run.metrics.exists() or not run.config_file.exists():
         return None
     rates = [line["tokens_per_second"] for line in read_lines(run.metrics) if line.get("tokens_per_second")]

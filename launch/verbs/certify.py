@@ -1,4 +1,4 @@
-"""The verb `certify`: run layouts on ranks of this machine, compare them, write the certificate."""
+"""The verb `certify`: run layouts on ranks of this machine, compare them and write the certificate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.run_directory import load_config
 
 
 def run(config: CertifyConfig) -> int:
-    """Return 0 if every comparison holds, else 1."""
+    """Run and compare the layouts; return 0 if every comparison passes, else 1."""
     if config.run is not None:
         stored = load_config(Path(config.run))
         config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)

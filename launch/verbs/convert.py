@@ -14,14 +14,14 @@ from train.convert import Check, export_checkpoint, import_checkpoint
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Convert a checkpoint in the Hugging Face format to ours; `model.init_from=OUT` starts training from it."""
+    """Convert a checkpoint from the Hugging Face format to Leviathan's. Train from it with `model.init_from=OUT`."""
 
     source: str = "???"
     """Directory with `config.json` and safetensors files."""
     out: str = "???"
     """New directory."""
     text_only: bool = False
-    """Drop a vision tower."""
+    """Ignore the vision tower of a multimodal checkpoint."""
     check: Check = Check.auto
 
 
@@ -42,11 +42,11 @@ class ExportConfig:
     family: str | None = None
     """`model_type` to write; null: the first that expresses the model exactly."""
     dtype: Format | None = None
-    """Format of the weights; null: as stored."""
+    """Dtype of the weights; null: as stored."""
     shard_gb: float = 5.0
-    """Largest size of a file."""
+    """Largest size of a file, in GB."""
     drop_selection_bias: bool = False
-    """Export a model whose routers were balanced by selection biases without them."""
+    """Omit the selection biases that balanced the routers in training."""
     check: Check = Check.auto
 
     def __post_init__(self) -> None:

@@ -13,12 +13,12 @@ from parallel.layout import ParallelConfig
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Findings about hardware, packages and disks. launch.slurm.doctor=true checks every node of a SLURM job."""
+    """Check hardware, packages and disks. launch.slurm.doctor=true checks every node of a SLURM job."""
 
     json: bool = False
     """Print the findings as JSON."""
     cache: str = "~/.cache/leviathan"
-    """Folder whose disk is checked, as is that of `runs`."""
+    """Folder of the cache. Its disk and the disk of `runs` are checked."""
     runs: str = "runs"
     ranks: int = 0
     """Start this many ranks here and time the disk and each axis of `parallel`."""
@@ -31,7 +31,7 @@ class DoctorConfig:
 
 
 def run(config: DoctorConfig) -> int:
-    """Return 1 if a requirement of every run is missing or a node is faulty."""
+    """Print the findings; return 1 if a package that every run needs is missing or this machine is faulty, else 0."""
     found = examine([Path(config.cache).expanduser(), Path(config.runs).expanduser()])
     if not config.json:
         print(table(found), flush=True)

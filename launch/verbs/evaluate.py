@@ -19,16 +19,16 @@ from train.eval.held_out import held_out_loss
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out loss of a run's last checkpoint, or tasks of the evaluation harness (lm-eval)."""
+    """Compute the held-out loss of a run's last checkpoint, or run tasks of the evaluation harness (lm-eval)."""
 
     run: str = "???"
-    """Directory of a run. For tasks also an imported model, or one in the Hugging Face format."""
+    """Directory of a run. For tasks, also of an imported model or a model in the Hugging Face format."""
     sequences: int | None = None
     """Held-out sequences per source; null: as many as during the run."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass. null: as during the run, which reproduces the run's own figure bit for bit."""
+    """Sequences per forward pass. null: as during the run, which reproduces its loss bit for bit, and 8 for tasks."""
     backend: Backend | None = None
-    """Backend for matrix products; null: as in training. Only for runs: other models are evaluated in float32."""
+    """GEMM backend; null: as in training. Applies to runs only: other models are evaluated in float32."""
 
     tasks: list[str] = field(default_factory=list)
     """Names of tasks; empty: the held-out loss."""
@@ -52,7 +52,7 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig) -> int:
-    """Print the results; the held-out loss as JSON."""
+    """Print the results. The held-out loss is printed as JSON."""
     with closing(connect()) as world:
         if config.tasks:
             return _run_tasks(config, world)

@@ -53,9 +53,9 @@ _INPUT_KEYS = tuple(one.name for one in fields(InputConfig))
 class FilterAction(Enum):
     filter = "filter"
     ablate = "ablate"
-    """Train on a filtered corpus (`ablate.train`) and on controls, with equal numbers of tokens."""
+    """Train on the corpus of `ablate.train`, filtered, and on controls, with equal numbers of tokens."""
     stream = "stream"
-    """Decide JSON lines from standard input as they arrive."""
+    """Filter JSON lines from standard input as they arrive."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,15 @@ class FilterConfig(FilterRules, InputConfig):
     out: str = "filtered"
     """Output directory. An existing one is resumed."""
     tokenizer: str | None = None
-    """Counts tokens: a tokenizer.json or a folder with one; null: bytes count as tokens."""
+    """Tokenizer that counts tokens: a tokenizer.json or a folder with one. null: each byte counts as a token."""
     processes: int = 1
     """Number of processes on this machine."""
     explain: str | None = None
-    """Explain the record of this id in the filter run of `out`, and do nothing else."""
+    """Id of a record. Explain what the filter run in `out` decided about it, and do nothing else."""
     run: str | None = None
-    """With `explain`: the directory of a training run. Follows the record through its filter to the training steps."""
+    """With `explain`: the directory of a training run. The record is followed through the run's filter to the training
+    steps that used it.
+    """
     action: FilterAction = FilterAction.filter
     """`filter`, `stream` (lines of JSON from standard input), or `ablate` (train on filtered data and controls)."""
     ablate: AblateConfig = field(default_factory=AblateConfig)
@@ -97,7 +99,7 @@ class FilterConfig(FilterRules, InputConfig):
                 raise ConfigError(one.name, value, f"has no effect on filter {self.action.name}, {why}", instead)
 
     def lines(self) -> InputConfig:
-        """The input settings for lines of standard input."""
+        """Return the input settings for lines of standard input."""
         return InputConfig(**{**{key: getattr(self, key) for key in _INPUT_KEYS}, "input": "-"})
 
     def rules(self) -> FilterRules:
@@ -105,7 +107,7 @@ class FilterConfig(FilterRules, InputConfig):
 
 
 def run(config: FilterConfig) -> int:
-    """Filter, or explain. Returns the exit code."""
+    """Filter, explain, stream or ablate as configured; return the exit code."""
     out = Path(config.out).expanduser()
     if config.explain is not None:
         print(explain(out, config.explain) if config.run is None else explain_run(Path(config.run), config.explain))
@@ -167,12 +169,12 @@ def _stream(config: FilterConfig, out: Path) -> int:
 
 
 def command_of(config: FilterConfig) -> str:
-    """The command that repeats the filter."""
+    """Return the command that repeats the filter."""
     values, inputs = plain(config), ("input", "dataset")
     changed = {key: new for key, (_, new) in differences(plain(FilterConfig(input="")), values).items()}
     given = {key: values[key] for key in inputs if values[key]}
     shown = {key: value for key, value in (given | changed).items() if key in given or key not in inputs}
-    # a key of a dictionary that is empty by default has to be added
+    # Hydra sets a key of a dictionary that is empty by default only with +
     added = ("select.domains.", "contamination.sets.")
     words = [f"{'+' if key.startswith(added) else ''}{key}={_override(value)}" for key, value in shown.items()]
     return " ".join(["leviathan filter", *map(shlex.quote, words)])

@@ -26,7 +26,7 @@ class JobsConfig:
     job: str | None = None
     """Name or SLURM number of the job to show or cancel."""
     directory: str = "jobs"
-    """As in launch.slurm.directory."""
+    """Folder of the jobs, as in launch.slurm.directory."""
 
 
 def run(config: JobsConfig) -> int:

@@ -18,13 +18,13 @@ from train.config import TrainConfig
 
 class MetapAction(Enum):
     transfer = "transfer"
-    """Write a target's configuration with the hyperparameters of a base."""
+    """Write the configuration of a target model with hyperparameters transferred from a base."""
     check = "check"
-    """Check that changes inside the model keep their size along width, depth and experts."""
+    """Check that training changes activations equally much at every width, depth and number of experts."""
     sweep = "sweep"
     """Train a grid of learning rates."""
     fit = "fit"
-    """Find the best rate of a sweep, its confidence interval, and its dependence on sizes."""
+    """Find the best learning rate of a sweep, its confidence interval, and how it depends on sizes."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MetapConfig:
 
 
 def run(config: MetapConfig) -> int:
-    """Return the exit code; 1 if a check exceeds a limit."""
+    """Run the action; return the exit code, which is 1 if a check exceeds a limit."""
     out = Path(config.out).expanduser()
     (out / "experiment" if config.action is MetapAction.transfer else out).mkdir(parents=True, exist_ok=True)
     match config.action:

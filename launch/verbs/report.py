@@ -1,4 +1,4 @@
-"""The verb `report`: one HTML page about one run, or about several side by side."""
+"""The verb `report`: write an HTML page about one run, or about several side by side."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from train.report.page import PAGE, write_report
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One page about one run, or about several side by side."""
+    """Write an HTML page about one run, or about several side by side."""
 
     runs: list[str] = field(default_factory=list)
     """Directories of runs."""
     out: str | None = None
-    """File for the page; null: report.html in the run's directory, or here for several runs."""
+    """File for the page; null: report.html in the run's directory, or in the current one for several runs."""
 
 
 def run(config: ReportConfig) -> int:

@@ -1,4 +1,4 @@
-"""The verb `tokenize`: make a corpus's token shards before a run, in a directory that runs share."""
+"""The verb `tokenize`: tokenize a corpus before a run, into a directory of shards that several runs can use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TokenizeConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     out: str | None = None
-    """Directory to create, for `data.tokens` of a run; null: only the cache."""
+    """Directory to create, which a run takes as `data.tokens`; null: write to the cache only."""
 
 
 def run(config: TokenizeConfig) -> int:

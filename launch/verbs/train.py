@@ -1,4 +1,4 @@
-"""The verb `train`: train a model, or several where keys have several values."""
+"""The verb `train`: train a model, or one per combination of values if keys have several values."""
 
 from __future__ import annotations
 

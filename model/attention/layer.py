@@ -21,7 +21,7 @@ from precision.resolve import LayerGemms
 
 
 class Attend(Protocol):
-    """softmax(q k^T / sqrt(K)) v over the keys that each query may attend to: [B, T, H, K]."""
+    """Computes softmax(q k^T / sqrt(K)) v over the keys that each query may attend to: [B, T, H, K]."""
 
     def __call__(
         self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: ForwardContext, chunk: int | None, /
@@ -72,12 +72,12 @@ class Attention(nn.Module):
 def local_attention(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: ForwardContext, chunk: int | None
 ) -> Tensor:
-    """The whole sequence is on this device."""
+    """Attend to a sequence that is entirely on this device."""
     return attend(q_BTHK, k_BTGK, v_BTGK, context.plan(chunk))
 
 
 def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v under `plan`: [B, T, H, K]."""
+    """Compute softmax(q k^T / sqrt(K)) v under `plan`: [B, T, H, K]."""
     if plan.segments is not None:
         return attend_segments(q_BTHK, k_BTGK, v_BTGK, plan.segments)
     if plan.block is None:

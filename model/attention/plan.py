@@ -1,7 +1,7 @@
 """Inputs of a forward pass besides the tokens: positions, attention plans, rotary factors, the global token count.
 
-Computed once per micro-batch and shared by all layers. The form of attention is chosen from the positions on the host,
-so no layer synchronises with the device.
+They are computed once per micro-batch and shared by all layers. The kind of attention is chosen from the positions on
+the host, so that no layer synchronises with the device.
 
 Shapes: B batch, T sequence, K head dim, N blocks of a sequence.
 """
@@ -19,10 +19,10 @@ from model.config import LayerConfig, ModelConfig
 from precision.gemm import at_least_float32
 
 SEGMENTED_FROM = 512
-"""Sequence length from which packed documents use segments instead of a mask ([T, T], or [T, 2 chunk] if chunked).
+"""Sequence length from which packed documents use segments instead of a mask ([T, T], or [T, 2 * chunk] if chunked).
 
-Measured on a CPU, forward and backward, documents of 50 to 2,000 tokens: equal at 256, 1 to 4 times as fast at 512, up
-to 13 times at 2,048.
+Forward and backward passes with segments, on a CPU and with documents of 50 to 2,000 tokens, were as fast as with a
+mask at length 256, 1 to 4 times as fast at 512 and up to 13 times as fast at 2,048.
 """
 
 
@@ -30,9 +30,9 @@ to 13 times at 2,048.
 class AttentionPlan:
     """How the layers of one chunk size attend.
 
-    The sequence is split into blocks of `block` positions (None: one block). Queries attend to their own block and,
-    with `halo`, to the one before it, because a chunk of a document that starts inside a block may begin there. `mask`
-    [B*N, 1, queries, keys] selects the pairs; without a mask attention is causal within the block. `segments` replace
+    The sequence is split into blocks of `block` positions (None: one block). Queries attend to their own block. With
+    `halo` they also attend to the one before it, where a chunk may begin if its document starts inside a block. `mask`
+    [B*N, 1, queries, keys] selects the pairs; without a mask, attention is causal within the block. `segments` replace
     blocks and mask.
     """
 
@@ -45,9 +45,9 @@ class AttentionPlan:
 class ForwardContext:
     """Positions of a micro-batch, and the plans and rotary factors that layers share, built on first use.
 
-    `positions_BT` (int64) restart at 0 at each document; the first position of a sequence starts one. Pass them on the
-    host, with the model's device. `routed_tokens`: the global number of tokens of the optimizer step, the divisor of
-    every balancing loss.
+    `positions_BT` (int64) restart at 0 at each document, and a document starts at the first position of each sequence.
+    Pass them on the host, and the model's device as `device`. `routed_tokens`: the global number of tokens of the
+    optimizer step, by which every balancing loss is divided.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class ForwardContext:
         self._temperature: Tensor | None = None  # float64, cast at use
 
     def plan(self, chunk: int | None) -> AttentionPlan:
-        """The plan of layers with this chunk size (None: full causal within the document)."""
+        """Return the plan of layers with this chunk size (None: full causal attention within the document)."""
         if chunk not in self._plans:
             self._plans[chunk] = self._make_plan(chunk)
         return self._plans[chunk]
 
     def rotation(self, model: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> Tensor:
-        """Rotary factors, complex [B, T, 1, K/2]. In a chunked layer the angles restart with each chunk: the scores are
-        the same, and positions in the millions lose no precision.
+        """Return the rotary factors, complex [B, T, 1, K/2]. In a chunked layer the angles restart with each chunk: the
+        scores are the same, and positions in the millions lose no precision.
         """
         key = (layer.attention_chunk_size, dtype)
         if key not in self._rotations:
@@ -79,7 +79,9 @@ class ForwardContext:
         return self._rotations[key]
 
     def temperature(self, model: ModelConfig, dtype: torch.dtype) -> Tensor:
-        """Scale of NoPE queries [B, T, 1, 1], in at least float32: 1 + scale * ln(1 + floor((p + 1) / floor))."""
+        """Return the scale of NoPE queries at positions p, [B, T, 1, 1] in at least float32:
+        1 + scale * ln(1 + floor((p + 1) / floor)).
+        """
         if self._temperature is None:
             steps = torch.floor((self.positions_BT + 1).double() / model.temperature_floor)
             self._temperature = (1 + model.temperature_scale * torch.log1p(steps))[:, :, None, None]
@@ -116,13 +118,13 @@ class ForwardContext:
 
 
 def on_grid(length: int, chunk: int) -> Tensor:
-    """Whether a block begins at each position: bool [T], on the host."""
+    """Return whether a block begins at each position: bool [T], on the host."""
     return torch.arange(length) % chunk == 0
 
 
 def _blocked(starts_BT: Tensor, chunk: int, device: torch.device) -> AttentionPlan:
-    """Plan for chunks that start at `starts_BT` (on the host) rather than at block boundaries. A halo is needed only if
-    a chunk crosses a block boundary.
+    """Make the plan for chunks that start at `starts_BT` (on the host) rather than at block boundaries. A halo is
+    needed only if a chunk crosses a block boundary.
     """
     halo = not bool(starts_BT[:, ::chunk].all())
     segments_BT = starts_BT.to(device).cumsum(1)

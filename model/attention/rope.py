@@ -15,14 +15,14 @@ from precision.gemm import at_least_float32, widened
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Angle per position of each pair in radians, float64 [K/2] (Su et al. 2021, section 3.2.2)."""
+    """Return the angle per position of each pair in radians, float64 [K/2] (Su et al. 2021, section 3.2.2)."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
     plain = theta ** (-pairs / head_dim)
     return plain if scaling is None else _scaled(plain, scaling)
 
 
 def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's scaling: wavelengths above original/low grow by `factor`, those below original/high are kept."""
+    """Apply Llama 3.1's scaling: stretch wavelengths above original/low by `factor`, keep those below original/high."""
     low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_seq_len
     wavelength = 2 * math.pi / plain
     stretched = plain / scaling.factor
@@ -36,14 +36,14 @@ def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotation(positions_BT: Tensor, frequencies_K2: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit complex numbers [B, T, 1, K/2] that rotate each pair at each position; angles are float64."""
+    """Return the unit complex numbers [B, T, 1, K/2] that rotate each pair at each position. Angles are float64."""
     angles = positions_BT.to(torch.float64)[:, :, None, None] * frequencies_K2.to(positions_BT.device)
     real = at_least_float32(dtype)
     return torch.complex(angles.cos().to(real), angles.sin().to(real))
 
 
 def rotate(x_BTHK: Tensor, rotation_BT1K2: Tensor, pairing: RopePairing = RopePairing.adjacent) -> Tensor:
-    """Rotate each pair of `x` in at least float32; returned in the dtype of `x`."""
+    """Rotate each pair of `x` in at least float32. The result has the dtype of `x`."""
     wide = widened(x_BTHK)
     if pairing is RopePairing.halves:
         turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation_BT1K2

@@ -3,7 +3,7 @@
 A range of queries in one document attends to all earlier keys of the document (a rectangle) and to itself causally (a
 square). Each is a segment: a plain attention that also returns the log-sum-exp of its scores, by which results over
 different keys are merged (Dao et al. 2022, arXiv 2205.14135, section 3.1). Given the final result and log-sum-exp, the
-backward pass of each segment yields its exact share of the gradients.
+backward pass of each segment yields its exact contribution to the gradients.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head dim.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from precision.gemm import at_least_float32, widened
 
 _QUERY_BLOCK = 1024
-"""Queries per block where no kernel exists and the scores are materialised."""
+"""Queries per block if there is no kernel, so that the scores are materialised."""
 
 
 class SegmentRun(NamedTuple):
@@ -34,8 +34,8 @@ class SegmentRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries and keys of some sequences, as slices of their tensors. `causal`: both are the same positions, and each
-    query attends to keys up to its own. Otherwise it attends to all of them.
+    """Queries and keys of some sequences (`rows`), as slices of their tensors. `causal`: both are the same positions,
+    and each query attends to the keys up to its own position. Otherwise it attends to all of them.
     """
 
     rows: slice
@@ -49,13 +49,13 @@ DocumentBounds = list[tuple[int, ...]]
 
 
 def document_bounds(starts_BT: Tensor) -> DocumentBounds:
-    """Bounds from the document starts (bool, on the host). The first position of a sequence always starts one."""
+    """Return the bounds from the document starts (bool, on the host). Position 0 always starts a document."""
     length = starts_BT.shape[1]
     return [(0, *(row[1:].nonzero()[:, 0] + 1).tolist(), length) for row in starts_BT]
 
 
 def plan_segments(bounds: DocumentBounds, queries: Sequence[SegmentRun], keys: Sequence[SegmentRun]) -> list[Segment]:
-    """Segments in which each query attends to the keys of its document up to itself, as far as `keys` has them.
+    """Return segments in which each query attends to those of `keys` that are in its document and not after it.
 
     A run of keys must contain a run of queries entirely, end before it, or begin after it. Causal segments come first.
     """
@@ -89,14 +89,14 @@ def _segments_of_run(
 
 @torch.compiler.disable
 def attend_segments(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over the pairs in `segments`; every query must be in one causal segment. Saves the
-    inputs, the result and the log-sum-exp for the backward pass.
+    """Compute softmax(q k^T / sqrt(K)) v over the pairs in `segments`. Every query must be in one causal segment. Saves
+    the inputs, the result and the log-sum-exp for the backward pass.
     """
     return _SegmentAttention.apply(q_BTHK, k_BSGK, v_BSGK, segments)
 
 
 class PartialAttention:
-    """Attention over the keys so far."""
+    """Attention over the keys that have been merged so far."""
 
     def __init__(self, q_BTHK: Tensor) -> None:
         self.q_BTHK = q_BTHK
@@ -122,7 +122,9 @@ class PartialAttention:
 
 
 class AttentionGradients:
-    """Gradients over the keys so far. dk and dv accumulate into given tensors: keys may be another rank's."""
+    """Gradients of attention, accumulated over keys. dk and dv are added to the caller's tensors, since keys may
+    be from another rank.
+    """
 
     def __init__(self, grad_BTHK: Tensor, q_BTHK: Tensor, out_BTHK: Tensor, lse_BHT: Tensor) -> None:
         self.grad_BTHK, self.q_BTHK, self.out_BTHK, self.lse_BHT = grad_BTHK, q_BTHK, out_BTHK, lse_BHT
@@ -163,13 +165,13 @@ class _SegmentAttention(torch.autograd.Function):
 
 
 def _slices(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> list[Tensor]:
-    """Queries, keys and values of a segment, each [B, H or G, positions, K]."""
+    """Return the queries, keys and values of a segment, each [B, H or G, positions, K]."""
     places = ((q, segment.queries), (k, segment.keys), (v, segment.keys))
     return [x[segment.rows, positions].transpose(1, 2) for x, positions in places]
 
 
 def _has_kernel(q: Tensor) -> bool:
-    """Whether torch has a flash kernel that returns the log-sum-exp for this device, dtype and head dim."""
+    """Return whether torch has a flash kernel that returns the log-sum-exp for this device, dtype and head dim."""
     has_flash = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
     return has_flash and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
@@ -203,13 +205,13 @@ def _backward(
 
 
 def _each_head(x_BGSK: Tensor, q_BHTK: Tensor) -> Tensor:
-    """Keys or values repeated for each query head."""
+    """Repeat keys or values for each query head."""
     times = q_BHTK.shape[1] // x_BGSK.shape[1]
     return x_BGSK if times == 1 else x_BGSK.repeat_interleave(times, dim=1)
 
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention without a kernel, in blocks of queries: [B, H, T, K] and the log-sum-exp [B, H, T]."""
+    """Compute attention without a kernel, in blocks of queries. Return [B, H, T, K] and the log-sum-exp [B, H, T]."""
     outs, lses = [], []
     for start in range(0, q.shape[2], _QUERY_BLOCK):
         p, lse, keys = _probabilities(q, k, start, causal, None)
@@ -221,7 +223,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 def plain_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv over these keys, given the result and the log-sum-exp over all keys."""
+    """Return dq, dk and dv over these keys, given the result and the log-sum-exp over all keys."""
     scale, groups = q.shape[-1] ** -0.5, k.shape[1]
     dq = torch.zeros_like(q, dtype=lse.dtype)
     dk, dv = (torch.zeros_like(_each_head(x, q), dtype=lse.dtype) for x in (k, v))
@@ -238,9 +240,9 @@ def plain_backward(
 
 
 def _probabilities(q: Tensor, k: Tensor, start: int, causal: bool, lse: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Attention probabilities of the query block at `start`, their log-sum-exp, and the number of keys.
+    """Return the attention probabilities of the query block at `start`, their log-sum-exp and the number of keys.
 
-    Without `lse` they are normalised over these keys.
+    Without `lse`, the probabilities are normalised over these keys.
     """
     here = slice(start, start + _QUERY_BLOCK)
     keys = min(start + _QUERY_BLOCK, k.shape[2]) if causal else k.shape[2]

@@ -1,4 +1,4 @@
-"""Checkpoints in the Hugging Face format, in and out: Llama 4, Mixtral, Qwen3 (dense and MoE), OLMoE and Llama."""
+"""Read and write checkpoints in the Hugging Face format: Llama 4, Mixtral, Qwen3 (dense and MoE), OLMoE and Llama."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from model.transformer import Transformer
 
 
 def load(path: str | Path, text_only: bool = False) -> Transformer:
-    """The model of a checkpoint directory, float32 on the CPU, ready to be called: ids [B, T] -> logits [B, T, V].
+    """Load the model of a checkpoint directory in float32 on the CPU. It maps ids [B, T] to logits [B, T, V].
 
-    Raises `CheckpointError` for a directory that is not whole, `ConfigError` for an architecture we do not compute.
+    Raises `CheckpointError` for an incomplete directory, `ConfigError` for an unsupported architecture.
     """
     return materialise(HuggingFaceCheckpoint(Path(path), text_only))
 

@@ -1,8 +1,8 @@
-"""Checks a conversion against transformers: the same settings are read, and the same logits are computed.
+"""Check a conversion against transformers, which must read the same settings and compute the same logits.
 
-A few tokens do not reach the end of an attention chunk or the query temperature at published sizes (8,192 positions),
-and the largest models do not fit into memory. The settings are therefore compared at any size, in the form in which
-transformers reads them.
+Logits are compared on a few tokens, where attention chunks and query temperature have no effect at published sizes
+(8,192 positions), and the largest models do not fit into memory. The settings are therefore compared at any size, in
+the form in which transformers reads them.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from model.huggingface.families import model_differences
 from model.tensor_source import TensorSource, materialise
 
 TOLERANCE = 5e-5
-"""Largest difference of a logit, relative to the largest logit (at least 1), float32."""
+"""Largest allowed difference of a logit in float32, relative to the largest logit or to 1 if that is larger."""
 
 
 def obstacle(directory: Path) -> str | None:
-    """Why this checkpoint cannot be compared with transformers, or None."""
+    """Return why this checkpoint cannot be compared with transformers, or None."""
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
     try:
         _settings(directory)
-    except Exception as error:  # it raises many kinds of error
+    except Exception as error:  # transformers raises many types of errors
         return f"transformers refuses its config.json ({str(error).strip().splitlines()[-1].strip()})"
     return None
 
 
 def shortage(source: TensorSource) -> str | None:
-    """Why logits cannot be compared on this machine, or None."""
+    """Return why logits cannot be compared on this machine, or None."""
     elements = sum(torch.Size(shape).numel() for shape in source.shapes.values())
     need, have = 2 * 4 * elements, available_memory()
     if need > 0.8 * have:
@@ -54,7 +54,7 @@ def shortage(source: TensorSource) -> str | None:
 
 
 def compare_settings(model: ModelConfig, directory: Path) -> None:
-    """Raises `CheckpointError` where transformers reads another network from `directory` than `model`."""
+    """Raise `CheckpointError` if transformers reads another network than `model` from `directory`."""
     different = model_differences(model, _as_transformers_reads(_settings(directory)))
     if different:
         key, (ours, theirs) = next(iter(different.items()))
@@ -68,9 +68,9 @@ def _settings(directory: Path) -> Any:
 
 
 def _as_transformers_reads(theirs: Any) -> ModelConfig:
-    """The model that transformers' configuration object describes, with transformers' defaults.
+    """Return the model that transformers' configuration object describes, with transformers' defaults.
 
-    Independent of `read_config`, which it checks.
+    This code is independent of `read_config`, which it checks.
     """
     kind, rope = theirs.model_type, theirs.rope_parameters
     scaling = None
@@ -125,16 +125,16 @@ def _layer(theirs: Any, index: int) -> LayerConfig:
     norms = {"qwen3": QKNorm.per_head, "qwen3_moe": QKNorm.per_head, "olmoe": QKNorm.full}
     return LayerConfig(
         FeedForward.moe if is_moe else FeedForward.dense,
-        attention_chunk_size=getattr(theirs, "sliding_window", None),  # not the same, but no family of ours has either
+        attention_chunk_size=getattr(theirs, "sliding_window", None),  # not a chunk, but our model has neither
         qk_norm=norms.get(kind, QKNorm.none),
     )
 
 
 @torch.no_grad()
 def compare_logits(source: TensorSource, directory: Path, dtype: torch.dtype | None = None) -> float:
-    """Largest relative difference of logits between `source` and what transformers loads from `directory`.
+    """Return the largest relative difference of logits between `source` and what transformers loads from `directory`.
 
-    Raises `CheckpointError` where it exceeds `TOLERANCE` or transformers misses or ignores a tensor.
+    Raises `CheckpointError` if it exceeds `TOLERANCE`, or if transformers misses or ignores a tensor.
     """
     from transformers import AutoModelForCausalLM
 

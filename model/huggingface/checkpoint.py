@@ -34,8 +34,8 @@ _BUFFERS = ("rotary_emb.inv_freq",)
 class HuggingFaceCheckpoint:
     """A directory with `config.json` and safetensors files.
 
-    Raises `CheckpointError` on opening unless every tensor that the configuration asks for is there with its shape, in
-    whole files, and nothing else is. `text_only` ignores a vision tower.
+    Raises `CheckpointError` on opening unless files are complete and contain every tensor that the configuration asks
+    for in its shape, and no others. `text_only` ignores a vision tower.
     """
 
     def __init__(self, directory: Path, text_only: bool = False) -> None:
@@ -70,7 +70,7 @@ class HuggingFaceCheckpoint:
     def _matrix(
         self, location: Location, expert: int, half: int, whole: Shape, offset: Sequence[int], shape: Sequence[int]
     ) -> Tensor:
-        """A block of one [out, in] matrix."""
+        """Read a block of one [out, in] matrix."""
         entry = self.entries[location.tensor(expert, half)]
         if not location.transposed:
             return self._rows(entry, offset[0], offset[0] + shape[0])[:, offset[1] : offset[1] + shape[1]]
@@ -78,7 +78,7 @@ class HuggingFaceCheckpoint:
         return self._rows(entry, begin, begin + shape[1])[:, first : first + shape[0]].t()
 
     def _rows(self, entry: TensorEntry, begin: int, end: int) -> Tensor:
-        """Read rows, keeping the last ones: gate and up may share rows and are read one after the other."""
+        """Read rows and cache the last ones read: gate and up, read one after the other, may be in the same rows."""
         key = (str(entry.path), entry.start, begin, end)
         if self._last is None or self._last[0] != key:
             self._last = None  # free the memory first

@@ -1,7 +1,7 @@
 """Model families: translate their `config.json` to a `ModelConfig` and back.
 
-A translation out is checked by translating it in again. Whatever the family cannot express shows up as a difference, so
-no family lists what it does not support.
+A `config.json` that we write is checked by reading it again. Whatever the family cannot express shows up as a
+difference, so no family lists what it does not support.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from model.huggingface.locations import MoENames
 
 Json = Mapping[str, Any]
 MOST_LAYERS = 10_000
-"""A larger number means a damaged file; building that many layers would take all memory."""
+"""A larger number means a damaged file, and building its layers would use up the memory."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Family:
 
 
 def read_config(config: Json) -> tuple[Family, ModelConfig]:
-    """The family and the model of a parsed `config.json`. Raises `ConfigError` where we cannot compute it exactly."""
+    """Return family and model of a parsed `config.json`. Raises `ConfigError` if we cannot compute it exactly."""
     text = config.get("text_config") if config.get("model_type") == "llama4" else config
     if not isinstance(text, Mapping):
         raise ConfigError("config.json", None, "has no text_config")
@@ -62,7 +62,7 @@ def read_config(config: Json) -> tuple[Family, ModelConfig]:
 
 
 def write_config(model: ModelConfig, family: str | None = None) -> tuple[Family, dict[str, Any]]:
-    """`config.json` of the first family, or of `family`, that expresses the model exactly."""
+    """Return the first family (or `family`) that expresses the model exactly, and its `config.json`."""
     if family is not None and family not in FAMILIES:
         raise ConfigError("family", family, "is not a supported architecture", list(FAMILIES))
     reasons = []
@@ -77,7 +77,7 @@ def write_config(model: ModelConfig, family: str | None = None) -> tuple[Family,
 
 
 def _lost(model: ModelConfig, family: Family, written: Json) -> str | None:
-    """The first key that a translation out and in again changes."""
+    """Return the first key that changes when the model is written and read again, None if none does."""
     try:
         back = family.read(written)
     except ConfigError as error:
@@ -86,7 +86,7 @@ def _lost(model: ModelConfig, family: Family, written: Json) -> str | None:
 
 
 def model_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys in which two models differ as functions of their weights, with both values."""
+    """Return the keys in which two models differ as functions of their weights, with both values."""
     trees = []
     for model in (first, second):
         tree = plain(canonical(model))
@@ -95,7 +95,7 @@ def model_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tupl
 
 
 def canonical(model: ModelConfig) -> ModelConfig:
-    """The same function of the weights in a normal form: explicit layers, and defaults for keys without effect."""
+    """Return the same function of the weights in a normal form: explicit layers, defaults for keys without effect."""
     layers, default = model.blocks, ModelConfig()
     kinds = {layer.feed_forward for layer in layers}
     idle = ["moe_every", "nope_every", "attention_chunk_size", "qk_norm", "temperature"]  # in the list of layers
@@ -111,7 +111,7 @@ def canonical(model: ModelConfig) -> ModelConfig:
 
 
 def compact(model: ModelConfig) -> ModelConfig:
-    """The same model with the shortest description of its layers."""
+    """Return the same model with the shortest description of its layers."""
     layers = model.blocks
     rotated = next((layer for layer in layers if layer.rope), layers[0])
     nope_every = next((number for number, layer in enumerate(layers, 1) if not layer.rope), 0)
@@ -128,7 +128,7 @@ def compact(model: ModelConfig) -> ModelConfig:
 
 
 def _refuse(config: Json) -> None:
-    """Reject switches of published configurations that we do not compute."""
+    """Reject settings of published configurations that are not supported."""
     for key in ("attention_bias", "mlp_bias", "clip_qkv", "quantization_config", "use_sliding_window"):
         if config.get(key):
             raise ConfigError(f"config.json {key}", config[key], "is not supported")
@@ -142,7 +142,7 @@ def _refuse(config: Json) -> None:
 
 
 def _rope(config: Json, default_theta: float) -> dict[str, Any]:
-    """Read `rope_parameters`, or `rope_theta` and `rope_scaling` in older files. Where a file has both they must agree:
+    """Read `rope_parameters`, or `rope_theta` and `rope_scaling` in older files. If a file has both, they must agree:
     transformers 4 reads the older keys, and in transformers 5 `rope_scaling` replaces `rope_parameters`.
     """
     given = [rope for key in ("rope_parameters", "rope_scaling") if (rope := config.get(key))]
@@ -175,7 +175,7 @@ def _rope_of(rope: Json, config: Json, default_theta: float) -> dict[str, Any]:
 
 
 def _integer(config: Json, key: str, default: int | None = None) -> int:
-    """The whole number at `key`, or `default`. Without a default the key is required."""
+    """Return the integer at `key`, or `default`. Without a default the key is required."""
     value = config[key] if default is None else config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise ConfigError(f"config.json {key}", str(value), "must be a whole number")
@@ -183,7 +183,7 @@ def _integer(config: Json, key: str, default: int | None = None) -> int:
 
 
 def _indices(config: Json, key: str, layers: int) -> set[int] | None:
-    """The layers in the list at `key`, or None without a list."""
+    """Return the layers in the list at `key`, None if there is no list."""
     given = config.get(key)
     if given is None:
         return None
@@ -227,7 +227,7 @@ def _write_common(model: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,  # this and rope_scaling: transformers 4; rope_parameters: transformers 5
+        "rope_theta": model.rope_theta,  # transformers 4 reads this and rope_scaling, transformers 5 rope_parameters
         "rope_scaling": scaling,
         "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": model.rope_theta},
         "hidden_act": "silu",
@@ -251,7 +251,7 @@ def _read_llama4(config: Json) -> ModelConfig:
         raise ConfigError("config.json layer_types", None, "contradict no_rope_layers")
     norm = bool(config.get("use_qk_norm", True))
     chunk = None if config.get("attention_chunk_size", 0) is None else _integer(config, "attention_chunk_size", 8192)
-    tuned = bool(config.get("attn_temperature_tuning", True))  # 4 in the first published files
+    tuned = bool(config.get("attn_temperature_tuning", True))  # the first published files have 4 here
     layers = [
         LayerConfig(
             feed_forward=FeedForward.moe if index in moe_layers else FeedForward.dense,
@@ -294,7 +294,7 @@ def _write_llama4(model: ModelConfig) -> dict[str, Any]:
 
 
 def _plain_layers(model: dict[str, Any], moe_layers: Sequence[int], norm: QKNorm) -> dict[str, Any]:
-    """Layers with full causal attention and RoPE pairs in halves."""
+    """Add layers with full causal attention, and RoPE pairs in halves, to the settings `model`."""
     chosen = set(moe_layers)
     layers = [
         LayerConfig(feed_forward=FeedForward.moe if index in chosen else FeedForward.dense, qk_norm=norm)

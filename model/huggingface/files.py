@@ -1,8 +1,9 @@
-"""The safetensors format: read rows of a tensor, write tensors in blocks.
+"""The safetensors format: read rows of a tensor, and write tensors in blocks.
 
-A file is the length of its header (8 bytes, little-endian), the header as JSON (name -> dtype, shape, offsets) and the
-tensors' bytes. The `safetensors` package maps whole files and writes whole tensors, so its memory grows with the
-largest tensor (21 GB in Llama 4 Maverick). Here memory is bounded by a block. The package reads what we write.
+A file consists of the length of its header (8 bytes, little-endian), the header as JSON (name -> dtype, shape, offsets)
+and the bytes of the tensors. The `safetensors` package maps whole files and writes whole tensors, so its memory grows
+with the largest tensor (21 GB in Llama 4 Maverick). Here memory is bounded by the size of a block. The package can
+read our files.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _HEADER_LIMIT = 100_000_000
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor's bytes are."""
+    """Where the bytes of one tensor are stored."""
 
     path: Path
     dtype: torch.dtype
@@ -38,7 +39,7 @@ class TensorEntry:
 
 
 def open_directory(directory: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a checkpoint directory. Raises `CheckpointError` unless the files are whole and agree."""
+    """Return every tensor of a checkpoint directory. Raises `CheckpointError` unless files are complete and agree."""
     if (directory / SINGLE).exists():
         return read_header(directory / SINGLE)
     if not (directory / INDEX).exists():
@@ -66,7 +67,7 @@ def open_directory(directory: Path) -> dict[str, TensorEntry]:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file; raises `CheckpointError` where its size or header are not what they must be."""
+    """Return the tensors of one file. Raises `CheckpointError` if its header is invalid or does not match its size."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -97,10 +98,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def read_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
-    """Rows of the tensor seen as a matrix of its last dimension (a vector: as a column): [stop - start, last]."""
+    """Read rows of the tensor, flattened to a matrix [rows, last dimension] (a vector: to a column)."""
     width = entry.shape[-1] if len(entry.shape) > 1 else 1
     rows = math.prod(entry.shape) // width if width else 0
-    if not 0 <= start <= stop <= rows:  # other rows belong to another tensor
+    if not 0 <= start <= stop <= rows:  # bytes outside belong to another tensor
         raise CheckpointError(f"{entry.path}: rows {start} to {stop} of a tensor that has {rows}")
     result = torch.empty(stop - start, width, dtype=entry.dtype)
     memory = bytes_of(result)
@@ -115,7 +116,7 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared with it."""
+    """Return a view of the bytes of a contiguous CPU tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")  # type: ignore[arg-type]
 
 
@@ -139,7 +140,7 @@ def write_directory(
     shard_bytes: int,
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Write the shards and their index; `progress` gets the number of bytes after each block."""
+    """Write the shards and their index. `progress` is called after each block with its number of bytes."""
     shards: list[list[PlannedTensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:

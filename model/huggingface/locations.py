@@ -1,8 +1,8 @@
-"""Maps each of our parameters to tensors in a family's files.
+"""Map each of our parameters to tensors in a family's files.
 
-Attention, norms, embeddings and dense layers have the same names in all families; MoE layers differ. Our
-experts are [E, 2, F, D] (gate, then up) and [E, D, F]. Llama 4 stores them [E, in, out], gate and up side by side in
-one tensor; the others have an [out, in] matrix per expert and projection.
+Attention, norms, embeddings and dense layers have the same names in all families; names of MoE layers differ. Our
+experts are [E, 2, F, D] (gate, then up) and [E, D, F]. Llama 4 stores them as [E, in, out], with gate and up
+concatenated along out. The other families have an [out, in] matrix per expert and projection.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
 
 @dataclass(frozen=True)
 class Location:
-    """`name` may stand for many tensors: one per "{expert}", and per "{half}" (of `halves`: gate, up).
+    """Where a parameter is stored. `name` may have the placeholders "{expert}" and "{half}", and then stands for a
+    tensor per expert and half. `halves`: the names of gate and up.
 
-    Without "{expert}" experts are stacked and, being `transposed`, [E, in, out] with the halves side by side.
+    If `transposed`, all experts are in one tensor [E, in, out], with the halves concatenated along out.
     """
 
     name: str
@@ -25,11 +26,11 @@ class Location:
     halves: tuple[str, ...] = ()
 
     def tensor(self, expert: int = 0, half: int = 0) -> str:
-        """Name of the stored tensor that holds this expert's matrix."""
+        """Return the name of the stored tensor that holds this expert's matrix."""
         return self.name.format(expert=expert, half=self.halves[half] if self.halves else "")
 
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the stored tensor, or of each, for a parameter of `shape`."""
+        """Return the shape of each stored tensor of a parameter of `shape`."""
         if len(shape) < 3:
             return shape
         if not self.transposed:
@@ -37,28 +38,28 @@ class Location:
         return shape[0], shape[-1], shape[-2] * (shape[1] if len(shape) == 4 else 1)
 
     def tensors(self, shape: tuple[int, ...]) -> list[str]:
-        """All stored tensors of a parameter of `shape`, in its order."""
+        """Return the names of all stored tensors of a parameter of `shape`, in its order."""
         experts = range(shape[0]) if "{expert}" in self.name else range(1)
         return [self.tensor(expert, half) for expert in experts for half in range(max(1, len(self.halves)))]
 
 
 @dataclass(frozen=True)
 class MoENames:
-    """A family's names of feed-forward layers."""
+    """A family's names of the parts of feed-forward layers."""
 
     block: str
-    """Of an MoE layer, below the layer."""
+    """Name of the MoE part of a layer, below the layer."""
     router: str
     expert: tuple[str, str, str]
-    """Gate, up and down of one expert, below `experts.{expert}`."""
+    """Names of gate, up and down of one expert, below `experts.{expert}`."""
     dense: str = "mlp"
     fused: bool = False
-    """Whether experts may be stacked as Llama 4 does."""
+    """Whether experts may be stacked in one tensor, as in Llama 4."""
 
 
 def locations(model: ModelConfig, names: MoENames, available: Collection[str]) -> dict[str, Location]:
-    """Parameter -> location. `available`: the names in the files, which show a prefix and whether experts are
-    fused; empty for a checkpoint that is yet to be written.
+    """Return the location of each parameter. `available`: the names in the files, which show whether there is a prefix
+    and whether experts are fused; empty for a checkpoint that is yet to be written.
     """
     prefix = "language_model." if any(name.startswith("language_model.") for name in available) else ""
     found = {

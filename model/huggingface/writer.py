@@ -1,4 +1,4 @@
-"""Writes a model as a checkpoint in the Hugging Face format, a block at a time."""
+"""Write a model as a checkpoint in the Hugging Face format, a block at a time."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def export(
 ) -> None:
     """Write `source` to `directory`, which appears only once everything is written, reopened and verified by `verify`.
 
-    `dtype` None keeps each tensor's own; `extra_config` adds keys to `config.json` that do not affect the network.
-    Constant multipliers are folded into weights. Raises `ConfigError` where no family expresses the model or the
-    directory exists.
+    `dtype`: the dtype of all tensors; None keeps their own. `extra_config` adds keys to `config.json` that do not
+    affect the network. Constant multipliers are folded into weights. Raises `ConfigError` if no family expresses
+    the model, or if the directory exists.
     """
     if directory.exists():
         raise ConfigError("out", str(directory), "exists already; name a new directory")
@@ -55,12 +55,12 @@ def export(
         write_json(scratch / "config.json", {**(extra_config or {}), **config})
         for path in tokenizer_files:
             shutil.copyfile(path, scratch / path.name)
-        HuggingFaceCheckpoint(scratch)  # every tensor written once, whole and in shape, or this raises
+        HuggingFaceCheckpoint(scratch)  # raises unless all tensors are there, complete and in shape
         verify(scratch)
 
 
 def _plan(source: TensorSource, name: str, location: Location, dtype: torch.dtype | None) -> Iterator[PlannedTensor]:
-    """The stored tensors that hold this parameter."""
+    """Yield the stored tensors that hold this parameter."""
     shape, kind = source.shapes[name], dtype or source.dtypes[name]
     stored = location.file_shape(shape)
     if len(shape) < 3 or location.transposed:
@@ -78,7 +78,7 @@ def _whole(source: TensorSource, name: str, transposed: bool) -> Iterator[Tensor
 
 
 def _one(source: TensorSource, name: str, number: int) -> Iterator[Tensor]:
-    """The `number`-th matrix of a parameter, counted over experts and their halves."""
+    """Yield the `number`-th matrix of a parameter, counted over experts and their halves."""
     *outer, rows, columns = source.shapes[name]
     place = divmod(number, outer[1]) if len(outer) == 2 else (number,)
     yield source.read(name, (*place, 0, 0), (*(1 for _ in outer), rows, columns)).flatten(0, -2)

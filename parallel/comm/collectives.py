@@ -1,7 +1,7 @@
-"""Collectives that gradients flow through. The backward of each is the collective that transposes it.
+"""Collectives that gradients flow through. The backward pass of each is the transposed collective.
 
-A tensor is `whole` on every rank of an axis, a `shard` of it, or `partial`: its sum over the ranks is meant. Gradients
-of a whole tensor are partial, because each rank uses it for its own part of the loss.
+Each rank of an axis has a whole tensor, a shard of it, or a partial tensor, whose sum over the ranks is the value.
+Gradients of a whole tensor are partial, because each rank uses it for its own part of the loss.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def reduce_scatter(tensor: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Te
 
 
 def all_reduce(tensor: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
-    """Sum partial tensors on every rank, each of which uses it for its part of the loss. The gradient is summed too."""
+    """Sum partial tensors. Every rank uses the sum for its own part of the loss, so the gradient is summed too."""
     return _apply(tensor, axis, _all_reduce_no_grad, _all_reduce_no_grad, purpose)
 
 
@@ -45,7 +45,7 @@ def all_to_all(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis
 
 def ring_shift(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Tensor]:
     """Start to send a tensor to the next rank of the axis, in a ring, and to receive one of the same shape from the
-    previous rank. Returns a function that waits for it. No gradient.
+    previous rank. Returns a function that waits for the received tensor. No gradient flows through it.
     """
     axis.count(purpose, tensor)
     flat, received = tensor.contiguous().view(-1), torch.empty_like(tensor.contiguous())

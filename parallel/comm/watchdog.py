@@ -1,8 +1,8 @@
 """Hang detection: a thread on every rank that reports why a collective waits too long, and ends the rank.
 
 Each rank publishes a heartbeat and its progress in the store. When this rank has waited longer than the limit, a rank
-whose heartbeat no longer changes is dead or stopped, and one that has begun fewer collectives is late. Clocks of
-different machines are never compared. A rank that waits while nobody is missing does not end: it may itself be late.
+whose heartbeat no longer changes is dead or stopped, and a rank that has begun fewer collectives is late. Clocks of
+different machines are never compared. A rank that waits while no rank is missing does not end: it may itself be late.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from core.exit_codes import HUNG, host_name
 from core.files import append_json_line
 
 SILENT_BEATS = 3
-"""Unchanged heartbeats, counted in our own, after which a rank is presumed dead."""
+"""Number of our own heartbeats during which another rank's does not change before that rank is presumed dead."""
 
 Status = dict[str, Any]
 """What a rank publishes: its beat, step, last collective, collectives begun by axis, host."""
@@ -33,7 +33,7 @@ Status = dict[str, Any]
 
 @dataclass
 class Heartbeat:
-    """What this rank is doing. Written where it begins a collective, read by its watchdog."""
+    """What this rank is doing. It is written when a collective begins, and read by the watchdog."""
 
     step: int = 0
     axis: str = "world"
@@ -50,7 +50,7 @@ class Heartbeat:
         self.begun[axis] += 1
 
     def wait(self, axis: str, purpose: str, group: dist.ProcessGroup | None = None) -> None:
-        """As `begin`, for messages between two ranks. Their number does not tell which rank is late."""
+        """Record a message between two ranks. Messages are not counted: their numbers may differ between ranks."""
         self.axis, self.purpose, self.group, self.since = axis, purpose, group, time.monotonic()
 
     @contextmanager
@@ -89,7 +89,7 @@ class Watchdog:
             self.store.set(_key(self.rank), json.dumps(self.heartbeat.status(0, done=True)))
 
     def _run(self) -> None:
-        """Publish without a pause, also while comparing: this rank must not seem dead meanwhile."""
+        """Publish at every interval, also while this rank compares statuses, so that it does not seem dead."""
         beat, suspicion, answered = 0, None, time.monotonic()
         while not self._stopped.is_set():
             beat += 1
@@ -97,13 +97,13 @@ class Watchdog:
                 self.store.set(_key(self.rank), json.dumps(self.heartbeat.status(beat)))
                 suspicion = self._look(beat, suspicion)
                 answered = time.monotonic()
-            except (dist.DistError, RuntimeError):  # at the end of a run the store goes before we do
+            except (dist.DistError, RuntimeError):  # at the end of a run the store may close first
                 if time.monotonic() - answered > self.limit_s:
                     self._end(f"step {self.heartbeat.step}: the store of the job no longer answers", [])
             self._stopped.wait(self.interval_s)
 
     def _look(self, beat: int, suspicion: _Suspicion | None) -> _Suspicion | None:
-        """Compare the ranks' statuses over some beats while this rank waits too long. End it where one is missing."""
+        """While this rank waits too long, compare the ranks' statuses over some beats. End it if another is missing."""
         heartbeat = self.heartbeat
         if time.monotonic() - heartbeat.since <= self.limit_s:
             return None
@@ -144,10 +144,11 @@ class _Suspicion:
 def find_missing(
     heartbeat: Heartbeat, rank: int, size: int, group: list[int], before: dict[int, Status], after: dict[int, Status]
 ) -> tuple[str, list[str]] | None:
-    """The ranks that a waiting rank waits for, in words, and their hosts. None where no rank is missing.
+    """Return the ranks that a waiting rank waits for, in words, and their hosts; None if no rank is missing.
 
-    Ranks without a heartbeat come first, in any group: a rank that waits for them makes others wait. Otherwise those of
-    the group that have begun fewer collectives of this axis, and of them those furthest behind.
+    Ranks without a heartbeat come first, whatever their group, since a rank that waits for them makes others wait. If
+    there are none, these are the ranks of the group that have begun fewer collectives of this axis, and of those the
+    ones furthest behind.
     """
     missing = {other: "has never sent a heartbeat" for other in range(size) if other not in after}
     for other, status in after.items():
@@ -178,7 +179,7 @@ def _key(rank: int) -> str:
 
 
 def _dump_flight_recorder(path: Path) -> None:
-    """NCCL's own record of the last collectives, where it keeps one (TORCH_FR_BUFFER_SIZE)."""
+    """Write NCCL's own record of the last collectives, if it keeps one (TORCH_FR_BUFFER_SIZE)."""
     if dist.is_nccl_available() and dist.is_initialized() and "nccl" in dist.get_backend():
         import torch._C._distributed_c10d as native
 

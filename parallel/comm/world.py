@@ -53,7 +53,7 @@ class World:
         return box[0]
 
     def agree(self, claims: Mapping[str, str]) -> None:
-        """Raise `ConfigError` on every rank where the claims of ranks differ. The message names the minority."""
+        """Raise `ConfigError` on every rank if a claim differs between ranks. The message names the minority."""
         if self.size == 1:
             return
         self.heartbeat.begin("world", "agreement")
@@ -69,7 +69,7 @@ class World:
                 raise ConfigError(what, None, f"{have} {odd}, the other ranks {usual}: start all alike")
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. Waits for all of them."""
+        """Return whether the flag is set on any rank. Waits for all ranks."""
         if self.size == 1:
             return flag
         self.heartbeat.begin("world", "agreement")
@@ -79,8 +79,8 @@ class World:
 
     @contextmanager
     def watch(self, limit_s: float, logs: Path) -> Iterator[None]:
-        """Run the watchdog: report a collective that waits longer than `limit_s` in `logs` and end this rank. Does
-        nothing where the ranks have no store of their own: one process, or a process group made by other code.
+        """Run the watchdog: if a collective waits longer than `limit_s`, report it in `logs` and end this rank. Does
+        nothing if the ranks have no store of their own: one process, or a process group made by other code.
         """
         if self.size == 1 or "MASTER_ADDR" not in os.environ:
             yield
@@ -97,7 +97,7 @@ class World:
 
 
 def connect(timeout: timedelta = timedelta(days=1)) -> World:
-    """Join the run that torchrun's environment describes. Without one, return a world of one process.
+    """Join the run that torchrun's environment variables describe. Without them, return a world of one process.
 
     An existing process group is used as it is. The timeout is long because rank 0 may tokenise for hours; `World.watch`
     finds hangs.
@@ -126,7 +126,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _store(size: int, client: bool = False) -> dist.Store:
-    """torchrun's store under a prefix of this attempt, so that a restart does not read addresses of dead ranks."""
+    """Connect to torchrun's store under a prefix of this attempt: a restart must not read addresses of dead ranks."""
     environment = os.environ
     if not {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= environment.keys():
         raise ConfigError("WORLD_SIZE", size, "is set, but not by torchrun: unset it, or start the ranks with torchrun")

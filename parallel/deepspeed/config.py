@@ -9,7 +9,7 @@ from typing import Any
 from core.errors import ConfigError
 
 VERSION = "0.19.8"
-"""The version that `parallel.zero` is written for. It uses private interfaces."""
+"""The DeepSpeed version that `parallel.deepspeed` is written for, since it uses private interfaces."""
 INSTALL = f"pip install 'leviathan[deepspeed]' (deepspeed=={VERSION})"
 
 
@@ -18,7 +18,8 @@ class Offload(Enum):
 
     none = "none"
     cpu = "cpu"
-    """In host memory, and updated there by PyTorch's fused AdamW: as fast as DeepSpeed's CPUAdam, without a compiler.
+    """In host memory, updated there by PyTorch's fused AdamW, which is as fast as DeepSpeed's CPUAdam and needs no
+    compiler.
     """
     nvme = "nvme"
     """In files below `nvme`, read and written in chunks while the host updates them (`parallel.deepspeed.offload`)."""
@@ -34,14 +35,14 @@ class ParameterOffload(Enum):
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). `stage` 1 shards the optimizer's state over the data-parallel
-    ranks. 2 shards the gradients as well, and reduces them with every micro-batch instead of once a step. 3 shards
-    parameters too, gathers them twice with every micro-batch, and does not support routed experts.
+    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). Stage 1 shards the optimizer's state over the data-parallel
+    ranks. Stage 2 shards the gradients as well, and reduces them with every micro-batch instead of once a step. Stage 3
+    shards parameters too, gathers them twice with every micro-batch, and does not support routed experts.
     """
 
     stage: int = 1
     bucket_size: int = 1 << 24
-    """Elements whose gradients are reduced together, in an fp32 buffer."""
+    """Number of elements whose gradients are reduced together, in an fp32 buffer."""
     offload: Offload = Offload.none
     nvme: str | None = None
     """A directory on a local disk, for offload=nvme."""

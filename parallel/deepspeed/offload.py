@@ -2,8 +2,8 @@
 
 Files are unlinked as soon as they are mapped, so nothing is left behind however the process ends. Their space is
 reserved first, so a full disk is an error at the start and not a signal in the middle of a step. Updated chunks are
-written and leave the process's memory and the page cache. (DeepSpeed's own file interface reports success on a full
-disk, and writes nothing where a size is not a multiple of its block.)
+written, and then dropped from the memory of the process and from the page cache. (DeepSpeed's own file interface
+reports success on a full disk, and writes nothing if a size is not a multiple of its block.)
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch.optim.adamw import adamw
 from core.errors import ConfigError
 
 CHUNK = 1 << 22
-"""Elements that are updated at a time."""
+"""Number of elements that are updated at a time."""
 
 
 def on_host(buffer: Tensor) -> Tensor:
-    """A copy in host memory, pinned where there is a GPU."""
+    """Return a copy in host memory, which is pinned if there is a GPU."""
     return torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=torch.cuda.is_available()).copy_(buffer)
 
 
 class MappedFile:
-    """A flat fp32 tensor backed by a file in `folder`. Raises `ConfigError` where the disk is full."""
+    """A flat fp32 tensor backed by a file in `folder`. Raises `ConfigError` if the disk is full or not writable."""
 
     def __init__(self, folder: Path, elements: int) -> None:
         self.size = max(4 * elements, mmap.PAGESIZE)

@@ -1,9 +1,9 @@
 """ZeRO stages 1 and 2 by DeepSpeed. Only this file and zero3.py import DeepSpeed.
 
-DeepSpeed's engine is not used. Its optimizer wrapper is built once for every process group and number format: dense
-parameters, routers (which stay in fp32), and experts (which have ranks of their own). Gradients are summed in fp32 and
-never averaged. Norm, clipping, learning rates and checkpoints are ours. So nothing in DeepSpeed is global, and a layout
-means the same under both engines.
+`DeepSpeedEngine` is not used. We build one of DeepSpeed's optimizer wrappers for each pair of process group and dtype:
+for dense parameters, for routers (which stay in fp32), and for experts (which have their own process group). Gradients
+are summed in fp32 and never averaged. Norm, clipping, learning rates and checkpoints are ours, so a layout means the
+same under `deepspeed` and `fsdp2`.
 
 A wrapper flattens each parameter group into one buffer and partitions it across ranks. A rank's slice of a parameter is
 a range of its flattened elements, which is at most 2 * dims - 1 blocks of the tensor.
@@ -39,8 +39,8 @@ _GATHERED = tuple(
     for key in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "param_persistence_threshold")
 )
 PASSED_KEYS = {1: _REDUCED, 2: (*_REDUCED, "overlap_comm"), 3: _GATHERED}
-"""Stage -> keys of DeepSpeed's `zero_optimization` that `zero.extra` may set. (Overlap in stage 1 would leave the sums
-to hooks that are removed here; round robin would swap the names of slices.)
+"""Stage -> keys of DeepSpeed's `zero_optimization` that `zero.extra` may set. (`overlap_comm` relies in stage 1 on
+hooks that we remove. `round_robin_gradients` reorders parameters, so slices would get wrong names.)
 """
 
 
@@ -70,10 +70,10 @@ def check(
     if zero.stage == 3:
         _check_stage_3(layout, routed, float8)
     if master is not torch.float32:
-        reason = f"would keep master weights in {str(master).removeprefix('torch.')}, DeepSpeed's are fp32; or {other}"
+        reason = f"DeepSpeed keeps master weights in fp32, not {str(master).removeprefix('torch.')} ({other} can)"
         raise ConfigError("precision", None, reason, ["fp32", "bf16"])
     if layout.reduce_dtype is not Reduce.master:
-        reason = f"DeepSpeed's gradients are summed in fp32; or {other}"
+        reason = f"DeepSpeed sums gradients in fp32 ({other} has other formats)"
         raise ConfigError("parallel.reduce_dtype", layout.reduce_dtype, reason, ["master"])
     if muon:
         reason = f"needs whole matrices, but ZeRO splits them anywhere: optimizer=adamw, or {other}"
@@ -89,7 +89,7 @@ def check(
 def _check_stage_3(layout: Layout, routed: bool, float8: bool) -> None:
     fsdp2, stage = f"parallel.engine={EngineKind.fsdp2.value} shards parameters as well", "parallel.zero.stage"
     if routed:
-        raise ConfigError(stage, 3, f"does not support routed experts; {fsdp2}, of MoE models too", [1, 2])
+        raise ConfigError(stage, 3, f"does not support routed experts; {fsdp2}, those of experts too", [1, 2])
     if layout.compile:
         raise ConfigError("parallel.compile", True, f"is untested with DeepSpeed's stage 3; {fsdp2}", [False])
     if float8:
@@ -167,8 +167,8 @@ OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 class ZeroOptimizer(ABC):
-    """An optimizer whose state, and maybe gradients, DeepSpeed shards. `step` updates what `reduce` has summed;
-    `slices` are this rank's.
+    """An optimizer whose state, and maybe gradients, DeepSpeed shards. `step` applies the
+    gradients that `reduce` has summed. `slices` are those of this rank.
     """
 
     names: Mapping[nn.Parameter, str]
@@ -208,13 +208,13 @@ class ZeroOptimizer(ABC):
             yield from (LocalShard(one.spec, block, part) for block, part in one.of(one.gradients))
 
     def _check_gradients(self, there: Collection[nn.Parameter]) -> None:
-        """A missing gradient would be omitted silently."""
+        """Raise `ValueError` for a parameter without a gradient, which DeepSpeed would silently skip."""
         for parameter, name in self.names.items():
             if parameter not in there:
                 raise ValueError(f"{name} has no gradient")
 
     def _sum_partial(self) -> None:
-        """Sum slices that several ranks have for different tokens."""
+        """Sum slices of gradients that several ranks computed for the same parameter from different tokens."""
         for one in self.slices:
             for axis in one.spec.partial:
                 axis.sum(one.gradients.narrow(0, one.at, one.stop - one.start), "gradients")
@@ -232,7 +232,9 @@ class Zero12(ZeroOptimizer):
         specs: Mapping[str, ShardSpec],
         meshes: Meshes,
     ) -> None:
-        """`groups`: torch's parameter groups, one role each. `make` builds an optimizer of some; `prime` its state."""
+        """`groups`: torch's parameter groups, one role each. `make` builds an optimizer for some of
+        them. `prime` creates its state.
+        """
         self.config, self.meshes, self.names, self.prime = meshes.layout.zero, meshes, names, prime
         self.reduced: set[nn.Parameter] = set()
         join()
@@ -346,7 +348,7 @@ class Zero12(ZeroOptimizer):
 
 
 def blocks(whole: ShardBlock, start: int, stop: int) -> Iterator[ShardBlock]:
-    """Elements [start, stop) of a block, flattened, as blocks of the same tensor in their order."""
+    """Express elements [start, stop) of the flattened block as blocks of the same tensor, in flat order."""
     for offset, shape in _ranges(whole.shape, start, stop):
         yield ShardBlock(tuple(a + b for a, b in zip(whole.offset, offset, strict=True)), shape)
 
@@ -386,18 +388,18 @@ def _imported() -> Any:
 
 
 def join() -> None:
-    """Let DeepSpeed use the existing process group. One process creates one of its own."""
+    """Let DeepSpeed use the existing process group. A single process creates a group."""
     deepspeed = _imported()
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if deepspeed.comm.comm.cdb is None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles collectives of its own
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    deepspeed.comm.comm.cdb.all_gather_function = all_gather_single  # torch warns of the name that it would use
+    deepspeed.comm.comm.cdb.all_gather_function = all_gather_single  # DeepSpeed's own choice makes torch warn
 
 
 def process_group(axis: MeshAxis) -> dist.ProcessGroup:
-    """The group of the ranks that share optimizer state. Only a world of one has none for them."""
+    """Return the group over which optimizer state is partitioned. The axis has none only in a world of one rank."""
     assert axis.group is not None or dist.get_world_size() == 1, f"{axis.name} has no group"
     group = axis.group or dist.group.WORLD
     assert group is not None

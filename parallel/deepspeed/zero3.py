@@ -1,8 +1,8 @@
 """ZeRO stage 3 by DeepSpeed: parameters are sharded as well, and whole only while a module computes with them.
 
 DeepSpeed's hooks gather, prefetch and release what a module needs in forward and backward passes, and collect gradients
-in buckets. The sum over ranks is ours, because DeepSpeed's divides by their number. So is the update, because
-DeepSpeed's computes a norm of its own and silently skips a step whose norm is NaN.
+in buckets. We sum gradients over ranks, because DeepSpeed would divide by their number. We also run the optimizer step,
+because DeepSpeed's computes a norm of its own and silently skips a step whose norm is NaN.
 
 Each parameter's flattened elements are partitioned evenly over the ranks of fsdp, the last partition padded.
 """
@@ -38,7 +38,7 @@ from parallel.sharding import ShardSpec
 
 
 class PartitionedSlice(FlatSlice):
-    """A slice under stage 3, whose wrapper keeps its flat buffers elsewhere."""
+    """A slice under stage 3, where DeepSpeed's wrapper keeps its flat buffers under other names."""
 
     @property
     def parameter(self) -> Tensor:
@@ -51,17 +51,17 @@ class PartitionedSlice(FlatSlice):
 
 
 def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
-    """Partition every parameter of a model on the meta device over the ranks of fsdp. One at a time is whole, without
-    values: the engine sets them.
+    """Partition every parameter of a model on the meta device over the ranks of fsdp. Only one parameter at a time is
+    whole. Parameters have no values yet: the engine sets them.
     """
     join()
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # where torchrun has not set it
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # unless torchrun has set it
     from deepspeed import zero
 
     away = meshes.layout.zero.offload_parameters is ParameterOffload.cpu
     init = zero.Init(
         data_parallel_group=process_group(meshes.fsdp),
-        mem_efficient_linear=False,  # or it replaces F.linear in the whole process
+        mem_efficient_linear=False,  # True replaces F.linear in the whole process
         remote_device="cpu" if away else None,
     )
     number = 0
@@ -70,7 +70,7 @@ def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
             whole: Any = nn.Parameter(torch.empty_like(parameter, device=device))
             setattr(module, key, whole)
             init._convert_to_deepspeed_param(whole)
-            whole.ds_id, number = number, number + 1  # DeepSpeed numbers per process, which may differ between ranks
+            whole.ds_id, number = number, number + 1  # DeepSpeed's own numbers may differ between ranks
             whole.partition()
 
 
@@ -86,7 +86,7 @@ class Zero3(ZeroOptimizer):
         specs: Mapping[str, ShardSpec],
         meshes: Meshes,
     ) -> None:
-        """`groups`: torch's parameter groups, one role each. `make` builds their optimizer; `prime` its state."""
+        """`groups`: torch's parameter groups, one role each. `make` builds their optimizer, and `prime` its state."""
         self.config, self.meshes = meshes.layout.zero, meshes
         self.names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.reduced: set[Any] = set()
@@ -124,16 +124,16 @@ class Zero3(ZeroOptimizer):
             **section,
         )
         for number, module in enumerate(model.modules()):
-            setattr(module, "ds_id", number)  # noqa: B010  as with parameters
+            setattr(module, "ds_id", number)  # noqa: B010  numbered by us, as parameters are
         if isinstance(model.head, TiedHead) and model.embedding is not None:
             zero.register_external_parameter(model.head, model.embedding.weight)
         wrapper._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._sum_and_scatter
-        wrapper.micro_step_id = 1  # add to the buffer, which `step` clears: 0 would overwrite it
+        wrapper.micro_step_id = 1  # add gradients to the buffer, which `step` clears; 0 would overwrite it
         return wrapper
 
     def _attach(self, model: Transformer) -> None:
-        """Keep whole parameters out of the autograd graph. A view that autograd saved, such as every transposed weight,
-        stays alive after DeepSpeed's release. (DeepSpeed itself replaces F.linear in the whole process.)
+        """Keep whole parameters out of the autograd graph. A view saved by autograd, such as every transposed weight,
+        would stay alive after DeepSpeed's release. (DeepSpeed itself replaces F.linear in the whole process.)
         """
         saving = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
@@ -151,7 +151,7 @@ class Zero3(ZeroOptimizer):
         return owner, tensor.size(), tensor.stride(), tensor.storage_offset() - owner.storage_offset()
 
     def _take_over(self, prime: Callable[[torch.optim.Optimizer], None]) -> None:
-        """Give the optimizer its flat buffers, which DeepSpeed hands out one by one, in their final memory."""
+        """Give the optimizer all its flat buffers, in their final memory. DeepSpeed would pass it one at a time."""
         for index, buffer in enumerate(self.wrapper.fp32_partitioned_groups_flat):
             if self.config.offload is Offload.cpu:
                 buffer.data = on_host(buffer.data)
@@ -173,7 +173,7 @@ class Zero3(ZeroOptimizer):
                 at += size
 
     def _sum_and_scatter(self, parameters: Sequence[Any], _: torch.dtype) -> list[Tensor]:
-        """This rank's partitions of a bucket's summed gradients, fp32, in place of DeepSpeed's averages."""
+        """Return this rank's partitions of a bucket's summed gradients, fp32. Replaces DeepSpeed's average."""
         axis, sizes = self.meshes.fsdp, [parameter.partition_numel() for parameter in parameters]
         self.reduced.update(parameters)
         whole = [parameter.grad.flatten().float() for parameter in parameters]
@@ -191,7 +191,7 @@ class Zero3(ZeroOptimizer):
         note(self.meshes.fsdp, "parameters", self.gathered)
         self.wrapper.independent_gradient_partition_epilogue()  # flush the buckets
         self.wrapper.parameter_offload.release_backward_leftovers()
-        parameter_offload.FWD_MODULE_STACK.clear()  # recomputation leaves modules and their tensors in it
+        parameter_offload.FWD_MODULE_STACK.clear()  # recomputation leaves modules, and so their tensors, in it
 
     def reduce(self) -> None:
         self._check_gradients(self.reduced)
@@ -203,7 +203,7 @@ class Zero3(ZeroOptimizer):
         self.wrapper.grad_partitions_flat_buffer.mul_(factor)
 
     def step(self) -> None:
-        groups = {one.group: one for one in self.slices}  # without groups of which there is only padding here
+        groups = {one.group: one for one in self.slices}  # omits groups of which this rank has only padding
         for one in groups.values():
             one.parameter.grad = one.gradients.to(one.parameter.device)
         self.optimizer.step()
@@ -227,12 +227,12 @@ class Zero3(ZeroOptimizer):
 
 
 def _padded_rows(flat: Tensor, count: int, size: int) -> Tensor:
-    """`count` rows of `size` elements, the last ones padded with zeros."""
+    """Return `flat` as `count` rows of `size` elements, padded with zeros at the end."""
     return (F.pad(flat, (0, count * size - len(flat))) if len(flat) < count * size else flat).view(count, size)
 
 
 def _unpack(packed: Any) -> Tensor:
-    """The saved tensor. A parameter has been gathered again by now."""
+    """Return the saved tensor. A parameter has been gathered again by now."""
     if isinstance(packed, Tensor):
         return packed
     owner, size, stride, offset = packed
@@ -240,5 +240,5 @@ def _unpack(packed: Any) -> Tensor:
 
 
 def _bytes(parameters: Any) -> int:
-    """What this rank hands to the all-gather of these."""
+    """Return the number of bytes that this rank hands to the all-gather of these parameters."""
     return sum(parameter.partition_numel() * parameter.element_size() for parameter in parameters)

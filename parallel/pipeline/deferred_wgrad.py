@@ -3,8 +3,8 @@
 The backward of a matrix product computes the gradient of its input at once and defers the product that gives the
 gradient of its weight. The deferred products of one micro-batch are computed when the schedule says so. Nothing else of
 the backward pass is deferred, so a layer with activation checkpointing recomputes once, as in any other schedule.
-(torch.distributed.pipelining by itself cuts the autograd graph in two, which repeats the recomputation for every part:
-eight forward passes of a layer were counted where two are needed.)
+(torch.distributed.pipelining instead splits the backward pass into an input part and a weight part, and each part
+repeats the recomputation.)
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Pipeline parallelism: the layers in stages on different ranks, micro-batches passing through them.
 
 The schedules and their execution are torch.distributed.pipelining's. This file has the split, the shapes that are sent,
-and what each stage needs of a micro-batch beside the hidden states: its `ForwardContext`, which every rank computes
-from the positions. Losses are sums divided by global counts, so gradients are added and never scaled.
+and the `ForwardContext` that a stage needs for a micro-batch besides the hidden states; every rank computes it from the
+positions. Losses are sums divided by global counts, so gradients are added and never scaled.
 
-Shapes: B sequences of a micro-batch, T sequence on this rank (its part under context parallelism; between stages also
-its part under tensor parallelism), D hidden size, V this rank's part of the vocabulary.
+Shapes: B sequences of a micro-batch, T tokens of a sequence on this rank, after the context-parallel split, D hidden
+size, V this rank's part of the vocabulary. Between stages the sequence is also split over tp: T / tp.
 """
 
 from __future__ import annotations
@@ -212,13 +212,15 @@ def forward(
 
 
 def hidden_states(model: Transformer, layout: Layout, size: int, length: int) -> Tensor:
-    """What one stage sends to the next, [B, T / tp, D], on the meta device."""
+    """Return the shape that one stage sends to the next, [B, T / tp, D], as a tensor on the meta device."""
     shape = (size, length // layout.tp, model.config.hidden_size)
     return torch.empty(shape, dtype=model.compute_dtype, device="meta", requires_grad=True)
 
 
 def _neighbours(plan: Stages, stage: int, axis: MeshAxis) -> tuple[int | None, int | None]:
-    """The ranks that a stage receives from and sends to. None for this rank, and at the ends."""
+    """Return the ranks that a stage receives from and sends to. None where the neighbouring stage is on this rank,
+    and at the ends of the pipeline.
+    """
     before = plan.owners[stage - 1] if stage else axis.rank
     after = plan.owners[stage + 1] if stage + 1 < len(plan) else axis.rank
     return (None if before == axis.rank else before), (None if after == axis.rank else after)

@@ -1,7 +1,8 @@
 """Pipeline schedules, and which layers and which rank each stage has.
 
-A pipeline of pp ranks has pp * stages_per_rank stages. Loops give rank r the stages r, r + pp, ...; V-schedules give it
-the stages r and 2 * pp - 1 - r, so that the first and the last stage share a rank. Nothing here needs a process group.
+A pipeline of pp ranks has pp * stages_per_rank stages. Looped schedules give rank r the stages r, r + pp, ...
+V-schedules give it the stages r and 2 * pp - 1 - r, so that the first and the last stage are on the same rank. Nothing
+here needs a process group.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from model.config import ModelConfig
 from model.flops import active_parameters
 
 V_SCHEDULES_SINCE = (2, 13)
-"""The torch version since which V-schedules run on gloo: before, a rank could not send to itself."""
+"""The first torch version in which V-schedules run on gloo. In earlier ones a rank could not send to itself."""
 
 
 class PipelineSchedule(Enum):
     """The order of forward and backward passes, as in torch.distributed.pipelining.
 
-    `gpipe`: all forwards, then all backwards (Huang et al. 2019). `one_f_one_b`: a backward as soon as there is one
-    (Narayanan et al. 2021). `interleaved`: the same with several stages per rank. `interleaved_zero_bubble` and `zbv`:
-    the gradients of weights fill the gaps (Qi et al. 2024). `dualpipev`: forwards and backwards of two directions
-    overlap (DeepSeek-V3's DualPipe, cut in half).
+    `gpipe`: all forward passes, then all backward passes (Huang et al. 2019). `one_f_one_b`: a backward pass as soon as
+    one can run (Narayanan et al. 2021). `interleaved`: the same with several stages per rank. `interleaved_zero_bubble`
+    and `zbv`: computing weight gradients fills the bubbles (Qi et al. 2024). `dualpipev`: forward and backward passes
+    of two directions overlap (DeepSeek-V3's DualPipe, cut in half).
     """
 
     gpipe = "gpipe"
@@ -44,19 +45,19 @@ class PipelineSchedule(Enum):
 
     @property
     def splits_backward(self) -> bool:
-        """Gradients of weights are computed apart from those of activations."""
+        """Whether gradients of weights are computed separately from those of activations."""
         return self.is_v or self is PipelineSchedule.interleaved_zero_bubble
 
     @property
     def in_rounds(self) -> bool:
-        """Micro-batches run in rounds of equal number, of at least pp."""
+        """Whether micro-batches run in rounds of equal size, each of at least pp micro-batches."""
         return not (self.is_single or self.is_v)
 
     def least_micro_batches(self, pp: int, per_rank: int) -> int:
         return pp * per_rank if self.is_v else pp
 
     def accepts(self, micro_batches: int, pp: int, per_rank: int) -> bool:
-        """Whether the schedule can run this number of micro-batches without idling ranks."""
+        """Return whether the schedule can run this number of micro-batches without leaving ranks idle."""
         if micro_batches < self.least_micro_batches(pp, per_rank):
             return False
         return not self.in_rounds or micro_batches % (micro_batches // pp) == 0
@@ -73,17 +74,17 @@ class Stages:
         return len(self.layers)
 
     def of(self, rank: int) -> list[int]:
-        """The stages on this rank of the pp axis, first to last."""
+        """Return the stages on this rank of the pp axis, first to last."""
         return [stage for stage, owner in enumerate(self.owners) if owner == rank]
 
 
 def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: int, given: list[int] | None) -> Stages:
     """Spread the layers over pp * per_rank stages so that the costliest stage costs the least, or put `given` layers
-    on each stage. Raises `ConfigError` where a stage would have none.
+    on each stage. Raises `ConfigError` if a stage would have none.
     """
     count = pp * per_rank
     if count > model.num_layers:
-        least = 1 if schedule is PipelineSchedule.one_f_one_b else 2  # only a pipeline has a schedule
+        least = 1 if schedule is PipelineSchedule.one_f_one_b else 2  # with pp=1 a schedule cannot be set
         legal = list(range(least, model.num_layers // per_rank + 1))
         reason = f"times {per_rank} stages per rank = {count} stages, more than the model's {model.num_layers} layers"
         raise ConfigError("parallel.pp", pp, reason, legal[-4:])
@@ -112,7 +113,9 @@ def layer_costs(model: ModelConfig, seq_len: int = 4096) -> list[float]:
 
 
 def balanced(costs: list[float], parts: int) -> list[int]:
-    """Sizes of consecutive non-empty parts whose costliest is cheapest. Ties go to the most even sizes."""
+    """Return the sizes of consecutive non-empty parts such that the costliest part costs the least. Ties go to
+    the most even sizes.
+    """
     count, totals = len(costs), list(itertools.accumulate(costs, initial=0.0))
     # best[n]: (highest cost, unevenness, sizes) of the first n layers in `part` parts
     best: dict[int, tuple[float, int, list[int]]] = {n: (totals[n], n * n, [n]) for n in range(1, count + 1)}

@@ -31,7 +31,7 @@ CONFIGURATION = {
     "model.router.score=relu": "model.router.score=relu: Invalid value 'relu', expected one of [sigmoid, softmax]",
     "training.micro_batch_size=3": "training.micro_batch_size=3: must divide a rank's 8 sequences; try 1, 2, 4 or 8",
     "phases=[{name: main, steps: 1}]": "phases: names must differ",
-    "model.vocab_size=128": "=128: the tokenizer has 300 ids; the model needs at least as many rows; try 384",
+    "model.vocab_size=128": "=128: the tokenizer has 300 ids, and the model needs at least as many; try 384",
     "training.seq_len=100000": "less than one sequence of 100000 tokens",
     "model.shared_expert_hidden_size=-8": "model.shared_expert_hidden_size=-8: must not be negative",
     "model.rope_theta=0": "model.rope_theta=0.0: must be positive",

@@ -86,7 +86,7 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, kernel, dtype):
 
 def test_unavailable_kernels_are_rejected_with_a_fix(monkeypatch):
     chosen = PrecisionConfig(kernels=KernelKind.triton)
-    with pytest.raises(ConfigError, match=r"precision.kernels=triton: Triton's kernels run on GPUs; try torch"):
+    with pytest.raises(ConfigError, match=r"precision.kernels=triton: Triton's kernels run on GPUs only; try torch"):
         resolve(chosen)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"precision.kernels=triton: Triton is not installed: pip install triton"):

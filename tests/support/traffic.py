@@ -99,7 +99,7 @@ class _Step:
         tokens = self.tokens // layout.tp
         slots = tokens * model.router.top_k * layout.etp
         again, gathered = layout.recompute is Recompute.full, layout.dispatch is DispatchMethod.all_gather
-        # a layer ends with the combine, unless something after it keeps its input
+        # the combine is recomputed only if an operation after it saves tensors for the backward pass
         weighted_here = model.router.weights_on is WeightsOn.output and not gathered
         back_again = again and bool(model.shared_hidden_size or weighted_here)
         if gathered:
@@ -138,7 +138,7 @@ class _Step:
                 yield ("dp_replicate", "gradients"), stages * master * elements
 
     def once(self) -> Entries:
-        """Once per step, all ranks together."""
+        """Yield what all ranks together send once per step, besides Muon's matrices."""
         world = self.layout.world_size
         yield ("world", "loss"), world * (8 + 8)  # the number of labels, the loss
         yield ("world", "norm"), world * 8

@@ -1,4 +1,4 @@
-"""Warnings about a filter's figures: one sentence each, with the numbers and what to do."""
+"""Warn about the statistics of a filter run, in one sentence each, with the numbers and what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from data.filter.input.records import Reason
 
 SHIFT = 1.5
-"""Factor by which a domain's share of the tokens may change."""
+"""Factor by which a domain's fraction of the tokens may change without a warning."""
 ALIKE = 0.7
 """Rank correlation of score and length above which a scorer mostly measures length."""
 UNSCORED = 0.01
@@ -18,13 +18,13 @@ _ENOUGH = 50  # records in the sample below which a correlation with length is n
 
 
 def warnings(audit: dict[str, Any]) -> list[dict[str, str]]:
-    """Warnings in order of severity. `kind` is for programs, `text` for people; `kind` is the name of the check."""
+    """Return warnings in order of severity: `kind`, the name of the check, for programs, and `text` for people."""
     checks = (malformed, unscored, constant_scores, off_target, length, mix, one_document)
     return [{"kind": check.__name__, "text": text} for check in checks for text in check(audit)]
 
 
 def summary(audit: dict[str, Any]) -> str:
-    """One line: how many records are kept, and why the others are dropped."""
+    """Return one line: how many records are kept, and why the others are dropped."""
     whole, kept = (audit["totals"][name]["documents"] for name in ("in", "kept"))
     dropped = {Reason[name]: size["documents"] for name, size in audit["reasons"].items() if not Reason[name].kept}
     why = ", ".join(f"{count:,} {reason.label}" for reason, count in dropped.items() if count)
@@ -32,7 +32,7 @@ def summary(audit: dict[str, Any]) -> str:
 
 
 def named(domain: str) -> str:
-    """The domain for people. Unreadable records have none."""
+    """Return the domain's name for people. Unreadable records have no domain."""
     return domain or "(no domain)"
 
 
@@ -52,7 +52,7 @@ def unscored(audit: dict[str, Any]) -> Iterator[str]:
 def constant_scores(audit: dict[str, Any]) -> Iterator[str]:
     found = [name for name, domain in audit["domains"].items() if domain["constant"] and domain["scored"] > 1]
     if found:
-        yield f"All scores are equal, so the choice is random in {_list(map(named, found))}."
+        yield f"All scores are equal, so the selection is random, in {_list(map(named, found))}."
 
 
 def off_target(audit: dict[str, Any]) -> Iterator[str]:
@@ -67,11 +67,11 @@ def off_target(audit: dict[str, Any]) -> Iterator[str]:
             found.append((abs(over), f"{named(name)} {kept / whole:.1%} instead of {domain['target']:.1%}"))
     if found:
         listed = _list(text for _, text in sorted(found, reverse=True))
-        yield f"The kept share of the {unit} is off the target: {listed}."
+        yield f"The kept fraction of {unit} is off the target: {listed}."
 
 
 def length(audit: dict[str, Any]) -> Iterator[str]:
-    """For the scored part, and for the whole record where its length differs."""
+    """Compare scores with the length of the scored part, and of the whole record if that is another length."""
     scored, whole = audit["length"], audit["whole_length"]
     yield from _length_of("length", scored)
     if any(whole[key] != scored[key] for key in whole):
@@ -104,13 +104,13 @@ def mix(audit: dict[str, Any]) -> Iterator[str]:
             found.append((-max(before, after), f"{named(name)} {before:.1%} before, {after:.1%} after"))
     if found:
         listed = _list(text for _, text in sorted(found))
-        yield f"Shares of the tokens changed by a factor above {SHIFT}: {listed}. Source weights can restore the mix."
+        yield f"Fractions of tokens changed by a factor above {SHIFT}: {listed}. Source weights can restore the mix."
 
 
 def one_document(audit: dict[str, Any]) -> Iterator[str]:
     found = [named(name) for name, domain in audit["domains"].items() if domain["competed"]["documents"] == 1]
     if found:
-        yield f"A single document competed, without others to compare, in {_list(found)}."
+        yield f"Only one document competed, so it was compared with no other, in {_list(found)}."
 
 
 def _alike(correlation: float | None) -> bool:

@@ -1,4 +1,4 @@
-"""The files of a filter run: `scores.parquet`, `kept.jsonl` and the audit. Each is complete or absent."""
+"""Write the files of a filter run: `scores.parquet`, `kept.jsonl` and the audit. Each is complete or absent."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.js
 
 
 def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> dict[str, Any]:
-    """Write audit.json and audit.html and return the figures. `what` names the input for people; `command` repeats the
-    filter.
+    """Write audit.json and audit.html, and return the statistics. `what` names the input for people; `command` repeats
+    the filter.
     """
     audit = audit_of(done, what)
     write_audit(audit, directory, command)
@@ -30,7 +30,7 @@ def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") 
 
 
 def write_audit(audit: dict[str, Any], directory: Path, command: str) -> None:
-    """Raises `DataError` where the disk is full."""
+    """Write audit.json and audit.html. Raises `DataError` if they cannot be written, as on a full disk."""
     with writing(directory / AUDIT_JSON):
         write_json(directory / AUDIT_JSON, audit)
     page = audit_page(audit, draw(audit), draw(audit, dark=True), str(directory), command)
@@ -39,14 +39,14 @@ def write_audit(audit: dict[str, Any], directory: Path, command: str) -> None:
 
 
 def keep_audit(source: Path, directory: Path, *others: str) -> None:
-    """Copy the audit, and `others` of the filter's files, from `source`, where it has them."""
+    """Copy the files of the audit, and the `others`, from `source` if they exist there."""
     for name in (AUDIT_JSON, AUDIT_PAGE, *others):
         if (source / name).exists():
             write_bytes(directory / name, (source / name).read_bytes())
 
 
 def audit_of(done: Filter, what: str) -> dict[str, Any]:
-    """Compute the figures. Raises `DataError` where the records read and the records decided do not add up."""
+    """Compute the statistics. Raises `DataError` if the numbers of records read and of records decided differ."""
     thresholds = done.decided.read_json(THRESHOLDS)
     documents = sum(done.records.shards.values())
     audit = Audit(done.rules, done.job.scorer, thresholds, what, documents, done.tokens)
@@ -56,8 +56,8 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
-    """Yield for each shard the columns id, source, domain, score, length (bytes of text), scored_bytes (of the answer,
-    if there is one), tokens, tie, kept, reason, bucket, detail, why (there is no score), and the scores of an
+    """Yield for each shard the columns id, source, domain, score, length (bytes of text), scored_bytes (bytes of the
+    answer, if there is one), tokens, tie, kept, reason, bucket, detail, why (a score is missing), and the scores of an
     ensemble's members ("score:NAME").
     """
     import pyarrow

@@ -1,4 +1,4 @@
-"""The audit as one HTML page, rendered from its figures. The template escapes all data."""
+"""Render an audit as one HTML page. The template escapes all data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data.filter.audit.plots import thresholds
 from data.filter.input.records import Reason
 
 _ROWS = 40
-"""Domains in a table; audit.json has all."""
+"""Domains shown in a table; audit.json has all."""
 _SHARES = ("share_before", "share_after")
 _MEANING = {
     "hard": "A high score means hard; low scores are dropped.",
@@ -28,7 +28,7 @@ _MEANING = {
 def audit_page(
     audit: dict[str, Any], light: dict[str, bytes], dark: dict[str, bytes], directory: str, command: str
 ) -> str:
-    """Render the page. `light` and `dark` are the pictures for either colour scheme."""
+    """Render the page. `light` and `dark` are the plots for either colour scheme."""
     totals, domains = audit["totals"], audit["domains"]
     whole, kept, competed = (totals[name] for name in ("in", "kept", "competed"))
     reasons = [(Reason[name], size, _ratio(size["tokens"], whole["tokens"])) for name, size in audit["reasons"].items()]
@@ -69,7 +69,7 @@ def audit_page(
 
 
 def _groups(random: dict[str, Any], by_size: list[str]) -> list[tuple[str, float | None]]:
-    """The kept share of the largest domains and of the length quarters."""
+    """Return the kept fraction of the largest domains and of the quarters by length."""
     largest = [name for name in by_size if name in random["domains"]][:_ROWS]
     groups = [(named(name), random["domains"][name]) for name in largest] if len(largest) > 1 else []
     return groups + [(f"{q['from_bytes']:,} to {q['to_bytes']:,} scored bytes", q["kept"]) for q in random["lengths"]]
@@ -77,7 +77,7 @@ def _groups(random: dict[str, Any], by_size: list[str]) -> list[tuple[str, float
 
 @cache
 def _template() -> tuple[Any, str]:
-    """The compiled template and the style sheet."""
+    """Return the compiled template and the style sheet."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -100,7 +100,7 @@ def _template() -> tuple[Any, str]:
 
 
 def _visible(text: str) -> str:
-    """Replace characters that are invisible or change the direction of text by a mark. Markup is left as it is."""
+    """Replace characters that are invisible or change the direction of text by U+FFFD. Markup is left as it is."""
     if isinstance(text, Markup):
         return text
     return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

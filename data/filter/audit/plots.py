@@ -1,8 +1,8 @@
-"""The pictures of an audit as PNG: histograms of scores, and score against length.
+"""Draw the plots of an audit as PNG: histograms of scores, and score against length.
 
-The background is transparent; the ink suits a light or a dark page. Kept is blue and dropped is orange (Okabe and Ito's
-palette: distinct with any colour vision and in brightness). No name from the data is drawn, because a font may lack its
-letters; the page shows the names.
+The background is transparent; the ink suits a light or a dark page. Kept records are blue, dropped ones orange (Okabe
+and Ito's palette: distinct with any colour vision and in brightness). No name from the data is drawn, because a font
+may lack its letters; the page shows the names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _WIDE_INCHES, _NARROW_INCHES = (9.6, 3.4), (5.6, 2.7)
 
 
 def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
-    """Name -> PNG: `scores` of all, `scores_N` of the N-th shown domain where there are several, `length`."""
+    """Return PNG files by name: `scores` of all records, `scores_N` of the N-th shown domain if there are several, and
+    `length`.
+    """
     ink, scores = (_DARK if dark else _LIGHT), audit["scores"]
     edges, domains = scores["edges"], scores["domains"]
     pictures: dict[str, bytes] = {}
@@ -40,7 +42,7 @@ def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
 
 
 def thresholds(audit: dict[str, Any], domain: str | None) -> list[float]:
-    """The lowest kept scores of a domain, one per length bucket that keeps any."""
+    """Return the lowest kept scores of a domain, one for each length bucket that keeps a record."""
     buckets = audit["thresholds"].get("domains", {}).get(domain, {}).get("buckets", [])
     return sorted(bucket["score"] for bucket in buckets if bucket["score"] is not None)
 
@@ -52,7 +54,7 @@ def picture(
     panels: int = 1,
     transparent: bool = True,
 ) -> bytes:
-    """A PNG. `drawing` receives the axes, or a list of them if `panels` is more than one."""
+    """Return a PNG. `drawing` receives the axes, or a list of axes if `panels` is more than one."""
     with figure(*size, columns=panels, ink=ink) as (made, axes):
         drawing(axes[0] if panels == 1 else axes)
         return png(made, transparent=transparent)
@@ -65,7 +67,7 @@ def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float
     axes.stairs(kept, edges, fill=True, color=KEPT, label="kept")
     axes.stairs(documents, edges, baseline=kept, fill=True, color=DROPPED, label="dropped")
     shown = [limit for limit in limits if edges[0] <= limit <= edges[-1]]
-    if shown:  # marks above the bars: up to 64 lines would hide them
+    if shown:  # marks above the bars, because up to 64 lines would hide the bars
         ink, what = axes.xaxis.label.get_color(), "threshold" if len(shown) == 1 else "thresholds by length"
         style: dict[str, Any] = {"color": ink, "markersize": 5, "clip_on": False, "label": what}
         axes.plot(shown, [1.0] * len(shown), "v", transform=axes.get_xaxis_transform(), **style)
@@ -79,7 +81,7 @@ def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float
 
 
 def _score_by_length(figures: dict[str, Any], panels: Any) -> None:
-    """Two maps: the number of records, and the share of them that was kept."""
+    """Draw two heat maps: the number of records, and the fraction of them that was kept."""
     from matplotlib import colormaps
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.ticker import EngFormatter, NullFormatter
@@ -91,7 +93,7 @@ def _score_by_length(figures: dict[str, Any], panels: Any) -> None:
     sides = LinearSegmentedColormap.from_list("sides", [DROPPED, "#b9b9b9", KEPT])
     maps: list[tuple[Any, Any, dict[str, Any], str]] = [
         (present, middle, {"norm": LogNorm(1, max(2, documents.max()))}, "records in the sample"),
-        (kept / present, sides, {"vmin": 0, "vmax": 1}, "share kept"),
+        (kept / present, sides, {"vmin": 0, "vmax": 1}, "fraction kept"),
     ]
     for axes, (values, colours, scale, label) in zip(panels, maps, strict=True):
         image = axes.pcolormesh(figures["bytes_edges"], figures["score_edges"], values, cmap=colours, **scale)

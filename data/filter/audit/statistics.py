@@ -41,12 +41,12 @@ SHOWN_DOMAINS = 12
 OTHER = "score:"
 """Prefix of the columns with the scores of other scorers."""
 COMPETED = (Reason.hard, Reason.revived, Reason.protected, Reason.easy, Reason.noise, Reason.unscored)
-"""Reasons of records that passed the gates; `keep` is a share of these."""
+"""Reasons of records that passed the screen; `keep` is a fraction of these records."""
 
 _SAMPLE, _SIDE, _EXAMPLES, _CHARACTERS = 50_000, 10, 5, 300
 _BINS, _LENGTH_BINS, _SCORE_BINS = 40, 28, 24
 _FEW = 30  # records in a length bucket below which a correlation is meaningless
-_OUTER = 0.0005  # share of scores at either end beyond the axes of the pictures
+_OUTER = 0.0005  # fraction of scores at either end that lies beyond the axes of the plots
 _AT_RANDOM = (("tie", "ascending"), ("id", "ascending"), ("source", "ascending"))
 _SIZES = {"documents": "sum", "tokens": "sum", "bytes": "sum"}
 _COLUMNS = {
@@ -56,12 +56,12 @@ _COLUMNS = {
 }
 
 TextOf = Callable[[str, int], str]
-"""Returns a record's text by shard and row; empty where it has none."""
+"""Returns the text of a record, given its shard and row; empty if it has none."""
 Row = dict[str, Any]
 
 
 class Audit:
-    """Takes every shard once (`add`), then returns the figures (`finish`)."""
+    """Take every shard once (`add`), then return the statistics (`finish`)."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Audit:
         self._examples: Any = None
 
     def add(self, shard: str, table: Any) -> None:
-        """Add one shard of the selection, a `pyarrow.Table`. Raises `DataError` where it is inconsistent."""
+        """Add one shard of the selection, a `pyarrow.Table`. Raises `DataError` if the shard is inconsistent."""
         from pyarrow import compute
 
         pairs = zip(table["reason"].to_pylist(), table["kept"].to_pylist(), strict=True)
@@ -106,7 +106,7 @@ class Audit:
         self._edges = _joined(self._edges, by_score.append_column("inward", [inward]), groups, order, _SIDE)
 
     def finish(self, text_of: TextOf) -> dict[str, Any]:
-        """Return the figures, ready for JSON. Raises `DataError` where they do not add up to the input."""
+        """Return the statistics, ready for JSON. Raises `DataError` if they do not add up to the input."""
         rows = self._counts.table().to_pylist()
         totals = _totals(rows)
         total, competed, kept = totals["in"], totals["competed"], totals["kept"]
@@ -160,7 +160,7 @@ class Audit:
         }
 
     def _against_random(self, domains: dict[str, Any], competed: dict[str, int], kept: dict[str, int]) -> Row:
-        """The kept share of each group. Random dropping at the same rate would keep `rate` of each."""
+        """Return the kept fraction of each group. Random dropping at the same rate would keep `rate` of every group."""
         unit = self.rules.unit.name
         return {
             "unit": unit,
@@ -175,12 +175,12 @@ class Audit:
         }
 
     def _records(self, shown: list[str], text_of: TextOf) -> dict[str, Any]:
-        """Samples on either side of the thresholds, and examples of every reason, with their texts."""
+        """Return samples on either side of the thresholds, and examples of every reason, with their texts."""
         samples = {name: self._beside_threshold(name) for name in shown}
         examples = _grouped(self._examples.to_pylist(), "reason")
         examples = {reason.name: examples[reason.name] for reason in Reason if reason.name in examples}
         lists = [rows for sides in samples.values() for rows in sides.values()] + list(examples.values())
-        # sorted by shard, so that each is read once
+        # sorted by shard, so that each shard is read once
         places = sorted({(row["shard"], row["row"]) for rows in lists for row in rows})
         texts = {place: _beginning(text_of(*place)) for place in places}
         for rows in lists:
@@ -188,7 +188,7 @@ class Audit:
         return {"samples": samples, "examples": examples}
 
     def _beside_threshold(self, domain: str) -> dict[str, list[Row]]:
-        """The records of a domain whose scores are closest to the threshold of their bucket, kept and dropped."""
+        """Return the records of a domain with scores closest to the threshold of their bucket, kept and dropped."""
         from pyarrow import compute
 
         rows = self._edges.filter(compute.equal(self._edges["domain"], domain)).to_pylist()
@@ -196,7 +196,7 @@ class Audit:
         for bucket, found in _grouped(rows, "bucket").items():
             place = max(bucket, 0)
             threshold = given[place]["score"] if place < len(given) else None
-            if threshold is None:  # not known: the lowest kept score
+            if threshold is None:  # unknown: use the lowest kept score
                 threshold = min((row["score"] for row in found if row["kept"]), default=None)
             for row in found:
                 row["threshold"] = threshold
@@ -207,7 +207,7 @@ class Audit:
 
 
 def _prepared(shard: str, table: Any) -> Any:
-    """The columns of a shard with their types, and derived ones. A missing score is null, not NaN."""
+    """Cast the columns of a shard to their types and add derived ones. A missing score is null, not NaN."""
     import pyarrow
     from pyarrow import compute
 
@@ -279,7 +279,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def _histograms(table: Any, shown: list[str]) -> dict[str, Any]:
-    """Documents by score, and the kept ones among them, overall and for the shown domains, with common edges."""
+    """Count documents and kept documents by score, overall and for the shown domains, with common bin edges."""
     if not len(table):
         return {"edges": [], "overall": None, "domains": {}}
     domain, (kept, values, documents) = np.asarray(table["domain"]), _of_scores(table)
@@ -302,7 +302,7 @@ def _histograms(table: Any, shown: list[str]) -> dict[str, Any]:
 
 
 def _of_scores(table: Any) -> tuple[Any, Floats, Integers]:
-    """Whether kept, score and documents of each row of the tally of scores."""
+    """Return, for each row of the tally of scores, whether it was kept, its score and its number of documents."""
     return np.asarray(table["kept"]), value_of(table["score_key"].to_numpy()), table["documents"].to_numpy()
 
 
@@ -315,7 +315,7 @@ def _score_edges(values: Floats, weights: Integers, bins: int) -> Floats:
 
 
 def _mean_scores(table: Any) -> dict[str, float | None]:
-    """Of all records that competed, which random dropping would preserve, and of the kept ones."""
+    """Return the mean score of all records that competed, which random dropping would preserve, and of those kept."""
     kept, values, documents = _of_scores(table)
 
     def mean(mask: Any) -> float | None:
@@ -326,7 +326,7 @@ def _mean_scores(table: Any) -> dict[str, float | None]:
 
 
 def _length_quarters(table: Any, unit: str) -> list[dict[str, Any]]:
-    """Quarters of the competing documents by length in scored bytes, with the kept share of each."""
+    """Divide the competing documents into quarters by length in scored bytes. Return the kept fraction of each."""
     if not len(table):
         return []
     length, documents = value_of(table["length_key"].to_numpy()), table["documents"].to_numpy()
@@ -345,7 +345,7 @@ def _length_quarters(table: Any, unit: str) -> list[dict[str, Any]]:
 
 
 def _length_figures(sample: Any, column: str) -> dict[str, Any]:
-    """Rank correlation of score and length in the sample, overall and inside the length buckets."""
+    """Compute the rank correlation of score and length in the sample, overall and inside the length buckets."""
     score, length = sample["score"].to_numpy(), sample[column].to_numpy().astype(np.float64)
     domain, bucket = np.asarray(sample["domain"]).astype(str), sample["bucket"].to_numpy()
 
@@ -367,7 +367,7 @@ def _length_figures(sample: Any, column: str) -> dict[str, Any]:
 
 
 def _score_by_length(sample: Any) -> dict[str, Any] | None:
-    """Records and kept records of the sample, [score, length]; equal steps of the length's logarithm."""
+    """Count records and kept records of the sample, [score, length], in equal steps of the logarithm of the length."""
     if not len(sample):
         return None
     score, length = sample["score"].to_numpy(), sample["scored_bytes"].to_numpy().astype(np.float64)
@@ -390,7 +390,7 @@ def _score_by_length(sample: Any) -> dict[str, Any] | None:
 
 
 def _agreement(sample: Any, name: str) -> list[dict[str, Any]]:
-    """Rank correlation of every two scorers, over the records that both have scored."""
+    """Compute the rank correlation of every pair of scorers over the records that both have scored."""
     if not len(sample):
         return []
     scores = {name: sample["score"].to_numpy()}
@@ -404,7 +404,7 @@ def _agreement(sample: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _beginning(text: str) -> str:
-    """The first characters, with lone surrogates replaced, since they cannot be written to a file."""
+    """Return the first characters, with lone surrogates replaced, since these cannot be written to a file."""
     return text[:_CHARACTERS].encode("utf-8", "replace").decode()
 
 

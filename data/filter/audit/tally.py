@@ -1,6 +1,6 @@
-"""Figures over more records than fit in memory: sums and samples, gathered shard by shard.
+"""Compute sums and samples of more records than fit in memory, shard by shard.
 
-Results do not depend on the order of the shards: integers are summed, and samples are the first records by a total
+Results do not depend on the order of the shards: integers are summed, and samples are the first records in a total
 order.
 """
 
@@ -16,12 +16,12 @@ Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _FRACTION_BITS = 15
-"""Bits kept of a number's binary fraction: a relative precision of 3e-5, and exact integers up to 65,536."""
+"""Bits kept of a number's mantissa: a relative precision of 3e-5, and exact integers up to 65,536."""
 _SHIFT = 23 - _FRACTION_BITS
 
 
 class Tally:
-    """Sums, minima and maxima by key. Memory grows with the number of distinct keys only."""
+    """Accumulate sums, minima and maxima by key. Memory grows with the number of distinct keys only."""
 
     def __init__(self, keys: Sequence[str], values: dict[str, str]) -> None:
         """`values`: column -> "sum", "min" or "max"."""
@@ -44,8 +44,8 @@ class Tally:
 
 
 def first_of_each(table: Any, groups: Sequence[str], order: Sequence[tuple[str, str]], count: int) -> Any:
-    """The first `count` rows of every group by `order`, columns with "ascending" or "descending". Sorted by group;
-    without `groups` all rows are one group.
+    """Return the first `count` rows of every group by `order`: columns with "ascending" or "descending". The result is
+    sorted by group; without `groups` all rows are one group.
     """
     import pyarrow
     from pyarrow import compute
@@ -64,7 +64,7 @@ def first_of_each(table: Any, groups: Sequence[str], order: Sequence[tuple[str, 
 
 
 def key_of(values: Floats) -> Integers:
-    """Quantise numbers to integer keys that sort alike. NaN is not allowed."""
+    """Quantise numbers to integer keys that sort in the same order. NaN is not allowed."""
     largest = np.finfo(np.float32).max
     bits = np.clip(values + 0.0, -largest, largest).astype(np.float32).view(np.int32).astype(np.int64)
     size = (bits & 0x7FFFFFFF) >> _SHIFT
@@ -72,29 +72,29 @@ def key_of(values: Floats) -> Integers:
 
 
 def value_of(keys: Integers) -> Floats:
-    """The number of smallest size with this key."""
+    """Return, for each key, the number of smallest magnitude that has this key."""
     size = (np.abs(keys) << _SHIFT).astype(np.int32).view(np.float32).astype(np.float64)
     return np.where(keys < 0, -size, size)
 
 
 def quantile(values: Floats, weights: Integers, share: float) -> float:
-    """The smallest of the sorted `values` at which the cumulative weight reaches `share` of the total."""
+    """Return the smallest of the sorted `values` at which the cumulative weight reaches `share` of the total."""
     reached = np.searchsorted(np.cumsum(weights), share * weights.sum(), "left")
     return float(values[min(int(reached), len(values) - 1)])
 
 
 def counts(values: Floats, weights: Integers, edges: Floats) -> Integers:
-    """A histogram of integer weights. Values beyond the edges count in the outermost bins."""
+    """Return a histogram of integer weights. Values beyond the edges count in the outermost bins."""
     return np.bincount(bin_of(values, edges), weights, len(edges) - 1).astype(np.int64)
 
 
 def bin_of(values: Floats, edges: Floats) -> Integers:
-    """The bin of each value; the outermost bins are unbounded."""
+    """Return the bin of each value; the outermost bins are unbounded."""
     return np.clip(np.searchsorted(edges, values, "right") - 1, 0, len(edges) - 2)
 
 
 def spearman(first: Floats, second: Floats) -> float | None:
-    """Rank correlation, ties at their mean rank (Spearman 1904); None where either is constant."""
+    """Compute the rank correlation, with ties at their mean rank (Spearman 1904); None if either is constant."""
     if len(first) < 2:
         return None
     a, b = (_centred_ranks(values) for values in (first, second))
@@ -109,5 +109,5 @@ def _centred_ranks(values: Floats) -> Floats:
 
 
 def rounded(value: float | None) -> float | None:
-    """Six digits, which do not depend on a machine's order of summation; None for NaN and infinities."""
+    """Round to six digits, which do not depend on a machine's order of summation; None for NaN and infinities."""
     return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")

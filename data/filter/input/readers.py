@@ -1,6 +1,6 @@
 """Read records from files or data sets: plain text, prompts with responses, or chats.
 
-An input is cut into parts. One process reads a part from begin to end: a file, or a whole data set.
+An input is divided into parts: files, or one whole data set. A part is read from beginning to end by one process.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ ASSISTANT = "assistant"
 RECORD_KEYS = ("text_key", "prompt_key", "response_key", "messages_key", "id_key", "domain_key", "template")
 """Settings of an input that decide what a record is."""
 _SHOWN = 200
-"""Characters of the reason why a record is malformed: it may quote anything."""
+"""Maximum length in characters of the reason why a record is malformed, which may quote the record."""
 _SHOWN_KEYS = 10
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """A record is made of `messages_key`, or `prompt_key` with `response_key`, or `text_key`."""
+    """A record is made from `messages_key`, or from `prompt_key` and `response_key`, or from `text_key`."""
 
     input: str | None = None
     """A file, a folder or a glob pattern of jsonl (also .gz, .zst), parquet or text files."""
     dataset: str | None = None
-    """Instead: a name or folder for the `datasets` library."""
+    """Instead of `input`: a name or folder for the `datasets` library."""
     subset: str | None = None
     split: str = "train"
     text_key: str = "text"
@@ -54,11 +54,11 @@ class InputConfig:
     messages_key: str | None = None
     """A list of {"role", "content"}. The last message of the assistant is the response."""
     id_key: str | None = None
-    """null: the id is file and line."""
+    """Column with the id; null: the id is file and line."""
     domain_key: str | None = None
-    """null: one domain."""
+    """Column with the domain; null: all records are of one domain."""
     template: str = "{prompt}\n\n{response}"
-    """How prompt and response become one text."""
+    """How prompt and response are joined to one text."""
 
     def __post_init__(self) -> None:
         if (self.input is None) == (self.dataset is None):
@@ -66,7 +66,7 @@ class InputConfig:
         if (self.prompt_key is None) != (self.response_key is None):
             raise ConfigError("response_key", self.response_key, "prompt_key and response_key go together")
         if self.prompt_key and self.messages_key:
-            raise ConfigError("messages_key", self.messages_key, "give it, or prompt_key and response_key")
+            raise ConfigError("messages_key", self.messages_key, "set it, or prompt_key and response_key, but not both")
         before, found, after = self.template.partition("{response}")
         if not found or "{prompt}" not in before or "{" in after:
             raise ConfigError("template", self.template, "needs {prompt} and, after it, {response}")
@@ -89,7 +89,7 @@ class MalformedRecord:
 
 
 class InputPart(Protocol):
-    """The input of one process. `fingerprint` (of the content) or `keys` change whenever its records could."""
+    """The input of one process. `fingerprint` (of the content) or `keys` change whenever the records could."""
 
     @property
     def name(self) -> str: ...
@@ -99,7 +99,7 @@ class InputPart(Protocol):
 
     @property
     def keys(self) -> dict[str, str | None]:
-        """Settings that decide what a record is, by name, so that a message can say which one changed."""
+        """Settings that decide what a record is, by name, so that a message can name the one that changed."""
         ...
 
     def records(self) -> Iterator[Record | MalformedRecord]: ...
@@ -151,7 +151,7 @@ def _record(config: InputConfig, row: Any, place: str, line: str | None) -> Reco
     domain = "all" if config.domain_key is None else str(_get(row, config.domain_key, str, int))
     try:
         "".join((name, domain, text)).encode()
-    except UnicodeEncodeError:  # JSON may escape one half of a surrogate pair: no encoding has bytes for it
+    except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which UTF-8 cannot encode
         raise ValueError("holds half of a surrogate pair, which is not text") from None
     return Record(name, domain, place, text, answer_start, _line(row, place) if line is None else line)
 
@@ -203,8 +203,8 @@ def _for_json(value: Any) -> Any:
 
 
 def _chat(messages: list[Any]) -> tuple[str, int]:
-    """Join all messages, each under its role, up to the last of the assistant, which is the response; return its start
-    too. Roles alone are not a prompt: then the text is the response.
+    """Join the messages, each under its role, up to the last one of the assistant, which is the response. Return the
+    text and the start of the response. If all messages before are empty, the text is the response alone.
     """
     text, answer_start, end, said, has_prompt = "", None, 0, False, False
     for message in messages:

@@ -27,17 +27,17 @@ class Record:
 
     @property
     def answer(self) -> str:
-        """The response, or a whole plain document."""
+        """The response, or the whole text of a plain document."""
         return self.text[self.answer_start or 0 :]
 
     @property
     def content(self) -> str:
-        """The hash of what a scorer may depend on."""
+        """A hash of everything on which a score may depend."""
         return sha256_text(self.text, str(self.answer_start))
 
 
 class Reason(Enum):
-    """Why a record is kept or dropped, with the text that people read. Each record has exactly one reason."""
+    """Why a record is kept or dropped, with a description for people. Each record has exactly one reason."""
 
     hard = "kept for its score"
     revived = "below the threshold, kept at random"
@@ -47,8 +47,8 @@ class Reason(Enum):
     unscored = "no finite score"
     malformed = "unreadable"
     empty = "no text"
-    duplicate = "copy of another record"
-    near_duplicate = "near copy of another record"
+    duplicate = "same text as another record"
+    near_duplicate = "nearly the same text as another record"
     contaminated = "overlaps an evaluation set"
     non_text = "not text"
     repetitive = "repeats itself"
@@ -62,7 +62,7 @@ class Reason(Enum):
         return self.name.replace("_", " ")
 
     def describe(self, detail: str | None) -> str:
-        """The name with its detail: the original of a copy, the evaluation set, or the parse error."""
+        """Return the name with the detail: the original of a duplicate, the evaluation set, or the parse error."""
         joint = {Reason.duplicate: " of ", Reason.near_duplicate: " of ", Reason.contaminated: " by "}.get(self, ": ")
         return self.name if detail is None else f"{self.name}{joint}{detail}"
 

@@ -1,1 +1,1 @@
-"""Scorers: difficulty of a record by n-grams, model losses, an LLM judge or pass rates."""
+"""Scorers, which measure the difficulty of a record by n-grams, model losses, an LLM judge or pass rates."""

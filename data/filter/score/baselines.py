@@ -14,7 +14,7 @@ from data.sampling import key_of
 
 
 class RandomScorer(Scorer):
-    """A random number in [0, 1) for each text. It depends on the seed and the text, not on the record's id or place."""
+    """Score a text with a random number in [0, 1) that depends on the seed and the text, not on the id or position."""
 
     direction = Direction.hard
     name = "random"
@@ -30,8 +30,8 @@ class RandomScorer(Scorer):
 
 
 class LengthScorer(Scorer):
-    """Bytes of the answer. Long answers are harder in most data sets, so a scorer that grows with length looks good
-    until records of one length are compared.
+    """Score by the bytes of the answer. Long answers are harder in most data sets, so a score that grows with length
+    looks good until records of the same length are compared.
     """
 
     direction = Direction.hard

@@ -1,7 +1,7 @@
 """A client for a model behind an OpenAI-compatible endpoint.
 
-A failure concerns one record (`UnusableAnswer`), the endpoint for now (retried, then `RetriesExhausted`), or the
-configuration (`LeviathanError`, which no retry would fix).
+A failure concerns one record (`UnusableAnswer`), the endpoint at that time (the request is retried, then
+`RetriesExhausted`), or the configuration (`LeviathanError`, which no retry would fix).
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class Endpoint:
         self._client = httpx.Client(headers=headers, timeout=timeout_s, limits=limits)
 
     def complete(self, content: str, **options: Any) -> str:
-        """Return the model's answer to one user message. `options` go into the request (`temperature`, `seed`).
+        """Return the model's answer to one user message. `options` are added to the request (`temperature`, `seed`).
 
-        Raises `UnusableAnswer`, `RetriesExhausted`, or `LeviathanError` where the key or the model is rejected.
+        Raises `UnusableAnswer`, `RetriesExhausted`, or `LeviathanError` if the key or the model is rejected.
         """
         messages = [{"role": "user", "content": content}]
         body = json.dumps({"model": self.model, "messages": messages, **options}).encode()
@@ -93,7 +93,7 @@ class Endpoint:
         raise RetriesExhausted(f"{failure}, {self.retries + 1} attempts")
 
     def _post(self, body: bytes) -> tuple[httpx.Response, bytes]:
-        """Return response and content. httpx limits each read; the deadline is for a server that sends slowly."""
+        """Return response and content. httpx only limits each read; the deadline stops a server that sends slowly."""
         deadline = time.monotonic() + self.timeout_s
         headers = {"Content-Type": "application/json"}
         answer = bytearray()
@@ -126,7 +126,7 @@ class Endpoint:
         return content
 
     def _backoff_s(self, body: bytes, attempt: int) -> float:
-        """Exponential, times 0.5 to 1 by a hash of the request: waits differ, but are the same in every run."""
+        """Return an exponential wait times 0.5 to 1, by a hash of the request: waits differ, but not between runs."""
         jitter = int(sha256_text(body.hex(), str(attempt))[:8], 16) / 2**32
         return min(2.0**attempt, LONGEST_BACKOFF_S) * (0.5 + jitter / 2)
 
@@ -148,7 +148,7 @@ def _address(url: str) -> tuple[httpx.URL, str]:
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
-    """Return the header's seconds, given as a number or a date (RFC 9110, 10.2.3); None where it cannot be read."""
+    """Return the seconds in `Retry-After`, a number or a date (RFC 9110, 10.2.3); None if it cannot be read."""
     text = response.headers.get("Retry-After", "").strip()
     try:
         if text[:1].isdigit():

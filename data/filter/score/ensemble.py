@@ -1,5 +1,5 @@
-"""Several scorers combined: the mean of a record's ranks under each. Raw scores are never averaged, because the scorer
-with the largest numbers would decide.
+"""Combine several scorers by the mean of a record's ranks under each. Raw scores are never averaged, because the scorer
+with the largest numbers would dominate.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from data.filter.score.baselines import LengthScorer, RandomScorer
 from data.filter.score.scorer import Direction, RemoteScorer, Scorer, sample_key
 
 _SAMPLE = 4096
-"""Records among which ranks are taken. All ranks are within 2.2 percentage points with 95% confidence (Massart 1990:
-the error exceeds e with probability at most 2 exp(-2 n e^2)).
+"""Size of the sample in which a record is ranked. With 95% confidence all ranks are accurate to 2.2 percentage points
+(Massart 1990: the error exceeds e with probability at most 2 exp(-2 n e^2)).
 """
 _BATCH = 256
 
 
 class EnsembleScorer(Scorer):
-    """Mean rank in [0, 1]. `fit` fits the members and lets each score a sample of the data (the records of the lowest
-    hashes). A record's rank is its place among these scores, so it does not depend on the other records. NaN where a
-    member has no finite score.
+    """Score by the mean rank in [0, 1]. `fit` fits the members and lets each score a sample of the data (the records
+    with the lowest hashes). A record is ranked among these scores, so its rank does not depend on the other records.
+    NaN if a member has no finite score.
 
-    A high score means hard if it does for all members, else learnable. Costs `sample` scores more than the members.
-    The scores of the members and of the controls are stored too: the audit compares them. Late answers of a remote
-    member are ranked against the current sample.
+    A high score means hard if it does for all members, else learnable. Each member also scores the sample, which is the
+    additional cost. The scores of the members and of the controls (length and random) are stored too, for the audit to
+    compare. Late answers of a remote member are ranked against the current sample.
     """
 
     name = "ensemble"
@@ -84,8 +84,8 @@ class EnsembleScorer(Scorer):
 
 
 def _ranks(scores: NDArray[np.float64], sample: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Share of the sorted `sample` below each score, with equal values counted half. NaN where the score is not finite
-    or the sample is empty.
+    """Return the fraction of the sorted `sample` below each score; equal values count half. NaN if the score is not
+    finite or the sample is empty.
     """
     if not len(sample):
         return np.full(len(scores), np.nan)

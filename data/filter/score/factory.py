@@ -13,15 +13,15 @@ from data.filter.input.records import Record
 from data.filter.score.scorer import Direction, Scorer, TokenLosses
 
 OpenLosses = Callable[[str, ScorerConfig], tuple[TokenLosses, str]]
-"""Opens a model by name. Returns its token losses and the fingerprint of its weights and tokenizer; `seq_len` and
-`batch_size` are the configuration's.
+"""Opens a model by name. Returns its token losses and the fingerprint of its weights and tokenizer. `seq_len` and
+`batch_size` are those of the configuration.
 """
 
 
 @dataclass(frozen=True)
 class Models:
-    """Access to models, passed in because `data` does not import them. `check_unseen` raises `ConfigError` where the
-    named model was trained on these records, or returns a warning.
+    """Access to models, passed in because `data` does not import them. `check_unseen` raises `ConfigError`
+    if the named model was trained on these records, or may return a warning.
     """
 
     open: OpenLosses

@@ -1,4 +1,4 @@
-"""Difficulty of a record from 1 to 5 by a language model behind an OpenAI-compatible endpoint."""
+"""Grade the difficulty of a record from 1 to 5 by a language model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data.filter.score.requests import EndpointScorer, Request
 from data.filter.score.scorer import Direction
 
 SHOWN_CHARACTERS = 12_000
-"""A longer text is cut to its first two thirds of this and its last third."""
+"""Characters to show of a longer text: two thirds from its beginning and a third from its end."""
 _CUT = "\n[... {count} characters left out ...]\n"
 
 RUBRIC = """\
@@ -38,10 +38,10 @@ _DOCUMENT = ("a document", "to have written its next sentence, at each point, kn
 
 
 class JudgeScorer(EndpointScorer):
-    """Difficulty 1 to 5 of a record's prompt, or of a whole plain document, at temperature 0.
+    """Grade a record's prompt, or a whole plain document, from 1 (easy) to 5 at temperature 0.
 
     Answers are cached by judge, rubric and text: neither a restart nor another endpoint with the same model repeats a
-    request. Scores have five values, so ties are common.
+    request. A score is one of five values, so ties are common.
     """
 
     name = "judge"
@@ -62,7 +62,7 @@ class JudgeScorer(EndpointScorer):
 
 
 def judge_prompt(record: Record) -> str:
-    """The rubric followed by the text to grade."""
+    """Return the rubric followed by the text to grade."""
     has_prompt = bool(record.prompt.strip())
     what, task = _PROMPT if has_prompt else _DOCUMENT
     rubric = RUBRIC.format(what=what, task=task, example='{"difficulty": 3}', line="=" * 20)

@@ -1,7 +1,7 @@
-"""Scorers by the loss that language models have on a record's answer.
+"""Score a record by the loss that language models have on its answer.
 
-The loss is that of the answer given its prompt; a plain document is all answer. No scorer here learns from the records.
-`train/eval/contamination.py` checks that the models were not trained on them.
+The loss is that of the answer given its prompt; the whole text of a plain document is its answer. No scorer here learns
+from the records. `train/eval/contamination.py` checks that the models were not trained on them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from data.filter.score.scorer import Direction, Scorer, TokenLosses, hardest_mea
 
 
 class LossScorer(Scorer):
-    """Mean loss of a reference model in nats per token (perplexity pruning, Ankner et al. 2024, arXiv 2405.20541), or
-    the mean over the hardest `window` consecutive tokens, which notices one hard step in a long easy text. NaN without
-    tokens.
+    """Score by the mean loss of a reference model in nats per token (perplexity pruning, Ankner et al. 2024, arXiv
+    2405.20541), or by the mean over the hardest `window` consecutive tokens, which detects one hard step in a long easy
+    text. NaN without tokens.
 
-    `fingerprint` is the model's: a hash of its weights and its tokenizer.
+    `fingerprint`: a hash of the model's weights and tokenizer.
     """
 
     name = "loss"
@@ -40,12 +40,13 @@ class LossScorer(Scorer):
 
 
 class ExcessScorer(Scorer):
-    """Loss of a model minus that of a better one, `reference` (RHO-loss, Mindermann et al. 2022, arXiv 2206.07137):
-    what is learnable and not yet learnt. Noise is equally hard for both and scores near 0.
+    """Score by the loss of a model minus that of a better one, `reference` (RHO-loss, Mindermann et al. 2022, arXiv
+    2206.07137). It is high for text that is learnable and not yet learnt. Noise is equally hard for both and scores
+    near 0.
 
-    In nats per byte of UTF-8, because the models may have different tokenizers. With `window`: the largest mean
-    difference per token over `window` consecutive tokens. Raises `ConfigError` where the two tokenizations of a text
-    differ in length. NaN without tokens.
+    The score is in nats per byte of UTF-8, because the models may have different tokenizers. With `window`, it is the
+    largest mean difference per token over `window` consecutive tokens. Raises `ConfigError` if the two tokenizations of
+    a text then differ in length. NaN without tokens.
     """
 
     name = "excess"
@@ -76,15 +77,16 @@ class ExcessScorer(Scorer):
             return float((loss.sum(dtype=np.float64) - better.sum(dtype=np.float64)) / len(record.answer.encode()))
         if len(loss) != len(better):
             counts = f"{record.source} has {len(loss)} tokens for one and {len(better)} for the other"
-            reason = f"requires two models with one tokenizer ({counts}); without a window losses compare per byte"
+            reason = f"requires models with the same tokenizer ({counts}); without a window losses compare per byte"
             raise ConfigError("window", self.window, reason, ["null"])
         return hardest_mean(loss.astype(np.float64) - better, self.window)
 
 
 class DifficultyOfFollowing(Scorer):
-    """Instruction-following difficulty: mean loss of the answer given its prompt, divided by its mean loss alone (IFD,
-    Li et al. 2023, arXiv 2308.12032). Near 0 the prompt determines the answer. Above 1 the prompt does not help; the
-    paper takes this for a mismatch of the two, so inspect such records before keeping them.
+    """Score by instruction-following difficulty: the mean loss of the answer given its prompt, divided by its mean loss
+    without the prompt (IFD, Li et al. 2023, arXiv 2308.12032). Near 0 the prompt determines the answer. Above 1 the
+    prompt does not help; the paper takes this as a sign that prompt and answer do not match, so inspect such records
+    before keeping them.
 
     NaN for plain documents and empty prompts, and for answers whose loss is 0 or missing.
     """
@@ -101,7 +103,7 @@ class DifficultyOfFollowing(Scorer):
         scores = np.full(len(records), np.nan)
         places = [place for place, record in enumerate(records) if record.prompt.strip()]
         pairs = [(records[place].prompt, records[place].answer) for place in places]
-        losses = self.losses([*pairs, *(("", answer) for _, answer in pairs)])  # one call, to be batched together
+        losses = self.losses([*pairs, *(("", answer) for _, answer in pairs)])  # one call, for common batches
         for place, with_prompt, alone in zip(places, losses[: len(pairs)], losses[len(pairs) :], strict=True):
             divisor = hardest_mean(alone)
             if divisor > 0:  # false for NaN, which is the mean of no tokens

@@ -40,11 +40,11 @@ class NgramScorer(Scorer):
     """Mean loss in nats per byte of the answer given the text before it, or of a whole plain document. With `window`:
     the mean over the hardest `window` consecutive bytes, or over all where there are fewer.
 
-    `sample_bytes`: size of the training sample of each fold, which holds the records of the lowest hashes. A model
-    takes about 12 bytes per distinct n-gram: 20 MB for 8 MB of text, 200 MB for 8 MB of noise.
+    `sample_bytes`: size of the training sample of each fold: the records with the lowest hashes. A model takes
+    about 12 bytes per distinct n-gram: 20 MB for 8 MB of text, 200 MB for 8 MB of noise.
 
-    Among answers of one length that show their work, mean loss grows with the number of steps: more steps mean more
-    figures and less wording. An answer that is a single number carries nothing of its steps, and this scorer cannot
+    Among worked answers of equal length, mean loss grows with the number of steps, because more steps mean more digits
+    and fewer words. An answer that is a single number carries nothing of its steps, and this scorer cannot
     rank such answers (docs/filter_difficulty.png).
     """
 
@@ -114,7 +114,7 @@ class NgramModel:
     def _level(self, codes: Codes, counts: NDArray[np.int64]) -> _Level:
         """Build the next higher order from its n-grams and the orders below it."""
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
-        discount = min(max(once / max(once + 2 * twice, 1), 0.1), 0.9)  # no estimate from tiny data
+        discount = min(max(once / max(once + 2 * twice, 1), 0.1), 0.9)  # the estimate is unreliable on very little data
         contexts, group, followers = np.unique(codes >> np.uint64(8), return_inverse=True, return_counts=True)
         totals = np.bincount(group, counts)
         backoff = discount * followers / totals
@@ -153,7 +153,7 @@ class _Level:
 
 
 class _Sample:
-    """The records of the lowest hashes that fit into `size` bytes, independent of the order of arrival."""
+    """The records with the lowest hashes, as many as fit into `size` bytes, in whatever order they arrive."""
 
     def __init__(self, size: int) -> None:
         self._left = size

@@ -1,4 +1,4 @@
-"""Difficulty as the rate at which a model's answers to a record's prompt fail the user's verifier."""
+"""Score difficulty as the rate at which a model's answers to a record's prompt fail the user's verifier."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from data.filter.score.requests import EndpointScorer, Request
 from data.filter.score.scorer import Direction
 
 Verifier = Callable[[Record, str], Any]
-"""Whether an answer to the record's prompt is right; must return a bool."""
+"""Decides whether an answer to the record's prompt is right; must return a bool."""
 
 
 class PassRateScorer(EndpointScorer):
-    """Share of `samples` answers, sampled at temperature 1 with seeds 0, 1, ..., that the verifier rejects: 0 where all
-    are right, 1 where none is. NaN with the reason in `reasons` for a record without a prompt or with a missing answer,
-    and where the verifier raised or did not return a bool.
+    """Score by the fraction of `samples` answers, sampled at temperature 1 with seeds 0, 1, ..., that the verifier
+    rejects: 0 if all are right, 1 if none is. NaN with the reason in `reasons` for a record without a prompt or with a
+    missing answer, and if the verifier raised an exception or did not return a bool.
 
-    Answers are cached by model, prompt and seed. Verdicts are not, so a corrected verifier costs no request. The
-    verifier runs in one thread, in the records' order.
+    Answers are cached by model, prompt and seed. Verdicts are not cached, so a correction of the verifier costs no
+    request. The verifier runs in one thread, in the order of the records.
     """
 
     name = "pass_rate"
     direction = Direction.hard
 
     def __init__(self, config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> None:
-        """Raises `ConfigError` where `verifier` cannot be imported."""
+        """Raises `ConfigError` if `verifier` cannot be imported."""
         self.verifier, code = load_verifier(config.verifier or "")
         super().__init__(config, cache, pause)
         self.samples = config.samples
-        self.measures = f"share of {self.samples} answers that {config.verifier} rejects"
+        self.measures = f"fraction of {self.samples} answers that {config.verifier} rejects"
         self.fingerprint = sha256_text("pass_rate", self.model, str(self.samples), config.verifier or "", code)
 
     def requests(self, record: Record) -> dict[str, Request]:
@@ -65,7 +65,7 @@ class PassRateScorer(EndpointScorer):
 
 
 def load_verifier(name: str) -> tuple[Verifier, str]:
-    """Import "module:function". Returns the function and a hash of the module's file. Raises `ConfigError`."""
+    """Import "module:function". Return the function and a hash of the module's file. Raises `ConfigError`."""
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise ConfigError("verifier", name, "is not of the form module:function", ["checks:is_right"])

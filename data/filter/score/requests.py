@@ -1,4 +1,4 @@
-"""Concurrent, cached requests to one LLM endpoint. Stops after repeated malformed or missing answers."""
+"""Send concurrent, cached requests to one LLM endpoint. Stop after repeated malformed or missing answers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from data.filter.score.scorer import Scorer
 from data.filter.store import writing
 
 FIRST_ANSWERS = 20
-"""Stop where more than half of the first answers are unusable: the endpoint is not what the user thinks."""
+"""Stop if more than half of this many first answers are unusable: the endpoint is not what the user thinks."""
 FAILURES_IN_A_ROW = 5
-"""Consecutive requests without an answer after which the endpoint counts as down. One or two may be at fault."""
+"""Consecutive requests without an answer after which the endpoint counts as down. Fewer may be at fault themselves."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """`parse` turns the answer's text into the cached value (a number or a string) or raises `UnusableAnswer`. The
-    request is then repeated once with `reminder` appended, if there is one. `options` go into the request.
+    """`parse` turns the answer's text into the cached value (a number or a string) or raises `UnusableAnswer`. If it
+    raises and there is a `reminder`, the request is repeated once with it appended. `options` are added to the request.
     """
 
     content: str
@@ -42,7 +42,7 @@ class Request:
 
 
 class AnswerCache(dict[str, Any]):
-    """Answers by key, as lines of JSON in a directory that any number of processes share.
+    """Answers by key, stored as lines of JSON in a directory that any number of processes share.
 
     Each process appends to its own file, so a kill leaves at most one incomplete line, which reading skips. Lines that
     other processes write later are not read.
@@ -64,7 +64,7 @@ class AnswerCache(dict[str, Any]):
                     self[entry["key"]] = entry["answer"]
 
     def add(self, key: str, answer: Any) -> None:
-        """Write an answer to disk, then make it visible. Raises `DataError` where it cannot be written."""
+        """Write an answer to disk, then make it visible. Raises `DataError` if it cannot be written."""
         line = json.dumps({"key": key, "answer": answer})
         with self._lock, writing(self.directory):
             if self._file is None:
@@ -77,7 +77,7 @@ class AnswerCache(dict[str, Any]):
 
 
 class CachedEndpoint:
-    """Sends requests to an endpoint, `concurrency` at a time."""
+    """Send requests to an endpoint, `concurrency` at a time."""
 
     def __init__(self, endpoint: Endpoint, cache: AnswerCache, concurrency: int) -> None:
         self.endpoint, self.cache, self.concurrency = endpoint, cache, concurrency
@@ -86,10 +86,10 @@ class CachedEndpoint:
         self._first_failure: RetriesExhausted | None = None
 
     def answers(self, requests: Mapping[str, Request]) -> dict[str, Any]:
-        """Return the answer by the request's key, or `UnusableAnswer` with the reason. Cached answers cost no request.
+        """Return, by request key, the answer or an `UnusableAnswer` with the reason. Cached answers cost no request.
 
-        Raises `LeviathanError` with the fix where the endpoint cannot be reached, rejects us, or sends mostly unusable
-        answers at first. All answers received until then are cached; this object then sends no more requests.
+        Raises `LeviathanError` with the fix if the endpoint cannot be reached, rejects the key or the model, or sends
+        mostly unusable answers at first. All answers received until then are cached, and no more requests are sent.
         """
         found = {key: self.cache[key] for key in requests if key in self.cache}
         pool = ThreadPoolExecutor(self.concurrency)
@@ -107,7 +107,7 @@ class CachedEndpoint:
         return found | failed
 
     def _request(self, key: str, request: Request) -> Any:
-        """Return the answer, which is then in the cache too, or `UnusableAnswer` or `RetriesExhausted` as a value."""
+        """Return the answer and add it to the cache, or return an `UnusableAnswer` or `RetriesExhausted` as a value."""
         contents = [request.content]
         if request.reminder is not None:
             contents.append(f"{request.content}\n\n{request.reminder}")
@@ -129,7 +129,7 @@ class CachedEndpoint:
         return failure
 
     def _check_endpoint(self, answer: Any) -> None:
-        """Stop where the endpoint does not answer, or most of its first answers are unusable."""
+        """Raise `LeviathanError` if the endpoint does not answer, or most of its first answers are unusable."""
         where = self.endpoint.shown
         if isinstance(answer, RetriesExhausted):
             self._failed += 1
@@ -148,8 +148,8 @@ class CachedEndpoint:
 
 
 class EndpointScorer(Scorer):
-    """Base of scorers that send requests for each record. NaN where an answer is missing or unusable, with the reason
-    in `reasons` by record id. Answers are cached; failures are not, so the next run of the filter requests them again.
+    """Base of scorers that send requests for each record. A score is NaN if an answer is missing or unusable; `reasons`
+    then has the reason by record id. Answers are cached, failures are not: the next filter run repeats those requests.
     """
 
     def __init__(self, config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> None:
@@ -161,7 +161,7 @@ class EndpointScorer(Scorer):
         self.endpoint = CachedEndpoint(endpoint, AnswerCache(cache), config.concurrency)
 
     def requests(self, record: Record) -> dict[str, Request]:
-        """Requests by cache key."""
+        """Return the requests for a record by cache key."""
         raise NotImplementedError
 
     def score_from(self, record: Record, answers: Sequence[Any]) -> float:

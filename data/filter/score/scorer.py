@@ -1,4 +1,4 @@
-"""The interface of scorers, and what several of them share.
+"""Define the interface of scorers, and what several scorers have in common.
 
 Scores are cached under the scorer's fingerprint. The cache is authoritative: a record is never scored twice, because a
 model's score depends on the other texts of its batch.
@@ -21,7 +21,7 @@ class Direction(Enum):
 
     hard = "hard"
     learnable = "learnable"
-    """Worth learning and not yet learnt; often easier than the rest."""
+    """Learnable and not yet learnt; such text is often easier than the rest."""
 
 
 class Scorer(Protocol):
@@ -30,20 +30,20 @@ class Scorer(Protocol):
     """One line for people, with the unit."""
     direction: Direction
     fingerprint: str
-    """A hash of everything that a score depends on (weights, tokenizer, template, settings), except the record itself
-    and the data that `fit` learns from.
+    """A hash of everything on which a score depends (weights, tokenizer, template, settings), except the record itself
+    and the data from which `fit` learns.
     """
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
         """Learn from the records that will be scored. Every rank passes the same records in the same order.
 
-        Fit two models and cross-score: no record may be scored by a model that learnt from it (`fold`). The default
-        does nothing.
+        Fit one model per half of the data (`fold`) and score each half with the model of the other: no record may be
+        scored by a model that learnt from it. The default does nothing.
         """
         return
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
-        """Return one number per record; NaN or infinite where there is no score."""
+        """Return one number per record; NaN or infinite if there is no score."""
         ...
 
 
@@ -59,15 +59,15 @@ class RemoteScorer(Protocol):
 
 @runtime_checkable
 class CompositeScorer(Protocol):
-    """A scorer that combines others. Their scores are stored beside its own."""
+    """A scorer that combines other scorers, whose scores are stored as well."""
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Their names, without duplicates."""
+        """Names of the other scorers, without duplicates."""
         ...
 
     def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-        """Return the result of `score`, and the scores of each of the others by name."""
+        """Return the result of `score`, and the scores of each of the other scorers by name."""
         ...
 
 
@@ -80,18 +80,18 @@ FOLDS = 2
 
 
 def fold(record: Record) -> int:
-    """Return the half of the data that a record belongs to. It depends on the text, so copies share a fold."""
+    """Return the half of the data to which a record belongs. It depends on the text, so duplicates are in one fold."""
     return int(record.content[:8], 16) % FOLDS
 
 
 def sample_key(record: Record) -> int:
-    """A 64-bit hash of the text for sampling. It uses other digits than `fold`: a sample has records of both folds."""
+    """Return a 64-bit hash of the text for sampling. Its digits are not those of `fold`: a sample has both folds."""
     return int(record.content[8:24], 16)
 
 
 def hardest_mean(losses: NDArray[Any], window: int | None = None) -> float:
-    """The largest mean over `window` consecutive losses; the mean of all where there are fewer or `window` is None. NaN
-    without losses. Sums of integers are exact up to 2^53.
+    """Return the largest mean over `window` consecutive losses; the mean of all if there are fewer or `window` is None.
+    NaN without losses. Sums of integers are exact up to 2^53.
     """
     if not len(losses):
         return np.nan

@@ -1,1 +1,1 @@
-"""Rules that drop records before any score: broken text, copies, contamination."""
+"""Rules that drop records before they are scored: broken text, duplicates and contamination."""

@@ -1,13 +1,15 @@
-"""Find exact and near copies, and which of them stays.
+"""Find exact and near-duplicates, and decide which of them is kept.
 
-`signatures` runs by shard on any number of ranks; `find_duplicates` runs once over all of them. Near copies are found
-by MinHash (Broder 1997) over runs of `SHINGLE` words: the share of equal places of two signatures estimates the Jaccard
-similarity J with a standard error of sqrt(J (1 - J) / PLACES), 0.035 at 0.8. Candidates agree in a whole band of places
-(Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, section 3.4); those whose estimate reaches the threshold are
-joined, chains into one group. The hashing is our own, so that stored signatures survive a change of library.
+`signatures` runs by shard on any number of ranks; `find_duplicates` runs once over all of them. Near-duplicates are
+found by MinHash (Broder 1997) over word n-grams of length `SHINGLE`. The fraction of matching positions in two
+signatures estimates the Jaccard similarity J, with a standard error of sqrt(J (1 - J) / PLACES): 0.035 at J = 0.8.
+Candidates agree in a whole band of positions (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, section 3.4).
+Candidates whose estimate reaches the threshold are joined, and a chain of such pairs forms one group. The hashing is
+our own, so that stored signatures survive a change of library.
 
-Every rank holds all signatures: 1.7 GB per million records with near copies, 0.65 with exact ones alone, none if
-neither is looked for. A larger input must be filtered in parts; copies between parts are not found.
+Every rank holds all signatures. A million records take 1.7 GB if near-duplicates are searched for, 0.65 GB if only
+exact ones are, and nothing if neither is. A larger input must be filtered in parts; duplicates across parts are not
+found.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from data.filter.screen.normalise import canonical, words
 
 PLACES = 128
 SHINGLE = 5
-"""Words of a run. A shorter text has exact copies only."""
+"""Words per n-gram. Texts with fewer words are checked for exact duplicates only."""
 _MAX_MISSED = 0.01
 """Probability that two records exactly at the threshold share no band; it decides the bands."""
 _BLOCK = 1 << 10
@@ -76,7 +78,7 @@ def ngram_hashes(found: Sequence[str], length: int) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Copy:
-    """Why a record is dropped, and the index of the one that stays among all records in (shard, row) order."""
+    """Why a record is dropped, and which is kept instead: its index over all records in (shard, row) order."""
 
     reason: Reason
     of: int
@@ -107,9 +109,11 @@ def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> li
 
 
 def bands(threshold: float) -> tuple[int, int]:
-    """Return the number of bands and their width: the widest that miss a pair at the threshold with at most 1%.
+    """Return the number of bands and their width: the widest bands that miss a pair at the threshold with a
+    probability of at most 1%.
 
-    Signatures that agree in a place with probability s share no band of width r with (1 - s^r)^(PLACES / r).
+    If two signatures agree at each position with probability s, the probability that they share no band of width r is
+    (1 - s^r)^(PLACES / r).
     """
     for width in range(PLACES, 1, -1):
         if (1 - threshold**width) ** (PLACES // width) <= _MAX_MISSED:
@@ -165,7 +169,7 @@ def _near_copies(near_NP: NDArray[np.uint32], threshold: float) -> Iterable[tupl
 
 
 def _buckets(columns_NW: NDArray[np.uint32]) -> Iterable[NDArray[np.intp]]:
-    """Yield groups of two or more rows that agree in all columns, by a hash of them."""
+    """Yield groups of two or more rows whose hash over all columns is equal."""
     keys = np.zeros(len(columns_NW), np.uint64)
     for column_N in columns_NW.T:
         keys = (keys ^ (keys >> np.uint64(31))) * _ODD_64 + column_N

@@ -1,17 +1,19 @@
 """Reject text that is not worth scoring, by statistics of the text alone, before any quantile is taken.
 
-Garbage has a very high or a very low loss, so a filter by score keeps it or spends its quota on it. They need no table
-of a language: loops repeat long windows (`repeated_share`); a run of three characters recurs about ten times as
-often as expected from their frequency, in shuffled text once (`triple_excess`, Friedman's coincidence count of 1922);
-random characters change between letters, capitals, digits and punctuation at every other place (`restless`).
+Garbage has a very high or a very low loss, so a filter by score keeps it or spends its quota on it. The gates need no
+statistics of a language. Loops repeat long windows (`repeated_share`). In text, three characters occur together about
+ten times as often as their frequencies predict; in shuffled text, as often as predicted (`triple_excess`, Friedman's
+coincidence count of 1922). Random characters change between letters, capitals, digits and punctuation at every other
+position (`restless`).
 
-Thresholds were chosen on half of the standard library's files; the tests give the rates on the other half (seen once,
-when triples replaced pairs). On unseen text (1,284 files of installed packages) no clean piece of 200, 500 or 2,000
-characters was rejected. The rates hold from `PROMISED_CHARACTERS` on; below `_FEWEST` only length and broken characters
-count.
+Thresholds were chosen on half of the standard library's files; the tests give the rates on the other half (which was
+looked at once, when trigrams replaced bigrams). On unseen text (1,284 files of installed packages) no clean piece of
+200, 500 or 2,000 characters was rejected. The rates hold from `PROMISED_CHARACTERS` on. Below `_FEWEST`, only length
+and broken characters are checked.
 
-Not found: shuffled words; letters shuffled inside each word, in half of texts of 500 characters; a loop in less than
-two thirds of a text; shuffled tables of numbers. Rejected though it may be wanted: long lists of names, DNA, base64.
+The gates do not find shuffled words, letters shuffled inside each word (in half of the texts of 500 characters), a loop
+in less than two thirds of a text, or shuffled tables of numbers. They reject long lists of names, DNA and base64, which
+may be wanted.
 """
 
 from __future__ import annotations
@@ -33,30 +35,31 @@ PROMISED_CHARACTERS = 200
 """From this length on 99% of shuffled text, random bytes and loops are rejected, and 99% of clean text is kept."""
 _FEWEST = 120
 _JUDGED = 1 << 20
-"""Judge only the first characters, with about 30 bytes of memory each."""
+"""Number of first characters to check; each takes about 30 bytes of memory."""
 _WINDOW, _LONG_TEXT, _LONG_WINDOW = 16, 1000, 64
 """Window of `repeated_share` in characters, for short and long texts. Long code repeats short pieces: with 16 at every
-length 1.1% of the files of installed packages were rejected, most of them generated headers, with 64 none.
+length, 1.1% of the files of installed packages were rejected, most of them generated headers; with 64, none.
 """
 _REPEATED = 0.68
 _ALPHABET = 128
-"""Characters are folded to their code modulo this: ASCII stays, and no two letters of an alphabet collide."""
+"""Codes of characters are taken modulo this: ASCII stays, and no two letters of an alphabet collide."""
 _CODES = 0x40000
-"""Above are private, unassigned and invisible code points; a table of them took 0.7 s to build."""
+"""From here on, code points are private, unassigned or invisible; a table with them took 0.7 s to build."""
 _BROKEN = 0.05
-"""Largest share of controls, replacements and unassigned code points; random bytes read as Latin-1 have a quarter."""
+"""Largest fraction of control, replacement and unassigned characters; random bytes as Latin-1 have a quarter."""
 _RESTLESS = 0.58
 _NO_ORDER, _LITTLE_ORDER = 0.85, 1.4
-"""Bounds of `Order.of_all`. 200 characters of clean text have 1.3 or more (all but 1%), shuffled text 0.78 or less; 500
-characters 1.8 and 0.5.
+"""Bounds of `Order.of_all`. In 200 characters, clean text has 1.3 or more (all but 1%), shuffled text 0.78 or less; in
+500 characters 1.8 or more and 0.5 or less.
 """
 _LONG, _NO_ORDER_IN_DOUBT = 400, 0.5
-"""The lower bound is for text of few letters and for short text that is not ASCII: about 4% of pieces of 200 characters
-of Hungarian, Estonian and Korean are below 0.85, 1% below 0.5. With 500 characters, 18 languages have 1.1 or more.
+"""The lower bound is for text with few letters, and for non-ASCII text shorter than `_LONG`: of the pieces of 200
+characters of Hungarian, Estonian and Korean, about 4% are below 0.85 and 1% below 0.5. With 500 characters, text in 18
+languages has 1.1 or more.
 """
 _MANY_PAIRS, _NO_LETTER_ORDER = 300, 0.22
-"""With this many pairs of letters, `Order.of_letters` is judged alone. English has 0.43 or more, Finnish 0.25; with the
-letters of each word shuffled, half of English has 0.14 or less.
+"""From this many pairs of letters on, `Order.of_letters` is checked too. English has 0.43 or more, Finnish 0.25 or
+more; with the letters of each word shuffled, half of the English texts have 0.14 or less.
 """
 _LETTERS, _CAPITAL, _DIGIT, _SPACE, _SIGN, _NO_CHARACTER = range(6)
 
@@ -64,7 +67,7 @@ _LETTERS, _CAPITAL, _DIGIT, _SPACE, _SIGN, _NO_CHARACTER = range(6)
 class Gates:
     """The gates of a configuration. A call returns why a record is rejected, or None.
 
-    A prompt and its response are also judged alone: next to a long one, the characters of the other would not show.
+    A prompt and its response are also checked separately, because a long one would hide garbage in the other.
     Raises `ConfigError` if `py3langid` is missing or does not know a language.
     """
 
@@ -110,14 +113,14 @@ class Gates:
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
-    """Return one number per character, also for half of a surrogate pair."""
+    """Return one number per character, including halves of surrogate pairs."""
     if text.isascii():
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint32)
 
 
 def repeated_share(codes_N: NDArray[np.uint32]) -> float:
-    """Return the share of windows of characters that occurred before in the text: 1 - 1/k for k rounds of a loop."""
+    """Return the fraction of windows of characters that occur earlier in the text: 1 - 1/k for k rounds of a loop."""
     window = _WINDOW if len(codes_N) < _LONG_TEXT else _LONG_WINDOW
     count = len(codes_N) - window + 1
     if count < 2:
@@ -140,8 +143,8 @@ def repeated_share(codes_N: NDArray[np.uint32]) -> float:
 class Order:
     """How far the order of characters is from random, in nats: 0 for shuffled text.
 
-    `of_all`: of runs of three characters; about 2.5 in 200 characters of text. `of_letters`: of pairs of letters, which
-    shows text of which only the letters were shuffled.
+    `of_all`: for trigrams of characters; about 2.5 in 200 characters of text. `of_letters`: for pairs of letters, which
+    detect text in which only the letters were shuffled.
     """
 
     of_all: float
@@ -151,7 +154,7 @@ class Order:
 
 def order_of(text: str, kinds_N: NDArray[np.uint8]) -> Order:
     folded_N = code_points(text.lower())
-    if len(folded_N) != len(kinds_N):  # a few capitals have small letters of two characters
+    if len(folded_N) != len(kinds_N):  # the small letters of a few capitals are two characters
         folded_N = code_points(text)
     codes_N = (folded_N % _ALPHABET).astype(np.intp)
     letters_N = kinds_N <= _CAPITAL
@@ -161,10 +164,10 @@ def order_of(text: str, kinds_N: NDArray[np.uint8]) -> Order:
 
 
 def triple_excess(codes_N: NDArray[np.intp]) -> float:
-    """Count coincidences of equal runs of three, divided by those expected at random from the same characters.
+    """Count coincidences of equal trigrams, divided by those expected at random from the same characters.
 
-    With counts c_a of N characters two places agree with probability p = sum of c_a (c_a - 1) / (N (N - 1)), two runs
-    of three with about p^3. Both sides are increased by 2, so that few runs count little.
+    With counts c_a of N characters, two positions agree with probability p = sum of c_a (c_a - 1) / (N (N - 1)), two
+    trigrams with about p^3. Numerator and denominator are increased by 2, so that a few trigrams have little effect.
     """
     count = len(codes_N)
     if count < 4:
@@ -181,7 +184,7 @@ def pair_excess(pairs_P: NDArray[np.intp]) -> float:
     """Count coincidences of equal pairs, divided by those expected at random from the same first and second letters.
 
     With counts c_ab and their sums r_a and s_b of P pairs, the expectation of c_ab (c_ab - 1) is r_a (r_a - 1) s_b
-    (s_b - 1) / (P (P - 1)), without bias at any length. Both sides are increased by 2.
+    (s_b - 1) / (P (P - 1)), without bias at any length. Numerator and denominator are increased by 2.
     """
     total = len(pairs_P)
     if total < 2:
@@ -196,9 +199,9 @@ def _coincidences(counts: NDArray[np.intp]) -> float:
 
 
 def restless(kinds_N: NDArray[np.uint8]) -> bool:
-    """Decide whether the kind of character changes as often as in random text, with capitals inside words.
+    """Decide whether the kind of character changes as often as in random text, and there are capitals inside words.
 
-    Formulas and tables of single digits change as often, but have no capitals inside words.
+    In formulas and tables of single digits the kind changes as often, but there are no capitals inside words.
     """
     changes = np.count_nonzero(kinds_N[1:] != kinds_N[:-1])
     rises = np.count_nonzero((kinds_N[:-1] == _LETTERS) & (kinds_N[1:] == _CAPITAL))
@@ -206,7 +209,7 @@ def restless(kinds_N: NDArray[np.uint8]) -> bool:
 
 
 def shuffled(text: str, codes_N: NDArray[np.uint32], kinds_N: NDArray[np.uint8], order: Order) -> bool:
-    """Decide whether the letters are in random order. Tables of numbers, also hexadecimal, are not judged."""
+    """Decide whether the letters are in random order. Tables of numbers, even hexadecimal ones, are not checked."""
     letters_N = kinds_N <= _CAPITAL
     share = int(np.count_nonzero(letters_N)) / max(1, int(np.count_nonzero(kinds_N != _SPACE)))
     if share < 0.15 or np.count_nonzero(np.bincount(codes_N[letters_N] % _ALPHABET)) < 10:
@@ -217,9 +220,9 @@ def shuffled(text: str, codes_N: NDArray[np.uint32], kinds_N: NDArray[np.uint8],
 
 
 def _kinds_of_characters() -> NDArray[np.uint8]:
-    """Tabulate the kind of every code point below `_CODES`. Code points unknown to this Python are not characters."""
+    """Return the kind of every code point below `_CODES`. Code points unknown to this Python are not characters."""
     first = {"L": _LETTERS, "M": _LETTERS, "N": _DIGIT, "P": _SIGN, "S": _SIGN, "Z": _SPACE, "C": _NO_CHARACTER}
-    exceptions = {"Lu": _CAPITAL, "Lt": _CAPITAL, "Cf": _LETTERS}  # joiners stand inside of words
+    exceptions = {"Lu": _CAPITAL, "Lt": _CAPITAL, "Cf": _LETTERS}  # joiners are inside words
     kinds = {f"{a}{b}": first[a] for a in first for b in "acdefiklmnopstu"} | exceptions
     table = np.array([kinds[unicodedata.category(chr(code))] for code in range(_CODES)], np.uint8)
     table[[9, 10, 11, 12, 13]] = _SPACE

@@ -1,1 +1,1 @@
-"""Selection by score: exact over a corpus, at a fixed rate over a stream."""
+"""Selection by score: exact for a corpus, at a fixed rate for a stream."""

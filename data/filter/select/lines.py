@@ -1,8 +1,8 @@
 """Filter a stream of JSON lines.
 
 Each batch of `BATCH` lines is screened, scored and selected (`StreamSelector`, one per domain). The kept lines are
-written before the next batch is read. Limitations against `pipeline`: no duplicate detection, no length buckets, and no
-scorer that must see all records first.
+written before the next batch is read. Compared with `pipeline` there is no duplicate detection, there are no length
+buckets, and scorers that must see all records first are rejected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from data.filter.select.streaming import StreamSelector
 from data.sampling import key_of
 
 BATCH = 64
-"""Lines that are decided together; a slow stream waits for a full batch."""
+"""Lines to decide together; a slow stream waits for a full batch."""
 KEPT, COUNTS = "kept.jsonl", "stream.json"
 
 
@@ -46,7 +46,9 @@ def check_rules(rules: FilterRules) -> None:
 
 @dataclass
 class LineFilter:
-    """`count_tokens` counts the tokens of each text; None: bytes count as tokens. `clean`: as in `FilterJob`."""
+    """Filter lines in batches. `count_tokens` returns the number of tokens of each text; None: bytes count as tokens.
+    `clean`: as in `FilterJob`.
+    """
 
     config: InputConfig
     rules: FilterRules
@@ -56,15 +58,15 @@ class LineFilter:
     check: Callable[[Sequence[Record]], None] = lambda records: None
     """Called once, with the first records that are scored."""
     reasons: Counter[Reason] = field(default_factory=Counter)
-    """Of all lines so far."""
+    """Number of lines so far by reason."""
     weight: Counter[bool] = field(default_factory=Counter)
-    """Documents or tokens that were scored, by whether they were kept."""
+    """Number of documents or tokens that were scored, by whether they were kept."""
 
     def __post_init__(self) -> None:
         self._gates, self._sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)
         scores = self.scorer.score(self.clean) if self.clean else None
         self._noise = None if scores is None else noise_threshold(scores, self.rules.select.noise_quantile)
-        self._selectors: dict[str, StreamSelector] = {}  # by domain, which are not known in advance
+        self._selectors: dict[str, StreamSelector] = {}  # by domain; domains are not known in advance
 
     def run(self, lines: Iterable[bytes], out: Path) -> None:
         """Write `kept.jsonl` as lines arrive, and `stream.json` at the end of the stream or on an interrupt."""
@@ -121,7 +123,7 @@ class LineFilter:
         return list(reasons)
 
     def counts(self) -> dict[str, Any]:
-        """Counts of the lines so far. `rate`: the kept share of `unit`, among what was scored."""
+        """Return counts of the lines so far. `rate`: the fraction of the scored `unit` that was kept."""
         scored = sum(self.weight.values())
         return {
             "lines": sum(self.reasons.values()),

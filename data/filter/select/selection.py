@@ -1,4 +1,4 @@
-"""Exact selection by score, identical on any number of ranks, without holding all scores in memory.
+"""Select exactly by score, identically on any number of ranks, without holding all scores in memory.
 
 A record's key is its quantised score followed by its hash. Each group (the records of one domain and length bucket)
 keeps the records at or above a threshold key. A radix search finds the threshold: each pass over the shards sums one
@@ -52,10 +52,10 @@ _SMALLEST_BUCKET = 32
 
 @dataclass(frozen=True)
 class ShardScores:
-    """Records of one shard that passed the gates, as arrays [N].
+    """Records of one shard that passed the screen, as arrays [N].
 
     `domain` indexes the names given to `select`. `length` (bytes or tokens) defines the buckets. `weight` is 1 or the
-    tokens: `keep` is a share of it. `hash` is of (seed, id). `name` is for error messages.
+    tokens: `keep` is a fraction of it. `hash` is of (seed, id). `name` is for error messages.
     """
 
     name: str
@@ -67,7 +67,7 @@ class ShardScores:
 
 
 Shards = Callable[[], Iterable[ShardScores]]
-"""Returns this rank's shards; called once per pass."""
+"""Returns the shards of this rank; called once per pass."""
 
 
 def quantise(score: Floats) -> Integers:
@@ -83,7 +83,7 @@ def quantise(score: Floats) -> Integers:
 
 
 def length_bin(length: Integers) -> Integers:
-    """Monotone bins of length: exact below 256, less than 0.8% wide above, up to 4 GiB.
+    """Map lengths to bins, monotonically: exact below 256, less than 0.8% wide above, up to 4 GiB.
 
     A bin is the leading bits of the length as a float: the exponent and 7 bits of mantissa.
     """
@@ -92,7 +92,7 @@ def length_bin(length: Integers) -> Integers:
 
 
 def shortest(bin: Integers) -> Integers:
-    """The smallest length of each bin."""
+    """Return the smallest length of each bin."""
     value = ((bin + (1023 << _LENGTH_BITS)) << (52 - _LENGTH_BITS)).view(np.float64)
     return np.ceil(value).astype(np.int64)
 
@@ -100,8 +100,8 @@ def shortest(bin: Integers) -> Integers:
 def noise_threshold(clean: Floats, quantile: float) -> float:
     """Return the score above which a record is noise: a `quantile` of the scores of clean reference text.
 
-    A quantile of the data itself would lie within the noise if there is more of it than 1 - quantile. Raises
-    `DataError` where no clean score is finite.
+    A quantile of the data itself would lie within the noise if more than a fraction 1 - quantile of it were noise.
+    Raises `DataError` if no clean score is finite.
     """
     finite = clean[np.isfinite(clean)]
     if not len(finite):
@@ -110,7 +110,7 @@ def noise_threshold(clean: Floats, quantile: float) -> float:
 
 
 def screen(shard: ShardScores, protected: NDArray[np.bool_], noise: float | None, on_error: OnError) -> Codes:
-    """Decide what needs no comparison with other records, as codes [N]. Records that remain to compete are `easy`."""
+    """Decide on the records that need no comparison with others, as codes [N]. Those that must compete are `easy`."""
     codes = np.full(len(shard.score), CODE[Reason.easy])
     if noise is not None:
         codes[quantise(shard.score) > quantise(np.array([noise]))] = CODE[Reason.noise]
@@ -132,7 +132,7 @@ class ThresholdKeys:
         return scores, np.array([value & (1 << _HASH_BITS) - 1 for value in self.values], np.uint64)
 
     def reached(self, group: Integers, score: Integers | int, hash_: Hashes) -> NDArray[np.bool_]:
-        """Whether each record [N] is at or above the threshold of its group. `score` is from `score_bits`."""
+        """Return whether each record [N] is at or above the threshold of its group. `score` is from `score_bits`."""
         scores, hashes = (part[group] for part in self._parts)
         return (score > scores) | ((score == scores) & (hash_ >= hashes))
 
@@ -159,11 +159,11 @@ class Thresholds:
 
     @cached_property
     def _first_pairs(self) -> Integers:
-        """The first pair (domain * L + length bin) of each group, [G], ascending."""
+        """First pair (domain * L + length bin) of each group, [G], ascending."""
         return self.domain_of_group * _LENGTHS + np.concatenate(self.starts)
 
     def group_of_pair(self, pair: Integers) -> Integers:
-        """The group of each pair (domain * L + length bin)."""
+        """Return the group of each pair (domain * L + length bin)."""
         return np.searchsorted(self._first_pairs, pair, "right") - 1
 
     @property
@@ -171,11 +171,11 @@ class Thresholds:
         return np.repeat(np.arange(len(self.starts)), [len(starts) for starts in self.starts])
 
     def group(self, shard: ShardScores) -> Integers:
-        """The group of each record, [N]."""
+        """Return the group of each record, [N]."""
         return self.group_of_pair(_pairs(shard))
 
     def reasons(self, shard: ShardScores) -> Codes:
-        """The reason of each record of a shard: codes [N], indices into `REASONS`."""
+        """Return the reason of each record of a shard: codes [N], indices into `REASONS`."""
         codes = screen(shard, self.protected, self.noise, self.on_error)
         score = score_bits(shard.score)
         steps = (
@@ -190,7 +190,7 @@ class Thresholds:
 
     @property
     def thresholds(self) -> dict[str, Any]:
-        """All fields as JSON, for the audit. `score` is for people; `key` is what is compared."""
+        """All fields as JSON, for the audit. `score` is for people; `key` is compared."""
         first, described = np.cumsum([0, *map(len, self.starts)]), {}
         for place, name in enumerate(self.domains):
             keys = self.hard.values[first[place] : first[place + 1]]
@@ -209,17 +209,17 @@ class Thresholds:
 
 
 def score_bits(score: Floats) -> Integers:
-    """The first 32 bits of a key: the quantised score, shifted to be positive."""
+    """Return the first 32 bits of a key: the quantised score, shifted to be positive."""
     return quantise(score) + _LARGEST + 1
 
 
 def shuffled(hash_: Hashes) -> Hashes:
-    """The hash with its halves exchanged, for a second random choice: the first half already decides ties."""
+    """Return the hash with its halves exchanged, for a second random choice: the first half already decides ties."""
     return (hash_ << np.uint64(32)) | (hash_ >> np.uint64(32))
 
 
 def _readable(key: int) -> float | None:
-    """The score of a threshold key; None for the one that no record reaches."""
+    """Return the score of a threshold key; None for the key that no record reaches."""
     if key >= _NOTHING:
         return None
     steps = (key >> _HASH_BITS) - _LARGEST - 1
@@ -274,7 +274,7 @@ def select(
 
 
 def _buckets(pair: Integers, documents: Integers, domains: int, most: int) -> tuple[Integers, ...]:
-    """The first length bin of each bucket, for every domain, from the `documents` of the pairs that occur.
+    """Return the first length bin of each bucket, for every domain, from the `documents` of the pairs that occur.
 
     A bin belongs to the bucket of its first document, so one length is never in two buckets. A bucket may be empty.
     """
@@ -283,7 +283,7 @@ def _buckets(pair: Integers, documents: Integers, domains: int, most: int) -> tu
         up_to = np.cumsum(documents[begin:end])
         total = int(up_to[-1]) if len(up_to) else 0
         buckets = int(np.clip(total // _SMALLEST_BUCKET, 1, most))
-        # the bucket of the document after each bin: a bucket begins with the bin after the last of the one before
+        # the bucket of the document after each bin: a bucket begins after the last bin of the previous bucket
         place = np.minimum(up_to * buckets // max(total, 1), buckets - 1)
         after = pair[begin:end] % _LENGTHS + 1
         found.append(np.concatenate([[0], after[np.searchsorted(place, np.arange(1, buckets), "left")]]))
@@ -291,7 +291,7 @@ def _buckets(pair: Integers, documents: Integers, domains: int, most: int) -> tu
 
 
 def _pairs(shard: ShardScores) -> Integers:
-    """Domain * L + length bin of each record."""
+    """Return domain * L + length bin of each record."""
     return shard.domain * _LENGTHS + length_bin(shard.length)
 
 
@@ -306,8 +306,8 @@ def _added(parts: Sequence[tuple[Integers, Integers]]) -> tuple[Integers, Intege
 
 @dataclass(frozen=True)
 class _Census:
-    """Documents and weight [2, D] of all records, of those kept without competing, and of those that compete. `count`
-    [2, P] splits the last by `pair` of domain and length bin.
+    """Documents and weight [2, D] of all records (`passed`), of those kept without competing, and of those that compete
+    (`easy`). `count` [2, P] splits the competing ones by `pair` of domain and length bin.
     """
 
     passed: Integers
@@ -321,8 +321,8 @@ class _Census:
 class _Crossing:
     """Where the cumulative weight of each group, from the highest key down, crosses the wanted weight.
 
-    `include` and `exclude` are the thresholds with and without the records at the crossing. `at`: documents and weight
-    [2, G] of these records; `before`: of those above.
+    `include` and `exclude` are the thresholds with and without the records at the crossing. `at` is the documents and
+    weight [2, G] of these records, `before` those of the records above.
     """
 
     include: list[int]
@@ -406,13 +406,13 @@ class _Search:
         key: _Key,
         documents: bool = False,
     ) -> tuple[ThresholdKeys, Integers]:
-        """Keep the weight (or the `documents`) `wanted` [G] of each group, among the records that are still easy.
+        """Find the keys that keep the weight (or `documents`) `wanted` [G] of each group's records that are still easy.
 
-        `domain`: of each group. Also returns the documents and weight kept of each domain, [2, D].
+        `domain`: the domain of each group. Also returns the documents and weight kept of each domain, [2, D].
 
-        Radix search for the key where a group's cumulative weight crosses `wanted`, from the most significant digit. A
-        group is done when it is exact, or when one record or only equal keys remain at the crossing. A group that wants
-        nothing keeps nothing; one that wants more than it has keeps everything.
+        A radix search from the most significant digit finds the key where a group's cumulative weight crosses `wanted`.
+        A group is done when it is exact, or when one record or only equal keys remain at the crossing. A group that
+        wants nothing keeps nothing; one that wants more than it has keeps everything.
         """
         count, rest, low = len(wanted), sum(key.bits), [0] * len(wanted)
         crossing = _Crossing([1 << rest] * count, [1 << rest] * count, *np.zeros((2, 2, count), np.int64))
@@ -451,8 +451,8 @@ class _Search:
 
 
 def _crossing_bin(table: Integers, wanted: float) -> tuple[int, Integers, Integers]:
-    """The bin of `table` [2, bins] in which the weight, summed from the last bin down, exceeds `wanted`, with documents
-    and weight above it and in it (0 where the sum is exact without it). Bin -1 where all weight is wanted.
+    """Return the bin of `table` [2, bins] in which the weight, summed from the last bin down, exceeds `wanted`, and the
+    documents and weight above that bin and in it (0 if the sum is exact without it). The bin is -1 if all are wanted.
     """
     from_here = np.cumsum(table[:, ::-1], 1)[:, ::-1]
     bin_ = int((from_here[1] > wanted).sum()) - 1
@@ -461,11 +461,12 @@ def _crossing_bin(table: Integers, wanted: float) -> tuple[int, Integers, Intege
 
 
 def _round(crossing: _Crossing, wanted: Floats, domain: Integers, domains: int) -> tuple[ThresholdKeys, Integers]:
-    """Decide for every group whether its records at the crossing are kept. Returns keys, and documents and weight kept
-    [2, D].
+    """Decide for every group whether its records at the crossing are kept. Return the keys, and the documents and
+    weight kept [2, D].
 
     A group's rounding error carries over to the next group of its domain, from long records to short ones: the domain
-    ends within half the weight of its largest record at a crossing. Ties keep, so that no domain disappears.
+    ends within half the weight of its largest record at a crossing. If both choices are equally close to the target,
+    the records are kept, so that no domain disappears.
     """
     keys, kept, carry = [], np.zeros((2, domains), np.int64), np.zeros(domains)
     for group in reversed(range(len(wanted))):
@@ -483,6 +484,6 @@ def _masked(mask: NDArray[np.bool_], *arrays: NDArray[Any]) -> tuple[NDArray[Any
 
 
 def _count_into(table: Integers, place: Integers, weight: Integers) -> None:
-    """Add one document and its weight at each `place` of `table` [2, ...]."""
+    """Add one document and its weight to `table` [2, ...] at each `place`."""
     np.add.at(table[0], place, 1)
     np.add.at(table[1], place, weight)

@@ -1,9 +1,9 @@
-"""Selection from an endless stream, batch by batch, at a keep rate that holds under drift, ties and heavy tails.
+"""Select from an endless stream, batch by batch, at a keep rate that holds under drift, ties and heavy tails.
 
 Each domain has a threshold key (score, then hash) that is carried from batch to batch and moved no further than the
 rate requires. An integral controller sets how much of a batch to keep: the keep rate, plus part of the deficit of all
-batches so far. It moves in ranks of the batch, not in scores, so it needs no scale. Limitation against `select`: the
-kept records are the hardest of their batches, not of the whole stream.
+batches so far. It works on ranks in the batch, not on scores, so it needs no scale. Unlike with `select`, the kept
+records are the hardest of their batches, not of the whole stream.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from data.filter.select.selection import (
 )
 
 _STEP = 0.5
-"""How far a batch moves the threshold towards its own quantile. Measured over batches of 512 and 4,096 records with a
-drift of a fifth of the spread per batch: at 0.25 the deficit after 49 batches is 3%, at 0.5 half a per cent. At 1 the
-threshold is the batch's own quantile, without memory.
+"""Fraction of the way by which a batch moves the threshold towards its own quantile. With batches of 512 and 4,096
+records and a drift per batch of a fifth of the spread, the deficit after 49 batches is 3% at 0.25 and half a per cent
+at 0.5. At 1 the threshold is the batch's own quantile, without memory.
 """
 _REPAID = 0.5
-"""Share of the deficit that a batch makes up for."""
+"""Fraction of the deficit that a batch makes up for."""
 _TOLERANCE = 0.005
-"""Allowed deviation of the total, as a share of the target. Beyond it the threshold moves all the way."""
+"""Allowed deviation of the total, as a fraction of the target. Beyond it the threshold moves all the way."""
 
 
 class StreamSelector:
@@ -54,7 +54,7 @@ class StreamSelector:
         self._key: int | None = None  # before the first batch
 
     def decide(self, batch: ShardScores) -> Codes:
-        """The reason of each record of the next batch: codes [N], indices into `REASONS`.
+        """Return the reason of each record of the next batch: codes [N], indices into `REASONS`.
 
         Raises `DataError` for an unscored record with `on_error=fail`.
         """

@@ -55,7 +55,7 @@ def test_nobody_is_named_where_all_is_well():
 
 
 WRONG = {
-    "matrix products at 33% of the others' rate": {"products_flops": 201e12},
+    "matmuls at 33% of the others' rate": {"products_flops": 201e12},
     "cannot write the checkpoint directory": {"disk_bytes_per_second": None},
     "disk at 5% of the others' rate": {"disk_bytes_per_second": 45e6},
     "clock is off by +5.0 s": {"clock_s": 1e9 + 5.0},

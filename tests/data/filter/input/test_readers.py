@@ -212,7 +212,7 @@ def test_wrong_inputs_are_refused(tmp_path):
         ({}, "name a file or folder"),
         ({"input": "a", "dataset": "b"}, "name a file or folder"),
         ({"input": "a", "prompt_key": "q"}, "go together"),
-        ({"input": "a", "prompt_key": "q", "response_key": "a", "messages_key": "m"}, "give it, or prompt_key"),
+        ({"input": "a", "prompt_key": "q", "response_key": "a", "messages_key": "m"}, "set it, or prompt_key"),
         ({"input": "a", "template": "{response}{prompt}"}, "needs {prompt} and, after it, {response}"),
     ):
         with pytest.raises(ConfigError, match=reason):
