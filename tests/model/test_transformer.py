@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from model.attention.plan import ForwardContext
-from model.config import BalanceConfig, InitConfig, ModelConfig, QKNorm, RouterConfig, Score, WeightsOn
+from model.attention.rope import frequencies
+from model.config import BalanceConfig, InitConfig, ModelConfig, QKNorm, RopeScaling, RouterConfig, Score, WeightsOn
 from model.flops import count_parameters
 from model.layers import rms_normalise
 from model.roles import registry
@@ -99,7 +100,7 @@ def test_rope_settings_change_without_rebuilding():
     assert not torch.equal(logits(model, WHOLE), before)
 
 
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("config", [*VARIANTS.values(), replace(SMALL, tie_embeddings=True)], ids=[*VARIANTS, "tied"])
 def test_parameter_counts_and_roles(config):
     model = build(config)
     assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
@@ -109,3 +110,9 @@ def test_parameter_counts_and_roles(config):
 def test_norms_of_narrow_activations_are_computed_wide():
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16() * 3
     assert torch.equal(rms_normalise(x, 1e-5), rms_normalise(x.float(), 1e-5).bfloat16())
+
+
+def test_llama3_scaling_with_equal_bounds_is_a_hard_cut():
+    """Scout's published configuration divides the frequencies from index 35 of 64 on by 16."""
+    ratio = frequencies(128, 5e5) / frequencies(128, 5e5, RopeScaling())
+    assert torch.allclose(ratio, torch.tensor([1.0] * 35 + [16.0] * 29, dtype=torch.float64))
