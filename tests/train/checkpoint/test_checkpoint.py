@@ -7,18 +7,18 @@ import json
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from core.errors import CheckpointError, ConfigError
 from core.files import locate, remove_tree
-from parallel.comm.world import World
-from train.checkpoint import files
-from train.checkpoint.files import CheckpointWriter
+from parallel.comm.world import World, connect
+from train.checkpoint import files, manager
 from train.checkpoint.index import problem
 from train.checkpoint.manager import Checkpointer
-from train.checkpoint.state import run_state
+from train.checkpoint.state import TensorShard, run_state
 from train.optim.optimizer import prime
 from train.run_directory import MARKER, committed
 
@@ -113,13 +113,13 @@ def test_the_last_ones_are_kept(checkpointer):
 
 def test_the_one_before_stays_until_the_next_is_whole(checkpointer, monkeypatch):
     """Even where only one is kept."""
-    checkpointer.keep, finish, there = 1, CheckpointWriter.finish, []
+    checkpointer.keep, commit, there = 1, manager.commit, []
 
-    def watched(writer, metadata, results):
+    def watched(*arguments):
         there.append([found.step for found in committed(checkpointer.directory)])
-        finish(writer, metadata, results)
+        commit(*arguments)
 
-    monkeypatch.setattr(CheckpointWriter, "finish", watched)
+    monkeypatch.setattr(manager, "commit", watched)
     save(checkpointer, 1)
     save(checkpointer, 2)
     assert there == [[], [1]]
@@ -204,3 +204,25 @@ def test_a_missing_driver_says_what_to_install():
         locate("s3://bucket/folder")
     with pytest.raises(ConfigError, match="no filesystem is called 'nowhere'"):
         locate("nowhere://bucket/folder")
+
+
+def save_on_a_full_rank(directory: Path, asynchronous: bool) -> list[str]:
+    """Rank 1 cannot write its shards of step 2."""
+    world, said = connect(), []
+    checkpointer = Checkpointer(directory, world, 2, asynchronous, said.append)
+    halves = [TensorShard("model.weight", torch.ones(3), (6,), (3 * world.rank,))]
+    checkpointer.save(1, halves, {})
+    checkpointer.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(manager, "write_shards", Mock(side_effect=OSError(errno.ENOSPC, "")))
+        checkpointer.save(2, halves, {})
+        checkpointer.wait()
+    return said
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_one_rank_that_cannot_write_fails_the_save(ranks, tmp_path, asynchronous):
+    said = ranks(2, save_on_a_full_rank, tmp_path, asynchronous)
+    assert said == [["could not save step-00000002, going on without it: No space left on device"]] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
