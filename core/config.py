@@ -191,14 +191,9 @@ def _twin_type(kind: Any) -> Any:
 
 def _open_enum(kind: Any) -> type[Enum] | None:
     """The enum of a field declared `SomeEnum | str`: one of its names, or an import path. None for other types."""
-    arguments = typing.get_args(kind)
-    if (
-        len(arguments) == 2
-        and arguments[1] is str
-        and isinstance(arguments[0], type)
-        and issubclass(arguments[0], Enum)
-    ):
-        return arguments[0]
+    match typing.get_args(kind):
+        case (type() as names, other) if issubclass(names, Enum) and other is str:
+            return names
     return None
 
 
@@ -236,10 +231,9 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
-    first = str(error).strip().splitlines()[0]
     if cause is None:
-        lines = [line.strip() for line in str(error).strip().splitlines()]
-        options = [line for line in lines[1:] if line and not line.endswith(":") and "search path" not in line.lower()]
+        first, *lines = [line.strip() for line in str(error).strip().splitlines()]
+        options = [line for line in lines if line and not line.endswith(":") and "search path" not in line.lower()]
         missing = re.search(r"Could not find '(?P<group>[^']*)/(?P<name>[^']*)'", first)
         if missing:
             return ConfigError(

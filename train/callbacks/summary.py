@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, the report, and a last line with the run's directory."""
+"""The end of a run: summary.json and the report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from core.errors import LeviathanError
 from core.files import write_json
 from data.ngram_baseline import NgramBaseline
 from model.flops import count_parameters, training_flops
-from parallel.cost import StaticBytes, static_bytes
+from parallel.cost import static_bytes
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.evaluation import EvaluationCallback
 from train.callbacks.logging import LoggingCallback
@@ -33,6 +33,8 @@ class SummaryCallback(Callback):
         trainer, config = self.trainer, self.trainer.config
         parameters, held_out = count_parameters(config.model), self.evaluation.result
         flops = training_flops(config.model, trainer.phase(trainer.steps - 1).seq_len)
+        layout, moments = trainer.meshes.layout, config.optimizer.moments_dtype(config.precision)
+        muon = config.optimizer.kind is OptimizerKind.muon
         summary: dict[str, Any] = {
             "steps": trainer.step,
             "tokens": trainer.tokens,
@@ -46,21 +48,14 @@ class SummaryCallback(Callback):
             "active_parameters": parameters.active,
             "flops_per_token": flops.total,
             "world_size": trainer.world.size,
-            "layout": trainer.meshes.layout.axes,
-            "static_bytes": vars(self._static_bytes()),
+            "layout": layout.axes,
+            "static_bytes": vars(static_bytes(config.model, config.precision, layout, moments, muon=muon)),
             "heldout": held_out.plain() if held_out else None,
             "corpus": trainer.corpus.fingerprint,
         }
         if config.evaluation.baselines and held_out:
             summary |= self._baselines(list(held_out.sources))
         return summary
-
-    def _static_bytes(self) -> StaticBytes:
-        """Predict the bytes that rank 0 keeps between steps."""
-        config, layout = self.trainer.config, self.trainer.meshes.layout
-        moments = config.optimizer.moments_dtype(config.precision)
-        muon = config.optimizer.kind is OptimizerKind.muon
-        return static_bytes(config.model, config.precision, layout, moments, muon=muon)
 
     def _baselines(self, sources: list[str]) -> dict[str, Any]:
         """Fit unigram and bigram models to the tokens consumed; evaluate them on the model's held-out tokens."""
@@ -94,10 +89,3 @@ class ReportCallback(Callback):
             write_report([trainer.directory.path], trainer.directory.path / PAGE)
         except (LeviathanError, OSError, ValueError) as error:
             trainer.log(f"no report: {error}")
-
-
-class RunNameCallback(Callback):
-    """Logs the run's directory as the last line."""
-
-    def at_end(self) -> None:
-        self.trainer.log(f"run: {self.trainer.directory.path}")

@@ -44,7 +44,6 @@ class TextTokenizer(Protocol):
 
     def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """Ids of each text, without BOS and EOS."""
-        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
