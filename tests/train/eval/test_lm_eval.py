@@ -137,29 +137,23 @@ def test_log_likelihoods_against_plain_arithmetic(trained):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "name, arguments, message",
     [
-        (["tasks=[next_wrod]", f"task_path={TASKS}"], "tasks=next_wrod: no such task"),
-        (["tasks=[next_word]", "task_path=/nowhere"], "task_path=/nowhere: no such directory"),
-        (["tasks=[next_word]", "limit=0"], "limit=0: must be positive"),
+        ("run", ["tasks=[next_wrod]", f"task_path={TASKS}"], "tasks=next_wrod: no such task"),
+        ("run", ["tasks=[next_word]", "task_path=/nowhere"], "task_path=/nowhere: no such directory"),
+        ("run", ["tasks=[next_word]", "limit=0"], "limit=0: must be positive"),
+        ("exported", ["tasks=[next_word]", "backend=torch"], "backend=torch: is for runs"),
+        ("imported", ["tasks=[next_word]", "backend=torch"], "backend=torch: is for runs"),
     ],
 )
-def test_mistakes_are_one_line(trained, capsys, monkeypatch, arguments, message):
+def test_mistakes_are_one_line(trained, capsys, monkeypatch, name, arguments, message):
     from lm_eval.tasks import TaskManager
 
     # the harness's own tasks take seconds to list
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     capsys.readouterr()
-    assert main(["evaluate", str(trained / "run"), *arguments]) == 2
+    assert main(["evaluate", str(trained / name), *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["exported", "imported"])
-def test_a_backend_that_would_not_be_used_is_refused(trained, capsys, name):
-    capsys.readouterr()
-    line = ["evaluate", str(trained / name), "tasks=[next_word]", f"task_path={TASKS}", "backend=torch"]
-    assert main(line) == 2
-    assert "backend=torch: is for runs" in capsys.readouterr().err
 
 
 def test_a_run_without_a_checkpoint_is_one_line(trained, tmp_path, capsys):
@@ -168,17 +162,8 @@ def test_a_run_without_a_checkpoint_is_one_line(trained, tmp_path, capsys):
     assert "has no checkpoint yet" in capsys.readouterr().err
 
 
-TOKENIZER_DAMAGE = {
-    "missing": (None, "does not say which tokens begin and end"),
-    "garbled": ("{", "does not say which tokens begin and end"),
-    "list": ("[]", "does not say which tokens begin and end"),
-    "odd": ('{"eos_token": {"id": 3}}', "does not say which tokens begin and end"),
-    "no_eos": ('{"bos_token": "<|bos|>"}', "names no eos_token"),
-}
-
-
-@pytest.mark.parametrize("text, message", TOKENIZER_DAMAGE.values(), ids=TOKENIZER_DAMAGE.keys())
-def test_a_damaged_tokenizer_is_one_line(trained, tmp_path, capsys, text, message):
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"eos_token": {"id": 3}}', '{"bos_token": "<|bos|>"}'])
+def test_a_damaged_tokenizer_is_one_line(trained, tmp_path, capsys, text):
     model = Path(shutil.copytree(trained / "imported", tmp_path / "model"))
     (model / "tokenizer" / "tokenizer_config.json").unlink()
     if text is not None:
@@ -186,7 +171,7 @@ def test_a_damaged_tokenizer_is_one_line(trained, tmp_path, capsys, text, messag
     capsys.readouterr()
     assert main(["evaluate", str(model), "tasks=[next_word]", f"task_path={TASKS}"]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line
+    assert ("names no eos_token" if text and "bos" in text else "does not say which tokens begin and end") in line
 
 
 def test_without_the_harness_the_install_line_is_given(trained, capsys, monkeypatch):

@@ -228,12 +228,3 @@ def test_standard_rules_change_initialisation_only():
     assert run.optimizer.transferred is not None and run.optimizer.transferred.beta2 == 0.95
     assert {own.lr for own in run.optimizer.transferred.roles.values()} == {run.optimizer.lr}
     assert {own.weight_decay for own in run.optimizer.transferred.roles.values()} == {0.0, 0.1}
-
-
-def test_a_parameter_without_a_role_is_an_error(monkeypatch):
-    from model.layers import RMSNorm
-
-    init = RMSNorm.__init__
-    monkeypatch.setattr(RMSNorm, "__init__", lambda self, *given: (init(self, *given), setattr(self, "roles", {}))[0])
-    with pytest.raises(TypeError, match=r"has no role"):
-        derive(larger())
