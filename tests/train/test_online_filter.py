@@ -83,7 +83,7 @@ def test_the_first_new_sequence_may_be_deferred():
 def test_a_stored_window_continues_the_same():
     filter_ = make()
     first = filter_.next(OnlineWindow(), 0, 4)
-    again = OnlineWindow(**first.plain())
+    again = OnlineWindow(**vars(first))
     assert filter_.next(again, 4, 4) == filter_.next(first, 4, 4)
 
 

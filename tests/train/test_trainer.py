@@ -142,13 +142,6 @@ def test_a_damaged_last_checkpoint_is_replaced(run, train, tmp_path, capsys):
     assert kept(tmp_path) == [2, 4] and restore(run, ALONE).step == 4
 
 
-def test_a_run_of_many_ranks_can_be_restored_by_one(run):
-    config = run / "config.yaml"
-    config.write_text(config.read_text().replace("dp_shard: auto", "dp_shard: 2"))
-    assert "dp_shard: 2" in config.read_text()
-    assert restore(run, ALONE).step == 4
-
-
 def interrupted(*arguments):
     raise KeyboardInterrupt
 

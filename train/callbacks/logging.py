@@ -47,7 +47,10 @@ class LoggingCallback(Callback):
         line, self._logged = self._line(steps, metrics, seconds), steps
         self._clock, self._paused, self._tokens = now, trainer.paused_s, metrics.tokens
         for callback in trainer.callbacks:
-            self._add(line, callback)
+            for name, figure in callback.metrics().items():
+                if name in line:
+                    raise ConfigError("callbacks", callback.key, f"metrics() returns {name}, which is taken; rename it")
+                line[name] = float(figure)
         if slow:
             line["slow_ranks"] = [vars(one) for one in slow]
         trainer.log(self._text(line, now))
@@ -62,12 +65,6 @@ class LoggingCallback(Callback):
         """Close the writer after the last line, which evaluation writes."""
         if self.writer is not None:
             self.writer.close()
-
-    def _add(self, line: dict[str, Any], callback: Callback) -> None:
-        for name, figure in callback.metrics().items():
-            if name in line:
-                raise ConfigError("callbacks", callback.key, f"metrics() returns {name}, which is taken; rename it")
-            line[name] = float(figure)
 
     def _line(self, steps: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
         trainer = self.trainer

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Protocol
 
@@ -48,11 +48,7 @@ class HeldOut:
     sources: dict[str, SourceLoss]
 
     def plain(self) -> dict[str, object]:
-        return {
-            "loss": self.loss,
-            "bits_per_byte": self.bits_per_byte,
-            "sources": {k: vars(v) for k, v in self.sources.items()},
-        }
+        return asdict(self)
 
 
 class HeldOutLoader(Protocol):

@@ -127,20 +127,14 @@ def run_tasks(
     model = HarnessModel(open_scoring_model(run, world, backend), batch_size)
     try:
         found: Any = simple_evaluate(
-            model,
-            tasks=list(tasks),
-            num_fewshot=few_shot,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=0,
+            model, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, bootstrap_iters=0
         )
     except (OSError, ConnectionError) as error:
         raise CheckpointError(f"a task's data cannot be read: {str(error).strip().splitlines()[0]}") from error
     print(utils.make_table(found))
     if out is not None:
         figures = {"results": found["results"], "samples": found.get("samples", {})}
-        text = json.dumps(figures, indent=2, default=str)
-        Path(out).expanduser().write_text(text + "\n")
+        Path(out).expanduser().write_text(json.dumps(figures, indent=2, default=str) + "\n")
     return 0
 
 

@@ -17,15 +17,7 @@ from core.errors import CheckpointError, ConfigError, LeviathanError
 from data.tokenizer import save_for_transformers
 from launch.cli import main
 from model import huggingface
-from model.config import (
-    FeedForward,
-    ModelConfig,
-    RouterConfig,
-    Score,
-    UpcycleConfig,
-    UpcycleMethod,
-    WeightsOn,
-)
+from model.config import FeedForward, ModelConfig, RouterConfig, Score, UpcycleConfig, UpcycleMethod, WeightsOn
 from model.tensor_source import TensorSource, materialise, whole
 from model.upcycle import Upcycled, keeps_the_function
 from tests.support import hf_models, tiny

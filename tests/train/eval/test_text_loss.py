@@ -20,6 +20,7 @@ from data.filter.score.scorer import TokenLosses
 from launch.cli import main
 from model.attention.plan import ForwardContext
 from parallel.comm.world import World
+from tests.support import hf_models
 from tests.support.tiny import TINY
 from train.checkpoint.restore import restore
 from train.eval.contamination import MODELS
@@ -42,7 +43,7 @@ def trained(tmp_path_factory, small_corpus) -> Path:
 def llama(tmp_path_factory) -> Path:
     """Random weights and a byte-level tokenizer of few merges, as folders on the hub have them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("llama")
     library = Tokenizer(models.BPE())
@@ -54,21 +55,7 @@ def llama(tmp_path_factory) -> Path:
     )
     library.train_from_iterator(["the model reads a line and writes another"] * 4, trainer)
     PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(settings).save_pretrained(folder)
-    return folder
+    return hf_models.save(hf_models.make("llama", vocab_size=300, bos_token_id=0, eos_token_id=1), folder)
 
 
 def opened(name: Path | str, **more: int) -> tuple[TokenLosses, str]:
