@@ -278,34 +278,21 @@ def with_experts(dense: ModelConfig, **changes) -> ModelConfig:
         expert_hidden_size=dense.dense_hidden_size,
         shared_expert_hidden_size=0,
         router=RouterConfig(top_k=2, score=Score.softmax, norm_topk_prob=True, weights_on=WeightsOn.output),
+        upcycle=UpcycleConfig(),
         init_from="dense",
     )
     return replace(base, **changes)
 
 
+SPLIT = UpcycleConfig(UpcycleMethod.split)
+SCALED = RouterConfig(3, Score.sigmoid, norm_topk_prob=True, scale=2.5, weights_on=WeightsOn.output)
 UPCYCLED = {
-    "copy": ({"upcycle": UpcycleConfig()}, True),
-    "split": ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_hidden_size": 24, "num_experts": 8}, True),
-    "split_scaled": (
-        {
-            "upcycle": UpcycleConfig(UpcycleMethod.split),
-            "expert_hidden_size": 16,
-            "num_experts": 6,
-            "router": RouterConfig(3, Score.sigmoid, norm_topk_prob=True, scale=2.5, weights_on=WeightsOn.output),
-        },
-        True,
-    ),
-    "shared": (
-        {
-            "upcycle": UpcycleConfig(),
-            "shared_expert_hidden_size": 48,
-            "expert_hidden_size": 32,
-            "router": RouterConfig(),
-        },
-        True,
-    ),
+    "copy": ({}, True),
+    "split": ({"upcycle": SPLIT, "expert_hidden_size": 24, "num_experts": 8}, True),
+    "split_scaled": ({"upcycle": SPLIT, "expert_hidden_size": 16, "num_experts": 6, "router": SCALED}, True),
+    "shared": ({"shared_expert_hidden_size": 48, "expert_hidden_size": 32, "router": RouterConfig()}, True),
     "noise": ({"upcycle": UpcycleConfig(UpcycleMethod.noise, noise_std=0.05)}, False),
-    "llama4_router": ({"upcycle": UpcycleConfig(), "router": RouterConfig()}, False),
+    "llama4_router": ({"router": RouterConfig()}, False),
 }
 
 
@@ -335,15 +322,12 @@ def test_upcycled_blocks_equal_slices(saved):
         ({"dense_hidden_size": 40}, "model.init_from"),
         ({"dense_hidden_size": 96}, "model.init_from"),
         ({"shared_expert_hidden_size": 32}, "model.shared_expert_hidden_size"),
-        (
-            {"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_hidden_size": 24, "num_experts": 5},
-            "model.num_experts",
-        ),
-        ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_hidden_size": 40}, "model.expert_hidden_size"),
+        ({"upcycle": SPLIT, "expert_hidden_size": 24, "num_experts": 5}, "model.num_experts"),
+        ({"upcycle": SPLIT, "expert_hidden_size": 40}, "model.expert_hidden_size"),
     ],
 )
 def test_widths_that_do_not_fit_are_refused(saved, changes, key):
-    config = with_experts(open_model(saved["qwen3"]).config, **{"upcycle": UpcycleConfig(), **changes})
+    config = with_experts(open_model(saved["qwen3"]).config, **changes)
     with pytest.raises(ConfigError) as caught:
         initial_source(replace(config, init_from=str(saved["qwen3"])), 0, QUIET)
     assert caught.value.key == key

@@ -81,8 +81,8 @@ def in_place(name: str, make: Callable[[Path], object]) -> Callable[[Path], None
     return forge
 
 
-def marker(change: Callable[[Any], object]) -> Callable[[Path], None]:
-    return in_json(MARKER, change)
+def marker(files: dict[str, object]) -> Callable[[Path], None]:
+    return in_json(MARKER, lambda content: content["files"].update(files))
 
 
 FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -116,24 +116,12 @@ FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "data is a folder": (in_place("rank_0.bin", Path.mkdir), "rank_0.bin is not a file"),
     "data is a pipe": (in_place("rank_0.bin", os.mkfifo), "rank_0.bin is not a file"),
     "marker is a folder": (in_place(MARKER, Path.mkdir), f"{MARKER} is not a file"),
-    "marker of a file elsewhere": (
-        marker(lambda content: content["files"].update({"../x": {"bytes": 1}})),
-        f"{MARKER} names '../x', which is not a file of a checkpoint",
-    ),
+    "marker of a file elsewhere": (marker({"../x": {"bytes": 1}}), f"{MARKER} names '../x', which is not a file"),
     "marker is no text": (text(MARKER, b"\xff\xfe"), f"{MARKER} is unreadable (UnicodeDecodeError"),
     "marker is a list": (text(MARKER, b"[]"), f"{MARKER} is not that of a checkpoint of format"),
-    "marker without files": (
-        marker(lambda content: content.update(files=None)),
-        "is not that of a checkpoint of format",
-    ),
-    "marker without sizes": (
-        marker(lambda content: content["files"].update({"rank_0.bin": 3})),
-        "does not say how long",
-    ),
-    "other format": (
-        marker(lambda content: content.update(format=99)),
-        f"{MARKER} is not that of a checkpoint of format",
-    ),
+    "marker without files": (in_json(MARKER, lambda c: c.update(files=None)), "not that of a checkpoint of format"),
+    "marker without sizes": (marker({"rank_0.bin": 3}), "does not say how long"),
+    "other format": (in_json(MARKER, lambda c: c.update(format=99)), f"{MARKER} is not that of a checkpoint of format"),
     "other step": (in_json(PROGRESS, lambda content: content.update(step=7)), f"{PROGRESS} is of step 7"),
     "progress is a list": (text(PROGRESS, b"[]"), f"{PROGRESS} is of step None"),
 }

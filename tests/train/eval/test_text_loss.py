@@ -67,38 +67,33 @@ def config(name: Path | str, **more: int) -> ScorerConfig:
 
 
 @torch.no_grad()
-def test_transformers_own_loss_comes_out(llama):
-    """Its loss is the mean of ours: labels of the second text only, one row at a time without padding."""
+def test_losses_are_those_of_the_models_logits(llama, trained):
+    """Labels of the second text only, one row at a time without padding; of a transformers model and of a run."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
-    losses, _ = opened(llama)
-    found = losses(TEXTS)
-    for (first, second), mine in zip(TEXTS, found, strict=True):
-        before, wanted = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second))
-        assert len(mine) == len(wanted) and mine.dtype == np.float32
-        if wanted:
-            row = torch.tensor([[0, *before, *wanted]])
-            labels = row.clone()
-            labels[:, : 1 + len(before)] = -100
-            assert float(mine.mean()) == pytest.approx(float(model(input_ids=row, labels=labels).loss), abs=1e-5)
-    shifted = losses([("b", text[1]) for text in TEXTS])
-    assert abs(shifted[1] - found[1]).max() > 1e-3, "what comes before counts"
-
-
-@torch.no_grad()
-def test_a_run_has_the_loss_of_its_model(trained):
+    theirs, library = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
     restored = restore(trained, ALONE)
-    model, tokenizer = restored.placed.model.eval(), restored.corpus.tokenizer
-    losses, _ = opened(trained)
-    for (first, second), mine in zip(TEXTS, losses(TEXTS), strict=True):
-        before, wanted = tokenizer.encode([first])[0], tokenizer.encode([second])[0]
-        row = [tokenizer.bos_id, *before, *wanted]
-        if wanted:
-            logits = model(torch.tensor([row[:-1]]), ForwardContext(torch.arange(len(row) - 1)[None]))[0]
-            plain = cross_entropy(logits.float(), torch.tensor(row[1:]), reduction="none")[-len(wanted) :]
-            assert mine == pytest.approx(plain.numpy(), abs=1e-4)
-        assert len(mine) == len(wanted)
+    ours, tokenizer = restored.placed.model.eval(), restored.corpus.tokenizer
+    tokenise = {
+        llama: lambda text: library(text, add_special_tokens=False)["input_ids"],
+        trained: lambda text: tokenizer.encode([text])[0],
+    }
+    logits = {
+        llama: lambda ids_BT: theirs(input_ids=ids_BT).logits,
+        trained: lambda ids_BT: ours(ids_BT, ForwardContext(torch.arange(ids_BT.shape[1])[None])),
+    }
+    for name, bos in ((llama, 0), (trained, tokenizer.bos_id)):
+        losses, _ = opened(name)
+        found = losses(TEXTS)
+        for texts, mine in zip(TEXTS, found, strict=True):
+            before, wanted = map(tokenise[name], texts)
+            assert len(mine) == len(wanted) and mine.dtype == np.float32
+            if wanted:
+                row = torch.tensor([bos, *before, *wanted])
+                plain = cross_entropy(logits[name](row[None, :-1])[0].float(), row[1:], reduction="none")
+                assert mine == pytest.approx(plain[-len(wanted) :].numpy(), abs=1e-4)
+        shifted = losses([("b", text[1]) for text in TEXTS])
+        assert abs(shifted[1] - found[1]).max() > 1e-3, "what comes before counts"
 
 
 @pytest.mark.parametrize("context", [16, 17, 64])
