@@ -148,7 +148,9 @@ class RunDirectory:
             raise ConfigError("checkpoint.directory", elsewhere, f"cannot be written: {error}") from error
 
     def _check_same(self, config: TrainConfig) -> None:
-        stored, begun = load_config(self.path), self._begun_phases(config)
+        stored = load_config(self.path)
+        done = max((step for step, _ in committed(self.checkpoints)), default=0)
+        begun = sum(phase.start < done for phase in phases(stored)[1:])  # these may no longer change
         was, is_now = (_indexed(plain(without_derived(one))) for one in (stored, config))
         said = differences(was, is_now)  # before the derived keys that follow from it
         for key, (before, after) in {**said, **differences(_indexed(plain(stored)), _indexed(plain(config)))}.items():
@@ -158,11 +160,6 @@ class RunDirectory:
             if not free and not later_phase:
                 reason = f"the run in {self.path} was started with {before}; restore it, or name a new run (run.name)"
                 raise ConfigError(key, after, reason)
-
-    def _begun_phases(self, config: TrainConfig) -> int:
-        """The number of phases after the first that have begun and may no longer change."""
-        done = max((step for step, _ in committed(self.checkpoints)), default=0)
-        return sum(phase.start < done for phase in phases(load_config(self.path))[1:])
 
 
 def load_config(directory: Path) -> TrainConfig:

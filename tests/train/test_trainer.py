@@ -106,6 +106,7 @@ def test_a_phase_has_its_own_schedule_batch_and_blend(tmp_path, small_corpus):
     assert rates[6] == pytest.approx(factors[0] * run.config.optimizer.lr)
     batches = {name: loader.batch(0) for name, loader in run.loaders.items()}
     assert batches["longer"].tokens_BT.shape == (4, 96)
+    assert torch.equal(run.batches._make(6).tokens_BT, batches["longer"].tokens_BT), "the start of its own order"
     sources = {name: set(batch.sources_B.tolist()) for name, batch in batches.items()}
     assert len(sources["longer"]) == 1 < len(sources["main"])
 
