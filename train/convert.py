@@ -80,7 +80,8 @@ def export_checkpoint(
         source = open_model(path)
     except ConfigError as error:
         raise error.under("source") from None
-    bias = source.selection_bias() if isinstance(source, CheckpointedModel) else 0.0
+    biases = source.selection_biases() if isinstance(source, CheckpointedModel) else {}
+    bias = max((float(bias_E.abs().max()) for bias_E in biases.values()), default=0.0)
     if bias and not drop_selection_bias:
         reason = f"the routers choose experts with biases (up to {bias:.2g}) that other formats cannot store"
         raise ConfigError("drop_selection_bias", False, reason, ["true, which exports the model without them"])

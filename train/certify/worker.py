@@ -126,10 +126,15 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     placed = build(case.model, case.precision, meshes, world.device, SEED)
     model, engine, found = placed.model, make_engine(placed, case.optimizer, SEED), RankResults()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
-    loader, begin, share = _loader(case, meshes), 0, case.batch_size // meshes.dp.size
+    order = np.arange(case.batch_size)
+    if case.emulates and meshes.dp.size == 1:
+        order = order.reshape(case.emulates, -1).T.flatten()  # the first sequences of all ranks, then the second ones
+    loader = SyntheticLoader(case.model.vocab_size, case.seq_len, order.tolist())
+    begin, share = 0, case.batch_size // meshes.dp.size
     size = case.emulates // meshes.dp.size if case.emulates else micro_batch_size(meshes.layout)
     if case.starve:
-        _starve(model)
+        for balance in (module for module in model.modules() if isinstance(module, RouterBalance)):
+            balance.bias_E[: len(balance.bias_E) // 2] = -1e9
     if case.resume is not None:
         progress = Checkpointer(case.resume, world, 1, False, _fail).restore(engine.state())
         assert progress is not None, f"no checkpoint in {case.resume}"
@@ -159,24 +164,11 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     return found
 
 
-def _loader(case: CertifyCase, meshes: Meshes) -> SyntheticLoader:
-    order = np.arange(case.batch_size)
-    if case.emulates and meshes.dp.size == 1:
-        order = order.reshape(case.emulates, -1).T.flatten()  # the first sequences of all ranks, then the second ones
-    return SyntheticLoader(case.model.vocab_size, case.seq_len, order.tolist())
-
-
 def run_cases(parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
     """Run all `cases` on this rank, with the world's ranks arranged by `parallel`."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
     return {name: run_case(case, world, meshes) for name, case in cases.items()}
-
-
-def _starve(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, RouterBalance):
-            module.bias_E[: len(module.bias_E) // 2] = -1e9
 
 
 def _fail(line: str) -> None:

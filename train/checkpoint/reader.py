@@ -56,10 +56,6 @@ class CheckpointedModel:
         kept = {name: tensor for name, tensor in self._tensors.items() if name.endswith("balance.bias_E")}
         return {name: self.read(name, [0], tensor.shape) for name, tensor in kept.items()}
 
-    def selection_bias(self) -> float:
-        """The largest absolute selection bias. Other formats cannot hold one."""
-        return max((float(bias_E.abs().max()) for bias_E in self.selection_biases().values()), default=0.0)
-
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         tensor = self._tensors[name]
         result = torch.empty(tuple(shape), dtype=tensor.dtype)

@@ -38,10 +38,6 @@ class HarnessModel(TemplateLM):
     def prefix_token_id(self) -> int:
         return self.model.tokenizer.bos_id
 
-    @property
-    def tokenizer_name(self) -> str:
-        return self.model.tokenizer.fingerprint
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         ids = list(self.model.tokenizer.encode([string])[0])
         return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
