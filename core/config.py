@@ -13,7 +13,7 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -152,18 +152,14 @@ def _twin(cls: type) -> type:
         if dataclasses.is_dataclass(kind):
             default: Any = dataclasses.field(default_factory=typing.cast(Any, kind))
         elif f.default_factory is not dataclasses.MISSING:
-            default = dataclasses.field(default_factory=_plain_factory(f.default_factory))
+            # plain values, because frozen components would make their part of the schema read-only
+            default = dataclasses.field(default_factory=lambda make=f.default_factory: plain(make()))
         elif f.default is not dataclasses.MISSING:
             default = dataclasses.field(default=plain(f.default) if _open_enum(hints[f.name]) else f.default)
         else:
             default = dataclasses.field(default="???")
         fields.append((f.name, kind, default))
     return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
-
-
-def _plain_factory(factory: Callable[[], Any]) -> Callable[[], Any]:
-    """Return defaults as plain values: frozen components would make their part of the schema read-only."""
-    return lambda: plain(factory())
 
 
 def _twin_type(kind: Any) -> Any:

@@ -18,7 +18,7 @@ from train.optim.optimizer import OptimizerKind
 
 
 class SummaryCallback(Callback):
-    """Writes summary.json from the last results of `logging` and `evaluation`, and closes the writer."""
+    """Writes summary.json from the last results of `logging` and `evaluation`, closes the writer, writes the report."""
 
     def __init__(self, trainer: TrainingRun, logging: LoggingCallback, evaluation: EvaluationCallback) -> None:
         super().__init__(trainer)
@@ -28,6 +28,8 @@ class SummaryCallback(Callback):
         if self.trainer.world.is_main:
             write_json(self.trainer.directory.summary, self.summary())
         self.logging.close()
+        if self.trainer.world.is_main and self.trainer.config.logging.report:
+            self._report()
 
     def summary(self) -> dict[str, Any]:
         trainer, config = self.trainer, self.trainer.config
@@ -75,17 +77,12 @@ class SummaryCallback(Callback):
         )
         return found
 
-
-class ReportCallback(Callback):
-    """Writes report.html. A failure is logged and does not fail the run."""
-
-    def at_end(self) -> None:
-        trainer = self.trainer
-        if not trainer.world.is_main:
-            return
+    def _report(self) -> None:
+        """Write report.html. A failure is logged and does not fail the run."""
         from train.report.page import PAGE, write_report  # matplotlib takes a second to import
 
+        directory = self.trainer.directory.path
         try:
-            write_report([trainer.directory.path], trainer.directory.path / PAGE)
+            write_report([directory], directory / PAGE)
         except (LeviathanError, OSError, ValueError) as error:
-            trainer.log(f"no report: {error}")
+            self.trainer.log(f"no report: {error}")
