@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.config import build, plain
+from core.config import build, load_stored, plain, quoted
 from core.errors import ConfigError
 from hparam.axes import SizeAxis
 from hparam.rules import HeadForm, Parametrization
@@ -54,14 +54,8 @@ def test_without_a_base_nothing_is_changed():
         resolve(replace(run, optimizer=transferred))
 
 
-def edited(run: TrainConfig, key: str, value: object) -> TrainConfig:
-    tree = plain(run)
-    *path, last = key.split(".")
-    place = tree
-    for name in path:
-        place = place[name]
-    place[last] = value
-    return build(TrainConfig, tree)
+def edited(run: TrainConfig, key: str, value: float | str) -> TrainConfig:
+    return load_stored(plain(run), TrainConfig, [f"{key}={quoted(value) if isinstance(value, str) else value}"])
 
 
 @pytest.fixture(scope="module")
