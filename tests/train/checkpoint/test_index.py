@@ -178,6 +178,13 @@ def test_an_honest_index_is_read(saved):
     assert index["optimizer.weight.step"].shape == () and index[WEIGHT].dtype is torch.float32
 
 
+@pytest.mark.parametrize("shards", [[1], [0, 0, 1]], ids=["a gap", "a shard twice"])
+def test_shards_that_make_up_no_tensor_are_not_committed(tmp_path, shards):
+    said: list[str] = []
+    checkpointer(tmp_path, said).save(1, [state(1.0)[number] for number in shards], {})
+    assert "going on without it: the shards of model.weight do not make up its shape [4, 3]" in said[0]
+
+
 def test_tiles_are_told_from_overlaps_and_gaps():
     def tile(shape: tuple[int, ...], *boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
         return _tile(shape, [IndexedShard(*box, "", 0, 0, "") for box in boxes])
