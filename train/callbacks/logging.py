@@ -61,11 +61,6 @@ class LoggingCallback(Callback):
             self.writer.write(line)
             trainer.stragglers.note(slow, steps, trainer.directory.logs / SLOW_HOSTS)
 
-    def close(self) -> None:
-        """Close the writer after the last line, which evaluation writes."""
-        if self.writer is not None:
-            self.writer.close()
-
     def _line(self, steps: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
         trainer = self.trainer
         seq_len = trainer.phase(steps - 1).seq_len

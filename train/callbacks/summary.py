@@ -12,7 +12,6 @@ from parallel.cost import static_bytes
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.evaluation import EvaluationCallback
 from train.callbacks.logging import LoggingCallback
-from train.eval.held_out import held_out_batches
 from train.metrics import peak_memory_bytes
 from train.optim.optimizer import OptimizerKind
 
@@ -25,10 +24,11 @@ class SummaryCallback(Callback):
         self.logging, self.evaluation = logging, evaluation
 
     def at_end(self) -> None:
-        if self.trainer.world.is_main:
-            write_json(self.trainer.directory.summary, self.summary())
-        self.logging.close()
-        if self.trainer.world.is_main and self.trainer.config.logging.report:
+        if self.logging.writer is None:  # rank 0 alone has one
+            return
+        write_json(self.trainer.directory.summary, self.summary())
+        self.logging.writer.close()  # its last line is that of the evaluation
+        if self.trainer.config.logging.report:
             self._report()
 
     def summary(self) -> dict[str, Any]:
@@ -68,8 +68,11 @@ class SummaryCallback(Callback):
             batch = trainer.loaders[phase.name].batch(step - phase.start)
             baseline.add(batch.tokens_BT, batch.labels_BT)
         phase = trainer.phase(trainer.step - 1)
-        loader, count = trainer.loaders[phase.name], trainer.config.evaluation.sequences
-        held_out = {s: list(held_out_batches(loader, s, count, phase.micro_batch_size)) for s in sources}
+        loader, size, held_out = trainer.loaders[phase.name], phase.micro_batch_size, {}
+        for source in sources:
+            count = min(trainer.config.evaluation.sequences, loader.num_held_out(source))
+            batches = (loader.held_out(source, a, min(a + size, count)) for a in range(0, count, size))
+            held_out[source] = list(batches)
         found = baseline.evaluate(held_out, {s: trainer.weights[s] for s in sources})
         trainer.log(
             f"unigram {found['unigram_loss']:.4f} (add {found['unigram_constant']:g}), "

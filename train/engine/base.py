@@ -16,7 +16,7 @@ from parallel.parallelize import ParallelModel
 from parallel.pipeline.runtime import Pipeline
 from parallel.sharding import LocalShard
 from train.checkpoint.state import TensorShard
-from train.loss import label_count, summed_loss
+from train.loss import IGNORED, summed_loss
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Engine(ABC):
         """
         meshes, share = self.meshes, self.placed.context_shard(batch.tokens_BT.shape[1])
         labels_BT = share.take(batch.labels_BT).to(self.device)
-        tokens = label_count(labels_BT) * meshes.counts_tokens
+        tokens = (labels_BT != IGNORED).sum() * meshes.counts_tokens
         meshes.world.sum(tokens, "loss")
         routed = float(batch.tokens_BT.numel() * meshes.dp.size)
         contexts = [

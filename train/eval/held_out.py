@@ -116,13 +116,6 @@ def sequence_losses(placed: ParallelModel, take: Take, count: int, micro_batch_s
     return sums_N2[:, 0] / sums_N2[:, 1]
 
 
-def held_out_batches(loader: HeldOutLoader, source: str, sequences: int, micro_batch_size: int) -> Iterator[Batch]:
-    """The first `sequences` held-out sequences of a source, or all where there are fewer."""
-    available = min(sequences, loader.num_held_out(source))
-    for start in range(0, available, micro_batch_size):
-        yield loader.held_out(source, start, min(start + micro_batch_size, available))
-
-
 def _local_batches(take: Take, count: int, micro_batch_size: int, axis: MeshAxis) -> Iterator[tuple[int, Batch]]:
     """This rank's micro-batches of `count` sequences, each with its first sequence's number (`count` for padding).
 
