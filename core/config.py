@@ -13,9 +13,9 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -153,13 +153,17 @@ def _twin(cls: type) -> type:
             default: Any = dataclasses.field(default_factory=typing.cast(Any, kind))
         elif f.default_factory is not dataclasses.MISSING:
             # plain values, because frozen components would make their part of the schema read-only
-            default = dataclasses.field(default_factory=lambda make=f.default_factory: plain(make()))
+            default = dataclasses.field(default_factory=partial(_plain_made, f.default_factory))
         elif f.default is not dataclasses.MISSING:
             default = dataclasses.field(default=plain(f.default) if _open_enum(hints[f.name]) else f.default)
         else:
             default = dataclasses.field(default="???")
         fields.append((f.name, kind, default))
     return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+
+
+def _plain_made(factory: Callable[[], Any]) -> Any:
+    return plain(factory())
 
 
 def _twin_type(kind: Any) -> Any:

@@ -127,5 +127,5 @@ def text_hash(text: str) -> str:
     return sha256_text(" ".join(text.split()))
 
 
-MODELS = Models(lambda name, config: open_losses(name, config, MODELS), check_unseen)
+MODELS: Models = Models(lambda name, config: open_losses(name, config, MODELS), check_unseen)
 """What a filter needs to score with models; their own corpora may be filtered in the same way."""
