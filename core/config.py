@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -152,7 +152,8 @@ def _twin(cls: type) -> type:
         if dataclasses.is_dataclass(kind):
             default: Any = dataclasses.field(default_factory=typing.cast(Any, kind))
         elif f.default_factory is not dataclasses.MISSING:
-            default = dataclasses.field(default_factory=_plain_factory(f.default_factory))
+            # plain values, because frozen components would make their part of the schema read-only
+            default = dataclasses.field(default_factory=partial(_plain_made, f.default_factory))
         elif f.default is not dataclasses.MISSING:
             default = dataclasses.field(default=plain(f.default) if _open_enum(hints[f.name]) else f.default)
         else:
@@ -161,9 +162,8 @@ def _twin(cls: type) -> type:
     return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
 
 
-def _plain_factory(factory: Callable[[], Any]) -> Callable[[], Any]:
-    """Return defaults as plain values: frozen components would make their part of the schema read-only."""
-    return lambda: plain(factory())
+def _plain_made(factory: Callable[[], Any]) -> Any:
+    return plain(factory())
 
 
 def _twin_type(kind: Any) -> Any:
@@ -191,14 +191,9 @@ def _twin_type(kind: Any) -> Any:
 
 def _open_enum(kind: Any) -> type[Enum] | None:
     """The enum of a field declared `SomeEnum | str`: one of its names, or an import path. None for other types."""
-    arguments = typing.get_args(kind)
-    if (
-        len(arguments) == 2
-        and arguments[1] is str
-        and isinstance(arguments[0], type)
-        and issubclass(arguments[0], Enum)
-    ):
-        return arguments[0]
+    match typing.get_args(kind):
+        case (type() as names, other) if issubclass(names, Enum) and other is str:
+            return names
     return None
 
 
@@ -236,10 +231,9 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
-    first = str(error).strip().splitlines()[0]
     if cause is None:
-        lines = [line.strip() for line in str(error).strip().splitlines()]
-        options = [line for line in lines[1:] if line and not line.endswith(":") and "search path" not in line.lower()]
+        first, *lines = [line.strip() for line in str(error).strip().splitlines()]
+        options = [line for line in lines if line and not line.endswith(":") and "search path" not in line.lower()]
         missing = re.search(r"Could not find '(?P<group>[^']*)/(?P<name>[^']*)'", first)
         if missing:
             return ConfigError(

@@ -28,6 +28,8 @@ class CheckpointError(LeviathanError):
 class Diverged(LeviathanError):
     """The loss or gradient norm is NaN or infinite."""
 
+    everywhere = True
+
 
 class ConfigError(LeviathanError):
     """An invalid configuration, rejected before anything is built.

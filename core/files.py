@@ -12,15 +12,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from fsspec.registry import known_implementations
 
 from core.errors import ConfigError
-
-_BLOCK_BYTES = 1 << 20
 
 
 def locate(text: str) -> Path:
@@ -72,14 +70,9 @@ def _in_store(path: Path, how: str) -> list[Path]:
     return [locate(store.fs.unstrip_protocol(name)) for name, info in sorted(found.items()) if info["type"] == "file"]
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Yield what column readers take: a local path, which they map themselves, or an open remote file."""
-    if is_local(path):
-        yield path
-    else:
-        with path.open("rb") as file:
-            yield file
+def opened(path: Path) -> AbstractContextManager[Any]:
+    """Enter what column readers take: a local path, which they map themselves, or an open remote file."""
+    return nullcontext(path) if is_local(path) else path.open("rb")
 
 
 def remove_tree(path: Path) -> None:
@@ -133,11 +126,8 @@ def read_json(path: Path) -> Any:
 
 def sha256_file(path: Path) -> str:
     """Return the hex digest of a file's content, read in blocks."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_text(*parts: str) -> str:

@@ -76,8 +76,12 @@ def export_checkpoint(
     check: Check = Check.auto,
 ) -> str:
     """Convert a run's newest checkpoint or an imported model; returns the `model_type` written."""
-    source = _opened(path)
-    bias = source.selection_bias() if isinstance(source, CheckpointedModel) else 0.0
+    try:
+        source = open_model(path)
+    except ConfigError as error:
+        raise error.under("source") from None
+    biases = source.selection_biases() if isinstance(source, CheckpointedModel) else {}
+    bias = max((float(bias_E.abs().max()) for bias_E in biases.values()), default=0.0)
     if bias and not drop_selection_bias:
         reason = f"the routers choose experts with biases (up to {bias:.2g}) that other formats cannot store"
         raise ConfigError("drop_selection_bias", False, reason, ["true, which exports the model without them"])
@@ -101,21 +105,14 @@ def export_checkpoint(
     return str(json.loads((out / "config.json").read_text())["model_type"])
 
 
-def _opened(path: Path) -> TensorSource:
-    try:
-        return open_model(path)
-    except ConfigError as error:
-        raise error.under("source") from None
-
-
 def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Path], dict[str, Any]]:
     """Files of the model's tokenizer, and what a run knows that `config.json` should name. Raises `ConfigError` where
     the run's data have changed: another tokenizer may have been trained on them.
     """
-    if (path / IMPORTED).exists():
-        return [path / TOKENIZER / name for name in TOKENIZER_FILES if (path / TOKENIZER / name).exists()], {}
-    if not (path / "config.yaml").exists():
-        return [file for name in TOKENIZER_FILES if (file := path / name).exists()], {}
+    imported = (path / IMPORTED).exists()
+    if imported or not (path / "config.yaml").exists():
+        folder = path / TOKENIZER if imported else path
+        return [file for name in TOKENIZER_FILES if (file := folder / name).exists()], {}
     run = load_config(path)
     corpus = stored_corpus(path, run, World(0, 1, torch.device("cpu")), print, MODELS)
     assert isinstance(source, CheckpointedModel)

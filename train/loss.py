@@ -28,8 +28,3 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, tp: MeshAxis | None = No
         return vocab_parallel_loss.token_losses(wide, labels_BT.clamp_min(0), tp) * (labels_BT != IGNORED)
     losses = F.cross_entropy(wide.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(labels_BT)
-
-
-def label_count(labels_BT: Tensor) -> Tensor:
-    """Count the labelled positions, as an int64 scalar."""
-    return (labels_BT != IGNORED).sum()

@@ -44,17 +44,12 @@ class StepMetrics(StepResult):
         """Raise `Diverged` if a loss or gradient norm is NaN or infinite: all later steps and checkpoints would be
         useless.
         """
-        for name, figure in (("loss", self.loss), ("gradient norm", self.gradient_norm)):
-            if not math.isfinite(figure.item()):
-                raise _diverged(f"the {name} after step {steps} is {figure.item()}")
-        if not self.finite.item():
-            raise _diverged(f"a loss or a gradient norm before step {steps} was NaN or infinite")
-
-
-def _diverged(what: str) -> Diverged:
-    error = Diverged(f"{what}: start a new run (run.name) with a lower optimizer.lr")
-    error.everywhere = True
-    return error
+        if self.finite.item():
+            return
+        figures = {"loss": self.loss.item(), "gradient norm": self.gradient_norm.item()}
+        wrong = [f"the {name} after step {steps} is {x}" for name, x in figures.items() if not math.isfinite(x)]
+        what = wrong[0] if wrong else f"a loss or a gradient norm before step {steps} was NaN or infinite"
+        raise Diverged(f"{what}: start a new run (run.name) with a lower optimizer.lr")
 
 
 def peak_flops(device: torch.device) -> float | None:

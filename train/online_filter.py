@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,9 +67,6 @@ class OnlineWindow:
     deferred: list[int] = field(default_factory=list)
     threshold: float = float("nan")
     """The lowest loss among the hardest that were taken."""
-
-    def plain(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ def explain_run(directory: Path, name: str) -> str:
     place = find_place(corpus, name)
     if place is None:
         return "\n".join([*lines, "not among the tokens: it is longer than data.limit_tokens"])
-    steps = _steps_done(directory)
+    steps = max((line.get("step", 0) for line in read_lines(RunDirectory(directory).metrics)), default=0)
     found = visits(directory, config, corpus, place, steps)
     lines.append(f"trained on in {len(found):,} sequences of the {steps:,} logged steps")
     lines += [f"  step {one.step} ({one.phase}), sequence {one.index} of the batch" for one in found[:_SHOWN]]
@@ -115,18 +114,8 @@ def _taken(
             samples = np.arange(begin, min(begin + _ORDINALS_AT_ONCE, count))
             yield samples, samples
         return
-    for window in _windows(directory):
+    for window in read_lines(RunDirectory(directory).online):
         begin = (window["first_step"] - phase.start) * phase.global_batch_size
         if phase.start <= window["first_step"] < stop:
             ordinals = np.asarray(window["rows"], np.int64)[: count - begin]
             yield np.arange(begin, begin + len(ordinals)), ordinals
-
-
-def _windows(directory: Path) -> Iterator[dict[str, Any]]:
-    path = RunDirectory(directory).online
-    return read_lines(path) if path.exists() else iter(())
-
-
-def _steps_done(directory: Path) -> int:
-    path = RunDirectory(directory).metrics
-    return max((line.get("step", 0) for line in read_lines(path)), default=0) if path.exists() else 0

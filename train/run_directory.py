@@ -85,7 +85,7 @@ class RunDirectory:
         if self.config_file.exists():
             if not config.run.resume:
                 raise ConfigError("run.name", config.run.name, f"{self.path} holds a run already; choose another name")
-            before = RunDirectory(self.path, self.stored_config().checkpoint.directory)
+            before = RunDirectory(self.path, load_config(self.path).checkpoint.directory)
             if committed(before.checkpoints):  # before that nothing was learnt, and any key may change
                 before._check_same(config)
         self._try_writing(config.checkpoint.directory)
@@ -121,9 +121,6 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def stored_config(self) -> TrainConfig:
-        return load_config(self.path)
-
     def is_summed_up(self, steps: int) -> bool:
         """Whether there is a summary of a run of `steps` steps. One of fewer steps does not cover an added phase."""
         try:
@@ -151,7 +148,9 @@ class RunDirectory:
             raise ConfigError("checkpoint.directory", elsewhere, f"cannot be written: {error}") from error
 
     def _check_same(self, config: TrainConfig) -> None:
-        stored, begun = self.stored_config(), self._begun_phases(config)
+        stored = load_config(self.path)
+        done = max((step for step, _ in committed(self.checkpoints)), default=0)
+        begun = sum(phase.start < done for phase in phases(stored)[1:])  # these may no longer change
         was, is_now = (_indexed(plain(without_derived(one))) for one in (stored, config))
         said = differences(was, is_now)  # before the derived keys that follow from it
         for key, (before, after) in {**said, **differences(_indexed(plain(stored)), _indexed(plain(config)))}.items():
@@ -161,11 +160,6 @@ class RunDirectory:
             if not free and not later_phase:
                 reason = f"the run in {self.path} was started with {before}; restore it, or name a new run (run.name)"
                 raise ConfigError(key, after, reason)
-
-    def _begun_phases(self, config: TrainConfig) -> int:
-        """The number of phases after the first that have begun and may no longer change."""
-        done = max((step for step, _ in committed(self.checkpoints)), default=0)
-        return sum(phase.start < done for phase in phases(self.stored_config())[1:])
 
 
 def load_config(directory: Path) -> TrainConfig:
@@ -194,8 +188,8 @@ def write_config(path: Path, config: TrainConfig) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole JSON lines; a line that a kill or a full disk cut short is dropped."""
-    for text in path.read_text(errors="replace").splitlines():
+    """Whole JSON lines, none where there is no file; a line that a kill or a full disk cut short is dropped."""
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -113,7 +113,7 @@ class Trainer:
             self.log(f"nothing left to do: the run has done its {self.steps} steps")
             self.log(f"run: {self.directory.path}")
             return 0
-        with SignalFlag() as interruption, self._finished_saves(), closing(self.batches):
+        with SignalFlag() as interruption, self._ended_by_errors(), closing(self.batches):
             for callback in self.callbacks:
                 callback.before_training()
             for step in range(self.step, self.steps):
@@ -130,6 +130,7 @@ class Trainer:
                     return INTERRUPTED
             for callback in self.callbacks:
                 callback.at_end()
+        self.log(f"run: {self.directory.path}")
         return 0 if self.checkpointer.has(self.step) else 1  # trained, but the model could not be saved
 
     def train_step(self, step: int) -> StepMetrics:
@@ -187,12 +188,16 @@ class Trainer:
         self.meshes.traffic.bytes = Counter(bytes_before)
 
     @contextmanager
-    def _finished_saves(self) -> Iterator[None]:
-        """When all ranks raise an error, finish the checkpoint being written before it propagates."""
+    def _ended_by_errors(self) -> Iterator[None]:
+        """When all ranks raise an error, finish the checkpoint being written before it propagates. A run that diverges
+        leaves a file, which a sweep takes as its result.
+        """
         try:
             yield
-        except LeviathanError:
+        except LeviathanError as error:
             self.checkpointer.wait()
+            if isinstance(error, Diverged) and self.world.is_main:
+                write_json(self.directory.path / DIVERGED, {"step": self.step, "reason": str(error)})
             raise
 
     def _must_stop(self, interruption: SignalFlag, step: int) -> bool:
@@ -243,20 +248,10 @@ def run(config: TrainConfig) -> int:
                 log(f"hyperparameters: {line}")
             corpus = get_corpus(config, world, log, MODELS)
             world.from_main(lambda: keep_audit(corpus.directory, directory.path))
-            return _fit(Trainer(config, layout, world, directory, corpus, log))
+            return Trainer(config, layout, world, directory, corpus, log).fit()
     finally:
         directory.release()
         world.close()
-
-
-def _fit(trainer: Trainer) -> int:
-    """Train; a run that diverges leaves a file, which a sweep takes as its result."""
-    try:
-        return trainer.fit()
-    except Diverged as error:
-        if trainer.world.is_main:
-            write_json(trainer.directory.path / DIVERGED, {"step": trainer.step, "reason": str(error)})
-        raise
 
 
 def _state_of(callback: Callback) -> dict[str, Any]:

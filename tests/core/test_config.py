@@ -35,6 +35,7 @@ class Root:
     part: Part = field(default_factory=Part)
     named: dict[str, Part] = field(default_factory=lambda: {"given": Part()})
     listed: list[Part] = field(default_factory=list)
+    extra: Part | None = None
 
 
 @pytest.fixture
@@ -47,10 +48,12 @@ def configs(tmp_path, monkeypatch) -> Path:
 
 
 def test_yaml_overrides_and_defaults_make_typed_objects(configs):
-    config = load("root", Root, ["part.limit=3", "+named.mine.width=24", "listed=[{sizes: [1, 2]}]"])
+    overrides = ["part.limit=3", "+named.mine.width=24", "listed=[{sizes: [1, 2]}]"]
+    config = load("root", Root, [*overrides, "extra={width: 32}"])
     assert config.part == Part(16, Kind.second, 3)
     assert config.named == {"given": Part(), "mine": Part(24)}
     assert config.listed == [Part(sizes=[1, 2])]
+    assert config.extra == load("root", Root, ["+extra.width=32"]).extra == Part(32)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +65,14 @@ def test_yaml_overrides_and_defaults_make_typed_objects(configs):
         "part.width=wide": "part.width=wide: Value 'wide' of type 'str' could not be converted to Integer",
         "part.kind=third": "part.kind=third: Invalid value 'third', expected one of [first, second]",
         "part=narrow": "part=narrow: no such choice; try wide",
-        "other=1": "other: no such key; try part, named or listed",
+        "other=1": "other: no such key; try part, named, listed or extra",
         "named.mine.width=8": "named.mine: no such entry; try +named.mine=... to add one",
         "+named.mine.widht=8": "named.mine.widht: no such key; try width",
         "+named.mine.width=9": "named.mine.width=9: must be a multiple of 8; try 8 or 16",
+        "extra={widht: 8}": "extra.widht: no such key; try width",
+        "extra={width: 9}": "extra.width=9: must be a multiple of 8; try 8 or 16",
+        "extra=3": "extra=3: needs keys and values, not one value",
+        "extra.width=8": "extra.width: is unset by default; try +extra.width=... to set it",
         "listed=[{width: 9}]": "listed.0.width=9: must be a multiple of 8; try 8 or 16",
         "part.width": "configuration: Error parsing override 'part.width'",
     }.items(),
@@ -92,31 +99,3 @@ def test_differences_name_leaves():
     old, new = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": [1, 2], "e": 5}
     assert differences(old, new) == {"a.c": (2, 3), "d": ([1], [1, 2]), "e": (None, 5)}
     assert differences(old, old) == {}
-
-
-@pytest.mark.parametrize(
-    "override, message",
-    [
-        ("model.rope_scaling={factr: 2.0}", "model.rope_scaling.factr: no such key; try factor"),
-        ("model.rope_scaling={factor: 0.5}", "model.rope_scaling.factor=0.5: must be at least 1"),
-        ("model.rope_scaling=3", "model.rope_scaling=3: needs keys and values"),
-        (
-            "model.rope_scaling.factor=2",
-            "model.rope_scaling.factor: is unset by default; try +model.rope_scaling.factor=... to set it",
-        ),
-    ],
-)
-def test_optional_components_are_checked_like_others(override, message):
-    from train.config import TrainConfig
-
-    with pytest.raises(ConfigError) as caught:
-        load("train", TrainConfig, [override])
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("override", ["model.rope_scaling={factor: 2.0}", "+model.rope_scaling.factor=2.0"])
-def test_optional_components_can_be_set_from_the_command(override):
-    from train.config import TrainConfig
-
-    scaling = load("train", TrainConfig, [override]).model.rope_scaling
-    assert scaling is not None and scaling.factor == 2 and scaling.high_freq_factor == 1

@@ -15,7 +15,7 @@ from parallel.comm.world import World
 from parallel.layout import Recompute
 from precision import fp8_emulated
 from precision.config import Backend
-from tests.support.tiny import TINY, config, figures, trainer
+from tests.support.tiny import TINY, config, figures, saved, trainer
 from train.checkpoint.restore import restore
 from train.trainer import run
 
@@ -30,11 +30,7 @@ def state(made: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("before, after", [(PLAIN, EIGHT), (EIGHT, PLAIN)], ids=["into FP8", "out of FP8"])
 def test_another_backend_resumes_from_the_same_state(tmp_path, small_corpus, before, after) -> None:
     """Every bit of the state, moments included; the next step differs."""
-    first = trainer(tmp_path, "run", [*small_corpus, *WIDE, *before])
-    for step in range(3):
-        first.train_step(step)
-    first.save()
-    first.checkpointer.wait()
+    first = saved(tmp_path, "run", [*small_corpus, *WIDE, *before], 3)
     kept = state(first)
     usual = first.train_step(3).loss.item()
     again = trainer(tmp_path, "run", [*small_corpus, *WIDE, *before])
@@ -49,10 +45,7 @@ def test_another_backend_resumes_from_the_same_state(tmp_path, small_corpus, bef
 
 
 def test_other_changes_of_precision_are_rejected(tmp_path, small_corpus) -> None:
-    first = trainer(tmp_path, "run", [*small_corpus, *WIDE, *EIGHT])
-    first.train_step(0)
-    first.save()
-    first.checkpointer.wait()
+    saved(tmp_path, "run", [*small_corpus, *WIDE, *EIGHT])
     free = ["precision.recipe=mxfp8", "precision.fp8_products=[expert]"]
     trainer(tmp_path, "run", [*small_corpus, *WIDE, *EIGHT, *free])
     with pytest.raises(ConfigError, match=r"precision.compute=float32: the run in .* was started with bfloat16"):

@@ -44,9 +44,3 @@ def test_errors_name_the_phase(override, key):
 def test_evaluate_rejects_settings_it_ignores(asked, message):
     with pytest.raises(ConfigError, match=message):
         EvaluateConfig(run="run", **asked)
-
-
-def test_evaluate_takes_settings_it_uses():
-    tasks = EvaluateConfig(run="run", tasks=["a"], few_shot=0, limit=1, out="a.json", micro_batch_size=2)
-    assert (tasks.few_shot, tasks.limit, tasks.out) == (0, 1, "a.json")
-    assert EvaluateConfig(run="run", sequences=3, micro_batch_size=2).sequences == 3

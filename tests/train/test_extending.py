@@ -110,35 +110,20 @@ def test_paths_of_a_stored_run_are_not_imported(root, tmp_path, small_corpus, ca
         ("callbacks=[acme]", "callbacks.0.target=acme: must be an import path, module:Name"),
         ("callbacks=[{target: a:B, option: 1}]", "callbacks.0.option: no such key; try options"),
         ("callbacks=[a:B, a:B]", "callbacks=a:B: is named twice"),
-        (
-            "callbacks=[acme.none:Mine]",
-            "callbacks.0=acme.none:Mine: no module 'acme.none': install its package, or put",
-        ),
+        ("callbacks=[acme.none:Mine]", "callbacks.0=acme.none:Mine: no module 'acme.none': install its package, or"),
         ("callbacks=[broken:Mine]", "callbacks.0=broken:Mine: cannot be imported: NameError: name 'nothing'"),
         ("callbacks=[acme.callbacks:LossAverag]", "acme.callbacks has no LossAverag; try acme.callbacks:LossAverage"),
         ("callbacks=[acme.schedules:inverse_sqrt]", "must be a subclass of train.callbacks.base:Callback"),
-        (
-            "callbacks=[{target: acme.callbacks:LossAverage, options: {decy: 1}}]",
-            "cannot be called with 1 arguments and decy: got an unexpected keyword argument 'decy'",
-        ),
-        (
-            "callbacks=[train.callbacks:Logging]",
-            "train.callbacks has no Logging; try train.callbacks.logging:LoggingCallback",
-        ),
+        ("callbacks=[{target: acme.callbacks:LossAverage, options: {decy: 1}}]", "with 1 arguments and decy: got an"),
+        ("callbacks=[train.callbacks:Logging]", "has no Logging; try train.callbacks.logging:LoggingCallback"),
         ("callbacks=[train.callbacks.logging:LoggingCallback]", "is part of Leviathan, which has configuration keys"),
         ("schedule.kind=cosinus", "schedule.kind=cosinus: must be an import path, module:Name, or a known name; try"),
         ("schedule.kind=acme.data:Sevens", "schedule.kind=acme.data:Sevens: cannot be called with 2 arguments"),
         ("schedule.kind=acme.schedules:lin", "schedule.kind=acme.schedules:lin: acme.schedules has no lin"),
         ("+data.sources.other={kind: acme.data:Sevens}", "must be a class with documents, fingerprint; documents is"),
         ("+data.sources.other={path: x, options: {a: 1}}", "data.sources.other.options: are for a kind by import"),
-        (
-            "data.filter.scorer.kind=acme.data:Counting",
-            "data.filter.scorer.kind=acme.data:Counting: must be a class with",
-        ),
-        (
-            "data.filter.scorer.kind=acme.schedules:inverse_sqrt",
-            "scorer.kind=acme.schedules:inverse_sqrt: must be a class",
-        ),
+        ("data.filter.scorer.kind=acme.data:Counting", "filter.scorer.kind=acme.data:Counting: must be a class with"),
+        ("data.filter.scorer.kind=acme.schedules:inverse_sqrt", "kind=acme.schedules:inverse_sqrt: must be a class"),
     ],
 )
 def test_bad_shapes_are_one_line(acme, tmp_path, monkeypatch, capsys, override, message):

@@ -53,18 +53,8 @@ def test_revived_sequences_are_drawn_from_the_rest():
     assert len(window.rows) == 32 and len(set(window.rows) - hard) >= 1
     other = OnlineFilter(OnlineConfig(every=4, revive=0.25), 8, 2, losses_of).next(OnlineWindow(), 0, 4)
     assert other.rows != window.rows, "the draw has a key"
-
-
-def test_noise_is_dropped_if_enough_else_is_there():
-    def score(ordinals):
-        found = losses_of(ordinals)
-        found[::4], found[1::8] = 9.0, np.nan
-        return found
-
-    window = make(score, max_loss=8.0, revive=0.0).next(OnlineWindow(), 0, 4)
-    assert len(window.rows) == 32 and not {one for one in window.rows if one % 4 == 0 or one % 8 == 1}
-    without = make(lambda ordinals: np.nan_to_num(score(ordinals), nan=-1.0), revive=0.0).next(OnlineWindow(), 0, 4)
-    assert any(one % 4 == 0 for one in without.rows), "control: without a bound noise is hardest"
+    later = make(revive=0.25).next(OnlineWindow(generation=1), 0, 4)
+    assert later.threshold == window.threshold and later.rows != window.rows, "and differs between windows"
 
 
 def noisy(ordinals):
@@ -82,11 +72,6 @@ def test_noise_is_neither_drawn_nor_deferred():
     assert 1 in {one % 4 for one in unbound.rows} & {one % 4 for one in unbound.deferred}, "control"
 
 
-def test_each_window_draws_differently():
-    first, later = (make(revive=0.25).next(OnlineWindow(generation=number), 0, 4) for number in (0, 1))
-    assert first.cursor == later.cursor and first.threshold == later.threshold and first.rows != later.rows
-
-
 def test_the_first_new_sequence_may_be_deferred():
     def score(ordinals):
         return np.asarray([3.0 + (0 < one - 100 <= 32) - (one > 132) for one in ordinals])
@@ -98,7 +83,7 @@ def test_the_first_new_sequence_may_be_deferred():
 def test_a_stored_window_continues_the_same():
     filter_ = make()
     first = filter_.next(OnlineWindow(), 0, 4)
-    again = OnlineWindow(**first.plain())
+    again = OnlineWindow(**vars(first))
     assert filter_.next(again, 4, 4) == filter_.next(first, 4, 4)
 
 

@@ -14,7 +14,6 @@ import torch
 from core.errors import ConfigError
 from data.corpus import TRAIN, prepare
 from data.loader import Loader
-from data.tokens import TokenStream
 from launch.cli import main
 from model.attention.plan import ForwardContext
 from tests.data.conftest import silent
@@ -113,14 +112,8 @@ def test_scores_of_another_model_are_noticed(small_corpus, tmp_path):
     assert filter_.next(OnlineWindow(), 0, 3).rows != list(found["windows"][0][1])
 
 
-def test_samples_of_ordinals_are_sequences_of_batches(small_corpus, tmp_path):
+def test_samples_of_ordinals_are_where_they_are_located(small_corpus, tmp_path):
     loader = trainer(tmp_path, "run", overrides(small_corpus)).loaders["main"]
-    for step in (0, 5, 300):
-        batch = loader.batch(step)
-        for row in range(4):
-            one = loader.samples([step * 4 + row])
-            for name in ("tokens_BT", "labels_BT", "positions_BT", "sources_B"):
-                assert torch.equal(getattr(one, name)[0], getattr(batch, name)[row])
     sources, rows = loader.locate(np.arange(1000, 1100))
     for place, ordinal in enumerate(range(1000, 1100)):
         row = np.empty(loader.seq_len + 1, np.int64)
@@ -187,18 +180,8 @@ def test_the_run_writes_its_windows_and_trims_them(small_corpus, tmp_path):
     compare_with_batches(tmp_path / "run", windows)
 
 
-def reads(loader: Loader, ordinals: list[int]) -> list[tuple[str, int]]:
-    """Source and start in its stream of each of these samples."""
-    found: list[tuple[str, int]] = []
-    names = dict(zip(map(id, loader._streams), loader.blend.names, strict=True))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenStream, "read", lambda self, start, out: found.append((names[id(self)], start)))
-        loader.samples(ordinals)
-    return found
-
-
 def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None:
-    """The steps that had a document, by the index and by the loader's reads for each sequence of a window."""
+    """The steps that had a document, by the index and by the place of each sequence of a window."""
     stored = load_config(directory)
     corpus = prepare(stored.data, silent)
     read: list[tuple[TrainedSequence, int, int]] = []
@@ -206,10 +189,11 @@ def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None
         weights = phase.weights or source_weights(stored, corpus)
         loader = Loader(corpus, phase.seq_len, phase.global_batch_size, stored.run.seed, phase.name, weights)
         for window in (one for one in windows if one["phase"] == phase.name):
-            for number, (source, start) in enumerate(reads(loader, window["rows"])):
+            places = zip(*loader.locate(np.asarray(window["rows"])), strict=True)
+            for number, (source, sequence) in enumerate(places):
                 step, row = divmod(number, phase.global_batch_size)
-                visit = TrainedSequence(phase.name, window["first_step"] + step, row)
-                read += [(visit, start, start + phase.seq_len)] if source == "code" else []
+                visit, start = TrainedSequence(phase.name, window["first_step"] + step, row), sequence * phase.seq_len
+                read += [(visit, start, start + phase.seq_len)] if loader.blend.names[source] == "code" else []
     tokens = np.empty(len(corpus.stream("code", TRAIN)), np.int64)
     corpus.stream("code", TRAIN).read(0, tokens)
     begins, met = np.flatnonzero(tokens == corpus.tokenizer.bos_id).tolist(), 0

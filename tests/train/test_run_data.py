@@ -53,19 +53,6 @@ def test_phases_change_sources_and_repeat_no_sequence(tmp_path, small_corpus):
         assert taken.total() < stream.num_sequences(48) and taken <= there, source
 
 
-def test_a_run_stopped_in_a_phase_resumes_exactly(tmp_path, small_corpus):
-    usual = [*small_corpus, *CODE_LATER]
-    whole = trainer(tmp_path, "whole", [*usual, "data.prefetch=2"])
-    wanted = [whole.train_step(step).loss.item() for step in range(13)]
-    first = trainer(tmp_path, "cut", [*usual, "data.prefetch=2"])
-    seen = [first.train_step(step).loss.item() for step in range(8)]
-    first.save()
-    first.checkpointer.wait()
-    again = trainer(tmp_path, "cut", [*usual, "data.prefetch=0"])
-    assert again.step == 8
-    assert seen + [again.train_step(step).loss.item() for step in range(8, 13)] == wanted
-
-
 def test_limits_end_sources_and_too_long_runs_are_rejected(tmp_path, small_corpus):
     run = trainer(tmp_path, "run", [*small_corpus, "+data.sources.code.max_epochs=0.1", "training.steps=30"])
     rows = run.corpus.stream("code", TRAIN).num_sequences(48)

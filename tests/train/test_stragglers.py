@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from parallel.comm.world import World
 from tests.support.tiny import EXACT, trainer
 from train.callbacks.logging import LoggingCallback
+from train.run_directory import read_lines
 from train.stragglers import KINDS, SLOW_HOSTS, STEADY, SlowRank, Stragglers
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -36,14 +36,10 @@ def train(root: Path, overrides: list[str], slow: int | None) -> None:
     del os.environ["SLURMD_NODENAME"]
 
 
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("slow", [1, None])
 def test_a_slow_rank_is_named_in_the_metrics(ranks, small_corpus, tmp_path, slow):
     ranks(2, train, tmp_path, [*small_corpus, *EXACT], slow)
-    lines = lines_of(tmp_path / "run" / "metrics.jsonl")
+    lines = list(read_lines(tmp_path / "run" / "metrics.jsonl"))
     named = [[(one["rank"], one["kind"]) for one in line.get("slow_ranks", [])] for line in lines]
     noted = tmp_path / "run" / "logs" / SLOW_HOSTS
     if slow is None:
@@ -51,7 +47,7 @@ def test_a_slow_rank_is_named_in_the_metrics(ranks, small_corpus, tmp_path, slow
         return
     assert named == [[]] * (STEADY - 1) + [[(1, kind) for kind in KINDS]] * 2
     assert "rank 1 on n1 is slow: matrix products take" in (tmp_path / "run" / "log.txt").read_text()
-    (note,) = lines_of(noted)
+    (note,) = read_lines(noted)
     assert note["hosts"] == ["n1"] and note["step"] == STEADY and abs(note["time"] - time.time()) < 3600
 
 
@@ -69,5 +65,5 @@ def test_only_a_change_of_the_slow_hosts_is_noted(tmp_path):
     for step, slow in enumerate([[], [one], [one, other], [], [], [one], [one]]):
         stragglers.note(slow, step, path)
     Stragglers(ALONE).note([], 4, path)
-    noted = [(line["step"], line["hosts"]) for line in lines_of(path)]
+    noted = [(line["step"], line["hosts"]) for line in read_lines(path)]
     assert noted == [(1, ["n2"]), (3, []), (5, ["n2"]), (4, [])], "a restart begins without slow hosts"

@@ -13,7 +13,7 @@ from train.callbacks.evaluation import EvaluationCallback
 from train.callbacks.logging import LoggingCallback
 from train.callbacks.online_filter import OnlineFilterCallback
 from train.callbacks.profiler import ProfilerCallback
-from train.callbacks.summary import ReportCallback, RunNameCallback, SummaryCallback
+from train.callbacks.summary import SummaryCallback
 from train.config import TrainConfig
 
 
@@ -35,8 +35,6 @@ def make_callbacks(trainer: TrainingRun) -> list[Callback]:
         evaluation,
         *([ProfilerCallback(trainer)] if config.profile.steps else []),
         SummaryCallback(trainer, logging, evaluation),
-        *([ReportCallback(trainer)] if config.logging.report else []),
-        RunNameCallback(trainer),
     ]
 
 

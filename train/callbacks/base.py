@@ -47,19 +47,15 @@ class TrainingRun(Protocol):
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        ...
 
     def phase(self, step: int) -> Phase:
         """Return the phase of `step`, counted from 0."""
-        ...
 
     def save(self) -> None:
         """Start a checkpoint."""
-        ...
 
     def pause(self) -> AbstractContextManager[None]:
         """Exclude what runs inside from the run's throughput and traffic."""
-        ...
 
 
 class Callback:

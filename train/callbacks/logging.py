@@ -30,8 +30,7 @@ class LoggingCallback(Callback):
         if trainer.world.is_main:
             shown = plain(replace(trainer.config, launch={}))  # its environment may hold secrets
             self.writer = MetricsWriter(trainer.directory.metrics, trainer.config.logging, shown, trainer.log)
-        earlier = list(read_lines(trainer.directory.metrics)) if trainer.directory.metrics.exists() else []
-        if steps := [line for line in earlier if "loss" in line]:
+        if steps := [line for line in read_lines(trainer.directory.metrics) if "loss" in line]:
             self.last_loss, self.last_rate = steps[-1]["loss"], steps[-1]["tokens_per_second"]
         self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
         self._begin, self._logged = (self._clock, trainer.step), trainer.step
@@ -48,7 +47,10 @@ class LoggingCallback(Callback):
         line, self._logged = self._line(steps, metrics, seconds), steps
         self._clock, self._paused, self._tokens = now, trainer.paused_s, metrics.tokens
         for callback in trainer.callbacks:
-            self._add(line, callback)
+            for name, figure in callback.metrics().items():
+                if name in line:
+                    raise ConfigError("callbacks", callback.key, f"metrics() returns {name}, which is taken; rename it")
+                line[name] = float(figure)
         if slow:
             line["slow_ranks"] = [vars(one) for one in slow]
         trainer.log(self._text(line, now))
@@ -58,17 +60,6 @@ class LoggingCallback(Callback):
         if self.writer is not None:
             self.writer.write(line)
             trainer.stragglers.note(slow, steps, trainer.directory.logs / SLOW_HOSTS)
-
-    def close(self) -> None:
-        """Close the writer after the last line, which evaluation writes."""
-        if self.writer is not None:
-            self.writer.close()
-
-    def _add(self, line: dict[str, Any], callback: Callback) -> None:
-        for name, figure in callback.metrics().items():
-            if name in line:
-                raise ConfigError("callbacks", callback.key, f"metrics() returns {name}, which is taken; rename it")
-            line[name] = float(figure)
 
     def _line(self, steps: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
         trainer = self.trainer

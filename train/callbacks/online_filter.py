@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from data.loader import Batch
 from data.sampling import key_of
 from train.callbacks.base import Callback, TrainingRun
 from train.config import Phase
@@ -44,7 +43,7 @@ class OnlineFilterCallback(Callback):
         seconds = trainer.paused_s - before
         self._scoring_s += seconds
         if trainer.world.is_main:
-            line = {"phase": phase.name, "seconds": round(seconds, 3), **window.plain()}
+            line = {"phase": phase.name, "seconds": round(seconds, 3), **vars(window)}
             append_or_log(trainer.directory.online, line, trainer.log)
         trainer.log(
             f"online filter {window.generation}: {len(window.rows):,} of {window.cursor - last.cursor:,} new sequences,"
@@ -58,7 +57,7 @@ class OnlineFilterCallback(Callback):
         return {"scoring_share": round(share, 4)}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.window.plain()
+        return dict(vars(self.window))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.window = OnlineWindow(**state)
@@ -66,9 +65,5 @@ class OnlineFilterCallback(Callback):
 
     def _losses(self, phase: Phase, ordinals: Sequence[int]) -> Any:
         loader = self.trainer.loaders[phase.name]
-
-        def take(start: int, stop: int) -> Batch:
-            return loader.samples(ordinals[start:stop])
-
-        found = sequence_losses(self.trainer.engine.placed, take, len(ordinals), phase.micro_batch_size)
-        return found.cpu().numpy()
+        placed, count, size = self.trainer.engine.placed, len(ordinals), phase.micro_batch_size
+        return sequence_losses(placed, lambda a, b: loader.samples(ordinals[a:b]), count, size).cpu().numpy()

@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, the report, and a last line with the run's directory."""
+"""The end of a run: summary.json and the report."""
 
 from __future__ import annotations
 
@@ -8,31 +8,35 @@ from core.errors import LeviathanError
 from core.files import write_json
 from data.ngram_baseline import NgramBaseline
 from model.flops import count_parameters, training_flops
-from parallel.cost import StaticBytes, static_bytes
+from parallel.cost import static_bytes
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.evaluation import EvaluationCallback
 from train.callbacks.logging import LoggingCallback
-from train.eval.held_out import held_out_batches
 from train.metrics import peak_memory_bytes
 from train.optim.optimizer import OptimizerKind
 
 
 class SummaryCallback(Callback):
-    """Writes summary.json from the last results of `logging` and `evaluation`, and closes the writer."""
+    """Writes summary.json from the last results of `logging` and `evaluation`, closes the writer, writes the report."""
 
     def __init__(self, trainer: TrainingRun, logging: LoggingCallback, evaluation: EvaluationCallback) -> None:
         super().__init__(trainer)
         self.logging, self.evaluation = logging, evaluation
 
     def at_end(self) -> None:
-        if self.trainer.world.is_main:
-            write_json(self.trainer.directory.summary, self.summary())
-        self.logging.close()
+        if self.logging.writer is None:  # rank 0 alone has one
+            return
+        write_json(self.trainer.directory.summary, self.summary())
+        self.logging.writer.close()  # its last line is that of the evaluation
+        if self.trainer.config.logging.report:
+            self._report()
 
     def summary(self) -> dict[str, Any]:
         trainer, config = self.trainer, self.trainer.config
         parameters, held_out = count_parameters(config.model), self.evaluation.result
         flops = training_flops(config.model, trainer.phase(trainer.steps - 1).seq_len)
+        layout, moments = trainer.meshes.layout, config.optimizer.moments_dtype(config.precision)
+        muon = config.optimizer.kind is OptimizerKind.muon
         summary: dict[str, Any] = {
             "steps": trainer.step,
             "tokens": trainer.tokens,
@@ -46,21 +50,14 @@ class SummaryCallback(Callback):
             "active_parameters": parameters.active,
             "flops_per_token": flops.total,
             "world_size": trainer.world.size,
-            "layout": trainer.meshes.layout.axes,
-            "static_bytes": vars(self._static_bytes()),
+            "layout": layout.axes,
+            "static_bytes": vars(static_bytes(config.model, config.precision, layout, moments, muon=muon)),
             "heldout": held_out.plain() if held_out else None,
             "corpus": trainer.corpus.fingerprint,
         }
         if config.evaluation.baselines and held_out:
             summary |= self._baselines(list(held_out.sources))
         return summary
-
-    def _static_bytes(self) -> StaticBytes:
-        """Predict the bytes that rank 0 keeps between steps."""
-        config, layout = self.trainer.config, self.trainer.meshes.layout
-        moments = config.optimizer.moments_dtype(config.precision)
-        muon = config.optimizer.kind is OptimizerKind.muon
-        return static_bytes(config.model, config.precision, layout, moments, muon=muon)
 
     def _baselines(self, sources: list[str]) -> dict[str, Any]:
         """Fit unigram and bigram models to the tokens consumed; evaluate them on the model's held-out tokens."""
@@ -71,8 +68,11 @@ class SummaryCallback(Callback):
             batch = trainer.loaders[phase.name].batch(step - phase.start)
             baseline.add(batch.tokens_BT, batch.labels_BT)
         phase = trainer.phase(trainer.step - 1)
-        loader, count = trainer.loaders[phase.name], trainer.config.evaluation.sequences
-        held_out = {s: list(held_out_batches(loader, s, count, phase.micro_batch_size)) for s in sources}
+        loader, size, held_out = trainer.loaders[phase.name], phase.micro_batch_size, {}
+        for source in sources:
+            count = min(trainer.config.evaluation.sequences, loader.num_held_out(source))
+            batches = (loader.held_out(source, a, min(a + size, count)) for a in range(0, count, size))
+            held_out[source] = list(batches)
         found = baseline.evaluate(held_out, {s: trainer.weights[s] for s in sources})
         trainer.log(
             f"unigram {found['unigram_loss']:.4f} (add {found['unigram_constant']:g}), "
@@ -80,24 +80,12 @@ class SummaryCallback(Callback):
         )
         return found
 
-
-class ReportCallback(Callback):
-    """Writes report.html. A failure is logged and does not fail the run."""
-
-    def at_end(self) -> None:
-        trainer = self.trainer
-        if not trainer.world.is_main:
-            return
+    def _report(self) -> None:
+        """Write report.html. A failure is logged and does not fail the run."""
         from train.report.page import PAGE, write_report  # matplotlib takes a second to import
 
+        directory = self.trainer.directory.path
         try:
-            write_report([trainer.directory.path], trainer.directory.path / PAGE)
+            write_report([directory], directory / PAGE)
         except (LeviathanError, OSError, ValueError) as error:
-            trainer.log(f"no report: {error}")
-
-
-class RunNameCallback(Callback):
-    """Logs the run's directory as the last line."""
-
-    def at_end(self) -> None:
-        self.trainer.log(f"run: {self.trainer.directory.path}")
+            self.trainer.log(f"no report: {error}")

@@ -15,6 +15,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -217,10 +218,7 @@ def _cases(
     whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
     base = CertifyCase(replace(model, balance=_TERMS), PrecisionConfig(compute), sgd)
     learning = replace(base, model=whole, optimizer=optimizer, clip_norm=0.05, steps=steps)
-    cases = {
-        "sgd": replace(base, steps=steps),
-        optimizer.kind.name: replace(learning, save=save),
-    }
+    cases = {"sgd": replace(base, steps=steps), optimizer.kind.name: replace(learning, save=save)}
     if compute is Compute.float64:
         cases["float32"] = replace(base, precision=PrecisionConfig(Compute.float32))
     if any(layer.feed_forward is FeedForward.moe for layer in model.blocks):
@@ -240,11 +238,7 @@ def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
     parallel = replace(parallel, zero=replace(parallel.zero, offload=Offload.none, nvme=None))  # for AdamW only
     expert_parallel.check(parallel.dispatch)
     used, model = axes_in_use(parallel), shrink(config.model, parallel)
-
-    def trial(axes: tuple[str, ...], degrees: Mapping[str, int]) -> Trial:
-        made = _trial(axes, degrees, parallel)
-        return made if parallel.layers_per_stage is None else _uneven(made, model)
-
+    trial = partial(_trial, parallel=parallel, model=model)
     needed = [trial(axes, dict.fromkeys(axes, 2)) for count in (1, 2) for axes in combinations(used, count)]
     largest = max(needed, key=lambda one: one.ranks)
     if largest.ranks > config.ranks:
@@ -277,9 +271,10 @@ def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
     return tuple(used) or ("dp_shard",)
 
 
-def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: ParallelConfig) -> Trial:
+def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: ParallelConfig, model: ModelConfig) -> Trial:
     """The smallest world with these degrees. Experts use the dp_shard * cp * tp ranks, so dp_shard grows until ep * etp
-    divides them, and if dp_shard is in `axes`, until experts are sharded as well.
+    divides them, and if dp_shard is in `axes`, until experts are sharded as well. Uneven stages are tried with one
+    layer in each stage but the last.
     """
     wanted = {axis: degrees.get(axis, 1) for axis in DEGREES}
     experts = wanted["ep"] * wanted["etp"]
@@ -287,18 +282,12 @@ def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: Parallel
     while (spread := wanted["dp_shard"] * wanted["cp"] * wanted["tp"]) % experts or spread // experts < least:
         wanted["dp_shard"] += 1
     changed: dict[str, Any] = {**wanted, "layers_per_stage": None}
+    count = wanted["pp"] * parallel.per_rank
     if wanted["pp"] == 1:
         changed |= {"schedule": PipelineSchedule.one_f_one_b, "stages_per_rank": None}
+    elif parallel.layers_per_stage is not None and count <= model.num_layers:
+        changed["layers_per_stage"] = [1] * (count - 1) + [model.num_layers - count + 1]
     return Trial(axes, replace(parallel, **changed), wanted["pp"] * wanted["dp_replicate"] * spread)
-
-
-def _uneven(trial: Trial, model: ModelConfig) -> Trial:
-    """The trial with one layer in each stage but the last, as a test of `parallel.layers_per_stage`."""
-    count = trial.parallel.pp * trial.parallel.per_rank
-    if trial.parallel.pp == 1 or count > model.num_layers:
-        return trial
-    sizes = [1] * (count - 1) + [model.num_layers - count + 1]
-    return replace(trial, parallel=replace(trial.parallel, layers_per_stage=sizes))
 
 
 def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int = 8) -> ModelConfig:

@@ -26,7 +26,7 @@ from parallel.sharding import LocalShard, ShardBlock
 from precision.config import PrecisionConfig
 from train.checkpoint.manager import Checkpointer
 from train.engine import make_engine
-from train.engine.base import Engine, optimizer_step
+from train.engine.base import optimizer_step
 from train.eval.held_out import held_out_loss
 from train.optim.optimizer import OptimizerConfig
 
@@ -112,21 +112,6 @@ class SyntheticLoader:
         return unordered.batch(1 << 20, start, stop)
 
 
-class RecordingEngine:
-    """An engine for `optimizer_step` that keeps the first step's gradients as they are before clipping."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.first: Blocks = {}
-        self.forward_backward, self.step = engine.forward_backward, engine.step
-
-    def clip(self, limit: float | None) -> Tensor:
-        norm = self.engine.clip(None)
-        if not self.first:
-            self.first = copy_blocks(self.engine.gradients())
-        return self.engine.clip(limit) if limit is not None else norm
-
-
 def copy_blocks(blocks: Iterable[LocalShard]) -> Blocks:
     """Copies of a rank's blocks, by parameter."""
     found: Blocks = {}
@@ -139,32 +124,39 @@ def copy_blocks(blocks: Iterable[LocalShard]) -> Blocks:
 def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     """Run `case` on this rank."""
     placed = build(case.model, case.precision, meshes, world.device, SEED)
-    model, inner = placed.model, make_engine(placed, case.optimizer, SEED)
-    engine, found = RecordingEngine(inner), RankResults()
+    model, engine, found = placed.model, make_engine(placed, case.optimizer, SEED), RankResults()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
-    loader, begin, share = _loader(case, meshes), 0, case.batch_size // meshes.dp.size
+    order = np.arange(case.batch_size)
+    if case.emulates and meshes.dp.size == 1:
+        order = order.reshape(case.emulates, -1).T.flatten()  # the first sequences of all ranks, then the second ones
+    loader = SyntheticLoader(case.model.vocab_size, case.seq_len, order.tolist())
+    begin, share = 0, case.batch_size // meshes.dp.size
     size = case.emulates // meshes.dp.size if case.emulates else micro_batch_size(meshes.layout)
     if case.starve:
-        _starve(model)
+        for balance in (module for module in model.modules() if isinstance(module, RouterBalance)):
+            balance.bias_E[: len(balance.bias_E) // 2] = -1e9
     if case.resume is not None:
-        progress = Checkpointer(case.resume, world, 1, False, _fail).restore(inner.state())
+        progress = Checkpointer(case.resume, world, 1, False, _fail).restore(engine.state())
         assert progress is not None, f"no checkpoint in {case.resume}"
-        inner.written()
+        engine.written()
         begin = progress["step"]
+
+    def keep_gradients() -> None:
+        found.gradients = found.gradients or copy_blocks(engine.gradients())
+
     for step in range(begin, case.steps):
         if case.save is not None and step == case.steps - 1:
-            Checkpointer(case.save, world, 1, False, _fail).save(step, inner.state(), {})
+            Checkpointer(case.save, world, 1, False, _fail).save(step, engine.state(), {})
         batch = loader.batch(step, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)
-        result = optimizer_step(engine, balancer, batch, size, case.clip_norm, 1.0)
+        result = optimizer_step(engine, balancer, batch, size, case.clip_norm, 1.0, keep_gradients)
         found.loss.append(result.loss.item())
         found.norm.append(result.gradient_norm.item())
         for key, value in result.balance.items():
             found.balance[key].append(value.cpu())
     found.balance = dict(found.balance)
-    found.gradients = engine.first
-    found.weights = copy_blocks(inner.weights())
+    found.weights = copy_blocks(engine.weights())
     found.routers = {name: buffer.clone().cpu() for name, buffer in model.named_buffers() if "balance" in name}
     bytes_V = torch.ones(case.model.vocab_size, dtype=torch.int64)
     held_out = held_out_loss(placed, loader, bytes_V, loader.num_held_out(_SOURCE), 2, {_SOURCE: 1.0})
@@ -172,24 +164,11 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     return found
 
 
-def _loader(case: CertifyCase, meshes: Meshes) -> SyntheticLoader:
-    order = np.arange(case.batch_size)
-    if case.emulates and meshes.dp.size == 1:
-        order = order.reshape(case.emulates, -1).T.flatten()  # the first sequences of all ranks, then the second ones
-    return SyntheticLoader(case.model.vocab_size, case.seq_len, order.tolist())
-
-
 def run_cases(parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
     """Run all `cases` on this rank, with the world's ranks arranged by `parallel`."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
     return {name: run_case(case, world, meshes) for name, case in cases.items()}
-
-
-def _starve(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, RouterBalance):
-            module.bias_E[: len(module.bias_E) // 2] = -1e9
 
 
 def _fail(line: str) -> None:

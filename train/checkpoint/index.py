@@ -19,8 +19,8 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -92,8 +92,17 @@ def block(tensor: Tensor, origin: Sequence[int], offset: Sequence[int], shape: S
     return tensor
 
 
-def commit(checkpoint: Path, index: Mapping[str, IndexedTensor], progress: Mapping[str, Any]) -> None:
-    """Write the index, the trainer's state and, last, the marker, beside shards that are on the disk."""
+def commit(checkpoint: Path, parts: Iterable[Mapping[str, IndexedTensor]], progress: Mapping[str, Any]) -> None:
+    """Write the index, the trainer's state and, last, the marker, beside shards that are on the disk.
+
+    `parts`: what each rank has written. Raises `CheckpointError` unless the shards make up every tensor.
+    """
+    index: dict[str, IndexedTensor] = {}
+    for name, tensor in (item for part in parts for item in part.items()):
+        index.setdefault(name, replace(tensor, shards=[])).shards.extend(tensor.shards)
+    for name, tensor in index.items():
+        if not _tile(tensor.shape, tensor.shards):
+            raise CheckpointError(f"the shards of {name} do not make up its shape {list(tensor.shape)}")
     tensors = {
         name: {
             "dtype": _DTYPE_NAMES[tensor.dtype],

@@ -7,24 +7,22 @@ checkpoint are described in `train/checkpoint/index.py`.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from core.errors import CheckpointError
 from core.files import remove_tree
 from parallel.comm.world import World
-from train.checkpoint.files import CheckpointWriter, read_state
-from train.checkpoint.index import Damaged, problem, read_progress
-from train.checkpoint.state import ShardSavePlanner, TensorShard, state_dict
+from train.checkpoint.files import read_state, write_shards
+from train.checkpoint.index import Damaged, IndexedTensor, commit, problem, read_progress
+from train.checkpoint.state import TensorShard
 from train.run_directory import MARKER, committed
-
-FAILURES = (Exception, dcp.CheckpointException)  # every store has errors of its own; DCP's is not an `Exception`
 
 
 class Checkpointer:
@@ -35,9 +33,7 @@ class Checkpointer:
     ) -> None:
         self.directory, self.world, self.keep = directory, world, keep
         self.asynchronous, self.report = asynchronous, report
-        # one process is a choice, not an accident; a background thread would escape a narrower filter
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        self._pending: tuple[Path, Any] | None = None
+        self._pending: tuple[Path, Future[None]] | None = None
         self._damaged: list[Path] = []
         # saving in the background must not share a communicator with the step
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -50,21 +46,47 @@ class Checkpointer:
         """
         self.wait()
         path = self.directory / f"step-{step:08d}"
-        options: dict[str, Any] = {
-            "storage_writer": CheckpointWriter(path, {"step": step, **progress}),
-            "planner": ShardSavePlanner(state),
-            "process_group": self._group,
-        }
+        progress = {"step": step, **progress}
+        shards = [shard for shard in state if shard.writes and shard.tensor.numel()]
         try:
             self.world.from_main(lambda: self._clear(path))
             if self.asynchronous:
-                self._pending = (path, dcp.async_save(state_dict(state), **options))
+                copies = [replace(one, tensor=one.tensor.detach().to("cpu", copy=True)) for one in shards]
+                background = ThreadPoolExecutor(1)
+                self._pending = path, background.submit(self._write, path, copies, progress)
+                background.shutdown(wait=False)  # the thread ends with the save
                 return
-            dcp.save(state_dict(state), **options)
-        except FAILURES as error:
+            self._write(path, shards, progress)
+        except Exception as error:  # every store has errors of its own
             self._failed(path, error)
         else:
             self._prune()
+
+    def _write(self, path: Path, shards: Sequence[TensorShard], progress: dict[str, Any]) -> None:
+        """Write this rank's shards. Once all ranks are done, rank 0 commits the checkpoint.
+
+        Raises `CheckpointError` on every rank if one of them fails.
+        """
+        written, failure = dict[str, IndexedTensor](), ""
+        try:
+            if shards:  # a rank may hold nothing but copies that others write
+                path.mkdir(parents=True, exist_ok=True)  # rank 0 made it, perhaps on a disk of its own
+                written = write_shards(path / f"rank_{self.world.rank}.bin", shards)
+        except Exception as error:
+            failure = _root_cause(error)
+        outcomes = [(written, failure)] * self.world.size
+        if self._group is not None:
+            dist.gather_object((written, failure), outcomes if self.world.is_main else None, group=self._group)
+        box = [next((text for _, text in outcomes if text), "")]
+        if self.world.is_main and not box[0]:
+            try:
+                commit(path, [part for part, _ in outcomes], progress)
+            except Exception as error:
+                box = [_root_cause(error)]
+        if self._group is not None:
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        if box[0]:
+            raise CheckpointError(box[0])
 
     def wait(self) -> None:
         """Block until the pending save, if any, is committed or has failed."""
@@ -73,7 +95,7 @@ class Checkpointer:
         (path, future), self._pending = self._pending, None
         try:
             future.result()
-        except FAILURES as error:
+        except Exception as error:
             self._failed(path, error)
         else:
             self._prune()
@@ -135,7 +157,7 @@ class Checkpointer:
         if self.world.is_main:
             try:
                 remove_tree(path)
-            except FAILURES as second:
+            except Exception as second:
                 self.report(f"could not remove what is left of {path.name}: {_root_cause(second)}")
         self.report(f"could not save {path.name}, going on without it: {_root_cause(error)}")
 
@@ -146,16 +168,13 @@ class Checkpointer:
             for found in committed(self.directory)[: -self.keep]:
                 (found.path / MARKER).unlink()  # first, so that a half-removed one is never taken for whole
                 remove_tree(found.path)
-        except FAILURES as error:
+        except Exception as error:
             self.report(f"could not remove an old checkpoint: {_root_cause(error)}")
 
 
 def _root_cause(error: BaseException) -> str:
-    """The operating system's message, from inside DCP's exceptions."""
-    if isinstance(error, dcp.CheckpointException):
-        inner = next(iter(error.failures.values()))[0]
-        return _root_cause(inner)
+    """The operating system's message, from inside a store's exceptions."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     cause = error.__cause__ or error.__context__
-    return _root_cause(cause) if cause is not None else str(error).strip().splitlines()[0]
+    return _root_cause(cause) if cause is not None else (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-import xxhash
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from core.config import build, plain
 from core.errors import CheckpointError
 from core.files import write_text
 from model.config import ModelConfig
 from model.tensor_source import TensorSource, blocks, parameter_shapes
-from train.checkpoint.files import CheckpointWriter, read_bytes
-from train.checkpoint.index import Damaged, IndexedShard, IndexedTensor, block, problem, read_index
-from train.checkpoint.state import write_item
+from train.checkpoint.files import read_bytes, read_shard, write_shards
+from train.checkpoint.index import Damaged, IndexedShard, block, commit, problem, read_index
+from train.checkpoint.state import TensorShard
 
 IMPORTED = "model.yaml"
 TOKENIZER = "tokenizer"
 """Directory of an imported model's tokenizer."""
-_BLOCK_BYTES = 1 << 22
 
 
 class CheckpointedModel:
@@ -63,80 +56,41 @@ class CheckpointedModel:
         kept = {name: tensor for name, tensor in self._tensors.items() if name.endswith("balance.bias_E")}
         return {name: self.read(name, [0], tensor.shape) for name, tensor in kept.items()}
 
-    def selection_bias(self) -> float:
-        """The largest absolute selection bias. Other formats cannot hold one."""
-        return max((float(bias_E.abs().max()) for bias_E in self.selection_biases().values()), default=0.0)
-
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         tensor = self._tensors[name]
         result = torch.empty(tuple(shape), dtype=tensor.dtype)
         for shard, low, size in tensor.overlapping(offset, shape):
-            rows = self._rows(tensor, shard, low[0] - shard.offset[0], size[0])
+            rows = torch.empty((size[0], *shard.shape[1:]), dtype=tensor.dtype)  # they lie one after another
+            row_bytes = math.prod(shard.shape[1:]) * tensor.dtype.itemsize
+            try:
+                if shard not in self._verified:
+                    read_shard(self.checkpoint, shard)
+                    self._verified.add(shard)
+                start = shard.start + (low[0] - shard.offset[0]) * row_bytes
+                read_bytes(self.checkpoint / shard.file, start, rows)
+            except Damaged as error:
+                raise CheckpointError(f"{self.checkpoint} is damaged: {error}") from None
             target = block(result, offset, low, size)
             target.copy_(block(rows, (low[0], *shard.offset[1:]), low, size))
         return result
-
-    def _rows(self, tensor: IndexedTensor, shard: IndexedShard, start: int, count: int) -> Tensor:
-        """Rows of a shard, which lie one after another."""
-        rows = torch.empty((count, *shard.shape[1:]), dtype=tensor.dtype)
-        width = math.prod(shard.shape[1:]) * tensor.dtype.itemsize
-        try:
-            self._verify(shard)
-            read_bytes(self.checkpoint / shard.file, shard.start + start * width, rows)
-        except Damaged as error:
-            raise CheckpointError(f"{self.checkpoint} is damaged: {error}") from None
-        return rows
-
-    def _verify(self, shard: IndexedShard) -> None:
-        if shard in self._verified:
-            return
-        digest = xxhash.xxh3_128()
-        for start in range(0, shard.bytes, _BLOCK_BYTES):
-            part = torch.empty(min(_BLOCK_BYTES, shard.bytes - start), dtype=torch.uint8)
-            read_bytes(self.checkpoint / shard.file, shard.start + start, part)
-            digest.update(memoryview(part.numpy()))  # type: ignore[arg-type]
-        if digest.hexdigest() != shard.digest:
-            raise Damaged(f"{shard.file} does not match its digest at byte {shard.start:,}")
-        self._verified.add(shard)
-
-
-class _StreamingPlanner(DefaultSavePlanner):
-    """Plans blocks of tensors that do not exist yet, and reads each when the writer asks for it."""
-
-    def __init__(self, source: TensorSource, progress: Callable[[int], None]) -> None:
-        super().__init__()
-        self.source, self.progress = source, progress
-        self.blocks: dict[MetadataIndex, tuple[str, tuple[int, ...], tuple[int, ...]]] = {}
-
-    def create_local_plan(self) -> SavePlan:
-        items = []
-        for name, whole in self.source.shapes.items():
-            for offset, shape in blocks(whole):
-                item = write_item(f"model.{name}", offset, shape, whole, self.source.dtypes[name])
-                self.blocks[item.index] = (name, offset, shape)
-                items.append(item)
-        self.plan = SavePlan(items, planner_data={})
-        return self.plan
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        found = self.source.read(*self.blocks[write_item.index]).contiguous()
-        self.progress(found.numel() * found.element_size())
-        return found
 
 
 def save_model(source: TensorSource, directory: Path, origin: dict[str, Any], progress: Callable[[int], None]) -> None:
     """Write `source` as a committed checkpoint of step 0, and the model's configuration and origin to `model.yaml`."""
     path = directory / "checkpoints" / "step-00000000"
     path.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # one process is a choice, not an accident
-        writer = CheckpointWriter(path, {"step": 0})
-        dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(source, progress))
+    commit(path, [write_shards(path / "rank_0.bin", _blocks(source, progress))], {"step": 0})
     content = {"model": plain(source.config), "origin": origin}
     write_text(directory / IMPORTED, yaml.safe_dump(content, sort_keys=False))
+
+
+def _blocks(source: TensorSource, progress: Callable[[int], None]) -> Iterator[TensorShard]:
+    """Read a block at a time."""
+    for name, whole in source.shapes.items():
+        for offset, shape in blocks(whole):
+            content = source.read(name, offset, shape)
+            progress(content.nbytes)
+            yield TensorShard(f"model.{name}", content, whole, offset)
 
 
 def load_imported(directory: Path) -> ModelConfig:

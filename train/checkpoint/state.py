@@ -1,4 +1,4 @@
-"""What a rank keeps of each tensor in a checkpoint, and torch.distributed.checkpoint's plan to save it.
+"""What a rank keeps of each tensor in a checkpoint.
 
 Every shard is a block of a whole tensor under the tensor's global name, so any layout reads what any other wrote. Of
 the ranks that keep the same block one writes it.
@@ -6,15 +6,11 @@ the ranks that keep the same block one writes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel.sharding import ShardSpec, local
 
@@ -72,42 +68,3 @@ def _shard(name: str, tensor: Tensor, spec: ShardSpec | None, writes: bool) -> T
     if part.dim() == 0:  # a step count: the same for the whole parameter
         return TensorShard(name, part, (), (), spec.is_first)
     return TensorShard(name, part, tuple(spec.info.shape), spec.local_block.offset, spec.is_owner)
-
-
-class ShardSavePlanner(DefaultSavePlanner):
-    """Plans the shards that this rank writes. The state dict to save is `state_dict(shards)`."""
-
-    def __init__(self, shards: Sequence[TensorShard]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.shards = [shard for shard in shards if _is_written(shard)]
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(
-            [write_item(s.name, s.offset, s.tensor.shape, s.shape, s.tensor.dtype) for s in self.shards]
-        )
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict["shards"][_key(index.fqn, index.offset or ())]
-
-
-def state_dict(shards: Sequence[TensorShard]) -> dict[str, Any]:
-    """The tensors that this rank writes, each under a key of its own. One dict holds all: DCP logs each outer key."""
-    return {"shards": {_key(shard.name, shard.offset): shard.tensor for shard in shards if _is_written(shard)}}
-
-
-def write_item(
-    name: str, offset: Sequence[int], shape: Sequence[int], whole: Sequence[int], dtype: torch.dtype
-) -> WriteItem:
-    """DCP's order to write the block of `shape` at `offset` of a tensor of shape `whole`."""
-    chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
-    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(whole))
-    return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
-
-
-def _is_written(shard: TensorShard) -> bool:
-    return shard.writes and shard.tensor.numel() > 0
-
-
-def _key(name: str, offset: Sequence[int]) -> str:
-    return f"{name}@{','.join(map(str, offset))}" if any(offset) else name

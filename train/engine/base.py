@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from parallel.parallelize import ParallelModel
 from parallel.pipeline.runtime import Pipeline
 from parallel.sharding import LocalShard
 from train.checkpoint.state import TensorShard
-from train.loss import label_count, summed_loss
+from train.loss import IGNORED, summed_loss
 
 
 @dataclass(frozen=True)
@@ -28,16 +27,6 @@ class StepResult:
     gradient_norm: Tensor
     balance: dict[str, Tensor] = field(default_factory=dict)
     """The routers' statistics."""
-
-
-class Updates(Protocol):
-    """The methods of an engine that `optimizer_step` calls, in this order."""
-
-    def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor: ...
-
-    def clip(self, limit: float | None) -> Tensor: ...
-
-    def step(self, learning_rate_factor: float) -> None: ...
 
 
 class Engine(ABC):
@@ -57,7 +46,7 @@ class Engine(ABC):
         """
         meshes, share = self.meshes, self.placed.context_shard(batch.tokens_BT.shape[1])
         labels_BT = share.take(batch.labels_BT).to(self.device)
-        tokens = label_count(labels_BT) * meshes.counts_tokens
+        tokens = (labels_BT != IGNORED).sum() * meshes.counts_tokens
         meshes.world.sum(tokens, "loss")
         routed = float(batch.tokens_BT.numel() * meshes.dp.size)
         contexts = [
@@ -131,10 +120,18 @@ class Engine(ABC):
 
 
 def optimizer_step(
-    engine: Updates, balancer: Balancer, batch: Batch, micro_batch_size: int, clip_norm: float | None, factor: float
+    engine: Engine,
+    balancer: Balancer,
+    batch: Batch,
+    micro_batch_size: int,
+    clip_norm: float | None,
+    factor: float,
+    before_clipping: Callable[[], None] | None = None,
 ) -> StepResult:
     """Train on this rank's sequences of a global batch; `factor` scales every group's peak learning rate."""
     loss = engine.forward_backward(batch, micro_batch_size)
+    if before_clipping is not None:
+        before_clipping()
     norm = engine.clip(clip_norm)
     engine.step(factor)
     return StepResult(loss, norm, balancer.step())

@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 from core.errors import ConfigError
 from core.files import sha256_text
 from data.corpus import TRAIN
-from data.filter.config import ScorerConfig
 from data.filter.input.records import Record
 from data.filter.score.factory import Models
-from data.filter.score.scorer import TokenLosses
 from data.tokens import TokenStream
 from parallel.comm.world import World
 from train.corpus import stored_corpus
@@ -129,9 +127,5 @@ def text_hash(text: str) -> str:
     return sha256_text(" ".join(text.split()))
 
 
-def _open(name: str, config: ScorerConfig) -> tuple[TokenLosses, str]:
-    return open_losses(name, config, models=MODELS)
-
-
-MODELS = Models(_open, check_unseen)
+MODELS: Models = Models(lambda name, config: open_losses(name, config, MODELS), check_unseen)
 """What a filter needs to score with models; their own corpora may be filtered in the same way."""

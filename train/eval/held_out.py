@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Protocol
 
@@ -48,11 +48,7 @@ class HeldOut:
     sources: dict[str, SourceLoss]
 
     def plain(self) -> dict[str, object]:
-        return {
-            "loss": self.loss,
-            "bits_per_byte": self.bits_per_byte,
-            "sources": {k: vars(v) for k, v in self.sources.items()},
-        }
+        return asdict(self)
 
 
 class HeldOutLoader(Protocol):
@@ -118,13 +114,6 @@ def sequence_losses(placed: ParallelModel, take: Take, count: int, micro_batch_s
     placed.model.train()
     release(placed.stacks)
     return sums_N2[:, 0] / sums_N2[:, 1]
-
-
-def held_out_batches(loader: HeldOutLoader, source: str, sequences: int, micro_batch_size: int) -> Iterator[Batch]:
-    """The first `sequences` held-out sequences of a source, or all where there are fewer."""
-    available = min(sequences, loader.num_held_out(source))
-    for start in range(0, available, micro_batch_size):
-        yield loader.held_out(source, start, min(start + micro_batch_size, available))
 
 
 def _local_batches(take: Take, count: int, micro_batch_size: int, axis: MeshAxis) -> Iterator[tuple[int, Batch]]:

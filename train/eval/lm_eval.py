@@ -38,10 +38,6 @@ class HarnessModel(TemplateLM):
     def prefix_token_id(self) -> int:
         return self.model.tokenizer.bos_id
 
-    @property
-    def tokenizer_name(self) -> str:
-        return self.model.tokenizer.fingerprint
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         ids = list(self.model.tokenizer.encode([string])[0])
         return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
@@ -127,20 +123,14 @@ def run_tasks(
     model = HarnessModel(open_scoring_model(run, world, backend), batch_size)
     try:
         found: Any = simple_evaluate(
-            model,
-            tasks=list(tasks),
-            num_fewshot=few_shot,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=0,
+            model, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, bootstrap_iters=0
         )
     except (OSError, ConnectionError) as error:
         raise CheckpointError(f"a task's data cannot be read: {str(error).strip().splitlines()[0]}") from error
     print(utils.make_table(found))
     if out is not None:
         figures = {"results": found["results"], "samples": found.get("samples", {})}
-        text = json.dumps(figures, indent=2, default=str)
-        Path(out).expanduser().write_text(text + "\n")
+        Path(out).expanduser().write_text(json.dumps(figures, indent=2, default=str) + "\n")
     return 0
 
 

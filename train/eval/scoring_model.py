@@ -40,11 +40,9 @@ DEFAULT_CONTEXT = 2048
 class TextTokenizer(Protocol):
     bos_id: int
     eos_id: int
-    fingerprint: str
 
     def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """Ids of each text, without BOS and EOS."""
-        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -74,7 +72,12 @@ class ScoringModel:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the weights, the tokenizer and how products are computed."""
-        return sha256_text(self.identity[0], weights_hash(self.network), *self.identity[1:])
+        weights = xxhash.xxh3_128()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            content = local(tensor).detach().cpu().contiguous().reshape(-1)
+            weights.update(f"{name} {content.dtype} {tuple(tensor.shape)}\n".encode())
+            weights.update(content.view(torch.uint8).numpy().data)
+        return sha256_text(self.identity[0], weights.hexdigest(), *self.identity[1:])
 
     def next_logits(self, tokens: list[int]) -> Tensor:
         """Logits [V] of the token after `tokens`."""
@@ -166,16 +169,6 @@ def from_transformers(name: str, device: torch.device) -> ScoringModel:
     identity = ("transformers", tokenizer.fingerprint, str(tokenizer.bos_id), str(dtype))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     return ScoringModel(model, logits, tokenizer, context, identity)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Hash of the names and bytes of all tensors."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        content = local(tensor).detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {content.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(content.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class _TransformersTokenizer:

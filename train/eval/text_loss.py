@@ -29,18 +29,15 @@ from train.checkpoint.reader import IMPORTED
 from train.eval.scoring_model import ScoringModel, TokenWindow, from_run, from_transformers
 
 
-def open_losses(
-    name: str, config: ScorerConfig, device: torch.device | None = None, models: Models | None = None
-) -> tuple[TokenLosses, str]:
+def open_losses(name: str, config: ScorerConfig, models: Models | None = None) -> tuple[TokenLosses, str]:
     """Token losses of a model, and their fingerprint. `name`: the directory of a run, or a directory or name that
     transformers opens.
 
-    The model is on this process alone; on a GPU where there is one, unless `device` is given. The context is
-    `config.seq_len`, or the model's own where that is less. `models`: as in `get_corpus`. Raises `ConfigError` with an
-    empty key where there is no such model or transformers is missing.
+    The model is on this process alone; on a GPU where there is one. The context is `config.seq_len`, or the model's own
+    where that is less. `models`: as in `get_corpus`. Raises `ConfigError` with an empty key where there is no such
+    model or transformers is missing.
     """
-    if device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     folder = Path(name).expanduser()
     if (folder / "config.yaml").exists():
         model = from_run(folder, World(0, 1, device), models=models)

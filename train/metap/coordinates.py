@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -61,22 +61,13 @@ def _quantities(engine: TorchEngine, probe: Batch) -> dict[str, Tensor]:
     if moe:
         watched["moe"] = moe[-1]
         watched["router"] = moe[-1].router.balance  # returns the logits
-    with _recording(watched, found):
-        context = engine.placed.sequence_context(probe.positions_BT)
-        found["logits"] = model(probe.tokens_BT, context).detach().clone()
-    return {name: found[name] for name in QUANTITIES if name in found}
-
-
-@contextmanager
-def _recording(watched: dict[str, nn.Module], found: dict[str, Tensor]) -> Iterator[None]:
-    """Copy the output of each module to `found`."""
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         found[name] = output.detach().clone()
 
-    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in watched.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for name, module in watched.items():
+            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
+        context = engine.placed.sequence_context(probe.positions_BT)
+        found["logits"] = model(probe.tokens_BT, context).detach().clone()
+    return {name: found[name] for name in QUANTITIES if name in found}

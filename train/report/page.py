@@ -70,6 +70,7 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
     """Label -> the figure of each run, "-" if it has none."""
     held_out = [run.summary.get("heldout") or {} for run in runs]
     sources = [one.get("sources", {}) for one in held_out]
+    memory = [run.figure("peak_memory_bytes") for run in runs]
     rows: list[tuple[str, list[Any], str]] = [
         ("steps", [run.steps[-1] for run in runs], ",d"),
         ("tokens", [run.lines[-1]["tokens"] for run in runs], ",d"),
@@ -79,7 +80,7 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
         ("bigram model", [run.figure("bigram_loss") for run in runs], ".4f"),
         ("unigram model", [run.figure("unigram_loss") for run in runs], ".4f"),
         ("tokens per second", [run.figure("tokens_per_second") for run in runs], ",.0f"),
-        ("peak memory, GB", [run.peak_memory_gb for run in runs], ".2f"),
+        ("peak memory, GB", [None if size is None else size / 1e9 for size in memory], ".2f"),
         ("parameters", [run.figure("total_parameters") for run in runs], ",d"),
         ("parameters active per token", [run.figure("active_parameters") for run in runs], ",d"),
         ("ranks", [run.figure("world_size") for run in runs], ",d"),

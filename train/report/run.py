@@ -32,7 +32,7 @@ class RunData:
             raise ConfigError("runs", str(directory), error.reason) from None
         self.directory, self.name = directory, directory.resolve().name
         metrics, summary, log = (directory / name for name in ("metrics.jsonl", "summary.json", "log.txt"))
-        logged = list(read_lines(metrics)) if metrics.exists() else []
+        logged = list(read_lines(metrics))
         self.lines = [line for line in logged if "loss" in line]
         self.held_out = [line for line in logged if "heldout_loss" in line]
         if not self.lines:
@@ -45,21 +45,12 @@ class RunData:
     def steps(self) -> list[int]:
         return [line["step"] for line in self.lines]
 
-    @property
-    def total_steps(self) -> int:
-        return phases(self.config)[-1].stop
-
     def values(self, key: str) -> list[float]:
         return [line[key] for line in self.lines]
 
     def figure(self, key: str) -> Any:
         """A figure of the summary, or of the last logged step; None if neither has it."""
         return self.summary.get(key, self.lines[-1].get(key))
-
-    @property
-    def peak_memory_gb(self) -> float | None:
-        found = self.figure("peak_memory_bytes")
-        return None if found is None else found / 1e9
 
     @cached_property
     def layers(self) -> list[int]:
@@ -82,9 +73,9 @@ class RunData:
 
     def warnings(self) -> Iterator[str]:
         """What needs a look, with the figure that shows it."""
-        last = self.lines[-1]
-        if last["step"] < self.total_steps:
-            yield f"The run has reached step {last['step']:,} of {self.total_steps:,}."
+        last, total = self.lines[-1], phases(self.config)[-1].stop
+        if last["step"] < total:
+            yield f"The run has reached step {last['step']:,} of {total:,}."
         held_out, bigram = self.summary.get("heldout_loss"), self.summary.get("bigram_loss")
         if held_out is not None and bigram is not None and held_out >= bigram:
             yield f"The held-out loss {held_out:.3f} is not below the bigram model's {bigram:.3f}."

@@ -17,15 +17,7 @@ from core.errors import CheckpointError, ConfigError, LeviathanError
 from data.tokenizer import save_for_transformers
 from launch.cli import main
 from model import huggingface
-from model.config import (
-    FeedForward,
-    ModelConfig,
-    RouterConfig,
-    Score,
-    UpcycleConfig,
-    UpcycleMethod,
-    WeightsOn,
-)
+from model.config import FeedForward, ModelConfig, RouterConfig, Score, UpcycleConfig, UpcycleMethod, WeightsOn
 from model.tensor_source import TensorSource, materialise, whole
 from model.upcycle import Upcycled, keeps_the_function
 from tests.support import hf_models, tiny
@@ -286,34 +278,21 @@ def with_experts(dense: ModelConfig, **changes) -> ModelConfig:
         expert_hidden_size=dense.dense_hidden_size,
         shared_expert_hidden_size=0,
         router=RouterConfig(top_k=2, score=Score.softmax, norm_topk_prob=True, weights_on=WeightsOn.output),
+        upcycle=UpcycleConfig(),
         init_from="dense",
     )
     return replace(base, **changes)
 
 
+SPLIT = UpcycleConfig(UpcycleMethod.split)
+SCALED = RouterConfig(3, Score.sigmoid, norm_topk_prob=True, scale=2.5, weights_on=WeightsOn.output)
 UPCYCLED = {
-    "copy": ({"upcycle": UpcycleConfig()}, True),
-    "split": ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_hidden_size": 24, "num_experts": 8}, True),
-    "split_scaled": (
-        {
-            "upcycle": UpcycleConfig(UpcycleMethod.split),
-            "expert_hidden_size": 16,
-            "num_experts": 6,
-            "router": RouterConfig(3, Score.sigmoid, norm_topk_prob=True, scale=2.5, weights_on=WeightsOn.output),
-        },
-        True,
-    ),
-    "shared": (
-        {
-            "upcycle": UpcycleConfig(),
-            "shared_expert_hidden_size": 48,
-            "expert_hidden_size": 32,
-            "router": RouterConfig(),
-        },
-        True,
-    ),
+    "copy": ({}, True),
+    "split": ({"upcycle": SPLIT, "expert_hidden_size": 24, "num_experts": 8}, True),
+    "split_scaled": ({"upcycle": SPLIT, "expert_hidden_size": 16, "num_experts": 6, "router": SCALED}, True),
+    "shared": ({"shared_expert_hidden_size": 48, "expert_hidden_size": 32, "router": RouterConfig()}, True),
     "noise": ({"upcycle": UpcycleConfig(UpcycleMethod.noise, noise_std=0.05)}, False),
-    "llama4_router": ({"upcycle": UpcycleConfig(), "router": RouterConfig()}, False),
+    "llama4_router": ({"router": RouterConfig()}, False),
 }
 
 
@@ -343,15 +322,12 @@ def test_upcycled_blocks_equal_slices(saved):
         ({"dense_hidden_size": 40}, "model.init_from"),
         ({"dense_hidden_size": 96}, "model.init_from"),
         ({"shared_expert_hidden_size": 32}, "model.shared_expert_hidden_size"),
-        (
-            {"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_hidden_size": 24, "num_experts": 5},
-            "model.num_experts",
-        ),
-        ({"upcycle": UpcycleConfig(UpcycleMethod.split), "expert_hidden_size": 40}, "model.expert_hidden_size"),
+        ({"upcycle": SPLIT, "expert_hidden_size": 24, "num_experts": 5}, "model.num_experts"),
+        ({"upcycle": SPLIT, "expert_hidden_size": 40}, "model.expert_hidden_size"),
     ],
 )
 def test_widths_that_do_not_fit_are_refused(saved, changes, key):
-    config = with_experts(open_model(saved["qwen3"]).config, **{"upcycle": UpcycleConfig(), **changes})
+    config = with_experts(open_model(saved["qwen3"]).config, **changes)
     with pytest.raises(ConfigError) as caught:
         initial_source(replace(config, init_from=str(saved["qwen3"])), 0, QUIET)
     assert caught.value.key == key
@@ -363,35 +339,6 @@ def test_experts_cannot_be_upcycled(saved):
     with pytest.raises(LeviathanError):
         initial_source(config, 0, QUIET)
 
-
-BIG = """
-import json, sys, torch
-from pathlib import Path
-from model.huggingface.files import PlannedTensor, write_directory
-root, experts = Path(sys.argv[1]), int(sys.argv[2])
-torch.set_num_threads(1)
-D, F = 1024, 2048
-config = {"model_type": "llama4_text", "vocab_size": 128, "hidden_size": D, "num_hidden_layers": 1,
-          "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": F,
-          "num_local_experts": experts, "no_rope_layers": [1]}
-shapes = {"model.embed_tokens.weight": (128, D), "lm_head.weight": (128, D), "model.norm.weight": (D,)}
-layer = "model.layers.0."
-shapes |= {layer + f"self_attn.{k}_proj.weight": (n, D) for k, n in (("q", D), ("k", 256), ("v", 256))}
-shapes |= {layer + "self_attn.o_proj.weight": (D, D), layer + "input_layernorm.weight": (D,)}
-shapes |= {layer + "post_attention_layernorm.weight": (D,), layer + "feed_forward.router.weight": (experts, D)}
-shapes |= {layer + "feed_forward.experts.gate_up_proj": (experts, D, 2 * F)}
-shapes |= {layer + "feed_forward.experts.down_proj": (experts, F, D)}
-shared = layer + "feed_forward.shared_expert."
-shapes |= {shared + "gate_proj.weight": (F, D), shared + "up_proj.weight": (F, D)}
-shapes |= {shared + "down_proj.weight": (D, F)}
-def content(shape):
-    for _ in range(shape[0] if len(shape) == 3 else 1):
-        yield torch.randn(shape[1:] if len(shape) == 3 else shape).bfloat16()
-planned = [PlannedTensor(n, torch.bfloat16, s, lambda s=s: content(s)) for n, s in shapes.items()]
-root.mkdir()
-write_directory(root, planned, 8 << 30)
-(root / "config.json").write_text(json.dumps(config))
-"""
 
 CONVERT = """
 import re, sys
@@ -406,16 +353,15 @@ print("peak", int(re.search("VmHWM: *[ \\t]*(\\d+)", status)[1]) * 1024)
 
 
 def peak_memory(root: Path, experts: int) -> int:
-    def run(code: str, *arguments: str) -> str:
-        command = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    run(BIG, str(root / "hf"), str(experts))
-    peak = int(run(CONVERT, str(root)).split("peak")[1])
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 128}
+    model = hf_models.make("scout", **sizes, num_hidden_layers=1, num_local_experts=experts)
+    hf_models.save(model.bfloat16(), root / "hf")
+    command = [sys.executable, "-c", CONVERT, str(root)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     for name in ("hf", "out"):
         files = list((root / name).glob("*.safetensors"))
         assert sum(path.stat().st_size for path in files) > experts * 3 * 1024 * 2048 * 2
-    return peak
+    return int(done.stdout.split("peak")[1])
 
 
 @pytest.mark.slow

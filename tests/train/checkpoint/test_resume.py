@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from data.loader import Loader
 from launch.cli import main
 from tests.support.tiny import TINY, figures, saved, trainer
+from train.run_directory import read_lines
 
 STEPS = 24
 ADAMW = ["precision=fp32", "optimizer=adamw"]
@@ -36,8 +36,7 @@ def finished(tmp_path_factory, small_corpus) -> Path:
 
 def lines(run: Path) -> list[dict]:
     """The logged steps; evaluations have lines of their own."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if "loss" in line]
+    return [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
 def exact(run: Path) -> list[tuple]:
@@ -128,29 +127,6 @@ def test_a_finished_run_is_left_alone_and_takes_a_phase(tmp_path, small_corpus, 
     assert found[STEPS]["tokens"] - found[STEPS - 1]["tokens"] == 96 * 4
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == STEPS + 4 and summary["tokens"] == STEPS * 8 * 48 + 4 * 4 * 96
-
-
-def test_a_nan_loss_ends_the_run_with_advice(tmp_path, small_corpus, capsys):
-    more = ["optimizer=sgd", "optimizer.lr=1e30", "training.clip_norm=null"]
-    assert main(["train", *arguments(tmp_path, "run", *small_corpus, *more)]) == 1
-    assert "is nan: start a new run" in capsys.readouterr().err
-
-
-def test_a_phase_begins_with_the_start_of_its_own_order(tmp_path, small_corpus, monkeypatch):
-    """The loader counts the phase's steps, whatever came before it."""
-    asked: list[tuple[int, int]] = []
-    batch = Loader.batch
-
-    def watched(self, step, start, stop):
-        asked.append((self.seq_len, step))
-        return batch(self, step, start, stop)
-
-    monkeypatch.setattr(Loader, "batch", watched)
-    phase = "+phases=[{name: longer, steps: 2, seq_len: 96}]"
-    run = trainer(tmp_path, "run", [*small_corpus, "training.steps=3", phase])
-    for step in range(5):
-        run.train_step(step)
-    assert asked == [(48, 0), (48, 1), (48, 2), (96, 0), (96, 1)]
 
 
 LONGER = (

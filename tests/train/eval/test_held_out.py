@@ -42,17 +42,6 @@ def test_losses_and_bits_equal_plain_arithmetic(small_corpus, tmp_path):
     assert found.loss == pytest.approx((text + 0.5 * code) / 1.5), "mean by the sources' weights"
 
 
-def test_ranks_agree_where_sequences_do_not_divide(ranks, small_corpus, tmp_path):
-    """Five sequences in micro-batches of two: one of two ranks has none in the last turn."""
-    overrides = [*small_corpus, *EXACT]
-    one = ranks(1, measured, tmp_path, overrides)[0]
-    for found in ranks(2, measured, tmp_path, overrides):
-        assert (found.loss, found.bits_per_byte) == pytest.approx((one.loss, one.bits_per_byte), rel=1e-12)
-        assert found.sources.keys() == one.sources.keys()
-        for source, figures in found.sources.items():
-            assert vars(figures) == pytest.approx(vars(one.sources[source]), rel=1e-12)
-
-
 def test_no_held_out_text_is_an_error(small_corpus, tmp_path):
     with pytest.raises(DataError, match=r"no source has held-out text .* raise data\.held_out"):
         measured(tmp_path, [*small_corpus, *EXACT, "data.held_out=0"])

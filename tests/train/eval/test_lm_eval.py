@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -109,13 +108,7 @@ def test_log_likelihoods_against_plain_arithmetic(trained):
         logp = who.network(torch.tensor([row[:-1]]), ForwardContext(positions)).log_softmax(-1)[0]
         return sum(float(logp[len(row) - 1 - len(continuation) + i, t]) for i, t in enumerate(continuation))
 
-    pairs = [
-        (ids[:3], ids[3:9]),
-        (ids[:1], ids[1:2]),
-        (ids[:90], ids[90:]),
-        (ids[:40], ids[40:44]),
-        (ids[:5], ids[5:7]),
-    ]
+    pairs = [(ids[:begin], ids[begin:end]) for begin, end in ((3, 9), (1, 2), (90, 100), (40, 44), (5, 7))]
     found = harness._loglikelihood_tokens([(None, *pair) for pair in pairs])
     for pair, (total, _) in zip(pairs, found, strict=True):
         assert total == pytest.approx(plain(*pair), abs=1e-4)
@@ -133,33 +126,26 @@ def test_log_likelihoods_against_plain_arithmetic(trained):
     if left:
         expected += plain(whole[-who.context - 1 : -left], whole[-left:])
     assert harness.loglikelihood_rolling([SimpleNamespace(args=(text,))])[0] == pytest.approx(expected, rel=1e-5)
-    assert math.isfinite(expected)
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "name, arguments, message",
     [
-        (["tasks=[next_wrod]", f"task_path={TASKS}"], "tasks=next_wrod: no such task"),
-        (["tasks=[next_word]", "task_path=/nowhere"], "task_path=/nowhere: no such directory"),
-        (["tasks=[next_word]", "limit=0"], "limit=0: must be positive"),
+        ("run", ["tasks=[next_wrod]", f"task_path={TASKS}"], "tasks=next_wrod: no such task"),
+        ("run", ["tasks=[next_word]", "task_path=/nowhere"], "task_path=/nowhere: no such directory"),
+        ("run", ["tasks=[next_word]", "limit=0"], "limit=0: must be positive"),
+        ("exported", ["tasks=[next_word]", f"task_path={TASKS}", "backend=torch"], "backend=torch: is for runs"),
+        ("imported", ["tasks=[next_word]", f"task_path={TASKS}", "backend=torch"], "backend=torch: is for runs"),
     ],
 )
-def test_mistakes_are_one_line(trained, capsys, monkeypatch, arguments, message):
+def test_mistakes_are_one_line(trained, capsys, monkeypatch, name, arguments, message):
     from lm_eval.tasks import TaskManager
 
     # the harness's own tasks take seconds to list
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     capsys.readouterr()
-    assert main(["evaluate", str(trained / "run"), *arguments]) == 2
+    assert main(["evaluate", str(trained / name), *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["exported", "imported"])
-def test_a_backend_that_would_not_be_used_is_refused(trained, capsys, name):
-    capsys.readouterr()
-    line = ["evaluate", str(trained / name), "tasks=[next_word]", f"task_path={TASKS}", "backend=torch"]
-    assert main(line) == 2
-    assert "backend=torch: is for runs" in capsys.readouterr().err
 
 
 def test_a_run_without_a_checkpoint_is_one_line(trained, tmp_path, capsys):
@@ -168,17 +154,8 @@ def test_a_run_without_a_checkpoint_is_one_line(trained, tmp_path, capsys):
     assert "has no checkpoint yet" in capsys.readouterr().err
 
 
-TOKENIZER_DAMAGE = {
-    "missing": (None, "does not say which tokens begin and end"),
-    "garbled": ("{", "does not say which tokens begin and end"),
-    "list": ("[]", "does not say which tokens begin and end"),
-    "odd": ('{"eos_token": {"id": 3}}', "does not say which tokens begin and end"),
-    "no_eos": ('{"bos_token": "<|bos|>"}', "names no eos_token"),
-}
-
-
-@pytest.mark.parametrize("text, message", TOKENIZER_DAMAGE.values(), ids=TOKENIZER_DAMAGE.keys())
-def test_a_damaged_tokenizer_is_one_line(trained, tmp_path, capsys, text, message):
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"eos_token": {"id": 3}}', '{"bos_token": "<|bos|>"}'])
+def test_a_damaged_tokenizer_is_one_line(trained, tmp_path, capsys, text):
     model = Path(shutil.copytree(trained / "imported", tmp_path / "model"))
     (model / "tokenizer" / "tokenizer_config.json").unlink()
     if text is not None:
@@ -186,7 +163,7 @@ def test_a_damaged_tokenizer_is_one_line(trained, tmp_path, capsys, text, messag
     capsys.readouterr()
     assert main(["evaluate", str(model), "tasks=[next_word]", f"task_path={TASKS}"]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line
+    assert ("names no eos_token" if text and "bos" in text else "does not say which tokens begin and end") in line
 
 
 def test_without_the_harness_the_install_line_is_given(trained, capsys, monkeypatch):

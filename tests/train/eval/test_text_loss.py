@@ -20,6 +20,7 @@ from data.filter.score.scorer import TokenLosses
 from launch.cli import main
 from model.attention.plan import ForwardContext
 from parallel.comm.world import World
+from tests.support import hf_models
 from tests.support.tiny import TINY
 from train.checkpoint.restore import restore
 from train.eval.contamination import MODELS
@@ -42,7 +43,7 @@ def trained(tmp_path_factory, small_corpus) -> Path:
 def llama(tmp_path_factory) -> Path:
     """Random weights and a byte-level tokenizer of few merges, as folders on the hub have them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("llama")
     library = Tokenizer(models.BPE())
@@ -54,21 +55,7 @@ def llama(tmp_path_factory) -> Path:
     )
     library.train_from_iterator(["the model reads a line and writes another"] * 4, trainer)
     PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(settings).save_pretrained(folder)
-    return folder
+    return hf_models.save(hf_models.make("llama", vocab_size=300, bos_token_id=0, eos_token_id=1), folder)
 
 
 def opened(name: Path | str, **more: int) -> tuple[TokenLosses, str]:
@@ -80,38 +67,33 @@ def config(name: Path | str, **more: int) -> ScorerConfig:
 
 
 @torch.no_grad()
-def test_transformers_own_loss_comes_out(llama):
-    """Its loss is the mean of ours: labels of the second text only, one row at a time without padding."""
+def test_losses_are_those_of_the_models_logits(llama, trained):
+    """Labels of the second text only, one row at a time without padding; of a transformers model and of a run."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
-    losses, _ = opened(llama)
-    found = losses(TEXTS)
-    for (first, second), mine in zip(TEXTS, found, strict=True):
-        before, wanted = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second))
-        assert len(mine) == len(wanted) and mine.dtype == np.float32
-        if wanted:
-            row = torch.tensor([[0, *before, *wanted]])
-            labels = row.clone()
-            labels[:, : 1 + len(before)] = -100
-            assert float(mine.mean()) == pytest.approx(float(model(input_ids=row, labels=labels).loss), abs=1e-5)
-    shifted = losses([("b", text[1]) for text in TEXTS])
-    assert abs(shifted[1] - found[1]).max() > 1e-3, "what comes before counts"
-
-
-@torch.no_grad()
-def test_a_run_has_the_loss_of_its_model(trained):
+    theirs, library = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
     restored = restore(trained, ALONE)
-    model, tokenizer = restored.placed.model.eval(), restored.corpus.tokenizer
-    losses, _ = opened(trained)
-    for (first, second), mine in zip(TEXTS, losses(TEXTS), strict=True):
-        before, wanted = tokenizer.encode([first])[0], tokenizer.encode([second])[0]
-        row = [tokenizer.bos_id, *before, *wanted]
-        if wanted:
-            logits = model(torch.tensor([row[:-1]]), ForwardContext(torch.arange(len(row) - 1)[None]))[0]
-            plain = cross_entropy(logits.float(), torch.tensor(row[1:]), reduction="none")[-len(wanted) :]
-            assert mine == pytest.approx(plain.numpy(), abs=1e-4)
-        assert len(mine) == len(wanted)
+    ours, tokenizer = restored.placed.model.eval(), restored.corpus.tokenizer
+    tokenise = {
+        llama: lambda text: library(text, add_special_tokens=False)["input_ids"],
+        trained: lambda text: tokenizer.encode([text])[0],
+    }
+    logits = {
+        llama: lambda ids_BT: theirs(input_ids=ids_BT).logits,
+        trained: lambda ids_BT: ours(ids_BT, ForwardContext(torch.arange(ids_BT.shape[1])[None])),
+    }
+    for name, bos in ((llama, 0), (trained, tokenizer.bos_id)):
+        losses, _ = opened(name)
+        found = losses(TEXTS)
+        for texts, mine in zip(TEXTS, found, strict=True):
+            before, wanted = map(tokenise[name], texts)
+            assert len(mine) == len(wanted) and mine.dtype == np.float32
+            if wanted:
+                row = torch.tensor([bos, *before, *wanted])
+                plain = cross_entropy(logits[name](row[None, :-1])[0].float(), row[1:], reduction="none")
+                assert mine == pytest.approx(plain[-len(wanted) :].numpy(), abs=1e-4)
+        shifted = losses([("b", text[1]) for text in TEXTS])
+        assert abs(shifted[1] - found[1]).max() > 1e-3, "what comes before counts"
 
 
 @pytest.mark.parametrize("context", [16, 17, 64])

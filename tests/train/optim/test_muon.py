@@ -17,10 +17,9 @@ from model.roles import Role, registry
 from model.transformer import Transformer
 from precision.config import Compute, ParamDtype, PrecisionConfig
 from tests.support.optim import give_gradients, network, optimizer_of
-from tests.support.tiny import trainer
 from train.config import TrainConfig
-from train.optim.muon import Muon, MuonConfig, MuonScale, orthogonalise
-from train.optim.optimizer import GroupConfig, Moments, OptimizerConfig, OptimizerKind, prime, set_learning_rate
+from train.optim.muon import MuonConfig, MuonScale, orthogonalise
+from train.optim.optimizer import GroupConfig, Moments, OptimizerConfig, OptimizerKind, set_learning_rate
 
 WIDE = PrecisionConfig(Compute.float64)
 MATRICES = {
@@ -62,20 +61,6 @@ def test_newton_schulz_comes_near_the_orthogonal_factor():
     assert not orthogonalise(torch.zeros(2, 4, 8), 5, 1e-7).any()
     apart = (orthogonalise(x, 5, 1e-7) - orthogonalise(x.flatten(0, 1)[None], 5, 1e-7).view_as(x)).norm()
     assert apart > 0.1 * x.shape[0], "control: two matrices as one"
-
-
-def test_scale_modes_are_those_of_their_sources():
-    wanted = {MuonScale.match_adamw: (0.2 * 8, 0.2 * 8), MuonScale.unit_rms_norm: (2.0, 0.5)}
-    wanted[MuonScale.shape_scaling] = (2.0, 1.0)
-    assert {scale: (scale.factor(64, 16), scale.factor(16, 64)) for scale in MuonScale} == wanted
-
-
-def test_updates_are_as_large_as_adamws():
-    """match_adamw: an RMS of about 0.2 per element for every shape, as Liu et al. 2025 measure for AdamW."""
-    for rows, columns in ((32, 32), (16, 96), (96, 16)):
-        x = torch.randn(1, rows, columns, generator=torch.Generator().manual_seed(3))
-        update = orthogonalise(x, 5, 1e-7) * MuonScale.match_adamw.factor(rows, columns)
-        assert 0.15 < update.square().mean().sqrt() < 0.22
 
 
 def reference_step(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float, decay: float) -> Tensor:
@@ -128,6 +113,7 @@ def test_steps_equal_the_plain_statement(scale, nesterov):
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             gradients[name].append(parameter.grad.clone())
+    assert {role.name for role in Role if role.is_matrix} == MATRICES
     adamw = dict(other.named_parameters())
     for name, info in registry(model).items():
         found = model.get_parameter(name)
@@ -139,17 +125,6 @@ def test_steps_equal_the_plain_statement(scale, nesterov):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11, msg=name)
     decays = {group["name"]: group["weight_decay"] for group in optimizers[0].param_groups}
     assert decays["block_norm"] == decays["final_norm"] == 0 and decays["query"] == decays["head"] == 0.3
-
-
-def test_muon_has_the_matrices_by_role():
-    assert {role.name for role in Role if role.is_matrix} == MATRICES
-    model = network(WIDE)
-    optimizer = muon(model)
-    assert isinstance(optimizer, Muon)
-    prime(optimizer)
-    for name, info in registry(model).items():
-        kept, adamw = set(optimizer.state[model.get_parameter(name)]), {"step", "exp_avg", "exp_avg_sq"}
-        assert kept == ({"momentum"} if info.role.name in MATRICES else adamw), name
 
 
 def test_every_parameter_is_in_one_group_with_its_own_rate():
@@ -212,18 +187,9 @@ def test_a_matrix_without_a_gradient_is_an_error():
         (["optimizer.muon.eps=-1"], r"optimizer\.muon\.eps=-1\.0: must be positive"),
         (["optimizer.muon.scale=frobenius"], r"optimizer\.muon\.scale=frobenius: Invalid value 'frobenius', expected"),
         (["optimizer.muon.nestrov=true"], r"optimizer\.muon\.nestrov: no such key; try optimizer\.muon\.nesterov"),
-        (
-            ["optimizer.moments=bfloat16", "optimizer.muon.momentum=0.995"],
-            r"optimizer\.muon\.momentum=0\.995: bfloat16 moments lose updates this slow; use at most 0\.99",
-        ),
+        (["optimizer.moments=bfloat16", "optimizer.muon.momentum=0.995"], r"muon\.momentum=0\.995: bfloat16 moments"),
     ],
 )
 def test_bad_values_are_rejected(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load("train", TrainConfig, ["optimizer=muon", *overrides])
-
-
-def test_a_run_learns(small_corpus, tmp_path):
-    run = trainer(tmp_path, "run", ["optimizer=muon", *small_corpus, "optimizer.lr=1e-2"])
-    losses = [run.train_step(step).loss.item() for step in range(6)]
-    assert losses[-1] < losses[0] - 0.3

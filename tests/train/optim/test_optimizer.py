@@ -21,21 +21,15 @@ def model() -> Transformer:
 
 
 def test_groups_are_named_by_role_and_cover_everything_once(model):
-    optimizer = optimizer_of(model, OptimizerConfig())
-    grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
-    decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
-    assert decay["block_norm"] == decay["final_norm"] == 0.0
-    assert decay["router"] == decay["expert_gate_up"] == decay["embedding"] == 0.1
-
-
-def test_a_role_may_have_its_own_rate_and_decay(model):
     config = OptimizerConfig(groups={"router": GroupConfig(lr_scale=0.5, weight_decay=0.0)})
     optimizer = optimizer_of(model, config)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     set_learning_rate(optimizer.param_groups, 0.1)
-    groups = {group["name"]: group for group in optimizer.param_groups}
-    assert groups["router"]["lr"] == pytest.approx(config.lr * 0.5 * 0.1) and groups["router"]["weight_decay"] == 0.0
-    assert groups["head"]["lr"] == pytest.approx(config.lr * 0.1)
+    rate, decay = ({group["name"]: group[key] for group in optimizer.param_groups} for key in ("lr", "weight_decay"))
+    assert rate["router"] == pytest.approx(config.lr * 0.5 * 0.1) and rate["head"] == pytest.approx(config.lr * 0.1)
+    assert decay["block_norm"] == decay["final_norm"] == decay["router"] == 0.0
+    assert decay["expert_gate_up"] == decay["embedding"] == 0.1
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
