@@ -1,1 +1,1 @@
-"""Errors, typed configuration and atomic files for all other packages. Imports no other package of Leviathan."""
+"""Errors, configuration, atomic file writes and process setup. Imports no other package of Leviathan."""

@@ -1,8 +1,8 @@
-"""Typed configuration: Hydra composes YAML and overrides; a frozen dataclass per component validates them.
+"""Typed configuration: Hydra composes YAML files and overrides, and frozen dataclasses validate the result.
 
-Hydra cannot merge into frozen dataclasses, so each has a mutable copy with the same fields as its schema, which rejects
-unknown keys and wrong types. `build` then makes the real objects, whose `__post_init__` rejects invalid values. A
-component raises `ConfigError` with a key relative to itself; `build` prepends the path.
+Hydra cannot merge into frozen dataclasses, so each has a schema: a mutable dataclass with the same fields, which
+rejects unknown keys and wrong types. `build` then makes the real objects, whose `__post_init__` rejects invalid values.
+A component raises `ConfigError` with a key relative to itself; `build` prepends the path.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def config_directory() -> Path:
-    """The directory of the packaged `configs/`, in a checkout or a wheel."""
+    """Return the directory of the packaged `configs/`, in a checkout or a wheel."""
     import configs
 
     return Path(configs.__file__).parent
@@ -50,7 +50,7 @@ def load(root: str, schema: type[T], overrides: Sequence[str]) -> T:
 
 
 def load_stored(values: dict[str, Any], schema: type[T], overrides: Sequence[str]) -> T:
-    """A whole configuration given as plain values, with `overrides` of its keys on top, as `schema`."""
+    """Apply `overrides` to a complete configuration, given as plain values, and return it as `schema`."""
     for key, _, value in (one.partition("=") for one in overrides):
         if isinstance(values.get(key), dict) and not value.startswith("{"):
             reason = "a stored configuration has no groups to choose from; set a key of this section"
@@ -60,7 +60,7 @@ def load_stored(values: dict[str, Any], schema: type[T], overrides: Sequence[str
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Return every combination of overrides with several values (`lr=1e-3,2e-3`); the last varies fastest."""
+    """Expand values such as `lr=1e-3,2e-3` into every combination of overrides. The last override varies fastest."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException:
@@ -86,11 +86,11 @@ def compose_plain(root: str, schema: type, overrides: Sequence[str]) -> dict[str
 
 
 def build(cls: type[T], values: Any, path: str = "") -> T:
-    """Make `cls` from plain values (as YAML gives them), typed and checked. `path`: the key prefix for errors."""
+    """Make `cls` from plain values, as YAML gives them, and check them. `path`: prefix of keys in errors."""
     try:
         if isinstance(values, DictConfig):
             values = OmegaConf.to_container(values, resolve=True)  # "+key=" overrides open the schema
-        shorthand = getattr(cls, "SHORTHAND", None)  # the key that a single word stands for
+        shorthand = getattr(cls, "SHORTHAND", None)  # the key that a plain string sets
         if shorthand is not None and isinstance(values, str):
             values = {shorthand: values}
         if not isinstance(values, dict):
@@ -127,7 +127,7 @@ def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]
 
 
 def _compose(root: str, schema: type, overrides: Sequence[str]) -> DictConfig:
-    """Compose `root`: a YAML file, a stored node, or else the schema alone."""
+    """Compose `root`, a YAML file or a stored node, with `overrides`. If it is neither, compose the schema alone."""
     store = ConfigStore.instance()
     store.store(name=f"{root}_schema", node=_twin(schema))
     if f"{root}.yaml" not in store.repo and not (config_directory() / f"{root}.yaml").exists():
@@ -170,7 +170,8 @@ def _twin_type(kind: Any) -> Any:
     """Return the schema's type of a field.
 
     Components inside lists and dicts are untyped here, because Hydra cannot add a typed entry by
-    "+sources.mine.path=..."; so are optional ones, because it cannot fill a typed null. `build` checks each of them.
+    "+sources.mine.path=...". So are optional components, because it cannot set a key of a typed null. `build` checks
+    them all.
     """
     if dataclasses.is_dataclass(kind):
         return _twin(typing.cast(type, kind))
@@ -190,7 +191,7 @@ def _twin_type(kind: Any) -> Any:
 
 
 def _open_enum(kind: Any) -> type[Enum] | None:
-    """The enum of a field declared `SomeEnum | str`: one of its names, or an import path. None for other types."""
+    """Return the enum of a type `SomeEnum | str` (a name of the enum, or an import path), or None for other types."""
     match typing.get_args(kind):
         case (type() as names, other) if issubclass(names, Enum) and other is str:
             return names
@@ -227,7 +228,7 @@ def _entry(kind: Any, value: Any, path: str) -> Any:
 
 
 def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
-    """Turn a multi-line message of Hydra or OmegaConf into a `ConfigError`. Its key is relative to `path`."""
+    """Turn an error of Hydra or OmegaConf into a `ConfigError` with a one-line message and a key relative to `path`."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
@@ -264,7 +265,7 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
 
 
 def _kind_at(schema: type, path: str) -> Any:
-    """Return the declared type at `path` below `schema`, without its None; None where the path does not exist."""
+    """Return the type declared at `path` below `schema`: X for `X | None`, and None if the path does not exist."""
     kind: Any = schema
     for name in filter(None, path.split(".")):
         if dataclasses.is_dataclass(kind):

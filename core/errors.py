@@ -14,7 +14,7 @@ class LeviathanError(Exception):
 
     exit_code = 1
     everywhere = False
-    """Whether all ranks raise the same error; rank 0 alone prints it then."""
+    """Whether all ranks raise the same error. If so, only rank 0 prints it."""
 
 
 class DataError(LeviathanError):
@@ -35,7 +35,7 @@ class ConfigError(LeviathanError):
     """An invalid configuration, rejected before anything is built.
 
     `key` is relative to the component that raises the error. The code that builds the component prepends the path with
-    `under`, so that the user reads the key as they would type it. `legal`: values to suggest.
+    `under`, so that the user reads the key as they would type it. `legal`: values that the message suggests.
     """
 
     exit_code = 2
@@ -64,7 +64,7 @@ class RenamedKeyError(ConfigError):
 
 
 def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
-    """Raise `ConfigError` for the first of these fields that is not finite or has the wrong sign. None is allowed."""
+    """Raise `ConfigError` for the first listed field that is not finite or has the wrong sign. A field may be None."""
     for key in (*positive, *not_negative):
         value = getattr(config, key)
         if value is None:

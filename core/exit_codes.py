@@ -1,20 +1,20 @@
-"""Exit codes and environment shared by ranks and the agents that start them; which errors are a neighbour's fault."""
+"""Exit codes and environment common to ranks and their agents, and errors that another rank's failure causes."""
 
 from __future__ import annotations
 
 import os
 
 INTERRUPTED = 130
-"""Ended by a signal, after saving."""
+"""The process ended because of a signal, after saving."""
 
 CRASHED = 3
-"""An unexpected error; the agent may restart the ranks. Between ranks and agent only: a user sees 1."""
+"""An unexpected error; the agent may restart the ranks. Only the agent sees this code; the user sees 1."""
 
 HUNG = 4
 """A collective timed out (parallel/comm/watchdog.py); the agent may restart the ranks."""
 
 ATTEMPT = "LEVIATHAN_ATTEMPT"
-"""Environment variable: id of this attempt, equal on all ranks. Keys in the store begin with it."""
+"""Environment variable: id of this attempt, equal on all ranks. Keys in torch.distributed's store begin with it."""
 
 
 def host_name() -> str:
@@ -23,7 +23,7 @@ def host_name() -> str:
 
 
 class RankFailure(AssertionError):
-    """A function that ran on several ranks raised on one of them, or did not end."""
+    """A function that ran on several ranks raised an error on one of them, or did not return."""
 
 
 _CONSEQUENCES = (

@@ -1,7 +1,7 @@
 """Atomic file writes, and paths that may be URLs.
 
-Writers fill a temporary file beside the target, flush it to disk and rename it. A reader never sees half a file, and a
-full disk leaves the old content in place.
+Writers fill a temporary file next to the target, flush it to disk and rename it. A reader never sees a partly written
+file, and a full disk leaves the old content in place.
 """
 
 from __future__ import annotations
@@ -85,19 +85,19 @@ def remove_tree(path: Path) -> None:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append a line. A kill or a full disk may truncate it; readers must skip such a line."""
+    """Append `value` as a line of JSON. A kill or a full disk may truncate the line; readers must skip such a line."""
     with open(path, "a") as file:
         file.write(json.dumps(value) + "\n")
 
 
 def write_all(file: Any, content: memoryview) -> None:
-    """Write all of `content`: an unbuffered file may take a part at a time."""
+    """Write all of `content`. One call of an unbuffered file's `write` may write only a part."""
     while len(content):
         content = content[file.write(content) :]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` atomically and durably. On `OSError` the old file stays."""
+    """Replace the content of `path` atomically and durably. On `OSError` the old file stays."""
     if not is_local(path):
         path.write_bytes(content)
         return
@@ -142,9 +142,9 @@ def sha256_text(*parts: str) -> str:
 def new_directory(path: Path, exclusive: bool = False) -> Iterator[Path]:
     """Yield a scratch directory that becomes `path` if the block succeeds and is removed if it fails.
 
-    Two processes may race to make the same directory. The first rename wins and the second's work is dropped, so the
-    content must be a function of the name (a content hash). With `exclusive` the content may be anything: a `path` that
-    appeared meanwhile stays, and a `ConfigError` names the directory that keeps the finished work.
+    Two processes may race to make the same directory. The first rename wins and the work of the second process is
+    dropped, so the name must determine the content (a content hash). With `exclusive` the content may be anything: if
+    `path` has appeared in the meantime, it stays, and a `ConfigError` names the directory with the finished work.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,7 +1,7 @@
-"""HTML pages from Jinja templates: each page is one file that needs no other, for light and dark screens.
+"""HTML pages from Jinja templates. Each page is one self-contained file, for light and dark colour schemes.
 
-A page's template extends `frame.html` and fills its blocks `style` and `body`. Values are escaped; a missing one is an
-error.
+A page's template extends `frame.html` and fills its blocks `style` and `body`. Values are escaped; a missing value is
+an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FRAME = Path(__file__).with_name("frame.html")
 
 
 def render(template: Path, **values: Any) -> str:
-    """The page that `template` makes of `values`."""
+    """Render `template` with `values`."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, FRAME.parent]),
         autoescape=True,
@@ -31,10 +31,10 @@ def render(template: Path, **values: Any) -> str:
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """A page without a template of its own. `title` is plain text, `body` is HTML, `style` is further CSS."""
+    """Render a page that has no template. `title` is plain text, `body` is HTML and `style` is additional CSS."""
     return render(FRAME, title=title, body=Markup(body), style=Markup(style))
 
 
 def data_url(png: bytes) -> str:
-    """A URL that holds the picture itself."""
+    """Return a data URL that contains the PNG image."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -20,24 +20,24 @@ FORM = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*")
 
 
 def check_form(path: str, key: str, names: Sequence[str] = ()) -> None:
-    """Raise `ConfigError` unless `path` looks like an import path. `names`: the choices beside one."""
+    """Raise `ConfigError` unless `path` looks like an import path. `names`: the other values that the key allows."""
     if not FORM.fullmatch(path):
         raise ConfigError(key, path, "must be an import path, module:Name" + (", or a known name" * bool(names)), names)
 
 
 def check_options(kind: object, options: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for options of a kind that is not an import path."""
+    """Raise `ConfigError` if there are options but `kind` is not an import path."""
     if options and not isinstance(kind, str):
-        raise ConfigError("options", None, "are for a kind by import path (my.module:Name)")
+        raise ConfigError("options", None, "apply only to a kind that is an import path (my.module:Name)")
 
 
 def load(
     path: str, key: str, *arguments: object, options: Mapping[str, Any] | None = None, base: type | None = None
 ) -> Any:
-    """Import `path` and bind `options`: the result is called with arguments such as `arguments`.
+    """Import `path` and bind `options`. `arguments` are examples of later arguments, to check the signature.
 
-    Raises `ConfigError` under `key` if it does not import, has no such name, is not a subclass of `base` or does not
-    take the arguments.
+    Raises `ConfigError` under `key` if the module cannot be imported or lacks the name, and if the object is not
+    callable, is not a subclass of `base` or does not take the arguments.
     """
     found = _imported(path, key)
     if not callable(found):
@@ -48,7 +48,7 @@ def load(
     try:
         inspect.signature(found).bind(*arguments, **(options or {}))
     except (TypeError, ValueError) as error:
-        names = f" and {', '.join(options)}" if options else ""
+        names = f" and options {', '.join(options)}" if options else ""
         reason = f"cannot be called with {len(arguments)} arguments{names}: {error}"
         raise ConfigError(key, path, reason) from None
     return partial(found, **options) if options else found
@@ -57,7 +57,7 @@ def load(
 def construct(
     path: str, key: str, *arguments: object, options: Mapping[str, Any] | None = None, needs: Sequence[str] = ()
 ) -> Any:
-    """Import a class and make an instance. Raises `ConfigError` as `load`, or if an attribute of `needs` is missing."""
+    """Import a class and instantiate it. Raises `ConfigError` like `load`, and if it lacks an attribute in `needs`."""
     made = load(path, key, *arguments, options=options, base=object)(*arguments)
     if missing := [name for name in needs if not hasattr(made, name)]:
         raise ConfigError(key, path, f"must be a class with {', '.join(needs)}; {', '.join(missing)} is missing")
@@ -84,7 +84,7 @@ def _imported(path: str, key: str) -> Any:
 
 
 def _places(module: str, attribute: str) -> list[str]:
-    """Return where a class or function of Leviathan's own is now, for a path that was right in an older version."""
+    """Return the present import paths of a class or function of ours, for a path that was valid in an older version."""
     package = module.partition(".")[0]
     if package not in PACKAGES:
         return []

@@ -11,7 +11,7 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Return bytes available without swapping, or fewer where a control group (cgroup v1 or v2) allows fewer."""
+    """Return the bytes that can be allocated without swapping, within the limits of control groups (cgroup v1, v2)."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -21,7 +21,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _allowances(root: Path) -> Iterator[int]:
-    """Yield the bytes left in each control group around this process; all of these limits apply."""
+    """Yield the bytes left in each control group that contains this process; all of these limits apply."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -32,7 +32,7 @@ def _allowances(root: Path) -> Iterator[int]:
             continue
         top, names = (mount / "memory", _VERSION_1) if controllers else (mount, _VERSION_2)
         group = top / path.lstrip("/")
-        for place in (group, *group.parents):  # in a container the path may be the host's, and only the top exists
+        for place in (group, *group.parents):  # in a container, the path may be the host's: only the top exists
             files = [place / name for name in names]
             if all(file.is_file() for file in files):
                 limit, used = (file.read_text().strip() for file in files)
@@ -43,7 +43,7 @@ def _allowances(root: Path) -> Iterator[int]:
 
 
 def _reclaimable(statistics: Path) -> int:
-    """Return bytes of cached files, which count as used but are freed when memory is needed."""
+    """Return the bytes of cached files, which count as used but are freed when memory is needed."""
     try:
         lines = [line.split() for line in statistics.read_text().splitlines()]
         return next((int(value) for name, value in lines if name == "inactive_file"), 0)

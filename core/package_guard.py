@@ -1,7 +1,8 @@
 """Make sure that `data`, `train`, ... are imported from Leviathan and not from a user's folder.
 
 A user's folder may contain its own `data/` or `model.py`, and `python -m` puts the current folder first on the import
-path. It is removed from the path. A package that is still shadowed, such as by another distribution, is reported.
+path. This module removes that folder from the path and reports a package that is still shadowed, for example by another
+distribution.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ def check_packages(names: tuple[str, ...] = PACKAGES) -> None:
             found = "missing" if spec is None else origin or "a folder without __init__.py"
             raise ForeignPackageError(
                 f"the package {name!r} is not Leviathan's but {found}: set PYTHONSAFEPATH=1, start through the "
-                f"leviathan command, or remove what else provides {name!r}"
+                f"leviathan command, or remove the other package {name!r}"
             )
 
 
 def sources_digest() -> str:
-    """Return a hash of every source file of our packages, 16 hexadecimal digits."""
+    """Return a hash of all source files of our packages, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in PACKAGES:
         for path in sorted((ROOT / name).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""Matplotlib figures in one style, drawn without a display. Matplotlib is imported on first use: it takes a second."""
+"""Matplotlib figures in one style, without a display. Matplotlib is imported on first use: that takes a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def cycle(count: int, colours: Sequence[str] = COLOURS) -> list[str]:
-    """`count` colours; the palette repeats if it is shorter."""
+    """Return `count` colours; the palette repeats if it is shorter."""
     return [colours[number % len(colours)] for number in range(count)]
 
 
@@ -24,8 +24,8 @@ def cycle(count: int, colours: Sequence[str] = COLOURS) -> list[str]:
 def figure(
     width: float, height: float, rows: int = 1, columns: int = 1, ink: str | None = None, **subplots: Any
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of `width` by `height` inches and its axes, row by row. Draw inside the `with` block, where `ink` is the
-    colour of text and frames. `subplots`: further arguments of `Figure.subplots`.
+    """Yield a figure of `width` by `height` inches and its axes, row by row. `ink`: colour of text and frames; it
+    applies inside the `with` block only. `subplots`: further arguments of `Figure.subplots`.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

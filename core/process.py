@@ -1,4 +1,4 @@
-"""The frame around every process of ours: import path, threads, and what becomes of an exception."""
+"""Run the main function of a process: set up the import path and threads, and turn exceptions into exit codes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from core.package_guard import check_packages, drop_working_directory
 def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Call `main` with the command-line arguments and return the process's exit code.
 
-    A `LeviathanError` becomes one line on stderr and its exit code. Where all ranks raise the same error, rank 0 alone
-    prints it. Any other exception prints a traceback; under torchrun's agent the exit code is CRASHED, so that the
-    agent restarts the ranks.
+    A `LeviathanError` prints one line on stderr, and its exit code is returned. Where all ranks raise the same error,
+    rank 0 alone prints it. Any other exception prints a traceback; under torchrun's agent the exit code is CRASHED, so
+    that the agent restarts the ranks.
     """
     has_agent = "TORCHELASTIC_RUN_ID" in os.environ
     drop_working_directory()
@@ -46,7 +46,7 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
 
 
 def report(error: LeviathanError, where: str = "") -> None:
-    """Print one line about an expected error. `where`: run or machine to name first."""
+    """Print one line about an expected error. `where`: the run or machine that the line names first."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or not error.everywhere:
         prefix = "".join(f"{part}: " for part in (where, "" if rank == "0" else f"rank {rank}") if part)

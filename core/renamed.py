@@ -34,21 +34,21 @@ FIELDS: dict[str, dict[str, str]] = {
     "PrecisionConfig": {"storage": "param_dtype", "float8": "fp8_products"},
     "SlurmConfig": {"together": "max_concurrent"},
 }
-"""Old field to new field, by the configuration class that has it."""
+"""New name of each old field, by configuration class."""
 
 UNTYPED = {"launch.slurm": "SlurmConfig"}
-"""Classes of keys whose type the schema of `train` leaves open."""
+"""Configuration class of each key whose type the schema of `train` leaves open."""
 
 VALUES: dict[str, dict[str, str]] = {"Backend": {"bf16": "native", "reference": "emulated"}}
-"""Old member to new member, by enum."""
+"""New name of each old member, by enum."""
 
 
 def old_fields(owner: object, key: str = "") -> dict[str, str]:
-    """Return old field to new field of the class `owner`, which is at `key`."""
+    """Return the new name of each old field of the class `owner`, which is at `key`."""
     name = owner.__name__ if isinstance(owner, type) and is_dataclass(owner) else UNTYPED.get(key, "")
     return FIELDS.get(name, {})
 
 
 def new_value(kind: object, value: object) -> str | None:
-    """Return the new name of the old member `value` of the enum `kind`; None if unknown."""
+    """Return the new name of the old member `value` of the enum `kind`, or None if it was not renamed."""
     return VALUES.get(getattr(kind, "__name__", ""), {}).get(str(value))

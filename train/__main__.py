@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> int:
-    """Train; return the exit code."""
+    """Train and return the exit code."""
     from core.config import load
     from train.config import TrainConfig
     from train.run_directory import read_config

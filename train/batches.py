@@ -16,8 +16,9 @@ from train.online_filter import OnlineWindow
 
 
 class StepBatches:
-    """Batches of consecutive steps, prepared ahead: the plain order of each phase or, with online filtering, the
-    sequences of the window selected last. `axis` has the ranks that take different sequences of a batch.
+    """Prepares this rank's batches of consecutive steps ahead. They follow the order of each phase or, with online
+    filtering, hold the sequences of the last selected window. `axis`: the ranks that take different sequences of a
+    batch.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class StepBatches:
         self._positions += batch.labels_BT.numel()
         self._labelled += int((batch.labels_BT != IGNORED).sum())
         ends = batch.tokens_BT == self.eos_id
-        self._padding += int((ends[:, 1:] & ends[:, :-1]).sum())  # EOS is repeated as padding only
+        self._padding += int((ends[:, 1:] & ends[:, :-1]).sum())  # EOS follows EOS only as padding
         self._sequences += torch.bincount(batch.sources_B, minlength=len(self.sources))
         return batch
 
     def read(self) -> dict[str, Any]:
-        """Return the figures since the last call for a line of metrics: those of this rank's sequences. Each rank has
-        a sample of the same blend, so rank 0's shares stand for all without a collective.
+        """Return metrics of this rank's sequences since the last call. Each rank has a sample of the same blend, so
+        rank 0 can log its own fractions without a collective.
         """
         total = max(int(self._sequences.sum()), 1)
         counts = zip(self.sources, self._sequences.tolist(), strict=True)

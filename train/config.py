@@ -27,7 +27,7 @@ SIZES = ("steps", "seq_len", "global_batch_size", "micro_batch_size")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run's directory is `root/name`. `name` null: the start time; such a run cannot be resumed."""
+    """The run's directory is `root/name`. `name` null: the start time; the same command cannot resume such a run."""
 
     root: str = "runs"
     name: str | None = None
@@ -47,7 +47,7 @@ class TrainingConfig:
     global_batch_size: int = 8
     micro_batch_size: int = 8
     weights: dict[str, float] = field(default_factory=dict)
-    """Shares of the sources in this phase; sources not named are excluded. Empty: the weights of data.sources."""
+    """Relative weights of the sources; a source that is not named is excluded. Empty: the weights in data.sources."""
     clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
 
@@ -66,13 +66,13 @@ class PhaseConfig:
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
     weights: dict[str, float] | None = None
-    """Shares of the sources in this phase; sources not named are excluded. Null: the weights of data.sources."""
+    """Relative weights of the sources; a source that is not named is excluded. Null: the weights in data.sources."""
     schedule: LRScheduleConfig | None = None
     """Learning rate within this phase; null: the run's schedule, restarted."""
     rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
     temperature_floor: float | None = None
-    """RoPE settings of the model from this phase on, for longer sequences. They do not affect the weights' shapes."""
+    """This, `rope_theta` and `rope_scaling` replace the model's settings from this phase on, for longer sequences."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=(*SIZES, "rope_theta", "temperature_floor"))
@@ -81,7 +81,7 @@ class PhaseConfig:
 
 def _check_weights(weights: dict[str, float] | None) -> None:
     if weights is not None and not sum(weights.values()) > 0:
-        raise ConfigError("weights", None, "name at least one source with a positive share")
+        raise ConfigError("weights", None, "name at least one source with a positive weight")
     for source, weight in (weights or {}).items():
         if not (math.isfinite(weight) and weight >= 0):
             raise ConfigError(f"weights.{source}", weight, "must not be negative")
@@ -89,7 +89,7 @@ def _check_weights(weights: dict[str, float] | None) -> None:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out loss of `sequences` per source, every `every` steps (0: only at the end)."""
+    """Held-out loss of `sequences` sequences per source, every `every` steps (0: only at the end)."""
 
     every: int = 0
     sequences: int = 32
@@ -188,7 +188,7 @@ class TrainConfig:
     online: OnlineConfig = field(default_factory=OnlineConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
     callbacks: list[CallbackConfig] = field(default_factory=list)
-    """Each is `my.module:Mine` or {target: my.module:Mine, options: {...}}: docs/extending.md."""
+    """Each is `my.module:Mine` or {target: my.module:Mine, options: {...}}; see docs/extending.md."""
     launch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -221,7 +221,7 @@ class Phase:
         return self.schedule.factor(step - self.start, self.stop - self.start)
 
     def check_schedule(self) -> None:
-        """Import a schedule by import path. Raises `ConfigError` if it cannot be called."""
+        """Import the schedule if it is an import path. Raises `ConfigError` if it cannot be imported or called."""
         try:
             if isinstance(self.schedule.kind, str):
                 self.schedule.function()
@@ -230,7 +230,7 @@ class Phase:
 
 
 def phases(config: TrainConfig) -> list[Phase]:
-    """Return the run's phases in order. The first is `training` and `schedule`, with the name "main"."""
+    """Return the run's phases in order. The first is made from `training` and `schedule` and has the name "main"."""
     first = config.training
     sizes = first.seq_len, first.global_batch_size, first.micro_batch_size
     main = Phase("main", 0, first.steps, *sizes, first.weights or None, config.schedule, config.model)
@@ -254,7 +254,7 @@ def phase_of(config: TrainConfig, steps: int) -> Phase:
 
 
 def check(config: TrainConfig, world_size: int) -> Layout:
-    """Check everything that involves several components, before anything is built. Returns the layout."""
+    """Check the settings that involve several components, before anything is built. Returns the layout."""
     for role in config.model.init.roles:
         if role not in Role.__members__:
             raise ConfigError(f"model.init.roles.{role}", None, "no such role", [one.name for one in Role])
@@ -280,7 +280,7 @@ def check(config: TrainConfig, world_size: int) -> Layout:
         except ConfigError as error:
             raise _of_phase(error, phase.name) from None
     if config.online.every and config.evaluation.baselines:
-        reason = "would be fitted to other tokens than the model: online filtering drops some of the run's"
+        reason = "would be fitted to other tokens than the model, because online filtering drops some"
         raise ConfigError("evaluation.baselines", True, reason, [False])
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
@@ -290,7 +290,7 @@ def check(config: TrainConfig, world_size: int) -> Layout:
 
 
 def _of_phase(error: ConfigError, name: str) -> ConfigError:
-    """Move an error about `training` to the phase of this name."""
+    """Return an error about `training` with the keys of the phase `name`."""
     if name == "main":
         return error
     key, reason = (text.replace("training.", f"phases.{name}.") for text in (error.key, error.reason))

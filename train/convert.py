@@ -42,8 +42,8 @@ CARRIED = (
 
 
 class Check(Enum):
-    """Compare settings and logits with transformers'. `auto`: where it is installed; logits, where both models fit into
-    memory. What was not compared is said, and written beside an imported model.
+    """Whether to compare settings and logits with those of transformers. `auto`: if transformers is installed; logits
+    only if both models fit into memory. The result is printed and, with an imported model, stored.
     """
 
     auto = "auto"
@@ -52,7 +52,7 @@ class Check(Enum):
 
 
 def import_checkpoint(source_directory: Path, out: Path, text_only: bool = False, check: Check = Check.auto) -> str:
-    """Convert a checkpoint in the Hugging Face format; returns the family's `model_type`."""
+    """Convert a checkpoint in the Hugging Face format and return the family's `model_type`."""
     source = HuggingFaceCheckpoint(source_directory, text_only)
     checked = _compare(source, source.directory, None, check)
     text = source.raw_config.get("text_config") or source.raw_config
@@ -75,7 +75,7 @@ def export_checkpoint(
     drop_selection_bias: bool = False,
     check: Check = Check.auto,
 ) -> str:
-    """Convert a run's newest checkpoint or an imported model; returns the `model_type` written."""
+    """Convert a run's newest checkpoint or an imported model and return the `model_type` that is written."""
     try:
         source = open_model(path)
     except ConfigError as error:
@@ -106,8 +106,8 @@ def export_checkpoint(
 
 
 def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Path], dict[str, Any]]:
-    """Files of the model's tokenizer, and what a run knows that `config.json` should name. Raises `ConfigError` where
-    the run's data have changed: another tokenizer may have been trained on them.
+    """Return the files of the model's tokenizer, and the entries of `config.json` that a run determines. Raises
+    `ConfigError` if the run's data have changed, because the tokenizer may be trained on them.
     """
     imported = (path / IMPORTED).exists()
     if imported or not (path / "config.yaml").exists():
@@ -127,14 +127,15 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
 
 
 def _compare(source: TensorSource, directory: Path, dtype: torch.dtype | None, check: Check) -> str:
-    """Compare what can be compared here, print which that is, and return it."""
+    """Compare what can be compared here. Print and return a sentence that says what was compared."""
     unasked = "check=never" if check is Check.never else obstacle(directory)
     if unasked is None:
         compare_settings(fold_multipliers(source).config, directory)
     why = unasked or shortage(source)
     if why is None:
         checked = (
-            f"settings and logits equal transformers' to {compare_logits(source, directory, dtype):.1e} of the largest"
+            f"settings and logits equal transformers' to {compare_logits(source, directory, dtype):.1e} "
+            "of the largest logit"
         )
     elif check is Check.always:
         raise CheckpointError(f"cannot compare with transformers: {why}; check=never converts without")
@@ -147,7 +148,7 @@ def _compare(source: TensorSource, directory: Path, dtype: torch.dtype | None, c
 
 
 class _Progress:
-    """A line that counts bytes, at most ten times a second."""
+    """Prints a line with the bytes converted so far, at most ten times a second, if stderr is a terminal."""
 
     def __init__(self, verb: str, source: TensorSource, dtype: torch.dtype | None = None) -> None:
         self.verb, self.done, self.last = verb, 0, 0.0

@@ -21,10 +21,10 @@ from train.run_directory import RunDirectory, committed
 def get_corpus(
     config: TrainConfig, world: World, report: Callable[[str], None], models: Models | None = None
 ) -> Corpus:
-    """Rank 0 makes the corpus or finds it in the cache, the other ranks open it; all ranks together verify its hashes.
+    """Make the corpus on rank 0 or find it in the cache, and open it on all ranks, which together verify its hashes.
 
-    `models` opens the models of a filter; without it a corpus that such a filter makes must be in the cache. Raises
-    `ConfigError` where the vocabulary does not fit the model.
+    `models` opens the models that a filter scores with; without it, a corpus that needs them must be in the cache.
+    Raises `ConfigError` if the tokenizer has more ids than the model.
     """
     directory = world.from_main(lambda: prepare(config.data, report, models).directory)
     corpus = open_corpus(directory)
@@ -32,7 +32,7 @@ def get_corpus(
         corpus.verify(world.rank, world.size)
     size = corpus.tokenizer.vocab_size
     if size > config.model.vocab_size:
-        reason = f"the tokenizer has {size} ids; the model needs at least as many rows"
+        reason = f"the tokenizer has {size} ids, and the model needs at least as many"
         raise ConfigError("model.vocab_size", config.model.vocab_size, reason, [-(-size // 128) * 128])
     return corpus
 
@@ -40,8 +40,8 @@ def get_corpus(
 def stored_corpus(
     directory: Path, config: TrainConfig, world: World, report: Callable[[str], None], models: Models | None = None
 ) -> Corpus:
-    """Open the corpus of a stored run. Import paths in its configuration are not imported, as it may be anybody's: the
-    corpus must then be in the cache. Raises `ConfigError` if it is not.
+    """Open the corpus of a stored run. Import paths in its configuration are not imported, because a stored
+    configuration is untrusted; the corpus must then be in the cache. Raises `ConfigError` if it is not.
     """
     paths = config.data.import_paths()
     if config.data.tokens is not None or not paths:
@@ -73,12 +73,12 @@ def check_same_data(progress: dict[str, Any], corpus: Corpus) -> None:
 
 
 def source_weights(config: TrainConfig, corpus: Corpus) -> dict[str, float]:
-    """Weights of the corpus's sources; 1 for those that the configuration does not describe."""
+    """Return the weights of the corpus's sources; 1 for a source that the configuration does not describe."""
     return {name: config.data.sources[name].weight if name in config.data.sources else 1.0 for name in corpus.sources}
 
 
 def run_loaders(config: TrainConfig, corpus: Corpus, report: Callable[[str], None]) -> dict[str, Loader]:
-    """A loader for each phase of a run. Raises `ConfigError` where a source runs out before the end."""
+    """Make a loader for each phase of a run. Raises `ConfigError` if a source runs out before the end."""
     usual = source_weights(config, corpus)
     rows = [
         PhaseSpec(

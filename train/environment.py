@@ -1,4 +1,4 @@
-"""Records the software, the command and the environment variables of a run."""
+"""Record the software, the command and the environment variables of a run."""
 
 from __future__ import annotations
 

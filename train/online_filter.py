@@ -1,9 +1,10 @@
 """Online filtering: every few steps the model in training scores the next sequences, and easy ones are dropped.
 
-A window is the sequences of the next `every` steps. Its candidates are the next sequences of the plain order, 1 /
-`keep` times as many as needed; the hardest are taken, in their order. Candidates that miss the threshold by less than
-`hysteresis` are deferred to the next window, because a score near the threshold is noisy. A share `revive` of the
-window is drawn at random from the rest, so that easy text is not forgotten and its loss stays known.
+A window holds the sequences of the next `every` steps. Its candidates are the next sequences in the phase's order, 1 /
+`keep` times as many as needed. The candidates with the highest loss are taken, in the phase's order. Candidates that
+miss the threshold by less than `hysteresis` are deferred to the next window, because a loss near the threshold is
+noisy. A fraction `revive` of the window is drawn at random from the other candidates, so that the model does not forget
+easy text.
 
 The state is a list of sample ordinals and a cursor. Checkpoints keep it, so a resumed run takes the same sequences on
 any number of ranks.
@@ -23,8 +24,9 @@ from data.sampling import key_of
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """`every`: steps between two scorings; 0: off. `keep`: share of the candidates to train on. `hysteresis`: in nats
-    per token. `max_loss`: sequences above it are dropped as noise; null: no limit.
+    """`every`: steps between two scorings; 0: off. `keep`: fraction of the candidates to train on. `hysteresis`:
+    distance below the threshold, in nats per token, at which a candidate is still deferred. `revive`: fraction of a
+    window that is drawn at random. `max_loss`: sequences with a higher loss are dropped as noise; null: no limit.
     """
 
     every: int = 0
@@ -45,8 +47,8 @@ class OnlineConfig:
 
 
 def candidates(config: OnlineConfig, steps: int, global_batch_size: int) -> int:
-    """Return the largest number of samples of the plain order that a phase uses: those of its steps, or the candidates
-    of its windows if none is deferred.
+    """Return the largest number of samples in the order of a phase that the phase can use: those of its steps or, with
+    online filtering, the candidates of its windows if none is deferred.
     """
     if not config.every:
         return steps * global_batch_size
@@ -57,16 +59,16 @@ def candidates(config: OnlineConfig, steps: int, global_batch_size: int) -> int:
 
 @dataclass
 class OnlineWindow:
-    """The samples of the steps from `first_step` on, and the state of their choice."""
+    """The samples of the steps from `first_step` on, and the state from which the next window is chosen."""
 
     generation: int = 0
     first_step: int = 0
     cursor: int = 0
-    """Samples of the plain order that were candidates so far."""
+    """Number of samples in the order of the phase that have been candidates so far."""
     rows: list[int] = field(default_factory=list)
     deferred: list[int] = field(default_factory=list)
     threshold: float = float("nan")
-    """The lowest loss among the hardest that were taken."""
+    """The lowest loss among the samples that were taken for their loss."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class OnlineFilter:
         losses = self.score(candidates.tolist())
         taken, threshold = self._choose(candidates, losses, needed, last.generation + 1)
         deferred = ~taken & (losses > threshold - self.config.hysteresis) & self._usable(losses)
-        deferred &= candidates >= last.cursor  # once only, or the same sequences would return forever
+        deferred &= candidates >= last.cursor  # at most once, or the same sequences would return forever
         return OnlineWindow(
             generation=last.generation + 1,
             first_step=step,
@@ -103,11 +105,11 @@ class OnlineFilter:
         draws = np.asarray([key_of(self.key, generation, int(one)) for one in candidates], np.uint64)
         usable = self._usable(losses)
         by_height = np.lexsort((draws, -np.where(usable, losses, -np.inf)))
-        revived = min(round(needed * self.config.revive), needed - 1)  # at least one by its loss
+        revived = min(round(needed * self.config.revive), needed - 1)  # at least one is taken by loss
         taken = np.zeros(len(candidates), bool)
         taken[by_height[: needed - revived]] = True
         rest = np.flatnonzero(~taken)
-        # usable ones first: noise is drawn only if nothing else is left
+        # usable candidates first: noise is drawn only if nothing else is left
         taken[rest[np.lexsort((draws[rest], ~usable[rest]))[:revived]]] = True
         return taken, float(losses[by_height[needed - revived - 1]])
 

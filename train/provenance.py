@@ -1,7 +1,7 @@
-"""Find the steps of a run that trained on a document, from the document's place in its source's tokens.
+"""Find the steps of a run that trained on a document, from the document's position in its source's token stream.
 
-A run records nothing for it: the order of samples is a pure function, and `online.jsonl` has what online filtering
-kept.
+A run records nothing for this: the order of samples is a pure function of the configuration and the corpus, and
+`online.jsonl` lists the samples that online filtering took.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class DocumentSpan:
     tokens: int
 
     def sequences(self, seq_len: int) -> tuple[int, int]:
-        """The first and the last sequence of the stream in which one of the tokens is a label. All tokens but BOS are
-        labels, each in the sequence of the token before it.
+        """Return the first and the last sequence of the stream in which a token of the document is a label. All tokens
+        but BOS are labels, each in the sequence of the token before it.
         """
         return self.start // seq_len, (self.start + self.tokens - 2) // seq_len
 
@@ -63,7 +63,7 @@ def explain_run(directory: Path, name: str) -> str:
         return lines[0]
     place = find_place(corpus, name)
     if place is None:
-        return "\n".join([*lines, "not among the tokens: it is longer than data.limit_tokens"])
+        return "\n".join([*lines, "not in the token stream: it is longer than data.limit_tokens"])
     steps = max((line.get("step", 0) for line in read_lines(RunDirectory(directory).metrics)), default=0)
     found = visits(directory, config, corpus, place, steps)
     lines.append(f"trained on in {len(found):,} sequences of the {steps:,} logged steps")
@@ -73,7 +73,7 @@ def explain_run(directory: Path, name: str) -> str:
 
 
 def find_place(corpus: Corpus, name: str) -> DocumentSpan | None:
-    """The place of the training document `name`; None where it has no tokens."""
+    """Return the span of the training document `name`, or None if it has no tokens."""
     import pyarrow.parquet
 
     for source in corpus.sources:
@@ -88,7 +88,7 @@ def find_place(corpus: Corpus, name: str) -> DocumentSpan | None:
 def visits(
     directory: Path, config: TrainConfig, corpus: Corpus, place: DocumentSpan, steps: int
 ) -> list[TrainedSequence]:
-    """The sequences that trained on a document in the first `steps` steps of a run, in order."""
+    """Return the training sequences that contain a document in the first `steps` steps of a run, in order."""
     found, loaders = [], run_loaders(config, corpus, lambda line: None)
     for phase in phases(config):
         loader = loaders[phase.name]
@@ -107,7 +107,7 @@ def visits(
 def _taken(
     directory: Path, config: TrainConfig, phase: Phase, stop: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Numbers of the samples of a phase before step `stop`, counted from its start, and their ordinals in the order."""
+    """Yield the samples of a phase before step `stop`: their positions in training, and their ordinals in its order."""
     count = max(stop - phase.start, 0) * phase.global_batch_size
     if not config.online.every:
         for begin in range(0, count, _ORDINALS_AT_ONCE):

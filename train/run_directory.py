@@ -1,6 +1,6 @@
 """A run is a directory: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `plots/`, `log.txt`.
 
-A run resumes only under a configuration that does not change what is learnt; this module checks it.
+A run resumes only under a configuration that does not change what is learnt. This module checks that.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from train.config import TrainConfig, phases
 from train.metap.hyperparameters import without_derived
 
 MARKER = "COMMITTED"
-"""Written last into a checkpoint's directory. Without it there is no checkpoint."""
+"""File that is written last into a checkpoint's directory. A directory without it is not a checkpoint."""
 DIVERGED = "diverged.json"
-"""Written when a loss or a gradient norm is NaN or infinite."""
+"""File that is written when a loss or a gradient norm is NaN or infinite."""
 FREE = (
     "run.root",
     "run.name",
@@ -52,7 +52,7 @@ FREE = (
     "data.prefetch",
     "data.verify",
 )
-"""Keys that may change on resume. They do not change what is learnt, except for the rounding of products."""
+"""Keys that may change on resume. They change what is learnt only by the rounding of matmuls."""
 
 
 class RunLocked(LeviathanError):
@@ -81,12 +81,12 @@ class RunDirectory:
         return cls(Path(config.run.root).expanduser() / name, config.checkpoint.directory)
 
     def open(self, config: TrainConfig) -> None:
-        """Make the directory, or check that the run in it may resume under `config`; store the configuration."""
+        """Make the directory, or check that the run in it may resume under `config`. Store the configuration."""
         if self.config_file.exists():
             if not config.run.resume:
                 raise ConfigError("run.name", config.run.name, f"{self.path} holds a run already; choose another name")
             before = RunDirectory(self.path, load_config(self.path).checkpoint.directory)
-            if committed(before.checkpoints):  # before that nothing was learnt, and any key may change
+            if committed(before.checkpoints):  # without one nothing was learnt, and any key may change
                 before._check_same(config)
         self._try_writing(config.checkpoint.directory)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -94,9 +94,9 @@ class RunDirectory:
         write_config(self.config_file, named)
 
     def lock(self, patience_s: float = 0.0) -> None:
-        """Lock the directory for this process until `release` or its end, waiting `patience_s` for another's lock.
+        """Lock the directory until `release` or the end of this process. Wait up to `patience_s` seconds for the lock.
 
-        One process of a run calls it. Two runs under one name would overwrite each other.
+        One process of a run calls this. Without the lock, two runs under one name would overwrite each other's files.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - the open file holds the lock
@@ -122,21 +122,21 @@ class RunDirectory:
             self._lock = None
 
     def is_summed_up(self, steps: int) -> bool:
-        """Whether there is a summary of a run of `steps` steps. One of fewer steps does not cover an added phase."""
+        """Return whether there is a summary of `steps` steps. One of fewer steps does not cover an added phase."""
         try:
             return self.summary.exists() and read_json(self.summary)["steps"] == steps
         except (ValueError, TypeError, KeyError):
             return False
 
     def trim_metrics(self, step: int) -> None:
-        """Drop lines of steps after `step`, the checkpoint that the run resumes from."""
+        """Remove the logged lines of steps after `step`, from which the run resumes."""
         for path, key, last in ((self.metrics, "step", step), (self.online, "first_step", step - 1)):
             if path.exists():
                 kept = [line for line in read_lines(path) if line[key] <= last]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _try_writing(self, elsewhere: str | None) -> None:
-        """Fail at the start, not at the first checkpoint, where a store cannot be reached or written."""
+        """Write a probe file: a store that cannot be written must fail at the start, not at the first checkpoint."""
         probe = self.checkpoints / ".probe"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ class RunDirectory:
         done = max((step for step, _ in committed(self.checkpoints)), default=0)
         begun = sum(phase.start < done for phase in phases(stored)[1:])  # these may no longer change
         was, is_now = (_indexed(plain(without_derived(one))) for one in (stored, config))
-        said = differences(was, is_now)  # before the derived keys that follow from it
+        said = differences(was, is_now)  # first: derived keys follow from these
         for key, (before, after) in {**said, **differences(_indexed(plain(stored)), _indexed(plain(config)))}.items():
             later_phase = key.startswith("phases.") and int(key.split(".")[1]) >= begun
             anywhere = re.sub(r"^phases\.\d+\.", "phases.*.", key)
@@ -163,7 +163,7 @@ class RunDirectory:
 
 
 def load_config(directory: Path) -> TrainConfig:
-    """The configuration stored in a run's directory."""
+    """Read the configuration that is stored in a run's directory."""
     path = directory / "config.yaml"
     if not path.exists():
         raise ConfigError("run", str(directory), "no run there: its config.yaml is missing")
@@ -171,7 +171,7 @@ def load_config(directory: Path) -> TrainConfig:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """A resolved configuration in the form of `config.yaml`."""
+    """Read a resolved configuration in the form of `config.yaml`."""
     try:
         return build(TrainConfig, yaml.safe_load(path.read_text()))
     except OSError as error:
@@ -206,7 +206,7 @@ class CommittedCheckpoint(NamedTuple):
 
 
 def committed(checkpoints: Path) -> list[CommittedCheckpoint]:
-    """Every checkpoint with a marker, oldest first."""
+    """Return every checkpoint with a marker, oldest first."""
     found = list(checkpoints.iterdir()) if checkpoints.exists() else []
     steps = [path for path in found if path.name.startswith("step-") and path.name[5:].isdecimal()]
     marked = [CommittedCheckpoint(int(path.name[5:]), path) for path in steps if (path / MARKER).exists()]
@@ -214,5 +214,5 @@ def committed(checkpoints: Path) -> list[CommittedCheckpoint]:
 
 
 def _indexed(tree: dict[str, Any]) -> dict[str, Any]:
-    """Phases as a dict by position, so that each is compared separately."""
+    """Replace the list of phases by a dict with their positions as keys, so that each phase is compared separately."""
     return {**tree, "phases": {str(i): phase for i, phase in enumerate(tree["phases"])}}

@@ -1,4 +1,4 @@
-"""Turns signals into a flag that the training loop reads between steps, so that it saves before it ends.
+"""Turn signals into a flag that the training loop reads between steps, so that it saves before it ends.
 
 The signals are Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before the time limit). The death of torchrun's agent sets
 the flag as well: orphaned workers would keep writing into a run that is started again.

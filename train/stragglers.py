@@ -1,7 +1,7 @@
-"""Detection of ranks that are steadily slower than the others.
+"""Detect ranks that are consistently slower than the others.
 
-All ranks wait for the slowest one, so step times are the same on every rank. Compared are two things that a rank does
-alone: a few matrix products on its device, and waiting for its part of the batch.
+All ranks wait for the slowest rank, so step times are the same on every rank. Instead, the times of two things that a
+rank does alone are compared: a few matmuls on its device, and waiting for its part of the batch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from core.files import append_json_line
 from parallel.comm.world import World, wait_for
 
 SLOW = 1.5
-"""Ratio to the median of all ranks from which a rank is slow."""
+"""Ratio to the median of all ranks above which a rank is slow."""
 STEADY = 3
-"""Slow readings in a row after which a rank is reported."""
+"""Number of consecutive slow readings after which a rank is reported."""
 LEAST_S = 2e-3
-"""Seconds below which a reading is noise."""
+"""Seconds up to which a reading is noise."""
 SLOW_HOSTS = "slow.jsonl"
 """Name of the file that `Stragglers.note` writes into a run's logs."""
 KINDS = ("matrix products", "batches")
@@ -38,7 +38,7 @@ class SlowRank:
 
 
 class Stragglers:
-    """Compares the ranks' times and counts how often in a row each has been slow."""
+    """Compares the ranks' times and counts each rank's consecutive slow readings."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -66,8 +66,8 @@ class Stragglers:
         return [replace(one, host=self._hosts[one.rank]) for one in found]
 
     def note(self, slow: list[SlowRank], step: int, path: Path) -> None:
-        """Append a line to `path` if the slow hosts differ from those of the last call, for the launcher, which may
-        exclude them at a restart. The first call replaces the hosts of an earlier attempt.
+        """Append a line to `path` if the slow hosts differ from those of the last call. The launcher may exclude these
+        hosts at a restart. The line of the first call supersedes the hosts of an earlier attempt.
         """
         hosts = sorted({one.host for one in slow})
         if hosts != self._noted and (hosts or path.exists()):
@@ -76,7 +76,7 @@ class Stragglers:
             append_json_line(path, {"time": time.time(), "step": step, "hosts": hosts})
 
     def probe(self) -> float:
-        """Time a few products in seconds. The best of four tries counts: the system may interrupt any of them."""
+        """Time a few matmuls in seconds. Return the best of four tries: the system may interrupt any of them."""
         best = float("inf")
         for _ in range(4):
             begin = time.perf_counter()
@@ -87,7 +87,7 @@ class Stragglers:
         return best
 
     def judge(self, seconds: list[list[float]]) -> list[SlowRank]:
-        """`seconds`: one list per rank with an entry for each of `KINDS`."""
+        """Update the counts and return the slow ranks. `seconds`: a list per rank with an entry per kind."""
         found = []
         for kind, name in enumerate(KINDS):
             values = [rank[kind] for rank in seconds]

@@ -52,7 +52,7 @@ from train.stragglers import Stragglers
 
 LOCK_PATIENCE_S = 120.0
 POLL_EVERY = 10
-"""On GPUs ranks agree on whether to stop only every this many steps, because each agreement waits for the device."""
+"""Most steps, on GPUs, between two agreements of the ranks on whether to stop. An agreement waits for the device."""
 
 
 class Trainer:
@@ -151,16 +151,16 @@ class Trainer:
         return self.last
 
     def save(self) -> None:
-        """Start a checkpoint of the present state. Raises `Diverged` instead if a loss or gradient norm was NaN or
-        infinite: the checkpoint would replace a good one.
+        """Start to save the present state. Raises `Diverged` instead if a loss or gradient norm was NaN or infinite:
+        the checkpoint would replace a good one.
         """
         if self.last is not None:
             self.last.check_finite(self.step)
         self.checkpointer.save(self.step, self.engine.state(), self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps beside tensors, as plain JSON. Any key may be added; read it with `get`:
-        older checkpoints lack it.
+        """Return what a checkpoint keeps besides tensors, as plain JSON. Keys may be added; read an added key with
+        `get`, because older checkpoints lack it.
         """
         return {
             "tokens": self.tokens,
@@ -173,13 +173,13 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's `state_dict`; callbacks, which do not exist yet, take theirs later."""
+        """Load a checkpoint's `state_dict`. Callbacks do not exist yet; they load their state later."""
         check_same_data(state, self.corpus)
         self.step, self.tokens = state["step"], state["tokens"]
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Exclude what runs inside from the run's throughput and traffic."""
+        """Exclude the `with` block from the run's measured throughput and traffic."""
         wait_for(self.world.device)
         begin, bytes_before = time.perf_counter(), self.meshes.traffic.take()
         with self.world.heartbeat.excuse():
@@ -201,7 +201,7 @@ class Trainer:
             raise
 
     def _must_stop(self, interruption: SignalFlag, step: int) -> bool:
-        """Agree on whether to stop: all ranks must leave at the same step. On GPUs only every few steps."""
+        """Return whether to stop. All ranks agree, so that they stop at the same step; on GPUs only every few steps."""
         poll_every = min(POLL_EVERY, self.config.logging.every)
         if self.world.device.type == "cuda" and self.world.size > 1 and step % poll_every:
             return False

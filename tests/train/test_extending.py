@@ -121,7 +121,7 @@ def test_paths_of_a_stored_run_are_not_imported(root, tmp_path, small_corpus, ca
         ("schedule.kind=acme.data:Sevens", "schedule.kind=acme.data:Sevens: cannot be called with 2 arguments"),
         ("schedule.kind=acme.schedules:lin", "schedule.kind=acme.schedules:lin: acme.schedules has no lin"),
         ("+data.sources.other={kind: acme.data:Sevens}", "must be a class with documents, fingerprint; documents is"),
-        ("+data.sources.other={path: x, options: {a: 1}}", "data.sources.other.options: are for a kind by import"),
+        ("+data.sources.other={path: x, options: {a: 1}}", "data.sources.other.options: apply only to a kind that"),
         ("data.filter.scorer.kind=acme.data:Counting", "filter.scorer.kind=acme.data:Counting: must be a class with"),
         ("data.filter.scorer.kind=acme.schedules:inverse_sqrt", "kind=acme.schedules:inverse_sqrt: must be a class"),
     ],

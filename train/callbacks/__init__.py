@@ -1,4 +1,4 @@
-"""Callbacks run around the steps: logging, evaluation, checkpoints, profiling, the summary and those of the user."""
+"""Callbacks run before and after steps: logging, evaluation, checkpoints, profiling, the summary and the user's."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from train.config import TrainConfig
 
 
 def make_callbacks(trainer: TrainingRun) -> list[Callback]:
-    """Make the callbacks of a run in the order of their calls: the user's before the line that has their figures, the
-    summary after all others.
+    """Make the callbacks of a run in the order of their calls. The user's come before logging, which writes their
+    metrics. The summary, the report and the run's name come last.
     """
     config = trainer.config
     logging, imported = LoggingCallback(trainer), []
@@ -39,8 +39,8 @@ def make_callbacks(trainer: TrainingRun) -> list[Callback]:
 
 
 def imported_callbacks(config: TrainConfig) -> Iterator[tuple[str, type[Callback]]]:
-    """Import the callbacks that `callbacks` names. Raises `ConfigError` for one that does not import, is not a subclass
-    of `Callback` or does not take its options.
+    """Import the callbacks that the key `callbacks` names. Raises `ConfigError` for a callback that cannot be imported,
+    is not a subclass of `Callback` or does not take its options.
     """
     for place, one in enumerate(config.callbacks):
         key = f"callbacks.{place}"

@@ -20,7 +20,7 @@ from train.stragglers import Stragglers
 
 
 class TrainingRun(Protocol):
-    """What callbacks use of a run: `train.trainer.Trainer`."""
+    """The part of a run that callbacks use. `train.trainer.Trainer` implements it."""
 
     config: TrainConfig
     world: World
@@ -32,11 +32,11 @@ class TrainingRun(Protocol):
     loaders: dict[str, Loader]
     batches: StepBatches
     weights: dict[str, float]
-    """Shares of the sources in `data.sources`."""
+    """The weights of the sources in `data.sources`."""
     checkpointer: Checkpointer
     stragglers: Stragglers
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     tokens: int
     paused_s: float
     """Seconds spent in `pause` so far."""
@@ -46,22 +46,22 @@ class TrainingRun(Protocol):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
 
     def phase(self, step: int) -> Phase:
         """Return the phase of `step`, counted from 0."""
 
     def save(self) -> None:
-        """Start a checkpoint."""
+        """Start to save a checkpoint."""
 
     def pause(self) -> AbstractContextManager[None]:
-        """Exclude what runs inside from the run's throughput and traffic."""
+        """Exclude the `with` block from the run's measured throughput and traffic."""
 
 
 class Callback:
     """Runs code around the steps of a run. Every method is called on every rank, so it may use collectives.
 
-    A subclass of your own is named by `callbacks=[my.module:Mine]`; its constructor takes the run and the options.
+    `callbacks=[my.module:Mine]` adds a subclass of your own. Its constructor takes the run and the options.
     """
 
     key = ""
@@ -74,21 +74,21 @@ class Callback:
         """Run once before the first step, after `load_state_dict`."""
 
     def before_step(self, step: int) -> None:
-        """`step` counts from 0."""
+        """Run before each step. `step` counts from 0."""
 
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
-        """`steps` counts the steps done, this one included. Reading a tensor of `metrics` waits for the device."""
+        """Run after step number `steps`, counted from 1. Reading a tensor of `metrics` waits for the device."""
 
     def metrics(self) -> Mapping[str, float]:
-        """Return figures for the line that is logged after this step, every `logging.every` steps."""
+        """Return metrics to add to the logged line, which is written every `logging.every` steps."""
         return {}
 
     def at_end(self) -> None:
         """Run after the last step of the whole run, not after an interruption."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as plain JSON values. Checkpoints keep that of rank 0."""
+        """Return the state that a resumed run needs, as plain JSON values. Checkpoints contain the state of rank 0."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of the checkpoint that the run resumes from."""
+        """Load the state from the checkpoint that the run resumes from."""

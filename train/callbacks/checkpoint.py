@@ -1,4 +1,4 @@
-"""Saves every `checkpoint.every` steps and at the end."""
+"""Save a checkpoint every `checkpoint.every` steps and at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out loss every `evaluation.every` steps and at the end."""
+"""Measure the held-out loss every `evaluation.every` steps and at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from train.metrics import StepMetrics
 
 
 class EvaluationCallback(Callback):
-    """Writes its lines through the writer of `logging`; `result` is the last one."""
+    """Writes its lines with the writer of `logging`. `result`: the last measurement."""
 
     result: HeldOut | None = None
 

@@ -1,4 +1,4 @@
-"""A line in the log and in metrics.jsonl every `logging.every` steps."""
+"""Write a line to the log and to metrics.jsonl every `logging.every` steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LoggingCallback(Callback):
     def before_training(self) -> None:
         trainer = self.trainer
         if trainer.world.is_main:
-            shown = plain(replace(trainer.config, launch={}))  # its environment may hold secrets
+            shown = plain(replace(trainer.config, launch={}))  # `launch` may hold secrets in environment variables
             self.writer = MetricsWriter(trainer.directory.metrics, trainer.config.logging, shown, trainer.log)
         if steps := [line for line in read_lines(trainer.directory.metrics) if "loss" in line]:
             self.last_loss, self.last_rate = steps[-1]["loss"], steps[-1]["tokens_per_second"]

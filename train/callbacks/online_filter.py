@@ -16,8 +16,8 @@ from train.online_filter import OnlineFilter, OnlineWindow
 
 
 class OnlineFilterCallback(Callback):
-    """Selects the sequences of each window and appends it to `online.jsonl`, from which `explain` finds the steps that
-    trained on a document.
+    """Selects the sequences of each window and appends the window to `online.jsonl`. `explain` reads this file to find
+    the steps that trained on a document.
     """
 
     key = "online_filter"
@@ -46,8 +46,8 @@ class OnlineFilterCallback(Callback):
             line = {"phase": phase.name, "seconds": round(seconds, 3), **vars(window)}
             append_or_log(trainer.directory.online, line, trainer.log)
         trainer.log(
-            f"online filter {window.generation}: {len(window.rows):,} of {window.cursor - last.cursor:,} new sequences,"
-            f" losses above {window.threshold:.3f}"
+            f"online filter {window.generation}: {len(window.rows):,} sequences taken, "
+            f"{window.cursor - last.cursor:,} new candidates, loss threshold {window.threshold:.3f}"
         )
 
     def metrics(self) -> dict[str, float]:

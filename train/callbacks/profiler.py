@@ -1,4 +1,4 @@
-"""Profiler traces and memory snapshots of single steps."""
+"""Write profiler traces and memory snapshots of single steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from train.metrics import StepMetrics
 
 
 class ProfilerCallback(Callback):
-    """Writes for each step of `profile.steps` a trace for chrome://tracing or Perfetto, a table of operators by memory
-    and, with `profile.memory` on a GPU, a snapshot for pytorch.org/memory_viz. Rank 0 only.
+    """For each step in `profile.steps`, rank 0 writes a trace for chrome://tracing or Perfetto and a table of operators
+    sorted by memory. With `profile.memory` on a GPU, it also writes a snapshot for pytorch.org/memory_viz.
     """
 
     def __init__(self, trainer: TrainingRun) -> None:

@@ -60,7 +60,7 @@ class SummaryCallback(Callback):
         return summary
 
     def _baselines(self, sources: list[str]) -> dict[str, Any]:
-        """Fit unigram and bigram models to the tokens consumed; evaluate them on the model's held-out tokens."""
+        """Fit a unigram and a bigram model to the consumed tokens, and evaluate both on the held-out tokens."""
         trainer = self.trainer
         baseline = NgramBaseline(trainer.config.model.vocab_size)
         for step in range(trainer.step):

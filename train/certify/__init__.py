@@ -1,1 +1,1 @@
-"""Certificates: a layout computes what one process computes."""
+"""Certificates that a layout computes the same as one process."""

@@ -1,4 +1,4 @@
-"""Compare a run under a layout with the same run in one process: the largest difference of everything computed."""
+"""Compare a distributed run with the same run in one process: the largest difference in each computed quantity."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Comparison:
 
 
 def compare(name: str, wanted: RankResults, found: Sequence[RankResults], case: CertifyCase) -> Iterator[Comparison]:
-    """Compare every figure of all ranks, `found`, with one process's, `wanted`."""
+    """Compare every metric of all ranks (`found`) with that of the single-process run (`wanted`)."""
     narrow = case.precision.compute is not Compute.float64
     loss, gate = gates(case)
     yield Comparison(f"{name}: loss", largest_difference("loss", wanted, found, relative=not narrow), loss)
@@ -98,7 +98,7 @@ def compare_blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: flo
 
 
 def worst_parameter(name: str, errors: Mapping[str, float], gate: float) -> Comparison:
-    """Summarise errors by parameter, which are in the model's order."""
+    """Summarise errors by parameter. `errors` are in the order of the model's parameters."""
     beyond = [parameter for parameter, error in errors.items() if error > gate]
     largest = max(errors, key=lambda parameter: errors[parameter])
     return Comparison(name, errors[largest], gate, largest, beyond[0] if beyond else None)

@@ -1,9 +1,10 @@
-"""Certify FP8: a layout quantises the same bytes as one process, or makes no larger error.
+"""Certify FP8: a layout quantises to the same bytes as one process, or its errors are not larger.
 
 Tiles along a sequence or within a weight are the same in every layout whose shards end at tile edges. Tiles along
-tokens are the same if a product sees the same tokens in the same order. The products for which both hold are certified
-in float64 like everything else: one different byte would show at 1e-4, and the gate is 1e-9. All products together may
-be no farther from their results without FP8 than they are in one process.
+tokens are the same if a matmul gets the same tokens in the same order. Matmuls with the same tiles are certified in
+float64 like everything else: one different byte would cause a difference of 1e-4, and the tolerance is 1e-9. With all
+matmuls in FP8, the error of each gradient, against the gradient without FP8, may be at most `ERROR` times the error in
+one process.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from train.certify.worker import CertifyCase, RankResults, RunOnRanks, run_cases
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 TILE, SEQUENCES_PER_RANK = 128, 4
-"""Sizes of the model and lengths of sequences are multiples of TILE on every rank, so that no tile is cut."""
+"""On every rank the model's sizes and the sequence length are multiples of TILE, so that no tile is split."""
 LOSS, NORM, ERROR = 5e-3, 5e-2, 1.5
-"""Gates if a layout's tiles differ: relative; ERROR for each gradient's error over its error in one process."""
+"""Tolerances if tiles differ: relative; ERROR for the ratio of a gradient's error to its error in one process."""
 _SMALL = 1e-3
-"""Errors below this are not compared."""
+"""Smallest denominator of that ratio, so that tiny errors do not count."""
 _SAME, _ANY, _UNROUNDED = "FP8 in the same tiles", "FP8", "unrounded"
 
 
 def compare_fp8(
     model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, count: int, ranks: RunOnRanks
 ) -> Iterator[Comparison]:
-    """Compare a layout of `count` ranks with one process that makes the same micro-batches. `model`: shrunk to
-    multiples of `TILE`. Raises `RankFailure`.
+    """Compare a layout of `count` ranks with one process that makes the same micro-batches. `model`: shrunk, with sizes
+    that are multiples of `TILE`. Raises `RankFailure` if a rank fails.
     """
     cases = _cases(model, precision, parallel.resolve(count))
     unrounded = replace(cases[_ANY], precision=PrecisionConfig(Compute.float64))
@@ -46,11 +47,11 @@ def compare_fp8(
 
 
 def same_tiles(recipe: Recipe, layout: Layout) -> list[Products]:
-    """The products whose tiles do not depend on the layout.
+    """Return the groups of matmuls whose tiles do not depend on the layout.
 
-    Experts see the same tokens only if all ranks with different tokens send theirs to the same copy of an expert, and
-    in the same order only if ranks hold whole sequences. Scales of whole tensors and rows change with any cut, so only
-    a pipeline keeps them.
+    An expert gets the same tokens only if all ranks with different tokens send them to the same copy of the expert. It
+    gets them in the same order only if ranks hold whole sequences. Scales of whole tensors and rows change with every
+    split of a tensor, so only layouts with no axis but pp keep them.
     """
     if recipe in (Recipe.tensorwise, Recipe.rowwise):
         return list(Products) if layout.world_size == layout.pp else []
@@ -65,7 +66,7 @@ def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> di
         model,
         emulated,
         sgd,
-        seq_len=2 * TILE * layout.cp,  # under cp a rank holds one part of a sequence's first half and one of its second
+        seq_len=2 * TILE * layout.cp,  # under cp a rank holds one part of each half of a sequence
         batch_size=SEQUENCES_PER_RANK * layout.dp,
         emulates=layout.dp,
     )
@@ -76,14 +77,14 @@ def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> di
 
 
 def describe(precision: PrecisionConfig) -> dict[str, Any]:
-    """The settings that a certificate covers; other values need another certificate."""
+    """Return the FP8 settings that a certificate covers; other values need another certificate."""
     products = sorted(products.value for products in precision.fp8_products)
     layers = [precision.bf16_first_layers, precision.bf16_last_layers]
     return {"recipe": recipe_of(precision).value, "products": products, "bf16_layers": layers}
 
 
 def recipe_of(precision: PrecisionConfig) -> Recipe:
-    """The recipe; `auto` as it is on the CPU, where certificates are made."""
+    """Return the recipe, with `auto` resolved for the CPU, where certificates are made."""
     return precision.recipe.on(torch.device("cpu"))
 
 

@@ -1,12 +1,12 @@
-"""The certificate: a layout computes what one process computes, parameter by parameter, to rounding.
+"""Certify that a layout computes the same as one process, parameter by parameter, up to rounding.
 
-A shrunk copy of the configured model runs in one process and under layouts in which every axis has degree 2: each axis
-alone, each pair, all together, and the configured degrees if they are small enough. In float64 a difference of 1e-9 is
-a bug, not rounding. Plain SGD without clipping shows the scale of gradients, which AdamW hides. AdamW with clipping
-runs beside it (or Muon, if that is configured).
+A shrunk copy of the configured model runs in one process and under several layouts: each axis in use alone at degree 2,
+each pair of axes, all axes, and the configured degrees if they are small enough. In float64 a difference above 1e-9 is
+a bug, not rounding. Plain SGD without clipping shows the scale of gradients, which AdamW hides. A second case runs
+AdamW (or Muon, if that is configured) with clipping.
 
-DeepSpeed has fp32 masters and nothing wider: under it the same is compared in float32. Whether gradients of bf16 models
-are summed in fp32 is compared with FSDP2 under the same layout, which rounds at the same places.
+DeepSpeed's master weights are at most fp32, so its layouts are compared in float32. To check that it sums the gradients
+of bf16 models in fp32, a bf16 model is compared with FSDP2 under the same layout, which rounds at the same points.
 """
 
 from __future__ import annotations
@@ -43,19 +43,18 @@ _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
 
 @dataclass(frozen=True)
 class CertifyConfig:
-    """Certify a layout on this machine, without a GPU, in some minutes."""
+    """Certify a layout on this machine within minutes, without a GPU."""
 
     run: str | None = None
     """Take model, parallel, optimizer, precision and cache from this run's configuration."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Only its kind counts: muon is certified in place of adamw, which it uses for part of the parameters."""
+    """Only its kind matters: muon certifies Muon, which uses AdamW for some parameters, in place of AdamW."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    """Only an FP8 recipe counts: it is certified with emulated products. Other formats are chosen by the certificate.
-    """
+    """Only the FP8 settings have an effect: FP8 is certified with emulated matmuls. Other number formats are fixed."""
     ranks: int = MAX_RANKS
-    """Most processes of a layout. Each axis and each pair must fit; larger layouts are omitted and listed."""
+    """Most processes of a layout. Each axis and each pair of axes must fit; the certificate lists omitted layouts."""
     steps: int = 3
     out: str = "certificate.json"
     cache: str = "~/.cache/leviathan"
@@ -99,7 +98,7 @@ class Outcome:
         return self.error is None and bool(self.comparisons) and all(c.passed for c in self.comparisons)
 
     def largest(self, gate: float) -> float:
-        """The largest difference among comparisons with this gate."""
+        """Return the largest difference among the comparisons whose tolerance is `gate`."""
         return max((c.largest for c in self.comparisons if c.gate == gate), default=float("nan"))
 
     def failures(self) -> list[str]:
@@ -111,8 +110,8 @@ class Outcome:
 
 
 def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[Outcome]:
-    """Run the trials one by one and compare. Small sets of axes come first, so that the first failure is the most
-    specific. Raises `ConfigError` before anything runs if something cannot be certified here.
+    """Run the trials one by one and compare each with one process. Small sets of axes come first, so that the first
+    failure is the most specific. Raises `ConfigError` before anything runs if a trial is impossible.
     """
     chosen, _ = trials(config)
     model, optimizer = shrink(config.model, config.parallel), config.optimizer
@@ -148,7 +147,7 @@ def compare_layouts(
         except RankFailure as error:
             raise LeviathanError(f"the run in one process failed, so nothing can be compared:\n{error}") from None
         for trial in layouts:
-            own = Path(tempfile.mkdtemp(dir=folder))  # not by name: trials may differ in a technique only
+            own = Path(tempfile.mkdtemp(dir=folder))  # a unique name: trials may differ in a technique only
             yield _try(trial, _cases(model, learning, steps, own, one, compute), own, wanted, ranks)
 
 
@@ -168,7 +167,7 @@ def _raised(error: RankFailure) -> str:
 def _try(
     trial: Trial, cases: dict[str, CertifyCase], own: Path, wanted: dict[str, RankResults], ranks: RunOnRanks
 ) -> Outcome:
-    """Run a layout, saving to `own`, and resume its checkpoint in one process."""
+    """Run a trial, which saves to `own`, resume its checkpoint in one process, and compare all results."""
     try:
         found: list[dict[str, RankResults]] = ranks(trial.ranks, run_cases, trial.parallel, cases)
         alone = replace(cases["resumed"], resume=own)
@@ -198,7 +197,7 @@ def _in_bfloat16(trial: Trial, case: CertifyCase, ranks: RunOnRanks) -> Iterator
 
 
 def _learning(optimizer: OptimizerConfig) -> OptimizerConfig:
-    """The optimizer of the cases with several steps and clipping: a rate at which a tiny model changes, no bf16."""
+    """Return the optimizer of the cases with clipping: a learning rate at which a tiny model changes, and no bf16."""
     if optimizer.kind is not OptimizerKind.muon:
         return OptimizerConfig(lr=1e-2)
     muon = replace(optimizer.muon, lr=None, products=None)
@@ -213,7 +212,7 @@ def _cases(
     resume: Path | None,
     compute: Compute = Compute.float64,
 ) -> dict[str, CertifyCase]:
-    """The runs to compare, by name; `resumed` only if there is a checkpoint to resume."""
+    """Return the runs to compare, by name. `resumed` is one of them only if there is a checkpoint to resume."""
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
     base = CertifyCase(replace(model, balance=_TERMS), PrecisionConfig(compute), sgd)
@@ -231,11 +230,11 @@ def _cases(
 
 
 def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
-    """Each axis in use at degree 2, each pair, all of them, and the configured degrees; and the omitted layouts with
-    the reason. Raises `ConfigError` if an axis or a pair cannot be tried.
+    """Return the layouts to certify: each axis in use at degree 2, each pair of axes, all axes, and the configured
+    degrees. Return also each omitted layout with the reason. Raises `ConfigError` if an axis or a pair is impossible.
     """
     parallel = replace(config.parallel, reduce_dtype=Reduce.master)  # rounding to bfloat16 would hide everything else
-    parallel = replace(parallel, zero=replace(parallel.zero, offload=Offload.none, nvme=None))  # for AdamW only
+    parallel = replace(parallel, zero=replace(parallel.zero, offload=Offload.none, nvme=None))  # nvme needs AdamW
     expert_parallel.check(parallel.dispatch)
     used, model = axes_in_use(parallel), shrink(config.model, parallel)
     trial = partial(_trial, parallel=parallel, model=model)
@@ -264,7 +263,7 @@ def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
 
 
 def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
-    """Axes above 1 and dp_shard if it fills the world; plain data parallelism if there is no other."""
+    """Return the axes with a degree above 1, and dp_shard if it is "auto". If there is none, return dp_shard."""
     used = [axis for axis in DEGREES if getattr(parallel, axis) not in (1, AUTO)]
     if parallel.dp_shard == AUTO:
         used.insert(0, "dp_shard")
@@ -291,8 +290,8 @@ def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: Parallel
 
 
 def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int = 8) -> ModelConfig:
-    """A tiny model with every kind of layer and every choice of the configured one. The degrees of `parallel` divide
-    its sizes, into multiples of `side`, wherever they divide those of the configured one.
+    """Return a tiny model with every kind of layer and every option of the configured model. Where the degrees of
+    `parallel` divide a size of the configured model, they divide that of the tiny model into multiples of `side`.
     """
     kinds: list[LayerConfig] = []
     for layer in model.blocks:
@@ -301,7 +300,7 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int
             kinds.append(small)
     degrees = parallel or ParallelConfig()
     least = max(2, degrees.pp) * degrees.per_rank if degrees.pp > 1 else 1
-    least += degrees.layers_per_stage is not None  # one more, for an uneven cut
+    least += degrees.layers_per_stage is not None  # one more, for an uneven split
     kinds += [kinds[index % len(kinds)] for index in range(len(kinds), least)]
     over = degrees.tp * (degrees.cp if degrees.cp_method is ContextMethod.ulysses else 1)
     num_kv_heads = math.lcm(4, over) if model.num_kv_heads % over == 0 else 4
@@ -329,7 +328,7 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int
 def techniques(
     parallel: ParallelConfig, kind: OptimizerKind = OptimizerKind.adamw, precision: PrecisionConfig | None = None
 ) -> dict[str, Any]:
-    """The settings beside axes and model that a certificate covers."""
+    """Return the settings, besides axes and model, that a certificate covers."""
     keys = ("dispatch", "cp_method", "recompute", "compile", "schedule", "stages_per_rank", "engine")
     found = {key: plain(getattr(parallel, key)) for key in keys}
     if parallel.engine is EngineKind.deepspeed:  # offloading is tested separately
@@ -339,7 +338,7 @@ def techniques(
 
 
 def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Mapping[str, str]) -> dict[str, Any]:
-    """The content of certificate.json. `identity`: of the code and of torch."""
+    """Return the content of certificate.json. `identity`: the versions of the code and of torch."""
     failed = [outcome for outcome in outcomes if not outcome.passed]
     return {
         "pass": bool(outcomes) and not failed,

@@ -1,4 +1,4 @@
-"""The certificates of this machine: axes for which this very code was certified, by model and techniques."""
+"""Certificates on this machine: the axes for which exactly this code was certified, by model and techniques."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def find(
     kind: OptimizerKind = OptimizerKind.adamw,
     precision: PrecisionConfig | None = None,
 ) -> str | None:
-    """The digest of a passed certificate of this code and this torch that covers these axes, the shrunk model and the
-    techniques; None if there is none.
+    """Return the digest of a passed certificate of this code and this version of torch that covers these axes, the
+    shrunk model and the techniques, or None.
     """
     wanted = [plain(shrink(model, parallel)), techniques(parallel, kind, precision)]
     for path in sorted(_folder(cache).glob("*.json")):

@@ -1,6 +1,6 @@
-"""A rank's part of `certify`: run short cases under one layout and record what they compute.
+"""The part of `certify` that runs on each rank: run short cases under one layout and record the results.
 
-Batches are synthetic: random tokens in packed documents, a pure function of the step, so that no corpus is needed.
+Batches are synthetic, so that no corpus is needed: random tokens in packed documents, a pure function of the step.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _SOURCE, _HELD_OUT = "synthetic", 5
 @dataclass(frozen=True)
 class CertifyCase:
     """A short run. `labels=False` drops the language-model loss, so that only the balancing terms remain. `starve`:
-    half of the experts get no tokens. `resume`: directory to resume from. `save`: directory of the checkpoint before
-    the last step. `emulates`: a micro-batch is one sequence of each of this many data-parallel ranks, in one process
-    too.
+    half of the experts get no tokens. `resume`: directory to resume from. `save`: directory for a checkpoint before the
+    last step. `emulates`: a number of data-parallel ranks; each micro-batch holds one sequence of each of them, also in
+    one process.
     """
 
     model: ModelConfig
@@ -63,7 +63,7 @@ class RunOnRanks(Protocol):
 
 
 def micro_batch_size(layout: Layout) -> int:
-    """Sequences per micro-batch; a pipeline needs many micro-batches."""
+    """Return the sequences per micro-batch; a pipeline needs many micro-batches."""
     return 1 if layout.pp > 1 else 2
 
 
@@ -73,8 +73,8 @@ Blocks = dict[str, list[tuple[ShardBlock, Tensor]]]
 
 @dataclass
 class RankResults:
-    """By step: loss, gradient norm and the balancer's figures. This rank's blocks of the first step's gradients and of
-    the last weights, the routers' state and the held-out loss.
+    """The results of a case on one rank. For each step: loss, gradient norm and the balancer's statistics. Once: this
+    rank's blocks of the first step's gradients and of the final weights, the routers' state and the held-out loss.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -87,7 +87,7 @@ class RankResults:
 
 
 class SyntheticLoader:
-    """A loader of random tokens in packed documents. `order`: order of the sequences in a batch."""
+    """A loader of random tokens in packed documents. `order`: the order of the sequences in a batch."""
 
     def __init__(self, vocab_size: int, seq_len: int = SEQ_LEN, order: Sequence[int] = range(BATCH_SIZE)) -> None:
         self.vocab_size, self.seq_len, self.order = vocab_size, seq_len, np.array(order)
@@ -96,7 +96,7 @@ class SyntheticLoader:
         generator = np.random.default_rng([SEED, step])
         shape = (len(self.order), self.seq_len + 1)
         tokens = np.minimum(generator.zipf(1.3, shape), self.vocab_size) - 1
-        begins = generator.random(shape) < 1 / 12  # a document every dozen tokens, some longer than a chunk
+        begins = generator.random(shape) < 1 / 12  # documents of 12 tokens on average, some longer than a chunk
         places = np.arange(self.seq_len + 1)
         last = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
         labels = np.where(begins[:, 1:], IGNORED, tokens[:, 1:])
@@ -113,7 +113,7 @@ class SyntheticLoader:
 
 
 def copy_blocks(blocks: Iterable[LocalShard]) -> Blocks:
-    """Copies of a rank's blocks, by parameter."""
+    """Copy a rank's blocks, grouped by parameter."""
     found: Blocks = {}
     for one in blocks:
         if one.values.numel():
@@ -165,7 +165,7 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
 
 
 def run_cases(parallel: ParallelConfig, cases: Mapping[str, CertifyCase]) -> dict[str, RankResults]:
-    """Run all `cases` on this rank, with the world's ranks arranged by `parallel`."""
+    """Run all `cases` on this rank under the layout `parallel`."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
     return {name: run_case(case, world, meshes) for name, case in cases.items()}

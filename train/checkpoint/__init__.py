@@ -1,1 +1,1 @@
-"""Checkpoints: sharded state, its files and index, saving, resuming and initial weights."""
+"""Checkpoints: sharded state, files and their index, saving, resuming and initial weights."""

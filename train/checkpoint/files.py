@@ -49,10 +49,10 @@ def write_shards(path: Path, shards: Iterable[TensorShard]) -> dict[str, Indexed
 
 @torch.no_grad()
 def read_state(checkpoint: Path, state: Sequence[TensorShard]) -> None:
-    """Read this rank's blocks, in place, whoever wrote them. Every shard that is touched is verified.
+    """Read this rank's blocks into `state`, whichever ranks wrote them. Every shard that is read is verified.
 
-    Raises `CheckpointError` where a tensor is missing or has another shape, `Damaged` for a shard that does not match
-    its digest; tensors are then undefined.
+    Raises `CheckpointError` if a tensor is missing or has another shape, and `Damaged` if a shard does not match its
+    digest. After an error the content of the tensors is undefined.
     """
     index = read_index(checkpoint)
     reads: list[tuple[IndexedShard, torch.dtype, list[int], Tensor]] = []
@@ -60,7 +60,7 @@ def read_state(checkpoint: Path, state: Sequence[TensorShard]) -> None:
         tensor = index.get(part.name)
         if tensor is None or tensor.shape != part.shape:
             has = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
-            raise CheckpointError(f"{checkpoint}: {part.name} {has}; this model's has {list(part.shape)}")
+            raise CheckpointError(f"{checkpoint}: {part.name} {has}; the model expects {list(part.shape)}")
         if part.tensor.numel():
             for shard, low, size in tensor.overlapping(part.offset, part.tensor.shape):
                 target = block(part.tensor.detach(), part.offset, low, size)
@@ -95,14 +95,14 @@ def read_shard(checkpoint: Path, shard: IndexedShard, into: Tensor | None = None
 
 
 def read_bytes(path: Path, start: int, into: Tensor) -> None:
-    """Fill a contiguous CPU tensor with the bytes at `start`. Raises `Damaged` where the file ends before."""
+    """Fill a contiguous CPU tensor with the bytes from `start` on. Raises `Damaged` if the file ends too early."""
     with open_raw(path, "rb") as file:
         file.seek(start)
         _read_all(file, _memory(into), path.name)
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared with it."""
+    """Return a view of a contiguous CPU tensor's memory as bytes."""
     if not tensor.numel():
         return memoryview(b"")
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()

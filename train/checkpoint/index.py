@@ -2,7 +2,7 @@
 
 A checkpoint is a directory `step-00000100` with a file of shards per rank (`rank_0.bin`), `index.json`, `progress.json`
 (the trainer's state) and, written last, the marker `COMMITTED` with the size of every other file and the digests of the
-JSON files. A directory without the marker is a half-written checkpoint and never read.
+JSON files. A directory without the marker is a partly written checkpoint and is never read.
 
     {"tensors": {"model.head.weight": {"dtype": "float32", "shape": [320, 32], "shards": [
         {"offset": [0, 0], "shape": [160, 32], "file": "rank_0.bin", "start": 0, "bytes": 20480, "digest": "..."},
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 class Damaged(Exception):
-    """The files of a checkpoint do not hold what was written. The text is one line."""
+    """The files of a checkpoint do not hold what was written. The message is one line."""
 
 
 class IndexedShard(NamedTuple):
@@ -76,7 +76,7 @@ class IndexedTensor:
     def overlapping(
         self, offset: Sequence[int], shape: Sequence[int]
     ) -> Iterator[tuple[IndexedShard, list[int], list[int]]]:
-        """Each shard that overlaps a block of the tensor, with the overlap's offset in the tensor and its shape."""
+        """Yield each shard that overlaps the given block, with the overlap's offset in the tensor and its shape."""
         for shard in self.shards:
             low = [max(pair) for pair in zip(offset, shard.offset, strict=True)]
             ends = zip(offset, shape, shard.offset, shard.shape, strict=True)
@@ -86,7 +86,7 @@ class IndexedTensor:
 
 
 def block(tensor: Tensor, origin: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """A view of the block at `offset`, in the coordinates in which `tensor` begins at `origin`."""
+    """Return a view of the block at `offset`, in coordinates in which `tensor` itself begins at `origin`."""
     for dimension, (first, start, length) in enumerate(zip(origin, offset, shape, strict=True)):
         tensor = tensor.narrow(dimension, start - first, length)
     return tensor
@@ -121,7 +121,7 @@ def commit(checkpoint: Path, parts: Iterable[Mapping[str, IndexedTensor]], progr
 
 
 def problem(checkpoint: Path) -> str:
-    """Why a committed checkpoint cannot be used ("is damaged: ..."); empty if nothing is wrong. Checks the marker, file
+    """Return why a committed checkpoint cannot be used ("is damaged: ..."), or an empty string. Checks the marker, file
     sizes and the digests of the JSON files, but not the shards. Raises `CheckpointError` if the store cannot be read.
     """
     try:
@@ -140,7 +140,7 @@ def problem(checkpoint: Path) -> str:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state. Raises `CheckpointError` if it is unreadable or its step is not the directory's."""
+    """Return the trainer's state. Raises `CheckpointError` if it is unreadable or its step is not the directory's."""
     try:
         return _progress(checkpoint)
     except (Damaged, OSError) as error:
@@ -148,7 +148,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
-    """Every tensor by its name. Raises `Damaged` unless the index is consistent and fits the files in the marker."""
+    """Return every tensor by name. Raises `Damaged` unless the index is consistent and fits the files in the marker."""
     sizes = _parsed(checkpoint / MARKER, lambda marker: {name: one["bytes"] for name, one in marker["files"].items()})
     index: dict[str, IndexedTensor] = _parsed(
         checkpoint / INDEX, lambda content: {name: _tensor(name, entry) for name, entry in content["tensors"].items()}
@@ -193,7 +193,7 @@ def _check_files(checkpoint: Path, marker: dict[str, Any]) -> None:
 
 
 def _tensor(name: str, entry: Any) -> IndexedTensor:
-    """One entry of the index, checked by itself."""
+    """Parse one entry of the index and check it on its own."""
     dtype, shape = _DTYPES[entry["dtype"]], _counts(entry["shape"])
     shards = [
         IndexedShard(**{**one, "offset": _counts(one["offset"]), "shape": _counts(one["shape"])})
@@ -213,10 +213,10 @@ def _tensor(name: str, entry: Any) -> IndexedTensor:
 
 
 def _tile(shape: tuple[int, ...], shards: Sequence[IndexedShard]) -> bool:
-    """Whether the shards cover the tensor exactly once, in linear time.
+    """Return whether the shards cover the tensor exactly once, in time linear in their number.
 
-    The indicator of a box is a sum of indicators of orthants at its corners, with alternating signs. So the shards tile
-    the tensor exactly if their corners, with these signs, cancel except for the tensor's own.
+    The indicator function of a box is the sum, with alternating signs, of the indicator functions of the orthants at
+    its corners. So the shards tile the tensor if and only if their signed corners sum to those of the tensor.
     """
     corners: Counter[tuple[int, ...]] = Counter()
     for offset, size, sign in [((0,) * len(shape), shape, -1), *((one.offset, one.shape, 1) for one in shards)]:

@@ -1,4 +1,4 @@
-"""Initial weights from a checkpoint: a run, an imported model, or one in the Hugging Face format."""
+"""Initial weights from a run, an imported model, or a model in the Hugging Face format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.run_directory import RunDirectory, committed, load_config
 
 
 def open_model(path: Path, text_only: bool = False) -> TensorSource:
-    """The model in a directory: a run's newest checkpoint, an imported model, or one in the Hugging Face format."""
+    """Open the model in a directory: a run's newest checkpoint, an imported model or a Hugging Face model."""
     if not path.is_dir():
         raise ConfigError("", str(path), "no such directory")
     if (path / IMPORTED).exists():
@@ -36,7 +36,7 @@ def open_model(path: Path, text_only: bool = False) -> TensorSource:
 
 
 def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -> TensorSource | None:
-    """The model that `model.init_from` names, perhaps upcycled. Raises `ConfigError` where it is another network."""
+    """Open the model of `model.init_from`, upcycled if configured. Raises `ConfigError` if it is another network."""
     if config.init_from is None:
         return None
     try:
@@ -52,7 +52,7 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
     if different:
         listed = "; ".join(f"model.{key}={has} there, {wanted} here" for key, (has, wanted) in different.items())
         if any(key.startswith("multipliers.") for key in different):
-            listed += "; a model keeps its own factors with hparam=none"
+            listed += "; use hparam=none to keep the model's own multipliers"
         raise ConfigError("model.init_from", config.init_from, f"is another network: {listed}")
     if config.upcycle is not None:
         try:
@@ -68,7 +68,7 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
 
 @torch.no_grad()
 def copy_selection_biases(model: Transformer, source: TensorSource, log: Callable[[str], None]) -> None:
-    """Copy the routers' selection biases, which are buffers. Only checkpoints of ours have them."""
+    """Copy the routers' selection biases, which are buffers. Only Leviathan's checkpoints have them."""
     biases = source.selection_biases() if isinstance(source, CheckpointedModel) else {}
     for name, buffer in model.named_buffers():
         if name in biases:
@@ -104,7 +104,7 @@ def _vocabulary(source: TensorSource) -> str | None:
 
 
 def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
-    """`model`: the configuration of the model after a number of steps."""
+    """Open the newest checkpoint. `model` returns the model's configuration after a number of steps."""
     present = committed(checkpoints)
     if not present:
         raise CheckpointError(f"{checkpoints} has no checkpoint yet")

@@ -1,4 +1,4 @@
-"""Saves the checkpoints of a run, finds the newest whole one and removes old ones.
+"""Save the checkpoints of a run, restore the newest intact one and remove old ones.
 
 Tensors are named `model.NAME` and `optimizer.NAME.MOMENT`, so any layout loads what any other saved. The files of a
 checkpoint are described in `train/checkpoint/index.py`.
@@ -39,7 +39,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
     def save(self, step: int, state: Sequence[TensorShard], progress: dict[str, Any]) -> None:
-        """Write `state` after `step` steps, and `progress`, plain JSON values under any keys, into progress.json. An
+        """Write `state` as the checkpoint after `step` steps, and `progress` (plain JSON values) to progress.json. An
         asynchronous save returns as soon as the state has been copied.
 
         A failure to write (a full disk) is reported, and the run continues with its older checkpoints.
@@ -101,17 +101,17 @@ class Checkpointer:
             self._prune()
 
     def has(self, step: int) -> bool:
-        """Whether a checkpoint of this step is committed or being written."""
+        """Return whether a checkpoint of this step is committed or being written."""
         path = self.directory / f"step-{step:08d}"
         if self._pending is not None and self._pending[0] == path:
             return True
         return self.world.from_main((path / MARKER).exists) and path not in self._damaged
 
     def restore(self, state: Sequence[TensorShard]) -> dict[str, Any] | None:
-        """Read the newest whole checkpoint into `state`, in place, and return its progress.
+        """Read the newest intact checkpoint into `state`, in place, and return its progress.
 
-        A checkpoint that cannot be used is reported and the next older one is tried. Returns None where none is
-        committed. Raises `CheckpointError` where some are and none of them is whole.
+        A checkpoint that cannot be used is reported, and the next older one is tried. Returns None if no checkpoint is
+        committed. Raises `CheckpointError` if some are committed but none is intact.
         """
         present, reason = self.world.from_main(lambda: committed(self.directory)), ""
         for found in reversed(present):
@@ -123,12 +123,12 @@ class Checkpointer:
                 self.report(f"checkpoint {found.path.name} {wrong}; trying the one before")
             self._damaged.append(found.path)
         if present:
-            raise CheckpointError(f"no checkpoint in {self.directory} is whole ({reason}); remove it to start again")
+            raise CheckpointError(f"no checkpoint in {self.directory} is intact ({reason}); remove all to start over")
         return None
 
     def _read(self, checkpoint: Path, state: Sequence[TensorShard]) -> str:
-        """Read a checkpoint into `state`. Returns what is damaged on any rank, the same on every rank; the tensors are
-        undefined unless it is empty.
+        """Read a checkpoint into `state`. Returns the damage that any rank found, as the same text on all ranks, or an
+        empty text. After damage the content of the tensors is undefined.
         """
         outcome: Damaged | CheckpointError | None = None
         try:
@@ -146,7 +146,7 @@ class Checkpointer:
         return next((f"is damaged: {one}" for one in outcomes if one is not None), "")
 
     def _clear(self, path: Path) -> None:
-        """Make an empty directory. Remove what a killed save left there, and the checkpoints that are damaged."""
+        """Make an empty directory. Remove what an interrupted save left there, and the damaged checkpoints."""
         for stale in (path, *self._damaged):
             (stale / MARKER).unlink(missing_ok=True)
             remove_tree(stale)
@@ -159,14 +159,14 @@ class Checkpointer:
                 remove_tree(path)
             except Exception as second:
                 self.report(f"could not remove what is left of {path.name}: {_root_cause(second)}")
-        self.report(f"could not save {path.name}, going on without it: {_root_cause(error)}")
+        self.report(f"could not save {path.name}, continuing without it: {_root_cause(error)}")
 
     def _prune(self) -> None:
         if not self.world.is_main:
             return
         try:
             for found in committed(self.directory)[: -self.keep]:
-                (found.path / MARKER).unlink()  # first, so that a half-removed one is never taken for whole
+                (found.path / MARKER).unlink()  # first, so that a partly removed one is never read
                 remove_tree(found.path)
         except Exception as error:
             self.report(f"could not remove an old checkpoint: {_root_cause(error)}")

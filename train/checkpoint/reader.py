@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a source of tensors, and a source of tensors as a checkpoint of ours, a block at a time."""
+"""Read a Leviathan checkpoint as a source of tensors, and write a source as a checkpoint, a block at a time."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ TOKENIZER = "tokenizer"
 
 
 class CheckpointedModel:
-    """The model's tensors in a committed checkpoint. A shard is verified whole before any part of it is used.
+    """The model's tensors in a committed checkpoint. A whole shard is verified before any part of it is used.
 
-    Raises `CheckpointError` for damage: at once, or when a damaged shard is first touched.
+    Raises `CheckpointError` at once if the index is damaged, and at the first read of a damaged shard.
     """
 
     def __init__(self, checkpoint: Path, config: ModelConfig) -> None:
@@ -47,12 +47,12 @@ class CheckpointedModel:
             tensor = self._tensors.get(name)
             if tensor is None or tensor.shape != tuple(shape):
                 has = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
-                raise CheckpointError(f"{checkpoint}: {name} {has}; its model is not what the configuration says")
+                raise CheckpointError(f"{checkpoint}: {name} {has}; the checkpoint does not match its configuration")
         self.dtypes = {name: self._tensors[name].dtype for name in self.shapes}
         self._verified: set[IndexedShard] = set()
 
     def selection_biases(self) -> dict[str, Tensor]:
-        """The bias on each expert's routing score, [E], by the buffers' names."""
+        """Return the bias on each expert's routing score, [E], by buffer name."""
         kept = {name: tensor for name, tensor in self._tensors.items() if name.endswith("balance.bias_E")}
         return {name: self.read(name, [0], tensor.shape) for name, tensor in kept.items()}
 
@@ -94,12 +94,12 @@ def _blocks(source: TensorSource, progress: Callable[[int], None]) -> Iterator[T
 
 
 def load_imported(directory: Path) -> ModelConfig:
-    """The configuration of an imported model."""
+    """Return the configuration of an imported model."""
     return build(ModelConfig, _section(directory, "model"))
 
 
 def load_origin(directory: Path) -> tuple[str, dict[str, Any]]:
-    """The family that an imported model came from, and the keys of its `config.json` that import kept."""
+    """Return the family that an imported model came from, and the keys of its `config.json` that import kept."""
     origin = _section(directory, "origin")
     family, carried = origin.get("family"), origin.get("config")
     if not isinstance(family, str) or not isinstance(carried, dict):

@@ -1,4 +1,4 @@
-"""The model of a finished or running run, read from its directory for the verbs that evaluate it."""
+"""Restore the model of a finished or running run from its directory, for the verbs that evaluate it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RestoredRun:
 
 
 def restore(directory: Path, world: World, backend: Backend | None = None, models: Models | None = None) -> RestoredRun:
-    """The model of the run's newest whole checkpoint, and the corpus that it was trained on.
+    """Restore the model from the run's newest intact checkpoint, and open the corpus that it was trained on.
 
     `backend`: the GEMM backend; None: as in training. `models`: as in `get_corpus`.
     """
@@ -56,7 +56,7 @@ def restore(directory: Path, world: World, backend: Backend | None = None, model
     if not committed(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
     corpus = stored_corpus(directory, config, world, lambda line: None, models)
-    # nothing is trained, and either engine reads the other's checkpoints
+    # FSDP2 suffices without training, and it reads the checkpoints of both engines
     meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2, zero=ZeroConfig()), world)
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
     progress = checkpointer.restore(run_state(placed.model, None, placed.specs)) or {}
@@ -72,7 +72,7 @@ def _report(world: World, line: str) -> None:
 
 
 def _layout(config: TrainConfig, world: World) -> Layout:
-    """The run's own layout where it fits the number of ranks, or else plain data parallelism."""
+    """Return the run's own layout if it fits the number of ranks, and plain data parallelism otherwise."""
     try:
         return config.parallel.resolve(world.size)
     except ConfigError:

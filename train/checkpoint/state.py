@@ -34,10 +34,10 @@ def run_state(
     specs: Mapping[str, ShardSpec] | None = None,
     writes_buffers: bool = True,
 ) -> list[TensorShard]:
-    """Every tensor that a run resumes from, sharing memory with the model and the optimizer.
+    """Return every tensor that a run resumes from. They share memory with the model and the optimizer.
 
-    Without `specs` the model is on one process. `writes_buffers`: whether this rank saves the buffers.
-    Names: `model.NAME` and `optimizer.NAME.MOMENT`.
+    Without `specs` the model is unsharded. `writes_buffers`: whether this rank saves the buffers. Names: `model.NAME`
+    and `optimizer.NAME.MOMENT`.
     """
     found = buffers(model, writes_buffers)
     for name, tensor in model.named_parameters():
@@ -52,7 +52,7 @@ def run_state(
 
 
 def buffers(model: nn.Module, writes: bool) -> list[TensorShard]:
-    """The model's buffers, which are the same on every rank that has them."""
+    """Return the model's buffers, which are the same on every rank that has them."""
     trained = {name for name, _ in model.named_parameters()}
     return [
         TensorShard(f"model.{name}", tensor, tuple(tensor.shape), (0,) * tensor.dim(), writes)

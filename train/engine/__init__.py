@@ -1,4 +1,4 @@
-"""Engines turn batches into updates: FSDP2 or DeepSpeed."""
+"""Engines compute gradients and update the parameters, with FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from train.optim.optimizer import OptimizerConfig
 
 
 def make_engine(placed: ParallelModel, config: OptimizerConfig, seed: int) -> Engine:
-    """Return the engine of the layout. `seed` is that of the initial weights."""
+    """Make the engine that the layout names. `seed`: the seed of the initial weights."""
     match placed.meshes.layout.engine:
         case EngineKind.deepspeed:
             return ZeroEngine(placed, config, seed)

@@ -1,4 +1,4 @@
-"""The interface of an engine, the pass over a step's micro-batches that all engines share, and the optimizer step."""
+"""The interface of engines, the loop over a step's micro-batches that they have in common, and the optimizer step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.loss import IGNORED, summed_loss
 
 @dataclass(frozen=True)
 class StepResult:
-    """Results of a step, still on the device. `gradient_norm` is the norm before clipping."""
+    """Results of a step, still on the device. `gradient_norm`: the norm before clipping."""
 
     loss: Tensor
     gradient_norm: Tensor
@@ -30,7 +30,7 @@ class StepResult:
 
 
 class Engine(ABC):
-    """Turns batches into updates."""
+    """Computes the gradients of batches and updates the parameters."""
 
     def __init__(self, placed: ParallelModel) -> None:
         self.placed, self.meshes, self.device = placed, placed.meshes, placed.device
@@ -41,8 +41,7 @@ class Engine(ABC):
     def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
         """Compute the gradients of this rank's sequences, `micro_batch_size` at a time.
 
-        Returns the loss, the sum over the global batch's tokens divided by their number: a scalar on the device, equal
-        on every rank.
+        Returns the mean loss over the labelled tokens of the global batch: a scalar on the device, equal on every rank.
         """
         meshes, share = self.meshes, self.placed.context_shard(batch.tokens_BT.shape[1])
         labels_BT = share.take(batch.labels_BT).to(self.device)
@@ -98,12 +97,12 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, learning_rate_factor: float) -> None:
-        """Update the parameters at `learning_rate_factor` times each group's peak and drop the gradients."""
+        """Update the parameters at `learning_rate_factor` times each group's peak rate, and drop the gradients."""
 
     @abstractmethod
     def gradients(self) -> Iterator[LocalShard]:
         """Yield this rank's blocks of the gradients, between `forward_backward` and `step`. The blocks of all ranks
-        cover every parameter, some blocks several times.
+        together cover every parameter, some parts more than once.
         """
 
     @abstractmethod
@@ -112,11 +111,11 @@ class Engine(ABC):
 
     @abstractmethod
     def state(self) -> list[TensorShard]:
-        """Return the content of a checkpoint, sharing storage; call `written` after writing into it."""
+        """Return the shards of a checkpoint, which share the engine's memory; call `written` after changing them."""
 
     @abstractmethod
     def written(self) -> None:
-        """Propagate weights or state that were written from outside."""
+        """Update the engine's copies of weights or state after these were written from outside."""
 
 
 def optimizer_step(

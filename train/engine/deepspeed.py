@@ -1,4 +1,4 @@
-"""The engine whose gradients and optimizer state DeepSpeed's ZeRO shards."""
+"""The engine that shards gradients and optimizer state with DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.optim.optimizer import OptimizerConfig, elementwise, prime, role_grou
 
 class ZeroEngine(Engine):
     """Keeps this rank's ranges of the fp32 weights, moments and summed gradients. Up to stage 2 the model's own weights
-    are whole on every data-parallel rank.
+    are not sharded over data-parallel ranks.
     """
 
     def __init__(self, placed: ParallelModel, config: OptimizerConfig, seed: int) -> None:
@@ -37,7 +37,7 @@ class ZeroEngine(Engine):
         else:
             names = {parameter: name for name, parameter in model.named_parameters()}
             self.zero = Zero12(groups, make, prime, names, specs, meshes)
-        initialise(self.weights(), placed.model.config, seed)  # exactly: the model's own weights may be rounded
+        initialise(self.weights(), placed.model.config, seed)  # in fp32; the model's own weights may be rounded
         self.written()
 
     def after_backward(self, last: bool) -> None:
@@ -78,8 +78,8 @@ class ZeroEngine(Engine):
 
 
 def make_inner(groups: list[dict[str, Any]], config: OptimizerConfig, offload: Offload) -> torch.optim.Optimizer:
-    """Make the optimizer of the masters on the device or the host. PyTorch's fused AdamW is as fast on the host as
-    DeepSpeed's CPUAdam (bench/RESULTS.md) and needs no compiler.
+    """Make the optimizer of the fp32 master weights, on the device or the host. PyTorch's fused AdamW is as fast on the
+    host as DeepSpeed's CPUAdam (bench/RESULTS.md) and needs no compiler.
     """
     if offload is not Offload.nvme:
         return elementwise(groups, config)

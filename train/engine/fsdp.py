@@ -15,7 +15,7 @@ from train.optim.optimizer import OptimizerConfig, make_optimizer, prime, set_le
 
 
 class TorchEngine(Engine):
-    """Updates the parameters where they are, sharded by FSDP2 or whole."""
+    """Updates the parameters in place, sharded by FSDP2 or whole."""
 
     def __init__(self, placed: ParallelModel, config: OptimizerConfig) -> None:
         super().__init__(placed)

@@ -1,9 +1,10 @@
-"""Checks whether a scorer's model was trained on the records that it is to score: memorised text looks easy.
+"""Check whether a scorer's model was trained on the records that it is to score: memorised text looks easy.
 
-A run keeps the tokens that it trained on. Some of its training documents are decoded to text and looked up among the
-records, which estimates the share of the records that the run was trained on. The estimate misses a very small share,
-documents that were truncated (`data.long_documents=truncate`) or are very long, and changes of more than white space.
-A run that ended before the end of its corpus has seen less. Nothing is known about a model that is not a run.
+The corpus of a run holds its training tokens. A sample of its documents is decoded to text and looked up among the
+records, to estimate the fraction of the records that the run was trained on. The estimate may be 0 for a very small
+fraction. It does not count documents that were truncated (`data.long_documents=truncate`), are very long, or differ
+from the record by more than white space. It is too high if the run ended before the end of its corpus. For a model that
+is not a run there is no estimate.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from train.eval.text_loss import open_losses
 from train.run_directory import load_config
 
 SAMPLE = 4096
-"""Training documents that are looked up."""
+"""Number of training documents that are looked up."""
 MOST = 0.05
-"""Share of the records that a model may have seen. Above it scoring is rejected, below it the user gets a warning."""
+"""Fraction of the records that a model may have been trained on. A larger one is an error, a smaller one a warning."""
 _LOOK_AHEAD = (1 << 14, 1 << 18)
-"""Tokens within which a document must end; longer documents are skipped."""
+"""Tokens within which a document must end, at the first and the second try; longer documents are skipped."""
 
 
 @dataclass(frozen=True)
 class TrainedTexts:
-    """Hashes of the texts of `sampled` training documents, out of `documents`, of the run `name`."""
+    """Hashes of the texts of `sampled` out of `documents` training documents of the run `name`."""
 
     name: str
     sample: frozenset[str]
@@ -45,7 +46,7 @@ class TrainedTexts:
     documents: int
 
     def share(self, records: Iterable[Record]) -> float:
-        """Estimated share of these records that the run was trained on, 0 to 1."""
+        """Estimate the fraction of these records that the run was trained on, 0 to 1."""
         count = hits = 0
         for record in records:
             count += 1
@@ -54,9 +55,9 @@ class TrainedTexts:
 
 
 def check_unseen(name: str, records: Iterable[Record]) -> str | None:
-    """A warning where the model's training data are unknown or the run has seen a few of the records; else None.
+    """Return a warning if the model's training data are unknown or the run has seen a few of the records, else None.
 
-    Raises `ConfigError` (with an empty key) where a run has seen more than `MOST` of the records.
+    Raises `ConfigError` (with an empty key) if a run has seen more than `MOST` of the records.
     """
     folder = Path(name).expanduser()
     if not (folder / "config.yaml").exists():
@@ -70,7 +71,7 @@ def check_unseen(name: str, records: Iterable[Record]) -> str | None:
 
 
 def seen_by(directory: Path, size: int = SAMPLE) -> TrainedTexts:
-    """Documents of a run's corpus: all of them, or about `size` spread evenly over it."""
+    """Hash documents of a run's corpus: all of them, or about `size` that are spread evenly over it."""
     config = load_config(directory)
     corpus = stored_corpus(directory, config, World(0, 1, torch.device("cpu")), lambda line: None, MODELS)
     documents = {s: int(corpus.manifest["sources"][s][TRAIN]["counts"]["documents"]) for s in corpus.sources}
@@ -86,7 +87,7 @@ def seen_by(directory: Path, size: int = SAMPLE) -> TrainedTexts:
 
 
 def every(stream: TokenStream, specials: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Token ids of each document."""
+    """Yield the token ids of each document."""
     at = 0
     while at < len(stream):
         ids, at = _next_document(stream, specials, at)
@@ -95,8 +96,8 @@ def every(stream: TokenStream, specials: NDArray[np.int64]) -> Iterator[NDArray[
 
 
 def spread(stream: TokenStream, specials: NDArray[np.int64], count: int) -> Iterator[NDArray[np.int64]]:
-    """The first document that begins after each of `count` evenly spaced positions. Taking the document at a position
-    would draw long documents more often.
+    """Yield the first document that begins after each of `count` evenly spaced positions. The document at the position
+    itself would more often be a long one.
     """
     before = -1
     for place in np.linspace(0, len(stream), count, endpoint=False).astype(int).tolist():
@@ -107,8 +108,8 @@ def spread(stream: TokenStream, specials: NDArray[np.int64], count: int) -> Iter
 
 
 def _next_document(stream: TokenStream, specials: NDArray[np.int64], at: int) -> tuple[NDArray[np.int64], int]:
-    """The first whole document after the first of `specials` from `at` on, and where it ends; no ids where the stream
-    or the look-ahead ends before.
+    """Return the first whole document after the first of `specials` from `at` on, and the position of its end. Return
+    no ids if the stream or the look-ahead ends first.
     """
     end = at
     for length in _LOOK_AHEAD:
@@ -123,9 +124,9 @@ def _next_document(stream: TokenStream, specials: NDArray[np.int64], at: int) ->
 
 
 def text_hash(text: str) -> str:
-    """A hash of a text's words: tokenizers may lose spaces at its ends."""
+    """Hash the words of a text, because tokenizers may lose spaces at its ends."""
     return sha256_text(" ".join(text.split()))
 
 
 MODELS: Models = Models(lambda name, config: open_losses(name, config, MODELS), check_unseen)
-"""What a filter needs to score with models; their own corpora may be filtered in the same way."""
+"""Opens and checks the models that a filter scores with. Their own corpora may be filtered with models too."""

@@ -18,13 +18,13 @@ from parallel.vocab_parallel_loss import whole_logits
 from precision.config import Backend
 
 NextLogits = Callable[[list[int]], torch.Tensor]
-"""Logits [V] of the token after these tokens."""
+"""Returns the logits [V] of the token after these tokens."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """Continue a text with a run's last checkpoint. `run`: the run's directory. `temperature` 0 takes the most probable
-    token; `top_k` samples among that many.
+    token. `top_k`: number of the most probable tokens to sample from.
     """
 
     run: str = "???"
@@ -49,7 +49,7 @@ def continue_tokens(
     stop: int,
     world: World | None = None,
 ) -> Iterator[int]:
-    """Sample token ids until `stop` or `config.tokens` of them; the model sees the last `context` tokens."""
+    """Sample up to `config.tokens` token ids and end before `stop`. The model sees the last `context` tokens."""
     generator = torch.Generator().manual_seed(config.seed)
     tokens = list(prompt)
     for _ in range(config.tokens):
@@ -62,8 +62,8 @@ def continue_tokens(
 
 
 def placed_logits(placed: ParallelModel, tokens: list[int]) -> torch.Tensor:
-    """Logits [V] of the token after `tokens`, float64 on every rank, under any layout. Padding at the end makes the
-    sequence as long as the layout needs.
+    """Return the logits [V] of the token after `tokens`, float64 on every rank, under any layout. The sequence is
+    padded at its end to a length that the layout supports.
     """
     meshes, last = placed.meshes, len(tokens) - 1
     length = placed.padded_length(len(tokens))

@@ -1,7 +1,7 @@
-"""Loss of held-out text per source, in nats per token and bits per byte, and of single sequences, under any layout.
+"""Losses of the held-out text of each source, in nats per token and bits per byte, and of single sequences.
 
-Every rank runs the model equally often and on equally many sequences, since the ranks of a sharded model gather its
-parameters together.
+They work under any layout. Every rank runs the model equally often and on the same number of sequences, because the
+ranks of a sharded model gather its parameters together.
 
 Shapes: N sequences, B sequences of a micro-batch, T tokens, V vocabulary.
 """
@@ -25,12 +25,12 @@ from parallel.parallelize import ParallelModel
 from train.loss import IGNORED, token_losses
 
 Take = Callable[[int, int], Batch]
-"""Sequences [start, stop) as a batch."""
+"""Returns sequences [start, stop) as a batch."""
 
 
 @dataclass(frozen=True)
 class SourceLoss:
-    """`loss` in nats per token over `tokens` labelled tokens; `bits_per_byte` of the text that those tokens spell."""
+    """`loss` in nats per token over `tokens` labelled tokens; `bits_per_byte`: of the text of those tokens."""
 
     loss: float
     bits_per_byte: float
@@ -39,8 +39,8 @@ class SourceLoss:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Losses per source and their mean weighted by `data.sources`. A phase's own weights do not count, so that the
-    figures of a run can be compared.
+    """Losses of each source, and their mean with the weights in `data.sources`. The weights of a phase are not used, so
+    that all results of a run are comparable.
     """
 
     loss: float
@@ -70,10 +70,10 @@ def held_out_loss(
     micro_batch_size: int,
     weights: dict[str, float],
 ) -> HeldOut:
-    """The loss of the first `sequences` of each source's held-out split, spread over the ranks.
+    """Compute the loss of the first `sequences` sequences of each source's held-out split, divided over the ranks.
 
-    `bytes_V`: bytes of text of each token id. Sources without a held-out sequence of this length are dropped; raises
-    `DataError` where none is left.
+    `bytes_V`: number of bytes of text of each token id. Sources without a held-out sequence of this length are dropped.
+    Raises `DataError` if none is left.
     """
     weights = {source: weight for source, weight in weights.items() if loader.num_held_out(source)}
     if not weights:
@@ -99,8 +99,8 @@ def held_out_loss(
 
 @torch.no_grad()
 def sequence_losses(placed: ParallelModel, take: Take, count: int, micro_batch_size: int) -> Tensor:
-    """Mean loss of each of `count` sequences in nats per labelled token, float64 [N] on every rank; NaN for a sequence
-    without a label.
+    """Return the mean loss of each of `count` sequences in nats per labelled token, float64 [N] on every rank. It is
+    NaN for a sequence without labels.
     """
     sums_N2 = torch.zeros(count, 2, dtype=torch.float64, device=placed.device)
     placed.model.eval()
@@ -117,9 +117,9 @@ def sequence_losses(placed: ParallelModel, take: Take, count: int, micro_batch_s
 
 
 def _local_batches(take: Take, count: int, micro_batch_size: int, axis: MeshAxis) -> Iterator[tuple[int, Batch]]:
-    """This rank's micro-batches of `count` sequences, each with its first sequence's number (`count` for padding).
+    """Yield this rank's micro-batches of `count` sequences, each with its first sequence's number (`count` if padding).
 
-    With several ranks all micro-batches have equally many sequences: those that are added have no labels.
+    With several ranks all micro-batches have the same number of sequences; padding sequences have no labels.
     """
     starts, full = range(0, count, micro_batch_size), take(0, min(micro_batch_size, count))
     for turn in range(0, len(starts), axis.size):
@@ -130,7 +130,7 @@ def _local_batches(take: Take, count: int, micro_batch_size: int, axis: MeshAxis
 
 
 def _padded(batch: Batch | None, full: Batch) -> Batch:
-    """`batch` with as many sequences as `full`, the added ones without labels."""
+    """Pad `batch` to as many sequences as `full`; the added sequences have no labels."""
     count = 0 if batch is None else len(batch.tokens_BT)
     spare = full.slice(count, len(full.tokens_BT))
     spare.labels_BT = torch.full_like(spare.labels_BT, IGNORED)
@@ -138,7 +138,7 @@ def _padded(batch: Batch | None, full: Batch) -> Batch:
 
 
 def _losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
-    """Losses and labels [B, T] of this rank's part of a batch; None where another rank counts it."""
+    """Return losses and labels [B, T] of this rank's part of a batch, or None if another rank counts them."""
     shard = placed.context_shard(batch.tokens_BT.shape[1])
     context = placed.sequence_context(batch.positions_BT)
     logits_BTV = placed.logits(shard.take(batch.tokens_BT).to(placed.device), context)
@@ -150,7 +150,7 @@ def _losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None
 
 
 def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:
-    """Nats, tokens and bytes of this rank's part of a batch; zeros where another rank counts it."""
+    """Return nats, tokens and bytes of this rank's part of a batch, or zeros if another rank counts them."""
     if (losses := _losses(placed, batch)) is None:
         return torch.zeros(3, dtype=torch.float64, device=placed.device)
     losses_BT, labels_BT = losses

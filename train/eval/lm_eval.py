@@ -45,7 +45,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """The log-probability of each continuation after its context, and whether greedy decoding produces it."""
+        """Return each continuation's log-probability after its context, and whether greedy decoding produces it."""
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         windows = []
         for place, (_, before, continuation) in enumerate(requests):
@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole texts, split into windows that do not overlap."""
+        """Return the log-probability of each text, split into windows that do not overlap."""
         results = []
         for request in requests:
             windows = utils.get_rolling_token_windows(
@@ -72,7 +72,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first stop string, without it."""
+        """Return the continuations up to the first stop string, without it."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, prompt: str, options: dict[str, Any]) -> str:
@@ -104,7 +104,7 @@ def run_tasks(
     few_shot: int | None = None,
     out: str | None = None,
 ) -> int:
-    """Evaluate on one process and print a table; results and samples go to `out` as JSON."""
+    """Evaluate tasks in one process and print a table. Write results and samples to `out` as JSON."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -114,7 +114,7 @@ def run_tasks(
     if own is not None and not Path(own).is_dir():
         raise ConfigError("task_path", task_path, "no such directory")
     manager = TaskManager(include_path=own, include_defaults=False)
-    if not set(tasks) <= set(manager.all_tasks):  # listing the harness's own thousands takes seconds
+    if not set(tasks) <= set(manager.all_tasks):  # listing the harness's thousands of tasks takes seconds
         manager = TaskManager(include_path=own)
     for task in tasks:
         if task not in manager.all_tasks:
@@ -135,13 +135,13 @@ def run_tasks(
 
 
 def open_scoring_model(path: Path, world: World, backend: Backend | None = None) -> ScoringModel:
-    """The model in a run's directory, an imported one, or one in the Hugging Face format; the last two in float32.
+    """Open the model in a run's directory, an imported model, or a Hugging Face model; the last two in float32.
 
-    Raises `ConfigError` where a `backend` is given that would not be used.
+    Raises `ConfigError` if `backend` is given for a model that is not a run.
     """
     if (path / "config.yaml").exists():
         return from_run(path, world, backend, MODELS)
     if backend is not None:
-        reason = "is for runs: any other model is evaluated in float32, by PyTorch; drop it"
+        reason = "applies to runs only: any other model is evaluated in float32, by PyTorch; remove it"
         raise ConfigError("backend", backend, reason)
     return from_directory(path, world.device)

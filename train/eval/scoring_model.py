@@ -1,6 +1,6 @@
-"""A model that returns the losses of given tokens: for the filter's scorers and for lm-eval's tasks.
+"""A model that returns the losses of given tokens, for the filter's scorers and for lm-eval's tasks.
 
-It is a run, an imported model, a directory in the Hugging Face format, or a model that transformers opens.
+The model is a run, an imported model, a directory in the Hugging Face format, or one that transformers opens.
 
 Shapes: B batch, T sequence, V vocabulary.
 """
@@ -34,7 +34,7 @@ from train.checkpoint.reader import TOKENIZER, load_origin
 from train.checkpoint.restore import restore
 
 DEFAULT_CONTEXT = 2048
-"""Of a model whose configuration does not name its longest sequence."""
+"""Context of a model whose configuration does not state its longest sequence."""
 
 
 class TextTokenizer(Protocol):
@@ -42,7 +42,7 @@ class TextTokenizer(Protocol):
     eos_id: int
 
     def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        """Ids of each text, without BOS and EOS."""
+        """Return the ids of each text, without BOS and EOS."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -58,9 +58,9 @@ class TokenWindow:
 
 @dataclass(frozen=True)
 class ScoringModel:
-    """`logits`: [B, T, V] of token ids [B, T] (int64, on the host) of sequences that begin at position 0. `context`:
-    the tokens that the model was made for. `identity`: the kind of model, and what its losses depend on besides its
-    weights.
+    """A network with its tokenizer. `logits` returns [B, T, V] for token ids [B, T] (int64, on the host); sequences
+    begin at position 0. `context`: the longest sequence that the model was made for. `identity`: the kind of model, and
+    everything besides the weights that its losses depend on.
     """
 
     network: nn.Module
@@ -71,7 +71,7 @@ class ScoringModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the weights, the tokenizer and how products are computed."""
+        """Hash of the weights, the tokenizer and the number formats."""
         weights = xxhash.xxh3_128()
         for name, tensor in sorted(self.network.state_dict().items()):
             content = local(tensor).detach().cpu().contiguous().reshape(-1)
@@ -80,18 +80,19 @@ class ScoringModel:
         return sha256_text(self.identity[0], weights.hexdigest(), *self.identity[1:])
 
     def next_logits(self, tokens: list[int]) -> Tensor:
-        """Logits [V] of the token after `tokens`."""
+        """Return the logits [V] of the token after `tokens`."""
         return self.logits(torch.tensor([tokens]))[0, -1]
 
     @torch.no_grad()
     def losses(self, windows: Sequence[TokenWindow], batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        """For each window: the losses of its counted labels in nats, float32 [counted] on the CPU, and whether each of
-        these labels is the most probable token.
+        """Return for each window the losses of its counted labels in nats, float32 [counted] on the CPU, and whether
+        each of these labels is the most probable token.
 
-        Windows are sorted by length and run `batch_size` at a time, padded at their ends, where no earlier token looks.
+        Windows are sorted by length and run `batch_size` at a time. They are padded at their ends, which earlier tokens
+        do not attend to.
         """
         results: list[Any] = [None] * len(windows)
-        order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))  # the largest first: memory shows early
+        order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))  # longest first: needs most memory
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             chosen = [windows[index] for index in indices]
@@ -111,7 +112,7 @@ class ScoringModel:
 def from_run(
     directory: Path, world: World, backend: Backend | None = None, models: Models | None = None
 ) -> ScoringModel:
-    """The newest whole checkpoint of a run, computed as in training. The tokenizer is its corpus's.
+    """Open the newest intact checkpoint of a run, to compute as in training, with the tokenizer of its corpus.
 
     `models`: as in `get_corpus`. In a process group all ranks call this together; with a `world` of one process each
     rank has the whole model.
@@ -123,7 +124,7 @@ def from_run(
 
 
 def from_directory(path: Path, device: torch.device) -> ScoringModel:
-    """An imported model, or one in the Hugging Face format, in float32."""
+    """Open an imported model, or one in the Hugging Face format, in float32."""
     source = open_model(path)
     if isinstance(source, HuggingFaceCheckpoint):
         folder, settings = path, source.raw_config.get("text_config") or source.raw_config
@@ -138,12 +139,12 @@ def from_directory(path: Path, device: torch.device) -> ScoringModel:
 
 
 def from_transformers(name: str, device: torch.device) -> ScoringModel:
-    """A causal language model by its directory or its name on the hub: float32 on a CPU, bfloat16 on a GPU.
+    """Open a causal language model by its directory or its name on the hub: float32 on a CPU, bfloat16 on a GPU.
 
     Only safetensors are read, and no code that comes with a model is run.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("", name, "is not a run, and others need transformers: pip install 'transformers>=5.20'")
+        raise ConfigError("", name, "is not a run; other models need transformers: pip install 'transformers>=5.20'")
     import transformers
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -172,7 +173,7 @@ def from_transformers(name: str, device: torch.device) -> ScoringModel:
 
 
 class _TransformersTokenizer:
-    """Text that looks like a special token is ordinary text. EOS stands in for a missing BOS."""
+    """A transformers tokenizer. Text that looks like a special token is ordinary text. EOS replaces a missing BOS."""
 
     def __init__(self, name: str, library: Any) -> None:
         self.library, self.eos_id = library, library.eos_token_id
@@ -183,7 +184,7 @@ class _TransformersTokenizer:
         self.fingerprint = backend.to_str() if backend is not None else json.dumps(library.get_vocab(), sort_keys=True)
 
     def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        # `verbose` would warn of long texts, which are split into windows
+        # `verbose` would warn about long texts, which are split into windows
         return self.library(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -201,7 +202,7 @@ def _ours(
 
 
 def _tokenizer(folder: Path) -> JsonTokenizer:
-    """The tokenizer in `tokenizer.json`, with the special tokens that `tokenizer_config.json` names."""
+    """Open the tokenizer in `tokenizer.json`, with the special tokens that `tokenizer_config.json` names."""
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder} has no tokenizer.json: texts cannot be turned into tokens")
     path = folder / "tokenizer_config.json"

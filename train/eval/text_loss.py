@@ -1,13 +1,13 @@
-"""Losses of texts by token, for the filter's scorers.
+"""Per-token losses of a text that follows another text, for the filter's scorers.
 
-First and second text are tokenised apart, so that the tokens of the second do not depend on the first. BOS comes first,
-as in packed documents (EOS where the tokenizer has no BOS). A text longer than `context` is split into windows of
-`context` tokens. The first window counts all its tokens; each later one counts its last half (the last window what is
-left), which sees the half before it. Later windows begin inside the text, at position 0 and without BOS, as sequences
-of packed documents do.
+The first and the second text are tokenised separately, so that the tokens of the second do not depend on the first. BOS
+comes first, as in packed documents (EOS if the tokenizer has no BOS). A text longer than `context` is split into
+overlapping windows of `context` tokens. The first window counts all its tokens. Each later window counts its second
+half (the last window only what is left) and sees its first half. Later windows begin inside the text, at position 0 and
+without BOS, as sequences of packed documents do.
 
-Which texts share a batch changes a loss in its last bits (by more where FP8 scales span the batch). Scores are cached
-for that reason.
+The other texts in a batch change a loss in its last bits (by more if FP8 scales span the batch). Scores are cached for
+that reason.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def open_losses(name: str, config: ScorerConfig, models: Models | None = None) -
 
 
 def token_losses(model: ScoringModel, context: int, batch_size: int) -> TokenLosses:
-    """The losses of second texts after first ones, in windows of `context` tokens."""
+    """Return a function that computes the losses of second texts after first ones, in windows of `context` tokens."""
 
     def losses(pairs: Sequence[tuple[str, str]]) -> list[NDArray[np.float32]]:
         first = model.tokenizer.encode([pair[0] for pair in pairs])
@@ -68,7 +68,7 @@ def token_losses(model: ScoringModel, context: int, batch_size: int) -> TokenLos
 
 
 def windows(text: int, ids: list[int], wanted: int, context: int) -> list[TokenWindow]:
-    """The windows that have the last `wanted` of `ids` as labels, in order. Where windows end does not depend on
+    """Return the windows that have the last `wanted` of `ids` as labels, in order. The ends of windows do not depend on
     `wanted`.
     """
     found, end, first = [], 0, len(ids) - wanted

@@ -1,4 +1,4 @@
-"""The measurement of a coordinate check: how much a few training steps change activations on a fixed batch."""
+"""Measure, for a coordinate check, how much a few training steps change the activations on a fixed batch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from train.engine.base import optimizer_step
 from train.engine.fsdp import TorchEngine
 
 QUANTITIES = ("embedding", "attention", "moe", "router", "residual", "logits")
-"""Output of the embedding, of the last layer's attention, of the last MoE layer's experts; logits of its router; the
-residual stream before the final norm; the model's logits.
+"""The outputs of the embedding, of the last layer's attention and of the last MoE module; the logits of its router; the
+residual stream before the final norm; and the model's logits.
 """
 
 

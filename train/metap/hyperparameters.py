@@ -1,8 +1,8 @@
-"""Derive the hyperparameters of a run with a base at every start, and compare them with stored ones.
+"""Derive the hyperparameters of a run from its base at every start, and compare them with the stored ones.
 
-With a base, `optimizer` and `model.init` hold the values found at the base. The values of this run are stored beside
-them (`optimizer.transferred`, `model.init.roles`, `model.multipliers`, `hparam.table`), so that a run's configuration
-shows every value and a change to one of them is detected.
+In a run with a base, `optimizer` and `model.init` hold the values found at the base's size. The derived values of the
+run itself are stored next to them (`optimizer.transferred`, `model.init.roles`, `model.multipliers`, `hparam.table`),
+so that the configuration shows every value and an edited value is detected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DERIVED: dict[str, Any] = {
     "optimizer.transferred": None,
     "hparam.table": None,
 }
-"""Keys of derived values, with what they hold before anything is derived."""
+"""Keys of derived values, each with its value before derivation."""
 
 
 def derive(config: TrainConfig) -> Resolved:
@@ -45,7 +45,7 @@ def derive(config: TrainConfig) -> Resolved:
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """The run with derived values filled in; itself without a base.
+    """Return the configuration with derived values filled in, or unchanged if it has no base.
 
     Raises `ConfigError` for a stored value that differs from the derived one.
     """
@@ -78,12 +78,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def warnings(config: TrainConfig) -> tuple[str, ...]:
-    """Changes from the base over which transfer is not established, with what to sweep again."""
+    """Return the changes from the base across which transfer is not established, with the sweep to repeat for each."""
     return () if config.hparam.base is None else derive(config).warnings
 
 
 def without_derived(config: TrainConfig) -> TrainConfig:
-    """The run without derived values: what the user set."""
+    """Return the configuration without derived values, as the user set it."""
     if config.hparam.base is None:
         return config
     model = replace(config.model, init=replace(config.model.init, roles={}), multipliers=MultipliersConfig())
@@ -108,14 +108,14 @@ def _compare(given: TrainConfig, derived: TrainConfig) -> None:
 
 
 def scale_of_run(config: TrainConfig) -> Scale:
-    """The size of the run's first phase: later ones can still be added and have their own schedules."""
+    """Return the size of the run's first phase. Later phases may be added at any time and have their own schedules."""
     first = phases(config)[0]
     batch = first.global_batch_size * first.seq_len
     return scale_of(config.model, batch, batch * first.stop)
 
 
 def as_base(config: TrainConfig) -> TrainConfig:
-    """The run with itself as base; unchanged, but without derived values, if it has a base already."""
+    """Return the configuration with the run itself as its base. If it has a base, only remove derived values."""
     if config.hparam.base is not None:
         return without_derived(config)
     base, multipliers = scale_of_run(config), config.model.multipliers
@@ -124,7 +124,7 @@ def as_base(config: TrainConfig) -> TrainConfig:
 
 
 def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: OptimizerConfig) -> BaseHyperparameters:
-    """The values that `model.init` and `optimizer` give each role in a model of the base's size."""
+    """Return the values that `model.init` and `optimizer` give each role in a model of the base's size."""
     sizes, init = dataclasses.asdict(base), replace(model.init, roles={})
     matrices = [role for role in roles if not role.is_norm]
     router = model.router

@@ -12,8 +12,8 @@ from train.metap.hyperparameters import as_base, resolve
 
 
 def grown_run(config: TrainConfig, axis: SizeAxis, factor: int) -> TrainConfig:
-    """The run `factor` times as large along `axis`. A larger batch keeps the number of tokens, a longer run the batch;
-    warmup keeps its share of the steps. Raises `ConfigError` if `factor` does not divide the steps.
+    """Return the run `factor` times as large along `axis`. A larger batch keeps the number of tokens; a longer run
+    keeps the batch. Warmup keeps its fraction of the steps. Raises `ConfigError` if `factor` does not divide the steps.
     """
     training, schedule = config.training, config.schedule
     if axis is SizeAxis.batch:
@@ -30,6 +30,6 @@ def grown_run(config: TrainConfig, axis: SizeAxis, factor: int) -> TrainConfig:
 
 
 def carried(config: TrainConfig, axis: SizeAxis, factor: int, rules: Parametrization) -> TrainConfig:
-    """The run grown from itself as base (or from its own base), with hyperparameters transferred by `rules`."""
+    """Return the grown run, with hyperparameters transferred by `rules` from its base, or else from the run itself."""
     larger = grown_run(as_base(config), axis, factor)
     return resolve(replace(larger, hparam=replace(larger.hparam, rules=rules)))

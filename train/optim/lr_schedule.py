@@ -1,4 +1,4 @@
-"""Learning-rate schedules as a factor on each group's peak."""
+"""Learning-rate schedules, as a factor on each group's peak learning rate."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class LRSchedule(Enum):
 
 @dataclass(frozen=True)
 class LRScheduleConfig:
-    """Linear warmup over `warmup_steps`, then `kind`.
+    """Linear warmup over `warmup_steps`, then `kind`. `final` is a fraction of the peak.
 
-    wsd: stays at the peak and falls linearly to `final` over the last `decay` share of the steps (Hu et al. 2024,
+    wsd: stays at the peak, then falls linearly to `final` over the last fraction `decay` of the steps (Hu et al. 2024,
     arXiv 2404.06395, section 4). cosine: half a cosine from the peak to `final` (Loshchilov & Hutter 2017).
     """
 
     kind: LRSchedule | str = LRSchedule.wsd
-    """A name, or the import path of a function: `my.module:function` of (step, steps, **options) returns the factor for
-    `step` (from 0) of `steps`; warmup is applied to it.
+    """A name, or the import path of a function, `my.module:function`. Called with (step, steps, **options), it returns
+    the factor for `step` (from 0) of `steps`; the result is multiplied by the warmup factor.
     """
     warmup_steps: int = 0
     decay: float = 0.2
@@ -45,7 +45,7 @@ class LRScheduleConfig:
         check_options(self.kind, self.options)
 
     def function(self) -> Callable[[int, int], float]:
-        """Import the function of a schedule by import path. Raises `ConfigError` if it does not take the arguments."""
+        """Import the function that `kind` names. Raises `ConfigError` if it does not take the arguments."""
         return load(str(self.kind), "kind", 0, 1, options=self.options)
 
     def factor(self, step: int, steps: int) -> float:

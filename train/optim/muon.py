@@ -1,10 +1,10 @@
 """Muon (Jordan 2024; Liu et al. 2025, "Muon is scalable"): orthogonalised momentum for the matrices of hidden layers.
 
 The update of a matrix is its momentum with all singular values brought near 1 by a Newton-Schulz iteration. The
-iteration needs whole logical matrices: query, key, value, output, gate, up and down, each expert's own.
+iteration needs whole logical matrices: query, key, value, output, gate, up and down, separately for each expert.
 `parallel.whole_matrices` gathers the shards. AdamW updates all other parameters.
 
-Shapes: N matrices, O rows (outputs), I columns (inputs); a rank has o and i of them.
+Shapes: N matrices, O rows (outputs), I columns (inputs); a rank's shard has o rows and i columns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from precision.config import Compute, PrecisionConfig
 from precision.gemm import widened
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Jordan's coefficients, steepest at 0: five steps bring singular values above 0.01 of the norm between 0.7 and 1.2."""
+"""Jordan's coefficients, steepest at 0: five steps bring singular values above 0.01 of the norm to 0.7-1.2."""
 
 
 class MuonScale(Enum):
@@ -60,9 +60,9 @@ class MuonConfig:
     """Newton-Schulz iterations."""
     scale: MuonScale = MuonScale.match_adamw
     eps: float = 1e-7
-    """Added to a matrix's norm before the division by it."""
+    """Added to the norm by which a matrix is divided."""
     products: Compute | None = None
-    """Dtype of the iteration and of its communication; null: that of the model's products."""
+    """Dtype of the iteration and of its communication; null: that of the model's matmuls."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("lr", "eps"))
@@ -72,7 +72,7 @@ class MuonConfig:
             raise ConfigError("steps", self.steps, "must be from 1 to 20", [5])
 
     def format(self, compute: torch.dtype) -> torch.dtype:
-        """Return the dtype of the iteration for a model whose products are in `compute`."""
+        """Return the dtype of the iteration for a model whose matmuls are in `compute`."""
         return compute if self.products is None else PrecisionConfig(self.products).compute_dtype
 
 
@@ -96,8 +96,9 @@ def orthogonalise(x_NOI: Tensor, steps: int, eps: float) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Updates the parameters of `groups` by Muon and steps `rest`, the optimizer of all other parameters.
 
-    `param_groups` and `state` cover both. `parameters` are those of `groups` by name, `rounds` the plan that covers
-    them. State: one `momentum` per parameter, sharded like the parameter, in dtype `moments` (None: the parameter's).
+    `param_groups` and `state` cover both. `parameters` are those of `groups` by name, and `rounds` is the plan that
+    gathers their matrices. State: one `momentum` per parameter, sharded like the parameter, in dtype `moments` (None:
+    the parameter's).
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Raises `ValueError` if a matrix has no gradient: the ranks with its other shards would wait for this one."""
+        """Update all parameters. Raises `ValueError` if a matrix has no gradient: ranks with its shards would wait."""
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 raise ValueError(f"{name} has no gradient")
@@ -140,7 +141,7 @@ class Muon(torch.optim.Optimizer):
                 self._update(piece, update_Noi, factor)
 
     def _directions(self, piece: MatrixRange) -> Tensor:
-        """Update the momentum; return the direction to orthogonalise: the momentum, with Nesterov a step ahead."""
+        """Update the momentum and return what to orthogonalise: the momentum, with `nesterov` one step ahead."""
         parameter, kept = self.parameters[piece.name], self.config.momentum
         assert parameter.grad is not None
         gradient_Noi = widened(piece.of(local(parameter.grad)))

@@ -22,7 +22,7 @@ from train.optim.adamw_bf16 import AdamWBF16, fresh_state
 from train.optim.muon import Muon, MuonConfig
 
 SLOWEST_IN_BFLOAT16 = 0.99
-"""Largest decay of a bf16 moment. bf16 has 8 significant bits: a change of less than 1/256 a step is rounded away."""
+"""Largest beta of a bf16 moment. bf16 has 8 significant bits: a relative change below 1/256 a step is rounded away."""
 
 
 class OptimizerKind(Enum):
@@ -112,7 +112,7 @@ class OptimizerConfig:
         return torch.bfloat16 if self.moments is Moments.bfloat16 else precision.master_dtype
 
     def by_muon(self, role: Role) -> bool:
-        """Whether Muon updates parameters of this role."""
+        """Return whether Muon updates parameters of this role."""
         return self.kind is OptimizerKind.muon and role.is_matrix
 
     @property
@@ -183,7 +183,7 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], factor: float) -> None:
 
 def prime(optimizer: torch.optim.Optimizer) -> None:
     """Allocate the state that the first step would allocate, so that a checkpoint can be loaded into it."""
-    if isinstance(optimizer, torch.optim.SGD | PagedAdamW):  # without state; allocated already
+    if isinstance(optimizer, torch.optim.SGD | PagedAdamW):  # no state, or already allocated
         return
     if isinstance(optimizer, Muon):
         optimizer.prime()

@@ -1,4 +1,4 @@
-"""The report of one run, or of several side by side: one HTML page with all its plots inside."""
+"""The report of one run, or of several side by side: one HTML page that contains all plots."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_report(directories: Sequence[Path], out: Path) -> None:
 
 
 def repeat_command(run: RunData) -> str:
-    """A shell command that repeats the run under another name, from any folder."""
+    """Return a shell command that repeats the run under another name, from any folder."""
     name = f"{run.name}-again"
     value = name if re.fullmatch(r"[A-Za-z][\w.-]*", name) else quoted(name)
     path = (run.directory / "config.yaml").resolve()
@@ -44,7 +44,7 @@ def repeat_command(run: RunData) -> str:
 
 
 def _page(runs: Sequence[RunData], pictures: Sequence[Picture], folder: Path) -> str:
-    """`folder`: of the page, to which links are relative."""
+    """Render the page. `folder`: the folder of the page, to which links are relative."""
     described = [
         {
             "name": run.name,
@@ -67,7 +67,7 @@ def _page(runs: Sequence[RunData], pictures: Sequence[Picture], folder: Path) ->
 
 
 def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
-    """Label -> the figure of each run, "-" if it has none."""
+    """Return, by label, the value of each run, "-" if it has none."""
     held_out = [run.summary.get("heldout") or {} for run in runs]
     sources = [one.get("sources", {}) for one in held_out]
     memory = [run.figure("peak_memory_bytes") for run in runs]
@@ -91,7 +91,7 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
 
 
 def _differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:
-    """Key -> its value in each run, for keys whose values differ."""
+    """Return, by key, its value in each run, for keys whose values differ."""
     first, *others = (plain(run.config) for run in runs)
     found = [differences(first, other) for other in others]
     keys = {key: before for some in found for key, (before, _) in some.items()}

@@ -1,4 +1,4 @@
-"""Plots of a report, as PNG. Several runs share the axes; figures per MoE layer get a plot for each run."""
+"""Plots of a report, as PNG. Each plot shows all runs, but plots of MoE layers show one run each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Picture(NamedTuple):
     title: str
     png: bytes
     wide: bool
-    """Whether it takes the whole width of the page; two of the others share a row."""
+    """Whether the plot has the full width of the page; two other plots fit in a row."""
 
 
 class _Plot(NamedTuple):
@@ -32,7 +32,7 @@ class _Plot(NamedTuple):
 
 
 def draw(runs: Sequence[RunData]) -> list[Picture]:
-    """Every plot that the runs have figures for."""
+    """Draw every plot for which the runs have data."""
     found = [_picture(name, plot.title, plot, runs) for name, plot in _PLOTS.items()]
     for number, run in enumerate(runs, start=1):
         name_end, title_end = (f"_{number}", f": {run.name}") if len(runs) > 1 else ("", "")
@@ -52,7 +52,7 @@ def _picture(name: str, title: str, plot: _Plot, runs: Sequence[RunData]) -> Pic
 
 
 def _loss(axes: Axes, runs: Sequence[RunData]) -> None:
-    """Training loss, held-out loss by source and the baselines. With several runs, the mean over sources only."""
+    """Draw training loss, held-out loss and baselines; the held-out loss of each source only for a single run."""
     for run, colour in zip(runs, cycle(len(runs)), strict=True):
         name = f"{run.name}: " if len(runs) > 1 else ""
         axes.plot(run.steps, run.values("loss"), color=colour, alpha=0.35, linewidth=1, label=f"{name}training")
@@ -74,7 +74,7 @@ def _loss(axes: Axes, runs: Sequence[RunData]) -> None:
 
 
 def _series(key: str, label: str, factor: float = 1.0, logarithmic: bool = False) -> Callable[..., None]:
-    """Draw one logged figure of each run."""
+    """Return a function that draws one metric of each run."""
 
     def drawing(axes: Axes, runs: Sequence[RunData]) -> None:
         for run, colour in zip(runs, cycle(len(runs)), strict=True):
@@ -91,7 +91,7 @@ def _series(key: str, label: str, factor: float = 1.0, logarithmic: bool = False
 
 
 def _expert_load(axes: Axes, runs: Sequence[RunData]) -> None:
-    """A row per layer, a column per step; 1 is an even load."""
+    """Draw a row for each layer and a column for each logged step; 1 is an even load."""
     (run,) = runs
     table = run.by_layer("max_over_mean")
     steps, layers = run.layer_steps, len(run.layers)
@@ -108,7 +108,7 @@ def _expert_load(axes: Axes, runs: Sequence[RunData]) -> None:
 
 
 def _layers(key: str, label: str) -> Callable[..., None]:
-    """Draw one figure with a line per layer, shaded from the first to the last."""
+    """Return a function that draws one metric as a line for each layer, shaded from the first to the last."""
 
     def drawing(axes: Axes, runs: Sequence[RunData]) -> None:
         from matplotlib import colormaps

@@ -1,4 +1,4 @@
-"""What a run's directory holds for its report; an unfinished run has as much as it has logged."""
+"""Read the data for a report from a run's directory. An unfinished run has as much as it has logged."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from train.config import TrainConfig, phases
 from train.run_directory import load_config, read_lines
 
 SPIKE = 1.5
-"""A logged loss is a spike if it exceeds the median of the ten before it by this many nats."""
+"""A logged loss is a spike if it exceeds the median of the ten logged before it by this many nats."""
 UNEVEN = 4.0
-"""Largest load of an expert over the mean, at the end of a run, that needs no warning."""
+"""Largest ratio of an expert's load to the mean, at the end of a run, that causes no warning."""
 
 
 class RunData:
@@ -49,7 +49,7 @@ class RunData:
         return [line[key] for line in self.lines]
 
     def figure(self, key: str) -> Any:
-        """A figure of the summary, or of the last logged step; None if neither has it."""
+        """Return a metric of the summary, or else of the last logged step; None if neither has it."""
         return self.summary.get(key, self.lines[-1].get(key))
 
     @cached_property
@@ -62,17 +62,17 @@ class RunData:
 
     @property
     def layer_steps(self) -> list[int]:
-        """Steps with figures per layer."""
+        """Steps with metrics of MoE layers."""
         return [line["step"] for line in self.lines if "expert_load" in line]
 
     def by_layer(self, key: str) -> list[list[float]]:
-        """A series over `layer_steps` for each MoE layer: of a router's figure, or of a figure of its expert load."""
+        """Return for each MoE layer the values, over `layer_steps`, of a router metric or an expert-load metric."""
         lines = [line for line in self.lines if "expert_load" in line]
         table = [line[key] if key in line else [load[key] for load in line["expert_load"]] for line in lines]
         return [list(series) for series in zip(*table, strict=True)]
 
     def warnings(self) -> Iterator[str]:
-        """What needs a look, with the figure that shows it."""
+        """Yield a sentence for each symptom that needs attention, with the value that shows it."""
         last, total = self.lines[-1], phases(self.config)[-1].stop
         if last["step"] < total:
             yield f"The run has reached step {last['step']:,} of {total:,}."

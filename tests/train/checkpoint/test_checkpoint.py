@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(checkpointer, said, damage)
 def test_nothing_whole_is_an_error_and_not_a_fresh_start(checkpointer):
     save(checkpointer, 1)
     flip_a_byte(next(checkpointer.directory.glob("*/*.bin")))
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is intact"):
         loaded(checkpointer, 1.0)
 
 
@@ -158,7 +158,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(local_checkpointer, said):
         save(checkpointer, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(said) == 1 and "could not save step-00000002, going on without it: File too large" in said[0]
+    assert len(said) == 1 and "could not save step-00000002, continuing without it: File too large" in said[0]
     assert [p.name for p in checkpointer.directory.iterdir()] == ["step-00000001"], "nothing half-written is left"
     assert loaded(checkpointer, 1.0)["step"] == 1
     save(checkpointer, 3)
