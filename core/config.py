@@ -152,7 +152,7 @@ def _twin(cls: type) -> type:
         if dataclasses.is_dataclass(kind):
             default: Any = dataclasses.field(default_factory=typing.cast(Any, kind))
         elif f.default_factory is not dataclasses.MISSING:
-            # plain values, because frozen components would make their part of the schema read-only
+            # plain values, because a frozen component would make its part of the schema read-only
             default = dataclasses.field(default_factory=partial(_plain_made, f.default_factory))
         elif f.default is not dataclasses.MISSING:
             default = dataclasses.field(default=plain(f.default) if _open_enum(hints[f.name]) else f.default)

@@ -71,7 +71,7 @@ def _in_store(path: Path, how: str) -> list[Path]:
 
 
 def opened(path: Path) -> AbstractContextManager[Any]:
-    """Enter what column readers take: a local path, which they map themselves, or an open remote file."""
+    """Yield the argument for a Parquet reader: a local path, which it can memory-map, or an open remote file."""
     return nullcontext(path) if is_local(path) else path.open("rb")
 
 

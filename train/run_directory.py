@@ -142,7 +142,7 @@ class RunDirectory:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"")
             probe.unlink()
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # stores raise their own errors
             if elsewhere is None:
                 raise
             raise ConfigError("checkpoint.directory", elsewhere, f"cannot be written: {error}") from error
@@ -188,7 +188,7 @@ def write_config(path: Path, config: TrainConfig) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole JSON lines, none where there is no file; a line that a kill or a full disk cut short is dropped."""
+    """Yield the complete JSON lines of a file, if there is one. Truncated lines (a kill, a full disk) are dropped."""
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)

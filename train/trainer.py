@@ -189,8 +189,8 @@ class Trainer:
 
     @contextmanager
     def _ended_by_errors(self) -> Iterator[None]:
-        """When all ranks raise an error, finish the checkpoint being written before it propagates. A run that diverges
-        leaves a file, which a sweep takes as its result.
+        """If all ranks raise an error, finish the checkpoint that is being written before the error propagates. A run
+        that diverges writes a file, from which a sweep takes its result.
         """
         try:
             yield

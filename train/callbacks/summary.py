@@ -1,4 +1,4 @@
-"""The end of a run: summary.json and the report."""
+"""Write summary.json and the report at the end of a run."""
 
 from __future__ import annotations
 

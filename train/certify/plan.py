@@ -271,7 +271,7 @@ def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
 
 
 def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: ParallelConfig, model: ModelConfig) -> Trial:
-    """The smallest world with these degrees. Experts use the dp_shard * cp * tp ranks, so dp_shard grows until ep * etp
+    """Return the smallest layout with these degrees. Experts use dp_shard * cp * tp ranks, so dp_shard grows until ep * etp
     divides them, and if dp_shard is in `axes`, until experts are sharded as well. Uneven stages are tried with one
     layer in each stage but the last.
     """

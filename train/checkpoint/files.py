@@ -1,9 +1,9 @@
-"""The files of a checkpoint: the bytes of shards, one file per rank.
+"""The shard files of a checkpoint, one for each rank.
 
-A file holds the bytes of its shards one after another, without a container around each, so that they are written and
-read at the speed of the disk, straight from and into the tensors' memory. Each shard has a digest, made while it is
-written and checked while it is read. Digests are XXH3 of 128 bits: they find damage, not forgery, and keep up with the
-disk.
+A file holds the bytes of its shards one after another, without a container format, so that they are written from and
+read into the tensors' memory directly, at the speed of the disk. Each shard has a digest, which is computed while the
+shard is written and checked while it is read. Digests are 128-bit XXH3: they detect damage, not forgery, and are as
+fast as the disk.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from train.checkpoint.index import Damaged, IndexedShard, IndexedTensor, block, 
 from train.checkpoint.state import TensorShard
 
 BLOCK_BYTES = 1 << 20
-"""Parts of this size are hashed while they are still in the processor's cache."""
+"""Parts of this size are hashed while they are in the processor's cache."""
 
 
 def write_shards(path: Path, shards: Iterable[TensorShard]) -> dict[str, IndexedTensor]:
-    """Write shards one after another into a new file. Returns where each of them is."""
+    """Write shards one after another into a new file. Return the index entries of their tensors."""
     index: dict[str, IndexedTensor] = {}
     start = 0
     with open_raw(path, "wb") as file:
@@ -78,9 +78,9 @@ def read_state(checkpoint: Path, state: Sequence[TensorShard]) -> None:
 
 
 def read_shard(checkpoint: Path, shard: IndexedShard, into: Tensor | None = None) -> None:
-    """Fill a contiguous CPU tensor with a whole shard; without one, only verify the shard, in little memory.
+    """Fill a contiguous CPU tensor with a whole shard. Without a tensor, only verify the shard, in little memory.
 
-    Raises `Damaged` where it does not match its digest.
+    Raises `Damaged` if the shard does not match its digest.
     """
     digest = xxhash.xxh3_128()
     content = memoryview(bytearray(min(BLOCK_BYTES, shard.bytes))) if into is None else _memory(into)

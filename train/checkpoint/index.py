@@ -93,7 +93,7 @@ def block(tensor: Tensor, origin: Sequence[int], offset: Sequence[int], shape: S
 
 
 def commit(checkpoint: Path, parts: Iterable[Mapping[str, IndexedTensor]], progress: Mapping[str, Any]) -> None:
-    """Write the index, the trainer's state and, last, the marker, beside shards that are on the disk.
+    """Write the index, the trainer's state and, last, the marker. The shards must already be on disk.
 
     `parts`: what each rank has written. Raises `CheckpointError` unless the shards make up every tensor.
     """

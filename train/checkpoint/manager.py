@@ -57,7 +57,7 @@ class Checkpointer:
                 background.shutdown(wait=False)  # the thread ends with the save
                 return
             self._write(path, shards, progress)
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # stores raise their own errors
             self._failed(path, error)
         else:
             self._prune()
@@ -69,8 +69,8 @@ class Checkpointer:
         """
         written, failure = dict[str, IndexedTensor](), ""
         try:
-            if shards:  # a rank may hold nothing but copies that others write
-                path.mkdir(parents=True, exist_ok=True)  # rank 0 made it, perhaps on a disk of its own
+            if shards:  # a rank may hold only replicas that other ranks write
+                path.mkdir(parents=True, exist_ok=True)  # rank 0 made it, perhaps on another disk
                 written = write_shards(path / f"rank_{self.world.rank}.bin", shards)
         except Exception as error:
             failure = _root_cause(error)
@@ -173,7 +173,7 @@ class Checkpointer:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The operating system's message, from inside a store's exceptions."""
+    """Return the operating system's message from inside a store's exceptions."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     cause = error.__cause__ or error.__context__

@@ -1,7 +1,7 @@
-"""What a rank keeps of each tensor in a checkpoint.
+"""The shards of tensors that a rank holds.
 
-Every shard is a block of a whole tensor under the tensor's global name, so any layout reads what any other wrote. Of
-the ranks that keep the same block one writes it.
+Every shard is a block of a whole tensor under the tensor's global name, so any layout can read what any other wrote. If
+several ranks hold the same block, one of them writes it.
 """
 
 from __future__ import annotations

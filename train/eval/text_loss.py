@@ -30,12 +30,12 @@ from train.eval.scoring_model import ScoringModel, TokenWindow, from_run, from_t
 
 
 def open_losses(name: str, config: ScorerConfig, models: Models | None = None) -> tuple[TokenLosses, str]:
-    """Token losses of a model, and their fingerprint. `name`: the directory of a run, or a directory or name that
-    transformers opens.
+    """Open a model and return its token losses and their fingerprint. `name`: the directory of a run, or a directory or
+    name that transformers opens.
 
-    The model is on this process alone; on a GPU where there is one. The context is `config.seq_len`, or the model's own
-    where that is less. `models`: as in `get_corpus`. Raises `ConfigError` with an empty key where there is no such
-    model or transformers is missing.
+    The whole model is in this process, on a GPU if there is one. The context is `config.seq_len`, or the model's own if
+    that is shorter. `models`: as in `get_corpus`. Raises `ConfigError` with an empty key if there is no such model or
+    transformers is missing.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     folder = Path(name).expanduser()

@@ -190,5 +190,5 @@ def save_on_a_full_rank(directory: Path, asynchronous: bool) -> list[str]:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_one_rank_that_cannot_write_fails_the_save(ranks, tmp_path, asynchronous):
     said = ranks(2, save_on_a_full_rank, tmp_path, asynchronous)
-    assert said == [["could not save step-00000002, going on without it: No space left on device"]] * 2
+    assert said == [["could not save step-00000002, continuing without it: No space left on device"]] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

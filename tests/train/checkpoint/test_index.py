@@ -182,7 +182,7 @@ def test_an_honest_index_is_read(saved):
 def test_shards_that_make_up_no_tensor_are_not_committed(tmp_path, shards):
     said: list[str] = []
     checkpointer(tmp_path, said).save(1, [state(1.0)[number] for number in shards], {})
-    assert "going on without it: the shards of model.weight do not make up its shape [4, 3]" in said[0]
+    assert "continuing without it: the shards of model.weight do not make up its shape [4, 3]" in said[0]
 
 
 def test_tiles_are_told_from_overlaps_and_gaps():
