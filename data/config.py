@@ -127,7 +127,7 @@ class TokenizerConfig:
     pattern: str = O200K_PATTERN
     """For `tiktoken`: the regular expression that splits text before merging."""
     special_tokens: int = 2048
-    """For `tiktoken`: ids for special tokens, after those of the ranks."""
+    """For `tiktoken`: number of ids for special tokens, which follow the ids of the ranks."""
     bos: str = "<|begin_of_text|>"
     """First token of each document."""
     eos: str = "<|end_of_text|>"
@@ -176,7 +176,7 @@ class DataConfig:
         if not self.sources and not self.tokens:
             raise ConfigError("sources", None, "name at least one source, or a directory of tokens (data.tokens)")
         if self.filter is not None and self.tokens is not None:
-            reason = "data.tokens are already made: filter the documents before `leviathan tokenize`"
+            reason = "cannot be applied to data.tokens: set it when you run `leviathan tokenize`"
             raise ConfigError("filter", None, reason)
         for name in self.sources:
             if not re.fullmatch(r"[\w.-]+", name):

@@ -120,7 +120,7 @@ def find_corpus(cache: Path, fingerprint: str) -> Corpus | None:
 
 
 def prepare(config: DataConfig, report: Callable[[str], None], models: Models | None = None) -> Corpus:
-    """Tokenise the sources, or open the corpus that was made of the same sources before. Only one process may call it.
+    """Tokenise the sources, or open the corpus made from the same sources before. Only one process may call it.
 
     `report` gets lines of progress; `models` opens models for a filter that scores by their loss. Raises `ConfigError`
     with the key of an invalid source, `DataError` if a cached corpus is damaged or a new one cannot be written.
@@ -295,7 +295,7 @@ class _SourceWriter:
             return self._write_packed(packed)
         whole_document = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
         stream = self.streams[_split(document)]
-        # up to a multiple of `align`, unless the document ends before that
+        # pad up to a multiple of `align`, unless the document ends before it
         left = -stream.tokens % self.config.align if self.config.align is not None else 0
         padding = left if len(whole_document) > left else 0
         begin = stream.tokens + padding
@@ -317,7 +317,7 @@ class _SourceWriter:
             self.counts[TRAIN]["padding"] += sequence.space
 
     def _limit(self, ids: Any, counts: Counter[str]) -> Any:
-        """Return the ids to keep of a document, None to drop it."""
+        """Return the ids of a document to keep, None to drop the document."""
         limit, policy = self.config.limit_tokens, self.config.long_documents
         if limit is None or len(ids) <= limit or policy is LongDocuments.split:
             return ids

@@ -46,11 +46,11 @@ class Batch:
 
 
 class Loader:
-    """Batches of one phase. The sequences of a source are permuted again in each of its epochs.
+    """Make the batches of one phase. The sequences of a source are permuted again in each of its epochs.
 
-    `weights`: shares of the tokens without padding. `limits`: sequences after which a source is dropped. `taken`: how
-    many sequences earlier phases took of each source, in the order of the phase `origin` (None: this phase). Raises
-    `ConfigError` for a source shorter than one sequence, or a corpus packed for another `seq_len`.
+    `weights`: relative fractions of the tokens without padding. `limits`: sequences after which a source is dropped.
+    `taken`: how many sequences earlier phases took of each source, in the order of the phase `origin` (None: this
+    phase). Raises `ConfigError` for a source shorter than one sequence, or a corpus packed for another `seq_len`.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class Loader:
 
     def _range_around(self, ordinal: int) -> SampleRange:
         """Locate a sample and its neighbours; `within` is the sequence in the source's stream. The last result is
-        cached, because steps follow each other. The local value is returned, since another thread may replace the
-        cached one.
+        cached, because consecutive steps use neighbouring samples. The local value is returned, since another thread
+        may replace the cached one.
         """
         last = self._last
         if not last.begin <= ordinal < last.begin + len(last.sources):
@@ -132,7 +132,7 @@ class Loader:
         return last
 
     def _shuffled(self, source: int, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the sequences at these ordinals of a source's order."""
+        """Return the sequences at these ordinals in the permuted order of a source."""
         count = self._streams[source].num_sequences(self.seq_len)
         epochs, sequences = np.divmod(ordinals, count)
         for epoch in np.unique(epochs):

@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """Return the bytes of text that each id stands for, 0 for special tokens: [vocab_size]."""
+        """Return the number of bytes of text that each id stands for, 0 for special tokens: [vocab_size]."""
         ...
 
     def save(self, directory: Path) -> None: ...
@@ -71,8 +71,9 @@ class JsonTokenizer:
         return self._library.decode(list(ids), skip_special_tokens=True)
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """Return the bytes of each id: exact for byte-level vocabularies and those with byte fallback (`<0x0A>`, "▁"
-        for a space). Other vocabularies are decoded token by token, which may miss the spaces between words.
+        """Return the number of bytes of each id: exact for byte-level vocabularies and those with byte fallback
+        (`<0x0A>`, "▁" for a space). Other vocabularies are decoded token by token, which may miss the spaces between
+        words.
         """
         decoder = json.dumps(json.loads(self._path.read_text()).get("decoder"))
         added = self._library.get_added_tokens_decoder()

@@ -3,7 +3,7 @@
 The arms train on the filtered data, a random half, the longest half and all data, with equal numbers of tokens. For
 each seed, all arms start from the same initial weights and train the same model for the same number of steps. Arms are
 compared by loss on held-out sequences, which no filter changes, in thirds by difficulty. The difficulty of a sequence
-is its loss under the n-gram model of all training text. Each difference is to the random half of the same seed. Each
+is its loss under the n-gram model of all training text. Each difference is from the random half of the same seed. Each
 seed draws another random half, so the intervals include the variance of the draw.
 """
 
@@ -87,7 +87,8 @@ def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:
 
 def arms(rules: FilterRules, seed: int) -> Mapping[str, FilterRules | None]:
     """Return the filter of each arm. All filters have the same gates, so that only the selection differs."""
-    control = replace(rules, select=replace(rules.select, length_buckets=1))  # in buckets the longest cannot be chosen
+    # one length bucket, since a selection within buckets could not choose the longest records
+    control = replace(rules, select=replace(rules.select, length_buckets=1))
     random = replace(control, scorer=ScorerConfig(kind=ScorerKind.random), seed=rules.seed + seed)
     longest = replace(control, scorer=ScorerConfig(kind=ScorerKind.length))
     return {"filtered": rules, CONTROL: random, "longest half": longest, "everything": None}

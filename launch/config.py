@@ -162,6 +162,6 @@ def check_interval(config: TrainConfig, slurm: SlurmConfig, step_s: float | None
     interval = config.checkpoint.every * step_s
     if interval > limit - slurm.save_s:
         most = max(1, int((limit - slurm.save_s) / step_s))
-        speed = f"{interval:.0f} s at the {step_s:.2f} s per step seen so far"
-        reason = f"{speed}, longer than launch.slurm.time={slurm.time}"
+        speed = f"takes {interval:.0f} s at {step_s:.2f} s per step"
+        reason = f"{speed}, too long for launch.slurm.time={slurm.time}"
         raise ConfigError("checkpoint.every", config.checkpoint.every, reason, [most])

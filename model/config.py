@@ -254,7 +254,7 @@ class ModelConfig:
         if self.router.top_k > self.num_experts:
             raise ConfigError("router.top_k", self.router.top_k, f"must not exceed the {self.num_experts} experts")
         for key in ("hidden_size", "expert_hidden_size"):
-            if getattr(self, key) % 8:  # grouped kernels need rows of a multiple of 16 bytes in bfloat16
+            if getattr(self, key) % 8:  # grouped kernels need rows whose size in bfloat16 is a multiple of 16 bytes
                 raise ConfigError(key, getattr(self, key), "must be a multiple of 8 for the grouped matmul")
 
     @property

@@ -1,6 +1,6 @@
-"""What a layout costs, in closed form: bytes that a rank keeps, and the attention of one layer.
+"""Compute what a layout costs, in closed form: bytes that a rank keeps, and the attention of one layer.
 
-Nothing is built and no process group is needed. Tests compare with real ranks to the byte.
+Models are built on the meta device only, and no process group is needed. Tests compare bytes with those of real ranks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Entries = Iterator[tuple[tuple[str, str], Bytes | Fraction]]
 @dataclass(frozen=True)
 class BatchShape:
     """One step of one rank: `sequences` of `seq_len` tokens, `micro_batch_size` at a time. `aligned`: no document
-    starts inside an attention chunk and reaches into the next; otherwise one does in every micro-batch.
+    starts inside an attention chunk and reaches into the next; otherwise every micro-batch has such a document.
     """
 
     sequences: int
@@ -70,7 +70,7 @@ def static_bytes(
         if muon and spec.info.role.is_matrix:
             optimizer += width * spec.local_block.numel
         else:
-            optimizer += 2 * width * spec.local_block.numel + 4  # and a step count, float32
+            optimizer += 2 * width * spec.local_block.numel + 4  # with a step count, float32
     return StaticBytes(size * elements, size * elements, optimizer)
 
 
@@ -138,7 +138,7 @@ class AttentionCost:
 def attention_cost(
     model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, seq_len: int
 ) -> AttentionCost:
-    """Return the cost, which includes no halo because the chunks of a single document are those of the sequence."""
+    """Return the cost. It includes no halo, because the chunks of a single document are those of the sequence."""
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     part, heads, shared = seq_len // layout.cp, model.num_heads // layout.tp, model.num_kv_heads // layout.tp
     reach = min(seq_len, layer.attention_chunk_size or seq_len)

@@ -59,7 +59,7 @@ class EngineKind(Enum):
     fsdp2 = "fsdp2"
     """PyTorch's fully sharded data parallelism: parameters, gradients and optimizer state."""
     deepspeed = "deepspeed"
-    """DeepSpeed's ZeRO: see `parallel.zero`. Needs the extra `deepspeed`."""
+    """DeepSpeed's ZeRO: see `parallel.deepspeed`. Needs the extra `deepspeed`."""
 
 
 class Reduce(Enum):
@@ -250,8 +250,8 @@ class Layout(ParallelConfig):
             )
 
     def check_batch(self, global_batch_size: int, micro_batch_size: int) -> None:
-        """The global batch must divide evenly over the ranks, and a rank's sequences into micro-batches: as many as the
-        pipeline's schedule can run without idle ranks.
+        """Reject a global batch that the ranks cannot divide evenly, or a rank cannot divide into micro-batches. Reject
+        a number of micro-batches that the pipeline's schedule cannot run without leaving ranks idle.
         """
         if global_batch_size % self.dp:
             reason = f"must divide into dp_replicate * dp_shard = {self.dp} equal parts"
@@ -298,7 +298,7 @@ class Layout(ParallelConfig):
     def padded_length(self, model: ModelConfig, length: int) -> int:
         """Return the smallest length of at least `length` tokens that this layout can divide."""
         while length % (multiple := self.length_multiple(split_unit(model, length))):
-            length = -(-length // multiple) * multiple  # which may exceed the chunks of more layers
+            length = -(-length // multiple) * multiple  # the new length may exceed the chunks of more layers
         return length
 
     def _error(self, key: str, reason: str, legal: Iterable[int]) -> ConfigError:

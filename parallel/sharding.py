@@ -125,7 +125,7 @@ def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
     if info.role.is_expert:
         splits = tuple(s for s in (Split(meshes.ep, 0), Split(meshes.etp, _EXPERT_HIDDEN_DIM)) if s.axis.size > 1)
         shape = _split_block(info, splits).shape
-        # fewer experts than ranks, split by number, would leave ranks with nothing
+        # the first dimension that divides evenly, else 0: fewer experts than ranks would leave some ranks empty
         even = next((dim for dim, size in enumerate(shape) if size % meshes.efsdp.size == 0), 0)
         return ShardSpec(info, splits, Split(meshes.efsdp, even), (meshes.replicate,))
     dim = _TENSOR_DIM.get(info.role)

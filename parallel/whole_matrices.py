@@ -171,8 +171,8 @@ def _batches(specs: Mapping[str, ShardSpec], names: list[str], together: int) ->
 
 
 def _shares(loads: Counter[int], ranks: int, matrices: int, work: int) -> tuple[int, ...]:
-    """How many matrices each rank gets: equal numbers, and the remainder to the ranks with the least work so far, which
-    `loads` counts.
+    """Return how many of the matrices of a shape each rank gets: equal numbers, and the remainder to the ranks
+    with the least work so far. `loads` counts that work and is updated.
     """
     least = sorted(range(ranks), key=lambda rank: (loads[rank], rank))[: matrices % ranks]
     counts = tuple(matrices // ranks + (rank in least) for rank in range(ranks))

@@ -20,11 +20,12 @@ _LARGE_BYTES = 32 << 20
 
 
 def is_faster(a: Tensor, *sizes: int) -> bool:
-    """Whether the products here are faster than PyTorch's for operands like `a` of these sizes. Always false while
+    """Return whether `multiply` is faster than PyTorch for operands like `a` of these sizes. Always false while
     compiling.
 
-    Sizes must be multiples of 64: oneDNN caches about 0.2 MB per shape, which fragments the heap (measured: 2,000
-    shapes, 2 GB). Training has few shapes; token-by-token generation would have thousands.
+    Sizes must be multiples of 64, which limits the number of shapes. oneDNN caches about 0.2 MB per shape, and this
+    fragments the heap (measured: 2 GB after 2,000 shapes). Training has few shapes; token-by-token generation would
+    have thousands.
     """
     if a.device.type != "cpu" or a.dtype is not torch.float32 or torch.compiler.is_compiling():
         return False

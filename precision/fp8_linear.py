@@ -105,7 +105,9 @@ class Float8Gemm:
             raise NotFinite(f"{self.where}: the {operand.value} has inf or NaN, and {advice}") from None
 
     def _padded(self, x: Tensor, groups: Groups | None) -> Tensor:
-        """Rows of `x`, zero-padded to the multiple that the arithmetic needs; those of experts come padded."""
+        """Return `x` as a matrix, with its rows zero-padded to the multiple that the arithmetic needs. With `groups`,
+        return `x` as it is: rows of experts come padded.
+        """
         if groups is not None:
             return x
         flat = x.flatten(0, -2)
@@ -114,7 +116,7 @@ class Float8Gemm:
 
 
 def _like_rows(y: Tensor, x: Tensor, groups: Groups | None) -> Tensor:
-    """`y` without padding and with the leading dimensions of `x`; as it is for experts."""
+    """Return `y` without padding and with the leading dimensions of `x`. With `groups`, return `y` as it is."""
     if groups is not None:
         return y
     leading = x.shape[:-1]

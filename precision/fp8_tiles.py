@@ -169,7 +169,7 @@ class TiledArithmetic:
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Tiled:
         def quantised(whole: Tensor, split: Callable[[Tensor], Sequence[Tensor]]) -> tuple[QuantisedRows, ...]:
-            """Quantise at once what is split afterwards: no two parts share a scale."""
+            """Quantise everything at once, then split it. This is valid because no two parts share a scale."""
             found = quantise(whole, how, self.checks_on_gpu)
             pairs = zip(split(found.data), split(found.inverse_scale), strict=True)
             return tuple(QuantisedRows(data, scale, how) for data, scale in pairs)

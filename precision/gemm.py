@@ -52,17 +52,19 @@ class GemmBackend(Protocol):
     """`linear` with groups needs each expert's rows zero-padded to a multiple of this."""
 
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
-        """x @ w^T over the last dimension of `x`, differentiable in both. With `groups`: rows [C, D] sorted by expert,
-        times the transposed matrix [E, F, D] of their expert.
+        """Return x @ w^T over the last dimension of `x`, differentiable with respect to both. With `groups`, multiply
+        each of the rows [C, D], which are sorted by expert, by the transposed matrix of its expert in `w` [E, F, D].
         """
         ...
 
-    # Input and weight gradients separately, for pipelines that defer weight gradients.
+    # Input and weight gradients are separate, for pipelines that defer weight gradients.
 
     def input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
         """Return the gradient of `linear` with respect to its input."""
         ...
 
     def weight_gradient(self, grad: Tensor, x: Tensor, groups: Groups | None = None) -> Tensor:
-        """Gradient of `linear` with respect to its weight, summed over all leading dimensions: [F, D] or [E, F, D]."""
+        """Return the gradient of `linear` with respect to its weight, [F, D] or [E, F, D], summed over all leading
+        dimensions.
+        """
         ...

@@ -39,7 +39,7 @@ FLOAT8_LIBRARIES: dict[Backend, Float8Library] = {
 
 @dataclass(frozen=True)
 class LayerGemms:
-    """GEMM backends of one layer."""
+    """The GEMM backends of one layer."""
 
     plain: GemmBackend
     float8: Callable[[Products, str], GemmBackend | None] = field(default=lambda products, name: None)
@@ -118,7 +118,7 @@ def no_triton(device: torch.device) -> str | None:
 
 
 def unavailable(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:
-    """Every reason why an FP8 backend lacks a recipe on a device; empty if available."""
+    """Return every reason why an FP8 backend lacks a recipe on a device; empty if available."""
     library = FLOAT8_LIBRARIES[backend]
     if recipe not in library.RECIPES:
         return [f"{backend.value} supports {', '.join(known.value for known in library.RECIPES)}"]

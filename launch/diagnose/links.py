@@ -66,7 +66,7 @@ def measure(axis: MeshAxis, world: World, tries: int = 3) -> tuple[int, float] |
     received = torch.empty_like(sent)
     for pairs in rounds(axis.size):
         pair, times = next((pair for pair in pairs if axis.rank in pair), None), []
-        for _ in range(tries + 1):  # the first one connects
+        for _ in range(tries + 1):  # the first try sets up the connection
             axis.sum(meeting, "meet")
             if pair is not None:
                 peer = _rank_of(axis, pair[1] if axis.rank == pair[0] else pair[0])

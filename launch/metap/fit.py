@@ -158,12 +158,12 @@ def _say(rules: str, found: Mapping[str, Any], seeds: int) -> None:
         shown = f"2^{place['value']:+.3f} {interval(place)} = {one['lr']:.3g}"
         print(f"fit: {rules}, {name}: best {shown}, loss {one['loss']['value']:.4f}")
     labels = {
-        "drift_octaves": "octaves by which the best rate moves",
-        "penalty_nats": "nats that the first one's rate costs",
+        "drift_octaves": "the best rate moves, in octaves",
+        "penalty_nats": "keeping the best rate of the first costs, in nats",
     }
     for key, label in labels.items():
         if key in found:
-            print(f"fit: {rules}: from first to last {label}: {found[key]['value']:+.3f} {interval(found[key])}")
+            print(f"fit: {rules}: from first to last, {label}: {found[key]['value']:+.3f} {interval(found[key])}")
     for size, one in found.get("exponents", {}).items():
         print(f"fit: {rules}: best rate ~ {size}^{one['value']:+.3f} {interval(one)}")
     prediction = found.get("foretold")

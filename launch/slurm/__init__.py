@@ -1,1 +1,1 @@
-"""SLURM: submission, the step on each node, requeue."""
+"""SLURM: submit jobs, run them on each node, and requeue them."""

@@ -1,8 +1,8 @@
 """Check a conversion against transformers, which must read the same settings and compute the same logits.
 
-Logits are compared on a few tokens, where attention chunks and query temperature have no effect at published sizes
-(8,192 positions), and the largest models do not fit into memory. The settings are therefore compared at any size, in
-the form in which transformers reads them.
+Logits are compared on a few tokens only, where attention chunks and query temperature have no effect at published sizes
+(8,192 positions), and only if both models fit into memory. The settings are therefore compared at any size, in the form
+in which transformers reads them.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _layer(theirs: Any, index: int) -> LayerConfig:
     norms = {"qwen3": QKNorm.per_head, "qwen3_moe": QKNorm.per_head, "olmoe": QKNorm.full}
     return LayerConfig(
         FeedForward.moe if is_moe else FeedForward.dense,
-        attention_chunk_size=getattr(theirs, "sliding_window", None),  # not a chunk, but our model has neither
+        attention_chunk_size=getattr(theirs, "sliding_window", None),  # not a chunk, but our models have neither
         qk_norm=norms.get(kind, QKNorm.none),
     )
 
@@ -157,6 +157,6 @@ def compare_logits(source: TensorSource, directory: Path, dtype: torch.dtype | N
     expected, found = theirs.eval()(tokens).logits.float(), ours(tokens)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
     if not difference <= TOLERANCE:
-        limit = f"(at most {TOLERANCE:.0e})"
-        raise CheckpointError(f"logits differ from transformers' by {difference:.1e} of the largest {limit}")
+        limit = f"the tolerance is {TOLERANCE:.0e}"
+        raise CheckpointError(f"logits differ from transformers' by {difference:.1e} of the largest; {limit}")
     return difference

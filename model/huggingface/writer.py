@@ -71,7 +71,7 @@ def _plan(source: TensorSource, name: str, location: Location, dtype: torch.dtyp
 
 
 def _whole(source: TensorSource, name: str, transposed: bool) -> Iterator[Tensor]:
-    """The parameter in blocks; `transposed`: [in, out] of each expert, gate and up side by side."""
+    """Yield the parameter in blocks; `transposed`: [in, out] of each expert, gate and up concatenated along out."""
     for offset, shape in blocks(source.shapes[name]):
         block = source.read(name, offset, shape)
         yield block.flatten(0, -2).t() if transposed else block

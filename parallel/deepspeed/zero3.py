@@ -91,7 +91,8 @@ class Zero3(ZeroOptimizer):
         self.names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.reduced: set[Any] = set()
         self.wrapper = self._wrap(model, make(list(groups)))
-        self.gathered = _bytes(parameter for parameter in self.names if not parameter.ds_persist)  # by each pass
+        # each forward or backward pass gathers all parameters that are not kept whole
+        self.gathered = _bytes(parameter for parameter in self.names if not parameter.ds_persist)
         self.optimizer: torch.optim.Optimizer = self.wrapper.optimizer
         self.param_groups = self.optimizer.param_groups
         self._take_over(prime)
@@ -221,7 +222,7 @@ class Zero3(ZeroOptimizer):
         ):
             narrow.copy_(master)
         release_masters(self.optimizer)
-        if kept := wrapper.persistent_parameters:  # small ones stay whole from step to step
+        if kept := wrapper.persistent_parameters:  # small parameters stay whole from step to step
             note(self.meshes.fsdp, "parameters", _bytes(kept))
             kept[0].all_gather(kept)
 
@@ -232,7 +233,7 @@ def _padded_rows(flat: Tensor, count: int, size: int) -> Tensor:
 
 
 def _unpack(packed: Any) -> Tensor:
-    """Return the saved tensor. A parameter has been gathered again by now."""
+    """Return the saved tensor. If it is a parameter, it has been gathered again by now."""
     if isinstance(packed, Tensor):
         return packed
     owner, size, stride, offset = packed

@@ -98,9 +98,9 @@ def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: in
 
 
 def layer_costs(model: ModelConfig, seq_len: int = 4096) -> list[float]:
-    """Multiply-adds of each layer's forward pass per token: its parameters, plus attention's products at this sequence
-    length, where a query sees half of its reach on average. The head's product counts with the last layer, the
-    embedding's lookup of one row with the first.
+    """Return the multiply-adds of each layer's forward pass per token: its parameters, plus the matmuls of attention at
+    this sequence length. On average a query attends to half of its reach. The matmul of the head counts towards the
+    last layer, the embedding's lookup of a row towards the first.
     """
     reaches = [min(seq_len, layer.attention_chunk_size or seq_len) for layer in model.blocks]
     costs: list[float] = [

@@ -1,6 +1,6 @@
-"""A run of two ranks computes what one process does: losses, every gradient, the norm, the balancing figures, the updated weights.
+"""Compare a run of two ranks with one process: losses, gradients, norm, load-balancing statistics and updated weights.
 
-Each bug that data parallelism is known to have silently is planted once, and the comparison must notice it.
+Each known silent bug of data parallelism is planted once, and the comparison must notice it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def relative(a: Any, b: Any) -> float:
 
 
 def worst(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
-    """Largest relative difference of each kind of figure, over steps or parameters."""
+    """Return the largest relative difference of each kind of result, over steps or parameters."""
     result = {}
     for kind in wanted:
         ours, theirs = (dict(enumerate(f[kind])) if isinstance(f[kind], list) else f[kind] for f in (found, wanted))
@@ -72,13 +72,13 @@ def sabotaged(root: Path, name: str, overrides: list[str], bug: str) -> dict[str
 
 @pytest.fixture(scope="module")
 def alone(ranks, small_corpus, tmp_path_factory):
-    """What one process computes."""
+    """Return what one process computes."""
     return ranks(1, figures, tmp_path_factory.mktemp("one"), "run", [*small_corpus, *EXACT])[0]
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_compute_what_one_process_computes(ranks, small_corpus, alone, tmp_path, size):
-    """In micro-batches of the same size, and of another."""
+    """Compare with micro-batches of the same size and of another."""
     overrides = [*small_corpus, *EXACT, f"training.micro_batch_size={size}"]
     for found in ranks(2, figures, tmp_path, "run", overrides):
         differences = worst(found, alone)
@@ -101,7 +101,7 @@ def test_gradients_may_be_summed_in_bfloat16(ranks, small_corpus, alone, tmp_pat
     ],
 )
 def test_bfloat16_is_close_under_sharding(ranks, small_corpus, tmp_path, dtype, overrides, tolerance):
-    """With masters in float32, and in bfloat16."""
+    """Compare with master weights in float32 and in bfloat16."""
     overrides = [*small_corpus, "precision=bf16", *overrides]
     one, two = (ranks(n, figures, tmp_path, f"run{n}", overrides, 6)[0] for n in (1, 2))
     assert two["loss"] == pytest.approx(one["loss"], rel=tolerance) and two["loss"][-1] < two["loss"][0] - 0.1

@@ -54,7 +54,7 @@ def refusal(world_size: int, *overrides: str) -> str:
         (2, ["parallel.dp_shard=all"], "parallel.dp_shard=all: must be a number of ranks; try auto"),
         (2, ["parallel.ep=2", "parallel.dispatch=deepep", "precision=bf16"], "DeepEP is not installed: pip install"),
         (2, ["parallel.ep=2", "parallel.dispatch=deepep"], "parallel.dispatch=deepep: supports bfloat16 only: add "),
-        (1, ["precision=fp32", "precision.param_dtype=bfloat16"], "precision.param_dtype=bfloat16: needs bfloat16 products"),
+        (1, ["precision=fp32", "precision.param_dtype=bfloat16"], "precision.param_dtype=bfloat16: needs bfloat16 matmuls"),
     ],
     ids=lambda value: " ".join(value) or "batch" if isinstance(value, list) else None,
 )  # fmt: skip

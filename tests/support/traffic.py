@@ -1,4 +1,6 @@
-"""Bytes handed to collectives in one optimizer step, in closed form: what `parallel.mesh.Traffic` must count.
+"""Compute the bytes handed to collectives in one optimizer step, in closed form.
+
+On real ranks `parallel.mesh.Traffic` must count the same.
 
 Shapes: D hidden size, K experts per token, S slots (a rank's tokens * K * etp).
 """
@@ -30,11 +32,11 @@ def step_traffic(
     batch: BatchShape,
     matrices: torch.dtype | None = None,
 ) -> dict[tuple[str, str], int]:
-    """Bytes over all ranks of the world, by axis and purpose.
+    """Return the bytes that all ranks of the world hand to collectives, by axis and purpose.
 
-    The sum over ranks, because routing decides how much each sends to the experts; everything else is the same on every
-    rank. For several ranks and full micro-batches. `matrices`: the format in which Muon's matrices are sent, None
-    without Muon.
+    Bytes are summed over ranks because routing decides how much each rank sends to the experts. There must be several
+    ranks, and all micro-batches must be full. `matrices`: the dtype in which Muon's matrices are sent, None without
+    Muon.
     """
     world, micro_batches = layout.world_size, batch.sequences // batch.micro_batch_size
     step, stage = _Step(model, precision, layout, batch), world // layout.pp
@@ -51,7 +53,7 @@ def step_traffic(
 
 
 class _Step:
-    """`tensor` to `pipeline`: one micro-batch on one rank of each stage, the mean over ranks."""
+    """`tensor` to `pipeline` yield what one micro-batch sends on one rank of each stage, the mean over ranks."""
 
     def __init__(self, model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape) -> None:
         self.model, self.precision, self.layout, self.batch = model, precision, layout, batch
@@ -87,7 +89,7 @@ class _Step:
                 yield ("cp", "balance"), self.balance(layer)
 
     def balance(self, layer: LayerConfig) -> int:
-        """Token counts of whole sequences, where a layer's backward pass needs them."""
+        """Return the bytes of the token counts of whole sequences, 0 if a layer's backward pass does not need them."""
         balance = self.model.balance
         split = layer.feed_forward is FeedForward.moe and balance.aux and balance.aux_scope is not AuxScope.whole
         return self.batch.micro_batch_size * self.model.num_experts * 8 if split else 0
@@ -114,15 +116,15 @@ class _Step:
             yield ("experts", "counts"), self.mixtures * (1 + again) * model.num_experts * layout.etp * 8
 
     def pipeline(self) -> Entries:
-        """The hidden states from stage to stage, and their gradients back. Stages on one rank send nothing."""
+        """Yield hidden states from stage to stage, and their gradients back. Stages on the same rank send nothing."""
         hops = sum(one != other for one, other in itertools.pairwise(self.layout.stages(self.model).owners))
         for purpose in ("activations", "gradients"):
             yield ("pp", purpose), hops * (self.tokens // self.layout.tp) * self.model.hidden_size * self.size
 
     def data(self) -> Entries:
-        """FSDP2 of one micro-batch on a rank of each stage. Layers gather their parameters for the forward pass and
-        again for the backward pass; the other parameters (the root) stay gathered in between. Gradients are reduced
-        after each micro-batch. In a pipeline everything is gathered and reduced once per step.
+        """Yield what FSDP2 sends in one micro-batch on a rank of each stage. Layers gather their parameters for the
+        forward pass and again for the backward pass; the other parameters (the root) stay gathered in between.
+        Gradients are reduced after each micro-batch. In a pipeline everything is gathered and reduced once per step.
         """
         layout, master = self.layout, self.precision.master_dtype.itemsize
         narrow = self.precision.compute_dtype is torch.bfloat16
@@ -130,7 +132,7 @@ class _Step:
             stages = 1 + any(axis.name == "ends" for axis in spec.replicas)  # tied embeddings are on both ends
             size = master if narrow and spec.info.role is Role.router else self.size
             gathers = 2 if name.startswith("layers.") and layout.pp == 1 else 1
-            elements = spec.local_block.numel  # of rank 0, whose shard is full: shorter ones are padded to it
+            elements = spec.local_block.numel  # of rank 0, whose shard is full; shorter shards are padded to its size
             if (axis := spec.fsdp_split.axis).size > 1:
                 yield (axis.name, "parameters"), stages * gathers * size * elements
                 yield (axis.name, "gradients"), stages * master * elements * axis.size
@@ -150,8 +152,8 @@ class _Step:
                 yield (axis.name, "gradients"), size * copies
 
     def matrices(self, sent: torch.dtype | None) -> Entries:
-        """Muon's matrices, once per step, all ranks together: along each split the ranks hand over their shards, which
-        make up every matrix once, and the results.
+        """Yield what all ranks together send of Muon's matrices once per step. Along each split, ranks send their
+        shards, which make up every matrix once, and the results.
         """
         for spec in self.specs.values():
             if sent is not None and spec.info.role.is_matrix:

@@ -1,10 +1,10 @@
-"""The figures of a filter run: what was dropped and why, what was kept, and warnings.
+"""Compute the statistics of a filter run: what was dropped and why, what was kept, and warnings.
 
-`Audit` takes the shards of the selection one by one, in any order. The same decisions give the same bytes. Reasons and
-domains must add up to what was read.
+`Audit` takes the shards of the selection one by one, in any order. The same decisions give the same bytes. Counts by
+reason and by domain must add up to the documents and tokens that were read.
 
-Exact: all counts of documents, tokens and bytes. To a relative 3e-5: histograms, means and quantiles of scores.
-From a random sample of 50,000 records: correlations, and the picture of score against length.
+Counts of documents, tokens and bytes are exact. Histograms, means and quantiles of scores are exact to a relative 3e-5.
+Correlations and the plot of score against length are from a random sample of 50,000 records.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from data.filter.score.scorer import Scorer
 
 FORMAT = 2
 SHOWN_DOMAINS = 12
-"""Domains with their own histogram and samples: those with the most tokens."""
+"""Number of domains with their own histogram and samples: those with the most tokens."""
 OTHER = "score:"
 """Prefix of the columns with the scores of other scorers."""
 COMPETED = (Reason.hard, Reason.revived, Reason.protected, Reason.easy, Reason.noise, Reason.unscored)
@@ -72,7 +72,9 @@ class Audit:
         documents: int,
         tokens: int,
     ) -> None:
-        """`thresholds`: from `Thresholds.thresholds`. `input`: its name for people. `documents`, `tokens`: of it."""
+        """`thresholds`: from `Thresholds.thresholds`. `input`: name of the input for people. `documents`, `tokens`: how
+        many were read from it.
+        """
         self.rules, self.scorer, self.thresholds, self.input = rules, scorer, thresholds, input
         self._read = {"documents": documents, "tokens": tokens}
         spread = {"longest": "max", "least": "min", "most": "max", "scored": "sum"}

@@ -39,7 +39,7 @@ class Tally:
         self._table = renamed.select([*self._keys, *self._values])
 
     def table(self) -> Any:
-        """The sums, sorted by key."""
+        """Return the accumulated values, sorted by key."""
         return self._table.sort_by([(name, "ascending") for name in self._keys])
 
 

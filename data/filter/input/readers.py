@@ -133,7 +133,7 @@ def clean_records(path: str, config: InputConfig) -> list[Record]:
 
 
 def read_record(config: InputConfig, row: Any, place: str) -> Record | MalformedRecord:
-    """Make a record of a row of an input: a line of JSON as bytes, or a dictionary."""
+    """Make a record from a row of an input: a line of JSON as bytes, or a dictionary."""
     try:
         line = row.decode() if isinstance(row, bytes) else None
         return _record(config, row if line is None else json.loads(line), place, line)
@@ -143,7 +143,7 @@ def read_record(config: InputConfig, row: Any, place: str) -> Record | Malformed
 
 
 def _record(config: InputConfig, row: Any, place: str, line: str | None) -> Record:
-    """Raises `ValueError` if the row lacks what the configuration names."""
+    """Make the record. Raises `ValueError` with the reason if the row is malformed."""
     if not isinstance(row, dict):
         raise ValueError("not an object with keys and values")
     text, answer_start = _text(config, row)

@@ -36,10 +36,10 @@ class RetriesExhausted(Exception):
 
 
 class Endpoint:
-    """`url` is the base, with `/v1`. The key is read from the environment variable `key_variable`; without one,
-    requests carry none, as local servers expect. The key appears in no message and no file. A request ends after
-    `timeout_s` in all cases. It is repeated up to `retries` times, after 1 s, 2 s and so on with jitter, or after the
-    server's `Retry-After`.
+    """`url` is the base URL, with `/v1`. The API key is read from the environment variable `key_variable`; if it is not
+    set, requests carry no key, as local servers expect. The key appears in no message and no file. A request ends after
+    at most `timeout_s`. A failed one is repeated up to `retries` times, after 1 s, 2 s and so on, with jitter, or after
+    the server's `Retry-After`.
 
     Thread-safe. `concurrency` is the number of connections.
     """
@@ -126,7 +126,9 @@ class Endpoint:
         return content
 
     def _backoff_s(self, body: bytes, attempt: int) -> float:
-        """Return an exponential wait times 0.5 to 1, by a hash of the request: waits differ, but not between runs."""
+        """Return an exponential wait, times a factor from 0.5 to 1 that is a hash of the request. Waits differ between
+        requests, but not between runs.
+        """
         jitter = int(sha256_text(body.hex(), str(attempt))[:8], 16) / 2**32
         return min(2.0**attempt, LONGEST_BACKOFF_S) * (0.5 + jitter / 2)
 

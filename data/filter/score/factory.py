@@ -29,10 +29,11 @@ class Models:
 
 
 def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: int = 0) -> Scorer:
-    """Return the scorer of `config.kind`. `models` opens models (None: kinds that need one are rejected), `cache` holds
-    the answers of endpoints, `seed` is for the random scorer. Raises `ConfigError` with the key below `scorer`.
+    """Return the scorer of `config.kind`. `models` opens models (None: kinds that need a model are rejected), `cache`
+    is the directory for answers of endpoints, and `seed` is for the random scorer. Raises `ConfigError` with the key
+    below `scorer`.
 
-    Classes are imported here: an n-gram scorer must not wait for an HTTP client.
+    Classes are imported here, so that an n-gram scorer does not wait for the import of an HTTP client.
     """
     if isinstance(config.kind, str):
         return _imported(config, config.kind)

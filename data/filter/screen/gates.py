@@ -35,7 +35,7 @@ PROMISED_CHARACTERS = 200
 """From this length on 99% of shuffled text, random bytes and loops are rejected, and 99% of clean text is kept."""
 _FEWEST = 120
 _JUDGED = 1 << 20
-"""Number of first characters to check; each takes about 30 bytes of memory."""
+"""Number of characters to check, from the first one on; each takes about 30 bytes of memory."""
 _WINDOW, _LONG_TEXT, _LONG_WINDOW = 16, 1000, 64
 """Window of `repeated_share` in characters, for short and long texts. Long code repeats short pieces: with 16 at every
 length, 1.1% of the files of installed packages were rejected, most of them generated headers; with 64, none.
@@ -231,7 +231,7 @@ def _kinds_of_characters() -> NDArray[np.uint8]:
 
 
 def _in_any_of(wanted: list[str]) -> Callable[[str], bool]:
-    """Return whether a text is in one of the languages, by its first 4,000 characters."""
+    """Return a function that decides whether a text is in one of the languages, by its first 4,000 characters."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:

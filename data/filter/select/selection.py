@@ -55,7 +55,7 @@ class ShardScores:
     """Records of one shard that passed the screen, as arrays [N].
 
     `domain` indexes the names given to `select`. `length` (bytes or tokens) defines the buckets. `weight` is 1 or the
-    tokens: `keep` is a fraction of it. `hash` is of (seed, id). `name` is for error messages.
+    tokens; `keep` is a fraction of the total weight. `hash` is that of (seed, id). `name` is for error messages.
     """
 
     name: str
@@ -237,11 +237,11 @@ def select(
 ) -> Thresholds:
     """Select by score in each domain separately.
 
-    `shards` yields this rank's part. `domains` are all names, the same on every rank. `noise` is of `noise_threshold`.
-    A domain's target is its keep rate times the weight of all its records, capped by the weight without noise and
-    unscored records (with `on_error=keep` the latter count as kept). Each length bucket keeps the same share of its
-    competing records. Rounding errors carry over to the next bucket, so a domain is within half a document of its
-    target. `floor` adds records by score that are neither noise nor unscored.
+    `shards` yields this rank's part. `domains` are all names, the same on every rank. `noise` is from
+    `noise_threshold`. A domain's target is its keep rate times the weight of all its records, capped by the weight
+    without noise and unscored records (with `on_error=keep` unscored records count as kept). Each length bucket keeps
+    the same fraction of its competing records. Rounding errors carry over to the next bucket, so a domain is within
+    half a document of its target. `floor` adds records by score that are neither noise nor unscored.
 
     Raises `DataError` for an unscored record with `on_error=fail`.
     """
@@ -354,7 +354,7 @@ class _Search:
     def census(
         self, domains: Sequence[str], protected: NDArray[np.bool_], noise: float | None, on_error: OnError
     ) -> _Census:
-        """The first pass: sum the totals."""
+        """Make the first pass: sum the totals."""
         count = len(domains)
         totals = np.zeros((3, 2, count), np.int64)
         parts = [(np.zeros(0, np.int64), np.zeros((2, 0), np.int64))]

@@ -37,12 +37,13 @@ _TOLERANCE = 0.005
 
 
 class StreamSelector:
-    """Decides each batch of a domain from it and the ones before. If several ranks decide, all must see the same ones.
+    """Decide on each batch of a domain from that batch and the ones before. If several ranks decide, all must see the
+    same batches.
 
-    `rules` and `noise` are as in `select`; `select.floor` and `select.length_buckets` are ignored. The total kept is
-    within half a per cent of the rate, or half of the largest document at a threshold so far, if enough records
-    are neither noise nor unscored; later batches make up for a deficit. `revive` keeps records at random with a fixed
-    probability, so its share holds on average.
+    `rules` and `noise` are as in `select`; `select.floor` and `select.length_buckets` are ignored. If enough records
+    are neither noise nor unscored, the total kept is within half a per cent of its target, or half of the largest
+    document at a threshold so far. Later batches make up for a deficit. `revive` keeps records at random with a fixed
+    probability, so the fraction of revived records holds on average.
     """
 
     def __init__(self, domain: str, rules: FilterRules, noise: float | None = None) -> None:
@@ -66,7 +67,7 @@ class StreamSelector:
         if self.protected[0]:
             return codes
         easy, rate, weight, score = codes == CODE[Reason.easy], self.rate, batch.weight, score_bits(batch.score)
-        # of reviving a record below the threshold, such that revived records are a share `revive` of the kept
+        # of reviving a record below the threshold, such that revived records are a fraction `revive` of the kept
         probability = self.revive * rate / (1 - (1 - self.revive) * rate) if self.revive else 0.0
         revived = easy & (shuffled(batch.hash) < np.uint64(min(probability, 1.0) * (2**64 - 1025)))
         # revived records are kept regardless of the threshold, so they count before it moves
@@ -93,8 +94,8 @@ class StreamSelector:
     def _move(
         self, score: Integers, hash_: NDArray[np.uint64], weight: Integers, asked: float, least: float, most: float
     ) -> int:
-        """Move the threshold towards keeping a weight `asked` of these records, clamped to [least, most]. Returns the
-        weight that it keeps. It does not move where no record lies between.
+        """Move the threshold towards keeping a weight `asked` of these records, clamped to [least, most]. Return the
+        weight that it keeps. The threshold stays if no record lies between the old and the new one.
         """
         order = np.lexsort((~hash_, -score))
         total = np.concatenate([[0], np.cumsum(weight[order])])

@@ -1,4 +1,4 @@
-"""What SLURM is asked for, when a job is queued again, and what is refused: with stand-ins for SLURM's commands."""
+"""Test submission, requeueing and what is rejected, with stand-ins for SLURM's commands."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_time_limit_below_a_checkpoint_interval_is_rejected(stand_ins, tmp_pat
     write_config(run / "config.yaml", load("train", TrainConfig, overrides))
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 5.0, "tokens_per_second": 512.0}) + "\n")
     assert main([*SUBMIT, *overrides, "launch.slurm.time=10"]) == code
-    reason = "304 s at the 8.00 s per step seen so far, longer than launch.slurm.time=10; try 37"
+    reason = "takes 304 s at 8.00 s per step, too long for launch.slurm.time=10; try 37"
     assert capsys.readouterr().err == (f"leviathan: error: checkpoint.every=38: {reason}\n" if code else "")
 
 
@@ -269,7 +269,7 @@ def test_which_nodes_to_exclude():
 
 @pytest.mark.parametrize("code, wished", [(WARNED, ["n2"]), (3, ["n2", "n3"]), (0, None)])
 def test_a_requeued_job_excludes_slow_nodes(stand_ins, tmp_path, monkeypatch, capsys, code, wished):
-    """Slow nodes at every end, those that hung only where the try failed: warned, it has outlived them."""
+    """Exclude slow nodes whenever the job is requeued, and nodes that hung only if the attempt failed."""
     assert main(SUBMIT) == 0
     logs = tmp_path / "runs" / "x" / "logs"
     logs.mkdir(parents=True)
