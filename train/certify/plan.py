@@ -271,9 +271,9 @@ def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
 
 
 def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: ParallelConfig, model: ModelConfig) -> Trial:
-    """Return the smallest layout with these degrees. Experts use dp_shard * cp * tp ranks, so dp_shard grows until ep * etp
-    divides them, and if dp_shard is in `axes`, until experts are sharded as well. Uneven stages are tried with one
-    layer in each stage but the last.
+    """Return the smallest layout with these degrees. Experts use dp_shard * cp * tp ranks, so dp_shard grows until ep *
+    etp divides that number. If dp_shard is in `axes`, it grows until the parameters of experts are sharded too. Uneven
+    stages are tried with one layer in each stage but the last.
     """
     wanted = {axis: degrees.get(axis, 1) for axis in DEGREES}
     experts = wanted["ep"] * wanted["etp"]

