@@ -65,7 +65,7 @@ def tokens(rank: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("weights_on", WeightsOn)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_padding_changes_nothing(top_k: int, weights_on: WeightsOn) -> None:
+def test_padding_changes_nothing(top_k, weights_on):
     plain = figures(make(NativeGemm(torch.float64), top_k, weights_on), tokens())
     padded = figures(make(Padded(torch.float64), top_k, weights_on), tokens())
     assert plain.keys() == padded.keys() and len(plain) == 5
@@ -73,7 +73,7 @@ def test_padding_changes_nothing(top_k: int, weights_on: WeightsOn) -> None:
         torch.testing.assert_close(padded[name], wanted, rtol=1e-12, atol=1e-14, msg=name)
 
 
-def test_rows_are_sorted_stably_and_padded() -> None:
+def test_rows_are_sorted_stably_and_padded():
     rows = permute_by_expert(torch.tensor([[2], [0], [2], [0], [2]]), experts=4, multiple=2)
     assert rows.groups.host == [2, 0, 4, 0]
     assert rows.source_C[:2].tolist() == [1, 3] and rows.source_C[2:5].tolist() == [0, 2, 4]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +67,7 @@ def test_outputs_match_the_losses(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_small_ablation(tmp_path: Path):
+def test_a_small_ablation(tmp_path):
     """From the command line to the page, on files."""
     texts = tmp_path / "texts"
     texts.mkdir()

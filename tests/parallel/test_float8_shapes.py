@@ -27,7 +27,7 @@ def checked(ranks: int = 1, model: ModelConfig = MODEL, precision: PrecisionConf
     return ""
 
 
-def test_a_rank_has_shards_of_matrices() -> None:
+def test_a_rank_has_shards_of_matrices():
     assert checked() == checked(2, tp=2) == checked(2, ep=2) == checked(2, pp=2) == ""
     assert "the dense_gate of layer 0 is 24 x 64 on a rank, but blockwise" in checked(4, tp=4)
     assert "the expert_gate_up of layer 1 is 24 x 64 on a rank" in checked(2, etp=2)
@@ -35,7 +35,7 @@ def test_a_rank_has_shards_of_matrices() -> None:
     assert "the query of layer 0 is 16 x 64 on a rank, but mxfp8 takes" in checked(4, precision=narrow, tp=4)
 
 
-def test_unquantised_matrices_may_have_any_shape() -> None:
+def test_unquantised_matrices_may_have_any_shape():
     odd = replace(MODEL, dense_hidden_size=100)
     assert "the dense_gate of layer 0 is 100 x 64" in checked(model=odd)
     assert checked(model=odd, precision=replace(EIGHT, fp8_products=[Products.attention, Products.expert])) == ""
@@ -46,13 +46,13 @@ def test_unquantised_matrices_may_have_any_shape() -> None:
 
 
 @pytest.mark.parametrize("first, last, key", [(4, 0, "first"), (0, 4, "last"), (2, 2, "last"), (9, 1, "first")])
-def test_some_layer_must_be_in_fp8(first: int, last: int, key: str) -> None:
+def test_some_layer_must_be_in_fp8(first, last, key):
     said = checked(precision=replace(EIGHT, bf16_first_layers=first, bf16_last_layers=last))
     assert said.startswith(f"precision.bf16_{key}_layers=") and "leaves none of the 4 layers" in said
     assert checked(precision=replace(EIGHT, bf16_first_layers=1, bf16_last_layers=2)) == ""
 
 
-def test_some_product_must_be_present() -> None:
+def test_some_product_must_be_present():
     dense = replace(MODEL, moe_every=0)
     said = checked(model=dense, precision=replace(EIGHT, fp8_products=[Products.expert]))
     assert said == "precision.fp8_products: names expert, which this model does not have"

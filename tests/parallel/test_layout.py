@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from core.config import load
@@ -58,7 +56,7 @@ def refusal(world_size: int, *overrides: str) -> str:
     ],
     ids=lambda value: " ".join(value) or "batch" if isinstance(value, list) else None,
 )  # fmt: skip
-def test_impossible_layouts_are_rejected(world_size: int, overrides: list[str], message: str) -> None:
+def test_impossible_layouts_are_rejected(world_size, overrides, message):
     assert message in refusal(world_size, *overrides)
 
 
@@ -71,19 +69,19 @@ def test_impossible_layouts_are_rejected(world_size: int, overrides: list[str], 
         (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
     ],
 )
-def test_auto_fills_the_world(world_size: int, degrees: dict[str, Any], wanted: dict[str, int]) -> None:
+def test_auto_fills_the_world(world_size, degrees, wanted):
     layout = ParallelConfig(**degrees).resolve(world_size)
     assert layout.axes == wanted and layout.world_size == world_size
     assert layout.dp_replicate * layout.efsdp * layout.ep * layout.etp * layout.pp == world_size
 
 
-def test_the_nearest_values_come_in_order() -> None:
+def test_the_nearest_values_come_in_order():
     assert nearest([1, 2, 4, 8, 16, 32], 12) == [2, 4, 8, 16]
     assert nearest([1, 2], 7) == [1, 2]
 
 
 @pytest.mark.parametrize("cp, tp, chunk", [(2, 1, 16), (4, 1, 16), (2, 2, 16), (3, 2, 5), (2, 1, None), (1, 4, 16)])
-def test_the_shortest_sequence_that_fits(cp: int, tp: int, chunk: int | None) -> None:
+def test_the_shortest_sequence_that_fits(cp, tp, chunk):
     """Against trying every length."""
     model = load("train", TrainConfig, [f"model.attention_chunk_size={chunk or 'null'}"]).model
     layout = ParallelConfig(cp=cp, tp=tp).resolve(cp * tp)

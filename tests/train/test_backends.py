@@ -28,7 +28,7 @@ def state(made: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("before, after", [(PLAIN, EIGHT), (EIGHT, PLAIN)], ids=["into FP8", "out of FP8"])
-def test_another_backend_resumes_from_the_same_state(tmp_path, small_corpus, before, after) -> None:
+def test_another_backend_resumes_from_the_same_state(tmp_path, small_corpus, before, after):
     """Every bit of the state, moments included; the next step differs."""
     first = saved(tmp_path, "run", [*small_corpus, *WIDE, *before], 3)
     kept = state(first)
@@ -44,7 +44,7 @@ def test_another_backend_resumes_from_the_same_state(tmp_path, small_corpus, bef
     assert changed != usual and changed == pytest.approx(usual, rel=2e-2)
 
 
-def test_other_changes_of_precision_are_rejected(tmp_path, small_corpus) -> None:
+def test_other_changes_of_precision_are_rejected(tmp_path, small_corpus):
     saved(tmp_path, "run", [*small_corpus, *WIDE, *EIGHT])
     free = ["precision.recipe=mxfp8", "precision.fp8_products=[expert]"]
     trainer(tmp_path, "run", [*small_corpus, *WIDE, *EIGHT, *free])
@@ -65,11 +65,11 @@ def same_as(eight: Any, root: Any, overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("mode", [Recompute.selective, Recompute.full])
-def test_recomputed_layers_are_equal(eight, tmp_path, small_corpus, mode) -> None:
+def test_recomputed_layers_are_equal(eight, tmp_path, small_corpus, mode):
     same_as(eight, tmp_path, [*small_corpus, f"parallel.recompute={mode.value}"])
 
 
-def test_more_padding_changes_nothing(eight, tmp_path, small_corpus, monkeypatch) -> None:
+def test_more_padding_changes_nothing(eight, tmp_path, small_corpus, monkeypatch):
     """Most of the experts' input is padding."""
     made = fp8_emulated.EmulatedArithmetic.__init__
 
@@ -81,7 +81,7 @@ def test_more_padding_changes_nothing(eight, tmp_path, small_corpus, monkeypatch
     same_as(eight, tmp_path, small_corpus)
 
 
-def test_a_run_is_evaluated_by_the_given_backend(tmp_path, small_corpus, capsys) -> None:
+def test_a_run_is_evaluated_by_the_given_backend(tmp_path, small_corpus, capsys):
     assert main(["train", *TINY, *small_corpus, *WIDE, *EIGHT, f"run.root={tmp_path}", "run.name=run"]) == 0
     losses = {}
     for backend in ("null", "emulated", "native"):
@@ -106,7 +106,7 @@ def refused(root: Any, overrides: list[str]) -> str:
     return ""
 
 
-def test_ranks_with_different_backends_are_rejected(ranks, small_corpus, tmp_path) -> None:
+def test_ranks_with_different_backends_are_rejected(ranks, small_corpus, tmp_path):
     said = ranks(2, refused, tmp_path, [*small_corpus, *WIDE, *EIGHT])
     assert said[0] == said[1] and not (tmp_path / "run").exists()
     assert said[0].startswith(

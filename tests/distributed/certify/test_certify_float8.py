@@ -28,7 +28,7 @@ def certified(ranks: Any, name: str, recipe: Recipe, bug: str | None = None) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*FLOAT8, "etp2"])
-def test_blockwise_bytes_are_those_of_one_process(ranks, name) -> None:
+def test_blockwise_bytes_are_those_of_one_process(ranks, name):
     found = certified(ranks, name, Recipe.blockwise)
     assert all(one.passed for one in found), [(one.name, one.largest) for one in found if not one.passed]
     exact = [one for one in found if one.gate == EXACT]
@@ -39,7 +39,7 @@ def test_blockwise_bytes_are_those_of_one_process(ranks, name) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8])
 @pytest.mark.parametrize("name", SAME_TILES)
-def test_other_recipes_make_no_larger_error(ranks, name, recipe) -> None:
+def test_other_recipes_make_no_larger_error(ranks, name, recipe):
     found = certified(ranks, name, recipe)
     assert all(one.passed for one in found), [(one.name, one.largest) for one in found if not one.passed]
     kept = recipe is Recipe.mxfp8 or name.startswith("pp2")
@@ -56,12 +56,12 @@ BLAMED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BLAMED)
-def test_different_bytes_are_detected(ranks, bug) -> None:
+def test_different_bytes_are_detected(ranks, bug):
     failed = {one.name for one in certified(ranks, "ep2", Recipe.blockwise, bug) if not one.passed}
     assert BLAMED[bug] in failed, failed
 
 
-def test_which_products_have_the_same_tiles() -> None:
+def test_which_products_have_the_same_tiles():
     def kept(recipe: Recipe, count: int, parallel: ParallelConfig) -> list[Products]:
         return same_tiles(recipe, parallel.resolve(count))
 
@@ -75,7 +75,7 @@ def test_which_products_have_the_same_tiles() -> None:
     assert kept(Recipe.tensorwise, 2, ParallelConfig(ep=2)) == [] != kept(Recipe.tensorwise, 2, ParallelConfig(pp=2))
 
 
-def test_a_certificate_covers_its_recipe() -> None:
+def test_a_certificate_covers_its_recipe():
     eight = config("precision=fp8", "precision.recipe=mxfp8")
 
     def said(precision: PrecisionConfig | None) -> Any:

@@ -32,7 +32,7 @@ def fitted(members: Sequence[Scorer], records: list[Record], sample: int = 4096)
     return scorer
 
 
-def test_random_scores_depend_on_text_and_seed_only() -> None:
+def test_random_scores_depend_on_text_and_seed_only():
     data = made(2000)
     scores = RandomScorer().score(data)
     assert scores.tolist() == RandomScorer().score(data[::-1])[::-1].tolist()
@@ -41,12 +41,12 @@ def test_random_scores_depend_on_text_and_seed_only() -> None:
     assert abs(np.corrcoef(scores, LengthScorer().score(data))[0, 1]) < 0.1
 
 
-def test_length_is_of_the_answer_in_bytes() -> None:
+def test_length_is_of_the_answer_in_bytes():
     pair = Record("a", "t", "m", "a long prompt: é☃", answer_start=len("a long prompt: "))
     assert LengthScorer().score([pair, Record("b", "t", "m", "whole")]).tolist() == [5, 5]
 
 
-def test_ranks_are_averaged_and_scales_do_not_matter() -> None:
+def test_ranks_are_averaged_and_scales_do_not_matter():
     data = made(100)
     once = fitted([scaled(1), scaled(-1e6)], data).score(data)
     assert np.allclose(once, 0.5)
@@ -56,7 +56,7 @@ def test_ranks_are_averaged_and_scales_do_not_matter() -> None:
     assert not np.allclose(raw, raw[0]), "raw scores, added, would follow the larger scale"
 
 
-def test_a_rank_needs_no_other_record_and_members_are_fitted() -> None:
+def test_a_rank_needs_no_other_record_and_members_are_fitted():
     data = made(300)
     members, fits = [scaled(1), scaled(2)], []
     for member in members:
@@ -68,19 +68,19 @@ def test_a_rank_needs_no_other_record_and_members_are_fitted() -> None:
     assert np.abs(scorer.score(data) - np.arange(300) / 300).max() < 0.2  # 1.36 / sqrt(50) with 95% confidence
 
 
-def test_a_missing_member_score_is_a_missing_score() -> None:
+def test_a_missing_member_score_is_a_missing_score():
     data = made(20)
     scores = fitted([scaled(1), scaled(1, missing=["3"])], data).score(data)
     assert np.flatnonzero(np.isnan(scores)).tolist() == [3]
     assert np.isnan(fitted([scaled(1), scaled(1)], []).score(data)).all()
 
 
-def test_ties_share_their_rank() -> None:
+def test_ties_share_their_rank():
     same = [Record(str(n), "t", "m", f"{n}:abc", 2) for n in range(9)]
     assert np.allclose(fitted([LengthScorer(), scaled(1)], same).score(same), 0.5)
 
 
-def test_ensemble_errors_and_properties() -> None:
+def test_ensemble_errors_and_properties():
     with pytest.raises(ConfigError, match="members"):
         ScorerConfig(ScorerKind.ensemble, members=[ScorerConfig()])
     with pytest.raises(ValueError, match="fit"):

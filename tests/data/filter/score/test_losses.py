@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ def unseen(name: str, records: object) -> None:
 
 
 @pytest.mark.parametrize("kind", ScorerKind)
-def test_the_factory_builds_every_kind(kind: ScorerKind, tmp_path: Path):
+def test_the_factory_builds_every_kind(kind, tmp_path):
     opened = []
 
     def open_model(name: str, config: ScorerConfig) -> tuple[TokenLosses, str]:
@@ -116,14 +115,14 @@ def test_the_factory_builds_every_kind(kind: ScorerKind, tmp_path: Path):
             make_scorer(replace(config, window=3), Models(open_model, unseen), tmp_path)
 
 
-def test_the_factory_passes_settings_on(tmp_path: Path):
+def test_the_factory_passes_settings_on(tmp_path):
     assert make_scorer(ScorerConfig(order=3, window=4), None, tmp_path).fingerprint == NgramScorer(3, 4).fingerprint
     member = ScorerConfig(ScorerKind.random)
     random = [make_scorer(member, None, tmp_path, seed).score([record("a")]) for seed in (1, 2)]
     assert random[0] != random[1]
 
 
-def test_the_factory_rejects_impossible_settings(tmp_path: Path):
+def test_the_factory_rejects_impossible_settings(tmp_path):
     def missing(name: str, config: ScorerConfig) -> tuple[TokenLosses, str]:
         raise ConfigError("", name, "no such run")
 

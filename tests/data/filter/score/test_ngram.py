@@ -35,12 +35,12 @@ def probabilities(model: NgramModel, context: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("order", range(1, MAX_ORDER + 1))
 @pytest.mark.parametrize("context", [b"", b"the ca", b"never seen \xff\xfe", b"sees the", b"x"])
-def test_probabilities_add_up_to_one(order: int, context: bytes) -> None:
+def test_probabilities_add_up_to_one(order, context):
     model = NgramModel(order, [record.text.encode() for record in sentences(50)])
     assert probabilities(model, context).sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_probabilities_match_the_formula() -> None:
+def test_probabilities_match_the_formula():
     """For "abab", order 2, with zero before the text: pairs 0a 1, ab 2, ba 1, so d_2 = 2/4; distinct bytes before a: 2,
     before b: 1, so d_1 = 1/3.
     """
@@ -54,7 +54,7 @@ def test_probabilities_match_the_formula() -> None:
 
 
 @pytest.mark.parametrize("order", [2, 3, 5, 8])
-def test_only_the_last_bytes_of_a_context_count(order: int) -> None:
+def test_only_the_last_bytes_of_a_context_count(order):
     """Whether the context given is longer or shorter than what the order looks back on."""
     model = NgramModel(order, [record.text.encode() for record in sentences(50)])
     whole = model.losses([b"the old cat"], [b" sees"])
@@ -65,7 +65,7 @@ def test_only_the_last_bytes_of_a_context_count(order: int) -> None:
     assert (model.losses([b"zzzzzzzz"], [b" sees"]) != whole).any()
 
 
-def test_text_like_the_data_is_easier_than_text_unlike_it() -> None:
+def test_text_like_the_data_is_easier_than_text_unlike_it():
     data = sentences(200)
     strange = Record("s", "text", "made:s", "qzx jvkw pfq zzxj wvq kqj")
     usual = Record("u", "text", "made:u", "the old cat sees a small red house.")
@@ -74,7 +74,7 @@ def test_text_like_the_data_is_easier_than_text_unlike_it() -> None:
     assert scores[0] < math.log(256) + 2
 
 
-def test_scores_are_cross_fitted() -> None:
+def test_scores_are_cross_fitted():
     """A unique text and its copy have the same score whether they are in the data or not. Control: without folds it is
     lower.
     """
@@ -89,7 +89,7 @@ def test_scores_are_cross_fitted() -> None:
     assert memorised < apart - 1
 
 
-def test_the_answer_alone_is_scored_in_the_context_of_its_prompt() -> None:
+def test_the_answer_alone_is_scored_in_the_context_of_its_prompt():
     """The same data in both folds, so that it does not matter which model scores what."""
     data = sentences(200)
     model = NgramScorer()
@@ -101,7 +101,7 @@ def test_the_answer_alone_is_scored_in_the_context_of_its_prompt() -> None:
     assert usual == far < near
 
 
-def test_scores_do_not_depend_on_the_batch() -> None:
+def test_scores_do_not_depend_on_the_batch():
     data = sentences(120)
     scorer = fitted(data, window=16)
     whole = scorer.score(data)
@@ -110,7 +110,7 @@ def test_scores_do_not_depend_on_the_batch() -> None:
     assert scorer.score(data[::-1])[::-1].tobytes() == whole.tobytes()
 
 
-def test_the_sample_does_not_depend_on_the_order_and_is_bounded() -> None:
+def test_the_sample_does_not_depend_on_the_order_and_is_bounded():
     data = sentences(300)
     small = fitted(data, sample_bytes=2000)
     assert small.score(data).tobytes() == fitted(data[::-1], sample_bytes=2000).score(data).tobytes()
@@ -118,18 +118,18 @@ def test_the_sample_does_not_depend_on_the_order_and_is_bounded() -> None:
     assert small.fingerprint != fitted(data).fingerprint
 
 
-def test_an_empty_answer_has_no_score_and_strange_text_has_one() -> None:
+def test_an_empty_answer_has_no_score_and_strange_text_has_one():
     data = [*sentences(20), Record("e", "t", "m", "prompt", 6), Record("s", "t", "m", "snow ☃ and \0 and é")]
     scores = fitted(data).score(data)
     assert np.isnan(scores[-2]) and np.isfinite(np.delete(scores, -2)).all()
 
 
-def test_without_data_all_bytes_are_equally_likely() -> None:
+def test_without_data_all_bytes_are_equally_likely():
     alone = sentences(1)
     assert fitted(alone).score(alone)[0] == pytest.approx(math.log(256), abs=1e-5)
 
 
-def test_fit_comes_first_and_the_order_is_checked() -> None:
+def test_fit_comes_first_and_the_order_is_checked():
     with pytest.raises(ValueError, match="fit"):
         NgramScorer().score(sentences(1))
     with pytest.raises(ConfigError, match="order"):

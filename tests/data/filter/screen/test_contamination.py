@@ -35,7 +35,7 @@ def write_sets(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", ["set.jsonl", "set.jsonl.gz", "set.parquet", "set.md", "folder"])
-def test_a_planted_passage_is_found(name: str, tmp_path: Path) -> None:
+def test_a_planted_passage_is_found(name, tmp_path):
     contaminated = EvaluationSets(ContaminationConfig({"exam": str(write_sets(tmp_path)[name])}))
     assert contaminated(PLANTED) == "exam"
     assert contaminated(document(1)) is None
@@ -43,14 +43,14 @@ def test_a_planted_passage_is_found(name: str, tmp_path: Path) -> None:
     assert contaminated("") is None
 
 
-def test_nothing_is_found_without_the_set(tmp_path: Path) -> None:
+def test_nothing_is_found_without_the_set(tmp_path):
     """The control: no set, or longer runs than what was planted."""
     assert EvaluationSets(ContaminationConfig())(PLANTED) is None
     exam = {"exam": str(write_sets(tmp_path)["set.jsonl"])}
     assert EvaluationSets(ContaminationConfig(exam, words=17))(PLANTED) is None
 
 
-def test_the_first_set_that_matches_is_named(tmp_path: Path) -> None:
+def test_the_first_set_that_matches_is_named(tmp_path):
     sets = {"exam": str(write_sets(tmp_path)["set.jsonl"]), "other": str(tmp_path / "other.txt")}
     (tmp_path / "other.txt").write_text(document(1))
     assert EvaluationSets(ContaminationConfig(sets))(PLANTED) == "exam"
@@ -70,7 +70,7 @@ def test_the_first_set_that_matches_is_named(tmp_path: Path) -> None:
         ("set.csv", b"a,b", "unknown suffix; try .jsonl"),
     ],
 )
-def test_sets_that_could_never_match_are_refused(name: str, content: bytes | None, says: str, tmp_path: Path) -> None:
+def test_sets_that_could_never_match_are_refused(name, content, says, tmp_path):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)

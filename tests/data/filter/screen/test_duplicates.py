@@ -48,7 +48,7 @@ def reasons(texts: Sequence[str], config: DuplicateConfig | None = None) -> list
     return [copy and copy.reason for copy in find_duplicates([signatures(texts)], config or DuplicateConfig())[0]]
 
 
-def test_the_first_of_exact_copies_stays() -> None:
+def test_the_first_of_exact_copies_stays():
     texts = ["A  short\ttext", "something else", "a short text", "A SHORT TEXT\n"]
     assert reasons(texts) == [None, None, Reason.duplicate, Reason.duplicate]
     assert reasons(texts, DuplicateConfig(exact=False)) == [None] * 4
@@ -56,7 +56,7 @@ def test_the_first_of_exact_copies_stays() -> None:
     assert find_duplicates([signatures([])], DuplicateConfig()) == [[]]
 
 
-def test_signs_distinguish_prompts() -> None:
+def test_signs_distinguish_prompts():
     assert reasons(["What is 2 + 3?", "What is 2 - 3?", "What is 2² ?", "What is 22 ?"]) == [None] * 4
 
 
@@ -71,12 +71,12 @@ def assert_found(share: float, at_least: float, at_most: float, config: Duplicat
 @pytest.mark.parametrize(
     ("share", "at_least", "at_most"), [(0.02, 1, 1), (0.05, 0.95, 1), (0.2, 0, 0.02), (0.5, 0, 0), (1, 0, 0)]
 )
-def test_near_copies_are_found_by_their_similarity(share: float, at_least: float, at_most: float) -> None:
+def test_near_copies_are_found_by_their_similarity(share, at_least, at_most):
     """2% and 5% of the words changed: similarity 0.95 and 0.9; 20% and 50%: 0.66 and 0.33."""
     assert_found(share, at_least, at_most)
 
 
-def test_check_notices_a_search_that_is_off_or_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_notices_a_search_that_is_off_or_unverified(monkeypatch):
     with pytest.raises(AssertionError):
         assert_found(0.02, 1, 1, DuplicateConfig(near=None))
     monkeypatch.setattr(duplicates.np, "ceil", lambda _: 0)
@@ -84,7 +84,7 @@ def test_check_notices_a_search_that_is_off_or_unverified(monkeypatch: pytest.Mo
         assert_found(0.2, 0, 0.02)
 
 
-def test_estimate_is_unbiased() -> None:
+def test_estimate_is_unbiased():
     """Against the true similarity: the mean error within four standard errors, the spread as the binomial's."""
     errors, variance = [], 0.0
     for seed in range(60):
@@ -98,12 +98,12 @@ def test_estimate_is_unbiased() -> None:
     assert sum(error**2 for error in errors) < 2 * variance
 
 
-def test_a_few_words_have_exact_copies_only() -> None:
+def test_a_few_words_have_exact_copies_only():
     assert reasons(["one two three four", "one two three four!"]) == [None, None]
     assert reasons(["one two three four five", "one two three four five!"])[1] is Reason.near_duplicate
 
 
-def test_result_does_not_depend_on_shards() -> None:
+def test_result_does_not_depend_on_shards():
     texts = [document(seed % 30, 40 + seed % 7) for seed in range(120)] + ["", "x", "", document(3)]
     whole = reasons(texts)
     assert {Reason.duplicate, Reason.near_duplicate, None} == set(whole)
@@ -113,7 +113,7 @@ def test_result_does_not_depend_on_shards() -> None:
         assert [copy and copy.reason for copy in found] == whole
 
 
-def test_groups_do_not_depend_on_order() -> None:
+def test_groups_do_not_depend_on_order():
     """A chain of near copies whose ends are unlike: one group, of which one stays, whatever comes first."""
     chain = [document(0)]
     for step in range(5):
@@ -124,7 +124,7 @@ def test_groups_do_not_depend_on_order() -> None:
         assert reasons(shuffled) == [None] + [Reason.near_duplicate] * 5
 
 
-def test_a_bucket_leads_on_from_what_it_has_reached() -> None:
+def test_a_bucket_leads_on_from_what_it_has_reached():
     """The first and the last record are unlike, and no band has the last two without the first."""
     count, width = bands(0.8)
     half = width // 2
@@ -139,14 +139,14 @@ def test_a_bucket_leads_on_from_what_it_has_reached() -> None:
     assert found == [None, Copy(Reason.near_duplicate, 0), Copy(Reason.near_duplicate, 0)]
 
 
-def test_bands_miss_one_percent_at_most_at_the_threshold() -> None:
+def test_bands_miss_one_percent_at_most_at_the_threshold():
     for threshold in (0.3, 0.5, 0.8, 0.95):
         count, width = bands(threshold)
         assert count * width <= PLACES
         assert (1 - threshold**width) ** count <= 0.01
 
 
-def test_signatures_are_the_same_everywhere() -> None:
+def test_signatures_are_the_same_everywhere():
     """They are kept on disk: a change here invalidates stored ones."""
     found = signatures(["The quick brown fox jumps over the lazy dog.", ""])
     assert found.near_possible_N.tolist() == [True, False]
@@ -155,13 +155,13 @@ def test_signatures_are_the_same_everywhere() -> None:
     assert int(found.near_NP[0].astype(np.uint64).sum()) == 100725610202
 
 
-def test_words_of_scripts_without_spaces_are_characters() -> None:
+def test_words_of_scripts_without_spaces_are_characters():
     assert words("你好, WORLD_x") == ["你", "好", "world", "x"]
     assert words("हिन्दी में") == ["हिन्दी", "में"]
     assert canonical("\uff21 e\u0301  É") == "\uff41 é é"
 
 
-def test_runs_are_hashed_in_order() -> None:
+def test_runs_are_hashed_in_order():
     one, other = ngram_hashes(["a", "b", "c", "d"], 3), ngram_hashes(["b", "a", "c", "d"], 3)
     assert len(one) == 2 and not set(one.tolist()) & set(other.tolist())
     assert ngram_hashes(["x", "a", "b", "c"], 3)[1] == one[0]

@@ -135,7 +135,7 @@ def assert_planted_is_rejected(gates: Gates, plant: Callable[[str, random.Random
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_clean_text_passes(length: int, gates: Gates, clean: Callable[[int], list[str]]) -> None:
+def test_clean_text_passes(length, gates, clean):
     texts = clean(length)
     assert len(texts) >= 200
     assert rejected(gates, texts) <= 1 - PROMISED
@@ -148,15 +148,13 @@ def test_clean_text_passes(length: int, gates: Gates, clean: Callable[[int], lis
     assert found / len(pairs) <= 1 - PROMISED, "though prompt, answer and both together are judged"
 
 
-def test_whole_documents_pass(gates: Gates, documents: list[str]) -> None:
+def test_whole_documents_pass(gates, documents):
     assert rejected(gates, documents) <= 1 - PROMISED
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("plant", PLANTS)
-def test_garbage_is_rejected(
-    plant: Callable[[str, random.Random], str], length: int, gates: Gates, clean: Callable[[int], list[str]]
-) -> None:
+def test_garbage_is_rejected(plant, length, gates, clean):
     assert_planted_is_rejected(gates, plant, [text[:length] for text in clean(length)[:500]])
 
 
@@ -169,22 +167,20 @@ def test_garbage_is_rejected(
         (random_ascii, {"non_text": False, "scrambled": False}),
     ],
 )
-def test_check_notices_a_gate_that_is_off(
-    plant: Callable[[str, random.Random], str], off: dict[str, bool], clean: Callable[[int], list[str]]
-) -> None:
+def test_check_notices_a_gate_that_is_off(plant, off, clean):
     texts = [text[:500] for text in clean(500)[:100]]
     with pytest.raises(AssertionError):
         assert_planted_is_rejected(Gates(replace(GateConfig(), **off)), plant, texts)  # type: ignore[arg-type]
     assert_planted_is_rejected(Gates(GateConfig()), plant, texts)
 
 
-def test_without_gates_everything_but_nothing_passes(clean: Callable[[int], list[str]]) -> None:
+def test_without_gates_everything_but_nothing_passes(clean):
     chance, gates = random.Random(0), Gates(NO_GATES)
     assert rejected(gates, [plant(text, chance) for text in clean(500)[:20] for plant in PLANTS]) == 0
     assert gates(record(" \n\t")) is Reason.empty
 
 
-def test_shuffled_words_are_not_found(gates: Gates, clean: Callable[[int], list[str]]) -> None:
+def test_shuffled_words_are_not_found(gates, clean):
     """Documented: their letters are in order. Should this fail, the module's text is out of date."""
     chance = random.Random(0)
     texts = [" ".join(chance.sample(words := text.split(), len(words))) for text in clean(500)[:200]]
@@ -192,12 +188,12 @@ def test_shuffled_words_are_not_found(gates: Gates, clean: Callable[[int], list[
 
 
 @pytest.mark.parametrize("prompt", [*PROMPTS, ENGLISH])
-def test_prompts_pass(prompt: str, gates: Gates) -> None:
+def test_prompts_pass(prompt, gates):
     assert gates(record(prompt)) is None
 
 
 @pytest.mark.parametrize("script", OTHER_SCRIPTS)
-def test_other_scripts_pass_unless_shuffled(script: str, gates: Gates) -> None:
+def test_other_scripts_pass_unless_shuffled(script, gates):
     text = OTHER_SCRIPTS[script]
     assert gates(record(text)) is None
     long = "".join(random.Random(1).choices(text, k=600))  # letters by their frequency, in no order
@@ -219,12 +215,12 @@ def tables() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", tables())
-def test_data_that_looks_random_passes(kind: str, gates: Gates) -> None:
+def test_data_that_looks_random_passes(kind, gates):
     assert gates(record(tables()[kind])) is None
 
 
 @pytest.mark.parametrize("part", ["prompt", "answer"])
-def test_each_part_of_a_pair_is_judged_alone(part: str, gates: Gates, clean: Callable[[int], list[str]]) -> None:
+def test_each_part_of_a_pair_is_judged_alone(part, gates, clean):
     """Next to a part ten times as long its characters would not show."""
     chance = random.Random(0)
     long = "\n".join(clean(500)[:8])
@@ -243,7 +239,7 @@ def test_each_part_of_a_pair_is_judged_alone(part: str, gates: Gates, clean: Cal
         assert gates(pair(text)) is Reason.empty
 
 
-def test_length_is_bounded_both_ways() -> None:
+def test_length_is_bounded_both_ways():
     gates = Gates(GateConfig(min_characters=10, max_characters=400))
     assert gates(record("too short")) is Reason.too_short
     assert gates(record(" " * 20 + "short")) is Reason.too_short
@@ -254,11 +250,11 @@ def test_length_is_bounded_both_ways() -> None:
 @pytest.mark.parametrize(
     "text", ["\ud800" * 300, "a\x00" * 300, "\ufffd" * 300, "\U0010ffff" * 300, "x" + " " * 500 + "y"]
 )
-def test_odd_characters_do_not_stop_it(text: str, gates: Gates) -> None:
+def test_odd_characters_do_not_stop_it(text, gates):
     assert gates(record(text)) in GARBAGE
 
 
-def test_languages_are_told_apart() -> None:
+def test_languages_are_told_apart():
     pytest.importorskip("py3langid")
     gates = Gates(GateConfig(languages=["en", "el"]))
     assert gates(record(ENGLISH)) is None
@@ -269,7 +265,7 @@ def test_languages_are_told_apart() -> None:
             Gates(GateConfig(languages=[language]))
 
 
-def test_a_missing_language_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_language_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     with pytest.raises(ConfigError, match=r"pip install 'leviathan\[filter\]'"):
         Gates(GateConfig(languages=["en"]))

@@ -73,7 +73,7 @@ ALL_SCORES = ["normal", "ties", "constant", "drift", "tails", "lengths"]
 
 @pytest.mark.parametrize("scores", ALL_SCORES)
 @pytest.mark.parametrize("unit", ["documents", "tokens"])
-def test_rate_is_met_to_half_a_document(scores: str, unit: str):
+def test_rate_is_met_to_half_a_document(scores, unit):
     for seed, keep in enumerate((0.5, 0.07, 0.93, *[0.3] * 4)):
         shard = records(3000 if keep != 0.3 else 200 + seed, seed, scores, unit)
         for buckets in (1, 8):
@@ -85,7 +85,7 @@ def test_rate_is_met_to_half_a_document(scores: str, unit: str):
 
 
 @pytest.mark.parametrize(("scores", "seen"), [("ties", 3000), ("drift", 150)])
-def test_a_plain_median_misses_the_rate(scores: str, seen: int):
+def test_a_plain_median_misses_the_rate(scores, seen):
     """Control: without tie break, and from the beginning of drifting records."""
     shard = records(3000, 0, scores)
     codes = np.where(shard.score >= np.median(shard.score[:seen]), CODE[Reason.hard], CODE[Reason.easy])
@@ -132,7 +132,7 @@ def on_ranks(parts: Sequence[list[ShardScores]], rules: FilterRules, noise: floa
 
 
 @pytest.mark.parametrize("scores", ["normal", "ties", "constant"])
-def test_decisions_do_not_depend_on_ranks_or_shards(scores: str):
+def test_decisions_do_not_depend_on_ranks_or_shards(scores):
     shard = records(2000, 4, scores, "tokens")
     shard.score[::50] = np.nan
     rules = FilterRules(keep=0.4, select=SelectConfig(revive=0.1, floor=4))
@@ -154,7 +154,7 @@ def test_ranks_that_do_not_sum_decide_differently():
     assert alone[0].thresholds != alone[1].thresholds
 
 
-def test_small_histograms_mean_more_passes_only(monkeypatch: pytest.MonkeyPatch):
+def test_small_histograms_mean_more_passes_only(monkeypatch):
     shard, passes = records(2000, 6, "tails", "tokens"), []
 
     def shards() -> list[ShardScores]:
@@ -169,7 +169,7 @@ def test_small_histograms_mean_more_passes_only(monkeypatch: pytest.MonkeyPatch)
     assert np.array_equal(*seen) and passes[0] < passes[1]
 
 
-def test_lengths_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch):
+def test_lengths_are_summed_in_parts(monkeypatch):
     """With so few cells shards are added up as they come, and one domain at a time over the ranks."""
     shard, rules = records(2000, 4, "normal", "tokens"), FilterRules(keep=0.4)
     decision, codes = decide(shard, rules)
@@ -181,7 +181,7 @@ def test_lengths_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch):
     assert all(len(starts) == 8 for starts in decision.starts[:2]), "the case must contain what it is about"
 
 
-def test_memory_does_not_grow_with_domains(monkeypatch: pytest.MonkeyPatch):
+def test_memory_does_not_grow_with_domains(monkeypatch):
     """Control: the memory grows with the allowed size of a histogram."""
     random, count, domains = np.random.default_rng(0), 4000, 2000
     length, ones = np.ceil(np.exp(random.normal(6, 1.5, count))).astype(np.int64), np.ones(count, np.int64)
@@ -278,7 +278,7 @@ def test_rates_of_single_domains():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_unscored_records(bad: float):
+def test_unscored_records(bad):
     shard = records(2000, 12)
     shard.score[:300] = bad
     large = shard.domain < 2
@@ -336,7 +336,7 @@ def test_the_kept_set_is_that_of_a_sort():
         assert set(np.flatnonzero(KEPT[codes])) == set(order[:count])
 
 
-def test_without_carried_rounding_the_rate_is_missed(monkeypatch: pytest.MonkeyPatch):
+def test_without_carried_rounding_the_rate_is_missed(monkeypatch):
     def without_carry(crossing: object, wanted: np.ndarray, domain: np.ndarray, domains: int) -> object:
         """Each group is a domain of its own."""
         keys, kept = honest(crossing, wanted, np.arange(len(wanted)), len(wanted))

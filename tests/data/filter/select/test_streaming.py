@@ -57,21 +57,21 @@ def assert_held(shard: ShardScores, codes: np.ndarray, rate: float, after: int =
 
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "ties", "constant", "drift", "fast drift", "rise", "jump", "tails"])
-def test_rate_is_held(kind: str, tokens: bool):
+def test_rate_is_held(kind, tokens):
     shard = records(kind, tokens=tokens)
     for size, keep in ((1000, 0.5), (250, 0.2)):
         assert_held(shard, decided(shard, size, FilterRules(keep=keep)), keep)
 
 
 @pytest.mark.parametrize("kind", ["drift", "ties", "jump"])
-def test_a_constant_threshold_misses_the_rate(kind: str):
+def test_a_constant_threshold_misses_the_rate(kind):
     shard = records(kind)
     codes = np.where(shard.score >= np.median(shard.score[: COUNT // 20]), CODE[Reason.hard], CODE[Reason.easy])
     with pytest.raises(AssertionError, match="off by"):
         assert_held(shard, codes, 0.5)
 
 
-def test_without_repayment_drift_misses_the_rate(monkeypatch: pytest.MonkeyPatch):
+def test_without_repayment_drift_misses_the_rate(monkeypatch):
     monkeypatch.setattr(module, "_REPAID", 0.0)
     monkeypatch.setattr(module, "_TOLERANCE", 1.0)
     shard = records("drift")
@@ -80,7 +80,7 @@ def test_without_repayment_drift_misses_the_rate(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("tokens", [False, True])
-def test_batches_of_one_record(tokens: bool):
+def test_batches_of_one_record(tokens):
     shard = take(records("normal", tokens=tokens), slice(2500))
     kept = KEPT[decided(shard, 1, FilterRules())]
     assert abs(shard.weight[kept].sum() / shard.weight.sum() - 0.5) < 0.01
