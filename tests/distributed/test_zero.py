@@ -384,7 +384,7 @@ def test_a_range_is_few_blocks(shape):
     [
         (["optimizer=muon"], r"optimizer.kind=muon: needs whole matrices.*fsdp2"),
         (["precision=fp64"], r"precision.*keeps master weights in fp32, not float64"),
-        (["precision=bf16", "precision.param_dtype=bfloat16"], r"precision.*master weights in bfloat16"),
+        (["precision=bf16", "precision.param_dtype=bfloat16"], r"precision.*master weights in fp32, not bfloat16"),
         (["parallel.pp=2", "parallel.zero.stage=2", "parallel.dp_shard=1"], r"zero.stage=2: .*pipeline.*try 1"),
         (["parallel.zero.stage=3"], r"zero.stage=3: does not support routed experts; parallel.engine=fsdp2"),
         ([*ZERO3, "parallel.compile=true"], r"parallel.compile=True: .*stage 3; parallel.engine=fsdp2"),
