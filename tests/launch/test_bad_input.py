@@ -25,7 +25,7 @@ CONFIGURATION = {
     "model.num_experts=1": "model.num_experts=1: must be at least 2; moe_every=0 makes every layer dense",
     "model.hidden_size=0": "model.hidden_size=0: must be positive",
     "model.attention_chunk_size=0": "model.attention_chunk_size=0: must be positive",
-    "model.expert_hidden_size=12": "model.expert_hidden_size=12: must be a multiple of 8 for the grouped product",
+    "model.expert_hidden_size=12": "model.expert_hidden_size=12: must be a multiple of 8 for the grouped matmul",
     "model.layer_list=[]": "model.layer_list: has 0 layers, but model.num_layers is 4",
     "model.router.top_k=9": "model.router.top_k=9: must not exceed the 4 experts",
     "model.router.score=relu": "model.router.score=relu: Invalid value 'relu', expected one of [sigmoid, softmax]",
