@@ -71,8 +71,7 @@ def kind_of(model: ModelConfig) -> dict[str, str]:
         "tied": str(model.tie_embeddings).lower(),
     }
     if model.has_experts:
-        found |= {"score": model.router.score.value, "norm_topk_prob": str(model.router.norm_topk_prob).lower()}
-        found["weights_on"] = model.router.weights_on.value
+        found |= model.router.kind()
     return found
 
 

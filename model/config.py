@@ -102,6 +102,11 @@ class RouterConfig:
     def __post_init__(self) -> None:
         check_numbers(self, positive=("top_k", "scale"))
 
+    def kind(self) -> dict[str, str]:
+        """Return the choices between which no hyperparameter transfers."""
+        norm = str(self.norm_topk_prob).lower()
+        return {"score": self.score.value, "norm_topk_prob": norm, "weights_on": self.weights_on.value}
+
 
 @dataclass(frozen=True)
 class BalanceConfig:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, Score
+from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, RouterConfig
 from model.router_scores import aux_loss, log_probabilities
 
 
@@ -46,9 +46,9 @@ class RouterBalance(nn.Module):
     counts_E: Tensor
     sums: Tensor
 
-    def __init__(self, experts: int, score: Score, config: BalanceConfig) -> None:
+    def __init__(self, experts: int, router: RouterConfig, config: BalanceConfig) -> None:
         super().__init__()
-        self.config, self.score = config, score
+        self.config, self.router = config, router
         self.sum_over_sequence: Callable[[Tensor], None] = lambda counts_BE: None
         """Sums the counts of each sequence in place over the ranks that hold parts of it."""
         self.register_buffer("bias_E", torch.zeros(experts))
@@ -109,10 +109,10 @@ class _InjectGradient(torch.autograd.Function):
             if balance.config.aux_scope is not AuxScope.whole:
                 balance.sum_over_sequence(counts_BE)
             load_BE = _load(counts_BE, balance)
-            aux, gradient_BTE = aux_loss(balance.score, logits_BTE, load_BE.to(logits_BTE.dtype))
+            aux, gradient_BTE = aux_loss(balance.router, logits_BTE, load_BE.to(logits_BTE.dtype))
             grad_BTE = grad_BTE + gradient_BTE * (balance.config.aux / divisor)
         z = _dot(lse_BT, lse_BT)
-        log_p_BTE = log_probabilities(balance.score, logits_BTE, log_p_BTE)
+        log_p_BTE = log_probabilities(balance.router, logits_BTE, log_p_BTE)
         entropy = _dot(log_p_BTE.exp(), log_p_BTE) * (-1 / math.log(logits_BTE.shape[-1]))
         sums = RouterSums(aux=torch.zeros_like(z) if aux is None else aux, z=z, entropy=entropy)
         balance.sums += torch.stack(sums) / divisor

@@ -45,7 +45,7 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         self.roles = {"weight": Role.router}
-        self.balance = RouterBalance(experts, config.score, balance)
+        self.balance = RouterBalance(experts, config, balance)
 
     def forward(self, x_BTD: Tensor, routed_tokens: Tensor | float | None) -> tuple[Tensor, Tensor]:
         """Return expert ids, int64, and their routing weights, both [B, T, K]."""
@@ -53,7 +53,7 @@ class Router(nn.Module):
         logits_BTE = NativeGemm(wide).linear(x_BTD, self.weight)
         experts_BTK = self._select(logits_BTE.detach())
         logits_BTE = self.balance(logits_BTE, experts_BTK, routed_tokens)
-        weights_BTK = scores(self.config.score, logits_BTE).gather(-1, experts_BTK)
+        weights_BTK = scores(self.config, logits_BTE).gather(-1, experts_BTK)
         if self.config.norm_topk_prob:
             weights_BTK = weights_BTK / weights_BTK.sum(-1, keepdim=True)
         if self.config.scale != 1:
@@ -68,7 +68,7 @@ class Router(nn.Module):
             return (torch.arange(count, device=logits_BTE.device) % experts).view(batch, length, -1)
         ranking = logits_BTE
         if self.balance.config.bias_rate:
-            ranking = scores(self.config.score, logits_BTE) + self.balance.bias_E
+            ranking = scores(self.config, logits_BTE) + self.balance.bias_E
         if self.config.top_k == 1:  # several times faster than topk on a CPU
             return ranking.max(dim=-1, keepdim=True).indices
         return ranking.topk(self.config.top_k, dim=-1).indices

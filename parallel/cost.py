@@ -15,7 +15,7 @@ import torch
 from model.config import LayerConfig, ModelConfig
 from model.roles import Role, registry
 from parallel.deepspeed.config import Offload, ParameterOffload
-from parallel.layout import ContextMethod, EngineKind, Layout, Recompute, split_unit
+from parallel.layout import ContextMethod, EngineKind, Layout, split_unit
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.pipeline import runtime
@@ -95,7 +95,7 @@ def attention_traffic(
     model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape
 ) -> Entries:
     """Yield what one layer's attention hands to collectives of cp in one micro-batch on one rank (mean over ranks)."""
-    cp, again = layout.cp, layout.recompute is not Recompute.none
+    cp, again = layout.cp, layout.recompute.repeats_attention
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     heads, shared = (
         n // layout.tp * model.head_dim * batch.micro_batch_size for n in (model.num_heads, model.num_kv_heads)

@@ -28,6 +28,11 @@ class Recompute(Enum):
     selective = "selective"
     full = "full"
 
+    @property
+    def repeats_attention(self) -> bool:
+        """Whether attention's collectives run again."""
+        return self is not Recompute.none
+
 
 class DispatchMethod(Enum):
     """How tokens reach the ranks of their experts.

@@ -72,9 +72,9 @@ def test_an_unknown_score_function_is_an_error(function):
     x = torch.zeros(2, 3, E)
     arguments = {scores: [x], log_probabilities: [x, x], aux_loss: [x, x[:, 0]]}[function]
     for score in Score:
-        function(score, *arguments)
+        function(RouterConfig(score=score), *arguments)
     with pytest.raises(AssertionError, match="cosine"):
-        function("cosine", *arguments)
+        function(RouterConfig(score="cosine"), *arguments)
 
 
 def step(model: Transformer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -112,7 +112,7 @@ def test_evaluation_counts_nothing():
 
 
 def test_bias_moves_against_the_load_with_zero_mean():
-    balance = RouterBalance(E, Score.sigmoid, BalanceConfig(bias_rate=0.1))
+    balance = RouterBalance(E, RouterConfig(), BalanceConfig(bias_rate=0.1))
     balance.step(torch.tensor([10, 2, 4, 4]))
     assert balance.bias_E.tolist() == pytest.approx([-0.15, 0.05, 0.05, 0.05])
     assert balance.load_E.tolist() == pytest.approx([2.0, 0.4, 0.8, 0.8])

@@ -46,19 +46,20 @@ class LoggingCallback(Callback):
         seconds = now - self._clock - (trainer.paused_s - self._paused)
         line, self._logged = self._line(steps, metrics, seconds), steps
         self._clock, self._paused, self._tokens = now, trainer.paused_s, metrics.tokens
+        extra = {name: value.item() for name, value in metrics.extra.items()}
         for callback in trainer.callbacks:
-            for name, figure in callback.metrics().items():
-                if name in line:
+            for name, value in callback.metrics().items():
+                if name in line or name in extra:
                     raise ConfigError("callbacks", callback.key, f"metrics() returns {name}, which is taken; rename it")
-                line[name] = float(figure)
+                extra[name] = float(value)
         if slow:
             line["slow_ranks"] = [vars(one) for one in slow]
-        trainer.log(self._text(line, now))
+        trainer.log(self._text(line, extra, now))
         for one in slow:
             times = f"{one.times_the_median:.1f} times the ranks' median"
             trainer.log(f"rank {one.rank} on {one.host} is slow: {one.kind} take {times}")
         if self.writer is not None:
-            self.writer.write(line)
+            self.writer.write(line | extra)
             trainer.stragglers.note(slow, steps, trainer.directory.logs / SLOW_HOSTS)
 
     def _line(self, steps: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
@@ -75,7 +76,6 @@ class LoggingCallback(Callback):
             "mfu": mfu,
             "peak_memory_bytes": peak_memory_bytes(trainer.world.device),
             **trainer.batches.read(),
-            **{name: value.item() for name, value in metrics.extra.items()},
         }
         if traffic := trainer.meshes.traffic.take():
             done = steps - self._logged
@@ -87,7 +87,7 @@ class LoggingCallback(Callback):
             line["expert_load"] = expert_load(metrics.balance["counts"])
         return line
 
-    def _text(self, line: dict[str, Any], now: float) -> str:
+    def _text(self, line: dict[str, Any], extra: dict[str, float], now: float) -> str:
         steps, total = line["step"], self.trainer.steps
         begin, first = self._begin
         left = (now - begin) / max(1, steps - first) * (total - steps)
@@ -104,5 +104,6 @@ class LoggingCallback(Callback):
             busiest = max(layer["max_over_mean"] for layer in line["expert_load"])
             dead = sum(layer["dead"] for layer in line["expert_load"])
             parts.append(f"busiest expert {busiest:.1f}x" + (f", {dead} dead" if dead else ""))
+        parts += [f"{name} {value:.4g}" for name, value in extra.items()]
         parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         return "  ".join(parts)

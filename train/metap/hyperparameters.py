@@ -127,7 +127,6 @@ def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: Opti
     """Return the values that `model.init` and `optimizer` give each role in a model of the base's size."""
     sizes, init = dataclasses.asdict(base), replace(model.init, roles={})
     matrices = [role for role in roles if not role.is_norm]
-    router = model.router
     return BaseHyperparameters(
         std={role: role_std(role, sizes[SPANS[role][1]] or 1, base.num_layers, init) for role in matrices},
         lr={role: optimizer.peak_lr(role) for role in roles},
@@ -136,6 +135,6 @@ def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: Opti
         beta2=optimizer.beta2,
         muon=frozenset(role for role in roles if optimizer.by_muon(role)),
         muon_scale=optimizer.muon.scale.value,
-        sums_gates=model.has_experts and grows_with_top_k(router.score, router.norm_topk_prob),
+        sums_gates=model.has_experts and grows_with_top_k(model.router),
         tied=model.tie_embeddings,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +47,7 @@ class RunData:
         return [line["step"] for line in self.lines]
 
     def values(self, key: str) -> list[float]:
-        return [line[key] for line in self.lines]
+        return [line.get(key, math.nan) for line in self.lines]
 
     def figure(self, key: str) -> Any:
         """Return a metric of the summary, or else of the last logged step; None if neither has it."""
@@ -68,7 +69,7 @@ class RunData:
     def by_layer(self, key: str) -> list[list[float]]:
         """Return for each MoE layer the values, over `layer_steps`, of a router metric or an expert-load metric."""
         lines = [line for line in self.lines if "expert_load" in line]
-        table = [line[key] if key in line else [load[key] for load in line["expert_load"]] for line in lines]
+        table = [line.get(key) or [load.get(key, math.nan) for load in line["expert_load"]] for line in lines]
         return [list(series) for series in zip(*table, strict=True)]
 
     def warnings(self) -> Iterator[str]:
