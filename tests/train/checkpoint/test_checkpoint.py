@@ -22,8 +22,6 @@ from train.checkpoint.manager import Checkpointer
 from train.checkpoint.state import TensorShard
 from train.run_directory import MARKER, committed
 
-CPU = torch.device("cpu")
-
 
 def state(value: float) -> list[TensorShard]:
     """A parameter, a moment and a step count."""
@@ -42,7 +40,7 @@ def checkpointer(request, tmp_path, said) -> Iterator[Checkpointer]:
     where, _, how = request.param.partition("-")
     place = tmp_path if where == "local" else locate(f"memory://checkpoints/{tmp_path.name}")
     place.mkdir(parents=True, exist_ok=True)
-    yield Checkpointer(place, World(0, 1, CPU), keep=2, asynchronous=how == "async", report=said.append)
+    yield Checkpointer(place, World(0, 1, torch.device("cpu")), keep=2, asynchronous=how == "async", report=said.append)
     remove_tree(place)
 
 
@@ -141,8 +139,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(checkpointer, said):
 def test_a_missing_driver_says_what_to_install():
     with pytest.raises(ConfigError, match="Install s3fs to access S3"):
         locate("s3://bucket/folder")
-    with pytest.raises(ConfigError, match="no filesystem is called 'nowhere'"):
-        locate("nowhere://bucket/folder")
 
 
 def save_on_a_full_rank(directory: Path, asynchronous: bool) -> list[str]:

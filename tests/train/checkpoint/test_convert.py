@@ -17,7 +17,7 @@ from core.errors import CheckpointError, ConfigError
 from data.tokenizer import save_for_transformers
 from launch.cli import main
 from model import huggingface
-from model.config import FeedForward, ModelConfig, RouterConfig, Score, UpcycleConfig, UpcycleMethod, WeightsOn
+from model.config import ModelConfig, RouterConfig, Score, UpcycleConfig, UpcycleMethod, WeightsOn
 from model.tensor_source import materialise, whole
 from model.upcycle import Upcycled, keeps_the_function
 from tests.support import hf_models, tiny
@@ -255,13 +255,9 @@ def test_a_damaged_model_yaml_is_one_line(copied, tmp_path, capsys, change, mess
 
 
 def with_experts(dense: ModelConfig, **changes) -> ModelConfig:
-    layers = [
-        replace(layer, feed_forward=FeedForward.moe if i % 2 else FeedForward.dense)
-        for i, layer in enumerate(dense.blocks)
-    ]
     base = replace(
         dense,
-        layer_list=layers,
+        moe_every=2,
         num_experts=4,
         expert_hidden_size=dense.dense_hidden_size,
         shared_expert_hidden_size=0,
