@@ -85,18 +85,6 @@ def test_learning_rate_times_decay_times_steps_is_constant():
     assert own.lr * own.weight_decay * LARGER.steps == pytest.approx(2.0)
 
 
-def test_both_forms_of_the_head_train_the_same_function():
-    """A head w with a factor m on its logits trains as m * w does at m times the rate, epsilon and decay over m; the
-    training itself is compared in `tests.train.metap.test_hyperparameters`.
-    """
-    absorbed, multiplier = carried(), carried(head=HeadForm.multiplier)
-    m = multiplier.multipliers.logits
-    assert m == 0.25 and absorbed.multipliers.logits == 1
-    ours, theirs = absorbed.roles[Role.head], multiplier.roles[Role.head]
-    assert ours.std == pytest.approx(m * theirs.std) and ours.lr == pytest.approx(m * theirs.lr)
-    assert ours.eps == pytest.approx(theirs.eps / m) and ours.weight_decay == pytest.approx(theirs.weight_decay / m)
-
-
 def test_values_worked_out_by_hand():
     found = carried()
     noise = 4**0.5 * 16**-0.3
@@ -180,13 +168,6 @@ def test_a_base_lacks_what_the_target_has(size):
     message = rf"hparam.base.{size}=0: the base has none, but this model has .*: sweep a base"
     with pytest.raises(ConfigError, match=message):
         carried(base=replace(BASE, **{size: 0}))
-
-
-def test_a_tied_head_has_no_absorbed_form():
-    tied = replace(FOUND, tied=True)
-    with pytest.raises(ConfigError, match=r"hparam.head=absorbed: tied embeddings share one matrix.*; try multiplier"):
-        carried(found=tied)
-    assert carried(found=tied, head=HeadForm.multiplier).multipliers.logits == 0.25
 
 
 @pytest.mark.parametrize(

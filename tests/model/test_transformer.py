@@ -92,14 +92,6 @@ def test_a_halo_only_where_a_chunk_crosses_a_block():
     assert [None if plan.mask is None else plan.mask.shape[-1] for plan in found] == [None, 5, 10]
 
 
-def test_rope_settings_change_without_rebuilding():
-    model, other = build(SMALL, seed=1), replace(SMALL, rope_theta=10_000.0)
-    before = logits(model, WHOLE)
-    model.set_rope_config(other)
-    assert torch.equal(logits(model, WHOLE), logits(build(other, seed=1), WHOLE))
-    assert not torch.equal(logits(model, WHOLE), before)
-
-
 @pytest.mark.parametrize("config", [*VARIANTS.values(), replace(SMALL, tie_embeddings=True)], ids=[*VARIANTS, "tied"])
 def test_parameter_counts_and_roles(config):
     model = build(config)

@@ -80,13 +80,6 @@ def test_the_first_new_sequence_may_be_deferred():
     assert window.rows == list(range(101, 133)) and window.deferred == [100]
 
 
-def test_a_stored_window_continues_the_same():
-    filter_ = make()
-    first = filter_.next(OnlineWindow(), 0, 4)
-    again = OnlineWindow(**vars(first))
-    assert filter_.next(again, 4, 4) == filter_.next(first, 4, 4)
-
-
 @pytest.mark.parametrize("setting", [{"keep": 1.0}, {"revive": 1.0}, {"hysteresis": -1.0}])
 def test_bad_settings_are_rejected(setting):
     with pytest.raises(ConfigError):

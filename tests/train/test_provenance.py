@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -21,31 +20,20 @@ from train.corpus import source_weights
 from train.provenance import DocumentSpan, TrainedSequence, find_place, visits
 from train.run_directory import load_config
 
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return two_sources(tmp_path_factory.mktemp("sources"))
-
-
-PHASE = (
-    "+phases=[{name: later, steps: 5, seq_len: 32, global_batch_size: 4, micro_batch_size: 2, weights: {code: 1.0}}]"
-)
+PHASE = "+phases=[{name: later, steps: 5, seq_len: 32, global_batch_size: 4, weights: {code: 1.0}}]"
 
 
 @pytest.fixture(scope="module")
-def run(folders: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two phases on filtered documents, the first longer than an epoch of a source."""
     root = tmp_path_factory.mktemp("run")
-    assert main(["train", *arguments(folders, root, "run"), PHASE]) == 0
-    return root / "run"
-
-
-def arguments(folders: dict[str, Any], root: Path, name: str) -> list[str]:
+    folders = two_sources(root)
     code = f"+data.sources.code={{kind: files, path: '{folders['code']['path']}', weight: 2.0}}"
     data = ["data=files", f"data.sources.text.path={folders['prose']['path']}", code, "data.tokenizer.vocab_size=300"]
     data += [f"data.cache={root / 'cache'}", "data.held_out=0.2", "+data.filter={keep: 0.5, unit: documents}"]
     small = ["training.steps=30", "training.seq_len=24", "model.num_layers=2", "model.attention_chunk_size=8"]
-    return [*TINY, *data, *small, "optimizer=sgd", f"run.root={root}", f"run.name={name}"]
+    assert main(["train", *TINY, *data, *small, PHASE, "optimizer=sgd", f"run.root={root}", "run.name=run"]) == 0
+    return root / "run"
 
 
 def by_force(directory: Path, corpus: Corpus, place: DocumentSpan, steps: int) -> list[TrainedSequence]:
@@ -123,8 +111,8 @@ def test_explain_leads_to_the_steps(run, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_explain_needs_filtered_data(folders, tmp_path, capsys):
-    words = [word for word in arguments(folders, tmp_path, "run") if "data.filter" not in word]
+def test_explain_needs_filtered_data(small_corpus, tmp_path, capsys):
+    words = [*TINY, *small_corpus, f"run.root={tmp_path}", "run.name=run"]
     assert main(["train", *words, "training.steps=1"]) == 0
     assert main(["filter", "explain=text:1", f"run={tmp_path / 'run'}"]) == 2
     assert "its data were not filtered: data.filter is null" in capsys.readouterr().err

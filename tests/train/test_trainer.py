@@ -18,7 +18,8 @@ import torch
 from core.errors import CheckpointError
 from launch.cli import main
 from model.attention.plan import ForwardContext
-from parallel.comm.world import World
+from model.moe import Router
+from parallel.comm.world import World, connect
 from tests.support.tiny import EXACT, TINY, trainer
 from train.callbacks import evaluation, summary
 from train.checkpoint.restore import restore
@@ -33,9 +34,6 @@ from train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
 PHASE = "phases=[{name: longer, steps: 4, seq_len: 96, global_batch_size: 4, weights: {text: 1.0, code: 0.0}}]"
-QUIET = ["logging.every=10", "checkpoint.every=0"]
-
-Train = Callable[..., int]
 
 
 def train_in(root: Path, *overrides: str) -> int:
@@ -44,7 +42,7 @@ def train_in(root: Path, *overrides: str) -> int:
 
 
 @pytest.fixture
-def train(tmp_path, small_corpus) -> Train:
+def train(tmp_path, small_corpus) -> Callable[..., int]:
     return partial(train_in, tmp_path, *small_corpus)
 
 
@@ -59,21 +57,6 @@ def finished(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def phased(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A finished run of two phases with baselines, and the tokens that those counted."""
-    root, counted, add = tmp_path_factory.mktemp("phased"), [], summary.NgramBaseline.add
-
-    def watched(self, tokens, labels):
-        counted.append(tokens.numel())
-        add(self, tokens, labels)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary.NgramBaseline, "add", watched)
-        assert train_in(root, *small_corpus, PHASE, "evaluation.baselines=true") == 0
-    return root / "run", sum(counted)
 
 
 def kept(root: Path) -> list[int]:
@@ -111,16 +94,20 @@ def test_a_phase_has_its_own_schedule_batch_and_blend(tmp_path, small_corpus):
     assert len(sources["longer"]) == 1 < len(sources["main"])
 
 
-def test_begun_phases_and_the_seed_may_not_change(phased, train, tmp_path, capsys):
-    shutil.copytree(phased[0], tmp_path / "run")
+def test_baselines_see_every_token_and_begun_phases_stay(train, tmp_path, capsys, monkeypatch):
+    counted, add = [], summary.NgramBaseline.add
+
+    def watched(self, tokens, labels):
+        counted.append(tokens.numel())
+        add(self, tokens, labels)
+
+    monkeypatch.setattr(summary.NgramBaseline, "add", watched)
+    assert train(PHASE, "evaluation.baselines=true") == 0
+    assert sum(counted) == json.loads((tmp_path / "run" / "summary.json").read_text())["tokens"]
     for changed in ([PHASE, "run.seed=5"], [PHASE, "optimizer.lr=0.5"], [PHASE.replace("seq_len: 96", "seq_len: 48")]):
         assert train(*changed) == 2
         assert "was started with" in capsys.readouterr().err
     assert train(PHASE.replace("seq_len: 96", "seq_len: 96, micro_batch_size: 1"), "data.verify=false") == 0
-
-
-def test_baselines_see_every_token_of_the_run(phased):
-    assert phased[1] == json.loads((phased[0] / "summary.json").read_text())["tokens"]
 
 
 def test_a_first_mistake_is_corrected_under_the_same_name(train, capsys):
@@ -197,10 +184,17 @@ def infinite_gradient(monkeypatch) -> None:
     monkeypatch.setattr(TorchEngine, "forward_backward", broken)
 
 
-def test_a_gradient_that_is_infinite_is_not_saved(infinite_gradient, train, tmp_path, capsys):
-    assert train("checkpoint.every=1", "checkpoint.keep=1", "logging.every=10") == 1
+def stop_at_2(monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "_must_stop", lambda self, interruption, step: step == 2)
+
+
+@pytest.mark.parametrize("every, whole", [(1, [1]), (0, [])], ids=["checkpoint", "interruption"])
+def test_an_infinite_gradient_is_not_saved(infinite_gradient, train, tmp_path, capsys, monkeypatch, every, whole):
+    if not every:
+        stop_at_2(monkeypatch)
+    assert train(f"checkpoint.every={every}", "checkpoint.keep=1", "logging.every=10") == 1
     assert "the gradient norm after step 2 is inf: start a new run" in capsys.readouterr().err
-    assert kept(tmp_path) == [1]
+    assert kept(tmp_path) == whole
 
 
 def test_nor_is_an_earlier_one_whose_loss_is_finite(infinite_gradient, train, tmp_path, capsys, monkeypatch):
@@ -211,18 +205,9 @@ def test_nor_is_an_earlier_one_whose_loss_is_finite(infinite_gradient, train, tm
     assert kept(tmp_path) == []
 
 
-@pytest.fixture
-def stop_at_2(monkeypatch) -> None:
-    monkeypatch.setattr(Trainer, "_must_stop", lambda self, interruption, step: step == 2)
-
-
-def test_an_interrupted_run_saves_no_nan(infinite_gradient, stop_at_2, train, tmp_path, capsys):
-    assert train(*QUIET) == 1
-    assert "gradient norm after step 2 is inf" in capsys.readouterr().err and kept(tmp_path) == []
-
-
-def test_an_interrupted_run_is_saved(stop_at_2, train, tmp_path):
-    assert train(*QUIET) == 130 and kept(tmp_path) == [2]
+def test_an_interrupted_run_is_saved(train, tmp_path, monkeypatch):
+    stop_at_2(monkeypatch)
+    assert train("checkpoint.every=0", "logging.every=10") == 130 and kept(tmp_path) == [2]
 
 
 @torch.no_grad()
@@ -247,8 +232,6 @@ def test_signals_ask_for_an_orderly_end(number):
 
 
 def any_of(flagged: int) -> bool:
-    from parallel.comm.world import connect
-
     world = connect()
     return world.any(world.rank == flagged)
 
@@ -276,8 +259,6 @@ def test_the_loss_of_narrow_logits_is_computed_wide():
 
 def narrow_router(root: Path, overrides: list[str]) -> list[torch.dtype]:
     """Dtypes of the routers' weights and logits in a bf16 run on these ranks."""
-    from model.moe import Router
-
     found: list[torch.dtype] = []
     run = trainer(root, "run", overrides)
     for module in run.engine.placed.model.modules():

@@ -19,19 +19,14 @@ class Mine(base.Callback):
         raise AssertionError("there is none")
 
 
-def test_a_metric_may_not_take_a_name_of_ours(tmp_path, small_corpus):
+def test_a_new_callback_starts_fresh_and_takes_no_name_of_ours(tmp_path, small_corpus):
     run = trainer(tmp_path, "run", small_corpus)
     run.callbacks = [Mine(run), logging.LoggingCallback(run)]
+    run._restore_callbacks({"another": {"a": 1}})
+    assert "callback mine has no state in the checkpoint and starts fresh" in (tmp_path / "run/log.txt").read_text()
     run.callbacks[1].before_training()
     with pytest.raises(ConfigError, match=r"callbacks=mine: metrics\(\) returns loss, which is taken; rename it"):
         run.callbacks[1].after_step(1, run.train_step(0))
-
-
-def test_a_callback_without_a_state_starts_fresh(tmp_path, small_corpus):
-    run = trainer(tmp_path, "run", small_corpus)
-    run.callbacks = [Mine(run)]
-    run._restore_callbacks({"another": {"a": 1}})
-    assert "callback mine has no state in the checkpoint and starts fresh" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_the_profiler_writes_its_files(tmp_path, small_corpus):

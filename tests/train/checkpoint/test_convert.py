@@ -13,17 +13,17 @@ import pytest
 import torch
 import yaml
 
-from core.errors import CheckpointError, ConfigError, LeviathanError
+from core.errors import CheckpointError, ConfigError
 from data.tokenizer import save_for_transformers
 from launch.cli import main
 from model import huggingface
-from model.config import FeedForward, ModelConfig, RouterConfig, Score, UpcycleConfig, UpcycleMethod, WeightsOn
-from model.tensor_source import TensorSource, materialise, whole
+from model.config import ModelConfig, RouterConfig, Score, UpcycleConfig, UpcycleMethod, WeightsOn
+from model.tensor_source import materialise, whole
 from model.upcycle import Upcycled, keeps_the_function
 from tests.support import hf_models, tiny
 from tests.support.like import like
 from train.checkpoint.init_from import initial_source, open_model
-from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel
+from train.checkpoint.reader import IMPORTED, TOKENIZER
 from train.convert import Check, export_checkpoint, import_checkpoint
 
 QUIET = lambda line: None  # noqa: E731
@@ -211,11 +211,14 @@ def test_export_refuses_a_tokenizer_of_other_data(tmp_path, capsys):
     assert main(export) == 0
 
 
-def test_another_network_is_refused_with_the_differences(runnable, tmp_path):
+def test_another_network_is_refused_with_the_differences(runnable, saved, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.expert_hidden_size=32 there, 64 here"):
         start(runnable, tmp_path, "model.expert_hidden_size=64")
     with pytest.raises(ConfigError, match=r"model.init_from.*no such directory"):
         initial_source(ModelConfig(init_from=str(tmp_path / "nothing")), 0, QUIET)
+    mixture = replace(open_model(saved["qwen3_moe"]).config, init_from=str(saved["qwen3_moe"]), upcycle=UpcycleConfig())
+    with pytest.raises(ConfigError, match="is another network"):
+        initial_source(mixture, 0, QUIET)
 
 
 def test_damage_of_an_imported_model_is_noticed(copied, tmp_path):
@@ -228,26 +231,11 @@ def test_damage_of_an_imported_model_is_noticed(copied, tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-def assert_blocks_equal_slices(source: TensorSource) -> None:
-    for key, shape in source.shapes.items():
-        offset, part = [size // 3 for size in shape], [max(1, size // 2) for size in shape]
-        window = tuple(slice(o, o + p) for o, p in zip(offset, part, strict=True))
-        assert torch.equal(source.read(key, offset, part), whole(source, key)[window]), key
-
-
-def test_blocks_of_a_checkpoint_equal_slices(imported):
-    source = open_model(imported)
-    assert isinstance(source, CheckpointedModel)
-    assert_blocks_equal_slices(source)
-
-
 MANIFEST_DAMAGE = {
-    "no_origin": (lambda content: content.pop("origin"), "it has no origin"),
     "no_config": (lambda content: content["origin"].pop("config"), "origin lacks its family or its config"),
     "no_family": (lambda content: content["origin"].pop("family"), "origin lacks its family or its config"),
     "odd_origin": (lambda content: content.update(origin=[]), "it has no origin"),
     "no_model": (lambda content: content.pop("model"), "it has no model"),
-    "empty": (lambda content: content.clear(), "it has no model"),
     "garbled": (None, "model.yaml is unreadable"),
 }
 
@@ -267,13 +255,9 @@ def test_a_damaged_model_yaml_is_one_line(copied, tmp_path, capsys, change, mess
 
 
 def with_experts(dense: ModelConfig, **changes) -> ModelConfig:
-    layers = [
-        replace(layer, feed_forward=FeedForward.moe if i % 2 else FeedForward.dense)
-        for i, layer in enumerate(dense.blocks)
-    ]
     base = replace(
         dense,
-        layer_list=layers,
+        moe_every=2,
         num_experts=4,
         expert_hidden_size=dense.dense_hidden_size,
         shared_expert_hidden_size=0,
@@ -308,18 +292,21 @@ def test_upcycling_keeps_the_loss_where_it_promises(saved, changes, equal):
     assert (difference < 5e-5) if equal else (difference > 1e-2)
 
 
-def test_upcycled_blocks_equal_slices(saved):
+def test_blocks_equal_slices(saved, imported):
     """What each rank reads does not depend on how the tensors are cut."""
     dense = open_model(saved["qwen3"])
-    for changes, _ in UPCYCLED.values():
-        assert_blocks_equal_slices(Upcycled(dense, with_experts(dense.config, **changes), seed=3))
+    upcycled = [Upcycled(dense, with_experts(dense.config, **changes), seed=3) for changes, _ in UPCYCLED.values()]
+    for source in (open_model(saved["maverick"]), open_model(imported), *upcycled):
+        for key, shape in source.shapes.items():
+            offset, part = [size // 3 for size in shape], [max(1, size // 2) for size in shape]
+            window = tuple(slice(o, o + p) for o, p in zip(offset, part, strict=True))
+            assert torch.equal(source.read(key, offset, part), whole(source, key)[window]), key
 
 
 @pytest.mark.parametrize(
     "changes, key",
     [
         ({"expert_hidden_size": 24}, "model.expert_hidden_size"),
-        ({"dense_hidden_size": 40}, "model.init_from"),
         ({"dense_hidden_size": 96}, "model.init_from"),
         ({"shared_expert_hidden_size": 32}, "model.shared_expert_hidden_size"),
         ({"upcycle": SPLIT, "expert_hidden_size": 24, "num_experts": 5}, "model.num_experts"),
@@ -331,13 +318,6 @@ def test_widths_that_do_not_fit_are_refused(saved, changes, key):
     with pytest.raises(ConfigError) as caught:
         initial_source(replace(config, init_from=str(saved["qwen3"])), 0, QUIET)
     assert caught.value.key == key
-
-
-def test_experts_cannot_be_upcycled(saved):
-    source = open_model(saved["qwen3_moe"])
-    config = replace(source.config, init_from=str(saved["qwen3_moe"]), upcycle=UpcycleConfig())
-    with pytest.raises(LeviathanError):
-        initial_source(config, 0, QUIET)
 
 
 CONVERT = """

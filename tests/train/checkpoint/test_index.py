@@ -14,10 +14,11 @@ import torch
 import xxhash
 
 from core.errors import CheckpointError
+from launch.cli import main
 from model.config import ModelConfig
 from parallel.comm.world import World
 from tests.support.tiny import TINY
-from train.checkpoint.index import INDEX, PROGRESS, IndexedShard, IndexedTensor, _tile, read_index
+from train.checkpoint.index import INDEX, PROGRESS, IndexedShard, _tile
 from train.checkpoint.manager import Checkpointer
 from train.checkpoint.reader import CheckpointedModel
 from train.checkpoint.state import TensorShard
@@ -89,18 +90,12 @@ FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no JSON": (text(INDEX, b"\x80\x04\x95"), f"{INDEX} is unreadable (UnicodeDecodeError"),
     "cut JSON": (text(INDEX, b"{"), f"{INDEX} is unreadable (JSONDecodeError"),
     "deep JSON": (text(INDEX, b"[" * 200_000), f"{INDEX} is unreadable (RecursionError"),
-    "list": (text(INDEX, b"[]"), f"{INDEX} is unreadable (TypeError"),
-    "no tensors": (text(INDEX, b"{}"), f"{INDEX} is unreadable (KeyError"),
     "tensors are a list": (text(INDEX, b'{"tensors": []}'), f"{INDEX} is unreadable (AttributeError"),
     "unknown dtype": (tensor(dtype="object"), f"{INDEX} is unreadable (KeyError: 'object')"),
-    "other dtype": (tensor(dtype="float64"), "a shard of model.weight needs 48 bytes and has 24"),
     "negative shape": (tensor(shape=[-4, 3]), f"{INDEX} is unreadable (ValueError"),
     "huge shape": (tensor(shape=[10**30, 3]), f"{INDEX} is unreadable (ValueError"),
-    "other shape": (tensor(shape=[5, 3]), "the shards of model.weight do not make up its shape [5, 3]"),
     "fewer dimensions": (tensor(shape=[12]), "do not make up its shape [12]"),
-    "no shards": (tensor(shards=[]), "do not make up its shape [4, 3]"),
     "overlap": (shard(offset=[1, 0]), "do not make up its shape [4, 3]"),
-    "outside": (shard(offset=[9, 0]), "do not make up its shape [4, 3]"),
     "true as offset": (shard(offset=[True, 0]), f"{INDEX} is unreadable (ValueError"),
     "file elsewhere": (shard(file="../../step-00000001/rank_0.bin"), "which is not a file of a checkpoint"),
     "another file": (shard(file="rank_7.bin"), f"{INDEX}: shards"),
@@ -112,18 +107,14 @@ FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "digest is a number": (shard(digest=7), "a shard of model.weight has no digest"),
     "odd key": (shard(code="import os"), f"{INDEX} is unreadable (TypeError"),
     "unsigned index": (in_place(INDEX, lambda p: p.write_text("{}")), f"{INDEX} has 2 bytes instead of"),
-    "index is a folder": (in_place(INDEX, Path.mkdir), f"{INDEX} is not a file"),
-    "data is a folder": (in_place("rank_0.bin", Path.mkdir), "rank_0.bin is not a file"),
     "data is a pipe": (in_place("rank_0.bin", os.mkfifo), "rank_0.bin is not a file"),
     "marker is a folder": (in_place(MARKER, Path.mkdir), f"{MARKER} is not a file"),
     "marker of a file elsewhere": (marker({"../x": {"bytes": 1}}), f"{MARKER} names '../x', which is not a file"),
     "marker is no text": (text(MARKER, b"\xff\xfe"), f"{MARKER} is unreadable (UnicodeDecodeError"),
-    "marker is a list": (text(MARKER, b"[]"), f"{MARKER} is not that of a checkpoint of format"),
     "marker without files": (in_json(MARKER, lambda c: c.update(files=None)), "not that of a checkpoint of format"),
     "marker without sizes": (marker({"rank_0.bin": 3}), "does not say how long"),
     "other format": (in_json(MARKER, lambda c: c.update(format=99)), f"{MARKER} is not that of a checkpoint of format"),
     "other step": (in_json(PROGRESS, lambda content: content.update(step=7)), f"{PROGRESS} is of step 7"),
-    "progress is a list": (text(PROGRESS, b"[]"), f"{PROGRESS} is of step None"),
 }
 
 
@@ -149,33 +140,11 @@ def test_a_forged_checkpoint_falls_back_in_one_line(saved, tmp_path, forge, reas
     assert line.startswith("checkpoint step-00000002 is damaged: ") and line.endswith("; trying the one before")
     assert reason in line and "\n" not in line and len(line) < 400
     shutil.rmtree(tmp_path / "step-00000001")
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is intact") as caught:
         checkpointer(tmp_path, said).restore(target)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match=r"is damaged|its model is not"):
+    with pytest.raises(CheckpointError, match=r"is damaged|does not match its configuration"):
         CheckpointedModel(tmp_path / "step-00000002", ModelConfig())
-
-
-def test_an_old_format_says_what_to_do(saved, tmp_path):
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    newest = tmp_path / "step-00000002"
-    (newest / INDEX).rename(newest / ".metadata")
-    (newest / MARKER).write_text('{"format": 1, "files": {".metadata": {"bytes": 1}}}')
-    said: list[str] = []
-    assert checkpointer(tmp_path, said).restore(state(0.0)) == {"step": 1, "tokens": 1}
-    advice = "was written by an older version of Leviathan, whose checkpoints could run code: train again, or export"
-    assert len(said) == 1 and advice in said[0]
-    shutil.rmtree(tmp_path / "step-00000001")
-    with pytest.raises(CheckpointError, match=advice):
-        checkpointer(tmp_path, said).restore(state(0.0))
-    with pytest.raises(CheckpointError, match=advice):
-        CheckpointedModel(newest, ModelConfig())
-
-
-def test_an_honest_index_is_read(saved):
-    index = read_index(saved / "step-00000002")
-    assert index[WEIGHT].shape == (4, 3) and [one.offset for one in index[WEIGHT].shards] == [(0, 0), (2, 0)]
-    assert index["optimizer.weight.step"].shape == () and index[WEIGHT].dtype is torch.float32
 
 
 @pytest.mark.parametrize("shards", [[1], [0, 0, 1]], ids=["a gap", "a shard twice"])
@@ -196,23 +165,16 @@ def test_tiles_are_told_from_overlaps_and_gaps():
     assert not tile((4,), ((0,), (5,))) and not tile((4,), ((1,), (4,)))
 
 
-def test_overlaps_of_a_block():
-    shards = [IndexedShard((2 * i, 0), (2, 3), "", 0, 0, "") for i in range(2)]
-    found = list(IndexedTensor(torch.float32, (4, 3), shards).overlapping((1, 1), (2, 2)))
-    assert [(low, size) for _, low, size in found] == [([1, 1], [1, 2]), ([2, 1], [1, 2])]
-
-
 def test_a_run_without_a_good_checkpoint_is_one_error(small_corpus, tmp_path, capsys):
     """Through the command: exit code 1, one line, and nothing is removed."""
-    from launch.cli import main
-
     line = ["train", *TINY, *small_corpus, "training.steps=1", f"run.root={tmp_path}", "run.name=run"]
     assert main(line) == 0
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()
     (path / MARKER).write_text('{"format": 1}')
     capsys.readouterr()
-    for verb in (line, ["evaluate", str(tmp_path / "run")], ["generate", str(tmp_path / "run")]):
+    run = str(tmp_path / "run")
+    for verb in (line, ["evaluate", run], ["generate", run], ["export", run, str(tmp_path / "out")]):
         assert main(verb) == 1
         (said,) = capsys.readouterr().err.strip().splitlines()
-        assert "was written by an older version of Leviathan" in said
+        assert "an older version of Leviathan, whose checkpoints could run code: train again, or export" in said
     assert (path / "rank_0.bin").exists()

@@ -10,7 +10,6 @@ import contextlib
 import pickle
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,6 @@ class Payload:
         return open, (str(self.fired), "w")
 
 
-def payloads(fired: Path, scratch: Path) -> dict[str, bytes]:
-    torch.save({"model": Payload(fired)}, scratch / "archive")
-    return {
-        "pickle": pickle.dumps(Payload(fired)),
-        "torch": (scratch / "archive").read_bytes(),
-        "yaml": f"model: !!python/object/apply:builtins.open ['{fired}', 'w']\n".encode(),
-    }
-
-
 class Run:
     """A run on filtered data with its corpus cache, which can be put back as it was."""
 
@@ -67,7 +57,12 @@ class Run:
         self.line += ["training.steps=2", "training.seq_len=24", "model.num_layers=2", "model.attention_chunk_size=8"]
         self.line += ["checkpoint.every=1", "logging.report=false", f"run.root={self.place}"]
         assert main(["train", *self.line, "run.name=run"]) == 0
-        self.payloads = payloads(self.fired, root)
+        torch.save({"model": Payload(self.fired)}, root / "archive")
+        self.payloads = {
+            "pickle": pickle.dumps(Payload(self.fired)),
+            "torch": (root / "archive").read_bytes(),
+            "yaml": f"model: !!python/object/apply:builtins.open ['{self.fired}', 'w']\n".encode(),
+        }
         for folder in (self.directory, *self.directory.glob("checkpoints/step-*")):
             for number, name in enumerate(BESIDE):
                 (folder / name).write_bytes(self.payloads["torch" if number % 2 else "pickle"])
@@ -143,12 +138,6 @@ def opened(run) -> dict[str, list[str]]:
     return found
 
 
-@pytest.fixture
-def quiet(capsys) -> Iterator[None]:
-    yield
-    capsys.readouterr()
-
-
 def test_the_payloads_do_fire(run):
     """Control: with the readers that must not be used."""
     readers = {
@@ -177,7 +166,7 @@ def test_the_verbs_open_what_they_are_meant_to(opened):
         assert verbs <= set(opened[name]), name
 
 
-def test_nothing_planted_is_executed(run, opened, quiet):
+def test_nothing_planted_is_executed(run, opened):
     """A configuration by all verbs, other files of the run by one verb of each kind, the corpus cache by one."""
     for name, verbs in opened.items():
         few = [verb for verb in verbs if verb in READERS and verb != "resume"][:1]
@@ -188,13 +177,13 @@ def test_nothing_planted_is_executed(run, opened, quiet):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pickle", "torch", "yaml"])
-def test_nothing_planted_is_executed_by_any_verb(run, opened, kind, quiet):
+def test_nothing_planted_is_executed_by_any_verb(run, opened, kind):
     for name, verbs in opened.items():
         run.plant(name, kind, verbs)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "yaml"])
-def test_certify_does_not_execute_a_configuration(run, kind, quiet):
+def test_certify_does_not_execute_a_configuration(run, kind):
     run.restore()
     (run.directory / "config.yaml").write_bytes(run.payloads[kind])
     assert run.call(["certify", f"run={run.directory}"]) == 2

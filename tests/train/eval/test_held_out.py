@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,20 +11,18 @@ from core.errors import DataError
 from model.attention.plan import ForwardContext
 from tests.support.tiny import EXACT, trainer
 from train.eval.held_out import HeldOut, _sums, held_out_loss
+from train.trainer import Trainer
 
 
-def measured(root: Path, overrides: list[str], rows: int = 5) -> HeldOut:
-    run = trainer(root, "run", overrides)
-    loader = run.loaders["main"]
+def measured(run: Trainer) -> HeldOut:
     bytes_V = torch.from_numpy(run.corpus.tokenizer.token_bytes())
-    return held_out_loss(run.engine.placed, loader, bytes_V, rows, 2, run.weights)
+    return held_out_loss(run.engine.placed, run.loaders["main"], bytes_V, 5, 2, run.weights)
 
 
 @torch.no_grad()
 def test_losses_and_bits_equal_plain_arithmetic(small_corpus, tmp_path):
-    overrides = [*small_corpus, *EXACT]
-    found = measured(tmp_path, overrides)
-    run = trainer(tmp_path, "run", overrides)
+    run = trainer(tmp_path, "run", [*small_corpus, *EXACT])
+    found = measured(run)
     for source, result in found.sources.items():
         nats, tokens, size = 0.0, 0, 0
         for row in range(5):
@@ -44,7 +41,7 @@ def test_losses_and_bits_equal_plain_arithmetic(small_corpus, tmp_path):
 
 def test_no_held_out_text_is_an_error(small_corpus, tmp_path):
     with pytest.raises(DataError, match=r"no source has held-out text .* raise data\.held_out"):
-        measured(tmp_path, [*small_corpus, *EXACT, "data.held_out=0"])
+        measured(trainer(tmp_path, "run", [*small_corpus, *EXACT, "data.held_out=0"]))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -133,9 +134,7 @@ def test_log_likelihoods_against_plain_arithmetic(trained):
     [
         ("run", ["tasks=[next_wrod]", f"task_path={TASKS}"], "tasks=next_wrod: no such task"),
         ("run", ["tasks=[next_word]", "task_path=/nowhere"], "task_path=/nowhere: no such directory"),
-        ("run", ["tasks=[next_word]", "limit=0"], "limit=0: must be positive"),
         ("exported", ["tasks=[next_word]", f"task_path={TASKS}", "backend=torch"], ": applies to runs only"),
-        ("imported", ["tasks=[next_word]", f"task_path={TASKS}", "backend=torch"], ": applies to runs only"),
     ],
 )
 def test_mistakes_are_one_line(trained, capsys, monkeypatch, name, arguments, message):
@@ -167,9 +166,6 @@ def test_a_damaged_tokenizer_is_one_line(trained, tmp_path, capsys, text):
 
 
 def test_without_the_harness_the_install_line_is_given(trained, capsys, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "train.eval.lm_eval", None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "train.eval.lm_eval")

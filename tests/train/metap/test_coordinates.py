@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from hparam import rules
 from hparam.axes import SizeAxis
 from hparam.coordinate_check import AxisResult, check_axis, slope
 from hparam.rules import Parametrization
@@ -58,8 +59,6 @@ def test_experts():
 @pytest.mark.parametrize("axis, rule", [(SizeAxis.width, "fan_in^-1 num_layers^a-1"), (SizeAxis.depth, "residual")])
 def test_a_missing_rule_is_detected(monkeypatch, axis, rule):
     """Without the rule of hidden matrices, or the residual factor, the check fails."""
-    import hparam.rules as rules
-
     if rule == "residual":
         monkeypatch.setitem(rules.MULTIPLIERS["metap"], "residual", "1")
     else:

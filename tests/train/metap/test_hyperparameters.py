@@ -58,30 +58,21 @@ def edited(run: TrainConfig, key: str, value: float | str) -> TrainConfig:
     return load_stored(plain(run), TrainConfig, [f"{key}={quoted(value) if isinstance(value, str) else value}"])
 
 
-@pytest.fixture(scope="module")
-def resolved() -> TrainConfig:
-    return resolve(larger())
-
-
 @pytest.mark.parametrize(
     "key, value",
     [
         ("optimizer.transferred.roles.router.lr", 0.01),
-        ("optimizer.transferred.roles.head.eps", 1e-7),
-        ("optimizer.transferred.beta2", 0.99),
         ("model.init.roles.expert_down", 0.02),
         ("model.multipliers.residual", 0.5),
         ("hparam.table", "0000000000000000"),
     ],
 )
-def test_an_edited_value_is_rejected_by_name(resolved, key, value):
+def test_an_edited_value_is_rejected_by_name(key, value):
+    resolved = resolve(larger())
     with pytest.raises(ConfigError, match=rf"^{key}={value}: the rules derive .* it was edited"):
         resolve(edited(resolved, key, value))
-
-
-def test_a_changed_setting_is_rejected(resolved):
     with pytest.raises(ConfigError, match=r"a setting that it depends on was changed"):
-        resolve(replace(resolved, training=replace(resolved.training, steps=2 * resolved.training.steps)))
+        resolve(edited(resolved, "training.steps", 2 * resolved.training.steps))
 
 
 @pytest.mark.parametrize(
@@ -89,14 +80,9 @@ def test_a_changed_setting_is_rejected(resolved):
     [
         (["model.tie_embeddings=true"], {}, r"hparam.head=absorbed.*try multiplier"),
         (["optimizer.kind=sgd"], {}, r"hparam.base: there are rules for adamw and muon only; .*hparam=none"),
-        (["optimizer.weight_decay=0"], {"tau": 0.1}, r"tau=0.1"),
-        (["optimizer.weight_decay=0"], {"tau": 0.1, "rules": Parametrization.standard}, r"tau=0.1"),
+        (["optimizer.weight_decay=0"], {"tau": 0.1}, r"tau=0.1: the base has no weight decay"),
+        ([], {"tau": 0.1, "rules": Parametrization.standard}, r"tau=0.1"),
         ([], {"alpha": 0.1}, r"alpha=0.1"),
-        (
-            [],
-            {"kind": {"score": "softmax", "norms": "per_head"}},
-            r"hparam.kind.norms=.*no rule transfers .* none: swe",
-        ),
         ([], {"kind": {"score": "sigmoid"}}, r"hparam.kind.score=.*no rule transfers to this model's softmax: sweep"),
     ],
 )
@@ -214,11 +200,3 @@ def test_families_grow_along_one_axis(axis, sizes):
 def test_a_batch_must_divide_the_steps():
     with pytest.raises(ConfigError, match=r"training.steps=101: must be a multiple of 4"):
         grown_run(family("training.steps=101"), SizeAxis.batch, 4)
-
-
-def test_standard_rules_change_initialisation_only():
-    base = family("training.steps=64", "optimizer.weight_decay=0.1")
-    run = carried(base, SizeAxis.tokens, 4, Parametrization.standard)
-    assert run.optimizer.transferred is not None and run.optimizer.transferred.beta2 == 0.95
-    assert {own.lr for own in run.optimizer.transferred.roles.values()} == {run.optimizer.lr}
-    assert {own.weight_decay for own in run.optimizer.transferred.roles.values()} == {0.0, 0.1}

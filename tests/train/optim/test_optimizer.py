@@ -12,24 +12,12 @@ from model.roles import Role, registry
 from model.transformer import Transformer
 from precision.config import Compute, PrecisionConfig
 from tests.support.optim import give_gradients, network, optimizer_of
-from train.optim.optimizer import GroupConfig, Moments, OptimizerConfig, OptimizerKind, prime, set_learning_rate
+from train.optim.optimizer import GroupConfig, Moments, OptimizerConfig, OptimizerKind, prime
 
 
 @pytest.fixture
 def model() -> Transformer:
     return network()
-
-
-def test_groups_are_named_by_role_and_cover_everything_once(model):
-    config = OptimizerConfig(groups={"router": GroupConfig(lr_scale=0.5, weight_decay=0.0)})
-    optimizer = optimizer_of(model, config)
-    grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
-    set_learning_rate(optimizer.param_groups, 0.1)
-    rate, decay = ({group["name"]: group[key] for group in optimizer.param_groups} for key in ("lr", "weight_decay"))
-    assert rate["router"] == pytest.approx(config.lr * 0.5 * 0.1) and rate["head"] == pytest.approx(config.lr * 0.1)
-    assert decay["block_norm"] == decay["final_norm"] == decay["router"] == 0.0
-    assert decay["expert_gate_up"] == decay["embedding"] == 0.1
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -123,34 +123,28 @@ def test_text_from_files_is_escaped(tmp_path, undrawn):
         (lambda d: make_run(d, max_over_mean=7.5), "busiest expert gets 7.5 times the mean"),
         (lambda d: make_run(d, loss=lambda step: 9.0 if step == 40 else 5.0), "to 9.00 at step 40"),
         (lambda d: (make_run(d) / "log.txt").write_text("2026-01-01 00:00:00 could not save x: full\n"), "could not"),
-        (lambda d: None, None),
+        (make_run, None),
     ],
 )
 def test_each_warning_has_its_cause(tmp_path, cause, warning):
     cause(tmp_path / "run")
-    found = list(RunData(tmp_path / "run" if warning else make_run(tmp_path / "healthy")).warnings())
+    found = list(RunData(tmp_path / "run").warnings())
     assert any(warning in text for text in found) if warning else found == []
 
 
 def test_unfinished_runs_and_losses_above_the_bigram(tmp_path, undrawn):
+    """A full disk leaves truncated lines in the middle of the metrics: the run continues after them."""
     run = make_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "bigram_loss": 4.0}))
     assert any("not below the bigram" in text for text in RunData(run).warnings())
     (run / "summary.json").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    (run / "metrics.jsonl").write_text("\n".join(lines[:9]) + '\n{"step": 20, "lo')
+    steps = RunData(run).steps
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:3], lines[3][:9], *lines[4:9], '{"step": 20, "lo']))
+    assert RunData(run).steps == steps[:3] + steps[4:9]
     assert [text for text in RunData(run).warnings()] == ["The run has reached step 18 of 60."]
     assert "4.2500" not in page(run)
-
-
-def test_a_truncated_line_hides_none_after_it(tmp_path):
-    """A full disk leaves such lines in the middle: the run continues after them."""
-    run = make_run(tmp_path / "run", steps=20)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    steps = RunData(run).steps
-    (run / "metrics.jsonl").write_text("\n".join([*lines[:3], lines[3][:9], *lines[4:]]))
-    assert RunData(run).steps == steps[:3] + steps[4:]
 
 
 def test_a_dense_run_with_one_line_is_enough(tmp_path):
@@ -158,16 +152,11 @@ def test_a_dense_run_with_one_line_is_enough(tmp_path):
     assert page(run).count("data:image/png") == 5
 
 
-def printed(run: Path) -> list[str]:
-    """The words of the command that the run's page shows for repeating it."""
-    (line,) = re.findall(r"<pre>(leviathan train .*)</pre>", page(run))
-    return shlex.split(html.unescape(line))
-
-
 def test_the_printed_command_runs(tmp_path, small_corpus, command, undrawn, capsys):
     tiny = [*TINY, *small_corpus, "training.steps=2", "parallel.tp=2", "launch=torchrun", "launch.processes=2"]
     run = make_run(tmp_path / "it's <1>", *tiny, f"run.root={tmp_path}", "run.name='it\\'s <1>'", steps=2)
-    leviathan, *words = printed(run)
+    (line,) = re.findall(r"<pre>(leviathan train .*)</pre>", page(run))
+    leviathan, *words = shlex.split(html.unescape(line))
     assert leviathan == "leviathan" and main([*words, "launch.kind=inline", "launch.processes=null"]) == 2
     assert "parallel" in capsys.readouterr().err, "control: without its launch section the run is rejected"
     done = command(*words)
