@@ -78,7 +78,7 @@ def test_a_small_ablation(tmp_path):
     words = ["ablate.seeds=2", "ablate.steps=2", "ablate.sequences=6", f"ablate.train={json.dumps(train)}"]
     assert main(["filter", "ablate", "keep=0.6", *words, f"out={tmp_path / 'out'}"]) == 0
     found = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    losses = {arm: np.array(found) for arm, values in found["losses"].items()}
+    losses = {arm: np.array(values) for arm, values in found["losses"].items()}
     assert list(losses) == list(COLOURS) and all(found.shape == (2, 4) for found in losses.values())
     assert all(np.isfinite(found).all() and (found > 0).all() for found in losses.values())
     for arm in set(COLOURS) - {CONTROL}:
