@@ -93,14 +93,8 @@ def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path,
     assert command(server, source, tmp_path / "out") == 0
     server.requests.clear()
     url = server.url.replace("127.0.0.1", "localhost")
-    ways = [
-        f"scorer.url={url}",
-        "scorer.concurrency=2",
-        "scorer.timeout_s=9",
-        "scorer.retries=3",
-        "scorer.key_variable=K",
-    ]
-    assert command(server, source, tmp_path / "out", *ways) == 0
+    ways = ["scorer.concurrency=2", "scorer.timeout_s=9", "scorer.retries=3", "scorer.key_variable=K"]
+    assert command(server, source, tmp_path / "out", f"scorer.url={url}", *ways) == 0
     assert not server.requests
     assert command(server, source, tmp_path / "out", "scorer.judge=another") == 2
     member = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader")
@@ -129,8 +123,8 @@ def test_several_workers_ask_again_together(server, source, tmp_path):
 def test_members_of_an_ensemble_are_asked_again(server, source, tmp_path, no_page):
     server.reply = lying
     judge = f"{{kind: judge, url: '{server.url}', judge: grader, retries: 0}}"
-    words = [f"input={source}", f"out={tmp_path / 'out'}", "scorer.kind=ensemble"]
-    words.append(f"scorer.members=[{judge}, {{kind: length}}]")
+    members = f"scorer.members=[{judge}, {{kind: length}}]"
+    words = [f"input={source}", f"out={tmp_path / 'out'}", "scorer.kind=ensemble", members]
     assert main(["filter", *words]) == 0
     rows = rows_in(tmp_path / "out")
     assert {place for place, row in enumerate(rows) if row["why"]} == LOST
@@ -179,10 +173,10 @@ def test_other_scores_make_other_decisions(source, tmp_path):
     out, hard, easy = tmp_path / "out", FixedScorer(by_number), FixedScorer(by_number_reversed)
     filtered(source, out, hard)
     assert len(kept(out)) == 25
-    stamps = {path: path.stat().st_mtime_ns for path in (out / "stages" / "decisions").iterdir()}
+    stamps = {path.stat().st_mtime_ns for path in (out / "stages" / "decisions").iterdir()}
     shutil.rmtree(out / "stages" / "scored")
     filtered(source, out, hard)
-    assert stamps == {path: path.stat().st_mtime_ns for path in (out / "stages" / "decisions").iterdir()}
+    assert stamps == {path.stat().st_mtime_ns for path in (out / "stages" / "decisions").iterdir()}
     shutil.rmtree(out / "stages" / "scored")
     filtered(source, out, easy)
     filtered(source, tmp_path / "new", easy)
