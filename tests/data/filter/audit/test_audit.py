@@ -188,7 +188,7 @@ def test_both_lengths_of_pairs_are_checked_in_both_directions(column, sign):
     assert ("prompt and answer" in warning["text"]) == (column == "bytes")
 
 
-def test_samples_are_the_closest_to_the_threshold_and_texts_are_cut():
+def test_samples_are_closest_to_the_threshold_and_texts_cut():
     score = np.arange(100.0)
     table = decisions(score, np.where(score >= 60, "hard", "easy"))
     audit = audited(table.slice(50), table.slice(0, 50), text="x" * 999)
