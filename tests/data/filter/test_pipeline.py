@@ -187,7 +187,7 @@ def written(source: Path, out: Path, deadly: int = -1) -> list[str]:
 
     def dying(write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
         if len(names) == deadly:
-            path.with_name(f".{path.name}.tmp").write_text("half of it")
+            path.with_name(f".{path.name}.tmp").write_text("half of it")  # as a real kill leaves it
             raise KeyboardInterrupt
         names.append(f"{path.parent.name}/{path.name}")
         write(path, content)

@@ -191,7 +191,6 @@ def test_wrong_inputs_are_refused(tmp_path):
     for keys, reason in (
         ({"input": str(tmp_path / "in.csv")}, "input=.*: unknown suffix; try .jsonl, .jsonl.gz"),
         ({"input": str(tmp_path / "none")}, "input=.*: no such file"),
-        ({}, "name a file or folder"),
         ({"input": "a", "dataset": "b"}, "name a file or folder"),
         ({"input": "a", "prompt_key": "q"}, "go together"),
         ({"input": "a", "prompt_key": "q", "response_key": "a", "messages_key": "m"}, "set it, or prompt_key"),

@@ -92,7 +92,6 @@ def test_documents_and_missing_answers_have_no_score(server, scorer):
     [
         ("own_verifiers", "not of the form module:function"),
         (":is_right", "not of the form"),
-        ("own_verifiers:", "not of the form"),
         ("no_such_module:f", "cannot be imported .*no_such_module.*PYTHONPATH"),
         ("broken_module:f", "cannot be imported .*no_such_module_at_all"),
         ("own_verifiers:is_rihgt", "no such function; try own_verifiers:is_right"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -110,11 +110,6 @@ def test_buckets_hold_whole_lengths_and_keep_their_hardest():
 # ranks and partitions
 
 
-def on_ranks(parts: Sequence[list[ShardScores]], rules: FilterRules, noise: float | None) -> list[Thresholds]:
-    """Each rank is a thread with its own shards."""
-    return on_threads(len(parts), lambda one: select(lambda: parts[one.rank], NAMES, rules, noise, one.sum))
-
-
 @pytest.mark.parametrize("bins", [1 << 22, 1 << 10])
 @pytest.mark.parametrize("scores", ["normal", "ties", "constant"])
 def test_decisions_do_not_depend_on_ranks_or_shards(scores, bins, monkeypatch):
@@ -129,7 +124,9 @@ def test_decisions_do_not_depend_on_ranks_or_shards(scores, bins, monkeypatch):
         order = np.random.default_rng(ranks).permutation(2000)
         pieces = np.array_split(order, 3 if ranks == 4 else 7)  # a rank may have no shard
         parts = [[take(shard, rows) for rows in pieces[rank::ranks]] for rank in range(ranks)]
-        for other in on_ranks(parts, rules, 7.0):
+        for other in on_threads(
+            ranks, lambda one, parts=parts: select(lambda: parts[one.rank], NAMES, rules, 7.0, one.sum)
+        ):
             assert other.thresholds == decision.thresholds
             assert all(map(np.array_equal, other.starts, decision.starts))
             assert np.array_equal(other.reasons(shard), codes)
