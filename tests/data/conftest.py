@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from core.config import build
@@ -29,16 +31,12 @@ def write_texts(folder: Path, documents: int, words: int = 300, seed: int = 0) -
 
 
 def write_parquet(path: Path, column: str = "text", values: list[Any] | None = None) -> Path:
-    import pyarrow.parquet
-
     table = pyarrow.table({column: values or TEXTS, "id": list(range(len(values or TEXTS)))})
     pyarrow.parquet.write_table(table, path, write_page_checksum=True)
     return path
 
 
 def write_jsonl(path: Path, records: list[Any] | None = None) -> Path:
-    import pyarrow
-
     content = "".join(json.dumps(r) + "\n" for r in records or [{"text": text} for text in TEXTS]).encode()
     if path.suffix == ".gz":
         content = gzip.compress(content)
@@ -61,8 +59,7 @@ def silent(line: str) -> None:
 
 def counts_of(corpus: Corpus, source: str) -> dict[str, int]:
     """The manifest's counts of a source's training documents."""
-    counts: dict[str, int] = corpus.manifest["sources"][source][TRAIN]["counts"]
-    return counts
+    return corpus.manifest["sources"][source][TRAIN]["counts"]
 
 
 def documents_of(corpus: Corpus, source: str, split: str) -> list[str]:

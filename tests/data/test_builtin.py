@@ -62,15 +62,12 @@ def test_copies_and_docstrings_fall_where_their_file_falls(library):
     assert not leaks(found, long_lines)
 
 
-@pytest.mark.parametrize("wrong", ["by path", "by extracted text"])
-def test_the_check_sees_the_leaks_of_other_splits(library, monkeypatch, wrong):
+@pytest.mark.parametrize("origin", [lambda file, section: file.name, builtin.text_of], ids=["path", "extracted text"])
+def test_the_check_sees_the_leaks_of_other_splits(library, monkeypatch, origin):
     usual = builtin.files
 
     def files(section: Section) -> list[builtin.File]:
-        def origin(file: builtin.File) -> str:
-            return file.name if wrong == "by path" else str(builtin.text_of(file, section))
-
-        return [builtin.File(f.name, f.content, origin(f)) for f in usual(section)]
+        return [builtin.File(file.name, file.content, str(origin(file, section))) for file in usual(section)]
 
     monkeypatch.setattr(builtin, "files", files)
     assert leaks(code_and_docstrings(), long_lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
 
 import pytest
 
@@ -114,10 +113,8 @@ def test_many_epochs_are_reported(corpus):
 
 def test_shares_are_of_tokens_without_padding(make_corpus, tmp_path):
     """A third of one source's tokens are padding, hardly any of the other's."""
-    sources: dict[str, Any] = {
-        "wasteful": {"path": str(write_texts(tmp_path / "a", 300, words=10, seed=1))},
-        "dense": {"path": str(write_texts(tmp_path / "b", 30, words=900, seed=2))},
-    }
+    texts = (("wasteful", 300, 10), ("dense", 30, 900))
+    sources = {name: {"path": str(write_texts(tmp_path / name, *size, seed=size[1]))} for name, *size in texts}
     for settings, padded in (({"align": 64}, True), ({}, False)):
         corpus = make_corpus(sources, **settings)
         loader = Loader(corpus, 64, 2048, seed=1, weights={"wasteful": 1.0, "dense": 3.0})

@@ -53,15 +53,12 @@ def test_everything_that_names_a_batch_changes_it(corpus):
     assert not any(equal(usual.batch(0), other) for other in [usual.batch(1), *(one.batch(0) for one in others)])
 
 
-def epoch_order(loader: Loader, source: int, epoch: int) -> np.ndarray:
-    count = loader._streams[source].num_sequences(SEQ_LEN)
-    return loader._shuffled(source, np.arange(epoch * count, (epoch + 1) * count))
-
-
 def test_each_epoch_and_source_has_its_own_order(make_corpus, tmp_path):
     folder = str(write_texts(tmp_path / "texts", 12))
     loader = Loader(make_corpus({"a": {"path": folder}, "b": {"path": folder}}), SEQ_LEN, 8, seed=1)
-    orders = [epoch_order(loader, source, epoch) for source in (0, 1) for epoch in range(3)]
+    count = loader._streams[0].num_sequences(SEQ_LEN)
+    epochs = [np.arange(epoch * count, (epoch + 1) * count) for epoch in range(3)]
+    orders = [loader._shuffled(source, epoch) for source in (0, 1) for epoch in epochs]
     assert all(np.array_equal(np.sort(order), np.arange(len(order))) for order in orders)
     assert all((one == other).mean() < 0.1 for one, other in itertools.combinations(orders, 2))
 
@@ -130,15 +127,10 @@ def test_wrong_sources_are_refused(corpus):
 ALIGN = 64
 
 
-def crossing(batch: Batch) -> int:
-    """How many documents cross a multiple of `ALIGN` in a sequence."""
-    starts = batch.positions_BT % ALIGN == 0
-    return int((~starts[:, ::ALIGN]).sum())
-
-
 def test_aligned_documents_do_not_cross_chunks(mixed):
     batch, plain = (Loader(mixed(align=align), 2 * ALIGN, 48, seed=1).batch(0) for align in (ALIGN, None))
-    assert crossing(batch) == 0 and crossing(plain) > 20, "control"
+    crossing, without = (int((one.positions_BT[:, ::ALIGN] % ALIGN != 0).sum()) for one in (batch, plain))
+    assert crossing == 0 and without > 20, "control"
     inside = (batch.positions_BT == 0).sum() - (batch.positions_BT[:, ::ALIGN] == 0).sum()
     assert inside > 10, "short documents share a chunk"
 

@@ -17,10 +17,6 @@ from data.ngram_baseline import GRID, NgramBaseline
 VOCAB = 23
 
 
-def batch(tokens: Any, labels: Any) -> Any:
-    return SimpleNamespace(tokens_BT=tokens, labels_BT=labels)
-
-
 def random_batch(seed: int, rows: int = 6, length: int = 50, vocab: int = VOCAB) -> Any:
     """A Markov chain, so that pairs matter; some labels are ignored."""
     chance = np.random.default_rng(seed)
@@ -30,7 +26,7 @@ def random_batch(seed: int, rows: int = 6, length: int = 50, vocab: int = VOCAB)
         tokens[:, t + 1] = np.where(chance.random(rows) < 0.7, (tokens[:, t] * 5 + 3) % vocab, others)
     labels = tokens[:, 1:].copy()
     labels[chance.random(labels.shape) < 0.1] = -100
-    return batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(labels))
+    return SimpleNamespace(tokens_BT=torch.from_numpy(tokens[:, :-1].copy()), labels_BT=torch.from_numpy(labels))
 
 
 def fitted(batches: list[Any], vocab: int = VOCAB) -> NgramBaseline:
@@ -83,6 +79,6 @@ def test_narrow_integers_do_not_overflow():
     found = []
     for dtype in (np.int64, np.int32, np.uint32):
         narrow = tokens.astype(dtype)
-        b = batch(narrow[:, :-1], narrow[:, 1:])
+        b = SimpleNamespace(tokens_BT=narrow[:, :-1], labels_BT=narrow[:, 1:])
         found.append(fitted([b], vocab).evaluate({"x": [b]}, {"x": 1.0}))
     assert found[0] == found[1] == found[2]

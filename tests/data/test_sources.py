@@ -94,15 +94,13 @@ def test_empty_texts_are_counted(tmp_path):
     assert [d.dropped for d in read(path)] == [None, "empty", "empty"]
 
 
-UNDECODABLE = b'\xef\xbb\xbf{"text": "good"}\r\n\n{"text": "b\xffd"}\n'
-
-
 def test_undecodable_bytes(tmp_path):
     path, text = tmp_path / "a.jsonl", tmp_path / "b.txt"
-    path.write_bytes(UNDECODABLE)
+    lines = b'\xef\xbb\xbf{"text": "good"}\r\n\n{"text": "b\xffd"}\n'
+    path.write_bytes(lines)
     text.write_bytes(b"abc\xff")
     advice = r"try data.undecodable=drop or data.undecodable=replace"
-    for file, place in ((path, UNDECODABLE.index(0xFF)), (text, 3)):
+    for file, place in ((path, lines.index(0xFF)), (text, 3)):
         message = rf"data.sources.mine.path={file}: byte {place} is not UTF-8; {advice}"
         with pytest.raises(ConfigError, match=message):
             read(file)
@@ -145,12 +143,6 @@ def test_broken_parquet_is_named(tmp_path):
         read(write_parquet(tmp_path / "a.parquet", "body"))
     with pytest.raises(ConfigError, match=r"text_key=text: .*a.parquet holds int64 there, not text"):
         read(write_parquet(tmp_path / "a.parquet", values=[1, 2]))
-    path = write_parquet(tmp_path / "a.parquet", values=["abc" * 10_000])
-    content = bytearray(path.read_bytes())
-    content[10:60] = bytes(50)
-    path.write_bytes(bytes(content))
-    with pytest.raises(ConfigError, match=r"a.parquet: cannot be read"):
-        read(path)
 
 
 def test_parquet_checksums_are_verified(tmp_path):
@@ -205,13 +197,6 @@ def test_a_local_data_set_is_streamed(tmp_path, name):
     assert found == read(tmp_path / "set" / name)
     capped = read(tmp_path / "set", SourceKind.huggingface, max_bytes=500)
     assert 0 < len(capped) < len(found) and capped == [d for d in found if d in capped]
-
-
-def test_a_saved_data_set_is_streamed(tmp_path):
-    import datasets
-
-    datasets.Dataset.from_list([{"text": text} for text in TEXTS]).save_to_disk(tmp_path / "set")
-    assert texts(read(tmp_path / "set", SourceKind.huggingface)) == TEXTS
 
 
 def test_wrong_data_sets_are_named(tmp_path):
@@ -276,12 +261,11 @@ def test_a_folder_of_a_store_and_its_held_out_files(store):
         ("memory://nowhere/a.txt", r"path=memory://nowhere/a.txt: no such file or folder"),
         ("klingon://a", r"path=klingon://a: no filesystem is called 'klingon'"),
         ("memory://bucket/bad.parquet", r"path=memory://bucket/bad.parquet: cannot be read: .*[Pp]arquet"),
-        ("memory://bucket/bad.jsonl.gz", r"path=memory://bucket/bad.jsonl.gz: cannot be read"),
         ("memory://bucket/a.pdf", r"path=memory://bucket/a.pdf: unknown suffix"),
     ],
 )
 def test_wrong_places_are_named(tmp_path, store, path, message):
-    for name in ("bad.parquet", "bad.jsonl.gz", "a.pdf"):
+    for name in ("bad.parquet", "a.pdf"):
         put(f"bucket/{name}", b"nonsense")
     (tmp_path / "empty").mkdir()
     keys = {"held_out_path": "/nowhere"} if path == "/" else {}

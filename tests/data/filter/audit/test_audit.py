@@ -6,8 +6,8 @@ import io
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow
@@ -19,7 +19,7 @@ from core.html import page
 from data.filter.audit.outputs import write_audit
 from data.filter.audit.plots import draw
 from data.filter.audit.statistics import Audit
-from data.filter.audit.tally import Tally, counts, first_of_each, key_of, quantile, spearman, value_of
+from data.filter.audit.tally import counts, key_of, quantile, spearman, value_of
 from data.filter.config import FilterRules, KeepUnit, SelectConfig
 from data.filter.input.records import Reason
 from data.filter.score.baselines import LengthScorer
@@ -57,10 +57,8 @@ def halved(count: int, seed: int = 0, **more: Any) -> pyarrow.Table:
 
 def audited(*tables: pyarrow.Table, rules: FilterRules = RULES, text: str = "a text", **more: Any) -> dict[str, Any]:
     """`more`: `thresholds`, and `lost`, what was read beyond the tables."""
-    read = {
-        "documents": sum(map(len, tables)),
-        "tokens": sum(int(np.sum(table["tokens"].to_numpy())) for table in tables),
-    }
+    tokens = sum(int(np.sum(table["tokens"].to_numpy())) for table in tables)
+    read = {"documents": sum(map(len, tables)), "tokens": tokens}
     read |= {unit: read[unit] + size for unit, size in more.get("lost", {}).items()}
     audit = Audit(rules, LengthScorer(), more.get("thresholds", {}), "notes.jsonl", **read)
     for place, table in enumerate(tables):
@@ -110,9 +108,8 @@ def test_the_order_of_shards_changes_no_byte(monkeypatch):
     tables["5"] = decisions([np.nan] * 9, "malformed", "")
 
     def written(order: list[str]) -> str:
-        audit = Audit(
-            RULES, LengthScorer(), {}, "x", 509, sum(int(np.sum(one["tokens"].to_numpy())) for one in tables.values())
-        )
+        tokens = sum(int(np.sum(table["tokens"].to_numpy())) for table in tables.values())
+        audit = Audit(RULES, LengthScorer(), {}, "x", 509, tokens)
         for name in order:
             audit.add(name, tables[name])
         return json.dumps(audit.finish(lambda shard, row: f"text {shard} {row}"))
@@ -121,10 +118,6 @@ def test_the_order_of_shards_changes_no_byte(monkeypatch):
     assert first == written(list(reversed(tables))) == written(["2", "5", "0", "4", "1", "3"])
     tables["0"] = halved(100, 77, domain=names, **{"score:length": np.arange(100.0)})
     assert first != written(list(tables))
-
-
-def test_normal_figures_give_no_warning():
-    assert audited(halved(400, domain=["web", "code"] * 200))["warnings"] == []
 
 
 def length_is_the_score() -> dict[str, Any]:
@@ -149,7 +142,8 @@ def test_warns(kind):
 
 
 def test_does_not_warn_just_inside_the_limits():
-    """One record unscored, one document off; a target that a floor or protection explains."""
+    """Normal figures; one record unscored, one document off; a target that a floor or protection explains."""
+    assert audited(halved(400, domain=["web", "code"] * 200))["warnings"] == []
     assert kinds(audited(halved(100), decisions([np.nan] * 1, "unscored"))) == set()
     assert kinds(audited(decisions(np.arange(3.0), ["easy", "hard", "hard"]))) == set()
     floor = replace(RULES, select=SelectConfig(floor=8))
@@ -194,7 +188,7 @@ def test_both_lengths_of_pairs_are_checked_in_both_directions(column, sign):
     assert ("prompt and answer" in warning["text"]) == (column == "bytes")
 
 
-def test_samples_are_the_closest_to_the_threshold_and_texts_are_cut():
+def test_samples_are_closest_to_the_threshold_and_texts_cut():
     score = np.arange(100.0)
     table = decisions(score, np.where(score >= 60, "hard", "easy"))
     audit = audited(table.slice(50), table.slice(0, 50), text="x" * 999)
@@ -215,9 +209,8 @@ def test_random_dropping_keeps_all_lengths_alike():
 
 
 def test_scorers_are_compared_where_both_have_a_score():
-    score = np.arange(100.0)
-    other = np.where(score < 90, -score, np.nan)
-    audit = audited(decisions(score, ["easy"] * 50 + ["hard"] * 50, **{"score:loss": other}))
+    other = np.where(np.arange(100) < 90, -np.arange(100.0), np.nan)
+    audit = audited(decisions(np.arange(100.0), ["easy"] * 50 + ["hard"] * 50, **{"score:loss": other}))
     assert audit["agreement"] == [{"scorers": ["length", "loss"], "records": 90, "correlation": -1.0}]
 
 
@@ -301,9 +294,7 @@ def test_pictures_have_two_inks():
 
 
 def test_a_full_disk_is_reported(tmp_path, monkeypatch):
-    def full(path: Path, content: Any) -> None:
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("data.filter.audit.outputs.write_json", full)
     with pytest.raises(DataError, match="No space left"):
         write_audit(audited(halved(10)), tmp_path, "")
@@ -325,17 +316,3 @@ def test_ranks_quantiles_and_histograms_by_hand():
     assert quantile(np.array([1.0, 2, 3]), np.array([1, 2, 1]), 0.5) == 2
     edges = np.array([0.0, 1, 2])
     assert counts(np.array([-5.0, 0.5, 1, 2, 9]), np.array([1, 1, 1, 1, 1]), edges).tolist() == [2, 3]
-
-
-def test_first_of_each_and_sums_are_those_of_a_plain_loop():
-    chance = np.random.default_rng(0)
-    group, value = chance.integers(0, 5, 200), chance.permutation(200)
-    table = pyarrow.table({"group": group, "value": value})
-    found = first_of_each(table, ["group"], [("value", "descending")], 3).to_pylist()
-    assert [row["value"] for row in found] == [
-        v for g in range(5) for v in sorted(value[group == g].tolist(), reverse=True)[:3]
-    ]
-    tally = Tally(["group"], {"value": "sum"})
-    tally.add(table.slice(0, 70))
-    tally.add(table.slice(70))
-    assert tally.table().to_pylist() == [{"group": g, "value": int(value[group == g].sum())} for g in range(5)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from markupsafe import escape
@@ -36,31 +36,29 @@ def test_a_changed_input_key_is_rejected_by_name(tmp_path):
         | {key: [{"role": "assistant", "content": one["text"]}] for key in ("chat", "talk")}
         for n, (one, two) in enumerate(zip(prose(4), prose(4, 1), strict=True))
     ]
-    source, done = write_lines(tmp_path / "in.jsonl", rows), set()
+    source = write_lines(tmp_path / "in.jsonl", rows)
     for key, (before, new) in CHANGED_KEYS.items():
         out = tmp_path / str(sorted(before))
-        if str(before) not in done:
-            filtered(source, out, **before)
-            filtered(source, out, **before)
-            done.add(str(before))
+        filtered(source, out, **before)
         with pytest.raises(ConfigError, match=rf"records: was made with {key}=.* \(now .*\)") as caught:
             Filter(job(source, out, **{**before, key: new})).run()
         assert "\n" not in str(caught.value)
         Filter(job(source, tmp_path / key, **{**before, key: new})).run()
 
 
-FIRST = "none of 2 records can be read; in.jsonl:1: "
-UNREADABLE = {
-    "forgotten": ({}, f"{FIRST}no 'text'; it has 'q', 'a', 'n'; try text_key=, "),
-    "wrong": ({"prompt_key": "Q", "response_key": "a"}, f"{FIRST}no 'Q'; it has 'q', 'a', 'n'; try text_key=, "),
-    "not text": ({"text_key": "n"}, f"{FIRST}'n' is int, not str; its keys are 'q', 'a', 'n'; try text_key=, "),
-}
+PROBLEMS = [
+    ({}, "no 'text'; it has 'q', 'a', 'n'"),
+    ({"prompt_key": "Q", "response_key": "a"}, "no 'Q'; it has 'q', 'a', 'n'"),
+    ({"text_key": "n"}, "'n' is int, not str; its keys are 'q', 'a', 'n'"),
+]
 
 
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_an_unreadable_input_is_rejected_until_keys_fit(tmp_path, case):
-    rows = [{"q": row["text"], "a": "x" + row["text"], "n": 3} for row in prose(2)]
-    source, (keys, message) = write_lines(tmp_path / "in.jsonl", rows), UNREADABLE[case]
+@pytest.mark.parametrize(("keys", "problem"), PROBLEMS)
+def test_an_unreadable_input_is_rejected_until_keys_fit(tmp_path, keys, problem):
+    source = write_lines(
+        tmp_path / "in.jsonl", [{"q": row["text"], "a": "x" + row["text"], "n": 3} for row in prose(2)]
+    )
+    message = f"none of 2 records can be read; in.jsonl:1: {problem}; try text_key=, "
     for on_error in OnError:
         expected = "input=in.jsonl:1: cannot be read: " if on_error is OnError.fail else message
         with pytest.raises(ConfigError) as caught:
@@ -75,7 +73,7 @@ def test_one_readable_record_in_any_shard_is_enough(tmp_path, small_shards):
     assert len(kept(tmp_path / "out")) == 1
 
 
-def planted(tmp_path: Path) -> Filter:
+def test_reasons_name_the_set_the_original_or_the_problem(tmp_path, small_shards):
     """Copies of a record of another shard, a passage of an evaluation set, and what is no record."""
     rows: list[Any] = prose(60, words=60)
     exam = write_lines(tmp_path / "exam.jsonl", [{"q": rows[7]["text"]}])
@@ -84,11 +82,7 @@ def planted(tmp_path: Path) -> Filter:
     rows[42] = {"text": rows[41]["text"]}
     rows[50] = {"words": "no <b>text\x1b[2J"}
     sets = ContaminationConfig({"none": str(write_lines(tmp_path / "none.jsonl", prose(1, 99))), "exam": str(exam)})
-    return filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", contamination=sets)
-
-
-def test_reasons_name_the_set_the_original_or_the_problem(tmp_path, small_shards):
-    done = planted(tmp_path)
+    done = filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", contamination=sets)
     found = {row["id"]: (row["reason"], row["detail"]) for row in rows_of(done) if row["detail"] is not None}
     problem = """no 'text'; it has 'words': {"words": "no <b>text\\u001b[2J"}"""
     assert found == {
@@ -101,13 +95,12 @@ def test_reasons_name_the_set_the_original_or_the_problem(tmp_path, small_shards
     write_audit_of(done, tmp_path / "out", "in.jsonl")
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
     page = (tmp_path / "out" / "audit.html").read_text()
-    wanted = {
+    for name, text in {
         "in.jsonl:8": "contaminated by exam",
         "in.jsonl:41": "duplicate of in.jsonl:4",
         "in.jsonl:42": "near_duplicate of in.jsonl:4",
         "in.jsonl:51": f"malformed: {problem}",
-    }
-    for name, text in wanted.items():
+    }.items():
         assert explain(tmp_path / "out", name).splitlines()[0].endswith(f"dropped, {text}")
         (example,) = [row for row in audit["examples"][found[name][0]] if row["id"] == name]
         assert example["detail"] == found[name][1] and str(escape(text)) in page
@@ -117,7 +110,9 @@ def test_a_kept_unreadable_record_has_its_problem(tmp_path):
     source = write_lines(tmp_path / "in.jsonl", [*prose(10), {"words": 1}])
     with open(source, "ab") as file:
         file.write(b"\xff\x1b" + b"x" * 5000)
+    unreadable = source.read_bytes().split(b"\n")[-2:]
     *_, last, binary = rows_of(filtered(source, tmp_path / "out", on_error=OnError.keep))
+    assert kept(tmp_path / "out")[-2:] == unreadable, "unchanged"
     assert (last["reason"], last["detail"]) == ("protected", """no 'text'; it has 'words': {"words": 1}""")
     assert "\x1b" not in binary["detail"] and len(binary["detail"]) < 500 and binary["detail"].endswith("xxx")
 
@@ -139,13 +134,11 @@ def test_a_gated_record_is_not_an_original(tmp_path):
 
 def test_buckets_are_by_the_length_of_the_scored_part(tmp_path):
     """Prompts of another length, and tokens in the opposite order: each would make other buckets."""
-    rows = [
-        {
-            "q": prose(1, n, words=10 + 60 * (n % 2))[0]["text"],
-            "a": prose(1, n + 500, words=10 + 60 * (n // 2 % 2))[0]["text"],
-        }
-        for n in range(160)
-    ]
+
+    def text(seed: int, is_long: int) -> str:
+        return str(prose(1, seed, words=10 + 60 * is_long)[0]["text"])
+
+    rows = [{"q": text(n, n % 2), "a": text(n + 500, n // 2 % 2)} for n in range(160)]
     source = write_lines(tmp_path / "in.jsonl", rows)
     made = job(source, tmp_path / "out", prompt_key="q", response_key="a", select=SelectConfig(length_buckets=2))
     done = Filter(replace(made, count_tokens=lambda texts: [10_000 - len(text) for text in texts]))
@@ -160,10 +153,10 @@ def test_buckets_are_by_the_length_of_the_scored_part(tmp_path):
 
 def test_each_bucket_of_a_domain_has_its_threshold(tmp_path):
     rows = [
-        {**row, "domain": domain}
-        for seed, domain in enumerate(("code", "web"))
-        for part, words in enumerate((8, 60))
-        for row in prose(40, 2 * seed + part, words)
+        row | {"domain": domain}
+        for domain, seeds in (("code", (0, 1)), ("web", (2, 3)))
+        for seed, words in zip(seeds, (8, 60), strict=True)
+        for row in prose(40, seed, words)
     ]
     source = write_lines(tmp_path / "in.jsonl", rows)
     done = filtered(source, tmp_path / "out", select=SelectConfig(length_buckets=2), domain_key="domain")
@@ -177,10 +170,8 @@ def test_each_bucket_of_a_domain_has_its_threshold(tmp_path):
 
 
 def test_without_deduplication_no_signatures_are_read(tmp_path, monkeypatch):
-    def look(*arguments: Any) -> None:
-        raise AssertionError("looked")
-
-    monkeypatch.setattr("data.filter.pipeline.find_duplicates", look)
+    find = Mock(side_effect=AssertionError("looked"))
+    monkeypatch.setattr("data.filter.pipeline.find_duplicates", find)
     source = write_lines(tmp_path / "in.jsonl", prose(10) * 2)
     done = filtered(source, tmp_path / "out", duplicates=DuplicateConfig(exact=False, near=None))
     assert {row["reason"] for row in rows_of(done)} == {"easy", "hard"}

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial
@@ -20,7 +20,6 @@ from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
 from data.filter.score.endpoint import Endpoint, UnusableAnswer
 from data.filter.score.judge import JudgeScorer, judge_prompt, parse_difficulty, shortened
-from data.filter.score.requests import AnswerCache
 from tests.support.fakes.llm_server import KEY, Pauses, Reply, completion, graded
 
 
@@ -52,10 +51,6 @@ def by_number(body: dict[str, Any], turn: int) -> Reply:
     return graded(1 + number_of(body) % 5)
 
 
-def at_first(reply: Reply, then: Reply, turns: int = 1) -> Any:
-    return lambda body, turn: reply if turn < turns else then
-
-
 def test_each_record_gets_its_own_grade_in_order(server, judge):
     server.reply, server.latency_s = by_number, 0.02
     scorer = judge(concurrency=3)
@@ -65,7 +60,7 @@ def test_each_record_gets_its_own_grade_in_order(server, judge):
     assert server.most_at_once == 3, "no more than allowed, and no fewer"
 
 
-def test_a_prompt_is_shown_without_its_answer_and_a_document_whole(server, judge):
+def test_a_prompt_is_shown_without_its_answer(server, judge):
     judge().score([*prompts("why?"), Record("doc", "d", "s", "plain text")])
     shown = [request["messages"][0]["content"] for request in server.requests]
     assert any("why?" in one and "a prompt" in one for one in shown)
@@ -76,7 +71,7 @@ def test_a_prompt_is_shown_without_its_answer_and_a_document_whole(server, judge
 def test_cached_answers_are_not_requested_again(server, judge):
     records, server.reply = numbered(6), by_number
     first = judge().score(records)
-    server.reply = at_first(graded(5), graded(5))
+    server.reply = lambda body, turn: graded(5)
     assert judge().score([*records, *records[:2]]).tolist() == [*first, *first[:2]]
     assert len(server.requests) == 6
     assert judge(judge="another").score(records).tolist() == [5] * 6, "another judge has other answers"
@@ -93,7 +88,7 @@ def test_a_killed_run_keeps_its_answers(server, judge, tmp_path):
     file = next(tmp_path.glob("*.jsonl"))
     file.write_text(file.read_text() + '{"key": "ab')
     server.requests.clear()
-    server.reply = at_first(graded(2), graded(2))
+    server.reply = lambda body, turn: graded(2)
     assert judge().score(numbered(7)).tolist() == [4] * 5 + [2] * 2 and len(server.requests) == 2
 
 
@@ -167,15 +162,11 @@ def test_a_slow_trickle_ends_at_the_deadline(monkeypatch):
 
         def trickle() -> None:
             connection, _ = listener.accept()
-            connection.recv(65536)
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-            for _ in range(100):
-                try:
+            with connection, suppress(OSError):
+                for _ in range(100):
                     connection.sendall(b" ")
-                except OSError:
-                    break
-                time.sleep(0.02)
-            connection.close()
+                    time.sleep(0.02)
 
         threading.Thread(target=trickle, daemon=True).start()
         endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", "NO_KEY", 0.3, retries=0)
@@ -216,15 +207,12 @@ def test_a_stop_ends_the_waits_for_retries(server, judge):
 
 MALFORMED = {
     "html": (200, {"Content-Type": "text/html"}, b"<html>welcome</html>"),
-    "nothing": (200, {}, b""),
     "no choices": (200, {}, b'{"choices": []}'),
     "a list": (200, {}, b"[1, 2]"),
     "no text": completion(None),
     "bytes": (200, {}, b"\xff\xfe\x00"),
     "nested": (200, {}, b"[" * 100_000),
     "prose": completion("I would say 4"),
-    "zero": graded(0),
-    "huge": completion('{"difficulty": 1e400}'),
     "bad request": (400, {}, b"context too long"),
     "redirect": (302, {"Location": "http://127.0.0.1:1/"}, b""),
     "compressed": (200, {"Content-Encoding": "br-nothing"}, b"zzz"),
@@ -239,11 +227,11 @@ def test_a_malformed_answer_costs_its_record_and_says_why(server, judge):
         scorer = judge(name)
         assert np.isnan(scorer.score(records)).tolist() == [False, True], name
         assert list(scorer.reasons) == [records[1].id] and scorer.reasons[records[1].id]
-    server.reply = at_first(graded(5), graded(5))
+    server.reply = lambda body, turn: graded(5)
     assert judge(name).score(records).tolist() == [2, 5], "a malformed answer is not cached"
 
 
-def test_a_malformed_answer_is_requested_once_more_with_a_reminder(server, judge):
+def test_a_malformed_answer_is_requested_again_with_a_reminder(server, judge):
     def reply(body: dict[str, Any], turn: int) -> Reply:
         reminded = "Answer with exactly one JSON object" in body["messages"][0]["content"]
         return graded(4) if reminded else completion("Sure! It is a 4.")
@@ -267,7 +255,7 @@ def test_mostly_malformed_first_answers_stop_the_run(server, judge, count):
 
 def test_only_the_exact_form_is_parsed():
     assert [parse_difficulty(f' {{"difficulty":{n}}}\n') for n in range(1, 6)] == [1, 2, 3, 4, 5]
-    values = ['"3"', "3.0", "true", "null", "[3]", "6", '3, "why": "x"', '1, "difficulty": 5']
+    values = ['"3"', "3.0", "true", "null", "[3]", "0", "6", "1e400", '3, "why": "x"', '1, "difficulty": 5']
     others = ['{"difficulty": 3} {"difficulty": 3}', '[{"difficulty": 3}]', '[["difficulty", 3]]', '{"Difficulty": 3}']
     more = ['```json\n{"difficulty": 3}\n```', "{}", "3", ""]
     for answer in (*(f'{{"difficulty": {value}}}' for value in values), *others, *more):
@@ -295,11 +283,3 @@ def test_passwords_and_broken_keys_are_not_shown(monkeypatch):
     with pytest.raises(ConfigError, match="key_variable=BROKEN") as caught:
         Endpoint("http://host/v1", "m", "BROKEN")
     assert "sk-" not in str(caught.value)
-
-
-def test_threads_share_a_cache(tmp_path):
-    cache = AnswerCache(tmp_path)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: cache.add(f"key{i}", i), range(500)))
-    again = AnswerCache(tmp_path)
-    assert all(again[f"key{i}"] == i for i in range(500)) and "key500" not in again

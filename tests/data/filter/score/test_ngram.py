@@ -75,9 +75,7 @@ def test_text_like_the_data_is_easier_than_text_unlike_it():
 
 
 def test_scores_are_cross_fitted():
-    """A unique text and its copy have the same score whether they are in the data or not. Control: without folds it is
-    lower.
-    """
+    """A unique text and its copy score the same in the data and outside. Control: without folds the score is lower."""
     data = sentences(200)
     odd = Record("odd", "text", "made:odd", "Vexing quartz jumbles my glyphs, wickedly proud of 27 foxes!")
     copy = Record("copy", "text", "elsewhere:1", odd.text)

@@ -11,16 +11,7 @@ import pytest
 from data.filter.config import DuplicateConfig
 from data.filter.input.records import Reason
 from data.filter.screen import duplicates
-from data.filter.screen.duplicates import (
-    PLACES,
-    SHINGLE,
-    Copy,
-    Signatures,
-    bands,
-    find_duplicates,
-    ngram_hashes,
-    signatures,
-)
+from data.filter.screen.duplicates import PLACES, SHINGLE, find_duplicates, ngram_hashes, signatures
 from data.filter.screen.normalise import canonical, words
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "lmnrst"]
@@ -126,7 +117,7 @@ def test_groups_do_not_depend_on_order():
 
 def test_a_bucket_leads_on_from_what_it_has_reached():
     """The first and the last record are unlike, and no band has the last two without the first."""
-    count, width = bands(0.8)
+    count, width = duplicates.bands(0.8)
     half = width // 2
     near = np.tile(np.arange(PLACES, dtype=np.uint32), (3, 1))
     for start in range(0, 24 // half * width, width):
@@ -135,13 +126,13 @@ def test_a_bucket_leads_on_from_what_it_has_reached():
     alike = [int((near[a] == near[b]).sum()) / PLACES for a, b in ((0, 1), (1, 2), (0, 2))]
     assert min(alike[:2]) >= 0.8 > alike[2] and 24 // half < count
     exact = np.arange(6, dtype=np.uint64).reshape(3, 2)
-    (found,) = find_duplicates([Signatures(exact, near, np.ones(3, bool))], DuplicateConfig())
-    assert found == [None, Copy(Reason.near_duplicate, 0), Copy(Reason.near_duplicate, 0)]
+    (found,) = find_duplicates([duplicates.Signatures(exact, near, np.ones(3, bool))], DuplicateConfig())
+    assert found == [None, duplicates.Copy(Reason.near_duplicate, 0), duplicates.Copy(Reason.near_duplicate, 0)]
 
 
 def test_bands_miss_one_percent_at_most_at_the_threshold():
     for threshold in (0.3, 0.5, 0.8, 0.95):
-        count, width = bands(threshold)
+        count, width = duplicates.bands(threshold)
         assert count * width <= PLACES
         assert (1 - threshold**width) ** count <= 0.01
 

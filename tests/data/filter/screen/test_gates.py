@@ -21,7 +21,6 @@ from data.filter.config import GateConfig
 from data.filter.input.records import Reason, Record
 from data.filter.screen.gates import PROMISED_CHARACTERS, Gates
 
-NO_GATES = GateConfig(min_characters=None, repetition=False, non_text=False, scrambled=False)
 LENGTHS = [PROMISED_CHARACTERS, 500, 2000]
 PROMISED = 0.99
 GARBAGE = {Reason.non_text, Reason.repetitive, Reason.scrambled, Reason.empty}
@@ -33,28 +32,16 @@ ENGLISH = (
 )
 PROMPTS = [
     "What is the capital of Australia?",
-    "Write a haiku about rain.",
     "Solve for x: 3x + 7 = 22. Show your steps.",
     "Translate 'good morning' into French, German and Japanese.",
     "def add(a, b):\n    return a + b\n# what does this do?",
-    "Summarise the following article in two sentences.",
 ]
 OTHER_SCRIPTS = {
-    "Greek": """
-Ο ποταμός περνάει μέσα από την πόλη και χωρίζει την παλιά αγορά από το λιμάνι. Κάθε πρωί οι ψαράδες φέρνουν
-τα δίχτυα τους στην προκυμαία και οι γυναίκες κατεβαίνουν για να διαλέξουν τα καλύτερα ψάρια της ημέρας.""",
-    "Hindi": """
-सुबह होते ही गाँव के लोग नदी के किनारे इकट्ठे हो गए। बच्चे पानी में खेल रहे थे और औरतें कपड़े धो रही थीं।
-दूर पहाड़ों पर बादल छाए हुए थे और सबको लग रहा था कि आज बारिश ज़रूर होगी।""",
-    "Chinese": """
-清晨的河面上笼罩着一层薄雾,渔船静静地停在码头边。老人坐在木箱上修补渔网,时不时抬头望向通往村子的小路。
-他的孙子今天要从城里回来,家里已经准备好了饭菜。邻居们也都知道这个消息,纷纷送来了自己种的蔬菜和水果。""",
-    "Arabic": """
-في الصباح الباكر كان الضباب يغطي النهر، وكانت القوارب راسية عند الرصيف. جلس الرجل العجوز يصلح شباكه وهو
-ينظر إلى الطريق الذي سيأتي منه حفيده من المدينة، وكان الجميع في القرية ينتظرون وصوله.""",
-    "German": """
-Am Morgen lag dichter Nebel über dem Fluss, und die Boote am Steg waren kaum zu erkennen. Der alte Mann saß auf
-einer umgedrehten Kiste, flickte sein Netz und schaute ab und zu auf die Straße, auf der sein Enkel kommen sollte.""",
+    "Greek": "Ο ποταμός περνάει μέσα από την πόλη και χωρίζει την παλιά αγορά από το λιμάνι. Κάθε πρωί οι ψαράδες φέρνουν",
+    "Hindi": "सुबह होते ही गाँव के लोग नदी के किनारे इकट्ठे हो गए। बच्चे पानी में खेल रहे थे और औरतें कपड़े धो रही थीं।",
+    "Chinese": "清晨的河面上笼罩着一层薄雾,渔船静静地停在码头边。老人坐在木箱上修补渔网,时不时抬头望向通往村子的小路。",
+    "Arabic": "في الصباح الباكر كان الضباب يغطي النهر، وكانت القوارب راسية عند الرصيف. جلس الرجل العجوز يصلح شباكه وهو",
+    "German": "Am Morgen lag dichter Nebel über dem Fluss, und die Boote am Steg waren kaum zu erkennen. Der alte Mann saß auf",
 }
 
 
@@ -100,38 +87,28 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def shuffle_characters(text: str, chance: random.Random) -> str:
-    return "".join(chance.sample(text, len(text)))
-
-
 def loop(text: str, chance: random.Random) -> str:
     """A unit of one character up to a quarter of the text, over and over."""
     unit = text.strip()[: chance.randint(1, len(text) // 4)]
     return (unit * len(text))[: len(text)]
 
 
-def latin_1(text: str, chance: random.Random) -> str:
-    return chance.randbytes(len(text)).decode("latin-1")
-
-
-def replaced(text: str, chance: random.Random) -> str:
-    return chance.randbytes(len(text)).decode("utf-8", errors="replace")
-
-
-def random_ascii(text: str, chance: random.Random) -> str:
-    return "".join(chance.choices(string.printable[:95], k=len(text)))
-
-
-PLANTS = [shuffle_characters, loop, latin_1, replaced, random_ascii]
+PLANTS: dict[str, Callable[[str, random.Random], str]] = {
+    "shuffled": lambda text, chance: "".join(chance.sample(text, len(text))),
+    "loop": loop,
+    "latin-1": lambda text, chance: chance.randbytes(len(text)).decode("latin-1"),
+    "replaced": lambda text, chance: chance.randbytes(len(text)).decode("utf-8", errors="replace"),
+    "ascii": lambda text, chance: "".join(chance.choices(string.printable[:95], k=len(text))),
+}
 
 
 def rejected(gates: Gates, texts: list[str]) -> float:
     return sum(gates(record(text)) in GARBAGE for text in texts) / len(texts)
 
 
-def assert_planted_is_rejected(gates: Gates, plant: Callable[[str, random.Random], str], texts: list[str]) -> None:
+def assert_planted_is_rejected(gates: Gates, plant: str, texts: list[str]) -> None:
     chance = random.Random(0)
-    assert rejected(gates, [plant(text, chance) for text in texts]) >= PROMISED
+    assert rejected(gates, [PLANTS[plant](text, chance) for text in texts]) >= PROMISED
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -144,8 +121,9 @@ def test_clean_text_passes(length, gates, clean):
         replace(record(f"{prompt}\n\n{answer}"), answer_start=len(prompt) + 2)
         for prompt, answer in zip(texts, reversed(texts), strict=True)
     ]
-    found = sum(gates(pair) in GARBAGE for pair in pairs)
-    assert found / len(pairs) <= 1 - PROMISED, "though prompt, answer and both together are judged"
+    assert sum(gates(pair) in GARBAGE for pair in pairs) / len(pairs) <= 1 - PROMISED, (
+        "though prompt, answer and both together are judged"
+    )
 
 
 def test_whole_documents_pass(gates, documents):
@@ -161,10 +139,10 @@ def test_garbage_is_rejected(plant, length, gates, clean):
 @pytest.mark.parametrize(
     ("plant", "off"),
     [
-        (shuffle_characters, {"scrambled": False}),
-        (loop, {"repetition": False}),
-        (latin_1, {"non_text": False, "scrambled": False}),
-        (random_ascii, {"non_text": False, "scrambled": False}),
+        ("shuffled", {"scrambled": False}),
+        ("loop", {"repetition": False}),
+        ("latin-1", {"non_text": False, "scrambled": False}),
+        ("ascii", {"non_text": False, "scrambled": False}),
     ],
 )
 def test_check_notices_a_gate_that_is_off(plant, off, clean):
@@ -175,8 +153,9 @@ def test_check_notices_a_gate_that_is_off(plant, off, clean):
 
 
 def test_without_gates_everything_but_nothing_passes(clean):
-    chance, gates = random.Random(0), Gates(NO_GATES)
-    assert rejected(gates, [plant(text, chance) for text in clean(500)[:20] for plant in PLANTS]) == 0
+    config = GateConfig(min_characters=None, repetition=False, non_text=False, scrambled=False)
+    chance, gates = random.Random(0), Gates(config)
+    assert rejected(gates, [plant(text, chance) for text in clean(500)[:20] for plant in PLANTS.values()]) == 0
     assert gates(record(" \n\t")) is Reason.empty
 
 
@@ -229,14 +208,15 @@ def test_each_part_of_a_pair_is_judged_alone(part, gates, clean):
         prompt, answer = (f"{text}\n\n", long) if part == "prompt" else (long, text)
         return replace(record(prompt + answer), answer_start=len(prompt))
 
-    for plant in PLANTS:
+    for name, plant in PLANTS.items():
         whole = pair(plant(ENGLISH, chance))
         assert gates(whole) in GARBAGE
-        assert gates(replace(whole, answer_start=None)) is None or plant in (latin_1, replaced)
+        assert gates(replace(whole, answer_start=None)) is None or name in ("latin-1", "replaced")
     for text in (ENGLISH, *PROMPTS, "2+2?", " 42", "aaaaaaaaaaaaaaaaaaaa"):
         assert gates(pair(text)) is None
     for text in ("", " \n"):
         assert gates(pair(text)) is Reason.empty
+    assert gates(replace(record(long), answer_start=0)) is Reason.empty
 
 
 def test_length_is_bounded_both_ways():
@@ -247,9 +227,7 @@ def test_length_is_bounded_both_ways():
     assert gates(record(ENGLISH + ENGLISH)) is Reason.too_long
 
 
-@pytest.mark.parametrize(
-    "text", ["\ud800" * 300, "a\x00" * 300, "\ufffd" * 300, "\U0010ffff" * 300, "x" + " " * 500 + "y"]
-)
+@pytest.mark.parametrize("text", ["\ud800" * 300, "a\x00" * 300, "\U0010ffff" * 300, "x" + " " * 500 + "y"])
 def test_odd_characters_do_not_stop_it(text, gates):
     assert gates(record(text)) in GARBAGE
 

@@ -88,9 +88,7 @@ def test_batches_of_one_record(tokens):
 
 
 def test_the_threshold_remembers():
-    """A steady stream, in batches that each cover one half of the scores: a quantile of each batch would keep half of
-    the easy half.
-    """
+    """Batches that each cover one half of the scores: a quantile of each batch would keep half of the easy half."""
     shard = records("normal")
     half = np.random.default_rng(0).random(COUNT // 100) < 0.5
     sign = np.where(np.repeat(half, 100), 1, -1)
