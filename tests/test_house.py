@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "launch": {"core", "precision", "model", "parallel", "hparam", "data", "train"},
     "configs": set(),
 }
-FILE_LINES, FUNCTION_LINES, FOLDER_FILES = 600, 80, 15
+FILE_LINES, FUNCTION_LINES, FOLDER_FILES, NAME_CHARACTERS = 600, 80, 15, 60
 PACKAGES = [*MAY_IMPORT, "bench"]
 PUBLISHED = [*PACKAGES, "tests"]
 SENDS_OBJECTS = {"launch/rank_pool.py"}
@@ -183,6 +183,15 @@ def transformer_engine_outside(root: Path) -> list[str]:
     ]
 
 
+def long_test_names(root: Path) -> list[str]:
+    return [
+        f"{path}:{node.lineno} {node.name}"
+        for path, tree in sources(root, ["tests"])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name) > NAME_CHARACTERS
+    ]
+
+
 RULES = [
     upward_imports,
     too_long,
@@ -194,6 +203,7 @@ RULES = [
     undocumented,
     heavy_imports,
     transformer_engine_outside,
+    long_test_names,
 ]
 BAD = {
     "upward_imports": {"data/x.py": '"""X."""\ndef f():\n    from train import trainer\n'},
@@ -209,6 +219,7 @@ BAD = {
     "swallowed": {"core/x.py": '"""X."""\ntry:\n    a = 1\nexcept ValueError:\n    pass\n'},
     "undocumented": {"train/x.py": "a = 1\n"},
     "heavy_imports": {"data/x.py": '"""X."""\nimport datasets\n'},
+    "long_test_names": {"tests/x.py": f"def test_{'x' * 60}():\n    assert True\n"},
     "transformer_engine_outside": {"model/x.py": '"""X."""\nimport transformer_engine\n'},
 }
 
