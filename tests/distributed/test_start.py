@@ -39,13 +39,10 @@ def certificate(root: Path, overrides: list[str]) -> str | None:
     return begun.certificate
 
 
-def test_a_run_reports_a_missing_certificate(ranks, small_corpus, tmp_path):
-    assert ranks(2, certificate, tmp_path, [*small_corpus, *EXACT]) == [None, None]
-    advice = f"no certificate for this layout and this code; to make one: leviathan certify {tmp_path / 'run'}"
-    assert (tmp_path / "run" / "log.txt").read_text().count(advice) == 1
-
-
-def test_checkpoints_name_the_certificate(ranks, small_corpus, tmp_path):
+def test_checkpoints_name_the_certificate_or_its_lack_is_logged(ranks, small_corpus, tmp_path):
+    assert ranks(2, certificate, tmp_path / "without", [*small_corpus, *EXACT]) == [None, None]
+    advice = f"no certificate for this layout and this code; to make one: leviathan certify {tmp_path}/without/run"
+    assert (tmp_path / "without" / "run" / "log.txt").read_text().count(advice) == 1
     cache = Path(small_corpus[-1].removeprefix("data.cache="))
     asked = config(tmp_path, "run", *small_corpus, *EXACT)
     about = {"model": plain(shrink(asked.model, asked.parallel)), "techniques": techniques(asked.parallel)}
