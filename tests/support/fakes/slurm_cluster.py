@@ -184,15 +184,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 STEPS = 80
-SMOKE = [
-    "experiment=smoke",
-    f"training.steps={STEPS}",
-    "logging.every=1",
-    "logging.report=false",
-    "checkpoint.every=20",
-    "evaluation.sequences=4",
-    "evaluation.baselines=false",
-]
+SMOKE = ["experiment=smoke", *drills.RUN, f"training.steps={STEPS}", "evaluation.baselines=false"]
 TWO_NODES = ["launch.nodes=2", "launch.processes=1", "parallel.ep=2", "launch.slurm.save_s=60"]
 
 
