@@ -57,7 +57,6 @@ def test_causal_work_is_even():
 
 
 def over_cp(**options: Any) -> ParallelConfig:
-    """All ranks along cp."""
     return ParallelConfig(cp=connect().size, **options)
 
 
@@ -80,7 +79,6 @@ def attended(cases: list[Case], bug: str | None = None) -> list[list[Tensor]]:
 
 
 def whole(found: list[list[list[Tensor]]], place: int, case: Case) -> list[Tensor]:
-    """The figures of whole sequences, from those of all ranks."""
     shard = ContextShard(MeshAxis("cp", len(found)), case[2], CHUNK, case[0])
     return [shard.unshard([rank[place][figure] for rank in found], 1) for figure in range(4)]
 
@@ -125,7 +123,6 @@ def test_the_comparison_notices_another_document(ranks):
 
 
 def asked(lengths: list[int]) -> list[Tensor]:
-    """Logits of what follows prompts of these lengths, on every rank."""
     placed = placed_here(tiny(1), over_cp(), PrecisionConfig(Compute.float64))
     return [placed_logits(placed, [(7 * i) % 64 for i in range(length)]) for length in lengths]
 

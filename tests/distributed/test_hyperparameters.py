@@ -45,7 +45,6 @@ def groups(root: Path, name: str, overrides: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(ranks, tmp_path_factory, small_corpus) -> dict[str, Any]:
-    """Those of one process."""
     return ranks(1, groups, tmp_path_factory.mktemp("alone"), "alone", [*small_corpus, *EXACT])[0]
 
 

@@ -54,7 +54,6 @@ def test_a_layout_computes_what_one_process_does(ranks, name):
 
 
 def with_norm(norm: QKNorm) -> ModelConfig:
-    """A model whose layers all normalise queries and keys in this way."""
     model = tiny(1)
     return replace(model, layer_list=[replace(layer, qk_norm=norm) for layer in model.blocks])
 

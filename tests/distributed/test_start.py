@@ -17,7 +17,6 @@ from train.trainer import run
 
 
 def refused(root: Path, overrides: list[str]) -> str:
-    """The error of a run whose ranks have different seeds."""
     try:
         run(config(root, "run", *overrides, f"run.seed={dist.get_rank()}"))
     except ConfigError as error:
@@ -33,7 +32,6 @@ def test_ranks_with_other_seeds_are_rejected(ranks, small_corpus, tmp_path):
 
 
 def certificate(root: Path, overrides: list[str]) -> str | None:
-    """That of a run after a checkpoint."""
     begun = saved(root, "run", overrides)
     begun.log("saved")
     return begun.certificate

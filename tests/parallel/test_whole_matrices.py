@@ -39,30 +39,22 @@ SIZES = [1, 1000, 1 << 26]
 @cache
 def awkward() -> ModelConfig:
     """Sizes that ranks do not divide. Of three ranks, among which no dimension of an expert divides, one has no expert."""
-    return replace(
-        tiny(2),
-        hidden_size=40,
-        dense_hidden_size=50,
-        num_experts=4,
-        expert_hidden_size=80,
-        shared_expert_hidden_size=18,
-        head_dim=6,
-    )
+    sizes = {"hidden_size": 40, "dense_hidden_size": 50, "expert_hidden_size": 80, "shared_expert_hidden_size": 18}
+    return replace(tiny(2), **sizes, num_experts=4, head_dim=6)
 
 
 @cache
-def parameters() -> dict[str, ParameterInfo]:
-    return registry(on_meta(awkward(), PrecisionConfig()))
+def matrices() -> dict[str, ParameterInfo]:
+    infos = registry(on_meta(awkward(), PrecisionConfig()))
+    return {name: info for name, info in infos.items() if info.role.is_matrix}
 
 
 def plans(layout: Layout, at_once: int) -> list[tuple[Meshes, dict[str, ShardSpec], list[Round]]]:
     """By rank."""
-    model, infos = awkward(), parameters()
     found = []
     for rank in range(layout.world_size):
         meshes = meshes_of_rank(layout, rank)
-        specs = shard_specs(infos, model, meshes)
-        specs = {name: spec for name, spec in specs.items() if spec.info.role.is_matrix}
+        specs = shard_specs(matrices(), awkward(), meshes)
         found.append((meshes, specs, rounds(specs, meshes, at_once)))
     return found
 
@@ -85,9 +77,8 @@ def test_every_matrix_is_whole_on_one_rank_of_each_replica(name, at_once):
                 found[together.shape] += done_here(together)
                 assert done_here(together) <= max(1, at_once // math.prod(together.shape)), "the memory's bound"
     wanted: Counter[tuple[int, int]] = Counter()
-    for info in parameters().values():
-        if info.role.is_matrix:
-            wanted[info.shape[-2], info.shape[-1]] += math.prod(info.shape[:-2])
+    for info in matrices().values():
+        wanted[info.shape[-2], info.shape[-1]] += math.prod(info.shape[:-2])
     assert found == wanted
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from model.config import ModelConfig
@@ -15,24 +14,12 @@ from parallel.mesh import Meshes, make_meshes
 from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve
 
-_SMALL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    dense_hidden_size=48,
-    expert_hidden_size=32,
-    num_experts=4,
-    moe_every=2,
-    attention_chunk_size=16,
-)
-
 
 def small(**changes: Any) -> ModelConfig:
     """Four layers, every second one an MoE layer, the last without rotary positions."""
-    return replace(_SMALL, **changes)
+    attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "attention_chunk_size": 16}
+    layers = {"dense_hidden_size": 48, "expert_hidden_size": 32, "num_experts": 4, "moe_every": 2}
+    return ModelConfig(**{"vocab_size": 64, "hidden_size": 32, "num_layers": 4, **attention, **layers, **changes})
 
 
 def build(config: ModelConfig, seed: int = 0, compute: Compute = Compute.float64) -> Transformer:
@@ -52,5 +39,4 @@ def meshes_here(parallel: ParallelConfig) -> Meshes:
 def placed_here(
     model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, seed: int = 1
 ) -> parallelize.ParallelModel:
-    """This rank's part of a model."""
     return parallelize.build(model, precision, meshes_here(parallel), connect().device, seed)

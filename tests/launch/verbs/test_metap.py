@@ -127,10 +127,6 @@ def test_keys_of_train_go_to_train():
     assert _collected(VERBS["train"], MetapConfig, words) == words
 
 
-def test_rates_are_octaves():
-    assert SweepConfig(low=-8, high=-6, step=0.5).log2_rates == [-8, -7.5, -7, -6.5, -6]
-
-
 def made_up(out: Path, optimum: Callable[[int], float], *overrides: str, tokens: Sequence[int] = (8, 16, 32)) -> None:
     """Runs that were never trained, with the losses of parabolas."""
     for steps in tokens:

@@ -61,7 +61,6 @@ def _fetch(folder: Path) -> None:
 
 @cache
 def tree(module: str) -> ast.Module:
-    """The syntax tree of a module."""
     path = sources().joinpath(*module.split("."))
     return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
 
@@ -289,7 +288,6 @@ def _package(name: str, **members: Any) -> ModuleType:
 
 
 def _constants(module: str, prefix: str) -> dict[str, Any]:
-    """Constants of a module that cannot be imported."""
     return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in tree(module).body
