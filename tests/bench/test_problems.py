@@ -65,16 +65,12 @@ def test_problems_of_one_length_differ_in_steps():
         assert len(shares) >= 4 and max(shares.values()) < 100
 
 
-def test_a_labelled_set_is_read_from_a_path(tmp_path):
+def test_a_labelled_set_is_read_from_a_path_or_rejected(tmp_path):
     path = tmp_path / "set.jsonl"
     rows = [{"prompt": "1 + 1?", "response": "2", "label": 1}, {"prompt": "q", "response": "a", "label": 2.5}]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert read_problems(path) == [Problem("1 + 1?", "2", 1.0), Problem("q", "a", 2.5)]
-
-
-@pytest.mark.parametrize("line", ["{", '{"prompt": "a", "response": "b"}', '{"prompt": "", "label": "x"}', "3", ""])
-def test_a_line_that_is_no_problem_is_named(tmp_path, line):
-    path = tmp_path / "set.jsonl"
-    path.write_text(line)
-    with pytest.raises(DataError, match=r"set\.jsonl"):
-        read_problems(path)
+    for line in ("{", '{"prompt": "a", "response": "b"}', '{"prompt": "", "label": "x"}', "3", ""):
+        path.write_text(line)
+        with pytest.raises(DataError, match=r"set\.jsonl"):
+            read_problems(path)

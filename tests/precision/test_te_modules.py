@@ -101,10 +101,9 @@ def scaling(own: Own, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def names() -> list[str]:
     """Names of the options that `_GroupedLinear.forward` unpacks, in order."""
-    for node in ast.walk(tree(f"{TE}.module.grouped_linear")):
-        if isinstance(node, ast.Assign) and ast.unparse(node.value) == "non_tensor_args":
-            return [ast.unparse(name) for name in node.targets[0].elts]  # type: ignore[attr-defined]
-    raise AssertionError("GroupedLinear unpacks its options differently")
+    nodes = [node for node in ast.walk(tree(f"{TE}.module.grouped_linear")) if isinstance(node, ast.Assign)]
+    (unpacked,) = (node.targets[0] for node in nodes if ast.unparse(node.value) == "non_tensor_args")
+    return [ast.unparse(name) for name in unpacked.elts]  # type: ignore[attr-defined]
 
 
 def grouped_by_itself(own: Own, recipe: Any, x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
