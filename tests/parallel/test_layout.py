@@ -57,7 +57,6 @@ def test_impossible_layouts_are_rejected(world_size, overrides, message):
     "world_size, degrees, wanted",
     [
         (8, {}, {"dp_shard": 8}),
-        (8, {"tp": 2}, {"dp_shard": 4, "tp": 2}),
         (8, {"tp": 2, "ep": 8}, {"dp_shard": 4, "tp": 2, "ep": 8}),
         (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
     ],

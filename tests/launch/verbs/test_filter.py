@@ -30,7 +30,6 @@ def arguments(pairs: Path, out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def out(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command of the guide, run once."""
     found = tmp_path_factory.mktemp("filtered") / "out"
     assert main(["filter", *arguments(pairs, found)]) == 0
     return found
@@ -122,13 +121,11 @@ def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, refused):
     cases = {
         (): "input: name a file or folder (input=...), or a data set (dataset=...)",
         ("input=/none",): "input=/none: no such file or folder",
-        ("input=a", "prompt_key=q"): "response_key: prompt_key and response_key go together",
         (f"input={pairs}", f"out={tmp_path / 'out'}"): unread,
         (*usual, "keep=0"): "keep=0.0: must lie in (0, 1]; try 0.5",
         (*usual, "processes=0"): "processes=0: must be positive",
         (*usual, "run=here"): "run=here: requires the id of a record to explain; try explain=ID",
         (*usual, "scorer.kind=loss"): "scorer.model: the scorer loss needs it",
-        (*usual, "scorer.kind=random", "scorer.window=3"): "scorer.window=3: has no effect on random; try null",
         (*usual, "select.clean=/none.txt"): "select.clean=/none.txt: no such file",
         (*usual, "tokenizer=/none.json"): "tokenizer=/none.json: ",
         (f"input={bad}", "on_error=fail", f"out={tmp_path}/o"): "input=bad.jsonl:1: cannot be read: 'text' is int, not",
