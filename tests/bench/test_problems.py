@@ -28,16 +28,12 @@ def run(problem: Problem) -> tuple[str, int]:
     return printed.getvalue().strip(), int(rounds[1]) - 1 if rounds else operations
 
 
-def last_number(text: str) -> str:
-    return re.findall(r"\d+", text)[-1]
-
-
 def test_answers_and_steps_are_what_python_finds():
     checked = [problem for problem in make_problems(800, 0) if problem.family in ("expression", "program")]
     assert len(checked) == 400
     for problem in checked:
         answer, steps = run(problem)
-        assert (last_number(problem.response), steps) == (answer, problem.label), problem
+        assert (re.findall(r"\d+", problem.response)[-1], steps) == (answer, problem.label), problem
 
 
 def test_the_check_notices_a_wrong_answer_and_a_wrong_count():

@@ -39,7 +39,7 @@ def test_replicas_are_written_once(ranks, small_corpus, tmp_path, where):
     assert 1 <= len(files) <= 4
 
 
-def test_unwritable_and_other_places_for_checkpoints_are_rejected(small_corpus, tmp_path):
+def test_other_and_unwritable_checkpoint_places_are_rejected(small_corpus, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"checkpoint\.directory=.*cannot be written"):
         trainer(tmp_path, "new", [*small_corpus, f"checkpoint.directory={tmp_path / 'file'}"])
