@@ -28,13 +28,9 @@ from tests.precision.test_te_on_cpu import COUNTS, D, E, F, draw, make
 from tests.support.fakes.transformer_engine_stub import Extension, Product, Quantised, installed, sources, tree
 
 TE = "transformer_engine.pytorch"
-# fmt: off
-NOT_HERE = [
-    "triton", "triton.language", "triton.language.core", "triton.language.standard", "triton.runtime",
-    "triton.runtime.driver", "einops", "nvdlfw_inspect", "nvdlfw_inspect.api", f"{TE}.triton", f"{TE}.triton.pad",
-    f"{TE}.triton.grouped_dbias_dscales", f"{TE}.triton.permutation",
-]
-# fmt: on
+TRITON = ("triton", *(f"triton.{name}" for name in ("language", "language.core", "language.standard", "runtime")))
+KERNELS = (f"{TE}.triton", *(f"{TE}.triton.{name}" for name in ("pad", "grouped_dbias_dscales", "permutation")))
+NOT_HERE = (*TRITON, "triton.runtime.driver", *KERNELS, "einops", "nvdlfw_inspect", "nvdlfw_inspect.api")
 
 
 class Anything(ModuleType):
