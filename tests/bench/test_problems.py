@@ -28,16 +28,12 @@ def run(problem: Problem) -> tuple[str, int]:
     return printed.getvalue().strip(), int(rounds[1]) - 1 if rounds else operations
 
 
-def last_number(text: str) -> str:
-    return re.findall(r"\d+", text)[-1]
-
-
 def test_answers_and_steps_are_what_python_finds():
     checked = [problem for problem in make_problems(800, 0) if problem.family in ("expression", "program")]
     assert len(checked) == 400
     for problem in checked:
         answer, steps = run(problem)
-        assert (last_number(problem.response), steps) == (answer, problem.label), problem
+        assert (re.findall(r"\d+", problem.response)[-1], steps) == (answer, problem.label), problem
 
 
 def test_the_check_notices_a_wrong_answer_and_a_wrong_count():
@@ -65,16 +61,12 @@ def test_problems_of_one_length_differ_in_steps():
         assert len(shares) >= 4 and max(shares.values()) < 100
 
 
-def test_a_labelled_set_is_read_from_a_path(tmp_path):
+def test_a_labelled_set_is_read_from_a_path_or_rejected(tmp_path):
     path = tmp_path / "set.jsonl"
     rows = [{"prompt": "1 + 1?", "response": "2", "label": 1}, {"prompt": "q", "response": "a", "label": 2.5}]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert read_problems(path) == [Problem("1 + 1?", "2", 1.0), Problem("q", "a", 2.5)]
-
-
-@pytest.mark.parametrize("line", ["{", '{"prompt": "a", "response": "b"}', '{"prompt": "", "label": "x"}', "3", ""])
-def test_a_line_that_is_no_problem_is_named(tmp_path, line):
-    path = tmp_path / "set.jsonl"
-    path.write_text(line)
-    with pytest.raises(DataError, match=r"set\.jsonl"):
-        read_problems(path)
+    for line in ("{", '{"prompt": "a", "response": "b"}', '{"prompt": "", "label": "x"}', "3", ""):
+        path.write_text(line)
+        with pytest.raises(DataError, match=r"set\.jsonl"):
+            read_problems(path)

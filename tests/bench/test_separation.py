@@ -86,6 +86,8 @@ def test_a_perfect_an_inverse_and_a_constant_scorer():
     assert separation(-labels, labels, buckets).high == 0
     constant = separation(labels * 0, labels, buckets)
     assert constant.low == constant.area == constant.high == 0.5
+    with pytest.raises(ValueError, match="two labels"):
+        separation(labels, labels * 0, buckets)
 
 
 def test_the_interval_covers():
@@ -96,11 +98,6 @@ def test_the_interval_covers():
         separation(chance.random(160), chance.integers(1, 9, 160).astype(float), buckets, 200, n).low for n in range(60)
     ]
     assert np.mean(np.array(lows) > 0.5) < 0.1
-
-
-def test_one_label_is_an_error():
-    with pytest.raises(ValueError, match="two labels"):
-        separation(np.arange(4.0), np.ones(4), np.zeros(4, np.int64))
 
 
 def test_buckets_hold_about_as_many_and_equal_lengths_together():

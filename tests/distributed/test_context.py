@@ -13,8 +13,8 @@ from model.attention.layer import attend
 from model.attention.plan import ForwardContext
 from parallel import context_parallel as module
 from parallel.comm.world import connect
-from parallel.context_parallel import ContextShard, ShardedContext
-from parallel.layout import ContextMethod, ParallelConfig, split_unit
+from parallel.context_parallel import ContextShard
+from parallel.layout import ContextMethod, ParallelConfig
 from parallel.mesh import MeshAxis
 from precision.config import Compute, PrecisionConfig
 from tests.model.attention.test_segments import figures, inputs, largest, positions
@@ -57,7 +57,6 @@ def test_causal_work_is_even():
 
 
 def over_cp(**options: Any) -> ParallelConfig:
-    """All ranks along cp."""
     return ParallelConfig(cp=connect().size, **options)
 
 
@@ -80,7 +79,6 @@ def attended(cases: list[Case], bug: str | None = None) -> list[list[Tensor]]:
 
 
 def whole(found: list[list[list[Tensor]]], place: int, case: Case) -> list[Tensor]:
-    """The figures of whole sequences, from those of all ranks."""
     shard = ContextShard(MeshAxis("cp", len(found)), case[2], CHUNK, case[0])
     return [shard.unshard([rank[place][figure] for rank in found], 1) for figure in range(4)]
 
@@ -124,26 +122,7 @@ def test_the_comparison_notices_another_document(ranks):
         assert largest(whole(found, place, case), wanted(*case[1:])) > 1e-3, case
 
 
-def test_positions_are_those_of_the_whole_sequence():
-    model = tiny(1)
-    rows = positions(64)
-    entire = ForwardContext(rows)
-    rope, bare = model.blocks[0], model.blocks[-1]
-    assert rope.rope and bare.temperature
-    for rank in range(2):
-        shard = ContextShard(MeshAxis("cp", 2, rank), 64, split_unit(model, 64), ContextMethod.ring)
-        part = shard.sequence_context(rows, torch.device("cpu"))
-        assert isinstance(part, ShardedContext) and shard.unit == 16
-        assert torch.equal(part.positions_BT, shard.take(rows))
-        for a, b in (
-            (part.rotation(model, rope, torch.float64), entire.rotation(model, rope, torch.float64)),
-            (part.temperature(model, torch.float64), entire.temperature(model, torch.float64)),
-        ):
-            assert torch.equal(a, shard.take(b))
-
-
 def asked(lengths: list[int]) -> list[Tensor]:
-    """Logits of what follows prompts of these lengths, on every rank."""
     placed = placed_here(tiny(1), over_cp(), PrecisionConfig(Compute.float64))
     return [placed_logits(placed, [(7 * i) % 64 for i in range(length)]) for length in lengths]
 

@@ -13,19 +13,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.layouts import LAYOUTS as CERTIFIED
 from bench.layouts import tiny
 from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
+from model.roles import registry
 from parallel import cost, fsdp
 from parallel.comm.world import World
 from parallel.layout import ContextMethod, DispatchMethod, Layout, ParallelConfig, Recompute
 from parallel.mesh import MeshAxis, Meshes, make_meshes
+from parallel.parallelize import on_meta
 from parallel.pipeline.stages import PipelineSchedule
 from parallel.sharding import local
 from precision.config import Compute, PrecisionConfig
 from tests.support.models import placed_here
+from tests.support.operations import Observed
 from tests.support.tiny import EXACT, config, synthetic, trainer
 from tests.support.traffic import step_traffic
 from train.certify.worker import BATCH_SIZE, SEQ_LEN
@@ -37,21 +39,21 @@ MUON = OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2)
 FP32, BF16, FP64 = (PrecisionConfig(one) for one in (Compute.float32, Compute.bfloat16, Compute.float64))
 
 
-class Seen(TorchDispatchMode):
+def dispatched_bytes(step: Any) -> Counter[tuple[int, ...]]:
     """Bytes of the inputs of every collective that torch dispatches, whoever calls it, by the ranks of its group."""
+    found: Counter[tuple[int, ...]] = Counter()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[tuple[int, ...]] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+    def see(function: Any, arguments: Any, _: Any) -> None:
         name = str(function)
         if name.startswith("c10d.") and not name.startswith("c10d.recv"):
             inputs = arguments[0] if "allreduce" in name or "send" in name else arguments[1]
             (group,) = (dist.ProcessGroup.unbox(one) for one in arguments if _is_group(one))
             inputs = inputs if isinstance(inputs, list) else [inputs]
-            self.bytes[members(group)] += sum(tensor.nbytes for tensor in inputs)
-        return function(*arguments, **(options or {}))
+            found[members(group)] += sum(tensor.nbytes for tensor in inputs)
+
+    with Observed(see):
+        step()
+    return found
 
 
 def _is_group(argument: Any) -> bool:
@@ -90,10 +92,8 @@ def counted(
     if parallel.pp > 1:  # in its first step a pipeline sends its shapes
         step()
         placed.meshes.traffic.take()
-    with Seen() as seen:
-        step()
-    traffic = placed.meshes.traffic.take()
-    assert by_ranks(placed.meshes, traffic) == seen.bytes, traffic
+    seen, traffic = dispatched_bytes(step), placed.meshes.traffic.take()
+    assert by_ranks(placed.meshes, traffic) == seen, traffic
     state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
     kept = [sum(local(t).nbytes for t in tensors) for tensors in (placed.model.parameters(), state)]
     return traffic, kept
@@ -145,14 +145,6 @@ LAYOUTS = {
     "cp2-tp2-ulysses": (4, ParallelConfig(cp=2, tp=2, cp_method=ContextMethod.ulysses, recompute=Recompute.full)),
     "cp2-ep2": (2, ParallelConfig(cp=2, ep=2)),
 }
-
-
-def deep_enough(model: ModelConfig, config: ParallelConfig) -> ModelConfig:
-    """A layer for each stage of a pipeline."""
-    if config.pp == 1:
-        return model
-    layers = max(4, config.pp * config.per_rank)
-    return replace(model, num_layers=layers, layer_list=(model.blocks * 4)[:layers], tie_embeddings=config.pp == 3)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -212,21 +204,10 @@ def test_matrices_travel_in_the_format_of_the_products(ranks, precision, chosen)
     assert compared(ranks, model, 2, ParallelConfig(tp=2), precision, 8, optimizer, sent)["tp", "matrices"] > 0
 
 
-def test_static_bytes_equal_arithmetic():
-    """A dense layer's weights over 4 ranks, by hand."""
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
-    model = ModelConfig(**sizes, dense_hidden_size=48, moe_every=0)
-    outside, norms = 2 * 64 * 32, 3 * 32
-    attention, dense = 2 * 32 * 8 * (4 + 2), 3 * 32 * 48
-    elements = outside + norms + attention + dense
-    alone = cost.static_bytes(model, FP32, ParallelConfig().resolve(1), torch.float32)
-    assert (alone.parameters, alone.optimizer) == (4 * elements, 8 * elements + 4 * 12)
-    shared = cost.static_bytes(model, FP32, ParallelConfig(tp=2).resolve(4), torch.bfloat16)
-    assert shared.parameters == 4 * ((elements - norms) // 4 + norms // 2), "gains are whole on both ranks of tp"
-    assert shared.optimizer == shared.parameters + 4 * 12
-    assert cost.static_bytes(model, FP32, ParallelConfig().resolve(4), None).optimizer == 0
-    muon = cost.static_bytes(model, FP32, ParallelConfig().resolve(1), torch.float32, muon=True)
-    assert muon.optimizer == 4 * (attention + dense) + 8 * (outside + norms) + 4 * 5
+def test_moments_may_be_narrow_or_absent():
+    found = [cost.static_bytes(tiny(1), FP32, ParallelConfig(tp=2).resolve(4), of) for of in (torch.bfloat16, None)]
+    steps = 4 * len(registry(on_meta(tiny(1), FP32)))
+    assert [kept.optimizer for kept in found] == [found[0].parameters + steps, 0]
 
 
 @pytest.mark.parametrize("degrees", [{"dp_replicate": 2, "tp": 2, "ep": 2, "etp": 2}, {"pp": 2, "cp": 2, "ep": 2}])
@@ -279,19 +260,13 @@ def test_a_run_logs_its_bytes_and_evaluation_does_not_count(ranks, small_corpus,
     assert kept == vars(cost.static_bytes(run.model, run.precision, layout, None))
 
 
-class Pairs(TorchDispatchMode):
+def pairs(function: Any, arguments: Any, options: dict[str, Any]) -> int:
     """Pairs of query and key, times heads, that attention's kernel computes in a forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pairs = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if "flash_attention_for_cpu." in str(function):
-            (batch, heads, queries, _), keys = arguments[0].shape, arguments[1].shape[2]
-            causal = arguments[4] if len(arguments) > 4 else (options or {}).get("is_causal", False)
-            self.pairs += batch * heads * (queries * (queries + 1) // 2 if causal else queries * keys)
-        return function(*arguments, **(options or {}))
+    if "flash_attention_for_cpu." not in str(function):
+        return 0
+    (batch, heads, queries, _), keys = arguments[0].shape, arguments[1].shape[2]
+    causal = arguments[4] if len(arguments) > 4 else options.get("is_causal", False)
+    return batch * heads * (queries * (queries + 1) // 2 if causal else queries * keys)
 
 
 def attention_costs(model: ModelConfig, config: ParallelConfig, layers: list[int], seq_len: int) -> Any:
@@ -301,7 +276,7 @@ def attention_costs(model: ModelConfig, config: ParallelConfig, layers: list[int
     for layer in layers:
         attention, kept = placed.model.layers[str(layer)].attention, {}
         heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
-        shapes = [(1, part, n, model.head_dim) for n in heads]
+        shapes, counts = [(1, part, n, model.head_dim) for n in heads], []
         q, k, v = (torch.randn(size, dtype=torch.bfloat16, requires_grad=True) for size in shapes)
 
         def keep(tensor: torch.Tensor, kept: dict[Any, int] = kept) -> torch.Tensor:
@@ -309,17 +284,17 @@ def attention_costs(model: ModelConfig, config: ParallelConfig, layers: list[int
             return tensor
 
         placed.meshes.traffic.take()
-        with Pairs() as pairs, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        observed = Observed(lambda *operation, counts=counts: counts.append(pairs(*operation)))
+        with observed, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y = attention.attend(q, k, v, context, attention.layer.attention_chunk_size)
         y.sum().backward()
-        flops, sent = 3 * 4 * pairs.pairs * model.head_dim, sum(placed.meshes.traffic.take().values())
+        flops, sent = 3 * 4 * sum(counts) * model.head_dim, sum(placed.meshes.traffic.take().values())
         found.append(cost.AttentionCost(flops, k.nbytes + v.nbytes, sum(kept.values()), sent))
     return found
 
 
 @pytest.mark.parametrize("size, method", [(1, "gather"), (2, "gather"), (2, "ulysses"), (2, "ring"), (4, "ring")])
 def test_what_a_layers_attention_costs(ranks, size, method):
-    """A chunked layer and one with full attention."""
     model, config, seq_len = tiny(1), ParallelConfig(cp=size, cp_method=ContextMethod[method]), 2 * SEQ_LEN
     chunks = [layer.attention_chunk_size is not None for layer in model.blocks]
     layers = [chunks.index(True), chunks.index(False)]

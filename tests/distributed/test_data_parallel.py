@@ -72,13 +72,11 @@ def sabotaged(root: Path, name: str, overrides: list[str], bug: str) -> dict[str
 
 @pytest.fixture(scope="module")
 def alone(ranks, small_corpus, tmp_path_factory):
-    """Return what one process computes."""
     return ranks(1, figures, tmp_path_factory.mktemp("one"), "run", [*small_corpus, *EXACT])[0]
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_compute_what_one_process_computes(ranks, small_corpus, alone, tmp_path, size):
-    """Compare with micro-batches of the same size and of another."""
     overrides = [*small_corpus, *EXACT, f"training.micro_batch_size={size}"]
     for found in ranks(2, figures, tmp_path, "run", overrides):
         differences = worst(found, alone)
@@ -101,7 +99,6 @@ def test_gradients_may_be_summed_in_bfloat16(ranks, small_corpus, alone, tmp_pat
     ],
 )
 def test_bfloat16_is_close_under_sharding(ranks, small_corpus, tmp_path, dtype, overrides, tolerance):
-    """Compare with master weights in float32 and in bfloat16."""
     overrides = [*small_corpus, "precision=bf16", *overrides]
     one, two = (ranks(n, figures, tmp_path, f"run{n}", overrides, 6)[0] for n in (1, 2))
     assert two["loss"] == pytest.approx(one["loss"], rel=tolerance) and two["loss"][-1] < two["loss"][0] - 0.1

@@ -40,7 +40,6 @@ class Padded(NativeGemm):
 
 
 def figures(moe: MixtureOfExperts, x_TD: Tensor, seed: int = 3) -> dict[str, Tensor]:
-    """Output and gradients of one pass."""
     x = x_TD[None].clone().requires_grad_()
     y = moe(x, ForwardContext(torch.arange(x.shape[1])[None]))
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=y.dtype)
@@ -115,27 +114,17 @@ ROUTINGS = [(1, WeightsOn.input), (2, WeightsOn.output)]
 PLAIN = [Case(kind, *how, skew) for kind in (AllToAll, AllGather) for how in ROUTINGS for skew in (False, True)]
 
 
-@pytest.mark.parametrize(
-    "count, etp, cases",
-    [
-        (2, 1, [*PLAIN, *(Case(kind, 2, WeightsOn.input, True) for kind in (AllToAll, AllGather))]),
-        (4, 1, PLAIN),
-        (2, 2, [*PLAIN, Case(AllToAll, 2, WeightsOn.input, True)]),
-        (4, 2, PLAIN),
-    ],
-    ids=["ep2", "ep4", "etp2", "ep2-etp2"],
-)
-def test_a_dispatcher_computes_what_one_device_does(ranks, count, etp, cases):
+@pytest.mark.parametrize("count, etp", [(2, 1), (4, 1), (2, 2), (4, 2)], ids=["ep2", "ep4", "etp2", "ep2-etp2"])
+def test_a_dispatcher_computes_what_one_device_does(ranks, count, etp):
+    cases = [*PLAIN, *(Case(kind, 2, WeightsOn.input, True) for kind in (AllToAll, AllGather))]
     ranked = ranks(count, dispatched, etp, Padded(torch.float64), cases)
     for place, case in enumerate(cases):
         alone = case.model(NativeGemm(torch.float64))
         assert isinstance(alone.dispatch, LocalDispatcher)
         wanted = [figures(alone, tokens(rank)) for rank in range(count)]  # gradients add up in `alone`
         for rank, (found, experts, columns) in enumerate(ranked):
-            for name in ("y", "x"):
-                torch.testing.assert_close(
-                    found[place][name], wanted[rank][name], rtol=1e-10, atol=1e-12, msg=str(case)
-                )
+            parts = {name: wanted[rank][name] for name in ("y", "x")}
             for name in ("experts.gate_up.weight", "experts.down.weight"):
-                part = wanted[-1][name][experts, :, columns]
+                parts[name] = wanted[-1][name][experts, :, columns]
+            for name, part in parts.items():
                 torch.testing.assert_close(found[place][name], part, rtol=1e-10, atol=1e-12, msg=f"{case}: {name}")

@@ -18,7 +18,6 @@ from train.metap.hyperparameters import resolve
 
 LAYOUTS = {"tp2": ["parallel.tp=2"], "ep2": ["parallel.ep=2"], "fsdp2": [], "pp2": ["parallel.pp=2"]}
 EXACT = ["precision=fp64", "training.clip_norm=null"]
-SMALL = {"hidden_size": 16, "num_layers": 2, "head_dim": 4, "dense_hidden_size": 24, "num_experts": 2}
 
 
 def with_base(root: Path, name: str, *overrides: str) -> TrainConfig:
@@ -40,16 +39,12 @@ def groups(root: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     settings = itemgetter("name", "lr", "eps", "weight_decay", "betas")
     groups = trainer.engine.optimizer.param_groups
     found = {names[parameter]: settings(group) for group in groups for parameter in group["params"]}
-    return {
-        "groups": found,
-        "table": trainer.config.hparam.table,
-        "losses": [trainer.train_step(s).loss.item() for s in range(2)],
-    }
+    losses = [trainer.train_step(step).loss.item() for step in range(2)]
+    return {"groups": found, "table": trainer.config.hparam.table, "losses": losses}
 
 
 @pytest.fixture(scope="module")
 def alone(ranks, tmp_path_factory, small_corpus) -> dict[str, Any]:
-    """Those of one process."""
     return ranks(1, groups, tmp_path_factory.mktemp("alone"), "alone", [*small_corpus, *EXACT])[0]
 
 

@@ -34,6 +34,7 @@ QUICK = {
     "ep-etp-gathered": (4, ParallelConfig(ep=2, etp=2, dispatch=DispatchMethod.all_gather), 2),
     "pp-zbv": (2, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv), 2),
     "pp-ep": (4, ParallelConfig(pp=2, ep=2), 2),
+    "pp-tied": (3, ParallelConfig(pp=3), 1),
 }
 SLOW = {
     "all-axes-recomputed": (8, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full), 2),
@@ -49,15 +50,10 @@ SLOW = {
 def test_a_layout_computes_what_one_process_does(ranks, name):
     """Gradients, norm, balancing terms, updates, evaluation and resumed checkpoints, in both formats."""
     count, config, top_k = (QUICK | SLOW)[name]
-    tried(ranks, count, config, deep(top_k))
-
-
-def test_tied_tables_at_both_ends_learn_as_one(ranks):
-    tried(ranks, 3, ParallelConfig(pp=3), replace(deep(1), tie_embeddings=True))
+    tried(ranks, count, config, replace(deep(top_k), tie_embeddings=name == "pp-tied"))
 
 
 def with_norm(norm: QKNorm) -> ModelConfig:
-    """A model whose layers all normalise queries and keys in this way."""
     model = tiny(1)
     return replace(model, layer_list=[replace(layer, qk_norm=norm) for layer in model.blocks])
 
@@ -71,27 +67,24 @@ def compared(
     return found, [comparison for comparison in compare("run", wanted["run"], found, case) if not comparison.passed]
 
 
-@pytest.mark.parametrize(
-    "model, count, config",
-    [
-        (replace(tiny(1), balance=BalanceConfig(aux=0.1, aux_scope=AuxScope.micro)), 2, ParallelConfig(tp=2)),
-        (replace(tiny(1), balance=BalanceConfig(aux=0.1, aux_scope=AuxScope.whole)), 2, ParallelConfig()),
-        (with_norm(QKNorm.full), 2, ParallelConfig(tp=2)),
-        (with_norm(QKNorm.per_head), 2, ParallelConfig(tp=2)),
-        (replace(tiny(1), num_experts=2), 4, ParallelConfig()),
-        (tiny(2), 2, ParallelConfig(ep=2, recompute=Recompute.selective)),
-    ],
-    ids=[
-        "micro-scope-tp",
-        "whole-scope",
-        "norm-over-all-heads-tp",
-        "norm-per-head-tp",
-        "experts-fewer-than-ranks",
-        "selective-ep",
-    ],
-)
-def test_layouts_depend_on_the_model(ranks, model, count, config):
+def balanced(scope: AuxScope) -> ModelConfig:
+    return replace(tiny(1), balance=BalanceConfig(aux=0.1, aux_scope=scope))
+
+
+MODELS = {
+    "micro-scope-tp": (balanced(AuxScope.micro), 2, ParallelConfig(tp=2)),
+    "whole-scope": (balanced(AuxScope.whole), 2, ParallelConfig()),
+    "norm-over-all-heads-tp": (with_norm(QKNorm.full), 2, ParallelConfig(tp=2)),
+    "norm-per-head-tp": (with_norm(QKNorm.per_head), 2, ParallelConfig(tp=2)),
+    "experts-fewer-than-ranks": (replace(tiny(1), num_experts=2), 4, ParallelConfig()),
+    "selective-ep": (tiny(2), 2, ParallelConfig(ep=2, recompute=Recompute.selective)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layouts_depend_on_the_model(ranks, name):
     """One step. Under tp alone every rank has the same micro-batches as one process."""
+    model, count, config = MODELS[name]
     _, differing = compared(ranks, CertifyCase(model, PrecisionConfig(Compute.float64), SGD), count, config)
     assert differing == []
 

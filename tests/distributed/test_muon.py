@@ -40,7 +40,6 @@ SCALED = {scale.name: replace(RUN, optimizer=replace(MUON, muon=MuonConfig(scale
 
 
 def results(ranks: Any, name: str, cases: Mapping[str, CertifyCase], bug: str | None = None) -> dict[str, Any]:
-    """The results of all ranks of a layout, by case."""
     count, parallel = LAYOUTS[name]
     found = BuggyRanks(ranks, bug)(count, run_cases, parallel, cases)
     return {case: [rank[case] for rank in found] for case in cases}

@@ -65,7 +65,6 @@ def one_step(
 
 @pytest.fixture(scope="module")
 def alone(ranks) -> Any:
-    """What one process does."""
     return ranks(1, one_step, ParallelConfig(), moe_layers())[0]
 
 

@@ -17,7 +17,6 @@ from train.trainer import run
 
 
 def refused(root: Path, overrides: list[str]) -> str:
-    """The error of a run whose ranks have different seeds."""
     try:
         run(config(root, "run", *overrides, f"run.seed={dist.get_rank()}"))
     except ConfigError as error:
@@ -33,19 +32,15 @@ def test_ranks_with_other_seeds_are_rejected(ranks, small_corpus, tmp_path):
 
 
 def certificate(root: Path, overrides: list[str]) -> str | None:
-    """That of a run after a checkpoint."""
     begun = saved(root, "run", overrides)
     begun.log("saved")
     return begun.certificate
 
 
-def test_a_run_reports_a_missing_certificate(ranks, small_corpus, tmp_path):
-    assert ranks(2, certificate, tmp_path, [*small_corpus, *EXACT]) == [None, None]
-    advice = f"no certificate for this layout and this code; to make one: leviathan certify {tmp_path / 'run'}"
-    assert (tmp_path / "run" / "log.txt").read_text().count(advice) == 1
-
-
-def test_checkpoints_name_the_certificate(ranks, small_corpus, tmp_path):
+def test_checkpoints_name_the_certificate_or_its_lack_is_logged(ranks, small_corpus, tmp_path):
+    assert ranks(2, certificate, tmp_path / "without", [*small_corpus, *EXACT]) == [None, None]
+    advice = f"no certificate for this layout and this code; to make one: leviathan certify {tmp_path}/without/run"
+    assert (tmp_path / "without" / "run" / "log.txt").read_text().count(advice) == 1
     cache = Path(small_corpus[-1].removeprefix("data.cache="))
     asked = config(tmp_path, "run", *small_corpus, *EXACT)
     about = {"model": plain(shrink(asked.model, asked.parallel)), "techniques": techniques(asked.parallel)}

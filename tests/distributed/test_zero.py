@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import pytest
 import torch
 
@@ -171,28 +172,24 @@ def test_a_run_moves_between_engines_and_world_sizes(ranks, small_corpus, tmp_pa
         assert bool(copies) == (ZERO in how and not {*ZERO3} <= {*how})
         assert all(torch.equal(copy, before[f"model.{name}"]) for name, copy in copies.items()), "every rank's experts"
         if kept:
-            assert before.keys() == kept.keys()
-            assert all(torch.equal(before[name], kept[name]) for name in kept)
+            torch.testing.assert_close(before, kept, rtol=0, atol=0)
         kept = assembled([rank[2] for rank in found])
         assert float(kept["optimizer.head.weight.step"]) == len(losses) + 2
         losses += found[0][0]
     assert losses == pytest.approx(stayed, abs=5e-6)
 
 
-def kept_bytes(root: Path, overrides: list[str]) -> tuple[float, float]:
-    """Bytes of parameters and of optimizer state on this rank, over the formulas."""
+def compare_kept_bytes(root: Path, overrides: list[str]) -> None:
     run = trainer(root, "run", overrides)
-    config, layout = run.config, run.meshes.layout
-    formula = static_bytes(config.model, config.precision, layout, torch.float32, run.world.rank)
-    parameters = sum(parameter.nbytes for parameter in run.engine.placed.model.parameters())
+    formula = static_bytes(run.config.model, run.config.precision, run.meshes.layout, torch.float32, run.world.rank)
     state = sum(part.tensor.nbytes for part in run.engine.state() if part.shape and ".balance." not in part.name)
-    return parameters / formula.parameters, state / formula.optimizer
+    assert sum(parameter.nbytes for parameter in run.engine.placed.model.parameters()) == formula.parameters
+    assert state == pytest.approx(formula.optimizer, rel=0.05)
 
 
 def test_kept_bytes_equal_the_formulas(ranks, small_corpus, tmp_path):
     usual = [*small_corpus, "precision=bf16", "optimizer=adamw", ZERO, "parallel.ep=2"]
-    for parameters, state in ranks(4, kept_bytes, tmp_path, usual):
-        assert parameters == 1 and state == pytest.approx(1, abs=0.05)
+    ranks(4, compare_kept_bytes, tmp_path, usual)
 
 
 def offloaded(root: Path, overrides: list[str]) -> tuple[list[float], tuple[bool, bool]]:
@@ -261,10 +258,9 @@ def read_between_steps(root: Path, overrides: list[str]) -> tuple[list[float], l
     "size, how",
     [
         (2, []),
-        *(
-            pytest.param(*one, marks=pytest.mark.slow)
-            for one in ((1, []), (3, ["training.micro_batch_size=1"]), (4, PADDED))
-        ),
+        pytest.param(1, [], marks=pytest.mark.slow),
+        pytest.param(3, ["training.micro_batch_size=1"], marks=pytest.mark.slow),
+        pytest.param(4, PADDED, marks=pytest.mark.slow),
     ],
 )
 def test_a_sharded_model_can_be_read_at_any_time(ranks, small_corpus, tmp_path, size, how):
@@ -298,11 +294,12 @@ def test_recomputation_leaves_no_modules_behind(ranks, small_corpus, tmp_path, h
 
 
 def test_initial_weights_are_exact_when_sharded(ranks, small_corpus, tmp_path):
-    usual = [*small_corpus, "precision=bf16", "model.moe_every=0", "training.global_batch_size=6"]
-    usual.append("training.micro_batch_size=1")
-    found = assembled([rank[1] for rank in ranks(3, losses_and_state, tmp_path / "zero", [*usual, ZERO, *SHARDED3], 0)])
-    wanted = assembled([rank[1] for rank in ranks(1, losses_and_state, tmp_path / "torch", usual, 0)])
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    sizes = ["model.moe_every=0", "training.global_batch_size=6", "training.micro_batch_size=1"]
+    usual, found = [*small_corpus, "precision=bf16", *sizes], []
+    for count, own in ((3, [ZERO, *SHARDED3]), (1, [])):
+        results = ranks(count, losses_and_state, tmp_path / str(count), [*usual, *own], 0)
+        found.append(assembled([before for _, before, _ in results]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def kept_alive(root: Path, overrides: list[str], honest: bool) -> tuple[int, int]:
@@ -356,14 +353,8 @@ def test_paged_adamw_is_adamw_and_frees_its_memory(tmp_path):
 
 def resident_kb(folder: Path) -> int:
     """Resident memory of this process that maps files in `folder`, unlinked ones too."""
-    found, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split(" ")[0]
-        if ":" not in first:
-            inside = str(folder) in line
-        elif inside and first == "Rss:":
-            found += int(line.split()[1])
-    return found
+    maps = psutil.Process().memory_maps()
+    return sum(one.rss for one in maps if one.path.startswith(str(folder))) // 1024
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 4), (1, 7), (2, 3, 4), (2, 2, 3, 2)])
@@ -371,12 +362,12 @@ def test_a_range_is_few_blocks(shape):
     whole = torch.arange(torch.Size(shape).numel())
     for start in range(len(whole) + 1):
         for stop in range(start, len(whole) + 1):
-            found = list(zero12.blocks(ShardBlock((0,) * len(shape), shape), start, stop))
-            parts = [
-                whole.view(shape)[tuple(slice(o, o + s) for o, s in zip(b.offset, b.shape, strict=True))] for b in found
-            ]
-            joined = torch.cat([part.flatten() for part in parts]) if parts else whole[:0]
-            assert torch.equal(joined, whole[start:stop]) and len(found) <= max(1, 2 * len(shape) - 1)
+            joined, count = [], 0
+            for block in zero12.blocks(ShardBlock((0,) * len(shape), shape), start, stop):
+                place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))
+                joined += whole.view(shape)[place].flatten().tolist()
+                count += 1
+            assert joined == list(range(start, stop)) and count <= max(1, 2 * len(shape) - 1)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +375,6 @@ def test_a_range_is_few_blocks(shape):
     [
         (["optimizer=muon"], r"optimizer.kind=muon: needs whole matrices.*fsdp2"),
         (["precision=fp64"], r"precision.*keeps master weights in fp32, not float64"),
-        (["precision=bf16", "precision.param_dtype=bfloat16"], r"precision.*master weights in fp32, not bfloat16"),
         (["parallel.pp=2", "parallel.zero.stage=2", "parallel.dp_shard=1"], r"zero.stage=2: .*pipeline.*try 1"),
         (["parallel.zero.stage=3"], r"zero.stage=3: does not support routed experts; parallel.engine=fsdp2"),
         ([*ZERO3, "parallel.compile=true"], r"parallel.compile=True: .*stage 3; parallel.engine=fsdp2"),
@@ -395,9 +385,7 @@ def test_a_range_is_few_blocks(shape):
         (["parallel.reduce_dtype=bfloat16"], r"parallel.reduce_dtype.*fp32"),
         (["parallel.zero.offload=nvme"], r"zero.nvme.*name a directory"),
         (["parallel.zero.nvme=/tmp"], r"zero.nvme=/tmp: needs"),
-        (["parallel.zero.offload=nvme", "parallel.zero.nvme=''"], r"zero.nvme.*name a directory"),
         (["parallel.zero.offload=nvme", "parallel.zero.nvme=/dev/null"], r"zero.nvme=/dev/null: is not a directory"),
-        (["+parallel.zero.extra.overlap_comm=true"], r"extra.overlap_comm=True: does not apply to stage 1"),
         (["+parallel.zero.extra.round_robin_gradients=true"], r"extra.round_robin_gradients.*set by Leviathan"),
         (["parallel.zero.offload=nvme", "parallel.zero.nvme=/tmp", "optimizer=sgd"], r"zero.offload.*AdamW"),
         (["+parallel.zero.extra.buckets=1"], r"extra.buckets=1: no such key"),
@@ -411,32 +399,24 @@ def test_unsupported_configurations_are_rejected(overrides, message):
 
 def test_another_version_is_rejected_with_the_install_line(monkeypatch):
     run = load("train", TrainConfig, [ZERO])
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    check(run, 2)
+    assert "DS_ACCELERATOR" not in os.environ, "a job is submitted with it, and may run where there are GPUs"
     for found in (None, "0.17.0"):
         monkeypatch.setattr(zero12, "installed", lambda found=found: found)
         with pytest.raises(ConfigError, match=rf"deepspeed.*pip install 'leviathan\[deepspeed\]'.*{VERSION}"):
             check(run, 2)
 
 
-def test_checking_leaves_nothing_in_the_environment(monkeypatch):
-    """A job is submitted with it, and may run where there are GPUs."""
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    check(load("train", TrainConfig, [ZERO]), 2)
-    assert "DS_ACCELERATOR" not in os.environ
-
-
-def test_a_file_is_closed_with_its_tensor(tmp_path):
-    handles = len(list(Path("/proc/self/fd").iterdir()))
+def test_a_file_is_closed_with_its_tensor_and_on_a_full_disk(tmp_path):
+    handles = len(os.listdir("/proc/self/fd"))
     one = MappedFile(tmp_path, 1000)
-    assert len(list(Path("/proc/self/fd").iterdir())) > handles, "the control"
+    assert len(os.listdir("/proc/self/fd")) > handles, "the control"
     del one
-    gc.collect()
-    assert len(list(Path("/proc/self/fd").iterdir())) == handles
-
-
-def test_a_full_disk_is_rejected(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=r"zero.nvme=.*no space for"):
         MappedFile(tmp_path, 1 << 50)
-    assert not list(tmp_path.iterdir())
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == handles and not list(tmp_path.iterdir())
 
 
 def test_the_pin_is_the_one_that_is_declared():

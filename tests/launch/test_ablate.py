@@ -68,7 +68,6 @@ def test_outputs_match_the_losses(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_small_ablation(tmp_path):
-    """From the command line to the page, on files."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for number, row in enumerate(prose(80)):

@@ -12,7 +12,6 @@ from train.run_directory import RunDirectory
 
 @pytest.fixture
 def words(tmp_path, small_corpus) -> list[str]:
-    """A small run that is right."""
     return ["train", *TINY, *small_corpus, f"run.root={tmp_path}", "run.name=run", "training.steps=2"]
 
 
@@ -24,25 +23,18 @@ CONFIGURATION = {
     "model.head_dim=7": "model.head_dim=7: must be even: the rotation acts on pairs",
     "model.num_experts=1": "model.num_experts=1: must be at least 2; moe_every=0 makes every layer dense",
     "model.hidden_size=0": "model.hidden_size=0: must be positive",
-    "model.attention_chunk_size=0": "model.attention_chunk_size=0: must be positive",
     "model.expert_hidden_size=12": "model.expert_hidden_size=12: must be a multiple of 8 for the grouped matmul",
     "model.layer_list=[]": "model.layer_list: has 0 layers, but model.num_layers is 4",
     "model.router.top_k=9": "model.router.top_k=9: must not exceed the 4 experts",
     "model.router.score=relu": "model.router.score=relu: Invalid value 'relu', expected one of [sigmoid, softmax]",
-    "training.micro_batch_size=3": "training.micro_batch_size=3: must divide a rank's 8 sequences; try 1, 2, 4 or 8",
     "phases=[{name: main, steps: 1}]": "phases: names must differ",
     "model.vocab_size=128": "=128: the tokenizer has 300 ids, and the model needs at least as many; try 384",
     "training.seq_len=100000": "less than one sequence of 100000 tokens",
-    "model.shared_expert_hidden_size=-8": "model.shared_expert_hidden_size=-8: must not be negative",
-    "model.rope_theta=0": "model.rope_theta=0.0: must be positive",
     "model.init.std=-1": "model.init.std=-1.0: must not be negative",
     "model.router.scale=nan": "model.router.scale=nan: must be positive",
     "optimizer.lr=nan": "optimizer.lr=nan: must be positive",
-    "optimizer.eps=-1": "optimizer.eps=-1.0: must be positive",
-    "optimizer.weight_decay=-1": "optimizer.weight_decay=-1.0: must not be negative",
     "training.clip_norm=inf": "training.clip_norm=inf: must be positive",
     "evaluation.sequences=0": "evaluation.sequences=0: must be positive",
-    "evaluation.every=-1": "evaluation.every=-1: must not be negative",
     "checkpoint.every=-1": "checkpoint.every=-1: must not be negative",
     "profile.steps=[99]": "profile.steps=99: the run ends after 2 steps, counted from 0",
     "phases=[{name: x, steps: 1, weights: {text: -1.0, code: 2.0}}]": "phases.0.weights.text=-1.0: must not be",
@@ -51,10 +43,7 @@ CONFIGURATION = {
     "precision.backend=torch": "precision.compute=float32: torch needs bfloat16 activations: add precision=fp8",
     "+launch.processes=2": "launch.processes=2: launch=inline is one process; add launch=torchrun",
     f"{FP8} precision.recipe=mxfp8": "precision.fp8_products=attention: the key of layer 0 is 16 x 32 on a rank, but mxfp8 takes",
-    f"{FP8} precision.fp8_products=[]": "precision.fp8_products: names no product: use precision.backend=native",
     f"{FP8} precision.fp8_products=[expert,expert]": "precision.fp8_products: names the same products twice",
-    f"{FP8} precision.bf16_first_layers=9": "precision.bf16_first_layers=9: leaves none of the 4 layers in FP8",
-    f"{FP8} precision.bf16_last_layers=4": "precision.bf16_last_layers=4: leaves none of the 4 layers in FP8",
 }
 
 
@@ -79,7 +68,6 @@ COMMANDS = {
     "train --gpu": "--gpu: no such option; keys are written KEY=VALUE; try --help or --cfg",
     "evaluate": "run: ",
     "evaluate run=nothing": "run=nothing: no run there",
-    "generate run=nothing": "run=nothing: no run there",
     "train launch=slurm": "launch.processes: give the number of ranks per node, usually its number of GPUs; try 8",
     f"{SLURM} launch.slurm.time=soon": "launch.slurm.time=soon: must read as sbatch's --time",
     f"{SLURM} launch.slurm.time=4": "launch.slurm.time=4: is not longer than the 300 s reserved",
@@ -91,7 +79,6 @@ COMMANDS = {
     f"{SECOND} launch.rendezvous='::1:29500'": (
         "launch.rendezvous=::1:29500: write an IPv6 address in brackets: [ADDRESS]:PORT; try [::1]:29500"
     ),
-    f"{SECOND} launch.rendezvous='[]:1'": "launch.rendezvous=[]:1: must be",
     f"{SLURM} launch.nodes=3 parallel.tp=2": "parallel.tp=2: tp = 2 must divide the world's 3",
     f"{SECOND} launch.processes=1 launch.rendezvous=a:1": "run.name: is required with several nodes",
     "train launch=torchrun launch.node_rank=0": "launch.node_rank=0: does not apply to one node; add launch.nodes=2",
@@ -111,28 +98,19 @@ COMMANDS = {
     "train model.width=64": "model.width: was renamed to model.hidden_size",
     "train +model.rope_scaling.low=2": "model.rope_scaling.low: was renamed to model.rope_scaling.low_freq_factor",
     "train phases=[{name:x,steps:1,context:64}]": "phases.0.context: was renamed to phases.0.seq_len",
-    "train +data.filter.scorer.context=64": "data.filter.scorer.context: was renamed to data.filter.scorer.seq_len",
-    "train hparam.base.width=64": "hparam.base.width: was renamed to hparam.base.hidden_size",
     "train precision.backend=bf16": "precision.backend=bf16: was renamed to native",
     "train launch=slurm launch.slurm.together=2": "launch.slurm.together: was renamed to launch.slurm.max_concurrent",
     "train launch=slurm +launch.slurm.together=2": "launch.slurm.together: was renamed to launch.slurm.max_concurrent",
-    "evaluate run=x rows=4": "rows: was renamed to sequences",
-    "evaluate run=x backend=reference": "backend=reference: was renamed to emulated",
-    "filter ablate ablate.rows=4": "ablate.rows: was renamed to ablate.sequences",
     "metap check model.heads=4": "model.heads: was renamed to model.num_heads",
     "filter stream": "scorer.kind=ngram: needs all records before it scores the first, and a stream has no end; try loss",
     f"{STREAM} input=a.jsonl": "input=a.jsonl: has no effect on filter stream, which reads JSON lines",
-    f"{STREAM} processes=2": "processes=2: has no effect on filter stream, which reads JSON lines",
     f"{STREAM} select.floor=2": "select.floor=2: cannot be applied to a stream, whose number of records",
-    **{
-        f"filter ablate ablate.{one}": f"ablate.{one}: must be"
-        for one in ("seeds=1", "seeds=9", "steps=0", "sequences=0")
-    },
-    **{
-        f"filter ablate {word}": f"{word}: has no effect on filter ablate, whose data are those of leviathan train "
-        """(docs/filter.md); try 'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
-        for word in ("input=a.jsonl", "dataset=some/set", "domain_key=kind", "tokenizer=a", "processes=2", "explain=a")
-    },
+    "filter ablate ablate.seeds=9": "ablate.seeds=9: must be",
+    "filter ablate ablate.steps=0": "ablate.steps=0: must be positive",
+    "filter ablate tokenizer=a": (
+        "tokenizer=a: has no effect on filter ablate, whose data are those of leviathan train (docs/filter.md); "
+        """try 'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
+    ),
 }
 
 
@@ -157,20 +135,16 @@ def test_a_damaged_shard_is_refused(refused, words, tmp_path):
     assert main([*words, "data.verify=false", "run.name=third"]) == 0, "control: without verification it goes unseen"
 
 
-def test_resuming_with_another_configuration_is_refused(refused, words):
-    assert main(words) == 0
-    line = refused(*words, "optimizer.lr=0.5")
-    assert "optimizer.lr=0.5" in line and f"was started with {OptimizerConfig().lr}" in line
-    assert main([*words, "logging.every=2", "checkpoint.keep=1"]) == 0, "what does not affect training may change"
-    assert "holds a run already" in refused(*words, "run.resume=false")
-
-
-def test_two_runs_under_one_name_are_refused(refused, words, tmp_path):
+def test_resuming_while_it_runs_or_otherwise_set_is_refused(refused, words, tmp_path):
     other = RunDirectory(tmp_path / "run")
     other.lock()
     assert "run.name=run: another process is training in" in refused(*words)
     other.release()
     assert main(words) == 0, "control: released, it may be claimed"
+    line = refused(*words, "optimizer.lr=0.5")
+    assert "optimizer.lr=0.5" in line and f"was started with {OptimizerConfig().lr}" in line
+    assert main([*words, "logging.every=2", "checkpoint.keep=1"]) == 0, "what does not affect training may change"
+    assert "holds a run already" in refused(*words, "run.resume=false")
 
 
 def test_resuming_with_other_data_is_refused(refused, words, tmp_path):
@@ -188,7 +162,7 @@ def test_ranks_that_nobody_started_are_refused(refused, words, monkeypatch):
     assert refused(*words).startswith("WORLD_SIZE=2: is set, but not by torchrun: unset it, or start")
 
 
-@pytest.mark.parametrize("content", ["", "{", "- a list", "model: {width: [}"])
+@pytest.mark.parametrize("content", ["", "{", "- a list"])
 def test_an_unreadable_stored_configuration_is_one_line(refused, tmp_path, content):
     (tmp_path / "config.yaml").write_text(content)
     refused("evaluate", str(tmp_path))

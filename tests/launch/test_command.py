@@ -29,7 +29,6 @@ def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, small_corpus) -> Path:
-    """The directory of a short finished run."""
     root = tmp_path_factory.mktemp("runs")
     own = [f"run.root={root}", "run.name=done", "checkpoint.every=3", "evaluation.baselines=true"]
     process = start([*TINY, *small_corpus, *own], root)
@@ -87,7 +86,6 @@ def test_a_reader_who_goes_away_is_no_traceback():
 
 @pytest.fixture
 def strangers_folder(tmp_path) -> Path:
-    """A user's own project whose names are ours."""
     for name in ("core", "data", "model"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package was imported')\n")

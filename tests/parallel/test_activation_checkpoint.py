@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.layouts import tiny
 from model.config import ModelConfig
 from parallel.layout import ParallelConfig, Recompute
 from precision.config import Backend, Compute, PrecisionConfig, Recipe
 from tests.support.models import placed_here
+from tests.support.operations import Observed
 from tests.support.tiny import synthetic
 from train.certify.plan import shrink
 from train.certify.worker import BATCH_SIZE
@@ -25,25 +24,14 @@ KINDS = {
 }
 
 
-class Done(TorchDispatchMode):
-    """How often each operation of torch ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.times: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        self.times[function.overloadpacket.__name__] += 1
-        return function(*arguments, **(options or {}))
-
-
 def operations(mode: Recompute, precision: PrecisionConfig, model: ModelConfig) -> Counter[str]:
     """The operations of one step in one process."""
     placed = placed_here(model, ParallelConfig(recompute=mode), precision)
     _, _, step = synthetic(placed, OptimizerConfig(), BATCH_SIZE)
-    with Done() as done:
+    names: list[str] = []
+    with Observed(lambda function, *_: names.append(function.overloadpacket.__name__)):
         step()
-    return done.times
+    return Counter(names)
 
 
 def test_selective_recomputation_repeats_no_product_in_float8():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -39,30 +40,22 @@ SIZES = [1, 1000, 1 << 26]
 @cache
 def awkward() -> ModelConfig:
     """Sizes that ranks do not divide. Of three ranks, among which no dimension of an expert divides, one has no expert."""
-    return replace(
-        tiny(2),
-        hidden_size=40,
-        dense_hidden_size=50,
-        num_experts=4,
-        expert_hidden_size=80,
-        shared_expert_hidden_size=18,
-        head_dim=6,
-    )
+    sizes = {"hidden_size": 40, "dense_hidden_size": 50, "expert_hidden_size": 80, "shared_expert_hidden_size": 18}
+    return replace(tiny(2), **sizes, num_experts=4, head_dim=6)
 
 
 @cache
-def parameters() -> dict[str, ParameterInfo]:
-    return registry(on_meta(awkward(), PrecisionConfig()))
+def matrices() -> dict[str, ParameterInfo]:
+    infos = registry(on_meta(awkward(), PrecisionConfig()))
+    return {name: info for name, info in infos.items() if info.role.is_matrix}
 
 
 def plans(layout: Layout, at_once: int) -> list[tuple[Meshes, dict[str, ShardSpec], list[Round]]]:
     """By rank."""
-    model, infos = awkward(), parameters()
     found = []
     for rank in range(layout.world_size):
         meshes = meshes_of_rank(layout, rank)
-        specs = shard_specs(infos, model, meshes)
-        specs = {name: spec for name, spec in specs.items() if spec.info.role.is_matrix}
+        specs = shard_specs(matrices(), awkward(), meshes)
         found.append((meshes, specs, rounds(specs, meshes, at_once)))
     return found
 
@@ -76,30 +69,16 @@ def done_here(together: Round) -> int:
 
 @pytest.mark.parametrize("at_once", SIZES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_matrix_is_whole_on_one_rank_of_each_replica(name, at_once):
+def test_each_replica_does_every_matrix_once_and_groups_agree(name, at_once):
+    """All ranks of a group plan the same exchanges in the same order, each sending what its neighbour expects."""
     count, config = LAYOUTS[name]
-    found: Counter[tuple[int, int]] = Counter()
-    for meshes, _, plan in plans(config.resolve(count), at_once):
-        if meshes.replicate.rank == 0:
-            for together in plan:
-                found[together.shape] += done_here(together)
-                assert done_here(together) <= max(1, at_once // math.prod(together.shape)), "the memory's bound"
-    wanted: Counter[tuple[int, int]] = Counter()
-    for info in parameters().values():
-        if info.role.is_matrix:
-            wanted[info.shape[-2], info.shape[-1]] += math.prod(info.shape[:-2])
-    assert found == wanted
-
-
-@pytest.mark.parametrize("at_once", SIZES)
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_all_ranks_of_a_group_make_the_same_plan(name, at_once):
-    """The same exchanges in the same order, each rank sending what its neighbour expects."""
-    count, config = LAYOUTS[name]
+    done, wanted = Counter[object](), Counter[object]()
     groups: dict[tuple[object, ...], list[list[object]]] = {}
     for meshes, _, plan in plans(config.resolve(count), at_once):
         exchanges: dict[str, list[object]] = {}
         for together in plan:
+            done[meshes.replicate.rank, together.shape] += done_here(together)
+            assert done_here(together) <= max(1, at_once // math.prod(together.shape)), "the memory's bound"
             for stage in together.stages:
                 said = (together.shape, stage.counts, stage.split.lengths)
                 exchanges.setdefault(stage.split.name, []).append(said)
@@ -111,6 +90,9 @@ def test_all_ranks_of_a_group_make_the_same_plan(name, at_once):
         calls = [together.stages for together in plan if any(s.split.axis.name == "experts" for s in together.stages)]
         groups.setdefault(("calls", meshes.replicate.rank, meshes.efsdp.rank), []).append([len(calls)])
     assert all(listed == ranks[0] for ranks in groups.values() for listed in ranks)
+    for replica, info in itertools.product(range(config.dp_replicate), matrices().values()):
+        wanted[replica, tuple(info.shape[-2:])] += math.prod(info.shape[:-2])
+    assert done == wanted
 
 
 @pytest.mark.parametrize("name", ["fsdp3", "fsdp4", "tp2-fsdp2", "all"])

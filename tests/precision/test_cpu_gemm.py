@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision import cpu_gemm, native_gemm
 from precision.gemm import Groups
 from precision.native_gemm import NativeGemm
+from tests.support.operations import Observed
 
 BEYOND = 2
 """Rows that belong to no expert."""
@@ -48,16 +48,6 @@ def largest(found: list[Tensor], wanted: list[Tensor]) -> float:
     return max(float((a.double() - b.double()).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-class Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: set[Any] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        self.operations.add(function)
-        return function(*arguments, **(options or {}))
-
-
 @pytest.mark.parametrize("huge_pages", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("counts, d, f", [SMALL, pytest.param(*LARGE, marks=needs_onednn)], ids=["few", "many"])
 @pytest.mark.parametrize("dtype", GATES, ids=str)
@@ -68,9 +58,10 @@ def test_grouped_products_equal_the_plain_statement(dtype, counts, d, f, huge_pa
     x, w, grad = operands(dtype, (used + BEYOND, d), (len(counts), f, d), (used + BEYOND, f))
     wanted = figures(plain_grouped, x.double(), w.double(), grad.double(), groups)
     products = NativeGemm(dtype)
-    with Seen() as seen:
+    seen: set[Any] = set()
+    with Observed(lambda function, *_: seen.add(function)):
         found = figures(products.linear, x, w, grad, groups)
-    assert bool(cpu_gemm.PRODUCTS & seen.operations) == (dtype is torch.float32 and d == 64)
+    assert bool(cpu_gemm.PRODUCTS & seen) == (dtype is torch.float32 and d == 64)
     assert largest(found, wanted) < GATES[dtype] and all(y.dtype is dtype for y in found)
     found[1] = products.input_gradient(grad, w, groups)[:used]
     found[2] = products.weight_gradient(grad, x, groups)
@@ -121,11 +112,15 @@ REGULAR, IRREGULAR = (64, 64, 128), [(63, 64, 128), (64, 72, 128), (64, 64, 129)
 def test_only_regular_float32_products_use_onednn(dtype, sizes):
     rows, width, out = sizes
     x, w, grad = operands(dtype, (rows, width), (out, width), (rows, out))
-    with Seen() as seen:
+    seen: set[Any] = set()
+    with Observed(lambda function, *_: seen.add(function)):
         figures(NativeGemm(dtype).linear, x, w, grad)
     by_onednn = dtype is torch.float32 and sizes == REGULAR
-    assert bool(cpu_gemm.PRODUCTS & seen.operations) == by_onednn
-    assert (torch.ops.aten.mm.default in seen.operations) != by_onednn
+    assert bool(cpu_gemm.PRODUCTS & seen) == by_onednn
+    assert (torch.ops.aten.mm.default in seen) != by_onednn
+    if by_onednn:
+        for tokens in (x.requires_grad_(), x.view(2, 32, width)):
+            assert not NativeGemm(dtype).linear(tokens, w)._is_view()
 
 
 @needs_onednn
@@ -134,13 +129,6 @@ def test_expert_rows_make_few_shapes():
     parts = {rows: cpu_gemm._main_part(like[:rows], torch.Size((64, 64))) for rows in range(1 << 16)}
     assert len(set(parts.values())) < 128
     assert all(rows - max(16, rows / 8) < part <= rows for rows, part in parts.items())
-
-
-@needs_onednn
-@pytest.mark.parametrize("leading", [(64,), (2, 32)])
-def test_results_are_not_views(leading):
-    x, w = (t.requires_grad_() for t in operands(torch.float32, (*leading, 64), (128, 64)))
-    assert not NativeGemm(torch.float32).linear(x, w)._is_view()
 
 
 @needs_onednn

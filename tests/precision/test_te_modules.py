@@ -25,17 +25,12 @@ from precision import transformer_engine as backend
 from precision.config import Recipe
 from precision.gemm import Groups
 from tests.precision.test_te_on_cpu import COUNTS, D, E, F, draw, make
-from tests.support.fakes import te_wheel
-from tests.support.fakes.transformer_engine_stub import Extension, Product, Quantised, installed
+from tests.support.fakes.transformer_engine_stub import Extension, Product, Quantised, installed, sources, tree
 
 TE = "transformer_engine.pytorch"
-# fmt: off
-NOT_HERE = [
-    "triton", "triton.language", "triton.language.core", "triton.language.standard", "triton.runtime",
-    "triton.runtime.driver", "einops", "nvdlfw_inspect", "nvdlfw_inspect.api", f"{TE}.triton", f"{TE}.triton.pad",
-    f"{TE}.triton.grouped_dbias_dscales", f"{TE}.triton.permutation",
-]
-# fmt: on
+TRITON = ("triton", *(f"triton.{name}" for name in ("language", "language.core", "language.standard", "runtime")))
+KERNELS = (f"{TE}.triton", *(f"{TE}.triton.{name}" for name in ("pad", "grouped_dbias_dscales", "permutation")))
+NOT_HERE = (*TRITON, "triton.runtime.driver", *KERNELS, "einops", "nvdlfw_inspect", "nvdlfw_inspect.api")
 
 
 class Anything(ModuleType):
@@ -74,7 +69,7 @@ def own(monkeypatch) -> Iterator[Own]:
             if name not in sys.modules:
                 monkeypatch.setitem(sys.modules, name, Anything(name))
         package = ModuleType(f"{TE}.module")
-        package.__path__ = [str(te_wheel.sources() / "transformer_engine" / "pytorch" / "module")]
+        package.__path__ = [str(sources() / "transformer_engine" / "pytorch" / "module")]
         sys.modules[f"{TE}.module"] = package
         base = sys.modules.pop(f"{TE}.module.base")
         gemms = sys.modules[f"{TE}.cpp_extensions"]
@@ -102,10 +97,9 @@ def scaling(own: Own, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def names() -> list[str]:
     """Names of the options that `_GroupedLinear.forward` unpacks, in order."""
-    for node in ast.walk(te_wheel.tree(f"{TE}.module.grouped_linear")):
-        if isinstance(node, ast.Assign) and ast.unparse(node.value) == "non_tensor_args":
-            return [ast.unparse(name) for name in node.targets[0].elts]  # type: ignore[attr-defined]
-    raise AssertionError("GroupedLinear unpacks its options differently")
+    nodes = [node for node in ast.walk(tree(f"{TE}.module.grouped_linear")) if isinstance(node, ast.Assign)]
+    (unpacked,) = (node.targets[0] for node in nodes if ast.unparse(node.value) == "non_tensor_args")
+    return [ast.unparse(name) for name in unpacked.elts]  # type: ignore[attr-defined]
 
 
 def grouped_by_itself(own: Own, recipe: Any, x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:

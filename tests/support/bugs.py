@@ -173,7 +173,6 @@ def gains_not_reduced_beside_experts(honest, self):
 
 
 def _split_by_ep(placed: Any) -> list[Any]:
-    """The parameters that ep splits."""
     named = placed.model.named_parameters()
     return [parameter for name, parameter in named if any(s.axis.name == "ep" for s in placed.specs[name].splits)]
 
@@ -224,13 +223,11 @@ def experts_mixed(honest, x, *rest):
 
 @replaces(whole_matrices.Round, "scatter")
 def swapped_on_the_way_back(honest, self, whole):
-    """Shards come back in another order."""
     return honest(self, whole.flip(0))
 
 
 @replaces(muon.Muon, "step")
 def momentum_of_a_step(honest, self, *rest):
-    """State is not kept."""
     for parameter in self.parameters.values():
         self.state.pop(parameter, None)
     honest(self, *rest)
@@ -270,7 +267,6 @@ def last_keys_of_the_ring_dropped(honest, self, rows):
 
 @replaces(runtime, "split_stages")
 def balancing_term_dropped_in_a_stage(honest, model, meshes):
-    """Only the first stage's routers are balanced."""
     stacks = honest(model, meshes)
     for stage, stack in stacks.items():
         for layer in stack.layers.values():
@@ -282,7 +278,6 @@ def balancing_term_dropped_in_a_stage(honest, model, meshes):
 
 @replaces(engine.TorchEngine, "norm")
 def norm_of_each_stage(honest, self):
-    """Each stage clips by the norm of its own gradients."""
     alone = self.meshes.layout.world_size == self.meshes.layout.pp  # or the stage's other ranks are omitted as well
     return engine.gradient_norm(self.gradients(), MeshAxis("world") if alone else self.meshes.world, self.device)
 
@@ -337,7 +332,6 @@ def summed_in_the_models_format(honest, self, *arguments):
 
 @replaces(zero12.FlatSlice, "of")
 def buffers_shifted_by_one(honest, self, buffer):
-    """A rank's slice of a parameter begins one element too late."""
     return honest(self, buffer.roll(-1))
 
 
@@ -375,7 +369,6 @@ def micro_batches_overwritten(honest, self, *arguments):
 
 @replaces(zero3.Zero3, "_slices")
 def shards_of_the_rank_before(honest, self, specs):
-    """A rank's shard of a parameter is taken for another's."""
     for one in honest(self, specs):
         size = one.stop - one.start
         start = one.start - size if one.start else size

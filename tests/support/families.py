@@ -47,7 +47,6 @@ SMALL = [
 
 
 def family(*overrides: str) -> TrainConfig:
-    """The base of a family."""
     return load("train", TrainConfig, ["hparam=none", *SMALL, *overrides])
 
 

@@ -97,8 +97,6 @@ def outputs(out: Path) -> dict[str, bytes]:
 
 
 class FixedScorer(Scorer):
-    """Scores by the function `score_of`."""
-
     name, measures, direction = "fixed", "score of the test", Direction.hard
 
     def __init__(self, score_of: Any, fingerprint: str = "fixed") -> None:

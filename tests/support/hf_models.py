@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from train.checkpoint.init_from import open_model
+
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -38,45 +40,19 @@ SCALED = {
     "high_freq_factor": 1.0,
     "original_max_position_embeddings": 64,
 }
+TOP2 = {**COMMON, "intermediate_size": 32, "num_experts_per_tok": 2}
+QWEN3_MOE = {"intermediate_size": 48, "moe_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": [1]}
+LLAMA_ROPE = {**SCALED, "factor": 8.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "scout": ("Llama4Text", {**LLAMA4, "interleave_moe_layer_step": 1, "rope_parameters": SCALED}),
     "maverick": ("Llama4Text", {**LLAMA4, "interleave_moe_layer_step": 2, "use_qk_norm": False}),
     "llama4_top2": ("Llama4Text", {**LLAMA4, "interleave_moe_layer_step": 2, "num_experts_per_tok": 2}),
-    "mixtral": ("Mixtral", {**COMMON, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": (
-        "Qwen3Moe",
-        {
-            **COMMON,
-            "intermediate_size": 48,
-            "moe_intermediate_size": 32,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [1],
-        },
-    ),
-    "olmoe": (
-        "Olmoe",
-        {
-            **{key: value for key, value in COMMON.items() if key != "head_dim"},
-            "intermediate_size": 32,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-        },
-    ),
+    "mixtral": ("Mixtral", {**TOP2, "num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3Moe", {**TOP2, **QWEN3_MOE, "num_experts": 4}),
+    "olmoe": ("Olmoe", {"num_experts": 4} | {key: value for key, value in TOP2.items() if key != "head_dim"}),
     "llama": (
         "Llama",
-        {
-            **COMMON,
-            "intermediate_size": 48,
-            "tie_word_embeddings": True,
-            "rope_parameters": {
-                **SCALED,
-                "factor": 8.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 48,
-            },
-        },
+        {**COMMON, "intermediate_size": 48, "tie_word_embeddings": True, "rope_parameters": LLAMA_ROPE},
     ),
     "qwen3": ("Qwen3", {**COMMON, "intermediate_size": 48}),
 }
@@ -106,3 +82,13 @@ def make(name: str, **changes: Any) -> Any:
 def save(model: Any, directory: Path, **options: Any) -> Path:
     model.save_pretrained(directory, **options)
     return directory
+
+
+def like(path: Path) -> list[str]:
+    """Overrides that make the tiny run's model the one of a checkpoint."""
+    c = open_model(path).config
+    sizes = ["vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "dense_hidden_size"]
+    others = ["attention_chunk_size", "temperature_floor", "temperature_scale", "norm_eps"]
+    keys = [*sizes, "num_experts", "moe_every", "expert_hidden_size", *others]
+    found = [f"model.{key}={getattr(c, key)}" for key in keys]
+    return [*found, f"model.qk_norm={c.qk_norm.value}", f"model.router.top_k={c.router.top_k}"]

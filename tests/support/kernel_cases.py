@@ -63,7 +63,6 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def results(case: Case, kernels: Any, dtype: torch.dtype, device: str, broken: str = "") -> dict[str, Tensor]:
-    """Every result and every gradient, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def values(*shape: int) -> Tensor:
@@ -135,7 +134,6 @@ def _zero(weights_TK: Tensor | None) -> Tensor | int:
 
 
 def main() -> None:
-    """Print the errors by case and kernels, then by planted error and kernels."""
     sides: dict[str, MoEKernels] = {"torch": TorchKernels(), "triton": TritonKernels()}
     found = {name: {side: figures(case, sides[side], "cpu") for side in sides} for name, case in CASES.items()}
     case = CASES["top-2, padded"]

@@ -49,10 +49,9 @@ BLAMED = {
     "weights_put_off_for_ever": (["pp"], "has no gradient"),
     "routers_saved_by_one_stage": (["pp"], "router.balance.bias_E is missing"),
 }
-FEW_RANKS = ["ranks=2", "parallel.dp_shard=1", "parallel.tp=2", "parallel.ep=2"]
 OVERRIDES = ["parallel.tp=2", "parallel.ep=2"]
+FEW_RANKS = ["ranks=2", "parallel.dp_shard=1", *OVERRIDES]
 IN_STAGES = ["parallel.pp=2", "parallel.schedule=zbv"]
-TIED = ["parallel.pp=2", "model.tie_embeddings=true"]
 IN_PARTS = ["parallel.cp=2", "parallel.cp_method=ring"]
 COMPARED = {
     **dict.fromkeys(["sgd", "adamw", "aux loss alone", "z loss alone", "experts without tokens"], 10),
@@ -81,20 +80,18 @@ def test_a_correct_layout_passes(ranks):
     assert Counter(c.name.partition(": ")[0] for c in outcome.comparisons) == COMPARED
 
 
-@pytest.mark.parametrize(
-    "last, overrides",
-    [
-        ("cp=2", [*IN_PARTS, "model.router.top_k=2"]),
-        pytest.param("cp=4", ["parallel.cp=4", "parallel.cp_method=ring"], marks=pytest.mark.slow),
-        pytest.param(
-            "cp=2 tp=2", ["parallel.cp=2", "parallel.tp=2", "parallel.cp_method=ulysses"], marks=pytest.mark.slow
-        ),
-        pytest.param("cp=2", [*IN_PARTS, "model.attention_chunk_size=null"], marks=pytest.mark.slow),
-    ],
-    ids=["ring, top-2", "cp4, ring", "tp2", "no chunks"],
-)
-def test_sequences_in_parts_pass(ranks, last, overrides):
+PARTS = {
+    "ring, top-2": ("cp=2", [*IN_PARTS, "model.router.top_k=2"]),
+    "cp4, ring": ("cp=4", ["parallel.cp=4", "parallel.cp_method=ring"]),
+    "tp2": ("cp=2 tp=2", ["parallel.cp=2", "parallel.tp=2", "parallel.cp_method=ulysses"]),
+    "no chunks": ("cp=2", [*IN_PARTS, "model.attention_chunk_size=null"]),
+}
+
+
+@pytest.mark.parametrize("name", ["ring, top-2", *(pytest.param(n, marks=pytest.mark.slow) for n in [*PARTS][1:])])
+def test_sequences_in_parts_pass(ranks, name):
     """Packed documents that start inside chunks, every balancing term on. Tests of layouts run those of `bench.layouts`."""
+    last, overrides = PARTS[name]
     found = outcomes(ranks, None, ["parallel.dp_shard=1", *overrides])
     assert found[-1].trial.name == last
     for outcome in found:
@@ -115,8 +112,8 @@ QUICK = {
 @pytest.mark.parametrize("bug", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in BLAMED])
 def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
     axes, what = BLAMED[bug]
-    overrides = {"tp ep": FEW_RANKS, "cp": IN_PARTS, "pp": IN_STAGES}.get(" ".join(axes), OVERRIDES)
-    overrides = TIED if bug.startswith("tied") else overrides
+    usual = {"tp ep": FEW_RANKS, "cp": IN_PARTS, "pp": IN_STAGES}.get(" ".join(axes), OVERRIDES)
+    overrides = ["parallel.pp=2", "model.tie_embeddings=true"] if bug.startswith("tied") else usual
     found = outcomes(ranks, bug, overrides)
     content = certificate(config(*overrides), found, {})
     assert content["pass"] is False

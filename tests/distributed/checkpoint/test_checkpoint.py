@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import ConfigError
 from tests.support.tiny import EXACT, saved, trainer
 from train.run_directory import committed
 
@@ -38,14 +39,10 @@ def test_replicas_are_written_once(ranks, small_corpus, tmp_path, where):
     assert 1 <= len(files) <= 4
 
 
-def test_another_place_for_checkpoints_is_rejected(small_corpus, tmp_path):
-    overrides = [*small_corpus, *EXACT]
-    saved(tmp_path, "run", overrides)
-    with pytest.raises(Exception, match=r"checkpoint\.directory.* was started with None"):
-        trainer(tmp_path, "run", [*overrides, f"checkpoint.directory={tmp_path / 'other'}"])
-
-
-def test_a_store_that_cannot_be_written_is_refused_at_once(small_corpus, tmp_path):
+def test_other_and_unwritable_checkpoint_places_are_rejected(small_corpus, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(Exception, match=r"checkpoint\.directory=.*cannot be written"):
-        trainer(tmp_path, "run", [*small_corpus, f"checkpoint.directory={tmp_path / 'file'}"])
+    with pytest.raises(ConfigError, match=r"checkpoint\.directory=.*cannot be written"):
+        trainer(tmp_path, "new", [*small_corpus, f"checkpoint.directory={tmp_path / 'file'}"])
+    saved(tmp_path, "run", [*small_corpus, *EXACT])
+    with pytest.raises(ConfigError, match=r"checkpoint\.directory.* was started with None"):
+        trainer(tmp_path, "run", [*small_corpus, *EXACT, f"checkpoint.directory={tmp_path / 'other'}"])

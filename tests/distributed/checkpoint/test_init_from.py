@@ -11,7 +11,7 @@ import torch
 from model.huggingface import HuggingFaceCheckpoint, checkpoint
 from model.tensor_source import whole as whole_tensor
 from tests.support import hf_models
-from tests.support.like import like
+from tests.support.hf_models import like
 from tests.support.tiny import EXACT, saved, trainer, whole
 
 

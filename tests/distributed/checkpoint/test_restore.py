@@ -67,10 +67,10 @@ def claims_differ(odd: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize("odd", [0, 2])
-def test_ranks_that_run_other_code_are_named(ranks, odd):
-    said = ranks(3, claims_differ, odd)
-    assert said == [f"code version: rank {odd} has b, the other ranks c: start all alike"] * 3
+def test_ranks_that_run_other_code_are_named(ranks):
+    for odd in (0, 2):
+        said = f"code version: rank {odd} has b, the other ranks c: start all alike"
+        assert ranks(3, claims_differ, odd) == [said] * 3
     assert ranks(3, claims_differ, 9) == [""] * 3
 
 

@@ -49,11 +49,6 @@ def cluster(ranks: int = 8, **n2: Any) -> list[NodeReading]:
     return [reading(rank, ranks, **(n2 if rank in (4, 5) else {})) for rank in range(ranks)]
 
 
-def test_nobody_is_named_where_all_is_well():
-    """Links between nodes are seven times slower than those within, and that is as it should be."""
-    assert judge(cluster()) == {} and table(cluster(), {}).endswith("no faulty node")
-
-
 WRONG = {
     "matmuls at 33% of the others' rate": {"products_flops": 201e12},
     "cannot write the checkpoint directory": {"disk_bytes_per_second": None},
@@ -61,8 +56,6 @@ WRONG = {
     "clock is off by +5.0 s": {"clock_s": 1e9 + 5.0},
     f"limit of only {FEW_FILES - 1} open files": {"open_files": FEW_FILES - 1},
     "has torch 2.12.0, the others 2.13.0": {"torch": "2.12.0"},
-    "has device A100, the others H100": {"device": "A100"},
-    "has driver 535.10, the others 550.54": {"driver": "535.10"},
     "has driver none, the others 550.54": {"driver": "none"},
 }
 
@@ -78,15 +71,18 @@ def test_a_wrong_node_is_named_with_what_is_wrong(what, reads):
 
 def slowed(readings: list[NodeReading], *ranks: int, share: float = 0.2) -> list[NodeReading]:
     """The links from these ranks to the next have this share of their rate."""
-
-    def links(one: NodeReading) -> dict[str, tuple[int, float]]:
-        return {axis: (peer, share * rate) for axis, (peer, rate) in one.links.items()}
-
-    return [replace(one, links=links(one)) if one.rank in ranks else one for one in readings]
+    found = list(readings)
+    for rank in ranks:
+        peer, rate = found[rank].links["fsdp"]
+        found[rank] = replace(found[rank], links={"fsdp": (peer, share * rate)})
+    return found
 
 
 def test_a_slow_node_is_named_by_both_of_its_links():
-    """All ranks read the same bandwidth of the one axis; only n2's links (3 to 4 and 5 to 6) are slow."""
+    """All ranks read the same bandwidth of the one axis; only n2's links (3 to 4 and 5 to 6) are slow. Links between
+    nodes are seven times slower than those within.
+    """
+    assert judge(cluster()) == {} and table(cluster(), {}).endswith("no faulty node"), "control"
     readings = slowed(cluster(), 3, 5)
     found = judge(readings)
     assert list(found) == ["n2"], found
@@ -118,17 +114,13 @@ def test_rounds_have_every_link_once_and_disjoint_pairs(size):
 
 def look(root: Path, slow: int) -> NodeReading:
     """What this rank reads; the exchanges of one rank are held up."""
-    world = connect()
-    honest = links._exchange
-    if world.rank == slow:
-        links._exchange = lambda *arguments: (time.sleep(0.4), honest(*arguments))
-    os.environ["SLURMD_NODENAME"] = f"n{world.rank}"
-    try:
+    world, honest = connect(), links._exchange
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == slow:
+            patch.setattr(links, "_exchange", lambda *arguments: (time.sleep(0.4), honest(*arguments)))
+        patch.setenv("SLURMD_NODENAME", f"n{world.rank}")
         parallel = [f"run.root={root}", "run.name=x", "parallel.dp_shard=4"]
         read = nodes.read(load("train", TrainConfig, parallel), world)
-    finally:
-        links._exchange = honest
-        del os.environ["SLURMD_NODENAME"]
     assert read.node == f"n{world.rank}"
     return read
 
@@ -229,8 +221,8 @@ def test_the_doctor_reports_fp8_backends_and_obstacles(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "FP8 by emulated      blockwise, tensorwise, rowwise, mxfp8" in said
-    lines = said[said.index("FP8 by te") :].splitlines()
-    assert lines[0].split() == ["FP8", "by", "te", "none"] and "not rowwise: te supports" in "\n".join(lines[:8])
+    first, *lines = said[said.index("FP8 by te") :].splitlines()
+    assert first.endswith(" none") and any("not rowwise: te supports" in line for line in lines[:7])
     assert main(["doctor", "json=true"]) == 0
     found = json.loads(capsys.readouterr().out)["precision"]
     assert found["emulated"] == {"blockwise": [], "tensorwise": [], "rowwise": [], "mxfp8": []}

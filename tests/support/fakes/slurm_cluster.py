@@ -16,7 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
+
+import psutil
 
 from tests.support import drills
 
@@ -70,7 +73,7 @@ class Cluster:
         self.ports = _free_ports(1 + len(NODES))
         self.environment = {"SLURM_CONF": str(root / "slurm.conf")}
         self._variables = os.environ | self.environment
-        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._daemons: dict[str, psutil.Popen] = {}
 
     def start(self) -> None:
         host = socket.gethostname()
@@ -127,28 +130,23 @@ class Cluster:
         for command in (["scancel", "--signal=KILL", "--full", "--user=root"], ["scancel", "--user=root"]):
             subprocess.run(command, env=self._variables, capture_output=True)
         time.sleep(2)
-        for daemon in reversed(self._daemons.values()):
-            daemon.send_signal(signal.SIGTERM)
-        for daemon in self._daemons.values():
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        daemons = list(self._daemons.values())
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in psutil.wait_procs(daemons, timeout=10)[1]:
+            daemon.kill()
+            daemon.wait()
 
     def _processes_of(self, node: str) -> list[int]:
         """The step daemons of a node, then what they have started. Another SLURM's node of that name is not ours."""
-        ours = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.root}/slurm.conf".encode()}
+        ours = {"SLURMD_NODENAME": node, "SLURM_CONF": f"{self.root}/slurm.conf"}.items()
         tasks, daemons = [], []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and ours <= set((entry / "environ").read_bytes().split(b"\0")):
-                    tasks.append(int(entry.name))
-                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                    if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
-                        daemons.append(parent)
-            except OSError:
-                continue  # over, or not ours to look at
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # over, or not ours to look at
+                if ours <= process.environ().items():
+                    tasks.append(process.pid)
+                    if any("slurmstepd" in word for word in psutil.Process(process.ppid()).cmdline()):
+                        daemons.append(process.ppid())
         return [*dict.fromkeys(daemons), *tasks]
 
     def _start_munge(self) -> None:
@@ -170,29 +168,17 @@ class Cluster:
     def _start(self, name: str, program: str, *arguments: str) -> None:
         log = open(self.root / f"{name}.out", "wb")  # noqa: SIM115 - the daemon's
         command = [shutil.which(program) or f"/usr/sbin/{program}", *arguments]
-        self._daemons[name] = subprocess.Popen(
-            command, env=self._variables, stdout=log, stderr=log, start_new_session=True
-        )
+        self._daemons[name] = psutil.Popen(command, env=self._variables, stdout=log, stderr=log, start_new_session=True)
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
 
 
 STEPS = 80
-SMOKE = [
-    "experiment=smoke",
-    f"training.steps={STEPS}",
-    "logging.every=1",
-    "logging.report=false",
-    "checkpoint.every=20",
-    "evaluation.sequences=4",
-    "evaluation.baselines=false",
-]
+SMOKE = ["experiment=smoke", *drills.RUN, f"training.steps={STEPS}", "evaluation.baselines=false"]
 TWO_NODES = ["launch.nodes=2", "launch.processes=1", "parallel.ep=2", "launch.slurm.save_s=60"]
 
 

@@ -21,7 +21,7 @@ from model.config import ModelConfig, RouterConfig, Score, UpcycleConfig, Upcycl
 from model.tensor_source import materialise, whole
 from model.upcycle import Upcycled, keeps_the_function
 from tests.support import hf_models, tiny
-from tests.support.like import like
+from tests.support.hf_models import like
 from train.checkpoint.init_from import initial_source, open_model
 from train.checkpoint.reader import IMPORTED, TOKENIZER
 from train.convert import Check, export_checkpoint, import_checkpoint

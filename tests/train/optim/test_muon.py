@@ -16,7 +16,7 @@ from core.errors import ConfigError
 from model.roles import Role, registry
 from model.transformer import Transformer
 from precision.config import Compute, ParamDtype, PrecisionConfig
-from tests.support.optim import give_gradients, network, optimizer_of
+from tests.support.models import give_gradients, network, optimizer_of
 from train.config import TrainConfig
 from train.optim.muon import MuonConfig, MuonScale, orthogonalise
 from train.optim.optimizer import GroupConfig, Moments, OptimizerConfig, OptimizerKind, set_learning_rate
