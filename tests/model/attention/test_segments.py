@@ -50,10 +50,13 @@ def segmented(rows: Tensor, cut: list[int], lost: int = 0) -> Any:
     return lambda q, k, v: attend_segments(q, k, v, segments[: len(segments) - lost])
 
 
+def largest(found: list[Tensor], wanted: list[Tensor]) -> float:
+    assert all(a.dtype is b.dtype for a, b in zip(found, wanted, strict=True))
+    return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
 def difference(one: Any, other: Any, tensors: list[Tensor]) -> float:
-    pairs = list(zip(figures(one, *tensors), figures(other, *tensors), strict=True))
-    assert all(a.dtype is b.dtype for a, b in pairs)
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return largest(figures(one, *tensors), figures(other, *tensors))
 
 
 CUTS = {"whole": [0, 64], "thirds": [0, 20, 48, 64], "first alone": [0, 1, 64]}
