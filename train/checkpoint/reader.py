@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from core.config import build, plain
-from core.errors import CheckpointError
+from core.errors import CheckpointError, RenamedKeyError
 from core.files import write_text
 from model.config import ModelConfig
 from model.tensor_source import TensorSource, blocks, parameter_shapes
@@ -95,7 +95,10 @@ def _blocks(source: TensorSource, progress: Callable[[int], None]) -> Iterator[T
 
 def load_imported(directory: Path) -> ModelConfig:
     """Return the configuration of an imported model."""
-    return build(ModelConfig, _section(directory, "model"))
+    try:
+        return build(ModelConfig, _section(directory, "model"))
+    except RenamedKeyError as error:
+        raise CheckpointError(f"{directory / IMPORTED} is of an older format ({error}): import it again") from None
 
 
 def load_origin(directory: Path) -> tuple[str, dict[str, Any]]:
