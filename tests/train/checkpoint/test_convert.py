@@ -236,10 +236,7 @@ MANIFEST_DAMAGE = {
     "no_family": (lambda content: content["origin"].pop("family"), "origin lacks its family or its config"),
     "odd_origin": (lambda content: content.update(origin=[]), "it has no origin"),
     "no_model": (lambda content: content.pop("model"), "it has no model"),
-    "old_key": (
-        lambda content: content["model"].update(heads=4),
-        r"older format \(heads: .*num_heads\): import it again",
-    ),
+    "old_key": (lambda content: content["model"].update(heads=4), "older format (heads: was renamed to num_heads)"),
     "garbled": (None, "model.yaml is unreadable"),
 }
 
