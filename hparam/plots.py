@@ -14,7 +14,9 @@ from hparam.fit import Curve, optimum
 
 
 def draw_check(results: Sequence[AxisResult]) -> bytes:
-    """Draw a row of panels for each axis of size, one per quantity, with both parametrizations and their slopes."""
+    """Draw a row of panels for each `SizeAxis` (such as width) and, in the row, a panel per quantity. Each panel shows
+    both parametrizations and their slopes.
+    """
     quantities = list(results[0].values["metap"])
     columns = len(quantities)
     with figure(2.6 * columns, 2.5 * len(results), len(results), columns) as (made, panels):
@@ -71,7 +73,7 @@ def draw_sweep(by_rules: Mapping[str, Sequence[Curve]]) -> bytes:
 
 
 def draw_optima(curves: Sequence[Curve], size: str) -> bytes:
-    """Draw the best learning rate against a size of the run, with intervals over seeds."""
+    """Draw the best learning rate against `size`, a field of `Curve.scale`, with intervals over seeds."""
     found = [optimum(one).log2_lr for one in curves]
     values, low, high = ([getattr(one, name) for one in found] for name in ("value", "low", "high"))
     with figure(5, 3.6) as (made, [panel]):

@@ -31,7 +31,7 @@ PRELOAD = ("torch.distributed", "train.trainer")
 
 
 class RankError(RankFailure):
-    """A rank died or raised an exception. The message has the rank, and the traceback of the exception."""
+    """A rank died or raised an exception. The message names the rank and contains the traceback, if any."""
 
 
 class Hang(RankFailure):

@@ -1,4 +1,4 @@
-"""Where every parameter is stored: the only registry for initialisation, norms, checkpoints and byte counts.
+"""Where every parameter is stored. Initialisation, norms, checkpoints and byte counts all rely on these specs.
 
 A rank's shard of a parameter is always one block of the whole tensor. Tensor or expert parallelism splits the tensor
 first, so that the model holds a plain tensor of the smaller shape. FSDP2 then shards that tensor.
@@ -44,7 +44,9 @@ _EXPERT_HIDDEN_DIM = 2  # gate_up [E, 2, F, D] and down [E, D, F]
 
 @dataclass(frozen=True)
 class Split:
-    """A split of `dim` into `axis.size` parts of equal size. The last ones are shorter if it does not divide evenly."""
+    """A split of `dim` into `axis.size` equal parts. If the dimension does not divide evenly, the last parts are
+    shorter or empty.
+    """
 
     axis: MeshAxis
     dim: int
@@ -75,7 +77,7 @@ class ShardBlock:
 class ShardSpec:
     """Where one parameter is stored.
 
-    `splits` make the plain tensor that the model computes with. This rank keeps its part of that tensor under
+    The model computes with the plain tensor that `splits` leave. This rank keeps its part of that tensor under
     `fsdp_split`. Ranks along `replicas` keep the same block. Gradients still have to be summed over the axes `partial`.
     """
 

@@ -56,9 +56,9 @@ class FilteredSource:
         return sha256_text(self.part.content, self.done.decided.key)
 
     def documents(self) -> Iterator[Document]:
-        """Yield the source's documents. Those that the filter dropped are without text, so that they are counted.
+        """Yield the source's documents. Those that the filter dropped come without text, only to be counted.
 
-        Raises `DataError` if the source has other documents than when it was filtered.
+        Raises `DataError` if the number of training documents has changed since the source was filtered.
         """
         end = "end"  # not a reason
         reasons = self._reasons()

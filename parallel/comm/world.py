@@ -66,7 +66,7 @@ class World:
             if others:
                 have = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(others)} have"
                 odd = values[int(others[0])]
-                raise ConfigError(what, None, f"{have} {odd}, the other ranks {usual}: start all alike")
+                raise ConfigError(what, None, f"{have} {odd}, the other ranks {usual}: start all ranks alike")
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank. Waits for all ranks."""
@@ -80,7 +80,8 @@ class World:
     @contextmanager
     def watch(self, limit_s: float, logs: Path) -> Iterator[None]:
         """Run the watchdog: if a collective waits longer than `limit_s`, report it in `logs` and end this rank. Does
-        nothing if the ranks have no store of their own: one process, or a process group made by other code.
+        nothing with one rank, or without `MASTER_ADDR`: then other code made the process group, and the ranks have no
+        store through which to report.
         """
         if self.size == 1 or "MASTER_ADDR" not in os.environ:
             yield
@@ -134,8 +135,8 @@ def _store(size: int, client: bool = False) -> dist.Store:
     restarts, most = (environment.get(f"TORCHELASTIC_{what}", "0") for what in ("RESTART_COUNT", "MAX_RESTARTS"))
     nodes = int(environment.get("GROUP_WORLD_SIZE", 1))
     if ATTEMPT not in environment and agents and nodes > 1 and most != "0":
-        # each node's agent counts its own restarts: their ranks would wait for each other under different prefixes
-        reason = "ranks of several nodes cannot reconnect after it: use leviathan train launch=torchrun"
+        # each node's agent counts its own restarts, so ranks of different nodes would wait under different prefixes
+        reason = "ranks of several nodes cannot reconnect after a restart: use leviathan train launch=torchrun"
         raise ConfigError("--max-restarts", most, reason, [0])
     own = not agents and environment["RANK"] == "0" and not client
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])

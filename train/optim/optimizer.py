@@ -37,7 +37,7 @@ class OptimizerKind(Enum):
 
 class Moments(Enum):
     float32 = "float32"
-    """The dtype of the master weights."""
+    """The moments have the dtype of the master weights, which is float32 by default."""
     bfloat16 = "bfloat16"
 
 

@@ -3,7 +3,7 @@
 `Audit` takes the shards of the selection one by one, in any order. The same decisions give the same bytes. Counts by
 reason and by domain must add up to the documents and tokens that were read.
 
-Counts of documents, tokens and bytes are exact. Histograms, means and quantiles of scores are exact to a relative 3e-5.
+Counts of documents, tokens and bytes are exact. Histograms, means and quantiles use scores rounded to a relative 3e-5.
 Correlations and the plot of score against length are from a random sample of 50,000 records.
 """
 
@@ -369,7 +369,9 @@ def _length_figures(sample: Any, column: str) -> dict[str, Any]:
 
 
 def _score_by_length(sample: Any) -> dict[str, Any] | None:
-    """Count records and kept records of the sample, [score, length], in equal steps of the logarithm of the length."""
+    """Count the records of the sample, and those of them that were kept, in a grid: a row per interval of scores, a
+    column per interval of lengths. The intervals of lengths are equal on a logarithmic scale.
+    """
     if not len(sample):
         return None
     score, length = sample["score"].to_numpy(), sample["scored_bytes"].to_numpy().astype(np.float64)

@@ -26,12 +26,13 @@ _BATCH = 256
 
 class EnsembleScorer(Scorer):
     """Score by the mean rank in [0, 1]. `fit` fits the members and lets each score a sample of the data (the records
-    with the lowest hashes). A record is ranked among these scores, so its rank does not depend on the other records.
-    NaN if a member has no finite score.
+    with the lowest hashes). A record is ranked among the scores of the sample only, so its rank does not depend on
+    the records scored with it. NaN if a member has no finite score.
 
-    A high score means hard if it does for all members, else learnable. Each member also scores the sample, which is the
-    additional cost. The scores of the members and of the controls (length and random) are stored too, for the audit to
-    compare. Late answers of a remote member are ranked against the current sample.
+    A high score means hard if it does for all members, else learnable. The additional cost is that each member also
+    scores the sample. The scores of the members and of the controls (length and random) are stored too, so that the
+    audit can compare them. If a remote member answers only in a later run, the answer is ranked against the
+    sample as scored in that run.
     """
 
     name = "ensemble"

@@ -85,7 +85,7 @@ def fold(record: Record) -> int:
 
 
 def sample_key(record: Record) -> int:
-    """Return a 64-bit hash of the text for sampling. Its digits are not those of `fold`: a sample has both folds."""
+    """Return a 64-bit hash of the text for sampling. `fold` uses other digits: a sample has records of both folds."""
     return int(record.content[8:24], 16)
 
 

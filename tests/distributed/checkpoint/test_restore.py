@@ -69,7 +69,7 @@ def claims_differ(odd: int) -> str:
 
 def test_ranks_that_run_other_code_are_named(ranks):
     for odd in (0, 2):
-        said = f"code version: rank {odd} has b, the other ranks c: start all alike"
+        said = f"code version: rank {odd} has b, the other ranks c: start all ranks alike"
         assert ranks(3, claims_differ, odd) == [said] * 3
     assert ranks(3, claims_differ, 9) == [""] * 3
 
