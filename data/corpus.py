@@ -331,7 +331,7 @@ class _SourceWriter:
 
 class DocumentIndex:
     """Write the positions of a source's named training documents in its stream to a parquet file. A row has the name,
-    start (of BOS) and number of tokens of a document, or of a piece if packing cut it. Without names there is no file.
+    start (of BOS) and number of tokens of a document, or of a piece if packing cut it. No names, no file.
     """
 
     def __init__(self, path: Path) -> None:

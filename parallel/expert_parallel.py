@@ -82,7 +82,7 @@ class _Dispatcher:
     token_multiple: int
     kernels: MoEKernels
     buffer: Callable[[int], Any] | None = None
-    """Gives DeepEP's buffer for tokens of so many bytes."""
+    """Returns DeepEP's buffer for tokens of the given number of bytes."""
 
     def virtual(self, choice: TopKRouting) -> TopKRouting:
         """Return the choice among virtual experts, numbered by rank of the axis, then by index on that rank."""

@@ -171,7 +171,7 @@ def slow_nodes(path: Path, since: float) -> tuple[str, ...]:
 def _lines(path: Path) -> list[dict[str, Any]]:
     from train.run_directory import read_lines
 
-    return list(read_lines(path)) if path.exists() else []
+    return list(read_lines(path))
 
 
 def _submitted(folder: Path) -> float:

@@ -298,7 +298,7 @@ def _dependency(slurm: SlurmConfig, directory: Path) -> str | None:
 
 
 def _seconds_per_step(run: RunDirectory) -> float | None:
-    """Return the seconds per step that the run's metrics file records, None if there is none."""
+    """Return the seconds per step that the run's metrics file records, None if it records none."""
     if not run.metrics.exists() or not run.config_file.exists():
         return None
     rates = [line["tokens_per_second"] for line in read_lines(run.metrics) if line.get("tokens_per_second")]

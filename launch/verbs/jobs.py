@@ -83,6 +83,5 @@ def table(known: list[SlurmJob]) -> str:
 
 
 def _progress(run: Path) -> tuple[str, str]:
-    path = run / "metrics.jsonl"
-    lines = [line for line in read_lines(path) if "loss" in line] if path.exists() else []
+    lines = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
     return (str(lines[-1]["step"]), f"{lines[-1]['loss']:.4f}") if lines else ("-", "-")

@@ -21,7 +21,7 @@ from torch import Tensor
 from precision.gemm import at_least_float32, widened
 
 _QUERY_BLOCK = 1024
-"""Queries per block if there is no kernel, so that the scores are materialised."""
+"""Queries per block without a kernel, when the scores are materialised."""
 
 
 class SegmentRun(NamedTuple):

@@ -183,7 +183,7 @@ def _integer(config: Json, key: str, default: int | None = None) -> int:
 
 
 def _indices(config: Json, key: str, layers: int) -> set[int] | None:
-    """Return the layers in the list at `key`, None if there is no list."""
+    """Return the layers in the list at `key`, None without a list."""
     given = config.get(key)
     if given is None:
         return None

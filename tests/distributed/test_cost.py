@@ -103,7 +103,7 @@ def shape(layout: Layout, micro_batch_size: int, aligned: bool = False) -> cost.
     return cost.BatchShape(BATCH_SIZE // layout.dp, min(micro_batch_size, BATCH_SIZE // layout.dp), SEQ_LEN, aligned)
 
 
-def compared(
+def assert_formulas_hold(
     ranks: Any,
     model: ModelConfig,
     count: int,
@@ -154,13 +154,13 @@ def test_counted_and_kept_bytes_equal_the_formulas(ranks, name):
     if config.pp > 1:  # a layer for each stage
         layers = max(4, config.pp * config.per_rank)
         model = replace(model, num_layers=layers, layer_list=(model.blocks * 4)[:layers], tie_embeddings=config.pp == 3)
-    compared(ranks, model, count, config, micro_batch_size=1 if config.pp > 1 else 2)
+    assert_formulas_hold(ranks, model, count, config, micro_batch_size=1 if config.pp > 1 else 2)
 
 
 def test_aligned_sequences_save_the_halo(ranks):
     config = ParallelConfig(cp=2)
     layout = config.resolve(2)
-    assert ("cp", "halo") not in compared(ranks, tiny(1), 2, config, BF16, aligned=True)
+    assert ("cp", "halo") not in assert_formulas_hold(ranks, tiny(1), 2, config, BF16, aligned=True)
     assert step_traffic(tiny(1), BF16, layout, shape(layout, 2))["cp", "halo"] > 0
 
 
@@ -173,13 +173,15 @@ def test_the_end_of_a_layer_is_not_recomputed(ranks, dispatch, weights_on, share
     layers = [replace(layer, qk_norm=QKNorm.full) for layer in base.blocks]
     router = replace(base.router, weights_on=weights_on)
     model = replace(base, layer_list=layers, shared_expert_hidden_size=shared_expert_hidden_size, router=router)
-    compared(ranks, model, 2, ParallelConfig(tp=2, ep=2, dispatch=dispatch, recompute=Recompute.full), FP32, 4)
+    assert_formulas_hold(
+        ranks, model, 2, ParallelConfig(tp=2, ep=2, dispatch=dispatch, recompute=Recompute.full), FP32, 4
+    )
 
 
 @pytest.mark.parametrize("precision, recompute", [(BF16, Recompute.full), (FP64, Recompute.none)])
 def test_the_formulas_know_the_number_formats(ranks, precision, recompute):
     model = replace(tiny(1), balance=BalanceConfig(aux=0.01))
-    compared(ranks, model, 4, ParallelConfig(tp=2, ep=2, recompute=recompute), precision)
+    assert_formulas_hold(ranks, model, 4, ParallelConfig(tp=2, ep=2, recompute=recompute), precision)
 
 
 MUON_LAYOUTS = {
@@ -193,7 +195,7 @@ MUON_LAYOUTS = {
 def test_bytes_of_muon_equal_the_formulas(ranks, name):
     """The matrices, uneven shards included, and one moment for each of them."""
     model = replace(tiny(2), balance=BalanceConfig(aux=0.01), dense_hidden_size=50)
-    found = compared(ranks, model, *MUON_LAYOUTS[name], FP32, 4, MUON, torch.float32)
+    found = assert_formulas_hold(ranks, model, *MUON_LAYOUTS[name], FP32, 4, MUON, torch.float32)
     assert any(purpose == "matrices" for _, purpose in found)
 
 
@@ -201,7 +203,9 @@ def test_bytes_of_muon_equal_the_formulas(ranks, name):
 def test_matrices_travel_in_the_format_of_the_products(ranks, precision, chosen):
     model, sent = replace(tiny(1), balance=BalanceConfig()), torch.bfloat16 if chosen else precision.compute_dtype
     optimizer = replace(MUON, muon=MuonConfig(products=chosen))
-    assert compared(ranks, model, 2, ParallelConfig(tp=2), precision, 8, optimizer, sent)["tp", "matrices"] > 0
+    assert (
+        assert_formulas_hold(ranks, model, 2, ParallelConfig(tp=2), precision, 8, optimizer, sent)["tp", "matrices"] > 0
+    )
 
 
 def test_moments_may_be_narrow_or_absent():

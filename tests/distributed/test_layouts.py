@@ -24,7 +24,7 @@ def test_the_page_lists_every_layout():
     assert set(rows) == set(LAYOUTS)
 
 
-def tried(ranks, count: int, config: ParallelConfig, model: ModelConfig) -> None:
+def assert_as_one_process(ranks, count: int, config: ParallelConfig, model: ModelConfig) -> None:
     (outcome,) = compare_layouts(model, [Trial((), config, count)], 2, ranks)
     assert outcome.passed, outcome.failures()
 
@@ -50,7 +50,7 @@ SLOW = {
 def test_a_layout_computes_what_one_process_does(ranks, name):
     """Gradients, norm, balancing terms, updates, evaluation and resumed checkpoints, in both formats."""
     count, config, top_k = (QUICK | SLOW)[name]
-    tried(ranks, count, config, replace(deep(top_k), tie_embeddings=name == "pp-tied"))
+    assert_as_one_process(ranks, count, config, replace(deep(top_k), tie_embeddings=name == "pp-tied"))
 
 
 def with_norm(norm: QKNorm) -> ModelConfig:
@@ -111,7 +111,7 @@ def test_every_listed_layout(ranks, name):
     count, config = LAYOUTS[name]
     for dispatch in (DispatchMethod.all_to_all, DispatchMethod.all_gather) if config.ep > 1 else (config.dispatch,):
         for mode in Recompute:
-            tried(ranks, count, replace(config, recompute=mode, dispatch=dispatch), deep(2))
+            assert_as_one_process(ranks, count, replace(config, recompute=mode, dispatch=dispatch), deep(2))
 
 
 @pytest.mark.parametrize("names", [["fsdp2", "tp2 + ep2", "etp2"], pytest.param([*RESUMED], marks=pytest.mark.slow)])

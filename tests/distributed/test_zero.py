@@ -179,7 +179,7 @@ def test_a_run_moves_between_engines_and_world_sizes(ranks, small_corpus, tmp_pa
     assert losses == pytest.approx(stayed, abs=5e-6)
 
 
-def compare_kept_bytes(root: Path, overrides: list[str]) -> None:
+def assert_kept_bytes(root: Path, overrides: list[str]) -> None:
     run = trainer(root, "run", overrides)
     formula = static_bytes(run.config.model, run.config.precision, run.meshes.layout, torch.float32, run.world.rank)
     state = sum(part.tensor.nbytes for part in run.engine.state() if part.shape and ".balance." not in part.name)
@@ -189,7 +189,7 @@ def compare_kept_bytes(root: Path, overrides: list[str]) -> None:
 
 def test_kept_bytes_equal_the_formulas(ranks, small_corpus, tmp_path):
     usual = [*small_corpus, "precision=bf16", "optimizer=adamw", ZERO, "parallel.ep=2"]
-    ranks(4, compare_kept_bytes, tmp_path, usual)
+    ranks(4, assert_kept_bytes, tmp_path, usual)
 
 
 def offloaded(root: Path, overrides: list[str]) -> tuple[list[float], tuple[bool, bool]]:
@@ -224,7 +224,7 @@ def test_offloaded_state_is_the_same_state(ranks, small_corpus, tmp_path, stage)
     assert not list(disk.iterdir()), "no file is left behind"
 
 
-def without_a_backward_pass(root: Path, overrides: list[str]) -> None:
+def assert_missing_gradient_raises(root: Path, overrides: list[str]) -> None:
     engine = trainer(root, "run", overrides).engine
     with pytest.raises(ValueError, match=r"^embedding\.weight has no gradient"):
         engine.after_backward(True)
@@ -234,7 +234,7 @@ def without_a_backward_pass(root: Path, overrides: list[str]) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_missing_gradient_is_an_error(ranks, small_corpus, tmp_path, stage):
     usual = [*small_corpus, "precision=fp32", "optimizer=adamw", ZERO, f"parallel.zero.stage={stage}"]
-    ranks(2, without_a_backward_pass, tmp_path, usual)
+    ranks(2, assert_missing_gradient_raises, tmp_path, usual)
 
 
 PADDED = ["model.hidden_size=9", "training.global_batch_size=8"]  # of a gain's 9 elements the last of 4 ranks has none

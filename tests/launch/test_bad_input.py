@@ -162,7 +162,10 @@ def test_ranks_that_nobody_started_are_refused(refused, words, monkeypatch):
     assert refused(*words).startswith("WORLD_SIZE=2: is set, but not by torchrun: unset it, or start")
 
 
-@pytest.mark.parametrize("content", ["", "{", "- a list"])
-def test_an_unreadable_stored_configuration_is_one_line(refused, tmp_path, content):
+NO_KEYS = "needs keys and values, not one value"
+
+
+@pytest.mark.parametrize("content, why", [("", NO_KEYS), ("{", "config.yaml is unreadable"), ("- a list", NO_KEYS)])
+def test_an_unreadable_stored_configuration_is_one_line(refused, tmp_path, content, why):
     (tmp_path / "config.yaml").write_text(content)
-    refused("evaluate", str(tmp_path))
+    assert why in refused("evaluate", str(tmp_path))

@@ -73,13 +73,13 @@ def by_emulation(recipe: Recipe) -> Float8Gemm:
     return make(recipe, fp8_emulated)
 
 
-agree = partial(torch.testing.assert_close, rtol=0, atol=0)
+assert_same_bits = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def check(module: Any, recipe: Recipe, extension: Extension) -> None:
     """Compare everything that a backend does with the emulation, and its calls with TE's own."""
     products = make(recipe, module)
-    agree(passes(products), passes(by_emulation(recipe)))
+    assert_same_bits(passes(products), passes(by_emulation(recipe)))
     flags = {"TN": recipe is Recipe.blockwise, "NN": True, "NT": True}
     for call in extension.products():
         assert call.use_split_accumulator is flags[call.layout] and call.grad is (call.layout != "TN")
@@ -161,10 +161,10 @@ def test_recomputation_quantises_again(recipe, extension):
     assert not any(t.dtype is torch.uint8 for t in kept)
     extension.calls.clear()
     contexts = partial(create_selective_checkpoint_contexts, activation_checkpoint._policy)
-    agree(passes(products, run), passes(by_emulation(recipe)))
+    assert_same_bits(passes(products, run), passes(by_emulation(recipe)))
     times = sum(call.splits is not None and call.shape[1] == D for call in extension.quantised())
     assert times == 3, "forward, recomputed, and for the gradient alone"
-    agree(passes(products, partial(run, context_fn=contexts)), passes(by_emulation(recipe)))
+    assert_same_bits(passes(products, partial(run, context_fn=contexts)), passes(by_emulation(recipe)))
 
 
 def test_a_second_backward_pass_is_equal_and_no_rows_give_zeros(extension):
@@ -278,11 +278,11 @@ def emulated_run(tmp_path_factory, small_corpus):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_training_equals_the_emulation(recompute, tmp_path, small_corpus, emulated_run):
-    agree(figures(tmp_path, "te", small_corpus, f"parallel.recompute={recompute}"), emulated_run)
+    assert_same_bits(figures(tmp_path, "te", small_corpus, f"parallel.recompute={recompute}"), emulated_run)
 
 
 @pytest.mark.parametrize("layout", ["parallel.ep=2", "parallel.dp_shard=2"])
 def test_two_ranks(layout, tmp_path, small_corpus, ranks):
     found = ranks(2, figures, tmp_path, "te", small_corpus, layout)
     wanted = ranks(2, figures, tmp_path, "reference", small_corpus, layout, "precision.backend=emulated")
-    agree(found, wanted)
+    assert_same_bits(found, wanted)

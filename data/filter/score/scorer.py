@@ -43,7 +43,7 @@ class Scorer(Protocol):
         return
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
-        """Return one number per record; NaN or infinite if there is no score."""
+        """Return one number per record; NaN or infinite for a record without a score."""
         ...
 
 

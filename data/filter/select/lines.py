@@ -1,8 +1,8 @@
 """Filter a stream of JSON lines.
 
 Each batch of `BATCH` lines is screened, scored and selected (`StreamSelector`, one per domain). The kept lines are
-written before the next batch is read. Compared with `pipeline` there is no duplicate detection, there are no length
-buckets, and scorers that must see all records first are rejected.
+written before the next batch is read. Compared with `pipeline` it lacks duplicate detection and length
+buckets. Scorers that must see all records first are rejected.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Run:
         except Exception:
             return None
 
-    def plant(self, name: str, kind: str, verbs: list[str]) -> None:
+    def assert_not_executed(self, name: str, kind: str, verbs: list[str]) -> None:
         """Put a payload into a file, call the verbs and look whether it was executed."""
         for verb in verbs:
             self.restore()
@@ -172,14 +172,14 @@ def test_nothing_planted_is_executed(run, opened):
         few = [verb for verb in verbs if verb in READERS and verb != "resume"][:1]
         chosen = [verb for verb in verbs if verb in READERS] if name.startswith("run/") else few
         for kind in {".yaml": ("yaml", "pickle"), ".bin": ("torch",)}.get(Path(name).suffix, ("pickle",)):
-            run.plant(name, kind, verbs if name.endswith(".yaml") else chosen)
+            run.assert_not_executed(name, kind, verbs if name.endswith(".yaml") else chosen)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pickle", "torch", "yaml"])
 def test_nothing_planted_is_executed_by_any_verb(run, opened, kind):
     for name, verbs in opened.items():
-        run.plant(name, kind, verbs)
+        run.assert_not_executed(name, kind, verbs)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "yaml"])
