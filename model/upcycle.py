@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
-from model.config import FeedForward, InitConfig, ModelConfig, UpcycleConfig, UpcycleMethod, WeightsOn
+from model.config import InitConfig, ModelConfig, UpcycleConfig, UpcycleMethod, WeightsOn
 from model.init import initial_slice
 from model.roles import ParameterInfo, Role
 from model.tensor_source import TensorSource, parameter_shapes
@@ -117,8 +117,6 @@ def keeps_the_function(config: ModelConfig) -> bool:
 
 
 def _check(dense: ModelConfig, config: ModelConfig, method: UpcycleMethod) -> None:
-    if any(layer.feed_forward is FeedForward.moe for layer in dense.blocks):
-        raise ConfigError("upcycle", None, "init_from is a mixture-of-experts model already; remove upcycle")
     experts, width = config.expert_hidden_size, dense.dense_hidden_size
     if config.shared_hidden_size:
         if config.shared_hidden_size != width:

@@ -80,7 +80,7 @@ _TRAITS = {
     ScorerKind.ifd: ScorerTraits("losses:DifficultyOfFollowing", ("model",)),
     ScorerKind.judge: ScorerTraits("judge:JudgeScorer", ("url", "judge")),
     ScorerKind.pass_rate: ScorerTraits("pass_rate:PassRateScorer", ("url", "judge", "verifier")),
-    ScorerKind.ensemble: ScorerTraits("ensemble:EnsembleScorer", takes_window=True, reads_all_first=True),
+    ScorerKind.ensemble: ScorerTraits("ensemble:EnsembleScorer", reads_all_first=True),
     ScorerKind.random: ScorerTraits("baselines:RandomScorer"),
     ScorerKind.length: ScorerTraits("baselines:LengthScorer"),
 }

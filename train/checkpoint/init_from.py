@@ -45,6 +45,8 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
         raise error.under("model.init_from") from None
     target = config
     if config.upcycle is not None:
+        if any(layer.feed_forward is FeedForward.moe for layer in source.config.blocks):
+            raise ConfigError("model.upcycle", None, "init_from is a mixture-of-experts model already; remove upcycle")
         target = replace(config, layer_list=[replace(b, feed_forward=FeedForward.dense) for b in config.blocks])
         if all(layer.feed_forward is FeedForward.moe for layer in config.blocks):
             target = replace(target, dense_hidden_size=source.config.dense_hidden_size)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.errors import ConfigError
 from core.files import sha256_file, sha256_text
+from core.import_path import load
 from data.filter.config import ScorerConfig
 from data.filter.input.records import Record
 from data.filter.score.endpoint import UnusableAnswer
@@ -66,20 +66,6 @@ class PassRateScorer(EndpointScorer):
 
 def load_verifier(name: str) -> tuple[Verifier, str]:
     """Import "module:function". Return the function and a hash of the module's file. Raises `ConfigError`."""
-    module_name, colon, function_name = name.partition(":")
-    if not (colon and module_name and function_name):
-        raise ConfigError("verifier", name, "is not of the form module:function", ["checks:is_right"])
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the module may raise anything
-        cause = f"{type(error).__name__}: {error}"
-        reason = f"cannot be imported ({cause}); its folder must be on PYTHONPATH"
-        raise ConfigError("verifier", name, reason) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        public = {key: value for key, value in vars(module).items() if not key.startswith("_") and callable(value)}
-        own = [key for key, value in public.items() if getattr(value, "__module__", None) == module.__name__]
-        legal = [f"{module_name}:{key}" for key in own[:5]]
-        raise ConfigError("verifier", name, "the module has no such function", legal)
-    file = getattr(module, "__file__", None)
+    function = load(name, "verifier", "record", "answer")
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     return function, sha256_file(Path(file)) if file and Path(file).is_file() else ""

@@ -217,7 +217,7 @@ def test_another_network_is_refused_with_the_differences(runnable, saved, tmp_pa
     with pytest.raises(ConfigError, match=r"model.init_from.*no such directory"):
         initial_source(ModelConfig(init_from=str(tmp_path / "nothing")), 0, QUIET)
     mixture = replace(open_model(saved["qwen3_moe"]).config, init_from=str(saved["qwen3_moe"]), upcycle=UpcycleConfig())
-    with pytest.raises(ConfigError, match="is another network"):
+    with pytest.raises(ConfigError, match="is a mixture-of-experts model already; remove upcycle"):
         initial_source(mixture, 0, QUIET)
 
 

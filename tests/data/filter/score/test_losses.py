@@ -90,7 +90,13 @@ def test_the_factory_builds_every_kind(kind, tmp_path):
         opened.append((name, config.seq_len))
         return table({}), name
 
-    needed: dict[str, Any] = {"model": "m", "reference": "r", "url": "http://h", "judge": "j", "verifier": "math:isnan"}
+    needed: dict[str, Any] = {
+        "model": "m",
+        "reference": "r",
+        "url": "http://h",
+        "judge": "j",
+        "verifier": "operator:eq",
+    }
     members = [ScorerConfig(ScorerKind.random), ScorerConfig()]
     config = ScorerConfig(kind, seq_len=7, members=members, **needed)
     scorer = make_scorer(config, Models(open_model, Mock()), tmp_path)

@@ -90,12 +90,12 @@ def test_documents_and_missing_answers_have_no_score(server, scorer):
 @pytest.mark.parametrize(
     ("verifier", "message"),
     [
-        ("own_verifiers", "not of the form module:function"),
-        (":is_right", "not of the form"),
-        ("no_such_module:f", "cannot be imported .*no_such_module.*PYTHONPATH"),
-        ("broken_module:f", "cannot be imported .*no_such_module_at_all"),
-        ("own_verifiers:is_rihgt", "no such function; try own_verifiers:is_right"),
-        ("own_verifiers:number", "no such function"),
+        ("own_verifiers", "must be an import path, module:Name"),
+        (":is_right", "must be an import path"),
+        ("no_such_module:f", "no module 'no_such_module': .*PYTHONPATH"),
+        ("broken_module:f", "cannot be imported: .*no_such_module_at_all"),
+        ("own_verifiers:is_rihgt", "own_verifiers has no is_rihgt; try own_verifiers:is_right"),
+        ("own_verifiers:number", "must be a class or a function, not a int"),
     ],
 )
 def test_an_invalid_verifier_is_rejected_before_any_request(server, scorer, tmp_path, verifier, message):
