@@ -1,1 +1,1 @@
-"""Side-by-side measurements: ratios of two computations in one process."""
+"""Measure two computations side by side in one process, and report ratios."""

@@ -1,7 +1,7 @@
-"""`python -m bench [NAME ...] [--record]`: side-by-side measurements, each in a separate process.
+"""Run side-by-side measurements, each in a separate process: `python -m bench [NAME ...] [--record]`.
 
-Allocator state and thread counts must not leak from one measurement into the next. `--record` appends the results to
-bench/RESULTS.md.
+A new process keeps allocator state and thread counts of one measurement out of the next. `--record` appends the results
+to bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pathlib import Path
 from bench.measure import HEADER, Result, machine
 
 NO_REMAPPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""Keeps glibc from returning freed large blocks to the system and mapping them again at each step."""
+"""Environment variables that keep glibc from returning large freed blocks to the system, only to map them again in
+the next step.
+"""
 
 BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "trainer_step": ("bench.trainer_step:run", {}),

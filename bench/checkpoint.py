@@ -1,7 +1,7 @@
 """Compare saving and loading half a gigabyte of state with writing and reading one plain file.
 
-Saving hashes and syncs everything; the raw side writes and syncs as well. Loading verifies every byte. The disk is
-synced before each measurement, and files are dropped from the page cache before they are read.
+A save hashes the state, writes it and syncs it to disk; a load verifies every byte. The plain file is synced too, but
+not hashed. The disk is synced before each measurement, and files are dropped from the page cache before they are read.
 """
 
 from __future__ import annotations

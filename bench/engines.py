@@ -1,6 +1,7 @@
-"""Features of each engine, found by trying: `python -m bench.engines` writes the table into docs/engines.md.
+"""Try which features each engine supports: `python -m bench.engines` writes the table into docs/engines.md.
 
-A cell is yes if a run with these overrides passes every check that is made before anything is built.
+A cell is "yes" if a configuration with the overrides of its row and column passes every check that is made before the
+model is built.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Loss of FP8 training: `python -m bench.float8_loss [--steps N] [--seeds N] [--picture PATH] [KEY=VALUE ...]`.
+"""Measure FP8 training loss: `python -m bench.float8_loss [--steps N] [--seeds N] [--picture PATH] [KEY=VALUE ...]`.
 
-The smoke model is trained in bfloat16 and with emulated FP8 products, paired by seed: the same initial weights and
-batches. The gap is the difference of held-out losses relative to bfloat16's. The upper end of its one-sided 95%
-confidence interval over seeds (Student's t) must be at most 1%. The curves are drawn to `--picture`, by default in
-docs/.
+The smoke model is trained in bfloat16 and with emulated FP8 matmuls. For each seed, both runs have the same initial
+weights and batches. The gap is the difference of their held-out losses relative to that of bfloat16. The upper end of
+its one-sided 95% confidence interval over seeds (Student's t) must be at most 1%. The plot is written to `--picture`,
+by default in docs/.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from train.run_directory import read_lines
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "fp8_loss.png"
 SIDES = {"bf16": ["precision=bf16"], "FP8": ["precision=fp8", "precision.backend=emulated"]}
 QUANTILE = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895}
-"""Student's t, 95%, by the number of pairs."""
+"""One-sided 95% quantile of Student's t distribution, by the number of seeds."""
 MOST_GAP = 0.01
 EVERY = 25
 
@@ -32,7 +32,7 @@ Curve = dict[int, float]
 
 
 def run(root: Path, name: str, overrides: list[str]) -> tuple[Curve, Curve]:
-    """Training and held-out loss by step."""
+    """Train a run. Return its training loss and its held-out loss, each by step."""
     usual = [f"run.root={root}", f"run.name={name}", "logging.every=5", "logging.report=false", "checkpoint.every=0"]
     command = [sys.executable, "-m", "launch.cli", "train", "experiment=smoke", *usual, *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -42,13 +42,13 @@ def run(root: Path, name: str, overrides: list[str]) -> tuple[Curve, Curve]:
 
 
 def gaps(found: dict[str, list[tuple[Curve, Curve]]]) -> list[Curve]:
-    """Relative gap of FP8's held-out loss to bfloat16's, by seed and step."""
+    """Return the gap of FP8's held-out loss relative to bfloat16's, by step, for each seed."""
     pairs = zip(found["bf16"], found["FP8"], strict=True)
     return [{step: eight[step] / plain[step] - 1 for step in plain} for (_, plain), (_, eight) in pairs]
 
 
 def bound(values: list[float]) -> tuple[float, float]:
-    """The mean and the upper end of its one-sided 95% interval."""
+    """Return the mean and the upper end of its one-sided 95% interval."""
     mean = statistics.mean(values)
     return mean, mean + QUANTILE[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 

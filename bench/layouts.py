@@ -1,7 +1,7 @@
-"""The certified layouts as a table: `python -m bench.layouts [LAYOUT ...]` writes docs/certified.md.
+"""Certify all layouts: `python -m bench.layouts [LAYOUT ...]` writes the table docs/certified.md.
 
-Each layout is certified with top-1 and top-2 routing, top-2 under each recompute mode; checkpoints of some layouts are
-resumed under others. With names of layouts, only those are certified and nothing is written.
+Each layout is certified with top-1 and top-2 routing, and with top-2 routing under each recompute mode. Checkpoints of
+some layouts are resumed under others. If layouts are named, only these are certified and no file is written.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LAYOUTS = {
     "pp2 + cp2 zbv, ring": (4, ParallelConfig(pp=2, cp=2, schedule=PipelineSchedule.zbv, cp_method=ContextMethod.ring)),
     "pp2 + tp2 + ep2 + fsdp2": (8, ParallelConfig(pp=2, tp=2, ep=2)),
 }
-"""Name -> ranks and degrees."""
+"""The number of ranks and the parallel degrees of each layout, by name."""
 RESUMED = (
     "fsdp2",
     "hsdp 2x2",
@@ -68,20 +68,20 @@ RESUMED = (
     "pp2 + cp2",
     "pp2 + tp2 + ep2 + fsdp2",
 )
-"""Layouts whose checkpoints are resumed under each other."""
+"""Layouts whose checkpoints are resumed under every one of these layouts."""
 FLOAT8 = ("fsdp2", "ep2", "tp2", "tp2 + ep2", "cp2 + ep2", "pp2 one_f_one_b", "pp2 zbv", "pp2 + ep2")
-"""Layouts certified with FP8 products; recipes other than blockwise under some of them."""
+"""Layouts certified with FP8 matmuls in the blockwise recipe. The other recipes are certified under fewer layouts."""
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "certified.md"
 
 
 def tiny(top_k: int) -> ModelConfig:
-    """The smoke model, shrunk."""
+    """Return the shrunk smoke model with `top_k` experts per token."""
     model = shrink(load("certify", CertifyConfig, []).model)
     return replace(model, router=replace(model.router, top_k=top_k))
 
 
 def deep(top_k: int) -> ModelConfig:
-    """The same with a layer for each stage of every pipeline here."""
+    """Return the model of `tiny` with four layers: one per stage of the deepest pipeline in LAYOUTS."""
     small = tiny(top_k)
     layers = [small.blocks[index % small.num_layers] for index in range(4)]
     return replace(small, num_layers=len(layers), layer_list=layers)
@@ -90,8 +90,8 @@ def deep(top_k: int) -> ModelConfig:
 def certified_layouts(
     ranks: RunOnRanks, names: Sequence[str]
 ) -> Iterator[tuple[str, int, Recompute, bool, float, float]]:
-    """Layout, top-k, recompute mode, whether all comparisons pass, and the largest differences in float64 and float32.
-    Recompute modes are tried with top-2.
+    """Yield the layout, top-k, recompute mode, whether all comparisons pass, and the largest differences in float64 and
+    float32. Recompute modes are tried with top-2 only.
     """
     for top_k in (1, 2):
         for mode in Recompute if top_k == 2 else (Recompute.none,):
@@ -102,8 +102,9 @@ def certified_layouts(
 
 
 def resumes(ranks: RunOnRanks, names: Sequence[str]) -> Iterator[tuple[str, str, float]]:
-    """The layouts that saved and resumed a checkpoint, and the largest relative difference of the next two losses from
-    an uninterrupted run in one process (float64, AdamW). The first loss detects lost weights, the second lost moments.
+    """Yield the layout that saved, the layout that resumed, and the largest relative difference of the next two losses
+    from an uninterrupted run in one process (float64, AdamW). The first loss detects lost weights, the second detects
+    lost moments.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = CertifyCase(deep(2), PrecisionConfig(Compute.float64), OptimizerConfig(lr=1e-2), clip_norm=0.05, steps=3)
@@ -122,8 +123,8 @@ def resumes(ranks: RunOnRanks, names: Sequence[str]) -> Iterator[tuple[str, str,
 
 
 def certified_fp8(ranks: RunOnRanks, names: Sequence[str]) -> Iterator[tuple[str, str, bool, float | None, float]]:
-    """Layout, recipe, whether all comparisons pass, the largest difference of products with the same tiles (None
-    without such products), and the largest error of a gradient over its error in one process.
+    """Yield the layout, the recipe, whether all comparisons pass, the largest difference of matmuls with the same tiles
+    as in one process (None without such matmuls), and the largest ratio of a gradient's error to that in one process.
     """
     for recipe in (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8):
         for name in FLOAT8 if recipe is Recipe.blockwise else ("ep2", "tp2", "pp2 zbv"):

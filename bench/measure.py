@@ -1,4 +1,4 @@
-"""Interleaved timing, A B B A A B ..., so that a drift of the machine's speed affects both sides alike."""
+"""Time functions in turn, A B B A A B ..., so that a drift of the machine's speed affects all alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Result:
-    """One comparison. `ratio`: our time over theirs, unless `name` says otherwise. `floor`: the bound on `ratio`."""
+    """One comparison. `ratio`: our time over theirs, unless `name` says otherwise. `floor`: the limit for `ratio`."""
 
     name: str
     ours: float
@@ -36,7 +36,7 @@ HEADER = "| what | ours | theirs | ratio | floor | holds | how |\n|---|---|---|-
 
 
 def interleaved(sides: Sequence[Callable[[], object]], rounds: int, warmup: int = 2) -> list[list[float]]:
-    """Seconds of each side in each round, after `warmup` discarded rounds. The order alternates."""
+    """Return the seconds of each side in each round, after `warmup` discarded rounds. The order alternates."""
     times: list[list[float]] = [[] for _ in sides]
     for round_ in range(-warmup, rounds):
         order = range(len(sides)) if round_ % 2 else reversed(range(len(sides)))
@@ -49,18 +49,18 @@ def interleaved(sides: Sequence[Callable[[], object]], rounds: int, warmup: int 
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over rounds of ours / theirs."""
+    """Return the median over rounds of ours / theirs."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def spread(values: Sequence[float]) -> float:
-    """Noise of the rounds: half the interquartile range over the median."""
+    """Return the relative noise of the rounds: half the interquartile range over the median."""
     low, _, high = statistics.quantiles(values, n=4)
     return (high - low) / 2 / statistics.median(values)
 
 
 def machine() -> str:
-    """One line about this machine."""
+    """Return a line that describes this machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -1,7 +1,7 @@
-"""Our MoE layer against other implementations, its cost by number of experts, and the share of moving tokens.
+"""Compare our MoE layer with others; measure its cost by number of experts, and the fraction that dispatch takes.
 
 Hidden size 256, expert hidden size 512, top-1 plus a shared expert, one thread, forward and backward. Weights are
-equal, and outputs are compared before anything is timed.
+equal on both sides, and outputs are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def our_case(layer: MixtureOfExperts, x: Tensor) -> GrowthCase:
 
 
 def their_case(peer: Peer, layer: MixtureOfExperts, router: RouterConfig, x: Tensor) -> GrowthCase:
-    """A peer's block with its own shared expert."""
+    """Return the case of a peer that computes the shared expert itself."""
     block = peer.make(layer, router, True)
     return GrowthCase(block.forward, block.parameters, x)
 
 
 def assert_equal_outputs(ours: GrowthCase, theirs: GrowthCase, casts: torch.dtype | None = None) -> None:
-    """Compare outputs of every token, which also shows equal routing. `casts`: format of the peer's products."""
+    """Compare outputs of every token, which also shows equal routing. `casts`: dtype of the peer's matmuls."""
     narrow = torch.bfloat16 in (ours.x.dtype, casts)
     with torch.no_grad():
         a, b = ours.layer(ours.x).float(), theirs.layer(theirs.x).float()
@@ -76,8 +76,9 @@ def assert_equal_outputs(ours: GrowthCase, theirs: GrowthCase, casts: torch.dtyp
 
 
 def tokens(count: int, layer: MixtureOfExperts) -> Tensor:
-    """[1, count, D], each token near a random row of the router's weight. Otherwise the scores of some tokens nearly
-    tie, and the peers, whose scores are bfloat16, send them to other experts: one more token can cost a product 18%.
+    """Return tokens [1, count, D], each near a random row of the router's weight. Otherwise two scores of some tokens
+    would nearly tie, and peers, which compute scores in bfloat16, would route these tokens to other experts than we do.
+    One token more can make an expert's matmul 18% slower.
     """
     generator = torch.Generator().manual_seed(0)
     rows_ED = layer.router.weight.detach().float()
@@ -87,7 +88,7 @@ def tokens(count: int, layer: MixtureOfExperts) -> Tensor:
 
 
 def against_llama4(experts: int, dtype: torch.dtype) -> Result:
-    """T=4096; transformers' Llama 4 runs every token through every expert."""
+    """Compare with transformers' Llama 4, which runs every token through every expert, at T=4096."""
     name = f"MoE layer vs transformers Llama 4, E={experts}, {_short(dtype)} (s; ratio theirs/ours)"
     if LLAMA4.missing:
         return _not_measured(name, LLAMA4)
@@ -102,7 +103,7 @@ def against_llama4(experts: int, dtype: torch.dtype) -> Result:
 
 
 def against_grouped(experts: int, dtype: torch.dtype) -> list[Result]:
-    """Time all peers in the same rounds."""
+    """Compare with the peers in `GROUPED`, all timed in the same rounds."""
     layer = our_layer(experts, dtype, OUTPUT_WEIGHTED)
     x = tokens(1024, layer)
     ours, found = our_case(layer, x), {}
@@ -130,8 +131,8 @@ def _not_measured(name: str, peer: Peer) -> Result:
 
 
 def permutation(experts: int, dtype: torch.dtype) -> Result:
-    """The share of dispatch in the layer: sort tokens by expert, permute, weight and combine them, forward and
-    backward, with experts that return their input.
+    """Measure the fraction of the layer's time that dispatch takes: to sort tokens by expert, permute, weight and
+    combine them, forward and backward, with experts that return their input.
     """
     layer = our_layer(experts, dtype, OUTPUT_WEIGHTED)
     x = tokens(1024, layer)
@@ -150,7 +151,7 @@ def permutation(experts: int, dtype: torch.dtype) -> Result:
 
 
 def growth(dtype: torch.dtype, note: str) -> Result:
-    """Time at 128 experts over time at 8, same active parameters."""
+    """Compare the time with 128 experts to the time with 8, at equal active parameters."""
     layers = [our_layer(experts, dtype, INPUT_WEIGHTED) for experts in (128, 8)]
     cases = [our_case(layer, tokens(16384, layer)) for layer in layers]
     many, few = interleaved(cases, rounds=7)
@@ -174,7 +175,7 @@ def run() -> list[Result]:
 
 
 def run_growth() -> list[Result]:
-    """Run separately, because it is called with two settings of glibc's handling of large blocks."""
+    """Measure `growth`. It is a benchmark of its own, to run under two settings of glibc's handling of large blocks."""
     torch.set_num_threads(1)
     tuned = "MALLOC_MMAP_THRESHOLD_" in os.environ
     note = "mmap threshold and trim off" if tuned else "glibc as it is"

@@ -1,7 +1,7 @@
-"""Optimizer state on disk against in memory: resident memory of the training process, and step time.
+"""Compare optimizer state on disk with optimizer state in memory: resident memory of the process, and step time.
 
-Memory is that of a separate process for each, after some steps and `malloc_trim`. It should fall by the bytes of fp32
-weights and two moments, 12 per parameter. Times are interleaved in one process.
+Memory is measured in a separate process for each, after some steps and `malloc_trim`. With the state on disk it should
+be lower by 12 bytes per parameter: fp32 weights and two moments. Times are interleaved in one process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def trainer(root: Path, disk: bool) -> Trainer:
 
 
 def memory(root: str, where: str) -> None:
-    """Print this process's resident bytes after some steps, and the number of parameters."""
+    """Print the resident bytes of this process after some steps, and the number of parameters."""
     made = trainer(Path(root), where == "disk")
     for step in range(STEPS):
         made.train_step(step)

@@ -1,6 +1,7 @@
-"""Other MoE layers with our weights: transformers' Llama 4, Mixtral and Qwen3 blocks, torchtitan's MoE.
+"""Build other MoE layers with our weights: transformers' Llama 4, Mixtral and Qwen3 blocks, and torchtitan's MoE.
 
-Their libraries are imported when a peer is made. Parameters are shared if the layouts agree, copied otherwise.
+A library is imported when its peer is made. Parameters share memory with ours if their layouts agree; otherwise they
+are copies.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ class Peer:
     """A layer to compare with, and how to install it."""
 
     make: Callable[[MixtureOfExperts, RouterConfig, bool], PeerBlock]
-    """(layer, router, whether the shared expert is also the peer's, with our weights) -> the block. Our shared expert
-    is added otherwise.
+    """Takes our layer, the router's settings, and whether the peer computes the shared expert too (with our weights).
+    If it does not, the block adds the output of our shared expert.
     """
     needs: tuple[str, ...]
     install: str
     casts: torch.dtype | None = None
-    """Format in which its experts multiply, for any input format."""
+    """Dtype of the experts' matmuls, if it is the same for every input dtype."""
 
     @property
     def missing(self) -> str | None:
-        """One line if a library is not installed."""
+        """A line that names the libraries that are not installed, or None."""
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"{' and '.join(absent)} not installed: {self.install}" if absent else None
 
 
 def llama4(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> PeerBlock:
-    """Every token runs through every expert, and through the peer's shared expert in any case."""
+    """Build Llama 4's block. It runs every token through every expert, and always has a shared expert."""
     from transformers import Llama4TextConfig
     from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
@@ -90,7 +91,7 @@ def qwen3(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> 
 
 
 def _grouped(layer: MixtureOfExperts, kind: Any, config: Any, their_shared: bool) -> PeerBlock:
-    """A routed block on transformers' grouped products."""
+    """Build a routed block of transformers that uses grouped matmuls."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
     config._experts_implementation = "grouped_mm"
@@ -107,7 +108,7 @@ def _grouped(layer: MixtureOfExperts, kind: Any, config: Any, their_shared: bool
 
 
 def torchtitan(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool) -> PeerBlock:
-    """The whole of torchtitan's MoE module, without torch.compile: router, local dispatcher, grouped experts."""
+    """Build torchtitan's MoE module, without torch.compile: router, local dispatcher and grouped experts."""
     from torchtitan.models.common.feed_forward import FeedForward
     from torchtitan.models.common.linear import Linear
     from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
@@ -142,7 +143,7 @@ def torchtitan(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool
     inner = block.routed_experts.inner_experts
     inner.w1_EFD, inner.w3_EFD = map(_parameter, layer.experts.gate_up.weight.unbind(1))
     inner.w2_EDF = layer.experts.down.weight
-    warnings.filterwarnings("ignore", "In CPU autocast")  # it asks for float32 there, which changes nothing
+    warnings.filterwarnings("ignore", "In CPU autocast")  # its autocast to float32 changes nothing
     if mlp is None:
         return _together(block, layer.shared)
     _give_shared(layer, block.shared_experts, ("w1", "w3", "w2"))
@@ -150,13 +151,13 @@ def torchtitan(layer: MixtureOfExperts, router: RouterConfig, their_shared: bool
 
 
 def _sizes(layer: MixtureOfExperts) -> tuple[int, int, int]:
-    """Experts, width, expert width."""
+    """Return the number of experts, the hidden size and the expert hidden size."""
     experts, width, hidden = layer.experts.down.weight.shape
     return experts, width, hidden
 
 
 def _parameter(weight: Tensor) -> nn.Parameter:
-    """A parameter computed from a weight of ours; a copy if it is not contiguous."""
+    """Return a weight of ours as a parameter: in the same memory if it is contiguous, else as a copy."""
     return nn.Parameter(weight.detach().contiguous())
 
 
@@ -164,7 +165,7 @@ TRANSFORMERS_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def _give_shared(layer: MixtureOfExperts, theirs: nn.Module, names: tuple[str, str, str]) -> None:
-    """Our gate, up and down to their MLP."""
+    """Give our gate, up and down weights to a peer's MLP, whose layers are called `names`."""
     ours = layer.shared
     assert ours is not None
     for name, linear in zip(names, (ours.gate, ours.up, ours.down), strict=True):
@@ -172,7 +173,7 @@ def _give_shared(layer: MixtureOfExperts, theirs: nn.Module, names: tuple[str, s
 
 
 def _together(block: nn.Module, shared: nn.Module | None) -> PeerBlock:
-    """A block that returns its output alone or first in a tuple, plus a shared expert that it lacks."""
+    """Wrap a block that returns its output alone or first in a tuple. Adds the output of `shared`, if given."""
 
     def forward(x: Tensor) -> Tensor:
         y = block(x)
@@ -183,7 +184,7 @@ def _together(block: nn.Module, shared: nn.Module | None) -> PeerBlock:
 
 
 _TRANSFORMERS = (("transformers",), "pip install 'transformers>=5.20,<6'")
-_TORCHTITAN = (  # what its MoE imports; with all that it asks for, pip would replace other packages here
+_TORCHTITAN = (  # only what its MoE imports: with all its dependencies, pip would replace other packages
     ("torchtitan", "spmd_types", "tyro", "typeguard", "docstring_parser", "triton"),
     "pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 tyro typeguard docstring-parser triton",
 )

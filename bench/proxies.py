@@ -1,7 +1,8 @@
-"""The sweeps behind `configs/hparam/`: `python -m bench.proxies OUT [NAME ...]`, without names all of them.
+"""Run all or the named sweeps behind `configs/hparam/`: `python -m bench.proxies OUT [NAME ...]`.
 
-Each is a small model of one kind (router, norms, head width, sparsity), trained over a grid of learning rates and
-weight decays by the real commands; the best becomes `configs/hparam/NAME.yaml`. A rerun resumes a stopped sweep.
+Each sweep trains a small model of one kind (router, norms, head dim and sparsity) over a grid of learning rates and
+weight decays, with `metap sweep` and `metap fit`. The best run becomes `configs/hparam/NAME.yaml`. A rerun resumes a
+stopped sweep.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ LARGE = [
     *("model.dense_hidden_size=512", "training.steps=60", "schedule.warmup_steps=6", "optimizer.weight_decay=0.1,4"),
     "sweep.low=-10",
 ]
-"""Heads as wide as the target's: normalised queries without a gain cannot take a factor on export."""
+"""The head dim is the target's: if it differed, an export would have to scale queries by a factor, and queries that
+are normalised without a gain cannot absorb one.
+"""
 OPEN = [
     *LARGE,
     "model.nope_every=0",
@@ -55,7 +58,7 @@ OPEN = [
     "model.moe_every=1",
     "model.shared_expert_hidden_size=0",
 ]
-"""Softmax routers on outputs, every layer a mixture, whole rows of attention."""
+"""Models in which every layer uses RoPE, attends to whole sequences, and has experts but no shared expert."""
 SOFTMAX = ["model.router.score=softmax", "model.router.weights_on=output"]
 PROXIES = {
     "smoke": SMALL,
@@ -81,14 +84,14 @@ PROXIES = {
 
 
 def fitted(out: Path, name: str) -> dict[str, Any]:
-    """What `metap fit` makes of the sweep of proxy `name`."""
+    """Run the sweep of the proxy `name`. Return the base that `metap fit` makes of it."""
     for action in (["sweep", *RUN, *PROXIES[name]], ["fit"]):
         subprocess.run([sys.executable, "-m", "launch.cli", "metap", action[0], f"out={out}", *action[1:]], check=True)
     return yaml.safe_load((out / "base.yaml").read_text())
 
 
 def preset(found: dict[str, Any], name: str) -> str:
-    """The part of a fitted base that says what was found, and leaves open what a run may choose (its optimizer)."""
+    """Return the YAML of what the sweep found. It leaves open what a run may choose, such as its optimizer."""
     optimizer, hparam = found["optimizer"], found["hparam"]
     kept = {key: hparam[key] for key in ("base", "kind", "tokens_exponent")}
     provenance = {key: value for key, value in hparam["provenance"].items() if key != "sweep"}

@@ -1,4 +1,4 @@
-"""Seconds from the command to the first step of the smoke model, with a cached corpus and without."""
+"""Measure the seconds from the command to the first step of the smoke model, with and without a cached corpus."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.measure import Result
 
 
 def seconds_to_first_step(cache: Path, runs: Path) -> float:
-    """Run until the line of step 1 is printed."""
+    """Return the seconds until a run prints the line of step 1."""
     command = [sys.executable, "-m", "train", "logging.every=1", f"data.cache={cache}", f"run.root={runs}"]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     begin = time.perf_counter()

@@ -1,6 +1,6 @@
-"""A step of the trainer against a bare PyTorch loop over the same model, data and optimizer, in one process.
+"""Compare a step of the trainer with a bare PyTorch loop over the same model, data and optimizer, in one process.
 
-Two runs from the same seed take the same steps in turn, one through `Trainer.train_step`, one through the loop below.
+Two runs from the same seed take the same steps in turn: one calls `Trainer.train_step`, the other the loop below.
 Their losses are compared before anything is timed.
 """
 
@@ -62,7 +62,7 @@ class BareLoop:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for router in self.routers:  # the selection biases are part of the model
+        for router in self.routers:  # updates the selection biases, which are part of the model
             router.step(router.counts_E.clone())
         self.step += 1
         return loss.detach()

@@ -64,7 +64,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException:
-        return [list(overrides)]  # composing reports the syntax error
+        return [list(overrides)]  # `load` and `load_stored` report the syntax error
     choices = [
         [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
         if one.is_sweep_override()
@@ -81,15 +81,16 @@ def quoted(text: str) -> str:
 
 
 def compose_plain(root: str, schema: type, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the composed configuration as plain values: enums by name, mandatory values as "???"."""
+    """Return the composed configuration as plain values: enums by name, and "???" for a mandatory key that is unset."""
     return typing.cast(dict[str, Any], plain(OmegaConf.to_container(_compose(root, schema, overrides), resolve=True)))
 
 
 def build(cls: type[T], values: Any, path: str = "") -> T:
-    """Make `cls` from plain values, as YAML gives them, and check them. `path`: prefix of keys in errors."""
+    """Check plain values, as YAML gives them, and make an instance of `cls`. `path`: prefix of keys in errors."""
     try:
         if isinstance(values, DictConfig):
-            values = OmegaConf.to_container(values, resolve=True)  # "+key=" overrides open the schema
+            # plain values: after a "+key=" override, merging the DictConfig would accept unknown keys
+            values = OmegaConf.to_container(values, resolve=True)
         shorthand = getattr(cls, "SHORTHAND", None)  # the key that a plain string sets
         if shorthand is not None and isinstance(values, str):
             values = {shorthand: values}
@@ -127,7 +128,7 @@ def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]
 
 
 def _compose(root: str, schema: type, overrides: Sequence[str]) -> DictConfig:
-    """Compose `root`, a YAML file or a stored node, with `overrides`. If it is neither, compose the schema alone."""
+    """Compose `root` (a YAML file or a stored node) with `overrides`. If neither exists, compose the schema instead."""
     store = ConfigStore.instance()
     store.store(name=f"{root}_schema", node=_twin(schema))
     if f"{root}.yaml" not in store.repo and not (config_directory() / f"{root}.yaml").exists():
@@ -167,11 +168,10 @@ def _plain_made(factory: Callable[[], Any]) -> Any:
 
 
 def _twin_type(kind: Any) -> Any:
-    """Return the schema's type of a field.
+    """Return the type that the schema gives to a field of type `kind`.
 
-    Components inside lists and dicts are untyped here, because Hydra cannot add a typed entry by
-    "+sources.mine.path=...". So are optional components, because it cannot set a key of a typed null. `build` checks
-    them all.
+    Components inside lists and dicts have type Any, because Hydra cannot add a typed entry by "+sources.mine.path=...".
+    Optional components have type Any, because Hydra cannot set a key of a typed null. `build` checks all of them.
     """
     if dataclasses.is_dataclass(kind):
         return _twin(typing.cast(type, kind))
@@ -215,7 +215,7 @@ def _make(kind: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         kinds = [a for a in arguments if a is not type(None)]
-        return _entry(kinds[0], value, path) if len(kinds) == 1 else value  # a union of scalars: checked by the schema
+        return _entry(kinds[0], value, path) if len(kinds) == 1 else value  # a union of scalars, checked by the schema
     if origin is list:
         return [_entry(arguments[0], part, f"{path}.{i}") for i, part in enumerate(value)]
     if origin is dict:

@@ -1,6 +1,6 @@
 """Errors that a user sees as one line, with the fix and an exit code.
 
-Exit codes of every verb: 0 done, 1 failed, 2 invalid configuration, 130 interrupted after saving.
+Exit codes of all commands: 0 done, 1 failed, 2 invalid configuration, 130 interrupted (training saves first).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RenamedKeyError(ConfigError):
 
 
 def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
-    """Raise `ConfigError` for the first listed field that is not finite or has the wrong sign. A field may be None."""
+    """Raise `ConfigError` for the first listed field that is not finite or has the wrong sign. None is allowed."""
     for key in (*positive, *not_negative):
         value = getattr(config, key)
         if value is None:

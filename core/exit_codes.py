@@ -1,11 +1,11 @@
-"""Exit codes and environment common to ranks and their agents, and errors that another rank's failure causes."""
+"""Exit codes and an environment variable for ranks and torchrun's agents, and errors that a lost rank causes."""
 
 from __future__ import annotations
 
 import os
 
 INTERRUPTED = 130
-"""The process ended because of a signal, after saving."""
+"""The process ended because of a signal. A training run saves first."""
 
 CRASHED = 3
 """An unexpected error; the agent may restart the ranks. Only the agent sees this code; the user sees 1."""
@@ -14,11 +14,11 @@ HUNG = 4
 """A collective timed out (parallel/comm/watchdog.py); the agent may restart the ranks."""
 
 ATTEMPT = "LEVIATHAN_ATTEMPT"
-"""Environment variable: id of this attempt, equal on all ranks. Keys in torch.distributed's store begin with it."""
+"""Environment variable: id of this start of the ranks, equal on all. Part of the key prefix in torch's store."""
 
 
 def host_name() -> str:
-    """Return this machine's name, as SLURM calls it inside a job."""
+    """Return this machine's name; inside a SLURM job, the node name that SLURM uses."""
     return os.environ.get("SLURMD_NODENAME", os.uname().nodename)
 
 

@@ -22,7 +22,7 @@ from core.errors import ConfigError
 
 
 def locate(text: str) -> Path:
-    """Return a path, or a URL (`s3://bucket/folder`, any filesystem of fsspec) as an object used like a `Path`.
+    """Return a path as a `Path`, and a URL of any fsspec filesystem (`s3://bucket/folder`) as the similar `UPath`.
 
     Raises `ConfigError` if a package that the filesystem needs is not installed.
     """
@@ -41,7 +41,7 @@ def locate(text: str) -> Path:
 
 
 def is_local(path: Path) -> bool:
-    """Return whether `path` is on this machine's file system. Object stores write files atomically themselves."""
+    """Return whether `path` is a local `Path`, not a URL. Only local writes need a temporary file to be atomic."""
     return isinstance(path, Path)
 
 
@@ -51,7 +51,7 @@ def open_raw(path: Path, mode: str) -> Any:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Return every file below a folder, sorted. Lists a remote store once."""
+    """Return every file below a folder, sorted. A remote folder is listed by one `find`, not folder by folder."""
     if is_local(folder):
         return sorted(path for path in folder.rglob("*") if path.is_file())
     return _in_store(folder, "find")
@@ -71,7 +71,7 @@ def _in_store(path: Path, how: str) -> list[Path]:
 
 
 def opened(path: Path) -> AbstractContextManager[Any]:
-    """Yield the argument for a Parquet reader: a local path, which it can memory-map, or an open remote file."""
+    """Yield the argument for a Parquet reader: a local path, which can be memory-mapped, or an open remote file."""
     return nullcontext(path) if is_local(path) else path.open("rb")
 
 
@@ -131,7 +131,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_text(*parts: str) -> str:
-    """Return the hex digest of several strings and of the boundaries between them."""
+    """Return the hex digest of several strings. Different splits of the same text give different digests."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)}:".encode() + part.encode())
@@ -143,8 +143,8 @@ def new_directory(path: Path, exclusive: bool = False) -> Iterator[Path]:
     """Yield a scratch directory that becomes `path` if the block succeeds and is removed if it fails.
 
     Two processes may race to make the same directory. The first rename wins and the work of the second process is
-    dropped, so the name must determine the content (a content hash). With `exclusive` the content may be anything: if
-    `path` has appeared in the meantime, it stays, and a `ConfigError` names the directory with the finished work.
+    dropped, so equal names must mean equal content, as with a content hash. `exclusive` allows any content: if another
+    process has made `path` meanwhile, it stays, and a `ConfigError` names the directory with the finished work.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -34,7 +34,7 @@ def check_options(kind: object, options: Mapping[str, Any]) -> None:
 def load(
     path: str, key: str, *arguments: object, options: Mapping[str, Any] | None = None, base: type | None = None
 ) -> Any:
-    """Import `path` and bind `options`. `arguments` are examples of later arguments, to check the signature.
+    """Import `path` and bind `options`. `arguments`: examples of later arguments; the signature must accept them.
 
     Raises `ConfigError` under `key` if the module cannot be imported or lacks the name, and if the object is not
     callable, is not a subclass of `base` or does not take the arguments.
@@ -57,7 +57,7 @@ def load(
 def construct(
     path: str, key: str, *arguments: object, options: Mapping[str, Any] | None = None, needs: Sequence[str] = ()
 ) -> Any:
-    """Import a class and instantiate it. Raises `ConfigError` like `load`, and if it lacks an attribute in `needs`."""
+    """Import and instantiate a class. Raises `ConfigError` as `load` does, or if an attribute in `needs` is missing."""
     made = load(path, key, *arguments, options=options, base=object)(*arguments)
     if missing := [name for name in needs if not hasattr(made, name)]:
         raise ConfigError(key, path, f"must be a class with {', '.join(needs)}; {', '.join(missing)} is missing")
@@ -84,7 +84,7 @@ def _imported(path: str, key: str) -> Any:
 
 
 def _places(module: str, attribute: str) -> list[str]:
-    """Return the present import paths of a class or function of ours, for a path that was valid in an older version."""
+    """Return the current import paths of our class or function `attribute`, which may have been moved or renamed."""
     package = module.partition(".")[0]
     if package not in PACKAGES:
         return []

@@ -1,4 +1,4 @@
-"""Matplotlib figures in one style, without a display. Matplotlib is imported on first use: that takes a second."""
+"""Make Matplotlib figures in one style, without a display. Imports Matplotlib, which takes a second, at first use."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def cycle(count: int, colours: Sequence[str] = COLOURS) -> list[str]:
 def figure(
     width: float, height: float, rows: int = 1, columns: int = 1, ink: str | None = None, **subplots: Any
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure of `width` by `height` inches and its axes, row by row. `ink`: colour of text and frames; it
-    applies inside the `with` block only. `subplots`: further arguments of `Figure.subplots`.
+    """Yield a figure of `width` by `height` inches and its axes, row by row. `ink`: colour of text and frames that are
+    drawn inside the `with` block. `subplots`: further arguments of `Figure.subplots`.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

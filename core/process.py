@@ -16,8 +16,8 @@ from core.package_guard import check_packages, drop_working_directory
 def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Call `main` with the command-line arguments and return the process's exit code.
 
-    A `LeviathanError` prints one line on stderr, and its exit code is returned. Where all ranks raise the same error,
-    rank 0 alone prints it. Any other exception prints a traceback; under torchrun's agent the exit code is CRASHED, so
+    A `LeviathanError` prints one line on stderr, and its exit code is returned. If all ranks raise the same error,
+    only rank 0 prints it. Any other exception prints a traceback; under torchrun's agent the exit code is CRASHED, so
     that the agent restarts the ranks.
     """
     has_agent = "TORCHELASTIC_RUN_ID" in os.environ

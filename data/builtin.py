@@ -1,7 +1,7 @@
 """Read the built-in corpus: the Python standard library's source on this machine, in four domains, without download.
 
-A hash of the source file's content decides its side of the held-out split, so identical files fall on the same side,
-and so do a file and the docstrings taken from it. Content differs between Python versions.
+A hash of a source file's content decides whether its text is held out. Identical files thus fall on the same side of
+the split, and so do a file and the docstrings taken from it. The corpus differs between Python versions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHARED_PARAGRAPH = 80
 
 @dataclass(frozen=True)
 class File:
-    """A file of the library. `origin` is hashed for the split."""
+    """A file of the library. A hash of `origin` decides whether it is held out."""
 
     name: str
     content: bytes
@@ -57,7 +57,7 @@ def files(section: Section) -> list[File]:
 
 
 def _python_files(root: Path) -> list[Path]:
-    """Sorted. Skipped folders are not listed, since site-packages may hold more files than the library."""
+    """List the library's Python files, sorted. Does not enter site-packages, which may hold far more files."""
     found = []
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in _SKIPPED]
@@ -66,8 +66,8 @@ def _python_files(root: Path) -> list[Path]:
 
 
 def text_of(file: File, section: Section) -> str | None:
-    """Return the document of a file; of a file without docstrings the one of `Section.docstrings` is empty. None if its
-    encoding line is wrong or it is not Python: the library ships such files to test its own parser.
+    """Return the text of a file's document: for `Section.docstrings`, the docstrings joined, which may be empty. Return
+    None if the file cannot be decoded or parsed: the library ships such files to test its own parser.
     """
     if section is Section.pydoc:
         return file.content.decode()
@@ -81,22 +81,22 @@ def text_of(file: File, section: Section) -> str | None:
 
 def without_paragraphs(text: str, unwanted: set[str]) -> str:
     """Remove every paragraph that is in `unwanted`. Topics of pydoc repeat paragraphs, and training must not see
-    those of held-out topics. (Keeping topics that share a paragraph on one side does not work: the largest
-    group of such topics is 40% of the text.)
+    those of held-out topics. (Putting topics that share a paragraph on the same side of the split does not
+    work: the largest group of such topics is 40% of the text.)
     """
     parts = re.split(r"(\n\s*\n)", text)
     return "".join(part for part in parts if " ".join(part.split()) not in unwanted)
 
 
 def paragraphs(text: str) -> set[str]:
-    """Return the paragraphs long enough to count as a leak, white space normalised."""
+    """Return the paragraphs long enough to count as a leak, with white space normalised."""
     found = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
     return {part for part in found if len(part) >= _SHARED_PARAGRAPH}
 
 
 def _docstrings(text: str) -> str:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in the library's own files
+        warnings.simplefilter("ignore")  # the library's own files have invalid escapes
         tree = ast.parse(text)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))

@@ -49,8 +49,8 @@ class LongDocuments(Enum):
 
 
 class Packing(Enum):
-    """How documents become sequences. `greedy`: they are concatenated, and sequences cut them. `best_fit`: each is put
-    whole into the sequence that it fills best, and only documents longer than a sequence are cut (Ding et al. 2024).
+    """How documents become sequences. `greedy`: they are concatenated, and cut where a sequence ends. `best_fit`: each
+    is put whole into the sequence that it fills best; only those longer than a sequence are cut (Ding et al. 2024).
     """
 
     greedy = "greedy"
@@ -75,14 +75,14 @@ class SourceConfig:
     section: Section | None = None
     """For `builtin`: the section of the standard library."""
     path: str | None = None
-    """A file, folder or glob pattern; for `huggingface`: a name or folder."""
+    """A file, folder or glob pattern. For `huggingface`: the name of a data set, or a folder."""
     subset: str | None = None
     split: str = "train"
     text_key: str = "text"
     weight: float = 1.0
     """Weight of the source in the training tokens (without padding), relative to the other sources."""
     max_epochs: float | None = None
-    """Epochs after which the source is dropped and the others replace it; null: no limit."""
+    """Number of epochs after which the source is dropped and the other sources replace it; null: no limit."""
     max_bytes: int | None = None
     """End the source with the document at which its training text reaches this many bytes; null: read all."""
     held_out_path: str | None = None
@@ -119,15 +119,15 @@ O200K_PATTERN = "|".join(
 class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.bpe
     path: str | None = None
-    """The file of a tokenizer that is not `bpe`."""
+    """The tokenizer's file. Not used by `bpe`."""
     vocab_size: int = 1024
-    """Size of the vocabulary of `bpe`; the other kinds have their own."""
+    """For `bpe`: size of the vocabulary. The files of other kinds determine theirs."""
     train_bytes: int = 2_000_000
-    """For `bpe`: characters of text to train on."""
+    """For `bpe`: number of characters of text to train on."""
     pattern: str = O200K_PATTERN
     """For `tiktoken`: the regular expression that splits text before merging."""
     special_tokens: int = 2048
-    """For `tiktoken`: number of ids for special tokens, which follow the ids of the ranks."""
+    """For `tiktoken`: number of ids for special tokens, which follow the ids of all other tokens."""
     bos: str = "<|begin_of_text|>"
     """First token of each document."""
     eos: str = "<|end_of_text|>"
@@ -158,12 +158,12 @@ class DataConfig:
     limit_tokens: int | None = None
     """Length beyond which `long_documents` applies; null: no limit."""
     align: int | None = None
-    """Pad so that a document crosses a multiple of this many tokens only if it starts at one. If this is the model's
+    """Pad so that a document crosses a multiple of this number of tokens only if it starts at one. With the model's
     chunk size, chunked attention needs no keys from other cp ranks. null: no padding."""
     packing: Packing = Packing.greedy
     """Packing of training documents."""
     pack_seq_len: int | None = None
-    """Sequence length of `best_fit`. With `greedy`, only count how many documents such sequences would cut."""
+    """Sequence length of `best_fit`. `greedy` only counts the documents that this length would cut."""
     prefetch: int = 2
     """Number of batches to prepare in advance; 0: none."""
     filter: FilterRules | None = None

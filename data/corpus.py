@@ -86,7 +86,7 @@ class Corpus:
         return self.manifest["sources"][source][TRAIN]["counts"]
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Verify the hashes of part `part` of `parts` of the shards. Raises `DataError` with the file and the fix."""
+        """Verify the hash of every `parts`-th shard from shard `part` on. `DataError` names the file and the fix."""
         shards = [shard for stream in self._streams.values() for shard in stream.shards]
         for shard in shards[part::parts]:
             verify_shard(self.directory, shard)
@@ -108,7 +108,7 @@ def open_corpus(directory: Path) -> Corpus:
 
 
 def find_corpus(cache: Path, fingerprint: str) -> Corpus | None:
-    """Return the corpus with this fingerprint from a cache, None if it is not there."""
+    """Return the corpus with this fingerprint from a cache, or None."""
     for manifest in sorted((cache.expanduser() / "tokens").glob(f"*/{MANIFEST}")):
         try:
             corpus = open_corpus(manifest.parent)
@@ -264,7 +264,7 @@ class _SourceWriter:
         """Return the source's entry in the manifest. Raises `ConfigError` if nothing is left to train on."""
         if self.packer is not None:
             self._write_packed(self.packer.close())
-            # the last label of the last sequence; it is ignored, because BOS begins a document
+            # the last sequence needs one more token, as its last label; a label that is BOS is ignored
             self.streams[TRAIN].add([self.tokenizer.bos_id])
         self.index.close()
         if not self.counts[TRAIN]["documents"]:
@@ -317,7 +317,7 @@ class _SourceWriter:
             self.counts[TRAIN]["padding"] += sequence.space
 
     def _limit(self, ids: Any, counts: Counter[str]) -> Any:
-        """Return the ids of a document to keep, None to drop the document."""
+        """Return the ids to keep of a document, or None to drop the document."""
         limit, policy = self.config.limit_tokens, self.config.long_documents
         if limit is None or len(ids) <= limit or policy is LongDocuments.split:
             return ids
@@ -330,8 +330,8 @@ class _SourceWriter:
 
 
 class DocumentIndex:
-    """Write the positions of a source's named training documents in its stream to a parquet file. A row has the name,
-    start (of BOS) and number of tokens of a document, or of a piece if packing cut it. No names, no file.
+    """Write the positions of a source's named training documents in its stream to a parquet file, if it has any. A row
+    has the name, start (of BOS) and number of tokens of a document, or of a piece if packing cut it.
     """
 
     def __init__(self, path: Path) -> None:

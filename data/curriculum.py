@@ -1,8 +1,8 @@
-"""Chain the sample orders of a run's phases, so that a phase does not repeat samples that an earlier one took.
+"""Chain the sample orders of a run's phases, so that a phase repeats no sample of an earlier phase.
 
 The orders follow from the configuration alone. No phase depends on later ones, so a phase can be appended to a run. The
 order of a source continues from phase to phase, epoch after epoch. Phases with another sequence length cut the text
-differently and have their own order; what was taken before still counts towards `max_epochs`.
+into other sequences and have their own order. Text that earlier phases took still counts towards `max_epochs`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PhaseSpec:
     global_batch_size: int
     steps: int
     samples: int
-    """The most sequences that the phase can take."""
+    """The largest number of sequences that the phase can take."""
     weights: Mapping[str, float]
     """Weights of the phase's sources; sources without a weight are dropped."""
     steps_key: str
@@ -78,9 +78,9 @@ def make_loaders(
 
 
 def _sequences_left(corpus: Corpus, name: str, seq_len: int, limit: float, taken: Mapping[int, Counter[str]]) -> int:
-    """Count the sequences that a source has left: its limit in epochs, less those that earlier sequences took."""
+    """Count the sequences that a source has left: its limit in epochs, less the epochs that earlier phases took."""
     stream = corpus.stream(name, TRAIN)
-    # from the decimal notation: 0.29 of 100 sequences are 29, but 28 in floating point
+    # exact, from the decimal notation: 0.29 of 100 sequences are 29, but floating point gives 28
     left = Fraction(str(limit))
     for length, sequences in taken.items():
         if sequences[name]:

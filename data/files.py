@@ -1,7 +1,6 @@
 """Find and read jsonl, parquet and text files, local or in any filesystem of fsspec, and data sets of `datasets`.
 
-The suffix determines the format. A text file is one document. `UnreadableFile` states in one line what is wrong with a
-file.
+The suffix determines the format. A text file is one document. `UnreadableFile` says in one line what is wrong.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class FileFormat(Enum):
 
 
 def file_format(path: Path) -> FileFormat | None:
-    """Return the format of a file by its suffix, None for an unknown one."""
+    """Return the format of a file by its suffix, or None if the suffix is unknown."""
     if path.name.endswith(_JSONL_SUFFIXES):
         return FileFormat.jsonl
     if path.suffix == ".parquet":
@@ -68,8 +67,8 @@ def find_files(pattern: str) -> list[tuple[str, Path]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield the lines that are not blank, without line ends and without the file's byte order mark: number from 1,
-    offset of the first byte in the uncompressed file, and bytes.
+    """Yield for each line that is not blank its number (from 1), the offset of its first byte in the uncompressed file,
+    and its bytes, without the line end and the file's byte order mark.
     """
     import pyarrow
 
@@ -85,7 +84,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 @contextmanager
 def open_parquet(path: Path) -> Iterator[Any]:
-    """Open a `ParquetFile`. Page checksums are verified where the file has them."""
+    """Open a `ParquetFile`. Page checksums are verified if the file has them."""
     import pyarrow.parquet
 
     with _reading(), opened(path) as source:

@@ -29,8 +29,8 @@ LEAST_SHARE = 2.0**-20
 
 @dataclass
 class Batch:
-    """Sequences of a step; all int64. Labels are the next tokens, or `IGNORED`. Padding belongs to the document before
-    it. Positions restart at 0 with each document and each sequence. `sources_B`: indices into `Corpus.sources`.
+    """Sequences of a step, as int64 tensors. Labels are the next tokens, or `IGNORED`. Padding belongs to the preceding
+    document. Positions restart at 0 with each document and each sequence. `sources_B`: indices into `Corpus.sources`.
     """
 
     tokens_BT: Tensor
@@ -49,8 +49,8 @@ class Loader:
     """Make the batches of one phase. The sequences of a source are permuted again in each of its epochs.
 
     `weights`: relative fractions of the tokens without padding. `limits`: sequences after which a source is dropped.
-    `taken`: how many sequences earlier phases took of each source, in the order of the phase `origin` (None: this
-    phase). Raises `ConfigError` for a source shorter than one sequence, or a corpus packed for another `seq_len`.
+    `origin`: the phase whose order of sequences continues (None: this phase). `taken`: sequences taken in that order,
+    by source. Raises `ConfigError` for a source shorter than one sequence, or a corpus packed for another `seq_len`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Loader:
     ) -> None:
         weights = dict(weights) if weights is not None else dict.fromkeys(corpus.sources, 1.0)
         self.corpus, self.seq_len, self.global_batch_size = corpus, seq_len, global_batch_size
-        # 0 is part of the keys of runs that began earlier
+        # the constant 0 keeps the order of runs that older versions began
         self.identity = (seed, corpus.fingerprint, 0, phase if origin is None else origin)
         key = key_of(seed, corpus.fingerprint, 0, phase, "blend")
         self.blend = Blend(_sequence_shares(weights, corpus), key, limits)
@@ -96,7 +96,7 @@ class Loader:
         return self._assemble(streams, sequences.tolist(), self._in_corpus[sources])
 
     def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Find the source of each sample, as an index into `blend.names`, and its sequence in the stream."""
+        """Find the source of each sample, as an index into `blend.names`, and its sequence's number in the stream."""
         sources, sequences, start = np.empty_like(ordinals), np.empty_like(ordinals), 0
         order = np.argsort(ordinals, kind="stable")
         ascending = ordinals[order]
@@ -112,14 +112,14 @@ class Loader:
         return self.corpus.stream(source, HELD_OUT).num_sequences(self.seq_len)
 
     def held_out(self, source: str, start: int, stop: int) -> Batch:
-        """Return sequences [start, stop) of the source's held-out stream, in its order."""
+        """Return sequences [start, stop) of the source's held-out stream, in stream order."""
         streams = [self.corpus.stream(source, HELD_OUT)] * (stop - start)
         return self._assemble(streams, range(start, stop), np.full(stop - start, self.corpus.sources.index(source)))
 
     def _range_around(self, ordinal: int) -> SampleRange:
-        """Locate a sample and its neighbours; `within` is the sequence in the source's stream. The last result is
-        cached, because consecutive steps use neighbouring samples. The local value is returned, since another thread
-        may replace the cached one.
+        """Locate a sample and its neighbours. `within` of the result is the number of the sequence in the source's
+        stream. The last result is cached, because consecutive steps use neighbouring samples. The local variable is
+        returned, since another thread may replace the cached result.
         """
         last = self._last
         if not last.begin <= ordinal < last.begin + len(last.sources):

@@ -31,9 +31,10 @@ class NgramBaseline:
             self._merge()
 
     def evaluate(self, held_out: Mapping[str, Iterable[Batch]], weights: Mapping[str, float]) -> dict[str, Any]:
-        """Return the loss of both models at the best constant in `GRID`: nats per token, mean over sources by weight.
+        """Return both models' losses for each k in `GRID`, and the best: nats per token, mean over sources by weight.
 
-        Unigram: (c(b) + k) / (N + kV). Bigram, smoothed towards the unigram: (c(a, b) + k p(b)) / (c(a) + k).
+        With counts c of N labels from V ids, the unigram model is p(b) = (c(b) + k) / (N + kV). The bigram model is
+        smoothed towards it: p(b | a) = (c(a, b) + k p(b)) / (c(a) + k).
         """
         self._merge()
         singles = np.bincount(self._codes % self.vocab_size, self._counts, self.vocab_size)

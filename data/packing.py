@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 BUFFER_TOKENS = 1 << 23
-"""Tokens to pack at once (32 MB), or those of `BUFFER_SEQUENCES` sequences if they are more."""
+"""Number of tokens that the buffer holds (32 MB). It holds at least `BUFFER_SEQUENCES` sequences."""
 BUFFER_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
 class DocumentPiece:
-    """A document or a part of one: BOS, tokens, and EOS if the document ends here. `name`: of the document."""
+    """A document or a part of one: BOS, tokens, and EOS if the document ends here. `name`: the document's name."""
 
     ids: NDArray[np.int32]
     name: str | None
@@ -30,7 +30,7 @@ class DocumentPiece:
 
 @dataclass
 class PackedSequence:
-    """Pieces that are read as one sequence; `space`: tokens that are still free."""
+    """Pieces that are read as one sequence; `space`: number of tokens that are still free."""
 
     space: int
     pieces: list[DocumentPiece] = field(default_factory=list)
@@ -39,7 +39,7 @@ class PackedSequence:
 class Packer:
     """Take documents, and return packed sequences of at most `seq_len` tokens. Each begins with BOS.
 
-    When the buffer is full, the fuller half of its sequences is returned. Pieces of the others wait for a better fit.
+    When the buffer is full, the fuller half of its sequences is returned. Pieces of the other half are packed again.
     """
 
     def __init__(self, seq_len: int, bos_id: int, eos_id: int, buffer_tokens: int | None = None) -> None:
@@ -49,7 +49,7 @@ class Packer:
         self._tokens = 0
 
     def add(self, ids: Sequence[int], name: str | None = None) -> tuple[bool, list[PackedSequence]]:
-        """Add a document (without BOS and EOS). Return whether it was cut, and the sequences that are done."""
+        """Add a document (without BOS and EOS). Return whether it was cut, and the sequences that are finished."""
         pieces = list(self._cut(ids, name))
         self._waiting += pieces
         self._tokens += sum(len(piece.ids) for piece in pieces)
@@ -60,7 +60,7 @@ class Packer:
         return self._flush(keep_half=False)
 
     def _cut(self, ids: Sequence[int], name: str | None) -> Iterator[DocumentPiece]:
-        """Yield whole sequences, then the rest. Each begins with BOS, or it would continue the document before it."""
+        """Yield pieces of `seq_len` tokens, then the rest. Each begins with BOS, or it would continue another piece."""
         space, rest = self.seq_len - 1, np.asarray([*ids, self.eos_id], np.int32)
         bos = np.array([self.bos_id], np.int32)
         while len(rest) > space:
@@ -80,7 +80,7 @@ class Packer:
 
 
 def best_fit(pieces: Sequence[DocumentPiece], seq_len: int) -> list[PackedSequence]:
-    """Put every piece, longest first, into the fullest sequence with space for it. No piece may exceed a sequence."""
+    """Put every piece, longest first, into the fullest sequence with space for it. No piece exceeds `seq_len`."""
     sequences: list[PackedSequence] = []
     free: list[tuple[int, int]] = []  # space and number of every sequence that is not full, ascending
     for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Call `make(step)` in advance for up to `depth` steps after the requested one; with depth 0, for none.
+    """Call `make(step)` in advance for up to `depth` steps after the requested step. With depth 0, only when requested.
 
     `make` runs on another thread, one call at a time, in the order of the steps. `get` raises the error of its step.
     """

@@ -61,7 +61,7 @@ def _mix(value: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 class BlockShares:
     """Choose the source of every sample of an endless blend with fixed weights.
 
-    After any number of whole blocks, the number of samples of each source differs from the exact one by less than one.
+    After any number of whole blocks, each source's number of samples differs from its exact fraction by less than one.
     Inside a block the key chooses the order of sources. The samples of one source come in order.
     """
 
@@ -70,7 +70,7 @@ class BlockShares:
         bounds = np.cumsum([0.0, *weights]) / sum(weights)
         self._bounds = [round(bound * _SCALE) for bound in bounds]
         self.block = _BLOCK
-        # a count is a difference of rounded ends: it could fall from block to block, unless each block has a sample
+        # a count, a difference of rounded ends, could fall from block to block unless each has a sample of the source
         inner = [end - begin for begin, end in pairwise(self._bounds)][1:-1]
         while any(share and share * self.block < _SCALE for share in inner) and self.block < _LARGEST_BLOCK:
             self.block *= 2
@@ -87,15 +87,15 @@ class BlockShares:
         return source, within
 
     def counts(self, blocks: int) -> list[int]:
-        """Count the samples of each source in the first `blocks`, exactly (Python integers do not overflow)."""
+        """Count the samples of each source in the first `blocks` blocks, exactly (Python integers do not overflow)."""
         ends = [blocks * self.block * bound // _SCALE for bound in self._bounds]
         return [b - a for a, b in pairwise(ends)]
 
 
 @dataclass(frozen=True)
 class BlendSegment:
-    """Samples [begin, end) of a blend, which come from the same `sources`. `before`: samples of each source of the
-    blend before `begin`.
+    """Samples [begin, end) of a blend, drawn from the same `sources`: those not yet used up. `before`: the number of
+    samples of every source of the blend before `begin`.
     """
 
     begin: int
@@ -116,7 +116,7 @@ class SampleRange:
 
 
 class Blend:
-    """Choose a source for every sample ordinal by weight.
+    """Choose the source of every sample, given its ordinal, by the weights of the sources.
 
     After `limits[name]` samples a source is dropped; the others keep their proportions. The ordinals at which this
     happens are computed once, in exact integer arithmetic. Sources of weight 0 are dropped at the start.
@@ -162,7 +162,7 @@ class Blend:
         return SampleRange(begin, sources, within + segment.before[sources])
 
     def counts(self, samples: int) -> dict[str, int]:
-        """Count the samples of each source among the first `samples`. Raises `IndexError` if there are fewer."""
+        """Count the samples of each source among the first `samples`. Raises `IndexError` if the blend has fewer."""
         if not samples:
             return dict.fromkeys(self.names, 0)
         here = self.range_around(samples - 1)
@@ -176,7 +176,7 @@ class Blend:
 
 
 def _until_used_up(shares: BlockShares, left: Sequence[int | None]) -> list[int] | None:
-    """Count the samples of each source before one exceeds the samples that it has `left`; None: no source has a limit.
+    """Count each source's samples until a source would exceed the number it has `left`. None if no source has a limit.
 
     Counts never fall from block to block, so the block where this happens is found by bisection.
     """

@@ -31,7 +31,7 @@ UNDECODABLE, EMPTY = "undecodable", "empty"
 
 @dataclass(frozen=True)
 class Document:
-    """`dropped`: why the document has no text; it is yielded only to be counted. `name`: its name in the source."""
+    """`dropped`: why the document has no text; it is yielded only for the counts. `name`: its name in the source."""
 
     text: str
     held_out: bool
@@ -40,7 +40,7 @@ class Document:
 
 
 class Source(Protocol):
-    """Documents in a fixed order. They are read at most twice: a sample to train the tokenizer, then all of them."""
+    """Documents in a fixed order. They may be read more than once: to train a tokenizer, to filter and to tokenise."""
 
     name: str
 
@@ -69,7 +69,7 @@ def is_held_out(origin: str, share: float) -> bool:
 
 
 class BuiltinSource:
-    """One section of the standard library. Its packages are mixed, so that `max_bytes` keeps files of all packages."""
+    """One section of the standard library. Files are shuffled, so that `max_bytes` keeps files of all packages."""
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         assert config.section is not None
@@ -107,7 +107,7 @@ class BuiltinSource:
 
 
 class Budget:
-    """End a source at `max_bytes` of training text and at the corresponding amount of held-out text."""
+    """End a source at `max_bytes` of training text and at the proportional amount of held-out text."""
 
     def __init__(self, max_bytes: int | None, share: float) -> None:
         self.left = {False: max_bytes, True: None if max_bytes is None else int(max_bytes * share / (1 - share))}
@@ -129,7 +129,7 @@ class FileSource:
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         self.name, self.config, self.data = name, config, data
         self.held_out_paths = self._find(config.held_out_path, "held_out_path") if config.held_out_path else []
-        held_out = {path.resolve() for path in self.held_out_paths}  # they may be in the same folder
+        held_out = {path.resolve() for path in self.held_out_paths}  # the folder `path` may contain them
         self.paths = [path for path in self._find(str(config.path), "path") if path.resolve() not in held_out]
 
     def fingerprint(self) -> str:
@@ -158,7 +158,7 @@ class FileSource:
                 raise self._error("path", str(path), f"cannot be read: {error}") from None
 
     def _texts(self, paths: list[Path]) -> Iterator[str | None]:
-        """Yield the texts of the files; None for a text to drop."""
+        """Yield the text of each document in the files; None for a document to drop."""
         for path in paths:
             try:
                 match file_format(path):

@@ -1,6 +1,6 @@
 """Turn text into token ids and back: byte-level BPE trained here, `tokenizer.json` files, and tiktoken rank files.
 
-Every artefact contains its tokenizer: `save` writes the files into a directory, and `load_tokenizer` reads them.
+Every corpus contains its tokenizer: `save` writes the files into a directory, and `load_tokenizer` reads them.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ class JsonTokenizer:
 
 
 class TiktokenTokenizer:
-    """A tiktoken rank file (base64 token and rank per line). Special tokens follow the ranks, as in Llama 4."""
+    """A tiktoken rank file (base64 token and rank per line). Ids of special tokens follow the ranks, as in Llama 4."""
 
     MAX_CHARACTERS = 400_000
-    """Longer texts are encoded in pieces, because they would overflow the library's recursion."""
+    """Longer texts are encoded in pieces: the library's recursion would overflow its stack."""
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         import tiktoken
@@ -148,8 +148,8 @@ class TiktokenTokenizer:
 
 
 def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
-    """Write `tokenizer.json` and `tokenizer_config.json` for transformers, with BOS before a text. Return the
-    ids of BOS and EOS for the model's configuration. Raises `ConfigError` for tiktoken files.
+    """Write `tokenizer.json` and `tokenizer_config.json` for transformers, which then puts BOS before a text.
+    Return the ids of BOS and EOS for the model's configuration. Raises `ConfigError` for tiktoken files.
     """
     if not isinstance(tokenizer, JsonTokenizer):
         raise ConfigError("data.tokenizer.kind", "tiktoken", "transformers needs a tokenizer.json instead")
@@ -173,7 +173,7 @@ def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def vocabulary_of_file(path: Path) -> str | None:
-    """Return the `vocabulary_fingerprint` of a `tokenizer.json`, None if it cannot be read."""
+    """Return the `vocabulary_fingerprint` of a `tokenizer.json`, or None if it cannot be read."""
     try:
         return _vocabulary(json.loads(path.read_text()))
     except (OSError, ValueError, AttributeError):
@@ -181,7 +181,7 @@ def vocabulary_of_file(path: Path) -> str | None:
 
 
 def _vocabulary(content: dict[str, Any]) -> str:
-    """Hash a `tokenizer.json` without the parts that add to or truncate a text; these do not change what ids mean."""
+    """Hash a `tokenizer.json` without the parts that add tokens or truncate: these do not change what ids mean."""
     kept = {k: v for k, v in content.items() if k not in ("post_processor", "truncation", "padding")}
     return sha256_text(json.dumps(kept, sort_keys=True))
 

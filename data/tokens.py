@@ -1,7 +1,7 @@
 """Token shards: flat files of token ids, memory-mapped, with their sizes and hashes in a manifest.
 
-A document is stored as BOS, its tokens and EOS. Documents follow each other, padded with EOS if they are aligned.
-Sequences are windows of this stream. Ids are uint16 if the vocabulary fits, else uint32.
+A document is stored as BOS, its tokens and EOS. Documents follow each other. EOS pads aligned documents and packed
+sequences. Sequences are windows of this stream. Ids are uint16 if the vocabulary fits, else uint32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a stream, as in the manifest."""
+    """One file of a stream, as recorded in the manifest."""
 
     file: str
     tokens: int
@@ -37,7 +37,7 @@ class Shard:
 
 
 class TokenWriter:
-    """Append documents to shards named `PREFIX-00000.bin` and hash the shards; `close` ends the last one."""
+    """Append documents to shards named `PREFIX-00000.bin` and hash the shards. `close` ends the last shard."""
 
     def __init__(self, directory: Path, prefix: str, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS) -> None:
         self.directory, self.prefix, self.dtype, self.shard_tokens = directory, prefix, dtype, shard_tokens
@@ -80,7 +80,7 @@ class TokenWriter:
 
 
 class TokenStream:
-    """Memory-mapped shards as one array of token ids. Opening checks sizes only. Raises `DataError`."""
+    """Memory-mapped shards as one array of token ids. Opening it checks only the sizes of files. Raises `DataError`."""
 
     def __init__(self, directory: Path, shards: Sequence[Shard], dtype: np.dtype[Any]) -> None:
         self.directory, self.shards, self.dtype = directory, list(shards), dtype

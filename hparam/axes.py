@@ -20,7 +20,7 @@ class SizeAxis(Enum):
 
 
 def grown(model: ModelConfig, axis: SizeAxis, factor: int) -> ModelConfig:
-    """Return the model `factor` times as large along `axis`; unchanged for batch and tokens, sizes of the run."""
+    """Return the model `factor` times as large along `axis`. Batch and tokens, sizes of the run, leave it as it is."""
     if axis is SizeAxis.width:
         keys = ["hidden_size", "num_heads", "num_kv_heads", "dense_hidden_size", "expert_hidden_size"]
         keys += [] if model.shared_expert_hidden_size is None else ["shared_expert_hidden_size"]

@@ -1,4 +1,4 @@
-"""The `hparam` section of a run: the base of its hyperparameters and the rules that transfer them."""
+"""The `hparam` section of a run: the base at which hyperparameters were found, and the rules that transfer them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class HparamConfig:
     rules: Parametrization = Parametrization.metap
     head: HeadForm = HeadForm.absorbed
     alpha: float = 1.0
-    """Exponent of depth: 1 is CompleteP; with 0.5 a residual branch scales with 1/sqrt(depth)."""
+    """Exponent of depth: the rules scale residual branches by depth^-alpha. 1 is CompleteP."""
     batch_exponent: float = 0.5
-    """Learning rate is proportional to batch^this (Malladi et al. 2022, arXiv 2205.10287), below the critical batch."""
+    """Exponent of the batch in the learning rate (Malladi et al. 2022, arXiv 2205.10287), below the critical batch."""
     tokens_exponent: float = 0.3
-    """Learning rate is proportional to tokens^-this. Empirical; `leviathan metap fit` measures it."""
+    """Exponent of 1 / tokens in the learning rate. Empirical: `leviathan metap fit` measures it."""
     tau: float | None = None
     """Weight decay as a timescale: the fraction of the run over which weights are averaged (Wang & Aitchison 2024,
     arXiv 2405.13698). Null: the timescale that optimizer.weight_decay gives at the base.
     """
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
-    """Multipliers of the base."""
+    """Multipliers at the base, from which the rules derive `model.multipliers`."""
     critical_batch: float | None = None
     """Critical batch of the base's run, in tokens; grows with tokens^0.46 (Bergsma et al. 2025, arXiv 2505.13738)."""
     allow_supercritical: bool = False

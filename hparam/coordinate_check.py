@@ -1,8 +1,8 @@
-"""Coordinate check: verify that the change of activations over a few steps does not depend on the model's size.
+"""Coordinate check: verify that activations change equally over a few steps, whatever the model's size.
 
 The check measures changes because initial activations hardly depend on the parametrization (Yang et al. 2022, arXiv
-2203.03466, appendix D.1). A slope is that of log2 of the root mean square against log2 of the size, with logarithms
-averaged over seeds.
+2203.03466, appendix D.1). A slope is fitted to log2 of a change's root mean square (geometric mean over seeds) as a
+function of log2 of the size.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ LIMITS: Mapping[SizeAxis, Mapping[str, float]] = {
 }
 """The largest absolute slope allowed for the change of each quantity."""
 CONTROLS: Mapping[SizeAxis, float] = {SizeAxis.width: 0.4, SizeAxis.depth: 0.3}
-"""Slope that some quantity must at least have with standard rules; otherwise the check could not detect wrong rules."""
+"""With standard rules, the slope of some quantity must be at least this: else the check cannot detect wrong rules."""
 
 Measured = Mapping[str, Mapping[str, float]]
-"""quantity -> `initial` and `change`, root mean squares."""
+"""quantity -> root mean squares: `initial`, of its values before training, and `change`, of their change."""
 Measure = Callable[[SizeAxis, int, int, Parametrization], Measured]
 """(axis, factor, seed, parametrization) -> measured quantities."""
 
@@ -47,7 +47,7 @@ class AxisResult:
         return {name: {q: slope(self.factors, found) for q, found in by.items()} for name, by in self.values.items()}
 
     def failures(self) -> list[str]:
-        """Describe slopes beyond their limits, and a control whose slopes are too small to trust the check."""
+        """Describe each slope beyond its limit, and report if standard rules, the control, have too small slopes."""
         found = []
         ours, control = self.slopes[Parametrization.metap.value], self.slopes[Parametrization.standard.value]
         limits = {name: limit for name, limit in LIMITS[self.axis].items() if name in ours}

@@ -1,8 +1,8 @@
 """Fit a sweep: the best learning rate, its confidence interval, and its dependence on the sizes of the run.
 
-An optimum is the vertex of a parabola in log2 of the learning rate, through the best point of the mean over seeds and
-its neighbours. A best point at the edge of the grid is rejected. Intervals are bootstraps over seeds, with the same
-resamples for every setting, so that differences are paired.
+Losses are averaged over seeds. A parabola in log2 of the learning rate passes through the lowest mean and its two
+neighbours; the optimum is its vertex. A lowest mean at the edge of the grid is rejected. Confidence intervals are
+bootstrapped over seeds, with the same resamples for every setting, so differences between settings are paired.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses of one setting, [learning rates, seeds], rates ascending. `chosen` seeds are given by index."""
+    """Losses of one setting, [learning rates, seeds], rates ascending. `chosen`: indices of the seeds to average."""
 
     name: str
     log2_lrs: NDArray[np.float64]
@@ -60,13 +60,13 @@ class Curve:
         return range(self.losses.shape[1])
 
     def mean(self, chosen: Sequence[int]) -> NDArray[np.float64]:
-        """Return the mean loss of the chosen seeds at each rate; inf if one of them diverged."""
+        """Return the mean loss of the chosen seeds at each learning rate; inf if the run of one of them diverged."""
         mean = self.losses[:, list(chosen)].mean(1)
         return np.where(np.isnan(mean), np.inf, mean)
 
     def vertex(self, chosen: Sequence[int]) -> tuple[float, float]:
-        """Return the best log2 learning rate of the mean over the seeds, and its loss. Raises `ConfigError` if the best
-        point is at the edge of the grid.
+        """Return the optimum of the mean over the chosen seeds: log2 learning rate and loss. Raises `ConfigError` if
+        the best point is at the edge of the grid or every run diverged.
         """
         mean = self.mean(chosen)
         best = int(mean.argmin())
@@ -84,7 +84,7 @@ class Curve:
         return float(self.log2_lrs[best] + place), float(c + b * place + a * place * place)
 
     def vertices(self, resamples: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """Return the vertex of each resample, [resamples, (log2 lr, loss)], or the best point if it is at the edge."""
+        """Return [resamples, (log2 lr, loss)]: each resample's vertex, or its best point if that is at the edge."""
         found = []
         for chosen in resamples:
             try:
@@ -95,7 +95,7 @@ class Curve:
         return np.array(found)
 
     def at(self, log2_lr: float, chosen: Sequence[int]) -> float:
-        """Return the loss at any rate, on the parabola through the three nearest points; inf beyond the grid."""
+        """Return the loss at a learning rate, on the parabola through the 3 nearest points; inf beyond the grid."""
         mean, rates = self.mean(chosen), self.log2_lrs
         if not rates[0] <= log2_lr <= rates[-1]:
             return math.inf
@@ -107,8 +107,8 @@ class Curve:
 
 
 def curve(name: str, losses: Losses, scale: Scale | None = None) -> Curve:
-    """Make a curve. Raises `ConfigError` if a seed is missing at a rate, so that seeds cannot be paired, or for too few
-    rates.
+    """Make a curve. Raises `ConfigError` if there are fewer than three learning rates, or if one of them lacks a seed:
+    seeds could not be paired.
     """
     rates = sorted(losses)
     seeds = sorted({seed for by in losses.values() for seed in by})
@@ -122,7 +122,7 @@ def curve(name: str, losses: Losses, scale: Scale | None = None) -> Curve:
 
 
 def resamples(seeds: int) -> list[tuple[int, ...]]:
-    """Return every choice of `seeds` seeds with replacement, or a random thousand if there are more."""
+    """Return every way to draw `seeds` seeds with replacement, or `MOST_RESAMPLES` random ones if there are more."""
     if seeds**seeds <= MOST_RESAMPLES:
         return list(itertools.product(range(seeds), repeat=seeds))
     generator = np.random.default_rng(0)
@@ -142,14 +142,14 @@ def optimum(one: Curve) -> Optimum:
 
 
 def drift(first: Curve, last: Curve) -> Interval:
-    """Return the octaves from the optimum of `first` to that of `last`, paired by seed."""
+    """Return by how many octaves the best learning rate of `last` exceeds that of `first`, paired by seed."""
     drawn = resamples(len(first.seeds))
     value = last.vertex(last.seeds)[0] - first.vertex(first.seeds)[0]
     return _interval(value, last.vertices(drawn)[:, 0] - first.vertices(drawn)[:, 0])
 
 
 def penalty(first: Curve, last: Curve) -> Interval:
-    """Return the cost of a transfer in nats: the loss of `last` at the optimum of `first`, less that at its own."""
+    """Return the cost of a transfer in nats: the loss of `last` at the optimum of `first` minus at its own."""
     drawn, seeds = resamples(len(first.seeds)), first.seeds
     value = last.at(first.vertex(seeds)[0], seeds) - last.vertex(seeds)[1]
     pairs = zip(drawn, first.vertices(drawn)[:, 0], last.vertices(drawn)[:, 1], strict=True)
@@ -157,13 +157,13 @@ def penalty(first: Curve, last: Curve) -> Interval:
 
 
 def exponents(curves: Sequence[Curve]) -> dict[str, Interval]:
-    """Fit the exponents of the best learning rate, jointly for the sizes that take three values or more."""
+    """Fit the best learning rate as a product of powers of the sizes with three values or more: size -> power."""
     varying = [size for size in SIZES if len({getattr(one.scale, size) for one in curves}) >= 3]
     if not varying or len(curves) < len(varying) + 2:
         return {}
     x = _logs(curves, varying)
     if np.linalg.matrix_rank(x) < x.shape[1]:
-        return {}  # the sizes only vary together
+        return {}  # the sizes vary only together, so their exponents cannot be separated
     whole = _solve(x, np.array([one.vertex(one.seeds)[0] for one in curves]))
     drawn = resamples(len(curves[0].seeds))
     columns = np.stack([one.vertices(drawn)[:, 0] for one in curves], 1)
@@ -181,10 +181,11 @@ def _solve(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64
 
 
 def predicted_optimum(curves: Sequence[Curve]) -> dict[str, Any] | None:
-    """Predict the optimum of the largest setting from the others, and return it with the swept one; None for fewer than
-    three settings.
+    """Predict the optimum of the most expensive setting from the other settings, and return it with the measured one.
+    Return None for fewer than three settings.
 
-    The prediction is a fit over the sizes that vary among the others, or the mean of their optima if too few vary.
+    The prediction is a fit over the sizes that vary among the others. With fewer than three others, no more others than
+    varying sizes, or sizes that vary only together, it is the mean of their optima.
     """
     if len(curves) < 3:
         return None

@@ -41,7 +41,7 @@ def draw_check(results: Sequence[AxisResult]) -> bytes:
 
 
 def _span(panel: Any, values: Sequence[float], octaves: float = 3.0) -> None:
-    """Show at least this many octaves, so that a small change looks small."""
+    """Make the y axis span at least `octaves` octaves, so that a small change looks small."""
     logs = np.log2([value for value in values if value > 0] or [1.0])
     middle, half = (logs.max() + logs.min()) / 2, max(logs.max() - logs.min(), octaves) / 2 + 0.3
     panel.set_ylim(2 ** (middle - half), 2 ** (middle + half))
@@ -63,7 +63,7 @@ def draw_sweep(by_rules: Mapping[str, Sequence[Curve]]) -> bytes:
                 try:
                     panel.plot(*one.vertex(one.seeds), "*", color=colour, markersize=13)
                 except ConfigError:
-                    continue  # no optimum: the fit reports it
+                    continue  # no star: the fit reports that the optimum is missing
             panel.set_ylim(lowest - 0.05 * (top - lowest), top)  # space for the stars
             panel.set_xlabel("log2 of the learning rate")
             panel.set_title(rules, fontsize=10)

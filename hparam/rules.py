@@ -1,4 +1,4 @@
-"""Define scaling rules as data: initial standard deviation, learning rate and epsilon of each role by size.
+"""Define scaling rules as data: how initial standard deviation, learning rate and epsilon of each role scale.
 
 `metap` is Leviathan's own set of rules; Meta has not published its rules. It combines CompleteP (Dey et al. 2025, arXiv
 2505.01618, table 1), Adam's epsilons from Complete(d)P (arXiv 2512.22382, table 1), and the rules for experts at fixed
@@ -6,8 +6,8 @@ sparsity from the Maximally Scale-Stable Parameterization (arXiv 2605.14200). Th
 zero, because exact ties send every token to the same experts. `standard` is common practice: standard deviation by
 fan-in, smaller residual branches in deeper models, and one learning rate.
 
-A rule is a product of ratios target / base, each to a power. `a` is the depth exponent, 1 for CompleteP. `fan_in`,
-`fan_out` and `larger` (the larger of the two) are those of the matrix. All rules are 1 if target and base are equal.
+A rule is a product of ratios target / base, each to a power. `a` is `HparamConfig.alpha`. `fan_in`, `fan_out` and
+`larger` (the larger of the two) are sizes of the role's matrix. If target and base are equal, every rule gives 1.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ MUON = {
     "shape_scaling": "fan_out^1/2 larger^-1/2 num_layers^a-1",
     "match_adamw": "fan_out^1/2 fan_in^-1/2 larger^-1/2 num_layers^a-1",
 }
-"""Learning rate of matrices under Muon, by `muon.scale`. Muon's update has spectral norm 1 before that scale
-(`train.optim.muon`); the rule makes a step's spectral norm proportional to sqrt(fan_out / fan_in) (Yang et al. 2023,
+"""Learning rate of matrices under Muon, by `muon.scale`. Without that scale, Muon's update has spectral norm 1
+(`train.optim.muon`). The rule makes a step's spectral norm proportional to sqrt(fan_out / fan_in) (Yang et al. 2023,
 arXiv 2310.17813).
 """
 MULTIPLIERS = {
@@ -68,7 +68,7 @@ MULTIPLIERS = {
 }
 LOGITS_WITH_MULTIPLIER = "hidden_size^-1"
 GATES_NOT_NORMALISED = "top_k^-1"
-"""For sigmoid gates without normalisation: the sum over a token's experts grows with top_k."""
+"""Multiplier of sigmoid gates without normalisation, because their sum over a token's experts grows with top_k."""
 
 
 class Parametrization(Enum):
@@ -78,8 +78,8 @@ class Parametrization(Enum):
 
 
 class HeadForm(Enum):
-    """Where the output's factor 1 / hidden_size is: `absorbed` in the head's standard deviation and learning rate, or a
-    `multiplier` on the logits, which tied embeddings need. Both train the same function.
+    """How the logits get a factor 1 / hidden_size: `absorbed` in the head's standard deviation and learning rate, or a
+    `multiplier` on the logits, which tied embeddings need. Training is the same with both.
     """
 
     absorbed = "absorbed"
@@ -88,7 +88,7 @@ class HeadForm(Enum):
 
 @dataclass(frozen=True)
 class Power:
-    """ratio ** (constant + depth * a)."""
+    """The factor ratio ** (constant + depth * a), with the ratio target / base of `size`."""
 
     size: str
     constant: float
@@ -106,7 +106,7 @@ class Rule:
 
 
 def monomial(text: str) -> Monomial:
-    """Parse `fan_in^-1 num_layers^a-1`; `1` has no powers."""
+    """Parse text such as `fan_in^-1 num_layers^a-1`; `1` gives no powers."""
     return () if text == "1" else tuple(_power(word) for word in text.split())
 
 

@@ -14,8 +14,8 @@ _MAY_BE_ABSENT = ("dense_hidden_size", "shared_expert_hidden_size", "expert_hidd
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of a whole model, independent of its layout. `batch` is the tokens of one optimizer step, `tokens` those of
-    the run. Sizes of layers that the model lacks are 0.
+    """Sizes of a whole model and its run, independent of the layout. `batch` is the number of tokens in an optimizer
+    step, and `tokens` the number in the run. Sizes of layers that the model lacks are 0.
     """
 
     hidden_size: int
@@ -24,7 +24,7 @@ class Scale:
     query_width: int
     """Width of all query heads together."""
     value_width: int
-    """Width of all value heads together, and of all key heads together."""
+    """Width of all value heads together; all key heads together are equally wide."""
     dense_hidden_size: int
     shared_expert_hidden_size: int
     expert_hidden_size: int
@@ -92,11 +92,11 @@ SPANS: Mapping[Role, tuple[str | None, str]] = {
     Role.expert_down: ("hidden_size", "expert_hidden_size"),
     Role.router: ("num_experts", "hidden_size"),
 }
-"""Fan out (None: the vocabulary, which is not scaled) and fan in of each role's matrix."""
+"""Fan out and fan in of each role's matrix. A fan out of None is the vocabulary, whose size no rule uses."""
 
 
 def ratios(base: Scale, target: Scale, role: Role | None = None) -> dict[str, float]:
-    """Return target / base for every size that both have; with a role also for `fan_in`, `fan_out` and `larger`."""
+    """Return target / base for every size that both have and, given a role, for `fan_in`, `fan_out` and `larger`."""
     first, second = asdict(base), asdict(target)
     found = {name: second[name] / first[name] for name in first if first[name] and second[name]}
     if role is not None and role in SPANS:
@@ -110,7 +110,7 @@ def ratios(base: Scale, target: Scale, role: Role | None = None) -> dict[str, fl
 
 
 def check_registry(infos: Mapping[str, ParameterInfo], scale: Scale) -> None:
-    """Raise `TypeError` if the shape of a matrix is not the one in `SPANS`: a rule would scale it by a wrong size."""
+    """Raise `TypeError` if the shape of a matrix differs from `SPANS`, because rules would scale it by a wrong size."""
     sizes = asdict(scale)
     for info in infos.values():
         if info.role.is_norm:

@@ -1,5 +1,5 @@
-"""Transfer hyperparameters from a base to a target of another size. Sizes are those of whole models, so the result does
-not depend on the layout.
+"""Transfer hyperparameters from a base to a target of another size. Sizes are those of whole models, not of shards, so
+the result does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model.roles import Role
 CRITICAL_EXPONENT = 0.46
 LEAST_BETA2, MOST_BETA2 = 0.9, 0.9999
 DIGITS = 10
-"""Significant digits of a result: platforms differ in the last digits of a power."""
+"""Significant digits to which results are rounded, because platforms differ in the last digits of a power."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BaseHyperparameters:
     muon: frozenset[Role] = frozenset()
     muon_scale: str = "unit_rms_norm"
     sums_gates: bool = False
-    """Whether the routing weights of a token are unnormalised sigmoids."""
+    """Whether the sum of a token's routing weights grows with top_k, as for unnormalised sigmoids."""
     tied: bool = False
 
 
@@ -87,7 +87,7 @@ def transfer(config: HparamConfig, target: Scale, found: BaseHyperparameters) ->
         decay = _decay(config, found, role, lr, base, target) if carries else found.weight_decay[role]
         roles[role] = RoleValues(std, lr, eps, decay)
     beta2 = found.beta2
-    if carries:  # the half-life in tokens stays the same
+    if carries:  # keep the half-life of beta2 in tokens
         beta2 = _rounded(min(MOST_BETA2, max(min(LEAST_BETA2, beta2), beta2 ** general["batch"])))
     matrix = next((role for role in found.lr if role.is_matrix and found.weight_decay[role] * found.lr[role]), None)
     tau = None if matrix is None else 1 / (roles[matrix].lr * roles[matrix].weight_decay * target.steps)
@@ -100,7 +100,7 @@ def transfer(config: HparamConfig, target: Scale, found: BaseHyperparameters) ->
 def _decay(
     config: HparamConfig, found: BaseHyperparameters, role: Role, lr: float, base: Scale, target: Scale
 ) -> float:
-    """Return the weight decay that keeps lr * decay * steps, which is 1 / tau."""
+    """Return the weight decay with which lr * weight decay * steps is 1 / tau (`config.tau`, or else the base's)."""
     if not found.weight_decay[role] or not lr:
         return 0.0
     inverse_tau = 1 / config.tau if config.tau else found.lr[role] * found.weight_decay[role] * base.steps
@@ -142,7 +142,7 @@ def _check(config: HparamConfig, base: Scale, target: Scale, found: BaseHyperpar
 
 
 def warnings(config: HparamConfig, base: Scale, target: Scale) -> tuple[str, ...]:
-    """Return the changes over which transfer is not established, with what to sweep again."""
+    """Return a warning, with the remedy, for each change of size over which transfer is not established."""
     found, both = [], ratios(base, target)
     if "num_experts" in both:
         if abs(both["top_k"] / both["num_experts"] - 1) > 1e-9:
@@ -172,7 +172,7 @@ def warnings(config: HparamConfig, base: Scale, target: Scale) -> tuple[str, ...
 
 
 def spans(role: Role) -> str:
-    """Return fan in -> fan out of a role's matrix as text, for tables."""
+    """Return "fan in -> fan out" of a role's matrix, or "gain" for a norm, as text for tables."""
     if role not in SPANS:
         return "gain"
     out, into = SPANS[role]

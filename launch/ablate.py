@@ -1,10 +1,10 @@
 """`leviathan filter ablate`: measure whether filtering helps.
 
-The arms train on the filtered data, a random half, the longest half and all data, with equal numbers of tokens. For
-each seed, all arms start from the same initial weights and train the same model for the same number of steps. Arms are
-compared by loss on held-out sequences, which no filter changes, in thirds by difficulty. The difficulty of a sequence
-is its loss under the n-gram model of all training text. Each difference is from the random half of the same seed. Each
-seed draws another random half, so the intervals include the variance of the draw.
+The arms train on the filtered data, a random half, the longest half and all data. "Half" means the fraction `keep`.
+For each seed, all arms start from the same weights and train for equally many steps and tokens. They are compared by
+loss on held-out sequences, which no filter changes, in thirds by difficulty. The difficulty of a sequence is its loss
+under the n-gram model of all training text. The loss of the random half with the same seed is subtracted from that of
+each other arm. Each seed draws another random half, so the confidence intervals include the variance of the draw.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class AblateConfig:
     steps: int = 200
     """Training steps of each run."""
     sequences: int = 64
-    """Held-out sequences of each source."""
+    """Largest number of held-out sequences per source."""
     train: list[str] = field(default_factory=lambda: ["experiment=smoke"])
     """Overrides of `leviathan train`."""
 
@@ -102,7 +102,7 @@ def _run(config: AblateConfig, filter_: FilterRules | None, root: Path, name: st
 
 
 def _counts(restored: RestoredRun, most: int) -> Iterator[tuple[str, int]]:
-    """Yield each source that has held-out sequences, and how many of them are used."""
+    """Yield each source with held-out sequences, and the number of them to use, at most `most`."""
     loader = restored.loader()
     counts = ((source, min(most, loader.num_held_out(source))) for source in restored.corpus.sources)
     return ((source, count) for source, count in counts if count)

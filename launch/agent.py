@@ -1,6 +1,6 @@
 """Run the ranks of one node with torchrun's agent, in this process.
 
-This adds to plain torchrun: A rank's exit code says whether a restart can help. Each rank's output is written to the
+This adds to plain torchrun: A rank's exit code tells whether a restart can help. Each rank's output is written to the
 run's directory. The rank that failed first is reported first. On any number of nodes, ranks of a new attempt never read
 what an earlier attempt left in the store.
 """
@@ -36,16 +36,16 @@ from core.exit_codes import ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
 from launch.diagnose.machine import cores
 
 SAVE_S = 600  # time for ranks to save after a signal
-KILL_AFTER_S = 20  # time for ranks to end after another rank has crashed; they have nothing to save
+KILL_AFTER_S = 20  # time for ranks to end after another rank has crashed, without which they cannot save
 JOIN_S = 600  # time for all nodes to join the rendezvous
 END_TOGETHER_S = 60  # time to wait for the other nodes after this node's ranks have ended
-ALONE_S = 10  # time for ranks to fail by themselves after another node has given up; suspended ranks never do
+ALONE_S = 10  # time for ranks to fail by themselves after another node has given up; suspended ranks never fail
 GIVEN_UP = "given up"
 
 
 @dataclass(frozen=True)
 class Node:
-    """What to start on one node. `rendezvous`: host and port of the first node; None with a single node."""
+    """The ranks to start on one node. `rendezvous`: host and port of the first node, or None with a single node."""
 
     command: tuple[str, ...]
     """Each rank runs `python COMMAND...`."""
@@ -70,7 +70,7 @@ class Unreachable(ConfigError):
 
 
 class AgentInterrupted(LeviathanError):
-    """The agent received the signal `signal_number`; its ranks have saved."""
+    """The agent received the signal `signal_number`, and its ranks have saved."""
 
     exit_code = INTERRUPTED
 
@@ -80,12 +80,12 @@ class AgentInterrupted(LeviathanError):
 
 
 def run(node: Node) -> int:
-    """Start the ranks and wait for them. Return 0, the code of the first expected error or interruption, or CRASHED.
+    """Start the ranks and wait for them. Return 0, CRASHED, or the code of the first expected error or interruption.
 
     Raises `AgentInterrupted` after a signal, `NodesNotMet` if the rendezvous fails, `Unreachable` for an unusable
     rendezvous address.
     """
-    for name in ("multiprocessing.api", "agent.server.api", "rendezvous.dynamic_rendezvous"):  # reported below
+    for name in ("multiprocessing.api", "agent.server.api", "rendezvous.dynamic_rendezvous"):  # reported here instead
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ["PYTHONSAFEPATH"] = "1"  # else `-m train` would run a train.py in the current folder
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // node.ranks)))
@@ -114,8 +114,8 @@ def run(node: Node) -> int:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise NodesNotMet(f"the nodes do not meet: {reason}") from None
     finally:
-        if not interrupted:  # other nodes get their own signal
-            handler.shutdown()
+        if not interrupted:  # after a signal, each node gets the signal itself
+            handler.shutdown()  # closes the rendezvous for all nodes
 
 
 class _Agent(LocalElasticAgent):
@@ -132,8 +132,8 @@ class _Agent(LocalElasticAgent):
         )
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        """Agree with all nodes on an id of this attempt. Their own counts of restarts may differ."""
-        store: Any = worker_group.store  # of this rendezvous round only
+        """Agree with all nodes on an id of this attempt, since the nodes' counts of restarts may differ."""
+        store: Any = worker_group.store  # the store of this rendezvous round only
         if worker_group.group_rank == 0:
             store.set("attempt", uuid.uuid4().hex)
         os.environ[ATTEMPT] = store.get("attempt").decode()
@@ -148,7 +148,7 @@ class _Agent(LocalElasticAgent):
             if self._remaining_restarts:
                 lines.append(f"leviathan: restarting the ranks; restarts left: {self._remaining_restarts}")
             elif not final:  # after a final error other nodes' ranks fail alike, and may still be saving
-                with suppress(dist.DistError, RuntimeError):  # the store's node is gone, which the others notice
+                with suppress(dist.DistError, RuntimeError):  # the node of the store is gone; other nodes notice that
                     store: Any = worker_group.store
                     store.set(GIVEN_UP, "")
             print("\n".join(lines), file=sys.stderr, flush=True)
@@ -171,12 +171,12 @@ class _Agent(LocalElasticAgent):
         super()._shutdown(signal.SIGTERM, KILL_AFTER_S)
 
     def _shutdown(self, death_sig: signal.Signals | None = None, timeout: int = 0) -> None:
-        """Give ranks time to save after a signal, but not if the agent gives up: the first node is gone then."""
+        """Give ranks time to save after a signal. Do not wait if the agent gives up: the first node is gone."""
         super()._shutdown(death_sig or signal.SIGTERM, SAVE_S if death_sig else KILL_AFTER_S)
 
 
 class RankLogs(LogsSpecs):
-    """Write each rank's output to logs/rank-00000/ etc., in new files at each start. Show rank 0's as well."""
+    """Write each rank's output to logs/rank-00000/ etc., in new files at each start. Also show that of rank 0."""
 
     def __init__(self, directory: Path, shows_output: bool) -> None:
         super().__init__(str(directory), redirects=Std.ALL)
@@ -204,8 +204,8 @@ class RankLogs(LogsSpecs):
 def failure_lines(result: RunResult, logs: Path) -> Iterator[str]:
     """Yield lines that report failed ranks.
 
-    For an expected error, yield its message, unless rank 0 has printed it already. Otherwise yield a line per rank: the
-    first cause comes before ranks that only lost a connection.
+    For an expected error, yield its message, unless rank 0 has printed it already. Otherwise yield lines for up to four
+    ranks. The rank that failed first comes before ranks that only lost a connection.
     """
     expected = {rank: failure for rank, failure in result.failures.items() if _is_final(failure.exitcode)}
     if expected:
@@ -223,7 +223,7 @@ def failure_lines(result: RunResult, logs: Path) -> Iterator[str]:
             name = signal.Signals(-failure.exitcode).name
             causes.append((2 * ours, failure.timestamp, f"rank {rank} was ended by {name}"))
         else:
-            line = f"rank {rank} failed: {last or 'without a message'}"
+            line = f"rank {rank} failed: {last or 'no message'}"
             causes.append((1 + is_consequence(last), failure.timestamp, line))
     first, *rest = [line for _, _, line in sorted(causes)]
     yield f"leviathan: {first}  (its output: {logs})"
@@ -280,7 +280,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _interface(address: str) -> str | None:
-    """Return the network interface with this address; None for a loopback address."""
+    """Return the network interface with this address, or None for a loopback or unknown address."""
     wanted = ipaddress.ip_address(address)
     if wanted.is_loopback:
         return None
@@ -292,7 +292,7 @@ def _interface(address: str) -> str | None:
 
 
 def _own_address(node: Node) -> str:
-    """Return the address at which other nodes reach this one; the host's own name need not resolve."""
+    """Return the address at which other nodes reach this one. Works even if the name of this host does not resolve."""
     if node.rendezvous is None:
         return "127.0.0.1"
     reason = "it has no address"

@@ -87,7 +87,7 @@ def usage() -> str:
 verbs:
 {verbs}
 
-leviathan VERB --help  lists the verb's keys; leviathan VERB --cfg [KEY=VALUE ...]  shows what it would run
+leviathan VERB --help  lists the verb's keys; leviathan VERB --cfg [KEY=VALUE ...]  prints the resulting configuration
 leviathan train --config RUN/config.yaml [KEY=VALUE ...]  starts from a stored configuration"""
 
 
@@ -130,7 +130,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _stored(verb: Verb, arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Return FILE of `--config FILE`, None without this option, and the other arguments."""
+    """Return FILE of `--config FILE`, or None without this option, and the other arguments."""
     if verb.stored is None or "--config" not in arguments:
         return None, arguments
     at = arguments.index("--config")

@@ -30,7 +30,7 @@ class SlurmConfig:
     constraint: str | None = None
     gres: str | None = None
     cpus: int | None = None
-    """CPUs per node; null: all with `exclusive`, else the cluster's default."""
+    """CPUs per node; null: all CPUs with `exclusive`, else the cluster's default."""
     memory: str | None = None
     exclusive: bool = False
     exclude: list[str] = field(default_factory=list)
@@ -52,13 +52,13 @@ class SlurmConfig:
     max_concurrent: int | None = None
     """Largest number of concurrent runs of a sweep; null: no limit."""
     save_s: int = 300
-    """Seconds before the time limit at which SLURM warns the run, possibly a minute earlier. The run then saves and the
-    job is requeued.
+    """SLURM warns the run this many seconds before the time limit, or up to a minute earlier. The run then saves, and
+    the job is requeued.
     """
     requeues: int = 3
-    """How many times in a row a failed job is requeued without a new checkpoint."""
+    """Maximum number of failures in a row, without a new checkpoint, after which the job is still requeued."""
     doctor: bool = False
-    """Check every node first; exclude slow or faulty ones and requeue the job."""
+    """Check every node before training. If some are slow or faulty, exclude these nodes and requeue the job."""
     follow: bool = True
     """Show the job's log until it ends. Ctrl-C stops the display, not the job."""
     directory: str = "jobs"
@@ -148,7 +148,7 @@ def seconds(time: str) -> int | None:
         return None
     days, _, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    if not days and len(parts) < 3:  # minutes come first
+    if not days and len(parts) < 3:  # without hours, minutes come first
         parts = [0, *parts]
     hours, minutes, secs = (*parts, 0, 0)[:3]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs

@@ -1,4 +1,4 @@
-"""`leviathan VERB --help`: every key with its value, type and documentation."""
+"""Write the text of `leviathan VERB --help`: every key with its value, type and documentation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _component(
     """
     yield ""
     for part in _parts(cls):
-        if part.__doc__ and not part.__doc__.startswith(f"{part.__name__}("):  # a docstring that dataclass generated
+        if part.__doc__ and not part.__doc__.startswith(f"{part.__name__}("):  # no docstring from dataclass
             yield from _comment(part.__doc__, "")
     hints, documentation, inner = typing.get_type_hints(cls), field_documentation(cls), []
     for field in dataclasses.fields(cls):
@@ -81,7 +81,7 @@ def _parts(cls: type) -> list[type]:
 
 
 def _entries(kind: Any) -> Iterator[tuple[type, str]]:
-    """Yield the components inside an optional, list or dict, with a placeholder for their key."""
+    """Yield the components inside an optional, list or dict, with the placeholder INDEX or NAME for their key."""
     names = {list: "INDEX", dict: "NAME"}
     for argument in typing.get_args(kind):
         if dataclasses.is_dataclass(argument):

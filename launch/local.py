@@ -19,8 +19,8 @@ from train.run_directory import RunDirectory, read_config, write_config
 
 
 def train(configs: list[TrainConfig]) -> int:
-    """Train as configured in `launch`; return the exit code. What a single process can check is checked before ranks
-    start, so that an error is printed once.
+    """Train as configured in `launch`; return the exit code. Checks that need only one process run before ranks start,
+    so that an error is printed once.
     """
     for config in configs[1:]:
         for key, (first, other) in differences(configs[0].launch, config.launch, "launch").items():
@@ -31,7 +31,7 @@ def train(configs: list[TrainConfig]) -> int:
     for config in configs:
         check(config, launch.ranks if launch.kind is not LaunchKind.inline else 1)
     if launch.kind is LaunchKind.torchrun and launch.nodes > 1 and configs[0].run.name is None:
-        raise ConfigError("run.name", None, "is required with several nodes: give the same name to each")
+        raise ConfigError("run.name", None, "is required with several nodes: give the same name on each")
     configs = named(configs)
     if launch.kind is LaunchKind.slurm:
         from launch.slurm.submit import submit_and_follow
@@ -52,8 +52,8 @@ def read_stored(path: Path, overrides: Sequence[str]) -> TrainConfig:
 
 
 def _one_by_one(configs: list[TrainConfig], start: Callable[[TrainConfig], int]) -> int:
-    """Train one run after the other. A failed run does not stop the others; an interrupted one does. Return 130 after
-    an interruption, else the first nonzero code.
+    """Train one run after the other. A failed run does not stop the others; an interrupted run does. Return 130
+    after an interruption, else the first nonzero code, or 0.
     """
     codes = []
     for config in configs:
@@ -69,7 +69,7 @@ def _one_by_one(configs: list[TrainConfig], start: Callable[[TrainConfig], int])
 
 
 def named(configs: list[TrainConfig]) -> list[TrainConfig]:
-    """Give each run its own name: NAME, or NAME-0, NAME-1, ... in a sweep without distinct names."""
+    """Give each run its own name: NAME, or NAME-0, NAME-1, ... in a sweep whose runs lack distinct names."""
     if None not in (given := [config.run.name for config in configs]) and len(set(given)) == len(given):
         return configs
     first = RunDirectory.of(configs[0]).path.name

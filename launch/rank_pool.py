@@ -23,11 +23,11 @@ from core.exit_codes import RankFailure, is_consequence
 MOST_RANKS = 8
 GRACE_S = 5.0
 CASES = 12
-"""Number of cases after which ranks are replaced. Gloo keeps the threads of destroyed process groups, which use up the
-cores.
+"""Number of cases after which ranks are replaced. Gloo keeps the threads of destroyed process groups, and they use up
+the cores.
 """
 PRELOAD = ("torch.distributed", "train.trainer")
-"""Modules imported once, by the process from which ranks are forked."""
+"""Modules that the process from which ranks are forked imports once, for all of them."""
 
 
 class RankError(RankFailure):
@@ -96,7 +96,7 @@ class Pool:
             if not ready:
                 self.close()
                 if any(reply[0] == "raised" and not is_consequence(reply[2]) for reply in replies.values()):
-                    return replies  # the others wait for the rank that raised
+                    return replies  # the silent ranks wait for the rank that raised
                 raise Hang(f"ranks {sorted(waiting.values())} of {ranks} did not answer within {timeout_s:.0f} s")
             for connection in typing.cast(list[Connection], ready):
                 rank = waiting[connection]

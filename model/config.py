@@ -37,7 +37,7 @@ class Score(Enum):
 
 
 class WeightsOn(Enum):
-    """Whether routing weights scale an expert's output, or its input (Llama 4), so that they pass through the SiLU."""
+    """Whether routing weights scale an expert's output or, as in Llama 4, its input, so that the SiLU sees them."""
 
     input = "input"
     output = "output"
@@ -47,7 +47,8 @@ class AuxScope(Enum):
     """Tokens over which the auxiliary loss measures the load of experts.
 
     `sequence`: each sequence; the loss is the same under every layout. `whole`: the global batch of the previous step,
-    whose load a pipeline knows before its first backward pass. `micro`: each micro-batch; the loss depends on its size.
+    whose load a pipeline knows before its first backward pass. `micro`: each micro-batch; the loss depends on
+    the micro-batch size.
     """
 
     sequence = "sequence"
@@ -103,7 +104,7 @@ class RouterConfig:
         check_numbers(self, positive=("top_k", "scale"))
 
     def kind(self) -> dict[str, str]:
-        """Return the choices between which no hyperparameter transfers."""
+        """Return the choices in which two models must agree for hyperparameters to transfer."""
         norm = str(self.norm_topk_prob).lower()
         return {"score": self.score.value, "norm_topk_prob": norm, "weights_on": self.weights_on.value}
 
@@ -113,9 +114,7 @@ class BalanceConfig:
     """Load balancing of experts. A coefficient of 0 disables its term; any combination is allowed."""
 
     bias_rate: float = 0.0
-    """Change of an expert's selection bias per step, against the deviation of its load from the mean (Wang et al. 2024,
-    2408.15664).
-    """
+    """Step of an expert's selection bias: up below the mean load, down above it (Wang et al. 2024, 2408.15664)."""
     aux: float = 0.0
     """Coefficient of the auxiliary loss E * sum_e load_e * probability_e, mean over tokens (Fedus et al. 2021, 2.2)."""
     aux_scope: AuxScope = AuxScope.sequence
@@ -128,7 +127,7 @@ class BalanceConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Initial weights, normal with mean 0. None for `embedding_std`, `head_std` or `router_std`: the general rule."""
+    """Initial weights, normal with mean 0. A std of None (embedding, head, router) follows `std` and `fan_in`."""
 
     std: float = 0.02
     fan_in: bool = False
@@ -210,7 +209,7 @@ class ModelConfig:
     moe_every: int = 1
     """Layers whose (index + 1) is a multiple of this are MoE layers; 0: none."""
     nope_every: int = 4
-    """Layers whose (index + 1) is a multiple of this have no rotary positions and full attention; 0: none."""
+    """Layers whose (index + 1) is a multiple of this have full attention without rotary positions; 0: none."""
     attention_chunk_size: int | None = 8192
     qk_norm: QKNorm = QKNorm.weightless
     rope_theta: float = 500000.0
@@ -230,7 +229,7 @@ class ModelConfig:
     layer_list: list[LayerConfig] | None = None
     """Explicit list of layers. None: built from the shorthands above."""
     init_from: str | None = None
-    """Initial weights: a Hugging Face checkpoint directory, an imported one, or a run directory."""
+    """Initial weights: the directory of a Hugging Face checkpoint, of an imported checkpoint, or of a run."""
     upcycle: UpcycleConfig | None = None
     """Convert the dense layers of `init_from` into experts."""
 

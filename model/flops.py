@@ -25,14 +25,14 @@ class Flops:
 
 
 def training_flops(model: ModelConfig, seq_len: int) -> Flops:
-    """Return the FLOPs per token for sequences of one document each. Packed documents make attention cheaper."""
+    """Return the FLOPs per token for sequences of one document each. Attention in packed documents needs fewer."""
     active = model.hidden_size * model.vocab_size + sum(active_parameters(model, layer) for layer in model.blocks)
     reach = sum(min(seq_len, layer.attention_chunk_size or seq_len) for layer in model.blocks)
     return Flops(matrices=6.0 * active, attention=6.0 * reach * model.num_heads * model.head_dim)
 
 
 def active_parameters(model: ModelConfig, layer: LayerConfig) -> int:
-    """Return the number of parameters in one layer's matrices that each token uses."""
+    """Return how many parameters in the matrices of one layer each token uses."""
     attention = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads)
     if layer.feed_forward is FeedForward.dense:
         return attention + 3 * model.hidden_size * model.dense_hidden_size

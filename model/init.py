@@ -90,7 +90,7 @@ def _uniform(counter: Tensor, key: int) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Shift right logically, where `>>` on int64 shifts arithmetically."""
+    """Shift right and fill with zeros; `>>` on int64 would fill with the sign bit."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""The memory-bound steps of an MoE layer: permute tokens by expert, unpermute them, and SwiGLU between two matmuls.
+"""The memory-bound steps of an MoE layer: permute tokens by expert, unpermute them, and compute SwiGLU in between.
 
 `TorchKernels` uses PyTorch operations. `TritonKernels` reads and writes the data once; it computes in at least float32
 and rounds once. No sum depends on the order in which threads run.
@@ -8,8 +8,8 @@ Two operations serve permute, unpermute and both backward passes, because each i
     spread:   row[c]   = weight[slot of c] * token[slot of c // K], zero where c is padding
     collect:  token[t] = sum over k of weight[t, k] * row[place[t, k]]
 
-The gradient of a weight is the dot product of its token and its row. It is computed while both are read for the other
-gradient.
+The gradient of a weight is the dot product of its token and its row. The backward pass computes it together with the
+other gradient, which reads both.
 
 Shapes: T tokens, D hidden size, K experts per token, S = T*K routed slots, C rows sorted by expert (slots and padding),
 F expert hidden size.
@@ -30,7 +30,7 @@ from precision.gemm import Groups, at_least_float32
 
 
 class SortedSlots(NamedTuple):
-    """Positions of routed slots among rows sorted by expert. Each expert's rows are padded to some multiple."""
+    """Positions of routed slots among rows sorted by expert. Each expert's rows may be padded for the GEMM."""
 
     source_C: Tensor
     """Slot (token * K + k) of each row, int64; arbitrary for padding rows."""
@@ -39,7 +39,7 @@ class SortedSlots(NamedTuple):
     groups: Groups
     """Rows of each expert, padding included."""
     is_padding_C1: Tensor | None = None
-    """Which rows are padding, bool; None if none are."""
+    """Whether each row is padding, bool; None without padding."""
 
     @property
     def top_k(self) -> int:
@@ -52,7 +52,7 @@ RowsOp = Callable[[Tensor, SortedSlots, Tensor | None, Tensor | None], MovedRows
 
 
 class MoEKernels:
-    """The steps as differentiable operations. Subclasses implement `spread`, `collect` and the SwiGLU passes."""
+    """The three steps as differentiable operations. Subclasses implement `spread`, `collect` and the SwiGLU passes."""
 
     def permute(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None = None) -> Tensor:
         """Copy tokens to their rows [C, D], times their routing weights if given; padding is zero."""
@@ -69,7 +69,7 @@ class MoEKernels:
         return _SwiGLU.apply(self, gate_CF.flatten(0, -2), up_CF.flatten(0, -2)).view(gate_CF.shape)
 
     def swiglu_halves(self, gate_up_C2F: Tensor) -> Tensor:
-        """Apply `swiglu` to the left and right half of each row. Autograd would copy to join gradients of two views."""
+        """Apply `swiglu` to the left and right half of each row. For two views, autograd would copy both gradients."""
         return _SwiGLU.apply(self, gate_up_C2F.flatten(0, -2)).unflatten(0, gate_up_C2F.shape[:-1])
 
     def spread(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, y_CD: Tensor | None) -> MovedRows:
@@ -85,7 +85,7 @@ class MoEKernels:
         raise NotImplementedError
 
     def swiglu_backward(self, grad_CF: Tensor, saved: Sequence[Tensor | None], into: Sequence[Tensor]) -> None:
-        """Write the gradients of gate and up `into` two tensors. `saved`: silu(gate) or None, gate, up."""
+        """Write the gradients of gate and up `into` two tensors. `saved`: silu(gate) or None, gate and up."""
         raise NotImplementedError
 
 
@@ -227,7 +227,7 @@ def _power_of_two(size: int) -> int:
 
 
 def _sizes(x: Tensor) -> dict[str, Any]:
-    """Return a kernel's block size, accumulation type and warps. A thread has 8 elements (16 bytes of bf16)."""
+    """Return a kernel's block size, accumulation type and warps. Each thread gets 8 elements (16 bytes of bf16)."""
     import triton.language as tl
 
     block = min(_power_of_two(x.shape[-1]), 1024)

@@ -17,7 +17,7 @@ from precision.resolve import LayerGemms
 
 
 class _Projection(nn.Module):
-    """Owns a weight of this shape and the backend that computes its matmul."""
+    """Owns a weight of shape `shape` and the backend that computes its matmul."""
 
     def __init__(self, shape: tuple[int, ...], role: Role, gemms: LayerGemms) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class GroupedLinear(_Projection):
 class GroupedGateUp(_Projection):
     """Gate and up matrices of each expert in one matmul, which reads the input once; weight [E, 2, F, D].
 
-    Gate and up have a dimension of their own (2) because a weight stacked along F could not be sharded along F.
+    Gate and up are stacked along their own dimension, because a weight stacked along F could not be sharded along F.
     """
 
     def __init__(self, experts: int, in_size: int, out_size: int, role: Role, gemms: LayerGemms) -> None:

@@ -1,4 +1,4 @@
-"""Load balancing of experts: auxiliary loss, router z-loss, selection biases and the loads that they need.
+"""Load balancing of experts: auxiliary loss, router z-loss, selection biases, and the measured loads.
 
 The two losses enter by gradient injection. The router's logits pass through an autograd function whose forward pass
 changes nothing and whose backward pass adds the gradients of the losses and counts the loads. The backward pass runs
@@ -57,7 +57,7 @@ class RouterBalance(nn.Module):
         self.register_buffer("sums", torch.zeros(len(RouterSums._fields), dtype=torch.float64), persistent=False)
 
     def reset(self) -> None:
-        """Set the initial values; `to_empty` leaves the buffers undefined."""
+        """Set the initial values, because `to_empty` leaves the buffers undefined."""
         for buffer in (self.bias_E, self.counts_E, self.sums):
             buffer.zero_()
         self.load_E.fill_(1)
@@ -167,7 +167,7 @@ class Balancer:
     @torch.no_grad()
     def step(self) -> dict[str, Tensor]:
         """Reduce the counts, update the selection biases and return this step's metrics, still on the device: `counts`
-        int64 [L, E] and each of `RouterSums` [L].
+        int64 [L, E] and each field of `RouterSums` [L].
         """
         layers, experts = self.shape
         if not layers:

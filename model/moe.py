@@ -1,7 +1,7 @@
 """Mixture of experts for one device: route, sort tokens by expert, do a grouped matmul per projection, and combine.
 
 Expert parallelism replaces `MixtureOfExperts.dispatch`; nothing else in this file depends on ranks. No token is
-dropped. At constant active parameters the cost does not grow with the number of experts.
+dropped. With equally many active parameters, more experts cost only the memory traffic of their weights.
 
 Shapes: B batch, T tokens, D hidden size, E experts, K experts per token, S = T*K routed slots, C rows of the experts
 (slots, plus padding where the matmuls need it), F expert hidden size.
@@ -85,14 +85,14 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    """Sends tokens to their experts; applies the routing weights before or after, as configured."""
+    """Sends tokens to their experts. Applies routing weights before or after the experts, as `weights_on` says."""
 
     def __call__(self, x_TD: Tensor, routing: TopKRouting, /) -> Dispatched: ...
 
 
 @dataclass(frozen=True)
 class LocalDispatcher:
-    """Sort rows by expert, and those of one expert by token. All experts are on this device."""
+    """Sorts rows by expert and, within an expert, by token. All experts are on this device."""
 
     experts: int
     weights_on: WeightsOn
@@ -105,7 +105,7 @@ class LocalDispatcher:
 
 
 def permute_by_expert(experts_TK: Tensor, experts: int, multiple: int = 1) -> SortedSlots:
-    """Sort slots stably by expert id (below `experts`) and pad the rows of each expert to a multiple."""
+    """Sort slots stably by expert id (below `experts`) and pad the rows of each expert to a multiple of `multiple`."""
     sorted_S, order_S = experts_TK.flatten().sort(stable=True)
     counts_E = torch.searchsorted(sorted_S, torch.arange(experts + 1, device=sorted_S.device)).diff()
     row_S = torch.arange(len(order_S), device=order_S.device)

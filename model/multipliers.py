@@ -15,7 +15,7 @@ from model.tensor_source import TensorSource, parameter_infos
 
 
 def fold_multipliers(source: TensorSource) -> TensorSource:
-    """Return `source` with its factors folded into the weights. Raises `ConfigError` if no weight can absorb one."""
+    """Return `source` with its factors folded into the weights. Raises `ConfigError` if a factor cannot be."""
     return source if source.config.multipliers == MultipliersConfig() else FoldedMultipliers(source)
 
 

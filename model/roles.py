@@ -1,6 +1,6 @@
 """Roles of parameters. MetaP, precision, weight decay and sharding depend on the role, never on the name.
 
-They are kept in a registry by name, because `fully_shard`, `deepcopy` and `to_empty` lose attributes of a Parameter.
+Roles are kept in a registry by name, because `fully_shard`, `deepcopy` and `to_empty` lose attributes of a Parameter.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Role(Enum):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether its last two dimensions are a matrix [out, in] between hidden states, stacked along the others.
+        """Whether the parameter is a matrix [out, in] between hidden states, or a stack of such matrices.
         False for embedding, head, router and norms.
         """
         return not self.is_norm and self not in (Role.embedding, Role.head, Role.router)
 
     @property
     def products(self) -> Products | None:
-        """Its group of matmuls; None for norms."""
+        """The group to which its matmul belongs; None for norms."""
         return _PRODUCTS.get(self)
 
     @property
@@ -89,7 +89,7 @@ def registry(model: nn.Module) -> dict[str, ParameterInfo]:
     """Return every parameter of an unwrapped model by name, in the model's order.
 
     Each module has a dict `roles` from the local names of its parameters to their roles. Raises `TypeError` for a
-    parameter without a role: it could not be initialised, decayed or scaled.
+    parameter without a role, which could not be initialised, decayed or scaled.
     """
     found: dict[str, ParameterInfo] = {}
     for prefix, module in model.named_modules():

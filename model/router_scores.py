@@ -1,4 +1,4 @@
-"""Every formula that depends on the router's score function. A new member of `Score` needs a case in each of them.
+"""All formulas that depend on the router's score function. A new member of `Score` needs a case in each function.
 
 Shapes: B batch, T sequence, E experts.
 """

@@ -1,7 +1,7 @@
 """Sources of a model's weights: any block of any parameter, read on demand.
 
 Leviathan checkpoints, Hugging Face checkpoints and upcycled dense models are read this way, so each rank reads only its
-shard and none holds a whole tensor.
+shard and no rank holds a whole tensor.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def blocks(shape: Shape) -> Iterator[tuple[Shape, Shape]]:
-    """Yield the offsets and shapes of blocks that cover a tensor. Each has one expert, or a number of rows."""
+    """Yield the offsets and shapes of blocks that cover a tensor. Each block is one expert's, or a range of rows."""
     step = 1 if len(shape) > 2 else max(1, BLOCK_ELEMENTS // (shape[1] if len(shape) > 1 else 1))
     for start in range(0, shape[0], step):
         rest = shape[1:]

@@ -1,4 +1,4 @@
-"""Pre-norm decoder: embedding, layers of attention and feed-forward, final norm, head.
+"""Pre-norm decoder: embedding, layers of attention and feed-forward, final norm and head.
 
 Shapes: B batch, T sequence, D hidden size, V vocabulary.
 """

@@ -18,8 +18,8 @@ from model.tensor_source import TensorSource, parameter_shapes
 class Upcycled:
     """The tensors of `dense` under the names and shapes of `config`, a mixture-of-experts model.
 
-    Routers are initialised as in a new model, but under `split` the slices of a set have equal rows. Raises
-    `ConfigError` if the sizes do not fit the method.
+    Routers are initialised as in a new model. Under `split`, experts that together are one copy of the dense layer have
+    equal router rows. Raises `ConfigError` if the sizes do not fit the method.
     """
 
     def __init__(self, dense: TensorSource, config: ModelConfig, seed: int) -> None:
@@ -85,7 +85,7 @@ class Upcycled:
         return (matrix + noise.view_as(matrix)).to(matrix.dtype)
 
     def _router(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Return a block with one row per expert. Experts that are slices of one set have equal rows: they tie."""
+        """Return a block with one row per expert. The slices of one dense layer have equal rows, so that they tie."""
         if self.how.method is not UpcycleMethod.split or self.config.shared_hidden_size:
             return self._random(name, Role.router, offset, shape, self.config)
         rows = [(offset[0] + row) // self.slices for row in range(shape[0])]

@@ -1,1 +1,1 @@
-"""Parallelism: the layout of ranks, its meshes, and one file per technique, applied from outside the model."""
+"""Parallelism: the layout of ranks, its meshes, and one file per technique. Techniques wrap a model from outside."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the backward pass of a layer recomputes what was not kept (Chen et al. 2016)."""
+"""Activation checkpointing: the backward pass recomputes activations that were not kept (Chen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _KEPT = frozenset(
         *cpu_gemm.PRODUCTS,
     }
 )
-"""Operations whose results are the costliest to recompute: matmuls and attention."""
+"""Operations whose results `selective` keeps, as the costliest to recompute: matmuls and attention."""
 
 
 def apply(model: Transformer, mode: Recompute) -> None:
-    """Wrap the forward passes in place. Names of modules and parameters do not change.
+    """Checkpoint the layers of a model in place. Names of modules and parameters do not change.
 
-    `full` recomputes whole layers. `selective` recomputes attention and feed-forward parts one by one and keeps what
-    is between them: the residual stream, and the tokens sent to experts, which are not sent again. (A part must not
-    contain FSDP2 units: torch 2.13 counts the operations of a part, and the hooks of an inner unit issue different ones
-    when the forward pass is recomputed.)
+    `full` recomputes whole layers. `selective` recomputes attention, experts and dense feed-forward parts separately,
+    except the operations in `_KEPT`. It keeps the inputs of these parts, so no token is sent to its experts again. (No
+    part may contain an FSDP2 unit: torch 2.13 finds a kept result by the number of preceding calls of its operation,
+    and the hooks of an inner unit issue other operations in the recomputation.)
     """
     if mode is Recompute.none:
         return

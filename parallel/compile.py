@@ -1,7 +1,7 @@
 """Apply torch.compile to each layer separately. Layers of the same kind are compiled once.
 
 MoE layers stay eager: the number of tokens per expert depends on the data, and the grouped matmul cannot be traced in
-float32 (torch 2.13: its shape function requires bfloat16). So does attention over context-parallel sequences.
+float32 (torch 2.13: its shape function requires bfloat16). Attention over context-parallel sequences stays eager too.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from model.transformer import Layer, Transformer
 
 
 def apply(model: Transformer) -> None:
-    """Compile in place. Names of modules and parameters do not change. Contexts must be prepared before they are used:
-    see `ForwardContext.prepare`.
+    """Compile each layer in place. Names of modules and parameters do not change. Call `ForwardContext.prepare` before
+    a forward pass.
     """
-    attends: dict[int, Attend] = {}  # one object for all layers: several would cause recompilation
+    attends: dict[int, Attend] = {}  # layers share one object: several would cause recompilation
     for layer in model.layers.values():
         assert isinstance(layer, Layer)
         if isinstance(layer.ffn, MixtureOfExperts):

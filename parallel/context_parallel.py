@@ -1,9 +1,9 @@
 """Context parallelism: each rank of the axis holds a part of every sequence.
 
-Sequences are split in whole attention chunks. A chunked layer then needs nothing from other ranks, or only the chunk
-before its own if documents start inside a chunk and reach into the next. A rank has some chunks from the head of the
-sequence and as many, or one fewer, from its tail. Since later queries attend to more keys, work is even if a rank has
-an even number of chunks, else as even as whole chunks allow. Layers with full attention get keys by a `ContextMethod`.
+Sequences are split only between attention chunks. Since later queries attend to more keys, a rank has some chunks from
+the head of the sequence and as many, or one fewer, from its tail. Ranks do equal work if each has an even number of
+chunks, else as equal as whole chunks allow. A chunked layer needs keys from other ranks only if documents start inside
+a chunk and reach into the next. Layers with full attention get the keys of other ranks by a `ContextMethod`.
 
 Shapes: B batch, T sequence, L this rank's part of it, H query heads, G key/value heads, K head size, R ranks.
 """
@@ -37,7 +37,7 @@ from parallel.mesh import MeshAxis
 
 
 def apply(model: Transformer, axis: MeshAxis) -> None:
-    """Make every attention layer attend to the keys on other ranks too, by the method of its context."""
+    """Make every attention layer attend to keys on other ranks too, by the `ContextMethod` of the shard."""
     if axis.size > 1:
         for layer in model.layers.values():
             assert isinstance(layer, Layer)
@@ -46,7 +46,7 @@ def apply(model: Transformer, axis: MeshAxis) -> None:
 
 @dataclass(frozen=True)
 class ContextShard:
-    """This rank's part of sequences of one length, split at multiples of `unit` positions."""
+    """This rank's part of any sequence of `length` tokens. Sequences are split at multiples of `unit` tokens."""
 
     axis: MeshAxis
     length: int
@@ -54,8 +54,8 @@ class ContextShard:
     method: ContextMethod
 
     def runs(self, rank: int) -> list[SegmentRun]:
-        """Return the positions of a rank: ceil(m/2) of its m units are from the head of the sequence, in the order of
-        ranks, and the others from its tail, in reverse order.
+        """Return the positions of a rank, as one or two runs. Of its m units, ceil(m/2) are from the head of the
+        sequence, in the order of the ranks, and the others from its tail, in the reverse order.
         """
         units = self.length // self.unit // self.axis.size
         head, tail = -(-units // 2) * self.unit, units // 2 * self.unit
@@ -65,7 +65,7 @@ class ContextShard:
         return found
 
     def with_halo(self, rank: int) -> list[SegmentRun]:
-        """Return the runs of a rank whose previous position is on another rank."""
+        """Return those runs of a rank whose first position follows a position on another rank."""
         runs, last = self.runs(rank), self.axis.size - 1
         return [*(runs[:1] if rank > 0 else []), *(runs[1:] if rank < last else [])]
 
@@ -83,7 +83,7 @@ class ContextShard:
         return x_BT if self.axis.size == 1 else x_BT.index_select(1, self.columns.to(x_BT.device))
 
     def unshard(self, parts: Sequence[Tensor], dim: int) -> Tensor:
-        """Join the ranks' parts in the order of the sequence."""
+        """Concatenate the ranks' parts in the order of the sequence."""
         heads = [part.narrow(dim, 0, self.head) for part in parts]
         tails = [part.narrow(dim, self.head, part.shape[dim] - self.head) for part in reversed(parts)]
         return torch.cat(heads + tails, dim)
@@ -98,7 +98,7 @@ class ContextShard:
     def sequence_context(
         self, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
     ) -> ForwardContext:
-        """Return the context of this rank's layers, made from the positions of whole sequences."""
+        """Return the `ForwardContext` for this rank's positions, made from the positions of whole sequences."""
         if self.axis.size == 1:
             return ForwardContext(positions_BT, device, routed_tokens)
         return ShardedContext(self, positions_BT, device, routed_tokens)
@@ -106,15 +106,15 @@ class ContextShard:
 
 @dataclass(frozen=True)
 class RingPlan(AttentionPlan):
-    """A plan with keys from all ranks in turn. `rounds`: the segments with this rank's keys, then those with the keys
-    of the rank before it, and so on around the ring.
+    """A plan in which keys arrive rank by rank. `rounds[i]`: the segments whose keys are from the i-th rank before this
+    one in the ring; `rounds[0]` uses this rank's own keys.
     """
 
     rounds: tuple[list[Segment], ...] = ()
 
 
 class ShardedContext(ForwardContext):
-    """The context of this rank's positions. Exchanges are planned from whole sequences, which all ranks know."""
+    """The context for this rank's positions. All ranks know the whole sequences, so they plan the same exchanges."""
 
     def __init__(
         self, shard: ContextShard, positions_BT: Tensor, device: torch.device, routed_tokens: float | None = None
@@ -151,7 +151,7 @@ class ShardedContext(ForwardContext):
 
 
 def attend_shard(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: ForwardContext, chunk: int | None) -> Tensor:
-    """Attend from this rank's queries. The method matters only in layers with full attention."""
+    """Compute attention for this rank's queries. `ContextShard.method` matters only in layers with full attention."""
     assert isinstance(context, ShardedContext), "needs the context of a `ContextShard`"
     plan, shard = context.plan(chunk), context.shard
     if plan.block is None:
@@ -165,10 +165,10 @@ def attend_shard(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: Forwar
 
 
 def _halo(kv_2BLGK: Tensor, chunk: int, shard: ContextShard) -> Tensor:
-    """Get the blocks before this rank's head and tail that are on other ranks (`ContextShard.with_halo`), concatenated.
+    """Return the blocks of keys and values before this rank's head and tail that are on other ranks, concatenated.
 
-    The block before the head is the last one of the previous rank's head; the block before the tail is the last one of
-    the next rank's tail. Ranks that receive nothing take part as well, for the backward pass.
+    The block before the head is the last one of the previous rank's head. The block before the tail is the last one of
+    the next rank's tail. A rank that receives nothing gets an empty tensor, and so takes part in the backward pass.
     """
     axis, head = shard.axis, shard.head
     has_tail, is_first, is_last = kv_2BLGK.shape[2] > head, axis.rank == 0, axis.rank == axis.size - 1
@@ -184,7 +184,7 @@ def _halo(kv_2BLGK: Tensor, chunk: int, shard: ContextShard) -> Tensor:
 
 
 def _gather(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan) -> Tensor:
-    """Gather all keys and values. One all-gather, and a reduce-scatter in the backward pass."""
+    """Gather all keys and values: one all-gather, and one reduce-scatter in the backward pass."""
     assert plan.segments is not None
     gathered = all_gather(torch.stack([k_BLGK, v_BLGK]), shard.axis, 0, "keys and values")
     k_BTGK, v_BTGK = shard.unshard(gathered.unflatten(0, (shard.axis.size, 2)).unbind(0), 2)
@@ -192,8 +192,8 @@ def _gather(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard,
 
 
 def _ulysses(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, shard: ContextShard, plan: AttentionPlan) -> Tensor:
-    """Exchange positions for heads and back: two all-to-alls, and two in the backward pass. Ranks get consecutive
-    heads, so that each query head is with its key head.
+    """Give each rank some heads of the whole sequence, attend, and return the results to the ranks of their positions:
+    two all-to-alls, and two in the backward pass. Ranks get consecutive heads: query heads with their key head.
     """
     assert plan.segments is not None
     size, ones = shard.axis.size, [1] * shard.axis.size
@@ -217,7 +217,7 @@ _FULL = {ContextMethod.gather: _gather, ContextMethod.ulysses: _ulysses, Context
 
 
 class _Ring(torch.autograd.Function):
-    """In the backward pass keys and values go around again, followed by their gradients, to which each rank adds."""
+    """In the backward pass keys and values go around again. Their gradients follow, and each rank adds its part."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: MeshAxis, rounds: tuple[list[Segment], ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compute what a layout costs, in closed form: bytes that a rank keeps, and the attention of one layer.
+"""Compute what a layout costs, in closed form: bytes that a rank keeps, and FLOPs and bytes of a layer's attention.
 
 Models are built on the meta device only, and no process group is needed. Tests compare bytes with those of real ranks.
 """
@@ -28,8 +28,8 @@ Entries = Iterator[tuple[tuple[str, str], Bytes | Fraction]]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """One step of one rank: `sequences` of `seq_len` tokens, `micro_batch_size` at a time. `aligned`: no document
-    starts inside an attention chunk and reaches into the next; otherwise every micro-batch has such a document.
+    """One rank's batch in a step: `sequences` of `seq_len` tokens, `micro_batch_size` at a time. `aligned`: no document
+    starts inside an attention chunk and reaches into the next. If False, assume such a document in every micro-batch.
     """
 
     sequences: int
@@ -40,7 +40,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class StaticBytes:
-    """Bytes that a rank keeps from step to step. Gradients exist from the backward pass to the update."""
+    """Bytes of a rank's training state. Gradients exist only from the backward pass to the update."""
 
     parameters: Bytes
     gradients: Bytes
@@ -55,9 +55,9 @@ def static_bytes(
     rank: int = 0,
     muon: bool = False,
 ) -> StaticBytes:
-    """Return the bytes that this rank keeps; rank 0 keeps the most. `moments`: the dtype of AdamW's two moments, or of
-    the one that Muon has for matrices; None for SGD. Under DeepSpeed the result counts bytes on the device, without the
-    padding of its flat buffers.
+    """Return the bytes that `rank` keeps. Of the ranks of a pipeline stage, the first keeps the most. `moments`: the
+    dtype of AdamW's two moments, or of the one moment that Muon has for matrices; None for SGD. Under DeepSpeed, only
+    bytes on the device count, without the padding of flat buffers.
     """
     meshes, here = meshes_of_rank(layout, rank), on_meta(model, precision)
     runtime.split_stages(here, meshes)
@@ -70,7 +70,7 @@ def static_bytes(
         if muon and spec.info.role.is_matrix:
             optimizer += width * spec.local_block.numel
         else:
-            optimizer += 2 * width * spec.local_block.numel + 4  # with a step count, float32
+            optimizer += 2 * width * spec.local_block.numel + 4  # plus a step count in float32
     return StaticBytes(size * elements, size * elements, optimizer)
 
 
@@ -94,7 +94,7 @@ def _zero_bytes(
 def attention_traffic(
     model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape
 ) -> Entries:
-    """Yield what one layer's attention hands to collectives of cp in one micro-batch on one rank (mean over ranks)."""
+    """Yield the bytes that one layer's attention hands to collectives of cp per micro-batch and rank, by purpose."""
     cp, again = layout.cp, layout.recompute.repeats_attention
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     heads, shared = (
@@ -122,10 +122,10 @@ def attention_traffic(
 
 @dataclass(frozen=True)
 class AttentionCost:
-    """Cost of a forward and a backward pass of one layer's attention, without its projections, over one sequence of one
-    document, on one rank.
+    """Cost per rank of a forward and a backward pass of one layer's attention, without its projections, over a sequence
+    that is a single document.
 
-    `flops` follow the convention of model/flops.py. `keys`: bytes of the keys and values of this rank's part. `kept`:
+    `flops` follow the convention of model/flops.py. `keys`: bytes of the keys and values of a rank's positions. `kept`:
     bytes kept from the forward to the backward pass. `sent`: bytes handed to collectives. All are means over ranks.
     """
 
@@ -138,7 +138,7 @@ class AttentionCost:
 def attention_cost(
     model: ModelConfig, layer: LayerConfig, precision: PrecisionConfig, layout: Layout, seq_len: int
 ) -> AttentionCost:
-    """Return the cost. It includes no halo, because the chunks of a single document are those of the sequence."""
+    """Return the cost. No chunk of a single document crosses a border between ranks, so no halo is sent."""
     size, wide = precision.compute_dtype.itemsize, max(4, precision.compute_dtype.itemsize)
     part, heads, shared = seq_len // layout.cp, model.num_heads // layout.tp, model.num_kv_heads // layout.tp
     reach = min(seq_len, layer.attention_chunk_size or seq_len)

@@ -1,12 +1,12 @@
-"""Expert parallelism: tokens are sent to the ranks that hold their experts, and back.
+"""Expert parallelism: tokens are sent to the ranks of their experts, and the results are sent back.
 
-The axis has ep * etp ranks. Rank (i, j) holds the j-th slice of the hidden size of each expert of the i-th group. A
-token is sent to every rank that holds a slice of its expert, and the results are summed, like those of its K experts.
-Dispatchers treat a slice as a virtual expert: instead of K experts, a token then chooses K * etp virtual ones.
+The axis has ep * etp ranks. Rank (i, j) holds, of each expert in the i-th group, the j-th slice of the hidden size. A
+token is sent to every rank that holds a slice of its expert. The results are summed, as are those of its K experts.
+Dispatchers treat a slice as a virtual expert, so a token chooses K * etp virtual experts instead of K experts.
 
 Shapes: T tokens of this rank, D hidden size, K experts per token, S slices of an expert (etp), N ranks of the axis, E
-virtual experts on one rank, R slots (all-to-all) or tokens (other dispatchers) received, C rows of the experts (slots,
-plus padding).
+virtual experts on one rank, R slots (all-to-all) or tokens (other dispatchers) received, C input rows of the experts
+(slots, plus padding). A slot is a token paired with one of the experts that it chose.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check(kind: DispatchMethod, compute_dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def apply(model: Transformer, meshes: Meshes) -> None:
-    """Give every MoE layer its dispatcher. The experts have their local shapes already."""
+    """Give every MoE layer its dispatcher. The experts' parameters must have their local shapes already."""
     axis, etp, kind = meshes.experts, meshes.etp.size, meshes.layout.dispatch
     if axis.size == 1:
         return
@@ -62,7 +62,7 @@ def apply(model: Transformer, meshes: Meshes) -> None:
 
 
 def _deepep_buffer(axis: MeshAxis, token_bytes: int) -> Any:
-    """DeepEP's communication buffer of an axis."""
+    """Create DeepEP's communication buffer for tokens of `token_bytes` bytes."""
     import deep_ep
 
     size, kind = axis.size, deep_ep.Buffer
@@ -77,7 +77,7 @@ class _Dispatcher:
     axis: MeshAxis
     etp: int
     local_experts: int
-    """Virtual experts on one rank."""
+    """Number of virtual experts on one rank."""
     weights_on: WeightsOn
     token_multiple: int
     kernels: MoEKernels
@@ -85,7 +85,7 @@ class _Dispatcher:
     """Returns DeepEP's buffer for tokens of the given number of bytes."""
 
     def virtual(self, choice: TopKRouting) -> TopKRouting:
-        """Return the choice among virtual experts, numbered by rank of the axis, then by index on that rank."""
+        """Translate a choice of experts to virtual experts, which are numbered by rank, then by index on the rank."""
         if self.etp == 1:
             return choice
         local = self.local_experts
@@ -106,7 +106,7 @@ class AllToAll(_Dispatcher):
         sent_NE = rows.groups.counts_E.view(self.axis.size, self.local_experts)
         ones = [1] * self.axis.size
         arriving_NE = all_to_all(sent_NE, ones, ones, self.axis, "counts")
-        send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # by expert of this rank
+        send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # `arriving`: [expert][rank]
         receive = [sum(counts) for counts in zip(*arriving, strict=True)]
         x_RD = all_to_all(sent.x_CD, send, receive, self.axis, "tokens")
         indices = torch.arange(self.local_experts, device=x_RD.device).repeat(self.axis.size)
@@ -123,7 +123,7 @@ class AllToAll(_Dispatcher):
 
 
 class AllGather(_Dispatcher):
-    """Gather all tokens of the group, compute those that chose this rank's experts, and reduce-scatter the results."""
+    """Gather all tokens of the axis, compute those that chose this rank's experts, and reduce-scatter the results."""
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         choice = self.virtual(choice)
@@ -135,7 +135,7 @@ class AllGather(_Dispatcher):
 
 
 class DeepEP(_Dispatcher):
-    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP), bf16 only. Send a token once per rank it needs."""
+    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP), bf16 only. Send a token once to each rank it needs."""
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
         assert self.buffer is not None
@@ -155,7 +155,7 @@ _KINDS: dict[DispatchMethod, Any] = {
 
 
 def _select_local(dispatcher: _Dispatcher, x_RD: Tensor, experts_RK: Tensor, weights_RK: Tensor) -> Dispatched:
-    """Dispatch the slots of this rank's experts, whose ids count from its first expert; `combine` sums per token.
+    """Dispatch the slots of this rank's experts: ids from 0 to `local_experts` - 1. `combine` sums per token.
 
     Other slots are sorted to the end and dropped. The number of rows per local expert is copied to the host.
     """

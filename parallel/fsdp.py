@@ -32,13 +32,13 @@ def apply(
     meshes: Meshes,
     precision: PrecisionConfig,
 ) -> None:
-    """Shard each layer and its experts, then the rest of each stack. Without a mesh the model stays as it is.
+    """Shard each layer and its experts, then the rest of each stack. With one rank the model stays as it is.
 
     In a pipeline, parameters stay gathered between the micro-batches of a step, and gradients are reduced once. Without
     one, each micro-batch gathers parameters and reduces gradients.
 
-    Under bf16 compute, the gathered parameters are bf16, except those of routers. On one device routers score in fp32,
-    so on many devices their weights must not be rounded either.
+    Under bf16 compute, the gathered parameters are bf16, except those of routers. On one device routers use
+    unrounded weights, so they must on many devices too.
     """
     if meshes.dense is None or meshes.sparse is None:
         return
@@ -73,7 +73,7 @@ def release(stacks: Mapping[int, Stack]) -> None:
 
 
 def units(stack: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Yield each FSDP2 module under `stack` with its parameter group, None if it has no parameters of its own."""
+    """Yield each FSDP2 module under `stack` and its parameter group, or None for a module without own parameters."""
     for module in stack.modules():
         if isinstance(module, FSDPModule):
             yield module, module._get_fsdp_state()._fsdp_param_group
@@ -83,8 +83,8 @@ def count_traffic(stacks: Mapping[int, Stack], meshes: Meshes) -> None:
     """Count the bytes of FSDP2's collectives as they are issued. Parameters must have storage already.
 
     torch's all-reduce hook is not used. With a hook, torch runs the work that follows a reduction on another stream and
-    does not order it before the next reduction: a race on gradients (torch 2.13, _fsdp_collectives.py). Communication
-    objects stay torch's own, so `set_symm_mem` works.
+    does not order it before the next reduction: a race on gradients (torch 2.13, _fsdp_collectives.py). FSDP2's
+    communication objects are not replaced, so `set_symm_mem` works.
     """
     for stack in stacks.values():
         for module, group in units(stack):
@@ -104,8 +104,8 @@ def _counted_unshard(group: Any, unshard: Any, axis: MeshAxis, async_op: bool = 
 
 
 def _count_reduced(parameter: FSDPParam, axis: MeshAxis, replicate: MeshAxis, _: Tensor) -> None:
-    """Count a reduced gradient when FSDP2 has added it to a parameter's shard. The reduce-scatter was handed one such
-    shard, padded, per rank.
+    """Count the bytes of a gradient when FSDP2 has added it to a parameter's shard. Each rank handed the
+    reduce-scatter a padded shard for every rank.
     """
     size = parameter._sharded_param_data.numel() * (parameter.reduce_dtype or parameter.orig_dtype).itemsize
     for reduced, handed in ((axis, size * axis.size), (replicate, size)):

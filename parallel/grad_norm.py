@@ -17,8 +17,8 @@ def gradient_norm(
 ) -> Tensor:
     """Return the Euclidean norm of all gradients: a float64 scalar on the device, equal on every rank.
 
-    Of the ranks that keep the same shard, only its owner counts it. A single sum over the world includes dense and
-    expert parameters. `dtype`: the dtype in which the norm of a shard is computed, by default the gradient's.
+    Of the ranks that keep the same shard, only its owner counts it, so a single sum over the world is right for dense
+    and expert parameters. `dtype`: the dtype in which the norm of a shard is computed, by default the gradient's.
     """
     owned = [one.values for one in gradients if one.spec.is_owner and one.values.numel()]
     total = torch.zeros((), dtype=torch.float64, device=device)

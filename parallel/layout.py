@@ -30,7 +30,7 @@ class Recompute(Enum):
 
     @property
     def repeats_attention(self) -> bool:
-        """Whether attention's collectives run again."""
+        """Whether the backward pass runs the collectives of attention's forward pass again."""
         return self is not Recompute.none
 
 
@@ -38,7 +38,7 @@ class DispatchMethod(Enum):
     """How tokens reach the ranks of their experts.
 
     `all_to_all` sends each token to the ranks of its experts. `all_gather` sends every token to the whole group and
-    sums what comes back: lower latency in small groups with many experts per token. `deepep`: DeepEP's kernels.
+    sums the results. It has lower latency in small groups with many experts per token. `deepep`: DeepEP's kernels.
     """
 
     all_to_all = "all_to_all"
@@ -59,7 +59,7 @@ class ContextMethod(Enum):
 
 
 class EngineKind(Enum):
-    """What shards the training state over the data-parallel ranks. Everything else is the same under both."""
+    """What shards the training state over the data-parallel ranks. Everything else is the same under both engines."""
 
     fsdp2 = "fsdp2"
     """PyTorch's fully sharded data parallelism: parameters, gradients and optimizer state."""
@@ -71,7 +71,7 @@ class Reduce(Enum):
     """The dtype in which gradients are summed over ranks."""
 
     master = "master"
-    """The dtype of the parameters."""
+    """The dtype of the master weights."""
     bfloat16 = "bfloat16"
 
 
@@ -80,7 +80,7 @@ class ParallelConfig:
     """Degrees of the layout, and how memory is traded for time.
 
     The same ranks form two grids: (pp, dp_replicate, dp_shard, cp, tp) for dense layers, and (pp, dp_replicate, efsdp,
-    ep, etp) for routed experts, where efsdp is the number of ranks that remains. The last axis varies fastest from rank
+    ep, etp) for routed experts, where efsdp = dp_shard * cp * tp / (ep * etp). The last axis varies fastest from rank
     to rank. FSDP2 shards parameters, gradients and optimizer state over dp_shard * cp, those of experts over efsdp, and
     replicates them over dp_replicate (HSDP). pp splits the layers, and cp each sequence. tp splits heads, hidden sizes
     and the vocabulary, and the sequence outside their matmuls. ep splits the experts, and etp the hidden size of each.
@@ -155,7 +155,7 @@ class ParallelConfig:
         return self.stages_per_rank or (1 if self.pp == 1 or self.schedule.is_single else 2)
 
     def resolve(self, world_size: int) -> Layout:
-        """Return the layout with `dp_shard` filled in. Raises `ConfigError` if the degrees do not make up the world."""
+        """Return the layout with `dp_shard` filled in. Raises `ConfigError` if the degrees do not fit the world."""
         others = self.pp * self.dp_replicate * self.cp * self.tp
         if world_size % others:
             named = {key: getattr(self, key) for key in ("pp", "dp_replicate", "cp", "tp") if getattr(self, key) > 1}
@@ -179,7 +179,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Layout(ParallelConfig):
-    """A `ParallelConfig` whose degrees make up a world: `dp_shard` is a number."""
+    """A `ParallelConfig` whose `dp_shard` is a number: the product of its degrees is the world size."""
 
     dp_shard: int = 1
 
@@ -312,8 +312,8 @@ class Layout(ParallelConfig):
 
 
 def split_unit(model: ModelConfig, length: int) -> int:
-    """Return the number of tokens at whose multiples sequences of this length may be split: there the chunks of all
-    layers end. Chunks as long as the sequence, or longer, do not matter.
+    """Return the unit in tokens at whose multiples sequences of this length may be split: the least common multiple of
+    the layers' chunk sizes, so that no chunk is cut. Chunks as long as the sequence, or longer, do not matter.
     """
     chunks = (layer.attention_chunk_size for layer in model.blocks)
     return math.lcm(*(chunk for chunk in chunks if chunk is not None and chunk < length))

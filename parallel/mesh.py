@@ -35,7 +35,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class MeshAxis:
-    """The ranks whose positions in a layout differ along one axis only, and this rank's position among them."""
+    """The ranks whose positions in a layout differ from this rank's along one axis only. `rank`: its index in them."""
 
     name: str
     size: int = 1
@@ -77,11 +77,11 @@ class MeshAxis:
 class Meshes:
     """This rank's position in its layout.
 
-    `pp`: the ranks that hold other layers of the same model. `ends`: the first and the last of them, which both have
-    tied embeddings; its size is 1 on the ranks between. `dp`: the ranks that get different sequences of a batch. `cp`:
+    `pp`: the ranks that hold other layers of the same model. `ends`: the first and the last of them, which both hold
+    a tied embedding; its size is 1 on other ranks. `dp`: the ranks that get different sequences of a batch. `cp`:
     the ranks that hold other parts of the same sequences. `experts`: the ep * etp ranks over which routed experts are
-    split, etp varying faster. `ep` and `etp` are positions in it and have no groups of their own. `dense` and `sparse`:
-    the meshes over which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world of one.
+    split, etp varying faster. `ep` and `etp` are positions in `experts` without groups. `dense` and `sparse`: the
+    meshes over which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world of one rank.
     """
 
     layout: Layout
@@ -118,7 +118,7 @@ class Meshes:
     @property
     def counts_tokens(self) -> bool:
         """Whether this rank adds its tokens to a sum over the world. Tensor-parallel ranks, and the stages of a
-        pipeline, have the same tokens.
+        pipeline, have the same tokens: only the first of them adds any.
         """
         return self.tp.rank == 0 and self.pp.rank == 0
 
@@ -152,7 +152,7 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
 
 
 def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) -> Meshes:
-    """Return the position of a rank in a layout without process groups, for planning and counting."""
+    """Return the meshes of a rank without process groups, for planning and for counting bytes."""
     traffic = traffic or Traffic()
     outer, inner = divmod(rank, layout.fsdp * layout.tp)
     stage, experts = rank // (layout.world_size // layout.pp), layout.ep * layout.etp

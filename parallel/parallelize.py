@@ -53,8 +53,8 @@ def parallelize(
 class ParallelModel:
     """The part of a model that this rank holds.
 
-    `model` owns the local parameters, under their names in the whole model. `stacks` are what is run: the model itself
-    or, in a pipeline, one stack for each of this rank's stages, which consists of the model's modules.
+    `model` owns the local parameters, under their names in the whole model. `stacks` are what runs, by stage: the
+    model itself or, in a pipeline, one stack of the model's modules for each of this rank's stages.
     """
 
     model: Transformer
@@ -68,7 +68,7 @@ class ParallelModel:
         return ContextShard(self.meshes.cp, seq_len, unit, self.meshes.layout.cp_method)
 
     def sequence_context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> ForwardContext:
-        """Return the context of this rank's layers, made from the positions of whole sequences."""
+        """Return the `ForwardContext` for this rank's positions, made from the positions of whole sequences."""
         shard = self.context_shard(positions_BT.shape[1])
         context = shard.sequence_context(positions_BT, self.device, routed_tokens)
         if self.meshes.layout.compile:
@@ -106,14 +106,14 @@ def build(
     for stack in stacks.values():
         stack.to_empty(device=device)
     fsdp.count_traffic(stacks, meshes)
-    if layout.zero_stage != 3:  # its engine sets the initial weights
+    if layout.zero_stage != 3:  # in stage 3 the engine sets the initial weights
         sharding.initialise(sharding.local_shards(model, specs), config, seed)
     reset_buffers(model)
     return ParallelModel(model, specs, meshes, stacks)
 
 
 def on_meta(config: ModelConfig, precision: PrecisionConfig, products: Precision | None = None) -> Transformer:
-    """Build the whole model on the meta device, in the master dtype. It can run only if `products` is given."""
+    """Build the whole model on the meta device, in the master dtype. It cannot run without `products`."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(precision.master_dtype)
     try:
@@ -133,7 +133,7 @@ def resolve_layout(
 ) -> Layout:
     """Return the layout of a world of this size, after every check that needs no batch. Raises `ConfigError`.
 
-    `moments`: the dtype of the optimizer's state, None if it has none.
+    `moments`: the dtype of the optimizer's moments, or None.
     """
     layout = parallel.resolve(world_size)
     layout.check_model(model)

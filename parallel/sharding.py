@@ -1,10 +1,10 @@
-"""Where every parameter is stored. Initialisation, norms, checkpoints and byte counts all rely on these specs.
+"""Which part of every parameter this rank stores: its `ShardSpec`, for initialisation, norms, checkpoints and costs.
 
 A rank's shard of a parameter is always one block of the whole tensor. Tensor or expert parallelism splits the tensor
 first, so that the model holds a plain tensor of the smaller shape. FSDP2 then shards that tensor.
 
-Ranks have different tokens, so the gradient of a shard is the sum over all ranks that use it. FSDP2 sums over its mesh,
-and `sum_partial_gradients` over the other ranks.
+Ranks have different tokens, so the gradient of a shard is the sum over all ranks that compute with it. FSDP2 sums over
+its mesh, and `sum_partial_gradients` over the axes in `ShardSpec.partial`.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class ShardBlock:
 class ShardSpec:
     """Where one parameter is stored.
 
-    The model computes with the plain tensor that `splits` leave. This rank keeps its part of that tensor under
-    `fsdp_split`. Ranks along `replicas` keep the same block. Gradients still have to be summed over the axes `partial`.
+    `splits` (TP and EP) leave the plain tensor that the model computes with. Of that tensor this rank keeps the part
+    given by `fsdp_split`. Ranks along `replicas` keep the same part. `partial`: axes over which FSDP2 sums no gradient.
     """
 
     info: ParameterInfo
@@ -97,7 +97,7 @@ class ShardSpec:
 
     @property
     def is_owner(self) -> bool:
-        """Whether this rank, of those that keep the block, is the one that counts and writes it."""
+        """Whether this rank is the one that counts and writes the block, of the ranks that keep it."""
         return all(axis.rank == 0 for axis in self.replicas)
 
     @property
@@ -117,7 +117,7 @@ class LocalShard:
 
 def shard_specs(infos: Mapping[str, ParameterInfo], model: ModelConfig, meshes: Meshes) -> dict[str, ShardSpec]:
     specs = {name: _spec(info, model, meshes) for name, info in infos.items()}
-    if meshes.layout.engine is EngineKind.deepspeed:  # whole on every data-parallel rank
+    if meshes.layout.engine is EngineKind.deepspeed:  # FSDP2 does not shard
         whole = Split(MeshAxis("whole"), 0)
         return {name: replace(spec, fsdp_split=whole) for name, spec in specs.items()}
     return specs
@@ -148,12 +148,12 @@ def _split_block(info: ParameterInfo, splits: tuple[Split, ...]) -> ShardBlock:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, with the same storage. A plain tensor is returned as it is."""
+    """Return this rank's part of a DTensor, with the same storage. A plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shards(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[LocalShard]:
-    """Yield what this rank keeps of a model's parameters, with the same storage."""
+    """Yield this rank's blocks of a model's parameters. Their values are views of the parameters."""
     for name, parameter in model.named_parameters():
         part, block = local(parameter), specs[name].local_block
         assert part.shape == block.shape, f"{name}: {tuple(part.shape)} is not {block.shape}"
@@ -162,8 +162,8 @@ def local_shards(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[L
 
 
 def local_gradients(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[LocalShard]:
-    """Yield what this rank keeps of a model's gradients. Raises `ValueError` if a parameter has none: a norm would omit
-    it silently.
+    """Yield this rank's blocks of a model's gradients. Raises `ValueError` if a parameter has no gradient: a norm would
+    omit it silently.
     """
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
@@ -173,7 +173,7 @@ def local_gradients(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterato
 
 @torch.no_grad()
 def initialise(weights: Iterable[LocalShard], config: ModelConfig, seed: int) -> None:
-    """Fill this rank's blocks of every parameter with initial values. The model is the same under every layout."""
+    """Fill this rank's blocks of every parameter with initial values. The values are the same under every layout."""
     for one in weights:
         offset, shape = one.block.offset, one.block.shape
         one.values.copy_(initial_slice(one.spec.info, config, seed, offset, shape, one.values.device))
@@ -189,7 +189,7 @@ def fill(weights: Iterable[LocalShard], source: TensorSource) -> None:
 @torch.no_grad()
 def sum_partial_gradients(model: nn.Module, specs: Mapping[str, ShardSpec]) -> None:
     """Sum the gradients of parameters that several ranks of an axis use for different tokens, in one collective per
-    axis. This is called once per step, after the last backward pass.
+    axis. Call it once per step, after the last backward pass.
     """
     waiting: dict[MeshAxis, list[Tensor]] = {}
     for name, parameter in model.named_parameters():

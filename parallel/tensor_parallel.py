@@ -56,7 +56,7 @@ def _wrap(module: Any, forward: Callable[..., Tensor]) -> None:
 
 
 def _gather_compute_scatter(forward: Callable[..., Tensor], axis: MeshAxis, dim: int, x: Tensor, *rest: Any) -> Tensor:
-    """Gather `dim`, compute a partial sum, and return this rank's part of the sum."""
+    """Gather `x` along `dim`, compute this rank's partial result, and reduce-scatter it along `dim`."""
     whole = collectives.all_gather(x, axis, dim, _ACTIVATIONS)
     return collectives.reduce_scatter(forward(whole, *rest), axis, dim, _ACTIVATIONS)
 

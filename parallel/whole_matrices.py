@@ -1,14 +1,14 @@
 """Gather sharded matrices and scatter them again, for an optimizer that needs each matrix whole.
 
 Tensor parallelism, or expert tensor parallelism, splits a matrix first, and FSDP2 then shards it. One of the ranks that
-hold shards of a matrix gathers it, updates it and sends every other rank its shard of the result. The matrices of
-experts are whole already if experts are split by number only, and nothing is sent. Gathering takes one all-to-all per
-split axis, the last split first, and so does the way back. Ranks send equal numbers of bytes, up to one matrix per
+hold shards of a matrix gathers it, updates it and sends every other rank its shard of the result. If experts are
+split by number only, their matrices are whole already and nothing is sent. Gathering takes one all-to-all per split
+axis, the last split first, and scattering takes as many. The bytes that ranks send differ by at most one matrix per
 shape. Ranks along `dp_replicate` do the same work without a collective and stay equal bit for bit.
 
-Every rank of a group makes the same plan from `ShardSpec`s alone, so collectives are issued in the same order. Matrices
-of one shape that are split alike are sent and updated together, up to `at_once` elements at a time. Besides the shards,
-memory is needed for these elements, the receive buffers and the update itself.
+Ranks that hold shards of the same matrices make the same plan, from `ShardSpec`s alone, so they issue collectives in
+the same order. Matrices of one shape that are split alike are sent and updated together, up to `at_once` elements at a
+time. Besides the shards, memory is needed for these elements, the receive buffers and the update itself.
 
 Shapes: N matrices, O rows (outputs), I columns (inputs), of which a rank has o and i.
 """
@@ -29,15 +29,15 @@ from parallel.sharding import ShardBlock, ShardSpec, Split
 
 PURPOSE = "matrices"
 AT_ONCE = 1 << 26
-"""Elements of whole matrices on one rank at a time: 256 MiB of float32."""
+"""Default of `at_once`: the elements of whole matrices on one rank at a time, 256 MiB of float32."""
 
 
 @dataclass(frozen=True)
 class MatrixSplit:
     """How a matrix is split over the ranks of `axis` from `first` on: into `lengths` along `dim` (-2 rows, -1 columns).
 
-    `name` is the axis that splits. etp has no group of its own, so slices of an expert's hidden size are sent over
-    `experts`, where the ranks with slices of one expert are neighbours.
+    `name`: the axis of the layout that splits the matrix. etp has no group of its own, so slices of an expert's hidden
+    size are sent over `experts`, where the ranks with slices of one expert are neighbours.
     """
 
     name: str
@@ -61,7 +61,7 @@ class GatherStage:
     counts: tuple[int, ...]
 
     def gather(self, shards_Noi: Tensor) -> Tensor:
-        """Exchange this rank's shards of all matrices for the joined matrices of this rank."""
+        """Exchange this rank's shards of all matrices for the matrices that are joined on this rank."""
         split, mine, shape = self.split, self.counts[self.split.rank], shards_Noi.shape[1:]
         shapes = [_resized(shape, split.dim, length) for length in split.lengths]
         send = [count * math.prod(shape) for count in self.counts]
@@ -70,7 +70,7 @@ class GatherStage:
         return torch.cat([part.view(mine, *shape) for part, shape in zip(parts, shapes, strict=True)], split.dim)
 
     def scatter(self, whole_Noi: Tensor) -> Tensor:
-        """Invert `gather`: exchange the joined matrices of this rank for its shards of all matrices."""
+        """Invert `gather`: exchange the matrices joined on this rank for its shards of all matrices."""
         split = self.split
         shape = _resized(whole_Noi.shape[1:], split.dim, split.lengths[split.rank])
         parts = whole_Noi.split(split.lengths, split.dim)
@@ -106,7 +106,7 @@ class Round:
     stages: tuple[GatherStage, ...]
 
     def gather(self, shards_Noi: Tensor) -> Tensor:
-        """Exchange this rank's shards, in the order of `ranges`, for whole matrices [N, O, I] to update, maybe none."""
+        """Exchange this rank's shards, in the order of `ranges`, for the whole matrices [N, O, I] to update, if any."""
         for stage in self.stages:
             shards_Noi = stage.gather(shards_Noi)
         return shards_Noi
@@ -119,7 +119,7 @@ class Round:
 
 
 def rounds(specs: Mapping[str, ShardSpec], meshes: Meshes, at_once: int = AT_ONCE) -> list[Round]:
-    """Plan the rounds for the matrices (last two dimensions) of parameters. Each is whole on one rank in one round.
+    """Plan the rounds for the matrices (last two dimensions) of parameters. Each is whole in one round on one rank.
 
     All ranks that hold shards of a parameter must pass the same `specs` of it, in the same order.
     """
@@ -171,8 +171,8 @@ def _batches(specs: Mapping[str, ShardSpec], names: list[str], together: int) ->
 
 
 def _shares(loads: Counter[int], ranks: int, matrices: int, work: int) -> tuple[int, ...]:
-    """Return how many of the matrices of a shape each rank gets: equal numbers, and the remainder to the ranks
-    with the least work so far. `loads` counts that work and is updated.
+    """Divide the matrices of a shape among ranks: equal numbers, and the remainder to the ranks with the least work so
+    far. Returns the number for each rank. `loads` counts the work of each rank and is updated.
     """
     least = sorted(range(ranks), key=lambda rank: (loads[rank], rank))[: matrices % ranks]
     counts = tuple(matrices // ranks + (rank in least) for rank in range(ranks))

@@ -29,8 +29,8 @@ class ParamDtype(Enum):
 
 class Backend(Enum):
     """Backend of the matmuls. `native`: PyTorch in the compute dtype. The others compute the matmuls of `fp8_products`
-    in FP8. `te`: Transformer Engine on Hopper and Blackwell. `torch`: PyTorch's `scaled_mm`. `emulated`: an exact
-    emulation on any device, for tests and certificates.
+    in FP8. `te`: Transformer Engine on Hopper and Blackwell. `torch`: PyTorch's `scaled_mm`. `emulated`: an
+    emulation of every recipe on any device, for tests and certificates.
     """
 
     native = "native"
@@ -40,7 +40,7 @@ class Backend(Enum):
 
 
 class Recipe(Enum):
-    """The tiles into which an operand is divided; the elements of a tile share a scale. All recipes are stateless.
+    """The tiles into which an operand is divided. A tile has one scale, computed from its present values.
 
     `blockwise`: tiles of 1x128 for activations and gradients and of 128x128 for weights, E4M3, with powers of two as
     scales (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). `tensorwise`: the whole operand, E4M3 forward and E5M2 for
@@ -80,7 +80,7 @@ class KernelKind(Enum):
 
 
 class Products(Enum):
-    """Groups of matmuls. Only the first four may use FP8; the others keep the compute dtype or a wider one."""
+    """Groups of matmuls. Only the first four may use FP8; the others use the compute dtype or a wider one."""
 
     attention = "attention"
     """Query, key, value and output projections."""
@@ -109,9 +109,9 @@ class PrecisionConfig:
     fp8_products: list[Products] = field(default_factory=lambda: list(ELIGIBLE))
     """Groups of matmuls that an FP8 backend computes in FP8."""
     bf16_first_layers: int = 0
-    """Number of first layers that keep the compute dtype under an FP8 backend."""
+    """Number of layers at the start of the model that keep the compute dtype under an FP8 backend."""
     bf16_last_layers: int = 0
-    """Number of last layers that keep the compute dtype under an FP8 backend."""
+    """Number of layers at the end of the model that keep the compute dtype under an FP8 backend."""
     kernels: KernelKind = KernelKind.torch
 
     def __post_init__(self) -> None:

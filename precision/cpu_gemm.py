@@ -1,4 +1,4 @@
-"""Matmuls on a CPU by the faster of the two libraries in PyTorch, MKL and oneDNN. Huge pages hold large results.
+"""Compute CPU matmuls with the faster of PyTorch's two libraries, MKL and oneDNN. Store large results in huge pages.
 
 Shapes: results are M x N, and K is contracted.
 """
@@ -36,7 +36,7 @@ def multiply(a: Tensor, b_KN: Tensor) -> Tensor:
     """Return a @ b with the leading dimensions of `a`. Not differentiable."""
     if not is_faster(a, a.shape[:-1].numel(), *b_KN.shape):
         return a @ b_KN
-    # as in torch.matmul: FSDP2 warns about outputs that are views
+    # `_unsafe_view` as in torch.matmul, because FSDP2 warns about outputs that are views
     return torch.ops.aten._unsafe_view(_by_onednn(a.flatten(0, -2), b_KN), [*a.shape[:-1], b_KN.shape[1]])
 
 
@@ -59,14 +59,14 @@ def multiply_columns(a_KM: Tensor, b_KN: Tensor, y_MN: Tensor) -> None:
 
 
 def _main_part(a: Tensor, widths: torch.Size) -> int:
-    """Return how many rows of `a` oneDNN gets: only eight numbers per power of two, for its cache (see `is_faster`)."""
+    """Return how many rows of `a` oneDNN gets: one of eight counts per power of two, to limit its cache of shapes."""
     rows = len(a)
     return rows - rows % max(16, 1 << max(rows.bit_length() - 4, 0)) if is_faster(a, *widths) else 0
 
 
 def _by_onednn(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """Multiply with oneDNN, through an operator made for Inductor: PyTorch's own matmuls use MKL for float32. On AMD
-    processors MKL uses half the vector width, and oneDNN takes 0.4 to 0.6 of its time.
+    processors MKL uses half the vector width, and oneDNN takes 0.4 to 0.6 of MKL's time.
     """
     assert _ONEDNN is not None
     return _ONEDNN(a_MK, b_KN.t(), None, "none", [], "")

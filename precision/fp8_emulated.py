@@ -1,7 +1,7 @@
 """Emulate every FP8 recipe on any device, slowly, for tests and certificates.
 
-Operands are quantised to the bytes of Transformer Engine, and the numbers that the bytes represent are multiplied. GPU
-kernels differ from this only in the order and precision of their sums.
+Operands are quantised to the same bytes as by Transformer Engine, which lacks rowwise. The numbers that the bytes
+represent are multiplied. GPU kernels differ from the emulation only in the order and precision of their sums.
 """
 
 from __future__ import annotations

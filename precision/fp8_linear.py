@@ -1,8 +1,8 @@
 """FP8 linear layers for all FP8 backends: autograd, padding and saved tensors.
 
-Each of a layer's three GEMMs (forward, input gradient, weight gradient) quantises its operands along its contracted
-dimension. A library (`Arithmetic`) quantises and multiplies. An activation is kept for the weight gradient in quantised
-form only.
+A layer has three GEMMs: forward, input gradient and weight gradient. The operands of each are quantised along its
+contracted dimension. A library (`Arithmetic`) quantises and multiplies. The activation is saved for the weight
+gradient in quantised form only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class NotFinite(LeviathanError):
 
 
 class Quantised(Protocol):
-    """A quantised operand. Autograd saves it as plain tensors, so that activation checkpointing can drop them."""
+    """A quantised operand. Autograd saves its plain tensors, so that activation checkpointing can drop them."""
 
     def only_columns(self) -> Quantised: ...
 
@@ -47,8 +47,8 @@ class Quantised(Protocol):
 class Arithmetic(Protocol):
     """An FP8 library with a recipe. Operands are matrices; expert weights have three dimensions.
 
-    An operand is quantised along its `rows`, for matmuls that contract its last dimension, along its `columns`, for
-    matmuls that contract the dimension before, or along both.
+    A matmul that contracts an operand's last dimension needs the operand quantised along its `rows`. One that contracts
+    the second-to-last dimension needs it quantised along its `columns`. An operand may be quantised along both.
     """
 
     compute_dtype: torch.dtype
@@ -96,7 +96,7 @@ class Float8Gemm:
         return self.arithmetic.weight_gradient(gradient, activation, groups)
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Quantised:
-        """Cast `x` to the compute dtype and quantise it: a master weight and its gathered copy give the same bytes."""
+        """Cast `x` to the compute dtype, so that master weights and gathered copies give equal bytes, and quantise."""
         try:
             x = x.to(self.compute_dtype).contiguous()
             return self.arithmetic.quantise(x, operand, groups, rows, columns)
@@ -106,7 +106,7 @@ class Float8Gemm:
 
     def _padded(self, x: Tensor, groups: Groups | None) -> Tensor:
         """Return `x` as a matrix, with its rows zero-padded to the multiple that the arithmetic needs. With `groups`,
-        return `x` as it is: rows of experts come padded.
+        return `x` as it is, because the rows of each expert are padded already.
         """
         if groups is not None:
             return x
@@ -126,7 +126,7 @@ def _like_rows(y: Tensor, x: Tensor, groups: Groups | None) -> Tensor:
 class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, gemm: Float8Gemm, grad_enabled: bool) -> Tensor:
-        # needs_input_grad ignores no_grad
+        # under no_grad, needs_input_grad is true all the same
         needs_x, needs_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         activation = gemm.quantise(x, Operand.activation, groups, True, needs_w)
         weight = gemm.quantise(w, Operand.weight, None, True, False)

@@ -1,4 +1,4 @@
-"""FP8 operands in tiles with one scale each, in plain PyTorch. Bytes and scales equal those of Transformer Engine.
+"""Quantise to FP8 in tiles with one scale each, in plain PyTorch, to the same bytes and scales as Transformer Engine.
 
 Columns are quantised as the rows of the transposed operand, so each matmul is a b^T. Values are clamped before the
 cast, because torch versions differ in how they cast values beyond the FP8 range.
@@ -34,7 +34,7 @@ class Tiling:
     format: torch.dtype = E4M3
     powers_of_two: bool = False
     exponents: bool = False
-    """Scales are E8M0 (OCP Microscaling Formats): exponents only, rounded up."""
+    """Inverse scales are E8M0 (OCP Microscaling Formats): exponents only, rounded up."""
 
     @property
     def largest(self) -> float:
@@ -44,8 +44,8 @@ class Tiling:
         """Return the scale of each tile, which multiplies its elements, and the inverse scale, both float32. `amax`:
         the largest absolute value of each tile.
 
-        As in Transformer Engine, the scale is the largest FP8 number over `amax`, with the mantissa truncated if scales
-        are powers of two. It is 1 if `amax` is 0, and the largest float32 if the quotient overflows. Unlike in
+        As in Transformer Engine, the scale is the largest FP8 number divided by `amax`, rounded down to a power of two
+        if `powers_of_two`. It is 1 if `amax` is 0, and the largest float32 if the quotient overflows. Unlike in
         Transformer Engine, it is NaN if `amax` is inf or NaN, which saturation would hide.
         """
         if self.exponents:
@@ -58,7 +58,7 @@ class Tiling:
 
 
 def _microscaling(ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scale and its inverse: the smallest power of two in [2^-127, 2^127] that is not below `ratio`."""
+    """Return scale and inverse. The inverse is the smallest power of two from 2^-127 to 2^127 that is >= `ratio`."""
     bits = ratio.view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     tiny = (exponent == 0) & (mantissa <= 0x400000)  # up to 2^-127
@@ -102,7 +102,7 @@ def quantise(x: Tensor, how: Tiling, checks_on_gpu: bool = False) -> QuantisedRo
     """Quantise the last two dimensions of `x` in tiles; tiles at the edges may be smaller.
 
     Raises `NotFinite` for inf or NaN on the CPU and, with `checks_on_gpu`, on a GPU, where the check synchronises.
-    Without the check the tile becomes NaN.
+    Without the check, the whole tile becomes NaN.
     """
     tiles = _tiles(x.float(), how)
     amax = tiles.abs().amax(dim=(-3, -1)) if x.numel() else tiles.new_zeros(*tiles.shape[:-3], tiles.shape[-2])
@@ -154,7 +154,7 @@ class Tiled:
 
 
 class TiledArithmetic:
-    """`precision.fp8_linear.Arithmetic` on tiles. Subclasses multiply two matrices."""
+    """`precision.fp8_linear.Arithmetic` on tiles. Subclasses implement `multiply`, the product of two matrices."""
 
     checks_on_gpu = False
     """Whether inf and NaN raise on a GPU too, at the cost of a synchronisation."""

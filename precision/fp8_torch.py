@@ -34,7 +34,7 @@ def _scale(rows: QuantisedRows) -> tuple[Tensor, Any]:
     kinds: Any = F.ScalingType  # type: ignore[attr-defined]
     scale, how = rows.inverse_scale, rows.tiling
     if how.rows == 128:
-        # cuBLAS aligns rows of these scales to multiples of four
+        # cuBLAS needs each row of these scales padded to a multiple of four
         return F.pad(scale, (0, -scale.shape[1] % 4)), kinds.BlockWise128x128
     if how.columns == 128:
         return scale.t().contiguous().t(), kinds.BlockWise1x128

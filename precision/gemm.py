@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Row count of each expert in a tensor sorted by expert. `known`: the counts, if they are on the host already.
+    """Row count of each expert in a tensor sorted by expert. `known`: the counts as a list, if the host has them.
 
     The int64 counts may sum to less than the number of rows; the results of the remaining rows are undefined.
     """
@@ -30,12 +30,12 @@ class Groups:
 
     @cached_property
     def host(self) -> list[int]:
-        """The counts on the host. Unless `known`, the first access synchronises with the device."""
+        """The counts on the host. Unless `known` is given, the first access synchronises with the device."""
         return self.counts_E.tolist() if self.known is None else self.known
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64 and otherwise float32, the dtype of sums, norms, softmax and the router."""
+    """Return float64 for float64, and else float32. Sums, norms, softmax and the router have this dtype."""
     return torch.promote_types(dtype, torch.float32)
 
 

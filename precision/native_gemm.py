@@ -70,7 +70,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, groups: Groups | None) -> Tensor:
 
 def _loops(like: Tensor, groups: int, *widths: int) -> bool:
     """Return whether F.grouped_mm lacks a kernel for this matmul or is slower than a loop over the groups."""
-    has_rows = len(like) >= 64 * max(groups, 1)  # per group, on average
+    has_rows = len(like) >= 64 * max(groups, 1)  # at least 64 rows per group, on average
     return like.dtype is torch.float64 or (has_rows and cpu_gemm.is_faster(like, *widths))
 
 

@@ -1,10 +1,10 @@
 """FP8 by Transformer Engine (TE): its quantizers and GEMMs, called as its own `Linear` and `GroupedLinear` call them.
 
 Only this file imports TE, and only inside functions: TE is optional and does not import without a GPU. This file uses
-names that are not public in TE and therefore needs one exact version. `tests/precision` check it against the sources of
-that version. `unavailable` checks TE against the emulation on the device before a run begins.
+names that are not public in TE and therefore needs one exact version. Tests (`tests/precision`) compare its calls with
+the sources of that version. `unavailable` checks TE against the emulation on the device before a run begins.
 
-Experts never share a scale. One grouped GEMM multiplies them, with their token counts on the host. TE does not detect
+Experts never share a scale. One grouped GEMM multiplies all experts, with token counts on the host. TE does not detect
 inf: its kernels give a tile with inf the scale 1 and saturate (NaN stays NaN).
 
 Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
@@ -35,7 +35,7 @@ INSTALL = f'pip install --no-build-isolation "transformer-engine[pytorch]=={VERS
 
 @dataclass(frozen=True)
 class QuantisedParts:
-    """TE's storage of a quantised operand, or one per expert. `shape`: the shape of the operand."""
+    """TE's storage of a quantised operand, or one storage per expert. `shape`: the shape of the operand."""
 
     parts: tuple[Any, ...]
     shape: torch.Size
@@ -88,8 +88,8 @@ class TransformerEngine:
         quantizers = [*forward.make_quantizers(), *backward.make_quantizers()]
         self.quantizers = dict(zip((Operand.activation, Operand.weight, Operand.gradient), quantizers, strict=True))
         for quantizer in quantizers:
-            quantizer.internal = True  # storages instead of subclasses of Tensor
-            quantizer.optimize_for_gemm = recipe is Recipe.mxfp8  # MXFP8 scales in the order that the GEMMs read
+            quantizer.internal = True  # return TE's storages instead of subclasses of Tensor
+            quantizer.optimize_for_gemm = recipe is Recipe.mxfp8  # MXFP8 scales in the order in which GEMMs read them
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> QuantisedParts:
         import transformer_engine_torch as tex
@@ -207,7 +207,7 @@ def _differences(recipe: Recipe, device: torch.device) -> Iterator[str]:
     weights: list[tuple[Tensor, Groups | None]] = [(operand(384, 256), None), (operand(4, 384, 256), groups)]
     engine, emulation = TransformerEngine(recipe, dtype), EmulatedArithmetic(recipe, dtype)
     for quantizer in engine.quantizers.values():
-        quantizer.optimize_for_gemm = False  # scales in row order
+        quantizer.optimize_for_gemm = False  # scales in row order, as the emulation has them
     for w, split in weights:
         operands = ((Operand.activation, x, split), (Operand.gradient, grad, split), (Operand.weight, w, None))
         for kind, tensor, among in operands:
@@ -228,7 +228,7 @@ def _byte_differences(recipe: Recipe, operand: Operand, found: QuantisedParts, w
         for part, rows in zip(found.parts, matrices, strict=True):
             data, scale = _stored(recipe, part, columns)
             if data is None:
-                continue  # with one scale, Blackwell multiplies columns without a transposed copy
+                continue  # with one scale, Blackwell's GEMMs read columns without a transposed copy
             inverse = rows.inverse_scale
             if recipe is Recipe.mxfp8:
                 inverse = (inverse.view(torch.int32) >> 23).to(torch.uint8)

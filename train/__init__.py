@@ -1,1 +1,1 @@
-"""One run: from a configuration to a trained model in a directory."""
+"""Train a model: one run, from a configuration to checkpoints in the run's directory."""

@@ -1,6 +1,6 @@
-"""One rank of a training run: `python -m train OVERRIDES`, or `torchrun ... -m train OVERRIDES`.
+"""Run one rank of a training run: `python -m train OVERRIDES`, or `torchrun ... -m train OVERRIDES`.
 
-`--config FILE` instead of overrides reads a complete resolved configuration.
+With `--config FILE` in place of overrides, read a complete, resolved configuration from FILE.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     if not sys.flags.safe_path and Path.cwd().resolve() != Path(__file__).resolve().parent.parent:
-        del sys.path[0]  # `-m` puts the current folder first, and it may contain another `core/`
+        del sys.path[0]  # `-m` puts the current folder first on the path, and it may contain another `core/`
     from core.process import run_process
 
     sys.exit(run_process(main))

@@ -1,4 +1,4 @@
-"""This rank's sequences of each step's global batch, and statistics of the data consumed between two log lines."""
+"""Prepare this rank's sequences of each global batch, and count the data consumed between two log lines."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from train.online_filter import OnlineWindow
 
 
 class StepBatches:
-    """Prepares this rank's batches of consecutive steps ahead. They follow the order of each phase or, with online
-    filtering, hold the sequences of the last selected window. `axis`: the ranks that take different sequences of a
-    batch.
+    """Prepares this rank's batches in advance, for consecutive steps. Sequences come in the order of the phase or, with
+    online filtering, from the window last passed to `select`. `axis`: the mesh axis whose ranks take different
+    sequences of a global batch.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class StepBatches:
         return next(phase for phase in self.phases if step < phase.stop)
 
     def select(self, window: OnlineWindow) -> None:
-        """Take the sequences of `window` from its first step on."""
+        """From the first step of `window` on, take its sequences."""
         self.window = window
 
     def get(self, step: int) -> Batch:
@@ -45,13 +45,13 @@ class StepBatches:
         self._positions += batch.labels_BT.numel()
         self._labelled += int((batch.labels_BT != IGNORED).sum())
         ends = batch.tokens_BT == self.eos_id
-        self._padding += int((ends[:, 1:] & ends[:, :-1]).sum())  # EOS follows EOS only as padding
+        self._padding += int((ends[:, 1:] & ends[:, :-1]).sum())  # EOS after EOS occurs only as padding
         self._sequences += torch.bincount(batch.sources_B, minlength=len(self.sources))
         return batch
 
     def read(self) -> dict[str, Any]:
-        """Return metrics of this rank's sequences since the last call. Each rank has a sample of the same blend, so
-        rank 0 can log its own fractions without a collective.
+        """Return metrics of this rank's sequences since the last call. Each rank's sequences are a sample of the same
+        blend of sources, so rank 0 logs its own fractions, which needs no collective.
         """
         total = max(int(self._sequences.sum()), 1)
         counts = zip(self.sources, self._sequences.tolist(), strict=True)
@@ -77,7 +77,7 @@ class StepBatches:
         return loader.samples(self.window.rows[start : start + size])
 
     def _known_until(self, step: int) -> int:
-        """Return the first step whose sequences are not known yet: the end of the run or of the window."""
+        """Return the first step whose sequences are not known yet: the one after the run or the window."""
         if self.window is None:
             return self.phases[-1].stop
         return self.window.first_step + len(self.window.rows) // self.phase(step).global_batch_size

@@ -27,13 +27,13 @@ SIZES = ("steps", "seq_len", "global_batch_size", "micro_batch_size")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run's directory is `root/name`. `name` null: the start time; the same command cannot resume such a run."""
+    """The run's directory is `root/name`. Null `name`: the start time, so the same command begins a new run."""
 
     root: str = "runs"
     name: str | None = None
     seed: int = 0
     resume: bool = True
-    """Resume from the directory's last checkpoint; false: reject a directory that holds a run."""
+    """True: resume from the directory's last checkpoint. False: reject a directory that holds a run."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """A later phase of the run; null keeps the setting of the phase before."""
+    """A later phase of the run. Null keeps the setting of the phase before, except for `weights`."""
 
     name: str
     steps: int
@@ -68,11 +68,11 @@ class PhaseConfig:
     weights: dict[str, float] | None = None
     """Relative weights of the sources; a source that is not named is excluded. Null: the weights in data.sources."""
     schedule: LRScheduleConfig | None = None
-    """Learning rate within this phase; null: the run's schedule, restarted."""
+    """Learning rate within this phase; null: the schedule of the phase before, restarted."""
     rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
     temperature_floor: float | None = None
-    """This, `rope_theta` and `rope_scaling` replace the model's settings from this phase on, for longer sequences."""
+    """Like `rope_theta` and `rope_scaling`, replaces the model's setting from this phase on, for longer sequences."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=(*SIZES, "rope_theta", "temperature_floor"))
@@ -89,7 +89,7 @@ def _check_weights(weights: dict[str, float] | None) -> None:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out loss of `sequences` sequences per source, every `every` steps (0: only at the end)."""
+    """Measure the held-out loss on `sequences` sequences per source, every `every` steps (0: only at the end)."""
 
     every: int = 0
     sequences: int = 32
@@ -102,13 +102,13 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every `every` steps (0: only at the end). Only the last `keep` are retained."""
+    """Save a checkpoint every `every` steps (0: only at the end). Only the last `keep` checkpoints are retained."""
 
     every: int = 0
     keep: int = 2
     asynchronous: bool = True
     directory: str | None = None
-    """Parent of the run's checkpoints: a path, or the URL of a filesystem that fsspec has a driver for
+    """Folder for checkpoints, below which each run has its own: a path, or a URL that fsspec can open
     (s3://bucket/folder). Null: the run's directory.
     """
 
@@ -146,7 +146,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Steps (from 0) to trace with the profiler. `memory`: write a memory snapshot as well, on a GPU."""
+    """`steps`: steps (from 0) to trace with the profiler. `memory`: also write a memory snapshot of each, on a GPU."""
 
     steps: list[int] = field(default_factory=list)
     memory: bool = False
@@ -158,7 +158,7 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class CallbackConfig:
-    """A callback of your own package: the import path of its class and the keyword arguments of the constructor."""
+    """A callback from your own package: the import path of its class, and keyword arguments of the constructor."""
 
     target: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class CallbackConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The configuration of a run. `launch` is read by the launcher only."""
+    """The configuration of a run. Only the launcher reads `launch`."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -284,13 +284,13 @@ def check(config: TrainConfig, world_size: int) -> Layout:
         raise ConfigError("evaluation.baselines", True, reason, [False])
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
-        reason = f"the run ends after {phases(config)[-1].stop} steps, counted from 0"
+        reason = f"the run has {phases(config)[-1].stop} steps, counted from 0"
         raise ConfigError("profile.steps", late[0], reason)
     return layout
 
 
 def _of_phase(error: ConfigError, name: str) -> ConfigError:
-    """Return an error about `training` with the keys of the phase `name`."""
+    """Return the error with the keys of the phase `name` in place of those of `training`."""
     if name == "main":
         return error
     key, reason = (text.replace("training.", f"phases.{name}.") for text in (error.key, error.reason))

@@ -42,8 +42,8 @@ CARRIED = (
 
 
 class Check(Enum):
-    """Whether to compare settings and logits with those of transformers. `auto`: if transformers is installed; logits
-    only if both models fit into memory. The result is printed and, with an imported model, stored.
+    """Whether to compare settings and logits with those of transformers. `auto`: settings if transformers is
+    installed, and logits if both models also fit into memory. The result is printed and, on import, stored.
     """
 
     auto = "auto"
@@ -52,7 +52,7 @@ class Check(Enum):
 
 
 def import_checkpoint(source_directory: Path, out: Path, text_only: bool = False, check: Check = Check.auto) -> str:
-    """Convert a checkpoint in the Hugging Face format and return the family's `model_type`."""
+    """Convert a checkpoint in the Hugging Face format to an imported model. Return the family's `model_type`."""
     source = HuggingFaceCheckpoint(source_directory, text_only)
     checked = _compare(source, source.directory, None, check)
     text = source.raw_config.get("text_config") or source.raw_config
@@ -75,7 +75,7 @@ def export_checkpoint(
     drop_selection_bias: bool = False,
     check: Check = Check.auto,
 ) -> str:
-    """Convert a run's newest checkpoint or an imported model and return the `model_type` that is written."""
+    """Convert a run's newest checkpoint or an imported model to the Hugging Face format. Return its `model_type`."""
     try:
         source = open_model(path)
     except ConfigError as error:
@@ -106,8 +106,8 @@ def export_checkpoint(
 
 
 def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Path], dict[str, Any]]:
-    """Return the files of the model's tokenizer, and the entries of `config.json` that a run determines. Raises
-    `ConfigError` if the run's data have changed, because the tokenizer may be trained on them.
+    """Return the files of the model's tokenizer, and the entries of `config.json` that follow from a run. Raises
+    `ConfigError` if the run's data have changed, because the tokenizer may have been trained on them.
     """
     imported = (path / IMPORTED).exists()
     if imported or not (path / "config.yaml").exists():
@@ -127,7 +127,7 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
 
 
 def _compare(source: TensorSource, directory: Path, dtype: torch.dtype | None, check: Check) -> str:
-    """Compare what can be compared here. Print and return a sentence that says what was compared."""
+    """Compare with transformers what `check` and this machine allow. Print and return a sentence with the result."""
     unasked = "check=never" if check is Check.never else obstacle(directory)
     if unasked is None:
         compare_settings(fold_multipliers(source).config, directory)
@@ -138,7 +138,7 @@ def _compare(source: TensorSource, directory: Path, dtype: torch.dtype | None, c
             "of the largest logit"
         )
     elif check is Check.always:
-        raise CheckpointError(f"cannot compare with transformers: {why}; check=never converts without")
+        raise CheckpointError(f"cannot compare with transformers: {why}; check=never converts without it")
     elif unasked is None:
         checked = f"settings equal transformers'; logits not compared: {why}"
     else:

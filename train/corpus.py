@@ -1,4 +1,4 @@
-"""The corpus of a run, opened by every rank."""
+"""Open the corpus of a run on every rank, and make its loaders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def get_corpus(
 ) -> Corpus:
     """Make the corpus on rank 0 or find it in the cache, and open it on all ranks, which together verify its hashes.
 
-    `models` opens the models that a filter scores with; without it, a corpus that needs them must be in the cache.
+    `models` opens the models that a filter scores with. Without it, a corpus whose filter needs one must be cached.
     Raises `ConfigError` if the tokenizer has more ids than the model.
     """
     directory = world.from_main(lambda: prepare(config.data, report, models).directory)
@@ -40,8 +40,8 @@ def get_corpus(
 def stored_corpus(
     directory: Path, config: TrainConfig, world: World, report: Callable[[str], None], models: Models | None = None
 ) -> Corpus:
-    """Open the corpus of a stored run. Import paths in its configuration are not imported, because a stored
-    configuration is untrusted; the corpus must then be in the cache. Raises `ConfigError` if it is not.
+    """Open the corpus of a stored run. Its configuration is untrusted, so import paths in it are not imported. With
+    import paths the corpus must be in the cache; if it is not, raises `ConfigError`.
     """
     paths = config.data.import_paths()
     if config.data.tokens is not None or not paths:
@@ -73,7 +73,7 @@ def check_same_data(progress: dict[str, Any], corpus: Corpus) -> None:
 
 
 def source_weights(config: TrainConfig, corpus: Corpus) -> dict[str, float]:
-    """Return the weights of the corpus's sources; 1 for a source that the configuration does not describe."""
+    """Return the weight of each source of the corpus: that of the configuration, or 1 for a source it does not name."""
     return {name: config.data.sources[name].weight if name in config.data.sources else 1.0 for name in corpus.sources}
 
 

@@ -20,7 +20,7 @@ _SECRET = ("AUTH", "CREDENTIAL", "JWT", "KEY", "PASS", "SECRET", "TOKEN")
 
 
 def environment() -> dict[str, Any]:
-    """Return host, versions, command and the variables that configure torch and its libraries, without secrets."""
+    """Return host, versions, command and environment variables of torch and its libraries, without secrets."""
     variables = {
         name: value
         for name, value in sorted(os.environ.items())

@@ -1,4 +1,4 @@
-"""The language-model loss as a sum over tokens. The engine divides it by the global token count.
+"""Compute the language-model loss as a sum over tokens. The engine divides it by the global number of tokens.
 
 Shapes: B batch, T sequence, V vocabulary.
 """

@@ -1,6 +1,6 @@
 """Metrics of a run and where they are written: the terminal, log.txt, metrics.jsonl and wandb.
 
-Figures stay tensors on the device until a step that is logged.
+Metrics stay tensors on the device until a step is logged, so that other steps do not wait for the device.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "A100": 312e
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics(StepResult):
-    """A step's result. `tokens`: those of the run so far. `finite`: whether every loss and gradient norm so far was
-    finite, a bool still on the device.
+    """A step's result. `tokens`: number of tokens trained on so far. `finite`: whether every loss and gradient norm so
+    far was finite, a bool still on the device.
     """
 
     learning_rate: float
     tokens: int
     finite: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """Further scalars, logged under their names."""
+    """Further scalars to log under their names."""
 
     def check_finite(self, steps: int) -> None:
         """Raise `Diverged` if a loss or gradient norm is NaN or infinite: all later steps and checkpoints would be
@@ -53,7 +53,7 @@ class StepMetrics(StepResult):
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the device's dense bf16 peak, None if unknown (a CPU): a run then has no MFU."""
+    """Return the device's dense bf16 peak in FLOPS, or None if it is unknown (as for a CPU); MFU is then None."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -68,7 +68,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def expert_load(counts_LE: Tensor) -> list[dict[str, float]]:
-    """Return per MoE layer: the busiest expert over the mean, the load's entropy over its maximum, idle experts."""
+    """Return per MoE layer: largest load over the mean, load entropy over its maximum, and number of idle experts."""
     rows = []
     for counts_E in counts_LE.double().cpu():
         share = counts_E / counts_E.sum().clamp_min(1)
@@ -84,7 +84,7 @@ def expert_load(counts_LE: Tensor) -> list[dict[str, float]]:
 
 
 class Log:
-    """Writes lines to the terminal and to log.txt; does nothing without a path (ranks other than 0)."""
+    """Writes lines to the terminal and to log.txt. Without a path (on ranks other than 0) it does nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -101,7 +101,7 @@ class Log:
 
 
 class Throughput:
-    """Tokens per second and MFU, of an interval and of the run."""
+    """Measures tokens per second and MFU, of an interval and of the run."""
 
     def __init__(self, model: ModelConfig, device: torch.device, world_size: int) -> None:
         self.model = model
@@ -110,7 +110,7 @@ class Throughput:
         self.seconds = self.tokens = 0.0
 
     def read(self, seconds: float, tokens: int, seq_len: int) -> tuple[float, float | None]:
-        """Return both for the last interval; `seconds` exclude pauses for evaluation and saving."""
+        """Return tokens per second and MFU of an interval. `seconds` exclude pauses for evaluation and saving."""
         self.seconds += seconds
         self.tokens += tokens
         rate = tokens / max(seconds, 1e-9)
@@ -118,7 +118,7 @@ class Throughput:
 
     @property
     def mean(self) -> float:
-        """Tokens per second of the run."""
+        """Tokens per second of the run since this process started."""
         return self.tokens / max(self.seconds, 1e-9)
 
 

@@ -1,10 +1,10 @@
-"""Online filtering: every few steps the model in training scores the next sequences, and easy ones are dropped.
+"""Filter online: every few steps the model in training scores the next sequences, and those with low loss are dropped.
 
-A window holds the sequences of the next `every` steps. Its candidates are the next sequences in the phase's order, 1 /
-`keep` times as many as needed. The candidates with the highest loss are taken, in the phase's order. Candidates that
-miss the threshold by less than `hysteresis` are deferred to the next window, because a loss near the threshold is
-noisy. A fraction `revive` of the window is drawn at random from the other candidates, so that the model does not forget
-easy text.
+A window holds the sequences of the next `every` steps. It has 1 / `keep` times as many candidates: sequences that the
+window before deferred, and the next ones in the phase's order. The candidates with the highest loss are taken, in the
+phase's order. Candidates that miss the threshold by less than `hysteresis` are deferred to the next window, because a
+loss near the threshold is noisy. A fraction `revive` of the window is drawn at random from the other candidates, so
+that the model does not forget easy text.
 
 The state is a list of sample ordinals and a cursor. Checkpoints keep it, so a resumed run takes the same sequences on
 any number of ranks.
@@ -25,7 +25,7 @@ from data.sampling import key_of
 @dataclass(frozen=True)
 class OnlineConfig:
     """`every`: steps between two scorings; 0: off. `keep`: fraction of the candidates to train on. `hysteresis`:
-    distance below the threshold, in nats per token, at which a candidate is still deferred. `revive`: fraction of a
+    largest distance below the threshold, in nats per token, at which a candidate is deferred. `revive`: fraction of a
     window that is drawn at random. `max_loss`: sequences with a higher loss are dropped as noise; null: no limit.
     """
 
@@ -47,8 +47,8 @@ class OnlineConfig:
 
 
 def candidates(config: OnlineConfig, steps: int, global_batch_size: int) -> int:
-    """Return the largest number of samples in the order of a phase that the phase can use: those of its steps or, with
-    online filtering, the candidates of its windows if none is deferred.
+    """Return the largest number of samples that a phase can use of its order: the samples of its steps or, with online
+    filtering, the candidates of its windows if none is deferred.
     """
     if not config.every:
         return steps * global_batch_size
@@ -59,16 +59,16 @@ def candidates(config: OnlineConfig, steps: int, global_batch_size: int) -> int:
 
 @dataclass
 class OnlineWindow:
-    """The samples of the steps from `first_step` on, and the state from which the next window is chosen."""
+    """The samples (`rows`) of the steps from `first_step` on, and the state from which the next window is chosen."""
 
     generation: int = 0
     first_step: int = 0
     cursor: int = 0
-    """Number of samples in the order of the phase that have been candidates so far."""
+    """Number of samples, from the start of the phase's order, that have been candidates."""
     rows: list[int] = field(default_factory=list)
     deferred: list[int] = field(default_factory=list)
     threshold: float = float("nan")
-    """The lowest loss among the samples that were taken for their loss."""
+    """The lowest loss among the samples that were taken because of their loss, not at random."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class OnlineFilter:
         losses = self.score(candidates.tolist())
         taken, threshold = self._choose(candidates, losses, needed, last.generation + 1)
         deferred = ~taken & (losses > threshold - self.config.hysteresis) & self._usable(losses)
-        deferred &= candidates >= last.cursor  # at most once, or the same sequences would return forever
+        deferred &= candidates >= last.cursor  # at most once, or the same candidates would return forever
         return OnlineWindow(
             generation=last.generation + 1,
             first_step=step,
@@ -101,15 +101,15 @@ class OnlineFilter:
     def _choose(
         self, candidates: NDArray[np.int64], losses: NDArray[np.float64], needed: int, generation: int
     ) -> tuple[NDArray[np.bool_], float]:
-        """Return a mask of exactly `needed` candidates, and the threshold."""
+        """Return a mask of the `needed` candidates to take, and the threshold."""
         draws = np.asarray([key_of(self.key, generation, int(one)) for one in candidates], np.uint64)
         usable = self._usable(losses)
         by_height = np.lexsort((draws, -np.where(usable, losses, -np.inf)))
-        revived = min(round(needed * self.config.revive), needed - 1)  # at least one is taken by loss
+        revived = min(round(needed * self.config.revive), needed - 1)  # at least one is taken because of its loss
         taken = np.zeros(len(candidates), bool)
         taken[by_height[: needed - revived]] = True
         rest = np.flatnonzero(~taken)
-        # usable candidates first: noise is drawn only if nothing else is left
+        # usable candidates first: an unusable one is drawn only if no other is left
         taken[rest[np.lexsort((draws[rest], ~usable[rest]))[:revived]]] = True
         return taken, float(losses[by_height[needed - revived - 1]])
 

@@ -1,7 +1,7 @@
 """Find the steps of a run that trained on a document, from the document's position in its source's token stream.
 
-A run records nothing for this: the order of samples is a pure function of the configuration and the corpus, and
-`online.jsonl` lists the samples that online filtering took.
+This needs no log of samples, because their order is a pure function of the configuration and the corpus. With online
+filtering, `online.jsonl` lists the samples that were taken.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TrainedSequence:
 
 @dataclass(frozen=True)
 class DocumentSpan:
-    """A document's tokens in its source's training stream, from BOS to EOS."""
+    """The position of a document, from BOS to EOS, in the training stream of its source."""
 
     source: str
     start: int
@@ -47,13 +47,13 @@ class DocumentSpan:
 
     def sequences(self, seq_len: int) -> tuple[int, int]:
         """Return the first and the last sequence of the stream in which a token of the document is a label. All tokens
-        but BOS are labels, each in the sequence of the token before it.
+        but BOS are labels, each in the sequence that contains the token before it.
         """
         return self.start // seq_len, (self.start + self.tokens - 2) // seq_len
 
 
 def explain_run(directory: Path, name: str) -> str:
-    """Explain what the filter of a run's data did with a record, and which steps trained on it."""
+    """Explain what the filter of a run's data did with the record `name`, and which steps trained on it."""
     config = load_config(directory)
     corpus = stored_corpus(directory, config, World(0, 1, torch.device("cpu")), lambda line: None, MODELS)
     if not (corpus.directory / SCORES).exists():
@@ -88,7 +88,7 @@ def find_place(corpus: Corpus, name: str) -> DocumentSpan | None:
 def visits(
     directory: Path, config: TrainConfig, corpus: Corpus, place: DocumentSpan, steps: int
 ) -> list[TrainedSequence]:
-    """Return the training sequences that contain a document in the first `steps` steps of a run, in order."""
+    """Return, in order, the sequences in the first `steps` steps of a run that contain part of the document."""
     found, loaders = [], run_loaders(config, corpus, lambda line: None)
     for phase in phases(config):
         loader = loaders[phase.name]
@@ -107,7 +107,7 @@ def visits(
 def _taken(
     directory: Path, config: TrainConfig, phase: Phase, stop: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield the samples of a phase before step `stop`: their positions in training, and their ordinals in its order."""
+    """Yield, for the samples of a phase before step `stop`, positions in training and ordinals in the phase's order."""
     count = max(stop - phase.start, 0) * phase.global_batch_size
     if not config.online.every:
         for begin in range(0, count, _ORDINALS_AT_ONCE):

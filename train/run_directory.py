@@ -1,6 +1,6 @@
-"""A run is a directory: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `plots/`, `log.txt`.
+"""The directory of a run: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `plots/` and `log.txt`.
 
-A run resumes only under a configuration that does not change what is learnt. This module checks that.
+A run resumes only under a configuration that does not change what is learnt, as this module checks.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from train.config import TrainConfig, phases
 from train.metap.hyperparameters import without_derived
 
 MARKER = "COMMITTED"
-"""File that is written last into a checkpoint's directory. A directory without it is not a checkpoint."""
+"""Name of the file that is written last into a checkpoint's directory. A directory without it is not a checkpoint."""
 DIVERGED = "diverged.json"
-"""File that is written when a loss or a gradient norm is NaN or infinite."""
+"""Name of the file that is written when a loss or a gradient norm is NaN or infinite."""
 FREE = (
     "run.root",
     "run.name",
@@ -52,7 +52,7 @@ FREE = (
     "data.prefetch",
     "data.verify",
 )
-"""Keys that may change on resume. They change what is learnt only by the rounding of matmuls."""
+"""Keys that may change on resume. They affect what is learnt only through the rounding of matmuls."""
 
 
 class RunLocked(LeviathanError):
@@ -62,7 +62,7 @@ class RunLocked(LeviathanError):
 
 
 class RunDirectory:
-    """The paths in a run's directory. `checkpoints` may be elsewhere (`checkpoint.directory`), under the run's name."""
+    """The paths of a run's files. With `checkpoint.directory`, checkpoints are there, under the run's name."""
 
     def __init__(self, path: Path, elsewhere: str | None = None) -> None:
         self.path = path
@@ -86,7 +86,7 @@ class RunDirectory:
             if not config.run.resume:
                 raise ConfigError("run.name", config.run.name, f"{self.path} holds a run already; choose another name")
             before = RunDirectory(self.path, load_config(self.path).checkpoint.directory)
-            if committed(before.checkpoints):  # without one nothing was learnt, and any key may change
+            if committed(before.checkpoints):  # without a checkpoint nothing was learnt, so any key may change
                 before._check_same(config)
         self._try_writing(config.checkpoint.directory)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class RunDirectory:
             self._lock = None
 
     def is_summed_up(self, steps: int) -> bool:
-        """Return whether there is a summary of `steps` steps. One of fewer steps does not cover an added phase."""
+        """Return whether summary.json covers `steps` steps. A summary of fewer steps is older than an added phase."""
         try:
             return self.summary.exists() and read_json(self.summary)["steps"] == steps
         except (ValueError, TypeError, KeyError):
@@ -136,7 +136,7 @@ class RunDirectory:
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _try_writing(self, elsewhere: str | None) -> None:
-        """Write a probe file: a store that cannot be written must fail at the start, not at the first checkpoint."""
+        """Write a probe file, so that a store without write access fails at the start, not at the first checkpoint."""
         probe = self.checkpoints / ".probe"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -150,9 +150,9 @@ class RunDirectory:
     def _check_same(self, config: TrainConfig) -> None:
         stored = load_config(self.path)
         done = max((step for step, _ in committed(self.checkpoints)), default=0)
-        begun = sum(phase.start < done for phase in phases(stored)[1:])  # these may no longer change
+        begun = sum(phase.start < done for phase in phases(stored)[1:])  # phases that may no longer change
         was, is_now = (_indexed(plain(without_derived(one))) for one in (stored, config))
-        said = differences(was, is_now)  # first: derived keys follow from these
+        said = differences(was, is_now)  # report these first, because derived keys follow from them
         for key, (before, after) in {**said, **differences(_indexed(plain(stored)), _indexed(plain(config)))}.items():
             later_phase = key.startswith("phases.") and int(key.split(".")[1]) >= begun
             anywhere = re.sub(r"^phases\.\d+\.", "phases.*.", key)
@@ -163,7 +163,7 @@ class RunDirectory:
 
 
 def load_config(directory: Path) -> TrainConfig:
-    """Read the configuration that is stored in a run's directory."""
+    """Read the configuration in a run's directory."""
     path = directory / "config.yaml"
     if not path.exists():
         raise ConfigError("run", str(directory), "no run there: its config.yaml is missing")
@@ -188,7 +188,7 @@ def write_config(path: Path, config: TrainConfig) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete JSON lines of a file, if there is one. Truncated lines (a kill, a full disk) are dropped."""
+    """Yield the complete JSON lines of a file, if it exists. Truncated lines (a kill, a full disk) are dropped."""
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)

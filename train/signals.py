@@ -1,7 +1,7 @@
 """Turn signals into a flag that the training loop reads between steps, so that it saves before it ends.
 
-The signals are Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning before the time limit). The death of torchrun's agent sets
-the flag as well: orphaned workers would keep writing into a run that is started again.
+The signals are SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (SLURM's warning before the time limit). The death of torchrun's
+agent sets the flag as well: orphaned workers would otherwise keep writing into a run that has been restarted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class SignalFlag:
-    """A context in which SIGINT, SIGTERM and SIGUSR1 set `requested`. It has no effect outside the main thread."""
+    """A context in which SIGINT, SIGTERM and SIGUSR1 set `requested`. Outside the main thread it handles no signals."""
 
     def __init__(self) -> None:
         self._signalled = False

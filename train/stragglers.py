@@ -1,7 +1,7 @@
 """Detect ranks that are consistently slower than the others.
 
-All ranks wait for the slowest rank, so step times are the same on every rank. Instead, the times of two things that a
-rank does alone are compared: a few matmuls on its device, and waiting for its part of the batch.
+In every step all ranks wait for the slowest one, so step times are the same on every rank. Therefore compare the times
+of two things that a rank does alone: a few matmuls on its device, and waiting for its part of the batch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from core.files import append_json_line
 from parallel.comm.world import World, wait_for
 
 SLOW = 1.5
-"""Ratio to the median of all ranks above which a rank is slow."""
+"""A rank is slow if its time exceeds the median of all ranks by more than this factor."""
 STEADY = 3
 """Number of consecutive slow readings after which a rank is reported."""
 LEAST_S = 2e-3
-"""Seconds up to which a reading is noise."""
+"""Time in seconds up to which a reading counts as noise, not as slow."""
 SLOW_HOSTS = "slow.jsonl"
 """Name of the file that `Stragglers.note` writes into a run's logs."""
-KINDS = ("matrix products", "batches")
+KINDS = ("matmuls", "batches")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Stragglers:
         self._a, self._b = (torch.ones(size, size, device=world.device) for _ in range(2))
 
     def read(self, loading_s: float) -> list[SlowRank]:
-        """Return the ranks that were slow in this reading and the `STEADY - 1` before; the same on every rank.
+        """Return the ranks that were slow in the last `STEADY` readings, this one included. All ranks return the same.
 
         `loading_s`: seconds that this rank has waited for its batches since the last reading.
         """
@@ -76,7 +76,7 @@ class Stragglers:
             append_json_line(path, {"time": time.time(), "step": step, "hosts": hosts})
 
     def probe(self) -> float:
-        """Time a few matmuls in seconds. Return the best of four tries: the system may interrupt any of them."""
+        """Time a few matmuls, in seconds. Return the shortest of four times, because the system may interrupt a try."""
         best = float("inf")
         for _ in range(4):
             begin = time.perf_counter()
@@ -87,7 +87,7 @@ class Stragglers:
         return best
 
     def judge(self, seconds: list[list[float]]) -> list[SlowRank]:
-        """Update the counts and return the slow ranks. `seconds`: a list per rank with an entry per kind."""
+        """Update the counts and return the ranks to report. `seconds`: a list per rank, with an entry per kind."""
         found = []
         for kind, name in enumerate(KINDS):
             values = [rank[kind] for rank in seconds]

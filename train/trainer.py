@@ -1,4 +1,4 @@
-"""One run, from a checked configuration to a trained model in a directory."""
+"""Train a model: one run, from a checked configuration to checkpoints and a summary in the run's directory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from train.stragglers import Stragglers
 
 LOCK_PATIENCE_S = 120.0
 POLL_EVERY = 10
-"""Most steps, on GPUs, between two agreements of the ranks on whether to stop. An agreement waits for the device."""
+"""On GPUs, the ranks agree on whether to stop at least once in this many steps. An agreement waits for the device."""
 
 
 class Trainer:
@@ -68,7 +68,7 @@ class Trainer:
         self.loaders = run_loaders(config, corpus, log)
         self.meshes = make_meshes(layout, world)
         self.batches = StepBatches(config, self.phases, self.loaders, self.meshes.dp, corpus.tokenizer.eos_id)
-        paged = layout.zero.offload is Offload.nvme  # a copy of the paged state would not fit in memory
+        paged = layout.zero.offload is Offload.nvme  # an asynchronous save would copy all paged state to memory
         asynchronous = config.checkpoint.asynchronous and not paged
         self.checkpointer = Checkpointer(directory.checkpoints, world, config.checkpoint.keep, asynchronous, log)
         self.certificate = world.from_main(self._certificate)
@@ -108,7 +108,7 @@ class Trainer:
         return self.batches.phase(step)
 
     def fit(self) -> int:
-        """Train to the last step; an interruption saves and stops. Returns the exit code."""
+        """Train to the last step. On an interruption, save a checkpoint and stop. Returns the exit code."""
         if self.step == self.steps and self.world.from_main(lambda: self.directory.is_summed_up(self.steps)):
             self.log(f"nothing left to do: the run has done its {self.steps} steps")
             self.log(f"run: {self.directory.path}")
@@ -131,7 +131,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.at_end()
         self.log(f"run: {self.directory.path}")
-        return 0 if self.checkpointer.has(self.step) else 1  # trained, but the model could not be saved
+        return 0 if self.checkpointer.has(self.step) else 1  # 1: trained, but the model could not be saved
 
     def train_step(self, step: int) -> StepMetrics:
         """Train on the global batch of `step`."""
@@ -151,7 +151,7 @@ class Trainer:
         return self.last
 
     def save(self) -> None:
-        """Start to save the present state. Raises `Diverged` instead if a loss or gradient norm was NaN or infinite:
+        """Start to save a checkpoint. If a loss or gradient norm was NaN or infinite, raise `Diverged` instead, because
         the checkpoint would replace a good one.
         """
         if self.last is not None:
@@ -159,8 +159,8 @@ class Trainer:
         self.checkpointer.save(self.step, self.engine.state(), self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps besides tensors, as plain JSON. Keys may be added; read an added key with
-        `get`, because older checkpoints lack it.
+        """Return what a checkpoint keeps besides tensors, as plain JSON. If you add a key, read it with `get`, because
+        older checkpoints lack it.
         """
         return {
             "tokens": self.tokens,
@@ -173,7 +173,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a checkpoint's `state_dict`. Callbacks do not exist yet; they load their state later."""
+        """Load a checkpoint's `state_dict`. The callbacks do not exist yet and load their state later."""
         check_same_data(state, self.corpus)
         self.step, self.tokens = state["step"], state["tokens"]
 
@@ -189,8 +189,8 @@ class Trainer:
 
     @contextmanager
     def _ended_by_errors(self) -> Iterator[None]:
-        """If all ranks raise an error, finish the checkpoint that is being written before the error propagates. A run
-        that diverges writes a file, from which a sweep takes its result.
+        """If all ranks raise a `LeviathanError`, finish the checkpoint that is being written before it propagates.
+        A run that diverges also writes a file, from which a sweep reads the run's result.
         """
         try:
             yield
@@ -215,7 +215,7 @@ class Trainer:
                 self.log(f"callback {callback.key} has no state in the checkpoint and starts fresh")
 
     def _certificate(self) -> str | None:
-        """Return the hash of the certificate of this code and layout. Without one, log how to get it."""
+        """Return the hash of the certificate of this code and layout. Without a certificate, log how to make one."""
         layout, cache = self.meshes.layout, Path(self.config.data.cache).expanduser()
         if not layout.axes:
             return None
@@ -267,7 +267,7 @@ def _identity(config: TrainConfig, device: torch.device) -> dict[str, str]:
     """Return what all ranks of a run must have in common."""
     try:
         precision = str(resolve(config.precision, device))
-    except ConfigError as error:  # let `agree` name a rank whose libraries differ
+    except ConfigError as error:  # `agree` then names a rank whose libraries differ
         precision = str(error)
     text = json.dumps(plain(replace(config, launch={})), sort_keys=True)  # `launch.node_rank` differs between nodes
     return {

@@ -1,10 +1,10 @@
 """Measure how well scorers separate hard from easy: `python -m bench.data.difficulty [--set P] [--picture P]`.
 
-The data are three sets of problems with a known number of steps, or a labelled set as JSON lines (`prompt`, `response`,
-`label`). The result is the area under the ROC curve inside length buckets with its bootstrap interval, for scorers and
-controls. The default scorer's settings were chosen on seed 0; seeds 1 to 3 are reported. For the built-in corpus, which
-has no labels, the correlation of scores with length and scores by domain are printed. The plot goes to `--picture`, by
-default in docs/.
+The data are three generated sets of problems, labelled with the number of steps to their solution, or a set of JSON
+lines (`prompt`, `response`, `label`). The result for each scorer and control is the area under the ROC curve inside
+length buckets, with its bootstrap interval. The default scorer's settings were chosen on seed 0; the results are for
+seeds 1 to 3. The built-in corpus has no labels: for it, the scores of each domain and their correlation with length are
+printed. The plot is written to `--picture`, by default in docs/.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ PICTURE = Path(__file__).resolve().parents[2] / "docs" / "filter_difficulty.png"
 COUNT, SEEDS, BUCKETS = 2000, (1, 2, 3), 8
 DEFAULT, CONTROLS = "ngram", ("random", "length")
 WITH_PROMPT = "length with prompt"
-"""A third control, not part of the verdict: in buckets by the answer's length, the prompt's length is a strong hint."""
+"""A third control, the length of prompt and answer together. The verdict leaves it out: among answers of similar
+length, the length of the prompt is a strong hint at the number of steps.
+"""
 SECTION_BYTES = 2_000_000
 
 Found = dict[str, dict[str, Separation]]
-"""Basis of the length buckets (the filter uses the answer) -> scorer -> separation."""
+"""Separation of each scorer, by the length that defines buckets: of the answer (as in the filter), record or both."""
 
 
 def scorers() -> dict[str, Scorer]:
-    """Return the controls, the default scorer, and variants of it."""
+    """Return the controls, the default scorer and variants of the default."""
     return {
         "random": RandomScorer(),
         "length": LengthScorer(),
@@ -73,7 +75,7 @@ def measure(problems: Sequence[Problem]) -> Found:
 
 
 def holds(found: Found) -> bool:
-    """Return whether the default beats chance, and both controls on the same resamples."""
+    """Return whether the default scorer beats chance and both controls, at the lower ends of the 95% intervals."""
     return all(
         part[DEFAULT].low > 0.5 and all(part[DEFAULT].margin_over(part[control]) > 0 for control in CONTROLS)
         for part in found.values()
@@ -81,7 +83,7 @@ def holds(found: Found) -> bool:
 
 
 def margins(found: dict[str, Found]) -> str:
-    """Return lower bounds of the default's lead over each control."""
+    """Return a table with the lower end of the 95% interval of the default scorer's lead over each control."""
     first = next(iter(found.values()))
     lines = [f"| ahead of, in buckets by the length of | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
     for basis in first:
@@ -158,8 +160,8 @@ def corpus_table() -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.data.difficulty", description=__doc__)
     parser.add_argument("--set", type=Path, help="a labelled set: JSON lines with prompt, response and label")
-    parser.add_argument("--count", type=int, default=COUNT, help="problems of each seed")
-    parser.add_argument("--picture", type=Path, help=f"where to draw; docs/{PICTURE.name} unless there is a set")
+    parser.add_argument("--count", type=int, default=COUNT, help="problems per seed")
+    parser.add_argument("--picture", type=Path, help=f"file for the plot (docs/{PICTURE.name}; with --set, none)")
     chosen = parser.parse_args(arguments)
     if chosen.set is not None:
         found = {chosen.set.name: measure(read_problems(chosen.set))}
@@ -174,7 +176,7 @@ def main(arguments: list[str]) -> int:
     if chosen.set is None:
         print(f"\nBuilt-in corpus, {DEFAULT}:\n\n{corpus_table()}\n")
     verdicts = {name: holds(part) for name, part in found.items()}
-    print(f"the default is above one half, {' and '.join(CONTROLS)}: {verdicts}")
+    print(f"{DEFAULT} is better than chance and than the controls {' and '.join(CONTROLS)}: {verdicts}")
     return 0 if all(verdicts.values()) else 1
 
 

@@ -1,7 +1,7 @@
-"""Measure what filtering costs: tokens per second of each stage on one core, and its share of training time.
+"""Measure what filtering costs: tokens per second of each stage, and its time per token relative to a training step's.
 
-The records are the built-in corpus's training documents; the model that scores by loss and the one that is trained are
-the smoke model, untrained: the time is the same. All on one thread, in one process.
+The records are the training documents of the built-in corpus. The smoke model both scores records by loss and is the
+model that is trained; its weights do not affect the time. Everything runs on one thread, in one process.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _result(name: str, stage: Callable[[], object], tokens: float, training: flo
 
 
 def _training(trainer: Trainer) -> float:
-    """Return tokens per second of the training step."""
+    """Return the tokens per second of training steps."""
     for _ in range(3):
         trainer.train_step(trainer.step)
     begin = time.perf_counter()

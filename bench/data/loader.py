@@ -1,7 +1,8 @@
-"""Tokens per second of our loader against Hugging Face streaming, over the same packed sequences, as torch tensors.
+"""Compare our loader with Hugging Face streaming: tokens per second of the same packed sequences as torch tensors.
 
-The sequences are the built-in corpus's training tokens, 1,024 each. Hugging Face streams them from a parquet file, with
-and without its shuffle buffer. Our loader shuffles globally and also returns labels, positions and masked boundaries.
+The sequences are the training tokens of the built-in corpus, 1,024 each. Hugging Face streams them from a parquet file,
+with and without its shuffle buffer. Our loader shuffles globally. It also returns positions, and labels that are masked
+at the ends of documents.
 """
 
 from __future__ import annotations

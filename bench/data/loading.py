@@ -1,9 +1,10 @@
-"""Tokens per second of our loader against Hugging Face `datasets` and `grain`, over the same packed sequences.
+"""Compare our loader with Hugging Face `datasets` and `grain`: tokens per second of the same packed sequences.
 
-All sides return int64 tensors [16, 1024] of tokens. Ours also returns labels, positions and masked boundaries; it and
-grain shuffle globally and resume exactly. `datasets` streams the sequences in file order from Arrow batches, the
-fastest of its ways; its shuffle buffer loses samples at a resume and is measured by `bench/data/loader.py`. grain is
-measured where it is installed. Nothing runs beside the loaders, so prefetching hides nothing here.
+All loaders return int64 tensors [16, 1024] of tokens. Ours also returns positions, and labels that are masked at the
+ends of documents. Our loader and grain shuffle globally and resume exactly. `datasets` streams the sequences in file
+order from Arrow batches, which is its fastest way. Its shuffle buffer loses samples when a run resumes;
+`bench/data/loader.py` measures it. grain is measured if it is installed. Nothing else runs at the same
+time, so prefetching hides no time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ GRAIN, INSTALL = "grain, shuffled over the memory map", "pip install grain==0.2.
 
 
 def hugging_face(path: Path) -> Iterator[torch.Tensor]:
-    """Stream sequences from a parquet file in file order, as numpy arrays of whole Arrow batches."""
+    """Stream batches from a parquet file in file order. Each Arrow batch is converted as a whole."""
     import datasets
 
     stream = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True).with_format("arrow")
@@ -42,7 +43,7 @@ def hugging_face(path: Path) -> Iterator[torch.Tensor]:
 
 
 def grain_rows(rows: NDArray[Any]) -> Iterator[torch.Tensor]:
-    """Read sequences of a memory map, shuffled globally by `MapDataset.shuffle`, in batches, on two threads."""
+    """Read batches of sequences from a memory map on two threads, shuffled globally by `MapDataset.shuffle`."""
     import grain
 
     class Rows:
@@ -66,7 +67,7 @@ def ours(loader: Loader, batches: int, prefetch: int) -> Iterator[torch.Tensor]:
 
 
 def consume(batches: Iterator[torch.Tensor]) -> int:
-    """Return the tokens read; each batch is touched, as a step would."""
+    """Return the number of tokens read. A value of each batch is read, since a training step reads the batch too."""
     return sum(batch.numel() for batch in batches if int(batch[-1, -1]) >= 0)
 
 

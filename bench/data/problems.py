@@ -1,8 +1,9 @@
-"""Generate problems of known difficulty: the number of steps to the answer.
+"""Generate problems whose difficulty is known: it is the number of steps to the answer.
 
-Four families (a story about an amount, an expression, ages that depend on each other, a program to trace) have one to
-eight steps. The size of numbers, the irrelevant sentences and the style of the response are drawn independently of the
-steps, so that problems of equal length differ in difficulty. `read_problems` reads a real set.
+There are four families: a story about an amount, an expression, ages that depend on each other, and a program to trace.
+Each problem has one to eight steps. The size of the numbers, the irrelevant sentences and the style of the response are
+drawn independently of the number of steps, so problems of equal length differ in difficulty. `read_problems` reads
+problems from a file instead.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ _CHECKS = (
 
 @dataclass(frozen=True)
 class Problem:
-    """`label`: difficulty, higher is harder; here the number of steps."""
+    """`label`: difficulty, higher is harder; the number of steps of a generated problem. `family`: kind of problem."""
 
     prompt: str
     response: str
@@ -116,7 +117,7 @@ class _Step:
 
 
 def make_problems(count: int, seed: int) -> list[Problem]:
-    """Return `count` distinct problems, balanced over families and steps, in random order."""
+    """Return `count` distinct problems in random order, balanced over families and numbers of steps."""
     chance = random.Random(f"problems {seed}")
     families: Sequence[Callable[[random.Random, int], tuple[str, list[_Step]]]] = (_story, _expression, _ages, _program)
     found: dict[str, Problem] = {}
@@ -158,7 +159,7 @@ def records(problems: Iterable[Problem]) -> list[Record]:
 
 
 def _chain(chance: random.Random, count: int, multiply: bool = True) -> list[_Step]:
-    """Return `count` operations, each on the last result. No result is below one, and divisions leave no remainder."""
+    """Return a chain of `count` operations. Each result is at least one, and divisions leave no remainder."""
     largest = _LARGEST[chance.choice(list(_LARGEST))]
     value, steps = chance.randint(2, largest), []
     for _ in range(count):
@@ -220,7 +221,7 @@ def _story(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
 
 
 def _expression(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
-    """Each operation applies to the last result, so the expression is bracketed."""
+    """Return an expression to compute, with brackets that apply each operation to the result before it."""
     chain = _chain(chance, count)
     text = str(chain[0].before)
     for number, step in enumerate(chain):
@@ -231,7 +232,7 @@ def _expression(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
 
 
 def _ages(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
-    """The sentences are shuffled, so the person whose age is given may come last."""
+    """Return a chain of relative ages. The sentences are shuffled, so the one age given as a number may come last."""
     chain = _chain(chance, count)
     people = chance.sample(_NAMES, count + 2)
     sentences = [f"{people[0]} is {chain[0].before} years old."]
@@ -243,7 +244,7 @@ def _ages(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
 
 
 def _program(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
-    """Return straight-line statements or a loop. A step is an executed operation that affects the answer."""
+    """Return a program with or without a loop. A step is an executed operation that affects the answer."""
     name = chance.choice(["x", "total", "count", "value", "n", "result"])
     if chance.random() < 0.3:
         chain, lines = _loop(chance, count, name)
@@ -265,7 +266,7 @@ def _program(chance: random.Random, count: int) -> tuple[str, list[_Step]]:
 
 
 def _loop(chance: random.Random, count: int, name: str) -> tuple[list[_Step], list[str]]:
-    """Return a loop of `count` additions: of a constant, or of the loop variable."""
+    """Return a loop that adds a constant or the loop variable `count` times."""
     start = chance.randint(1, _LARGEST[chance.choice(list(_LARGEST))])
     constant = chance.randint(2, 20) if chance.random() < 0.5 else None
     value, chain = start, []
@@ -278,7 +279,7 @@ def _loop(chance: random.Random, count: int, name: str) -> tuple[list[_Step], li
 
 
 def _response(chance: random.Random, chain: list[_Step]) -> str:
-    """Return the final answer alone, equations, one sentence per step, or those with remarks."""
+    """Return a response in a random style: only the answer, equations, or sentences with or without remarks."""
     style = chance.choice(["answer", "equations", "sentences", "remarks"])
     closing = chance.choice(_CLOSINGS).format(n=chain[-1].after)
     if style == "answer":

@@ -1,7 +1,8 @@
 """Measure time and memory of selecting half the tokens by cached scores, in parquet files of a million records each.
 
-Two million records; `SELECTION_RECORDS=100000000 python -m bench selection` for what the floor is about (2.5 GB of
-files under $TMPDIR). Four domains, eight length buckets, a tenth revived; then every record's reason is counted.
+The default is two million records. The floor is 300 s for 100 million, which need 2.5 GB of files under $TMPDIR:
+`SELECTION_RECORDS=100000000 python -m bench selection`. There are four domains and eight length buckets, and a tenth of
+the kept records is drawn at random from easy ones. The time includes a pass that finds which records were kept.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ALLOWED_S, OF_RECORDS = 300, 100_000_000
 
 
 def write(folder: Path) -> None:
-    """Losses around 3 nats that fall with length, lengths over four orders of magnitude."""
+    """Write scores around 3 nats, which fall with length, and lengths over four orders of magnitude."""
     import pyarrow
     import pyarrow.parquet
 
@@ -76,9 +77,9 @@ def run() -> list[Result]:
         seconds, peak = time.perf_counter() - begin, peak_bytes()
     off = float(np.abs(kept / decision.passed / rules.keep - 1).max())
     if not off < 0.01:
-        raise AssertionError(f"a domain's rate is off by {off:.2%}: the timing would be of something else")
+        raise AssertionError(f"the kept fraction of a domain is off by {off:.2%}, so the timing is meaningless")
     allowed_s = ALLOWED_S * RECORDS / OF_RECORDS
-    note = f"second column: {ALLOWED_S} s a {OF_RECORDS:,}; {passes} passes; rate off by {off:.0e} at most"
+    note = f"second column: {ALLOWED_S} s per {OF_RECORDS:,}; {passes} passes; kept fraction off by {off:.0e} at most"
     name = f"selection of {RECORDS:,} cached scores"
     ratio, columns = seconds / allowed_s, RECORDS * BYTES_A_RECORD
     memory = f"whole process; {before / 2**30:.2f} before; second column: all columns in memory"

@@ -1,7 +1,7 @@
 """Measure how well a scorer separates hard from easy records of similar length.
 
-The measure is the area under the ROC curve over pairs inside length buckets: the probability that the record with the
-higher label gets the higher score. 0.5 is chance, 1 is perfect, below 0.5 is inverted.
+The measure is the area under the ROC curve over pairs of records in one length bucket: the probability that the record
+with the higher label gets the higher score. 0.5 is chance, 1 is perfect, and below 0.5 the order is inverted.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ _WEIGHTS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Separation:
-    """`area`: over all pairs inside buckets whose labels differ. `low`, `high`: its 95% bootstrap interval.
-    `resampled`: the area of each resample; two scorers of the same records are resampled alike.
+    """`area`: area under the ROC curve over all pairs in one bucket with different labels. `low`, `high`: its 95%
+    bootstrap interval. `resampled`: the area in each bootstrap resample. Two scorers of the same records get the same
+    resamples.
     """
 
     area: float
@@ -32,7 +33,7 @@ class Separation:
 
 
 def length_buckets(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Return each length's bucket, of `count` buckets of about equal size. Equal lengths share a bucket."""
+    """Return the bucket of each length, among `count` of about equal size. Equal lengths get the same bucket."""
     edges = np.quantile(lengths, np.arange(1, count) / count)
     return np.searchsorted(edges, lengths, side="left")
 
@@ -40,11 +41,12 @@ def length_buckets(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 def separation(
     scores: Numbers, labels: Numbers, buckets: NDArray[np.int64], resamples: int = 1000, seed: int = 0
 ) -> Separation:
-    """Return the area under the ROC curve inside buckets. A tie counts half. A score that is not finite ties with
-    all, so that a scorer gains nothing by not answering.
+    """Return the area under the ROC curve inside buckets. A pair with equal scores counts half. A score that is not
+    finite ties with every other score, so that a scorer gains nothing by leaving records unscored.
 
-    The interval is the percentile bootstrap (Efron 1979) over records; a pair's weight is the product of its records'
-    counts. Memory grows with the square of a bucket. Raises `ValueError` if no bucket has two labels.
+    The interval is the percentile bootstrap (Efron 1979) over records. A pair's weight is the product of the
+    numbers of times that its two records were drawn. Memory grows with the square of the bucket size. Raises
+    `ValueError` if no bucket has two different labels.
     """
     count = len(scores)
     chance = np.random.default_rng(seed)
@@ -56,7 +58,7 @@ def separation(
         rows = min(at_once, resamples + 1 - begin)
         weights = chance.multinomial(count, np.full(count, 1 / count), rows).astype(np.float32)
         if begin == 0:
-            weights[0] = 1  # the records as they are
+            weights[0] = 1  # the sample itself, not a resample
         for mine, table in zip(inside, tables, strict=True):
             part = weights[:, mine]
             won, counted = np.split(part @ table, 2, axis=1)
@@ -70,8 +72,9 @@ def separation(
 
 
 def _pairs(scores: Numbers, labels: Numbers) -> NDArray[np.float32]:
-    """Return [n, 2n]: how far the scores order each pair correctly (0, 0.5, 1), and whether the pair counts because the
-    first record has the higher label.
+    """Return two tables [n, n] over pairs of records, side by side as [n, 2n]. The second is 1 if the first record of
+    the pair has the higher label; only these pairs count. The first is 1 if that record also has the higher score, 0.5
+    if the scores tie, and else 0.
     """
     counted = labels[:, None] > labels[None, :]
     known = np.isfinite(scores)

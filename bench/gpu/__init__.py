@@ -1,16 +1,17 @@
 """Check and time one GPU in minutes: `python -m bench.gpu [NAME ...] [--out FILE.json] [--minutes N]`.
 
-Every result is compared with float32 on the GPU before it is timed. A wrong result becomes a failed row, and the
-benchmark continues. Each section runs in a separate process, so that a crash loses one section only, and rows are
-written to disk at once. `--dry` runs the same code on a CPU with tiny shapes; its figures are meaningless and marked.
+Matmuls, MoE layers and attention up to 8,192 positions are compared with float32 on the GPU before they are timed. A
+wrong result becomes a failed row, and the benchmark continues. Each section runs in a separate process, so that a crash
+loses one section only, and rows are written to disk at once. `--dry` runs the same code on a CPU with tiny shapes; its
+measurements are meaningless and marked as such.
 
-It imports torch and our packages without Hydra, so that a GPU host without a network can run it. Transformers,
-Transformer Engine and torchtitan are measured if they are installed; otherwise a row names what is missing.
+The benchmark needs torch but not Hydra, so that a GPU host without a network can run it. Transformers, Transformer
+Engine and torchtitan are measured if they are installed; otherwise a row names what is missing.
 
-The file holds one object, the calibration that planning reads:
+FILE.json holds one object:
 
     schema    1
-    dry       whether the figures are meaningless, from tiny shapes on a CPU
+    dry       whether the measurements are meaningless, from tiny shapes on a CPU
     machine   facts: device, memory_bytes, capability, multiprocessors, driver, cuda, torch, triton, transformers, ...
     seconds   total time
     rows      a list of objects with the fields of `bench.gpu.record.BenchRow`

@@ -1,4 +1,4 @@
-"""See `bench.gpu`."""
+"""Run the command that `bench.gpu` describes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[BenchJob]]] = {
     "dense": products.dense,
     "grouped": products.grouped,
 }
-"""The most important ones first, in case time runs out."""
+"""Jobs by section, the most important sections first: if time runs out, the last are skipped."""
 GRACE_S = 60
-"""Seconds after the deadline that a section has to finish a row."""
+"""Seconds after the deadline in which a section may finish a row, before its process is killed."""
 
 
 def measure(name: str, bench: Bench) -> Iterator[BenchRow]:
-    """The rows of a section. An exception becomes a failed row, a job without time left a missing one."""
+    """Yield the rows of a section. A job that raises gives a failed row, a job without time left a missing row."""
     for job in SECTIONS[name](bench):
         if bench.is_over:
             yield BenchRow(name, job.name, missing="time: raise --minutes")
@@ -53,7 +53,7 @@ def measure(name: str, bench: Bench) -> Iterator[BenchRow]:
 
 
 def child(name: str, bench: Bench) -> None:
-    """Run one section in this process; print facts and rows as lines."""
+    """Run one section in this process. Print the facts about the machine and each row as lines of JSON."""
     print("MACHINE " + json.dumps(machine(bench.device)), flush=True)
     for row in measure(name, bench):
         print("ROW " + json.dumps(dataclasses.asdict(row)), flush=True)
@@ -82,7 +82,7 @@ def in_new_process(name: str, seconds: float, record: BenchRecord) -> Iterator[B
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(bench.gpu.__doc__ or "").split("\n\n")[1])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"sections: {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--out", type=Path, default=Path("bench-gpu.json"), help="file for the results (%(default)s)")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no job after this time (%(default)s)")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, to test the code")

@@ -24,7 +24,7 @@ GATE = 1e-2
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Sequences of `length` positions that hold `documents` documents of equal length. `chunk`: chunk size, or None."""
+    """Sequences of `length` positions, in `documents` documents of equal length. `chunk`: attention chunk or None."""
 
     name: str
     length: int
@@ -33,7 +33,7 @@ class AttentionCase:
 
     @property
     def reach(self) -> int:
-        """The longest distance to a key. Under the causal mask a query attends to half of it on average."""
+        """The most keys to which a query attends. Under the causal mask it attends to half of them on average."""
         return min(self.length // self.documents, self.chunk or self.length)
 
     def positions(self, rows: int) -> Tensor:
@@ -83,7 +83,7 @@ class _Case:
             x.grad = None
 
     def error(self, kind: AttentionCase) -> float:
-        """Return the error of the result and gradients against float32 attention with a full [T, T] mask."""
+        """Return the largest error of the output and gradients against float32 attention with a full [T, T] mask."""
         y = attend(self.qkv[0], self.qkv[1], self.qkv[2], self.plan)
         found = [y.detach(), *torch.autograd.grad(y, self.qkv, self.grad)]
         wide = [x.detach().float().requires_grad_() for x in self.qkv]
@@ -96,7 +96,7 @@ class _Case:
 
 
 def _seen(kind: AttentionCase) -> Tensor:
-    """Return the mask, bool [T, T]: a query attends to the keys of its document and chunk up to itself."""
+    """Return the mask, bool [T, T]. A query attends to the keys of its document and chunk, up to its own position."""
     place, length = torch.arange(kind.length), kind.length // kind.documents
     part = place // length * kind.length + place % length // (kind.chunk or kind.length)
     return (part[:, None] == part) & (place <= place[:, None])
@@ -109,7 +109,7 @@ def _measure(bench: Bench, name: str, kind: AttentionCase, h: int, g: int, k: in
         shape["chunk"] = kind.chunk
     tokens = rows * kind.length
     error = None
-    if kind.length <= 8192:  # beyond, the pairs in float32 would not fit
+    if kind.length <= 8192:  # longer [T, T] masks and float32 scores do not fit in memory
         error = _Case(bench, kind, 1, (h // g, 1, k)).error(kind)
         if not error < GATE:
             failed = f"wrong: {error:.1e} from float32, allowed {GATE:.0e}"

@@ -1,4 +1,4 @@
-"""Timing on a device: events, warm-up, medians, overwritten L2 cache, interleaved sides."""
+"""Time functions on a device with CUDA events: warm up, overwrite the L2 cache, run the sides in turn, take medians."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Side = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of each repetition."""
+    """`each`: milliseconds of each repetition. `spread`: half the interquartile range over the median."""
 
     each: list[float]
 
@@ -31,23 +31,23 @@ class Timing:
         return (high - low) / 2 / self.ms
 
     def over(self, other: Timing) -> float:
-        """Median over rounds of this side's time over the other's."""
+        """Return the median over repetitions of this side's time divided by the other's."""
         return statistics.median(a / b for a, b in zip(self.each, other.each, strict=True))
 
 
 class Clock:
-    """`budget_s`: approximate time per side; at least five repetitions are made, two in a dry run."""
+    """`budget_s`: approximate seconds per side. A side is repeated 5 to 50 times, or twice in a dry run."""
 
     def __init__(self, device: torch.device, dry: bool, budget_s: float = 0.2) -> None:
         self.device, self.dry, self.budget_s = device, dry, budget_s
-        # five times the L2 cache of an H200; also work for the device while the host launches what is to be timed
+        # five times the L2 cache of an H200; zeroing it also keeps the device busy while the host launches the kernels
         self.flushed = torch.empty(0 if dry else 256 << 20, dtype=torch.int8, device=device)
 
     def time(self, side: Side) -> Timing:
         return self.turns([side])[0]
 
     def turns(self, sides: Sequence[Side]) -> list[Timing]:
-        """Time the sides in turn, A B B A A B ..., so that clock drift affects all alike."""
+        """Time the sides in turn, A B B A A B ..., so that a drift of the clock rate affects all alike."""
         for _ in range(1 if self.dry else 3):
             for side in sides:
                 side()
@@ -75,7 +75,7 @@ class Clock:
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm of `wanted`; inf if a value is not finite."""
+    """Return the norm of the difference over the norm of `wanted`, or inf if a value is not finite."""
     if not wanted.numel():
         return 0.0
     found, wanted = found.float(), wanted.float()

@@ -1,4 +1,4 @@
-"""Context of every section: device, clock, available precisions, deadline."""
+"""Define the context that every section gets: device, clock, available precisions and deadline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from precision.resolve import FLOAT8_LIBRARIES, no_triton, unavailable
 PLAIN = "bf16"
 DENSE = "dense, equal active parameters"
 TRITON = ", Triton"
-"""Suffix of sides that permute tokens and compute SwiGLU with Triton kernels."""
+"""Suffix of the names of sides that permute tokens and compute SwiGLU with Triton kernels."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Bench:
     device: torch.device
     dry: bool
     deadline: float
-    """Time of `time.monotonic` after which no job starts."""
+    """Value of `time.monotonic()` after which no job starts."""
 
     @cached_property
     def clock(self) -> Clock:
@@ -44,7 +44,9 @@ class Bench:
 
     @cached_property
     def _recipes(self) -> list[tuple[str, PrecisionConfig, list[str]]]:
-        """Every recipe of every FP8 backend, and why it is not available. Emulation is for dry runs only."""
+        """Each recipe of each FP8 backend: its name, its settings and the reasons why it is not available, or []. The
+        emulation is used in dry runs only, which use no other backend.
+        """
         found = []
         for backend, maker in FLOAT8_LIBRARIES.items():
             if (backend is Backend.emulated) != self.dry:
@@ -56,22 +58,22 @@ class Bench:
 
     @cached_property
     def precisions(self) -> dict[str, PrecisionConfig]:
-        """bfloat16 and every available FP8 recipe, by name; weights are in bfloat16."""
+        """bfloat16 and the available FP8 recipes, by name. Weights are in bfloat16."""
         plain = PrecisionConfig(Compute.bfloat16, ParamDtype.bfloat16)
         return {PLAIN: plain} | {name: config for name, config, reasons in self._recipes if not reasons}
 
     @property
     def missing(self) -> dict[str, str]:
-        """The other FP8 recipes, with the reason."""
+        """The FP8 recipes that are not available: the reasons by name."""
         return {name: "; ".join(reasons) for name, _, reasons in self._recipes if reasons}
 
     @property
     def no_triton(self) -> str | None:
-        """Why Triton kernels are not available; None if they are."""
+        """The reason why Triton kernels are not available, or None."""
         return no_triton(self.device)
 
     def with_kernels(self, sides: dict[str, PrecisionConfig]) -> dict[str, PrecisionConfig]:
-        """Each side with PyTorch kernels, then, if available, with Triton kernels."""
+        """Return each side with PyTorch kernels and, if they are available, also with Triton kernels."""
         kinds = {"": KernelKind.torch} | ({} if self.no_triton else {TRITON: KernelKind.triton})
         return {
             name + ending: replace(config, kernels=kind)
@@ -80,12 +82,12 @@ class Bench:
         }
 
     def random(self, *shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-        """Normal bfloat16 values on the device. Zeros would run faster than what training multiplies."""
+        """Return normal bfloat16 values on the device. With zeros, matmuls would be faster than in training."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(*shape, generator=generator, device=self.device, dtype=torch.bfloat16).mul_(scale)
 
     def clear(self) -> None:
-        """Free what the last measurement allocated on a GPU."""
+        """Free the GPU memory of the last measurement, and reset the peak."""
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -98,7 +100,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class BenchJob:
-    """Rows that are measured together. An exception becomes one failed row of this name."""
+    """Rows that are measured together. If `measure` raises, they end with a failed row of this name."""
 
     name: str
     measure: Callable[[], Iterable[BenchRow]]

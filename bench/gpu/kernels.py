@@ -1,4 +1,4 @@
-"""Compare the memory-bound steps of the MoE layer: Triton kernels against PyTorch, checked, then timed in turn.
+"""Compare Triton kernels with PyTorch in the memory-bound steps of the MoE layer. Results are checked before timing.
 
 Shapes: T tokens, D hidden size, K experts per token, C routed tokens, F expert hidden size.
 """
@@ -32,7 +32,7 @@ def kernels(bench: Bench) -> Iterator[BenchJob]:
 
 def _measure(bench: Bench, moe: MoEShape) -> Iterator[BenchRow]:
     tokens, top_k = 64 if bench.dry else 16384, moe.router.top_k
-    # in a dry run without the interpreter the twin stands in, so that this code at least runs
+    # a dry run without Triton's interpreter times PyTorch twice, so that this code at least runs
     stands_in = bench.no_triton is not None
     sides: dict[str, MoEKernels] = {"torch": TorchKernels(), "triton": TorchKernels() if stands_in else TritonKernels()}
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +58,7 @@ def _measure(bench: Bench, moe: MoEShape) -> Iterator[BenchRow]:
         error = max(map(distance, found["triton"], found["torch"]))
         what = f"{moe.name}, {name}"
         if not error < GATE:
-            failed = f"wrong: {error:.1e} from its twin, allowed {GATE:.0e}"
+            failed = f"wrong: {error:.1e} from the PyTorch kernel, allowed {GATE:.0e}"
             yield BenchRow("kernels", what, "triton", "check", shape, tokens, error=error, gate=GATE, failed=failed)
             continue
         grad = torch.ones_like(found["torch"][0])
@@ -69,7 +69,7 @@ def _measure(bench: Bench, moe: MoEShape) -> Iterator[BenchRow]:
             yield BenchRow(
                 "kernels", what, side, "forward+backward", shape, tokens, "routed", ms=timing.ms, spread=timing.spread,
                 bytes=forward_bytes + backward_bytes, error=error, gate=GATE, ratio=ratio, against=against,
-                note="its twin in its place" if stands_in and side == "triton" else "",
+                note="PyTorch kernel in place of Triton" if stands_in and side == "triton" else "",
             )  # fmt: skip
 
 

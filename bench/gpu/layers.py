@@ -1,4 +1,4 @@
-"""Our MoE layer, forward and backward: bfloat16 and FP8, PyTorch and Triton kernels, against a dense layer and peers.
+"""Time our MoE layer, forward and backward, in every precision and with all kernels, against a dense layer and peers.
 
 Shapes: T tokens, D hidden size, E experts, K experts per token, F expert hidden size.
 """
@@ -29,9 +29,9 @@ from precision.resolve import resolve
 
 PLAIN_GATE = 2e-2
 FLOAT8_GATE = 0.15
-"""Three products in a row, each of operands rounded to 3 bits of mantissa."""
+"""Largest error in FP8, after three matmuls in sequence, each of operands rounded to 3 bits of mantissa."""
 DIFFERENT_TOKENS = 0.05
-"""Share of tokens that may be routed differently, because peers compute scores in bfloat16 and we in float32."""
+"""Largest fraction of tokens routed differently: peers compute router scores in bfloat16, we in float32."""
 
 
 class LayerCase:
@@ -51,7 +51,7 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class LayerSetting:
-    """Weights and inputs of one MoE layer, shared by all sides."""
+    """Weights and input of one MoE layer, common to all sides."""
 
     bench: Bench
     moe: MoEShape
@@ -85,7 +85,7 @@ def layers(bench: Bench) -> Iterator[BenchJob]:
     if bench.no_triton:
         yield BenchJob("Triton", lambda: [BenchRow("layers", "layer", PLAIN + TRITON, missing=bench.no_triton)])
     for moe in moe_shapes(bench.dry, bench.memory_bytes):
-        setting = cache(partial(_setting, bench, moe))  # made by the first of its jobs, dropped with the last
+        setting = cache(partial(_setting, bench, moe))  # made by the first job that uses it, freed with the last
         yield BenchJob(moe.name, partial(_ourselves, setting))
         for name, peer in GROUPED.items():
             yield BenchJob(f"{moe.name}, {name}", partial(_against, setting, name, peer))
@@ -98,7 +98,7 @@ def _setting(bench: Bench, moe: MoEShape) -> LayerSetting:
 
 
 def _ourselves(make: Callable[[], LayerSetting]) -> Iterator[BenchRow]:
-    """Time every precision, a dense layer and all kernels in turn, with balanced experts."""
+    """Time our layer in every precision and a dense layer, each with all kernels, in turn. Experts are balanced."""
     setting = make()
     bench, config = setting.bench, setting.moe.config(force_balanced=True)
     dense = bench.with_kernels({DENSE: bench.precisions[PLAIN]})
@@ -118,7 +118,7 @@ def _ourselves(make: Callable[[], LayerSetting]) -> Iterator[BenchRow]:
 
 
 def _judged(setting: LayerSetting, timings: dict[str, Timing]) -> Iterator[BenchRow]:
-    """Yield a row per side, with ratios: bfloat16 to the dense layer, FP8 to bfloat16, Triton to PyTorch kernels."""
+    """Yield a row per side, then ratios: bfloat16 to the dense layer, FP8 to bfloat16, Triton to PyTorch kernels."""
     moe, tokens = setting.moe, setting.tokens
     is_llama4 = moe.name.startswith("Llama 4")
     for side, timing in timings.items():
@@ -144,7 +144,7 @@ def _judged(setting: LayerSetting, timings: dict[str, Timing]) -> Iterator[Bench
 
 
 def _against(make: Callable[[], LayerSetting], name: str, peer: Peer) -> Iterator[BenchRow]:
-    """Compare with a peer: softmax scores and weights on the output, as peers support for any top_k."""
+    """Compare with a peer. Scores are softmax and weights apply to outputs, which peers support for any top_k."""
     setting = make()
     bench, moe = setting.bench, setting.moe
     if reason := peer.missing:
@@ -174,7 +174,7 @@ def _against(make: Callable[[], LayerSetting], name: str, peer: Peer) -> Iterato
 
 
 def made(config: ModelConfig, bench: Bench) -> MixtureOfExperts:
-    """Return an MoE layer in bfloat16 with normal weights; the router's are large enough to avoid near ties."""
+    """Return an MoE layer in bfloat16 with normally distributed weights. Large router weights avoid near ties."""
     with torch.device("meta"):
         layer = MixtureOfExperts(config, resolve(bench.precisions[PLAIN], bench.device).plain)
     layer = layer.to(torch.bfloat16).to_empty(device=bench.device)
@@ -193,7 +193,7 @@ def _fill(module: nn.Module, bench: Bench) -> None:
 
 
 def sharing(base: MixtureOfExperts, config: ModelConfig, bench: Bench, precision: PrecisionConfig) -> MixtureOfExperts:
-    """Return an MoE layer that shares the parameters of `base` and has its own GEMM backends."""
+    """Return an MoE layer with the parameters of `base` (the same memory), in the given precision."""
     with torch.device("meta"):
         layer = MixtureOfExperts(config, resolve(precision, bench.device).at(0, 1))
     layer.load_state_dict(base.state_dict(), assign=True)
@@ -202,7 +202,7 @@ def sharing(base: MixtureOfExperts, config: ModelConfig, bench: Bench, precision
 
 
 def against_float32(layer: MixtureOfExperts, bench: Bench) -> float:
-    """Return the larger error of the result and the input's gradient against a float32 loop over experts."""
+    """Return the error against a float32 loop over experts: the larger one of the output and the input's gradient."""
     tokens, width = 64 if bench.dry else 512, layer.router.weight.shape[1]
     x = bench.random(1, tokens, width, seed=3).requires_grad_()
     grad = bench.random(1, tokens, width, seed=4)

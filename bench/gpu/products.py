@@ -1,4 +1,4 @@
-"""Check and time matrix products: dense and grouped, in every precision, and the device's limits.
+"""Check and time dense and grouped matmuls in every precision, and measure the device's limits.
 
 Shapes: T tokens, D input width, F output width, E experts, C routed tokens.
 """
@@ -23,9 +23,11 @@ from precision.resolve import FLOAT8_LIBRARIES, resolve
 
 GATES = {PLAIN: 1e-2}
 FLOAT8_GATE = 8e-2
-"""E4M3 has 3 bits of mantissa: 3.7% on normal values; gradients in E5M2 5.9%."""
+"""Largest error in FP8. E4M3 has 3 bits of mantissa: an error of 3.7% on normally distributed values. Gradients in E5M2
+have 5.9%.
+"""
 SAME_BYTES_GATE = 2e-2
-"""An FP8 product against the emulated one: only the order and the width of sums differ."""
+"""Largest difference of an FP8 matmul from the emulated one. Only the order and the precision of the sums differ."""
 
 
 def gate(side: str) -> float:
@@ -37,7 +39,7 @@ def backend(bench: Bench, config: PrecisionConfig) -> GemmBackend:
 
 
 class ProductCase:
-    """Inputs on the device, a GEMM backend and an upstream gradient. Without groups the product is dense."""
+    """Inputs on the device, a GEMM backend and an upstream gradient. Without groups the matmul is dense."""
 
     def __init__(self, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None, gemm: GemmBackend) -> None:
         self.x, self.w = x.detach().requires_grad_(), w.detach().requires_grad_()
@@ -55,7 +57,7 @@ class ProductCase:
         self.x.grad = self.w.grad = None
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the product and both gradients."""
+        """Return the output and the gradients of both operands."""
         y = self.forward()
         y.backward(self.grad)
         assert self.x.grad is not None and self.w.grad is not None
@@ -64,8 +66,8 @@ class ProductCase:
         return found
 
     def error(self) -> float:
-        """Return the largest error against float32 over some experts, including the busiest and the last.
-        Float32 copies of all experts would not fit.
+        """Return the largest error of the output and the gradients against float32. Only some experts are compared,
+        including the busiest and the last, because float32 copies of all experts do not fit in memory.
         """
         found = self.results()
         if self.groups is None:
@@ -90,7 +92,7 @@ def _exactly(x: Tensor, w: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def ceilings(bench: Bench) -> Iterator[BenchJob]:
-    """Measure the device's peak FLOPs and bandwidth, to which other rows are compared."""
+    """Measure the device's peak FLOP/s, memory bandwidth and launch time, with which to compare other rows."""
     size, length = (256, 1 << 20) if bench.dry else (8192, 1 << 30)
 
     def product() -> Iterator[BenchRow]:
@@ -138,7 +140,7 @@ def _dense(bench: Bench, name: str, out: int, width: int, tokens: int) -> Iterat
 
 
 def grouped(bench: Bench) -> Iterator[BenchJob]:
-    """Time grouped products; bfloat16 first, because FP8 backends that loop over experts are slow."""
+    """Time grouped matmuls: bfloat16 first, because FP8 backends that loop over experts are slow."""
     sides = list(bench.precisions)
     yield BenchJob("agreement with the emulation", lambda: agreements(bench))
     for chosen in ([PLAIN], [side for side in sides if side != PLAIN]):
@@ -174,7 +176,7 @@ def _checked(
     bench: Bench, section: str, name: str, side: str, shape: dict[str, int | str], tokens: int, load: str | None,
     product: ProductCase,
 ) -> Iterator[BenchRow]:  # fmt: skip
-    """Check one side of a product, then time it if it is correct."""
+    """Check a matmul in one precision, then time it if it is correct."""
     error = product.error()
     if not error < gate(side):
         failed = f"wrong: {error:.1e} from float32, allowed {gate(side):.0e}"
@@ -198,7 +200,7 @@ def _row(
 
 
 def agreements(bench: Bench) -> Iterator[BenchRow]:
-    """Compare FP8 products with the emulation of the same recipe, at real widths and with few tokens."""
+    """Compare FP8 matmuls with the emulation of the same recipe, at the models' widths but with few tokens."""
     yield from missing("grouped", bench)
     reference = FLOAT8_LIBRARIES[Backend.emulated]
     for moe in moe_shapes(bench.dry, bench.memory_bytes):

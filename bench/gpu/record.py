@@ -1,4 +1,4 @@
-"""Rows of results, their file and their tables."""
+"""Define a row of results, the file that stores the rows, and their Markdown tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BenchRow:
 
     section: str
     name: str
-    """Which product, layer or model: "Scout gate and up"."""
+    """The matmul, layer or model, such as "Scout gate and up"."""
     side: str = ""
     """Implementation and precision: "bf16", "te blockwise", "transformers"."""
     phase: str = ""
@@ -36,35 +36,35 @@ class BenchRow:
     ms: float | None = None
     """Median over repetitions, each after the L2 cache was overwritten."""
     spread: float | None = None
-    """Half the distance between the quartiles over the median."""
+    """Half the interquartile range of the times over their median."""
     flops: float | None = None
-    """By the convention of `model.flops`: a multiply-add counts 2, recomputation and the softmax nothing."""
+    """Counted as in `model.flops`: 2 for a multiply-add, nothing for recomputation and the softmax."""
     tflops: float | None = None
     bytes: int | None = None
-    """Fewest bytes to move: each input read once, each output written once."""
+    """Smallest possible memory traffic: each input is read once and each output written once."""
     gb_per_s: float | None = None
     memory_bytes: int | None = None
     """Peak allocation on the device."""
     error: float | None = None
-    """Norm of the difference over the norm of the reference, the worst of the results and gradients."""
+    """Norm of the difference over the norm of the reference: the largest one among outputs and gradients."""
     gate: float | None = None
-    """Bound of the error."""
+    """Largest `error` that passes."""
     ratio: float | None = None
     against: str | None = None
-    """Denominator of `ratio`."""
+    """What the denominator of `ratio` measures."""
     floor: float | None = None
-    """Bound of the ratio, or of tflops without a ratio: a lower one, or an upper one if `at_most`."""
+    """Bound on `ratio`, or on `tflops` without a ratio: a lower bound, or an upper bound if `at_most`."""
     moonshot: float | None = None
     at_most: bool = False
     holds: bool | None = None
     missing: str | None = None
-    """What to install, or why it is not available here."""
+    """Why the row was not measured, such as a package to install."""
     failed: str | None = None
     note: str = ""
 
     @property
     def value(self) -> float | None:
-        """The value that is compared with the floor."""
+        """The value to compare with `floor`."""
         return self.ratio if self.ratio is not None else self.tflops
 
     @property
@@ -73,7 +73,7 @@ class BenchRow:
 
 
 def judged(row: BenchRow, dry: bool) -> BenchRow:
-    """The row with `tflops`, `gb_per_s` and, with a floor and not in a dry run, `holds`."""
+    """Return the row with `tflops` and `gb_per_s`, and with `holds` if it has a floor, except in a dry run."""
     fields = asdict(row)
     if row.ms and row.flops:
         fields["tflops"] = row.flops / row.ms / 1e9
@@ -86,7 +86,7 @@ def judged(row: BenchRow, dry: bool) -> BenchRow:
 
 
 class BenchRecord:
-    """The file of results, replaced atomically after every row."""
+    """Keep the rows in a file, which is replaced atomically after every row."""
 
     def __init__(self, path: Path | None, dry: bool) -> None:
         self.path, self.dry, self.began = path, dry, time.monotonic()
@@ -115,7 +115,7 @@ class BenchRecord:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Facts about this machine."""
+    """Return facts about this machine."""
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "python": platform.python_version(),
@@ -159,7 +159,7 @@ HEADER = (
 
 
 def line(row: BenchRow) -> str:
-    """The row in a Markdown table."""
+    """Return the row as a line of a Markdown table."""
     size = f"{row.tokens:,}{', ' + row.load if row.load else ''}" if row.tokens else ""
     goal = ""
     if row.floor is not None:
@@ -182,7 +182,7 @@ def _short(value: float | None) -> str:
 
 
 def tables(rows: Iterable[BenchRow], facts: dict[str, Any], dry: bool) -> str:
-    """Goals first, then section by section, for bench/RESULTS.md."""
+    """Return tables for bench/RESULTS.md: first the goals and what failed, then each section."""
     rows = list(rows)
     mark = "**DRY RUN on a CPU with tiny shapes: these figures are meaningless.**\n\n" if dry else ""
     about = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None and key != "date")

@@ -1,4 +1,4 @@
-"""Shapes of published models, and small ones for a dry run.
+"""Shapes of published models, and small shapes for a dry run.
 
 Shapes: D hidden size, F expert hidden size, E experts, K experts per token.
 """
@@ -17,7 +17,7 @@ QWEN3 = RouterConfig(top_k=8, score=Score.softmax, norm_topk_prob=True, weights_
 DEEPSEEK = RouterConfig(top_k=8, norm_topk_prob=True, scale=2.5, weights_on=WeightsOn.output)
 
 ROWS_MULTIPLE = 32
-"""Tokens of an expert in grouped products are a multiple of this, so that every recipe gets the same."""
+"""In grouped matmuls, each expert's number of tokens is a multiple of this, so that every recipe gets the same."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class MoEShape:
 
     @property
     def active_width(self) -> int:
-        """Hidden size of a dense layer with as many active parameters."""
+        """Hidden size of a dense layer with as many parameters as are active in the MoE layer."""
         return self.router.top_k * self.hidden + self.shared
 
     def flops(self, tokens: int) -> float:
-        """FLOPs of a forward and backward pass, by the convention of `model.flops`."""
+        """Return the FLOPs of a forward and backward pass, counted as in `model.flops`."""
         return 6.0 * tokens * (3 * self.width * self.active_width + self.experts * self.width)
 
     @property
@@ -61,7 +61,9 @@ DEEPSEEK_V3 = MoEShape("DeepSeek V3, a quarter of its experts", 7168, 2048, 64, 
 
 
 def moe_shapes(dry: bool, memory_bytes: int) -> list[MoEShape]:
-    """Layers that fit with gradients. Maverick has only as many experts as fit into a quarter of the memory."""
+    """Return the layers that fit into memory with their gradients. Maverick keeps only as many experts as fit into a
+    quarter of the memory.
+    """
     if dry:
         return [
             MoEShape("tiny top-1", 64, 128, 4, LLAMA4, shared=128),
@@ -75,7 +77,7 @@ def moe_shapes(dry: bool, memory_bytes: int) -> list[MoEShape]:
 
 
 def matrices(dry: bool) -> dict[str, tuple[int, int]]:
-    """Dense products by name: output width, input width."""
+    """Return the output and input width of dense matmuls, by name."""
     if dry:
         return {"tiny": (96, 64)}
     return {
@@ -90,8 +92,8 @@ def matrices(dry: bool) -> dict[str, tuple[int, int]]:
 
 
 def counts(rows: int, experts: int, load: str) -> Tensor:
-    """Tokens of each expert, int64 on the host, multiples of ROWS_MULTIPLE: all equal, or proportional to 1 / rank
-    (Zipf) with random ranks.
+    """Return the number of tokens of each expert, int64 on the host, in multiples of ROWS_MULTIPLE: all about equal
+    ("balanced"), or proportional to 1 / rank (Zipf) with random ranks.
     """
     order = torch.randperm(experts, generator=torch.Generator().manual_seed(0))
     share = torch.ones(experts) if load == "balanced" else 1 / (order + 1.0)

@@ -1,4 +1,4 @@
-"""Measure train steps of our model and optimizer on synthetic tokens: speed, memory, and the loss under FP8.
+"""Measure training steps of our model and optimizer on synthetic tokens: speed, memory and the loss in FP8.
 
 Shapes: B sequences, T positions.
 """
@@ -33,13 +33,13 @@ from precision.config import Compute, KernelKind, ParamDtype, PrecisionConfig
 from train.optim.optimizer import Moments, OptimizerConfig, make_optimizer
 
 PEAK_TFLOPS = 989.0
-"""Dense bfloat16 of an H100 or H200 SXM, by its data sheet: what MFU is relative to."""
+"""Peak of an H100 or H200 SXM in dense bfloat16, by its data sheet. MFU is relative to it."""
 MICRO_BATCHES = 4
-"""Of a step: the optimizer's part of the time is then no larger than a real run's."""
+"""Micro-batches per step: enough for the optimizer to take no larger a fraction of the time than in a real run."""
 MOST_MS = 15e3
-"""A side that takes longer than that is measured by fewer steps."""
+"""Milliseconds: if the steps so far took longer, 5 steps are enough; otherwise 12 are run."""
 MOST_GAP = 5e-3
-"""Of an FP8 run's loss over bfloat16's, smoothed over the last steps."""
+"""Largest relative gap between the losses of FP8 and bfloat16, each averaged over the last 20 steps."""
 
 FINE = ModelConfig(
     vocab_size=50304,
@@ -116,9 +116,9 @@ class Training:
 
 
 def step(bench: Bench) -> Iterator[BenchJob]:
-    """Time steps with float32 master weights and balanced experts; moments are in bfloat16 where memory is short.
+    """Time steps with float32 master weights and balanced experts. Moments are in bfloat16 on GPUs of up to 100 GB.
 
-    bfloat16 runs with all kernels, FP8 with the faster ones.
+    bfloat16 runs with PyTorch and with Triton kernels, FP8 only with the kernels that were faster in bfloat16.
     """
     fine = replace(TINY, router=FINE.router, num_experts=16) if bench.dry else FINE
     masters = {name: replace(config, param_dtype=ParamDtype.master) for name, config in bench.precisions.items()}
@@ -132,8 +132,8 @@ def step(bench: Bench) -> Iterator[BenchJob]:
 def _beside(
     bench: Bench, fine: ModelConfig, side: str, precision: PrecisionConfig, took: dict[KernelKind, float]
 ) -> Iterator[BenchRow]:
-    """Time an MoE model, then in bfloat16 a dense one: two do not fit at once. `took`: time per token of bfloat16 by
-    kernels; this function adds its own.
+    """Time an MoE model and then, in bfloat16, a dense model; both do not fit in memory at once. `took`: bfloat16's
+    time per token with each kind of kernels. This function adds its measurement to it.
     """
     row = _step(bench, "fine-grained MoE", fine, side, precision)
     yield row
@@ -219,7 +219,7 @@ def loss(bench: Bench) -> Iterator[BenchJob]:
 
 
 def _losses(bench: Bench, side: str, precision: PrecisionConfig, smooth: dict[str, float]) -> Iterator[BenchRow]:
-    """`smooth`: mean loss over the last steps by side; this function adds its own."""
+    """Train one side. `smooth`: mean loss over the last 20 steps by side, to which this function adds its own."""
     config, steps, rows, length = (TINY, 2, 2, 32) if bench.dry else (SMALL, 200, 16, 256)
     chain = _chain(config.vocab_size)
     training = Training(config, precision, bench, Moments.float32, lr=2e-3)
@@ -241,13 +241,13 @@ def _losses(bench: Bench, side: str, precision: PrecisionConfig, smooth: dict[st
 
 
 def _chain(words: int) -> Tensor:
-    """Return cumulative probabilities of the next word, [words, words]; about six are likely after each."""
+    """Return the cumulative probabilities of the next token, [words, words]. About six are likely after each token."""
     generator = torch.Generator().manual_seed(0)
     return (4 * torch.randn(words, words, generator=generator)).softmax(-1).cumsum(-1)
 
 
 def _walk(chain: Tensor, rows: int, length: int, seed: int) -> Tensor:
-    """Return token ids [B, T], equal for every side."""
+    """Return token ids [B, T] that follow the Markov chain. They are the same for every side."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(length, rows, 1, generator=generator)
     words = [torch.randint(len(chain), (rows,), generator=generator)]

@@ -1,1 +1,1 @@
-"""Idle time of pipelines: measured, and computed from the schedule alone."""
+"""Measure the idle time of pipelines, and compute it from the schedule alone."""

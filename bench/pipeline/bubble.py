@@ -1,8 +1,8 @@
-"""Step time of pipelines whose stages sleep, compared with the time that the schedule alone implies.
+"""Compare the step time of pipelines whose stages sleep with the time that the schedule alone implies.
 
-`python -m bench bubble`: four ranks, eight micro-batches, each schedule. A stage's forward, the gradient of its input
-and that of its weights sleep equally long, so that this machine's number of cores does not matter. Everything else
-(torch's schedule, sends, our stages) is as in a run.
+`python -m bench bubble` runs each schedule on four ranks with eight micro-batches. A stage sleeps equally long in its
+forward, for the gradient of its input and for the gradient of its weights, so the number of cores does not matter.
+Everything else (torch's schedule, sends and our stages) is as in a training run.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class _Outline:
 
 
 def steps(parallel: ParallelConfig) -> list[float]:
-    """Seconds of each step, until the slowest rank ends."""
+    """Return the seconds of each step, until the slowest rank ends."""
     world = connect()
     meshes = make_meshes(parallel.resolve(world.size), world)
     model: Any = _Outline(
@@ -91,7 +91,7 @@ def steps(parallel: ParallelConfig) -> list[float]:
     tokens = torch.zeros(MICRO_BATCHES, LENGTH, dtype=torch.int64)
     contexts: list[Any] = [None] * MICRO_BATCHES
     found = []
-    for _ in range(STEPS + 1):  # the first one connects
+    for _ in range(STEPS + 1):  # the first step connects the ranks
         dist.barrier()
         begin = time.perf_counter()
         pipeline.forward_backward(tokens, tokens, contexts, lambda logits, labels: logits.sum())
@@ -102,7 +102,7 @@ def steps(parallel: ParallelConfig) -> list[float]:
 
 
 def run() -> Iterator[Result]:
-    """Step time against the simulated schedule's, with the idle shares in the note."""
+    """Yield the step time and that of the simulated schedule. The note has the measured and the computed idle time."""
     pool = Pool()
     try:
         for schedule in PipelineSchedule:

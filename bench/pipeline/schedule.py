@@ -1,16 +1,16 @@
-"""Step time and idle share of a pipeline, simulated from its schedule alone.
+"""Simulate the step time and the idle fraction of a pipeline from its schedule alone.
 
 torch's schedules give the order of work of each rank; `play` simulates that order with a duration for each kind of
 work. Communication takes no time, and a rank waits only for its inputs.
 
-The results equal the published closed forms (`closed_form`; tests compare both). With p ranks, v stages per rank, n
-micro-batches, and a stage's forward as long as each half of its backward, the idle share is:
+The results equal the published closed forms, which `closed_form` computes; tests compare both. With p ranks, v stages
+per rank, n micro-batches, and a stage's forward as long as each half of its backward, the idle fraction is:
 
 - gpipe, one_f_one_b: (p - 1) / (n + p - 1) (Narayanan et al. 2021, section 2.2)
-- interleaved: (p - 1) / (v n + p - 1) (the same, section 2.2.2)
+- interleaved: (p - 1) / (v n + p - 1) (Narayanan et al. 2021, section 2.2.2)
 - interleaved_zero_bubble: (p - 1) / (3 v n + p - 1): weight gradients fill the gaps (Qi et al. 2024, table 2)
-- zbv: (p - 1) / (6 n + p - 1) from 2 p micro-batches on: the first micro-batch must reach the last rank
-- dualpipev: 2 (p - 1) / (6 n + 2 (p - 1)): torch sends the result of a forward only after its paired backward
+- zbv: (p - 1) / (6 n + p - 1) if n >= 2 p: ranks idle until the first micro-batch has reached the last rank
+- dualpipev: 2 (p - 1) / (6 n + 2 (p - 1)): torch sends the output of a forward only after the backward paired with it
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from parallel.pipeline.runtime import SCHEDULES
 from parallel.pipeline.stages import PipelineSchedule
 
 Piece = tuple[str, int, int]
-"""Kind of work, stage, micro-batch."""
+"""A piece of work: its kind, stage and micro-batch."""
 Duration = Callable[[str, int], float]
-"""(kind, stage) -> seconds. Kinds: F forward, I gradient of the input, W of the weights, B both."""
+"""(kind, stage) -> seconds. Kinds: F forward, I gradient of the input, W gradient of the weights, B both gradients."""
 
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """`step`: time from the first piece of work to the last; `busy`: work time of each rank."""
+    """`step`: seconds from the start of the first piece of work to the end of the last. `busy`: seconds of work of each
+    rank.
+    """
 
     step: float
     busy: list[float]
 
     @property
     def idle(self) -> float:
-        """Share of all ranks' time without work."""
+        """Fraction of all ranks' time without work."""
         return 1 - sum(self.busy) / (len(self.busy) * self.step)
 
 
@@ -56,14 +58,14 @@ def play(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int,
                     took = duration(kind, stage)
                     clock[rank] = max(clock[rank], since or 0.0) + took
                     busy[rank] += took
-                done |= dict.fromkeys(pieces, clock[rank])  # a group's results are sent together
+                done |= dict.fromkeys(pieces, clock[rank])  # results of a group are sent when all are complete
         if len(done) == before:
             raise RuntimeError(f"{schedule.name} deadlocks: {[work[0] for work in waiting.values() if work]}")
     return SimulatedStep(max(clock), busy)
 
 
 def closed_form(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int) -> float:
-    """The idle share if all stages cost the same and F, I and W take equally long."""
+    """Return the idle fraction if all stages cost the same and F, I and W take equally long."""
     gaps = pp - 1
     if schedule.is_single:
         return gaps / (micro_batches + gaps)
@@ -75,8 +77,8 @@ def closed_form(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batche
 
 
 def order(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int) -> dict[int, list[list[Piece]]]:
-    """The work of each rank in order, in groups. With one stage per rank it is written out here, because torch's
-    listing of 1F1B has wrong micro-batches; otherwise it is torch's.
+    """Return the work of each rank in order, in groups that a rank runs together. With one stage per rank, the order is
+    built here, because torch lists wrong micro-batches for 1F1B. Otherwise it is torch's.
     """
     if schedule.is_single:
         warm_up = {rank: micro_batches if schedule is PipelineSchedule.gpipe else pp - rank for rank in range(pp)}
@@ -88,7 +90,7 @@ def order(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int
 
 
 def _one_stage(stage: int, micro_batches: int, warm_up: int) -> list[Piece]:
-    """`warm_up` forwards, then backwards and forwards in turn, then the remaining backwards."""
+    """Return `warm_up` forwards, then backwards and forwards in turn, then the remaining backwards."""
     found: list[Piece] = [("F", stage, micro_batch) for micro_batch in range(warm_up)]
     for micro_batch in range(micro_batches):
         found.append(("B", stage, micro_batch))
@@ -115,7 +117,7 @@ def _pieces(action: Any) -> list[Piece]:
 
 
 def _ready(piece: Piece, last: int, done: dict[Piece, float]) -> float | None:
-    """The time at which the inputs of a piece of work are complete; None if they are not yet."""
+    """Return the time at which the inputs of a piece of work were complete, or None if they are not yet complete."""
     kind, stage, micro_batch = piece
     if kind == "F":
         return 0.0 if stage == 0 else done.get(("F", stage - 1, micro_batch))

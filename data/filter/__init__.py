@@ -1,5 +1,5 @@
-"""Filter training data: drop documents that are easy, broken, repeated or from an evaluation set, and report why.
+"""Filter training data: drop easy, broken, duplicate and contaminated documents, and report why each was dropped.
 
 The stages are ingest (turn any input into uniform shards of records), screen (gates, contamination, duplicates), score,
-select and audit. A killed filter resumes: the shards of a stage are parquet files with a manifest that is written last.
+select and audit. A stage writes its shards as parquet files. After a kill, a rerun makes only the missing shards.
 """

@@ -23,7 +23,7 @@ def under(key: str) -> Iterator[None]:
 
 
 class KeepUnit(Enum):
-    """The unit of `keep`. The two differ widely if scores correlate with length."""
+    """The unit of the fraction `keep`. The choice matters most if scores correlate with length."""
 
     documents = "documents"
     tokens = "tokens"
@@ -39,23 +39,23 @@ class OnError(Enum):
 
 class ScorerKind(Enum):
     ngram = "ngram"
-    """Loss of a byte n-gram model fitted to the other fold of the same data. Fast; needs no pretrained model."""
+    """Loss under a byte n-gram model, fitted to the half of the data without the record. Needs no pretrained model."""
     loss = "loss"
     """Mean loss of a reference model."""
     excess = "excess"
-    """Loss of a model minus that of a better one. Prefers text that can be learnt to text that is merely hard."""
+    """Loss of a model minus that of a better one. Favours text that can be learnt over text that is merely hard."""
     ifd = "ifd"
-    """Instruction-following difficulty: loss of the answer given its prompt, divided by its loss alone."""
+    """Instruction-following difficulty: loss of the answer given its prompt, divided by its loss without the prompt."""
     judge = "judge"
     """Difficulty as graded by a model behind an OpenAI-compatible endpoint."""
     pass_rate = "pass_rate"
     """One minus the pass rate: the fraction of sampled answers that a verifier rejects."""
     ensemble = "ensemble"
-    """Mean rank under several scorers."""
+    """Mean of a record's ranks under several scorers."""
     random = "random"
-    """A random number for each record: the control."""
+    """A random number for each record: the control that drops at random."""
     length = "length"
-    """Bytes of the answer: the control that a scorer must beat."""
+    """Length of the answer in bytes: the control that a scorer must beat."""
 
     @property
     def traits(self) -> ScorerTraits:
@@ -67,10 +67,10 @@ class ScorerTraits:
     path: str
     """Import path of the class, below `data.filter.score`."""
     needs: tuple[str, ...] = ()
-    """Keys that must be set."""
+    """Keys of `ScorerConfig` that must be set."""
     takes_window: bool = False
     reads_all_first: bool = False
-    """Whether it must see all records before it scores the first."""
+    """Whether the scorer must see all records before it scores the first."""
 
 
 _TRAITS = {
@@ -84,7 +84,7 @@ _TRAITS = {
     ScorerKind.random: ScorerTraits("baselines:RandomScorer"),
     ScorerKind.length: ScorerTraits("baselines:LengthScorer"),
 }
-"""All that the rest of the code knows of a kind, but for the arguments of its class (`factory.py`)."""
+"""The traits of each kind. `factory.py` builds the arguments of its class."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class ScorerConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of an imported class."""
     window: int | None = None
-    """Mean over the hardest run of this many tokens (bytes, for ngram); null: over all."""
+    """The score is the mean over the hardest `window` consecutive tokens (bytes for ngram); null: over all tokens."""
     order: int = 5
-    """Order of ngram."""
+    """For ngram: length of the n-grams in bytes."""
     model: str | None = None
-    """For loss, ifd and excess: one of our runs, or a Hugging Face folder or name."""
+    """For loss, ifd and excess: the directory of a run, or a Hugging Face folder or name."""
     reference: str | None = None
     """For excess: the better model."""
     seq_len: int = 1024
@@ -115,7 +115,7 @@ class ScorerConfig:
     timeout_s: float = 60.0
     retries: int = 5
     samples: int = 4
-    """For pass_rate: answers for each record."""
+    """For pass_rate: number of answers to sample for each record."""
     verifier: str | None = None
     """For pass_rate: "module:function" of (record, answer) -> bool."""
 
@@ -131,7 +131,7 @@ class ScorerConfig:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
 
     def import_paths(self, key: str) -> dict[str, object]:
-        """Return the kinds and verifiers of this scorer and its members by key."""
+        """Return, by configuration key, the kinds and verifiers of this scorer and its members."""
         found: dict[str, object] = {f"{key}.kind": self.kind, f"{key}.verifier": self.verifier}
         for place, member in enumerate(self.members):
             found |= member.import_paths(f"{key}.members[{place}]")
@@ -139,13 +139,13 @@ class ScorerConfig:
 
 
 _CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries")
-"""Settings that no score depends on."""
+"""Settings on which no score depends."""
 _HASHED_AS = {"seq_len": "context", "batch_size": "batch"}
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Reject garbage before any quantile is taken; null or false: no such gate."""
+    """Gates reject garbage before it is scored. Null or false disables a gate."""
 
     min_characters: int | None = 20
     max_characters: int | None = None
@@ -159,10 +159,10 @@ class GateConfig:
 @dataclass(frozen=True)
 class DuplicateConfig:
     exact: bool = True
-    """Drop exact copies, after normalisation."""
+    """Drop exact duplicates, compared after normalisation."""
     near: float | None = 0.8
     """Records whose word 5-grams have at least this Jaccard similarity are near-duplicates (MinHash, Broder 1997).
-    null: keep them all.
+    null: keep near-duplicates.
     """
 
     def __post_init__(self) -> None:
@@ -188,19 +188,19 @@ class SelectConfig:
     """Selection by score, separate for each domain."""
 
     domains: dict[str, float] = field(default_factory=dict)
-    """Keep rate of single domains, in place of `keep`."""
+    """Domain -> fraction to keep of it, in place of `keep`."""
     floor: int = 0
-    """Fewest records to keep of a domain, or all if it has fewer."""
+    """Minimum number of records to keep of each domain. Noise and unscored records are never added to reach it."""
     protect: list[str] = field(default_factory=list)
-    """Domains that are kept whole."""
+    """Domains of which no record is dropped for its score."""
     revive: float = 0.0
     """Fraction of the kept records that is drawn at random from those that the score alone would drop as easy."""
     length_buckets: int = 8
-    """Number of length buckets (quantiles of the scored text's length). Records compete only inside a bucket."""
+    """Maximum number of length buckets per domain (quantiles of scored bytes). A record competes inside its bucket."""
     clean: str | None = None
-    """Path of clean reference text; null: no upper cut."""
+    """Path of clean reference text, whose scores set the limit above which a record is noise; null: no limit."""
     noise_quantile: float = 0.99
-    """Quantile of the clean text's scores above which a record is noise."""
+    """The limit is this quantile of the scores of `clean`."""
 
     def __post_init__(self) -> None:
         for name, share in self.domains.items():
@@ -218,7 +218,7 @@ class SelectConfig:
 @dataclass(frozen=True)
 class FilterRules:
     keep: float = 0.5
-    """Fraction to keep of what passes gates, deduplication and decontamination, counted in `unit`."""
+    """Fraction to keep of the records that pass gates, deduplication and decontamination, counted in `unit`."""
     unit: KeepUnit = KeepUnit.tokens
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     gates: GateConfig = field(default_factory=GateConfig)
@@ -227,7 +227,7 @@ class FilterRules:
     select: SelectConfig = field(default_factory=SelectConfig)
     on_error: OnError = OnError.drop
     seed: int = 0
-    """Seed of ties and random draws."""
+    """Seed for breaking ties and for random draws."""
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -235,9 +235,9 @@ class FilterRules:
 
 
 def decisive_settings(rules: FilterRules) -> dict[str, Any]:
-    """Return all settings that decide what is kept, as plain values: the rules without the connection of scorers.
+    """Return the settings that decide what is kept, as plain values: all rules except `_CONNECTION` of the scorers.
 
-    A hash of them decides the order of samples. A renamed key is hashed under its first name (`_HASHED_AS`).
+    The order of training samples depends on their hash, so a renamed key keeps its old name here (`_HASHED_AS`).
     """
     return {**plain(rules), "scorer": _decisive(plain(rules.scorer))}
 

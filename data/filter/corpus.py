@@ -23,7 +23,7 @@ from data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class SourcePart:
-    """A source's training documents as records; the source is the domain. `content`: the source's own fingerprint."""
+    """The training documents of a source as records. Their domain is the source's name. `content`: its fingerprint."""
 
     source: Source
     content: str
@@ -60,7 +60,7 @@ class FilteredSource:
 
         Raises `DataError` if the number of training documents has changed since the source was filtered.
         """
-        end = "end"  # not a reason
+        end = "end"  # no reason has this name
         reasons = self._reasons()
         for name, document in _named(self.source):
             if document.held_out or document.dropped is not None:
@@ -127,15 +127,15 @@ def filter_sources(
 
 
 def rules_fingerprint(rules: FilterRules) -> str:
-    """Hash the rules, the files that they name and the format of stages. Of a model only the name is hashed, because
-    models are not opened just to check the cache.
+    """Hash the rules, the files that they name and the format of stages. A model is hashed by its name only, because
+    no model is opened just to check the cache.
     """
     files = [*rules.contamination.sets.values(), *([rules.select.clean] if rules.select.clean else [])]
     return sha256_text(str(FORMAT), json.dumps(decisive_settings(rules)), *map(file_digest, files))
 
 
 def describe_filter(sources: Sequence[Source], directory: Path) -> dict[str, Any]:
-    """Copy the audit into the directory of the tokens, and return the filter's entry in the manifest."""
+    """Copy the audit to `directory`, which will hold the tokens. Return the filter's entry for the manifest there."""
     done = next(source.done for source in sources if isinstance(source, FilteredSource))
     keep_audit(done.job.directory.parent, directory, SCORES)
     return {"scorer": done.job.scorer.name, "fingerprint": done.decided.key, "keep": done.rules.keep}

@@ -18,7 +18,7 @@ _ADVICE = "filter again with the same out to rewrite it"
 
 
 def explain(out: Path, name: str) -> str:
-    """Return a few lines about the record `name` in the filter run in `out`. Raises `ConfigError` if there is none."""
+    """Describe the record `name` of the filter run in `out`. Raises `ConfigError` if the run or record is missing."""
     row = find(out, name)
     reason, score = Reason[row["reason"]].describe(row["detail"]), row["score"]
     scored = "" if row["scored_bytes"] == row["length"] else f", {row['scored_bytes']:,} of them scored"
@@ -49,7 +49,7 @@ def find(out: Path, name: str) -> dict[str, Any]:
 
 
 def _rank(out: Path, row: dict[str, Any]) -> str:
-    """Describe the record's rank among the scores with which it competed."""
+    """Describe the rank of the record's score among the records with which it competed."""
     import pyarrow.parquet
 
     competed = [(key, "=", row[key]) for key in ("domain", "bucket")]
@@ -60,7 +60,7 @@ def _rank(out: Path, row: dict[str, Any]) -> str:
 
 
 def _threshold(out: Path, row: dict[str, Any]) -> list[str]:
-    """Describe the threshold of the record's domain and length bucket, if there is one."""
+    """Describe the threshold of the record's length bucket. Return no line for a record outside all buckets."""
     with reading(out / AUDIT_JSON, _ADVICE):
         domains = read_json(out / AUDIT_JSON)["thresholds"]["domains"]
         buckets = domains.get(row["domain"], {}).get("buckets", [])

@@ -89,7 +89,7 @@ class Filter:
 
     def run(self) -> None:
         """Run all stages, skipping shards that exist."""
-        with barrier(self.workers):  # before the input is read, which may take hours
+        with barrier(self.workers):  # reject invalid rules before reading the input, which may take hours
             gates = Gates(self.rules.gates)
             sets = EvaluationSets(self.rules.contamination)
         self._ingest()
@@ -129,7 +129,7 @@ class Filter:
             if self.workers.rank == 0:
                 remove_tree(
                     stage.directory
-                )  # otherwise a rerun with the key corrected would be rejected as a changed input
+                )  # otherwise a rerun with a corrected key would be rejected as a changed input
             raise
         stage.close(shards, self.workers)
         self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
@@ -237,13 +237,13 @@ class Filter:
     @cached_property
     def duplicates(self) -> dict[str, list[Copy | None]]:
         """For each record of each shard, the earlier record that it duplicates, or None. The same on every process."""
-        if not self.rules.duplicates.exact and self.rules.duplicates.near is None:  # keep signatures out of memory
+        if not self.rules.duplicates.exact and self.rules.duplicates.near is None:  # do not load the signatures
             return {shard: [None] * rows for shard, rows in self.screened.shards.items()}
         found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], self.rules.duplicates)
         return dict(zip(self.screened.shards, found, strict=True))
 
     def reasons(self, shard: str) -> list[str | None]:
-        """Return why each record is dropped before it is scored; None: it is not dropped."""
+        """Return the reason of each record that is decided before scoring, such as a duplicate; None: to be scored."""
         reasons: list[str | None] = self.screened.read(shard, ["reason"])["reason"].to_pylist()
         copies = [copy.reason.name if copy else None for copy in self.duplicates[shard]]
         return [reason or copy for reason, copy in zip(reasons, copies, strict=True)]
@@ -296,7 +296,7 @@ class Filter:
         self.scored.make(self.records.shards, self.workers, score)
 
     def _is_unanswered(self, shard: str) -> bool:
-        """Return whether the scorer got no answer for some of the shard's records, so that it could ask again."""
+        """Return whether a remote scorer failed for some of the shard's records, which are then scored again."""
         return self.scored.has(shard) and bool(self.scored.read(shard, ["why"])["why"].is_valid().to_numpy().any())
 
     def _with_scores(self, shard: str, columns: dict[str, Any], places: list[int]) -> Any:
@@ -404,7 +404,7 @@ class Filter:
         return digest.hexdigest()
 
     def _noise(self) -> float | None:
-        """Return the score above which a record is noise. The scores of the clean texts are stored like all others."""
+        """Return the score above which a record is noise, or None without clean text, whose scores are stored too."""
         if not self.job.clean:
             return None
         name = f"clean-{self._clean[:16]}"
@@ -420,7 +420,7 @@ def _part_name(number: int) -> str:
 
 
 def file_digest(path: str) -> str:
-    """Hash the content of a file, folder or pattern. If it cannot be read, return the path: its reader reports why."""
+    """Hash the content of a file, folder or pattern. Return the path if it cannot be read: a later stage says why."""
     try:
         return sha256_text(*(sha256_file(file) for _, file in find_files(path)))
     except (OSError, ConfigError):
@@ -433,7 +433,7 @@ def _printable(raw: bytes | None) -> str:
 
 
 def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reason | None, str | None]:
-    """Return why a record is dropped, and the evaluation set with which it has text in common."""
+    """Return why a record is dropped (None: it passes), and the evaluation set with which it has text in common."""
     reason = gates(record)
     if reason is None and (name := sets(record.text)) is not None:
         return Reason.contaminated, name
@@ -465,7 +465,7 @@ def _records_table(rows: Sequence[Record | MalformedRecord]) -> Any:
 
 
 def _table(**columns: Any) -> Any:
-    """Make a table. Columns that are all null keep their type, so that shards fit together."""
+    """Make a table. Columns that are all null keep their type, so that all shards have the same schema."""
     import pyarrow
 
     strings = ("id", "domain", "source", "text", "problem", "reason", "detail", "why")

@@ -1,7 +1,7 @@
 """Store the shards of a stage: parquet files that are complete or absent, and a manifest that is written last.
 
-A stage has numbered shards, each made by one process. Its key is a hash of its settings and inputs; a directory with
-another key is rejected. Tables are those of `pyarrow`.
+Each shard of a stage is made by one process. The key of a stage is a hash of its settings and inputs; a directory with
+another key is rejected. A table is a `pyarrow.Table`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def local_items(items: Sequence[T], workers: Workers) -> list[T]:
 
 @contextmanager
 def barrier(workers: Workers) -> Iterator[None]:
-    """Wait at the end of the block until all processes are there. An error of one process is raised on all."""
+    """Wait at the end of the block until all processes reach it. A `LeviathanError` of one process is raised on all."""
     error = None
     try:
         yield
@@ -99,7 +99,7 @@ def _advice(error: OSError) -> str:
 
 
 class StageStore:
-    """The directory of one stage. `made_of`: the settings of which `key` is a hash, in readable form."""
+    """The directory of one stage. `made_of`: the settings behind `key`; a message names those that have changed."""
 
     def __init__(self, directory: Path, key: str, made_of: Mapping[str, Any]) -> None:
         self.directory, self.key, self.made_of = directory, key, dict(made_of)
@@ -107,8 +107,8 @@ class StageStore:
         """Whether no shard was missing when the stage was opened, or the missing ones have been made since."""
 
     def open(self, workers: Workers, content: str | None = None) -> None:
-        """Make the directory, or continue in it. Raises `ConfigError` if it holds a stage with another key. `content`:
-        a hash of inputs that may change while the key stays the same; a stage with another hash is rebuilt.
+        """Create the directory, or reuse it. Raises `ConfigError` if it holds a stage with another key. `content`: a
+        hash of inputs that may change while the key stays the same; a stage with another hash is rebuilt.
         """
         path = self.directory / KEY
         with barrier(workers):
@@ -118,7 +118,7 @@ class StageStore:
                     if not path.exists() or self._is_stale(content):
                         given = {} if content is None else {"content": content}
                         write_json(path, {"key": self.key, "made_of": self.made_of, **given})
-        with barrier(workers):  # or one would see shards that another makes later, and control flow would differ
+        with barrier(workers):  # no process may make a shard before all have checked which are missing
             self.check_key()
             self.is_complete = self.has_manifest and all(map(self.has, self.shards))
 
@@ -131,7 +131,7 @@ class StageStore:
             raise ConfigError("out", str(self.directory), self._difference(found.get("made_of", {})))
 
     def _is_stale(self, content: str | None) -> bool:
-        """Return whether the stage had this key but other content. If so, remove all its files except the key."""
+        """Return whether the stored stage has this key but other content. If so, remove its files, but not `KEY`."""
         found = self.read_json(KEY)
         if found["key"] != self.key or found.get("content") == content:
             return False
@@ -183,7 +183,7 @@ class StageStore:
             return read_json(self.directory / name)
 
     def close(self, shards: dict[str, int], workers: Workers) -> None:
-        """Write the manifest, once all shards exist. `shards`: the number of rows of each."""
+        """Write the manifest, once all shards exist. `shards`: the number of rows of each shard."""
         with barrier(workers):
             if workers.rank == 0 and not self.has_manifest:
                 self.write_json(MANIFEST, {"key": self.key, "shards": shards})
@@ -196,7 +196,7 @@ class StageStore:
         return shards
 
     def make(self, shards: dict[str, int], workers: Workers, shard: Callable[[str], Any]) -> None:
-        """Make the missing shards of this open stage, each on the process to which it belongs."""
+        """Make the missing shards of this open stage, each by one process: `shard` returns the table of a shard."""
         with barrier(workers):
             for name in local_items(list(shards), workers):
                 if not self.has(name):

@@ -1,1 +1,1 @@
-"""Checks of machines, nodes and links: the doctor."""
+"""Check machines, nodes and links, for the doctor."""

@@ -1,4 +1,4 @@
-"""Check this machine and installation: hardware, packages, FP8 backends, disks, limits."""
+"""Check this machine and installation: hardware, packages, FP8 backends, disks and limits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def measure(ranks: int, parallel: ParallelConfig, runs: str, found: dict[str, An
 
 
 def examine(folders: list[Path]) -> dict[str, Any]:
-    """Return findings by section, with disk space for `folders`. `problems` stop every run; `advice` does not."""
+    """Return findings by section, with the disk space of `folders`. `problems` stop every run; `advice` does not."""
     shared = [SHARED_MEMORY] if SHARED_MEMORY.exists() else []
     packages = {name: _version(name) for name in _required()}
     optional = {name: _version(name) for name in OPTIONAL}
@@ -82,7 +82,7 @@ def examine(folders: list[Path]) -> dict[str, Any]:
         f"{name} is not installed ({OPTIONAL[name]}): pip install {name}" for name, v in optional.items() if v is None
     ]
     if files < FEW_FILES:
-        found["advice"].append(f"only {files} files may be open at once: ulimit -n {FEW_FILES} or more before a run")
+        found["advice"].append(f"only {files} files may be open at once: run `ulimit -n {FEW_FILES}` or more first")
     for path in shared:
         if (free := found["disk"][str(path)]["free_bytes"]) < SMALL_SHARED_MEMORY:
             found["advice"].append(f"{path} has only {_size(free)} left; NCCL may need more")
@@ -90,7 +90,7 @@ def examine(folders: list[Path]) -> dict[str, Any]:
 
 
 def _required() -> list[str]:
-    """Return the required packages by the metadata of the installed distribution; empty if it is not installed."""
+    """Return the packages that the installed distribution requires, or [] if leviathan is not installed."""
     try:
         lines = importlib.metadata.requires("leviathan") or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Time the links of an axis one by one: neighbours in the ring of its ranks exchange a message.
+"""Time the links of a parallel axis one by one: neighbours in the ring of its ranks exchange a message.
 
 An all-reduce is only as fast as its slowest link, so all ranks of a group measure the same rate. Here each rank times
 its exchange with the next rank only. A slow node makes both of its links slow, a slow cable only one.
@@ -56,7 +56,7 @@ def rounds(size: int) -> list[list[tuple[int, int]]]:
 
 
 def measure(axis: MeshAxis, world: World, tries: int = 3) -> tuple[int, float] | None:
-    """Return the next rank in the ring and the best rate of an exchange with it, in bytes per second and direction.
+    """Return the next rank in the ring and the best rate of an exchange with it, in bytes per second per direction.
 
     Return None if the axis has one rank, and on the second of two ranks, since the first reports their only link. Every
     rank of the axis takes part in every round.
@@ -79,14 +79,14 @@ def measure(axis: MeshAxis, world: World, tries: int = 3) -> tuple[int, float] |
 def slow_links(links: Sequence[Link]) -> list[tuple[str, int, str]]:
     """Return node, rank and description for every slow link.
 
-    Blame the end whose node has the larger fraction of slow links of that kind, or both ends if the fractions are
-    equal.
+    Report the end whose node has the larger fraction of slow links among its links of the same kind, or both ends if
+    the fractions are equal.
     """
     found = []
     for kind in dict.fromkeys(link.kind for link in links):
         alike = [link for link in links if link.kind == kind]
         rates = sorted(link.bytes_per_second for link in alike)
-        usual = rates[3 * len(alike) // 4]  # not the median: one slow node of three slows two links
+        usual = rates[3 * len(alike) // 4]  # not the median: one slow node slows two of the three links of three nodes
         slow = [link for link in alike if link.bytes_per_second < SLOW * usual]
         counts, slow_counts = (Counter(node for link in some for node in link.nodes) for some in (alike, slow))
         share = {node: count / counts[node] for node, count in slow_counts.items()}

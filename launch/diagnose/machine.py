@@ -1,4 +1,4 @@
-"""Properties of one machine, for the doctor and for starting ranks."""
+"""Find out properties of this machine, for the doctor and to start ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cores() -> int:
 
 
 def driver(path: Path = DRIVER) -> str | None:
-    """Return the version of NVIDIA's kernel module, None without one."""
+    """Return the version of NVIDIA's kernel module, or None if it is not loaded."""
     found = re.search(r"Kernel Module.*?(\d+\.\d+(\.\d+)?)", path.read_text()) if path.exists() else None
     return found[1] if found else None
 

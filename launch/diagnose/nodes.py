@@ -36,13 +36,13 @@ MAX_SKEW_S = 1.0
 TIMEOUT_S = 60.0
 VERSIONS = ("python", "torch", "device", "driver")
 """Fields that must be equal on all nodes."""
-usual_rate = statistics.median_high  # of two rates the larger, so that one slow node of two is noticed
+usual_rate = statistics.median_high  # the larger of two rates, so that one slow node of two is noticed
 
 
 @dataclass(frozen=True)
 class NodeReading:
     """Measurements by one rank. Rates are per second. `bandwidth`: all-reduce rate by axis, in bytes of a rank's own
-    tensor. `links`: the next rank by axis, and the bytes exchanged with it in each direction.
+    tensor. `links`: by axis, the next rank and the rate of an exchange with it, per direction.
     """
 
     rank: int
@@ -61,7 +61,7 @@ class NodeReading:
     shared_memory_free_bytes: int | None
     open_files: int
     clock_s: float
-    """This machine's clock after a barrier."""
+    """The time by this machine's clock, right after a barrier."""
 
 
 def read(config: TrainConfig, world: World) -> NodeReading:
@@ -93,7 +93,7 @@ def read(config: TrainConfig, world: World) -> NodeReading:
 
 
 def judge(readings: list[NodeReading]) -> dict[str, list[str]]:
-    """Return the faults by node; empty if there are none."""
+    """Return the faults of each faulty node."""
     found: dict[str, list[str]] = {}
 
     def blame(reading: NodeReading, what: str) -> None:
@@ -183,7 +183,7 @@ def main(arguments: list[str]) -> int:
 def _bandwidth(axis: MeshAxis, device: torch.device, tries: int = 3) -> float:
     """Return the best rate of an all-reduce over the axis, in bytes of one rank's tensor per second."""
     tensor, times = torch.zeros(MESSAGE_BYTES // 4, device=device), []
-    for _ in range(tries + 1):  # the first one connects
+    for _ in range(tries + 1):  # the first try sets up the connections
         axis.sum(tensor[:1], "meet")
         times.append(seconds_of(lambda: axis.sum(tensor, "bandwidth"), device))
     return MESSAGE_BYTES / min(times)

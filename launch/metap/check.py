@@ -37,7 +37,7 @@ class CheckConfig:
     seeds: int = 3
     small_start: bool = True
     """Start with a zero head and a small router, so that only learnt changes are measured. Otherwise products of
-    initial values and changes contribute, which shrink with the square root of the width.
+    initial values and learnt changes contribute too, and these shrink with the square root of the width.
     """
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
         init = replace(run_.model.init, head_std=0.0, router_std=0.01 * run_.model.hidden_size**-0.5)
         run_ = replace(run_, model=replace(run_.model, init=init))
     if config.experts and not run_.model.has_experts:
-        raise ConfigError("check.experts", None, "the model has no experts: check.experts=[]")
+        raise ConfigError("check.experts", None, "the model has no experts: set check.experts=[]")
     run_ = without_derived(run_)
     if run_.hparam.base is not None:
         run_ = replace(run_, hparam=replace(run_.hparam, base=None))  # the smallest model is the base

@@ -25,7 +25,7 @@ from train.run_directory import load_config
 WIDEST = 0.15
 """An exponent is used only if the half width of its confidence interval is at most this."""
 TRUSTED = 0.5
-"""Octaves by which the best rate of the largest setting may differ from what the other settings predict."""
+"""Octaves (factors of 2) by which the best rate of the largest setting may differ from the prediction of the others."""
 FITTED = {"tokens": "tokens_exponent", "batch": "batch_exponent"}
 
 
@@ -39,14 +39,14 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class Member:
-    """One setting: the curve of its runs, and the configuration of one of them."""
+    """A setting: the runs that differ only in rate and seed. `curve`: their losses. `run`: one configuration."""
 
     curve: Curve
     run: TrainConfig
 
 
 Members = dict[str, dict[str, Member]]
-"""Members by parametrization and by name of the setting, smallest first."""
+"""Members by parametrization and by name of the setting. The smallest setting comes first."""
 
 
 def collect(roots: Sequence[Path]) -> Members:
@@ -176,7 +176,7 @@ def _say(rules: str, found: Mapping[str, Any], seeds: int) -> None:
 
 
 def _write_base(roots: Sequence[Path], members: Mapping[str, Member], found: Mapping[str, Any], out: Path) -> None:
-    """Write the first setting with its best rate as a base."""
+    """Write base.yaml: the first (smallest) setting with its best rate."""
     name, first = next(iter(members.items()))
     base, best = as_base(first.run), found["optima"][name]
     provenance: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The runs of a sweep: their configurations, directories and results.
+"""Define the runs of a sweep: their configurations, directories and results.
 
 A run's directory holds its configuration and its held-out loss. A stopped sweep resumes from the directories, and a
 fit reads nothing else.
@@ -29,8 +29,8 @@ RUNS = "runs"
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Learning rates 2^`low` to 2^`high` in steps of `step` octaves, each with `seeds` seeds. Other keys of the run may
-    have several values too (optimizer.weight_decay=0.05,0.1).
+    """Train with the learning rates 2^`low` to 2^`high`, in steps of `step` octaves, each with `seeds` seeds. Other
+    keys of the run may have several values too (optimizer.weight_decay=0.05,0.1).
     """
 
     low: float = -10.0
@@ -38,14 +38,14 @@ class SweepConfig:
     step: float = 1.0
     seeds: int = 2
     axis: SizeAxis | None = None
-    """Scale the run along this axis by each of `factors`, its hyperparameters transferred by each of `rules`."""
+    """Scale the run along this axis by each of `factors`, and transfer its hyperparameters by each of `rules`."""
     factors: list[int] = field(default_factory=lambda: [1, 2, 4])
     rules: list[Parametrization] = field(default_factory=lambda: [Parametrization.metap])
     processes: int = 1
     """Concurrent runs on this machine, with launch=inline; they share the cores."""
     trials: int | None = None
-    """Instead of a grid, let Optuna (the extra `search`) propose this many rates per setting between the same bounds.
-    Several machines that share `out` share the search.
+    """Number of rates per setting that Optuna (the extra `search`) proposes within the same bounds; null: the grid.
+    Machines with the same folder `out` work on the same search.
     """
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class SweepSetting:
-    """`base` scaled by `factor` under one parametrization. `label` distinguishes bases."""
+    """A `base` scaled by `factor` under one parametrization. `label` distinguishes several bases."""
 
     base: TrainConfig
     factor: int = 1
@@ -93,7 +93,7 @@ def bases(overrides: Sequence[str]) -> dict[str, TrainConfig]:
 
 
 def _short(override: str) -> str:
-    """optimizer.weight_decay=0.1 -> weight_decay=0.1, with characters that a file name can hold."""
+    """Shorten optimizer.weight_decay=0.1 to weight_decay=0.1. Replaces characters that are unsafe in file names."""
     key, _, value = override.partition("=")
     return re.sub(r"[^\w.=+-]", "_", f"{key.rpartition('.')[2]}={value}")
 
@@ -106,8 +106,8 @@ def settings(config: SweepConfig, runs: Mapping[str, TrainConfig]) -> list[Sweep
 
 
 def member(config: SweepConfig, one: SweepSetting, log2_lr: float, seed: int, out: Path) -> TrainConfig:
-    """Return the configuration of one run of the sweep, with its directory inside the sweep's. A separate rate for Muon
-    changes in proportion.
+    """Return the configuration of one run of the sweep, with its directory inside the sweep's. If Muon has a separate
+    rate, it changes in proportion.
     """
     base, rate = one.base, 2.0**log2_lr
     muon = base.optimizer.muon
@@ -132,7 +132,7 @@ def is_done(run: TrainConfig) -> bool:
 
 
 def but_rate_and_seed(run: TrainConfig) -> TrainConfig:
-    """Return the configuration without what may differ between runs of one curve: rate, seed, name, launch."""
+    """Return the configuration without what may differ between runs of one setting: rate, seed, name, launch."""
     bare = without_derived(run)
     muon = bare.optimizer.muon
     if muon.lr is not None:
@@ -143,7 +143,7 @@ def but_rate_and_seed(run: TrainConfig) -> TrainConfig:
 
 
 def one_run(run: TrainConfig) -> int:
-    """Train; return the exit code, 0 if the run diverged. Other errors end the sweep."""
+    """Train a run; return its exit code, or 0 if it diverged. Raises other errors, which end the sweep."""
     diverged = RunDirectory.of(run).path / DIVERGED
     try:
         code = train([run])
@@ -155,7 +155,7 @@ def one_run(run: TrainConfig) -> int:
 
 
 def loss_of(path: Path) -> float | None:
-    """Return the held-out loss of a finished run, inf if it diverged, None if it is unfinished."""
+    """Return the held-out loss of a finished run, inf if it diverged, or None if it is unfinished."""
     if (path / DIVERGED).exists():
         return math.inf
     try:

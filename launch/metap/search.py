@@ -1,4 +1,4 @@
-"""Search for the learning rate with Optuna instead of a grid. Several machines can share the journal."""
+"""Search for the learning rate with Optuna instead of a grid. Several machines can share the journal of trials."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def search(config: SweepConfig, chosen: Sequence[SweepSetting], out: Path) -> in
         study = optuna.create_study(
             storage=storage,
             study_name=f"{name}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}",
-            sampler=optuna.samplers.TPESampler(n_startup_trials=min(4, config.trials)),  # no seed: machines must differ
+            sampler=optuna.samplers.TPESampler(n_startup_trials=min(4, config.trials)),  # no seed, so machines differ
             load_if_exists=True,
         )
         while len(study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))) < config.trials:
@@ -53,7 +53,7 @@ def search(config: SweepConfig, chosen: Sequence[SweepSetting], out: Path) -> in
 
 
 def _mean_loss(config: SweepConfig, one: SweepSetting, log2_lr: float, out: Path) -> float | None:
-    """Return the mean loss over seeds; None if a run was interrupted."""
+    """Return the mean loss over seeds, or None if a run was interrupted."""
     losses = []
     for seed in range(config.seeds):
         run = member(config, one, log2_lr, seed, out)

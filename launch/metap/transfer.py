@@ -60,13 +60,13 @@ def _key(word: str) -> str:
 
 def _is_of_base(word: str) -> bool:
     key = _key(word)
-    if key == "hparam":  # the preset that the target would use without this base
+    if key == "hparam":  # this preset is what the target would use without a base
         return False
     return key.partition(".")[0] in FROM_BASE or key.startswith("model.init")
 
 
 def read_base(path: Path, into: dict[str, Any]) -> None:
-    """Replace `optimizer`, `hparam` and `model.init` of a plain configuration by those of the base at `path`."""
+    """Replace `optimizer`, `hparam` and `model.init` in the plain configuration `into` by those of the base."""
     try:
         stored = plain(as_base(load_config(path))) if path.is_dir() else yaml.safe_load(path.read_text())
         content, init = {key: stored[key] for key in FROM_BASE}, stored["model"]["init"]

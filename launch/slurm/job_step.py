@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         return FINAL + 2
     try:
         described = node(what, folder, task)
-    except LeviathanError as error:  # every node raises the same
+    except LeviathanError as error:  # every node raises the same error
         if os.environ.get("SLURM_NODEID") == "0":
             report(error)
         return FINAL + error.exit_code
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         return code_for(run(described))
     except AgentInterrupted as error:
         return WARNED if error.signal_number == signal.SIGUSR1 else CANCELLED
-    except (NodesNotMet, Unreachable) as error:  # another attempt uses another port
+    except (NodesNotMet, Unreachable) as error:  # another attempt may succeed: it uses another port
         report(error, host_name())
         return CRASHED
     except LeviathanError as error:
@@ -61,7 +61,7 @@ def code_for(code: int) -> int:
     """Convert the ranks' exit code to one for launch/slurm/requeue.py."""
     from core.exit_codes import CRASHED, INTERRUPTED
 
-    if code == INTERRUPTED:  # the ranks got the warning before this process, or instead of it
+    if code == INTERRUPTED:  # the ranks got the warning, perhaps before this process
         return WARNED
     if code in (1, 2):
         return FINAL + code
@@ -83,7 +83,7 @@ def node(what: str, folder: Path, task: int) -> Node:
     launch = build(LaunchConfig, config.launch, "launch")
     given = int(os.environ["SLURM_JOB_NUM_NODES"])
     if given != launch.nodes:
-        reason = f"SLURM allocated {given}: launch.slurm.options must not ask for another number"
+        reason = f"SLURM allocated {given} nodes: launch.slurm.options must not request another number"
         raise ConfigError("launch.nodes", launch.nodes, reason, [given])
     job, attempt = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
     port = PORTS[(int(job) * 101 + int(attempt) * 13 + (what == "doctor")) % len(PORTS)]
@@ -105,7 +105,7 @@ def node(what: str, folder: Path, task: int) -> Node:
 
 if __name__ == "__main__":
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the agent reports a lost store in one line
-    signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(WARNED))  # until the agent handles it
+    signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(WARNED))  # until the agent handles the signal
     from core.process import run_process
 
     sys.exit(run_process(main))

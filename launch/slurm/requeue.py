@@ -24,7 +24,7 @@ AGAIN = 75
 """Exit code: the batch script must run again-TASK.sh."""
 MAX_WARNED = 3  # attempts in a row without a new checkpoint after which a warned run is not requeued
 CANCEL = "cancelled"
-"""Name of the file in a job's folder which records that `leviathan jobs cancel` was called."""
+"""Name of the file in a job's folder that `leviathan jobs cancel` creates."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def commands(job: str, decision: RequeueDecision, exclusions: list[list[str]], s
     """Return shell lines that requeue or cancel the job.
 
     Nodes can only be excluded while the job is pending. SLURM delays a requeued job by two minutes; StartTime=now
-    prevents this. The lines exclude the first list of `exclusions` without whose nodes SLURM can still run `script`. A
-    requeue sends SIGTERM to this attempt, which ignores it from here on.
+    prevents this. The lines try the lists of `exclusions` in order, and exclude the first one that leaves SLURM enough
+    nodes to run `script`. A requeue sends SIGTERM to this attempt, which ignores the signal from here on.
     """
     lines = ["trap '' TERM"]
     if decision.cancel:
@@ -175,7 +175,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _submitted(folder: Path) -> float:
-    """Return when the job was submitted: earlier hangs and findings belong to an older job of the same name."""
+    """Return the time of submission. Earlier hangs and findings belong to an older job of the same name."""
     path = folder / "job.json"
     return float(json.loads(path.read_text())["submitted"]) if path.exists() else 0.0
 

@@ -113,7 +113,7 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
         if not all(status.is_over for status in ask(before)):
             raise ConfigError("run.name", name, f"job {before.number} of that name has not ended", ["another name"])
     if any(sign in str(folder) for sign in " %"):
-        raise ConfigError("launch.slurm.directory", str(folder), "must not contain spaces or %, nor may run.name")
+        raise ConfigError("launch.slurm.directory", str(folder), "must not contain spaces or %; neither must run.name")
     folder.mkdir(parents=True, exist_ok=True)
     job = SlurmJob(folder, "", [run.path.absolute() for run in runs])
     for stale in folder.glob("*"):
@@ -133,8 +133,8 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
 
 
 def render(job: SlurmJob, launch: LaunchConfig) -> str:
-    """Return the batch script. SLURM copies it when it is submitted. What may change later is read from the
-    job's folder.
+    """Return the batch script. SLURM copies the script at submission, so anything that may change later is read from
+    the job's folder.
     """
     slurm, array = launch.slurm, len(job.runs) > 1
     at_once = f"%{slurm.max_concurrent}" if slurm.max_concurrent else ""
@@ -155,7 +155,7 @@ def render(job: SlurmJob, launch: LaunchConfig) -> str:
     lines = [f"--{key}={value}" for key, value in requests.items() if value is not None]
     lines += ["--requeue", *(["--exclusive"] if slurm.exclusive else []), *slurm.options]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
-    exports += [f"export SRUN_CPUS_PER_TASK={slurm.cpus}"] if slurm.cpus else []  # srun does not inherit it from sbatch
+    exports += [f"export SRUN_CPUS_PER_TASK={slurm.cpus}"] if slurm.cpus else []  # srun does not inherit sbatch's value
     python = shlex.join([*shlex.split(slurm.container or ""), slurm.python or sys.executable])
     srun, folder = "srun --kill-on-bad-exit=0 --wait=300 --cpu-bind=none", shlex.quote(str(job.folder))
     return "\n".join(
@@ -263,7 +263,7 @@ def _tasks(text: str) -> list[int]:
 
 
 def _show_new(job: SlurmJob, task: int, offset: int, show: Callable[[str], Any]) -> int:
-    """Show the complete lines of a log after `offset`; return the offset of their end."""
+    """Show the complete lines of a log after `offset`. Return the offset of the end of the last line shown."""
     try:
         with open(job.log(task), "rb") as file:
             file.seek(offset)
@@ -298,7 +298,7 @@ def _dependency(slurm: SlurmConfig, directory: Path) -> str | None:
 
 
 def _seconds_per_step(run: RunDirectory) -> float | None:
-    """Return the seconds per step that the run's metrics file records, None if it records none."""
+    """Return the seconds per step by the last speed in the run's metrics file, or None if it has no speed."""
     if not run.metrics.exists() or not run.config_file.exists():
         return None
     rates = [line["tokens_per_second"] for line in read_lines(run.metrics) if line.get("tokens_per_second")]

@@ -21,7 +21,7 @@ class DoctorConfig:
     """Folder of the cache. Its disk and the disk of `runs` are checked."""
     runs: str = "runs"
     ranks: int = 0
-    """Start this many ranks here and time the disk and each axis of `parallel`."""
+    """Start this many ranks on this machine, and time the disk and each axis of `parallel`; 0: start none."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

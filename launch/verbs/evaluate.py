@@ -26,7 +26,7 @@ class EvaluateConfig:
     sequences: int | None = None
     """Held-out sequences per source; null: as many as during the run."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass. null: as during the run, which reproduces its loss bit for bit, and 8 for tasks."""
+    """Sequences per forward pass. null: as during the run, which reproduces its loss bit for bit; for tasks, 8."""
     backend: Backend | None = None
     """GEMM backend; null: as in training. Applies to runs only: other models are evaluated in float32."""
 
@@ -48,7 +48,7 @@ class EvaluateConfig:
         for key in ("task_path", "limit", "few_shot", "out"):
             value = getattr(self, key)
             if value is not None and not self.tasks:
-                raise ConfigError(key, value, "applies to tasks, and none is named; name some in tasks")
+                raise ConfigError(key, value, "applies to tasks only; name some in tasks")
 
 
 def run(config: EvaluateConfig) -> int:

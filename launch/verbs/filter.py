@@ -53,7 +53,7 @@ _INPUT_KEYS = tuple(one.name for one in fields(InputConfig))
 class FilterAction(Enum):
     filter = "filter"
     ablate = "ablate"
-    """Train on the corpus of `ablate.train`, filtered, and on controls, with equal numbers of tokens."""
+    """Compare training on the filtered corpus of `ablate.train` with training on controls, at equal tokens."""
     stream = "stream"
     """Filter JSON lines from standard input as they arrive."""
 
@@ -61,7 +61,7 @@ class FilterAction(Enum):
 @dataclass(frozen=True)
 class FilterConfig(FilterRules, InputConfig):
     out: str = "filtered"
-    """Output directory. An existing one is resumed."""
+    """Output directory. If it exists, its filter run is resumed."""
     tokenizer: str | None = None
     """Tokenizer that counts tokens: a tokenizer.json or a folder with one. null: each byte counts as a token."""
     processes: int = 1
@@ -213,7 +213,7 @@ def _tokenizer(config: FilterConfig) -> Tokenizer | None:
 
 
 class WorldWorkers:
-    """The ranks that torchrun started."""
+    """The ranks that torchrun started, as workers of the filter."""
 
     def __init__(self, world: World) -> None:
         self.world, self.rank, self.size = world, world.rank, world.size
@@ -248,7 +248,7 @@ def _processes(config: FilterConfig, out: Path) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of several processes."""
+    """Run the filter in one of several processes."""
     if arguments[:1] == ["--config"]:
         return run(build(FilterConfig, read_json(Path(arguments[1]))))
     return run(load("filter", FilterConfig, arguments))

@@ -1,7 +1,7 @@
-"""Inputs of a forward pass besides the tokens: positions, attention plans, rotary factors, the global token count.
+"""Inputs of a forward pass besides the tokens: positions, attention plans, rotary factors and global token count.
 
-They are computed once per micro-batch and shared by all layers. The kind of attention is chosen from the positions on
-the host, so that no layer synchronises with the device.
+They are computed once per micro-batch for all layers. Positions on the host decide whether attention uses blocks, a
+mask or segments, so that no layer synchronises with the device.
 
 Shapes: B batch, T sequence, K head dim, N blocks of a sequence.
 """
@@ -21,19 +21,19 @@ from precision.gemm import at_least_float32
 SEGMENTED_FROM = 512
 """Sequence length from which packed documents use segments instead of a mask ([T, T], or [T, 2 * chunk] if chunked).
 
-Forward and backward passes with segments, on a CPU and with documents of 50 to 2,000 tokens, were as fast as with a
-mask at length 256, 1 to 4 times as fast at 512 and up to 13 times as fast at 2,048.
+Measured on a CPU with documents of 50 to 2,000 tokens, forward and backward pass: segments were as fast as a mask at
+length 256, 1 to 4 times as fast at 512 and up to 13 times as fast at 2,048.
 """
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How the layers of one chunk size attend.
+    """How layers with the same `attention_chunk_size` attend.
 
     The sequence is split into blocks of `block` positions (None: one block). Queries attend to their own block. With
-    `halo` they also attend to the one before it, where a chunk may begin if its document starts inside a block. `mask`
-    [B*N, 1, queries, keys] selects the pairs; without a mask, attention is causal within the block. `segments` replace
-    blocks and mask.
+    `halo` they also attend to the previous block, because a chunk may begin there if its document starts inside a
+    block. `mask` [B*N, 1, queries, keys] selects the pairs; without a mask, attention is causal within the block. If
+    `segments` is given, it replaces blocks and mask.
     """
 
     block: int | None = None
@@ -67,8 +67,8 @@ class ForwardContext:
         return self._plans[chunk]
 
     def rotation(self, model: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> Tensor:
-        """Return the rotary factors, complex [B, T, 1, K/2]. In a chunked layer the angles restart with each chunk: the
-        scores are the same, and positions in the millions lose no precision.
+        """Return the rotary factors, complex [B, T, 1, K/2]. In a chunked layer angles restart with each chunk. This
+        leaves the scores unchanged and keeps their precision at positions in the millions.
         """
         key = (layer.attention_chunk_size, dtype)
         if key not in self._rotations:

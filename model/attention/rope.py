@@ -28,7 +28,7 @@ def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
     stretched = plain / scaling.factor
     short, long = original / high, original / low
     result = torch.where(wavelength > long, stretched, plain)
-    if high > low:  # equal bounds are a hard cut: the blend would divide by zero
+    if high > low:  # with equal bounds, no wavelength is between them, and the blend would divide by zero
         blend = (original / wavelength - low) / (high - low)
         between = (wavelength <= long) & (wavelength >= short)
         result = torch.where(between, (1 - blend) * stretched + blend * plain, result)

@@ -21,7 +21,7 @@ from torch import Tensor
 from precision.gemm import at_least_float32, widened
 
 _QUERY_BLOCK = 1024
-"""Queries per block without a kernel, when the scores are materialised."""
+"""Queries per block in `plain_forward` and `plain_backward`, which keep the scores of a block in memory."""
 
 
 class SegmentRun(NamedTuple):
@@ -34,8 +34,8 @@ class SegmentRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries and keys of some sequences (`rows`), as slices of their tensors. `causal`: both are the same positions,
-    and each query attends to the keys up to its own position. Otherwise it attends to all of them.
+    """Queries and keys of some sequences (`rows`), as slices of tensors. If `causal`, both have the same positions,
+    and each query attends to the keys up to its own position. Otherwise each query attends to all of the keys.
     """
 
     rows: slice
@@ -122,8 +122,8 @@ class PartialAttention:
 
 
 class AttentionGradients:
-    """Gradients of attention, accumulated over keys. dk and dv are added to the caller's tensors, since keys may
-    be from another rank.
+    """Gradients of attention, accumulated over keys. dk and dv are added to the caller's tensors, because the
+    keys may be from another rank.
     """
 
     def __init__(self, grad_BTHK: Tensor, q_BTHK: Tensor, out_BTHK: Tensor, lse_BHT: Tensor) -> None:
@@ -211,7 +211,7 @@ def _each_head(x_BGSK: Tensor, q_BHTK: Tensor) -> Tensor:
 
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Compute attention without a kernel, in blocks of queries. Return [B, H, T, K] and the log-sum-exp [B, H, T]."""
+    """Compute attention without a flash kernel, by blocks of queries. Return [B, H, T, K] and log-sum-exp [B, H, T]."""
     outs, lses = [], []
     for start in range(0, q.shape[2], _QUERY_BLOCK):
         p, lse, keys = _probabilities(q, k, start, causal, None)

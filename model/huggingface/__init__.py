@@ -15,7 +15,7 @@ from model.transformer import Transformer
 def load(path: str | Path, text_only: bool = False) -> Transformer:
     """Load the model of a checkpoint directory in float32 on the CPU. It maps ids [B, T] to logits [B, T, V].
 
-    Raises `CheckpointError` for an incomplete directory, `ConfigError` for an unsupported architecture.
+    Raises `CheckpointError` for an incomplete directory and `ConfigError` for an unsupported architecture.
     """
     return materialise(HuggingFaceCheckpoint(Path(path), text_only))
 

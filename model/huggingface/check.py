@@ -1,8 +1,8 @@
 """Check a conversion against transformers, which must read the same settings and compute the same logits.
 
-Logits are compared on a few tokens only, where attention chunks and query temperature have no effect at published sizes
-(8,192 positions), and only if both models fit into memory. The settings are therefore compared at any size, in the form
-in which transformers reads them.
+Logits are compared only if both models fit into memory, and only on a few tokens: too few for the attention chunks and
+query temperature of published models (8,192 positions) to matter. Settings are compared for models of any size, in the
+form in which transformers reads them.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _layer(theirs: Any, index: int) -> LayerConfig:
     norms = {"qwen3": QKNorm.per_head, "qwen3_moe": QKNorm.per_head, "olmoe": QKNorm.full}
     return LayerConfig(
         FeedForward.moe if is_moe else FeedForward.dense,
-        attention_chunk_size=getattr(theirs, "sliding_window", None),  # not a chunk, but our models have neither
+        attention_chunk_size=getattr(theirs, "sliding_window", None),  # a window is not a chunk; our value is None
         qk_norm=norms.get(kind, QKNorm.none),
     )
 

@@ -1,4 +1,4 @@
-"""A checkpoint in the Hugging Face format as a source of our tensors, checked as a whole and read block by block."""
+"""Read a Hugging Face checkpoint as a source of our tensors: check all files on opening, then read block by block."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _BUFFERS = ("rotary_emb.inv_freq",)
 class HuggingFaceCheckpoint:
     """A directory with `config.json` and safetensors files.
 
-    Raises `CheckpointError` on opening unless files are complete and contain every tensor that the configuration asks
-    for in its shape, and no others. `text_only` ignores a vision tower.
+    Raises `CheckpointError` on opening unless the files are complete and contain exactly the tensors that the
+    configuration asks for, in their shapes. `text_only` ignores the tensors of a vision tower.
     """
 
     def __init__(self, directory: Path, text_only: bool = False) -> None:
@@ -78,10 +78,10 @@ class HuggingFaceCheckpoint:
         return self._rows(entry, begin, begin + shape[1])[:, first : first + shape[0]].t()
 
     def _rows(self, entry: TensorEntry, begin: int, end: int) -> Tensor:
-        """Read rows and cache the last ones read: gate and up, read one after the other, may be in the same rows."""
+        """Read rows and cache the last result, because gate and up are read in turn and may be in the same rows."""
         key = (str(entry.path), entry.start, begin, end)
         if self._last is None or self._last[0] != key:
-            self._last = None  # free the memory first
+            self._last = None  # free the old rows before new ones are read
             self._last = key, read_rows(entry, begin, end)
         return self._last[1]
 

@@ -28,7 +28,7 @@ from model.huggingface.locations import MoENames
 
 Json = Mapping[str, Any]
 MOST_LAYERS = 10_000
-"""A larger number means a damaged file, and building its layers would use up the memory."""
+"""Largest accepted number of layers. A larger one means a damaged file, whose layers would use up the memory."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Family:
 
 
 def read_config(config: Json) -> tuple[Family, ModelConfig]:
-    """Return family and model of a parsed `config.json`. Raises `ConfigError` if we cannot compute it exactly."""
+    """Return family and model of a parsed `config.json`. Raises `ConfigError` for an unsupported or invalid setting."""
     text = config.get("text_config") if config.get("model_type") == "llama4" else config
     if not isinstance(text, Mapping):
         raise ConfigError("config.json", None, "has no text_config")
@@ -62,7 +62,7 @@ def read_config(config: Json) -> tuple[Family, ModelConfig]:
 
 
 def write_config(model: ModelConfig, family: str | None = None) -> tuple[Family, dict[str, Any]]:
-    """Return the first family (or `family`) that expresses the model exactly, and its `config.json`."""
+    """Return the first family that expresses the model exactly, and its `config.json`. Tries only `family` if given."""
     if family is not None and family not in FAMILIES:
         raise ConfigError("family", family, "is not a supported architecture", list(FAMILIES))
     reasons = []
@@ -77,7 +77,7 @@ def write_config(model: ModelConfig, family: str | None = None) -> tuple[Family,
 
 
 def _lost(model: ModelConfig, family: Family, written: Json) -> str | None:
-    """Return the first key that changes when the model is written and read again, None if none does."""
+    """Return the first key that changes when the model is written and read again, or None."""
     try:
         back = family.read(written)
     except ConfigError as error:
@@ -86,7 +86,7 @@ def _lost(model: ModelConfig, family: Family, written: Json) -> str | None:
 
 
 def model_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the keys in which two models differ as functions of their weights, with both values."""
+    """Return the keys by which two models compute different functions of their weights, with both values."""
     trees = []
     for model in (first, second):
         tree = plain(canonical(model))
@@ -95,10 +95,10 @@ def model_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tupl
 
 
 def canonical(model: ModelConfig) -> ModelConfig:
-    """Return the same function of the weights in a normal form: explicit layers, defaults for keys without effect."""
+    """Return a model that computes the same function, with explicit layers and defaults for keys without effect."""
     layers, default = model.blocks, ModelConfig()
     kinds = {layer.feed_forward for layer in layers}
-    idle = ["moe_every", "nope_every", "attention_chunk_size", "qk_norm", "temperature"]  # in the list of layers
+    idle = ["moe_every", "nope_every", "attention_chunk_size", "qk_norm", "temperature"]  # layer_list has them
     idle += ["balance", "init", "init_from", "upcycle"]
     if FeedForward.moe not in kinds:
         idle += ["num_experts", "expert_hidden_size", "shared_expert_hidden_size", "router"]
@@ -183,7 +183,7 @@ def _integer(config: Json, key: str, default: int | None = None) -> int:
 
 
 def _indices(config: Json, key: str, layers: int) -> set[int] | None:
-    """Return the layers in the list at `key`, None without a list."""
+    """Return the layers in the list at `key`, or None without such a key."""
     given = config.get(key)
     if given is None:
         return None
@@ -196,7 +196,7 @@ def _read_common(config: Json, theta: float, eps: float) -> dict[str, Any]:
     heads, width = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")
     layers = _integer(config, "num_hidden_layers")
     if layers > MOST_LAYERS:
-        raise ConfigError("config.json num_hidden_layers", layers, f"is more than the {MOST_LAYERS:,} that are read")
+        raise ConfigError("config.json num_hidden_layers", layers, f"is more than the limit of {MOST_LAYERS:,}")
     return {
         "vocab_size": _integer(config, "vocab_size"),
         "hidden_size": width,
@@ -251,7 +251,7 @@ def _read_llama4(config: Json) -> ModelConfig:
         raise ConfigError("config.json layer_types", None, "contradict no_rope_layers")
     norm = bool(config.get("use_qk_norm", True))
     chunk = None if config.get("attention_chunk_size", 0) is None else _integer(config, "attention_chunk_size", 8192)
-    tuned = bool(config.get("attn_temperature_tuning", True))  # the first published files have 4 here
+    tuned = bool(config.get("attn_temperature_tuning", True))  # the first published files have 4 instead of true
     layers = [
         LayerConfig(
             feed_forward=FeedForward.moe if index in moe_layers else FeedForward.dense,

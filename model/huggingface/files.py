@@ -1,9 +1,9 @@
-"""The safetensors format: read rows of a tensor, and write tensors in blocks.
+"""Read and write the safetensors format: read rows of a tensor, and write tensors in blocks.
 
 A file consists of the length of its header (8 bytes, little-endian), the header as JSON (name -> dtype, shape, offsets)
 and the bytes of the tensors. The `safetensors` package maps whole files and writes whole tensors, so its memory grows
 with the largest tensor (21 GB in Llama 4 Maverick). Here memory is bounded by the size of a block. The package can
-read our files.
+read the files that are written here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HEADER_LIMIT = 100_000_000
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where the bytes of one tensor are stored."""
+    """Where the bytes of one tensor are stored: in `path`, from byte `start`."""
 
     path: Path
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class TensorEntry:
 
 
 def open_directory(directory: Path) -> dict[str, TensorEntry]:
-    """Return every tensor of a checkpoint directory. Raises `CheckpointError` unless files are complete and agree."""
+    """Return every tensor of a checkpoint directory. Raises `CheckpointError` unless index and files agree."""
     if (directory / SINGLE).exists():
         return read_header(directory / SINGLE)
     if not (directory / INDEX).exists():
@@ -98,11 +98,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def read_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
-    """Read rows of the tensor, flattened to a matrix [rows, last dimension] (a vector: to a column)."""
+    """Read rows [start, stop) of a tensor, viewed as a matrix [rows, last dimension], or as a column if a vector."""
     width = entry.shape[-1] if len(entry.shape) > 1 else 1
     rows = math.prod(entry.shape) // width if width else 0
     if not 0 <= start <= stop <= rows:  # bytes outside belong to another tensor
-        raise CheckpointError(f"{entry.path}: rows {start} to {stop} of a tensor that has {rows}")
+        raise CheckpointError(f"{entry.path}: cannot read rows {start} to {stop} of a tensor that has {rows}")
     result = torch.empty(stop - start, width, dtype=entry.dtype)
     memory = bytes_of(result)
     with open(entry.path, "rb", buffering=0) as file:

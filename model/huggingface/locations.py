@@ -1,8 +1,8 @@
 """Map each of our parameters to tensors in a family's files.
 
-Attention, norms, embeddings and dense layers have the same names in all families; names of MoE layers differ. Our
-experts are [E, 2, F, D] (gate, then up) and [E, D, F]. Llama 4 stores them as [E, in, out], with gate and up
-concatenated along out. The other families have an [out, in] matrix per expert and projection.
+Attention, norms, embeddings and dense layers have the same names in all families; names of MoE layers differ. E experts
+of hidden size F are [E, 2, F, D] (gate, then up) and [E, D, F] here. Llama 4 stores them as [E, in, out], with gate and
+up concatenated along out. The other families have an [out, in] matrix per expert and projection.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class MoENames:
 
 
 def locations(model: ModelConfig, names: MoENames, available: Collection[str]) -> dict[str, Location]:
-    """Return the location of each parameter. `available`: the names in the files, which show whether there is a prefix
-    and whether experts are fused; empty for a checkpoint that is yet to be written.
+    """Return the location of each parameter. `available`: the tensor names in the files, which show the prefix
+    of all names and whether experts are fused; empty for a checkpoint that is yet to be written.
     """
     prefix = "language_model." if any(name.startswith("language_model.") for name in available) else ""
     found = {

@@ -55,7 +55,7 @@ def export(
         write_json(scratch / "config.json", {**(extra_config or {}), **config})
         for path in tokenizer_files:
             shutil.copyfile(path, scratch / path.name)
-        HuggingFaceCheckpoint(scratch)  # raises unless all tensors are there, complete and in shape
+        HuggingFaceCheckpoint(scratch)  # raises unless every tensor is complete and has the right shape
         verify(scratch)
 
 
@@ -71,7 +71,7 @@ def _plan(source: TensorSource, name: str, location: Location, dtype: torch.dtyp
 
 
 def _whole(source: TensorSource, name: str, transposed: bool) -> Iterator[Tensor]:
-    """Yield the parameter in blocks; `transposed`: [in, out] of each expert, gate and up concatenated along out."""
+    """Yield the parameter in blocks. If `transposed`, each block is an expert's [in, out], gate and up joined."""
     for offset, shape in blocks(source.shapes[name]):
         block = source.read(name, offset, shape)
         yield block.flatten(0, -2).t() if transposed else block

@@ -1,1 +1,1 @@
-"""Communication: the world, collectives with gradients, the watchdog."""
+"""Communication: the processes of a run, collectives that gradients flow through, and a watchdog for hangs."""

@@ -1,7 +1,7 @@
 """Collectives that gradients flow through. The backward pass of each is the transposed collective.
 
-Each rank of an axis has a whole tensor, a shard of it, or a partial tensor, whose sum over the ranks is the value.
-Gradients of a whole tensor are partial, because each rank uses it for its own part of the loss.
+Each rank of an axis has the whole tensor, a shard of it, or a partial tensor. Partial tensors add up to the whole one.
+The gradient of a whole tensor is partial, because each rank uses the tensor for its own part of the loss.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from parallel.mesh import MeshAxis
 
-# torch 2.13 has new names for these and warns of the old ones at every call
+# torch 2.13 renames these two functions and warns at every call by an old name
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_gather(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
-    """Gather shards along `dim` to the whole tensor on every rank. The gradient is summed and scattered."""
+    """Join shards along `dim` to the whole tensor, on every rank. The gradient is summed over ranks and scattered."""
     return _apply(shard, axis, all_gather_no_grad, _reduce_scatter_no_grad, dim, purpose)
 
 
 def reduce_scatter(tensor: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
-    """Sum partial tensors and scatter the sum along `dim`, which must divide. The gradient is gathered."""
+    """Sum partial tensors and scatter the sum along `dim`, which must divide evenly. The gradient is gathered."""
     return _apply(tensor, axis, _reduce_scatter_no_grad, all_gather_no_grad, dim, purpose)
 
 
@@ -37,7 +37,7 @@ def all_reduce(tensor: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
 
 
 def all_to_all(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
-    """Send `send[i]` rows to rank i and receive `receive[i]` from it. The backward pass swaps the two."""
+    """Send `send[i]` rows to rank i and receive `receive[i]` rows from it. Gradients are sent the other way."""
     there = partial(_all_to_all_no_grad, axis=axis, purpose=purpose, send=send, receive=receive)
     back = partial(_all_to_all_no_grad, axis=axis, purpose=purpose, send=receive, receive=send)
     return _Collective.apply(rows, there, back)
@@ -45,7 +45,7 @@ def all_to_all(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis
 
 def ring_shift(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Tensor]:
     """Start to send a tensor to the next rank of the axis, in a ring, and to receive one of the same shape from the
-    previous rank. Returns a function that waits for the received tensor. No gradient flows through it.
+    previous rank. Returns a function that waits for the received tensor and returns it. No gradient flows through it.
     """
     axis.count(purpose, tensor)
     flat, received = tensor.contiguous().view(-1), torch.empty_like(tensor.contiguous())

@@ -1,8 +1,8 @@
-"""Hang detection: a thread on every rank that reports why a collective waits too long, and ends the rank.
+"""Hang detection: a thread on every rank that reports why a collective waits too long, and ends the process.
 
-Each rank publishes a heartbeat and its progress in the store. When this rank has waited longer than the limit, a rank
-whose heartbeat no longer changes is dead or stopped, and a rank that has begun fewer collectives is late. Clocks of
-different machines are never compared. A rank that waits while no rank is missing does not end: it may itself be late.
+Each rank publishes a heartbeat and its progress in the store. If this rank waits longer than the limit, it looks for
+missing ranks. A rank whose heartbeat no longer changes is dead or stopped; a rank that has begun fewer collectives is
+late. If no rank is missing, this rank does not end: it may be late itself. Clocks of machines are never compared.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from core.exit_codes import HUNG, host_name
 from core.files import append_json_line
 
 SILENT_BEATS = 3
-"""Number of our own heartbeats during which another rank's does not change before that rank is presumed dead."""
+"""A rank is presumed dead if its heartbeat does not change during this number of our own heartbeats."""
 
 Status = dict[str, Any]
-"""What a rank publishes: its beat, step, last collective, collectives begun by axis, host."""
+"""What a rank publishes: beat number, done, step, last collective, collectives begun by axis, excused, and host."""
 
 
 @dataclass
@@ -41,16 +41,16 @@ class Heartbeat:
     group: dist.ProcessGroup | None = None
     since: float = field(default_factory=time.monotonic)
     begun: Counter[str] = field(default_factory=Counter)
-    """Collectives begun, by axis."""
+    """Number of collectives begun, by axis."""
     excused: int = 0
-    """Positive while this rank does long work alone that others wait for. It is not late then."""
+    """Positive while this rank does long work alone that other ranks wait for. It does not count as late meanwhile."""
 
     def begin(self, axis: str, purpose: str, group: dist.ProcessGroup | None = None) -> None:
         self.wait(axis, purpose, group)
         self.begun[axis] += 1
 
     def wait(self, axis: str, purpose: str, group: dist.ProcessGroup | None = None) -> None:
-        """Record a message between two ranks. Messages are not counted: their numbers may differ between ranks."""
+        """Record a message between two ranks. `begun` omits messages: their number may differ between ranks."""
         self.axis, self.purpose, self.group, self.since = axis, purpose, group, time.monotonic()
 
     @contextmanager
@@ -69,7 +69,7 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Runs until `stop`. A report is left in `logs` for the process that restarts the ranks."""
+    """A thread that runs until `stop`. It leaves its report in `logs` for the process that restarts the ranks."""
 
     def __init__(
         self, heartbeat: Heartbeat, store: dist.Store, rank: int, size: int, limit_s: float, logs: Path
@@ -82,14 +82,14 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Announce that this rank is done and will be silent."""
+        """End the thread, and publish that this rank is done: other ranks must not report its missing heartbeats."""
         self._stopped.set()
         self._thread.join()
         with suppress(dist.DistError, RuntimeError):  # the store may be gone with the processes that started us
             self.store.set(_key(self.rank), json.dumps(self.heartbeat.status(0, done=True)))
 
     def _run(self) -> None:
-        """Publish at every interval, also while this rank compares statuses, so that it does not seem dead."""
+        """Publish a heartbeat at every interval, also while `_look` compares statuses, else this rank seems dead."""
         beat, suspicion, answered = 0, None, time.monotonic()
         while not self._stopped.is_set():
             beat += 1
@@ -103,7 +103,7 @@ class Watchdog:
             self._stopped.wait(self.interval_s)
 
     def _look(self, beat: int, suspicion: _Suspicion | None) -> _Suspicion | None:
-        """While this rank waits too long, compare the ranks' statuses over some beats. End it if another is missing."""
+        """If this rank waits too long, compare statuses over some beats, and end the process if a rank is missing."""
         heartbeat = self.heartbeat
         if time.monotonic() - heartbeat.since <= self.limit_s:
             return None
@@ -144,11 +144,11 @@ class _Suspicion:
 def find_missing(
     heartbeat: Heartbeat, rank: int, size: int, group: list[int], before: dict[int, Status], after: dict[int, Status]
 ) -> tuple[str, list[str]] | None:
-    """Return the ranks that a waiting rank waits for, in words, and their hosts; None if no rank is missing.
+    """Describe the ranks that a waiting rank waits for. Returns the text and their hosts; None if no rank is missing.
 
-    Ranks without a heartbeat come first, whatever their group, since a rank that waits for them makes others wait. If
-    there are none, these are the ranks of the group that have begun fewer collectives of this axis, and of those the
-    ones furthest behind.
+    Ranks without a new heartbeat are missing, whatever their group: a rank that waits for them makes other ranks wait
+    in turn. If every rank has one, the missing ranks are those of `group` that have begun fewer collectives on
+    this rank's axis. Of these, only the ranks with the fewest collectives over all axes are reported.
     """
     missing = {other: "has never sent a heartbeat" for other in range(size) if other not in after}
     for other, status in after.items():

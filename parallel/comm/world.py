@@ -53,7 +53,7 @@ class World:
         return box[0]
 
     def agree(self, claims: Mapping[str, str]) -> None:
-        """Raise `ConfigError` on every rank if a claim differs between ranks. The message names the minority."""
+        """Raise `ConfigError` on every rank if a value in `claims` differs between ranks. It names the minority."""
         if self.size == 1:
             return
         self.heartbeat.begin("world", "agreement")
@@ -114,7 +114,7 @@ def connect(timeout: timedelta = timedelta(days=1)) -> World:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has finished its queued work. A CPU has none."""
+    """Wait until the device has finished its queued work. Does nothing on a CPU, which queues none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -127,7 +127,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _store(size: int, client: bool = False) -> dist.Store:
-    """Connect to torchrun's store under a prefix of this attempt: a restart must not read addresses of dead ranks."""
+    """Connect to torchrun's store. A prefix per attempt keeps a restart from reading the addresses of dead ranks."""
     environment = os.environ
     if not {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= environment.keys():
         raise ConfigError("WORLD_SIZE", size, "is set, but not by torchrun: unset it, or start the ranks with torchrun")

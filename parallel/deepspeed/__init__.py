@@ -1,1 +1,1 @@
-"""DeepSpeed's ZeRO as an engine, behind our parameter names and slices."""
+"""DeepSpeed's ZeRO as an engine. Its flat buffers are read and written by our parameter names."""

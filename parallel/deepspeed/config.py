@@ -9,7 +9,7 @@ from typing import Any
 from core.errors import ConfigError
 
 VERSION = "0.19.8"
-"""The DeepSpeed version that `parallel.deepspeed` is written for, since it uses private interfaces."""
+"""The only DeepSpeed version that `parallel.deepspeed` accepts, because it uses DeepSpeed's private interfaces."""
 INSTALL = f"pip install 'leviathan[deepspeed]' (deepspeed=={VERSION})"
 
 
@@ -18,11 +18,11 @@ class Offload(Enum):
 
     none = "none"
     cpu = "cpu"
-    """In host memory, updated there by PyTorch's fused AdamW, which is as fast as DeepSpeed's CPUAdam and needs no
+    """In host memory, where PyTorch's fused AdamW updates it. It is as fast as DeepSpeed's CPUAdam and needs no
     compiler.
     """
     nvme = "nvme"
-    """In files below `nvme`, read and written in chunks while the host updates them (`parallel.deepspeed.offload`)."""
+    """In files in the directory `nvme`. The host reads, updates and writes a chunk at a time: see `offload.py`."""
 
 
 class ParameterOffload(Enum):
@@ -37,7 +37,7 @@ class ParameterOffload(Enum):
 class ZeroConfig:
     """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). Stage 1 shards the optimizer's state over the data-parallel
     ranks. Stage 2 shards the gradients as well, and reduces them with every micro-batch instead of once a step. Stage 3
-    shards parameters too, gathers them twice with every micro-batch, and does not support routed experts.
+    shards parameters too, gathers them for both passes of a micro-batch, and does not support routed experts.
     """
 
     stage: int = 1
@@ -48,8 +48,8 @@ class ZeroConfig:
     """A directory on a local disk, for offload=nvme."""
     offload_parameters: ParameterOffload = ParameterOffload.none
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further keys of DeepSpeed's section `zero_optimization`. Stage 3 keeps up to 1e9 elements whole between passes
-    unless `stage3_max_live_parameters` or `stage3_max_reuse_distance` are set lower.
+    """Further keys of DeepSpeed's section `zero_optimization`. Stage 3 keeps up to 1e9 elements gathered between
+    passes unless `stage3_max_live_parameters` or `stage3_max_reuse_distance` are set lower.
     """
 
     def __post_init__(self) -> None:

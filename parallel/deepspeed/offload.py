@@ -61,7 +61,7 @@ class MappedFile:
             self._map.madvise(mmap.MADV_WILLNEED, begin, length)
 
     def release(self, start: int, stop: int) -> None:
-        """Write elements [start, stop) and free their memory."""
+        """Write elements [start, stop) to disk and free their memory."""
         if start < stop:
             begin, length = self._pages(start, stop)
             self._map.flush(begin, length)
@@ -74,8 +74,8 @@ class MappedFile:
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) whose flat parameters and moments are mapped files, made by `page`.
-    Gradients are in host memory.
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2). `page` moves its flat parameters and moments to mapped files.
+    Gradients must be in host memory.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class PagedAdamW(torch.optim.Optimizer):
                     file.release(0, parameter.numel())
 
     def release(self) -> None:
-        """Write everything and free its memory."""
+        """Write all parameters and moments to disk and free their memory."""
         for parameter, files in self.files.items():
             for file in files:
                 file.release(0, parameter.numel())
@@ -128,7 +128,7 @@ class PagedAdamW(torch.optim.Optimizer):
                 [first],
                 [second],
                 [],
-                [state["step"].clone()],  # counts once a step, not once a chunk
+                [state["step"].clone()],  # a copy: `adamw` must not count chunks as steps
                 fused=True,
                 amsgrad=False,
                 beta1=beta1,

@@ -2,8 +2,8 @@
 
 `DeepSpeedEngine` is not used. We build one of DeepSpeed's optimizer wrappers for each pair of process group and dtype:
 for dense parameters, for routers (which stay in fp32), and for experts (which have their own process group). Gradients
-are summed in fp32 and never averaged. Norm, clipping, learning rates and checkpoints are ours, so a layout means the
-same under `deepspeed` and `fsdp2`.
+are summed in fp32 and never averaged. Norm, clipping, learning rates and checkpoints are ours, so they work
+alike under `deepspeed` and `fsdp2`.
 
 A wrapper flattens each parameter group into one buffer and partitions it across ranks. A rank's slice of a parameter is
 a range of its flattened elements, which is at most 2 * dims - 1 blocks of the tensor.
@@ -39,8 +39,8 @@ _GATHERED = tuple(
     for key in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "param_persistence_threshold")
 )
 PASSED_KEYS = {1: _REDUCED, 2: (*_REDUCED, "overlap_comm"), 3: _GATHERED}
-"""Stage -> keys of DeepSpeed's `zero_optimization` that `zero.extra` may set. (`overlap_comm` relies in stage 1 on
-hooks that we remove. `round_robin_gradients` reorders parameters, so slices would get wrong names.)
+"""Stage -> keys of DeepSpeed's `zero_optimization` that `zero.extra` may set. `overlap_comm` is not allowed in stage 1,
+where we remove the hooks that it needs. `round_robin_gradients` is not allowed: slices would get wrong names.
 """
 
 
@@ -54,8 +54,8 @@ def installed() -> str | None:
 def check(
     layout: Layout, master: torch.dtype, moments: torch.dtype | None, muon: bool, routed: bool, float8: bool = False
 ) -> None:
-    """Reject what DeepSpeed does not support here. `master`: the format of the weights that are updated. `moments`:
-    the format of the optimizer's state, None where there is none. `routed`: whether there are routed experts.
+    """Reject settings that do not work with DeepSpeed. `master`: the dtype of the master weights. `moments`: the dtype
+    of the optimizer's moments, or None. `routed`: whether the model has routed experts.
     """
     if layout.engine is not EngineKind.deepspeed:
         return
@@ -73,13 +73,13 @@ def check(
         reason = f"DeepSpeed keeps master weights in fp32, not {str(master).removeprefix('torch.')} ({other} can)"
         raise ConfigError("precision", None, reason, ["fp32", "bf16"])
     if layout.reduce_dtype is not Reduce.master:
-        reason = f"DeepSpeed sums gradients in fp32 ({other} has other formats)"
+        reason = f"DeepSpeed sums gradients in fp32 ({other} supports other dtypes)"
         raise ConfigError("parallel.reduce_dtype", layout.reduce_dtype, reason, ["master"])
     if muon:
-        reason = f"needs whole matrices, but ZeRO splits them anywhere: optimizer=adamw, or {other}"
+        reason = f"needs whole matrices, but ZeRO splits them anywhere: set optimizer=adamw or {other}"
         raise ConfigError("optimizer.kind", "muon", reason)
     if zero.offload is Offload.nvme and moments is not torch.float32:
-        reason = "supports AdamW's fp32 state only: optimizer.kind=adamw and moments=float32"
+        reason = "supports AdamW's fp32 state only: set optimizer.kind=adamw and optimizer.moments=float32"
         raise ConfigError("parallel.zero.offload", zero.offload, reason, [Offload.none.value, Offload.cpu.value])
     if zero.nvme is not None and (path := Path(zero.nvme).expanduser()).exists() and not path.is_dir():
         raise ConfigError("parallel.zero.nvme", zero.nvme, "is not a directory")
@@ -97,7 +97,7 @@ def _check_stage_3(layout: Layout, routed: bool, float8: bool) -> None:
 
 
 def zero_section(config: ZeroConfig) -> dict[str, Any]:
-    """DeepSpeed's section `zero_optimization`, made from our configuration and checked by DeepSpeed."""
+    """Make DeepSpeed's section `zero_optimization` from our configuration. DeepSpeed checks its values."""
     _imported()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -126,7 +126,7 @@ def zero_section(config: ZeroConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FlatSlice:
-    """This rank's range [start, stop) of a parameter's flattened elements, at `at` in its group's flat buffer."""
+    """This rank's range [start, stop) of a parameter's flattened elements. `at`: its start in the group's buffer."""
 
     spec: ShardSpec
     start: int
@@ -146,7 +146,7 @@ class FlatSlice:
         return self.wrapper.averaged_gradients[self.group].flat_partition
 
     def of(self, buffer: Tensor) -> Iterator[tuple[ShardBlock, Tensor]]:
-        """The range as blocks of the whole tensor, sharing the buffer's storage."""
+        """Yield the range as blocks of the whole tensor, each with a view of its elements in `buffer`."""
         at = self.at
         for block in blocks(self.spec.compute_block, self.start, self.stop):
             yield block, buffer.narrow(0, at, block.numel).view(block.shape)
@@ -167,8 +167,8 @@ OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 class ZeroOptimizer(ABC):
-    """An optimizer whose state, and maybe gradients, DeepSpeed shards. `step` applies the
-    gradients that `reduce` has summed. `slices` are those of this rank.
+    """An optimizer whose state DeepSpeed shards, and from stage 2 on its gradients. `step` applies the gradients that
+    `reduce` has summed. `slices`: this rank's slices of all parameters.
     """
 
     names: Mapping[nn.Parameter, str]
@@ -177,12 +177,12 @@ class ZeroOptimizer(ABC):
 
     @abstractmethod
     def after_backward(self, last: bool) -> None:
-        """Complete the sum of a micro-batch's gradients. Stages 2 and 3."""
+        """Finish reducing a micro-batch's gradients, in stages 2 and 3. `last`: it is the last one of the step."""
 
     @abstractmethod
     def reduce(self) -> None:
-        """Complete the gradients of a step. This, or the last `after_backward`, raises `ValueError` where a parameter
-        has none.
+        """Finish reducing the gradients of a step. This method, or the last `after_backward`, raises `ValueError` if a
+        parameter has no gradient.
         """
 
     @abstractmethod
@@ -191,19 +191,19 @@ class ZeroOptimizer(ABC):
 
     @abstractmethod
     def step(self) -> None:
-        """Update the masters and the model's copies. Drop the gradients."""
+        """Update the master weights, and from them the model's parameters on all ranks. Drop the gradients."""
 
     @abstractmethod
     def spread(self) -> None:
-        """Update the model's copies on all ranks after masters were written."""
+        """Copy the master weights to the model's parameters on all ranks, after master weights were overwritten."""
 
     def weights(self) -> Iterator[LocalShard]:
-        """This rank's blocks of the fp32 weights."""
+        """Yield this rank's blocks of the fp32 master weights."""
         for one in self.slices:
             yield from (LocalShard(one.spec, block, part) for block, part in one.of(one.masters))
 
     def gradients(self) -> Iterator[LocalShard]:
-        """This rank's blocks of the summed gradients. Valid between `reduce` and `step`."""
+        """Yield this rank's blocks of the summed gradients. Valid between `reduce` and `step`."""
         for one in self.slices:
             yield from (LocalShard(one.spec, block, part) for block, part in one.of(one.gradients))
 
@@ -214,14 +214,14 @@ class ZeroOptimizer(ABC):
                 raise ValueError(f"{name} has no gradient")
 
     def _sum_partial(self) -> None:
-        """Sum slices of gradients that several ranks computed for the same parameter from different tokens."""
+        """Sum this rank's slices of gradients over the axes whose ranks used a parameter for different tokens."""
         for one in self.slices:
             for axis in one.spec.partial:
                 axis.sum(one.gradients.narrow(0, one.at, one.stop - one.start), "gradients")
 
 
 class Zero12(ZeroOptimizer):
-    """Stages 1 and 2: one of DeepSpeed's wrappers per process group and number format."""
+    """Stages 1 and 2: one of DeepSpeed's optimizer wrappers per process group and dtype."""
 
     def __init__(
         self,
@@ -232,8 +232,8 @@ class Zero12(ZeroOptimizer):
         specs: Mapping[str, ShardSpec],
         meshes: Meshes,
     ) -> None:
-        """`groups`: torch's parameter groups, one role each. `make` builds an optimizer for some of
-        them. `prime` creates its state.
+        """`groups`: torch's parameter groups, one role each. `make` builds an optimizer for a subset
+        of them, and `prime` creates that optimizer's state.
         """
         self.config, self.meshes, self.names, self.prime = meshes.layout.zero, meshes, names, prime
         self.reduced: set[nn.Parameter] = set()
@@ -270,7 +270,7 @@ class Zero12(ZeroOptimizer):
         )
         self._offload(wrapper)
         self.prime(wrapper.optimizer)  # or DeepSpeed's first step leaves empty states behind
-        if self.config.stage == 1:  # `reduce` starts the reduction: nothing happens in the backward pass
+        if self.config.stage == 1:  # `reduce` reduces once a step, so remove the hooks of the backward pass
             for hook in wrapper._grad_acc_hooks:
                 hook.remove()
             wrapper._grad_acc_hooks.clear()
@@ -282,7 +282,7 @@ class Zero12(ZeroOptimizer):
         return wrapper
 
     def _offload(self, wrapper: Any) -> None:
-        """Move the masters, and with them all state that is made for them, off the device."""
+        """Move the master weights off the device. Their moments are then created in the same memory or files."""
         if self.config.offload is Offload.cpu:
             for buffer in wrapper.single_partition_of_fp32_groups:
                 buffer.data = on_host(buffer.data)
@@ -293,11 +293,11 @@ class Zero12(ZeroOptimizer):
     def _slices(self, wrapper: Any, specs: Mapping[str, ShardSpec]) -> Iterator[FlatSlice]:
         for index, group in enumerate(wrapper.bit16_groups):
             for parameter in group:
-                if (mapping := parameter._hp_mapping) is not None:  # None: no element of it is here
+                if (mapping := parameter._hp_mapping) is not None:  # None: this rank has no element of it
                     ours, theirs = mapping.lp_fragment_address, mapping.hp_fragment_address
                     spec, stop = specs[self.names[parameter]], ours.start + ours.numel
                     yield FlatSlice(spec, ours.start, stop, theirs.start, wrapper, index)
-                    parameter._hp_mapping = None  # it keeps masters alive that were moved
+                    parameter._hp_mapping = None  # else the buffers from which masters were moved stay alive
 
     def after_backward(self, last: bool) -> None:
         """Stage 2: reduce a micro-batch's gradients and add them to this rank's slices."""
@@ -310,7 +310,7 @@ class Zero12(ZeroOptimizer):
             wrapper.independent_gradient_partition_epilogue()
 
     def reduce(self) -> None:
-        """In stage 1 `grad` holds fp32 sums over micro-batches."""
+        """Finish the reductions over ranks. In stage 1, `grad` holds fp32 sums over micro-batches until here."""
         if self.config.stage == 1:
             self._check_gradients({parameter for parameter in self.names if parameter.grad is not None})
         for axis, wrapper in self.wrappers:
@@ -373,8 +373,8 @@ def _ranges(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tup
 
 
 def _imported() -> Any:
-    """Import DeepSpeed, quietly and for the accelerator that is present. Its environment variable is removed again: a
-    job that this process submits may run where there are GPUs.
+    """Import DeepSpeed for the accelerator of this machine, without its log lines. `DS_ACCELERATOR` is removed again,
+    because a job that this process submits may run on a machine with GPUs.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     given = os.environ.get("DS_ACCELERATOR")
@@ -388,18 +388,18 @@ def _imported() -> Any:
 
 
 def join() -> None:
-    """Let DeepSpeed use the existing process group. A single process creates a group."""
+    """Let DeepSpeed use the existing process group. Without one, create a group of this process alone."""
     deepspeed = _imported()
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if deepspeed.comm.comm.cdb is None:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles collectives of its own
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles its own collectives
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     deepspeed.comm.comm.cdb.all_gather_function = all_gather_single  # DeepSpeed's own choice makes torch warn
 
 
 def process_group(axis: MeshAxis) -> dist.ProcessGroup:
-    """Return the group over which optimizer state is partitioned. The axis has none only in a world of one rank."""
+    """Return the process group over which DeepSpeed partitions. An axis has none only in a world of one rank."""
     assert axis.group is not None or dist.get_world_size() == 1, f"{axis.name} has no group"
     group = axis.group or dist.group.WORLD
     assert group is not None
@@ -412,24 +412,24 @@ def _parameters(wrapper: Any) -> Iterator[nn.Parameter]:
 
 
 def _gradient_bytes(wrapper: Any) -> int:
-    """What this rank hands to the reduction of gradients, in fp32."""
+    """Return the bytes that this rank hands to the reduction of gradients, in fp32."""
     return 4 * sum(parameter.numel() for parameter in _parameters(wrapper))
 
 
 def _partition_bytes(wrapper: Any) -> int:
-    """What this rank hands to the all-gather of parameters."""
+    """Return the bytes that this rank hands to the all-gather of parameters."""
     return sum(p.numel() for p in wrapper.single_partition_of_fp32_groups) * next(_parameters(wrapper)).element_size()
 
 
 def _holder(buffer: Tensor) -> Any:
-    """DeepSpeed's own holder of a group's gradients."""
+    """Wrap a flat buffer in DeepSpeed's holder of a group's gradients."""
     from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
     return GradPartitionBufferGroup([buffer], buffer)
 
 
 def release_masters(optimizer: torch.optim.Optimizer) -> None:
-    """Free the memory of masters that were read to make the model's copies."""
+    """Free the host memory of master weights in mapped files, after they were copied to the model."""
     if isinstance(optimizer, PagedAdamW):
         optimizer.release()
 
@@ -440,6 +440,6 @@ def _gradient_buffers(wrapper: Any) -> Iterator[Tensor]:
 
 
 def note(axis: MeshAxis, purpose: str, size: int) -> None:
-    """Count a collective of DeepSpeed's."""
+    """Count a collective that DeepSpeed issues, with `size` bytes from this rank."""
     if axis.size > 1:
         axis.note(purpose, size)

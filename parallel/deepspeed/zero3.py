@@ -2,9 +2,9 @@
 
 DeepSpeed's hooks gather, prefetch and release what a module needs in forward and backward passes, and collect gradients
 in buckets. We sum gradients over ranks, because DeepSpeed would divide by their number. We also run the optimizer step,
-because DeepSpeed's computes a norm of its own and silently skips a step whose norm is NaN.
+because DeepSpeed's step computes its own norm and is silently skipped if the norm is NaN.
 
-Each parameter's flattened elements are partitioned evenly over the ranks of fsdp, the last partition padded.
+Each parameter's flattened elements are partitioned evenly over the ranks of fsdp. The last partition is padded.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
     whole. Parameters have no values yet: the engine sets them.
     """
     join()
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # unless torchrun has set it
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed reads it
     from deepspeed import zero
 
     away = meshes.layout.zero.offload_parameters is ParameterOffload.cpu
@@ -86,7 +86,7 @@ class Zero3(ZeroOptimizer):
         specs: Mapping[str, ShardSpec],
         meshes: Meshes,
     ) -> None:
-        """`groups`: torch's parameter groups, one role each. `make` builds their optimizer, and `prime` its state."""
+        """`groups`: torch's parameter groups, one role each. `make` builds their optimizer, `prime` its state."""
         self.config, self.meshes = meshes.layout.zero, meshes
         self.names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.reduced: set[Any] = set()
@@ -133,8 +133,8 @@ class Zero3(ZeroOptimizer):
         return wrapper
 
     def _attach(self, model: Transformer) -> None:
-        """Keep whole parameters out of the autograd graph. A view saved by autograd, such as every transposed weight,
-        would stay alive after DeepSpeed's release. (DeepSpeed itself replaces F.linear in the whole process.)
+        """Make autograd save references to parameters, not gathered weights. A saved view, such as a transposed weight,
+        would stay alive after DeepSpeed's release. (DeepSpeed's remedy replaces F.linear in the whole process.)
         """
         saving = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
@@ -152,7 +152,7 @@ class Zero3(ZeroOptimizer):
         return owner, tensor.size(), tensor.stride(), tensor.storage_offset() - owner.storage_offset()
 
     def _take_over(self, prime: Callable[[torch.optim.Optimizer], None]) -> None:
-        """Give the optimizer all its flat buffers, in their final memory. DeepSpeed would pass it one at a time."""
+        """Offload the flat buffers if configured, and give all to the optimizer. DeepSpeed would pass one at a time."""
         for index, buffer in enumerate(self.wrapper.fp32_partitioned_groups_flat):
             if self.config.offload is Offload.cpu:
                 buffer.data = on_host(buffer.data)
@@ -169,7 +169,7 @@ class Zero3(ZeroOptimizer):
                 size, whole = parameter.partition_numel(), parameter.ds_numel
                 start = min(size * self.meshes.fsdp.rank, whole)
                 stop = min(start + size, whole)
-                if start < stop:  # else there is only padding here
+                if start < stop:  # else this partition is only padding
                     yield PartitionedSlice(specs[self.names[parameter]], start, stop, at, self.wrapper, index)
                 at += size
 

@@ -1,8 +1,8 @@
-"""Deferred gradients of weights: what a zero-bubble schedule computes in the gaps of its pipeline (Qi et al. 2024).
+"""Deferred gradients of weights, which a zero-bubble schedule computes while a rank would be idle (Qi et al. 2024).
 
-The backward of a matrix product computes the gradient of its input at once and defers the product that gives the
-gradient of its weight. The deferred products of one micro-batch are computed when the schedule says so. Nothing else of
-the backward pass is deferred, so a layer with activation checkpointing recomputes once, as in any other schedule.
+The backward pass of a matmul computes the gradient of its input at once and defers the matmul that gives the gradient
+of its weight. The deferred matmuls of one micro-batch are computed when the schedule says so. Nothing else of the
+backward pass is deferred, so a layer with activation checkpointing recomputes once, as in any other schedule.
 (torch.distributed.pipelining instead splits the backward pass into an input part and a weight part, and each part
 repeats the recomputation.)
 """
@@ -21,7 +21,7 @@ from precision.gemm import GemmBackend, Groups
 
 
 class Deferred:
-    """The deferred products of one stage."""
+    """The deferred matmuls of one stage."""
 
     def __init__(self) -> None:
         self._waiting: list[Callable[[], None]] = []
@@ -30,7 +30,7 @@ class Deferred:
         self._waiting.append(work)
 
     def take(self) -> Callable[[], None]:
-        """A function that computes everything deferred since the last call."""
+        """Return a function that computes everything deferred since the last call."""
         taken, self._waiting = self._waiting, []
 
         def run() -> None:
@@ -41,7 +41,7 @@ class Deferred:
 
 
 def apply(stack: nn.Module) -> Deferred:
-    """Make the products of a stage defer the gradients of their weights."""
+    """Make the matmuls of a stage defer the gradients of their weights."""
     deferred, sums = Deferred(), gradient_sums(stack)
     for module in stack.modules():
         if isinstance(module, Linear | GroupedLinear | GroupedGateUp):
@@ -50,7 +50,7 @@ def apply(stack: nn.Module) -> Deferred:
 
 
 class DeferringProducts:
-    """A GEMM backend around another one, for one module. The gradients of its weight go to `total`."""
+    """A GEMM backend for one module that wraps `inner`. It defers weight gradients, which are added to `total`."""
 
     def __init__(self, inner: GemmBackend, total: GradientSum, deferred: Deferred) -> None:
         self.inner, self.total, self.deferred = inner, total, deferred

@@ -1,8 +1,8 @@
-"""Pipeline parallelism: the layers in stages on different ranks, micro-batches passing through them.
+"""Pipeline parallelism: stages of layers on different ranks, through which micro-batches pass.
 
-The schedules and their execution are torch.distributed.pipelining's. This file has the split, the shapes that are sent,
-and the `ForwardContext` that a stage needs for a micro-batch besides the hidden states; every rank computes it from the
-positions. Losses are sums divided by global counts, so gradients are added and never scaled.
+torch.distributed.pipelining provides the schedules and runs them. This file splits the model, states the shapes that
+are sent, and gives each stage the `ForwardContext` of a micro-batch. That context is not sent: every rank computes it
+from the positions. Losses are sums divided by global counts, so gradients are added and never scaled.
 
 Shapes: B sequences of a micro-batch, T tokens of a sequence on this rank, after the context-parallel split, D hidden
 size, V this rank's part of the vocabulary. Between stages the sequence is also split over tp: T / tp.
@@ -42,11 +42,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class StageStack(Stack):
-    """One stage. Micro-batches come in order, and each takes the next of `contexts`."""
+    """One pipeline stage. Micro-batches come in order, and each takes the next of `contexts`."""
 
     contexts: deque[ForwardContext]
     table: Embedding | None = None
-    """The weight of a tied head: this stage's own copy of the embedding, which it does not run."""
+    """On the last stage, a copy of the tied embedding. The head uses its weight; the stage does not run it."""
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         return super().forward(x, context or self.contexts.popleft())
@@ -84,7 +84,7 @@ def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
 
 class Pipeline:
     _loss: Loss
-    """Of the current step. A schedule, which is made once, calls it."""
+    """The loss of the current step. Schedules are made once for all steps and call it."""
 
     def __init__(self, model: Transformer, stacks: dict[int, Stack], meshes: Meshes, device: torch.device) -> None:
         self.model, self.stacks, self.meshes, self.device = model, stacks, meshes, device
@@ -99,7 +99,7 @@ class Pipeline:
         self, tokens_BT: Tensor, labels_BT: Tensor, contexts: Sequence[ForwardContext], loss: Loss
     ) -> Tensor:
         """Compute the gradients of all micro-batches, one for each of `contexts`. Returns the sum of their `loss` (of
-        logits and labels), a scalar on the device; zero where another rank has the head.
+        logits and labels), a scalar on the device: zero if another rank has the head.
         """
         key = (len(contexts), len(tokens_BT) // len(contexts), tokens_BT.shape[1])
         if key not in self._schedules:
@@ -115,8 +115,8 @@ class Pipeline:
         return torch.stack([one.detach() for one in losses]).sum(dtype=torch.float64)
 
     def _make(self, micro_batches: int, size: int, length: int) -> Any:
-        """The schedule for micro-batches of this shape. torch would infer missing shapes by running the model, and the
-        routers would count the dummy tokens.
+        """Make the schedule for micro-batches of this shape. Stages are given their shapes: torch would infer missing
+        shapes by running the model, and the routers would count the dummy tokens.
         """
         layout, config = self.meshes.layout, self.model.config
         hidden = hidden_states(self.model, layout, size, length)
@@ -153,8 +153,8 @@ class Pipeline:
 
 
 def _gathered_once(actions: list[Any]) -> list[Any]:
-    """Gather each stage's parameters before its first action and drop them after its last. torch keeps three stages
-    gathered, and drops and gathers the others repeatedly.
+    """Return a rank's actions so that each stage's parameters are gathered once, before its first action, and dropped
+    once, after its last. torch's schedule keeps three stages gathered, and drops and gathers the others repeatedly.
     """
     kinds = [action.computation_type.value for action in actions]
     first = {a.stage_index: i for i, a in reversed(list(enumerate(actions))) if kinds[i] == "UNSHARD"}
@@ -164,7 +164,7 @@ def _gathered_once(actions: list[Any]) -> list[Any]:
 
 
 class _CountedStage(PipelineStage):
-    """torch's stage, with its bytes counted and its waits reported to the watchdog."""
+    """torch's `PipelineStage`, which also counts the bytes that it sends and reports its waits to the watchdog."""
 
     axis: MeshAxis
 
@@ -192,8 +192,8 @@ class _CountedStage(PipelineStage):
 def forward(
     stacks: dict[int, Stack], model: Transformer, meshes: Meshes, tokens_BT: Tensor, context: ForwardContext
 ) -> Tensor | None:
-    """Run one micro-batch through all stages without a backward pass. Returns the logits where the head is. Works for
-    any schedule: each rank runs its stages from the first to the last.
+    """Run one micro-batch through all stages without a backward pass. Returns the logits, or None if another rank has
+    the head. Works for any schedule: each rank runs its stages from the first to the last.
     """
     plan, axis = meshes.layout.stages(model.config), meshes.pp
     _set_contexts(stacks, [context])
@@ -212,7 +212,7 @@ def forward(
 
 
 def hidden_states(model: Transformer, layout: Layout, size: int, length: int) -> Tensor:
-    """Return the shape that one stage sends to the next, [B, T / tp, D], as a tensor on the meta device."""
+    """Return a meta tensor with the shape and dtype that one stage sends to the next: [B, T / tp, D]."""
     shape = (size, length // layout.tp, model.config.hidden_size)
     return torch.empty(shape, dtype=model.compute_dtype, device="meta", requires_grad=True)
 

@@ -1,4 +1,4 @@
-"""Pipeline schedules, and which layers and which rank each stage has.
+"""Pipeline schedules, the layers of each stage, and the rank that runs it.
 
 A pipeline of pp ranks has pp * stages_per_rank stages. Looped schedules give rank r the stages r, r + pp, ...
 V-schedules give it the stages r and 2 * pp - 1 - r, so that the first and the last stage are on the same rank. Nothing
@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.flops import active_parameters
 
 V_SCHEDULES_SINCE = (2, 13)
-"""The first torch version in which V-schedules run on gloo. In earlier ones a rank could not send to itself."""
+"""The first torch version in which V-schedules run on gloo. In earlier versions a rank could not send to itself."""
 
 
 class PipelineSchedule(Enum):
@@ -65,7 +65,7 @@ class PipelineSchedule(Enum):
 
 @dataclass(frozen=True)
 class Stages:
-    """`layers`: the layer numbers of each stage. `owners`: the rank along pp that each stage is on."""
+    """`layers`: the layer numbers of each stage. `owners`: the rank along pp that runs each stage."""
 
     layers: tuple[range, ...]
     owners: tuple[int, ...]
@@ -79,12 +79,12 @@ class Stages:
 
 
 def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: int, given: list[int] | None) -> Stages:
-    """Spread the layers over pp * per_rank stages so that the costliest stage costs the least, or put `given` layers
-    on each stage. Raises `ConfigError` if a stage would have none.
+    """Spread the layers over pp * per_rank stages so that the costliest stage costs the least, or put `given[i]`
+    layers on stage i. Raises `ConfigError` if a stage would have no layer.
     """
     count = pp * per_rank
     if count > model.num_layers:
-        least = 1 if schedule is PipelineSchedule.one_f_one_b else 2  # with pp=1 a schedule cannot be set
+        least = 1 if schedule is PipelineSchedule.one_f_one_b else 2  # other schedules need pp > 1
         legal = list(range(least, model.num_layers // per_rank + 1))
         reason = f"times {per_rank} stages per rank = {count} stages, more than the model's {model.num_layers} layers"
         raise ConfigError("parallel.pp", pp, reason, legal[-4:])
@@ -98,9 +98,9 @@ def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: in
 
 
 def layer_costs(model: ModelConfig, seq_len: int = 4096) -> list[float]:
-    """Return the multiply-adds of each layer's forward pass per token: its parameters, plus the matmuls of attention at
-    this sequence length. On average a query attends to half of its reach. The matmul of the head counts towards the
-    last layer, the embedding's lookup of a row towards the first.
+    """Return the multiply-adds of each layer's forward pass per token: one per active parameter, plus attention
+    at this sequence length. On average a query attends to half of the sequence or chunk. The head's matmul counts
+    towards the last layer, the embedding's lookup of a row towards the first.
     """
     reaches = [min(seq_len, layer.attention_chunk_size or seq_len) for layer in model.blocks]
     costs: list[float] = [
@@ -113,8 +113,8 @@ def layer_costs(model: ModelConfig, seq_len: int = 4096) -> list[float]:
 
 
 def balanced(costs: list[float], parts: int) -> list[int]:
-    """Return the sizes of consecutive non-empty parts such that the costliest part costs the least. Ties go to
-    the most even sizes.
+    """Split `costs` into consecutive non-empty parts so that the costliest part costs the least. Returns the sizes of
+    the parts. Of splits that cost the same, takes the one with the most equal sizes.
     """
     count, totals = len(costs), list(itertools.accumulate(costs, initial=0.0))
     # best[n]: (highest cost, unevenness, sizes) of the first n layers in `part` parts

@@ -36,7 +36,7 @@ CONFIGURATION = {
     "training.clip_norm=inf": "training.clip_norm=inf: must be positive",
     "evaluation.sequences=0": "evaluation.sequences=0: must be positive",
     "checkpoint.every=-1": "checkpoint.every=-1: must not be negative",
-    "profile.steps=[99]": "profile.steps=99: the run ends after 2 steps, counted from 0",
+    "profile.steps=[99]": "profile.steps=99: the run has 2 steps, counted from 0",
     "phases=[{name: x, steps: 1, weights: {text: -1.0, code: 2.0}}]": "phases.0.weights.text=-1.0: must not be",
     "phases=[{name: x, steps: 1, global_batch_size: 6, micro_batch_size: 4}]": "micro_batch_size=4: must divide",
     "precision=fp8": "precision.backend=te: cannot do blockwise here: ",

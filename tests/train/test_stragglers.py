@@ -46,7 +46,7 @@ def test_a_slow_rank_is_named_in_the_metrics(ranks, small_corpus, tmp_path, slow
         assert not any(named) and not noted.exists()
         return
     assert named == [[]] * (STEADY - 1) + [[(1, kind) for kind in KINDS]] * 2
-    assert "rank 1 on n1 is slow: matrix products take" in (tmp_path / "run" / "log.txt").read_text()
+    assert "rank 1 on n1 is slow: matmuls take" in (tmp_path / "run" / "log.txt").read_text()
     (note,) = read_lines(noted)
     assert note["hosts"] == ["n1"] and note["step"] == STEADY and abs(note["time"] - time.time()) < 3600
 

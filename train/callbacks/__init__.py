@@ -1,4 +1,4 @@
-"""Callbacks run before and after steps: logging, evaluation, checkpoints, profiling, the summary and the user's."""
+"""Make the callbacks, which run before and after steps: the built-in ones (such as logging) and the user's."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from train.config import TrainConfig
 
 
 def make_callbacks(trainer: TrainingRun) -> list[Callback]:
-    """Make the callbacks of a run in the order of their calls. The user's come before logging, which writes their
-    metrics. The summary, the report and the run's name come last.
+    """Make the callbacks of a run, in the order in which they are called. The user's callbacks come before logging,
+    which writes their metrics. The callback that writes the summary and the report comes last.
     """
     config = trainer.config
     logging, imported = LoggingCallback(trainer), []
@@ -39,8 +39,8 @@ def make_callbacks(trainer: TrainingRun) -> list[Callback]:
 
 
 def imported_callbacks(config: TrainConfig) -> Iterator[tuple[str, type[Callback]]]:
-    """Import the callbacks that the key `callbacks` names. Raises `ConfigError` for a callback that cannot be imported,
-    is not a subclass of `Callback` or does not take its options.
+    """Yield the import path and the class of each callback in the key `callbacks`. Raises `ConfigError` for a callback
+    that cannot be imported, is not a subclass of `Callback`, does not take its options or is part of Leviathan.
     """
     for place, one in enumerate(config.callbacks):
         key = f"callbacks.{place}"

@@ -32,11 +32,11 @@ class TrainingRun(Protocol):
     loaders: dict[str, Loader]
     batches: StepBatches
     weights: dict[str, float]
-    """The weights of the sources in `data.sources`."""
+    """Weight of each source, from `data.sources`."""
     checkpointer: Checkpointer
     stragglers: Stragglers
     step: int
-    """Number of optimizer steps done."""
+    """Number of optimizer steps done, including those before a resume."""
     tokens: int
     paused_s: float
     """Seconds spent in `pause` so far."""
@@ -65,7 +65,7 @@ class Callback:
     """
 
     key = ""
-    """Name of the callback's state in a checkpoint; for an imported callback its import path."""
+    """Name under which checkpoints hold the callback's state; for an imported callback, its import path."""
 
     def __init__(self, trainer: TrainingRun) -> None:
         self.trainer = trainer
@@ -77,7 +77,7 @@ class Callback:
         """Run before each step. `step` counts from 0."""
 
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
-        """Run after step number `steps`, counted from 1. Reading a tensor of `metrics` waits for the device."""
+        """Run after step number `steps`, counted from 1. Reading a value from `metrics` waits for the device."""
 
     def metrics(self) -> Mapping[str, float]:
         """Return metrics to add to the logged line, which is written every `logging.every` steps."""
@@ -87,7 +87,7 @@ class Callback:
         """Run after the last step of the whole run, not after an interruption."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs, as plain JSON values. Checkpoints contain the state of rank 0."""
+        """Return the state that a resumed run needs, as plain JSON values. A checkpoint stores the state of rank 0."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

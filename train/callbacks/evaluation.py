@@ -11,7 +11,7 @@ from train.metrics import StepMetrics
 
 
 class EvaluationCallback(Callback):
-    """Writes its lines with the writer of `logging`. `result`: the last measurement."""
+    """Measures the held-out loss and writes it with the writer of `logging`. `result`: the last measurement."""
 
     result: HeldOut | None = None
 

@@ -16,7 +16,7 @@ from train.stragglers import SLOW_HOSTS
 
 
 class LoggingCallback(Callback):
-    """Reads the step's tensors and writes a line. Raises `Diverged` if the loss or gradient norm is NaN or infinite."""
+    """Writes a line with the step's metrics. Raises `Diverged` if the loss or gradient norm is NaN or infinite."""
 
     def __init__(self, trainer: TrainingRun) -> None:
         super().__init__(trainer)

@@ -1,4 +1,4 @@
-"""Online filtering: the model in training scores the next sequences before every `online.every`-th step of a phase."""
+"""Filter online: before each window of `online.every` steps, the model in training scores the window's candidates."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from train.online_filter import OnlineFilter, OnlineWindow
 
 
 class OnlineFilterCallback(Callback):
-    """Selects the sequences of each window and appends the window to `online.jsonl`. `explain` reads this file to find
-    the steps that trained on a document.
+    """Selects the sequences of each window and appends the window to `online.jsonl`. The verb `explain` reads this file
+    to find the steps that trained on a document.
     """
 
     key = "online_filter"

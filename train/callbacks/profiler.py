@@ -1,4 +1,4 @@
-"""Write profiler traces and memory snapshots of single steps."""
+"""Write a profiler trace, and optionally a memory snapshot, of each step in `profile.steps`."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ class SummaryCallback(Callback):
         self.logging, self.evaluation = logging, evaluation
 
     def at_end(self) -> None:
-        if self.logging.writer is None:  # rank 0 alone has one
+        if self.logging.writer is None:  # only rank 0 has a writer
             return
         write_json(self.trainer.directory.summary, self.summary())
-        self.logging.writer.close()  # its last line is that of the evaluation
+        self.logging.writer.close()  # not earlier: the evaluation has just written the last line
         if self.trainer.config.logging.report:
             self._report()
 

@@ -1,1 +1,1 @@
-"""Certificates that a layout computes the same as one process."""
+"""Certify that a layout computes the same as one process, up to rounding."""

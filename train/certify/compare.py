@@ -1,4 +1,4 @@
-"""Compare a distributed run with the same run in one process: the largest difference in each computed quantity."""
+"""Compare a distributed run with the same run in one process by the largest difference in each quantity."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from precision.config import Compute
 from train.certify.worker import Blocks, CertifyCase, RankResults
 
 EXACT, LOSS_FP32, GRADIENT_FP32 = 1e-9, 5e-6, 1e-5
-"""Gates: the largest difference allowed, in nats for the float32 loss, relative for everything else."""
+"""Tolerances: nats for the training loss that `compare` checks in float32, relative for everything else."""
 _LABELS = {"counts": "tokens per expert", "aux": "aux loss", "z": "z loss", "entropy": "router entropy"}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest difference of one figure, and the parameter that has it. `first`: the first parameter beyond the
-    gate, in the model's order.
+    """The largest difference in one quantity, and the parameter in which it occurs. `gate`: the tolerance. `first`: in
+    the model's order, the first parameter whose difference exceeds the tolerance.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Comparison:
 
 
 def compare(name: str, wanted: RankResults, found: Sequence[RankResults], case: CertifyCase) -> Iterator[Comparison]:
-    """Compare every metric of all ranks (`found`) with that of the single-process run (`wanted`)."""
+    """Compare every result of all ranks (`found`) with that of the single-process run (`wanted`)."""
     narrow = case.precision.compute is not Compute.float64
     loss, gate = gates(case)
     yield Comparison(f"{name}: loss", largest_difference("loss", wanted, found, relative=not narrow), loss)
@@ -44,7 +44,7 @@ def compare(name: str, wanted: RankResults, found: Sequence[RankResults], case: 
     yield compare_blocks(f"{name}: gradients", wanted.gradients, [f.gradients for f in found], gate)
     yield compare_blocks(f"{name}: updated weights", wanted.weights, [f.weights for f in found], gate)
     yield Comparison(f"{name}: held-out loss", max(_relative(f.held_out, wanted.held_out) for f in found), loss)
-    if narrow:  # experts with nearly equal scores may be ranked differently
+    if narrow:  # rounding may change which of two experts with nearly equal scores is chosen
         return
     for key, steps in wanted.balance.items():
         pairs = [pair for f in found for pair in zip(f.balance[key], steps, strict=True)]
@@ -56,7 +56,7 @@ def compare(name: str, wanted: RankResults, found: Sequence[RankResults], case: 
 
 
 def gates(case: CertifyCase) -> tuple[float, float]:
-    """The gates of losses and of all other figures."""
+    """Return the tolerance for losses and that for all other quantities."""
     return (EXACT, EXACT) if case.precision.compute is Compute.float64 else (LOSS_FP32, GRADIENT_FP32)
 
 
@@ -70,13 +70,13 @@ def compare_resumed(
 
 
 def largest_difference(key: str, wanted: RankResults, found: Sequence[RankResults], relative: bool = True) -> float:
-    """The largest difference over ranks and steps of `loss` or `norm`."""
+    """Return the largest difference in `key` (`loss` or `norm`) over all ranks and steps."""
     pairs = [pair for f in found for pair in zip(getattr(f, key), getattr(wanted, key), strict=True)]
     return max(_relative(a, b) if relative else _nan_to_inf(abs(a - b)) for a, b in pairs)
 
 
 def _relative(found: Tensor | float, wanted: Tensor | float) -> float:
-    """Euclidean distance over the norm of `wanted`; 0 if both are 0."""
+    """Return the Euclidean distance over the norm of `wanted`: 0 for equal values, infinite if only the norm is 0."""
     a, b = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64)
     return _ratio(float((a - b).norm()), float(b.norm()))
 
@@ -88,29 +88,29 @@ def _ratio(distance: float, norm: float) -> float:
 
 
 def _nan_to_inf(value: float) -> float:
-    """`max` would ignore NaN."""
+    """Replace NaN with infinity, because `max` may ignore NaN."""
     return math.inf if math.isnan(value) else value
 
 
 def compare_blocks(name: str, wanted: Blocks, found: Sequence[Blocks], gate: float) -> Comparison:
-    """Compare the blocks of all ranks with the whole parameters."""
+    """Compare the blocks of all ranks (`found`) with the whole parameters (`wanted`)."""
     return worst_parameter(name, relative_errors(wanted, found), gate)
 
 
 def worst_parameter(name: str, errors: Mapping[str, float], gate: float) -> Comparison:
-    """Summarise errors by parameter. `errors` are in the order of the model's parameters."""
+    """Return the comparison of the parameter with the largest error. `errors`: by parameter, in the model's order."""
     beyond = [parameter for parameter, error in errors.items() if error > gate]
     largest = max(errors, key=lambda parameter: errors[parameter])
     return Comparison(name, errors[largest], gate, largest, beyond[0] if beyond else None)
 
 
 def relative_errors(wanted: Blocks, found: Sequence[Blocks]) -> dict[str, float]:
-    """Distance of each parameter's blocks from the whole parameter, over its norm; infinite if a block is missing."""
+    """Return, by parameter, the relative error of all ranks' blocks. It is infinite if a block is missing."""
     errors: dict[str, float] = {}
     for parameter, ((_, whole),) in wanted.items():
         squares, copies = torch.zeros(whole.shape, dtype=torch.float64), torch.zeros(whole.shape, dtype=torch.int64)
         for rank in found:
-            for block, part in rank.get(parameter, []):  # none on ranks of other pipeline stages
+            for block, part in rank.get(parameter, []):  # ranks of other pipeline stages have none
                 squares[_place(block)] += (part.double() - whole[_place(block)].double()).square()
                 copies[_place(block)] += 1
         distance = float((squares / copies).sum()) ** 0.5
@@ -119,7 +119,7 @@ def relative_errors(wanted: Blocks, found: Sequence[Blocks]) -> dict[str, float]
 
 
 def join_blocks(ranks: Iterable[Blocks]) -> Blocks:
-    """Whole parameters from the blocks of all ranks; NaN where a block is missing."""
+    """Assemble whole parameters from the blocks of all ranks, with NaN where a block is missing."""
     by_parameter: dict[str, list[tuple[ShardBlock, Tensor]]] = {}
     for rank in ranks:
         for parameter, some in rank.items():

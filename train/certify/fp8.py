@@ -1,10 +1,10 @@
-"""Certify FP8: a layout quantises to the same bytes as one process, or its errors are not larger.
+"""Certify FP8: a layout quantises to the same bytes as one process, or the errors of its gradients are similar.
 
-Tiles along a sequence or within a weight are the same in every layout whose shards end at tile edges. Tiles along
-tokens are the same if a matmul gets the same tokens in the same order. Matmuls with the same tiles are certified in
-float64 like everything else: one different byte would cause a difference of 1e-4, and the tolerance is 1e-9. With all
-matmuls in FP8, the error of each gradient, against the gradient without FP8, may be at most `ERROR` times the error in
-one process.
+Elements of a tile share a scale. Tiles within a sequence or a weight are the same in every layout whose shards end at
+tile edges. Tiles over the tokens of an expert are the same if its matmuls get the same tokens in the same order. If
+only matmuls with the same tiles use FP8, the layout is certified in float64 like any other: one different byte would
+cause a difference of 1e-4, and the tolerance is 1e-9. If all matmuls use FP8, the error of each gradient (its distance
+from the gradient without FP8) may be at most `ERROR` times the error in one process.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from train.certify.worker import CertifyCase, RankResults, RunOnRanks, run_cases
 from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 TILE, SEQUENCES_PER_RANK = 128, 4
-"""On every rank the model's sizes and the sequence length are multiples of TILE, so that no tile is split."""
+"""A rank's part of each size of the model and of a sequence is a multiple of TILE, so that no tile is split."""
 LOSS, NORM, ERROR = 5e-3, 5e-2, 1.5
-"""Tolerances if tiles differ: relative; ERROR for the ratio of a gradient's error to its error in one process."""
+"""Tolerances if tiles differ. LOSS and NORM are relative; ERROR is a gradient's error over that in one process."""
 _SMALL = 1e-3
-"""Smallest denominator of that ratio, so that tiny errors do not count."""
+"""Smallest denominator of the ratio for ERROR, so that tiny errors do not count."""
 _SAME, _ANY, _UNROUNDED = "FP8 in the same tiles", "FP8", "unrounded"
 
 
@@ -49,9 +49,9 @@ def compare_fp8(
 def same_tiles(recipe: Recipe, layout: Layout) -> list[Products]:
     """Return the groups of matmuls whose tiles do not depend on the layout.
 
-    An expert gets the same tokens only if all ranks with different tokens send them to the same copy of the expert. It
-    gets them in the same order only if ranks hold whole sequences. Scales of whole tensors and rows change with every
-    split of a tensor, so only layouts with no axis but pp keep them.
+    An expert gets the same tokens only if all ranks with different tokens send them to the same replica of the expert.
+    It gets them in the same order only if ranks hold whole sequences. The scale of a whole tensor or row changes if the
+    tensor is split, so under tensorwise and rowwise only pp keeps the tiles.
     """
     if recipe in (Recipe.tensorwise, Recipe.rowwise):
         return list(Products) if layout.world_size == layout.pp else []
@@ -66,7 +66,7 @@ def _cases(model: ModelConfig, precision: PrecisionConfig, layout: Layout) -> di
         model,
         emulated,
         sgd,
-        seq_len=2 * TILE * layout.cp,  # under cp a rank holds one part of each half of a sequence
+        seq_len=2 * TILE * layout.cp,  # under cp a rank holds two parts of a sequence, one of each half
         batch_size=SEQUENCES_PER_RANK * layout.dp,
         emulates=layout.dp,
     )

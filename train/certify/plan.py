@@ -2,11 +2,11 @@
 
 A shrunk copy of the configured model runs in one process and under several layouts: each axis in use alone at degree 2,
 each pair of axes, all axes, and the configured degrees if they are small enough. In float64 a difference above 1e-9 is
-a bug, not rounding. Plain SGD without clipping shows the scale of gradients, which AdamW hides. A second case runs
-AdamW (or Muon, if that is configured) with clipping.
+a bug, not rounding. One case runs plain SGD without clipping, which shows an error in the scale of the gradients that
+AdamW would hide. Another runs AdamW, or Muon if it is configured, with clipping.
 
 DeepSpeed's master weights are at most fp32, so its layouts are compared in float32. To check that it sums the gradients
-of bf16 models in fp32, a bf16 model is compared with FSDP2 under the same layout, which rounds at the same points.
+of bf16 models in fp32, a bf16 model is run under the same layout by FSDP2 too, which rounds at the same points.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class CertifyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Only its kind matters: muon certifies Muon, which uses AdamW for some parameters, in place of AdamW."""
+    """Kind muon certifies Muon, with AdamW for the parameters that Muon does not update; any other kind, AdamW."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    """Only the FP8 settings have an effect: FP8 is certified with emulated matmuls. Other number formats are fixed."""
+    """Only the FP8 settings have an effect; FP8 is certified with emulated matmuls. Other number formats are fixed."""
     ranks: int = MAX_RANKS
-    """Most processes of a layout. Each axis and each pair of axes must fit; the certificate lists omitted layouts."""
+    """Largest number of ranks. Each axis and pair of axes must fit; the certificate lists larger layouts as omitted."""
     steps: int = 3
     out: str = "certificate.json"
     cache: str = "~/.cache/leviathan"
@@ -68,7 +68,7 @@ class CertifyConfig:
 
 @dataclass(frozen=True)
 class Trial:
-    """A layout to certify: the axes in question, the layout itself and its number of ranks."""
+    """A layout to certify: the axes that it tests, the layout itself and its number of ranks."""
 
     axes: tuple[str, ...]
     parallel: ParallelConfig
@@ -111,7 +111,7 @@ class Outcome:
 
 def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[Outcome]:
     """Run the trials one by one and compare each with one process. Small sets of axes come first, so that the first
-    failure is the most specific. Raises `ConfigError` before anything runs if a trial is impossible.
+    failure names the fewest axes. Raises `ConfigError` before anything runs if a trial is impossible.
     """
     chosen, _ = trials(config)
     model, optimizer = shrink(config.model, config.parallel), config.optimizer
@@ -147,7 +147,7 @@ def compare_layouts(
         except RankFailure as error:
             raise LeviathanError(f"the run in one process failed, so nothing can be compared:\n{error}") from None
         for trial in layouts:
-            own = Path(tempfile.mkdtemp(dir=folder))  # a unique name: trials may differ in a technique only
+            own = Path(tempfile.mkdtemp(dir=folder))  # a unique folder, because two trials may have the same axes
             yield _try(trial, _cases(model, learning, steps, own, one, compute), own, wanted, ranks)
 
 
@@ -167,7 +167,7 @@ def _raised(error: RankFailure) -> str:
 def _try(
     trial: Trial, cases: dict[str, CertifyCase], own: Path, wanted: dict[str, RankResults], ranks: RunOnRanks
 ) -> Outcome:
-    """Run a trial, which saves to `own`, resume its checkpoint in one process, and compare all results."""
+    """Run a trial that saves a checkpoint to `own`, resume it in one process, and compare all results with `wanted`."""
     try:
         found: list[dict[str, RankResults]] = ranks(trial.ranks, run_cases, trial.parallel, cases)
         alone = replace(cases["resumed"], resume=own)
@@ -197,7 +197,7 @@ def _in_bfloat16(trial: Trial, case: CertifyCase, ranks: RunOnRanks) -> Iterator
 
 
 def _learning(optimizer: OptimizerConfig) -> OptimizerConfig:
-    """Return the optimizer of the cases with clipping: a learning rate at which a tiny model changes, and no bf16."""
+    """Return the optimizer of the cases with clipping, without bf16 and with a learning rate for a tiny model."""
     if optimizer.kind is not OptimizerKind.muon:
         return OptimizerConfig(lr=1e-2)
     muon = replace(optimizer.muon, lr=None, products=None)
@@ -212,7 +212,7 @@ def _cases(
     resume: Path | None,
     compute: Compute = Compute.float64,
 ) -> dict[str, CertifyCase]:
-    """Return the runs to compare, by name. `resumed` is one of them only if there is a checkpoint to resume."""
+    """Return the runs to compare, by name. The run `resumed` is one of them only if `resume` names a checkpoint."""
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
     base = CertifyCase(replace(model, balance=_TERMS), PrecisionConfig(compute), sgd)
@@ -233,8 +233,8 @@ def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
     """Return the layouts to certify: each axis in use at degree 2, each pair of axes, all axes, and the configured
     degrees. Return also each omitted layout with the reason. Raises `ConfigError` if an axis or a pair is impossible.
     """
-    parallel = replace(config.parallel, reduce_dtype=Reduce.master)  # rounding to bfloat16 would hide everything else
-    parallel = replace(parallel, zero=replace(parallel.zero, offload=Offload.none, nvme=None))  # nvme needs AdamW
+    parallel = replace(config.parallel, reduce_dtype=Reduce.master)  # rounding to bfloat16 would hide other differences
+    parallel = replace(parallel, zero=replace(parallel.zero, offload=Offload.none, nvme=None))  # nvme allows only AdamW
     expert_parallel.check(parallel.dispatch)
     used, model = axes_in_use(parallel), shrink(config.model, parallel)
     trial = partial(_trial, parallel=parallel, model=model)
@@ -263,7 +263,7 @@ def trials(config: CertifyConfig) -> tuple[list[Trial], list[str]]:
 
 
 def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
-    """Return the axes with a degree above 1, and dp_shard if it is "auto". If there is none, return dp_shard."""
+    """Return the axes with a degree above 1, and dp_shard if it is "auto". Without any, return dp_shard."""
     used = [axis for axis in DEGREES if getattr(parallel, axis) not in (1, AUTO)]
     if parallel.dp_shard == AUTO:
         used.insert(0, "dp_shard")
@@ -272,8 +272,8 @@ def axes_in_use(parallel: ParallelConfig) -> tuple[str, ...]:
 
 def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: ParallelConfig, model: ModelConfig) -> Trial:
     """Return the smallest layout with these degrees. Experts use dp_shard * cp * tp ranks, so dp_shard grows until ep *
-    etp divides that number. If dp_shard is in `axes`, it grows until the parameters of experts are sharded too. Uneven
-    stages are tried with one layer in each stage but the last.
+    etp divides that number. If dp_shard is in `axes`, it grows until the parameters of experts are sharded too. An
+    uneven split into stages becomes one layer in each stage but the last.
     """
     wanted = {axis: degrees.get(axis, 1) for axis in DEGREES}
     experts = wanted["ep"] * wanted["etp"]
@@ -290,8 +290,8 @@ def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: Parallel
 
 
 def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int = 8) -> ModelConfig:
-    """Return a tiny model with every kind of layer and every option of the configured model. Where the degrees of
-    `parallel` divide a size of the configured model, they divide that of the tiny model into multiples of `side`.
+    """Return a tiny model with every kind of layer and every option of the configured model. A degree of
+    `parallel` that divides a size also divides the tiny model's; the parts of hidden sizes are multiples of `side`.
     """
     kinds: list[LayerConfig] = []
     for layer in model.blocks:
@@ -300,7 +300,7 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int
             kinds.append(small)
     degrees = parallel or ParallelConfig()
     least = max(2, degrees.pp) * degrees.per_rank if degrees.pp > 1 else 1
-    least += degrees.layers_per_stage is not None  # one more, for an uneven split
+    least += degrees.layers_per_stage is not None  # one more layer, for an uneven split
     kinds += [kinds[index % len(kinds)] for index in range(len(kinds), least)]
     over = degrees.tp * (degrees.cp if degrees.cp_method is ContextMethod.ulysses else 1)
     num_kv_heads = math.lcm(4, over) if model.num_kv_heads % over == 0 else 4

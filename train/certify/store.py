@@ -1,4 +1,4 @@
-"""Certificates on this machine: the axes for which exactly this code was certified, by model and techniques."""
+"""Store certificates on this machine, and find one for exactly this code, a model, its axes and its techniques."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.optim.optimizer import OptimizerKind
 
 
 def save(certificate: Mapping[str, Any], cache: Path) -> Path:
-    """Store a certificate, passed or failed, for `find`; return its path."""
+    """Store a certificate, passed or failed, where `find` looks for it. Return its path."""
     subject = _digest([certificate["model"], certificate["techniques"]])
     path = _folder(cache) / f"{'_'.join(certificate['axes'])}-{subject}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +37,8 @@ def find(
     kind: OptimizerKind = OptimizerKind.adamw,
     precision: PrecisionConfig | None = None,
 ) -> str | None:
-    """Return the digest of a passed certificate of this code and this version of torch that covers these axes, the
-    shrunk model and the techniques, or None.
+    """Return the digest of a passed certificate, or None. The certificate must be of this code and this version of
+    torch and cover these axes, the shrunk model and the techniques.
     """
     wanted = [plain(shrink(model, parallel)), techniques(parallel, kind, precision)]
     for path in sorted(_folder(cache).glob("*.json")):

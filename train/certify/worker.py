@@ -1,6 +1,6 @@
-"""The part of `certify` that runs on each rank: run short cases under one layout and record the results.
+"""Run short cases of `certify` on one rank under one layout, and record the results.
 
-Batches are synthetic, so that no corpus is needed: random tokens in packed documents, a pure function of the step.
+Batches are synthetic, so that no corpus is needed. Their packed documents of random tokens depend only on the step.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _SOURCE, _HELD_OUT = "synthetic", 5
 class CertifyCase:
     """A short run. `labels=False` drops the language-model loss, so that only the balancing terms remain. `starve`:
     half of the experts get no tokens. `resume`: directory to resume from. `save`: directory for a checkpoint before the
-    last step. `emulates`: a number of data-parallel ranks; each micro-batch holds one sequence of each of them, also in
-    one process.
+    last step. `emulates`: a number of data-parallel ranks. In one process each micro-batch then has one sequence of
+    each of these ranks.
     """
 
     model: ModelConfig
@@ -87,7 +87,7 @@ class RankResults:
 
 
 class SyntheticLoader:
-    """A loader of random tokens in packed documents. `order`: the order of the sequences in a batch."""
+    """Makes batches of random tokens in packed documents. `order`: the order of the sequences in a batch."""
 
     def __init__(self, vocab_size: int, seq_len: int = SEQ_LEN, order: Sequence[int] = range(BATCH_SIZE)) -> None:
         self.vocab_size, self.seq_len, self.order = vocab_size, seq_len, np.array(order)
@@ -96,7 +96,7 @@ class SyntheticLoader:
         generator = np.random.default_rng([SEED, step])
         shape = (len(self.order), self.seq_len + 1)
         tokens = np.minimum(generator.zipf(1.3, shape), self.vocab_size) - 1
-        begins = generator.random(shape) < 1 / 12  # documents of 12 tokens on average, some longer than a chunk
+        begins = generator.random(shape) < 1 / 12  # documents of 12 tokens on average; some exceed an attention chunk
         places = np.arange(self.seq_len + 1)
         last = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
         labels = np.where(begins[:, 1:], IGNORED, tokens[:, 1:])
@@ -128,7 +128,7 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
     order = np.arange(case.batch_size)
     if case.emulates and meshes.dp.size == 1:
-        order = order.reshape(case.emulates, -1).T.flatten()  # the first sequences of all ranks, then the second ones
+        order = order.reshape(case.emulates, -1).T.flatten()  # the first sequence of each rank, then the second of each
     loader = SyntheticLoader(case.model.vocab_size, case.seq_len, order.tolist())
     begin, share = 0, case.batch_size // meshes.dp.size
     size = case.emulates // meshes.dp.size if case.emulates else micro_batch_size(meshes.layout)

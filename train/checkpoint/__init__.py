@@ -1,1 +1,1 @@
-"""Checkpoints: sharded state, files and their index, saving, resuming and initial weights."""
+"""Save, index and restore checkpoints of sharded state, and load initial weights."""

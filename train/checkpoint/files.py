@@ -1,9 +1,9 @@
-"""The shard files of a checkpoint, one for each rank.
+"""Write and read the shard files of a checkpoint, one file per rank.
 
-A file holds the bytes of its shards one after another, without a container format, so that they are written from and
-read into the tensors' memory directly, at the speed of the disk. Each shard has a digest, which is computed while the
-shard is written and checked while it is read. Digests are 128-bit XXH3: they detect damage, not forgery, and are as
-fast as the disk.
+A file holds the bytes of its shards one after another, without a container format. They are written from and read into
+the tensors' memory directly, at the speed of the disk. Each shard has a digest, which is computed while the shard is
+written and checked while it is read. Digests are 128-bit XXH3: they detect damage, not forgery, and computing them is
+as fast as the disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.checkpoint.index import Damaged, IndexedShard, IndexedTensor, block, 
 from train.checkpoint.state import TensorShard
 
 BLOCK_BYTES = 1 << 20
-"""Parts of this size are hashed while they are in the processor's cache."""
+"""A shard is hashed in parts of this size, each while it is in the CPU's cache."""
 
 
 def write_shards(path: Path, shards: Iterable[TensorShard]) -> dict[str, IndexedTensor]:
@@ -49,7 +49,7 @@ def write_shards(path: Path, shards: Iterable[TensorShard]) -> dict[str, Indexed
 
 @torch.no_grad()
 def read_state(checkpoint: Path, state: Sequence[TensorShard]) -> None:
-    """Read this rank's blocks into `state`, whichever ranks wrote them. Every shard that is read is verified.
+    """Read this rank's blocks into `state`. Any ranks may have written them. Every shard that is read is verified.
 
     Raises `CheckpointError` if a tensor is missing or has another shape, and `Damaged` if a shard does not match its
     digest. After an error the content of the tensors is undefined.
@@ -78,7 +78,7 @@ def read_state(checkpoint: Path, state: Sequence[TensorShard]) -> None:
 
 
 def read_shard(checkpoint: Path, shard: IndexedShard, into: Tensor | None = None) -> None:
-    """Fill a contiguous CPU tensor with a whole shard. Without a tensor, only verify the shard, in little memory.
+    """Read a whole shard into a contiguous CPU tensor. Without a tensor, only verify the shard, in little memory.
 
     Raises `Damaged` if the shard does not match its digest.
     """
@@ -95,7 +95,7 @@ def read_shard(checkpoint: Path, shard: IndexedShard, into: Tensor | None = None
 
 
 def read_bytes(path: Path, start: int, into: Tensor) -> None:
-    """Fill a contiguous CPU tensor with the bytes from `start` on. Raises `Damaged` if the file ends too early."""
+    """Read the bytes from `start` on into a contiguous CPU tensor. Raises `Damaged` if the file ends too early."""
     with open_raw(path, "rb") as file:
         file.seek(start)
         _read_all(file, _memory(into), path.name)

@@ -1,4 +1,4 @@
-"""The index of a checkpoint: which bytes of which file hold which block of which tensor.
+"""Write, validate and read a checkpoint's index, which says which bytes of which file hold each block of each tensor.
 
 A checkpoint is a directory `step-00000100` with a file of shards per rank (`rank_0.bin`), `index.json`, `progress.json`
 (the trainer's state) and, written last, the marker `COMMITTED` with the size of every other file and the digests of the
@@ -53,11 +53,11 @@ T = TypeVar("T")
 
 
 class Damaged(Exception):
-    """The files of a checkpoint do not hold what was written. The message is one line."""
+    """The files of a checkpoint differ from what was written. The message is one line."""
 
 
 class IndexedShard(NamedTuple):
-    """A block of a tensor, and where its bytes are."""
+    """A block of a tensor, and the position of its bytes in a file."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -86,7 +86,7 @@ class IndexedTensor:
 
 
 def block(tensor: Tensor, origin: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return a view of the block at `offset`, in coordinates in which `tensor` itself begins at `origin`."""
+    """Return a view of the block at `offset` of a whole tensor, in which `tensor` is a part that begins at `origin`."""
     for dimension, (first, start, length) in enumerate(zip(origin, offset, shape, strict=True)):
         tensor = tensor.narrow(dimension, start - first, length)
     return tensor
@@ -95,7 +95,7 @@ def block(tensor: Tensor, origin: Sequence[int], offset: Sequence[int], shape: S
 def commit(checkpoint: Path, parts: Iterable[Mapping[str, IndexedTensor]], progress: Mapping[str, Any]) -> None:
     """Write the index, the trainer's state and, last, the marker. The shards must already be on disk.
 
-    `parts`: what each rank has written. Raises `CheckpointError` unless the shards make up every tensor.
+    `parts`: the index entries of each rank. Raises `CheckpointError` unless the shards make up every tensor.
     """
     index: dict[str, IndexedTensor] = {}
     for name, tensor in (item for part in parts for item in part.items()):
@@ -140,7 +140,7 @@ def problem(checkpoint: Path) -> str:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """Return the trainer's state. Raises `CheckpointError` if it is unreadable or its step is not the directory's."""
+    """Return the trainer's state. Raises `CheckpointError` if it is unreadable or names another step."""
     try:
         return _progress(checkpoint)
     except (Damaged, OSError) as error:
@@ -148,7 +148,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
-    """Return every tensor by name. Raises `Damaged` unless the index is consistent and fits the files in the marker."""
+    """Return every tensor by name. Raises `Damaged` unless shards cover each tensor and each file exactly once."""
     sizes = _parsed(checkpoint / MARKER, lambda marker: {name: one["bytes"] for name, one in marker["files"].items()})
     index: dict[str, IndexedTensor] = _parsed(
         checkpoint / INDEX, lambda content: {name: _tensor(name, entry) for name, entry in content["tensors"].items()}
@@ -193,7 +193,7 @@ def _check_files(checkpoint: Path, marker: dict[str, Any]) -> None:
 
 
 def _tensor(name: str, entry: Any) -> IndexedTensor:
-    """Parse one entry of the index and check it on its own."""
+    """Parse and check one entry of the index."""
     dtype, shape = _DTYPES[entry["dtype"]], _counts(entry["shape"])
     shards = [
         IndexedShard(**{**one, "offset": _counts(one["offset"]), "shape": _counts(one["shape"])})

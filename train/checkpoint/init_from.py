@@ -1,4 +1,4 @@
-"""Initial weights from a run, an imported model, or a model in the Hugging Face format."""
+"""Load initial weights from a run, an imported model, or a model in the Hugging Face format."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def open_model(path: Path, text_only: bool = False) -> TensorSource:
 
 
 def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -> TensorSource | None:
-    """Open the model of `model.init_from`, upcycled if configured. Raises `ConfigError` if it is another network."""
+    """Open the model of `model.init_from`, upcycled if configured. Raises `ConfigError` if its network differs."""
     if config.init_from is None:
         return None
     try:
@@ -70,7 +70,7 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
 
 @torch.no_grad()
 def copy_selection_biases(model: Transformer, source: TensorSource, log: Callable[[str], None]) -> None:
-    """Copy the routers' selection biases, which are buffers. Only Leviathan's checkpoints have them."""
+    """Copy the routers' selection biases, which are buffers, from `source`. Only our own checkpoints contain them."""
     biases = source.selection_biases() if isinstance(source, CheckpointedModel) else {}
     for name, buffer in model.named_buffers():
         if name in biases:
@@ -106,7 +106,7 @@ def _vocabulary(source: TensorSource) -> str | None:
 
 
 def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
-    """Open the newest checkpoint. `model` returns the model's configuration after a number of steps."""
+    """Open the newest checkpoint. `model` returns the configuration of the model for a checkpoint's step."""
     present = committed(checkpoints)
     if not present:
         raise CheckpointError(f"{checkpoints} has no checkpoint yet")

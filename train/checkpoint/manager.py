@@ -1,7 +1,7 @@
 """Save the checkpoints of a run, restore the newest intact one and remove old ones.
 
-Tensors are named `model.NAME` and `optimizer.NAME.MOMENT`, so any layout loads what any other saved. The files of a
-checkpoint are described in `train/checkpoint/index.py`.
+Tensors are named `model.NAME` and `optimizer.NAME.MOMENT`, so any layout loads what any other saved. The files are
+described in `train/checkpoint/index.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from train.run_directory import MARKER, committed
 
 
 class Checkpointer:
-    """The checkpoints of one run."""
+    """Saves and restores the checkpoints of one run."""
 
     def __init__(
         self, directory: Path, world: World, keep: int, asynchronous: bool, report: Callable[[str], None]
@@ -35,14 +35,14 @@ class Checkpointer:
         self.asynchronous, self.report = asynchronous, report
         self._pending: tuple[Path, Future[None]] | None = None
         self._damaged: list[Path] = []
-        # saving in the background must not share a communicator with the step
+        # a save in the background must not use the communicator of the training step
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
     def save(self, step: int, state: Sequence[TensorShard], progress: dict[str, Any]) -> None:
         """Write `state` as the checkpoint after `step` steps, and `progress` (plain JSON values) to progress.json. An
         asynchronous save returns as soon as the state has been copied.
 
-        A failure to write (a full disk) is reported, and the run continues with its older checkpoints.
+        If writing fails (on a full disk), the failure is reported and the run continues with its older checkpoints.
         """
         self.wait()
         path = self.directory / f"step-{step:08d}"
@@ -70,7 +70,7 @@ class Checkpointer:
         written, failure = dict[str, IndexedTensor](), ""
         try:
             if shards:  # a rank may hold only replicas that other ranks write
-                path.mkdir(parents=True, exist_ok=True)  # rank 0 made it, perhaps on another disk
+                path.mkdir(parents=True, exist_ok=True)  # rank 0 made it, but perhaps on another disk
                 written = write_shards(path / f"rank_{self.world.rank}.bin", shards)
         except Exception as error:
             failure = _root_cause(error)
@@ -127,8 +127,8 @@ class Checkpointer:
         return None
 
     def _read(self, checkpoint: Path, state: Sequence[TensorShard]) -> str:
-        """Read a checkpoint into `state`. Returns the damage that any rank found, as the same text on all ranks, or an
-        empty text. After damage the content of the tensors is undefined.
+        """Read a checkpoint into `state`. Returns a description of the damage that any rank found, the same text on all
+        ranks, or an empty text. After damage the content of the tensors is undefined.
         """
         outcome: Damaged | CheckpointError | None = None
         try:
@@ -146,7 +146,7 @@ class Checkpointer:
         return next((f"is damaged: {one}" for one in outcomes if one is not None), "")
 
     def _clear(self, path: Path) -> None:
-        """Make an empty directory. Remove what an interrupted save left there, and the damaged checkpoints."""
+        """Make an empty directory. Remove what an interrupted save left in it, and all checkpoints found damaged."""
         for stale in (path, *self._damaged):
             (stale / MARKER).unlink(missing_ok=True)
             remove_tree(stale)
@@ -166,14 +166,14 @@ class Checkpointer:
             return
         try:
             for found in committed(self.directory)[: -self.keep]:
-                (found.path / MARKER).unlink()  # first, so that a partly removed one is never read
+                (found.path / MARKER).unlink()  # first, so that a partly removed checkpoint is never read
                 remove_tree(found.path)
         except Exception as error:
             self.report(f"could not remove an old checkpoint: {_root_cause(error)}")
 
 
 def _root_cause(error: BaseException) -> str:
-    """Return the operating system's message from inside a store's exceptions."""
+    """Return the message of the operating system, or else of the innermost exception, from a store's error."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     cause = error.__cause__ or error.__context__

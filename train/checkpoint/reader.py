@@ -26,7 +26,7 @@ TOKENIZER = "tokenizer"
 
 
 class CheckpointedModel:
-    """The model's tensors in a committed checkpoint. A whole shard is verified before any part of it is used.
+    """Reads the model's tensors from a committed checkpoint. A whole shard is verified before any part of it is used.
 
     Raises `CheckpointError` at once if the index is damaged, and at the first read of a damaged shard.
     """
@@ -60,7 +60,7 @@ class CheckpointedModel:
         tensor = self._tensors[name]
         result = torch.empty(tuple(shape), dtype=tensor.dtype)
         for shard, low, size in tensor.overlapping(offset, shape):
-            rows = torch.empty((size[0], *shard.shape[1:]), dtype=tensor.dtype)  # they lie one after another
+            rows = torch.empty((size[0], *shard.shape[1:]), dtype=tensor.dtype)  # whole rows are contiguous in the file
             row_bytes = math.prod(shard.shape[1:]) * tensor.dtype.itemsize
             try:
                 if shard not in self._verified:
@@ -85,7 +85,7 @@ def save_model(source: TensorSource, directory: Path, origin: dict[str, Any], pr
 
 
 def _blocks(source: TensorSource, progress: Callable[[int], None]) -> Iterator[TensorShard]:
-    """Read a block at a time."""
+    """Yield `source` as shards, read a block at a time. Report the bytes of each block to `progress`."""
     for name, whole in source.shapes.items():
         for offset, shape in blocks(whole):
             content = source.read(name, offset, shape)

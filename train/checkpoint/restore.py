@@ -46,7 +46,7 @@ class RestoredRun:
 def restore(directory: Path, world: World, backend: Backend | None = None, models: Models | None = None) -> RestoredRun:
     """Restore the model from the run's newest intact checkpoint, and open the corpus that it was trained on.
 
-    `backend`: the GEMM backend; None: as in training. `models`: as in `get_corpus`.
+    `backend`: the GEMM backend; None: the one used in training. `models`: as in `get_corpus`.
     """
     config = load_config(directory)
     if backend is not None:
@@ -56,7 +56,7 @@ def restore(directory: Path, world: World, backend: Backend | None = None, model
     if not committed(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
     corpus = stored_corpus(directory, config, world, lambda line: None, models)
-    # FSDP2 suffices without training, and it reads the checkpoints of both engines
+    # without training FSDP2 is enough, and it reads the checkpoints of both engines
     meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2, zero=ZeroConfig()), world)
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
     progress = checkpointer.restore(run_state(placed.model, None, placed.specs)) or {}
@@ -66,7 +66,7 @@ def restore(directory: Path, world: World, backend: Backend | None = None, model
 
 
 def _report(world: World, line: str) -> None:
-    """Write to standard error: a verb's standard output may be parsed."""
+    """Print on standard error, because a script may parse a verb's standard output."""
     if world.is_main:
         print(line, file=sys.stderr)
 

@@ -1,7 +1,7 @@
-"""The shards of tensors that a rank holds.
+"""List the shards of tensors that a rank holds, for a checkpoint.
 
-Every shard is a block of a whole tensor under the tensor's global name, so any layout can read what any other wrote. If
-several ranks hold the same block, one of them writes it.
+Each shard is a block of a whole tensor and has the tensor's global name, so any layout can read what any other wrote.
+If several ranks hold the same block, one of them writes it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run_state(
     specs: Mapping[str, ShardSpec] | None = None,
     writes_buffers: bool = True,
 ) -> list[TensorShard]:
-    """Return every tensor that a run resumes from. They share memory with the model and the optimizer.
+    """Return the shards that a resumed run needs. They share memory with the model and the optimizer.
 
     Without `specs` the model is unsharded. `writes_buffers`: whether this rank saves the buffers. Names: `model.NAME`
     and `optimizer.NAME.MOMENT`.
@@ -65,6 +65,6 @@ def _shard(name: str, tensor: Tensor, spec: ShardSpec | None, writes: bool) -> T
     part = local(tensor.detach())
     if spec is None:
         return TensorShard(name, part, tuple(part.shape), (0,) * part.dim(), writes)
-    if part.dim() == 0:  # a step count: the same for the whole parameter
+    if part.dim() == 0:  # a step count, which is the same for the whole parameter
         return TensorShard(name, part, (), (), spec.is_first)
     return TensorShard(name, part, tuple(spec.info.shape), spec.local_block.offset, spec.is_owner)

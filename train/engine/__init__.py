@@ -1,4 +1,4 @@
-"""Engines compute gradients and update the parameters, with FSDP2 or DeepSpeed."""
+"""Make an engine, which computes gradients and updates the parameters with FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of engines, the loop over a step's micro-batches that they have in common, and the optimizer step."""
+"""The interface of engines, with the loop over a step's micro-batches that all engines use, and the optimizer step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Engine(ABC):
             self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)
 
     def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
-        """Compute the gradients of this rank's sequences, `micro_batch_size` at a time.
+        """Compute the gradients of this rank's sequences, in micro-batches of `micro_batch_size` sequences.
 
         Returns the mean loss over the labelled tokens of the global batch: a scalar on the device, equal on every rank.
         """
@@ -72,7 +72,7 @@ class Engine(ABC):
         return total
 
     def after_backward(self, last: bool) -> None:  # noqa: B027 - optional
-        """Run after each micro-batch's backward pass; not called with a pipeline."""
+        """Run after the backward pass of each micro-batch. It is not called with a pipeline."""
 
     @abstractmethod
     def complete_gradients(self) -> None:
@@ -97,7 +97,7 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, learning_rate_factor: float) -> None:
-        """Update the parameters at `learning_rate_factor` times each group's peak rate, and drop the gradients."""
+        """Update the parameters at `learning_rate_factor` times each group's peak learning rate; drop the gradients."""
 
     @abstractmethod
     def gradients(self) -> Iterator[LocalShard]:
@@ -115,7 +115,7 @@ class Engine(ABC):
 
     @abstractmethod
     def written(self) -> None:
-        """Update the engine's copies of weights or state after these were written from outside."""
+        """Update the engine's copies of weights and state after a caller wrote to tensors of `weights` or `state`."""
 
 
 def optimizer_step(

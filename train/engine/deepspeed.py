@@ -1,4 +1,4 @@
-"""The engine that shards gradients and optimizer state with DeepSpeed's ZeRO."""
+"""The engine that trains with DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from train.optim.optimizer import OptimizerConfig, elementwise, prime, role_grou
 
 
 class ZeroEngine(Engine):
-    """Keeps this rank's ranges of the fp32 weights, moments and summed gradients. Up to stage 2 the model's own weights
-    are not sharded over data-parallel ranks.
+    """Keeps this rank's ranges of the fp32 master weights, moments and summed gradients. Up to stage 2 the model's own
+    weights are not sharded over data-parallel ranks.
     """
 
     def __init__(self, placed: ParallelModel, config: OptimizerConfig, seed: int) -> None:
@@ -37,7 +37,7 @@ class ZeroEngine(Engine):
         else:
             names = {parameter: name for name, parameter in model.named_parameters()}
             self.zero = Zero12(groups, make, prime, names, specs, meshes)
-        initialise(self.weights(), placed.model.config, seed)  # in fp32; the model's own weights may be rounded
+        initialise(self.weights(), placed.model.config, seed)  # draw in fp32; the model's own weights may be rounded
         self.written()
 
     def after_backward(self, last: bool) -> None:
@@ -88,7 +88,7 @@ def make_inner(groups: list[dict[str, Any]], config: OptimizerConfig, offload: O
 
 def _parts(name: str, one: Any, held: Tensor) -> list[TensorShard]:
     spec = one.spec
-    if held.dim() == 0:  # a step count of a whole group
+    if held.dim() == 0:  # the step count of a whole group, which one rank writes
         first = one.start == 0 and not any(spec.compute_block.offset)
         return [TensorShard(name, held, (), (), spec.is_owner and first)]
     shape = tuple(spec.info.shape)

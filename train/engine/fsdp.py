@@ -1,4 +1,4 @@
-"""The engine for one device, FSDP2 and pipelines: PyTorch's optimizers on the model's own parameters."""
+"""The engine for one device and for FSDP2, with or without a pipeline. The optimizer updates the model's parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.optim.optimizer import OptimizerConfig, make_optimizer, prime, set_le
 
 
 class TorchEngine(Engine):
-    """Updates the parameters in place, sharded by FSDP2 or whole."""
+    """Updates the parameters in place, whether they are sharded by FSDP2 or whole."""
 
     def __init__(self, placed: ParallelModel, config: OptimizerConfig) -> None:
         super().__init__(placed)

@@ -1,1 +1,1 @@
-"""Evaluation: held-out loss, lm-eval tasks, generation, contamination."""
+"""Evaluate models: held-out loss, lm-eval tasks, generation and contamination."""

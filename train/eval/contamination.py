@@ -1,10 +1,10 @@
 """Check whether a scorer's model was trained on the records that it is to score: memorised text looks easy.
 
-The corpus of a run holds its training tokens. A sample of its documents is decoded to text and looked up among the
-records, to estimate the fraction of the records that the run was trained on. The estimate may be 0 for a very small
-fraction. It does not count documents that were truncated (`data.long_documents=truncate`), are very long, or differ
-from the record by more than white space. It is too high if the run ended before the end of its corpus. For a model that
-is not a run there is no estimate.
+The corpus of a run holds its training tokens. A sample of its documents is decoded to text, and the records are looked
+up in the sample, to estimate the fraction of the records that the run was trained on. The estimate may be 0 for a very
+small fraction. It does not count documents that were truncated (`data.long_documents=truncate`), are very long, or
+differ from the record by more than white space. It is too high if the run ended before the end of its corpus. A model
+that is not a run gets no estimate.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from train.eval.text_loss import open_losses
 from train.run_directory import load_config
 
 SAMPLE = 4096
-"""Number of training documents that are looked up."""
+"""Number of training documents in the sample."""
 MOST = 0.05
-"""Fraction of the records that a model may have been trained on. A larger one is an error, a smaller one a warning."""
+"""Largest fraction of the records that a model may have been trained on: up to it a warning, above it an error."""
 _LOOK_AHEAD = (1 << 14, 1 << 18)
-"""Tokens within which a document must end, at the first and the second try; longer documents are skipped."""
+"""Tokens in which to look for a whole document, in the first and the second attempt. Longer documents are skipped."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class TrainedTexts:
 
 
 def check_unseen(name: str, records: Iterable[Record]) -> str | None:
-    """Return a warning if the model's training data are unknown or the run has seen a few of the records, else None.
+    """Return a warning if the model's training data are unknown or contain a few of the records, or None.
 
-    Raises `ConfigError` (with an empty key) if a run has seen more than `MOST` of the records.
+    Raises `ConfigError` (with an empty key) if the run was trained on more than `MOST` of the records.
     """
     folder = Path(name).expanduser()
     if not (folder / "config.yaml").exists():
@@ -71,7 +71,7 @@ def check_unseen(name: str, records: Iterable[Record]) -> str | None:
 
 
 def seen_by(directory: Path, size: int = SAMPLE) -> TrainedTexts:
-    """Hash documents of a run's corpus: all of them, or about `size` that are spread evenly over it."""
+    """Hash documents of a run's corpus: all of them if there are at most `size`, or about `size`, evenly spread."""
     config = load_config(directory)
     corpus = stored_corpus(directory, config, World(0, 1, torch.device("cpu")), lambda line: None, MODELS)
     documents = {s: int(corpus.manifest["sources"][s][TRAIN]["counts"]["documents"]) for s in corpus.sources}
@@ -96,8 +96,8 @@ def every(stream: TokenStream, specials: NDArray[np.int64]) -> Iterator[NDArray[
 
 
 def spread(stream: TokenStream, specials: NDArray[np.int64], count: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the first document that begins after each of `count` evenly spaced positions. The document at the position
-    itself would more often be a long one.
+    """Yield the first document that begins after each of `count` evenly spaced positions. The document that
+    contains the position would more often be a long one.
     """
     before = -1
     for place in np.linspace(0, len(stream), count, endpoint=False).astype(int).tolist():
@@ -108,8 +108,8 @@ def spread(stream: TokenStream, specials: NDArray[np.int64], count: int) -> Iter
 
 
 def _next_document(stream: TokenStream, specials: NDArray[np.int64], at: int) -> tuple[NDArray[np.int64], int]:
-    """Return the first whole document after the first of `specials` from `at` on, and the position of its end. Return
-    no ids if the stream or the look-ahead ends first.
+    """Return the ids of the first whole document after the first of `specials` from `at` on, and the position of its
+    end. Return no ids if the stream or the look-ahead ends first.
     """
     end = at
     for length in _LOOK_AHEAD:
@@ -124,9 +124,9 @@ def _next_document(stream: TokenStream, specials: NDArray[np.int64], at: int) ->
 
 
 def text_hash(text: str) -> str:
-    """Hash the words of a text, because tokenizers may lose spaces at its ends."""
+    """Hash a text with normalised white space, because tokenizers may lose spaces at its ends."""
     return sha256_text(" ".join(text.split()))
 
 
 MODELS: Models = Models(lambda name, config: open_losses(name, config, MODELS), check_unseen)
-"""Opens and checks the models that a filter scores with. Their own corpora may be filtered with models too."""
+"""Opens and checks the models that a filter scores with. The corpora of these models may be filtered by models too."""

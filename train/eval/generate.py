@@ -1,6 +1,6 @@
 """Sample a continuation of a text.
 
-The model runs on the whole window for every token, without a cache. That is simple, and enough to inspect a model.
+For every token the model runs on the whole window, without a KV cache. This is simple and enough to inspect a model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from parallel.vocab_parallel_loss import whole_logits
 from precision.config import Backend
 
 NextLogits = Callable[[list[int]], torch.Tensor]
-"""Returns the logits [V] of the token after these tokens."""
+"""Returns the logits [V] of the token that follows the given tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ def continue_tokens(
     stop: int,
     world: World | None = None,
 ) -> Iterator[int]:
-    """Sample up to `config.tokens` token ids and end before `stop`. The model sees the last `context` tokens."""
+    """Yield up to `config.tokens` sampled ids; stop before the id `stop`. The model sees the last `context` tokens."""
     generator = torch.Generator().manual_seed(config.seed)
     tokens = list(prompt)
     for _ in range(config.tokens):
         logits_V = next_logits(tokens[-context:]).double().cpu()
         draw = partial(_sample, logits_V, config, generator)
-        tokens.append(world.from_main(draw) if world else draw())  # the ranks' logits may differ in the last bit
+        tokens.append(world.from_main(draw) if world else draw())  # logits may differ between ranks in the last bit
         if tokens[-1] == stop:
             return
         yield tokens[-1]

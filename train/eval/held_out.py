@@ -1,6 +1,6 @@
-"""Losses of the held-out text of each source, in nats per token and bits per byte, and of single sequences.
+"""Compute the loss of each source's held-out text, in nats per token and bits per byte, and that of single sequences.
 
-They work under any layout. Every rank runs the model equally often and on the same number of sequences, because the
+This works under any layout. Every rank runs the model equally often and on the same number of sequences, because the
 ranks of a sharded model gather its parameters together.
 
 Shapes: N sequences, B sequences of a micro-batch, T tokens, V vocabulary.
@@ -30,7 +30,7 @@ Take = Callable[[int, int], Batch]
 
 @dataclass(frozen=True)
 class SourceLoss:
-    """`loss` in nats per token over `tokens` labelled tokens; `bits_per_byte`: of the text of those tokens."""
+    """The mean `loss` of `tokens` labelled tokens in nats per token, and as `bits_per_byte` of their text."""
 
     loss: float
     bits_per_byte: float
@@ -39,8 +39,8 @@ class SourceLoss:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Losses of each source, and their mean with the weights in `data.sources`. The weights of a phase are not used, so
-    that all results of a run are comparable.
+    """Losses of each source, and their mean with the weights in `data.sources`. The weights of a phase have no effect,
+    so that all results of a run are comparable.
     """
 
     loss: float
@@ -73,7 +73,7 @@ def held_out_loss(
     """Compute the loss of the first `sequences` sequences of each source's held-out split, divided over the ranks.
 
     `bytes_V`: number of bytes of text of each token id. Sources without a held-out sequence of this length are dropped.
-    Raises `DataError` if none is left.
+    Raises `DataError` if no source is left.
     """
     weights = {source: weight for source, weight in weights.items() if loader.num_held_out(source)}
     if not weights:
@@ -117,9 +117,9 @@ def sequence_losses(placed: ParallelModel, take: Take, count: int, micro_batch_s
 
 
 def _local_batches(take: Take, count: int, micro_batch_size: int, axis: MeshAxis) -> Iterator[tuple[int, Batch]]:
-    """Yield this rank's micro-batches of `count` sequences, each with its first sequence's number (`count` if padding).
+    """Yield this rank's micro-batches out of `count` sequences, each with the index of its first (padding: `count`).
 
-    With several ranks all micro-batches have the same number of sequences; padding sequences have no labels.
+    With several ranks, padding gives all micro-batches the same number of sequences. Padding sequences have no labels.
     """
     starts, full = range(0, count, micro_batch_size), take(0, min(micro_batch_size, count))
     for turn in range(0, len(starts), axis.size):
@@ -138,7 +138,7 @@ def _padded(batch: Batch | None, full: Batch) -> Batch:
 
 
 def _losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
-    """Return losses and labels [B, T] of this rank's part of a batch, or None if another rank counts them."""
+    """Return losses and labels [B, T] of this rank's part of a batch, or None if another rank returns the same part."""
     shard = placed.context_shard(batch.tokens_BT.shape[1])
     context = placed.sequence_context(batch.positions_BT)
     logits_BTV = placed.logits(shard.take(batch.tokens_BT).to(placed.device), context)
@@ -150,7 +150,7 @@ def _losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None
 
 
 def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:
-    """Return nats, tokens and bytes of this rank's part of a batch, or zeros if another rank counts them."""
+    """Return nats, tokens and bytes of this rank's part of a batch, or zeros if another rank counts the same part."""
     if (losses := _losses(placed, batch)) is None:
         return torch.zeros(3, dtype=torch.float64, device=placed.device)
     losses_BT, labels_BT = losses

@@ -1,7 +1,7 @@
-"""Tasks of EleutherAI's evaluation harness on our own model, without an export: `leviathan evaluate RUN tasks=[...]`.
+"""Evaluate a model on tasks of EleutherAI's harness without exporting it: `leviathan evaluate RUN tasks=[...]`.
 
 The harness asks for log-likelihoods and for continuations. Texts begin with BOS, as packed documents do in training. A
-text longer than the model's context loses its beginning, as in the harness's own models.
+text longer than the model's context is cut at its beginning, as the harness does for its own models.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Return the continuations up to the first stop string, without it."""
+        """Return the continuations, each cut before its first stop string."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, prompt: str, options: dict[str, Any]) -> str:
@@ -104,7 +104,7 @@ def run_tasks(
     few_shot: int | None = None,
     out: str | None = None,
 ) -> int:
-    """Evaluate tasks in one process and print a table. Write results and samples to `out` as JSON."""
+    """Evaluate tasks in one process, print a table, and write results and samples to `out` as JSON."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -135,7 +135,7 @@ def run_tasks(
 
 
 def open_scoring_model(path: Path, world: World, backend: Backend | None = None) -> ScoringModel:
-    """Open the model in a run's directory, an imported model, or a Hugging Face model; the last two in float32.
+    """Open a run's model, an imported model or a Hugging Face model. Models that are not runs compute in float32.
 
     Raises `ConfigError` if `backend` is given for a model that is not a run.
     """

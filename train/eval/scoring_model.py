@@ -1,6 +1,6 @@
-"""A model that returns the losses of given tokens, for the filter's scorers and for lm-eval's tasks.
+"""Open a model that returns the losses of given tokens, for the filter's scorers and for lm-eval's tasks.
 
-The model is a run, an imported model, a directory in the Hugging Face format, or one that transformers opens.
+The model is a run, an imported model, a directory in the Hugging Face format, or any model that transformers opens.
 
 Shapes: B batch, T sequence, V vocabulary.
 """
@@ -34,7 +34,7 @@ from train.checkpoint.reader import TOKENIZER, load_origin
 from train.checkpoint.restore import restore
 
 DEFAULT_CONTEXT = 2048
-"""Context of a model whose configuration does not state its longest sequence."""
+"""Context of a model whose configuration lacks `max_position_embeddings`."""
 
 
 class TextTokenizer(Protocol):
@@ -60,7 +60,7 @@ class TokenWindow:
 class ScoringModel:
     """A network with its tokenizer. `logits` returns [B, T, V] for token ids [B, T] (int64, on the host); sequences
     begin at position 0. `context`: the longest sequence that the model was made for. `identity`: the kind of model, and
-    everything besides the weights that its losses depend on.
+    everything else but the weights on which its losses depend.
     """
 
     network: nn.Module
@@ -85,14 +85,14 @@ class ScoringModel:
 
     @torch.no_grad()
     def losses(self, windows: Sequence[TokenWindow], batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        """Return for each window the losses of its counted labels in nats, float32 [counted] on the CPU, and whether
+        """Return, for each window, the losses of its counted labels in nats, float32 [counted] on the CPU, and whether
         each of these labels is the most probable token.
 
         Windows are sorted by length and run `batch_size` at a time. They are padded at their ends, which earlier tokens
         do not attend to.
         """
         results: list[Any] = [None] * len(windows)
-        order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))  # longest first: needs most memory
+        order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))  # longest first: needs the most memory
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             chosen = [windows[index] for index in indices]
@@ -112,7 +112,7 @@ class ScoringModel:
 def from_run(
     directory: Path, world: World, backend: Backend | None = None, models: Models | None = None
 ) -> ScoringModel:
-    """Open the newest intact checkpoint of a run, to compute as in training, with the tokenizer of its corpus.
+    """Open the newest intact checkpoint of a run, with the tokenizer of its corpus. The model computes as in training.
 
     `models`: as in `get_corpus`. In a process group all ranks call this together; with a `world` of one process each
     rank has the whole model.
@@ -155,7 +155,7 @@ def from_transformers(name: str, device: torch.device) -> ScoringModel:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    except Exception as error:  # it raises OSError, ValueError, ImportError and the hub's own kinds
+    except Exception as error:  # OSError, ValueError, ImportError and the hub's own types
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError("", name, f"is not a run, and transformers cannot open it: {reason}") from error
     model = model.to(device).eval()
@@ -173,7 +173,7 @@ def from_transformers(name: str, device: torch.device) -> ScoringModel:
 
 
 class _TransformersTokenizer:
-    """A transformers tokenizer. Text that looks like a special token is ordinary text. EOS replaces a missing BOS."""
+    """A transformers tokenizer. Text that looks like a special token is encoded as text. EOS replaces a missing BOS."""
 
     def __init__(self, name: str, library: Any) -> None:
         self.library, self.eos_id = library, library.eos_token_id
@@ -184,7 +184,7 @@ class _TransformersTokenizer:
         self.fingerprint = backend.to_str() if backend is not None else json.dumps(library.get_vocab(), sort_keys=True)
 
     def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        # `verbose` would warn about long texts, which are split into windows
+        # `verbose` would warn about long texts, but these are split into windows
         return self.library(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:

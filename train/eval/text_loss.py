@@ -1,10 +1,10 @@
-"""Per-token losses of a text that follows another text, for the filter's scorers.
+"""Compute per-token losses of a text that follows another text, for the filter's scorers.
 
 The first and the second text are tokenised separately, so that the tokens of the second do not depend on the first. BOS
 comes first, as in packed documents (EOS if the tokenizer has no BOS). A text longer than `context` is split into
-overlapping windows of `context` tokens. The first window counts all its tokens. Each later window counts its second
-half (the last window only what is left) and sees its first half. Later windows begin inside the text, at position 0 and
-without BOS, as sequences of packed documents do.
+overlapping windows of `context` tokens. The first window counts the losses of all its
+tokens. Each later window uses its first half as context and counts only its second half (the last window, the rest of
+the text). Later windows begin inside the text, at position 0 and without BOS, as packed sequences do.
 
 The other texts in a batch change a loss in its last bits (by more if FP8 scales span the batch). Scores are cached for
 that reason.
@@ -33,8 +33,8 @@ def open_losses(name: str, config: ScorerConfig, models: Models | None = None) -
     """Open a model and return its token losses and their fingerprint. `name`: the directory of a run, or a directory or
     name that transformers opens.
 
-    The whole model is in this process, on a GPU if there is one. The context is `config.seq_len`, or the model's own if
-    that is shorter. `models`: as in `get_corpus`. Raises `ConfigError` with an empty key if there is no such model or
+    This process holds the whole model, on a GPU if it has one. The context is `config.seq_len`, or the model's own if
+    that is shorter. `models`: as in `get_corpus`. Raises `ConfigError` with an empty key if the model does not exist or
     transformers is missing.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -50,7 +50,7 @@ def open_losses(name: str, config: ScorerConfig, models: Models | None = None) -
 
 
 def token_losses(model: ScoringModel, context: int, batch_size: int) -> TokenLosses:
-    """Return a function that computes the losses of second texts after first ones, in windows of `context` tokens."""
+    """Return a function that computes, for each pair of texts, the token losses of the second text after the first."""
 
     def losses(pairs: Sequence[tuple[str, str]]) -> list[NDArray[np.float32]]:
         first = model.tokenizer.encode([pair[0] for pair in pairs])
@@ -68,8 +68,8 @@ def token_losses(model: ScoringModel, context: int, batch_size: int) -> TokenLos
 
 
 def windows(text: int, ids: list[int], wanted: int, context: int) -> list[TokenWindow]:
-    """Return the windows that have the last `wanted` of `ids` as labels, in order. The ends of windows do not depend on
-    `wanted`.
+    """Return the windows that together have the last `wanted` of `ids` as counted labels, in order. Windows end at the
+    same positions for every `wanted`.
     """
     found, end, first = [], 0, len(ids) - wanted
     while end < len(ids) - 1:

@@ -1,1 +1,1 @@
-"""MetaP inside a run: resolve its hyperparameters, scale it, and measure its activations for a coordinate check."""
+"""MetaP inside a run: derive its hyperparameters, scale it, and measure its activations for a coordinate check."""

@@ -1,4 +1,4 @@
-"""Measure, for a coordinate check, how much a few training steps change the activations on a fixed batch."""
+"""Measure how much a few training steps change the activations on a fixed batch, for MetaP's coordinate check."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ residual stream before the final norm; and the model's logits.
 
 
 def changes(config: TrainConfig, batches: Sequence[Batch], probe: Batch) -> dict[str, dict[str, float]]:
-    """Train one step on each of `batches` at the peak learning rate, in one process. Return the root mean square of
-    each quantity on `probe` before training (`initial`) and of its change by training (`change`).
+    """Train one step on each of `batches` at the peak learning rate, in one process. Return, by quantity, its root
+    mean square on `probe` before training (`initial`) and that of its change by training (`change`).
     """
     world = World(0, 1, torch.device("cpu"))
     meshes = make_meshes(ParallelConfig().resolve(1), world)
@@ -60,7 +60,7 @@ def _quantities(engine: TorchEngine, probe: Batch) -> dict[str, Tensor]:
     moe = [layer.ffn for layer in layers if isinstance(layer.ffn, MixtureOfExperts)]
     if moe:
         watched["moe"] = moe[-1]
-        watched["router"] = moe[-1].router.balance  # returns the logits
+        watched["router"] = moe[-1].router.balance  # its output is the router's logits
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         found[name] = output.detach().clone()

@@ -1,8 +1,8 @@
-"""Derive the hyperparameters of a run from its base at every start, and compare them with the stored ones.
+"""Derive a run's hyperparameters from those of its base at every start, and compare them with the stored ones.
 
-In a run with a base, `optimizer` and `model.init` hold the values found at the base's size. The derived values of the
-run itself are stored next to them (`optimizer.transferred`, `model.init.roles`, `model.multipliers`, `hparam.table`),
-so that the configuration shows every value and an edited value is detected.
+The base is the size at which they were tuned. In a run with a base, `optimizer` and `model.init` hold the values
+for the base. The derived values are stored next to them (`optimizer.transferred`, `model.init.roles`,
+`model.multipliers`, `hparam.table`), so that the configuration shows every value and an edited value is detected.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DERIVED: dict[str, Any] = {
 
 
 def derive(config: TrainConfig) -> Resolved:
-    """Apply the rules to the base's values. Raises `ConfigError` if the rules do not cover this run."""
+    """Derive the run's values from the base's by the rules. Raises `ConfigError` if the rules do not cover this run."""
     assert config.hparam.base is not None
     infos = parameter_infos(config.model)
     target = scale_of_run(config)
@@ -78,7 +78,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def warnings(config: TrainConfig) -> tuple[str, ...]:
-    """Return the changes from the base across which transfer is not established, with the sweep to repeat for each."""
+    """Return a warning, with advice, for each difference from the base across which transfer is not established."""
     return () if config.hparam.base is None else derive(config).warnings
 
 
@@ -108,14 +108,14 @@ def _compare(given: TrainConfig, derived: TrainConfig) -> None:
 
 
 def scale_of_run(config: TrainConfig) -> Scale:
-    """Return the size of the run's first phase. Later phases may be added at any time and have their own schedules."""
+    """Return the size of the run's first phase. Later phases do not count: they may be added at any time."""
     first = phases(config)[0]
     batch = first.global_batch_size * first.seq_len
     return scale_of(config.model, batch, batch * first.stop)
 
 
 def as_base(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with the run itself as its base. If it has a base, only remove derived values."""
+    """Return the configuration with the run itself as its base. If it has a base, only remove its derived values."""
     if config.hparam.base is not None:
         return without_derived(config)
     base, multipliers = scale_of_run(config), config.model.multipliers

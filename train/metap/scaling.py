@@ -1,4 +1,4 @@
-"""Scale a run along one axis of size, with itself as base."""
+"""Make a larger run along one axis of size, and transfer hyperparameters to it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def grown_run(config: TrainConfig, axis: SizeAxis, factor: int) -> TrainConfig:
 
 
 def carried(config: TrainConfig, axis: SizeAxis, factor: int, rules: Parametrization) -> TrainConfig:
-    """Return the grown run, with hyperparameters transferred by `rules` from its base, or else from the run itself."""
+    """Return the grown run, with hyperparameters transferred by `rules` from the run's base, or else from the run."""
     larger = grown_run(as_base(config), axis, factor)
     return resolve(replace(larger, hparam=replace(larger.hparam, rules=rules)))

@@ -12,7 +12,7 @@ from parallel.sharding import local
 
 
 def fresh_state(parameter: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the zero state of a parameter. `dtype`: the dtype of the moments (None: the parameter's)."""
+    """Return the initial state of a parameter, all zeros. `dtype`: the dtype of the moments (None: the parameter's)."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
         "exp_avg": torch.zeros_like(parameter, dtype=dtype),

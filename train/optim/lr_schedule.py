@@ -1,4 +1,4 @@
-"""Learning-rate schedules, as a factor on each group's peak learning rate."""
+"""Learning-rate schedules, each a factor on the peak learning rate of every parameter group."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class LRScheduleConfig:
     """
 
     kind: LRSchedule | str = LRSchedule.wsd
-    """A name, or the import path of a function, `my.module:function`. Called with (step, steps, **options), it returns
-    the factor for `step` (from 0) of `steps`; the result is multiplied by the warmup factor.
+    """A name, or the import path of a function, `my.module:function`. The function is called with (step, steps,
+    **options) and returns the factor for `step` (from 0) of `steps`. This is multiplied by the warmup factor.
     """
     warmup_steps: int = 0
     decay: float = 0.2

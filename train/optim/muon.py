@@ -4,7 +4,7 @@ The update of a matrix is its momentum with all singular values brought near 1 b
 iteration needs whole logical matrices: query, key, value, output, gate, up and down, separately for each expert.
 `parallel.whole_matrices` gathers the shards. AdamW updates all other parameters.
 
-Shapes: N matrices, O rows (outputs), I columns (inputs); a rank's shard has o rows and i columns.
+Shapes: N matrices, O rows (outputs), I columns (inputs); a rank's shard of a matrix has o rows and i columns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from precision.config import Compute, PrecisionConfig
 from precision.gemm import widened
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Jordan's coefficients, steepest at 0: five steps bring singular values above 0.01 of the norm to 0.7-1.2."""
+"""Jordan's coefficients, steep at 0: five iterations bring singular values above 0.01 of the norm to 0.7-1.2."""
 
 
 class MuonScale(Enum):
@@ -36,7 +36,7 @@ class MuonScale(Enum):
     suits both.
     """
     unit_rms_norm = "unit_rms_norm"
-    """sqrt(O / I): the output changes equally per step at every width, so learning rates transfer to wider models."""
+    """sqrt(O / I): a step changes the output equally at every width, so learning rates transfer to wider models."""
     shape_scaling = "shape_scaling"
     """sqrt(max(1, O / I)) (Jordan 2024)."""
 
@@ -50,7 +50,7 @@ class MuonScale(Enum):
 @dataclass(frozen=True)
 class MuonConfig:
     """`lr` is the peak learning rate of Muon's matrices; null: the optimizer's, which suits scale=match_adamw. The
-    other scales need about 0.02. Weight decay is the optimizer's.
+    other scales need about 0.02. Weight decay is that of the optimizer.
     """
 
     lr: float | None = None
@@ -78,9 +78,9 @@ class MuonConfig:
 
 @torch.no_grad()
 def orthogonalise(x_NOI: Tensor, steps: int, eps: float) -> Tensor:
-    """Approximate U V^T of each matrix's singular value decomposition: singular values end between 0.7 and 1.2.
+    """Return about U V^T for each matrix with the SVD U S V^T: its singular values become 0.7 to 1.2.
 
-    Newton-Schulz iteration of fifth order (Jordan 2024) in the dtype of `x_NOI`. Zero matrices stay zero.
+    Runs the Newton-Schulz iteration of fifth order (Jordan 2024) in the dtype of `x_NOI`. Zero matrices stay zero.
     """
     a, b, c = _COEFFICIENTS
     tall = x_NOI.shape[-2] > x_NOI.shape[-1]
@@ -96,8 +96,8 @@ def orthogonalise(x_NOI: Tensor, steps: int, eps: float) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Updates the parameters of `groups` by Muon and steps `rest`, the optimizer of all other parameters.
 
-    `param_groups` and `state` cover both. `parameters` are those of `groups` by name, and `rounds` is the plan that
-    gathers their matrices. State: one `momentum` per parameter, sharded like the parameter, in dtype `moments` (None:
+    `param_groups` and `state` cover both. `parameters` are those of `groups` by name. By the plan `rounds`, ranks
+    gather their matrices. State: one `momentum` per parameter, sharded like the parameter, in dtype `moments` (None:
     the parameter's).
     """
 
@@ -126,7 +126,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all parameters. Raises `ValueError` if a matrix has no gradient: ranks with its shards would wait."""
+        """Update all parameters. Raises `ValueError` if a matrix has no gradient, or other ranks would hang."""
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 raise ValueError(f"{name} has no gradient")
@@ -141,7 +141,7 @@ class Muon(torch.optim.Optimizer):
                 self._update(piece, update_Noi, factor)
 
     def _directions(self, piece: MatrixRange) -> Tensor:
-        """Update the momentum and return what to orthogonalise: the momentum, with `nesterov` one step ahead."""
+        """Update the momentum and return what to orthogonalise: the momentum or, with `nesterov`, its look-ahead."""
         parameter, kept = self.parameters[piece.name], self.config.momentum
         assert parameter.grad is not None
         gradient_Noi = widened(piece.of(local(parameter.grad)))

@@ -1,4 +1,4 @@
-"""The optimizer and its parameter groups, one per role: learning rate and weight decay are set by role."""
+"""Make the optimizer with a parameter group per role, so that learning rate and weight decay can differ by role."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.optim.adamw_bf16 import AdamWBF16, fresh_state
 from train.optim.muon import Muon, MuonConfig
 
 SLOWEST_IN_BFLOAT16 = 0.99
-"""Largest beta of a bf16 moment. bf16 has 8 significant bits: a relative change below 1/256 a step is rounded away."""
+"""Largest beta of a bf16 moment. bf16 has 8 significant bits: relative changes below 1/256 per step are lost."""
 
 
 class OptimizerKind(Enum):
@@ -30,8 +30,8 @@ class OptimizerKind(Enum):
     muon = "muon"
     """Muon for matrices between hidden states, AdamW for the rest: see `train.optim.muon`."""
     sgd = "sgd"
-    """Plain SGD without momentum: it shows the scale of gradients, which AdamW hides. Weight decay is L2, added after
-    clipping: w - lr * (g + decay * w).
+    """Plain SGD without momentum. Unlike AdamW's, its updates show the scale of gradients. Weight decay is L2, added
+    after clipping: w - lr * (g + decay * w).
     """
 
 
@@ -43,7 +43,7 @@ class Moments(Enum):
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Settings of one role: a factor on the learning rate and a weight decay (null: the optimizer's)."""
+    """Settings of one role: a factor on the learning rate, and a weight decay (null: that of the optimizer)."""
 
     lr_scale: float = 1.0
     weight_decay: float | None = None
@@ -63,7 +63,7 @@ class RoleConfig:
 
 @dataclass(frozen=True)
 class Transferred:
-    """Hyperparameters transferred from a base run (`train.metap.hyperparameters`), in place of the optimizer's own."""
+    """Hyperparameters transferred from a base (`train.metap.hyperparameters`), which replace the optimizer's own."""
 
     beta2: float
     roles: dict[str, RoleConfig]
@@ -86,7 +86,7 @@ class OptimizerConfig:
     """Used with kind=muon only."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
     transferred: Transferred | None = None
-    """Written by MetaP. Null: the settings above apply to this run as they are."""
+    """Set by MetaP, not by the user. Null: the settings above apply to this run unchanged."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("lr", "eps"), not_negative=("weight_decay",))
@@ -106,7 +106,7 @@ class OptimizerConfig:
                 raise ConfigError(f"groups.{name}", None, "no such role", roles)
 
     def moments_dtype(self, precision: PrecisionConfig) -> torch.dtype | None:
-        """Return the dtype of the moments, None for an optimizer without state."""
+        """Return the dtype of the moments, or None for an optimizer without state."""
         if self.kind is OptimizerKind.sgd:
             return None
         return torch.bfloat16 if self.moments is Moments.bfloat16 else precision.master_dtype
@@ -153,7 +153,7 @@ def make_optimizer(
 
 
 def role_groups(model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return a parameter group per role with `name`, `peak_lr` and the parameters in the model's order."""
+    """Return a parameter group per role, with its `name`, `peak_lr` and parameters in the model's order."""
     by_role: dict[Role, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         by_role.setdefault(specs[name].info.role, []).append(parameter)
@@ -182,8 +182,8 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], factor: float) -> None:
 
 
 def prime(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate the state that the first step would allocate, so that a checkpoint can be loaded into it."""
-    if isinstance(optimizer, torch.optim.SGD | PagedAdamW):  # no state, or already allocated
+    """Allocate the optimizer state before the first step, so that a checkpoint can be loaded into it."""
+    if isinstance(optimizer, torch.optim.SGD | PagedAdamW):  # no state, or state that is already allocated
         return
     if isinstance(optimizer, Muon):
         optimizer.prime()

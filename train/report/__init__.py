@@ -1,1 +1,1 @@
-"""The report of one run or several: page and plots."""
+"""Make the report of one run or several: page and plots."""

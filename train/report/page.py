@@ -1,4 +1,4 @@
-"""The report of one run, or of several side by side: one HTML page that contains all plots."""
+"""Write the report of one run, or of several side by side, as one HTML page that contains all plots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write_report(directories: Sequence[Path], out: Path) -> None:
-    """Draw the runs into one page at `out`; the plots of a single run go to its `plots/` as well."""
+    """Write the report of the runs to `out`. The plots of a single run are also written to its `plots/`."""
     runs = [RunData(directory) for directory in directories]
     pictures = draw(runs)
     if len(runs) == 1:
@@ -67,7 +67,7 @@ def _page(runs: Sequence[RunData], pictures: Sequence[Picture], folder: Path) ->
 
 
 def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
-    """Return, by label, the value of each run, "-" if it has none."""
+    """Return, by label, a text with the value of each run, "-" for a run without the value."""
     held_out = [run.summary.get("heldout") or {} for run in runs]
     sources = [one.get("sources", {}) for one in held_out]
     memory = [run.figure("peak_memory_bytes") for run in runs]
@@ -91,7 +91,7 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
 
 
 def _differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:
-    """Return, by key, its value in each run, for keys whose values differ."""
+    """Return the configuration keys whose values differ between the runs, each with its value in every run."""
     first, *others = (plain(run.config) for run in runs)
     found = [differences(first, other) for other in others]
     keys = {key: before for some in found for key, (before, _) in some.items()}

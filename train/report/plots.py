@@ -1,4 +1,4 @@
-"""Plots of a report, as PNG. Each plot shows all runs, but plots of MoE layers show one run each."""
+"""Draw the plots of a report, as PNG. Each plot shows all runs, but a plot of MoE layers shows one run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LABEL_CHARACTERS = 36
-"""The label of a vertical axis is wrapped at this length; longer ones would be cut off."""
+"""The label of a vertical axis is wrapped at this length, because a longer line would be cut off."""
 _SMALL: dict[str, Any] = {"fontsize": 8, "frameon": False}
 
 
@@ -22,7 +22,7 @@ class Picture(NamedTuple):
     title: str
     png: bytes
     wide: bool
-    """Whether the plot has the full width of the page; two other plots fit in a row."""
+    """Whether the plot has the full width of the page. Plots that are not wide are two in a row."""
 
 
 class _Plot(NamedTuple):
@@ -91,7 +91,7 @@ def _series(key: str, label: str, factor: float = 1.0, logarithmic: bool = False
 
 
 def _expert_load(axes: Axes, runs: Sequence[RunData]) -> None:
-    """Draw a row for each layer and a column for each logged step; 1 is an even load."""
+    """Draw the largest load over the mean: a row for each layer, a column for each logged step. 1: the load is even."""
     (run,) = runs
     table = run.by_layer("max_over_mean")
     steps, layers = run.layer_steps, len(run.layers)
@@ -108,7 +108,7 @@ def _expert_load(axes: Axes, runs: Sequence[RunData]) -> None:
 
 
 def _layers(key: str, label: str) -> Callable[..., None]:
-    """Return a function that draws one metric as a line for each layer, shaded from the first to the last."""
+    """Return a function that draws one metric as a line per layer. Shades go from the first layer to the last."""
 
     def drawing(axes: Axes, runs: Sequence[RunData]) -> None:
         from matplotlib import colormaps

@@ -1,4 +1,4 @@
-"""Read the data for a report from a run's directory. An unfinished run has as much as it has logged."""
+"""Read the data for a report from a run's directory. The data of an unfinished run end at its last logged step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from train.config import TrainConfig, phases
 from train.run_directory import load_config, read_lines
 
 SPIKE = 1.5
-"""A logged loss is a spike if it exceeds the median of the ten logged before it by this many nats."""
+"""A logged loss is a spike if it exceeds the median of the ten logged losses before it by more than this many nats."""
 UNEVEN = 4.0
-"""Largest ratio of an expert's load to the mean, at the end of a run, that causes no warning."""
+"""Largest ratio of an expert's load to the mean, at the last logged step, that causes no warning."""
 
 
 class RunData:
     """Configuration, metrics, summary and log of one run.
 
-    Raises `ConfigError` if there is no run in `directory` or no step was logged yet.
+    Raises `ConfigError` if `directory` has no run or the run has logged no step yet.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -50,7 +50,7 @@ class RunData:
         return [line.get(key, math.nan) for line in self.lines]
 
     def figure(self, key: str) -> Any:
-        """Return a metric of the summary, or else of the last logged step; None if neither has it."""
+        """Return a metric from the summary or, without it there, from the last logged step. None if neither has it."""
         return self.summary.get(key, self.lines[-1].get(key))
 
     @cached_property
@@ -63,11 +63,11 @@ class RunData:
 
     @property
     def layer_steps(self) -> list[int]:
-        """Steps with metrics of MoE layers."""
+        """Logged steps with metrics of MoE layers."""
         return [line["step"] for line in self.lines if "expert_load" in line]
 
     def by_layer(self, key: str) -> list[list[float]]:
-        """Return for each MoE layer the values, over `layer_steps`, of a router metric or an expert-load metric."""
+        """Return, for each MoE layer, the values of a router or expert-load metric at `layer_steps`."""
         lines = [line for line in self.lines if "expert_load" in line]
         table = [line.get(key) or [load.get(key, math.nan) for load in line["expert_load"]] for line in lines]
         return [list(series) for series in zip(*table, strict=True)]

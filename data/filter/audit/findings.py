@@ -1,4 +1,4 @@
-"""Warn about the statistics of a filter run, in one sentence each, with the numbers and what to do."""
+"""Derive warnings from the statistics of a filter run: one sentence each, with the numbers and, if known, a remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENOUGH = 50  # records in the sample below which a correlation with length is n
 
 
 def warnings(audit: dict[str, Any]) -> list[dict[str, str]]:
-    """Return warnings in order of severity: `kind`, the name of the check, for programs, and `text` for people."""
+    """Return warnings sorted by severity, each with `kind` (the check, for programs) and `text` (for people)."""
     checks = (malformed, unscored, constant_scores, off_target, length, mix, one_document)
     return [{"kind": check.__name__, "text": text} for check in checks for text in check(audit)]
 
@@ -32,7 +32,7 @@ def summary(audit: dict[str, Any]) -> str:
 
 
 def named(domain: str) -> str:
-    """Return the domain's name for people. Unreadable records have no domain."""
+    """Return the name of a domain as shown to people. The name may be empty."""
     return domain or "(no domain)"
 
 
@@ -71,7 +71,7 @@ def off_target(audit: dict[str, Any]) -> Iterator[str]:
 
 
 def length(audit: dict[str, Any]) -> Iterator[str]:
-    """Compare scores with the length of the scored part, and of the whole record if that is another length."""
+    """Warn if scores correlate with the length of the scored part, or of the whole record if the two lengths differ."""
     scored, whole = audit["length"], audit["whole_length"]
     yield from _length_of("length", scored)
     if any(whole[key] != scored[key] for key in whole):

@@ -21,8 +21,8 @@ SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.js
 
 
 def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> dict[str, Any]:
-    """Write audit.json and audit.html, and return the statistics. `what` names the input for people; `command` repeats
-    the filter.
+    """Write audit.json and audit.html, and return the statistics. `what`: name of the input, for people. `command`: the
+    command that repeats the filter, shown on the page.
     """
     audit = audit_of(done, what)
     write_audit(audit, directory, command)
@@ -39,7 +39,7 @@ def write_audit(audit: dict[str, Any], directory: Path, command: str) -> None:
 
 
 def keep_audit(source: Path, directory: Path, *others: str) -> None:
-    """Copy the files of the audit, and the `others`, from `source` if they exist there."""
+    """Copy the files of the audit and the files `others` from `source` to `directory`, if they exist."""
     for name in (AUDIT_JSON, AUDIT_PAGE, *others):
         if (source / name).exists():
             write_bytes(directory / name, (source / name).read_bytes())
@@ -56,9 +56,9 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
-    """Yield for each shard the columns id, source, domain, score, length (bytes of text), scored_bytes (bytes of the
-    answer, if there is one), tokens, tie, kept, reason, bucket, detail, why (a score is missing), and the scores of an
-    ensemble's members ("score:NAME").
+    """Yield the name of each shard and its table, with the columns id, source, domain, score, length (bytes of text),
+    scored_bytes (bytes of the answer, or of a whole plain document), tokens, tie, kept, reason, bucket, detail, why
+    (reason for a missing score), and "score:NAME" for every member and control of an ensemble.
     """
     import pyarrow
 
@@ -92,7 +92,7 @@ def write_scores(done: Filter, path: Path) -> None:
 
 
 def write_kept(done: Filter, path: Path) -> None:
-    """Write the kept records of the input, unchanged and in its order, one per line."""
+    """Write the kept records, unchanged and in the order of the input, one per line."""
     with _whole(path) as temporary, open(temporary, "wb") as file:
         for shard in done.records.shards:
             kept = done.decided.read(shard, ["kept"])["kept"].to_pylist()
@@ -105,7 +105,7 @@ def write_kept(done: Filter, path: Path) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary file, which replaces `path` at the end."""
+    """Yield the path of a temporary file that replaces `path` at the end of the block."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):

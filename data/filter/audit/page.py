@@ -17,7 +17,7 @@ from data.filter.audit.plots import thresholds
 from data.filter.input.records import Reason
 
 _ROWS = 40
-"""Domains shown in a table; audit.json has all."""
+"""Maximum number of domains in a table; audit.json has all domains."""
 _SHARES = ("share_before", "share_after")
 _MEANING = {
     "hard": "A high score means hard; low scores are dropped.",
@@ -69,7 +69,7 @@ def audit_page(
 
 
 def _groups(random: dict[str, Any], by_size: list[str]) -> list[tuple[str, float | None]]:
-    """Return the kept fraction of the largest domains and of the quarters by length."""
+    """Return a label and the kept fraction for each of the largest domains and each quarter of records by length."""
     largest = [name for name in by_size if name in random["domains"]][:_ROWS]
     groups = [(named(name), random["domains"][name]) for name in largest] if len(largest) > 1 else []
     return groups + [(f"{q['from_bytes']:,} to {q['to_bytes']:,} scored bytes", q["kept"]) for q in random["lengths"]]
@@ -100,7 +100,7 @@ def _template() -> tuple[Any, str]:
 
 
 def _visible(text: str) -> str:
-    """Replace characters that are invisible or change the direction of text by U+FFFD. Markup is left as it is."""
+    """Put U+FFFD in place of characters that are invisible or change the direction of text. Markup is not changed."""
     if isinstance(text, Markup):
         return text
     return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

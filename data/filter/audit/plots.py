@@ -1,8 +1,8 @@
 """Draw the plots of an audit as PNG: histograms of scores, and score against length.
 
-The background is transparent; the ink suits a light or a dark page. Kept records are blue, dropped ones orange (Okabe
-and Ito's palette: distinct with any colour vision and in brightness). No name from the data is drawn, because a font
-may lack its letters; the page shows the names.
+The background is transparent, and the colour of text and axes suits a light or a dark page. Kept records are blue and
+dropped records orange (Okabe and Ito's palette: distinct in brightness and with any colour vision). No name from the
+data is drawn, because a font may lack its letters; the page shows the names.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _WIDE_INCHES, _NARROW_INCHES = (9.6, 3.4), (5.6, 2.7)
 
 
 def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
-    """Return PNG files by name: `scores` of all records, `scores_N` of the N-th shown domain if there are several, and
-    `length`.
+    """Return PNG files by name: `scores` (histogram of all records), `scores_N` (histogram of the N-th shown domain,
+    only with several domains) and `length` (score against length).
     """
     ink, scores = (_DARK if dark else _LIGHT), audit["scores"]
     edges, domains = scores["edges"], scores["domains"]
@@ -67,7 +67,7 @@ def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float
     axes.stairs(kept, edges, fill=True, color=KEPT, label="kept")
     axes.stairs(documents, edges, baseline=kept, fill=True, color=DROPPED, label="dropped")
     shown = [limit for limit in limits if edges[0] <= limit <= edges[-1]]
-    if shown:  # marks above the bars, because up to 64 lines would hide the bars
+    if shown:  # mark thresholds above the bars: up to 64 lines through the bars would hide them
         ink, what = axes.xaxis.label.get_color(), "threshold" if len(shown) == 1 else "thresholds by length"
         style: dict[str, Any] = {"color": ink, "markersize": 5, "clip_on": False, "label": what}
         axes.plot(shown, [1.0] * len(shown), "v", transform=axes.get_xaxis_transform(), **style)
@@ -88,7 +88,7 @@ def _score_by_length(figures: dict[str, Any], panels: Any) -> None:
 
     documents, kept = np.array(figures["documents"]), np.array(figures["kept"])
     present = np.ma.masked_less(documents, 1)
-    # without the ends of the scale, which vanish on white or on black
+    # leave out the ends of the colour scale, which vanish on white or on black
     middle = LinearSegmentedColormap.from_list("middle", colormaps["cividis"](np.linspace(0.15, 0.95, 256)))
     sides = LinearSegmentedColormap.from_list("sides", [DROPPED, "#b9b9b9", KEPT])
     maps: list[tuple[Any, Any, dict[str, Any], str]] = [

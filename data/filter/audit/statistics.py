@@ -1,10 +1,10 @@
 """Compute the statistics of a filter run: what was dropped and why, what was kept, and warnings.
 
-`Audit` takes the shards of the selection one by one, in any order. The same decisions give the same bytes. Counts by
-reason and by domain must add up to the documents and tokens that were read.
+`Audit` takes the shards of the selection one by one, in any order. The same decisions give the same statistics, byte
+for byte. Counts by reason and by domain must add up to the documents and tokens that were read.
 
-Counts of documents, tokens and bytes are exact. Histograms, means and quantiles use scores rounded to a relative 3e-5.
-Correlations and the plot of score against length are from a random sample of 50,000 records.
+Counts of documents, tokens and bytes are exact. Histograms, means and quantiles use scores with a relative precision of
+3e-5. Correlations and the plot of score against length use a random sample of 50,000 records.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FORMAT = 2
 SHOWN_DOMAINS = 12
 """Number of domains with their own histogram and samples: those with the most tokens."""
 OTHER = "score:"
-"""Prefix of the columns with the scores of other scorers."""
+"""Prefix of the columns with the scores of an ensemble's members and controls."""
 COMPETED = (Reason.hard, Reason.revived, Reason.protected, Reason.easy, Reason.noise, Reason.unscored)
 """Reasons of records that passed the screen; `keep` is a fraction of these records."""
 
@@ -56,7 +56,7 @@ _COLUMNS = {
 }
 
 TextOf = Callable[[str, int], str]
-"""Returns the text of a record, given its shard and row; empty if it has none."""
+"""Returns the text of a record, given its shard and row; "" for a record without text."""
 Row = dict[str, Any]
 
 
@@ -72,8 +72,8 @@ class Audit:
         documents: int,
         tokens: int,
     ) -> None:
-        """`thresholds`: from `Thresholds.thresholds`. `input`: name of the input for people. `documents`, `tokens`: how
-        many were read from it.
+        """`thresholds`: from `Thresholds.thresholds`. `input`: name of the input, for people. `documents`, `tokens`:
+        the numbers read from the input, with which the counts must agree.
         """
         self.rules, self.scorer, self.thresholds, self.input = rules, scorer, thresholds, input
         self._read = {"documents": documents, "tokens": tokens}
@@ -162,7 +162,7 @@ class Audit:
         }
 
     def _against_random(self, domains: dict[str, Any], competed: dict[str, int], kept: dict[str, int]) -> Row:
-        """Return the kept fraction of each group. Random dropping at the same rate would keep `rate` of every group."""
+        """Return the kept fraction of each domain and quarter by length. Random dropping would keep `rate` of each."""
         unit = self.rules.unit.name
         return {
             "unit": unit,
@@ -219,7 +219,7 @@ def _prepared(shard: str, table: Any) -> Any:
     fields = types | {name: pyarrow.float64() for name in others} | why
     table = table.select(list(fields)).cast(pyarrow.schema(list(fields.items())))
     columns = {name: table[name] for name in fields}
-    for name in ("id", "domain", "source"):  # an unreadable record may have none
+    for name in ("id", "domain", "source"):  # may be null for an unreadable record
         columns[name] = compute.fill_null(columns[name], "")
     for name in ("score", *others):
         values = columns[name].to_numpy()
@@ -317,7 +317,7 @@ def _score_edges(values: Floats, weights: Integers, bins: int) -> Floats:
 
 
 def _mean_scores(table: Any) -> dict[str, float | None]:
-    """Return the mean score of all records that competed, which random dropping would preserve, and of those kept."""
+    """Return the mean score of the records that competed (random dropping preserves it) and of those that were kept."""
     kept, values, documents = _of_scores(table)
 
     def mean(mask: Any) -> float | None:

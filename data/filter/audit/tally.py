@@ -1,6 +1,6 @@
 """Compute sums and samples of more records than fit in memory, shard by shard.
 
-Results do not depend on the order of the shards: integers are summed, and samples are the first records in a total
+Results do not depend on the order of the shards: integers are summed, and a sample is the first records of a total
 order.
 """
 
@@ -44,8 +44,8 @@ class Tally:
 
 
 def first_of_each(table: Any, groups: Sequence[str], order: Sequence[tuple[str, str]], count: int) -> Any:
-    """Return the first `count` rows of every group by `order`: columns with "ascending" or "descending". The result is
-    sorted by group; without `groups` all rows are one group.
+    """Return the first `count` rows of every group. `order`: columns to sort by, each with "ascending" or "descending".
+    The result is sorted by group; without `groups` all rows are one group.
     """
     import pyarrow
     from pyarrow import compute
@@ -78,7 +78,7 @@ def value_of(keys: Integers) -> Floats:
 
 
 def quantile(values: Floats, weights: Integers, share: float) -> float:
-    """Return the smallest of the sorted `values` at which the cumulative weight reaches `share` of the total."""
+    """Return the smallest of the sorted `values` whose cumulative weight reaches a fraction `share` of the total."""
     reached = np.searchsorted(np.cumsum(weights), share * weights.sum(), "left")
     return float(values[min(int(reached), len(values) - 1)])
 
@@ -109,5 +109,5 @@ def _centred_ranks(values: Floats) -> Floats:
 
 
 def rounded(value: float | None) -> float | None:
-    """Round to six digits, which do not depend on a machine's order of summation; None for NaN and infinities."""
+    """Round to six significant digits, which do not depend on the order of summation. None for NaN and infinity."""
     return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")

@@ -40,7 +40,7 @@ _SHOWN_KEYS = 10
 
 @dataclass(frozen=True)
 class InputConfig:
-    """A record is made from `messages_key`, or from `prompt_key` and `response_key`, or from `text_key`."""
+    """A record is made from `messages_key` if set, else from `prompt_key` and `response_key`, else from `text_key`."""
 
     input: str | None = None
     """A file, a folder or a glob pattern of jsonl (also .gz, .zst), parquet or text files."""
@@ -52,7 +52,7 @@ class InputConfig:
     prompt_key: str | None = None
     response_key: str | None = None
     messages_key: str | None = None
-    """A list of {"role", "content"}. The last message of the assistant is the response."""
+    """Column with a list of {"role", "content"}. The last message of the assistant is the response."""
     id_key: str | None = None
     """Column with the id; null: the id is file and line."""
     domain_key: str | None = None
@@ -74,7 +74,7 @@ class InputConfig:
 
 @dataclass(frozen=True)
 class MalformedRecord:
-    """A row that is not a record. `raw`: its bytes, for `on_error=keep`."""
+    """A row from which no record can be made. `raw`: the bytes that `on_error=keep` writes to `kept.jsonl`."""
 
     id: str
     source: str
@@ -83,13 +83,13 @@ class MalformedRecord:
 
     @property
     def error(self) -> ConfigError:
-        """The error of `on_error=fail`."""
+        """The error that `on_error=fail` raises."""
         advice = ["on_error=drop, which counts such records"]
         return ConfigError("input", self.source, f"cannot be read: {self.reason}", advice)
 
 
 class InputPart(Protocol):
-    """The input of one process. `fingerprint` (of the content) or `keys` change whenever the records could."""
+    """A part of the input. `fingerprint` (of the content) or `keys` changes whenever its records could change."""
 
     @property
     def name(self) -> str: ...
@@ -114,7 +114,7 @@ def input_parts(config: InputConfig) -> list[RecordPart]:
 
 
 def clean_records(path: str, config: InputConfig) -> list[Record]:
-    """Read reference text: files in the form of the input, or plain text. Raises `ConfigError` for other content."""
+    """Read reference text: files with the columns of `config`, or plain text. Raises `ConfigError` for other files."""
     config = replace(config, input=path, dataset=None, id_key=None, domain_key=None)
     found: list[Record] = []
     try:
@@ -133,7 +133,7 @@ def clean_records(path: str, config: InputConfig) -> list[Record]:
 
 
 def read_record(config: InputConfig, row: Any, place: str) -> Record | MalformedRecord:
-    """Make a record from a row of an input: a line of JSON as bytes, or a dictionary."""
+    """Make a record from a row: a line of JSON as bytes, or a dictionary. `place`: file and line, the default id."""
     try:
         line = row.decode() if isinstance(row, bytes) else None
         return _record(config, row if line is None else json.loads(line), place, line)
@@ -157,13 +157,13 @@ def _record(config: InputConfig, row: Any, place: str, line: str | None) -> Reco
 
 
 def _text(config: InputConfig, row: dict[str, Any]) -> tuple[str, int | None]:
-    """Return the text of a row, and where its response begins."""
+    """Return the text of a row, and the index at which its response begins (None for a plain document)."""
     if config.messages_key is not None:
         return _chat(_get(row, config.messages_key, list))
     if config.prompt_key is None or config.response_key is None:
         return _get(row, config.text_key, str), None
     prompt, response = (_get(row, key, str) for key in (config.prompt_key, config.response_key))
-    if not prompt.strip():  # the template's own words are not a prompt
+    if not prompt.strip():  # without a prompt, words of the template must not pass for one
         return response, 0
     before, _, after = config.template.partition("{response}")
     before = before.replace("{prompt}", prompt)
@@ -171,7 +171,7 @@ def _text(config: InputConfig, row: dict[str, Any]) -> tuple[str, int | None]:
 
 
 def _line(row: dict[str, Any], place: str) -> str:
-    """Write a row of columns as a line of JSON. Raises `ConfigError` with the column that JSON cannot hold."""
+    """Write a row of columns as a line of JSON. Raises `ConfigError` that names a column which JSON cannot hold."""
     found = {}
     for column, value in row.items():
         try:
@@ -183,7 +183,7 @@ def _line(row: dict[str, Any], place: str) -> str:
 
 
 def _for_json(value: Any) -> Any:
-    """Convert bytes to {"base64": text}, NaN and infinity to null, dates to ISO form. Raises `TypeError` for others."""
+    """Convert for JSON: bytes to {"base64": text}, NaN and infinity to null. Raises `TypeError` for unknown types."""
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -203,8 +203,8 @@ def _for_json(value: Any) -> Any:
 
 
 def _chat(messages: list[Any]) -> tuple[str, int]:
-    """Join the messages, each under its role, up to the last one of the assistant, which is the response. Return the
-    text and the start of the response. If all messages before are empty, the text is the response alone.
+    """Join the messages, each after a line with its role, up to the last message of the assistant: the response. Return
+    the text and the index of the response. If all earlier messages are empty, the text is only the response.
     """
     text, answer_start, end, said, has_prompt = "", None, 0, False, False
     for message in messages:
@@ -222,7 +222,7 @@ def _chat(messages: list[Any]) -> tuple[str, int]:
 
 
 def json_keys(raw: bytes | None) -> list[str]:
-    """Return the first keys of a line of JSON, none if it is not an object."""
+    """Return the first keys of a line of JSON; an empty list if the line is not an object."""
     try:
         row = json.loads(raw or b"")
     except (ValueError, RecursionError):

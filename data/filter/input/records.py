@@ -13,12 +13,12 @@ class Record:
     id: str
     domain: str
     source: str
-    """File and line or row: "notes.jsonl:12"."""
+    """File or data set, and the line or row in it, such as "notes.jsonl:12"."""
     text: str
     answer_start: int | None = None
     """Where the response begins in `text`, in characters; None for a plain document."""
     raw: str | None = None
-    """The input's record as a line of JSON, for `kept.jsonl`; None: {"text": ...}."""
+    """The input's line of JSON, which `kept.jsonl` repeats; None: `kept.jsonl` has {"text": ...} instead."""
 
     @property
     def prompt(self) -> str:

@@ -1,7 +1,7 @@
 """A client for a model behind an OpenAI-compatible endpoint.
 
-A failure concerns one record (`UnusableAnswer`), the endpoint at that time (the request is retried, then
-`RetriesExhausted`), or the configuration (`LeviathanError`, which no retry would fix).
+Three kinds of failure are distinguished: an unusable answer to one request (`UnusableAnswer`), no answer at the moment
+(retried, then `RetriesExhausted`), and a wrong configuration (`LeviathanError`, which no retry would fix).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EXCERPT = 200
 
 
 class UnusableAnswer(Exception):
-    """No score can be read from an answer. The text is a short reason."""
+    """No score can be read from an answer. The message is a short reason."""
 
 
 class RetriesExhausted(Exception):
@@ -36,12 +36,12 @@ class RetriesExhausted(Exception):
 
 
 class Endpoint:
-    """`url` is the base URL, with `/v1`. The API key is read from the environment variable `key_variable`; if it is not
-    set, requests carry no key, as local servers expect. The key appears in no message and no file. A request ends after
-    at most `timeout_s`. A failed one is repeated up to `retries` times, after 1 s, 2 s and so on, with jitter, or after
-    the server's `Retry-After`.
+    """Request chat completions. `url` is the base URL, with `/v1`. The environment variable `key_variable` has the API
+    key; if it is not set, requests carry no key, as local servers expect. No message and no file contains the key. A
+    request without a complete answer after `timeout_s` fails. A failed request is repeated up to `retries` times, after
+    1 s, 2 s, 4 s and so on, with jitter, or after the server's `Retry-After`.
 
-    Thread-safe. `concurrency` is the number of connections.
+    Thread-safe. `concurrency` is the maximum number of connections.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Endpoint:
         self._client = httpx.Client(headers=headers, timeout=timeout_s, limits=limits)
 
     def complete(self, content: str, **options: Any) -> str:
-        """Return the model's answer to one user message. `options` are added to the request (`temperature`, `seed`).
+        """Return the model's answer to one user message. `options`, such as `temperature`, are added to the request.
 
         Raises `UnusableAnswer`, `RetriesExhausted`, or `LeviathanError` if the key or the model is rejected.
         """
@@ -93,7 +93,7 @@ class Endpoint:
         raise RetriesExhausted(f"{failure}, {self.retries + 1} attempts")
 
     def _post(self, body: bytes) -> tuple[httpx.Response, bytes]:
-        """Return response and content. httpx only limits each read; the deadline stops a server that sends slowly."""
+        """Return the response and its content. httpx limits the time of each read, the deadline that of all reads."""
         deadline = time.monotonic() + self.timeout_s
         headers = {"Content-Type": "application/json"}
         answer = bytearray()
@@ -126,19 +126,19 @@ class Endpoint:
         return content
 
     def _backoff_s(self, body: bytes, attempt: int) -> float:
-        """Return an exponential wait, times a factor from 0.5 to 1 that is a hash of the request. Waits differ between
-        requests, but not between runs.
+        """Return an exponential wait in seconds, times a factor from 0.5 to 1, which is a hash of the request. So waits
+        differ between requests, but not between runs.
         """
         jitter = int(sha256_text(body.hex(), str(attempt))[:8], 16) / 2**32
         return min(2.0**attempt, LONGEST_BACKOFF_S) * (0.5 + jitter / 2)
 
     def _redacted(self, text: str) -> str:
-        """Remove the key, since servers may echo what they were sent."""
+        """Remove the key from a message, since servers may echo the request."""
         return text.replace(self._key, "[key]") if self._key else text
 
 
 def _address(url: str) -> tuple[httpx.URL, str]:
-    """Return the address of chat completions, and the base without credentials for messages."""
+    """Return the address for chat completions, and the base URL without credentials, for messages."""
     try:
         base = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:

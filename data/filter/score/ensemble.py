@@ -18,8 +18,8 @@ from data.filter.score.baselines import LengthScorer, RandomScorer
 from data.filter.score.scorer import Direction, RemoteScorer, Scorer, sample_key
 
 _SAMPLE = 4096
-"""Size of the sample in which a record is ranked. With 95% confidence all ranks are accurate to 2.2 percentage points
-(Massart 1990: the error exceeds e with probability at most 2 exp(-2 n e^2)).
+"""Number n of records among which a record is ranked. With 95% confidence all ranks are accurate to 2.2 percentage
+points (Massart 1990: the error of a rank exceeds e with probability at most 2 exp(-2 n e^2)).
 """
 _BATCH = 256
 
@@ -29,10 +29,10 @@ class EnsembleScorer(Scorer):
     with the lowest hashes). A record is ranked among the scores of the sample only, so its rank does not depend on
     the records scored with it. NaN if a member has no finite score.
 
-    A high score means hard if it does for all members, else learnable. The additional cost is that each member also
-    scores the sample. The scores of the members and of the controls (length and random) are stored too, so that the
-    audit can compare them. If a remote member answers only in a later run, the answer is ranked against the
-    sample as scored in that run.
+    A high score means hard if it does for every member, else learnable. Each member also scores the sample, which is
+    the additional cost. The scores of the members and of the controls (length and random) are stored too, so that the
+    audit can compare them. If a remote member answers only in a later run, the answer is ranked against the sample as
+    scored in that run.
     """
 
     name = "ensemble"
@@ -58,7 +58,7 @@ class EnsembleScorer(Scorer):
 
     @property
     def reasons(self) -> Mapping[str, str]:
-        """The reasons of all remote members, by record id."""
+        """Why a remote member has no score for a record, by record id."""
         remote = {name: member.reasons for name, member in self._members.items() if isinstance(member, RemoteScorer)}
         return {record: f"{name}: {why}" for name, reasons in remote.items() for record, why in reasons.items()}
 
@@ -85,8 +85,8 @@ class EnsembleScorer(Scorer):
 
 
 def _ranks(scores: NDArray[np.float64], sample: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the fraction of the sorted `sample` below each score; equal values count half. NaN if the score is not
-    finite or the sample is empty.
+    """Return, for each score, the fraction of the sorted `sample` below it; equal values count half. NaN if the score
+    is not finite or the sample is empty.
     """
     if not len(sample):
         return np.full(len(scores), np.nan)

@@ -13,8 +13,8 @@ from data.filter.input.records import Record
 from data.filter.score.scorer import Direction, Scorer, TokenLosses
 
 OpenLosses = Callable[[str, ScorerConfig], tuple[TokenLosses, str]]
-"""Opens a model by name. Returns its token losses and the fingerprint of its weights and tokenizer. `seq_len` and
-`batch_size` are those of the configuration.
+"""Opens a model by name, with the configuration's `seq_len` and `batch_size`. Returns the function for its token losses
+and the fingerprint of its weights and tokenizer.
 """
 
 
@@ -30,8 +30,8 @@ class Models:
 
 def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: int = 0) -> Scorer:
     """Return the scorer of `config.kind`. `models` opens models (None: kinds that need a model are rejected), `cache`
-    is the directory for answers of endpoints, and `seed` is for the random scorer. Raises `ConfigError` with the key
-    below `scorer`.
+    is the directory for answers of endpoints, and `seed` is for the random scorer. The key of a `ConfigError` is
+    relative to `scorer`.
 
     Classes are imported here, so that an n-gram scorer does not wait for the import of an HTTP client.
     """
@@ -69,7 +69,7 @@ def _imported(config: ScorerConfig, path: str) -> Scorer:
 
 
 def _opened(keys: Sequence[str], config: ScorerConfig, models: Models | None) -> list[object]:
-    """Return the losses and the fingerprint of each model."""
+    """Return the token losses and the fingerprint of each model, in one list."""
     if models is None:
         raise ConfigError("kind", config.kind, "needs a model, and models cannot be opened here", ["ngram"])
     found: list[object] = []
@@ -90,7 +90,7 @@ def _members(config: ScorerConfig, models: Models | None, cache: Path, seed: int
 def check_models(
     models: Models, scorer: ScorerConfig, records: Callable[[], Iterable[Record]], report: Callable[[str], None]
 ) -> None:
-    """Reject a scorer whose models were trained on the records: memorised text looks easy. Reports warnings."""
+    """Raise `ConfigError` if a model was trained on the records, since memorised text looks easy. Report warnings."""
     for key, name in _models_of(scorer, "scorer"):
         with under(key):
             warning = models.check_unseen(name, records())

@@ -15,7 +15,7 @@ from data.filter.score.requests import EndpointScorer, Request
 from data.filter.score.scorer import Direction
 
 SHOWN_CHARACTERS = 12_000
-"""Characters to show of a longer text: two thirds from its beginning and a third from its end."""
+"""Maximum characters of a text to send: of a longer text, two thirds from its beginning and a third from its end."""
 _CUT = "\n[... {count} characters left out ...]\n"
 
 RUBRIC = """\
@@ -38,10 +38,10 @@ _DOCUMENT = ("a document", "to have written its next sentence, at each point, kn
 
 
 class JudgeScorer(EndpointScorer):
-    """Grade a record's prompt, or a whole plain document, from 1 (easy) to 5 at temperature 0.
+    """Grade a record's prompt, or a whole plain document, from 1 (easy) to 5 (very hard), at temperature 0.
 
-    Answers are cached by judge, rubric and text: neither a restart nor another endpoint with the same model repeats a
-    request. A score is one of five values, so ties are common.
+    Answers are cached by judge, rubric and text, so neither a restart nor a change to another endpoint with the same
+    model repeats a request. A score is one of five values, so ties are common.
     """
 
     name = "judge"
@@ -70,7 +70,7 @@ def judge_prompt(record: Record) -> str:
 
 
 def shortened(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """Cut the middle of a text that is longer than `limit` characters."""
+    """Keep `limit` characters of a longer text: replace its middle with a note of how many characters are left out."""
     if len(text) <= limit:
         return text
     begin, end = limit * 2 // 3, limit - limit * 2 // 3
@@ -78,8 +78,8 @@ def shortened(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
 
 def parse_difficulty(answer: str) -> int:
-    """Return the number of `{"difficulty": 1..5}`, which must be the whole answer. Raises `UnusableAnswer`. Prose,
-    strings, fractions and several objects are not interpreted.
+    """Return N from an answer that is exactly `{"difficulty": N}`, with an integer N from 1 to 5. Raises
+    `UnusableAnswer` for any other answer: prose, strings, fractions and several objects are not interpreted.
     """
     try:
         pairs = json.loads(answer, object_pairs_hook=tuple)  # a dictionary would hide duplicate names

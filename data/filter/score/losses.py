@@ -1,7 +1,7 @@
 """Score a record by the loss that language models have on its answer.
 
-The loss is that of the answer given its prompt; the whole text of a plain document is its answer. No scorer here learns
-from the records. `train/eval/contamination.py` checks that the models were not trained on them.
+The loss is that of the answer given its prompt; the whole text of a plain document is its answer. These scorers do not
+learn from the records. `train/eval/contamination.py` checks that the models were not trained on the records.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class ExcessScorer(Scorer):
     near 0.
 
     The score is in nats per byte of UTF-8, because the models may have different tokenizers. With `window`, it is the
-    largest mean difference per token over `window` consecutive tokens. Raises `ConfigError` if the two tokenizations of
-    a text then differ in length. NaN without tokens.
+    largest mean difference per token over `window` consecutive tokens, and `ConfigError` is raised if the models split
+    a text into different numbers of tokens. NaN without tokens.
     """
 
     name = "excess"
@@ -84,9 +84,9 @@ class ExcessScorer(Scorer):
 
 class DifficultyOfFollowing(Scorer):
     """Score by instruction-following difficulty: the mean loss of the answer given its prompt, divided by its mean loss
-    without the prompt (IFD, Li et al. 2023, arXiv 2308.12032). Near 0 the prompt determines the answer. Above 1 the
-    prompt does not help; the paper takes this as a sign that prompt and answer do not match, so inspect such records
-    before keeping them.
+    without the prompt (IFD, Li et al. 2023, arXiv 2308.12032). With a score near 0 the prompt determines the answer.
+    Above 1 the prompt does not help; the paper takes this as a sign that prompt and answer do not match, so inspect
+    such records before keeping them.
 
     NaN for plain documents and empty prompts, and for answers whose loss is 0 or missing.
     """
@@ -103,7 +103,7 @@ class DifficultyOfFollowing(Scorer):
         scores = np.full(len(records), np.nan)
         places = [place for place, record in enumerate(records) if record.prompt.strip()]
         pairs = [(records[place].prompt, records[place].answer) for place in places]
-        losses = self.losses([*pairs, *(("", answer) for _, answer in pairs)])  # one call, for common batches
+        losses = self.losses([*pairs, *(("", answer) for _, answer in pairs)])  # one call, for full batches
         for place, with_prompt, alone in zip(places, losses[: len(pairs)], losses[len(pairs) :], strict=True):
             divisor = hardest_mean(alone)
             if divisor > 0:  # false for NaN, which is the mean of no tokens

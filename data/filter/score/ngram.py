@@ -1,10 +1,10 @@
-"""Loss under a byte n-gram model of the data that is filtered. Takes seconds; needs no weights and no tokenizer.
+"""Score by the loss under a byte n-gram model of the filtered data. Takes seconds; needs no weights or tokenizer.
 
-Cross-fitted: each record is scored by the model of the other fold, which has seen neither it nor its copies.
+Cross-fitted: the data has two folds, duplicates are in one fold, and the model of a fold scores the other fold only.
 Limitation: the context is `order - 1` bytes, so the score measures how predictable the wording is, not what the prompt
 asks for. Losses are rounded to fixed point before they are summed, so a score does not depend on the batch.
 
-A code is a run of up to eight bytes as one integer, the last byte lowest.
+A code is an n-gram of up to eight bytes packed into one integer, with the last byte in the lowest bits.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MAX_ORDER = 8
 _VERSION = "1"
 _SAMPLE_BYTES = 1 << 23
 _RECORD_BYTES = 1 << 16
-"""Limit of each record's share of the sample: one long document must not fill it."""
+"""Maximum bytes of a record in the sample, so that one long document does not fill it."""
 _SCORED_AT_ONCE = 1 << 22
-"""Characters; memory is about 60 times that in bytes."""
+"""Characters to score in one batch. Each takes about 60 bytes of memory."""
 _FIXED_POINT = 1 << 20
 """Units per nat. The largest loss, about 40 nats, fits 32 bits."""
 _UNSEEN = math.log(256)
@@ -37,15 +37,15 @@ Codes = NDArray[np.uint64]
 
 
 class NgramScorer(Scorer):
-    """Mean loss in nats per byte of the answer given the text before it, or of a whole plain document. With `window`:
-    the mean over the hardest `window` consecutive bytes, or over all where there are fewer.
+    """Score by the mean loss in nats per byte of the answer given its prompt, or of a whole plain document. With
+    `window`: the mean over the hardest `window` consecutive bytes, or over all bytes of a shorter answer.
 
-    `sample_bytes`: size of the training sample of each fold: the records with the lowest hashes. A model takes
-    about 12 bytes per distinct n-gram: 20 MB for 8 MB of text, 200 MB for 8 MB of noise.
+    `sample_bytes`: size of the training sample of each fold, which has the records with the lowest hashes. A model
+    takes about 12 bytes of memory per distinct n-gram: 20 MB for 8 MB of text, 200 MB for 8 MB of noise.
 
-    Among worked answers of equal length, mean loss grows with the number of steps, because more steps mean more digits
-    and fewer words. An answer that is a single number carries nothing of its steps, and this scorer cannot
-    rank such answers (docs/filter_difficulty.png).
+    Among answers of equal length that show their steps, mean loss grows with the number of steps, because more steps
+    mean more digits and fewer words. An answer that is only a number does not show the steps to it, so this scorer
+    cannot rank such answers by difficulty (docs/filter_difficulty.png).
     """
 
     direction = Direction.hard
@@ -91,9 +91,9 @@ class NgramModel:
     """Interpolated Kneser-Ney over bytes (Ney, Essen and Kneser 1994; Chen and Goodman 1999, section 2.7), with one
     discount for each order.
 
-    p_k(b | c) = (n(c b) - d) / n(c) + d t(c) / n(c) p_k-1(b | c'), where c' is c without its oldest byte, t(c) is the
-    number of distinct bytes after c, and p_0 = 1/256. At the highest order n counts occurrences; at lower orders it
-    counts distinct preceding bytes. d = n_1 / (n_1 + 2 n_2), where n_i is the number of n-grams with count i.
+    At order k, p_k(b | c) = (n(c b) - d) / n(c) + d t(c) / n(c) p_k-1(b | c'), where c' is context c without its oldest
+    byte, t(c) is the number of distinct bytes after c, and p_0 = 1/256. At the highest order n counts occurrences; at
+    lower orders it counts distinct preceding bytes. d = n_1 / (n_1 + 2 n_2) with n_i n-grams of count i.
     """
 
     def __init__(self, order: int, texts: Sequence[bytes]) -> None:
@@ -106,13 +106,13 @@ class NgramModel:
             self._levels.append(self._level(distinct, counts))
 
     def losses(self, contexts: Sequence[bytes], texts: Sequence[bytes]) -> NDArray[np.int64]:
-        """Fixed-point loss of every byte of all texts, concatenated. Each text continues its context."""
+        """Return the fixed-point loss of every byte of the concatenated texts. Each text continues its context."""
         codes = _codes(self.order, contexts, texts)
         distinct, inverse = np.unique(codes, return_inverse=True)
         return self._look_up(distinct)[inverse].astype(np.int64)
 
     def _level(self, codes: Codes, counts: NDArray[np.int64]) -> _Level:
-        """Build the next higher order from its n-grams and the orders below it."""
+        """Build the next higher order from its n-grams, their counts and the orders below it."""
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
         discount = min(max(once / max(once + 2 * twice, 1), 0.1), 0.9)  # the estimate is unreliable on very little data
         contexts, group, followers = np.unique(codes >> np.uint64(8), return_inverse=True, return_counts=True)
@@ -123,10 +123,10 @@ class NgramModel:
         return _Level(codes, _fixed(p), contexts, _fixed(backoff))
 
     def _look_up(self, codes: Codes) -> NDArray[np.int32]:
-        """Fixed-point loss of the last byte of each code, whose length is the number of levels.
+        """Return the fixed-point loss of the last byte of each code. A code has as many bytes as there are levels.
 
-        The table has the interpolated loss of a known n-gram. For any other, back off: add the weight of its context,
-        if that is known, and drop the oldest byte.
+        A level has the interpolated loss of every known n-gram. For any other n-gram, add the weight of its context,
+        if the context is known, and look up the n-gram without its oldest byte one level below.
         """
         losses = np.zeros(len(codes), np.int32)
         left = np.arange(len(codes))
@@ -144,7 +144,7 @@ class NgramModel:
 
 @dataclass(frozen=True)
 class _Level:
-    """One order: sorted codes with their losses, and sorted contexts with the negative log of their backoff weight."""
+    """One order of the model: sorted codes with their losses, and sorted contexts with the -log of their backoff."""
 
     codes: Codes
     losses: NDArray[np.int32]
@@ -153,13 +153,13 @@ class _Level:
 
 
 class _Sample:
-    """The records with the lowest hashes, as many as fit into `size` bytes, in whatever order they arrive."""
+    """Keep the records with the lowest hashes that fit into `size` bytes. The order of arrival does not matter."""
 
     def __init__(self, size: int) -> None:
         self._left = size
         self._heap: list[tuple[int, bytes]] = []
         self._limit = 1 << 64
-        """The lowest hash that was evicted. No record above it is added, however short."""
+        """The lowest hash that was evicted. No record from this hash on is added, however short."""
 
     def add(self, record: Record) -> None:
         key = sample_key(record)
@@ -178,18 +178,18 @@ class _Sample:
 
 
 def _bytes(text: str) -> bytes:
-    """Encode as UTF-8, with a question mark for a lone surrogate, which JSON can hold."""
+    """Encode as UTF-8, with a question mark for each lone surrogate, which a JSON string may contain."""
     return text.encode("utf-8", "replace")
 
 
 def _mask(k: int) -> np.uint64:
-    """A mask for the last `k` bytes of a code."""
+    """Return a mask for the last `k` bytes of a code."""
     return np.uint64((1 << 8 * k) - 1)
 
 
 def _codes(order: int, contexts: Sequence[bytes], texts: Sequence[bytes]) -> Codes:
-    """The code that ends at each byte of the texts, concatenated. Contexts shorter than `order - 1` bytes are padded
-    with zeros.
+    """Return the code that ends at each byte of the concatenated texts. A context shorter than `order - 1` bytes is
+    padded with zeros.
     """
     back = order - 1
     parts, is_text = [], []
@@ -206,7 +206,7 @@ def _codes(order: int, contexts: Sequence[bytes], texts: Sequence[bytes]) -> Cod
 
 
 def _find(table: Codes, codes: Codes) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The place of each code in the sorted table, and whether the table has it."""
+    """Return the position of each code in the sorted table, and whether the table contains the code."""
     place = np.searchsorted(table, codes)
     if not len(table):
         return place, np.zeros(len(codes), bool)

@@ -24,15 +24,15 @@ from data.filter.score.scorer import Scorer
 from data.filter.store import writing
 
 FIRST_ANSWERS = 20
-"""Stop if more than half of this many first answers are unusable: the endpoint is not what the user thinks."""
+"""Number of first answers to check. If more than half are unusable, stop: it is probably the wrong endpoint."""
 FAILURES_IN_A_ROW = 5
-"""Consecutive requests without an answer after which the endpoint counts as down. Fewer may be at fault themselves."""
+"""Consecutive requests without an answer after which the endpoint counts as down. Fewer may be due to the requests."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """`parse` turns the answer's text into the cached value (a number or a string) or raises `UnusableAnswer`. If it
-    raises and there is a `reminder`, the request is repeated once with it appended. `options` are added to the request.
+    """`parse` turns an answer's text into the cached value (a number or a string) or raises `UnusableAnswer`. In that
+    case a request with a `reminder` is repeated once, with the reminder appended. `options` are added to the request.
     """
 
     content: str
@@ -44,8 +44,8 @@ class Request:
 class AnswerCache(dict[str, Any]):
     """Answers by key, stored as lines of JSON in a directory that any number of processes share.
 
-    Each process appends to its own file, so a kill leaves at most one incomplete line, which reading skips. Lines that
-    other processes write later are not read.
+    Each process appends to its own file. A killed process leaves at most one incomplete line, which is skipped. Lines
+    that other processes write after this cache was loaded are not seen.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -64,7 +64,7 @@ class AnswerCache(dict[str, Any]):
                     self[entry["key"]] = entry["answer"]
 
     def add(self, key: str, answer: Any) -> None:
-        """Write an answer to disk, then make it visible. Raises `DataError` if it cannot be written."""
+        """Write an answer to disk, then add it to this dictionary. Raises `DataError` if it cannot be written."""
         line = json.dumps({"key": key, "answer": answer})
         with self._lock, writing(self.directory):
             if self._file is None:
@@ -77,7 +77,7 @@ class AnswerCache(dict[str, Any]):
 
 
 class CachedEndpoint:
-    """Send requests to an endpoint, `concurrency` at a time."""
+    """Send requests to an endpoint, `concurrency` at a time, and cache the answers."""
 
     def __init__(self, endpoint: Endpoint, cache: AnswerCache, concurrency: int) -> None:
         self.endpoint, self.cache, self.concurrency = endpoint, cache, concurrency
@@ -120,7 +120,7 @@ class CachedEndpoint:
             except RetriesExhausted as error:
                 self._first_failure = self._first_failure or error
                 if not self._reached:
-                    self.endpoint.stopped.set()  # at once: no other request could succeed
+                    self.endpoint.stopped.set()  # the endpoint never answered: other requests would fail too
                 return error
             else:
                 self._reached = True
@@ -149,7 +149,7 @@ class CachedEndpoint:
 
 class EndpointScorer(Scorer):
     """Base of scorers that send requests for each record. A score is NaN if an answer is missing or unusable; `reasons`
-    then has the reason by record id. Answers are cached, failures are not: the next filter run repeats those requests.
+    then has the reason by record id. Failures are not cached: the next filter run repeats the failed requests.
     """
 
     def __init__(self, config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> None:

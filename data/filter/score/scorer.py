@@ -1,7 +1,7 @@
-"""Define the interface of scorers, and what several scorers have in common.
+"""Define the interface of scorers, and functions that several scorers use.
 
-Scores are cached under the scorer's fingerprint. The cache is authoritative: a record is never scored twice, because a
-model's score depends on the other texts of its batch.
+Scores are cached under the scorer's fingerprint. A record with a cached score is never scored again: a model's score
+depends on the other texts of the batch, so it could change.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Direction(Enum):
 class Scorer(Protocol):
     name: str
     measures: str
-    """One line for people, with the unit."""
+    """What a score measures, in one line for people, with the unit."""
     direction: Direction
     fingerprint: str
     """A hash of everything on which a score depends (weights, tokenizer, template, settings), except the record itself
@@ -49,7 +49,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class RemoteScorer(Protocol):
-    """A scorer that depends on a server, which may fail for some records. The next run requests those again."""
+    """A scorer that depends on a server, which may fail for some records. The next run scores these records again."""
 
     @property
     def reasons(self) -> Mapping[str, str]:
@@ -59,7 +59,7 @@ class RemoteScorer(Protocol):
 
 @runtime_checkable
 class CompositeScorer(Protocol):
-    """A scorer that combines other scorers, whose scores are stored as well."""
+    """A scorer that has other scorers, such as members. Their scores are stored as well."""
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -72,8 +72,8 @@ class CompositeScorer(Protocol):
 
 
 TokenLosses = Callable[[Sequence[tuple[str, str]]], list[NDArray[np.float32]]]
-"""For pairs of texts, the loss in nats of each token of the second given the first, which may be empty. Scorers receive
-models in this form, so that `data` does not import them.
+"""Returns, for each pair of texts, the loss in nats of each token of the second text given the first text, which may be
+empty. Scorers receive models in this form, so that `data` need not import the models' code.
 """
 
 FOLDS = 2
@@ -85,7 +85,7 @@ def fold(record: Record) -> int:
 
 
 def sample_key(record: Record) -> int:
-    """Return a 64-bit hash of the text for sampling. `fold` uses other digits: a sample has records of both folds."""
+    """Return a 64-bit hash of the text for sampling. `fold` uses other digits of it, so a sample has both folds."""
     return int(record.content[8:24], 16)
 
 

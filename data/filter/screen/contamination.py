@@ -1,6 +1,6 @@
 """Find records that have an n-gram of words in common with an evaluation set (Brown et al. 2020, appendix C: 13 words).
 
-A set is kept as the sorted 64-bit hashes of its n-grams of words, eight bytes each. Chance matches are rarer than one
+A set is stored as the sorted 64-bit hashes of its n-grams of words, eight bytes each. Chance matches are rarer than one
 in 10^9 lookups even for 10^10 n-grams.
 """
 
@@ -22,11 +22,11 @@ from data.filter.screen.normalise import words
 
 
 class EvaluationSets:
-    """The word n-grams of all named sets. A call returns the name of the first set that has one in common with a text.
+    """The word n-grams of all evaluation sets. A call returns the name of the first set with an n-gram of a text.
 
     Every string of a set's record counts, also nested ones: the question as well as the answers. Texts of fewer than
-    `words` words cannot match. Raises `ConfigError` with the key `contamination.sets.NAME` for a set of which no text
-    is long enough, and for a file that is missing or unreadable.
+    `words` words cannot match. Raises `ConfigError` with the key `contamination.sets.NAME` if no text of a set has so
+    many words, and if a file is missing or unreadable.
     """
 
     def __init__(self, config: ContaminationConfig) -> None:

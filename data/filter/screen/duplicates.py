@@ -3,12 +3,12 @@
 `signatures` runs by shard on any number of ranks; `find_duplicates` runs once over all of them. Near-duplicates are
 found by MinHash (Broder 1997) over word n-grams of length `SHINGLE`. The fraction of matching positions in two
 signatures estimates the Jaccard similarity J, with a standard error of sqrt(J (1 - J) / PLACES): 0.035 at J = 0.8.
-Candidates agree in a whole band of positions (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, section 3.4).
-Candidates whose estimate reaches the threshold are joined, and a chain of such pairs forms one group. The hashing is
-our own, so that stored signatures survive a change of library.
+Two records are compared if their signatures agree in a whole band of positions (Leskovec, Rajaraman & Ullman, Mining of
+Massive Datasets, section 3.4). They are joined if the estimate reaches the threshold, and a chain of such pairs forms
+one group. The hashing is our own, so that stored signatures survive a change of library.
 
-Every rank holds all signatures. A million records take 1.7 GB if near-duplicates are searched for, 0.65 GB if only
-exact ones are, and nothing if neither is. A larger input must be filtered in parts; duplicates across parts are not
+Every rank holds all signatures. A million records take 1.7 GB if near-duplicates are searched for, 0.65 GB for exact
+duplicates only, and nothing without either. A larger input must be filtered in parts; duplicates across parts are not
 found.
 """
 
@@ -30,15 +30,15 @@ PLACES = 128
 SHINGLE = 5
 """Words per n-gram. Texts with fewer words are checked for exact duplicates only."""
 _MAX_MISSED = 0.01
-"""Probability that two records exactly at the threshold share no band; it decides the bands."""
+"""Allowed probability of missing a pair whose similarity is exactly the threshold. It decides the bands."""
 _BLOCK = 1 << 10
 _ODD_64 = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
 class Signatures:
-    """Signatures of N records. `exact_N2`: 128-bit hash of the canonical text. `near_NP`: PLACES minima as uint32, all
-    zero where `near_possible_N` is false: too few words.
+    """Signatures of N records. `exact_N2`: 128-bit hash of the canonical text. `near_NP`: the PLACES minima of MinHash.
+    `near_possible_N`: false for a record with too few words, whose minima are all 0.
     """
 
     exact_N2: NDArray[np.uint64]
@@ -63,7 +63,7 @@ def signatures(texts: Sequence[str]) -> Signatures:
 
 
 def ngram_hashes(found: Sequence[str], length: int) -> NDArray[np.uint64]:
-    """Hash each run of `length` words, in order; none if there are fewer words."""
+    """Return the hash of each n-gram of `length` words, in order; empty for fewer words."""
     count = len(found) - length + 1
     if count < 1:
         return np.empty(0, np.uint64)
@@ -78,17 +78,17 @@ def ngram_hashes(found: Sequence[str], length: int) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Copy:
-    """Why a record is dropped, and which is kept instead: its index over all records in (shard, row) order."""
+    """Why a duplicate is dropped. `of`: the record that is kept, as an index over all records in (shard, row) order."""
 
     reason: Reason
     of: int
 
 
 def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> list[list[Copy | None]]:
-    """Find the copies among the records of each shard. The first of a group in (shard, row) order stays.
+    """Find the duplicates in all shards. The first record of a group in (shard, row) order is kept (None).
 
-    A record is a `duplicate` if an earlier one has the same canonical text, a `near_duplicate` if it is joined by
-    similarity alone.
+    A record is a `duplicate` if an earlier record has the same canonical text, and a `near_duplicate` if only
+    similarity joins it to its group.
     """
     count = sum(len(shard.exact_N2) for shard in shards)
     is_exact, groups = np.zeros(count, np.bool_), _Groups(count)
@@ -109,11 +109,11 @@ def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> li
 
 
 def bands(threshold: float) -> tuple[int, int]:
-    """Return the number of bands and their width: the widest bands that miss a pair at the threshold with a
-    probability of at most 1%.
+    """Return the number and the width of the bands: the widest bands that miss a pair whose similarity is `threshold`
+    with a probability of at most 1%.
 
-    If two signatures agree at each position with probability s, the probability that they share no band of width r is
-    (1 - s^r)^(PLACES / r).
+    If two signatures agree at each position with probability s, the probability that they agree in no band of width r
+    is (1 - s^r)^(PLACES / r).
     """
     for width in range(PLACES, 1, -1):
         if (1 - threshold**width) ** (PLACES // width) <= _MAX_MISSED:
@@ -140,18 +140,18 @@ class _Groups:
 
 
 def _exact_copies(exact_N2: NDArray[np.uint64]) -> Iterable[tuple[int, int]]:
-    """Pairs (first, later) for each record that repeats an earlier one."""
-    order = np.lexsort((exact_N2[:, 1], exact_N2[:, 0]))  # stable: equal ones stay in order
+    """Return a pair (first, later) for each record that repeats an earlier one."""
+    order = np.lexsort((exact_N2[:, 1], exact_N2[:, 0]))  # stable: equal rows stay in order
     new = np.r_[True, (exact_N2[order][1:] != exact_N2[order][:-1]).any(1)]
     first = order[new][np.cumsum(new) - 1]
     return zip(first[~new].tolist(), order[~new].tolist(), strict=True)
 
 
 def _near_copies(near_NP: NDArray[np.uint32], threshold: float) -> Iterable[tuple[int, int]]:
-    """Yield enough pairs to connect all records that share a band and whose estimated similarity reaches the threshold.
+    """Yield enough pairs to connect all records that agree in a band and whose estimated similarity is high enough.
 
-    Each record of a bucket is compared with those not yet reached: a bucket of many copies costs its size, not its
-    square, and what is connected does not depend on the order.
+    A record of a bucket is compared only with the records that no pair has reached yet. So a bucket of duplicates takes
+    time linear in its size, and the connected groups do not depend on the order.
     """
     count, width = bands(threshold)
     needed = int(np.ceil(threshold * PLACES - 1e-9))
@@ -169,7 +169,7 @@ def _near_copies(near_NP: NDArray[np.uint32], threshold: float) -> Iterable[tupl
 
 
 def _buckets(columns_NW: NDArray[np.uint32]) -> Iterable[NDArray[np.intp]]:
-    """Yield groups of two or more rows whose hash over all columns is equal."""
+    """Yield the indices of each group of two or more rows with the same hash over all columns."""
     keys = np.zeros(len(columns_NW), np.uint64)
     for column_N in columns_NW.T:
         keys = (keys ^ (keys >> np.uint64(31))) * _ODD_64 + column_N
@@ -182,7 +182,7 @@ def _buckets(columns_NW: NDArray[np.uint32]) -> Iterable[NDArray[np.intp]]:
 
 
 def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Return factors (odd, so that h -> a h + b modulo 2^32 is a bijection) and offsets, the same on every machine."""
+    """Return factors a and offsets b, the same on every machine. With odd a, h -> a h + b mod 2^32 is a bijection."""
     numbers = [xxhash.xxh3_64_intdigest(f"signature {place}".encode()) for place in range(PLACES)]
     return (
         np.array([(number >> 32) | 1 for number in numbers], np.uint32),
@@ -193,7 +193,7 @@ def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
 def _minima(
     runs_R: NDArray[np.uint32], factors_P: NDArray[np.uint32], offsets_P: NDArray[np.uint32]
 ) -> NDArray[np.uint32]:
-    """Return the smallest permuted hash per place, in blocks that fit the cache."""
+    """Return the smallest hash under each of the P permutations. Works in blocks that fit the CPU cache."""
     lowest = np.full(len(factors_P), 0xFFFFFFFF, np.uint32)
     for start in range(0, len(runs_R), _BLOCK):
         block = runs_R[start : start + _BLOCK]

@@ -1,15 +1,15 @@
-"""Reject text that is not worth scoring, by statistics of the text alone, before any quantile is taken.
+"""Reject text that is not worth scoring, by statistics of the text alone.
 
-Garbage has a very high or a very low loss, so a filter by score keeps it or spends its quota on it. The gates need no
-statistics of a language. Loops repeat long windows (`repeated_share`). In text, three characters occur together about
-ten times as often as their frequencies predict; in shuffled text, as often as predicted (`triple_excess`, Friedman's
-coincidence count of 1922). Random characters change between letters, capitals, digits and punctuation at every other
-position (`restless`).
+Garbage has a very high or a very low loss. Selection by score would keep the former, and would drop the latter in place
+of easy text. The gates need no statistics of any language. A loop repeats long windows (`repeated_share`). In text,
+three characters occur together about ten times as often as their frequencies predict; in shuffled text, as often as
+predicted (`triple_excess`, Friedman's coincidence count of 1922). Random characters change between letters, capitals,
+digits and punctuation at every other position (`restless`).
 
-Thresholds were chosen on half of the standard library's files; the tests give the rates on the other half (which was
-looked at once, when trigrams replaced bigrams). On unseen text (1,284 files of installed packages) no clean piece of
-200, 500 or 2,000 characters was rejected. The rates hold from `PROMISED_CHARACTERS` on. Below `_FEWEST`, only length
-and broken characters are checked.
+Thresholds were chosen on half of the files of the standard library; the tests measure the error rates on the other
+half, which had an influence once: on the choice of trigrams over bigrams. On unseen text (1,284 files of installed
+packages) no clean piece of 200, 500 or 2,000 characters was rejected. The rates hold for texts of at least
+`PROMISED_CHARACTERS`. In texts shorter than `_FEWEST`, only length and broken characters are checked.
 
 The gates do not find shuffled words, letters shuffled inside each word (in half of the texts of 500 characters), a loop
 in less than two thirds of a text, or shuffled tables of numbers. They reject long lists of names, DNA and base64, which
@@ -35,30 +35,30 @@ PROMISED_CHARACTERS = 200
 """From this length on 99% of shuffled text, random bytes and loops are rejected, and 99% of clean text is kept."""
 _FEWEST = 120
 _JUDGED = 1 << 20
-"""Number of characters to check, from the first one on; each takes about 30 bytes of memory."""
+"""Maximum number of characters to check, from the start of a text. Each takes about 30 bytes of memory."""
 _WINDOW, _LONG_TEXT, _LONG_WINDOW = 16, 1000, 64
 """Window of `repeated_share` in characters, for short and long texts. Long code repeats short pieces: with 16 at every
 length, 1.1% of the files of installed packages were rejected, most of them generated headers; with 64, none.
 """
 _REPEATED = 0.68
 _ALPHABET = 128
-"""Codes of characters are taken modulo this: ASCII stays, and no two letters of an alphabet collide."""
+"""Code points are taken modulo this: ASCII does not change, and no two letters of an alphabet collide."""
 _CODES = 0x40000
-"""From here on, code points are private, unassigned or invisible; a table with them took 0.7 s to build."""
+"""Code points from here on are private, unassigned or invisible. A table of kinds with them took 0.7 s to build."""
 _BROKEN = 0.05
-"""Largest fraction of control, replacement and unassigned characters; random bytes as Latin-1 have a quarter."""
+"""Largest fraction of control, replacement and unassigned characters. Random bytes as Latin-1 have a quarter."""
 _RESTLESS = 0.58
 _NO_ORDER, _LITTLE_ORDER = 0.85, 1.4
-"""Bounds of `Order.of_all`. In 200 characters, clean text has 1.3 or more (all but 1%), shuffled text 0.78 or less; in
-500 characters 1.8 or more and 0.5 or less.
+"""Bounds of `Order.of_all`: below the first, text is shuffled; below the second, `restless` decides. In 200 characters,
+99% of clean text has 1.3 or more and shuffled text has 0.78 or less; in 500 characters, 1.8 or more and 0.5 or less.
 """
 _LONG, _NO_ORDER_IN_DOUBT = 400, 0.5
-"""The lower bound is for text with few letters, and for non-ASCII text shorter than `_LONG`: of the pieces of 200
-characters of Hungarian, Estonian and Korean, about 4% are below 0.85 and 1% below 0.5. With 500 characters, text in 18
-languages has 1.1 or more.
+"""The bound `_NO_ORDER_IN_DOUBT` is for text with few letters, and for non-ASCII text shorter than `_LONG`: of the
+pieces of 200 characters of Hungarian, Estonian and Korean, about 4% are below 0.85 and 1% below 0.5. With 500
+characters, text in 18 languages has 1.1 or more.
 """
 _MANY_PAIRS, _NO_LETTER_ORDER = 300, 0.22
-"""From this many pairs of letters on, `Order.of_letters` is checked too. English has 0.43 or more, Finnish 0.25 or
+"""Minimum pairs of letters to check `Order.of_letters`, and its lower bound. English has 0.43 or more, Finnish 0.25 or
 more; with the letters of each word shuffled, half of the English texts have 0.14 or less.
 """
 _LETTERS, _CAPITAL, _DIGIT, _SPACE, _SIGN, _NO_CHARACTER = range(6)
@@ -141,10 +141,10 @@ def repeated_share(codes_N: NDArray[np.uint32]) -> float:
 
 @dataclass(frozen=True)
 class Order:
-    """How far the order of characters is from random, in nats: 0 for shuffled text.
+    """How far the order of characters is from random, in nats: about 0 for shuffled text.
 
-    `of_all`: for trigrams of characters; about 2.5 in 200 characters of text. `of_letters`: for pairs of letters, which
-    detect text in which only the letters were shuffled.
+    `of_all` is for trigrams of characters; 200 characters of text have about 2.5. `of_letters` is for pairs of letters,
+    and detects text in which only the letters were shuffled.
     """
 
     of_all: float
@@ -154,7 +154,7 @@ class Order:
 
 def order_of(text: str, kinds_N: NDArray[np.uint8]) -> Order:
     folded_N = code_points(text.lower())
-    if len(folded_N) != len(kinds_N):  # the small letters of a few capitals are two characters
+    if len(folded_N) != len(kinds_N):  # a few capitals become two characters in lower case
         folded_N = code_points(text)
     codes_N = (folded_N % _ALPHABET).astype(np.intp)
     letters_N = kinds_N <= _CAPITAL
@@ -164,10 +164,10 @@ def order_of(text: str, kinds_N: NDArray[np.uint8]) -> Order:
 
 
 def triple_excess(codes_N: NDArray[np.intp]) -> float:
-    """Count coincidences of equal trigrams, divided by those expected at random from the same characters.
+    """Return the number of pairs of equal trigrams, divided by the number expected for the same characters at random.
 
-    With counts c_a of N characters, two positions agree with probability p = sum of c_a (c_a - 1) / (N (N - 1)), two
-    trigrams with about p^3. Numerator and denominator are increased by 2, so that a few trigrams have little effect.
+    If character a occurs c_a times in N, two positions agree with probability p = sum of c_a (c_a - 1) / (N (N - 1)),
+    and two trigrams with about p^3. Both numbers are increased by 2, so that a few trigrams have little effect.
     """
     count = len(codes_N)
     if count < 4:
@@ -181,10 +181,10 @@ def triple_excess(codes_N: NDArray[np.intp]) -> float:
 
 
 def pair_excess(pairs_P: NDArray[np.intp]) -> float:
-    """Count coincidences of equal pairs, divided by those expected at random from the same first and second letters.
+    """Return the sum of c_ab (c_ab - 1), divided by its value expected at random, where pair (a, b) occurs c_ab times.
 
-    With counts c_ab and their sums r_a and s_b of P pairs, the expectation of c_ab (c_ab - 1) is r_a (r_a - 1) s_b
-    (s_b - 1) / (P (P - 1)), without bias at any length. Numerator and denominator are increased by 2.
+    If a is the first letter of r_a of the P pairs, and b the second letter of s_b, a term has the expectation
+    r_a (r_a - 1) s_b (s_b - 1) / (P (P - 1)), without bias at any length. Both sums are increased by 2.
     """
     total = len(pairs_P)
     if total < 2:
@@ -199,9 +199,9 @@ def _coincidences(counts: NDArray[np.intp]) -> float:
 
 
 def restless(kinds_N: NDArray[np.uint8]) -> bool:
-    """Decide whether the kind of character changes as often as in random text, and there are capitals inside words.
+    """Decide whether the kind of character changes as often as in random text, and words have capitals inside.
 
-    In formulas and tables of single digits the kind changes as often, but there are no capitals inside words.
+    The kind also changes as often in formulas and tables of single digits, but these have no capitals inside words.
     """
     changes = np.count_nonzero(kinds_N[1:] != kinds_N[:-1])
     rises = np.count_nonzero((kinds_N[:-1] == _LETTERS) & (kinds_N[1:] == _CAPITAL))
@@ -226,7 +226,7 @@ def _kinds_of_characters() -> NDArray[np.uint8]:
     kinds = {f"{a}{b}": first[a] for a in first for b in "acdefiklmnopstu"} | exceptions
     table = np.array([kinds[unicodedata.category(chr(code))] for code in range(_CODES)], np.uint8)
     table[[9, 10, 11, 12, 13]] = _SPACE
-    table[0xFFFD] = _NO_CHARACTER  # what decoders write for bytes that are not text
+    table[0xFFFD] = _NO_CHARACTER  # decoders write it in place of invalid bytes
     return table
 
 

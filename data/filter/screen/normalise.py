@@ -1,7 +1,7 @@
 """Normalise text for comparison. The text of a record is never changed.
 
-`canonical` is for exact duplicates and keeps every sign: "2 + 3" and "2 - 3" are two prompts. `words` is for common
-passages and drops punctuation and typography: quotes, dashes, mark-up and line breaks cannot hide a duplicate.
+`canonical` is for exact duplicates and keeps every sign: "2 + 3" and "2 - 3" are two prompts. `words` is for passages
+in common and drops punctuation and typography: quotes, dashes, mark-up and line breaks cannot hide a duplicate.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _ASCII_WORDS = re.compile("[0-9a-z]+")
 
 
 def canonical(text: str) -> str:
-    """Fold case, compose (NFC) and join with single spaces. NFKC is not used: it would turn a superscript 2 into 2."""
+    """Fold case, apply NFC and make white space single spaces. Not NFKC, which would turn a superscript 2 into 2."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
     return " ".join(text.lower().split()) if text.isascii() else " ".join(text.split())
 
 
 def words(text: str) -> list[str]:
-    """Return words without punctuation, with case folded and in compatibility form (NFKC: no ligatures)."""
+    """Return the words without punctuation, in NFKC (which resolves ligatures) and with case folded."""
     if text.isascii():
         return _ASCII_WORDS.findall(text.lower())
     return _WORDS.findall(unicodedata.normalize("NFKC", text).casefold())

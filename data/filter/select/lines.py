@@ -1,7 +1,7 @@
 """Filter a stream of JSON lines.
 
 Each batch of `BATCH` lines is screened, scored and selected (`StreamSelector`, one per domain). The kept lines are
-written before the next batch is read. Compared with `pipeline` it lacks duplicate detection and length
+written before the next batch is read. In contrast to `pipeline`, duplicates are not detected and there are no length
 buckets. Scorers that must see all records first are rejected.
 """
 
@@ -29,7 +29,7 @@ from data.filter.select.streaming import StreamSelector
 from data.sampling import key_of
 
 BATCH = 64
-"""Lines to decide together; a slow stream waits for a full batch."""
+"""Number of lines to decide together. With a slow stream, lines wait until a batch is full."""
 KEPT, COUNTS = "kept.jsonl", "stream.json"
 
 
@@ -47,7 +47,7 @@ def check_rules(rules: FilterRules) -> None:
 @dataclass
 class LineFilter:
     """Filter lines in batches. `count_tokens` returns the number of tokens of each text; None: bytes count as tokens.
-    `clean`: as in `FilterJob`.
+    `clean`: reference text whose scores set the limit above which a record is noise.
     """
 
     config: InputConfig
@@ -56,11 +56,11 @@ class LineFilter:
     count_tokens: Callable[[Sequence[str]], Sequence[int]] | None = None
     clean: Sequence[Record] = ()
     check: Callable[[Sequence[Record]], None] = lambda records: None
-    """Called once, with the first records that are scored."""
+    """Called once, with the first records to be scored."""
     reasons: Counter[Reason] = field(default_factory=Counter)
     """Number of lines so far by reason."""
     weight: Counter[bool] = field(default_factory=Counter)
-    """Number of documents or tokens that were scored, by whether they were kept."""
+    """Number of scored documents or tokens, by whether they were kept."""
 
     def __post_init__(self) -> None:
         self._gates, self._sets = Gates(self.rules.gates), EvaluationSets(self.rules.contamination)

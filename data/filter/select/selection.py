@@ -1,12 +1,12 @@
 """Select exactly by score, identically on any number of ranks, without holding all scores in memory.
 
 A record's key is its quantised score followed by its hash. Each group (the records of one domain and length bucket)
-keeps the records at or above a threshold key. A radix search finds the threshold: each pass over the shards sums one
-histogram per group, over the next bits of the keys that share the prefix found so far. Histograms are integers and are
-summed over ranks, so the result depends neither on the number of ranks nor on the order or partition of the shards. At
-most `_BINS` cells are in memory; more groups mean fewer bits per pass and more passes.
+keeps the records at or above a threshold key. A radix search finds the threshold: each pass over the shards makes one
+histogram per group, over the next bits of those keys that begin with the bits found so far. Histograms are integers and
+are summed over ranks, so the result depends neither on the number of ranks nor on the order or partition of the shards.
+A histogram has at most `_BINS` cells; more groups mean fewer bits per pass and more passes.
 
-Shapes: N records of a shard, D domains, G groups, L bins of length. Weights are documents (1 each) or tokens.
+Shapes: N records of a shard, D domains, G groups, L bins of length. The weight of a record is 1 or its tokens.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ SumOverRanks = Callable[[Integers], Integers]
 """Element-wise sum of an array over all ranks. All ranks call it in the same order with the same shapes."""
 
 REASONS = tuple(Reason)
-"""A code is an index into this."""
+"""The code of a reason is its index here."""
 CODE = {reason: np.uint8(place) for place, reason in enumerate(REASONS)}
 
 _FINE, _FINE_BITS = 8192, 16
 _LARGEST = 2**31 - 1
 _SCORE_BITS, _HASH_BITS = 32, 64
 _NOTHING = 1 << (_SCORE_BITS + _HASH_BITS)
-"""A threshold above all keys."""
+"""A threshold above all keys, which keeps no record."""
 _BINS = 1 << 22
-"""Cells of a histogram: 32 MiB as int64. A pass has two of them (documents and weight)."""
+"""Maximum cells of a histogram: 32 MiB as int64. A pass has two histograms (documents and weight)."""
 _DIGIT_BITS = 16
 _OCTAVES, _LENGTH_BITS = 32, 7
 _LENGTHS = _OCTAVES << _LENGTH_BITS
 _SMALLEST_BUCKET = 32
-"""Minimum records of a length bucket. In smaller ones length would decide instead of the score."""
+"""Minimum number of records per length bucket. In smaller buckets, length would decide instead of the score."""
 
 
 @dataclass(frozen=True)
 class ShardScores:
     """Records of one shard that passed the screen, as arrays [N].
 
-    `domain` indexes the names given to `select`. `length` (bytes or tokens) defines the buckets. `weight` is 1 or the
-    tokens; `keep` is a fraction of the total weight. `hash` is that of (seed, id). `name` is for error messages.
+    `domain` indexes the names given to `select`. `length` decides the bucket. `weight` is 1 or the number of tokens;
+    `keep` is a fraction of the total weight. `hash` is the hash of (seed, id). `name` is for error messages.
     """
 
     name: str
@@ -71,9 +71,9 @@ Shards = Callable[[], Iterable[ShardScores]]
 
 
 def quantise(score: Floats) -> Integers:
-    """Convert scores to 32-bit fixed point: thresholds are compared as integers. Monotone; non-finite becomes 0.
+    """Convert scores to 32-bit fixed point, so that thresholds are integers. Monotone; NaN and infinity become 0.
 
-    Steps of 2^-16 up to an absolute value of 8,192 (losses, ratios, grades), of 1 beyond (lengths), clamped at 1.6e9.
+    The step is 2^-16 up to an absolute value of 8,192 (losses, ratios, grades) and 1 beyond (lengths, up to 1.6e9).
     """
     size = np.abs(np.where(np.isfinite(score), score, 0.0))
     knee = _FINE << _FINE_BITS
@@ -83,9 +83,9 @@ def quantise(score: Floats) -> Integers:
 
 
 def length_bin(length: Integers) -> Integers:
-    """Map lengths to bins, monotonically: exact below 256, less than 0.8% wide above, up to 4 GiB.
+    """Map lengths to bins, monotonically: one length per bin below 256, bins of less than 0.8% above, up to 4 GiB.
 
-    A bin is the leading bits of the length as a float: the exponent and 7 bits of mantissa.
+    The number of a bin is the leading bits of the length as a float: the exponent and 7 bits of the mantissa.
     """
     value = np.clip(length, 1, 2**_OCTAVES - 1).astype(np.float64)
     return (value.view(np.int64) >> (52 - _LENGTH_BITS)) - (1023 << _LENGTH_BITS)
@@ -100,7 +100,7 @@ def shortest(bin: Integers) -> Integers:
 def noise_threshold(clean: Floats, quantile: float) -> float:
     """Return the score above which a record is noise: a `quantile` of the scores of clean reference text.
 
-    A quantile of the data itself would lie within the noise if more than a fraction 1 - quantile of it were noise.
+    A quantile of the data itself would lie within the noise if a fraction above 1 - quantile of the data were noise.
     Raises `DataError` if no clean score is finite.
     """
     finite = clean[np.isfinite(clean)]
@@ -110,7 +110,7 @@ def noise_threshold(clean: Floats, quantile: float) -> float:
 
 
 def screen(shard: ShardScores, protected: NDArray[np.bool_], noise: float | None, on_error: OnError) -> Codes:
-    """Decide on the records that need no comparison with others, as codes [N]. Those that must compete are `easy`."""
+    """Return codes [N], which are final for noise, unscored and protected records. All other records are `easy`."""
     codes = np.full(len(shard.score), CODE[Reason.easy])
     if noise is not None:
         codes[quantise(shard.score) > quantise(np.array([noise]))] = CODE[Reason.noise]
@@ -141,9 +141,9 @@ class ThresholdKeys:
 class Thresholds:
     """The thresholds of every group, identical on every rank.
 
-    `starts`: for each domain, the first length bin of each bucket; a domain's groups are its buckets in that order.
-    `hard` has one key per group, `revived` and `floor` have one per domain. `target` is the weight to keep of each
-    domain, `passed` the weight of all its records.
+    `starts`: for each domain, the first length bin of each bucket; a domain's groups are its buckets in this order.
+    `hard` has one key per group, and `revived` and `floor` have one key per domain. `target` is the weight to keep of
+    each domain, and `passed` the weight of all records of each domain.
     """
 
     domains: tuple[str, ...]
@@ -190,7 +190,7 @@ class Thresholds:
 
     @property
     def thresholds(self) -> dict[str, Any]:
-        """All fields as JSON, for the audit. `score` is for people; `key` is compared."""
+        """The thresholds as JSON, for the audit. `key` is the exact threshold; `score` shows it to people."""
         first, described = np.cumsum([0, *map(len, self.starts)]), {}
         for place, name in enumerate(self.domains):
             keys = self.hard.values[first[place] : first[place + 1]]
@@ -214,12 +214,12 @@ def score_bits(score: Floats) -> Integers:
 
 
 def shuffled(hash_: Hashes) -> Hashes:
-    """Return the hash with its halves exchanged, for a second random choice: the first half already decides ties."""
+    """Return the hash with its halves exchanged, for a second random choice: the high bits already decide ties."""
     return (hash_ << np.uint64(32)) | (hash_ >> np.uint64(32))
 
 
 def _readable(key: int) -> float | None:
-    """Return the score of a threshold key; None for the key that no record reaches."""
+    """Return the score of a threshold key; None for a key that no record reaches."""
     if key >= _NOTHING:
         return None
     steps = (key >> _HASH_BITS) - _LARGEST - 1
@@ -237,11 +237,11 @@ def select(
 ) -> Thresholds:
     """Select by score in each domain separately.
 
-    `shards` yields this rank's part. `domains` are all names, the same on every rank. `noise` is from
-    `noise_threshold`. A domain's target is its keep rate times the weight of all its records, capped by the weight
-    without noise and unscored records (with `on_error=keep` unscored records count as kept). Each length bucket keeps
+    `shards` returns the shards of this rank. `domains` are all names, the same on every rank. `noise` is from
+    `noise_threshold`. A domain's target is its keep rate times the weight of all its records, but at most the weight
+    of the records that can be kept: not noise, and unscored records only with `on_error=keep`. Each length bucket keeps
     the same fraction of its competing records. Rounding errors carry over to the next bucket, so a domain is within
-    half a document of its target. `floor` adds records by score that are neither noise nor unscored.
+    half a document of its target. `floor` then adds the easy records with the highest scores.
 
     Raises `DataError` for an unscored record with `on_error=fail`.
     """
@@ -274,7 +274,7 @@ def select(
 
 
 def _buckets(pair: Integers, documents: Integers, domains: int, most: int) -> tuple[Integers, ...]:
-    """Return the first length bin of each bucket, for every domain, from the `documents` of the pairs that occur.
+    """Return the first length bin of each bucket, for every domain. `documents` [P]: the number in each `pair`.
 
     A bin belongs to the bucket of its first document, so one length is never in two buckets. A bucket may be empty.
     """
@@ -283,7 +283,7 @@ def _buckets(pair: Integers, documents: Integers, domains: int, most: int) -> tu
         up_to = np.cumsum(documents[begin:end])
         total = int(up_to[-1]) if len(up_to) else 0
         buckets = int(np.clip(total // _SMALLEST_BUCKET, 1, most))
-        # the bucket of the document after each bin: a bucket begins after the last bin of the previous bucket
+        # the bucket of the first document after each bin; where it rises, the next bin begins that bucket
         place = np.minimum(up_to * buckets // max(total, 1), buckets - 1)
         after = pair[begin:end] % _LENGTHS + 1
         found.append(np.concatenate([[0], after[np.searchsorted(place, np.arange(1, buckets), "left")]]))
@@ -307,7 +307,7 @@ def _added(parts: Sequence[tuple[Integers, Integers]]) -> tuple[Integers, Intege
 @dataclass(frozen=True)
 class _Census:
     """Documents and weight [2, D] of all records (`passed`), of those kept without competing, and of those that compete
-    (`easy`). `count` [2, P] splits the competing ones by `pair` of domain and length bin.
+    (`easy`). `count` [2, P] has the documents and weight that compete, by `pair` [P] of domain and length bin.
     """
 
     passed: Integers
@@ -321,8 +321,8 @@ class _Census:
 class _Crossing:
     """Where the cumulative weight of each group, from the highest key down, crosses the wanted weight.
 
-    `include` and `exclude` are the thresholds with and without the records at the crossing. `at` is the documents and
-    weight [2, G] of these records, `before` those of the records above.
+    `include` and `exclude` are the thresholds with and without the records at the crossing. `at` [2, G] is the
+    documents and weight of the records at the crossing, and `before` [2, G] that of the records above it.
     """
 
     include: list[int]
@@ -333,7 +333,7 @@ class _Crossing:
 
 @dataclass(frozen=True)
 class _Key:
-    """Words of the records of a shard, each [N], from the most significant, and the bits of each word."""
+    """A sort key. `words`: the words of a shard's keys, each [N], most significant first. `bits`: size of each word."""
 
     words: Callable[[ShardScores], tuple[NDArray[Any], ...]]
     bits: tuple[int, ...]
@@ -346,7 +346,7 @@ _domain = attrgetter("domain")
 
 @dataclass(frozen=True)
 class _Search:
-    """Passes over the shards."""
+    """Makes passes over the shards of this rank."""
 
     shards: Shards
     sum_over_ranks: SumOverRanks
@@ -354,7 +354,7 @@ class _Search:
     def census(
         self, domains: Sequence[str], protected: NDArray[np.bool_], noise: float | None, on_error: OnError
     ) -> _Census:
-        """Make the first pass: sum the totals."""
+        """Make the first pass: sum documents and weight by domain, and by length bin for records that compete."""
         count = len(domains)
         totals = np.zeros((3, 2, count), np.int64)
         parts = [(np.zeros(0, np.int64), np.zeros((2, 0), np.int64))]
@@ -386,7 +386,7 @@ class _Search:
         return _Census(passed, kept, easy, pair, counts)
 
     def _add_ranks(self, pair: Integers, count: Integers, domains: int) -> tuple[Integers, Integers]:
-        """Sum over ranks, for as many domains at a time as `_BINS` cells hold."""
+        """Sum the census over ranks, for as many domains at a time as fit into `_BINS` cells."""
         found, step = [(pair[:0], count[:, :0])], max(1, _BINS // _LENGTHS) * _LENGTHS
         for first in range(0, domains * _LENGTHS, step):
             begin, end = np.searchsorted(pair, [first, first + step])
@@ -406,13 +406,13 @@ class _Search:
         key: _Key,
         documents: bool = False,
     ) -> tuple[ThresholdKeys, Integers]:
-        """Find the keys that keep the weight (or `documents`) `wanted` [G] of each group's records that are still easy.
-
-        `domain`: the domain of each group. Also returns the documents and weight kept of each domain, [2, D].
+        """Find the key of each group that keeps a weight `wanted` [G] of the group's records that are still easy. With
+        `documents`, every record has the weight 1. `domain`: the domain of each group. Also returns the documents and
+        weight kept of each domain, [2, D].
 
         A radix search from the most significant digit finds the key where a group's cumulative weight crosses `wanted`.
-        A group is done when it is exact, or when one record or only equal keys remain at the crossing. A group that
-        wants nothing keeps nothing; one that wants more than it has keeps everything.
+        A group is done if the weight is exact, or if one record or only equal keys remain at the crossing. A group with
+        `wanted` 0 keeps nothing, and a group with less weight than `wanted` keeps everything.
         """
         count, rest, low = len(wanted), sum(key.bits), [0] * len(wanted)
         crossing = _Crossing([1 << rest] * count, [1 << rest] * count, *np.zeros((2, 2, count), np.int64))
@@ -464,9 +464,9 @@ def _round(crossing: _Crossing, wanted: Floats, domain: Integers, domains: int) 
     """Decide for every group whether its records at the crossing are kept. Return the keys, and the documents and
     weight kept [2, D].
 
-    A group's rounding error carries over to the next group of its domain, from long records to short ones: the domain
-    ends within half the weight of its largest record at a crossing. If both choices are equally close to the target,
-    the records are kept, so that no domain disappears.
+    A group's rounding error carries over to the next group of its domain, from long records to short ones. So the error
+    of a domain is at most half the weight of its largest record at a crossing. If both choices are equally close to the
+    target, the records are kept, so that no domain disappears.
     """
     keys, kept, carry = [], np.zeros((2, domains), np.int64), np.zeros(domains)
     for group in reversed(range(len(wanted))):

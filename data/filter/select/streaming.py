@@ -2,7 +2,7 @@
 
 Each domain has a threshold key (score, then hash) that is carried from batch to batch and moved no further than the
 rate requires. An integral controller sets how much of a batch to keep: the keep rate, plus part of the deficit of all
-batches so far. It works on ranks in the batch, not on scores, so it needs no scale. Unlike with `select`, the kept
+batches so far. It works on ranks in the batch, so the scale of scores does not matter. Unlike with `select`, the kept
 records are the hardest of their batches, not of the whole stream.
 """
 
@@ -27,23 +27,23 @@ from data.filter.select.selection import (
 
 _STEP = 0.5
 """Fraction of the way by which a batch moves the threshold towards its own quantile. With batches of 512 and 4,096
-records and a drift per batch of a fifth of the spread, the deficit after 49 batches is 3% at 0.25 and half a per cent
-at 0.5. At 1 the threshold is the batch's own quantile, without memory.
+records and a drift per batch of a fifth of the spread, the deficit after 49 batches is 3% with 0.25 and 0.5% with 0.5.
+With 1 the threshold would be the batch's own quantile, without memory.
 """
 _REPAID = 0.5
 """Fraction of the deficit that a batch makes up for."""
 _TOLERANCE = 0.005
-"""Allowed deviation of the total, as a fraction of the target. Beyond it the threshold moves all the way."""
+"""Allowed deviation of the total kept, as a fraction of its target. A larger one is corrected at once."""
 
 
 class StreamSelector:
-    """Decide on each batch of a domain from that batch and the ones before. If several ranks decide, all must see the
-    same batches.
+    """Decide on each batch of a domain from this batch and all batches before. If several ranks decide, all must see
+    the same batches.
 
     `rules` and `noise` are as in `select`; `select.floor` and `select.length_buckets` are ignored. If enough records
-    are neither noise nor unscored, the total kept is within half a per cent of its target, or half of the largest
-    document at a threshold so far. Later batches make up for a deficit. `revive` keeps records at random with a fixed
-    probability, so the fraction of revived records holds on average.
+    are neither noise nor unscored, the total kept is within half a per cent of its target, plus half of the largest
+    document at a threshold so far. Otherwise, later batches make up for the deficit. `revive` keeps records at random
+    with a fixed probability, so the fraction of revived records holds on average.
     """
 
     def __init__(self, domain: str, rules: FilterRules, noise: float | None = None) -> None:
@@ -51,8 +51,8 @@ class StreamSelector:
         self.rate = rules.select.domains.get(domain, rules.keep)
         self.noise, self.revive, self.on_error = noise, rules.select.revive, rules.on_error
         self.seen = self.kept = 0
-        """Weight so far."""
-        self._key: int | None = None  # before the first batch
+        """Weight of the records so far, and of those that were kept."""
+        self._key: int | None = None  # None before the first batch
 
     def decide(self, batch: ShardScores) -> Codes:
         """Return the reason of each record of the next batch: codes [N], indices into `REASONS`.
@@ -67,10 +67,10 @@ class StreamSelector:
         if self.protected[0]:
             return codes
         easy, rate, weight, score = codes == CODE[Reason.easy], self.rate, batch.weight, score_bits(batch.score)
-        # of reviving a record below the threshold, such that revived records are a fraction `revive` of the kept
+        # if records below the threshold are revived with this probability, they are a fraction `revive` of the kept
         probability = self.revive * rate / (1 - (1 - self.revive) * rate) if self.revive else 0.0
         revived = easy & (shuffled(batch.hash) < np.uint64(min(probability, 1.0) * (2**64 - 1025)))
-        # revived records are kept regardless of the threshold, so they count before it moves
+        # revived records are kept regardless of the threshold, so count them before it moves
         given = int(weight[revived | (codes == CODE[Reason.protected])].sum())
         self.seen += int(weight.sum())
         self.kept += given
@@ -95,7 +95,7 @@ class StreamSelector:
         self, score: Integers, hash_: NDArray[np.uint64], weight: Integers, asked: float, least: float, most: float
     ) -> int:
         """Move the threshold towards keeping a weight `asked` of these records, clamped to [least, most]. Return the
-        weight that it keeps. The threshold stays if no record lies between the old and the new one.
+        weight that is kept. The threshold does not move if no record lies between the old and the new threshold.
         """
         order = np.lexsort((~hash_, -score))
         total = np.concatenate([[0], np.cumsum(weight[order])])

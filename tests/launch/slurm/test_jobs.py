@@ -203,7 +203,7 @@ def test_a_faulty_node_is_found_by_the_doctor_and_excluded(cluster, user, tmp_pa
 
 WRONG = {
     "model.vocab_size=128": "the tokenizer has 1024 ids",
-    "launch.slurm.options=['--nodes=3']": "launch.nodes=2: SLURM allocated 3: launch.slurm.options must not",
+    "launch.slurm.options=['--nodes=3']": "launch.nodes=2: SLURM allocated 3 nodes: launch.slurm.options must not",
 }
 
 

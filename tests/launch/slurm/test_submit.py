@@ -166,7 +166,7 @@ def test_a_job_with_another_number_of_nodes_ends(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(agent, "run", lambda node: started.append(node) or 0)
     assert job_step.main(["train", str(tmp_path)]) == code
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == lines and all("launch.nodes=2: SLURM allocated 3: " in line for line in told), told
+    assert len(told) == lines and all("launch.nodes=2: SLURM allocated 3 nodes: " in line for line in told), told
     assert [one.nodes for one in started] == ([] if code else [2])
 
 
