@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the pool of ranks, a small corpus, the command as a process; and which tests run where."""
+"""Provide fixtures for all tests (ranks, a small corpus, the command), and assign tests to workers and shards."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import torch
 from launch.rank_pool import Pool
 from tests.support.fork_server import ForkServer
 
-torch.set_num_threads(1)  # tensors are small, and threads that wait for each other busily take the cores from others
+torch.set_num_threads(1)  # tensors are small, and busy-waiting threads would take cores from other tests
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS: dict[str, float] = json.loads((ROOT / "tests" / "seconds.json").read_text())
-"""How long groups of tests took on two cores; only the order of work and the shards depend on it."""
+"""Seconds that each group of tests took on two cores. They decide the order of the groups and their shards."""
 WORDS = "the model reads a line and writes another def return if else while for"
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
-    """`ranks(n, function, *arguments)`: see launch/rank_pool.py."""
+    """Yield a pool: `ranks(n, function, *arguments)` runs a function on n ranks (launch/rank_pool.py)."""
     pool = Pool()
     yield pool
     pool.close()
@@ -34,7 +34,7 @@ def ranks() -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that train on two small text sources, with a cache that lives as long as the test run."""
+    """Return overrides that train on two small text sources. Their cache is kept for the whole test session."""
     root, words = tmp_path_factory.mktemp("corpus"), WORDS.split()
     for source, step in (("prose", 7), ("code", 11)):
         folder = root / source
@@ -54,8 +54,8 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def executables() -> Iterator[Path]:
-    """A folder with `leviathan` and `python` that start in milliseconds: see tests/support/fork_server.py."""
-    with tempfile.TemporaryDirectory() as folder:  # tmp_path is too long for a socket
+    """Yield a folder with `leviathan` and `python` that start in milliseconds: see tests/support/fork_server.py."""
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is too long for a Unix socket
         server = ForkServer(Path(folder))
         yield Path(folder)
         server.close()
@@ -63,8 +63,8 @@ def executables() -> Iterator[Path]:
 
 @pytest.fixture
 def command(tmp_path: Path, executables: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `leviathan ARGUMENTS` in a folder (the test's own by default) and return the finished process. `real`: start an
-    interpreter instead of a fork, for tests of what is imported.
+    """Return a function that runs `leviathan ARGUMENTS` in a folder (by default the test's) and returns the finished
+    process. `real=True` starts an interpreter instead of a fork, for tests of imports.
     """
 
     def run(
@@ -83,8 +83,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep a file's tests on one worker, since they share fixtures; each page of the guide is by itself. Tests of ranks are
-    one group: two pools of ranks at once would wait for each other's cores.
+    """Keep the tests of a file on one worker, since they share fixtures. Each page of the guide is a group of its own.
+    The tests in `distributed/` are one group: two pools of ranks at once would compete for the cores.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -98,7 +98,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Start the groups that take longest first, so that workers end together. Drop the groups of other shards."""
+    """Run `distributed/` first, then the longest groups, so that workers end together. Deselect other shards."""
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         groups.setdefault(group_of(item), []).append(item)
@@ -112,7 +112,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def group_of(item: pytest.Item) -> str:
-    """The file without `tests/` and `.py`; for a page of the guide `docs/PAGE`; slow tests form groups of their own."""
+    """Return the group of a test: its file without `tests/` and `.py`, `docs/PAGE` or, if slow, `slow:FILE:TEST`."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     name = item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
     if item.get_closest_marker("slow"):
@@ -121,7 +121,7 @@ def group_of(item: pytest.Item) -> str:
 
 
 def shard(groups: list[str], index: int, count: int) -> set[str]:
-    """The groups of shard `index` of 1..`count`: each group goes to the shard with the least to do so far."""
+    """Return the groups of shard `index` (1 to `count`). Each group goes to the shard with the least work so far."""
     loads: list[float] = [0.0] * count
     chosen = set()
     for name in groups:

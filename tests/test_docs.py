@@ -1,4 +1,4 @@
-"""The commands of the README and the guide, run as a reader would: in order, in an empty folder per page."""
+"""Run the commands of the README and the guide as a reader would: in order, in an empty folder per page."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ BLOCK = re.compile(r"^```(?P<language>bash|python)(?P<info>[^\n]*)\n(?P<code>.*?
 
 
 def blocks(page: Path, slurm: bool = False, slow: bool = False) -> list[tuple[str, str]]:
-    """Language and code of each block that is to be run; those that need SLURM only where there is one, slow ones (of
-    which no other block has need) where asked for.
+    """Return the language and code of the blocks to run. `slurm`: include blocks that need SLURM. `slow`: include slow
+    blocks, on which no other block depends.
     """
     skipped = {"no-run"} | ({"slurm"} if not slurm else set()) | ({"slow"} if not slow else set())
     return [(m["language"], m["code"]) for m in BLOCK.finditer(page.read_text()) if m["info"].strip() not in skipped]
 
 
 def run(language: str, code: str, folder: Path, executables: Path) -> subprocess.CompletedProcess[str]:
-    """`executables`: a folder with `leviathan` and `python`."""
+    """Run a block in `folder`. `executables`: a folder with `leviathan` and `python`."""
     command = ["bash", "-eu", "-c", code] if language == "bash" else [str(executables / "python"), "-c", code]
     path = os.pathsep.join(map(str, (executables, Path(sys.executable).parent, os.environ["PATH"])))
     environment = {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
@@ -34,7 +34,7 @@ def run(language: str, code: str, folder: Path, executables: Path) -> subprocess
 
 
 def first_failure(page: Path, folder: Path, executables: Path, slow: bool = False) -> str:
-    """The first block of a page that does not end with 0, and its output."""
+    """Return the first block of a page that fails, with its output, or an empty string."""
     for language, code in blocks(page, slow=slow):
         done = run(language, code, folder, executables)
         if done.returncode:
@@ -43,7 +43,7 @@ def first_failure(page: Path, folder: Path, executables: Path, slow: bool = Fals
 
 
 def quick(pages: list[Path]) -> list[Any]:
-    """Pages as parameters, those of a subject that the rest of `make test` covers well among the slow tests."""
+    """Return pages as parameters. Pages whose subject the rest of `make test` covers well are slow tests."""
     return [pytest.param(page, marks=[pytest.mark.slow] if page.stem in LONG else []) for page in pages]
 
 

@@ -1,4 +1,4 @@
-"""A fork of the server behaves as a process of its own: output, exit codes, streams, signals, ranks."""
+"""A fork of the server behaves like a new process: output, exit codes, streams and signals."""
 
 from __future__ import annotations
 

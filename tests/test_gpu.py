@@ -1,4 +1,4 @@
-"""What needs a GPU: the same commands use it. `make test-gpu`; without a GPU these fail, they do not skip."""
+"""Tests that need a GPU (`make test-gpu`). Without a GPU they fail; they are not skipped."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_gpu_computes_what_a_cpu_computes(tmp_path, small_corpus, monkeypatch)
 
 @pytest.mark.parametrize("dtype, gate", [("bfloat16", 0.1), ("float32", 1e-4), ("float64", 1e-12)])
 def test_attention_in_pieces_on_a_gpu(dtype, gate):
-    """Flash kernels in bfloat16, products in blocks otherwise, against the CPU in float64."""
+    """Compare flash kernels (in bfloat16) and blocked matmuls (in other formats) with the CPU in float64."""
     rows, runs = positions(64), [SegmentRun(0, 40, 0), SegmentRun(40, 64, 40)]
     parts = plan_segments(document_bounds(rows == 0), runs, runs)
 
@@ -57,7 +57,7 @@ def test_attention_in_pieces_on_a_gpu(dtype, gate):
 @pytest.mark.parametrize("kernels", [TorchKernels, TritonKernels])
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_on_a_gpu(name, kernels):
-    """The twins and the compiled kernels against the plain statement on the CPU in float64."""
+    """Compare PyTorch's and Triton's kernels with the plain reference on the CPU in float64."""
     found = kernel_figures(CASES[name], kernels(), "cuda")
     assert {key: error for key, error in found.items() if error > GATES[CASES[name].dtype]} == {}
 
@@ -68,7 +68,7 @@ def test_the_comparison_of_kernels_notices_on_a_gpu(what):
 
 
 def test_kernels_do_the_same_twice():
-    """Large enough that programs run in an order that changes: nothing may be added in it."""
+    """The case is so large that the order of Triton's programs varies. No sum may depend on that order."""
     case = Case("bfloat16", 512, 1536, 4, 16, experts=64)
     first, again = (results(case, TritonKernels(), torch.bfloat16, "cuda") for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -92,7 +92,7 @@ def test_compiled_layers_on_a_gpu(tmp_path, small_corpus):
 
 
 def test_nccl_with_one_rank():
-    """As far as one GPU goes: the library is there and finishes a sum and an exchange."""
+    """On one GPU, check only that NCCL is present and completes an all-reduce and an all-to-all."""
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -1,7 +1,7 @@
-"""Rules of the repository: imports go down and never round, files, functions and folders stay small, one class per name,
-nothing is unpickled.
+"""Rules of the repository: imports go down and form no circle; files, functions and folders are small; class names are
+unique; nothing is unpickled.
 
-Each rule is a function from a source tree to complaints, so that each can be tested on a bad tree.
+Each rule is a function from a source tree to complaints, so that it can be tested on a bad tree.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ parsed = cache(ast.parse)
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Top-level names imported anywhere in a file, inside functions too."""
+    """Yield the top-level names imported in a file, inside functions too, and their lines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], node.lineno) for alias in node.names)
@@ -81,7 +81,7 @@ def crowded_folders(root: Path) -> list[str]:
 
 
 def import_graph(root: Path) -> dict[str, set[str]]:
-    """Which of our modules each module imports, inside functions and for type checkers too."""
+    """Return which of our modules each module imports, inside functions and for type checkers too."""
     trees = {module_name(path): tree for path, tree in sources(root, PACKAGES)}
     graph: dict[str, set[str]] = {}
     for name, tree in trees.items():
@@ -101,7 +101,7 @@ def module_name(path: Path) -> str:
 
 
 def import_circles(root: Path) -> list[str]:
-    """One complaint for each edge that closes a circle in a depth-first walk."""
+    """Return one complaint for each edge that closes a circle in a depth-first walk."""
     graph, done, found = import_graph(root), set(), []
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -118,7 +118,7 @@ def import_circles(root: Path) -> list[str]:
 
 
 def names_defined_twice(root: Path) -> list[str]:
-    """Classes of the packages and the benchmarks, private ones too."""
+    """Return the class names, private ones too, that the packages and benchmarks define more than once."""
     places: dict[str, list[str]] = {}
     for path, tree in sources(root, PACKAGES):
         for node in tree.body:
@@ -128,7 +128,7 @@ def names_defined_twice(root: Path) -> list[str]:
 
 
 def unpickling(root: Path) -> list[str]:
-    """Calls that execute code from a file. Ranks of one run may send each other pickled objects (`SENDS_OBJECTS`)."""
+    """Return imports and calls that can execute code from a file. `SENDS_OBJECTS` may pickle: ranks of a run use it."""
     unsafe = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     found = []
     for path, tree in sources(root, list(MAY_IMPORT)):
@@ -144,7 +144,7 @@ def unpickling(root: Path) -> list[str]:
 
 
 def swallowed(root: Path) -> list[str]:
-    """`except ...: pass`, bare `except:`, star imports."""
+    """Return each `except ...: pass`, bare `except:` and star import."""
     found = []
     for path, tree in sources(root, PUBLISHED):
         for node in ast.walk(tree):
@@ -158,12 +158,12 @@ def swallowed(root: Path) -> list[str]:
 
 
 def undocumented(root: Path) -> list[str]:
-    """Modules of the packages that do not say what they are."""
+    """Return the modules of the packages without a docstring."""
     return [str(path) for path, tree in sources(root, list(MAY_IMPORT)) if not ast.get_docstring(tree)]
 
 
 def heavy_imports(root: Path) -> list[str]:
-    """Libraries that cost start-up time and are not needed by every verb must be imported where they are used."""
+    """Return top-level imports of libraries that are slow to import and that some verbs do not need."""
     heavy = {"datasets", "wandb", "tiktoken", "tokenizers", "pyarrow", "transformers", "matplotlib"}
     return [
         f"{path}:{node.lineno} imports {name} at the top"

@@ -1,4 +1,4 @@
-"""The GPU benchmarks without a GPU: every section runs with tiny shapes, and failures are reported."""
+"""Run the GPU benchmarks without a GPU, every section with tiny shapes, and check that failures are reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bench(seconds: float = 600) -> Bench:
 
 
 def test_sections_run_with_torch_alone(tmp_path):
-    """The section of layers, which imports peers, is omitted."""
+    """Omit the section `layers`: it imports the libraries that it compares with."""
     out = tmp_path / "gpu.json"
     names = [name for name in SECTIONS if name != "layers"]
     command = [sys.executable, "-c", WITHOUT, "--dry", "--out", str(out), *names]
@@ -70,7 +70,7 @@ def test_layers_beside_their_peers():
 
 
 def test_triton_is_compared_if_available(monkeypatch):
-    """PyTorch kernels in its place show what is compared."""
+    """Replace Triton's kernels by PyTorch's, so that the comparisons run on a CPU."""
     asked = []
 
     def made(kind: KernelKind) -> TorchKernels:

@@ -1,4 +1,4 @@
-"""Idle time of a pipeline's schedule: simulated, and in closed form."""
+"""Compare the simulated idle time of pipeline schedules with the closed form."""
 
 from __future__ import annotations
 

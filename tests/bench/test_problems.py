@@ -1,4 +1,4 @@
-"""The labelled set: answers are right, steps are what was counted, and length does not tell them."""
+"""The labelled problems: answers are right, labels are the numbers of steps, and length does not reveal them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from core.errors import DataError
 
 
 def run(problem: Problem) -> tuple[str, int]:
-    """What Python makes of an expression's or a program's prompt: the answer, and how many operations ran."""
+    """Run the expression or program in a prompt with Python; return the answer and the number of operations."""
     if problem.family == "expression":
         text = re.search(r"[(\d][\d()+*/ -]*\d", problem.prompt)
         return f"{eval(text[0]):.0f}", sum(text[0].count(sign) for sign in "+-*/")
@@ -54,7 +54,7 @@ def test_a_seed_is_the_set_and_steps_are_even():
 
 
 def test_problems_of_one_length_differ_in_steps():
-    """In each eighth of the answers by length, no number of steps is the rule, and at least four occur."""
+    """In each eighth of the answers, sorted by length, at least four step counts occur and none makes up half."""
     problems = sorted(make_problems(1600, 5), key=lambda problem: len(problem.response))
     for begin in range(0, 1600, 200):
         shares = Counter(problem.label for problem in problems[begin : begin + 200])

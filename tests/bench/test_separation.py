@@ -1,6 +1,6 @@
-"""The default scorer tells hard from easy among problems of one length, which neither lot nor length does as well.
+"""The default scorer separates hard from easy problems of similar length better than random scores or length do.
 
-The scorer was chosen on seed 0; the seeds here were not looked at until it was.
+The scorer was chosen on seed 0 only; the seeds here were held out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEEDS = (1, 2, 3)
 
 @pytest.fixture(scope="module", params=SEEDS)
 def measured(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
-    """Labels, buckets by the answer's length and by the record's, and the scores of three scorers."""
+    """Return the labels, buckets by answer length and by record length, and the scores of three scorers."""
     problems = make_problems(COUNT, request.param)
     data = records(problems)
     found = {"labels": np.array([problem.label for problem in problems])}
@@ -46,7 +46,7 @@ def test_the_default_scorer_beats_lot_and_length(measured, by):
 
 
 def test_permuted_labels_are_not_told_apart(measured):
-    """Inside the buckets, so that what length tells is left as it is."""
+    """Permute labels within each length bucket, so that length and label stay related as before."""
     chance, labels = np.random.default_rng(0), measured["labels"].copy()
     for bucket in range(8):
         mine = np.flatnonzero(measured["by answer"] == bucket)
@@ -91,7 +91,7 @@ def test_a_perfect_an_inverse_and_a_constant_scorer():
 
 
 def test_the_interval_covers():
-    """Of 60 sets without any relation, about 1 in 40 has its lower bound above one half."""
+    """For random scores and labels, the lower bound of the 95% interval exceeds one half in about 1 of 40 sets."""
     chance = np.random.default_rng(7)
     buckets = np.repeat(np.arange(4), 40)
     lows = [

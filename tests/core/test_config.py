@@ -1,4 +1,4 @@
-"""Typed configuration: what is refused, with which words."""
+"""Typed configuration: valid values make typed objects, and others are refused with the key and the fix."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import pytest
 from core.memory import available_memory
 
 GB = 1 << 30
-UNLIMITED = 9223372036854771712  # how version 1 says that there is no limit
+UNLIMITED = 9223372036854771712  # the value for "no limit" in cgroup version 1
 
 
 def machine(root: Path, cgroup: str, files: dict[str, object]) -> Path:

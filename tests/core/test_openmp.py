@@ -1,4 +1,4 @@
-"""Waiting threads yield the core, unless the user decided otherwise."""
+"""Waiting OpenMP threads yield their core, unless the environment says otherwise."""
 
 from __future__ import annotations
 

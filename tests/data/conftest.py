@@ -1,4 +1,4 @@
-"""Small sources and the corpora made of them."""
+"""Build small sources, and corpora from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = [f"Text number {number}, long enough to differ from others: {number * 79
 
 
 def write_texts(folder: Path, documents: int, words: int = 300, seed: int = 0) -> Path:
-    """A folder of text files of made-up words, each file another text."""
+    """Write a folder of text files of made-up words; every file is different."""
     folder.mkdir(parents=True)
     chance = random.Random(seed)
     for number in range(documents):
@@ -47,23 +47,23 @@ def write_jsonl(path: Path, records: list[Any] | None = None) -> Path:
 
 
 def make_config(cache: Path, sources: dict[str, Any], **settings: Any) -> DataConfig:
-    """A configuration as the command would build it; keys of the tokenizer go under `tokenizer`."""
+    """Build a configuration as the command does. Keys of the tokenizer go under `tokenizer`."""
     tokenizer = {"vocab_size": 300, **settings.pop("tokenizer", {})}
     values = {"sources": sources, "cache": str(cache), "held_out": 0.2, "tokenizer": tokenizer, **settings}
     return build(DataConfig, values, "data")
 
 
 def silent(line: str) -> None:
-    """A report nobody reads."""
+    """Discard a log line."""
 
 
 def counts_of(corpus: Corpus, source: str) -> dict[str, int]:
-    """The manifest's counts of a source's training documents."""
+    """Return the manifest's counts for the training documents of a source."""
     return corpus.manifest["sources"][source][TRAIN]["counts"]
 
 
 def documents_of(corpus: Corpus, source: str, split: str) -> list[str]:
-    """Documents of a stream, cut at BOS; the last token of each is EOS."""
+    """Return the documents of a stream, split at BOS. Check that each ends with EOS."""
     stream, tokenizer = corpus.stream(source, split), corpus.tokenizer
     documents: list[list[int]] = []
     for token in stream.window(0, len(stream)).tolist():
@@ -76,20 +76,20 @@ def documents_of(corpus: Corpus, source: str, split: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test asks the hub; `datasets` keeps its files in the test's folder."""
+    """Keep tests offline, with the cache of the Hugging Face libraries in the test's folder."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
 
 
 @pytest.fixture
 def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
-    """`make_corpus(sources, **settings)`: prepared in a cache of the test's own."""
+    """Return `make_corpus(sources, **settings)`, which prepares a corpus in the test's own cache."""
     return lambda sources, **settings: prepare(make_config(tmp_path / "cache", sources, **settings), silent)
 
 
 @pytest.fixture
 def mixed(make_corpus: Callable[..., Corpus], tmp_path: Path) -> Callable[..., Corpus]:
-    """`mixed(**settings)`: a source `a` with documents of 3 to 40 words."""
+    """Return `mixed(**settings)`, which prepares a corpus of one source, `a`, with documents of 3 to 40 words."""
     for words in (3, 5, 8, 40):
         write_texts(tmp_path / "mixed" / str(words), 60, words, seed=words)
     return lambda **settings: make_corpus({"a": {"path": str(tmp_path / "mixed")}}, **settings)
@@ -97,7 +97,7 @@ def mixed(make_corpus: Callable[..., Corpus], tmp_path: Path) -> Callable[..., C
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Two sources, `long` with about three times the text of `short`. Tests must not change its files."""
+    """Prepare a corpus of two sources; `long` has three times the text of `short`. Tests must not change it."""
     root = tmp_path_factory.mktemp("shared")
     sources = {
         "long": {"path": str(write_texts(root / "long", 60, seed=1)), "weight": 3.0},

@@ -1,4 +1,4 @@
-"""The built-in corpus: four domains, and a split that nothing crosses. The check for leaks is shown to see them."""
+"""The built-in corpus: four domains, and no text on both sides of the split. Controls show that leaks are found."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def documents(section: Section, held_out: float = 0.2, max_bytes: int | None = N
 
 
 def leaks(found: Iterable[Document], parts: Callable[[str], set[str]] = paragraphs) -> set[str]:
-    """Parts of the texts, by default paragraphs, that both sides of the split have."""
+    """Return the parts of texts (by default paragraphs) that are on both sides of the split."""
     sides: dict[bool, set[str]] = {True: set(), False: set()}
     for document in found:
         sides[document.held_out] |= parts(document.text)
@@ -29,14 +29,14 @@ def leaks(found: Iterable[Document], parts: Callable[[str], set[str]] = paragrap
 
 
 def long_lines(text: str) -> set[str]:
-    """Lines of 80 characters or more without quotes, as a docstring has them in its file and on its own."""
+    """Return the lines of 80 or more characters. Quotes are stripped, since an extracted docstring has none."""
     stripped = (line.strip(' "') for line in text.splitlines())
     return {line for line in stripped if len(line) >= 80}
 
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small standard library whose every function has a docstring of its own; each module exists twice."""
+    """Write a small standard library: every function has its own docstring, and every module exists twice."""
     chance = random.Random(0)
 
     def words(count: int) -> str:
@@ -78,7 +78,7 @@ def test_topics_share_no_paragraph_across_the_split(monkeypatch):
     for share in (0.05, 0.3):
         found = documents(Section.pydoc, share)
         assert any(d.held_out for d in found) and not leaks(found)
-        assert {d.text for d in found if d.held_out} <= topics  # it is training that lost them
+        assert {d.text for d in found if d.held_out} <= topics  # shared paragraphs are removed from training
     monkeypatch.setattr(builtin, "without_paragraphs", lambda text, unwanted: text)
     assert leaks(documents(Section.pydoc, 0.3))
 

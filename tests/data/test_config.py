@@ -13,7 +13,7 @@ from data.config import DataConfig
 @pytest.mark.parametrize("name", ["builtin", "files", "huggingface", "tokens"])
 def test_shipped_configurations_fit_the_schema(name):
     text = (config_directory() / "data" / f"{name}.yaml").read_text()
-    if name != "builtin":  # the user must say where the data is
+    if name != "builtin":  # the others need a path from the user
         with pytest.raises(ConfigError, match="data"):
             build(DataConfig, yaml.safe_load(text), "data")
     build(DataConfig, yaml.safe_load(text.replace("???", "here")), "data")

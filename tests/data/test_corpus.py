@@ -1,4 +1,4 @@
-"""From sources to a directory of tokens: made once, found again, rejected when damaged."""
+"""Prepare a directory of tokens from sources: it is made once, found again, and rejected when damaged."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.data.conftest import counts_of, documents_of, make_config, silent, wr
 def sources(tmp_path: Path) -> dict[str, Any]:
     folder = write_texts(tmp_path / "texts", 20)
     for path in folder.iterdir():
-        path.write_text(path.read_text() + "Grüße, 世界")  # characters and bytes are not the same number
+        path.write_text(path.read_text() + "Grüße, 世界")  # more bytes than characters
     return {"mine": {"path": str(folder)}}
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """A corpus for tests to copy and damage."""
+    """Prepare a corpus for tests to copy and damage."""
     root = tmp_path_factory.mktemp("damaged")
     return prepare(make_config(root, {"mine": {"path": str(write_texts(root / "texts", 9))}}), silent)
 
@@ -52,7 +52,7 @@ def test_every_document_is_in_one_stream(make_corpus, sources, monkeypatch, shar
     assert counts["documents"] == len(train) and counts["tokens"] == len(stream)
     assert counts["bytes"] == sum(len(text.encode()) for text in train)
     sizes = corpus.tokenizer.token_bytes()
-    assert counts["bytes"] == sizes[stream.window(0, len(stream))].sum(), "bits per byte follow from tokens"
+    assert counts["bytes"] == sizes[stream.window(0, len(stream))].sum(), "the bytes of tokens are those of the text"
 
 
 def test_the_cache_is_found_again(tmp_path, sources):

@@ -1,4 +1,4 @@
-"""Phases as one order: sequences are not repeated, epochs count through, limits end sources and runs in time."""
+"""Phases share one data order: epochs and limits of sources continue from phase to phase."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def phase(name: str, steps: int, weights: dict[str, float], seq_len: int = SEQ_L
 
 
 def taken_by(corpus: Corpus, loader: Loader, steps: int) -> Given:
-    """The sequences that a loader takes from each source."""
+    """Return the sequences that a loader takes from each source."""
     found: Given = {name: [] for name in corpus.sources}
     for step in range(steps):
         batch = loader.batch(step)
@@ -46,7 +46,7 @@ def count(corpus: Corpus, source: str) -> int:
 
 
 def test_a_later_phase_continues_the_epochs_of_a_source(corpus):
-    """Epochs end in the middle of a phase. Between: phases without the source, and of another length."""
+    """Epochs end within phases. In between are a phase without the source and one with longer sequences."""
     whole, own = count(corpus, "short"), {"short": 1.0}
     steps = 3 * whole // (2 * BATCH) // 2
     between = [phase("other", 3, {"long": 1.0}), phase("long", 2, own, 64)]
@@ -60,7 +60,7 @@ def test_a_later_phase_continues_the_epochs_of_a_source(corpus):
 
 
 def test_the_first_phase_is_the_plain_loader(corpus):
-    """It depends on no later phase, and on no limit that is not reached."""
+    """The order of the first phase depends neither on later phases nor on limits that are not reached."""
     weights = {"long": 3.0, "short": 1.0}
     wanted = taken_by(corpus, Loader(corpus, SEQ_LEN, BATCH, 1, "main", weights), 40)
     first = phase("main", 40, weights)
@@ -80,7 +80,7 @@ def test_a_limit_is_kept_through_phases(corpus):
 
 
 def test_a_limit_counts_sequences_of_any_length(corpus):
-    """Half an epoch in short sequences leaves half of one in long ones."""
+    """After half an epoch in short sequences, half an epoch is left for long sequences."""
     whole = count(corpus, "short")
     steps = whole // 2 // BATCH
     phases = [phase("main", steps, {"short": 1.0}), phase("end", 60, {"short": 1.0, "long": 1.0}, 64)]
@@ -112,7 +112,7 @@ def test_many_epochs_are_reported(corpus):
 
 
 def test_shares_are_of_tokens_without_padding(make_corpus, tmp_path):
-    """A third of one source's tokens are padding, hardly any of the other's."""
+    """In one source a third of the tokens is padding, in the other hardly any."""
     texts = (("wasteful", 300, 10), ("dense", 30, 900))
     sources = {name: {"path": str(write_texts(tmp_path / name, *size, seed=size[1]))} for name, *size in texts}
     for settings, padded in (({"align": 64}, True), ({}, False)):

@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step: the same for any number of ranks and for a fresh process."""
+"""A batch is a pure function of the step: the same for any number of ranks and in a new process."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_each_epoch_and_source_has_its_own_order(make_corpus, tmp_path):
 def test_sources_come_by_weight_and_are_named(corpus):
     loader = Loader(corpus, SEQ_LEN, 1024, seed=1, weights={"short": 1.0, "long": 3.0})
     batch = loader.batch(0)
-    assert batch.sources_B.bincount().tolist() == [768, 256]  # in the corpus's order, not that of the weights
+    assert batch.sources_B.bincount().tolist() == [768, 256]  # in the order of the corpus, not of the weights
     row = int(torch.nonzero(batch.sources_B == 1)[0])
     stream = corpus.stream("short", TRAIN)
     windows = {tuple(stream.window(r * SEQ_LEN, SEQ_LEN).tolist()) for r in range(stream.num_sequences(SEQ_LEN))}
@@ -78,7 +78,7 @@ def test_labels_never_reach_another_document(mixed, settings):
     corpus = mixed(**settings)
     batch = Loader(corpus, 128, 64, seed=1).batch(0)
     tokens, labels = batch.tokens_BT, batch.labels_BT
-    ends = tokens == corpus.tokenizer.eos_id  # of documents, and padding
+    ends = tokens == corpus.tokenizer.eos_id  # ends of documents, and padding
     assert torch.equal(labels[:, :-1], torch.where(ends[:, :-1], IGNORED, tokens[:, 1:]))
     assert (labels[ends] == IGNORED).all() and ends.any() and not (labels == corpus.tokenizer.bos_id).any()
     assert (labels[:, -1] == IGNORED).all() == ("packing" in settings)

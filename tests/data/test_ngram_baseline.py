@@ -1,4 +1,4 @@
-"""The n-gram baselines against a plain statement of their formulas."""
+"""Compare the n-gram baselines with a plain implementation of their formulas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCAB = 23
 
 
 def random_batch(seed: int, rows: int = 6, length: int = 50, vocab: int = VOCAB) -> Any:
-    """A Markov chain, so that pairs matter; some labels are ignored."""
+    """Draw tokens from a Markov chain, so that bigrams matter. Some labels are ignored."""
     chance = np.random.default_rng(seed)
     tokens = np.zeros((rows, length + 1), np.int64)
     for t in range(length):
@@ -42,7 +42,7 @@ def pairs(batches: list[Any]) -> list[tuple[int, int]]:
 
 
 def plain(train: list[Any], held_out: dict[str, list[Any]], weights: dict[str, float], vocab: int) -> list[float]:
-    """Both losses, pair by pair."""
+    """Compute the unigram and the bigram loss, pair by pair."""
     c2 = Counter(pairs(train))
     c1, first = Counter(b for _, b in c2.elements()), Counter(a for a, _ in c2.elements())
 
@@ -60,7 +60,7 @@ def plain(train: list[Any], held_out: dict[str, list[Any]], weights: dict[str, f
 
 @pytest.mark.parametrize("vocab", [VOCAB, 202_048])
 def test_losses_follow_the_formulas(vocab, monkeypatch):
-    monkeypatch.setattr(ngram_baseline, "_MERGE_EVERY", 500)  # several merges
+    monkeypatch.setattr(ngram_baseline, "_MERGE_EVERY", 500)  # so that counts are merged several times
     train = [random_batch(seed) for seed in range(8)]
     held_out = {"a": [random_batch(100), random_batch(101)], "b": [random_batch(102)]}
     weights = {"a": 0.7, "b": 2.1}
@@ -74,7 +74,7 @@ def test_losses_follow_the_formulas(vocab, monkeypatch):
 
 
 def test_narrow_integers_do_not_overflow():
-    """Pair codes of Llama 4's vocabulary need more than 32 bits."""
+    """A pair of Llama 4's token ids, coded as one integer, needs more than 32 bits."""
     vocab, tokens = 202_048, np.random.default_rng(0).integers(0, 202_048, (4, 500))
     found = []
     for dtype in (np.int64, np.int32, np.uint32):

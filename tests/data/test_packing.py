@@ -1,4 +1,4 @@
-"""Best-fit packing: nothing lost, nothing cut that fits, hardly any padding; compared with greedy packing."""
+"""Best-fit packing loses no token, cuts no document that fits and pads little. Greedy packing is the control."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOS, EOS, SEQ_LEN = 0, 1, 64
 
 
 def documents(count: int, seed: int = 0, longest: int = 200) -> list[list[int]]:
-    """Most are short, some longer than a sequence."""
+    """Draw documents, most of them short and some longer than a sequence."""
     chance = random.Random(seed)
     return [
         [chance.randint(2, 99) for _ in range(min(longest, int(chance.lognormvariate(3, 0.9)) + 1))]
@@ -95,7 +95,7 @@ def test_no_rest_is_an_end_without_text(length):
 
 
 def begins(corpus: Corpus) -> float:
-    """Share of the sequences that begin with a document."""
+    """Return the fraction of the sequences that begin with a document."""
     stream = corpus.stream("a", TRAIN)
     first = [stream.window(n * SEQ_LEN, 1)[0] for n in range(stream.num_sequences(SEQ_LEN))]
     return float(np.mean(np.array(first) == corpus.tokenizer.bos_id))
@@ -109,7 +109,7 @@ def test_packed_sequences_begin_with_a_document(mixed):
     assert 0 < corpus.cut_documents("a") < 0.3 and greedy.cut_documents("a") > corpus.cut_documents("a") + 0.1
     assert corpus.padding("a") < 0.02 and greedy.padding("a") == 0
     held_out = [c.stream("a", HELD_OUT) for c in (corpus, greedy)]
-    assert np.array_equal(*(s.window(0, len(s)) for s in held_out)), "held-out text is the same for a comparison"
+    assert np.array_equal(*(s.window(0, len(s)) for s in held_out)), "held-out text does not depend on the packing"
     assert counts_of(corpus, "a")["documents"] == counts_of(greedy, "a")["documents"]
 
 

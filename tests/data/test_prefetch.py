@@ -1,4 +1,4 @@
-"""Batches made ahead come in order, their errors too, and no thread is left running."""
+"""Prefetched batches and their errors come in the order of the steps, and no thread is left running."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_permutation_is_a_bijection(size):
 
 
 def test_bijection_check_sees_collisions(monkeypatch):
-    """Reducing the network's values modulo the size, instead of cycle walking, makes them collide."""
+    """Control: reducing the Feistel network's values modulo the size, instead of cycle walking, makes them collide."""
     usual = sampling._feistel
     monkeypatch.setattr(sampling, "_feistel", lambda value, half, key: usual(value, half, key) % np.uint64(100))
     assert not is_bijection(permute(np.arange(100), 100, 1))
@@ -41,7 +41,7 @@ def test_keys_give_unrelated_orders():
     first, second = permute(np.arange(4096), 4096, 1), permute(np.arange(4096), 4096, 2)
     assert (first == second).sum() < 10
     assert abs(np.corrcoef(first, np.arange(4096))[0, 1]) < 0.05 and abs(np.corrcoef(first, second)[0, 1]) < 0.05
-    # where index 0 lands over 6,400 keys: chi-square of 64 cells, far below what a bias would give
+    # chi-square, over 64 cells, of where index 0 lands for 6,400 keys; a bias would give far more than 130
     cells = np.bincount([int(permute(np.zeros(1, np.int64), 64, key_of(key))[0]) for key in range(6400)], minlength=64)
     assert ((cells - 100) ** 2 / 100).sum() < 130
     assert len({key_of(1, 2), key_of(2, 1), key_of(12), key_of("1", ""), key_of(1)}) == 5
@@ -54,7 +54,7 @@ def test_permutation_rejects_indices_outside(index):
 
 
 def locate(blend: Blend, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each sample in [start, stop), and its index among that source's samples."""
+    """Return the source of each sample in [start, stop), and its index among the samples of that source."""
     found = [np.empty((2, 0), np.int64)]
     while start < stop:
         here = blend.range_around(start)
@@ -70,7 +70,7 @@ def counts_of(blend: Blend, samples: int) -> np.ndarray:
 
 
 def assert_in_order(blend: Blend, samples: int) -> None:
-    """Each source gives its samples in order, without a gap."""
+    """Assert that each source gives its samples in order, without a gap."""
     source, within = locate(blend, 0, samples)
     for index in range(len(blend.names)):
         given = within[source == index]
@@ -96,7 +96,7 @@ def digest(blend: Blend) -> str:
 
 
 def test_orders_of_blends_never_change():
-    """Digests from before blends had limits: a run that began then continues with the same sequences."""
+    """The digests date from before blends had limits. Runs that began then must resume with the same sequences."""
     assert digest(Blend(FOUR, 3)) == "a797573a5d53fd79a58e67d0fedd2d8f3354636de72b86e50a53f070b3f692b8"
     assert digest(Blend({"a": 1.0, "b": 1e-6}, 3)) == "0937cd00e2e32172b6356b11549c85e3f7fe58ba0740560ebc765f8597c6c216"
     assert digest(Blend({"a": 0.4, "b": 0.25, "x": 0.0, "c": 0.2, "d": 0.15}, 3)) == digest(Blend(FOUR, 3))

@@ -1,4 +1,4 @@
-"""Files and data sets, and every way in which they can be wrong: one message, with the key and the fix."""
+"""Read files and data sets. Each way in which they can be wrong gives one message with the key and the fix."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_broken_parquet_is_named(tmp_path):
 
 
 def test_parquet_checksums_are_verified(tmp_path):
-    """A change that leaves the file readable; without a checksum it is not found."""
+    """Change a byte such that the file stays readable. Without a checksum the change is not found."""
     path = tmp_path / "a.parquet"
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     for checksum in (True, False):
@@ -173,7 +173,7 @@ def test_fingerprints_follow_content_and_suffix(tmp_path):
     before, documents = source_of(tmp_path).fingerprint(), read(tmp_path)
     path.touch()
     assert source_of(tmp_path).fingerprint() == before
-    path.rename(tmp_path / "a.txt")  # the same bytes are one document as text
+    path.rename(tmp_path / "a.txt")  # as text, the same bytes are a single document
     assert read(tmp_path) != documents and source_of(tmp_path).fingerprint() != before
     (tmp_path / "a.txt").unlink()
     write_jsonl(path, [{"text": text} for text in TEXTS[:-1]])
@@ -214,7 +214,7 @@ def test_wrong_data_sets_are_named(tmp_path):
 
 
 def put(name: str, content: bytes) -> str:
-    """Write a file into this process's memory store; return its URL."""
+    """Write a file to the in-memory file system of this process; return its URL."""
     place = locate(f"memory://{name}")
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(content)

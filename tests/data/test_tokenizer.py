@@ -28,7 +28,7 @@ def bpe(tmp_path: Path) -> Tokenizer:
 
 
 def write_ranks(path: Path) -> Path:
-    """256 bytes and a few pairs, as tiktoken's files have them."""
+    """Write a tiktoken file with the 256 bytes and a few longer tokens."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"re", b"tu", b"retu", b" x", b"  ", b"    "]
     path.write_text("".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens)))
     return path
@@ -56,7 +56,7 @@ def test_text_survives_and_bytes_add_up(tokenizer):
 
 
 def test_every_character_survives(tokenizer):
-    """All of Unicode, less the surrogates, which are no text: so every byte that UTF-8 knows is in it."""
+    """Encode all characters below the surrogates and every 37th above: every byte that UTF-8 uses occurs."""
     characters = [chr(code) for code in [*range(0xD800), *range(0xE000, 0x110000, 37)]]
     texts = ["".join(characters[i : i + 1000]) for i in range(0, len(characters), 1000)]
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
@@ -104,7 +104,7 @@ def test_truncation_in_a_file_loses_no_text(bpe, tmp_path):
 
 
 def test_bytes_of_byte_fallback_and_of_added_words(tmp_path):
-    """A vocabulary in SentencePiece's manner, with a word added that is not special."""
+    """Use a SentencePiece-style vocabulary with an added token that is not special."""
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as Library
 
@@ -120,7 +120,7 @@ def test_bytes_of_byte_fallback_and_of_added_words(tmp_path):
 
 
 def test_tiktoken_ids_and_pieces(tiktoken, monkeypatch):
-    """Special tokens follow the ranks, as in Llama 4; long texts are encoded in pieces."""
+    """Ids of special tokens follow those of the ranks, as in Llama 4. Long texts are encoded in pieces."""
     assert (tiktoken.bos_id, tiktoken.eos_id, tiktoken.vocab_size) == (262, 263, 270)
     monkeypatch.setattr(type(tiktoken), "MAX_CHARACTERS", 5)
     texts = ["return x " * 5, "", "ab"]

@@ -1,4 +1,4 @@
-"""Token shards: what is written is read, across shards. Damage is in test_corpus.py."""
+"""Token shards: what was written is read back, across shards. test_corpus.py has the tests of damaged shards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_windows_cross_shards(tmp_path, vocab_size, shard_tokens):
 
 
 def test_an_id_that_does_not_fit_is_refused(tmp_path):
-    """Also numpy integers, which wrap around silently."""
+    """NumPy integers are refused too, since they would wrap around silently."""
     for document in ([70_000], [-1], [np.int64(70_000)], np.array([1, 70_000]), np.array([-1])):
         with pytest.raises(OverflowError, match="token id"):
             TokenWriter(tmp_path, "a", token_dtype(300)).add(document)
@@ -48,7 +48,7 @@ def test_an_id_that_does_not_fit_is_refused(tmp_path):
 def test_sequences_leave_a_token_for_the_last_label(tmp_path):
     written, shards = write(tmp_path)
     stream = TokenStream(tmp_path, shards, token_dtype(300))
-    for seq_len in (34, 39, len(written) - 1, len(written)):  # 39 divides the length: the last would lack its label
+    for seq_len in (34, 39, len(written) - 1, len(written)):  # 39 divides the length, so the last label is missing
         count = stream.num_sequences(seq_len)
         assert count * seq_len + 1 <= len(written) < (count + 1) * seq_len + 1
     assert len(written) % 39 == 0 and TokenStream(tmp_path, [], token_dtype(300)).num_sequences(39) == 0

@@ -1,4 +1,4 @@
-"""Context parallelism: how sequences are divided, each method against whole sequences, and what is sent."""
+"""Context parallelism: how sequences are divided, each method compared with whole sequences, and generation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_position_is_on_one_rank(size, each):
 
 
 def test_causal_work_is_even():
-    """Pairs of query and key, in units of a chunk. Contiguous parts would be 7 to 1 apart."""
+    """All ranks have equally many query-key pairs. In contiguous shards, the last would have 6 times the first's."""
     work = [int((shard.columns + 1).sum()) for shard in division(4, 32)]
     assert max(work) == min(work)
     alone = [int((shard.columns + 1).sum()) for shard in division(4, 4)]
@@ -61,11 +61,11 @@ def over_cp(**options: Any) -> ParallelConfig:
 
 
 Case = tuple[ContextMethod, int | None, int]
-"""Method, chunk, length."""
+"""Method, attention chunk size (None: full attention) and sequence length."""
 
 
 def attended(cases: list[Case], bug: str | None = None) -> list[list[Tensor]]:
-    """For each case this rank's part of the result and of the gradients."""
+    """Return, for each case, this rank's part of the output and of the gradients."""
     meshes, found = meshes_here(over_cp()), []
     for method, chunk, length in cases:
         shard, rows = ContextShard(meshes.cp, length, CHUNK, method), positions(length)
@@ -109,7 +109,7 @@ CASES: dict[int, list[Case]] = {
 
 @pytest.mark.parametrize("size", CASES)
 def test_shards_attend_as_whole_sequences(ranks, size):
-    """Documents start inside chunks. Shards with and without tails, of even and odd numbers of chunks."""
+    """Documents start inside chunks. Shards have an even or odd number of chunks, with or without a tail."""
     found = ranks(size, attended, CASES[size])
     for place, case in enumerate(CASES[size]):
         assert largest(whole(found, place, case), wanted(*case[1:])) < 1e-12, case
@@ -128,7 +128,7 @@ def asked(lengths: list[int]) -> list[Tensor]:
 
 
 def test_generation_under_context_parallelism(ranks):
-    """Prompts shorter than a chunk of 16, of whole chunks, and between."""
+    """Use prompts shorter than a chunk of 16, prompts of whole chunks, and lengths in between."""
     lengths = [1, 15, 32, 41]
     (wanted,), found = ranks(1, asked, lengths), ranks(2, asked, lengths)
     for place, logits_V in enumerate(wanted):

@@ -1,4 +1,4 @@
-"""Bytes: what collectives are handed, what is counted, and what the formulas say are the same number."""
+"""The bytes that collectives are given, the bytes counted and the bytes of the formulas are equal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FP32, BF16, FP64 = (PrecisionConfig(one) for one in (Compute.float32, Compute.bf
 
 
 def dispatched_bytes(step: Any) -> Counter[tuple[int, ...]]:
-    """Bytes of the inputs of every collective that torch dispatches, whoever calls it, by the ranks of its group."""
+    """Return the input bytes of all collectives that torch dispatches in `step`, by the ranks of the group."""
     found: Counter[tuple[int, ...]] = Counter()
 
     def see(function: Any, arguments: Any, _: Any) -> None:
@@ -65,7 +65,7 @@ def members(group: Any) -> tuple[int, ...]:
 
 
 def by_ranks(meshes: Meshes, traffic: dict[tuple[str, str], int]) -> Counter[tuple[int, ...]]:
-    """Counted bytes by the ranks of the axis. Some axes have the same."""
+    """Sum counted bytes by the ranks of the axis, since several axes may have the same ranks."""
     axes = [axis for axis in vars(meshes).values() if isinstance(axis, MeshAxis)]
     groups = {axis.name: members(axis.group or dist.group.WORLD) for axis in axes}
     found: Counter[tuple[int, ...]] = Counter()
@@ -82,14 +82,14 @@ def counted(
     optimizer: OptimizerConfig = ADAMW,
     aligned: bool = False,
 ) -> Any:
-    """One step's traffic, which must be what torch dispatches on each group, and what this rank keeps."""
+    """Return the traffic of one step, after comparing it with what torch dispatches, and the bytes this rank keeps."""
     placed = placed_here(model, parallel, precision)
     engine, batch, step = synthetic(placed, optimizer, micro_batch_size)
     if aligned:
         places = torch.arange(SEQ_LEN)
-        documents = torch.where(places < 48, places % 32, places % 3)  # short ones within a chunk at the end
+        documents = torch.where(places < 48, places % 32, places % 3)  # documents of 3 tokens at the end
         batch.positions_BT = documents.expand(len(batch.tokens_BT), -1)
-    if parallel.pp > 1:  # in its first step a pipeline sends its shapes
+    if parallel.pp > 1:  # the first step of a pipeline also sends shapes
         step()
         placed.meshes.traffic.take()
     seen, traffic = dispatched_bytes(step), placed.meshes.traffic.take()
@@ -114,8 +114,8 @@ def assert_formulas_hold(
     matrices: torch.dtype | None = None,
     aligned: bool = False,
 ) -> dict[tuple[str, str], int]:
-    """Count a step's traffic, and what each rank keeps, and compare both with the formulas. Returns the traffic of all
-    ranks.
+    """Count the traffic of a step and each rank's bytes of parameters and optimizer state. Compare both with the
+    formulas. Return the traffic, summed over ranks.
     """
     layout, summed = config.resolve(count), Counter[tuple[str, str]]()
     found = ranks(count, counted, model, config, precision, micro_batch_size, optimizer, aligned)
@@ -168,7 +168,7 @@ def test_aligned_sequences_save_the_halo(ranks):
 @pytest.mark.parametrize("weights_on", WeightsOn)
 @pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
 def test_the_end_of_a_layer_is_not_recomputed(ranks, dispatch, weights_on, shared_expert_hidden_size):
-    """Heads normalised together, with and without a shared expert, weights before and after the experts."""
+    """Use QK norm over all heads, with and without a shared expert, and routing weights before or after experts."""
     base = tiny(2)
     layers = [replace(layer, qk_norm=QKNorm.full) for layer in base.blocks]
     router = replace(base.router, weights_on=weights_on)
@@ -193,7 +193,7 @@ MUON_LAYOUTS = {
 
 @pytest.mark.parametrize("name", MUON_LAYOUTS)
 def test_bytes_of_muon_equal_the_formulas(ranks, name):
-    """The matrices, uneven shards included, and one moment for each of them."""
+    """Count the matrices that Muon sends, uneven shards included, and its one moment per matrix."""
     model = replace(tiny(2), balance=BalanceConfig(aux=0.01), dense_hidden_size=50)
     found = assert_formulas_hold(ranks, model, *MUON_LAYOUTS[name], FP32, 4, MUON, torch.float32)
     assert any(purpose == "matrices" for _, purpose in found)
@@ -230,7 +230,7 @@ def test_coordinates_are_those_in_the_process_groups(degrees):
 
 
 def communication() -> Any:
-    """How FSDP2's units communicate, and how the first one does with a hook."""
+    """Return how FSDP2's units communicate, and how the first one does after a hook is set on it."""
     placed = placed_here(tiny(1), ParallelConfig(), BF16)
     units = [(unit, group) for unit, group in fsdp.units(placed.model) if group is not None]
     how = lambda g: (type(g._all_gather_comm), type(g._reduce_scatter_comm), g._all_reduce_hook is None)  # noqa: E731
@@ -240,7 +240,7 @@ def communication() -> Any:
 
 
 def test_fsdp2_communicates_as_torch_made_it(ranks):
-    """An all-reduce hook would move work to another stream without an order: a race on gradients on CUDA."""
+    """With an all-reduce hook, FSDP2 would use another CUDA stream unsynchronised: a race on gradients."""
     for found, hooked in ranks(2, communication):
         assert len(found) > 4 and set(found) == {(DefaultAllGather, DefaultReduceScatter, True)}
         assert hooked not in found, "the control"
@@ -265,7 +265,7 @@ def test_a_run_logs_its_bytes_and_evaluation_does_not_count(ranks, small_corpus,
 
 
 def pairs(function: Any, arguments: Any, options: dict[str, Any]) -> int:
-    """Pairs of query and key, times heads, that attention's kernel computes in a forward pass."""
+    """Return the query-key pairs, times heads, that a call of the attention kernel computes, or 0 for another op."""
     if "flash_attention_for_cpu." not in str(function):
         return 0
     (batch, heads, queries, _), keys = arguments[0].shape, arguments[1].shape[2]
@@ -274,7 +274,7 @@ def pairs(function: Any, arguments: Any, options: dict[str, Any]) -> int:
 
 
 def attention_costs(model: ModelConfig, config: ParallelConfig, layers: list[int], seq_len: int) -> Any:
-    """For each layer: one sequence that is one document, on this rank."""
+    """Measure each layer's attention on this rank, for one sequence of a single document."""
     placed, found = placed_here(model, config, BF16), []
     context, part = placed.sequence_context(torch.arange(seq_len)[None]), seq_len // placed.meshes.cp.size
     for layer in layers:

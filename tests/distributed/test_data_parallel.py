@@ -84,7 +84,7 @@ def test_ranks_compute_what_one_process_computes(ranks, small_corpus, alone, tmp
 
 
 def test_gradients_may_be_summed_in_bfloat16(ranks, small_corpus, alone, tmp_path):
-    """Each parameter's gradient is rounded to 8 bits on its way. Nothing else is."""
+    """Only gradients are rounded, to the 8 significant bits of bfloat16, while they are summed over ranks."""
     found = ranks(2, figures, tmp_path, "run", [*small_corpus, *EXACT, "parallel.reduce_dtype=bfloat16"], 1)[0]
     rounding = {name: relative(found["gradients"][name], whole) for name, whole in alone["gradients"].items()}
     assert min(rounding.values()) > 1e-4 and max(rounding.values()) < 1e-2, rounding

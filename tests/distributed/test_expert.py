@@ -1,4 +1,4 @@
-"""Dispatchers: padding for the products, ranks that get nothing, and all of them against one device."""
+"""Dispatchers: padding for grouped matmuls, ranks that get no tokens, and each dispatcher against one device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T, D, E, F = 24, 16, 4, 8
 
 
 class Padded(NativeGemm):
-    """Needs each expert's rows in multiples, and leaves NaN in the rows after the last expert's."""
+    """Require a multiple of 8 rows for each expert, and fill the rows after the last expert's with NaN."""
 
     token_multiple = 8
 
@@ -33,7 +33,7 @@ class Padded(NativeGemm):
         if groups is None:
             return super().linear(x_CD, w_EFD)
         assert not (groups.counts_E % self.token_multiple).any(), groups.counts_E
-        assert groups.host == groups.counts_E.tolist()  # some dispatchers know them beforehand
+        assert groups.host == groups.counts_E.tolist()  # a dispatcher may give the counts as `known`
         used = sum(groups.host)
         y = super().linear(x_CD[:used], w_EFD, groups)
         return torch.cat([y, y.new_full((x_CD.shape[0] - used, y.shape[1]), torch.nan)])
@@ -87,13 +87,13 @@ class Case(NamedTuple):
 
     def model(self, gemm: NativeGemm) -> MixtureOfExperts:
         moe = make(gemm, self.top_k, self.weights_on)
-        if self.skew:  # expert 0 or one of the rest: some get nothing
+        if self.skew:  # a token prefers expert 0 or all others equally: some experts get no token
             moe.router.weight.data[1:] = -moe.router.weight.data[:1]
         return moe
 
 
 def dispatched(etp: int, gemm: NativeGemm, cases: list[Case]) -> Any:
-    """This rank's tokens through experts on all ranks: for each case the output and this rank's gradients."""
+    """Send this rank's tokens through the experts of all ranks. Return the output and gradients of each case."""
     found, ep = [], connect().size // etp
     meshes = meshes_here(ParallelConfig(ep=ep, etp=etp))
     local, size = E // ep, F // etp

@@ -21,7 +21,7 @@ EXACT = ["precision=fp64", "training.clip_norm=null"]
 
 
 def with_base(root: Path, name: str, *overrides: str) -> TrainConfig:
-    """A run with twice the width, depth, head size and experts of its base: no factor is 1."""
+    """Return a run with twice the width, depth, head size and experts of its base, so that no factor is 1."""
     run = config(root, name, "optimizer=adamw", "hparam.head=multiplier", *overrides)
     small = replace(run.model, hidden_size=16, num_layers=2, head_dim=4, dense_hidden_size=24, expert_hidden_size=16)
     small = replace(small, num_experts=2, router=replace(run.model.router, top_k=1))
@@ -32,7 +32,7 @@ def with_base(root: Path, name: str, *overrides: str) -> TrainConfig:
 
 
 def groups(root: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Parameter name -> settings of its group, and the losses of two steps."""
+    """Return the settings of each parameter's group, the table of transferred values, and the losses of two steps."""
     with patch("tests.support.tiny.config", with_base):
         trainer = tiny_trainer(root, name, overrides)
     names = {parameter: name for name, parameter in trainer.engine.placed.model.named_parameters()}

@@ -43,12 +43,12 @@ SLOW = {
     "pp-hsdp-dualpipev": (4, ParallelConfig(pp=2, dp_replicate=2, schedule=PipelineSchedule.dualpipev), 2),
     "pp-tp-ep-fsdp-zbv": (8, ParallelConfig(pp=2, tp=2, ep=2, schedule=PipelineSchedule.zbv), 2),
 }
-"""Beside those of the page."""
+"""Layouts besides those of the page."""
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_layout_computes_what_one_process_does(ranks, name):
-    """Gradients, norm, balancing terms, updates, evaluation and resumed checkpoints, in both formats."""
+    """Compare gradients, norm, balancing terms, updates, evaluation and resumed checkpoints in float64 and float32."""
     count, config, top_k = (QUICK | SLOW)[name]
     assert_as_one_process(ranks, count, config, replace(deep(top_k), tie_embeddings=name == "pp-tied"))
 
@@ -61,7 +61,7 @@ def with_norm(norm: QKNorm) -> ModelConfig:
 def compared(
     ranks, case: CertifyCase, count: int, config: ParallelConfig
 ) -> tuple[list[RankResults], list[Comparison]]:
-    """A run under the layout against one process: the ranks' results, and the figures that differ."""
+    """Run under the layout and in one process. Return the ranks' results and the comparisons that failed."""
     (wanted,) = ranks(1, run_cases, ParallelConfig(), {"run": case})
     found = [rank["run"] for rank in ranks(count, run_cases, config, {"run": case})]
     return found, [comparison for comparison in compare("run", wanted["run"], found, case) if not comparison.passed]
@@ -83,7 +83,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_layouts_depend_on_the_model(ranks, name):
-    """One step. Under tp alone every rank has the same micro-batches as one process."""
+    """Run one step. Aux scope `micro` needs tp alone, under which micro-batches are the same as in one process."""
     model, count, config = MODELS[name]
     _, differing = compared(ranks, CertifyCase(model, PrecisionConfig(Compute.float64), SGD), count, config)
     assert differing == []
@@ -91,7 +91,7 @@ def test_layouts_depend_on_the_model(ranks, name):
 
 @pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
 def test_experts_without_tokens_in_float32(ranks, dispatch):
-    """The grouped product, which float64 does not use, without any rows on the first rank."""
+    """Test the grouped matmul, which float64 does not use, with no rows on the first rank."""
     model = replace(tiny(1), balance=BalanceConfig(bias_rate=0.01))
     case = CertifyCase(model, PrecisionConfig(Compute.float32), SGD, starve=True)
     found, differing = compared(ranks, case, 2, ParallelConfig(ep=2, dispatch=dispatch))
@@ -107,7 +107,7 @@ def test_experts_without_tokens_in_float32(ranks, dispatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_listed_layout(ranks, name):
-    """Top-2, the harder one, under each recompute mode; tokens to experts either way."""
+    """Use top-2 routing, the harder case, with each recompute mode and, under ep, each dispatcher."""
     count, config = LAYOUTS[name]
     for dispatch in (DispatchMethod.all_to_all, DispatchMethod.all_gather) if config.ep > 1 else (config.dispatch,):
         for mode in Recompute:

@@ -37,7 +37,7 @@ SMALL = [
 
 
 def write_long_text(path: Path, seed: int) -> Path:
-    """One document of more than `LONG` tokens, of two characters each under byte pairs."""
+    """Write one document of more than `LONG` tokens. A byte-pair token has about two characters here."""
     chance, words = random.Random(seed), ["the", "model", "reads", "a", "line", "and", "writes", "another", "def"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(" ".join(chance.choice(words) + str(chance.randrange(100)) for _ in range(160_000)))
@@ -45,7 +45,7 @@ def write_long_text(path: Path, seed: int) -> Path:
 
 
 def fitted(root: Path, overrides: list[str]) -> tuple[int, float, int]:
-    """Exit code, seconds for the steps and the evaluation, and this rank's peak memory in bytes."""
+    """Train. Return the exit code, the seconds for steps and evaluation, and this rank's peak memory in bytes."""
     run, begin = trainer(root, "long", overrides), time.perf_counter()
     code = run.fit()
     return code, time.perf_counter() - begin, peak_memory_bytes(run.world.device)
@@ -53,11 +53,11 @@ def fitted(root: Path, overrides: list[str]) -> tuple[int, float, int]:
 
 @pytest.mark.slow
 def test_a_run_over_a_quarter_of_a_million_tokens(tmp_path):
-    """One document fills the sequence. A mask over it would take 64 GiB a layer; memory grows linearly."""
+    """One document fills the sequence. A mask would take 64 GiB per layer; segmented attention needs linear memory."""
     text, held_out = (write_long_text(tmp_path / name / "text.txt", seed) for seed, name in enumerate(("text", "held")))
     sources = [f"data.sources.text.path={text}", f"+data.sources.text.held_out_path={held_out}"]
     overrides = [*SMALL, *sources, f"data.cache={tmp_path / 'cache'}", "parallel.cp_method=ring"]
-    with closing(Pool()) as ranks:  # peak memory counts from a process's start, and the shared pool has run other tests
+    with closing(Pool()) as ranks:  # new processes: peak memory counts from the start of a process
         found = ranks(2, fitted, tmp_path, overrides, timeout_s=3600)
     print(f"{found[0][1]:.0f} s for two steps and an evaluation; peak memory {[peak >> 20 for *_, peak in found]} MiB")
     assert all(code == 0 and peak < 4 << 30 for code, _, peak in found)

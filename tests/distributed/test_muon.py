@@ -34,7 +34,7 @@ LAYOUTS = {
     "hsdp": (4, ParallelConfig(dp_replicate=2)),
     "all": (8, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2)),
 }
-"""Plans for more ranks: tests/parallel/test_whole_matrices.py."""
+"""tests/parallel/test_whole_matrices.py tests plans for more ranks."""
 RUN = CertifyCase(awkward(), PrecisionConfig(Compute.float64), MUON, clip_norm=0.05, steps=3, batch_size=12)
 SCALED = {scale.name: replace(RUN, optimizer=replace(MUON, muon=MuonConfig(scale=scale))) for scale in MuonScale}
 
@@ -46,20 +46,20 @@ def results(ranks: Any, name: str, cases: Mapping[str, CertifyCase], bug: str | 
 
 
 def apart(wanted: RankResults, found: list[RankResults]) -> float:
-    """The largest relative difference of a parameter after the last step."""
+    """Return the largest relative difference of a parameter after the last step."""
     return compare_blocks("weights", wanted.weights, [rank.weights for rank in found], EXACT).largest
 
 
 @pytest.fixture(scope="module")
 def alone(ranks, tmp_path_factory) -> tuple[RankResults, Path]:
-    """What one process computes, and its checkpoint of the second step."""
+    """Return the results of one process, and the path of its checkpoint of step 2."""
     path = tmp_path_factory.mktemp("one")
     return ranks(1, run_cases, ParallelConfig(), {"run": replace(RUN, save=path)})[0]["run"], path
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "all" else n for n in LAYOUTS])
 def test_a_layout_trains_as_one_process_does(ranks, alone, name):
-    """Shards of unequal size: losses, gradients, norms and the weights after three steps."""
+    """Compare losses, gradients, norms and the weights after three steps, with shards of unequal size."""
     found = results(ranks, name, {"run": RUN})["run"]
     assert [comparison for comparison in compare("run", alone[0], found, RUN) if not comparison.passed] == []
     assert apart(alone[0], found) < 1e-12
@@ -73,7 +73,7 @@ def test_a_layout_trains_as_one_process_does(ranks, alone, name):
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp3", "tp2-fsdp2", "etp2-efsdp2", "hsdp"])
 def test_one_matrix_at_a_time_is_updated_alike(ranks, alone, name):
-    """Rounds in which some ranks have nothing to do."""
+    """With one matrix per round, some ranks have nothing to update in some rounds."""
     assert apart(alone[0], results(ranks, name, {"run": RUN}, "one_matrix_at_a_time")["run"]) < 1e-12
 
 
@@ -83,7 +83,7 @@ def test_scales_are_of_the_whole_matrix(ranks):
 
 
 def test_experts_fewer_than_ranks_are_split_by_hidden_size(ranks):
-    """FSDP2 then shards another dimension than the first, and lays its gradients out accordingly."""
+    """FSDP2 then shards a dimension other than the first, and its gradients have a different memory layout."""
     case = replace(RUN, model=replace(awkward(), num_experts=2))
     (wanted,) = ranks(1, run_cases, ParallelConfig(), {"run": case})
     found = [rank["run"] for rank in ranks(4, run_cases, ParallelConfig(), {"run": case})]
@@ -93,7 +93,7 @@ def test_experts_fewer_than_ranks_are_split_by_hidden_size(ranks):
 
 @pytest.mark.slow
 def test_a_checkpoint_resumes_under_other_layouts(ranks, alone, tmp_path):
-    """Written by one, read by another: the weights of the third step are those of an uninterrupted run."""
+    """Save under one layout and resume under another: step 3 has the weights of an uninterrupted run."""
     wanted, one = alone
     paths = {"one": one} | {name: tmp_path / name for name in ("tp2-fsdp2", "etp2-efsdp2")}
     resumed = {other: replace(RUN, resume=path) for other, path in paths.items()}
@@ -108,7 +108,7 @@ def test_a_checkpoint_resumes_under_other_layouts(ranks, alone, tmp_path):
 
 
 def test_a_narrow_momentum_resumes_under_another_layout(ranks, alone, tmp_path):
-    """Runs under several layouts differ by no more than the rounding of bfloat16."""
+    """A run resumed under another layout differs from one process only by the rounding of bfloat16."""
     narrow = replace(RUN, optimizer=replace(MUON, moments=Moments.bfloat16))
     wanted = ranks(1, run_cases, ParallelConfig(), {"run": narrow})[0]["run"]
     results(ranks, "tp2-fsdp2", {"run": replace(narrow, save=tmp_path / "x")})

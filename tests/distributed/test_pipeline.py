@@ -1,4 +1,4 @@
-"""Pipelines: what is computed, and how often."""
+"""Pipelines compute the results of one process, and nothing more often than needed."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ LAYERS = 4
 
 
 def moe_layers() -> ModelConfig:
-    """Four MoE layers, one for each stage, with every balancing term."""
+    """Return a model of four MoE layers, one per stage, with every balancing term."""
     model = replace(tiny(1), balance=BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001))
     moe = next(layer for layer in model.blocks if layer.feed_forward is FeedForward.moe)
     return replace(model, num_layers=LAYERS, layer_list=[moe] * LAYERS)
 
 
 TIMES: Counter[str] = Counter()
-"""How often attention and experts ran forward on this rank, the rows that experts got, and all-to-alls."""
+"""Counts on this rank: forward passes of attention and experts, rows of experts, and all-to-alls (`Tensor`)."""
 
 
 @replaces(Attention, "forward")
 @replaces(Experts, "forward")
 @replaces(dist, "all_to_all_single")
 def counted(honest, first, *arguments, **options):
-    """Not a bug: it counts."""
-    for kind in (Attention, Experts, Tensor):  # FSDP2 makes subclasses of modules
+    """Count the calls. This is planted like a bug, but changes nothing."""
+    for kind in (Attention, Experts, Tensor):  # not `type`, since FSDP2 makes subclasses of modules
         TIMES[kind.__name__] += isinstance(first, kind)
     TIMES["rows"] += len(arguments[0]) if isinstance(first, Experts) else 0
     return honest(first, *arguments, **options)
@@ -55,9 +55,9 @@ def counted(honest, first, *arguments, **options):
 def one_step(
     parallel: ParallelConfig, model: ModelConfig, compute: Compute = Compute.float64, micro_batch_size: int = 1
 ) -> tuple[Counter[str], float, float, int]:
-    """What one step did on this rank, its loss and norm, and how many routed tokens all routers counted."""
+    """Run one step. Return this rank's counts, the loss, the norm, and the tokens that all routers counted."""
     TIMES.clear()
-    with planted("counted"):  # before the model is built: recomputation holds the forwards that it finds
+    with planted("counted"):  # before the model is built, since recomputation stores the forward methods
         placed = placed_here(model, parallel, PrecisionConfig(compute), SEED)
         result = synthetic(placed, SGD, micro_batch_size)[2]()
     return TIMES, result.loss.item(), result.gradient_norm.item(), int(result.balance["counts"].sum())
@@ -79,14 +79,14 @@ def alone(ranks) -> Any:
     ],
 )
 def test_a_schedule_runs_no_more_forwards_than_needed(ranks, alone, schedule, recompute):
-    """pp2 x ep2 with all balancing terms: micro-batches times layers, twice where they are recomputed."""
+    """Under pp2 x ep2, each micro-batch runs each layer forward once, or twice with recomputation."""
     model, schedule = moe_layers(), PipelineSchedule[schedule]
     parallel = ParallelConfig(pp=2, ep=2, schedule=schedule, recompute=recompute)
     found = ranks(4, one_step, parallel, model)
     micro_batches, layers = BATCH_SIZE // 2, LAYERS // 2
     repeated = 1 if recompute is Recompute.none else 2
     again = recompute is Recompute.full
-    exchanges = 5 + 3 * again  # counts; rows there and back, and their gradients; counts, there and back recomputed
+    exchanges = 5 + 3 * again  # counts 1, rows 2, their gradients 2; recomputed: counts 1, rows 2
     for times, loss, norm, counted in found:
         assert times["Attention"] == times["Experts"] == repeated * micro_batches * layers
         assert times["Tensor"] == exchanges * micro_batches * layers, "all-to-alls"
@@ -106,7 +106,7 @@ def one_step_with(bug: str, parallel: ParallelConfig, model: ModelConfig) -> Any
 
 
 def test_the_count_notices_repeated_forwards(ranks):
-    """torch's own split of the backward pass recomputes a layer for each part."""
+    """Control: torch's own split of the backward pass recomputes a layer once for each part."""
     parallel = ParallelConfig(pp=2, ep=2, schedule=PipelineSchedule.zbv, recompute=Recompute.full)
     times, *_ = ranks(4, one_step_with, "split_by_torch", parallel, moe_layers())[0]
     assert times["Attention"] > 2 * (BATCH_SIZE // 2) * (LAYERS // 2)
@@ -117,7 +117,7 @@ def test_the_count_notices_repeated_forwards(ranks):
     [("interleaved_zero_bubble", 2), ("interleaved_zero_bubble", 8), ("zbv", 4), ("dualpipev", 8)],
 )
 def test_bf16_gradients_are_summed_as_without_a_split(ranks, schedule, micro_batches):
-    """Gathered copies are bf16, and so is each product. Their sum is not, however few or many there are."""
+    """Gathered weights and each weight-gradient matmul are bf16, but the sum over 2 to 8 micro-batches is not."""
     how = (moe_layers(), Compute.bfloat16, BATCH_SIZE // micro_batches)
     schedules = (PipelineSchedule.interleaved, PipelineSchedule[schedule])
     usual, split = (ranks(2, one_step, ParallelConfig(pp=2, schedule=one), *how)[0] for one in schedules)
@@ -125,7 +125,7 @@ def test_bf16_gradients_are_summed_as_without_a_split(ranks, schedule, micro_bat
 
 
 def deferred_work(parallel: ParallelConfig, model: ModelConfig) -> str:
-    """What happens on this rank, in order: "d" a product is deferred, "w" one is done, "|" a piece of work begins."""
+    """Return this rank's events: "d", a matmul is deferred; "w", one is computed; "|", those of a micro-batch begin."""
     happened: list[str] = []
     defer, take = Deferred.defer, Deferred.take
 
@@ -143,9 +143,9 @@ def deferred_work(parallel: ParallelConfig, model: ModelConfig) -> str:
 
 
 def test_every_product_is_deferred_and_done_later(ranks):
-    """In each layer four projections of attention, two products of the experts, three of the shared expert; and the
-    head. At the end of a V the rank without the head has the backward passes of three micro-batches before the first of
-    their weights.
+    """A layer defers 9 matmuls: 4 of attention, 2 of the experts and 3 of the shared expert. The head defers one more.
+    At the end of a V schedule, the rank without the head runs the backward passes of three micro-batches before the
+    deferred matmuls.
     """
     with_head, without = ranks(2, deferred_work, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv), moe_layers())
     for happened, head in ((with_head, BATCH_SIZE), (without, 0)):
@@ -159,7 +159,7 @@ def losses(root: Path, name: str, overrides: list[str]) -> list[float]:
 
 
 def test_phases_may_change_what_travels(ranks, small_corpus, tmp_path):
-    """Longer sequences, other micro-batches, the same stages."""
+    """Phases change the sequence length and the micro-batches; the stages stay the same."""
     small = ["training.steps=2", "training.global_batch_size=8", "training.micro_batch_size=1"]
     changes = ["seq_len: 96", "micro_batch_size: 2, global_batch_size: 4", "seq_len: 48, global_batch_size: 8"]
     phases = ", ".join(f"{{name: p{index}, steps: 1, {change}}}" for index, change in enumerate(changes))

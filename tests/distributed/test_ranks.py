@@ -1,4 +1,4 @@
-"""The pool of ranks: order, relayed errors, hangs, and cases that do not affect each other."""
+"""The pool of ranks: results are in rank order, errors are relayed, hangs are killed, and cases are independent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rank_and_sum(offset: int) -> tuple[int, int]:
 
 
 def fail_on(fails: int | None, hangs: int | None = None) -> None:
-    """One rank raises, another may sleep, and the rest wait for them."""
+    """Raise on rank `fails`, sleep on rank `hangs`, and wait for them on the other ranks."""
     if dist.get_rank() == fails:
         raise ValueError(f"planted on {fails}")
     if dist.get_rank() == hangs:

@@ -1,4 +1,4 @@
-"""DeepSpeed as an engine: certified layouts, checkpoints under either engine, rejected configurations."""
+"""DeepSpeed as the engine: certified layouts, checkpoints under either engine, and rejected configurations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from train.engine.deepspeed import ZeroEngine
 
 ZERO = "parallel.engine=deepspeed"
 ZERO3 = ["parallel.zero.stage=3", "model.moe_every=0"]
-SHARDED3 = [*ZERO3, "+parallel.zero.extra.stage3_param_persistence_threshold=0"]  # or small parameters stay whole
+SHARDED3 = [*ZERO3, "+parallel.zero.extra.stage3_param_persistence_threshold=0"]  # else small parameters stay whole
 LAYOUTS = {
     "zero1": ["parallel.dp_shard=2"],
     "zero2": ["parallel.dp_shard=2", "parallel.zero.stage=2"],
@@ -60,7 +60,7 @@ LAYOUTS = {
     "zero3, selective": [*SHARDED3, "parallel.dp_shard=2", "parallel.recompute=selective"],
     "zero2, overlap": ["parallel.zero.stage=2", "+parallel.zero.extra.overlap_comm=true", "parallel.dp_shard=2"],
 }
-for stage in (1, 2):  # many buckets, and parameters larger than one
+for stage in (1, 2):  # many buckets, and parameters larger than a bucket
     for key in ("extra.use_multi_rank_bucket_allreduce=false", "extra.allgather_bucket_size=100", "bucket_size=100"):
         changed = f"{'+' if key.startswith('extra') else ''}parallel.zero.{key}"
         LAYOUTS[f"zero{stage}, {key}"] = [f"parallel.zero.stage={stage}", changed, "parallel.dp_shard=2"]
@@ -68,7 +68,7 @@ QUICK = ("zero2", "pp2 and ep2")
 
 
 def outcome(ranks: Any, overrides: list[str], bug: str | None = None) -> Outcome:
-    """That of the layout itself, without its parts."""
+    """Return the outcome of the layout itself, without trying subsets of its axes."""
     asked = load("certify", CertifyConfig, ["model.num_layers=4", ZERO, "ranks=4", "steps=2", *overrides])
     trial, model = trials(asked)[0][-1], shrink(asked.model, asked.parallel)
     (found,) = compare_layouts(model, [trial], asked.steps, BuggyRanks(ranks, bug))
@@ -110,8 +110,8 @@ Blocks = list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
 
 
 def losses_and_state(root: Path, overrides: list[str], count: int) -> tuple[list[float], Blocks, Blocks]:
-    """Losses of a run's next steps, and this rank's state before and after them. Before, also the tensors that its model
-    computes with (`copy.NAME`), where they are others.
+    """Return the losses of the next `count` steps, and this rank's state before and after them. In ZeRO-1 and 2, the
+    state before includes the model's own parameters, as `copy.NAME`.
     """
     run = trainer(root, "run", [*overrides, "training.steps=12"])
     before = blocks_of(run)
@@ -160,7 +160,7 @@ DENSE = (
 
 @pytest.mark.parametrize("places", [MOE, pytest.param(DENSE, marks=pytest.mark.slow)], ids=["moe", "dense"])
 def test_a_run_moves_between_engines_and_world_sizes(ranks, small_corpus, tmp_path, places):
-    """Weights, moments and step counts are equal bit for bit, and the losses are those of a run that stayed."""
+    """A move keeps weights, moments and step counts bit for bit. The losses are those of a run that never moved."""
     usual = [*small_corpus, "precision=fp32", "optimizer=adamw", "optimizer.lr=1e-3"]
     stayed = ranks(1, losses_and_state, tmp_path / "stayed", [*usual, *places[-1][1]], 2 * len(places))[0][0]
     losses: list[float] = []
@@ -193,7 +193,7 @@ def test_kept_bytes_equal_the_formulas(ranks, small_corpus, tmp_path):
 
 
 def offloaded(root: Path, overrides: list[str]) -> tuple[list[float], tuple[bool, bool]]:
-    """Losses of the next three steps; whether all state is on disk, and all shards in DeepSpeed's host memory."""
+    """Return three losses, whether all state is on disk, and whether all shards are in DeepSpeed's host memory."""
     run = trainer(root, "run", [*overrides, "training.steps=6"])
     losses = [run.train_step(step).loss.item() for step in range(run.step, run.step + 3)]
     run.save()
@@ -208,14 +208,14 @@ def offloaded(root: Path, overrides: list[str]) -> tuple[list[float], tuple[bool
 
 @pytest.mark.parametrize("stage", [[], pytest.param(SHARDED3, marks=pytest.mark.slow)], ids=["1", "3"])
 def test_offloaded_state_is_the_same_state(ranks, small_corpus, tmp_path, stage):
-    """Masters and moments on the host and on disk; in stage 3 also the parameters, with the masters and without."""
+    """Offload masters and moments to the host or to disk; in stage 3 also parameters, alone or with the masters."""
     usual = [*small_corpus, "precision=bf16", "optimizer=adamw", "optimizer.lr=1e-3", ZERO, *stage]
     disk, host = tmp_path / "disk", "parallel.zero.offload=cpu"
     places = {"host": [host], "nvme": ["parallel.zero.offload=nvme", f"parallel.zero.nvme={disk}"]}
     if stage:
         shards = "parallel.zero.offload_parameters=cpu"
         places |= {"parameters": [shards], "parameters-host": [shards, host]}
-    for _ in range(2):  # the second time from a checkpoint
+    for _ in range(2):  # the second time, resume from a checkpoint
         wanted = [losses for losses, _ in ranks(2, offloaded, tmp_path / "device", usual)]
         for name, there in places.items():
             found = ranks(2, offloaded, tmp_path / name, [*usual, *there])
@@ -237,11 +237,11 @@ def test_a_missing_gradient_is_an_error(ranks, small_corpus, tmp_path, stage):
     ranks(2, assert_missing_gradient_raises, tmp_path, usual)
 
 
-PADDED = ["model.hidden_size=9", "training.global_batch_size=8"]  # of a gain's 9 elements the last of 4 ranks has none
+PADDED = ["model.hidden_size=9", "training.global_batch_size=8"]  # the last of 4 ranks has none of a gain's 9 elements
 
 
 def read_between_steps(root: Path, overrides: list[str]) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses of steps, before each of which the model is read, and the logits then."""
+    """Compute logits before each of three steps. Return the losses and the logits."""
     run = trainer(root, "run", overrides)
     placed, tokens_BT = run.engine.placed, torch.arange(48)[None]
     losses, logits = [], []
@@ -264,7 +264,7 @@ def read_between_steps(root: Path, overrides: list[str]) -> tuple[list[float], l
     ],
 )
 def test_a_sharded_model_can_be_read_at_any_time(ranks, small_corpus, tmp_path, size, how):
-    """Also on three ranks, among which no tensor is divided evenly and a division by the ranks is not exact."""
+    """On three ranks, no tensor is divided evenly, and dividing by the number of ranks is not exact."""
     usual = [*small_corpus, "precision=fp32", "model.moe_every=0", "training.global_batch_size=6", *how]
     ((losses, logits),) = ranks(1, read_between_steps, tmp_path / "torch", usual)
     for found in ranks(size, read_between_steps, tmp_path / "zero", [*usual, ZERO, *SHARDED3]):
@@ -274,7 +274,7 @@ def test_a_sharded_model_can_be_read_at_any_time(ranks, small_corpus, tmp_path, 
 
 
 def left_behind(root: Path, overrides: list[str], honest: bool) -> int:
-    """The number of modules that DeepSpeed takes for unfinished after a step."""
+    """Return the number of modules whose forward pass DeepSpeed regards as unfinished after a step."""
 
     class Kept(list[Any]):
         def clear(self) -> None:
@@ -303,7 +303,7 @@ def test_initial_weights_are_exact_when_sharded(ranks, small_corpus, tmp_path):
 
 
 def kept_alive(root: Path, overrides: list[str], honest: bool) -> tuple[int, int]:
-    """The number of whole matrices that the graph of a forward pass keeps, and of all."""
+    """Return how many gathered matrices the autograd graph keeps after a forward pass, and how many were gathered."""
     if not honest:
         zero3.Zero3._pack = lambda self, tensor: tensor.detach()  # type: ignore[method-assign]
     placed = trainer(root, "run", overrides).engine.placed
@@ -322,7 +322,7 @@ def kept_alive(root: Path, overrides: list[str], honest: bool) -> tuple[int, int
 @pytest.mark.slow
 @pytest.mark.parametrize("honest", [True, False])
 def test_the_graph_keeps_no_whole_matrix(small_corpus, tmp_path, honest):
-    """In a pool of its own: the bug stays in its ranks."""
+    """Use a separate pool, since the planted bug stays in its processes."""
     few = [f"+parallel.zero.extra.stage3_{key}=0" for key in ("max_reuse_distance", "prefetch_bucket_size")]
     with closing(Pool()) as pool:
         found = pool(2, kept_alive, tmp_path, [*small_corpus, "precision=fp32", ZERO, *SHARDED3, *few], honest)
@@ -352,7 +352,7 @@ def test_paged_adamw_is_adamw_and_frees_its_memory(tmp_path):
 
 
 def resident_kb(folder: Path) -> int:
-    """Resident memory of this process that maps files in `folder`, unlinked ones too."""
+    """Return the KiB of this process's resident memory that maps files in `folder`, even unlinked files."""
     maps = psutil.Process().memory_maps()
     return sum(one.rss for one in maps if one.path.startswith(str(folder))) // 1024
 
@@ -401,7 +401,7 @@ def test_another_version_is_rejected_with_the_install_line(monkeypatch):
     run = load("train", TrainConfig, [ZERO])
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     check(run, 2)
-    assert "DS_ACCELERATOR" not in os.environ, "a job is submitted with it, and may run where there are GPUs"
+    assert "DS_ACCELERATOR" not in os.environ, "a submitted job inherits it, and may run on GPUs"
     for found in (None, "0.17.0"):
         monkeypatch.setattr(zero12, "installed", lambda found=found: found)
         with pytest.raises(ConfigError, match=rf"deepspeed.*pip install 'leviathan\[deepspeed\]'.*{VERSION}"):

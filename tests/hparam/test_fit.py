@@ -1,4 +1,4 @@
-"""Optima of curves whose optimum is known; curves without one are rejected."""
+"""Fit curves with a known optimum, and reject curves without one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RATES = [float(x) for x in range(-10, -3)]
 
 
 def bowl(best: float, floor: float = 2.0, seeds: int = 3, spread: float = 0.0, scale: Scale = BASE) -> Curve:
-    """A parabola in log2 of the rate whose optimum moves by `spread` from seed to seed."""
+    """Return a parabola in log2 of the learning rate. Its optimum moves by `spread` from seed to seed."""
     losses = {
         2.0**x: {seed: floor + 0.01 * (x - best - spread * (seed - 1)) ** 2 for seed in range(seeds)} for x in RATES
     }
@@ -29,16 +29,16 @@ def test_a_vertex_between_grid_points_is_found():
     found = optimum(bowl(-6.7))
     assert found.log2_lr.value == pytest.approx(-6.7) and found.loss.value == pytest.approx(2.0)
     assert found.lr == pytest.approx(2**-6.7)
-    assert found.log2_lr.low == pytest.approx(-6.7) == found.log2_lr.high, "seeds that agree leave no doubt"
+    assert found.log2_lr.low == pytest.approx(-6.7) == found.log2_lr.high, "equal seeds give an interval of width 0"
     doubtful = optimum(bowl(-6.7, spread=0.5)).log2_lr
     assert doubtful.low < -7.0 and doubtful.high > -6.4 and doubtful.value == pytest.approx(-6.7)
 
 
 def test_drift_is_paired_by_seed():
-    """Both optima move by half an octave with the seed, together: their distance does not."""
+    """Both optima move by half an octave from seed to seed, so their distance does not change."""
     moved = drift(bowl(-6.7, spread=0.5), bowl(-7.9, spread=0.5))
     assert moved.value == pytest.approx(-1.2) and moved.high - moved.low < 1e-6
-    assert penalty(bowl(-6.3), bowl(-7.1)).value == pytest.approx(0.01 * 0.8**2), "by parabolas, as the optimum is"
+    assert penalty(bowl(-6.3), bowl(-7.1)).value == pytest.approx(0.01 * 0.8**2), "by the fitted parabolas"
 
 
 @pytest.mark.parametrize("best, side", [(-11.0, "downwards"), (-3.0, "upwards")])
@@ -71,16 +71,16 @@ def test_resamples_are_all_or_many():
 
 
 def test_exponents_of_batch_and_tokens():
-    """log2 lr = -7 + 0.5 log2(batch ratio) - 0.3 log2(tokens ratio), exactly."""
+    """The optima are exactly log2 lr = -7 + 0.5 log2(batch ratio) - 0.3 log2(tokens ratio)."""
     grid = []
     for b, t in itertools.product((1, 2, 4), repeat=2):
         scale = replace(BASE, batch=BASE.batch * b, tokens=BASE.tokens * t)
         grid.append(bowl(-7 + 0.5 * math.log2(b) - 0.3 * math.log2(t), scale=scale))
     found = exponents(grid)
     assert found["batch"].value == pytest.approx(0.5) and found["tokens"].value == pytest.approx(-0.3)
-    assert exponents(grid[:2]) == {}, "two horizons are not enough"
+    assert exponents(grid[:2]) == {}, "two token counts are not enough"
     together = [bowl(-7, scale=replace(BASE, batch=BASE.batch * f, tokens=BASE.tokens * f)) for f in (1, 2, 4, 8)]
-    assert exponents(together) == {}, "sizes that only vary together"
+    assert exponents(together) == {}, "batch and tokens vary only together"
     prediction = predicted_optimum(grid)
     assert prediction is not None and prediction["octaves"] == pytest.approx(0.0, abs=1e-6)
 

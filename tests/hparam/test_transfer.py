@@ -107,7 +107,7 @@ def test_values_worked_out_by_hand():
 
 @pytest.mark.parametrize("scale, exponent", [("unit_rms_norm", 0.0), ("shape_scaling", 0.0), ("match_adamw", -0.5)])
 def test_muon_gets_what_its_scale_lacks(scale, exponent):
-    """An update of spectral norm s * factor changes a matrix's output by as much; it should be sqrt(out / in)."""
+    """An update's spectral norm, the rate times `MuonScale.factor`, should be proportional to sqrt(out / in)."""
     from train.optim.muon import MuonScale
 
     sizes = {name: 4 * size for name, size in asdict(BASE).items() if name.endswith(("width", "hidden_size"))}
@@ -125,8 +125,8 @@ def test_muon_gets_what_its_scale_lacks(scale, exponent):
 
 
 def test_the_table_is_pinned():
-    """A change of a rule is a change of `rules.VERSION` and of this file, which
-    `python -c "from tests.hparam.test_transfer import *; GOLDEN.write_text(golden())"` writes."""
+    """If a rule changes, change `rules.VERSION` and write the table again:
+    `python -c "from tests.hparam.test_transfer import *; GOLDEN.write_text(golden())"`."""
     assert json.loads(GOLDEN.read_text()) == json.loads(golden())
 
 
@@ -155,7 +155,7 @@ def test_each_warning_has_its_cause(base, target, warning):
 
 
 def test_batches_above_the_critical_one_are_rejected():
-    """2^20 tokens at the base, and 16^0.46 = 3.6 times as many for 16 times the tokens."""
+    """The critical batch is 2^20 tokens at the base, and 16^0.46 = 3.6 times as large for 16 times the tokens."""
     assert carried(critical_batch=2.0**20)
     large = replace(LARGER, batch=2**22)
     with pytest.raises(ConfigError, match=r"global_batch_size: 4,194,304 tokens are above .* critical batch of 3,7"):

@@ -1,4 +1,4 @@
-"""The line of an error, for all tests of the command."""
+"""Provide `refused`, with which tests read the error line of a failing command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launch.cli import main
 
 @pytest.fixture
 def refused(capsys) -> Callable[..., str]:
-    """Run `leviathan WORDS`, which fails with this exit code; return the one line that says why."""
+    """Return a function that runs `leviathan WORDS`, checks its exit code `code` and returns its one error line."""
 
     def run(*words: str, code: int = 2) -> str:
         capsys.readouterr()

@@ -27,11 +27,11 @@ def test_thirds_are_by_difficulty():
     losses = np.arange(9.0)
     assert group_means(losses, losses) == [1.0, 4.0, 7.0, 4.0]
     assert group_means(losses, -losses) == [7.0, 4.0, 1.0, 4.0]
-    assert group_means(np.array([1.0, 2.0, 4.0, 9.0]), np.zeros(4)) == [1.5, 4.0, 9.0, 4.0], "ties in order"
+    assert group_means(np.array([1.0, 2.0, 4.0, 9.0]), np.zeros(4)) == [1.5, 4.0, 9.0, 4.0], "ties keep their order"
 
 
 def test_differences_are_paired_by_seed():
-    assert difference(MADE_UP, "filtered", 0) == (-0.5, 0.0), "the same for each seed: no doubt"
+    assert difference(MADE_UP, "filtered", 0) == (-0.5, 0.0), "equal differences have no spread"
     mean, half_width = difference(MADE_UP, "filtered", 2)
     assert (mean, half_width) == (-0.5, pytest.approx(4.303 * 0.5 / 3**0.5))
     assert difference(MADE_UP, "everything", 2) == (0.0, 0.0)
@@ -81,7 +81,7 @@ def test_a_small_ablation(tmp_path):
     assert list(losses) == list(COLOURS) and all(found.shape == (2, 4) for found in losses.values())
     assert all(np.isfinite(found).all() and (found > 0).all() for found in losses.values())
     for arm in set(COLOURS) - {CONTROL}:
-        assert (losses[arm] != losses[CONTROL]).any(), f"{arm} is trained on something else"
+        assert (losses[arm] != losses[CONTROL]).any(), f"{arm} is trained on other data"
     runs = {path.name: load_config(path) for path in (tmp_path / "out" / "runs").iterdir()}
     assert set(runs) == {f"{arm.replace(' ', '-')}-{seed}" for arm in COLOURS for seed in range(2)}
     filters = [runs[f"random-half-{seed}"].data.filter for seed in range(2)]

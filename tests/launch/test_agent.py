@@ -1,4 +1,4 @@
-"""Ranks that die or hang: told, started again, and the run's losses are those of an undisturbed one."""
+"""Ranks that die or hang are reported and restarted, and the losses are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.support.drills import STARTED, STEPS, TWO_RANKS, ended, figures, has_
 
 @pytest.fixture(autouse=True)
 def nothing_left():
-    """Whatever a failed test has left running."""
+    """Kill what a failed test left running."""
     yield
     for process in STARTED:
         if process.poll() is None:
             for rank in ranks_of(process):
-                os.kill(rank, signal.SIGKILL)  # a stopped one would stay
+                os.kill(rank, signal.SIGKILL)  # the agent's end does not end a stopped rank
             process.kill()
     STARTED.clear()
 
@@ -39,7 +39,7 @@ LAYOUTS = {"ranks": TWO_RANKS, "stages": STAGES}
 
 @pytest.fixture(scope="module")
 def undisturbed(small_corpus, tmp_path_factory) -> Callable[[str], dict[int, tuple[float, float]]]:
-    """What a layout's run computes that nothing happens to."""
+    """Return a function that gives the losses and norms of an undisturbed run under a layout, by step."""
 
     @cache
     def run(layout: str) -> dict[int, tuple[float, float]]:
@@ -52,7 +52,7 @@ def undisturbed(small_corpus, tmp_path_factory) -> Callable[[str], dict[int, tup
 
 @pytest.fixture
 def hit(small_corpus, tmp_path) -> Callable[..., tuple[str, float]]:
-    """Send a rank a signal after some steps of the run x; return the command's stderr, and when."""
+    """Return a function that signals a rank of run x after a step, and returns stderr and the time of the signal."""
 
     def run(layout: str, step: int, victim: int, sent: signal.Signals, *words: str, code: int = 0) -> tuple[str, float]:
         process = start([*small_corpus, *LAYOUTS[layout], "run.name=x", *words], tmp_path)
@@ -71,14 +71,14 @@ KILLS += [("stages", 15, 0), ("stages", 33, 3), ("stages", 58, 1)]
 @pytest.mark.slow
 @pytest.mark.parametrize("layout, step, victim", KILLS)
 def test_a_killed_rank_is_restarted_and_nothing_changes(hit, tmp_path, undisturbed, layout, step, victim):
-    """The stages of a pipeline share experts."""
+    """In the layout `stages`, the two ranks of each pipeline stage split the experts."""
     (errors, _), run = hit(layout, step, victim, signal.SIGKILL), tmp_path / "runs" / "x"
     assert f"leviathan: rank {victim} was ended by SIGKILL" in errors and "restarts left: 3" in errors
-    assert "Traceback" not in errors, "what only lost its neighbour says so in a line"
+    assert "Traceback" not in errors, "a rank that lost its neighbour prints one line"
     assert figures(run) == undisturbed(layout) and len(figures(run)) == STEPS
     assert step < 20 or "resuming from step-000000" in (run / "log.txt").read_text()
     for rank in (run / "logs").glob("rank-*"):
-        assert len(list(rank.glob("*.err"))) == 2, "a file per start"
+        assert len(list(rank.glob("*.err"))) == 2, "one file per start"
     environment = json.loads((run / "environment.json").read_text())
     assert environment["variables"]["TORCHELASTIC_RESTART_COUNT"] == "1"
 
@@ -94,7 +94,7 @@ def test_a_rank_that_dies_ends_a_run_without_restarts(hit):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout, victim", [("ranks", 1), ("stages", 2)])
 def test_a_stopped_rank_is_reported_and_restarted(hit, tmp_path, undisturbed, layout, victim):
-    """Other stages wait for hidden states, in pairs and not in a collective."""
+    """In `stages`, the other stage waits for hidden states in a point-to-point transfer, not in a collective."""
     errors, stopped = hit(layout, 30, victim, signal.SIGSTOP, "parallel.timeout_s=6")
     assert figures(tmp_path / "runs" / "x") == undisturbed(layout)
     hang, *others = map(json.loads, (tmp_path / "runs" / "x" / "logs" / "hangs.jsonl").read_text().splitlines())
@@ -106,14 +106,14 @@ def test_a_stopped_rank_is_reported_and_restarted(hit, tmp_path, undisturbed, la
     if layout == "ranks":
         assert hang["rank"] == 0 and not others
         words = hang["line"].split()
-        # it may have been stopped between logging 30 steps and beginning the next one
+        # the rank may have been stopped after step 30 was logged and before it began step 31
         assert words[0] == "step" and 29 <= int(words[1].rstrip(":")) <= STEPS
         assert any(f" over axis {axis} waits for " in hang["line"] for axis in ("experts", "fsdp", "world", "dp"))
 
 
 @pytest.mark.slow
 def test_twenty_of_twenty_pipelines_end_cleanly(small_corpus, tmp_path):
-    """Cut by torch's own way, one in three such runs was once seen to abort when it ended."""
+    """With torch's own split of the backward pass, one in three such runs aborted at its end."""
     schedule = ["launch.processes=2", "parallel.ep=1", "parallel.schedule=interleaved_zero_bubble"]
     for number in range(20):
         process = start([*small_corpus, *STAGES, *schedule, "training.steps=2", f"run.name=x{number}"], tmp_path)
@@ -128,7 +128,7 @@ def test_an_error_that_would_occur_again_is_not_retried(small_corpus, tmp_path):
 
 
 def listen(host: str) -> socket.socket:
-    """On a free port; skips the test where the machine has no such address."""
+    """Listen on a free port. Skip the test if the machine does not have the address."""
     try:
         return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError:
@@ -146,7 +146,7 @@ def two_agents(arguments: list[str], cwd: Path, host: str) -> list[subprocess.Po
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_several_nodes_meet_again_after_a_crash(small_corpus, tmp_path, undisturbed, host):
-    """Two agents, as on two machines: each counts its own restarts."""
+    """Run two agents, as on two machines. Each counts its own restarts."""
     both = two_agents(small_corpus, tmp_path, host)
     log = tmp_path / "runs" / "x" / "log.txt"
     for attempt, victim in enumerate(both):
@@ -164,7 +164,7 @@ def test_several_nodes_meet_again_after_a_crash(small_corpus, tmp_path, undistur
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_node_ends_after_another_gave_up(small_corpus, tmp_path, stopped):
-    """No restarts are left; a stopped rank hears nothing of its neighbour's end, so its agent ends it."""
+    """No restarts are left. A stopped rank cannot notice that the other rank ended, so its agent kills it."""
     alone = [*small_corpus, "launch.restarts=0", "parallel.timeout_s=4"]
     both = two_agents(alone, tmp_path, "127.0.0.1")
     wait_for(has_step(tmp_path / "runs" / "x", 30), both[0])
@@ -174,14 +174,14 @@ def test_a_stopped_node_ends_after_another_gave_up(small_corpus, tmp_path, stopp
     assert [process.returncode for process in both] == [1, 1], told
     assert f"rank {stopped} has sent no heartbeat since step" in told[1 - stopped]
     assert not Path(f"/proc/{victim}").exists()
-    if stopped == 0:  # the store is its node's: the other one cannot say that it gives up but there
+    if stopped == 0:  # node 0 has the store, through which the other node reports that it gives up
         assert "another node has given up" in told[0], told
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_port_in_use_is_one_line(monkeypatch, tmp_path, refused, host):
     for name in ("OMP_NUM_THREADS", "PYTHONSAFEPATH", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
-        monkeypatch.setenv(name, "1")  # the agent sets them
+        monkeypatch.setenv(name, "1")  # so that monkeypatch restores what the agent sets
     with listen(host) as taken:
         port = taken.getsockname()[1]
         nodes = ["launch.processes=1", "launch.nodes=2", "launch.node_rank=0"]
@@ -207,7 +207,7 @@ def test_every_interface_is_found_by_its_addresses():
 
 
 def test_the_rank_that_failed_first_is_told_first(tmp_path):
-    """Four ranks: one was stopped by the agent, one only lost its neighbours, one broke by itself, later."""
+    """Rank 1 failed first by itself, and rank 3 later. Rank 0 only lost its connection; the agent stopped rank 2."""
     last = {0: "RuntimeError: Connection reset by peer", 1: "ZeroDivisionError: by itself", 3: "ValueError: later"}
     for rank, line in last.items():
         (tmp_path / f"rank-{rank:05d}").mkdir()

@@ -54,7 +54,7 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_2(refused, words, tmp_p
 
 
 def test_the_right_configuration_is_accepted(words, capsys):
-    """Control for all of the above. Documents of the test corpus are longer than 16 tokens and are cut."""
+    """Control for the tests above. Documents of the test corpus are longer than 16 tokens and are cut."""
     assert main(words) == 0 == main([*words, "training.seq_len=16", "run.name=short"])
     assert capsys.readouterr().err == ""
 
@@ -116,7 +116,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command, message", COMMANDS.items(), ids=COMMANDS.keys())
 def test_a_wrong_command_is_one_line_and_exit_code_2(refused, monkeypatch, tmp_path, command, message):
-    """Without SLURM."""
+    """SLURM's commands are not on PATH."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert refused(*command.split()).startswith(message)
@@ -132,7 +132,7 @@ def test_a_damaged_shard_is_refused(refused, words, tmp_path):
     shard.write_bytes(content)
     line = refused(*words, "run.name=second", code=1)
     assert shard.name in line and "run again" in line
-    assert main([*words, "data.verify=false", "run.name=third"]) == 0, "control: without verification it goes unseen"
+    assert main([*words, "data.verify=false", "run.name=third"]) == 0, "control: not noticed without verification"
 
 
 def test_resuming_while_it_runs_or_otherwise_set_is_refused(refused, words, tmp_path):
@@ -140,10 +140,10 @@ def test_resuming_while_it_runs_or_otherwise_set_is_refused(refused, words, tmp_
     other.lock()
     assert "run.name=run: another process is training in" in refused(*words)
     other.release()
-    assert main(words) == 0, "control: released, it may be claimed"
+    assert main(words) == 0, "control: a released run can be claimed"
     line = refused(*words, "optimizer.lr=0.5")
     assert "optimizer.lr=0.5" in line and f"was started with {OptimizerConfig().lr}" in line
-    assert main([*words, "logging.every=2", "checkpoint.keep=1"]) == 0, "what does not affect training may change"
+    assert main([*words, "logging.every=2", "checkpoint.keep=1"]) == 0, "other settings may change"
     assert "holds a run already" in refused(*words, "run.resume=false")
 
 

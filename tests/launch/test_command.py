@@ -1,4 +1,4 @@
-"""The command as a user meets it: other people's folders, torchrun, Ctrl-C, the closing line, every verb."""
+"""The command as users run it: every verb, folders with clashing names, torchrun, Ctrl-C and errors of ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TWO_RANKS = ["launch=torchrun", "launch.processes=2"]
 
 
 def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """Train in a session of its own, with one thread as `command` has it: their number changes the rounding."""
+    """Train in a new session, with one thread as in `command`: the number of threads changes the rounding."""
     line, pipe = [str(BIN / "leviathan"), "train", *arguments], subprocess.PIPE
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(line, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=variables, start_new_session=True)
@@ -113,7 +113,7 @@ def test_every_verb_works_in_a_folder_with_our_names(strangers_folder, finished,
 
 
 def test_python_m_train_survives_a_data_folder(strangers_folder, small_corpus):
-    """A train.py of the user's own wins against `-m train` unless PYTHONSAFEPATH=1; a data/ folder never does."""
+    """A user's train.py shadows `-m train` unless PYTHONSAFEPATH=1. A data/ folder never shadows our package."""
     line = [sys.executable, "-m", "train", *TINY, *small_corpus, "run.name=x", "training.steps=1"]
     for safe in ({"PYTHONSAFEPATH": "1"}, {}):
         variables = {**os.environ, **safe}
@@ -137,7 +137,7 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_
     arguments, run = [*TINY, *small_corpus, "run.name=x", "training.steps=4000", *launch], tmp_path / "runs" / "x"
     process = start(arguments, tmp_path)
     wait_for(has_step(run, 4), process)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: every process of the foreground group gets it
+    os.killpg(process.pid, signal.SIGINT)  # as from a terminal: every process of the foreground group gets it
     ended(process, 130)
     log = run / "log.txt"
     assert "interrupted after step" in log.read_text()
@@ -146,7 +146,7 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_
     second = start(arguments, tmp_path)
     wait_for(lambda: f"resuming from {saved.parent.name}" in log.read_text(), second)
     second.kill()
-    second.communicate(timeout=240)  # returns when nobody holds the pipes any more
+    second.communicate(timeout=240)  # returns when all processes have closed the pipes
     deadline = time.monotonic() + (30 if launch else 1)
     while log.read_text().count("interrupted after step") < 2 and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -30,7 +30,7 @@ def test_help_has_values_types_and_words(capsys):
     assert main(["train", "--cfg", "model.hidden_size=256"]) == 0
     text = capsys.readouterr().out
     assert "\n  evaluate   held-out loss of a run" in text and "run=???  (str)" in text
-    assert "model.hidden_size=128  (int)" in text, "what would run, not the dataclass's default"
+    assert "model.hidden_size=128  (int)" in text, "the composed value, not the class's default"
     assert "optimizer.lr=0.25  (float)" in text and "launch.kind=inline  (inline | torchrun | slurm)\n" in text
     assert "data=builtin | files | huggingface | tokens" in text
     assert "training.clip_norm=1.0  (float | null)\n    # Global gradient norm above which" in text
@@ -51,7 +51,7 @@ def test_help_has_every_key_of_launch_with_its_type_and_words(capsys):
 
 @pytest.mark.parametrize("kind", ["inline", "torchrun", "slurm"])
 def test_the_choices_of_launch_repeat_the_defaults(kind):
-    """Hydra takes overrides of those keys only that a file has: the files have them all, and no other values."""
+    """Hydra accepts overrides only of keys in the YAML files, so these repeat the keys and defaults of the class."""
     launch = load("train", TrainConfig, [f"launch={kind}"]).launch
     needed = {"kind": kind, **({"processes": 8} if kind == "slurm" else {})}
     full = plain(build(LaunchConfig, needed))

@@ -1,4 +1,4 @@
-"""A sweep on this machine: one run after the other, whatever becomes of them, until somebody interrupts it."""
+"""A sweep on this machine runs one run after the other, even if some fail, until the user interrupts it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TWO_RANKS = ["launch=torchrun", "launch.processes=2"]
 
 @pytest.fixture(params=["inline", "torchrun"])
 def sweep(request, monkeypatch, tmp_path):
-    """`sweep(outcomes)`: a sweep whose runs end as given, by an exit code or an error; its code and the runs begun."""
+    """Return `sweep(outcomes)`: its runs end with these codes or errors. It returns its code and the runs begun."""
 
     def run(outcomes: dict[str, int | Exception]) -> tuple[int, list[str]]:
         begun: list[str] = []
@@ -37,7 +37,7 @@ def sweep(request, monkeypatch, tmp_path):
 def test_an_interrupted_sweep_stops(sweep):
     assert sweep({}) == (0, ["s-0", "s-1", "s-2"]), "control"
     assert sweep({"s-1": 130}) == (130, ["s-0", "s-1"])
-    assert sweep({"s-0": 1, "s-1": 130}) == (130, ["s-0", "s-1"]), "it is not over because of the first run"
+    assert sweep({"s-0": 1, "s-1": 130}) == (130, ["s-0", "s-1"]), "a failed run does not end the sweep"
     assert sweep({"s-1": agent.AgentInterrupted(15)}) == (130, ["s-0", "s-1"])
 
 

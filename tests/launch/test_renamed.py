@@ -1,4 +1,4 @@
-"""Old keys and values are rejected with the new name, wherever they stand."""
+"""Old keys and values are rejected with the new name, wherever they occur."""
 
 from __future__ import annotations
 

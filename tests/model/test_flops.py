@@ -1,4 +1,4 @@
-"""Closed forms against the counts of a real forward and backward pass."""
+"""Compare closed-form FLOPs with the counts of a real forward and backward pass."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SMALL = small(expert_hidden_size=40)
 
 @pytest.mark.parametrize("config", [SMALL, small(router=RouterConfig(top_k=2), shared_expert_hidden_size=0)])
 def test_matrix_flops_equal_pytorchs_counter(config):
-    """Without attention, which PyTorch counts regardless of masks. In float64 plain products multiply the experts, which
-    its counter sees; it does not know the grouped kernel.
+    """Leave out attention, since PyTorch's counter ignores masks. Use float64, in which experts run as plain matmuls,
+    since the counter does not know the grouped kernel.
     """
     tokens = torch.zeros(2, 32, dtype=torch.int64)
     model = build(config)
@@ -29,6 +29,6 @@ def test_matrix_flops_equal_pytorchs_counter(config):
 
 def test_attention_counts_causal_pairs_within_the_chunk():
     inner = SMALL.num_heads * SMALL.head_dim
-    pairs = 3 * 16 / 2 + 1 * 64 / 2  # half of three chunks of 16 and of one sequence of 64, on average
+    pairs = 3 * 16 / 2 + 1 * 64 / 2  # mean keys per query: half of 16 in three layers, half of 64 in one
     assert training_flops(SMALL, 64).attention == 3 * (2 * 2 * pairs * inner)
     assert training_flops(SMALL, 8).attention == 3 * (2 * 2 * 4 * 8 / 2 * inner)

@@ -1,4 +1,4 @@
-"""The comparison of settings with transformers': it passes at published sizes and notices each of them."""
+"""Compare settings with transformers' reading of them: equal at published sizes, and each difference is noticed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def written(model: ModelConfig, directory: Path, **changes) -> Path:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_settings_of_published_sizes_are_equal(name, tmp_path):
-    """In the file that we write, and in the published one."""
+    """Test both the `config.json` that we write and the published one."""
     huggingface.compare_settings(preset(name), written(preset(name), tmp_path))
     if name != "behemoth":
         (tmp_path / "config.json").write_text(json.dumps(published(name)))
@@ -55,7 +55,7 @@ MISREAD = {
 @pytest.mark.parametrize("name, change", MISREAD.values(), ids=MISREAD.keys())
 def test_each_setting_read_otherwise_is_noticed(name, change, tmp_path):
     written(preset(name), tmp_path)
-    key = f"({next(iter(change))}|layer_list)"  # what the list of layers is built from shows there
+    key = f"({next(iter(change))}|layer_list)"  # a setting per layer shows up in the list of layers
     with pytest.raises(CheckpointError, match=rf"transformers reads its config.json as model\.{key}"):
         huggingface.compare_settings(replace(preset(name), **change), tmp_path)
 
@@ -63,5 +63,5 @@ def test_each_setting_read_otherwise_is_noticed(name, change, tmp_path):
 def test_what_transformers_does_not_accept_is_an_obstacle(tmp_path):
     scout = preset("llama4_scout")
     assert huggingface.obstacle(written(scout, tmp_path)) is None
-    why = huggingface.obstacle(written(scout, tmp_path, attn_temperature_tuning=4))  # as the first published files
+    why = huggingface.obstacle(written(scout, tmp_path, attn_temperature_tuning=4))  # an int, as first published
     assert why is not None and "expected bool, got int" in why

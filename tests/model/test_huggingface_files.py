@@ -1,4 +1,4 @@
-"""Out to the Hugging Face format and in again: nothing changes, transformers agrees, and damage is refused."""
+"""Export to the Hugging Face format and import again: nothing changes, transformers agrees, damage is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import hf_models
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A Maverick-like checkpoint in several shards, in bfloat16."""
+    """Save a Maverick-like checkpoint in several bfloat16 shards."""
     root = tmp_path_factory.mktemp("saved") / "maverick"
     return hf_models.save(hf_models.make("maverick").bfloat16(), root, max_shard_size="40KB")
 
@@ -35,11 +35,11 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", hf_models.PEERS)
 def test_out_and_in_again_is_identical_and_transformers_agrees(name, tmp_path):
-    """Version 5 lets `rope_scaling` replace `rope_parameters`; version 4 knows only the older keys."""
+    """In transformers 5, `rope_scaling` overrides `rope_parameters`. Version 4 knows only the older keys."""
     import transformers
 
     theirs = hf_models.make(name)
-    theirs.config.rope_parameters["rope_theta"] = 123456.0  # no default, so that losing it shows
+    theirs.config.rope_parameters["rope_theta"] = 123456.0  # not the default, so that losing it is noticed
     first = HuggingFaceCheckpoint(hf_models.save(theirs, tmp_path / "first"))
     export(first, tmp_path / "second", shard_bytes=50_000)
     second = HuggingFaceCheckpoint(tmp_path / "second")
@@ -67,7 +67,7 @@ SCALED |= {"original_max_position_embeddings": 64}
 
 
 def test_the_check_of_logits_notices_a_wrong_export(saved, tmp_path):
-    """Control: a file whose gate and up are swapped is read consistently by us, and betrayed by transformers."""
+    """Control: our code reads a file with swapped gate and up without error; only transformers' logits reveal it."""
     checkpoint = HuggingFaceCheckpoint(saved)
     export(checkpoint, tmp_path / "out")
     content = load_file(tmp_path / "out" / SINGLE)
@@ -211,7 +211,7 @@ def test_what_is_wrong_is_refused_in_one_message(saved, tmp_path, damage, reason
 
 
 def test_rows_outside_a_tensor_are_refused(saved):
-    """They would be its neighbour's in the file."""
+    """Rows outside the tensor would belong to its neighbour in the file."""
     entry = HuggingFaceCheckpoint(saved).entries["model.layers.0.self_attn.q_proj.weight"]
     assert read_rows(entry, 60, 64).shape == (4, 64)
     for start, stop in ((60, 65), (-1, 2), (3, 2)):
@@ -230,7 +230,7 @@ def test_rows_outside_a_tensor_are_refused(saved):
     ],
 )
 def test_layers_are_spelled_by_periods_where_they_have_them(mixtures, rotated, periods):
-    """Trying every pair of periods would take hours for 10,000 layers."""
+    """Periods must be found without trying every pair, which would take hours for 10,000 layers."""
     layers = {"num_hidden_layers": len(rotated), "moe_layers": [*mixtures], "no_rope_layers": rotated}
     _, model = huggingface.read_config({**LLAMA4, **layers})
     assert (None if model.layer_list else (model.moe_every, model.nope_every)) == periods

@@ -1,4 +1,4 @@
-"""Every family against transformers: logits, loss and each gradient in float32, and with each feature broken once."""
+"""Compare every family with transformers in float32: logits, loss and gradients. Controls break each feature once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model.tensor_source import materialise, whole
 from tests.support import hf_models
 
 TOKENS = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(5))
-"""13 is no multiple of the chunk of 5."""
+"""The length, 13, is not a multiple of the attention chunk of 5."""
 
 
 @pytest.mark.parametrize("name", hf_models.PEERS)
@@ -29,7 +29,7 @@ def test_logits_loss_and_every_gradient(name, tmp_path):
     torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
     loss.backward()
     expected.loss.backward()
-    with torch.no_grad():  # their gradients under our names: saved as if they were weights
+    with torch.no_grad():  # save their gradients as weights, to read them under our names
         for parameter in theirs.parameters():
             parameter.copy_(parameter.grad if parameter.grad is not None else torch.zeros_like(parameter))
     gradients = huggingface.HuggingFaceCheckpoint(hf_models.save(theirs, tmp_path / "gradients"))
@@ -80,7 +80,7 @@ def test_the_comparison_notices_each_feature(name, change, tmp_path):
 
 @pytest.mark.parametrize("name", ["scout", "qwen3_moe", "olmoe"])
 def test_packed_documents_equal_separate_runs_of_transformers(name, tmp_path):
-    """transformers ignores positions in the query temperature, so each document is run by itself there."""
+    """transformers' query temperature ignores positions in documents, so transformers runs each document alone."""
     theirs = hf_models.make(name)
     ours = huggingface.load(hf_models.save(theirs, tmp_path))
     lengths = (4, 7, 2)

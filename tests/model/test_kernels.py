@@ -1,4 +1,4 @@
-"""Triton's and PyTorch's MoE kernels on a CPU: run by Triton's interpreter, and compiled for a GPU that is not there.
+"""Test Triton's and PyTorch's MoE kernels without a GPU: run Triton's in its interpreter, and compile them.
 
 tests/test_gpu.py has the same cases on a GPU.
 """
@@ -28,7 +28,7 @@ from tests.support.kernel_cases import BREAKS, CASES, GATES
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict:
-    """Runs in its own process: Triton reads the variable at import, and torch.compile imports Triton too."""
+    """Run the cases in a new process: Triton reads TRITON_INTERPRET at import, and torch.compile imports Triton."""
     assert importlib.util.find_spec("triton"), "the kernels' tests need Triton: pip install -e '.[dev]'"
     command = [sys.executable, "-m", "tests.support.kernel_cases"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -57,7 +57,7 @@ FIXED = {"weights": "*fp32", "found": "*fp32", "source": "*i64", "place": "*i64"
 
 KERNELS = ["spread", "spread y found", "spread y found weights is_padding", "collect", "collect x found weights"]
 KERNELS += ["swiglu", "swiglu_backward"]
-"""The name of a kernel, and the arguments that are None."""
+"""Each entry has the name of a kernel and the arguments that are None."""
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])

@@ -1,4 +1,4 @@
-"""Balancing losses by gradient injection: equal to an ordinary loss, and effective."""
+"""Gradient injection gives the gradients of an ordinary balancing loss, and it evens the load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plain_scores(logits: torch.Tensor, score: Score) -> torch.Tensor:
 
 
 def ordinary_loss(x: torch.Tensor, weight: torch.Tensor, router: RouterConfig, balance: BalanceConfig, divisor: float):
-    """The balancing terms as a loss, and its unscaled parts. The scope `whole` sees the load 3 to 1/3 of a step before."""
+    """Return the balancing terms as a loss, and their unscaled sums. Scope `whole` uses the load of the last step."""
     logits = x @ weight.T
     chosen = logits.topk(router.top_k, -1).indices
     p = plain_scores(logits, router.score)

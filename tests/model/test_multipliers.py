@@ -1,4 +1,4 @@
-"""Constant factors of the forward pass, folded into the weights."""
+"""Fold constant factors of the forward pass into the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDS = torch.arange(40).view(2, 20) * 7 % 96
 
 
 class Weights:
-    """A fresh model's tensors as a source."""
+    """A tensor source with the weights of a new model."""
 
     def __init__(self, config: ModelConfig) -> None:
         model = build(replace(config, init=replace(config.init, std=1.0, fan_in=True)), compute=Compute.float32)
@@ -54,7 +54,7 @@ def test_folding_keeps_the_function(norm, tied):
 
 @pytest.mark.parametrize("factor", [one.name for one in fields(MultipliersConfig)])
 def test_each_factor_changes_the_function(factor):
-    """Control: an unused factor would fold perfectly."""
+    """Control: the folding test would also pass for a factor that is never applied."""
     plain = Weights(MODEL)
     changed = Weights(replace(MODEL, multipliers=MultipliersConfig(**{factor: getattr(FACTORS, factor)})))
     assert difference(logits(changed), logits(plain)) > 1e-3
@@ -70,7 +70,7 @@ def test_weightless_query_norm_cannot_absorb_a_factor():
 
 
 def test_an_export_computes_what_the_factors_did(tmp_path):
-    """Compares with transformers on the exported weights; a missing fold is noticed."""
+    """Compare with transformers on the exported weights. Control: a missing fold is noticed."""
     llama4 = replace(
         MODEL, qk_norm=QKNorm.weightless, shared_expert_hidden_size=40, multipliers=replace(FACTORS, attention=1.0)
     )

@@ -1,4 +1,4 @@
-"""Published models: parameter counts in closed form, of our network and of transformers', and their settings."""
+"""Published models: compare settings, and parameter counts (closed form, our network, transformers' network)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from model.tensor_source import parameter_shapes
 from train.config import TrainConfig
 
 COUNTS = {
-    # Llama 4 from its published configuration; the others from the totals that their checkpoints state
+    # Llama 4: from its published configuration; the others: the totals stated in their checkpoints
     "llama4_scout": (107_769_861_120, 17_172_894_720),
     "llama4_maverick": (400_711_848_960, 17_184_691_200),
     "behemoth": (1_986_331_791_360, 287_638_671_360),
@@ -37,7 +37,7 @@ def preset(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_to_the_digit(name):
-    """transformers builds its model from the configuration that an export writes."""
+    """Let transformers build its model from the configuration that an export writes."""
     import transformers
 
     total, active = COUNTS[name]
@@ -53,8 +53,8 @@ def test_parameters_to_the_digit(name):
 
 
 def published(name: str) -> dict[str, Any]:
-    """A copy of the release's `config.json`. Llama 4's are gated and were assembled from printed copies: Scout's with the
-    correction of its rotation, Maverick's as first released, with many defaults.
+    """Return a copy of the release's `config.json`. Llama 4's are gated and were assembled from printed copies: Scout's
+    with the later correction of its RoPE, Maverick's as first released, which lists many defaults.
     """
     return json.loads((Path(__file__).with_name("published") / f"{name}.json").read_text())
 

@@ -1,4 +1,4 @@
-"""The model against a plain statement of its mathematics, in float64. Each feature is broken once as a control."""
+"""Compare the model in float64 with a plain implementation of its mathematics. Controls break each feature once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.models import build, small
 SMALL = small(attention_chunk_size=5, temperature_floor=3.0, init=InitConfig(std=1.0, fan_in=True))
 WHOLE = torch.arange(13)[None]
 CLOSED = torch.tensor([[0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 0, 1, 2]])
-"""No chunk of 5 positions crosses a multiple of 5."""
+"""Positions for which no attention chunk of 5 crosses a multiple of 5 in the sequence."""
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
 VARIANTS = {
     "llama4": SMALL,

@@ -1,4 +1,4 @@
-"""Recomputed operations, counted one by one."""
+"""Count the operations that each recomputation mode repeats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = {
 
 
 def operations(mode: Recompute, precision: PrecisionConfig, model: ModelConfig) -> Counter[str]:
-    """The operations of one step in one process."""
+    """Count the operations of one step in one process, by name."""
     placed = placed_here(model, ParallelConfig(recompute=mode), precision)
     _, _, step = synthetic(placed, OptimizerConfig(), BATCH_SIZE)
     names: list[str] = []

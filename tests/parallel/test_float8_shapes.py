@@ -1,4 +1,4 @@
-"""FP8 is checked with the shapes that each rank computes with."""
+"""The shape limits of FP8 are checked with the shards that each rank computes with."""
 
 from __future__ import annotations
 

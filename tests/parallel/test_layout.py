@@ -1,4 +1,4 @@
-"""Layouts that cannot work are rejected before anything is built, with the nearest that can."""
+"""Layouts that cannot work are rejected before anything is built, with the nearest layouts that work."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_nearest_values_come_in_order():
 
 @pytest.mark.parametrize("cp, tp, chunk", [(2, 1, 16), (4, 1, 16), (2, 2, 16), (3, 2, 5), (2, 1, None), (1, 4, 16)])
 def test_the_shortest_sequence_that_fits(cp, tp, chunk):
-    """Against trying every length."""
+    """Compare with a search over all lengths."""
     model = load("train", TrainConfig, [f"model.attention_chunk_size={chunk or 'null'}"]).model
     layout = ParallelConfig(cp=cp, tp=tp).resolve(cp * tp)
 

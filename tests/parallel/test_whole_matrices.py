@@ -1,4 +1,4 @@
-"""The plan by which matrices are gathered, for every rank of a layout at once and without a process group."""
+"""Test the plans for gathering matrices, for all ranks of a layout at once, without a process group."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ LAYOUTS = {
     "all": (16, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2)),
 }
 SIZES = [1, 1000, 1 << 26]
-"""Elements on a rank at a time: one matrix, some, all."""
+"""Limits on the number of elements that a rank gathers at a time: enough for one matrix, several, or all."""
 
 
 @cache
 def awkward() -> ModelConfig:
-    """Sizes that ranks do not divide. Of three ranks, among which no dimension of an expert divides, one has no expert."""
+    """Return a model whose sizes are not divisible by the number of ranks. One of three ranks has no expert."""
     sizes = {"hidden_size": 40, "dense_hidden_size": 50, "expert_hidden_size": 80, "shared_expert_hidden_size": 18}
     return replace(tiny(2), **sizes, num_experts=4, head_dim=6)
 
@@ -51,7 +51,7 @@ def matrices() -> dict[str, ParameterInfo]:
 
 
 def plans(layout: Layout, at_once: int) -> list[tuple[Meshes, dict[str, ShardSpec], list[Round]]]:
-    """By rank."""
+    """Return the meshes, shard specs and plan of every rank."""
     found = []
     for rank in range(layout.world_size):
         meshes = meshes_of_rank(layout, rank)
@@ -61,7 +61,7 @@ def plans(layout: Layout, at_once: int) -> list[tuple[Meshes, dict[str, ShardSpe
 
 
 def done_here(together: Round) -> int:
-    """Matrices of a round that this rank works on."""
+    """Return the number of matrices that this rank updates in a round."""
     if not together.stages:
         return sum(piece.stop - piece.start for piece in together.ranges)
     return together.stages[-1].counts[together.stages[-1].split.rank]
@@ -70,7 +70,7 @@ def done_here(together: Round) -> int:
 @pytest.mark.parametrize("at_once", SIZES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_replica_does_every_matrix_once_and_groups_agree(name, at_once):
-    """All ranks of a group plan the same exchanges in the same order, each sending what its neighbour expects."""
+    """All ranks of a group plan the same exchanges, of the same sizes, in the same order."""
     count, config = LAYOUTS[name]
     done, wanted = Counter[object](), Counter[object]()
     groups: dict[tuple[object, ...], list[list[object]]] = {}
@@ -78,7 +78,7 @@ def test_each_replica_does_every_matrix_once_and_groups_agree(name, at_once):
         exchanges: dict[str, list[object]] = {}
         for together in plan:
             done[meshes.replicate.rank, together.shape] += done_here(together)
-            assert done_here(together) <= max(1, at_once // math.prod(together.shape)), "the memory's bound"
+            assert done_here(together) <= max(1, at_once // math.prod(together.shape)), "the limit of memory"
             for stage in together.stages:
                 said = (together.shape, stage.counts, stage.split.lengths)
                 exchanges.setdefault(stage.split.name, []).append(said)
@@ -86,7 +86,7 @@ def test_each_replica_does_every_matrix_once_and_groups_agree(name, at_once):
         places |= {"efsdp": meshes.experts.rank, "etp": (meshes.efsdp.rank, meshes.ep.rank)}
         for axis, listed in exchanges.items():
             groups.setdefault((axis, meshes.replicate.rank, places[axis]), []).append(listed)
-        # ranks of the `experts` axis with other experts send each other nothing, but take part in every all-to-all
+        # ranks with different experts send each other nothing, but take part in every all-to-all over `experts`
         calls = [together.stages for together in plan if any(s.split.axis.name == "experts" for s in together.stages)]
         groups.setdefault(("calls", meshes.replicate.rank, meshes.efsdp.rank), []).append([len(calls)])
     assert all(listed == ranks[0] for ranks in groups.values() for listed in ranks)
@@ -97,7 +97,7 @@ def test_each_replica_does_every_matrix_once_and_groups_agree(name, at_once):
 
 @pytest.mark.parametrize("name", ["fsdp3", "fsdp4", "tp2-fsdp2", "all"])
 def test_work_is_spread_evenly(name):
-    """No rank updates more than two dense matrices above its share, in work."""
+    """The work of any two ranks differs by at most that of two of the largest dense matrices."""
     count, config = LAYOUTS[name]
     work: Counter[int] = Counter()
     heaviest = 0

@@ -1,4 +1,4 @@
-"""One contract for every backend. Available ones fulfil it; the others give every reason why they are unavailable."""
+"""Available backends fulfil one contract. Unavailable backends give every reason why they are unavailable."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIRS = [(backend, recipe) for backend in FLOAT8_LIBRARIES for recipe in RECIPES
 HERE = [pair for pair in PAIRS if not unavailable(*pair, CPU)]
 MISSING = [pair for pair in PAIRS if unavailable(*pair, CPU)]
 ERROR = {Backend.native: 1e-2, Backend.te: 0.08, Backend.torch: 0.08, Backend.emulated: 0.08}
-"""Relative error of a product against float64: FP8 has three mantissa bits, E5M2 two."""
+"""Tolerated relative error of a matmul against float64. E4M3 has three mantissa bits, E5M2 two."""
 T, D, N, E = 48, 64, 96, 4
 COUNTS = [32, 0, 64, 32]
 MODEL = small(hidden_size=64, head_dim=16, dense_hidden_size=96, expert_hidden_size=64)
@@ -76,7 +76,7 @@ def test_linear_and_its_gradients(pair):
 
 
 def grouped(gemm: GemmBackend, counts: list[int], beyond: int = 0) -> dict[str, Tensor]:
-    """Result and gradients of groups of unequal size, with `beyond` rows of zeros after the last."""
+    """Return the result and gradients of unequal groups, with `beyond` rows of zeros after the last group."""
     rows = sum(counts)
     x = torch.cat([draw(rows, D), torch.zeros(beyond, D)]).bfloat16().requires_grad_()
     w = draw(len(counts), N, D, seed=1).requires_grad_()
@@ -103,7 +103,7 @@ def test_each_group_is_a_linear_layer(pair):
             y = gemm.linear(one, weight)
             y.backward(grad[rows])
             for name, alone in (("y", y), ("x", one.grad)):
-                assert relative(found[name][rows], alone) < 1e-2  # a grouped kernel may round otherwise
+                assert relative(found[name][rows], alone) < 1e-2  # a grouped kernel may round differently
             assert relative(found["w"][expert], weight.grad) < 1e-2
 
 
@@ -117,7 +117,7 @@ def test_rows_beyond_the_last_group_change_nothing(pair, counts):
 
 @pytest.mark.parametrize("backend, recipe", HERE)
 def test_activations_are_saved_as_bytes(backend, recipe):
-    """Only in saved tensors, which activation checkpointing and offloading see."""
+    """Activations are only in autograd's saved tensors, where activation checkpointing and offloading find them."""
     kept: list[Tensor] = []
     gemm, x, w = products(backend, recipe), draw(64, D).bfloat16().requires_grad_(), draw(N, D, seed=1).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -154,13 +154,13 @@ def test_unavailable_recipes_say_why(backend, recipe):
 
 def test_the_emulation_has_every_recipe():
     assert {(Backend.emulated, recipe) for recipe in RECIPES} <= set(HERE)
-    assert {backend for backend, _ in MISSING} == {Backend.te, Backend.torch}  # te: there is no GPU
+    assert {backend for backend, _ in MISSING} == {Backend.te, Backend.torch}  # te needs a GPU
 
 
 @pytest.mark.parametrize("recipe", [recipe for backend, recipe in HERE if backend is Backend.torch])
 @pytest.mark.parametrize("operands", ["ordinary", "of very different magnitude"])
 def test_the_emulation_equals_scaled_mm(recipe, operands):
-    """Every product of a layer, forward and backward, against torch's kernels on the same bytes."""
+    """Compare every matmul of a layer, forward and backward, with torch's kernels on the same bytes."""
     figures = []
     for kind in (TorchFloat8, EmulatedArithmetic):
         gemm = Float8Gemm(kind(recipe, torch.bfloat16), "here")
@@ -223,7 +223,7 @@ GROUPS = {"attention": Products.attention, "shared": Products.shared, "experts":
 
 @pytest.mark.parametrize("chosen", GROUPS.values())
 def test_each_role_has_its_own_backend(chosen):
-    """Modules are found by name, which only tests may do. Router and head never use FP8."""
+    """This test finds modules by name, which the package must not do. Router and head never use FP8."""
     made = Transformer(MODEL, resolve(replace(config(Backend.emulated), fp8_products=[chosen], bf16_first_layers=1)))
     gemms = {name: module.gemm for name, module in made.named_modules() if hasattr(module, "gemm")}
     assert len(gemms) == 1 + 4 * 4 + 2 * 3 + 2 * 3 + 2 * 2  # head, attention, dense, shared, experts

@@ -1,4 +1,4 @@
-"""Products on a CPU: values, gradients, experts without rows, and huge pages."""
+"""Matmuls on a CPU: values, gradients, experts without rows, and huge pages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from precision.native_gemm import NativeGemm
 from tests.support.operations import Observed
 
 BEYOND = 2
-"""Rows that belong to no expert."""
+"""Number of rows that belong to no expert."""
 SMALL, LARGE = ([5, 0, 1, 6], 8, 16), ([300, 0, 15, 131], 64, 128)
-"""Rows per expert, input and output size. oneDNN multiplies the large ones in float32."""
+"""Rows per expert, input size and output size. In float32, oneDNN computes the matmuls of `LARGE`."""
 GATES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-13}
 
 needs_onednn = pytest.mark.skipif(not cpu_gemm.is_faster(torch.zeros(1), 64), reason="needs MKL and oneDNN (x86)")
@@ -28,7 +28,7 @@ def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def figures(product: Any, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | None = None) -> list[Tensor]:
-    """The result and both gradients, without rows beyond the experts'."""
+    """Return the output and both gradients, without the rows that belong to no expert."""
     leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
     y = product(*leaves) if groups is None else product(*leaves, groups)[: sum(groups.host)]
     grad_x, grad_w = torch.autograd.grad(y, leaves, grad[: len(y)])
@@ -36,13 +36,13 @@ def figures(product: Any, x: Tensor, w: Tensor, grad: Tensor, groups: Groups | N
 
 
 def plain_grouped(x_CD: Tensor, w_EFD: Tensor, groups: Groups) -> Tensor:
-    """Expert by expert, with differentiable operations."""
+    """Multiply expert by expert, with differentiable operations."""
     parts = zip(x_CD[: sum(groups.host)].split(groups.host), w_EFD, strict=True)
     return torch.cat([rows @ w.t() for rows, w in parts])
 
 
 def largest(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest difference over the largest wanted value."""
+    """Return the largest difference, relative to the largest wanted value."""
     pairs = list(zip(found, wanted, strict=True))
     assert all(a.shape == b.shape for a, b in pairs)
     return max(float((a.double() - b.double()).abs().max() / b.abs().max()) for a, b in pairs)
@@ -65,7 +65,7 @@ def test_grouped_products_equal_the_plain_statement(dtype, counts, d, f, huge_pa
     assert largest(found, wanted) < GATES[dtype] and all(y.dtype is dtype for y in found)
     found[1] = products.input_gradient(grad, w, groups)[:used]
     found[2] = products.weight_gradient(grad, x, groups)
-    assert largest(found, wanted) < GATES[dtype], "one by one"
+    assert largest(found, wanted) < GATES[dtype], "gradients computed separately"
     others = Groups(torch.tensor(counts[::-1]))
     assert largest(figures(products.linear, x, w, grad, others), wanted) > 0.1, "control"
 
@@ -92,7 +92,7 @@ def test_linear_equals_the_plain_statement(dtype, leading):
 
 
 def test_linear_accepts_views_and_frozen_operands():
-    """Also an expanded gradient."""
+    """The gradient of `sum`, an expanded tensor, is accepted too."""
     x, w = operands(torch.float32, (64, 128), (64, 128))
     leaves = [half.detach().requires_grad_() for half in (x[:, ::2], w[:, 64:])]
     product = NativeGemm(torch.float32).linear

@@ -1,4 +1,4 @@
-"""Bytes and scales of quantised operands against the rules, one element at a time."""
+"""Compare the bytes and scales of quantised operands with the recipes' rules, element by element."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECIPES = [recipe for recipe in Recipe if recipe is not Recipe.auto]
 
 
 def operand(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Rows of very different magnitude."""
+    """Draw rows of very different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator) * torch.exp(4 * torch.randn(rows, 1, generator=generator))
 
@@ -62,7 +62,7 @@ def test_powers_of_two_are_exact():
 
 
 def test_saturation_does_not_rely_on_the_cast():
-    """A scale rounded up moves the largest element beyond the FP8 range. Versions of torch cast it differently."""
+    """A scale that is rounded up moves the largest element beyond the FP8 range. Torch versions cast it differently."""
     amax = torch.linspace(0.1, 10, 9973)
     assert float((amax * (448 / amax)).max()) > 448
     cast: list[float] = []
@@ -98,7 +98,7 @@ def test_inf_and_nan_are_rejected(recipe, bad):
 
 @pytest.mark.parametrize("tile", [Tiling(1, 128), Tiling(1, 128, powers_of_two=True), Tiling(1, 32, exponents=True)])
 def test_unchecked_inf_becomes_nan(tile):
-    """On a GPU, where nothing synchronises; saturation would hide the overflow."""
+    """On a GPU, inf is not rejected, to avoid a synchronisation. It must become NaN: saturation would hide it."""
     scale, inverse = tile.scale(torch.tensor([1.0, torch.inf, torch.nan]))
     assert torch.isfinite(scale).tolist() == torch.isfinite(inverse).tolist() == [True, False, False]
 

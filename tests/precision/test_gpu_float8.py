@@ -1,4 +1,4 @@
-"""FP8 on a GPU: the kernels of Transformer Engine and PyTorch against the emulation. `make test-gpu`.
+"""Compare the FP8 kernels of Transformer Engine and PyTorch with the emulation on a GPU (`make test-gpu`).
 
 These tests have not run yet.
 """
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 
 BY = [(backend, recipe) for backend in (Backend.te, Backend.torch) for recipe in FLOAT8_LIBRARIES[backend].RECIPES]
 LARGEST_ERROR = 2e-3
-"""Relative error in bfloat16 against the emulation: sums differ in order and width."""
+"""Tolerated relative error against the emulation in bfloat16: sums differ in order and precision."""
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def device() -> torch.device:
 
 
 def can(backend: Backend, recipe: Recipe, device: torch.device) -> bool:
-    """Whether this GPU has the recipe's kernels, according to the library's documentation. Without them the tests below
-    compare nothing.
+    """Return whether this GPU has kernels for the recipe, according to the library's documentation. If not, the tests
+    below compare nothing.
     """
     capability = torch.cuda.get_device_capability(device)
     if recipe is Recipe.mxfp8:
@@ -47,7 +47,7 @@ def can(backend: Backend, recipe: Recipe, device: torch.device) -> bool:
 
 
 def draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Rows of very different magnitude, some of them zero."""
+    """Draw rows of very different magnitudes, some of them zero."""
     generator = torch.Generator().manual_seed(sum(shape))
     sizes = torch.randn(*shape[:-1], 1, generator=generator).mul(3).exp()
     sizes[..., :3, :] = 0
@@ -55,7 +55,7 @@ def draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16)
 
 
 def results(products: Any, device: torch.device, experts: bool, run: Any = None) -> dict[str, Tensor]:
-    """A product and its gradients: a matrix on rows that need padding, or experts, some without rows."""
+    """Return a matmul and its gradients: one matrix on rows that need padding, or experts, some without rows."""
     counts = [512, 0, 96, 1024, 32, 0, 192, 64]
     groups = Groups(torch.tensor(counts, device=device)) if experts else None
     rows, used = (sum(counts) + 64, sum(counts)) if experts else (1000, 1000)
@@ -75,7 +75,7 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("backend, recipe", BY)
 def test_recipes_with_kernels_are_available(backend, recipe, device):
-    """The trial before a run finds the bytes, scales and products of the emulation."""
+    """The trial in `unavailable` gets the bytes, scales and matmul results of the emulation."""
     reasons = unavailable(backend, recipe, device)
     assert reasons == [] if can(backend, recipe, device) else reasons
 
@@ -99,7 +99,7 @@ def test_only_the_counts_synchronise(recipe, device):
     groups = Groups(torch.tensor([64, 0, 32, 96], device=device))
     x, w = draw(device, 192, 256).requires_grad_(), draw(device, 4, 128, 256).requires_grad_()
     grad = draw(device, 192, 128)
-    products.linear(x, w, groups).backward(grad)  # workspaces and the counts
+    products.linear(x, w, groups).backward(grad)  # allocates workspaces and reads the counts
     torch.cuda.set_sync_debug_mode("error")  # a synchronisation raises
     try:
         products.linear(x, w, groups).backward(grad)

@@ -1,5 +1,5 @@
-"""Transformer Engine's own `Linear` and `GroupedLinear` over the stub: the same calls of the extension and the same
-results as the backend's.
+"""Run Transformer Engine's own `Linear` and `GroupedLinear` over the stub: they make the same calls of the extension as
+the backend, with the same results.
 
 This checks layouts, usages, flags, counts and formats against TE itself.
 """
@@ -34,7 +34,7 @@ NOT_HERE = (*TRITON, "triton.runtime.driver", *KERNELS, "einops", "nvdlfw_inspec
 
 
 class Anything(ModuleType):
-    """A module that TE imports and these recipes never use."""
+    """Stands in for a module that TE imports but these recipes never use."""
 
     __path__: ClassVar[list[str]] = []
 
@@ -96,7 +96,7 @@ def scaling(own: Own, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def names() -> list[str]:
-    """Names of the options that `_GroupedLinear.forward` unpacks, in order."""
+    """Return the names of the options that `_GroupedLinear.forward` unpacks, in order."""
     nodes = [node for node in ast.walk(tree(f"{TE}.module.grouped_linear")) if isinstance(node, ast.Assign)]
     (unpacked,) = (node.targets[0] for node in nodes if ast.unparse(node.value) == "non_tensor_args")
     return [ast.unparse(name) for name in unpacked.elts]  # type: ignore[attr-defined]
@@ -143,8 +143,8 @@ def by_us(recipe: Recipe, x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def comparable(calls: list[Any]) -> tuple[list[Product], list[Quantised]]:
-    """The products, and how activations and gradients were quantised. Weights are omitted: TE quantises them once for
-    both passes, the backend in each pass. The order of scales matters only for MXFP8.
+    """Return the matmuls, and how activations and gradients were quantised. Omit weights: TE quantises them once, the
+    backend in each pass. The order of scales (`optimize_for_gemm`) matters only for MXFP8.
     """
     operands = [c for c in calls if isinstance(c, Quantised) and c.shape != (F, D)]
     plain = [replace(c, optimize_for_gemm=c.optimize_for_gemm and c.quantizer == "MXFP8Quantizer") for c in operands]

@@ -30,7 +30,7 @@ from tests.support.fakes.transformer_engine_stub import Extension, installed
 
 T, D, F, E = 40, 64, 96, 4
 COUNTS = [64, 0, 32, 96]
-"""Multiples of every recipe's padding; an expert without rows; fewer than there are rows."""
+"""Rows per expert: multiples of every recipe's padding, one of them 0, and in all fewer than the `C` rows."""
 C = sum(COUNTS) + 32
 RECIPES = list(backend.RECIPES)
 
@@ -48,7 +48,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def passes(products: Any, recompute: Any = None) -> dict[str, Tensor]:
-    """Results and gradients with float32 weights, one matrix and experts, without rows of no expert."""
+    """Return results and gradients of a matrix and of experts, with float32 weights. Omit rows of no expert."""
     groups, found = Groups(torch.tensor(COUNTS)), {}
     for name, x, w, split in (
         ("matrix", draw(2, T, D), draw(F, D, dtype=torch.float32), None),
@@ -77,7 +77,7 @@ assert_same_bits = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def check(module: Any, recipe: Recipe, extension: Extension) -> None:
-    """Compare everything that a backend does with the emulation, and its calls with TE's own."""
+    """Compare the results of a backend with the emulation, and the flags of its calls with those of TE's modules."""
     products = make(recipe, module)
     assert_same_bits(passes(products), passes(by_emulation(recipe)))
     flags = {"TN": recipe is Recipe.blockwise, "NN": True, "NT": True}
@@ -112,7 +112,7 @@ def test_a_trial_notices_other_products(sabotage, told, extension):
 
 @pytest.mark.parametrize("recipe, name", [(r, n) for r in RECIPES for n in ("_data", "_scale_inv")])
 def test_a_trial_notices_other_bytes_and_scales(recipe, name, extension, monkeypatch):
-    """Products alone would not: a step of one byte or of one expert's scale is below the rounding error."""
+    """Comparing matmul results alone would miss a change of one byte or scale, which is below the rounding error."""
     real = extension._storage
 
     def other(*arguments: Any) -> Any:
@@ -179,7 +179,7 @@ def test_a_second_backward_pass_is_equal_and_no_rows_give_zeros(extension):
 
 
 def test_the_backend_never_synchronises():
-    """Except in `Groups.host`, once per layer."""
+    """The only synchronisation is in `Groups.host`, once per layer."""
     waits = {"item", "tolist", "cpu", "numpy", "synchronize", "float", "bool", "int"}
     for node in ast.parse(Path(backend.__file__).read_text()).body:
         if isinstance(node, ast.ClassDef):
@@ -223,12 +223,12 @@ BROKEN = {
     "unknown flag of a product": ("product.use_split_accumulator", "product.split_accumulator"),
 }
 BROKEN_TENSORWISE = {"gradients in the forward pass's format", "flags in another order"}
-"""The other errors are seen with the blockwise recipe."""
+"""Errors planted with the tensorwise recipe. The blockwise recipe shows all others."""
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_unchanged_copy_agrees_and_its_trial_succeeds(recipe, extension):
-    """Control for the tests above and below."""
+    """Control: the checks pass for a copy of the backend's module without a planted error."""
     copy = mutant("", "")
     check(copy, recipe, extension)
     assert copy._trial_failure.__wrapped__(recipe, "cpu") is copy._unsupported(recipe) is None
@@ -253,7 +253,7 @@ def mutant(old: str, new: str) -> ModuleType:
     text = Path(backend.__file__).read_text()
     assert old in text
     module = ModuleType("mutant")
-    sys.modules["mutant"] = module  # where dataclasses look
+    sys.modules["mutant"] = module  # where dataclasses look up the module
     try:
         exec(compile(text.replace(old, new), "mutant", "exec"), vars(module))
     finally:
@@ -265,7 +265,7 @@ FP8 = ["precision.compute=bfloat16", "precision.recipe=blockwise", "optimizer=sg
 
 
 def figures(root: Path, name: str, corpus: list[str], *overrides: str) -> dict[str, Any]:
-    """A tiny run by Transformer Engine, or by the backend in `overrides`."""
+    """Run one step of a tiny run by Transformer Engine, or by the backend in `overrides`."""
     with installed():
         return tiny.figures(root, name, [*corpus, *FP8, "precision.backend=te", *overrides], steps=1)
 

@@ -1,4 +1,4 @@
-"""The versions of Transformer Engine, and the reasons why it is unavailable. Without a GPU."""
+"""Test the version of Transformer Engine and the reasons why it is unavailable, without a GPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def package(monkeypatch):
-    """`package(version, error)` fakes an installed distribution; importing it raises `error` if given."""
+    """Return `package(version, error)`, which fakes a distribution; importing it raises `error` if given."""
 
     def install(version: str | None, error: Exception | None = None) -> None:
         class Broken(ModuleType):

@@ -1,6 +1,6 @@
-"""Known ways in which layouts go wrong, to be planted in rank processes.
+"""Known bugs of layouts, to be planted in rank processes.
 
-A bug is a function that is called in place of another one, with that one as its first argument.
+A bug is a function that is called in place of the original function, which is its first argument.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from train.engine import fsdp as engine
 from train.optim import muon, optimizer
 
 BUGS: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {}
-"""What each bug replaces: an attribute of an owner, and by which function."""
+"""Bug -> what it replaces: the owner, its attribute, and the function that takes the attribute's place."""
 
 
 def replaces(owner: Any, attribute: str) -> Callable[[Any], Any]:
-    """Make a bug of a function, under its name."""
+    """Register the decorated function in `BUGS`, under its name."""
 
     def register(function: Any) -> Any:
         BUGS.setdefault(function.__name__, []).append((owner, attribute, function))
@@ -47,7 +47,7 @@ def replaces(owner: Any, attribute: str) -> Callable[[Any], Any]:
 
 
 def bound(function: Callable[..., Any], honest: Any) -> Any:
-    """`function` with its first argument. A function and not a `partial`, so that it can be a method."""
+    """Bind `honest` as the first argument. The result is a function, not a `partial`, so that it can be a method."""
     if isinstance(honest, property):
         return property(partial(function, honest.fget))
     return lambda *args, **options: function(honest, *args, **options)
@@ -63,7 +63,7 @@ def planted(bug: str | None) -> Iterator[None]:
 
 
 class BuggyRanks:
-    """A pool whose ranks, where there are several, run with a bug."""
+    """A pool of ranks that run with a bug if a call has more than one rank."""
 
     def __init__(self, ranks: Any, bug: str | None) -> None:
         self.ranks, self.bug = ranks, bug
@@ -101,7 +101,7 @@ def padding_that_is_not_zero(honest, self, x, slots, *rest):
 
 @replaces(fp8_tiles, "tiling")
 def weights_quantised_before_they_are_whole(honest, recipe, operand):
-    """Each rank takes the scale of its own shard of a weight, split across the tiles."""
+    """Scales of a weight are computed per shard of 48 columns, which splits tiles."""
     how = honest(recipe, operand)
     return dataclasses.replace(how, columns=48) if operand is fp8_tiles.Operand.weight else how
 
@@ -111,7 +111,7 @@ def weights_quantised_before_they_are_whole(honest, recipe, operand):
 
 @replaces(collectives, "all_gather")
 def missing_reduction(honest, shard, axis, dim, purpose):
-    """The backward of the sequence gather keeps the local part instead of summing the ranks'."""
+    """The backward pass of the sequence gather keeps the local part of the gradient instead of the sum over ranks."""
     there = lambda x: collectives.all_gather_no_grad(x, axis, dim, purpose)  # noqa: E731
     back = lambda grad: grad.chunk(axis.size, dim)[axis.rank].contiguous()  # noqa: E731
     return shard if axis.size == 1 else collectives._Collective.apply(shard, there, back)
@@ -125,14 +125,14 @@ def doubled_divide(honest, self, value):
 
 @replaces(engine, "gradient_norm")
 def experts_left_out_of_the_norm(honest, gradients, *rest):
-    """Only the first group of experts is counted, as in a norm summed over data parallel ranks alone."""
+    """The norm has only the experts of the first ep rank, as if it were summed over data parallel ranks only."""
     later = lambda one: any(split.axis.name == "ep" and split.axis.rank for split in one.spec.splits)  # noqa: E731
     return honest((one for one in gradients if not later(one)), *rest)
 
 
 @replaces(parallelize, "_count_whole_sequences")
 def balancing_term_dropped(honest, model, meshes):
-    """With the sequence split, each rank balances its own part of it."""
+    """If sequences are split over ranks, each rank balances only its own part."""
 
 
 @replaces(MeshAxis, "sum")
@@ -143,7 +143,7 @@ def bias_from_local_counts(honest, self, tensor, purpose):
 
 @replaces(engine.TorchEngine, "complete_gradients")
 def expert_gradients_over_the_wrong_group(honest, self):
-    """Averaged over the ranks that hold different experts."""
+    """Gradients of experts are averaged over ranks that hold different experts."""
     honest(self)
     for parameter in _split_by_ep(self.placed):
         group, gradient = self.meshes.experts, local(parameter.grad)
@@ -153,12 +153,12 @@ def expert_gradients_over_the_wrong_group(honest, self):
 
 @replaces(engine, "sum_partial_gradients")
 def gains_not_reduced(honest, model, specs):
-    """Each rank of tp keeps its own gradient of what all have whole."""
+    """Each tp rank keeps its own partial gradient of parameters that all tp ranks hold whole."""
 
 
 @replaces(engine.TorchEngine, "complete_gradients")
 def no_gradient_without_tokens(honest, self):
-    """A rank none of whose experts got a token has no gradient for them."""
+    """If no token reaches the experts of a rank, their gradients are None."""
     honest(self)
     for parameter in _split_by_ep(self.placed):
         if not local(parameter.grad).any():
@@ -167,7 +167,7 @@ def no_gradient_without_tokens(honest, self):
 
 @replaces(engine.TorchEngine, "complete_gradients")
 def gains_not_reduced_beside_experts(honest, self):
-    """Correct under each axis alone: only a model that is split both ways skips the sum."""
+    """Under ep, partial gradients are not summed. This is wrong only if the model is split by tp as well."""
     if not _split_by_ep(self.placed):
         honest(self)
 
@@ -179,7 +179,7 @@ def _split_by_ep(placed: Any) -> list[Any]:
 
 @replaces(worker.Checkpointer, "restore")
 def moments_lost_on_the_way(honest, self, state):
-    """A resumed run begins with new second moments, or Muon's momentum, of the experts."""
+    """A resumed run begins with zeros as the experts' second moments or Muon's momentum."""
     progress = honest(self, state)
     for part in state:
         if ".experts." in part.name and part.name.endswith(("exp_avg_sq", "momentum")):
@@ -198,26 +198,26 @@ def evaluation_of_one_rank(honest, *arguments):
 
 @replaces(optimizer, "rounds")
 def one_matrix_at_a_time(honest, specs, meshes):
-    """No bug, but the plan for the least memory."""
+    """This is no bug: the plan gathers one matrix at a time, which takes the least memory."""
     return honest(specs, meshes, 1)
 
 
 @replaces(optimizer, "rounds")
 def shards_made_orthogonal(honest, *arguments):
-    """Each shard of a matrix alone, on the rank that keeps it."""
+    """Each shard of a matrix is orthogonalised by itself, on the rank that keeps it."""
     return [dataclasses.replace(one, stages=()) for one in honest(*arguments)]
 
 
 @replaces(optimizer, "rounds")
 def factor_of_the_shard(honest, specs, meshes):
-    """The factor is computed from the shape of a rank's part under tensor parallelism."""
+    """The factor of `MuonScale` is computed from the shape of a tp shard instead of the whole matrix."""
     shapes = {name: spec.compute_block.shape[-2:] for name, spec in specs.items()}
     return [dataclasses.replace(one, shape=shapes[one.ranges[0].name]) for one in honest(specs, meshes)]
 
 
 @replaces(muon, "orthogonalise")
 def experts_mixed(honest, x, *rest):
-    """A stack of matrices is taken for one tall matrix."""
+    """A stack of matrices is orthogonalised as one tall matrix."""
     return honest(x.flatten(0, 1)[None], *rest).view_as(x)
 
 
@@ -238,7 +238,7 @@ def momentum_of_a_step(honest, self, *rest):
 
 @replaces(ContextShard, "sequence_context")
 def positions_not_restarted(honest, self, positions_BT, *arguments):
-    """Context-parallel shards take positions in the sequence for positions in documents."""
+    """Context-parallel shards use positions in the sequence instead of positions in documents."""
     if self.axis.size > 1:
         positions_BT = torch.arange(positions_BT.shape[1]).expand(positions_BT.shape)
     return honest(self, positions_BT, *arguments)
@@ -256,7 +256,7 @@ def loss_divided_by_cp(honest, self):
 
 @replaces(ShardedContext, "_full_plan")
 def last_keys_of_the_ring_dropped(honest, self, rows):
-    """One hop too few."""
+    """The ring ends one hop early, without the last keys."""
     plan = honest(self, rows)
     assert isinstance(plan, RingPlan)
     return dataclasses.replace(plan, rounds=(*plan.rounds[:-1], []))
@@ -278,7 +278,7 @@ def balancing_term_dropped_in_a_stage(honest, model, meshes):
 
 @replaces(engine.TorchEngine, "norm")
 def norm_of_each_stage(honest, self):
-    alone = self.meshes.layout.world_size == self.meshes.layout.pp  # or the stage's other ranks are omitted as well
+    alone = self.meshes.layout.world_size == self.meshes.layout.pp  # else other ranks would be left out
     return engine.gradient_norm(self.gradients(), MeshAxis("world") if alone else self.meshes.world, self.device)
 
 
@@ -300,7 +300,7 @@ def micro_batches_mixed_up(honest, stacks, contexts):
 
 @replaces(Deferred, "take")
 def weights_put_off_for_ever(honest, self):
-    """The last deferred product of a micro-batch is never computed."""
+    """The last deferred matmul of a micro-batch is never computed."""
     self._waiting = self._waiting[:-1]
     return honest(self)
 
@@ -323,7 +323,7 @@ def averaged_by_deepspeed(honest, self, *arguments):
 
 @replaces(zero12.Zero12, "_wrap")
 def summed_in_the_models_format(honest, self, *arguments):
-    """Gradients of a bf16 model are added up over micro-batches in bf16, under DeepSpeed."""
+    """DeepSpeed adds up the gradients of a bf16 model over micro-batches in bf16."""
     wrapper = honest(self, *arguments)
     for parameter in zero12._parameters(wrapper):
         parameter.grad_dtype = parameter.dtype
@@ -342,7 +342,7 @@ def copies_of_the_old_weights(honest, self):
 
 @replaces(zero12.Zero12, "_wrap")
 def experts_reduced_with_the_dense(honest, self, groups, make, axis):
-    """Experts that differ from rank to rank are summed as if they were the same."""
+    """Gradients of experts that differ from rank to rank are summed as if the experts were the same."""
     return honest(self, groups, make, "fsdp")
 
 
@@ -354,7 +354,7 @@ def averaged_in_buckets(honest, self, parameters, format):
 
 @replaces(zero3.Zero3, "_sum_and_scatter")
 def shards_rounded_to_the_models_format(honest, self, parameters, format):
-    """Each micro-batch's sums over ranks are rounded as the parameters are before they are added up."""
+    """Each micro-batch's sums over ranks are rounded to the dtype of the parameters before they are added up."""
     found = zip(honest(self, parameters, format), parameters, strict=True)
     return [piece.to(parameter.dtype).float() for piece, parameter in found]
 

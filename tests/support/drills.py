@@ -1,4 +1,4 @@
-"""Runs as processes that drills kill and stop: start them, wait for a step, read their losses."""
+"""Start runs as processes that tests kill or stop, wait for a step, and read their losses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def has_step(run: Path, step: int) -> Callable[[], bool]:
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Wait for its end; return stderr."""
+    """Wait until the process ends with exit code `code`; return its stderr."""
     _, errors = process.communicate(timeout=240)
     assert process.returncode == code, errors
     return errors

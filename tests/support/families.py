@@ -1,4 +1,4 @@
-"""A family of small mixtures and their runs for tests of scaling rules, and batches that need no corpus."""
+"""A family of small MoE models and their runs, for tests of scaling rules, and batches that need no corpus."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SMALL = [
     "training.clip_norm=null",
     "optimizer.weight_decay=0",
 ]
-"""Head from zero and a small router: what is left is learnt."""
+"""The head starts at zero and the router at small values, so that what the tests measure is learnt."""
 
 
 def family(*overrides: str) -> TrainConfig:
@@ -51,7 +51,7 @@ def family(*overrides: str) -> TrainConfig:
 
 
 def text(rows: int = 8, context: int = 64) -> Batch:
-    """Bytes of the licence: real text that never changes, without a tokenizer."""
+    """Return a batch of bytes of the licence: real text that does not change and needs no tokenizer."""
     content = (ROOT / "LICENSE").read_bytes()[: rows * (context + 1)]
     ids = np.frombuffer(content, np.uint8).astype(np.int64).reshape(rows, context + 1)
     tokens = torch.from_numpy(ids.copy())

@@ -1,4 +1,4 @@
-"""Shared by tests of the whole filter: inputs of random words, filter runs, and their outputs."""
+"""Make inputs of random words, run the filter and read its outputs, for tests of the whole filter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WORDS = _TEXT.split()
 
 
 def prose(count: int, seed: int = 0, words: int = 18) -> list[dict[str, Any]]:
-    """Distinct records of random sentences that pass the gates."""
+    """Return distinct records of random sentences that pass the gates."""
     chance = random.Random(seed)
     return [
         {"text": f"Note {seed}-{n}: " + " ".join(chance.choices(_WORDS, k=words + chance.randrange(words)))}
@@ -36,7 +36,7 @@ def prose(count: int, seed: int = 0, words: int = 18) -> list[dict[str, Any]]:
 
 
 def two_sources(root: Path) -> dict[str, Any]:
-    """Settings of two sources, prose and code, of sixty short files each."""
+    """Write two sources, prose and code, of sixty short files each; return their settings."""
     for seed, name in enumerate(("prose", "code")):
         (root / name).mkdir()
         for number, row in enumerate(prose(60, seed, words=30)):
@@ -53,7 +53,7 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
 def job(
     source: Path, out: Path, workers: Workers | None = None, scorer: Scorer | None = None, **settings: Any
 ) -> FilterJob:
-    """`settings`: of the rules and of the input."""
+    """Return a filter job. `settings`: fields of the rules or of the input."""
     keys = {key: settings.pop(key) for key in list(settings) if key in InputConfig.__dataclass_fields__}
     return FilterJob(
         parts=input_parts(InputConfig(input=str(source), **keys)),
@@ -68,7 +68,7 @@ def job(
 def write_outputs(done: Filter, out: Path) -> None:
     write_scores(done, out / SCORES)
     write_kept(done, out / KEPT)
-    write_json(out / AUDIT_JSON, audit_of(done, "in.jsonl"))  # its page takes a second: one test renders it
+    write_json(out / AUDIT_JSON, audit_of(done, "in.jsonl"))  # without the page, which takes a second
 
 
 def filtered(source: Path, out: Path, scorer: Scorer | None = None, **settings: Any) -> Filter:

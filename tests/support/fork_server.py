@@ -1,9 +1,9 @@
-"""A process that has imported everything, and forks a child for each command: milliseconds instead of seconds a start.
+"""A process that has imported everything and forks a child for each command, which starts in milliseconds.
 
-`ForkServer(folder)` puts executables into `folder`: `leviathan` and `python`. Placed first on PATH they run `leviathan VERB ...`,
-`python -c CODE` and `python -m MODULE ...` in a fork of the server, with the caller's working directory, environment, standard
-streams and exit code. Ranks that such a command starts are forks, too. The client passes signals on; where it is killed,
-its fork is killed. `test_fork_server.py` holds that a real process gives the same output and exit code.
+`ForkServer(folder)` writes the executables `leviathan` and `python` into `folder`. With `folder` first on PATH,
+`leviathan VERB ...`, `python -c CODE` and `python -m MODULE ...` run in a fork of the server, with the caller's working
+directory, environment and standard streams, and return its exit code. Ranks that such a command starts are forks, too.
+The client passes signals on. If it is killed, its fork is killed. `test_fork_server.py` compares a fork with a process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ sys.exit(int.from_bytes(code, "big") if code else 70)
 
 
 class ForkServer:
-    """Starts the server; `close` ends it. `folder` must have a short path: it holds a Unix socket."""
+    """Starts the server; `close` ends it. The path of `folder` must be short: it is part of a Unix socket's address."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, address = folder, str(folder / "socket")
@@ -59,7 +59,7 @@ class ForkServer:
 
 
 def serve(address: str) -> None:
-    """Fork for each connection; end with the process that started this one."""
+    """Fork a child for each connection. End when the process that started this one ends."""
     for name in PRELOAD:
         __import__(name)
     listener = socket.socket(socket.AF_UNIX)
@@ -84,12 +84,12 @@ def serve(address: str) -> None:
 
 
 def _end_with_parent() -> None:
-    os.read(0, 1)  # its end of the pipe closes with it
+    os.read(0, 1)  # returns when the parent ends, which closes the pipe
     os._exit(0)
 
 
 def _report(child: int, channel: socket.socket) -> None:
-    """Send the exit code when the child ends; meanwhile pass on the client's signals, and its death as SIGKILL."""
+    """Send the exit code when the child ends. Until then, pass on the client's signals; if it dies, send SIGKILL."""
     threading.Thread(target=_signal, args=(child, channel), daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ def _signal(child: int, channel: socket.socket) -> None:
 def _run(
     channel: socket.socket, streams: list[int], name: str, arguments: list[str], folder: str, variables: dict[str, str]
 ) -> None:
-    """Become the command: never returns."""
+    """Run the command in this child, and exit with its code."""
     code = 70
     try:
         channel.close()

@@ -1,4 +1,4 @@
-"""Small models of transformers, one per family, with weights large enough that a broken port is far off."""
+"""Small models of transformers, one per family. Their weights are so large that an error of ours is clearly visible."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(name: str, **changes: Any) -> Any:
-    """transformers' model, float32, weights of order one over the square root of their width, gains around 1."""
+    """Return transformers' model in float32, with weights of about 1 / sqrt(width) and gains around 1."""
     import transformers
 
     kind, settings = PEERS[name]
@@ -85,7 +85,7 @@ def save(model: Any, directory: Path, **options: Any) -> Path:
 
 
 def like(path: Path) -> list[str]:
-    """Overrides that make the tiny run's model the one of a checkpoint."""
+    """Return overrides that give the tiny run the model of a checkpoint."""
     c = open_model(path).config
     sizes = ["vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "dense_hidden_size"]
     others = ["attention_chunk_size", "temperature_floor", "temperature_scale", "norm_eps"]

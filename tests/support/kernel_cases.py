@@ -1,6 +1,6 @@
-"""The kernels of `model.kernels` against a plain reference, on any device.
+"""Compare the kernels of `model.kernels` with a plain reference, on any device.
 
-`python -m tests.support.kernel_cases` prints the errors of all cases on the CPU as JSON, for tests/model/test_kernels.py.
+`python -m tests.support.kernel_cases` prints the errors of all cases on a CPU as JSON for tests/model/test_kernels.py.
 TRITON_INTERPRET=1 interprets the Triton kernels. tests/test_gpu.py uses the cases on a GPU.
 """
 
@@ -41,14 +41,14 @@ CASES = {
 }
 
 GATES = {"bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-14}
-"""Relative to the largest value. In bfloat16 one unit in the last place: Triton's interpreter truncates, GPUs round."""
+"""Tolerances, relative to the largest value. In bfloat16, Triton's interpreter truncates where GPUs round."""
 
 BREAKS = ("places", "weights", "padding", "gate")
 """Errors that `figures` can plant."""
 
 
 def figures(case: Case, kernels: MoEKernels, device: str, broken: str = "") -> dict[str, float]:
-    """Error of each result and gradient against the reference, relative to the largest value."""
+    """Return the error of each result and gradient against the reference, relative to the largest value."""
     wanted = results(case, _Plain(), torch.float64, "cpu")
     found = results(case, kernels, getattr(torch, case.dtype), device, broken)
     assert found.keys() == wanted.keys()
@@ -105,7 +105,7 @@ def _with_gradients(name: str, result: Tensor, leaves: list[Tensor], gradient: T
 
 
 class _Plain:
-    """The reference: row by row, token by token, with autograd's gradients."""
+    """The reference: loops over rows and tokens, with autograd's gradients."""
 
     def permute(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None) -> Tensor:
         top_k, found = slots.place_TK.shape[1], []

@@ -1,4 +1,4 @@
-"""Small models for tests, in one process and on many ranks, and an optimizer of a model with every role."""
+"""Build small models for tests, in one process or on many ranks, and an optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.optim.optimizer import OptimizerConfig, make_optimizer
 
 
 def small(**changes: Any) -> ModelConfig:
-    """Four layers, every second one an MoE layer, the last without rotary positions."""
+    """Return a model of four layers: every second one is an MoE layer, and the last has no rotary positions."""
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "attention_chunk_size": 16}
     layers = {"dense_hidden_size": 48, "expert_hidden_size": 32, "num_experts": 4, "moe_every": 2}
     return ModelConfig(**{"vocab_size": 64, "hidden_size": 32, "num_layers": 4, **attention, **layers, **changes})
@@ -36,7 +36,7 @@ def build(config: ModelConfig, seed: int = 0, compute: Compute = Compute.float64
 
 
 def meshes_here(parallel: ParallelConfig) -> Meshes:
-    """This rank's place in a layout of the ranks that run the function."""
+    """Return this rank's meshes in a layout of all ranks that call this."""
     world = connect()
     return make_meshes(parallel.resolve(world.size), world)
 
@@ -52,7 +52,7 @@ MODEL = ModelConfig(**SIZES, dense_hidden_size=24, expert_hidden_size=8, num_exp
 
 
 def network(precision: PrecisionConfig | None = None) -> Transformer:
-    """A tiny model with every role."""
+    """Return a tiny model with parameters of every role."""
     precision = precision or PrecisionConfig()
     made = Transformer(MODEL, resolve(precision)).to(precision.master_dtype)
     initialise(made, MODEL, seed=0)

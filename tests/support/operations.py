@@ -1,4 +1,4 @@
-"""Observe the operations of torch."""
+"""Observe the operations that torch dispatches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Observed(TorchDispatchMode):
-    """Calls `see(function, arguments, options)` for each operation that torch dispatches inside."""
+    """Calls `see(function, arguments, options)` for each operation that torch dispatches inside the context."""
 
     def __init__(self, see: Callable[..., Any]) -> None:
         super().__init__()

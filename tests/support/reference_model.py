@@ -1,6 +1,6 @@
-"""A plain statement of the model's mathematics, token by token, as a reference for the fast code.
+"""A plain implementation of the model's mathematics, token by token, as a reference for the fast code.
 
-Loops over sequences, positions, heads and experts; float64; shares nothing with the package but the weights by name.
+It loops over positions, heads and experts in float64. It shares only the names of the weights with the package.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def feed_forward(x: Tensor, model: ModelConfig, index: int, w: dict[str, Tensor]
 
 
 def logits(tokens: Tensor, positions: Tensor, model: ModelConfig, w: dict[str, Tensor]) -> Tensor:
-    """Logits [T, V] of one sequence."""
+    """Return the logits [T, V] of one sequence."""
     x = w["embedding.weight"][tokens]
     for i in range(model.num_layers):
         normed = rms(x, model.norm_eps) * w[f"layers.{i}.attention_norm.weight"]

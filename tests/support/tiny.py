@@ -1,6 +1,6 @@
-"""A tiny run for tests: every kind of layer, packed documents, every balancing term, in float64 with plain SGD.
+"""A tiny run for tests: every kind of layer, packed documents and every balancing term.
 
-AdamW hides the scale of gradients and clipping their norm, so both are off unless a test asks for them.
+`EXACT` selects float64 and plain SGD without clipping: AdamW hides the scale of gradients, and clipping their norm.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def config(root: Path, name: str, *overrides: str) -> TrainConfig:
 
 
 def trainer(root: Path, name: str, overrides: list[str]) -> Trainer:
-    """A trainer on this rank, before its first step."""
+    """Return this rank's trainer. It resumes from the run's newest checkpoint, if any."""
     run = config(root, name, *overrides)
     world = connect()
     directory = RunDirectory.of(run)
@@ -77,7 +77,7 @@ def trainer(root: Path, name: str, overrides: list[str]) -> Trainer:
 
 
 def saved(root: Path, name: str, overrides: list[str], steps: int = 1) -> Trainer:
-    """A trainer after some steps and a checkpoint."""
+    """Train up to step `steps`, save a checkpoint and return the trainer."""
     run = trainer(root, name, overrides)
     for step in range(run.step, steps):
         run.train_step(step)
@@ -89,7 +89,7 @@ def saved(root: Path, name: str, overrides: list[str], steps: int = 1) -> Traine
 def synthetic(
     placed: ParallelModel, optimizer: OptimizerConfig, micro_batch_size: int
 ) -> tuple[TorchEngine, Batch, Callable[[], StepResult]]:
-    """An engine for a model on these ranks, this rank's sequences of a synthetic batch, and a step with both."""
+    """Return an engine for a model, this rank's sequences of a synthetic batch, and a function that runs a step."""
     engine, meshes = TorchEngine(placed, optimizer), placed.meshes
     balancer = Balancer(placed.model, lambda counts: meshes.world.sum(counts, "balance"))
     share = BATCH_SIZE // meshes.dp.size
@@ -99,7 +99,7 @@ def synthetic(
 
 
 def whole(tensor: torch.Tensor, spec: ShardSpec | None = None) -> torch.Tensor:
-    """The whole tensor on every rank, out of the blocks that each says it has; a check of the registry as well."""
+    """Return the whole tensor on every rank, from all ranks' blocks. Check that the blocks make up the tensor once."""
     part = local(tensor).detach()
     if spec is None or not dist.is_initialized():
         return part.clone()
@@ -108,7 +108,7 @@ def whole(tensor: torch.Tensor, spec: ShardSpec | None = None) -> torch.Tensor:
     result, filled = part.new_full(spec.info.shape, torch.nan), 0
     for block, is_owner, values in parts:
         place = tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))
-        assert is_owner or torch.equal(result[place], values) or torch.isnan(result[place]).all(), "copies differ"
+        assert is_owner or torch.equal(result[place], values) or torch.isnan(result[place]).all(), "replicas differ"
         result[place] = values
         filled += values.numel() if is_owner else 0
     assert filled == result.numel(), f"{spec.info.name}: the owners' blocks do not make up the tensor"
@@ -116,7 +116,7 @@ def whole(tensor: torch.Tensor, spec: ShardSpec | None = None) -> torch.Tensor:
 
 
 def figures(root: Path, name: str, overrides: list[str], steps: int = 2) -> dict[str, Any]:
-    """Losses, norms, loads and biases of some steps, the gradients of the first and the weights after the last."""
+    """Return losses, norms and balancing sums of `steps` steps, the first step's gradients and the final state."""
     run = trainer(root, name, overrides)
     found: dict[str, Any] = {"loss": [], "norm": [], "counts": [], "aux": [], "z": [], "entropy": []}
     gradients: dict[str, torch.Tensor] = {}

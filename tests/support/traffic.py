@@ -53,7 +53,7 @@ def step_traffic(
 
 
 class _Step:
-    """`tensor` to `pipeline` yield what one micro-batch sends on one rank of each stage, the mean over ranks."""
+    """`tensor` to `pipeline` yield the bytes that an average rank of each stage sends per micro-batch."""
 
     def __init__(self, model: ModelConfig, precision: PrecisionConfig, layout: Layout, batch: BatchShape) -> None:
         self.model, self.precision, self.layout, self.batch = model, precision, layout, batch

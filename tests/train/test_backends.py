@@ -52,7 +52,7 @@ def test_other_changes_of_precision_are_rejected(tmp_path, small_corpus):
 
 
 def test_neither_recomputation_nor_padding_changes_a_bit(tmp_path, small_corpus, monkeypatch):
-    """At last most of the input of the experts, which get few tokens each, is padding."""
+    """In the last run, padding to 64 rows per expert makes up most of the experts' input."""
     words, made = [*small_corpus, *WIDE, *EIGHT, "model.num_experts=8"], fp8_emulated.EmulatedArithmetic.__init__
 
     def generous(self: Any, *arguments: Any) -> None:
@@ -82,7 +82,7 @@ def test_a_run_is_evaluated_by_the_given_backend(tmp_path, small_corpus, capsys)
 
 
 def refused(root: Any, overrides: list[str]) -> str:
-    """The error of a run in which one rank lacks the emulation."""
+    """Return the error of a run in which rank 1 lacks the emulation."""
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
             patch.setattr(fp8_emulated, "unavailable", lambda recipe, device: ["it was taken away"])

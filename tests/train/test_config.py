@@ -1,4 +1,4 @@
-"""What is rejected before anything is built, under the key to change."""
+"""Wrong settings are rejected before anything is built, with the key to change."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_every_experiment_transfers_its_hyperparameters(name):
     rates = {role: own.lr for role, own in run.optimizer.transferred.roles.items()}
     assert rates["query"] / rates["embedding"] == pytest.approx(base.hidden_size / here.hidden_size)
     assert run.model.multipliers.residual == pytest.approx(base.num_layers / here.num_layers)
-    assert not any("sparsity" in line for line in derive(run).warnings), "the proxy has its share of active experts"
+    assert not any("sparsity" in line for line in derive(run).warnings), "the same sparsity"
     assert fold_multipliers(weightless(run.model)).config.multipliers.residual == 1, "it can be exported"
     if "weightless" in {layer.qk_norm.value for layer in run.model.blocks}:
         other = resolve(experiment(name, "hparam.base.head_dim=8")).model

@@ -1,4 +1,4 @@
-"""A package outside of ours adds a callback, a metric, a source, a scorer and a schedule by import path."""
+"""A user's package adds a callback, a metric, a source, a scorer and a schedule by import path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ALL_FIVE = [
 
 @contextmanager
 def on_path(folder: Path) -> Iterator[None]:
-    """A folder on the import path, as PYTHONPATH puts it there."""
+    """Put a folder on the import path, as PYTHONPATH does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield
@@ -48,7 +48,7 @@ def acme():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the finished run `whole`."""
+    """Return a folder with the finished run `whole`."""
     root = tmp_path_factory.mktemp("extended")
     with on_path(EXAMPLE):
         assert train(root, "whole") == 0
@@ -83,7 +83,7 @@ def test_all_five_train_and_resume_exactly(acme, root, monkeypatch):
 
 
 def test_paths_of_a_stored_run_are_not_imported(root, tmp_path, small_corpus, capsys):
-    """A package of the stored name leaves a mark if a verb that reads a run directory imports it."""
+    """A package of the stored name writes a file if a verb that reads the run imports it. None must."""
     run, mark = str(root / "whole"), tmp_path / "executed"
     (tmp_path / "trap" / "acme").mkdir(parents=True)
     for name in ("__init__", "callbacks", "data", "schedules"):

@@ -1,4 +1,4 @@
-"""Online filtering by itself: exact numbers, the hardest sequences, hysteresis, random draws and a stored window."""
+"""The online filter without a run: exact numbers, the hardest sequences, hysteresis, random draws and noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.online_filter import OnlineConfig, OnlineFilter, OnlineWindow
 
 
 def losses_of(ordinals):
-    """A fixed difficulty for each sample."""
+    """Return a random but fixed loss for each sequence."""
     return np.asarray([np.random.default_rng(one).normal(3, 1) for one in ordinals])
 
 
@@ -35,7 +35,7 @@ def test_sequences_near_the_threshold_are_deferred_once():
     assert near and first.deferred == near
     second = filter_.next(first, 4, 4)
     assert second.cursor == 64 + 64 - len(near) and len(second.rows) == 32
-    assert not set(second.deferred) & set(near), "once only"
+    assert not set(second.deferred) & set(near), "deferred only once"
     assert make(revive=0.0, hysteresis=0.0).next(OnlineWindow(), 0, 4).deferred == [], "control"
 
 
@@ -52,13 +52,13 @@ def test_revived_sequences_are_drawn_from_the_rest():
     window = make(revive=0.25).next(OnlineWindow(), 0, 4)
     assert len(window.rows) == 32 and len(set(window.rows) - hard) >= 1
     other = OnlineFilter(OnlineConfig(every=4, revive=0.25), 8, 2, losses_of).next(OnlineWindow(), 0, 4)
-    assert other.rows != window.rows, "the draw has a key"
+    assert other.rows != window.rows, "the draw depends on the key"
     later = make(revive=0.25).next(OnlineWindow(generation=1), 0, 4)
     assert later.threshold == window.threshold and later.rows != window.rows, "and differs between windows"
 
 
 def noisy(ordinals):
-    """A quarter of the sequences has no loss, another one a loss above every bound."""
+    """Return losses of which a quarter is NaN and another quarter is 9, above `max_loss`."""
     found = losses_of(ordinals)
     found[::4], found[1::4] = np.nan, 9.0
     return found

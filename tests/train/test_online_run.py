@@ -41,7 +41,7 @@ def overrides(corpus: list[str], *more: str) -> list[str]:
 
 
 def stepped(run: Trainer, stop: int, save_at: int | None = None) -> dict[str, Any]:
-    """Steps up to `stop` with online filtering; their losses and windows."""
+    """Train up to step `stop` with online filtering, saving after step `save_at`. Return losses and windows."""
     online, losses, windows = run.callbacks[0], [], []
     for step in range(run.step, stop):
         online.before_step(step)
@@ -58,7 +58,7 @@ def undisturbed(root: Path, name: str, words: list[str]) -> dict[str, Any]:
 
 
 def cut(root: Path, name: str, words: list[str], at: int) -> dict[str, Any]:
-    """Saved after `at` steps, one step more, then resumed from the checkpoint."""
+    """Save after `at` steps and train one step more. Then resume from the checkpoint; return the result."""
     before = stepped(trainer(root, name, words), min(at + 1, 7), save_at=at)
     after = stepped(trainer(root, name, words), 7)
     return {key: before[key][:at] + after[key] for key in before}
@@ -66,7 +66,7 @@ def cut(root: Path, name: str, words: list[str], at: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def losses_of(run: Trainer, ordinals: list[int]) -> np.ndarray:
-    """The loss of each sequence by itself, from the model's logits."""
+    """Compute the loss of each sequence by itself, from the model's logits."""
     found = []
     for ordinal in ordinals:
         batch = run.loaders["main"].samples([ordinal])
@@ -77,7 +77,7 @@ def losses_of(run: Trainer, ordinals: list[int]) -> np.ndarray:
 
 
 def test_windows_are_what_the_model_scores(small_corpus, tmp_path):
-    """Each window computed again from the definition."""
+    """Compute each window again from its definition, and compare."""
     run = trainer(tmp_path, "run", overrides(small_corpus))
     online, deferred, cursor = run.callbacks[0], [], 0
     for step in range(6):
@@ -137,7 +137,7 @@ def test_two_ranks_take_the_same_sequences(small_corpus, tmp_path, ranks):
     one = ranks(1, undisturbed, tmp_path, "one", words)[0]
     two = ranks(2, undisturbed, tmp_path, "two", words)
     again = ranks(2, cut, tmp_path, "cut", words, 4)
-    assert two[0] == two[1] == again[0] == again[1], "equal bits on equally many ranks"
+    assert two[0] == two[1] == again[0] == again[1], "bit for bit on the same number of ranks"
     assert two[0]["windows"] == one["windows"] and two[0]["losses"] == pytest.approx(one["losses"], rel=1e-9)
 
 
@@ -146,7 +146,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_run_writes_its_windows_and_trims_them(small_corpus, tmp_path):
-    """The whole command: a phase, a restart within a window, and the steps that trained on a document."""
+    """Run the command with a phase and a restart within a window. Check the steps that trained on each document."""
     phase = "+phases=[{name: later, steps: 4, seq_len: 16, global_batch_size: 2, micro_batch_size: 2, weights: {code: 1.0}}]"
     words = [*TINY, *overrides(small_corpus, phase, "checkpoint.every=2", "checkpoint.keep=9"), f"run.root={tmp_path}"]
     assert main(["train", *words, "run.name=run"]) == 0
@@ -172,7 +172,7 @@ def test_the_run_writes_its_windows_and_trims_them(small_corpus, tmp_path):
 
 
 def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None:
-    """The steps that had a document, by the index and by the place of each sequence of a window."""
+    """Compare the steps that `visits` finds for each document with those that follow from the windows."""
     stored = load_config(directory)
     corpus = prepare(stored.data, silent)
     read: list[tuple[TrainedSequence, int, int]] = []
@@ -224,7 +224,7 @@ def rows_and_held_out(root: Path, words: list[str]) -> tuple[list[float], float,
 
 @pytest.mark.parametrize("axis", ["dp_shard", "ep", "pp", "cp"])
 def test_the_mean_over_sequences_is_the_held_out_loss(small_corpus, tmp_path, ranks, axis):
-    """Five sequences in micro-batches of two, so that one rank has fewer; on two ranks as on one."""
+    """Five sequences in micro-batches of two leave one of two ranks with fewer. Results equal those of one rank."""
     words = [*small_corpus, *EXACT, *SMALL, "training.micro_batch_size=1"]
     alone = rows_and_held_out(tmp_path / "one", words)
     assert alone[1] == pytest.approx(alone[2], rel=1e-12) and len(set(alone[0])) == 5

@@ -1,4 +1,4 @@
-"""The steps of a run that trained on a document, compared with every batch."""
+"""Compare the steps that `visits` reports for a document with every batch of the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PHASE = "+phases=[{name: later, steps: 5, seq_len: 32, global_batch_size: 4, wei
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two phases on filtered documents, the first longer than an epoch of a source."""
+    """Train a run of two phases on filtered documents. The first phase is longer than an epoch of a source."""
     root = tmp_path_factory.mktemp("run")
     folders = two_sources(root)
     code = f"+data.sources.code={{kind: files, path: '{folders['code']['path']}', weight: 2.0}}"
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_force(directory: Path, corpus: Corpus, place: DocumentSpan, steps: int) -> list[TrainedSequence]:
-    """Look at every batch of every step: each sequence is found in the stream by its tokens."""
+    """Look at every batch of every step, and find each sequence in the stream by its tokens."""
     config, found = load_config(directory), []
     stream = corpus.stream(place.source, TRAIN)
     tokens = np.empty(len(stream), np.int64)
@@ -84,7 +84,7 @@ def test_the_steps_that_trained_on_a_document(run):
 
 
 def test_a_token_counts_where_it_is_a_label():
-    """BOS is not a label. A document that ends with the first token of a sequence is learnt in the one before."""
+    """BOS is not a label. If a document ends with a sequence's first token, only the sequence before trains on it."""
     assert DocumentSpan("a", 0, 10).sequences(5) == (0, 1) and DocumentSpan("a", 0, 6).sequences(5) == (0, 0)
     assert DocumentSpan("a", 4, 3).sequences(5) == (0, 1) and DocumentSpan("a", 5, 2).sequences(5) == (1, 1)
 

@@ -1,4 +1,4 @@
-"""The data of a run: through phases, up to the sources' limits, prefetched; and its figures in the metrics."""
+"""The data of a run: phases, limits of sources, prefetching, and the metrics of the data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CODE_LATER = [
 
 
 def train(root: Path, name: str, *overrides: str) -> list[dict]:
-    """Train by the command; the lines of its steps."""
+    """Train by the command; return the metrics of its steps."""
     assert main(["train", *TINY, f"run.root={root}", f"run.name={name}", *overrides]) == 0
     return [line for line in read_lines(root / name / "metrics.jsonl") if "loss" in line]
 
@@ -70,7 +70,7 @@ def test_many_epochs_are_logged(tmp_path, small_corpus):
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "source text is repeated" in text and "source code is repeated" in text
     trainer(tmp_path, "short", small_corpus)
-    assert not (tmp_path / "short" / "log.txt").exists(), "nothing to say"
+    assert not (tmp_path / "short" / "log.txt").exists(), "without a warning there is no log"
 
 
 def test_metrics_have_waiting_labels_padding_and_sources(tmp_path, small_corpus):

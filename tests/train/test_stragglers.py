@@ -20,7 +20,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def train(root: Path, overrides: list[str], slow: int | None) -> None:
-    # without prefetch: a step would not wait for a batch that is prepared in time
+    # no prefetch, with which a step would not wait for a slow batch
     run = trainer(root, "run", [*overrides, "logging.every=1", "data.prefetch=0"])
     os.environ["SLURMD_NODENAME"] = f"n{dist.get_rank()}"
     if dist.get_rank() == slow:

@@ -1,4 +1,4 @@
-"""A run's rules: clipping, phases, what may change on resuming, and that no result is lost at the end."""
+"""A run clips gradients, follows its phases, rejects changes on resuming, and loses no result at its end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def train(tmp_path, small_corpus) -> Callable[..., int]:
 
 @pytest.fixture(scope="module")
 def finished(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps with checkpoints of steps 2 and 4, to be copied."""
+    """Train four steps with checkpoints of steps 2 and 4, for tests to copy."""
     root = tmp_path_factory.mktemp("finished")
     assert train_in(root, *small_corpus) == 0
     return root / "run"
@@ -89,7 +89,7 @@ def test_a_phase_has_its_own_schedule_batch_and_blend(tmp_path, small_corpus):
     assert rates[6] == pytest.approx(factors[0] * run.config.optimizer.lr)
     batches = {name: loader.batch(0) for name, loader in run.loaders.items()}
     assert batches["longer"].tokens_BT.shape == (4, 96)
-    assert torch.equal(run.batches._make(6).tokens_BT, batches["longer"].tokens_BT), "the start of its own order"
+    assert torch.equal(run.batches._make(6).tokens_BT, batches["longer"].tokens_BT), "a phase starts its own order"
     sources = {name: set(batch.sources_B.tolist()) for name, batch in batches.items()}
     assert len(sources["longer"]) == 1 < len(sources["main"])
 
@@ -141,7 +141,7 @@ def test_the_model_is_saved_before_the_last_evaluation(train, tmp_path, monkeypa
 
 
 def test_an_older_summary_does_not_make_a_run_finished(run, train, monkeypatch):
-    """A phase is added, and the run is killed in its last evaluation."""
+    """Add a phase to a finished run, and interrupt the last evaluation."""
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.EvaluationCallback, "measure", interrupted)
         assert train(PHASE) == 130
@@ -163,7 +163,7 @@ def test_a_run_that_could_not_be_saved_fails(train, tmp_path, monkeypatch):
     "more, whole", [(["logging.every=10", "checkpoint.every=1"], [1]), (["checkpoint.every=0"], [])]
 )
 def test_a_diverged_loss_ends_the_run(train, tmp_path, capsys, more, whole):
-    """Found before a checkpoint is saved, or when a line is logged."""
+    """A NaN loss is found before a checkpoint is saved, or when a line is logged."""
     assert train("optimizer=sgd", "optimizer.lr=1e30", "training.clip_norm=null", *more) == 1
     assert "is nan: start a new run" in capsys.readouterr().err
     assert kept(tmp_path) == whole
@@ -171,7 +171,7 @@ def test_a_diverged_loss_ends_the_run(train, tmp_path, capsys, more, whole):
 
 @pytest.fixture
 def infinite_gradient(monkeypatch) -> None:
-    """One element of one gradient of step 2, counted from 1; the loss of that step is finite."""
+    """Make one element of a gradient infinite in step 2 (counted from 1). The loss of that step stays finite."""
     original, calls = TorchEngine.forward_backward, []
 
     def broken(self, batch, micro_batch_size):
@@ -198,7 +198,7 @@ def test_an_infinite_gradient_is_not_saved(infinite_gradient, train, tmp_path, c
 
 
 def test_nor_is_an_earlier_one_whose_loss_is_finite(infinite_gradient, train, tmp_path, capsys, monkeypatch):
-    """A weight that is NaN may belong to a token or an expert that the next steps do not use."""
+    """A NaN weight may belong to a token or expert that later steps do not use, so their losses may be finite."""
     monkeypatch.setattr(TorchEngine, "step", lambda self, factor: self.optimizer.zero_grad())
     assert train("checkpoint.every=3", "logging.every=10") == 1
     assert "a loss or a gradient norm before step 3 was NaN or infinite" in capsys.readouterr().err
@@ -258,7 +258,7 @@ def test_the_loss_of_narrow_logits_is_computed_wide():
 
 
 def narrow_router(root: Path, overrides: list[str]) -> list[torch.dtype]:
-    """Dtypes of the routers' weights and logits in a bf16 run on these ranks."""
+    """Return the dtypes of the routers' weights and logits in a bf16 run on these ranks."""
     found: list[torch.dtype] = []
     run = trainer(root, "run", overrides)
     for module in run.engine.placed.model.modules():

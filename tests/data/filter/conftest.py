@@ -1,4 +1,4 @@
-"""The endpoint that judges are tested against, small shards, and audits without the page that takes a second to draw."""
+"""Provide a fake endpoint for judges, small shards, and audits without the page, which takes a second to render."""
 
 from __future__ import annotations
 

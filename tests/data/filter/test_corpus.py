@@ -1,4 +1,4 @@
-"""The filter inside a corpus: what is dropped, what is kept, and where it lies afterwards."""
+"""Filter a corpus while it is prepared: which documents are kept, and where they are in the token stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.filtering import prose, two_sources
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two sources; one has a copy and an empty file."""
+    """Return the settings of two sources; `prose` has a duplicate, `code` an empty file."""
     root = tmp_path_factory.mktemp("sources")
     sources = two_sources(root)
     (root / "prose" / "900.txt").write_text(prose(1, 0, words=30)[0]["text"])
@@ -38,7 +38,7 @@ def config_of(folders: dict[str, Any], cache: Path, **rules: Any) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def corpora(folders: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, Corpus]:
-    """With the filter, and without."""
+    """Return the same corpus with the filter and without it."""
     cache = tmp_path_factory.mktemp("cache")
     return prepare(config_of(folders, cache), silent), prepare(make_config(cache, folders), silent)
 
@@ -115,7 +115,7 @@ def test_a_killed_filter_resumes(corpora, folders, tmp_path, no_page, monkeypatc
             prepare(config_of(folders, tmp_path), silent)
     said: list[str] = []
     resumed = prepare(config_of(folders, tmp_path), said.append)
-    assert not any("scored" in line for line in said), "scores are taken once"
+    assert not any("scored" in line for line in said), "stored scores are used"
     assert resumed.fingerprint == corpora[0].fingerprint
 
 
@@ -136,7 +136,7 @@ def test_wrong_rules_are_refused_with_their_key(folders, tmp_path, no_page, rule
 
 
 def changing(*counts: int) -> SourcePart:
-    """A source that has another number of documents every time."""
+    """Return a source whose number of documents is the next of `counts` each time it is read."""
     left = iter(counts)
     source = Mock(documents=lambda: [Document(row["text"], False) for row in prose(next(left))])
     source.name = "changing"

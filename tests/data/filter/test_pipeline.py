@@ -43,7 +43,7 @@ from tests.support.filtering import (
 
 
 def several(folder: Path, seed: int = 0) -> Path:
-    """Three files, three domains, copies, broken lines."""
+    """Write three files with three domains, a duplicate, an empty text and a broken line."""
     folder.mkdir()
     rows = prose(160, seed)
     for number, row in enumerate(rows):
@@ -70,7 +70,7 @@ def in_threads(count: int, source: Path, out: Path, **settings: Any) -> None:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, bytes]]:
-    """An input, what one process makes of it, and the outputs."""
+    """Return an input, the directory of its filter run in one process, and the contents of the outputs."""
     root = tmp_path_factory.mktemp("given")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "SHARD_RECORDS", 32)
@@ -90,7 +90,7 @@ def alone(given, small_shards) -> dict[str, bytes]:
 
 @pytest.fixture
 def finished(given, small_shards, tmp_path) -> Filter:
-    """A copy of that filtering in `tmp_path / "out"`, complete."""
+    """Return a finished filter on a copy of the run of `given`, in `tmp_path / "out"`."""
     done = Filter(job(given[0], Path(shutil.copytree(given[1], tmp_path / "out")), **KEYS))
     done.run()
     return done
@@ -141,7 +141,7 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path, given, source, alo
 
 
 def by_ranks(source: Path, out: Path) -> tuple[list[int], list[str], str, bool]:
-    """Filter; then the sum of a vector, what each rank sees after a barrier that the other reaches late, and an error."""
+    """Filter. Return a sum over ranks, the files seen after a barrier that rank 1 reaches late, and rank 1's error."""
     pipeline.SHARD_RECORDS = 32
     workers = WorldWorkers(connect())
     done = Filter(job(source, out, workers, **KEYS))
@@ -165,14 +165,14 @@ def by_ranks(source: Path, out: Path) -> tuple[list[int], list[str], str, bool]:
 
 
 def test_gloo_ranks_make_the_same_bytes(tmp_path, source, alone, ranks):
-    """And they wait for each other, and raise the error of one on all, for rank 0 alone to print."""
+    """Ranks also wait for each other, and the error of one is raised on all, so that only rank 0 prints it."""
     found = ranks(2, by_ranks, source, tmp_path / "out")
     assert found == [([1, 3, 5], ["late"], "input=x: is wrong; try y", True)] * 2
     assert outputs(tmp_path / "out") == alone
 
 
 def test_an_error_of_one_worker_ends_all(tmp_path, source, small_shards):
-    """Worker 1 reads the second file."""
+    """Only the worker that reads the second file meets the error."""
     for count in (1, 2, 4):
         with pytest.raises(ConfigError, match=r"input=1\.jsonl:51: cannot be read: .*; try on_error=drop"):
             in_threads(count, source, tmp_path / f"{count}", on_error=OnError.fail, **KEYS)
@@ -200,7 +200,7 @@ def written(source: Path, out: Path, deadly: int = -1) -> list[str]:
 
 
 def test_a_kill_between_any_two_writes_changes_nothing(tmp_path, monkeypatch):
-    """Before every file of every stage: in the middle of stages and between them."""
+    """Kill before each file that a stage writes, so within stages and between them."""
     monkeypatch.setattr(pipeline, "SHARD_RECORDS", 20)
     source = write_lines(tmp_path / "in.jsonl", prose(30, words=8))
     names = written(source, tmp_path / "whole")
@@ -218,7 +218,7 @@ def stages(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("stage", ["records", "screened", "scored", "decisions"])
 def test_a_lost_shard_is_made_again(finished, source, alone, stage):
-    """Although the manifest is there: the advice for a damaged shard is to remove it. A damaged manifest is named."""
+    """If a damaged shard is removed, as its error advises, it is made again. A damaged manifest is named, too."""
     out = finished.job.directory.parent
     path = out / "stages" / stage / f"{list(finished.records.shards)[3]}.parquet"
     content = path.read_bytes()
@@ -297,7 +297,7 @@ def test_scores_that_are_all_nan_or_constant(tmp_path, small_shards):
 
 
 def test_domains_of_one_document_and_hostile_names(tmp_path, small_shards):
-    """Quotes, newlines, HTML, the name that broken records have, and a right-to-left mark."""
+    """Names have quotes, newlines, HTML and a right-to-left mark; one is `unreadable`, as for broken records."""
     names = ['"', "a\nb", "<script>alert(1)</script>", "unreadable", "\u202ex", "", "'; drop", "${run.name}", "🐘"]
     rows = [
         {**row, "name": f"<b>{n}\n\"'", "domain": names[n] if n < len(names) else "rest"}
@@ -329,11 +329,11 @@ def test_an_input_of_which_nothing_is_kept(tmp_path):
         filtered(source, tmp_path / "none")
 
 
-# -- the upper cut
+# -- the noise threshold
 
 
 def test_what_is_harder_than_clean_text_is_noise(tmp_path, small_shards):
-    """The upper cut comes from the file that the rules name; its scores survive a kill after the scoring."""
+    """The noise threshold comes from scores of the `clean` file. They are stored: a rerun does not score again."""
     source = write_lines(tmp_path / "in.jsonl", prose(100))
     clean = write_lines(tmp_path / "clean.jsonl", [row for row in prose(100) if len(row["text"]) < 150])
     scorer = FixedScorer(lambda record: len(record.text))
@@ -349,7 +349,7 @@ def test_what_is_harder_than_clean_text_is_noise(tmp_path, small_shards):
     rows = run("out", records)
     noise = {row["id"] for row in rows if row["reason"] == "noise"}
     assert noise == {row["id"] for row in rows if row["score"] >= 150} and noise
-    assert not {row["id"] for row in run("without", ())} & {"noise"}, "control: nobody is noise without it"
+    assert not {row["id"] for row in run("without", ())} & {"noise"}, "control: no noise without a clean file"
     shutil.rmtree(tmp_path / "out" / "stages" / "decisions")
-    scorer.score = lambda records: pytest.fail("scores are taken once")  # type: ignore[method-assign]
+    scorer.score = lambda records: pytest.fail("stored scores are used")  # type: ignore[method-assign]
     assert run("out", records) == rows

@@ -1,4 +1,4 @@
-"""Records without an answer of the server: the reason is shown, and the next run asks for them alone."""
+"""Records that the server did not answer: the reason is shown, and the next run requests only these."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_only_unanswered_records_are_asked_again(server, source, tmp_path, capsy
 
 
 def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path, no_page):
-    """Scores depend neither on the address nor on the connection."""
+    """Scores depend neither on the server's URL and key variable nor on concurrency, timeout and retries."""
     server.reply = healthy
     assert command(server, source, tmp_path / "out") == 0
     server.requests.clear()
@@ -149,7 +149,7 @@ def test_a_verifier_may_say_anything(server, source, tmp_path, monkeypatch, no_p
 
 
 def test_answers_that_cannot_be_stored_are_one_line(server, source, tmp_path, capsys):
-    """Such an error ends the other processes too, which would wait forever."""
+    """The error must be raised on all processes, since the others would wait forever."""
     out = tmp_path / "out"
     (out / "stages").mkdir(parents=True)
     (out / "stages" / "answers").write_text("")
@@ -159,12 +159,12 @@ def test_answers_that_cannot_be_stored_are_one_line(server, source, tmp_path, ca
 
 
 def by_number(sign: int = 1) -> FixedScorer:
-    """All with one fingerprint, like a model that is run with another batch size."""
+    """Score by line number times `sign`. Both scorers have one fingerprint, so stored scores stay valid."""
     return FixedScorer(lambda record: sign * float(record.source.split(":")[1]))
 
 
 def test_other_scores_make_other_decisions(source, tmp_path):
-    """The advice for damaged scores is to remove them: decisions follow the new ones."""
+    """If scores are removed, as the error for damaged ones advises, decisions follow the new scores."""
     out, hard, easy = tmp_path / "out", by_number(), by_number(-1)
     filtered(source, out, hard)
     assert len(kept(out)) == 25
@@ -211,6 +211,6 @@ def test_a_kill_while_decisions_are_removed_leaves_none(source, tmp_path, monkey
 
 
 def test_renamed_settings_keep_their_digest():
-    """The order of samples follows from it: a renamed key must not change a run."""
+    """The order of samples depends on the digest, so a renamed key must not change it."""
     settings = json.dumps(decisive_settings(FilterRules(keep=0.5)))
     assert sha256_text(settings)[:16] == "8fc09e97a9c84d04", settings

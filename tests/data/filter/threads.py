@@ -1,4 +1,4 @@
-"""Workers of a filter that are threads of one process."""
+"""Run the workers of a filter as threads of one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class ThreadWorker:
-    """One of the threads that filter together; they exchange values at a barrier."""
+    """A thread that takes part in a filter. The threads exchange values at a barrier."""
 
     def __init__(self, rank: int, values: list[Any], meet: threading.Barrier) -> None:
         self.rank, self.size, self.values, self.meet = rank, len(values), values, meet
@@ -32,7 +32,7 @@ class ThreadWorker:
 
 
 def on_threads(count: int, work: Callable[[ThreadWorker], Any]) -> list[Any]:
-    """What `work` returns on each of `count` threads. Raises what one of them raised."""
+    """Return the results of `work` on `count` threads. If threads failed, raise the error of one of them."""
     values, meet = [None] * count, threading.Barrier(count, timeout=60)
 
     def guarded(rank: int) -> Any:
@@ -45,5 +45,5 @@ def on_threads(count: int, work: Callable[[ThreadWorker], Any]) -> list[Any]:
     with ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(guarded, rank) for rank in range(count)]
     if errors := [error for future in futures if (error := future.exception())]:
-        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))  # the cause comes first
+        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))  # prefer the cause
     return [future.result() for future in futures]

@@ -1,6 +1,6 @@
-"""The certificate: correct layouts pass, and each known bug of layouts is caught and attributed to its axes.
+"""Certificates: correct layouts pass, and each known bug of a layout is caught and attributed to its axes.
 
-A bug is planted in the ranks of a layout only; what one process computes stays right.
+Bugs are planted only in the ranks of a layout. The reference run in one process stays correct.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ COMPARED = {
     "one process's checkpoint under the layout": 2,
     "the layout's checkpoint in one process": 2,
 }
-"""Case -> number of its figures that are compared."""
+"""Case -> number of its results that are compared."""
 
 
 def outcomes(ranks: Any, bug: str | None, overrides: list[str]) -> list[Outcome]:
-    """Up to the first failure."""
+    """Certify; return the outcomes up to the first failure."""
     found = []
     for outcome in certify(config("ranks=4", "steps=2", *overrides), BuggyRanks(ranks, bug)):
         found.append(outcome)
@@ -73,7 +73,7 @@ def outcomes(ranks: Any, bug: str | None, overrides: list[str]) -> list[Outcome]
 
 
 def test_a_correct_layout_passes(ranks):
-    """Other correct axes pass before a planted bug is found in the last ones."""
+    """One layout is enough: in the tests of planted bugs, the layouts tried before the failing one must pass too."""
     (outcome,) = outcomes(ranks, None, [*FEW_RANKS, "parallel.tp=1"])
     assert outcome.trial.name == "dp_shard=2 ep=2" and outcome.passed, outcome.failures()
     assert 0 < outcome.largest(1e-9) < 1e-12
@@ -90,7 +90,7 @@ PARTS = {
 
 @pytest.mark.parametrize("name", ["ring, top-2", *(pytest.param(n, marks=pytest.mark.slow) for n in [*PARTS][1:])])
 def test_sequences_in_parts_pass(ranks, name):
-    """Packed documents that start inside chunks, every balancing term on. Tests of layouts run those of `bench.layouts`."""
+    """Documents start inside chunks. All balancing terms are on. test_layouts.py tests layouts of `bench.layouts`."""
     last, overrides = PARTS[name]
     found = outcomes(ranks, None, ["parallel.dp_shard=1", *overrides])
     assert found[-1].trial.name == last
@@ -123,7 +123,7 @@ def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
 
 @pytest.mark.slow
 def test_muon_is_certified_in_place_of_adamw(ranks):
-    """Shards that are orthogonalised one by one are caught, in the updates alone."""
+    """Orthogonalising each shard by itself is caught, and only in the results of Muon."""
     muon = [*FEW_RANKS, "optimizer=muon", "optimizer.lr=3"]
     (honest, *_) = found = outcomes(ranks, None, [*muon, "parallel.ep=1"])
     assert [outcome.passed for outcome in found] == [True], honest.failures()
@@ -144,7 +144,7 @@ def test_trials_are_axes_pairs_all_and_the_configured():
     pairs = "dp_shard=2 ep=2, dp_shard=2 tp=2, dp_shard=4 ep=2, tp=2 ep=2"
     assert ", ".join(chosen) == f"dp_shard=2, tp=2, {pairs}, dp_shard=2 tp=2 ep=2, dp_shard=4 tp=2 ep=4"
     assert omitted == []
-    assert axes_in_use(config("parallel.dp_shard=1").parallel) == ("dp_shard",), "something must be tried"
+    assert axes_in_use(config("parallel.dp_shard=1").parallel) == ("dp_shard",), "at least one axis is tried"
 
 
 def test_layouts_that_do_not_fit_are_omitted_or_rejected():
@@ -159,7 +159,7 @@ def test_layouts_that_do_not_fit_are_omitted_or_rejected():
 
 
 def test_nan_does_not_pass():
-    """Anywhere: `max` would skip it."""
+    """A NaN fails wherever it is, although Python's `max` may skip it."""
     block = ShardBlock((0,), (2,))
     right, wrong = [(block, torch.ones(2))], [(block, torch.tensor([1.0, float("nan")]))]
     for first, found in (("b", {"a": right, "b": wrong}), ("a", {"a": wrong, "b": right})):
@@ -199,4 +199,4 @@ def test_a_certificate_covers_axes_model_techniques_and_code(tmp_path, monkeypat
         patch.setattr(store, "sources_digest", lambda: "other")
         assert found({"tp": 4}) is None
     store.save({**content, "pass": False}, tmp_path)
-    assert found({"tp": 4}) is None, "a failed one replaces a passed one"
+    assert found({"tp": 4}) is None, "a failed certificate replaces a passed one"

@@ -1,4 +1,4 @@
-"""FP8 under layouts: the same bytes if no tile is cut, otherwise no larger error; bugs are caught."""
+"""FP8 under layouts: the same bytes as in one process if no tile is split, else no larger error. Bugs are caught."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from train.certify.fp8 import ERROR, LOSS, NORM, TILE, compare_fp8, same_tiles
 from train.certify.plan import shrink, techniques
 
 SAME_TILES = ("ep2", "tp2 + ep2", "pp2 zbv")
-"""Layouts in which every product has the same tiles."""
+"""Layouts in which every matmul has the same tiles as in one process."""
 
 
 def certified(ranks: Any, name: str, recipe: Recipe, bug: str | None = None) -> list[Comparison]:
     count, parallel = LAYOUTS[name]
-    precision = PrecisionConfig(Compute.bfloat16, backend=Backend.te, recipe=recipe)  # te is emulated, too
+    precision = PrecisionConfig(Compute.bfloat16, backend=Backend.te, recipe=recipe)  # certified by the emulation
     return list(compare_fp8(shrink(tiny(1), parallel, TILE), precision, parallel, count, BuggyRanks(ranks, bug)))
 
 
@@ -71,7 +71,7 @@ def test_which_products_have_the_same_tiles():
     for layout in ((2, ParallelConfig()), (4, ParallelConfig(ep=2)), (2, ParallelConfig(tp=2)), *others):
         found = kept(Recipe.blockwise, *layout)
         assert Products.attention in found and Products.expert not in found
-    assert (LOSS, NORM, ERROR) == (5e-3, 5e-2, 1.5)  # wider ones would let bugs through
+    assert (LOSS, NORM, ERROR) == (5e-3, 5e-2, 1.5)  # wider tolerances would let bugs through
     assert kept(Recipe.tensorwise, 2, ParallelConfig(ep=2)) == [] != kept(Recipe.tensorwise, 2, ParallelConfig(pp=2))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of many ranks: elsewhere than in the run's directory, each byte written once, a file per rank at most."""
+"""Checkpoints of many ranks: inside or outside the run's directory, each byte once, at most one file per rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ADAMW = ["optimizer=adamw"]
 
 
 def sizes(root: Path, overrides: list[str]) -> tuple[int, int]:
-    """Bytes of the tensors that this rank keeps, and the step from which a second run resumes."""
+    """Save step 2. Return the number of bytes of this rank's tensors, and the step from which a second run resumes."""
     run = saved(root, "run", overrides, 2)
     again = trainer(root, "run", overrides)
     return sum(part.tensor.nbytes for part in run.engine.state() if part.shape), again.step
@@ -33,9 +33,9 @@ def test_replicas_are_written_once(ranks, small_corpus, tmp_path, where):
     ((_, path),) = committed(checkpoints)
     files = list(path.glob("*.bin"))
     written = sum(file.stat().st_size for file in files)
-    counters = 4 * 2 * 4 * 100  # scalars: step counts
-    assert alone <= written < alone + counters, "every byte once"
-    assert sum(kept for kept, _ in results) > 1.9 * alone, "the control: two replicas keep it twice"
+    counters = 4 * 2 * 4 * 100  # step counts, which are scalars
+    assert alone <= written < alone + counters, "every byte is written once"
+    assert sum(kept for kept, _ in results) > 1.9 * alone, "control: the two replicas keep every byte twice"
     assert 1 <= len(files) <= 4
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint straight into a sharded run: every rank reads its part, and together they have it all."""
+"""Start a sharded run from a Hugging Face checkpoint or from another run. Each rank reads only its part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.tiny import EXACT, saved, trainer, whole
 
 
 def started(root: Path, path: Path, overrides: list[str]) -> tuple[dict[str, torch.Tensor], int]:
-    """The weights that a run on these ranks begins with, and how many bytes of tensors this rank read."""
+    """Return the initial weights of a run on these ranks, and the number of tensor bytes that this rank read."""
     read, sizes = checkpoint.read_rows, []
 
     def counted(*arguments):
@@ -43,7 +43,7 @@ def test_each_rank_reads_only_its_slices(ranks, small_corpus, tmp_path, layout):
 
 
 def biases(root: Path, name: str, overrides: list[str], steps: int = 0) -> dict[str, torch.Tensor]:
-    """The selection biases of this rank's layers after some steps, which are saved."""
+    """Return the selection biases of this rank's layers after `steps` steps. Save a checkpoint unless `steps` is 0."""
     run = saved(root, name, [*overrides, *EXACT], steps) if steps else trainer(root, name, [*overrides, *EXACT])
     buffers = run.engine.placed.model.named_buffers()
     return {buffer: bias_E.clone() for buffer, bias_E in buffers if buffer.endswith("bias_E")}

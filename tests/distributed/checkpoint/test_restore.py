@@ -1,4 +1,4 @@
-"""A run of many ranks is looked at under its own layout or by one process, with the same result."""
+"""Generation and evaluation of a run of many ranks give the same results under its layout and in one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trained(root: Path, overrides: list[str]) -> None:
 
 @torch.no_grad()
 def looked_at(directory: Path) -> tuple[dict[str, int], list[int], float]:
-    """Axes, a continuation of a prompt of odd length, and the held-out loss."""
+    """Restore a run; return its axes, a continuation of a prompt of odd length, and the held-out loss."""
     found = restore(directory, connect())
     config = GenerateConfig(run="", tokens=7, temperature=0)
     tokens = continue_tokens(partial(placed_logits, found.placed), [5, 6, 7], 16, config, stop=-1)
@@ -75,7 +75,7 @@ def test_ranks_that_run_other_code_are_named(ranks):
 
 
 def test_ranks_fold_with_the_last_axis_fastest():
-    """Dense (replicate, shard, tp) and sparse (replicate, efsdp, ep) over the same eight ranks."""
+    """Dense layers use eight ranks as (replicate, shard, tp); experts use the same ranks as (replicate, efsdp, ep)."""
     layout = ParallelConfig(dp_replicate=2, tp=2, ep=2).resolve(8)
     for rank in range(8):
         m = meshes_of_rank(layout, rank)

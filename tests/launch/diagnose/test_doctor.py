@@ -1,4 +1,4 @@
-"""Whom the doctor names: with made-up readings, and on ranks of which one is slow."""
+"""Which nodes the doctor names: with made-up readings, and on real ranks of which one is slow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from train.run_directory import RunDirectory, read_config
 
 
 def reading(rank: int, size: int, **other: Any) -> NodeReading:
-    """A rank of a cluster on which all is well: two ranks a node, sharded over all of them."""
+    """Return the reading of a rank in a healthy cluster with two ranks per node, sharded over all ranks."""
     usual = NodeReading(
         *(rank, f"n{rank // 2}", "3.11.2", "2.13.0", "H100", "550.54"),
         products_flops=(600 + rank) * 1e12,
@@ -45,7 +45,7 @@ def reading(rank: int, size: int, **other: Any) -> NodeReading:
 
 
 def cluster(ranks: int = 8, **n2: Any) -> list[NodeReading]:
-    """`n2`: what is different on node n2, of ranks 4 and 5."""
+    """Return the readings of all ranks. `n2` replaces values on node n2, which has ranks 4 and 5."""
     return [reading(rank, ranks, **(n2 if rank in (4, 5) else {})) for rank in range(ranks)]
 
 
@@ -70,7 +70,7 @@ def test_a_wrong_node_is_named_with_what_is_wrong(what, reads):
 
 
 def slowed(readings: list[NodeReading], *ranks: int, share: float = 0.2) -> list[NodeReading]:
-    """The links from these ranks to the next have this share of their rate."""
+    """Reduce the rate of the links from `ranks` to the next rank to the fraction `share`."""
     found = list(readings)
     for rank in ranks:
         peer, rate = found[rank].links["fsdp"]
@@ -79,8 +79,8 @@ def slowed(readings: list[NodeReading], *ranks: int, share: float = 0.2) -> list
 
 
 def test_a_slow_node_is_named_by_both_of_its_links():
-    """All ranks read the same bandwidth of the one axis; only n2's links (3 to 4 and 5 to 6) are slow. Links between
-    nodes are seven times slower than those within.
+    """All ranks read the same bandwidth for the axis; only n2's links (3 to 4 and 5 to 6) are slow. Links between nodes
+    are seven times slower than links inside a node.
     """
     assert judge(cluster()) == {} and table(cluster(), {}).endswith("no faulty node"), "control"
     readings = slowed(cluster(), 3, 5)
@@ -93,14 +93,14 @@ def test_a_slow_node_is_named_by_both_of_its_links():
     assert found["n2"][0].endswith("at 18% of the others'")
     shown = table(readings, found)
     assert "links fsdp" in shown and "GB/s between nodes" in shown and "GB/s within nodes" in shown
-    assert judge(slowed(cluster(), 3, 5, share=0.7)) == {}, "control: a little slower is nothing"
+    assert judge(slowed(cluster(), 3, 5, share=0.7)) == {}, "control: slightly slower is not faulty"
 
 
 def test_which_ends_of_slow_links_are_named():
-    assert sorted(judge(slowed(cluster(), 3))) == ["n1", "n2"], "one slow link: nothing tells which end it is"
-    assert list(judge(slowed(cluster(), 2))) == ["n1"], "within a node"
-    assert list(judge(slowed(cluster(6), 1, 3))) == ["n1"], "of three nodes, where two of three links are slow"
-    assert judge(slowed(cluster(4), 1)) != {}, "of two nodes both"
+    assert sorted(judge(slowed(cluster(), 3))) == ["n1", "n2"], "one slow link does not show which end is slow"
+    assert list(judge(slowed(cluster(), 2))) == ["n1"], "a link inside a node"
+    assert list(judge(slowed(cluster(6), 1, 3))) == ["n1"], "three nodes: two of three links are slow"
+    assert judge(slowed(cluster(4), 1)) != {}, "two nodes: at least one is named"
 
 
 @pytest.mark.parametrize("size", range(1, 10))
@@ -113,7 +113,7 @@ def test_rounds_have_every_link_once_and_disjoint_pairs(size):
 
 
 def look(root: Path, slow: int) -> NodeReading:
-    """What this rank reads; the exchanges of one rank are held up."""
+    """Return the reading of this rank. On rank `slow`, exchanges are delayed."""
     world, honest = connect(), links._exchange
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == slow:
@@ -136,7 +136,7 @@ def test_on_ranks_a_slow_one_is_found_by_its_links(ranks, tmp_path):
 
 
 def axes_read(root: Path, degrees: list[str]) -> tuple[set[str], set[str], set[str]]:
-    """The axes whose bandwidth this rank reads, those of its links, and those that have a group of several ranks."""
+    """Return three sets of axes: with a measured bandwidth, with a measured link, and with a group of several ranks."""
     world = connect()
     config = load("train", TrainConfig, [f"run.root={root}", "run.name=x", *degrees])
     meshes = vars(make_meshes(config.parallel.resolve(world.size), world)).values()
@@ -150,7 +150,7 @@ OWN_LINKS = {
     "pp=2 cp=2": {"world", "pp", "cp"},
     "dp_replicate=2 tp=2 ep=2": {"world", "dp", "tp"},
 }
-"""The axes of a layout with links that no earlier one has."""
+"""Layout -> the axes with links that no earlier axis has."""
 
 
 @pytest.mark.parametrize("degrees, wanted", OWN_LINKS.items(), ids=OWN_LINKS.keys())
@@ -161,7 +161,7 @@ def test_every_axis_that_has_a_group_is_timed(ranks, tmp_path, degrees, wanted):
 
 
 def test_the_doctor_looks_where_runs_go(monkeypatch, tmp_path, capsys):
-    """`~` is the home directory, as it is for a run."""
+    """`~` in `runs` means the home directory, as in `run.root`."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "home" / "runs" / ".doctor"
@@ -200,7 +200,7 @@ def test_ranks_and_threads_are_for_the_cores_that_we_may_use(monkeypatch):
     assert LaunchConfig(LaunchKind.torchrun).ranks == 2
     assert doctor.examine([])["machine"]["cores"] == 4
     for name in ("OMP_NUM_THREADS", "PYTHONSAFEPATH", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
-        monkeypatch.setenv(name, "")  # so that they are as before in the end
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores what the agent sets
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(agent, "get_rendezvous_handler", lambda parameters: 1 / 0)
     with pytest.raises(ZeroDivisionError):

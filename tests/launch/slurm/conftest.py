@@ -1,4 +1,4 @@
-"""One SLURM for all tests of this folder."""
+"""Start one SLURM for all tests of this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs on a real SLURM: whatever hits them, they go on by themselves to the same losses, bit for bit."""
+"""Jobs on a real SLURM: after a disturbance they resume by themselves, with the same losses bit for bit."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def user(cluster, tmp_path_factory) -> Iterator[User]:
 
 @pytest.fixture(scope="module")
 def undisturbed(user) -> tuple[dict[int, tuple[float, float]], float]:
-    """Every loss and norm of a two-node job that nothing happened to, and its held-out loss."""
+    """Return every loss and norm of an undisturbed two-node job, and its held-out loss."""
     number = user.submit("calm")
-    assert "going on from" not in user.ended("calm", number)
+    assert "resuming from" not in user.ended("calm", number)
     found = user.results("calm")
     assert sorted(found[0]) == list(range(1, STEPS + 1)) and found[0][STEPS][0] < found[0][1][0] - 1
     return found
@@ -33,7 +33,7 @@ def undisturbed(user) -> tuple[dict[int, tuple[float, float]], float]:
 
 @pytest.mark.parametrize("warning", ["USR1", "TERM"])
 def test_a_warned_job_saves_and_resumes(cluster, user, undisturbed, warning):
-    """SLURM sends USR1 before the time limit, and TERM to a job that is to make room."""
+    """SLURM sends USR1 before the time limit, and TERM to a job that it preempts."""
     name = f"warned-{warning}"
     number = user.submit(name, until=25)
     cluster.client("scancel", f"--signal={warning}", number)
@@ -44,7 +44,7 @@ def test_a_warned_job_saves_and_resumes(cluster, user, undisturbed, warning):
 
 
 def test_a_preempted_job_saves_and_resumes(cluster, user, undisturbed):
-    """SLURM sends TERM and would kill the job and queue it again a minute later; the job is faster."""
+    """SLURM sends TERM, and would kill and requeue the job a minute later. The job requeues itself before."""
     number = user.submit("humble", until=25)
     urgent = ["--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"]
     other = cluster.client("sbatch", *urgent).strip()
@@ -72,7 +72,7 @@ def test_a_dead_node_is_replaced_and_a_dead_daemon_ignored(cluster, user, undist
 
 
 def test_a_hanging_node_is_named_and_excluded(cluster, user, undisturbed):
-    """The first node's ranks are stopped, and no restarts are left: the job goes on elsewhere."""
+    """The ranks of the first node are stopped and have no restarts left: the job continues on other nodes."""
     number = user.submit("stuck", "parallel.timeout_s=5", "launch.restarts=0", until=25)
     victim = user.nodes_of(number)[0]
     cluster.stop_ranks(victim)
@@ -96,7 +96,7 @@ if "RANK" in os.environ:
 
 @pytest.mark.parametrize("enough", [True, False])
 def test_a_slow_node_is_excluded_where_enough_stay(cluster, user, tmp_path, enough):
-    """Matrix products are slow on n1. Where one of the three nodes is not to be used anyway, both others stay."""
+    """Matmuls are slow on n1. It is excluded, unless n3 already is: the job needs two of the three nodes."""
     (tmp_path / "sitecustomize.py").write_text(SLOW)
     name = f"limping-{enough}"
     usable = [] if enough else ["launch.slurm.exclude=[n3]"]
@@ -114,7 +114,7 @@ def test_a_slow_node_is_excluded_where_enough_stay(cluster, user, tmp_path, enou
 
 @pytest.mark.parametrize("dies", ["always", "once"])
 def test_a_job_whose_ranks_keep_dying_is_given_up(user, tmp_path, dies):
-    """The ranks kill themselves before their first step: in each try, or as a control in the first one only."""
+    """The ranks kill themselves before their first step, in each attempt or, as a control, only in the first."""
     when = "True" if dies == "always" else "'SLURM_RESTART_COUNT' not in os.environ"
     (tmp_path / "sitecustomize.py").write_text(
         f"import os, signal\nif 'RANK' in os.environ and {when}:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -129,7 +129,7 @@ def test_a_job_whose_ranks_keep_dying_is_given_up(user, tmp_path, dies):
 
 
 def test_a_container_command_goes_before_python_on_each_node(cluster, user, tmp_path):
-    """A script stands for the container runtime; the ranks are within what it has started."""
+    """A script stands in for the container runtime. The ranks must run inside what it starts."""
     runtime, marks = tmp_path / "runtime", tmp_path / "marks"
     runtime.write_text(
         f'#!/bin/bash\n[ "$1 $2" = "exec image.sif" ] || exit 64\nshift 2\necho "$SLURMD_NODENAME $4 $5" >> {marks}\n'
@@ -142,13 +142,13 @@ def test_a_container_command_goes_before_python_on_each_node(cluster, user, tmp_
     lines = marks.read_text().splitlines()
     trained = [f"{node} launch.slurm.job_step train" for node in nodes]
     assert sorted(line for line in lines if "train" in line) == trained, lines
-    assert len(lines) == 3 and lines[2].startswith(f"{nodes[0]} "), "and once for what the job does at its end"
+    assert len(lines) == 3 and lines[2].startswith(f"{nodes[0]} "), "and once at the end of the job"
     environment = json.loads((user.home / "runs" / "boxed" / "environment.json").read_text())
     assert environment["variables"]["OMP_STACKSIZE"] == "7M"
 
 
 def test_the_time_limit_is_no_end(user, undisturbed):
-    """Two minutes, of which one is kept for saving: evaluating at every step, the run takes longer than that."""
+    """The limit is two minutes, one of them for saving. With an evaluation at every step, the run takes longer."""
     number = user.submit("short", "launch.slurm.time=2", "evaluation.every=1", "evaluation.sequences=12")
     log = user.ended("short", number, seconds=600)
     assert user.figures("short") == undisturbed[0]
@@ -164,7 +164,7 @@ def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(cluster, user):
     for task in range(4):
         user.ended("sweep", f"{number}_{task}")
     again = ["requeued" in user.log("sweep", task) for task in range(4)]
-    assert again == [False, True, False, False], "one of them was warned, and it alone went through the queue again"
+    assert again == [False, True, False, False], "only the warned task is requeued"
     assert len({user.figures(f"sweep-{task}")[10][0] for task in range(4)}) == 4
     listed = user.leviathan("jobs").stdout
     assert all(f"{number}_{task}" in listed and f"sweep-{task}" in listed for task in range(4)), listed
@@ -184,12 +184,12 @@ def test_cancelled_it_saves_and_stays_cancelled(cluster, user):
     number = user.submit("dropped", until=5)
     cluster.client("scancel", number)
     user.ended("dropped", number, "CANCELLED")
-    time.sleep(8)  # a job that is queued again is eligible after five
+    time.sleep(8)  # a requeued job may start after five seconds
     assert user.state(number) == "CANCELLED", user.log("dropped")
 
 
 def test_a_faulty_node_is_found_by_the_doctor_and_excluded(cluster, user, tmp_path):
-    """On the second node only a few files may be open."""
+    """The second node allows only a few open files."""
     wrapper = tmp_path / "python"
     wrapper.write_text(f'#!/bin/bash\n[ "$SLURMD_NODENAME" = n2 ] && ulimit -n 512\nexec {BIN / "python"} "$@"\n')
     wrapper.chmod(0o755)
@@ -216,7 +216,7 @@ def test_a_wrong_configuration_is_not_requeued(user, request, override, message)
 
 
 def test_a_folder_that_a_node_does_not_see_is_told(cluster, user):
-    """The first node's shell hides it."""
+    """The setup command on the first node moves a file of the folder away."""
     number = user.submit("hidden", f"launch.slurm.setup=['mv {user.home}/jobs/hidden/config-0.yaml {user.home}/away']")
     assert "must be on a file system that all nodes share" in user.ended("hidden", number, "FAILED")
 

@@ -1,4 +1,4 @@
-"""Test submission, requeueing and what is rejected, with stand-ins for SLURM's commands."""
+"""Test submission, requeueing and rejections, with stand-ins for SLURM's commands."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def test_a_job_keeps_what_was_submitted(stand_ins, tmp_path, capsys):
     assert main(["jobs"]) == 0
     listed = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:]]
     assert listed == [["17_0", "x-0", "RUNNING"], ["17_1", "x-1", "PENDING"]]
-    assert (tmp_path / "asked").read_text().split() == ["17"], "one question for all runs of a job"
+    assert (tmp_path / "asked").read_text().split() == ["17"], "one scontrol call for all runs of a job"
 
 
 def test_a_followed_job_is_one_question_a_look(stand_ins, tmp_path, capsys):
-    """Four looks at two runs: both wait, one runs, one is done, SLURM has forgotten both."""
+    """`follow` asks four times about two runs, and SLURM's answer may lack a run that has ended."""
     assert main([*SUBMIT, "optimizer.lr=1e-3,2e-3"]) == 0
     job, shown = load_job(tmp_path / "jobs" / "x"), []
     job.log(1).write_text("step 1\n")
@@ -143,7 +143,7 @@ def test_what_slurm_rejects_is_one_line(stand_ins, refused, capsys):
 
 @pytest.mark.parametrize("every, code", [(38, 2), (37, 0)])
 def test_a_time_limit_below_a_checkpoint_interval_is_rejected(stand_ins, tmp_path, capsys, every, code):
-    """At 4,096 tokens a step and 512 a second, 38 steps take 304 s. Of ten minutes five are reserved for saving."""
+    """At 4,096 tokens per step and 512 per second, 38 steps take 304 s. Five of the ten minutes are for saving."""
     overrides = ["run.name=x", f"checkpoint.every={every}", "training.global_batch_size=16", "training.seq_len=256"]
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_a_time_limit_below_a_checkpoint_interval_is_rejected(stand_ins, tmp_pat
 
 @pytest.mark.parametrize("given, where, code, lines", [(3, 0, FINAL + 2, 1), (3, 1, FINAL + 2, 0), (2, 0, 0, 0)])
 def test_a_job_with_another_number_of_nodes_ends(tmp_path, monkeypatch, capsys, given, where, code, lines):
-    """One message, from the first node; with the right number the node's ranks are started."""
+    """Only the first node prints the error. With the right number of nodes, the ranks are started."""
     launch = {"kind": "slurm", "nodes": 2, "processes": 1}
     write_config(tmp_path / "config-0.yaml", replace(load("train", TrainConfig, ["run.name=x"]), launch=launch))
     job = {"JOB_ID": 17, "JOB_NUM_NODES": given, "NODEID": where, "LAUNCH_NODE_IPADDR": "::1"}
@@ -192,7 +192,7 @@ def test_when_a_job_is_requeued(code, step, bad, wanted):
     decision = decide(code, now, 3, bad, 2, cancelled=False)
     assert decision.exit_code == wanted, decision.why
     stopped = code in (CANCELLED, 128 + signal.SIGTERM)
-    assert decision.if_running == stopped, "whoever uses scancel does not want it back"
+    assert decision.if_running == stopped, "a job that the user cancelled is not requeued"
     assert decide(code, now, 3, bad, 2, cancelled=True).cancel == bool(code)
 
 
@@ -216,7 +216,7 @@ def test_the_commands_that_requeue_a_job():
 
 @pytest.mark.parametrize("possible, excluded", [("n1,n2,n3 n1,n2", "n1,n2,n3"), ("n1,n2", "n1,n2"), ("", None)])
 def test_nodes_are_excluded_only_where_enough_stay(stand_ins, tmp_path, possible, excluded):
-    """The slow n3 is used again before n1 and n2, which are faulty."""
+    """If too few nodes stay, the slow n3 is used again before n1 and n2, which are faulty."""
     stand_ins(
         sbatch=f'for list in {possible}; do [ "$2" != --exclude=$list ] || exit 0; done; echo too few >&2; exit 1',
         scontrol=f'echo "$@" >> {tmp_path}/asked',
@@ -235,7 +235,7 @@ def test_nodes_are_excluded_only_where_enough_stay(stand_ins, tmp_path, possible
 
 def test_which_nodes_to_exclude():
     now = RequeueState(40, 0, ("n1",), ("n2",)).after(60, ("n2", "n4"), ("n3", "n1"))
-    assert (now.excluded, now.slow) == (("n1", "n2", "n4"), ("n3",)), "a faulty node is not only slow"
+    assert (now.excluded, now.slow) == (("n1", "n2", "n4"), ("n3",)), "a faulty node is not listed as slow"
     assert now.exclusions(["n0"]) == [["n0", "n1", "n2", "n3", "n4"], ["n0", "n1", "n2", "n4"]]
     assert RequeueState().exclusions(["n0"]) == [] and RequeueState(excluded=("n0",)).exclusions(["n0"]) == []
     assert RequeueState(excluded=("n1",)).exclusions([]) == [["n1"]] == RequeueState(slow=("n1",)).exclusions([])
@@ -272,7 +272,7 @@ def test_bad_and_slow_nodes_are_those_of_this_attempt(tmp_path):
     assert bad_nodes(tmp_path, tmp_path, 40.0) == () == slow_nodes(slow, 40.0)
     assert bad_nodes(tmp_path / "no", tmp_path / "no", 0.0) == () == slow_nodes(tmp_path / "no", 0.0)
     slow.write_text(lines + '{"time": 40.0, "hosts": []}\n')
-    assert slow_nodes(slow, 20.0) == (), "who has recovered is not slow"
+    assert slow_nodes(slow, 20.0) == (), "a node that recovered is not slow"
 
 
 def test_codes_of_ranks_say_whether_to_try_again():
@@ -284,4 +284,4 @@ def test_a_sweep_is_every_combination():
     assert expand(["a=1,2", "b=x", "c=range(0,2)", "d=[1,2]"]) == [
         [f"a={a}", "b=x", f"c={c}", "d=[1,2]"] for a in (1, 2) for c in (0, 1)
     ]
-    assert expand(["a="]) == [["a="]] and expand(["]["]) == [["]["]], "composing reports the error"
+    assert expand(["a="]) == [["a="]] and expand(["]["]) == [["]["]], "the composition reports the error"

@@ -42,7 +42,7 @@ def test_filters_a_file(pairs, out):
     wanted = [line for line, row in zip(lines, rows, strict=True) if row["kept"]]
     assert (out / "kept.jsonl").read_bytes() == b"".join(line + b"\n" for line in wanted)
     given, size = sum(row["tokens"] for row in rows), sum(row["tokens"] for row in rows if row["kept"])
-    assert abs(size - given / 2) <= max(row["tokens"] for row in rows), "half of the tokens, to one document"
+    assert abs(size - given / 2) <= max(row["tokens"] for row in rows), "half of the tokens, within one document"
     audit = json.loads((out / "audit.json").read_text())
     assert audit["totals"]["in"]["documents"] == 120 == sum(one["documents"] for one in audit["reasons"].values())
     page = (out / "audit.html").read_text()
@@ -61,7 +61,7 @@ def test_explains_a_record(out, refused, capsys):
         assert size == f"length {sizes}, {row['tokens']:,} tokens"
         assert score.startswith(f"score {row['score']:.4f}, higher than ")
         value = float(threshold.split()[1])
-        assert (row["score"] >= value - 1e-3) if kept else (row["score"] <= value + 1e-3), "beside its own threshold"
+        assert (row["score"] >= value - 1e-3) if kept else (row["score"] <= value + 1e-3), "its own threshold"
     assert refused("filter", "explain=pairs.jsonl:121", f"out={out}").startswith(
         "explain=pairs.jsonl:121: no record has this name; try pairs.jsonl:"
     )
@@ -172,7 +172,7 @@ def test_the_command_in_the_audit_repeats_the_filter(words):
 
 @pytest.mark.slow  # 14 s; two gloo ranks make the same bytes in tests/data/filter/test_pipeline.py
 def test_two_processes_make_the_same_files(pairs, tmp_path, command):
-    """Two input files, one for each process."""
+    """Each process reads one of two input files."""
     lines, folder = pairs.read_bytes().splitlines(keepends=True), tmp_path / "in"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(b"".join(lines[:60]))

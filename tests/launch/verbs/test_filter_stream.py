@@ -18,7 +18,7 @@ from tests.support.filtering import prose
 
 @pytest.fixture
 def stream(monkeypatch, tmp_path):
-    """`stream(lines, *words)`: exit code and kept lines."""
+    """Return `stream(lines, *words)`, which returns the exit code and the kept lines."""
 
     def run(lines, *words: str) -> tuple[int, list[bytes]]:
         lines = io.BytesIO(b"".join(lines)) if isinstance(lines, list) else lines
@@ -57,7 +57,7 @@ def test_rates_hold_longer_lines_are_kept_and_bad_ones_counted(stream, tmp_path,
 
 
 def test_lines_are_decided_before_the_stream_ends(stream, tmp_path):
-    """An interrupt writes the counts so far."""
+    """After an interrupt, the counts so far are written."""
     seen = []
 
     def interrupted():
@@ -73,7 +73,7 @@ def test_lines_are_decided_before_the_stream_ends(stream, tmp_path):
 
 
 def test_a_stream_drops_noise_and_evaluation_sets(stream, tmp_path):
-    """Noise, by length, is longer than all clean text."""
+    """The scorer is length, so noise is every line longer than all clean text."""
     rows, clean = prose(300), tmp_path / "clean.jsonl"
     clean.write_bytes(b"".join(lines_of(prose(50, seed=1, words=10))))
     (tmp_path / "known.jsonl").write_bytes(lines_of(rows)[7])

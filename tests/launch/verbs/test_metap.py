@@ -45,7 +45,7 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, small_corpus):
-    """A sweep of two sizes by the command, stopped and continued."""
+    """Run a sweep of two sizes by the command, and then again, which repeats no run."""
     out = tmp_path_factory.mktemp("metap")
     how = ["sweep.low=-10", "sweep.high=-2", "sweep.step=4", "sweep.seeds=2", "sweep.axis=width", "sweep.factors=[1,2]"]
     for done in (0, 12):
@@ -88,7 +88,7 @@ def test_fit_then_transfer_then_train(swept, command, small_corpus):
     for section, key in (("hparam", "table"), ("optimizer", "transferred")):
         assert config[section][key] == written[section][key]
     assert config["model"]["multipliers"]["residual"] == 1.0
-    assert config["hparam"]["alpha"] == 0.5 and config["optimizer"]["weight_decay"] == 0.3, "what the user said"
+    assert config["hparam"]["alpha"] == 0.5 and config["optimizer"]["weight_decay"] == 0.3, "the user's values"
     assert written["hparam"]["provenance"]["base"].endswith("base.yaml") and written["hparam"]["provenance"]["code"]
     assert "hyperparameters: the base is small" in (swept / "runs" / "wide" / "log.txt").read_text()
     path = swept / "carried" / "experiment" / "wide.yaml"
@@ -128,7 +128,7 @@ def test_keys_of_train_go_to_train():
 
 
 def made_up(out: Path, optimum: Callable[[int], float], *overrides: str, tokens: Sequence[int] = (8, 16, 32)) -> None:
-    """Runs that were never trained, with the losses of parabolas."""
+    """Write runs that were never trained; their losses are parabolas in log2 of the rate."""
     for steps in tokens:
         base = family(*overrides, f"training.steps={steps}")
         for log2_lr in range(-8, -3):
@@ -154,7 +154,7 @@ def test_exponents_of_runs_without_a_base(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_exponents_of_runs_with_a_base_are_added(tmp_path):
-    """Rates at the base that still rise by tokens^0.1 where a fall of 0.3 was assumed: they fall by 0.2."""
+    """A fall as tokens^-0.3 was assumed, but rates at the base still rise as tokens^0.1: they fall as tokens^-0.2."""
     small = as_base(family("training.steps=4"))
     sizes = [f"hparam.base.{key}={value}" for key, value in asdict(small.hparam.base).items()]
     made_up(tmp_path, lambda steps: -6 + 0.1 * math.log2(steps / 8), *(f"+{one}" for one in sizes))
@@ -191,7 +191,7 @@ def test_other_keys_and_muons_own_rate_are_swept(tmp_path):
     found = settings(SweepConfig(), bases(["hparam=none", *muon, "model.num_layers=2"]))
     runs = named([member(SweepConfig(), one, -6, 0, tmp_path) for one in found])
     assert [run.optimizer.weight_decay for run in runs] == [0.0, 0.1]
-    assert runs[1].run.name == "base-weight_decay=0.1-lr-6-seed0", "sweeps number only runs of one name"
+    assert runs[1].run.name == "base-weight_decay=0.1-lr-6-seed0", "only runs with equal names are numbered"
     assert runs[0].optimizer.muon.lr == pytest.approx(0.02 * 2**-6 / 0.01)
 
 

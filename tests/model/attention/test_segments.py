@@ -19,7 +19,7 @@ B, H, G, K = 3, 4, 2, 8
 
 
 def positions(length: int, every: int = 12) -> Tensor:
-    """Sequences of random documents, one of them a single document."""
+    """Return positions in documents [B, T]: random documents, except for one sequence of a single document."""
     starts = torch.rand(B, length, generator=torch.Generator().manual_seed(length)) < 1 / every
     starts[:, 0], starts[1, 1:] = True, False
     places = torch.arange(length).expand(B, -1)
@@ -32,7 +32,7 @@ def inputs(length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def figures(attention: Any, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    """The result and the gradients of queries, keys and values."""
+    """Return the output, and the gradients of queries, keys and values."""
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     y = attention(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
@@ -44,7 +44,7 @@ def masked(rows: Tensor) -> Any:
 
 
 def segmented(rows: Tensor, cut: list[int], lost: int = 0) -> Any:
-    """Queries and keys are split at `cut`. Without the last `lost` segments as a control."""
+    """Return attention by segments, split at the positions `cut`. As a control, drop the last `lost` segments."""
     runs = [SegmentRun(a, b, a) for a, b in pairwise(cut)]
     segments = plan_segments(document_bounds(rows == 0), runs, runs)
     return lambda q, k, v: attend_segments(q, k, v, segments[: len(segments) - lost])
@@ -119,7 +119,7 @@ def most(length: int, attention: Any) -> int:
 
 
 def test_memory_is_linear_in_the_length():
-    """The largest tensor of a forward and backward pass doubles; with a mask it grows fourfold."""
+    """With twice the length, the largest tensor of both passes doubles; with a mask it grows fourfold."""
 
     def planned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, ForwardContext(positions(len(q[0]))).plan(None))

@@ -1,4 +1,4 @@
-"""Which rank a waiting rank reports: the silent before the late, and none without reason."""
+"""Which rank a waiting rank reports: silent ranks before late ones, and none while all are alive and in step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def status(beat: int, step: int = 7, excused: int = 0, done: bool = False, host:
 
 
 def reported(after: dict[int, Any]) -> tuple[str, list[str]] | None:
-    """By rank 0 of 4, which waits for rank 1 in its third collective of `ep`."""
+    """Return what rank 0 of 4 reports while it waits for rank 1 in its third collective over `ep`."""
     heartbeat = Heartbeat(step=7)
     for axis in ("ep", "ep", "tp", "ep"):
         heartbeat.begin(axis, "tokens")
@@ -46,20 +46,20 @@ def test_a_silent_rank_comes_first_even_of_another_group():
 
 @pytest.fixture
 def ended(monkeypatch) -> list[str]:
-    """The lines with which watchdogs would have ended their ranks."""
+    """Return the lines with which watchdogs would have ended their ranks; do not end the process."""
     lines: list[str] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, line, hosts: lines.append(line))
     return lines
 
 
 def watched(tmp_path, ranks: list[int], size: int, seconds: float) -> None:
-    """Let watchdogs with a limit of 0.2 s run, rank 0 excused where it is alone with its work."""
+    """Run watchdogs with a limit of 0.2 s for `seconds`, while rank 0 has announced long work."""
     store, running = dist.HashStore(), []
     for rank in ranks:
         heartbeat = Heartbeat(step=7)
         heartbeat.begin("world", "wait for rank 0")
         running.append(Watchdog(heartbeat, store, rank, size, 0.2, tmp_path))
-        time.sleep(0.03)  # never in step with each other
+        time.sleep(0.03)  # so that the watchdogs do not run in step
     with running[0].heartbeat.excuse():
         time.sleep(seconds)
     for one in running:

@@ -1,4 +1,4 @@
-"""How a model is split into stages, and what is rejected."""
+"""How a model is split into stages, and which pipelines are rejected."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_large_head_and_full_attention_cost_more():
 
 
 def test_ties_go_to_the_even_split():
-    """The costly layer makes a stage of its own; the six cheap ones could be split in many ways."""
+    """The costly layer gets a stage of its own. Other splits of the six cheap layers would cost the same."""
     assert balanced([9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3) == [1, 3, 3]
     assert balanced([1.0] * 8, 4) == [2, 2, 2, 2]
 

@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine whose replies a test sets, and which records its requests."""
+"""A local chat endpoint. A test sets its replies, and it records its requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def graded(difficulty: int) -> Reply:
 
 
 class Server:
-    """`reply` is a function of the request's body and of how often its content came before."""
+    """`reply` is a function of the request's body and of the number of earlier requests with the same content."""
 
     def __init__(self) -> None:
         self.reply: Callable[[dict[str, Any], int], Reply] = lambda body, turn: graded(3)
@@ -77,7 +77,7 @@ class Server:
 
 
 class Pauses(list[float]):
-    """Records waits instead of making them."""
+    """Records the seconds to wait instead of waiting."""
 
     def __call__(self, seconds: float) -> None:
         self.append(seconds)

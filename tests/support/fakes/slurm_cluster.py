@@ -1,7 +1,7 @@
-"""A real SLURM on one machine: munged, slurmctld and a few slurmd, each its own node, for as long as a test runs.
+"""A real SLURM on one machine for the time of a test: munged, slurmctld and several slurmd, each of them a node.
 
-Debian's packages `slurm-wlm` and `munge` (`make slurm` installs them) are enough: nothing of the machine's own
-configuration is used or changed. Started by root, since slurmd starts jobs as their users.
+It needs Debian's packages `slurm-wlm` and `munge` (`make slurm` installs them). It neither uses nor changes the
+machine's own configuration. It must be started by root, since slurmd starts jobs as their users.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ PartitionName=urgent Nodes={names} PriorityTier=10 PreemptMode=OFF MaxTime=60 St
 
 
 class Cluster:
-    """Three nodes of two CPUs. `environment` is what a client needs to reach it."""
+    """Three nodes of two CPUs. `environment` has the variables with which a client reaches the cluster."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -96,13 +96,13 @@ class Cluster:
         self._start(name, "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """As if its power had gone: the daemon and every process of every job on it."""
+        """Kill the node's daemon and all processes of its jobs, as a power failure would."""
         self.kill_daemon(name)
         for pid in self._processes_of(name):
             os.kill(pid, signal.SIGKILL)
 
     def stop_ranks(self, name: str) -> None:
-        """As if they hung: the ranks on a node are there and do nothing."""
+        """Stop the ranks on a node by SIGSTOP, as if they hung."""
         lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in self._processes_of(name)}
         ranks = [pid for pid, line in lines.items() if b"\0train\0--config\0" in line]
         assert ranks
@@ -110,7 +110,7 @@ class Cluster:
             os.kill(pid, signal.SIGSTOP)
 
     def kill_daemon(self, name: str) -> None:
-        """What runs on the node stays, until SLURM gives the node up."""
+        """Kill the daemon only. The jobs on the node go on until SLURM declares the node down."""
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()
@@ -138,11 +138,11 @@ class Cluster:
             daemon.wait()
 
     def _processes_of(self, node: str) -> list[int]:
-        """The step daemons of a node, then what they have started. Another SLURM's node of that name is not ours."""
+        """Return the pids of a node's step daemons, then of their tasks; ignore equally named nodes of other SLURMs."""
         ours = {"SLURMD_NODENAME": node, "SLURM_CONF": f"{self.root}/slurm.conf"}.items()
         tasks, daemons = [], []
         for process in psutil.process_iter():
-            with suppress(psutil.Error):  # over, or not ours to look at
+            with suppress(psutil.Error):  # it has ended, or access is denied
                 if ours <= process.environ().items():
                     tasks.append(process.pid)
                     if any("slurmstepd" in word for word in psutil.Process(process.ppid()).cmdline()):
@@ -150,14 +150,14 @@ class Cluster:
         return [*dict.fromkeys(daemons), *tasks]
 
     def _start_munge(self) -> None:
-        """munged refuses to run as root and wants a socket folder that everybody may search."""
+        """Run munged as the user `munge`: it refuses root, and the folder of its socket must be open to everybody."""
         folder = self.root / "munge"
         (folder / "key").write_bytes(secrets.token_bytes(1024))
         for path in (folder, folder / "key"):
             shutil.chown(path, "munge", "munge")
         (folder / "key").chmod(0o400)
         folder.chmod(0o755)
-        for parent in folder.parents:  # pytest's folders are for their owner alone
+        for parent in folder.parents:  # pytest's folders are private
             if parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o001:
                 parent.chmod(parent.stat().st_mode | 0o011)
         options = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
@@ -166,7 +166,7 @@ class Cluster:
         self.wait((folder / "socket").exists, "munge socket", 20)
 
     def _start(self, name: str, program: str, *arguments: str) -> None:
-        log = open(self.root / f"{name}.out", "wb")  # noqa: SIM115 - the daemon's
+        log = open(self.root / f"{name}.out", "wb")  # noqa: SIM115 - the daemon uses it
         command = [shutil.which(program) or f"/usr/sbin/{program}", *arguments]
         self._daemons[name] = psutil.Popen(command, env=self._variables, stdout=log, stderr=log, start_new_session=True)
 
@@ -183,7 +183,7 @@ TWO_NODES = ["launch.nodes=2", "launch.processes=1", "parallel.ep=2", "launch.sl
 
 
 class User:
-    """Somebody at the login node, in a folder that all nodes share."""
+    """A user at the login node, in a folder that all nodes share."""
 
     def __init__(self, cluster: Cluster, home: Path) -> None:
         self.cluster, self.home = cluster, home
@@ -194,7 +194,7 @@ class User:
         return subprocess.run(line, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=300)
 
     def submit(self, name: str, *overrides: str, until: int = 0) -> str:
-        """Submit and wait for a step; return the job's number."""
+        """Submit a run and, unless `until` is 0, wait for that step; return the job's number."""
         slurm = ["launch=slurm", "launch.slurm.follow=false", *TWO_NODES, "launch.slurm.time=20"]
         done = self.leviathan("train", *SMOKE, f"run.name={name}", *slurm, *overrides)
         assert done.returncode == 0, done.stderr
@@ -211,7 +211,7 @@ class User:
         return drills.figures(run) if (run / "metrics.jsonl").exists() else {}
 
     def results(self, name: str) -> tuple[dict[int, tuple[float, float]], float]:
-        """Loss and gradient norm of each step, and the held-out loss."""
+        """Return the loss and gradient norm of each step, and the held-out loss."""
         summary = json.loads((self.home / "runs" / name / "summary.json").read_text())
         return self.figures(name), summary["heldout_loss"]
 
@@ -219,12 +219,12 @@ class User:
         return self.cluster.client("scontrol", "show", "job", "-o", number).partition("JobState=")[2].split()[0]
 
     def nodes_of(self, number: str) -> list[str]:
-        """Where the job runs, or ran last."""
+        """Return the nodes on which the job runs or last ran."""
         shown = self.cluster.client("scontrol", "show", "job", "-o", number).partition(" NodeList=")[2].split()[0]
         return self.cluster.client("scontrol", "show", "hostnames", shown).split()
 
     def ended(self, name: str, number: str, state: str = "COMPLETED", seconds: float = 480) -> str:
-        """Wait for the job's end in this state; return its log."""
+        """Wait until the job ends, check that it ended in `state`, and return its log."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         try:
             self.cluster.wait(lambda: self.state(number) in ended, "end of the job", seconds)

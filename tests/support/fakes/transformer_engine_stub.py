@@ -1,12 +1,12 @@
 """Transformer Engine on the CPU: its own Python over a stub of its compiled extension.
 
 The recipes, quantizers, storages, `general_gemm` and `general_grouped_gemm` come from the wheel. The stub computes with
-`precision.fp8_tiles`, records its calls, and rejects what the compiled extension rejects (read from its C++ sources,
-2.20.2). Values that must not be read are NaN: padding of scales, rows beyond the experts' counts. It cannot show that
-the compiled extension and cuBLAS compute the same.
+`precision.fp8_tiles`, records its calls, and rejects what the compiled extension rejects (according to the C++ sources
+of 2.20.2). Values that must not be read are NaN: padding of scales, and rows beyond the experts' counts. The stub
+cannot show that the compiled extension and cuBLAS compute the same.
 
 The wheel (1.2 MB, pure Python) is downloaded once from the package registry and unpacked in pytest's cache. It is not
-installed: that would change the tests of "not installed", and it does not import without its libraries.
+installed, because the tests of "not installed" would change, and because it cannot be imported without its libraries.
 
 Shapes: R rows, K contracted elements.
 """
@@ -41,7 +41,7 @@ KEPT = Path(__file__).resolve().parents[3] / ".pytest_cache" / f"transformer-eng
 
 
 def sources() -> Path:
-    """The folder with the package `transformer_engine`. Tests fail if it cannot be downloaded."""
+    """Return the folder with the package `transformer_engine`. Download it once; fail the test if that fails."""
     if not KEPT.exists():
         KEPT.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=KEPT.parent) as scratch:
@@ -104,12 +104,12 @@ class Product:
 
 @dataclass
 class Extension:
-    """Replaces `transformer_engine_torch`. `transposes`: keep the columns of whole tensors as a copy, as on Hopper."""
+    """Replaces `transformer_engine_torch`. `transposes`: store the columns of one-scale tensors, as on Hopper."""
 
     transposes: bool = True
     calls: list[Any] = field(default_factory=list)
     sabotage: Any = None
-    """Changes each result of a product."""
+    """A function that changes the result of each matmul, or None."""
 
     def quantised(self) -> list[Quantised]:
         return [call for call in self.calls if isinstance(call, Quantised)]
@@ -139,7 +139,7 @@ class Extension:
         self.calls.append(Quantised(kind, tuple(x.shape), FORMATS[int(quantizer.dtype)], *usage, dim, *flags, splits))
 
     def _storage(self, x: Tensor, quantizer: Any, options: dict[str, Any]) -> Any:
-        """Write into tensors of TE's shapes; the rest is NaN."""
+        """Quantise into tensors of TE's shapes. Elements that are not written are NaN."""
         whole, square = "CurrentScaling" in type(quantizer).__name__, getattr(quantizer, "block_scaling_dim", 1) == 2
         assert quantizer.internal and (quantizer.rowwise_usage or quantizer.columnwise_usage)
         assert quantizer.rowwise_usage or not (whole or square), "columns alone: the kernel also writes rows"
@@ -189,7 +189,7 @@ class Extension:
         (count, length), other = left.data.shape, right.data.shape[0]
         assert length == right.data.shape[1], "contracted dimensions differ"
         assert length % 16 == 0 and other % 16 == 0 and (transb or count % 8 == 0), "no kernel for these dimensions"
-        assert left.tiling.rows != 128 or right.tiling.rows != 128 or left.tiling.columns == WHOLE, "2D by 2D"
+        assert left.tiling.rows != 128 or right.tiling.rows != 128 or left.tiling.columns == WHOLE, "both are 2D"
         if not (count and length and other):
             return torch.zeros(count, other, dtype=dtype)
         y = EmulatedArithmetic(Recipe.blockwise, dtype).multiply(left, right)
@@ -230,7 +230,7 @@ def _put(place: Tensor, inverse: Tensor, quantizer: Any, columns: bool) -> None:
 
 
 def _rows(storage: Any, columns: bool) -> QuantisedRows:
-    """The part of an operand that a product reads. Raises if it is missing."""
+    """Return the rows or columns of an operand that a matmul reads. Raise if they are missing."""
     name, form = type(storage).__name__, FORMATS[int(storage._fp8_dtype)]
     if name == "Float8TensorStorage":
         has_columns = storage._transpose is not None and not storage._transpose_invalid
@@ -262,7 +262,7 @@ def _layout(transa: bool, transb: bool) -> str:
 
 
 def _compiled(extension: Extension) -> ModuleType:
-    """The module `transformer_engine_torch`. Unused names exist but cannot be called."""
+    """Return the module `transformer_engine_torch`. Names that it lacks exist but cannot be called."""
 
     class Module(ModuleType):
         def __getattr__(self, name: str) -> Any:
@@ -280,7 +280,7 @@ def _compiled(extension: Extension) -> ModuleType:
 
 
 def _package(name: str, **members: Any) -> ModuleType:
-    """A package with the modules of the wheel but without its `__init__`, which loads missing libraries."""
+    """Return a package with the wheel's modules but not its `__init__`, which would load missing libraries."""
     module = ModuleType(name)
     module.__path__ = [str(sources().joinpath(*name.split(".")))]
     vars(module).update(members)

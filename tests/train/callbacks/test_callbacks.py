@@ -1,4 +1,4 @@
-"""Callbacks in a run: the profiler's files, taken names of metrics, and callbacks without a state."""
+"""Callbacks in a run: the profiler's files, names of metrics that are taken, and callbacks without stored state."""
 
 from __future__ import annotations
 

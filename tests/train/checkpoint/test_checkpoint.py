@@ -24,7 +24,7 @@ from train.run_directory import MARKER, committed
 
 
 def state(value: float) -> list[TensorShard]:
-    """A parameter, a moment and a step count."""
+    """Return a parameter, a moment and a step count."""
     values_OI = value + torch.arange(90_000.0).view(300, 300)
     square = [TensorShard(name, values_OI.clone(), (300, 300), (0, 0)) for name in ("model.w", "optimizer.w.m")]
     return [*square, TensorShard("optimizer.w.step", torch.tensor(value), (), ())]
@@ -50,7 +50,7 @@ def save(checkpointer: Checkpointer, step: int) -> None:
 
 
 def loaded(checkpointer: Checkpointer, value: float) -> dict[str, Any]:
-    """The progress; the tensors must be those of `state(value)`."""
+    """Restore the newest checkpoint, check that its tensors are those of `state(value)`, and return the progress."""
     target = state(0.0)
     progress = checkpointer.restore(target)
     assert progress is not None
@@ -65,7 +65,7 @@ def flip_a_byte(path: Path) -> None:
 
 
 def test_what_is_saved_is_what_is_loaded(checkpointer):
-    """An asynchronous save has copied the state by the time it returns. The marker names every file."""
+    """An asynchronous `save` copies the state before it returns. The marker names every file."""
     changing = state(3.0)
     checkpointer.save(3, changing, {"tokens": 30})
     for one in changing:
@@ -117,7 +117,7 @@ def test_a_checkpoint_without_marker_does_not_exist(checkpointer):
     (checkpointer.directory / "step-00000002" / MARKER).unlink()
     assert loaded(checkpointer, 1.0)["step"] == 1
     save(checkpointer, 2)
-    assert loaded(checkpointer, 2.0)["step"] == 2, "what a killed save left is written over"
+    assert loaded(checkpointer, 2.0)["step"] == 2, "files of a killed save are overwritten"
 
 
 @pytest.mark.parametrize("checkpointer", ["local-sync", "local-async"], indirect=True)
@@ -142,7 +142,7 @@ def test_a_missing_driver_says_what_to_install():
 
 
 def save_on_a_full_rank(directory: Path, asynchronous: bool) -> list[str]:
-    """Rank 1 cannot write its shards of step 2."""
+    """Save steps 1 and 2, but fail to write the shards of step 2 on rank 1. Return the messages."""
     world, said = connect(), []
     checkpointer = Checkpointer(directory, world, 2, asynchronous, said.append)
     halves = [TensorShard("model.weight", torch.ones(3), (6,), (3 * world.rank,))]

@@ -1,4 +1,4 @@
-"""`import`, `export`, `model.init_from` and upcycling, from small checkpoints that transformers wrote."""
+"""Test `import`, `export`, `model.init_from` and upcycling with small checkpoints that transformers wrote."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def imported(saved, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(imported, tmp_path) -> Path:
-    """An imported model that a test may damage."""
+    """Return a copy of an imported model that a test may damage."""
     return Path(shutil.copytree(imported, tmp_path / "in"))
 
 
@@ -115,7 +115,7 @@ def test_a_directory_that_appears_meanwhile_stays(saved, imported, tmp_path, mon
 
 @pytest.fixture(scope="module")
 def runnable(tmp_path_factory) -> Path:
-    """A Llama 4 with a vocabulary that the tiny run's tokenizer fits."""
+    """Save a Llama 4 whose vocabulary fits the tokenizer of the tiny run."""
     root = tmp_path_factory.mktemp("runnable") / "hf"
     return hf_models.save(hf_models.make("maverick", vocab_size=320), root)
 
@@ -294,7 +294,7 @@ def test_upcycling_keeps_the_loss_where_it_promises(saved, changes, equal):
 
 
 def test_blocks_equal_slices(saved, imported):
-    """What each rank reads does not depend on how the tensors are cut."""
+    """Reading a block gives that slice of the whole tensor, also for imported and upcycled models."""
     dense = open_model(saved["qwen3"])
     upcycled = [Upcycled(dense, with_experts(dense.config, **changes), seed=3) for changes, _ in UPCYCLED.values()]
     for source in (open_model(saved["maverick"]), open_model(imported), *upcycled):

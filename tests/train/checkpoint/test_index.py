@@ -28,7 +28,7 @@ WEIGHT = "model.weight"
 
 
 def state(value: float) -> list[TensorShard]:
-    """A matrix in two shards, and a scalar."""
+    """Return a matrix in two shards, and a scalar."""
     halves = [TensorShard(WEIGHT, torch.full((2, 3), value), (4, 3), (2 * i, 0)) for i in range(2)]
     return [*halves, TensorShard("optimizer.weight.step", torch.tensor(value), (), ())]
 
@@ -38,7 +38,7 @@ def checkpointer(directory: Path, said: list[str]) -> Checkpointer:
 
 
 def sign(checkpoint: Path) -> None:
-    """Make the digests in the marker those of the forged files."""
+    """Replace the digests in the marker by those of the forged files."""
     marker = json.loads((checkpoint / MARKER).read_text())
     for name in (INDEX, PROGRESS):
         content = (checkpoint / name).read_bytes()
@@ -120,7 +120,7 @@ FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """Two checkpoints, and a folder that somebody put beside them."""
+    """Save two checkpoints, with a foreign folder next to them."""
     directory = tmp_path_factory.mktemp("saved")
     for step in (1, 2):
         checkpointer(directory, []).save(step, state(float(step)), {"tokens": step})
@@ -161,12 +161,12 @@ def test_tiles_are_told_from_overlaps_and_gaps():
     assert tile((), ((), ())) and not tile((), ((), ()), ((), ()))
     wheel = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
     assert tile((3, 3), *wheel) and not tile((3, 3), *wheel[:4]) and not tile((3, 3), *wheel, wheel[4])
-    assert not tile((2, 2), ((0, 0), (1, 2)), ((0, 0), (1, 2))), "the volume is right"
+    assert not tile((2, 2), ((0, 0), (1, 2)), ((0, 0), (1, 2))), "the right volume, but an overlap"
     assert not tile((4,), ((0,), (5,))) and not tile((4,), ((1,), (4,)))
 
 
 def test_a_run_without_a_good_checkpoint_is_one_error(small_corpus, tmp_path, capsys):
-    """Through the command: exit code 1, one line, and nothing is removed."""
+    """Each verb exits with code 1 and one line, and removes nothing."""
     line = ["train", *TINY, *small_corpus, "training.steps=1", f"run.root={tmp_path}", "run.name=run"]
     assert main(line) == 0
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()

@@ -1,6 +1,6 @@
 """Code planted in a run directory is never executed, whichever file holds it and whichever verb reads it.
 
-An audit hook notes the files that each verb opens. Payloads are then put into each of them in turn, and these verbs run.
+An audit hook notes the files that each verb opens. Payloads are then put into each file in turn, and its verbs run.
 A payload that is unpickled, or loaded as YAML with tags, makes a file.
 """
 
@@ -23,9 +23,9 @@ from tests.support.filtering import prose, two_sources, write_lines
 from tests.support.tiny import TINY
 
 BESIDE = (".metadata", "__0_0.distcp", "pytorch_model.bin", "optimizer.pt", "callbacks.pkl", "tokenizer.pkl", "x.npy")
-"""Names that other programs, and older versions of this one, unpickle. The run is full of them."""
+"""Names of files that other programs, or older versions of this one, unpickle. The run has each of them."""
 READERS = ("resume", "export", "report")
-"""Verbs that read runs in different ways; the others share their code, and the slow test takes them too."""
+"""Verbs that read runs in different ways. All other verbs share their code; the slow test runs all verbs."""
 _opened: list[set[str]] = []
 
 
@@ -34,7 +34,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
         _opened[-1].add(str(arguments[0]))
 
 
-sys.addaudithook(_note)  # for good: it does nothing unless a set is there to be filled
+sys.addaudithook(_note)  # it cannot be removed, but acts only while `_opened` has a set
 
 
 class Payload:
@@ -46,7 +46,7 @@ class Payload:
 
 
 class Run:
-    """A run on filtered data with its corpus cache, which can be put back as it was."""
+    """A run on filtered data, with its corpus cache. `restore` resets the files of both."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.place, self.kept = root, root / "place", root / "kept"
@@ -96,7 +96,7 @@ class Run:
         }
 
     def call(self, arguments: list[str]) -> int | None:
-        """The exit code; None for a crash."""
+        """Return the exit code, or None after an exception."""
         shutil.rmtree(self.out, ignore_errors=True)
         try:
             return main(arguments)
@@ -104,7 +104,7 @@ class Run:
             return None
 
     def assert_not_executed(self, name: str, kind: str, verbs: list[str]) -> None:
-        """Put a payload into a file, call the verbs and look whether it was executed."""
+        """Put a payload into a file, call the verbs and check that it was not executed."""
         for verb in verbs:
             self.restore()
             (self.place / name).write_bytes(self.payloads[kind])
@@ -119,7 +119,7 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def opened(run) -> dict[str, list[str]]:
-    """Files of the run and its cache, and the verbs that open them."""
+    """Return the files of the run and its cache, with the verbs that open them."""
     found: dict[str, list[str]] = {}
     for verb, arguments in run.verbs().items():
         run.restore()
@@ -139,7 +139,7 @@ def opened(run) -> dict[str, list[str]]:
 
 
 def test_the_payloads_do_fire(run):
-    """Control: with the readers that must not be used."""
+    """Control: readers that the package must not use execute the payloads."""
     readers = {
         "pickle": pickle.loads,
         "yaml": yaml.unsafe_load,
@@ -154,7 +154,7 @@ def test_the_payloads_do_fire(run):
 
 
 def test_the_verbs_open_what_they_are_meant_to(opened):
-    """Else nothing would be tested."""
+    """Otherwise the tests below would test nothing."""
     checkpoint = "run/checkpoints/step-00000002"
     for name, verbs in {
         f"{checkpoint}/index.json": {"resume", "init_from", "evaluate", "generate", "export", "scorer"},
@@ -167,7 +167,7 @@ def test_the_verbs_open_what_they_are_meant_to(opened):
 
 
 def test_nothing_planted_is_executed(run, opened):
-    """A configuration by all verbs, other files of the run by one verb of each kind, the corpus cache by one."""
+    """All verbs read a planted configuration, `READERS` the other files of the run, and one verb the cache."""
     for name, verbs in opened.items():
         few = [verb for verb in verbs if verb in READERS and verb != "resume"][:1]
         chosen = [verb for verb in verbs if verb in READERS] if name.startswith("run/") else few

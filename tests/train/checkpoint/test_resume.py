@@ -1,4 +1,4 @@
-"""A run that is killed and started again equals one that was never interrupted, bit for bit."""
+"""A run that is killed and resumed equals an uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def arguments(root: Path, name: str, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, small_corpus) -> Path:
-    """A whole run, of dense and MoE layers, packed documents, top 2, with all balancing terms."""
+    """Train an uninterrupted run: dense and MoE layers, packed documents, top-2 routing, all balancing terms."""
     root = tmp_path_factory.mktemp("resume")
     assert main(["train", *arguments(root, "whole", *small_corpus, *ADAMW)]) == 0
     return root / "whole"
 
 
 def lines(run: Path) -> list[dict]:
-    """The logged steps; evaluations have lines of their own."""
+    """Return the lines of logged steps, without the lines of evaluations."""
     return [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
@@ -60,7 +60,7 @@ def killed(run: Path, overrides: list[str], after: str) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, small_corpus, finished, precision):
-    """Killed once between checkpoints and once while one is being written."""
+    """Kill the run once between checkpoints and once while a checkpoint is written."""
     more = [*small_corpus, f"precision={precision}", "optimizer=adamw"]
     if precision != "fp32":
         assert main(["train", *arguments(tmp_path, "whole", *more)]) == 0
@@ -137,7 +137,7 @@ LONGER = (
 
 
 def test_a_long_phase_resumes_bit_for_bit(tmp_path, small_corpus, capsys):
-    """From 64 to 256 tokens, with another blend and other RoPE settings; stopped two steps into the phase."""
+    """The phase has 256 instead of 64 tokens, another blend and other RoPE settings. Resume two steps into it."""
     usual = [*small_corpus, "training.seq_len=64", "training.steps=4", "checkpoint.every=0", "checkpoint.keep=9"]
 
     def train(name: str, phase: str) -> list[tuple]:
@@ -152,6 +152,6 @@ def test_a_long_phase_resumes_bit_for_bit(tmp_path, small_corpus, capsys):
     assert summaries[0]["heldout"] == summaries[1]["heldout"]
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "cut")]) == 0
-    assert json.loads(capsys.readouterr().out)["loss"] == summaries[0]["heldout_loss"], "RoPE as at the end"
+    assert json.loads(capsys.readouterr().out)["loss"] == summaries[0]["heldout_loss"], "RoPE of the last phase"
     other = train("plain", LONGER.partition(", rope_theta")[0] + "}]")
-    assert other[:4] == wanted[:4] and other[4] != wanted[4], "control: without the settings the phase begins otherwise"
+    assert other[:4] == wanted[:4] and other[4] != wanted[4], "control: without RoPE settings the phase differs"

@@ -1,4 +1,4 @@
-"""Whether a run is caught that learnt the records which it is to score, and one that did not is let through."""
+"""A run that was trained on the records that it should score is refused; any other run is accepted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.eval.contamination import check_unseen, every, seen_by, spread
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, small_corpus) -> Path:
-    """A run's directory: weights are of no interest here."""
+    """Return the directory of an untrained run, since only its data matter here."""
     root = tmp_path_factory.mktemp("seen")
     trainer(root, "run", small_corpus)
     return root / "run"
@@ -24,7 +24,7 @@ def run(tmp_path_factory, small_corpus) -> Path:
 
 @pytest.fixture
 def own(small_corpus) -> list[str]:
-    """Texts of the run's first source."""
+    """Return the texts of the run's first source."""
     folder = Path(small_corpus[1].partition("=")[2])
     return [path.read_text() for path in sorted(folder.glob("*.txt"))]
 
@@ -42,7 +42,7 @@ def test_its_own_corpus_is_refused_and_other_text_is_not(run, own):
 def test_few_known_records_among_many_are_a_warning(run, own):
     seen = seen_by(run)
     learnt = [text for text in own if seen.share(records([text])) > 0]
-    assert 50 <= len(learnt) < 60, "what is held out was not learnt"
+    assert 50 <= len(learnt) < 60, "held-out texts were not learnt"
     assert all(seen.share(records([text])) == 0 for text in own if text not in learnt)
     warning = check_unseen(str(run), records([*learnt[:2], *(f"{i} new" for i in range(98))]))
     assert warning is not None and "about 2.00% of the records" in warning

@@ -1,4 +1,4 @@
-"""Held-out figures against plain arithmetic, on any number of ranks."""
+"""Compare held-out metrics with plain arithmetic."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_held_out_text_is_an_error(small_corpus, tmp_path):
 
 @torch.no_grad()
 def test_ignored_labels_count_no_bytes(small_corpus, tmp_path):
-    """Even where the id that stands in for them spells something."""
+    """The token id that replaces an ignored label has bytes here, which must not count."""
     run = trainer(tmp_path, "run", [*small_corpus, *EXACT])
     batch = run.loaders["main"].held_out("text", 0, 1)
     batch.labels_BT[:, ::2] = -100

@@ -1,4 +1,4 @@
-"""The evaluation harness on our model and, exported, on transformers': the same figures, answers and continuations."""
+"""The evaluation harness gives the same metrics and continuations for our model and for its export in transformers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def offline() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_OFFLINE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.chdir(Path(__file__).parents[3])  # the task files name their data from here
+        patch.chdir(Path(__file__).parents[3])  # paths in the task files start here
         yield
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, small_corpus) -> Path:
-    """A short run whose model has no selection biases, and its export beside it."""
+    """Train a short run without selection biases, export it, and import the export again."""
     root = tmp_path_factory.mktemp("harness")
     line = ["train", *TINY, *small_corpus, "model.balance.bias_rate=0", f"run.root={root}", "run.name=run"]
     assert main([*line, "training.steps=30", "optimizer.lr=0.01", "training.seq_len=64"]) == 0
@@ -51,12 +51,12 @@ def evaluated(path: Path, out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ours(trained) -> dict[str, Any]:
-    """What the run's own model answers."""
+    """Return the harness's results for the run's own model."""
     return evaluated(trained / "run", trained / "ours.json")
 
 
 def answers(samples: dict[str, Any]) -> tuple[list[list[float]], list[str]]:
-    """Log-likelihoods of the choices of each question, and the continuations."""
+    """Return the log-likelihoods of each question's choices, and the continuations."""
     choices = [[float(r[0][0]) for r in sample["resps"]] for sample in samples["next_word"]]
     return choices, [sample["resps"][0][0] for sample in samples["go_on"]]
 
@@ -98,7 +98,7 @@ def test_another_model_gives_other_figures(ours, tmp_path, small_corpus):
 
 @torch.no_grad()
 def test_log_likelihoods_against_plain_arithmetic(trained):
-    """One by one and in batches, short of the context and beyond it, and of whole documents in windows."""
+    """Compare texts shorter and longer than the context, in batches, and a whole document in windows."""
     who = open_scoring_model(trained / "run", ALONE)
     harness = HarnessModel(who, batch_size=3)
     ids = [(7 * i) % 290 for i in range(100)]
@@ -140,7 +140,7 @@ def test_log_likelihoods_against_plain_arithmetic(trained):
 def test_mistakes_are_one_line(trained, capsys, monkeypatch, name, arguments, message):
     from lm_eval.tasks import TaskManager
 
-    # the harness's own tasks take seconds to list
+    # listing the harness's own tasks takes seconds
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     capsys.readouterr()
     assert main(["evaluate", str(trained / name), *arguments]) == 2

@@ -1,4 +1,4 @@
-"""Losses of a run's model and of a transformers model against plain arithmetic, short and in windows."""
+"""Compare losses of a run's model and a transformers model with plain arithmetic, for short texts and in windows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trained(tmp_path_factory, small_corpus) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
-    """Random weights and a byte-level tokenizer of few merges, as folders on the hub have them."""
+    """Save random weights and a byte-level tokenizer of few merges, in the format of the Hugging Face hub."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def config(name: Path | str, **more: int) -> ScorerConfig:
 
 @torch.no_grad()
 def test_losses_are_those_of_the_models_logits(llama, trained):
-    """Labels of the second text only, one row at a time without padding; of a transformers model and of a run."""
+    """Compare losses of the second text with the logits of one row without padding, for both kinds of model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs, library = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
@@ -93,7 +93,7 @@ def test_losses_are_those_of_the_models_logits(llama, trained):
                 plain = cross_entropy(logits[name](row[None, :-1])[0].float(), row[1:], reduction="none")
                 assert mine == pytest.approx(plain[-len(wanted) :].numpy(), abs=1e-4)
         shifted = losses([("b", text[1]) for text in TEXTS])
-        assert abs(shifted[1] - found[1]).max() > 1e-3, "what comes before counts"
+        assert abs(shifted[1] - found[1]).max() > 1e-3, "the first text is context"
 
 
 @pytest.mark.parametrize("context", [16, 17, 64])
@@ -110,7 +110,7 @@ def test_windows_see_half_a_context_before(llama, context):
     assert len(mine) == len(ids) - 1 > 2 * context
     for place in range(1, len(ids)):
         end = place if place <= context else context + (place - context - 1) // (context // 2) * (context // 2)
-        if place > context:  # the window's first counted label is end + 1; it ends half a context on, or with the text
+        if place > context:  # a window counts labels from end + 1 to half a context later, or to the text's end
             last = min(end + context // 2, len(ids) - 1)
             row = ids[last - context : place]
             assert len(row) > context // 2
@@ -129,7 +129,7 @@ def test_each_wanted_label_is_counted_once(context, length, wanted):
     labels = [label for window in found for label in window.ids[-window.counted :]]
     assert labels == ids[length - wanted :]
     assert all(1 <= window.counted < len(window.ids) <= context + 1 and window.text == 7 for window in found)
-    # where windows lie does not depend on what is wanted of them
+    # the positions of windows do not depend on the number of wanted labels
     rows = [window.ids for window in windows(7, ids, length - 1, context)]
     assert [window.ids for window in found] == rows[len(rows) - len(found) :]
 
@@ -151,9 +151,9 @@ def test_the_fingerprint_is_of_weights_tokenizer_and_context(llama, trained, tmp
 
     _, first = opened(llama)
     shutil.copytree(llama, copy := tmp_path / "elsewhere")
-    assert opened(copy, batch_size=1)[1] == first, "neither the place nor the batch counts"
+    assert opened(copy, batch_size=1)[1] == first, "neither the path nor the batch size counts"
     assert opened(llama, seq_len=8)[1] != first
-    assert opened(llama, seq_len=64)[1] == first, "the model has no more than 64"
+    assert opened(llama, seq_len=64)[1] == first, "the model's context is 64"
     model = AutoModelForCausalLM.from_pretrained(llama)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1e-6

@@ -1,4 +1,4 @@
-"""The coordinate check on small MoE models: changes by training do not depend on width, depth and experts."""
+"""The coordinate check on small MoE models: what training changes does not depend on width, depth or experts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def checked(axis: SizeAxis, factors: list[int], *overrides: str, seeds: int = 3)
     "muon, lr", [(None, 0.0078), ("unit_rms_norm", 0.02), ("shape_scaling", 0.02), ("match_adamw", 0.0078)]
 )
 def test_width(muon, lr):
-    """Hidden sizes 64 to 512."""
+    """Compare hidden sizes 64 to 512."""
     kind = [] if muon is None else ["optimizer.kind=muon", f"optimizer.muon.scale={muon}"]
     found = checked(SizeAxis.width, [1, 2, 4, 8], *kind, f"optimizer.lr={lr}")
     assert found.failures() == []
@@ -43,14 +43,14 @@ def test_width(muon, lr):
 
 @pytest.mark.slow
 def test_depth():
-    """2 to 16 layers."""
+    """Compare 2 to 16 layers."""
     found = checked(SizeAxis.depth, [1, 2, 4, 8], "optimizer.lr=0.002")
     assert found.failures() == []
     assert abs(found.slopes["metap"]["residual"]) <= 0.2 and found.slopes["standard"]["residual"] > 0.3, found.slopes
 
 
 def test_experts():
-    """8 and 32 experts, of which 2 and 8 are chosen."""
+    """Compare 8 and 32 experts, of which each token uses 2 and 8."""
     found = checked(SizeAxis.experts, [1, 4], "optimizer.lr=0.002")
     assert found.failures() == []
     assert max(abs(found.slopes["metap"][name]) for name in ("residual", "logits")) <= 0.2, found.slopes["metap"]
@@ -72,7 +72,7 @@ def test_a_missing_rule_is_detected(monkeypatch, axis, rule):
 
 
 def test_an_inconclusive_check_fails():
-    """If standard rules change as little, the quantities or the learning rate show nothing."""
+    """If changes do not grow under standard rules either, the check says nothing about the rules."""
     flat = {name: [1.0, 1.1] for name in ("embedding", "attention", "moe", "router", "residual", "logits")}
     found = AxisResult(SizeAxis.width, [1, 2], {"metap": flat, "standard": flat}, {})
     assert [line.partition(",")[0] for line in found.failures()] == ["width: inconclusive"]

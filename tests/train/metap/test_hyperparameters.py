@@ -1,4 +1,4 @@
-"""A run with a base: every value is in its configuration, derived again at each start, and used."""
+"""A run with a base: every transferred value is stored, derived again at each start, and used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from train.run_directory import RunDirectory
 
 
 def larger(*overrides: str, **hparam: Any) -> TrainConfig:
-    """Twice as wide as its base, unresolved."""
+    """Return an unresolved run that is twice as wide as its base."""
     base = family("model.init.head_std=0.02", "model.init.router_std=0.05", "optimizer.weight_decay=0.1", *overrides)
     wide = grown_run(base, SizeAxis.width, 2)
     return replace(wide, hparam=replace(wide.hparam, base=scale_of_run(base), **hparam))
@@ -98,7 +98,7 @@ def test_a_base_stores_its_kind():
 
 
 def test_values_of_a_base_are_those_of_its_size():
-    """Depth divides by the layers of the base, unnormalised gates by their number, phases by nothing."""
+    """Depth scaling uses the base's layers, and unnormalised gates are scaled by top-k. Phases change no size."""
     base = family("model.init.depth_scaled=true", "model.router.score=sigmoid", "model.router.norm_topk_prob=false")
     deep = carried(base, SizeAxis.depth, 4, Parametrization.metap)
     assert deep.model.init.roles["attention_output"] == pytest.approx(64**-0.5 / 2)
@@ -161,7 +161,7 @@ def test_groups_use_the_transferred_values(kind):
 
 
 def test_both_forms_of_the_head_train_alike():
-    """In float64, three steps of AdamW, with decay; broken by a learning rate that is not divided."""
+    """Compare three steps of AdamW with decay, in float64. Control: half the learning rate of the head."""
     runs = {form: resolve(larger("precision=fp64", "optimizer.lr=0.01", head=form)) for form in HeadForm}
     absorbed, multiplier = (trained(runs[form]) for form in (HeadForm.absorbed, HeadForm.multiplier))
     assert multiplier == pytest.approx(absorbed, rel=1e-9)

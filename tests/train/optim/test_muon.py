@@ -1,4 +1,4 @@
-"""Muon: the iteration against an SVD, a step against a plain implementation, and its parameters."""
+"""Compare Muon's iteration with an SVD and its step with a plain implementation; check its groups and settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def muon(model: Transformer, **options: Any) -> Any:
 
 
 def scalar_iteration(values: Tensor, steps: int) -> Tensor:
-    """The iteration on singular values."""
+    """Apply the Newton-Schulz polynomial to singular values, `steps` times."""
     for _ in range(steps):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     return values
@@ -41,7 +41,7 @@ def scalar_iteration(values: Tensor, steps: int) -> Tensor:
 
 @pytest.mark.parametrize("rows, columns", [(12, 12), (7, 20), (20, 7), (1, 5)])
 def test_newton_schulz_changes_singular_values_only(rows, columns):
-    """Singular vectors stay; each value follows the scalar polynomial."""
+    """Singular vectors do not change; each singular value follows the scalar polynomial."""
     x = torch.randn(3, rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     left, values, right = torch.linalg.svd(x, full_matrices=False)
     values = scalar_iteration(values / values.norm(dim=-1, keepdim=True), 5)
@@ -50,7 +50,7 @@ def test_newton_schulz_changes_singular_values_only(rows, columns):
 
 
 def test_newton_schulz_comes_near_the_orthogonal_factor():
-    """For every scale and dtype; zeros (an expert without tokens) stay zeros."""
+    """This holds for every scale and dtype. Zeros (an expert without tokens) stay zeros."""
     x = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(2))
     left, _, right = torch.linalg.svd(x, full_matrices=False)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
@@ -60,11 +60,11 @@ def test_newton_schulz_comes_near_the_orthogonal_factor():
             assert (found.double() - (left @ right).double()).norm() < 0.25 * (left @ right).norm()
     assert not orthogonalise(torch.zeros(2, 4, 8), 5, 1e-7).any()
     apart = (orthogonalise(x, 5, 1e-7) - orthogonalise(x.flatten(0, 1)[None], 5, 1e-7).view_as(x)).norm()
-    assert apart > 0.1 * x.shape[0], "control: two matrices as one"
+    assert apart > 0.1 * x.shape[0], "control: two matrices treated as one"
 
 
 def reference_step(weight: Tensor, gradients: list[Tensor], config: MuonConfig, lr: float, decay: float) -> Tensor:
-    """Muon as published, one matrix at a time: momentum m <- b m + g, Nesterov g + b m."""
+    """Apply Muon as published, one matrix at a time: momentum m <- b m + g, Nesterov g + b m."""
     for index in itertools.product(*(range(size) for size in weight.shape[:-2])):
         rows, columns = weight[index].shape
         momentum = torch.zeros_like(weight[index])
@@ -83,7 +83,7 @@ def reference_step(weight: Tensor, gradients: list[Tensor], config: MuonConfig, 
 
 
 def test_decay_follows_the_schedule():
-    """At half the rate everything moves half as far, the decay included."""
+    """Half the learning rate halves both the updates and the weight decay."""
     model, other = network(WIDE), network(WIDE)
     half, whole = muon(model, lr=0.02, weight_decay=0.3), muon(other, lr=0.01, weight_decay=0.3)
     set_learning_rate(half.param_groups, 0.5)
@@ -97,7 +97,7 @@ def test_decay_follows_the_schedule():
 @pytest.mark.parametrize("scale", MuonScale)
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_steps_equal_the_plain_statement(scale, nesterov):
-    """Two steps; each expert's gate and up are separate matrices. All other parameters move as under AdamW."""
+    """Compare two steps. Each expert's gate and up are separate matrices. AdamW trains all other parameters."""
     config = MuonConfig(nesterov=nesterov, scale=scale, eps=1e-300)
     model, other = network(WIDE), network(WIDE)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -118,7 +118,7 @@ def test_steps_equal_the_plain_statement(scale, nesterov):
     for name, info in registry(model).items():
         found = model.get_parameter(name)
         if info.role.is_norm:
-            continue  # without weight decay: below
+            continue  # no weight decay: checked below
         wanted = adamw[name]
         if info.role.name in MATRICES:
             wanted = reference_step(before[name], gradients[name], config, 0.02, 0.3)
@@ -141,7 +141,7 @@ def test_every_parameter_is_in_one_group_with_its_own_rate():
 
 
 def moved(options: dict[str, Any], precision: PrecisionConfig, steps: int = 8) -> Tensor:
-    """The change of all matrices, as one vector."""
+    """Train; return the change of all matrices as one vector."""
     model = network(precision)
     start = copy.deepcopy(model)
     optimizer = muon(model, lr=0.01, **options)
@@ -154,7 +154,7 @@ def moved(options: dict[str, Any], precision: PrecisionConfig, steps: int = 8) -
 
 
 def test_narrow_formats_follow_wide_ones():
-    """bf16 momentum, a bf16 iteration and a model with bf16 products all stay near float32."""
+    """Muon with bf16 momentum, a bf16 iteration or a model with bf16 matmuls stays near float32."""
     wide = moved({}, PrecisionConfig())
     halves: dict[str, tuple[dict[str, Any], PrecisionConfig]] = {
         "moments": ({"moments": Moments.bfloat16}, PrecisionConfig()),

@@ -1,4 +1,4 @@
-"""Parameter groups by role, weight decay by role, and AdamW with bf16 moments against fp32 ones."""
+"""Parameter groups by role, weight decay by role, and AdamW with bf16 moments compared with float32 moments."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def trained(model: Transformer, moments: Moments, steps: int) -> list[torch.Tens
 
 
 def test_narrow_moments_follow_wide_ones(model):
-    """The first update is equal up to fp32 rounding; later ones drift by the 3 digits of bf16 moments."""
+    """The first update is equal up to float32 rounding. Later updates differ, as bf16 moments have only 3 digits."""
     found = {(kind, steps): trained(copy.deepcopy(model), kind, steps) for kind in Moments for steps in (1, 10)}
     for a, b in zip(found[Moments.float32, 1], found[Moments.bfloat16, 1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -36,7 +36,7 @@ def composed(*overrides: str) -> TrainConfig:
 
 
 def make_run(directory: Path, *overrides: str, steps: int = 60, loss=lambda step: 7 - step / 20, **load_) -> Path:
-    """The files of a finished run, with one evaluation in the middle and one at the end."""
+    """Write the files of a finished run, with one evaluation in the middle and one at the end."""
     directory.mkdir(parents=True)
     config = composed(f"training.steps={steps}", "logging.every=2", *overrides)
     (directory / "config.yaml").write_text(yaml.safe_dump(plain(config)))
@@ -63,7 +63,7 @@ def make_run(directory: Path, *overrides: str, steps: int = 60, loss=lambda step
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pages without pictures, which take seconds to draw."""
+    """Leave the pictures out of pages: they take seconds to draw."""
     monkeypatch.setattr("train.report.page.draw", lambda runs: [])
 
 
@@ -82,7 +82,7 @@ def test_a_page_holds_everything_and_needs_nothing(tmp_path):
     assert len(pictures) == 10
     for content in pictures:
         height, width, _ = (picture := imread(io.BytesIO(content))).shape
-        assert width > 500 and height > 300 and len(np.unique(picture)) > 10, "a blank picture"
+        assert width > 500 and height > 300 and len(np.unique(picture)) > 10, "the picture is not blank"
     assert {path.name for path in (tmp_path / "one" / "plots").iterdir()} >= {"loss.png", "expert_load.png"}
 
 
@@ -133,7 +133,7 @@ def test_each_warning_has_its_cause(tmp_path, cause, warning):
 
 
 def test_unfinished_runs_and_losses_above_the_bigram(tmp_path, undrawn):
-    """A full disk leaves truncated lines in the middle of the metrics: the run continues after them."""
+    """A full disk may truncate lines in the middle of the metrics, after which the run continues."""
     run = make_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "bigram_loss": 4.0}))

@@ -1,4 +1,4 @@
-"""The audit adds up, does not depend on the order of the shards, warns where it should, and escapes all text."""
+"""The audit's counts add up in any order of the shards. It warns when it should, and it escapes all text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RULES = FilterRules(keep=0.5, unit=KeepUnit.documents, select=SelectConfig(lengt
 
 
 def decisions(score: Any, reasons: Any, domain: Any = "web", seed: int = 0, **columns: Any) -> pyarrow.Table:
-    """A shard of the selection with random lengths in one bucket."""
+    """Return the decisions of one shard: random lengths, all in one length bucket."""
     count, chance = len(score), np.random.default_rng(seed)
     size = columns.pop("bytes", chance.integers(40, 4000, count))
     reasons = [reasons] * count if isinstance(reasons, str) else list(reasons)
@@ -50,13 +50,13 @@ def decisions(score: Any, reasons: Any, domain: Any = "web", seed: int = 0, **co
 
 
 def halved(count: int, seed: int = 0, **more: Any) -> pyarrow.Table:
-    """Random scores, of which the higher half was kept."""
+    """Return a shard with random scores, of which the higher half was kept."""
     score = np.random.default_rng(seed + 100).normal(4, 1, count)
     return decisions(score, np.where(score >= np.median(score), "hard", "easy"), seed=seed, **more)
 
 
 def audited(*tables: pyarrow.Table, rules: FilterRules = RULES, text: str = "a text", **more: Any) -> dict[str, Any]:
-    """`more`: `thresholds`, and `lost`, what was read beyond the tables."""
+    """Audit the tables. `more`: `thresholds`, and `lost`, the documents or tokens read but absent from the tables."""
     tokens = sum(int(np.sum(table["tokens"].to_numpy())) for table in tables)
     read = {"documents": sum(map(len, tables)), "tokens": tokens}
     read |= {unit: read[unit] + size for unit, size in more.get("lost", {}).items()}
@@ -102,7 +102,7 @@ def test_a_decision_must_match_its_reason(reason, kept):
 
 
 def test_the_order_of_shards_changes_no_byte(monkeypatch):
-    monkeypatch.setattr("data.filter.audit.statistics._SAMPLE", 150)  # fewer than there are
+    monkeypatch.setattr("data.filter.audit.statistics._SAMPLE", 150)  # fewer than the records
     names = ["web", "code"] * 50
     tables = {f"{place}": halved(100, place, domain=names, **{"score:length": np.arange(100.0)}) for place in range(5)}
     tables["5"] = decisions([np.nan] * 9, "malformed", "")
@@ -142,7 +142,7 @@ def test_warns(kind):
 
 
 def test_does_not_warn_just_inside_the_limits():
-    """Normal figures; one record unscored, one document off; a target that a floor or protection explains."""
+    """No warning for ordinary results, one unscored record, one document too many, a floor or a protected domain."""
     assert audited(halved(400, domain=["web", "code"] * 200))["warnings"] == []
     assert kinds(audited(halved(100), decisions([np.nan] * 1, "unscored"))) == set()
     assert kinds(audited(decisions(np.arange(3.0), ["easy", "hard", "hard"]))) == set()
@@ -158,7 +158,7 @@ def test_does_not_warn_just_inside_the_limits():
 
 
 def test_length_inside_buckets_differs_from_length_overall():
-    """Two buckets of length, the longer with higher scores, random inside each."""
+    """Make two length buckets. Scores are higher in the longer one and random inside each."""
     chance = np.random.default_rng(0)
     bucket = np.repeat([0, 1], 200).astype(np.int32)
     size = bucket * 1000 + chance.integers(100, 900, 400)
@@ -174,7 +174,7 @@ def test_length_inside_buckets_differs_from_length_overall():
 @pytest.mark.parametrize("column", ["scored_bytes", "bytes"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_both_lengths_of_pairs_are_checked_in_both_directions(column, sign):
-    """A score that is one length, up or down, while the other length is random."""
+    """The score follows one length, rising or falling; the other length is random."""
     size, other = np.arange(100, 500), np.random.default_rng(0).integers(100, 900, 400)
     lengths = {"bytes": other, "scored_bytes": other} | {column: size}
     score = sign * size.astype(float)
@@ -232,7 +232,7 @@ def test_poor_data_has_a_page_too(name, tmp_path):
 
 
 class Tags(HTMLParser):
-    """The tags and attributes of a page; tags must close in order."""
+    """Collect the tags and attributes of a page. Fail if tags do not close in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ def test_pictures_have_two_inks():
     assert list(light) == list(dark) == ["scores", "scores_0", "scores_1", "length"]
     for name, content in light.items():
         pixels = imread(io.BytesIO(content))
-        assert pixels.shape[2] == 4 and pixels[0, 0, 3] == 0, "transparent"
+        assert pixels.shape[2] == 4 and pixels[0, 0, 3] == 0, "the background is transparent"
         assert content != dark[name]
 
 
@@ -310,7 +310,7 @@ def test_keys_sort_like_numbers():
 
 def test_ranks_quantiles_and_histograms_by_hand():
     assert spearman(np.array([1.0, 2, 3, 4]), np.array([1.0, 4, 9, 16])) == pytest.approx(1)
-    # ranks 1, 2.5, 2.5, 4 against 4, 3, 2, 1: -4.5 / sqrt(4.5 * 5)
+    # ranks 1, 2.5, 2.5, 4 and 4, 3, 2, 1: sum of products of deviations -4.5, sums of squares 4.5 and 5
     assert spearman(np.array([1.0, 2, 2, 3]), np.array([9.0, 8, 7, 6])) == pytest.approx(-4.5 / np.sqrt(22.5))
     assert spearman(np.ones(5), np.arange(5.0)) is None
     assert quantile(np.array([1.0, 2, 3]), np.array([1, 2, 1]), 0.5) == 2

@@ -1,4 +1,4 @@
-"""The keys of a record, its reason and its competitors, in the outputs and in `explain`."""
+"""Input keys, the reason for each decision, and thresholds per bucket, in the outputs and in `explain`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHANGED_KEYS = {
 
 
 def test_a_changed_input_key_is_rejected_by_name(tmp_path):
-    """It makes other records of the same file, so the stages of an earlier run do not apply."""
+    """A changed key makes other records of the same file, so the stages of an earlier run cannot be reused."""
     rows = [
         {"text": one["text"], "other": two["text"], "again": one["text"] + two["text"], "name": f"r{n}"}
         | {key: [{"role": "assistant", "content": one["text"]}] for key in ("chat", "talk")}
@@ -74,7 +74,7 @@ def test_one_readable_record_in_any_shard_is_enough(tmp_path, small_shards):
 
 
 def test_reasons_name_the_set_the_original_or_the_problem(tmp_path, small_shards):
-    """Copies of a record of another shard, a passage of an evaluation set, and what is no record."""
+    """Plant duplicates of a record in another shard, a passage of an evaluation set, and a line without text."""
     rows: list[Any] = prose(60, words=60)
     exam = write_lines(tmp_path / "exam.jsonl", [{"q": rows[7]["text"]}])
     rows[40] = {"text": rows[3]["text"].upper()}
@@ -112,13 +112,13 @@ def test_a_kept_unreadable_record_has_its_problem(tmp_path):
         file.write(b"\xff\x1b" + b"x" * 5000)
     unreadable = source.read_bytes().split(b"\n")[-2:]
     *_, last, binary = rows_of(filtered(source, tmp_path / "out", on_error=OnError.keep))
-    assert kept(tmp_path / "out")[-2:] == unreadable, "unchanged"
+    assert kept(tmp_path / "out")[-2:] == unreadable, "unreadable records are kept unchanged"
     assert (last["reason"], last["detail"]) == ("protected", """no 'text'; it has 'words': {"words": 1}""")
     assert "\x1b" not in binary["detail"] and len(binary["detail"]) < 500 and binary["detail"].endswith("xxx")
 
 
 def test_a_gated_record_is_not_an_original(tmp_path):
-    """Two pairs have the same text, or nearly so, and the first has no answer."""
+    """If a gate rejects a record, a later record with the same or nearly the same text is no duplicate."""
     rows = [{"q": row["text"], "a": f"So {other['text']}"} for row, other in zip(prose(20), prose(20, 1), strict=True)]
     rows[2] = {"q": f"{rows[9]['q']}\n\n{rows[9]['a']}", "a": ""}
     rows[3] = {"q": f"{rows[10]['q']}\n\n{rows[10]['a']} indeed", "a": ""}
@@ -133,7 +133,7 @@ def test_a_gated_record_is_not_an_original(tmp_path):
 
 
 def test_buckets_are_by_the_length_of_the_scored_part(tmp_path):
-    """Prompts of another length, and tokens in the opposite order: each would make other buckets."""
+    """Buckets by prompt length or by token count would differ, since neither follows the length of the answer."""
 
     def text(seed: int, is_long: int) -> str:
         return str(prose(1, seed, words=10 + 60 * is_long)[0]["text"])

@@ -1,4 +1,4 @@
-"""Records come out of every kind of file; malformed ones are counted, kept or refused by name."""
+"""Records are read from every kind of file. Malformed records are counted, kept or refused with their location."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path):
         assert [one.id for one in found] == [f"{name}:{first + n}" for n in range(3)]
     (tmp_path / "note.md").write_text("a note")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert texts(read(tmp_path)) == ["a note", *wanted * 3], "a folder: files of a known suffix, by name"
+    assert texts(read(tmp_path)) == ["a note", *wanted * 3], "a folder: files with known suffixes, by name"
     assert texts(read(tmp_path / "*.jsonl")) == wanted, "a pattern"
 
 
@@ -112,7 +112,7 @@ def test_pairs_are_put_together_by_the_template(tmp_path):
 
 
 def chat(*said: str) -> list[dict[str, str]]:
-    """Messages; `said` has the form "role: content"."""
+    """Return chat messages. Each of `said` has the form "role: content"."""
     return [dict(zip(("role", "content"), one.split(": "), strict=True)) for one in said]
 
 

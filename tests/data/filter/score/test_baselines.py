@@ -1,4 +1,4 @@
-"""The controls ignore difficulty; the ensemble averages ranks, not scores."""
+"""The control scorers (random and length) ignore difficulty. The ensemble averages ranks, not scores."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def made(count: int) -> list[Record]:
 
 
 def scaled(scale: float, missing: Sequence[str] = ()) -> FixedScorer:
-    """The answer's length times a scale; NaN for `missing`."""
+    """Score a record by `scale` times the length of its answer, and by NaN if its id is in `missing`."""
     return FixedScorer(lambda r: np.nan if r.id in missing else scale * len(r.answer), f"scaled {scale}")
 
 
@@ -53,7 +53,7 @@ def test_ranks_are_averaged_and_scales_do_not_matter():
     ranks = fitted([scaled(1), scaled(1e9)], data).score(data)
     assert np.allclose(ranks, (np.arange(100) + 0.5) / 100)
     raw = np.mean([member.score(data) for member in (scaled(1), scaled(-1e6))], axis=0)
-    assert not np.allclose(raw, raw[0]), "raw scores, added, would follow the larger scale"
+    assert not np.allclose(raw, raw[0]), "a mean of raw scores would follow the larger scale"
 
 
 def test_a_rank_needs_no_other_record_and_members_are_fitted():
@@ -65,7 +65,7 @@ def test_a_rank_needs_no_other_record_and_members_are_fitted():
     assert len(fits) == 2
     assert scorer.score(data).tolist() == [scorer.score([record])[0] for record in data]
     assert fitted(members, data[::-1], sample=50).score(data).tolist() == scorer.score(data).tolist()
-    assert np.abs(scorer.score(data) - np.arange(300) / 300).max() < 0.2  # 1.36 / sqrt(50) with 95% confidence
+    assert np.abs(scorer.score(data) - np.arange(300) / 300).max() < 0.2  # 95% Kolmogorov bound: 1.36 / sqrt(50)
 
 
 def test_a_missing_member_score_is_a_missing_score():

@@ -1,4 +1,4 @@
-"""The judge against a real server on this machine that is slow, busy, broken or answers nonsense."""
+"""Test the judge against a local server that is slow, busy or broken, or that answers nonsense."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.fakes.llm_server import KEY, Pauses, Reply, completion, grade
 
 @pytest.fixture
 def judge(server, tmp_path):
-    """`judge(folder, pauses, **settings)`: a judge of `server` with its cache in `folder`."""
+    """Return `judge(folder, pauses, **settings)`, which makes a judge that asks `server` and caches in `folder`."""
 
     def made(folder: str = "", pauses: Pauses | None = None, real_pauses: bool = False, **more: Any) -> JudgeScorer:
         settings = {"url": server.url, "judge": "grader", "key_variable": "JUDGE_KEY", "timeout_s": 10.0, **more}
@@ -57,7 +57,7 @@ def test_each_record_gets_its_own_grade_in_order(server, judge):
     assert scorer.score(numbered(12)).tolist() == [1 + i % 5 for i in range(12)] and scorer.reasons == {}
     sent = server.requests[0]
     assert sent["path"] == "/v1/chat/completions" and sent["model"] == "grader" and sent["temperature"] == 0
-    assert server.most_at_once == 3, "no more than allowed, and no fewer"
+    assert server.most_at_once == 3, "as many requests at once as allowed"
 
 
 def test_a_prompt_is_shown_without_its_answer(server, judge):
@@ -75,13 +75,13 @@ def test_cached_answers_are_not_requested_again(server, judge):
     assert judge().score([*records, *records[:2]]).tolist() == [*first, *first[:2]]
     assert len(server.requests) == 6
     assert judge(judge="another").score(records).tolist() == [5] * 6, "another judge has other answers"
-    assert judge("elsewhere").score(records[:1]).tolist() == [5], "control: without the cache"
+    assert judge("elsewhere").score(records[:1]).tolist() == [5], "control: an empty cache"
     server.requests.clear()
     assert judge().score(prompts("same", "same", "same")).tolist() == [5, 5, 5] and len(server.requests) == 1
 
 
 def test_a_killed_run_keeps_its_answers(server, judge, tmp_path):
-    """The endpoint dies after some answers; the incomplete line that a kill leaves is skipped."""
+    """The endpoint fails after five answers. The incomplete line that a kill leaves in the cache is skipped."""
     server.reply = lambda body, turn: graded(4) if number_of(body) < 5 else (503, {}, b"")
     with pytest.raises(LeviathanError):
         judge(concurrency=1, retries=0).score(numbered(40))
@@ -93,7 +93,7 @@ def test_a_killed_run_keeps_its_answers(server, judge, tmp_path):
 
 
 def test_the_key_is_sent_and_kept_nowhere(server, judge, tmp_path, caplog, capsys):
-    """Not even where the server repeats it."""
+    """The key is kept nowhere, even if the server repeats it in an error."""
     echo = {"choices": [{"message": {"content": f"Bearer {KEY}"}}]}
     server.reply = lambda body, turn: graded(3) if number_of(body) else (400, {}, json.dumps(echo).encode())
     caplog.set_level(0)
@@ -132,7 +132,7 @@ def test_retry_after_is_a_number_or_a_date(server, judge):
     assert judge(pauses=pauses, retries=6).score(numbered(1)).tolist() == [1]
     number, date, soon, negative, largest, nan = pauses
     assert number == 7 and 25 < date <= 30 and largest == 600
-    assert 2 <= soon <= 4 and 4 <= negative <= 8 and 16 <= nan <= 32, "backoff where it cannot be read"
+    assert 2 <= soon <= 4 and 4 <= negative <= 8 and 16 <= nan <= 32, "an unreadable value gives the usual backoff"
 
 
 def test_backoff_grows_to_a_limit_and_is_the_same_each_time(server, judge):
@@ -156,7 +156,7 @@ def test_a_request_is_repeated_after_a_timeout(server, judge):
 
 
 def test_a_slow_trickle_ends_at_the_deadline(monkeypatch):
-    """Each read is in time, the whole is not."""
+    """Each read is within the timeout, but the whole answer is not."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -185,9 +185,9 @@ def test_an_absent_endpoint_stops_the_run_with_the_fix(server, judge):
 
 
 def test_only_failures_in_a_row_stop_the_run(server, judge):
-    """Every other record breaks the server, nine in all; five in a row would stop the run."""
+    """The server fails on every other record, nine times in all. Only five failures in a row stop the run."""
     server.reply = lambda body, turn: (500, {}, b"") if number_of(body) % 2 else graded(2)
-    server.latency_s = 0.02  # so that each answer is checked before the next
+    server.latency_s = 0.02  # so that each answer is checked before the next request
     scorer = judge("a", retries=1, concurrency=1)
     assert np.isnan(scorer.score(numbered(18))).tolist() == [False, True] * 9
     assert scorer.reasons == {f"id-question number {n};": "HTTP 500, 2 attempts" for n in range(1, 18, 2)}
@@ -197,7 +197,7 @@ def test_only_failures_in_a_row_stop_the_run(server, judge):
 
 
 def test_a_stop_ends_the_waits_for_retries(server, judge):
-    """Real pauses: one record is rejected for good while others would wait ten minutes."""
+    """With real pauses: a rejected key stops the run at once, although other requests wait 500 s to retry."""
     server.reply = lambda body, turn: (401, {}, b"") if number_of(body) == 3 else (429, {"Retry-After": "500"}, b"")
     began = time.monotonic()
     with pytest.raises(LeviathanError, match="rejects the key"):
@@ -222,7 +222,7 @@ MALFORMED = {
 def test_a_malformed_answer_costs_its_record_and_says_why(server, judge):
     replies = list(MALFORMED.values())
     server.reply = lambda body, turn: replies[number_of(body) // 2] if number_of(body) % 2 else graded(2)
-    for place, name in enumerate(MALFORMED):  # alone: most of one endpoint's answers must be usable
+    for place, name in enumerate(MALFORMED):  # a judge for each, since most answers of an endpoint must be usable
         records = numbered(2 * len(MALFORMED))[2 * place :][:2]
         scorer = judge(name)
         assert np.isnan(scorer.score(records)).tolist() == [False, True], name

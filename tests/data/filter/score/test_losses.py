@@ -1,4 +1,4 @@
-"""Scorers over token losses from a table, against arithmetic by hand; the factory."""
+"""Compare scorers of token losses (here from a table) with arithmetic by hand, and test the scorer factory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_excess_is_per_byte_and_learnable():
     scorer = ExcessScorer(mine, "m", better, "b")
     assert scorer.score([record("abcd"), record("öö")]).tolist() == [0.5, 0.5]
     assert scorer.direction is Direction.learnable and LossScorer(mine, "m").direction is Direction.hard
-    assert scorer.fingerprint != ExcessScorer(better, "b", mine, "m").fingerprint, "which is subtracted matters"
+    assert scorer.fingerprint != ExcessScorer(better, "b", mine, "m").fingerprint, "the order of the two models matters"
 
 
 def test_an_excess_window_needs_one_tokenizer():
@@ -79,7 +79,7 @@ def test_following_is_a_ratio_and_plain_documents_have_none():
     records = [record("A", "Q"), record("B", "Q"), record("doc"), record("A", " "), record("", "Q"), record("C", "Q")]
     found = DifficultyOfFollowing(table(given | alone), "f").score(records)
     assert found[:2].tolist() == [0.25, 1.5], "above 1 the prompt does not help"
-    assert np.isnan(found[2:]).all(), "no prompt, no answer, no loss alone"
+    assert np.isnan(found[2:]).all(), "no prompt, no answer, or no loss without the prompt"
 
 
 @pytest.mark.parametrize("kind", ScorerKind)

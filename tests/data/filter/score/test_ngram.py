@@ -1,4 +1,4 @@
-"""The n-gram scorer: a normalised distribution, cross-fitted, independent of batching, with a bounded sample."""
+"""The n-gram scorer: normalised probabilities, cross-fitted scores independent of batches, and a bounded sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fitted(records: list[Record], **settings: int) -> NgramScorer:
 
 
 def probabilities(model: NgramModel, context: bytes) -> np.ndarray:
-    """Of each byte after the context."""
+    """Return the probability of each next byte after the context."""
     losses = model.losses([context] * 256, [bytes([byte]) for byte in range(256)])
     return np.exp(-losses / (1 << 20))
 
@@ -41,8 +41,8 @@ def test_probabilities_add_up_to_one(order, context):
 
 
 def test_probabilities_match_the_formula():
-    """For "abab", order 2, with zero before the text: pairs 0a 1, ab 2, ba 1, so d_2 = 2/4; distinct bytes before a: 2,
-    before b: 1, so d_1 = 1/3.
+    """Use "abab" at order 2, after a zero byte. Pairs 0a and ba occur once, ab twice: the discount d_2 is 2/4.
+    Two distinct bytes precede a, one precedes b: the discount d_1 is 1/3.
     """
     model = NgramModel(2, [b"abab"])
     unigram_a = (2 - 1 / 3) / 3 + (1 / 3) * 2 / 3 / 256
@@ -55,7 +55,7 @@ def test_probabilities_match_the_formula():
 
 @pytest.mark.parametrize("order", [2, 3, 5, 8])
 def test_only_the_last_bytes_of_a_context_count(order):
-    """Whether the context given is longer or shorter than what the order looks back on."""
+    """A context longer than order - 1 bytes is cut; a shorter one counts as the start of the text."""
     model = NgramModel(order, [record.text.encode() for record in sentences(50)])
     whole = model.losses([b"the old cat"], [b" sees"])
     assert (model.losses([b"the old cat"[-(order - 1) :]], [b" sees"]) == whole).all()
@@ -75,7 +75,7 @@ def test_text_like_the_data_is_easier_than_text_unlike_it():
 
 
 def test_scores_are_cross_fitted():
-    """A unique text and its copy score the same in the data and outside. Control: without folds the score is lower."""
+    """A unique text gets the same score in the data as outside it. Control: without folds it scores lower."""
     data = sentences(200)
     odd = Record("odd", "text", "made:odd", "Vexing quartz jumbles my glyphs, wickedly proud of 27 foxes!")
     copy = Record("copy", "text", "elsewhere:1", odd.text)
@@ -88,7 +88,7 @@ def test_scores_are_cross_fitted():
 
 
 def test_the_answer_alone_is_scored_in_the_context_of_its_prompt():
-    """The same data in both folds, so that it does not matter which model scores what."""
+    """Use one model for both folds, so that it does not matter in which fold a record is."""
     data = sentences(200)
     model = NgramScorer()
     model.fit(lambda: data)

@@ -1,4 +1,4 @@
-"""Pass rates with verifiers that are right, wrong, broken or absent."""
+"""Test pass rates with verifiers that are right, wrong, broken or absent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ number = 3
 
 @pytest.fixture
 def scorer(server, tmp_path, monkeypatch):
-    """`scorer(verifier, samples)`: of `server`, which is right always, every other time, and never."""
+    """Return `scorer(verifier, samples)`. Its server solves the three `TASKS` always, every other time, and never."""
     (tmp_path / "own_verifiers.py").write_text(VERIFIERS)
     (tmp_path / "broken_module.py").write_text("import no_such_module_at_all")
     monkeypatch.syspath_prepend(tmp_path)
@@ -52,7 +52,7 @@ TASKS = [task("always", "A"), task("half", "B"), task("never", "C")]
 
 
 def by_seed(body: dict[str, Any], turn: int) -> Any:
-    """A prompt with anything else in it has no answer."""
+    """Answer the prompts of `TASKS`. Any other prompt, such as one with more text in it, raises KeyError."""
     prompt, seed = body["messages"][0]["content"], body["seed"]
     return completion({"always": "A", "half": "B" if seed % 2 else "?", "never": "?"}[prompt])
 

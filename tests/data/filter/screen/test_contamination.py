@@ -1,4 +1,4 @@
-"""Contamination: planted passages of evaluation sets in every format, and text that only resembles them."""
+"""Find planted passages of evaluation sets in every file format, and pass text that only resembles them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TWELVE_WORDS = "a train leaves the station at nine and travels for three hours"
 
 
 def write_sets(folder: Path) -> dict[str, Path]:
-    """The same set in every format."""
+    """Write the same evaluation set in every format; return the paths by name."""
     lines = json.dumps({"id": 7, "doc": {"choices": ["x", QUESTION]}}) + "\n\n" + json.dumps({"q": None}) + "\n"
     rows = {"number": [1, 2], "question": [None, QUESTION], "choices": [["a"], ["b", "c"]]}
     (folder / "set.jsonl").write_text(lines)
@@ -44,7 +44,7 @@ def test_a_planted_passage_is_found(name, tmp_path):
 
 
 def test_nothing_is_found_without_the_set(tmp_path):
-    """The control: no set, or longer runs than what was planted."""
+    """Control: nothing is found without a set, or with n-grams longer than the planted passage."""
     assert EvaluationSets(ContaminationConfig())(PLANTED) is None
     exam = {"exam": str(write_sets(tmp_path)["set.jsonl"])}
     assert EvaluationSets(ContaminationConfig(exam, words=17))(PLANTED) is None

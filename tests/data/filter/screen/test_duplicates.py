@@ -1,4 +1,4 @@
-"""Duplicates: planted copies against their true similarity, and independence of shards and order."""
+"""Find planted duplicates by their similarity, whatever the shards and the order of the records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def document(seed: int, length: int = 200) -> str:
 
 
 def changed(text: str, share: float, seed: int = 0) -> str:
-    """The last words of the text replaced, so that the similarity follows from the share."""
+    """Replace the last words, a fraction `share` of all, so that the similarity follows from `share`."""
     found = text.split()
     count = round(share * len(found))
     return " ".join([*found[: len(found) - count], *document(seed + 10**6, max(1, count)).split()[:count]])
@@ -63,7 +63,7 @@ def assert_found(share: float, at_least: float, at_most: float, config: Duplicat
     ("share", "at_least", "at_most"), [(0.02, 1, 1), (0.05, 0.95, 1), (0.2, 0, 0.02), (0.5, 0, 0), (1, 0, 0)]
 )
 def test_near_copies_are_found_by_their_similarity(share, at_least, at_most):
-    """2% and 5% of the words changed: similarity 0.95 and 0.9; 20% and 50%: 0.66 and 0.33."""
+    """With 2%, 5%, 20% and 50% of the words changed, the similarity is 0.95, 0.9, 0.66 and 0.33."""
     assert_found(share, at_least, at_most)
 
 
@@ -76,7 +76,7 @@ def test_check_notices_a_search_that_is_off_or_unverified(monkeypatch):
 
 
 def test_estimate_is_unbiased():
-    """Against the true similarity: the mean error within four standard errors, the spread as the binomial's."""
+    """The mean error is within four standard errors of zero, and the variance at most twice the binomial's."""
     errors, variance = [], 0.0
     for seed in range(60):
         one = document(seed)
@@ -105,7 +105,7 @@ def test_result_does_not_depend_on_shards():
 
 
 def test_groups_do_not_depend_on_order():
-    """A chain of near copies whose ends are unlike: one group, of which one stays, whatever comes first."""
+    """A chain of near duplicates with unlike ends is one group. In any order, only its first record is kept."""
     chain = [document(0)]
     for step in range(5):
         chain.append(" ".join([*chain[-1].split()[12:], *document(100 + step, 12).split()]))
@@ -116,7 +116,7 @@ def test_groups_do_not_depend_on_order():
 
 
 def test_a_bucket_leads_on_from_what_it_has_reached():
-    """The first and the last record are unlike, and no band has the last two without the first."""
+    """Records 0 and 2 are unlike, and 0 is in every band that 1 and 2 share. The search must still compare 1 and 2."""
     count, width = duplicates.bands(0.8)
     half = width // 2
     near = np.tile(np.arange(PLACES, dtype=np.uint32), (3, 1))
@@ -138,7 +138,7 @@ def test_bands_miss_one_percent_at_most_at_the_threshold():
 
 
 def test_signatures_are_the_same_everywhere():
-    """They are kept on disk: a change here invalidates stored ones."""
+    """Signatures are stored on disk, so a change of their values would invalidate the stored ones."""
     found = signatures(["The quick brown fox jumps over the lazy dog.", ""])
     assert found.near_possible_N.tolist() == [True, False]
     assert found.near_NP[1].tolist() == [0] * PLACES

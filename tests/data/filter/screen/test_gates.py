@@ -1,6 +1,6 @@
-"""Gates: rates on the half of the standard library's files that no threshold was chosen on, and on planted garbage."""
+"""Test the gates on planted garbage, and on the half of the standard library on which no threshold was chosen."""
 
-# ruff: noqa: RUF001  letters of other scripts are meant
+# ruff: noqa: RUF001  letters of other scripts are intended
 from __future__ import annotations
 
 import hashlib
@@ -56,7 +56,7 @@ def gates() -> Gates:
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    """Texts of every section, from the held-out half: files whose hash is odd."""
+    """Return texts of every section from the held-out half, the files with an odd hash."""
     found = []
     for section in Section:
         half = [file for file in builtin.files(section) if int(_hash(file.origin), 16) % 2]
@@ -67,7 +67,7 @@ def documents() -> list[str]:
 
 @pytest.fixture(scope="module")
 def clean(documents: list[str]) -> Callable[[int], list[str]]:
-    """Runs of whole paragraphs of at least so many characters."""
+    """Return `clean(least)`: up to 1,000 passages of whole paragraphs with at least `least` characters."""
 
     def of_length(least: int) -> list[str]:
         found = []
@@ -88,7 +88,7 @@ def _hash(text: str) -> str:
 
 
 def loop(text: str, chance: random.Random) -> str:
-    """A unit of one character up to a quarter of the text, over and over."""
+    """Repeat the start of the text (one character to a quarter of it) up to the text's length."""
     unit = text.strip()[: chance.randint(1, len(text) // 4)]
     return (unit * len(text))[: len(text)]
 
@@ -160,7 +160,7 @@ def test_without_gates_everything_but_nothing_passes(clean):
 
 
 def test_shuffled_words_are_not_found(gates, clean):
-    """Documented: their letters are in order. Should this fail, the module's text is out of date."""
+    """Shuffled words keep their letters in order. If this fails, update the docstring of `gates`, which says so."""
     chance = random.Random(0)
     texts = [" ".join(chance.sample(words := text.split(), len(words))) for text in clean(500)[:200]]
     assert rejected(gates, texts) < 0.05
@@ -175,7 +175,7 @@ def test_prompts_pass(prompt, gates):
 def test_other_scripts_pass_unless_shuffled(script, gates):
     text = OTHER_SCRIPTS[script]
     assert gates(record(text)) is None
-    long = "".join(random.Random(1).choices(text, k=600))  # letters by their frequency, in no order
+    long = "".join(random.Random(1).choices(text, k=600))  # letters drawn at random with the text's frequencies
     assert gates(record(long)) is Reason.scrambled
 
 
@@ -200,7 +200,7 @@ def test_data_that_looks_random_passes(kind, gates):
 
 @pytest.mark.parametrize("part", ["prompt", "answer"])
 def test_each_part_of_a_pair_is_judged_alone(part, gates, clean):
-    """Next to a part ten times as long its characters would not show."""
+    """In statistics over the whole pair, a part ten times as long would hide the bad part."""
     chance = random.Random(0)
     long = "\n".join(clean(500)[:8])
 

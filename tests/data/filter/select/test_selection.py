@@ -1,4 +1,4 @@
-"""Selection: the keep rate is met exactly, for any distribution of scores and any partition over ranks."""
+"""Selection meets the keep rate for any distribution of scores and any partition of the records over ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = ("code", "prose", "single", "few")
 
 
 def records(count: int, seed: int, scores: str = "normal", unit: str = "documents") -> ShardScores:
-    """`count` records of two large domains, one of a single record and one of five; scores go with length."""
+    """Return `count` records in two large domains, one of 1 record and one of 5. `normal` scores grow with length."""
     random = np.random.default_rng(seed)
     domain = random.choice(2, count, p=[0.8, 0.2])
     domain[random.choice(count, 6, replace=False)] = [2, 3, 3, 3, 3, 3]
@@ -50,7 +50,7 @@ def decide(shard: ShardScores, rules: FilterRules, noise: float | None = None) -
 
 
 def assert_rates(shard: ShardScores, codes: np.ndarray, rate: float | dict[int, float]):
-    """Kept weight of every domain within the larger of 1% and one document of the target."""
+    """Assert that the kept weight of each domain misses its target by at most the larger of 1% and one document."""
     for domain in np.unique(shard.domain):
         mine = shard.domain == domain
         target = (rate[domain] if isinstance(rate, dict) else rate) * shard.weight[mine].sum()
@@ -76,7 +76,7 @@ def test_rate_is_met_to_half_a_document(scores, unit):
 
 @pytest.mark.parametrize(("scores", "seen"), [("ties", 3000), ("drift", 150)])
 def test_a_plain_median_misses_the_rate(scores, seen):
-    """Control: without tie break, and from the beginning of drifting records."""
+    """Control: a median threshold misses the rate if scores tie, or if they drift and only the first 150 are used."""
     shard = records(3000, 0, scores)
     codes = np.where(shard.score >= np.median(shard.score[:seen]), CODE[Reason.hard], CODE[Reason.easy])
     with pytest.raises(AssertionError, match="rate is off"):
@@ -84,7 +84,7 @@ def test_a_plain_median_misses_the_rate(scores, seen):
 
 
 def test_length_buckets_remove_the_preference_for_length():
-    """Score goes with length here: without buckets half the documents are far more than half the tokens."""
+    """Scores grow with length, so without buckets the kept half of the documents has far more than half the tokens."""
     shard = records(5000, 2)
     kept_tokens = []
     for buckets in (1, 8):
@@ -113,7 +113,7 @@ def test_buckets_hold_whole_lengths_and_keep_their_hardest():
 @pytest.mark.parametrize("bins", [1 << 22, 1 << 10])
 @pytest.mark.parametrize("scores", ["normal", "ties", "constant"])
 def test_decisions_do_not_depend_on_ranks_or_shards(scores, bins, monkeypatch):
-    """With few cells shards are added up as they come, and one domain at a time over the ranks."""
+    """With a small `_BINS`, shards are added up as they come, and ranks are summed one domain at a time."""
     shard = records(2000, 4, scores, "tokens")
     shard.score[::50] = np.nan
     rules = FilterRules(keep=0.4, select=SelectConfig(revive=0.1, floor=4))
@@ -130,7 +130,7 @@ def test_decisions_do_not_depend_on_ranks_or_shards(scores, bins, monkeypatch):
             assert other.thresholds == decision.thresholds
             assert all(map(np.array_equal, other.starts, decision.starts))
             assert np.array_equal(other.reasons(shard), codes)
-    assert len(np.unique(codes)) >= 4, "the case must contain what it is about"
+    assert len(np.unique(codes)) >= 4, "the case must contain at least four reasons"
     assert all(len(starts) == 8 for starts in decision.starts[:2])
 
 
@@ -157,7 +157,7 @@ def test_small_histograms_mean_more_passes_only(monkeypatch):
 
 
 def test_memory_does_not_grow_with_domains(monkeypatch):
-    """Control: the memory grows with the allowed size of a histogram."""
+    """Control: memory grows with `_BINS`, the allowed size of a histogram."""
     random, count, domains = np.random.default_rng(0), 4000, 2000
     length, ones = np.ceil(np.exp(random.normal(6, 1.5, count))).astype(np.int64), np.ones(count, np.int64)
     hashes = random.integers(0, 2**64, count, dtype=np.uint64)
@@ -175,7 +175,7 @@ def test_memory_does_not_grow_with_domains(monkeypatch):
     assert (np.bincount(shard.domain, KEPT[codes]) == 1).all(), "half of each domain"
 
 
-# what becomes of the rest
+# revived records, noise, protected domains and missing scores
 
 
 def test_revived_are_a_random_share_of_the_kept():
@@ -186,13 +186,13 @@ def test_revived_are_a_random_share_of_the_kept():
     share = shard.weight[revived].sum() / shard.weight[revived | hard].sum()
     assert abs(share - 0.2) < 0.01
     mine = shard.domain == 0
-    assert abs(shard.score[mine & revived].mean() - shard.score[mine & easy].mean()) < 0.1, "drawn whatever the score"
+    assert abs(shard.score[mine & revived].mean() - shard.score[mine & easy].mean()) < 0.1, "drawn at any score"
     assert shard.score[mine & hard].mean() > shard.score[mine & revived].mean() + 0.5
-    assert not (decide(shard, FilterRules(keep=0.4))[1] == CODE[Reason.revived]).any(), "only if configured"
+    assert not (decide(shard, FilterRules(keep=0.4))[1] == CODE[Reason.revived]).any(), "none by default"
 
 
 def test_revival_is_independent_of_tie_breaks():
-    """All scores are equal, so the hash decides who is hard: the next ones by hash must not be the revived."""
+    """All scores are equal, so the hash decides which are hard. The revived must not be the next ones by hash."""
     shard = records(3000, 5, "constant")
     _, codes = decide(shard, FilterRules(keep=0.5, select=SelectConfig(revive=0.5, length_buckets=1)))
     mine = shard.domain == 0
@@ -201,7 +201,7 @@ def test_revival_is_independent_of_tie_breaks():
 
 
 def test_noise_is_dropped_before_the_share_is_taken():
-    """A tenth is noise; half of all still stays, of the rest, where a quantile alone would keep the noise first."""
+    """A tenth is noise and is dropped, yet half of all records is kept. Without a noise threshold, noise is kept."""
     shard = records(4000, 8)
     shard.score[::10] += 1000
     clean = np.delete(shard.score, np.arange(0, 4000, 10))
@@ -232,7 +232,7 @@ def test_protected_domains_are_whole_and_floors_hold():
     few = shard.domain == 3
     assert KEPT[codes[few]].sum() == 4, "one would be kept without a floor"
     assert shard.score[few & ~KEPT[codes]].max() <= shard.score[few & KEPT[codes]].min()
-    assert KEPT[codes[shard.domain == 2]].sum() == 1, "no more than it has"
+    assert KEPT[codes[shard.domain == 2]].sum() == 1, "a floor keeps no more than the domain has"
     assert_rates(take(shard, shard.domain == 0), codes[shard.domain == 0], 0.1)
     _, codes = decide(shard, FilterRules(keep=0.1))
     assert KEPT[codes[few]].sum() <= 1 and KEPT[codes[shard.domain == 2]].sum() == 0, "control: without a floor"
@@ -270,7 +270,7 @@ def test_equal_keys_are_kept_or_dropped_together():
         assert KEPT[codes].sum() == kept
 
 
-# the parts
+# functions of the module
 
 
 def test_quantise_is_monotone_and_clamped():
@@ -279,7 +279,7 @@ def test_quantise_is_monotone_and_clamped():
     assert (np.diff(steps) >= 0).all()
     assert quantise(np.array([1e300]))[0] == 2**31 - 1 and quantise(np.array([-1e300]))[0] == -(2**31 - 1)
     assert quantise(np.array([1.0, -1.0])).tolist() == [65536, -65536]
-    assert len(np.unique(quantise(np.arange(100_000).astype(np.float64)))) == 100_000, "lengths stay apart"
+    assert len(np.unique(quantise(np.arange(100_000).astype(np.float64)))) == 100_000, "lengths stay different"
 
 
 def test_length_bins_are_monotone_and_narrow():
@@ -291,7 +291,7 @@ def test_length_bins_are_monotone_and_narrow():
 
 
 def test_the_kept_set_is_that_of_a_sort():
-    """One domain, no buckets: by (quantised score, hash) from the top, until the nearest to the target is reached."""
+    """One domain, no buckets: the top records by (quantised score, hash) are kept, as near the target as possible."""
     for seed, scores in enumerate(ALL_SCORES):
         shard = records(700, seed, scores, "tokens")
         shard = replace(shard, domain=np.zeros(700, np.int64))
@@ -304,7 +304,7 @@ def test_the_kept_set_is_that_of_a_sort():
 
 def test_without_carried_rounding_the_rate_is_missed(monkeypatch):
     def without_carry(crossing: object, wanted: np.ndarray, domain: np.ndarray, domains: int) -> object:
-        """Each group is a domain of its own."""
+        """Round each group by itself, as if it were a domain."""
         keys, kept = honest(crossing, wanted, np.arange(len(wanted)), len(wanted))
         return keys, np.stack([np.bincount(domain, row, domains).astype(np.int64) for row in kept])
 

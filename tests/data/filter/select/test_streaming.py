@@ -1,4 +1,4 @@
-"""Selection from a stream: the keep rate holds from the first batches on, under drift, ties and jumps."""
+"""Selection from a stream holds the keep rate from the first batches on, under drift, ties and jumps."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def decided(shard: ShardScores, size: int, rules: FilterRules, noise: float | No
 
 
 def assert_held(shard: ShardScores, codes: np.ndarray, rate: float, after: int = COUNT // 10):
-    """Each thousand records past the first `after`, the total is within the larger of 1% and one document."""
+    """Assert at every 1,000th record from `after`: the total is off by at most the larger of 1% and one document."""
     weight = shard.weight[: len(codes)]
     total, kept = np.cumsum(weight), np.cumsum(weight * KEPT[codes])
     ends = np.arange(after, len(codes) + 1, 1000) - 1
@@ -88,7 +88,7 @@ def test_batches_of_one_record(tokens):
 
 
 def test_the_threshold_remembers():
-    """Batches that each cover one half of the scores: a quantile of each batch would keep half of the easy half."""
+    """Each batch is all hard or all easy. A quantile of each batch alone would keep half of the easy batches."""
     shard = records("normal")
     half = np.random.default_rng(0).random(COUNT // 100) < 0.5
     sign = np.where(np.repeat(half, 100), 1, -1)
@@ -98,13 +98,13 @@ def test_the_threshold_remembers():
 
 
 def test_a_deficit_is_repaid_and_not_only_bounded():
-    """A first batch of noise leaves a deficit; then every batch is the same, so only repayment ends it."""
+    """A first batch of noise leaves a deficit. All later batches are the same, so only repayment can remove it."""
     shard = records("normal")
     selector, owed = StreamSelector("code", FilterRules(), noise=50.0), []
     for batch in (replace(shard, score=np.full(COUNT, 99.0)), *[shard] * 12):
         selector.decide(batch)
         owed.append(0.5 * selector.seen - selector.kept)
-    assert owed[0] == COUNT // 2 and owed[1] > 50, "as much as the tolerance leaves"
+    assert owed[0] == COUNT // 2 and owed[1] > 50, "the deficit that the tolerance allows"
     assert abs(owed[-1]) < owed[1] / 4
 
 
@@ -123,7 +123,7 @@ def test_revived_noise_protected_and_unscored():
     assert abs((codes == CODE[Reason.revived]).sum() / KEPT[codes].sum() - 0.25) < 0.03
     whole = decided(shard, 1000, FilterRules(keep=0.4, select=SelectConfig(protect=["code"])), noise=50.0)
     assert (whole == CODE[Reason.protected]).all()
-    everything = FilterRules(keep=1.0, select=SelectConfig(revive=0.2))  # the chance of revival rounds to more than 1
+    everything = FilterRules(keep=1.0, select=SelectConfig(revive=0.2))  # the revival probability rounds above 1
     assert KEPT[decided(batches(records("normal"), 1000)[0], 1000, everything)].all()
 
 

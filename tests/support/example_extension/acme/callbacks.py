@@ -11,7 +11,7 @@ from train.metrics import StepMetrics
 
 
 class LossAverage(Callback):
-    """Exponential moving average of the loss, over interruptions."""
+    """Log the exponential moving average of the loss, which continues after an interruption."""
 
     def __init__(self, trainer: TrainingRun, decay: float = 0.9) -> None:
         super().__init__(trainer)
@@ -31,7 +31,7 @@ class LossAverage(Callback):
 
 
 class WeightNorm(Callback):
-    """Norm of all weights. Each rank sums the squares of the blocks that it owns."""
+    """Log the norm of all weights. Each rank sums the squares of the blocks that it owns."""
 
     def metrics(self) -> dict[str, float]:
         squares = torch.zeros((), dtype=torch.float64, device=self.trainer.world.device)

@@ -12,7 +12,7 @@ from data.filter.score.scorer import Direction
 
 
 class Counting:
-    """Documents that count upwards."""
+    """A source of documents that count upwards."""
 
     def __init__(self, documents: int = 100) -> None:
         self.count = documents
@@ -26,7 +26,7 @@ class Counting:
 
 
 class Sevens:
-    """The more often a text has the digit 7, the harder it is."""
+    """A scorer: the larger the fraction of characters that are a 7, the harder the text."""
 
     name = "sevens"
     measures = "share of characters that are a 7"

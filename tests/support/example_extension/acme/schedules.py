@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def inverse_sqrt(step: int, steps: int, scale: float = 10.0) -> float:
-    """Fall with the square root of the step."""
+    """Return a factor that falls with the square root of the step."""
     return (scale / (scale + step)) ** 0.5
