@@ -25,9 +25,10 @@ from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Backend, Compute, PrecisionConfig, Recipe
 from train.certify import fp8
 from train.certify.compare import EXACT, GRADIENT_FP32
-from train.certify.plan import CertifyConfig, Trial, compare_layouts, shrink
+from train.certify.config import CertifyConfig
+from train.certify.plan import Trial, compare_layouts, shrink
 from train.certify.worker import CertifyCase, RunOnRanks, run_cases
-from train.optim.optimizer import OptimizerConfig
+from train.optim.config import OptimizerConfig
 
 LAYOUTS = {
     "fsdp2": (2, ParallelConfig()),

@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-import torch
-
 from core.errors import ConfigError, check_numbers
 from launch.diagnose.machine import cores
 from train.config import TrainConfig
@@ -123,7 +121,11 @@ class LaunchConfig:
 
     @property
     def ranks_per_node(self) -> int:
-        return self.processes or torch.cuda.device_count() or max(1, cores() // 2)
+        if self.processes is not None:
+            return self.processes
+        import torch
+
+        return torch.cuda.device_count() or max(1, cores() // 2)
 
     @property
     def ranks(self) -> int:

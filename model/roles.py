@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from precision.config import Products
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 class Role(Enum):

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-
-import torch
+from importlib import metadata
 
 from core.errors import ConfigError, check_numbers, divisors
 from model.config import FeedForward, ModelConfig
@@ -143,7 +142,7 @@ class ParallelConfig:
                 raise ConfigError("stages_per_rank", per_rank, f"{schedule.name} needs several stages per rank", [2, 4])
         if schedule.is_v and torch_version() < V_SCHEDULES_SINCE:
             need = ".".join(map(str, V_SCHEDULES_SINCE))
-            reason = f"needs torch {need} or newer, this is {torch.__version__}"
+            reason = f"needs torch {need} or newer, this is {metadata.version('torch')}"
             raise ConfigError("schedule", schedule, reason, [one.name for one in PipelineSchedule if not one.is_v])
         if schedule.splits_backward and self.compile:
             whole = ", ".join(one.name for one in PipelineSchedule if not one.splits_backward)
@@ -320,7 +319,7 @@ def split_unit(model: ModelConfig, length: int) -> int:
 
 
 def torch_version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
+    major, minor = metadata.version("torch").split(".")[:2]
     return int(major), int(minor)
 
 

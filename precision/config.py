@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-
-import torch
+from typing import TYPE_CHECKING
 
 from core.errors import ConfigError, check_numbers
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Compute(Enum):
@@ -61,6 +63,8 @@ class Recipe(Enum):
             return self
         if device.type != "cuda":
             return Recipe.blockwise
+        import torch
+
         capability = torch.cuda.get_device_capability(device)
         if (10, 0) <= capability < (12, 0):
             return Recipe.mxfp8
@@ -142,11 +146,15 @@ class PrecisionConfig:
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        import torch
+
         return getattr(torch, self.compute.value)
 
     @property
     def master_dtype(self) -> torch.dtype:
         """Dtype of parameters and optimizer state."""
+        import torch
+
         if self.param_dtype is ParamDtype.bfloat16:
             return torch.bfloat16
         return torch.float64 if self.compute is Compute.float64 else torch.float32

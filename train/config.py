@@ -16,11 +16,9 @@ from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from model.roles import Role
 from parallel.layout import Layout, ParallelConfig, split_unit
-from parallel.parallelize import resolve_layout
 from precision.config import PrecisionConfig
-from train.online_filter import OnlineConfig
+from train.optim.config import OptimizerConfig, OptimizerKind
 from train.optim.lr_schedule import LRScheduleConfig
-from train.optim.optimizer import OptimizerConfig, OptimizerKind
 
 SIZES = ("steps", "seq_len", "global_batch_size", "micro_batch_size")
 
@@ -157,6 +155,30 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """`every`: steps between two scorings; 0: off. `keep`: fraction of the candidates to train on. `hysteresis`:
+    largest distance below the threshold, in nats per token, at which a candidate is deferred. `revive`: fraction of a
+    window that is drawn at random. `max_loss`: sequences with a higher loss are dropped as noise; null: no limit.
+    """
+
+    every: int = 0
+    keep: float = 0.5
+    hysteresis: float = 0.05
+    revive: float = 0.05
+    max_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError("every", self.every, "must not be negative; 0 turns it off", [0, 100])
+        if not 0 < self.keep < 1:
+            raise ConfigError("keep", self.keep, "must lie between 0 and 1", [0.5])
+        if not 0 <= self.revive < 1:
+            raise ConfigError("revive", self.revive, "must lie in [0, 1)", [0.05])
+        if not self.hysteresis >= 0:
+            raise ConfigError("hysteresis", self.hysteresis, "must not be negative", [0.0, 0.05])
+
+
+@dataclass(frozen=True)
 class CallbackConfig:
     """A callback from your own package: the import path of its class, and keyword arguments of the constructor."""
 
@@ -255,6 +277,8 @@ def phase_of(config: TrainConfig, steps: int) -> Phase:
 
 def check(config: TrainConfig, world_size: int) -> Layout:
     """Check the settings that involve several components, before anything is built. Returns the layout."""
+    from parallel.parallelize import resolve_layout  # imports torch: keys and values are checked without it
+
     for role in config.model.init.roles:
         if role not in Role.__members__:
             raise ConfigError(f"model.init.roles.{role}", None, "no such role", [one.name for one in Role])
@@ -305,3 +329,13 @@ def _check_alignment(align: int | None, unit: int, seq_len: int) -> None:
     if align is not None and seq_len % align:
         reason = f"must be a multiple of data.align={align}"
         raise ConfigError("training.seq_len", seq_len, reason, [-(-seq_len // align) * align])
+
+
+class Check(Enum):
+    """Whether to compare settings and logits with those of transformers. `auto`: settings if transformers is
+    installed, and logits if both models also fit into memory. The result is printed and, on import, stored.
+    """
+
+    auto = "auto"
+    always = "always"
+    never = "never"

@@ -7,7 +7,6 @@ import shutil
 import sys
 import tempfile
 import time
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from parallel.comm.world import World
 from train.checkpoint.index import read_progress
 from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_origin, save_model
-from train.config import phases
+from train.config import Check, phases
 from train.corpus import check_same_data, stored_corpus
 from train.eval.contamination import MODELS
 from train.run_directory import load_config
@@ -39,16 +38,6 @@ CARRIED = (
     "attention_dropout",
 )
 """Keys of `config.json` that do not affect the network; import keeps them and export writes them."""
-
-
-class Check(Enum):
-    """Whether to compare settings and logits with those of transformers. `auto`: settings if transformers is
-    installed, and logits if both models also fit into memory. The result is printed and, on import, stored.
-    """
-
-    auto = "auto"
-    always = "always"
-    never = "never"
 
 
 def import_checkpoint(source_directory: Path, out: Path, text_only: bool = False, check: Check = Check.auto) -> str:

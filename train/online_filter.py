@@ -18,32 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError
 from data.sampling import key_of
-
-
-@dataclass(frozen=True)
-class OnlineConfig:
-    """`every`: steps between two scorings; 0: off. `keep`: fraction of the candidates to train on. `hysteresis`:
-    largest distance below the threshold, in nats per token, at which a candidate is deferred. `revive`: fraction of a
-    window that is drawn at random. `max_loss`: sequences with a higher loss are dropped as noise; null: no limit.
-    """
-
-    every: int = 0
-    keep: float = 0.5
-    hysteresis: float = 0.05
-    revive: float = 0.05
-    max_loss: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError("every", self.every, "must not be negative; 0 turns it off", [0, 100])
-        if not 0 < self.keep < 1:
-            raise ConfigError("keep", self.keep, "must lie between 0 and 1", [0.5])
-        if not 0 <= self.revive < 1:
-            raise ConfigError("revive", self.revive, "must lie in [0, 1)", [0.05])
-        if not self.hysteresis >= 0:
-            raise ConfigError("hysteresis", self.hysteresis, "must not be negative", [0.0, 0.05])
+from train.config import OnlineConfig
 
 
 def candidates(config: OnlineConfig, steps: int, global_batch_size: int) -> int:

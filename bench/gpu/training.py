@@ -30,7 +30,8 @@ from parallel.mesh import meshes_of_rank
 from parallel.parallelize import build
 from parallel.sharding import local_gradients
 from precision.config import Compute, KernelKind, ParamDtype, PrecisionConfig
-from train.optim.optimizer import Moments, OptimizerConfig, make_optimizer
+from train.optim.config import Moments, OptimizerConfig
+from train.optim.optimizer import make_optimizer
 
 PEAK_TFLOPS = 989.0
 """Peak of an H100 or H200 SXM in dense bfloat16, by its data sheet. MFU is relative to it."""

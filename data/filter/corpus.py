@@ -11,8 +11,8 @@ from typing import Any
 from core.errors import ConfigError, DataError
 from core.files import sha256_text
 from data.filter.audit.outputs import SCORES, keep_audit, write_audit_of, write_scores
-from data.filter.config import FilterRules, decisive_settings, under
-from data.filter.input.readers import InputConfig, MalformedRecord, clean_records
+from data.filter.config import FilterRules, InputConfig, decisive_settings, under
+from data.filter.input.readers import MalformedRecord, clean_records
 from data.filter.input.records import Record
 from data.filter.pipeline import FORMAT, Filter, FilterJob, file_digest
 from data.filter.score.factory import Models, make_scorer

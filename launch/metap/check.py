@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from core.config import plain
-from core.errors import ConfigError, check_numbers
+from core.errors import ConfigError
 from core.files import write_bytes, write_json
 from hparam.axes import SizeAxis
 from hparam.coordinate_check import Measured, check_axis
 from hparam.plots import draw_check
 from hparam.rules import Parametrization
+from launch.metap.config import AXES, CheckConfig
 from parallel.comm.world import connect
 from train.config import TrainConfig
 from train.corpus import get_corpus, run_loaders
@@ -21,33 +22,6 @@ from train.eval.contamination import MODELS
 from train.metap.coordinates import changes
 from train.metap.hyperparameters import without_derived
 from train.metap.scaling import carried
-
-AXES = ("width", "depth", "experts")
-
-
-@dataclass(frozen=True)
-class CheckConfig:
-    """Train scaled copies of a model for a few steps and measure how far activations move."""
-
-    width: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    """Factors by which this axis is scaled; an empty list skips it."""
-    depth: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    experts: list[int] = field(default_factory=lambda: [1, 2, 4])
-    steps: int = 5
-    seeds: int = 3
-    small_start: bool = True
-    """Start with a zero head and a small router, so that only learnt changes are measured. Otherwise products of
-    initial values and learnt changes contribute too, and these shrink with the square root of the width.
-    """
-
-    def __post_init__(self) -> None:
-        for axis in AXES:
-            factors = getattr(self, axis)
-            if factors and (len(factors) < 2 or factors != sorted(set(factors)) or factors[0] < 1):
-                raise ConfigError(axis, None, "needs ascending factors, at least two, or none", ["[1,2,4]"])
-        check_numbers(self, positive=("steps", "seeds"))
-        if not any((self.width, self.depth, self.experts)):
-            raise ConfigError("width", None, "no axis is left to check")
 
 
 def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from core.package_guard import sources_digest
 from hparam.fit import Curve, curve, drift, exponents, optimum, penalty, plain_optimum, predicted_optimum
 from hparam.plots import draw_optima, draw_sweep
 from hparam.rules import Parametrization
+from launch.metap.config import FitConfig
 from launch.metap.runs import RUNS, but_rate_and_seed, loss_of
 from train.config import TrainConfig
 from train.metap.hyperparameters import as_base, scale_of_run
@@ -27,14 +28,6 @@ WIDEST = 0.15
 TRUSTED = 0.5
 """Octaves (factors of 2) by which the best rate of the largest setting may differ from the prediction of the others."""
 FITTED = {"tokens": "tokens_exponent", "batch": "batch_exponent"}
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """Fit finished runs; writes `fit.json`, plots, and `base.yaml` for transfers."""
-
-    runs: list[str] = field(default_factory=list)
-    """Directories of runs or of sweeps; empty: the sweep in `out`."""
 
 
 @dataclass(frozen=True)

@@ -10,59 +10,22 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.config import differences, expand, load, plain
-from core.errors import ConfigError, Diverged, LeviathanError, check_numbers
+from core.errors import ConfigError, Diverged, LeviathanError
 from core.files import read_json
 from hparam.axes import SizeAxis
 from hparam.rules import Parametrization
 from launch.local import train
+from launch.metap.config import SweepConfig
 from train.config import TrainConfig
 from train.metap.hyperparameters import resolve, without_derived
 from train.metap.scaling import carried
 from train.run_directory import DIVERGED, RunDirectory, load_config
 
 RUNS = "runs"
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """Train with the learning rates 2^`low` to 2^`high`, in steps of `step` octaves, each with `seeds` seeds. Other
-    keys of the run may have several values too (optimizer.weight_decay=0.05,0.1).
-    """
-
-    low: float = -10.0
-    high: float = -5.0
-    step: float = 1.0
-    seeds: int = 2
-    axis: SizeAxis | None = None
-    """Scale the run along this axis by each of `factors`, and transfer its hyperparameters by each of `rules`."""
-    factors: list[int] = field(default_factory=lambda: [1, 2, 4])
-    rules: list[Parametrization] = field(default_factory=lambda: [Parametrization.metap])
-    processes: int = 1
-    """Concurrent runs on this machine, with launch=inline; they share the cores."""
-    trials: int | None = None
-    """Number of rates per setting that Optuna (the extra `search`) proposes within the same bounds; null: the grid.
-    Machines with the same folder `out` work on the same search.
-    """
-
-    def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise ConfigError("low", self.low, f"must be below sweep.high={self.high:g}")
-        if not self.step > 0:
-            raise ConfigError("step", self.step, "must be positive", [1.0, 0.5])
-        check_numbers(self, positive=("seeds", "processes"))
-        if self.trials is not None and self.trials < 3:
-            raise ConfigError("trials", self.trials, "a search needs at least three", [12])
-        if not self.factors or not self.rules:
-            raise ConfigError("factors" if not self.factors else "rules", None, "needs at least one")
-
-    @property
-    def log2_rates(self) -> list[float]:
-        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        return [self.low + index * self.step for index in range(count)]
 
 
 @dataclass(frozen=True)

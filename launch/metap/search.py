@@ -12,7 +12,8 @@ from typing import Any
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import INTERRUPTED
-from launch.metap.runs import SweepConfig, SweepSetting, but_rate_and_seed, is_done, loss_of, member, one_run
+from launch.metap.config import SweepConfig
+from launch.metap.runs import SweepSetting, but_rate_and_seed, is_done, loss_of, member, one_run
 from train.run_directory import RunDirectory
 
 WORST = 1e9

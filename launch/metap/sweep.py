@@ -18,7 +18,8 @@ from core.errors import ConfigError
 from core.exit_codes import INTERRUPTED
 from launch.config import LaunchConfig, LaunchKind
 from launch.local import train
-from launch.metap.runs import RUNS, SweepConfig, is_done, loss_of, member, one_run, settings
+from launch.metap.config import SweepConfig
+from launch.metap.runs import RUNS, is_done, loss_of, member, one_run, settings
 from launch.metap.search import search
 from train.config import TrainConfig
 

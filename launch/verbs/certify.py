@@ -5,21 +5,26 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from core.files import write_json
 from core.package_guard import sources_digest
-from launch.rank_pool import Pool
 from parallel.layout import EngineKind
-from train.certify.compare import EXACT, GRADIENT_FP32
-from train.certify.plan import CertifyConfig, Outcome, certificate, certify, trials
-from train.certify.store import save
+from train.certify.config import CertifyConfig
 from train.run_directory import load_config
+
+if TYPE_CHECKING:
+    from train.certify.plan import Outcome
 
 
 def run(config: CertifyConfig) -> int:
     """Run and compare the layouts; return 0 if every comparison passes, else 1."""
+    import torch
+
+    from launch.rank_pool import Pool
+    from train.certify.plan import certificate, certify, trials
+    from train.certify.store import save
+
     if config.run is not None:
         stored = load_config(Path(config.run))
         config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)
@@ -44,6 +49,8 @@ def run(config: CertifyConfig) -> int:
 
 
 def _print(outcome: Outcome) -> None:
+    from train.certify.compare import EXACT, GRADIENT_FP32
+
     trial, verdict = outcome.trial, "passed" if outcome.passed else "FAILED"
     figures = [f"{name} {outcome.largest(gate):.1e}" for name, gate in (("float64", EXACT), ("float32", GRADIENT_FP32))]
     if trial.parallel.engine is EngineKind.deepspeed:

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-import torch
-
 from core.errors import ConfigError
-from train.convert import Check, export_checkpoint, import_checkpoint
+from train.config import Check
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ class ExportConfig:
 
 
 def run_import(config: ImportConfig) -> int:
+    from train.convert import import_checkpoint
+
     out = _new_directory(config.out)
     family = import_checkpoint(Path(config.source).expanduser(), out, config.text_only, config.check)
     print(f"imported {family} to {out}; start from it with model.init_from={out}")
@@ -62,6 +62,10 @@ def run_import(config: ImportConfig) -> int:
 
 
 def run_export(config: ExportConfig) -> int:
+    import torch
+
+    from train.convert import export_checkpoint
+
     out = _new_directory(config.out)
     dtype = None if config.dtype is None else getattr(torch, config.dtype.value)
     family = export_checkpoint(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import check_numbers
-from launch.diagnose.doctor import examine, measure, table
 from parallel.layout import ParallelConfig
 
 
@@ -32,6 +31,8 @@ class DoctorConfig:
 
 def run(config: DoctorConfig) -> int:
     """Print the findings; return 1 if a package that every run needs is missing or this machine is faulty, else 0."""
+    from launch.diagnose.doctor import examine, measure, table
+
     found = examine([Path(config.cache).expanduser(), Path(config.runs).expanduser()])
     if not config.json:
         print(table(found), flush=True)

@@ -6,15 +6,13 @@ import json
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from core.errors import ConfigError, check_numbers
-from parallel.comm.world import World, connect
 from precision.config import Backend
-from train.checkpoint.restore import restore
-from train.eval.contamination import MODELS
-from train.eval.held_out import held_out_loss
+
+if TYPE_CHECKING:
+    from parallel.comm.world import World
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,13 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig) -> int:
     """Print the results. The held-out loss is printed as JSON."""
+    import torch
+
+    from parallel.comm.world import connect
+    from train.checkpoint.restore import restore
+    from train.eval.contamination import MODELS
+    from train.eval.held_out import held_out_loss
+
     with closing(connect()) as world:
         if config.tasks:
             return _run_tasks(config, world)

@@ -7,14 +7,16 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from parallel.comm.world import connect
-from train.checkpoint.restore import restore
-from train.eval.contamination import MODELS
-from train.eval.generate import GenerateConfig, continue_tokens, placed_logits
+from train.eval.config import GenerateConfig
 
 
 def run(config: GenerateConfig) -> int:
     """Print the prompt and its continuation."""
+    from parallel.comm.world import connect
+    from train.checkpoint.restore import restore
+    from train.eval.contamination import MODELS
+    from train.eval.generate import continue_tokens, placed_logits
+
     with closing(connect()) as world:
         restored = restore(Path(config.run), world, config.backend, MODELS)
         tokenizer = restored.corpus.tokenizer

@@ -8,11 +8,7 @@ from pathlib import Path
 
 from core.config import load
 from core.errors import ConfigError
-from launch.metap.check import CheckConfig, check
-from launch.metap.fit import FitConfig, fit
-from launch.metap.runs import SweepConfig, bases
-from launch.metap.sweep import sweep
-from launch.metap.transfer import transfer
+from launch.metap.config import CheckConfig, FitConfig, SweepConfig
 from train.config import TrainConfig
 
 
@@ -52,6 +48,12 @@ class MetapConfig:
 
 def run(config: MetapConfig) -> int:
     """Run the action; return the exit code, which is 1 if a check exceeds a limit."""
+    from launch.metap.check import check
+    from launch.metap.fit import fit
+    from launch.metap.runs import bases
+    from launch.metap.sweep import sweep
+    from launch.metap.transfer import transfer
+
     out = Path(config.out).expanduser()
     (out / "experiment" if config.action is MetapAction.transfer else out).mkdir(parents=True, exist_ok=True)
     match config.action:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import ConfigError
-from train.report.page import PAGE, write_report
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,8 @@ class ReportConfig:
 
 def run(config: ReportConfig) -> int:
     """Write the page and print its path."""
+    from train.report.page import PAGE, write_report
+
     if not config.runs:
         raise ConfigError("runs", None, "name at least one run's directory: leviathan report RUN")
     directories = [Path(directory).expanduser() for directory in config.runs]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.errors import ConfigError
 from core.files import new_directory
 from data.config import DataConfig
-from data.corpus import Corpus, prepare
-from train.eval.contamination import MODELS
+
+if TYPE_CHECKING:
+    from data.corpus import Corpus
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class TokenizeConfig:
 
 def run(config: TokenizeConfig) -> int:
     """Tokenize and print a table of the result."""
+    from data.corpus import prepare
+    from train.eval.contamination import MODELS
+
     out = Path(config.out).expanduser() if config.out else None
     if out is not None and out.exists():
         raise ConfigError("out", config.out, "exists already; choose another directory or remove it")

@@ -15,7 +15,8 @@ from core.errors import ConfigError
 from core.files import locate, remove_tree
 from data import sources
 from data.config import DataConfig, SourceConfig, SourceKind, Undecodable
-from data.filter.input.readers import InputConfig, input_parts
+from data.filter.config import InputConfig
+from data.filter.input.readers import input_parts
 from data.filter.input.records import Record
 from data.sources import Document, Source, make_source
 from tests.data.conftest import TEXTS, write_jsonl, write_parquet

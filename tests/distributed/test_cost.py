@@ -31,8 +31,7 @@ from tests.support.operations import Observed
 from tests.support.tiny import EXACT, config, synthetic, trainer
 from tests.support.traffic import step_traffic
 from train.certify.worker import BATCH_SIZE, SEQ_LEN
-from train.optim.muon import MuonConfig
-from train.optim.optimizer import OptimizerConfig, OptimizerKind
+from train.optim.config import MuonConfig, OptimizerConfig, OptimizerKind
 
 ADAMW = OptimizerConfig(lr=1e-2)
 MUON = OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2)

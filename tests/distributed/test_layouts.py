@@ -14,7 +14,7 @@ from precision.config import Compute, PrecisionConfig
 from train.certify.compare import EXACT, Comparison, compare
 from train.certify.plan import Trial, compare_layouts
 from train.certify.worker import CertifyCase, RankResults, run_cases
-from train.optim.optimizer import OptimizerConfig, OptimizerKind
+from train.optim.config import OptimizerConfig, OptimizerKind
 
 SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
 

@@ -16,8 +16,7 @@ from tests.parallel.test_whole_matrices import awkward
 from tests.support.bugs import BuggyRanks
 from train.certify.compare import EXACT, compare, compare_blocks
 from train.certify.worker import CertifyCase, RankResults, run_cases
-from train.optim.muon import MuonConfig, MuonScale
-from train.optim.optimizer import Moments, OptimizerConfig, OptimizerKind
+from train.optim.config import Moments, MuonConfig, MuonScale, OptimizerConfig, OptimizerKind
 
 MUON = OptimizerConfig(kind=OptimizerKind.muon, lr=1e-2)
 LAYOUTS = {

@@ -24,7 +24,7 @@ from tests.support.bugs import planted, replaces
 from tests.support.models import placed_here
 from tests.support.tiny import EXACT, synthetic, trainer
 from train.certify.worker import BATCH_SIZE, SEED, SEQ_LEN
-from train.optim.optimizer import OptimizerConfig, OptimizerKind
+from train.optim.config import OptimizerConfig, OptimizerKind
 
 SGD = OptimizerConfig(kind=OptimizerKind.sgd, weight_decay=0.0)
 LAYERS = 4

@@ -27,7 +27,8 @@ from parallel.deepspeed.offload import CHUNK, MappedFile, PagedAdamW
 from parallel.sharding import ShardBlock
 from tests.support.bugs import BuggyRanks
 from tests.support.tiny import trainer
-from train.certify.plan import CertifyConfig, Outcome, compare_layouts, shrink, trials
+from train.certify.config import CertifyConfig
+from train.certify.plan import Outcome, compare_layouts, shrink, trials
 from train.config import TrainConfig, check
 from train.engine.deepspeed import ZeroEngine
 

@@ -108,7 +108,7 @@ def test_values_worked_out_by_hand():
 @pytest.mark.parametrize("scale, exponent", [("unit_rms_norm", 0.0), ("shape_scaling", 0.0), ("match_adamw", -0.5)])
 def test_muon_gets_what_its_scale_lacks(scale, exponent):
     """An update's spectral norm, the rate times `MuonScale.factor`, should be proportional to sqrt(out / in)."""
-    from train.optim.muon import MuonScale
+    from train.optim.config import MuonScale
 
     sizes = {name: 4 * size for name, size in asdict(BASE).items() if name.endswith(("width", "hidden_size"))}
     wide, muon = replace(BASE, **sizes), replace(FOUND, muon=MUON, muon_scale=scale)

@@ -6,7 +6,7 @@ import pytest
 
 from launch.cli import main
 from tests.support.tiny import TINY
-from train.optim.optimizer import OptimizerConfig
+from train.optim.config import OptimizerConfig
 from train.run_directory import RunDirectory
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import subprocess
+import sys
+from ast import literal_eval
 
 import pytest
 
@@ -58,3 +61,20 @@ def test_the_choices_of_launch_repeat_the_defaults(kind):
     assert {**launch, **needed} == {key: full[key] for key in launch}
     left_out = {"inline": set(full) - {"kind"}, "torchrun": {"slurm"}, "slurm": {"node_rank", "rendezvous"}}
     assert set(full) - set(launch) == left_out[kind]
+
+
+HEAVY = ("torch", "numpy", "pyarrow", "matplotlib", "transformers", "tokenizers", "datasets")
+
+
+def loaded_by(statement: str) -> list[str]:
+    code = f"import sys\n{statement}\nprint([name for name in {HEAVY!r} if name in sys.modules])"
+    return literal_eval(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+
+
+def test_nothing_heavy_is_imported_before_the_keys_are_checked():
+    """`leviathan VERB` imports the verb's module, composes its configuration and only then runs it."""
+    modules = sorted({verb.module or name for name, verb in VERBS.items()})
+    statements = [f"import launch.verbs.{module}" for module in modules]
+    refused = "from launch.cli import main; assert main(['train', 'model.hiden_size=3']) == 2"
+    assert loaded_by("\n".join([*statements, refused])) == []
+    assert "torch" in loaded_by("import launch.agent"), "the check can fail"

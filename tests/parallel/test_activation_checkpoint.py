@@ -15,7 +15,7 @@ from tests.support.operations import Observed
 from tests.support.tiny import synthetic
 from train.certify.plan import shrink
 from train.certify.worker import BATCH_SIZE
-from train.optim.optimizer import OptimizerConfig
+from train.optim.config import OptimizerConfig
 
 KINDS = {
     "products": ("mm", "_grouped_mm", "_linear_pointwise"),

@@ -13,8 +13,8 @@ import pyarrow.parquet
 
 from core.files import write_json
 from data.filter.audit.outputs import AUDIT_JSON, KEPT, SCORES, audit_of, write_kept, write_scores
-from data.filter.config import FilterRules, KeepUnit
-from data.filter.input.readers import InputConfig, input_parts
+from data.filter.config import FilterRules, InputConfig, KeepUnit
+from data.filter.input.readers import input_parts
 from data.filter.pipeline import Filter, FilterJob
 from data.filter.score.ngram import NgramScorer
 from data.filter.score.scorer import Direction, Scorer

@@ -17,7 +17,8 @@ from parallel.mesh import Meshes, make_meshes, meshes_of_rank
 from parallel.sharding import shard_specs
 from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve
-from train.optim.optimizer import OptimizerConfig, make_optimizer
+from train.optim.config import OptimizerConfig
+from train.optim.optimizer import make_optimizer
 
 
 def small(**changes: Any) -> ModelConfig:

@@ -25,7 +25,7 @@ from train.corpus import get_corpus
 from train.engine.base import StepResult, optimizer_step
 from train.engine.fsdp import TorchEngine
 from train.metrics import Log
-from train.optim.optimizer import OptimizerConfig
+from train.optim.config import OptimizerConfig
 from train.run_directory import RunDirectory
 from train.trainer import Trainer
 

@@ -25,7 +25,8 @@ from train.callbacks import evaluation, summary
 from train.checkpoint.restore import restore
 from train.config import phases
 from train.engine.fsdp import TorchEngine
-from train.eval.generate import GenerateConfig, continue_tokens
+from train.eval.config import GenerateConfig
+from train.eval.generate import continue_tokens
 from train.loss import token_losses
 from train.metrics import expert_load, peak_memory_bytes
 from train.run_directory import MARKER, committed

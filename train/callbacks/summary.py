@@ -13,7 +13,7 @@ from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.evaluation import EvaluationCallback
 from train.callbacks.logging import LoggingCallback
 from train.metrics import peak_memory_bytes
-from train.optim.optimizer import OptimizerKind
+from train.optim.config import OptimizerKind
 
 
 class SummaryCallback(Callback):

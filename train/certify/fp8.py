@@ -20,7 +20,7 @@ from parallel.layout import Layout, ParallelConfig
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
 from train.certify.compare import Comparison, compare, largest_difference, relative_errors, worst_parameter
 from train.certify.worker import CertifyCase, RankResults, RunOnRanks, run_cases
-from train.optim.optimizer import OptimizerConfig, OptimizerKind
+from train.optim.config import OptimizerConfig, OptimizerKind
 
 TILE, SEQUENCES_PER_RANK = 128, 4
 """A rank's part of each size of the model and of a sequence is a multiple of TILE, so that no tile is split."""

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from parallel.layout import ParallelConfig
 from precision.config import PrecisionConfig
 from train.certify.plan import shrink, techniques
-from train.optim.optimizer import OptimizerKind
+from train.optim.config import OptimizerKind
 
 
 def save(certificate: Mapping[str, Any], cache: Path) -> Path:

@@ -28,7 +28,7 @@ from train.checkpoint.manager import Checkpointer
 from train.engine import make_engine
 from train.engine.base import optimizer_step
 from train.eval.held_out import held_out_loss
-from train.optim.optimizer import OptimizerConfig
+from train.optim.config import OptimizerConfig
 
 SEQ_LEN, BATCH_SIZE, SEED = 64, 8, 11
 _SOURCE, _HELD_OUT = "synthetic", 5

@@ -7,7 +7,7 @@ from parallel.parallelize import ParallelModel
 from train.engine.base import Engine
 from train.engine.deepspeed import ZeroEngine
 from train.engine.fsdp import TorchEngine
-from train.optim.optimizer import OptimizerConfig
+from train.optim.config import OptimizerConfig
 
 
 def make_engine(placed: ParallelModel, config: OptimizerConfig, seed: int) -> Engine:

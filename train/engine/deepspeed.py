@@ -18,7 +18,8 @@ from parallel.parallelize import ParallelModel
 from parallel.sharding import LocalShard, initialise, sum_partial_gradients
 from train.checkpoint.state import TensorShard, buffers
 from train.engine.base import Engine
-from train.optim.optimizer import OptimizerConfig, elementwise, prime, role_groups, set_learning_rate
+from train.optim.config import OptimizerConfig
+from train.optim.optimizer import elementwise, prime, role_groups, set_learning_rate
 
 
 class ZeroEngine(Engine):

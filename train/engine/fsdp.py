@@ -11,7 +11,8 @@ from parallel.parallelize import ParallelModel
 from parallel.sharding import LocalShard, local_gradients, local_shards, sum_partial_gradients
 from train.checkpoint.state import TensorShard, run_state
 from train.engine.base import Engine
-from train.optim.optimizer import OptimizerConfig, make_optimizer, prime, set_learning_rate
+from train.optim.config import OptimizerConfig
+from train.optim.optimizer import make_optimizer, prime, set_learning_rate
 
 
 class TorchEngine(Engine):

@@ -6,38 +6,17 @@ For every token the model runs on the whole window, without a KV cache. This is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from core.errors import check_numbers
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
 from parallel.vocab_parallel_loss import whole_logits
-from precision.config import Backend
+from train.eval.config import GenerateConfig
 
 NextLogits = Callable[[list[int]], torch.Tensor]
 """Returns the logits [V] of the token that follows the given tokens."""
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Continue a text with a run's last checkpoint. `run`: the run's directory. `temperature` 0 takes the most probable
-    token. `top_k`: number of the most probable tokens to sample from.
-    """
-
-    run: str = "???"
-    prompt: str = "def "
-    tokens: int = 100
-    temperature: float = 0.7
-    top_k: int | None = 50
-    seed: int = 0
-    backend: Backend | None = None
-    """GEMM backend; null: as in training."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, positive=("tokens", "top_k"), not_negative=("temperature",))
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from lm_eval.api.model import TemplateLM
 from core.errors import CheckpointError, ConfigError
 from parallel.comm.world import World
 from precision.config import Backend
+from train.eval.config import GenerateConfig
 from train.eval.contamination import MODELS
-from train.eval.generate import GenerateConfig, continue_tokens
+from train.eval.generate import continue_tokens
 from train.eval.scoring_model import ScoringModel, TokenWindow, from_directory, from_run
 
 

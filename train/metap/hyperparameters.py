@@ -17,12 +17,9 @@ from core.errors import ConfigError
 from hparam.scale import SPANS, Scale, check_registry, kind_of, scale_of
 from hparam.transfer import BaseHyperparameters, Resolved, transfer
 from model.config import ModelConfig, MultipliersConfig
-from model.init import role_std
 from model.roles import Role
-from model.router_scores import grows_with_top_k
-from model.tensor_source import parameter_infos
 from train.config import TrainConfig, phases
-from train.optim.optimizer import SLOWEST_IN_BFLOAT16, Moments, OptimizerConfig, OptimizerKind, RoleConfig, Transferred
+from train.optim.config import SLOWEST_IN_BFLOAT16, Moments, OptimizerConfig, OptimizerKind, RoleConfig, Transferred
 
 TOLERANCE = 1e-9
 _DERIVED: dict[str, Any] = {
@@ -36,6 +33,8 @@ _DERIVED: dict[str, Any] = {
 
 def derive(config: TrainConfig) -> Resolved:
     """Derive the run's values from the base's by the rules. Raises `ConfigError` if the rules do not cover this run."""
+    from model.tensor_source import parameter_infos  # imports torch
+
     assert config.hparam.base is not None
     infos = parameter_infos(config.model)
     target = scale_of_run(config)
@@ -125,6 +124,9 @@ def as_base(config: TrainConfig) -> TrainConfig:
 
 def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: OptimizerConfig) -> BaseHyperparameters:
     """Return the values that `model.init` and `optimizer` give each role in a model of the base's size."""
+    from model.init import role_std  # imports torch
+    from model.router_scores import grows_with_top_k
+
     sizes, init = dataclasses.asdict(base), replace(model.init, roles={})
     matrices = [role for role in roles if not role.is_norm]
     return BaseHyperparameters(

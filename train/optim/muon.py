@@ -9,71 +9,19 @@ Shapes: N matrices, O rows (outputs), I columns (inputs); a rank's shard of a ma
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from core.errors import ConfigError, check_numbers
 from parallel.sharding import local
 from parallel.whole_matrices import MatrixRange, Round
-from precision.config import Compute, PrecisionConfig
 from precision.gemm import widened
+from train.optim.config import MuonConfig
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Jordan's coefficients, steep at 0: five iterations bring singular values above 0.01 of the norm to 0.7-1.2."""
-
-
-class MuonScale(Enum):
-    """Factor on the orthogonalised update of a matrix with O rows and I columns."""
-
-    match_adamw = "match_adamw"
-    """0.2 * sqrt(max(O, I)): the RMS per element of a typical AdamW update (Liu et al. 2025), so that one learning rate
-    suits both.
-    """
-    unit_rms_norm = "unit_rms_norm"
-    """sqrt(O / I): a step changes the output equally at every width, so learning rates transfer to wider models."""
-    shape_scaling = "shape_scaling"
-    """sqrt(max(1, O / I)) (Jordan 2024)."""
-
-    def factor(self, rows: int, columns: int) -> float:
-        if self is MuonScale.match_adamw:
-            return 0.2 * math.sqrt(max(rows, columns))
-        ratio = rows / columns
-        return math.sqrt(ratio if self is MuonScale.unit_rms_norm else max(1.0, ratio))
-
-
-@dataclass(frozen=True)
-class MuonConfig:
-    """`lr` is the peak learning rate of Muon's matrices; null: the optimizer's, which suits scale=match_adamw. The
-    other scales need about 0.02. Weight decay is that of the optimizer.
-    """
-
-    lr: float | None = None
-    momentum: float = 0.95
-    nesterov: bool = True
-    steps: int = 5
-    """Newton-Schulz iterations."""
-    scale: MuonScale = MuonScale.match_adamw
-    eps: float = 1e-7
-    """Added to the norm by which a matrix is divided."""
-    products: Compute | None = None
-    """Dtype of the iteration and of its communication; null: that of the model's matmuls."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, positive=("lr", "eps"))
-        if not 0 <= self.momentum < 1:
-            raise ConfigError("momentum", self.momentum, "must lie in [0, 1)")
-        if not 1 <= self.steps <= 20:
-            raise ConfigError("steps", self.steps, "must be from 1 to 20", [5])
-
-    def format(self, compute: torch.dtype) -> torch.dtype:
-        """Return the dtype of the iteration for a model whose matmuls are in `compute`."""
-        return compute if self.products is None else PrecisionConfig(self.products).compute_dtype
 
 
 @torch.no_grad()

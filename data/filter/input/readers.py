@@ -27,7 +27,7 @@ from data.files import (
     read_rows,
     stream_dataset,
 )
-from data.filter.config import under
+from data.filter.config import InputConfig, under
 from data.filter.input.records import Record
 
 ASSISTANT = "assistant"
@@ -36,40 +36,6 @@ RECORD_KEYS = ("text_key", "prompt_key", "response_key", "messages_key", "id_key
 _SHOWN = 200
 """Maximum length in characters of the reason why a record is malformed, which may quote the record."""
 _SHOWN_KEYS = 10
-
-
-@dataclass(frozen=True)
-class InputConfig:
-    """A record is made from `messages_key` if set, else from `prompt_key` and `response_key`, else from `text_key`."""
-
-    input: str | None = None
-    """A file, a folder or a glob pattern of jsonl (also .gz, .zst), parquet or text files."""
-    dataset: str | None = None
-    """Instead of `input`: a name or folder for the `datasets` library."""
-    subset: str | None = None
-    split: str = "train"
-    text_key: str = "text"
-    prompt_key: str | None = None
-    response_key: str | None = None
-    messages_key: str | None = None
-    """Column with a list of {"role", "content"}. The last message of the assistant is the response."""
-    id_key: str | None = None
-    """Column with the id; null: the id is file and line."""
-    domain_key: str | None = None
-    """Column with the domain; null: all records are of one domain."""
-    template: str = "{prompt}\n\n{response}"
-    """How prompt and response are joined to one text."""
-
-    def __post_init__(self) -> None:
-        if (self.input is None) == (self.dataset is None):
-            raise ConfigError("input", self.input, "name a file or folder (input=...), or a data set (dataset=...)")
-        if (self.prompt_key is None) != (self.response_key is None):
-            raise ConfigError("response_key", self.response_key, "prompt_key and response_key go together")
-        if self.prompt_key and self.messages_key:
-            raise ConfigError("messages_key", self.messages_key, "set it, or prompt_key and response_key, but not both")
-        before, found, after = self.template.partition("{response}")
-        if not found or "{prompt}" not in before or "{" in after:
-            raise ConfigError("template", self.template, "needs {prompt} and, after it, {response}")
 
 
 @dataclass(frozen=True)

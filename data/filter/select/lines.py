@@ -18,8 +18,8 @@ import numpy as np
 
 from core.errors import ConfigError
 from core.files import write_json
-from data.filter.config import FilterRules, KeepUnit, OnError, ScorerKind
-from data.filter.input.readers import InputConfig, MalformedRecord, read_record
+from data.filter.config import FilterRules, InputConfig, KeepUnit, OnError, ScorerKind
+from data.filter.input.readers import MalformedRecord, read_record
 from data.filter.input.records import Reason, Record
 from data.filter.score.scorer import Scorer
 from data.filter.screen.contamination import EvaluationSets

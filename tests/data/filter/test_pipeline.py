@@ -21,12 +21,12 @@ import pytest
 from core.errors import ConfigError, DataError
 from data.filter import pipeline, store
 from data.filter.audit.outputs import KEPT, SCORES, audit_of
-from data.filter.config import DuplicateConfig, KeepUnit, OnError, SelectConfig
-from data.filter.input.readers import InputConfig, clean_records
+from data.filter.config import DuplicateConfig, InputConfig, KeepUnit, OnError, SelectConfig
+from data.filter.input.readers import clean_records
 from data.filter.input.records import Reason, Record
 from data.filter.pipeline import THRESHOLDS, Filter
 from data.filter.store import barrier
-from launch.verbs.filter import WorldWorkers
+from launch.filter.run import WorldWorkers
 from parallel.comm.world import connect
 from tests.data.filter.threads import ThreadWorker, on_threads
 from tests.support.filtering import (

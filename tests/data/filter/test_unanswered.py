@@ -15,8 +15,8 @@ import pytest
 from core.errors import ConfigError
 from core.files import sha256_text
 from data.filter import pipeline
-from data.filter.config import FilterRules, ScorerConfig, ScorerKind, decisive_settings
-from data.filter.input.readers import InputConfig, clean_records
+from data.filter.config import FilterRules, InputConfig, ScorerConfig, ScorerKind, decisive_settings
+from data.filter.input.readers import clean_records
 from data.filter.pipeline import Filter
 from data.filter.score.judge import JudgeScorer
 from launch.cli import main

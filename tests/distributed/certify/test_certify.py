@@ -18,7 +18,8 @@ from parallel.sharding import ShardBlock
 from tests.support.bugs import BuggyRanks
 from train.certify import store
 from train.certify.compare import Comparison, compare_blocks, largest_difference
-from train.certify.plan import CertifyConfig, Outcome, axes_in_use, certificate, certify, shrink, trials
+from train.certify.config import CertifyConfig
+from train.certify.plan import Outcome, axes_in_use, certificate, certify, shrink, trials
 from train.certify.worker import RankResults
 
 

@@ -14,7 +14,8 @@ from parallel.layout import ParallelConfig
 from parallel.mesh import meshes_of_rank
 from tests.support.tiny import EXACT, saved
 from train.checkpoint.restore import restore
-from train.eval.generate import GenerateConfig, continue_tokens, placed_logits
+from train.eval.config import GenerateConfig
+from train.eval.generate import continue_tokens, placed_logits
 from train.eval.held_out import held_out_loss
 
 

@@ -14,7 +14,7 @@ import pytest
 from core.config import load
 from data.filter.audit.tally import spearman
 from launch.cli import main
-from launch.verbs.filter import FilterConfig, command_of
+from launch.filter.config import FilterConfig, command_of
 from tests.support.filtering import outputs, prose, rows_in, write_lines
 
 

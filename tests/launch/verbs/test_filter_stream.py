@@ -90,8 +90,8 @@ def test_a_model_trained_on_the_stream_is_rejected(stream, tmp_path, capsys, mon
         raise ConfigError("", name, f"was trained on these {len(records)}")
 
     scorer = SimpleNamespace(score=lambda records: np.zeros(len(records)))
-    monkeypatch.setattr("launch.verbs.filter._scorer", lambda config, out: scorer)
-    monkeypatch.setattr("launch.verbs.filter.MODELS", SimpleNamespace(check_unseen=check_unseen))
+    monkeypatch.setattr("launch.filter.run._scorer", lambda config, out: scorer)
+    monkeypatch.setattr("launch.filter.run.MODELS", SimpleNamespace(check_unseen=check_unseen))
     assert stream(lines_of(prose(70)), "scorer.kind=loss", "scorer.model=a-run") == (2, [])
     assert "scorer.model=a-run: was trained on these 64" in capsys.readouterr().err
 

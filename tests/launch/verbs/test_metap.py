@@ -19,8 +19,9 @@ from core.errors import ConfigError
 from hparam.axes import SizeAxis
 from launch.cli import VERBS, _collected, main
 from launch.local import named
-from launch.metap.fit import FitConfig, collect, fit
-from launch.metap.runs import SweepConfig, SweepSetting, bases, is_done, loss_of, member, one_run, settings
+from launch.metap.config import FitConfig, SweepConfig
+from launch.metap.fit import collect, fit
+from launch.metap.runs import SweepSetting, bases, is_done, loss_of, member, one_run, settings
 from launch.metap.sweep import sweep
 from launch.verbs.metap import MetapConfig
 from tests.support.families import SMALL, family

@@ -24,7 +24,8 @@ from tests.support import hf_models, tiny
 from tests.support.hf_models import like
 from train.checkpoint.init_from import initial_source, open_model
 from train.checkpoint.reader import IMPORTED, TOKENIZER
-from train.convert import Check, export_checkpoint, import_checkpoint
+from train.config import Check
+from train.convert import export_checkpoint, import_checkpoint
 
 QUIET = lambda line: None  # noqa: E731
 
@@ -324,7 +325,8 @@ def test_widths_that_do_not_fit_are_refused(saved, changes, key):
 CONVERT = """
 import re, sys
 from pathlib import Path
-from train.convert import Check, export_checkpoint, import_checkpoint
+from train.config import Check
+from train.convert import export_checkpoint, import_checkpoint
 root = Path(sys.argv[1])
 import_checkpoint(root / "hf", root / "in", check=Check.never)
 export_checkpoint(root / "in", root / "out", check=Check.never)

@@ -22,7 +22,7 @@ from train.config import PhaseConfig, TrainConfig
 from train.engine.fsdp import TorchEngine
 from train.metap.hyperparameters import as_base, derive, resolve, scale_of_run, without_derived
 from train.metap.scaling import carried, grown_run
-from train.optim.optimizer import Moments
+from train.optim.config import Moments
 from train.run_directory import RunDirectory
 
 

@@ -18,8 +18,9 @@ from model.transformer import Transformer
 from precision.config import Compute, ParamDtype, PrecisionConfig
 from tests.support.models import give_gradients, network, optimizer_of
 from train.config import TrainConfig
-from train.optim.muon import MuonConfig, MuonScale, orthogonalise
-from train.optim.optimizer import GroupConfig, Moments, OptimizerConfig, OptimizerKind, set_learning_rate
+from train.optim.config import GroupConfig, Moments, MuonConfig, MuonScale, OptimizerConfig, OptimizerKind
+from train.optim.muon import orthogonalise
+from train.optim.optimizer import set_learning_rate
 
 WIDE = PrecisionConfig(Compute.float64)
 MATRICES = {

@@ -12,7 +12,8 @@ from model.roles import Role, registry
 from model.transformer import Transformer
 from precision.config import Compute, PrecisionConfig
 from tests.support.models import give_gradients, network, optimizer_of
-from train.optim.optimizer import GroupConfig, Moments, OptimizerConfig, OptimizerKind, prime
+from train.optim.config import GroupConfig, Moments, OptimizerConfig, OptimizerKind
+from train.optim.optimizer import prime
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from core.errors import ConfigError
-from data.filter.input.readers import InputConfig, MalformedRecord, clean_records, input_parts
+from data.filter.config import InputConfig
+from data.filter.input.readers import MalformedRecord, clean_records, input_parts
 from data.filter.input.records import Record
 from tests.support.filtering import filtered, prose, write_lines
 

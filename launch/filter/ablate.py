@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 
 from core.config import load, plain
-from core.errors import ConfigError, check_numbers
 from core.files import write_bytes, write_json, write_text
 from core.html import data_url, page
 from data.filter.audit.plots import picture
@@ -31,6 +30,7 @@ from data.filter.corpus import SourcePart
 from data.filter.input.records import Record
 from data.filter.score.ngram import NgramScorer
 from data.sources import make_source
+from launch.filter.config import AblateConfig
 from launch.local import train
 from parallel.comm.world import connect
 from train.checkpoint.restore import RestoredRun, restore
@@ -46,23 +46,6 @@ COLOURS = {"filtered": "#0072B2", CONTROL: "#999999", "longest half": "#E69F00",
 
 Losses = dict[str, list[list[float]]]
 """For each arm and seed, the mean held-out loss of each of `GROUPS`."""
-
-
-@dataclass(frozen=True)
-class AblateConfig:
-    seeds: int = 3
-    """Seeds per arm, from 2 to 8."""
-    steps: int = 200
-    """Training steps of each run."""
-    sequences: int = 64
-    """Largest number of held-out sequences per source."""
-    train: list[str] = field(default_factory=lambda: ["experiment=smoke"])
-    """Overrides of `leviathan train`."""
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.seeds <= max(QUANTILE):
-            raise ConfigError("seeds", self.seeds, "must be from 2 to 8 for error bars", [3, 5])
-        check_numbers(self, positive=("steps", "sequences"))
 
 
 def ablate(config: AblateConfig, rules: FilterRules, out: Path) -> int:

@@ -1,0 +1,117 @@
+"""Configuration of the verb `filter`, and the command that repeats a filter."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from core.config import differences, plain, quoted
+from core.errors import ConfigError, check_numbers
+from data.filter.config import FilterRules, InputConfig
+
+_OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
+_BARE_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/.~][\w./~-]*", re.IGNORECASE)
+_INPUT_KEYS = tuple(one.name for one in fields(InputConfig))
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    seeds: int = 3
+    """Seeds per arm, from 2 to 8."""
+    steps: int = 200
+    """Training steps of each run."""
+    sequences: int = 64
+    """Largest number of held-out sequences per source."""
+    train: list[str] = field(default_factory=lambda: ["experiment=smoke"])
+    """Overrides of `leviathan train`."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.seeds <= 8:
+            raise ConfigError("seeds", self.seeds, "must be from 2 to 8 for error bars", [3, 5])
+        check_numbers(self, positive=("steps", "sequences"))
+
+
+class FilterAction(Enum):
+    filter = "filter"
+    ablate = "ablate"
+    """Compare training on the filtered corpus of `ablate.train` with training on controls, at equal tokens."""
+    stream = "stream"
+    """Filter JSON lines from standard input as they arrive."""
+
+
+@dataclass(frozen=True)
+class FilterConfig(FilterRules, InputConfig):
+    out: str = "filtered"
+    """Output directory. If it exists, its filter run is resumed."""
+    tokenizer: str | None = None
+    """Tokenizer that counts tokens: a tokenizer.json or a folder with one. null: each byte counts as a token."""
+    processes: int = 1
+    """Number of processes on this machine."""
+    explain: str | None = None
+    """Id of a record. Explain what the filter run in `out` decided about it, and do nothing else."""
+    run: str | None = None
+    """With `explain`: the directory of a training run. The record is followed through the run's filter to the training
+    steps that used it.
+    """
+    action: FilterAction = FilterAction.filter
+    """`filter`, `stream` (lines of JSON from standard input), or `ablate` (train on filtered data and controls)."""
+    ablate: AblateConfig = field(default_factory=AblateConfig)
+
+    def __post_init__(self) -> None:
+        FilterRules.__post_init__(self)
+        if self.explain is None and self.action is FilterAction.filter:
+            InputConfig.__post_init__(self)
+        if self.action is FilterAction.ablate:
+            keys = (*_INPUT_KEYS, "tokenizer", "processes", "explain", "run")
+            self._refuse(keys, "whose data are those of leviathan train (docs/filter.md)", [_OWN_DATA])
+        if self.action is FilterAction.stream:
+            keys = ("input", "dataset", "subset", "split", "processes", "explain", "run")
+            self._refuse(keys, "which reads JSON lines from standard input", ["< FILE"])
+            from data.filter.select.lines import check_rules
+
+            check_rules(self)
+            self.lines()
+        if self.run is not None and self.explain is None:
+            raise ConfigError("run", self.run, "requires the id of a record to explain", ["explain=ID"])
+        check_numbers(self, positive=("processes",))
+
+    def _refuse(self, keys: Sequence[str], why: str, instead: Sequence[str]) -> None:
+        """Raise `ConfigError` for the first of these keys that is set, since the action ignores it."""
+        for one in fields(FilterConfig):
+            if one.name in keys and (value := getattr(self, one.name)) != one.default:
+                raise ConfigError(one.name, value, f"has no effect on filter {self.action.name}, {why}", instead)
+
+    def lines(self) -> InputConfig:
+        """Return the input settings for lines of standard input."""
+        return InputConfig(**{**{key: getattr(self, key) for key in _INPUT_KEYS}, "input": "-"})
+
+    def rules(self) -> FilterRules:
+        return FilterRules(**{one.name: getattr(self, one.name) for one in fields(FilterRules)})
+
+
+def command_of(config: FilterConfig) -> str:
+    """Return the command that repeats the filter."""
+    values, inputs = plain(config), ("input", "dataset")
+    changed = {key: new for key, (_, new) in differences(plain(FilterConfig(input="")), values).items()}
+    given = {key: values[key] for key in inputs if values[key]}
+    shown = {key: value for key, value in (given | changed).items() if key in given or key not in inputs}
+    # Hydra sets a key of a dictionary that is empty by default only with +
+    added = ("select.domains.", "contamination.sets.")
+    words = [f"{'+' if key.startswith(added) else ''}{key}={_override(value)}" for key, value in shown.items()]
+    return " ".join(["leviathan filter", *map(shlex.quote, words)])
+
+
+def _override(value: Any) -> str:
+    """Write a value in Hydra's override grammar."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_override, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {_override(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, str):
+        return value if _BARE_WORD.fullmatch(value) else quoted(value)
+    return json.dumps(value)

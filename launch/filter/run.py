@@ -1,0 +1,143 @@
+"""Filter a file, a data set or a stream, in this process or in several."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.config import plain
+from core.errors import ConfigError, LeviathanError
+from core.exit_codes import CRASHED
+from core.files import write_json
+from data.config import TokenizerConfig, TokenizerKind
+from data.filter.audit.findings import summary
+from data.filter.audit.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
+from data.filter.config import under
+from data.filter.input.readers import clean_records, input_parts
+from data.filter.input.records import Record
+from data.filter.pipeline import Filter, FilterJob
+from data.filter.score.factory import check_models, make_scorer
+from data.filter.score.scorer import Scorer
+from data.filter.select.lines import COUNTS, LineFilter
+from data.filter.store import OneWorker, Workers, barrier
+from data.tokenizer import Tokenizer, from_file, load_tokenizer
+from launch.filter.config import FilterConfig, command_of
+from parallel.comm.world import World, connect
+from train.eval.contamination import MODELS
+
+STAGES = "stages"
+
+
+def run_filter(config: FilterConfig, out: Path) -> int:
+    """Filter `input` or `dataset`, on the ranks that torchrun started if there are any."""
+    with closing(connect()) as world:
+        _filter(config, out, WorldWorkers(world) if world.size > 1 else OneWorker())
+    return 0
+
+
+def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
+    tokenizer = _tokenizer(config)
+    job = FilterJob(
+        parts=input_parts(config),
+        rules=config.rules(),
+        scorer=_scorer(config, out),
+        directory=out / STAGES,
+        workers=workers,
+        report=print if workers.rank == 0 else lambda line: None,
+        count_tokens=_count_tokens(tokenizer),
+        models=MODELS,
+        tokenizer="bytes" if tokenizer is None else tokenizer.fingerprint,
+        clean=clean_records(config.select.clean, config) if config.select.clean else (),
+    )
+    done = Filter(job)
+    done.run()
+    with barrier(workers):
+        if workers.rank == 0:
+            write_scores(done, out / SCORES)
+            write_kept(done, out / KEPT)
+            audit = write_audit_of(done, out, str(config.input or config.dataset), command_of(config))
+            print(summary(audit))
+            for warning in audit["warnings"]:
+                print(f"warning: {warning['text']}")
+            print(f"audit: {out / AUDIT_PAGE}")
+
+
+def run_stream(config: FilterConfig, out: Path) -> int:
+    """Filter standard input until it ends, then print the counts."""
+
+    def check(records: Sequence[Record]) -> None:
+        check_models(MODELS, config.scorer, lambda: records, print)
+
+    clean = clean_records(config.select.clean, config.lines()) if config.select.clean else ()
+    count_tokens = _count_tokens(_tokenizer(config))
+    done = LineFilter(config.lines(), config.rules(), _scorer(config, out), count_tokens, clean, check)
+    done.run(sys.stdin.buffer, out)
+    counts = done.counts()
+    rate = "nothing was scored" if counts["rate"] is None else f"{counts['rate']:.2%} of the {counts['unit']} scored"
+    reasons = ", ".join(f"{name} {count:,}" for name, count in counts["reasons"].items())
+    print(f"kept {counts['kept']:,} of {counts['lines']:,} lines ({rate}; keep={config.keep}): {reasons}")
+    print(f"a stream is not searched for duplicates; counts: {out / COUNTS}")
+    return 0
+
+
+def _scorer(config: FilterConfig, out: Path) -> Scorer:
+    with under("scorer"):
+        return make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed)
+
+
+def _count_tokens(tokenizer: Tokenizer | None) -> Callable[[Sequence[str]], Sequence[int]] | None:
+    return None if tokenizer is None else lambda texts: [len(ids) for ids in tokenizer.encode(texts)]
+
+
+def _tokenizer(config: FilterConfig) -> Tokenizer | None:
+    if config.tokenizer is None:
+        return None
+    path = Path(config.tokenizer).expanduser()
+    if path.is_dir():
+        return load_tokenizer(path)
+    try:
+        return from_file(TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path)))
+    except ConfigError as error:
+        raise ConfigError("tokenizer", config.tokenizer, error.reason) from None
+
+
+class WorldWorkers:
+    """The ranks that torchrun started, as workers of the filter."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.rank, self.size = world, world.rank, world.size
+
+    def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        total = torch.from_numpy(values.copy())
+        torch.distributed.all_reduce(total)
+        return total.numpy()
+
+    def agree(self, error: LeviathanError | None) -> None:
+        errors: list[LeviathanError | None] = [None] * self.size
+        torch.distributed.all_gather_object(errors, error)
+        for found in filter(None, errors):
+            found.everywhere = True
+            raise found
+
+
+def run_processes(config: FilterConfig, out: Path) -> int:
+    """Run `torchrun --nproc-per-node N -m launch.verbs.filter` in this process."""
+    from launch.agent import AgentInterrupted, Node
+    from launch.agent import run as run_node
+
+    with tempfile.TemporaryDirectory(prefix="leviathan-") as scratch:
+        path = Path(scratch) / "config.json"
+        write_json(path, plain(config))
+        command = ("-m", "launch.verbs.filter", "--config", str(path))
+        try:
+            code = run_node(Node(command=command, ranks=config.processes, logs=out / "logs", job="filter"))
+            return 1 if code == CRASHED else code
+        except AgentInterrupted as error:
+            return error.exit_code

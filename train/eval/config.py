@@ -1,0 +1,27 @@
+"""Configuration of `generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.errors import check_numbers
+from precision.config import Backend
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Continue a text with a run's last checkpoint. `run`: the run's directory. `temperature` 0 takes the most probable
+    token. `top_k`: number of the most probable tokens to sample from.
+    """
+
+    run: str = "???"
+    prompt: str = "def "
+    tokens: int = 100
+    temperature: float = 0.7
+    top_k: int | None = 50
+    seed: int = 0
+    backend: Backend | None = None
+    """GEMM backend; null: as in training."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("tokens", "top_k"), not_negative=("temperature",))
