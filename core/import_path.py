@@ -34,7 +34,8 @@ def check_options(kind: object, options: Mapping[str, Any]) -> None:
 def load(
     path: str, key: str, *arguments: object, options: Mapping[str, Any] | None = None, base: type | None = None
 ) -> Any:
-    """Import `path` and bind `options`. `arguments`: examples of later arguments; the signature must accept them.
+    """Import `path` and bind `options`. `arguments`: sample arguments that the signature must
+    accept; `load` does not call the object.
 
     Raises `ConfigError` under `key` if the module cannot be imported or lacks the name, and if the object is not
     callable, is not a subclass of `base` or does not take the arguments.

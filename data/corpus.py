@@ -78,7 +78,7 @@ class Corpus:
         return counts.get("padding", 0) / max(counts["tokens"], 1)
 
     def cut_documents(self, source: str) -> float:
-        """Return the fraction of a source's training documents that sequences of `data.pack_seq_len` tokens cut."""
+        """Return the fraction of a source's training documents that span several sequences (`data.pack_seq_len`)."""
         counts = self._counts(source)
         return counts.get("cut", 0) / counts["documents"]
 
@@ -164,8 +164,9 @@ def _packing_lines(config: DataConfig, corpus: Corpus) -> Iterator[str]:
         shares = ", ".join(f"{share} of {name}" for name, share in padding.items())
         yield f"documents aligned to {config.align} tokens: padding {shares}"
     if config.pack_seq_len is not None:
-        shares = ", ".join(f"{name} {corpus.cut_documents(name):.1%} and {share}" for name, share in padding.items())
-        yield f"sequences of {config.pack_seq_len} tokens, {config.packing.name}: documents cut and padding: {shares}"
+        cut = {name: f"{corpus.cut_documents(name):.1%} of documents cut" for name in corpus.sources}
+        shares = "; ".join(f"{name}: {cut[name]}, {share} padding" for name, share in padding.items())
+        yield f"sequences of {config.pack_seq_len} tokens, {config.packing.name}: {shares}"
 
 
 def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
@@ -295,7 +296,7 @@ class _SourceWriter:
             return self._write_packed(packed)
         whole_document = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
         stream = self.streams[_split(document)]
-        # pad up to a multiple of `align`, unless the document ends before it
+        # pad up to the next multiple of `align`, unless the document fits before it
         left = -stream.tokens % self.config.align if self.config.align is not None else 0
         padding = left if len(whole_document) > left else 0
         begin = stream.tokens + padding
@@ -330,8 +331,9 @@ class _SourceWriter:
 
 
 class DocumentIndex:
-    """Write the positions of a source's named training documents in its stream to a parquet file, if it has any. A row
-    has the name, start (of BOS) and number of tokens of a document, or of a piece if packing cut it.
+    """Write a parquet file with the position of each named training document in the stream of its source. A source
+    without such documents gets no file. A row has the name, start (of BOS) and number of tokens of a document, or of a
+    piece if packing cut it.
     """
 
     def __init__(self, path: Path) -> None:

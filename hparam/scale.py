@@ -1,4 +1,7 @@
-"""Describe the sizes of a model and its run, whose ratios scaling rules use, and the sizes of each role's matrix."""
+"""Describe the sizes of a model, of its run and of each role's matrix.
+
+Scaling rules use the ratio of each size in a target to the same size in its base.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _MAY_BE_ABSENT = ("dense_hidden_size", "shared_expert_hidden_size", "expert_hidd
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of a whole model and its run, independent of the layout. `batch` is the number of tokens in an optimizer
+    """Sizes of a whole model and its run, not of a rank's shard. `batch` is the number of tokens in an optimizer
     step, and `tokens` the number in the run. Sizes of layers that the model lacks are 0.
     """
 
@@ -96,7 +99,9 @@ SPANS: Mapping[Role, tuple[str | None, str]] = {
 
 
 def ratios(base: Scale, target: Scale, role: Role | None = None) -> dict[str, float]:
-    """Return target / base for every size that both have and, given a role, for `fan_in`, `fan_out` and `larger`."""
+    """Return target / base for every size that both have and, given a role, for `fan_in`, `fan_out` and `larger`,
+    the larger of the two.
+    """
     first, second = asdict(base), asdict(target)
     found = {name: second[name] / first[name] for name in first if first[name] and second[name]}
     if role is not None and role in SPANS:

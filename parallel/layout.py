@@ -108,7 +108,7 @@ class ParallelConfig:
     stages_per_rank: int | None = None
     """Number of pipeline stages on each rank. null: 1, or 2 if the schedule needs several."""
     layers_per_stage: list[int] | None = None
-    """Number of layers of each stage, first to last. null: the split whose costliest stage costs the least."""
+    """Number of layers of each stage, first to last. null: the cost of the costliest stage is as low as possible."""
     timeout_s: float = 300.0
     """Seconds after which a waiting collective is reported with the missing ranks, and the run ends."""
 
@@ -255,7 +255,7 @@ class Layout(ParallelConfig):
 
     def check_batch(self, global_batch_size: int, micro_batch_size: int) -> None:
         """Reject a global batch that the ranks cannot divide evenly, or a rank cannot divide into micro-batches. Reject
-        a number of micro-batches that the pipeline's schedule cannot run without leaving ranks idle.
+        too few micro-batches to fill the pipeline, and a number that its schedule cannot run in equal rounds.
         """
         if global_batch_size % self.dp:
             reason = f"must divide into dp_replicate * dp_shard = {self.dp} equal parts"

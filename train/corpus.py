@@ -23,7 +23,8 @@ def get_corpus(
 ) -> Corpus:
     """Make the corpus on rank 0 or find it in the cache, and open it on all ranks, which together verify its hashes.
 
-    `models` opens the models that a filter scores with. Without it, a corpus whose filter needs one must be cached.
+    `models` opens the models with which a filter scores. If it is None and the filter needs a model, the corpus must be
+    in the cache.
     Raises `ConfigError` if the tokenizer has more ids than the model.
     """
     directory = world.from_main(lambda: prepare(config.data, report, models).directory)

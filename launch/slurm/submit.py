@@ -1,7 +1,7 @@
 """`launch=slurm`: write the job's folder, render the batch script, submit it and show its log.
 
-A job's folder `jobs/NAME` contains `config-0.yaml`, `config-1.yaml`, ... (the resolved configuration of each run, the
-only one that nodes read), `job.sh`, `job.json` (with SLURM's job number), a log per array task, and the state of
+A job's folder `jobs/NAME` contains `config-0.yaml`, `config-1.yaml`, ... (the resolved configuration of each run;
+nodes read no other), `job.sh`, `job.json` (with SLURM's job number), a log per array task, and the state of
 launch/slurm/requeue.py.
 """
 
@@ -283,7 +283,7 @@ def _check_partition(names: list[str]) -> None:
 
 
 def _dependency(slurm: SlurmConfig, directory: Path) -> str | None:
-    """Replace names of this project's jobs in a dependency by SLURM's numbers."""
+    """Replace each name of a job in `directory` in `slurm.dependency` by SLURM's number of that job."""
     if slurm.dependency is None:
         return None
     parts = slurm.dependency.split(":")
@@ -298,7 +298,7 @@ def _dependency(slurm: SlurmConfig, directory: Path) -> str | None:
 
 
 def _seconds_per_step(run: RunDirectory) -> float | None:
-    """Return the seconds per step by the last speed in the run's metrics file, or None if it has no speed."""
+    """Return the seconds per step, computed from the last speed in the run's metrics file, or None without one."""
     if not run.metrics.exists() or not run.config_file.exists():
         return None
     rates = [line["tokens_per_second"] for line in read_lines(run.metrics) if line.get("tokens_per_second")]

@@ -57,7 +57,7 @@ class PipelineSchedule(Enum):
         return pp * per_rank if self.is_v else pp
 
     def accepts(self, micro_batches: int, pp: int, per_rank: int) -> bool:
-        """Return whether the schedule can run this number of micro-batches without leaving ranks idle."""
+        """Return whether micro-batches are enough to fill the pipeline and, if in rounds, form equal rounds."""
         if micro_batches < self.least_micro_batches(pp, per_rank):
             return False
         return not self.in_rounds or micro_batches % (micro_batches // pp) == 0
@@ -79,8 +79,8 @@ class Stages:
 
 
 def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: int, given: list[int] | None) -> Stages:
-    """Spread the layers over pp * per_rank stages so that the costliest stage costs the least, or put `given[i]`
-    layers on stage i. Raises `ConfigError` if a stage would have no layer.
+    """Spread the layers over pp * per_rank stages so that the cost of the costliest stage is as low as possible,
+    or put `given[i]` layers on stage i. Raises `ConfigError` if a stage would have no layer.
     """
     count = pp * per_rank
     if count > model.num_layers:
@@ -113,8 +113,8 @@ def layer_costs(model: ModelConfig, seq_len: int = 4096) -> list[float]:
 
 
 def balanced(costs: list[float], parts: int) -> list[int]:
-    """Split `costs` into consecutive non-empty parts so that the costliest part costs the least. Returns the sizes of
-    the parts. Of splits that cost the same, takes the one with the most equal sizes.
+    """Split `costs` into consecutive non-empty parts so that the cost of the costliest part is as low as possible.
+    Returns the sizes of the parts. Of splits that cost the same, takes the one with the most equal sizes.
     """
     count, totals = len(costs), list(itertools.accumulate(costs, initial=0.0))
     # best[n]: (highest cost, unevenness, sizes) of the first n layers in `part` parts

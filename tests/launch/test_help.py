@@ -46,7 +46,7 @@ def test_help_has_every_key_of_launch_with_its_type_and_words(capsys):
     text = capsys.readouterr().out
     assert all(f"\nlaunch.slurm.{field.name}=" in text for field in dataclasses.fields(SlurmConfig))
     assert "launch.slurm.time=null  (str | null)\n" in text and "launch={" not in text
-    assert "launch.slurm.save_s=300  (int)\n    # Seconds before the time limit at which" in text
+    assert "launch.slurm.save_s=300  (int)\n    # SLURM warns the run this many seconds" in text
     assert "launch.kind=slurm  (inline | torchrun | slurm)\n" in text
     assert "launch.slurm.partition=gpu  (str | null)" in text
     assert "# Options of sbatch and of the job; null: the cluster's default." in text

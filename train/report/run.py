@@ -17,7 +17,7 @@ from train.run_directory import load_config, read_lines
 SPIKE = 1.5
 """A logged loss is a spike if it exceeds the median of the ten logged losses before it by more than this many nats."""
 UNEVEN = 4.0
-"""Largest ratio of an expert's load to the mean, at the last logged step, that causes no warning."""
+"""A warning is given if an expert's load at the last logged step exceeds the mean load by more than this factor."""
 
 
 class RunData:
@@ -50,7 +50,7 @@ class RunData:
         return [line.get(key, math.nan) for line in self.lines]
 
     def figure(self, key: str) -> Any:
-        """Return a metric from the summary or, without it there, from the last logged step. None if neither has it."""
+        """Return a metric from the summary or, if not there, from the last logged step. None if neither has it."""
         return self.summary.get(key, self.lines[-1].get(key))
 
     @cached_property

@@ -1,6 +1,7 @@
-"""Score by the loss under a byte n-gram model of the filtered data. Takes seconds; needs no weights or tokenizer.
+"""Score by the loss under a byte n-gram model of the data to filter. Takes seconds; needs no weights or tokenizer.
 
-Cross-fitted: the data has two folds, duplicates are in one fold, and the model of a fold scores the other fold only.
+Cross-fitted: the data is split into two folds, and the model fitted to one fold scores only the other. All copies of a
+text are in the same fold.
 Limitation: the context is `order - 1` bytes, so the score measures how predictable the wording is, not what the prompt
 asks for. Losses are rounded to fixed point before they are summed, so a score does not depend on the batch.
 
@@ -43,7 +44,8 @@ class NgramScorer(Scorer):
     `sample_bytes`: size of the training sample of each fold, which has the records with the lowest hashes. A model
     takes about 12 bytes of memory per distinct n-gram: 20 MB for 8 MB of text, 200 MB for 8 MB of noise.
 
-    Among answers of equal length that show their steps, mean loss grows with the number of steps, because more steps
+    Among answers of equal length that show the steps of the solution, mean loss grows
+    with the number of steps, because more steps
     mean more digits and fewer words. An answer that is only a number does not show the steps to it, so this scorer
     cannot rank such answers by difficulty (docs/filter_difficulty.png).
     """
@@ -93,7 +95,8 @@ class NgramModel:
 
     At order k, p_k(b | c) = (n(c b) - d) / n(c) + d t(c) / n(c) p_k-1(b | c'), where c' is context c without its oldest
     byte, t(c) is the number of distinct bytes after c, and p_0 = 1/256. At the highest order n counts occurrences; at
-    lower orders it counts distinct preceding bytes. d = n_1 / (n_1 + 2 n_2) with n_i n-grams of count i.
+    lower orders it counts distinct preceding bytes. d = n_1 / (n_1 + 2 n_2), where n_i is the number of n-grams with
+    count i.
     """
 
     def __init__(self, order: int, texts: Sequence[bytes]) -> None:
@@ -159,7 +162,7 @@ class _Sample:
         self._left = size
         self._heap: list[tuple[int, bytes]] = []
         self._limit = 1 << 64
-        """The lowest hash that was evicted. No record from this hash on is added, however short."""
+        """The lowest hash that was evicted. A record with this hash or a higher one is not added, though it may fit."""
 
     def add(self, record: Record) -> None:
         key = sample_key(record)

@@ -1,4 +1,4 @@
-"""Which nodes the doctor names: with made-up readings, and on real ranks of which one is slow."""
+"""Test which nodes the doctor names, given made-up readings, and given real ranks of which one is slowed down."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_wrong_node_is_named_with_what_is_wrong(what, reads):
 
 
 def slowed(readings: list[NodeReading], *ranks: int, share: float = 0.2) -> list[NodeReading]:
-    """Reduce the rate of the links from `ranks` to the next rank to the fraction `share`."""
+    """Multiply the rate of the link from each of `ranks` to the next rank by `share`."""
     found = list(readings)
     for rank in ranks:
         peer, rate = found[rank].links["fsdp"]
