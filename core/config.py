@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import re
 import types
 import typing
@@ -22,13 +21,13 @@ from typing import Any, TypeVar
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import ConfigError, RenamedKeyError
 from core.import_path import check_form
+from core.overrides import escaped, parse
 from core.renamed import new_value, old_fields
 
 T = TypeVar("T")
@@ -55,29 +54,16 @@ def load_stored(values: dict[str, Any], schema: type[T], overrides: Sequence[str
         if isinstance(values.get(key), dict) and not value.startswith("{"):
             reason = "a stored configuration has no groups to choose from; set a key of this section"
             raise ConfigError(key, value, reason, [f"{key}.{next(iter(values[key]), 'KEY')}=..."])
-    ConfigStore.instance().store(name="stored", node=values)
+    ConfigStore.instance().store(name="stored", node=_literal(values))
     return build(schema, _compose("stored", schema, overrides))
 
 
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Expand values such as `lr=1e-3,2e-3` into every combination of overrides. The last override varies fastest."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException:
-        return [list(overrides)]  # `load` and `load_stored` report the syntax error
-    choices = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override()
-        else [typing.cast(str, one.input_line)]
-        for one in parsed
-    ]
-    return [list(point) for point in itertools.product(*choices)]
-
-
-def quoted(text: str) -> str:
-    """Quote a string for Hydra's override grammar."""
-    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    return "'" + re.sub(r"(\\+)$", r"\1\1", text).replace("${", "\\${") + "'"
+@cache
+def groups() -> dict[str, list[str]]:
+    """Return the configuration groups with the names of their presets."""
+    folders = (path for path in sorted(config_directory().iterdir()) if path.is_dir())
+    found = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+    return {name: presets for name, presets in found.items() if presets}
 
 
 def compose_plain(root: str, schema: type, overrides: Sequence[str]) -> dict[str, Any]:
@@ -96,12 +82,21 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
             values = {shorthand: values}
         if not isinstance(values, dict):
             raise ConfigError(path, values, "needs keys and values, not one value")
-        typed = OmegaConf.merge(OmegaConf.structured(_twin(typing.cast(Any, cls))), values)
+        typed = OmegaConf.merge(OmegaConf.structured(_twin(typing.cast(Any, cls))), _literal(values))
         container = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         explained = _explain(error, cls, path)
         raise (explained.under(path) if path else explained) from None
     return _make(cls, container, path)
+
+
+def _literal(values: Any) -> Any:
+    """Return plain values that OmegaConf resolves to `values`. Text of a stranger is not interpolated."""
+    if isinstance(values, dict):
+        return {key: _literal(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_literal(value) for value in values]
+    return escaped(values) if isinstance(values, str) else values
 
 
 def plain(config: Any) -> Any:
@@ -136,7 +131,7 @@ def _compose(root: str, schema: type, overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return compose(root, overrides=list(overrides))
+            return compose(root, overrides=[parse(override, groups())[0] for override in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, schema) from None
 

@@ -21,6 +21,10 @@ class DataError(LeviathanError):
     """Stored data is missing, truncated or differs from its manifest."""
 
 
+class UnreadableFileError(DataError, ValueError):
+    """A file is not a regular file, is too large, is not UTF-8, or does not parse."""
+
+
 class CheckpointError(LeviathanError):
     """A checkpoint cannot be written, or no complete one can be read."""
 
@@ -56,7 +60,8 @@ class ConfigError(LeviathanError):
             *most, last = map(str, self.legal)
             advice = f"; try {', '.join(most)} or {last}" if most else f"; try {last}"
         shown = "" if self.value is None else f"={getattr(self.value, 'value', self.value)}"
-        return f"{self.key}{shown}: {self.reason}{advice}"
+        name = f"{self.key}{shown}: " if self.key or shown else ""
+        return f"{name}{self.reason}{advice}"
 
 
 class RenamedKeyError(ConfigError):

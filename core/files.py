@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +19,10 @@ from typing import Any
 
 from fsspec.registry import known_implementations
 
-from core.errors import ConfigError
+from core.errors import ConfigError, UnreadableFileError
+
+TEXT_LIMIT = 256 * 2**20
+"""Largest size, in bytes, of a file that is read as one text: an index, a tokenizer, a summary."""
 
 
 def locate(text: str) -> Path:
@@ -120,8 +124,40 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """Return the content of a UTF-8 file of at most `limit` bytes.
+
+    Raises `UnreadableFileError` for other content and for what is not a regular file: opening a FIFO would wait for a
+    writer. Raises `OSError` as `open` does.
+    """
+    if is_local(path) and (problem := _irregular(path.stat().st_mode)):
+        raise UnreadableFileError(f"{path}: is {problem}, but must be a file")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UnreadableFileError(f"{path}: is larger than {limit >> 20} MiB")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UnreadableFileError(f"{path}: is not UTF-8 text (byte {error.start:,})") from None
+
+
+def _irregular(mode: int) -> str | None:
+    """Return what a path with this mode is, or None for a regular file."""
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
+    return next((name for test, name in kinds.items() if test(mode)), "a device")
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    """Read a file of JSON. Raises `UnreadableFileError` (a `ValueError`) if it does not parse, and `OSError`."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON: {error}"
+        raise UnreadableFileError(f"{path}: {reason}") from None
 
 
 def sha256_file(path: Path) -> str:

@@ -26,7 +26,10 @@ class ForeignPackageError(LeviathanError):
 
 def drop_working_directory() -> None:
     """Remove the current folder from the import path, unless our packages are in it."""
-    here = Path.cwd().resolve()
+    try:
+        here = Path.cwd().resolve()
+    except FileNotFoundError:
+        raise LeviathanError("the working directory no longer exists: change to another one (cd)") from None
     if here != ROOT:
         sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
 

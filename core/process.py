@@ -1,29 +1,61 @@
-"""Run the main function of a process: set up the import path and threads, and turn exceptions into exit codes."""
+"""Run the main function of a process: set up the import path and threads, and turn exceptions into one line each.
+
+What can be foreseen ends with one line that says what to change. Anything else ends with one line that names a file
+with the traceback.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
+import shlex
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from core.errors import LeviathanError
+from core.errors import LeviathanError, one_line
 from core.exit_codes import CRASHED, INTERRUPTED, is_consequence
 from core.openmp import share_cores
 from core.package_guard import check_packages, drop_working_directory
+
+TRACEBACKS = "LEVIATHAN_TRACEBACKS"
+"""Environment variable: the folder for tracebacks of internal errors. Default: ~/.cache/leviathan/tracebacks."""
+
+_ADVICE = {
+    errno.ENOSPC: "no space is left on the disk; free some, or write elsewhere",
+    errno.EDQUOT: "the disk quota is used up; free some space, or write elsewhere",
+    errno.EROFS: "the file system is read-only; write elsewhere",
+    errno.EACCES: "permission denied; change its permissions, or choose another path",
+    errno.EPERM: "not permitted; change its permissions, or choose another path",
+    errno.ENOENT: "no such file or folder",
+    errno.EISDIR: "is a folder, but must be a file",
+    errno.ENOTDIR: "a part of this path is a file, but must be a folder",
+    errno.EEXIST: "exists already",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "its symbolic links form a loop",
+    errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
+    errno.ENFILE: "too many open files on this machine",
+    errno.EIO: "input/output error; check the disk",
+    errno.ESTALE: "the network file system no longer knows this file",
+    errno.ENOTEMPTY: "the folder is not empty",
+}
 
 
 def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Call `main` with the command-line arguments and return the process's exit code.
 
-    A `LeviathanError` prints one line on stderr, and its exit code is returned. If all ranks raise the same error,
-    only rank 0 prints it. Any other exception prints a traceback; under torchrun's agent the exit code is CRASHED, so
-    that the agent restarts the ranks.
+    A `LeviathanError` prints one line on stderr, and its exit code is returned. Where all ranks raise the same error,
+    rank 0 alone prints it. Under torchrun's agent the exit code of any other exception is CRASHED, so that the agent
+    restarts the ranks.
     """
     has_agent = "TORCHELASTIC_RUN_ID" in os.environ
-    drop_working_directory()
-    share_cores()
     try:
+        drop_working_directory()
+        share_cores()
         check_packages()
         code = main(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -37,11 +69,11 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
         return INTERRUPTED
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not has_agent:  # `leviathan ... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
+            _discard_output()
         elif is_consequence(str(error)):
             print(f"rank {os.environ.get('RANK')} lost another rank: {str(error).splitlines()[-1]}", file=sys.stderr)
         else:
-            traceback.print_exc()
+            report(LeviathanError(explained(error) or _internal(error)))
         return CRASHED if has_agent else 1
 
 
@@ -51,3 +83,36 @@ def report(error: LeviathanError, where: str = "") -> None:
     if rank == "0" or not error.everywhere:
         prefix = "".join(f"{part}: " for part in (where, "" if rank == "0" else f"rank {rank}") if part)
         print(f"leviathan: error: {prefix}{error}", file=sys.stderr, flush=True)
+
+
+def explained(error: BaseException) -> str | None:
+    """Return one line about an error of the operating system or a lack of memory, or None for any other error."""
+    if isinstance(error, MemoryError):
+        return "this machine has not enough memory: use smaller sizes, or more machines"
+    if not isinstance(error, OSError) or error.errno not in _ADVICE:
+        return None
+    if error.filename is None:
+        _discard_output()  # it may be what failed, as in `> /dev/full`
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{where}{_ADVICE[error.errno]}"
+
+
+def _internal(error: Exception) -> str:
+    """Keep the traceback of an error that was not foreseen. Return the line that names its file."""
+    folder = Path(os.environ.get(TRACEBACKS, "~/.cache/leviathan/tracebacks")).expanduser()
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    heading = f"{shlex.join(sys.argv)}\nPython {platform.python_version()}, {platform.platform()}\n\n"
+    for path in (folder / name, Path(tempfile.gettempdir()) / f"leviathan-{name}"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(heading + "".join(traceback.format_exception(error)))
+        except OSError:
+            continue
+        return f"internal error, {one_line(error, 300)}; please report it with its traceback, {path}"
+    traceback.print_exception(error)
+    return f"internal error, {one_line(error, 300)}; please report it with the traceback above"
+
+
+def _discard_output() -> None:
+    """Send standard output nowhere. Python flushes it again at exit, which would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -109,7 +109,8 @@ def _run(arguments: list[str]) -> int:
     module = importlib.import_module(f"launch.verbs.{verb.module or name}")
     schema = getattr(module, verb.config)
     overrides = _collected(verb, schema, overrides)
-    from core.config import compose_plain, config_directory, expand, load, plain
+    from core.config import compose_plain, config_directory, groups, load, plain
+    from core.overrides import expand
 
     if "-h" in options or "--help" in options:
         from launch.config import LaunchConfig
@@ -119,7 +120,7 @@ def _run(arguments: list[str]) -> int:
         print(describe(schema, compose_plain(name, schema, overrides), config_directory(), {"launch": LaunchConfig}))
         return 0
     read = partial(load, name, schema) if stored is None else partial(getattr(module, verb.stored or ""), stored)
-    configs = [read(point) for point in (expand(overrides) if verb.sweeps else [overrides])]
+    configs = [read(point) for point in (expand(overrides, groups()) if verb.sweeps else [overrides])]
     if "--cfg" in options:
         import yaml
 
@@ -143,10 +144,11 @@ def _named(verb: Verb, arguments: list[str]) -> list[str]:
     """Turn arguments without "=" into overrides of the keys that they stand for."""
     if not verb.positional:
         return arguments  # Hydra reports the error
-    from core.config import quoted
+    from core.overrides import quoted
 
     bare = [argument for argument in arguments if not _OVERRIDE.match(argument)]
-    named, values = [argument for argument in arguments if argument not in bare], list(map(quoted, bare))
+    values = list(map(quoted, bare))
+    named = [_as_text(verb, argument) for argument in arguments if argument not in bare]
     for key in verb.positional[: len(values)]:
         if key.endswith("..."):
             return [*named, f"{key.removesuffix('...')}=[{','.join(values)}]"]
@@ -156,11 +158,19 @@ def _named(verb: Verb, arguments: list[str]) -> list[str]:
     return named
 
 
+def _as_text(verb: Verb, argument: str) -> str:
+    """Quote the value of `prompt=...` and the like: what a positional key takes is text, not Hydra's grammar."""
+    from core.overrides import quoted
+
+    key, _, value = argument.partition("=")
+    return f"{key}={quoted(value)}" if key in verb.positional and value != "null" else argument
+
+
 def _collected(verb: Verb, schema: type, overrides: list[str]) -> list[str]:
     """Move overrides of keys that `schema` does not have into the list `verb.others`."""
     if verb.others is None:
         return overrides
-    from core.config import quoted
+    from core.overrides import quoted
 
     own = {one.name for one in dataclasses.fields(schema)}
     theirs = [word for word in overrides if re.split(r"[.=@]", word.lstrip("+~"))[0] not in own]

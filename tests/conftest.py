@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
 from launch.rank_pool import Pool
 from tests.support.fork_server import ForkServer
 
+# the same cases in every run; `HYPOTHESIS=fuzz` draws new ones, many more
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=60)
+hypothesis.settings.register_profile("fuzz", deadline=None, database=None, max_examples=20_000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS", "tests"))
 torch.set_num_threads(1)  # tensors are small, and busy-waiting threads would take cores from other tests
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS: dict[str, float] = json.loads((ROOT / "tests" / "seconds.json").read_text())

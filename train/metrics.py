@@ -92,7 +92,13 @@ class Log:
     def __call__(self, line: str) -> None:
         if self.path is None:
             return
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # `leviathan ... | head`
+            raise
+        except OSError:  # a full disk under `> FILE` must not end the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print("standard output cannot be written: the lines go on in log.txt", file=sys.stderr)
         try:
             with open(self.path, "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")

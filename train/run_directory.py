@@ -17,9 +17,10 @@ from typing import IO, Any, NamedTuple
 import yaml
 
 from core.config import build, differences, plain
-from core.errors import ConfigError, LeviathanError, RenamedKeyError
+from core.errors import ConfigError, LeviathanError, RenamedKeyError, UnreadableFileError
 from core.exit_codes import CRASHED
 from core.files import locate, read_json, write_text
+from core.yaml_file import read_yaml
 from train.config import TrainConfig, phases
 from train.metap.hyperparameters import without_derived
 
@@ -173,14 +174,16 @@ def load_config(directory: Path) -> TrainConfig:
 def read_config(path: Path) -> TrainConfig:
     """Read a resolved configuration in the form of `config.yaml`."""
     try:
-        return build(TrainConfig, yaml.safe_load(path.read_text()))
+        values = read_yaml(path)
+        if not isinstance(values, dict):
+            raise ConfigError("config", str(path), "has no keys: it is empty, or not a configuration")
+        return build(TrainConfig, values)
     except OSError as error:
         raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
     except RenamedKeyError as error:
         raise ConfigError("run", str(path.parent), f"{path.name} is of an older format: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = f"{path.name} is unreadable: {str(error).splitlines()[0]}"
-        raise ConfigError("run", str(path.parent), reason) from None
+    except UnreadableFileError as error:
+        raise ConfigError("config", None, str(error)) from None
 
 
 def write_config(path: Path, config: TrainConfig) -> None:

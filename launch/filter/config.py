@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from core.config import differences, plain, quoted
+from core.config import differences, plain
 from core.errors import ConfigError, check_numbers
+from core.overrides import quoted
 from data.filter.config import FilterRules, InputConfig
 
 _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from core.config import differences, expand, load, plain
+from core.config import differences, groups, load, plain
 from core.errors import ConfigError, Diverged, LeviathanError
 from core.files import read_json
+from core.overrides import expand
 from hparam.axes import SizeAxis
 from hparam.rules import Parametrization
 from launch.local import train
@@ -46,7 +47,7 @@ def bases(overrides: Sequence[str]) -> dict[str, TrainConfig]:
     """Load one configuration per combination of the values in overrides of `leviathan train`. The keys are labels made
     of the values that vary.
     """
-    points = expand(overrides)
+    points = expand(overrides, groups())
     varying = [place for place in range(len(overrides)) if len({point[place] for point in points}) > 1]
     for place in varying:
         if (key := overrides[place].partition("=")[0]) in ("optimizer.lr", "run.seed"):

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from core.config import build, load, plain
-from core.errors import ConfigError
+from core.errors import ConfigError, UnreadableFileError
 from core.files import write_text
 from core.package_guard import sources_digest
+from core.yaml_file import read_yaml
 from hparam.transfer import Resolved, spans
 from train.config import TrainConfig
 from train.metap.hyperparameters import as_base, derive, found_at, resolve, scale_of_run, without_derived
@@ -68,11 +69,11 @@ def _is_of_base(word: str) -> bool:
 def read_base(path: Path, into: dict[str, Any]) -> None:
     """Replace `optimizer`, `hparam` and `model.init` in the plain configuration `into` by those of the base."""
     try:
-        stored = plain(as_base(load_config(path))) if path.is_dir() else yaml.safe_load(path.read_text())
+        stored = plain(as_base(load_config(path))) if path.is_dir() else read_yaml(path)
         content, init = {key: stored[key] for key in FROM_BASE}, stored["model"]["init"]
     except OSError as error:
         raise ConfigError("base", str(path), f"cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (UnreadableFileError, KeyError, TypeError) as error:
         reason = f"is not a base: it needs optimizer, hparam and model.init, as `metap fit` writes them ({error})"
         raise ConfigError("base", str(path), reason) from None
     into |= content

@@ -74,7 +74,7 @@ def test_yaml_overrides_and_defaults_make_typed_objects(configs):
         "extra=3": "extra=3: needs keys and values, not one value",
         "extra.width=8": "extra.width: is unset by default; try +extra.width=... to set it",
         "listed=[{width: 9}]": "listed.0.width=9: must be a multiple of 8; try 8 or 16",
-        "part.width": "configuration: Error parsing override 'part.width'",
+        "part.width": "'part.width' is not KEY=VALUE; keys are written as in model.hidden_size=256",
     }.items(),
 )
 def test_refusals_name_the_key_and_the_fix(configs, override, message):

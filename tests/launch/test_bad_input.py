@@ -162,10 +162,12 @@ def test_ranks_that_nobody_started_are_refused(refused, words, monkeypatch):
     assert refused(*words).startswith("WORLD_SIZE=2: is set, but not by torchrun: unset it, or start")
 
 
-NO_KEYS = "needs keys and values, not one value"
+NO_KEYS = "config.yaml: has no keys: it is empty, or not a configuration"
 
 
-@pytest.mark.parametrize("content, why", [("", NO_KEYS), ("{", "config.yaml is unreadable"), ("- a list", NO_KEYS)])
+@pytest.mark.parametrize(
+    "content, why", [("", NO_KEYS), ("{", "config.yaml: line 1, column 2: expected"), ("- a list", NO_KEYS)]
+)
 def test_an_unreadable_stored_configuration_is_one_line(refused, tmp_path, content, why):
     (tmp_path / "config.yaml").write_text(content)
     assert why in refused("evaluate", str(tmp_path))

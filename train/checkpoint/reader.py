@@ -12,8 +12,9 @@ import yaml
 from torch import Tensor
 
 from core.config import build, plain
-from core.errors import CheckpointError, RenamedKeyError
+from core.errors import CheckpointError, RenamedKeyError, UnreadableFileError
 from core.files import write_text
+from core.yaml_file import read_yaml
 from model.config import ModelConfig
 from model.tensor_source import TensorSource, blocks, parameter_shapes
 from train.checkpoint.files import read_bytes, read_shard, write_shards
@@ -113,9 +114,9 @@ def load_origin(directory: Path) -> tuple[str, dict[str, Any]]:
 def _section(directory: Path, key: str) -> dict[str, Any]:
     path = directory / IMPORTED
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise CheckpointError(f"{path} is unreadable ({' '.join(str(error).split())})") from error
+        content = read_yaml(path)
+    except UnreadableFileError as error:
+        raise CheckpointError(str(error)) from error
     section = content.get(key) if isinstance(content, dict) else None
     if not isinstance(section, dict):
         raise CheckpointError(f"{path} is damaged: it has no {key}")

@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from core.config import differences, plain, quoted
+from core.config import differences, plain
 from core.files import write_bytes, write_text
 from core.html import render
+from core.overrides import quoted
 from data.filter.audit.outputs import AUDIT_PAGE
 from train.report.plots import Picture, draw
 from train.report.run import RunData

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from core.config import build, load_stored, plain, quoted
+from core.config import build, load_stored, plain
 from core.errors import ConfigError
+from core.overrides import quoted
 from hparam.axes import SizeAxis
 from hparam.rules import HeadForm, Parametrization
 from model.config import MultipliersConfig

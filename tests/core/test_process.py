@@ -1,0 +1,106 @@
+"""What a process prints and returns when its main function raises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.errors import LeviathanError
+from core.process import run_process
+
+
+@pytest.fixture
+def ended(capsys, monkeypatch, tmp_path):
+    """Return a function that runs `main` as a process does. It returns the exit code and the lines on stderr."""
+    monkeypatch.setenv("LEVIATHAN_TRACEBACKS", str(tmp_path / "tracebacks"))
+
+    def run(main) -> tuple[int, list[str]]:
+        code = run_process(lambda arguments: main(), [])
+        return code, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+def test_what_the_system_refuses_is_one_line_with_the_path(ended, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, mode, reason in (
+        (tmp_path / "none", "r", "no such file or folder"),
+        (tmp_path, "w", "is a folder, but must be a file"),
+        (tmp_path / "file" / "x", "w", "a part of this path is a file, but must be a folder"),
+        (tmp_path / "loop", "r", "its symbolic links form a loop"),
+        (tmp_path / ("x" * 300), "w", "the name is too long; choose a shorter one"),
+        (Path("/proc/version"), "w", "permission denied"),
+        (Path("/dev/full"), "w", "no space is left on the disk"),
+    ):
+
+        def act(path=path, mode=mode):
+            with open(path, mode) as file:
+                file.write("x") if mode == "w" else file.read()
+            raise AssertionError
+
+        if path == Path("/dev/full"):
+            code, lines = ended(act)
+            assert lines == [f"leviathan: error: {reason}; free some, or write elsewhere"]
+        elif path == Path("/proc/version") and os.geteuid() == 0:
+            continue  # root may do everything
+        else:
+            code, lines = ended(act)
+            assert len(lines) == 1 and lines[0].startswith(f"leviathan: error: {path}: {reason}")
+        assert code == 1
+
+
+def test_what_was_not_foreseen_keeps_its_traceback_in_a_file(ended, tmp_path, monkeypatch):
+    def act():
+        raise KeyError("first\nsecond")
+
+    for folder in (tmp_path / "tracebacks", None):
+        code, (line,) = ended(act)
+        assert code == 1 and line.startswith(
+            r"leviathan: error: internal error, KeyError: 'first\nsecond'; please report"
+        )
+        path = Path(line.rpartition(" ")[2])
+        assert folder is None or path.parent == folder
+        text = path.read_text()
+        assert "Traceback (most recent call last):" in text and 'raise KeyError("first\\nsecond")' in text
+        monkeypatch.setenv("LEVIATHAN_TRACEBACKS", "/dev/null/x")
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+def test_expected_errors_keep_their_codes(ended):
+    def refuse():
+        raise LeviathanError("this is wrong")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def starve():
+        raise MemoryError
+
+    assert ended(refuse) == (1, ["leviathan: error: this is wrong"])
+    assert ended(interrupt) == (130, ["leviathan: interrupted"])
+    assert ended(starve)[1] == [
+        "leviathan: error: this machine has not enough memory: use smaller sizes, or more machines"
+    ]
+
+
+def run_in(shell: str, cwd: Path) -> tuple[int, str]:
+    command = [sys.executable, "-c", "from launch.cli import main; raise SystemExit(main(['--help']))"]
+    script = f"{shell.replace('COMMAND', subprocess.list2cmdline(command))}"
+    done = subprocess.run(["bash", "-c", script], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_a_full_standard_output_is_one_line(tmp_path):
+    code, errors = run_in("COMMAND > /dev/full", tmp_path)
+    assert code == 1 and errors == "leviathan: error: no space is left on the disk; free some, or write elsewhere\n"
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path):
+    code, errors = run_in("mkdir gone; cd gone; rmdir ../gone; COMMAND", tmp_path)
+    assert code == 1
+    assert errors.endswith("leviathan: error: the working directory no longer exists: change to another one (cd)\n")
