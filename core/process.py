@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from core.errors import LeviathanError, one_line
@@ -115,4 +116,5 @@ def _internal(error: Exception) -> str:
 
 def _discard_output() -> None:
     """Send standard output nowhere. Python flushes it again at exit, which would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError):  # without a file behind it, such as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
